@@ -1,0 +1,108 @@
+"""What every verb shares: its common options, messages on stderr, one JSON document on stdout, progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.core.progress import Task
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Directory = Annotated[Path, typer.Option("-C", "--directory", metavar="DIR", help="The project's folder.")]
+As = Annotated[
+    str | None, typer.Option("--as", metavar="USER", help="Who acts; by default $TUNESMITH_USER, else the owner.")
+]
+HERE = Path()
+
+
+def say(text: str = "") -> None:
+    """A line for a person."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(document: Mapping[str, Any], as_json: bool, show: Callable[[Console], None]) -> None:
+    """The command's result: the document on stdout with --json, else show draws it on stdout for a person."""
+    if as_json:
+        print(json.dumps(document, ensure_ascii=False, allow_nan=False), flush=True)
+        return
+    from rich.console import Console
+
+    show(Console(highlight=False, soft_wrap=False))
+
+
+class Terminal:
+    """A core.progress.Progress on stderr: rich bars on a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._fancy = sys.stderr.isatty()
+
+    def say(self, text: str) -> None:
+        """One line for a person."""
+        say(text)
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: float) -> Iterator[Task]:
+        """Open a step of total units."""
+        if not self._fancy:
+            plain = _PlainTask(title, total)
+            yield plain
+            plain.finish()
+            return
+        from rich import progress as bars
+        from rich.console import Console
+
+        columns = (
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(bar_width=28),
+            bars.TaskProgressColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("left"),
+            bars.TimeRemainingColumn(elapsed_when_finished=False),
+            bars.TextColumn("{task.fields[note]}"),
+        )
+        with bars.Progress(*columns, console=Console(stderr=True)) as display:
+            yield _RichTask(display, display.add_task(title, total=total, note=""))
+
+
+class _RichTask:
+    def __init__(self, display: Any, identifier: Any) -> None:
+        self._display, self._identifier = display, identifier
+
+    def advance(self, amount: float = 1.0) -> None:
+        self._display.advance(self._identifier, amount)
+
+    def note(self, text: str) -> None:
+        self._display.update(self._identifier, note=text)
+
+
+class _PlainTask:
+    _EVERY = 10.0
+
+    def __init__(self, title: str, total: float) -> None:
+        self._title, self._total, self._done, self._note = title, total, 0.0, ""
+        self._began = self._told = time.monotonic()
+
+    def advance(self, amount: float = 1.0) -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._told < self._EVERY or self._done >= self._total:
+            return
+        self._told = now
+        left = (now - self._began) * (self._total - self._done) / self._done if self._done else 0.0
+        say(f"{self._title}: {self._done / self._total:.0%}, {left:.0f} s left {self._note}".rstrip())
+
+    def note(self, text: str) -> None:
+        self._note = text
+
+    def finish(self) -> None:
+        say(f"{self._title}: done in {time.monotonic() - self._began:.1f} s {self._note}".rstrip())

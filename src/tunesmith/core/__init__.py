@@ -1,0 +1,1 @@
+"""Digests, canonical JSON, errors, clock, files: nothing that knows the domain."""

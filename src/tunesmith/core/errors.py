@@ -1,0 +1,48 @@
+"""The errors a user sees. Each says what is wrong, where, and what to do; each carries its exit code."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TunesmithError(Exception):
+    """Something failed for a reason the user can act on.
+
+    what: one sentence, no trailing newline. where: a file, row, key or command. fix: what to do next.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        parts = [self.what]
+        if self.where:
+            parts.append(f"where: {self.where}")
+        if self.fix:
+            parts.append(f"fix: {self.fix}")
+        return "\n  ".join(parts)
+
+    def as_json(self) -> dict[str, object]:
+        """The document `--json` prints in place of a result."""
+        return {"error": {"what": self.what, "where": self.where, "fix": self.fix, "exit": self.exit_code}}
+
+
+class UsageError(TunesmithError):
+    """The command, the settings or the input is not well formed (exit 2)."""
+
+    exit_code = 2
+
+
+class Refused(TunesmithError):
+    """A gate failed, a verification failed or a policy said no (exit 3)."""
+
+    exit_code = 3
+
+
+class Inconclusive(TunesmithError):
+    """The evidence does not decide (exit 4). Never treated as a pass."""
+
+    exit_code = 4

@@ -1,0 +1,1 @@
+"""Sources, licences, privacy, duplicates, splits, sealing."""

@@ -1,0 +1,1 @@
+"""Scorers, statistics, gates, verdict, report."""

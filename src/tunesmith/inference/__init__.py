@@ -1,0 +1,1 @@
+"""Decoding, and the engines behind one interface."""

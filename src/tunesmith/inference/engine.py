@@ -1,0 +1,78 @@
+"""What an engine does. Evaluation, serving and the canary all ask through this; embedded.py is the default one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from tunesmith.core.messages import Message
+from tunesmith.core.progress import SILENT, Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One request. temperature 0 is greedy; seed matters only above 0. stop: texts that end the answer, left out."""
+
+    messages: tuple[Message, ...]
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer. finish is "stop" at the end token or a stop text, "length" at max_tokens or the context's end."""
+
+    text: str
+    finish: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A multiple-choice probe: which of choices is the assistant's likeliest answer to messages."""
+
+    messages: tuple[Message, ...]
+    choices: tuple[str, ...]
+
+
+class Engine(Protocol):
+    """Answers for one base model and any number of adapters. Thread-safe: calls take turns."""
+
+    @property
+    def base(self) -> str:
+        """Digest of the base record."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens a prompt and its answer may have together."""
+        ...
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Make a PEFT folder answerable under name (a training's digest). Raises Refused where it does not fit."""
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Tokens of the prompt that messages render to, the assistant's opening included."""
+        ...
+
+    def generate(
+        self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
+    ) -> list[Completion]:
+        """Answers in the order of requests. Raises UsageError for a prompt that does not fit the context."""
+        ...
+
+    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[str | Completion]:
+        """Pieces of the answer's text as they are decoded; the last item is the whole Completion."""
+        ...
+
+    def choose(
+        self, questions: Sequence[Question], adapter: str | None = None, progress: Progress = SILENT
+    ) -> list[list[float]]:
+        """For each question the log-probability of each choice, summed over its tokens (end token included)."""
+        ...

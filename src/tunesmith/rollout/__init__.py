@@ -1,0 +1,1 @@
+"""Steps, analysis, controller."""

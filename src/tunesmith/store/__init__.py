@@ -1,0 +1,1 @@
+"""Blobs, records, database, audit log, identities."""

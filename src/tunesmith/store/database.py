@@ -1,0 +1,88 @@
+"""Connections, migrations and transactions. SQLite by default; any SQLAlchemy URL otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, create_engine, event, inspect, text
+from sqlalchemy.orm import Session
+
+from tunesmith.core.errors import TunesmithError
+from tunesmith.store.tables import HEAD_REVISION
+
+_MIGRATIONS = Path(__file__).parent / "migrations"
+# Any constant: one lock for every writer of the audit chain.
+_WRITERS_LOCK = 7_283_019
+
+
+def connect(url: str) -> Engine:
+    """Open and, where it is behind, migrate the database at url. Raises TunesmithError where that fails."""
+    engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    if engine.dialect.name == "sqlite":
+        _sqlite_transactions(engine)
+    migrate(engine)
+    return engine
+
+
+def migrate(engine: Engine) -> None:
+    """Bring the tables to HEAD_REVISION. Alembic is imported only where there is something to do."""
+    with engine.connect() as connection:
+        known = inspect(connection).has_table("alembic_version")
+        current = connection.execute(text("select version_num from alembic_version")).scalar() if known else None
+    if current == HEAD_REVISION:
+        return
+    if current is not None and current > HEAD_REVISION:
+        raise TunesmithError(
+            f"the database is at revision {current}, this tunesmith knows up to {HEAD_REVISION}",
+            where=engine.url.render_as_string(hide_password=True),
+            fix="install the tunesmith that wrote it, or a newer one",
+        )
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    with _writing(engine).begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+@contextlib.contextmanager
+def writing(engine: Engine) -> Iterator[Session]:
+    """One write transaction; writers take turns. Commits at the end, rolls back on any exception."""
+    with _writing(engine).begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _WRITERS_LOCK})
+        with Session(bind=connection, expire_on_commit=False) as session:
+            yield session
+            session.flush()
+
+
+@contextlib.contextmanager
+def reading(engine: Engine) -> Iterator[Session]:
+    """A read-only session."""
+    with Session(engine) as session:
+        yield session
+
+
+def _writing(engine: Engine) -> Engine:
+    return engine.execution_options(writes=True)
+
+
+def _sqlite_transactions(engine: Engine) -> None:
+    """Real transactions on SQLite: WAL, full sync, and the write lock taken at the start of a write."""
+
+    def on_connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # SQLAlchemy begins and commits; the driver must not.
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=20000"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    def on_begin(connection: Any) -> None:
+        writes = connection.get_execution_options().get("writes")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    event.listen(engine, "connect", on_connect)
+    event.listen(engine, "begin", on_begin)

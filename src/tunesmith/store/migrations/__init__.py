@@ -1,0 +1,1 @@
+"""Alembic's scripts; `database.migrate` runs them."""

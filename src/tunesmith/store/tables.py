@@ -1,0 +1,146 @@
+"""The database's tables: the index of records, and the only state that changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, Boolean, Float, Index, Integer, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+# Bump together with a new file in migrations/versions.
+HEAD_REVISION = "0001"
+
+
+class Base(DeclarativeBase):
+    """What Alembic compares migrations against."""
+
+    type_annotation_map = {dict[str, Any]: JSON, list[str]: JSON}  # noqa: RUF012
+
+
+class RecordRow(Base):
+    """Index over records/ on disk; can be rebuilt from it."""
+
+    __tablename__ = "records"
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(32), index=True)
+    created_at: Mapped[str] = mapped_column(String(32))
+
+
+class EdgeRow(Base):
+    """child names parent under role."""
+
+    __tablename__ = "edges"
+    child: Mapped[str] = mapped_column(String(71), primary_key=True)
+    role: Mapped[str] = mapped_column(String(128), primary_key=True)
+    parent: Mapped[str] = mapped_column(String(71), index=True)
+
+
+class MemoRow(Base):
+    """Which record a stage gave for a key (its inputs and settings): what `run` skips by."""
+
+    __tablename__ = "memos"
+    key: Mapped[str] = mapped_column(String(71), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(71))
+
+
+class AuditRow(Base):
+    """The hash chain of changes. digest covers every other column, previous included."""
+
+    __tablename__ = "audit"
+    seq: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    at: Mapped[str] = mapped_column(String(32))
+    actor: Mapped[str] = mapped_column(String(128))
+    action: Mapped[str] = mapped_column(String(64), index=True)
+    subject: Mapped[str] = mapped_column(String(256), index=True)
+    detail: Mapped[dict[str, Any]] = mapped_column()
+    previous: Mapped[str] = mapped_column(String(71))
+    digest: Mapped[str] = mapped_column(String(71))
+
+
+class UserRow(Base):
+    """A person or a service. public_key is PEM; token_digest is the SHA-256 of a random 256-bit token."""
+
+    __tablename__ = "users"
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    roles: Mapped[list[str]] = mapped_column()
+    public_key: Mapped[str] = mapped_column(Text)
+    token_digest: Mapped[str | None] = mapped_column(String(71), unique=True, default=None)
+    tenant: Mapped[str] = mapped_column(String(64), default="")
+    active: Mapped[bool] = mapped_column(Boolean, default=True)
+
+
+class VersionRow(Base):
+    """name@vNUMBER -> the version record. Never updated."""
+
+    __tablename__ = "versions"
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    digest: Mapped[str] = mapped_column(String(71), unique=True)
+
+
+class AliasRow(Base):
+    """name@alias for a tenant and region -> a version. revision is the compare-and-set token.
+
+    tenant and region are "" where the project has none.
+    """
+
+    __tablename__ = "aliases"
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    alias: Mapped[str] = mapped_column(String(32), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True, default="")
+    region: Mapped[str] = mapped_column(String(64), primary_key=True, default="")
+    version: Mapped[str] = mapped_column(String(71))
+    revision: Mapped[int] = mapped_column(Integer)
+
+
+class RolloutRow(Base):
+    """A rollout and its state machine's place. revision is the compare-and-set token."""
+
+    __tablename__ = "rollouts"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    name: Mapped[str] = mapped_column(String(128), index=True)
+    tenant: Mapped[str] = mapped_column(String(64), default="")
+    region: Mapped[str] = mapped_column(String(64), default="")
+    stable: Mapped[str] = mapped_column(String(71))
+    canary: Mapped[str] = mapped_column(String(71))
+    status: Mapped[str] = mapped_column(String(16), index=True)
+    step: Mapped[int] = mapped_column(Integer, default=0)
+    weight: Mapped[int] = mapped_column(Integer, default=0)
+    state: Mapped[dict[str, Any]] = mapped_column()
+    revision: Mapped[int] = mapped_column(Integer, default=0)
+    started_at: Mapped[str] = mapped_column(String(32))
+
+
+class RequestRow(Base):
+    """One served request: measurements, never its text."""
+
+    __tablename__ = "requests"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    at: Mapped[str] = mapped_column(String(32), index=True)
+    name: Mapped[str] = mapped_column(String(128))
+    tenant: Mapped[str] = mapped_column(String(64), default="")
+    region: Mapped[str] = mapped_column(String(64), default="")
+    version: Mapped[str] = mapped_column(String(71), index=True)
+    rollout: Mapped[int | None] = mapped_column(Integer, index=True, default=None)
+    arm: Mapped[str] = mapped_column(String(8))
+    ok: Mapped[bool] = mapped_column(Boolean)
+    seconds: Mapped[float] = mapped_column(Float)
+    prompt_tokens: Mapped[int] = mapped_column(Integer, default=0)
+    completion_tokens: Mapped[int] = mapped_column(Integer, default=0)
+    # scores: metric name -> number (json_valid at serving time, others once feedback arrives);
+    # features: what the drift watch compares (nearest, characters).
+    scores: Mapped[dict[str, Any]] = mapped_column()
+    features: Mapped[dict[str, Any]] = mapped_column()
+
+
+class RecallRow(Base):
+    """A digest that must not be served or built on any more, and the withdrawal that reached it."""
+
+    __tablename__ = "recalls"
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    cause: Mapped[str] = mapped_column(String(256), primary_key=True)
+    reason: Mapped[str] = mapped_column(Text)
+    at: Mapped[str] = mapped_column(String(32))
+
+
+Index("requests_by_rollout_arm", RequestRow.rollout, RequestRow.arm)

@@ -1,0 +1,1 @@
+"""The SFT engine: batches, LoRA, loss, loop, checkpoints."""
