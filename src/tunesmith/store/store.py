@@ -98,16 +98,22 @@ class Store:
         """Where the record lies (whether or not it is there)."""
         return self.root / "records" / f"{_place(digest)}.json"
 
-    def put_record(self, record: Record) -> str:
-        """Keep a record and index it; returns its digest. Its parents and blobs must be there already."""
+    def put_record(self, record: Record, session: Session | None = None) -> str:
+        """Keep a record and index it; returns its digest. Its parents and blobs must be there already.
+
+        session: index it inside the caller's write transaction, with what else happens there.
+        """
         for parent in record.parents.values():
             if not self.record_path(parent).is_file():
                 raise Refused(f"parent record {short(parent)} is not in the store", where=f"{record.kind} record")
         for blob in record.blobs.values():
             self.blob_path(blob)
         write_atomic(self.record_path(record.digest), record.encoded, mode=0o444)
-        with database.writing(self.engine) as session:
+        if session is not None:
             _index(session, record)
+        else:
+            with database.writing(self.engine) as own:
+                _index(own, record)
         return record.digest
 
     def record(self, digest: str, kind: str | None = None) -> Record:

@@ -58,7 +58,10 @@ class AuditRow(Base):
 
 
 class UserRow(Base):
-    """A person or a service. public_key is PEM; token_digest is the SHA-256 of a random 256-bit token."""
+    """A person or a service. public_key is PEM; token_digest is the SHA-256 of a random 256-bit token.
+
+    tenant, region: what the user may act for; "" is all.
+    """
 
     __tablename__ = "users"
     name: Mapped[str] = mapped_column(String(128), primary_key=True)
@@ -66,16 +69,22 @@ class UserRow(Base):
     public_key: Mapped[str] = mapped_column(Text)
     token_digest: Mapped[str | None] = mapped_column(String(71), unique=True, default=None)
     tenant: Mapped[str] = mapped_column(String(64), default="")
+    region: Mapped[str] = mapped_column(String(64), default="")
     active: Mapped[bool] = mapped_column(Boolean, default=True)
 
 
 class VersionRow(Base):
-    """name@vNUMBER -> the version record. Never updated."""
+    """name@vNUMBER -> the version record. Never updated.
+
+    tenant and region repeat the record's, so that one query answers alike for a version of another tenant and for none.
+    """
 
     __tablename__ = "versions"
     name: Mapped[str] = mapped_column(String(128), primary_key=True)
     number: Mapped[int] = mapped_column(Integer, primary_key=True)
     digest: Mapped[str] = mapped_column(String(71), unique=True)
+    tenant: Mapped[str] = mapped_column(String(64), default="")
+    region: Mapped[str] = mapped_column(String(64), default="")
 
 
 class AliasRow(Base):

@@ -109,6 +109,7 @@ def upgrade() -> None:
         sa.Column("public_key", sa.Text(), nullable=False),
         sa.Column("token_digest", sa.String(length=71), nullable=True),
         sa.Column("tenant", sa.String(length=64), nullable=False),
+        sa.Column("region", sa.String(length=64), nullable=False),
         sa.Column("active", sa.Boolean(), nullable=False),
         sa.PrimaryKeyConstraint("name"),
         sa.UniqueConstraint("token_digest"),
@@ -118,6 +119,8 @@ def upgrade() -> None:
         sa.Column("name", sa.String(length=128), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
         sa.Column("digest", sa.String(length=71), nullable=False),
+        sa.Column("tenant", sa.String(length=64), nullable=False),
+        sa.Column("region", sa.String(length=64), nullable=False),
         sa.PrimaryKeyConstraint("name", "number"),
         sa.UniqueConstraint("digest"),
     )

@@ -1,0 +1,167 @@
+"""What an adapter must be before it is signed, and again before it is served: plain numbers for the base it names.
+
+Read through the safetensors library alone, whose parser refuses headers that lie about their size or offsets. Whether
+the shapes fit the base's own layers is the engine's to check, which has them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from tunesmith.core.errors import Refused
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_MAX_CONFIG_BYTES = 64 * 1024
+_MODULE = re.compile(r"[a-z0-9_]{1,64}")
+_TENSOR = re.compile(r"base_model\.model\.(?P<layer>[a-z0-9_.]{1,200})\.(?P<half>lora_[AB])\.weight")
+
+# Every key an adapter_config.json may have, and must: each with what it may say. PEFT knows others that name Python
+# modules to import (auto_mapping), layers to replace whole (modules_to_save) or another base (revision).
+_CONFIG: Mapping[str, Callable[[Any], bool]] = {
+    "base_model_name_or_path": lambda value: isinstance(value, str),
+    "bias": lambda value: value == "none",
+    "fan_in_fan_out": lambda value: value is False,
+    "inference_mode": lambda value: isinstance(value, bool),
+    "lora_alpha": lambda value: _number(value) and value > 0,
+    "lora_dropout": lambda value: _number(value) and 0 <= value < 1,
+    "peft_type": lambda value: value == "LORA",
+    "r": lambda value: type(value) is int and 1 <= value <= 1024,
+    "target_modules": lambda value: _modules(value),
+    "task_type": lambda value: value == "CAUSAL_LM",
+    "use_dora": lambda value: value is False,
+    "use_rslora": lambda value: value is False,
+}
+_METADATA = ("format", "tunesmith.base", "tunesmith.fingerprint")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """What check_adapter found: the rank, the adapted layers' names, how many numbers."""
+
+    rank: int
+    targets: frozenset[str]
+    layers: int
+    parameters: int
+
+
+def check_adapter(folder: Path, *, base: str, fingerprint: str) -> AdapterFacts:
+    """Hold adapter_config.json and adapter_model.safetensors in folder against each other and the base.
+
+    base: digest of the base record. fingerprint: of the base's rendering (tokenizer, template). Raises Refused for
+    anything foreign: unknown keys, another base, pickles, dtypes other than float32, NaN, infinities, ranks or modules
+    that are not the configured ones, halves without their other half, and weights that change nothing.
+    """
+    config = _read_config(folder / CONFIG)
+    if config["base_model_name_or_path"] != base:
+        raise _refusal(
+            folder / CONFIG,
+            f"the adapter says it is of base {config['base_model_name_or_path'][:80]!r}, the candidate's is {base}",
+        )
+    rank, targets = config["r"], frozenset(config["target_modules"])
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, framework="numpy") as file:
+            _check_metadata(path, file.metadata() or {}, base, fingerprint)
+            shapes = {name: _check_tensor(path, file, name) for name in file.keys()}  # noqa: SIM118
+            changes = any(np.any(file.get_tensor(name)) for name in shapes if name.endswith("lora_B.weight"))
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        raise _refusal(path, f"not readable as safetensors: {error}") from error
+    layers = _check_layers(path, shapes, rank, targets)
+    if not changes:
+        raise _refusal(path, "every lora_B is zero: the adapter changes nothing, the base would answer in its name")
+    return AdapterFacts(
+        rank=rank, targets=targets, layers=layers, parameters=sum(math.prod(shape) for shape in shapes.values())
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise _refusal(path, f"larger than {_MAX_CONFIG_BYTES} bytes")
+        config = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _refusal(path, f"not readable as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise _refusal(path, "not a JSON object")
+    unknown, missing = sorted(config.keys() - _CONFIG.keys()), sorted(_CONFIG.keys() - config.keys())
+    if unknown:
+        raise _refusal(path, f"the key {unknown[0][:80]!r} is not one an adapter may have")
+    if missing:
+        raise _refusal(path, f"the key {missing[0]!r} is missing")
+    for key, allowed in _CONFIG.items():
+        if not allowed(config[key]):
+            raise _refusal(path, f"{key} may not be {str(config[key])[:80]!r}")
+    return config
+
+
+def _check_metadata(path: Path, metadata: Mapping[str, str], base: str, fingerprint: str) -> None:
+    unknown = sorted(metadata.keys() - set(_METADATA))
+    if unknown:
+        raise _refusal(path, f"the header's metadata has a foreign key {unknown[0][:80]!r}")
+    if metadata.get("tunesmith.base") != base:
+        raise _refusal(path, "the weights were trained on another base than the candidate's")
+    if metadata.get("tunesmith.fingerprint") != fingerprint:
+        raise _refusal(path, "the weights were trained with another tokenizer or chat template than the base's")
+
+
+def _check_tensor(path: Path, file: Any, name: str) -> tuple[int, ...]:
+    """Shape [rows, columns] of a tensor that holds finite float32 numbers."""
+    # Asked of the header first: numpy has no bfloat16, and would fail on one with a message about itself.
+    dtype = file.get_slice(name).get_dtype()
+    if dtype != "F32":
+        raise _refusal(path, f"{name[:120]} is {dtype}, adapters are kept as F32")
+    tensor = file.get_tensor(name)
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise _refusal(path, f"{name[:120]} has shape {list(tensor.shape)}, not two dimensions")
+    if not np.isfinite(tensor).all():
+        raise _refusal(path, f"{name[:120]} holds NaN or an infinity")
+    return tuple(tensor.shape)
+
+
+def _check_layers(path: Path, shapes: Mapping[str, tuple[int, ...]], rank: int, targets: frozenset[str]) -> int:
+    """The number of adapted layers: each an A of [rank, in] and a B of [out, rank], every target among them."""
+    halves: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None or match["layer"].rsplit(".", 1)[-1] not in targets:
+            raise _refusal(path, f"{name[:120]!r} is not a LoRA tensor of a target module")
+        halves.setdefault(match["layer"], {})[match["half"]] = shape
+    for layer, pair in halves.items():
+        if pair.keys() != {"lora_A", "lora_B"}:
+            raise _refusal(path, f"{layer} has {sorted(pair)[0]} without its other half")
+        if pair["lora_A"][0] != rank or pair["lora_B"][1] != rank:
+            raise _refusal(path, f"{layer} is not of rank {rank}: A {list(pair['lora_A'])}, B {list(pair['lora_B'])}")
+    absent = sorted(targets - {layer.rsplit(".", 1)[-1] for layer in halves})
+    if absent:
+        raise _refusal(path, f"no tensor adapts {absent[0]}, which target_modules names")
+    return len(halves)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e6 < value < 1e6
+
+
+def _modules(value: Any) -> bool:
+    if not isinstance(value, list) or not value or len(set(map(str, value))) != len(value):
+        return False
+    return all(isinstance(name, str) and _MODULE.fullmatch(name) is not None for name in value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def _refusal(path: Path, what: str) -> Refused:
+    return Refused(what, where=str(path), fix="use the adapter as training wrote it")

@@ -1,0 +1,373 @@
+"""Who may do what: users, their roles, their tokens. Every change is one transaction with its audit entry.
+
+The first user of a store is its owner: the name of $TUNESMITH_USER, else of the operating system's user, with the roles
+admin and engineer. On a shared machine the operating system's permissions on the store decide who can act as whom on
+the command line; over HTTP a token does. What must hold against someone who can write the store is signed (registry/).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import hmac
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tunesmith.core.digests import digest_bytes
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.store import database
+from tunesmith.store.names import check_name, check_scope
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AuditRow, UserRow
+from tunesmith.store.trust import TrustedKey, write_trust
+
+Role = Literal["engineer", "steward", "approver", "operator", "admin"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+# action -> the roles that may. What is not listed nobody may. admin runs an installation but never approves: an admin
+# who also approves has given themself that role, and the log shows it.
+ACTIONS: Mapping[str, frozenset[Role]] = MappingProxyType(
+    {
+        "data.build": frozenset(("engineer", "steward")),
+        "training.run": frozenset(("engineer",)),
+        "evaluation.run": frozenset(("engineer",)),
+        "version.register": frozenset(("engineer",)),
+        "version.override": frozenset(("admin",)),
+        "version.approve": frozenset(("approver",)),
+        "alias.set": frozenset(("operator", "engineer", "admin")),
+        "rollout.start": frozenset(("operator", "engineer", "admin")),
+        "rollout.change": frozenset(("operator", "engineer", "admin")),
+        "rollout.override": frozenset(("admin",)),
+        "monitor.change": frozenset(("operator", "steward", "admin")),
+        "recall.start": frozenset(("steward", "admin")),
+        "model.use": frozenset(ROLES),
+        "user.change": frozenset(("admin",)),
+        "audit.read": frozenset(("steward", "approver", "operator", "admin")),
+    }
+)
+# Lets secret scanners find a leaked token; the secret itself follows it.
+_TOKEN_PREFIX = "tsk_"  # noqa: S105
+
+
+class User(BaseModel):
+    """A person or a service, as stored. tenant, region: what they may act for, "" is all."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    roles: tuple[Role, ...]
+    tenant: str = ""
+    region: str = ""
+    active: bool = True
+    public_key: str = ""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The digest of their public key's PEM text; None without a key."""
+        return digest_bytes(self.public_key.encode()) if self.public_key else None
+
+    def may(self, action: str) -> bool:
+        """Whether a role of theirs permits an action now."""
+        return self.active and not ACTIONS.get(action, frozenset()).isdisjoint(self.roles)
+
+    def speaks_for(self, tenant: str, region: str) -> bool:
+        """Whether a tenant and region are within their scope."""
+        return self.tenant in ("", tenant) and self.region in ("", region)
+
+
+# Who acts
+
+
+def acting(store: Store, name: str | None = None) -> str:
+    """Whose action this is: name, else $TUNESMITH_USER, else the owner (made on first use). UsageError if unknown."""
+    owner = ensure_owner(store)
+    chosen = name or os.environ.get("TUNESMITH_USER") or owner.name
+    return get_user(store, chosen).name
+
+
+def ensure_owner(store: Store) -> User:
+    """The store's first user, made where there is none."""
+    with database.reading(store.engine) as session:
+        name = _first_user(session)
+    if name is not None:
+        return get_user(store, name)
+    name = _own_name()
+    detail: dict[str, Any] = {}
+    with contextlib.suppress(_AlreadyThere), store.change(name, "user.add", name, detail) as session:
+        if _first_user(session) is not None:  # another process was first
+            raise _AlreadyThere
+        if session.scalars(select(UserRow).limit(1)).first() is not None:
+            raise Refused("the store has users whom the audit log does not know", fix="run `tunesmith audit verify`")
+        row = UserRow(name=name, roles=["admin", "engineer"], public_key="", tenant="", region="", active=True)
+        session.add(row)
+        detail["user"] = state(row)
+    return ensure_owner(store)
+
+
+def require(where: Store | Session, user: str, action: str, *, tenant: str = "", region: str = "") -> User:
+    """The user, if they may do this now, for this tenant and region. Raises Refused otherwise.
+
+    where: a session decides inside the caller's transaction, so that a role taken away meanwhile counts.
+    """
+    with _session(where) as session:
+        row = session.get(UserRow, user)
+        found = _user(row) if row else None
+    if found is None or not found.active:
+        raise Refused(
+            f"{user} is {'not a user' if found is None else 'deactivated'}", where=action, fix="act as another (--as)"
+        )
+    if not found.may(action):
+        able = " or ".join(sorted(ACTIONS.get(action, ()))) or "no role"
+        raise Refused(
+            f"{user} may not do this: it takes {able}, they are {', '.join(found.roles)}",
+            where=action,
+            fix="act as a user who may (--as), or have an admin change their roles",
+        )
+    if not found.speaks_for(tenant, region):
+        scope = "/".join(part or "*" for part in (found.tenant, found.region))
+        raise Refused(
+            f"{user} may act only within {scope}", where=action, fix="act as a user of that tenant and region"
+        )
+    return found
+
+
+def get_user(where: Store | Session, name: str) -> User:
+    """A user by name. Raises UsageError where there is none."""
+    with _session(where) as session:
+        row = session.get(UserRow, name)
+    if row is None:
+        raise UsageError(f"there is no user {name[:80]!r}", fix="tunesmith users list, tunesmith users add")
+    return _user(row)
+
+
+def list_users(where: Store | Session) -> list[User]:
+    """All users by name, deactivated ones too."""
+    with _session(where) as session:
+        return [_user(row) for row in session.scalars(select(UserRow).order_by(UserRow.name))]
+
+
+# Changes
+
+
+def add_user(store: Store, name: str, roles: Iterable[str], *, actor: str, tenant: str = "", region: str = "") -> User:
+    """Add a user. Raises UsageError for a bad name, role or one that is there, Refused where actor may not."""
+    check_name(name, "user name")
+    check_scope(tenant, "tenant")
+    check_scope(region, "region")
+    given = _roles(roles)
+    with _changing(store, actor, "user.add", name) as (session, detail):
+        if session.get(UserRow, name) is not None:
+            raise UsageError(f"there is already a user {name}", fix="tunesmith users roles changes theirs")
+        row = UserRow(name=name, roles=list(given), public_key="", tenant=tenant, region=region, active=True)
+        session.add(row)
+        detail["user"] = state(row)
+    return get_user(store, name)
+
+
+def set_roles(store: Store, name: str, roles: Iterable[str], *, actor: str) -> User:
+    """Replace a user's roles. Raises Refused for the last admin's own role, so that no store is left without one."""
+    given = _roles(roles)
+    with _changing(store, actor, "user.roles", name) as (session, detail):
+        row = _row(session, name)
+        detail["before"] = list(row.roles)
+        row.roles = list(given)
+        _keep_an_admin(session)
+        detail["user"] = state(row)
+    return get_user(store, name)
+
+
+def deactivate(store: Store, name: str, *, actor: str) -> User:
+    """Take a user out of service: their token, approvals and signatures count no more. Nobody is ever deleted."""
+    with _changing(store, actor, "user.deactivate", name) as (session, detail):
+        row = _row(session, name)
+        row.active, row.token_digest = False, None
+        _keep_an_admin(session)
+        detail["user"] = state(row)
+    return get_user(store, name)
+
+
+def enrol_key(store: Store, name: str, public_key: str, *, actor: str) -> User:
+    """Bind a public key (PEM) to a user, once. Users bind their own, admins anyone's.
+
+    Raises Refused where the user has a key already, or another user has this one: one key is one person.
+    """
+    with _changing(store, actor, "user.key", name, own=True) as (session, detail):
+        row = _row(session, name)
+        if row.public_key:
+            raise Refused(
+                f"{name} has a key already",
+                fix="what it signed must stay verifiable: add a user for the new key and deactivate this one",
+            )
+        other = session.scalars(select(UserRow.name).where(UserRow.public_key == public_key)).first()
+        if other is not None:
+            raise Refused(f"this key is {other}'s", fix="make one of your own: tunesmith keys create")
+        row.public_key = public_key
+        detail["user"] = state(row)
+    return get_user(store, name)
+
+
+# Tokens
+
+
+def issue_token(store: Store, name: str, *, actor: str) -> str:
+    """A new token for the HTTP interface in place of any older one: 256 random bits. Shown here and never again."""
+    token = _TOKEN_PREFIX + secrets.token_urlsafe(32)
+    with _changing(store, actor, "user.token", name, own=True) as (session, detail):
+        row = _row(session, name)
+        if not row.active:
+            raise Refused(f"{name} is deactivated", fix="add a new user")
+        row.token_digest = _token_digest(token)
+        detail["user"] = state(row)
+    return token
+
+
+def authenticate(store: Store, token: str) -> User | None:
+    """Whose token it is; None for any other text, and for a deactivated user's.
+
+    The look-up is by the token's SHA-256: how long it takes says nothing about how close a guess came.
+    """
+    digest = _token_digest(token)
+    with database.reading(store.engine) as session:
+        row = session.scalars(select(UserRow).where(UserRow.token_digest == digest)).first()
+    if row is None or row.token_digest is None or not hmac.compare_digest(row.token_digest, digest):
+        return None
+    return _user(row) if row.active else None
+
+
+# Trust, and what the audit log keeps
+
+
+def trusted_keys(where: Store | Session) -> tuple[TrustedKey, ...]:
+    """The key of every user who has one, as they stand now."""
+    return tuple(
+        TrustedKey(
+            user=user.name,
+            roles=user.roles,
+            tenant=user.tenant,
+            region=user.region,
+            active=user.active,
+            public_key=user.public_key,
+            fingerprint=digest_bytes(user.public_key.encode()),
+        )
+        for user in list_users(where)
+        if user.public_key
+    )
+
+
+def publish_trust(store: Store) -> None:
+    """Write the store's list of trusted keys as its users stand now."""
+    store.root.mkdir(parents=True, exist_ok=True)
+    # Whoever takes the turn last reads the newest users: the file never goes back to an older list.
+    with (store.root / ".trust.lock").open("a") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        write_trust(store.root, trusted_keys(store))
+
+
+def state(row: UserRow) -> dict[str, Any]:
+    """What the audit log keeps of a user after a change: enough to notice a row that was changed behind its back."""
+    token = digest_bytes(row.token_digest.encode()) if row.token_digest else None
+    return {
+        "name": row.name,
+        "roles": list(row.roles),
+        "tenant": row.tenant,
+        "region": row.region,
+        "active": row.active,
+        "fingerprint": digest_bytes(row.public_key.encode()) if row.public_key else None,
+        "token": token,
+    }
+
+
+class _AlreadyThere(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def _changing(
+    store: Store, actor: str, action: str, name: str, *, own: bool = False
+) -> Iterator[tuple[Session, dict[str, Any]]]:
+    """One audited change of a user by someone who may; with own, everyone may change themself."""
+    detail: dict[str, Any] = {}
+    with store.change(actor, action, name, detail) as session:
+        if own and actor == name:
+            if not _user(_row(session, name)).active:
+                raise Refused(f"{name} is deactivated", where=action, fix="ask an admin")
+        else:
+            require(session, actor, "user.change")
+        yield session, detail
+    publish_trust(store)
+
+
+@contextlib.contextmanager
+def _session(where: Store | Session) -> Iterator[Session]:
+    if isinstance(where, Session):
+        yield where
+    else:
+        with database.reading(where.engine) as session:
+            yield session
+
+
+def _user(row: UserRow) -> User:
+    return User(
+        name=row.name,
+        roles=tuple(row.roles),  # type: ignore[arg-type]  # pydantic holds them against Role
+        tenant=row.tenant,
+        region=row.region,
+        active=row.active,
+        public_key=row.public_key,
+    )
+
+
+def _row(session: Session, name: str) -> UserRow:
+    row = session.get(UserRow, name)
+    if row is None:
+        raise UsageError(f"there is no user {name[:80]!r}", fix="tunesmith users list, tunesmith users add")
+    return row
+
+
+def _roles(roles: Iterable[str]) -> list[str]:
+    given = sorted(set(roles))
+    unknown = [role for role in given if role not in ROLES]
+    if unknown or not given:
+        raise UsageError(
+            f"{unknown[0]!r} is not a role" if unknown else "a user needs at least one role",
+            fix=f"roles are {', '.join(ROLES)}",
+        )
+    return given
+
+
+def _keep_an_admin(session: Session) -> None:
+    session.flush()
+    if not any(row.active and "admin" in row.roles for row in session.scalars(select(UserRow))):
+        raise Refused("this would leave the store without an admin", fix="give another user that role first")
+
+
+def _first_user(session: Session) -> str | None:
+    # The log rather than the table: a table emptied by hand must not make the next comer the owner.
+    first = select(AuditRow.subject).where(AuditRow.action == "user.add").order_by(AuditRow.seq).limit(1)
+    return session.scalars(first).first()
+
+
+def _own_name() -> str:
+    given = os.environ.get("TUNESMITH_USER")
+    if given:
+        return check_name(given, "user name")
+    try:
+        login = getpass.getuser()
+    except (OSError, KeyError):  # a container whose user id has no name
+        login = ""
+    # A login such as `DOMAIN\First Last` is brought to our spelling; the name is a suggestion, not a credential.
+    plain = re.sub(r"[^a-z0-9_-]+", "-", login.lower()).strip("-_")[:63]
+    return plain or "owner"
+
+
+def _token_digest(token: str) -> str:
+    return digest_bytes(token.encode(errors="replace"))

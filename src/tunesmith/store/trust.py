@@ -1,0 +1,84 @@
+"""The public keys a verifier believes: `trust/keys.json`, a list anyone can read without the database.
+
+Whoever can write this file decides what verifies. A verifier who does not trust the place it lies in brings a copy of
+their own (`verify --trust FILE`), taken when they did.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from tunesmith.core.digests import canonical, digest_bytes
+from tunesmith.core.errors import Refused
+from tunesmith.core.files import write_atomic
+
+TRUST_FILE = Path("trust") / "keys.json"
+
+
+class TrustedKey(BaseModel):
+    """Whose key it is and what it may speak for.
+
+    tenant, region: "" speaks for all. active: false keeps the key known, so that a refusal can name its owner.
+    fingerprint: SHA-256 of the PEM text, the same number that model-signing puts into a signature as its hint.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    user: str
+    roles: tuple[str, ...]
+    tenant: str = ""
+    region: str = ""
+    active: bool = True
+    public_key: str
+    fingerprint: str
+
+    @model_validator(mode="after")
+    def _own_fingerprint(self) -> TrustedKey:
+        if digest_bytes(self.public_key.encode()) != self.fingerprint:
+            raise ValueError(f"the fingerprint of {self.user}'s key is not that of the key beside it")
+        return self
+
+    def speaks_for(self, tenant: str, region: str) -> bool:
+        """Whether its owner's scope covers a tenant and region."""
+        return self.tenant in ("", tenant) and self.region in ("", region)
+
+
+def read_trust(path: Path) -> tuple[TrustedKey, ...]:
+    """Read a list of keys. Raises Refused where it is missing, broken, or gives one key to two users."""
+    fix = "restore it, or give your own copy with --trust FILE"
+    try:
+        items = json.loads(path.read_bytes())
+        if not isinstance(items, list):
+            raise ValueError("not a list of keys")
+        keys = tuple(TrustedKey.model_validate(item) for item in items)
+    except FileNotFoundError:
+        raise Refused(
+            "there is no list of trusted keys, so no signature can be believed", where=str(path), fix=fix
+        ) from None
+    except (OSError, ValidationError, ValueError, RecursionError) as error:
+        raise Refused(f"the list of trusted keys cannot be read: {error}", where=str(path), fix=fix) from error
+    for of in ("user", "fingerprint"):
+        if len({getattr(key, of) for key in keys}) != len(keys):
+            raise Refused(f"the list of trusted keys names one {of} twice", where=str(path), fix=fix)
+    return keys
+
+
+def write_trust(root: Path, keys: Iterable[TrustedKey]) -> None:
+    """Write the list, and each active key as `trust/USER.pem` for tools that read PEM (model_signing, openssl)."""
+    listed = sorted(keys, key=lambda key: key.user)
+    write_atomic(root / TRUST_FILE, canonical([key.model_dump(mode="json") for key in listed]))
+    for key in listed:
+        pem = root / TRUST_FILE.parent / f"{key.user}.pem"
+        if key.active:
+            write_atomic(pem, key.public_key.encode())
+        else:
+            pem.unlink(missing_ok=True)
+
+
+def find_key(keys: Iterable[TrustedKey], fingerprint: str) -> TrustedKey | None:
+    """The key with a fingerprint."""
+    return next((key for key in keys if key.fingerprint == fingerprint), None)
