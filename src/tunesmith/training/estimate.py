@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from tunesmith.core.errors import Refused
 from tunesmith.models import runtime
-from tunesmith.training.batches import Batch
+from tunesmith.models.batch import Batch
 
 _TIMED = 2
 

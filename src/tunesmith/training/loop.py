@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import Progress
+from tunesmith.models.attention import shared_prefix_attention
+from tunesmith.models.batch import Batch
 from tunesmith.models.network import Network, forward, rms_norm
-from tunesmith.training.attention import shared_prefix_attention
-from tunesmith.training.batches import Batch
 from tunesmith.training.checkpoints import load_checkpoint, save_checkpoint
 from tunesmith.training.lora import Lora
 from tunesmith.training.loss import cross_entropy

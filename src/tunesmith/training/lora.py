@@ -35,7 +35,7 @@ class Lora:
                 if found:
                     self.places.append((number, group))
                     self._start(layer.linear[group], found, generator)
-        self.copies = [master.to(network.dtype).requires_grad_() for master in self.masters]
+        self.copies = [master.detach().to(network.dtype, copy=True).requires_grad_() for master in self.masters]
 
     @property
     def parameters(self) -> int:

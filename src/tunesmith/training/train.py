@@ -19,11 +19,12 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.models import runtime
 from tunesmith.models.adapter import encode_adapter
 from tunesmith.models.base import BaseModel
+from tunesmith.models.batch import label_count, lay_out
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weights import load_network
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training.batches import label_count, lay_out, plan
+from tunesmith.training.batches import plan
 from tunesmith.training.estimate import Estimate, estimate
 from tunesmith.training.loop import Course, fit, trial_step
 from tunesmith.training.lora import Lora

@@ -1,4 +1,4 @@
-"""Attention of a training batch: rows behind a shared prefix, forward and backward in one function each.
+"""Attention of rows behind a shared prefix, forward and backward in one function each.
 
 The scores of a row against the shared prefix are one product for all rows; those against its own tokens are causal.
 Small dense products beat masked flash kernels on CPU at these lengths. Shapes: K key/value heads, G query heads for
@@ -8,21 +8,22 @@ each, B rows padded to L own tokens, P prefix tokens, D head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tunesmith.models.batch import Batch
 from tunesmith.models.network import Attend, Network
-from tunesmith.training.batches import Batch
 
 
 class Layout:
     """Where a batch's tokens lie in the padded [B, L] block that attention works on."""
 
-    def __init__(self, batch: Batch, network: Network) -> None:
-        self.prefix, self.rows, self.longest = batch.prefix, len(batch.lengths), max(batch.lengths)
-        slots = [row * self.longest + place for row, length in enumerate(batch.lengths) for place in range(length)]
+    def __init__(self, prefix: int, lengths: Sequence[int], network: Network) -> None:
+        self.prefix, self.rows, self.longest = prefix, len(lengths), max(lengths)
+        slots = [row * self.longest + place for row, length in enumerate(lengths) for place in range(length)]
         self.even = len(slots) == self.rows * self.longest
         self.slots = torch.tensor(slots)
         self.group = network.shape.heads // network.shape.kv_heads
@@ -45,12 +46,21 @@ class Layout:
 
 def shared_prefix_attention(batch: Batch, network: Network) -> Attend:
     """Attention for one batch, to be passed to network.forward."""
-    layout = Layout(batch, network)
+    layout = Layout(batch.prefix, batch.lengths, network)
 
     def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _Attention.apply(q, k, v, layout).flatten(1)  # type: ignore[no-any-return]
 
     return attend
+
+
+def attend_rows(layout: Layout, q: Tensor, k: Tensor, v: Tensor, kp: Tensor | None, vp: Tensor | None) -> Tensor:
+    """Mixed values [T, H, D] of rows whose shared prefix was computed before: kp, vp [K, P, D]. No gradients."""
+    queries = _queries(layout.pad(q), layout.group)
+    if kp is not None and vp is not None:
+        kp, vp = kp[:, None], vp[:, None]
+    mixed, _ = _attend(queries, _keys(layout.pad(k)), _keys(layout.pad(v)), kp, vp, layout.own_mask, layout.scale)
+    return layout.unpad(_tokens(mixed, layout.group))
 
 
 def _causal(length: int, group: int, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,87 @@
+"""How rows are laid end to end, so that what all of them begin with is computed once.
+
+A batch's rows stand one after another without padding. Their common beginning (the system prompt, the template's
+opening) stands once, before them: every row's attention reads it from there, and its gradient is the sum over the
+rows, exactly as if each row had carried its own copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tunesmith.models.rendering import Rendered
+
+
+@dataclass(frozen=True)
+class Batch:
+    """prefix tokens shared by all rows, then each row's own tokens.
+
+    ids, positions: [T]. lengths: own tokens of each row. predicts: places in T whose hidden state predicts a label.
+    labels: [N] the tokens predicted there.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    prefix: int
+    lengths: tuple[int, ...]
+    predicts: Tensor
+    labels: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed, the shared ones once."""
+        return self.ids.numel()
+
+
+def lay_out(rows: Sequence[Rendered]) -> Batch:
+    """Lay a batch's rows end to end behind what they share."""
+    prefix = _shared(rows)
+    ids = list(rows[0].ids[:prefix])
+    positions = list(range(prefix))
+    lengths: list[int] = []
+    predicts: list[int] = []
+    labels: list[int] = []
+    for row in rows:
+        last = max(place for place, marked in enumerate(row.trained) if marked)
+        own = row.ids[prefix:last]  # the last label is predicted, never read
+        offset = len(ids) - prefix
+        for place in range(prefix + 1, last + 1):
+            if row.trained[place]:
+                predicts.append(offset + place - 1)
+                labels.append(row.ids[place])
+        ids.extend(own)
+        positions.extend(range(prefix, last))
+        lengths.append(len(own))
+    return Batch(
+        ids=torch.tensor(ids),
+        positions=torch.tensor(positions),
+        prefix=prefix,
+        lengths=tuple(lengths),
+        predicts=torch.tensor(predicts),
+        labels=torch.tensor(labels),
+    )
+
+
+def label_count(row: Rendered) -> int:
+    """Labels of a row: its trained tokens (the first token of all is never predicted)."""
+    return sum(row.trained[1:])
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with."""
+    first, last = min(map(tuple, rows)), max(map(tuple, rows))
+    same = 0
+    for one, other in zip(first, last, strict=False):
+        if one != other:
+            break
+        same += 1
+    return same
+
+
+def _shared(rows: Sequence[Rendered]) -> int:
+    """Length of the common beginning that leaves every row the token before its first label."""
+    return max(0, min(common_prefix([row.ids for row in rows]), min(row.trained.index(True) for row in rows) - 1))

@@ -1,0 +1,94 @@
+"""Tiny random models of each supported family, with a real tokenizer and chat template, for unit tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from tunesmith.core.messages import Message
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+FAMILIES = {
+    "llama": lambda **k: LlamaConfig(**k),
+    "llama-untied": lambda **k: LlamaConfig(**{**k, "tie_word_embeddings": False}),
+    "llama-rope3": lambda **k: LlamaConfig(
+        **k,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "mistral": lambda **k: MistralConfig(**k, sliding_window=None),
+    "qwen2": lambda **k: Qwen2Config(**k, use_sliding_window=False),
+    "qwen3": lambda **k: Qwen3Config(**k, use_sliding_window=False),
+}
+
+
+def write_model(folder: Path, family: str = "llama", seed: int = 0, template: str = TEMPLATE) -> Path:
+    """A folder with random fp32 weights, tokenizer and template; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = _write_tokenizer(folder, template)
+    torch.manual_seed(seed)
+    config = FAMILIES[family](vocab_size=size, bos_token_id=0, eos_token_id=1, pad_token_id=1, **SIZES)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases too: a weight of exactly one or zero hides mistakes
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def row(request: str, answer: str, system: str = "Be brief.") -> tuple[Message, ...]:
+    """A conversation of three turns."""
+    return (
+        Message(role="system", content=system),
+        Message(role="user", content=request),
+        Message(role="assistant", content=answer),
+    )
+
+
+def _write_tokenizer(folder: Path, template: str) -> int:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["turn on the kitchen light", '{"intent":"on","slots":{}}'] * 4, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<|im_start|>",
+                "eos_token": "<|im_end|>",
+                "pad_token": "<|im_end|>",
+            }
+        )
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    return tokenizer.get_vocab_size()

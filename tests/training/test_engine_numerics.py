@@ -1,0 +1,182 @@
+"""The engine's arithmetic against transformers and PEFT, number by number, on tiny random models."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import FAMILIES, row, write_model
+from tunesmith.models.adapter import encode_adapter, read_adapter
+from tunesmith.models.base import resolve_base
+from tunesmith.models.batch import label_count, lay_out
+from tunesmith.models.network import frozen_linear
+from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.models.weights import load_network
+from tunesmith.store.store import Store
+from tunesmith.training.batches import plan
+from tunesmith.training.loop import batch_loss, fit, rate_at
+from tunesmith.training.lora import Lora
+from tunesmith.training.settings import TARGETS, TrainSettings
+
+ROWS = [
+    row("turn on the kitchen light", '{"intent":"on"}'),
+    row("turn off", '{"intent":"off","slots":{"area":"hall"}}'),
+    row("is the door locked?", '{"intent":"state"}'),
+]
+
+
+def _setting(tmp_path: Path, family: str) -> tuple[Path, list[Rendered]]:
+    folder = write_model(tmp_path / family, family)
+    renderer = Renderer(folder)
+    return folder, [renderer.conversation(messages) for messages in ROWS]
+
+
+def _reference_loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tensor:
+    """Summed over rows one at a time, mean over all labels: no padding, no shared prefix."""
+    total = torch.zeros(())
+    for one in rows:
+        ids = torch.tensor(one.ids)
+        labels = torch.where(torch.tensor(one.trained), ids, -100)
+        scores = model(ids[None]).logits[0]
+        total = total + torch.nn.functional.cross_entropy(scores[:-1], labels[1:], ignore_index=-100, reduction="sum")
+    return total / sum(label_count(one) for one in rows)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_forward_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> None:
+    folder, rows = _setting(tmp_path, family)
+    network = load_network(folder, torch.float32)
+    settings = TrainSettings(rank=4, learning_rate=0.02, warmup=0.0, schedule="constant", clip=1.0)
+    lora = Lora(network, settings)
+    reference = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM"),
+    )
+    base = resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
+    start = tmp_path / "start"
+    start.mkdir()
+    for name, data in encode_adapter(lora.adapter(), network, base).items():
+        (start / name).write_bytes(data)
+    assert not reference.load_adapter(str(start), "default").unexpected_keys
+    reference.train()
+    trained = [p for p in reference.parameters() if p.requires_grad]
+    batch = lay_out(rows)
+    assert batch.prefix > 5, "the rows share their system prompt"
+    assert len(set(batch.lengths)) > 1, "rows of unequal length"
+    ours = torch.optim.AdamW(lora.masters, lr=0.02, weight_decay=0.0)
+    theirs = torch.optim.AdamW(trained, lr=0.02, weight_decay=0.0)
+    for _ in range(4):
+        expected = _reference_loss(reference, rows)
+        expected.backward()
+        loss = batch_loss(network, lora, batch, float(batch.labels.numel()))
+        loss.backward()
+        lora.take_gradients()
+        assert float(loss) == pytest.approx(float(expected), rel=2e-5)
+        clipped = torch.nn.utils.clip_grad_norm_(lora.masters, 1.0)
+        assert float(clipped) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)), rel=1e-3)
+        ours.step()
+        theirs.step()
+        lora.refresh_copies()
+        theirs.zero_grad()
+    end = load_file(_save(tmp_path / "end", encode_adapter(lora.adapter(), network, base)))
+    state = {name.replace(".default", ""): value for name, value in reference.state_dict().items() if "lora_" in name}
+    assert set(end) == set(state)
+    # Adam divides by the gradient's size: where a gradient is all but zero, rounding decides its sign.
+    off = sum(int(((end[name] - state[name]).abs() > 2e-3).sum()) for name in end)
+    assert off <= 0.01 * sum(value.numel() for value in end.values())
+
+
+def _save(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder / "adapter_model.safetensors"
+
+
+def test_our_adapter_answers_the_same_in_peft(tmp_path: Path) -> None:
+    folder, rows = _setting(tmp_path, "llama")
+    network = load_network(folder, torch.float32)
+    lora = Lora(network, TrainSettings(rank=4, targets=("q_proj", "v_proj", "down_proj")))
+    with torch.no_grad():
+        for master, mask in zip(lora.masters, lora._masks, strict=True):
+            master.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+            if mask is not None:
+                master.mul_(mask)
+    lora.refresh_copies()
+    base = resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
+    path = _save(tmp_path / "adapter", encode_adapter(lora.adapter(), network, base)).parent
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), str(path))
+    batch = lay_out(rows)
+    with torch.no_grad():
+        expected = _reference_loss(model, rows)
+        assert float(batch_loss(network, lora, batch, batch.labels.numel())) == pytest.approx(float(expected), rel=1e-5)
+        without = _reference_loss(model.unload(), rows)
+    assert abs(float(without) - float(expected)) > 0.01, "the adapter changes something"
+    again = read_adapter(path, network, base)
+    for place, value in lora.adapter().a.items():
+        assert torch.equal(again.a[place], value)
+        assert torch.equal(again.b[place], lora.adapter().b[place])
+
+
+def test_a_batch_gives_the_mean_of_its_rows_whatever_the_company(tmp_path: Path) -> None:
+    folder, rows = _setting(tmp_path, "qwen3")
+    network = load_network(folder, torch.float32)
+    lora = Lora(network, TrainSettings(rank=2))
+    with torch.no_grad():
+        together = float(batch_loss(network, lora, lay_out(rows), 1.0))
+        alone = sum(float(batch_loss(network, lora, lay_out([one]), 1.0)) for one in rows)
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_no_label_is_lost_between_rendering_and_batch(tmp_path: Path) -> None:
+    folder, rows = _setting(tmp_path, "llama")
+    batch = lay_out(rows)
+    labels = [token for one in rows for token, marked in zip(one.ids, one.trained, strict=True) if marked]
+    assert batch.labels.tolist() == labels
+    end = Renderer(folder).stop_ids
+    assert sum(token in end for token in labels) == len(rows), "every answer's end token is learned"
+
+
+def test_plan_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
+    _, rows = _setting(tmp_path, "llama")
+    many = rows * 10
+    first = plan(many, 4, seed=1, epoch=0)
+    assert first == plan(many, 4, seed=1, epoch=0)
+    assert first != plan(many, 4, seed=1, epoch=1)
+    assert first != plan(many, 4, seed=2, epoch=0)
+    assert sorted(place for batch in first for place in batch) == list(range(30))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedule_rises_then_falls(schedule: str) -> None:
+    settings = TrainSettings(learning_rate=0.5, warmup=0.2, schedule=schedule)  # type: ignore[arg-type]
+    rates = [rate_at(step, 20, settings) for step in range(20)]
+    assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5])
+    assert max(rates) == 0.5
+    assert all(math.isfinite(rate) and rate > 0 for rate in rates)
+    assert (rates[-1] < 0.05) == (schedule != "constant")
+
+
+def test_frozen_linear_knows_biases(tmp_path: Path) -> None:
+    network = load_network(write_model(tmp_path / "m", "qwen2"), torch.float32)
+    assert set(network.layers[0].bias) == {"qkv"}
+    zero = frozen_linear(network)(0, "qkv", torch.zeros(1, 32))
+    assert torch.equal(zero[0], network.layers[0].bias["qkv"])
+
+
+def test_fit_learns(tmp_path: Path) -> None:
+    from tunesmith.core.progress import SILENT
+
+    folder, rows = _setting(tmp_path, "llama")
+    network = load_network(folder, torch.float32)
+    settings = TrainSettings(rank=4, learning_rate=0.02, warmup=0.0)
+    batches = [lay_out(rows)] * 30
+    course = fit(network, Lora(network, settings), batches, batches[:1], settings, tmp_path / "w", {}, SILENT)
+    assert course.curve[-1]["loss"] < 0.5 * course.curve[0]["loss"]
+    assert len(course.validation) == settings.validations
