@@ -87,7 +87,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise _refusal(path, f"larger than {_MAX_CONFIG_BYTES} bytes")
-        config = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        config = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise _refusal(path, f"not readable as JSON: {error}") from error
     if not isinstance(config, dict):
@@ -156,7 +156,8 @@ def _modules(value: Any) -> bool:
     return all(isinstance(name, str) and _MODULE.fullmatch(name) is not None for name in value)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: ValueError where an object names a key twice, which readers would resolve differently."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key occurs twice")

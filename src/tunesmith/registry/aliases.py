@@ -1,0 +1,123 @@
+"""champion and challenger: which version a name means now, for a tenant and region.
+
+An alias changes by compare-and-set on its revision, inside the caller's transaction, and writes its own entry of the
+audit log there: its history is the log's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from tunesmith.core.digests import short
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.store import audit, database
+from tunesmith.store.names import check_name, check_scope
+from tunesmith.store.recalls import recalled
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AliasRow, VersionRow
+
+ALIASES = ("champion", "challenger")
+
+
+class Alias(BaseModel):
+    """Where an alias points. version: the version record's digest. revision: what compare-and-set compares."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    alias: str
+    tenant: str
+    region: str
+    version: str
+    revision: int
+
+
+def get_alias(where: Store | Session, name: str, alias: str, tenant: str = "", region: str = "") -> Alias | None:
+    """Where an alias points for exactly this tenant and region; None where it points nowhere."""
+    if not isinstance(where, Session):
+        with database.reading(where.engine) as session:
+            return get_alias(session, name, alias, tenant, region)
+    row = where.get(AliasRow, (name, alias, tenant, region), populate_existing=True)
+    return _alias(row) if row is not None and row.version else None
+
+
+def list_aliases(store: Store, name: str | None = None) -> list[Alias]:
+    """Every alias that points somewhere."""
+    query = select(AliasRow).where(AliasRow.version != "").order_by(AliasRow.name, AliasRow.alias)
+    with database.reading(store.engine) as session:
+        return [_alias(row) for row in session.scalars(query) if name in (None, row.name)]
+
+
+def revision_of(session: Session, name: str, alias: str, tenant: str = "", region: str = "") -> int:
+    """What set_alias expects: the alias's revision, 0 where it was never set."""
+    row = session.get(AliasRow, (name, alias, tenant, region), populate_existing=True)
+    return row.revision if row is not None else 0
+
+
+def set_alias(
+    session: Session,
+    *,
+    name: str,
+    alias: str,
+    version: str | None,
+    expected: int,
+    actor: str,
+    tenant: str = "",
+    region: str = "",
+) -> Alias:
+    """Point an alias at a version's digest, or nowhere (None), if it is still at the revision the caller saw.
+
+    session: a write transaction (Store.change). expected: revision_of when the caller decided. Raises Refused where
+    another change came first, or the version is another name's, tenant's or region's, or recalled. Approval is the
+    caller's to require (approvals.require_approved with the same session).
+    """
+    if alias not in ALIASES:
+        raise UsageError(f"{alias[:80]!r} is not an alias", fix=f"aliases are {', '.join(ALIASES)}")
+    check_name(name, "version name")
+    check_scope(tenant, "tenant")
+    check_scope(region, "region")
+    if version is not None:
+        _check_version(session, name, version, tenant, region)
+    place: dict[str, Any] = {"name": name, "alias": alias, "tenant": tenant, "region": region}
+    if expected == 0 and session.get(AliasRow, tuple(place.values())) is None:
+        session.add(AliasRow(**place, version=version or "", revision=1))
+        session.flush()
+    else:
+        query = update(AliasRow).filter_by(**place).where(AliasRow.revision == expected)
+        changed = session.execute(query.values(version=version or "", revision=expected + 1))
+        if changed.rowcount != 1:  # type: ignore[attr-defined]
+            raise Refused(
+                f"{name}@{alias} was changed meanwhile",
+                where=f"revision {expected}",
+                fix="look again, then decide again",
+            )
+    after = Alias(**place, version=version or "", revision=expected + 1)
+    audit.append(session, actor=actor, action="alias.set", subject=f"{name}@{alias}", detail=after.model_dump())
+    return after
+
+
+def _check_version(session: Session, name: str, version: str, tenant: str, region: str) -> None:
+    row = session.scalars(select(VersionRow).where(VersionRow.digest == version)).first()
+    if row is None or row.name != name or row.tenant not in ("", tenant) or row.region not in ("", region):
+        raise Refused(
+            f"{short(version)} is not a version of {name} for tenant {tenant!r}, region {region!r}",
+            fix="register it for that tenant and region",
+        )
+    reason = recalled(session, version)
+    if reason is not None:
+        raise Refused(f"{name}@v{row.number} was recalled: {reason}", fix="use another version")
+
+
+def _alias(row: AliasRow) -> Alias:
+    return Alias(
+        name=row.name,
+        alias=row.alias,
+        tenant=row.tenant,
+        region=row.region,
+        version=row.version,
+        revision=row.revision,
+    )

@@ -1,0 +1,97 @@
+"""The audit log held against what it speaks of: heads that were signed elsewhere, and the state it led to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tunesmith.core.errors import TunesmithError
+from tunesmith.store import audit, database, identities
+from tunesmith.store.audit import Head, Pin
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AliasRow, UserRow, VersionRow
+
+State = dict[tuple[str, ...], Mapping[str, Any]]
+
+
+def verify_log(store: Store, heads: Iterable[Head] = ()) -> list[str]:
+    """What is wrong with the audit log, in sentences; empty where nothing is.
+
+    The chain must be whole; it must hold the head kept beside the database, the head that each version and approval
+    was signed with, and heads (which the caller kept elsewhere); and replaying it must give the users, versions and
+    aliases that the database has, so that a row changed behind its back shows.
+    """
+    pins = [Pin(witness="the head you gave", head=head) for head in heads]
+    problems: list[str] = []
+    for kind in ("version", "approval"):
+        for digest in store.records_of(kind):
+            try:
+                head = Head.model_validate(store.record(digest, kind=kind).body["audit"])
+            except (TunesmithError, ValueError, KeyError) as error:
+                what = error.what if isinstance(error, TunesmithError) else "it bears no head of the log"
+                problems.append(f"{kind} {digest.removeprefix('sha256:')[:12]} cannot bear witness: {what}")
+            else:
+                pins.append(Pin(witness=f"{kind} {digest.removeprefix('sha256:')[:12]}", head=head))
+    with database.reading(store.engine) as session:
+        problems += audit.verify(session, store.root, pins)
+        if not problems:
+            problems += _differences(_replay(session), _actual(session))
+    return problems
+
+
+def _replay(session: Session) -> State:
+    """The users, versions and aliases that the log's entries lead to."""
+    found: State = {}
+    for row in audit.entries(session):
+        detail = row.detail
+        if row.action.startswith("user.") and isinstance(detail.get("user"), dict):
+            found["user", row.subject] = detail["user"]
+        elif row.action == "version.register" and isinstance(detail.get("version"), dict):
+            version = detail["version"]
+            found["version", f"{version.get('name')}@v{version.get('number')}"] = version
+        elif row.action == "alias.set":
+            place = "/".join(str(detail.get(part, "")) for part in ("tenant", "region"))
+            found["alias", f"{row.subject} for {place}"] = detail
+    return found
+
+
+def _actual(session: Session) -> State:
+    """The same out of the tables."""
+    found: State = {}
+    for user in session.scalars(select(UserRow)):
+        found["user", user.name] = identities.state(user)
+    for version in session.scalars(select(VersionRow)):
+        found["version", f"{version.name}@v{version.number}"] = {
+            "name": version.name,
+            "number": version.number,
+            "tenant": version.tenant,
+            "region": version.region,
+            "digest": version.digest,
+        }
+    for alias in session.scalars(select(AliasRow)):
+        found["alias", f"{alias.name}@{alias.alias} for {alias.tenant}/{alias.region}"] = {
+            "name": alias.name,
+            "alias": alias.alias,
+            "tenant": alias.tenant,
+            "region": alias.region,
+            "version": alias.version,
+            "revision": alias.revision,
+        }
+    return found
+
+
+def _differences(logged: State, actual: State) -> list[str]:
+    problems = []
+    for key in sorted(logged.keys() | actual.keys()):
+        kind, name = key
+        if key not in logged:
+            problems.append(f"{kind} {name} is in the database, and the log knows nothing of it")
+        elif key not in actual:
+            problems.append(f"{kind} {name} is in the log and not in the database")
+        elif logged[key] != actual[key]:
+            parts = sorted(part for part in logged[key] if logged[key].get(part) != actual[key].get(part))
+            problems.append(f"{kind} {name} differs from what the log says of it: {', '.join(parts)}")
+    return problems

@@ -1,0 +1,382 @@
+"""Registering, finding and opening versions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tunesmith.candidates.candidate import Candidate, load_candidate
+from tunesmith.core.clock import now, stamp
+from tunesmith.core.digests import is_digest, short
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.files import sync_folder
+from tunesmith.registry import keys
+from tunesmith.registry.aliases import ALIASES, get_alias
+from tunesmith.registry.lineage import ancestors, blobs_of
+from tunesmith.registry.release import (
+    Release,
+    Statement,
+    Version,
+    adapter_blobs,
+    check_evidence,
+    check_release,
+    check_scopes,
+    parse_label,
+    read_version,
+    version_folder,
+)
+from tunesmith.registry.signing import RELEASE, Expired, Untrusted, private_copy, sign_folder, sync_files
+from tunesmith.registry.verification import Verification, verify_version
+from tunesmith.store import audit, database, identities
+from tunesmith.store.identities import User
+from tunesmith.store.names import check_name
+from tunesmith.store.recalls import recalled
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+from tunesmith.store.tables import VersionRow
+
+_FIX = "restore the version's folder from where it was signed, or register it again"
+
+__all__ = [
+    "LoadedVersion",
+    "Verification",
+    "Version",
+    "list_versions",
+    "load_version",
+    "open_release",
+    "register",
+    "resolve",
+    "verified_copy",
+    "verify_version",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedVersion:
+    """A verified version. adapter: a private PEFT folder to load from; None where the base answers alone."""
+
+    version: Version
+    candidate: Candidate
+    adapter: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Everything a version will state but its number, which is found inside the transaction."""
+
+    name: str
+    tenant: str
+    region: str
+    override: str | None
+    expires_at: str | None
+    parents: Mapping[str, str]
+    records: Mapping[str, Record]
+    blobs: Mapping[str, str]  # the adapter's files
+
+
+class _Again(Exception):
+    pass
+
+
+def register(
+    store: Store,
+    *,
+    name: str,
+    verdict: str,
+    actor: str,
+    tenant: str = "",
+    region: str = "",
+    override: str | None = None,
+    expires_at: str | None = None,
+) -> Version:
+    """Sign a judged candidate and keep it as the next version of name. The same verdict again gives the same version.
+
+    verdict: a verdict record's digest. override: why a verdict that is not a pass shall not stop it (admins only; the
+    version bears it). expires_at: ISO 8601 with a time zone. Raises Refused where the evidence, the adapter or the
+    actor's roles do not allow it, UsageError for bad names. Killed at any moment, the next call carries on.
+    """
+    check_name(name, "version name")
+    check_scopes(tenant, region)
+    identities.require(store, actor, "version.register", tenant=tenant, region=region)
+    plan = _plan(store, name, verdict, tenant, region, _reason(override), _expiry(expires_at))
+    if plan.override is not None:
+        identities.require(store, actor, "version.override", tenant=tenant, region=region)
+    signer: User | None = None
+    while True:
+        before = _rows(store, name)
+        known = _find_registered(store, plan)
+        if known is not None:
+            return known
+        signer = signer or keys.ensure_key(store, actor)
+        with contextlib.suppress(_Again):
+            version = _register(store, plan, signer, before)
+            identities.publish_trust(store)
+            return version
+
+
+def _register(store: Store, plan: _Plan, signer: User, before: set[int]) -> Version:
+    """The one transaction. before: the name's numbers when it was seen that this verdict is not among them."""
+    private_key = keys.signing_key(store, signer)
+    detail: dict[str, Any] = {}
+    made: Path | None = None
+    try:
+        with store.change(signer.name, "version.register", plan.name, detail) as session:
+            if _rows(session, plan.name) != before:  # another process registered something: look again
+                raise _Again
+            identities.require(session, signer.name, "version.register", tenant=plan.tenant, region=plan.region)
+            record = _carry_on(store, session, plan, signer)
+            if record is None:
+                record, made = _make(store, session, plan, signer, private_key)
+            version, _ = read_version(record, plan.name)
+            place = {"name": plan.name, "number": version.number, "tenant": plan.tenant, "region": plan.region}
+            session.add(VersionRow(**place, digest=version.digest))
+            detail |= {"version": {**place, "digest": version.digest}, "verdict": version.verdict}
+            detail |= {"override": version.override, "expires_at": version.expires_at}
+    except BaseException:
+        # Not registered: nobody must find a signed folder that nobody answers for. After a commit the row is there.
+        if made is not None and int(made.name[1:]) not in _rows(store, plan.name):
+            shutil.rmtree(made, ignore_errors=True)
+        raise
+    return version
+
+
+def resolve(store: Store, text: str, *, tenant: str = "", region: str = "") -> Version:
+    """The version that text names: `name@v3`, `name@champion`, `name@challenger` or the start of a digest.
+
+    Seen from a tenant and region: a version of another one answers exactly as one that does not exist. Raises
+    UsageError where there is none, or several.
+    """
+    check_scopes(tenant, region)
+    query = select(VersionRow.digest).where(VersionRow.tenant.in_(("", tenant)), VersionRow.region.in_(("", region)))
+    name, _, rest = text.partition("@")
+    if rest in ALIASES:
+        alias = get_alias(store, name, rest, tenant, region)
+        query = query.where(VersionRow.digest == (alias.version if alias else ""))
+    elif rest:
+        name, number = parse_label(text)
+        query = query.where(VersionRow.name == name, VersionRow.number == number)
+    else:
+        start = text.removeprefix("sha256:").lower()
+        if len(start) < 4 or not is_digest("sha256:" + start.ljust(64, "0")):
+            raise UsageError(f"{text[:80]!r} is not a version", fix="write NAME@vNUMBER, NAME@champion or a digest")
+        query = query.where(VersionRow.digest.startswith(f"sha256:{start}"))
+    with database.reading(store.engine) as session:
+        found = list(session.scalars(query.limit(2)))
+    if not found:
+        raise UsageError(f"there is no version {text[:80]!r}", fix="tunesmith show lists what is registered")
+    if len(found) > 1:
+        raise UsageError(f"several versions start with {text[:80]!r}", fix="give more digits")
+    return load_version(store, found[0])
+
+
+def load_version(store: Store, digest: str) -> Version:
+    """A registered version by its digest. Raises Refused where it is not registered, or the register disagrees."""
+    with database.reading(store.engine) as session:
+        row = session.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
+    if row is None:
+        raise Refused(f"{short(digest)} is not a registered version", fix="tunesmith register")
+    version, _ = read_version(store.record(digest, kind="version"), str(store.record_path(digest)))
+    stated = (version.name, version.number, version.tenant, version.region)
+    if stated != (row.name, row.number, row.tenant, row.region):
+        raise Refused(
+            f"the register says {row.name}@v{row.number}, the version's own record {version.label}",
+            where="database, table versions",
+            fix="run `tunesmith audit verify`",
+        )
+    return version
+
+
+def list_versions(store: Store, name: str | None = None) -> list[Version]:
+    """Registered versions by name and number, of every tenant and region."""
+    query = select(VersionRow.digest).order_by(VersionRow.name, VersionRow.number)
+    with database.reading(store.engine) as session:
+        digests = list(session.scalars(query if name is None else query.where(VersionRow.name == name)))
+    return [load_version(store, digest) for digest in digests]
+
+
+def check_not_recalled(session: Session, version: Version, statement: Statement) -> None:
+    """Raises Refused where the version, or anything it came of, was withdrawn."""
+    for digest in (version.digest, *statement.records, *statement.blobs):
+        reason = recalled(session, digest)
+        if reason is not None:
+            raise Refused(
+                f"{version.label} was recalled: {reason}",
+                where=f"{short(digest)}, which it came of" if digest != version.digest else version.label,
+                fix="use a version that does not rest on it",
+            )
+
+
+@contextlib.contextmanager
+def open_release(store: Store, version: Version, session: Session | None = None) -> Iterator[tuple[Path, Release]]:
+    """A private copy of a version's folder, verified, and what it is.
+
+    What happens to the store's own files afterwards has no effect. session: decide by what the caller's transaction
+    sees. Raises Refused where the register, the folder, the signature, the signer's standing today, the time or a
+    recall does not allow it.
+    """
+    registered = load_version(store, version.digest)
+    if registered != version:
+        raise Refused("this is not the version of that digest", where=version.label, fix="resolve it again")
+    with private_copy(version_folder(store.root, version.name, version.number)) as folder:
+        release = check_release(folder, identities.trusted_keys(session or store))
+        if release.version != registered:
+            raise Refused(f"the folder holds {release.version.label}, not {version.label}", where=str(folder), fix=_FIX)
+        if session is not None:
+            check_not_recalled(session, registered, release.statement)
+        else:
+            with database.reading(store.engine) as own:
+                check_not_recalled(own, registered, release.statement)
+        yield folder, release
+
+
+@contextlib.contextmanager
+def verified_copy(store: Store, version: Version) -> Iterator[LoadedVersion]:
+    """Open a version for use: its files are copied aside, verified there, and to be loaded from there.
+
+    Raises Refused as open_release does.
+    """
+    with open_release(store, version) as (folder, release):
+        candidate = load_candidate(store, version.candidate)
+        if candidate.tuned != bool(release.record.blobs):
+            raise Refused("the candidate and its release disagree on whether it has an adapter", where=str(folder))
+        yield LoadedVersion(version, candidate, folder if candidate.tuned else None)
+
+
+def _plan(
+    store: Store, name: str, verdict: str, tenant: str, region: str, override: str | None, expires_at: str | None
+) -> _Plan:
+    judged = store.record(verdict, kind="verdict")
+    parents = {role: judged.parents[role] for role in ("candidate", "evaluation")} | {"verdict": verdict}
+    records = ancestors(store, parents.values())
+    check_evidence(records, parents, override)
+    if override is not None and judged.body["verdict"] == "pass":
+        raise UsageError("the verdict is a pass: there is nothing to override", fix="leave --override out")
+    for digest in sorted(blobs_of(records.values())):
+        store.read_blob(digest)
+    return _Plan(
+        name=name,
+        tenant=tenant,
+        region=region,
+        override=override,
+        expires_at=expires_at,
+        parents=parents,
+        records=records,
+        blobs=adapter_blobs(records, parents["candidate"]),
+    )
+
+
+def _find_registered(store: Store, plan: _Plan) -> Version | None:
+    """The version that this verdict already became, unless it expired or its signer has lost the standing to sign."""
+    for version in list_versions(store, plan.name):
+        if (version.verdict, version.tenant, version.region) != (plan.parents["verdict"], plan.tenant, plan.region):
+            continue
+        with contextlib.suppress(Untrusted, Expired), open_release(store, version):
+            return version
+    return None
+
+
+def _carry_on(store: Store, session: Session, plan: _Plan, signer: User) -> Record | None:
+    """The record of a signed folder that was left without its database row by a process that was stopped in between."""
+    trusted = identities.trusted_keys(session)
+    for number in sorted(_numbers(store, plan.name) - _rows(session, plan.name)):
+        with contextlib.suppress(TunesmithError), private_copy(version_folder(store.root, plan.name, number)) as folder:
+            release = check_release(folder, trusted)
+            if _states(release, plan, number, signer):
+                store.put_record(release.record, session)
+                return release.record
+    return None
+
+
+def _states(release: Release, plan: _Plan, number: int, signer: User) -> bool:
+    stated = release.statement
+    return (
+        dict(release.record.parents) == dict(plan.parents)
+        and dict(release.record.blobs) == dict(plan.blobs)
+        and (stated.name, stated.number, stated.tenant, stated.region) == (plan.name, number, plan.tenant, plan.region)
+        and (stated.override, stated.expires_at, stated.signer) == (plan.override, plan.expires_at, signer.name)
+    )
+
+
+def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key: Path) -> tuple[Record, Path]:
+    """Build and sign the next version's folder aside, then rename it into place."""
+    # Never a number that a folder bears: an older backup of the database must not lead to overwriting a release.
+    number = max({0, *_rows(session, plan.name), *_numbers(store, plan.name)}) + 1
+    base = plan.records[plan.parents["candidate"]].parents["base"]
+    statement = Statement(
+        name=plan.name,
+        number=number,
+        tenant=plan.tenant,
+        region=plan.region,
+        base=base,
+        fingerprint=plan.records[base].body["fingerprint"],
+        signer=signer.name,
+        override=plan.override,
+        created_at=stamp(),
+        expires_at=plan.expires_at,
+        records=sorted(plan.records),
+        blobs=sorted(blobs_of(plan.records.values())),
+        audit=audit.newest(session),
+    )
+    record = Record(kind="version", parents=plan.parents, blobs=plan.blobs, body=statement.model_dump(mode="json"))
+    target = version_folder(store.root, plan.name, number)
+    work = store.root / "work"
+    work.mkdir(exist_ok=True)
+    for leftover in work.glob("registering-*"):  # writers take turns: whoever left it is gone
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=work, prefix="registering-") as aside:
+        folder = Path(aside) / target.name
+        folder.mkdir()
+        for file, digest in plan.blobs.items():
+            shutil.copyfile(store.blob_path(digest), folder / file)
+        (folder / RELEASE).write_bytes(record.encoded)
+        sign_folder(folder, private_key)
+        sync_files(folder)
+        with private_copy(folder) as copy:  # what cannot be verified is not handed on
+            check_release(copy, identities.trusted_keys(session))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The record first: a folder in place implies its record.
+        store.put_record(record, session)
+        os.rename(folder, target)
+    sync_folder(target.parent)
+    sync_folder(target.parent.parent)
+    return record, target
+
+
+def _numbers(store: Store, name: str) -> set[int]:
+    folders = (store.root / "versions" / name).glob("v[1-9]*")
+    return {int(folder.name[1:]) for folder in folders if folder.name[1:].isdecimal()}
+
+
+def _rows(where: Store | Session, name: str) -> set[int]:
+    if not isinstance(where, Session):
+        with database.reading(where.engine) as session:
+            return _rows(session, name)
+    return set(where.scalars(select(VersionRow.number).where(VersionRow.name == name)))
+
+
+def _reason(override: str | None) -> str | None:
+    if override is not None and not override.strip():
+        raise UsageError("an override needs a reason", fix='--override "why this shall not stop it"')
+    return override.strip() if override is not None else None
+
+
+def _expiry(text: str | None) -> str | None:
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None or moment <= now():
+        raise UsageError(f"{text[:80]!r} is not a moment to come", fix="write it as 2030-01-31T00:00:00Z")
+    return text
