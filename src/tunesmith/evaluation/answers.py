@@ -1,0 +1,134 @@
+"""Answers as evidence: read with suspicion, held against the rows that were asked and against what was learned from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.candidates.candidate import Candidate, load_candidate
+from tunesmith.core.digests import short
+from tunesmith.core.errors import Inconclusive, Refused, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.data.dataset import Dataset, Example, load_dataset
+from tunesmith.evaluation.general import GeneralQuestion, right_share
+from tunesmith.evaluation.scores import GENERAL, Column, column
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+ANSWERS = "answers.jsonl"
+# Whose probe a name is when no candidate is meant but the weights before tuning.
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """One candidate's answers to the test rows: id -> line, and the seconds they took together."""
+
+    digest: str
+    candidate_digest: str
+    candidate: Candidate
+    lines: Mapping[str, Mapping[str, Any]]
+    seconds: float
+
+
+def read_answers(store: Store, digest: str, name: str, dataset: Dataset, test: Sequence[Example]) -> Answers:
+    """A candidate's answers to the test rows, one for each. Raises Inconclusive for anything else."""
+    record = store.record(digest, kind="answers")
+    if record.parents.get("dataset") != dataset.digest:
+        answered = short(record.parents.get("dataset", "none"))
+        raise Inconclusive(
+            f"the answers of {name!r} are to dataset {answered}, not to {short(dataset.digest)}",
+            fix="let the candidate answer again",
+        )
+    if record.body.get("suite") != "test":
+        raise Inconclusive(
+            f"the answers of {name!r} are to the {record.body.get('suite')!r} rows, not to the test rows"
+        )
+    where = f"answers of {name!r}"
+    lines = _by_id(store, record, where, [example.id for example in test])
+    for identifier, line in lines.items():
+        if not isinstance(line.get("text"), str) or line.get("finish") not in ("stop", "length"):
+            raise Inconclusive("an answer without text or finish", where=f"{where}, {identifier}")
+        for key in ("prompt_tokens", "completion_tokens"):
+            if not _is_number(line.get(key)) or line[key] != int(line[key]):
+                raise Inconclusive(f"{key} is {line.get(key)!r}, not a count", where=f"{where}, {identifier}")
+    seconds: Any = record.body.get("seconds")
+    if not _is_number(seconds):
+        raise Inconclusive(f"seconds is {seconds!r}", where=where)
+    candidate = load_candidate(store, record.parents["candidate"])
+    if candidate.name != name:
+        raise UsageError(f"the answers given for {name!r} are those of {candidate.name!r}")
+    return Answers(digest, record.parents["candidate"], candidate, lines, float(seconds))
+
+
+def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: str, candidate: Candidate) -> None:
+    """Refuse a candidate that learned from, or shows in its prompt, a row or a group of the test rows."""
+    held_texts = {_texts(example.messages) for example in test}
+    held_ids, held_groups = {example.id for example in test}, {example.group for example in test}
+    if any(_texts(shot) in held_texts for shot in candidate.shots):
+        raise Refused(f"{name!r} shows a test row in its prompt", fix="choose shots among the training rows")
+    learned = {candidate.dataset} - {None}
+    if candidate.training is not None:
+        learned.add(store.record(candidate.training, kind="training").parents["dataset"])
+    for digest in sorted(str(each) for each in learned):
+        source = rows if digest == rows.digest else load_dataset(store, digest)
+        for example in source.examples("train"):
+            if example.id in held_ids or example.group in held_groups or _texts(example.messages) in held_texts:
+                raise Refused(
+                    f"{name!r} learned from the training row {example.id!r}, which is a test row or shares its group",
+                    where=f"dataset {short(digest)}",
+                    fix="train and evaluate on one dataset version, whose split holds whole groups out",
+                )
+
+
+def read_probe(
+    store: Store, digest: str, name: str, questions: Mapping[str, GeneralQuestion], given: Mapping[str, Answers]
+) -> Column:
+    """The share of the right choice for every question. name: BASE or a tuned candidate's. Raises Inconclusive."""
+    record = store.record(digest, kind="answers")
+    where = f"general probe of {name!r}"
+    if record.body.get("suite") != GENERAL:
+        raise Inconclusive(f"these are answers to {record.body.get('suite')!r}", where=where)
+    bases = {answers.candidate.base for answers in given.values()}
+    training = None if name == BASE else given[name].candidate.training
+    if {record.parents.get("base")} != bases or record.parents.get("training") != training:
+        raise Inconclusive("the probe was made with other weights than the candidates'", where=where, fix="probe again")
+    lines = _by_id(store, record, where, questions)
+    cells = {}
+    for identifier, question in questions.items():
+        scores = lines[identifier].get("scores")
+        cells[identifier] = (identifier, right_share(scores if isinstance(scores, list) else [], question))
+    return column(name, GENERAL, cells)
+
+
+def _by_id(store: Store, record: Record, where: str, expected: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The lines of answers.jsonl by id, exactly one for each expected id."""
+    if ANSWERS not in record.blobs:
+        raise Inconclusive("the record holds no answers", where=where)
+    lines: dict[str, dict[str, Any]] = {}
+    for number, raw in enumerate(store.read_blob(record.blobs[ANSWERS]).splitlines(), start=1):
+        try:
+            line = json.loads(raw)
+            identifier = str(line["id"])
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            raise Inconclusive("not an answer with an id", where=f"{where}, line {number}") from error
+        if identifier in lines:
+            raise Inconclusive(f"row {identifier!r} is answered twice", where=where)
+        lines[identifier] = line
+    missing, foreign = sorted(set(expected) - lines.keys()), sorted(lines.keys() - set(expected))
+    if missing:
+        raise Inconclusive(f"{len(missing)} of {len(expected)} rows have no answer, as {missing[0]!r}", where=where)
+    if foreign:
+        raise Inconclusive(f"{len(foreign)} answers are to rows that were not asked, as {foreign[0]!r}", where=where)
+    return lines
+
+
+def _texts(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+    return tuple((turn.role, " ".join(turn.content.split())) for turn in messages)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

@@ -1,0 +1,210 @@
+"""Gates: one requirement held against an evaluation's scores. Three outcomes: pass, fail, inconclusive.
+
+A gate with an interval passes where the whole interval is on the wanted side of the bound, fails where the whole of it
+is on the other side, and is inconclusive between. Evidence that is missing, too small or unusable is inconclusive.
+
+All gates of a verdict must pass, so each keeps its own error rate and no correction for their number is due: a release
+that violates any of them passes that one with at most its error rate (intersection-union test, Berger 1982).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from tunesmith.core.errors import Inconclusive
+from tunesmith.evaluation.answers import BASE
+from tunesmith.evaluation.scores import GENERAL, Column, check_paired, drop, rounded
+from tunesmith.evaluation.settings import BEST_UNTUNED, Forgetting, Gate, Lift, Threshold
+from tunesmith.evaluation.statistics import (
+    MINIMUM_GROUPS,
+    Interval,
+    confidence_at_look,
+    effective_groups,
+    interval,
+)
+
+Outcome = Literal["pass", "fail", "inconclusive"]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What gates judge: the scores of one evaluation, and whose turn it is.
+
+    columns: (candidate, metric) -> scores. tuned: candidate -> whether its weights differ from the base's.
+    candidate: the one judged. look: how many candidates have been judged on these test rows, this one included.
+    """
+
+    columns: Mapping[tuple[str, str], Column]
+    tuned: Mapping[str, bool]
+    candidate: str
+    look: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A gate's outcome. value, low, high are None where nothing could be measured; extra stands in the record too."""
+
+    outcome: Outcome
+    value: float | None
+    low: float | None
+    high: float | None
+    bound: float
+    reason: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def judge_gate(gate: Gate, evidence: Evidence) -> Finding:
+    """Hold one gate against the evidence. Never raises for the evidence's sake: what is unusable is inconclusive."""
+    try:
+        if isinstance(gate, Lift):
+            return _lift(gate, evidence)
+        if isinstance(gate, Forgetting):
+            return _forgetting(gate, evidence)
+        return _threshold(gate, evidence)
+    except Inconclusive as error:
+        return not_judged(gate, error.what)
+
+
+def not_judged(gate: Gate, reason: str) -> Finding:
+    """The finding of a gate for which there is no usable evidence."""
+    return Finding("inconclusive", None, None, None, bound_of(gate), reason)
+
+
+def bound_of(gate: Gate) -> float:
+    """The number that the gate's value is held against."""
+    if isinstance(gate, Lift):
+        return gate.at_least
+    if isinstance(gate, Forgetting):
+        return gate.drop_at_most
+    bound = gate.at_least if gate.at_least is not None else gate.at_most
+    assert bound is not None
+    return bound
+
+
+def best_untuned(evidence: Evidence, metric: str) -> str:
+    """The untuned candidate with the highest mean, the judged one aside; of equals the first by name.
+
+    The rival is chosen on the rows it is then compared on, which flatters the rival: the lift over it is, if anything,
+    understated. Raises Inconclusive where there is none.
+    """
+    rivals = [name for name, tuned in sorted(evidence.tuned.items()) if not tuned and name != evidence.candidate]
+    if not rivals:
+        raise Inconclusive("no untuned candidate was measured, so there is nothing to compare with")
+    return max(rivals, key=lambda name: float(np.mean(evidence.columns[name, metric].values)))
+
+
+def _lift(gate: Lift, evidence: Evidence) -> Finding:
+    rival = best_untuned(evidence, gate.metric) if gate.over == BEST_UNTUNED else gate.over
+    if rival == evidence.candidate:
+        raise Inconclusive("a candidate is not compared with itself")
+    own, other = evidence.columns[evidence.candidate, gate.metric], evidence.columns[rival, gate.metric]
+    check_paired(own, other)
+    _check_size(own)
+    confidence = confidence_at_look(gate.confidence, evidence.look)
+    measured = _rounded(
+        interval(own.values - other.values, own.groups, ends=(-1.0, 1.0), confidence=confidence, seed=evidence.seed)
+    )
+    outcome = _above(measured, gate.at_least)
+    reason = (
+        f"{_signed(measured.mean)} points of {gate.metric} over {rival} "
+        f"({_level(confidence)} interval {_signed(measured.low)} to {_signed(measured.high)}), "
+        f"at least {_signed(gate.at_least)} wanted"
+    )
+    if outcome == "inconclusive":
+        reason += _rows_needed(measured, gate.at_least)
+    extra = {"metric": gate.metric, "over": rival, "confidence": rounded(confidence)}
+    return Finding(outcome, measured.mean, measured.low, measured.high, gate.at_least, reason, extra)
+
+
+def _threshold(gate: Threshold, evidence: Evidence) -> Finding:
+    own = evidence.columns[evidence.candidate, gate.metric]
+    _check_size(own)
+    # Looking again does not weaken a bound on the measured rows themselves; it weakens what they say of others.
+    confidence = confidence_at_look(gate.confidence, evidence.look) if gate.confidence else 0.95
+    measured = _rounded(interval(own.values, own.groups, ends=(0.0, 1.0), confidence=confidence, seed=evidence.seed))
+    at_least, bound = gate.at_least is not None, bound_of(gate)
+    judged = measured if gate.confidence else Interval(measured.mean, measured.mean, measured.mean)
+    outcome = _above(judged, bound) if at_least else _below(judged, bound)
+    wanted = f"at {'least' if at_least else 'most'} {bound:.1%} wanted"
+    reason = (
+        f"{measured.mean:.1%} {gate.metric} ({_level(confidence)} interval {measured.low:.1%} to {measured.high:.1%}), "
+        f"{wanted} {'of the whole interval' if gate.confidence else 'of the measured rows'}"
+    )
+    if outcome == "inconclusive":
+        reason += _rows_needed(measured, bound)
+    extra = {"metric": gate.metric, "confidence": rounded(confidence)}
+    return Finding(outcome, measured.mean, measured.low, measured.high, bound, reason, extra)
+
+
+def _forgetting(gate: Forgetting, evidence: Evidence) -> Finding:
+    extra = {"metric": GENERAL, "over": BASE}
+    if not evidence.tuned[evidence.candidate]:
+        reason = "answers with the base's own weights, so nothing can have been forgotten"
+        return Finding("pass", 0.0, 0.0, 0.0, gate.drop_at_most, reason, extra)
+    before, after = evidence.columns.get((BASE, GENERAL)), evidence.columns.get((evidence.candidate, GENERAL))
+    if before is None or after is None:
+        raise Inconclusive("general ability was not measured before and after tuning")
+    confidence = confidence_at_look(gate.confidence, evidence.look)
+    measured = _rounded(drop(before, after, confidence=confidence, seed=evidence.seed))
+    outcome = _below(measured, gate.drop_at_most)
+    moved = "fell" if measured.mean > 0 else "rose"
+    reason = (
+        f"general ability {moved} by {abs(measured.mean) * 100:.1f} points (drop, {_level(confidence)} interval "
+        f"{_signed(measured.low)} to {_signed(measured.high)}), at most {_signed(gate.drop_at_most)} allowed"
+    )
+    return Finding(
+        outcome,
+        measured.mean,
+        measured.low,
+        measured.high,
+        gate.drop_at_most,
+        reason,
+        {**extra, "confidence": rounded(confidence)},
+    )
+
+
+def _above(measured: Interval, bound: float) -> Outcome:
+    return "pass" if measured.low >= bound else "fail" if measured.high < bound else "inconclusive"
+
+
+def _below(measured: Interval, bound: float) -> Outcome:
+    return "pass" if measured.high <= bound else "fail" if measured.low > bound else "inconclusive"
+
+
+def _check_size(column: Column) -> None:
+    found = effective_groups(column.groups)
+    if found < MINIMUM_GROUPS:
+        raise Inconclusive(
+            f"{len(column.ids)} test rows in groups that count as {found:.1f} of equal size: "
+            f"at least {MINIMUM_GROUPS} are needed before anything is concluded"
+        )
+
+
+def _rounded(measured: Interval) -> Interval:
+    """Judged as it is recorded, so that a reader who holds the record's numbers against the bound agrees."""
+    return Interval(rounded(measured.mean), rounded(measured.low), rounded(measured.high))
+
+
+def _rows_needed(measured: Interval, bound: float) -> str:
+    """How many times as many rows would decide, should the mean stay: an interval shrinks with their square root."""
+    gap = measured.mean - bound
+    if gap == 0.0:
+        return "; the mean is at the bound itself"
+    reach = measured.mean - measured.low if gap > 0 else measured.high - measured.mean
+    return f"; if the mean stays, about {max(1.1, (reach / gap) ** 2):.1f} times as many test rows would decide"
+
+
+def _signed(share: float) -> str:
+    """A share as signed points: 0.05 is +5.0. A rounded zero has no sign."""
+    text = f"{share * 100:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+def _level(confidence: float) -> str:
+    """0.95 is 95%; confidences tightened by repeated looks keep the digits that tell them apart."""
+    return f"{confidence * 100:.4g}%"

@@ -1,0 +1,162 @@
+"""Intervals and tests for scores of the same rows, where rows of one group stand or fall together.
+
+The interval is a Bayesian bootstrap over groups (Rubin 1981, Annals of Statistics 9) to which the worst thinkable group
+is added: for the lower end one whose rows all score the lowest possible value, for the upper end one whose rows all
+score the highest. That is Gaffke's bound for the mean of a bounded variable (Gaffke 2005, Mathematical Methods of
+Statistics 14; Learned-Miller and Thomas 2019, arXiv:1905.06208), with groups in place of single observations. Where
+every group is one row and scores are 0 or 1 it is the exact Clopper-Pearson interval.
+
+Why not the percentile or BCa bootstrap: with rare differences both resample what was seen and conclude too much. Five
+wins of five give them the interval [1, 1], two candidates that never differ give [0, 0], and for equal candidates that
+differ on 4% of 50 rows the percentile interval lies at or above zero in 37% of simulated evaluations where 2.5% are
+allowed. This interval stays at or below 2.5% there and with unequal groups, and is 4-15% wider where both are sound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.core.errors import Inconclusive
+
+Floats = NDArray[np.float64]
+
+# Fewer independent groups than this do not stand for the traffic to come, however clear their scores.
+MINIMUM_GROUPS = 20
+_DRAWS = 20_000
+_MOST_DRAWS = 200_000
+_TAIL_DRAWS = 250  # so many draws are to lie beyond an interval's end, which places it within 6% of its tail
+_SMALLEST_TAIL = 10 / _MOST_DRAWS  # with fewer than ten beyond it, an end is noise
+_CHUNK = 2_000_000  # weights in memory at a time
+_PERMUTATIONS = 9_999
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean and the two ends of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def effective_groups(groups: Sequence[str]) -> float:
+    """Kish's effective number of groups, (sum n)^2 / sum n^2: equal to their number where all are of one size.
+
+    A test set of fifty groups of which one holds nine rows in ten carries the weight of little more than one.
+    """
+    if not groups:
+        return 0.0
+    sizes = np.unique(np.asarray(groups), return_counts=True)[1].astype(np.float64)
+    return float(sizes.sum() ** 2 / (sizes**2).sum())
+
+
+def intervals(
+    values: Floats, groups: Sequence[str], *, ends: tuple[float, float], confidence: float, seed: int
+) -> list[Interval]:
+    """Two-sided interval of the mean of each column.
+
+    values: rows x columns, all within ends (the lowest and highest possible value). groups: one name a row.
+    The draws are the same for every column, so an interval does not depend on what else was asked.
+    Raises Inconclusive for no rows, and where the confidence asks for more draws than are sensible.
+    """
+    if values.shape[0] == 0:
+        raise Inconclusive("there are no scored rows")
+    tail = (1.0 - confidence) / 2.0
+    if tail < _SMALLEST_TAIL:
+        raise Inconclusive(f"a confidence of {confidence} is beyond what {_MOST_DRAWS} draws can show")
+    draws = min(max(_DRAWS, math.ceil(_TAIL_DRAWS / tail)), _MOST_DRAWS)
+    index = np.unique(np.asarray(groups), return_inverse=True)[1]
+    sizes: Floats = np.bincount(index).astype(np.float64)
+    sums = np.stack([np.bincount(index, weights=column) for column in values.T], axis=1).astype(np.float64)
+    below, above = _resampled(sums, sizes, ends, draws, seed)
+    low = np.quantile(below, tail, axis=0, method="lower")
+    high = np.quantile(above, 1.0 - tail, axis=0, method="higher")
+    means = [math.fsum(column) / len(column) for column in values.T.tolist()]
+    # A constant column's resampled mean can miss the mean itself by rounding alone.
+    return [
+        Interval(mean, min(float(a), mean), max(float(b), mean)) for mean, a, b in zip(means, low, high, strict=True)
+    ]
+
+
+def interval(
+    values: Floats, groups: Sequence[str], *, ends: tuple[float, float], confidence: float, seed: int
+) -> Interval:
+    """intervals() for one column of values (one a row)."""
+    return intervals(values[:, None], groups, ends=ends, confidence=confidence, seed=seed)[0]
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """Two-sided exact McNemar p-value: of wins + losses rows on which the two differ, how unlikely is this split.
+
+    It takes rows as independent; where groups hold several rows, sign_flip is the one to read.
+    """
+    from scipy.stats import binomtest
+
+    return float(binomtest(wins, wins + losses, 0.5).pvalue) if wins + losses else 1.0
+
+
+def sign_flip(differences: Floats, groups: Sequence[str], seed: int) -> float:
+    """Two-sided permutation p-value of a mean difference of zero, flipping the sign of whole groups.
+
+    differences: one a row. Exact for up to 13 groups, else of 9,999 random flips.
+    """
+    from scipy.stats import permutation_test
+
+    index = np.unique(np.asarray(groups), return_inverse=True)[1]
+    sums = np.bincount(index, weights=differences)
+    if not np.any(sums):
+        return 1.0
+
+    def total(sample: Floats, axis: int) -> Floats:
+        return np.asarray(np.sum(sample, axis=axis))
+
+    result = permutation_test(
+        (sums,),
+        total,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=_PERMUTATIONS,
+        batch=max(1, _CHUNK // len(sums)),
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
+
+
+def confidence_at_look(confidence: float, look: int) -> float:
+    """The two-sided confidence to use when a look-th candidate is judged on the same test rows (the first is 1).
+
+    Trying candidate after candidate on the same rows finds one that passes by luck. A two-sided interval used on one
+    side errs with probability alpha/2 (alpha = 1 - confidence). The first look spends that; all later looks share the
+    other half, the k-th taking alpha/2 / (k(k - 1)), which sums to alpha/2. So however many candidates are tried, the
+    probability that a worthless one passes stays at or below alpha. Raises Inconclusive where the share of a look has
+    become too small to compute (from the 23rd at 0.95): the rows can no longer tell merit from luck.
+    """
+    tail = (1.0 - confidence) / 2.0
+    if look > 1:
+        tail /= look * (look - 1)
+        if tail < _SMALLEST_TAIL:
+            raise Inconclusive(f"{look} candidates have been judged on these test rows: only fresh rows can decide now")
+    return 1.0 - 2.0 * tail
+
+
+def _resampled(sums: Floats, sizes: Floats, ends: tuple[float, float], draws: int, seed: int) -> tuple[Floats, Floats]:
+    """Resampled means (draws x columns) with the worst group at the lowest end, and with it at the highest."""
+    # RandomState's streams are frozen for good (NEP 19), Generator's are not, and a verdict must replay years later.
+    random = np.random.RandomState(seed)
+    groups, columns = sums.shape
+    below, above = np.empty((draws, columns)), np.empty((draws, columns))
+    step = max(1, _CHUNK // (groups + 1))
+    for start in range(0, draws, step):
+        stop = min(start + step, draws)
+        weights = random.standard_exponential((stop - start, groups + 1))
+        extra = weights[:, groups:] * sizes.mean()
+        rows = weights[:, :groups] @ sizes[:, None] + extra
+        total = weights[:, :groups] @ sums
+        below[start:stop] = (total + extra * ends[0]) / rows
+        above[start:stop] = (total + extra * ends[1]) / rows
+    return below, above

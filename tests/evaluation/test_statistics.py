@@ -1,0 +1,171 @@
+"""Intervals and tests: held against scipy, against what must never pass, and against simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from tunesmith.core.errors import Inconclusive
+from tunesmith.evaluation import statistics
+from tunesmith.evaluation.statistics import (
+    confidence_at_look,
+    effective_groups,
+    interval,
+    intervals,
+    mcnemar,
+    sign_flip,
+)
+
+SCORES = (0.0, 1.0)
+GAPS = (-1.0, 1.0)
+
+
+def alone(n: int) -> list[str]:
+    return [f"g{i}" for i in range(n)]
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 40), (1, 40), (20, 40), (39, 40), (40, 40), (198, 200), (700, 700)])
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+def test_is_clopper_pearson_for_single_rows_scored_0_or_1(right: int, n: int, confidence: float) -> None:
+    exact = stats.binomtest(right, n).proportion_ci(confidence, method="exact")
+    found = interval(
+        np.array([1.0] * right + [0.0] * (n - right)), alone(n), ends=SCORES, confidence=confidence, seed=0
+    )
+    assert found.mean == right / n
+    assert found.low == pytest.approx(exact.low, abs=0.004)
+    assert found.high == pytest.approx(exact.high, abs=0.004)
+
+
+def test_five_wins_of_five_do_not_exclude_a_coin() -> None:
+    assert interval(np.ones(5), alone(5), ends=GAPS, confidence=0.95, seed=0).low < 0.0
+
+
+def test_ties_leave_room_for_a_difference_either_way() -> None:
+    found = interval(np.zeros(100), alone(100), ends=GAPS, confidence=0.95, seed=0)
+    rule_of_three = 1 - 0.025 ** (1 / 100)
+    assert found.mean == 0.0
+    assert found.low == pytest.approx(-rule_of_three, abs=0.002)
+    assert found.high == pytest.approx(rule_of_three, abs=0.002)
+
+
+def test_rows_of_one_group_count_as_one_observation() -> None:
+    values = np.repeat([1.0, 0.0] * 15, 10)
+    grouped = interval(values, [f"g{i // 10}" for i in range(300)], ends=SCORES, confidence=0.95, seed=0)
+    by_group = interval(values[::10], alone(30), ends=SCORES, confidence=0.95, seed=0)
+    apart = interval(values, alone(300), ends=SCORES, confidence=0.95, seed=0)
+    assert (grouped.low, grouped.high) == pytest.approx((by_group.low, by_group.high))
+    assert grouped.high - grouped.low > 2 * (apart.high - apart.low)
+
+
+def test_effective_groups() -> None:
+    assert effective_groups(alone(30)) == pytest.approx(30)
+    assert effective_groups(["a"] * 90 + alone(10)) == pytest.approx(100**2 / (90**2 + 10))
+    assert effective_groups([]) == 0.0
+
+
+def test_is_the_same_on_every_call_whatever_else_is_asked() -> None:
+    values = np.random.default_rng(0).random((60, 3))
+    together = intervals(values, alone(60), ends=SCORES, confidence=0.95, seed=7)
+    one = interval(values[:, 1], alone(60), ends=SCORES, confidence=0.95, seed=7)
+    assert (together[1].low, together[1].high) == pytest.approx((one.low, one.high), abs=1e-12)
+    assert interval(values[:, 1], alone(60), ends=SCORES, confidence=0.95, seed=8) != one
+
+
+def test_resampling_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(1).random(40)
+    whole = interval(values, alone(40), ends=SCORES, confidence=0.95, seed=0)
+    monkeypatch.setattr(statistics, "_CHUNK", 41 * 333)
+    pieces = interval(values, alone(40), ends=SCORES, confidence=0.95, seed=0)
+    assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), abs=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 8)), min_size=1, max_size=40),
+    confidence=st.sampled_from([0.8, 0.95, 0.99]),
+)
+def test_holds_the_mean_within_the_ends_and_widens_with_confidence(
+    rows: list[tuple[float, int]], confidence: float
+) -> None:
+    values, groups = np.array([value for value, _ in rows]), [str(group) for _, group in rows]
+    found = interval(values, groups, ends=SCORES, confidence=confidence, seed=0)
+    wider = interval(values, groups, ends=SCORES, confidence=0.995, seed=0)
+    assert 0.0 <= found.low <= found.mean <= found.high <= 1.0
+    assert wider.low <= found.low + 1e-9
+    assert wider.high >= found.high - 1e-9
+    mirrored = interval(1.0 - values, groups, ends=SCORES, confidence=confidence, seed=0)
+    assert mirrored.low == pytest.approx(1.0 - found.high, abs=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(range(24)))
+def test_the_order_of_rows_does_not_matter(order: list[int]) -> None:
+    values = np.linspace(0, 1, 24)
+    groups = [f"g{i // 3}" for i in range(24)]
+    found = interval(values[order], [groups[i] for i in order], ends=SCORES, confidence=0.95, seed=0)
+    usual = interval(values, groups, ends=SCORES, confidence=0.95, seed=0)
+    assert (found.mean, found.low, found.high) == pytest.approx((usual.mean, usual.low, usual.high), abs=1e-9)
+
+
+def test_no_rows_are_no_evidence() -> None:
+    with pytest.raises(Inconclusive, match="no scored rows"):
+        interval(np.array([]), [], ends=SCORES, confidence=0.95, seed=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_is_the_exact_binomial_test(wins: int, losses: int) -> None:
+    expected = min(1.0, 2 * stats.binom.cdf(min(wins, losses), wins + losses, 0.5)) if wins + losses else 1.0
+    assert mcnemar(wins, losses) == pytest.approx(expected, abs=1e-9)
+
+
+def test_mcnemar_against_statsmodels() -> None:
+    table = pytest.importorskip("statsmodels.stats.contingency_tables", reason="statsmodels is not installed")
+    assert mcnemar(17, 6) == pytest.approx(table.mcnemar([[40, 17], [6, 30]], exact=True).pvalue, abs=1e-12)
+
+
+def test_sign_flip_of_few_groups_is_exact() -> None:
+    # Six groups that all win: two of the 64 ways to set signs are as extreme.
+    assert sign_flip(np.ones(12), [f"g{i // 2}" for i in range(12)], seed=0) == pytest.approx(2 / 64)
+    assert sign_flip(np.zeros(6), alone(6), seed=0) == 1.0
+
+
+def test_sign_flip_against_wilcoxon_s_cousin() -> None:
+    gaps = np.random.default_rng(5).choice([-1.0, 0.0, 1.0], size=200, p=[0.1, 0.7, 0.2])
+    wins, losses = int((gaps > 0).sum()), int((gaps < 0).sum())
+    # For -1, 0, 1 the permutation of signs is McNemar's test itself, up to 9,999 random flips.
+    assert sign_flip(gaps, alone(200), seed=0) == pytest.approx(mcnemar(wins, losses), abs=0.012)
+
+
+def test_looks_share_the_allowed_error() -> None:
+    tails = [(1 - confidence_at_look(0.95, look)) / 2 for look in range(1, 23)]
+    assert tails[0] == pytest.approx(0.025)
+    assert tails == sorted(tails, reverse=True)
+    assert sum(tails) < 0.05
+    with pytest.raises(Inconclusive, match="fresh rows"):
+        confidence_at_look(0.95, 23)
+
+
+@pytest.mark.parametrize(("groups", "per_group"), [(50, 1), (200, 1), (50, 4), (90, 7)])
+@pytest.mark.parametrize("differing", [0.04, 0.3])
+def test_equal_candidates_rarely_seem_better(groups: int, per_group: int, differing: float) -> None:
+    """400 evaluations of equal candidates: at most 2.5% may lie wholly above zero (4.5% leaves three standard errors)."""
+    draw = np.random.default_rng(groups * 10 + per_group)
+    names = [f"g{i // per_group}" for i in range(groups * per_group)]
+    chances = [differing / 2, 1 - differing, differing / 2]
+    shared = draw.choice([-1.0, 0.0, 1.0], size=(400, groups), p=chances).repeat(per_group, axis=1)
+    own = draw.choice([-1.0, 0.0, 1.0], size=shared.shape, p=chances)
+    gaps = np.where(draw.random(shared.shape) < 0.6, shared, own)
+    found = intervals(gaps.T, names, ends=GAPS, confidence=0.95, seed=0)
+    assert np.mean([each.low >= 0.0 for each in found]) <= 0.045
+    assert np.mean([each.low <= 0.0 <= each.high for each in found]) >= 0.92
+
+
+def test_a_real_difference_is_seen() -> None:
+    draw = np.random.default_rng(9)
+    gaps = draw.choice([-1.0, 0.0, 1.0], size=(200, 400), p=[0.05, 0.6, 0.35])
+    found = intervals(gaps, alone(200), ends=GAPS, confidence=0.95, seed=0)
+    assert np.mean([each.low >= 0.05 for each in found]) > 0.95
