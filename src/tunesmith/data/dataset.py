@@ -1,0 +1,97 @@
+"""A dataset version as the floors above read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tunesmith.core.digests import canonical, digest_of
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+SPLITS = ("train", "validation", "test")
+REMOVED = "removed.jsonl"
+_ID_LENGTH = 20
+
+
+class Example(BaseModel):
+    """One conversation. messages end with the assistant's answer; id is that of the content and its source."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    messages: tuple[Message, ...]
+    source: str
+    licence: str
+    group: str
+    subject: str | None = None
+    tenant: str | None = None
+    region: str | None = None
+
+    @property
+    def request(self) -> tuple[Message, ...]:
+        """The turns before the answer."""
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        """The text to learn."""
+        return self.messages[-1].content
+
+
+def example_id(messages: Sequence[Message], source: str) -> str:
+    """The id of a conversation from a source: 80 bits of its digest, the same wherever the row stands in the file."""
+    content = [[turn.role, turn.content] for turn in messages]
+    return digest_of({"messages": content, "source": source}).removeprefix("sha256:")[:_ID_LENGTH]
+
+
+def encode_examples(examples: Sequence[Example]) -> bytes:
+    """Canonical JSON, one example a line, in the order of the ids: the same examples give the same bytes."""
+    ordered = sorted(examples, key=lambda example: example.id)
+    return b"".join(canonical(example.model_dump(mode="json")) + b"\n" for example in ordered)
+
+
+class Dataset:
+    """A dataset record and its examples, read when asked for and held against their digests."""
+
+    def __init__(self, store: Store, digest: str, record: Record) -> None:
+        self._store = store
+        self.digest, self.record = digest, record
+
+    @cached_property
+    def splits(self) -> dict[str, int]:
+        """Split name -> number of examples."""
+        return {name: int(self.record.body["splits"][name]) for name in SPLITS}
+
+    def examples(self, split: str) -> list[Example]:
+        """The split's examples in the order of their ids. Raises UsageError for a split that there is not."""
+        if split not in SPLITS:
+            raise UsageError(f"there is no split {split!r}", fix=f"one of {', '.join(SPLITS)}")
+        name = f"{split}.jsonl"
+        if name not in self.record.blobs:
+            raise Refused(f"the dataset record has no {name}", where=self.digest, fix="build the dataset again")
+        data = self._store.read_blob(self.record.blobs[name])
+        try:
+            return [Example.model_validate(json.loads(line)) for line in data.splitlines()]
+        except (ValidationError, ValueError) as error:
+            raise Refused(f"{name} does not hold examples: {error}", where=self.digest) from error
+
+    def removed(self) -> list[Mapping[str, Any]]:
+        """What was read and not kept: id, source, row, reason."""
+        return [json.loads(line) for line in self._store.read_blob(self.record.blobs[REMOVED]).splitlines()]
+
+
+def load_dataset(store: Store, digest: str) -> Dataset:
+    """Read a dataset version. Raises Refused where it is missing or damaged, UsageError for another kind of record."""
+    return Dataset(store, digest, store.record(digest, kind="dataset"))
+
+
+def encode_removed(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Canonical JSON, one removed row a line, in an order that does not depend on how the rows came."""
+    return b"".join(sorted(canonical(dict(row)) + b"\n" for row in rows))

@@ -1,0 +1,213 @@
+"""One row at a time: from its fields to an example, or to an entry in the account of what was removed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.data import formats
+from tunesmith.data.account import OFF_SCHEMA, OVERLONG, PRIVATE, SPOILT, Account, Kept
+from tunesmith.data.dataset import Example, example_id
+from tunesmith.data.duplicates import request_text
+from tunesmith.data.licences import permitted
+from tunesmith.data.privacy import Scanner
+from tunesmith.data.settings import DataSettings, Source
+from tunesmith.data.sources import Row
+from tunesmith.data.splits import wording_group
+
+CountTokens = Callable[[Sequence[Message]], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Why a row goes no further. example: its id, where it got as far as having one."""
+
+    reason: str
+    example: str | None = None
+
+
+@dataclass
+class Examiner:
+    """The checks that a row passes in turn: shape, licence, control tokens, length, privacy, answer.
+
+    count_tokens, max_tokens: where either is None no length is checked. answer_schema: JSON Schema of the answer's
+    text. special_tokens: texts that mean something to the base's tokenizer.
+    """
+
+    settings: DataSettings
+    account: Account
+    count_tokens: CountTokens | None = None
+    max_tokens: int | None = None
+    answer_schema: Mapping[str, Any] | None = None
+    special_tokens: Sequence[str] = ()
+
+    @cached_property
+    def scanner(self) -> Scanner:
+        """Loaded with the first row: the patterns take a second."""
+        return Scanner(self.settings.privacy)
+
+    @cached_property
+    def valid_answer(self) -> Callable[[str], bool]:
+        """Whether an answer's text is JSON under the schema."""
+        return _answer_check(self.answer_schema)
+
+    def examine(self, row: Row, source: Source, shape: formats.Shape) -> Kept | None:
+        """The row's example; None where it was removed, which the account then holds."""
+        found = self._judge(row, source, shape)
+        if isinstance(found, Kept):
+            return found
+        self.account.remove(row.source, row.number, found.reason, found.example)
+        return None
+
+    def _judge(self, row: Row, source: Source, shape: formats.Shape) -> Kept | Removed:
+        fields = renamed(row, source.rename)
+        turns = formats.read_turns(Row(row.source, row.number, fields), shape, self.account.ignored)
+        self._count_ignored(fields, source, shape)
+        if (reason := formats.objection(turns)) is not None:
+            return Removed(reason)
+        licence = permitted(_licence(row, fields, source), self.settings.licences.allow, row.where)
+        original = formats.conversation(turns)
+        self._refuse_control_tokens(original, row)
+        fitting = self._fit(original, row)
+        if fitting is None:
+            return Removed(OVERLONG)
+        scan = self.scanner.scan(fitting)
+        self.account.privacy.update(scan.found)
+        messages = fitting if self.settings.privacy.action == "report" else scan.messages
+        name = example_id(messages, row.source)
+        if scan.found and self.settings.privacy.action == "refuse":
+            raise Refused(
+                f"the row holds {', '.join(sorted(scan.found))}",
+                where=row.where,
+                fix="clean the source, or set data.privacy.action to pseudonymise or remove",
+            )
+        if scan.found and self.settings.privacy.action == "remove":
+            return Removed(PRIVATE, name)
+        if messages != fitting and (self._fit(messages, row) != messages):
+            return Removed(OVERLONG, name)
+        if not self.valid_answer(messages[-1].content):
+            return Removed(SPOILT if self.valid_answer(fitting[-1].content) else OFF_SCHEMA, name)
+        example = Example(
+            id=name,
+            messages=messages,
+            source=row.source,
+            licence=licence,
+            group=self._group(fields, row, messages),
+            subject=_label(fields, source.subject_key, row),
+            tenant=_label(fields, source.tenant_key, row),
+            region=_label(fields, source.region_key, row),
+        )
+        return Kept(example, row.number, messages != original)
+
+    def _count_ignored(self, fields: Mapping[str, Any], source: Source, shape: formats.Shape) -> None:
+        labels = {*_licence_keys(source), source.subject_key, source.tenant_key, source.region_key}
+        read = shape.needs | shape.also | labels | {self.settings.split.group_by}
+        self.account.ignored.update(fields.keys() - read)
+
+    def _refuse_control_tokens(self, messages: Sequence[Message], row: Row) -> None:
+        for turn in messages:
+            for token in self.special_tokens:
+                if token in turn.content:
+                    raise Refused(
+                        f"the {turn.role} turn holds the control token {token}",
+                        where=row.where,
+                        fix="remove or spell out the token: the model would take it for the conversation's own frame",
+                    )
+
+    def _fit(self, messages: tuple[Message, ...], row: Row) -> tuple[Message, ...] | None:
+        """The messages, without their oldest exchanges where they may be truncated; None where they do not fit.
+
+        Neither a single turn nor the answer is ever cut: half an answer teaches to stop early.
+        """
+        if self.count_tokens is None or self.max_tokens is None:
+            return messages
+        length = self.count_tokens(messages)
+        frame = messages[:1] if messages[0].role == "system" else ()
+        spoken = messages[len(frame) :]
+        while length > self.max_tokens and self.settings.overlong == "truncate" and len(spoken) > 2:
+            spoken = spoken[2:]
+            length = self.count_tokens((*frame, *spoken))
+        if length <= self.max_tokens:
+            self.account.longest = max(self.account.longest, length)
+            return (*frame, *spoken)
+        if self.settings.overlong == "refuse":
+            raise Refused(
+                f"the conversation has {length} tokens and {self.max_tokens} fit",
+                where=row.where,
+                fix="shorten it, or set data.overlong to drop or truncate",
+            )
+        return None
+
+    def _group(self, fields: Mapping[str, Any], row: Row, messages: Sequence[Message]) -> str:
+        key = self.settings.split.group_by
+        if key is None:
+            return wording_group(request_text(messages), messages[-1].content)
+        group = _label(fields, key, row)
+        if not group:
+            raise UsageError(
+                f"the row has no {key}, by which data.split groups rows", where=row.where, fix="add it to every row"
+            )
+        return group
+
+
+def renamed(row: Row, names: Mapping[str, str]) -> Mapping[str, Any]:
+    """The row's fields with a source's renames. Raises UsageError where a new name is taken."""
+    if not names:
+        return row.fields
+    fields = {names.get(key, key): value for key, value in row.fields.items()}
+    if len(fields) != len(row.fields):
+        raise UsageError("two keys of the row have one name after renaming", where=row.where)
+    return fields
+
+
+def _licence_keys(source: Source) -> tuple[str, ...]:
+    """The default key is read in both spellings, so that no row's own licence goes unseen."""
+    return ("licence", "license") if source.licence_key == "licence" else (source.licence_key,)
+
+
+def _licence(row: Row, fields: Mapping[str, Any], source: Source) -> str | None:
+    """The row's own licence where it states one, else its source's."""
+    own = {_label(fields, key, row) for key in _licence_keys(source) if fields.get(key) is not None}
+    if len(own) > 1:
+        raise UsageError("the row states two licences", where=row.where, fix="join them: `A AND B`")
+    return own.pop() if own else source.licence
+
+
+def _label(fields: Mapping[str, Any], key: str, row: Row) -> str | None:
+    value = fields.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise UsageError(f"{key} is a {type(value).__name__}, not text", where=f"{row.where}, {key}")
+    return formats.text_of({key: str(value)}, key, row.where)
+
+
+def _answer_check(schema: Mapping[str, Any] | None) -> Callable[[str], bool]:
+    if schema is None:
+        return lambda _text: True
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    kind = validator_for(schema)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise UsageError(f"not a JSON Schema: {error.message}", where="task.schema") from error
+    validator = kind(schema, registry=Registry())  # nothing is fetched
+
+    def check(text: str) -> bool:
+        try:
+            return bool(validator.is_valid(json.loads(text)))
+        except Unresolvable as error:
+            raise UsageError(f"the schema refers to what it does not hold: {error}", where="task.schema") from error
+        except (ValueError, RecursionError):
+            return False
+
+    return check

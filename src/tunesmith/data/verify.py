@@ -1,0 +1,84 @@
+"""A dataset version held against what its record says of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from tunesmith.core.errors import TunesmithError
+from tunesmith.data.build import counts, near_threshold
+from tunesmith.data.dataset import SPLITS, Dataset, Example, example_id, load_dataset
+from tunesmith.data.settings import DataSettings
+from tunesmith.data.splits import leakage, split_of
+from tunesmith.store.store import Store
+
+
+def verify_dataset(store: Store, digest: str) -> dict[str, Any]:
+    """Recompute digests, ids, splits, counts and the leakage proof.
+
+    Returns {"dataset", "ok", "checked": number of things compared, "problems": [{"path", "reason"}]}.
+    """
+    problems: list[dict[str, str]] = []
+    checked = 1
+    try:
+        dataset = load_dataset(store, digest)
+        settings = DataSettings.model_validate(dataset.record.body["settings"])
+    except (TunesmithError, KeyError, ValueError) as error:
+        return _document(digest, checked, [{"path": "record", "reason": str(error)}])
+    splits: dict[str, list[Example]] = {}
+    for name in SPLITS:
+        checked += 1
+        try:
+            splits[name] = dataset.examples(name)
+        except TunesmithError as error:
+            problems.append({"path": error.where or f"{name}.jsonl", "reason": error.what})
+    try:
+        checked += 1
+        removed = dataset.removed()
+    except (TunesmithError, KeyError) as error:
+        problems.append({"path": "removed.jsonl", "reason": str(error)})
+    if problems:  # nothing more can be said of rows that are not the ones that were sealed
+        return _document(digest, checked, problems)
+    problems.extend(_row_problems(splits, settings))
+    stated = {**_stated(dataset), "rows removed": dataset.record.body["rows"]["removed"]}
+    shared = leakage(splits, near_threshold(settings))
+    again = {
+        **counts(splits),
+        "leakage": shared.as_json(near_threshold(settings)),
+        "rows kept": sum(map(len, splits.values())),
+        "rows read": sum(map(len, splits.values())) + len(removed),
+        "rows removed": dict(sorted(Counter(str(row["reason"]) for row in removed).items())),
+    }
+    for what, value in again.items():
+        if stated[what] != value:
+            problems.append({"path": what, "reason": f"the record says {stated[what]}, the rows say {value}"})
+    for what, number in (("shared_groups", shared.shared_groups), ("near_pairs", shared.near_pairs)):
+        if number:
+            problems.append({"path": f"leakage.{what}", "reason": f"is {number}, and must be 0"})
+    return _document(digest, checked + len(again) + sum(map(len, splits.values())), problems)
+
+
+def _stated(dataset: Dataset) -> dict[str, Any]:
+    body = dataset.record.body
+    rows = {f"rows {key}": body["rows"][key] for key in ("read", "kept")}
+    return {**{key: body[key] for key in ("splits", "groups", "licences", "leakage")}, **rows}
+
+
+def _row_problems(splits: dict[str, list[Example]], settings: DataSettings) -> list[dict[str, str]]:
+    problems = []
+    seen: set[str] = set()
+    for name, examples in splits.items():
+        for example in examples:
+            path = f"{name}.jsonl, {example.id}"
+            if example.id != example_id(example.messages, example.source):
+                problems.append({"path": path, "reason": "the id is not that of the content"})
+            if example.id in seen:
+                problems.append({"path": path, "reason": "the id stands twice"})
+            if split_of(example.group, settings.split) != name:
+                problems.append({"path": path, "reason": "the row's group belongs to another split"})
+            seen.add(example.id)
+    return problems
+
+
+def _document(digest: str, checked: int, problems: list[dict[str, str]]) -> dict[str, Any]:
+    return {"dataset": digest, "ok": not problems, "checked": checked, "problems": problems}
