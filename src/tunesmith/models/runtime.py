@@ -50,3 +50,11 @@ def peak_memory() -> int:
 def available_memory() -> int:
     """Bytes this process could still take."""
     return int(psutil.virtual_memory().available)
+
+
+def describe() -> str:
+    """The processor's cores and what it computes bf16 with."""
+    cores = len(os.sched_getaffinity(0))
+    capability = torch.backends.cpu.get_cpu_capability()
+    native = "native" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated: training will be slow"
+    return f"{cores} cores, {capability}, bf16 {native}"

@@ -25,6 +25,13 @@ class TrainSettings(Settings):
         tuple[str, ...], Field(min_length=1, description="linear layers to adapt: all, or names such as q_proj")
     ] = ("all",)
     learning_rate: Annotated[float, Field(gt=0, lt=1, description="the highest one, reached after the warm-up")] = 1e-3
+    rows: Annotated[
+        int | None, Field(ge=1, description="train on so many rows, drawn by the seed; all of them where left out")
+    ] = None
+    permute_answers: Annotated[
+        bool,
+        Field(description="a control: deal the answers to the wrong requests; what it scores comes of form alone"),
+    ] = False
     epochs: Annotated[int, Field(ge=1, le=100, description="passes over the training rows")] = 1
     batch: Annotated[int, Field(ge=1, le=4096, description="rows a step")] = 16
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of the steps in which the rate rises")] = 0.05

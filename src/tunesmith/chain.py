@@ -1,0 +1,540 @@
+"""The stages in order: what is stale, what is skipped, where to resume. The only place that knows them all.
+
+A stage's key is the digest of everything its result depends on: its settings, its parents' digests and its revision.
+The record a key gave is kept in the store, so a stage whose inputs did not change is not run again, and one that was
+stopped half way carries on in a work folder named by its key.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.candidates.answering import Answerer, compose, turns_only
+from tunesmith.candidates.candidate import Candidate, load_candidate, put_candidate
+from tunesmith.candidates.settings import CandidateSettings
+from tunesmith.candidates.shots import choose_shots
+from tunesmith.core.digests import canonical, digest_file, digest_of
+from tunesmith.core.errors import UsageError
+from tunesmith.core.files import lock, write_atomic
+from tunesmith.core.messages import Message
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.data.build import build_dataset, dataset_document
+from tunesmith.data.dataset import Dataset, Example, load_dataset
+from tunesmith.data.sources import find_files
+from tunesmith.evaluation.evaluate import evaluate as score_answers
+from tunesmith.evaluation.evaluate import evaluation_document
+from tunesmith.evaluation.general import general_digest, general_questions
+from tunesmith.evaluation.settings import Forgetting
+from tunesmith.evaluation.verdict import judge, verdict_document
+from tunesmith.inference.engine import Question
+from tunesmith.project import Project
+from tunesmith.registry.versions import Version
+from tunesmith.registry.versions import register as register_version
+from tunesmith.store.records import Record
+
+if TYPE_CHECKING:
+    from tunesmith.inference.embedded import EmbeddedEngine
+    from tunesmith.models.base import BaseModel
+    from tunesmith.training.settings import TrainSettings
+
+# Bump a stage's number when what it computes from the same inputs changes.
+_REVISIONS = {"data": 1, "train": 1, "answer": 1, "probe": 1, "evaluate": 1, "gate": 1}
+_ANSWERED_TOGETHER = 64  # rows whose answers are kept at once: what kill -9 can undo
+_GENERAL = "general"
+_BASE = "base"
+
+
+@dataclass
+class Stage:
+    """How one stage went. seconds: 0 where it was skipped."""
+
+    name: str
+    seconds: float
+    skipped: bool
+
+
+@dataclass
+class Chain:
+    """One walk along the chain for a project. Stages are asked for by what they give; each looks for it first."""
+
+    project: Project
+    progress: Progress = SILENT
+    stages: list[Stage] = field(default_factory=list)
+
+    @cached_property
+    def base(self) -> BaseModel:
+        """The base model, found and pinned."""
+        from tunesmith.models.base import resolve_base
+
+        began = time.perf_counter()
+        found = resolve_base(self.project.store, self.project.settings.base, self.project.root, self.progress)
+        self.stages.append(Stage("base", time.perf_counter() - began, skipped=False))
+        return found
+
+    @cached_property
+    def engine(self) -> EmbeddedEngine:
+        """The engine that answers, loaded on first need."""
+        from tunesmith.inference.embedded import EmbeddedEngine
+
+        return EmbeddedEngine(self.base)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The sealed dataset version of the project's sources."""
+        project = self.project
+        sources = find_files(project.settings.data.sources, project.root)
+        schema = project.schema
+        inputs = {
+            "settings": project.settings.data.model_dump(mode="json"),
+            "files": {file.name: digest_file(file.path) for file in sources},
+            "schema": schema,
+            "rendering": self.base.fingerprint,
+            "room": self._row_tokens,
+        }
+
+        def build(_work: Path) -> str:
+            return build_dataset(
+                project.store,
+                project.settings.data,
+                project.root,
+                count_tokens=self.engine.count_row,
+                max_tokens=self._row_tokens,
+                answer_schema=schema,
+                special_tokens=self.engine.special_tokens,
+                progress=self.progress,
+            )
+
+        return load_dataset(project.store, self._stage("data", "data", inputs, build))
+
+    def candidate(self, name: str, restart: bool = False) -> str:
+        """Digest of a candidate of the project file; trains its adapter where it has one that is not there yet."""
+        settings = self.settings_of(name)
+        candidate = self._untrained(name, settings)
+        if settings.train is not None:
+            training = self._train(name, candidate, settings.train, restart)
+            candidate = candidate.model_copy(update={"training": training})
+        return put_candidate(self.project.store, candidate)
+
+    def training(self, name: str, restart: bool = False) -> str:
+        """Digest of a candidate's training. Raises UsageError for a candidate that has none."""
+        training = load_candidate(self.project.store, self.candidate(name, restart)).training
+        if training is None:
+            tuned = [each for each, settings in self.project.settings.candidates.items() if settings.train]
+            raise UsageError(
+                f"candidate {name!r} has no training",
+                where=f"candidates.{name}",
+                fix=f"name one of {', '.join(tuned)}" if tuned else "give it `train:`",
+            )
+        return training
+
+    def answers(self, name: str) -> str:
+        """Digest of a candidate's answers to the test rows."""
+        digest, dataset = self.candidate(name), self.dataset
+        inputs = {"candidate": digest, "dataset": dataset.digest, "together": _ANSWERED_TOGETHER}
+
+        def ask(work: Path) -> str:
+            return self._ask(name, digest, dataset, work)
+
+        return self._stage(f"answer {name}", "answer", inputs, ask)
+
+    def probe(self, name: str | None) -> str:
+        """Digest of the general suite's scores under a candidate's weights, or the base's for None."""
+        training = None if name is None else self.training(name)
+        inputs = {"base": self.base.digest, "training": training, "suite": general_digest()}
+
+        def measure(_work: Path) -> str:
+            adapter = self.load_adapter(training)
+            questions = general_questions()
+            began = time.perf_counter()
+            asked = [Question(question.messages, question.choices) for question in questions]
+            scores = self.engine.choose(asked, adapter, self.progress)
+            seconds = time.perf_counter() - began
+            lines = [{"id": question.id, "scores": each} for question, each in zip(questions, scores, strict=True)]
+            parents = {"base": self.base.digest} | ({"training": training} if training else {})
+            return self._keep_answers(parents, lines, {"suite": _GENERAL, "n": len(lines), "seconds": seconds})
+
+        return self._stage(f"probe {name or _BASE}", "probe", inputs, measure)
+
+    def evaluation(self, names: Sequence[str] | None = None) -> str:
+        """Digest of the evaluation of the named candidates, all of the project's where none are named."""
+        settings = self.project.settings
+        chosen = self._in_order(names)
+        answers = {name: self.answers(name) for name in chosen}
+        probes: dict[str, str] = {}
+        if any(isinstance(gate, Forgetting) for gate in settings.gates.values()):
+            tuned = [name for name in chosen if settings.candidates[name].train is not None]
+            probes = {_BASE: self.probe(None), **{name: self.probe(name) for name in tuned}} if tuned else {}
+        schema = self.project.schema
+        inputs = {
+            "answers": answers,
+            "probes": probes,
+            "task": settings.task.model_dump(mode="json"),
+            "schema": schema,
+            "dataset": self.dataset.digest,
+        }
+
+        def score(_work: Path) -> str:
+            return score_answers(
+                self.project.store,
+                dataset=self.dataset.digest,
+                answers=answers,
+                probes=probes,
+                task=settings.task,
+                answer_schema=schema,
+            )
+
+        return self._stage("evaluate", "evaluate", inputs, score)
+
+    def verdict(self, name: str | None = None) -> str:
+        """Digest of the verdict on a candidate, by default the one that the project would release."""
+        evaluation = self.evaluation()
+        subject = name or self.subject(evaluation)
+        self.settings_of(subject)
+        gates = self.project.settings.gates
+        inputs = {
+            "evaluation": evaluation,
+            "candidate": subject,
+            "gates": {key: gate.model_dump(mode="json") for key, gate in gates.items()},
+        }
+
+        def decide(_work: Path) -> str:
+            return judge(self.project.store, evaluation=evaluation, candidate=subject, gates=gates)
+
+        return self._stage(f"gate {subject}", "gate", inputs, decide)
+
+    def subject(self, evaluation: str) -> str:
+        """The candidate the project would release: `release:`, else the only tuned one, else the best by the metric."""
+        settings = self.project.settings
+        if settings.release is not None:
+            return settings.release
+        tuned = tuned_names(self.project)
+        if len(tuned) == 1:
+            return tuned[0]
+        body = self.project.store.record(evaluation, kind="evaluation").body
+        means = {name: body["candidates"][name]["metrics"][body["primary"]]["mean"] for name in settings.candidates}
+        return max(means, key=lambda name: (means[name], name))
+
+    def settings_of(self, name: str) -> CandidateSettings:
+        """What the project file says of a candidate. Raises UsageError for a name it does not know."""
+        known = self.project.settings.candidates
+        if name not in known:
+            raise UsageError(
+                f"there is no candidate {name!r}", where="candidates", fix=f"name one of {', '.join(known)}"
+            )
+        return known[name]
+
+    # How stages are run
+
+    def _stage(
+        self, name: str, kind: str, inputs: Mapping[str, Any], make: Callable[[Path], str], *, again: bool = False
+    ) -> str:
+        """The record a stage gave for these inputs before, else, or again, make(work folder) gives it now."""
+        store = self.project.store
+        key = digest_of({"stage": kind, "revision": _REVISIONS[kind], **inputs})
+        known = None if again else store.recall_memo(key)
+        if known is not None:
+            self._tell(name, 0.0, skipped=True)
+            return known
+        work = store.root / "work" / f"{kind}-{key.removeprefix('sha256:')[:24]}"
+        with lock(store.root / "work" / f"{work.name}.lock", f"stage {name}"):
+            known = None if again else store.recall_memo(key)  # another process may have finished it meanwhile
+            if known is not None:
+                return known
+            work.mkdir(parents=True, exist_ok=True)
+            began = time.perf_counter()
+            digest = make(work)
+            store.keep_memo(key, digest)
+            shutil.rmtree(work, ignore_errors=True)
+        self._tell(name, time.perf_counter() - began, skipped=False)
+        return digest
+
+    def _tell(self, name: str, seconds: float, *, skipped: bool) -> None:
+        if any(stage.name == name for stage in self.stages):
+            return
+        self.stages.append(Stage(name, seconds, skipped))
+        self.progress.say(f"{name}: unchanged, skipped" if skipped else f"{name}: {seconds:.1f} s")
+
+    def _in_order(self, names: Sequence[str] | None) -> list[str]:
+        """Candidates without training first: their figures are there while the others train."""
+        known = self.project.settings.candidates
+        for name in names or ():
+            self.settings_of(name)
+        return sorted(names or known, key=lambda name: known[name].train is not None)
+
+    @property
+    def _row_tokens(self) -> int:
+        """Most tokens of a row: the shortest max_length of any training, within the base's context."""
+        trained = [each.train.max_length for each in self.project.settings.candidates.values() if each.train]
+        return min([self.base.context_length, *trained])
+
+    # Candidates and training
+
+    def _untrained(self, name: str, settings: CandidateSettings) -> Candidate:
+        path = self.project.root / settings.prompt
+        try:
+            prompt = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"the prompt cannot be read: {error}", where=f"candidates.{name}.prompt", fix=f"write {path}"
+            ) from error
+        shots = choose_shots(self.dataset.examples("train"), settings.shots) if settings.shots else []
+        looks_up = bool(shots) or settings.retrieve is not None
+        return Candidate(
+            name=name,
+            base=self.base.digest,
+            prompt=prompt,
+            max_tokens=settings.max_tokens,
+            shots=tuple(turns_only(example.messages) for example in shots),
+            retrieve=settings.retrieve,
+            # Tuned ones name it too: the drift watch compares requests with what they were trained on.
+            dataset=self.dataset.digest if looks_up or settings.train is not None else None,
+        )
+
+    def _train(self, name: str, candidate: Candidate, settings: TrainSettings, restart: bool) -> str:
+        if candidate.shots or candidate.retrieve:
+            raise UsageError(
+                "a candidate with shots or retrieval cannot be trained: the rows would hold their own answers",
+                where=f"candidates.{name}",
+                fix="remove shots and retrieve, or train",
+            )
+        inputs = {
+            "base": self.base.digest,
+            "dataset": self.dataset.digest,
+            "prompt": candidate.prompt,
+            "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
+        }
+
+        def fit(work: Path) -> str:
+            from tunesmith.training.train import TrainingRow, train
+
+            def rows(examples: Sequence[Example]) -> list[TrainingRow]:
+                return [TrainingRow(each.id, compose(candidate, each.messages)) for each in examples]
+
+            return train(
+                self.project.store,
+                base=self.base,
+                dataset=self.dataset.digest,
+                rows=rows(training_rows(self.dataset.examples("train"), settings)),
+                validation=rows(self.dataset.examples("validation")),
+                settings=settings,
+                work=work / "checkpoints",
+                restart=restart,
+                progress=self.progress,
+            )
+
+        return self._stage(f"train {name}", "train", inputs, fit, again=restart)
+
+    # Answers
+
+    def _ask(self, name: str, digest: str, dataset: Dataset, work: Path) -> str:
+        """Ask a candidate every test row, keeping what is there after each handful."""
+        candidate = load_candidate(self.project.store, digest)
+        answerer = Answerer(self.project.store, self.engine, candidate)
+        adapter = self.load_adapter(candidate.training)
+        test = dataset.examples("test")
+        lines: list[dict[str, Any]] = []
+        seconds = 0.0
+        expected: float | None = None
+        with self.progress.task(f"{name} answers {len(test)} rows", len(test)) as task:
+            for number, chunk in enumerate(_chunks(test)):
+                kept = work / f"{number:05d}.json"
+                if not kept.is_file():
+                    began = time.perf_counter()
+                    asked = [answerer.generation(example.request) for example in chunk]
+                    given = self.engine.generate(asked, adapter)
+                    written = {"seconds": time.perf_counter() - began, "lines": _lines(chunk, given)}
+                    write_atomic(kept, json.dumps(written).encode())
+                part = json.loads(kept.read_bytes())
+                lines += part["lines"]
+                seconds += part["seconds"]
+                if expected is None:
+                    expected = seconds * len(test) / len(chunk)
+                task.advance(len(chunk))
+        body = {
+            "suite": "test",
+            "n": len(lines),
+            "seconds": seconds,
+            "estimate": {"seconds": expected or 0.0},  # from the first handful
+            "prompt_tokens": sum(line["prompt_tokens"] for line in lines),
+            "completion_tokens": sum(line["completion_tokens"] for line in lines),
+        }
+        return self._keep_answers({"candidate": digest, "dataset": dataset.digest}, lines, body)
+
+    def _keep_answers(
+        self, parents: Mapping[str, str], lines: Sequence[Mapping[str, Any]], body: Mapping[str, Any]
+    ) -> str:
+        data = b"".join(canonical(dict(line)) + b"\n" for line in lines)
+        blobs = {"answers.jsonl": self.project.store.put_bytes(data)}
+        return self.project.store.put_record(Record(kind="answers", parents=parents, blobs=blobs, body=body))
+
+    def load_adapter(self, training: str | None) -> str | None:
+        """Make a training's adapter answerable; returns the name to ask for."""
+        if training is None:
+            return None
+        store = self.project.store
+        record = store.record(training, kind="training")
+        folder = store.root / "work" / f"adapter-{training.removeprefix('sha256:')[:24]}"
+        for name, blob in record.blobs.items():
+            write_atomic(folder / name, store.read_blob(blob))
+        self.engine.load_adapter(training, folder)
+        shutil.rmtree(folder)
+        return training
+
+
+def training_rows(examples: Sequence[Example], settings: TrainSettings) -> list[Example]:
+    """The rows of a training: drawn by the seed where `rows` bounds them, their answers dealt round for a control."""
+    chosen = list(examples)
+    draw = random.Random(settings.seed)
+    if settings.rows is not None and settings.rows < len(chosen):
+        chosen = draw.sample(chosen, settings.rows)
+    if settings.permute_answers:
+        dealt = [example.answer for example in chosen]
+        draw.shuffle(dealt)
+        chosen = [
+            example.model_copy(update={"messages": (*example.request, Message(role="assistant", content=answer))})
+            for example, answer in zip(chosen, dealt, strict=True)
+        ]
+    return chosen
+
+
+def tuned_names(project: Project) -> list[str]:
+    """The candidates that are trained for their own sake: controls are not among them."""
+    candidates = project.settings.candidates.items()
+    return [name for name, settings in candidates if settings.train and not settings.train.permute_answers]
+
+
+# What the verbs call
+
+
+def build_data(project: Project, progress: Progress = SILENT) -> str:
+    """Digest of the project's dataset version."""
+    return Chain(project, progress).dataset.digest
+
+
+def train(project: Project, progress: Progress = SILENT, name: str | None = None, restart: bool = False) -> str:
+    """Digest of a candidate's training; by default that of the only tuned candidate."""
+    walk = Chain(project, progress)
+    if name is None:
+        tuned = tuned_names(project)
+        if len(tuned) != 1:
+            raise UsageError(f"{len(tuned)} candidates are trained", fix=f"name one: {', '.join(tuned) or 'none is'}")
+        name = tuned[0]
+    return walk.training(name, restart)
+
+
+def evaluate(project: Project, progress: Progress = SILENT, names: Sequence[str] | None = None) -> str:
+    """Digest of an evaluation."""
+    return Chain(project, progress).evaluation(names)
+
+
+def gate(project: Project, progress: Progress = SILENT, name: str | None = None) -> str:
+    """Digest of a verdict."""
+    return Chain(project, progress).verdict(name)
+
+
+def latest_evaluation(project: Project) -> str | None:
+    """The newest evaluation in the project's store."""
+    found = project.store.records_of("evaluation")
+    return found[-1] if found else None
+
+
+def latest_verdict(project: Project, name: str | None = None) -> str | None:
+    """The newest verdict in the project's store, on the candidate of that name where one is given."""
+    for digest in reversed(project.store.records_of("verdict")):
+        if name is None or project.store.record(digest).body["name"] == name:
+            return digest
+    return None
+
+
+def register(
+    project: Project, verdict: str, *, actor: str, override: str | None = None, tenant: str = "", region: str = ""
+) -> Version:
+    """Sign and register a judged candidate under the project's name."""
+    return register_version(
+        project.store,
+        name=project.settings.name,
+        verdict=verdict,
+        actor=actor,
+        tenant=tenant,
+        region=region,
+        override=override,
+    )
+
+
+def run(project: Project, progress: Progress = SILENT, *, actor: str | None = None) -> dict[str, Any]:
+    """The whole chain up to a registered version; what `tunesmith run --json` prints.
+
+    Where the gates do not pass nothing is registered and the document has no `register`; `gate` says why.
+    """
+    store = project.store
+    signer = project.actor(actor)
+    walk = Chain(project, progress)
+    verdict = walk.verdict()
+    evaluation = store.record(verdict).parents["evaluation"]
+    document: dict[str, Any] = {
+        "data": dataset_document(store, walk.dataset.digest),
+        "train": {
+            name: training_document(project, walk.training(name))
+            for name, settings in project.settings.candidates.items()
+            if settings.train
+        },
+        "evaluate": evaluation_document(store, evaluation),
+        "gate": verdict_document(store, verdict),
+    }
+    outcome = document["gate"]["verdict"]
+    if outcome == "pass":
+        began = time.perf_counter()
+        version = register(project, verdict, actor=signer)
+        document["register"] = {"version": version.label, "digest": version.digest}
+        walk.stages.append(Stage("register", time.perf_counter() - began, skipped=False))
+    document["stages"] = [vars(stage) for stage in walk.stages]
+    return document
+
+
+def training_document(project: Project, digest: str) -> dict[str, Any]:
+    """What `tunesmith train --json` prints."""
+    record = project.store.record(digest, kind="training")
+    body = record.body
+    shown = (
+        "examples_per_second",
+        "tokens_per_second",
+        "seconds",
+        "peak_memory_bytes",
+        "estimate",
+        "final_loss",
+        "rows",
+        "steps",
+        "tokens",
+        "tokens_computed",
+        "labels",
+        "parameters",
+        "validation",
+    )
+    adapter = project.store.blob_path(record.blobs["adapter_model.safetensors"])
+    return {"training": digest, "adapter": str(adapter), **{key: body[key] for key in shown}}
+
+
+def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(examples), _ANSWERED_TOGETHER):
+        yield examples[start : start + _ANSWERED_TOGETHER]
+
+
+def _lines(chunk: Sequence[Example], given: Sequence[Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": example.id,
+            "text": completion.text,
+            "finish": completion.finish,
+            "prompt_tokens": completion.prompt_tokens,
+            "completion_tokens": completion.completion_tokens,
+        }
+        for example, completion in zip(chunk, given, strict=True)
+    ]

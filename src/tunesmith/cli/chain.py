@@ -1,0 +1,88 @@
+"""`run` and `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.cli.terminal import HERE, As, Directory, Json, Terminal, emit
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_EXITS = {"pass": 0, "fail": 3, "inconclusive": 4}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command()(run)
+    app.command()(train)
+
+
+def run(directory: Directory = HERE, as_json: Json = False, actor: As = None) -> None:
+    """Run the whole chain up to a registered version; skips what is unchanged, carries on where it was stopped."""
+    from tunesmith.project import open_project
+
+    document = open_project(directory).run(Terminal(), actor)
+    emit(document, as_json, lambda console: _show_run(console, document))
+    raise typer.Exit(_EXITS[document["gate"]["verdict"]])
+
+
+def train(
+    candidate: Annotated[str | None, typer.Argument(help="Its name; by default the only one that is trained.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Train again from the start.")] = False,
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """Train a candidate's adapter; carries on from the newest whole checkpoint."""
+    from tunesmith import chain
+    from tunesmith.project import open_project
+
+    project = open_project(directory)
+    document = chain.training_document(project, chain.train(project, Terminal(), candidate, restart))
+    emit(document, as_json, lambda console: _show_training(console, document))
+
+
+def _show_training(console: Console, document: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    expected = document["estimate"]
+    table = Table(title="training", show_header=False)
+    for name, value in (
+        ("rows, steps", f"{document['rows']}, {document['steps']}"),
+        ("final loss", f"{document['final_loss']:.4f}"),
+        ("took", f"{document['seconds']:.0f} s (expected {expected['seconds']:.0f} s)"),
+        ("speed", f"{document['examples_per_second']:.1f} examples/s, {document['tokens_per_second']:.0f} tokens/s"),
+        (
+            "peak memory",
+            f"{document['peak_memory_bytes'] / 1e9:.2f} GB (expected {expected['peak_memory_bytes'] / 1e9:.2f} GB)",
+        ),
+        ("adapter", document["adapter"]),
+        ("record", document["training"]),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _show_run(console: Console, document: Mapping[str, Any]) -> None:
+    from tunesmith.cli.evaluation import show_evaluation, show_verdict
+
+    show_evaluation(console, document["evaluate"])
+    show_verdict(console, document["gate"])
+    registered = document.get("register")
+    if registered is None:
+        console.print("nothing was registered; `tunesmith report` says why and what to do")
+        return
+    label = registered["version"]
+    console.print(f"registered {label}\n")
+    console.print("next:")
+    for command, why in (
+        ("tunesmith report --output report.html", "the evidence on one page"),
+        (f"tunesmith verify {label}", "recompute its whole lineage"),
+        (f"tunesmith approve {label} --as SOMEBODY-ELSE", "whoever registered it may not approve it"),
+        (f"tunesmith rollout start {label}", "move traffic to it step by step"),
+        ("tunesmith serve", "an OpenAI-compatible endpoint"),
+    ):
+        console.print(f"  {command:<52} {why}")

@@ -1,0 +1,49 @@
+"""The `tunesmith` command: its verbs, and how an error ends it."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+import typer
+
+from tunesmith.cli import chain, chat, data, evaluation, monitor, registry, rollout, serve, start
+from tunesmith.core.errors import TunesmithError
+
+app = typer.Typer(
+    name="tunesmith",
+    help="From a task's examples to a released model behaviour that was measured, approved and signed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for noun in (start, chain, data, evaluation, registry, rollout, serve, monitor, chat):
+    noun.register(app)
+
+
+def main() -> None:
+    """Run a command line; every expected error ends in its exit code and a message, never in a traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except TunesmithError as error:
+        _tell(error)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        print("\nstopped; the same command carries on from here", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    except OSError as error:
+        _tell(TunesmithError(f"{error.strerror or error}", where=error.filename and str(error.filename)))
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _tell(error: TunesmithError) -> None:
+    if "--json" in sys.argv:
+        print(json.dumps(error.as_json(), ensure_ascii=False))
+    print(f"error: {error}", file=sys.stderr)

