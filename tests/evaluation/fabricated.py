@@ -1,4 +1,4 @@
-"""A store with every record that evaluation reads, made without a model: a smart home, its requests, four candidates."""
+"""A store with every record that evaluation reads, made without a model: a smart home, requests, four candidates."""
 
 from __future__ import annotations
 
@@ -87,23 +87,24 @@ def put_dataset(store: Store, train: Sequence[Example], validation: Sequence[Exa
     """A dataset record as the data stage makes it."""
     splits = {"train": train, "validation": validation, "test": test}
     blobs = {f"{name}.jsonl": store.put_bytes(encode_examples(rows)) for name, rows in splits.items()}
+    reasons = {"exact duplicate": 31, "overlong": 4, "personal data or a secret": 2}
     removed = [
-        {"id": f"r{i:02d}", "source": "data/commands.jsonl", "row": i, "reason": reason}
-        for i, reason in enumerate(["duplicate"] * 31 + ["overlong"] * 4 + ["licence"] * 2)
+        {"id": None, "source": "data/commands.jsonl", "row": row, "reason": reason}
+        for row, reason in enumerate(reason for reason, times in reasons.items() for _ in range(times))
     ]
     blobs["removed.jsonl"] = store.put_bytes(encode_removed(removed))
     kept = sum(map(len, splits.values()))
     body = {
-        "rows": {
-            "read": kept + len(removed),
-            "kept": kept,
-            "changed": 12,
-            "removed": {"duplicate": 31, "overlong": 4, "licence": 2},
-        },
+        "rows": {"read": kept + len(removed), "kept": kept, "changed": 12, "removed": reasons},
         "splits": {name: len(rows) for name, rows in splits.items()},
-        "leakage": {"shared_groups": 0, "near_pairs": 0},
+        "groups": {name: len({row.group for row in rows}) for name, rows in splits.items()},
+        "leakage": {"shared_groups": 0, "near_pairs": 0, "threshold": 0.8},
         "licences": {"Apache-2.0": kept},
         "privacy": {"PERSON": 9, "PHONE_NUMBER": 3},
+        "ignored_keys": {"annotator": kept},
+        "conflicts": {"requests": 2, "rows": 4, "examples": []},
+        "tokens": {"limit": 512, "longest": 301},
+        "sources": [{"path": "data/commands.jsonl", "digest": "sha256:" + "0" * 64, "bytes": 81_000, "rows": kept}],
     }
     return store.put_record(Record(kind="dataset", blobs=blobs, body=body))
 

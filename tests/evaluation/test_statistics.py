@@ -152,7 +152,7 @@ def test_looks_share_the_allowed_error() -> None:
 @pytest.mark.parametrize(("groups", "per_group"), [(50, 1), (200, 1), (50, 4), (90, 7)])
 @pytest.mark.parametrize("differing", [0.04, 0.3])
 def test_equal_candidates_rarely_seem_better(groups: int, per_group: int, differing: float) -> None:
-    """400 evaluations of equal candidates: at most 2.5% may lie wholly above zero (4.5% leaves three standard errors)."""
+    """Of 400 evaluations of equal candidates at most 2.5% may lie wholly above zero; 4.5% leaves room for chance."""
     draw = np.random.default_rng(groups * 10 + per_group)
     names = [f"g{i // per_group}" for i in range(groups * per_group)]
     chances = [differing / 2, 1 - differing, differing / 2]

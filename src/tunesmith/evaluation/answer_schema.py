@@ -44,9 +44,8 @@ def check_answer_schema(schema: Any, where: str) -> None:
     """Raise UsageError for what is not a JSON Schema object, refers outside itself, or has patterns that explode."""
     if not isinstance(schema, dict):
         raise UsageError("the answer schema is not a JSON object", where=where)
-    dialect = validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
-        dialect.check_schema(schema)
+        _dialect(schema, where).check_schema(schema)
     except jsonschema.SchemaError as error:
         raise UsageError(f"not valid JSON Schema: {error.message}", where=f"{where}, {error.json_path}") from error
     for place, part in _parts(schema, "$"):
@@ -69,13 +68,20 @@ def satisfies(value: Any, schema: Mapping[str, Any]) -> bool:
 @lru_cache(maxsize=16)
 def _validator(encoded: str) -> Any:
     schema = json.loads(encoded)
-    dialect = validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     bounded = validators.extend(
-        dialect,
+        _dialect(schema, "answer schema"),
         {"pattern": _pattern, "patternProperties": _pattern_properties, "additionalProperties": _additional_properties},
     )
     # An empty registry retrieves nothing; jsonschema's own default still fetches over the network.
     return bounded(schema, registry=referencing.Registry())
+
+
+def _dialect(schema: Mapping[str, Any], where: str) -> Any:
+    named = schema.get("$schema", jsonschema.Draft202012Validator.META_SCHEMA["$schema"])
+    found = validators.validator_for({"$schema": named}, default=None) if isinstance(named, str) else None
+    if found is None:
+        raise UsageError(f"{named!r} is not a version of JSON Schema that is known", where=f"{where}, $.$schema")
+    return found
 
 
 def _parts(schema: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:

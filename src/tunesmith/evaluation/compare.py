@@ -91,6 +91,6 @@ def _stated(side: Side, record: Record) -> dict[str, Any]:
         "candidate": stated["candidate"],
         "evaluation": side.evaluation,
         "tuned": stated["tuned"],
-        "metrics": {name: dict(measured) for name, measured in stated["metrics"].items()},
+        "metrics": {metric: stated["metrics"][metric] for metric in record.body["metrics"]},
         "price": dict(stated["price"]),
     }

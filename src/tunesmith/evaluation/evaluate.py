@@ -88,7 +88,10 @@ def evaluation_document(store: Store, digest: str) -> dict[str, Any]:
         "groups": body["groups"],
         "primary": body["primary"],
         "confidence": body["confidence"],
-        "candidates": {name: dict(stated["metrics"]) for name, stated in candidates.items()},
+        "candidates": {
+            name: {metric: stated["metrics"][metric] for metric in body["metrics"]}
+            for name, stated in candidates.items()
+        },
         "tuned": {name: stated["tuned"] for name, stated in candidates.items()},
         "prices": {name: dict(stated["price"]) for name, stated in candidates.items()},
         "cut": {name: stated["cut"] for name, stated in candidates.items()},

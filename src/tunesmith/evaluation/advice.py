@@ -1,0 +1,161 @@
+"""What to release and why, in plain words: each sentence stands on numbers that the report shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_PHRASES = {
+    "exact_match": "answers {share} requests exactly right",
+    "json_valid": "gives valid JSON for {share} requests",
+}
+
+
+def advise(data: Mapping[str, Any]) -> dict[str, Any]:
+    """{"headline", "release": a candidate's name or None, "reasons": [sentence], "cautions": [sentence]}.
+
+    data: what report_data gathered.
+    """
+    verdict = data["verdict"]["verdict"] if data["verdict"] else None
+    focus, rival = data["focus"], data["rival"]
+    headlines = {
+        "pass": f"Release {focus}.",
+        "fail": f"Do not release {focus}.",
+        "inconclusive": f"The evidence on {focus} does not decide.",
+        None: f"{focus} was measured, not judged.",
+    }
+    return {
+        "headline": headlines[verdict],
+        "release": focus if verdict == "pass" else None,
+        "reasons": [
+            _measured(data),
+            *_difference(data),
+            *_failed_gates(data),
+            *_price(data),
+            *_forgotten(data),
+            *_next(data, verdict, focus, rival),
+        ],
+        "cautions": _cautions(data),
+    }
+
+
+def percent(share: float) -> str:
+    """A share as a percentage that never rounds to all or nothing unless it is: 0.9996 is 99.9%, not 100%."""
+    if share in (0.0, 1.0):
+        return f"{share:.0%}"
+    return f"{min(max(share * 100, 0.1), 99.9):.1f}%"
+
+
+def points(difference: float) -> str:
+    """A difference of shares in points, signed: 0.05 is +5.0."""
+    text = f"{difference * 100:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+def _says(metric: str, mean: float) -> str:
+    if metric in _PHRASES:
+        of_100 = mean * 100
+        number = f"{of_100:.0f}" if of_100 in (0.0, 100.0) or 1.0 <= of_100 <= 99.0 else f"{of_100:.1f}"
+        return _PHRASES[metric].format(share=f"{number} of 100")
+    return f"scores {percent(mean)} by {metric}"
+
+
+def _mean(data: Mapping[str, Any], name: str) -> float:
+    row = next(row for row in data["candidates"] if row["name"] == name)
+    return float(row["metrics"][data["primary"]]["mean"])
+
+
+def _measured(data: Mapping[str, Any]) -> str:
+    sentence = f"{data['focus']} {_says(data['primary'], _mean(data, data['focus']))}"
+    if data["rival"] is not None:
+        sentence += f"; {data['rival']} {_says(data['primary'], _mean(data, data['rival']))}"
+    return f"On the {data['n']} held-out requests, {sentence}."
+
+
+def _difference(data: Mapping[str, Any]) -> list[str]:
+    if data["lift"] is None:
+        return ["No untuned candidate was measured, so nothing shows what tuning adds."]
+    found = data["lift"]["metrics"][data["primary"]]
+    gap, confidence = found["difference"], f"{data['confidence']:.0%}"
+    sentence = (
+        f"On the same requests that is a difference of {points(gap['mean'])} points "
+        f"({confidence} interval {points(gap['low'])} to {points(gap['high'])}): "
+        f"{found['wins']} won, {found['losses']} lost, {found['ties']} alike."
+    )
+    if gap["low"] <= 0.0 <= gap["high"]:
+        sentence += " No difference at all is within that interval."
+    return [sentence]
+
+
+def _failed_gates(data: Mapping[str, Any]) -> list[str]:
+    if data["verdict"] is None:
+        return []
+    if data["verdict"]["reason"]:
+        return [f"It is not judged: {data['verdict']['reason']}."]
+    return [
+        f"The gate {gate['name']} {'failed' if gate['outcome'] == 'fail' else 'is undecided'}: {gate['reason']}."
+        for gate in data["verdict"]["gates"]
+        if gate["outcome"] != "pass"
+    ]
+
+
+def _price(data: Mapping[str, Any]) -> list[str]:
+    if data["rival"] is None:
+        return []
+    prices = {row["name"]: row["price"] for row in data["candidates"]}
+    own, other = prices[data["focus"]], prices[data["rival"]]
+    parts = []
+    for key, what in (("prompt_tokens_per_1000", "prompt tokens"), ("seconds_per_1000", "seconds of computing")):
+        if own[key] > 0 and other[key] > 0:
+            ratio = other[key] / own[key]
+            compared = (
+                f"{ratio:.1f} times fewer"
+                if ratio >= 1.05
+                else f"{1 / ratio:.1f} times more"
+                if ratio <= 0.95
+                else "about as many"
+            )
+            parts.append(f"{own[key]:,.0f} {what} where {data['rival']} takes {other[key]:,.0f} ({compared})")
+    return [f"For 1,000 requests {data['focus']} takes {' and '.join(parts)}."] if parts else []
+
+
+def _forgotten(data: Mapping[str, Any]) -> list[str]:
+    found = data["forgetting"]
+    if found is None:
+        return []
+    drop = found["drop"]
+    within = f"{data['confidence']:.0%} interval {points(-drop['high'])} to {points(-drop['low'])}"
+    return [
+        f"On {found['n']} general questions it changed by {points(-drop['mean'])} points against its base ({within})."
+    ]
+
+
+def _next(data: Mapping[str, Any], verdict: str | None, focus: str, rival: str | None) -> list[str]:
+    if verdict == "pass":
+        return []
+    if verdict is None:
+        return ["Set gates and run `tunesmith gate` before anything is released."]
+    best = data["candidates"][0]["name"]
+    if verdict == "inconclusive":
+        return ["Collect more test rows, in more groups, and evaluate again; do not release on this evidence."]
+    if best != focus:
+        return [f"{best} did best on these requests: have it judged with `tunesmith gate {best}`."]
+    return [f"It is still the best of those measured: mend what failed, or release {rival or 'nothing'} meanwhile."]
+
+
+def _cautions(data: Mapping[str, Any]) -> list[str]:
+    found = []
+    look = data["verdict"]["look"] if data["verdict"] else 1
+    if look > 1:
+        found.append(
+            f"{look} candidates have been judged on these test rows; the intervals of its gates are widened for that."
+        )
+    for row in data["candidates"]:
+        if row["cut"] and row["role"]:
+            found.append(f"{row['cut']} answers of {row['name']} were cut off at the longest length allowed.")
+    if data["version"] and data["version"]["override"]:
+        found.append(f"{data['version']['label']} was let through by an override: {data['version']['override']}.")
+    conflicts = data["dataset"].get("conflicts", {}).get("requests", 0)
+    if conflicts:
+        found.append(f"{conflicts} requests in the data have more than one answer, which nobody can all get right.")
+    return found

@@ -1,0 +1,83 @@
+"""Task and gates in the project file: what they mean, and what is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tunesmith.core.errors import UsageError
+from tunesmith.evaluation.settings import GATES, Forgetting, Lift, TaskSettings, Threshold, check_gates
+
+
+def test_a_gate_s_kind_follows_from_its_keys() -> None:
+    gates = GATES.validate_python(
+        {
+            "lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.05, "confidence": 0.95},
+            "valid": {"metric": "json_valid", "at_least": 0.99},
+            "rare": {"metric": "field_f1", "at_most": 0.5, "confidence": 0.9},
+            "forgetting": {"suite": "general", "drop_at_most": 0.03},
+        }
+    )
+    assert [type(gate) for gate in gates.values()] == [Lift, Threshold, Threshold, Forgetting]
+    assert GATES.validate_python({name: gate.model_dump(mode="json") for name, gate in gates.items()}) == gates
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ({"metric": "exact_match", "ovre": "best-untuned", "at_least": 0.05}, "ovre"),
+        ({"metric": "exact_mach", "at_least": 0.5}, "did you mean 'exact_match'"),
+        ({"metric": "exact_match", "at_least": float("nan")}, "finite"),
+        ({"metric": "exact_match", "at_least": float("inf")}, "finite|less than"),
+        ({"metric": "exact_match", "at_least": 99}, "less than or equal to 1"),
+        ({"metric": "exact_match"}, "one of them"),
+        ({"metric": "exact_match", "at_least": 0.1, "at_most": 0.2}, "one of them"),
+        ({"metric": "exact_match", "over": "x"}, "at_least"),
+        ({"metric": "exact_match", "over": "x", "at_least": 0.1, "confidence": 1.0}, "less than 1"),
+        ({"metric": "exact_match", "over": "x", "at_least": 0.1, "confidence": 95}, "less than 1"),
+        ({"suite": "general", "drop_at_most": -0.1}, "greater than or equal to 0"),
+        ({"suite": "generall", "drop_at_most": 0.1}, "general"),
+        ({"suite": "general"}, "drop_at_most"),
+        ({}, "metric"),
+        ("lift", "valid dictionary|instance"),
+    ],
+)
+def test_gates_that_are_refused(gate: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        GATES.validate_python({"g": gate})
+
+
+def test_task() -> None:
+    task = TaskSettings.model_validate({"schema": "answer.json", "scorers": ["json_valid", "exact_match"]})
+    assert str(task.schema_path) == "answer.json"
+    assert task.leading == "exact_match"
+    assert TaskSettings(scorers=("json_valid", "field_f1")).leading == "json_valid"
+    assert TaskSettings(scorers=("json_valid", "field_f1"), primary="field_f1").leading == "field_f1"
+    assert TaskSettings().scorers == ("exact_match",)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"scorers": ["json_vald"]}, "did you mean 'json_valid'"),
+        ({"scorers": []}, "at least 1"),
+        ({"scorers": ["json_valid", "json_valid"]}, "twice"),
+        ({"scorers": ["json_valid"], "primary": "exact_match"}, "not among scorers"),
+        ({"scorer": ["json_valid"]}, "scorer"),
+    ],
+)
+def test_tasks_that_are_refused(task: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TaskSettings.model_validate(task)
+
+
+def test_gates_are_held_against_what_is_measured() -> None:
+    gates = GATES.validate_python({"lift": {"metric": "exact_match", "over": "few-shot", "at_least": 0.0}})
+    check_gates(gates, ["exact_match"], ["few-shot", "tuned"])
+    with pytest.raises(UsageError, match="not measured") as caught:
+        check_gates(gates, ["json_valid"], ["few-shot"])
+    assert caught.value.where == "gates.lift.metric"
+    with pytest.raises(UsageError, match="did you mean 'few-shots'"):
+        check_gates(gates, ["exact_match"], ["few-shots"])
