@@ -7,6 +7,7 @@ are called without presidio's engine, which would want a language model for what
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -72,6 +73,7 @@ _SECRET_DETECTORS = {
 # The whole key, not its first line alone.
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)", re.DOTALL)
 _SHORTEST_SECRET = 6
+_SPELT_EXACTLY = (SECRET, "CRYPTO")
 # Every identifier that presidio's patterns know holds one of these; most words and keys hold none and cost nothing.
 _MAY_IDENTIFY = re.compile(r"[\d@.:]|\w{20}")
 
@@ -118,7 +120,7 @@ class Scanner:
         counts: Counter[str] = Counter()
         for text in _texts(messages):
             for entity, value in self._find(text):
-                key = (entity, re.sub(r"[\W_]", "", value).casefold())
+                key = (entity, _same_value(entity, value))
                 if key not in values:
                     counts[entity] += 1
                     values[key] = pseudonym(entity, counts[entity])
@@ -144,6 +146,15 @@ class Scanner:
             if all(end <= other or start >= stop for other, stop, _ in taken):
                 taken.append((start, end, name))
         return [(name, text[start:end]) for start, end, name in sorted(taken)]
+
+
+def _same_value(entity: str, value: str) -> str:
+    """What two spellings of one value share: numbers their digits and letters, addresses all but their case."""
+    if entity in _SPELT_EXACTLY:
+        return value
+    if entity in ("EMAIL_ADDRESS", "URL"):
+        return value.casefold()
+    return re.sub(r"[\W_]", "", value).casefold()
 
 
 def pseudonym(entity: str, n: int) -> str:
@@ -178,35 +189,44 @@ def _json_in(text: str) -> Any:
     if not text.lstrip().startswith(("{", "[")):
         return None
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_pairs)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict | list) else None
 
 
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; one with a key twice is read as prose, since as an object it would lose the first."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key stands twice")
+    return fields
+
+
 def _replacer(spellings: dict[str, str]) -> Callable[[str], str]:
-    ordered = sorted(spellings, key=len, reverse=True)
-    pattern = re.compile("|".join(rf"(?<!\w){re.escape(value)}(?!\w)" for value in ordered))
+    # Wherever the letters stand, even within a longer word: what was found must not be left over.
+    pattern = re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))))
     return lambda text: pattern.sub(lambda match: spellings[match[0]], text)
 
 
 def _replaced(message: Message, replace: Callable[[str], str]) -> Message:
     """The message with pseudonyms; JSON stays JSON, in the spacing it had."""
     value = _json_in(message.content)
-    if value is None:
-        content = replace(message.content)
-    else:
-        changed = _replace_leaves(value, replace)
-        if changed == value:
-            return message
-        compact = json.dumps(value, ensure_ascii=False, separators=(",", ":")) == message.content
-        content = json.dumps(changed, ensure_ascii=False, separators=(",", ":") if compact else None)
+    content = replace(message.content)
+    if value is not None:
+        with contextlib.suppress(ValueError):  # two keys that become one: the text is replaced as it stands
+            changed = _replace_leaves(value, replace)
+            compact = json.dumps(value, ensure_ascii=False, separators=(",", ":")) == message.content
+            separators = (",", ":") if compact else None
+            content = message.content
+            if changed != value:
+                content = json.dumps(changed, ensure_ascii=False, separators=separators)
     return message if content == message.content else message.model_copy(update={"content": content})
 
 
 def _replace_leaves(value: Any, replace: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
-        return {replace(key): _replace_leaves(inner, replace) for key, inner in value.items()}
+        return _pairs([(replace(key), _replace_leaves(inner, replace)) for key, inner in value.items()])
     if isinstance(value, list):
         return [_replace_leaves(inner, replace) for inner in value]
     if isinstance(value, str):

@@ -46,9 +46,17 @@ class SourceFile:
     path: Path
     source: Source
 
+    def digest(self) -> str:
+        """The digest of the file's bytes now."""
+        with open_source(self) as opened:
+            return opened.digest
+
 
 def find_files(sources: Sequence[Source], root: Path) -> list[SourceFile]:
-    """The files that the sources name, in the order of their names. Raises UsageError for a pattern without files."""
+    """The files that the sources name, in the order of their names.
+
+    Raises UsageError for a pattern without files, a file named twice, and what is no regular file.
+    """
     found: dict[str, SourceFile] = {}
     for source in sources:
         matches = _matches(source.path, root)
@@ -58,6 +66,7 @@ def find_files(sources: Sequence[Source], root: Path) -> list[SourceFile]:
             name = Path(os.path.relpath(root / match, root)).as_posix()
             if name in found:
                 raise UsageError("two sources name the same file", where=name, fix="let their patterns not overlap")
+            _require_regular(os.lstat(root / match).st_mode, name)
             found[name] = SourceFile(name, root / match, source)
     return [found[name] for name in sorted(found)]
 
@@ -102,20 +111,21 @@ def open_source(file: SourceFile) -> Iterator[OpenSource]:
     try:
         handle = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        if file.path.is_symlink():
-            raise UsageError("a link stands in place of a file", where=file.name, fix="name the file itself") from None
         raise UsageError(f"cannot be opened: {error.strerror}", where=file.name) from error
-    mode = os.fstat(handle).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(handle)
-        raise UsageError(f"{_kind(mode)} stands in place of a file", where=file.name, fix="give a regular file")
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, handle)
+        _require_regular(os.fstat(handle).st_mode, file.name)
+        undo.pop_all()
     with os.fdopen(handle, "rb") as stream:
         yield OpenSource(file, stream)
 
 
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(mode), "a device")
+def _require_regular(mode: int, name: str) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    kind = kinds.get(stat.S_IFMT(mode), "a device")
+    raise UsageError(f"{kind} stands in place of a file", where=name, fix="name a regular file, or a pattern of files")
 
 
 def _digest(stream: BinaryIO) -> str:

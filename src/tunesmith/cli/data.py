@@ -1,0 +1,140 @@
+"""`tunesmith data`: make dataset versions, look into them, hold them against their records."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.cli.terminal import HERE, Directory, Json, Terminal, emit
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tunesmith.store.store import Store
+
+_Digest = Annotated[str | None, typer.Argument(help="A dataset version's digest or its start; the newest without.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the `data` verbs."""
+    data = typer.Typer(help="Make and inspect dataset versions.", no_args_is_help=True)
+    data.command()(build)
+    data.command()(show)
+    data.command()(verify)
+    app.add_typer(data, name="data")
+
+
+def build(directory: Directory = HERE, as_json: Json = False) -> None:
+    """Read, check, clean, split and seal the project's sources."""
+    from tunesmith import chain
+    from tunesmith.data.build import dataset_document
+    from tunesmith.project import open_project
+
+    project = open_project(directory)
+    document = dataset_document(project.store, chain.build_data(project, Terminal()))
+    emit(document, as_json, lambda console: _show_account(document, console))
+
+
+def show(
+    dataset: _Digest = None,
+    split: Annotated[str, typer.Option(help="train, validation, test or removed.")] = "train",
+    limit: Annotated[int, typer.Option(min=0, help="Rows to show; 0 shows all.")] = 10,
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """The account of a dataset version and its first rows."""
+    from tunesmith.data.build import dataset_document
+    from tunesmith.data.dataset import load_dataset
+    from tunesmith.project import open_store
+
+    store = open_store(directory)
+    digest = _find(store, dataset)
+    loaded = load_dataset(store, digest)
+    document = dataset_document(store, digest)
+    rows: list[dict[str, Any]]
+    if split == "removed":
+        rows = [dict(row) for row in loaded.removed()]
+    else:
+        rows = [example.model_dump(mode="json") for example in loaded.examples(split)]
+    shown = rows[:limit] if limit else rows
+    document |= {"split": split, "examples": shown}
+
+    def draw(console: Console) -> None:
+        _show_account(document, console)
+        _show_rows(split, shown, len(rows), console)
+
+    emit(document, as_json, draw)
+
+
+def verify(dataset: _Digest = None, directory: Directory = HERE, as_json: Json = False) -> None:
+    """Recompute a dataset version's digests, counts and leakage proof; exit 3 where anything differs."""
+    from tunesmith.core.digests import short
+    from tunesmith.data.verify import verify_dataset
+    from tunesmith.project import open_store
+
+    store = open_store(directory)
+    document = verify_dataset(store, _find(store, dataset))
+
+    def draw(console: Console) -> None:
+        for problem in document["problems"]:
+            console.print(f"{problem['path']}: {problem['reason']}", markup=False)
+        verdict = "is what its record says" if document["ok"] else f"has {len(document['problems'])} problems"
+        console.print(f"{short(document['dataset'])} {verdict} ({document['checked']} things checked)", markup=False)
+
+    emit(document, as_json, draw)
+    if not document["ok"]:
+        raise typer.Exit(3)
+
+
+def _find(store: Store, prefix: str | None) -> str:
+    """A dataset record's digest: the one that starts so, or the newest."""
+    from tunesmith.core.errors import UsageError
+
+    if prefix is not None:
+        return store.find_record(prefix)
+    known = store.records_of("dataset")
+    if not known:
+        raise UsageError("there is no dataset version yet", where=str(store.root), fix="`tunesmith data build`")
+    return known[-1]
+
+
+def _show_account(document: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+
+    from tunesmith.core.digests import short
+
+    rows, leakage = document["rows"], document["leakage"]
+    table = Table(title=f"Dataset version {short(document['dataset'])}", show_header=False, title_justify="left")
+    table.add_row("read", str(rows["read"]))
+    table.add_row("kept", f"{rows['kept']} ({rows['changed']} changed)")
+    for reason, number in rows["removed"].items():
+        table.add_row(f"removed: {reason}", str(number))
+    for name, number in document["splits"].items():
+        table.add_row(name, f"{number} rows in {document['groups'][name]} groups")
+    table.add_row(
+        "leakage",
+        f"{leakage['shared_groups']} shared groups, {leakage['near_pairs']} near pairs at {leakage['threshold']}",
+    )
+    for licence, number in document["licences"].items():
+        table.add_row(f"licence {licence}", str(number))
+    for entity, number in document["privacy"].items():
+        table.add_row(f"found: {entity}", str(number))
+    for key, number in document["ignored_keys"].items():
+        table.add_row(f"key not read: {key}", f"in {number} rows")
+    if document["conflicts"]["requests"]:
+        conflicts = document["conflicts"]
+        table.add_row("conflicts", f"{conflicts['requests']} requests with different answers, {conflicts['rows']} rows")
+    console.print(table)
+
+
+def _show_rows(split: str, rows: list[dict[str, Any]], total: int, console: Console) -> None:
+    console.print(f"\n{split}: {len(rows)} of {total} rows", markup=False)
+    for row in rows:
+        if "messages" not in row:
+            console.print(json.dumps(row, ensure_ascii=False), markup=False)
+            continue
+        console.print(f"\n{row['id']}  {row['group']}  {row['licence']}", style="dim", markup=False)
+        for turn in row["messages"]:
+            console.print(f"  {turn['role']}: {turn['content']}", markup=False)

@@ -1,0 +1,63 @@
+"""Rows, settings and builds for the tests of the data floor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.data.build import build_dataset
+from tunesmith.data.dataset import Dataset, load_dataset
+from tunesmith.data.settings import DataSettings
+from tunesmith.store.store import Store
+
+NO_SCAN = {"entities": []}
+
+
+def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:
+    """user, assistant, user, assistant ... with an optional system turn before them."""
+    spoken = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(contents)]
+    return ([{"role": "system", "content": system}] if system is not None else []) + spoken
+
+
+def row(request: str, answer: str, **more: Any) -> dict[str, Any]:
+    """A row of the shape "messages"."""
+    return {"messages": turns(request, answer), **more}
+
+
+_SAID = (
+    "amber basket cobalt dragon ember falcon garnet harbour island jungle kettle lantern meadow nectar orchid pebble"
+)
+WORDS = _SAID.split()
+
+
+def many_rows(count: int, **more: Any) -> list[dict[str, Any]]:
+    """Rows with nothing in common."""
+    sizes = len(WORDS)
+    return [
+        row(
+            f"{WORDS[n % sizes]} {WORDS[n // sizes % sizes]} {WORDS[(7 * n + 3) % sizes]} {n * 7919 % 10007:04d}x{n}",
+            f"answer {n}",
+            **more,
+        )
+        for n in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    return path
+
+
+def settings(path: str = "rows.jsonl", **more: Any) -> DataSettings:
+    """Settings for one MIT source; nothing scanned unless asked for."""
+    source = {"path": path, "licence": "MIT", **more.pop("source", {})}
+    return DataSettings.model_validate({"sources": [source], "privacy": NO_SCAN, **more})
+
+
+def build(root: Path, chosen: DataSettings | None = None, **more: Any) -> Dataset:
+    """Build from root into root/store."""
+    store = Store(root / "store")
+    return load_dataset(store, build_dataset(store, chosen or settings(), root, **more))

@@ -1,0 +1,159 @@
+"""Four shapes of rows to one; what is an error, and what is left out with a reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.data.rows import turns
+from tunesmith.core.errors import UsageError
+from tunesmith.core.messages import Message
+from tunesmith.data import formats
+from tunesmith.data.sources import Row
+
+
+def conversation(
+    fields: dict[str, Any], name: str = "auto", ignored: Counter[str] | None = None
+) -> tuple[Message, ...]:
+    row = Row("a.jsonl", 3, fields)
+    found = formats.read_turns(row, formats.shape_of(name, row), Counter() if ignored is None else ignored)
+    reason = formats.objection(found)
+    assert reason is None, reason
+    return formats.conversation(found)
+
+
+def reason(messages: list[dict[str, Any]]) -> str | None:
+    row = Row("a.jsonl", 3, {"messages": messages})
+    return formats.objection(formats.read_turns(row, formats.SHAPES["messages"], Counter()))
+
+
+def error(fields: dict[str, Any], name: str = "auto") -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        conversation(fields, name)
+    assert caught.value.where.startswith("a.jsonl, row 3")
+    return caught.value
+
+
+SAME = (
+    Message(role="system", content="be brief"),
+    Message(role="user", content="hi"),
+    Message(role="assistant", content="yo"),
+)
+
+
+BRIEF = {"role": "system", "content": "be brief"}
+IN_PARTS = {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}
+SPOKEN = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": turns("hi", "yo", system="be brief")},
+        {"messages": [{**BRIEF, "role": "developer"}, *turns("hi", "yo")]},
+        {"messages": [BRIEF, IN_PARTS, {"role": "assistant", "content": "yo"}]},
+        {"prompt": "hi", "completion": "yo", "system": "be brief"},
+        {"instruction": "hi", "input": "", "output": "yo", "system": "be brief"},
+        {"instruction": "hi", "output": "yo", "system": "be brief"},
+        {"conversations": [{"from": "system", "value": "be brief"}, *SPOKEN]},
+        {"conversations": SPOKEN, "system": "be brief"},
+    ],
+)
+def test_every_shape_is_detected_and_says_the_same(fields: dict[str, Any]) -> None:
+    assert conversation(fields) == SAME
+
+
+def test_alpaca_input_follows_the_instruction() -> None:
+    found = conversation({"instruction": "Translate:", "input": "chat", "output": "cat"})
+    assert found[0].content == "Translate:\n\nchat"
+
+
+def test_keys_that_tell_nothing_or_two_things() -> None:
+    assert "fits no known format" in error({"text": "hello", "label": "greeting"}).what
+    both = error({"messages": turns("a", "b"), "prompt": "a", "completion": "b"})
+    assert "several formats" in both.what
+    assert conversation({"messages": turns("a", "b"), "prompt": "x", "completion": "y"}, "messages")[0].content == "a"
+
+
+def test_a_row_of_another_shape_than_its_source() -> None:
+    found = error({"prompt": "a", "completion": "b"}, "messages")
+    assert "looks like prompt-completion" in found.what
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"prompt": 3, "completion": "x"}, "prompt"),
+        ({"prompt": "x", "completion": None}, "completion"),
+        ({"prompt": "nul\0", "completion": "x"}, "prompt"),
+        ({"prompt": "half \ud83d", "completion": "x"}, "prompt"),
+        ({"messages": "text"}, "messages"),
+        ({"messages": ["text"]}, "messages[0]"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "lone \udc00"}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "messages[0].weight"),
+        ({"conversations": [{"from": "human"}]}, "conversations[0]"),
+    ],
+)
+def test_wrong_types_name_row_and_key(fields: dict[str, Any], place: str) -> None:
+    assert error(fields).where.endswith(place)
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([], formats.NO_ANSWER),
+        (turns("hi"), formats.NO_ANSWER),
+        (turns("hi", "yo", "more"), formats.NO_ANSWER),
+        (turns(system="only"), formats.NO_ANSWER),
+        (turns("hi", ""), formats.EMPTY_ANSWER),
+        (turns("hi", " \n\t"), formats.EMPTY_ANSWER),
+        ([*turns("hi"), {"role": "assistant", "content": None}], formats.EMPTY_ANSWER),
+        (turns("", "yo"), formats.EMPTY_REQUEST),
+        (turns("hi", "yo", system="a"), None),
+        (turns(system="a") + turns("hi", "yo", system="b"), formats.SYSTEM_TURNS),
+        (turns("hi") + turns(system="late") + turns("x", "yo")[1:], formats.SYSTEM_TURNS),
+        (turns("hi", "yo")[::-1] + turns("hi", "yo")[1:], formats.OUT_OF_ORDER),
+        (turns("hi") + turns("hi", "yo"), formats.OUT_OF_ORDER),
+        (turns("hi", "yo") + turns("hi", "yo")[1:], formats.OUT_OF_ORDER),
+        ([*turns("hi"), {"role": "assistant", "content": "yo", "tool_calls": [{"id": "1"}]}], formats.TOOL_CALLS),
+        ([*turns("hi"), {"role": "tool", "content": "42"}, *turns("x", "yo")[1:]], formats.TOOL_CALLS),
+        ([*turns("hi"), {"role": "assistant", "content": "yo", "weight": 0}], formats.NOT_TO_LEARN),
+        ([*turns("hi"), {"role": "assistant", "content": "yo", "weight": 1}], None),
+    ],
+)
+def test_conversations_that_cannot_be_learned_from(messages: list[dict[str, Any]], expected: str | None) -> None:
+    assert reason(messages) == expected
+    assert expected is None or expected in formats.REASONS
+
+
+def test_keys_inside_turns_are_counted() -> None:
+    ignored: Counter[str] = Counter()
+    conversation({"messages": [{**turns("hi")[0], "name": "bob"}, turns("x", "yo")[1]]}, ignored=ignored)
+    assert ignored == {"messages[].name": 1}
+
+
+role = st.sampled_from(["system", "user", "assistant", "tool"])
+said = st.sampled_from(["", " ", "hi", "yo"])
+
+
+@given(st.lists(st.fixed_dictionaries({"role": role, "content": said}), max_size=6))
+def test_what_passes_is_a_conversation(messages: list[dict[str, str]]) -> None:
+    """The property that every later stage relies on, whatever the turns."""
+    found = formats.read_turns(Row("a", 1, {"messages": messages}), formats.SHAPES["messages"], Counter())
+    if formats.objection(found) is not None:
+        return
+    result = formats.conversation(found)
+    spoken = [turn for turn in result if turn.role != "system"]
+    assert [turn.role for turn in spoken] == ["user", "assistant"] * (len(spoken) // 2)
+    assert spoken
+    assert all(turn.content.strip() for turn in spoken)
+    assert len(result) - len(spoken) <= 1
+    assert result[0].role in ("system", "user")

@@ -1,0 +1,233 @@
+"""Files as they should not be: every one an error with its place, and no wait, crash or silent loss."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from tests.data.rows import row, write_jsonl
+from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.data.settings import Source
+from tunesmith.data.sources import Row, find_files, open_source
+
+GOOD = json.dumps(row("hello", "hi"))
+
+
+def read(root: Path, pattern: str) -> list[Row]:
+    rows: list[Row] = []
+    for file in find_files([Source(path=pattern, licence="MIT")], root):
+        with open_source(file) as opened:
+            rows.extend(opened.rows())
+    return rows
+
+
+def failure(root: Path, name: str, data: bytes) -> UsageError:
+    (root / name).write_bytes(data)
+    with pytest.raises(UsageError) as caught:
+        read(root, name)
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def test_jsonl_rows_have_their_line_numbers_and_blank_lines_are_none(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f"{GOOD}\n\n  \n{GOOD}\n")
+    assert [(one.source, one.number) for one in read(tmp_path, "a.jsonl")] == [("a.jsonl", 1), ("a.jsonl", 4)]
+
+
+def test_broken_json_on_line_7(tmp_path: Path) -> None:
+    error = failure(tmp_path, "a.jsonl", (f"{GOOD}\n" * 6 + '{"messages": [}\n' + f"{GOOD}\n").encode())
+    assert error.where == "a.jsonl, line 7, column 15"
+
+
+def test_a_last_line_cut_off_is_an_error(tmp_path: Path) -> None:
+    assert failure(tmp_path, "a.jsonl", f"{GOOD}\n{GOOD[:-9]}".encode()).where.startswith("a.jsonl, line 2")
+
+
+@pytest.mark.parametrize(
+    "line", ['{"a": NaN}', '{"a": -Infinity}', '{"a": 1, "a": 2}', "[1]", '"text"', "null", "[" * 100_000]
+)
+def test_what_strict_json_rows_are_not(tmp_path: Path, line: str) -> None:
+    assert failure(tmp_path, "a.jsonl", f"{GOOD}\n{line}\n".encode()).where.startswith("a.jsonl, line 2")
+
+
+def test_byte_order_mark_and_crlf_are_read_as_any_editor_would(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{GOOD}\r\n{GOOD}\r\n".encode())
+    assert [one.fields for one in read(tmp_path, "a.jsonl")] == [json.loads(GOOD)] * 2
+
+
+def test_a_byte_order_mark_further_on_is_an_error(tmp_path: Path) -> None:
+    assert "line 2" in failure(tmp_path, "a.jsonl", f"{GOOD}\n\ufeff{GOOD}\n".encode()).where
+
+
+@pytest.mark.parametrize("data", [GOOD.encode("utf-16"), GOOD.encode() + b"\n" + '{"a": "é"}'.encode("latin-1")])
+def test_other_and_mixed_encodings(tmp_path: Path, data: bytes) -> None:
+    assert "not UTF-8" in failure(tmp_path, "a.jsonl", data).what
+
+
+def test_raw_nul_bytes(tmp_path: Path) -> None:
+    assert "line 1" in failure(tmp_path, "a.jsonl", b'{"a": "x\x00y"}\n').where
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_empty_file(tmp_path: Path, name: str) -> None:
+    assert failure(tmp_path, name, b"").what == "the file is empty"
+
+
+@pytest.mark.parametrize(("name", "data"), [("a.jsonl", b"\n\n"), ("a.json", b"[]"), ("a.csv", b"prompt,completion\n")])
+def test_file_without_rows(tmp_path: Path, name: str, data: bytes) -> None:
+    assert failure(tmp_path, name, data).what == "the file holds no rows"
+
+
+def test_one_row_of_ten_megabytes_is_read(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [row("x" * 10_000_000, "y")])
+    assert len(read(tmp_path, "a.jsonl")[0].fields["messages"][0]["content"]) == 10_000_000
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.data.sources.LONGEST_ROW", 1000)
+    assert "longer than" in failure(tmp_path, "a.jsonl", b'{"a": "' + b"x" * 5000).what
+
+
+def test_json_array_names_the_row(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(f"[{GOOD}, {GOOD}]")
+    assert [one.number for one in read(tmp_path, "a.json")] == [1, 2]
+    assert failure(tmp_path, "b.json", f"[{GOOD}, 3]".encode()).where == "b.json, row 2"
+    assert "not a list" in failure(tmp_path, "c.json", GOOD.encode()).what
+
+
+def test_csv_with_quotes_and_line_breaks(tmp_path: Path) -> None:
+    with (tmp_path / "a.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["prompt", "completion"], ['say "hi",\nplease', "hi"], ["b", ""]])
+    assert [one.fields for one in read(tmp_path, "a.csv")] == [
+        {"prompt": 'say "hi",\nplease', "completion": "hi"},
+        {"prompt": "b", "completion": ""},
+    ]
+
+
+@pytest.mark.parametrize(
+    "data", [b"a,b\n1,2\n1\n", b"a,b\n1,2\n1,2,3\n", b'a,b\n1,2\n"x,2\n', b"a,a\n1,2\n", b"a,\n1,2\n", b"a,b\n1,\xff\n"]
+)
+def test_broken_csv(tmp_path: Path, data: bytes) -> None:
+    assert failure(tmp_path, "a.csv", data).where.startswith("a.csv")
+
+
+def test_parquet_and_its_nulls(tmp_path: Path) -> None:
+    import polars
+
+    rows = [
+        {"messages": row("a", "b")["messages"], "group": "g"},
+        {"messages": row("c", "d")["messages"], "group": None},
+    ]
+    polars.DataFrame(rows).write_parquet(tmp_path / "a.parquet")
+    found = [one.fields for one in read(tmp_path, "a.parquet")]
+    assert found == [{"messages": row("a", "b")["messages"], "group": "g"}, {"messages": row("c", "d")["messages"]}]
+    assert "broken Parquet" in failure(tmp_path, "b.parquet", (tmp_path / "a.parquet").read_bytes()[:-20]).what
+    assert "broken Parquet" in failure(tmp_path, "c.parquet", b"PAR1 no").what
+
+
+def test_what_stands_in_place_of_a_file(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "real.jsonl", [row("a", "b")])
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
+    (tmp_path / "dangling.jsonl").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(tmp_path / "socket.jsonl"))
+    for name, kind in {
+        "folder": "a folder", "link": "a link", "dangling": "a link", "fifo": "a FIFO", "socket": "a socket"
+    }.items():  # fmt: skip
+        with pytest.raises(UsageError, match=kind):
+            read(tmp_path, f"{name}.jsonl")
+    with pytest.raises(UsageError, match="a device"):
+        find_files([Source(path="/dev/zero", licence="MIT")], tmp_path)
+    listening.close()
+
+
+def test_a_file_replaced_after_it_was_found_is_not_followed(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [row("a", "b")])
+    (file,) = find_files([Source(path="a.jsonl", licence="MIT")], tmp_path)
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "b.jsonl")
+    with pytest.raises(UsageError), open_source(file):
+        pass
+    (tmp_path / "a.jsonl").unlink()
+    os.mkfifo(tmp_path / "a.jsonl")
+    done = threading.Event()
+
+    def attempt() -> None:
+        with pytest.raises(UsageError), open_source(file):
+            pass
+        done.set()
+
+    threading.Thread(target=attempt, daemon=True).start()
+    assert done.wait(5), "opening a FIFO waited for a writer"
+
+
+def test_missing_files_and_permissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="no file fits"):
+        read(tmp_path, "none/*.jsonl")
+    write_jsonl(tmp_path / "a.jsonl", [row("a", "b")])
+
+    def denied(*_: object) -> int:  # the tests' own user may be allowed everything
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("tunesmith.data.sources.os.open", denied)
+    with pytest.raises(UsageError, match="Permission denied"):
+        read(tmp_path, "a.jsonl")
+
+
+def test_unknown_ending_and_overlapping_sources(tmp_path: Path) -> None:
+    assert "not read from .xlsx" in failure(tmp_path, "a.xlsx", b"x").what
+    write_jsonl(tmp_path / "a.jsonl", [row("a", "b")])
+    both = [Source(path="a.jsonl", licence="MIT"), Source(path="*.jsonl", licence="MIT")]
+    with pytest.raises(UsageError, match="two sources"):
+        find_files(both, tmp_path)
+
+
+def test_brackets_in_a_name_are_no_pattern(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a[1].jsonl", [row("a", "b")])
+    assert [one.source for one in read(tmp_path, "a[1].jsonl")] == ["a[1].jsonl"]
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [row("a", "b")] * 5000)
+    (file,) = find_files([Source(path="a.jsonl", licence="MIT")], tmp_path)
+    with open_source(file) as opened:
+        rows = opened.rows()
+        next(rows)
+        with path.open("r+b") as stream:
+            stream.seek(-20, os.SEEK_END)
+            stream.write(b"X")
+        with pytest.raises(TunesmithError) as caught:
+            list(rows)
+    assert "changed while" in caught.value.what or "broken JSON" in caught.value.what
+
+
+@given(st.binary(max_size=300), st.sampled_from(["a.jsonl", "a.json", "a.csv"]))
+@examples(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_bytes_give_rows_or_an_error_with_a_place(tmp_path: Path, data: bytes, name: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    error, rows = None, []
+    try:
+        rows = read(tmp_path, name)
+    except UsageError as raised:
+        error = raised
+    assert rows if error is None else (error.where or "").startswith(name)
+    assert all(isinstance(one.fields, dict) for one in rows)
+
+
+@given(st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.none() | st.lists(st.text())), min_size=1))
+@examples(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_what_was_written_is_read(tmp_path: Path, rows: list[dict]) -> None:
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    assert [one.fields for one in read(tmp_path, "a.jsonl")] == rows
