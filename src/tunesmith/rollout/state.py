@@ -1,0 +1,117 @@
+"""A rollout as its row tells it, and reading rollouts."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import ColumnElement, select
+from sqlalchemy.orm import Session
+
+from tunesmith.core.errors import UsageError
+from tunesmith.rollout.settings import Step
+from tunesmith.store import database
+from tunesmith.store.store import Store
+from tunesmith.store.tables import RolloutRow
+
+Status = Literal["running", "paused", "promoted", "aborted", "rolled_back"]
+LIVE: tuple[Status, ...] = ("running", "paused")
+
+
+class Rollout(BaseModel):
+    """A rollout at one moment.
+
+    stable, canary: version digests; stable is "" where nothing served before. weight: percent of requests that go to
+    the canary now. step: index into steps; len(steps) once they are done. began_at: when the current step began.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: int
+    name: str
+    tenant: str
+    region: str
+    stable: str
+    canary: str
+    status: Status
+    step: int
+    weight: int
+    steps: tuple[Step, ...]
+    started_by: str
+    override: str | None
+    reason: str
+    began_at: str
+    history: tuple[dict[str, Any], ...]
+    revision: int
+    started_at: str
+
+    @property
+    def live(self) -> bool:
+        """Whether it still divides traffic."""
+        return self.status in LIVE
+
+    @property
+    def current(self) -> Step | None:
+        """The step it stands at; None when it is past the last."""
+        return self.steps[self.step] if self.step < len(self.steps) else None
+
+
+def state_of(rollout: Rollout) -> dict[str, Any]:
+    """What the row's state column keeps: the fields that have no column of their own."""
+    document = rollout.model_dump(mode="json", exclude_none=True)
+    return {key: document.get(key) for key in ("steps", "started_by", "override", "reason", "began_at", "history")}
+
+
+def from_row(row: RolloutRow) -> Rollout:
+    """Read a row."""
+    columns = (
+        "id",
+        "name",
+        "tenant",
+        "region",
+        "stable",
+        "canary",
+        "status",
+        "step",
+        "weight",
+        "revision",
+        "started_at",
+    )
+    return Rollout.model_validate({**row.state, **{column: getattr(row, column) for column in columns}})
+
+
+def get_rollout(store: Store, rollout: int) -> Rollout:
+    """A rollout by its number. Raises UsageError where there is none."""
+    with database.reading(store.engine) as session:
+        row = session.get(RolloutRow, rollout)
+        if row is None:
+            raise UsageError(f"there is no rollout {rollout}", fix="tunesmith rollout status lists them")
+        return from_row(row)
+
+
+def live_rollout(session: Session, name: str, tenant: str, region: str) -> Rollout | None:
+    """The one rollout that divides a name's traffic now."""
+    query = select(RolloutRow).where(*_within(name, tenant, region), RolloutRow.status.in_(LIVE))
+    row = session.scalars(query).first()
+    return None if row is None else from_row(row)
+
+
+def promoted_rollouts(session: Session, name: str, tenant: str, region: str) -> list[Rollout]:
+    """The promotions of a name that still stand, newest first: the way back."""
+    query = select(RolloutRow).where(*_within(name, tenant, region), RolloutRow.status == "promoted")
+    return [from_row(row) for row in session.scalars(query.order_by(RolloutRow.id.desc()))]
+
+
+def list_rollouts(store: Store, *, name: str | None = None, live: bool = False) -> list[Rollout]:
+    """Rollouts of every tenant and region, newest first; of one name, or the live ones alone."""
+    query = select(RolloutRow).order_by(RolloutRow.id.desc())
+    if name is not None:
+        query = query.where(RolloutRow.name == name)
+    if live:
+        query = query.where(RolloutRow.status.in_(LIVE))
+    with database.reading(store.engine) as session:
+        return [from_row(row) for row in session.scalars(query)]
+
+
+def _within(name: str, tenant: str, region: str) -> tuple[ColumnElement[bool], ...]:
+    return RolloutRow.name == name, RolloutRow.tenant == tenant, RolloutRow.region == region
