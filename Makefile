@@ -1,0 +1,38 @@
+# Every target does its own set-up; nothing needs to be installed by hand but Python 3.11 or newer.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test check unit bench clean
+.DEFAULT_GOAL := test
+
+demo: $(READY)           ## the whole chain on real input, from raw rows to a signed version in service
+	$(BIN)/python examples/home_intents/demo.py
+
+test: check              ## everything CI runs: lint, types, contracts, unit tests, slow tests on the real model
+	$(BIN)/python -m pytest
+
+check: $(READY)          ## lint, types and the contracts between floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(READY)           ## the tests that need no real model
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: $(READY)          ## measurements, as ratios to this machine's own limit
+	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/canary_false_alarms.py
+
+clean:                   ## everything that was made here; the cache of base models stays
+	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf examples/home_intents/.tunesmith examples/home_intents/data examples/home_intents/report.html
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tunesmith needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable ".[demo]" --group dev
+	touch $(READY)
