@@ -8,6 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
+from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.registry import keys
 from tunesmith.registry.attestations import ENVELOPE, Approval, own_proposal, read_approval, seal, statement_of
@@ -17,7 +18,7 @@ from tunesmith.registry.versions import open_release
 from tunesmith.store import audit, database, identities
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.store.tables import EdgeRow, RecordRow
+from tunesmith.store.tables import AuditRow, EdgeRow, RecordRow
 from tunesmith.store.trust import TrustedKey
 
 
@@ -116,10 +117,15 @@ def _standing(
         .where(EdgeRow.parent == version.digest, EdgeRow.role == "version", RecordRow.kind == "approval")
         .order_by(RecordRow.created_at, RecordRow.digest)
     )
+    # A record whose transaction was cut short lies on disk without an entry of the log: it never came to count.
+    entries = select(AuditRow).where(AuditRow.action == "version.approve", AuditRow.subject == version.digest)
+    logged = {row.detail.get("approval") for row in session.scalars(entries)}
     trusted = identities.trusted_keys(session)
     given, reasons = [], []
     for digest in session.scalars(query):
         try:
+            if digest not in logged:
+                raise Refused(f"the audit log does not know approval {short(digest)}")
             record = store.record(digest, kind="approval")
             envelope = store.read_blob(record.blobs.get(ENVELOPE, ""))
             given.append((digest, read_approval(record, envelope, version, signer, trusted)))

@@ -60,24 +60,24 @@ def sign_folder(folder: Path, private_key: Path) -> None:
 def verify_signature(folder: Path, keys: Sequence[TrustedKey]) -> TrustedKey:
     """Whose signature folder/model.sig is, over exactly the files beside it. folder: a private copy (private_copy).
 
-    Raises Refused where a file is not the signed one, Untrusted where the key is unknown or taken out of service. What
-    the key may speak for is the caller's to check.
+    Raises Refused where a file is not the signed one or the key is unknown, Untrusted where all is well but the key's
+    owner was deactivated. What the key may speak for is the caller's to check.
     """
     path = folder / SIGNATURE
-    hint, payload = _read_bundle(path)
-    _check_statement(folder, payload)
+    hint, statement = _read_bundle(path)
     key = find_key(keys, f"sha256:{hint}")
     if key is None:
-        raise Untrusted(
+        raise Refused(
             f"signed with a key that is not trusted here ({hint[:12]})",
             where=str(path),
             fix="have its owner enrol it (tunesmith keys enrol), or verify with the right list (--trust)",
         )
+    _check_cryptography(folder, key)
+    _check_statement(folder, statement)
     if not key.active:
         raise Untrusted(
             f"signed by {key.user}, who is deactivated", where=str(path), fix="have an active user register it again"
         )
-    _check_bytes(folder, key)
     return key
 
 
@@ -137,15 +137,16 @@ def _copy_file(folder: int, path: Path, target: Path) -> None:
         raise _refusal(
             path, "a link" if error.errno == errno.ELOOP else f"cannot be opened: {error.strerror}"
         ) from error
-    with os.fdopen(handle, "rb") as source:
-        facts = os.fstat(source.fileno())
+    with contextlib.ExitStack() as opened:
+        opened.callback(os.close, handle)
+        facts = os.fstat(handle)
         if not stat.S_ISREG(facts.st_mode):
             raise _refusal(path, "not a regular file")
         if facts.st_nlink != 1:
             raise _refusal(path, "reachable under another name too (a hard link)")
         if facts.st_size > _MAX_BYTES.get(path.name, facts.st_size):
             raise _refusal(path, f"{facts.st_size} bytes, at most {_MAX_BYTES[path.name]} are allowed")
-        with target.open("xb") as copy:
+        with open(handle, "rb", closefd=False) as source, target.open("xb") as copy:
             shutil.copyfileobj(source, copy, 1 << 20)
 
 
@@ -187,7 +188,7 @@ def _check_statement(folder: Path, statement: dict[str, Any]) -> None:
     signature = folder / SIGNATURE
     try:
         listed = statement["predicate"]["resources"]
-        signed = {resource["name"]: resource["digest"] for resource in listed}
+        signed = {str(resource["name"]): resource["digest"] for resource in listed}
         root = statement["subject"][0]["digest"]["sha256"]
     except (KeyError, IndexError, TypeError) as error:
         raise _refusal(signature, f"the signed statement lacks {error}") from error
@@ -195,7 +196,7 @@ def _check_statement(folder: Path, statement: dict[str, Any]) -> None:
         if name not in signed:
             raise _refusal(folder / name, "not among the files that were signed")
         if name not in actual:
-            raise _refusal(folder / str(name), "was signed and is missing")
+            raise _refusal(folder / name, "was signed and is missing")
         if actual[name] != signed[name]:
             raise _refusal(folder / name, "its bytes are not the ones that were signed")
     expected = {
@@ -213,8 +214,8 @@ def _check_statement(folder: Path, statement: dict[str, Any]) -> None:
         raise _refusal(signature, "the signed statement says more, less or other than these files in this folder")
 
 
-def _check_bytes(folder: Path, key: TrustedKey) -> None:
-    """The cryptography, and the files against the manifest once more: model-signing's own verification."""
+def _check_cryptography(folder: Path, key: TrustedKey) -> None:
+    """model-signing's own verification: the signature over the statement, the files against the statement."""
     from cryptography.exceptions import InvalidSignature
     from model_signing import hashing, verifying
 
@@ -224,8 +225,12 @@ def _check_bytes(folder: Path, key: TrustedKey) -> None:
     config = verifying.Config().use_elliptic_key_verifier(public_key=public).set_hashing_config(everything)
     try:
         config.verify(folder, folder / SIGNATURE)
-    except (InvalidSignature, ValueError, KeyError, TypeError) as error:
-        raise _refusal(folder / SIGNATURE, f"the signature is not {key.user}'s over these files") from error
+    except InvalidSignature as error:
+        raise _refusal(folder / SIGNATURE, f"the signature is not {key.user}'s over this statement") from error
+    except (ValueError, KeyError, TypeError) as error:
+        # What was signed is genuine and not about these files: say which of them, if one of them it is.
+        _check_statement(folder, _read_bundle(folder / SIGNATURE)[1])
+        raise _refusal(folder / SIGNATURE, f"model-signing refuses it: {error}") from error
 
 
 def _refusal(path: Path, what: str) -> Refused:

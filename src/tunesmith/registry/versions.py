@@ -45,6 +45,7 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import VersionRow
 
+_ASIDE = "registering-"
 _FIX = "restore the version's folder from where it was signed, or register it again"
 
 __all__ = [
@@ -134,6 +135,9 @@ def _register(store: Store, plan: _Plan, signer: User, before: set[int]) -> Vers
             if _rows(session, plan.name) != before:  # another process registered something: look again
                 raise _Again
             identities.require(session, signer.name, "version.register", tenant=plan.tenant, region=plan.region)
+            (store.root / "work").mkdir(exist_ok=True)
+            for leftover in (store.root / "work").glob(f"{_ASIDE}*"):  # writers take turns: whoever left it is gone
+                shutil.rmtree(leftover, ignore_errors=True)
             record = _carry_on(store, session, plan, signer)
             if record is None:
                 record, made = _make(store, session, plan, signer, private_key)
@@ -329,11 +333,7 @@ def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key
     )
     record = Record(kind="version", parents=plan.parents, blobs=plan.blobs, body=statement.model_dump(mode="json"))
     target = version_folder(store.root, plan.name, number)
-    work = store.root / "work"
-    work.mkdir(exist_ok=True)
-    for leftover in work.glob("registering-*"):  # writers take turns: whoever left it is gone
-        shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=work, prefix="registering-") as aside:
+    with tempfile.TemporaryDirectory(dir=store.root / "work", prefix=_ASIDE) as aside:
         folder = Path(aside) / target.name
         folder.mkdir()
         for file, digest in plan.blobs.items():

@@ -52,8 +52,7 @@ def append(session: Session, *, actor: str, action: str, subject: str, detail: M
         actor=actor,
         action=action,
         subject=subject,
-        # What is kept is exactly what is digested: tuples become lists, 1.0 becomes 1.
-        detail=json.loads(canonical(dict(detail))),
+        detail=dict(detail),
         previous=previous.digest,
     )
     row.digest = _digest(row)
@@ -111,7 +110,7 @@ def verify(session: Session, root: Path, pins: Iterable[Pin] = ()) -> list[str]:
             previous = Head(seq=row.seq, digest=row.digest)
             digests[row.seq] = row.digest
     except ValueError as error:
-        problems.append(f"the entry after {previous.seq} cannot be read: {error}")
+        problems.append(f"an entry after {previous.seq} cannot be read: {error}")
     witnesses = list(pins)
     try:
         kept = _read_head(root)

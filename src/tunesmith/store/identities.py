@@ -123,7 +123,9 @@ def require(where: Store | Session, user: str, action: str, *, tenant: str = "",
         found = _user(row) if row else None
     if found is None or not found.active:
         raise Refused(
-            f"{user} is {'not a user' if found is None else 'deactivated'}", where=action, fix="act as another (--as)"
+            f"{_shown(user)} is {'not a user' if found is None else 'deactivated'}",
+            where=action,
+            fix="act as another (--as)",
         )
     if not found.may(action):
         able = " or ".join(sorted(ACTIONS.get(action, ()))) or "no role"
@@ -145,7 +147,7 @@ def get_user(where: Store | Session, name: str) -> User:
     with _session(where) as session:
         row = session.get(UserRow, name)
     if row is None:
-        raise UsageError(f"there is no user {name[:80]!r}", fix="tunesmith users list, tunesmith users add")
+        raise UsageError(f"there is no user {_shown(name)}", fix="tunesmith users list, tunesmith users add")
     return _user(row)
 
 
@@ -329,8 +331,16 @@ def _user(row: UserRow) -> User:
 def _row(session: Session, name: str) -> UserRow:
     row = session.get(UserRow, name)
     if row is None:
-        raise UsageError(f"there is no user {name[:80]!r}", fix="tunesmith users list, tunesmith users add")
+        raise UsageError(f"there is no user {_shown(name)}", fix="tunesmith users list, tunesmith users add")
     return row
+
+
+def _shown(name: str) -> str:
+    """A user's name as messages may quote it: whoever pasted a token there must not find it in a log."""
+    try:
+        return check_name(name, "user name")
+    except UsageError:
+        return "(no user's name)"
 
 
 def _roles(roles: Iterable[str]) -> list[str]:

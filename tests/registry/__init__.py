@@ -1,0 +1,1 @@
+"""Tests of signing, versions, approvals and verification."""

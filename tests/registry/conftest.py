@@ -1,0 +1,64 @@
+"""A store with an owner (olive: admin, engineer), an approver (ann), and a fabricated chain up to a passing verdict."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.registry.fabric import Chain, fabricate
+from tunesmith.registry.versions import Version, register
+from tunesmith.store import identities
+from tunesmith.store.store import Store
+
+
+@dataclass(frozen=True)
+class Template:
+    """Stores made once and copied for each test: making one takes 60 fsyncs."""
+
+    unregistered: Path
+    registered: Path
+    chain: Chain
+    version: Version
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
+    root = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_USER", "olive")
+        patch.delenv("TUNESMITH_KEYS", raising=False)
+        patch.delenv("TUNESMITH_DATABASE_URL", raising=False)
+        store = Store(root / "unregistered")
+        identities.ensure_owner(store)
+        identities.add_user(store, "ann", ["approver"], actor="olive")
+        chain = fabricate(store)
+        store.engine.dispose()
+        shutil.copytree(store.root, root / "registered")
+        store = Store(root / "registered")
+        version = register(store, name="intents", verdict=chain.verdict, actor="olive")
+        store.engine.dispose()
+    return Template(root / "unregistered", root / "registered", chain, version)
+
+
+@pytest.fixture
+def store(template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Store:
+    monkeypatch.setenv("TUNESMITH_USER", "olive")
+    monkeypatch.delenv("TUNESMITH_KEYS", raising=False)
+    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
+    source = template.registered if "version" in request.fixturenames else template.unregistered
+    shutil.copytree(source, tmp_path / "store")
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def chain(template: Template) -> Chain:
+    return template.chain
+
+
+@pytest.fixture
+def version(template: Template) -> Version:
+    """intents@v1, registered by olive. Asking for it makes `store` a copy that has it."""
+    return template.version

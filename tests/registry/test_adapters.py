@@ -1,0 +1,193 @@
+"""What an adapter must not be, whoever made it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+
+from tests.registry.fabric import FINGERPRINT, RANK, WIDTH, adapter_config, adapter_tensors, encode
+from tunesmith.core.digests import digest_bytes
+from tunesmith.core.errors import Refused
+from tunesmith.registry.adapters import CONFIG, WEIGHTS, AdapterFacts, check_adapter
+
+BASE = digest_bytes(b"base")
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def write(folder: Path, config: object | None = None, weights: bytes | None = None) -> Path:
+    (folder / CONFIG).write_text(json.dumps(adapter_config(BASE) if config is None else config))
+    (folder / WEIGHTS).write_bytes(encode(adapter_tensors(), BASE) if weights is None else weights)
+    return folder
+
+
+def check(folder: Path) -> AdapterFacts:
+    return check_adapter(folder, base=BASE, fingerprint=FINGERPRINT)
+
+
+def test_what_training_writes_is_taken(tmp_path: Path) -> None:
+    facts = check(write(tmp_path))
+    assert facts == AdapterFacts(
+        rank=RANK, targets=frozenset(("q_proj", "v_proj")), layers=3, parameters=6 * RANK * WIDTH
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"auto_mapping": {"base_model_class": "os", "parent_library": "os"}},
+        {"modules_to_save": ["lm_head"]},
+        {"revision": "main"},
+        {"base_model_name_or_path": "evil/model"},
+        {"base_model_name_or_path": None},
+        {"bias": "all"},
+        {"fan_in_fan_out": True},
+        {"peft_type": "PREFIX_TUNING"},
+        {"task_type": "SEQ_CLS"},
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"use_rslora": 0},
+        {"r": 0},
+        {"r": RANK * 2},
+        {"r": float(RANK)},
+        {"r": True},
+        {"lora_alpha": 0},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": float("inf")},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": "8"},
+        {"target_modules": "all-linear"},
+        {"target_modules": []},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "v_proj", "k_proj"]},
+        {"target_modules": ["q_proj", "v_proj", "v_proj"]},
+        {"target_modules": ["q_proj", ".*"]},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_says_anything_else_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(Refused):
+        check(write(tmp_path, adapter_config(BASE, **change)))
+
+
+@pytest.mark.parametrize("key", adapter_config(BASE))
+def test_a_configuration_without_one_of_its_keys_is_refused(tmp_path: Path, key: str) -> None:
+    config = adapter_config(BASE)
+    del config[key]
+    with pytest.raises(Refused, match=key):
+        check(write(tmp_path, config))
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"[]", b"null", b"{", b"\xff", b"[" * 100_000, b" " * 70_000, b'{"r": 4, "r": 8}']
+)
+def test_a_configuration_that_is_no_object_is_refused(tmp_path: Path, raw: bytes) -> None:
+    write(tmp_path)
+    (tmp_path / CONFIG).write_bytes(raw)
+    with pytest.raises(Refused):
+        check(tmp_path)
+
+
+def header(tensors: dict[str, Any], data: bytes = b"", size: int | None = None) -> bytes:
+    """A safetensors file out of a header of our choosing."""
+    encoded = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(encoded) if size is None else size) + encoded + data
+
+
+F32 = {"dtype": "F32", "shape": [1, 1]}
+META = {"__metadata__": {"format": "pt", "tunesmith.base": BASE, "tunesmith.fingerprint": FINGERPRINT}}
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        b"",
+        b"\0",
+        pickle.dumps({"lora_A": [1.0]}),
+        b"PK\x03\x04 a zip, as torch.save writes",
+        header({}, size=2**63),
+        header({}, size=2**64 - 1),
+        header({}, size=10**9),
+        header({"a": {**F32, "data_offsets": [0, 4]}}, b"\0" * 3),
+        header({"a": {**F32, "data_offsets": [0, 4]}, "b": {**F32, "data_offsets": [0, 4]}}, b"\0" * 4),
+        header({"a": {**F32, "data_offsets": [0, 4]}, "b": {**F32, "data_offsets": [2, 6]}}, b"\0" * 6),
+        header({"a": {**F32, "data_offsets": [4, 0]}}, b"\0" * 4),
+        header({"a": {**F32, "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, b"\0" * 4),
+        header({"a": {**F32, "data_offsets": [0, 4]}}, b"\0" * 9),
+        header({"a": {"dtype": "OBJECT", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4),
+        header({**META}),
+    ],
+    ids=[
+        "empty", "one byte", "pickle", "zip", "8 EB", "16 EB", "longer than the file", "data cut", "same bytes twice",
+        "overlap", "backwards", "shape overflows", "bytes left over", "unknown dtype", "no tensors",
+    ],
+)  # fmt: skip
+def test_a_file_that_is_not_safetensors_or_lies_is_refused(tmp_path: Path, weights: bytes) -> None:
+    with pytest.raises(Refused) as caught:
+        check(write(tmp_path, weights=weights))
+    assert str(caught.value.where).endswith(WEIGHTS)
+
+
+def change_tensors(**changes: np.ndarray | None) -> bytes:
+    tensors: dict[str, Any] = {**adapter_tensors(), **{key.replace("__", "."): value for key, value in changes.items()}}
+    return encode({name: value for name, value in tensors.items() if value is not None}, BASE)
+
+
+A = f"{FIRST}.lora_A.weight".replace(".", "__")
+B = f"{FIRST}.lora_B.weight".replace(".", "__")
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        (change_tensors(**{A: np.full((RANK, WIDTH), np.nan, np.float32)}), "NaN"),
+        (change_tensors(**{B: np.full((WIDTH, RANK), np.inf, np.float32)}), "NaN or an infinity"),
+        (change_tensors(**{A: np.ones((RANK, WIDTH), np.float16)}), "F16"),
+        (change_tensors(**{A: np.ones((RANK, WIDTH), np.float64)}), "F64"),
+        (change_tensors(**{A: np.ones((RANK + 1, WIDTH), np.float32)}), "rank"),
+        (change_tensors(**{B: np.ones((WIDTH, RANK + 1), np.float32)}), "rank"),
+        (change_tensors(**{A: np.ones((RANK,), np.float32)}), "two dimensions"),
+        (change_tensors(**{A: np.ones((RANK, 0), np.float32)}), "two dimensions"),
+        (change_tensors(**{A: None}), "other half"),
+        (change_tensors(lm_head__weight=np.ones((2, 2), np.float32)), "not a LoRA tensor"),
+        (change_tensors(**{A.replace("q_proj", "o_proj"): np.ones((RANK, WIDTH), np.float32)}), "not a LoRA tensor"),
+        (encode({n: t * 0 if "lora_B" in n else t for n, t in adapter_tensors().items()}, BASE), "changes nothing"),
+        (encode(adapter_tensors(), digest_bytes(b"another base")), "another base"),
+        (encode(adapter_tensors(), BASE, digest_bytes(b"another template")), "another tokenizer"),
+        (save(adapter_tensors()), "another base"),
+        (save(adapter_tensors(), metadata={**META["__metadata__"], "auto_map": "x"}), "foreign key"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, weights: bytes, reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        check(write(tmp_path, weights=weights))
+
+
+def test_bfloat16_is_refused_by_name(tmp_path: Path) -> None:
+    tensors = {
+        f"{FIRST}.lora_A.weight": {"dtype": "BF16", "shape": [RANK, WIDTH], "data_offsets": [0, 2 * RANK * WIDTH]}
+    }
+    with pytest.raises(Refused, match="BF16"):
+        check(write(tmp_path, weights=header({**META, **tensors}, b"\0" * (2 * RANK * WIDTH))))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_anywhere_is_refused_or_harmless_and_never_a_crash(tmp_path: Path, data: st.DataObject) -> None:
+    whole = bytearray(encode(adapter_tensors(), BASE))
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(whole)))
+    write(tmp_path, weights=bytes(whole[:cut]) if data.draw(st.booleans()) else bytes(whole))
+    try:
+        check(tmp_path)
+    except Refused:
+        return

@@ -1,0 +1,268 @@
+"""Four eyes, by attack."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from sqlalchemy import delete, update
+
+from tests.registry.fabric import Chain, fabricate
+from tunesmith.core.clock import stamp
+from tunesmith.core.digests import canonical
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.registry import keys
+from tunesmith.registry.approvals import approve, require_approved
+from tunesmith.registry.attestations import ENVELOPE, Approval, seal, statement_of
+from tunesmith.registry.history import verify_log
+from tunesmith.registry.verification import verify_version
+from tunesmith.registry.versions import Version, register
+from tunesmith.store import audit, database, identities
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AuditRow, RecallRow, UserRow
+
+
+def put_approval(store: Store, version: Version, approval: Approval, envelope: bytes, *, logged: bool = True) -> str:
+    """Slip an approval's record into the store as someone who can write it would."""
+    record = Record(
+        kind="approval",
+        parents={"version": version.digest},
+        blobs={ENVELOPE: store.put_bytes(envelope)},
+        body=approval.model_dump(mode="json"),
+    )
+    detail = {"approval": record.digest}
+    if not logged:
+        return store.put_record(record)
+    with store.change(approval.approver, "version.approve", version.digest, detail) as session:
+        return store.put_record(record, session)
+
+
+def approval_by(store: Store, user: str, **changes: object) -> Approval:
+    with database.reading(store.engine) as session:
+        stated = {"approver": user, "role": "approver", "decision": "approve", "reason": "", "override": None}
+        return Approval.model_validate({**stated, "at": stamp(), "audit": audit.newest(session), **changes})
+
+
+def sealed(store: Store, user: str, statement: object) -> bytes:
+    known = keys.ensure_key(store, user)
+    return seal(statement, keys.load_signing_key(store, known), known.fingerprint or "")  # type: ignore[arg-type]
+
+
+def test_a_second_person_approves_and_once_is_enough(store: Store, version: Version) -> None:
+    with pytest.raises(Refused, match="intents@v1 is not approved"):
+        require_approved(store, version)
+    digest = approve(store, version, approver="ann", reason="looks right")
+    assert approve(store, version, approver="ann", reason="again") == digest
+    assert require_approved(store, version).reason == "looks right"
+    record = store.record(digest, kind="approval")
+    envelope = json.loads(store.read_blob(record.blobs[ENVELOPE]))
+    assert envelope["payloadType"] == "application/vnd.in-toto+json"
+    assert verify_log(store) == []
+
+
+def test_the_proposer_cannot_approve_whatever_roles_they_hold(store: Store, version: Version) -> None:
+    identities.set_roles(store, "olive", ["admin", "approver", "engineer"], actor="olive")
+    with pytest.raises(Refused, match="olive proposed intents@v1"):
+        approve(store, version, approver="olive")
+    statement = approval_by(store, "olive")
+    put_approval(store, version, statement, sealed(store, "olive", statement_of(version, statement)))
+    with pytest.raises(Refused, match="olive proposed intents@v1"):
+        require_approved(store, version)
+
+
+def test_without_the_role_nobody_approves(store: Store, version: Version) -> None:
+    identities.add_user(store, "eve", ["engineer", "operator"], actor="olive")
+    for user, reason in (("eve", "it takes approver"), ("nobody", "not a user")):
+        with pytest.raises(Refused, match=reason):
+            approve(store, version, approver=user)
+    statement = approval_by(store, "eve")
+    put_approval(store, version, statement, sealed(store, "eve", statement_of(version, statement)))
+    with pytest.raises(Refused, match="eve may not approve"):
+        require_approved(store, version)
+
+
+def test_one_person_with_two_accounts_cannot_use_one_key(store: Store, version: Version) -> None:
+    with pytest.raises(Refused, match="this key is olive's"):
+        keys.enrol_public_key(store, "ann", identities.get_user(store, "olive").public_key.encode(), actor="ann")
+    # Nor by writing the users table: the key that signed is compared, not only the name.
+    with database.writing(store.engine) as session:
+        public = identities.get_user(store, "olive").public_key
+        session.execute(update(UserRow).where(UserRow.name == "ann").values(public_key=public))
+    os.link(store.root / "keys" / "olive.pem", store.root / "keys" / "ann.pem")
+    with pytest.raises(Refused):
+        approve(store, version, approver="ann")
+    assert any("user ann differs" in problem for problem in verify_log(store))
+
+
+def test_a_role_taken_away_takes_the_approval_with_it(store: Store, version: Version) -> None:
+    approve(store, version, approver="ann")
+    identities.set_roles(store, "ann", ["operator"], actor="olive")
+    with pytest.raises(Refused, match="ann may not approve"):
+        require_approved(store, version)
+    identities.set_roles(store, "ann", ["approver"], actor="olive")
+    assert require_approved(store, version).approver == "ann"
+    identities.deactivate(store, "ann", actor="olive")
+    with pytest.raises(Refused, match="ann, who is deactivated"):
+        require_approved(store, version)
+
+
+def test_a_role_taken_away_in_the_same_transaction_counts(store: Store, version: Version) -> None:
+    approve(store, version, approver="ann")
+    with store.change("olive", "test.promote", "intents", {}) as session:
+        require_approved(store, version, session)
+        session.execute(update(UserRow).where(UserRow.name == "ann").values(roles=["operator"]))
+        session.expire_all()
+        with pytest.raises(Refused):
+            require_approved(store, version, session)
+
+
+def test_an_approver_of_another_tenant_does_not_count(store: Store, chain: Chain) -> None:
+    version = register(store, name="intents", verdict=chain.verdict, actor="olive", tenant="acme", region="eu")
+    identities.add_user(store, "bob", ["approver"], actor="olive", tenant="other")
+    identities.add_user(store, "cat", ["approver"], actor="olive", tenant="acme", region="eu")
+    with pytest.raises(Refused, match="may act only within"):
+        approve(store, version, approver="bob")
+    statement = approval_by(store, "bob")
+    put_approval(store, version, statement, sealed(store, "bob", statement_of(version, statement)))
+    with pytest.raises(Refused, match="bob does not speak for"):
+        require_approved(store, version)
+    approve(store, version, approver="cat")
+    assert require_approved(store, version).approver == "cat"
+
+
+def test_an_approval_of_one_digest_is_none_of_another(store: Store, version: Version) -> None:
+    approve(store, version, approver="ann")
+    other = register(store, name="intents", verdict=fabricate(store, seed=1).verdict, actor="olive")
+    with pytest.raises(Refused, match="intents@v2 is not approved"):
+        require_approved(store, other)
+    with pytest.raises(Refused, match="not the version of that digest"):
+        require_approved(store, other.model_copy(update={"digest": version.digest}))
+    with pytest.raises(Refused, match="not the version of that digest"):
+        require_approved(store, version.model_copy(update={"digest": other.digest}))
+
+
+def test_an_approval_replayed_under_another_version_does_not_count(store: Store, version: Version) -> None:
+    given = store.record(approve(store, version, approver="ann"))
+    other = register(store, name="intents", verdict=fabricate(store, seed=1).verdict, actor="olive")
+    body = Approval.model_validate(dict(given.body))
+    put_approval(store, other, body, store.read_blob(given.blobs[ENVELOPE]))
+    with pytest.raises(Refused, match="not about this version"):
+        require_approved(store, other)
+    notes = verify_version(store.root, other.label).notes
+    assert any("does not count" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "attack", ["reason", "decision", "label", "digest", "type", "unsigned", "other key", "spelling"]
+)
+def test_a_doctored_approval_does_not_count(store: Store, version: Version, attack: str) -> None:
+    approval = approval_by(store, "ann")
+    statement = statement_of(version, approval)
+    if attack == "reason":
+        statement["predicate"]["reason"] = "another"
+    elif attack == "decision":
+        statement["predicate"]["decision"] = "reject"
+    elif attack == "label":
+        statement["subject"][0]["name"] = "intents@v2"
+    elif attack == "digest":
+        statement["subject"][0]["digest"]["sha256"] = "0" * 64
+    elif attack == "type":
+        statement["predicateType"] = "https://slsa.dev/provenance/v1"
+    envelope = sealed(store, "olive" if attack == "other key" else "ann", statement)
+    document = json.loads(envelope)
+    if attack == "unsigned":
+        document["signatures"] = []
+    if attack == "other key":
+        hint = (keys.ensure_key(store, "ann").fingerprint or "").removeprefix("sha256:")
+        document["signatures"][0]["keyid"] = hint
+    put_approval(store, version, approval, canonical(document) + (b"\n" if attack == "spelling" else b""))
+    with pytest.raises(Refused, match="intents@v1 is not approved: "):
+        require_approved(store, version)
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"signatures":[{"keyid":5}]}'])
+def test_an_envelope_that_is_none_does_not_count(store: Store, version: Version, raw: bytes) -> None:
+    put_approval(store, version, approval_by(store, "ann"), raw)
+    with pytest.raises(Refused, match="not an envelope"):
+        require_approved(store, version)
+
+
+def test_an_approval_that_the_log_does_not_know_does_not_count(store: Store, version: Version) -> None:
+    approval = approval_by(store, "ann")
+    put_approval(store, version, approval, sealed(store, "ann", statement_of(version, approval)), logged=False)
+    with pytest.raises(Refused, match="the audit log does not know"):
+        require_approved(store, version)
+    approve(store, version, approver="ann")
+    assert require_approved(store, version).approver == "ann"
+
+
+def test_an_audit_entry_that_cannot_be_written_undoes_the_approval(
+    store: Store, version: Version, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys.ensure_key(store, "ann")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tunesmith.store.audit.append", full)
+        with pytest.raises(OSError, match="No space"):
+            approve(store, version, approver="ann")
+    store.reindex()  # the record's file may have stayed behind; it does not count even once it is indexed
+    with pytest.raises(Refused, match="is not approved"):
+        require_approved(store, version)
+    approve(store, version, approver="ann")
+    assert require_approved(store, version).approver == "ann"
+
+
+def test_an_overridden_version_is_approved_with_a_reason_that_knows_it(store: Store) -> None:
+    verdict = fabricate(store, verdict="fail").verdict
+    version = register(store, name="intents", verdict=verdict, actor="olive", override="a drill")
+    with pytest.raises(UsageError, match=r"let through its gates \(a drill\): approving it needs a reason"):
+        approve(store, version, approver="ann", reason=" ")
+    unaware = approval_by(store, "ann", reason="fine")
+    put_approval(store, version, unaware, sealed(store, "ann", statement_of(version, unaware)))
+    with pytest.raises(Refused, match="not about this version, or not what the record says"):
+        require_approved(store, version)
+    approve(store, version, approver="ann", reason="only for the drill")
+    assert require_approved(store, version).override == "a drill"
+
+
+def test_what_does_not_verify_is_not_approved(store: Store, version: Version, chain: Chain) -> None:
+    path = store.blob_path(store.record(chain.dataset).blobs["train.jsonl"])
+    whole = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(whole + b"{}\n")
+    with pytest.raises(Refused, match="does not verify: its bytes"):
+        approve(store, version, approver="ann")
+    path.write_bytes(whole)
+    with database.writing(store.engine) as session:
+        session.add(RecallRow(digest=chain.dataset, cause="row x", reason="withdrawn", at=stamp()))
+    with pytest.raises(Refused, match="recalled"):
+        approve(store, version, approver="ann")
+
+
+def test_a_version_recalled_or_damaged_after_its_approval_is_approved_no_more(store: Store, version: Version) -> None:
+    approve(store, version, approver="ann")
+    with database.writing(store.engine) as session:
+        session.add(RecallRow(digest=version.digest, cause="x", reason="withdrawn", at=stamp()))
+    with pytest.raises(Refused, match="recalled"):
+        require_approved(store, version)
+    with database.writing(store.engine) as session:
+        session.execute(delete(RecallRow))
+    (store.root / "versions" / "intents" / "v1" / "model.sig").write_bytes(b"")
+    with pytest.raises(Refused, match="not a signature"):
+        require_approved(store, version)
+
+
+def test_nobody_signs_with_a_key_that_is_not_at_hand(
+    store: Store, version: Version, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    keys.ensure_key(store, "ann")
+    monkeypatch.setenv("TUNESMITH_KEYS", str(tmp_path))
+    with pytest.raises(Refused, match="not here"):
+        approve(store, version, approver="ann")
+    with database.reading(store.engine) as session:
+        assert session.query(AuditRow).filter_by(action="version.approve").count() == 0

@@ -1,0 +1,130 @@
+"""The audit log, by attack: someone who can write the database and the file beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import delete, select, update
+
+from tests.registry.fabric import Chain
+from tunesmith.registry.approvals import approve
+from tunesmith.registry.history import verify_log
+from tunesmith.registry.versions import Version, register
+from tunesmith.store import audit, database, identities
+from tunesmith.store.audit import Head
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AuditRow, UserRow, VersionRow
+
+
+def rewrite(store: Store, change: dict[int, dict[str, Any]], keep: int | None = None) -> None:
+    """Make the log anew from some entries, whole in itself, and its head file with it."""
+    with database.reading(store.engine) as session:
+        old = [
+            {"actor": row.actor, "action": row.action, "subject": row.subject, "detail": row.detail}
+            for row in audit.entries(session)
+        ][:keep]
+    (store.root / "audit-head.json").unlink()
+    with database.writing(store.engine) as session:
+        session.execute(delete(AuditRow))
+        session.flush()
+        head = Head(seq=0, digest=audit.GENESIS)
+        for number, entry in enumerate(old, start=1):
+            head = audit.append(session, **{**entry, **change.get(number, {})})
+    audit.write_head(store.root, head)
+
+
+def test_an_honest_log_is_whole(store: Store, version: Version) -> None:
+    approve(store, version, approver="ann")
+    assert verify_log(store) == []
+
+
+def test_a_log_rewritten_wholesale_contradicts_what_versions_were_signed_with(store: Store, version: Version) -> None:
+    rewrite(store, {2: {"actor": "someone-else"}})
+    with database.reading(store.engine) as session:
+        assert audit.verify(session, store.root) == []  # by itself and its file it is whole: the trap
+    assert any("the log was rewritten" in problem and "version" in problem for problem in verify_log(store))
+
+
+def test_a_tail_cut_with_its_head_file_contradicts_an_approval(store: Store, version: Version) -> None:
+    approve(store, version, approver="ann")
+    rewrite(store, {}, keep=2)
+    problems = verify_log(store)
+    assert any("the tail was cut" in problem or "was rewritten" in problem for problem in problems)
+
+
+def test_a_head_kept_elsewhere_shows_even_the_newest_entry_missing(store: Store, version: Version) -> None:
+    with database.reading(store.engine) as session:
+        head = audit.newest(session)
+    assert verify_log(store, [head]) == []
+    rewrite(store, {}, keep=head.seq - 1)
+    assert any("the head you gave" in problem for problem in verify_log(store, [head]))
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"roles": ["admin", "approver"]}, "roles"),
+        ({"token_digest": "sha256:" + "0" * 64}, "token"),
+        ({"public_key": "mine"}, "fingerprint"),
+        ({"tenant": "acme"}, "tenant"),
+        ({"active": False}, "active"),
+    ],
+)
+def test_a_user_changed_behind_the_logs_back_shows(
+    store: Store, version: Version, values: dict[str, Any], what: str
+) -> None:
+    with database.writing(store.engine) as session:
+        session.execute(update(UserRow).where(UserRow.name == "ann").values(**values))
+    assert verify_log(store) == [f"user ann differs from what the log says of it: {what}"]
+
+
+def test_rows_slipped_in_or_taken_out_show(store: Store, version: Version) -> None:
+    with database.writing(store.engine) as session:
+        session.add(UserRow(name="mallory", roles=["admin"], public_key="", tenant="", region="", active=True))
+        session.add(VersionRow(name="intents", number=9, digest="sha256:" + "0" * 64, tenant="", region=""))
+        session.execute(delete(UserRow).where(UserRow.name == "ann"))
+    assert verify_log(store) == [
+        "user ann is in the log and not in the database",
+        "user mallory is in the database, and the log knows nothing of it",
+        "version intents@v9 is in the database, and the log knows nothing of it",
+    ]
+
+
+def test_an_emptied_users_table_does_not_make_the_next_comer_the_owner(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with database.writing(store.engine) as session:
+        session.execute(delete(UserRow))
+    monkeypatch.setenv("TUNESMITH_USER", "mallory")
+    with pytest.raises(Exception, match="there is no user"):
+        identities.acting(store)
+    with database.reading(store.engine) as session:
+        assert session.scalars(select(UserRow)).all() == []
+
+
+def test_a_version_whose_record_is_gone_is_said_to_be(store: Store, version: Version) -> None:
+    store.record_path(version.digest).unlink()
+    assert any("cannot bear witness" in problem for problem in verify_log(store))
+
+
+def test_every_change_leaves_its_entry(store: Store, chain: Chain) -> None:
+    with database.reading(store.engine) as session:
+        before = len(audit.entries(session))
+    version = register(store, name="intents", verdict=chain.verdict, actor="olive")
+    approve(store, version, approver="ann", reason="fine")
+    identities.set_roles(store, "ann", ["approver", "steward"], actor="olive")
+    identities.issue_token(store, "ann", actor="ann")
+    identities.deactivate(store, "ann", actor="olive")
+    with database.reading(store.engine) as session:
+        rows = audit.entries(session)[before:]
+    assert [(row.actor, row.action) for row in rows] == [
+        ("olive", "user.key"),
+        ("olive", "version.register"),
+        ("ann", "user.key"),
+        ("ann", "version.approve"),
+        ("olive", "user.roles"),
+        ("ann", "user.token"),
+        ("olive", "user.deactivate"),
+    ]
+    assert verify_log(store) == []

@@ -1,0 +1,254 @@
+"""Offline verification, by attack: whatever is changed in the files, the outcome names the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.registry.fabric import Chain, fabricate
+from tunesmith.core.digests import canonical, digest_bytes
+from tunesmith.core.errors import UsageError
+from tunesmith.registry.approvals import approve
+from tunesmith.registry.verification import verify_version
+from tunesmith.registry.versions import Version, register
+from tunesmith.store import identities
+from tunesmith.store.store import Store
+
+
+def flip(path: Path, offset: int) -> None:
+    """Change one bit of a byte."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+def problems(root: Path, label: str = "intents@v1") -> dict[str, str]:
+    return {problem.path: problem.reason for problem in verify_version(root, label).problems}
+
+
+@pytest.fixture
+def folder(store: Store, version: Version) -> Path:
+    return store.root / "versions" / "intents" / "v1"
+
+
+def test_a_whole_store_verifies_and_says_what_it_looked_at(store: Store, version: Version) -> None:
+    approve(store, version, approver="ann")
+    found = verify_version(store.root, version.label)
+    files = [path for kind in ("blobs", "records", "versions") for path in (store.root / kind).rglob("*")]
+    assert (found.ok, found.problems, found.digest) == (True, [], version.digest)
+    assert found.checked == len([path for path in files if path.is_file()])
+    assert any(note.startswith("approved by ann") for note in found.notes)
+
+
+def test_a_copy_on_another_path_verifies_without_a_database(store: Store, version: Version, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere" / "copy"
+    copy.mkdir(parents=True)
+    for kind in ("blobs", "records", "versions", "trust"):
+        shutil.copytree(store.root / kind, copy / kind)
+    assert verify_version(copy, version.label).ok
+    assert not (copy / "tunesmith.db").exists()
+
+
+def test_one_flipped_byte_in_any_file_is_found_and_the_file_named(store: Store, version: Version) -> None:
+    fabricate(store, seed=1)  # what another version rests on counts too: the whole store is held against its names
+    approve(store, version, approver="ann")
+    files = [path for kind in ("blobs", "records", "versions") for path in (store.root / kind).rglob("*")]
+    files = sorted(path for path in files if path.is_file())
+    assert len(files) > 30
+    for path in files:
+        whole = path.read_bytes()
+        for offset in sorted({0, len(whole) // 2, len(whole) - 1}):
+            flip(path, offset)
+            assert str(path.relative_to(store.root)) in problems(store.root), f"byte {offset} of {path}"
+            path.write_bytes(whole)
+    assert problems(store.root) == {}
+
+
+def test_no_byte_of_a_signature_is_free(store: Store, folder: Path) -> None:
+    path = folder / "model.sig"
+    whole = path.read_bytes()
+    for offset in range(0, len(whole), 7):
+        flip(path, offset)
+        assert not verify_version(store.root, "intents@v1", whole_store=False).ok, (
+            f"byte {offset}: {whole[offset:][:1]!r}"
+        )
+        path.write_bytes(whole)
+
+
+def test_a_missing_file_is_named(store: Store, version: Version) -> None:
+    for kind in ("blobs", "records", "versions"):
+        for path in sorted(path for path in (store.root / kind).rglob("*") if path.is_file()):
+            if kind != "versions" and path.stem not in json.dumps(json.loads(canonical_release(store))):
+                continue  # not part of this version's lineage
+            whole, mode = path.read_bytes(), path.stat().st_mode
+            path.unlink()
+            assert str(path.relative_to(store.root)) in problems(store.root)
+            path.write_bytes(whole)
+            path.chmod(mode)
+    assert problems(store.root) == {}
+
+
+def canonical_release(store: Store) -> bytes:
+    return (store.root / "versions" / "intents" / "v1" / "release.json").read_bytes()
+
+
+ADDITIONS: dict[str, Callable[[Path], object]] = {
+    "git hook": lambda folder: (folder / ".git" / "hooks").mkdir(parents=True),
+    "gitattributes": lambda folder: (folder / ".gitattributes").write_text("x"),
+    "pickle beside": lambda folder: (folder / "adapter_model.bin").write_bytes(b"\x80\x04."),
+    "code": lambda folder: (folder / "modeling.py").write_text("import os"),
+    "case twin": lambda folder: (folder / "Adapter_config.json").write_text("{}"),
+    "folder for file": lambda folder: ((folder / "model.sig").unlink(), (folder / "model.sig").mkdir()),
+    "link": lambda folder: (
+        shutil.move(folder / "release.json", folder.parent / "away"),
+        (folder / "release.json").symlink_to(folder.parent / "away"),
+    ),
+    "hard link": lambda folder: os.link(folder / "release.json", folder.parent / "twin"),
+    "fifo": lambda folder: ((folder / "model.sig").unlink(), os.mkfifo(folder / "model.sig")),
+    "signature stripped": lambda folder: (folder / "model.sig").unlink(),
+    "signature emptied": lambda folder: (folder / "model.sig").write_bytes(b""),
+    "signature truncated": lambda folder: (folder / "model.sig").write_bytes((folder / "model.sig").read_bytes()[:-40]),
+    "signature huge": lambda folder: (folder / "model.sig").write_bytes(b" " * (2 << 20)),
+    "signature nested": lambda folder: (folder / "model.sig").write_bytes(b"[" * 100_000),
+    "release stripped": lambda folder: (folder / "release.json").unlink(),
+    "adapter stripped": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+}
+
+
+@pytest.mark.parametrize("attack", ADDITIONS)
+def test_a_folder_holds_allowed_plain_files_alone(store: Store, folder: Path, attack: str) -> None:
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    ADDITIONS[attack](folder)
+    found = problems(store.root)
+    assert found
+    assert all(path.startswith("versions/intents/v1") for path in found)
+
+
+def test_a_folder_that_is_a_link_is_refused(store: Store, folder: Path) -> None:
+    shutil.move(folder, folder.with_name("real"))
+    folder.symlink_to("real")
+    assert list(problems(store.root)) == ["versions/intents/v1"]
+
+
+def test_a_signature_of_another_version_does_not_serve(store: Store, folder: Path) -> None:
+    register(store, name="intents", verdict=fabricate(store, seed=1).verdict, actor="olive")
+    shutil.copy(folder.with_name("v2") / "model.sig", folder / "model.sig")
+    assert problems(store.root)
+
+
+@pytest.mark.parametrize("place", ["intents/v7", "others/v1"])
+def test_a_copy_under_another_name_or_number_is_refused(store: Store, folder: Path, place: str) -> None:
+    target = store.root / "versions" / place
+    target.parent.mkdir(exist_ok=True)
+    shutil.copytree(folder, target)
+    name, number = place.split("/")
+    found = verify_version(store.root, f"{name}@{number}")
+    assert not found.ok
+    assert found.problems[0].path.startswith(f"versions/{place}")
+
+
+def test_a_key_that_is_not_trusted_is_refused(store: Store, version: Version, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    listed = json.loads((store.root / "trust" / "keys.json").read_bytes())
+    mine.write_bytes(canonical([key for key in listed if key["user"] != "olive"]))
+    assert verify_version(store.root, version.label, trust=store.root / "trust" / "keys.json").ok
+    [problem] = verify_version(store.root, version.label, trust=mine).problems
+    assert "not trusted here" in problem.reason
+
+
+def test_a_list_of_keys_that_the_verifier_brought_is_not_overruled_by_the_stores(
+    store: Store, version: Version, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "theirs.json"
+    theirs.write_bytes((store.root / "trust" / "keys.json").read_bytes())
+    # An attacker with the whole store makes everything anew with a key of their own, under the same names.
+    other = Store(tmp_path / "forged")
+    identities.ensure_owner(other)
+    forged = register(other, name="intents", verdict=fabricate(other).verdict, actor="olive")
+    assert verify_version(other.root, forged.label).ok
+    assert not verify_version(other.root, forged.label, trust=theirs).ok
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"active": False}, "deactivated"),
+        ({"roles": ["approver"]}, "may not sign versions"),
+        ({"tenant": "acme"}, "does not speak for"),
+        ({"region": "us"}, "does not speak for"),
+        ({"user": "someone"}, "signed it"),
+    ],
+)
+def test_a_valid_key_counts_only_for_what_it_is_trusted_for(
+    store: Store, version: Version, change: dict[str, object], reason: str
+) -> None:
+    path = store.root / "trust" / "keys.json"
+    listed = json.loads(path.read_bytes())
+    path.write_bytes(canonical([{**key, **change} if key["user"] == "olive" else key for key in listed]))
+    [problem] = verify_version(store.root, version.label).problems
+    assert reason in problem.reason
+
+
+def test_no_list_of_keys_is_no_trust(store: Store, version: Version) -> None:
+    (store.root / "trust" / "keys.json").unlink()
+    found = verify_version(store.root, version.label)
+    assert [problem.path for problem in found.problems] == ["trust/keys.json"]
+
+
+def test_a_dataset_whose_count_is_not_its_rows_is_found(store: Store, chain: Chain) -> None:
+    record = store.record(chain.dataset)
+    lying = record.model_copy(update={"body": {"splits": {"train": 5, "validation": 2, "test": 4}}})
+    digest = store.put_record(lying)
+    candidate = store.record(chain.candidate)
+    moved = store.put_record(candidate.model_copy(update={"parents": {**candidate.parents, "dataset": digest}}))
+    evaluation = store.record(chain.evaluation)
+    body = {"n": 4, "candidates": {"tuned": {"candidate": moved}}}
+    measured = store.put_record(evaluation.model_copy(update={"body": body}))
+    verdict = store.record(chain.verdict)
+    judged = verdict.model_copy(update={"parents": {"candidate": moved, "evaluation": measured}})
+    version = register(store, name="intents", verdict=store.put_record(judged), actor="olive")
+    [problem] = verify_version(store.root, version.label).problems
+    assert "says 5 rows in train, there are 6" in problem.reason
+
+
+def test_the_bases_files_are_checked_where_they_are_at_hand(store: Store, version: Version, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(b"{}")
+    absent = verify_version(store.root, version.label)
+    assert absent.ok
+    assert any("not at hand" in note for note in absent.notes)
+    assert verify_version(store.root, version.label, base_folder=folder).checked == absent.checked + 1
+    (folder / "config.json").write_bytes(b"[]")
+    [problem] = verify_version(store.root, version.label, base_folder=folder).problems
+    assert problem.path == str(folder / "config.json")
+    (folder / "config.json").unlink()
+    assert not verify_version(store.root, version.label, base_folder=folder).ok
+
+
+def test_what_does_not_belong_into_a_store_is_named(store: Store, version: Version) -> None:
+    (store.root / "blobs" / "notes.txt").write_text("x")
+    data = b"misplaced"
+    (store.root / "blobs" / "00").mkdir(exist_ok=True)
+    misplaced = store.root / "blobs" / "00" / digest_bytes(data).removeprefix("sha256:")
+    misplaced.write_bytes(data)
+    (store.root / "blobs" / ".writing-left").write_text("half")
+    found = verify_version(store.root, version.label)
+    assert {problem.path for problem in found.problems} == {"blobs/notes.txt", str(misplaced.relative_to(store.root))}
+    assert any(".writing-left" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["intents", "intents@v0", "intents@v01", "../x@v1", "a/b@v1", "Intents@v1", "intents@v1\n", "ıntents@v1", "@v1"],
+)
+def test_a_label_that_is_none_is_wrong_usage(store: Store, label: str) -> None:
+    with pytest.raises(UsageError):
+        verify_version(store.root, label)

@@ -1,0 +1,448 @@
+"""Registering, finding and opening versions, by use and by attack."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sqlalchemy import delete, select, update
+
+from tests.registry.fabric import (
+    FINGERPRINT,
+    Chain,
+    adapter_config,
+    adapter_tensors,
+    encode,
+    fabricate,
+    put_base,
+    put_training,
+)
+from tunesmith.candidates.candidate import Candidate, put_candidate
+from tunesmith.core.clock import stamp
+from tunesmith.core.digests import digest_bytes
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.registry import release, signing, versions
+from tunesmith.registry.adapters import CONFIG, WEIGHTS
+from tunesmith.registry.aliases import set_alias
+from tunesmith.registry.versions import (
+    Version,
+    list_versions,
+    load_version,
+    register,
+    resolve,
+    verified_copy,
+    verify_version,
+)
+from tunesmith.store import database, identities
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AuditRow, RecallRow, VersionRow
+
+
+def actions(store: Store) -> list[str]:
+    with database.reading(store.engine) as session:
+        return list(session.scalars(select(AuditRow.action).order_by(AuditRow.seq)))
+
+
+def test_a_passing_candidate_becomes_a_signed_version(store: Store, chain: Chain) -> None:
+    version = register(store, name="intents", verdict=chain.verdict, actor="olive")
+    assert (version.label, version.candidate, version.signer) == ("intents@v1", chain.candidate, "olive")
+    folder = store.root / "versions" / "intents" / "v1"
+    assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS, "release.json", "model.sig"}
+    assert digest_bytes((folder / "release.json").read_bytes()) == version.digest
+    assert (folder / "release.json").read_bytes() == store.record_path(version.digest).read_bytes()
+    body = store.record(version.digest).body
+    assert body["records"] == sorted(set(body["records"]))
+    assert {chain.base, chain.dataset, chain.training, chain.evaluation, chain.verdict} <= set(body["records"])
+    assert actions(store)[-1] == "version.register"
+
+
+def test_a_prompt_can_be_released_as_well(store: Store) -> None:
+    version = register(store, name="intents", verdict=fabricate(store, tuned=False).verdict, actor="olive")
+    assert {path.name for path in (store.root / "versions" / "intents" / "v1").iterdir()} == {
+        "release.json",
+        "model.sig",
+    }
+    with verified_copy(store, version) as loaded:
+        assert (loaded.candidate.name, loaded.adapter) == ("few-shot", None)
+    assert verify_version(store.root, version.label).ok
+
+
+def test_the_same_verdict_again_is_the_same_version(store: Store, version: Version, chain: Chain) -> None:
+    before = actions(store)
+    assert register(store, name="intents", verdict=chain.verdict, actor="olive") == version
+    assert actions(store) == before
+    second = register(store, name="intents", verdict=fabricate(store, seed=1).verdict, actor="olive")
+    elsewhere = register(store, name="intents", verdict=chain.verdict, actor="olive", tenant="acme")
+    assert [found.label for found in list_versions(store)] == ["intents@v1", "intents@v2", "intents@v3"]
+    assert (second.number, elsewhere.number, elsewhere.tenant) == (2, 3, "acme")
+
+
+@pytest.mark.parametrize("outcome", ["fail", "inconclusive"])
+def test_what_did_not_pass_is_refused_unless_an_admin_overrides_it(store: Store, outcome: str) -> None:
+    verdict = fabricate(store, verdict=outcome).verdict
+    with pytest.raises(Refused, match=rf"{outcome}: lift \({outcome}\)"):
+        register(store, name="intents", verdict=verdict, actor="olive")
+    identities.add_user(store, "eve", ["engineer"], actor="olive")
+    with pytest.raises(Refused, match="it takes admin"):
+        register(store, name="intents", verdict=verdict, actor="eve", override="I say so")
+    with pytest.raises(UsageError, match="needs a reason"):
+        register(store, name="intents", verdict=verdict, actor="olive", override="  ")
+    version = register(store, name="intents", verdict=verdict, actor="olive", override="a drill")
+    assert version.override == "a drill"
+    found = verify_version(store.root, version.label)
+    assert found.ok
+    assert any("let through: a drill" in note for note in found.notes)
+    with database.reading(store.engine) as session:
+        newest = session.scalars(select(AuditRow).order_by(AuditRow.seq.desc())).first()
+    assert newest is not None
+    assert newest.detail["override"] == "a drill"
+
+
+def test_a_pass_is_not_overridden(store: Store, chain: Chain) -> None:
+    with pytest.raises(UsageError, match="nothing to override"):
+        register(store, name="intents", verdict=chain.verdict, actor="olive", override="just in case")
+
+
+def test_only_engineers_register(store: Store, chain: Chain) -> None:
+    with pytest.raises(Refused, match="it takes engineer"):
+        register(store, name="intents", verdict=chain.verdict, actor="ann")
+    with pytest.raises(Refused, match="not a user"):
+        register(store, name="intents", verdict=chain.verdict, actor="nobody")
+    assert not (store.root / "versions").exists()
+
+
+def test_an_engineer_of_one_tenant_registers_for_it_alone(store: Store, chain: Chain) -> None:
+    identities.add_user(store, "eve", ["engineer"], actor="olive", tenant="acme", region="eu")
+    for tenant, region in (("", ""), ("other", "eu"), ("acme", "us")):
+        with pytest.raises(Refused, match="may act only within acme/eu"):
+            register(store, name="intents", verdict=chain.verdict, actor="eve", tenant=tenant, region=region)
+    assert register(store, name="intents", verdict=chain.verdict, actor="eve", tenant="acme", region="eu").number == 1
+
+
+BAD_NAMES = ["", ".", "..", "../x", "/etc", "a/b", "a\0b", "a..b", "A", "Intents", "-a", "a\n", "a@v1", "a" * 64]
+TWINS = ["ıntents", "intents\u0301", "іntents", "ｉntents", "intent\u200bs"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES + TWINS)
+def test_names_that_look_or_lead_elsewhere_are_wrong_usage(store: Store, chain: Chain, name: str) -> None:
+    with pytest.raises(UsageError):
+        register(store, name=name, verdict=chain.verdict, actor="olive")
+    if name:
+        for scope in ("tenant", "region"):
+            with pytest.raises(UsageError):
+                register(store, name="intents", verdict=chain.verdict, actor="olive", **{scope: name})
+    assert not (store.root / "versions").exists()
+
+
+def forge_verdict(store: Store, chain: Chain, **parents: str) -> str:
+    record = store.record(chain.verdict)
+    return store.put_record(record.model_copy(update={"parents": {**record.parents, **parents}}))
+
+
+def test_evidence_about_another_candidate_is_refused(store: Store, chain: Chain) -> None:
+    other = fabricate(store, seed=1)
+    for parents in ({"candidate": other.candidate}, {"evaluation": other.evaluation}):
+        with pytest.raises(Refused, match="did not measure this candidate"):
+            register(store, name="intents", verdict=forge_verdict(store, chain, **parents), actor="olive")
+    with pytest.raises(UsageError, match="is a evaluation, not a verdict"):
+        register(store, name="intents", verdict=chain.evaluation, actor="olive")
+
+
+def candidate_with(store: Store, chain: Chain, **changes: Any) -> str:
+    """A judged candidate that differs from the chain's."""
+    record = store.record(chain.candidate)
+    stated = {"name": "tuned", "base": chain.base, "prompt": "Answer.", "max_tokens": 16, "training": chain.training}
+    candidate = put_candidate(
+        store, Candidate.model_validate({**stated, "dataset": record.parents["dataset"], **changes})
+    )
+    evaluation = store.record(chain.evaluation)
+    body = {**evaluation.body, "candidates": {"tuned": {"candidate": candidate}}}
+    measured = store.put_record(evaluation.model_copy(update={"body": body}))
+    return forge_verdict(store, chain, candidate=candidate, evaluation=measured)
+
+
+def test_an_adapter_of_another_base_is_refused(store: Store, chain: Chain) -> None:
+    with pytest.raises(Refused, match="another base than the candidate's"):
+        register(store, name="intents", verdict=candidate_with(store, chain, base=put_base(store, 1)), actor="olive")
+
+
+def test_an_adapter_under_another_rendering_is_refused(store: Store, chain: Chain) -> None:
+    files = {
+        CONFIG: json.dumps(adapter_config(chain.base)).encode(),
+        WEIGHTS: encode(adapter_tensors(5), chain.base),
+    }
+    training = put_training(store, chain.base, chain.dataset, files, digest_bytes(b"another template"))
+    with pytest.raises(Refused, match="another tokenizer or chat template"):
+        register(store, name="intents", verdict=candidate_with(store, chain, training=training), actor="olive")
+    bare = put_training(store, chain.base, chain.dataset, {CONFIG: b"{}"}, FINGERPRINT)
+    with pytest.raises(Refused, match="has no adapter"):
+        register(store, name="intents", verdict=candidate_with(store, chain, training=bare), actor="olive")
+
+
+def zeroed(store: Store) -> bytes:
+    tensors = {name: t * np.float32("lora_A" in name) for name, t in adapter_tensors().items()}
+    return encode(tensors, put_base(store))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda store: {"weights": zeroed(store)}, "changes nothing"),
+        (lambda store: {"weights": b"\x80\x04."}, "not readable as safetensors"),
+        (lambda store: {"config": adapter_config("x")}, "says it is of base"),
+        (lambda store: {"config": {**adapter_config(put_base(store)), "auto_mapping": {}}}, "auto_mapping"),
+    ],
+)
+def test_a_bad_adapter_is_refused_and_leaves_nothing(
+    store: Store, make: Callable[[Store], dict[str, Any]], reason: str
+) -> None:
+    before = actions(store)
+    with pytest.raises(Refused, match=reason):
+        register(store, name="intents", verdict=fabricate(store, **make(store)).verdict, actor="olive")
+    assert not list((store.root / "versions").glob("*/*"))
+    assert not list((store.root / "work").iterdir())
+    assert [action for action in actions(store)[len(before) :] if action != "user.key"] == []
+
+
+def test_damaged_evidence_is_not_signed(store: Store, chain: Chain) -> None:
+    path = store.blob_path(store.record(chain.evaluation).blobs["scores.jsonl"])
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(Refused, match="does not hold the bytes"):
+        register(store, name="intents", verdict=chain.verdict, actor="olive")
+
+
+def test_a_version_expires(store: Store, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("2001-01-01T00:00:00Z", "2100-01-01T00:00:00", "tomorrow", ""):
+        with pytest.raises(UsageError, match="not a moment to come"):
+            register(store, name="intents", verdict=chain.verdict, actor="olive", expires_at=text)
+    until = "2100-01-01T00:00:00Z"
+    version = register(store, name="intents", verdict=chain.verdict, actor="olive", expires_at=until)
+    assert verify_version(store.root, version.label).ok
+    later = release.datetime.fromisoformat("2100-01-01T00:00:01Z")
+    monkeypatch.setattr(release, "now", lambda: later)
+    monkeypatch.setattr(versions, "now", lambda: later)
+    assert "expired" in verify_version(store.root, version.label).problems[0].reason
+    with pytest.raises(Refused, match="expired"), verified_copy(store, version):
+        pass
+    again = register(store, name="intents", verdict=chain.verdict, actor="olive")
+    assert (again.label, again.expires_at) == ("intents@v2", None)
+
+
+# Finding
+
+
+def test_a_version_is_found_by_label_alias_and_digest(store: Store, version: Version) -> None:
+    with store.change("olive", "test.point", "intents", {}) as session:
+        set_alias(session, name="intents", alias="champion", version=version.digest, expected=0, actor="olive")
+    for text in ("intents@v1", "intents@champion", version.digest, version.digest[7:15], version.digest[:15]):
+        assert resolve(store, text) == version
+    for text in ("intents@v2", "others@v1", "intents@challenger", "f" * 64):
+        with pytest.raises(UsageError, match="there is no version"):
+            resolve(store, text)
+    for text in ("intents", "intents@", "intents@v0", "intents@latest", "../x@v1", "%", "____", "abc", ""):
+        with pytest.raises(UsageError, match="is not a"):
+            resolve(store, text)
+
+
+def test_another_tenants_or_regions_version_answers_as_none_at_all(store: Store, chain: Chain) -> None:
+    version = register(store, name="intents", verdict=chain.verdict, actor="olive", tenant="acme", region="eu")
+    with store.change("olive", "test.point", "intents", {}) as session:
+        place = {"name": "intents", "alias": "champion", "tenant": "acme", "region": "eu"}
+        set_alias(session, version=version.digest, expected=0, actor="olive", **place)
+    nothing = {
+        "intents@v1": "intents@v9",
+        "intents@champion": "intents@challenger",
+        version.digest: "sha256:" + "0" * 64,
+        version.digest[7:19]: "0" * 12,
+    }
+    for text, missing in nothing.items():
+        assert resolve(store, text, tenant="acme", region="eu") == version
+        for tenant, region in (("", ""), ("other", "eu"), ("acme", "us"), ("acme", "")):
+            answers = []
+            for asked in (text, missing):
+                with pytest.raises(UsageError) as caught:
+                    resolve(store, asked, tenant=tenant, region=region)
+                answers.append(str(caught.value).replace(asked, "..."))
+            assert answers[0] == answers[1]
+
+
+def test_a_row_that_was_pointed_elsewhere_is_noticed(store: Store, version: Version) -> None:
+    with database.writing(store.engine) as session:
+        session.execute(update(VersionRow).values(number=7))
+    with pytest.raises(Refused, match="the register says intents@v7"):
+        load_version(store, version.digest)
+    with database.writing(store.engine) as session:
+        session.execute(delete(VersionRow))
+    with pytest.raises(Refused, match="not a registered version"), verified_copy(store, version):
+        pass
+
+
+# Opening
+
+
+def test_what_is_opened_is_a_private_verified_copy(store: Store, version: Version) -> None:
+    with verified_copy(store, version) as loaded:
+        assert loaded.adapter is not None
+        assert not loaded.adapter.is_relative_to(store.root)
+        assert loaded.version == version
+        assert loaded.candidate.tuned
+
+
+def test_files_swapped_after_the_verification_have_no_effect(store: Store, version: Version) -> None:
+    folder = store.root / "versions" / "intents" / "v1"
+    good = (folder / WEIGHTS).read_bytes()
+    with verified_copy(store, version) as loaded:
+        (folder / WEIGHTS).write_bytes(b"swapped")
+        (folder / CONFIG).unlink()
+        (folder / CONFIG).symlink_to("/etc/passwd")
+        assert loaded.adapter is not None
+        assert (loaded.adapter / WEIGHTS).read_bytes() == good
+    with pytest.raises(Refused), verified_copy(store, version):
+        pass
+
+
+def test_a_file_swapped_between_its_copy_and_its_verification_is_not_believed(
+    store: Store, version: Version, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = store.root / "versions" / "intents" / "v1"
+    good = (folder / WEIGHTS).read_bytes()
+    real = signing._copy_plain
+
+    def copy_then_swap(source: Path, target: Path) -> None:
+        real(source, target)
+        (folder / WEIGHTS).write_bytes(b"swapped at the worst moment")
+
+    monkeypatch.setattr(signing, "_copy_plain", copy_then_swap)
+    with verified_copy(store, version) as loaded:
+        assert loaded.adapter is not None
+        assert (loaded.adapter / WEIGHTS).read_bytes() == good
+
+
+def test_another_versions_whole_folder_is_not_served_in_its_place(store: Store, version: Version) -> None:
+    other = register(store, name="intents", verdict=fabricate(store, seed=1).verdict, actor="olive")
+    folder = store.root / "versions" / "intents"
+    shutil.rmtree(folder / "v2")
+    shutil.copytree(folder / "v1", folder / "v2")
+    with pytest.raises(Refused), verified_copy(store, other):
+        pass
+    forged = version.model_copy(update={"digest": other.digest})
+    with pytest.raises(Refused, match="not the version of that digest"), verified_copy(store, forged):
+        pass
+
+
+def test_a_candidates_record_is_held_against_its_digest_when_opened(store: Store, version: Version) -> None:
+    path = store.record_path(version.candidate)
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes().replace(b"Answer.", b"Obey me"))
+    with pytest.raises(Refused, match="not the ones its name promises"), verified_copy(store, version):
+        pass
+
+
+def test_a_recalled_version_or_one_that_rests_on_a_recalled_record_is_not_opened(
+    store: Store, version: Version, chain: Chain
+) -> None:
+    for digest in (version.digest, chain.dataset, store.record(chain.dataset).blobs["train.jsonl"]):
+        with database.writing(store.engine) as session:
+            session.add(RecallRow(digest=digest, cause="row x", reason="consent withdrawn", at=stamp()))
+        with pytest.raises(Refused, match="recalled: consent withdrawn"), verified_copy(store, version):
+            pass
+        with pytest.raises(Refused, match="recalled"):
+            register(store, name="intents", verdict=chain.verdict, actor="olive")
+        with database.writing(store.engine) as session:
+            session.execute(delete(RecallRow))
+
+
+def test_a_signer_who_lost_the_standing_is_not_believed_and_a_colleague_can_sign_anew(
+    store: Store, chain: Chain
+) -> None:
+    identities.add_user(store, "eve", ["engineer"], actor="olive")
+    version = register(store, name="intents", verdict=chain.verdict, actor="eve")
+    identities.deactivate(store, "eve", actor="olive")
+    with pytest.raises(Refused, match="eve, who is deactivated"), verified_copy(store, version):
+        pass
+    assert not verify_version(store.root, version.label).ok  # both ways of asking give the same answer
+    again = register(store, name="intents", verdict=chain.verdict, actor="olive")
+    assert (again.label, again.signer) == ("intents@v2", "olive")
+
+
+def test_a_damaged_version_is_not_papered_over_by_registering_again(
+    store: Store, version: Version, chain: Chain
+) -> None:
+    (store.root / "versions" / "intents" / "v1" / WEIGHTS).write_bytes(b"x")
+    with pytest.raises(Refused, match="not the ones that were signed"):
+        register(store, name="intents", verdict=chain.verdict, actor="olive")
+    assert len(list_versions(store)) == 1
+
+
+# Cut short, and at once
+
+
+def test_two_who_register_the_same_verdict_at_once_get_one_version(store: Store, chain: Chain) -> None:
+    found: list[str] = []
+    gate = threading.Barrier(3)
+
+    def work() -> None:
+        own = Store(store.root)
+        gate.wait()
+        found.append(register(own, name="intents", verdict=chain.verdict, actor="olive").label)
+
+    identities.acting(store)
+    register(store, name="warm", verdict=fabricate(store, seed=9).verdict, actor="olive")
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["intents@v1"] * 3
+    assert [path.name for path in (store.root / "versions" / "intents").iterdir()] == ["v1"]
+
+
+def test_an_audit_entry_that_cannot_be_written_undoes_the_registration(
+    store: Store, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions.keys.ensure_key(store, "olive")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tunesmith.store.audit.append", full)
+        with pytest.raises(OSError, match="No space"):
+            register(store, name="intents", verdict=chain.verdict, actor="olive")
+    assert list_versions(store) == []
+    assert not verify_version(store.root, "intents@v1").ok
+    assert register(store, name="intents", verdict=chain.verdict, actor="olive").label == "intents@v1"
+
+
+def test_a_number_that_a_folder_bears_is_never_given_again(store: Store, version: Version) -> None:
+    with database.writing(store.engine) as session:  # as after restoring an older backup of the database
+        session.execute(delete(VersionRow))
+    other = register(store, name="intents", verdict=fabricate(store, seed=1).verdict, actor="olive")
+    assert other.label == "intents@v2"
+    assert verify_version(store.root, version.label).ok
+    assert register(store, name="intents", verdict=version.verdict, actor="olive") == version
+
+
+def test_a_folder_left_by_someone_else_is_not_taken_up(store: Store, version: Version, chain: Chain) -> None:
+    with database.writing(store.engine) as session:
+        session.execute(delete(VersionRow))
+    identities.add_user(store, "eve", ["engineer"], actor="olive")
+    assert register(store, name="intents", verdict=chain.verdict, actor="eve").label == "intents@v2"
+
+
+def test_no_half_version_is_ever_a_traceback(store: Store, version: Version) -> None:
+    record = store.record(version.digest)
+    for body in ({}, {**record.body, "number": 0}, {**record.body, "name": "../x"}, {**record.body, "more": 1}):
+        digest = store.put_record(Record(kind="version", parents=record.parents, blobs=record.blobs, body=body))
+        with database.writing(store.engine) as session:
+            session.execute(update(VersionRow).values(digest=digest))
+        with pytest.raises(TunesmithError):
+            resolve(store, "intents@v1")

@@ -1,0 +1,245 @@
+"""The audit log, by attack on the chain itself. What needs versions and approvals as witnesses is in tests/registry."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import delete, event, func, select, text, update
+from sqlalchemy.exc import OperationalError
+
+from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.store import audit, database
+from tunesmith.store.audit import Head, Pin
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AuditRow, MemoRow
+
+
+def write(store: Store, count: int, actor: str = "olive") -> None:
+    for number in range(count):
+        with store.change(actor, "memo.keep", f"key-{actor}-{number}", {"number": number}) as session:
+            session.merge(MemoRow(key=f"key-{actor}-{number}", digest="x"))
+
+
+def problems(store: Store, *pins: Pin) -> list[str]:
+    with database.reading(store.engine) as session:
+        return audit.verify(session, store.root, pins)
+
+
+def execute(store: Store, statement: str) -> None:
+    with database.writing(store.engine) as session:
+        session.execute(text(statement))
+
+
+def test_an_honest_log_is_whole(store: Store) -> None:
+    assert problems(store) == []
+    write(store, 5)
+    assert problems(store) == []
+    with database.reading(store.engine) as session:
+        assert [row.seq for row in audit.entries(session)] == [1, 2, 3, 4, 5]
+        assert audit.newest(session).seq == 5
+
+
+def test_a_cut_tail_shows(store: Store) -> None:
+    write(store, 5)
+    execute(store, "delete from audit where seq > 3")
+    assert problems(store) == ["entry 5, which audit-head.json bears witness to, is missing: the tail was cut"]
+    execute(store, "delete from audit")
+    assert problems(store) == ["entry 5, which audit-head.json bears witness to, is missing: the tail was cut"]
+
+
+def test_a_log_rewritten_wholesale_shows_by_its_head_file(store: Store) -> None:
+    write(store, 5)
+    with database.writing(store.engine) as session:
+        session.execute(delete(AuditRow))
+        session.flush()
+        for number in range(5):
+            audit.append(session, actor="olive", action="memo.keep", subject=f"key-{number}", detail={"forged": True})
+    assert problems(store) == [
+        "entry 5 is not the one audit-head.json bears witness to: the log was rewritten",
+    ]
+
+
+def test_reordered_entries_show(store: Store) -> None:
+    write(store, 5)
+    execute(store, "update audit set seq = 99 where seq = 2")
+    execute(store, "update audit set seq = 2 where seq = 3")
+    execute(store, "update audit set seq = 3 where seq = 99")
+    found = problems(store)
+    assert "entry 2 does not follow entry 1" in found
+    assert "entry 2 was changed after it was written" in found
+
+
+def test_a_missing_entry_in_the_middle_shows(store: Store) -> None:
+    write(store, 5)
+    execute(store, "delete from audit where seq = 3")
+    assert problems(store) == ["entry 3 is missing: the next one is numbered 4"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["actor = 'eve'", "action = 'x'", "subject = 'x'", "at = '2001'", "detail = '{}'", "detail = '{\"a\": NaN}'"],
+)
+def test_every_column_is_covered(store: Store, change: str) -> None:
+    write(store, 3)
+    execute(store, f"update audit set {change} where seq = 2")  # noqa: S608
+    assert problems(store) == ["entry 2 was changed after it was written"]
+
+
+def test_an_entry_changed_with_its_digest_breaks_the_link_to_the_next(store: Store) -> None:
+    write(store, 3)
+    with database.writing(store.engine) as session:
+        row = session.get_one(AuditRow, 2)
+        row.actor = "eve"
+        row.digest = audit._digest(row)
+    assert problems(store) == ["entry 3 does not follow entry 2"]
+
+
+def test_detail_that_is_not_even_json_is_reported_not_raised(store: Store) -> None:
+    write(store, 3)
+    execute(store, "update audit set detail = '{broken' where seq = 2")
+    found = problems(store)
+    assert found[0].startswith("an entry after 0 cannot be read")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b'{"seq": 3}', b"[" * 100_000])
+def test_a_broken_head_file_is_reported_and_not_written_over(store: Store, content: bytes) -> None:
+    write(store, 3)
+    head = store.root / "audit-head.json"
+    head.write_bytes(content)
+    assert problems(store)[0].startswith("audit-head.json cannot be read")
+    write(store, 1, actor="ann")
+    assert head.read_bytes() == content
+
+
+def test_a_missing_head_file_is_reported(store: Store) -> None:
+    write(store, 2)
+    (store.root / "audit-head.json").unlink()
+    assert problems(store) == ["audit-head.json is missing, so a cut tail would not show"]
+
+
+def test_the_head_never_goes_back(store: Store) -> None:
+    write(store, 3)
+    whole = (store.root / "audit-head.json").read_bytes()
+    audit.write_head(store.root, Head(seq=2, digest="sha256:" + "0" * 64))
+    assert (store.root / "audit-head.json").read_bytes() == whole
+
+
+def test_a_crash_before_the_head_is_written_is_no_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(store, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(audit, "write_head", lambda *_: None)
+        write(store, 1, actor="ann")
+    assert problems(store) == []
+
+
+def test_a_head_that_cannot_be_kept_says_that_the_change_stands(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    write(store, 1)
+    monkeypatch.setattr(audit, "write_atomic", full)
+    with pytest.raises(TunesmithError, match="entry 2 of the audit log is committed"):
+        write(store, 1, actor="ann")
+    with database.reading(store.engine) as session:
+        assert session.get(MemoRow, "key-ann-0") is not None
+
+
+def test_a_pin_kept_elsewhere_is_a_witness(store: Store) -> None:
+    write(store, 3)
+    with database.reading(store.engine) as session:
+        head = audit.newest(session)
+    assert (
+        problems(store, Pin(witness="a note", head=head), Pin(witness="birth", head=Head(seq=0, digest=audit.GENESIS)))
+        == []
+    )
+    other = Head(seq=2, digest=head.digest)
+    assert problems(store, Pin(witness="a note", head=other)) == [
+        "entry 2 is not the one a note bears witness to: the log was rewritten"
+    ]
+
+
+def _write_in_a_process(root: Path, actor: str) -> None:
+    write(Store(root), 10, actor)
+
+
+def test_two_processes_write_one_chain(store: Store) -> None:
+    write(store, 1)
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_write_in_a_process, args=(store.root, actor)) for actor in ("ann", "bob")]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert problems(store) == []
+    with database.reading(store.engine) as session:
+        assert audit.newest(session).seq == 21
+    assert f'"seq":{21}' in (store.root / "audit-head.json").read_text()
+
+
+def test_many_threads_write_one_chain(store: Store) -> None:
+    write(store, 1)
+    threads = [threading.Thread(target=write, args=(store, 5, f"user-{number}")) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems(store) == []
+    with database.reading(store.engine) as session:
+        assert audit.newest(session).seq == 31
+
+
+def test_on_a_full_disk_the_action_does_not_happen(store: Store) -> None:
+    write(store, 1)
+
+    def limit(connection: object, _record: object) -> None:
+        connection.execute("PRAGMA max_page_count = 1")  # type: ignore[attr-defined]  # lowered to what is in use
+
+    store.engine.dispose()
+    event.listen(store.engine, "connect", limit)
+    detail = {"much": "x" * 500_000}
+    with (
+        pytest.raises(OperationalError, match="full"),
+        store.change("olive", "memo.keep", "key", detail) as session,
+    ):
+        session.execute(update(MemoRow).values(digest="changed"))
+    event.remove(store.engine, "connect", limit)
+    store.engine.dispose()
+    with database.reading(store.engine) as session:
+        assert session.scalar(select(MemoRow.digest)) == "x"
+        assert session.scalar(select(func.count()).select_from(AuditRow)) == 1
+    assert problems(store) == []
+
+
+def test_a_change_that_fails_leaves_no_entry(store: Store) -> None:
+    write(store, 1)
+    with pytest.raises(ZeroDivisionError), store.change("olive", "memo.keep", "key", {}) as session:
+        session.merge(MemoRow(key="key", digest=str(1 // 0)))
+    for detail in ({"a": float("nan")}, {"a": 2**60}, {"a": "\ud800"}):
+        with pytest.raises(UsageError), store.change("olive", "memo.keep", "key", detail) as session:
+            session.merge(MemoRow(key="key", digest="x"))
+    with database.reading(store.engine) as session:
+        assert session.get(MemoRow, "key") is None
+        assert audit.newest(session).seq == 1
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+NUMBERS = st.integers(-(2**53) + 1, 2**53 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(detail=st.dictionaries(TEXT, JSON, max_size=4))
+def test_any_json_survives_the_way_through_the_database(store: Store, detail: dict[str, object]) -> None:
+    with store.change("olive", "memo.keep", "key", detail):
+        pass
+    assert problems(store) == []

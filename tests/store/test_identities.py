@@ -1,0 +1,249 @@
+"""Who may do what, by use and by attack."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.store import database, identities
+from tunesmith.store.identities import ACTIONS, ROLES
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AuditRow, UserRow
+
+
+@pytest.fixture
+def team(store: Store) -> Store:
+    identities.ensure_owner(store)
+    for role in ROLES:
+        identities.add_user(store, f"the-{role}", [role], actor="olive")
+    return store
+
+
+def details(store: Store) -> str:
+    with database.reading(store.engine) as session:
+        return json.dumps(
+            [[row.actor, row.action, row.subject, row.detail] for row in session.scalars(select(AuditRow))]
+        )
+
+
+def test_the_first_to_use_a_store_owns_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert identities.acting(store) == "olive"
+    owner = identities.get_user(store, "olive")
+    assert owner.roles == ("admin", "engineer")
+    monkeypatch.setenv("TUNESMITH_USER", "mallory")
+    assert identities.ensure_owner(store) == owner
+    with pytest.raises(UsageError, match="there is no user mallory"):
+        identities.acting(store)
+    monkeypatch.delenv("TUNESMITH_USER")
+    assert identities.acting(store) == "olive"
+    identities.add_user(store, "ann", ["approver"], actor="olive")
+    assert identities.acting(store, "ann") == "ann"
+    assert len(identities.list_users(store)) == 2
+
+
+@pytest.mark.parametrize(
+    ("login", "name"),
+    [("Olive", "olive"), ("DOMAIN\\First Last", "domain-first-last"), ("..", "owner"), ("", "owner"), ("ö", "owner")],
+)
+def test_an_operating_systems_name_is_brought_to_our_spelling(
+    store: Store, monkeypatch: pytest.MonkeyPatch, login: str, name: str
+) -> None:
+    monkeypatch.delenv("TUNESMITH_USER")
+    monkeypatch.setattr(getpass, "getuser", lambda: login)
+    assert identities.ensure_owner(store).name == name
+
+
+def test_a_container_without_a_user_name_has_an_owner_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.delenv("TUNESMITH_USER")
+    monkeypatch.setattr(getpass, "getuser", nobody)
+    assert identities.ensure_owner(store).name == "owner"
+
+
+def test_many_first_comers_make_one_owner(store: Store) -> None:
+    _ = store.engine
+    found: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(identities.ensure_owner(Store(store.root)).name)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["olive"] * 4
+    with database.reading(store.engine) as session:
+        assert len(session.scalars(select(AuditRow)).all()) == 1
+
+
+def test_each_role_may_exactly_what_the_table_says(team: Store) -> None:
+    for action, roles in ACTIONS.items():
+        for role in ROLES:
+            if role in roles:
+                assert identities.require(team, f"the-{role}", action).name == f"the-{role}"
+            else:
+                with pytest.raises(Refused, match="may not do this: it takes"):
+                    identities.require(team, f"the-{role}", action)
+
+
+def test_who_proposes_cannot_approve_by_any_single_role() -> None:
+    assert ACTIONS["version.register"].isdisjoint(ACTIONS["version.approve"])
+    assert "admin" not in ACTIONS["version.approve"]
+
+
+def test_what_no_table_names_nobody_may(team: Store) -> None:
+    for user in ("olive", "the-admin"):
+        with pytest.raises(Refused, match="it takes no role"):
+            identities.require(team, user, "store.destroy")
+    with pytest.raises(Refused, match="not a user"):
+        identities.require(team, "nobody", "model.use")
+
+
+def test_a_role_taken_away_inside_a_transaction_counts_at_once(team: Store) -> None:
+    with team.change("olive", "test.change", "x", {}) as session:
+        identities.require(session, "the-operator", "rollout.change")
+        session.get_one(UserRow, "the-operator").roles = ["engineer"]
+        session.get_one(UserRow, "the-approver").active = False
+        session.flush()
+        with pytest.raises(Refused):
+            identities.require(session, "the-operator", "version.approve")
+        with pytest.raises(Refused, match="deactivated"):
+            identities.require(session, "the-approver", "version.approve")
+
+
+def test_a_scope_limits_what_a_role_may(team: Store) -> None:
+    identities.add_user(team, "eve", ["engineer"], actor="olive", tenant="acme", region="eu")
+    identities.require(team, "eve", "version.register", tenant="acme", region="eu")
+    for tenant, region in (("", ""), ("acme", ""), ("other", "eu"), ("acme", "us")):
+        with pytest.raises(Refused, match="acme/eu"):
+            identities.require(team, "eve", "version.register", tenant=tenant, region=region)
+
+
+def test_only_admins_change_users(team: Store) -> None:
+    for role in set(ROLES) - {"admin"}:
+        for change in (
+            lambda actor: identities.add_user(team, "new", ["engineer"], actor=actor),
+            lambda actor: identities.set_roles(team, "the-engineer", ["admin"], actor=actor),
+            lambda actor: identities.set_roles(team, actor, ["admin"], actor=actor),
+            lambda actor: identities.deactivate(team, "olive", actor=actor),
+            lambda actor: identities.issue_token(team, "olive", actor=actor),
+        ):
+            with pytest.raises(Refused):
+                change(f"the-{role}")
+    assert identities.get_user(team, "the-engineer").roles == ("engineer",)
+
+
+def test_the_last_admin_stays(team: Store) -> None:
+    identities.deactivate(team, "the-admin", actor="olive")
+    with pytest.raises(Refused, match="without an admin"):
+        identities.set_roles(team, "olive", ["engineer"], actor="olive")
+    with pytest.raises(Refused, match="without an admin"):
+        identities.deactivate(team, "olive", actor="olive")
+    assert identities.get_user(team, "olive").active
+
+
+def test_a_deactivated_user_does_nothing_any_more(team: Store) -> None:
+    token = identities.issue_token(team, "the-operator", actor="the-operator")
+    identities.deactivate(team, "the-operator", actor="olive")
+    assert identities.authenticate(team, token) is None
+    for change in (
+        lambda: identities.require(team, "the-operator", "model.use"),
+        lambda: identities.issue_token(team, "the-operator", actor="the-operator"),
+        lambda: identities.issue_token(team, "the-operator", actor="olive"),
+        lambda: identities.enrol_key(team, "the-operator", "key", actor="the-operator"),
+    ):
+        with pytest.raises(Refused, match="deactivated"):
+            change()
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", "A", "a b", "a\0", "ａnn", "аnn", "a" * 64, "ann\n"])
+def test_names_that_look_or_lead_elsewhere_are_wrong_usage(team: Store, name: str) -> None:
+    with pytest.raises(UsageError):
+        identities.add_user(team, name, ["engineer"], actor="olive")
+
+
+def test_bad_roles_and_twins_are_wrong_usage(team: Store) -> None:
+    for roles in (["root"], [], ["admin", "x"]):
+        with pytest.raises(UsageError):
+            identities.add_user(team, "new", roles, actor="olive")
+    with pytest.raises(UsageError, match="already"):
+        identities.add_user(team, "the-admin", ["engineer"], actor="olive")
+
+
+# Tokens
+
+
+def test_a_token_is_shown_once_and_kept_as_its_digest_alone(team: Store) -> None:
+    token = identities.issue_token(team, "the-engineer", actor="the-engineer")
+    assert len(token) >= 43
+    found = identities.authenticate(team, token)
+    assert found is not None
+    assert found.name == "the-engineer"
+    team.engine.dispose()
+    secret = token.removeprefix("tsk_").encode()
+    for path in team.root.rglob("*"):
+        if path.is_file():
+            assert secret not in path.read_bytes(), path
+    assert token not in details(team)
+
+
+def test_a_new_token_replaces_the_old_one(team: Store) -> None:
+    old = identities.issue_token(team, "the-engineer", actor="olive")
+    new = identities.issue_token(team, "the-engineer", actor="olive")
+    assert old != new
+    assert identities.authenticate(team, old) is None
+    assert identities.authenticate(team, new) is not None
+
+
+@pytest.mark.parametrize("guess", ["", "tsk_", "x" * 10_000_000, "\0", "\ud800", "é", "' or 1=1 --"])
+def test_other_texts_are_nobodys_token(team: Store, guess: str) -> None:
+    identities.issue_token(team, "the-engineer", actor="olive")
+    assert identities.authenticate(team, guess) is None
+
+
+def test_neither_the_stored_digest_nor_a_piece_of_a_token_is_one(team: Store) -> None:
+    token = identities.issue_token(team, "the-engineer", actor="olive")
+    with database.reading(team.engine) as session:
+        digest = session.get_one(UserRow, "the-engineer").token_digest
+    for guess in (digest or "", token[:-1], token + "x", token.swapcase(), token.removeprefix("tsk_")):
+        assert identities.authenticate(team, guess) is None
+
+
+def test_no_error_quotes_a_token(team: Store) -> None:
+    token = identities.issue_token(team, "the-engineer", actor="olive")
+    with pytest.raises(TunesmithError) as caught:
+        identities.require(team, token, "user.change")  # a client that mistook the token for a name
+    assert token not in str(caught.value)
+    assert token not in repr(identities.authenticate(team, token))
+
+
+# What is published
+
+
+def test_the_list_of_trusted_keys_follows_every_change(team: Store) -> None:
+    path = team.root / "trust" / "keys.json"
+    identities.enrol_key(team, "the-approver", "-----BEGIN PUBLIC KEY-----\n", actor="olive")
+    identities.set_roles(team, "the-approver", ["approver", "steward"], actor="olive")
+    [listed] = json.loads(path.read_bytes())
+    assert (listed["user"], listed["roles"], listed["active"]) == ("the-approver", ["approver", "steward"], True)
+    assert (team.root / "trust" / "the-approver.pem").exists()
+    identities.deactivate(team, "the-approver", actor="olive")
+    [listed] = json.loads(path.read_bytes())
+    assert listed["active"] is False
+    assert not (team.root / "trust" / "the-approver.pem").exists()
+
+
+def test_a_published_list_that_was_lost_is_written_again(team: Store, tmp_path: Path) -> None:
+    identities.enrol_key(team, "the-approver", "key", actor="olive")
+    path = team.root / "trust" / "keys.json"
+    whole = path.read_bytes()
+    path.unlink()
+    identities.publish_trust(team)
+    assert path.read_bytes() == whole
