@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -22,13 +21,13 @@ METHOD = "character trigrams, MinHash LSH proposes, exact Jaccard decides"
 _ROWS_TARGET = 0.3  # a band of r hashes lets a pair at the threshold t pass with t**r near this
 _PAIRS_EACH = 100
 _BATCH = 1024
-_EDGE_PUNCTUATION = re.compile(r"^[\W_]+|[\W_]+$")
+_SENTENCE_MARKS = " .,;:!?\u2026¿¡\"'\u201c\u201d\u2018\u2019«»"
 
 
 def normalise(text: str) -> str:
-    """What two spellings of the same words share: Unicode form, case, spacing, punctuation at the ends."""
+    """What two spellings of the same words share: Unicode form, case, spacing, sentence marks at the ends."""
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return _EDGE_PUNCTUATION.sub("", text) or text
+    return text.strip(_SENTENCE_MARKS) or text
 
 
 def request_text(messages: Sequence[Message]) -> str:
@@ -66,7 +65,7 @@ def near_pairs(texts: Sequence[str], threshold: float) -> list[tuple[int, int]]:
     for left, right in _proposed(sets, threshold):
         small, large = sorted((len(sets[left]), len(sets[right])))
         # Sizes further apart than the threshold allow no such similarity.
-        if small >= threshold * large and jaccard(sets[left], sets[right]) >= threshold:
+        if small / large >= threshold and jaccard(sets[left], sets[right]) >= threshold:
             pairs.append((left, right))
             if len(pairs) > _PAIRS_EACH * len(texts):
                 raise Refused(

@@ -58,7 +58,7 @@ def wording_group(request: str, answer: str) -> str:
     request: normalised text. Values are numbers, quoted texts and, where the answer is JSON, the texts in it that the
     request holds too: "play yesterday in the kitchen" and "play hallelujah in the hall" are one wording.
     """
-    for value in sorted(_values(answer), key=len, reverse=True):
+    for value in sorted(_values(answer), key=lambda value: (-len(value), value)):
         request = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "\0", request)
     bare = _NUMBER.sub("\0", _QUOTED.sub("\0", request))
     return "wording-" + digest_of(bare.replace("\0", "*")).removeprefix("sha256:")[:16]

@@ -1,0 +1,118 @@
+"""`tunesmith data`: its documents, its exit codes, and the same digest from another process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from tests.data.rows import build, many_rows, row, write_jsonl
+from tunesmith.cli import data
+from tunesmith.data.dataset import Dataset
+from tunesmith.store.store import Store
+
+DOCUMENT = {"dataset", "rows", "splits", "leakage", "licences", "privacy"}
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    app = typer.Typer()
+    data.register(app)
+    result = CliRunner().invoke(app, ["data", *arguments])
+    return result.exit_code, result.stdout
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> tuple[Path, Dataset]:
+    """A folder with a store, as a copy of a project's would be."""
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), row("empty", "")])
+    return tmp_path / "store", build(tmp_path)
+
+
+def test_build_makes_a_project_s_dataset(tmp_path: Path) -> None:
+    from tests.tiny import write_model
+
+    write_model(tmp_path / "base")
+    write_jsonl(tmp_path / "rows.jsonl", [{**one, "note": 1} for one in many_rows(80)])
+    (tmp_path / "tunesmith.yaml").write_text(
+        "name: demo\nbase: ./base\ndata: {sources: [{path: '*.jsonl', licence: MIT}], privacy: {entities: []}}\n"
+        "candidates: {zero-shot: {prompt: p.txt}}\n"
+    )
+    (tmp_path / "p.txt").write_text("answer")
+    code, printed = run("build", "-C", str(tmp_path), "--json")
+    assert code == 0
+    document = json.loads(printed)
+    assert document.keys() >= DOCUMENT
+    assert document["rows"] == {"read": 80, "kept": 80, "changed": 0, "removed": {}}
+    assert document["ignored_keys"] == {"note": 80}
+    assert document["tokens"]["longest"] > 0
+    code, printed = run("build", "-C", str(tmp_path), "--json")
+    assert json.loads(printed)["dataset"] == document["dataset"]
+
+
+def test_show_gives_the_account_and_rows(home: tuple[Path, Dataset]) -> None:
+    folder, dataset = home
+    code, printed = run("show", "-C", str(folder), "--split", "test", "--limit", "2", "--json")
+    document = json.loads(printed)
+    assert code == 0
+    assert document.keys() >= DOCUMENT
+    assert document["dataset"] == dataset.digest
+    assert document["rows"].keys() == {"read", "kept", "changed", "removed"}
+    assert document["leakage"].keys() >= {"shared_groups", "near_pairs"}
+    assert [one["id"] for one in document["examples"]] == [one.id for one in dataset.examples("test")[:2]]
+    code, printed = run("show", dataset.digest[7:15], "-C", str(folder), "--split", "removed", "--json")
+    assert [one["reason"] for one in json.loads(printed)["examples"]] == ["empty assistant turn"]
+    code, printed = run("show", "-C", str(folder))
+    assert code == 0
+    assert "empty assistant turn" in printed
+
+
+def test_verify_exits_3_when_a_byte_changed(home: tuple[Path, Dataset]) -> None:
+    folder, dataset = home
+    code, printed = run("verify", "-C", str(folder), "--json")
+    assert code == 0
+    assert json.loads(printed)["ok"] is True
+    blob = Store(folder).blob_path(dataset.record.blobs["train.jsonl"])
+    blob.chmod(0o644)
+    blob.write_bytes(blob.read_bytes()[:-1] + b" ")
+    code, printed = run("verify", "-C", str(folder), "--json")
+    assert code == 3
+    assert json.loads(printed)["problems"][0]["path"] == str(blob)
+    code, printed = run("verify", "-C", str(folder))
+    assert code == 3
+    assert str(blob) in printed.replace("\n", "")
+
+
+def test_the_digest_is_the_same_in_every_process(tmp_path: Path) -> None:
+    """Sets and dictionaries are ordered by a seed of the process: no digest may depend on it."""
+    rows = [{**one, "messages": one["messages"]} for one in many_rows(120)]
+    rows += [row(f"play {n} by the band", json.dumps({"song": str(n), "by": "the band"})) for n in range(40)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    code = (
+        "from tests.data.rows import build; from pathlib import Path; import sys;print(build(Path(sys.argv[1])).digest)"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parents[2],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(digests) == 1
+    assert digests.pop().startswith("sha256:")
+
+
+def test_the_verbs_import_nothing_heavy() -> None:
+    heavy = ("torch", "pyarrow", "rensa", "sqlalchemy", "presidio_analyzer")
+    code = f"import sys, tunesmith.cli.data; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

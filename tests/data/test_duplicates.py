@@ -1,0 +1,106 @@
+"""Near pairs against brute force, and what counts as the same."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from tunesmith.core.errors import Refused
+from tunesmith.core.messages import Message
+from tunesmith.data.duplicates import MISS, answer_key, bands, jaccard, near_pairs, normalise, request_text, shingles
+
+SNIPS = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "snips"
+
+
+def brute_force(texts: list[str], threshold: float) -> list[tuple[int, int]]:
+    sets = [shingles(text) for text in texts]
+    return [(i, j) for i, j in itertools.combinations(range(len(texts)), 2) if jaccard(sets[i], sets[j]) >= threshold]
+
+
+def test_what_is_the_same() -> None:
+    assert normalise("  Turn ON\tthe Lights!! ") == normalise("turn on the lights")
+    assert normalise("ｆｕｌｌ ｗｉｄｔｈ") == "full width"
+    assert normalise("?!") == "?!"
+    assert normalise("c++") != normalise("c")
+    assert answer_key('{"b": 1, "a": "x"}') == answer_key('{"a":"x","b":1.0}')
+    assert answer_key("Yes ") == answer_key("Yes") != answer_key("yes")
+    assert answer_key('{"a": NaN}') == '{"a": NaN}'
+
+
+def test_the_system_turn_makes_no_two_requests_alike() -> None:
+    long = "You are a helpful assistant that answers every question at great length. " * 5
+    one, other = ([Message(role="system", content=long), Message(role="user", content=text)] for text in ("go", "stop"))
+    answer = Message(role="assistant", content="ok")
+    assert not near_pairs([request_text([*one, answer]), request_text([*other, answer])], 0.8)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99])
+def test_bands_miss_no_more_than_they_say(threshold: float) -> None:
+    count, rows = bands(threshold)
+    assert (1 - threshold**rows) ** count <= MISS * 1.01
+    assert (1 - (threshold + 0.005) ** rows) ** count < MISS
+
+
+word = st.sampled_from("turn switch on off the a light lamp lights in kitchen bedroom please now".split())  # noqa: SIM905
+
+
+@given(
+    st.lists(st.lists(word, min_size=1, max_size=7).map(" ".join), unique=True, max_size=25),
+    st.sampled_from([0.6, 0.8, 1.0]),
+)
+@examples(max_examples=60, deadline=None, derandomize=True)
+def test_near_pairs_are_those_of_brute_force(texts: list[str], threshold: float) -> None:
+    """A pair at the threshold may be missed once in 1/MISS; these examples are always the same ones."""
+    assert near_pairs(texts, threshold) == brute_force(texts, threshold)
+
+
+def test_short_and_empty_texts() -> None:
+    assert near_pairs([], 0.8) == []
+    assert near_pairs(["a"], 0.8) == []
+    assert near_pairs(["", "a", "ab", "abc", "abcd"], 0.8) == []
+
+
+def test_requests_that_nothing_tells_apart_are_refused_instead_of_filling_the_memory() -> None:
+    shared = "classify the sentiment of the following review as positive or negative and explain briefly: " * 3
+    with pytest.raises(Refused, match="so alike") as caught:
+        near_pairs([f"{shared}{n}" for n in range(600)], 0.8)
+    assert "system turn" in str(caught.value.fix)
+
+
+@pytest.mark.skipif(not SNIPS.is_dir(), reason="the snips requests are not here ($TUNESMITH_TEST_DATA)")
+def test_recall_and_precision_on_real_requests() -> None:
+    texts = []
+    for path in sorted(SNIPS.glob("*.json")):
+        for rows in json.loads(path.read_bytes().decode("utf-8", errors="replace")).values():
+            texts.extend(normalise("".join(part["text"] for part in one["data"])) for one in rows)
+    texts = sorted(set(texts))[:7000]
+    found, true = set(near_pairs(texts, 0.8)), _by_matrix(texts, 0.8)
+    assert len(true) > 100
+    assert found <= true
+    assert len(found & true) / len(true) >= 0.99
+
+
+def _by_matrix(texts: list[str], threshold: float) -> set[tuple[int, int]]:
+    """Brute force as a product of sparse matrices (texts x trigrams): shared trigrams of every pair."""
+    import numpy
+    from scipy import sparse
+
+    columns: dict[str, int] = {}
+    cells = [(i, columns.setdefault(gram, len(columns))) for i, text in enumerate(texts) for gram in shingles(text)]
+    places = numpy.array(cells).T
+    holds = sparse.csr_matrix((numpy.ones(len(cells), dtype=numpy.float32), (places[0], places[1])))
+    sizes = numpy.asarray(holds.sum(axis=1)).ravel()
+    pairs: set[tuple[int, int]] = set()
+    for start in range(0, len(texts), 1000):
+        shared = (holds[start : start + 1000] @ holds.T).tocoo()
+        left, right = shared.row + start, shared.col
+        near = (right > left) & (shared.data / (sizes[left] + sizes[right] - shared.data) >= threshold - 1e-6)
+        pairs.update(zip(left[near].tolist(), right[near].tolist(), strict=True))
+    return pairs

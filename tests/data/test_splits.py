@@ -1,0 +1,134 @@
+"""Groups stay together and in place; what is near a held-out row is not trained on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from tunesmith.core.messages import Message
+from tunesmith.data.dataset import Example, example_id
+from tunesmith.data.duplicates import jaccard, request_text, shingles
+from tunesmith.data.settings import Split
+from tunesmith.data.splits import NEAR_HELD_OUT, NEAR_SAME_ANSWER, Leakage, leakage, leaving, split_of, wording_group
+
+
+def example(request: str, answer: str = "ok", group: str = "g", source: str = "a.jsonl") -> Example:
+    messages = (Message(role="user", content=request), Message(role="assistant", content=answer))
+    return Example(id=example_id(messages, source), messages=messages, source=source, licence="MIT", group=group)
+
+
+def test_shares_and_seed() -> None:
+    split = Split(test=0.2, validation=0.1)
+    names = [f"group {n}" for n in range(4000)]
+    shares = Counter(split_of(name, split) for name in names)
+    assert abs(shares["test"] / 4000 - 0.2) < 0.02
+    assert abs(shares["validation"] / 4000 - 0.1) < 0.02
+    other = Split(test=0.2, validation=0.1, seed=1)
+    assert {name for name in names if split_of(name, split) == "test"} != {
+        name for name in names if split_of(name, other) == "test"
+    }
+
+
+def test_a_larger_test_share_keeps_what_was_held_out() -> None:
+    names = [f"group {n}" for n in range(500)]
+    small, large = ({name for name in names if split_of(name, Split(test=share)) == "test"} for share in (0.1, 0.3))
+    assert small < large
+
+
+def test_known_places_do_not_move() -> None:
+    """Pinned: a change here would move every existing dataset's held-out rows."""
+    places = [split_of(f"group {n}", Split(test=0.3, validation=0.2)) for n in range(12)]
+    held = {name: [n for n, place in enumerate(places) if place == name] for name in ("test", "validation")}
+    assert held == {"test": [3, 5, 7, 8], "validation": [1, 4]}
+
+
+def test_wordings_without_their_values() -> None:
+    def group(request: str, **slots: str) -> str:
+        return wording_group(request, json.dumps({"intent": "Play", "slots": slots}))
+
+    first = group("play yesterday by the beatles in the hall", track="yesterday", artist="the beatles", room="hall")
+    assert first == group("play waterloo by abba in the kitchen", track="waterloo", artist="ABBA", room="kitchen")
+    assert first != group("play some music", track="music")
+    assert wording_group("set 5 alarms for 7:30", "ok") == wording_group("set 12 alarms for 16:45", "ok")
+    assert wording_group('say "hello"', "ok") == wording_group('say "good night"', "ok")
+    assert wording_group("say hello", "ok") != wording_group("say goodbye", "ok")
+
+
+def test_near_rows_leave_training_first() -> None:
+    test, validation, train = (
+        [example("turn on the lights in the kitchen")],
+        [example("turn on the lights in the kitchen now", "other"), example("what is the weather in lisbon")],
+        [
+            example("please turn on the lights in the kitchen", "third"),
+            example("what is the weather in lisbon today", "x"),
+            example("add milk to the list", "same"),
+            example("add milk to the list!!", "same", source="b.jsonl"),
+            example("add milk to the lists", "same"),
+            example("add silk to the list", "different"),
+        ],
+    )
+    splits = {"train": train, "validation": validation, "test": test}
+    gone = leaving(splits, 0.75)
+    reasons = {one.request[0].content: gone[one.id] for some in splits.values() for one in some if one.id in gone}
+    alike = [text for text, reason in reasons.items() if reason == NEAR_SAME_ANSWER]
+    assert len(alike) == 2
+    assert all(text.startswith("add milk") for text in alike)
+    assert [text for text, reason in sorted(reasons.items()) if reason == NEAR_HELD_OUT] == [
+        "please turn on the lights in the kitchen",
+        "turn on the lights in the kitchen now",
+        "what is the weather in lisbon today",
+    ]
+    staying = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
+    assert leakage(splits, 0.75).near_pairs > 0
+    assert leakage(staying, 0.75) == Leakage(shared_groups=1, near_pairs=0)  # all stand in group "g"
+
+
+request = st.lists(st.sampled_from(["turn", "on", "off", "the", "light", "fan", "in", "hall"]), min_size=1, max_size=6)
+rows = st.lists(
+    st.tuples(request.map(" ".join), st.sampled_from(["a", "b"]), st.sampled_from(["train", "validation", "test"])),
+    max_size=25,
+    unique_by=lambda row: row[:2],
+)
+
+
+@given(rows, st.sampled_from([0.6, 0.8, 1.0]))
+@examples(max_examples=80, deadline=None, derandomize=True)  # a pair is missed once in 1/MISS: not in these
+def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str, str]], threshold: float) -> None:
+    splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
+    for text, answer, split in found:
+        splits[split].append(example(text, answer))
+    gone = leaving(splits, threshold)
+    staying = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
+    assert leakage(staying, threshold).near_pairs == 0
+    # leakage counts what brute force counts
+    flat = [(name, shingles(request_text(one.messages))) for name, some in splits.items() for one in some]
+    true = sum(
+        1
+        for place, (name, one) in enumerate(flat)
+        for other_name, other in flat[:place]
+        if name != other_name and jaccard(one, other) >= threshold
+    )
+    assert leakage(splits, threshold).near_pairs == true
+    # a row leaves only for one that stays
+    for name, some in splits.items():
+        for one in some:
+            if one.id in gone:
+                kept = [(n, o) for n, others in staying.items() for o in others]
+                near = [
+                    (n, o)
+                    for n, o in kept
+                    if jaccard(shingles(request_text(one.messages)), shingles(request_text(o.messages))) >= threshold
+                ]
+                assert near, (name, one.request)
+
+
+@given(st.lists(st.text(min_size=1, max_size=8), unique=True, min_size=1, max_size=30), st.integers(0, 3))
+def test_groups_that_come_later_move_no_one(groups: list[str], seed: int) -> None:
+    split = Split(seed=seed)
+    alone = {group: split_of(group, split) for group in groups[: len(groups) // 2]}
+    together = {group: split_of(group, split) for group in groups}
+    assert alone.items() <= together.items()
