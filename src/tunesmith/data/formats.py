@@ -186,13 +186,21 @@ def _entries(fields: Mapping[str, Any], key: str, where: str) -> list[tuple[str,
     return [(f"{where}, {key}[{place}]", entry) for place, entry in enumerate(entries)]
 
 
-_OPENAI_ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"} | {
+_OPENAI_ROLES: Final = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
     "tool": "tool",
     "function": "tool",
 }
-_SHAREGPT_ROLES: Final = {"system": "system", "human": "user", "user": "user", "gpt": "assistant"} | {
-    "assistant": "assistant",
+_SHAREGPT_ROLES: Final = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
     "chatgpt": "assistant",
+    "assistant": "assistant",
     "function_call": "tool",
     "observation": "tool",
     "tool": "tool",
