@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from tests.registry.fabric import put_verdict
 from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, encode_examples, encode_removed, example_id
@@ -48,15 +49,8 @@ class Scene:
     def version(self, seed: int | None, *, approved: bool = True, name: str = NAME, **scope: str) -> Version:
         """A registered version of a candidate, approved by bob."""
         candidate = self.candidate(seed)
-        metrics = {"json_valid": {"mean": 0.98, "low": 0.95, "high": 1.0}}
-        body = {"n": 100, "candidates": {"tuned": {"candidate": candidate, "tuned": True, "metrics": metrics}}}
-        evaluation = self.store.put_record(Record(kind="evaluation", parents={"dataset": self.dataset}, body=body))
-        verdict = self.store.put_record(
-            Record(
-                kind="verdict",
-                parents={"evaluation": evaluation, "candidate": candidate},
-                body={"name": "tuned", "verdict": "pass", "gates": []},
-            )
+        _, verdict = put_verdict(
+            self.store, name="tuned", candidate=candidate, tuned=seed is not None, dataset=self.dataset
         )
         version = register(self.store, name=name, verdict=verdict, actor=OWNER, **scope)
         if approved:

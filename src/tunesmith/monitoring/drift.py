@@ -1,0 +1,308 @@
+"""Does served traffic still look like what was measured before the release?
+
+Each feature's distribution in a window of served requests is held against that of the dataset's test split. The
+Kolmogorov-Smirnov test says whether they differ at all, which any difference does once there are enough requests; the
+verdict rests on how much: the distance itself, the largest difference between the two cumulative shares. Its interval
+is the basic bootstrap's (Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13): approximate, but it takes
+out most of the distance's upward bias in small samples. The share of valid JSON is held against the evaluation's by
+Newcombe's interval for a difference of proportions (1998, Statistics in Medicine 17, method 10).
+
+Drift: an interval wholly above the bound of the settings. Stable: wholly within. All else is inconclusive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import select
+
+from tunesmith.core.clock import now
+from tunesmith.monitoring.settings import MonitoringSettings
+from tunesmith.store import database
+from tunesmith.store.store import Store
+from tunesmith.store.tables import RequestRow
+
+Verdict = Literal["stable", "drift", "inconclusive"]
+Array = NDArray[np.float64]
+
+_RESAMPLES = 999
+_LARGEST = 4000  # values of a feature beyond this many are thinned evenly: the bootstrap's time grows with them
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What was measured before the release.
+
+    features: name -> values over the test split. json_valid: (mean, low, high) of the evaluation, if it was scored.
+    """
+
+    features: Mapping[str, Sequence[float]]
+    json_valid: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One request of the window: its tenant, features, and json_valid where it was scored."""
+
+    tenant: str
+    features: Mapping[str, Any]
+    json_valid: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One comparison. effect: the distance of a feature, or the drop of json_valid; low, high: its interval."""
+
+    name: str
+    outcome: Verdict | Literal["constant"]
+    reason: str
+    served: int = 0
+    measured: int = 0
+    effect: float | None = None
+    low: float | None = None
+    high: float | None = None
+    bound: float | None = None
+    p_value: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Every field, numbers rounded to what they mean."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The watch's verdict over a window, with every finding. capped: tenant -> requests that were left out."""
+
+    verdict: Verdict
+    reason: str
+    name: str
+    version: str
+    since: str
+    until: str
+    requests: int
+    capped: Mapping[str, int]
+    findings: tuple[Finding, ...]
+    recommendation: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """What `monitor --json` prints."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**values, "capped": dict(self.capped), "findings": [finding.as_json() for finding in self.findings]}
+
+
+def watch(
+    store: Store,
+    settings: MonitoringSettings,
+    *,
+    name: str,
+    version: str,
+    measure: Callable[[], Baseline],
+    tenant: str | None = None,
+    clock: Callable[[], datetime] = now,
+) -> Report:
+    """Judge the requests that a version (its digest) served under a name within the window.
+
+    measure: gives the baseline; called only where there are enough requests to compare. tenant: look at theirs alone.
+    """
+    until = clock()
+    since = until - timedelta(hours=settings.window_hours)
+    rows = _served(store, name, version, _written(since), _written(until), tenant)
+    kept, capped = cap_tenants(rows, settings.tenant_share_at_most)
+    findings: tuple[Finding, ...] = ()
+    if len(kept) >= settings.min_requests:
+        findings = compare(kept, measure(), settings)
+        verdict, reason = _overall(findings)
+    else:
+        verdict, reason = "inconclusive", _too_few(len(rows), len(kept), settings)
+    return Report(
+        verdict=verdict,
+        reason=reason,
+        name=name,
+        version=version,
+        since=_written(since),
+        until=_written(until),
+        requests=len(rows),
+        capped=capped,
+        findings=findings,
+        recommendation=_recommendation(findings) if verdict == "drift" else None,
+    )
+
+
+def cap_tenants(rows: Sequence[Served], share: float) -> tuple[list[Served], dict[str, int]]:
+    """Leave out rows of a tenant that would be more than share of what is left, so that none drowns out the others.
+
+    rows: newest first; each tenant's newest are kept. One tenant alone is not capped. Returns the rows in their order
+    and how many of whom were left out.
+    """
+    counts = Counter(row.tenant for row in rows)
+    # The largest cap that is no more than the share of what it leaves; equal parts where the share is less than that.
+    share = max(share, 1 / max(1, len(counts)))
+    cap = max(counts.values(), default=0)
+    while cap > 1 and cap > (allowed := share * sum(min(count, cap) for count in counts.values())):
+        cap = max(1, math.floor(allowed))
+    left = {tenant: min(count, cap) for tenant, count in counts.items()}
+    capped = {tenant: count - left[tenant] for tenant, count in counts.items() if count > left[tenant]}
+    kept = []
+    for row in rows:
+        if left[row.tenant] > 0:
+            left[row.tenant] -= 1
+            kept.append(row)
+    return kept, capped
+
+
+def compare(rows: Sequence[Served], baseline: Baseline, settings: MonitoringSettings) -> tuple[Finding, ...]:
+    """Hold every feature of the baseline, and json_valid where it was measured, against the served rows."""
+    findings = [
+        compare_feature(name, [row.features.get(name) for row in rows], values, settings)
+        for name, values in sorted(baseline.features.items())
+    ]
+    if baseline.json_valid is not None:
+        findings.append(_compare_valid([row.json_valid for row in rows], baseline.json_valid, settings))
+    return tuple(findings)
+
+
+def compare_feature(name: str, served: Sequence[Any], measured: Sequence[Any], settings: MonitoringSettings) -> Finding:
+    """One feature: served requests against the test split. What is no finite number is left out, and said."""
+    from scipy.stats import ks_2samp
+
+    ours, theirs = _numbers(served), _numbers(measured)
+    facts: dict[str, Any] = {
+        "name": name,
+        "served": len(ours),
+        "measured": len(theirs),
+        "bound": settings.shift_at_most,
+    }
+    unusable = len(served) - len(ours)
+    if len(ours) < settings.min_requests or len(theirs) < 10:
+        reason = f"{len(ours)} served requests ({unusable} unusable) and {len(theirs)} test rows are too few"
+        return Finding(outcome="inconclusive", reason=reason, **facts)
+    if np.ptp(ours) == 0 and np.ptp(theirs) == 0 and ours[0] == theirs[0]:
+        return Finding(outcome="constant", reason=f"always {ours[0]:g}, then and now: it can show nothing", **facts)
+    distance = _distance(ours, theirs)
+    low, high = _interval(_thinned(ours), _thinned(theirs), settings.confidence)
+    p_value = float(ks_2samp(ours, theirs).pvalue)
+    outcome = _outcome(low, high, settings.shift_at_most)
+    moved = f"{name} moved by {distance:.3f} [{low:.3f}, {high:.3f}], allowed {settings.shift_at_most:g}"
+    medians = f"median {np.median(theirs):.3g} then, {np.median(ours):.3g} now"
+    dropped = f"; {unusable} unusable values left out" if unusable else ""
+    return Finding(
+        outcome=outcome, reason=f"{moved}; {medians}{dropped}", effect=distance, low=low, high=high, p_value=p_value,
+        **facts,
+    )  # fmt: skip
+
+
+def _compare_valid(
+    served: Sequence[Any], measured: tuple[float, float, float], settings: MonitoringSettings
+) -> Finding:
+    from scipy.stats import binomtest
+
+    scores = _numbers(served)
+    facts: dict[str, Any] = {"name": "json_valid", "served": len(scores), "bound": settings.valid_drop_at_most}
+    if len(scores) < settings.min_requests:
+        return Finding(outcome="inconclusive", reason=f"only {len(scores)} answers were scored", **facts)
+    mean, low, high = measured
+    now_ = float(scores.mean())
+    wilson = binomtest(int(scores.sum()), len(scores)).proportion_ci(settings.confidence, method="wilson")
+    drop = mean - now_
+    least = drop - math.hypot(mean - low, wilson.high - now_)
+    most = drop + math.hypot(high - mean, now_ - wilson.low)
+    reason = f"valid JSON {mean:.3f} then, {now_:.3f} now: a drop of {drop:.3f} [{least:.3f}, {most:.3f}]"
+    outcome = _outcome(least, most, settings.valid_drop_at_most)
+    return Finding(outcome=outcome, reason=reason, effect=drop, low=least, high=most, **facts)
+
+
+def _outcome(low: float, high: float, bound: float) -> Verdict:
+    return "drift" if low > bound else "stable" if high <= bound else "inconclusive"
+
+
+def _overall(findings: Sequence[Finding]) -> tuple[Verdict, str]:
+    """Drift where anything drifted; stable where all that can show something is stable."""
+    telling = [finding for finding in findings if finding.outcome != "constant"]
+    for verdict in ("drift", "inconclusive"):
+        found = [finding for finding in telling if finding.outcome == verdict]
+        if found:
+            return verdict, "; ".join(finding.reason for finding in found)
+    if not telling:
+        return "inconclusive", "nothing to compare: no feature was measured, or all are constant"
+    return "stable", f"{', '.join(finding.name for finding in telling)} within bounds"
+
+
+def _recommendation(findings: Sequence[Finding]) -> str:
+    names = [finding.name for finding in findings if finding.outcome == "drift"]
+    if names == ["json_valid"]:
+        return (
+            "answers are valid less often though requests look alike: `tunesmith rollout rollback`, then find out why"
+        )
+    return "retrain: collect and label requests of this window, add them to data.sources, then `tunesmith run`"
+
+
+def _too_few(requests: int, kept: int, settings: MonitoringSettings) -> str:
+    if not requests:
+        return "no request was served in the window"
+    capped = (
+        f", {kept} once no tenant is more than {settings.tenant_share_at_most:.0%} of them" if kept < requests else ""
+    )
+    return f"{requests} requests in the window{capped}: fewer than {settings.min_requests}"
+
+
+def _served(store: Store, name: str, version: str, since: str, until: str, tenant: str | None) -> list[Served]:
+    """The window's answered requests, newest first."""
+    columns = (RequestRow.tenant, RequestRow.features, RequestRow.scores)
+    query = select(*columns).where(
+        RequestRow.name == name,
+        RequestRow.version == version,
+        RequestRow.ok,
+        RequestRow.at >= since,
+        RequestRow.at <= until,
+    )
+    if tenant is not None:
+        query = query.where(RequestRow.tenant == tenant)
+    with database.reading(store.engine) as session:
+        rows = session.execute(query.order_by(RequestRow.at.desc(), RequestRow.id)).all()
+    return [Served(owner, features, scores.get("json_valid")) for owner, features, scores in rows]
+
+
+def _numbers(values: Sequence[Any]) -> Array:
+    """The finite numbers among values."""
+    usable = [
+        float(value)
+        for value in values
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    ]
+    return np.array(usable, dtype=np.float64)
+
+
+def _distance(ours: Array, theirs: Array) -> float:
+    """The largest difference between the two cumulative shares."""
+    ours, theirs = np.sort(ours), np.sort(theirs)
+    at = np.concatenate([ours, theirs])
+    below = np.searchsorted(ours, at, side="right") / len(ours), np.searchsorted(theirs, at, side="right") / len(theirs)
+    return float(np.abs(below[0] - below[1]).max())
+
+
+def _interval(ours: Array, theirs: Array, confidence: float) -> tuple[float, float]:
+    rng = np.random.default_rng(0)  # the same requests give the same verdict
+    drawn = [_distance(rng.choice(ours, len(ours)), rng.choice(theirs, len(theirs))) for _ in range(_RESAMPLES)]
+    tail = (1 - confidence) / 2
+    lower, upper = np.quantile(drawn, [tail, 1 - tail])
+    estimate = _distance(ours, theirs)
+    return max(0.0, float(2 * estimate - upper)), min(1.0, max(0.0, float(2 * estimate - lower)))
+
+
+def _thinned(values: Array) -> Array:
+    if len(values) <= _LARGEST:
+        return values
+    return np.asarray(np.sort(values)[np.linspace(0, len(values) - 1, _LARGEST).astype(int)])
+
+
+def _written(at: datetime) -> str:
+    """As RequestRow.at is written, so that texts compare as times do."""
+    return at.isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -1,0 +1,182 @@
+"""Withdraw a row, source, licence, subject, version or base, and everything that came of it.
+
+What is reached is every record that has a withdrawn one among its ancestors: a dataset version that holds one withdrawn
+row is withdrawn whole, with the trainings, candidates, answers, evaluations, verdicts and versions built on it, even
+where the row stood in a split that the training did not learn from: the evidence rests on it all the same. Records and
+blobs stay where they are, so that the audit trail stays whole; what is withdrawn is served and built on no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tunesmith.core.clock import stamp
+from tunesmith.core.digests import short
+from tunesmith.core.errors import UsageError
+from tunesmith.data.dataset import SPLITS, Example, load_dataset
+from tunesmith.store import database
+from tunesmith.store.identities import require
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AliasRow, RecallRow, RolloutRow, VersionRow
+
+CauseKind = Literal["row", "source", "licence", "subject", "version", "base"]
+KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
+_LONGEST = 200  # characters of a cause's value: the tables' columns hold 256 with its kind
+
+
+class Cause(BaseModel):
+    """What is withdrawn. value: a row's id, a source, licence or subject as its rows name it, or a record's digest."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: CauseKind
+    value: str
+
+    @property
+    def label(self) -> str:
+        """`licence CC-BY-NC-4.0`."""
+        return f"{self.kind} {self.value}"
+
+
+class Reached(BaseModel):
+    """A record that a recall reaches. rows: of a dataset version, how many of its rows are withdrawn, by split."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: str
+    digest: str
+    label: str = ""
+    rows: dict[str, int] = {}
+
+
+class Pointing(BaseModel):
+    """An alias that means a withdrawn version now."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    alias: str
+    tenant: str
+    region: str
+    version: str
+
+
+class Recall(BaseModel):
+    """What a recall reaches. rollouts: numbers of the live ones with a withdrawn arm."""
+
+    model_config = ConfigDict(frozen=True)
+
+    cause: str
+    reason: str
+    done: bool
+    reached: tuple[Reached, ...]
+    aliases: tuple[Pointing, ...]
+    rollouts: tuple[int, ...]
+
+    @property
+    def champions(self) -> tuple[Pointing, ...]:
+        """The aliases whose traffic stops."""
+        return tuple(alias for alias in self.aliases if alias.alias == "champion")
+
+
+def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool = False) -> Recall:
+    """Withdraw a cause and all that came of it, in one audited transaction; with dry_run, only tell what that reaches.
+
+    Live rollouts with a withdrawn arm abort at their controller's next look. Running it again adds what came of the
+    cause since. Raises UsageError where nothing here comes of it, Refused where actor may not.
+    """
+    if not reason.strip():
+        raise UsageError("a recall needs a reason", fix='--reason "why"')
+    if len(cause.value) > _LONGEST:
+        raise UsageError(f"a {cause.kind} of {len(cause.value)} characters is none that is kept here")
+    require(store, actor, "recall.start")
+    if dry_run:
+        with database.reading(store.engine) as session:
+            return _reach(store, session, cause, reason, done=False)
+    detail: dict[str, Any] = {"reason": reason}
+    with store.change(actor, "recall.start", cause.label, detail) as session:
+        # Inside the transaction: nothing that is being built on it meanwhile slips past.
+        require(session, actor, "recall.start")
+        found = _reach(store, session, cause, reason, done=True)
+        at = stamp()
+        for one in found.reached:
+            if session.get(RecallRow, (one.digest, cause.label)) is None:
+                session.add(RecallRow(digest=one.digest, cause=cause.label, reason=reason, at=at))
+        detail |= found.model_dump(mode="json", include={"reached", "aliases", "rollouts"})
+        return found
+
+
+def _reach(store: Store, session: Session, cause: Cause, reason: str, *, done: bool) -> Recall:
+    roots = _roots(store, cause)
+    digests = {root.digest for root in roots}
+    reached = list(roots)
+    waiting = [root.digest for root in roots]
+    while waiting:
+        for _, kind, child in store.children(waiting.pop(0)):
+            if child not in digests:
+                digests.add(child)
+                reached.append(Reached(kind=kind, digest=child, label=_label(store, session, kind, child)))
+                waiting.append(child)
+    aliases = session.scalars(select(AliasRow).order_by(AliasRow.name, AliasRow.alias, AliasRow.tenant))
+    live = session.scalars(select(RolloutRow).where(RolloutRow.status.in_(("running", "paused"))))
+    return Recall(
+        cause=cause.label,
+        reason=reason,
+        done=done,
+        reached=tuple(reached),
+        aliases=tuple(
+            Pointing(name=row.name, alias=row.alias, tenant=row.tenant, region=row.region, version=row.version)
+            for row in aliases
+            if row.version in digests
+        ),
+        rollouts=tuple(row.id for row in live if row.canary in digests or row.stable in digests),
+    )
+
+
+def _roots(store: Store, cause: Cause) -> list[Reached]:
+    """The records that the cause names itself, or the dataset versions that hold its rows."""
+    if cause.kind in ("version", "base"):
+        record = store.record(cause.value, kind=cause.kind)
+        label = str(record.body.get("spec", "")) if cause.kind == "base" else _version_label(record.body)
+        return [Reached(kind=cause.kind, digest=cause.value, label=label)]
+    holds = _MATCHES[cause.kind]
+    found = []
+    for digest in store.records_of("dataset"):
+        dataset = load_dataset(store, digest)
+        rows = {split: _count(dataset.examples(split), holds, cause.value) for split in SPLITS}
+        if any(rows.values()):
+            found.append(Reached(kind="dataset", digest=digest, label=short(digest), rows=rows))
+    if not found:
+        raise UsageError(
+            f"no dataset version here holds a row of {cause.label}",
+            fix="tunesmith data show names sources and licences",
+        )
+    return found
+
+
+_MATCHES: dict[str, Callable[[Example], str | None]] = {
+    "row": lambda example: example.id,
+    "source": lambda example: example.source,
+    "licence": lambda example: example.licence,
+    "subject": lambda example: example.subject,
+}
+
+
+def _count(examples: Iterable[Example], of: Callable[[Example], str | None], value: str) -> int:
+    return sum(of(example) == value for example in examples)
+
+
+def _label(store: Store, session: Session, kind: str, digest: str) -> str:
+    if kind == "version":
+        row = session.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
+        return f"{row.name}@v{row.number}" if row else _version_label(store.record(digest).body)
+    return str(store.record(digest).body.get("name", "")) or short(digest)
+
+
+def _version_label(body: Any) -> str:
+    return f"{body.get('name')}@v{body.get('number')}"

@@ -1,0 +1,173 @@
+"""The drift watch: shifts found by their size, floods capped, missing evidence never called stable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.rollout.scene import NAME, Scene, example
+from tunesmith.monitoring.drift import Baseline, Report, Served, cap_tenants, compare_feature, watch
+from tunesmith.monitoring.features import measured_features, request_features
+from tunesmith.monitoring.settings import MonitoringSettings
+from tunesmith.registry.versions import Version
+from tunesmith.store import database
+from tunesmith.store.tables import RequestRow
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+SETTINGS = MonitoringSettings()
+RNG = np.random.default_rng(5)
+TEST_SPLIT = Baseline(
+    features={"characters": RNG.normal(60, 10, 300).round().tolist(), "nearest": RNG.beta(8, 2, 300).tolist()},
+    json_valid=(0.98, 0.95, 0.995),
+)
+
+
+def serve(
+    scene: Scene, version: Version, characters: Sequence[Any], *, valid: float = 0.98, hours_ago: float = 1.0,
+    tenant: str = "", nearest: float | None = None, prefix: str = "r",
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(6)
+    at = (NOW - timedelta(hours=hours_ago)).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    with database.writing(scene.store.engine) as session:
+        for number, length in enumerate(characters):
+            session.add(
+                RequestRow(
+                    id=f"{prefix}{number}", at=at, name=NAME, version=version.digest, arm="stable", ok=True,
+                    seconds=0.1, tenant=tenant, scores={"json_valid": float(rng.random() < valid)},
+                    features={"characters": length, "nearest": float(rng.beta(8, 2)) if nearest is None else nearest},
+                )
+            )  # fmt: skip
+
+
+def look(scene: Scene, version: Version, **more: Any) -> Report:
+    more = {"measure": lambda: TEST_SPLIT, **more}
+    return watch(scene.store, SETTINGS, name=NAME, version=version.digest, clock=lambda: NOW, **more)
+
+
+def like_the_test_split(count: int, shift: float = 0.0) -> list[float]:
+    return np.random.default_rng(9).normal(60 + shift, 10, count).round().tolist()
+
+
+def test_traffic_like_the_test_split_is_stable(scene: Scene, versions: dict[int, Version]) -> None:
+    serve(scene, versions[1], like_the_test_split(400))
+    report = look(scene, versions[1])
+    assert (report.verdict, report.requests, report.recommendation) == ("stable", 400, None)
+    assert {finding.name: finding.outcome for finding in report.findings} == {
+        "characters": "stable", "nearest": "stable", "json_valid": "stable",
+    }  # fmt: skip
+
+
+def test_longer_requests_are_drift_and_the_advice_is_to_retrain(scene: Scene, versions: dict[int, Version]) -> None:
+    serve(scene, versions[1], like_the_test_split(400, shift=15))
+    report = look(scene, versions[1])
+    assert report.verdict == "drift"
+    assert report.recommendation is not None
+    assert report.recommendation.startswith("retrain")
+    moved = next(finding for finding in report.findings if finding.name == "characters")
+    assert moved.low is not None
+    assert moved.low > SETTINGS.shift_at_most
+    assert moved.p_value is not None
+    assert moved.p_value < 1e-6
+
+
+def test_a_small_shift_stays_stable_however_many_requests_show_it() -> None:
+    many, few = like_the_test_split(20_000, shift=3), like_the_test_split(600, shift=3)
+    found = [compare_feature("characters", rows, TEST_SPLIT.features["characters"], SETTINGS) for rows in (few, many)]
+    assert [finding.outcome for finding in found] == ["stable", "stable"]
+    assert found[1].p_value is not None
+    assert found[1].p_value < 0.001  # the test alone would have called it drift
+
+
+def test_fewer_valid_answers_are_drift_and_the_advice_is_to_go_back(scene: Scene, versions: dict[int, Version]) -> None:
+    serve(scene, versions[1], like_the_test_split(400), valid=0.6)
+    report = look(scene, versions[1])
+    assert report.verdict == "drift"
+    assert report.recommendation is not None
+    assert "rollback" in report.recommendation
+
+
+@pytest.mark.parametrize(("count", "says"), [(0, "no request was served"), (30, "30 requests in the window: fewer")])
+def test_an_empty_or_thin_window_is_inconclusive_and_measures_nothing(
+    scene: Scene, versions: dict[int, Version], count: int, says: str
+) -> None:
+    serve(scene, versions[1], like_the_test_split(count))
+    report = look(scene, versions[1], measure=lambda: pytest.fail("measured in vain"))
+    assert report.verdict == "inconclusive"
+    assert report.reason.startswith(says)
+
+
+def test_only_the_window_and_the_version_count(scene: Scene, versions: dict[int, Version]) -> None:
+    serve(scene, versions[1], like_the_test_split(150), hours_ago=1, prefix="in")
+    serve(scene, versions[1], like_the_test_split(150, shift=99), hours_ago=25, prefix="old")
+    serve(scene, versions[2], like_the_test_split(150, shift=99), hours_ago=1, prefix="other")
+    assert look(scene, versions[1]).requests == 150
+
+
+def test_one_tenant_flooding_neither_hides_nor_makes_a_drift(scene: Scene, versions: dict[int, Version]) -> None:
+    serve(scene, versions[1], like_the_test_split(1500, shift=40), tenant="loud", prefix="l", hours_ago=0.5)
+    serve(scene, versions[1], like_the_test_split(300), tenant="a", prefix="a")
+    report = look(scene, versions[1])
+    assert report.capped == {"loud": 1200}
+    assert "loud" not in look(scene, versions[1], tenant="loud").capped
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.integers(1, 60), min_size=1), st.sampled_from([0.3, 0.5, 0.9, 1.0]))
+@settings(deadline=None)
+def test_after_capping_no_tenant_has_more_than_the_share(counts: dict[str, int], share: float) -> None:
+    rows = [Served(tenant, {}) for tenant, count in counts.items() for _ in range(count)]
+    kept, capped = cap_tenants(rows, share)
+    left = {tenant: sum(row.tenant == tenant for row in kept) for tenant in counts}
+    assert len(kept) + sum(capped.values()) == len(rows)
+    assert all(left.values())
+    # Equal parts where the share is too small to be kept; a single request where even that is more than the share.
+    assert max(left.values()) <= max(1, max(share, 1 / len(counts)) * len(kept))
+
+
+def test_constant_features_show_nothing_and_a_dead_embedding_is_drift() -> None:
+    same = compare_feature("nearest", [0.0] * 200, [0.0] * 50, SETTINGS)
+    dead = compare_feature("nearest", [0.0] * 200, TEST_SPLIT.features["nearest"], SETTINGS)
+    moved = compare_feature("nearest", [1.0] * 200, [0.0] * 50, SETTINGS)
+    assert [same.outcome, dead.outcome, moved.outcome] == ["constant", "drift", "drift"]
+
+
+def test_nothing_but_constants_is_inconclusive(scene: Scene, versions: dict[int, Version]) -> None:
+    serve(scene, versions[1], [7] * 200, nearest=0.5)
+    constants = Baseline({"characters": [7.0] * 50, "nearest": [0.5] * 50})
+    report = look(scene, versions[1], measure=lambda: constants)
+    assert report.verdict == "inconclusive"
+    assert "all are constant" in report.reason
+
+
+@pytest.mark.parametrize("bad", [math.nan, None, True, "long", math.inf])
+def test_unusable_values_are_no_evidence(bad: Any) -> None:
+    assert (
+        compare_feature("characters", [bad] * 500, TEST_SPLIT.features["characters"], SETTINGS).outcome
+        == "inconclusive"
+    )
+    mixed = compare_feature("characters", [*like_the_test_split(400), bad], TEST_SPLIT.features["characters"], SETTINGS)
+    assert (mixed.outcome, mixed.served) == ("stable", 400)
+    assert "1 unusable values left out" in mixed.reason
+
+
+def test_served_and_measured_requests_have_the_same_features() -> None:
+    rows = [example(number) for number in range(3)]
+    measured = measured_features(rows, lambda messages: len(messages) / 10)
+    one = request_features(rows[2].request, lambda messages: len(messages) / 10)
+    assert {name: values[2] for name, values in measured.items()} == one
+    assert one == {"characters": 26.0, "nearest": 0.1}
+    assert set(request_features(rows[2].request, None)) == {"characters"}
+
+
+def test_the_report_is_json(scene: Scene, versions: dict[int, Version]) -> None:
+    import json
+
+    serve(scene, versions[1], like_the_test_split(200))
+    document = json.loads(json.dumps(look(scene, versions[1]).as_json(), allow_nan=False))
+    assert document["findings"][0]["bound"] == SETTINGS.shift_at_most

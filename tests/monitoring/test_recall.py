@@ -1,0 +1,126 @@
+"""A recall reaches everything that came of its cause, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.rollout.scene import NAME, OPERATOR, OWNER, STEWARD, Scene, example, put_dataset
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.data.dataset import load_dataset
+from tunesmith.monitoring.recall import Cause, recall
+from tunesmith.registry.versions import Version, verified_copy
+from tunesmith.rollout.controller import advance, start
+from tunesmith.rollout.settings import RolloutSettings
+from tunesmith.store import audit, database
+from tunesmith.store.recalls import recalled
+from tunesmith.store.tables import RecallRow
+
+PLAN = RolloutSettings.model_validate({"steps": [{"setWeight": 10}, {"pause": {}}, {"setWeight": 100}]}).steps
+
+
+def withdraw(scene: Scene, kind: str, value: str, **more: bool) -> set[str]:
+    cause = Cause.model_validate({"kind": kind, "value": value})
+    return {one.kind for one in recall(scene.store, cause, reason="asked to", actor=STEWARD, **more).reached}
+
+
+def why(scene: Scene, digest: str) -> str | None:
+    with database.reading(scene.store.engine) as session:
+        return recalled(session, digest)
+
+
+CHAIN = {"dataset", "training", "candidate", "answers", "evaluation", "verdict", "version", "approval"}
+
+
+@pytest.mark.parametrize("kind", ["row", "source", "licence", "subject"])
+def test_a_row_is_followed_to_everything_that_rests_on_it(
+    scene: Scene, versions: dict[int, Version], kind: str
+) -> None:
+    row = load_dataset(scene.store, scene.dataset).examples("train")[0]
+    value = {"row": row.id, "source": row.source, "licence": row.licence, "subject": row.subject}[kind]
+    assert withdraw(scene, kind, str(value)) == CHAIN
+    for version in versions.values():
+        assert why(scene, version.digest) == "asked to"
+        with pytest.raises(Refused, match="recalled: asked to"), verified_copy(scene.store, version):
+            pass
+
+
+def test_a_row_of_the_test_split_counts_too_and_the_split_is_named(scene: Scene) -> None:
+    row = load_dataset(scene.store, scene.dataset).examples("test")[0]
+    found = recall(scene.store, Cause(kind="row", value=row.id), reason="asked to", actor=STEWARD)
+    assert found.reached[0].rows == {"train": 0, "validation": 0, "test": 1}
+    assert {one.label for one in found.reached if one.kind == "version"} == {f"{NAME}@v{n}" for n in (1, 2, 3, 4)}
+
+
+def test_what_does_not_come_of_it_is_left_alone(scene: Scene, versions: dict[int, Version]) -> None:
+    other = put_dataset(scene.store, {"train": [example(900, source="other.jsonl")], "validation": [], "test": []})
+    assert withdraw(scene, "source", "other.jsonl") == {"dataset"}
+    assert why(scene, other) == "asked to"
+    assert why(scene, scene.dataset) is None
+    assert why(scene, versions[1].digest) is None
+    assert why(scene, scene.base) is None
+
+
+def test_a_version_alone_and_a_base_with_all_its_children(scene: Scene, versions: dict[int, Version]) -> None:
+    assert withdraw(scene, "version", versions[2].digest) == {"version", "approval"}
+    assert why(scene, versions[1].digest) is None
+    assert withdraw(scene, "base", scene.base) == (CHAIN | {"base"}) - {"dataset"}
+    assert why(scene, versions[1].digest) == "asked to"
+
+
+def test_a_dry_run_tells_the_same_and_changes_nothing(scene: Scene, versions: dict[int, Version]) -> None:
+    assert withdraw(scene, "licence", "Apache-2.0", dry_run=True) == CHAIN
+    assert why(scene, versions[1].digest) is None
+    with database.reading(scene.store.engine) as session:
+        assert [row.action for row in audit.entries(session)].count("recall.start") == 0
+
+
+def test_a_champion_and_a_live_rollout_are_named_and_the_rollout_aborts(
+    scene: Scene, versions: dict[int, Version]
+) -> None:
+    for number in (1, 2):
+        rollout = start(scene.store, name=NAME, version=versions[number], steps=PLAN, actor=OPERATOR)
+    found = recall(scene.store, Cause(kind="version", value=versions[1].digest), reason="wrong", actor=STEWARD)
+    assert [(one.name, one.version) for one in found.champions] == [(NAME, versions[1].digest)]
+    assert found.rollouts == (rollout.id,)
+    assert advance(scene.store, rollout.id).reason == "the champion was recalled: wrong"
+
+
+def test_a_recall_is_one_audited_change_and_may_be_repeated(scene: Scene, versions: dict[int, Version]) -> None:
+    withdraw(scene, "version", versions[3].digest)
+    withdraw(scene, "version", versions[3].digest)
+    with database.reading(scene.store.engine) as session:
+        entries = [row for row in audit.entries(session) if row.action == "recall.start"]
+        assert len(entries) == 2
+        assert entries[0].detail["reached"][0]["digest"] == versions[3].digest
+        assert audit.verify(session, scene.store.root) == []
+        assert session.query(RecallRow).count() == 2  # the version and its approval
+
+
+def test_a_recall_that_could_not_be_logged_did_not_happen(
+    scene: Scene, versions: dict[int, Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(audit, "append", full)
+    with pytest.raises(OSError, match="No space"):
+        withdraw(scene, "version", versions[3].digest)
+    assert why(scene, versions[3].digest) is None
+
+
+@pytest.mark.parametrize("kind", ["row", "source", "licence", "subject"])
+def test_a_cause_that_nothing_holds_is_a_usage_error(scene: Scene, kind: str) -> None:
+    with pytest.raises(UsageError, match=f"no dataset version here holds a row of {kind} nowhere"):
+        withdraw(scene, kind, "nowhere")
+
+
+def test_the_role_a_reason_and_the_right_kind_are_needed(scene: Scene, versions: dict[int, Version]) -> None:
+    cause = Cause(kind="version", value=versions[1].digest)
+    with pytest.raises(Refused, match="olga may not do this: it takes admin or steward"):
+        recall(scene.store, cause, reason="no", actor=OPERATOR)
+    with pytest.raises(UsageError, match="needs a reason"):
+        recall(scene.store, cause, reason=" ", actor=OWNER)
+    with pytest.raises(UsageError, match="is a version, not a base"):
+        recall(scene.store, Cause(kind="base", value=versions[1].digest), reason="no", actor=OWNER)
+    with pytest.raises(UsageError, match="9999 characters"):
+        recall(scene.store, Cause(kind="row", value="x" * 9999), reason="no", actor=OWNER)
