@@ -12,6 +12,8 @@ from safetensors.numpy import save
 
 from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.digests import canonical, digest_bytes
+from tunesmith.evaluation.settings import GATES
+from tunesmith.evaluation.verdict import judge
 from tunesmith.registry.adapters import CONFIG, WEIGHTS
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -98,6 +100,44 @@ def put_training(store: Store, base: str, dataset: str, files: Mapping[str, byte
     return store.put_record(Record(kind="training", parents={"base": base, "dataset": dataset}, blobs=blobs, body=body))
 
 
+def put_verdict(
+    store: Store,
+    *,
+    name: str,
+    candidate: str,
+    tuned: bool,
+    dataset: str,
+    outcome: str = "pass",
+    answers: str | None = None,
+    rows: int = 30,
+) -> tuple[str, str]:
+    """An evaluation whose scores lead to an outcome, and the verdict that the gates give on it."""
+    value = 0.0 if outcome == "fail" else 1.0
+    ids = [f"row-{number:02}" for number in range(rows)]
+    scores = [
+        canonical({"candidate": name, "id": i, "group": i, "metric": "json_valid", "value": value}) + b"\n" for i in ids
+    ]
+    stated = {
+        "candidate": candidate,
+        "tuned": tuned,
+        "metrics": {"json_valid": {"mean": value, "low": value, "high": value}},
+    }
+    evaluation = store.put_record(
+        Record(
+            kind="evaluation",
+            parents={"dataset": dataset, **({f"answers:{name}": answers} if answers else {})},
+            blobs={"scores.jsonl": store.put_bytes(b"".join(scores))},
+            body={"n": rows, "metrics": ["json_valid"], "seed": 0, "candidates": {name: stated}},
+        )
+    )
+    # No untuned rival was measured, so a lift over one is inconclusive.
+    lift = {"metric": "json_valid", "over": "best-untuned", "at_least": 0.05}
+    gate = lift if outcome == "inconclusive" else {"metric": "json_valid", "at_least": 0.9}
+    judged = judge(store, evaluation=evaluation, candidate=name, gates=GATES.validate_python({"valid": gate}))
+    assert store.record(judged).body["verdict"] == outcome
+    return evaluation, judged
+
+
 def fabricate(
     store: Store,
     *,
@@ -130,21 +170,7 @@ def fabricate(
             body={"suite": "test", "n": 4},
         )
     )
-    scores = canonical({"candidate": name, "id": "a", "metric": "exact_match", "value": 1.0, "seed": seed}) + b"\n"
-    evaluation = store.put_record(
-        Record(
-            kind="evaluation",
-            parents={"dataset": dataset, f"answers:{name}": answers},
-            blobs={"scores.jsonl": store.put_bytes(scores)},
-            body={"n": 4, "candidates": {name: {"candidate": candidate, "tuned": tuned, "metrics": {}}}},
-        )
-    )
-    gates = [{"name": "lift", "outcome": verdict, "value": 0.1, "reason": ""}]
-    judged = store.put_record(
-        Record(
-            kind="verdict",
-            parents={"evaluation": evaluation, "candidate": candidate},
-            body={"name": name, "verdict": verdict, "gates": gates},
-        )
+    evaluation, judged = put_verdict(
+        store, name=name, candidate=candidate, tuned=tuned, dataset=dataset, outcome=verdict, answers=answers
     )
     return Chain(base, dataset, training, candidate, evaluation, judged)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.registry.fabric import Chain, fabricate
+from tests.registry.fabric import Chain, fabricate, put_verdict
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import UsageError
 from tunesmith.registry.approvals import approve
@@ -208,12 +208,8 @@ def test_a_dataset_whose_count_is_not_its_rows_is_found(store: Store, chain: Cha
     digest = store.put_record(lying)
     candidate = store.record(chain.candidate)
     moved = store.put_record(candidate.model_copy(update={"parents": {**candidate.parents, "dataset": digest}}))
-    evaluation = store.record(chain.evaluation)
-    body = {"n": 4, "candidates": {"tuned": {"candidate": moved}}}
-    measured = store.put_record(evaluation.model_copy(update={"body": body}))
-    verdict = store.record(chain.verdict)
-    judged = verdict.model_copy(update={"parents": {"candidate": moved, "evaluation": measured}})
-    version = register(store, name="intents", verdict=store.put_record(judged), actor="olive")
+    _, verdict = put_verdict(store, name="tuned", candidate=moved, tuned=True, dataset=digest)
+    version = register(store, name="intents", verdict=verdict, actor="olive")
     [problem] = verify_version(store.root, version.label).problems
     assert "says 5 rows in train, there are 6" in problem.reason
 

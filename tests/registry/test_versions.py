@@ -22,6 +22,7 @@ from tests.registry.fabric import (
     fabricate,
     put_base,
     put_training,
+    put_verdict,
 )
 from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.clock import stamp
@@ -87,7 +88,7 @@ def test_the_same_verdict_again_is_the_same_version(store: Store, version: Versi
 @pytest.mark.parametrize("outcome", ["fail", "inconclusive"])
 def test_what_did_not_pass_is_refused_unless_an_admin_overrides_it(store: Store, outcome: str) -> None:
     verdict = fabricate(store, verdict=outcome).verdict
-    with pytest.raises(Refused, match=rf"{outcome}: lift \({outcome}\)"):
+    with pytest.raises(Refused, match=rf"{outcome}: valid \({outcome}\)"):
         register(store, name="intents", verdict=verdict, actor="olive")
     identities.add_user(store, "eve", ["engineer"], actor="olive")
     with pytest.raises(Refused, match="it takes admin"):
@@ -146,11 +147,17 @@ def forge_verdict(store: Store, chain: Chain, **parents: str) -> str:
     return store.put_record(record.model_copy(update={"parents": {**record.parents, **parents}}))
 
 
-def test_evidence_about_another_candidate_is_refused(store: Store, chain: Chain) -> None:
+def test_evidence_about_another_candidate_or_typed_in_by_hand_is_refused(store: Store, chain: Chain) -> None:
     other = fabricate(store, seed=1)
     for parents in ({"candidate": other.candidate}, {"evaluation": other.evaluation}):
         with pytest.raises(Refused, match="did not measure this candidate"):
             register(store, name="intents", verdict=forge_verdict(store, chain, **parents), actor="olive")
+    typed = store.record(fabricate(store, verdict="fail", seed=2).verdict)
+    body = {**typed.body, "verdict": "pass", "gates": [{**typed.body["gates"][0], "outcome": "pass", "value": 1.0}]}
+    for forged in (body, {"name": "tuned", "verdict": "pass", "gates": []}, {"name": "tuned", "verdict": "pass"}):
+        digest = store.put_record(typed.model_copy(update={"body": forged}))
+        with pytest.raises(Refused, match="does not follow from the evaluation's scores"):
+            register(store, name="intents", verdict=digest, actor="olive")
     with pytest.raises(UsageError, match="is a evaluation, not a verdict"):
         register(store, name="intents", verdict=chain.evaluation, actor="olive")
 
@@ -162,10 +169,7 @@ def candidate_with(store: Store, chain: Chain, **changes: Any) -> str:
     candidate = put_candidate(
         store, Candidate.model_validate({**stated, "dataset": record.parents["dataset"], **changes})
     )
-    evaluation = store.record(chain.evaluation)
-    body = {**evaluation.body, "candidates": {"tuned": {"candidate": candidate}}}
-    measured = store.put_record(evaluation.model_copy(update={"body": body}))
-    return forge_verdict(store, chain, candidate=candidate, evaluation=measured)
+    return put_verdict(store, name="tuned", candidate=candidate, tuned=True, dataset=chain.dataset)[1]
 
 
 def test_an_adapter_of_another_base_is_refused(store: Store, chain: Chain) -> None:

@@ -18,13 +18,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from tunesmith.core.clock import now
 from tunesmith.core.digests import digest_file, is_digest, short
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.registry.adapters import CONFIG, WEIGHTS, check_adapter
 from tunesmith.registry.signing import RELEASE, SIGNATURE, Expired, Untrusted, verify_signature
 from tunesmith.store.audit import Head
 from tunesmith.store.identities import ACTIONS
 from tunesmith.store.names import check_name, check_scope
 from tunesmith.store.records import Record
+from tunesmith.store.store import Store
 from tunesmith.store.trust import TrustedKey
 
 ADAPTER_FILES = frozenset((CONFIG, WEIGHTS))
@@ -204,6 +205,23 @@ def check_evidence(records: Mapping[str, Record], parents: Mapping[str, str], ov
             f"the verdict on {verdict.body.get('name')} is {verdict.body.get('verdict')}: {_failed(verdict)}",
             where=where,
             fix="improve the candidate; an admin may let it through with --override REASON, which the version bears",
+        )
+
+
+def check_replay(store: Store, verdict: str) -> None:
+    """Make a verdict again from its evaluation's scores, from files alone. Raises Refused where it does not follow."""
+    from tunesmith.evaluation.verdict import replay
+
+    try:
+        follows = replay(store, verdict)
+        why = ""
+    except (TunesmithError, KeyError, TypeError, ValueError, AttributeError) as error:
+        follows, why = False, f" ({error.what if isinstance(error, TunesmithError) else error!r})"
+    if not follows:
+        raise Refused(
+            f"the verdict does not follow from the evaluation's scores{why}",
+            where=str(store.record_path(verdict)),
+            fix="evaluate and judge the candidate: tunesmith gate",
         )
 
 

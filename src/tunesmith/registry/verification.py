@@ -22,6 +22,7 @@ from tunesmith.registry.release import (
     adapter_blobs,
     check_evidence,
     check_release,
+    check_replay,
     parse_label,
     version_folder,
 )
@@ -186,6 +187,11 @@ def _check_evidence(look: _Look, release: Release, records: Mapping[str, Record]
             raise Refused("the release states another base or rendering than the candidate's")
     except (TunesmithError, KeyError) as error:
         look.problem(folder / RELEASE, error.what if isinstance(error, TunesmithError) else f"no record {error}")
+    if version.evaluation in look.seen and not look.problems:  # damaged scores are reported already
+        try:
+            check_replay(look.store, version.verdict)
+        except Refused as error:
+            look.problem(error.where or str(folder), error.what)
     if version.override is not None:
         look.notes.append(f"its verdict is not a pass; it was let through: {version.override}")
 

@@ -30,6 +30,7 @@ from tunesmith.registry.release import (
     adapter_blobs,
     check_evidence,
     check_release,
+    check_replay,
     check_scopes,
     parse_label,
     read_version,
@@ -263,6 +264,7 @@ def _plan(
     parents = {role: judged.parents[role] for role in ("candidate", "evaluation")} | {"verdict": verdict}
     records = ancestors(store, parents.values())
     check_evidence(records, parents, override)
+    check_replay(store, verdict)
     if override is not None and judged.body["verdict"] == "pass":
         raise UsageError("the verdict is a pass: there is nothing to override", fix="leave --override out")
     for digest in sorted(blobs_of(records.values())):
