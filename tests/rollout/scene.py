@@ -49,9 +49,10 @@ class Scene:
     def version(self, seed: int | None, *, approved: bool = True, name: str = NAME, **scope: str) -> Version:
         """A registered version of a candidate, approved by bob."""
         candidate = self.candidate(seed)
-        _, verdict = put_verdict(
-            self.store, name="tuned", candidate=candidate, tuned=seed is not None, dataset=self.dataset
-        )
+        answered = {"candidate": candidate, "dataset": self.dataset}
+        answers = self.store.put_record(Record(kind="answers", parents=answered, body={"suite": "test", "n": 30}))
+        facts = {"candidate": candidate, "tuned": seed is not None, "dataset": self.dataset, "answers": answers}
+        _, verdict = put_verdict(self.store, name="tuned", **facts)
         version = register(self.store, name=name, verdict=verdict, actor=OWNER, **scope)
         if approved:
             approve(self.store, version, approver=APPROVER, reason="looks right")
