@@ -81,6 +81,14 @@ def test_only_errors_fail_whatever_the_metric() -> None:
         assert judgement.outcome == "fail", metric
 
 
+def test_good_scores_do_not_pass_while_more_requests_fail_than_stable_has() -> None:
+    good = Analysis(metric="exact_match")
+    assert judge(good, arm(60, 60), arm(10, 60)).outcome == "pass"
+    failing = judge(good, arm(60, 60, failed=5), arm(10, 60))
+    assert failing.outcome == "inconclusive"
+    assert failing.reason.startswith("5 of 65 canary requests failed")
+
+
 def test_the_error_rate_is_shown_as_an_error_rate() -> None:
     judgement = judge(Analysis(metric="error_rate"), Arm(requests=300, failed=3), Arm(requests=300, failed=1))
     assert judgement.canary["mean"] == pytest.approx(0.01)

@@ -77,8 +77,9 @@ def judge(analysis: Analysis, canary: Arm, stable: Arm) -> Judgement:
     """Decide from what the two arms did.
 
     Pass: confidently not worse than stable by more than worse_by_at_most, confidently above at_least where that is
-    set, and at least min_requests scored canary requests. Fail: confidently worse, below at_least, or failing more
-    often than stable. All else is inconclusive. A score that is no number in [0, 1] counts against a pass.
+    set, at least min_requests scored canary requests, and a share of failed ones that is not larger by more than that
+    either. Fail: confidently worse, below at_least, or failing more often than stable. All else is inconclusive. A
+    score that is no number in [0, 1] counts against a pass.
     """
     ours, ours_unusable = _scores(analysis.metric, canary)
     theirs, theirs_unusable = _scores(analysis.metric, stable)
@@ -102,7 +103,7 @@ def judge(analysis: Analysis, canary: Arm, stable: Arm) -> Judgement:
     outcome: Outcome = "inconclusive"
     if worse >= needed:
         outcome = "fail"
-    elif not_worse >= needed and len(ours) >= analysis.min_requests:
+    elif not_worse >= needed and len(ours) >= analysis.min_requests and not _fails_more(canary, stable, analysis):
         outcome = "pass"
     ours_shown = _summary(analysis, canary, ours, ours_unusable)
     theirs_shown = _summary(analysis, stable, theirs, theirs_unusable)
@@ -178,6 +179,12 @@ def _capital_at(scores: Array, mean: float, *, above: bool) -> float:
     return math.exp(min(capital, math.log(_MOST)))
 
 
+def _fails_more(canary: Arm, stable: Arm, analysis: Analysis) -> bool:
+    """Whether the canary's share of failures seen so far is larger than allowed; they have no scores to judge by."""
+    allowed = stable.failed / stable.requests if stable.requests else 0.0
+    return canary.failed > (allowed + analysis.worse_by_at_most) * canary.requests
+
+
 def _is_rate(metric: str) -> bool:
     return metric in ("error_rate", "success_rate")
 
@@ -240,6 +247,8 @@ def _reason(
         why = "no usable score yet" if canary["unusable"] else "no scored request yet"
     elif not stable["requests"] and analysis.at_least is None:
         why = "stable has no traffic to compare with and no at_least is set"
+    elif canary["failed"] and (canary["failed"] / canary["requests"]) > analysis.worse_by_at_most:
+        why = f"{canary['failed']} of {canary['requests']} canary requests failed, which stands against a pass"
     elif canary["unusable"]:
         why = f"{canary['unusable']} scores are no numbers in [0, 1] and count against a pass"
     else:
