@@ -14,7 +14,7 @@ from tunesmith.registry.versions import Version, register
 from tunesmith.store import audit, database, identities
 from tunesmith.store.audit import Head
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AuditRow, UserRow, VersionRow
+from tunesmith.store.tables import AuditRow, RecordRow, UserRow, VersionRow
 
 
 def rewrite(store: Store, change: dict[int, dict[str, Any]], keep: int | None = None) -> None:
@@ -43,6 +43,13 @@ def test_a_log_rewritten_wholesale_contradicts_what_versions_were_signed_with(st
     rewrite(store, {2: {"actor": "someone-else"}})
     with database.reading(store.engine) as session:
         assert audit.verify(session, store.root) == []  # by itself and its file it is whole: the trap
+    assert any("the log was rewritten" in problem and "version" in problem for problem in verify_log(store))
+
+
+def test_a_version_taken_out_of_the_index_still_bears_witness(store: Store, version: Version) -> None:
+    rewrite(store, {2: {"actor": "someone-else"}})
+    with database.writing(store.engine) as session:
+        session.execute(delete(RecordRow))
     assert any("the log was rewritten" in problem and "version" in problem for problem in verify_log(store))
 
 

@@ -12,6 +12,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.registry import keys
+from tunesmith.registry.approvals import approve, require_approved
+from tunesmith.registry.versions import Version
 from tunesmith.store import identities
 from tunesmith.store.store import Store
 
@@ -105,3 +107,23 @@ def test_the_folder_of_private_keys_can_be_ones_own(
     keys.ensure_key(store, "ann")
     assert os.listdir(tmp_path / "mine") == ["ann.pem"]
     assert not (store.root / "keys").exists()
+
+
+def test_a_pair_that_openssl_made_signs_without_its_private_half_ever_lying_in_the_store(
+    store: Store, version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = ec.generate_private_key(ec.SECP256R1())
+    sec1 = pair.private_bytes(  # what `openssl ecparam -genkey -noout` writes
+        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+    )
+    mine = tmp_path / "mine"
+    mine.mkdir(mode=0o700)
+    (mine / "ann.pem").write_bytes(sec1)
+    (mine / "ann.pem").chmod(0o600)
+    keys.enrol_public_key(store, "ann", pem(pair), actor="olive")
+    with pytest.raises(Refused, match="the private key is not here"):
+        approve(store, version, approver="ann")
+    monkeypatch.setenv("TUNESMITH_KEYS", str(mine))
+    approve(store, version, approver="ann")
+    assert require_approved(store, version).approver == "ann"
+    assert not (store.root / "keys" / "ann.pem").exists()

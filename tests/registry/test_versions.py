@@ -219,7 +219,7 @@ def test_damaged_evidence_is_not_signed(store: Store, chain: Chain) -> None:
     path = store.blob_path(store.record(chain.evaluation).blobs["scores.jsonl"])
     path.chmod(0o644)
     path.write_bytes(path.read_bytes() + b"\n")
-    with pytest.raises(Refused, match="does not hold the bytes"):
+    with pytest.raises(Refused, match="not the ones its name promises"):
         register(store, name="intents", verdict=chain.verdict, actor="olive")
 
 

@@ -85,6 +85,15 @@ def open_base(store: Store, digest: str) -> BaseModel:
     return base
 
 
+def known_folder(store: Store, digest: str) -> Path | None:
+    """The folder that a base was last found in, where this store knows one and it is there. Nothing is checked."""
+    place = store.root / "bases" / f"{digest.removeprefix('sha256:')}.json"
+    if not place.is_file():
+        return None
+    folder = Path(json.loads(place.read_bytes())["folder"])
+    return folder if folder.is_dir() else None
+
+
 def base_files(folder: Path) -> list[Path]:
     """The files of a base that count, by name. Raises Refused for what must not be loaded."""
     weights = sorted(folder.glob("*.safetensors"))

@@ -8,7 +8,9 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from tunesmith.core.digests import digest_file, short
 from tunesmith.core.errors import TunesmithError
+from tunesmith.registry.signing import RELEASE
 from tunesmith.store import audit, database, identities
 from tunesmith.store.audit import Head, Pin
 from tunesmith.store.store import Store
@@ -26,20 +28,30 @@ def verify_log(store: Store, heads: Iterable[Head] = ()) -> list[str]:
     """
     pins = [Pin(witness="the head you gave", head=head) for head in heads]
     problems: list[str] = []
-    for kind in ("version", "approval"):
-        for digest in store.records_of(kind):
-            try:
-                head = Head.model_validate(store.record(digest, kind=kind).body["audit"])
-            except (TunesmithError, ValueError, KeyError) as error:
-                what = error.what if isinstance(error, TunesmithError) else "it bears no head of the log"
-                problems.append(f"{kind} {digest.removeprefix('sha256:')[:12]} cannot bear witness: {what}")
-            else:
-                pins.append(Pin(witness=f"{kind} {digest.removeprefix('sha256:')[:12]}", head=head))
+    for kind, digest in _witnesses(store):
+        try:
+            head = Head.model_validate(store.record(digest, kind=kind).body["audit"])
+        except (TunesmithError, ValueError, KeyError) as error:
+            what = error.what if isinstance(error, TunesmithError) else "it bears no head of the log"
+            problems.append(f"{kind} {short(digest)} cannot bear witness: {what}")
+        else:
+            pins.append(Pin(witness=f"{kind} {short(digest)}", head=head))
     with database.reading(store.engine) as session:
         problems += audit.verify(session, store.root, pins)
         if not problems:
             problems += _differences(_replay(session), _actual(session))
     return problems
+
+
+def _witnesses(store: Store) -> list[tuple[str, str]]:
+    """(kind, digest) of all that was signed with a head of the log: by the index, and by the versions' own folders.
+
+    Whoever rewrites the log can take rows out of the index too; a version that is served needs its folder.
+    """
+    versions = {digest_file(path) for path in (store.root / "versions").glob(f"*/v*/{RELEASE}")}
+    versions.update(store.records_of("version"))
+    approvals = store.records_of("approval")
+    return [("version", digest) for digest in sorted(versions)] + [("approval", digest) for digest in approvals]
 
 
 def _replay(session: Session) -> State:

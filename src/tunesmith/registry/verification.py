@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.models.base import known_folder
 from tunesmith.registry.attestations import ENVELOPE, read_approval
 from tunesmith.registry.lineage import blobs_of
 from tunesmith.registry.release import (
@@ -66,9 +67,9 @@ def verify_version(
     """Verify `name@v3` from the files under a store's root.
 
     trust: the verifier's own list of keys; the store's otherwise. keys: the list itself, where the caller has it.
-    base_folder: where the base model's files lie, to be held against the lineage too. whole_store: hold every other
-    blob and record against its name as well. Raises UsageError for a label that is none; all else is a problem in the
-    outcome.
+    base_folder: where the base model's files lie, to be held against the lineage too; where the store last found them
+    otherwise. whole_store: hold every other blob and record against its name as well. Raises UsageError for a label
+    that is none; all else is a problem in the outcome. Recalls are the database's and are not looked at.
     """
     name, number = parse_label(label)
     look = _Look(root)
@@ -200,6 +201,7 @@ def _check_base(look: _Look, records: Mapping[str, Record], digest: str, folder:
     """The base model's files, which lie outside the store."""
     if digest not in records:
         return
+    folder = folder or known_folder(look.store, digest)
     if folder is None or not folder.is_dir():
         look.notes.append("the base model's files were not at hand and not checked (--base FOLDER)")
         return

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.clock import now, stamp
-from tunesmith.core.digests import is_digest, short
+from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.files import sync_folder
 from tunesmith.registry import keys
@@ -47,6 +47,7 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import VersionRow
 
 _ASIDE = "registering-"
+_RESTORE = "restore the file from a backup"
 _FIX = "restore the version's folder from where it was signed, or register it again"
 
 __all__ = [
@@ -264,11 +265,12 @@ def _plan(
     parents = {role: judged.parents[role] for role in ("candidate", "evaluation")} | {"verdict": verdict}
     records = ancestors(store, parents.values())
     check_evidence(records, parents, override)
-    check_replay(store, verdict)
     if override is not None and judged.body["verdict"] == "pass":
         raise UsageError("the verdict is a pass: there is nothing to override", fix="leave --override out")
     for digest in sorted(blobs_of(records.values())):
-        store.read_blob(digest)
+        if digest_file(path := store.blob_path(digest)) != digest:
+            raise Refused("the blob's bytes are not the ones its name promises", where=str(path), fix=_RESTORE)
+    check_replay(store, verdict)
     return _Plan(
         name=name,
         tenant=tenant,

@@ -1,0 +1,179 @@
+"""The verbs: their documents, exit codes and what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from tests.registry.fabric import Chain, fabricate
+from tunesmith.cli import registry
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.registry.versions import Version
+from tunesmith.store import database, identities
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AuditRow
+
+app = typer.Typer()
+registry.register(app)
+
+
+def run(store: Store, *words: str) -> Result:
+    result = CliRunner().invoke(app, [*words, "-C", str(store.root)], env={"COLUMNS": "200"})
+    if isinstance(result.exception, TunesmithError):
+        raise result.exception
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def document(store: Store, *words: str, exit_code: int = 0) -> dict[str, Any]:
+    result = run(store, *words, "--json")
+    assert result.exit_code == exit_code, result.output
+    assert len(result.stdout.splitlines()) == 1
+    return json.loads(result.stdout)
+
+
+def test_from_a_verdict_to_an_approved_version(store: Store, chain: Chain) -> None:
+    registered = document(store, "register", chain.verdict[7:19], "--name", "intents")
+    assert (registered["version"], registered["number"]) == ("intents@v1", 1)
+    assert registered["digest"].startswith("sha256:")
+    assert document(store, "register", "--name", "intents") == registered  # the newest verdict, and the same version
+    with pytest.raises(Refused, match="it takes approver"):
+        run(store, "approve", "intents@v1")
+    approved = document(store, "approve", "intents@v1", "--as", "ann", "--reason", "fine")
+    assert (approved["version"], approved["approver"]) == ("intents@v1", "ann")
+    verified = document(store, "verify", "intents@v1")
+    assert (verified["ok"], verified["problems"]) == (True, [])
+    assert verified["checked"] > 15
+    assert document(store, "verify", registered["digest"])["ok"]
+
+
+def test_a_failed_verification_exits_3_with_its_document(store: Store, version: Version) -> None:
+    path = store.root / "versions" / "intents" / "v1" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    found = document(store, "verify", "intents@v1", exit_code=3)
+    assert found["ok"] is False
+    assert found["problems"][0]["path"] == "versions/intents/v1/adapter_model.safetensors"
+    shown = run(store, "verify", "intents@v1")
+    assert shown.exit_code == 3
+    assert "adapter_model.safetensors: its bytes are not the ones that were signed" in shown.stdout
+
+
+def test_verifying_opens_no_database(store: Store, version: Version) -> None:
+    (store.root / "tunesmith.db").unlink()
+    assert document(store, "verify", "intents@v1")["ok"]
+    assert not (store.root / "tunesmith.db").exists()
+
+
+def test_a_verifier_brings_their_own_keys(store: Store, version: Version, tmp_path: Path) -> None:
+    mine = tmp_path / "keys.json"
+    mine.write_text("[]")
+    found = document(store, "verify", "intents@v1", "--trust", str(mine), exit_code=3)
+    assert "not trusted here" in found["problems"][0]["reason"]
+
+
+def test_an_override_is_said_wherever_the_version_is(store: Store) -> None:
+    verdict = fabricate(store, verdict="fail").verdict
+    words = ("register", verdict, "--name", "intents", "--override", "a drill")
+    assert document(store, *words)["override"] == "a drill"
+    assert "its gates were overridden: a drill" in run(store, *words).stdout
+    with pytest.raises(UsageError, match="needs a reason"):
+        run(store, "approve", "intents@v1", "--as", "ann")
+    assert (
+        "gates were overridden: a drill" in run(store, "approve", "intents@v1", "--as", "ann", "--reason", "x").stdout
+    )
+    assert "gates overridden" in run(store, "show").stdout
+
+
+def test_show_walks_both_ways(store: Store, version: Version, chain: Chain) -> None:
+    node = document(store, "show", "intents@v1")
+    assert (node["digest"], node["kind"], node["says"]) == (version.digest, "version", "intents@v1")
+    assert {parent["role"] for parent in node["parents"]} == {"candidate", "evaluation", "verdict"}
+    base = document(store, "show", chain.base[7:20])
+    assert {child["kind"] for child in base["children"]} == {"candidate", "training"}
+    shown = run(store, "show", "intents@v1").stdout
+    for word in ("came of", "verdict", "tuned: pass", "dataset"):
+        assert word in shown
+    assert "led to" in run(store, "show", chain.base).stdout
+    assert document(store, "show")["versions"][0]["version"] == "intents@v1"
+    with pytest.raises(UsageError):
+        run(store, "show", "zzzz")
+
+
+def test_users_and_tokens(store: Store) -> None:
+    added = document(store, "users", "add", "bob", "--role", "approver", "--role", "steward", "--tenant", "acme")
+    assert (added["roles"], added["tenant"], added["fingerprint"]) == (["approver", "steward"], "acme", None)
+    assert document(store, "users", "roles", "bob", "--role", "operator")["roles"] == ["operator"]
+    issued = document(store, "users", "token", "bob")["token"]
+    found = identities.authenticate(store, issued)
+    assert found is not None
+    assert found.name == "bob"
+    assert [user["user"] for user in document(store, "users", "list")["users"]] == ["ann", "bob", "olive"]
+    assert document(store, "users", "deactivate", "bob")["active"] is False
+    assert identities.authenticate(store, issued) is None
+    with pytest.raises(Refused, match="it takes admin"):
+        run(store, "users", "add", "eve", "--role", "admin", "--as", "ann")
+
+
+def test_taking_a_signer_out_of_service_says_what_stops_verifying(store: Store, version: Version) -> None:
+    identities.add_user(store, "bob", ["admin"], actor="olive")
+    result = run(store, "users", "deactivate", "olive", "--as", "bob")
+    assert "no longer believed: intents@v1" in result.stderr
+
+
+def test_keys_are_made_enrolled_and_listed(store: Store, tmp_path: Path) -> None:
+    made = document(store, "keys", "create")
+    assert made["user"] == "olive"
+    assert document(store, "keys", "list")["keys"] == [
+        {
+            "user": "olive",
+            "fingerprint": made["fingerprint"],
+            "roles": ["admin", "engineer"],
+            "active": True,
+            "private": True,
+        }
+    ]
+    (tmp_path / "theirs.pem").write_text((store.root / "trust" / "olive.pem").read_text())
+    with pytest.raises(Refused, match="this key is olive's"):
+        run(store, "keys", "enrol", "ann", str(tmp_path / "theirs.pem"))
+    assert "PRIVATE" not in run(store, "keys", "list").output
+
+
+def test_the_audit_log_is_verified_and_read(store: Store, version: Version) -> None:
+    found = document(store, "audit", "verify")
+    assert found["ok"]
+    head = f"{found['head']['seq']}:{found['head']['digest']}"
+    assert document(store, "audit", "verify", "--head", head)["ok"]
+    shown = document(store, "audit", "show", "--action", "version.register")
+    assert [entry["detail"]["version"]["number"] for entry in shown["entries"]] == [1]
+    assert document(store, "audit", "show", "--limit", "1")["total"] == found["checked"]
+    assert "version.register" in run(store, "audit", "show").stdout
+    with database.writing(store.engine) as session:
+        session.get_one(AuditRow, 2).actor = "someone-else"
+    broken = document(store, "audit", "verify", exit_code=3)
+    assert broken["problems"] == [{"path": "audit log", "reason": "entry 2 was changed after it was written"}]
+    assert run(store, "audit", "verify").exit_code == 3
+    for text in ("12", "x:sha256:" + "0" * 64, "12:sha256:0"):
+        with pytest.raises(UsageError, match="is not an entry"):
+            run(store, "audit", "verify", "--head", text)
+
+
+def test_nothing_to_register_is_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_USER", "olive")
+    (tmp_path / "records").mkdir()
+    with pytest.raises(UsageError, match="nothing was judged yet"):
+        run(Store(tmp_path), "register", "--name", "intents")
+    assert "nothing is registered yet" in run(Store(tmp_path), "show").stderr
+
+
+def test_the_verbs_import_nothing_heavy() -> None:
+    heavy = ("torch", "sqlalchemy", "numpy", "rich.table", "cryptography", "tunesmith.project")
+    code = f"import sys, tunesmith.cli.registry; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
