@@ -147,7 +147,7 @@ def verify(
 
     def draw(console: Console) -> None:
         for problem in found.problems:
-            console.print(f"{problem.path}: {problem.reason}", style="red", markup=False)
+            console.print(f"{problem.path}: {problem.reason}", style="red", markup=False, soft_wrap=True)
         for note in found.notes:
             console.print(note, style="dim", markup=False)
         outcome = "is whole" if found.ok else f"does not verify: {len(found.problems)} problems"
@@ -183,7 +183,7 @@ def show(
         console.print(f"{node['kind']} {node['says']}", style="bold", markup=False)
         console.print(node["digest"], markup=False)
         for name, blob in sorted(node["blobs"].items()):
-            console.print(f"  {name}  {blob}", style="dim", markup=False)
+            console.print(f"  {name}  {blob}", style="dim", markup=False, soft_wrap=True)
         for title, way in (("came of", "parents"), ("led to", "children")):
             if node[way]:
                 trunk = Tree(title)
@@ -215,7 +215,7 @@ def verify_audit(
 
     def draw(console: Console) -> None:
         for reason in reasons:
-            console.print(reason, style="red", markup=False)
+            console.print(reason, style="red", markup=False, soft_wrap=True)
         outcome = "is whole" if not reasons else f"is not whole: {len(reasons)} problems"
         console.print(f"the log of {newest.seq} entries {outcome}", markup=False)
         console.print(
@@ -262,7 +262,8 @@ def show_audit(
         for row in shown:
             about = str(row["subject"])
             plain = about.removeprefix("sha256:")[:12] if about.startswith("sha256:") else about
-            table.add_row(*(Text(str(row[key])) for key in ("seq", "at", "actor", "action")), Text(plain))
+            at = f"{str(row['at'])[:19]}Z"  # to the second; --json has all of it
+            table.add_row(str(row["seq"]), at, Text(str(row["actor"])), Text(str(row["action"])), Text(plain))
         console.print(table)
         if len(shown) < len(rows):
             console.print(f"the newest {len(shown)} of {len(rows)}; --limit 0 shows all", style="dim", markup=False)
