@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tunesmith.evaluation.wording import percent, points
+
 _PHRASES = {
     "exact_match": "answers {share} requests exactly right",
     "json_valid": "gives valid JSON for {share} requests",
@@ -30,26 +32,13 @@ def advise(data: Mapping[str, Any]) -> dict[str, Any]:
         "reasons": [
             _measured(data),
             *_difference(data),
-            *_failed_gates(data),
+            *_gates(data),
             *_price(data),
             *_forgotten(data),
             *_next(data, verdict, focus, rival),
         ],
         "cautions": _cautions(data),
     }
-
-
-def percent(share: float) -> str:
-    """A share as a percentage that never rounds to all or nothing unless it is: 0.9996 is 99.9%, not 100%."""
-    if share in (0.0, 1.0):
-        return f"{share:.0%}"
-    return f"{min(max(share * 100, 0.1), 99.9):.1f}%"
-
-
-def points(difference: float) -> str:
-    """A difference of shares in points, signed: 0.05 is +5.0."""
-    text = f"{difference * 100:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
 def _says(metric: str, mean: float) -> str:
@@ -87,11 +76,14 @@ def _difference(data: Mapping[str, Any]) -> list[str]:
     return [sentence]
 
 
-def _failed_gates(data: Mapping[str, Any]) -> list[str]:
+def _gates(data: Mapping[str, Any]) -> list[str]:
     if data["verdict"] is None:
         return []
     if data["verdict"]["reason"]:
         return [f"It is not judged: {data['verdict']['reason']}."]
+    if data["verdict"]["verdict"] == "pass":
+        names = [gate["name"] for gate in data["verdict"]["gates"]]
+        return [f"It passed {'its gate' if len(names) == 1 else f'all {len(names)} gates'}: {', '.join(names)}."]
     return [
         f"The gate {gate['name']} {'failed' if gate['outcome'] == 'fail' else 'is undecided'}: {gate['reason']}."
         for gate in data["verdict"]["gates"]

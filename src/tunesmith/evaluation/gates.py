@@ -26,6 +26,7 @@ from tunesmith.evaluation.statistics import (
     effective_groups,
     interval,
 )
+from tunesmith.evaluation.wording import percent, points
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 
@@ -111,9 +112,9 @@ def _lift(gate: Lift, evidence: Evidence) -> Finding:
     )
     outcome = _above(measured, gate.at_least)
     reason = (
-        f"{_signed(measured.mean)} points of {gate.metric} over {rival} "
-        f"({_level(confidence)} interval {_signed(measured.low)} to {_signed(measured.high)}), "
-        f"at least {_signed(gate.at_least)} wanted"
+        f"{points(measured.mean)} points of {gate.metric} over {rival} "
+        f"({_level(confidence)} interval {points(measured.low)} to {points(measured.high)}), "
+        f"at least {points(gate.at_least)} wanted"
     )
     if outcome == "inconclusive":
         reason += _rows_needed(measured, gate.at_least)
@@ -130,9 +131,10 @@ def _threshold(gate: Threshold, evidence: Evidence) -> Finding:
     at_least, bound = gate.at_least is not None, bound_of(gate)
     judged = measured if gate.confidence else Interval(measured.mean, measured.mean, measured.mean)
     outcome = _above(judged, bound) if at_least else _below(judged, bound)
-    wanted = f"at {'least' if at_least else 'most'} {bound:.1%} wanted"
+    wanted = f"at {'least' if at_least else 'most'} {bound * 100:g}% wanted"
     reason = (
-        f"{measured.mean:.1%} {gate.metric} ({_level(confidence)} interval {measured.low:.1%} to {measured.high:.1%}), "
+        f"{percent(measured.mean)} {gate.metric} "
+        f"({_level(confidence)} interval {percent(measured.low)} to {percent(measured.high)}), "
         f"{wanted} {'of the whole interval' if gate.confidence else 'of the measured rows'}"
     )
     if outcome == "inconclusive":
@@ -152,10 +154,10 @@ def _forgetting(gate: Forgetting, evidence: Evidence) -> Finding:
     confidence = confidence_at_look(gate.confidence, evidence.look)
     measured = _rounded(drop(before, after, confidence=confidence, seed=evidence.seed))
     outcome = _below(measured, gate.drop_at_most)
-    moved = "fell" if measured.mean > 0 else "rose"
+    moved = "fell" if measured.mean > 0 else "rose" if measured.mean < 0 else "changed"
     reason = (
-        f"general ability {moved} by {abs(measured.mean) * 100:.1f} points (drop, {_level(confidence)} interval "
-        f"{_signed(measured.low)} to {_signed(measured.high)}), at most {_signed(gate.drop_at_most)} allowed"
+        f"general ability {moved} by {abs(measured.mean) * 100:.1f} points ({_level(confidence)} interval of the drop "
+        f"{points(measured.low)} to {points(measured.high)}), a drop of at most {gate.drop_at_most * 100:.1f} allowed"
     )
     return Finding(
         outcome,
@@ -197,12 +199,6 @@ def _rows_needed(measured: Interval, bound: float) -> str:
         return "; the mean is at the bound itself"
     reach = measured.mean - measured.low if gap > 0 else measured.high - measured.mean
     return f"; if the mean stays, about {max(1.1, (reach / gap) ** 2):.1f} times as many test rows would decide"
-
-
-def _signed(share: float) -> str:
-    """A share as signed points: 0.05 is +5.0. A rounded zero has no sign."""
-    text = f"{share * 100:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
 def _level(confidence: float) -> str:

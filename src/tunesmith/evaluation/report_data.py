@@ -132,6 +132,8 @@ def _how(store: Store, candidate: Candidate) -> str:
         settings = store.record(candidate.training, kind="training").body.get("settings", {})
         rank = settings.get("rank")
         parts.append("tuned weights" + (f" (LoRA, rank {rank})" if rank else ""))
+        if settings.get("permute_answers"):
+            parts.append("a control that learned answers dealt to the wrong requests")
     if candidate.shots:
         parts.append(f"{len(candidate.shots)} fixed examples in the prompt")
     if candidate.retrieve is not None:

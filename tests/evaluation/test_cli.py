@@ -1,0 +1,142 @@
+"""The verbs: their documents, tables and exit codes. The stages themselves are given, so that nothing needs a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from tests.evaluation.fabricated import Fabricated
+from tests.evaluation.test_verdict import STANDARD
+from tunesmith.cli import evaluation as verbs
+from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
+from tunesmith.evaluation.settings import GATES
+from tunesmith.evaluation.verdict import judge
+from tunesmith.store.store import Store
+
+PROJECT = """
+name: home
+base: base
+data: {sources: [{path: data.jsonl, licence: Apache-2.0}]}
+task: {scorers: [json_valid, exact_match, field_f1]}
+candidates:
+  zero-shot: {prompt: prompt.txt}
+  few-shot: {prompt: prompt.txt, shots: 4}
+  rag: {prompt: prompt.txt, retrieve: {k: 6}}
+  tuned: {prompt: prompt.txt, train: {}}
+"""
+
+app = typer.Typer()
+verbs.register(app)
+
+
+@pytest.fixture
+def project(made: Fabricated, tmp_path: Path) -> Path:
+    """A project whose store is the fabricated one."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "tunesmith.yaml").write_text(PROJECT)
+    made.store.root.rename(tmp_path / "home" / ".tunesmith")
+    made.store = Store(tmp_path / "home" / ".tunesmith")
+    return tmp_path / "home"
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    found = CliRunner().invoke(app, list(arguments))
+    if isinstance(found.exception, TunesmithError):
+        raise found.exception
+    assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
+    return found.exit_code, found.stdout
+
+
+def document(*arguments: str) -> tuple[int, dict[str, Any]]:
+    code, output = call(*arguments, "--json")
+    assert output.count("\n") == 1, "one document and nothing else"
+    return code, json.loads(output)
+
+
+def test_evaluate(project: Path, evaluation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "tunesmith.chain.evaluate", lambda _project, _progress, names: asked.append(names) or evaluation
+    )
+    code, found = document("evaluate", "-C", str(project))
+    assert (code, found["evaluation"], found["n"]) == (0, evaluation, 120)
+    assert set(found["candidates"]["tuned"]["exact_match"]) == {"mean", "low", "high"}
+    code, table = call("evaluate", "tuned", "rag", "-C", str(project))
+    assert code == 0
+    assert "120 held-out requests in 60 groups" in table
+    assert asked == [None, ["tuned", "rag"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "gates", "verdict", "code"),
+    [("tuned", STANDARD, "pass", 0), ("zero-shot", STANDARD, "fail", 3), ("tuned", {}, "inconclusive", 4)],
+)
+def test_gate(
+    project: Path, made: Fabricated, evaluation: str, monkeypatch: pytest.MonkeyPatch, name: str, gates: Any,
+    verdict: str, code: int,
+) -> None:  # fmt: skip
+    chosen = GATES.validate_python(gates)
+    monkeypatch.setattr(
+        "tunesmith.chain.gate",
+        lambda opened, _progress, who: judge(opened.store, evaluation=evaluation, candidate=who, gates=chosen),
+    )
+    assert document("gate", name, "-C", str(project))[1]["verdict"] == verdict
+    assert document("gate", name, "-C", str(project))[0] == code
+    found, table = call("gate", name, "-C", str(project))
+    assert found == code
+    assert f"verdict: {verdict}" in table
+
+
+def test_compare(project: Path) -> None:
+    code, found = document("compare", "rag", "tuned", "-C", str(project))
+    assert code == 0
+    assert found["metrics"]["exact_match"]["difference"]["low"] > 0
+    assert "tuned against rag, 120 requests" in call("compare", "rag", "tuned", "-C", str(project))[1]
+    with pytest.raises(UsageError, match="is not a version"):
+        call("compare", "rag", "toned", "-C", str(project))
+
+
+def test_report(project: Path, made: Fabricated, evaluation: str, tmp_path: Path) -> None:
+    code, said = call("report", "-C", str(project))
+    assert code == 0
+    assert "measured, not judged" in said
+    assert "measured, not judged" in (project / "report.html").read_text()
+    (project / "report.html").unlink()
+    judge(made.store, evaluation=evaluation, candidate="tuned", gates=GATES.validate_python(STANDARD))
+    code, data = document("report", "-C", str(project), "--output", str(tmp_path / "page.html"))
+    assert (code, data["advice"]["release"]) == (0, "tuned")
+    assert "Release tuned." in (tmp_path / "page.html").read_text()
+    document("report", "-C", str(project))
+    assert not (project / "report.html").exists(), "--json alone writes no file"
+    with pytest.raises(UsageError, match="no version"):
+        call("report", "home@v9", "-C", str(project))
+
+
+def test_report_before_anything_was_evaluated(tmp_path: Path) -> None:
+    (tmp_path / "tunesmith.yaml").write_text(PROJECT)
+    with pytest.raises(UsageError, match="nothing has been evaluated"):
+        call("report", "-C", str(tmp_path))
+
+
+def test_report_on_damaged_scores_is_inconclusive(project: Path, made: Fabricated, evaluation: str) -> None:
+    record = made.store.record(evaluation)
+    made.store.put_record(record.model_copy(update={"blobs": {"scores.jsonl": made.store.put_bytes(b"")}}))
+    with pytest.raises(Inconclusive) as caught:
+        call("report", "-C", str(project))
+    assert caught.value.exit_code == 4
+    shutil.rmtree(made.store.root)
+
+
+def test_the_verbs_import_nothing_heavy() -> None:
+    heavy = "torch transformers numpy scipy jinja2 sqlalchemy jsonschema rich.table"
+    code = f"import sys, tunesmith.cli.evaluation; print([m for m in {heavy.split()!r} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,74 @@
+"""Two candidates side by side."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.evaluation.conftest import TASK
+from tests.evaluation.fabricated import PROMPT, SCHEMA, Fabricated, add, commands, flawed, put_answers, put_dataset
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.core.errors import Inconclusive, UsageError
+from tunesmith.evaluation.compare import comparison_document, side_of_candidate, side_of_digest
+from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.scores import read_scores
+
+
+def test_differences_are_second_minus_first(made: Fabricated, evaluation: str) -> None:
+    sides = [side_of_candidate(made.store, evaluation, name) for name in ("rag", "tuned")]
+    forth, back = comparison_document(made.store, *sides), comparison_document(made.store, *reversed(sides))
+    columns = read_scores(made.store, made.store.record(evaluation))
+    for metric in TASK.scorers:
+        gaps = columns["tuned", metric].values - columns["rag", metric].values
+        found, mirrored = forth["metrics"][metric], back["metrics"][metric]
+        assert found["difference"]["mean"] == pytest.approx(gaps.mean())
+        assert (found["wins"], found["losses"]) == ((gaps > 0).sum(), (gaps < 0).sum())
+        assert found["wins"] + found["losses"] + found["ties"] == 120
+        assert (mirrored["wins"], mirrored["losses"]) == (found["losses"], found["wins"])
+        assert mirrored["difference"]["low"] == pytest.approx(-found["difference"]["high"], abs=1e-6)
+        assert mirrored["mcnemar"] == found["mcnemar"]
+    assert forth["metrics"]["exact_match"]["mcnemar"] < 1e-6
+    assert forth["metrics"]["field_f1"]["mcnemar"] is None, "graded scores are not McNemar's"
+    assert forth["primary"] == "exact_match"
+
+
+def test_a_candidate_is_like_itself(made: Fabricated, evaluation: str) -> None:
+    side = side_of_candidate(made.store, evaluation, "rag")
+    found = comparison_document(made.store, side, side)["metrics"]["exact_match"]
+    assert (found["wins"], found["losses"], found["mcnemar"], found["sign_flip"]) == (0, 0, 1.0, 1.0)
+    assert found["difference"]["low"] < 0.0 < found["difference"]["high"]
+
+
+def test_over_two_evaluations_of_one_dataset(made: Fabricated, evaluation: str) -> None:
+    add(made, Candidate(name="later", prompt=PROMPT, base=made.base, max_tokens=9), flawed(0.5, 0.9, 21), 1, 1)
+    later = evaluate(
+        made.store,
+        dataset=made.dataset,
+        answers={"later": made.answers["later"]},
+        probes={},
+        task=TASK.model_copy(update={"scorers": ("exact_match",)}),
+        answer_schema=SCHEMA,
+    )
+    first = side_of_digest(made.store, evaluation, made.candidates["tuned"], "home@v1")
+    second = side_of_digest(made.store, later, made.candidates["later"], "home@v2")
+    document = comparison_document(made.store, first, second)
+    assert list(document["metrics"]) == ["exact_match"]
+    assert document["first"]["label"] == "home@v1"
+    assert document["metrics"]["exact_match"]["difference"]["high"] < 0
+
+
+def test_over_two_datasets_nothing_is_said(made: Fabricated, evaluation: str) -> None:
+    other = put_dataset(made.store, commands(20, 1, 0), [], commands(40, 9, 5000))
+    rows = [{"id": row.id, "text": "{}", "finish": "stop", "prompt_tokens": 1, "completion_tokens": 1}
+            for row in commands(40, 9, 5000)]  # fmt: skip
+    answers = {"zero-shot": put_answers(made.store, made.candidates["zero-shot"], other, rows)}
+    elsewhere = evaluate(made.store, dataset=other, answers=answers, probes={}, task=TASK, answer_schema=SCHEMA)
+    sides = side_of_candidate(made.store, evaluation, "rag"), side_of_candidate(made.store, elsewhere, "zero-shot")
+    with pytest.raises(Inconclusive, match="was measured on dataset"):
+        comparison_document(made.store, *sides)
+
+
+def test_names_that_are_not_there(made: Fabricated, evaluation: str) -> None:
+    with pytest.raises(UsageError, match="did you mean 'few-shot'"):
+        side_of_candidate(made.store, evaluation, "fewshot")
+    with pytest.raises(UsageError, match="does not hold its candidate"):
+        side_of_digest(made.store, evaluation, made.training, "home@v1")
