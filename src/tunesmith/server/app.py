@@ -1,0 +1,111 @@
+"""The application: its parts put together, its background controller, and its last line of defence against errors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from tunesmith.inference.engine import Engine
+from tunesmith.rollout.controller import advance, give_up
+from tunesmith.rollout.state import list_rollouts
+from tunesmith.server import chat, control
+from tunesmith.server.errors import ApiError
+from tunesmith.server.metrics import Metrics
+from tunesmith.server.recording import LOG, Recorder
+from tunesmith.server.routing import ReadyVersions, Router
+from tunesmith.server.serving import Serving
+from tunesmith.server.settings import ServerSettings
+from tunesmith.server.work import Worker
+from tunesmith.store.store import Store
+
+
+def create_app(
+    store: Store,
+    engine: Engine,
+    settings: ServerSettings | None = None,
+    *,
+    answer_schema: Mapping[str, Any] | None = None,
+    scorers: Sequence[str] = ("json_valid", "exact_match"),
+) -> FastAPI:
+    """A server over a store and an engine.
+
+    answer_schema: the task's JSON Schema, which json_valid holds answers against. scorers: the task's metrics.
+    """
+    settings = settings or ServerSettings()
+    metrics = Metrics()
+    recorder = Recorder(
+        store,
+        metrics,
+        scorers=scorers,
+        answer_schema=answer_schema,
+        kept_answers=settings.kept_answers,
+        region=settings.region,
+    )
+    versions = ReadyVersions(store, engine)
+    worker = Worker(engine, versions, recorder, settings, lambda rollout, why: give_up(store, rollout, why))
+    metrics.watch_queue(worker.waiting)
+    serving = Serving(store, settings, metrics, Router(store, settings.region), recorder, worker)
+
+    # No pages of documentation: they load scripts from elsewhere.
+    app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
+    app.state.serving = serving
+    app.include_router(chat.routes)
+    app.include_router(control.routes)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unforeseen)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    serving: Serving = app.state.serving
+    serving.worker.start()
+    serving.looked = time.monotonic()
+    controller = asyncio.create_task(_control(serving))
+    try:
+        yield
+    finally:
+        controller.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await controller
+        await asyncio.to_thread(serving.worker.stop)
+
+
+async def _control(serving: Serving) -> None:
+    """Advance every live rollout, again and again."""
+    while True:
+        try:
+            for rollout in await asyncio.to_thread(list_rollouts, serving.store, live=True):
+                moved = await asyncio.to_thread(advance, serving.store, rollout.id)
+                if moved.revision != rollout.revision:
+                    LOG.info("rollout %d of %s: %s, step %d", moved.id, moved.name, moved.status, moved.step)
+            serving.looked = time.monotonic()
+        except Exception:  # noqa: BLE001 - a rollout must not be left alone because one look at it failed
+            serving.metrics.controller_failures.inc()
+            LOG.exception("a look at the rollouts failed")
+        await asyncio.sleep(serving.settings.look_seconds)
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    request.app.state.serving.metrics.refused.labels(str(error.status)).inc()
+    return error.response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    return await _api_error(request, ApiError(error.status_code, str(error.detail), code=code, headers=error.headers))
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    LOG.error("%s %s raised", request.method, request.url.path, exc_info=error)
+    return await _api_error(request, ApiError(500, "Internal error.", code="internal_error"))

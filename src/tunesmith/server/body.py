@@ -1,0 +1,86 @@
+"""Reading a request's body within bounds of size, time and depth, and holding it against what is honoured."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+
+from tunesmith.evaluation.scorers import NotJson, read_json
+from tunesmith.server.errors import ApiError, bad_request
+from tunesmith.server.settings import ServerSettings
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def read_body(request: Request, model: type[Body], settings: ServerSettings) -> Body:
+    """The body as model. Raises ApiError: 413 too large, 408 too slow, 400 not JSON, nested too deep, or not a model.
+
+    JSON is read strictly: a key that stands twice, NaN or a lone surrogate is an error, and so is a field that model
+    does not know, named in the error.
+    """
+    data = await _read(request, settings)
+    try:
+        value = read_json(data.decode())
+    except (NotJson, UnicodeDecodeError) as error:
+        raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise bad_request("The body must be a JSON object.", code="invalid_json")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise _told(error) from error
+
+
+async def _read(request: Request, settings: ServerSettings) -> bytes:
+    too_large = ApiError(
+        413,
+        f"The body is larger than {settings.body_bytes} bytes.",
+        code="body_too_large",
+        headers={"Connection": "close"},
+    )
+    stated = request.headers.get("content-length", "0")
+    if stated.isdecimal() and int(stated) > settings.body_bytes:
+        raise too_large
+    data = bytearray()
+    try:
+        async with asyncio.timeout(settings.body_seconds):
+            async for piece in request.stream():
+                data += piece
+                if len(data) > settings.body_bytes:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(
+            408, f"The body did not arrive within {settings.body_seconds:g} s.", code="body_too_slow",
+            headers={"Connection": "close"},
+        ) from None  # fmt: skip
+    except ClientDisconnect:
+        raise bad_request("The client left before its body had arrived.", code="incomplete_body") from None
+    return bytes(data)
+
+
+def _told(error: ValidationError) -> ApiError:
+    """The first of pydantic's findings, naming the field as OpenAI's errors do: messages[0].content."""
+    found = error.errors(include_url=False, include_context=False)
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    path = _path(first["loc"])
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"Unrecognized request argument supplied: {path}", path, code="unknown_parameter")
+    if first["type"] == "missing":
+        return bad_request(f"Missing required parameter: {path!r}.", path, code="missing_required_parameter")
+    said: Any = first["msg"].removeprefix("Value error, ")
+    return bad_request(f"Invalid {path!r}: {said}" if path else str(said), path or None)
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    """Without the names pydantic gives to the parts of a union."""
+    path = ""
+    for part in loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier() and part not in ("str", "list"):
+            path += f".{part}" if path else part
+    return path

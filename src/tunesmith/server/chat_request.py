@@ -1,0 +1,128 @@
+"""What a chat completion request may say: OpenAI's fields that are honoured here, and no others."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
+
+from tunesmith.core.messages import Message
+
+Number = Annotated[float, Field(strict=True)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """A turn. content: text, or OpenAI's list of text parts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[_Part]
+
+    def plain(self) -> Message:
+        """With the parts joined."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return Message(role=self.role, content=text)
+
+
+class StreamOptions(BaseModel):
+    """include_usage: a last chunk with the token counts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    include_usage: StrictBool = False
+
+
+class ResponseFormat(BaseModel):
+    """Text alone: a format that the decoder does not enforce is refused rather than promised."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: str
+
+    @field_validator("type")
+    @classmethod
+    def _honoured(cls, value: str) -> str:
+        if value != "text":
+            raise ValueError(f"only 'text' is honoured, not {value[:40]!r}")
+        return value
+
+
+class ChatRequest(BaseModel):
+    """temperature is 0 where left out: a released behaviour answers the same way twice. null is as good as left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Annotated[str, Field(min_length=1, max_length=200)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[StrictInt | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[StrictInt | None, Field(ge=1)] = None
+    temperature: Annotated[Number | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[Number | None, Field(gt=0, le=1)] = None
+    seed: Annotated[StrictInt | None, Field(ge=-(2**63), lt=2**63)] = None
+    stop: str | list[str] | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    n: StrictInt | None = None
+    user: Annotated[str | None, Field(max_length=512)] = None
+    metadata: dict[str, str] | None = None
+    response_format: ResponseFormat | None = None
+
+    @field_validator("messages")
+    @classmethod
+    def _asks_something(cls, value: list[ChatMessage]) -> list[ChatMessage]:
+        if not any(message.role == "user" for message in value):
+            raise ValueError("there is no user message to answer")
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+        given = [value] if isinstance(value, str) else value or []
+        if len(given) > 4 or not all(given):
+            raise ValueError("at most 4 texts, none of them empty")
+        return value
+
+    @field_validator("n")
+    @classmethod
+    def _one(cls, value: int | None) -> int | None:
+        if value not in (None, 1):
+            raise ValueError("only one answer is given")
+        return value
+
+    @field_validator("metadata")
+    @classmethod
+    def _small(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        if value and (len(value) > 16 or any(len(key) > 64 or len(text) > 512 for key, text in value.items())):
+            raise ValueError("at most 16 pairs, keys of 64 and values of 512 characters")
+        return value
+
+    @model_validator(mode="after")
+    def _agrees(self) -> ChatRequest:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens disagree")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options without stream")
+        return self
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """The turns."""
+        return tuple(message.plain() for message in self.messages)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end the answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with its token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage

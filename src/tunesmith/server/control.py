@@ -1,0 +1,117 @@
+"""/api/feedback, /api/rollouts, and what watches over a server: /healthz, /readyz, /metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from tunesmith.rollout.document import rollout_document
+from tunesmith.rollout.state import Rollout, list_rollouts
+from tunesmith.server.body import read_body
+from tunesmith.server.chat import ID_PREFIX
+from tunesmith.server.errors import ApiError
+from tunesmith.server.serving import caller, serving_of
+from tunesmith.store import database
+from tunesmith.store.identities import User
+from tunesmith.store.store import Store
+
+# Looks at the rollouts that may be missed before the server counts as not ready.
+_MISSED = 10
+
+routes = APIRouter()
+Metric = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+Score = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+
+
+class Feedback(BaseModel):
+    """What became of an answer: the text that was expected, or scores from elsewhere.
+
+    request_id: a completion's id (`chatcmpl-...`) or the x-request-id header.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    request_id: Annotated[str, Field(min_length=1, max_length=80)]
+    expected: str | None = None
+    score: Annotated[dict[Metric, Score] | None, Field(min_length=1, max_length=16)] = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Feedback:
+        if (self.expected is None) == (self.score is None):
+            raise ValueError("give either expected or score")
+        return self
+
+
+@routes.post("/api/feedback")
+async def feedback(request: Request) -> Response:
+    """Score a request of the caller's tenant, once for each metric."""
+    user, serving = await caller(request)
+    given = await read_body(request, Feedback, serving.settings)
+    identifier = given.request_id.removeprefix(ID_PREFIX)
+    added = await asyncio.to_thread(serving.recorder.feedback, user, identifier, given.expected, given.score or {})
+    return JSONResponse({"request_id": identifier, "scores": added})
+
+
+@routes.get("/api/rollouts")
+async def rollouts(request: Request) -> Response:
+    """Every rollout within the caller's scope, newest first."""
+    user, serving = await caller(request)
+    return JSONResponse({"rollouts": await asyncio.to_thread(_documents, serving.store, user)})
+
+
+@routes.get("/api/rollouts/{number}")
+async def rollout(request: Request, number: str) -> Response:
+    """One rollout; another tenant's is answered like one that does not exist."""
+    user, serving = await caller(request)
+    found = await asyncio.to_thread(_documents, serving.store, user, number)
+    if not found:
+        raise ApiError(404, f"There is no rollout {number[:20]!r}.", code="rollout_not_found")
+    return JSONResponse(found[0])
+
+
+@routes.get("/healthz")
+async def healthz() -> Response:
+    """The process answers."""
+    return JSONResponse({"ok": True})
+
+
+@routes.get("/readyz")
+async def readyz(request: Request) -> Response:
+    """200 where the database answers, the engine does not hang and rollouts are looked after; else 503 and which."""
+    serving = serving_of(request)
+    late = time.monotonic() - serving.looked > _MISSED * serving.settings.look_seconds + 5
+    checks = {
+        "database": await asyncio.to_thread(_database_answers, serving.store),
+        "engine": not serving.worker.hanging(),
+        "controller": not late,
+    }
+    return JSONResponse({"ready": all(checks.values()), **checks}, status_code=200 if all(checks.values()) else 503)
+
+
+@routes.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus's text format."""
+    return Response(serving_of(request).metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _documents(store: Store, user: User, number: str | None = None) -> list[dict[str, Any]]:
+    def visible(one: Rollout) -> bool:
+        return user.speaks_for(one.tenant, one.region) and number in (None, str(one.id))
+
+    return [rollout_document(store, one) for one in list_rollouts(store) if visible(one)]
+
+
+def _database_answers(store: Store) -> bool:
+    try:
+        with database.reading(store.engine) as session:
+            session.execute(text("select 1"))
+    except (SQLAlchemyError, OSError):
+        return False
+    return True

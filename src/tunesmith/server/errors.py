@@ -1,0 +1,90 @@
+"""Errors in the shape that OpenAI's clients read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+
+class ApiError(Exception):
+    """An answer other than success. param: the request's field that is at fault. code: what programs read."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+
+    def document(self) -> dict[str, Any]:
+        """The body: `{"error": {"message", "type", "param", "code"}}`."""
+        kind = "invalid_request_error"
+        if self.status >= 500:
+            kind = "server_error"
+        elif self.status == 429:
+            kind = "rate_limit_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        return JSONResponse(self.document(), status_code=self.status, headers=self.headers)
+
+
+def unauthorised() -> ApiError:
+    """No token, or none that is known. The same whatever was sent."""
+    return ApiError(
+        401,
+        "No valid token was given. Send `Authorization: Bearer TOKEN`; `tunesmith users token NAME` makes one.",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def forbidden(what: str) -> ApiError:
+    """A known user without the permission."""
+    return ApiError(403, what, code="permission_denied")
+
+
+def no_such_model(model: str) -> ApiError:
+    """The same answer for a model that does not exist and one of another tenant or region."""
+    message = f"The model {model[:120]!r} does not exist or you do not have access to it."
+    return ApiError(404, message, code="model_not_found", param="model")
+
+
+def not_available(model: str, why: str) -> ApiError:
+    """A model that the caller may know of, and that must not answer."""
+    message = f"The model {model[:120]!r} is not available: {why}."
+    return ApiError(404, message, code="model_not_available", param="model")
+
+
+def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    """A request that is not well formed."""
+    return ApiError(400, message, code=code, param=param)
+
+
+def busy() -> ApiError:
+    """The queue is full."""
+    return ApiError(429, "The queue is full. Try again shortly.", code="queue_full", headers={"Retry-After": "1"})
+
+
+def failed() -> ApiError:
+    """The engine raised. What it said is in the server's log and not in the answer."""
+    return ApiError(500, "The engine failed on this request.", code="engine_error")
+
+
+def timed_out() -> ApiError:
+    """No answer within ServerSettings.answer_seconds."""
+    return ApiError(504, "No answer in time.", code="timeout", headers={"Retry-After": "5"})
+
+
+def stopping() -> ApiError:
+    """The server shuts down while requests wait."""
+    return ApiError(503, "The server is shutting down.", code="stopping", headers={"Retry-After": "5"})

@@ -1,0 +1,151 @@
+"""What is kept of each request: measurements in the database, never its text; the last answers in memory alone."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from tunesmith.core.clock import stamp
+from tunesmith.core.errors import UsageError
+from tunesmith.evaluation.scorers import score
+from tunesmith.inference.engine import Completion
+from tunesmith.rollout.traffic import STEP
+from tunesmith.server.errors import ApiError, bad_request
+from tunesmith.server.metrics import Metrics
+from tunesmith.server.routing import Route
+from tunesmith.store import database
+from tunesmith.store.identities import User
+from tunesmith.store.store import Store
+from tunesmith.store.tables import RequestRow
+
+LOG = logging.getLogger("tunesmith.server")
+_VALID = "json_valid"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A request that was answered, or failed (completion None).
+
+    whole: the answer was decoded to its end and not left by its client, so that it can be scored.
+    """
+
+    id: str
+    user: User
+    route: Route
+    seconds: float
+    features: Mapping[str, float]
+    completion: Completion | None
+    whole: bool = True
+
+
+class Recorder:
+    """Writes requests down. scorers: the task's metrics; json_valid is measured on every answer, the others where
+    feedback tells the expected text."""
+
+    def __init__(
+        self,
+        store: Store,
+        metrics: Metrics,
+        *,
+        scorers: Sequence[str],
+        answer_schema: Mapping[str, Any] | None,
+        kept_answers: int,
+        region: str,
+    ) -> None:
+        self._store, self._metrics, self._region = store, metrics, region
+        self._scorers, self._schema = tuple(scorers), answer_schema
+        self._answers: OrderedDict[str, str] = OrderedDict()
+        self._most, self._lock = kept_answers, threading.Lock()
+
+    def write(self, served: Sequence[Served]) -> None:
+        """Keep requests in one transaction. An answer is not withheld for want of a record; the loss is counted."""
+        for one in served:
+            outcome = "failed" if one.completion is None else "answered" if one.whole else "left"
+            self._metrics.request(one.route.arm, outcome, one.seconds, one.completion)
+            if one.completion is not None and one.whole:
+                self._keep(one.id, one.completion.text)
+        try:
+            with database.writing(self._store.engine) as session:
+                session.add_all(self._row(one) for one in served)
+        except (SQLAlchemyError, OSError):
+            self._metrics.unrecorded.inc(len(served))
+            LOG.exception("%d requests could not be recorded", len(served))
+
+    def feedback(self, user: User, request: str, expected: str | None, given: Mapping[str, float]) -> dict[str, float]:
+        """Add scores to a request: of its kept answer against expected, or as given. Returns what was added.
+
+        The first word counts: a score that is there is never replaced. Raises ApiError 404 for a request that the
+        user's tenant did not make, 409 where it was scored before or its answer is kept no more, 400 for an expected
+        text that a scorer cannot read.
+        """
+        added = dict(given) if expected is None else self._scored(user, request, expected)
+        with database.writing(self._store.engine) as session:
+            row = session.get(RequestRow, request)
+            if row is None or row.tenant != user.tenant:
+                raise _unknown(request)
+            again = sorted(added.keys() & row.scores.keys())
+            if again:
+                raise ApiError(409, f"This request has a {again[0]} already.", code="already_scored")
+            row.scores = {**row.scores, **added}
+        return added
+
+    def _scored(self, user: User, request: str, expected: str) -> dict[str, float]:
+        with self._lock:
+            answer = self._answers.get(request)
+        if answer is None:
+            with database.reading(self._store.engine) as session:
+                row = session.get(RequestRow, request)
+            if row is None or row.tenant != user.tenant:
+                raise _unknown(request)
+            raise ApiError(
+                409,
+                "The text of this answer is kept no more (texts are held in memory only, the newest ones). "
+                'Send {"score": {METRIC: 0..1}} instead of "expected".',
+                code="answer_gone",
+            )
+        metrics = [metric for metric in self._scorers if metric != _VALID]
+        try:
+            return {metric: score(metric, answer, expected, self._schema) for metric in metrics}
+        except UsageError as error:
+            raise bad_request(error.what, "expected") from error
+
+    def _keep(self, request: str, text: str) -> None:
+        with self._lock:
+            self._answers[request] = text
+            while len(self._answers) > self._most:
+                self._answers.popitem(last=False)
+
+    def _row(self, served: Served) -> RequestRow:
+        completion, scores = served.completion, dict[str, float]()
+        if _VALID in self._scorers and (completion is None or served.whole):
+            # A failed request gave no valid answer either.
+            scores[_VALID] = 0.0 if completion is None else score(_VALID, completion.text, "", self._schema)
+        features: dict[str, Any] = dict(served.features)
+        if served.route.step is not None:
+            features[STEP] = served.route.step
+        return RequestRow(
+            id=served.id,
+            at=stamp(),
+            name=served.route.name,
+            tenant=served.user.tenant,
+            region=self._region,
+            version=served.route.version.digest,
+            rollout=served.route.rollout,
+            arm=served.route.arm,
+            ok=completion is not None,
+            seconds=served.seconds,
+            prompt_tokens=completion.prompt_tokens if completion else 0,
+            completion_tokens=completion.completion_tokens if completion else 0,
+            scores=scores,
+            features=features,
+        )
+
+
+def _unknown(request: str) -> ApiError:
+    return ApiError(404, f"There is no request {request[:80]!r}.", code="request_not_found", param="request_id")

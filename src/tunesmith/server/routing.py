@@ -1,0 +1,163 @@
+"""From a model's name, for a caller, to the version that answers; and versions made ready to answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from sqlalchemy import select
+
+from tunesmith.candidates.answering import Answerer
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.inference.engine import Engine
+from tunesmith.registry.aliases import get_alias
+from tunesmith.registry.approvals import require_approved
+from tunesmith.registry.versions import Version, load_version, resolve, verified_copy
+from tunesmith.rollout.state import live_rollout
+from tunesmith.rollout.traffic import goes_to_canary
+from tunesmith.server.errors import ApiError, no_such_model, not_available
+from tunesmith.store import database
+from tunesmith.store.identities import User
+from tunesmith.store.names import check_name
+from tunesmith.store.recalls import recalled
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AliasRow, VersionRow
+
+# How long an approval that was checked for a pinned version is taken to stand: its signature takes 20 ms to check.
+_STANDS_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Which version answers a request. arm: stable, canary or pinned. stable: what answers if the canary cannot."""
+
+    name: str
+    version: Version
+    arm: str
+    rollout: int | None = None
+    step: int | None = None
+    stable: Version | None = None
+
+
+class Router:
+    """Names to versions, as the database has them at this moment: a rollback counts from the next request on."""
+
+    def __init__(self, store: Store, region: str) -> None:
+        self._store, self._region = store, region
+        self._approved: dict[str, float] = {}
+
+    def route(self, user: User, model: str, key: str) -> Route:
+        """The version for a request. key: what keeps its arm. Raises ApiError 404."""
+        if user.region not in ("", self._region):
+            raise no_such_model(model)
+        name, _, rest = model.partition("@")
+        try:
+            check_name(name, "version name")
+            if rest in ("", "champion") and model.count("@") == bool(rest):
+                return self._champion(user, model, name, key)
+            version = resolve(self._store, model, tenant=user.tenant, region=self._region)
+        except UsageError:
+            raise no_such_model(model) from None
+        except Refused as error:
+            raise not_available(model, error.what) from error
+        problem = self._unusable(version) or self._unapproved(user, version)
+        if problem is not None:
+            raise not_available(model, problem)
+        return Route(name=version.name, version=version, arm="pinned")
+
+    def models(self, user: User) -> list[tuple[str, Version]]:
+        """(model name, version) of everything that the user could ask now."""
+        if user.region not in ("", self._region):
+            return []
+        tenants, regions = {"", user.tenant}, {"", self._region}
+        with database.reading(self._store.engine) as session:
+            aliases = select(AliasRow.name).where(AliasRow.alias == "champion", AliasRow.version != "")
+            aliases = aliases.where(AliasRow.tenant.in_(tenants), AliasRow.region.in_(regions)).distinct()
+            names = sorted(session.scalars(aliases))
+            versions = select(VersionRow).where(VersionRow.tenant.in_(tenants), VersionRow.region.in_(regions))
+            rows = session.scalars(versions.order_by(VersionRow.name, VersionRow.number))
+            labels = [f"{row.name}@v{row.number}" for row in rows]
+        found = []
+        for model in [*(f"{name}{suffix}" for name in names for suffix in ("", "@champion")), *labels]:
+            try:
+                found.append((model, self.route(user, model, "").version))
+            except ApiError:
+                continue
+        return found
+
+    def _champion(self, user: User, model: str, name: str, key: str) -> Route:
+        for tenant, region in _scopes(user.tenant, self._region):
+            with database.reading(self._store.engine) as session:
+                alias = get_alias(session, name, "champion", tenant, region)
+                rollout = live_rollout(session, name, tenant, region) if alias is not None else None
+            if alias is None:
+                continue
+            stable = self._load(model, alias.version)
+            if rollout is None or rollout.stable != stable.digest:
+                return self._checked(model, Route(name=name, version=stable, arm="stable"))
+            to_stable = Route(name=name, version=stable, arm="stable", rollout=rollout.id, step=rollout.step)
+            if goes_to_canary(rollout.id, rollout.weight, key):
+                canary = self._load(model, rollout.canary)
+                # Where it was withdrawn the controller is about to abort; its traffic goes to stable already.
+                if self._unusable(canary) is None:
+                    return replace(to_stable, version=canary, arm="canary", stable=stable)
+            return self._checked(model, to_stable)
+        raise no_such_model(model)
+
+    def _load(self, model: str, digest: str) -> Version:
+        try:
+            return load_version(self._store, digest)
+        except Refused as error:
+            raise not_available(model, error.what) from error
+
+    def _checked(self, model: str, route: Route) -> Route:
+        problem = self._unusable(route.version)
+        if problem is not None:
+            raise not_available(model, problem)
+        return route
+
+    def _unusable(self, version: Version) -> str | None:
+        with database.reading(self._store.engine) as session:
+            reason = recalled(session, version.digest)
+        return None if reason is None else f"{version.label} was recalled: {reason}"
+
+    def _unapproved(self, user: User, version: Version) -> str | None:
+        """Why a version may not be asked for by its number: nobody approved it, and no rollout serves it either."""
+        if time.monotonic() < self._approved.get(version.digest, 0.0):
+            return None
+        for tenant, region in _scopes(user.tenant, self._region):
+            with database.reading(self._store.engine) as session:
+                alias = get_alias(session, version.name, "champion", tenant, region)
+                rollout = live_rollout(session, version.name, tenant, region)
+            if version.digest in (alias and alias.version, rollout and rollout.canary):
+                return None
+        try:
+            require_approved(self._store, version)
+        except TunesmithError as error:
+            return error.what
+        self._approved[version.digest] = time.monotonic() + _STANDS_SECONDS
+        return None
+
+
+class ReadyVersions:
+    """Versions that were verified and whose weights the engine has, by digest. Used from the engine's thread alone."""
+
+    def __init__(self, store: Store, engine: Engine) -> None:
+        self._store, self._engine = store, engine
+        self._ready: dict[str, Answerer] = {}
+
+    def answerer(self, version: Version) -> Answerer:
+        """What turns a request into what the engine is asked. Raises TunesmithError where it must not be served."""
+        if version.digest not in self._ready:
+            with verified_copy(self._store, version) as loaded:
+                answerer = Answerer(self._store, self._engine, loaded.candidate)
+                if loaded.adapter is not None and answerer.adapter is not None:
+                    self._engine.load_adapter(answerer.adapter, loaded.adapter)
+            self._ready[version.digest] = answerer
+        return self._ready[version.digest]
+
+
+def _scopes(tenant: str, region: str) -> Iterator[tuple[str, str]]:
+    """Where a name's champion is looked up: the caller's own tenant and region first, then what is for all."""
+    yield from dict.fromkeys(((tenant, region), (tenant, ""), ("", region), ("", "")))

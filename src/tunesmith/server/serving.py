@@ -1,0 +1,51 @@
+"""What the routes share: the parts of a running server, and who calls."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from tunesmith.server.errors import forbidden, unauthorised
+from tunesmith.server.metrics import Metrics
+from tunesmith.server.recording import Recorder
+from tunesmith.server.routing import Router
+from tunesmith.server.settings import ServerSettings
+from tunesmith.server.work import Worker
+from tunesmith.store.identities import User, authenticate
+from tunesmith.store.store import Store
+
+
+@dataclass(slots=True)
+class Serving:
+    """One server's parts. looked: monotonic time of the controller's last whole look at the rollouts."""
+
+    store: Store
+    settings: ServerSettings
+    metrics: Metrics
+    router: Router
+    recorder: Recorder
+    worker: Worker
+    looked: float = 0.0
+
+
+def serving_of(request: Request) -> Serving:
+    """The server that a request reached."""
+    found = request.app.state.serving
+    assert isinstance(found, Serving)
+    return found
+
+
+async def caller(request: Request) -> tuple[User, Serving]:
+    """Who calls, by their bearer token. Raises ApiError 401 without a valid one, 403 where they may not use models."""
+    serving = serving_of(request)
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    user = None
+    if scheme.lower() == "bearer" and token.strip():
+        user = await asyncio.to_thread(authenticate, serving.store, token.strip())
+    if user is None:
+        raise unauthorised()
+    if not user.may("model.use"):
+        raise forbidden(f"{user.name} may not use models.")
+    return user, serving
