@@ -1,0 +1,129 @@
+"""A real uvicorn on a free port of 127.0.0.1, over the rollout tests' scene and a fake engine."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from tests.rollout.conftest import copied, made, scene, versions
+from tests.rollout.scene import NAME, OPERATOR, Scene
+from tests.server.fake_engine import FakeEngine
+from tunesmith.registry.versions import Version, list_versions
+from tunesmith.rollout.controller import start
+from tunesmith.rollout.settings import RolloutSettings
+from tunesmith.rollout.state import Rollout, get_rollout
+from tunesmith.server.app import create_app
+from tunesmith.server.settings import ServerSettings
+from tunesmith.server.work import Worker
+from tunesmith.store import database
+from tunesmith.store.identities import issue_token
+from tunesmith.store.tables import RequestRow
+
+__all__ = ["made", "scene", "versions"]
+
+SCHEMA = {"type": "object", "required": ["intent"]}
+HELLO: list[Any] = [{"role": "user", "content": "switch on the lamp"}]
+
+
+@dataclass
+class Served:
+    """A running server, and what its tests look at."""
+
+    url: str
+    token: str
+    scene: Scene
+    engine: FakeEngine
+    worker: Worker
+
+    def client(self, token: str | None = None, retries: int = 0) -> openai.OpenAI:
+        """The official client."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=token or self.token, max_retries=retries, timeout=20)
+
+    def http(self, token: str | None = None) -> httpx.Client:
+        """A plain one."""
+        headers = {"Authorization": f"Bearer {token or self.token}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=20)
+
+    def ask(self, **more: Any) -> Any:
+        """One completion of the champion."""
+        return self.client().chat.completions.create(**{"model": NAME, "messages": HELLO, **more})
+
+    def post(self, **body: Any) -> httpx.Response:
+        """One request, as it is."""
+        with self.http() as http:
+            return http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO, **body})
+
+    def rows(self) -> list[RequestRow]:
+        """What was recorded, oldest first."""
+        with database.reading(self.scene.store.engine) as session:
+            return list(session.query(RequestRow).order_by(RequestRow.at))
+
+    def begin(self, version: Version, *steps: dict[str, Any], **more: Any) -> Rollout:
+        """Start a rollout."""
+        plan = RolloutSettings.model_validate({"steps": list(steps) or [{"setWeight": 100}]}).steps
+        more = {"actor": OPERATOR, **more}
+        return start(self.scene.store, name=version.name, version=version, steps=plan, **more)
+
+    def until(self, rollout: Rollout, done: Callable[[Rollout], bool], seconds: float = 10) -> Rollout:
+        """Wait for the server's controller."""
+        end = time.monotonic() + seconds
+        while not done(now := get_rollout(self.scene.store, rollout.id)):
+            assert time.monotonic() < end, f"still {now.status} at step {now.step}: {now.reason}"
+            time.sleep(0.02)
+        return now
+
+
+@contextlib.contextmanager
+def running(scene: Scene, engine: FakeEngine, **settings: Any) -> Iterator[Served]:
+    """A server with these settings."""
+    schema, scorers = settings.pop("answer_schema", SCHEMA), settings.pop("scorers", ("json_valid", "exact_match"))
+    bounds = ServerSettings.model_validate({"look_seconds": 0.05, **settings})
+    app = create_app(scene.store, engine, bounds, answer_schema=schema, scorers=scorers)
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.005)
+    token = issue_token(scene.store, OPERATOR, actor=OPERATOR)
+    try:
+        yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", token, scene, engine, app.state.serving.worker)
+    finally:
+        engine.gate.set()
+        server.should_exit = True
+        thread.join(15)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+@pytest.fixture
+def engine(scene: Scene) -> FakeEngine:
+    return FakeEngine(scene.base)
+
+
+@pytest.fixture
+def served(scene: Scene, versions: dict[int, Version], engine: FakeEngine) -> Iterator[Served]:
+    """A server whose champion is version 1."""
+    with running(scene, engine) as server:
+        server.begin(versions[1])
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared(made: Scene, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The same for tests that only ask and are refused: one server for all of them."""
+    copy = copied(made, tmp_path_factory.mktemp("shared") / "store")
+    with running(copy, FakeEngine(copy.base)) as server:
+        server.begin(list_versions(copy.store)[0])
+        yield server

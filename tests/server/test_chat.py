@@ -1,0 +1,265 @@
+"""The official openai client drives the server, and every field it sends is honoured or refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from tests.rollout.scene import NAME, OWNER
+from tests.server.conftest import HELLO, Served, running
+from tests.server.fake_engine import VALID
+from tunesmith.core.digests import short
+from tunesmith.registry.versions import Version
+from tunesmith.store import database
+from tunesmith.store.identities import add_user, deactivate, issue_token
+from tunesmith.store.tables import RecallRow
+
+Versions = dict[int, Version]
+
+
+def test_a_completion_says_which_version_answered(served: Served, versions: Versions) -> None:
+    answer = served.client().chat.completions.with_raw_response.create(model=NAME, messages=HELLO)
+    completion = answer.parse()
+    assert completion.choices[0].message.content == VALID
+    assert completion.choices[0].finish_reason == "stop"
+    assert completion.model == f"{NAME}@v1"
+    assert completion.system_fingerprint == short(versions[1].digest)
+    assert completion.usage is not None
+    assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens
+    assert answer.headers["x-tunesmith-version"] == f"{NAME}@v1"
+    assert answer.headers["x-tunesmith-arm"] == "stable"
+    assert completion.id == "chatcmpl-" + answer.headers["x-request-id"]
+
+
+def test_a_stream_is_openais(served: Served) -> None:
+    chunks = list(served.ask(stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == VALID
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
+    assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], 2)
+    assert {chunk.usage for chunk in chunks[:-1]} == {None}
+    assert len({(chunk.id, chunk.created, chunk.model, chunk.system_fingerprint) for chunk in chunks}) == 1
+
+
+def test_a_stream_without_usage_ends_with_done(served: Served) -> None:
+    response = served.post(stream=True)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.text.endswith("data: [DONE]\n\n")
+    events = [json.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n")[:-2]]
+    assert all("usage" not in event for event in events)
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+
+
+def test_every_honoured_field_reaches_the_engine(served: Served) -> None:
+    served.engine.answer = lambda _request, _adapter: "one two three four five"
+    completion = served.ask(
+        max_completion_tokens=3, temperature=0.5, top_p=0.9, seed=7, stop=["END"], n=1, user="u", metadata={"k": "v"},
+        response_format={"type": "text"},
+    )  # fmt: skip
+    asked = served.engine.seen[-1]
+    assert (asked.max_tokens, asked.temperature, asked.top_p, asked.seed, asked.stop) == (3, 0.5, 0.9, 7, ("END",))
+    assert completion.choices[0].finish_reason == "length"
+    assert completion.choices[0].message.content == "one two three"
+    assert completion.metadata == {"k": "v"}
+
+
+def test_left_out_and_null_fields_take_the_defaults(served: Served) -> None:
+    served.post(temperature=None, top_p=None, stop=None, max_tokens=None, stream=None, n=None)
+    asked = served.engine.seen[-1]
+    assert (asked.max_tokens, asked.temperature, asked.top_p, asked.seed, asked.stop) == (32, 0.0, 1.0, 0, ())
+
+
+def test_text_parts_are_joined(served: Served) -> None:
+    parts = [{"type": "text", "text": "switch "}, {"type": "text", "text": "on"}]
+    served.post(messages=[{"role": "user", "content": parts}])
+    assert served.engine.seen[-1].messages[-1].content == "switch on"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param", "code"),
+    [
+        ("logprobs", True, "logprobs", "unknown_parameter"),
+        ("tools", [], "tools", "unknown_parameter"),
+        ("temprature", 0.1, "temprature", "unknown_parameter"),
+        ("messages", [{"role": "user", "content": "x", "name": "n"}], "messages[0].name", "unknown_parameter"),
+        ("messages", [{"role": "tool", "content": "x"}], "messages[0].role", "invalid_value"),
+        ("messages", [{"role": "user"}], "messages[0].content", "missing_required_parameter"),
+        ("messages", [{"role": "user", "content": None}], "messages[0].content", "invalid_value"),
+        ("messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content", None),
+        ("messages", [], "messages", "invalid_value"),
+        ("messages", [{"role": "system", "content": "x"}], "messages", "invalid_value"),
+        ("n", 2, "n", "invalid_value"),
+        ("temperature", 2.1, "temperature", "invalid_value"),
+        ("temperature", "0", "temperature", "invalid_value"),
+        ("temperature", True, "temperature", "invalid_value"),
+        ("top_p", 0, "top_p", "invalid_value"),
+        ("max_tokens", 0, "max_tokens", "invalid_value"),
+        ("max_tokens", True, "max_tokens", "invalid_value"),
+        ("max_tokens", 1.5, "max_tokens", "invalid_value"),
+        ("seed", 2**64, "seed", "invalid_value"),
+        ("stop", ["a"] * 5, "stop", "invalid_value"),
+        ("stop", "", "stop", "invalid_value"),
+        ("stream", "yes", "stream", "invalid_value"),
+        ("stream_options", {"include_usage": True}, None, "invalid_value"),
+        ("response_format", {"type": "json_object"}, "response_format.type", "invalid_value"),
+        ("metadata", {"k": 1}, "metadata.k", "invalid_value"),
+        ("model", "", "model", "invalid_value"),
+        ("model", None, "model", "invalid_value"),
+    ],
+)
+def test_what_is_not_honoured_is_refused_by_name(
+    shared: Served, field: str, value: Any, param: str | None, code: str | None
+) -> None:
+    response = shared.post(**{field: value})
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert error["type"] == "invalid_request_error"
+    if code is not None:
+        assert (error["param"], error["code"]) == (param, code)
+    else:
+        assert error["param"].startswith(param)
+    assert shared.engine.seen == []
+
+
+def test_a_prompt_of_context_length_is_refused_and_one_token_less_is_answered(served: Served) -> None:
+    # The fake engine counts words and one more for each turn: `Answer as tuned.` is 4 tokens.
+    room = served.engine.context_length - 4 - 1
+
+    def words(count: int) -> list[Any]:
+        return [{"role": "user", "content": " ".join(["w"] * count)}]
+
+    assert served.post(messages=words(room - 1)).status_code == 200
+    for count in (room, room + 1):
+        with pytest.raises(openai.BadRequestError) as caught:
+            served.ask(messages=words(count))
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    streamed = served.post(stream=True, messages=words(room))
+    assert (streamed.status_code, streamed.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert [row.ok for row in served.rows()] == [True]  # a request's own fault is no failure of an arm
+
+
+# Who may ask for what
+
+
+@pytest.mark.parametrize("token", ["", "wrong", "tsk_" + "A" * 43])
+def test_without_a_valid_token_the_answer_is_401_and_says_nothing_of_it(served: Served, token: str) -> None:
+    with served.http() as http:
+        for header in (f"Bearer {token}".strip(), f"Basic {token}".strip(), ""):
+            headers = {"Authorization": header}
+            response = http.post("/v1/chat/completions", headers=headers, content=b"{" * 99)
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+            assert not token or token not in response.text
+    with pytest.raises(openai.AuthenticationError):
+        served.client("nope").models.list()
+
+
+def test_a_deactivated_users_token_is_no_longer_valid(served: Served) -> None:
+    add_user(served.scene.store, "cy", ["engineer"], actor=OWNER)
+    token = issue_token(served.scene.store, "cy", actor=OWNER)
+    assert served.client(token).models.list().data
+    deactivate(served.scene.store, "cy", actor=OWNER)
+    with pytest.raises(openai.AuthenticationError):
+        served.client(token).models.list()
+
+
+def test_models_lists_what_can_be_asked_and_nothing_else(served: Served) -> None:
+    listed = [model.id for model in served.client().models.list()]
+    assert listed == [NAME, f"{NAME}@champion", f"{NAME}@v1", f"{NAME}@v2", f"{NAME}@v3"]  # v4 is not approved
+    assert served.client().models.retrieve(f"{NAME}@v2").owned_by == "tunesmith"
+    with pytest.raises(openai.NotFoundError):
+        served.client().models.retrieve("gone")
+
+
+def test_a_version_may_be_asked_for_by_its_number(served: Served) -> None:
+    response = served.post(model=f"{NAME}@v2")
+    assert (response.headers["x-tunesmith-version"], response.headers["x-tunesmith-arm"]) == (f"{NAME}@v2", "pinned")
+    assert served.rows()[-1].arm == "pinned"
+
+
+def test_an_unapproved_version_is_not_served(served: Served) -> None:
+    error = served.post(model=f"{NAME}@v4").json()["error"]
+    assert (error["code"], "is not approved" in error["message"]) == ("model_not_available", True)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "nothing", f"{NAME}@v99", f"{NAME}@challenger", f"{NAME}@", f"{NAME}@@champion", f"{NAME}@champion@v1",
+        "@champion",
+        f"{NAME}@v1/../../x", "../../etc/passwd", f"{NAME}\x00", f"{NAME}'; drop table versions;--", f"{NAME.upper()}",
+        "hоme", f"{NAME}@v٣", f"{NAME}@v01", f"{NAME}@v-1", "%", "*", f" {NAME}", f"{NAME}@champion ",
+    ],
+)  # fmt: skip
+def test_any_other_name_is_the_same_404(shared: Served, model: str) -> None:
+    response = shared.post(model=model)
+    assert response.status_code == 404
+    assert response.json()["error"] == {
+        "message": f"The model {model!r} does not exist or you do not have access to it.",
+        "type": "invalid_request_error",
+        "param": "model",
+        "code": "model_not_found",
+    }
+
+
+def test_another_tenants_model_answers_like_one_that_does_not_exist(served: Served) -> None:
+    store = served.scene.store
+    theirs = served.scene.version(21, name="theirs", tenant="acme")
+    served.begin(theirs, tenant="acme")
+    add_user(store, "al", ["operator"], actor=OWNER, tenant="acme")
+    add_user(store, "bo", ["operator"], actor=OWNER, tenant="umbra")
+    tokens = {user: issue_token(store, user, actor=OWNER) for user in ("al", "bo")}
+    for model in ("theirs", "theirs@champion", "theirs@v1"):
+        assert served.client(tokens["al"]).chat.completions.create(model=model, messages=HELLO).model == "theirs@v1"
+        with served.http(tokens["bo"]) as http:
+            denied = http.post("/v1/chat/completions", json={"model": model, "messages": HELLO})
+            absent = http.post("/v1/chat/completions", json={"model": model.replace("e", "a"), "messages": HELLO})
+        assert denied.status_code == absent.status_code == 404
+        assert denied.text.replace("theirs", "thairs") == absent.text
+    assert [model.id for model in served.client(tokens["bo"]).models.list() if "theirs" in model.id] == []
+    # What is for all tenants is theirs too.
+    assert served.client(tokens["bo"]).chat.completions.create(model=NAME, messages=HELLO).model == f"{NAME}@v1"
+
+
+def test_a_version_for_one_region_is_not_served_in_another(scene: Any, engine: Any, versions: Versions) -> None:
+    eu = scene.version(22, name="euro", region="eu")
+    with running(scene, engine, region="us") as us:
+        us.begin(eu, region="eu")
+        assert us.post(model="euro").json()["error"]["code"] == "model_not_found"
+        assert us.post(model="euro@v1").json()["error"]["code"] == "model_not_found"
+    with running(scene, engine, region="eu") as here:
+        assert here.post(model="euro").headers["x-tunesmith-version"] == "euro@v1"
+
+
+def test_a_recalled_version_is_not_served_from_the_next_request_on(served: Served, versions: Versions) -> None:
+    assert served.post().status_code == 200
+    with database.writing(served.scene.store.engine) as session:
+        session.add(
+            RecallRow(digest=versions[1].digest, cause="licence X", reason="a licence was withdrawn", at="2026")
+        )
+    for model in (NAME, f"{NAME}@v1"):
+        response = served.post(model=model)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (404, "model_not_available")
+        assert f"{NAME}@v1 was recalled: a licence was withdrawn" in error["message"]
+
+
+def test_a_version_whose_weights_were_changed_is_not_served(served: Served, versions: Versions) -> None:
+    folder = served.scene.store.root / "versions" / NAME / "v2"
+    weights = folder / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.chmod(0o644)
+    weights.write_bytes(bytes(data))
+    response = served.post(model=f"{NAME}@v2")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_available")
+    assert served.engine.adapters == {}
+
+
+def test_unknown_paths_and_methods_answer_in_the_same_shape(served: Served) -> None:
+    with served.http() as http:
+        assert http.get("/v2/nothing").json()["error"]["code"] == "not_found"
+        assert http.get("/v1/chat/completions").json()["error"]["code"] == "method_not_allowed"

@@ -1,0 +1,307 @@
+"""Bad clients and a bad engine: each gets its answer, the others theirs, and what was begun is recorded."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.rollout.scene import NAME, Scene
+from tests.server.conftest import HELLO, Served, running
+from tests.server.fake_engine import VALID, FakeEngine
+from tunesmith.inference.engine import Completion
+from tunesmith.registry.versions import Version
+from tunesmith.store import database
+
+
+def raw(served: Served, data: bytes) -> socket.socket:
+    """A connection on which data was sent."""
+    host, port = served.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=10)
+    connection.sendall(data)
+    return connection
+
+
+def head(served: Served, length: int | str) -> bytes:
+    return (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {served.token}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    ).encode()
+
+
+def until(done: Callable[[], Any], seconds: float = 10) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := done()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+    return found
+
+
+# Clients
+
+
+def test_a_huge_body_is_refused_whether_it_says_so_or_not(served: Served) -> None:
+    huge = json.dumps({"model": NAME, "messages": [{"role": "user", "content": "x" * (1 << 21)}]})
+    with served.http() as http:
+        stated = http.post("/v1/chat/completions", content=huge)
+        chunked = http.post(
+            "/v1/chat/completions", content=iter([huge.encode()[i : i + 65536] for i in range(0, len(huge), 65536)])
+        )
+    for response in (stated, chunked):
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+    with raw(served, head(served, 10**12)) as connection:
+        assert b" 413 " in connection.recv(4096)
+    assert served.ask().choices
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"messages":' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b'{"a":' * 70 + b"1" + b"}" * 70,
+        b'{"model": "home", "model": "home", "messages": []}',
+        b'{"temperature": NaN}',
+        b'{"temperature": 1e999}',
+        b'{"model": "\\ud800"}',
+        b'{"model": "home\xff"}',
+        b"{",
+        b"",
+        b"null",
+        b'"text"',
+        b"\x00",
+        b'\xef\xbb\xbf{"model": "home"}',
+    ],
+)
+def test_what_is_not_one_plain_json_object_is_400(shared: Served, body: bytes) -> None:
+    with shared.http() as http:
+        response = http.post("/v1/chat/completions", content=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_json")
+
+
+KEYS = st.sampled_from(["model", "messages", "role", "content", "stop", "stream", "user", "x"])
+LEAVES = st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9)
+JSON = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(JSON)
+def test_no_json_makes_the_server_fail(shared: Served, body: Any) -> None:
+    with shared.http() as http:
+        response = http.post("/v1/chat/completions", content=json.dumps(body).encode())
+    assert response.status_code in (400, 404)
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_half_a_request_and_a_slow_body_cost_only_themselves(
+    scene: Scene, engine: FakeEngine, versions: dict[int, Version]
+) -> None:
+    with running(scene, engine, body_seconds=0.4) as served:
+        served.begin(versions[1])
+        half = raw(served, b"POST /v1/chat/completions HTTP/1.1\r\nHost:")
+        slow = raw(served, head(served, 500) + b'{"model": ')
+        assert served.ask().choices
+        answer = slow.recv(4096)
+        assert b" 408 " in answer
+        assert b"body_too_slow" in answer
+        gone = raw(served, head(served, 500) + b'{"model": ')
+        gone.close()
+        assert served.ask().choices
+        half.close()
+        slow.close()
+
+
+def test_200_parallel_requests_are_answered_in_batches_or_told_to_come_back(
+    scene: Scene, engine: FakeEngine, versions: dict[int, Version]
+) -> None:
+    with running(scene, engine, waiting=64, batch=16) as served:
+        served.begin(versions[1])
+        served.ask()
+        engine.gate.clear()
+        with ThreadPoolExecutor(200) as pool, served.http() as http:
+            calls = [
+                pool.submit(http.post, "/v1/chat/completions", json={"model": NAME, "messages": HELLO}, timeout=60)
+                for _ in range(200)
+            ]
+            until(lambda: sum(call.done() for call in calls) >= 100)
+            engine.gate.set()
+            responses = [call.result() for call in calls]
+        said = Counter(response.status_code for response in responses)
+        assert set(said) == {200, 429}
+        assert said[200] >= 64
+        turned_away = next(response for response in responses if response.status_code == 429)
+        assert turned_away.headers["retry-after"] == "1"
+        assert turned_away.json()["error"]["code"] == "queue_full"
+        assert max(engine.batches) == 16
+        assert len({response.json()["id"] for response in responses if response.status_code == 200}) == said[200]
+        assert len(served.rows()) == said[200] + 1
+        assert served.client(retries=2).chat.completions.create(model=NAME, messages=HELLO).choices
+
+
+def test_a_client_that_leaves_mid_stream_stops_the_engine_and_is_recorded(served: Served) -> None:
+    decoded = []
+
+    def slow(_request: Any, _adapter: Any) -> Any:
+        for number in range(2000):
+            time.sleep(0.005)
+            decoded.append(number)
+            yield "word "
+        yield Completion("word " * 2000, "stop", 1, 2000)
+
+    served.engine.stream = slow  # type: ignore[method-assign]
+    with (
+        served.http() as http,
+        http.stream(
+            "POST", "/v1/chat/completions", json={"model": NAME, "messages": HELLO, "stream": True}
+        ) as response,
+    ):
+        next(response.iter_lines())
+    row = until(served.rows)[0]
+    assert row.ok
+    assert row.completion_tokens == len(decoded) < 1000
+    assert row.scores == {}  # half an answer is no invalid one
+    assert served.ask().choices
+
+
+def test_clients_that_leave_while_they_wait_cost_the_engine_nothing(served: Served) -> None:
+    served.ask()
+    served.engine.gate.clear()
+    body = json.dumps({"model": NAME, "messages": HELLO}).encode()
+    first = threading.Thread(target=served.ask)
+    first.start()
+    time.sleep(0.2)
+    waiting = [raw(served, head(served, len(body)) + body) for _ in range(20)]
+    time.sleep(0.3)
+    for connection in waiting:
+        connection.close()
+    time.sleep(0.3)
+    served.engine.gate.set()
+    first.join()
+    served.ask()
+    assert sum(served.engine.batches) == 3
+    assert len(served.rows()) == 3
+
+
+# The engine
+
+
+def crash(_request: Any, _adapter: Any) -> str:
+    raise RuntimeError("CUDA error: secret path /srv/models/x")
+
+
+def test_an_engine_that_raises_is_500_and_a_failed_row_and_says_nothing_of_itself(served: Served) -> None:
+    served.engine.answer = crash
+    for more in ({}, {"stream": True}):
+        response = served.post(**more)
+        assert response.status_code == 500
+        error = response.json()["error"]
+        assert (error["code"], error["type"]) == ("engine_error", "server_error")
+        assert error["message"] == "The engine failed on this request."
+    rows = served.rows()
+    assert [(row.ok, row.scores) for row in rows] == [(False, {"json_valid": 0.0})] * 2
+    served.engine.answer = lambda _request, _adapter: VALID
+    assert served.ask().choices
+
+
+def test_one_bad_request_of_a_batch_does_not_fail_the_others(served: Served) -> None:
+    served.ask()
+    served.engine.answer = lambda request, _: crash(0, 0) if "bad" in request.messages[-1].content else VALID
+    served.engine.gate.clear()
+    with ThreadPoolExecutor(9) as pool:
+        blocker = pool.submit(served.post)
+        time.sleep(0.2)
+        texts = ["good", "bad", "good", "good", "bad"]
+        calls = [pool.submit(served.post, messages=[{"role": "user", "content": text}]) for text in texts]
+        time.sleep(0.4)
+        served.engine.gate.set()
+        assert blocker.result().status_code == 200
+        assert [call.result().status_code for call in calls] == [200, 500, 200, 200, 500]
+
+
+def test_an_engine_that_fails_mid_stream_ends_the_stream_with_an_error(served: Served) -> None:
+    def breaking(_request: Any, _adapter: Any) -> Any:
+        yield "one"
+        raise RuntimeError("died")
+
+    served.engine.stream = breaking  # type: ignore[method-assign]
+    with pytest.raises(openai.APIError, match="The engine failed"):
+        list(served.ask(stream=True))
+    assert [row.ok for row in served.rows()] == [False]
+
+
+def test_an_engine_that_hangs_is_answered_for_in_time_and_shows_as_not_ready(
+    scene: Scene, engine: FakeEngine, versions: dict[int, Version]
+) -> None:
+    with running(scene, engine, answer_seconds=0.5, waiting=2) as served, served.http() as http:
+        served.begin(versions[1])
+        served.ask()
+        assert http.get("/readyz").status_code == 200
+        engine.gate.clear()
+        with ThreadPoolExecutor(8) as pool:
+            statuses = [call.result().status_code for call in [pool.submit(served.post) for _ in range(8)]]
+        assert set(statuses) <= {504, 429}
+        assert 504 in statuses
+        state = http.get("/readyz")
+        assert (state.status_code, state.json()["engine"]) == (503, False)
+        assert http.get("/healthz").status_code == 200
+        failed = [row for row in served.rows() if not row.ok]
+        assert failed
+        engine.gate.set()
+        until(lambda: http.get("/readyz").status_code == 200)
+        assert served.ask().choices
+        # What the engine gave too late was not recorded a second time.
+        assert len([row for row in served.rows() if not row.ok]) == len(failed)
+
+
+def test_an_answer_is_not_withheld_when_it_cannot_be_recorded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.ask()
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "writing", full)
+        assert served.ask().choices[0].message.content == VALID
+    assert len(served.rows()) == 1
+    with served.http() as http:
+        assert "tunesmith_unrecorded_requests_total 1.0" in http.get("/metrics").text
+
+
+def test_stopping_answers_what_waits(scene: Scene, engine: FakeEngine, versions: dict[int, Version]) -> None:
+    with running(scene, engine) as served:
+        served.begin(versions[1])
+        served.ask()
+        engine.gate.clear()
+        with ThreadPoolExecutor(4) as pool:
+            blocked = pool.submit(served.post)
+            time.sleep(0.2)
+            waiting = pool.submit(served.post, model=f"{NAME}@v2")
+            time.sleep(0.2)
+            threading.Timer(0.3, engine.gate.set).start()
+            served.worker.stop()
+            assert blocked.result().status_code == 200
+            assert (waiting.result().status_code, waiting.result().json()["error"]["code"]) == (503, "stopping")
+            assert served.post().status_code == 503
+
+
+def test_nothing_of_a_request_or_an_answer_is_kept_in_the_database(served: Served) -> None:
+    served.engine.answer = lambda _request, _adapter: '{"intent": "zebra-answer"}'
+    served.ask(
+        messages=[{"role": "user", "content": "giraffe-question"}], user="hippo-user", metadata={"k": "okapi-note"}
+    )
+    served.scene.store.engine.dispose()
+    kept = b"".join(path.read_bytes() for path in served.scene.store.root.rglob("*") if path.is_file())
+    for word in (b"zebra-answer", b"giraffe-question", b"hippo-user", b"okapi-note", served.token.encode()):
+        assert word not in kept

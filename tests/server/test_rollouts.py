@@ -1,0 +1,288 @@
+"""Traffic divided between two versions through the official client, judged, promoted and rolled back while it flows."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from tests.rollout.scene import NAME, OPERATOR, OWNER, Scene
+from tests.server.conftest import HELLO, Served, running
+from tests.server.fake_engine import VALID, FakeEngine
+from tunesmith.registry.aliases import get_alias
+from tunesmith.registry.versions import Version
+from tunesmith.rollout.controller import abort, resume, rollback
+from tunesmith.rollout.state import get_rollout
+from tunesmith.store.identities import add_user, issue_token
+
+Versions = dict[int, Version]
+ANALYSIS: dict[str, Any] = {"analysis": {"metric": "json_valid"}}
+
+
+def good_only_in(served: Served, *good: Version) -> None:
+    """Answers of the other versions are not valid."""
+    adapters = {served.scene.store.record(version.candidate).parents["training"] for version in good}
+    served.engine.answer = lambda _request, adapter: VALID if adapter in adapters else "not json"
+
+
+def ask_until(served: Served, done: Any, most: int = 600) -> int:
+    """Send requests until done(), or most of them; how many were sent."""
+    with served.http() as http:
+        for sent in range(most):
+            if done():
+                return sent
+            assert http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO}).status_code == 200
+    return most
+
+
+def test_traffic_is_divided_by_weight_and_a_user_keeps_their_arm(served: Served, versions: Versions) -> None:
+    rollout = served.begin(versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
+    served.until(rollout, lambda now: now.status == "paused")
+    arms = [served.post().headers["x-tunesmith-arm"] for _ in range(60)]
+    assert 12 < arms.count("canary") < 48
+    for user in ("ada", "bea", "cleo", "dora"):
+        assert len({served.post(user=user).headers["x-tunesmith-version"] for _ in range(4)}) == 1
+    rows = served.rows()
+    assert {(row.rollout, row.features["step"]) for row in rows} == {(rollout.id, 1)}
+    assert {row.version for row in rows if row.arm == "canary"} == {versions[2].digest}
+    assert {row.version for row in rows if row.arm == "stable"} == {versions[1].digest}
+
+
+def test_a_good_canary_is_promoted_by_its_own_traffic(served: Served, versions: Versions) -> None:
+    analysis = {"analysis": {"metric": "json_valid", "worse_by_at_most": 0.15}}
+    rollout = served.begin(versions[2], {"setWeight": 50}, analysis, {"setWeight": 100})
+    ask_until(served, lambda: get_rollout(served.scene.store, rollout.id).status == "promoted")
+    assert served.until(rollout, lambda now: not now.live).status == "promoted"
+    assert served.post().headers["x-tunesmith-version"] == f"{NAME}@v2"
+    rollback(served.scene.store, name=NAME, actor=OPERATOR, reason="complaints")
+    assert served.post().headers["x-tunesmith-version"] == f"{NAME}@v1"
+
+
+def test_a_bad_canary_forced_in_under_an_override_is_rolled_back_by_the_analysis(
+    served: Served, versions: Versions
+) -> None:
+    good_only_in(served, versions[1])
+    rollout = served.begin(
+        versions[4], {"setWeight": 30}, ANALYSIS, {"setWeight": 100}, actor=OWNER, override="a drill"
+    )
+    served.until(rollout, lambda now: now.step == 1)
+    sent = ask_until(served, lambda: not get_rollout(served.scene.store, rollout.id).live)
+    ended = get_rollout(served.scene.store, rollout.id)
+    assert (ended.status, ended.override) == ("aborted", "a drill")
+    assert ended.reason.startswith("worse; json_valid: canary 0.000")
+    assert sum(row.arm == "canary" for row in served.rows()) <= 40
+    assert sent < 200
+    assert served.post().headers["x-tunesmith-version"] == f"{NAME}@v1"
+
+
+def test_a_canary_that_only_fails_is_aborted(served: Served, versions: Versions) -> None:
+    good = served.scene.store.record(versions[1].candidate).parents["training"]
+
+    def answer(_request: Any, adapter: str | None) -> str:
+        if adapter != good:
+            raise RuntimeError("boom")
+        return VALID
+
+    served.engine.answer = answer
+    analysis = {"analysis": {"metric": "exact_match"}}
+    rollout = served.begin(versions[2], {"setWeight": 50}, analysis, {"setWeight": 100})
+    served.until(rollout, lambda now: now.step == 1)
+    for _ in range(200):
+        served.post()
+        if not get_rollout(served.scene.store, rollout.id).live:
+            break
+    ended = served.until(rollout, lambda now: not now.live)
+    assert ended.status == "aborted"
+    assert "failed" in ended.reason
+
+
+def test_a_canary_that_cannot_be_loaded_ends_its_rollout_and_stable_answers(served: Served, versions: Versions) -> None:
+    served.engine.broken.add(served.scene.store.record(versions[2].candidate).parents["training"])
+    rollout = served.begin(versions[2], {"setWeight": 100}, {"pause": {}}, {"setWeight": 100})
+    served.until(rollout, lambda now: now.status == "paused")
+    answer = served.post()
+    assert (answer.status_code, answer.headers["x-tunesmith-version"]) == (200, f"{NAME}@v1")
+    assert answer.headers["x-tunesmith-arm"] == "stable"
+    ended = get_rollout(served.scene.store, rollout.id)
+    assert (ended.status, ended.reason) == (
+        "aborted", "the canary could not be loaded: the adapter does not fit this base",
+    )  # fmt: skip
+
+
+def test_an_abort_counts_from_the_next_request_on(served: Served, versions: Versions) -> None:
+    rollout = served.begin(versions[2], {"setWeight": 100}, {"pause": {}}, {"setWeight": 100})
+    served.until(rollout, lambda now: now.status == "paused")
+    assert served.post().headers["x-tunesmith-arm"] == "canary"
+    abort(served.scene.store, rollout.id, actor=OPERATOR, reason="complaints")
+    assert served.post().headers["x-tunesmith-version"] == f"{NAME}@v1"
+
+
+def test_a_rollout_left_by_one_server_is_carried_on_by_the_next(
+    scene: Scene, engine: FakeEngine, versions: Versions
+) -> None:
+    with running(scene, engine) as served:
+        served.begin(versions[1])
+        rollout = served.begin(versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
+        served.until(rollout, lambda now: now.status == "paused")
+    resume(scene.store, rollout.id, actor=OPERATOR)
+    time.sleep(0.2)
+    assert get_rollout(scene.store, rollout.id).status == "running"
+    with running(scene, engine) as served:
+        served.until(rollout, lambda now: now.status == "promoted")
+    alias = get_alias(scene.store, NAME, "champion")
+    assert alias is not None
+    assert alias.version == versions[2].digest
+
+
+# Feedback
+
+
+def give(served: Served, token: str | None = None, **body: Any) -> tuple[int, Any]:
+    with served.http(token) as http:
+        response = http.post("/api/feedback", json=body)
+        return response.status_code, response.json()
+
+
+def test_feedback_scores_the_kept_answer_against_the_expected_text(served: Served) -> None:
+    right, wrong = served.ask(), served.ask()
+    assert give(served, request_id=right.id, expected='{ "intent":"on" }') == (
+        200, {"request_id": right.id.removeprefix("chatcmpl-"), "scores": {"exact_match": 1.0}},
+    )  # fmt: skip
+    assert give(served, request_id=wrong._request_id, expected='{"intent": "off"}')[1]["scores"] == {"exact_match": 0.0}
+    assert [row.scores for row in served.rows()] == [
+        {"json_valid": 1.0, "exact_match": 1.0}, {"json_valid": 1.0, "exact_match": 0.0},
+    ]  # fmt: skip
+
+
+def test_feedback_is_given_once_and_never_replaces_what_was_measured(served: Served) -> None:
+    answer = served.ask()
+    assert give(served, request_id=answer.id, score={"thumbs": 1.0})[0] == 200
+    for again in ({"score": {"thumbs": 0.0}}, {"score": {"json_valid": 0.0}}, {"score": {"new": 1.0, "thumbs": 0.0}}):
+        status, document = give(served, request_id=answer.id, **again)
+        assert (status, document["error"]["code"]) == (409, "already_scored")
+    assert served.rows()[0].scores == {"json_valid": 1.0, "thumbs": 1.0}
+
+
+def test_feedback_of_another_tenant_or_on_nothing_is_404(served: Served) -> None:
+    answer = served.ask()
+    add_user(served.scene.store, "eve", ["operator"], actor=OWNER, tenant="acme")
+    eve = issue_token(served.scene.store, "eve", actor=OWNER)
+    said = [
+        give(served, eve, request_id=answer.id, expected="x"),
+        give(served, eve, request_id=answer.id, score={"thumbs": 0.0}),
+        give(served, request_id="chatcmpl-nothing", expected="x"),
+        give(served, request_id="nothing", score={"thumbs": 0.0}),
+    ]
+    assert {(status, document["error"]["code"]) for status, document in said} == {(404, "request_not_found")}
+    assert served.rows()[0].scores == {"json_valid": 1.0}
+
+
+def test_an_answer_that_left_the_memory_can_be_scored_by_number_alone(
+    scene: Scene, engine: FakeEngine, versions: Versions
+) -> None:
+    with running(scene, engine, kept_answers=1) as served:
+        served.begin(versions[1])
+        old, new = served.ask(), served.ask()
+        status, document = give(served, request_id=old.id, expected=VALID)
+        assert (status, document["error"]["code"]) == (409, "answer_gone")
+        assert give(served, request_id=old.id, score={"exact_match": 1.0})[0] == 200
+        assert give(served, request_id=new.id, expected=VALID)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"request_id": "x"},
+        {"request_id": "x", "expected": "a", "score": {"b": 1.0}},
+        {"request_id": "x", "score": {}},
+        {"request_id": "x", "score": {"Upper": 1.0}},
+        {"request_id": "x", "score": {"a": 1.1}},
+        {"request_id": "x", "score": {"a": True}},
+        {"request_id": "x", "score": {"a": "1"}},
+        {"request_id": "x", "expected": "a", "more": 1},
+        {"request_id": 5, "expected": "a"},
+    ],
+)
+def test_feedback_that_is_not_well_formed_is_400(shared: Served, body: dict[str, Any]) -> None:
+    assert give(shared, **body)[0] == 400
+
+
+def test_an_expected_text_that_a_scorer_cannot_read_is_400(
+    scene: Scene, engine: FakeEngine, versions: Versions
+) -> None:
+    with running(scene, engine, scorers=("json_valid", "exact_match", "field_f1")) as served:
+        served.begin(versions[1])
+        answer = served.ask()
+        assert give(served, request_id=answer.id, expected="not json")[1]["error"]["param"] == "expected"
+        assert give(served, request_id=answer.id, expected=VALID)[1]["scores"] == {"exact_match": 1.0, "field_f1": 1.0}
+
+
+def test_exact_match_through_feedback_decides_a_rollout(served: Served, versions: Versions) -> None:
+    good_only_in(served, versions[2])
+    analysis = {"analysis": {"metric": "exact_match", "min_requests": 20}}
+    rollout = served.begin(versions[2], {"setWeight": 50}, analysis, {"setWeight": 100})
+    served.until(rollout, lambda now: now.step == 1)
+    for _ in range(150):
+        answer = served.ask()
+        give(served, request_id=answer.id, expected=VALID)
+        if not get_rollout(served.scene.store, rollout.id).live:
+            break
+    assert served.until(rollout, lambda now: not now.live).status == "promoted"
+    assert len(served.rows()) < 100
+
+
+# Control
+
+
+def test_rollouts_are_shown_with_what_the_analysis_would_say(served: Served, versions: Versions) -> None:
+    rollout = served.begin(versions[2], {"setWeight": 50}, ANALYSIS, {"setWeight": 100})
+    served.until(rollout, lambda now: now.step == 1)
+    with served.http() as http:
+        listed = http.get("/api/rollouts").json()["rollouts"]
+        one = http.get(f"/api/rollouts/{rollout.id}").json()
+        assert [entry["rollout"] for entry in listed] == [rollout.id, rollout.id - 1]
+        assert (one["status"], one["weight"], one["analysis"]["outcome"]) == ("running", 50, "inconclusive")
+        assert (one["stable"]["version"], one["canary"]["version"]) == (f"{NAME}@v1", f"{NAME}@v2")
+        for number in ("999", "x", "-1"):
+            assert http.get(f"/api/rollouts/{number}").status_code == 404
+        assert http.get("/api/rollouts", headers={"Authorization": ""}).status_code == 401
+
+
+def test_another_tenants_rollout_is_404(served: Served) -> None:
+    theirs = served.scene.version(31, name="theirs", tenant="acme")
+    rollout = served.begin(theirs, tenant="acme")
+    add_user(served.scene.store, "bo", ["operator"], actor=OWNER, tenant="umbra")
+    token = issue_token(served.scene.store, "bo", actor=OWNER)
+    with served.http(token) as http:
+        assert http.get(f"/api/rollouts/{rollout.id}").json() == {
+            "error": {
+                "message": f"There is no rollout '{rollout.id}'.", "type": "invalid_request_error", "param": None,
+                "code": "rollout_not_found",
+            }
+        }  # fmt: skip
+        assert http.get("/api/rollouts").json() == {"rollouts": []}
+
+
+def test_health_readiness_and_metrics_need_no_token_and_name_nobody(served: Served) -> None:
+    served.ask()
+    with served.http() as http:
+        for path in ("/healthz", "/readyz", "/metrics"):
+            response = http.get(path, headers={"Authorization": ""})
+            assert response.status_code == 200
+            assert NAME not in response.text
+            assert OPERATOR not in response.text
+        text = http.get("/metrics").text
+    assert 'tunesmith_requests_total{arm="stable",outcome="answered"} 1.0' in text
+    assert 'tunesmith_tokens_total{arm="stable",kind="completion"} 2.0' in text
+    assert "tunesmith_waiting_requests 0.0" in text
+
+
+def test_features_for_the_drift_watch_are_recorded(served: Served) -> None:
+    served.ask()
+    served.ask(messages=[{"role": "user", "content": "zzz qqq"}])
+    near, far = (row.features for row in served.rows())
+    assert (near["characters"], far["characters"]) == (18.0, 7.0)
+    assert near["nearest"] > 0.3
+    assert far["nearest"] == 0.0
