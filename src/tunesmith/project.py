@@ -136,7 +136,7 @@ def open_store(directory: Path) -> Store:
 def parse_settings(data: bytes, where: str) -> ProjectSettings:
     """Read a project file's text. Raises UsageError that names the key and, where one is mistyped, the nearest."""
     try:
-        read = yaml.load(data.decode("utf-8-sig"), Loader=_Strict)
+        read = yaml.load(data.decode("utf-8-sig"), Loader=_Strict)  # noqa: S506 - a SafeLoader
     except UnicodeDecodeError as error:
         raise UsageError(f"not UTF-8: {error.reason} at byte {error.start}", where=where) from error
     except yaml.YAMLError as error:
@@ -162,7 +162,7 @@ class _Strict(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
             seen.add(key)

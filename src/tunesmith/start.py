@@ -79,7 +79,7 @@ def make_project(directory: Path, *, data: Path, licence: str, name: str | None,
     name = name or re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()).strip("-._") or "project"
     settings, files = _compose(name, base, source, licence, looked)
     files[FILE] = _HEADER + yaml.safe_dump(settings, sort_keys=False, width=110, default_flow_style=None)
-    for relative, text in files.items():
+    for relative in files:
         if (root / relative).exists():
             raise UsageError("this file is there already", where=str(root / relative), fix="move it, or use -C")
     for relative, text in files.items():

@@ -66,7 +66,7 @@ def adapter_tensors(seed: int = 0) -> dict[str, np.ndarray]:
 
 def encode(tensors: Mapping[str, np.ndarray], base: str, fingerprint: str = FINGERPRINT) -> bytes:
     """adapter_model.safetensors as training writes it."""
-    metadata = {"format": "pt", "tunesmith.base": base, "tunesmith.fingerprint": fingerprint}
+    metadata = {"tunesmith": json.dumps({"base": base, "fingerprint": fingerprint})}
     return save(dict(tensors), metadata=metadata)
 
 

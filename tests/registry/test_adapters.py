@@ -103,7 +103,7 @@ def header(tensors: dict[str, Any], data: bytes = b"", size: int | None = None) 
 
 
 F32 = {"dtype": "F32", "shape": [1, 1]}
-META = {"__metadata__": {"format": "pt", "tunesmith.base": BASE, "tunesmith.fingerprint": FINGERPRINT}}
+META = {"__metadata__": {"tunesmith": json.dumps({"base": BASE, "fingerprint": FINGERPRINT})}}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ B = f"{FIRST}.lora_B.weight".replace(".", "__")
         (encode({n: t * 0 if "lora_B" in n else t for n, t in adapter_tensors().items()}, BASE), "changes nothing"),
         (encode(adapter_tensors(), digest_bytes(b"another base")), "another base"),
         (encode(adapter_tensors(), BASE, digest_bytes(b"another template")), "another tokenizer"),
-        (save(adapter_tensors()), "another base"),
+        (save(adapter_tensors()), "do not say what they were trained on"),
         (save(adapter_tensors(), metadata={**META["__metadata__"], "auto_map": "x"}), "foreign key"),
     ],
 )

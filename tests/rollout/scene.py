@@ -79,7 +79,7 @@ class Scene:
             f"{layer}.lora_A.weight": rng.standard_normal((2, 8), dtype=np.float32),
             f"{layer}.lora_B.weight": rng.standard_normal((8, 2), dtype=np.float32),
         }
-        metadata = {"format": "pt", "tunesmith.base": self.base, "tunesmith.fingerprint": FINGERPRINT}
+        metadata = {"tunesmith": json.dumps({"base": self.base, "fingerprint": FINGERPRINT})}
         blobs = {
             "adapter_config.json": self.store.put_bytes(json.dumps(config).encode()),
             "adapter_model.safetensors": self.store.put_bytes(save(tensors, metadata)),

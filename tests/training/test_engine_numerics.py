@@ -77,7 +77,7 @@ def test_forward_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> 
         loss = batch_loss(network, lora, batch, float(batch.labels.numel()))
         loss.backward()
         lora.take_gradients()
-        assert float(loss) == pytest.approx(float(expected), rel=2e-5)
+        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=2e-5)
         clipped = torch.nn.utils.clip_grad_norm_(lora.masters, 1.0)
         assert float(clipped) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)), rel=1e-3)
         ours.step()
@@ -175,8 +175,8 @@ def test_fit_learns(tmp_path: Path) -> None:
 
     folder, rows = _setting(tmp_path, "llama")
     network = load_network(folder, torch.float32)
-    settings = TrainSettings(rank=4, learning_rate=0.02, warmup=0.0)
-    batches = [lay_out(rows)] * 30
+    settings = TrainSettings(rank=8, learning_rate=0.02, warmup=0.1)
+    batches = [lay_out(rows)] * 120
     course = fit(network, Lora(network, settings), batches, batches[:1], settings, tmp_path / "w", {}, SILENT)
     assert course.curve[-1]["loss"] < 0.5 * course.curve[0]["loss"]
     assert len(course.validation) == settings.validations

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from tunesmith.cli import chain, chat, data, evaluation, monitor, registry, rollout, serve, start
 from tunesmith.core.errors import TunesmithError
@@ -29,10 +29,10 @@ def main() -> None:
     except TunesmithError as error:
         _tell(error)
         sys.exit(error.exit_code)
-    except click.ClickException as error:
+    except TyperException as error:
         error.show()
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("\nstopped; the same command carries on from here", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:

@@ -17,11 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused
 from tunesmith.models.base import BaseModel
 from tunesmith.models.network import GROUPS, Linear, Network
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_BOUND = "tunesmith"  # key of the weights' metadata: what the adapter was trained on
 Place = tuple[int, str]  # (layer, group)
 
 
@@ -96,7 +98,8 @@ def encode_adapter(adapter: Adapter, network: Network, base: BaseModel) -> dict[
         "use_dora": False,
         "use_rslora": False,
     }
-    metadata = {"format": "pt", "tunesmith.base": base.digest, "tunesmith.fingerprint": base.fingerprint}
+    # One key: safetensors writes several in an order that changes from call to call, and with it the bytes.
+    metadata = {_BOUND: canonical({"base": base.digest, "fingerprint": base.fingerprint}).decode()}
     weights = save({name: tensors[name] for name in sorted(tensors)}, metadata=metadata)
     return {CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode() + b"\n", WEIGHTS_FILE: weights}
 
@@ -106,9 +109,13 @@ def read_adapter(folder: Path, network: Network, base: BaseModel) -> Adapter:
     where = str(folder)
     config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_bytes())
     tensors, metadata = _tensors(folder / WEIGHTS_FILE)
-    if metadata.get("tunesmith.base") != base.digest:
+    try:
+        bound = json.loads(metadata.get(_BOUND, "{}"))
+    except ValueError:
+        bound = {}
+    if bound.get("base") != base.digest:
         raise Refused("the adapter was trained on another base model", where=where, fix="train it on this base")
-    if metadata.get("tunesmith.fingerprint") != base.fingerprint:
+    if bound.get("fingerprint") != base.fingerprint:
         raise Refused(
             "the adapter was trained with another tokenizer or chat template", where=where, fix="train it again"
         )

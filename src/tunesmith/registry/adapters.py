@@ -40,7 +40,8 @@ _CONFIG: Mapping[str, Callable[[Any], bool]] = {
     "use_dora": lambda value: value is False,
     "use_rslora": lambda value: value is False,
 }
-_METADATA = ("format", "tunesmith.base", "tunesmith.fingerprint")
+# The weights' metadata has this one key: what they were trained on, as canonical JSON.
+_BOUND = "tunesmith"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +105,18 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str], base: str, fingerprint: str) -> None:
-    unknown = sorted(metadata.keys() - set(_METADATA))
+    unknown = sorted(metadata.keys() - {_BOUND})
     if unknown:
         raise _refusal(path, f"the header's metadata has a foreign key {unknown[0][:80]!r}")
-    if metadata.get("tunesmith.base") != base:
+    try:
+        bound = json.loads(metadata.get(_BOUND, ""))
+    except (ValueError, RecursionError):
+        bound = None
+    if not isinstance(bound, dict) or bound.keys() != {"base", "fingerprint"}:
+        raise _refusal(path, "the weights do not say what they were trained on")
+    if bound["base"] != base:
         raise _refusal(path, "the weights were trained on another base than the candidate's")
-    if metadata.get("tunesmith.fingerprint") != fingerprint:
+    if bound["fingerprint"] != fingerprint:
         raise _refusal(path, "the weights were trained with another tokenizer or chat template than the base's")
 
 

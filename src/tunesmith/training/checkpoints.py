@@ -44,7 +44,8 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], stat
 def load_checkpoint(
     folder: Path, identity: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]] | None:
-    """The newest whole checkpoint under folder: its tensors, its state, and the names of damaged newer ones.
+    """The newest whole checkpoint under folder: its tensors, its state, and the names of damaged newer
+    ones, which are removed.
 
     identity: everything that must be as it was for the run's bytes to come out the same. Raises Refused where it is
     not; returns None where there is no whole checkpoint.
@@ -53,15 +54,12 @@ def load_checkpoint(
         shutil.rmtree(scratch, ignore_errors=True)
     damaged: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            state = json.loads((path / "state.json").read_bytes())
-            data = (path / "tensors.safetensors").read_bytes()
-        except (OSError, ValueError):
+        whole = _read(path)
+        if whole is None:
             damaged.append(path.name)
+            shutil.rmtree(path)  # the run comes to this step again, and its place must be free then
             continue
-        if not isinstance(state, dict) or state.get("tensors") != digest_bytes(data):
-            damaged.append(path.name)
-            continue
+        data, state = whole
         changed = [key for key in identity if state["identity"].get(key) != identity[key]]
         if changed:
             raise Refused(
@@ -71,3 +69,14 @@ def load_checkpoint(
             )
         return load(data), state, damaged
     return None
+
+
+def _read(path: Path) -> tuple[bytes, dict[str, Any]] | None:
+    """A checkpoint's tensors and state; None where it is not whole."""
+    try:
+        state = json.loads((path / "state.json").read_bytes())
+        data = (path / "tensors.safetensors").read_bytes()
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(state, dict) and state.get("tensors") == digest_bytes(data)
+    return (data, state) if whole else None

@@ -1,0 +1,175 @@
+"""Decoding: held against transformers' own, alone and in company, greedy and drawn, streamed and whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import write_model
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.inference import embedded
+from tunesmith.inference.embedded import EmbeddedEngine
+from tunesmith.inference.engine import Completion, Generation, Question
+from tunesmith.models.adapter import encode_adapter
+from tunesmith.models.base import BaseModel, resolve_base
+from tunesmith.models.weights import load_network
+from tunesmith.store.store import Store
+from tunesmith.training.lora import Lora
+from tunesmith.training.settings import TrainSettings
+
+SYSTEM = Message(role="system", content="You are a very brief assistant that turns on the kitchen light.")
+TEXTS = ["turn on", "is the door locked?", "x", "turn on the kitchen light and the hall light, please", "off"]
+
+
+def _requests(**how: object) -> list[Generation]:
+    how = {"max_tokens": 12, **how}
+    return [Generation((SYSTEM, Message(role="user", content=text)), **how) for text in TEXTS]  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    folder = tmp_path_factory.mktemp("base")
+    write_model(folder / "m", "qwen3")
+    return resolve_base(Store(folder / "store"), "m", folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_fp32() -> Iterator[None]:
+    """fp32, so that a wrong token is a mistake and not rounding."""
+    real = embedded.load_network
+    embedded.load_network = lambda folder: load_network(folder, torch.float32)  # type: ignore[assignment]
+    yield
+    embedded.load_network = real
+
+
+@pytest.fixture
+def engine(base: BaseModel) -> EmbeddedEngine:
+    return EmbeddedEngine(base)
+
+
+def _reference(base: BaseModel, engine: EmbeddedEngine, request: Generation) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+    ids = torch.tensor([engine._renderer.prompt(request.messages)])
+    given = model.generate(ids, max_new_tokens=request.max_tokens, do_sample=False, pad_token_id=1)
+    return [token for token in given[0, ids.shape[1] :].tolist() if token not in engine._renderer.stop_ids]
+
+
+def test_greedy_answers_are_those_of_transformers(base: BaseModel, engine: EmbeddedEngine) -> None:
+    for request, answer in zip(_requests(), engine.generate(_requests()), strict=True):
+        expected = _reference(base, engine, request)
+        assert answer.text == engine._renderer.text(expected)
+        assert answer.completion_tokens == len(expected)
+        assert answer.prompt_tokens == engine.count_tokens(request.messages)
+
+
+def test_company_does_not_change_an_answer(engine: EmbeddedEngine) -> None:
+    together = engine.generate(_requests())
+    assert [engine.generate([request])[0] for request in _requests()] == together
+    assert engine.generate(list(reversed(_requests()))) == list(reversed(together))
+    assert len(engine._prefixes) >= 1, "the shared beginning was kept"
+
+
+def test_rows_of_different_length_end_on_their_own(engine: EmbeddedEngine) -> None:
+    limits = [1, 7, 2, 12, 3]
+    requests = [
+        Generation(request.messages, max_tokens=limit) for request, limit in zip(_requests(), limits, strict=True)
+    ]
+    for limited, free in zip(engine.generate(requests), engine.generate(_requests()), strict=True):
+        assert free.text.startswith(limited.text)
+    assert [answer.completion_tokens for answer in engine.generate(requests)] == limits
+
+
+def test_drawn_answers_repeat_with_their_seed(engine: EmbeddedEngine) -> None:
+    first = engine.generate(_requests(temperature=1.5, seed=3))
+    assert engine.generate(_requests(temperature=1.5, seed=3)) == first
+    assert engine.generate(_requests(temperature=1.5, seed=4)) != first
+    assert engine.generate(_requests(temperature=1.5, seed=3, top_p=1e-9)) == engine.generate(_requests())
+
+
+def test_a_stream_is_the_answer_in_pieces(engine: EmbeddedEngine) -> None:
+    for request, whole in zip(_requests(), engine.generate(_requests()), strict=True):
+        *pieces, last = engine.stream(request)
+        assert last == whole
+        assert "".join(piece for piece in pieces if isinstance(piece, str)) == whole.text
+        assert isinstance(last, Completion)
+
+
+def test_a_stop_text_ends_the_answer_and_is_left_out(engine: EmbeddedEngine) -> None:
+    free = engine.generate(_requests(max_tokens=30))
+    place = max(range(len(free)), key=lambda one: len(free[one].text))
+    stop = free[place].text[4:7]
+    request = _requests(max_tokens=30, stop=(stop,))[place]
+    (answer,) = engine.generate([request])
+    assert answer.text == free[place].text.split(stop)[0]
+    assert answer.finish == "stop"
+    *pieces, last = engine.stream(request)
+    assert last == answer
+    assert "".join(pieces) == answer.text  # type: ignore[arg-type]
+
+
+def test_choices_score_as_in_transformers(base: BaseModel, engine: EmbeddedEngine) -> None:
+    questions = [Question((Message(role="user", content=text),), ("yes", "no", "the light")) for text in TEXTS[:2]]
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+    for question, scores in zip(questions, engine.choose(questions), strict=True):
+        prompt = engine._renderer.prompt(question.messages)
+        for choice, score in zip(question.choices, scores, strict=True):
+            answer = engine._renderer.answer(choice)
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
+            assert score == pytest.approx(float(expected), abs=1e-3)
+
+
+def _adapter(folder: Path, base: BaseModel, seed: int) -> Path:
+    network = load_network(base.folder, torch.float32)
+    lora = Lora(network, TrainSettings(rank=4, seed=seed))
+    with torch.no_grad():
+        for master, mask in zip(lora.masters, lora._masks, strict=True):
+            master.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
+            if mask is not None:
+                master.mul_(mask)
+    folder.mkdir()
+    for name, data in encode_adapter(lora.adapter(), network, base).items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def test_adapters_answer_as_themselves(tmp_path: Path, base: BaseModel, engine: EmbeddedEngine) -> None:
+    from peft import PeftModel
+
+    plain = engine.generate(_requests())
+    for name, seed in (("a", 1), ("b", 2)):
+        engine.load_adapter(name, _adapter(tmp_path / name, base, seed))
+    answers = {name: engine.generate(_requests(), name) for name in ("a", "b")}
+    assert answers["a"] != plain
+    assert answers["a"] != answers["b"]
+    assert engine.generate(_requests()) == plain, "the base answers as before"
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32), str(tmp_path / "a")
+    )
+    ids = torch.tensor([engine._renderer.prompt(_requests()[1].messages)])
+    given = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=1)[0, ids.shape[1] :]
+    assert answers["a"][1].text == engine._renderer.text(given.tolist())
+
+
+def test_an_unknown_or_foreign_adapter_is_refused(tmp_path: Path, base: BaseModel, engine: EmbeddedEngine) -> None:
+    with pytest.raises(Refused, match="not loaded"):
+        engine.generate(_requests(), "nobody")
+    write_model(tmp_path / "other", "qwen3", seed=5)
+    other = resolve_base(Store(tmp_path / "store"), "other", tmp_path)
+    with pytest.raises(Refused, match="another base model"):
+        engine.load_adapter("foreign", _adapter(tmp_path / "x", other, 1))
+
+
+def test_a_prompt_of_context_length_and_more_is_refused(engine: EmbeddedEngine) -> None:
+    room = engine.context_length - engine.count_tokens((Message(role="user", content=""),))
+    fits = Generation((Message(role="user", content="!" * (room - 1)),), max_tokens=5)
+    (answer,) = engine.generate([fits])
+    assert answer.completion_tokens <= 1
+    with pytest.raises(UsageError, match="context length"):
+        engine.generate([Generation((Message(role="user", content="!" * room),), max_tokens=5)])

