@@ -122,6 +122,8 @@ def test_headlines(made: Fabricated, evaluation: str) -> None:
         return dict(report_data(made.store, evaluation, verdict)["advice"])
 
     assert advice(verdict_of(made, evaluation))["release"] == "tuned"
+    second = advice(verdict_of(made, evaluation, "rag", {"any": {"metric": "exact_match", "at_least": 0.1}}))
+    assert (second["headline"], second["release"]) == ("rag may be released; tuned did better.", "rag")
     failed = advice(verdict_of(made, evaluation, "zero-shot"))
     assert (failed["headline"], failed["release"]) == ("Do not release zero-shot.", None)
     assert any("tunesmith gate tuned" in reason for reason in failed["reasons"])

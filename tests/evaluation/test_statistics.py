@@ -169,3 +169,15 @@ def test_a_real_difference_is_seen() -> None:
     gaps = draw.choice([-1.0, 0.0, 1.0], size=(200, 400), p=[0.05, 0.6, 0.35])
     found = intervals(gaps, alone(200), ends=GAPS, confidence=0.95, seed=0)
     assert np.mean([each.low >= 0.05 for each in found]) > 0.95
+
+
+def test_a_loss_at_the_bound_rarely_passes_for_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graded differences, a few of them large, whose true mean is the bound: 2.5% of intervals may end below it."""
+    monkeypatch.setattr(statistics, "_DRAWS", 2_000)
+    monkeypatch.setattr(statistics, "_TAIL_DRAWS", 50)
+    draw, missed = np.random.default_rng(4), 0
+    for _ in range(300):
+        losses = np.where(draw.random(150) < 0.06, draw.choice([-0.6, 0.6], 150), draw.normal(0, 0.03, 150)) + 0.03
+        ends = (float(losses.min()), float(losses.max()))
+        missed += interval(losses, alone(150), ends=ends, confidence=0.95, seed=0).high <= 0.03
+    assert missed / 300 <= 0.05

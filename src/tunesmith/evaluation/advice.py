@@ -8,8 +8,8 @@ from typing import Any
 from tunesmith.evaluation.wording import percent, points
 
 _PHRASES = {
-    "exact_match": "answers {share} requests exactly right",
-    "json_valid": "gives valid JSON for {share} requests",
+    "exact_match": "answers {share} exactly right",
+    "json_valid": "gives valid JSON for {share}",
 }
 
 
@@ -20,8 +20,9 @@ def advise(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     verdict = data["verdict"]["verdict"] if data["verdict"] else None
     focus, rival = data["focus"], data["rival"]
+    best = data["candidates"][0]["name"]
     headlines = {
-        "pass": f"Release {focus}.",
+        "pass": f"Release {focus}." if best == focus else f"{focus} may be released; {best} did better.",
         "fail": f"Do not release {focus}.",
         "inconclusive": f"The evidence on {focus} does not decide.",
         None: f"{focus} was measured, not judged.",
@@ -35,7 +36,7 @@ def advise(data: Mapping[str, Any]) -> dict[str, Any]:
             *_gates(data),
             *_price(data),
             *_forgotten(data),
-            *_next(data, verdict, focus, rival),
+            *_next(verdict, focus, rival, best),
         ],
         "cautions": _cautions(data),
     }
@@ -44,7 +45,8 @@ def advise(data: Mapping[str, Any]) -> dict[str, Any]:
 def _says(metric: str, mean: float) -> str:
     if metric in _PHRASES:
         of_100 = mean * 100
-        number = f"{of_100:.0f}" if of_100 in (0.0, 100.0) or 1.0 <= of_100 <= 99.0 else f"{of_100:.1f}"
+        whole = of_100 in (0.0, 100.0) or 1.0 <= of_100 <= 99.0
+        number = f"{of_100:.0f}" if whole else f"{min(max(of_100, 0.1), 99.9):.1f}"
         return _PHRASES[metric].format(share=f"{number} of 100")
     return f"scores {percent(mean)} by {metric}"
 
@@ -58,7 +60,7 @@ def _measured(data: Mapping[str, Any]) -> str:
     sentence = f"{data['focus']} {_says(data['primary'], _mean(data, data['focus']))}"
     if data["rival"] is not None:
         sentence += f"; {data['rival']} {_says(data['primary'], _mean(data, data['rival']))}"
-    return f"On the {data['n']} held-out requests, {sentence}."
+    return f"On {data['n']} held-out requests, {sentence}."
 
 
 def _difference(data: Mapping[str, Any]) -> list[str]:
@@ -96,19 +98,16 @@ def _price(data: Mapping[str, Any]) -> list[str]:
         return []
     prices = {row["name"]: row["price"] for row in data["candidates"]}
     own, other = prices[data["focus"]], prices[data["rival"]]
-    parts = []
+    mine, theirs = [], []
     for key, what in (("prompt_tokens_per_1000", "prompt tokens"), ("seconds_per_1000", "seconds of computing")):
-        if own[key] > 0 and other[key] > 0:
-            ratio = other[key] / own[key]
-            compared = (
-                f"{ratio:.1f} times fewer"
-                if ratio >= 1.05
-                else f"{1 / ratio:.1f} times more"
-                if ratio <= 0.95
-                else "about as many"
-            )
-            parts.append(f"{own[key]:,.0f} {what} where {data['rival']} takes {other[key]:,.0f} ({compared})")
-    return [f"For 1,000 requests {data['focus']} takes {' and '.join(parts)}."] if parts else []
+        if own[key] > 0:
+            mine.append(f"{own[key]:,.0f} {what}")
+            theirs.append(f"{other[key]:,.0f} ({other[key] / own[key]:.1f} times as many)")
+    if not mine:
+        return []
+    return [
+        f"For 1,000 requests {data['focus']} takes {' and '.join(mine)}; {data['rival']} takes {' and '.join(theirs)}."
+    ]
 
 
 def _forgotten(data: Mapping[str, Any]) -> list[str]:
@@ -122,16 +121,15 @@ def _forgotten(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _next(data: Mapping[str, Any], verdict: str | None, focus: str, rival: str | None) -> list[str]:
-    if verdict == "pass":
-        return []
+def _next(verdict: str | None, focus: str, rival: str | None, best: str) -> list[str]:
     if verdict is None:
         return ["Set gates and run `tunesmith gate` before anything is released."]
-    best = data["candidates"][0]["name"]
     if verdict == "inconclusive":
         return ["Collect more test rows, in more groups, and evaluate again; do not release on this evidence."]
     if best != focus:
         return [f"{best} did best on these requests: have it judged with `tunesmith gate {best}`."]
+    if verdict == "pass":
+        return []
     return [f"It is still the best of those measured: mend what failed, or release {rival or 'nothing'} meanwhile."]
 
 

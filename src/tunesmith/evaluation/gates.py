@@ -96,7 +96,7 @@ def best_untuned(evidence: Evidence, metric: str) -> str:
     rivals = [name for name, tuned in sorted(evidence.tuned.items()) if not tuned and name != evidence.candidate]
     if not rivals:
         raise Inconclusive("no untuned candidate was measured, so there is nothing to compare with")
-    return max(rivals, key=lambda name: float(np.mean(evidence.columns[name, metric].values)))
+    return max(rivals, key=lambda name: rounded(float(np.mean(evidence.columns[name, metric].values))))
 
 
 def _lift(gate: Lift, evidence: Evidence) -> Finding:
