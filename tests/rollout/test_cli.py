@@ -1,0 +1,172 @@
+"""The verbs `rollout`, `monitor` and `recall` from the outside: documents, exit codes, errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from tests.rollout.scene import NAME, OPERATOR, OWNER, STEWARD, Scene
+from tunesmith.cli import monitor, rollout
+from tunesmith.core.errors import TunesmithError
+from tunesmith.data.dataset import load_dataset
+from tunesmith.registry.versions import Version
+from tunesmith.rollout.controller import advance
+from tunesmith.store import database
+from tunesmith.store.tables import RequestRow
+
+PROJECT = f"""
+name: {NAME}
+base: ./nowhere
+data: {{sources: [{{path: rows.jsonl, licence: Apache-2.0}}]}}
+candidates: {{plain: {{prompt: prompt.txt}}}}
+rollout: {{steps: [{{setWeight: 10}}, {{analysis: {{metric: json_valid}}}}, {{pause: }}, {{setWeight: 100}}]}}
+monitoring: {{min_requests: 20}}
+"""
+
+
+class Folder:
+    """A project's folder, in which verbs are run."""
+
+    def __init__(self, root: Path, scene: Scene) -> None:
+        self.root, self.scene = root, scene
+        self.app = typer.Typer()
+        for noun in (rollout, monitor):
+            noun.register(self.app)
+        (root / "tunesmith.yaml").write_text(PROJECT)
+        scene.store.root.rename(root / ".tunesmith")
+        scene.store.root = root / ".tunesmith"
+        scene.store._url = f"sqlite:///{scene.store.root / 'tunesmith.db'}"
+
+    def run(self, *words: str, user: str = OPERATOR) -> tuple[int, Any]:
+        """(exit code, the --json document). An error gives its own."""
+        who = [] if words[0] == "monitor" or words[:2] == ("rollout", "status") else ["--as", user]
+        result = CliRunner().invoke(self.app, [*words, "-C", str(self.root), "--json", *who])
+        if isinstance(result.exception, TunesmithError):
+            return result.exception.exit_code, str(result.exception)
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result.exit_code, json.loads(result.stdout) if result.stdout else result.stderr
+
+    def told(self, *words: str) -> str:
+        """What a person sees."""
+        return CliRunner().invoke(self.app, [*words, "-C", str(self.root)]).stdout
+
+
+@pytest.fixture
+def folder(scene: Scene, versions: dict[int, Version], tmp_path: Path) -> Folder:
+    root = tmp_path / "project"
+    root.mkdir()
+    scene.store.engine.dispose()
+    del scene.store.engine
+    return Folder(root, scene)
+
+
+def test_a_rollout_by_its_verbs(folder: Folder) -> None:
+    code, first = folder.run("rollout", "start", f"{NAME}@v1")
+    assert (code, first["status"], first["stable"]) == (0, "promoted", None)
+    code, second = folder.run("rollout", "start", f"{NAME}@v2")
+    assert (code, second["status"], second["stable"]["version"]) == (0, "running", f"{NAME}@v1")
+    advance(folder.scene.store, 2)
+    code, listed = folder.run("rollout", "status")
+    assert [one["rollout"] for one in listed["rollouts"]] == [2, 1]
+    assert listed["rollouts"][0]["analysis"]["outcome"] == "inconclusive"
+    told = folder.told("rollout", "status", NAME)
+    assert "rollout 2: home@v1 -> home@v2: running, canary weight 10%" in told
+    assert "> analysis metric json_valid" in told
+    assert folder.run("rollout", "promote", NAME)[0] == 3
+    assert folder.run("rollout", "resume", NAME)[0] == 3
+    code, ended = folder.run("rollout", "abort", "2", "--reason", "enough")
+    assert (code, ended["status"], ended["reason"]) == (0, "aborted", "enough")
+    assert folder.run("rollout", "abort", NAME)[0] == 2
+    code, forced = folder.run("rollout", "start", f"{NAME}@v4", "--override", "a drill", user=OWNER)
+    assert (code, forced["override"]) == (0, "a drill")
+    assert folder.run("rollout", "promote", NAME, "--override", "a drill", user=OWNER)[1]["status"] == "promoted"
+    code, undone = folder.run("rollout", "rollback", NAME)
+    assert (code, undone["rollout"], undone["status"]) == (0, 3, "rolled_back")
+
+
+@pytest.mark.parametrize(
+    ("words", "user", "exit_code", "says"),
+    [
+        (["start", f"{NAME}@v4"], OPERATOR, 3, "is not approved"),
+        (["start", f"{NAME}@v4", "--override", "x"], OPERATOR, 3, "it takes admin"),
+        (["start", f"{NAME}@v9"], OPERATOR, 2, "no version"),
+        (["start", f"{NAME}@v1"], STEWARD, 3, "stu may not do this"),
+        (["start", f"{NAME}@v1"], "nobody", 2, "no user nobody"),
+        (["resume", "7"], OPERATOR, 2, "no rollout 7"),
+        (["abort", NAME], OPERATOR, 2, "has 0 live rollouts"),
+        (["rollback", NAME], OPERATOR, 3, "has no champion"),
+        (["status", "7"], OPERATOR, 2, "no rollout 7"),
+    ],
+)
+def test_what_cannot_be_done_says_why_and_with_which_code(
+    folder: Folder, words: list[str], user: str, exit_code: int, says: str
+) -> None:
+    code, said = folder.run("rollout", *words, user=user)
+    assert code == exit_code
+    assert says in said
+
+
+def test_monitor_ends_with_the_code_of_its_verdict(folder: Folder, versions: dict[int, Version]) -> None:
+    folder.run("rollout", "start", f"{NAME}@v1")
+    code, empty = folder.run("monitor")
+    assert (code, empty["verdict"], empty["requests"]) == (4, "inconclusive", 0)
+    test_split = load_dataset(folder.scene.store, folder.scene.dataset).examples("test")
+    lengths = [len(row.messages[0].content) for row in test_split]
+    serve_rows(folder, versions[1], [lengths[number % len(lengths)] for number in range(300)])
+    code, like = folder.run("monitor", f"{NAME}@v1")
+    assert {one["name"] for one in like["findings"]} == {"characters", "nearest", "json_valid"}
+    serve_rows(folder, versions[1], [500] * 3000)
+    code, drifted = folder.run("monitor", f"{NAME}@champion", "--hours", "1")
+    assert (code, drifted["verdict"]) == (3, "drift")
+    assert "retrain" in folder.told("monitor")
+    assert folder.run("monitor", "--tenant", "nobody")[0] == 2
+
+
+def serve_rows(folder: Folder, version: Version, lengths: list[int]) -> None:
+    from tunesmith.core.clock import stamp
+
+    with database.writing(folder.scene.store.engine) as session:
+        for number, length in enumerate(lengths):
+            session.add(
+                RequestRow(
+                    id=f"{len(lengths)}-{number}", at=stamp(), name=NAME, version=version.digest, arm="stable", ok=True,
+                    seconds=0.1, scores={"json_valid": 1.0}, features={"characters": length, "nearest": 0.8},
+                )
+            )  # fmt: skip
+
+
+def test_recall_names_what_it_reaches_and_ends_live_rollouts(folder: Folder) -> None:
+    folder.run("rollout", "start", f"{NAME}@v1")
+    folder.run("rollout", "start", f"{NAME}@v2")
+    code, planned = folder.run("recall", "--version", f"{NAME}@v1", "--reason", "wrong", "--dry-run", user=STEWARD)
+    assert (code, planned["done"], planned["aborted_rollouts"]) == (0, False, [])
+    code, done = folder.run("recall", "--version", f"{NAME}@v1", "--reason", "wrong", user=STEWARD)
+    assert (code, done["done"], done["aborted_rollouts"]) == (0, True, [2])
+    assert any(f"tunesmith rollout rollback {NAME}" in line for line in done["next"])
+    assert folder.run("rollout", "status", "2")[1]["rollouts"][0]["reason"] == "recalled: wrong"
+    assert folder.run("rollout", "start", f"{NAME}@v1")[0] == 3
+
+
+def test_recall_by_row_and_base(folder: Folder) -> None:
+    row = load_dataset(folder.scene.store, folder.scene.dataset).examples("train")[3]
+    code, found = folder.run("recall", "--row", row.id, "--reason", "erasure request", "--dry-run", user=STEWARD)
+    assert (code, found["cause"]) == (0, f"row {row.id}")
+    assert {one["label"] for one in found["reached"] if one["kind"] == "version"} == {
+        f"{NAME}@v{n}" for n in (1, 2, 3, 4)
+    }
+    base = folder.scene.base.removeprefix("sha256:")[:12]
+    assert folder.run("recall", "--base", base, "--reason", "x", "--dry-run", user=STEWARD)[0] == 0
+    for words, code in (
+        (["--reason", "x"], 2),
+        (["--row", "a", "--source", "b", "--reason", "x"], 2),
+        (["--row", "a", "--reason", "x"], 2),
+        (["--version", f"{NAME}@v9", "--reason", "x"], 2),
+        (["--row", row.id], 2),
+    ):
+        assert folder.run("recall", *words, user=STEWARD)[0] == code
+    assert folder.run("recall", "--row", row.id, "--reason", "x", user=OPERATOR)[0] == 3
