@@ -109,14 +109,14 @@ def put_dataset(store: Store, splits: dict[str, list[Example]]) -> str:
     )
 
 
-def build_scene(root: Path) -> Scene:
-    """An empty installation but for its users, a base and a dataset of 40 + 5 + 15 rows."""
+def build_scene(root: Path, base: str | None = None) -> Scene:
+    """An empty installation but for its users, a base (a record's digest, else one made up) and 40 + 5 + 15 rows."""
     store = Store(root, url=f"sqlite:///{root / 'tunesmith.db'}")
     ensure_owner(store)
     for name, roles in ((APPROVER, ["approver"]), (OPERATOR, ["operator"]), (STEWARD, ["steward"])):
         add_user(store, name, roles, actor=OWNER)
     facts = {"spec": "tiny", "family": "llama", "context_length": 64, "fingerprint": FINGERPRINT, "files": {}}
-    base = store.put_record(Record(kind="base", body=facts))
+    base = base or store.put_record(Record(kind="base", body=facts))
     rows = [example(number, subject=f"person-{number % 5}") for number in range(60)]
     dataset = put_dataset(store, {"train": rows[:40], "validation": rows[40:45], "test": rows[45:]})
     scene = Scene(store=store, base=base, dataset=dataset, untuned="")

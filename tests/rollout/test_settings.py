@@ -47,6 +47,7 @@ def test_a_pause_written_without_settings_waits_for_resume() -> None:
         ([{}, {"setWeight": 100}], "this one has none"),
         ([{"setweight": 10}, {"setWeight": 100}], "setweight"),
         ([{"analysis": {"metric": "json_valid"}}, {"setWeight": 100}], "step 1 is an analysis while the canary has no"),
+        ([{"setWeight": 100}, {"analysis": {"metric": "a"}}], "no traffic at weight 100: set at_least"),
         ([{"setWeight": 9}, {"analysis": {}}, {"setWeight": 100}], "metric"),
         ([{"setWeight": 9}, {"analysis": {"metric": "a", "confidence": 1.0}}, {"setWeight": 100}], "less than 1"),
         ([{"setWeight": 9}, {"analysis": {"metric": "a", "timeout": float("nan")}}, {"setWeight": 100}], "finite"),

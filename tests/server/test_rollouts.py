@@ -162,6 +162,7 @@ def test_feedback_is_given_once_and_never_replaces_what_was_measured(served: Ser
         status, document = give(served, request_id=answer.id, **again)
         assert (status, document["error"]["code"]) == (409, "already_scored")
     assert served.rows()[0].scores == {"json_valid": 1.0, "thumbs": 1.0}
+    assert served.rows()[0].features["feedback_by"] == OPERATOR
 
 
 def test_feedback_of_another_tenant_or_on_nothing_is_404(served: Served) -> None:

@@ -120,4 +120,8 @@ class RolloutSettings(Settings):
                 raise ValueError(
                     f"step {number} is an analysis while the canary has no traffic: set a weight before it"
                 )
+            elif step.analysis is not None and seen == 100 and step.analysis.at_least is None:
+                raise ValueError(
+                    f"step {number} compares with stable, which has no traffic at weight 100: set at_least"
+                )
         return self

@@ -93,6 +93,7 @@ class Recorder:
             if again:
                 raise ApiError(409, f"This request has a {again[0]} already.", code="already_scored")
             row.scores = {**row.scores, **added}
+            row.features = {**row.features, "feedback_by": user.name}  # whom to ask about a poisoned score
         return added
 
     def _scored(self, user: User, request: str, expected: str) -> dict[str, float]:

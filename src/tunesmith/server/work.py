@@ -42,6 +42,7 @@ class Job:
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     accepted: float = field(default_factory=time.monotonic)
     features: Mapping[str, float] = field(default_factory=dict)
+    prompt_tokens: int = 0
     begun: bool = False
     _left: threading.Event = field(default_factory=threading.Event)
     _claim: threading.Lock = field(default_factory=threading.Lock)
@@ -217,7 +218,7 @@ class Worker:
                 seed=request.seed or 0,
                 stop=request.stops,
             )
-            tokens = self._engine.count_tokens(generation.messages)
+            tokens = job.prompt_tokens = self._engine.count_tokens(generation.messages)
         except UsageError as error:
             raise bad_request(error.what, "messages") from error
         if tokens >= self._engine.context_length:
@@ -263,7 +264,8 @@ class Worker:
             self._fail(job, failed())
             return
         if job.left and job.claim():
-            seen = Completion("".join(pieces), "stop", self._engine.count_tokens(generation.messages), len(pieces))
+            # How many tokens a piece is, only the engine knows: one at least.
+            seen = Completion("".join(pieces), "stop", job.prompt_tokens, len(pieces))
             self._recorder.write([job.served(seen, whole=False)])
         elif not job.left:
             LOG.error("the engine ended the stream of request %s without a completion", job.id)

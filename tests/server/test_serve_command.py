@@ -1,0 +1,85 @@
+"""`tunesmith serve` as its users run it: a process, the embedded engine on a tiny model, the official client."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.rollout.scene import NAME, OPERATOR, OWNER, build_scene
+from tests.tiny import write_model
+from tunesmith.chain import Chain
+from tunesmith.project import Project
+from tunesmith.rollout.controller import start
+from tunesmith.rollout.settings import DEFAULT_STEPS
+from tunesmith.store.identities import issue_token
+
+PROJECT = f"""
+name: {NAME}
+base: ./model
+data: {{sources: [{{path: rows.jsonl, licence: Apache-2.0}}]}}
+candidates: {{plain: {{prompt: prompt.txt}}}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with a champion that answers with the base alone."""
+    monkeypatch.setenv("TUNESMITH_USER", OWNER)
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    write_model(tmp_path / "model")
+    (tmp_path / "tunesmith.yaml").write_text(PROJECT)
+    scene = build_scene(tmp_path / ".tunesmith", base=Chain(Project.load(tmp_path)).base.digest)
+    version = scene.version(None)
+    start(scene.store, name=NAME, version=version, steps=DEFAULT_STEPS, actor=OPERATOR)
+    (tmp_path / "token").write_text(issue_token(scene.store, OPERATOR, actor=OPERATOR))
+    scene.store.engine.dispose()
+    return tmp_path
+
+
+def command(folder: Path, *options: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", "from tunesmith.cli.main import main; main()", "serve", "-C", str(folder), "--json"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*words, *options], stdout=pipe, stderr=pipe, text=True, env=dict(os.environ))
+
+
+def test_a_project_is_served_until_it_is_told_to_stop(folder: Path) -> None:
+    process = command(folder, "--port", "0")
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.stderr and process.stderr.read()
+        document = json.loads(line)
+        assert document["models"] == [f"{NAME}@champion"]
+        assert document["url"].startswith("http://127.0.0.1:")
+        client = openai.OpenAI(base_url=document["url"], api_key=(folder / "token").read_text(), timeout=60)
+        asked = {"model": NAME, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
+        whole = client.chat.completions.create(**asked)  # type: ignore[call-overload]
+        pieces = list(client.chat.completions.create(**asked, stream=True))  # type: ignore[call-overload]
+        assert whole.model == f"{NAME}@v1"
+        assert 0 < whole.usage.completion_tokens <= 8
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole.choices[0].message.content
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode in (0, -signal.SIGTERM)
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_a_port_that_is_taken_is_a_usage_error(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        process = command(folder, "--port", str(taken.getsockname()[1]))
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "cannot listen there" in json.loads(out)["error"]["what"]
+    assert "choose another --port" in err
