@@ -285,6 +285,11 @@ class Chain:
             raise UsageError(
                 f"the prompt cannot be read: {error}", where=f"candidates.{name}.prompt", fix=f"write {path}"
             ) from error
+        schema = self.project.schema if settings.constrain else None
+        if settings.constrain and schema is None:
+            raise UsageError(
+                "there is no schema to hold answers to", where=f"candidates.{name}.constrain", fix="set task.schema"
+            )
         shots = choose_shots(self.dataset.examples("train"), settings.shots) if settings.shots else []
         looks_up = bool(shots) or settings.retrieve is not None
         return Candidate(
@@ -294,6 +299,7 @@ class Chain:
             max_tokens=settings.max_tokens,
             shots=tuple(turns_only(example.messages) for example in shots),
             retrieve=settings.retrieve,
+            answer_schema=None if schema is None else json.dumps(schema, ensure_ascii=False),
             # Tuned ones name it too: the drift watch compares requests with what they were trained on.
             dataset=self.dataset.digest if looks_up or settings.train is not None else None,
         )

@@ -7,21 +7,20 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
-from tunesmith.monitoring.settings import MonitoringSettings
 
 from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.core.errors import UsageError
 from tunesmith.core.settings import Settings
 from tunesmith.data.settings import DataSettings
 from tunesmith.evaluation.settings import Gates, TaskSettings, check_gates
+from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.rollout.settings import RolloutSettings
 
 if TYPE_CHECKING:
-    from tunesmith.core.progress import Progress
     from tunesmith.store.store import Store
 
 FILE = "tunesmith.yaml"
@@ -70,7 +69,7 @@ class Project:
         self.root, self.settings = root, settings
 
     @classmethod
-    def load(cls, path: str | Path = FILE) -> Project:
+    def load(cls, path: str | Path = FILE) -> Self:
         """Read a project file, or the one in a folder. Raises UsageError where it is missing or not well formed."""
         path = Path(path)
         if path.is_dir():
@@ -103,13 +102,6 @@ class Project:
         from tunesmith.store.identities import acting
 
         return acting(self.store, name)
-
-    def run(self, progress: Progress | None = None, actor: str | None = None) -> dict[str, Any]:
-        """The whole chain up to a registered version; returns what `tunesmith run --json` prints."""
-        from tunesmith import chain
-        from tunesmith.core.progress import SILENT
-
-        return chain.run(self, progress or SILENT, actor=actor)
 
 
 def open_project(directory: Path) -> Project:

@@ -173,3 +173,37 @@ def test_a_prompt_of_context_length_and_more_is_refused(engine: EmbeddedEngine) 
     assert answer.completion_tokens <= 1
     with pytest.raises(UsageError, match="context length"):
         engine.generate([Generation((Message(role="user", content="!" * room),), max_tokens=5)])
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": ["on", "off"]}, "n": {"type": "integer", "minimum": 1, "maximum": 3}},
+    "required": ["a", "n"],
+    "additionalProperties": False,
+}
+
+
+def test_a_constrained_answer_fits_its_schema_whatever_the_weights_say(engine: EmbeddedEngine) -> None:
+    import json
+
+    import jsonschema
+
+    held = _requests(max_tokens=40, schema=json.dumps(SCHEMA))
+    mixed = [*held[:3], *_requests(max_tokens=40)[3:]]
+    free = engine.generate(_requests(max_tokens=40))
+    answers = engine.generate(mixed)
+    for answer in answers[:3]:
+        assert answer.finish == "stop"
+        jsonschema.validate(json.loads(answer.text), SCHEMA)
+    assert answers[3:] == free[3:], "rows without a schema are left alone"
+    drawn = engine.generate(_requests(max_tokens=40, schema=json.dumps(SCHEMA), temperature=2.0, seed=1))
+    for answer in drawn:
+        jsonschema.validate(json.loads(answer.text), SCHEMA)
+    *pieces, last = engine.stream(held[0])
+    assert last == answers[0]
+    assert "".join(pieces) == answers[0].text  # type: ignore[arg-type]
+
+
+def test_a_schema_that_cannot_be_followed_is_told(engine: EmbeddedEngine) -> None:
+    with pytest.raises(UsageError, match="cannot be held to this schema"):
+        engine.generate(_requests(schema='{"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}'))

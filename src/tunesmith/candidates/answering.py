@@ -53,6 +53,7 @@ class Answerer:
             top_p=top_p,
             seed=seed,
             stop=stop,
+            schema=self._candidate.answer_schema,
         )
 
     def nearest(self, messages: Sequence[Message]) -> float:

@@ -28,6 +28,8 @@ class Candidate(Settings):
     max_tokens: int
     shots: tuple[tuple[Message, ...], ...] = ()
     retrieve: Retrieve | None = None
+    # JSON Schema, as text: the order of its keys is the order that answers are held to. None leaves answers free.
+    answer_schema: str | None = None
     dataset: str | None = None  # where shots and retrieved examples come from
     training: str | None = None  # the weights; None answers with the base alone
 

@@ -20,4 +20,5 @@ class CandidateSettings(Settings):
         Retrieve | None, Field(description="training examples found for each request and shown before it")
     ] = None
     train: Annotated[TrainSettings | None, Field(description="train an adapter with this prompt")] = None
+    constrain: Annotated[bool, Field(description="hold every answer to task.schema while it is decoded")] = False
     max_tokens: Annotated[int, Field(ge=1, le=32768, description="most tokens of an answer")] = 128

@@ -23,9 +23,9 @@ def register(app: typer.Typer) -> None:
 
 def run(directory: Directory = HERE, as_json: Json = False, actor: As = None) -> None:
     """Run the whole chain up to a registered version; skips what is unchanged, carries on where it was stopped."""
-    from tunesmith.project import open_project
+    from tunesmith.api import Project
 
-    document = open_project(directory).run(Terminal(), actor)
+    document = Project.load(directory).run(Terminal(), actor)
     emit(document, as_json, lambda console: _show_run(console, document))
     raise typer.Exit(_EXITS[document["gate"]["verdict"]])
 

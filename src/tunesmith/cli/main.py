@@ -9,7 +9,7 @@ import typer
 from typer.exceptions import TyperException
 
 from tunesmith.cli import chain, chat, data, evaluation, monitor, registry, rollout, serve, start
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import TunesmithError, UsageError
 
 app = typer.Typer(
     name="tunesmith",
@@ -30,7 +30,8 @@ def main() -> None:
         _tell(error)
         sys.exit(error.exit_code)
     except TyperException as error:
-        error.show()
+        said = getattr(error, "format_message", lambda: str(error))()
+        _tell(UsageError(said, fix=f"`{' '.join(['tunesmith', *_verbs()])} --help` shows how"))
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         print("\nstopped; the same command carries on from here", file=sys.stderr)
@@ -41,6 +42,14 @@ def main() -> None:
         _tell(TunesmithError(f"{error.strerror or error}", where=error.filename and str(error.filename)))
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _verbs() -> list[str]:
+    """The words of the command line before its first option."""
+    words = sys.argv[1:]
+    first = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    known = [word for word in words[:first] if word.isalpha()]
+    return known[:1]
 
 
 def _tell(error: TunesmithError) -> None:

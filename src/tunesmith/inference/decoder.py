@@ -11,8 +11,10 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
+from llguidance import LLMatcher
 from torch import Tensor
 
+from tunesmith.inference.constraint import Constraints, follow
 from tunesmith.models.attention import Layout, attend_rows
 from tunesmith.models.batch import common_prefix
 from tunesmith.models.network import Linear, Network, forward, logits
@@ -66,6 +68,8 @@ class Rows:
         room: int,
         samplings: Sequence[Sampling],
         prefix: Prefix | None,
+        guides: Sequence[LLMatcher | None],
+        constraints: Constraints | None,
     ) -> None:
         """prompts: ids, each longer than the prefix and beginning with it. room: most tokens a row will be given."""
         self._network, self._linear, self._prefix = network, linear, prefix
@@ -78,6 +82,7 @@ class Rows:
         self._lengths = torch.tensor([len(ids) for ids in own])
         self._generators = [_generator(sampling) for sampling in samplings]
         self._samplings = list(samplings)
+        self._guides, self._constraints = list(guides), constraints
         self._given: list[int] = []
         self._next: Tensor | None = self._prefill(own)  # logits of the token to come, once they are known
 
@@ -85,7 +90,11 @@ class Rows:
     def step(self) -> list[int]:
         """The next token of each live row; what a row was given is read at the step after."""
         scores = self._advance() if self._next is None else self._next
+        if self._constraints is not None:
+            scores = self._constraints.mask(self._guides, scores)
         self._given, self._next = self._choose(scores), None
+        if self._constraints is not None:
+            follow(self._guides, self._given)
         return self._given
 
     @torch.inference_mode()
@@ -98,6 +107,7 @@ class Rows:
         self._given = [self._given[row] for row in live]
         self._generators = [self._generators[row] for row in live]
         self._samplings = [self._samplings[row] for row in live]
+        self._guides = [self._guides[row] for row in live]
 
     @torch.inference_mode()
     def _prefill(self, own: Sequence[Sequence[int]]) -> Tensor:
@@ -161,13 +171,16 @@ def decode(
     samplings: Sequence[Sampling],
     stop_ids: frozenset[int],
     prefix: Prefix | None,
+    guides: Sequence[LLMatcher | None],
+    constraints: Constraints | None,
 ) -> Generator[list[tuple[int, int | None]], set[int] | None, None]:
     """For each step the (row, token) of every row still under way; token None says the row met an end token.
 
-    limits: most tokens of each row. A row is not given again after its end token or its last allowed one. A caller may
+    guides: what holds each row to its schema; constraints: what made them, None where no row has one. limits: most
+    tokens of each row. A row is not given again after its end token or its last allowed one. A caller may
     send() a set of rows to end early.
     """
-    rows = Rows(network, linear, prompts, max(limits), samplings, prefix)
+    rows = Rows(network, linear, prompts, max(limits), samplings, prefix, guides, constraints)
     order = list(range(len(prompts)))  # which row stands at which place
     given = [0] * len(prompts)
     over: set[int] = set()

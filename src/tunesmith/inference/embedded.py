@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress, Task
+from tunesmith.inference.constraint import Constraints
 from tunesmith.inference.decoder import Prefix, Sampling, compute_prefix, decode, shared_length
 from tunesmith.inference.engine import Completion, Generation, Question
 from tunesmith.models import runtime
@@ -42,6 +44,10 @@ class EmbeddedEngine:
         self._prefixes: OrderedDict[tuple[str | None, tuple[int, ...]], Prefix] = OrderedDict()
         self._last: dict[str | None, list[int]] = {}
         self._turn = threading.RLock()
+
+    @cached_property
+    def _constraints(self) -> Constraints:
+        return Constraints(self._renderer.tokenizer, self._network.shape.vocabulary)
 
     @property
     def base(self) -> str:
@@ -159,7 +165,19 @@ class EmbeddedEngine:
         linear = self._linear(adapter)
         prefix = self._shared_prefix(prompts, adapter, linear)
         limits = [row.limit for row in rows]
-        steps = decode(self._network, linear, prompts, limits, samplings, self._renderer.stop_ids, prefix)
+        held = any(request.schema for request in requests)
+        guides = [self._constraints.guide(request.schema) if request.schema else None for request in requests]
+        steps = decode(
+            self._network,
+            linear,
+            prompts,
+            limits,
+            samplings,
+            self._renderer.stop_ids,
+            prefix,
+            guides,
+            self._constraints if held else None,
+        )
         told = next(steps)
         while True:
             ended = {row for row, token in told if rows[row].take(token)}

@@ -13,7 +13,9 @@ from tunesmith.core.progress import SILENT, Progress
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One request. temperature 0 is greedy; seed matters only above 0. stop: texts that end the answer, left out."""
+    """One request. temperature 0 is greedy; seed matters only above 0. stop: texts that end the answer, left out.
+    schema: JSON Schema, as JSON, that the answer is held to while it is decoded.
+    """
 
     messages: tuple[Message, ...]
     max_tokens: int = 256
@@ -21,6 +23,7 @@ class Generation:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    schema: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

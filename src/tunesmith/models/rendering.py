@@ -32,14 +32,14 @@ class Renderer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from transformers import AutoTokenizer
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if not self._tokenizer.chat_template:
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if not self.tokenizer.chat_template:
             raise Refused(
                 "the base has no chat template, so a conversation cannot be rendered",
                 where=str(folder),
                 fix="use an instruction-tuned model, or add chat_template.jinja to its folder",
             )
-        if not self._tokenizer.is_fast:
+        if not self.tokenizer.is_fast:
             raise Refused("the base has no fast tokenizer", where=str(folder), fix="add tokenizer.json to its folder")
         self._folder = folder
 
@@ -48,7 +48,7 @@ class Renderer:
         """Tokens that end a turn: the tokenizer's end token and those of generation_config.json."""
         import json
 
-        found = {self._tokenizer.eos_token_id}
+        found = {self.tokenizer.eos_token_id}
         generation = self._folder / "generation_config.json"
         if generation.is_file():
             listed = json.loads(generation.read_bytes()).get("eos_token_id", [])
@@ -58,7 +58,7 @@ class Renderer:
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
         """The template's control tokens as text; content must not hold them."""
-        return tuple(sorted({str(token) for token in self._tokenizer.all_special_tokens} - {""}))
+        return tuple(sorted({str(token) for token in self.tokenizer.all_special_tokens} - {""}))
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a request, the assistant's opening included. Raises UsageError where messages cannot be answered."""
@@ -94,19 +94,19 @@ class Renderer:
             self._mark(encoded, ids, trained, start, end)
         if not any(trained):
             raise Refused("no token of this conversation would be trained on", where="messages")
-        bos = self._tokenizer.bos_token_id
+        bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise Refused("the conversation begins with two beginning tokens", where="chat_template")
         return Rendered(tuple(ids), tuple(trained))
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer as it would be decoded, an end token behind it."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False)
-        return [*ids, self._tokenizer.eos_token_id]
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return [*ids, self.tokenizer.eos_token_id]
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, control tokens left out."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _mark(self, encoded: Any, ids: Sequence[int], trained: list[bool], start: int, end: int) -> None:
         """Mark the tokens between two places of the text, up to and with the first end token."""
@@ -136,7 +136,7 @@ class Renderer:
         from jinja2 import TemplateError
 
         try:
-            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opening))
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opening))
         except TemplateError as error:
             raise UsageError(
                 f"the base's chat template refuses this conversation: {error}", where="messages"
@@ -144,4 +144,4 @@ class Renderer:
 
     def _encode(self, text: str) -> Any:
         # The template wrote every control token itself; the tokenizer must not add another beginning.
-        return self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=False).encodings[0]
+        return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=False).encodings[0]

@@ -1,0 +1,19 @@
+"""Tunesmith: governed fine-tuning, from raw rows to a measured, signed, approved model behaviour in service."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tunesmith.api import Project
+
+__all__ = ["Project"]
+
+
+def __getattr__(name: str) -> Any:
+    """`tunesmith.Project`, imported when asked for: `import tunesmith` alone costs nothing."""
+    if name == "Project":
+        from tunesmith.api import Project
+
+        return Project
+    raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
