@@ -30,7 +30,7 @@ def main() -> None:
         _tell(error)
         sys.exit(error.exit_code)
     except TyperException as error:
-        said = getattr(error, "format_message", lambda: str(error))()
+        said = error.format_message() if hasattr(error, "format_message") else str(error)
         _tell(UsageError(said, fix=f"`{' '.join(['tunesmith', *_verbs()])} --help` shows how"))
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
