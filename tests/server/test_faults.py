@@ -130,13 +130,15 @@ def test_200_parallel_requests_are_answered_in_batches_or_told_to_come_back(
         served.begin(versions[1])
         served.ask()
         engine.gate.clear()
-        with ThreadPoolExecutor(200) as pool, served.http() as http:
+        with served.http() as http, ThreadPoolExecutor(200) as pool:
             calls = [
-                pool.submit(http.post, "/v1/chat/completions", json={"model": NAME, "messages": HELLO}, timeout=60)
+                pool.submit(http.post, "/v1/chat/completions", json={"model": NAME, "messages": HELLO}, timeout=120)
                 for _ in range(200)
             ]
-            until(lambda: sum(call.done() for call in calls) >= 100)
-            engine.gate.set()
+            try:
+                until(lambda: sum(call.done() for call in calls) >= 100, seconds=60)
+            finally:
+                engine.gate.set()
             responses = [call.result() for call in calls]
         said = Counter(response.status_code for response in responses)
         assert set(said) == {200, 429}
