@@ -74,6 +74,7 @@ def make_project(directory: Path, *, data: Path, licence: str, name: str | None,
     if (root / FILE).exists():
         raise UsageError("there is a project here already", where=str(root / FILE), fix="choose another folder with -C")
     permitted(licence, PERMISSIVE, "--licence")
+    root.mkdir(parents=True, exist_ok=True)  # a path that leads out of it again needs it to be there
     source = os.path.relpath(data.absolute(), root)
     looked = _look(root, source, licence)
     name = name or re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()).strip("-._") or "project"

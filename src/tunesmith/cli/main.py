@@ -31,7 +31,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except TyperException as error:
         said = error.format_message() if hasattr(error, "format_message") else str(error)
-        _tell(UsageError(said, fix=f"`{' '.join(['tunesmith', *_verbs()])} --help` shows how"))
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "tunesmith"
+        _tell(UsageError(said, fix=f"`{command} --help` shows how"))
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         print("\nstopped; the same command carries on from here", file=sys.stderr)
@@ -42,14 +44,6 @@ def main() -> None:
         _tell(TunesmithError(f"{error.strerror or error}", where=error.filename and str(error.filename)))
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _verbs() -> list[str]:
-    """The words of the command line before its first option."""
-    words = sys.argv[1:]
-    first = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
-    known = [word for word in words[:first] if word.isalpha()]
-    return known[:1]
 
 
 def _tell(error: TunesmithError) -> None:

@@ -1,0 +1,207 @@
+"""The chain: what is skipped, what is stale, what a kill leaves, what the verbs print."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chain.scene import rows, settings, write_project
+from tunesmith import chain
+from tunesmith.api import Project
+from tunesmith.core.errors import UsageError
+from tunesmith.data.dataset import load_dataset
+from tunesmith.registry.versions import verify_version
+from tunesmith.store.records import Record
+from tunesmith.training.settings import TrainSettings
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A project that went the whole way, and what the run printed."""
+    folder = write_project(tmp_path_factory.mktemp("chain") / "p")
+    return folder, Project.load(folder).run()
+
+
+@pytest.fixture
+def project(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    """A copy of it to change."""
+    shutil.copytree(finished[0], tmp_path / "p")
+    return tmp_path / "p"
+
+
+def _done(document: dict[str, Any]) -> set[str]:
+    return {stage["name"] for stage in document["stages"] if not stage["skipped"]} - {"base", "register"}
+
+
+def _again(folder: Path, **changes: Any) -> dict[str, Any]:
+    if changes:
+        write_project(folder, **changes)
+    return Project.load(folder).run()
+
+
+def test_the_document_has_every_stage(finished: tuple[Path, dict[str, Any]]) -> None:
+    document = finished[1]
+    assert document["register"]["version"] == "tiny@v1"
+    assert document["gate"]["verdict"] == "pass"
+    assert document["data"]["rows"]["kept"] == 120
+    assert set(document["evaluate"]["candidates"]) == {"plain", "held", "rag", "tuned"}
+    assert document["evaluate"]["candidates"]["held"]["json_valid"]["mean"] == 1.0, "held to the schema"
+    assert document["evaluate"]["candidates"]["plain"]["json_valid"]["mean"] == 0.0
+    training = document["train"]["tuned"]
+    assert {"training", "adapter", "examples_per_second", "peak_memory_bytes", "estimate", "final_loss"} <= set(
+        training
+    )
+    assert Path(training["adapter"]).is_file()
+    json.dumps(document, allow_nan=False)
+
+
+def test_a_second_run_does_nothing_and_ends_the_same(project: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    again = _again(project)
+    assert _done(again) == set()
+    assert {key: again[key] for key in ("gate", "evaluate", "register")} == {
+        key: finished[1][key] for key in ("gate", "evaluate", "register")
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "stale"),
+    [
+        ({"rollout": {"steps": [{"setWeight": 100}]}}, set()),
+        ({"gates": {"valid": {"metric": "json_valid", "at_most": 1.0}}}, {"gate tuned"}),
+        ({"task": {"schema": "schema.json", "scorers": ["json_valid"]}}, {"evaluate", "gate tuned"}),
+        (
+            {"candidates": {**settings()["candidates"], "plain": {"prompt": "prompt.txt", "max_tokens": 4}}},  # type: ignore[dict-item]
+            {"answer plain", "evaluate", "gate tuned"},
+        ),
+        (
+            {"candidates": {**settings()["candidates"], "tuned": {"prompt": "prompt.txt", "train": {"rank": 3}}}},  # type: ignore[dict-item]
+            {"train tuned", "answer tuned", "evaluate", "gate tuned"},
+        ),
+    ],
+)
+def test_only_what_depends_on_a_change_is_done_again(project: Path, change: dict[str, Any], stale: set[str]) -> None:
+    assert _done(_again(project, **change)) == stale
+
+
+def test_a_changed_row_is_another_dataset_and_everything_after_it(project: Path) -> None:
+    before = chain.build_data(Project.load(project))
+    with (project / "rows.jsonl").open("a") as file:
+        row = rows()[0]
+        row["template"] = "new"
+        row["messages"][0]["content"] = "a wholly other wish"  # type: ignore[index]
+        file.write(json.dumps(row) + "\n")
+    document = Project.load(project).run()
+    assert document["data"]["dataset"] != before
+    assert {"data", "train tuned", "answer plain", "answer tuned", "evaluate"} <= _done(document)
+
+
+def test_an_untouched_timestamp_changes_nothing(project: Path) -> None:
+    os.utime(project / "rows.jsonl")
+    os.utime(project / "model" / "model.safetensors")
+    assert _done(_again(project)) == set()
+
+
+def test_killed_at_any_moment_the_next_run_carries_on(tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    folder = write_project(tmp_path / "p")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    killed = 0
+    for wait in (3.0, 5.0, 6.0, 7.0):
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "tunesmith", "run", "-C", str(folder)], env=environment, stderr=subprocess.DEVNULL
+        )
+        time.sleep(wait)
+        if worker.poll() is None:
+            worker.send_signal(signal.SIGKILL)
+            killed += 1
+        worker.wait()
+    assert killed, "no run was killed: the test did not test"
+    document = Project.load(folder).run()
+    expected = finished[1]
+    assert document["data"] == expected["data"]
+    assert document["evaluate"]["candidates"] == expected["evaluate"]["candidates"]
+    assert verify_version(Project.load(folder).store.root, document["register"]["version"]).ok
+
+
+def test_gates_that_do_not_pass_register_nothing(project: Path) -> None:
+    document = _again(project, gates={"valid": {"metric": "json_valid", "at_least": 1.0}})
+    assert document["gate"]["verdict"] == "fail"
+    assert "register" not in document
+    assert _again(project, gates={})["gate"]["verdict"] == "inconclusive", "no gates is not a pass"
+
+
+def test_the_candidate_that_is_judged(project: Path) -> None:
+    assert _again(project)["gate"]["candidate"] == "tuned"
+    assert _again(project, release="held")["gate"]["candidate"] == "held"
+    without = {name: each for name, each in settings()["candidates"].items() if name != "tuned"}  # type: ignore[attr-defined]
+    document = _again(project, candidates=without, task={"schema": "schema.json", "scorers": ["json_valid"]})
+    assert document["gate"]["candidate"] == "held", "if prompting wins, prompting is what gets released"
+
+
+def test_names_that_do_not_exist(project: Path) -> None:
+    loaded = Project.load(project)
+    with pytest.raises(UsageError, match="no candidate 'tuend'"):
+        chain.evaluate(loaded, names=["tuend"])
+    with pytest.raises(UsageError, match="'plain' has no training"):
+        chain.train(loaded, name="plain")
+
+
+def test_constrain_needs_a_schema(tmp_path: Path) -> None:
+    folder = write_project(tmp_path, task={"scorers": ["exact_match"]}, gates={})
+    with pytest.raises(UsageError, match="no schema to hold answers to"):
+        chain.evaluate(Project.load(folder), names=["held"])
+
+
+def test_a_control_trains_on_the_same_answers_dealt_round(finished: tuple[Path, dict[str, Any]]) -> None:
+    store = Project.load(finished[0]).store
+    examples = load_dataset(store, finished[1]["data"]["dataset"]).examples("train")
+    drawn = chain.training_rows(examples, TrainSettings(rows=30, seed=1))
+    control = chain.training_rows(examples, TrainSettings(rows=30, seed=1, permute_answers=True))
+    assert [row.request for row in drawn] == [row.request for row in control]
+    assert sorted(row.answer for row in drawn) == sorted(row.answer for row in control)
+    assert sum(a.answer == b.answer for a, b in zip(drawn, control, strict=True)) < 10
+    assert drawn == chain.training_rows(examples, TrainSettings(rows=30, seed=1))
+    assert len(chain.training_rows(examples, TrainSettings())) == len(examples)
+
+
+def test_a_stage_at_work_is_not_run_twice_at_once(project: Path) -> None:
+    from tunesmith.core.errors import TunesmithError
+    from tunesmith.core.files import lock
+
+    (project / "prompt.txt").write_text("Other.\n")
+    walk = chain.Chain(Project.load(project))
+    work = walk.project.store.root / "work"
+    walk.candidate("plain")
+    with pytest.raises(TunesmithError, match="another process"), lock(work / "x.lock", "a"), lock(work / "x.lock", "b"):
+        pass
+
+
+def test_the_python_interface(finished: tuple[Path, dict[str, Any]]) -> None:
+    import tunesmith as ts
+
+    assert ts.Project.load(finished[0] / "tunesmith.yaml").run()["register"]["version"] == "tiny@v1"
+    with pytest.raises(AttributeError):
+        ts.nothing  # noqa: B018
+
+
+def test_records_form_one_graph(finished: tuple[Path, dict[str, Any]]) -> None:
+    store = Project.load(finished[0]).store
+    seen: set[str] = set()
+
+    def walk(digest: str) -> Record:
+        record = store.record(digest)
+        seen.add(record.kind)
+        for parent in record.parents.values():
+            walk(parent)
+        return record
+
+    walk(finished[1]["register"]["digest"])
+    assert seen == {"base", "dataset", "candidate", "training", "answers", "evaluation", "verdict", "version"}
