@@ -21,8 +21,8 @@ from tunesmith.candidates.answering import Answerer, compose, turns_only
 from tunesmith.candidates.candidate import Candidate, load_candidate, put_candidate
 from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.candidates.shots import choose_shots
-from tunesmith.core.digests import canonical, digest_file, digest_of
-from tunesmith.core.errors import UsageError
+from tunesmith.core.digests import canonical, digest_file, digest_of, short
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import lock, write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
@@ -38,6 +38,8 @@ from tunesmith.inference.engine import Question
 from tunesmith.project import Project
 from tunesmith.registry.versions import Version
 from tunesmith.registry.versions import register as register_version
+from tunesmith.store import database
+from tunesmith.store.recalls import recalled
 from tunesmith.store.records import Record
 
 if TYPE_CHECKING:
@@ -241,6 +243,7 @@ class Chain:
         key = digest_of({"stage": kind, "revision": _REVISIONS[kind], **inputs})
         known = None if again else store.recall_memo(key)
         if known is not None:
+            self._refuse_recalled(name, known)
             self._tell(name, 0.0, skipped=True)
             return known
         work = store.root / "work" / f"{kind}-{key.removeprefix('sha256:')[:24]}"
@@ -251,10 +254,21 @@ class Chain:
             work.mkdir(parents=True, exist_ok=True)
             began = time.perf_counter()
             digest = make(work)
+            self._refuse_recalled(name, digest)
             store.keep_memo(key, digest)
             shutil.rmtree(work, ignore_errors=True)
         self._tell(name, time.perf_counter() - began, skipped=False)
         return digest
+
+    def _refuse_recalled(self, name: str, digest: str) -> None:
+        with database.reading(self.project.store.engine) as session:
+            reason = recalled(session, digest)
+        if reason is not None:
+            raise Refused(
+                f"what this stage gives was recalled: {reason}",
+                where=f"stage {name}, record {short(digest)}",
+                fix="take what was withdrawn out of the sources (or settings), then run again",
+            )
 
     def _tell(self, name: str, seconds: float, *, skipped: bool) -> None:
         if any(stage.name == name for stage in self.stages):
