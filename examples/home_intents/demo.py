@@ -94,10 +94,9 @@ def approved(version: str, reason: str) -> None:
 
 def champion() -> str | None:
     """The version that serves, by its label."""
-    for entry in asked("rollout", "status", "--json")["rollouts"]:
-        if entry["status"] == "promoted":
-            return str(entry["canary"]["version"])
-    return None
+    known = asked("show", "--json")
+    serving = {alias["version"] for alias in known["aliases"] if alias["alias"] == "champion"}
+    return next((str(each["version"]) for each in known["versions"] if each["digest"] in serving), None)
 
 
 def promote(server: Server, version: str) -> None:
@@ -123,7 +122,8 @@ def promote(server: Server, version: str) -> None:
 def drill() -> None:
     """Force the refused adapter into a canary and watch it being rolled back."""
     verdict = asked("gate", "control", "--json", expect=(3,))["digest"]
-    shown("register", verdict[:19], expect=(3,))
+    if all(version["verdict"] != verdict for version in asked("show", "--json")["versions"]):
+        shown("register", verdict[:19], expect=(3,))
     worse = str(asked("register", verdict, "--override", FORCED, "--json")["version"])
     if any(entry["canary"]["version"] == worse and not live(entry) for entry in rollouts()):
         say(f"  {worse} was rolled back before; nothing is left to do")

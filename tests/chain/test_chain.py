@@ -210,12 +210,9 @@ def test_records_form_one_graph(finished: tuple[Path, dict[str, Any]]) -> None:
 def test_what_was_recalled_is_not_given_out_again(project: Path) -> None:
     from tunesmith.core.errors import Refused
 
-    done = subprocess.run(
-        [sys.executable, "-m", "tunesmith", "recall", "--source", "rows.jsonl", "--reason", "withdrawn", "-C", str(project), "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = ["recall", "--source", "rows.jsonl", "--reason", "withdrawn", "-C", str(project)]
+    command = [sys.executable, "-m", "tunesmith", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with pytest.raises(Refused, match="recalled: withdrawn"):
         Project.load(project).run()
