@@ -72,7 +72,7 @@ def main() -> None:
 
 def add_people() -> None:
     """Somebody other than the proposer to approve, and the home's own account."""
-    known = {user["name"] for user in asked("users", "list", "--json")["users"]}
+    known = {user["user"] for user in asked("users", "list", "--json")["users"]}
     for name, role in (("ada", "approver"), ("home", "operator")):
         if name not in known:
             shown("users", "add", name, "--role", role)

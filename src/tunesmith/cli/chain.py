@@ -85,4 +85,4 @@ def _show_run(console: Console, document: Mapping[str, Any]) -> None:
         (f"tunesmith rollout start {label}", "move traffic to it step by step"),
         ("tunesmith serve", "an OpenAI-compatible endpoint"),
     ):
-        console.print(f"  {command:<52} {why}")
+        console.print(f"  {command:<52} {why}", soft_wrap=True, markup=False)

@@ -157,11 +157,20 @@ class Worker:
             first = self._waiting.popleft()
             batch = [first]
             if not first.request.stream:
+                self._gather()
                 alike = [job for job in self._waiting if _together(first, job)][: self._settings.batch - 1]
                 for job in alike:
                     self._waiting.remove(job)
                 batch += alike
         return batch
+
+    def _gather(self) -> None:
+        """Wait a moment for company: those who were just answered together ask again together, a little apart."""
+        until = time.monotonic() + self._settings.gather_seconds
+        while (left := until - time.monotonic()) > 0 and not self._stopping:
+            if len(self._waiting) + 1 >= self._settings.batch:
+                return
+            self._change.wait(left)
 
     def _answer(self, batch: Sequence[Job]) -> None:
         ready: list[tuple[Job, Answerer, Generation]] = []
