@@ -5,7 +5,6 @@ random expansion of one template: what the template leaves open is filled from w
 answer. The same seed gives the same bytes.
 
     python make_rows.py                  # data/home_intents.jsonl
-    python make_rows.py --shuffled       # also worse/data/home_intents.jsonl: the training rows' answers permuted
 """
 
 from __future__ import annotations
@@ -225,39 +224,10 @@ def _draw(
     return None
 
 
-def shuffle_answers(rows: list[dict[str, Any]], chosen: list[int], seed: int = 0) -> list[dict[str, Any]]:
-    """The rows with the answers of the chosen ones permuted among themselves; no chosen row keeps its own answer."""
-    rng = random.Random(f"{seed} shuffled")
-    answers = [rows[index]["messages"][-1]["content"] for index in chosen]
-    order = list(range(len(answers)))
-    rng.shuffle(order)
-    for place in order:
-        # Swap away what landed on its own answer, with a place where the swap makes neither side right.
-        while answers[order[place]] == answers[place]:
-            other = rng.randrange(len(order))
-            if answers[order[other]] != answers[place] and answers[order[place]] != answers[other]:
-                order[place], order[other] = order[other], order[place]
-    result = list(rows)
-    for place, index in enumerate(chosen):
-        request = rows[index]["messages"][:-1]
-        answer = {"role": "assistant", "content": answers[order[place]]}
-        result[index] = {**rows[index], "messages": [*request, answer]}
-    return result
-
-
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """JSON Lines, UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def _training_rows(rows: list[dict[str, Any]]) -> list[int]:
-    """Which rows the project's own split puts into train, so that the held-out rows stay right."""
-    from tunesmith.data.settings import Split
-    from tunesmith.data.splits import split_of
-
-    split = Split.model_validate(yaml.safe_load((HERE / "tunesmith.yaml").read_text(encoding="utf-8"))["data"]["split"])
-    return [index for index, row in enumerate(rows) if split_of(row["template"], split) == "train"]
 
 
 def main() -> None:
@@ -266,13 +236,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--per-template", type=int, default=4, help="expansions drawn from each sentence template")
     parser.add_argument("--into", type=Path, default=HERE / "data", help="the folder to write home_intents.jsonl into")
-    parser.add_argument("--shuffled", action="store_true", help="also write worse/data/home_intents.jsonl")
     arguments = parser.parse_args()
     rows, left_out = sample_rows(arguments.seed, arguments.per_template)
     write_rows(arguments.into / "home_intents.jsonl", rows)
-    if arguments.shuffled:
-        worse = shuffle_answers(rows, _training_rows(rows), arguments.seed)
-        write_rows(HERE / "worse" / "data" / "home_intents.jsonl", worse)
     print(json.dumps({"rows": len(rows), "left out": left_out}), file=sys.stderr)
 
 

@@ -7,8 +7,8 @@ stopped half way carries on in a work folder named by its key.
 
 from __future__ import annotations
 
+import difflib
 import json
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +24,6 @@ from tunesmith.candidates.shots import choose_shots
 from tunesmith.core.digests import canonical, digest_file, digest_of, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import lock, write_atomic
-from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.build import build_dataset, dataset_document
 from tunesmith.data.dataset import Dataset, Example, load_dataset
@@ -39,8 +38,10 @@ from tunesmith.project import Project
 from tunesmith.registry.versions import Version
 from tunesmith.registry.versions import register as register_version
 from tunesmith.store import database
+from tunesmith.store.identities import require
 from tunesmith.store.recalls import recalled
 from tunesmith.store.records import Record
+from tunesmith.training.rows import training_rows
 
 if TYPE_CHECKING:
     from tunesmith.inference.embedded import EmbeddedEngine
@@ -49,6 +50,15 @@ if TYPE_CHECKING:
 
 # Bump a stage's number when what it computes from the same inputs changes.
 _REVISIONS = {"data": 1, "train": 1, "answer": 1, "probe": 1, "evaluate": 1, "gate": 1}
+# What a person must be allowed to do for a stage to be run.
+_ACTIONS = {
+    "data": "data.build",
+    "train": "training.run",
+    "answer": "evaluation.run",
+    "probe": "evaluation.run",
+    "evaluate": "evaluation.run",
+    "gate": "evaluation.run",
+}
 _ANSWERED_TOGETHER = 64  # rows whose answers are kept at once: what kill -9 can undo
 _GENERAL = "general"
 _BASE = "base"
@@ -69,6 +79,7 @@ class Chain:
 
     project: Project
     progress: Progress = SILENT
+    actor: str | None = None  # whose work it is; the project's own way to find out where None
     stages: list[Stage] = field(default_factory=list)
 
     @cached_property
@@ -228,8 +239,10 @@ class Chain:
         """What the project file says of a candidate. Raises UsageError for a name it does not know."""
         known = self.project.settings.candidates
         if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UsageError(
-                f"there is no candidate {name!r}", where="candidates", fix=f"name one of {', '.join(known)}"
+                f"there is no candidate {name!r}{hint}", where="candidates", fix=f"name one of {', '.join(known)}"
             )
         return known[name]
 
@@ -251,6 +264,7 @@ class Chain:
             known = None if again else store.recall_memo(key)  # another process may have finished it meanwhile
             if known is not None:
                 return known
+            require(store, self.project.actor(self.actor), _ACTIONS[kind])
             work.mkdir(parents=True, exist_ok=True)
             began = time.perf_counter()
             digest = make(work)
@@ -409,22 +423,6 @@ class Chain:
         return training
 
 
-def training_rows(examples: Sequence[Example], settings: TrainSettings) -> list[Example]:
-    """The rows of a training: drawn by the seed where `rows` bounds them, their answers dealt round for a control."""
-    chosen = list(examples)
-    draw = random.Random(settings.seed)
-    if settings.rows is not None and settings.rows < len(chosen):
-        chosen = draw.sample(chosen, settings.rows)
-    if settings.permute_answers:
-        dealt = [example.answer for example in chosen]
-        draw.shuffle(dealt)
-        chosen = [
-            example.model_copy(update={"messages": (*example.request, Message(role="assistant", content=answer))})
-            for example, answer in zip(chosen, dealt, strict=True)
-        ]
-    return chosen
-
-
 def tuned_names(project: Project) -> list[str]:
     """The candidates that are trained for their own sake: controls are not among them."""
     candidates = project.settings.candidates.items()
@@ -496,7 +494,7 @@ def run(project: Project, progress: Progress = SILENT, *, actor: str | None = No
     """
     store = project.store
     signer = project.actor(actor)
-    walk = Chain(project, progress)
+    walk = Chain(project, progress, signer)
     verdict = walk.verdict()
     evaluation = store.record(verdict).parents["evaluation"]
     document: dict[str, Any] = {

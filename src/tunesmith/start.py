@@ -77,8 +77,11 @@ def make_project(directory: Path, *, data: Path, licence: str, name: str | None,
     root.mkdir(parents=True, exist_ok=True)  # a path that leads out of it again needs it to be there
     source = os.path.relpath(data.absolute(), root)
     looked = _look(root, source, licence)
+    if not base.startswith(("pypi:", "hf:")):
+        base = os.path.relpath(Path(base).expanduser().absolute(), root)  # from here, as --data is
     name = name or re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()).strip("-._") or "project"
     settings, files = _compose(name, base, source, licence, looked)
+    files[".gitignore"] = f"{STORE}/\n"  # it holds private keys
     files[FILE] = _HEADER + yaml.safe_dump(settings, sort_keys=False, width=110, default_flow_style=None)
     for relative in files:
         if (root / relative).exists():
@@ -133,7 +136,7 @@ def _compose(name: str, base: str, source: str, licence: str, looked: _Looked) -
         files["answer.schema.json"] = json.dumps(looked.schema, indent=1, ensure_ascii=False) + "\n"
     split: dict[str, Any] = {
         "validation": round(min(0.1, max(0.005, _VALIDATION_ROWS / looked.rows)), 4),
-        "test": round(min(0.2, max(0.01, _TEST_ROWS / looked.rows)), 4),
+        "test": round(min(0.2, max(0.05, _TEST_ROWS / looked.rows)), 4),
     }
     if looked.group_by:
         split["group_by"] = looked.group_by
@@ -146,7 +149,7 @@ def _compose(name: str, base: str, source: str, licence: str, looked: _Looked) -
     gates: dict[str, Any] = {"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.02}}
     if is_json:
         gates["valid"] = {"metric": "json_valid", "at_least": 0.99}
-    gates["forgetting"] = {"suite": "general", "drop_at_most": 0.05}
+    gates["forgetting"] = {"suite": "general", "drop_at_most": 0.10}
     settings = {
         "name": name,
         "base": base,
@@ -178,12 +181,19 @@ def _described(schema: Mapping[str, Any], path: str = "") -> str:
     for key, value in schema.get("properties", {}).items():
         place = f"{path}.{key}" if path else key
         if "properties" in value:
-            lines.append(f"{place}: an object with any of {', '.join(value['properties'])}")
+            inside = [f"{name} ({_type(each)})" for name, each in value["properties"].items()]
+            lines.append(f"{place}: an object with any of {', '.join(inside)}")
         elif "enum" in value:
             lines.append(f"{place}: one of {', '.join(map(str, value['enum']))}")
         else:
-            lines.append(f"{place}: {value.get('type', 'any value')}")
+            lines.append(f"{place}: {_type(value)}")
     return "\n".join(lines)
+
+
+def _type(schema: Mapping[str, Any]) -> str:
+    kinds = schema.get("type", "any value")
+    said = kinds if isinstance(kinds, str) else " or ".join(kinds)
+    return f"array of {_type(schema['items'])}" if said == "array" and "items" in schema else said
 
 
 def _short_prompt(is_json: bool) -> str:

@@ -21,6 +21,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.registry.versions import verify_version
 from tunesmith.store.records import Record
+from tunesmith.training.rows import training_rows
 from tunesmith.training.settings import TrainSettings
 
 
@@ -163,13 +164,13 @@ def test_constrain_needs_a_schema(tmp_path: Path) -> None:
 def test_a_control_trains_on_the_same_answers_dealt_round(finished: tuple[Path, dict[str, Any]]) -> None:
     store = Project.load(finished[0]).store
     examples = load_dataset(store, finished[1]["data"]["dataset"]).examples("train")
-    drawn = chain.training_rows(examples, TrainSettings(rows=30, seed=1))
-    control = chain.training_rows(examples, TrainSettings(rows=30, seed=1, permute_answers=True))
+    drawn = training_rows(examples, TrainSettings(rows=30, seed=1))
+    control = training_rows(examples, TrainSettings(rows=30, seed=1, permute_answers=True))
     assert [row.request for row in drawn] == [row.request for row in control]
     assert sorted(row.answer for row in drawn) == sorted(row.answer for row in control)
     assert sum(a.answer == b.answer for a, b in zip(drawn, control, strict=True)) < 10
-    assert drawn == chain.training_rows(examples, TrainSettings(rows=30, seed=1))
-    assert len(chain.training_rows(examples, TrainSettings())) == len(examples)
+    assert drawn == training_rows(examples, TrainSettings(rows=30, seed=1))
+    assert len(training_rows(examples, TrainSettings())) == len(examples)
 
 
 def test_a_stage_at_work_is_not_run_twice_at_once(project: Path) -> None:

@@ -81,7 +81,8 @@ def _show_run(console: Console, document: Mapping[str, Any]) -> None:
     for command, why in (
         ("tunesmith report --output report.html", "the evidence on one page"),
         (f"tunesmith verify {label}", "recompute its whole lineage"),
-        (f"tunesmith approve {label} --as SOMEBODY-ELSE", "whoever registered it may not approve it"),
+        ("tunesmith users add ada --role approver", "whoever registered a version may not approve it"),
+        (f"tunesmith approve {label} --as ada", "after reading the report"),
         (f"tunesmith rollout start {label}", "move traffic to it step by step"),
         ("tunesmith serve", "an OpenAI-compatible endpoint"),
     ):

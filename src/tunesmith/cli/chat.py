@@ -25,6 +25,7 @@ def chat(
     from tunesmith.candidates.answering import Answerer
     from tunesmith.candidates.candidate import load_candidate
     from tunesmith.chain import Chain
+    from tunesmith.core.digests import is_digest
     from tunesmith.core.errors import UsageError
     from tunesmith.core.messages import Message
     from tunesmith.inference.engine import Completion
@@ -37,6 +38,9 @@ def chat(
         if who in project.settings.candidates:
             candidate = load_candidate(project.store, walk.candidate(who))
             walk.load_adapter(candidate.training)
+        elif "@" not in who and not is_digest("sha256:" + who.removeprefix("sha256:").ljust(64, "0")):
+            walk.settings_of(who)  # says which candidates there are
+            return
         else:
             loaded = stack.enter_context(verified_copy(project.store, resolve(project.store, who)))
             candidate = loaded.candidate

@@ -22,6 +22,9 @@ for noun in (start, chain, data, evaluation, registry, rollout, serve, monitor, 
     noun.register(app)
 
 
+_STOPPED = 130
+
+
 def main() -> None:
     """Run a command line; every expected error ends in its exit code and a message, never in a traceback."""
     try:
@@ -37,12 +40,14 @@ def main() -> None:
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         print("\nstopped; the same command carries on from here", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_STOPPED)
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:
         _tell(TunesmithError(f"{error.strerror or error}", where=error.filename and str(error.filename)))
         sys.exit(1)
+    if code == _STOPPED:  # typer turns ctrl-C into this by itself
+        print("\nstopped; the same command carries on from here", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,7 +1,7 @@
 """The verdict: every gate of the project held against one candidate of an evaluation.
 
 A verdict is a function of the evaluation's scores, the gates and the look it states, and of nothing else: `replay`
-makes it again offline, and it must come out as the same bytes.
+makes it again offline, and it must come out the same, its sentences aside.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.evaluation.gates import Evidence, Finding, Outcome, judge_gate, not_judged
 from tunesmith.evaluation.scorers import nearest
@@ -52,11 +53,19 @@ def verdict_record(store: Store, evaluation: str, candidate: str, gates: Gates, 
 
 
 def replay(store: Store, digest: str) -> bool:
-    """Whether a verdict follows from its evaluation's scores: made again from them, it is the same bytes."""
+    """Whether a verdict follows from its evaluation's scores: made again, it is the same but for its prose."""
     kept = store.record(digest, kind="verdict")
     gates = GATES.validate_python({gate["name"]: gate["settings"] for gate in kept.body["gates"]})
     again = verdict_record(store, kept.parents["evaluation"], kept.body["name"], gates, kept.body["look"])
-    return again.encoded == kept.encoded
+    return canonical(_without_prose(again)) == canonical(_without_prose(kept))
+
+
+def _without_prose(record: Record) -> dict[str, Any]:
+    """What a verdict decides: a sentence may be reworded later, and older verdicts must still replay."""
+    stated = record.model_dump(mode="json")
+    for part in (stated["body"], *stated["body"]["gates"]):
+        part.pop("reason", None)
+    return stated
 
 
 def verdict_document(store: Store, digest: str) -> dict[str, Any]:

@@ -217,8 +217,10 @@ class EmbeddedEngine:
         order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
         start = 0
         while start < len(order):
-            row = (len(prompts[order[start]]) + requests[order[start]].max_tokens) * place_bytes
-            many = max(1, min(_MOST_ROWS, _CACHE_BYTES // row))
+            length = len(prompts[order[start]])
+            row = (length + requests[order[start]].max_tokens) * place_bytes
+            scores = shape.heads * length * length * 4  # of the prefill's attention, in fp32
+            many = max(1, min(_MOST_ROWS, _CACHE_BYTES // row, _CACHE_BYTES // scores))
             yield order[start : start + many]
             start += many
 
