@@ -106,7 +106,7 @@ def show_evaluation(console: Console, document: Mapping[str, Any]) -> None:
     primary, candidates = document["primary"], document["candidates"]
     metrics = list(next(iter(candidates.values())))
     table = Table(title=f"{document['n']} held-out requests in {document['groups']} groups", title_justify="left")
-    table.add_column("candidate", overflow="fold")
+    table.add_column("candidate", no_wrap=True)
     for metric in metrics:
         table.add_column(metric, justify="right", header_style="bold cyan" if metric == primary else None)
     for heading in ("prompt tokens", "answer tokens", "seconds"):
