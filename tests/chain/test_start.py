@@ -27,7 +27,7 @@ def _rows(path: Path, count: int = 120) -> Path:
 def test_a_project_made_from_rows_runs(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     made = make_project(
-        tmp_path / "p", data=_rows(tmp_path / "mine.jsonl"), licence="CC0-1.0", name=None, base="../model"
+        tmp_path / "p", data=_rows(tmp_path / "mine.jsonl"), licence="CC0-1.0", name=None, base=str(tmp_path / "model")
     )
     assert made.json_answers
     assert made.rows == 120

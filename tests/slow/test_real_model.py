@@ -124,7 +124,7 @@ def test_a_copy_of_the_store_verifies_and_one_changed_byte_does_not(released: Pa
     for blob in sorted((copy / "blobs").glob("??/*")):
         content = blob.read_bytes()
         blob.chmod(0o644)
-        blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if content else b"x")
         found = tunesmith(copy, "verify", "home-intents@v1", code=3)
         assert any(blob.name in problem["path"] for problem in found["problems"]), blob
         blob.write_bytes(content)
