@@ -21,7 +21,7 @@ def prepare() -> int:
     """Set the thread count once per process ($TUNESMITH_THREADS, else all cores this process may use); returns it.
 
     On glibc, freed pages are kept too: a training step allocates and frees the same large buffers every time, and
-    having the kernel zero them again costs up to half of it (measured in benchmarks/).
+    having the kernel zero them again costs time in every one of them.
     """
     threads = int(os.environ.get("TUNESMITH_THREADS", "0")) or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
