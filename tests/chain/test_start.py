@@ -105,7 +105,7 @@ def test_errors_on_the_command_line(tmp_path: Path) -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     script = (
-        "import sys, tunesmith.cli.main; print([m for m in ('torch','transformers','scipy','polars','sqlalchemy',"
+        "import sys, tunesmith.cli.main; print([m for m in ('torch','transformers','scipy','pyarrow','sqlalchemy',"
         "'fastapi','pydantic','presidio_analyzer') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
