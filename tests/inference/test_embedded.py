@@ -129,10 +129,9 @@ def _adapter(folder: Path, base: BaseModel, seed: int) -> Path:
     network = load_network(base.folder, torch.float32)
     lora = Lora(network, TrainSettings(rank=4, seed=seed))
     with torch.no_grad():
-        for master, mask in zip(lora.masters, lora._masks, strict=True):
+        for master, factor in zip(lora.masters, lora._factors, strict=True):
             master.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
-            if mask is not None:
-                master.mul_(mask)
+            master.mul_(factor != 0)
     folder.mkdir()
     for name, data in encode_adapter(lora.adapter(), network, base).items():
         (folder / name).write_bytes(data)

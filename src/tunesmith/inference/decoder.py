@@ -6,7 +6,6 @@ D head size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +14,10 @@ from llguidance import LLMatcher
 from torch import Tensor
 
 from tunesmith.inference.constraint import Constraints, follow
-from tunesmith.models.attention import Layout, attend_rows
+from tunesmith.models import ops
+from tunesmith.models.attention import Blocks, Layout, mix
 from tunesmith.models.batch import common_prefix
-from tunesmith.models.network import Linear, Network, forward, logits
+from tunesmith.models.network import Linear, Network, angles, forward, logits
 
 # Rows that have ended are dropped from the batch once they make up this share of it.
 _DROPPED_AT = 0.25
@@ -46,14 +46,16 @@ def compute_prefix(network: Network, linear: Linear, ids: Sequence[int]) -> Pref
     """Run tokens that several prompts begin with."""
     keys: list[Tensor] = []
     values: list[Tensor] = []
-    layout = Layout(0, (len(ids),), network)
+    layout = Layout(0, (len(ids),), torch.arange(len(ids)), network)
 
-    def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys.append(k.transpose(0, 1).contiguous())
-        values.append(v.transpose(0, 1).contiguous())
-        return attend_rows(layout, q, k, v, None, None).flatten(1)
+    def attend(_layer: int, qkv: Tensor) -> Tensor:
+        blocks = layout.split(qkv)
+        keys.append(blocks.k[:, 0])
+        values.append(blocks.v[:, 0])
+        early, own, *_ = mix(layout, blocks)
+        return layout.tokens(early, own)
 
-    forward(network, torch.tensor(ids), torch.arange(len(ids)), linear, attend)
+    forward(network, torch.tensor(ids), linear, attend)
     return Prefix(tuple(ids), tuple(keys), tuple(values))
 
 
@@ -112,46 +114,40 @@ class Rows:
     @torch.inference_mode()
     def _prefill(self, own: Sequence[Sequence[int]]) -> Tensor:
         lengths = [len(ids) for ids in own]
-        layout = Layout(self._shared, lengths, self._network)
-        positions = [self._shared + place for length in lengths for place in range(length)]
+        positions = torch.tensor([self._shared + place for length in lengths for place in range(length)])
+        layout = Layout(0, lengths, positions, self._network)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for cache, new in ((self._keys[layer], k), (self._values[layer], v)):
-                cache[:, :, : layout.longest] = layout.pad(new).transpose(1, 2)
-            kp, vp = (self._prefix.keys[layer], self._prefix.values[layer]) if self._prefix else (None, None)
-            return attend_rows(layout, q, k, v, kp, vp).flatten(1)
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            blocks = layout.split(qkv)
+            for cache, new in ((self._keys[layer], blocks.k), (self._values[layer], blocks.v)):
+                cache[:, :, : layout.longest] = new.transpose(0, 1)
+            if self._prefix is not None:
+                blocks = Blocks(blocks.qp, self._prefix.keys[layer], self._prefix.values[layer], *blocks[3:])
+            early, mixed, *_ = mix(layout, blocks)
+            return layout.tokens(early, mixed)
 
         ids = torch.tensor([token for row in own for token in row])
-        hidden = forward(self._network, ids, torch.tensor(positions), self._linear, attend)
+        hidden = forward(self._network, ids, self._linear, attend)
         return logits(self._network, hidden[self._lengths.cumsum(0) - 1])
 
     def _advance(self) -> Tensor:
         """Run the tokens given last; logits [B, vocabulary]."""
-        network, lengths = self._network, self._lengths
-        count, seen = len(self._given), int(lengths.max()) + 1
-        rows = torch.arange(count)
-        shape = network.shape
-        group, scale = shape.heads // shape.kv_heads, 1.0 / math.sqrt(shape.head)
-        beyond = (torch.arange(seen) > lengths[:, None])[:, None, None]
-        cut = self._shared
+        network, lengths, scale = self._network, self._lengths, self._network.shape.attention_scale
+        cos, sin = angles(network, lengths + self._shared)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(layer: int, qkv: Tensor) -> Tensor:
             keys, values = self._keys[layer], self._values[layer]
-            keys[rows, :, lengths] = k
-            values[rows, :, lengths] = v
-            grouped = q.view(count, shape.kv_heads, group, shape.head) * scale
-            scores = (grouped @ keys[:, :, :seen].transpose(-1, -2)).masked_fill(beyond, float("-inf"))
+            q = ops.decode_split(qkv, cos, sin, keys, values, lengths)
             if self._prefix is None:
-                weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
-                return (weights @ values[:, :, :seen]).reshape(count, -1)
-            by_head = grouped.transpose(0, 1).flatten(1, 2)  # [K, B * G, D]
-            shared = (by_head @ self._prefix.keys[layer].transpose(-1, -2)).view(-1, count, group, cut).transpose(0, 1)
-            weights = torch.softmax(torch.cat((shared, scores), -1), -1, dtype=torch.float32).to(q.dtype)
-            over = weights[..., :cut].transpose(0, 1).flatten(1, 2) @ self._prefix.values[layer]
-            mixed = weights[..., cut:] @ values[:, :, :seen]
-            return (mixed + over.view(-1, count, group, shape.head).transpose(0, 1)).reshape(count, -1)
+                return ops.decode_mix(q, None, keys, values, lengths, scale)
+            kv, rows, group, size = q.shape
+            shared = q.flatten(1, 2) @ self._prefix.keys[layer].transpose(1, 2)
+            mixed = ops.decode_mix(q, shared, keys, values, lengths, scale)
+            over = (shared @ self._prefix.values[layer]).view(kv, rows, group, size)
+            mixed.view(rows, kv, group, size).add_(over.transpose(0, 1))
+            return mixed
 
-        hidden = forward(network, torch.tensor(self._given), lengths + cut, self._linear, attend)
+        hidden = forward(network, torch.tensor(self._given), self._linear, attend)
         self._lengths = lengths + 1
         return logits(network, hidden)
 

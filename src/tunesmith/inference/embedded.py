@@ -17,7 +17,7 @@ from tunesmith.inference.constraint import Constraints
 from tunesmith.inference.decoder import Prefix, Sampling, compute_prefix, decode, shared_length
 from tunesmith.inference.engine import Completion, Generation, Question
 from tunesmith.models import runtime
-from tunesmith.models.adapter import Adapter, adapted_linear, read_adapter
+from tunesmith.models.adapter import adapted_linear, read_adapter
 from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.base import BaseModel
 from tunesmith.models.batch import label_count, lay_out
@@ -40,7 +40,7 @@ class EmbeddedEngine:
         self._base = base
         self._renderer = Renderer(base.folder)
         self._network = load_network(base.folder)
-        self._adapters: dict[str, Adapter] = {}
+        self._adapters: dict[str, Linear] = {}
         self._prefixes: OrderedDict[tuple[str | None, tuple[int, ...]], Prefix] = OrderedDict()
         self._last: dict[str | None, list[int]] = {}
         self._turn = threading.RLock()
@@ -66,9 +66,9 @@ class EmbeddedEngine:
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Make a PEFT folder answerable under name; reading it again replaces it."""
-        adapter = read_adapter(folder, self._network, self._base)
+        linear = adapted_linear(self._network, read_adapter(folder, self._network, self._base))
         with self._turn:
-            self._adapters[name] = adapter
+            self._adapters[name] = linear
             for key in [key for key in self._prefixes if key[0] == name]:
                 del self._prefixes[key]
 
@@ -135,9 +135,7 @@ class EmbeddedEngine:
 
     def _likelihoods(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
         batch, network = lay_out(rows), self._network
-        hidden = forward(
-            network, batch.ids, batch.positions, self._linear(adapter), shared_prefix_attention(batch, network)
-        )
+        hidden = forward(network, batch.ids, self._linear(adapter), shared_prefix_attention(batch, network))
         scores = logits(network, hidden[batch.predicts]).float()
         each = scores.log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]
         return [float(part.sum()) for part in each.split([label_count(row) for row in rows])]
@@ -243,7 +241,7 @@ class EmbeddedEngine:
             return frozen_linear(self._network)
         if adapter not in self._adapters:
             raise Refused(f"adapter {adapter} is not loaded", fix="load it before asking it")
-        return adapted_linear(self._network, self._adapters[adapter])
+        return self._adapters[adapter]
 
 
 class _Row:

@@ -21,6 +21,7 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused
 from tunesmith.models.base import BaseModel
 from tunesmith.models.network import GROUPS, Linear, Network
+from tunesmith.models.products import TILE, Pair
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _BOUND = "tunesmith"  # key of the weights' metadata: what the adapter was trained on
@@ -65,14 +66,19 @@ def blocks(network: Network, group: str, rank: int, targets: frozenset[str]) -> 
 
 def adapted_linear(network: Network, adapter: Adapter) -> Linear:
     """The base's linear layers with the adapter on top, for use without gradients."""
+    pairs = {place: _pair(adapter.a[place], adapter.b[place] * adapter.scale, network.dtype) for place in adapter.a}
 
     def apply(number: int, group: str, x: Tensor) -> Tensor:
-        layer = network.layers[number]
-        y = F.linear(x, layer.linear[group], layer.bias.get(group))
-        a = adapter.a.get((number, group))
-        return y if a is None else y.addmm_(x @ a.t(), adapter.b[number, group].t(), alpha=adapter.scale)
+        product, pair = network.layers[number].linear[group], pairs.get((number, group))
+        return product(x) if pair is None else product(x, pair.low(x), pair)
 
     return apply
+
+
+def _pair(a: Tensor, b: Tensor, dtype: torch.dtype) -> Pair:
+    """a [r, in] and b [out, r], with rows of zeros up to what tiles multiply."""
+    missing = -len(a) % TILE
+    return Pair(F.pad(a, (0, 0, 0, missing)).to(dtype), F.pad(b.t(), (0, 0, 0, missing)).contiguous().to(dtype))
 
 
 def encode_adapter(adapter: Adapter, network: Network, base: BaseModel) -> dict[str, bytes]:
@@ -127,14 +133,14 @@ def read_adapter(folder: Path, network: Network, base: BaseModel) -> Adapter:
             found = blocks(network, group, rank, targets)
             if not found:
                 continue
-            out, into = layer.linear[group].shape
-            a[number, group] = torch.zeros(len(found) * rank, into, dtype=network.dtype)
-            b[number, group] = torch.zeros(out, len(found) * rank, dtype=network.dtype)
+            out, into = layer.linear[group].out, layer.linear[group].into
+            a[number, group] = torch.zeros(len(found) * rank, into)
+            b[number, group] = torch.zeros(out, len(found) * rank)
             for part, rows, columns in found:
                 prefix = f"base_model.model.model.layers.{number}.{part}"
                 try:
-                    a[number, group][columns] = tensors.pop(f"{prefix}.lora_A.weight").to(network.dtype)
-                    b[number, group][rows, columns] = tensors.pop(f"{prefix}.lora_B.weight").to(network.dtype)
+                    a[number, group][columns] = tensors.pop(f"{prefix}.lora_A.weight")
+                    b[number, group][rows, columns] = tensors.pop(f"{prefix}.lora_B.weight")
                 except (KeyError, RuntimeError) as error:
                     raise Refused(f"the adapter does not fit {prefix}: {error}", where=where) from error
     if tensors:

@@ -1,188 +1,212 @@
 """Attention of rows behind a shared prefix, forward and backward in one function each.
 
 The scores of a row against the shared prefix are one product for all rows; those against its own tokens are causal.
-Small dense products beat masked flash kernels on CPU at these lengths. Shapes: K key/value heads, G query heads for
-each, B rows padded to L own tokens, P prefix tokens, D head size.
+Small dense products beat masked flash kernels on CPU at these lengths. Weights of long rows are computed again in the
+backward pass: kept, they would be the largest thing in memory. Shapes: K key/value heads, G query heads for each, B rows padded to L
+own tokens, P prefix tokens, D head size.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tunesmith.models import native, ops
 from tunesmith.models.batch import Batch
-from tunesmith.models.network import Attend, Network
+from tunesmith.models.network import Attend, Network, Shape, angles
+
+
+_KEPT = 1 << 22  # numbers: a layer's weights up to this many are kept for the backward pass
+
+
+class Blocks(NamedTuple):
+    """Queries, keys and values as attention works on them: the prefix's [K, G * P, D] and [K, P, D], the rows'
+    [K, B, G * L, D] and [K, B, L, D]. Slots behind the end of a row hold zeros."""
+
+    qp: Tensor
+    kp: Tensor
+    vp: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
 
 
 class Layout:
-    """Where a batch's tokens lie in the padded [B, L] block that attention works on."""
+    """Where a batch's tokens lie in the padded blocks, and their rotary angles."""
 
-    def __init__(self, prefix: int, lengths: Sequence[int], network: Network) -> None:
-        self.prefix, self.rows, self.longest = prefix, len(lengths), max(lengths)
-        slots = [row * self.longest + place for row, length in enumerate(lengths) for place in range(length)]
-        self.even = len(slots) == self.rows * self.longest
-        self.slots = torch.tensor(slots)
-        self.group = network.shape.heads // network.shape.kv_heads
-        self.scale = 1.0 / math.sqrt(network.shape.head)
-        self.own_mask = _causal(self.longest, self.group, network.dtype)
-        self.prefix_mask = _causal(self.prefix, self.group, network.dtype)
+    def __init__(self, prefix: int, lengths: Sequence[int], positions: Tensor, network: Network) -> None:
+        shape = network.shape
+        self.shape, self.prefix, self.rows, self.longest = shape, prefix, len(lengths), max(lengths)
+        self.even = all(length == self.longest for length in lengths)
+        self.kv, self.group, self.scale = shape.kv_heads, shape.heads // shape.kv_heads, shape.attention_scale
+        rows = [-1] * prefix + [row for row, length in enumerate(lengths) for _ in range(length)]
+        places = [*range(prefix), *(place for length in lengths for place in range(length))]
+        self.row_of, self.place_of = torch.tensor(rows), torch.tensor(places)
+        self.cos, self.sin = angles(network, positions)
+        self.native = native.TokenLayout(
+            *(len(rows), prefix, self.rows, self.longest, self.kv, self.group, shape.head),
+            *(self.row_of.data_ptr(), self.place_of.data_ptr()),
+        )
 
-    def pad(self, x: Tensor) -> Tensor:
-        """Own tokens [sum(lengths), heads, D] -> [B, L, heads, D], zeros where a row is shorter."""
-        if self.even:
-            return x.view(self.rows, self.longest, *x.shape[1:])
-        padded = x.new_zeros(self.rows * self.longest, *x.shape[1:])
-        return padded.index_copy_(0, self.slots, x).view(self.rows, self.longest, *x.shape[1:])
+    def blocks(self, like: Tensor) -> Blocks:
+        """Blocks to be filled."""
+        kv, group, size = self.kv, self.group, self.shape.head
+        make = like.new_empty if self.even else like.new_zeros
+        own = make(kv * self.rows * self.longest * size * (group + 2))
+        q, k, v = own.split([kv * self.rows * self.longest * size * part for part in (group, 1, 1)])
+        early = like.new_empty(kv * self.prefix * size * (group + 2))
+        qp, kp, vp = early.split([kv * self.prefix * size * part for part in (group, 1, 1)])
+        return Blocks(
+            qp.view(kv, group * self.prefix, size),
+            kp.view(kv, self.prefix, size),
+            vp.view(kv, self.prefix, size),
+            q.view(kv, self.rows, group * self.longest, size),
+            k.view(kv, self.rows, self.longest, size),
+            v.view(kv, self.rows, self.longest, size),
+        )
 
-    def unpad(self, x: Tensor) -> Tensor:
-        """The way back."""
-        flat = x.flatten(0, 1)
-        return flat if self.even else flat.index_select(0, self.slots)
+    def split(self, qkv: Tensor) -> Blocks:
+        """qkv [T, (H + 2 K) * D] to blocks, queries and keys rotated."""
+        blocks = self.blocks(qkv)
+        kernel = ops.kernel_for("split", qkv)
+        if kernel is not None:
+            self._call(kernel, qkv.contiguous(), blocks)
+            return blocks
+        heads = self.kv * self.group
+        parts = qkv.unflatten(-1, (-1, self.shape.head)).split((heads, self.kv, self.kv), 1)
+        turned = (ops.rotate(parts[0], self.cos, self.sin), ops.rotate(parts[1], self.cos, self.sin), parts[2])
+        for part, early, own in zip(turned, blocks[:3], blocks[3:], strict=True):
+            self._fill(part, early, own)
+        return blocks
+
+    def join(self, blocks: Blocks) -> Tensor:
+        """Gradients of the blocks back to a gradient of qkv."""
+        heads = self.kv * self.group
+        out = blocks.q.new_empty(len(self.row_of), (heads + 2 * self.kv) * self.shape.head)
+        kernel = ops.kernel_for("split_backward", out)
+        if kernel is not None:
+            self._call(kernel, out, blocks)
+            return out
+        parts = [self._take(early, own) for early, own in zip(blocks[:3], blocks[3:], strict=True)]
+        turned = (ops.rotate(parts[0], self.cos, -self.sin), ops.rotate(parts[1], self.cos, -self.sin), parts[2])
+        return torch.cat(turned, 1).flatten(1)
+
+    def tokens(self, early: Tensor, own: Tensor) -> Tensor:
+        """Mixed values in the queries' blocks to [T, H * D]."""
+        out = own.new_empty(len(self.row_of), self.kv * self.group * self.shape.head)
+        kernel = ops.kernel_for("gather", out)
+        if kernel is None:
+            return self._take(early, own).flatten(1)
+        self._gather(kernel, out, early, own, 1)
+        return out
+
+    def queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, H * D] to the queries' blocks."""
+        blocks = self.blocks(x)
+        kernel = ops.kernel_for("gather", x)
+        if kernel is None:
+            self._fill(x.unflatten(-1, (-1, self.shape.head)), blocks.qp, blocks.q)
+        else:
+            self._gather(kernel, x.contiguous(), blocks.qp, blocks.q, 0)
+        return blocks.qp, blocks.q
+
+    def _call(self, kernel: Any, flat: Tensor, blocks: Blocks) -> None:
+        at = ops.at
+        kernel(ctypes.byref(self.native), at(flat), at(self.cos), at(self.sin), *map(at, blocks), torch.get_num_threads())
+
+    def _gather(self, kernel: Any, flat: Tensor, early: Tensor, own: Tensor, to_tokens: int) -> None:
+        at = ops.at
+        kernel(ctypes.byref(self.native), at(flat), at(early), at(own), to_tokens, torch.get_num_threads())
+
+    def _fill(self, x: Tensor, early: Tensor, own: Tensor) -> None:
+        """x [T, heads, D] into the blocks of queries, keys or values."""
+        heads, size, cut = x.shape[1], x.shape[2], self.prefix
+        group = heads // self.kv
+        early.view(self.kv, group, cut, size).copy_(x[:cut].view(cut, self.kv, group, size).permute(1, 2, 0, 3))
+        padded = x.new_zeros(self.rows, self.longest, heads, size)
+        padded[self.row_of[cut:], self.place_of[cut:]] = x[cut:]
+        padded = padded.view(self.rows, self.longest, self.kv, group, size)
+        own.view(self.kv, self.rows, group, self.longest, size).copy_(padded.permute(2, 0, 3, 1, 4))
+
+    def _take(self, early: Tensor, own: Tensor) -> Tensor:
+        """The way back: [T, heads, D]."""
+        size, cut = own.shape[-1], self.prefix
+        group = own.shape[2] // self.longest
+        first = early.reshape(self.kv, group, cut, size).permute(2, 0, 1, 3).reshape(cut, -1, size)
+        rest = own.reshape(self.kv, self.rows, group, self.longest, size).permute(1, 3, 0, 2, 4)
+        rest = rest.reshape(self.rows, self.longest, -1, size)[self.row_of[cut:], self.place_of[cut:]]
+        return torch.cat((first, rest))
 
 
 def shared_prefix_attention(batch: Batch, network: Network) -> Attend:
     """Attention for one batch, to be passed to network.forward."""
-    layout = Layout(batch.prefix, batch.lengths, network)
+    layout = Layout(batch.prefix, batch.lengths, batch.positions, network)
 
-    def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _Attention.apply(q, k, v, layout).flatten(1)  # type: ignore[no-any-return]
+    def attend(_layer: int, qkv: Tensor) -> Tensor:
+        return _Attention.apply(qkv, layout)  # type: ignore[no-any-return]
 
     return attend
 
 
-def attend_rows(layout: Layout, q: Tensor, k: Tensor, v: Tensor, kp: Tensor | None, vp: Tensor | None) -> Tensor:
-    """Mixed values [T, H, D] of rows whose shared prefix was computed before: kp, vp [K, P, D]. No gradients."""
-    queries = _queries(layout.pad(q), layout.group)
-    if kp is not None and vp is not None:
-        kp, vp = kp[:, None], vp[:, None]
-    mixed, _ = _attend(queries, _keys(layout.pad(k)), _keys(layout.pad(v)), kp, vp, layout.own_mask, layout.scale)
-    return layout.unpad(_tokens(mixed, layout.group))
-
-
-def _causal(length: int, group: int, dtype: torch.dtype) -> Tensor:
-    """[G * L, L]: 0 where a query may look, a large negative number where not."""
-    return torch.full((length, length), -1e9, dtype=dtype).triu(1).repeat(group, 1)
+def mix(layout: Layout, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Mixed values of the prefix's tokens and of the rows', as queries lie (the prefix's queries may be left out where it
+    was computed before: qp empty, kp and vp not); the weights behind them: the prefix's,
+    the rows' on the prefix [K, B * G * L, P], the rows' own [K * B, G * L, L]."""
+    qp, kp, vp, q, k, v = blocks
+    early = qp @ kp.transpose(1, 2)
+    mixed_early = qp
+    if qp.numel():
+        ops.softmax_(None, early, layout.scale)
+        mixed_early = early @ vp
+    flat = q.flatten(1, 2)
+    shared = flat @ kp.transpose(1, 2)
+    own = q.flatten(0, 1) @ k.flatten(0, 1).transpose(1, 2)
+    ops.softmax_(shared if kp.numel() else None, own, layout.scale)
+    mixed = own @ v.flatten(0, 1)
+    if kp.numel():
+        mixed.view_as(flat).baddbmm_(shared, vp)
+    return mixed_early, mixed.view_as(q), early, shared, own
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        cut = layout.prefix
-        kept: list[Tensor] = []
-        out = torch.empty_like(q)
-        kp = vp = None
-        if cut:
-            qp, kp, vp = _queries(q[None, :cut], layout.group), _keys(k[None, :cut]), _keys(v[None, :cut])
-            mixed, weights = _attend(qp, kp, vp, None, None, layout.prefix_mask, layout.scale)
-            out[:cut] = _tokens(mixed, layout.group)[0]
-            kept += [qp, kp, vp, weights]
-        qo, ko, vo = (
-            _queries(layout.pad(q[cut:]), layout.group),
-            _keys(layout.pad(k[cut:])),
-            _keys(layout.pad(v[cut:])),
-        )
-        mixed, weights = _attend(qo, ko, vo, kp, vp, layout.own_mask, layout.scale)
-        out[cut:] = layout.unpad(_tokens(mixed, layout.group))
-        ctx.save_for_backward(*kept, qo, ko, vo, weights)
+    def forward(ctx: Any, qkv: Tensor, layout: Layout) -> Tensor:
+        blocks = layout.split(qkv)
+        early, own, *weights = mix(layout, blocks)
+        kept = sum(weight.numel() for weight in weights) <= _KEPT
+        ctx.save_for_backward(*blocks, *(weights if kept else ()))
         ctx.layout = layout
-        return out
+        return layout.tokens(early, own)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         layout: Layout = ctx.layout
-        cut, group = layout.prefix, layout.group
-        saved = ctx.saved_tensors
-        qo, ko, vo, weights = saved[-4:]
-        heads = ko.shape[0]
-        size = gradient.shape[-1]
-        dq = torch.empty_like(gradient)
-        dk = gradient.new_empty(gradient.shape[0], heads, size)
-        dv = torch.empty_like(dk)
-        kp, vp = (saved[1], saved[2]) if cut else (None, None)
-        own = _queries(layout.pad(gradient[cut:]), group)
-        gq, gk, gv, gkp, gvp = _attend_backward(own, qo, ko, vo, kp, vp, weights, layout.scale)
-        dq[cut:] = layout.unpad(_tokens(gq, group))
-        dk[cut:] = layout.unpad(gk.permute(1, 2, 0, 3))
-        dv[cut:] = layout.unpad(gv.permute(1, 2, 0, 3))
-        if cut:
-            qp, kp, vp, prefix_weights = saved[:4]
-            above = _queries(gradient[None, :cut], group)
-            gq, gk, gv, _, _ = _attend_backward(above, qp, kp, vp, None, None, prefix_weights, layout.scale)
-            dq[:cut] = _tokens(gq, group)[0]
-            dk[:cut] = (gk[:, 0] + gkp[:, 0]).transpose(0, 1)
-            dv[:cut] = (gv[:, 0] + gvp[:, 0]).transpose(0, 1)
-        return dq, dk, dv, None
+        blocks = Blocks(*ctx.saved_tensors[:6])
+        qp, kp, vp, q, k, v = blocks
+        early, shared, own = ctx.saved_tensors[6:] or mix(layout, blocks)[2:]
+        gp, g = layout.queries(gradient)
+        out = layout.blocks(gradient)
+        flat, rows = g.flatten(1, 2), g.flatten(0, 1)
+        to_own = rows @ v.flatten(0, 1).transpose(1, 2)
+        torch.bmm(own.transpose(1, 2), rows, out=out.v.flatten(0, 1))
+        if not layout.prefix:
+            ops.softmax_backward_(None, own, None, to_own, layout.scale)
+        else:
+            to_shared = flat @ vp.transpose(1, 2)
+            ops.softmax_backward_(shared, own, to_shared, to_own, layout.scale)
+            to_early = gp @ vp.transpose(1, 2)
+            ops.softmax_backward_(None, early, None, to_early, layout.scale)
+            torch.bmm(early.transpose(1, 2), gp, out=out.vp).baddbmm_(shared.transpose(1, 2), flat)
+            torch.bmm(to_early, kp, out=out.qp)
+            torch.bmm(to_early.transpose(1, 2), qp, out=out.kp).baddbmm_(to_shared.transpose(1, 2), q.flatten(1, 2))
+        torch.bmm(to_own, k.flatten(0, 1), out=out.q.flatten(0, 1))
+        torch.bmm(to_own.transpose(1, 2), q.flatten(0, 1), out=out.k.flatten(0, 1))
+        if layout.prefix:
+            out.q.flatten(1, 2).baddbmm_(to_shared, kp)
+        return layout.join(out), None
 
-
-def _queries(x: Tensor, group: int) -> Tensor:
-    """[B, L, K * G, D] -> [K, B, G * L, D]."""
-    rows, length, heads, size = x.shape
-    return (
-        x.view(rows, length, heads // group, group, size).permute(2, 0, 3, 1, 4).reshape(-1, rows, group * length, size)
-    )
-
-
-def _tokens(x: Tensor, group: int) -> Tensor:
-    """[K, B, G * L, D] -> [B, L, K * G, D]."""
-    heads, rows, many, size = x.shape
-    x = x.view(heads, rows, group, many // group, size).permute(1, 3, 0, 2, 4)
-    return x.reshape(rows, many // group, heads * group, size)
-
-
-def _keys(x: Tensor) -> Tensor:
-    """[B, L, K, D] -> [K, B, L, D]."""
-    return x.permute(2, 0, 1, 3).contiguous()
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, kp: Tensor | None, vp: Tensor | None, mask: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Mixed values [K, B, G * L, D] and the attention weights [K, B, G * L, P + L]."""
-    heads, rows, many, _ = q.shape
-    scores = (q @ k.transpose(-1, -2)).mul_(scale).add_(mask)
-    if kp is not None:
-        shared = (q.flatten(1, 2) @ kp[:, 0].transpose(-1, -2)).mul_(scale)
-        scores = torch.cat((shared.view(heads, rows, many, -1), scores), -1)
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
-    cut = 0 if kp is None else kp.shape[2]
-    mixed = weights[..., cut:] @ v
-    if vp is not None:
-        mixed += (weights[..., :cut].flatten(1, 2) @ vp[:, 0]).view_as(mixed)
-    return mixed, weights
-
-
-def _attend_backward(
-    gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kp: Tensor | None,
-    vp: Tensor | None,
-    weights: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the prefix's k and v [K, 1, P, D] (empty where there is none)."""
-    cut = 0 if kp is None else kp.shape[2]
-    into = gradient @ v.transpose(-1, -2)
-    if vp is not None:
-        shared = (gradient.flatten(1, 2) @ vp[:, 0].transpose(-1, -2)).view(*into.shape[:-1], cut)
-        into = torch.cat((shared, into), -1)
-    wide = weights.float()
-    inner = wide * into
-    scores = (inner - wide * inner.sum(-1, keepdim=True)).mul_(scale).to(q.dtype)
-    own, own_weights = scores[..., cut:], weights[..., cut:]
-    gq = own @ k
-    gk = own.transpose(-1, -2) @ q
-    gv = own_weights.transpose(-1, -2) @ gradient
-    if kp is None:
-        empty = gq.new_empty(0)
-        return gq, gk, gv, empty, empty
-    above = scores[..., :cut].flatten(1, 2)
-    gq += (above @ kp[:, 0]).view_as(gq)
-    gkp = above.transpose(-1, -2) @ q.flatten(1, 2)
-    gvp = weights[..., :cut].flatten(1, 2).transpose(-1, -2) @ gradient.flatten(1, 2)
-    return gq, gk, gv, gkp[:, None], gvp[:, None]

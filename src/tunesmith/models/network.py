@@ -18,10 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.models import ops
+from tunesmith.models.products import Frozen
+
 # (layer, group, x [T, in]) -> [T, out], where group is one of GROUPS.
 Linear = Callable[[int, str, Tensor], Tensor]
-# (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H * D]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# (layer, qkv [T, (H + 2 K) * D], queries and keys not yet rotated) -> [T, H * D]
+Attend = Callable[[int, Tensor], Tensor]
 
 # Linear layers that read the same input are one product: group -> the names of its parts, in the order of its rows.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -34,7 +37,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A network's sizes."""
+    """A network's sizes. attention_scale multiplies the scores."""
 
     layers: int
     width: int
@@ -43,14 +46,14 @@ class Shape:
     head: int
     vocabulary: int
     epsilon: float
+    attention_scale: float
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's frozen weights. linear: group -> [out, in]; bias: group -> [out], only where the family has one."""
+    """One layer's frozen weights. linear: group -> its product."""
 
-    linear: dict[str, Tensor]
-    bias: dict[str, Tensor]
+    linear: dict[str, Frozen]
     attention_norm: Tensor
     mlp_norm: Tensor
     q_norm: Tensor | None
@@ -63,7 +66,7 @@ class Network:
 
     shape: Shape
     embedding: Tensor  # [vocabulary, M]
-    head: Tensor  # [vocabulary, M]; the embedding itself where the family ties them
+    head: Frozen  # [vocabulary, M]; of the embedding itself where the family ties them
     final_norm: Tensor
     layers: tuple[Layer, ...]
     inverse_frequencies: Tensor  # [D / 2]
@@ -79,65 +82,83 @@ class Network:
         shape = self.shape
         if group == "qkv":
             return (shape.heads * shape.head, shape.kv_heads * shape.head, shape.kv_heads * shape.head)
-        out = self.layers[0].linear[group].shape[0]
+        out = self.layers[0].linear[group].out
         return (out // 2, out // 2) if group == "gate_up" else (out,)
 
 
-def forward(network: Network, ids: Tensor, positions: Tensor, linear: Linear, attend: Attend) -> Tensor:
-    """Hidden states [T, M] before the final norm, of ids [T] at positions [T]."""
-    shape = network.shape
+def forward(network: Network, ids: Tensor, linear: Linear, attend: Attend) -> Tensor:
+    """Hidden states [T, M] before the final norm, of ids [T]; attend knows their positions."""
+    epsilon = network.shape.epsilon
     x = F.embedding(ids, network.embedding)
-    cos, sin = rotation(network, positions)
+    added: Tensor | None = None  # what the sub-layer before adds to x
     for number, layer in enumerate(network.layers):
-        h = rms_norm(x, layer.attention_norm, shape.epsilon)
-        q, k, v = linear(number, "qkv", h).split(network.parts("qkv"), dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, shape.head)) for part in (q, k, v))
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, shape.epsilon), rms_norm(k, layer.k_norm, shape.epsilon)
-        mixed = attend(number, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        x = x + linear(number, "o", mixed)
-        h = rms_norm(x, layer.mlp_norm, shape.epsilon)
-        x = x + linear(number, "down", gated(linear(number, "gate_up", h)))
-    return x
+        x, h = add_norm(x, added, layer.attention_norm, epsilon)
+        qkv = _head_norms(network, layer, linear(number, "qkv", h))
+        x, h = add_norm(x, linear(number, "o", attend(number, qkv)), layer.mlp_norm, epsilon)
+        added = linear(number, "down", gated(linear(number, "gate_up", h)))
+    return x if added is None else x + added
 
 
 def logits(network: Network, hidden: Tensor) -> Tensor:
     """Logits [T, vocabulary] of hidden states [T, M]."""
-    return F.linear(rms_norm(hidden, network.final_norm, network.shape.epsilon), network.head)
+    return network.head(rms_norm(hidden, network.final_norm, network.shape.epsilon))
 
 
 def frozen_linear(network: Network) -> Linear:
-    """The base's own linear layers, no adapter."""
+    """The base's own linear layers, no adapter. No gradients: see training.lora for those."""
 
     def apply(number: int, group: str, x: Tensor) -> Tensor:
-        layer = network.layers[number]
-        return F.linear(x, layer.linear[group], layer.bias.get(group))
+        return network.layers[number].linear[group](x)
 
     return apply
 
 
-def rotation(network: Network, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, D / 2] of rotary positions."""
-    angles = positions.float()[:, None] * network.inverse_frequencies
-    return tuple((f(angles) * network.rope_scale).to(network.dtype)[:, None] for f in (torch.cos, torch.sin))  # type: ignore[return-value]
+def angles(network: Network, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, D / 2], fp32, of rotary positions [T]."""
+    turned = positions.float()[:, None] * network.inverse_frequencies
+    return turned.cos() * network.rope_scale, turned.sin() * network.rope_scale
+
+
+def _head_norms(network: Network, layer: Layer, qkv: Tensor) -> Tensor:
+    """The norms that some families put on each head's query and key."""
+    if layer.q_norm is None or layer.k_norm is None:
+        return qkv
+    shape = network.shape
+    q, k, v = qkv.split(network.parts("qkv"), dim=-1)
+    q, k = (
+        rms_norm(part.unflatten(-1, (-1, shape.head)), weight, shape.epsilon).flatten(-2)
+        for part, weight in ((q, layer.q_norm), (k, layer.k_norm))
+    )
+    return torch.cat((q, k, v), -1)
+
+
+class _AddNorm(torch.autograd.Function):
+    """The sum and its norm in one pass; the backward pass computes the normalised input again. Weights are frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        total, out, scale = ops.add_norm(x, y, weight, epsilon)
+        ctx.save_for_backward(total, weight, scale)
+        return total, out
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        total, weight, scale = ctx.saved_tensors
+        result = ops.norm_backward(gradient, total, weight, scale, above)
+        return result, result, None, None
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Recomputes the normalised input in the backward pass instead of keeping it. The weight is frozen."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        x, out, scale = ops.add_norm(x, None, weight, epsilon)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype) * weight
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        normal = x.float() * scale
-        inner = gradient.float() * weight
-        return (scale * (inner - normal * (inner * normal).mean(-1, keepdim=True))).to(x.dtype), None, None
+        return ops.norm_backward(gradient, x, weight, scale, None), None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -145,25 +166,11 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return _RmsNorm.apply(x, weight, epsilon)  # type: ignore[no-any-return]
 
 
-class _Rotate(torch.autograd.Function):
-    """The backward pass of a rotation is the rotation the other way: nothing but the angles is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        first, second = x.chunk(2, -1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        first, second = gradient.chunk(2, -1)
-        return torch.cat((first * cos + second * sin, second * cos - first * sin), -1), None, None
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to x [T, heads, D]."""
-    return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return]
+def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x + y (x where y is None) and its RMSNorm."""
+    if y is None:
+        return x, rms_norm(x, weight, epsilon)
+    return _AddNorm.apply(x, y, weight, epsilon)  # type: ignore[no-any-return]
 
 
 class _Gated(torch.autograd.Function):
@@ -172,20 +179,11 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate) * up
+        return ops.gated(gate_up)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        result = torch.empty_like(gate_up)
-        to_gate, to_up = result.chunk(2, -1)
-        torch.mul(gradient, silu, out=to_up)
-        torch.mul(gradient * up, sigmoid + silu * (1 - sigmoid), out=to_gate)
-        return result
+        return ops.gated_backward(gradient, ctx.saved_tensors[0])
 
 
 def gated(gate_up: Tensor) -> Tensor:

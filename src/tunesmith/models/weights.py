@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import Refused
 from tunesmith.models.network import GROUPS, Layer, Network, Shape
+from tunesmith.models.products import Frozen
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Rotary variants whose angles do not depend on the length of the text.
@@ -31,13 +32,14 @@ def load_network(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Network:
         head=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         vocabulary=int(config.vocab_size),
         epsilon=float(config.rms_norm_eps),
+        attention_scale=int(getattr(config, "head_dim", None) or config.hidden_size // heads) ** -0.5,
     )
     frequencies, scale = _rope(config)
     embedding = _take(tensors, "model.embed_tokens.weight", folder)
     network = Network(
         shape=shape,
         embedding=embedding,
-        head=embedding if config.tie_word_embeddings else _take(tensors, "lm_head.weight", folder),
+        head=Frozen(embedding if config.tie_word_embeddings else _take(tensors, "lm_head.weight", folder)),
         final_norm=_take(tensors, "model.norm.weight", folder),
         layers=tuple(_layer(tensors, number, folder) for number in range(shape.layers)),
         inverse_frequencies=frequencies,
@@ -110,15 +112,14 @@ def _take(tensors: dict[str, Tensor], name: str, folder: Path) -> Tensor:
 
 def _layer(tensors: dict[str, Tensor], number: int, folder: Path) -> Layer:
     prefix = f"model.layers.{number}."
-    linear, bias = {}, {}
+    linear = {}
     for group, parts in GROUPS.items():
-        linear[group] = torch.cat([_take(tensors, f"{prefix}{part}.weight", folder) for part in parts])
-        present = [f"{prefix}{part}.bias" in tensors for part in parts]
-        if all(present):
-            bias[group] = torch.cat([_take(tensors, f"{prefix}{part}.bias", folder) for part in parts])
+        weight = torch.cat([_take(tensors, f"{prefix}{part}.weight", folder) for part in parts])
+        biased = all(f"{prefix}{part}.bias" in tensors for part in parts)
+        bias = torch.cat([_take(tensors, f"{prefix}{part}.bias", folder) for part in parts]) if biased else None
+        linear[group] = Frozen(weight, bias)
     return Layer(
         linear=linear,
-        bias=bias,
         attention_norm=_take(tensors, f"{prefix}input_layernorm.weight", folder),
         mlp_norm=_take(tensors, f"{prefix}post_attention_layernorm.weight", folder),
         q_norm=tensors.pop(f"{prefix}self_attn.q_norm.weight", None),

@@ -35,9 +35,10 @@ class Course:
 
 def batch_loss(network: Network, lora: Lora, batch: Batch, divisor: float) -> Tensor:
     """Summed loss of a batch's labels over divisor, a scalar with gradients to the adapter's copies."""
-    hidden = forward(network, batch.ids, batch.positions, lora.linear(), shared_prefix_attention(batch, network))
+    hidden = forward(network, batch.ids, lora.linear(), shared_prefix_attention(batch, network))
     wanted = rms_norm(hidden[batch.predicts], network.final_norm, network.shape.epsilon)
-    return cross_entropy(wanted, network.head, batch.labels, divisor)
+    share = torch.full((batch.labels.numel(),), 1.0 / divisor)
+    return cross_entropy(wanted, network.head, batch.labels, share)
 
 
 def trial_step(network: Network, lora: Lora) -> Callable[[Batch], None]:

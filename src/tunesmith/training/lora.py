@@ -1,123 +1,165 @@
 """A LoRA adapter under training: fp32 master weights, bf16 copies that the step computes with.
 
 bf16 has 8 bits of precision: an update of a small learning rate added to a bf16 weight rounds to nothing, so the
-optimiser works on fp32 masters.
+optimiser works on fp32 masters. All of an adapter's numbers lie in one buffer, so that what is done to each of them
+(rounding, scaling, the optimiser) is one operation and not one for every layer.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.models.adapter import Adapter, Place, blocks, target_names
 from tunesmith.models.network import GROUPS, Linear, Network
+from tunesmith.models.products import TILE, Frozen, Pair
 from tunesmith.training.settings import TrainSettings
 
 
 class Lora:
-    """Masters and their compute copies, a and b of every adapted group (see models.adapter.Adapter)."""
+    """Masters and their compute copies, a [R, in] and c [R, out] of every adapted group.
+
+    R is the sum of the ranks of a group's parts, rounded up to what tiles multiply; c is b transposed (see
+    models.adapter.Adapter), and its copy already holds the adapter's scale. masters: two flat fp32 tensors, every a
+    and every c.
+    """
 
     def __init__(self, network: Network, settings: TrainSettings) -> None:
         self.network, self.rank = network, settings.rank
         self.alpha = float(settings.alpha if settings.alpha is not None else 2 * settings.rank)
         self.targets = frozenset(target_names() if "all" in settings.targets else settings.targets)
-        generator = torch.Generator().manual_seed(settings.seed)
-        self.places: list[Place] = []
-        self.masters: list[Tensor] = []  # a and b of each place in turn
-        self._masks: list[Tensor | None] = []
-        for number, layer in enumerate(network.layers):
-            for group in GROUPS:
-                found = blocks(network, group, self.rank, self.targets)
-                if found:
-                    self.places.append((number, group))
-                    self._start(layer.linear[group], found, generator)
-        self.copies = [master.detach().to(network.dtype, copy=True).requires_grad_() for master in self.masters]
+        self.places: list[Place] = [
+            (number, group)
+            for number in range(network.shape.layers)
+            for group in GROUPS
+            if blocks(network, group, self.rank, self.targets)
+        ]
+        shapes = list(zip(*(self._shapes(number, group) for number, group in self.places), strict=True))
+        self.masters = [_flat(each) for each in shapes]
+        # What a copy is of its master, and a master's gradient of its copy's: 0 where there is nothing to learn.
+        self._factors = [_flat(each) for each in shapes]
+        self._copies = [_flat(each, network.dtype) for each in shapes]
+        self._gradients = [_flat(each, network.dtype) for each in shapes]
+        self._a, self._c = (_views(master, each) for master, each in zip(self.masters, shapes, strict=True))
+        self._start(settings.seed, *(_views(factor, each) for factor, each in zip(self._factors, shapes, strict=True)))
+        pairs = map(Pair, *(_views(copy, each) for copy, each in zip(self._copies, shapes, strict=True)))
+        into = (_views(gradient, each) for gradient, each in zip(self._gradients, shapes, strict=True))
+        self._pairs = dict(zip(self.places, zip(pairs, *into, strict=True), strict=True))
+        self._anchor = torch.zeros((), requires_grad=True)
+        self.refresh_copies()
 
     @property
     def parameters(self) -> int:
-        """Trained numbers: what lies on the groups' diagonals."""
-        return sum(
-            self.rank * (rows.stop - rows.start + self.network.layers[number].linear[group].shape[1])
-            for number, group in self.places
-            for _, rows, _ in blocks(self.network, group, self.rank, self.targets)
-        )
+        """Trained numbers."""
+        return int(sum(factor.count_nonzero() for factor in self._factors))
 
     def linear(self) -> Linear:
-        """The base's linear layers with the adapter on top, recording gradients for the adapter's copies."""
-        pairs = {place: (self.copies[2 * i], self.copies[2 * i + 1]) for i, place in enumerate(self.places)}
-        scale = self.alpha / self.rank
+        """The base's linear layers with the adapter on top; a backward pass leaves the adapter's gradients here."""
 
         def apply(number: int, group: str, x: Tensor) -> Tensor:
-            layer = self.network.layers[number]
-            weight, bias = layer.linear[group], layer.bias.get(group)
-            if (number, group) not in pairs:
-                return F.linear(x, weight, bias)
-            a, b = pairs[number, group]
-            return _LoraLinear.apply(x, weight, bias, a, b, scale)  # type: ignore[no-any-return]
+            product = self.network.layers[number].linear[group]
+            if (number, group) not in self._pairs:
+                return frozen(product, x)
+            return _LoraLinear.apply(x, self._anchor, product, *self._pairs[number, group])  # type: ignore[no-any-return]
 
         return apply
 
     def take_gradients(self) -> None:
-        """Move the copies' gradients onto the masters, in fp32; off a group's diagonal there is nothing to learn."""
-        for master, copy, mask in zip(self.masters, self.copies, self._masks, strict=True):
-            if copy.grad is None:
-                master.grad = torch.zeros_like(master)
-                continue
-            master.grad = copy.grad.float()
-            if mask is not None:
-                master.grad.mul_(mask)
-            copy.grad = None
+        """Move the last backward pass's gradients onto the masters, in fp32, on top of what they hold."""
+        for master, gradient, factor in zip(self.masters, self._gradients, self._factors, strict=True):
+            if master.grad is None:
+                master.grad = gradient.float().mul_(factor)
+            else:
+                master.grad.addcmul_(gradient, factor)
 
     @torch.no_grad()
     def refresh_copies(self) -> None:
         """Round the masters into the copies, after the masters changed."""
-        for master, copy in zip(self.masters, self.copies, strict=True):
-            copy.copy_(master)
+        for master, copy, factor in zip(self.masters, self._copies, self._factors, strict=True):
+            torch.mul(master, factor, out=copy)
+        for pair, _, _ in self._pairs.values():
+            pair.refresh()
 
     def adapter(self) -> Adapter:
         """The masters as an adapter."""
+        sizes = [self._columns(group) for _, group in self.places]
+        a = [x[:size] for x, size in zip(self._a, sizes, strict=True)]
+        b = [x[:size].t() for x, size in zip(self._c, sizes, strict=True)]
         return Adapter(
             rank=self.rank,
             alpha=self.alpha,
             targets=self.targets,
-            a={place: self.masters[2 * i].detach() for i, place in enumerate(self.places)},
-            b={place: self.masters[2 * i + 1].detach() for i, place in enumerate(self.places)},
+            a=dict(zip(self.places, a, strict=True)),
+            b=dict(zip(self.places, b, strict=True)),
         )
 
-    def _start(self, weight: Tensor, found: list[tuple[str, slice, slice]], generator: torch.Generator) -> None:
-        out, into = weight.shape
-        columns = len(found) * self.rank
-        # PEFT's start: A uniform within 1/sqrt(in) (Kaiming with a = sqrt(5)), B zero, so that nothing changes yet.
-        bound = 1.0 / math.sqrt(into)
-        a = torch.empty(columns, into).uniform_(-bound, bound, generator=generator).requires_grad_()
-        b = torch.zeros(out, columns).requires_grad_()
-        mask: Tensor | None = None
-        if len(found) > 1:
-            mask = torch.zeros(out, columns)
-            for _, rows, place in found:
-                mask[rows, place] = 1.0
-        self.masters += [a, b]
-        self._masks += [None, mask]
+    def _columns(self, group: str) -> int:
+        return len(blocks(self.network, group, self.rank, self.targets)) * self.rank
+
+    def _shapes(self, number: int, group: str) -> tuple[tuple[int, int], tuple[int, int]]:
+        product = self.network.layers[number].linear[group]
+        columns = -(-self._columns(group) // TILE) * TILE
+        return (columns, product.into), (columns, product.out)
+
+    def _start(self, seed: int, a_factors: list[Tensor], c_factors: list[Tensor]) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for (_, group), a, above, below in zip(self.places, self._a, a_factors, c_factors, strict=True):
+            size = self._columns(group)
+            # PEFT's start: A uniform within 1/sqrt(in) (Kaiming with a = sqrt(5)), B zero: nothing changes yet.
+            bound = 1.0 / math.sqrt(a.shape[1])
+            a[:size].uniform_(-bound, bound, generator=generator)
+            above[:size] = 1.0
+            for _, rows, columns in blocks(self.network, group, self.rank, self.targets):
+                below[columns, rows] = self.alpha / self.rank
+
+
+def _flat(shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(sum(rows * columns for rows, columns in shapes), dtype=dtype)
+
+
+def _views(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    parts = flat.split([rows * columns for rows, columns in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x W^T + bias + scale (x A^T) B^T with the frozen W: gradients for x, A and B alone."""
+    """x W^T + bias + x A^T C with the frozen W. Gradients of A and C are written to ga and gc; anchor is what makes
+    autograd come here where x needs no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        low = x @ a.t()
-        y = F.linear(x, weight, bias).addmm_(low, b.t(), alpha=scale)
-        ctx.save_for_backward(x, weight, a, b, low)
-        ctx.scale = scale
-        return y
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, product: Frozen, pair: Pair, ga: Tensor, gc: Tensor) -> Tensor:
+        low = pair.low(x)
+        ctx.save_for_backward(x, low)
+        ctx.products, ctx.into = (product, pair), (ga, gc)
+        return product(x, low, pair)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor, None]:
-        x, weight, a, b, low = ctx.saved_tensors
-        into_low = (gradient @ b).mul_(ctx.scale)
-        gx = (gradient @ weight).addmm_(into_low, a)
-        return gx, None, None, into_low.t() @ x, (gradient.t() @ low).mul_(ctx.scale), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+        x, low = ctx.saved_tensors
+        product, pair = ctx.products
+        ga, gc = ctx.into
+        into_low = pair.into_low(gradient)
+        torch.mm(into_low.t(), x, out=ga)
+        torch.mm(low.t(), gradient, out=gc)
+        gx = product.back(gradient, into_low, pair) if ctx.needs_input_grad[0] else None
+        return gx, None, None, None, None, None
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, product: Frozen) -> Tensor:
+        ctx.product = product
+        return product(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.product.back(gradient), None
+
+
+def frozen(product: Frozen, x: Tensor) -> Tensor:
+    """A frozen product that passes gradients on to x."""
+    return _FrozenLinear.apply(x, product)  # type: ignore[no-any-return]

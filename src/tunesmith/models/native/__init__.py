@@ -1,0 +1,96 @@
+"""Compiles kernels.cpp for this machine, once, and loads it.
+
+The library is kept in the cache ($TUNESMITH_CACHE, else ~/.cache/tunesmith) under a digest of the source, the compiler
+and the processor. Without a C++ compiler, or with TUNESMITH_KERNELS=portable, there is none, and ops.py does the same
+arithmetic in PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import UsageError
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = (
+    "-O3 -march=native -std=c++17 -shared -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast"
+).split() + (["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])
+
+
+class TokenLayout(ctypes.Structure):
+    """kernels.cpp's Layout."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "prefix", "rows", "longest", "kv", "group", "size")),
+        ("row_of", ctypes.c_void_p),
+        ("place_of", ctypes.c_void_p),
+    )
+
+
+@cache
+def library() -> Any:
+    """The loaded library, or None where there is none to be had."""
+    path = _built()
+    if path is None:
+        return None
+    import torch  # noqa: F401 - the OpenMP runtime must be torch's own: two would fight for the cores
+
+    return ctypes.CDLL(str(path))
+
+
+@cache
+def identity() -> str:
+    """What made the kernels: "portable", or a digest. Part of what a training must agree on to be resumed."""
+    path = _built()
+    return "portable" if path is None else path.stem
+
+
+@cache
+def _built() -> Path | None:
+    wanted = os.environ.get("TUNESMITH_KERNELS", "native")
+    if wanted not in ("native", "portable"):
+        raise UsageError(f"there are no {wanted!r} kernels", where="TUNESMITH_KERNELS", fix="set native or portable")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if wanted == "portable" or compiler is None:
+        return None
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+        return _compile(compiler, version)
+    except (OSError, subprocess.SubprocessError):
+        return None  # a compiler without OpenMP, headers or a writable cache: the portable path serves
+
+
+def _compile(compiler: str, version: bytes) -> Path:
+    from tunesmith.models.base import cache_folder
+
+    told = hashlib.sha256(_SOURCE.read_bytes() + repr(_FLAGS).encode() + version + _processor()).hexdigest()[:16]
+    path = cache_folder() / "kernels" / f"{told}.so"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".so")
+    os.close(handle)
+    try:
+        subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", scratch], capture_output=True, check=True, timeout=300)
+        os.replace(scratch, path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+    return path
+
+
+def _processor() -> bytes:
+    """What -march=native may depend on: a cache shared by different machines must not mix their libraries."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model"))})).encode()

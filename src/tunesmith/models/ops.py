@@ -1,0 +1,226 @@
+"""The step's element-wise work, by the compiled kernels where they fit the tensors, else in PyTorch.
+
+Each function does the same arithmetic on both paths: fp32 inside, results in the input's dtype. None records gradients;
+network.py and attention.py build differentiable functions out of them. Shapes: T tokens, M width, H query heads,
+K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunesmith.models import native
+
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def kernel_for(name: str, x: Tensor) -> Any:
+    """The compiled kernel for tensors like x, or None."""
+    library = native.library() if x.device.type == "cpu" and x.dtype in _NAMES else None
+    return None if library is None else getattr(library, f"{name}_{_NAMES[x.dtype]}")
+
+
+def at(x: Tensor | None) -> ctypes.c_void_p:
+    """Where a contiguous tensor's numbers begin."""
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+_int, _float, _threads = ctypes.c_int64, ctypes.c_float, torch.get_num_threads
+
+
+def add_norm(
+    x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + y (x itself where y is None), its RMSNorm with weight + offset, and 1 / rms [rows, 1]; all [..., M]."""
+    width = x.shape[-1]
+    kernel = kernel_for("add_norm", x)
+    if kernel is None:
+        total = x if y is None else x + y
+        wide = total.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        normal = (wide * scale).to(x.dtype)
+        return total, normal * (weight + offset if offset else weight), scale.view(-1, 1)
+    x = x.contiguous()
+    y = None if y is None else y.contiguous()
+    rows = x.numel() // width
+    total = x if y is None else torch.empty_like(x)
+    out = torch.empty_like(x)
+    scale = torch.empty(rows, 1)
+    into = None if y is None else total
+    kernel(
+        *(at(x), at(y), at(weight), at(into), at(out), at(scale)),
+        *(_int(rows), _int(width), _float(epsilon), _float(offset), _threads()),
+    )
+    return total, out, scale
+
+
+def norm_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, above: Tensor | None, offset: float = 0.0
+) -> Tensor:
+    """Gradient of the RMSNorm's input x, plus `above`, what reaches x past the norm."""
+    width = x.shape[-1]
+    kernel = kernel_for("norm_backward", x)
+    if kernel is None:
+        factor = scale.view(*x.shape[:-1], 1)
+        normal = x.float() * factor
+        inner = gradient.float() * (weight.float() + offset)
+        result = factor * (inner - normal * (inner * normal).mean(-1, keepdim=True))
+        return (result if above is None else result + above.float()).to(x.dtype)
+    gradient, out = gradient.contiguous(), torch.empty_like(x)
+    above = None if above is None else above.contiguous()
+    kernel(
+        *(at(gradient), at(x), at(weight), at(scale), at(above), at(out)),
+        *(_int(x.numel() // width), _int(width), _float(offset), _threads()),
+    )
+    return out
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of [T, 2 F] -> [T, F]."""
+    width = gate_up.shape[-1] // 2
+    kernel = kernel_for("gated", gate_up)
+    if kernel is None:
+        gate, other = gate_up.chunk(2, -1)
+        return F.silu(gate) * other
+    gate_up = gate_up.contiguous()
+    out = gate_up.new_empty(*gate_up.shape[:-1], width)
+    kernel(at(gate_up), at(out), _int(out.numel() // width), _int(width), _threads())
+    return out
+
+
+def gated_backward(gradient: Tensor, gate_up: Tensor) -> Tensor:
+    """Gradient [T, 2 F] of gated's input."""
+    width = gradient.shape[-1]
+    kernel = kernel_for("gated_backward", gate_up)
+    result = torch.empty_like(gate_up)
+    if kernel is None:
+        gate, other = gate_up.chunk(2, -1)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        to_gate, to_up = result.chunk(2, -1)
+        torch.mul(gradient, silu, out=to_up)
+        torch.mul(gradient * other, sigmoid + silu * (1 - sigmoid), out=to_gate)
+        return result
+    gradient = gradient.contiguous()
+    kernel(at(gradient), at(gate_up), at(result), _int(gradient.numel() // width), _int(width), _threads())
+    return result
+
+
+def softmax_(shared: Tensor | None, own: Tensor, scale: float) -> None:
+    """Scores to attention weights, in place: own [..., R * L, L] is causal (row r may look at r % L + 1 places) and
+    shared [..., R * L, P] open; the two are one distribution."""
+    longest = own.shape[-1]
+    kernel = kernel_for("softmax", own)
+    if kernel is None:
+        rows = own.shape[-2] // longest
+        hidden = torch.ones(longest, longest, dtype=torch.bool, device=own.device).triu(1).repeat(rows, 1)
+        scores = own.float().mul_(scale).masked_fill_(hidden, float("-inf"))
+        if shared is None:
+            own.copy_(torch.softmax(scores, -1))
+            return
+        cut = shared.shape[-1]
+        weights = torch.softmax(torch.cat((shared.view(*own.shape[:-1], cut).float() * scale, scores), -1), -1)
+        shared.copy_(weights[..., :cut].reshape(shared.shape))
+        own.copy_(weights[..., cut:])
+        return
+    cut = 0 if shared is None else shared.shape[-1]
+    kernel(at(shared), at(own), _int(own.numel() // longest), _int(cut), _int(longest), _float(scale), _threads())
+
+
+def softmax_backward_(shared: Tensor | None, own: Tensor, dshared: Tensor | None, down: Tensor, scale: float) -> None:
+    """Gradients of weights (dshared, down) to gradients of scores, in place."""
+    longest = own.shape[-1]
+    kernel = kernel_for("softmax_backward", own)
+    if kernel is None:
+        dot = (own.float() * down.float()).sum(-1, keepdim=True)
+        if shared is not None and dshared is not None:
+            flat = dot.view(*shared.shape[:-1], 1)
+            flat += (shared.float() * dshared.float()).sum(-1, keepdim=True)
+            dshared.copy_(shared.float() * (dshared.float() - flat) * scale)
+        down.copy_(own.float() * (down.float() - dot) * scale)
+        return
+    cut = 0 if shared is None else shared.shape[-1]
+    kernel(
+        *(at(shared), at(own), at(dshared), at(down)),
+        *(_int(own.numel() // longest), _int(cut), _int(longest), _float(scale), _threads()),
+    )
+
+
+def cross_entropy_(scores: Tensor, labels: Tensor, share: Tensor | None) -> Tensor:
+    """Negative log-likelihoods [N], fp32, of labels [N] under scores [N, V]. With share [N], scores become the
+    gradient of the sum of share * loss."""
+    kernel = kernel_for("cross_entropy", scores)
+    if kernel is None:
+        wide = scores.float()
+        normaliser = torch.logsumexp(wide, -1, keepdim=True)
+        loss = (normaliser - wide.gather(1, labels[:, None]))[:, 0]
+        if share is not None:
+            wide = wide.sub_(normaliser).exp_()
+            wide.scatter_add_(1, labels[:, None], wide.new_full((len(labels), 1), -1.0))
+            scores.copy_(wide.mul_(share[:, None]))
+        return loss
+    loss = torch.empty(scores.shape[0])
+    kernel(
+        *(at(scores), at(labels), at(loss), _int(scores.shape[0]), _int(scores.shape[1])),
+        *(at(share), int(share is not None), _threads()),
+    )
+    return loss
+
+
+def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """A new token of each of B rows, qkv [B, (H + 2 K) * D]: its key and value go to place lengths[b] of the caches
+    [B, K, S, D]; returns its rotated queries [K, B, G, D]."""
+    rows, kv, room, size = keys.shape
+    group = qkv.shape[1] // size // kv - 2
+    kernel = kernel_for("decode_split", qkv)
+    if kernel is None:
+        q, k, v = qkv.unflatten(-1, (-1, size)).split((kv * group, kv, kv), 1)
+        every = torch.arange(rows)
+        keys[every, :, lengths], values[every, :, lengths] = rotate(k, cos, sin), v
+        return rotate(q, cos, sin).view(rows, kv, group, size).transpose(0, 1).contiguous()
+    qkv, q = qkv.contiguous(), qkv.new_empty(kv, rows, group, size)
+    kernel(
+        *(at(qkv), at(cos), at(sin), at(q), at(keys), at(values), at(lengths)),
+        *(*map(_int, (rows, kv, group, size, room)), _threads()),
+    )
+    return q
+
+
+def decode_mix(
+    q: Tensor, shared: Tensor | None, keys: Tensor, values: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """Mixed values [B, H * D] of each row's own places, lengths[b] + 1 of them; shared [K, B * G, P], the scores on a
+    prefix, become its weights in place: one distribution over both."""
+    kv, rows, group, size = q.shape
+    prefix = 0 if shared is None else shared.shape[-1]
+    kernel = kernel_for("decode_mix", q)
+    if kernel is None:
+        seen = int(lengths.max()) + 1
+        mine = q.transpose(0, 1).float() * scale
+        scores = mine @ keys[:, :, :seen].float().transpose(-1, -2)
+        scores = scores.masked_fill((torch.arange(seen) > lengths[:, None])[:, None, None], float("-inf"))
+        if shared is not None:
+            early = shared.view(kv, rows, group, prefix).transpose(0, 1).float() * scale
+            scores = torch.cat((early, scores), -1)
+        weights = torch.softmax(scores, -1)
+        if shared is not None:
+            shared.copy_(weights[..., :prefix].transpose(0, 1).reshape(shared.shape))
+        return (weights[..., prefix:] @ values[:, :, :seen].float()).to(q.dtype).reshape(rows, -1)
+    out = q.new_empty(rows, kv * group * size)
+    kernel(
+        *(at(q), at(shared), at(keys), at(values), at(lengths), at(out)),
+        *(*map(_int, (rows, kv, group, size, keys.shape[2], prefix)), _float(scale), _threads()),
+    )
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, D] turned by angles given as cos and sin [T, D / 2], in PyTorch."""
+    first, second = x.float().chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)

@@ -1,0 +1,159 @@
+"""Frozen weights and low-rank pairs, and their products: the one place where matrices meet activations.
+
+Where the processor has tiles for bf16 (AMX) and kernels.cpp could be compiled, weights are laid out once the way its
+product reads them, and a layer's frozen and low-rank products are one sum, rounded once. Where the tensor library can
+keep a weight laid out for its own product (bf16 on other x86 processors), that is used; elsewhere plain products.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunesmith.models import native
+from tunesmith.models.ops import at
+
+_ROWS = 512  # how many rows of activations the tensor library's layout is chosen for
+TILE = 32  # tiles multiply blocks of so many rows, columns and summands
+
+
+class Pair:
+    """A low-rank change of a weight: x A^T C is added to the product, a [R, in], c [R, out], R a multiple of TILE.
+
+    Call refresh after a or c changed.
+    """
+
+    def __init__(self, a: Tensor, c: Tensor) -> None:
+        self.a, self.c = a, c
+        self._tiles = _tiles(a) and _tiles(c)
+        if self._tiles:
+            self._packed = [torch.empty_like(x) for x in (a, a, c, c)]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Lay the pair out again."""
+        if self._tiles:
+            _pack(self.a, self._packed[0], self._packed[1])
+            _pack(self.c, self._packed[2], self._packed[3])
+
+    def low(self, x: Tensor) -> Tensor:
+        """x A^T: [T, in] -> [T, R]."""
+        return _product(x, self._packed[0], self.a.shape[0]) if self._tiles else x @ self.a.t()
+
+    def into_low(self, gradient: Tensor) -> Tensor:
+        """gradient C^T: [T, out] -> [T, R]."""
+        return _product(gradient, self._packed[2], self.c.shape[0]) if self._tiles else gradient @ self.c.t()
+
+    @property
+    def up(self) -> Tensor:
+        """What low values are multiplied with on top of a product."""
+        return self._packed[3] if self._tiles else self.c
+
+    @property
+    def back(self) -> Tensor:
+        """What gradients of low values are multiplied with on top of a product's gradient."""
+        return self._packed[1] if self._tiles else self.a
+
+
+class Frozen:
+    """A weight [out, in] with its bias [out], which no training changes."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.out, self.into, self.bias, self.dtype = weight.shape[0], weight.shape[1], bias, weight.dtype
+        self._tiles = _tiles(weight)
+        self._packs = not self._tiles and _packs(weight)
+        self._wide_bias = None if bias is None else bias.float()
+        self._backward: Tensor | None = None
+        self._forward = weight
+        if self._tiles:
+            self._forward = torch.empty_like(weight)
+            _pack(weight.contiguous(), self._forward, None)
+        elif self._packs:
+            self._forward = _laid_out(weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it was given."""
+        if self._tiles:
+            blocks = self._forward.view(self.out // 32, self.into // 32, 2, 16, 16, 2)
+            return blocks.permute(0, 2, 4, 1, 3, 5).reshape(self.out, self.into)
+        return self._forward.to_dense() if self._packs else self._forward
+
+    def numel(self) -> int:
+        """How many numbers the weight has."""
+        return self.out * self.into
+
+    def __call__(self, x: Tensor, low: Tensor | None = None, pair: Pair | None = None) -> Tensor:
+        """x W^T + bias, and low C where a pair is given: [T, in] -> [T, out]."""
+        up = None if pair is None else pair.up
+        if self._tiles:
+            return _product(x, self._forward, self.out, low, up, self._wide_bias)
+        y: Tensor
+        if self._packs:
+            y = torch.ops.mkldnn._linear_pointwise(x, self._forward, self.bias, "none", [], "")
+        else:
+            y = F.linear(x, self._forward, self.bias)
+        return y if low is None or up is None else y.addmm_(low, up)
+
+    def back(self, gradient: Tensor, low: Tensor | None = None, pair: Pair | None = None) -> Tensor:
+        """gradient W, and low A where a pair is given: [T, out] -> [T, in]."""
+        down = None if pair is None else pair.back
+        if self._backward is None and self._tiles:
+            self._backward = torch.empty_like(self._forward)
+            _pack(self.weight, None, self._backward)
+        elif self._backward is None and self._packs:
+            self._backward = _laid_out(self.weight.t().contiguous())
+        if self._tiles and self._backward is not None:
+            return _product(gradient, self._backward, self.into, low, down)
+        if self._backward is not None:
+            x: Tensor = torch.ops.mkldnn._linear_pointwise(gradient, self._backward, None, "none", [], "")
+        else:
+            x = gradient @ self._forward
+        return x if low is None or down is None else x.addmm_(low, down)
+
+
+@cache
+def _tile_library() -> ctypes.CDLL | None:
+    library = native.library()
+    return library if library is not None and library.tiles() else None
+
+
+def _tiles(weight: Tensor) -> bool:
+    fits = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    return fits and not any(size % TILE for size in weight.shape) and _tile_library() is not None
+
+
+def _packs(weight: Tensor) -> bool:
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and supported
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)  # type: ignore[no-any-return]
+
+
+def _pack(weight: Tensor, across: Tensor | None, along: Tensor | None) -> None:
+    rows, columns = weight.shape
+    library = _tile_library()
+    assert library is not None
+    sizes = (ctypes.c_int64(rows), ctypes.c_int64(columns))
+    library.pack(at(weight), *sizes, at(across), at(along), torch.get_num_threads())
+
+
+def _product(
+    x: Tensor, packed: Tensor, out: int, low: Tensor | None = None, up: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    x = x.contiguous()
+    y = x.new_empty(x.shape[0], out)
+    depth, second = ctypes.c_int64(x.shape[1]), ctypes.c_int64(0 if low is None else low.shape[1])
+    library = _tile_library()
+    assert library is not None
+    library.product(
+        *(at(x), depth, at(packed), depth, at(low), second, at(up), second, at(bias), at(y)),
+        *(ctypes.c_int64(x.shape[0]), ctypes.c_int64(out), torch.get_num_threads()),
+    )
+    return y
