@@ -21,7 +21,7 @@ from tunesmith.candidates.answering import Answerer, compose, turns_only
 from tunesmith.candidates.candidate import Candidate, load_candidate, put_candidate
 from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.candidates.shots import choose_shots
-from tunesmith.core.digests import canonical, digest_file, digest_of, short
+from tunesmith.core.digests import canonical, digest_of, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import lock, write_atomic
 from tunesmith.core.progress import SILENT, Progress
@@ -107,7 +107,7 @@ class Chain:
         schema = project.schema
         inputs = {
             "settings": project.settings.data.model_dump(mode="json"),
-            "files": {file.name: digest_file(file.path) for file in sources},
+            "files": {file.name: file.digest() for file in sources},
             "schema": schema,
             "rendering": self.base.fingerprint,
             "room": self._row_tokens,

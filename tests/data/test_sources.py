@@ -94,7 +94,7 @@ def test_one_row_of_ten_megabytes_is_read(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.data.sources.LONGEST_ROW", 1000)
+    monkeypatch.setattr("tunesmith.data.readers.LONGEST_ROW", 1000)
     assert "longer than" in failure(tmp_path, "a.jsonl", b'{"a": "' + b"x" * 5000).what
 
 

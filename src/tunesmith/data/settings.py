@@ -53,7 +53,13 @@ ENTITIES = (
 class Source(Settings):
     """Files of rows under one licence."""
 
-    path: Annotated[str, Field(min_length=1, description="a file, or a glob such as data/*.jsonl, from the project")]
+    path: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="a file, a saved folder of Hugging Face datasets, a glob such as data/*.jsonl, or a URL",
+        ),
+    ]
     licence: Annotated[str | None, Field(description="SPDX expression; rows may carry their own instead")] = None
     format: Annotated[Format, Field(description="the rows' shape; auto tells it from the first row's keys")] = "auto"
     rename: Annotated[dict[str, str], Field(description="a row's key -> the key that the format knows")] = {}  # noqa: RUF012

@@ -1,27 +1,30 @@
-"""Reading rows out of files: JSONL, JSON, CSV and Parquet, each error with file, row and key."""
+"""Source files: which ones a project names, opened so that nothing else can stand in their place, and their rows."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
+import errno
 import glob
 import hashlib
-import io
-import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.data import remote
+from tunesmith.data.compression import endings, require_content, unpacked
+from tunesmith.data.folders import dataset_files
+from tunesmith.data.readers import READERS, WHOLE, Part, parquet_parts
 from tunesmith.data.settings import Source
 
-# A longer line is no row of text but a file of another kind, or an attempt to fill the memory.
-LONGEST_ROW = 64 << 20
-# A JSON array is parsed whole.
-LARGEST_JSON = 1 << 30
+_PIECE = 1 << 20
+
+
+_LOCAL = ("file", "local")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +43,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file and the settings it stands under. name is its path from the project, as records keep it."""
+    """A file and the settings it stands under.
+
+    name: its path from the project or its URL, as records keep it. path: where it lies; None for one that is fetched.
+    """
 
     name: str
-    path: Path
+    path: Path | None
     source: Source
 
     def digest(self) -> str:
@@ -59,16 +65,35 @@ def find_files(sources: Sequence[Source], root: Path) -> list[SourceFile]:
     """
     found: dict[str, SourceFile] = {}
     for source in sources:
-        matches = _matches(source.path, root)
-        if not matches:
-            raise UsageError("no file fits this source", where=source.path, fix=f"paths start at {root.absolute()}")
-        for match in matches:
-            name = Path(os.path.relpath(root / match, root)).as_posix()
-            if name in found:
-                raise UsageError("two sources name the same file", where=name, fix="let their patterns not overlap")
-            _require_regular(os.lstat(root / match).st_mode, name)
-            found[name] = SourceFile(name, root / match, source)
+        for file in _files_of(source, root):
+            if file.name in found:
+                raise UsageError(
+                    "two sources name the same file", where=file.name, fix="let their patterns not overlap"
+                )
+            found[file.name] = file
     return [found[name] for name in sorted(found)]
+
+
+def _files_of(source: Source, root: Path) -> Iterator[SourceFile]:
+    protocol, pattern = remote.protocol_of(source.path), source.path
+    if protocol in _LOCAL:
+        pattern = pattern.split("://", 1)[1]
+    elif protocol is not None:
+        yield from (SourceFile(url, None, source) for url in remote.find_remote(pattern))
+        return
+    matches = _matches(pattern, root)
+    if not matches:
+        raise UsageError("no file fits this source", where=source.path, fix=f"paths start at {root.absolute()}")
+    for match in matches:
+        name = Path(os.path.relpath(root / match, root)).as_posix()
+        mode = os.lstat(root / match).st_mode
+        inside = dataset_files(root / match, name) if stat.S_ISDIR(mode) else None
+        if inside is None:
+            _require_regular(mode, name)
+            yield SourceFile(name, root / match, source)
+        for each in inside or ():
+            _require_regular(os.lstat(root / match / each).st_mode, f"{name}/{each}")
+            yield SourceFile(f"{name}/{each}", root / match / each, source)
 
 
 def _matches(pattern: str, root: Path) -> list[str]:
@@ -78,36 +103,83 @@ def _matches(pattern: str, root: Path) -> list[str]:
 
 
 class OpenSource:
-    """A source file held open: its rows, and the digest of the bytes they were read from."""
+    """A source file held open: its rows, and the digest of the bytes they were read from (packed, if they are)."""
 
     def __init__(self, file: SourceFile, stream: BinaryIO) -> None:
         self.file, self._stream = file, stream
         self.bytes = os.fstat(stream.fileno()).st_size
         if self.bytes == 0:
             raise UsageError("the file is empty", where=file.name, fix="give a file with rows, or leave it out")
+        kind, self._packed = endings(file.name)
+        if kind not in READERS:
+            known = ", ".join(sorted(READERS))
+            raise UsageError(f"rows are not read from {kind or 'a file without an ending'}", where=file.name, fix=known)
+        self._kind = kind
+        require_content(stream, file.name)
         self.digest = _digest(stream)
 
     def position(self) -> int:
         """Bytes read so far, for progress."""
         return self._stream.tell()
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, part: Part = WHOLE) -> Iterator[Row]:
         """The rows in order. Raises UsageError at the first that cannot be read, or if the file changes meanwhile."""
-        self._stream.seek(0)
         count = 0
-        for number, fields in _reader(self.file)(self._stream, self.file.name):
+        for row in self.read(part):
             count += 1
-            yield Row(self.file.name, number, fields)
+            yield row
         if count == 0:
             raise UsageError("the file holds no rows", where=self.file.name)
+        self.require_unchanged()
+
+    def read(self, part: Part) -> Iterator[Row]:
+        """The rows of a part of the file, which may be none."""
         self._stream.seek(0)
+        name = self.file.name
+        stream = self._stream if self._packed is None else unpacked(self._stream, name, self._packed)
+        for number, fields in READERS[self._kind](stream, name, part):
+            yield Row(name, number, fields)
+
+    def parts(self, size: int) -> list[Part]:
+        """The file in parts that can be read apart, of about size bytes where its type lets it; else in one."""
+        if self._packed is None and self._kind in (".jsonl", ".ndjson"):
+            return _line_parts(self._stream, size)
+        if self._kind == ".parquet":
+            return parquet_parts(self._stream, self.file.name) or [WHOLE]
+        return [WHOLE]
+
+    def require_unchanged(self) -> None:
+        """Raise TunesmithError where the file is not what it was when it was opened."""
         if _digest(self._stream) != self.digest:
             raise TunesmithError("the file changed while it was read", where=self.file.name, fix="run again")
 
 
 @contextlib.contextmanager
 def open_source(file: SourceFile) -> Iterator[OpenSource]:
-    """Open a regular file. A folder, link, FIFO, socket or device in its place is a UsageError, never waited on."""
+    """Open a regular file. A folder, link, FIFO, socket or device in its place is a UsageError, never waited on.
+
+    One that is elsewhere is fetched first, into the folder for temporary files.
+    """
+    with _stream_of(file) as stream:
+        yield OpenSource(file, stream)
+
+
+@contextlib.contextmanager
+def fetched(file: SourceFile, folder: Path) -> Iterator[SourceFile]:
+    """The file with a path: its own, or that of a copy in folder which is there for as long as the context."""
+    if file.path is not None:
+        yield file
+        return
+    with _copy(file.name, folder) as stream:
+        yield SourceFile(file.name, Path(stream.name), file.source)
+
+
+@contextlib.contextmanager
+def _stream_of(file: SourceFile) -> Iterator[BinaryIO]:
+    if file.path is None:
+        with _copy(file.name, None) as stream:
+            yield stream
+        return
     try:
         handle = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -117,7 +189,19 @@ def open_source(file: SourceFile) -> Iterator[OpenSource]:
         _require_regular(os.fstat(handle).st_mode, file.name)
         undo.pop_all()
     with os.fdopen(handle, "rb") as stream:
-        yield OpenSource(file, stream)
+        yield stream
+
+
+@contextlib.contextmanager
+def _copy(url: str, folder: Path | None) -> Iterator[Any]:
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="fetched-") as stream:
+            remote.fetch(url, stream)  # type: ignore[arg-type]
+            yield stream
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise TunesmithError("the disk is full", where=url, fix="make room, or set TMPDIR to another disk") from error
 
 
 def _require_regular(mode: int, name: str) -> None:
@@ -129,129 +213,25 @@ def _require_regular(mode: int, name: str) -> None:
 
 
 def _digest(stream: BinaryIO) -> str:
+    stream.seek(0)
     return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-Reader = Callable[[BinaryIO, str], Iterator[tuple[int, Mapping[str, Any]]]]
-
-
-def _reader(file: SourceFile) -> Reader:
-    ending = file.path.suffix.lower()
-    if ending not in READERS:
-        known = ", ".join(sorted(READERS))
-        raise UsageError(f"rows are not read from {ending or 'a file without an ending'}", where=file.name, fix=known)
-    return READERS[ending]
-
-
-def _read_jsonl(stream: BinaryIO, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    number = 0
-    while line := stream.readline(LONGEST_ROW + 1):
-        number += 1
-        where = f"{name}, line {number}"
-        if len(line) > LONGEST_ROW:
-            raise UsageError(f"the line is longer than {LONGEST_ROW >> 20} MiB", where=where, fix="one row a line")
-        text = _decode(line, where, first=number == 1).strip()
-        if text:
-            yield number, _as_fields(_parse(text, where), where)
-
-
-def _read_json(stream: BinaryIO, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    data = stream.read(LARGEST_JSON + 1)
-    if len(data) > LARGEST_JSON:
-        raise UsageError("a JSON array is read whole, and this one is too large", where=name, fix="make it JSONL")
-    rows = _parse(_decode(data, name, first=True), name)
-    if not isinstance(rows, list):
-        raise UsageError("the JSON is not a list of rows", where=name, fix="write [row, row, ...], or use .jsonl")
-    for number, row in enumerate(rows, start=1):
-        yield number, _as_fields(row, f"{name}, row {number}")
-
-
-def _read_csv(stream: BinaryIO, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    csv.field_size_limit(LONGEST_ROW)
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    try:
-        table = csv.DictReader(text, strict=True)
-        header = table.fieldnames or []
-        if "" in header or len(set(header)) != len(header):
-            raise UsageError(f"the header has empty or repeated names: {header}", where=name)
-        for number, row in enumerate(table, start=1):
-            if None in row or None in row.values():
-                raise UsageError(f"not {len(header)} fields, as the header has", where=f"{name}, line {table.line_num}")
-            yield number, row
-    except csv.Error as error:
-        raise UsageError(f"broken CSV: {error}", where=f"{name}, line {table.line_num}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"not UTF-8: {error.reason}", where=name, fix="convert the file to UTF-8") from error
-    finally:
-        text.detach()
-
-
-def _read_parquet(stream: BinaryIO, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    import pyarrow as arrow
-    import pyarrow.parquet as parquet
-
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(arrow.PythonFile(stream, mode="r")).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, _without_nulls(row)
-    except (arrow.ArrowException, OSError) as error:
-        raise UsageError(f"broken Parquet: {error}", where=f"{name}, after row {number}") from error
-
-
-def _without_nulls(value: Any) -> Any:
-    """Parquet gives every key of a struct to every row; a null there means that the row has no such key."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-READERS: dict[str, Reader] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _decode(data: bytes, where: str, *, first: bool) -> str:
-    """UTF-8, with the byte order mark that some editors put at the start of a file left out."""
-    try:
-        return data.decode("utf-8-sig" if first else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"not UTF-8 at byte {error.start + 1}: {error.reason}", where=where, fix="convert the file to UTF-8"
-        ) from error
-
-
-def _parse(text: str, where: str) -> Any:
-    """Strict JSON: no repeated keys, no NaN, no infinities."""
-    try:
-        return json.loads(text, object_pairs_hook=_pairs, parse_constant=_constant)
-    except json.JSONDecodeError as error:
-        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise UsageError(f"broken JSON: {error.msg}", where=f"{where}, {place}", fix="correct the row") from None
-    except RecursionError:
-        raise UsageError("the JSON is nested too deep", where=where) from None
-    except ValueError as error:
-        raise UsageError(f"broken JSON: {error}", where=where, fix="correct the row") from None
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
-    return fields
-
-
-def _constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _as_fields(row: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(row, dict):
-        raise UsageError(f"a row is an object, and this is a {type(row).__name__}", where=where)
-    return row
+def _line_parts(stream: BinaryIO, size: int) -> list[Part]:
+    """Parts of whole lines, of at least size bytes each but the last, with the numbers of their first lines."""
+    stream.seek(0)
+    starts = [(0, 1)]  # (offset, number of the line there)
+    offset = lines = 0
+    while piece := stream.read(_PIECE):
+        while (wanted := starts[-1][0] + size - offset) <= len(piece):  # where in this piece the next part may begin
+            cut = piece.find(b"\n", max(0, wanted - 1)) + 1
+            if not cut:
+                break
+            starts.append((offset + cut, 1 + lines + piece.count(b"\n", 0, cut)))
+        lines += piece.count(b"\n")
+        offset += len(piece)
+    if len(starts) > 1 and starts[-1][0] >= offset:
+        starts.pop()
+    stops = [start for start, _ in starts[1:]]
+    parts = [Part(start, stop, line) for (start, line), stop in zip(starts, stops, strict=False)]
+    return [*parts, Part(*starts[-1][:1], None, starts[-1][1])]

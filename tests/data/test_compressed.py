@@ -1,0 +1,168 @@
+"""Compressed files: read as they are, and told for what they are where they are damaged, bombs or something else."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import random
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from tests.data.rows import build, many_rows, settings, write_jsonl
+from tunesmith.core.errors import UsageError
+from tunesmith.data.settings import Source
+from tunesmith.data.sources import Row, find_files, open_source
+
+Pack = Callable[[bytes], bytes]
+
+
+def zstd(data: bytes) -> bytes:
+    packed: bytes = pyarrow.Codec("zstd").compress(data, asbytes=True)
+    return packed
+
+
+PACKERS: dict[str, Pack] = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+LINES = "".join(json.dumps(one) + "\n" for one in many_rows(2000)).encode()
+
+
+def read(root: Path, name: str) -> list[Row]:
+    (file,) = find_files([Source(path=name, licence="MIT")], root)
+    with open_source(file) as opened:
+        return list(opened.rows())
+
+
+def failure(root: Path, name: str, data: bytes) -> UsageError:
+    (root / name).write_bytes(data)
+    with pytest.raises(UsageError) as caught:
+        read(root, name)
+    assert caught.value.where.startswith(name)
+    return caught.value
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_a_compressed_file_has_the_rows_it_had(tmp_path: Path, ending: str) -> None:
+    pack = PACKERS[ending]
+    (tmp_path / f"a.jsonl{ending}").write_bytes(pack(LINES))
+    (tmp_path / f"twice.jsonl{ending}").write_bytes(pack(LINES) + pack(LINES))  # as `cat` joins them
+    rows = read(tmp_path, f"a.jsonl{ending}")
+    assert [one.fields for one in rows] == many_rows(2000)
+    assert [one.number for one in rows] == list(range(1, 2001))
+    assert len(read(tmp_path, f"twice.jsonl{ending}")) == 4000
+    (tmp_path / f"a.csv{ending}").write_bytes(pack(b"prompt,completion\na,b\n"))
+    (tmp_path / f"a.json{ending}").write_bytes(pack(b'[{"prompt": "a", "completion": "b"}]'))
+    for kind in ("csv", "json"):
+        assert read(tmp_path, f"a.{kind}{ending}")[0].fields == {"prompt": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_cut_off_damaged_and_empty(tmp_path: Path, ending: str) -> None:
+    whole = PACKERS[ending](LINES)
+    name = f"a.jsonl{ending}"
+    assert "cut off" in failure(tmp_path, name, whole[: len(whole) // 2]).what
+    assert "cut off" in failure(tmp_path, name, whole[:-3]).what
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 0xFF
+    damaged[len(whole) // 2 + 1] ^= 0xFF
+    failure(tmp_path, name, bytes(damaged))
+    assert failure(tmp_path, name, b"").what == "the file is empty"
+    assert failure(tmp_path, name, PACKERS[ending](b"")).what == "the file holds no rows"
+    assert failure(tmp_path, name, PACKERS[ending](LINES + b'{"a": ]\n')).where.startswith(f"{name}, line 2001")
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_a_bomb_is_stopped_while_it_unpacks(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.data.compression.LITTLE", 1 << 20)
+    line = json.dumps(many_rows(1)[0]).encode() + b"\n"
+    bomb = PACKERS[ending](line * 60_000)
+    assert len(bomb) * 200 < 60_000 * len(line)
+    error = failure(tmp_path, f"bomb.jsonl{ending}", bomb)
+    assert "over 200 times its size" in error.what
+    assert int(error.where.split("after ")[1].split()[0]) < 60_000 * len(line)
+
+
+def test_a_bomb_in_one_line_is_no_row(tmp_path: Path) -> None:
+    error = failure(tmp_path, "a.jsonl.gz", gzip.compress(b'{"a": "' + b"x" * (70 << 20), 1))
+    assert "over 200 times its size" in error.what or "longer than 64 MiB" in error.what
+
+
+def _tar() -> bytes:
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w") as archive:
+        facts = tarfile.TarInfo("rows.jsonl")
+        facts.size = len(LINES)
+        archive.addfile(facts, io.BytesIO(LINES))
+    return target.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.jsonl", gzip.compress(LINES), "the name says jsonl, the content is gzip"),
+        ("a.csv", zstd(LINES), "the content is Zstandard"),
+        ("a.json", bz2.compress(LINES), "the content is bzip2"),
+        ("a.jsonl.gz", LINES, "the name says gzip, the content is not"),
+        ("a.jsonl.gz", lzma.compress(LINES), "the name says gzip, the content is xz"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(LINES)), "the content is gzip"),
+        ("a.jsonl.gz", gzip.compress(_tar()), "the content is a tar archive"),
+        ("a.jsonl", _tar(), "the content is a tar archive"),
+        ("a.jsonl", b"PK\3\4" + bytes(60), "the content is a zip archive"),
+        ("a.jsonl", b"PAR1" + bytes(60), "the content is Parquet"),
+        ("a.parquet", b"ARROW1\0\0" + bytes(60), "the content is Arrow"),
+        ("a.parquet", gzip.compress(LINES), "the content is gzip"),
+        ("a.tar.gz", gzip.compress(_tar()), ".tar may hold several files"),
+        ("a.zip", b"PK\3\4", ".zip may hold several files"),
+        ("a.parquet.gz", gzip.compress(LINES), "Parquet is compressed inside"),
+        ("a.gz", gzip.compress(LINES), "rows are not read from a file without an ending"),
+    ],
+)
+def test_a_name_that_lies_about_its_content(tmp_path: Path, name: str, data: bytes, said: str) -> None:
+    assert said in failure(tmp_path, name, data).what
+
+
+@pytest.mark.parametrize("first", ["BZh9 columns,completion", "PAR1,completion", "%PDF-,completion"])
+def test_a_table_may_begin_with_those_letters(tmp_path: Path, first: str) -> None:
+    (tmp_path / "a.csv").write_text(f"{first}\n1,2\n")
+    assert len(read(tmp_path, "a.csv")) == 1
+
+
+def test_json_of_the_other_kind_is_told(tmp_path: Path) -> None:
+    assert "name the file .jsonl" in failure(tmp_path, "a.json", LINES).fix
+    assert "name the file .json" in failure(tmp_path, "a.jsonl", b'[\n{"a": 1}\n]').fix
+
+
+def test_a_dataset_from_packed_rows_is_the_same_but_for_its_source(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", many_rows(120))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes(), mtime=0))
+    plain, packed = build(tmp_path), build(tmp_path, settings("rows.jsonl.gz"))
+    assert packed.record.body["rows"] == plain.record.body["rows"]
+    told = packed.record.body["sources"][0]
+    assert told["bytes"] == (tmp_path / "rows.jsonl.gz").stat().st_size
+    assert told["digest"] != plain.record.body["sources"][0]["digest"]
+
+
+@given(st.binary(max_size=200), st.sampled_from(list(PACKERS)), st.booleans(), st.integers(0, 2**32))
+@examples(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_bytes_give_rows_or_an_error_with_a_place(
+    tmp_path: Path, data: bytes, ending: str, real: bool, seed: int
+) -> None:
+    packed = bytearray(PACKERS[ending](data))
+    if not real:
+        packed[random.Random(seed).randrange(len(packed))] ^= 1 + seed % 255
+    name = f"a.jsonl{ending}"
+    (tmp_path / name).write_bytes(packed)
+    where = name
+    try:
+        read(tmp_path, name)
+    except UsageError as error:
+        where = error.where or ""
+    assert where.startswith(name)
