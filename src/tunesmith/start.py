@@ -118,7 +118,7 @@ def _look(root: Path, source: str, licence: str) -> _Looked:
                 turns = read_turns(row, shape, Counter())
                 keys.update(row.fields.keys())
                 if objection(turns) is None:
-                    answers.append(conversation(turns)[-1].content)
+                    answers.append(conversation(turns)[-1].text)
                 else:
                     unusable += 1
     if len(answers) < 20:

@@ -123,8 +123,7 @@ def test_wrong_types_name_row_and_key(fields: dict[str, Any], place: str) -> Non
         (turns("hi", "yo")[::-1] + turns("hi", "yo")[1:], formats.OUT_OF_ORDER),
         (turns("hi") + turns("hi", "yo"), formats.OUT_OF_ORDER),
         (turns("hi", "yo") + turns("hi", "yo")[1:], formats.OUT_OF_ORDER),
-        ([*turns("hi"), {"role": "assistant", "content": "yo", "tool_calls": [{"id": "1"}]}], formats.TOOL_CALLS),
-        ([*turns("hi"), {"role": "tool", "content": "42"}, *turns("x", "yo")[1:]], formats.TOOL_CALLS),
+        ([*turns("hi"), {"role": "tool", "content": "42"}, *turns("x", "yo")[1:]], formats.UNANSWERED),
         ([*turns("hi"), {"role": "assistant", "content": "yo", "weight": 0}], formats.NOT_TO_LEARN),
         ([*turns("hi"), {"role": "assistant", "content": "yo", "weight": 1}], None),
     ],
@@ -142,6 +141,25 @@ def test_keys_inside_turns_are_counted() -> None:
 
 role = st.sampled_from(["system", "user", "assistant", "tool"])
 said = st.sampled_from(["", " ", "hi", "yo"])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "completion": "b", "label": False},
+    ],
+)
+@pytest.mark.parametrize("name", ["auto", "messages", "openai"])
+def test_preferences_are_told_and_not_imitated(row: dict[str, Any], name: str) -> None:
+    assert "preferences" in error(row, name).what
+
+
+def test_what_a_format_was_told_by() -> None:
+    assert formats.evidence("messages", told=True) == "told by the settings"
+    found = formats.evidence("alpaca", told=False)
+    assert found.startswith("every row has instruction and output")
 
 
 @given(st.lists(st.fixed_dictionaries({"role": role, "content": said}), max_size=6))

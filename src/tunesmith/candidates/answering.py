@@ -8,7 +8,7 @@ from functools import cached_property
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.retrieval import Index
 from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Message, tools_of, with_tools
 from tunesmith.data.dataset import load_dataset
 from tunesmith.inference.engine import Engine, Generation
 from tunesmith.store.store import Store
@@ -84,7 +84,13 @@ def compose(
     shown = [message for example in (*candidate.shots, *retrieved) for message in example]
     turns = [message for message in messages if message.role != "system"]
     opening = [Message(role="system", content=system)] if system else []
-    return (*opening, *shown, *turns)
+    composed = (*opening, *shown, *turns)
+    # The request's own tools, on the first turn; what a shown example could call is not offered.
+    return (
+        with_tools(composed, tools_of(messages))
+        if any(message.tools for message in (*composed, *messages))
+        else composed
+    )
 
 
 def turns_only(messages: Sequence[Message]) -> tuple[Message, ...]:

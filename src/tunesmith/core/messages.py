@@ -2,21 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class ToolCall(BaseModel):
+    """The assistant's call of a function. arguments: a JSON object as text, its keys in the order they were given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    name: str
+    arguments: str
 
 
 class Message(BaseModel):
-    """One turn."""
+    """One turn.
+
+    tool_calls: of an assistant's turn. tool_call_id: of a tool's turn, the call it answers. weight: 0 for an
+    assistant's turn that is shown and not learned. tools: on the first turn alone, the functions that may be called, as
+    JSON text: a list of {"type": "function", "function": {...}}. Text, because the order of its keys is what a model
+    sees. What a turn has none of is not written, so a plain turn is {"role", "content"} wherever it is kept.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     role: Role
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    weight: Literal[0, 1] = 1
+    tools: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _what_it_has(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {key: value for key, value in write(self).items() if getattr(self, key) != fields[key].default}
+
+    @property
+    def text(self) -> str:
+        """All that the turn says: its content, then its calls as JSON, one object or a list of several."""
+        if not self.tool_calls:
+            return self.content
+        calls = [f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}' for call in self.tool_calls]
+        said = calls[0] if len(calls) == 1 else f"[{', '.join(calls)}]"
+        return f"{self.content}\n{said}" if self.content else said
+
+    def texts(self) -> Iterator[str]:
+        """Every text of the turn that came out of a row, each by itself."""
+        yield self.content
+        for call in self.tool_calls:
+            yield call.name
+            yield call.arguments
+        if self.tools is not None:
+            yield self.tools
 
 
 Conversation = Sequence[Message]
+
+
+def tools_of(messages: Conversation) -> list[Mapping[str, Any]]:
+    """The functions that may be called in a conversation, as OpenAI's `tools`."""
+    return [tool for message in messages if message.tools is not None for tool in json.loads(message.tools)]
+
+
+def with_tools(messages: Conversation, tools: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+    """The messages with these tools on the first of them, and on no other."""
+    written = json.dumps(list(tools), ensure_ascii=False) if tools else None
+    wanted = [written, *[None] * (len(messages) - 1)]
+    return tuple(
+        message if message.tools == own else message.model_copy(update={"tools": own})
+        for message, own in zip(messages, wanted, strict=True)
+    )

@@ -13,6 +13,7 @@ PRIVATE: Final = "personal data or a secret"
 OVERLONG: Final = "overlong"
 OFF_SCHEMA: Final = "answer not valid under the schema"
 SPOILT: Final = "answer no longer valid under the schema with pseudonyms"
+SPOILT_CALL: Final = "tool call no longer JSON with pseudonyms"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from tunesmith.data.account import EXACT, Account, Kept
 from tunesmith.data.dataset import REMOVED, SPLITS, Example, encode_examples, encode_removed
 from tunesmith.data.duplicates import answer_key, normalise
 from tunesmith.data.examine import CountTokens, Examiner, renamed
-from tunesmith.data.formats import Shape, shape_of
+from tunesmith.data.formats import OPENAI, Shape, evidence, shape_of
+from tunesmith.data.openai_rows import too_few
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources import OpenSource, Row, find_files, open_source
 from tunesmith.data.splits import NEAR_HELD_OUT, leakage, leaving, split_of
@@ -98,7 +99,15 @@ def dataset_document(store: Store, digest: str) -> dict[str, Any]:
     """What `data build --json` prints of a dataset record. Raises Refused where the record is missing or damaged."""
     body = store.record(digest, kind="dataset").body
     shown = ("rows", "splits", "groups", "leakage", "licences", "privacy", "ignored_keys", "conflicts", "tokens")
-    return {"dataset": digest, **{key: body[key] for key in (*shown, "sources")}}
+    sources = [
+        source | {"evidence": evidence(source["format"], told=source["format_told"])} for source in body["sources"]
+    ]
+    warnings = [
+        f"{source['path']}: {said}"
+        for source in sources
+        if source["format"] == OPENAI.name and (said := too_few(source["rows"]))
+    ]
+    return {"dataset": digest, **{key: body[key] for key in shown}, "sources": sources, "warnings": warnings}
 
 
 def near_threshold(settings: DataSettings) -> float:
@@ -146,13 +155,13 @@ def _without_repeats(kept: Iterable[Kept], account: Account) -> Iterator[Kept]:
             yield one
 
 
-def _request_key(example: Example) -> tuple[tuple[str, str], ...]:
-    return tuple((turn.role, normalise(turn.content)) for turn in example.request)
+def _request_key(example: Example) -> tuple[tuple[str, str, str], ...]:
+    return tuple((turn.role, normalise(turn.text), turn.tools or "") for turn in example.request)
 
 
 def _conflicts(examples: Iterable[Example]) -> dict[str, Any]:
     """Requests with more than one answer: how many, their rows, and the ids of the first few."""
-    same: defaultdict[tuple[tuple[str, str], ...], list[str]] = defaultdict(list)
+    same: defaultdict[tuple[tuple[str, str, str], ...], list[str]] = defaultdict(list)
     for example in examples:
         same[_request_key(example)].append(example.id)
     found = sorted(sorted(ids) for ids in same.values() if len(ids) > 1)

@@ -42,13 +42,19 @@ class Example(BaseModel):
     @property
     def answer(self) -> str:
         """The text to learn."""
-        return self.messages[-1].content
+        return self.messages[-1].text
 
 
 def example_id(messages: Sequence[Message], source: str) -> str:
     """The id of a conversation from a source: 80 bits of its digest, the same wherever the row stands in the file."""
-    content = [[turn.role, turn.content] for turn in messages]
+    content = [[turn.role, turn.content, *_beside(turn)] for turn in messages]
     return digest_of({"messages": content, "source": source}).removeprefix("sha256:")[:_ID_LENGTH]
+
+
+def _beside(turn: Message) -> list[Any]:
+    """What a turn has beside role and content; nothing for most."""
+    more = turn.model_dump(mode="json", exclude={"role", "content"})
+    return [more] if more else []
 
 
 def encode_examples(examples: Sequence[Example]) -> bytes:

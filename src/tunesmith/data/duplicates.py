@@ -32,7 +32,7 @@ def normalise(text: str) -> str:
 
 def request_text(messages: Sequence[Message]) -> str:
     """The turns before the answer as one normalised text. The system turn, often the same in all rows, is left out."""
-    return "\n".join(normalise(turn.content) for turn in messages[:-1] if turn.role != "system")
+    return "\n".join(normalise(turn.text) for turn in messages[:-1] if turn.role != "system")
 
 
 def shingles(text: str) -> frozenset[str]:

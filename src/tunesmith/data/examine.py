@@ -11,7 +11,7 @@ from typing import Any
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data import formats
-from tunesmith.data.account import OFF_SCHEMA, OVERLONG, PRIVATE, SPOILT, Account, Kept
+from tunesmith.data.account import OFF_SCHEMA, OVERLONG, PRIVATE, SPOILT, SPOILT_CALL, Account, Kept
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.duplicates import request_text
 from tunesmith.data.licences import permitted
@@ -19,6 +19,7 @@ from tunesmith.data.privacy import Scanner
 from tunesmith.data.settings import DataSettings, Source
 from tunesmith.data.sources import Row
 from tunesmith.data.splits import wording_group
+from tunesmith.data.tools import gathered, spread
 
 CountTokens = Callable[[Sequence[Message]], int]
 
@@ -72,13 +73,21 @@ class Examiner:
             return Removed(reason)
         licence = permitted(_licence(row, fields, source), self.settings.licences.allow, row.where)
         original = formats.conversation(turns)
+        self.account.ignored.update([formats.AFTER_THE_LAST] if formats.unlearned_end(turns) else ())
         self._refuse_control_tokens(original, row)
         fitting = self._fit(original, row)
         if fitting is None:
             return Removed(OVERLONG)
-        scan = self.scanner.scan(fitting)
+        # Texts beside the content (calls, tools) are looked through as turns of their own.
+        plain = all(len(list(turn.texts())) == 1 for turn in fitting)
+        scan = self.scanner.scan(fitting if plain else spread(fitting))
         self.account.privacy.update(scan.found)
-        messages = fitting if self.settings.privacy.action == "report" else scan.messages
+        messages = fitting
+        if self.settings.privacy.action != "report" and scan.found:
+            try:
+                messages = scan.messages if plain else gathered(fitting, scan.messages)
+            except ValueError:
+                return Removed(SPOILT_CALL)
         name = example_id(messages, row.source)
         if scan.found and self.settings.privacy.action == "refuse":
             raise Refused(
@@ -90,8 +99,8 @@ class Examiner:
             return Removed(PRIVATE, name)
         if messages != fitting and (self._fit(messages, row) != messages):
             return Removed(OVERLONG, name)
-        if not self.valid_answer(messages[-1].content):
-            return Removed(SPOILT if self.valid_answer(fitting[-1].content) else OFF_SCHEMA, name)
+        if not self.valid_answer(messages[-1].text):
+            return Removed(SPOILT if self.valid_answer(fitting[-1].text) else OFF_SCHEMA, name)
         example = Example(
             id=name,
             messages=messages,
@@ -110,9 +119,10 @@ class Examiner:
         self.account.ignored.update(fields.keys() - read)
 
     def _refuse_control_tokens(self, messages: Sequence[Message], row: Row) -> None:
-        for turn in messages:
+        for turn in messages if self.special_tokens else ():
+            texts = list(turn.texts())
             for token in self.special_tokens:
-                if token in turn.content:
+                if any(token in text for text in texts):
                     raise Refused(
                         f"the {turn.role} turn holds the control token {token}",
                         where=row.where,
@@ -146,7 +156,7 @@ class Examiner:
     def _group(self, fields: Mapping[str, Any], row: Row, messages: Sequence[Message]) -> str:
         key = self.settings.split.group_by
         if key is None:
-            return wording_group(request_text(messages), messages[-1].content)
+            return wording_group(request_text(messages), messages[-1].text)
         group = _label(fields, key, row)
         if not group:
             raise UsageError(

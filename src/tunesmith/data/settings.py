@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tunesmith.core.settings import Settings
 
-Format = Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt"]
+Format = Literal["auto", "messages", "openai", "prompt-completion", "alpaca", "sharegpt"]
 Action = Literal["report", "pseudonymise", "remove", "refuse"]
 
 # Licences that allow training and redistribution of the result with at most attribution. Share-alike (CC-BY-SA, ODbL)
@@ -61,7 +61,12 @@ class Source(Settings):
         ),
     ]
     licence: Annotated[str | None, Field(description="SPDX expression; rows may carry their own instead")] = None
-    format: Annotated[Format, Field(description="the rows' shape; auto tells it from the first row's keys")] = "auto"
+    format: Annotated[
+        Format,
+        Field(
+            description="the rows' shape; auto: by the first row's keys; openai: messages under that service's rules"
+        ),
+    ] = "auto"
     rename: Annotated[dict[str, str], Field(description="a row's key -> the key that the format knows")] = {}  # noqa: RUF012
     licence_key: Annotated[str, Field(description="the row's key that holds its licence")] = "licence"
     subject_key: Annotated[str, Field(description="the row's key that names whose data it is")] = "subject"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Message, tools_of
+from tunesmith.models.tool_turns import marked_tools, tool_turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Renderer:
         return list(self._encode(self._text(messages, opening=True)).ids)
 
     def conversation(self, messages: Sequence[Message]) -> Rendered:
-        """Ids and training marks of a conversation.
+        """Ids and training marks of a conversation; a turn of weight 0 is not marked.
 
         Raises Refused where the template does not let the assistant's turns be told apart, where a turn's end token is
         missing (the model would never learn to stop), or where the text begins with two beginning tokens.
@@ -75,7 +76,7 @@ class Renderer:
         text = self._text(messages, opening=False)
         spans: list[tuple[int, int]] = []
         for place, message in enumerate(messages):
-            if message.role != "assistant":
+            if message.role != "assistant" or message.weight == 0:
                 continue
             before = self._text(messages[:place], opening=True)
             through = self._text(messages[: place + 1], opening=False)
@@ -126,18 +127,43 @@ class Renderer:
     def _text(self, messages: Sequence[Message], *, opening: bool) -> str:
         for place, message in enumerate(messages):
             for token in self.special_tokens:
-                if token in message.content:
+                if any(token in text for text in message.texts()):
                     raise UsageError(
                         f"the text imitates the control token {token}",
                         where=f"messages[{place}]",
                         fix="remove it: it could end a turn or begin another speaker's",
                     )
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        if any(message.tools or message.tool_calls or message.role == "tool" for message in messages):
+            self._require_tools(messages)
+        return self._laid_out(tool_turns(messages), tools_of(messages), opening=opening)
+
+    def _require_tools(self, messages: Sequence[Message]) -> None:
+        """Raise Refused where the template leaves out a tool, a call or what a tool said: most drop them silently."""
+        turns, tools, marks = marked_tools(tool_turns(messages), tools_of(messages))
+        try:
+            text = self._laid_out(turns, tools, opening=False)
+        except UsageError as error:
+            raise Refused(
+                f"{error.what} (with tools in it)", where="chat_template", fix="take a base whose template knows tools"
+            ) from error
+        lost = [what for mark, what in marks.items() if mark not in text]
+        if lost:
+            raise Refused(
+                f"the base's chat template does not render {lost[0]}, so the model would never see it",
+                where="chat_template",
+                fix="take a base whose template knows tools, or rows without them",
+            )
+
+    def _laid_out(self, turns: Sequence[Any], tools: Sequence[Any], *, opening: bool) -> str:
         from jinja2 import TemplateError
 
         try:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opening))
-        except TemplateError as error:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns, tools=list(tools) or None, tokenize=False, add_generation_prompt=opening
+                )
+            )
+        except (TemplateError, TypeError) as error:  # a TypeError: a text joined to what a template did not expect
             raise UsageError(
                 f"the base's chat template refuses this conversation: {error}", where="messages"
             ) from error

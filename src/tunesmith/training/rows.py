@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
 from tunesmith.training.settings import TrainSettings
 
@@ -17,10 +16,10 @@ def training_rows(examples: Sequence[Example], settings: TrainSettings) -> list[
     if settings.rows is not None and settings.rows < len(chosen):
         chosen = draw.sample(chosen, settings.rows)
     if settings.permute_answers:
-        dealt = [example.answer for example in chosen]
+        dealt = [example.messages[-1] for example in chosen]
         draw.shuffle(dealt)
         chosen = [
-            example.model_copy(update={"messages": (*example.request, Message(role="assistant", content=answer))})
+            example.model_copy(update={"messages": (*example.request, answer)})
             for example, answer in zip(chosen, dealt, strict=True)
         ]
     return chosen

@@ -1,0 +1,83 @@
+"""The rules that OpenAI documents for rows of supervised fine-tuning of chat models, held to each row.
+
+Source: OpenAI's API reference (fine-tuning, the per-line chat input) and its fine-tuning guide. Rows of `format:
+messages` are read more widely; rows of `format: openai` are refused where that service would refuse them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from tunesmith.core.errors import UsageError
+
+LEAST_EXAMPLES: Final = 10
+_MOST_FUNCTIONS: Final = 128
+# What a message of each role must have (one of each group) and what else it may have.
+_NEEDED: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
+    "system": (("content",),),
+    "developer": (("content",),),
+    "user": (("content",),),
+    "assistant": (("content", "tool_calls", "function_call"),),
+    "tool": (("content",), ("tool_call_id",)),
+    "function": (("content",), ("name",)),
+}
+_ALSO: Final = {
+    "assistant": {"content", "tool_calls", "function_call", "name", "weight", "refusal", "audio"},
+    "tool": set[str](),
+    "function": set[str](),
+}
+
+
+def require_openai(fields: Mapping[str, Any], where: str) -> None:
+    """Raise UsageError for the first rule that a row breaks, with the place."""
+    messages = fields["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise UsageError("messages must be a list of at least one message", where=f"{where}, messages")
+    for place, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise UsageError("a message is an object", where=f"{where}, messages[{place}]")
+        _require_message(message, f"{where}, messages[{place}]")
+    if messages[-1]["role"] != "assistant":
+        raise UsageError(
+            f"the last message must be from the assistant, not {messages[-1]['role']}",
+            where=f"{where}, messages[{len(messages) - 1}].role",
+            fix="end the row with the answer to learn",
+        )
+    if not isinstance(fields.get("parallel_tool_calls", True), bool):
+        raise UsageError("parallel_tool_calls must be true or false", where=f"{where}, parallel_tool_calls")
+    for key in ("tools", "functions"):
+        listed = fields.get(key, [])
+        if not isinstance(listed, list) or len(listed) > _MOST_FUNCTIONS:
+            raise UsageError(f"{key} must be a list of at most {_MOST_FUNCTIONS}", where=f"{where}, {key}")
+    if "functions" in fields and not fields["functions"]:
+        raise UsageError("functions must not be empty", where=f"{where}, functions")
+
+
+def _require_message(message: Mapping[str, Any], where: str) -> None:
+    role = message.get("role")
+    if role not in _NEEDED:
+        raise UsageError(f"there is no role {role!r}", where=f"{where}.role", fix=f"one of {', '.join(_NEEDED)}")
+    for group in _NEEDED[role]:
+        if all(message.get(key) is None for key in group):
+            raise UsageError(f"a {role} message must have {' or '.join(group)}", where=where)
+    if "weight" in message and role != "assistant":
+        raise UsageError(f"only an assistant message may have a weight, not a {role} one", where=f"{where}.weight")
+    known = {"role", *(key for group in _NEEDED[role] for key in group), *_ALSO.get(role, {"name"})}
+    unknown = sorted(message.keys() - known)
+    if unknown:
+        raise UsageError(f"a {role} message has no key {unknown[0]!r}", where=f"{where}.{unknown[0]}")
+    for place, call in enumerate(message.get("tool_calls") or ()):
+        at = f"{where}.tool_calls[{place}]"
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or call.get("type") != "function" or not isinstance(call.get("id"), str):
+            raise UsageError("a call has an id, the type function and a function", where=at)
+        if not isinstance(function.get("arguments"), str):
+            raise UsageError("a call's arguments are JSON as text", where=f"{at}.function.arguments")
+
+
+def too_few(rows: int) -> str | None:
+    """What is said of a file with fewer rows than that service takes; None for enough."""
+    if rows >= LEAST_EXAMPLES:
+        return None
+    return f"{rows} rows: OpenAI's service takes a file of at least {LEAST_EXAMPLES} examples"

@@ -1,0 +1,120 @@
+"""Tools in rows: what may be called, what was called, and what came back, in the spellings that rows have.
+
+OpenAI's `tools` and `tool_calls` (arguments as text), its older `functions` and `function_call`, Hugging Face's
+(arguments as an object, the whole list as text), and ShareGPT's `function_call` and `observation` turns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tunesmith.core.errors import UsageError
+from tunesmith.core.messages import Message, ToolCall
+
+Sound = Callable[[str, str], str]  # a text and its place -> the text; raises for characters that no file should hold
+
+
+def read_tools(value: Any, where: str) -> list[dict[str, Any]]:
+    """The tools of a row: a list, or the JSON text of one, of functions bare or under `function`.
+
+    Returns OpenAI's form. Raises UsageError for anything else.
+    """
+    if isinstance(value, str):
+        value = _parsed(value or "[]", where)
+    if not isinstance(value, list):
+        raise UsageError(f"the tools are a {type(value).__name__}, not a list", where=where)
+    return [_tool(entry, f"{where}[{place}]") for place, entry in enumerate(value)]
+
+
+def _tool(entry: Any, where: str) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise UsageError("a tool is an object", where=where)
+    function = entry.get("function", entry)
+    kind = entry.get("type", "function")
+    if kind != "function" or not isinstance(function, dict):
+        raise UsageError(f"only functions can be called, and this is {kind!r}", where=where)
+    _name(function, where)
+    if not isinstance(function.get("parameters", {}), dict):
+        raise UsageError("parameters is not a JSON Schema object", where=f"{where}.parameters")
+    return {"type": "function", "function": {key: each for key, each in function.items() if key != "type"}}
+
+
+def read_calls(value: Any, where: str, sound: Sound, first: int) -> tuple[ToolCall, ...]:
+    """A turn's calls. first: how many calls the conversation had before, from which a call without id takes its own."""
+    if not isinstance(value, list):
+        raise UsageError(f"tool_calls is a {type(value).__name__}, not a list", where=where)
+    return tuple(read_call(each, f"{where}[{n}]", sound, first + n) for n, each in enumerate(value))
+
+
+def read_call(entry: Any, where: str, sound: Sound, number: int) -> ToolCall:
+    """One call: {"name", "arguments"}, bare or under `function`. Raises UsageError where it is none."""
+    if not isinstance(entry, dict):
+        raise UsageError("a call is an object", where=where)
+    function = entry.get("function", entry)
+    if not isinstance(function, dict) or entry.get("type", "function") != "function":
+        raise UsageError("a call has a function with a name and arguments", where=where)
+    name = sound(_name(function, where), f"{where}.name")
+    identity = entry.get("id", made_id(number))
+    if not isinstance(identity, str) or not identity:
+        raise UsageError("the call's id is not text", where=f"{where}.id")
+    given = function.get("arguments", {})
+    place = f"{where}.arguments"
+    text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    if not isinstance(_parsed(text.strip() or "{}", place), dict):
+        raise UsageError("a call's arguments are a JSON object", where=place)
+    return ToolCall(id=sound(identity, f"{where}.id"), name=name, arguments=sound(text.strip() or "{}", place))
+
+
+def made_id(number: int) -> str:
+    """An id for a call that has none: nine letters and digits, which is what Mistral's templates want."""
+    return f"call{number:05d}"
+
+
+def _name(function: Mapping[str, Any], where: str) -> str:
+    name = function.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise UsageError("the function has no name", where=f"{where}.name")
+    return name
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_constant)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"broken JSON: {error}", where=where, fix="correct the row") from None
+
+
+def _constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def spread(messages: Sequence[Message]) -> list[Message]:
+    """Every text of a conversation as a turn of its own, for what looks at contents alone."""
+    return [Message(role=message.role, content=text) for message in messages for text in message.texts()]
+
+
+def gathered(messages: Sequence[Message], texts: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with the contents of the turns that `spread` made of them, as they are now.
+
+    Raises ValueError where arguments or tools are JSON no longer.
+    """
+    given = iter(texts)
+    found = []
+    for message in messages:
+        changed: dict[str, Any] = {"content": next(given).content}
+        if message.tool_calls:
+            changed["tool_calls"] = tuple(_call_again(call, next(given), next(given)) for call in message.tool_calls)
+        if message.tools is not None:
+            changed["tools"] = next(given).content
+            json.loads(changed["tools"])
+        same = all(getattr(message, key) == value for key, value in changed.items())
+        found.append(message if same else message.model_copy(update=changed))
+    return tuple(found)
+
+
+def _call_again(call: ToolCall, name: Message, arguments: Message) -> ToolCall:
+    if not isinstance(json.loads(arguments.content), dict):
+        raise ValueError("arguments are no object")
+    return call.model_copy(update={"name": name.content, "arguments": arguments.content})

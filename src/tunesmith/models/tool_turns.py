@@ -1,0 +1,67 @@
+"""A conversation in the form that chat templates read, tools among it, and one that shows what they leave out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunesmith.core.messages import Message
+
+
+def tool_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The turns as transformers' templates want them: arguments as an object, a tool's turn with its name."""
+    names = {call.id: call.name for message in messages for call in message.tool_calls}
+    turns = []
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.tool_calls:
+            turn["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+                }
+                for call in message.tool_calls
+            ]
+        if message.role == "tool":
+            turn |= {"tool_call_id": message.tool_call_id, "name": names.get(message.tool_call_id or "", "")}
+        turns.append(turn)
+    return turns
+
+
+def marked_tools(
+    turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, str]]:
+    """The turns and tools with a mark in every place that a template must render, and mark -> what it stands for.
+
+    The marks are plain letters and digits, so that no escaping hides them.
+    """
+    marks: dict[str, str] = {}
+
+    def mark(what: str) -> str:
+        made = f"zq{len(marks)}qz"
+        marks[made] = what
+        return made
+
+    declared = [
+        dict(tool, function=dict(tool["function"], name=mark(f"the tool {tool['function']['name']}"))) for tool in tools
+    ]
+    shown = []
+    for turn in turns:
+        changed = dict(turn)
+        if turn["role"] == "tool":
+            changed["content"] = mark(f"what the tool {turn['name']} said")
+        if "tool_calls" in turn:
+            changed["tool_calls"] = [_marked_call(call, mark) for call in turn["tool_calls"]]
+            if turn["content"]:
+                changed["content"] = mark("the text beside a call")
+        shown.append(changed)
+    return shown, declared, marks
+
+
+def _marked_call(call: Mapping[str, Any], mark: Any) -> dict[str, Any]:
+    name = call["function"]["name"]
+    called = mark(f"the call of {name}")
+    arguments = {mark(f"the arguments of {name}"): mark(f"the arguments of {name}")}
+    return dict(call, function={"name": called, "arguments": arguments})

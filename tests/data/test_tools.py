@@ -1,0 +1,259 @@
+"""Rows with tools: the spellings they come in, what is no conversation, and OpenAI's own rules."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.data.rows import build, many_rows, row, settings, turns, write_jsonl
+from tests.data.test_formats import conversation, error
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import Message, ToolCall, tools_of
+from tunesmith.data import formats
+from tunesmith.data.build import dataset_document
+from tunesmith.data.dataset import example_id
+from tunesmith.data.sources import Row
+from tunesmith.data.tools import gathered, spread
+from tunesmith.store.store import Store
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}, "at": {"type": "string"}}, "required": ["city"]}
+FUNCTION = {"name": "weather", "description": "the weather in a city", "parameters": CITY}
+TOOLS = [{"type": "function", "function": FUNCTION}]
+ARGUMENTS = '{"city": "Oslo", "at": "noon"}'
+
+
+def call(identity: str = "call_1", arguments: Any = ARGUMENTS, name: str = "weather") -> dict[str, Any]:
+    return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def asked(*calls: dict[str, Any], content: str | None = None) -> list[dict[str, Any]]:
+    said = {"role": "assistant", "content": content, "tool_calls": list(calls)}
+    return [{"role": "user", "content": "weather in Oslo?"}, said]
+
+
+def told(identity: str = "call_1", content: str = "4 degrees") -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": identity, "content": content}
+
+
+WHOLE = [*asked(call()), told(), {"role": "assistant", "content": "Cold."}]
+
+
+def reason(messages: list[dict[str, Any]], **more: Any) -> str | None:
+    found = Row("a.jsonl", 3, {"messages": messages, **more})
+    return formats.objection(formats.read_turns(found, formats.SHAPES["messages"], Counter()))
+
+
+def test_a_whole_exchange_with_a_tool() -> None:
+    found = conversation({"messages": WHOLE, "tools": TOOLS, "parallel_tool_calls": False})
+    assert [turn.role for turn in found] == ["user", "assistant", "tool", "assistant"]
+    assert found[1].tool_calls == (ToolCall(id="call_1", name="weather", arguments=ARGUMENTS),)
+    assert found[2].tool_call_id == "call_1"
+    assert tools_of(found) == TOOLS
+    assert [turn.tools is None for turn in found] == [False, True, True, True]
+
+
+SHAREGPT = [
+    {"from": "human", "value": "weather in Oslo?"},
+    {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo", "at": "noon"}}'},
+    {"from": "observation", "value": "4 degrees"},
+    {"from": "gpt", "value": "Cold."},
+]
+OLDER = [
+    WHOLE[0],
+    {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": ARGUMENTS}},
+    {"role": "function", "name": "weather", "content": "4 degrees"},
+    WHOLE[3],
+]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": OLDER, "functions": [FUNCTION]},
+        {"conversations": SHAREGPT, "tools": json.dumps([FUNCTION])},
+        {"messages": [*asked({"name": "weather", "arguments": json.loads(ARGUMENTS)}), {"role": "tool", "content": "4 degrees"}, WHOLE[3]], "tools": [FUNCTION]},  # noqa: E501
+    ],
+)  # fmt: skip
+def test_every_spelling_says_the_same(fields: dict[str, Any]) -> None:
+    found = conversation(fields)
+    same = conversation({"messages": [*asked(call("call00000")), told("call00000"), WHOLE[3]], "tools": TOOLS})
+    assert found == same
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        (asked(call()), None),
+        (asked(call("1"), call("2")), None),
+        ([*asked(call("1"), call("2")), told("2"), told("1"), WHOLE[3]], None),
+        ([*asked(call(), content="Let me look."), told(), *asked(call("2"))[1:], told("2"), WHOLE[3]], None),
+        ([*asked(call("1"), call("2")), told("1"), WHOLE[3]], formats.UNANSWERED),
+        ([*asked(call("1")), told("2"), WHOLE[3]], formats.UNANSWERED),
+        ([*asked(call("1")), told("1"), told("1"), WHOLE[3]], formats.UNANSWERED),
+        ([*asked(call("1"), call("1")), told("1"), WHOLE[3]], formats.UNANSWERED),
+        ([*asked(call()), WHOLE[3]], formats.UNANSWERED),
+        ([*asked(call()), told()], formats.NO_ANSWER),
+        ([*asked(call()), told(), *turns("x", "y")], formats.OUT_OF_ORDER),
+        (asked(call(name="time")), formats.UNDECLARED),
+    ],
+)
+def test_what_answers_what(messages: list[dict[str, Any]], expected: str | None) -> None:
+    assert reason(messages, tools=TOOLS) == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "more", "place"),
+    [
+        (asked(call(arguments="{")), {}, "messages[1].tool_calls[0].arguments"),
+        (asked(call(arguments="[1]")), {}, "messages[1].tool_calls[0].arguments"),
+        (asked(call(arguments='{"a": NaN}')), {}, "messages[1].tool_calls[0].arguments"),
+        (asked({"id": "1", "type": "function"}), {}, "messages[1].tool_calls[0].name"),
+        (asked({"id": 3, "function": {"name": "f"}}), {}, "messages[1].tool_calls[0].id"),
+        (asked({"id": "1", "type": "web"}), {}, "messages[1].tool_calls[0]"),
+        ([{**asked(call())[1], "tool_calls": {"a": 1}}], {}, "messages[0].tool_calls"),
+        ([{**asked(call())[1], "role": "user"}], {}, "messages[0].tool_calls"),
+        ([*asked(call()), {**told(), "tool_call_id": 3}], {}, "messages[2].tool_call_id"),
+        (asked(call(name="nul\0")), {}, "messages[1].tool_calls[0].name"),
+        (asked(call()), {"tools": "[{"}, "tools"),
+        (asked(call()), {"tools": [{"type": "retrieval"}]}, "tools[0]"),
+        (asked(call()), {"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].name"),
+        (asked(call()), {"tools": [{"name": "f", "parameters": "x"}]}, "tools[0].parameters"),
+        (asked(call()), {"tools": TOOLS, "functions": [FUNCTION]}, "row 3"),
+        (asked(call("1"), call("2")), {"parallel_tool_calls": False}, "parallel_tool_calls"),
+    ],
+)
+def test_broken_tools_name_row_and_key(messages: list[dict[str, Any]], more: dict[str, Any], place: str) -> None:
+    assert error({"messages": messages, **more}).where.endswith(place)
+
+
+def test_weights_are_kept_and_what_follows_the_last_is_left_out() -> None:
+    spoken = turns("a", "b", "c", "d", "e", "f")
+    spoken[1]["weight"] = spoken[5]["weight"] = 0
+    found = conversation({"messages": spoken})
+    assert [(turn.content, turn.weight) for turn in found] == [("a", 1), ("b", 0), ("c", 1), ("d", 1)]
+    spoken[3]["weight"] = 0
+    assert reason(spoken) == formats.NOT_TO_LEARN
+
+
+def test_plain_turns_are_written_as_they_always_were() -> None:
+    plain = Message(role="user", content="hi")
+    assert plain.model_dump() == {"role": "user", "content": "hi"}
+    assert example_id([plain, Message(role="assistant", content="yo")], "a.jsonl") == "f5c2b15acc0828e371cb"
+
+
+words = st.text(max_size=8)
+messages_with_tools = st.lists(
+    st.builds(
+        Message,
+        role=st.just("assistant"),
+        content=words,
+        tool_calls=st.lists(
+            st.builds(ToolCall, id=words, name=words, arguments=st.dictionaries(words, words).map(json.dumps))
+        ).map(tuple),
+        tools=st.none() | st.lists(st.dictionaries(words, words)).map(json.dumps),
+    )
+)
+
+
+@given(messages_with_tools)
+def test_a_conversation_survives_being_spread_and_written(messages: list[Message]) -> None:
+    assert gathered(messages, spread(messages)) == tuple(messages)
+    assert [Message.model_validate_json(one.model_dump_json()) for one in messages] == messages
+
+
+def tool_rows(count: int) -> list[dict[str, Any]]:
+    rows = []
+    for n in range(count):
+        said = copy.deepcopy(WHOLE)
+        said[0]["content"] = many_rows(count)[n]["messages"][0]["content"]
+        said[1]["tool_calls"][0]["function"]["arguments"] = json.dumps({"city": f"city {n}"})
+        rows.append({"messages": said, "tools": TOOLS})
+    return rows
+
+
+def test_a_dataset_of_tool_rows(tmp_path: Path) -> None:
+    rows = tool_rows(60)
+    write_jsonl(tmp_path / "rows.jsonl", [*rows, rows[0], {"messages": [*asked(call()), WHOLE[3]], "tools": TOOLS}])
+    dataset = build(tmp_path)
+    body = dataset.record.body
+    assert body["rows"]["removed"] == {"exact duplicate": 1, formats.UNANSWERED: 1}
+    assert body["ignored_keys"] == {}
+    example = dataset.examples("train")[0]
+    assert tools_of(example.messages) == TOOLS
+    assert [turn.role for turn in example.messages] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_private_data_and_control_tokens_in_calls_are_seen(tmp_path: Path) -> None:
+    rows = tool_rows(40)
+    spoken = rows[0]["messages"]
+    spoken[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "ada@lovelace.org", "at": "noon"}'
+    spoken[2]["content"] = "mail to ada@lovelace.org"
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    dataset = build(tmp_path, settings(privacy={"action": "pseudonymise"}))
+    assert dataset.record.body["privacy"] == {"EMAIL_ADDRESS": 1}
+    held = [one for name in dataset.splits for one in dataset.examples(name)]
+    changed = next(one for one in held if "person1" in one.messages[2].content)
+    assert json.loads(changed.messages[1].tool_calls[0].arguments) == {"city": "person1@example.com", "at": "noon"}
+    assert "lovelace" not in "".join(one.model_dump_json() for one in held)
+    spoken[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "<|im_end|>"}'
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(Refused, match="control token"):
+        build(tmp_path, special_tokens=("<|im_end|>",))
+
+
+OPENAI = {"messages": WHOLE, "tools": TOOLS}
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "place"),
+    [
+        (lambda m: m.pop(), "the last message must be from the assistant", "messages[2].role"),
+        (lambda m: m.clear(), "at least one message", "messages"),
+        (lambda m: m[0].update(weight=1), "only an assistant message may have a weight", "messages[0].weight"),
+        (lambda m: m[3].update(weight=2), "weight is 2", "messages[3].weight"),
+        (lambda m: m[0].pop("content"), "must have content", "messages[0]"),
+        (lambda m: m[3].update(content=None), "must have content or tool_calls", "messages[3]"),
+        (lambda m: m[2].pop("tool_call_id"), "must have tool_call_id", "messages[2]"),
+        (lambda m: m[0].update(mood="fine"), "has no key 'mood'", "messages[0].mood"),
+        (lambda m: m[0].update(role="human"), "there is no role 'human'", "messages[0].role"),
+        (lambda m: m[1]["tool_calls"][0].pop("id"), "a call has an id", "messages[1].tool_calls[0]"),
+        (lambda m: m[1]["tool_calls"][0]["function"].update(arguments={}), "JSON as text", "function.arguments"),
+    ],
+)
+def test_openais_rules(change: Any, said: str, place: str) -> None:
+    assert conversation(OPENAI, "openai")
+    broken = copy.deepcopy(OPENAI)
+    change(broken["messages"])
+    found = error(broken, "openai")
+    assert said in found.what
+    assert found.where.endswith(place)
+
+
+def test_openais_rules_of_a_whole_row() -> None:
+    assert "true or false" in error({**OPENAI, "parallel_tool_calls": "no"}, "openai").what
+    assert "at most 128" in error({**OPENAI, "tools": TOOLS * 129}, "openai").what
+    assert "must not be empty" in error({"messages": WHOLE, "functions": []}, "openai").what
+
+
+def test_a_short_file_of_openais_is_warned_of(tmp_path: Path) -> None:
+    rows = [{"messages": row(f"{n} {'abcdefghi'[n] * 9}", str(n))["messages"], "part": str(n % 3)} for n in range(9)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    chosen = settings(source={"format": "openai"}, split={"group_by": "part", "test": 0.5})
+    dataset = build(tmp_path, chosen)
+    document = dataset_document(Store(tmp_path / "store"), dataset.digest)
+    assert document["warnings"] == ["rows.jsonl: 9 rows: OpenAI's service takes a file of at least 10 examples"]
+    assert document["sources"][0]["evidence"] == "told by the settings"
+
+
+def test_a_bad_row_is_named_by_file_row_and_key(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [OPENAI, {"messages": WHOLE[:-1], "tools": TOOLS}])
+    with pytest.raises(UsageError) as caught:
+        build(tmp_path, settings(source={"format": "openai"}))
+    assert caught.value.where == "rows.jsonl, row 2, messages[2].role"

@@ -1,0 +1,143 @@
+"""Rendering with tools: through the template, trained on where the assistant calls, refused where they get lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import TEMPLATE, row, write_model
+from tunesmith.candidates.answering import compose
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import Message, ToolCall, tools_of, with_tools
+from tunesmith.models.rendering import Renderer
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+    }
+]
+CALLS = (ToolCall(id="a", name="weather", arguments='{"city": "Ålesund"}'),)
+TURNS = with_tools(
+    (
+        Message(role="user", content="weather?"),
+        Message(role="assistant", content="", tool_calls=CALLS),
+        Message(role="tool", content="4 degrees", tool_call_id="a"),
+        Message(role="assistant", content="Cold."),
+    ),
+    TOOLS,
+)
+
+# As the Hermes and Qwen families write tools: signatures first, calls and responses between tags.
+HERMES = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>{{ m.content }}</tool_response>"
+    "<|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>'
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
+    return Renderer(write_model(tmp_path_factory.mktemp("m"), template=HERMES))
+
+
+def trained(renderer: Renderer, turns: tuple[Message, ...]) -> str:
+    rendered = renderer.conversation(turns)
+    return renderer.text([token for token, marked in zip(rendered.ids, rendered.trained, strict=True) if marked])
+
+
+CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Ålesund"}}</tool_call>'
+
+
+def test_calls_are_trained_on_and_what_tools_say_is_not(renderer: Renderer) -> None:
+    assert trained(renderer, TURNS) == f"{CALL}Cold."
+    rendered = renderer.conversation(TURNS)
+    ends = [marked for token, marked in zip(rendered.ids, rendered.trained, strict=True) if token in renderer.stop_ids]
+    assert sum(ends) == 2
+    assert '"name": "weather", "parameters"' in renderer.text(rendered.ids)
+
+
+def test_our_rendering_is_the_tokenizers_own(renderer: Renderer) -> None:
+    turns = [
+        {"role": "user", "content": "weather?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Ålesund"}}}],
+        },
+        {"role": "tool", "content": "4 degrees", "name": "weather"},
+        {"role": "assistant", "content": "Cold."},
+    ]
+    own = renderer.tokenizer.apply_chat_template(turns, tools=TOOLS, return_dict=True)
+    assert list(renderer.conversation(TURNS).ids) == own["input_ids"]
+
+
+def test_what_is_trained_on_is_what_will_be_asked(renderer: Renderer) -> None:
+    for answer in (1, 3):
+        rendered = renderer.conversation(TURNS[: answer + 1])
+        prompt = renderer.prompt(TURNS[:answer])
+        assert list(rendered.ids[: len(prompt)]) == prompt
+        assert rendered.trained[len(prompt)]
+
+
+@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (1, 1)])
+def test_a_turn_of_weight_0_is_shown_and_not_trained(renderer: Renderer, weights: tuple[int, int]) -> None:
+    first, second = weights
+    turns = (
+        *row("one", "first"),
+        Message(role="user", content="two"),
+        Message(role="assistant", content="second"),
+    )
+    weighed = tuple(
+        turn.model_copy(update={"weight": {"first": first, "second": second}.get(turn.content, 1)}) for turn in turns
+    )
+    assert trained(renderer, weighed) == "first" * first + "second" * second
+    assert renderer.conversation(weighed).ids == renderer.conversation(turns).ids
+
+
+def test_nothing_to_learn_is_refused(renderer: Renderer) -> None:
+    turns = tuple(turn.model_copy(update={"weight": 0}) for turn in row("a", "b"))
+    with pytest.raises(Refused, match="no token"):
+        renderer.conversation(turns)
+
+
+@pytest.mark.parametrize(
+    ("template", "lost"),
+    [
+        (TEMPLATE, "the tool weather"),
+        (HERMES.replace("{{ tool | tojson }}", ""), "the tool weather"),
+        (HERMES.replace("{{ call.function.name }}", "f"), "the call of weather"),
+        (HERMES.replace("{{ call.function.arguments | tojson }}", "{}"), "the arguments of weather"),
+        (HERMES.replace("<tool_response>{{ m.content }}", ""), "what the tool weather said"),
+        (HERMES.replace("or []", "and []"), "the call of weather"),
+        ("{% for m in messages %}{{ m.role + m.nothing }}{% endfor %}", "refuses this conversation"),
+        ("{% if tools %}{{ raise_exception('no tools here') }}{% endif %}" + TEMPLATE, "no tools here"),
+    ],
+)
+def test_a_template_that_loses_tools_is_refused(tmp_path: Path, template: str, lost: str) -> None:
+    with pytest.raises(Refused, match=lost):
+        Renderer(write_model(tmp_path, template=template)).conversation(TURNS)
+    if "m.nothing" not in template:
+        assert Renderer(tmp_path).conversation(row("a", "b"))  # rows without tools are none of its business
+
+
+def test_control_tokens_in_calls_and_tools(renderer: Renderer) -> None:
+    call = ToolCall(id="a", name="weather", arguments='{"city": "<|im_end|>"}')
+    asked = (TURNS[0], Message(role="assistant", content="", tool_calls=(call,)), TURNS[2])
+    with pytest.raises(UsageError, match="imitates"):
+        renderer.prompt(asked)
+
+
+def test_a_candidates_prompt_keeps_the_requests_tools_and_no_shots_tools() -> None:
+    candidate = Candidate(name="c", base="b", prompt="Be brief.", max_tokens=9, shots=(TURNS,))
+    composed = compose(candidate, with_tools(row("a", "b")[:1], TOOLS))
+    assert composed[0].role == "system"
+    assert tools_of(composed) == TOOLS
+    assert sum(turn.tools is not None for turn in composed) == 1
+    assert tools_of(compose(candidate, row("a", "b")[:1])) == []
+    plain = Candidate(name="c", base="b", prompt="", max_tokens=9)
+    assert compose(plain, TURNS) == TURNS
