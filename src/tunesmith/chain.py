@@ -113,7 +113,7 @@ class Chain:
             "room": self._row_tokens,
         }
 
-        def build(_work: Path) -> str:
+        def build(work: Path) -> str:
             return build_dataset(
                 project.store,
                 project.settings.data,
@@ -122,6 +122,7 @@ class Chain:
                 max_tokens=self._row_tokens,
                 answer_schema=schema,
                 special_tokens=self.engine.special_tokens,
+                work=work,
                 progress=self.progress,
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from tunesmith.data.dataset import Example
@@ -27,7 +27,7 @@ class Kept:
 
 @dataclass
 class Account:
-    """read = kept + removed, always. ignored: key -> rows that had it and were read without it."""
+    """What became of the rows so far: read = kept + removed. ignored: key -> rows that had it and were read without."""
 
     read: int = 0
     removed: list[dict[str, Any]] = field(default_factory=list)
@@ -39,10 +39,13 @@ class Account:
         """Enter a row that goes no further. example: its id, where it got as far as having one."""
         self.removed.append({"id": example, "source": source, "row": row, "reason": reason})
 
-    def remove_kept(self, one: Kept, reason: str) -> None:
-        """Enter a row that was kept until now."""
-        self.remove(one.example.source, one.row, reason, one.example.id)
-
-    def reasons(self) -> dict[str, int]:
-        """Reason -> number of rows."""
-        return dict(sorted(Counter(entry["reason"] for entry in self.removed).items()))
+    def merge(self, other: Account) -> None:
+        """Take in another's counts. What is a number adds up, but for the longest."""
+        for each in fields(self):
+            own, more = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(own, int):
+                setattr(self, each.name, max(own, more) if each.name == "longest" else own + more)
+            elif isinstance(own, list):
+                own.extend(more)
+            else:
+                own.update(more)  # a Counter adds up

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.data.account import EXACT, Account, Kept
-from tunesmith.data.dataset import REMOVED, SPLITS, Example, encode_examples, encode_removed
-from tunesmith.data.duplicates import answer_key, normalise
-from tunesmith.data.examine import CountTokens, Examiner, renamed
-from tunesmith.data.formats import OPENAI, Shape, evidence, shape_of
+from tunesmith.data.account import Account
+from tunesmith.data.dataset import REMOVED, SPLITS, Example
+from tunesmith.data.examine import CountTokens
+from tunesmith.data.formats import OPENAI, Shape, evidence
 from tunesmith.data.openai_rows import too_few
 from tunesmith.data.settings import DataSettings
-from tunesmith.data.sources import OpenSource, Row, find_files, open_source
-from tunesmith.data.splits import NEAR_HELD_OUT, leakage, leaving, split_of
+from tunesmith.data.shards import Engine, Job, Local, Planned, examined, plan, shapes_of
+from tunesmith.data.spill import Spill
+from tunesmith.data.splits import NEAR_HELD_OUT, Trace, leakage, leaving
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 # Losing more of the training rows than this to the held-out ones means that the measure, not the data, is at fault.
 _MOST_MOVED_OUT = 0.5
 _SHOWN_CONFLICTS = 20
-_TELL_EVERY = 256
 
 
 def build_dataset(
@@ -37,62 +37,80 @@ def build_dataset(
     max_tokens: int | None = None,
     answer_schema: Mapping[str, Any] | None = None,
     special_tokens: Sequence[str] = (),
+    work: Path | None = None,
+    engine: Engine = Local(),
     progress: Progress = SILENT,
 ) -> str:
     """Read, check, clean, split and seal; returns the dataset record's digest. The same input gives the same digest.
 
     root: where the sources' paths start. count_tokens and max_tokens: a conversation of more is overlong; where either
     is None no length is checked, and the record says so. answer_schema: JSON Schema that every answer must fit.
-    special_tokens: the base's control tokens; a row whose text imitates one is refused.
+    special_tokens: the base's control tokens; a row whose text imitates one is refused. work: a folder for what does
+    not fit the memory, `work/build` in the store by default. engine: who does the work, which changes nothing else.
 
     Raises UsageError for input that is not well formed, Refused where a policy says no.
     """
     account = Account()
     checked = count_tokens is not None and max_tokens is not None
-    examiner = Examiner(settings, account, count_tokens, max_tokens, answer_schema, tuple(filter(None, special_tokens)))
-    kept: list[Kept] = []
-    described: list[dict[str, Any]] = []
-    shapes: dict[str, Shape] = {}  # source path -> what its first row told
-    for file in find_files(settings.sources, root):
-        with open_source(file) as opened:
-            before = account.read
-            kept.extend(_examined(opened, examiner, shapes, progress))
-            described.append(
-                {
-                    "path": file.name,
-                    "digest": opened.digest,
-                    "bytes": opened.bytes,
-                    "rows": account.read - before,
-                    "format": shapes[file.source.path].name,
-                    "format_told": file.source.format != "auto",
-                }
-            )
-    kept = list(_without_repeats(kept, account))
-    conflicts = _conflicts(one.example for one in kept)
-    threshold = near_threshold(settings)
-    progress.say(f"{len(kept)} rows read; looking for near ones across the splits")
-    splits = _split(kept, settings, threshold, account)
-    examples = {name: [one.example for one in splits[name]] for name in SPLITS}
-    body = {
-        "settings": settings.model_dump(mode="json"),
-        "sources": described,
-        "rows": {
-            "read": account.read,
-            "kept": sum(map(len, splits.values())),
-            "changed": sum(one.changed for some in splits.values() for one in some),
-            "removed": account.reasons(),
-        },
-        **counts(examples),
-        "leakage": leakage(examples, threshold).as_json(threshold),
-        "privacy": dict(sorted(account.privacy.items())),
-        "ignored_keys": dict(sorted(account.ignored.items())),
-        "conflicts": conflicts,
-        "tokens": {"limit": max_tokens, "longest": account.longest} if checked else None,
-        "answer_schema": None if answer_schema is None else digest_of(answer_schema),
-    }
-    blobs = {f"{name}.jsonl": store.put_bytes(encode_examples(examples[name])) for name in SPLITS}
-    blobs[REMOVED] = store.put_bytes(encode_removed(account.removed))
+    special = tuple(filter(None, special_tokens))
+    folder = work or store.root / "work" / "build"
+    with contextlib.ExitStack() as undo:
+        folder.mkdir(parents=True, exist_ok=True)
+        planned = plan(settings, root, folder, undo)
+        job = Job(settings, count_tokens, max_tokens, answer_schema, special, shapes_of(planned))
+        spill = undo.enter_context(Spill(folder))
+        rows: Counter[str] = Counter()
+        for piece in examined(planned, job, engine, progress):
+            spill.add(piece.kept, piece.removed)
+            account.merge(piece.account)
+            rows[piece.file] += piece.account.read
+        spill.drop_repeats()
+        conflicts = spill.conflicts(_SHOWN_CONFLICTS)
+        threshold = near_threshold(settings)
+        progress.say(f"{account.read} rows read; looking for near ones across the splits")
+        splits = _split(spill, threshold, account)
+        counted = spill.counts()
+        body = {
+            "settings": settings.model_dump(mode="json"),
+            "sources": [_described(one, job.shapes[one.file.source.path], rows[one.file.name]) for one in planned],
+            "rows": {
+                "read": account.read,
+                "kept": sum(counted["splits"].values()),
+                "changed": spill.changed(),
+                "removed": spill.reasons(),
+            },
+            **counted,
+            "leakage": leakage(splits, threshold).as_json(threshold),
+            "privacy": dict(sorted(account.privacy.items())),
+            "ignored_keys": dict(sorted(account.ignored.items())),
+            "conflicts": conflicts,
+            "tokens": {"limit": max_tokens, "longest": account.longest} if checked else None,
+            "answer_schema": None if answer_schema is None else digest_of(answer_schema),
+        }
+        blobs = {f"{name}.jsonl": _sealed(store, folder, spill.lines(name)) for name in SPLITS}
+        blobs[REMOVED] = _sealed(store, folder, spill.removed_lines())
     return store.put_record(Record(kind="dataset", blobs=blobs, body=body))
+
+
+def _described(one: Planned, shape: Shape, rows: int) -> dict[str, Any]:
+    return {
+        "path": one.file.name,
+        "digest": one.digest,
+        "bytes": one.bytes,
+        "rows": rows,
+        "format": shape.name,
+        "format_told": one.file.source.format != "auto",
+    }
+
+
+def _sealed(store: Store, folder: Path, lines: Iterable[bytes]) -> str:
+    """Keep lines as a blob; returns its digest."""
+    path = folder / "lines"
+    with path.open("wb") as stream:
+        stream.writelines(lines)
+    digest = store.put_file(path)
+    path.unlink()
+    return digest
 
 
 def dataset_document(store: Store, digest: str) -> dict[str, Any]:
@@ -125,57 +143,12 @@ def counts(splits: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, int]]
     }
 
 
-def _examined(opened: OpenSource, examiner: Examiner, shapes: dict[str, Shape], progress: Progress) -> Iterator[Kept]:
-    source, account = opened.file.source, examiner.account
-    with progress.task(f"reading {opened.file.name}", opened.bytes) as task:
-        told = 0
-        for row in opened.rows():
-            account.read += 1
-            if source.path not in shapes:
-                shapes[source.path] = shape_of(source.format, Row(row.source, row.number, renamed(row, source.rename)))
-            one = examiner.examine(row, source, shapes[source.path])
-            if one is not None:
-                yield one
-            if account.read % _TELL_EVERY == 0:
-                position = opened.position()
-                task.advance(max(0, position - told))
-                told = max(told, position)
-        task.advance(opened.bytes - told)
-
-
-def _without_repeats(kept: Iterable[Kept], account: Account) -> Iterator[Kept]:
-    """One row of each request and answer. Which one does not depend on the order of the rows."""
-    seen: set[tuple[Any, ...]] = set()
-    for one in sorted(kept, key=lambda one: (one.example.id, one.example.model_dump_json(), one.row)):
-        key = (_request_key(one.example), answer_key(one.example.answer))
-        if key in seen:
-            account.remove_kept(one, EXACT)
-        else:
-            seen.add(key)
-            yield one
-
-
-def _request_key(example: Example) -> tuple[tuple[str, str, str], ...]:
-    return tuple((turn.role, normalise(turn.text), turn.tools or "") for turn in example.request)
-
-
-def _conflicts(examples: Iterable[Example]) -> dict[str, Any]:
-    """Requests with more than one answer: how many, their rows, and the ids of the first few."""
-    same: defaultdict[tuple[tuple[str, str, str], ...], list[str]] = defaultdict(list)
-    for example in examples:
-        same[_request_key(example)].append(example.id)
-    found = sorted(sorted(ids) for ids in same.values() if len(ids) > 1)
-    return {"requests": len(found), "rows": sum(map(len, found)), "examples": found[:_SHOWN_CONFLICTS]}
-
-
-def _split(kept: Sequence[Kept], settings: DataSettings, threshold: float, account: Account) -> dict[str, list[Kept]]:
+def _split(spill: Spill, threshold: float, account: Account) -> dict[str, list[Trace]]:
     """The splits, without the rows that nearness makes leave. Raises where that leaves too little."""
-    splits: dict[str, list[Kept]] = {name: [] for name in SPLITS}
-    for one in kept:
-        splits[split_of(one.example.group, settings.split)].append(one)
-    _require_rows(splits, account)
-    gone = leaving({name: [one.example for one in some] for name, some in splits.items()}, threshold)
-    moved_out = sum(gone.get(one.example.id) == NEAR_HELD_OUT for one in splits["train"])
+    splits = spill.traces()
+    _require_rows(splits, spill, account)
+    gone = leaving(splits, threshold)
+    moved_out = sum(gone.get(one.id) == NEAR_HELD_OUT for one in splits["train"])
     if moved_out > _MOST_MOVED_OUT * len(splits["train"]):
         raise Refused(
             f"{moved_out} of {len(splits['train'])} training rows are near a held-out row (similarity {threshold})",
@@ -183,20 +156,17 @@ def _split(kept: Sequence[Kept], settings: DataSettings, threshold: float, accou
             fix="move the text that all requests share into a system turn, group the rows by what makes them alike "
             "(data.split.group_by), or raise near",
         )
-    for name, some in splits.items():
-        for one in some:
-            if one.example.id in gone:
-                account.remove_kept(one, gone[one.example.id])
-        splits[name] = [one for one in some if one.example.id not in gone]
-    _require_rows(splits, account)
-    return splits
+    spill.drop(gone)
+    left = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
+    _require_rows(left, spill, account)
+    return left
 
 
-def _require_rows(splits: Mapping[str, Sequence[Kept]], account: Account) -> None:
+def _require_rows(splits: Mapping[str, Sequence[Trace]], spill: Spill, account: Account) -> None:
     for name in ("train", "test"):
         if not splits[name]:
             sizes = ", ".join(f"{split}: {len(rows)}" for split, rows in splits.items())
-            removed = "; ".join(f"{reason}: {n}" for reason, n in account.reasons().items())
+            removed = "; ".join(f"{reason}: {n}" for reason, n in spill.reasons().items())
             raise UsageError(
                 f"no rows are left for {name} ({sizes}; read: {account.read}; removed: {removed or 'none'})",
                 where="data",

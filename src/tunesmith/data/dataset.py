@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tunesmith.core.digests import canonical, digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.data.duplicates import request_text
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -38,6 +39,11 @@ class Example(BaseModel):
     def request(self) -> tuple[Message, ...]:
         """The turns before the answer."""
         return self.messages[:-1]
+
+    @property
+    def wording(self) -> str:
+        """The request as one normalised text, by which it is compared with others."""
+        return request_text(self.messages)
 
     @property
     def answer(self) -> str:

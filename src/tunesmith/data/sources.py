@@ -103,9 +103,12 @@ def _matches(pattern: str, root: Path) -> list[str]:
 
 
 class OpenSource:
-    """A source file held open: its rows, and the digest of the bytes they were read from (packed, if they are)."""
+    """A source file held open: its rows, and the digest of the bytes they were read from (packed, if they are).
 
-    def __init__(self, file: SourceFile, stream: BinaryIO) -> None:
+    digested: False leaves the digest empty, for a part of a file whose digest was taken before.
+    """
+
+    def __init__(self, file: SourceFile, stream: BinaryIO, *, digested: bool = True) -> None:
         self.file, self._stream = file, stream
         self.bytes = os.fstat(stream.fileno()).st_size
         if self.bytes == 0:
@@ -116,7 +119,7 @@ class OpenSource:
             raise UsageError(f"rows are not read from {kind or 'a file without an ending'}", where=file.name, fix=known)
         self._kind = kind
         require_content(stream, file.name)
-        self.digest = _digest(stream)
+        self.digest = _digest(stream) if digested else ""
 
     def position(self) -> int:
         """Bytes read so far, for progress."""
@@ -155,13 +158,13 @@ class OpenSource:
 
 
 @contextlib.contextmanager
-def open_source(file: SourceFile) -> Iterator[OpenSource]:
+def open_source(file: SourceFile, *, digested: bool = True) -> Iterator[OpenSource]:
     """Open a regular file. A folder, link, FIFO, socket or device in its place is a UsageError, never waited on.
 
     One that is elsewhere is fetched first, into the folder for temporary files.
     """
     with _stream_of(file) as stream:
-        yield OpenSource(file, stream)
+        yield OpenSource(file, stream, digested=digested)
 
 
 @contextlib.contextmanager

@@ -8,11 +8,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tunesmith.core.digests import digest_of
-from tunesmith.data.dataset import SPLITS, Example
-from tunesmith.data.duplicates import METHOD, MISS, answer_key, near_pairs, normalise, request_text
+from tunesmith.data.dataset import SPLITS
+from tunesmith.data.duplicates import METHOD, MISS, answer_key, near_pairs, normalise
 from tunesmith.data.settings import Split
 
 NEAR_HELD_OUT = "near a held-out row"
@@ -39,6 +39,29 @@ class Leakage:
             "method": METHOD,
             "miss_at_threshold": MISS,
         }
+
+
+class Judged(Protocol):
+    """What nearness is judged by. wording: the request, normalised; answer: its text, or what stands for it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def group(self) -> str: ...
+    @property
+    def wording(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Of an example no more than nearness is judged by. answer: the digest of its answer_key."""
+
+    id: str
+    group: str
+    wording: str
+    answer: str
 
 
 def split_of(group: str, split: Split) -> str:
@@ -82,7 +105,7 @@ def _values(answer: str) -> set[str]:
     return found
 
 
-def leaving(splits: Mapping[str, Sequence[Example]], threshold: float) -> dict[str, str]:
+def leaving(splits: Mapping[str, Sequence[Judged]], threshold: float) -> dict[str, str]:
     """Example id -> why it has to leave its split: nearness to a held-out row, or a repeated row within the split.
 
     Of two near rows in different splits the test's stays, then the validation's. Of two near rows in one split with
@@ -106,7 +129,7 @@ def leaving(splits: Mapping[str, Sequence[Example]], threshold: float) -> dict[s
     return gone
 
 
-def leakage(splits: Mapping[str, Sequence[Example]], threshold: float) -> Leakage:
+def leakage(splits: Mapping[str, Sequence[Judged]], threshold: float) -> Leakage:
     """Groups that stand in more than one split, and near pairs of requests across splits, counted afresh."""
     near = _Nearness([example for examples in splits.values() for example in examples], threshold)
     holders: defaultdict[str, set[str]] = defaultdict(set)
@@ -128,18 +151,15 @@ def leakage(splits: Mapping[str, Sequence[Example]], threshold: float) -> Leakag
 class _Nearness:
     """Which requests are the same or near. Works on distinct texts: a request that stands a thousand times is one."""
 
-    def __init__(self, examples: Sequence[Example], threshold: float) -> None:
+    def __init__(self, examples: Sequence[Judged], threshold: float) -> None:
         self._places: dict[str, int] = {}
-        self._of = {
-            example.id: self._places.setdefault(request_text(example.messages), len(self._places))
-            for example in examples
-        }
+        self._of = {example.id: self._places.setdefault(example.wording, len(self._places)) for example in examples}
         self._near = [{place} for place in range(len(self._places))]
         for left, right in near_pairs(list(self._places), threshold):
             self._near[left].add(right)
             self._near[right].add(left)
 
-    def text(self, example: Example) -> int:
+    def text(self, example: Judged) -> int:
         """The number of the example's request among the distinct ones."""
         return self._of[example.id]
 
@@ -147,6 +167,6 @@ class _Nearness:
         """The distinct requests near this one, itself among them."""
         return self._near[text]
 
-    def around(self, example: Example) -> set[int]:
+    def around(self, example: Judged) -> set[int]:
         """The distinct requests near the example's."""
         return self._near[self._of[example.id]]
