@@ -25,14 +25,15 @@ def write_rows(path: Path, count: int) -> None:
     """A file of count rows: 1 in 50 a repeat, 1 in 50 near another."""
     draw = random.Random(0)
     words = ["".join(draw.choices(SYLLABLES, k=draw.randint(1, 4))) for _ in range(20_000)]
-    said = "turn on the kitchen lights"
+    said = answer = ""
     with path.open("w") as stream:
         for n in range(count):
-            if n % 50 == 1:
+            if n % 50 == 4:
                 said += " please"
             elif n % 50 != 2:
                 said = " ".join(draw.choices(words, k=draw.randint(4, 9)))
-            answer = json.dumps({"intent": words[n % 40], "value": said.split()[-1]})
+            if n % 50 != 2:
+                answer = json.dumps({"intent": words[n % 40], "value": said.split()[-1]})
             messages = [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
             stream.write(json.dumps({"messages": messages}) + "\n")
 
