@@ -107,6 +107,11 @@ def _show_account(document: dict[str, Any], console: Console) -> None:
 
     rows, leakage = document["rows"], document["leakage"]
     table = Table(title=f"Dataset version {short(document['dataset'])}", show_header=False, title_justify="left")
+    for source in document["sources"]:
+        known = f"{source['rows']} rows of the format {source['format']}: {source['evidence']}"
+        table.add_row(f"source {source['path']}", known)
+    for warning in document["warnings"]:
+        table.add_row("warning", warning)
     table.add_row("read", str(rows["read"]))
     table.add_row("kept", f"{rows['kept']} ({rows['changed']} changed)")
     for reason, number in rows["removed"].items():
@@ -138,3 +143,5 @@ def _show_rows(split: str, rows: list[dict[str, Any]], total: int, console: Cons
         console.print(f"\n{row['id']}  {row['group']}  {row['licence']}", style="dim", markup=False)
         for turn in row["messages"]:
             console.print(f"  {turn['role']}: {turn['content']}", markup=False)
+            for call in turn.get("tool_calls", ()):
+                console.print(f"    calls {call['name']} {call['arguments']}", markup=False)
