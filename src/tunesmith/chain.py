@@ -27,6 +27,8 @@ from tunesmith.core.files import lock, write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.build import build_dataset, dataset_document
 from tunesmith.data.dataset import Dataset, Example, load_dataset
+from tunesmith.data.shards import Engine as ShardEngine
+from tunesmith.data.shards import Local
 from tunesmith.data.sources import find_files
 from tunesmith.evaluation.evaluate import evaluate as score_answers
 from tunesmith.evaluation.evaluate import evaluation_document
@@ -81,6 +83,7 @@ class Chain:
     progress: Progress = SILENT
     actor: str | None = None  # whose work it is; the project's own way to find out where None
     stages: list[Stage] = field(default_factory=list)
+    shards: ShardEngine = field(default_factory=Local)  # who reads the source files' shards; the dataset is the same
 
     @cached_property
     def base(self) -> BaseModel:
@@ -114,15 +117,18 @@ class Chain:
         }
 
         def build(work: Path) -> str:
+            from tunesmith.models.rendering import RowCounter
+
             return build_dataset(
                 project.store,
                 project.settings.data,
                 project.root,
-                count_tokens=self.engine.count_row,
+                count_tokens=RowCounter(self.base.folder),
                 max_tokens=self._row_tokens,
                 answer_schema=schema,
                 special_tokens=self.engine.special_tokens,
                 work=work,
+                engine=self.shards,
                 progress=self.progress,
             )
 
@@ -433,9 +439,9 @@ def tuned_names(project: Project) -> list[str]:
 # What the verbs call
 
 
-def build_data(project: Project, progress: Progress = SILENT) -> str:
-    """Digest of the project's dataset version."""
-    return Chain(project, progress).dataset.digest
+def build_data(project: Project, progress: Progress = SILENT, shards: ShardEngine | None = None) -> str:
+    """Digest of the project's dataset version. shards: who reads the source files' shards; this machine by default."""
+    return Chain(project, progress, shards=shards or Local()).dataset.digest
 
 
 def train(project: Project, progress: Progress = SILENT, name: str | None = None, restart: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tunesmith.candidates.answering import compose
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, tools_of, with_tools
-from tunesmith.models.rendering import Renderer
+from tunesmith.models.rendering import Renderer, RowCounter
 
 TOOLS = [
     {
@@ -97,6 +98,12 @@ def test_a_turn_of_weight_0_is_shown_and_not_trained(renderer: Renderer, weights
     )
     assert trained(renderer, weighed) == "first" * first + "second" * second
     assert renderer.conversation(weighed).ids == renderer.conversation(turns).ids
+
+
+def test_a_counter_of_rows_can_be_sent_away(tmp_path: Path) -> None:
+    counter = RowCounter(write_model(tmp_path, template=HERMES))
+    again = pickle.loads(pickle.dumps(counter))
+    assert again(TURNS) == counter(TURNS) == len(Renderer(tmp_path).conversation(TURNS).ids)
 
 
 def test_nothing_to_learn_is_refused(renderer: Renderer) -> None:

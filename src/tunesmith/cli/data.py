@@ -26,14 +26,26 @@ def register(app: typer.Typer) -> None:
     app.add_typer(data, name="data")
 
 
-def build(directory: Directory = HERE, as_json: Json = False) -> None:
+def build(
+    engine: Annotated[str, typer.Option(help="Who reads the rows: local or ray; the dataset is the same.")] = "local",
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
     """Read, check, clean, split and seal the project's sources."""
     from tunesmith import chain
+    from tunesmith.core.errors import UsageError
     from tunesmith.data.build import dataset_document
     from tunesmith.project import open_project
 
+    if engine not in ("local", "ray"):
+        raise UsageError(f"there is no engine {engine!r}", where="--engine", fix="local or ray")
+    shards = None
+    if engine == "ray":
+        from tunesmith.data.on_ray import OnRay
+
+        shards = OnRay()
     project = open_project(directory)
-    document = dataset_document(project.store, chain.build_data(project, Terminal()))
+    document = dataset_document(project.store, chain.build_data(project, Terminal(), shards))
     emit(document, as_json, lambda console: _show_account(document, console))
 
 

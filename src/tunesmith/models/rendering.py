@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,25 @@ class Rendered:
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowCounter:
+    """Counts the tokens of training rows; can be sent to another process, which reads the tokenizer for itself.
+
+    Raises what Renderer.conversation raises for a row that cannot be trained on.
+    """
+
+    folder: Path
+
+    def __call__(self, messages: Sequence[Message]) -> int:
+        """Tokens of a row, its answer included."""
+        return len(_renderer(self.folder).conversation(messages).ids)
+
+
+@lru_cache(maxsize=2)
+def _renderer(folder: Path) -> Renderer:
+    return Renderer(folder)
 
 
 class Renderer:
