@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from tests.data.rows import build, many_rows, row, write_jsonl
 from tunesmith.cli import data
+from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import Dataset
 from tunesmith.store.store import Store
 
@@ -116,3 +117,11 @@ def test_the_verbs_import_nothing_heavy() -> None:
     code = f"import sys, tunesmith.cli.data; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_engine_that_there_is_not(tmp_path: Path) -> None:
+    app = typer.Typer()
+    data.register(app)
+    done = CliRunner().invoke(app, ["data", "build", "--engine", "spark", "-C", str(tmp_path)])
+    assert isinstance(done.exception, UsageError)
+    assert "spark" in done.exception.what
