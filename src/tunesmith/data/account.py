@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tunesmith.data.dataset import Example
+from tunesmith.data.privacy import Scan
 
 EXACT: Final = "exact duplicate"
 PRIVATE: Final = "personal data or a secret"
@@ -26,13 +27,23 @@ class Kept:
 
 @dataclass
 class Account:
-    """read = kept + removed, always. ignored: key -> rows that had it and were read without it."""
+    """read = kept + removed, always. ignored: key -> rows that had it and were read without it.
+
+    privacy: entity -> values found; fields: (turn's role, entity) -> findings; originals: example -> its scan's.
+    """
 
     read: int = 0
     removed: list[dict[str, Any]] = field(default_factory=list)
     privacy: Counter[str] = field(default_factory=Counter)
+    fields: Counter[tuple[str, str]] = field(default_factory=Counter)
+    originals: dict[str, dict[str, str]] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
     longest: int = 0
+
+    def enter_scan(self, scan: Scan) -> None:
+        """Count what a conversation's scan found."""
+        self.privacy.update(scan.found)
+        self.fields.update(scan.fields)
 
     def remove(self, source: str, row: int, reason: str, example: str | None = None) -> None:
         """Enter a row that goes no further. example: its id, where it got as far as having one."""

@@ -15,6 +15,8 @@ from tunesmith.data.dataset import REMOVED, SPLITS, Example, encode_examples, en
 from tunesmith.data.duplicates import answer_key, normalise
 from tunesmith.data.examine import CountTokens, Examiner, renamed
 from tunesmith.data.formats import Shape, shape_of
+from tunesmith.data.originals import check_originals, keep_originals
+from tunesmith.data.privacy_evidence import privacy_evidence
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources import OpenSource, Row, find_files, open_source
 from tunesmith.data.splits import NEAR_HELD_OUT, leakage, leaving, split_of
@@ -24,7 +26,8 @@ from tunesmith.store.store import Store
 # Losing more of the training rows than this to the held-out ones means that the measure, not the data, is at fault.
 _MOST_MOVED_OUT = 0.5
 _SHOWN_CONFLICTS = 20
-_TELL_EVERY = 256
+_TOGETHER = 256  # rows that are scanned at once
+_BYTES_TOGETHER = 8 << 20
 
 
 def build_dataset(
@@ -46,6 +49,7 @@ def build_dataset(
 
     Raises UsageError for input that is not well formed, Refused where a policy says no.
     """
+    check_originals(settings.privacy, root)
     account = Account()
     checked = count_tokens is not None and max_tokens is not None
     examiner = Examiner(settings, account, count_tokens, max_tokens, answer_schema, tuple(filter(None, special_tokens)))
@@ -84,6 +88,7 @@ def build_dataset(
         **counts(examples),
         "leakage": leakage(examples, threshold).as_json(threshold),
         "privacy": dict(sorted(account.privacy.items())),
+        "privacy_scan": privacy_evidence(examiner.scanner, settings.privacy, account, examples),
         "ignored_keys": dict(sorted(account.ignored.items())),
         "conflicts": conflicts,
         "tokens": {"limit": max_tokens, "longest": account.longest} if checked else None,
@@ -91,14 +96,16 @@ def build_dataset(
     }
     blobs = {f"{name}.jsonl": store.put_bytes(encode_examples(examples[name])) for name in SPLITS}
     blobs[REMOVED] = store.put_bytes(encode_removed(account.removed))
+    keep_originals(settings.privacy, root, account, examples)
     return store.put_record(Record(kind="dataset", blobs=blobs, body=body))
 
 
 def dataset_document(store: Store, digest: str) -> dict[str, Any]:
     """What `data build --json` prints of a dataset record. Raises Refused where the record is missing or damaged."""
     body = store.record(digest, kind="dataset").body
-    shown = ("rows", "splits", "groups", "leakage", "licences", "privacy", "ignored_keys", "conflicts", "tokens")
-    return {"dataset": digest, **{key: body[key] for key in (*shown, "sources")}}
+    shown = ("rows", "splits", "groups", "leakage", "licences", "privacy", "privacy_scan", "ignored_keys", "conflicts", "tokens")
+    # Records of older versions lack the newer keys.
+    return {"dataset": digest, **{key: body[key] for key in (*shown, "sources") if key in body}}
 
 
 def near_threshold(settings: DataSettings) -> float:
@@ -120,18 +127,29 @@ def _examined(opened: OpenSource, examiner: Examiner, shapes: dict[str, Shape], 
     source, account = opened.file.source, examiner.account
     with progress.task(f"reading {opened.file.name}", opened.bytes) as task:
         told = 0
-        for row in opened.rows():
-            account.read += 1
+        for rows in _batches(opened):
+            account.read += len(rows)
             if source.path not in shapes:
-                shapes[source.path] = shape_of(source.format, Row(row.source, row.number, renamed(row, source.rename)))
-            one = examiner.examine(row, source, shapes[source.path])
-            if one is not None:
-                yield one
-            if account.read % _TELL_EVERY == 0:
-                position = opened.position()
-                task.advance(max(0, position - told))
-                told = max(told, position)
+                first = Row(rows[0].source, rows[0].number, renamed(rows[0], source.rename))
+                shapes[source.path] = shape_of(source.format, first)
+            yield from examiner.examine(rows, source, shapes[source.path])
+            position = opened.position()
+            task.advance(max(0, position - told))
+            told = max(told, position)
         task.advance(opened.bytes - told)
+
+
+def _batches(opened: OpenSource) -> Iterator[list[Row]]:
+    """Rows to be scanned together: few where they are long."""
+    rows: list[Row] = []
+    begun = opened.position()
+    for row in opened.rows():
+        rows.append(row)
+        if len(rows) == _TOGETHER or opened.position() - begun > _BYTES_TOGETHER:
+            yield rows
+            rows, begun = [], opened.position()
+    if rows:
+        yield rows
 
 
 def _without_repeats(kept: Iterable[Kept], account: Account) -> Iterator[Kept]:

@@ -15,7 +15,7 @@ from tunesmith.data.account import OFF_SCHEMA, OVERLONG, PRIVATE, SPOILT, Accoun
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.duplicates import request_text
 from tunesmith.data.licences import permitted
-from tunesmith.data.privacy import Scanner
+from tunesmith.data.privacy import Scan, Scanner
 from tunesmith.data.settings import DataSettings, Source
 from tunesmith.data.sources import Row
 from tunesmith.data.splits import wording_group
@@ -29,6 +29,18 @@ class Removed:
 
     reason: str
     example: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    """A row that goes on to the privacy scan. original: as it was read; fitting: of the length that is allowed."""
+
+    row: Row
+    source: Source
+    fields: Mapping[str, Any]
+    licence: str
+    original: tuple[Message, ...]
+    fitting: tuple[Message, ...]
 
 
 @dataclass
@@ -49,22 +61,28 @@ class Examiner:
     @cached_property
     def scanner(self) -> Scanner:
         """Loaded with the first row: the patterns take a second."""
-        return Scanner(self.settings.privacy)
+        return Scanner(self.settings.privacy, listed_values(self.answer_schema))
 
     @cached_property
     def valid_answer(self) -> Callable[[str], bool]:
         """Whether an answer's text is JSON under the schema."""
         return _answer_check(self.answer_schema)
 
-    def examine(self, row: Row, source: Source, shape: formats.Shape) -> Kept | None:
-        """The row's example; None where it was removed, which the account then holds."""
-        found = self._judge(row, source, shape)
-        if isinstance(found, Kept):
-            return found
-        self.account.remove(row.source, row.number, found.reason, found.example)
-        return None
+    def examine(self, rows: Sequence[Row], source: Source, shape: formats.Shape) -> list[Kept]:
+        """The rows' examples; those that were removed are in the account. Many at once: see Scanner.scan_many."""
+        judged = [(row, self._before_scan(row, source, shape)) for row in rows]
+        waiting = [one for _, one in judged if isinstance(one, _Fitting)]
+        scans = iter(self.scanner.scan_many([one.fitting for one in waiting]))
+        kept = []
+        for row, one in judged:
+            found = self._after_scan(one, next(scans)) if isinstance(one, _Fitting) else one
+            if isinstance(found, Kept):
+                kept.append(found)
+            else:
+                self.account.remove(row.source, row.number, found.reason, found.example)
+        return kept
 
-    def _judge(self, row: Row, source: Source, shape: formats.Shape) -> Kept | Removed:
+    def _before_scan(self, row: Row, source: Source, shape: formats.Shape) -> _Fitting | Removed:
         fields = renamed(row, source.rename)
         turns = formats.read_turns(Row(row.source, row.number, fields), shape, self.account.ignored)
         self._count_ignored(fields, source, shape)
@@ -76,8 +94,11 @@ class Examiner:
         fitting = self._fit(original, row)
         if fitting is None:
             return Removed(OVERLONG)
-        scan = self.scanner.scan(fitting)
-        self.account.privacy.update(scan.found)
+        return _Fitting(row, source, fields, licence, original, fitting)
+
+    def _after_scan(self, one: _Fitting, scan: Scan) -> Kept | Removed:
+        row, fields, source, fitting = one.row, one.fields, one.source, one.fitting
+        self.account.enter_scan(scan)
         messages = fitting if self.settings.privacy.action == "report" else scan.messages
         name = example_id(messages, row.source)
         if scan.found and self.settings.privacy.action == "refuse":
@@ -96,13 +117,15 @@ class Examiner:
             id=name,
             messages=messages,
             source=row.source,
-            licence=licence,
+            licence=one.licence,
             group=self._group(fields, row, messages),
             subject=_label(fields, source.subject_key, row),
             tenant=_label(fields, source.tenant_key, row),
             region=_label(fields, source.region_key, row),
         )
-        return Kept(example, row.number, messages != original)
+        if scan.originals and self.settings.privacy.originals is not None:
+            self.account.originals[name] = dict(scan.originals)
+        return Kept(example, row.number, messages != one.original)
 
     def _count_ignored(self, fields: Mapping[str, Any], source: Source, shape: formats.Shape) -> None:
         labels = {*_licence_keys(source), source.subject_key, source.tenant_key, source.region_key}
@@ -185,6 +208,16 @@ def _label(fields: Mapping[str, Any], key: str, row: Row) -> str | None:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise UsageError(f"{key} is a {type(value).__name__}, not text", where=f"{row.where}, {key}")
     return formats.text_of({key: str(value)}, key, row.where)
+
+
+def listed_values(schema: Any) -> set[str]:
+    """The texts that a schema lists as answers: the task's own words, whoever else may bear them."""
+    if isinstance(schema, Mapping):
+        listed = schema.get("enum")
+        own = [*(listed if isinstance(listed, list) else ()), schema.get("const")]
+        inner = set().union(*(listed_values(value) for value in schema.values()))
+        return {value for value in own if isinstance(value, str)} | inner
+    return set().union(*(listed_values(value) for value in schema)) if isinstance(schema, list) else set()
 
 
 def _answer_check(schema: Mapping[str, Any] | None) -> Callable[[str], bool]:

