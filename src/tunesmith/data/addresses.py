@@ -94,7 +94,10 @@ def _patterns() -> tuple[tuple[float, re.Pattern[str]], ...]:
         # Edeby 55; Benedum Drive
         (GUESS, rf"(?<!\w)(?:{_NAME} ){{1,3}}{_NUMBER}(?! ?(?:%|[ap]\.?m\b))"),
         (GUESS, rf"(?<!\w)(?:{_NAME} ){{1,3}}{street}"),
-        (GUESS, rf"(?i:the corner of) {_WORD}(?: {_WORD}){{0,3}}(?: {_NUMBER})? and (?:{_WORD} ?){{1,4}}(?:{_NUMBER})?"),
+        (
+            GUESS,
+            rf"(?i:the corner of) {_WORD}(?: {_WORD}){{0,3}}(?: {_NUMBER})? and (?:{_WORD} ?){{1,4}}(?:{_NUMBER})?",
+        ),
         (GUESS, rf"\b{_UNIT}"),
         (GUESS, rf"\b\d{{1,5}} (?:{_NAME} ){{0,2}}{_NAME}"),
     )

@@ -103,7 +103,18 @@ def build_dataset(
 def dataset_document(store: Store, digest: str) -> dict[str, Any]:
     """What `data build --json` prints of a dataset record. Raises Refused where the record is missing or damaged."""
     body = store.record(digest, kind="dataset").body
-    shown = ("rows", "splits", "groups", "leakage", "licences", "privacy", "privacy_scan", "ignored_keys", "conflicts", "tokens")
+    shown = (
+        "rows",
+        "splits",
+        "groups",
+        "leakage",
+        "licences",
+        "privacy",
+        "privacy_scan",
+        "ignored_keys",
+        "conflicts",
+        "tokens",
+    )
     # Records of older versions lack the newer keys.
     return {"dataset": digest, **{key: body[key] for key in (*shown, "sources") if key in body}}
 

@@ -55,15 +55,19 @@ _OWN = {
         score=0.6,
     ),
     "CREDIT_CARD": Recogniser(
-        regex=r"(?<![\w.])\d{4}(?:[ -]?\d{4}){2}[ -]?\d{1,7}(?!\w)", context=("card", "credit", "cc", "visa"), score=0.1
+        regex=r"(?<![\w.])\d{4}(?:[ -]?\d{4}){2}[ -]?\d{1,7}(?!\w)",
+        context=("card", "credit", "cc", "visa"),
+        score=0.1,
     ),
     "TITLE": Recogniser(regex=r"\b(?:Mr|Mrs|Ms|Miss|Mx|Dr|Prof|Sir|Madam|mr|mrs|ms|dr)\b\.?(?= [^\W\d_])", score=0.6),
     "AGE": Recogniser(
-        regex=r"\b\d{1,3}(?=[ -]?(?:years?[ -]old|y/?o\b|yrs? old))|(?i:(?<=turned )|(?<=aged )|(?<=age )|(?<=age: ))\d{1,3}\b",
+        regex=r"\b\d{1,3}(?=[ -]?(?:years?[ -]old|y/?o\b|yrs? old))"
+        r"|(?i:(?<=turned )|(?<=aged )|(?<=age )|(?<=age: ))\d{1,3}\b",
         score=0.6,
     ),
     "ZIP_CODE": Recogniser(
-        regex=r"\b(?:\d{5}(?:-\d{4})?|\d{4} ?[A-Z]{2}|\d{3} \d{2}|\d{4}|[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}|\d{5}-\d{3})\b",
+        regex=r"\b(?:\d{5}(?:-\d{4})?|\d{4} ?[A-Z]{2}|\d{3} \d{2}|\d{4}|\d{5}-\d{3}"
+        r"|[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2})\b",
         context=("zip", "zipcode", "postcode", "postal"),
         score=0.1,
     ),
@@ -169,9 +173,7 @@ def _reconciled(spans: Sequence[Finding]) -> list[Finding]:
             )
         else:
             joined.append(span)
-    ranked = sorted(
-        joined, key=lambda one: (_rank(one.entity), one.start - one.end, -one.score, one)
-    )
+    ranked = sorted(joined, key=lambda one: (_rank(one.entity), one.start - one.end, -one.score, one))
     taken: list[Finding] = []
     for span in ranked:
         # What another finding leaves of a long one still counts: a name within an address's lines hides no address.

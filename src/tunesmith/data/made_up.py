@@ -1,34 +1,42 @@
-"""Made-up values of each kind of personal data, valid where the kind has a checksum. Nobody's: they are drawn by lot."""
+"""Made-up values of each kind of personal data, valid where it has a checksum. Drawn by lot, so nobody's."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import string
+import zlib
 from collections.abc import Callable
 from random import Random
 
-_GIVEN = (
-    "Amelia Oliver Priya Mateusz Sofía Hiroshi Fatima Jan Ingrid Kwame Chloé Luca Nadia Viktor Aisha Tomás Leila Björn"
-    " Grace Dmitri Yuki Carlos Hannah Omar Elena Patrick Mei Samuel Zoë Rajesh Greta Ahmed Isabel Petra Daniel Nkechi"
-    " Julia Marco Helga Ivan Rosa George Linh Anna Pavel Maria James Noor Emma William"
-).split()
-_FAMILY = (
-    "Novak Patel Kowalski García Tanaka Haddad Müller Lindqvist Mensah Dubois Rossi Petrov Khan Silva Johansson Murphy"
-    " Sokolov Nakamura Reyes Cohen Farouk Popescu Byrne Chen Goldberg Laurent Iyer Schneider Hassan Moreno Horvat Park"
-    " Okafor Lehmann Bianchi Olsen Ivanova Torres Whitfield Nguyen Svoboda Costa Harris Aziz Thompson Bergström Abbott"
-    " Fischer Walsh Greenberg"
-).split()
-_PLACES = (
-    "Lisbon|Kraków|Nairobi|Toronto|Gothenburg|Osaka|Valparaíso|Leeds|Marseille|Tallinn|Pune|Adelaide|Porto Alegre"
-    "|San Antonio|Tbilisi|Hanoi|Cape Town|Bergen|Utrecht|Ghent|Nuremberg|Seville|Bologna|Gdańsk|Brno|Debrecen|Izmir"
-    "|Amman|Accra|Kigali|Lima|Quito|Montevideo|Calgary|Portland|Tucson|Galway|Aberdeen|Norway|Bolivia|Vietnam|Kenya"
-).split("|")
-_COMPANIES = (
-    "Halvorsen Shipping|Brightwater Labs|Kessler & Sons|Northgate Insurance|Mirador Foods|Tessera Analytics"
-    "|Oakline Partners|Zephyr Logistics Ltd|Redmond Steel Inc|Alder Health"
-).split("|")
-_STREETS = "Maple|Church|Station|Victoria|Mill|Elm|Harbour|Lincoln|Chestnut|Windsor|Orchard|Juniper".split("|")
-_KINDS = "Street|Road|Avenue|Lane|Drive|Boulevard|Court|Way|St|Ave".split("|")
+_GIVEN_WORDS = (
+    "Amelia|Oliver|Priya|Mateusz|Sofía|Hiroshi|Fatima|Jan|Ingrid|Kwame|Chloé|Luca|Nadia|Viktor|Aisha|Tomás|"
+    "Leila|Björn|Grace|Dmitri|Yuki|Carlos|Hannah|Omar|Elena|Patrick|Mei|Samuel|Zoë|Rajesh|Greta|Ahmed|Isabel|"
+    "Petra|Daniel|Nkechi|Julia|Marco|Helga|Ivan|Rosa|George|Linh|Anna|Pavel|Maria|James|Noor|Emma|William"
+)
+_GIVEN = tuple(_GIVEN_WORDS.split("|"))
+_FAMILY_WORDS = (
+    "Novak|Patel|Kowalski|García|Tanaka|Haddad|Müller|Lindqvist|Mensah|Dubois|Rossi|Petrov|Khan|Silva|"
+    "Johansson|Murphy|Sokolov|Nakamura|Reyes|Cohen|Farouk|Popescu|Byrne|Chen|Goldberg|Laurent|Iyer|Schneider|"
+    "Hassan|Moreno|Horvat|Park|Okafor|Lehmann|Bianchi|Olsen|Ivanova|Torres|Whitfield|Nguyen|Svoboda|Costa|"
+    "Harris|Aziz|Thompson|Bergström|Abbott|Fischer|Walsh|Greenberg"
+)
+_FAMILY = tuple(_FAMILY_WORDS.split("|"))
+_PLACES_WORDS = (
+    "Lisbon|Kraków|Nairobi|Toronto|Gothenburg|Osaka|Valparaíso|Leeds|Marseille|Tallinn|Pune|Adelaide|"
+    "Porto Alegre|San Antonio|Tbilisi|Hanoi|Cape Town|Bergen|Utrecht|Ghent|Nuremberg|Seville|Bologna|Gdańsk|"
+    "Brno|Debrecen|Izmir|Amman|Accra|Kigali|Lima|Quito|Montevideo|Calgary|Portland|Tucson|Galway|Aberdeen|"
+    "Norway|Bolivia|Vietnam|Kenya"
+)
+_PLACES = tuple(_PLACES_WORDS.split("|"))
+_COMPANIES_WORDS = (
+    "Halvorsen Shipping|Brightwater Labs|Kessler & Sons|Northgate Insurance|Mirador Foods|Tessera Analytics|"
+    "Oakline Partners|Zephyr Logistics Ltd|Redmond Steel Inc|Alder Health"
+)
+_COMPANIES = tuple(_COMPANIES_WORDS.split("|"))
+_STREETS_WORDS = "Maple|Church|Station|Victoria|Mill|Elm|Harbour|Lincoln|Chestnut|Windsor|Orchard|Juniper"
+_STREETS = tuple(_STREETS_WORDS.split("|"))
+_KINDS = ["Street", "Road", "Avenue", "Lane", "Drive", "Boulevard", "Court", "Way", "St", "Ave"]
 _DOMAINS = ("proton.me", "fastmail.com", "web.de", "orange.fr", "uni-hamburg.de", "acme.co.uk", "mailbox.org")
 _ALNUM = string.ascii_letters + string.digits
 
@@ -44,7 +52,9 @@ def _chars(chance: Random, n: int, letters: str = _ALNUM) -> str:
 def person(chance: Random) -> str:
     """Mostly a given and a family name, sometimes a given name with an initial between."""
     given, family = chance.choice(_GIVEN), chance.choice(_FAMILY)
-    return chance.choice((f"{given} {family}", f"{given} {family}", f"{given} {chance.choice(string.ascii_uppercase)}. {family}"))
+    return chance.choice(
+        (f"{given} {family}", f"{given} {family}", f"{given} {chance.choice(string.ascii_uppercase)}. {family}")
+    )
 
 
 def street_address(chance: Random) -> str:
@@ -149,7 +159,8 @@ def itin(chance: Random) -> str:
 
 def nino(chance: Random) -> str:
     """Two letters, six digits, one letter."""
-    return f"{chance.choice(('AB', 'CE', 'JK', 'LM', 'PR', 'SE'))} {_digits(chance, 2)} {_digits(chance, 2)} {_digits(chance, 2)} {chance.choice('ABCD')}"
+    digits = " ".join(_digits(chance, 2) for _ in range(3))
+    return f"{chance.choice(('AB', 'CE', 'JK', 'LM', 'PR', 'SE'))} {digits} {chance.choice('ABCD')}"
 
 
 def ip(chance: Random) -> str:
@@ -165,19 +176,33 @@ def mac(chance: Random) -> str:
 
 def url(chance: Random) -> str:
     """A page of somebody's own."""
-    return f"https://www.{chance.choice(_FAMILY).encode('ascii', 'ignore').decode().lower()}-{_chars(chance, 4, string.ascii_lowercase)}.org/{_chars(chance, 6)}"
+    name = chance.choice(_FAMILY).encode("ascii", "ignore").decode().lower()
+    return f"https://www.{name}-{_chars(chance, 4, string.ascii_lowercase)}.org/{_chars(chance, 6)}"
 
 
 def _token(before: str, n: int, letters: str = _ALNUM) -> Callable[[Random], str]:
     return lambda chance: before + _chars(chance, n, letters)
 
 
+def _github(chance: Random) -> str:
+    """Thirty characters and their CRC-32 in base 62, as GitHub issues them."""
+    body, check = _chars(chance, 30), ""
+    number = zlib.crc32(body.encode())
+    for _ in range(6):
+        number, rest = divmod(number, 62)
+        check = (string.digits + string.ascii_uppercase + string.ascii_lowercase)[rest] + check
+    return f"ghp_{body}{check}"
+
+
 def _jwt(chance: Random) -> str:
-    return f"eyJhbGciOiJIUzI1NiJ9.eyJ{_chars(chance, 40)}.{_chars(chance, 43)}"
+    parts = (b'{"alg":"HS256","typ":"JWT"}', f'{{"sub":"{_digits(chance, 10)}"}}'.encode(), chance.randbytes(32))
+    return ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts)
 
 
 def _private_key(chance: Random) -> str:
-    return f"-----BEGIN PRIVATE KEY-----\n{_chars(chance, 64)}\n{_chars(chance, 64)}\n-----END PRIVATE KEY-----"
+    body = base64.b64encode(chance.randbytes(144)).decode()
+    lines = "\n".join(body[at : at + 64] for at in range(0, len(body), 64))
+    return f"-----BEGIN PRIVATE KEY-----\n{lines}\n-----END PRIVATE KEY-----"
 
 
 def _url_with_password(chance: Random) -> str:
@@ -191,11 +216,11 @@ def _password(chance: Random) -> str:
 # Kind of secret -> one of it. `password` is nothing by itself: it takes the words before it.
 SECRETS: dict[str, Callable[[Random], str]] = {
     "aws access key": _token("AKIA", 16, string.ascii_uppercase + "234567"),
-    "github": _token("ghp_", 36),
+    "github": _github,
     "gitlab": _token("glpat-", 20),
     "slack": lambda chance: f"xoxb-{_digits(chance, 12)}-{_digits(chance, 12)}-{_chars(chance, 24)}",
     "stripe": _token("sk_live_", 24),
-    "openai": _token("sk-proj-", 48),
+    "openai": lambda chance: f"sk-proj-{_chars(chance, 20)}T3BlbkFJ{_chars(chance, 20)}",
     "google": _token("AIza", 35),
     "hugging face": _token("hf_", 34),
     "sendgrid": lambda chance: f"SG.{_chars(chance, 22)}.{_chars(chance, 43)}",

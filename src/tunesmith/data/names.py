@@ -37,7 +37,9 @@ _UNUSED = ("tok2vec", "tagger", "parser", "senter", "attribute_ruler", "lemmatiz
 _TOGETHER = 256
 _LONGEST = 50_000  # characters the model sees at once
 # "today" and "the first three months" point at no day; a year, a weekday or a month does.
-_DATED = re.compile(r"\d|(?:mon|tues|wednes|thurs|fri|satur|sun)day|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec", re.I)
+_DATED = re.compile(
+    r"\d|(?:mon|tues|wednes|thurs|fri|satur|sun)day|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec", re.I
+)
 _FIELD = re.compile(r"\w+:")  # "Mobile:" on a line of a form
 _EDGES = " \t\r\n,.;:!?\"'“”()[]"
 

@@ -40,9 +40,7 @@ def check_originals(settings: Privacy, root: Path) -> None:
     _fernet()
 
 
-def keep_originals(
-    settings: Privacy, root: Path, account: Account, splits: Mapping[str, Sequence[Example]]
-) -> None:
+def keep_originals(settings: Privacy, root: Path, account: Account, splits: Mapping[str, Sequence[Example]]) -> None:
     """Write {example id: {pseudonym: original}} of the rows that were kept, readable by this user alone."""
     if settings.originals is None:
         return
@@ -64,6 +62,13 @@ def read_originals(path: Path) -> dict[str, dict[str, str]]:
     except InvalidToken as error:
         raise Refused(f"${KEY} is not the key of this file, or the file was changed", where=str(path)) from error
     return read
+
+
+def new_key() -> str:
+    """A key for the environment variable."""
+    from cryptography.fernet import Fernet
+
+    return Fernet.generate_key().decode()
 
 
 def _fernet() -> Fernet:

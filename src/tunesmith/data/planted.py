@@ -117,9 +117,7 @@ def _look(scanner: Scanner, plants: Sequence[_Plant]) -> Measured:
         whole += inside == plant.end - plant.start
         shift = len(plant.text) - len(plant.before)
         outside = [place for place in seen if not plant.start <= place < plant.end]
-        new += inside + sum(
-            (place if place < plant.cut[0] else place - shift) not in known for place in outside
-        )
+        new += inside + sum((place if place < plant.cut[0] else place - shift) not in known for place in outside)
     return Measured(len(plants), whole, sum(plant.end - plant.start for plant in plants), covered, new, right)
 
 

@@ -70,17 +70,13 @@ class Scanner:
         ]
 
     def _scan(self, messages: Sequence[Message], findings: Mapping[str, Sequence[Any]]) -> Scan:
-        fields = Counter(
-            (role, entity) for role, text in texts_of(messages) for _, _, entity, _ in findings[text]
-        )
+        fields = Counter((role, entity) for role, text in texts_of(messages) for _, _, entity, _ in findings[text])
         if not fields:
             return Scan(tuple(messages))
         names = Pseudonyms(self._own)
         counts: Counter[str] = Counter()
         values = [
-            (entity, text[start:end])
-            for _, text in texts_of(messages)
-            for start, end, entity, _ in findings[text]
+            (entity, text[start:end]) for _, text in texts_of(messages) for start, end, entity, _ in findings[text]
         ]
         # The longest names of people first: "Ann" is then known for a part of "Ann Lee".
         for entity, value in sorted(values, key=lambda pair: -len(pair[1].split()) if pair[0] == "PERSON" else 0):

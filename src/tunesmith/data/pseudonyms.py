@@ -7,20 +7,24 @@ numbers keep their layout with made-up digits, so that texts stay plausible and 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-_GIVEN = (
-    "Alex Robin Sam Jordan Casey Morgan Taylor Jamie Riley Avery Quinn Rowan Skyler Emery Finley Harper Kendall Logan"
-    " Marlow Noel Oakley Parker Reese Sage Tatum Arden Blake Corey Devon Ellis"
-).split()
-_FAMILY = (
-    "Ashdown Birchall Calloway Denholm Eastwick Fenwright Garrowby Hollins Inglesby Jessop Kestrel Larkham Millbrook"
-    " Northcott Oakhurst Pemberly Quennell Rosedale Silverton Thornbury Underhay Varley Westerby Yarrow Zellner"
-).split()
-_PLACES = (
-    "Arborvale Brindleton Cloverfield Dunmere Elmswick Foxhollow Greyport Hazelmoor Ivybridge Juniper Kingsmere Lindale"
-    " Maplewick Norwell Oldhaven Pinecrest Quarryton Rivermead Stonebeck Tarnfield"
-).split()
+_GIVEN_WORDS = (
+    "Alex|Robin|Sam|Jordan|Casey|Morgan|Taylor|Jamie|Riley|Avery|Quinn|Rowan|Skyler|Emery|Finley|Harper|"
+    "Kendall|Logan|Marlow|Noel|Oakley|Parker|Reese|Sage|Tatum|Arden|Blake|Corey|Devon|Ellis"
+)
+_GIVEN = tuple(_GIVEN_WORDS.split("|"))
+_FAMILY_WORDS = (
+    "Ashdown|Birchall|Calloway|Denholm|Eastwick|Fenwright|Garrowby|Hollins|Inglesby|Jessop|Kestrel|Larkham|"
+    "Millbrook|Northcott|Oakhurst|Pemberly|Quennell|Rosedale|Silverton|Thornbury|Underhay|Varley|Westerby|"
+    "Yarrow|Zellner"
+)
+_FAMILY = tuple(_FAMILY_WORDS.split("|"))
+_PLACES_WORDS = (
+    "Arborvale|Brindleton|Cloverfield|Dunmere|Elmswick|Foxhollow|Greyport|Hazelmoor|Ivybridge|Juniper|"
+    "Kingsmere|Lindale|Maplewick|Norwell|Oldhaven|Pinecrest|Quarryton|Rivermead|Stonebeck|Tarnfield"
+)
+_PLACES = tuple(_PLACES_WORDS.split("|"))
 _TELEPHONE = "12025550100"
 
 _MADE: dict[str, Callable[[int], str]] = {
@@ -37,6 +41,7 @@ _LAID_OUT = frozenset(
     ("CREDIT_CARD", "PHONE_NUMBER", "US_SSN", "US_ITIN", "UK_NHS", "PL_PESEL", "US_PASSPORT", "IBAN_CODE", "UK_NINO",
      "ES_NIF", "US_DRIVER_LICENSE", "MEDICAL_LICENSE", "ZIP_CODE", "AGE", "IT_FISCAL_CODE")
 )  # fmt: skip
+_NAMED = frozenset(("LOCATION", "ORGANIZATION", "STREET_ADDRESS"))  # written in the case of what they stand for
 _SPELT_EXACTLY = ("SECRET", "CRYPTO")
 _CASELESS = ("EMAIL_ADDRESS", "URL", "MAC_ADDRESS")
 
@@ -76,7 +81,9 @@ class Pseudonyms:
         if entity in _LAID_OUT or entity in self._own:
             return laid_out(entity, value, n, keep_prefix=entity == "IBAN_CODE" or entity in self._own)
         made = _MADE.get(entity)
-        return _cased(made(n), value) if made else f"{entity.lower()}_{n}"
+        if made is None:
+            return f"{entity.lower()}_{n}"
+        return _cased(made(n), value) if entity in _NAMED else made(n)
 
     def _person(self, value: str) -> int | None:
         """The number of the person whose name this is, or a part of."""
@@ -106,9 +113,7 @@ def laid_out(entity: str, value: str, n: int, *, keep_prefix: bool) -> str:
     first = next((place for place, letter in enumerate(value) if letter.isdecimal()), 0)
     prefix = value[: min(first, 4)] if keep_prefix else ""
     rest = value[len(prefix) :]
-    return prefix + "".join(
-        next(digits) if letter.isdecimal() else _other(letter, entity) for letter in rest
-    )
+    return prefix + "".join(next(digits) if letter.isdecimal() else _other(letter, entity) for letter in rest)
 
 
 def _other(letter: str, entity: str) -> str:
@@ -122,7 +127,7 @@ def _person(number: int) -> tuple[str, str]:
     return _GIVEN[number % len(_GIVEN)], _FAMILY[(number * 7) % len(_FAMILY)]
 
 
-def _nth(names: list[str], n: int) -> str:
+def _nth(names: Sequence[str], n: int) -> str:
     round_, place = divmod(n - 1, len(names))
     return names[place] if round_ == 0 else f"{names[place]} {round_ + 1}"
 
@@ -134,5 +139,5 @@ def _parts(name: str) -> tuple[str, ...]:
 def _cased(name: str, value: str) -> str:
     letters = "".join(letter for letter in value if letter.isalpha())
     if len(letters) > 1 and letters.isupper():
-        return name.upper() if "@" not in name and "://" not in name else name
+        return name.upper()
     return name.lower() if letters.islower() and letters else name

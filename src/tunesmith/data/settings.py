@@ -113,7 +113,9 @@ class Privacy(Settings):
     minimum_score: Annotated[float, Field(gt=0, le=1, description="the least score that counts")] = 0.4
     planted: Annotated[
         int,
-        Field(ge=0, le=10_000, description="values planted for each kind to measure what the scan finds; 0 measures none"),
+        Field(
+            ge=0, le=10_000, description="values planted for each kind to measure what the scan finds; 0 measures none"
+        ),
     ] = 60
     left_at_most: Annotated[
         float | None,
@@ -121,7 +123,9 @@ class Privacy(Settings):
     ] = None
     originals: Annotated[
         str | None,
-        Field(description="file for the encrypted map from pseudonyms to originals, outside the store; null keeps none"),
+        Field(
+            description="file for the encrypted map from pseudonyms to originals, outside the store; null keeps none"
+        ),
     ] = None
 
     @property
