@@ -118,20 +118,18 @@ def home_commands() -> list[str]:
 
 
 def detect_secrets(texts: list[str]) -> list[list[str]]:
-    """All plugins and filters as they come, over a file of one text after the other."""
+    """All plugins and filters as they come; a file a text, since it reports equal findings of a file once."""
     from detect_secrets import SecretsCollection
     from detect_secrets.settings import default_settings
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "texts.txt"
-        path.write_text("\n".join(texts) + "\n")
-        of_line = [number for number, text in enumerate(texts) for _ in text.split("\n")]
-        secrets = SecretsCollection(root=folder)
-        with default_settings():
-            secrets.scan_file("texts.txt")
-    found: list[list[str]] = [[] for _ in texts]
-    for _, one in secrets:
-        found[of_line[one.line_number - 1]].append(one.secret_value)
+    found = []
+    with tempfile.TemporaryDirectory() as folder, default_settings():
+        path = Path(folder) / "text.txt"
+        for text in texts:
+            path.write_text(text + "\n")
+            secrets = SecretsCollection(root=folder)
+            secrets.scan_file(path.name)
+            found.append([str(one.secret_value) for _, one in secrets])
     return found
 
 

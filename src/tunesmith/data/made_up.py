@@ -200,9 +200,11 @@ def _jwt(chance: Random) -> str:
 
 
 def _private_key(chance: Random) -> str:
-    body = base64.b64encode(chance.randbytes(144)).decode()
-    lines = "\n".join(body[at : at + 64] for at in range(0, len(body), 64))
-    return f"-----BEGIN PRIVATE KEY-----\n{lines}\n-----END PRIVATE KEY-----"
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    key = Ed25519PrivateKey.from_private_bytes(chance.randbytes(32))
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode().strip()
 
 
 def _url_with_password(chance: Random) -> str:
