@@ -15,6 +15,7 @@ from tunesmith.data.dataset import REMOVED, SPLITS, Example, encode_examples, en
 from tunesmith.data.duplicates import answer_key, normalise
 from tunesmith.data.examine import CountTokens, Examiner, renamed
 from tunesmith.data.formats import Shape, shape_of
+from tunesmith.data.licences import Credit, duties
 from tunesmith.data.originals import check_originals, keep_originals
 from tunesmith.data.privacy_evidence import privacy_evidence
 from tunesmith.data.settings import DataSettings
@@ -55,10 +56,12 @@ def build_dataset(
     examiner = Examiner(settings, account, count_tokens, max_tokens, answer_schema, tuple(filter(None, special_tokens)))
     kept: list[Kept] = []
     described: list[dict[str, Any]] = []
+    credit: dict[str, str | None] = {}  # source file -> whom its licence wants named
     shapes: dict[str, Shape] = {}  # source path -> what its first row told
     for file in find_files(settings.sources, root):
         with open_source(file) as opened:
             before = account.read
+            credit[file.name] = file.source.attribution
             kept.extend(_examined(opened, examiner, shapes, progress))
             described.append(
                 {
@@ -87,6 +90,7 @@ def build_dataset(
         },
         **counts(examples),
         "leakage": leakage(examples, threshold).as_json(threshold),
+        "duties": duties(_credits(examples, credit), settings.licences),
         "privacy": dict(sorted(account.privacy.items())),
         "privacy_scan": privacy_evidence(examiner.scanner, settings.privacy, account, examples),
         "ignored_keys": dict(sorted(account.ignored.items())),
@@ -109,6 +113,7 @@ def dataset_document(store: Store, digest: str) -> dict[str, Any]:
         "groups",
         "leakage",
         "licences",
+        "duties",
         "privacy",
         "privacy_scan",
         "ignored_keys",
@@ -131,6 +136,14 @@ def counts(splits: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, int]]
         "splits": {name: len(splits[name]) for name in SPLITS},
         "groups": {name: len({example.group for example in splits[name]}) for name in SPLITS},
         "licences": dict(sorted(licences.items())),
+    }
+
+
+def _credits(splits: Mapping[str, Sequence[Example]], credit: Mapping[str, str | None]) -> set[Credit]:
+    return {
+        Credit(example.source, example.licence, credit.get(example.source))
+        for examples in splits.values()
+        for example in examples
     }
 
 

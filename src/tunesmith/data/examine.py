@@ -88,7 +88,7 @@ class Examiner:
         self._count_ignored(fields, source, shape)
         if (reason := formats.objection(turns)) is not None:
             return Removed(reason)
-        licence = permitted(_licence(row, fields, source), self.settings.licences.allow, row.where)
+        licence = permitted(_licence(row, fields, source), self.settings.licences, row.where)
         original = formats.conversation(turns)
         self._refuse_control_tokens(original, row)
         fitting = self._fit(original, row)

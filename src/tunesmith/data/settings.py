@@ -11,26 +11,6 @@ from tunesmith.core.settings import Settings
 Format = Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt"]
 Action = Literal["report", "pseudonymise", "remove", "refuse"]
 
-# Licences that allow training and redistribution of the result with at most attribution. Share-alike (CC-BY-SA, ODbL)
-# and any licence of one's own (LicenseRef-...) must be allowed by name; non-commercial and no-derivatives never are
-# by default.
-PERMISSIVE = (
-    "0BSD",
-    "Apache-2.0",
-    "BSD-2-Clause",
-    "BSD-3-Clause",
-    "CC-BY-3.0",
-    "CC-BY-4.0",
-    "CC0-1.0",
-    "CDLA-Permissive-1.0",
-    "CDLA-Permissive-2.0",
-    "ISC",
-    "MIT",
-    "ODC-By-1.0",
-    "PDDL-1.0",
-    "Unlicense",
-)
-
 ENTITIES = (
     "EMAIL_ADDRESS",
     "PHONE_NUMBER",
@@ -57,6 +37,9 @@ class Source(Settings):
 
     path: Annotated[str, Field(min_length=1, description="a file, or a glob such as data/*.jsonl, from the project")]
     licence: Annotated[str | None, Field(description="SPDX expression; rows may carry their own instead")] = None
+    attribution: Annotated[
+        str | None, Field(description="who is to be credited, in the words that the licence's owner asks for")
+    ] = None
     format: Annotated[Format, Field(description="the rows' shape; auto tells it from the first row's keys")] = "auto"
     rename: Annotated[dict[str, str], Field(description="a row's key -> the key that the format knows")] = {}  # noqa: RUF012
     licence_key: Annotated[str, Field(description="the row's key that holds its licence")] = "licence"
@@ -66,9 +49,19 @@ class Source(Settings):
 
 
 class Licences(Settings):
-    """What may be trained on."""
+    """What may be trained on, and for what. Without a licence nothing is."""
 
-    allow: Annotated[tuple[str, ...], Field(description="SPDX licence ids that rows may stand under")] = PERMISSIVE
+    use: Annotated[
+        Literal["commercial", "non-commercial"],
+        Field(description="what the models are for; non-commercial admits more"),
+    ] = "commercial"
+    share_alike: Annotated[
+        bool, Field(description="admit share-alike licences: the models are then bound to the same licence")
+    ] = False
+    allow: Annotated[
+        tuple[str, ...], Field(description="SPDX ids, LicenseRef-... among them, that are admitted whatever they ask")
+    ] = ()
+    refuse: Annotated[tuple[str, ...], Field(description="SPDX ids that are never admitted")] = ()
 
 
 class Recogniser(Settings):
