@@ -28,6 +28,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.build import build_dataset, dataset_document
 from tunesmith.data.dataset import Dataset, Example, load_dataset
 from tunesmith.data.sources import find_files
+from tunesmith.data.withdrawn import load_withdrawn
 from tunesmith.evaluation.evaluate import evaluate as score_answers
 from tunesmith.evaluation.evaluate import evaluation_document
 from tunesmith.evaluation.general import general_digest, general_questions
@@ -105,7 +106,9 @@ class Chain:
         project = self.project
         sources = find_files(project.settings.data.sources, project.root)
         schema = project.schema
+        withdrawn = load_withdrawn(project.store)
         inputs = {
+            "withdrawn": withdrawn.as_json(),
             "settings": project.settings.data.model_dump(mode="json"),
             "files": {file.name: digest_file(file.path) for file in sources},
             "schema": schema,
@@ -122,6 +125,7 @@ class Chain:
                 max_tokens=self._row_tokens,
                 answer_schema=schema,
                 special_tokens=self.engine.special_tokens,
+                withdrawn=withdrawn,
                 progress=self.progress,
             )
 

@@ -13,6 +13,7 @@ EXACT: Final = "exact duplicate"
 PRIVATE: Final = "personal data or a secret"
 OVERLONG: Final = "overlong"
 OFF_SCHEMA: Final = "answer not valid under the schema"
+WITHDRAWN: Final = "withdrawn by a recall"
 SPOILT: Final = "answer no longer valid under the schema with pseudonyms"
 
 

@@ -21,6 +21,7 @@ from tunesmith.data.privacy_evidence import privacy_evidence
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources import OpenSource, Row, find_files, open_source
 from tunesmith.data.splits import NEAR_HELD_OUT, leakage, leaving, split_of
+from tunesmith.data.withdrawn import Withdrawn
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -40,20 +41,23 @@ def build_dataset(
     max_tokens: int | None = None,
     answer_schema: Mapping[str, Any] | None = None,
     special_tokens: Sequence[str] = (),
+    withdrawn: Withdrawn = Withdrawn(),
     progress: Progress = SILENT,
 ) -> str:
     """Read, check, clean, split and seal; returns the dataset record's digest. The same input gives the same digest.
 
     root: where the sources' paths start. count_tokens and max_tokens: a conversation of more is overlong; where either
     is None no length is checked, and the record says so. answer_schema: JSON Schema that every answer must fit.
-    special_tokens: the base's control tokens; a row whose text imitates one is refused.
+    special_tokens: the base's control tokens; a row whose text imitates one is refused. withdrawn: rows that were
+    recalled, and are left out.
 
     Raises UsageError for input that is not well formed, Refused where a policy says no.
     """
     check_originals(settings.privacy, root)
     account = Account()
     checked = count_tokens is not None and max_tokens is not None
-    examiner = Examiner(settings, account, count_tokens, max_tokens, answer_schema, tuple(filter(None, special_tokens)))
+    special = tuple(filter(None, special_tokens))
+    examiner = Examiner(settings, account, count_tokens, max_tokens, answer_schema, special, withdrawn)
     kept: list[Kept] = []
     described: list[dict[str, Any]] = []
     credit: dict[str, str | None] = {}  # source file -> whom its licence wants named

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data import formats
-from tunesmith.data.account import OFF_SCHEMA, OVERLONG, PRIVATE, SPOILT, Account, Kept
+from tunesmith.data.account import OFF_SCHEMA, OVERLONG, PRIVATE, SPOILT, WITHDRAWN, Account, Kept
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.duplicates import request_text
 from tunesmith.data.licences import permitted
@@ -19,6 +19,7 @@ from tunesmith.data.privacy import Scan, Scanner
 from tunesmith.data.settings import DataSettings, Source
 from tunesmith.data.sources import Row
 from tunesmith.data.splits import wording_group
+from tunesmith.data.withdrawn import Withdrawn
 
 CountTokens = Callable[[Sequence[Message]], int]
 
@@ -48,7 +49,7 @@ class Examiner:
     """The checks that a row passes in turn: shape, licence, control tokens, length, privacy, answer.
 
     count_tokens, max_tokens: where either is None no length is checked. answer_schema: JSON Schema of the answer's
-    text. special_tokens: texts that mean something to the base's tokenizer.
+    text. special_tokens: texts that mean something to the base's tokenizer. withdrawn: rows that were recalled.
     """
 
     settings: DataSettings
@@ -57,6 +58,7 @@ class Examiner:
     max_tokens: int | None = None
     answer_schema: Mapping[str, Any] | None = None
     special_tokens: Sequence[str] = ()
+    withdrawn: Withdrawn = field(default_factory=Withdrawn)
 
     @cached_property
     def scanner(self) -> Scanner:
@@ -123,6 +125,8 @@ class Examiner:
             tenant=_label(fields, source.tenant_key, row),
             region=_label(fields, source.region_key, row),
         )
+        if self.withdrawn.holds(example):
+            return Removed(WITHDRAWN, name)
         if scan.originals and self.settings.privacy.originals is not None:
             self.account.originals[name] = dict(scan.originals)
         return Kept(example, row.number, messages != one.original)

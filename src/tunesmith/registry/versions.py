@@ -216,7 +216,7 @@ def list_versions(store: Store, name: str | None = None) -> list[Version]:
 def check_not_recalled(session: Session, version: Version, statement: Statement) -> None:
     """Raises Refused where the version, or anything it came of, was withdrawn."""
     for digest in (version.digest, *statement.records, *statement.blobs):
-        reason = recalled(session, digest)
+        reason = recalled(session, digest, as_evidence=digest not in (version.digest, version.candidate))
         if reason is not None:
             raise Refused(
                 f"{version.label} was recalled: {reason}",
