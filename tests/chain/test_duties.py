@@ -13,6 +13,7 @@ import yaml
 
 from tests.chain.scene import rows, settings, write_project
 from tunesmith.api import Project
+from tunesmith.chain import build_data
 from tunesmith.core.errors import Refused
 from tunesmith.data.dataset import load_dataset
 from tunesmith.registry.versions import load_version, open_release, verify_version
@@ -86,20 +87,16 @@ def test_a_notice_that_was_dropped_or_changed_fails(finished: Path, tmp_path: Pa
         pass
 
 
-def build(folder: Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "tunesmith", "data", "build", "-C", str(folder), "--json"]
-    return subprocess.run(words, capture_output=True, text=True, check=False)
-
-
 def test_no_licence_or_one_that_the_policy_refuses_is_exit_3(tmp_path: Path) -> None:
     folder = write(tmp_path / "p")
-    refused = build(folder)
-    assert refused.returncode == 3
-    assert "share-alike" in refused.stderr
+    with pytest.raises(Refused, match="share-alike") as caught:
+        build_data(Project.load(folder))
+    assert caught.value.exit_code == 3
     read = yaml.safe_load((folder / "tunesmith.yaml").read_text())
     del read["data"]["sources"][0]["licence"]
     (folder / "tunesmith.yaml").write_text(yaml.safe_dump(read))
-    unlicensed = build(folder)
+    words = [sys.executable, "-m", "tunesmith", "data", "build", "-C", str(folder), "--json"]
+    unlicensed = subprocess.run(words, capture_output=True, text=True, check=False)
     assert unlicensed.returncode == 3
     assert "without a licence" in unlicensed.stderr
     assert "a.jsonl" in unlicensed.stderr

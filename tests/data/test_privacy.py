@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,9 +15,10 @@ from hypothesis import strategies as st
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data import names
-from tunesmith.data.entities import RECOGNISERS
+from tunesmith.data.entities import ALL, RECOGNISERS, Finder
 from tunesmith.data.names import RECOMMENDED, Names
 from tunesmith.data.privacy import Scan, Scanner
+from tunesmith.data.privacy_evidence import _shipped, reference
 from tunesmith.data.settings import ENTITIES, Privacy
 
 
@@ -279,3 +282,32 @@ def test_a_batch_finds_what_single_rows_find(reader: Scanner) -> None:
         for n in range(40)
     ]
     assert reader.scan_many(rows) == [reader.scan(one) for one in rows]
+
+
+SYNTH = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+SYNTH /= "presidio-research-synth"
+
+
+def test_the_shipped_figures_are_of_every_annotated_entity() -> None:
+    for setup, floor in ((None, 0.45), (RECOMMENDED, 0.80)):
+        shipped = _shipped()["setups"][setup or "patterns"]
+        assert shipped["recall"] >= floor
+        assert shipped["precision"] >= 0.80
+    told = reference(RECOMMENDED, ["PERSON", "UK_NHS"])
+    assert told is not None
+    assert told["entities"].keys() == {"PERSON"}
+    assert reference("another_model", ["PERSON"]) is None
+
+
+@pytest.mark.skipif(not SYNTH.is_dir(), reason="presidio-research's texts are not here ($TUNESMITH_TEST_DATA)")
+def test_recall_and_precision_on_annotated_text_are_the_shipped_ones() -> None:
+    rows = [row for row in json.loads((SYNTH / "data_synth_dataset_v2.json").read_text()) if row["template_id"] % 2]
+    finder = Finder(Privacy(model=RECOMMENDED, entities=ALL))
+    marked = found = both = 0
+    for row, spans in zip(rows, finder.find([row["full_text"] for row in rows]), strict=True):
+        gold = {place for span in row["spans"] for place in range(span["start_position"], span["end_position"])}
+        ours = {place for span in spans for place in range(span.start, span.end)}
+        marked, found, both = marked + len(gold), found + len(ours), both + len(gold & ours)
+    shipped = _shipped()["setups"][RECOMMENDED]
+    assert both / marked == pytest.approx(shipped["recall"], abs=0.02)
+    assert both / found == pytest.approx(shipped["precision"], abs=0.02)

@@ -83,6 +83,7 @@ def build_dataset(
     progress.say(f"{len(kept)} rows read; looking for near ones across the splits")
     splits = _split(kept, settings, threshold, account)
     examples = {name: [one.example for one in splits[name]] for name in SPLITS}
+    talks = [example.messages for name in SPLITS for example in examples[name]]
     body = {
         "settings": settings.model_dump(mode="json"),
         "sources": described,
@@ -96,7 +97,7 @@ def build_dataset(
         "leakage": leakage(examples, threshold).as_json(threshold),
         "duties": duties(_credits(examples, credit), settings.licences),
         "privacy": dict(sorted(account.privacy.items())),
-        "privacy_scan": privacy_evidence(examiner.scanner, settings.privacy, account, examples),
+        "privacy_scan": privacy_evidence(examiner.scanner, settings.privacy, account, talks),
         "ignored_keys": dict(sorted(account.ignored.items())),
         "conflicts": conflicts,
         "tokens": {"limit": max_tokens, "longest": account.longest} if checked else None,

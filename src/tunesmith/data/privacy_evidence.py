@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
+from tunesmith.core.messages import Message
 from tunesmith.data.account import Account
-from tunesmith.data.dataset import Example
 from tunesmith.data.entities import described
 from tunesmith.data.planted import as_json, left_document, measure, refuse_leaky
 from tunesmith.data.privacy import Scanner
@@ -19,9 +19,11 @@ PATTERNS = "patterns"
 
 
 def privacy_evidence(
-    scanner: Scanner, settings: Privacy, account: Account, splits: Mapping[str, Sequence[Example]]
+    scanner: Scanner, settings: Privacy, account: Account, conversations: Sequence[Sequence[Message]]
 ) -> dict[str, Any]:
-    """The scan with its measured error. Raises Refused where more is probably left than the settings allow.
+    """The scan with its measured error. conversations: kept rows to plant in, in an order that is always the same.
+
+    Raises Refused where more is probably left than the settings allow.
 
     {"entities", "model", "fields": {role: {entity: findings}}, "reference": recall and precision on annotated text,
     "planted": the same on values planted into these rows, "left": a bound on the values that were missed}.
@@ -30,7 +32,6 @@ def privacy_evidence(
     for (role, entity), number in sorted(account.fields.items()):
         fields.setdefault(role, {})[entity] = number
     setup = described(scanner.finder)
-    conversations = [example.messages for name in sorted(splits) for example in splits[name]]
     measured = measure(scanner, settings, conversations)
     left = left_document(settings, account.privacy, measured, scanner.finder.entities)
     refuse_leaky(settings, left)
