@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -237,6 +238,7 @@ def test_numbers_in_requests_are_no_addresses(reader: Scanner, text: str) -> Non
     assert "STREET_ADDRESS" not in scan(reader, text, "ok").found
 
 
+FINDER = Finder(Privacy(model=RECOMMENDED, entities=ALL))
 STAFF = {"STAFF_ID": {"regex": r"\bE\d{6}\b", "context": ["employee", "staff"], "score": 0.2}}
 
 
@@ -311,3 +313,26 @@ def test_recall_and_precision_on_annotated_text_are_the_shipped_ones() -> None:
     shipped = _shipped()["setups"][RECOMMENDED]
     assert both / marked == pytest.approx(shipped["recall"], abs=0.02)
     assert both / found == pytest.approx(shipped["precision"], abs=0.02)
+
+
+def test_a_long_text_is_looked_through_to_its_end(reader: Scanner) -> None:
+    filler = "the lamp in the hall is on again and nobody knows why. " * 700
+    text = f"{filler}ask Maria Novak, maria@acme.org, about it. {filler}key AKIAIOSFODNN7EXAMPLE here"
+    found = scan(reader, text, "ok")
+    assert {"EMAIL_ADDRESS": 1, "SECRET": 1}.items() <= found.found.items()
+    for gone in ("Maria Novak", "maria@acme", "AKIA"):
+        assert gone not in found.messages[0].content
+
+
+def test_a_row_with_thousands_of_findings(scanner: Scanner) -> None:
+    text = " ".join(f"user{n}@acme.org 172.16.{n // 250 % 250}.{n % 250}" for n in range(1500))
+    assert scan(scanner, text, "ok").found == {"EMAIL_ADDRESS": 1500, "IP_ADDRESS": 1500}
+
+
+@given(st.text(max_size=300))
+@examples(max_examples=60, deadline=None)
+def test_findings_never_overlap_and_lie_in_the_text(text: str) -> None:
+    text = f"Ann Lee {text} 12 Mill Road, Leeds +1 212-456-7890 {text}"
+    (found,) = FINDER.find([text])
+    assert all(0 <= one.start < one.end <= len(text) for one in found)
+    assert all(one.end <= other.start for one, other in itertools.pairwise(found))

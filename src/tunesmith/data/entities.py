@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tunesmith.core.errors import UsageError
@@ -81,6 +81,8 @@ _MAY_BE = {"PHONE_NUMBER": re.compile(r"(?:\d[^\w\n]{0,4}){6}\d"), "EMAIL_ADDRES
 _NEAR = 60  # characters before a finding in which words of its context count
 _BOOST = 0.35  # as presidio's own, which looks for lemmas; the least a finding in context scores is 0.4
 _LEAST_IN_CONTEXT = 0.4
+_SHORTEST_REST = 2
+_WINDOW, _OVERLAP = 32_768, 4096  # characters: a longer text is looked through piece by piece
 _SLOWEST = 1.0  # seconds a pattern of one's own may take over one text
 # Which of two findings stands where they overlap: the first named wins, then the longer, then the surer.
 _RANKS = {SECRET: 0, "EMAIL_ADDRESS": 1, "URL": 2, "IBAN_CODE": 2, "CREDIT_CARD": 2, STREET_ADDRESS: 4}
@@ -124,14 +126,20 @@ class Finder:
 
     def find(self, texts: Sequence[str]) -> list[list[Finding]]:
         """For each text its entities, in order, none overlapping another."""
-        names: Iterator[list[tuple[int, int, str, float]]]
-        names = self.names.find(texts) if self.names is not None else iter([[] for _ in texts])
-        found = []
-        for text, named in zip(texts, names, strict=True):
-            spans = [Finding(*span) for span in named if span[2] in self.entities]
-            spans.extend(span for span in self._forms(text) if span.score >= self._minimum)
-            found.append(_reconciled(spans))
-        return found
+        pieces = [
+            (number, start, text[start : start + _WINDOW])
+            for number, text in enumerate(texts)
+            for start in _starts(text)
+        ]
+        named: Iterable[list[tuple[int, int, str, float]]] = [[] for _ in pieces]
+        if self.names is not None:
+            named = self.names.find([piece for _, _, piece in pieces])
+        found: list[set[Finding]] = [set() for _ in texts]
+        for (number, offset, piece), names in zip(pieces, named, strict=True):
+            spans = [Finding(*span) for span in names if span[2] in self.entities]
+            spans.extend(span for span in self._forms(piece) if span.score >= self._minimum)
+            found[number].update(Finding(one.start + offset, one.end + offset, *one[2:]) for one in spans)
+        return [_reconciled(spans, len(text)) for text, spans in zip(texts, found, strict=True)]
 
     def _forms(self, text: str) -> Iterator[Finding]:
         if SECRET in self.entities:
@@ -162,24 +170,32 @@ def _in_context(text: str, start: int, score: float, words: Sequence[str]) -> fl
     return score
 
 
-def _reconciled(spans: Sequence[Finding]) -> list[Finding]:
+def _starts(text: str) -> range:
+    """Where the windows of a long text begin. They overlap, so that nothing is cut in two by all of them."""
+    return range(0, max(1, len(text) - _OVERLAP), _WINDOW - _OVERLAP)
+
+
+def _reconciled(spans: Iterable[Finding], length: int) -> list[Finding]:
     """Findings that do not overlap: joined where one entity has several, else the one that ranks first."""
     joined: list[Finding] = []
+    last: dict[str, int] = {}  # entity -> where its latest finding stands in joined
     for span in sorted(spans):
-        before = next((one for one in reversed(joined) if one.entity == span.entity and one.end > span.start), None)
-        if before is not None and span.entity in _JOINED:
-            joined[joined.index(before)] = Finding(
-                before.start, max(before.end, span.end), span.entity, max(before.score, span.score)
-            )
+        before = joined[last[span.entity]] if span.entity in last else None
+        if before is not None and span.entity in _JOINED and before.end > span.start:
+            wider = Finding(before.start, max(before.end, span.end), span.entity, max(before.score, span.score))
+            joined[last[span.entity]] = wider
         else:
+            last[span.entity] = len(joined)
             joined.append(span)
-    ranked = sorted(joined, key=lambda one: (_rank(one.entity), one.start - one.end, -one.score, one))
+    joined.sort(key=lambda one: (_rank(one.entity), one.start - one.end, -one.score, one))
     taken: list[Finding] = []
-    for span in ranked:
+    mask = bytearray(length)  # 1 where a character is spoken for
+    for span in joined:
         # What another finding leaves of a long one still counts: a name within an address's lines hides no address.
-        for start, end in _rest(span.start, span.end, taken):
-            if (start, end) == (span.start, span.end) or (span.entity in _JOINED and end - start > 2):
+        for start, end in _free(mask, span.start, span.end):
+            if (start, end) == (span.start, span.end) or (span.entity in _JOINED and end - start > _SHORTEST_REST):
                 taken.append(Finding(start, end, span.entity, span.score))
+                mask[start:end] = b"\1" * (end - start)
     return sorted(taken)
 
 
@@ -187,18 +203,14 @@ def _rank(entity: str) -> int:
     return _RANKS.get(entity, _LAST.get(entity, _OTHER))
 
 
-def _rest(start: int, end: int, taken: Sequence[Finding]) -> list[tuple[int, int]]:
-    pieces = [(start, end)]
-    for other in taken:
-        pieces = [
-            piece
-            for low, high in pieces
-            for piece in ((low, min(high, other.start)), (max(low, other.end), high))
-            if piece[0] < piece[1]
-        ]
-        # A piece that the other does not touch is cut into itself and nothing.
-        pieces = sorted(set(pieces))
-    return pieces
+def _free(mask: bytearray, start: int, end: int) -> list[tuple[int, int]]:
+    """The runs of zeros in mask[start:end]."""
+    runs = []
+    while (low := mask.find(0, start, end)) >= 0:
+        high = mask.find(1, low, end)
+        start = end if high < 0 else high
+        runs.append((low, start))
+    return runs
 
 
 def _compiled(name: str, recogniser: Recogniser) -> Any:

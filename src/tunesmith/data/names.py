@@ -35,7 +35,6 @@ SCORE = 0.7  # the model gives none: below identifiers with a checksum, above ba
 
 _UNUSED = ("tok2vec", "tagger", "parser", "senter", "attribute_ruler", "lemmatizer")
 _TOGETHER = 256
-_LONGEST = 50_000  # characters the model sees at once
 # "today" and "the first three months" point at no day; a year, a weekday or a month does.
 _DATED = re.compile(
     r"\d|(?:mon|tues|wednes|thurs|fri|satur|sun)day|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec", re.I
@@ -72,13 +71,13 @@ class Names:
         return spacy.load(self._folder, exclude=_UNUSED)
 
     def find(self, texts: Sequence[str]) -> Iterator[list[tuple[int, int, str, float]]]:
-        """For each text (start, end, entity, score) of the names in it.
+        """For each text, of a million characters at most, (start, end, entity, score) of the names in it.
 
         A single word is a key or a value of JSON, which the model guesses at: it is replaced where a sentence of the
         same conversation says that it is a name.
         """
-        short = (text[:_LONGEST] if " " in text.strip() else "" for text in texts)
-        for doc in self._model.pipe(short, batch_size=_TOGETHER):
+        spoken = (text if " " in text.strip() else "" for text in texts)
+        for doc in self._model.pipe(spoken, batch_size=_TOGETHER):
             yield [span for found in doc.ents for span in _spans(found)]
 
 
