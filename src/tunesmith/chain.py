@@ -30,6 +30,7 @@ from tunesmith.data.dataset import Dataset, Example, load_dataset
 from tunesmith.data.shards import Engine as ShardEngine
 from tunesmith.data.shards import Local
 from tunesmith.data.sources import find_files
+from tunesmith.data.withdrawn import load_withdrawn
 from tunesmith.evaluation.evaluate import evaluate as score_answers
 from tunesmith.evaluation.evaluate import evaluation_document
 from tunesmith.evaluation.general import general_digest, general_questions
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from tunesmith.training.settings import TrainSettings
 
 # Bump a stage's number when what it computes from the same inputs changes.
-_REVISIONS = {"data": 2, "train": 1, "answer": 1, "probe": 1, "evaluate": 1, "gate": 1}
+_REVISIONS = {"data": 3, "train": 1, "answer": 1, "probe": 1, "evaluate": 1, "gate": 1}
 # What a person must be allowed to do for a stage to be run.
 _ACTIONS = {
     "data": "data.build",
@@ -108,7 +109,9 @@ class Chain:
         project = self.project
         sources = find_files(project.settings.data.sources, project.root)
         schema = project.schema
+        withdrawn = load_withdrawn(project.store)
         inputs = {
+            "withdrawn": withdrawn.as_json(),
             "settings": project.settings.data.model_dump(mode="json"),
             "files": {file.name: file.digest() for file in sources},
             "schema": schema,
@@ -127,6 +130,7 @@ class Chain:
                 max_tokens=self._row_tokens,
                 answer_schema=schema,
                 special_tokens=self.engine.special_tokens,
+                withdrawn=withdrawn,
                 work=work,
                 engine=self.shards,
                 progress=self.progress,

@@ -19,7 +19,7 @@ from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.data.formats import conversation, objection, read_turns, shape_of
 from tunesmith.data.licences import permitted
-from tunesmith.data.settings import PERMISSIVE, Source
+from tunesmith.data.settings import Licences, Source
 from tunesmith.data.sources import find_files, open_source
 from tunesmith.project import FILE, STORE, Project
 
@@ -73,7 +73,7 @@ def make_project(directory: Path, *, data: Path, licence: str, name: str | None,
     root = directory.absolute()
     if (root / FILE).exists():
         raise UsageError("there is a project here already", where=str(root / FILE), fix="choose another folder with -C")
-    permitted(licence, PERMISSIVE, "--licence")
+    permitted(licence, Licences(), "--licence")
     root.mkdir(parents=True, exist_ok=True)  # a path that leads out of it again needs it to be there
     source = os.path.relpath(data.absolute(), root)
     looked = _look(root, source, licence)

@@ -208,12 +208,42 @@ def test_records_form_one_graph(finished: tuple[Path, dict[str, Any]]) -> None:
     assert seen == {"base", "dataset", "candidate", "training", "answers", "evaluation", "verdict", "version"}
 
 
-def test_what_was_recalled_is_not_given_out_again(project: Path) -> None:
-    from tunesmith.core.errors import Refused
-
-    words = ["recall", "--source", "rows.jsonl", "--reason", "withdrawn", "-C", str(project)]
-    command = [sys.executable, "-m", "tunesmith", *words]
+def _recall(project: Path, *words: str, code: int = 0) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tunesmith", "recall", *words, "-C", str(project), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    with pytest.raises(Refused, match="recalled: withdrawn"):
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout) if done.stdout else {}
+
+
+def test_what_was_recalled_is_not_built_on_again(project: Path) -> None:
+    _recall(project, "--source", "rows.jsonl", "--reason", "withdrawn")
+    with pytest.raises(UsageError, match="withdrawn by a recall: 120"):
         Project.load(project).run()
+
+
+def test_after_a_recall_the_next_run_trains_without_the_row_and_it_is_gone(project: Path) -> None:
+    store = Project.load(project).store
+    (old,) = store.records_of("dataset")
+    row = load_dataset(store, old).examples("train")[0]
+    # A copy elsewhere, which was left out as a duplicate, must not take its place.
+    turns = [turn.model_dump(mode="json") for turn in row.messages]
+    (project / "copy.jsonl").write_text(json.dumps({"messages": turns, "template": row.group}) + "\n")
+    data: Any = settings()["data"]
+    data["sources"] = [*data["sources"], {"path": "copy.jsonl", "licence": "CC0-1.0"}]
+    words = ("--row", row.id)
+    _recall(project, *words, "--check", code=2)  # never recalled
+    found = _recall(project, *words, "--reason", "asked to")
+    assert {one["kind"] for one in found["reached"]} >= {"dataset", "training", "version"}
+    assert len(found["adapters"]) == 1
+    assert found["tenants"] == [""]
+    before = _recall(project, *words, "--check")
+    assert (before["gone"], before["retrain"]) == (True, ["tiny"])
+    again = _again(project, data=data)
+    assert again["data"]["rows"]["removed"]["withdrawn by a recall"] == 2
+    assert again["register"]["version"] == "tiny@v2"
+    new = load_dataset(store, again["data"]["dataset"])
+    held = [one.messages for split in ("train", "validation", "test") for one in new.examples(split)]
+    assert row.messages not in held
+    assert len(held) == 119
+    after = _recall(project, *words, "--check")
+    assert (after["gone"], after["retrain"], after["replaced"]) == (True, [], {"tiny": "tiny@v2"})

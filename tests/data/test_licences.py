@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tunesmith.core.errors import Refused
-from tunesmith.data.licences import permitted
-from tunesmith.data.settings import PERMISSIVE
+from tunesmith.data.licences import Credit, duties, permitted
+from tunesmith.data.settings import Licences
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from tunesmith.data.settings import PERMISSIVE
     ],
 )
 def test_allowed(given: str, spelling: str) -> None:
-    assert permitted(given, PERMISSIVE, "rows") == spelling
+    assert permitted(given, Licences(), "rows") == spelling
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,9 @@ def test_allowed(given: str, spelling: str) -> None:
         ("CC-BY-NC-4.0", "non-commercial"),
         ("MIT AND CC-BY-NC-SA-4.0", "non-commercial"),
         ("CC-BY-SA-4.0", "share-alike"),
-        ("GPL-3.0-only", "not among"),
+        ("GPL-3.0-only", "share-alike"),
+        ("CC-BY-ND-4.0", "nothing derived"),
+        ("SSPL-1.0", "not among those known"),
         ("Apache-2.0 WITH LLVM-exception", "not among"),
         ("LicenseRef-Our-Own", "no SPDX licence id"),
         ("free for all", "no"),
@@ -41,13 +43,52 @@ def test_allowed(given: str, spelling: str) -> None:
 )
 def test_refused(given: str | None, why: str) -> None:
     with pytest.raises(Refused, match=why) as caught:
-        permitted(given, PERMISSIVE, "a.jsonl, row 3")
+        permitted(given, Licences(), "a.jsonl, row 3")
     assert caught.value.exit_code == 3
     assert caught.value.where == "a.jsonl, row 3"
 
 
-def test_a_licence_is_allowed_by_name() -> None:
-    assert permitted("LicenseRef-Our-Own", ("LicenseRef-Our-Own",), "rows") == "LicenseRef-Our-Own"
-    assert permitted("CC-BY-SA-4.0", (*PERMISSIVE, "CC-BY-SA-4.0"), "rows") == "CC-BY-SA-4.0"
-    with pytest.raises(Refused):
-        permitted("MIT", (), "rows")
+def test_the_policy_is_by_use_and_by_name() -> None:
+    for given, policy in (
+        ("LicenseRef-Our-Own", Licences(allow=("LicenseRef-Our-Own",))),
+        ("CC-BY-SA-4.0", Licences(share_alike=True)),
+        ("CC-BY-NC-4.0", Licences(use="non-commercial")),
+        ("CC-BY-ND-4.0", Licences(allow=("CC-BY-ND-4.0",))),
+    ):
+        assert permitted(given, policy, "rows") == given
+        with pytest.raises(Refused):
+            permitted(given, Licences(), "rows")
+    with pytest.raises(Refused, match=r"refused by data\.licences\.refuse"):
+        permitted("MIT", Licences(refuse=("MIT",)), "rows")
+    with pytest.raises(Refused, match="non-commercial"):
+        permitted("CC-BY-NC-SA-4.0", Licences(share_alike=True), "rows")
+
+
+def test_duties_are_those_of_the_licences_that_are_relied_on() -> None:
+    policy = Licences(share_alike=True, allow=("LicenseRef-Own",))
+    rows = {
+        Credit("a.jsonl", "CC0-1.0", None),
+        Credit("b.jsonl", "MIT OR CC-BY-SA-4.0", "Ann"),  # of a choice the lighter one
+        Credit("c.jsonl", "CC-BY-SA-3.0 AND MIT", "Bob"),
+        Credit("d.jsonl", "LicenseRef-Own", None),
+    }
+    assert duties(rows, policy) == {
+        "use": "commercial",
+        "attribution": [
+            {"source": "b.jsonl", "licence": "MIT OR CC-BY-SA-4.0", "credit": "Ann"},
+            {"source": "c.jsonl", "licence": "CC-BY-SA-3.0 AND MIT", "credit": "Bob"},
+            {"source": "d.jsonl", "licence": "LicenseRef-Own", "credit": None},
+        ],
+        "share_alike": ["CC-BY-SA-3.0"],
+        "unknown": ["LicenseRef-Own"],
+    }
+    later = {Credit("a", "CC-BY-SA-3.0", None), Credit("b", "CC-BY-SA-4.0", None)}
+    assert duties(later, policy)["share_alike"] == ["CC-BY-SA-3.0", "CC-BY-SA-4.0"]
+    assert duties({Credit("a", "CC-BY-NC-4.0", None)}, Licences(use="non-commercial"))["use"] == "non-commercial"
+
+
+def test_two_licences_that_each_bind_the_adapter_are_refused() -> None:
+    rows = {Credit("a", "CC-BY-SA-4.0", None), Credit("b", "ODbL-1.0", None)}
+    with pytest.raises(Refused, match=r"CC-BY-SA-4\.0 and ODbL-1\.0") as caught:
+        duties(rows, Licences(share_alike=True))
+    assert caught.value.exit_code == 3

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import socket
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.data.privacy import RECOGNISERS, Scan, Scanner, pseudonym
+from tunesmith.data import names
+from tunesmith.data.entities import ALL, RECOGNISERS, Finder
+from tunesmith.data.names import RECOMMENDED, Names
+from tunesmith.data.privacy import Scan, Scanner
+from tunesmith.data.privacy_evidence import _shipped, reference
 from tunesmith.data.settings import ENTITIES, Privacy
 
 
@@ -21,35 +28,42 @@ def scanner() -> Scanner:
     return Scanner(Privacy())
 
 
+@pytest.fixture(scope="module")
+def reader() -> Scanner:
+    """With the model of names."""
+    return Scanner(Privacy(model=RECOMMENDED))
+
+
 def scan(scanner: Scanner, *contents: str) -> Scan:
     return scanner.scan(
         [Message(role=("user", "assistant")[place % 2], content=text) for place, text in enumerate(contents)]
     )
 
 
+# Entity, value, and what stands for it: of the same form.
 PLANTED = [
-    ("EMAIL_ADDRESS", "jane.doe@acme.org"),
-    ("PHONE_NUMBER", "+1 212-456-7890"),
-    ("CREDIT_CARD", "4111 1111 1111 1111"),
-    ("IBAN_CODE", "GB82WEST12345698765432"),
-    ("IP_ADDRESS", "172.16.254.1"),
-    ("MAC_ADDRESS", "00:1B:44:11:3A:B7"),
-    ("US_SSN", "536-90-4399"),
-    ("UK_NHS", "943-476-5919"),
-    ("PL_PESEL", "44051401359"),
-    ("SECRET", "AKIAIOSFODNN7EXAMPLE"),
-    ("SECRET", "ghp_" + "aB3" * 12),
-    ("SECRET", "xoxb-123456789012-1234567890123-AbCdEfGhIjKlMnOpQrStUvWx"),
-    ("SECRET", "sk_live_" + "4eC39HqLyjWDarjtT1zdp7dc"),
-    ("SECRET", "-----BEGIN RSA PRIVATE KEY-----\nMIIEow\nAAA\n-----END RSA PRIVATE KEY-----"),
+    ("EMAIL_ADDRESS", "jane.doe@acme.org", "person1@example.com"),
+    ("PHONE_NUMBER", "+1 212-456-7890", "+1 202-555-0101"),
+    ("CREDIT_CARD", "4111 1111 1111 1111", "0000 0000 0000 0001"),
+    ("IBAN_CODE", "GB82WEST12345698765432", "GB00XXXX00000000000001"),
+    ("IP_ADDRESS", "172.16.254.1", "192.0.2.1"),
+    ("MAC_ADDRESS", "00:1B:44:11:3A:B7", "00:00:5e:00:53:01"),
+    ("US_SSN", "536-90-4399", "000-00-0001"),
+    ("UK_NHS", "943-476-5919", "000-000-0001"),
+    ("PL_PESEL", "44051401359", "00000000001"),
+    ("SECRET", "AKIAIOSFODNN7EXAMPLE", "secret_1"),
+    ("SECRET", "ghp_" + "aB3" * 12, "secret_1"),
+    ("SECRET", "xoxb-123456789012-1234567890123-AbCdEfGhIjKlMnOpQrStUvWx", "secret_1"),
+    ("SECRET", "sk_live_" + "4eC39HqLyjWDarjtT1zdp7dc", "secret_1"),
+    ("SECRET", "-----BEGIN RSA PRIVATE KEY-----\nMIIEow\nAAA\n-----END RSA PRIVATE KEY-----", "secret_1"),
 ]
 
 
-@pytest.mark.parametrize(("entity", "value"), PLANTED)
-def test_planted_values_are_found_and_gone(scanner: Scanner, entity: str, value: str) -> None:
+@pytest.mark.parametrize(("entity", "value", "pseudonym"), PLANTED)
+def test_planted_values_are_found_and_gone(scanner: Scanner, entity: str, value: str, pseudonym: str) -> None:
     found = scan(scanner, f"write {value} down", "done")
     assert found.found == {entity: 1}
-    assert found.messages[0].content == f"write {pseudonym(entity, 1)} down"
+    assert found.messages[0].content == f"write {pseudonym} down"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +134,7 @@ def test_nothing_goes_to_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_entity_has_its_recogniser() -> None:
-    for entity, recogniser in Scanner(Privacy(entities=tuple(RECOGNISERS)))._recognisers:
+    for entity, recogniser in Scanner(Privacy(entities=tuple(RECOGNISERS))).finder._presidio:
         assert entity in recogniser.supported_entities
     assert set(ENTITIES) <= {*RECOGNISERS, "SECRET"}
     with pytest.raises(UsageError, match="no entity 'EMAIL'"):
@@ -128,7 +142,11 @@ def test_every_entity_has_its_recogniser() -> None:
 
 
 leaf = (
-    st.text(max_size=12) | st.integers() | st.booleans() | st.none() | st.sampled_from([value for _, value in PLANTED])
+    st.text(max_size=12)
+    | st.integers()
+    | st.booleans()
+    | st.none()
+    | st.sampled_from([value for _, value, _ in PLANTED])
 )
 document = st.recursive(
     leaf, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
@@ -143,5 +161,178 @@ def test_json_answers_stay_json_and_hold_no_planted_value(value: dict, compact: 
     changed = scan(shared, "here", answer).messages[1].content
     assert isinstance(json.loads(changed), dict)
     decoded = json.dumps(json.loads(changed), ensure_ascii=False)
-    for _, planted in PLANTED:
+    for _, planted, _ in PLANTED:
         assert json.dumps(planted, ensure_ascii=False)[1:-1] not in decoded
+
+
+def test_a_number_keeps_its_layout_so_that_a_schema_still_fits(scanner: Scanner) -> None:
+    found = scan(scanner, "my card is 4111 1111 1111 1111", '{"card": "4111111111111111"}')
+    assert found.found == {"CREDIT_CARD": 1}
+    assert [turn.content for turn in found.messages] == [
+        "my card is 0000 0000 0000 0001",
+        '{"card": "0000000000000001"}',
+    ]
+
+
+def test_fields_are_told_apart(scanner: Scanner) -> None:
+    found = scanner.scan(
+        [
+            Message(role="system", content="You work for ops@acme.org."),
+            Message(role="user", content="mail jane@acme.org"),
+            Message(role="assistant", content='{"to": "jane@acme.org", "from": "ops@acme.org"}'),
+        ]
+    )
+    assert found.found == {"EMAIL_ADDRESS": 2}
+    assert found.fields == {
+        ("system", "EMAIL_ADDRESS"): 1,
+        ("user", "EMAIL_ADDRESS"): 1,
+        ("assistant", "EMAIL_ADDRESS"): 2,
+    }
+    assert found.originals == {"person1@example.com": "ops@acme.org", "person2@example.com": "jane@acme.org"}
+
+
+def test_names_are_found_and_one_person_stays_one(reader: Scanner) -> None:
+    found = scan(
+        reader,
+        "Please call Maria Novak in Nairobi. Maria said that Peter Schmidt is in Nairobi too.",
+        '{"call": "Maria Novak", "city": "Nairobi", "first": "maria"}',
+    )
+    assert found.found == {"PERSON": 2, "LOCATION": 1}
+    text, answer = (turn.content for turn in found.messages)
+    assert not {"Maria", "Novak", "Peter", "Schmidt", "Nairobi"} & {word.strip(".,") for word in text.split()}
+    fields = json.loads(answer)
+    given, family = fields["call"].split()
+    assert text.startswith(f"Please call {given} {family} in {fields['city']}. {given} said that ")
+    assert fields["first"] == given.lower()
+
+
+def test_names_are_replaced_as_words_only(reader: Scanner) -> None:
+    found = scan(reader, "Ask Ann Lee about the Annual Leeway report.", "ok")
+    assert "Annual Leeway" in found.messages[0].content
+    assert "Ann " not in found.messages[0].content
+
+
+def test_a_value_that_the_schema_lists_is_no_personal_data() -> None:
+    keep = Scanner(Privacy(model=RECOMMENDED), keep={"Nairobi"})
+    assert not scan(keep, "What is the weather in Nairobi today?", '{"city": "Nairobi"}').found
+
+
+def test_addresses_in_several_forms(reader: Scanner) -> None:
+    for address in (
+        "615 Benedum Drive",
+        "Schillerstraße 12",
+        "56 rue La Boétie",
+        "1317 Kimberly Way, Apt. 962, Portland 21959",
+        "P.O. Box 242",
+    ):
+        found = scan(reader, f"Please send it to {address}.", "ok")
+        assert "STREET_ADDRESS" in found.found, address
+        assert address not in found.messages[0].content
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["play track 5 of Top 100 at 3 pm", "book a table for 2 at the olive garden", "is it 12 times 85 or 213 by 3"],
+)
+def test_numbers_in_requests_are_no_addresses(reader: Scanner, text: str) -> None:
+    assert "STREET_ADDRESS" not in scan(reader, text, "ok").found
+
+
+FINDER = Finder(Privacy(model=RECOMMENDED, entities=ALL))
+STAFF = {"STAFF_ID": {"regex": r"\bE\d{6}\b", "context": ["employee", "staff"], "score": 0.2}}
+
+
+def test_a_recogniser_of_ones_own_counts_in_its_context() -> None:
+    own = Scanner(Privacy.model_validate({"entities": [], "recognisers": STAFF}))
+    assert scan(own, "part E123456 is missing", "ok").found == {}
+    found = scan(own, "employee E123456 is missing", '{"id": "E123456"}')
+    assert found.found == {"STAFF_ID": 1}
+    assert [turn.content for turn in found.messages] == ["employee E000001 is missing", '{"id": "E000001"}']
+
+
+def test_a_recogniser_that_is_no_pattern_or_never_ends() -> None:
+    with pytest.raises(UsageError, match="not a regular expression"):
+        Scanner(Privacy.model_validate({"recognisers": {"BAD_ONE": {"regex": "("}}}))
+    slow = Scanner(Privacy.model_validate({"entities": [], "recognisers": {"SLOW": {"regex": r"(?:\w+ ?){3,}\d+$"}}}))
+    with pytest.raises(UsageError, match="took more than 1 s") as caught:
+        scan(slow, "word " * 5000 + "!", "ok")
+    assert "recognisers.SLOW.regex" in (caught.value.where or "")
+
+
+def test_a_model_whose_files_were_changed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(names.PINNED, RECOMMENDED, "sha256:" + "0" * 64)
+    with pytest.raises(Refused, match="not the pinned ones"):
+        Names(RECOMMENDED, None)
+    monkeypatch.delitem(names.PINNED, RECOMMENDED)
+    with pytest.raises(UsageError, match="no digest is known"):
+        Names(RECOMMENDED, None)
+
+
+def test_a_model_that_is_not_there_and_names_without_one() -> None:
+    with pytest.raises(UsageError, match="not installed"):
+        Scanner(Privacy(model="no_such_model"))
+    with pytest.raises(UsageError, match="found by a model"):
+        Scanner(Privacy(entities=("LOCATION",)))
+
+
+def test_a_batch_finds_what_single_rows_find(reader: Scanner) -> None:
+    rows = [
+        [
+            Message(role="user", content=f"Ask Maria Novak at {n} Church Street about {n} eggs."),
+            Message(role="assistant", content="ok"),
+        ]
+        for n in range(40)
+    ]
+    assert reader.scan_many(rows) == [reader.scan(one) for one in rows]
+
+
+SYNTH = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+SYNTH /= "presidio-research-synth"
+
+
+def test_the_shipped_figures_are_of_every_annotated_entity() -> None:
+    for setup, floor in ((None, 0.45), (RECOMMENDED, 0.80)):
+        shipped = _shipped()["setups"][setup or "patterns"]
+        assert shipped["recall"] >= floor
+        assert shipped["precision"] >= 0.80
+    told = reference(RECOMMENDED, ["PERSON", "UK_NHS"])
+    assert told is not None
+    assert told["entities"].keys() == {"PERSON"}
+    assert reference("another_model", ["PERSON"]) is None
+
+
+@pytest.mark.skipif(not SYNTH.is_dir(), reason="presidio-research's texts are not here ($TUNESMITH_TEST_DATA)")
+def test_recall_and_precision_on_annotated_text_are_the_shipped_ones() -> None:
+    rows = [row for row in json.loads((SYNTH / "data_synth_dataset_v2.json").read_text()) if row["template_id"] % 2]
+    finder = Finder(Privacy(model=RECOMMENDED, entities=ALL))
+    marked = found = both = 0
+    for row, spans in zip(rows, finder.find([row["full_text"] for row in rows]), strict=True):
+        gold = {place for span in row["spans"] for place in range(span["start_position"], span["end_position"])}
+        ours = {place for span in spans for place in range(span.start, span.end)}
+        marked, found, both = marked + len(gold), found + len(ours), both + len(gold & ours)
+    shipped = _shipped()["setups"][RECOMMENDED]
+    assert both / marked == pytest.approx(shipped["recall"], abs=0.02)
+    assert both / found == pytest.approx(shipped["precision"], abs=0.02)
+
+
+def test_a_long_text_is_looked_through_to_its_end(reader: Scanner) -> None:
+    filler = "the lamp in the hall is on again and nobody knows why. " * 700
+    text = f"{filler}ask Maria Novak, maria@acme.org, about it. {filler}key AKIAIOSFODNN7EXAMPLE here"
+    found = scan(reader, text, "ok")
+    assert {"EMAIL_ADDRESS": 1, "SECRET": 1}.items() <= found.found.items()
+    for gone in ("Maria Novak", "maria@acme", "AKIA"):
+        assert gone not in found.messages[0].content
+
+
+def test_a_row_with_thousands_of_findings(scanner: Scanner) -> None:
+    text = " ".join(f"user{n}@acme.org 172.16.{n // 250 % 250}.{n % 250}" for n in range(1500))
+    assert scan(scanner, text, "ok").found == {"EMAIL_ADDRESS": 1500, "IP_ADDRESS": 1500}
+
+
+@given(st.text(max_size=300))
+@examples(max_examples=60, deadline=None)
+def test_findings_never_overlap_and_lie_in_the_text(text: str) -> None:
+    text = f"Ann Lee {text} 12 Mill Road, Leeds +1 212-456-7890 {text}"
+    (found,) = FINDER.find([text])
+    assert all(0 <= one.start < one.end <= len(text) for one in found)
+    assert all(one.end <= other.start for one, other in itertools.pairwise(found))

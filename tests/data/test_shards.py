@@ -25,10 +25,14 @@ from hypothesis import strategies as st
 from tests.data.rows import build, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data import shards
+from tunesmith.data.account import WITHDRAWN
+from tunesmith.data.dataset import SPLITS
+from tunesmith.data.originals import KEY, new_key, read_originals
 from tunesmith.data.readers import Part
 from tunesmith.data.settings import Source
 from tunesmith.data.shards import Local
 from tunesmith.data.sources import find_files, open_source
+from tunesmith.data.withdrawn import Withdrawn
 
 
 def mixed(count: int) -> list[dict[str, Any]]:
@@ -60,6 +64,21 @@ def test_the_same_dataset_whatever_the_shards_and_workers(
     cut = build(tmp_path, settings(**CHOSEN), engine=Local(workers), work=tmp_path / "w")
     assert cut.digest == whole.digest
     assert not list((tmp_path / "w").iterdir())
+
+
+def test_workers_leave_out_what_was_recalled_and_hand_back_the_originals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{**one, "subject": one["part"]} for one in mixed(400)])
+    monkeypatch.setattr(shards, "SHARD_BYTES", 5000)
+    monkeypatch.setenv(KEY, new_key())
+    chosen = settings(**CHOSEN | {"privacy": {**CHOSEN["privacy"], "originals": "back"}})
+    recalled = Withdrawn({"subject": frozenset(["p3"])})
+    one, two = (build(tmp_path, chosen, engine=Local(workers), withdrawn=recalled) for workers in (1, 2))
+    assert one.digest == two.digest
+    assert two.record.body["rows"]["removed"][WITHDRAWN] >= 3
+    changed = [each.id for split in SPLITS for each in two.examples(split) if "person1@" in each.messages[0].content]
+    assert sorted(read_originals(tmp_path / "back")) == sorted(changed) != []
 
 
 def test_every_type_of_file_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

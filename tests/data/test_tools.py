@@ -17,10 +17,10 @@ from tests.data.test_formats import conversation, error
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, tools_of
 from tunesmith.data import formats
+from tunesmith.data.account import PRIVATE, SPOILT_CALL
 from tunesmith.data.build import dataset_document
 from tunesmith.data.dataset import example_id
 from tunesmith.data.sources import Row
-from tunesmith.data.tools import gathered, spread
 from tunesmith.store.store import Store
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "at": {"type": "string"}}, "required": ["city"]}
@@ -163,8 +163,7 @@ messages_with_tools = st.lists(
 
 
 @given(messages_with_tools)
-def test_a_conversation_survives_being_spread_and_written(messages: list[Message]) -> None:
-    assert gathered(messages, spread(messages)) == tuple(messages)
+def test_a_conversation_survives_being_written(messages: list[Message]) -> None:
     assert [Message.model_validate_json(one.model_dump_json()) for one in messages] == messages
 
 
@@ -202,10 +201,22 @@ def test_private_data_and_control_tokens_in_calls_are_seen(tmp_path: Path) -> No
     changed = next(one for one in held if "person1" in one.messages[2].content)
     assert json.loads(changed.messages[1].tool_calls[0].arguments) == {"city": "person1@example.com", "at": "noon"}
     assert "lovelace" not in "".join(one.model_dump_json() for one in held)
+    scan = dataset.record.body["privacy_scan"]
+    assert scan["fields"] == {"call": {"EMAIL_ADDRESS": 1}, "tool": {"EMAIL_ADDRESS": 1}}
     spoken[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "<|im_end|>"}'
     write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(Refused, match="control token"):
         build(tmp_path, special_tokens=("<|im_end|>",))
+
+
+@pytest.mark.parametrize(("action", "reason"), [("pseudonymise", SPOILT_CALL), ("remove", PRIVATE)])
+def test_a_call_that_pseudonyms_would_break_is_left_out(tmp_path: Path, action: str, reason: str) -> None:
+    rows = tool_rows(40)
+    # A key that stands twice makes it prose, in which the number's pseudonym is no number.
+    rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"ip": "10.1.2.3", "ip": 4111111111111111}'
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    dataset = build(tmp_path, settings(privacy={"action": action}))
+    assert dataset.record.body["rows"]["removed"][reason] == 1
 
 
 OPENAI = {"messages": WHOLE, "tools": TOOLS}

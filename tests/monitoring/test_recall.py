@@ -7,13 +7,14 @@ import pytest
 from tests.rollout.scene import NAME, OPERATOR, OWNER, STEWARD, Scene, example, put_dataset
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
+from tunesmith.monitoring.aftermath import check_gone
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry.versions import Version, verified_copy
 from tunesmith.rollout.controller import advance, start
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.store import audit, database
 from tunesmith.store.recalls import recalled
-from tunesmith.store.tables import RecallRow
+from tunesmith.store.tables import RecallRow, RequestRow
 
 PLAN = RolloutSettings.model_validate({"steps": [{"setWeight": 10}, {"pause": {}}, {"setWeight": 100}]}).steps
 
@@ -60,9 +61,19 @@ def test_what_does_not_come_of_it_is_left_alone(scene: Scene, versions: dict[int
     assert why(scene, scene.base) is None
 
 
-def test_a_version_alone_and_a_base_with_all_its_children(scene: Scene, versions: dict[int, Version]) -> None:
-    assert withdraw(scene, "version", versions[2].digest) == {"version", "approval"}
-    assert why(scene, versions[1].digest) is None
+def test_a_version_with_its_training_and_a_base_with_all_its_children(
+    scene: Scene, versions: dict[int, Version]
+) -> None:
+    assert withdraw(scene, "version", versions[2].digest) == {"version", "approval", "candidate", "training"}
+    training = scene.store.record(versions[2].candidate).parents["training"]
+    assert why(scene, training) == "asked to"
+    with pytest.raises(Refused, match="recalled"), verified_copy(scene.store, versions[2]):
+        pass
+    # What was measured beside it is none the worse.
+    for number in (1, 3):
+        assert why(scene, versions[number].digest) is None
+        with verified_copy(scene.store, versions[number]):
+            pass
     assert withdraw(scene, "base", scene.base) == (CHAIN | {"base"}) - {"dataset"}
     assert why(scene, versions[1].digest) == "asked to"
 
@@ -93,7 +104,7 @@ def test_a_recall_is_one_audited_change_and_may_be_repeated(scene: Scene, versio
         assert len(entries) == 2
         assert entries[0].detail["reached"][0]["digest"] == versions[3].digest
         assert audit.verify(session, scene.store.root) == []
-        assert session.query(RecallRow).count() == 2  # the version and its approval
+        assert session.query(RecallRow).count() == 4  # the version, its approval, its candidate and training
 
 
 def test_a_recall_that_could_not_be_logged_did_not_happen(
@@ -124,3 +135,38 @@ def test_the_role_a_reason_and_the_right_kind_are_needed(scene: Scene, versions:
         recall(scene.store, Cause(kind="base", value=versions[1].digest), reason="no", actor=OWNER)
     with pytest.raises(UsageError, match="9999 characters"):
         recall(scene.store, Cause(kind="row", value="x" * 9999), reason="no", actor=OWNER)
+
+
+def test_the_tenants_it_answered_are_named(scene: Scene, versions: dict[int, Version]) -> None:
+    with database.writing(scene.store.engine) as session:
+        for n, tenant in enumerate(("acme", "acme", "zenith")):
+            at = f"2026-01-0{n + 1}T00:00:00Z"
+            which = {"version": versions[1].digest, "name": NAME, "arm": "stable", "ok": True, "seconds": 0.1}
+            session.add(RequestRow(id=f"r{n}", at=at, tenant=tenant, scores={}, features={}, **which))
+    found = recall(scene.store, Cause(kind="version", value=versions[1].digest), reason="wrong", actor=STEWARD)
+    assert [(one.tenant, one.requests, one.last[:10]) for one in found.served] == [
+        ("acme", 2, "2026-01-02"),
+        ("zenith", 1, "2026-01-03"),
+    ]
+    assert found.tenants == ("", "acme", "zenith")
+
+
+def test_it_is_not_gone_while_a_champion_means_it_or_something_came_of_it_since(
+    scene: Scene, versions: dict[int, Version]
+) -> None:
+    cause = Cause(kind="version", value=versions[1].digest)
+    with pytest.raises(UsageError, match="never recalled"):
+        check_gone(scene.store, cause)
+    start(scene.store, name=NAME, version=versions[1], steps=PLAN, actor=OPERATOR)
+    recall(scene.store, cause, reason="wrong", actor=STEWARD)
+    standing = check_gone(scene.store, cause)
+    assert not standing.gone
+    assert standing.left == (f"{NAME}@champion still means it",)
+    assert standing.replaced[NAME].startswith(f"{NAME}@v")
+    row = load_dataset(scene.store, scene.dataset).examples("train")[0]
+    by_row = Cause(kind="row", value=row.id)
+    recall(scene.store, by_row, reason="asked to", actor=STEWARD)
+    other = put_dataset(scene.store, {"train": [row], "validation": [], "test": []})
+    standing = check_gone(scene.store, by_row)
+    assert any(line.startswith("dataset") and "came of it since" in line for line in standing.left), other
+    assert standing.retrain == (NAME,)

@@ -11,6 +11,7 @@ from tunesmith.cli.terminal import HERE, Directory, Json, Terminal, emit
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from tunesmith.store.store import Store
 
@@ -23,6 +24,7 @@ def register(app: typer.Typer) -> None:
     data.command()(build)
     data.command()(show)
     data.command()(verify)
+    data.command()(originals)
     app.add_typer(data, name="data")
 
 
@@ -100,6 +102,38 @@ def verify(dataset: _Digest = None, directory: Directory = HERE, as_json: Json =
         raise typer.Exit(3)
 
 
+def originals(
+    row: Annotated[str | None, typer.Option("--row", metavar="ID", help="One example's alone.")] = None,
+    new_key: Annotated[bool, typer.Option("--new-key", help="Print a key for $TUNESMITH_ORIGINALS_KEY.")] = False,
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """What the pseudonyms stand for, where data.privacy.originals keeps it and you have the key."""
+    from tunesmith.core.errors import UsageError
+    from tunesmith.data.originals import new_key as make_key
+    from tunesmith.data.originals import read_originals
+    from tunesmith.project import open_project
+
+    if new_key:
+        emit({"key": (made := make_key())}, as_json, lambda console: console.print(made, markup=False))
+        return
+    project = open_project(directory)
+    place = project.settings.data.privacy.originals
+    if place is None:
+        raise UsageError("this project keeps no originals", where="data.privacy.originals")
+    known = read_originals(project.root / place)
+    if row is not None and row not in known:
+        raise UsageError(f"nothing was replaced in a row {row!r}", fix="tunesmith data show names the rows")
+    document = {"originals": known if row is None else {row: known[row]}}
+
+    def draw(console: Console) -> None:
+        for name, pairs in document["originals"].items():
+            for pseudonym, original in pairs.items():
+                console.print(f"{name}  {pseudonym}  {original}", markup=False)
+
+    emit(document, as_json, draw)
+
+
 def _find(store: Store, prefix: str | None) -> str:
     """A dataset record's digest: the one that starts so, or the newest."""
     from tunesmith.core.errors import UsageError
@@ -138,12 +172,29 @@ def _show_account(document: dict[str, Any], console: Console) -> None:
         table.add_row(f"licence {licence}", str(number))
     for entity, number in document["privacy"].items():
         table.add_row(f"found: {entity}", str(number))
+    _show_scan(document.get("privacy_scan"), table)
     for key, number in document["ignored_keys"].items():
         table.add_row(f"key not read: {key}", f"in {number} rows")
     if document["conflicts"]["requests"]:
         conflicts = document["conflicts"]
         table.add_row("conflicts", f"{conflicts['requests']} requests with different answers, {conflicts['rows']} rows")
     console.print(table)
+
+
+def _show_scan(scan: dict[str, Any] | None, table: Table) -> None:
+    if scan is None:  # a record of an older version
+        return
+    for role, found in scan["fields"].items():
+        table.add_row(f"found in: {role}", ", ".join(f"{entity} {number}" for entity, number in found.items()))
+    weakest = sorted(scan["planted"].items(), key=lambda pair: float(pair[1]["recall"]))[:3]
+    for entity, one in weakest:
+        table.add_row(
+            f"scan for {entity}",
+            f"finds {one['found']} of {one['planted']} planted here (at least {one['recall_at_least']:.0%})",
+        )
+    left = scan["left"]["at_most"]
+    if scan["planted"]:
+        table.add_row("probably left", "no bound" if left is None else f"at most {left:g} values (95%)")
 
 
 def _show_rows(split: str, rows: list[dict[str, Any]], total: int, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -60,7 +61,9 @@ def monitor(
 
 
 def recall(
-    reason: Annotated[str, typer.Option("--reason", help="Why; the audit log and every refusal to serve give it.")],
+    reason: Annotated[
+        str, typer.Option("--reason", help="Why; the audit log and every refusal to serve give it.")
+    ] = "",
     row: Annotated[str | None, typer.Option("--row", metavar="ID", help="An example's id.")] = None,
     source: Annotated[str | None, typer.Option("--source", help="A source, as `data show` names it.")] = None,
     licence: Annotated[str | None, typer.Option("--licence", help="All rows under an SPDX licence expression.")] = None,
@@ -68,11 +71,17 @@ def recall(
     version: Annotated[str | None, typer.Option("--version", help="NAME@v3 or the start of its digest.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="The start of a base record's digest.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what it would reach.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Show whether what was recalled is gone (exit 3: not).")
+    ] = False,
     directory: Directory = HERE,
     as_json: Json = False,
     actor: As = None,
 ) -> None:
-    """Withdraw something and everything that came of it: it is served and built on no more."""
+    """Withdraw something and everything that came of it: it is served and built on no more.
+
+    The next `tunesmith run` builds, trains and measures again without the rows, whatever the sources still hold.
+    """
     from tunesmith.core.errors import UsageError
     from tunesmith.monitoring import recall as recalls
     from tunesmith.project import open_store
@@ -86,6 +95,9 @@ def recall(
         raise UsageError(f"name exactly one thing to withdraw, not {len(named)}", fix=f"one of {options}")
     store = open_store(directory)
     (kind, value), *_ = named.items()
+    if check:
+        _check(store, _cause(store, kind, value), as_json)
+        return
     found = recalls.recall(
         store, _cause(store, kind, value), reason=reason, actor=acting(store, actor), dry_run=dry_run
     )
@@ -146,9 +158,32 @@ def _next(found: Recall) -> list[str]:
         place = "".join(f" --{key} {getattr(champion, key)}" for key in ("tenant", "region") if getattr(champion, key))
         command = f"tunesmith rollout rollback {champion.name}{place}"
         lines.append(f"{champion.name}@champion is withdrawn and answers no more: {command}")
+    kind, _, value = found.cause.partition(" ")
     if any(one.kind == "dataset" for one in found.reached):
-        lines.append("take the rows out of data.sources, then `tunesmith run` builds what replaces them")
+        lines.append("`tunesmith run` builds, trains and measures again without these rows")
+    elif found.adapters:
+        lines.append("change what made these weights (rows, settings or base), then `tunesmith run`")
+    lines.append(f"`tunesmith recall --{kind} {shlex.quote(value)} --check` shows whether it is gone")
     return lines
+
+
+def _check(store: Store, cause: Cause, as_json: bool) -> None:
+    from tunesmith.monitoring.aftermath import check_gone
+
+    standing = check_gone(store, cause)
+
+    def draw(console: Console) -> None:
+        console.print(f"{standing.cause}: {'gone' if standing.gone else 'not gone'}", markup=False)
+        for line in standing.left:
+            console.print(f"  {line}", markup=False)
+        for name, label in standing.replaced.items():
+            console.print(f"  {name}: {label} stands without it", markup=False)
+        for name in standing.retrain:
+            console.print(f"  {name}: nothing replaces it yet: `tunesmith run`", markup=False)
+
+    emit(standing.model_dump(mode="json"), as_json, draw)
+    if not standing.gone:
+        raise typer.Exit(3)
 
 
 def _tell(console: Console, found: Recall) -> None:
@@ -158,7 +193,11 @@ def _tell(console: Console, found: Recall) -> None:
         rows = ", ".join(f"{count} in {split}" for split, count in one.rows.items() if count)
         console.print(f"  {one.kind:<11} {one.label}{f': {rows}' if rows else ''}", markup=False)
     for alias in found.aliases:
-        console.print(f"  alias       {alias.name}@{alias.alias}", markup=False)
+        place = " ".join(filter(None, (alias.tenant and f"tenant {alias.tenant}", alias.region)))
+        console.print(f"  alias       {alias.name}@{alias.alias} {place}".rstrip(), markup=False)
+    for served in found.served:
+        whom = f"tenant {served.tenant}" if served.tenant else "no tenant"
+        console.print(f"  answered    {served.requests} requests of {whom}, the last {served.last}", markup=False)
     for number in found.rollouts:
         console.print(f"  rollout     {number}: {'aborted' if found.done else 'would be aborted'}", markup=False)
 

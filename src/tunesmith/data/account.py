@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from tunesmith.data.dataset import Example
+from tunesmith.data.privacy import Scan
 
 EXACT: Final = "exact duplicate"
 PRIVATE: Final = "personal data or a secret"
 OVERLONG: Final = "overlong"
 OFF_SCHEMA: Final = "answer not valid under the schema"
+WITHDRAWN: Final = "withdrawn by a recall"
 SPOILT: Final = "answer no longer valid under the schema with pseudonyms"
 SPOILT_CALL: Final = "tool call no longer JSON with pseudonyms"
 
@@ -27,13 +29,23 @@ class Kept:
 
 @dataclass
 class Account:
-    """What became of the rows so far: read = kept + removed. ignored: key -> rows that had it and were read without."""
+    """What became of the rows so far: read = kept + removed. ignored: key -> rows that had it and were read without.
+
+    privacy: entity -> values found; fields: (turn's role, entity) -> findings; originals: example -> its scan's.
+    """
 
     read: int = 0
     removed: list[dict[str, Any]] = field(default_factory=list)
     privacy: Counter[str] = field(default_factory=Counter)
+    fields: Counter[tuple[str, str]] = field(default_factory=Counter)
+    originals: dict[str, dict[str, str]] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
     longest: int = 0
+
+    def enter_scan(self, scan: Scan) -> None:
+        """Count what a conversation's scan found."""
+        self.privacy.update(scan.found)
+        self.fields.update(scan.fields)
 
     def remove(self, source: str, row: int, reason: str, example: str | None = None) -> None:
         """Enter a row that goes no further. example: its id, where it got as far as having one."""

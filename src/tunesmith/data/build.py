@@ -13,19 +13,25 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.account import Account
 from tunesmith.data.dataset import REMOVED, SPLITS, Example
-from tunesmith.data.examine import CountTokens
+from tunesmith.data.examine import CountTokens, listed_values
 from tunesmith.data.formats import OPENAI, Shape, evidence
+from tunesmith.data.licences import Credit, duties
 from tunesmith.data.openai_rows import too_few
+from tunesmith.data.originals import check_originals, keep_originals
+from tunesmith.data.privacy import Scanner
+from tunesmith.data.privacy_evidence import privacy_evidence
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.shards import Engine, Job, Local, Planned, examined, plan, shapes_of
 from tunesmith.data.spill import Spill
 from tunesmith.data.splits import NEAR_HELD_OUT, Trace, leakage, leaving
+from tunesmith.data.withdrawn import Withdrawn
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 # Losing more of the training rows than this to the held-out ones means that the measure, not the data, is at fault.
 _MOST_MOVED_OUT = 0.5
 _SHOWN_CONFLICTS = 20
+_PLANTED_IN = 2000  # rows that the privacy scan is measured on
 
 
 def build_dataset(
@@ -37,6 +43,7 @@ def build_dataset(
     max_tokens: int | None = None,
     answer_schema: Mapping[str, Any] | None = None,
     special_tokens: Sequence[str] = (),
+    withdrawn: Withdrawn = Withdrawn(),
     work: Path | None = None,
     engine: Engine = Local(),
     progress: Progress = SILENT,
@@ -45,11 +52,14 @@ def build_dataset(
 
     root: where the sources' paths start. count_tokens and max_tokens: a conversation of more is overlong; where either
     is None no length is checked, and the record says so. answer_schema: JSON Schema that every answer must fit.
-    special_tokens: the base's control tokens; a row whose text imitates one is refused. work: a folder for what does
-    not fit the memory, `work/build` in the store by default. engine: who does the work, which changes nothing else.
+    special_tokens: the base's control tokens; a row whose text imitates one is refused. withdrawn: rows that were
+    recalled, and are left out. work: a folder for what does not fit the memory, `work/build` in the store by default.
+    engine: who does the work, which changes nothing else.
 
     Raises UsageError for input that is not well formed, Refused where a policy says no.
     """
+    check_originals(settings.privacy, root)
+    check_originals(settings.privacy, root)
     account = Account()
     checked = count_tokens is not None and max_tokens is not None
     special = tuple(filter(None, special_tokens))
@@ -57,7 +67,7 @@ def build_dataset(
     with contextlib.ExitStack() as undo:
         folder.mkdir(parents=True, exist_ok=True)
         planned = plan(settings, root, folder, undo)
-        job = Job(settings, count_tokens, max_tokens, answer_schema, special, shapes_of(planned))
+        job = Job(settings, count_tokens, max_tokens, answer_schema, special, withdrawn, shapes_of(planned))
         spill = undo.enter_context(Spill(folder))
         rows: Counter[str] = Counter()
         for piece in examined(planned, job, engine, progress):
@@ -81,7 +91,14 @@ def build_dataset(
             },
             **counted,
             "leakage": leakage(splits, threshold).as_json(threshold),
+            "duties": duties(_credits(spill, planned), settings.licences),
             "privacy": dict(sorted(account.privacy.items())),
+            "privacy_scan": privacy_evidence(
+                Scanner(settings.privacy, listed_values(answer_schema)),
+                settings.privacy,
+                account,
+                [example.messages for example in spill.sample(_PLANTED_IN)],
+            ),
             "ignored_keys": dict(sorted(account.ignored.items())),
             "conflicts": conflicts,
             "tokens": {"limit": max_tokens, "longest": account.longest} if checked else None,
@@ -89,6 +106,7 @@ def build_dataset(
         }
         blobs = {f"{name}.jsonl": _sealed(store, folder, spill.lines(name)) for name in SPLITS}
         blobs[REMOVED] = _sealed(store, folder, spill.removed_lines())
+        keep_originals(settings.privacy, root, account, spill.ids())
     return store.put_record(Record(kind="dataset", blobs=blobs, body=body))
 
 
@@ -116,7 +134,19 @@ def _sealed(store: Store, folder: Path, lines: Iterable[bytes]) -> str:
 def dataset_document(store: Store, digest: str) -> dict[str, Any]:
     """What `data build --json` prints of a dataset record. Raises Refused where the record is missing or damaged."""
     body = store.record(digest, kind="dataset").body
-    shown = ("rows", "splits", "groups", "leakage", "licences", "privacy", "ignored_keys", "conflicts", "tokens")
+    shown = (
+        "rows",
+        "splits",
+        "groups",
+        "leakage",
+        "licences",
+        "duties",
+        "privacy",
+        "privacy_scan",
+        "ignored_keys",
+        "conflicts",
+        "tokens",
+    )
     sources = [
         source | {"evidence": evidence(source["format"], told=source["format_told"])} for source in body["sources"]
     ]
@@ -125,7 +155,9 @@ def dataset_document(store: Store, digest: str) -> dict[str, Any]:
         for source in sources
         if source["format"] == OPENAI.name and (said := too_few(source["rows"]))
     ]
-    return {"dataset": digest, **{key: body[key] for key in shown}, "sources": sources, "warnings": warnings}
+    # Records of older versions lack the newer keys.
+    known = {key: body[key] for key in shown if key in body}
+    return {"dataset": digest, **known, "sources": sources, "warnings": warnings}
 
 
 def near_threshold(settings: DataSettings) -> float:
@@ -141,6 +173,12 @@ def counts(splits: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, int]]
         "groups": {name: len({example.group for example in splits[name]}) for name in SPLITS},
         "licences": dict(sorted(licences.items())),
     }
+
+
+def _credits(spill: Spill, planned: Sequence[Planned]) -> set[Credit]:
+    """Whom the licences of the rows that are left want named."""
+    credit = {one.file.name: one.file.source.attribution for one in planned}
+    return {Credit(source, licence, credit.get(source)) for source, licence in spill.licences()}
 
 
 def _split(spill: Spill, threshold: float, account: Account) -> dict[str, list[Trace]]:

@@ -35,6 +35,11 @@ def request_text(messages: Sequence[Message]) -> str:
     return "\n".join(normalise(turn.text) for turn in messages[:-1] if turn.role != "system")
 
 
+def request_key(messages: Sequence[Message]) -> str:
+    """What two spellings of the same request share, turn by turn, with the tools that were on offer."""
+    return json.dumps([[turn.role, normalise(turn.text), turn.tools or ""] for turn in messages])
+
+
 def shingles(text: str) -> frozenset[str]:
     """The character trigrams of a text; of a shorter one the text itself."""
     return frozenset(text[start : start + 3] for start in range(max(1, len(text) - 2)))

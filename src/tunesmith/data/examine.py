@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data import formats
-from tunesmith.data.account import OFF_SCHEMA, OVERLONG, PRIVATE, SPOILT, SPOILT_CALL, Account, Kept
+from tunesmith.data.account import OFF_SCHEMA, OVERLONG, PRIVATE, SPOILT, SPOILT_CALL, WITHDRAWN, Account, Kept
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.duplicates import request_text
 from tunesmith.data.licences import permitted
-from tunesmith.data.privacy import Scanner
+from tunesmith.data.privacy import Scan, Scanner
 from tunesmith.data.settings import DataSettings, Source
 from tunesmith.data.sources import Row
 from tunesmith.data.splits import wording_group
-from tunesmith.data.tools import gathered, spread
+from tunesmith.data.withdrawn import Withdrawn
 
 CountTokens = Callable[[Sequence[Message]], int]
 
@@ -32,12 +32,24 @@ class Removed:
     example: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    """A row that goes on to the privacy scan. original: as it was read; fitting: of the length that is allowed."""
+
+    row: Row
+    source: Source
+    fields: Mapping[str, Any]
+    licence: str
+    original: tuple[Message, ...]
+    fitting: tuple[Message, ...]
+
+
 @dataclass
 class Examiner:
     """The checks that a row passes in turn: shape, licence, control tokens, length, privacy, answer.
 
     count_tokens, max_tokens: where either is None no length is checked. answer_schema: JSON Schema of the answer's
-    text. special_tokens: texts that mean something to the base's tokenizer.
+    text. special_tokens: texts that mean something to the base's tokenizer. withdrawn: rows that were recalled.
     """
 
     settings: DataSettings
@@ -46,56 +58,62 @@ class Examiner:
     max_tokens: int | None = None
     answer_schema: Mapping[str, Any] | None = None
     special_tokens: Sequence[str] = ()
+    withdrawn: Withdrawn = field(default_factory=Withdrawn)
 
     @cached_property
     def scanner(self) -> Scanner:
         """Loaded with the first row: the patterns take a second."""
-        return Scanner(self.settings.privacy)
+        return Scanner(self.settings.privacy, listed_values(self.answer_schema))
 
     @cached_property
     def valid_answer(self) -> Callable[[str], bool]:
         """Whether an answer's text is JSON under the schema."""
         return _answer_check(self.answer_schema)
 
-    def examine(self, row: Row, source: Source, shape: formats.Shape) -> Kept | None:
-        """The row's example; None where it was removed, which the account then holds."""
-        found = self._judge(row, source, shape)
-        if isinstance(found, Kept):
-            return found
-        self.account.remove(row.source, row.number, found.reason, found.example)
-        return None
+    def examine(self, rows: Sequence[Row], source: Source, shape: formats.Shape) -> list[Kept]:
+        """The rows' examples; those that were removed are in the account. Many at once: see Scanner.scan_many."""
+        judged = [(row, self._before_scan(row, source, shape)) for row in rows]
+        waiting = [one for _, one in judged if isinstance(one, _Fitting)]
+        scans = iter(self.scanner.scan_many([one.fitting for one in waiting]))
+        kept = []
+        for row, one in judged:
+            found = self._after_scan(one, next(scans)) if isinstance(one, _Fitting) else one
+            if isinstance(found, Kept):
+                kept.append(found)
+            else:
+                self.account.remove(row.source, row.number, found.reason, found.example)
+        return kept
 
-    def _judge(self, row: Row, source: Source, shape: formats.Shape) -> Kept | Removed:
+    def _before_scan(self, row: Row, source: Source, shape: formats.Shape) -> _Fitting | Removed:
         fields = renamed(row, source.rename)
         turns = formats.read_turns(Row(row.source, row.number, fields), shape, self.account.ignored)
         self._count_ignored(fields, source, shape)
         if (reason := formats.objection(turns)) is not None:
             return Removed(reason)
-        licence = permitted(_licence(row, fields, source), self.settings.licences.allow, row.where)
+        licence = permitted(_licence(row, fields, source), self.settings.licences, row.where)
         original = formats.conversation(turns)
         self.account.ignored.update([formats.AFTER_THE_LAST] if formats.unlearned_end(turns) else ())
         self._refuse_control_tokens(original, row)
         fitting = self._fit(original, row)
         if fitting is None:
             return Removed(OVERLONG)
-        # Texts beside the content (calls, tools) are looked through as turns of their own.
-        plain = all(len(list(turn.texts())) == 1 for turn in fitting)
-        scan = self.scanner.scan(fitting if plain else spread(fitting))
-        self.account.privacy.update(scan.found)
-        messages = fitting
-        if self.settings.privacy.action != "report" and scan.found:
-            try:
-                messages = scan.messages if plain else gathered(fitting, scan.messages)
-            except ValueError:
-                return Removed(SPOILT_CALL)
-        name = example_id(messages, row.source)
-        if scan.found and self.settings.privacy.action == "refuse":
+        return _Fitting(row, source, fields, licence, original, fitting)
+
+    def _after_scan(self, one: _Fitting, scan: Scan) -> Kept | Removed:
+        row, fields, source, fitting = one.row, one.fields, one.source, one.fitting
+        self.account.enter_scan(scan)
+        action = self.settings.privacy.action
+        messages = fitting if action == "report" else scan.messages
+        if scan.found and action == "refuse":
             raise Refused(
                 f"the row holds {', '.join(sorted(scan.found))}",
                 where=row.where,
                 fix="clean the source, or set data.privacy.action to pseudonymise or remove",
             )
-        if scan.found and self.settings.privacy.action == "remove":
+        if messages is None:
+            return Removed(PRIVATE if action == "remove" else SPOILT_CALL)
+        name = example_id(messages, row.source)
+        if scan.found and action == "remove":
             return Removed(PRIVATE, name)
         if messages != fitting and (self._fit(messages, row) != messages):
             return Removed(OVERLONG, name)
@@ -105,13 +123,17 @@ class Examiner:
             id=name,
             messages=messages,
             source=row.source,
-            licence=licence,
+            licence=one.licence,
             group=self._group(fields, row, messages),
             subject=_label(fields, source.subject_key, row),
             tenant=_label(fields, source.tenant_key, row),
             region=_label(fields, source.region_key, row),
         )
-        return Kept(example, row.number, messages != original)
+        if self.withdrawn.holds(example):
+            return Removed(WITHDRAWN, name)
+        if scan.originals and self.settings.privacy.originals is not None:
+            self.account.originals[name] = dict(scan.originals)
+        return Kept(example, row.number, messages != one.original)
 
     def _count_ignored(self, fields: Mapping[str, Any], source: Source, shape: formats.Shape) -> None:
         labels = {*_licence_keys(source), source.subject_key, source.tenant_key, source.region_key}
@@ -195,6 +217,16 @@ def _label(fields: Mapping[str, Any], key: str, row: Row) -> str | None:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise UsageError(f"{key} is a {type(value).__name__}, not text", where=f"{row.where}, {key}")
     return formats.text_of({key: str(value)}, key, row.where)
+
+
+def listed_values(schema: Any) -> set[str]:
+    """The texts that a schema lists as answers: the task's own words, whoever else may bear them."""
+    if isinstance(schema, Mapping):
+        listed = schema.get("enum")
+        own = [*(listed if isinstance(listed, list) else ()), schema.get("const")]
+        inner = set().union(*(listed_values(value) for value in schema.values()))
+        return {value for value in own if isinstance(value, str)} | inner
+    return set().union(*(listed_values(value) for value in schema)) if isinstance(schema, list) else set()
 
 
 def _answer_check(schema: Mapping[str, Any] | None) -> Callable[[str], bool]:

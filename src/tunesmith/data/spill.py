@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
-import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from tunesmith.core.errors import TunesmithError
 from tunesmith.data.account import EXACT, Kept
 from tunesmith.data.dataset import SPLITS, Example, encode_examples, encode_removed
-from tunesmith.data.duplicates import answer_key, normalise
+from tunesmith.data.duplicates import answer_key, request_key
 from tunesmith.data.settings import Split
 from tunesmith.data.splits import Trace, split_of
 
@@ -39,9 +38,7 @@ def spilt(one: Kept, split: Split) -> SpiltRow:
     tie: orders rows of one id; key: what repeats of a row share; request: what rows with one request share.
     """
     example = one.example
-    request = [[turn.role, normalise(turn.text), turn.tools or ""] for turn in example.request]
-    answer = _mark(answer_key(example.answer))
-    asked = _mark(json.dumps(request))
+    asked, answer = _mark(request_key(example.request)), _mark(answer_key(example.answer))
     tie = example.model_dump_json(include={"licence", "group", "subject", "tenant", "region"})
     return (
         example.id, tie, one.row, one.changed, example.source, asked + answer, asked, example.wording, answer,
@@ -156,6 +153,19 @@ class Spill:
         """The split's rows as they are sealed: canonical JSON in the order of the ids."""
         query = "SELECT line FROM rows WHERE split = ? AND gone IS NULL ORDER BY id"
         return (line for (line,) in self._base.execute(query, (split,)))
+
+    def sample(self, count: int) -> list[Example]:
+        """Rows that are left, at most count. Those of the smallest ids: ids are digests, so the choice is no one's."""
+        query = "SELECT line FROM rows WHERE gone IS NULL ORDER BY id LIMIT ?"
+        return [Example.model_validate_json(line) for (line,) in self._base.execute(query, (count,))]
+
+    def ids(self) -> Iterator[str]:
+        """The ids of the rows that are left."""
+        return (name for (name,) in self._base.execute("SELECT id FROM rows WHERE gone IS NULL"))
+
+    def licences(self) -> list[tuple[str, str]]:
+        """The pairs of a source and a licence that the rows that are left have."""
+        return list(self._base.execute("SELECT DISTINCT source, licence FROM rows WHERE gone IS NULL"))
 
     def examples(self, split: str) -> Iterator[Example]:
         """The split's examples, read one by one."""

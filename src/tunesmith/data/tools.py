@@ -7,11 +7,11 @@ OpenAI's `tools` and `tool_calls` (arguments as text), its older `functions` and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message, ToolCall
+from tunesmith.core.messages import ToolCall
 
 Sound = Callable[[str, str], str]  # a text and its place -> the text; raises for characters that no file should hold
 
@@ -88,33 +88,3 @@ def _parsed(text: str, where: str) -> Any:
 
 def _constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
-
-
-def spread(messages: Sequence[Message]) -> list[Message]:
-    """Every text of a conversation as a turn of its own, for what looks at contents alone."""
-    return [Message(role=message.role, content=text) for message in messages for text in message.texts()]
-
-
-def gathered(messages: Sequence[Message], texts: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages with the contents of the turns that `spread` made of them, as they are now.
-
-    Raises ValueError where arguments or tools are JSON no longer.
-    """
-    given = iter(texts)
-    found = []
-    for message in messages:
-        changed: dict[str, Any] = {"content": next(given).content}
-        if message.tool_calls:
-            changed["tool_calls"] = tuple(_call_again(call, next(given), next(given)) for call in message.tool_calls)
-        if message.tools is not None:
-            changed["tools"] = next(given).content
-            json.loads(changed["tools"])
-        same = all(getattr(message, key) == value for key, value in changed.items())
-        found.append(message if same else message.model_copy(update=changed))
-    return tuple(found)
-
-
-def _call_again(call: ToolCall, name: Message, arguments: Message) -> ToolCall:
-    if not isinstance(json.loads(arguments.content), dict):
-        raise ValueError("arguments are no object")
-    return call.model_copy(update={"name": name.content, "arguments": arguments.content})

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
@@ -22,10 +22,11 @@ from tunesmith.data.dataset import SPLITS, Example, load_dataset
 from tunesmith.store import database
 from tunesmith.store.identities import require
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, RecallRow, RolloutRow, VersionRow
+from tunesmith.store.tables import AliasRow, RecallRow, RequestRow, RolloutRow, VersionRow
 
 CauseKind = Literal["row", "source", "licence", "subject", "version", "base"]
 KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
+_WEIGHTS = "adapter_model.safetensors"
 _LONGEST = 200  # characters of a cause's value: the tables' columns hold 256 with its kind
 
 
@@ -66,8 +67,25 @@ class Pointing(BaseModel):
     version: str
 
 
+class Served(BaseModel):
+    """Whom a withdrawn version answered: a tenant's requests, from the first to the last."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tenant: str
+    region: str
+    version: str
+    requests: int
+    first: str
+    last: str
+
+
 class Recall(BaseModel):
-    """What a recall reaches. rollouts: numbers of the live ones with a withdrawn arm."""
+    """What a recall reaches. rollouts: numbers of the live ones with a withdrawn arm.
+
+    adapters: digests of the weights that were trained on it; tenants: all that a withdrawn version was made for, that
+    an alias of theirs means, or that it answered.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -77,6 +95,9 @@ class Recall(BaseModel):
     reached: tuple[Reached, ...]
     aliases: tuple[Pointing, ...]
     rollouts: tuple[int, ...]
+    adapters: tuple[str, ...] = ()
+    served: tuple[Served, ...] = ()
+    tenants: tuple[str, ...] = ()
 
     @property
     def champions(self) -> tuple[Pointing, ...]:
@@ -97,53 +118,73 @@ def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool
     require(store, actor, "recall.start")
     if dry_run:
         with database.reading(store.engine) as session:
-            return _reach(store, session, cause, reason, done=False)
+            return reach(store, session, cause, reason, done=False)
     detail: dict[str, Any] = {"reason": reason}
     with store.change(actor, "recall.start", cause.label, detail) as session:
         # Inside the transaction: nothing that is being built on it meanwhile slips past.
         require(session, actor, "recall.start")
-        found = _reach(store, session, cause, reason, done=True)
+        found = reach(store, session, cause, reason, done=True)
         at = stamp()
         for one in found.reached:
             if session.get(RecallRow, (one.digest, cause.label)) is None:
                 session.add(RecallRow(digest=one.digest, cause=cause.label, reason=reason, at=at))
-        detail |= found.model_dump(mode="json", include={"reached", "aliases", "rollouts"})
+        detail |= found.model_dump(mode="json", include={"reached", "aliases", "rollouts", "adapters", "tenants"})
         return found
 
 
-def _reach(store: Store, session: Session, cause: Cause, reason: str, *, done: bool) -> Recall:
-    roots = _roots(store, cause)
-    digests = {root.digest for root in roots}
-    reached = list(roots)
-    waiting = [root.digest for root in roots]
+def reach(store: Store, session: Session, cause: Cause, reason: str, *, done: bool) -> Recall:
+    """All that comes of a cause as the graph is now; changes nothing. done: whether the caller marks it."""
+    reached = list(_roots(store, cause))
+    digests = {root.digest for root in reached}
+    waiting = [] if cause.kind == "version" else [root.digest for root in reached]
     while waiting:
         for _, kind, child in store.children(waiting.pop(0)):
             if child not in digests:
                 digests.add(child)
                 reached.append(Reached(kind=kind, digest=child, label=_label(store, session, kind, child)))
                 waiting.append(child)
-    aliases = session.scalars(select(AliasRow).order_by(AliasRow.name, AliasRow.alias, AliasRow.tenant))
+    pointing = session.scalars(select(AliasRow).order_by(AliasRow.name, AliasRow.alias, AliasRow.tenant))
+    aliases = tuple(
+        Pointing(name=row.name, alias=row.alias, tenant=row.tenant, region=row.region, version=row.version)
+        for row in pointing
+        if row.version in digests
+    )
     live = session.scalars(select(RolloutRow).where(RolloutRow.status.in_(("running", "paused"))))
+    served = _served(session, digests)
+    versions = [store.record(one.digest) for one in reached if one.kind == "version"]
+    trained = [store.record(one.digest) for one in reached if one.kind == "training"]
+    told = {str(one.body.get("tenant", "")) for one in versions}
     return Recall(
         cause=cause.label,
         reason=reason,
         done=done,
         reached=tuple(reached),
-        aliases=tuple(
-            Pointing(name=row.name, alias=row.alias, tenant=row.tenant, region=row.region, version=row.version)
-            for row in aliases
-            if row.version in digests
-        ),
+        aliases=aliases,
         rollouts=tuple(row.id for row in live if row.canary in digests or row.stable in digests),
+        adapters=tuple(sorted(one.blobs[_WEIGHTS] for one in trained if _WEIGHTS in one.blobs)),
+        served=served,
+        tenants=tuple(sorted(told | {one.tenant for one in aliases} | {one.tenant for one in served})),
+    )
+
+
+def _served(session: Session, digests: set[str]) -> tuple[Served, ...]:
+    """Requests that reached versions answered, counted from what the server recorded."""
+    of = (RequestRow.tenant, RequestRow.region, RequestRow.version)
+    query = select(*of, func.count(), func.min(RequestRow.at), func.max(RequestRow.at)).group_by(*of).order_by(*of)
+    return tuple(
+        Served(tenant=tenant, region=region, version=version, requests=count, first=first, last=last)
+        for tenant, region, version, count, first, last in session.execute(query)
+        if version in digests
     )
 
 
 def _roots(store: Store, cause: Cause) -> list[Reached]:
     """The records that the cause names itself, or the dataset versions that hold its rows."""
-    if cause.kind in ("version", "base"):
-        record = store.record(cause.value, kind=cause.kind)
-        label = str(record.body.get("spec", "")) if cause.kind == "base" else _version_label(record.body)
-        return [Reached(kind=cause.kind, digest=cause.value, label=label)]
+    if cause.kind == "version":
+        return _with_its_training(store, cause.value)
+    if cause.kind == "base":
+        record = store.record(cause.value, kind="base")
+        return [Reached(kind="base", digest=cause.value, label=str(record.body.get("spec", "")))]
     holds = _MATCHES[cause.kind]
     found = []
     for digest in store.records_of("dataset"):
@@ -157,6 +198,31 @@ def _roots(store: Store, cause: Cause) -> list[Reached]:
             fix="tunesmith data show names sources and licences",
         )
     return found
+
+
+def _with_its_training(store: Store, version: str) -> list[Reached]:
+    """A version, and where it has weights of its own their training, and whatever else answers with them.
+
+    The evidence is left alone: rivals that were measured beside it are none the worse.
+    """
+    record = store.record(version, kind="version")
+    reached = {version: Reached(kind="version", digest=version, label=_version_label(record.body))}
+    training = store.record(record.parents["candidate"]).parents.get("training")
+    if training is not None:
+        reached[training] = Reached(kind="training", digest=training, label=short(training))
+        for _, kind, candidate in store.children(training):
+            if kind != "candidate":
+                continue
+            name = str(store.record(candidate).body.get("name", ""))
+            reached[candidate] = Reached(kind=kind, digest=candidate, label=name)
+            for _, below, child in store.children(candidate):
+                if below == "version":
+                    label = _version_label(store.record(child).body)
+                    reached[child] = Reached(kind=below, digest=child, label=label)
+    for digest in [one.digest for one in reached.values() if one.kind == "version"]:
+        for _, kind, child in store.children(digest):
+            reached[child] = Reached(kind=kind, digest=child, label=short(child))
+    return list(reached.values())
 
 
 _MATCHES: dict[str, Callable[[Example], str | None]] = {

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,6 +20,7 @@ from tunesmith.core.clock import now
 from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.registry.adapters import CONFIG, WEIGHTS, check_adapter
+from tunesmith.registry.duties import NOTICE
 from tunesmith.registry.signing import RELEASE, SIGNATURE, Expired, Untrusted, verify_signature
 from tunesmith.store.audit import Head
 from tunesmith.store.identities import ACTIONS
@@ -64,7 +65,9 @@ class Statement(BaseModel):
 
     base, fingerprint: the base record's digest and the fingerprint of its rendering. signer: who registered it.
     override: why it was let through without a passing verdict. records, blobs: all that the version came of, sorted.
-    audit: the newest entry of the audit log when it was signed.
+    audit: the newest entry of the audit log when it was signed. duties: what the licences of the rows ask of whoever
+    uses it or passes it on (data/licences.py); None where no rows are behind it, and in versions of before they were
+    carried.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -82,6 +85,7 @@ class Statement(BaseModel):
     records: list[Digest]
     blobs: list[Digest]
     audit: Head
+    duties: dict[str, Any] | None = None
 
 
 class Version(BaseModel):
@@ -118,6 +122,11 @@ class Release:
     signer: TrustedKey
 
 
+def has_adapter(record: Record) -> bool:
+    """Whether a version's record has weights of its own."""
+    return record.blobs.keys() >= ADAPTER_FILES
+
+
 def parse_label(label: str) -> tuple[str, int]:
     """`name@v3` -> (name, 3). Raises UsageError for anything else."""
     match = _LABEL.fullmatch(label)
@@ -141,8 +150,10 @@ def read_version(record: Record, where: str) -> tuple[Version, Statement]:
         raise Refused(f"not what a version states: {place}: {first['msg']}", where=where, fix=_FIX) from error
     if record.kind != "version" or record.parents.keys() != _PARENTS:
         raise Refused("not a version's record", where=where, fix=_FIX)
-    if record.blobs and record.blobs.keys() != ADAPTER_FILES:
+    if record.blobs.keys() - {NOTICE} not in (frozenset(), ADAPTER_FILES):
         raise Refused("a version has an adapter's two files or none", where=where, fix=_FIX)
+    if (NOTICE in record.blobs) != (statement.duties is not None):
+        raise Refused(f"a version with duties has a {NOTICE}, one without has none", where=where, fix=_FIX)
     stated = statement.model_dump(include=set(Version.model_fields))
     version = Version.model_validate({**stated, **record.parents, "digest": record.digest})
     return version, statement
@@ -180,7 +191,7 @@ def check_release(folder: Path, keys: Sequence[TrustedKey]) -> Release:
         )
     if version.expires_at is not None and datetime.fromisoformat(version.expires_at) <= now():
         raise Expired(f"expired on {version.expires_at}", where=str(path), fix="register it again, for a time to come")
-    if record.blobs:
+    if has_adapter(record):
         check_adapter(folder, base=statement.base, fingerprint=statement.fingerprint)
     return Release(record=record, statement=statement, version=version, signer=key)
 

@@ -17,6 +17,7 @@ from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.models.base import known_folder
 from tunesmith.registry.attestations import ENVELOPE, read_approval
+from tunesmith.registry.duties import NOTICE, carried
 from tunesmith.registry.lineage import blobs_of
 from tunesmith.registry.release import (
     Release,
@@ -180,7 +181,10 @@ def _check_evidence(look: _Look, release: Release, records: Mapping[str, Record]
     folder = version_folder(look.root, version.name, version.number)
     try:
         check_evidence(records, release.record.parents, version.override)
-        if adapter_blobs(records, version.candidate) != dict(release.record.blobs):
+        weights = {name: digest for name, digest in release.record.blobs.items() if name != NOTICE}
+        if release.statement.duties != carried(records, version.candidate):
+            raise Refused("its duties are not those of the rows' licences that it came of")
+        if adapter_blobs(records, version.candidate) != weights:
             raise Refused("the adapter is not the one that the candidate was trained to")
         base = records[version.candidate].parents["base"]
         stated = (release.statement.base, release.statement.fingerprint)

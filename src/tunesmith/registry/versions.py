@@ -22,6 +22,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.files import sync_folder
 from tunesmith.registry import keys
 from tunesmith.registry.aliases import ALIASES, get_alias
+from tunesmith.registry.duties import NOTICE, carried, notice
 from tunesmith.registry.lineage import ancestors, blobs_of
 from tunesmith.registry.release import (
     Release,
@@ -32,6 +33,7 @@ from tunesmith.registry.release import (
     check_release,
     check_replay,
     check_scopes,
+    has_adapter,
     parse_label,
     read_version,
     version_folder,
@@ -84,7 +86,8 @@ class _Plan:
     expires_at: str | None
     parents: Mapping[str, str]
     records: Mapping[str, Record]
-    blobs: Mapping[str, str]  # the adapter's files
+    blobs: Mapping[str, str]  # the adapter's files and the notice
+    duties: Mapping[str, Any] | None
 
 
 class _Again(Exception):
@@ -213,7 +216,7 @@ def list_versions(store: Store, name: str | None = None) -> list[Version]:
 def check_not_recalled(session: Session, version: Version, statement: Statement) -> None:
     """Raises Refused where the version, or anything it came of, was withdrawn."""
     for digest in (version.digest, *statement.records, *statement.blobs):
-        reason = recalled(session, digest)
+        reason = recalled(session, digest, as_evidence=digest not in (version.digest, version.candidate))
         if reason is not None:
             raise Refused(
                 f"{version.label} was recalled: {reason}",
@@ -253,7 +256,7 @@ def verified_copy(store: Store, version: Version) -> Iterator[LoadedVersion]:
     """
     with open_release(store, version) as (folder, release):
         candidate = load_candidate(store, version.candidate)
-        if candidate.tuned != bool(release.record.blobs):
+        if candidate.tuned != has_adapter(release.record):
             raise Refused("the candidate and its release disagree on whether it has an adapter", where=str(folder))
         yield LoadedVersion(version, candidate, folder if candidate.tuned else None)
 
@@ -271,6 +274,8 @@ def _plan(
         if digest_file(path := store.blob_path(digest)) != digest:
             raise Refused("the blob's bytes are not the ones its name promises", where=str(path), fix=_RESTORE)
     check_replay(store, verdict)
+    duties = carried(records, parents["candidate"])
+    notices = {} if duties is None else {NOTICE: store.put_bytes(notice(name, duties))}
     return _Plan(
         name=name,
         tenant=tenant,
@@ -279,7 +284,8 @@ def _plan(
         expires_at=expires_at,
         parents=parents,
         records=records,
-        blobs=adapter_blobs(records, parents["candidate"]),
+        blobs={**adapter_blobs(records, parents["candidate"]), **notices},
+        duties=duties,
     )
 
 
@@ -334,6 +340,7 @@ def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key
         records=sorted(plan.records),
         blobs=sorted(blobs_of(plan.records.values())),
         audit=audit.newest(session),
+        duties=None if plan.duties is None else dict(plan.duties),
     )
     record = Record(kind="version", parents=plan.parents, blobs=plan.blobs, body=statement.model_dump(mode="json"))
     target = version_folder(store.root, plan.name, number)

@@ -1,0 +1,150 @@
+"""Secrets in sentences: tokens with a form of their own, and values that the words before them call a secret.
+
+detect-secrets' token patterns, and those it lacks, from the issuers' documentation of their tokens' prefixes. Its
+entropy and keyword detectors are made for source code and call half of ordinary prose a secret: here a keyword counts
+only with a value after it that no person would say or type as a word.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+_DETECTORS = {
+    "artifactory": "ArtifactoryDetector",
+    "aws": "AWSKeyDetector",
+    "azure_storage_key": "AzureStorageKeyDetector",
+    "basic_auth": "BasicAuthDetector",
+    "cloudant": "CloudantDetector",
+    "discord": "DiscordBotTokenDetector",
+    "github_token": "GitHubTokenDetector",
+    "gitlab_token": "GitLabTokenDetector",
+    "ibm_cloud_iam": "IbmCloudIamDetector",
+    "ibm_cos_hmac": "IbmCosHmacDetector",
+    "jwt": "JwtTokenDetector",
+    "mailchimp": "MailchimpDetector",
+    "npm": "NpmDetector",
+    "openai": "OpenAIDetector",
+    "pypi_token": "PypiTokenDetector",
+    "sendgrid": "SendGridDetector",
+    "slack": "SlackDetector",
+    "softlayer": "SoftlayerDetector",
+    "square_oauth": "SquareOAuthDetector",
+    "stripe": "StripeDetector",
+    "telegram_token": "TelegramBotTokenDetector",
+    "twilio": "TwilioKeyDetector",
+}
+_FORMS = (
+    # The whole key, not its first line alone.
+    r"(?s)-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)",
+    r"github_pat_[A-Za-z0-9_]{36,255}",
+    r"gl(?:pat|dt|ptt|rt|ft|cbt|oas|soat)-[A-Za-z0-9_\-.]{20,255}",
+    r"xox[abeoprs]-[A-Za-z0-9-]{10,255}",
+    r"xapp-\d-[A-Za-z0-9-]{20,255}",
+    r"(?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{10,255}",
+    r"whsec_[A-Za-z0-9+/]{24,255}",
+    r"\bsk-(?:proj-|svcacct-|admin-|ant-[a-z0-9]+-|or-v1-)?[A-Za-z0-9_-]{20,255}",
+    r"\bAIza[A-Za-z0-9_-]{35}",
+    r"\bya29\.[A-Za-z0-9_-]{20,255}",
+    r"\bGOCSPX-[A-Za-z0-9_-]{28}",
+    r"\bhf_[A-Za-z0-9]{30,40}\b",
+    r"\b(?:npm|pul|dp\.pt|shpat|shpss|glsa|dckr_pat|nvapi|r8|gsk|tvly|lin_api|sntrys|PMAK|dop_v1|doo_v1)[_-][A-Za-z0-9_\-]{20,255}",
+    r"\bSG\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{16,64}",
+    r"\b\d{8,10}:AA[A-Za-z0-9_-]{33}",
+    r"\b(?:A3T[A-Z0-9]|AKIA|ASIA|ABIA|ACCA|AGPA|AIDA|AROA|ANPA|ANVA)[A-Z0-9]{16}\b",
+    r"\bAccountKey=[A-Za-z0-9+/]{86}==",
+    r"\bAGE-SECRET-KEY-1[A-Z0-9]{58}",
+    r"\beyJ[A-Za-z0-9_-]{8,4096}\.eyJ[A-Za-z0-9_-]{8,8192}\.[A-Za-z0-9_-]{8,4096}",
+    r"https://hooks\.slack\.com/(?:services|workflows)/[A-Za-z0-9/]{30,100}",
+    r"https://discord(?:app)?\.com/api/webhooks/\d{15,22}/[A-Za-z0-9_-]{40,100}",
+)
+# A word for a secret, what joins it to its value, and the value.
+_NAMED = re.compile(
+    r"(?:pass(?:word|phrase|wd|code)?|pwd|secret|token|credentials?|(?:api|access|secret|private|auth|account|encryption"
+    r"|signing|storage|client)[ _-]?(?:access[ _-]?)?(?:key|secret|token)|bearer|pin code|recovery code)s?"
+    r"(?:[\"'`]?\s*(?::=|=>|[:=])\s*|\s+(?:is|was|are|to|as|be|of|it's|changed to|set to|now|for \w+ is)\s*:?\s+|\s+)"
+    r"(?P<open>[\"'`]?)(?P<value>[^\s\"'`,;<>{}()\[\]]{6,512})",
+    re.IGNORECASE,
+)
+_AWS_SECRET = re.compile(r"(?i:aws|secret|access)[^\n]{0,40}?(?<![A-Za-z0-9+/])([A-Za-z0-9+/]{40})(?![A-Za-z0-9+/=])")
+# Cheap to look for; a text without any of these holds no secret that the patterns know.
+_MAY_HOLD = re.compile(
+    r"[A-Za-z0-9+/_=.-]{18}|://|pass|pwd|secret|token|credential|key|bearer|pin code|recovery", re.IGNORECASE
+)
+_SHORTEST = 6
+# What stands where a value would in documentation and scripts.
+_PLACEHOLDER = re.compile(
+    r"^(?:\$|%|\*+|\.\.\.|x{4,}$|<|your|my[_-]|example|placeholder|changeme|dummy|env|os\.|process\.|self\.|get|none"
+    r"|null|true|false|--?[a-z]|/|~|\.{1,2}/|https?:|secretsmanager|vault|\w+\.(?:txt|json|ya?ml|pem|key|env|sh|py|cfg|ini)$)",
+    re.IGNORECASE,
+)
+
+
+def find_secrets(text: str) -> Iterator[tuple[int, int]]:
+    """(start, end) of every secret in a text. Spans may overlap."""
+    if not _MAY_HOLD.search(text):
+        return
+    for pattern in _patterns():
+        for match in pattern.finditer(text):
+            yield _span(match)
+    for match in _AWS_SECRET.finditer(text):
+        if _looks_random(match[1]):
+            yield match.span(1)
+    for match in _NAMED.finditer(text):
+        value = match["value"].rstrip(".!?:")
+        if _is_value(value, quoted=bool(match["open"])):
+            yield match.start("value"), match.start("value") + len(value)
+
+
+def _is_value(value: str, *, quoted: bool) -> bool:
+    """Whether a value that is called a secret is one: not a word, a name, a path, a variable or a placeholder."""
+    if len(value) < _SHORTEST or _PLACEHOLDER.search(value):
+        return False
+    kinds = _kinds(value)
+    if quoted:
+        return kinds >= 2 and any(letter.isdigit() or not letter.isalnum() for letter in value)
+    letters = any(letter.isalpha() for letter in value)
+    digits = sum(letter.isdigit() for letter in value)
+    if not letters or "/" in value.strip("/") or "=" in value.rstrip("="):
+        return False
+    # A hyphenated or dotted word, a name with a number at its end ("step-2", "v1.2.3", "oauth2") is said, not typed.
+    if re.fullmatch(r"[A-Za-z]+(?:[-_.][A-Za-z0-9]+)*|v?\d+(?:\.\d+)*\w*|[a-z]{2,}\d{1,2}s?", value) and not (
+        digits >= 3 and kinds >= 3
+    ):
+        return False
+    return digits >= 1 and (kinds >= 3 or (digits >= 2 and len(value) >= 8) or _looks_random(value))
+
+
+def _kinds(value: str) -> int:
+    """How many of: small letters, capitals, digits, signs."""
+    return sum(
+        any(test(letter) for letter in value)
+        for test in (str.islower, str.isupper, str.isdigit, lambda letter: not letter.isalnum())
+    )
+
+
+def _looks_random(value: str) -> bool:
+    """At least 3.5 bits a character (Shannon), with letters and digits: as keys are, and words are not."""
+    counts = Counter(value)
+    bits = -sum(n / len(value) * math.log2(n / len(value)) for n in counts.values())
+    return bits >= 3.5 and _kinds(value) >= 2 and any(letter.isdigit() for letter in value)
+
+
+def _span(match: re.Match[str]) -> tuple[int, int]:
+    """The secret within its match: the one group of `password: (...)` patterns, else all of it."""
+    if match.re.groups == 1 and match[1] is not None and len(match[1]) >= _SHORTEST:
+        return match.span(1)
+    return match.span()
+
+
+@functools.cache
+def _patterns() -> tuple[re.Pattern[str], ...]:
+    from importlib import import_module
+
+    patterns = [re.compile(form) for form in _FORMS]
+    for module, detector in _DETECTORS.items():
+        patterns.extend(getattr(import_module(f"detect_secrets.plugins.{module}"), detector).denylist)
+    return tuple(patterns)
