@@ -12,7 +12,7 @@ from typing import Any
 
 from tunesmith.core.digests import digest_of
 from tunesmith.data.dataset import SPLITS, Example
-from tunesmith.data.duplicates import METHOD, MISS, answer_key, near_pairs, normalise, request_text
+from tunesmith.data.duplicates import METHOD, answer_key, near_pairs, normalise, request_text
 from tunesmith.data.settings import Split
 
 NEAR_HELD_OUT = "near a held-out row"
@@ -37,7 +37,6 @@ class Leakage:
             "near_pairs": self.near_pairs,
             "threshold": threshold,
             "method": METHOD,
-            "miss_at_threshold": MISS,
         }
 
 
