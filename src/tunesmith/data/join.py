@@ -140,7 +140,8 @@ def _trigrams(texts: Sequence[str]) -> tuple[Integers, Bits]:
 def _distinct(values: Integers) -> Integers:
     """Sorted, each once. numpy's unique hashes first, which takes ten times as long on these."""
     values = np.sort(values)
-    return values[np.diff(values, prepend=-1) != 0]
+    first: Integers = values[np.diff(values, prepend=-1) != 0]
+    return first
 
 
 def _blocks(ends: Integers, most: int) -> Iterator[tuple[int, int]]:
@@ -220,7 +221,7 @@ def _compared(kind: _Class, parts: int) -> Iterator[tuple[Integers, Integers]]:
 
 
 def _sharing(kind: _Class, parts: int, some: tuple[int, int]) -> tuple[Integers, Integers]:
-    """Rows by what they hold in some of the parts: (owner, after); the `after` places that follow a place hold the same.
+    """Rows by what they hold in some of the parts: (owner, after); `after` places that follow one hold the same.
 
     0 for a row that is not the smaller of any pair.
     """
