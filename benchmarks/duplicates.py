@@ -3,7 +3,7 @@
     python benchmarks/duplicates.py [FOLDER] [--threshold 0.8] [--runs 5]
 
 FOLDER holds the JSON files of the SNIPS corpus (https://github.com/sonos/nlu-benchmark), by default
-`../shared/data/snips`. All see the same trigram sets of the same lower-cased rows, repeated ones among them; the time
+`../shared/data/snips`. All see the same trigram sets of the words of the same rows, repeated ones among them; the time
 is that from texts to pairs. rensa and datasketch report what their index proposes, as their users get it. Needs the
 dependency group `bench`.
 """
@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from tunesmith.data.duplicates import shingles
+from tunesmith.core.messages import Message
+from tunesmith.data.duplicates import near_text, shingles
 from tunesmith.data.join import similar_pairs
 
 FOLDER = Path(__file__).parents[2] / "shared" / "data" / "snips"
@@ -31,8 +32,13 @@ def requests(folder: Path) -> list[str]:
     found = []
     for path in sorted(folder.glob("*.json")):
         for rows in json.loads(path.read_bytes().decode("utf-8", errors="replace")).values():
-            found.extend("".join(part["text"] for part in row["data"]).lower() for row in rows)
+            found.extend(_words("".join(part["text"] for part in row["data"])) for row in rows)
     return found
+
+
+def _words(text: str) -> str:
+    """As near_text has it of a conversation."""
+    return near_text([Message(role="user", content=text), Message(role="assistant", content="")])
 
 
 def brute_force(texts: list[str], threshold: float) -> Pairs:

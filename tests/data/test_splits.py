@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, example_id
-from tunesmith.data.duplicates import jaccard, request_text, shingles
+from tunesmith.data.duplicates import jaccard, near_text, shingles
 from tunesmith.data.settings import Split
 from tunesmith.data.splits import NEAR_HELD_OUT, NEAR_SAME_ANSWER, Leakage, leakage, leaving, split_of, wording_group
 
@@ -105,7 +105,7 @@ def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str,
     staying = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
     assert leakage(staying, threshold).near_pairs == 0
     # leakage counts what brute force counts
-    flat = [(name, shingles(request_text(one.messages))) for name, some in splits.items() for one in some]
+    flat = [(name, shingles(near_text(one.messages))) for name, some in splits.items() for one in some]
     true = sum(
         1
         for place, (name, one) in enumerate(flat)
@@ -121,7 +121,7 @@ def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str,
                 near = [
                     (n, o)
                     for n, o in kept
-                    if jaccard(shingles(request_text(one.messages)), shingles(request_text(o.messages))) >= threshold
+                    if jaccard(shingles(near_text(one.messages)), shingles(near_text(o.messages))) >= threshold
                 ]
                 assert near, (name, one.request)
 

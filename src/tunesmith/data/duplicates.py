@@ -7,6 +7,7 @@ join: none is missed, none is made up.
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -14,8 +15,9 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 
-METHOD = "character trigrams, exact set-similarity join"
+METHOD = "character trigrams of the words, exact set-similarity join"
 _PAIRS_EACH = 100
+_WORD = re.compile(r"\w+")
 _SENTENCE_MARKS = " .,;:!?\u2026¿¡\"'\u201c\u201d\u2018\u2019«»"
 
 
@@ -28,6 +30,20 @@ def normalise(text: str) -> str:
 def request_text(messages: Sequence[Message]) -> str:
     """The turns before the answer as one normalised text. The system turn, often the same in all rows, is left out."""
     return "\n".join(normalise(turn.content) for turn in messages[:-1] if turn.role != "system")
+
+
+def near_text(messages: Sequence[Message]) -> str:
+    """What nearness is told by: the words of the turns before the answer, a space at either end of each turn.
+
+    The spaces make the first and last letters of a turn count as much as those between; marks do not count at all,
+    unless a turn has no words. The system turn is left out.
+    """
+    return "\n".join(_words(turn.content) for turn in messages[:-1] if turn.role != "system")
+
+
+def _words(text: str) -> str:
+    normal = normalise(text)
+    return f" {' '.join(_WORD.findall(normal)) or normal} "
 
 
 def shingles(text: str) -> frozenset[str]:

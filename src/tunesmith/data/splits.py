@@ -12,7 +12,7 @@ from typing import Any
 
 from tunesmith.core.digests import digest_of
 from tunesmith.data.dataset import SPLITS, Example
-from tunesmith.data.duplicates import METHOD, answer_key, near_pairs, normalise, request_text
+from tunesmith.data.duplicates import METHOD, answer_key, near_pairs, near_text, normalise
 from tunesmith.data.settings import Split
 
 NEAR_HELD_OUT = "near a held-out row"
@@ -130,8 +130,7 @@ class _Nearness:
     def __init__(self, examples: Sequence[Example], threshold: float) -> None:
         self._places: dict[str, int] = {}
         self._of = {
-            example.id: self._places.setdefault(request_text(example.messages), len(self._places))
-            for example in examples
+            example.id: self._places.setdefault(near_text(example.messages), len(self._places)) for example in examples
         }
         self._near = [{place} for place in range(len(self._places))]
         for left, right in near_pairs(list(self._places), threshold):
