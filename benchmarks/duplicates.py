@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from tunesmith.core.messages import Message
-from tunesmith.data.duplicates import near_text, shingles
+from tunesmith.data.duplicates import near_text, normalise, shingles
 from tunesmith.data.join import similar_pairs
 
 FOLDER = Path(__file__).parents[2] / "shared" / "data" / "snips"
@@ -38,7 +37,7 @@ def requests(folder: Path) -> list[str]:
 
 def _words(text: str) -> str:
     """As near_text has it of a conversation."""
-    return near_text([Message(role="user", content=text), Message(role="assistant", content="")])
+    return near_text(normalise(text))
 
 
 def brute_force(texts: list[str], threshold: float) -> Pairs:

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.messages import Message
 from tunesmith.data.duplicates import near_pairs, near_text, normalise
 from tunesmith.data.splits import wording_group
 
@@ -56,7 +55,7 @@ def grams(request: str) -> set[tuple[str, ...]]:
 
 
 def words(request: str) -> str:
-    return near_text([Message(role="user", content=request), Message(role="assistant", content="")])
+    return near_text(normalise(request))
 
 
 def twins(train: list[Row], held: list[Row]) -> dict[int, list[int]]:

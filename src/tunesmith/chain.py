@@ -27,6 +27,7 @@ from tunesmith.core.files import lock, write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.build import build_dataset, dataset_document
 from tunesmith.data.dataset import Dataset, Example, load_dataset
+from tunesmith.data.decontaminate import outside_sources
 from tunesmith.data.sources import find_files
 from tunesmith.evaluation.evaluate import evaluate as score_answers
 from tunesmith.evaluation.evaluate import evaluation_document
@@ -103,7 +104,11 @@ class Chain:
     def dataset(self) -> Dataset:
         """The sealed dataset version of the project's sources."""
         project = self.project
-        sources = find_files(project.settings.data.sources, project.root)
+        data = project.settings.data
+        sources = [
+            *find_files(data.sources, project.root),
+            *find_files(outside_sources(data.decontaminate), project.root),
+        ]
         schema = project.schema
         inputs = {
             "settings": project.settings.data.model_dump(mode="json"),

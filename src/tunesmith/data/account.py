@@ -12,6 +12,7 @@ EXACT: Final = "exact duplicate"
 PRIVATE: Final = "personal data or a secret"
 OVERLONG: Final = "overlong"
 OFF_SCHEMA: Final = "answer not valid under the schema"
+OUTSIDE_WORDING: Final = "worded as a row of an outside test set"
 SPOILT: Final = "answer no longer valid under the schema with pseudonyms"
 
 

@@ -12,12 +12,13 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.account import EXACT, Account, Kept
 from tunesmith.data.dataset import REMOVED, SPLITS, Example, encode_examples, encode_removed
+from tunesmith.data.decontaminate import OUTSIDE, Outside, read_outside
 from tunesmith.data.duplicates import answer_key, normalise
 from tunesmith.data.examine import CountTokens, Examiner, renamed
 from tunesmith.data.formats import Shape, shape_of
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources import OpenSource, Row, find_files, open_source
-from tunesmith.data.splits import NEAR_HELD_OUT, leakage, leaving, split_of
+from tunesmith.data.splits import NEAR_HELD_OUT, clusters, leakage, leaving, split_of
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -48,7 +49,9 @@ def build_dataset(
     """
     account = Account()
     checked = count_tokens is not None and max_tokens is not None
-    examiner = Examiner(settings, account, count_tokens, max_tokens, answer_schema, tuple(filter(None, special_tokens)))
+    outside = read_outside(settings.decontaminate, root)
+    special = tuple(filter(None, special_tokens))
+    examiner = Examiner(settings, account, count_tokens, max_tokens, answer_schema, special, outside.wordings)
     kept: list[Kept] = []
     described: list[dict[str, Any]] = []
     shapes: dict[str, Shape] = {}  # source path -> what its first row told
@@ -70,7 +73,7 @@ def build_dataset(
     conflicts = _conflicts(one.example for one in kept)
     threshold = near_threshold(settings)
     progress.say(f"{len(kept)} rows read; looking for near ones across the splits")
-    splits = _split(kept, settings, threshold, account)
+    splits = _split(kept, settings, threshold, account, outside)
     examples = {name: [one.example for one in splits[name]] for name in SPLITS}
     body = {
         "settings": settings.model_dump(mode="json"),
@@ -82,7 +85,9 @@ def build_dataset(
             "removed": account.reasons(),
         },
         **counts(examples),
-        "leakage": leakage(examples, threshold).as_json(threshold),
+        "leakage": leakage(examples, threshold, outside.requests).as_json(threshold),
+        "decontaminated": list(outside.files),
+        "near_clusters": clusters(examples, threshold, _SHOWN_CONFLICTS),
         "privacy": dict(sorted(account.privacy.items())),
         "ignored_keys": dict(sorted(account.ignored.items())),
         "conflicts": conflicts,
@@ -90,6 +95,8 @@ def build_dataset(
         "answer_schema": None if answer_schema is None else digest_of(answer_schema),
     }
     blobs = {f"{name}.jsonl": store.put_bytes(encode_examples(examples[name])) for name in SPLITS}
+    if outside.files:
+        blobs[OUTSIDE] = store.put_bytes(outside.encode())
     blobs[REMOVED] = store.put_bytes(encode_removed(account.removed))
     return store.put_record(Record(kind="dataset", blobs=blobs, body=body))
 
@@ -98,7 +105,8 @@ def dataset_document(store: Store, digest: str) -> dict[str, Any]:
     """What `data build --json` prints of a dataset record. Raises Refused where the record is missing or damaged."""
     body = store.record(digest, kind="dataset").body
     shown = ("rows", "splits", "groups", "leakage", "licences", "privacy", "ignored_keys", "conflicts", "tokens")
-    return {"dataset": digest, **{key: body[key] for key in (*shown, "sources")}}
+    later = {key: body[key] for key in ("decontaminated", "near_clusters") if key in body}
+    return {"dataset": digest, **{key: body[key] for key in (*shown, "sources")}, **later}
 
 
 def near_threshold(settings: DataSettings) -> float:
@@ -159,13 +167,16 @@ def _conflicts(examples: Iterable[Example]) -> dict[str, Any]:
     return {"requests": len(found), "rows": sum(map(len, found)), "examples": found[:_SHOWN_CONFLICTS]}
 
 
-def _split(kept: Sequence[Kept], settings: DataSettings, threshold: float, account: Account) -> dict[str, list[Kept]]:
+def _split(
+    kept: Sequence[Kept], settings: DataSettings, threshold: float, account: Account, outside: Outside
+) -> dict[str, list[Kept]]:
     """The splits, without the rows that nearness makes leave. Raises where that leaves too little."""
     splits: dict[str, list[Kept]] = {name: [] for name in SPLITS}
     for one in kept:
         splits[split_of(one.example.group, settings.split)].append(one)
     _require_rows(splits, account)
-    gone = leaving({name: [one.example for one in some] for name, some in splits.items()}, threshold)
+    examples = {name: [one.example for one in some] for name, some in splits.items()}
+    gone = leaving(examples, threshold, outside.requests)
     moved_out = sum(gone.get(one.example.id) == NEAR_HELD_OUT for one in splits["train"])
     if moved_out > _MOST_MOVED_OUT * len(splits["train"]):
         raise Refused(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
@@ -32,18 +33,20 @@ def request_text(messages: Sequence[Message]) -> str:
     return "\n".join(normalise(turn.content) for turn in messages[:-1] if turn.role != "system")
 
 
-def near_text(messages: Sequence[Message]) -> str:
-    """What nearness is told by: the words of the turns before the answer, a space at either end of each turn.
+def near_text(request: str) -> str:
+    """What nearness is told by: the words of a normalised request, a space at either end of each turn.
 
     The spaces make the first and last letters of a turn count as much as those between; marks do not count at all,
-    unless a turn has no words. The system turn is left out.
+    unless a turn has no words.
     """
-    return "\n".join(_words(turn.content) for turn in messages[:-1] if turn.role != "system")
+    return "\n".join(f" {' '.join(_WORD.findall(turn)) or turn} " for turn in request.split("\n"))
 
 
-def _words(text: str) -> str:
-    normal = normalise(text)
-    return f" {' '.join(_WORD.findall(normal)) or normal} "
+# How a record may say that nearness was told -> the text whose trigrams are compared. The second is of earlier records:
+# their pairs were proposed by MinHash, and are found exactly when they are looked for again.
+METHODS: Mapping[str, Callable[[str], str]] = MappingProxyType(
+    {METHOD: near_text, "character trigrams, MinHash LSH proposes, exact Jaccard decides": str}
+)
 
 
 def shingles(text: str) -> frozenset[str]:

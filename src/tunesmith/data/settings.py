@@ -50,13 +50,18 @@ ENTITIES = (
 )
 
 
-class Source(Settings):
-    """Files of rows under one licence."""
+class Rows(Settings):
+    """Files of rows."""
 
     path: Annotated[str, Field(min_length=1, description="a file, or a glob such as data/*.jsonl, from the project")]
-    licence: Annotated[str | None, Field(description="SPDX expression; rows may carry their own instead")] = None
     format: Annotated[Format, Field(description="the rows' shape; auto tells it from the first row's keys")] = "auto"
     rename: Annotated[dict[str, str], Field(description="a row's key -> the key that the format knows")] = {}  # noqa: RUF012
+
+
+class Source(Rows):
+    """Files of rows under one licence."""
+
+    licence: Annotated[str | None, Field(description="SPDX expression; rows may carry their own instead")] = None
     licence_key: Annotated[str, Field(description="the row's key that holds its licence")] = "licence"
     subject_key: Annotated[str, Field(description="the row's key that names whose data it is")] = "subject"
     tenant_key: Annotated[str, Field(description="the row's key that names its tenant")] = "tenant"
@@ -114,6 +119,13 @@ class DataSettings(Settings):
     privacy: Annotated[Privacy, Field(description="personal data and secrets")] = Privacy()
     duplicates: Annotated[Duplicates, Field(description="repeated rows")] = Duplicates()
     split: Annotated[Split, Field(description="what is held out")] = Split()
+    decontaminate: Annotated[
+        tuple[Rows, ...],
+        Field(
+            description="test sets and benchmarks from elsewhere: what is near one of their rows, or worded as it is "
+            "but for the values, leaves"
+        ),
+    ] = ()
     overlong: Annotated[
         Literal["refuse", "drop", "truncate"],
         Field(description="a row of more tokens than fit: stop, leave it out, or drop its oldest turns"),
