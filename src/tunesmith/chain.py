@@ -28,6 +28,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.build import build_dataset, dataset_document
 from tunesmith.data.dataset import Dataset, Example, load_dataset
 from tunesmith.data.decontaminate import outside_sources
+from tunesmith.data.signoff import require_signed
 from tunesmith.data.sources import find_files
 from tunesmith.evaluation.evaluate import evaluate as score_answers
 from tunesmith.evaluation.evaluate import evaluation_document
@@ -111,7 +112,7 @@ class Chain:
         ]
         schema = project.schema
         inputs = {
-            "settings": project.settings.data.model_dump(mode="json"),
+            "settings": data.model_dump(mode="json", exclude={"sign_off"}),
             "files": {file.name: digest_file(file.path) for file in sources},
             "schema": schema,
             "rendering": self.base.fingerprint,
@@ -344,6 +345,8 @@ class Chain:
                 where=f"candidates.{name}",
                 fix="remove shots and retrieve, or train",
             )
+        if self.project.settings.data.sign_off:
+            require_signed(self.project.store, self.dataset.digest)
         inputs = {
             "base": self.base.digest,
             "dataset": self.dataset.digest,

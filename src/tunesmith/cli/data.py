@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli import data_versions
 from tunesmith.cli.terminal import HERE, Directory, Json, Terminal, emit
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def register(app: typer.Typer) -> None:
     data.command()(build)
     data.command()(show)
     data.command()(verify)
+    data_versions.register(data)
     app.add_typer(data, name="data")
 
 

@@ -76,7 +76,7 @@ def build_dataset(
     splits = _split(kept, settings, threshold, account, outside)
     examples = {name: [one.example for one in splits[name]] for name in SPLITS}
     body = {
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json", exclude={"sign_off"}),
         "sources": described,
         "rows": {
             "read": account.read,

@@ -126,6 +126,9 @@ class DataSettings(Settings):
             "but for the values, leaves"
         ),
     ] = ()
+    sign_off: Annotated[
+        bool, Field(description="whether a steward must have signed the dataset version before it is trained on")
+    ] = False
     overlong: Annotated[
         Literal["refuse", "drop", "truncate"],
         Field(description="a row of more tokens than fit: stop, leave it out, or drop its oldest turns"),
