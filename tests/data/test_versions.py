@@ -76,8 +76,8 @@ def test_croissant_is_what_its_own_library_reads(two: tuple[Store, Dataset, Data
     (folder / "croissant.json").write_text(json.dumps(croissant(first, "rows")))
     read = mlcroissant.Dataset(jsonld=str(folder / "croissant.json"))
     assert not read.metadata.issues.errors
-    ids = [record["test/id"].decode() for record in read.records("test")]
-    assert sorted(ids) == [example.id for example in first.examples("test")]
+    rows = {record["test/id"].decode(): record["test/messages"].decode() for record in read.records("test")}
+    assert rows == {example.id: example.messages[0].content for example in first.examples("test")}
 
 
 def test_only_a_steward_signs_and_only_while_they_are_one(two: tuple[Store, Dataset, Dataset]) -> None:

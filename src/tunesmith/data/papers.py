@@ -18,6 +18,7 @@ _CONTEXT = {
     "data": {"@id": "cr:data", "@type": "@json"},
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     "dct": "http://purl.org/dc/terms/",
+    "equivalentProperty": "cr:equivalentProperty",
     "examples": {"@id": "cr:examples", "@type": "@json"},
     "extract": "cr:extract",
     "field": "cr:field",
@@ -37,6 +38,7 @@ _CONTEXT = {
     "regex": "cr:regex",
     "repeated": "cr:repeated",
     "replace": "cr:replace",
+    "samplingRate": "cr:samplingRate",
     "sc": "https://schema.org/",
     "separator": "cr:separator",
     "source": "cr:source",
@@ -45,7 +47,7 @@ _CONTEXT = {
 }
 _FIELDS = {
     "id": "The row's id: the digest of its content and source.",
-    "messages": "The turns of the conversation; the last one is the answer to learn.",
+    "messages": "The first turn of the conversation; the column holds them all, the answer to learn last.",
     "licence": "The SPDX expression that the row stands under.",
     "source": "The file that the row was read from.",
     "group": "What the row belongs together with: no group stands in two splits.",
@@ -94,11 +96,16 @@ def _rows(split: str) -> dict[str, Any]:
                 "name": field,
                 "description": said,
                 "dataType": "sc:Text",
-                "source": {"fileObject": {"@id": f"{split}.jsonl"}, "extract": {"column": field}},
+                "source": {"fileObject": {"@id": f"{split}.jsonl"}, "extract": {"column": field}, **_taken(field)},
             }
             for field, said in _FIELDS.items()
         ],
     }
+
+
+def _taken(field: str) -> dict[str, Any]:
+    """Croissant 1.0 has no type for a list of objects as long as it likes: of the turns it can name but one."""
+    return {"transform": {"jsonPath": "$[0].content"}} if field == "messages" else {}
 
 
 def datasheet(dataset: Dataset, name: str, sign_offs: list[dict[str, Any]]) -> str:
