@@ -76,8 +76,8 @@ def test_croissant_is_what_its_own_library_reads(two: tuple[Store, Dataset, Data
     (folder / "croissant.json").write_text(json.dumps(croissant(first, "rows")))
     read = mlcroissant.Dataset(jsonld=str(folder / "croissant.json"))
     assert not read.metadata.issues.errors
-    rows = {record["test/id"].decode(): record["test/messages"].decode() for record in read.records("test")}
-    assert rows == {example.id: example.messages[0].content for example in first.examples("test")}
+    said = {one["test/id"].decode(): [text.decode() for text in one["test/messages"]] for one in read.records("test")}
+    assert said == {one.id: [turn.content for turn in one.messages] for one in first.examples("test")}
 
 
 def test_only_a_steward_signs_and_only_while_they_are_one(two: tuple[Store, Dataset, Dataset]) -> None:

@@ -47,7 +47,7 @@ _CONTEXT = {
 }
 _FIELDS = {
     "id": "The row's id: the digest of its content and source.",
-    "messages": "The first turn of the conversation; the column holds them all, the answer to learn last.",
+    "messages": "What was said in each turn of the conversation; the last one is the answer to learn.",
     "licence": "The SPDX expression that the row stands under.",
     "source": "The file that the row was read from.",
     "group": "What the row belongs together with: no group stands in two splits.",
@@ -96,6 +96,7 @@ def _rows(split: str) -> dict[str, Any]:
                 "name": field,
                 "description": said,
                 "dataType": "sc:Text",
+                **({"repeated": True} if field == "messages" else {}),
                 "source": {"fileObject": {"@id": f"{split}.jsonl"}, "extract": {"column": field}, **_taken(field)},
             }
             for field, said in _FIELDS.items()
@@ -104,8 +105,8 @@ def _rows(split: str) -> dict[str, Any]:
 
 
 def _taken(field: str) -> dict[str, Any]:
-    """Croissant 1.0 has no type for a list of objects as long as it likes: of the turns it can name but one."""
-    return {"transform": {"jsonPath": "$[0].content"}} if field == "messages" else {}
+    """Of a list of turns, the text of each."""
+    return {"transform": {"jsonPath": "$.content"}} if field == "messages" else {}
 
 
 def datasheet(dataset: Dataset, name: str, sign_offs: list[dict[str, Any]]) -> str:
