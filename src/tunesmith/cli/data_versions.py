@@ -1,4 +1,4 @@
-"""`tunesmith data diff|removed|datasheet|croissant|sign`: what goes with a dataset version from one to the next."""
+"""`tunesmith data diff|removed|datasheet|croissant|sign|quality`: what goes with a dataset version from one to the next."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def register(data: typer.Typer) -> None:
     data.command()(datasheet)
     data.command()(croissant)
     data.command()(sign)
+    data.command()(quality)
 
 
 def diff(before: _Version, after: _Version, directory: Directory = HERE, as_json: Json = False) -> None:
@@ -108,6 +109,34 @@ def sign(
         "signoff": sign_off(store, digest, steward=steward, reason=reason),
     }
     emit(document, as_json, lambda console: console.print(f"{steward} stands behind {short(digest)}", markup=False))
+
+
+def quality(
+    dataset: _Version,
+    label_noise: Annotated[bool, typer.Option(help="Look for wrong labels too (extra: quality).")] = False,
+    limit: Annotated[int, typer.Option(min=0, help="Flags to show; 0 shows all.")] = 20,
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """Flag rows that a person should look at; drops none. Kept as a record beside the dataset version."""
+    from tunesmith.data.dataset import load_dataset
+    from tunesmith.data.quality import FLAGS, examine_quality
+    from tunesmith.project import open_store
+
+    store = open_store(directory)
+    digest = store.find_record(dataset)
+    record = store.record(examine_quality(store, load_dataset(store, digest), label_noise=label_noise))
+    flags = [json.loads(line) for line in store.read_blob(record.blobs[FLAGS]).splitlines()]
+    shown = flags[:limit] if limit else flags
+    document = {"dataset": digest, "quality": record.digest, **record.body, "examples": shown}
+
+    def draw(console: Console) -> None:
+        for what in record.body["looked_for"]:
+            console.print(f"{what}: {record.body['flags'].get(what, 0)} of {record.body['rows']} rows", markup=False)
+        for flag in shown:
+            console.print(f"  {flag['id']}  {flag['flag']}: {flag['detail']}", markup=False)
+
+    emit(document, as_json, draw)
 
 
 def _give(digest: str, what: str, text: str, output: Path | None, as_json: bool) -> None:
