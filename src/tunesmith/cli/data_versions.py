@@ -1,4 +1,4 @@
-"""`tunesmith data diff|removed|datasheet|croissant|sign|quality`: what goes with a dataset version from one to the next."""
+"""`tunesmith data diff|removed|datasheet|croissant|sign|quality`: what goes with a dataset version."""
 
 from __future__ import annotations
 
