@@ -145,7 +145,9 @@ def _give(digest: str, what: str, text: str, output: Path | None, as_json: bool)
     if output is not None:
         write_atomic(output, text.encode())
     document = {"dataset": digest, what: text if output is None else str(output)}
-    emit(document, as_json, lambda console: console.print(document[what], markup=False, highlight=False))
+    emit(
+        document, as_json, lambda console: console.print(document[what], markup=False, highlight=False, soft_wrap=True)
+    )
 
 
 def _show_difference(document: dict[str, Any], console: Console) -> None:
