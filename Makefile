@@ -23,10 +23,13 @@ unit: $(READY)           ## the tests that need no real model
 	$(BIN)/python -m pytest -m "not slow"
 
 bench: $(READY)          ## measurements, as ratios to this machine's own limit
+	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/canary_false_alarms.py
 	$(BIN)/python benchmarks/data_scale.py
 	$(BIN)/python benchmarks/secret_scan.py
+	$(BIN)/python benchmarks/duplicates.py
+	$(BIN)/python benchmarks/leakage.py
 
 clean:                   ## everything that was made here; the cache of base models stays
 	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -27,8 +27,10 @@ from tunesmith.core.files import lock, write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.build import build_dataset, dataset_document
 from tunesmith.data.dataset import Dataset, Example, load_dataset
+from tunesmith.data.decontaminate import outside_sources
 from tunesmith.data.shards import Engine as ShardEngine
 from tunesmith.data.shards import Local
+from tunesmith.data.signoff import require_signed
 from tunesmith.data.sources import find_files
 from tunesmith.data.withdrawn import load_withdrawn
 from tunesmith.evaluation.evaluate import evaluate as score_answers
@@ -107,12 +109,16 @@ class Chain:
     def dataset(self) -> Dataset:
         """The sealed dataset version of the project's sources."""
         project = self.project
-        sources = find_files(project.settings.data.sources, project.root)
+        data = project.settings.data
+        sources = [
+            *find_files(data.sources, project.root),
+            *find_files(outside_sources(data.decontaminate), project.root),
+        ]
         schema = project.schema
         withdrawn = load_withdrawn(project.store)
         inputs = {
             "withdrawn": withdrawn.as_json(),
-            "settings": project.settings.data.model_dump(mode="json"),
+            "settings": data.model_dump(mode="json", exclude={"sign_off"}),
             "files": {file.name: file.digest() for file in sources},
             "schema": schema,
             "rendering": self.base.fingerprint,
@@ -350,6 +356,8 @@ class Chain:
                 where=f"candidates.{name}",
                 fix="remove shots and retrieve, or train",
             )
+        if self.project.settings.data.sign_off:
+            require_signed(self.project.store, self.dataset.digest)
         inputs = {
             "base": self.base.digest,
             "dataset": self.dataset.digest,

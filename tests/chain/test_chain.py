@@ -17,9 +17,11 @@ import pytest
 from tests.chain.scene import rows, settings, write_project
 from tunesmith import chain
 from tunesmith.api import Project
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
+from tunesmith.data.signoff import sign_off
 from tunesmith.registry.versions import verify_version
+from tunesmith.store import identities
 from tunesmith.store.records import Record
 from tunesmith.training.rows import training_rows
 from tunesmith.training.settings import TrainSettings
@@ -247,3 +249,14 @@ def test_after_a_recall_the_next_run_trains_without_the_row_and_it_is_gone(proje
     assert len(held) == 119
     after = _recall(project, *words, "--check")
     assert (after["gone"], after["retrain"], after["replaced"]) == (True, [], {"tiny": "tiny@v2"})
+
+
+def test_nothing_is_trained_before_a_steward_signed(tmp_path: Path) -> None:
+    folder = write_project(tmp_path / "p", data={**settings()["data"], "sign_off": True})  # type: ignore[dict-item]
+    with pytest.raises(Refused, match="no steward"):
+        Project.load(folder).run()
+    project = Project.load(folder)
+    digest = project.store.records_of("dataset")[-1]
+    identities.add_user(project.store, "sten", ["steward"], actor=identities.ensure_owner(project.store).name)
+    sign_off(project.store, digest, steward="sten", reason="looked at all rows")
+    assert Project.load(folder).run()["data"]["dataset"] == digest

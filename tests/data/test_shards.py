@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from tests.data.rows import build, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data import shards
-from tunesmith.data.account import WITHDRAWN
+from tunesmith.data.account import OUTSIDE_WORDING, WITHDRAWN
 from tunesmith.data.dataset import SPLITS
 from tunesmith.data.originals import KEY, new_key, read_originals
 from tunesmith.data.readers import Part
@@ -79,6 +79,17 @@ def test_workers_leave_out_what_was_recalled_and_hand_back_the_originals(
     assert two.record.body["rows"]["removed"][WITHDRAWN] >= 3
     changed = [each.id for split in SPLITS for each in two.examples(split) if "person1@" in each.messages[0].content]
     assert sorted(read_originals(tmp_path / "back")) == sorted(changed) != []
+
+
+def test_workers_hold_rows_against_outside_test_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = many_rows(300)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    write_jsonl(tmp_path / "bench.jsonl", rows[:9])
+    chosen = settings(decontaminate=[{"path": "bench.jsonl"}])
+    whole = build(tmp_path, chosen)
+    assert whole.record.body["rows"]["removed"][OUTSIDE_WORDING] >= 9
+    monkeypatch.setattr(shards, "SHARD_BYTES", 5000)
+    assert build(tmp_path, chosen, engine=Local(2)).digest == whole.digest
 
 
 def test_every_type_of_file_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

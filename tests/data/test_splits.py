@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, example_id
-from tunesmith.data.duplicates import jaccard, request_text, shingles
+from tunesmith.data.duplicates import jaccard, near_text, request_text, shingles
 from tunesmith.data.settings import Split
 from tunesmith.data.splits import NEAR_HELD_OUT, NEAR_SAME_ANSWER, Leakage, leakage, leaving, split_of, wording_group
 
@@ -19,6 +19,10 @@ from tunesmith.data.splits import NEAR_HELD_OUT, NEAR_SAME_ANSWER, Leakage, leak
 def example(request: str, answer: str = "ok", group: str = "g", source: str = "a.jsonl") -> Example:
     messages = (Message(role="user", content=request), Message(role="assistant", content=answer))
     return Example(id=example_id(messages, source), messages=messages, source=source, licence="MIT", group=group)
+
+
+def trigrams(one: Example) -> frozenset[str]:
+    return shingles(near_text(request_text(one.messages)))
 
 
 def test_shares_and_seed() -> None:
@@ -96,7 +100,7 @@ rows = st.lists(
 
 
 @given(rows, st.sampled_from([0.6, 0.8, 1.0]))
-@examples(max_examples=80, deadline=None, derandomize=True)  # a pair is missed once in 1/MISS: not in these
+@examples(max_examples=80, deadline=None)
 def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str, str]], threshold: float) -> None:
     splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     for text, answer, split in found:
@@ -105,7 +109,7 @@ def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str,
     staying = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
     assert leakage(staying, threshold).near_pairs == 0
     # leakage counts what brute force counts
-    flat = [(name, shingles(request_text(one.messages))) for name, some in splits.items() for one in some]
+    flat = [(name, trigrams(one)) for name, some in splits.items() for one in some]
     true = sum(
         1
         for place, (name, one) in enumerate(flat)
@@ -121,7 +125,7 @@ def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str,
                 near = [
                     (n, o)
                     for n, o in kept
-                    if jaccard(shingles(request_text(one.messages)), shingles(request_text(o.messages))) >= threshold
+                    if jaccard(trigrams(one), shingles(near_text(request_text(o.messages)))) >= threshold
                 ]
                 assert near, (name, one.request)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli import data_versions
 from tunesmith.cli.terminal import HERE, Directory, Json, Terminal, emit
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def register(app: typer.Typer) -> None:
     data.command()(show)
     data.command()(verify)
     data.command()(originals)
+    data_versions.register(data)
     app.add_typer(data, name="data")
 
 
@@ -168,6 +170,13 @@ def _show_account(document: dict[str, Any], console: Console) -> None:
         "leakage",
         f"{leakage['shared_groups']} shared groups, {leakage['near_pairs']} near pairs at {leakage['threshold']}",
     )
+    for outside in document.get("decontaminated", ()):
+        table.add_row("held against", f"{outside['path']}, {outside['rows']} rows")
+    near = document.get("near_clusters", {"clusters": 0})
+    if near["clusters"]:
+        table.add_row(
+            "near, answers differ", f"{near['clusters']} clusters, {near['rows']} rows, the largest {near['largest']}"
+        )
     for licence, number in document["licences"].items():
         table.add_row(f"licence {licence}", str(number))
     for entity, number in document["privacy"].items():

@@ -14,6 +14,7 @@ PRIVATE: Final = "personal data or a secret"
 OVERLONG: Final = "overlong"
 OFF_SCHEMA: Final = "answer not valid under the schema"
 WITHDRAWN: Final = "withdrawn by a recall"
+OUTSIDE_WORDING: Final = "worded as a row of an outside test set"
 SPOILT: Final = "answer no longer valid under the schema with pseudonyms"
 SPOILT_CALL: Final = "tool call no longer JSON with pseudonyms"
 

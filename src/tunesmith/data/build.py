@@ -13,6 +13,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.account import Account
 from tunesmith.data.dataset import REMOVED, SPLITS, Example
+from tunesmith.data.decontaminate import OUTSIDE, Outside, read_outside
 from tunesmith.data.examine import CountTokens, listed_values
 from tunesmith.data.formats import OPENAI, Shape, evidence
 from tunesmith.data.licences import Credit, duties
@@ -21,9 +22,9 @@ from tunesmith.data.originals import check_originals, keep_originals
 from tunesmith.data.privacy import Scanner
 from tunesmith.data.privacy_evidence import privacy_evidence
 from tunesmith.data.settings import DataSettings
-from tunesmith.data.shards import Engine, Job, Local, Planned, examined, plan, shapes_of
+from tunesmith.data.shards import Engine, Job, Local, Piece, Planned, examined, plan, shapes_of
 from tunesmith.data.spill import Spill
-from tunesmith.data.splits import NEAR_HELD_OUT, Trace, leakage, leaving
+from tunesmith.data.splits import NEAR_HELD_OUT, Trace, clusters, leakage, leaving
 from tunesmith.data.withdrawn import Withdrawn
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -59,29 +60,25 @@ def build_dataset(
     Raises UsageError for input that is not well formed, Refused where a policy says no.
     """
     check_originals(settings.privacy, root)
-    check_originals(settings.privacy, root)
     account = Account()
     checked = count_tokens is not None and max_tokens is not None
+    outside = read_outside(settings.decontaminate, root)
     special = tuple(filter(None, special_tokens))
     folder = work or store.root / "work" / "build"
     with contextlib.ExitStack() as undo:
         folder.mkdir(parents=True, exist_ok=True)
         planned = plan(settings, root, folder, undo)
-        job = Job(settings, count_tokens, max_tokens, answer_schema, special, withdrawn, shapes_of(planned))
+        rules = (count_tokens, max_tokens, answer_schema, special, withdrawn, outside.wordings)
+        job = Job(settings, *rules, shapes_of(planned))
         spill = undo.enter_context(Spill(folder))
-        rows: Counter[str] = Counter()
-        for piece in examined(planned, job, engine, progress):
-            spill.add(piece.kept, piece.removed)
-            account.merge(piece.account)
-            rows[piece.file] += piece.account.read
-        spill.drop_repeats()
+        rows = _take_in(spill, account, examined(planned, job, engine, progress))
         conflicts = spill.conflicts(_SHOWN_CONFLICTS)
         threshold = near_threshold(settings)
         progress.say(f"{account.read} rows read; looking for near ones across the splits")
-        splits = _split(spill, threshold, account)
+        splits = _split(spill, threshold, account, outside)
         counted = spill.counts()
         body = {
-            "settings": settings.model_dump(mode="json"),
+            "settings": settings.model_dump(mode="json", exclude={"sign_off"}),
             "sources": [_described(one, job.shapes[one.file.source.path], rows[one.file.name]) for one in planned],
             "rows": {
                 "read": account.read,
@@ -90,15 +87,10 @@ def build_dataset(
                 "removed": spill.reasons(),
             },
             **counted,
-            "leakage": leakage(splits, threshold).as_json(threshold),
+            **_nearness(splits, threshold, outside),
             "duties": duties(_credits(spill, planned), settings.licences),
             "privacy": dict(sorted(account.privacy.items())),
-            "privacy_scan": privacy_evidence(
-                Scanner(settings.privacy, listed_values(answer_schema)),
-                settings.privacy,
-                account,
-                [example.messages for example in spill.sample(_PLANTED_IN)],
-            ),
+            "privacy_scan": _scan_measured(spill, job, account),
             "ignored_keys": dict(sorted(account.ignored.items())),
             "conflicts": conflicts,
             "tokens": {"limit": max_tokens, "longest": account.longest} if checked else None,
@@ -106,8 +98,35 @@ def build_dataset(
         }
         blobs = {f"{name}.jsonl": _sealed(store, folder, spill.lines(name)) for name in SPLITS}
         blobs[REMOVED] = _sealed(store, folder, spill.removed_lines())
+        if outside.files:
+            blobs[OUTSIDE] = store.put_bytes(outside.encode())
         keep_originals(settings.privacy, root, account, spill.ids())
     return store.put_record(Record(kind="dataset", blobs=blobs, body=body))
+
+
+def _take_in(spill: Spill, account: Account, pieces: Iterable[Piece]) -> Counter[str]:
+    """Spill the rows, each once, and add up their accounts; returns source file -> rows read."""
+    rows: Counter[str] = Counter()
+    for piece in pieces:
+        spill.add(piece.kept, piece.removed)
+        account.merge(piece.account)
+        rows[piece.file] += piece.account.read
+    spill.drop_repeats()
+    return rows
+
+
+def _nearness(splits: Mapping[str, Sequence[Trace]], threshold: float, outside: Outside) -> dict[str, Any]:
+    return {
+        "leakage": leakage(splits, threshold, outside.requests).as_json(threshold),
+        "decontaminated": list(outside.files),
+        "near_clusters": clusters(splits, threshold, _SHOWN_CONFLICTS),
+    }
+
+
+def _scan_measured(spill: Spill, job: Job, account: Account) -> dict[str, Any]:
+    talks = [example.messages for example in spill.sample(_PLANTED_IN)]
+    scanner = Scanner(job.settings.privacy, listed_values(job.answer_schema))
+    return privacy_evidence(scanner, job.settings.privacy, account, talks)
 
 
 def _described(one: Planned, shape: Shape, rows: int) -> dict[str, Any]:
@@ -139,6 +158,8 @@ def dataset_document(store: Store, digest: str) -> dict[str, Any]:
         "splits",
         "groups",
         "leakage",
+        "decontaminated",
+        "near_clusters",
         "licences",
         "duties",
         "privacy",
@@ -181,11 +202,11 @@ def _credits(spill: Spill, planned: Sequence[Planned]) -> set[Credit]:
     return {Credit(source, licence, credit.get(source)) for source, licence in spill.licences()}
 
 
-def _split(spill: Spill, threshold: float, account: Account) -> dict[str, list[Trace]]:
+def _split(spill: Spill, threshold: float, account: Account, outside: Outside) -> dict[str, list[Trace]]:
     """The splits, without the rows that nearness makes leave. Raises where that leaves too little."""
     splits = spill.traces()
     _require_rows(splits, spill, account)
-    gone = leaving(splits, threshold)
+    gone = leaving(splits, threshold, outside.requests)
     moved_out = sum(gone.get(one.id) == NEAR_HELD_OUT for one in splits["train"])
     if moved_out > _MOST_MOVED_OUT * len(splits["train"]):
         raise Refused(

@@ -1,26 +1,24 @@
 """Repeated rows: exactly after normalisation, and nearly by the Jaccard similarity of character trigrams.
 
-Character trigrams work on requests of a few words, where word n-grams see nothing. rensa's MinHash proposes pairs; the
-exact similarity decides, so no pair is reported that is not one. Bands are chosen so that a pair at the threshold is
-missed with a chance of at most MISS, and a closer pair with less.
+Character trigrams work on requests of a few words, where word n-grams see nothing. Near pairs are found by an exact
+join: none is missed, none is made up.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 
-MISS = 1e-4
-METHOD = "character trigrams, MinHash LSH proposes, exact Jaccard decides"
-_ROWS_TARGET = 0.3  # a band of r hashes lets a pair at the threshold t pass with t**r near this
+METHOD = "character trigrams of the words, exact set-similarity join"
 _PAIRS_EACH = 100
-_BATCH = 1024
+_WORD = re.compile(r"\w+")
 _SENTENCE_MARKS = " .,;:!?\u2026¿¡\"'\u201c\u201d\u2018\u2019«»"
 
 
@@ -38,6 +36,22 @@ def request_text(messages: Sequence[Message]) -> str:
 def request_key(messages: Sequence[Message]) -> str:
     """What two spellings of the same request share, turn by turn, with the tools that were on offer."""
     return json.dumps([[turn.role, normalise(turn.text), turn.tools or ""] for turn in messages])
+
+
+def near_text(request: str) -> str:
+    """What nearness is told by: the words of a normalised request, a space at either end of each turn.
+
+    The spaces make the first and last letters of a turn count as much as those between; marks do not count at all,
+    unless a turn has no words.
+    """
+    return "\n".join(f" {' '.join(_WORD.findall(turn)) or turn} " for turn in request.split("\n"))
+
+
+# How a record may say that nearness was told -> the text whose trigrams are compared. The second is of earlier records:
+# their pairs were proposed by MinHash, and are found exactly when they are looked for again.
+METHODS: Mapping[str, Callable[[str], str]] = MappingProxyType(
+    {METHOD: near_text, "character trigrams, MinHash LSH proposes, exact Jaccard decides": str}
+)
 
 
 def shingles(text: str) -> frozenset[str]:
@@ -62,46 +76,17 @@ def answer_key(answer: str) -> str:
 def near_pairs(texts: Sequence[str], threshold: float) -> list[tuple[int, int]]:
     """The index pairs (i < j) of texts whose trigrams have a Jaccard similarity of at least threshold, sorted.
 
-    texts should be distinct: n equal ones make n(n - 1) / 2 pairs. Raises Refused where the pairs outgrow the texts
-    so far that the similarity cannot tell one row from another.
+    None is missed. texts should be distinct: n equal ones make n(n - 1) / 2 pairs. Raises Refused where the pairs
+    outgrow the texts so far that the similarity cannot tell one row from another.
     """
-    sets = [shingles(text) for text in texts]
-    pairs: list[tuple[int, int]] = []
-    for left, right in _proposed(sets, threshold):
-        small, large = sorted((len(sets[left]), len(sets[right])))
-        # Sizes further apart than the threshold allow no such similarity.
-        if small / large >= threshold and jaccard(sets[left], sets[right]) >= threshold:
-            pairs.append((left, right))
-            if len(pairs) > _PAIRS_EACH * len(texts):
-                raise Refused(
-                    f"the requests are so alike that a row has over {_PAIRS_EACH} others near it at {threshold}",
-                    where="data.duplicates.near",
-                    fix="move the text that all requests share into a system turn, or raise near, or set it to null",
-                )
-    return sorted(pairs)
+    from tunesmith.data.join import TooMany, similar_pairs
 
-
-def bands(threshold: float) -> tuple[int, int]:
-    """(bands, hashes in a band) such that a pair at the threshold is missed with a chance of at most MISS.
-
-    A pair of similarity s shares a band of r hashes with chance s**r, and one of b bands with 1 - (1 - s**r)**b
-    (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, section 3.4).
-    """
-    if threshold >= 1:
-        return 1, 8
-    rows = max(1, round(math.log(_ROWS_TARGET) / math.log(threshold)))
-    return math.ceil(math.log(MISS) / math.log1p(-(threshold**rows))), rows
-
-
-def _proposed(sets: Sequence[Iterable[str]], threshold: float) -> Iterator[tuple[int, int]]:
-    if len(sets) < 2:
-        return
-    from rensa import RMinHash, RMinHashLSH
-
-    count, rows = bands(threshold)
-    hashes = RMinHash.from_token_sets([sorted(one) for one in sets], count * rows, 1)
-    index = RMinHashLSH(threshold, count * rows, count)
-    index.insert_many(hashes)
-    for start in range(0, len(sets), _BATCH):  # in batches: the answers of all at once may not fit the memory
-        for left, found in enumerate(index.query_all(hashes[start : start + _BATCH]), start=start):
-            yield from ((left, right) for right in found if right > left)
+    try:
+        pairs = similar_pairs(texts, threshold, _PAIRS_EACH * len(texts))
+    except TooMany:
+        raise Refused(
+            f"the requests are so alike that a row has over {_PAIRS_EACH} others near it at {threshold}",
+            where="data.duplicates.near",
+            fix="move the text that all requests share into a system turn, or raise near, or set it to null",
+        ) from None
+    return [(left, right) for left, right in pairs.tolist()]

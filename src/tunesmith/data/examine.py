@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,17 @@ from typing import Any
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data import formats
-from tunesmith.data.account import OFF_SCHEMA, OVERLONG, PRIVATE, SPOILT, SPOILT_CALL, WITHDRAWN, Account, Kept
+from tunesmith.data.account import (
+    OFF_SCHEMA,
+    OUTSIDE_WORDING,
+    OVERLONG,
+    PRIVATE,
+    SPOILT,
+    SPOILT_CALL,
+    WITHDRAWN,
+    Account,
+    Kept,
+)
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.duplicates import request_text
 from tunesmith.data.licences import permitted
@@ -50,6 +60,7 @@ class Examiner:
 
     count_tokens, max_tokens: where either is None no length is checked. answer_schema: JSON Schema of the answer's
     text. special_tokens: texts that mean something to the base's tokenizer. withdrawn: rows that were recalled.
+    outside: wordings of outside test sets.
     """
 
     settings: DataSettings
@@ -59,6 +70,7 @@ class Examiner:
     answer_schema: Mapping[str, Any] | None = None
     special_tokens: Sequence[str] = ()
     withdrawn: Withdrawn = field(default_factory=Withdrawn)
+    outside: Set[str] = frozenset()
 
     @cached_property
     def scanner(self) -> Scanner:
@@ -119,6 +131,8 @@ class Examiner:
             return Removed(OVERLONG, name)
         if not self.valid_answer(messages[-1].text):
             return Removed(SPOILT if self.valid_answer(fitting[-1].text) else OFF_SCHEMA, name)
+        if self.outside and wording_group(request_text(messages), messages[-1].text) in self.outside:
+            return Removed(OUTSIDE_WORDING, name)
         example = Example(
             id=name,
             messages=messages,

@@ -32,8 +32,8 @@ ENTITIES = (
 MODEL_ENTITIES = ("PERSON", "LOCATION", "STREET_ADDRESS")
 
 
-class Source(Settings):
-    """Files of rows under one licence."""
+class Rows(Settings):
+    """Files of rows."""
 
     path: Annotated[
         str,
@@ -42,10 +42,6 @@ class Source(Settings):
             description="a file, a saved folder of Hugging Face datasets, a glob such as data/*.jsonl, or a URL",
         ),
     ]
-    licence: Annotated[str | None, Field(description="SPDX expression; rows may carry their own instead")] = None
-    attribution: Annotated[
-        str | None, Field(description="who is to be credited, in the words that the licence's owner asks for")
-    ] = None
     format: Annotated[
         Format,
         Field(
@@ -53,6 +49,15 @@ class Source(Settings):
         ),
     ] = "auto"
     rename: Annotated[dict[str, str], Field(description="a row's key -> the key that the format knows")] = {}  # noqa: RUF012
+
+
+class Source(Rows):
+    """Files of rows under one licence."""
+
+    licence: Annotated[str | None, Field(description="SPDX expression; rows may carry their own instead")] = None
+    attribution: Annotated[
+        str | None, Field(description="who is to be credited, in the words that the licence's owner asks for")
+    ] = None
     licence_key: Annotated[str, Field(description="the row's key that holds its licence")] = "licence"
     subject_key: Annotated[str, Field(description="the row's key that names whose data it is")] = "subject"
     tenant_key: Annotated[str, Field(description="the row's key that names its tenant")] = "tenant"
@@ -183,6 +188,16 @@ class DataSettings(Settings):
     privacy: Annotated[Privacy, Field(description="personal data and secrets")] = Privacy()
     duplicates: Annotated[Duplicates, Field(description="repeated rows")] = Duplicates()
     split: Annotated[Split, Field(description="what is held out")] = Split()
+    decontaminate: Annotated[
+        tuple[Rows, ...],
+        Field(
+            description="test sets and benchmarks from elsewhere: what is near one of their rows, or worded as it is "
+            "but for the values, leaves"
+        ),
+    ] = ()
+    sign_off: Annotated[
+        bool, Field(description="whether a steward must have signed the dataset version before it is trained on")
+    ] = False
     overlong: Annotated[
         Literal["refuse", "drop", "truncate"],
         Field(description="a row of more tokens than fit: stop, leave it out, or drop its oldest turns"),

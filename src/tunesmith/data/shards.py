@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -48,6 +48,7 @@ class Job:
     answer_schema: Mapping[str, Any] | None = None
     special_tokens: tuple[str, ...] = ()
     withdrawn: Withdrawn = field(default_factory=Withdrawn)
+    outside: Set[str] = frozenset()
     shapes: Mapping[str, Shape] = field(default_factory=dict)
 
 
@@ -85,7 +86,7 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        rules = (job.count_tokens, job.max_tokens, job.answer_schema, job.special_tokens, job.withdrawn)
+        rules = (job.count_tokens, job.max_tokens, job.answer_schema, job.special_tokens, job.withdrawn, job.outside)
         self._examiner = Examiner(job.settings, Account(), *rules)
 
     def warm(self) -> Worker:

@@ -6,17 +6,18 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tunesmith.core.digests import digest_of
 from tunesmith.data.dataset import SPLITS
-from tunesmith.data.duplicates import METHOD, MISS, answer_key, near_pairs, normalise
+from tunesmith.data.duplicates import METHOD, METHODS, answer_key, near_pairs, normalise
 from tunesmith.data.settings import Split
 
 NEAR_HELD_OUT = "near a held-out row"
 NEAR_SAME_ANSWER = "near duplicate with the same answer"
+NEAR_OUTSIDE = "near a row of an outside test set"
 
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 _QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|«[^»]*»")
@@ -25,19 +26,23 @@ _SHORTEST_VALUE = 2
 
 @dataclass(frozen=True, slots=True)
 class Leakage:
-    """What splits share. Both numbers are zero in a sound dataset version."""
+    """What splits share. All numbers are zero in a sound dataset version.
+
+    near_outside: rows near a row of the outside test sets.
+    """
 
     shared_groups: int
     near_pairs: int
+    near_outside: int = 0
 
     def as_json(self, threshold: float) -> dict[str, Any]:
         """For the record: the numbers and how they were found."""
         return {
             "shared_groups": self.shared_groups,
             "near_pairs": self.near_pairs,
+            "near_outside": self.near_outside,
             "threshold": threshold,
             "method": METHOD,
-            "miss_at_threshold": MISS,
         }
 
 
@@ -107,22 +112,24 @@ def _values(answer: str) -> set[str]:
     return found
 
 
-def leaving(splits: Mapping[str, Sequence[Judged]], threshold: float) -> dict[str, str]:
+def leaving(splits: Mapping[str, Sequence[Judged]], threshold: float, outside: Iterable[str] = ()) -> dict[str, str]:
     """Example id -> why it has to leave its split: nearness to a held-out row, or a repeated row within the split.
 
-    Of two near rows in different splits the test's stays, then the validation's. Of two near rows in one split with
-    the same answer the one with the smaller id stays; with different answers both do, for the difference is what is
-    to be learned.
+    outside: near_text of requests that no split may hold; what is near one leaves whatever split it is in. Of two near
+    rows in different splits the test's stays, then the validation's. Of two near rows in one split with the same answer
+    the one with the smaller id stays; with different answers both do, for the difference is what is to be learned.
     """
     rank = {name: place for place, name in enumerate(reversed(SPLITS))}  # test 0, validation 1, train 2
-    near = _Nearness([example for examples in splits.values() for example in examples], threshold)
+    near = _Nearness([example for examples in splits.values() for example in examples], threshold, outside)
     staying: defaultdict[int, set[tuple[int, str]]] = defaultdict(set)  # text -> (rank, answer) of rows that stay
     gone: dict[str, str] = {}
     rows = [(rank[name], example.id, example) for name, examples in splits.items() for example in examples]
     for own, name, example in sorted(rows, key=lambda row: row[:2]):
         mine = (own, answer_key(example.answer))
         met = [staying[text] for text in near.around(example)]
-        if any(other < own for rows_there in met for other, _ in rows_there):
+        if not near.outside.isdisjoint(near.around(example)):
+            gone[name] = NEAR_OUTSIDE
+        elif any(other < own for rows_there in met for other, _ in rows_there):
             gone[name] = NEAR_HELD_OUT
         elif any(mine in rows_there for rows_there in met):
             gone[name] = NEAR_SAME_ANSWER
@@ -131,9 +138,14 @@ def leaving(splits: Mapping[str, Sequence[Judged]], threshold: float) -> dict[st
     return gone
 
 
-def leakage(splits: Mapping[str, Sequence[Judged]], threshold: float) -> Leakage:
-    """Groups that stand in more than one split, and near pairs of requests across splits, counted afresh."""
-    near = _Nearness([example for examples in splits.values() for example in examples], threshold)
+def leakage(
+    splits: Mapping[str, Sequence[Judged]], threshold: float, outside: Iterable[str] = (), method: str = METHOD
+) -> Leakage:
+    """Groups that stand in more than one split, and near pairs of requests across splits, counted afresh.
+
+    method: one of METHODS, as an earlier record may state another than today's.
+    """
+    near = _Nearness([example for examples in splits.values() for example in examples], threshold, outside, method)
     holders: defaultdict[str, set[str]] = defaultdict(set)
     counts: defaultdict[int, Counter[str]] = defaultdict(Counter)  # text -> split -> rows
     for name, examples in splits.items():
@@ -143,23 +155,57 @@ def leakage(splits: Mapping[str, Sequence[Judged]], threshold: float) -> Leakage
     across = 0
     for text, here in counts.items():
         for other in near.texts_around(text):
-            if other >= text:  # each pair of texts once; a text is near itself
+            if other >= text and other in counts:  # each pair of texts once; a text is near itself
                 there = counts[other]
                 both = sum(here.values()) * sum(there.values()) - sum(here[name] * there[name] for name in here)
                 across += both // 2 if other == text else both
-    return Leakage(sum(len(names) > 1 for names in holders.values()), across)
+    touching = sum(sum(here.values()) for text, here in counts.items() if near.outside & near.texts_around(text))
+    return Leakage(sum(len(names) > 1 for names in holders.values()), across, touching)
+
+
+def clusters(splits: Mapping[str, Sequence[Judged]], threshold: float, shown: int) -> dict[str, Any]:
+    """Rows of a split that are near each other, directly or through others, and were kept since their answers differ.
+
+    {"clusters", "rows", "largest", "examples": the ids of the largest `shown`}.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    found: list[list[str]] = []
+    for examples in splits.values():
+        near = _Nearness(examples, threshold)
+        links = [(text, other) for text in near.texts() for other in near.texts_around(text)]
+        ends = tuple(zip(*links, strict=True)) or ((), ())
+        size = len(near.texts())
+        _, labels = connected_components(coo_array(([True] * len(links), ends), shape=(size, size)), directed=False)
+        together: defaultdict[int, list[str]] = defaultdict(list)
+        for example in examples:
+            together[int(labels[near.text(example)])].append(example.id)
+        found.extend(sorted(ids) for ids in together.values() if len(ids) > 1)
+    found.sort(key=lambda ids: (-len(ids), ids))
+    rows = [len(ids) for ids in found]
+    return {"clusters": len(found), "rows": sum(rows), "largest": max(rows, default=0), "examples": found[:shown]}
 
 
 class _Nearness:
     """Which requests are the same or near. Works on distinct texts: a request that stands a thousand times is one."""
 
-    def __init__(self, examples: Sequence[Judged], threshold: float) -> None:
+    def __init__(
+        self, examples: Sequence[Judged], threshold: float, outside: Iterable[str] = (), method: str = METHOD
+    ) -> None:
         self._places: dict[str, int] = {}
-        self._of = {example.id: self._places.setdefault(example.wording, len(self._places)) for example in examples}
+        self._of: dict[str, int] = {}
+        for example in examples:
+            self._of[example.id] = self._places.setdefault(METHODS[method](example.wording), len(self._places))
+        self.outside = {self._places.setdefault(text, len(self._places)) for text in outside}
         self._near = [{place} for place in range(len(self._places))]
         for left, right in near_pairs(list(self._places), threshold):
             self._near[left].add(right)
             self._near[right].add(left)
+
+    def texts(self) -> range:
+        """The numbers of the distinct requests."""
+        return range(len(self._near))
 
     def text(self, example: Judged) -> int:
         """The number of the example's request among the distinct ones."""

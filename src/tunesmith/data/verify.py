@@ -8,8 +8,10 @@ from typing import Any
 from tunesmith.core.errors import TunesmithError
 from tunesmith.data.build import counts, near_threshold
 from tunesmith.data.dataset import SPLITS, Dataset, Example, example_id, load_dataset
+from tunesmith.data.decontaminate import OUTSIDE, Outside, decode_outside
+from tunesmith.data.duplicates import METHODS, request_text
 from tunesmith.data.settings import DataSettings
-from tunesmith.data.splits import leakage, split_of
+from tunesmith.data.splits import leakage, split_of, wording_group
 from tunesmith.store.store import Store
 
 
@@ -39,12 +41,22 @@ def verify_dataset(store: Store, digest: str) -> dict[str, Any]:
         problems.append({"path": "removed.jsonl", "reason": str(error)})
     if problems:  # nothing more can be said of rows that are not the ones that were sealed
         return _document(digest, checked, problems)
+    try:
+        outside = (
+            decode_outside(store.read_blob(dataset.record.blobs[OUTSIDE])) if settings.decontaminate else Outside()
+        )
+    except (TunesmithError, KeyError) as error:
+        return _document(digest, checked, [{"path": OUTSIDE, "reason": str(error)}])
     problems.extend(_row_problems(splits, settings))
+    problems.extend(_outside_problems(splits, outside))
     stated = {**_stated(dataset), "rows removed": dataset.record.body["rows"]["removed"]}
-    shared = leakage(splits, near_threshold(settings))
+    method = str(stated["leakage"].get("method"))
+    if method not in METHODS:
+        return _document(digest, checked, [{"path": "leakage", "reason": f"there is no method {method!r}"}])
+    shared = leakage(splits, near_threshold(settings), outside.requests, method)
     again = {
         **counts(splits),
-        "leakage": shared.as_json(near_threshold(settings)),
+        "leakage": _same_keys(stated["leakage"], {**shared.as_json(near_threshold(settings)), "method": method}),
         "rows kept": sum(map(len, splits.values())),
         "rows read": sum(map(len, splits.values())) + len(removed),
         "rows removed": dict(sorted(Counter(str(row["reason"]) for row in removed).items())),
@@ -52,10 +64,30 @@ def verify_dataset(store: Store, digest: str) -> dict[str, Any]:
     for what, value in again.items():
         if stated[what] != value:
             problems.append({"path": what, "reason": f"the record says {stated[what]}, the rows say {value}"})
-    for what, number in (("shared_groups", shared.shared_groups), ("near_pairs", shared.near_pairs)):
-        if number:
+    for what in ("shared_groups", "near_pairs", "near_outside"):
+        if number := getattr(shared, what):
             problems.append({"path": f"leakage.{what}", "reason": f"is {number}, and must be 0"})
     return _document(digest, checked + len(again) + sum(map(len, splits.values())), problems)
+
+
+def _outside(store: Store, dataset: Dataset, settings: DataSettings) -> Outside:
+    return decode_outside(store.read_blob(dataset.record.blobs[OUTSIDE])) if settings.decontaminate else Outside()
+
+
+def _outside_problems(splits: dict[str, list[Example]], outside: Outside) -> list[dict[str, str]]:
+    return [
+        {"path": f"{name}.jsonl, {example.id}", "reason": "is worded as a row of an outside test set"}
+        for name, examples in splits.items()
+        for example in examples
+        if outside.wordings and wording_group(request_text(example.messages), example.answer) in outside.wordings
+    ]
+
+
+def _same_keys(stated: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
+    """What the record states, with the numbers found again: earlier ones state fewer, and more of the method."""
+    return {key: again.get(key, value) for key, value in stated.items()} | {
+        key: again[key] for key in ("shared_groups", "near_pairs", "threshold")
+    }
 
 
 def _stated(dataset: Dataset) -> dict[str, Any]:

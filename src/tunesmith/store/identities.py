@@ -38,6 +38,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 ACTIONS: Mapping[str, frozenset[Role]] = MappingProxyType(
     {
         "data.build": frozenset(("engineer", "steward")),
+        "data.sign": frozenset(("steward",)),
         "training.run": frozenset(("engineer",)),
         "evaluation.run": frozenset(("engineer",)),
         "version.register": frozenset(("engineer",)),

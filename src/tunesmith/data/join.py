@@ -1,0 +1,290 @@
+"""All pairs of texts whose trigrams are alike, none missed and none made up: a set-similarity join.
+
+Rows are compared by size, since two sets whose Jaccard similarity is at least t differ in size by a factor of 1/t at
+most. Which pairs of a class of sizes are compared is decided by one of two ways, whichever leaves fewer:
+
+- The partition of Deng, Li, Wen, Feng, "An Efficient Partition Based Method for Exact Set Similarity Joins" (PVLDB
+  9(4), 2015), section 3. Two sets of sizes s <= l that are near differ in at most d = s(1 - t)/t elements; cut the
+  universe of elements into d + 1 parts, and in at least one part the two hold the very same elements. Short rows seldom
+  do.
+- All with all, for long rows, which nearly always agree in some part.
+
+Bitmaps rule out most pairs: sets whose bitmaps differ in b bits differ in at least b elements (Sandes, Teodoro, Melo,
+"Bitmap Filter: Speeding up Exact Set Similarity Joins with Bitwise Operations", Information Systems 88, 2020). What is
+left is counted out, element by element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+Bits = NDArray[np.uint64]
+
+_CELLS = 1 << 22  # numbers worked on at once: bounds the memory
+_PAIRS = 1 << 17  # pairs compared at once: small enough for the processor's cache
+_CLASS = 1.12  # sizes of one class differ by no more than this factor: one number of parts does for all of them
+_COARSE = 4  # words of the fine bitmap to one of the coarse, and bits of the fine one to an element
+_GATHERED = 4  # comparing a pair found by a shared part costs as much as this many words compared in order
+_MARGIN = 1e-9  # against rounding in bounds that only rule out; what decides is counted and divided once
+
+
+class TooMany(Exception):
+    """More pairs than the caller wants to hold."""
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """n rows in the order of their sizes, m trigrams in all of them.
+
+    start, size: int64[n]; grams: the trigrams, sorted within a row, uint64[m]; mixed: the same scattered over 64 bits.
+    """
+
+    start: Integers
+    size: Integers
+    grams: Bits
+    mixed: Bits
+
+    def range_of(self, low: int, high: int) -> slice:
+        """Where the trigrams of some rows stand."""
+        last = self.start[high] if high < len(self.start) else len(self.grams)
+        return slice(int(self.start[low]), int(last))
+
+
+@dataclass(frozen=True)
+class _Class:
+    """Rows low to high. The smaller of a pair is among the first `small` of them. Rows are counted from low on.
+
+    size: int64[rows]; own: the row of each of their trigrams; mixed: uint64, as many; reach: int64[small], how many
+    rows from low on are not too large for it; coarse, fine: bitmaps, uint64[rows, words].
+    """
+
+    low: int
+    small: int
+    threshold: float
+    size: Integers
+    own: Integers
+    mixed: Bits
+    reach: Integers
+    coarse: Bits
+    fine: Bits
+
+    def near(self, left: Integers, right: Integers, bitmap: Bits) -> NDArray[np.bool_]:
+        """Which pairs the bitmap does not rule out."""
+        differing = np.bitwise_count(bitmap[left] ^ bitmap[right]).sum(axis=1, dtype=np.int64)
+        fits: NDArray[np.bool_] = differing <= (self.size[left] + self.size[right]) * _apart(self.threshold) + _MARGIN
+        return fits
+
+
+def similar_pairs(texts: Sequence[str], threshold: float, most: int) -> Integers:
+    """Index pairs (i < j) of texts whose trigrams have a Jaccard similarity of at least threshold: int64[pairs, 2].
+
+    Sorted. A text of fewer than three characters is a trigram of its own. threshold: in (0, 1]. Raises TooMany where
+    there are more than `most`.
+    """
+    if len(texts) < 2:
+        return np.empty((0, 2), dtype=np.int64)
+    size, grams = _trigrams(texts)
+    order = np.argsort(size, kind="stable")
+    sets = _arranged(size, grams, order)
+    known = np.empty(0, dtype=np.int64)
+    pending: list[Integers] = []
+    held = 0
+    for left, right in _candidates(sets, threshold):
+        pending.append(left * len(texts) + right)
+        held += len(left)
+        if held > _CELLS + len(known):
+            known = _near(sets, np.concatenate([known, *pending]), threshold)
+            pending, held = [], 0
+            if len(known) > most:
+                raise TooMany
+    known = _near(sets, np.concatenate([known, *pending]), threshold)
+    if len(known) > most:
+        raise TooMany
+    ends = np.sort(np.stack((order[known // len(texts)], order[known % len(texts)]), axis=1), axis=1)
+    ordered: Integers = ends[np.lexsort((ends[:, 1], ends[:, 0]))]
+    return ordered
+
+
+def _apart(threshold: float) -> float:
+    """In what share of their elements, counted in both, near sets differ at most."""
+    return (1 - threshold) / (1 + threshold)
+
+
+def _trigrams(texts: Sequence[str]) -> tuple[Integers, Bits]:
+    """Sizes of the sets, int64[n], and their elements one set after the other, each set sorted, uint64[m].
+
+    A trigram is its three code points in 63 bits: no two are taken for one.
+    """
+    padded = [text if len(text) > 2 else text.ljust(3, "\0") for text in texts]
+    ends = np.cumsum(np.fromiter(map(len, padded), dtype=np.int64, count=len(padded)))
+    sizes, grams = [], []
+    for first, last in _blocks(ends, _CELLS):
+        text = "".join(padded[first:last])
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
+        row = np.repeat(np.arange(last - first), np.diff(ends[first:last], prepend=ends[first] - len(padded[first])))
+        whole = row[:-2] == row[2:]
+        every = ((points[:-2] << np.uint64(42)) | (points[1:-1] << np.uint64(21)) | points[2:])[whole]
+        names, numbers = np.unique(every, return_inverse=True)
+        cells = _distinct(row[:-2][whole] * len(names) + numbers)
+        owner = cells // len(names)
+        sizes.append(np.bincount(owner, minlength=last - first))
+        grams.append(names[cells - owner * len(names)])
+    return np.concatenate(sizes), np.concatenate(grams)
+
+
+def _distinct(values: Integers) -> Integers:
+    """Sorted, each once. numpy's unique hashes first, which takes ten times as long on these."""
+    values = np.sort(values)
+    first: Integers = values[np.diff(values, prepend=-1) != 0]
+    return first
+
+
+def _blocks(ends: Integers, most: int) -> Iterator[tuple[int, int]]:
+    """Runs (first, last) of rows whose parts, by their running total, come to at most `most`, or single rows."""
+    first, before = 0, 0
+    while first < len(ends):
+        last = max(first + 1, int(np.searchsorted(ends, before + most, side="right")))
+        yield first, last
+        first, before = last, int(ends[last - 1])
+
+
+def _arranged(size: Integers, grams: Bits, order: Integers) -> _Sets:
+    ordered = size[order]
+    start = np.cumsum(ordered) - ordered
+    grams = grams[np.repeat((np.cumsum(size) - size)[order] - start, ordered) + np.arange(len(grams))]
+    return _Sets(start=start, size=ordered, grams=grams, mixed=_mix(grams))
+
+
+def _mix(values: Bits) -> Bits:
+    """The finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014): a bit of the input moves half of the output's."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _candidates(sets: _Sets, threshold: float) -> Iterator[tuple[Integers, Integers]]:
+    """Pairs (smaller, larger) of rows that may be near, some of them several times; every near pair is among them."""
+    low = 0
+    while low < len(sets.size):
+        largest = int(int(sets.size[low]) * _CLASS)  # of the smaller of a pair
+        kind = _class(sets, low, largest, threshold)
+        parts = int(largest * (1 - threshold) / threshold + _MARGIN) + 1
+        for left, right in _compared(kind, parts):
+            fits = kind.near(left, right, kind.fine)
+            yield left[fits] + low, right[fits] + low
+        low += kind.small
+
+
+def _class(sets: _Sets, low: int, largest: int, threshold: float) -> _Class:
+    middle = int(np.searchsorted(sets.size, largest, side="right"))
+    high = int(np.searchsorted(sets.size, int(largest / threshold + _MARGIN), side="right"))
+    size, where = sets.size[low:high], sets.range_of(low, high)
+    own, mixed = np.repeat(np.arange(high - low), size), sets.mixed[where]
+    words = _COARSE * -(-largest // 64)
+    fine = np.empty((high - low, words), dtype=np.uint64)
+    for first, last in _blocks(np.arange(1, high - low + 1) * (words * 64), _CELLS):
+        here = slice(*np.searchsorted(own, (first, last)))
+        bits = np.zeros((last - first, words * 64), dtype=np.bool_)
+        bits[own[here] - first, (mixed[here] >> np.uint64(32)) % np.uint64(words * 64)] = True
+        fine[first:last] = np.packbits(bits, axis=1).view(np.uint64)
+    return _Class(
+        low=low,
+        small=middle - low,
+        threshold=threshold,
+        size=size,
+        own=own,
+        mixed=mixed,
+        reach=np.searchsorted(size, np.floor(size[: middle - low] / threshold + _MARGIN), side="right"),
+        coarse=np.bitwise_or.reduce(fine.reshape(high - low, _COARSE, -1), axis=1),
+        fine=fine,
+    )
+
+
+def _compared(kind: _Class, parts: int) -> Iterator[tuple[Integers, Integers]]:
+    """The pairs of a class that the coarse bitmap does not rule out, by whichever way compares fewer."""
+    every = int((kind.reach - np.arange(1, kind.small + 1)).sum()) * kind.coarse.shape[1]
+    width = min(parts, max(1, _CELLS // len(kind.size)))
+    for start in range(0, parts, width):
+        owner, after = _sharing(kind, parts, (start, min(parts, start + width)))
+        if start == 0 and int(after.sum()) * parts / width * _GATHERED > every:
+            yield from _all_with_all(kind)
+            return
+        for place, follower in _pairs_of_groups(after):
+            left, right = owner[place], owner[follower]
+            fits = (right < kind.reach[left]) & kind.near(left, right, kind.coarse)
+            yield left[fits], right[fits]
+
+
+def _sharing(kind: _Class, parts: int, some: tuple[int, int]) -> tuple[Integers, Integers]:
+    """Rows by what they hold in some of the parts: (owner, after); `after` places that follow one hold the same.
+
+    0 for a row that is not the smaller of any pair.
+    """
+    first, width = some[0], some[1] - some[0]
+    part = ((kind.mixed & np.uint64((1 << 32) - 1)) % np.uint64(parts)).astype(np.int64)
+    here = slice(None) if width == parts else np.flatnonzero((part >= first) & (part < some[1]))
+    weight = (kind.mixed[here] >> np.uint64(20)).astype(np.float64)
+    # Sums in the order of the sorted elements: the same elements give the same sum, to the last bit.
+    sums = np.bincount(
+        kind.own[here] * width + (part[here] - first), weights=weight, minlength=len(kind.size) * width
+    ).astype(np.uint64)
+    marks = sums ^ np.tile(_mix(np.arange(first + 1, some[1] + 1, dtype=np.uint64)), len(kind.size))
+    order = np.argsort(marks, kind="stable")
+    marks, owner = marks[order], order // width
+    heads = np.flatnonzero(np.concatenate(([True], marks[1:] != marks[:-1])))
+    length = np.diff(heads, append=len(marks))
+    after = np.repeat(heads + length, length) - np.arange(len(marks)) - 1
+    return owner, np.where(owner < kind.small, after, 0)
+
+
+def _pairs_of_groups(after: Integers) -> Iterator[tuple[Integers, Integers]]:
+    """Each place with each of the `after` places that follow it, some _PAIRS at a time."""
+    places = np.flatnonzero(after)
+    for first, last in _blocks(np.cumsum(after[places]), _PAIRS):
+        some, many = places[first:last], after[places[first:last]]
+        left = np.repeat(some, many)
+        yield left, left + 1 + np.arange(len(left)) - np.repeat(np.cumsum(many) - many, many)
+
+
+def _all_with_all(kind: _Class) -> Iterator[tuple[Integers, Integers]]:
+    """Each smaller row with every later one in its reach that the coarse bitmap does not rule out."""
+    columns = np.ascontiguousarray(kind.coarse.T)
+    allowed = kind.size * _apart(kind.threshold) + _MARGIN / 2
+    for first in range(0, kind.small, 128):
+        last = min(first + 128, kind.small)
+        for begin in range(first + 1, int(kind.reach[last - 1]), _PAIRS // 128):
+            end = min(begin + _PAIRS // 128, int(kind.reach[last - 1]))
+            differing = np.zeros((last - first, end - begin), dtype=np.uint32)
+            for column in columns:
+                differing += np.bitwise_count(column[first:last, None] ^ column[None, begin:end])
+            left, right = np.nonzero(differing <= allowed[first:last, None] + allowed[None, begin:end])
+            left, right = left + first, right + begin
+            fits = (right > left) & (right < kind.reach[left])
+            yield left[fits], right[fits]
+
+
+def _near(sets: _Sets, pairs: Integers, threshold: float) -> Integers:
+    """Those of the pairs (left row * n + right row) that are near, each once: shared elements are looked up one by one.
+
+    The Jaccard similarity is shared over all.
+    """
+    pairs = _distinct(pairs)
+    left, right = pairs // len(sets.size), pairs % len(sets.size)
+    names, numbers = np.unique(sets.grams, return_inverse=True)
+    cells = np.repeat(np.arange(len(sets.size)), sets.size) * len(names) + numbers  # sorted, as rows and elements are
+    near = np.zeros(len(pairs), dtype=np.bool_)
+    for first, last in _blocks(np.cumsum(sets.size[left]), _CELLS):
+        one, other = left[first:last], right[first:last]
+        many = sets.size[one]
+        which = np.repeat(np.arange(len(one)), many)
+        elements = np.repeat(sets.start[one] - (np.cumsum(many) - many), many) + np.arange(len(which))
+        wanted = other[which] * len(names) + numbers[elements]
+        place = np.minimum(np.searchsorted(cells, wanted), len(cells) - 1)
+        shared = np.bincount(which[cells[place] == wanted], minlength=len(one))
+        near[first:last] = shared / (many + sets.size[other] - shared) >= threshold
+    return pairs[near]

@@ -1,0 +1,154 @@
+"""What goes with a dataset version when it is handed on: a datasheet for people, Croissant metadata for machines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunesmith.core.digests import short
+from tunesmith.data.dataset import SPLITS, Dataset
+
+_CONTEXT = {
+    "@language": "en",
+    "@vocab": "https://schema.org/",
+    "citeAs": "cr:citeAs",
+    "column": "cr:column",
+    "conformsTo": "dct:conformsTo",
+    "cr": "http://mlcommons.org/croissant/",
+    "rai": "http://mlcommons.org/croissant/RAI/",
+    "data": {"@id": "cr:data", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+    "dct": "http://purl.org/dc/terms/",
+    "equivalentProperty": "cr:equivalentProperty",
+    "examples": {"@id": "cr:examples", "@type": "@json"},
+    "extract": "cr:extract",
+    "field": "cr:field",
+    "fileProperty": "cr:fileProperty",
+    "fileObject": "cr:fileObject",
+    "fileSet": "cr:fileSet",
+    "format": "cr:format",
+    "includes": "cr:includes",
+    "isLiveDataset": "cr:isLiveDataset",
+    "jsonPath": "cr:jsonPath",
+    "key": "cr:key",
+    "md5": "cr:md5",
+    "parentField": "cr:parentField",
+    "path": "cr:path",
+    "recordSet": "cr:recordSet",
+    "references": "cr:references",
+    "regex": "cr:regex",
+    "repeated": "cr:repeated",
+    "replace": "cr:replace",
+    "samplingRate": "cr:samplingRate",
+    "sc": "https://schema.org/",
+    "separator": "cr:separator",
+    "source": "cr:source",
+    "subField": "cr:subField",
+    "transform": "cr:transform",
+}
+_FIELDS = {
+    "id": "The row's id: the digest of its content and source.",
+    "messages": "What was said in each turn of the conversation; the last one is the answer to learn.",
+    "licence": "The SPDX expression that the row stands under.",
+    "source": "The file that the row was read from.",
+    "group": "What the row belongs together with: no group stands in two splits.",
+}
+
+
+def croissant(dataset: Dataset, name: str) -> dict[str, Any]:
+    """The Croissant 1.0 description (JSON-LD): the splits' files with their SHA-256, and what a row holds."""
+    body = dataset.record.body
+    splits = [split for split in SPLITS if dataset.splits[split]]
+    return {
+        "@context": _CONTEXT,
+        "@type": "sc:Dataset",
+        "name": name,
+        "description": f"Dataset version {dataset.digest}: {body['rows']['kept']} conversations.",
+        "conformsTo": "http://mlcommons.org/croissant/1.0",
+        "license": sorted(body["licences"]),
+        "url": f"urn:tunesmith:dataset:{dataset.digest}",
+        "version": f"1.0.0+{dataset.digest.removeprefix('sha256:')[:12]}",
+        "distribution": [_file(dataset, split) for split in splits],
+        "recordSet": [_rows(split) for split in splits],
+    }
+
+
+def _file(dataset: Dataset, split: str) -> dict[str, Any]:
+    return {
+        "@type": "cr:FileObject",
+        "@id": f"{split}.jsonl",
+        "name": f"{split}.jsonl",
+        "contentUrl": f"{split}.jsonl",
+        "encodingFormat": "application/jsonlines",
+        "sha256": dataset.record.blobs[f"{split}.jsonl"].removeprefix("sha256:"),
+    }
+
+
+def _rows(split: str) -> dict[str, Any]:
+    return {
+        "@type": "cr:RecordSet",
+        "@id": split,
+        "name": split,
+        "key": {"@id": f"{split}/id"},
+        "field": [
+            {
+                "@type": "cr:Field",
+                "@id": f"{split}/{field}",
+                "name": field,
+                "description": said,
+                "dataType": "sc:Text",
+                **({"repeated": True} if field == "messages" else {}),
+                "source": {"fileObject": {"@id": f"{split}.jsonl"}, "extract": {"column": field}, **_taken(field)},
+            }
+            for field, said in _FIELDS.items()
+        ],
+    }
+
+
+def _taken(field: str) -> dict[str, Any]:
+    """Of a list of turns, the text of each."""
+    return {"transform": {"jsonPath": "$.content"}} if field == "messages" else {}
+
+
+def datasheet(dataset: Dataset, name: str, sign_offs: list[dict[str, Any]]) -> str:
+    """Markdown after the questions of Gebru et al., "Datasheets for Datasets" (CACM 64(12), 2021).
+
+    It answers what the record can answer; why the data was gathered only its owner can say.
+    """
+    body = dataset.record.body
+    rows, leakage, conflicts = body["rows"], body["leakage"], body["conflicts"]
+    parts = {
+        "Motivation": ["Why these rows were gathered, and by whom, is for their owner to say here."],
+        "Composition": [
+            f"{rows['kept']} conversations of {rows['read']} rows read.",
+            _table("split", "rows", {split: body["splits"][split] for split in SPLITS}),
+            _table("licence", "rows", body["licences"]),
+            f"{conflicts['requests']} requests have more than one answer ({conflicts['rows']} rows).",
+        ],
+        "Collection": [_table("source", "rows", {one["path"]: one["rows"] for one in body["sources"]})],
+        "Cleaning": [
+            f"{rows['changed']} rows were changed.",
+            _table("left out because", "rows", rows["removed"]),
+            _table("found by the privacy scan", "values", body["privacy"]),
+        ],
+        "Uses": [
+            f"Held out: whole groups. Groups in two splits: {leakage['shared_groups']}; near pairs across splits: "
+            f"{leakage['near_pairs']} at a similarity of {leakage['threshold']} ({leakage['method']}).",
+            *(f"Held against {one['path']}, {one['rows']} rows." for one in body.get("decontaminated", ())),
+        ],
+        "Maintenance": [f"Signed off by {one['steward']}, {one['at']}: {one['reason']}" for one in sign_offs]
+        or ["No steward has signed this version off."],
+    }
+    text = "\n\n".join(f"## {title}\n\n" + "\n\n".join(filter(None, said)) for title, said in parts.items())
+    return f"# Datasheet of {_plain(name)}, version {short(dataset.digest)}\n\n`{dataset.digest}`\n\n{text}\n"
+
+
+def _table(what: str, number: str, counts: dict[str, int]) -> str:
+    if not counts:
+        return f"{what}: none."
+    lines = [f"| {_plain(key)} | {count} |" for key, count in counts.items()]
+    return "\n".join([f"| {what} | {number} |", "|---|---|", *lines])
+
+
+def _plain(text: str) -> str:
+    """A name from outside cannot end a table's cell or a line."""
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,86 @@
+"""Whole corpora through the build: every row is where it should be, and the counts add up."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.rows import build, settings, write_jsonl
+from tunesmith.data.dataset import SPLITS
+from tunesmith.data.verify import verify_dataset
+from tunesmith.store.store import Store
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("TUNESMITH_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+def _module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _snips() -> Iterator[dict[str, Any]]:
+    bench = _module(ROOT / "benchmarks" / "leakage.py")
+    for part in ("train", "validate"):
+        for request, answer in bench.snips(DATA / "snips", part)[0]:
+            yield {"prompt": request, "completion": answer}
+
+
+def _clinc() -> Iterator[dict[str, Any]]:
+    for rows in json.loads((DATA / "clinc150" / "data_data_full.json").read_text()).values():
+        yield from ({"prompt": request, "completion": intent} for request, intent in rows)
+
+
+def _banking() -> Iterator[dict[str, Any]]:
+    for part in ("train", "test"):
+        with (DATA / "banking77" / f"banking_data_{part}.csv").open(newline="", encoding="utf-8") as lines:
+            for row in csv.DictReader(lines):
+                yield {"prompt": row["text"], "completion": row["category"]}
+
+
+def _demo() -> Iterator[dict[str, Any]]:
+    pytest.importorskip("hassil", reason="the example's package hassil is not installed (extra: demo)")
+    yield from _module(ROOT / "examples" / "home_intents" / "make_rows.py").sample_rows()[0]
+
+
+CORPORA = {"snips": _snips, "clinc150": _clinc, "banking77": _banking, "demo": _demo}
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_every_row_is_where_it_should_be(name: str, tmp_path: Path) -> None:
+    if name != "demo" and not (DATA / name).is_dir():
+        pytest.skip(f"{name} is not here ($TUNESMITH_TEST_DATA)")
+    rows = list(CORPORA[name]())
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    split = {"group_by": "template"} if name == "demo" else {}
+    dataset = build(tmp_path, settings(split=split))
+    body = dataset.record.body
+    assert body["rows"]["read"] == len(rows) == body["rows"]["kept"] + sum(body["rows"]["removed"].values())
+    assert body["rows"]["kept"] == sum(body["splits"].values())
+    assert len(dataset.removed()) == sum(body["rows"]["removed"].values())
+    kept = [example for split_name in SPLITS for example in dataset.examples(split_name)]
+    gone = dataset.removed()
+    # Every row of the file is one of the kept or one of the removed, and none is both.
+    assert len({example.id for example in kept}) == len(kept)
+    assert len({row["row"] for row in gone}) == len(gone)
+    left = {row["row"] for row in gone}
+    said = {json.dumps([turn.content for turn in example.messages]) for example in kept}
+    for number, row in enumerate(rows, start=1):
+        turns = row.get("messages") or [{"content": row["prompt"]}, {"content": row["completion"]}]
+        here = json.dumps([turn["content"] for turn in turns]) in said
+        assert here or number in left
+    assert (body["leakage"]["shared_groups"], body["leakage"]["near_pairs"]) == (0, 0)
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest)["ok"]

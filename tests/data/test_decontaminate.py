@@ -1,0 +1,86 @@
+"""Nothing of a test set from elsewhere stays in any split, and the record proves it without the files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.data.rows import build, many_rows, row, settings, turns, write_jsonl
+from tunesmith.core.errors import UsageError
+from tunesmith.data.dataset import SPLITS
+from tunesmith.data.verify import verify_dataset
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+OUTSIDE = {"decontaminate": [{"path": "benchmark.csv", "rename": {"text": "prompt", "label": "completion"}}]}
+
+
+def answer(**slots: str) -> str:
+    return json.dumps({"intent": "Play", "slots": slots})
+
+
+@pytest.fixture
+def contaminated(tmp_path: Path) -> Path:
+    leaked = [
+        row("please turn the heating in the hall up to the top", "a"),  # near
+        row("Wake me at seven, please!", "b"),  # the same
+        row("play waterloo by abba", answer(track="waterloo", artist="abba")),  # the same but for values
+        row("stop the music", answer()),  # not there
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(120), *leaked])
+    benchmark = ["please turn the heating in the hall up to the tops,x", "wake me at seven please,y"]
+    song = json.dumps(answer(track="yesterday", artist="the beatles")).replace('\\"', '""')
+    benchmark.append(f"play yesterday by the beatles,{song}")
+    (tmp_path / "benchmark.csv").write_text("text,label\n" + "\n".join(benchmark) + "\n")
+    return tmp_path
+
+
+def test_what_is_near_or_worded_alike_leaves(contaminated: Path) -> None:
+    dataset = build(contaminated, settings(**OUTSIDE))
+    rows = dataset.record.body["rows"]
+    assert rows["removed"] == {"near a row of an outside test set": 2, "worded as a row of an outside test set": 1}
+    assert rows["read"] == rows["kept"] + 3
+    left = [one.request[0].content for name in SPLITS for one in dataset.examples(name)]
+    assert "stop the music" in left
+    assert not [text for text in left if text.startswith(("please turn", "Wake", "play "))]
+    assert [one["rows"] for one in dataset.record.body["decontaminated"]] == [3]
+
+
+def test_the_proof_is_made_again_without_the_files(contaminated: Path) -> None:
+    dataset = build(contaminated, settings(**OUTSIDE))
+    (contaminated / "benchmark.csv").unlink()
+    store = Store(contaminated / "store")
+    assert verify_dataset(store, dataset.digest)["ok"]
+    clean = build(contaminated)
+    body = dict(clean.record.body) | {"settings": settings(**OUTSIDE).model_dump(mode="json")}
+    body["decontaminated"] = dataset.record.body["decontaminated"]
+    blobs = {**clean.record.blobs, "outside.jsonl": dataset.record.blobs["outside.jsonl"]}
+    claimed = store.put_record(Record(kind="dataset", blobs=blobs, body=body))
+    found = verify_dataset(store, claimed)
+    assert not found["ok"]
+    assert {"path": "leakage.near_outside", "reason": "is 2, and must be 0"} in found["problems"]
+    assert any("worded as" in problem["reason"] for problem in found["problems"])
+
+
+def test_a_dataset_without_its_outside_set_does_not_verify(contaminated: Path) -> None:
+    dataset = build(contaminated, settings(**OUTSIDE))
+    store = Store(contaminated / "store")
+    blobs = {name: digest for name, digest in dataset.record.blobs.items() if name != "outside.jsonl"}
+    bare = store.put_record(Record(kind="dataset", blobs=blobs, body=dataset.record.body))
+    assert not verify_dataset(store, bare)["ok"]
+
+
+def test_an_outside_set_that_is_not_there(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", many_rows(60))
+    with pytest.raises(UsageError, match="no file"):
+        build(tmp_path, settings(**OUTSIDE))
+
+
+def test_a_conversation_with_system_turn_is_compared_by_what_is_said(tmp_path: Path) -> None:
+    said = {"messages": turns("switch the lamp in the attic off now", "ok", system="one")}
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), said])
+    write_jsonl(tmp_path / "more.jsonl", [{"messages": turns("switch the lamp in the attic off now", "no")}])
+    dataset = build(tmp_path, settings(decontaminate=[{"path": "more.jsonl"}]))
+    assert sum(dataset.record.body["rows"]["removed"].values()) == 1

@@ -1,0 +1,68 @@
+"""Flags with reasons, and no row dropped for one."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.data.rows import build, many_rows, row, settings, write_jsonl
+from tunesmith.core.errors import UsageError
+from tunesmith.data.dataset import SPLITS, Dataset
+from tunesmith.data.quality import FLAGS, LONG, NOISE, REFUSING, examine_quality
+from tunesmith.store.store import Store
+
+
+def flags(root: Path, dataset: Dataset, **more: bool) -> list[dict[str, str]]:
+    store = Store(root / "store")
+    record = store.record(examine_quality(store, dataset, **more), kind="quality")
+    assert record.body["rows"] == dataset.record.body["rows"]["kept"]
+    found = [json.loads(line) for line in store.read_blob(record.blobs[FLAGS]).splitlines()]
+    assert sum(record.body["flags"].values()) == len(found)
+    return found
+
+
+def test_refusals_and_long_answers(tmp_path: Path) -> None:
+    odd = [
+        row("write a poem about rust", "I'm sorry, but I cannot help with that."),
+        row("who is at the door", "As an AI language model, I have no eyes."),
+        row("sum the story up", "word " * 400),
+        row("what do I say when I am late", "Say: I'm sorry."),
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), *odd])
+    found = flags(tmp_path, build(tmp_path))
+    assert sorted(flag["flag"] for flag in found) == [LONG, REFUSING, REFUSING]
+
+
+def test_answers_that_are_no_labels(tmp_path: Path) -> None:
+    pytest.importorskip("cleanlab", reason="cleanlab is not installed (extra: quality)")
+    write_jsonl(tmp_path / "rows.jsonl", many_rows(80))
+    with pytest.raises(UsageError, match="not labels"):
+        flags(tmp_path, build(tmp_path), label_noise=True)
+
+
+def test_planted_wrong_labels_are_found(tmp_path: Path) -> None:
+    pytest.importorskip("cleanlab", reason="cleanlab is not installed (extra: quality)")
+    rng = random.Random(0)
+    words = {"lights": "lamp glow bulb shine dim".split(), "music": "song band track album tune".split()}  # noqa: SIM905
+    rows = []
+    for n in range(300):
+        label = ("lights", "music")[n % 2]
+        text = " ".join([*rng.sample(words[label], 3), f"x{n * 7919 % 10007}", f"y{n * 31 % 997}"])
+        rows.append((text, label))
+    wrong = set(range(0, 300, 25))
+    swap = {"lights": "music", "music": "lights"}
+    write_jsonl(
+        tmp_path / "rows.jsonl",
+        [row(text, swap[label] if n in wrong else label) for n, (text, label) in enumerate(rows)],
+    )
+    dataset = build(tmp_path, settings(duplicates={"near": None}))
+    found = {flag["id"] for flag in flags(tmp_path, dataset, label_noise=True) if flag["flag"] == NOISE}
+    planted = {rows[n][0] for n in wrong}
+    kept = {one.id: one.request[0].content for name in SPLITS for one in dataset.examples(name)}
+    there = {name for name, text in kept.items() if text in planted}
+    assert there
+    assert len(found & there) >= 0.9 * len(there)
+    assert len(found - there) <= 3

@@ -1,0 +1,120 @@
+"""From one dataset version to the next: what changed, what goes with it, who stands behind it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.data.rows import build, many_rows, row, settings, write_jsonl
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.data.dataset import SPLITS, Dataset
+from tunesmith.data.difference import difference, removed_sample
+from tunesmith.data.papers import croissant, datasheet
+from tunesmith.data.signoff import require_signed, sign_off, sign_offs
+from tunesmith.data.verify import verify_dataset
+from tunesmith.store import audit, database, identities
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Store, Dataset, Dataset]:
+    rows = many_rows(80)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    first = build(tmp_path)
+    rows[3]["messages"][1]["content"] = "another answer"
+    write_jsonl(tmp_path / "rows.jsonl", [*rows[1:], row("an entirely new request", "new", licence="CC0-1.0")])
+    return Store(tmp_path / "store"), first, build(tmp_path)
+
+
+def test_rows_added_removed_and_changed(two: tuple[Store, Dataset, Dataset]) -> None:
+    store, first, second = two
+    found = difference(store, first.digest, second.digest)
+    assert found["rows"] == {"same": 78, "moved": 0, "added": 1, "removed": 1, "changed": 1}
+    assert found["balance"]["licence"] == {"CC0-1.0": [0, 1], "MIT": [80, 79]}
+    again = difference(store, second.digest, second.digest)
+    assert again["rows"] == {"same": 80, "moved": 0, "added": 0, "removed": 0, "changed": 0}
+
+
+def test_rows_that_moved_to_another_split(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", many_rows(80))
+    first, second = build(tmp_path), build(tmp_path, settings(split={"seed": 1}))
+    found = difference(Store(tmp_path / "store"), first.digest, second.digest)
+    assert found["rows"]["moved"] > 0
+    assert found["rows"]["moved"] + found["rows"]["same"] == 80
+
+
+def test_a_sample_of_each_removed_class_with_what_stood_there(tmp_path: Path) -> None:
+    odd = [row(f"request number {n} of its kind", "") for n in range(9)] + [row("said twice", "x")] * 2
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), *odd])
+    dataset = build(tmp_path)
+    sample = removed_sample(dataset, tmp_path, 5)
+    assert {reason: len(rows) for reason, rows in sample.items()} == {"empty assistant turn": 5, "exact duplicate": 1}
+    assert sample["exact duplicate"][0]["fields"]["messages"][0]["content"] == "said twice"
+    assert sample == removed_sample(dataset, tmp_path, 5)
+    write_jsonl(tmp_path / "rows.jsonl", many_rows(80))
+    with pytest.raises(Refused, match="not the one that was read"):
+        removed_sample(dataset, tmp_path, 5)
+
+
+def test_a_datasheet_that_a_name_cannot_break(two: tuple[Store, Dataset, Dataset]) -> None:
+    _, first, _ = two
+    text = datasheet(first, "na|me\n# of it", [])
+    assert text.splitlines()[0].startswith("# Datasheet of na\\|me # of it")
+    assert "| MIT | 80 |" in text
+    assert "No steward" in text
+
+
+def test_croissant_is_what_its_own_library_reads(two: tuple[Store, Dataset, Dataset], tmp_path: Path) -> None:
+    mlcroissant = pytest.importorskip("mlcroissant", reason="mlcroissant is not installed (group: dev)")
+    store, first, _ = two
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for split in SPLITS:
+        shutil.copy(store.blob_path(first.record.blobs[f"{split}.jsonl"]), folder / f"{split}.jsonl")
+    (folder / "croissant.json").write_text(json.dumps(croissant(first, "rows")))
+    read = mlcroissant.Dataset(jsonld=str(folder / "croissant.json"))
+    assert not read.metadata.issues.errors
+    said = {one["test/id"].decode(): [text.decode() for text in one["test/messages"]] for one in read.records("test")}
+    assert said == {one.id: [turn.content for turn in one.messages] for one in first.examples("test")}
+
+
+def test_only_a_steward_signs_and_only_while_they_are_one(two: tuple[Store, Dataset, Dataset]) -> None:
+    store, first, second = two
+    owner = identities.ensure_owner(store).name
+    identities.add_user(store, "sten", ["steward"], actor=owner)
+    with pytest.raises(Refused, match="may not"):
+        sign_off(store, first.digest, steward=owner, reason="mine")
+    with pytest.raises(UsageError, match="reason"):
+        sign_off(store, first.digest, steward="sten", reason=" ")
+    with pytest.raises(Refused, match="no steward"):
+        require_signed(store, first.digest)
+    digest = sign_off(store, first.digest, steward="sten", reason="looked at 50 rows")
+    require_signed(store, first.digest)
+    assert [one["signoff"] for one in sign_offs(store, first.digest)] == [digest]
+    with database.reading(store.engine) as session:
+        entry = audit.entries(session)[-1]
+    assert (entry.actor, entry.action, entry.subject) == ("sten", "data.sign", first.digest)
+    with pytest.raises(Refused):  # of another version it says nothing
+        require_signed(store, second.digest)
+    identities.set_roles(store, "sten", ["operator"], actor=owner)
+    with pytest.raises(Refused):
+        require_signed(store, first.digest)
+
+
+def test_an_earlier_record_verifies_by_the_method_it_states(two: tuple[Store, Dataset, Dataset]) -> None:
+    store, first, _ = two
+    method = "character trigrams, MinHash LSH proposes, exact Jaccard decides"
+    stated = {"shared_groups": 0, "near_pairs": 0, "threshold": 0.8, "method": method, "miss_at_threshold": 1e-4}
+    body = {**first.record.body, "leakage": stated}
+    for key in ("decontaminated", "near_clusters"):
+        del body[key]
+    earlier = store.put_record(Record(kind="dataset", blobs=first.record.blobs, body=body))
+    assert verify_dataset(store, earlier)["problems"] == []
+    body["leakage"] = {**stated, "method": "looked at it"}
+    assert not verify_dataset(store, store.put_record(Record(kind="dataset", blobs=first.record.blobs, body=body)))[
+        "ok"
+    ]
