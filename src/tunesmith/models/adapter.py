@@ -6,6 +6,7 @@ Method: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,19 +33,21 @@ Place = tuple[int, str]  # (layer, group)
 class Adapter:
     """A group's parts share one product: a [n * r, in] stacks their A, b [out, n * r] holds their B on its diagonal.
 
-    targets: names of the adapted linear layers (`q_proj`, ...). scale multiplies what the adapter adds.
+    targets: names of the adapted linear layers (`q_proj`, ...). scale multiplies what the adapter adds. root: it is
+    alpha over the square root of the rank (Kalajdzievski 2023, rsLoRA).
     """
 
     rank: int
     alpha: float
+    root: bool
     targets: frozenset[str]
     a: Mapping[Place, Tensor]
     b: Mapping[Place, Tensor]
 
     @property
     def scale(self) -> float:
-        """alpha / rank."""
-        return self.alpha / self.rank
+        """alpha / rank, or alpha / sqrt(rank)."""
+        return self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
 
 
 def target_names() -> tuple[str, ...]:
@@ -102,8 +105,11 @@ def encode_adapter(adapter: Adapter, network: Network, base: BaseModel) -> dict[
         "target_modules": sorted(adapter.targets),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": adapter.root,
     }
+    layers = sorted({number for number, _ in adapter.a})
+    if len(layers) < network.shape.layers:
+        config |= {"layers_to_transform": layers, "layers_pattern": "layers"}
     # One key: safetensors writes several in an order that changes from call to call, and with it the bytes.
     metadata = {_BOUND: canonical({"base": base.digest, "fingerprint": base.fingerprint}).decode()}
     weights = save({name: tensors[name] for name in sorted(tensors)}, metadata=metadata)
@@ -128,10 +134,11 @@ def read_adapter(folder: Path, network: Network, base: BaseModel) -> Adapter:
     rank, targets = int(config["r"]), frozenset(config["target_modules"])
     a: dict[Place, Tensor] = {}
     b: dict[Place, Tensor] = {}
+    adapted = config.get("layers_to_transform") or range(network.shape.layers)
     for number, layer in enumerate(network.layers):
         for group in GROUPS:
             found = blocks(network, group, rank, targets)
-            if not found:
+            if not found or number not in adapted:
                 continue
             out, into = layer.linear[group].out, layer.linear[group].into
             a[number, group] = torch.zeros(len(found) * rank, into)
@@ -145,7 +152,8 @@ def read_adapter(folder: Path, network: Network, base: BaseModel) -> Adapter:
                     raise Refused(f"the adapter does not fit {prefix}: {error}", where=where) from error
     if tensors:
         raise Refused(f"the adapter holds tensors no layer takes, such as {sorted(tensors)[0]}", where=where)
-    return Adapter(rank=rank, alpha=float(config["lora_alpha"]), targets=targets, a=a, b=b)
+    root = bool(config.get("use_rslora"))
+    return Adapter(rank=rank, alpha=float(config["lora_alpha"]), root=root, targets=targets, a=a, b=b)
 
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -38,7 +38,14 @@ _CONFIG: Mapping[str, Callable[[Any], bool]] = {
     "target_modules": lambda value: _modules(value),
     "task_type": lambda value: value == "CAUSAL_LM",
     "use_dora": lambda value: value is False,
-    "use_rslora": lambda value: value is False,
+    "use_rslora": lambda value: isinstance(value, bool),
+}
+# These two it may have, together: where only some of the base's layers are adapted.
+_SOME_LAYERS: Mapping[str, Callable[[Any], bool]] = {
+    "layers_to_transform": lambda value: (
+        isinstance(value, list) and bool(value) and all(type(n) is int and 0 <= n < 1024 for n in value)
+    ),
+    "layers_pattern": lambda value: value == "layers",
 }
 # The weights' metadata has this one key: what they were trained on, as canonical JSON.
 _BOUND = "tunesmith"
@@ -77,6 +84,9 @@ def check_adapter(folder: Path, *, base: str, fingerprint: str) -> AdapterFacts:
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise _refusal(path, f"not readable as safetensors: {error}") from error
     layers = _check_layers(path, shapes, rank, targets)
+    numbers = {int(match[1]) for name in shapes if (match := re.search(r"\.layers\.(\d+)\.", name))}
+    if numbers != set(config.get("layers_to_transform", numbers)):
+        raise _refusal(path, f"layers {sorted(numbers)} are adapted, not those that layers_to_transform names")
     if not changes:
         raise _refusal(path, "every lora_B is zero: the adapter changes nothing, the base would answer in its name")
     return AdapterFacts(
@@ -93,12 +103,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise _refusal(path, f"not readable as JSON: {error}") from error
     if not isinstance(config, dict):
         raise _refusal(path, "not a JSON object")
-    unknown, missing = sorted(config.keys() - _CONFIG.keys()), sorted(_CONFIG.keys() - config.keys())
+    expected = _CONFIG if config.keys().isdisjoint(_SOME_LAYERS) else {**_CONFIG, **_SOME_LAYERS}
+    unknown, missing = sorted(config.keys() - expected.keys()), sorted(expected.keys() - config.keys())
     if unknown:
         raise _refusal(path, f"the key {unknown[0][:80]!r} is not one an adapter may have")
     if missing:
         raise _refusal(path, f"the key {missing[0]!r} is missing")
-    for key, allowed in _CONFIG.items():
+    for key, allowed in expected.items():
         if not allowed(config[key]):
             raise _refusal(path, f"{key} may not be {str(config[key])[:80]!r}")
     return config

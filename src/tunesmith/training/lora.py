@@ -31,10 +31,12 @@ class Lora:
     def __init__(self, network: Network, settings: TrainSettings) -> None:
         self.network, self.rank = network, settings.rank
         self.alpha = float(settings.alpha if settings.alpha is not None else 2 * settings.rank)
+        self.root = settings.scaling == "root"
         self.targets = frozenset(target_names() if "all" in settings.targets else settings.targets)
+        first = 0 if settings.layers is None else max(0, network.shape.layers - settings.layers)
         self.places: list[Place] = [
             (number, group)
-            for number in range(network.shape.layers)
+            for number in range(first, network.shape.layers)
             for group in GROUPS
             if blocks(network, group, self.rank, self.targets)
         ]
@@ -51,6 +53,11 @@ class Lora:
         self._pairs = dict(zip(self.places, zip(pairs, *into, strict=True), strict=True))
         self._anchor = torch.zeros((), requires_grad=True)
         self.refresh_copies()
+
+    @property
+    def scale(self) -> float:
+        """What the adapter's sum is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
 
     @property
     def parameters(self) -> int:
@@ -92,6 +99,7 @@ class Lora:
         return Adapter(
             rank=self.rank,
             alpha=self.alpha,
+            root=self.root,
             targets=self.targets,
             a=dict(zip(self.places, a, strict=True)),
             b=dict(zip(self.places, b, strict=True)),
@@ -114,7 +122,7 @@ class Lora:
             a[:size].uniform_(-bound, bound, generator=generator)
             above[:size] = 1.0
             for _, rows, columns in blocks(self.network, group, self.rank, self.targets):
-                below[columns, rows] = self.alpha / self.rank
+                below[columns, rows] = self.scale
 
 
 def _flat(shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) -> Tensor:
