@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors.torch import load
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import row, write_model
 from tunesmith.core.progress import SILENT
-from tunesmith.models.adapter import encode_adapter, read_adapter
+from tunesmith.models.adapter import adapted_linear, encode_adapter, read_adapter
 from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.base import resolve_base
 from tunesmith.models.batch import lay_out
@@ -46,6 +47,8 @@ def rows(folder: Path) -> list[Rendered]:
     [
         {"scaling": "root"},
         {"layers": 1},
+        {"dora": True},
+        {"dora": True, "targets": ("q_proj", "up_proj", "o_proj"), "scaling": "root"},
         {"layers": 2, "targets": ("v_proj", "down_proj"), "scaling": "root", "alpha": 3.0},
     ],
 )
@@ -53,8 +56,10 @@ def test_peft_reads_each_kind_alike(tmp_path: Path, folder: Path, rows: list[Ren
     network = load_network(folder, torch.float32)
     lora = Lora(network, TrainSettings(rank=4, **settings))
     with torch.no_grad():
-        for master, factor in zip(lora.masters, lora._factors, strict=True):
+        for master, factor in zip(lora.masters, lora._factors, strict=False):
             master.normal_(std=0.3, generator=torch.Generator().manual_seed(1)).mul_(factor != 0)
+        if lora.magnitudes is not None:
+            lora.magnitudes.master.mul_(1.0 + 0.3 * torch.rand(lora.magnitudes.master.shape))
     lora.refresh_copies()
     base = resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
     path = tmp_path / "adapter"
@@ -72,6 +77,9 @@ def test_peft_reads_each_kind_alike(tmp_path: Path, folder: Path, rows: list[Ren
     torch.testing.assert_close(logits(network, hidden), expected, rtol=1e-4, atol=1e-4)
     assert (expected - without).abs().max() > 0.05, "the adapter changes something"
     again, made = read_adapter(path, network, base), lora.adapter()
+    with torch.no_grad():
+        served = forward(network, batch.ids, adapted_linear(network, again), shared_prefix_attention(batch, network))
+    torch.testing.assert_close(served, hidden, rtol=1e-4, atol=1e-4)
     assert again.a.keys() == made.a.keys()
     assert again.scale == made.scale
 
@@ -83,7 +91,7 @@ def test_a_step_in_parts_has_the_whole_steps_gradient(folder: Path, rows: list[R
     assert len(parts) > 2
     lora = Lora(network, TrainSettings(rank=4))
     with torch.no_grad():
-        for master, factor in zip(lora.masters, lora._factors, strict=True):
+        for master, factor in zip(lora.masters, lora._factors, strict=False):
             master.normal_(std=0.3, generator=torch.Generator().manual_seed(1)).mul_(factor != 0)
     lora.refresh_copies()
     losses, found = [], []
@@ -170,3 +178,48 @@ def test_a_higher_rate_for_b_moves_b_alone(folder: Path, rows: list[Rendered], t
         moved.append([(new - old).abs().max() for new, old in zip(lora.masters, before, strict=True)])
     assert float(moved[1][1] / moved[0][1]) == pytest.approx(4.0, rel=1e-3)
     assert float(moved[1][0]) == pytest.approx(float(moved[0][0]), abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_dora_learns_as_in_peft(tmp_path: Path, family: str) -> None:
+    folder = write_model(tmp_path / "m", family)
+    renderer = Renderer(folder)
+    rows = [renderer.conversation(messages) for messages in ROWS[:3]]
+    network = load_network(folder, torch.float32)
+    settings = TrainSettings(rank=4, dora=True)
+    lora = Lora(network, settings)
+    base = resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
+    start = tmp_path / "start"
+    start.mkdir()
+    for name, data in encode_adapter(lora.adapter(), network, base).items():
+        (start / name).write_bytes(data)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reference = PeftModel.from_pretrained(plain, str(start), is_trainable=True)
+    trained = {name: p for name, p in reference.named_parameters() if p.requires_grad}
+    ours = torch.optim.SGD(lora.masters, lr=0.5)
+    theirs = torch.optim.SGD(trained.values(), lr=0.5)
+    for _ in range(3):
+        expected = _reference_loss(reference, rows)
+        expected.backward()
+        assert gradients(network, lora, [lay_out(rows)]) == pytest.approx(float(expected.detach()), rel=1e-4)
+        ours.step()
+        lora.refresh_copies()
+        theirs.step()
+        ours.zero_grad()
+        theirs.zero_grad()
+    end = load(encode_adapter(lora.adapter(), network, base)["adapter_model.safetensors"])
+    assert sum("magnitude" in name for name in end) == 21
+    for name, parameter in trained.items():
+        mine = end[name.replace(".default.weight", "" if "magnitude" in name else ".weight")]
+        torch.testing.assert_close(mine, parameter.detach(), rtol=2e-3, atol=2e-4)
+
+
+def _reference_loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tensor:
+    total, labels = torch.zeros(()), 0
+    for one in rows:
+        ids = torch.tensor(one.ids)
+        wanted = torch.where(torch.tensor(one.trained), ids, -100)[1:]
+        scores = model(ids[None]).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(scores, wanted, ignore_index=-100, reduction="sum")
+        labels += int((wanted != -100).sum())
+    return total / labels

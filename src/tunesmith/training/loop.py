@@ -155,11 +155,10 @@ class _Run:
     ) -> None:
         self.network, self.lora, self.settings, self.progress = network, lora, settings, progress
         self.folder, self.identity = folder, dict(identity)
-        a, c = lora.masters
         # LoRA+ (Hayou et al. 2024): B, which starts at zero, learns best at a higher rate than A.
-        self.multiples = (1.0, settings.b_rate)
+        self.multiples = (1.0, settings.b_rate, 1.0)[: len(lora.masters)]
         self.optimizer = torch.optim.AdamW(
-            [{"params": [a]}, {"params": [c]}],
+            [{"params": [master]} for master in lora.masters],
             lr=settings.learning_rate,
             betas=(0.9, 0.999),
             weight_decay=settings.weight_decay,

@@ -28,6 +28,7 @@ class TrainSettings(Settings):
         Literal["rank", "root"],
         Field(description="divide alpha by the rank, or by its square root (rsLoRA), which keeps high ranks learning"),
     ] = "rank"
+    dora: Annotated[bool, Field(description="train the length of each adapted row beside its direction (DoRA)")] = False
     layers: Annotated[int | None, Field(ge=1, description="adapt the last so many layers; all where left out")] = None
     learning_rate: Annotated[float, Field(gt=0, lt=1, description="the highest one, reached after the warm-up")] = 1e-3
     b_rate: Annotated[
