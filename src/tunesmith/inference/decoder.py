@@ -152,7 +152,7 @@ class Rows:
         return logits(network, hidden)
 
     def _choose(self, scores: Tensor) -> list[int]:
-        likeliest: list[int] = scores.argmax(-1).tolist()
+        likeliest: list[int] = ops.largest(scores).tolist()
         for row, sampling in enumerate(self._samplings):
             if sampling.temperature > 0:
                 likeliest[row] = _sample(scores[row].float(), sampling, self._generators[row])

@@ -2,14 +2,13 @@
 
 The scores of a row against the shared prefix are one product for all rows; those against its own tokens are causal.
 Small dense products beat masked flash kernels on CPU at these lengths. Weights of long rows are computed again in the
-backward pass: kept, they would be the largest thing in memory. Shapes: K key/value heads, G query heads for each, B rows padded to L
-own tokens, P prefix tokens, D head size.
+backward pass: kept, they would be the largest thing in memory. Shapes: K key/value heads, G query heads for each, B
+rows padded to L own tokens, P prefix tokens, D head size.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +17,7 @@ from torch import Tensor
 
 from tunesmith.models import native, ops
 from tunesmith.models.batch import Batch
-from tunesmith.models.network import Attend, Network, Shape, angles
-
+from tunesmith.models.network import Attend, Network, angles
 
 _KEPT = 1 << 22  # numbers: a layer's weights up to this many are kept for the backward pass
 
@@ -117,7 +115,9 @@ class Layout:
 
     def _call(self, kernel: Any, flat: Tensor, blocks: Blocks) -> None:
         at = ops.at
-        kernel(ctypes.byref(self.native), at(flat), at(self.cos), at(self.sin), *map(at, blocks), torch.get_num_threads())
+        kernel(
+            ctypes.byref(self.native), at(flat), at(self.cos), at(self.sin), *map(at, blocks), torch.get_num_threads()
+        )
 
     def _gather(self, kernel: Any, flat: Tensor, early: Tensor, own: Tensor, to_tokens: int) -> None:
         at = ops.at
@@ -137,7 +137,7 @@ class Layout:
         """The way back: [T, heads, D]."""
         size, cut = own.shape[-1], self.prefix
         group = own.shape[2] // self.longest
-        first = early.reshape(self.kv, group, cut, size).permute(2, 0, 1, 3).reshape(cut, -1, size)
+        first = early.reshape(self.kv, group, cut, size).permute(2, 0, 1, 3).reshape(cut, self.kv * group, size)
         rest = own.reshape(self.kv, self.rows, group, self.longest, size).permute(1, 3, 0, 2, 4)
         rest = rest.reshape(self.rows, self.longest, -1, size)[self.row_of[cut:], self.place_of[cut:]]
         return torch.cat((first, rest))
@@ -154,9 +154,11 @@ def shared_prefix_attention(batch: Batch, network: Network) -> Attend:
 
 
 def mix(layout: Layout, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Mixed values of the prefix's tokens and of the rows', as queries lie (the prefix's queries may be left out where it
-    was computed before: qp empty, kp and vp not); the weights behind them: the prefix's,
-    the rows' on the prefix [K, B * G * L, P], the rows' own [K * B, G * L, L]."""
+    """Mixed values of the prefix's tokens and of the rows', as queries lie, and the weights behind them: the prefix's,
+    the rows' on the prefix [K, B * G * L, P], the rows' own [K * B, G * L, L].
+
+    Where the prefix was computed before, its queries are left out: qp is empty, kp and vp are not.
+    """
     qp, kp, vp, q, k, v = blocks
     early = qp @ kp.transpose(1, 2)
     mixed_early = qp
@@ -209,4 +211,3 @@ class _Attention(torch.autograd.Function):
         if layout.prefix:
             out.q.flatten(1, 2).baddbmm_(to_shared, kp)
         return layout.join(out), None
-

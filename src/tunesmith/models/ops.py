@@ -191,9 +191,7 @@ def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Te
     return q
 
 
-def decode_mix(
-    q: Tensor, shared: Tensor | None, keys: Tensor, values: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
+def decode_mix(q: Tensor, shared: Tensor | None, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """Mixed values [B, H * D] of each row's own places, lengths[b] + 1 of them; shared [K, B * G, P], the scores on a
     prefix, become its weights in place: one distribution over both."""
     kv, rows, group, size = q.shape
@@ -217,6 +215,16 @@ def decode_mix(
         *(*map(_int, (rows, kv, group, size, keys.shape[2], prefix)), _float(scale), _threads()),
     )
     return out
+
+
+def largest(scores: Tensor) -> Tensor:
+    """The place of each row's largest score, the first of equals: [N, V] -> [N]."""
+    kernel = kernel_for("largest", scores)
+    if kernel is None:
+        return scores.argmax(-1)
+    places = torch.empty(scores.shape[0], dtype=torch.long)
+    kernel(at(scores), at(places), _int(scores.shape[0]), _int(scores.shape[1]), _threads())
+    return places
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

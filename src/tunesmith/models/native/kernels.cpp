@@ -329,36 +329,63 @@ static void decode_mix(const T* q, T* shared, const T* keys, const T* values, co
                        int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> scratch(prefix + room + 32 + 2 * size);
-        float *held = scratch.data(), *query = held + prefix + room + 16, *mixed = query + size;
+        int64_t wide = prefix + room + 16;  // a query's scores
+        std::vector<float> scratch(group * (wide + 2 * size) + size);
+        float *held = scratch.data(), *query = held + group * wide, *mixed = query + group * size,
+              *one = mixed + group * size;
 #pragma omp for schedule(static) collapse(2)
         for (int64_t row = 0; row < rows; ++row)
             for (int64_t k = 0; k < kv; ++k) {
-                int64_t seen = length[row] + 1, all = prefix + seen;
+                int64_t seen = length[row] + 1;
                 const T *key = keys + (row * kv + k) * room * size, *value = values + (row * kv + k) * room * size;
-                for (int64_t g = 0; g < group; ++g) {
-                    T* early = shared + ((k * rows + row) * group + g) * prefix;
-                    const T* mine = q + ((k * rows + row) * group + g) * size;
-                    for (int64_t i = 0; i < size; ++i) query[i] = up(mine[i]) * scale;
-                    for (int64_t i = 0; i < prefix; ++i) held[i] = up(early[i]) * scale;
-                    for (int64_t j = 0; j < seen; ++j) {
+                T* early = shared + (k * rows + row) * group * prefix;
+                const T* mine = q + (k * rows + row) * group * size;
+                for (int64_t i = 0; i < group * size; ++i) query[i] = up(mine[i]) * scale;
+                for (int64_t g = 0; g < group; ++g)
+                    for (int64_t i = 0; i < prefix; ++i) held[g * wide + i] = up(early[g * prefix + i]) * scale;
+                for (int64_t j = 0; j < seen; ++j) {
+#pragma omp simd
+                    for (int64_t i = 0; i < size; ++i) one[i] = up(key[j * size + i]);
+                    for (int64_t g = 0; g < group; ++g) {
                         float dot = 0;
 #pragma omp simd reduction(+ : dot)
-                        for (int64_t i = 0; i < size; ++i) dot += query[i] * up(key[j * size + i]);
-                        held[prefix + j] = dot;
+                        for (int64_t i = 0; i < size; ++i) dot += query[g * size + i] * one[i];
+                        held[g * wide + prefix + j] = dot;
                     }
-                    float inverse = 1.0f / exponentials<T>(held, all);
-                    for (int64_t i = 0; i < prefix; ++i) down(held[i] * inverse, early + i);
-                    std::fill(mixed, mixed + size, 0.0f);
-                    for (int64_t j = 0; j < seen; ++j) {
-                        float weight = held[prefix + j] * inverse;
-#pragma omp simd
-                        for (int64_t i = 0; i < size; ++i) mixed[i] += weight * up(value[j * size + i]);
-                    }
-                    T* to = out + ((row * kv + k) * group + g) * size;
-                    for (int64_t i = 0; i < size; ++i) down(mixed[i], to + i);
                 }
+                for (int64_t g = 0; g < group; ++g) {
+                    float inverse = 1.0f / exponentials<T>(held + g * wide, prefix + seen);
+                    for (int64_t i = 0; i < prefix; ++i) down(held[g * wide + i] * inverse, early + g * prefix + i);
+                    for (int64_t j = prefix; j < prefix + seen; ++j) held[g * wide + j] *= inverse;
+                }
+                std::fill(mixed, mixed + group * size, 0.0f);
+                for (int64_t j = 0; j < seen; ++j) {
+#pragma omp simd
+                    for (int64_t i = 0; i < size; ++i) one[i] = up(value[j * size + i]);
+                    for (int64_t g = 0; g < group; ++g) {
+                        float weight = held[g * wide + prefix + j];
+#pragma omp simd
+                        for (int64_t i = 0; i < size; ++i) mixed[g * size + i] += weight * one[i];
+                    }
+                }
+                T* to = out + (row * kv + k) * group * size;
+                for (int64_t i = 0; i < group * size; ++i) down(mixed[i], to + i);
             }
+    }
+}
+
+// The place of each row's largest score, the first of equals.
+template <class T>
+static void largest(const T* scores, int64_t* place, int64_t rows, int64_t width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; ++row) {
+        const T* s = scores + row * width;
+        float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < width; ++i) most = std::max(most, up(s[i]));
+        int64_t at = 0;
+        while (at < width - 1 && up(s[at]) != most) ++at;
+        place[row] = at;
     }
 }
 
@@ -606,6 +633,9 @@ extern "C" int tiles() { return 0; }
                                       T* out, int64_t rows, int64_t kv, int64_t group, int64_t size, int64_t room,     \
                                       int64_t prefix, float scale, int threads) {                                      \
         decode_mix<T>(q, shared, keys, values, length, out, rows, kv, group, size, room, prefix, scale, threads);      \
+    }                                                                                                                  \
+    extern "C" void largest_##NAME(const T* scores, int64_t* place, int64_t rows, int64_t width, int threads) {        \
+        largest<T>(scores, place, rows, width, threads);                                                               \
     }                                                                                                                  \
     extern "C" void cross_entropy_##NAME(T* scores, const int64_t* labels, float* loss, int64_t rows,                  \
                                          int64_t vocabulary, const float* share, int gradient, int threads) {          \

@@ -1,0 +1,206 @@
+"""The compiled kernels against the same arithmetic in PyTorch, and the tile products against float ones."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import write_model
+from tunesmith.core.errors import UsageError
+from tunesmith.models import native, ops, products
+from tunesmith.models.attention import Layout
+from tunesmith.models.weights import load_network
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here: only the portable path")
+
+
+def _both(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> tuple[Any, Any]:
+    compiled = run()
+    monkeypatch.setattr(native, "library", lambda: None)
+    return compiled, run()
+
+
+def _same(one: Tensor, other: Tensor) -> None:
+    close = {torch.float32: (2e-5, 2e-6), torch.bfloat16: (2e-2, 2e-2), torch.long: (0, 0)}[one.dtype]
+    torch.testing.assert_close(one, other, rtol=close[0], atol=close[1])
+
+
+def _random(dtype: torch.dtype, *size: int, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 576])
+def test_norms(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int) -> None:
+    x, y, weight = _random(dtype, 5, width), _random(dtype, 5, width, seed=1), _random(dtype, width, seed=2)
+    above, gradient = _random(dtype, 5, width, seed=3), _random(dtype, 5, width, seed=4)
+
+    def run() -> list[Tensor]:
+        total, out, scale = ops.add_norm(x, y, weight, 1e-5, 1.0)
+        alone = ops.add_norm(x, None, weight, 1e-5)[1]
+        with_above = ops.norm_backward(gradient, total, weight, scale, above, 1.0)
+        return [total, out, scale, alone, with_above, ops.norm_backward(gradient, total, weight, scale, None)]
+
+    for one, other in zip(*_both(monkeypatch, run), strict=True):
+        _same(one, other)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 15, 64])
+def test_gated_reaches_the_ends_of_the_scale(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int) -> None:
+    gate_up, gradient = _random(dtype, 4, 2 * width) * 30, _random(dtype, 4, width, seed=1)
+    run = lambda: (ops.gated(gate_up), ops.gated_backward(gradient, gate_up))  # noqa: E731
+    for one, other in zip(*_both(monkeypatch, run), strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=0.15)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("prefix", "longest"), [(0, 1), (0, 19), (5, 16), (17, 33)])
+def test_softmax(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, prefix: int, longest: int) -> None:
+    heads, rows, group = 2, 3, 2
+    scores = _random(dtype, heads, rows * group * longest, prefix, seed=1) * 20
+    own = _random(dtype, heads * rows, group * longest, longest) * 20
+    d_shared, d_own = _random(dtype, *scores.shape, seed=2), _random(dtype, *own.shape, seed=3)
+
+    def run() -> list[Tensor]:
+        first, second = scores.clone() if prefix else None, own.clone()
+        ops.softmax_(first, second, 0.125)
+        to_first, to_second = d_shared.clone() if prefix else None, d_own.clone()
+        ops.softmax_backward_(first, second, to_first, to_second, 0.125)
+        return [x for x in (first, second, to_first, to_second) if x is not None]
+
+    compiled, portable = _both(monkeypatch, run)
+    for one, other in zip(compiled, portable, strict=True):
+        _same(one, other)
+    total = sum(x.float().sum() for x in compiled[: 2 if prefix else 1])
+    assert float(total) == pytest.approx(heads * rows * group * longest, rel=0.01), "every row is a distribution"
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("prefix", "lengths"), [(0, (3,)), (4, (2, 5, 1)), (3, (4, 4))])
+def test_tokens_go_into_blocks_and_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype, prefix: int, lengths: tuple[int, ...]
+) -> None:
+    network = load_network(write_model(tmp_path / "m"), dtype)
+    count = prefix + sum(lengths)
+    layout = Layout(prefix, lengths, torch.arange(count), network)
+    qkv = _random(dtype, count, sum(network.parts("qkv")))
+    mixed = _random(dtype, count, network.parts("qkv")[0], seed=1)
+
+    def run() -> list[Tensor]:
+        blocks = layout.split(qkv)
+        return [*blocks, layout.join(blocks), *layout.queries(mixed), layout.tokens(*layout.queries(mixed))]
+
+    compiled, portable = _both(monkeypatch, run)
+    for one, other in zip(compiled, portable, strict=True):
+        _same(one, other)
+    assert torch.equal(compiled[-1], mixed), "nothing is lost on the way"
+    _same(compiled[6], qkv)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    scores, labels = _random(dtype, 6, 301) * 8, torch.arange(6) * 50
+    share = torch.tensor([0.5, 0.25, 0.0, 1.0, 0.125, 0.1])
+
+    def run() -> list[Tensor]:
+        made = scores.clone()
+        return [ops.cross_entropy_(made, labels, share), made, ops.cross_entropy_(scores.clone(), labels, None)]
+
+    compiled, portable = _both(monkeypatch, run)
+    torch.testing.assert_close(compiled[0], portable[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(compiled[2], portable[2], rtol=1e-3, atol=1e-4)
+    _same(compiled[1], portable[1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prefix", [0, 21])
+def test_a_decoding_step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, prefix: int) -> None:
+    rows, kv, group, size, room = 3, 2, 2, 8, 20
+    qkv, angles = _random(dtype, rows, kv * (group + 2) * size), torch.randn(rows, size // 2)
+    lengths = torch.tensor([0, 17, 5])
+
+    def run() -> list[Tensor]:
+        keys, values = _random(dtype, rows, kv, room, size, seed=1), _random(dtype, rows, kv, room, size, seed=2)
+        q = ops.decode_split(qkv, angles.cos(), angles.sin(), keys, values, lengths)
+        shared = _random(dtype, kv, rows * group, prefix, seed=3) if prefix else None
+        mixed = ops.decode_mix(q, shared, keys, values, lengths, 0.3)
+        return [q, keys, values, mixed, *([shared] if shared is not None else [])]
+
+    for one, other in zip(*_both(monkeypatch, run), strict=True):
+        _same(one, other)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_largest_is_the_first_of_equals(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    scores = _random(dtype, 4, 100)
+    scores[1] = 2.0
+    scores[2, [7, 90]] = 50.0
+    scores[3] = float("-inf")
+    compiled, portable = _both(monkeypatch, lambda: ops.largest(scores))
+    assert compiled.tolist() == portable.tolist()
+    assert compiled[1:].tolist() == [0, 7, 0]
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 77])
+@pytest.mark.parametrize(("out", "into"), [(32, 32), (96, 320), (64, 4160)])
+def test_products_with_and_without_a_pair(rows: int, out: int, into: int) -> None:
+    """On processors with tiles this is their test; elsewhere of their stand-in. 4160 is deeper than a group."""
+    weight, bias = _random(torch.bfloat16, out, into) / into**0.5, _random(torch.bfloat16, out, seed=1)
+    product = products.Frozen(weight, bias)
+    pair = products.Pair(
+        _random(torch.bfloat16, 32, into, seed=2) / into**0.5, _random(torch.bfloat16, 32, out, seed=3)
+    )
+    x, gradient = _random(torch.bfloat16, rows, into, seed=4), _random(torch.bfloat16, rows, out, seed=5)
+    assert torch.equal(product.weight, weight)
+    wide = x.float() @ weight.float().t() + bias.float()
+    torch.testing.assert_close(product(x).float(), wide, rtol=2e-2, atol=2e-2)
+    low, up = pair.low(x), pair.into_low(gradient)
+    torch.testing.assert_close(low.float(), x.float() @ pair.a.float().t(), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(product(x, low, pair).float(), wide + low.float() @ pair.c.float(), rtol=2e-2, atol=0.1)
+    back = gradient.float() @ weight.float()
+    torch.testing.assert_close(product.back(gradient).float(), back, rtol=2e-2, atol=2e-2)
+    both = back + up.float() @ pair.a.float()
+    torch.testing.assert_close(product.back(gradient, up, pair).float(), both, rtol=2e-2, atol=0.1)
+
+
+def test_what_the_kernels_are_made_with_is_named(tmp_path: Path) -> None:
+    script = "from tunesmith.models import native; print(native.identity())"
+
+    def told(**environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    assert told(TUNESMITH_KERNELS="portable") == "portable"
+    assert told(CXX=str(tmp_path / "no-compiler")) == "portable", "a missing compiler is no error"
+    assert told(CXX="false") == "portable", "nor is one that fails"
+    made = told(TUNESMITH_CACHE=str(tmp_path))
+    assert made == "portable" or [path.stem for path in (tmp_path / "kernels").iterdir()] == [made]
+
+
+def test_other_kernels_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_KERNELS", "fast")
+    native._built.cache_clear()
+    with pytest.raises(UsageError, match="fast"):
+        native._built()
+    native._built.cache_clear()
