@@ -147,9 +147,7 @@ def _step(step: Mapping[str, Any]) -> str:
             return f"unknown {other}"
 
 
-def _tensors(
-    base: Path, adapter: Path, config: Mapping[str, Any], architecture: str
-) -> Iterator[tuple[str, Tensor]]:
+def _tensors(base: Path, adapter: Path, config: Mapping[str, Any], architecture: str) -> Iterator[tuple[str, Tensor]]:
     """GGUF's names and tensors. What a tied model stores twice is written once."""
     import gguf
 
@@ -174,7 +172,8 @@ def _interleaved(weight: Tensor, heads: int) -> Tensor:
     """Rows [heads * D, ...] in the order of llama.cpp's rotation for this architecture, which turns neighbours (as the
     original Llama does) where transformers turns the two halves."""
     halves = weight.unflatten(0, (heads, 2, -1))
-    return halves.transpose(1, 2).flatten(0, 2)
+    interleaved: Tensor = halves.transpose(1, 2).flatten(0, 2)
+    return interleaved
 
 
 def _refusal(base: Path, what: str) -> Refused:
