@@ -75,7 +75,7 @@ _CASES = {
         },
         2e-3,
     ),
-    "merged-bf16": _Case(("--as", "merged"), set(), 0.5),
+    "merged-bf16": _Case(("--as", "merged"), set(), 1.0),
     "gguf": _Case(("--as", "gguf", "--dtype", "fp32"), {"model.gguf"}, 2e-3),
 }
 
@@ -84,7 +84,6 @@ _CASES = {
 def test_an_export_is_compared_recorded_and_shown(name: str, approved: Path, tmp_path: Path) -> None:
     case = _CASES[name]
     given = _run(approved, "export", "tiny@v1", str(tmp_path / "out"), *case.words)
-    print(json.dumps(given, indent=1))
     folder = tmp_path / "out"
     assert given["outcome"] == "pass"
     assert {path.name for path in folder.iterdir()} == set(given["files"])
@@ -93,7 +92,7 @@ def test_an_export_is_compared_recorded_and_shown(name: str, approved: Path, tmp
         assert facts == {"digest": digest_file(folder / file), "bytes": (folder / file).stat().st_size}
     equality = given["equality"]
     assert equality["export"]["max_difference"] < case.largest
-    assert equality["adapter_moves"] > 10 * equality["export"]["max_difference"]
+    assert equality["adapter_moves"]["max_difference"] > 10 * equality["export"]["max_difference"]
     assert equality["served"]["max_difference"] < 0.1
     assert equality["engine"] == "embedded"
     provenance = json.loads((folder / "tunesmith.json").read_text())
@@ -166,9 +165,7 @@ def test_an_export_that_is_not_what_was_measured_is_refused(
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     (record,) = [
-        child
-        for child in _run(approved, "show", "tiny@v1")["children"]
-        if child["short"] in str(caught.value.where)
+        child for child in _run(approved, "show", "tiny@v1")["children"] if child["short"] in str(caught.value.where)
     ]
     assert f"{form} fp32: fail" in record["says"], "the figures stay as evidence"
 
@@ -178,7 +175,7 @@ def test_an_adapter_too_small_to_be_missed_decides_nothing(
 ) -> None:
     from tunesmith.inference import equality
 
-    monkeypatch.setattr(equality, "TOLERANCE", {"fp32": 1e6, "bf16": 1e6})
+    monkeypatch.setattr(equality, "TOLERANCE", {"bf16": {"max": 1e6, "mean": 1e6}})
     with pytest.raises(Inconclusive, match="a lost adapter would not be seen"):
         _run(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
     assert list(tmp_path.iterdir()) == []

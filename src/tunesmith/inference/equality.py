@@ -33,13 +33,17 @@ from tunesmith.models.network import Linear, Network, forward, frozen_linear, lo
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weights import load_network
 
-# Largest difference of a log-probability (nats) that an export may show: fp32 sums in another order; bf16 rounds the
-# merged weights to 8 bits. The engine is held to its own, since it also computes in bf16; its figure is a mean over an
-# answer's tokens.
-TOLERANCE: Mapping[Dtype, float] = {"fp32": 2e-3, "bf16": 0.5}
+# Largest and mean difference of a log-probability (nats) that an export may show. fp32: sums in another order, 6e-5 and
+# 7e-6 measured on a model of 135M. bf16: weights rounded to 8 bits, 0.35 and 0.04 there; 2% of the adapter's change
+# lost adds half of that, 10% three times as much. The engine computes in bf16 too and is held to the mean over an
+# answer's tokens, of the answer that differs most: 0.02 there.
+TOLERANCE: Mapping[Dtype, Mapping[str, float]] = {
+    "fp32": {"max": 2e-3, "mean": 2e-4},
+    "bf16": {"max": 1.0, "mean": 0.1},
+}
 SERVED_TOLERANCE = 0.1
 _LIKELIEST = 32  # tokens compared at each place ...
-_UNLIKELY = math.log(1e-3)  # ... of those the reference gives more than this: what is rarer never reaches an answer
+_UNLIKELY = math.log(0.01)  # ... of those the reference gives more than this: what is rarer seldom reaches an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +132,7 @@ def compare(
     return {
         "probes": len(answered),
         "tokens": sum(sum(one.row.trained) for one in answered),
-        "adapter_moves": untuned["max_difference"],
+        "adapter_moves": {key: untuned[key] for key in ("max_difference", "mean_difference")},
         "export": export,
         "served": _served(engine, adapter, answered, reference),
     }

@@ -201,18 +201,18 @@ def _judge(equality: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:
     """outcome (pass, fail, inconclusive), reason and the tolerances it rests on. A figure that is no number fails."""
     from tunesmith.inference.equality import SERVED_TOLERANCE, TOLERANCE
 
-    tolerance = {"export": TOLERANCE[dtype], "served": SERVED_TOLERANCE}
-    for where, allowed in tolerance.items():
-        apart = equality[where]["max_difference"]
-        if apart is None or apart > allowed:
-            name = "the export" if where == "export" else f"the {equality['engine']} engine"
-            reason = f"{name} differs from the adapter as trained by {apart} nats, {allowed} are allowed"
-            return {"tolerance": tolerance, "outcome": "fail", "reason": reason}
-    moves = equality["adapter_moves"]
-    if moves is not None and moves <= tolerance["export"]:
+    tolerance = {"export": dict(TOLERANCE[dtype]), "served": {"max": SERVED_TOLERANCE}}
+    for where, name in (("export", "the export"), ("served", f"the {equality['engine']} engine")):
+        for kind, allowed in tolerance[where].items():
+            apart = equality[where][f"{kind}_difference"]
+            if apart is None or apart > allowed:
+                reason = f"{name} differs from the adapter as trained by {apart} nats ({kind}), {allowed} are allowed"
+                return {"tolerance": tolerance, "outcome": "fail", "reason": reason}
+    moves, allowed = equality["adapter_moves"]["mean_difference"], tolerance["export"]["mean"]
+    if moves is not None and moves <= allowed:
         reason = (
-            f"the adapter moves log-probabilities by {moves} nats, less than the {tolerance['export']} that are "
-            "allowed: a lost adapter would not be seen"
+            f"the adapter moves log-probabilities by {moves} nats in the mean, {allowed} are allowed: a lost adapter "
+            "would not be seen"
         )
         return {"tolerance": tolerance, "outcome": "inconclusive", "reason": reason}
     return {"tolerance": tolerance, "outcome": "pass", "reason": ""}

@@ -90,11 +90,12 @@ def _node(role: str, digest: str, record: Record) -> dict[str, Any]:
 
 
 def _export(body: Mapping[str, Any]) -> str:
-    figures, allowed = body["equality"], body["tolerance"]
-    export, served = figures["export"], figures["served"]
+    figures = body["equality"]
+    export, served, count = figures["export"], figures["served"], figures["probes"]
+    allowed, served_allowed = body["tolerance"]["export"]["max"], body["tolerance"]["served"]["max"]
     return (
         f"{body['form']} {body['dtype']}: {body['outcome']}, log-probabilities within {export['max_difference']} of "
-        f"those trained ({allowed['export']} allowed), {export['equal_answers']} of {figures['probes']} greedy answers "
-        f"equal; {figures['engine']} engine within {served['max_difference']} ({allowed['served']}), "
+        f"those trained ({allowed} allowed), {export['equal_answers']} of {count} greedy answers equal; "
+        f"{figures['engine']} engine within {served['max_difference']} ({served_allowed}), "
         f"{served['equal_answers']} equal"
     )
