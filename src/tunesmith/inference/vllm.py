@@ -25,7 +25,7 @@ from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.inference.engine import Completion, Generation, Question
-from tunesmith.inference.fingerprint import TEXT, TOLERANCE, apart, expected_scores, text_ids
+from tunesmith.inference.fingerprint import TEXT, TOLERANCE, apart, expected_scores, places, text_ids
 from tunesmith.inference.settings import VllmSettings
 from tunesmith.inference.vllm_http import NotThere, Server
 from tunesmith.models.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -124,19 +124,21 @@ class VllmEngine:
         self, questions: Sequence[Question], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[list[float]]:
         """For each question the log-probability of each choice, summed over its tokens (end token included)."""
-        rows: list[tuple[list[int], int]] = []
+        asked: list[tuple[list[int], int]] = []  # ids so far, the id that follows
+        lengths: list[int] = []
         for question in questions:
             prompt = self._renderer.prompt(question.messages)
             for choice in question.choices:
                 answer = self._renderer.answer(choice)
-                rows.append(([*prompt, *answer], len(answer)))
+                asked += [([*prompt, *answer[:place]], token) for place, token in enumerate(answer)]
+                lengths.append(len(answer))
 
-        def score(row: tuple[list[int], int]) -> float:
-            ids, answer = row
-            return sum(self._scores(ids, self._ask(_scoring(ids), adapter))[-answer:])
+        def score(place: tuple[list[int], int]) -> float:
+            return self._score(self._ask(_scoring(*place), adapter), place[1])
 
-        scored = iter(self._together(score, rows, "scoring choices", progress))
-        return [[next(scored) for _ in question.choices] for question in questions]
+        scored = iter(self._together(score, asked, "scoring choices", progress))
+        sums = iter([sum(next(scored) for _ in range(length)) for length in lengths])
+        return [[next(sums) for _ in question.choices] for question in questions]
 
     # What is asked and answered
 
@@ -174,17 +176,22 @@ class VllmEngine:
         tokens = len(ids) - (1 if ids and ids[-1] in self._renderer.stop_ids else 0)
         return Completion(text, "stop" if finish == "stop" else "length", len(body["prompt"]), tokens)
 
-    def _scores(self, ids: Sequence[int], given: Mapping[str, Any]) -> list[float]:
-        """Log-probability of every id but the first, out of an answer to _scoring."""
-        places = given["choices"][0]["prompt_logprobs"]
-        found = [float(place[str(token)]["logprob"]) for token, place in zip(ids[1:], places[1:], strict=True)]
-        if not all(math.isfinite(score) for score in found):
+    def _score(self, given: Mapping[str, Any], token: int) -> float:
+        """A token's log-probability, out of an answer to _scoring."""
+        found = float(given["choices"][0]["logprobs"]["top_logprobs"][0][f"token_id:{token}"])
+        if not math.isfinite(found):
             raise TunesmithError("the vLLM server gave a log-probability that is no number", where=self._settings.url)
         return found
 
-    def _fixed_scores(self, model: str, ids: Sequence[int]) -> list[float]:
-        """The fixed text's log-probabilities under a name of the server's."""
-        return self._scores(ids, self._server.ask(_COMPLETIONS, {**_scoring(ids), "model": model}))
+    def _fixed_scores(self, model: str) -> list[float]:
+        """The fixed text's log-probabilities, at the places that are looked at, under a name of the server's."""
+        ids = text_ids(self._renderer)
+
+        def score(place: int) -> float:
+            given = self._server.ask(_COMPLETIONS, {**_scoring(ids[:place], ids[place]), "model": model})
+            return self._score(given, ids[place])
+
+        return self._together(score, places(ids), "", SILENT)
 
     def _together(
         self, do: Callable[[Asked], Given], asked: Sequence[Asked], title: str, progress: Progress
@@ -249,7 +256,7 @@ class VllmEngine:
             raise Refused("the server does not speak vLLM's API", where=where, fix="name a vLLM server") from error
         if theirs != ids:
             raise self._another("its tokenizer reads a fixed text differently")
-        difference = apart(self._fixed_scores(self._model, ids), expected_scores(self._base, ids))
+        difference = apart(self._fixed_scores(self._model), expected_scores(self._base, ids))
         if not difference <= TOLERANCE:
             raise self._another(
                 f"its log-probabilities of a fixed text differ by {difference:.3f} nats in the mean, {TOLERANCE} are "
@@ -320,8 +327,7 @@ class VllmEngine:
                     fix="start the server with --enable-lora and a --max-lora-rank that is enough; it takes plain LoRA "
                     "alone: serve anything else merged (tunesmith export --as merged)",
                 ) from error
-        ids = text_ids(self._renderer)
-        if self._fixed_scores(there, ids) == self._fixed_scores(self._model, ids):
+        if self._fixed_scores(there) == self._fixed_scores(self._model):
             raise Refused("the vLLM server answers in the adapter's name as the base does", where=self._settings.url)
 
     def _restore(self, adapter: str | None, error: NotThere) -> None:
@@ -333,6 +339,19 @@ class VllmEngine:
             self._register(self._known[adapter])
 
 
-def _scoring(ids: Sequence[int]) -> dict[str, Any]:
-    """Asks for the log-probability of every id; the one token that is decoded is not looked at."""
-    return {"prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, **_PLAIN}
+def _scoring(ids: Sequence[int], token: int) -> dict[str, Any]:
+    """Asks for the log-probability that token follows ids.
+
+    One request a token, since the server keeps what requests begin with. It could score a whole prompt at once
+    (prompt_logprobs), but with LoRA that takes the wrong rows, or ends the server, as soon as two requests meet
+    (vLLM's issues 16668 and 29955; seen with 0.32.0).
+    """
+    return {
+        "prompt": list(ids),
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "logprobs": 1,
+        "logprob_token_ids": [token],
+        "return_tokens_as_token_ids": True,
+        **_PLAIN,
+    }
