@@ -50,6 +50,7 @@ class VllmEngine:
         self._server = Server(settings)
         self._folder = Path(settings.adapters).expanduser() if settings.adapters else cache_folder() / "vllm"
         self._known: dict[str, str] = {}  # an adapter's name here -> its name there, which is also its folder's
+        self._registered: dict[str, float] = {}  # its name there -> when it was last seen to be loaded
         self._turn = threading.RLock()
         self._model, self._room, self._checked_at = "", 0, 0.0
         self._check_server()
@@ -212,17 +213,19 @@ class VllmEngine:
             return [done.result() for done in under_way]
 
     def _ask(self, body: Mapping[str, Any], adapter: str | None) -> Any:
+        began = time.monotonic()
         try:
             return self._server.ask(_COMPLETIONS, {**body, "model": self._name(adapter)}, self._check_again)
         except NotThere as error:
-            self._restore(adapter, error)
+            self._restore(adapter, error, began)
             return self._server.ask(_COMPLETIONS, {**body, "model": self._name(adapter)})
 
     def _events(self, body: Mapping[str, Any], adapter: str | None) -> Iterator[Mapping[str, Any]]:
+        began = time.monotonic()
         try:
             yield from self._server.stream(_COMPLETIONS, {**body, "model": self._name(adapter)}, self._check_again)
         except NotThere as error:  # said before the first event
-            self._restore(adapter, error)
+            self._restore(adapter, error, began)
             yield from self._server.stream(_COMPLETIONS, {**body, "model": self._name(adapter)})
 
     def _name(self, adapter: str | None) -> str:
@@ -329,10 +332,13 @@ class VllmEngine:
                 ) from error
         if self._fixed_scores(there) == self._fixed_scores(self._model):
             raise Refused("the vLLM server answers in the adapter's name as the base does", where=self._settings.url)
+        self._registered[there] = time.monotonic()
 
-    def _restore(self, adapter: str | None, error: NotThere) -> None:
+    def _restore(self, adapter: str | None, error: NotThere, began: float) -> None:
         """A server that was started again has lost its adapters: look at it again, and load what was asked for."""
         with self._turn:
+            if self._registered.get(self._known.get(adapter or "", ""), 0.0) > began:
+                return  # another request's thread has done it meanwhile
             self._check_server()
             if adapter is None or not error.model:
                 raise Refused(f"the vLLM server has no such model: {error.what}", where=self._settings.url) from error
