@@ -117,7 +117,7 @@ def test_it_scores_as_the_embedded_engine_does(engine: VllmEngine, here: Embedde
     for name in (None, "a"):
         ours, theirs = engine.choose(questions, name), here.choose(questions, name)
         for one, other in zip(ours, theirs, strict=True):
-            assert one == pytest.approx(other, abs=0.1 * 6), "at most 0.1 nats a token"
+            assert one == pytest.approx(other, abs=0.3, rel=0.04)
         found[name] = ours
     apart = [
         abs(x - y) for one, other in zip(found[None], found["a"], strict=True) for x, y in zip(one, other, strict=True)

@@ -37,8 +37,9 @@ Given = TypeVar("Given")
 _COMPLETIONS = "/v1/completions"
 # A server takes what a request leaves out from the model's generation_config.json: nothing may be left out.
 _PLAIN = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-# llguidance, where the server runs it, allows the whitespace that the embedded engine does; xgrammar ignores the key.
-_JSON = {"x-guidance": {"whitespace_pattern": " ?"}}
+# llguidance, where the server runs it, then allows one space after a comma or colon and no other, so that no model goes
+# on with it for ever; xgrammar, its default, does not know the key.
+_JSON = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}}
 
 
 class VllmEngine:
