@@ -42,6 +42,7 @@ TOLERANCE: Mapping[Dtype, Mapping[str, float]] = {
     "bf16": {"max": 1.0, "mean": 0.1},
 }
 SERVED_TOLERANCE = 0.1
+_SCORED = 4  # answers that the engine itself scores: a server is asked token by token
 _LIKELIEST = 32  # tokens compared at each place ...
 _UNLIKELY = math.log(0.01)  # ... of those the reference gives more than this: what is rarer seldom reaches an answer
 
@@ -188,13 +189,15 @@ def _figures(answered: Sequence[Answered], reference: Sequence[Places], scores: 
 
 
 def _served(engine: Engine, adapter: str, answered: Sequence[Answered], reference: Sequence[Places]) -> dict[str, Any]:
-    """The engine's own log-probabilities of its answers, and whether the reference would have chosen them."""
-    questions = [Question(one.probe.messages, (one.text,)) for one in answered]
+    """The engine's own log-probabilities of some of its answers, and whether the reference would have chosen them all."""
+    scored = answered[:_SCORED]
+    questions = [Question(one.probe.messages, (one.text,)) for one in scored]
     largest, equal = 0.0, 0
     first: dict[str, Any] | None = None
-    for one, expected, (total,) in zip(answered, reference, engine.choose(questions, adapter), strict=True):
+    for expected, (total,) in zip(reference, engine.choose(questions, adapter), strict=False):
         apart = abs(total - float(expected.own.sum())) / len(expected.own)
         largest = max(largest, apart) if math.isfinite(apart) else math.inf
+    for one, expected in zip(answered, reference, strict=True):
         answer = torch.tensor(one.row.ids[-len(expected.own) :])
         decoded = len(answer) - (not one.ended)  # an answer cut for length has no end token of the engine's choice
         differs = (answer != expected.tokens[:, 0])[:decoded].nonzero()[:, 0].tolist()
@@ -203,6 +206,7 @@ def _served(engine: Engine, adapter: str, answered: Sequence[Answered], referenc
         elif first is None:
             first = _divergence(one, expected, differs[0], int(answer[differs[0]]))
     return {
+        "scored": len(scored),
         "max_difference": _rounded(largest),
         "equal_answers": equal,
         "first_divergence": first,
