@@ -148,7 +148,7 @@ def test_it_holds_answers_to_a_schema(engine: VllmEngine, here: EmbeddedEngine) 
         found = json.loads(answer.text)
         assert found.keys() == {"a", "n"}
         assert found["n"] in (1, 2, 3)
-        assert json.dumps(found) == answer.text or json.dumps(found, separators=(",", ":")) == answer.text
+        assert re.sub(r"(?<=[,:]) ", "", answer.text) == json.dumps(found, separators=(",", ":"))
 
 
 def test_what_is_served_is_what_was_trained(

@@ -189,7 +189,7 @@ def _figures(answered: Sequence[Answered], reference: Sequence[Places], scores: 
 
 
 def _served(engine: Engine, adapter: str, answered: Sequence[Answered], reference: Sequence[Places]) -> dict[str, Any]:
-    """The engine's own log-probabilities of some of its answers, and whether the reference would have chosen them all."""
+    """The engine's own log-probabilities of some answers; whether the reference would have chosen all of them."""
     scored = answered[:_SCORED]
     questions = [Question(one.probe.messages, (one.text,)) for one in scored]
     largest, equal = 0.0, 0
