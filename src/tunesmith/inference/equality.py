@@ -231,7 +231,7 @@ def _own(network: Network, linear: Linear) -> Scorer:
     def score(ids: Sequence[int], answer: int) -> Tensor:
         prompt = len(ids) - answer
         batch = lay_out([Rendered(tuple(ids), (False,) * prompt + (True,) * answer)])
-        hidden = forward(network, batch.ids, batch.positions, linear, shared_prefix_attention(batch, network))
+        hidden = forward(network, batch.ids, linear, shared_prefix_attention(batch, network))
         return logits(network, hidden[batch.predicts]).float().log_softmax(-1)
 
     return score

@@ -45,9 +45,7 @@ def expected_scores(base: BaseModel, ids: Sequence[int]) -> list[float]:
             return [float(score) for score in known["scores"]]
     network = load_network(base.folder)
     batch = lay_out([Rendered(tuple(ids), (False, *(True,) * (len(ids) - 1)))])
-    hidden = forward(
-        network, batch.ids, batch.positions, frozen_linear(network), shared_prefix_attention(batch, network)
-    )
+    hidden = forward(network, batch.ids, frozen_linear(network), shared_prefix_attention(batch, network))
     scores = logits(network, hidden[batch.predicts]).float().log_softmax(-1)
     each = scores.gather(1, batch.labels[:, None])[:, 0].tolist()  # of every id but the first
     found = [float(each[place - 1]) for place in places(ids)]
