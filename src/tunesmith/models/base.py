@@ -26,6 +26,7 @@ from tunesmith.store.store import Store
 
 # The only files that are read from a base's folder: no code, no pickles.
 _PLAIN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+INDEX = "model.safetensors.index.json"
 _TEMPLATE = "chat_template.jinja"
 _RENDERING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _TEMPLATE)
 _PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!-]+)")
@@ -101,7 +102,7 @@ def base_files(folder: Path) -> list[Path]:
         pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
         hint = f" ({', '.join(pickled)} would run code when loaded)" if pickled else ""
         raise Refused(f"no safetensors weights in the base's folder{hint}", where=str(folder), fix="convert them first")
-    named = [folder / name for name in (*_PLAIN, _TEMPLATE, "model.safetensors.index.json")]
+    named = [folder / name for name in (*_PLAIN, _TEMPLATE, INDEX)]
     found = weights + [path for path in named if path.is_file()]
     for required in ("config.json", "tokenizer.json"):
         if not (folder / required).is_file():
@@ -207,7 +208,7 @@ def _from_hub(repository: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "model.safetensors.index.json", *_PLAIN, _TEMPLATE]
+    wanted = ["*.safetensors", INDEX, *_PLAIN, _TEMPLATE]
     try:
         found = snapshot_download(
             repository, revision=revision, allow_patterns=wanted, cache_dir=cache_folder() / "hub", token=None
