@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,12 @@ from tunesmith.data.sources import find_files
 from tunesmith.evaluation.evaluate import evaluate as score_answers
 from tunesmith.evaluation.evaluate import evaluation_document
 from tunesmith.evaluation.general import general_digest, general_questions
-from tunesmith.evaluation.settings import Forgetting
+from tunesmith.evaluation.looks import record_evaluation
+from tunesmith.evaluation.probes.ground import digest_path, ground_of
+from tunesmith.evaluation.probes.items import ITEMS, encode_items
+from tunesmith.evaluation.probes.measuring import Risk
+from tunesmith.evaluation.probes.suites import ask, suite_of
+from tunesmith.evaluation.settings import Forgetting, Probe
 from tunesmith.evaluation.verdict import judge, verdict_document
 from tunesmith.inference.engine import Question
 from tunesmith.project import Project
@@ -49,13 +54,14 @@ if TYPE_CHECKING:
     from tunesmith.training.settings import TrainSettings
 
 # Bump a stage's number when what it computes from the same inputs changes.
-_REVISIONS = {"data": 1, "train": 1, "answer": 1, "probe": 1, "evaluate": 1, "gate": 1}
+_REVISIONS = {"data": 1, "train": 1, "answer": 1, "probe": 1, "risk": 1, "evaluate": 1, "gate": 2}
 # What a person must be allowed to do for a stage to be run.
 _ACTIONS = {
     "data": "data.build",
     "train": "training.run",
     "answer": "evaluation.run",
     "probe": "evaluation.run",
+    "risk": "evaluation.run",
     "evaluate": "evaluation.run",
     "gate": "evaluation.run",
 }
@@ -185,10 +191,13 @@ class Chain:
         if any(isinstance(gate, Forgetting) for gate in settings.gates.values()):
             tuned = [name for name in chosen if settings.candidates[name].train is not None]
             probes = {_BASE: self.probe(None), **{name: self.probe(name) for name in tuned}} if tuned else {}
+        risks = self.risks(chosen)
+        asked = {"risks": {suite: {name: asdict(each) for name, each in of.items()} for suite, of in risks.items()}}
         schema = self.project.schema
         inputs = {
             "answers": answers,
             "probes": probes,
+            **(asked if risks else {}),  # a project without risk probes keeps the evaluations it has
             "task": settings.task.model_dump(mode="json"),
             "schema": schema,
             "dataset": self.dataset.digest,
@@ -202,9 +211,55 @@ class Chain:
                 probes=probes,
                 task=settings.task,
                 answer_schema=schema,
+                risks=risks,
             )
 
-        return self._stage("evaluate", "evaluate", inputs, score)
+        evaluation = self._stage("evaluate", "evaluate", inputs, score)
+        record_evaluation(self.project.store, evaluation, self.project.actor(self.actor))
+        return evaluation
+
+    def risks(self, names: Sequence[str]) -> dict[str, dict[str, Risk]]:
+        """Answers to the risk probes that gates ask for: suite -> candidate's name -> digests."""
+        settings = self.project.settings
+        found: dict[str, dict[str, Risk]] = {}
+        for gate in settings.gates.values():
+            if isinstance(gate, Probe) and gate.suite not in found:
+                suite = suite_of(gate.suite)
+                for name in names:
+                    train = settings.candidates[name].train
+                    if (train is None and suite.untuned) or (train is not None and not train.permute_answers):
+                        before = self.risk(gate, name, before=True) if suite.before else None
+                        found.setdefault(gate.suite, {})[name] = Risk(self.risk(gate, name), before)
+        return found
+
+    def risk(self, gate: Probe, name: str, *, before: bool = False) -> str:
+        """Digest of a candidate's answers to a probe's items; before: under the base's weights."""
+        store, suite, dataset = self.project.store, suite_of(gate.suite), self.dataset
+        digest = self.candidate(name)
+        candidate = load_candidate(store, digest)
+        path = None if gate.path is None else self.project.root / gate.path
+        parents = {"base": self.base.digest} | ({"dataset": dataset.digest} if suite.own else {})
+        training = None if before else candidate.training
+        inputs = {
+            "suite": gate.suite,
+            "parents": parents,
+            "training": training,
+            "candidate": digest if suite.own else None,
+            "file": None if path is None else digest_path(path),
+        }
+
+        def measure(_work: Path) -> str:
+            answerer = Answerer(store, self.engine, candidate)
+            ground = ground_of(store, dataset, candidate, answerer, gate.rows, path, self.project.settings.data.privacy)
+            items = suite.items(ground)
+            began = time.perf_counter()
+            lines = ask(self.engine, self.load_adapter(training), items, candidate, self.progress)
+            body = {"suite": gate.suite, "n": len(items), "seconds": time.perf_counter() - began}
+            made = parents | ({"training": training} if training else {})
+            return self._keep_answers(made, lines, body, {ITEMS: encode_items(items)})
+
+        when = "before" if before else "after"
+        return self._stage(f"risk {gate.probe} {name} {when}", "risk", inputs, measure)
 
     def verdict(self, name: str | None = None) -> str:
         """Digest of the verdict on a candidate, by default the one that the project would release."""
@@ -219,7 +274,8 @@ class Chain:
         }
 
         def decide(_work: Path) -> str:
-            return judge(self.project.store, evaluation=evaluation, candidate=subject, gates=gates)
+            actor = self.project.actor(self.actor)
+            return judge(self.project.store, evaluation=evaluation, candidate=subject, gates=gates, actor=actor)
 
         return self._stage(f"gate {subject}", "gate", inputs, decide)
 
@@ -403,10 +459,15 @@ class Chain:
         return self._keep_answers({"candidate": digest, "dataset": dataset.digest}, lines, body)
 
     def _keep_answers(
-        self, parents: Mapping[str, str], lines: Sequence[Mapping[str, Any]], body: Mapping[str, Any]
+        self,
+        parents: Mapping[str, str],
+        lines: Sequence[Mapping[str, Any]],
+        body: Mapping[str, Any],
+        files: Mapping[str, bytes] | None = None,
     ) -> str:
         data = b"".join(canonical(dict(line)) + b"\n" for line in lines)
-        blobs = {"answers.jsonl": self.project.store.put_bytes(data)}
+        whole = {"answers.jsonl": data, **(files or {})}
+        blobs = {name: self.project.store.put_bytes(content) for name, content in whole.items()}
         return self.project.store.put_record(Record(kind="answers", parents=parents, blobs=blobs, body=body))
 
     def load_adapter(self, training: str | None) -> str | None:
