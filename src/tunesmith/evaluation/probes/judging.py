@@ -73,9 +73,9 @@ def _canaries(case: Case) -> Shown:
     most = math.log2(len(controls.ids) + 1)
     levels: dict[int, Interval] = {}
     for times in counts:
-        arm = case.arm(str(times))
-        found = numbers.exposures(arm.after, controls.after)
-        levels[times] = interval(found, arm.ids, ends=(0.0, most), confidence=case.confidence, seed=case.seed)
+        levels[times] = numbers.exposure_interval(
+            case.arm(str(times)).after, controls.after, confidence=case.confidence, seed=case.seed
+        )
     shown = levels[judged]
     if shown.high - shown.low > _WIDEST_BITS:
         raise Inconclusive(
@@ -87,7 +87,10 @@ def _canaries(case: Case) -> Shown:
         f"secrets planted {judged} times have an exposure of {_between(shown, '{:.1f}')} bits among "
         f"{len(controls.ids)} controls, where 1.4 is chance and {most:.1f} the most"
     )
-    return Shown(shown, sentence, {"exposure": usable, "controls": len(controls.ids)})
+    # Under the base's weights, which never saw them: what chance gave these very canaries.
+    chance = numbers.exposures(_before(case.arm(str(judged))), _before(controls))
+    extra = {"exposure": usable, "controls": len(controls.ids), "before": rounded(float(chance.mean()))}
+    return Shown(shown, sentence, extra)
 
 
 def _membership(case: Case) -> Shown:

@@ -60,6 +60,39 @@ def exposures(planted: Floats, controls: Floats) -> Floats:
     return np.asarray(np.log2(len(controls) + 1.0) - np.log2(better + 1.0), dtype=np.float64)
 
 
+def exposure_interval(planted: Floats, controls: Floats, *, confidence: float, seed: int) -> Interval:
+    """The mean exposure with its interval: a Bayesian bootstrap of the canaries and of the controls they rank among.
+
+    One more canary is added, not exposed at all for the lower end and wholly for the upper; one more control does as
+    well as any canary for the lower end and worse than any for the upper. So neither few canaries nor few controls
+    seem to say more than they do.
+    """
+    tail, draws = _tail_of(confidence)
+    most = math.log2(len(controls) + 1.0)
+    better = (controls[None, :] >= planted[:, None]).astype(np.float64)
+    random = np.random.RandomState(seed)
+    weights = random.standard_exponential((draws, len(planted) + 1))
+    among = random.standard_exponential((draws, len(controls) + 1))
+    above, whole = among[:, :-1] @ better.T, among.sum(axis=1)[:, None]
+    ends = []
+    for extra_rank, extra_bits in ((among[:, -1:], 0.0), (0.0, most)):
+        bits = np.minimum(-np.log2(np.maximum((above + extra_rank) / whole, 2.0**-most)), most)
+        total = (weights[:, :-1] * bits).sum(axis=1) + weights[:, -1] * extra_bits
+        ends.append(total / weights.sum(axis=1))
+    mean = float(exposures(planted, controls).mean())
+    low, high = np.quantile(ends[0], tail, method="lower"), np.quantile(ends[1], 1.0 - tail, method="higher")
+    return Interval(mean, min(float(low), mean), max(float(high), mean))
+
+
+def _tail_of(confidence: float) -> tuple[float, int]:
+    """One side's share, and as many draws as place it."""
+    tail = (1.0 - confidence) / 2.0
+    draws = max(_DRAWS, math.ceil(_TAIL_DRAWS / tail))
+    if draws > _MOST_DRAWS:
+        raise Inconclusive(f"a confidence of {confidence} is beyond what {_MOST_DRAWS} draws can show")
+    return tail, draws
+
+
 def auc(members: Floats, others: Floats) -> float:
     """The probability that a member's value is above another's, ties half: Mann and Whitney's U over all pairs."""
     above = (members[:, None] > others[None, :]).mean() + 0.5 * (members[:, None] == others[None, :]).mean()
@@ -79,10 +112,7 @@ def auc_interval(
 
     As in statistics.py each side gets one more group, whose pairs are all lost for the lower end and won for the upper.
     """
-    tail = (1.0 - confidence) / 2.0
-    draws = max(_DRAWS, math.ceil(_TAIL_DRAWS / tail))
-    if draws > _MOST_DRAWS:
-        raise Inconclusive(f"a confidence of {confidence} is beyond what {_MOST_DRAWS} draws can show")
+    tail, draws = _tail_of(confidence)
     left, right = (np.unique(np.asarray(groups), return_inverse=True)[1] for groups in (member_groups, other_groups))
     pairs = (members[:, None] > others[None, :]) + 0.5 * (members[:, None] == others[None, :])
     table = np.zeros((left.max() + 1, right.max() + 1))
@@ -97,7 +127,7 @@ def auc_interval(
     low = np.quantile(won / everything, tail, method="lower")
     high = np.quantile((won + everything - seen[0] * seen[1]) / everything, 1.0 - tail, method="higher")
     mean = auc(members, others)
-    return Interval(mean, min(float(low), mean), max(float(high), mean))
+    return Interval(mean, min(float(low), mean), max(min(float(high), 1.0), mean))
 
 
 def found_at_1_percent(members: Floats, others: Floats) -> Floats:
