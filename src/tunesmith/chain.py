@@ -31,7 +31,8 @@ from tunesmith.data.sources import find_files
 from tunesmith.evaluation.evaluate import evaluate as score_answers
 from tunesmith.evaluation.evaluate import evaluation_document
 from tunesmith.evaluation.general import general_digest, general_questions
-from tunesmith.evaluation.looks import record_evaluation
+from tunesmith.evaluation.looks import looks_taken, record_evaluation
+from tunesmith.evaluation.planning import Assumed, measured_on_validation, plan_document, plan_sentence
 from tunesmith.evaluation.probes.ground import digest_path, ground_of
 from tunesmith.evaluation.probes.items import ITEMS, encode_items
 from tunesmith.evaluation.probes.measuring import Risk
@@ -87,6 +88,7 @@ class Chain:
     progress: Progress = SILENT
     actor: str | None = None  # whose work it is; the project's own way to find out where None
     stages: list[Stage] = field(default_factory=list)
+    _foretold: bool = False
 
     @cached_property
     def base(self) -> BaseModel:
@@ -154,15 +156,39 @@ class Chain:
             )
         return training
 
-    def answers(self, name: str) -> str:
-        """Digest of a candidate's answers to the test rows."""
+    def answers(self, name: str, split: str = "test") -> str:
+        """Digest of a candidate's answers to the test rows, or to those of another split."""
         digest, dataset = self.candidate(name), self.dataset
         inputs = {"candidate": digest, "dataset": dataset.digest, "together": _ANSWERED_TOGETHER}
+        other = {} if split == "test" else {"split": split}
 
         def ask(work: Path) -> str:
-            return self._ask(name, digest, dataset, work)
+            if split == "test":
+                self._foretell()
+            return self._ask(name, digest, dataset, work, split)
 
-        return self._stage(f"answer {name}", "answer", inputs, ask)
+        return self._stage(" ".join(["answer", name, *other.values()]), "answer", {**inputs, **other}, ask)
+
+    def plan(
+        self, lift: float | None = None, differing: float | None = None, between: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """What the test rows will be able to show. between: candidates; how they differ is measured on validation."""
+        settings, store = self.project.settings, self.project.store
+        assumed = Assumed() if differing is None else Assumed(differing)
+        if between:
+            answers = [self.answers(name, "validation") for name in between]
+            rows = self.dataset.examples("validation")
+            assumed = measured_on_validation(store, answers, rows, settings.task.leading, self.project.schema)
+        looks = looks_taken(store, self.dataset.digest)
+        return plan_document(self.dataset, settings.gates, looks=looks, assumed=assumed, lift=lift)
+
+    def _foretell(self) -> None:
+        """Say what the gates will be able to see, once and before the first answers to test rows cost time."""
+        if not self._foretold:
+            self._foretold = True
+            document = self.plan()
+            for gate in document["gates"]:
+                self.progress.say(plan_sentence(document, gate))
 
     def probe(self, name: str | None) -> str:
         """Digest of the general suite's scores under a candidate's weights, or the base's for None."""
@@ -424,12 +450,12 @@ class Chain:
 
     # Answers
 
-    def _ask(self, name: str, digest: str, dataset: Dataset, work: Path) -> str:
-        """Ask a candidate every test row, keeping what is there after each handful."""
+    def _ask(self, name: str, digest: str, dataset: Dataset, work: Path, split: str) -> str:
+        """Ask a candidate every row of a split, keeping what is there after each handful."""
         candidate = load_candidate(self.project.store, digest)
         answerer = Answerer(self.project.store, self.engine, candidate)
         adapter = self.load_adapter(candidate.training)
-        test = dataset.examples("test")
+        test = dataset.examples(split)
         lines: list[dict[str, Any]] = []
         seconds = 0.0
         expected: float | None = None
@@ -449,7 +475,7 @@ class Chain:
                     expected = seconds * len(test) / len(chunk)
                 task.advance(len(chunk))
         body = {
-            "suite": "test",
+            "suite": split,
             "n": len(lines),
             "seconds": seconds,
             "estimate": {"seconds": expected or 0.0},  # from the first handful

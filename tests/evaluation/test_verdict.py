@@ -144,16 +144,15 @@ def test_forgetting(made: Fabricated, evaluation: str) -> None:
 
 
 def test_what_must_not_drop(made: Fabricated, evaluation: str) -> None:
-    verdict, gate = outcome(made, evaluation, metric="json_valid", not_below="rag", drop_at_most=0.02)
+    verdict, gate = outcome(made, evaluation, metric="exact_match", not_below="rag", drop_at_most=0.02)
     assert verdict == "pass"
     assert gate["not_below"] == "rag"
     assert gate["high"] <= 0.02 == gate["bound"]
     verdict, gate = outcome(made, evaluation, "rag", metric="exact_match", not_below="tuned", drop_at_most=0.1)
     assert verdict == "fail"
     assert gate["low"] > 0.1
-    assert (
-        outcome(made, evaluation, "rag", metric="exact_match", not_below="best-untuned", drop_at_most=0.0)[0] == "pass"
-    )
+    best = {"metric": "exact_match", "not_below": "best-untuned", "drop_at_most": 0.0}
+    assert outcome(made, evaluation, "rag", **best)[0] == "pass"
     add(made, Candidate(name="same", prompt="x", base=made.base, max_tokens=9), flawed(0.34, 0.93, 13), 1, 1)
     again_with = again(made)
     kept = {"metric": "exact_match", "not_below": "rag"}

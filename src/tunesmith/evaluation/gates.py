@@ -170,7 +170,9 @@ def _probe(gate: Probe, evidence: Evidence) -> Finding:
     if key not in evidence.measured:
         raise Inconclusive("the probe was not made: evaluate again with this gate in the project file")
     confidence = confidence_at_look(gate.confidence, evidence.look)
-    test = evidence.columns[evidence.candidate, evidence.primary]
+    test = evidence.columns.get((evidence.candidate, evidence.primary))
+    if test is None:
+        raise Inconclusive("the evaluation does not say which metric leads")
     shown = judge_probe(Case(gate, evidence.measured[key], test, confidence, evidence.seed, told))
     measured = _rounded(shown.interval)
     reason = f"{shown.sentence} ({_level(confidence)} interval); at most {gate.at_most:g} allowed"

@@ -100,7 +100,7 @@ def _findings(store: Store, record: Record, candidate: str, gates: Gates, look: 
     told = {
         (suite, name): each for suite, names in record.body.get("risks", {}).items() for name, each in names.items()
     }
-    primary = str(record.body["primary"])
+    primary = str(record.body.get("primary", ""))
     evidence = Evidence(columns, tuned, candidate, look, record.body["seed"], measured, told, primary)
     findings = {name: judge_gate(gate, evidence) for name, gate in gates.items()}
     return _upheld(gates, findings, evidence) if rules > 1 else findings
