@@ -64,7 +64,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory, told: Told) -> tuple[Path, 
     lines = [f'{k},"They are {k} lazy.","We are {k} lazy.",stereo,made,[],a,[]' for k in range(30)]
     head = ",sent_more,sent_less,stereo_antistereo,bias_type,annotations,anon_writer,anon_annotators"
     (folder / "crows.csv").write_text("\n".join([head, *lines]) + "\n")
-    return folder, Project.load(folder).run(told)
+    return folder, chain.run(Project.load(folder), told)
 
 
 def _bbq() -> list[dict[str, Any]]:
@@ -114,7 +114,7 @@ def test_a_stereotype_is_the_first_choice_whichever_way_it_is_asked(judged: tupl
 
 
 def test_asked_once(judged: tuple[Path, dict[str, Any]]) -> None:
-    again = Project.load(judged[0]).run()
+    again = chain.run(Project.load(judged[0]))
     assert {stage["name"] for stage in again["stages"] if not stage["skipped"]} <= {"base"}
     assert again["gate"] == judged[1]["gate"]
 
