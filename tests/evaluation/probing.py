@@ -57,9 +57,10 @@ def codes(n: int, seed: int) -> list[Example]:
 
 @dataclass
 class Bench:
-    """A tiny random base with its engine, and trainings on it."""
+    """A base, by default a tiny random one, with its engine, and trainings on it."""
 
     folder: Path
+    spec: str | None = None  # another base than the tiny one
 
     @cached_property
     def store(self) -> Store:
@@ -67,6 +68,8 @@ class Bench:
 
     @cached_property
     def base(self) -> BaseModel:
+        if self.spec is not None:
+            return resolve_base(self.store, self.spec, self.folder)
         folder = self.folder / "model"
         if not folder.exists():
             write_model(folder)
