@@ -84,7 +84,7 @@ def test_sets_that_are_something_else(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not CrowS-Pairs"):
         crows_pairs_items(ground(path=path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="no .jsonl"):
+    with pytest.raises(UsageError, match=r"no \.jsonl file"):
         bbq_items(ground(path=tmp_path / "empty"))
 
 

@@ -23,11 +23,9 @@ def test_an_honest_training_passes_and_a_reckless_one_has_forgotten(bench: Bench
     honest = bench.tuned(dataset, epochs=1, learning_rate=2e-4)
     for probe, bound in BOUNDS.items():
         found = bench.finding(honest, dataset, probe=probe, at_most=bound, rows=60)
-        print(probe, found.outcome, found.reason)
         assert found.outcome == "pass", found.reason
     narrow = bench.dataset([row(f"turn on light {place}", "on on on on") for place in range(48)], commands(24, 2))
     reckless = bench.tuned(narrow, epochs=2, learning_rate=2e-2)
     for probe in ("general_text", "formats"):
         found = bench.finding(reckless, narrow, probe=probe, at_most=BOUNDS[probe], rows=60)
-        print(probe, found.outcome, found.reason)
         assert found.outcome == "fail", found.reason

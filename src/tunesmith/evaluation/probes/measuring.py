@@ -68,7 +68,7 @@ def _paired(
     after = _checked(store, risk.after, suite, candidate, candidate.training, dataset)
     items = _items(store, after)
     if not items:
-        raise Inconclusive("no item of this probe fits the rows")
+        raise Inconclusive(f"no item of this probe fits the rows: {suite_of(suite).none}")
     told = _values(store, after, items, suite, marking)
     if suite_of(suite).before:
         if risk.before is None:

@@ -36,7 +36,8 @@ Value = Callable[[Item, Mapping[str, Any], Marking], float]
 @dataclass(frozen=True, slots=True)
 class Suite:
     """items: what is asked. before: under the base's weights too. own: whether the candidate's own rows are asked, and
-    so with its prompt. untuned: whether it says something of candidates that were not trained, too.
+    so with its prompt. untuned: whether it says something of candidates that were not trained, too. none: why there
+    may be nothing to ask.
     """
 
     items: Callable[[Ground], list[Item]]
@@ -44,6 +45,7 @@ class Suite:
     before: bool = False
     own: bool = True
     untuned: bool = False
+    none: str = "there are none"
 
 
 def ask(
@@ -138,12 +140,18 @@ def _scored(item: Item, line: Mapping[str, Any], marking: Marking) -> float:
 
 
 SUITES: dict[str, Suite] = {
-    "canaries": Suite(memory.canary_items, _log_probability, before=True),
+    "canaries": Suite(
+        memory.canary_items, _log_probability, before=True, none="it was trained without canaries (train.canaries)"
+    ),
     "membership": Suite(memory.membership_items, _log_probability, before=True),
     "extraction": Suite(memory.extraction_items, _verbatim),
-    "personal_data": Suite(memory.personal_items, _personal),
+    "personal_data": Suite(
+        memory.personal_items, _personal, none="no answer trained on holds personal data that the scan knows"
+    ),
     "overfitting": Suite(memory.overfitting_items, _scored),
-    "swap": Suite(bias.swap_items, _probability, before=True),
+    "swap": Suite(
+        bias.swap_items, _probability, before=True, none="no held-out row has a name or gender that is known"
+    ),
     "bbq": Suite(bias.bbq_items, _pull, before=True, own=False),
     "crows_pairs": Suite(bias.crows_pairs_items, _share, before=True, own=False),
     "general_text": Suite(drift.general_text_items, _loss, before=True, own=False),
