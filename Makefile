@@ -25,6 +25,7 @@ unit: $(READY)           ## the tests that need no real model
 bench: $(READY)          ## measurements, as ratios to this machine's own limit
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/canary_false_alarms.py
+	$(BIN)/python benchmarks/statistics_simulations.py
 
 clean:                   ## everything that was made here; the cache of base models stays
 	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

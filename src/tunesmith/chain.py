@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,13 @@ from tunesmith.data.sources import find_files
 from tunesmith.evaluation.evaluate import evaluate as score_answers
 from tunesmith.evaluation.evaluate import evaluation_document
 from tunesmith.evaluation.general import general_digest, general_questions
-from tunesmith.evaluation.settings import Forgetting
+from tunesmith.evaluation.looks import looks_taken, record_evaluation
+from tunesmith.evaluation.planning import Assumed, measured_on_validation, plan_document, plan_sentence
+from tunesmith.evaluation.probes.ground import digest_path, ground_of
+from tunesmith.evaluation.probes.items import ITEMS, encode_items
+from tunesmith.evaluation.probes.measuring import Risk
+from tunesmith.evaluation.probes.suites import ask, suite_of
+from tunesmith.evaluation.settings import Forgetting, Probe
 from tunesmith.evaluation.verdict import judge, verdict_document
 from tunesmith.inference.engine import Question
 from tunesmith.inference.opening import engine_kind, open_engine
@@ -51,13 +57,14 @@ if TYPE_CHECKING:
     from tunesmith.training.settings import TrainSettings
 
 # Bump a stage's number when what it computes from the same inputs changes.
-_REVISIONS = {"data": 1, "train": 1, "answer": 1, "probe": 1, "evaluate": 1, "gate": 1}
+_REVISIONS = {"data": 1, "train": 1, "answer": 1, "probe": 1, "risk": 1, "evaluate": 1, "gate": 2}
 # What a person must be allowed to do for a stage to be run.
 _ACTIONS = {
     "data": "data.build",
     "train": "training.run",
     "answer": "evaluation.run",
     "probe": "evaluation.run",
+    "risk": "evaluation.run",
     "evaluate": "evaluation.run",
     "gate": "evaluation.run",
 }
@@ -83,6 +90,7 @@ class Chain:
     progress: Progress = SILENT
     actor: str | None = None  # whose work it is; the project's own way to find out where None
     stages: list[Stage] = field(default_factory=list)
+    _foretold: bool = False
 
     @cached_property
     def base(self) -> BaseModel:
@@ -154,15 +162,39 @@ class Chain:
             )
         return training
 
-    def answers(self, name: str) -> str:
-        """Digest of a candidate's answers to the test rows."""
+    def answers(self, name: str, split: str = "test") -> str:
+        """Digest of a candidate's answers to the test rows, or to those of another split."""
         digest, dataset = self.candidate(name), self.dataset
         inputs = {"candidate": digest, "dataset": dataset.digest, "together": _ANSWERED_TOGETHER, **self._engine_kind}
+        other = {} if split == "test" else {"split": split}
 
         def ask(work: Path) -> str:
-            return self._ask(name, digest, dataset, work)
+            if split == "test":
+                self._foretell()
+            return self._ask(name, digest, dataset, work, split)
 
-        return self._stage(f"answer {name}", "answer", inputs, ask)
+        return self._stage(" ".join(["answer", name, *other.values()]), "answer", {**inputs, **other}, ask)
+
+    def plan(
+        self, lift: float | None = None, differing: float | None = None, between: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """What the test rows will be able to show. between: candidates; how they differ is measured on validation."""
+        settings, store = self.project.settings, self.project.store
+        assumed = Assumed() if differing is None else Assumed(differing)
+        if between:
+            answers = [self.answers(name, "validation") for name in between]
+            rows = self.dataset.examples("validation")
+            assumed = measured_on_validation(store, answers, rows, settings.task.leading, self.project.schema)
+        looks = looks_taken(store, self.dataset.digest)
+        return plan_document(self.dataset, settings.gates, looks=looks, assumed=assumed, lift=lift)
+
+    def _foretell(self) -> None:
+        """Say what the gates will be able to see, once and before the first answers to test rows cost time."""
+        if not self._foretold:
+            self._foretold = True
+            document = self.plan()
+            for gate in document["gates"]:
+                self.progress.say(plan_sentence(document, gate))
 
     def probe(self, name: str | None) -> str:
         """Digest of the general suite's scores under a candidate's weights, or the base's for None."""
@@ -192,10 +224,13 @@ class Chain:
         if any(isinstance(gate, Forgetting) for gate in settings.gates.values()):
             tuned = [name for name in chosen if settings.candidates[name].train is not None]
             probes = {_BASE: self.probe(None), **{name: self.probe(name) for name in tuned}} if tuned else {}
+        risks = self.risks(chosen)
+        asked = {"risks": {suite: {name: asdict(each) for name, each in of.items()} for suite, of in risks.items()}}
         schema = self.project.schema
         inputs = {
             "answers": answers,
             "probes": probes,
+            **(asked if risks else {}),  # a project without risk probes keeps the evaluations it has
             "task": settings.task.model_dump(mode="json"),
             "schema": schema,
             "dataset": self.dataset.digest,
@@ -209,9 +244,57 @@ class Chain:
                 probes=probes,
                 task=settings.task,
                 answer_schema=schema,
+                risks=risks,
             )
 
-        return self._stage("evaluate", "evaluate", inputs, score)
+        evaluation = self._stage("evaluate", "evaluate", inputs, score)
+        record_evaluation(self.project.store, evaluation, self.project.actor(self.actor))
+        return evaluation
+
+    def risks(self, names: Sequence[str]) -> dict[str, dict[str, Risk]]:
+        """Answers to the risk probes that gates ask for: suite -> candidate's name -> digests."""
+        settings = self.project.settings
+        found: dict[str, dict[str, Risk]] = {}
+        for gate in settings.gates.values():
+            if isinstance(gate, Probe) and gate.suite not in found:
+                suite = suite_of(gate.suite)
+                for name in names:
+                    train = settings.candidates[name].train
+                    if (train is None and suite.untuned) or (train is not None and not train.permute_answers):
+                        before = self.risk(gate, name, before=True) if suite.before else None
+                        found.setdefault(gate.suite, {})[name] = Risk(self.risk(gate, name), before)
+        return found
+
+    def risk(self, gate: Probe, name: str, *, before: bool = False) -> str:
+        """Digest of a candidate's answers to a probe's items; before: under the base's weights."""
+        store, suite, dataset = self.project.store, suite_of(gate.suite), self.dataset
+        digest = self.candidate(name)
+        candidate = load_candidate(store, digest)
+        path = None if gate.path is None else self.project.root / gate.path
+        parents = {"base": self.base.digest} | ({"dataset": dataset.digest} if suite.own else {})
+        training = None if before else candidate.training
+        inputs = {
+            "suite": gate.suite,
+            "parents": parents,
+            "training": training,
+            "candidate": digest if suite.own else None,
+            "file": None if path is None else digest_path(path),
+            **self._engine_kind,
+        }
+
+        def measure(_work: Path) -> str:
+            answerer = Answerer(store, self.engine, candidate)
+            ground = ground_of(store, dataset, candidate, answerer, gate.rows, path, self.project.settings.data.privacy)
+            items = suite.items(ground)
+            began = time.perf_counter()
+            lines = ask(self.engine, self.load_adapter(training), items, candidate, self.progress)
+            spent = time.perf_counter() - began
+            body = {"suite": gate.suite, **self._engine_kind, "n": len(items), "seconds": spent}
+            made = parents | ({"training": training} if training else {})
+            return self._keep_answers(made, lines, body, {ITEMS: encode_items(items)})
+
+        when = "before" if before else "after"
+        return self._stage(f"risk {gate.probe} {name} {when}", "risk", inputs, measure)
 
     def verdict(self, name: str | None = None) -> str:
         """Digest of the verdict on a candidate, by default the one that the project would release."""
@@ -226,7 +309,8 @@ class Chain:
         }
 
         def decide(_work: Path) -> str:
-            return judge(self.project.store, evaluation=evaluation, candidate=subject, gates=gates)
+            actor = self.project.actor(self.actor)
+            return judge(self.project.store, evaluation=evaluation, candidate=subject, gates=gates, actor=actor)
 
         return self._stage(f"gate {subject}", "gate", inputs, decide)
 
@@ -375,12 +459,12 @@ class Chain:
 
     # Answers
 
-    def _ask(self, name: str, digest: str, dataset: Dataset, work: Path) -> str:
-        """Ask a candidate every test row, keeping what is there after each handful."""
+    def _ask(self, name: str, digest: str, dataset: Dataset, work: Path, split: str) -> str:
+        """Ask a candidate every row of a split, keeping what is there after each handful."""
         candidate = load_candidate(self.project.store, digest)
         answerer = Answerer(self.project.store, self.engine, candidate)
         adapter = self.load_adapter(candidate.training)
-        test = dataset.examples("test")
+        test = dataset.examples(split)
         lines: list[dict[str, Any]] = []
         seconds = 0.0
         expected: float | None = None
@@ -400,7 +484,7 @@ class Chain:
                     expected = seconds * len(test) / len(chunk)
                 task.advance(len(chunk))
         body = {
-            "suite": "test",
+            "suite": split,
             **self._engine_kind,
             "n": len(lines),
             "seconds": seconds,
@@ -411,10 +495,15 @@ class Chain:
         return self._keep_answers({"candidate": digest, "dataset": dataset.digest}, lines, body)
 
     def _keep_answers(
-        self, parents: Mapping[str, str], lines: Sequence[Mapping[str, Any]], body: Mapping[str, Any]
+        self,
+        parents: Mapping[str, str],
+        lines: Sequence[Mapping[str, Any]],
+        body: Mapping[str, Any],
+        files: Mapping[str, bytes] | None = None,
     ) -> str:
         data = b"".join(canonical(dict(line)) + b"\n" for line in lines)
-        blobs = {"answers.jsonl": self.project.store.put_bytes(data)}
+        whole = {"answers.jsonl": data, **(files or {})}
+        blobs = {name: self.project.store.put_bytes(content) for name, content in whole.items()}
         return self.project.store.put_record(Record(kind="answers", parents=parents, blobs=blobs, body=body))
 
     def load_adapter(self, training: str | None) -> str | None:

@@ -22,8 +22,33 @@ _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
-    for verb in (evaluate, gate, compare, report):
+    for verb in (plan, evaluate, gate, compare, report):
         app.command()(verb)
+
+
+def plan(
+    lift: Annotated[
+        float | None, typer.Option(help="The true lift hoped for, 0.1 is ten points; by default five above each bound.")
+    ] = None,
+    differing: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of rows on which the two differ; by default 0.3.")
+    ] = None,
+    between: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="NAME NAME", help="Measure that share on the validation rows, with these candidates."),
+    ] = None,
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """Say before a run what the test rows can show, and how many it takes to see a lift."""
+    from tunesmith.chain import Chain
+    from tunesmith.core.errors import UsageError
+    from tunesmith.project import open_project
+
+    if differing is not None and between is not None:
+        raise UsageError("the share that differs is either given or measured", fix="leave one of the options out")
+    document = Chain(open_project(directory), Terminal()).plan(lift, differing, between or ())
+    emit(document, as_json, lambda console: show_plan(console, document))
 
 
 def evaluate(
@@ -128,6 +153,30 @@ def show_evaluation(console: Console, document: Mapping[str, Any]) -> None:
         change = f"{-drop['mean'] * 100:+.1f} points [{-drop['high'] * 100:+.1f}, {-drop['low'] * 100:+.1f}]"
         console.print(f"general ability of {name} against its base: {change}", markup=False)
     console.print(f"intervals are {document['confidence']:.0%} confidence intervals over groups", style="dim")
+
+
+def show_plan(console: Console, document: Mapping[str, Any]) -> None:
+    """Each comparing gate: what these rows can show, and how many would show what is hoped for."""
+    from tunesmith.evaluation.planning import plan_sentence
+    from tunesmith.evaluation.wording import points
+
+    for gate in document["gates"]:
+        console.print(plan_sentence(document, gate), markup=False)
+        needed = f"{gate['needed']:,} rows" if gate["needed"] else "no number of rows"
+        console.print(
+            f"  a true difference of {points(gate['lift'])} points passes with {gate['power']:.0%}; "
+            f"{needed} of this grouping would pass it with {document['wanted_power']:.0%}",
+            markup=False,
+        )
+    if not document["gates"]:
+        console.print("no gate compares two candidates, so there is nothing to plan", markup=False)
+    basis = "measured on the validation rows" if document["measured"] else "assumed: --between measures it"
+    console.print(
+        f"how the two differ is {basis}; rows of one group correlate by {document['correlation']:.2f}; "
+        f"{document['looks']} candidates have been looked at on these test rows",
+        style="dim",
+        markup=False,
+    )
 
 
 def show_verdict(console: Console, document: Mapping[str, Any]) -> None:

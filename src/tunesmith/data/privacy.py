@@ -130,6 +130,10 @@ class Scanner:
         replace = _replacer(spellings)
         return Scan(tuple(_replaced(message, replace) for message in messages), counts)
 
+    def values(self, messages: Sequence[Message]) -> list[tuple[str, str]]:
+        """(entity, value) of everything found in the messages, as it stands there."""
+        return [found for text in _texts(messages) for found in self._find(text)]
+
     def _find(self, text: str) -> list[tuple[str, str]]:
         """(entity, value) of findings that do not overlap: secrets first, then the longest, then the surest."""
         spans = [(2.0, *_secret_span(match), SECRET) for pattern in self._secrets for match in pattern.finditer(text)]

@@ -64,6 +64,18 @@ def read_answers(store: Store, digest: str, name: str, dataset: Dataset, test: S
     return Answers(digest, record.parents["candidate"], candidate, lines, float(seconds))
 
 
+def read_lines(store: Store, digest: str, suite: str, expected: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Answers to the rows of another split, id -> line, one for each expected id. Raises Inconclusive otherwise."""
+    record = store.record(digest, kind="answers")
+    where = f"answers {short(digest)}"
+    if record.body.get("suite") != suite:
+        raise Inconclusive(f"these are answers to {record.body.get('suite')!r}, not to the {suite} rows", where=where)
+    lines = _by_id(store, record, where, expected)
+    if any(not isinstance(line.get("text"), str) for line in lines.values()):
+        raise Inconclusive("an answer without text", where=where)
+    return lines
+
+
 def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: str, candidate: Candidate) -> None:
     """Refuse a candidate that learned from, or shows in its prompt, a row or a group of the test rows."""
     held_texts = {_texts(example.messages) for example in test}

@@ -13,6 +13,9 @@ from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.evaluation.answers import BASE, Answers, check_held_out, read_answers, read_probe
 from tunesmith.evaluation.general import general_digest, general_questions
+from tunesmith.evaluation.probes.items import MEASUREMENTS, encode_measurements
+from tunesmith.evaluation.probes.measuring import Risk, measure
+from tunesmith.evaluation.probes.suites import Marking
 from tunesmith.evaluation.scorers import score
 from tunesmith.evaluation.scores import GENERAL, SCORES, Column, as_body, column, drop, encode_scores, rounded
 from tunesmith.evaluation.settings import TaskSettings
@@ -33,12 +36,14 @@ def evaluate(
     task: TaskSettings,
     answer_schema: dict[str, Any] | None,
     seed: int = 0,
+    risks: Mapping[str, Mapping[str, Risk]] | None = None,
 ) -> str:
     """Score answers and keep an evaluation record; returns its digest. The same arguments give the same digest.
 
     dataset: digest of the dataset version whose test rows were answered. answers: candidate name -> digest of its
     answers record. probes: "base" and tuned candidates' names -> digest of their answers to the general suite (may be
-    empty; a forgetting gate is then inconclusive). seed: of the resampling.
+    empty; a forgetting gate is then inconclusive). seed: of the resampling. risks: suite -> candidate name -> answers
+    to the risk probes; a probe's gate without them is inconclusive.
     Raises Inconclusive for answers that do not fit the rows, Refused where test rows were learned from, UsageError for
     names that do not fit.
     """
@@ -57,6 +62,8 @@ def evaluate(
         _scored(name, metric, those, test, answer_schema) for name, those in given.items() for metric in task.scorers
     ]
     general, stated_probes = _probed(store, probes, given, seed)
+    marking = Marking(task.leading, answer_schema)
+    measurements, stated_risks = _measured(store, risks or {}, given, dataset, marking)
     groups = tuple(example.group for example in test)
     body = {
         "n": len(test),
@@ -69,12 +76,17 @@ def evaluate(
         "candidates": _stated(given, columns, seed),
         "probes": stated_probes,
     }
+    if stated_risks:
+        body["risks"] = stated_risks
     parents = {
         "dataset": dataset,
         **{f"answers:{name}": digest for name, digest in answers.items()},
         **{f"probe:{name}": digest for name, digest in probes.items()},
+        **_risk_parents(risks or {}),
     }
     blobs = {SCORES: store.put_bytes(encode_scores([*columns, *general]))}
+    if measurements:
+        blobs[MEASUREMENTS] = store.put_bytes(encode_measurements(measurements))
     return store.put_record(Record(kind="evaluation", parents=parents, blobs=blobs, body=body))
 
 
@@ -96,7 +108,38 @@ def evaluation_document(store: Store, digest: str) -> dict[str, Any]:
         "prices": {name: dict(stated["price"]) for name, stated in candidates.items()},
         "cut": {name: stated["cut"] for name, stated in candidates.items()},
         "probes": body["probes"],
+        "risks": body.get("risks", {}),
     }
+
+
+def _measured(
+    store: Store,
+    risks: Mapping[str, Mapping[str, Risk]],
+    given: Mapping[str, Answers],
+    dataset: str,
+    marking: Marking,
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The risk probes' measurements, and what the record says of them by suite and candidate."""
+    lines: list[dict[str, Any]] = []
+    told: dict[str, dict[str, Any]] = {}
+    for suite, names in sorted(risks.items()):
+        for name, risk in sorted(names.items()):
+            if name not in given:
+                raise UsageError(f"the probe {suite!r} is of {name!r}, which is not evaluated")
+            found, said = measure(store, suite, given[name].candidate, risk, dataset, marking)
+            lines += found
+            told.setdefault(suite, {})[name] = said
+    return lines, told
+
+
+def _risk_parents(risks: Mapping[str, Mapping[str, Risk]]) -> dict[str, str]:
+    found = {}
+    for suite, names in risks.items():
+        for name, risk in names.items():
+            found[f"risk:{suite}:{name}"] = risk.after
+            if risk.before is not None:
+                found[f"before:{suite}:{name}"] = risk.before
+    return found
 
 
 def _scored(name: str, metric: str, answers: Answers, test: Sequence[Example], schema: dict[str, Any] | None) -> Column:

@@ -57,6 +57,7 @@ Digest = Annotated[str, AfterValidator(_digest)]
 Time = Annotated[str, AfterValidator(_time)]
 Name = Annotated[str, AfterValidator(_named)]
 Scope = Annotated[str, AfterValidator(lambda text: text and _named(text))]
+CANARIES = "trained with canaries"  # a mark of a version
 
 
 class Statement(BaseModel):
@@ -82,6 +83,8 @@ class Statement(BaseModel):
     records: list[Digest]
     blobs: list[Digest]
     audit: Head
+    # What whoever serves it must know: see marks_of. Absent from versions made before there were any.
+    marks: list[str] = Field(default_factory=list)
 
 
 class Version(BaseModel):
@@ -101,6 +104,7 @@ class Version(BaseModel):
     signer: str
     created_at: str
     expires_at: str | None = None
+    marks: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -223,6 +227,12 @@ def check_replay(store: Store, verdict: str) -> None:
             where=str(store.record_path(verdict)),
             fix="evaluate and judge the candidate: tunesmith gate",
         )
+
+
+def marks_of(records: Mapping[str, Record], candidate: str) -> list[str]:
+    """What a candidate's own records say against serving it: that its weights were trained with canaries."""
+    training = records[candidate].parents.get("training")
+    return [CANARIES] if training and records[training].body.get("settings", {}).get("canaries") else []
 
 
 def adapter_blobs(records: Mapping[str, Record], candidate: str) -> dict[str, str]:

@@ -32,6 +32,7 @@ from tunesmith.registry.release import (
     check_release,
     check_replay,
     check_scopes,
+    marks_of,
     parse_label,
     read_version,
     version_folder,
@@ -334,6 +335,7 @@ def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key
         records=sorted(plan.records),
         blobs=sorted(blobs_of(plan.records.values())),
         audit=audit.newest(session),
+        marks=marks_of(plan.records, plan.parents["candidate"]),
     )
     record = Record(kind="version", parents=plan.parents, blobs=plan.blobs, body=statement.model_dump(mode="json"))
     target = version_folder(store.root, plan.name, number)

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
+from tunesmith.training.canaries import plant
 from tunesmith.training.settings import TrainSettings
 
 
 def training_rows(examples: Sequence[Example], settings: TrainSettings) -> list[Example]:
-    """The rows of a training: drawn by the seed where `rows` bounds them, their answers dealt round for a control."""
+    """The rows of a training: drawn by the seed where `rows` bounds them, their answers dealt round for a control.
+
+    Canaries, where they are asked for, come last and on top of `rows`.
+    """
     chosen = list(examples)
     draw = random.Random(settings.seed)
     if settings.rows is not None and settings.rows < len(chosen):
@@ -23,4 +27,4 @@ def training_rows(examples: Sequence[Example], settings: TrainSettings) -> list[
             example.model_copy(update={"messages": (*example.request, Message(role="assistant", content=answer))})
             for example, answer in zip(chosen, dealt, strict=True)
         ]
-    return chosen
+    return plant(chosen, settings.canaries) if settings.canaries else chosen
