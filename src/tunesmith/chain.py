@@ -11,26 +11,30 @@ import difflib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.candidates.answering import Answerer, compose, turns_only
-from tunesmith.candidates.candidate import Candidate, load_candidate, put_candidate
-from tunesmith.candidates.settings import CandidateSettings
+from tunesmith.candidates.answering import Answerer, compose
+from tunesmith.candidates.asking import TOGETHER, ask, keep_answers
+from tunesmith.candidates.candidate import Candidate, RemoteModel, load_candidate, put_candidate
+from tunesmith.candidates.search import found_choice, search_prompts, with_choice
+from tunesmith.candidates.settings import CandidateSettings, Search
 from tunesmith.candidates.shots import choose_shots
-from tunesmith.core.digests import canonical, digest_file, digest_of, short
+from tunesmith.core.digests import digest_file, digest_of, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import lock, write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.build import build_dataset, dataset_document
 from tunesmith.data.dataset import Dataset, Example, load_dataset
+from tunesmith.data.documents import build_documents, document_files
 from tunesmith.data.sources import find_files
 from tunesmith.evaluation.evaluate import evaluate as score_answers
 from tunesmith.evaluation.evaluate import evaluation_document
 from tunesmith.evaluation.general import general_digest, general_questions
+from tunesmith.evaluation.scorers import score
 from tunesmith.evaluation.settings import Forgetting
 from tunesmith.evaluation.verdict import judge, verdict_document
 from tunesmith.inference.engine import Question
@@ -40,7 +44,6 @@ from tunesmith.registry.versions import register as register_version
 from tunesmith.store import database
 from tunesmith.store.identities import require
 from tunesmith.store.recalls import recalled
-from tunesmith.store.records import Record
 from tunesmith.training.rows import training_rows
 
 if TYPE_CHECKING:
@@ -49,17 +52,18 @@ if TYPE_CHECKING:
     from tunesmith.training.settings import TrainSettings
 
 # Bump a stage's number when what it computes from the same inputs changes.
-_REVISIONS = {"data": 1, "train": 1, "answer": 1, "probe": 1, "evaluate": 1, "gate": 1}
+_REVISIONS = {"data": 1, "documents": 1, "train": 1, "search": 1, "answer": 1, "probe": 1, "evaluate": 1, "gate": 1}
 # What a person must be allowed to do for a stage to be run.
 _ACTIONS = {
     "data": "data.build",
+    "documents": "data.build",
+    "search": "evaluation.run",
     "train": "training.run",
     "answer": "evaluation.run",
     "probe": "evaluation.run",
     "evaluate": "evaluation.run",
     "gate": "evaluation.run",
 }
-_ANSWERED_TOGETHER = 64  # rows whose answers are kept at once: what kill -9 can undo
 _GENERAL = "general"
 _BASE = "base"
 
@@ -134,7 +138,35 @@ class Chain:
         if settings.train is not None:
             training = self._train(name, candidate, settings.train, restart)
             candidate = candidate.model_copy(update={"training": training})
+        elif settings.weights is not None:
+            candidate = candidate.model_copy(update={"training": self.training(settings.weights)})
         return put_candidate(self.project.store, candidate)
+
+    @cached_property
+    def documents(self) -> str:
+        """Digest of the project's documents, read and cut into passages. Raises UsageError where it names none."""
+        project, settings = self.project, self.project.settings.documents
+        if settings is None:
+            raise UsageError("no documents are named to look things up in", where="documents", fix="add documents:")
+        privacy, tokens = project.settings.data.privacy, self.engine.special_tokens
+        inputs = {
+            "settings": settings.model_dump(mode="json"),
+            "files": {file.name: digest_file(file.path) for file in document_files(settings, project.root)},
+            "privacy": privacy.model_dump(mode="json"),
+            "tokens": list(tokens),
+        }
+
+        def build(_work: Path) -> str:
+            return build_documents(project.store, settings, project.root, privacy, tokens)
+
+        return self._stage("documents", "documents", inputs, build)
+
+    def answerer(self, candidate: Candidate) -> Answerer:
+        """A candidate of the project ready to answer: its weights loaded, its endpoint known."""
+        settings = self.project.settings.candidates.get(candidate.name)
+        engine = self.engine if candidate.asks_base else None
+        self.load_adapter(candidate.training)
+        return Answerer(self.project.store, engine, candidate, settings.endpoint if settings else None)
 
     def training(self, name: str, restart: bool = False) -> str:
         """Digest of a candidate's training. Raises UsageError for a candidate that has none."""
@@ -151,7 +183,7 @@ class Chain:
     def answers(self, name: str) -> str:
         """Digest of a candidate's answers to the test rows."""
         digest, dataset = self.candidate(name), self.dataset
-        inputs = {"candidate": digest, "dataset": dataset.digest, "together": _ANSWERED_TOGETHER}
+        inputs = {"candidate": digest, "dataset": dataset.digest, "together": TOGETHER}
 
         def ask(work: Path) -> str:
             return self._ask(name, digest, dataset, work)
@@ -172,7 +204,9 @@ class Chain:
             seconds = time.perf_counter() - began
             lines = [{"id": question.id, "scores": each} for question, each in zip(questions, scores, strict=True)]
             parents = {"base": self.base.digest} | ({"training": training} if training else {})
-            return self._keep_answers(parents, lines, {"suite": _GENERAL, "n": len(lines), "seconds": seconds})
+            return keep_answers(
+                self.project.store, parents, lines, {"suite": _GENERAL, "n": len(lines), "seconds": seconds}
+            )
 
         return self._stage(f"probe {name or _BASE}", "probe", inputs, measure)
 
@@ -183,7 +217,7 @@ class Chain:
         answers = {name: self.answers(name) for name in chosen}
         probes: dict[str, str] = {}
         if any(isinstance(gate, Forgetting) for gate in settings.gates.values()):
-            tuned = [name for name in chosen if settings.candidates[name].train is not None]
+            tuned = [name for name in chosen if settings.candidates[name].adapted]
             probes = {_BASE: self.probe(None), **{name: self.probe(name) for name in tuned}} if tuned else {}
         schema = self.project.schema
         inputs = {
@@ -232,7 +266,11 @@ class Chain:
         if len(tuned) == 1:
             return tuned[0]
         body = self.project.store.record(evaluation, kind="evaluation").body
-        means = {name: body["candidates"][name]["metrics"][body["primary"]]["mean"] for name in settings.candidates}
+        # What an endpoint answers can be measured, not released.
+        own = [name for name, each in settings.candidates.items() if each.endpoint is None]
+        if not own:
+            raise UsageError("only endpoints are measured, and none can be released", where="candidates")
+        means = {name: body["candidates"][name]["metrics"][body["primary"]]["mean"] for name in own}
         return max(means, key=lambda name: (means[name], name))
 
     def settings_of(self, name: str) -> CandidateSettings:
@@ -295,7 +333,7 @@ class Chain:
         known = self.project.settings.candidates
         for name in names or ():
             self.settings_of(name)
-        return sorted(names or known, key=lambda name: known[name].train is not None)
+        return sorted(names or known, key=lambda name: known[name].adapted)
 
     @property
     def _row_tokens(self) -> int:
@@ -306,40 +344,95 @@ class Chain:
     # Candidates and training
 
     def _untrained(self, name: str, settings: CandidateSettings) -> Candidate:
-        path = self.project.root / settings.prompt
-        try:
-            prompt = path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"the prompt cannot be read: {error}", where=f"candidates.{name}.prompt", fix=f"write {path}"
-            ) from error
+        base, most, method = self.base.digest, settings.max_tokens, settings.method
+        if settings.prompt is None:  # a floor
+            dataset = self.dataset.digest
+            return Candidate(name=name, base=base, prompt="", max_tokens=most, method=method, dataset=dataset)
         schema = self.project.schema if settings.constrain else None
         if settings.constrain and schema is None:
             raise UsageError(
                 "there is no schema to hold answers to", where=f"candidates.{name}.constrain", fix="set task.schema"
             )
-        shots = choose_shots(self.dataset.examples("train"), settings.shots) if settings.shots else []
-        looks_up = bool(shots) or settings.retrieve is not None
-        return Candidate(
+        retrieve, shots, endpoint = settings.retrieve, settings.wanted_shots, settings.endpoint
+        from_documents = retrieve is not None and retrieve.from_ == "documents"
+        # Tuned ones name it too: the drift watch compares requests with what they were trained on.
+        named = shots or settings.adapted or settings.search or (retrieve is not None and not from_documents)
+        candidate = Candidate(
             name=name,
-            base=self.base.digest,
-            prompt=prompt,
-            max_tokens=settings.max_tokens,
-            shots=tuple(turns_only(example.messages) for example in shots),
-            retrieve=settings.retrieve,
+            base=base,
+            max_tokens=most,
+            prompt=self._prompt(name, settings.prompt),
+            retrieve=retrieve,
             answer_schema=None if schema is None else json.dumps(schema, ensure_ascii=False),
-            # Tuned ones name it too: the drift watch compares requests with what they were trained on.
-            dataset=self.dataset.digest if looks_up or settings.train is not None else None,
+            dataset=self.dataset.digest if named else None,
+            documents=self.documents if from_documents else None,
+            embedder=self._embedder if retrieve is not None and retrieve.by != "bm25" else None,
+            endpoint=None if endpoint is None else RemoteModel(url=endpoint.url, model=endpoint.model),
         )
+        if settings.search is not None:
+            return self._searched(candidate, settings.search)
+        chosen = choose_shots(self.dataset.examples("train"), shots.count, shots.choose) if shots else []
+        return with_choice(candidate, candidate.prompt, chosen)
+
+    def _prompt(self, name: str, file: str) -> str:
+        path = self.project.root / file
+        try:
+            return path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"the prompt cannot be read: {error}", where=f"candidates.{name}.prompt", fix=f"write {path}"
+            ) from error
+
+    @cached_property
+    def _embedder(self) -> str:
+        from tunesmith.models.embedding import find_embedder
+
+        return find_embedder(self.progress).digest
+
+    def _searched(self, candidate: Candidate, settings: Search) -> Candidate:
+        """The candidate with the prompt and the shots that a search on validation rows found best."""
+        prompts = [candidate.prompt, *(self._prompt(candidate.name, file) for file in settings.prompts)]
+        task, schema = self.project.settings.task, self.project.schema
+        inputs = {
+            "candidate": candidate.model_dump(mode="json", by_alias=True, exclude={"name"}),
+            "prompts": prompts,
+            "settings": settings.model_dump(mode="json"),
+            "metric": task.leading,
+            "schema": schema,
+        }
+
+        def find(work: Path) -> str:
+            def scored(example: Example, text: str) -> float:
+                return score(task.leading, text, example.answer, schema)
+
+            return search_prompts(
+                self.project.store,
+                settings,
+                candidate,
+                prompts,
+                self.dataset,
+                self.answerer,
+                scored,
+                work,
+                self.progress,
+            )
+
+        digest = self._stage(f"search {candidate.name}", "search", inputs, find)
+        chosen = with_choice(candidate, *found_choice(self.project.store, digest, self.dataset))
+        return chosen.model_copy(update={"search": digest})
 
     def _train(self, name: str, candidate: Candidate, settings: TrainSettings, restart: bool) -> str:
-        if candidate.shots or candidate.retrieve:
+        if candidate.shots:
             raise UsageError(
-                "a candidate with shots or retrieval cannot be trained: the rows would hold their own answers",
+                "a candidate with shots cannot be trained: some rows would hold their own answers",
                 where=f"candidates.{name}",
-                fix="remove shots and retrieve, or train",
+                fix="remove shots or train; or name another's adapter with weights:",
             )
+        looks_up = {key: getattr(candidate, key) for key in ("documents", "embedder") if getattr(candidate, key)}
+        if candidate.retrieve is not None:
+            looks_up["retrieve"] = candidate.retrieve.model_dump(mode="json", by_alias=True)
         inputs = {
+            **looks_up,
             "base": self.base.digest,
             "dataset": self.dataset.digest,
             "prompt": candidate.prompt,
@@ -349,8 +442,14 @@ class Chain:
         def fit(work: Path) -> str:
             from tunesmith.training.train import TrainingRow, train
 
+            answerer = Answerer(self.project.store, self.engine, candidate)
+
             def rows(examples: Sequence[Example]) -> list[TrainingRow]:
-                return [TrainingRow(each.id, compose(candidate, each.messages)) for each in examples]
+                # Looked up without the row's own group, as it will be for requests of groups that were never seen.
+                return [
+                    TrainingRow(each.id, compose(candidate, each.messages, answerer.without_group(each)))
+                    for each in examples
+                ]
 
             return train(
                 self.project.store,
@@ -371,43 +470,13 @@ class Chain:
     def _ask(self, name: str, digest: str, dataset: Dataset, work: Path) -> str:
         """Ask a candidate every test row, keeping what is there after each handful."""
         candidate = load_candidate(self.project.store, digest)
-        answerer = Answerer(self.project.store, self.engine, candidate)
-        adapter = self.load_adapter(candidate.training)
         test = dataset.examples("test")
-        lines: list[dict[str, Any]] = []
-        seconds = 0.0
-        expected: float | None = None
-        with self.progress.task(f"{name} answers {len(test)} rows", len(test)) as task:
-            for number, chunk in enumerate(_chunks(test)):
-                kept = work / f"{number:05d}.json"
-                if not kept.is_file():
-                    began = time.perf_counter()
-                    asked = [answerer.generation(example.request) for example in chunk]
-                    given = self.engine.generate(asked, adapter)
-                    written = {"seconds": time.perf_counter() - began, "lines": _lines(chunk, given)}
-                    write_atomic(kept, json.dumps(written).encode())
-                part = json.loads(kept.read_bytes())
-                lines += part["lines"]
-                seconds += part["seconds"]
-                if expected is None:
-                    expected = seconds * len(test) / len(chunk)
-                task.advance(len(chunk))
-        body = {
-            "suite": "test",
-            "n": len(lines),
-            "seconds": seconds,
-            "estimate": {"seconds": expected or 0.0},  # from the first handful
-            "prompt_tokens": sum(line["prompt_tokens"] for line in lines),
-            "completion_tokens": sum(line["completion_tokens"] for line in lines),
-        }
-        return self._keep_answers({"candidate": digest, "dataset": dataset.digest}, lines, body)
-
-    def _keep_answers(
-        self, parents: Mapping[str, str], lines: Sequence[Mapping[str, Any]], body: Mapping[str, Any]
-    ) -> str:
-        data = b"".join(canonical(dict(line)) + b"\n" for line in lines)
-        blobs = {"answers.jsonl": self.project.store.put_bytes(data)}
-        return self.project.store.put_record(Record(kind="answers", parents=parents, blobs=blobs, body=body))
+        if candidate.endpoint is not None:
+            self.progress.say(f"{name}: the requests of {len(test)} held-out rows are sent to {candidate.endpoint.url}")
+        answerer = self.answerer(candidate)
+        asked = ask(answerer, test, work, f"{name} answers {len(test)} rows", self.progress)
+        parents = {"candidate": digest, "dataset": dataset.digest}
+        return keep_answers(self.project.store, parents, asked.lines, asked.body("test"))
 
     def load_adapter(self, training: str | None) -> str | None:
         """Make a training's adapter answerable; returns the name to ask for."""
@@ -538,21 +607,3 @@ def training_document(project: Project, digest: str) -> dict[str, Any]:
     )
     adapter = project.store.blob_path(record.blobs["adapter_model.safetensors"])
     return {"training": digest, "adapter": str(adapter), **{key: body[key] for key in shown}}
-
-
-def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    for start in range(0, len(examples), _ANSWERED_TOGETHER):
-        yield examples[start : start + _ANSWERED_TOGETHER]
-
-
-def _lines(chunk: Sequence[Example], given: Sequence[Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": example.id,
-            "text": completion.text,
-            "finish": completion.finish,
-            "prompt_tokens": completion.prompt_tokens,
-            "completion_tokens": completion.completion_tokens,
-        }
-        for example, completion in zip(chunk, given, strict=True)
-    ]

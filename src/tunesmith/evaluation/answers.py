@@ -13,6 +13,7 @@ from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Dataset, Example, load_dataset
+from tunesmith.data.documents import Documents
 from tunesmith.evaluation.general import GeneralQuestion, right_share
 from tunesmith.evaluation.scores import GENERAL, Column, column
 from tunesmith.store.records import Record
@@ -70,6 +71,8 @@ def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: s
     held_ids, held_groups = {example.id for example in test}, {example.group for example in test}
     if any(_texts(shot) in held_texts for shot in candidate.shots):
         raise Refused(f"{name!r} shows a test row in its prompt", fix="choose shots among the training rows")
+    if candidate.documents is not None:
+        _check_documents(store, test, name, candidate.documents)
     learned = {candidate.dataset} - {None}
     if candidate.training is not None:
         learned.add(store.record(candidate.training, kind="training").parents["dataset"])
@@ -82,6 +85,24 @@ def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: s
                     where=f"dataset {short(digest)}",
                     fix="train and evaluate on one dataset version, whose split holds whole groups out",
                 )
+
+
+def _check_documents(store: Store, test: Sequence[Example], name: str, documents: str) -> None:
+    """Refuse documents of which a passage holds a test row's request and its answer, word for word."""
+    passages = [_flat(passage.text) for passage in Documents(store, documents).passages]
+    together = "\0".join(passages)
+    for example in test:
+        asked, answer = _flat(example.request[-1].content), _flat(example.answer)
+        if asked in together and any(asked in text and answer in text.replace(asked, "") for text in passages):
+            raise Refused(
+                f"a passage that {name!r} looks things up in holds the test row {example.id!r} with its answer",
+                where=f"documents {short(documents)}",
+                fix="take the document out, or the row",
+            )
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
 
 
 def read_probe(

@@ -128,6 +128,14 @@ def _candidates(
 
 def _how(store: Store, candidate: Candidate) -> str:
     parts = []
+    if candidate.method != "model":
+        floors = {"nearest": "the answer of the nearest training example", "classifier": "TF-IDF, logistic regression"}
+        return f"a floor without a language model: {floors[candidate.method]}"
+    if candidate.endpoint is not None:
+        parts.append(f"an outside endpoint, {candidate.endpoint.model}; cannot be released")
+    if candidate.search is not None:
+        found = store.record(candidate.search, kind="search").body
+        parts.append(f"found by {len(found['tries'])} tries on {found['rows']} validation rows")
     if candidate.training is not None:
         settings = store.record(candidate.training, kind="training").body.get("settings", {})
         rank = settings.get("rank")
@@ -137,7 +145,11 @@ def _how(store: Store, candidate: Candidate) -> str:
     if candidate.shots:
         parts.append(f"{len(candidate.shots)} fixed examples in the prompt")
     if candidate.retrieve is not None:
-        parts.append(f"{candidate.retrieve.k} retrieved examples in the prompt")
+        what = "passages of documents" if candidate.documents is not None else "examples"
+        by = "" if candidate.retrieve.by == "bm25" else f", {candidate.retrieve.by}"
+        parts.append(f"{candidate.retrieve.k} retrieved {what} in the prompt{by}")
+    if candidate.answer_schema is not None:
+        parts.append("held to the schema")
     return ", ".join(parts) or "prompt alone"
 
 
