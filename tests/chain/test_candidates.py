@@ -174,8 +174,7 @@ def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
     verdict = chain.gate(project, name="rival")
     with pytest.raises(Refused, match="answered by an endpoint"):
         chain.register(project, verdict, actor=project.actor())
-    text = (project.root / "tunesmith.yaml").read_text() + "release: rival
-"
+    text = (project.root / "tunesmith.yaml").read_text() + "release: rival\n"
     with pytest.raises(UsageError, match="cannot be released"):
         parse_settings(text.encode(), "x")
 
