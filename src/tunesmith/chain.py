@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.answering import Answerer, compose
-from tunesmith.candidates.asking import TOGETHER, ask, keep_answers
+from tunesmith.candidates.asking import TOGETHER, Likelihoods, ask, keep_answers
 from tunesmith.candidates.candidate import Candidate, RemoteModel, load_candidate, put_candidate
 from tunesmith.candidates.search import found_choice, search_prompts, with_choice
 from tunesmith.candidates.settings import CandidateSettings, Search
@@ -26,16 +26,18 @@ from tunesmith.candidates.shots import choose_shots
 from tunesmith.core.digests import digest_file, digest_of, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import lock, write_atomic
+from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.build import build_dataset, dataset_document
 from tunesmith.data.dataset import Dataset, Example, load_dataset
 from tunesmith.data.documents import build_documents, document_files
 from tunesmith.data.sources import find_files
+from tunesmith.evaluation.declared import Answered, JudgeScorer, function_digests, make_scoring, metric_of
+from tunesmith.evaluation.evaluate import Costs, evaluation_document
 from tunesmith.evaluation.evaluate import evaluate as score_answers
-from tunesmith.evaluation.evaluate import evaluation_document
 from tunesmith.evaluation.general import general_digest, general_questions
-from tunesmith.evaluation.scorers import score
-from tunesmith.evaluation.settings import Forgetting
+from tunesmith.evaluation.judging import judge_answers
+from tunesmith.evaluation.settings import Forgetting, TaskSettings
 from tunesmith.evaluation.verdict import judge, verdict_document
 from tunesmith.inference.engine import Question
 from tunesmith.project import Project
@@ -52,7 +54,17 @@ if TYPE_CHECKING:
     from tunesmith.training.settings import TrainSettings
 
 # Bump a stage's number when what it computes from the same inputs changes.
-_REVISIONS = {"data": 1, "documents": 1, "train": 1, "search": 1, "answer": 1, "probe": 1, "evaluate": 1, "gate": 1}
+_REVISIONS = {
+    "data": 1,
+    "documents": 1,
+    "train": 1,
+    "search": 1,
+    "answer": 1,
+    "judge": 1,
+    "probe": 1,
+    "evaluate": 1,
+    "gate": 1,
+}
 # What a person must be allowed to do for a stage to be run.
 _ACTIONS = {
     "data": "data.build",
@@ -60,10 +72,12 @@ _ACTIONS = {
     "search": "evaluation.run",
     "train": "training.run",
     "answer": "evaluation.run",
+    "judge": "evaluation.run",
     "probe": "evaluation.run",
     "evaluate": "evaluation.run",
     "gate": "evaluation.run",
 }
+_MOST_LABELS = 64
 _GENERAL = "general"
 _BASE = "base"
 
@@ -184,11 +198,13 @@ class Chain:
         """Digest of a candidate's answers to the test rows."""
         digest, dataset = self.candidate(name), self.dataset
         inputs = {"candidate": digest, "dataset": dataset.digest, "together": TOGETHER}
+        choices = self._choices
+        inputs |= {"choices": list(choices)} if choices else {}
 
-        def ask(work: Path) -> str:
-            return self._ask(name, digest, dataset, work)
+        def answer(work: Path) -> str:
+            return self._ask(name, digest, choices, work)
 
-        return self._stage(f"answer {name}", "answer", inputs, ask)
+        return self._stage(f"answer {name}", "answer", inputs, answer)
 
     def probe(self, name: str | None) -> str:
         """Digest of the general suite's scores under a candidate's weights, or the base's for None."""
@@ -220,12 +236,27 @@ class Chain:
             tuned = [name for name in chosen if settings.candidates[name].adapted]
             probes = {_BASE: self.probe(None), **{name: self.probe(name) for name in tuned}} if tuned else {}
         schema = self.project.schema
+        judged = {
+            (name, judge.name): self.judged(name, answers[name], judge)
+            for judge in settings.task.judges
+            for name in chosen
+        }
+        endpoints = {name: each.endpoint for name, each in settings.candidates.items() if each.endpoint}
+        tokens = {name: each.price for name, each in endpoints.items() if each.price and name in chosen}
+        functions = function_digests(settings.task.scorers, self.project.root)
+        later = {
+            "judged": {f"{metric}:{name}": digest for (name, metric), digest in judged.items()},
+            "prices": settings.prices.model_dump(mode="json") if settings.prices else {},
+            "tokens": {name: price.model_dump(mode="json") for name, price in tokens.items()},
+            "functions": functions,
+        }
         inputs = {
             "answers": answers,
             "probes": probes,
-            "task": settings.task.model_dump(mode="json"),
+            "task": _task_inputs(settings.task),
             "schema": schema,
             "dataset": self.dataset.digest,
+            **{key: value for key, value in later.items() if value},
         }
 
         def score(_work: Path) -> str:
@@ -236,9 +267,25 @@ class Chain:
                 probes=probes,
                 task=settings.task,
                 answer_schema=schema,
+                root=self.project.root,
+                judged=judged,
+                costs=Costs(settings.prices, tokens),
             )
 
         return self._stage("evaluate", "evaluate", inputs, score)
+
+    def judged(self, name: str, answers: str, scorer: JudgeScorer) -> str:
+        """Digest of what a judge said of a candidate's answers."""
+        dataset = self.dataset
+        question = {"model": scorer.judge.model, "url": scorer.judge.url, "question": scorer.question}
+        inputs = {"answers": answers, "metric": scorer.name, **question}
+
+        def ask_judge(work: Path) -> str:
+            self.progress.say(f"{scorer.name}: held-out rows and answers are sent to {scorer.judge.url}")
+            test = dataset.examples("test")
+            return judge_answers(self.project.store, scorer, answers, dataset.digest, test, work, self.progress)
+
+        return self._stage(f"{scorer.name} judges {name}", "judge", inputs, ask_judge)
 
     def verdict(self, name: str | None = None) -> str:
         """Digest of the verdict on a candidate, by default the one that the project would release."""
@@ -402,8 +449,11 @@ class Chain:
         }
 
         def find(work: Path) -> str:
+            leading = next(scorer for scorer in task.scorers if metric_of(scorer) == task.leading)
+            scoring = make_scoring(leading, schema, self.project.root)
+
             def scored(example: Example, text: str) -> float:
-                return score(task.leading, text, example.answer, schema)
+                return scoring(Answered(text, example.answer, example.request))
 
             return search_prompts(
                 self.project.store,
@@ -467,16 +517,42 @@ class Chain:
 
     # Answers
 
-    def _ask(self, name: str, digest: str, dataset: Dataset, work: Path) -> str:
+    @cached_property
+    def _choices(self) -> tuple[str, ...]:
+        """The labels whose likelihood is asked for beside every answer; none where no scorer wants that."""
+        if not any(scorer.calibrate for scorer in self.project.settings.task.labels):
+            return ()
+        found = sorted({example.answer for example in self.dataset.examples("train")})
+        if len(found) > _MOST_LABELS:
+            raise UsageError(
+                f"{len(found)} distinct answers are too many to ask the likelihood of each (at most {_MOST_LABELS})",
+                where="task.scorers, calibrate",
+                fix="leave calibrate out",
+            )
+        return tuple(found)
+
+    def _ask(self, name: str, digest: str, choices: Sequence[str], work: Path) -> str:
         """Ask a candidate every test row, keeping what is there after each handful."""
-        candidate = load_candidate(self.project.store, digest)
+        candidate, dataset = load_candidate(self.project.store, digest), self.dataset
         test = dataset.examples("test")
         if candidate.endpoint is not None:
             self.progress.say(f"{name}: the requests of {len(test)} held-out rows are sent to {candidate.endpoint.url}")
         answerer = self.answerer(candidate)
-        asked = ask(answerer, test, work, f"{name} answers {len(test)} rows", self.progress)
+        title = f"{name} answers {len(test)} rows"
+        asked = ask(answerer, test, work, title, self.progress, self._likelihoods(candidate, choices))
         parents = {"candidate": digest, "dataset": dataset.digest}
         return keep_answers(self.project.store, parents, asked.lines, asked.body("test"))
+
+    def _likelihoods(self, candidate: Candidate, choices: Sequence[str]) -> Likelihoods | None:
+        if not choices or not candidate.asks_base:
+            return None
+        engine = self.engine
+
+        def likelihoods(conversations: Sequence[Sequence[Message]]) -> list[dict[str, float]]:
+            questions = [Question(tuple(turns), tuple(choices)) for turns in conversations]
+            return [dict(zip(choices, each, strict=True)) for each in engine.choose(questions, candidate.training)]
+
+        return likelihoods
 
     def load_adapter(self, training: str | None) -> str | None:
         """Make a training's adapter answerable; returns the name to ask for."""
@@ -490,6 +566,15 @@ class Chain:
         self.engine.load_adapter(training, folder)
         shutil.rmtree(folder)
         return training
+
+
+def _task_inputs(task: TaskSettings) -> dict[str, Any]:
+    """What of the task an evaluation depends on: not how a judge is reached, which its own stage knows."""
+    stated = task.model_dump(mode="json")
+    for scorer in stated["scorers"]:
+        if isinstance(scorer, dict):
+            scorer.pop("judge", None)
+    return stated
 
 
 def tuned_names(project: Project) -> list[str]:

@@ -17,6 +17,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.settings import Settings
 from tunesmith.data.documents import DocumentSettings
 from tunesmith.data.settings import DataSettings
+from tunesmith.evaluation.prices import PriceSettings
 from tunesmith.evaluation.settings import Gates, TaskSettings, check_gates
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.rollout.settings import RolloutSettings
@@ -43,6 +44,9 @@ class ProjectSettings(Settings):
         Field(description="the documents that `retrieve: {from: documents}` looks things up in"),
     ] = None
     task: Annotated[TaskSettings, Field(description="what a right answer is")] = TaskSettings()
+    prices: Annotated[
+        PriceSettings | None, Field(description="what computing costs; without it reports name seconds and tokens only")
+    ] = None
     candidates: Annotated[
         dict[str, CandidateSettings], Field(min_length=1, description="the rival ways to answer, by name")
     ]
@@ -67,7 +71,7 @@ class ProjectSettings(Settings):
         for name, candidate in self.candidates.items():
             _check_candidate(name, candidate, self)
         try:
-            check_gates(self.gates, self.task.scorers, self.candidates)
+            check_gates(self.gates, self.task.metrics, self.candidates)
         except UsageError as error:
             raise ValueError(f"{error.where}: {error.what}") from error
         return self

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tunesmith.candidates.endpoint import RemoteCompletion
 from tunesmith.candidates.floor import Confident
 from tunesmith.core.digests import canonical
 from tunesmith.core.files import write_atomic
+from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import Example
 from tunesmith.inference.engine import Completion
@@ -44,8 +46,22 @@ class Asked:
         } | ({"served_by": served} if served else {})
 
 
-def ask(answerer: Answerer, examples: Sequence[Example], work: Path, title: str, progress: Progress = SILENT) -> Asked:
-    """Answers to the examples' requests in order. work: a folder where they are kept, and found after a stop."""
+# Conversations -> for each the log-probability of every label.
+Likelihoods = Callable[[Sequence[Sequence[Message]]], list[dict[str, float]]]
+
+
+def ask(
+    answerer: Answerer,
+    examples: Sequence[Example],
+    work: Path,
+    title: str,
+    progress: Progress = SILENT,
+    likelihoods: Likelihoods | None = None,
+) -> Asked:
+    """Answers to the examples' requests in order. work: a folder where they are kept, and found after a stop.
+
+    likelihoods: asked after the clock has stopped, to state how sure each answer is; an answer that is no label has 0.
+    """
     lines: list[dict[str, Any]] = []
     seconds, expected = 0.0, 0.0
     with progress.task(title, len(examples)) as task:
@@ -57,6 +73,9 @@ def ask(answerer: Answerer, examples: Sequence[Example], work: Path, title: str,
                 given = answerer.responder.generate(asked, answerer.adapter)
                 spent = time.perf_counter() - began
                 told = [_line(answerer, *pair) for pair in zip(chunk, given, strict=True)]
+                if likelihoods is not None:
+                    for line, sums in zip(told, likelihoods([one.messages for one in asked]), strict=True):
+                        line["confidence"] = _confidence(line["text"], sums)
                 write_atomic(kept, json.dumps({"seconds": spent, "lines": told}).encode())
             part = json.loads(kept.read_bytes())
             lines += part["lines"]
@@ -91,6 +110,14 @@ def _line(answerer: Answerer, example: Example, completion: Completion) -> dict[
     if isinstance(completion, RemoteCompletion) and completion.served_by:
         line["served_by"] = completion.served_by
     return line
+
+
+def _confidence(text: str, sums: Mapping[str, float]) -> float:
+    """The answer's share of the labels' probability."""
+    if text not in sums:
+        return 0.0
+    largest = max(sums.values())
+    return round(math.exp(sums[text] - largest) / math.fsum(math.exp(each - largest) for each in sums.values()), 6)
 
 
 def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
