@@ -15,6 +15,8 @@ from tunesmith.evaluation.advice import advise
 from tunesmith.evaluation.answers import ANSWERS, BASE
 from tunesmith.evaluation.compare import comparison_document, side_of_candidate
 from tunesmith.evaluation.evaluate import evaluation_document
+from tunesmith.evaluation.levers import levers, lift_by_group
+from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.scores import GENERAL, Column, read_scores
 from tunesmith.evaluation.verdict import verdict_document
 from tunesmith.store import audit, database
@@ -43,7 +45,7 @@ def report_data(
     judged = verdict_document(store, verdict) if verdict is not None else None
     focus = judged["candidate"] if judged else _leader(measured)
     rival = _rival(measured, judged, focus)
-    lift = None
+    lift, primary = None, measured["primary"]
     if rival is not None:
         sides = [side_of_candidate(store, evaluation, name) for name in (rival, focus)]
         lift = comparison_document(store, *sides)
@@ -62,6 +64,15 @@ def report_data(
         "candidates": _candidates(store, record, measured, focus, rival),
         "lift": lift,
         "training": _training(store, candidate),
+        "currency": measured["currency"],
+        "break_even": None
+        if rival is None
+        else break_even(record.body["candidates"][focus], record.body["candidates"][rival]),
+        "levers": levers(store, record, columns, measured["confidence"]),
+        "by_group": None if rival is None else lift_by_group(columns[focus, primary], columns[rival, primary]),
+        "classes": measured["classes"],
+        "calibration": measured["calibration"],
+        "judges": measured["judges"],
         "forgetting": _forgetting(columns, measured, focus),
         "dataset": dataset_document(store, record.parents["dataset"]),
         "examples": _examples(store, record, columns, focus, rival),
