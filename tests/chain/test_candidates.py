@@ -20,6 +20,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.documents import Documents
 from tunesmith.project import parse_settings
+from tunesmith.registry.leaderboard import leaderboard
 from tunesmith.registry.versions import verified_copy, verify_version
 
 KEY = "sk-never-to-be-kept"
@@ -183,6 +184,21 @@ def test_the_others_can_be_released_and_verified(project: Project, name: str) ->
     assert found.ok, found.problems
     with verified_copy(project.store, version) as loaded:
         assert loaded.candidate.name == name
+
+
+def test_the_leaderboard_compares_only_what_was_measured_on_the_same_rows(project: Project) -> None:
+    for name in ("floor", "plain"):
+        chain.register(project, chain.gate(project, name=name), actor=project.actor())
+    (board,) = leaderboard(project.store, "tiny")["boards"]
+    rows = {row["candidate"]: row for row in board["versions"]}
+    assert board["metric"] == "exact_match"
+    assert board["dataset"] == _candidate(project, "floor").dataset
+    assert rows["floor"]["lever"] == "floor"
+    means = [row["mean"] for row in board["versions"]]
+    assert means == sorted(means, reverse=True)
+    assert board["versions"][0]["behind"] is None
+    for row in board["versions"][1:]:
+        assert row["behind"]["mean"] == pytest.approx(row["mean"] - means[0])
 
 
 def test_documents_that_hold_the_test_are_refused(project: Project) -> None:

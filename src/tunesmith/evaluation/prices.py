@@ -47,5 +47,6 @@ def break_even(own: Mapping[str, Any], rival: Mapping[str, Any]) -> dict[str, An
     if mine is None or theirs is None or spent is None:
         return None
     saved = theirs - mine
-    requests = math.ceil(spent / saved * 1000.0) if saved > 0 else None
+    # Rounded first: 10 / 0.2 is 50.000000000000007 thousand.
+    requests = math.ceil(round(spent / saved * 1000.0, 6)) if rounded(saved) > 0 else None
     return {"training": spent, "saved_per_1000": rounded(saved), "requests": requests}
