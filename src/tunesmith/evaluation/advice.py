@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tunesmith.evaluation.levers import ENDPOINT
 from tunesmith.evaluation.wording import money, percent, points
 
 # Below this share of rows judged alike in both orders a judge's word is marked as weak.
@@ -83,26 +84,35 @@ def _difference(data: Mapping[str, Any]) -> list[str]:
 
 
 def _levers(data: Mapping[str, Any]) -> list[str]:
-    """Which lever to use: what each more elaborate one adds to the simpler, and where that stops."""
+    """Which lever to use, what it adds to the simpler one, and what was tried and not shown to add anything."""
     found, confidence = data["levers"], f"{data['confidence']:.0%}"
-    sentences = []
+    if not found["steps"]:
+        return []
+    chosen = found["chosen"]
+    sentence = f"The lever is {chosen['lever']} ({chosen['candidate']}, {percent(chosen['mean'])})"
+    over = next((step for step in found["steps"] if step["candidate"] == chosen["candidate"]), None)
+    if over is None:
+        sentence += ": nothing more elaborate was shown to beat it"
+    else:
+        sentence += f": {_gap(over, confidence)} over {over['over_lever']} ({over['over']})"
+        sentence += ", and nothing more elaborate was shown to beat it"
+    sentences = [f"{sentence}."]
+    idle = [step for step in found["steps"] if step["difference"]["low"] <= 0.0 and step["lever"] != ENDPOINT]
+    if idle:
+        said = "; ".join(f"{step['lever']} ({step['candidate']}) {_gap(step, confidence)}" for step in idle)
+        sentences.append(f"Tried, and not shown to add anything to what is simpler: {said}.")
     for step in found["steps"]:
-        gap = step["difference"]
-        within = f"{points(gap['mean'])} points, {confidence} interval {points(gap['low'])} to {points(gap['high'])}"
-        said = f"{step['lever']} ({step['candidate']}) against {step['over_lever']} ({step['over']}): {within}"
-        if gap["low"] > 0.0:
-            sentences.append(f"{said}; it adds something.")
-        elif gap["high"] < 0.0:
-            sentences.append(f"{said}; it is worse.")
-        else:
-            sentences.append(f"{said}; these rows show no difference.")
-    if len(found["rungs"]) > 1:
-        chosen = found["chosen"]
-        sentences.append(
-            f"The simplest lever that nothing more elaborate was shown to beat is {chosen['lever']} "
-            f"({chosen['candidate']}, {percent(chosen['mean'])})."
-        )
-    return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+        if step["lever"] == ENDPOINT:
+            gap = f"{_gap(step, confidence)} against {step['over']}"
+            sentences.append(
+                f"The outside endpoint ({step['candidate']}) is at {gap}; it can be measured, not released."
+            )
+    return sentences
+
+
+def _gap(step: Mapping[str, Any], confidence: str) -> str:
+    gap = step["difference"]
+    return f"{points(gap['mean'])} points ({confidence} interval {points(gap['low'])} to {points(gap['high'])})"
 
 
 def _money(data: Mapping[str, Any]) -> list[str]:
