@@ -79,7 +79,7 @@ def lift_by_group(own: Column, other: Column) -> dict[str, Any]:
     rows: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     for group, mine, theirs in zip(own.groups, own.values.tolist(), other.values.tolist(), strict=True):
         rows[group].append((mine, theirs))
-    found = []
+    found: list[dict[str, Any]] = []
     for group, pairs in rows.items():
         mine, theirs = (sum(pair[side] for pair in pairs) / len(pairs) for side in (0, 1))
         found.append({"group": group, "n": len(pairs), "own": mine, "other": theirs, "difference": mine - theirs})

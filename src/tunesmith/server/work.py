@@ -79,6 +79,7 @@ class Job:
             features=self.features,
             completion=completion,
             whole=whole,
+            messages=self.request.conversation,
         )
 
 
