@@ -200,6 +200,8 @@ class Chain:
         inputs = {"candidate": digest, "dataset": dataset.digest, "together": TOGETHER}
         choices = self._choices
         inputs |= {"choices": list(choices)} if choices else {}
+        endpoint = self.settings_of(name).endpoint
+        inputs |= {"logprobs": True} if endpoint is not None and endpoint.logprobs else {}
 
         def answer(work: Path) -> str:
             return self._ask(name, digest, choices, work)

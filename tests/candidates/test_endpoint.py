@@ -119,6 +119,19 @@ def test_an_answer_without_text_is_an_empty_one(server: ChatServer) -> None:
     assert _endpoint(server).generate([_asked()])[0].text == ""
 
 
+def test_how_sure_an_answer_is(server: ChatServer) -> None:
+    document = completion("hello")
+    document["choices"][0]["logprobs"] = {"content": [{"token": "a", "logprob": -0.1}, {"token": "b", "logprob": -0.2}]}
+    server.reply = lambda _: (200, {}, document)
+    (given,) = _endpoint(server, logprobs=True).generate([_asked()])
+    assert isinstance(given, RemoteCompletion)
+    assert given.confidence == pytest.approx(0.740818, abs=1e-6)
+    assert server.asked[0]["logprobs"] is True
+    document["choices"][0]["logprobs"] = None
+    with pytest.raises(TunesmithError, match="not a chat completion"):
+        _endpoint(server, logprobs=True).generate([_asked()])
+
+
 def test_it_does_not_wait_for_ever(server: ChatServer) -> None:
     def hang(_: Any) -> Any:
         time.sleep(1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,3 +224,27 @@ def test_what_the_project_file_lacks(candidates: dict[str, Any], said: str) -> N
     text = yaml.safe_dump({**settings(), "candidates": candidates, "gates": {}})
     with pytest.raises(UsageError, match=said):
         parse_settings(text.encode(), "x")
+
+
+def test_labels_are_calibrated_where_probabilities_are_there(tmp_path: Path) -> None:
+    candidates = {
+        "plain": {"prompt": "prompt.txt", "max_tokens": 4},
+        "classes": {"method": "classifier"},
+        "nearest": {"method": "nearest"},
+    }
+    task = {"scorers": [{"name": "label", "label": "", "calibrate": True}]}
+    folder = write_project(tmp_path / "p", candidates=candidates, task=task, gates={})
+    rows = [
+        {"prompt": f"turn {verb} the {thing} in {place}", "completion": verb, "template": f"{verb}{thing}{place}"}
+        for verb in ("on", "off")
+        for thing in ("light", "fan", "radio")
+        for place in ("hall", "attic", "den", "loft", "study")
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = Project.load(folder)
+    body = loaded.store.record(chain.evaluate(loaded)).body["candidates"]
+    assert body["classes"]["metrics"]["label"]["mean"] == 1.0
+    assert body["classes"]["calibration"]["label"]["n"] == body["plain"]["calibration"]["label"]["n"]
+    assert body["plain"]["calibration"]["label"]["bins"], "the base is asked how likely each label is"
+    assert "calibration" not in body["nearest"], "the nearest answer says nothing of how sure it is"
+    assert body["classes"]["classes"]["label"]["macro_f1"]["mean"] == 1.0

@@ -109,6 +109,8 @@ def _line(answerer: Answerer, example: Example, completion: Completion) -> dict[
         line["confidence"] = completion.confidence
     if isinstance(completion, RemoteCompletion) and completion.served_by:
         line["served_by"] = completion.served_by
+    if isinstance(completion, RemoteCompletion) and completion.confidence is not None:
+        line["confidence"] = completion.confidence
     return line
 
 

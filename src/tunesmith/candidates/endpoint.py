@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -29,9 +30,13 @@ _UNBOUNDED = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class RemoteCompletion(Completion):
-    """A completion with the model's name as the endpoint reported it."""
+    """A completion with the model's name as the endpoint reported it.
+
+    confidence: the probability (0 to 1) of the whole answer, from its tokens' log-probabilities; None where not asked.
+    """
 
     served_by: str = ""
+    confidence: float | None = None
 
 
 class Endpoint:
@@ -79,6 +84,8 @@ class Endpoint:
         }
         if request.stop:
             body["stop"] = list(request.stop)
+        if self._settings.logprobs:
+            body["logprobs"] = True
         if request.schema is not None:
             held = {"name": "answer", "schema": json.loads(request.schema), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": held}
@@ -123,6 +130,7 @@ class Endpoint:
             tokens = [usage["prompt_tokens"], usage["completion_tokens"]]
             if not isinstance(text, str | None) or any(type(count) is not int or count < 0 for count in tokens):
                 raise TypeError("content is not a text or a token count is not a number")
+            confidence = _probability(choice["logprobs"]["content"]) if self._settings.logprobs else None
             # Half a character would break the record's bytes later on.
             (text or "").encode()
         except (ValueError, RecursionError, KeyError, IndexError, TypeError) as error:
@@ -136,6 +144,7 @@ class Endpoint:
             prompt_tokens=tokens[0],
             completion_tokens=tokens[1],
             served_by=str(document.get("model") or "")[:120],
+            confidence=confidence,
         )
 
     def _shown(self, data: bytes) -> str:
@@ -148,6 +157,14 @@ class Endpoint:
     def _failed(self, reason: str, fix: str) -> TunesmithError:
         where = f"{self._settings.url}, model {self._settings.model}"
         return TunesmithError(f"the endpoint gave no answer: {reason}", where=where, fix=fix)
+
+
+def _probability(tokens: Any) -> float:
+    """The product of the tokens' probabilities. Raises TypeError for what is no list of log-probabilities."""
+    sums = [token["logprob"] for token in tokens]
+    if any(isinstance(each, bool) or not isinstance(each, int | float) or not each <= 1e-3 for each in sums):
+        raise TypeError("a log-probability is above 0 or no number")
+    return round(math.exp(min(math.fsum(sums), 0.0)), 6)
 
 
 def _key(settings: EndpointSettings) -> str:

@@ -36,6 +36,9 @@ class EndpointSettings(Settings):
     timeout: Annotated[float, Field(gt=0, le=3600, description="seconds to wait for one answer")] = 60.0
     retries: Annotated[int, Field(ge=0, le=20, description="further tries after a busy or broken connection")] = 4
     parallel: Annotated[int, Field(ge=1, le=64, description="requests under way at once")] = 4
+    logprobs: Annotated[
+        bool, Field(description="ask for the tokens' log-probabilities, to state how sure an answer is")
+    ] = False
     price: Annotated[TokenPrice | None, Field(description="what it charges")] = None
 
     @field_validator("url")
