@@ -23,6 +23,7 @@ from tunesmith.data.documents import Documents
 from tunesmith.project import parse_settings
 from tunesmith.registry.leaderboard import leaderboard
 from tunesmith.registry.versions import verified_copy, verify_version
+from tunesmith.server.routing import ReadyVersions
 
 KEY = "sk-never-to-be-kept"
 DOCUMENT = "# Rooms\n\nThe kitchen has a light and a heater.\n\n# Garage\n\nThe garage has a radio.\n"
@@ -185,6 +186,12 @@ def test_the_others_can_be_released_and_verified(project: Project, name: str) ->
     assert found.ok, found.problems
     with verified_copy(project.store, version) as loaded:
         assert loaded.candidate.name == name
+    # As the server answers it: what was measured is what serves.
+    answerer = ReadyVersions(project.store, chain.Chain(project).engine).answerer(version)
+    dataset = load_dataset(project.store, project.store.record(version.evaluation).parents["dataset"])
+    asked = [answerer.generation(example.request) for example in dataset.examples("test")[:8]]
+    served = [each.text for each in answerer.responder.generate(asked, answerer.adapter)]
+    assert served == [line["text"] for line in _answers(project, name)[1]][:8]
 
 
 def test_the_leaderboard_compares_only_what_was_measured_on_the_same_rows(project: Project) -> None:

@@ -205,6 +205,18 @@ def test_a_judge_that_says_nothing_is_counted(tmp_path: Path, server: ChatServer
     assert set(scores.values()) == {0.5}
 
 
+def test_judgements_of_other_answers_or_rows_are_inconclusive(tmp_path: Path, server: ChatServer) -> None:
+    made = fabricate(tmp_path / "store", n=24)
+    digest = _judged(made, server, tmp_path / "work")[2]
+    test = load_dataset(made.store, made.dataset).examples("test")
+    with pytest.raises(Inconclusive, match="judged other answers"):
+        read_judged(made.store, digest, "better", made.answers["tuned"], test)
+    with pytest.raises(Inconclusive, match="judged other answers"):
+        read_judged(made.store, digest, "best", made.answers["rag"], test)
+    with pytest.raises(Inconclusive, match="each row once"):
+        read_judged(made.store, digest, "better", made.answers["rag"], test[1:])
+
+
 def test_declared_scorers_are_evidence_like_any_other(tmp_path: Path, server: ChatServer) -> None:
     made = fabricate(tmp_path / "store", n=60)
     (tmp_path / "mine.py").write_text("def short(answer, reference, request):\n    return float(len(answer) < 60)\n")
