@@ -85,12 +85,14 @@ def drop(
 
 
 def _draw(console: Console, cases: list[dict[str, Any]]) -> None:
+    from tunesmith.evaluation.wording import visible
+
     for case in cases:
         scores = ", ".join(f"{metric} {value:.2f}" for metric, value in case["scores"].items())
         console.print(f"{case['request']}  {case['at']}  {case['by']}  {scores}", style="dim", markup=False)
-        console.print(f"  asked: {case['messages'][-1]['content']}", markup=False)
-        console.print(f"  answered: {case['answer']}", markup=False)
-        console.print(f"  expected: {case['expected']}", markup=False)
+        console.print(f"  asked: {visible(case['messages'][-1]['content'])}", markup=False)
+        console.print(f"  answered: {visible(case['answer'])}", markup=False)
+        console.print(f"  expected: {visible(case['expected'])}", markup=False)
     if not cases:
         console.print('none waits; feedback with "expected" and "keep": true leaves one')
 
