@@ -56,7 +56,8 @@ def floors(folder: Path) -> None:
     guess = DummyClassifier(strategy="stratified", random_state=0).fit(train, [row.answer for row in train])
     chance = float(guess.score(test, wanted))
     print(
-        f"\n{len(train)} training rows, {len(test)} test rows, {len(set(wanted))} labels; guessing is right on {chance:.1%}"
+    rows = f"{len(train)} training rows, {len(test)} test rows, {len(set(wanted))} labels"
+    print(f"\n{rows}; guessing is right on {chance:.1%}")
     )
     for method in ("nearest", "classifier"):
         began = time.perf_counter()
