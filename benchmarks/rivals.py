@@ -55,10 +55,8 @@ def floors(folder: Path) -> None:
     groups = [row.id for row in test]
     guess = DummyClassifier(strategy="stratified", random_state=0).fit(train, [row.answer for row in train])
     chance = float(guess.score(test, wanted))
-    print(
     rows = f"{len(train)} training rows, {len(test)} test rows, {len(set(wanted))} labels"
     print(f"\n{rows}; guessing is right on {chance:.1%}")
-    )
     for method in ("nearest", "classifier"):
         began = time.perf_counter()
         floor = make_floor(method, train)
