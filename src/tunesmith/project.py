@@ -17,8 +17,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.settings import Settings
 from tunesmith.data.documents import DocumentSettings
 from tunesmith.data.settings import DataSettings
-from tunesmith.evaluation.prices import PriceSettings
-from tunesmith.evaluation.settings import Gates, TaskSettings, check_gates
+from tunesmith.evaluation.settings import Gates, PriceSettings, TaskSettings, check_gates
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.rollout.settings import RolloutSettings
 

@@ -17,10 +17,10 @@ from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.evaluate import Costs, evaluate
 from tunesmith.evaluation.judging import judge_answers
 from tunesmith.evaluation.markdown import report_markdown
-from tunesmith.evaluation.prices import PriceSettings, break_even
+from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.report import render
 from tunesmith.evaluation.report_data import report_data
-from tunesmith.evaluation.settings import GATES, TaskSettings
+from tunesmith.evaluation.settings import GATES, PriceSettings, TaskSettings
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,9 @@ from tunesmith.evaluation.declared import (
 )
 from tunesmith.evaluation.general import general_digest, general_questions
 from tunesmith.evaluation.judging import read_judged
-from tunesmith.evaluation.prices import PriceSettings, money_of
+from tunesmith.evaluation.prices import money_of
 from tunesmith.evaluation.scores import GENERAL, SCORES, Column, as_body, column, drop, encode_scores, rounded
-from tunesmith.evaluation.settings import TaskSettings
+from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.evaluation.statistics import effective_groups, interval, intervals
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from tunesmith.candidates.settings import TokenPrice
-from tunesmith.core.settings import Settings
 from tunesmith.evaluation.scores import rounded
-
-
-class PriceSettings(Settings):
-    """`prices:` of the project file. What an endpoint charges stands with the endpoint."""
-
-    machine_hour: Annotated[float, Field(ge=0, description="money per hour of the machine that answers and trains")]
-    currency: Annotated[str, Field(min_length=1, max_length=8, description="what money is called in reports")] = "USD"
+from tunesmith.evaluation.settings import PriceSettings
 
 
 def money_of(

@@ -95,6 +95,13 @@ class TaskSettings(Settings):
         return _PREFERRED_PRIMARY if _PREFERRED_PRIMARY in self.metrics else self.metrics[0]
 
 
+class PriceSettings(Settings):
+    """`prices:` of the project file. What an endpoint charges stands with the endpoint."""
+
+    machine_hour: Annotated[float, Field(ge=0, description="money per hour of the machine that answers and trains")]
+    currency: Annotated[str, Field(min_length=1, max_length=8, description="what money is called in reports")] = "USD"
+
+
 class Lift(Settings):
     """The candidate beats a rival on the same rows by at least so much.
 
