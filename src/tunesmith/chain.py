@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.answering import Answerer, compose
-from tunesmith.candidates.asking import TOGETHER, Likelihoods, ask, keep_answers
+from tunesmith.candidates.asking import TOGETHER, Likelihoods, ask_rows, keep_answers
 from tunesmith.candidates.candidate import Candidate, RemoteModel, load_candidate, put_candidate
 from tunesmith.candidates.search import found_choice, search_prompts, with_choice
 from tunesmith.candidates.settings import CandidateSettings, Search
@@ -541,7 +541,7 @@ class Chain:
             self.progress.say(f"{name}: the requests of {len(test)} held-out rows are sent to {candidate.endpoint.url}")
         answerer = self.answerer(candidate)
         title = f"{name} answers {len(test)} rows"
-        asked = ask(answerer, test, work, title, self.progress, self._likelihoods(candidate, choices))
+        asked = ask_rows(answerer, test, work, title, self.progress, self._likelihoods(candidate, choices))
         parents = {"candidate": digest, "dataset": dataset.digest}
         return keep_answers(self.project.store, parents, asked.lines, asked.body("test"))
 

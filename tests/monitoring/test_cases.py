@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
 
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.cli import cases as verbs
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.build import build_dataset
 from tunesmith.data.dataset import load_dataset
@@ -18,6 +22,10 @@ from tunesmith.monitoring.cases import Case, add_cases, drop_cases, list_cases, 
 from tunesmith.store import audit, database
 from tunesmith.store.identities import acting, add_user
 from tunesmith.store.store import Store
+
+app = typer.Typer()
+for verb in (verbs.show, verbs.add, verbs.drop):
+    app.command()(verb)
 
 
 def case(number: int, score: float = 0.0, **more: Any) -> Case:
@@ -150,3 +158,34 @@ def test_a_group_with_a_held_row_is_held_out_whole(store: Store, tmp_path: Path)
     assert moved.id in {one.id for one in dataset.examples("test")}
     assert moved.group not in {one.group for one in dataset.examples("train")}
     assert verify_dataset(store, digest)["ok"]
+
+
+def _call(*arguments: str) -> tuple[int, str]:
+    found = CliRunner().invoke(app, list(arguments))
+    if isinstance(found.exception, TunesmithError):
+        raise found.exception
+    return found.exit_code, found.stdout
+
+
+def test_the_verbs(tmp_path: Path) -> None:
+    from tests.chain.scene import settings
+
+    (tmp_path / "tunesmith.yaml").write_text(yaml.safe_dump(settings()))
+    store = Store(tmp_path / ".tunesmith")
+    where = ("-C", str(tmp_path), "--json")
+    for number in (1, 2, 3):
+        put_case(store, case(number).model_copy(update={"answer": "x\x1b[2J\u202e"}))
+    assert len(json.loads(_call("show", *where)[1])["cases"]) == 3
+    shown = _call("show", "-C", str(tmp_path))[1]
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+    assert json.loads(_call("drop", case(3).request, *where)[1]) == {"dropped": 1}
+    with pytest.raises(UsageError, match="no case of request"):
+        _call("drop", "../../x", *where)
+    with pytest.raises(Refused, match="non-commercial"):
+        _call("add", "cases.jsonl", "--licence", "CC-BY-NC-4.0", *where)
+    with pytest.raises(UsageError, match="outside the project"):
+        _call("add", "../cases.jsonl", "--licence", "CC0-1.0", *where)
+    added = json.loads(_call("add", "cases.jsonl", "--licence", "CC0-1.0", *where)[1])
+    assert added == {"added": 2, "source": "cases.jsonl", "named": False}
+    assert json.loads((tmp_path / "cases.jsonl").read_text().splitlines()[0])["template"] == f"case-{case(1).request}"

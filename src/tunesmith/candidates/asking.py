@@ -50,7 +50,7 @@ class Asked:
 Likelihoods = Callable[[Sequence[Sequence[Message]]], list[dict[str, float]]]
 
 
-def ask(
+def ask_rows(
     answerer: Answerer,
     examples: Sequence[Example],
     work: Path,

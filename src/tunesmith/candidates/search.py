@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.candidates.answering import Answerer, turns_only
-from tunesmith.candidates.asking import ask
+from tunesmith.candidates.asking import ask_rows
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.settings import Search
 from tunesmith.candidates.shots import choose_shots, draw_shots
@@ -87,7 +87,7 @@ def search_prompts(
         for number, one in enumerate(planned):
             shots = _shots(train, one, settings.seed)
             tried = with_choice(candidate, one.prompt, shots)
-            asked = ask(answerer(tried), rows, work / f"try-{number:03d}", f"try {number + 1}")
+            asked = ask_rows(answerer(tried), rows, work / f"try-{number:03d}", f"try {number + 1}")
             scores = [score(row, line["text"]) for row, line in zip(rows, asked.lines, strict=True)]
             tries.append(
                 {
