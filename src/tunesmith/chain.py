@@ -538,7 +538,8 @@ class Chain:
         candidate, dataset = load_candidate(self.project.store, digest), self.dataset
         test = dataset.examples("test")
         if candidate.endpoint is not None:
-            self.progress.say(f"{name}: the requests of {len(test)} held-out rows are sent to {candidate.endpoint.url}")
+            sent = f"the requests of {len(test)} held-out rows, with all that stands before them"
+            self.progress.say(f"{name}: {sent}, are sent to {candidate.endpoint.url}")
         answerer = self.answerer(candidate)
         title = f"{name} answers {len(test)} rows"
         asked = ask_rows(answerer, test, work, title, self.progress, self._likelihoods(candidate, choices))
