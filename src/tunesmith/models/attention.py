@@ -9,7 +9,6 @@ rows padded to L own tokens, P prefix tokens, D head size.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +17,7 @@ from torch import Tensor
 
 from tunesmith.models import native, ops
 from tunesmith.models.batch import Batch
-from tunesmith.models.network import Attend, Network, Shape, angles
-
+from tunesmith.models.network import Attend, Network, angles
 
 _KEPT = 1 << 22  # numbers: a layer's weights up to this many are kept for the backward pass
 
@@ -117,7 +115,9 @@ class Layout:
 
     def _call(self, kernel: Any, flat: Tensor, blocks: Blocks) -> None:
         at = ops.at
-        kernel(ctypes.byref(self.native), at(flat), at(self.cos), at(self.sin), *map(at, blocks), torch.get_num_threads())
+        kernel(
+            ctypes.byref(self.native), at(flat), at(self.cos), at(self.sin), *map(at, blocks), torch.get_num_threads()
+        )
 
     def _gather(self, kernel: Any, flat: Tensor, early: Tensor, own: Tensor, to_tokens: int) -> None:
         at = ops.at
@@ -211,4 +211,3 @@ class _Attention(torch.autograd.Function):
         if layout.prefix:
             out.q.flatten(1, 2).baddbmm_(to_shared, kp)
         return layout.join(out), None
-

@@ -191,9 +191,7 @@ def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Te
     return q
 
 
-def decode_mix(
-    q: Tensor, shared: Tensor | None, keys: Tensor, values: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
+def decode_mix(q: Tensor, shared: Tensor | None, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """Mixed values [B, H * D] of each row's own places, lengths[b] + 1 of them; shared [K, B * G, P], the scores on a
     prefix, become its weights in place: one distribution over both."""
     kv, rows, group, size = q.shape

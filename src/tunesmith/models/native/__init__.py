@@ -21,9 +21,17 @@ from typing import Any
 from tunesmith.core.errors import UsageError
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = (
-    "-O3 -march=native -std=c++17 -shared -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast"
-).split() + (["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])
+_FLAGS = [
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+] + (["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])
 
 
 class TokenLayout(ctypes.Structure):
