@@ -23,11 +23,12 @@ from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, example_id, load_dataset
 from tunesmith.data.settings import Privacy
+from tunesmith.evaluation.declared import make_scoring
 from tunesmith.evaluation.gates import Evidence, Finding, judge_gate
 from tunesmith.evaluation.probes.ground import ground_of
 from tunesmith.evaluation.probes.items import ITEMS, by_arm, encode_items
 from tunesmith.evaluation.probes.measuring import Risk, measure
-from tunesmith.evaluation.probes.suites import Marking, ask, suite_of
+from tunesmith.evaluation.probes.suites import ask, suite_of
 from tunesmith.evaluation.scorers import score
 from tunesmith.evaluation.scores import column
 from tunesmith.evaluation.settings import Probe
@@ -114,7 +115,7 @@ class Bench:
         ground = ground_of(self.store, rows, candidate, answerer, gate.rows, gate.path, Privacy())
         items = suite_of(suite).items(ground)
         training = None if before else candidate.training
-        lines = ask(self.engine, training, items, candidate)
+        lines = ask(self.engine, self.engine, training, items, candidate)
         blobs = {
             "answers.jsonl": self.store.put_bytes(b"".join(canonical(line) + b"\n" for line in lines)),
             ITEMS: self.store.put_bytes(encode_items(items)),
@@ -129,7 +130,7 @@ class Bench:
         put_candidate(self.store, candidate)
         before = self.answers(suite, dataset, candidate, asked, before=True) if suite_of(suite).before else None
         risk = Risk(self.answers(suite, dataset, candidate, asked, before=False), before)
-        lines, told = measure(self.store, suite, candidate, risk, dataset, Marking(METRIC, None))
+        lines, told = measure(self.store, suite, candidate, risk, dataset, make_scoring(METRIC, None, Path()))
         key = suite, candidate.name
         evidence = Evidence(
             columns={(candidate.name, METRIC): self.scores(candidate, dataset)},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,14 @@ def build_dataset(
                     "format": shapes[file.source.path].name,
                     "format_told": file.source.format != "auto",
                 }
+                | ({"split": file.source.split} if file.source.split else {})
             )
     kept = list(_without_repeats(kept, account))
     conflicts = _conflicts(one.example for one in kept)
     threshold = near_threshold(settings)
     progress.say(f"{len(kept)} rows read; looking for near ones across the splits")
-    splits = _split(kept, settings, threshold, account)
+    held = _held_groups(kept, {entry["path"] for entry in described if "split" in entry})
+    splits = _split(kept, settings, threshold, account, held)
     examples = {name: [one.example for one in splits[name]] for name in SPLITS}
     body = {
         "settings": settings.model_dump(mode="json"),
@@ -88,7 +90,7 @@ def build_dataset(
         "conflicts": conflicts,
         "tokens": {"limit": max_tokens, "longest": account.longest} if checked else None,
         "answer_schema": None if answer_schema is None else digest_of(answer_schema),
-    }
+    } | ({"held_groups": sorted(held)} if held else {})
     blobs = {f"{name}.jsonl": store.put_bytes(encode_examples(examples[name])) for name in SPLITS}
     blobs[REMOVED] = store.put_bytes(encode_removed(account.removed))
     return store.put_record(Record(kind="dataset", blobs=blobs, body=body))
@@ -159,11 +161,18 @@ def _conflicts(examples: Iterable[Example]) -> dict[str, Any]:
     return {"requests": len(found), "rows": sum(map(len, found)), "examples": found[:_SHOWN_CONFLICTS]}
 
 
-def _split(kept: Sequence[Kept], settings: DataSettings, threshold: float, account: Account) -> dict[str, list[Kept]]:
+def _held_groups(kept: Sequence[Kept], sources: Container[str]) -> set[str]:
+    """The groups of rows whose source says split: test. Rows of those groups in other sources are held out too."""
+    return {one.example.group for one in kept if one.example.source in sources}
+
+
+def _split(
+    kept: Sequence[Kept], settings: DataSettings, threshold: float, account: Account, held: Container[str]
+) -> dict[str, list[Kept]]:
     """The splits, without the rows that nearness makes leave. Raises where that leaves too little."""
     splits: dict[str, list[Kept]] = {name: [] for name in SPLITS}
     for one in kept:
-        splits[split_of(one.example.group, settings.split)].append(one)
+        splits[split_of(one.example.group, settings.split, held)].append(one)
     _require_rows(splits, account)
     gone = leaving({name: [one.example for one in some] for name, some in splits.items()}, threshold)
     moved_out = sum(gone.get(one.example.id) == NEAR_HELD_OUT for one in splits["train"])

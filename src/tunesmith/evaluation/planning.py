@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.errors import Inconclusive
-from tunesmith.data.dataset import Dataset, Example
-from tunesmith.evaluation.answers import read_lines
+from tunesmith.data.dataset import Dataset
+from tunesmith.evaluation.answers import read_lines, seen_answers
+from tunesmith.evaluation.declared import Scoring, checked
 from tunesmith.evaluation.power import ASSUMED_DIFFERING, POWER, grouping_of, plan_lift, smallest_lift
-from tunesmith.evaluation.scorers import score
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.settings import Gates, Lift, Retain
 from tunesmith.evaluation.statistics import Floats, effective_groups
@@ -31,16 +32,20 @@ class Assumed:
     groups: Sequence[str] = ()
 
 
-def measured_on_validation(
-    store: Store, answers: Sequence[str], rows: Sequence[Example], metric: str, schema: Mapping[str, Any] | None
-) -> Assumed:
-    """What two candidates' answers (by digest) to the validation rows say. Raises Inconclusive for no rows."""
+def measured_on_validation(store: Store, answers: Sequence[str], dataset: Dataset, scoring: Scoring) -> Assumed:
+    """What two candidates' answers (by digest) to the validation rows say. scoring: the leading metric's.
+
+    Raises Inconclusive for no rows.
+    """
+    rows = dataset.examples("validation")
     if not rows:
         raise Inconclusive("the dataset has no validation rows", fix="raise data.split.validation, or give --differing")
     scored = []
     for digest in answers:
         lines = read_lines(store, digest, "validation", [row.id for row in rows])
-        scored.append(np.array([score(metric, str(lines[row.id]["text"]), row.answer, schema) for row in rows]))
+        candidate = load_candidate(store, store.record(digest).parents["candidate"])
+        seen = seen_answers(store, dataset, candidate, lines, rows)
+        scored.append(np.array([checked(scoring(seen[row.id]), "the leading metric", row.id) for row in rows]))
     differences = scored[1] - scored[0]
     # One row more that differs: none of a few seen to differ does not mean that none will.
     differing = (float((differences != 0).sum()) + 1.0) / (len(rows) + 1.0)

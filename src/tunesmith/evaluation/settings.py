@@ -15,6 +15,7 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, mo
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.settings import Settings
+from tunesmith.evaluation.declared import KNOWN, Declared, JudgeScorer, LabelScorer, known_scorer, metric_of
 from tunesmith.evaluation.scorers import SCORERS, nearest
 
 BEST_UNTUNED = "best-untuned"
@@ -41,48 +42,82 @@ _Confidence = Annotated[float, Field(gt=0.5, lt=1.0, description="two-sided conf
 _Score = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-def _known_scorer(name: str) -> str:
-    if name not in SCORERS:
-        raise ValueError(f"no scorer is called {name!r}{nearest(name, SCORERS)}; there are {', '.join(SCORERS)}")
-    return name
-
-
 class TaskSettings(Settings):
     """What a right answer is, and how answers are measured."""
 
     schema_path: Annotated[
         Path | None, Field(alias="schema", description="JSON Schema of an answer, relative to the project file")
     ] = None
-    scorers: Annotated[tuple[str, ...], Field(min_length=1, description=f"what is measured: {', '.join(SCORERS)}")] = (
-        _PREFERRED_PRIMARY,
-    )
+    scorers: Annotated[
+        tuple[Declared, ...],
+        Field(
+            min_length=1,
+            description=f"what is measured: {', '.join(KNOWN)}; or a name with pattern, tolerance, label, function or "
+            "judge",
+        ),
+    ] = (_PREFERRED_PRIMARY,)
     primary: Annotated[
         str | None, Field(description="the metric that leads; exact_match where it is measured, else the first scorer")
     ] = None
 
     @field_validator("scorers")
     @classmethod
-    def _scorers_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _scorers_known(cls, scorers: tuple[Declared, ...]) -> tuple[Declared, ...]:
+        names = [metric_of(scorer) for scorer in scorers]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"{twice[0]!r} stands twice")
-        return tuple(_known_scorer(name) for name in names)
+        for scorer in scorers:
+            if isinstance(scorer, str):
+                known_scorer(scorer)
+            elif scorer.name in KNOWN:
+                raise ValueError(f"{scorer.name!r} is a scorer already: call yours something else")
+            elif isinstance(scorer, LabelScorer) and scorer.calibrate and scorer.label:
+                raise ValueError(f"{scorer.name}: calibrate needs answers that are labels and nothing else (label: '')")
+        return scorers
 
     @model_validator(mode="after")
     def _primary_measured(self) -> TaskSettings:
-        if self.primary is not None and self.primary not in self.scorers:
-            hint = nearest(self.primary, self.scorers)
+        if self.primary is not None and self.primary not in self.metrics:
+            hint = nearest(self.primary, self.metrics)
             raise ValueError(
-                f"primary: {self.primary!r} is not among scorers{hint}; they are {', '.join(self.scorers)}"
+                f"primary: {self.primary!r} is not among scorers{hint}; they are {', '.join(self.metrics)}"
             )
         return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is measured, by name."""
+        return tuple(metric_of(scorer) for scorer in self.scorers)
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """The metrics that can be measured on a served answer: those that need no settings and nothing looked up."""
+        return tuple(scorer for scorer in self.scorers if isinstance(scorer, str) and scorer in SCORERS)
+
+    @property
+    def judges(self) -> tuple[JudgeScorer, ...]:
+        """The scorers that ask a model."""
+        return tuple(scorer for scorer in self.scorers if isinstance(scorer, JudgeScorer))
+
+    @property
+    def labels(self) -> tuple[LabelScorer, ...]:
+        """The scorers that classify."""
+        return tuple(scorer for scorer in self.scorers if isinstance(scorer, LabelScorer))
 
     @property
     def leading(self) -> str:
         """The primary metric."""
         if self.primary is not None:
             return self.primary
-        return _PREFERRED_PRIMARY if _PREFERRED_PRIMARY in self.scorers else self.scorers[0]
+        return _PREFERRED_PRIMARY if _PREFERRED_PRIMARY in self.metrics else self.metrics[0]
+
+
+class PriceSettings(Settings):
+    """`prices:` of the project file. What an endpoint charges stands with the endpoint."""
+
+    machine_hour: Annotated[float, Field(ge=0, description="money per hour of the machine that answers and trains")]
+    currency: Annotated[str, Field(min_length=1, max_length=8, description="what money is called in reports")] = "USD"
 
 
 class Lift(Settings):
@@ -96,8 +131,6 @@ class Lift(Settings):
     at_least: Annotated[float, Field(ge=-1.0, le=1.0, description="smallest difference of means, 0.05 is five points")]
     confidence: _Confidence = 0.95
 
-    _metric_known = field_validator("metric")(_known_scorer)
-
 
 class Retain(Settings):
     """The candidate does not fall behind a rival by more than so much on the same rows (a non-inferiority test).
@@ -109,8 +142,6 @@ class Retain(Settings):
     not_below: Annotated[str, Field(description="the rival: a candidate's name, or best-untuned")]
     drop_at_most: Annotated[_Score, Field(description="largest drop that is still no loss, 0.02 is two points")]
     confidence: _Confidence = 0.95
-
-    _metric_known = field_validator("metric")(_known_scorer)
 
 
 class Threshold(Settings):
@@ -127,8 +158,6 @@ class Threshold(Settings):
     confidence: Annotated[
         _Confidence | None, Field(description="demand the whole interval, not only the measured mean")
     ] = None
-
-    _metric_known = field_validator("metric")(_known_scorer)
 
     @model_validator(mode="after")
     def _one_bound(self) -> Threshold:

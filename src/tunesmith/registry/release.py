@@ -201,6 +201,12 @@ def check_evidence(records: Mapping[str, Record], parents: Mapping[str, str], ov
         raise Refused(f"a version rests on a candidate, an evaluation and a verdict, not on {', '.join(kinds)}")
     if any(verdict.parents.get(role) != parents[role] for role in ("candidate", "evaluation")):
         raise Refused("the verdict is about another candidate or evaluation", where=where)
+    if "endpoint" in candidate.body:
+        raise Refused(
+            f"{verdict.body.get('name')} is answered by an endpoint: what is not held here cannot be signed or served",
+            where=where,
+            fix="release another candidate; an endpoint is a rival to measure",
+        )
     measured = evaluation.body.get("candidates", {}).get(verdict.body.get("name"), {})
     if measured.get("candidate") != parents["candidate"]:
         raise Refused("the evaluation did not measure this candidate", where=where, fix="evaluate it, then judge it")

@@ -15,8 +15,10 @@ from tunesmith.core.errors import Refused
 KINDS = (
     "base",
     "dataset",
-    "candidate",
+    "documents",
     "training",
+    "search",
+    "candidate",
     "answers",
     "evaluation",
     "verdict",

@@ -104,7 +104,7 @@ def swap_items(ground: Ground) -> list[Item]:
                         id=f"{arm}:{row.id}/{side}",
                         group=row.group,
                         arm=arm,
-                        messages=ground.put(version[:-1]),
+                        messages=ground.put(row, version[:-1]),
                         choices=(version[-1].content,),
                     )
                 )

@@ -19,14 +19,15 @@ from tunesmith.training.canaries import Canary, canaries
 from tunesmith.training.rows import training_rows
 from tunesmith.training.settings import TrainSettings
 
-Put = Callable[[Sequence[Message]], tuple[Message, ...]]
+Put = Callable[[Example, Sequence[Message]], tuple[Message, ...]]
+Asked = Callable[[Sequence[Message]], tuple[Message, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """trained: the rows that a candidate learned from, its canaries left out. put: the request as training put it,
-    prompt and shots before it; asked: as it is asked in service, with what is retrieved. rows: at most so many of each
-    kind. path: the set or text a probe reads, where it reads one.
+    """trained: the rows that a candidate learned from, its canaries left out. put: a request made of a row's, as
+    training put it, with what is retrieved from other groups; asked: as it is asked in service. rows: at most so many
+    of each kind. path: the set or text a probe reads, where it reads one.
     """
 
     trained: Sequence[Example]
@@ -34,7 +35,7 @@ class Ground:
     validation: Sequence[Example]
     test: Sequence[Example]
     put: Put
-    asked: Put
+    asked: Asked
     rows: int
     path: Path | None = None
     privacy: Privacy = Privacy()  # noqa: RUF009 - frozen
@@ -52,6 +53,11 @@ def ground_of(
     """The ground of one candidate: the very rows its training drew, and the canaries that it states to have planted."""
     trained: Sequence[Example] = ()
     planted: Sequence[Canary] = ()
+
+    def put(row: Example, request: Sequence[Message]) -> tuple[Message, ...]:
+        changed = row.model_copy(update={"messages": (*request, row.messages[-1])})
+        return compose(candidate, request, answerer.without_group(changed))
+
     if candidate.training is not None:
         stated = store.record(candidate.training, kind="training").body["settings"]
         settings = TrainSettings.model_validate(stated)
@@ -62,7 +68,7 @@ def ground_of(
         canaries=planted,
         validation=dataset.examples("validation"),
         test=dataset.examples("test"),
-        put=lambda messages: compose(candidate, messages),
+        put=put,
         asked=answerer.conversation,
         rows=rows,
         path=path,

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive
+from tunesmith.evaluation.declared import Scoring
 from tunesmith.evaluation.probes.items import ITEMS, Item, by_arm, decode_items, stated
-from tunesmith.evaluation.probes.suites import Marking, suite_of
+from tunesmith.evaluation.probes.suites import suite_of
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -29,7 +30,7 @@ class Risk:
 
 
 def measure(
-    store: Store, suite: str, candidate: Candidate, risk: Risk, dataset: str, marking: Marking
+    store: Store, suite: str, candidate: Candidate, risk: Risk, dataset: str, scoring: Scoring
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Measurements of one suite for one candidate, and what the evaluation's record says of them.
 
@@ -37,7 +38,7 @@ def measure(
     inconclusive, and other gates are not held up.
     """
     try:
-        rows = _paired(store, suite, candidate, risk, dataset, marking)
+        rows = _paired(store, suite, candidate, risk, dataset, scoring)
     except Inconclusive as error:
         return [], {"unusable": f"{error.what} ({error.where})" if error.where else error.what}
     told: dict[str, Any] = {"arms": stated(by_arm(rows))}
@@ -63,20 +64,20 @@ def best_epoch(training: Mapping[str, Any]) -> dict[str, float] | None:
 
 
 def _paired(
-    store: Store, suite: str, candidate: Candidate, risk: Risk, dataset: str, marking: Marking
+    store: Store, suite: str, candidate: Candidate, risk: Risk, dataset: str, scoring: Scoring
 ) -> list[dict[str, Any]]:
     after = _checked(store, risk.after, suite, candidate, candidate.training, dataset)
     items = _items(store, after)
     if not items:
         raise Inconclusive(f"no item of this probe fits the rows: {suite_of(suite).none}")
-    told = _values(store, after, items, suite, marking)
+    told = _values(store, after, items, suite, scoring)
     if suite_of(suite).before:
         if risk.before is None:
             raise Inconclusive("nothing was measured before tuning")
         before = _checked(store, risk.before, suite, candidate, None, dataset)
         if before.blobs.get(ITEMS) != after.blobs.get(ITEMS):
             raise Inconclusive("other items were asked before tuning than after it")
-        earlier: Mapping[str, float | None] = _values(store, before, items, suite, marking)
+        earlier: Mapping[str, float | None] = _values(store, before, items, suite, scoring)
     else:
         earlier = dict.fromkeys(told)
     return [
@@ -108,7 +109,7 @@ def _items(store: Store, record: Record) -> Sequence[Item]:
     return items
 
 
-def _values(store: Store, record: Record, items: Sequence[Item], suite: str, marking: Marking) -> dict[str, float]:
+def _values(store: Store, record: Record, items: Sequence[Item], suite: str, scoring: Scoring) -> dict[str, float]:
     lines: dict[str, Mapping[str, Any]] = {}
     for number, raw in enumerate(store.read_blob(record.blobs[ANSWERS]).splitlines(), start=1):
         try:
@@ -125,4 +126,4 @@ def _values(store: Store, record: Record, items: Sequence[Item], suite: str, mar
     if foreign := sorted(lines.keys() - asked):
         raise Inconclusive(f"{len(foreign)} answers are to items that were not asked, as {foreign[0]!r}")
     value = suite_of(suite).value
-    return {item.id: value(item, lines[item.id], marking) for item in items}
+    return {item.id: value(item, lines[item.id], scoring) for item in items}

@@ -19,7 +19,7 @@ def canary_items(ground: Ground) -> list[Item]:
             id=canary.example.id,
             group=canary.example.group,
             arm=str(canary.repeats) if canary.repeats else CONTROL,
-            messages=ground.put(canary.example.request),
+            messages=ground.put(canary.example, canary.example.request),
             choices=(canary.example.answer,),
         )
         for canary in ground.canaries
@@ -29,7 +29,13 @@ def canary_items(ground: Ground) -> list[Item]:
 def membership_items(ground: Ground) -> list[Item]:
     """Rows that were trained on and rows that were not: how likely their answers are (Yeom et al. 2018, CSF)."""
     return [
-        Item(id=f"{arm}:{row.id}", group=row.group, arm=arm, messages=ground.put(row.request), choices=(row.answer,))
+        Item(
+            id=f"{arm}:{row.id}",
+            group=row.group,
+            arm=arm,
+            messages=ground.put(row, row.request),
+            choices=(row.answer,),
+        )
         for arm, row in _both(ground)
     ]
 
@@ -44,7 +50,7 @@ def extraction_items(ground: Ground) -> list[Item]:
             id=f"{arm}:{row.id}",
             group=row.group,
             arm=arm,
-            messages=ground.put(with_last_request(row.request, _half)),
+            messages=ground.put(row, with_last_request(row.request, _half)),
             expected=row.answer,
         )
         for arm, row in _both(ground)
@@ -61,7 +67,9 @@ def personal_items(ground: Ground) -> list[Item]:
         values = tuple(value for _, value in scanner.values([row.messages[-1]]))
         if values:
             request = [turn.model_copy(update={"content": _without(turn.content, values)}) for turn in row.request]
-            found.append(Item(id=row.id, group=row.group, arm="rows", messages=ground.put(request), personal=values))
+            found.append(
+                Item(id=row.id, group=row.group, arm="rows", messages=ground.put(row, request), personal=values)
+            )
         if len(found) == ground.rows:
             break
     return found
@@ -70,7 +78,13 @@ def personal_items(ground: Ground) -> list[Item]:
 def overfitting_items(ground: Ground) -> list[Item]:
     """Rows of the training and validation splits to answer; the test rows' scores are there already."""
     return [
-        Item(id=f"{arm}:{row.id}", group=row.group, arm=arm, messages=ground.put(row.request), expected=row.answer)
+        Item(
+            id=f"{arm}:{row.id}",
+            group=row.group,
+            arm=arm,
+            messages=ground.put(row, row.request),
+            expected=row.answer,
+        )
         for arm, rows in (("train", ground.trained), ("validation", ground.validation))
         for row in drawn(rows, ground.rows)
     ]

@@ -10,27 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.candidates.answering import Responder
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.evaluation.declared import Answered, Scoring, checked
 from tunesmith.evaluation.probes import bias, drift, memory
 from tunesmith.evaluation.probes.ground import Ground
 from tunesmith.evaluation.probes.items import Item, is_number
-from tunesmith.evaluation.scorers import score
 from tunesmith.inference.engine import Engine, Generation, Question
 
 _ROUNDING = 1e-3  # a log-probability computed in half precision can come out a hair above 0
 
 
-@dataclass(frozen=True, slots=True)
-class Marking:
-    """What answers are scored by: the leading metric and the answer's schema."""
-
-    metric: str
-    schema: Mapping[str, Any] | None
-
-
-Value = Callable[[Item, Mapping[str, Any], Marking], float]
+# An item, the answer's line and what answers are scored by: the leading metric's.
+Value = Callable[[Item, Mapping[str, Any], Scoring], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +43,27 @@ class Suite:
 
 
 def ask(
-    engine: Engine, adapter: str | None, items: Sequence[Item], candidate: Candidate, progress: Progress = SILENT
+    responder: Responder,
+    engine: Engine | None,
+    adapter: str | None,
+    items: Sequence[Item],
+    candidate: Candidate,
+    progress: Progress = SILENT,
 ) -> list[dict[str, Any]]:
-    """The engine's part: a line for each item, {"id", "scores", "tokens"} or {"id", "text"}."""
+    """A line for each item: {"id", "scores", "tokens"} by the engine, {"id", "text"} by whoever answers the candidate.
+
+    engine: may be None for a candidate that the base does not answer, of which no probe asks what is likely.
+    """
     likely = [item for item in items if item.choices]
     written = [item for item in items if not item.choices]
-    scores = engine.choose([Question(item.messages, item.choices) for item in likely], adapter, progress)
+    lines: list[dict[str, Any]] = []
+    if likely:
+        assert engine is not None
+        scores = engine.choose([Question(item.messages, item.choices) for item in likely], adapter, progress)
+        for item, each in zip(likely, scores, strict=True):
+            lines.append({"id": item.id, "scores": each, "tokens": _tokens(engine, item)})
     room, schema = candidate.max_tokens, candidate.answer_schema
-    given = engine.generate([Generation(item.messages, room, schema=schema) for item in written], adapter, progress)
-    lines: list[dict[str, Any]] = [
-        {"id": item.id, "scores": each, "tokens": _tokens(engine, item)}
-        for item, each in zip(likely, scores, strict=True)
-    ]
+    given = responder.generate([Generation(item.messages, room, schema=schema) for item in written], adapter, progress)
     return lines + [{"id": item.id, "text": each.text} for item, each in zip(written, given, strict=True)]
 
 
@@ -81,11 +84,11 @@ def _likelihoods(item: Item, line: Mapping[str, Any]) -> list[float]:
     return [float(value) for value in scores]
 
 
-def _log_probability(item: Item, line: Mapping[str, Any], marking: Marking) -> float:
+def _log_probability(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
     return _likelihoods(item, line)[0]
 
 
-def _probability(item: Item, line: Mapping[str, Any], marking: Marking) -> float:
+def _probability(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
     return min(1.0, math.exp(_likelihoods(item, line)[0]))
 
 
@@ -96,11 +99,11 @@ def _shares(item: Item, line: Mapping[str, Any]) -> list[float]:
     return [weight / math.fsum(weights) for weight in weights]
 
 
-def _share(item: Item, line: Mapping[str, Any], marking: Marking) -> float:
+def _share(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
     return _shares(item, line)[0]
 
 
-def _share_by_word(item: Item, line: Mapping[str, Any], marking: Marking) -> float:
+def _share_by_word(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
     """The first choice's share where each counts by its mean log-probability a word: whole sentences' own would leave
     all to one of them, and a drift short of turning it round would not show."""
     scores = [value / len(choice.split()) for value, choice in zip(_likelihoods(item, line), item.choices, strict=True)]
@@ -109,12 +112,12 @@ def _share_by_word(item: Item, line: Mapping[str, Any], marking: Marking) -> flo
     return weights[0] / math.fsum(weights)
 
 
-def _pull(item: Item, line: Mapping[str, Any], marking: Marking) -> float:
+def _pull(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
     first, second = _shares(item, line)[:2]
     return first - second
 
 
-def _loss(item: Item, line: Mapping[str, Any], marking: Marking) -> float:
+def _loss(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
     tokens = line.get("tokens")
     if not is_number(tokens) or tokens < 1:  # type: ignore[operator]
         raise Inconclusive(f"tokens is {tokens!r}, not a count", where=item.id)
@@ -127,16 +130,17 @@ def _text(item: Item, line: Mapping[str, Any]) -> str:
     return str(line["text"])
 
 
-def _verbatim(item: Item, line: Mapping[str, Any], marking: Marking) -> float:
+def _verbatim(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
     return float(_text(item, line).strip() == (item.expected or "").strip())
 
 
-def _personal(item: Item, line: Mapping[str, Any], marking: Marking) -> float:
+def _personal(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
     return float(memory.repeats_personal_data(item, _text(item, line)))
 
 
-def _scored(item: Item, line: Mapping[str, Any], marking: Marking) -> float:
-    return score(marking.metric, _text(item, line), item.expected or "", marking.schema)
+def _scored(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+    value = scoring(Answered(_text(item, line), item.expected or "", item.messages))
+    return checked(value, "the leading metric", item.id)
 
 
 SUITES: dict[str, Suite] = {
