@@ -21,7 +21,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 def ground(
     test: list[Example] | None = None, trained: list[Example] | None = None, rows: int = 100, path: Path | None = None
 ) -> Ground:
-    return Ground(trained or [], (), [], test or [], tuple, tuple, rows, path)
+    return Ground(trained or [], (), [], test or [], lambda _row, request: tuple(request), tuple, rows, path)
 
 
 def versions(request: str, answer: str = "ok") -> dict[str, tuple[str, str]]:
