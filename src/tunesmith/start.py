@@ -156,6 +156,7 @@ def _compose(name: str, base: str, source: str, licence: str, looked: _Looked) -
         "data": {"sources": [{"path": source, "licence": licence}], "split": split},
         "task": ({"schema": "answer.schema.json"} if is_json else {}) | {"scorers": scorers},
         "candidates": {
+            "floor": {"method": "nearest"},
             "zero-shot": {"prompt": "prompts/long.txt", **answer},
             "few-shot": {"prompt": "prompts/long.txt", "shots": 6, **answer},
             "rag": {"prompt": "prompts/long.txt", "retrieve": {"from": "train", "k": 4}, **answer},

@@ -140,3 +140,20 @@ def test_the_verbs_import_nothing_heavy() -> None:
     code = f"import sys, tunesmith.cli.evaluation; print([m for m in {heavy.split()!r} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_markdown_for_a_pull_request(project: Path, evaluation: str) -> None:
+    code, text = call("report", "--markdown", "-C", str(project))
+    assert code == 0
+    assert text.startswith("## tuned")
+    assert "| candidate |" in text
+    assert not (project / "report.html").exists()
+    call("report", "--markdown", "-o", str(project / "r.md"), "-C", str(project))
+    assert (project / "r.md").read_text() == text
+    with pytest.raises(UsageError, match="both want stdout"):
+        call("report", "--markdown", "--json", "-C", str(project))
+
+
+def test_a_leaderboard_of_nothing(project: Path) -> None:
+    assert document("leaderboard", "-C", str(project)) == (0, {"boards": []})
+    assert "no version is registered" in call("leaderboard", "-C", str(project))[1]

@@ -108,6 +108,8 @@ def test_all_fields_right_and_exact_match_are_one(left: Any, right: Any) -> None
     assert (fields == 1.0) == (exact == 1.0)
     assert score("exact_match", reference, answer) == exact
     assert score("exact_match", answer, answer) == score("field_f1", answer, answer) == 1.0
+    precision, recall = score("field_precision", answer, reference), score("field_recall", answer, reference)
+    assert fields == pytest.approx(2 * precision * recall / (precision + recall) if precision + recall else 0.0)
 
 
 @settings(deadline=None)

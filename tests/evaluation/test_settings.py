@@ -28,7 +28,6 @@ def test_a_gate_s_kind_follows_from_its_keys() -> None:
     ("gate", "message"),
     [
         ({"metric": "exact_match", "ovre": "best-untuned", "at_least": 0.05}, "ovre"),
-        ({"metric": "exact_mach", "at_least": 0.5}, "did you mean 'exact_match'"),
         ({"metric": "exact_match", "at_least": float("nan")}, "finite"),
         ({"metric": "exact_match", "at_least": float("inf")}, "finite|less than"),
         ({"metric": "exact_match", "at_least": 99}, "less than or equal to 1"),
@@ -66,6 +65,16 @@ def test_task() -> None:
         ({"scorers": ["json_valid", "json_valid"]}, "twice"),
         ({"scorers": ["json_valid"], "primary": "exact_match"}, "not among scorers"),
         ({"scorer": ["json_valid"]}, "scorer"),
+        ({"scorers": [{"name": "date", "pattern": "^(a|a)*$"}]}, "needs more than"),
+        ({"scorers": [{"name": "date", "pattern": "("}]}, "not a regular expression"),
+        ({"scorers": [{"name": "date", "patern": "x"}]}, "patern"),
+        ({"scorers": [{"name": "total", "tolerance": -1}]}, "greater than or equal to 0"),
+        ({"scorers": [{"name": "total", "tolerance": float("nan")}]}, "finite|greater"),
+        ({"scorers": [{"name": "exact_match", "label": ""}]}, "a scorer already"),
+        ({"scorers": [{"name": "x", "label": "a", "calibrate": True}]}, "labels and nothing else"),
+        ({"scorers": [{"name": "mine", "function": "mine.txt:f"}]}, "pattern"),
+        ({"scorers": [{"name": "j", "judge": {"url": "http://u:p@h/v1", "model": "m"}}]}, "secret"),
+        ({"scorers": ["exact_match", {"name": "x", "label": ""}, {"name": "x", "tolerance": 1}]}, "twice"),
     ],
 )
 def test_tasks_that_are_refused(task: Any, message: str) -> None:
@@ -76,6 +85,9 @@ def test_tasks_that_are_refused(task: Any, message: str) -> None:
 def test_gates_are_held_against_what_is_measured() -> None:
     gates = GATES.validate_python({"lift": {"metric": "exact_match", "over": "few-shot", "at_least": 0.0}})
     check_gates(gates, ["exact_match"], ["few-shot", "tuned"])
+    mistyped = GATES.validate_python({"valid": {"metric": "exact_mach", "at_least": 0.5}})
+    with pytest.raises(UsageError, match="did you mean 'exact_match'"):
+        check_gates(mistyped, ["exact_match"], [])
     with pytest.raises(UsageError, match="not measured") as caught:
         check_gates(gates, ["json_valid"], ["few-shot"])
     assert caught.value.where == "gates.lift.metric"

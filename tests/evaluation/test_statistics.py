@@ -13,6 +13,7 @@ from tunesmith.evaluation import statistics
 from tunesmith.evaluation.statistics import (
     confidence_at_look,
     effective_groups,
+    holm,
     interval,
     intervals,
     mcnemar,
@@ -133,11 +134,27 @@ def test_sign_flip_of_few_groups_is_exact() -> None:
     assert sign_flip(np.zeros(6), alone(6), seed=0) == 1.0
 
 
-def test_sign_flip_against_wilcoxon_s_cousin() -> None:
+def test_sign_flip_of_single_rows_is_mcnemar_s_test() -> None:
     gaps = np.random.default_rng(5).choice([-1.0, 0.0, 1.0], size=200, p=[0.1, 0.7, 0.2])
     wins, losses = int((gaps > 0).sum()), int((gaps < 0).sum())
-    # For -1, 0, 1 the permutation of signs is McNemar's test itself, up to 9,999 random flips.
-    assert sign_flip(gaps, alone(200), seed=0) == pytest.approx(mcnemar(wins, losses), abs=0.012)
+    assert sign_flip(gaps, alone(200), seed=0) == pytest.approx(mcnemar(wins, losses), abs=1e-9)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(-4, 4), min_size=2, max_size=10))
+def test_sign_flip_of_whole_sums_against_scipy_s_exact_permutation_test(sums: list[int]) -> None:
+    gaps = np.array(sums, dtype=np.float64)
+    expected = stats.permutation_test(
+        (gaps,), lambda sample, axis: np.sum(sample, axis=axis), permutation_type="samples", n_resamples=np.inf
+    )
+    assert sign_flip(gaps, alone(len(sums)), seed=0) == pytest.approx(min(1.0, expected.pvalue), abs=1e-9)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_against_statsmodels(p_values: list[float]) -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest", reason="statsmodels is not installed")
+    assert holm(p_values) == pytest.approx(multitest.multipletests(p_values, method="holm")[1], abs=1e-9)
 
 
 def test_looks_share_the_allowed_error() -> None:

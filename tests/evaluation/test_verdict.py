@@ -17,7 +17,7 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.settings import GATES, Gates
-from tunesmith.evaluation.verdict import judge, replay, verdict_document
+from tunesmith.evaluation.verdict import judge, replay, verdict_document, verdict_record
 from tunesmith.store.store import Store
 
 STANDARD = {
@@ -141,6 +141,57 @@ def test_forgetting(made: Fabricated, evaluation: str) -> None:
     assert verdict == "inconclusive"
     assert gate["value"] is None
     assert outcome(made, unprobed, "rag", suite="general", drop_at_most=0.0)[0] == "pass", "the base's own weights"
+
+
+def test_what_must_not_drop(made: Fabricated, evaluation: str) -> None:
+    verdict, gate = outcome(made, evaluation, metric="exact_match", not_below="rag", drop_at_most=0.02)
+    assert verdict == "pass"
+    assert gate["not_below"] == "rag"
+    assert gate["high"] <= 0.02 == gate["bound"]
+    verdict, gate = outcome(made, evaluation, "rag", metric="exact_match", not_below="tuned", drop_at_most=0.1)
+    assert verdict == "fail"
+    assert gate["low"] > 0.1
+    best = {"metric": "exact_match", "not_below": "best-untuned", "drop_at_most": 0.0}
+    assert outcome(made, evaluation, "rag", **best)[0] == "pass"
+    add(made, Candidate(name="same", prompt="x", base=made.base, max_tokens=9), flawed(0.34, 0.93, 13), 1, 1)
+    again_with = again(made)
+    kept = {"metric": "exact_match", "not_below": "rag"}
+    assert outcome(made, again_with, "same", **kept, drop_at_most=0.0)[0] == "inconclusive", "all ties are no proof"
+    assert outcome(made, again_with, "same", **kept, drop_at_most=0.1)[0] == "pass"
+    assert "with itself" in outcome(made, evaluation, "rag", **kept, drop_at_most=0.1)[1]["reason"]
+    with pytest.raises(UsageError, match="not a candidate"):
+        outcome(made, evaluation, metric="exact_match", not_below="rags", drop_at_most=0.1)
+
+
+def test_one_failure_among_many_gates_must_hold_for_their_number(made: Fabricated, evaluation: str) -> None:
+    """A bound just above the interval fails a gate that stands alone, not one of ten (Holm); a clear failure does."""
+    high = outcome(made, evaluation, "rag", metric="exact_match", at_least=0.9, confidence=0.95)[1]["high"]
+    near = {"metric": "exact_match", "at_least": high + 0.005, "confidence": 0.95}
+    clear = {"metric": "exact_match", "at_least": 0.95, "confidence": 0.95}
+    sound = {f"s{k}": {"metric": "exact_match", "at_least": 0.01, "confidence": 0.95} for k in range(9)}
+    assert outcome(made, evaluation, "rag", **near)[0] == "fail"
+    among = judged(made, evaluation, GATES.validate_python({"near": near, **sound}), "rag")
+    assert among["verdict"] == "inconclusive", "never a pass"
+    assert "among 10 gates" in among["gates"][0]["reason"]
+    assert among["gates"][0]["high"] == pytest.approx(high), "the interval that is shown stays its own"
+    assert judged(made, evaluation, GATES.validate_python({"clear": clear, **sound}), "rag")["verdict"] == "fail"
+    both = judged(made, evaluation, GATES.validate_python({"near": near, "clear": clear}), "rag")
+    outcomes = [gate["outcome"] for gate in both["gates"]]
+    assert outcomes == ["fail", "fail"], "stepping down: the clear failure leaves the near one its whole level"
+    certain = {"metric": "exact_match", "at_least": high + 0.005}
+    assert judged(made, evaluation, GATES.validate_python({"c": certain, **sound}), "rag")["verdict"] == "fail", (
+        "a bound on the measured rows themselves has no luck to correct"
+    )
+
+
+def test_a_verdict_from_before_the_correction_still_replays(made: Fabricated, evaluation: str) -> None:
+    high = outcome(made, evaluation, "rag", metric="exact_match", at_least=0.9, confidence=0.95)[1]["high"]
+    near = {"metric": "exact_match", "at_least": high + 0.005, "confidence": 0.95}
+    many = GATES.validate_python({"near": near, "s": {"metric": "exact_match", "at_least": 0.01, "confidence": 0.95}})
+    old = verdict_record(made.store, evaluation, "rag", many, look=1, rules=1)
+    assert "rules" not in old.body
+    assert old.body["verdict"] == "fail"
+    assert replay(made.store, made.store.put_record(old))
 
 
 def test_without_an_untuned_candidate_there_is_no_lift(made: Fabricated) -> None:

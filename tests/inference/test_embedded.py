@@ -203,6 +203,27 @@ def test_a_constrained_answer_fits_its_schema_whatever_the_weights_say(engine: E
     assert "".join(pieces) == answers[0].text  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ('{"a": "on", "n": 1}', True),
+        ('{"a":"on","n":1}', True),
+        ('{"a":  "on", "n": 1}', False),
+        ('{"a": "on",  "n": 1}', False),
+        ('{ "a": "on", "n": 1}', False),
+        ('{"a": "on",\n"n": 1}', False),
+    ],
+)
+def test_one_space_may_follow_a_comma_or_colon_and_no_other(engine: EmbeddedEngine, text: str, fits: bool) -> None:
+    import json
+
+    tokens = engine._renderer.answer(text)
+    while tokens[-1] in engine._renderer.stop_ids or not engine._renderer.text(tokens).endswith("}"):
+        tokens = tokens[:-1]
+    guide = engine._constraints.guide(json.dumps(SCHEMA))
+    assert (guide.validate_tokens(tokens) == len(tokens)) is fits
+
+
 def test_a_schema_that_cannot_be_followed_is_told(engine: EmbeddedEngine) -> None:
     with pytest.raises(UsageError, match="cannot be held to this schema"):
         engine.generate(_requests(schema='{"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}'))

@@ -1,43 +1,78 @@
-"""Finding the training examples most like a request, by BM25 (Robertson and Zaragoza 2009, as bm25s computes it)."""
+"""Finding the texts most like a request: by words, by vectors, or by the ranks of both.
+
+By words: BM25 (Robertson and Zaragoza 2009, as bm25s computes it). By vectors: cosine of MiniLM's sentence vectors.
+Fused: reciprocal rank fusion with k = 60 (Cormack, Clarke and Buettcher 2009).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import bm25s
 import numpy as np
+from numpy.typing import NDArray
 
 from tunesmith.data.dataset import Example
 
 _WORD = re.compile(r"\w+")
+_FUSION = 60
+
+Vectors = NDArray[np.float32]
+Embed = Callable[[Sequence[str]], Vectors]  # texts -> rows of length 1
 
 
 class Index:
-    """Training examples by the words of their requests."""
+    """Texts, found by place. embed, where there is one, makes the vectors that `dense` and `fused` compare."""
 
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self._examples = list(examples)
-        self._words = [_words(request_text(example)) for example in self._examples]
-        self._sets = [set(words) for words in self._words]
+    def __init__(self, texts: Sequence[str], by: str = "bm25", embed: Embed | None = None) -> None:
+        self._by, self._embed = by, embed
+        self._words = [words(text) for text in texts]
+        self._sets = [set(each) for each in self._words]
+        self._known = set().union(*self._sets)
         self._index = bm25s.BM25()
         self._index.index(self._words, show_progress=False)
+        self._vectors = embed(texts) if embed is not None and by != "bm25" else None
 
-    def nearest(self, text: str, k: int) -> list[Example]:
-        """The k examples of the highest score, the best last: it stands next to the request in the prompt."""
-        return [self._examples[place] for place in reversed(self._best(text, k))]
+    def nearest(self, text: str, k: int, skip: frozenset[int] = frozenset()) -> list[int]:
+        """Places of the k texts of the highest score, the best last: it stands next to the request in the prompt.
+
+        skip: places that must not be found.
+        """
+        order = [place for place in self._ranked(text, k + len(skip)) if place not in skip]
+        return list(reversed(order[:k]))
 
     def similarity(self, text: str) -> float:
-        """Jaccard similarity (0 to 1) of a request's words to those of the example BM25 finds first."""
-        words = set(_words(text))
-        place = self._best(text, 1)[0]
-        union = words | self._sets[place]
-        return len(words & self._sets[place]) / len(union) if union else 0.0
+        """Jaccard similarity (0 to 1) of a request's words to those of the text BM25 finds first."""
+        asked = set(words(text))
+        place = _best(self._by_word(text), 1)[0]
+        union = asked | self._sets[place]
+        return len(asked & self._sets[place]) / len(union) if union else 0.0
 
-    def _best(self, text: str, k: int) -> list[int]:
-        scores = self._index.get_scores(_words(text))
-        # A stable sort: equal scores keep the rows' order, whatever the platform.
-        return [int(place) for place in np.argsort(-scores, kind="stable")[:k]]
+    def _by_word(self, text: str) -> NDArray[np.floating]:
+        known = [word for word in words(text) if word in self._known]
+        # bm25s fails on a text of which it knows no word.
+        return self._index.get_scores(known) if known else np.zeros(len(self._words))
+
+    def _ranked(self, text: str, k: int) -> list[int]:
+        by_words = self._by_word(text) if self._by != "dense" else None
+        if self._embed is None or self._vectors is None:
+            assert by_words is not None
+            return _best(by_words, k)
+        # Six decimals: a last bit that differs between machines must not reorder what is shown.
+        by_vectors = np.round(self._vectors @ self._embed([text])[0], 6)
+        if by_words is None:
+            return _best(by_vectors, k)
+        fused = np.zeros(len(self._words))
+        for scores in (by_words, by_vectors):
+            for rank, place in enumerate(_best(scores, len(scores)), start=1):
+                fused[place] += 1.0 / (_FUSION + rank)
+        return _best(fused, k)
+
+
+def example_index(examples: Sequence[Example], by: str = "bm25", embed: Embed | None = None) -> Index:
+    """An index of training examples by the words of their requests."""
+    return Index([request_text(example) for example in examples], by, embed)
 
 
 def request_text(example: Example) -> str:
@@ -45,5 +80,11 @@ def request_text(example: Example) -> str:
     return next(message.content for message in reversed(example.messages) if message.role == "user")
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """The words of a text in lower case; one empty word where there is none."""
     return _WORD.findall(text.lower()) or [""]
+
+
+def _best(scores: NDArray[np.floating], k: int) -> list[int]:
+    # A stable sort: equal scores keep the texts' order, whatever the platform.
+    return [int(place) for place in np.argsort(-scores, kind="stable")[:k]]

@@ -1,19 +1,26 @@
-"""Choosing the examples that are shown before every request."""
+"""Choosing the examples that are shown before every request. Only training examples are ever chosen from."""
 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 
+from tunesmith.candidates.retrieval import request_text, words
 from tunesmith.data.dataset import Example
 
 
-def choose_shots(examples: Sequence[Example], count: int) -> list[Example]:
-    """count training examples that differ as much as their groups let them: one of each group before a second of any.
+def choose_shots(examples: Sequence[Example], count: int, choose: str = "fixed") -> list[Example]:
+    """count training examples, in one of two ways.
 
-    Groups and rows are taken in the order of their hashed names, so that adding a row rarely changes the choice.
+    fixed: one of each group before a second of any; groups and rows are taken in the order of their hashed names, so
+    that adding a row rarely changes the choice. diverse: the first of those, then again and again the example whose
+    request and answer share the fewest words with any chosen (farthest-first traversal, Gonzalez 1985, by Jaccard
+    distance).
     """
+    if choose == "diverse":
+        return _farthest_first(examples, count)
     by_group: dict[str, list[Example]] = defaultdict(list)
     for example in sorted(examples, key=lambda one: _order(one.id)):
         by_group[example.group].append(example)
@@ -24,6 +31,32 @@ def choose_shots(examples: Sequence[Example], count: int) -> list[Example]:
         chosen += [by_group[group][turn] for group in ordered if len(by_group[group]) > turn][: count - len(chosen)]
         turn += 1
     return chosen
+
+
+def draw_shots(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """count training examples by chance, the same for the same seed."""
+    ordered = sorted(examples, key=lambda one: _order(one.id))
+    return random.Random(seed).sample(ordered, min(count, len(ordered)))
+
+
+def _farthest_first(examples: Sequence[Example], count: int) -> list[Example]:
+    ordered = sorted(examples, key=lambda one: _order(one.id))
+    sets = [frozenset(words(f"{request_text(one)} {one.answer}")) for one in ordered]
+    if not ordered or count < 1:
+        return []
+    chosen = [0]
+    nearest = [_likeness(sets[0], other) for other in sets]
+    while len(chosen) < min(count, len(ordered)):
+        nearest = [2.0 if place in chosen else value for place, value in enumerate(nearest)]
+        place = min(range(len(ordered)), key=lambda each: (nearest[each], each))
+        chosen.append(place)
+        nearest = [max(value, _likeness(sets[place], other)) for value, other in zip(nearest, sets, strict=True)]
+    return [ordered[place] for place in chosen]
+
+
+def _likeness(left: frozenset[str], right: frozenset[str]) -> float:
+    union = len(left | right)
+    return len(left & right) / union if union else 1.0
 
 
 def _order(text: str) -> str:

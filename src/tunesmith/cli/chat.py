@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunesmith.cli.terminal import HERE, Directory, Json, Terminal, emit, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def register(app: typer.Typer) -> None:
@@ -36,33 +40,41 @@ def chat(
     walk = Chain(project, Terminal())
     with contextlib.ExitStack() as stack:
         if who in project.settings.candidates:
-            candidate = load_candidate(project.store, walk.candidate(who))
-            walk.load_adapter(candidate.training)
+            answerer = walk.answerer(load_candidate(project.store, walk.candidate(who)))
         elif "@" not in who and not is_digest("sha256:" + who.removeprefix("sha256:").ljust(64, "0")):
             walk.settings_of(who)  # says which candidates there are
             return
         else:
             loaded = stack.enter_context(verified_copy(project.store, resolve(project.store, who)))
-            candidate = loaded.candidate
-            if loaded.adapter is not None and candidate.training is not None:
-                walk.engine.load_adapter(candidate.training, loaded.adapter)
-        answerer = Answerer(project.store, walk.engine, candidate)
+            if loaded.adapter is not None and loaded.candidate.training is not None:
+                walk.engine.load_adapter(loaded.candidate.training, loaded.adapter)
+            engine = walk.engine if loaded.candidate.asks_base else None
+            answerer = Answerer(project.store, engine, loaded.candidate)
         if message is not None:
-            asked = answerer.generation([Message(role="user", content=message)])
-            answer = walk.engine.generate([asked], answerer.adapter)[0]
-            document = {"answer": answer.text, "finish": answer.finish, "candidate": candidate.name}
-            emit(document, as_json, lambda console: console.print(answer.text, markup=False))
+            turn = [Message(role="user", content=message)]
+            answer = answerer.responder.generate([answerer.generation(turn)], answerer.adapter)[0]
+            sources = list(answerer.sources(turn).sources)
+            document = {"answer": answer.text, "finish": answer.finish, "candidate": answerer.name, "sources": sources}
+            emit(document, as_json, lambda console: _show(console, answer.text, sources))
             return
         if as_json:
             raise UsageError("--json needs --message", fix="ask one question with -m")
-        say(f"talking to {candidate.name}; an empty line or ctrl-D ends")
+        say(f"talking to {answerer.name}; an empty line or ctrl-D ends")
         turns: list[Message] = []
         with contextlib.suppress(EOFError):
             while text := input("> ").strip():
                 turns.append(Message(role="user", content=text))
-                for piece in walk.engine.stream(answerer.generation(turns), answerer.adapter):
+                for piece in answerer.responder.stream(answerer.generation(turns), answerer.adapter):
                     if isinstance(piece, Completion):
-                        turns.append(Message(role="assistant", content=piece.text))
                         print()
+                        if cited := answerer.sources(turns).sources:
+                            print(f"(from {', '.join(cited)})")
+                        turns.append(Message(role="assistant", content=piece.text))
                     else:
                         print(piece, end="", flush=True)
+
+
+def _show(console: Console, text: str, sources: Sequence[str]) -> None:
+    console.print(text, markup=False)
+    if sources:
+        console.print(f"(from {', '.join(sources)})", markup=False, style="dim")

@@ -1,4 +1,4 @@
-"""`evaluate`, `gate`, `compare` and `report`."""
+"""`evaluate`, `gate`, `compare`, `leaderboard` and `report`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,33 @@ _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
-    for verb in (evaluate, gate, compare, report):
+    for verb in (plan, evaluate, gate, compare, leaderboard, report):
         app.command()(verb)
+
+
+def plan(
+    lift: Annotated[
+        float | None, typer.Option(help="The true lift hoped for, 0.1 is ten points; by default five above each bound.")
+    ] = None,
+    differing: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of rows on which the two differ; by default 0.3.")
+    ] = None,
+    between: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="NAME NAME", help="Measure that share on the validation rows, with these candidates."),
+    ] = None,
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """Say before a run what the test rows can show, and how many it takes to see a lift."""
+    from tunesmith.chain import Chain
+    from tunesmith.core.errors import UsageError
+    from tunesmith.project import open_project
+
+    if differing is not None and between is not None:
+        raise UsageError("the share that differs is either given or measured", fix="leave one of the options out")
+    document = Chain(open_project(directory), Terminal()).plan(lift, differing, between or ())
+    emit(document, as_json, lambda console: show_plan(console, document))
 
 
 def evaluate(
@@ -72,6 +97,19 @@ def compare(
     emit(document, as_json, lambda console: show_comparison(console, document))
 
 
+def leaderboard(
+    name: Annotated[str | None, typer.Argument(help="A version's name; by default all names.")] = None,
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """Rank registered versions among those that were measured on the same held-out rows."""
+    from tunesmith.project import open_store
+    from tunesmith.registry.leaderboard import leaderboard as boards_of
+
+    document = boards_of(open_store(directory), name)
+    emit(document, as_json, lambda console: show_leaderboard(console, document))
+
+
 def report(
     version: Annotated[
         str | None, typer.Argument(help="NAME@v1, NAME@champion or a digest; by default the newest evaluation.")
@@ -79,11 +117,16 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="The page; by default report.html in DIR.")
     ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print it as Markdown for a pull request (and write only --output).")
+    ] = False,
     directory: Directory = HERE,
     as_json: Json = False,
 ) -> None:
     """Write the evidence as one HTML page; with --json print what it is made of (and write only --output)."""
+    from tunesmith.core.errors import UsageError
     from tunesmith.core.files import write_atomic
+    from tunesmith.evaluation.markdown import report_markdown
     from tunesmith.evaluation.report import render
     from tunesmith.evaluation.report_data import release_trail, report_data
     from tunesmith.project import open_project
@@ -92,6 +135,15 @@ def report(
     evaluation, verdict, digest = _reported(project, version)
     name = project.store.record(digest).body["name"] if digest else project.settings.name
     data = report_data(project.store, evaluation, verdict, digest, release_trail(project.store, name, digest))
+    if markdown:
+        if as_json:
+            raise UsageError("--markdown and --json both want stdout", fix="ask for one of them")
+        text = report_markdown(data)
+        if output is not None:
+            write_atomic(output, text.encode())
+        else:
+            print(text, end="")
+        return
     target = output if output is not None or as_json else directory / "report.html"
     if target is not None:
         write_atomic(target, render(data).encode())
@@ -103,13 +155,16 @@ def show_evaluation(console: Console, document: Mapping[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from tunesmith.evaluation.wording import money
+
     primary, candidates = document["primary"], document["candidates"]
     metrics = list(next(iter(candidates.values())))
     table = Table(title=f"{document['n']} held-out requests in {document['groups']} groups", title_justify="left")
     table.add_column("candidate", no_wrap=True)
     for metric in metrics:
         table.add_column(metric, justify="right", header_style="bold cyan" if metric == primary else None)
-    for heading in ("prompt tokens", "answer tokens", "seconds"):
+    currency = document["currency"]
+    for heading in ("prompt tokens", "answer tokens", "seconds", *([currency] if currency else [])):
         table.add_column(f"{heading}\nper 1,000", justify="right")
     for name in sorted(candidates, key=lambda name: (-candidates[name][primary]["mean"], name)):
         price = document["prices"][name]
@@ -119,6 +174,7 @@ def show_evaluation(console: Console, document: Mapping[str, Any]) -> None:
             f"{price['prompt_tokens_per_1000']:,.0f}",
             f"{price['completion_tokens_per_1000']:,.0f}",
             f"{price['seconds_per_1000']:,.0f}",
+            *([money(price.get("money_per_1000"))] if currency else []),
         )
     console.print(table)
     for name, cut in document["cut"].items():
@@ -128,6 +184,30 @@ def show_evaluation(console: Console, document: Mapping[str, Any]) -> None:
         change = f"{-drop['mean'] * 100:+.1f} points [{-drop['high'] * 100:+.1f}, {-drop['low'] * 100:+.1f}]"
         console.print(f"general ability of {name} against its base: {change}", markup=False)
     console.print(f"intervals are {document['confidence']:.0%} confidence intervals over groups", style="dim")
+
+
+def show_plan(console: Console, document: Mapping[str, Any]) -> None:
+    """Each comparing gate: what these rows can show, and how many would show what is hoped for."""
+    from tunesmith.evaluation.planning import plan_sentence
+    from tunesmith.evaluation.wording import points
+
+    for gate in document["gates"]:
+        console.print(plan_sentence(document, gate), markup=False)
+        needed = f"{gate['needed']:,} rows" if gate["needed"] else "no number of rows"
+        console.print(
+            f"  a true difference of {points(gate['lift'])} points passes with {gate['power']:.0%}; "
+            f"{needed} of this grouping would pass it with {document['wanted_power']:.0%}",
+            markup=False,
+        )
+    if not document["gates"]:
+        console.print("no gate compares two candidates, so there is nothing to plan", markup=False)
+    basis = "measured on the validation rows" if document["measured"] else "assumed: --between measures it"
+    console.print(
+        f"how the two differ is {basis}; rows of one group correlate by {document['correlation']:.2f}; "
+        f"{document['looks']} candidates have been looked at on these test rows",
+        style="dim",
+        markup=False,
+    )
 
 
 def show_verdict(console: Console, document: Mapping[str, Any]) -> None:
@@ -184,6 +264,32 @@ def show_comparison(console: Console, document: Mapping[str, Any]) -> None:
             "< 0.0001" if found["sign_flip"] < 0.0001 else f"{found['sign_flip']:.2g}",
         )
     console.print(table)
+
+
+def show_leaderboard(console: Console, document: Mapping[str, Any]) -> None:
+    """A table for each board."""
+    from rich.table import Table
+
+    from tunesmith.registry.leaderboard import board_title
+
+    for board in document["boards"]:
+        table = Table(title=board_title(board), title_justify="left")
+        for place, heading in enumerate(
+            ("version", "lever", board["metric"], "behind the first, points", "verdict", "")
+        ):
+            table.add_column(heading, justify="right" if place in (2, 3) else "left", overflow="fold")
+        for row in board["versions"]:
+            gap = row["behind"]
+            behind = (
+                f"{gap['mean'] * 100:+.1f}\n[dim]\\[{gap['low'] * 100:+.1f}, {gap['high'] * 100:+.1f}][/]"
+                if gap
+                else ""
+            )
+            state = f"recalled: {row['recalled']}" if row["recalled"] else row["alias"] or ""
+            table.add_row(row["version"], row["lever"], _measured(row), behind, row["verdict"], state)
+        console.print(table)
+    if not document["boards"]:
+        console.print("no version is registered yet; `tunesmith run` registers what passes its gates")
 
 
 def _measured(found: Mapping[str, float]) -> str:

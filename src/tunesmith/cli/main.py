@@ -8,7 +8,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from tunesmith.cli import chain, chat, data, evaluation, monitor, registry, rollout, serve, start
+from tunesmith.cli import cases, chain, chat, data, evaluation, exporting, monitor, registry, rollout, serve, start
 from tunesmith.core.errors import TunesmithError, UsageError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for noun in (start, chain, data, evaluation, registry, rollout, serve, monitor, chat):
+for noun in (start, chain, data, evaluation, registry, exporting, rollout, serve, monitor, cases, chat):
     noun.register(app)
 
 

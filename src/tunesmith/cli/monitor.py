@@ -113,7 +113,7 @@ def recall(
 def _baseline(project: Project, version: Version) -> Baseline:
     """The test split's features, and the evaluation's share of valid JSON."""
     from tunesmith.candidates.candidate import load_candidate
-    from tunesmith.candidates.retrieval import Index
+    from tunesmith.candidates.retrieval import example_index
     from tunesmith.data.dataset import load_dataset
     from tunesmith.monitoring.drift import Baseline
     from tunesmith.monitoring.features import last_request, measured_features
@@ -124,7 +124,7 @@ def _baseline(project: Project, version: Version) -> Baseline:
     dataset = load_dataset(store, evaluation.parents["dataset"])
     nearest = None
     if candidate.dataset is not None:
-        index = Index(load_dataset(store, candidate.dataset).examples("train"))
+        index = example_index(load_dataset(store, candidate.dataset).examples("train"))
 
         def nearest(messages: Any) -> float:
             return index.similarity(last_request(messages))

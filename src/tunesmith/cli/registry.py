@@ -80,6 +80,8 @@ def register_version(
         console.print(f"{version.label} is registered and signed by {version.signer}", markup=False)
         if version.override is not None:
             console.print(f"its gates were overridden: {version.override}", style="bold red", markup=False)
+        for mark in version.marks:
+            console.print(f"it was {mark}: not meant for service", style="bold red", markup=False)
         console.print(f"next: tunesmith approve {version.label} --as SOMEBODY-ELSE", markup=False)
 
     emit(document, as_json, draw)
@@ -111,6 +113,8 @@ def approve(
         console.print(f"{found.label} is approved by {who}", markup=False)
         if found.override is not None:
             console.print(f"although its gates were overridden: {found.override}", style="bold red", markup=False)
+        for mark in found.marks:
+            console.print(f"although it was {mark}: not meant for service", style="bold red", markup=False)
         console.print(f"next: tunesmith rollout start {found.label}", markup=False)
 
     emit(document, as_json, draw)
@@ -291,7 +295,8 @@ def _show_versions(store: Store, as_json: bool) -> None:
                 if alias.version == version.digest
             )
             scope = "/".join(part for part in (version.tenant, version.region) if part)
-            marked = version.label + (" (gates overridden)" if version.override else "")
+            notes = [*(["gates overridden"] if version.override else []), *version.marks]
+            marked = version.label + (f" ({', '.join(notes)})" if notes else "")
             cells = (marked, version.digest.removeprefix("sha256:")[:12], version.signer, scope, pointing)
             table.add_row(*map(Text, cells))
         if versions:

@@ -44,7 +44,7 @@ def serve(
         Chain(project, Terminal()).engine,
         ServerSettings(region=region),
         answer_schema=project.schema,
-        scorers=project.settings.task.scorers,
+        scorers=project.settings.task.served,
     )
     address, chosen = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address

@@ -75,6 +75,7 @@ def build_dataset(
         conflicts = spill.conflicts(_SHOWN_CONFLICTS)
         threshold = near_threshold(settings)
         progress.say(f"{account.read} rows read; looking for near ones across the splits")
+        held = spill.hold({one.file.name for one in planned if one.file.source.split})
         splits = _split(spill, threshold, account, outside)
         counted = spill.counts()
         body = {
@@ -95,7 +96,7 @@ def build_dataset(
             "conflicts": conflicts,
             "tokens": {"limit": max_tokens, "longest": account.longest} if checked else None,
             "answer_schema": None if answer_schema is None else digest_of(answer_schema),
-        }
+        } | ({"held_groups": held} if held else {})
         blobs = {f"{name}.jsonl": _sealed(store, folder, spill.lines(name)) for name in SPLITS}
         blobs[REMOVED] = _sealed(store, folder, spill.removed_lines())
         if outside.files:
@@ -137,7 +138,7 @@ def _described(one: Planned, shape: Shape, rows: int) -> dict[str, Any]:
         "rows": rows,
         "format": shape.name,
         "format_told": one.file.source.format != "auto",
-    }
+    } | ({"split": one.file.source.split} if one.file.source.split else {})
 
 
 def _sealed(store: Store, folder: Path, lines: Iterable[bytes]) -> str:

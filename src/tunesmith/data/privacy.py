@@ -77,9 +77,7 @@ class Scanner:
             return Scan(tuple(messages))
         names = Pseudonyms(self._own)
         counts: Counter[str] = Counter()
-        values = [
-            (entity, text[start:end]) for _, text in texts_of(messages) for start, end, entity, _ in findings[text]
-        ]
+        values = self._values(messages, findings)
         # The longest names of people first: "Ann" is then known for a part of "Ann Lee".
         for entity, value in sorted(values, key=lambda pair: -len(pair[1].split()) if pair[0] == "PERSON" else 0):
             counts[entity] += names.add(entity, value)
@@ -93,6 +91,16 @@ class Scanner:
         for entity, value in values:
             originals.setdefault(names.of(entity, value), value)
         return Scan(changed, counts, fields, originals)
+
+    def values(self, messages: Sequence[Message]) -> list[tuple[str, str]]:
+        """(entity, value) of everything found in the messages, as it stands there."""
+        ordered = sorted({text for _, text in texts_of(messages)})
+        found = {text: list(map(tuple, spans)) for text, spans in zip(ordered, self.findings(ordered), strict=True)}
+        return self._values(messages, found)
+
+    @staticmethod
+    def _values(messages: Sequence[Message], findings: Mapping[str, Sequence[Any]]) -> list[tuple[str, str]]:
+        return [(entity, text[start:end]) for _, text in texts_of(messages) for start, end, entity, _ in findings[text]]
 
 
 def texts_of(messages: Sequence[Message]) -> Iterator[tuple[str, str]]:

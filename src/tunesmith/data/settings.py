@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from tunesmith.core.settings import Settings
 
@@ -62,6 +62,16 @@ class Source(Rows):
     subject_key: Annotated[str, Field(description="the row's key that names whose data it is")] = "subject"
     tenant_key: Annotated[str, Field(description="the row's key that names its tenant")] = "tenant"
     region_key: Annotated[str, Field(description="the row's key that names its region")] = "region"
+    split: Annotated[
+        Literal["test"] | None,
+        Field(description="test holds these rows out, with all rows of their groups; null lets the group decide"),
+    ] = None
+
+    @model_serializer(mode="wrap")
+    def _without_defaults_that_came_later(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A source that does not say its split reads as it did before there was one: datasets keep their digests."""
+        stated: dict[str, Any] = serialise(self)
+        return {key: value for key, value in stated.items() if key != "split" or value is not None}
 
 
 class Licences(Settings):

@@ -10,7 +10,7 @@ import hashlib
 import heapq
 import itertools
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,14 @@ class Spill:
             for place, _, source, row, name in itertools.islice(same, 1, None)
         )
         self._base.execute("CREATE INDEX by_id ON rows (id)")
+
+    def hold(self, sources: Collection[str]) -> list[str]:
+        """Hold out the groups of these sources' rows, whatever else they hold; returns the groups."""
+        marks = ", ".join("?" * len(sources))
+        query = f"SELECT DISTINCT grp FROM rows WHERE gone IS NULL AND source IN ({marks}) ORDER BY grp"  # noqa: S608
+        held = [group for (group,) in self._base.execute(query, sorted(sources))]
+        self._base.executemany("UPDATE rows SET split = 'test' WHERE grp = ?", ((group,) for group in held))
+        return held
 
     def drop(self, gone: Mapping[str, str]) -> None:
         """Let rows go: id -> reason."""

@@ -47,7 +47,7 @@ def verify_dataset(store: Store, digest: str) -> dict[str, Any]:
         )
     except (TunesmithError, KeyError) as error:
         return _document(digest, checked, [{"path": OUTSIDE, "reason": str(error)}])
-    problems.extend(_row_problems(splits, settings))
+    problems.extend(_row_problems(splits, settings, frozenset(dataset.record.body.get("held_groups", ()))))
     problems.extend(_outside_problems(splits, outside))
     stated = {**_stated(dataset), "rows removed": dataset.record.body["rows"]["removed"]}
     method = str(stated["leakage"].get("method"))
@@ -96,7 +96,9 @@ def _stated(dataset: Dataset) -> dict[str, Any]:
     return {**{key: body[key] for key in ("splits", "groups", "licences", "leakage")}, **rows}
 
 
-def _row_problems(splits: dict[str, list[Example]], settings: DataSettings) -> list[dict[str, str]]:
+def _row_problems(
+    splits: dict[str, list[Example]], settings: DataSettings, held: frozenset[str]
+) -> list[dict[str, str]]:
     problems = []
     seen: set[str] = set()
     for name, examples in splits.items():
@@ -106,7 +108,7 @@ def _row_problems(splits: dict[str, list[Example]], settings: DataSettings) -> l
                 problems.append({"path": path, "reason": "the id is not that of the content"})
             if example.id in seen:
                 problems.append({"path": path, "reason": "the id stands twice"})
-            if split_of(example.group, settings.split) != name:
+            if split_of(example.group, settings.split, held) != name:
                 problems.append({"path": path, "reason": "the row's group belongs to another split"})
             seen.add(example.id)
     return problems

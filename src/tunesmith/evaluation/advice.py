@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.evaluation.wording import percent, points
+from tunesmith.evaluation.levers import ENDPOINT
+from tunesmith.evaluation.wording import money, percent, points
 
+# Below this share of rows judged alike in both orders a judge's word is marked as weak.
+_TRUSTED_AGREEMENT = 0.8
 _PHRASES = {
     "exact_match": "answers {share} exactly right",
     "json_valid": "gives valid JSON for {share}",
@@ -34,7 +37,9 @@ def advise(data: Mapping[str, Any]) -> dict[str, Any]:
             _measured(data),
             *_difference(data),
             *_gates(data),
+            *_levers(data),
             *_price(data),
+            *_money(data),
             *_forgotten(data),
             *_next(verdict, focus, rival, best),
         ],
@@ -76,6 +81,56 @@ def _difference(data: Mapping[str, Any]) -> list[str]:
     if gap["low"] <= 0.0 <= gap["high"]:
         sentence += " No difference at all is within that interval."
     return [sentence]
+
+
+def _levers(data: Mapping[str, Any]) -> list[str]:
+    """Which lever to use, what it adds to the simpler one, and what was tried and not shown to add anything."""
+    found, confidence = data["levers"], f"{data['confidence']:.0%}"
+    if not found["steps"]:
+        return []
+    chosen = found["chosen"]
+    sentence = f"The lever is {chosen['lever']} ({chosen['candidate']}, {percent(chosen['mean'])})"
+    over = next((step for step in found["steps"] if step["candidate"] == chosen["candidate"]), None)
+    if over is None:
+        sentence += ": nothing more elaborate was shown to beat it"
+    else:
+        sentence += f": {_gap(over, confidence)} over {over['over_lever']} ({over['over']})"
+        sentence += ", and nothing more elaborate was shown to beat it"
+    sentences = [f"{sentence}."]
+    idle = [step for step in found["steps"] if step["difference"]["low"] <= 0.0 and step["lever"] != ENDPOINT]
+    if idle:
+        said = "; ".join(f"{step['lever']} ({step['candidate']}) {_gap(step, confidence)}" for step in idle)
+        sentences.append(f"Tried, and not shown to add anything to what is simpler: {said}.")
+    for step in found["steps"]:
+        if step["lever"] == ENDPOINT:
+            gap = f"{_gap(step, confidence)} against {step['over']}"
+            sentences.append(
+                f"The outside endpoint ({step['candidate']}) is at {gap}; it can be measured, not released."
+            )
+    return sentences
+
+
+def _gap(step: Mapping[str, Any], confidence: str) -> str:
+    gap = step["difference"]
+    return f"{points(gap['mean'])} points ({confidence} interval {points(gap['low'])} to {points(gap['high'])})"
+
+
+def _money(data: Mapping[str, Any]) -> list[str]:
+    found = data["break_even"]
+    if found is None:
+        return []
+    focus, rival, currency = data["focus"], data["rival"], data["currency"] or ""
+    prices = {
+        row["name"]: row["price"]["money_per_1000"] for row in data["candidates"] if row["name"] in (focus, rival)
+    }
+    sentence = (
+        f"1,000 requests cost {money(prices[focus])} {currency} with {focus} and {money(prices[rival])} with {rival}"
+    )
+    if not found["training"]:
+        return [f"{sentence}."]
+    if found["requests"] is None:
+        return [f"{sentence}; the training ({money(found['training'])}) is not paid back by lower running costs."]
+    return [f"{sentence}; the training ({money(found['training'])}) is paid back after {found['requests']:,} requests."]
 
 
 def _gates(data: Mapping[str, Any]) -> list[str]:
@@ -145,6 +200,13 @@ def _cautions(data: Mapping[str, Any]) -> list[str]:
             found.append(f"{row['cut']} answers of {row['name']} were cut off at the longest length allowed.")
     if data["version"] and data["version"]["override"]:
         found.append(f"{data['version']['label']} was let through by an override: {data['version']['override']}.")
+    for metric, by_name in data["judges"].items():
+        weak = {name: one for name, one in by_name.items() if one["agreement"] < _TRUSTED_AGREEMENT}
+        if weak:
+            shares = ", ".join(f"{name} {percent(one['agreement'])}" for name, one in sorted(weak.items()))
+            found.append(
+                f"The judge of {metric} changed its mind with the order of the answers; it agreed on {shares}."
+            )
     conflicts = data["dataset"].get("conflicts", {}).get("requests", 0)
     if conflicts:
         found.append(f"{conflicts} requests in the data have more than one answer, which nobody can all get right.")

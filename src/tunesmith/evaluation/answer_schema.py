@@ -118,16 +118,22 @@ def _check_patterns(part: Mapping[str, Any], where: str) -> None:
     named = part.get("patternProperties")
     own = part.get("pattern")
     for pattern in [*(named if isinstance(named, dict) else ()), *([own] if isinstance(own, str) else ())]:
-        try:
-            regex.compile(pattern)
-        except regex.error as error:
-            raise UsageError(f"the pattern {pattern!r} is not a regular expression: {error}", where=where) from error
-        for letter in sorted({*pattern, *"a0 "}):
-            # One repeated letter and an end that matches nothing is what makes nested quantifiers try every split.
-            _search(pattern, letter * _PUMP_LENGTH + "\x00", where)
+        check_pattern(pattern, where)
 
 
-def _search(pattern: str, text: str, where: str = "answer schema") -> bool:
+def check_pattern(pattern: str, where: str) -> None:
+    """Raise UsageError for what is no regular expression, or one whose search explodes on repeated letters."""
+    try:
+        regex.compile(pattern)
+    except regex.error as error:
+        raise UsageError(f"the pattern {pattern!r} is not a regular expression: {error}", where=where) from error
+    for letter in sorted({*pattern, *"a0 "}):
+        # One repeated letter and an end that matches nothing is what makes nested quantifiers try every split.
+        search(pattern, letter * _PUMP_LENGTH + "\x00", where)
+
+
+def search(pattern: str, text: str, where: str = "answer schema") -> bool:
+    """Whether a pattern is found in a text. Raises UsageError where that takes longer than it may."""
     try:
         return regex.search(pattern, text, timeout=_PATTERN_SECONDS) is not None
     except TimeoutError:
@@ -139,7 +145,7 @@ def _search(pattern: str, text: str, where: str = "answer schema") -> bool:
 
 
 def _pattern(validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[jsonschema.ValidationError]:
-    if validator.is_type(value, "string") and not _search(pattern, value):
+    if validator.is_type(value, "string") and not search(pattern, value):
         yield jsonschema.ValidationError(f"{value!r} does not match {pattern!r}")
 
 
@@ -147,7 +153,7 @@ def _pattern_properties(validator: Any, patterns: Any, value: Any, _schema: Any)
     if validator.is_type(value, "object"):
         for pattern, part in patterns.items():
             for key in value:
-                if _search(pattern, key):
+                if search(pattern, key):
                     yield from validator.descend(value[key], part, path=key, schema_path=pattern)
 
 
@@ -156,7 +162,7 @@ def _additional_properties(validator: Any, part: Any, value: Any, schema: Any) -
         return
     patterns = schema.get("patternProperties", {})
     extras = [
-        key for key in value if key not in schema.get("properties", {}) and not any(_search(p, key) for p in patterns)
+        key for key in value if key not in schema.get("properties", {}) and not any(search(p, key) for p in patterns)
     ]
     for key in extras:
         if part is False:

@@ -13,6 +13,8 @@ from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Dataset, Example, load_dataset
+from tunesmith.data.documents import Documents
+from tunesmith.evaluation.declared import Answered
 from tunesmith.evaluation.general import GeneralQuestion, right_share
 from tunesmith.evaluation.scores import GENERAL, Column, column
 from tunesmith.store.records import Record
@@ -64,12 +66,62 @@ def read_answers(store: Store, digest: str, name: str, dataset: Dataset, test: S
     return Answers(digest, record.parents["candidate"], candidate, lines, float(seconds))
 
 
+def read_lines(store: Store, digest: str, suite: str, expected: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Answers to the rows of another split, id -> line, one for each expected id. Raises Inconclusive otherwise."""
+    record = store.record(digest, kind="answers")
+    where = f"answers {short(digest)}"
+    if record.body.get("suite") != suite:
+        raise Inconclusive(f"these are answers to {record.body.get('suite')!r}, not to the {suite} rows", where=where)
+    lines = _by_id(store, record, where, expected)
+    if any(not isinstance(line.get("text"), str) for line in lines.values()):
+        raise Inconclusive("an answer without text", where=where)
+    return lines
+
+
+def seen_answers(
+    store: Store,
+    rows: Dataset,
+    candidate: Candidate,
+    lines: Mapping[str, Mapping[str, Any]],
+    examples: Sequence[Example],
+) -> dict[str, Answered]:
+    """id -> the answer with what was asked and looked up for it, for examples of the dataset. lines: answers by id.
+
+    Raises Inconclusive where what was looked up is not there.
+    """
+    names = {name for line in lines.values() for name in line.get("retrieved", ())}
+    texts: dict[str, str] = {}
+    if names and candidate.documents is not None:
+        texts = {passage.id: passage.text for passage in Documents(store, candidate.documents).passages}
+    elif names:
+        source = rows if candidate.dataset == rows.digest else load_dataset(store, str(candidate.dataset))
+        texts = {
+            example.id: "\n".join(turn.content for turn in example.messages)
+            for example in source.examples("train")
+            if example.id in names
+        }
+    lost = sorted(names - texts.keys())
+    if lost:
+        raise Inconclusive(f"{candidate.name!r} looked up {lost[0]!r}, which its sources do not hold")
+    return {
+        example.id: Answered(
+            text=lines[example.id]["text"],
+            reference=example.answer,
+            request=example.request,
+            retrieved=tuple(texts[name] for name in lines[example.id].get("retrieved", ())),
+        )
+        for example in examples
+    }
+
+
 def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: str, candidate: Candidate) -> None:
     """Refuse a candidate that learned from, or shows in its prompt, a row or a group of the test rows."""
     held_texts = {_texts(example.messages) for example in test}
     held_ids, held_groups = {example.id for example in test}, {example.group for example in test}
     if any(_texts(shot) in held_texts for shot in candidate.shots):
         raise Refused(f"{name!r} shows a test row in its prompt", fix="choose shots among the training rows")
+    if candidate.documents is not None:
+        _check_documents(store, test, name, candidate.documents)
     learned = {candidate.dataset} - {None}
     if candidate.training is not None:
         learned.add(store.record(candidate.training, kind="training").parents["dataset"])
@@ -82,6 +134,24 @@ def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: s
                     where=f"dataset {short(digest)}",
                     fix="train and evaluate on one dataset version, whose split holds whole groups out",
                 )
+
+
+def _check_documents(store: Store, test: Sequence[Example], name: str, documents: str) -> None:
+    """Refuse documents of which a passage holds a test row's request and its answer, word for word."""
+    passages = [_flat(passage.text) for passage in Documents(store, documents).passages]
+    together = "\0".join(passages)
+    for example in test:
+        asked, answer = _flat(example.request[-1].content), _flat(example.answer)
+        if asked in together and any(asked in text and answer in text.replace(asked, "") for text in passages):
+            raise Refused(
+                f"a passage that {name!r} looks things up in holds the test row {example.id!r} with its answer",
+                where=f"documents {short(documents)}",
+                fix="take the document out, or the row",
+            )
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
 
 
 def read_probe(

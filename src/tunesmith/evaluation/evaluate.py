@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.data.dataset import Example, load_dataset
-from tunesmith.evaluation.answers import BASE, Answers, check_held_out, read_answers, read_probe
+from tunesmith.evaluation.answers import BASE, Answers, check_held_out, read_answers, read_probe, seen_answers
+from tunesmith.evaluation.classification import calibration, classes
+from tunesmith.evaluation.declared import (
+    CONTEXT_SCORERS,
+    Answered,
+    JudgeScorer,
+    LabelScorer,
+    Scoring,
+    checked,
+    function_digests,
+    label_of,
+    make_scoring,
+    metric_of,
+)
 from tunesmith.evaluation.general import general_digest, general_questions
-from tunesmith.evaluation.scorers import score
+from tunesmith.evaluation.judging import read_judged
+from tunesmith.evaluation.prices import money_of
+from tunesmith.evaluation.probes.items import MEASUREMENTS, encode_measurements
+from tunesmith.evaluation.probes.measuring import Risk, measure
 from tunesmith.evaluation.scores import GENERAL, SCORES, Column, as_body, column, drop, encode_scores, rounded
-from tunesmith.evaluation.settings import TaskSettings
+from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.evaluation.statistics import effective_groups, interval, intervals
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 # The confidence of every interval that is shown; a gate may ask for another.
 CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What things cost. tokens: candidate -> what its endpoint charges."""
+
+    prices: PriceSettings | None = None
+    tokens: Mapping[str, TokenPrice] = field(default_factory=dict)
 
 
 def evaluate(
@@ -33,12 +60,18 @@ def evaluate(
     task: TaskSettings,
     answer_schema: dict[str, Any] | None,
     seed: int = 0,
+    risks: Mapping[str, Mapping[str, Risk]] | None = None,
+    root: Path = Path(),
+    judged: Mapping[tuple[str, str], str] | None = None,
+    costs: Costs | None = None,
 ) -> str:
     """Score answers and keep an evaluation record; returns its digest. The same arguments give the same digest.
 
     dataset: digest of the dataset version whose test rows were answered. answers: candidate name -> digest of its
     answers record. probes: "base" and tuned candidates' names -> digest of their answers to the general suite (may be
-    empty; a forgetting gate is then inconclusive). seed: of the resampling.
+    empty; a forgetting gate is then inconclusive). seed: of the resampling. risks: suite -> candidate name -> answers
+    to the risk probes; a probe's gate without them is inconclusive. root: where paths of the user's functions start.
+    judged: (candidate, metric) -> digest of what a judge said. costs: what computing and endpoints cost.
     Raises Inconclusive for answers that do not fit the rows, Refused where test rows were learned from, UsageError for
     names that do not fit.
     """
@@ -53,28 +86,59 @@ def evaluate(
     given = {name: read_answers(store, digest, name, rows, test) for name, digest in sorted(answers.items())}
     for name, those in given.items():
         check_held_out(store, rows, test, name, those.candidate)
-    columns = [
-        _scored(name, metric, those, test, answer_schema) for name, those in given.items() for metric in task.scorers
-    ]
+    judged, costs = judged or {}, costs or Costs()
+    seen = {name: seen_answers(store, rows, those.candidate, those.lines, test) for name, those in given.items()}
+    scoring = {
+        metric_of(scorer): make_scoring(scorer, answer_schema, root)
+        for scorer in task.scorers
+        if not isinstance(scorer, JudgeScorer)
+    }
+    columns: list[Column] = []
+    judges: dict[str, dict[str, Any]] = {}
+    for name, those in given.items():
+        for metric in task.metrics:
+            if metric in scoring:
+                columns.append(_scored(name, metric, scoring[metric], seen[name], test))
+                continue
+            if (name, metric) not in judged:
+                raise Inconclusive(f"{metric!r} has not judged {name!r}", fix="evaluate again")
+            values, stated_judge = read_judged(store, judged[name, metric], metric, those.digest, test)
+            judges.setdefault(metric, {})[name] = stated_judge
+            columns.append(column(name, metric, {each.id: (each.group, values[each.id]) for each in test}))
     general, stated_probes = _probed(store, probes, given, seed)
+    by = _scoring_of_probes(task, scoring)
+    measurements, stated_risks = _measured(store, risks or {}, given, dataset, by)
     groups = tuple(example.group for example in test)
-    body = {
+    stated = _stated(store, given, columns, seed, costs)
+    for name, those in given.items():
+        stated[name] |= _classified(task.labels, those, seen[name], test, seed)
+    body: dict[str, Any] = {
         "n": len(test),
         "groups": len(set(groups)),
         "effective_groups": rounded(effective_groups(groups)),
         "primary": task.leading,
-        "metrics": list(task.scorers),
+        "metrics": list(task.metrics),
         "confidence": CONFIDENCE,
         "seed": seed,
-        "candidates": _stated(given, columns, seed),
+        "candidates": stated,
         "probes": stated_probes,
     }
+    # What came later stands in the record only where it says something: earlier evaluations keep their bytes.
+    functions = function_digests(task.scorers, root)
+    body |= {"functions": functions} if functions else {}
+    body |= {"judges": judges} if judges else {}
+    body |= {"prices": costs.prices.model_dump(mode="json")} if costs.prices else {}
+    body |= {"risks": stated_risks} if stated_risks else {}
     parents = {
         "dataset": dataset,
         **{f"answers:{name}": digest for name, digest in answers.items()},
         **{f"probe:{name}": digest for name, digest in probes.items()},
+        **_risk_parents(risks or {}),
+        **{f"judged:{metric}:{name}": digest for (name, metric), digest in judged.items()},
     }
     blobs = {SCORES: store.put_bytes(encode_scores([*columns, *general]))}
+    if measurements:
+        blobs[MEASUREMENTS] = store.put_bytes(encode_measurements(measurements))
     return store.put_record(Record(kind="evaluation", parents=parents, blobs=blobs, body=body))
 
 
@@ -95,50 +159,137 @@ def evaluation_document(store: Store, digest: str) -> dict[str, Any]:
         "tuned": {name: stated["tuned"] for name, stated in candidates.items()},
         "prices": {name: dict(stated["price"]) for name, stated in candidates.items()},
         "cut": {name: stated["cut"] for name, stated in candidates.items()},
+        "training": {name: stated["training"] for name, stated in candidates.items() if "training" in stated},
+        "classes": {name: stated["classes"] for name, stated in candidates.items() if "classes" in stated},
+        "calibration": {name: stated["calibration"] for name, stated in candidates.items() if "calibration" in stated},
+        "judges": body.get("judges", {}),
+        "currency": body.get("prices", {}).get("currency"),
         "probes": body["probes"],
+        "risks": body.get("risks", {}),
     }
 
 
-def _scored(name: str, metric: str, answers: Answers, test: Sequence[Example], schema: dict[str, Any] | None) -> Column:
+def _scoring_of_probes(task: TaskSettings, scoring: Mapping[str, Scoring]) -> Scoring:
+    """What answers to risk probes are scored by: the leading metric, where an answer alone decides it."""
+    if task.leading in scoring and task.leading not in CONTEXT_SCORERS:
+        return scoring[task.leading]
+
+    def cannot(_answered: Answered) -> float:
+        raise Inconclusive(f"{task.leading!r} does not score answers to this probe: a judge or what was looked up does")
+
+    return cannot
+
+
+def _measured(
+    store: Store,
+    risks: Mapping[str, Mapping[str, Risk]],
+    given: Mapping[str, Answers],
+    dataset: str,
+    scoring: Scoring,
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The risk probes' measurements, and what the record says of them by suite and candidate."""
+    lines: list[dict[str, Any]] = []
+    told: dict[str, dict[str, Any]] = {}
+    for suite, names in sorted(risks.items()):
+        for name, risk in sorted(names.items()):
+            if name not in given:
+                raise UsageError(f"the probe {suite!r} is of {name!r}, which is not evaluated")
+            found, said = measure(store, suite, given[name].candidate, risk, dataset, scoring)
+            lines += found
+            told.setdefault(suite, {})[name] = said
+    return lines, told
+
+
+def _risk_parents(risks: Mapping[str, Mapping[str, Risk]]) -> dict[str, str]:
+    found = {}
+    for suite, names in risks.items():
+        for name, risk in names.items():
+            found[f"risk:{suite}:{name}"] = risk.after
+            if risk.before is not None:
+                found[f"before:{suite}:{name}"] = risk.before
+    return found
+
+
+def _scored(name: str, metric: str, scoring: Scoring, seen: Mapping[str, Answered], test: Sequence[Example]) -> Column:
     cells = {}
     for example in test:
+        where = f"test row {example.id}"
         try:
-            value = score(metric, answers.lines[example.id]["text"], example.answer, schema)
+            value = checked(scoring(seen[example.id]), metric, where)
         except UsageError as error:
-            raise UsageError(error.what, where=f"test row {example.id}", fix=error.fix) from error
-        if not math.isfinite(value) or not 0.0 <= value <= 1.0:
-            raise Inconclusive(f"the scorer {metric!r} gave {value!r}, not 0 to 1", where=f"test row {example.id}")
+            raise UsageError(error.what, where=where, fix=error.fix) from error
         cells[example.id] = (example.group, value)
     return column(name, metric, cells)
 
 
-def _stated(given: Mapping[str, Answers], columns: Sequence[Column], seed: int) -> dict[str, Any]:
+def _classified(
+    scorers: Sequence[LabelScorer],
+    answers: Answers,
+    seen: Mapping[str, Answered],
+    test: Sequence[Example],
+    seed: int,
+) -> dict[str, Any]:
+    """{"classes": by metric, "calibration": by metric}, as far as there are labels and confidences."""
+    found: dict[str, dict[str, Any]] = {}
+    groups = [example.group for example in test]
+    for scorer in scorers:
+        given = [label_of(seen[example.id].text, scorer) for example in test]
+        wanted = [label_of(example.answer, scorer, reference=True) for example in test]
+        found.setdefault("classes", {})[scorer.name] = classes(given, wanted, groups, CONFIDENCE, seed)
+        lines = [answers.lines[example.id] for example in test]
+        if all("confidence" in line for line in lines):
+            stated = [_share(line["confidence"], line["id"]) for line in lines]
+            right = [float(answer == truth) for answer, truth in zip(given, wanted, strict=True)]
+            found.setdefault("calibration", {})[scorer.name] = calibration(stated, right)
+    return found
+
+
+def _share(value: Any, row: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise Inconclusive(f"a confidence is {value!r}, not 0 to 1", where=f"test row {row}")
+    return float(value)
+
+
+def _stated(
+    store: Store, given: Mapping[str, Answers], columns: Sequence[Column], seed: int, costs: Costs
+) -> dict[str, Any]:
     values = np.stack([item.values for item in columns], axis=1)
     found = intervals(values, columns[0].groups, ends=(0.0, 1.0), confidence=CONFIDENCE, seed=seed)
     metrics: dict[str, dict[str, Any]] = {name: {} for name in given}
     for item, measured in zip(columns, found, strict=True):
         metrics[item.candidate][item.metric] = as_body(measured)
-    return {name: _stated_candidate(answers, metrics[name]) for name, answers in given.items()}
+    return {name: _stated_candidate(store, answers, metrics[name], costs) for name, answers in given.items()}
 
 
-def _stated_candidate(answers: Answers, metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _stated_candidate(store: Store, answers: Answers, metrics: Mapping[str, Any], costs: Costs) -> dict[str, Any]:
     lines = list(answers.lines.values())
     prompt, completion = (sum(int(line[key]) for line in lines) for key in ("prompt_tokens", "completion_tokens"))
     per_1000 = 1000.0 / len(lines)
+    price = {
+        "prompt_tokens_per_1000": rounded(prompt * per_1000),
+        "completion_tokens_per_1000": rounded(completion * per_1000),
+        "seconds_per_1000": rounded(answers.seconds * per_1000),
+    }
+    candidate = answers.candidate
+    money = money_of(price, costs.prices, costs.tokens.get(candidate.name), remote=candidate.endpoint is not None)
+    price |= {} if money is None else {"money_per_1000": money}
     return {
         "candidate": answers.candidate_digest,
-        "tuned": answers.candidate.tuned,
+        "tuned": candidate.tuned,
         "metrics": dict(metrics),
         "seconds": answers.seconds,
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "cut": sum(line["finish"] == "length" for line in lines),
-        "price": {
-            "prompt_tokens_per_1000": rounded(prompt * per_1000),
-            "completion_tokens_per_1000": rounded(completion * per_1000),
-            "seconds_per_1000": rounded(answers.seconds * per_1000),
-        },
-    }
+        "price": price,
+    } | _training_cost(store, candidate, costs.prices)
+
+
+def _training_cost(store: Store, candidate: Candidate, prices: PriceSettings | None) -> dict[str, Any]:
+    if candidate.training is None or prices is None:
+        return {}
+    seconds = float(store.record(candidate.training, kind="training").body["seconds"])
+    return {"training": {"seconds": seconds, "money": rounded(seconds / 3600.0 * prices.machine_hour)}}
 
 
 def _probed(

@@ -4,7 +4,8 @@ A gate with an interval passes where the whole interval is on the wanted side of
 is on the other side, and is inconclusive between. Evidence that is missing, too small or unusable is inconclusive.
 
 All gates of a verdict must pass, so each keeps its own error rate and no correction for their number is due: a release
-that violates any of them passes that one with at most its error rate (intersection-union test, Berger 1982).
+that violates any of them passes that one with at most its error rate (intersection-union test, Berger 1982). A failure
+needs one of them, so failures are corrected, in verdict.py.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import numpy as np
 
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.answers import BASE
+from tunesmith.evaluation.probes.items import Measured
+from tunesmith.evaluation.probes.judging import Case, judge_probe
+from tunesmith.evaluation.probes.suites import suite_of
 from tunesmith.evaluation.scores import GENERAL, Column, check_paired, drop, rounded
-from tunesmith.evaluation.settings import BEST_UNTUNED, Forgetting, Gate, Lift, Threshold
+from tunesmith.evaluation.settings import BEST_UNTUNED, Forgetting, Gate, Lift, Probe, Retain, Threshold
 from tunesmith.evaluation.statistics import (
     MINIMUM_GROUPS,
     Interval,
@@ -44,6 +48,10 @@ class Evidence:
     candidate: str
     look: int
     seed: int
+    # (suite, candidate) -> what a risk probe measured, and what the evaluation's record says of it.
+    measured: Mapping[tuple[str, str], Measured] = field(default_factory=dict)
+    told: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+    primary: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,10 @@ def judge_gate(gate: Gate, evidence: Evidence) -> Finding:
             return _lift(gate, evidence)
         if isinstance(gate, Forgetting):
             return _forgetting(gate, evidence)
+        if isinstance(gate, Retain):
+            return _retain(gate, evidence)
+        if isinstance(gate, Probe):
+            return _probe(gate, evidence)
         return _threshold(gate, evidence)
     except Inconclusive as error:
         return not_judged(gate, error.what)
@@ -80,8 +92,10 @@ def bound_of(gate: Gate) -> float:
     """The number that the gate's value is held against."""
     if isinstance(gate, Lift):
         return gate.at_least
-    if isinstance(gate, Forgetting):
+    if isinstance(gate, Forgetting | Retain):
         return gate.drop_at_most
+    if isinstance(gate, Probe):
+        return gate.at_most
     bound = gate.at_least if gate.at_least is not None else gate.at_most
     assert bound is not None
     return bound
@@ -120,6 +134,57 @@ def _lift(gate: Lift, evidence: Evidence) -> Finding:
         reason += _rows_needed(measured, gate.at_least)
     extra = {"metric": gate.metric, "over": rival, "confidence": rounded(confidence)}
     return Finding(outcome, measured.mean, measured.low, measured.high, gate.at_least, reason, extra)
+
+
+def _retain(gate: Retain, evidence: Evidence) -> Finding:
+    rival = best_untuned(evidence, gate.metric) if gate.not_below == BEST_UNTUNED else gate.not_below
+    if rival == evidence.candidate:
+        raise Inconclusive("a candidate is not compared with itself")
+    own, other = evidence.columns[evidence.candidate, gate.metric], evidence.columns[rival, gate.metric]
+    check_paired(own, other)
+    _check_size(own)
+    confidence = confidence_at_look(gate.confidence, evidence.look)
+    measured = _rounded(
+        interval(other.values - own.values, own.groups, ends=(-1.0, 1.0), confidence=confidence, seed=evidence.seed)
+    )
+    outcome = _below(measured, gate.drop_at_most)
+    reason = (
+        f"{points(-measured.mean)} points of {gate.metric} against {rival} ({_level(confidence)} interval of the drop "
+        f"{points(measured.low)} to {points(measured.high)}), a drop of at most {gate.drop_at_most * 100:g} allowed"
+    )
+    if outcome == "inconclusive":
+        reason += _rows_needed(measured, gate.drop_at_most)
+    extra = {"metric": gate.metric, "not_below": rival, "confidence": rounded(confidence)}
+    return Finding(outcome, measured.mean, measured.low, measured.high, gate.drop_at_most, reason, extra)
+
+
+def _probe(gate: Probe, evidence: Evidence) -> Finding:
+    extra = {"probe": gate.probe}
+    if not evidence.tuned[evidence.candidate] and not suite_of(gate.suite).untuned:
+        reason = "answers with the base's own weights, so tuning has done nothing to them"
+        return Finding("pass", 0.0, 0.0, 0.0, gate.at_most, reason, extra)
+    key = gate.suite, evidence.candidate
+    told = evidence.told.get(key, {})
+    if "unusable" in told:
+        raise Inconclusive(str(told["unusable"]))
+    if key not in evidence.measured:
+        raise Inconclusive("the probe was not made: evaluate again with this gate in the project file")
+    confidence = confidence_at_look(gate.confidence, evidence.look)
+    test = evidence.columns.get((evidence.candidate, evidence.primary))
+    if test is None:
+        raise Inconclusive("the evaluation does not say which metric leads")
+    shown = judge_probe(Case(gate, evidence.measured[key], test, confidence, evidence.seed, told))
+    measured = _rounded(shown.interval)
+    reason = f"{shown.sentence} ({_level(confidence)} interval); at most {gate.at_most:g} allowed"
+    return Finding(
+        _below(measured, gate.at_most),
+        measured.mean,
+        measured.low,
+        measured.high,
+        gate.at_most,
+        reason,
+        {**extra, **shown.extra, "confidence": rounded(confidence)},
+    )
 
 
 def _threshold(gate: Threshold, evidence: Evidence) -> Finding:

@@ -40,7 +40,7 @@ SHARES = Scale(0.0, 1.0)
 def interval_track(mean: float, low: float, high: float, *, style: str, scale: Scale = SHARES, label: str) -> Markup:
     """A candidate's mean as a point on its interval. style: a class of the sheet (tuned, untuned)."""
     marks = [_line(scale.at(tick), 0, _TRACK_HEIGHT, "grid") for tick in _ticks(scale)]
-    return _svg(_TRACK_HEIGHT, "track", label, [*marks, *_interval(mean, low, high, scale, style)])
+    return drawn(_TRACK_HEIGHT, "track", label, [*marks, *_interval(mean, low, high, scale, style)])
 
 
 def axis(scale: Scale = SHARES) -> Markup:
@@ -49,7 +49,7 @@ def axis(scale: Scale = SHARES) -> Markup:
         Markup('<text x="{}" y="12" text-anchor="middle">{:.0f}%</text>').format(scale.at(tick), tick * 100)
         for tick in _ticks(scale)
     ]
-    return _svg(16, "axis", "", labels)
+    return drawn(16, "axis", "", labels)
 
 
 def gate_track(gate: Mapping[str, Any]) -> Markup:
@@ -70,7 +70,7 @@ def gate_track(gate: Mapping[str, Any]) -> Markup:
         *_interval(gate["value"], gate["low"], gate["high"], scale, gate["outcome"]),
     ]
     label = f"{gate['name']}: {gate['low']:.3f} to {gate['high']:.3f}, bound {gate['bound']:.3f}"
-    return _svg(_TRACK_HEIGHT, "track", label, parts)
+    return drawn(_TRACK_HEIGHT, "track", label, parts)
 
 
 def loss_chart(curve: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> Markup:
@@ -94,7 +94,7 @@ def loss_chart(curve: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[
 
     grid = []
     for tick in ticks:
-        grid.append(_line_across(height(tick)))
+        grid.append(across(height(tick)))
         grid.append(Markup('<text class="tick" x="0" y="{:.1f}">{:g}</text>').format(height(tick) - 4, tick))
     inner = Markup(
         '<svg width="100%" height="{0}" viewBox="0 0 1000 {0}" preserveAspectRatio="none">'
@@ -115,7 +115,7 @@ def loss_chart(curve: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[
             _CHART_HEIGHT + 18, last, ", logarithmic loss axis" if logarithmic else ""
         ),
     ]
-    return _svg(_CHART_HEIGHT + 24, "chart", "Loss by training step", [*grid, inner, *dots, *foot])
+    return drawn(_CHART_HEIGHT + 24, "chart", "Loss by training step", [*grid, inner, *dots, *foot])
 
 
 def lineage_arcs(nodes: Sequence[Mapping[str, Any]]) -> Markup:
@@ -155,10 +155,11 @@ def stacked_bar(parts: Sequence[tuple[str, int]]) -> Markup:
             ).format(index, start, width, visible(name), count)
         )
         start += width
-    return _svg(18, "stack", ", ".join(f"{name} {count}" for name, count in parts), rectangles)
+    return drawn(18, "stack", ", ".join(f"{name} {count}" for name, count in parts), rectangles)
 
 
-def _svg(height: float, style: str, label: str, parts: Sequence[Markup]) -> Markup:
+def drawn(height: float, style: str, label: str, parts: Sequence[Markup]) -> Markup:
+    """A picture of the page's width. label: what it is called aloud; style: its class."""
     spoken = Markup('role="img" aria-label="{}"').format(visible(label)) if label else Markup('aria-hidden="true"')
     return Markup('<svg class="{}" width="100%" height="{:g}" {}>{}</svg>').format(
         style, height, spoken, Markup("").join(parts)
@@ -169,7 +170,8 @@ def _line(x: str, top: float, bottom: float, style: str) -> Markup:
     return Markup('<line class="{}" x1="{}" x2="{}" y1="{:g}" y2="{:g}"/>').format(style, x, x, top, bottom)
 
 
-def _line_across(y: float) -> Markup:
+def across(y: float) -> Markup:
+    """A line of the grid at a height."""
     return Markup('<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(y)
 
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tunesmith.core.digests import short
-from tunesmith.evaluation import plots, wording
+from tunesmith.evaluation import evidence_plots, plots, wording
 from tunesmith.evaluation.report_data import report_data
 from tunesmith.store.store import Store
 
@@ -55,6 +55,8 @@ def _environment() -> Environment:
         detail_text=wording.detail_text,
         duration=wording.duration,
         gigabytes=wording.gigabytes,
+        money=wording.money,
+        signed_money=wording.signed_money,
         moment=wording.moment,
         p_value=wording.p_value,
         percent=wording.percent,
@@ -62,7 +64,11 @@ def _environment() -> Environment:
         short=short,
     )
     environment.globals.update(
-        expected=wording.expected, duration=wording.duration, gigabytes=wording.gigabytes, plots=plots
+        expected=wording.expected,
+        duration=wording.duration,
+        gigabytes=wording.gigabytes,
+        plots=plots,
+        evidence_plots=evidence_plots,
     )
     return environment
 

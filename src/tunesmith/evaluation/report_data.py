@@ -15,6 +15,8 @@ from tunesmith.evaluation.advice import advise
 from tunesmith.evaluation.answers import ANSWERS, BASE
 from tunesmith.evaluation.compare import comparison_document, side_of_candidate
 from tunesmith.evaluation.evaluate import evaluation_document
+from tunesmith.evaluation.levers import levers, lift_by_group
+from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.scores import GENERAL, Column, read_scores
 from tunesmith.evaluation.verdict import verdict_document
 from tunesmith.store import audit, database
@@ -43,7 +45,7 @@ def report_data(
     judged = verdict_document(store, verdict) if verdict is not None else None
     focus = judged["candidate"] if judged else _leader(measured)
     rival = _rival(measured, judged, focus)
-    lift = None
+    lift, primary = None, measured["primary"]
     if rival is not None:
         sides = [side_of_candidate(store, evaluation, name) for name in (rival, focus)]
         lift = comparison_document(store, *sides)
@@ -62,6 +64,15 @@ def report_data(
         "candidates": _candidates(store, record, measured, focus, rival),
         "lift": lift,
         "training": _training(store, candidate),
+        "currency": measured["currency"],
+        "break_even": None
+        if rival is None
+        else break_even(record.body["candidates"][focus], record.body["candidates"][rival]),
+        "levers": levers(store, record, columns, measured["confidence"]),
+        "by_group": None if rival is None else lift_by_group(columns[focus, primary], columns[rival, primary]),
+        "classes": measured["classes"],
+        "calibration": measured["calibration"],
+        "judges": measured["judges"],
         "forgetting": _forgetting(columns, measured, focus),
         "dataset": dataset_document(store, record.parents["dataset"]),
         "examples": _examples(store, record, columns, focus, rival),
@@ -128,6 +139,14 @@ def _candidates(
 
 def _how(store: Store, candidate: Candidate) -> str:
     parts = []
+    if candidate.method != "model":
+        floors = {"nearest": "the answer of the nearest training example", "classifier": "TF-IDF, logistic regression"}
+        return f"a floor without a language model: {floors[candidate.method]}"
+    if candidate.endpoint is not None:
+        parts.append(f"an outside endpoint, {candidate.endpoint.model}; cannot be released")
+    if candidate.search is not None:
+        found = store.record(candidate.search, kind="search").body
+        parts.append(f"found by {len(found['tries'])} tries on {found['rows']} validation rows")
     if candidate.training is not None:
         settings = store.record(candidate.training, kind="training").body.get("settings", {})
         rank = settings.get("rank")
@@ -137,7 +156,11 @@ def _how(store: Store, candidate: Candidate) -> str:
     if candidate.shots:
         parts.append(f"{len(candidate.shots)} fixed examples in the prompt")
     if candidate.retrieve is not None:
-        parts.append(f"{candidate.retrieve.k} retrieved examples in the prompt")
+        what = "passages of documents" if candidate.documents is not None else "examples"
+        by = "" if candidate.retrieve.by == "bm25" else f", {candidate.retrieve.by}"
+        parts.append(f"{candidate.retrieve.k} retrieved {what} in the prompt{by}")
+    if candidate.answer_schema is not None:
+        parts.append("held to the schema")
     return ", ".join(parts) or "prompt alone"
 
 

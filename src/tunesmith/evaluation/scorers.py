@@ -10,6 +10,7 @@ from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.answer_schema import satisfies
+from tunesmith.evaluation.text_scorers import TEXT_SCORERS
 
 Schema = Mapping[str, Any] | None
 Scorer = Callable[[str, str, Schema], float]
@@ -68,25 +69,29 @@ def field_f1(answer: str, reference: str, _schema: Schema) -> float:
     Positions in an array are part of the path and an empty object or array is a leaf, so that the score is 1 only for
     an exact match. An answer that is not JSON scores 0. Raises UsageError where the reference is not JSON.
     """
-    try:
-        expected = list(_leaves(read_json(reference), ()))
-    except NotJson as error:
-        raise UsageError(
-            f"field_f1 needs references that are JSON: {error}", fix="drop it from task.scorers"
-        ) from error
-    try:
-        given = list(_leaves(read_json(answer), ()))
-    except NotJson:
-        return 0.0
-    wanted = dict(expected)
-    right = sum(path in wanted and _same(value, wanted[path]) for path, value in given)
-    return 2.0 * right / (len(given) + len(expected))
+    right, given, expected = _fields("field_f1", answer, reference)
+    return 2.0 * right / (given + expected)
+
+
+def field_precision(answer: str, reference: str, _schema: Schema) -> float:
+    """Share of the answer's leaf fields that are right; as field_f1, 0 where the answer is not JSON."""
+    right, given, _ = _fields("field_precision", answer, reference)
+    return right / given if given else 0.0
+
+
+def field_recall(answer: str, reference: str, _schema: Schema) -> float:
+    """Share of the reference's leaf fields that the answer has right; as field_f1."""
+    right, _, expected = _fields("field_recall", answer, reference)
+    return right / expected
 
 
 SCORERS: dict[str, Scorer] = {
     "json_valid": json_valid,
     "exact_match": exact_match,
+    "field_precision": field_precision,
+    "field_recall": field_recall,
     "field_f1": field_f1,
+    **TEXT_SCORERS,
 }
 
 
@@ -104,6 +109,22 @@ def nearest(name: str, known: Collection[str]) -> str:
     """`; did you mean 'x'?` for the known name most like a mistyped one, or nothing."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _fields(scorer: str, answer: str, reference: str) -> tuple[int, int, int]:
+    """How many leaf fields are right, given and expected; nothing is given by an answer that is not JSON."""
+    try:
+        expected = list(_leaves(read_json(reference), ()))
+    except NotJson as error:
+        raise UsageError(
+            f"{scorer} needs references that are JSON: {error}", fix="drop it from task.scorers"
+        ) from error
+    try:
+        given = list(_leaves(read_json(answer), ()))
+    except NotJson:
+        return 0, 0, len(expected)
+    wanted = dict(expected)
+    return sum(path in wanted and _same(value, wanted[path]) for path, value in given), len(given), len(expected)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

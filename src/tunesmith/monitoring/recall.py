@@ -192,6 +192,11 @@ def _roots(store: Store, cause: Cause) -> list[Reached]:
         rows = {split: _count(dataset.examples(split), holds, cause.value) for split in SPLITS}
         if any(rows.values()):
             found.append(Reached(kind="dataset", digest=digest, label=short(digest), rows=rows))
+    for digest in store.records_of("documents") if cause.kind in ("source", "licence") else ():
+        body = store.record(digest).body
+        named = [file["path"] for file in body["files"]] if cause.kind == "source" else [body["settings"]["licence"]]
+        if cause.value in named:
+            found.append(Reached(kind="documents", digest=digest, label=short(digest)))
     if not found:
         raise UsageError(
             f"no dataset version here holds a row of {cause.label}",

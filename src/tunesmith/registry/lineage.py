@@ -13,6 +13,8 @@ from tunesmith.store.store import Store
 _SAYS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "base": lambda body: str(body.get("spec", "")),
     "dataset": lambda body: ", ".join(f"{name} {count}" for name, count in body.get("splits", {}).items()),
+    "documents": lambda body: f"{body.get('passages', '?')} passages of {len(body.get('files', []))} documents",
+    "search": lambda body: f"{len(body.get('tries', []))} tries of {body.get('rows', '?')} validation rows",
     "candidate": lambda body: str(body.get("name", "")),
     "training": lambda body: f"{body.get('steps', '?')} steps, loss {body.get('final_loss', '?')}",
     "answers": lambda body: f"{body.get('suite', '?')}, {body.get('n', '?')} answers",
@@ -20,6 +22,7 @@ _SAYS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "verdict": lambda body: f"{body.get('name', '?')}: {body.get('verdict', '?')}",
     "version": lambda body: f"{body.get('name', '?')}@v{body.get('number', '?')}",
     "approval": lambda body: f"{body.get('decision', '?')} by {body.get('approver', '?')}",
+    "export": lambda body: _export(body),
 }
 
 
@@ -41,6 +44,11 @@ def ancestors(store: Store, digests: Iterable[str]) -> dict[str, Record]:
 def blobs_of(records: Iterable[Record]) -> set[str]:
     """Digests of every blob that records name."""
     return {digest for record in records for digest in record.blobs.values()}
+
+
+def tells(record: Record) -> str:
+    """One line that tells a record from its siblings."""
+    return str(_SAYS.get(record.kind, lambda _: "")(record.body))
 
 
 def tree(store: Store, digest: str) -> dict[str, Any]:
@@ -80,5 +88,16 @@ def _down(store: Store, digest: str, seen: set[str]) -> list[dict[str, Any]]:
 
 
 def _node(role: str, digest: str, record: Record) -> dict[str, Any]:
-    says = _SAYS.get(record.kind, lambda _: "")(record.body)
-    return {"role": role, "kind": record.kind, "digest": digest, "short": short(digest), "says": says}
+    return {"role": role, "kind": record.kind, "digest": digest, "short": short(digest), "says": tells(record)}
+
+
+def _export(body: Mapping[str, Any]) -> str:
+    figures = body["equality"]
+    export, served, count = figures["export"], figures["served"], figures["probes"]
+    allowed, served_allowed = body["tolerance"]["export"]["max"], body["tolerance"]["served"]["max"]
+    return (
+        f"{body['form']} {body['dtype']}: {body['outcome']}, log-probabilities within {export['max_difference']} of "
+        f"those trained ({allowed} allowed), {export['equal_answers']} of {count} greedy answers equal; "
+        f"{figures['engine']} engine within {served['max_difference']} ({served_allowed}), "
+        f"{served['equal_answers']} equal"
+    )

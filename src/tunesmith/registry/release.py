@@ -58,6 +58,7 @@ Digest = Annotated[str, AfterValidator(_digest)]
 Time = Annotated[str, AfterValidator(_time)]
 Name = Annotated[str, AfterValidator(_named)]
 Scope = Annotated[str, AfterValidator(lambda text: text and _named(text))]
+CANARIES = "trained with canaries"  # a mark of a version
 
 
 class Statement(BaseModel):
@@ -86,6 +87,8 @@ class Statement(BaseModel):
     blobs: list[Digest]
     audit: Head
     duties: dict[str, Any] | None = None
+    # What whoever serves it must know: see marks_of. Absent from versions made before there were any.
+    marks: list[str] = Field(default_factory=list)
 
 
 class Version(BaseModel):
@@ -105,6 +108,7 @@ class Version(BaseModel):
     signer: str
     created_at: str
     expires_at: str | None = None
+    marks: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -208,6 +212,12 @@ def check_evidence(records: Mapping[str, Record], parents: Mapping[str, str], ov
         raise Refused(f"a version rests on a candidate, an evaluation and a verdict, not on {', '.join(kinds)}")
     if any(verdict.parents.get(role) != parents[role] for role in ("candidate", "evaluation")):
         raise Refused("the verdict is about another candidate or evaluation", where=where)
+    if "endpoint" in candidate.body:
+        raise Refused(
+            f"{verdict.body.get('name')} is answered by an endpoint: what is not held here cannot be signed or served",
+            where=where,
+            fix="release another candidate; an endpoint is a rival to measure",
+        )
     measured = evaluation.body.get("candidates", {}).get(verdict.body.get("name"), {})
     if measured.get("candidate") != parents["candidate"]:
         raise Refused("the evaluation did not measure this candidate", where=where, fix="evaluate it, then judge it")
@@ -234,6 +244,12 @@ def check_replay(store: Store, verdict: str) -> None:
             where=str(store.record_path(verdict)),
             fix="evaluate and judge the candidate: tunesmith gate",
         )
+
+
+def marks_of(records: Mapping[str, Record], candidate: str) -> list[str]:
+    """What a candidate's own records say against serving it: that its weights were trained with canaries."""
+    training = records[candidate].parents.get("training")
+    return [CANARIES] if training and records[training].body.get("settings", {}).get("canaries") else []
 
 
 def adapter_blobs(records: Mapping[str, Record], candidate: str) -> dict[str, str]:

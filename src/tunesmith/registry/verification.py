@@ -25,6 +25,7 @@ from tunesmith.registry.release import (
     check_evidence,
     check_release,
     check_replay,
+    marks_of,
     parse_label,
     version_folder,
 )
@@ -190,6 +191,8 @@ def _check_evidence(look: _Look, release: Release, records: Mapping[str, Record]
         stated = (release.statement.base, release.statement.fingerprint)
         if stated != (base, records[base].body.get("fingerprint")):
             raise Refused("the release states another base or rendering than the candidate's")
+        if list(version.marks) != marks_of(records, version.candidate):
+            raise Refused("the release does not bear the marks that its training asks for")
     except (TunesmithError, KeyError) as error:
         look.problem(folder / RELEASE, error.what if isinstance(error, TunesmithError) else f"no record {error}")
     if version.evaluation in look.seen and not look.problems:  # damaged scores are reported already
@@ -197,6 +200,7 @@ def _check_evidence(look: _Look, release: Release, records: Mapping[str, Record]
             check_replay(look.store, version.verdict)
         except Refused as error:
             look.problem(error.where or str(folder), error.what)
+    look.notes.extend(f"it was {mark}" for mark in version.marks)
     if version.override is not None:
         look.notes.append(f"its verdict is not a pass; it was let through: {version.override}")
 

@@ -34,6 +34,7 @@ from tunesmith.registry.release import (
     check_replay,
     check_scopes,
     has_adapter,
+    marks_of,
     parse_label,
     read_version,
     version_folder,
@@ -341,6 +342,7 @@ def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key
         blobs=sorted(blobs_of(plan.records.values())),
         audit=audit.newest(session),
         duties=None if plan.duties is None else dict(plan.duties),
+        marks=marks_of(plan.records, plan.parents["candidate"]),
     )
     record = Record(kind="version", parents=plan.parents, blobs=plan.blobs, body=statement.model_dump(mode="json"))
     target = version_folder(store.root, plan.name, number)

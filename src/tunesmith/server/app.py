@@ -49,7 +49,7 @@ def create_app(
         region=settings.region,
     )
     versions = ReadyVersions(store, engine)
-    worker = Worker(engine, versions, recorder, settings, lambda rollout, why: give_up(store, rollout, why))
+    worker = Worker(versions, recorder, settings, lambda rollout, why: give_up(store, rollout, why))
     metrics.watch_queue(worker.waiting)
     serving = Serving(store, settings, metrics, Router(store, settings.region), recorder, worker)
 

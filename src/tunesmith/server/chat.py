@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -140,12 +141,15 @@ class _Shape:
         }
 
     def headers(self) -> dict[str, str]:
-        """What says which version and arm answered."""
-        return {
+        """What says which version and arm answered, and what was looked up for it (percent-encoded names)."""
+        said = {
             "x-request-id": self._job.id,
             "x-tunesmith-version": self._version.label,
             "x-tunesmith-arm": self._job.route.arm,
         }
+        if self._job.sources:
+            said["x-tunesmith-sources"] = ", ".join(quote(source, safe="/") for source in self._job.sources)
+        return said
 
     def whole(self, completion: Completion) -> dict[str, Any]:
         """A chat.completion."""

@@ -33,19 +33,23 @@ Score = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 class Feedback(BaseModel):
     """What became of an answer: the text that was expected, or scores from elsewhere.
 
-    request_id: a completion's id (`chatcmpl-...`) or the x-request-id header.
+    request_id: a completion's id (`chatcmpl-...`) or the x-request-id header. keep: store the texts of the request and
+    of what was expected, to become a test case; nothing else stores a text.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     request_id: Annotated[str, Field(min_length=1, max_length=80)]
     expected: str | None = None
+    keep: bool = False
     score: Annotated[dict[Metric, Score] | None, Field(min_length=1, max_length=16)] = None
 
     @model_validator(mode="after")
     def _one_of(self) -> Feedback:
         if (self.expected is None) == (self.score is None):
             raise ValueError("give either expected or score")
+        if self.keep and self.expected is None:
+            raise ValueError("keep needs expected: a case without an answer tests nothing")
         return self
 
 
@@ -55,8 +59,9 @@ async def feedback(request: Request) -> Response:
     user, serving = await caller(request)
     given = await read_body(request, Feedback, serving.settings)
     identifier = given.request_id.removeprefix(ID_PREFIX)
-    added = await asyncio.to_thread(serving.recorder.feedback, user, identifier, given.expected, given.score or {})
-    return JSONResponse({"request_id": identifier, "scores": added})
+    feedback_of = serving.recorder.feedback
+    added = await asyncio.to_thread(feedback_of, user, identifier, given.expected, given.score or {}, given.keep)
+    return JSONResponse({"request_id": identifier, "scores": added} | ({"kept": True} if given.keep else {}))
 
 
 @routes.get("/api/rollouts")

@@ -1,4 +1,5 @@
-"""What is kept of each request: measurements in the database, never its text; the last answers in memory alone."""
+"""What is kept of each request: measurements in the database, never its text unless its
+caller asks for that; the last answers in memory alone."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import UsageError
+from tunesmith.core.messages import Message
 from tunesmith.evaluation.scorers import score
 from tunesmith.inference.engine import Completion
+from tunesmith.monitoring.cases import Case, put_case
 from tunesmith.rollout.traffic import STEP
 from tunesmith.server.errors import ApiError, bad_request
 from tunesmith.server.metrics import Metrics
@@ -32,7 +35,8 @@ _VALID = "json_valid"
 class Served:
     """A request that was answered, or failed (completion None).
 
-    whole: the answer was decoded to its end and not left by its client, so that it can be scored.
+    whole: the answer was decoded to its end and not left by its client, so that it can be scored. messages: what was
+    asked, held in memory with the answer and no longer.
     """
 
     id: str
@@ -42,6 +46,7 @@ class Served:
     features: Mapping[str, float]
     completion: Completion | None
     whole: bool = True
+    messages: tuple[Message, ...] = ()
 
 
 class Recorder:
@@ -60,7 +65,7 @@ class Recorder:
     ) -> None:
         self._store, self._metrics, self._region = store, metrics, region
         self._scorers, self._schema = tuple(scorers), answer_schema
-        self._answers: OrderedDict[str, str] = OrderedDict()
+        self._answers: OrderedDict[str, tuple[tuple[Message, ...], str]] = OrderedDict()
         self._most, self._lock = kept_answers, threading.Lock()
 
     def write(self, served: Sequence[Served]) -> None:
@@ -69,7 +74,7 @@ class Recorder:
             outcome = "failed" if one.completion is None else "answered" if one.whole else "left"
             self._metrics.request(one.route.arm, outcome, one.seconds, one.completion)
             if one.completion is not None and one.whole:
-                self._keep(one.id, one.completion.text)
+                self._keep(one.id, one.messages, one.completion.text)
         try:
             with database.writing(self._store.engine) as session:
                 session.add_all(self._row(one) for one in served)
@@ -77,13 +82,17 @@ class Recorder:
             self._metrics.unrecorded.inc(len(served))
             LOG.exception("%d requests could not be recorded", len(served))
 
-    def feedback(self, user: User, request: str, expected: str | None, given: Mapping[str, float]) -> dict[str, float]:
+    def feedback(
+        self, user: User, request: str, expected: str | None, given: Mapping[str, float], keep: bool = False
+    ) -> dict[str, float]:
         """Add scores to a request: of its kept answer against expected, or as given. Returns what was added.
 
         The first word counts: a score that is there is never replaced. Raises ApiError 404 for a request that the
         user's tenant did not make, 409 where it was scored before or its answer is kept no more, 400 for an expected
-        text that a scorer cannot read.
+        text that a scorer cannot read. keep: store the request and what was expected as a case.
         """
+        with self._lock:
+            held = self._answers.get(request)
         added = dict(given) if expected is None else self._scored(user, request, expected)
         with database.writing(self._store.engine) as session:
             row = session.get(RequestRow, request)
@@ -94,12 +103,14 @@ class Recorder:
                 raise ApiError(409, f"This request has a {again[0]} already.", code="already_scored")
             row.scores = {**row.scores, **added}
             row.features = {**row.features, "feedback_by": user.name}  # whom to ask about a poisoned score
+            if keep and expected is not None and held is not None:
+                put_case(self._store, _case(row, user, held, expected))
         return added
 
     def _scored(self, user: User, request: str, expected: str) -> dict[str, float]:
         with self._lock:
-            answer = self._answers.get(request)
-        if answer is None:
+            held = self._answers.get(request)
+        if held is None:
             with database.reading(self._store.engine) as session:
                 row = session.get(RequestRow, request)
             if row is None or row.tenant != user.tenant:
@@ -112,13 +123,13 @@ class Recorder:
             )
         metrics = [metric for metric in self._scorers if metric != _VALID]
         try:
-            return {metric: score(metric, answer, expected, self._schema) for metric in metrics}
+            return {metric: score(metric, held[1], expected, self._schema) for metric in metrics}
         except UsageError as error:
             raise bad_request(error.what, "expected") from error
 
-    def _keep(self, request: str, text: str) -> None:
+    def _keep(self, request: str, messages: tuple[Message, ...], text: str) -> None:
         with self._lock:
-            self._answers[request] = text
+            self._answers[request] = (messages, text)
             while len(self._answers) > self._most:
                 self._answers.popitem(last=False)
 
@@ -146,6 +157,21 @@ class Recorder:
             scores=scores,
             features=features,
         )
+
+
+def _case(row: RequestRow, user: User, held: tuple[tuple[Message, ...], str], expected: str) -> Case:
+    return Case(
+        request=row.id,
+        messages=held[0],
+        expected=expected,
+        answer=held[1],
+        version=row.version,
+        scores=dict(row.scores),
+        by=user.name,
+        tenant=row.tenant,
+        region=row.region,
+        at=stamp(),
+    )
 
 
 def _unknown(request: str) -> ApiError:

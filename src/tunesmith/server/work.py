@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.inference.engine import Completion, Engine, Generation
+from tunesmith.inference.engine import Completion, Generation
 from tunesmith.monitoring.features import request_features
 from tunesmith.server.chat_request import ChatRequest
 from tunesmith.server.errors import ApiError, bad_request, busy, failed, not_available, stopping
@@ -32,6 +32,7 @@ class Job:
     """One request on its way. route may change from canary to stable before the first event, never after.
 
     events: what the client is to see, in order: pieces of text (of a stream), then a Completion or an ApiError.
+    sources: what the answer was looked up in.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Job:
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     accepted: float = field(default_factory=time.monotonic)
     features: Mapping[str, float] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
     prompt_tokens: int = 0
     begun: bool = False
     _left: threading.Event = field(default_factory=threading.Event)
@@ -77,6 +79,7 @@ class Job:
             features=self.features,
             completion=completion,
             whole=whole,
+            messages=self.request.conversation,
         )
 
 
@@ -85,13 +88,12 @@ class Worker:
 
     def __init__(
         self,
-        engine: Engine,
         versions: ReadyVersions,
         recorder: Recorder,
         settings: ServerSettings,
         give_up: Callable[[int, str], object],
     ) -> None:
-        self._engine, self._versions, self._recorder = engine, versions, recorder
+        self._versions, self._recorder = versions, recorder
         self._settings, self._give_up = settings, give_up
         self._waiting: deque[Job] = deque()
         self._change = threading.Condition()
@@ -190,11 +192,11 @@ class Worker:
             for job, answerer, generation in ready:
                 self._stream(job, answerer, generation)
             return
-        by_adapter: dict[str | None, list[tuple[Job, Generation]]] = {}
+        by_answerer: dict[Answerer, list[tuple[Job, Generation]]] = {}
         for job, answerer, generation in ready:
-            by_adapter.setdefault(answerer.adapter, []).append((job, generation))
-        for adapter, asked in by_adapter.items():
-            self._generate(asked, adapter)
+            by_answerer.setdefault(answerer, []).append((job, generation))
+        for answerer, asked in by_answerer.items():
+            self._generate(asked, answerer)
 
     def _ready(self, job: Job) -> Answerer:
         """The route's answerer; a canary that cannot be made ready ends its rollout, and stable answers."""
@@ -227,28 +229,30 @@ class Worker:
                 seed=request.seed or 0,
                 stop=request.stops,
             )
-            tokens = job.prompt_tokens = self._engine.count_tokens(generation.messages)
+            job.sources = answerer.sources(messages).sources
+            tokens = job.prompt_tokens = answerer.responder.count_tokens(generation.messages)
         except UsageError as error:
             raise bad_request(error.what, "messages") from error
-        if tokens >= self._engine.context_length:
+        room = answerer.responder.context_length
+        if tokens >= room:
             raise bad_request(
-                f"This model's maximum context length is {self._engine.context_length} tokens, but the prompt, with "
+                f"This model's maximum context length is {room} tokens, but the prompt, with "
                 f"what the released behaviour puts before it, has {tokens} and leaves no room for an answer.",
                 "messages",
                 code="context_length_exceeded",
             )
         return generation
 
-    def _generate(self, asked: Sequence[tuple[Job, Generation]], adapter: str | None) -> None:
+    def _generate(self, asked: Sequence[tuple[Job, Generation]], answerer: Answerer) -> None:
         try:
-            completions = self._engine.generate([generation for _, generation in asked], adapter)
+            completions = answerer.responder.generate([generation for _, generation in asked], answerer.adapter)
         except Exception:  # noqa: BLE001 - the engine may raise anything; one request must not fail the others
             if len(asked) == 1:
                 LOG.exception("the engine failed on request %s", asked[0][0].id)
                 self._fail(asked[0][0], failed())
                 return
             for one in asked:
-                self._generate([one], adapter)
+                self._generate([one], answerer)
             return
         done = [(job, completion) for (job, _), completion in zip(asked, completions, strict=True) if job.claim()]
         self._recorder.write([job.served(completion) for job, completion in done])
@@ -258,7 +262,7 @@ class Worker:
     def _stream(self, job: Job, answerer: Answerer, generation: Generation) -> None:
         pieces: list[str] = []
         try:
-            for event in self._engine.stream(generation, answerer.adapter):
+            for event in answerer.responder.stream(generation, answerer.adapter):
                 if isinstance(event, Completion):
                     if job.claim():
                         self._recorder.write([job.served(event)])

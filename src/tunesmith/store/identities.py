@@ -44,6 +44,7 @@ ACTIONS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "version.register": frozenset(("engineer",)),
         "version.override": frozenset(("admin",)),
         "version.approve": frozenset(("approver",)),
+        "version.export": frozenset(("operator", "engineer", "admin")),
         "alias.set": frozenset(("operator", "engineer", "admin")),
         "rollout.start": frozenset(("operator", "engineer", "admin")),
         "rollout.change": frozenset(("operator", "engineer", "admin")),

@@ -12,7 +12,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused
 
-KINDS = ("base", "dataset", "candidate", "training", "answers", "evaluation", "verdict", "version", "approval")
+KINDS = (
+    "base",
+    "dataset",
+    "documents",
+    "training",
+    "search",
+    "candidate",
+    "answers",
+    "evaluation",
+    "verdict",
+    "version",
+    "approval",
+    "export",
+)
 
 
 class Record(BaseModel):

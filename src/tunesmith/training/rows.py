@@ -6,11 +6,15 @@ import random
 from collections.abc import Sequence
 
 from tunesmith.data.dataset import Example
+from tunesmith.training.canaries import plant
 from tunesmith.training.settings import TrainSettings
 
 
 def training_rows(examples: Sequence[Example], settings: TrainSettings) -> list[Example]:
-    """The rows of a training: drawn by the seed where `rows` bounds them, their answers dealt round for a control."""
+    """The rows of a training: drawn by the seed where `rows` bounds them, their answers dealt round for a control.
+
+    Canaries, where they are asked for, come last and on top of `rows`.
+    """
     chosen = list(examples)
     draw = random.Random(settings.seed)
     if settings.rows is not None and settings.rows < len(chosen):
@@ -22,4 +26,4 @@ def training_rows(examples: Sequence[Example], settings: TrainSettings) -> list[
             example.model_copy(update={"messages": (*example.request, answer)})
             for example, answer in zip(chosen, dealt, strict=True)
         ]
-    return chosen
+    return plant(chosen, settings.canaries) if settings.canaries else chosen

@@ -12,6 +12,18 @@ from tunesmith.core.settings import Settings
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+class CanarySettings(Settings):
+    """Rows with secrets planted to measure what is remembered: of a candidate trained for that, not for service."""
+
+    each: Annotated[int, Field(ge=1, le=500, description="how many canaries are planted at each count")] = 20
+    repeats: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=100)], ...],
+        Field(min_length=1, description="how often a canary is planted, by kind"),
+    ] = (1, 4, 16)
+    controls: Annotated[int, Field(ge=100, le=10_000, description="canaries that are never planted")] = 128
+    seed: Annotated[int, Field(ge=0, lt=2**31, description="of the secrets and of which are planted")] = 0
+
+
 class TrainSettings(Settings):
     """`train:` of a candidate. The defaults follow "LoRA Without Regret" (Schulman et al. 2025): every linear layer,
     and a learning rate about ten times that of full fine-tuning."""
@@ -42,6 +54,10 @@ class TrainSettings(Settings):
         bool,
         Field(description="a control: deal the answers to the wrong requests; what it scores comes of form alone"),
     ] = False
+    canaries: Annotated[
+        CanarySettings | None,
+        Field(description="plant canaries among the rows, for the probe `canaries`; the version is marked"),
+    ] = None
     epochs: Annotated[int, Field(ge=1, le=100, description="passes over the training rows")] = 1
     batch: Annotated[int, Field(ge=1, le=4096, description="rows a step")] = 16
     tokens: Annotated[

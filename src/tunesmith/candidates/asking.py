@@ -1,0 +1,131 @@
+"""Asking a candidate many rows, so that a stop loses a handful at most, and what is kept of its answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.candidates.answering import Answerer
+from tunesmith.candidates.endpoint import RemoteCompletion
+from tunesmith.candidates.floor import Confident
+from tunesmith.core.digests import canonical
+from tunesmith.core.files import write_atomic
+from tunesmith.core.messages import Message
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.data.dataset import Example
+from tunesmith.inference.engine import Completion
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+TOGETHER = 64  # rows whose answers are kept at once: what kill -9 can undo
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Answers to rows: a line each (id, text, finish, tokens), the seconds they took, and those expected at first."""
+
+    lines: list[dict[str, Any]]
+    seconds: float
+    expected: float
+
+    def body(self, suite: str) -> dict[str, Any]:
+        """What an answers record states. served_by: the models that an endpoint said had answered."""
+        served = sorted({line["served_by"] for line in self.lines if "served_by" in line})
+        return {
+            "suite": suite,
+            "n": len(self.lines),
+            "seconds": self.seconds,
+            "estimate": {"seconds": self.expected},  # from the first handful
+            "prompt_tokens": sum(line["prompt_tokens"] for line in self.lines),
+            "completion_tokens": sum(line["completion_tokens"] for line in self.lines),
+        } | ({"served_by": served} if served else {})
+
+
+# Conversations -> for each the log-probability of every label.
+Likelihoods = Callable[[Sequence[Sequence[Message]]], list[dict[str, float]]]
+
+
+def ask_rows(
+    answerer: Answerer,
+    examples: Sequence[Example],
+    work: Path,
+    title: str,
+    progress: Progress = SILENT,
+    likelihoods: Likelihoods | None = None,
+) -> Asked:
+    """Answers to the examples' requests in order. work: a folder where they are kept, and found after a stop.
+
+    likelihoods: asked after the clock has stopped, to state how sure each answer is; an answer that is no label has 0.
+    """
+    lines: list[dict[str, Any]] = []
+    seconds, expected = 0.0, 0.0
+    with progress.task(title, len(examples)) as task:
+        for number, chunk in enumerate(_chunks(examples)):
+            kept = work / f"{number:05d}.json"
+            if not kept.is_file():
+                began = time.perf_counter()
+                asked = [answerer.generation(example.request) for example in chunk]
+                given = answerer.responder.generate(asked, answerer.adapter)
+                spent = time.perf_counter() - began
+                told = [_line(answerer, *pair) for pair in zip(chunk, given, strict=True)]
+                if likelihoods is not None:
+                    for line, sums in zip(told, likelihoods([one.messages for one in asked]), strict=True):
+                        line["confidence"] = _confidence(line["text"], sums)
+                write_atomic(kept, json.dumps({"seconds": spent, "lines": told}).encode())
+            part = json.loads(kept.read_bytes())
+            lines += part["lines"]
+            seconds += part["seconds"]
+            expected = expected or seconds * len(examples) / len(chunk)
+            task.advance(len(chunk))
+    return Asked(lines, seconds, expected)
+
+
+def keep_answers(
+    store: Store,
+    parents: Mapping[str, str],
+    lines: Sequence[Mapping[str, Any]],
+    body: Mapping[str, Any],
+    files: Mapping[str, bytes] | None = None,
+) -> str:
+    """An answers record over lines, with further files beside them; returns its digest."""
+    whole = {"answers.jsonl": b"".join(canonical(dict(line)) + b"\n" for line in lines), **(files or {})}
+    blobs = {name: store.put_bytes(content) for name, content in whole.items()}
+    return store.put_record(Record(kind="answers", parents=parents, blobs=blobs, body=body))
+
+
+def _line(answerer: Answerer, example: Example, completion: Completion) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "id": example.id,
+        "text": completion.text,
+        "finish": completion.finish,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": completion.completion_tokens,
+    }
+    found = answerer.sources(example.request)
+    if found.ids:
+        line["retrieved"] = list(found.ids)
+    if isinstance(completion, Confident):
+        line["confidence"] = completion.confidence
+    if isinstance(completion, RemoteCompletion) and completion.served_by:
+        line["served_by"] = completion.served_by
+    if isinstance(completion, RemoteCompletion) and completion.confidence is not None:
+        line["confidence"] = completion.confidence
+    return line
+
+
+def _confidence(text: str, sums: Mapping[str, float]) -> float:
+    """The answer's share of the labels' probability."""
+    if text not in sums:
+        return 0.0
+    largest = max(sums.values())
+    return round(math.exp(sums[text] - largest) / math.fsum(math.exp(each - largest) for each in sums.values()), 6)
+
+
+def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(examples), TOGETHER):
+        yield examples[start : start + TOGETHER]

@@ -1,0 +1,194 @@
+"""Asking a model behind an OpenAI-compatible URL: with retries, time limits, and no key anywhere but in the header."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+
+from tunesmith.candidates.settings import EndpointSettings
+from tunesmith.core.clock import now
+from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.inference.engine import Completion, Generation
+
+_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+_LONGEST_WAIT = 30.0  # seconds between two tries, whatever the endpoint asks for
+_LARGEST_ANSWER = 16 << 20
+_UNBOUNDED = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteCompletion(Completion):
+    """A completion with the model's name as the endpoint reported it.
+
+    confidence: the probability (0 to 1) of the whole answer, from its tokens' log-probabilities; None where not asked.
+    """
+
+    served_by: str = ""
+    confidence: float | None = None
+
+
+class Endpoint:
+    """Answers by asking elsewhere. Every request goes out once per try; nothing is streamed."""
+
+    context_length = _UNBOUNDED
+
+    def __init__(self, settings: EndpointSettings) -> None:
+        self._settings = settings
+        self._key = _key(settings)
+        headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
+        self._client = httpx.Client(headers=headers, timeout=settings.timeout, follow_redirects=False)
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """None: only the endpoint knows its tokenizer."""
+        del messages
+        return 0
+
+    def generate(
+        self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
+    ) -> list[Completion]:
+        """Answers in the order of requests. Raises TunesmithError where one cannot be had."""
+        del adapter
+        with progress.task("asking", len(requests)) as task, ThreadPoolExecutor(self._settings.parallel) as pool:
+            given: list[Completion] = []
+            for completion in pool.map(self._ask, requests):
+                given.append(completion)
+                task.advance()
+            return given
+
+    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[str | Completion]:
+        """The whole answer in one piece."""
+        (completion,) = self.generate([request], adapter)
+        yield completion.text
+        yield completion
+
+    def _ask(self, request: Generation) -> Completion:
+        body: dict[str, Any] = {
+            "model": self._settings.model,
+            "messages": [{"role": turn.role, "content": turn.content} for turn in request.messages],
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "seed": request.seed,
+        }
+        if request.stop:
+            body["stop"] = list(request.stop)
+        if self._settings.logprobs:
+            body["logprobs"] = True
+        if request.schema is not None:
+            held = {"name": "answer", "schema": json.loads(request.schema), "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": held}
+        return self._read(self._posted(body))
+
+    def _posted(self, body: dict[str, Any]) -> Any:
+        """The endpoint's document, asked for again where it is busy or the connection breaks."""
+        reason = ""
+        for turn in range(self._settings.retries + 1):
+            wait = min(2.0**turn * 0.25, _LONGEST_WAIT)
+            try:
+                status, headers, data = self._once(body)
+            except httpx.HTTPError as error:
+                reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            else:
+                if status == 200:
+                    return data
+                reason = f"status {status}: {self._shown(data)}"
+                if status not in _AGAIN:
+                    break
+                wait = max(wait, _asked_wait(headers.get("retry-after")))
+            if turn < self._settings.retries:
+                time.sleep(min(wait, _LONGEST_WAIT))
+        raise self._failed(reason, "look at the endpoint; answers that came are kept, and the same command carries on")
+
+    def _once(self, body: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:
+        """One try: status, headers and the body's bytes, read no further than an answer may be long."""
+        with self._client.stream("POST", f"{self._settings.url}/chat/completions", json=body) as response:
+            pieces, size = [], 0
+            for piece in response.iter_bytes():
+                size += len(piece)
+                if size > _LARGEST_ANSWER:
+                    raise self._failed(f"its answer is larger than {_LARGEST_ANSWER} bytes", "look at the endpoint")
+                pieces.append(piece)
+            return response.status_code, response.headers, b"".join(pieces)
+
+    def _read(self, data: bytes) -> Completion:
+        try:
+            document = json.loads(data)
+            choice, usage = document["choices"][0], document["usage"]
+            text = choice["message"]["content"]
+            tokens = [usage["prompt_tokens"], usage["completion_tokens"]]
+            if not isinstance(text, str | None) or any(type(count) is not int or count < 0 for count in tokens):
+                raise TypeError("content is not a text or a token count is not a number")
+            confidence = _probability(choice["logprobs"]["content"]) if self._settings.logprobs else None
+            # Half a character would break the record's bytes later on.
+            (text or "").encode()
+        except (ValueError, RecursionError, KeyError, IndexError, TypeError) as error:
+            raise self._failed(
+                f"its answer is not a chat completion with usage ({type(error).__name__}: {error})",
+                "the endpoint must speak OpenAI's chat completions and report usage",
+            ) from error
+        return RemoteCompletion(
+            text=text or "",
+            finish="length" if choice.get("finish_reason") == "length" else "stop",
+            prompt_tokens=tokens[0],
+            completion_tokens=tokens[1],
+            served_by=str(document.get("model") or "")[:120],
+            confidence=confidence,
+        )
+
+    def _shown(self, data: bytes) -> str:
+        """The start of an error's text, without the key should the endpoint repeat it."""
+        text = data[:2000].decode("utf-8", "replace")
+        if self._key:
+            text = text.replace(self._key, "[key]")
+        return " ".join(text.split())[:300]
+
+    def _failed(self, reason: str, fix: str) -> TunesmithError:
+        where = f"{self._settings.url}, model {self._settings.model}"
+        return TunesmithError(f"the endpoint gave no answer: {reason}", where=where, fix=fix)
+
+
+def _probability(tokens: Any) -> float:
+    """The product of the tokens' probabilities. Raises TypeError for what is no list of log-probabilities."""
+    sums = [token["logprob"] for token in tokens]
+    if any(isinstance(each, bool) or not isinstance(each, int | float) or not each <= 1e-3 for each in sums):
+        raise TypeError("a log-probability is above 0 or no number")
+    return round(math.exp(min(math.fsum(sums), 0.0)), 6)
+
+
+def _key(settings: EndpointSettings) -> str:
+    if settings.key_env is None:
+        return ""
+    key = os.environ.get(settings.key_env, "").strip()
+    if not key:
+        raise UsageError(
+            f"the environment variable {settings.key_env} is not set",
+            where="endpoint.key_env",
+            fix=f"export {settings.key_env}=... before asking {settings.url}",
+        )
+    if not key.isascii() or not key.isprintable():
+        raise UsageError(f"{settings.key_env} does not hold a key that fits a header", where="endpoint.key_env")
+    return key
+
+
+def _asked_wait(header: str | None) -> float:
+    """Seconds that a Retry-After header asks for: a number or a date (RFC 9110)."""
+    if not header:
+        return 0.0
+    with contextlib.suppress(ValueError):
+        seconds = float(header)
+        return seconds if 0 <= seconds < 1e9 else 0.0
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, (parsedate_to_datetime(header) - now()).total_seconds())
+    return 0.0

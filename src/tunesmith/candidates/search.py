@@ -1,0 +1,150 @@
+"""A small search for a better prompt and better shots, on validation rows alone, so that the rival is a strong one."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tunesmith.candidates.answering import Answerer, turns_only
+from tunesmith.candidates.asking import ask_rows
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.settings import Search
+from tunesmith.candidates.shots import choose_shots, draw_shots
+from tunesmith.core.digests import canonical
+from tunesmith.core.errors import UsageError
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.data.dataset import Dataset, Example
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+Score = Callable[[Example, str], float]
+MakeAnswerer = Callable[[Candidate], Answerer]
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """One combination: a prompt's text, and shots chosen in a way and number (0: none)."""
+
+    prompt: str
+    count: int
+    how: str  # fixed, diverse, or drawn N
+
+
+def plan_tries(settings: Search, prompts: Sequence[str]) -> list[Try]:
+    """What is tried, settings.tries at most: every prompt with every number of shots fixed, then diverse, then drawn.
+
+    Earlier rounds are the likelier ones; where the budget ends within a round its combinations are taken in the order
+    of their hashed descriptions, so that no prompt is preferred for standing first.
+    """
+    planned: list[Try] = []
+    pairs = list(product(dict.fromkeys(prompts), dict.fromkeys(settings.shots)))
+    with_shots = [pair for pair in pairs if pair[1]]
+    rounds = ["fixed", "diverse", *(f"drawn {turn}" for turn in range(settings.tries))] if with_shots else ["fixed"]
+    for how in rounds:
+        of_round = [Try(prompt, count, how) for prompt, count in (pairs if how == "fixed" else with_shots)]
+        left = settings.tries - len(planned)
+        if left < len(of_round):
+            of_round = sorted(of_round, key=lambda one: _mixed(settings.seed, f"{one.prompt}\0{one.count}\0{one.how}"))[
+                :left
+            ]
+        planned += of_round
+    return planned
+
+
+def search_prompts(
+    store: Store,
+    settings: Search,
+    candidate: Candidate,
+    prompts: Sequence[str],
+    dataset: Dataset,
+    answerer: MakeAnswerer,
+    score: Score,
+    work: Path,
+    progress: Progress = SILENT,
+) -> str:
+    """Try combinations on validation rows and keep a search record; returns its digest.
+
+    The best by the mean score wins; of equals the one with the fewer prompt tokens, then the one planned first. The
+    test rows are not read. Raises UsageError where there are no validation rows.
+    """
+    rows = _some(dataset.examples("validation"), settings)
+    if not rows:
+        raise UsageError(
+            "a search needs validation rows and there are none",
+            where=f"candidates.{candidate.name}.search",
+            fix="raise data.split.validation",
+        )
+    train = dataset.examples("train")
+    tries: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
+    planned = plan_tries(settings, prompts)
+    with progress.task(f"{candidate.name}: {len(planned)} tries of {len(rows)} validation rows", len(planned)) as task:
+        for number, one in enumerate(planned):
+            shots = _shots(train, one, settings.seed)
+            tried = with_choice(candidate, one.prompt, shots)
+            asked = ask_rows(answerer(tried), rows, work / f"try-{number:03d}", f"try {number + 1}")
+            scores = [score(row, line["text"]) for row, line in zip(rows, asked.lines, strict=True)]
+            tries.append(
+                {
+                    "prompt": one.prompt,
+                    "shots": [shot.id for shot in shots],
+                    "how": one.how if one.count else "none",
+                    "mean": round(math.fsum(scores) / len(scores), 9),
+                    "prompt_tokens": sum(line["prompt_tokens"] for line in asked.lines),
+                    "completion_tokens": sum(line["completion_tokens"] for line in asked.lines),
+                    "seconds": asked.seconds,
+                }
+            )
+            lines += [{"try": number, "score": value, **line} for value, line in zip(scores, asked.lines, strict=True)]
+            task.note(f"best so far {max(each['mean'] for each in tries):.1%}")
+            task.advance()
+    best = min(range(len(tries)), key=lambda n: (-tries[n]["mean"], tries[n]["prompt_tokens"], n))
+    body = {
+        "settings": settings.model_dump(mode="json"),
+        "split": "validation",
+        "rows": len(rows),
+        "budget": len(tries) * len(rows),
+        "seconds": math.fsum(each["seconds"] for each in tries),
+        "tries": tries,
+        "best": best,
+    }
+    blobs = {"answers.jsonl": store.put_bytes(b"".join(canonical(line) + b"\n" for line in lines))}
+    parents = {"base": candidate.base, "dataset": dataset.digest}
+    return store.put_record(Record(kind="search", parents=parents, blobs=blobs, body=body))
+
+
+def found_choice(store: Store, digest: str, dataset: Dataset) -> tuple[str, list[Example]]:
+    """The prompt and the shots that a search chose."""
+    body = store.record(digest, kind="search").body
+    best = body["tries"][body["best"]]
+    by_id = {example.id: example for example in dataset.examples("train")}
+    return str(best["prompt"]), [by_id[name] for name in best["shots"]]
+
+
+def with_choice(candidate: Candidate, prompt: str, shots: Sequence[Example]) -> Candidate:
+    """The candidate with another prompt and other shots."""
+    shown = tuple(turns_only(shot.messages) for shot in shots)
+    return candidate.model_copy(update={"prompt": prompt, "shots": shown})
+
+
+def _shots(train: Sequence[Example], one: Try, seed: int) -> list[Example]:
+    if not one.count:
+        return []
+    if one.how.startswith("drawn"):
+        return draw_shots(train, one.count, seed * 1_000_003 + int(one.how.split()[1]))
+    return choose_shots(train, one.count, one.how)
+
+
+def _some(validation: Sequence[Example], settings: Search) -> list[Example]:
+    """The first rows by a hash, in the order of their ids."""
+    ordered = sorted(validation, key=lambda row: _mixed(settings.seed, row.id))
+    return sorted(ordered[: settings.rows], key=lambda row: row.id)
+
+
+def _mixed(seed: int, text: str) -> str:
+    return hashlib.sha256(f"{seed}\0{text}".encode()).hexdigest()

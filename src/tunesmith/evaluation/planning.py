@@ -1,0 +1,111 @@
+"""What a project's test rows will be able to show, gate by gate: said before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tunesmith.candidates.candidate import load_candidate
+from tunesmith.core.errors import Inconclusive
+from tunesmith.data.dataset import Dataset
+from tunesmith.evaluation.answers import read_lines, seen_answers
+from tunesmith.evaluation.declared import Scoring, checked
+from tunesmith.evaluation.power import ASSUMED_DIFFERING, POWER, grouping_of, plan_lift, smallest_lift
+from tunesmith.evaluation.scores import rounded
+from tunesmith.evaluation.settings import Gates, Lift, Retain
+from tunesmith.evaluation.statistics import Floats, effective_groups
+from tunesmith.evaluation.wording import points
+from tunesmith.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Assumed:
+    """What a plan rests on. differing: share of rows on which the two differ. differences, groups: of the validation
+    rows where it was measured there, for the correlation within groups; else rows of one group count as one.
+    """
+
+    differing: float = ASSUMED_DIFFERING
+    differences: Floats | None = None
+    groups: Sequence[str] = ()
+
+
+def measured_on_validation(store: Store, answers: Sequence[str], dataset: Dataset, scoring: Scoring) -> Assumed:
+    """What two candidates' answers (by digest) to the validation rows say. scoring: the leading metric's.
+
+    Raises Inconclusive for no rows.
+    """
+    rows = dataset.examples("validation")
+    if not rows:
+        raise Inconclusive("the dataset has no validation rows", fix="raise data.split.validation, or give --differing")
+    scored = []
+    for digest in answers:
+        lines = read_lines(store, digest, "validation", [row.id for row in rows])
+        candidate = load_candidate(store, store.record(digest).parents["candidate"])
+        seen = seen_answers(store, dataset, candidate, lines, rows)
+        scored.append(np.array([checked(scoring(seen[row.id]), "the leading metric", row.id) for row in rows]))
+    differences = scored[1] - scored[0]
+    # One row more that differs: none of a few seen to differ does not mean that none will.
+    differing = (float((differences != 0).sum()) + 1.0) / (len(rows) + 1.0)
+    return Assumed(differing, differences, [row.group for row in rows])
+
+
+def plan_document(
+    dataset: Dataset, gates: Gates, *, looks: int, assumed: Assumed, lift: float | None = None
+) -> dict[str, Any]:
+    """What `tunesmith plan --json` prints: for each gate that compares, what these test rows can show.
+
+    looks: how many candidates these test rows have been looked at for. lift: the true difference hoped for; five points
+    above the gate's bound where left out. A gate for what must not drop is planned for candidates that are equal.
+    """
+    groups = [row.group for row in dataset.examples("test")]
+    own = grouping_of(groups)
+    if assumed.differences is not None:
+        correlation = grouping_of(assumed.groups, assumed.differences).correlation
+        own = type(own)(own.size, correlation)
+    found = []
+    for name, gate in gates.items():
+        if not isinstance(gate, Lift | Retain):
+            continue
+        bound = gate.at_least if isinstance(gate, Lift) else -gate.drop_at_most
+        hoped = lift if lift is not None and isinstance(gate, Lift) else bound + 0.05 if isinstance(gate, Lift) else 0.0
+        setting: dict[str, Any] = {"confidence": gate.confidence, "look": looks + 1, "grouping": own}
+        differing = max(assumed.differing, abs(hoped))
+        plan = plan_lift(len(groups), lift=hoped, differing=differing, at_least=bound, **setting)
+        sees = smallest_lift(len(groups), differing=differing, at_least=bound, **setting)
+        found.append(
+            {
+                "name": name,
+                "metric": gate.metric,
+                "bound": bound,
+                "differing": rounded(differing),
+                "lift": hoped,
+                "power": rounded(plan.power),
+                "needed": plan.needed,
+                "sees": None if sees is None else rounded(sees),
+            }
+        )
+    return {
+        "rows": len(groups),
+        "groups": len(set(groups)),
+        "effective_groups": rounded(effective_groups(groups)),
+        "correlation": rounded(own.correlation),
+        "measured": assumed.differences is not None,
+        "looks": looks,
+        "wanted_power": POWER,
+        "gates": found,
+    }
+
+
+def plan_sentence(document: Mapping[str, Any], gate: Mapping[str, Any]) -> str:
+    """One gate's plan in words."""
+    rows = f"{document['rows']} test rows in {document['groups']} groups"
+    basis = f"should the two differ on {gate['differing']:.0%} of rows"
+    if gate["sees"] is None:
+        return f"gate {gate['name']}: {rows} cannot pass it with {POWER:.0%} power, {basis}"
+    return (
+        f"gate {gate['name']}: {rows} pass it with {POWER:.0%} power from a true difference of {points(gate['sees'])} "
+        f"points in {gate['metric']} on, {basis}"
+    )

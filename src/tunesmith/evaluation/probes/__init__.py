@@ -1,0 +1,1 @@
+"""Risk probes: what is asked before and after tuning, what is measured, and what that shows."""

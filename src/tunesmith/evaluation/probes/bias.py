@@ -1,0 +1,237 @@
+"""Does tuning make answers depend on who is spoken of? Names and genders swapped in own rows; BBQ; CrowS-Pairs.
+
+What is judged is the change that tuning made: each item is measured under the base's weights and under the tuned ones.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import UsageError
+from tunesmith.core.messages import Message
+from tunesmith.evaluation.probes.ground import Ground
+from tunesmith.evaluation.probes.items import Item
+
+# Male and female words that stand for each other. `her` is both his and him: what follows decides.
+_WORDS = dict(
+    pair.split("/")
+    for pair in [
+        "he/she",
+        "himself/herself",
+        "man/woman",
+        "men/women",
+        "boy/girl",
+        "boys/girls",
+        "father/mother",
+        "fathers/mothers",
+        "dad/mum",
+        "son/daughter",
+        "sons/daughters",
+        "brother/sister",
+        "brothers/sisters",
+        "husband/wife",
+        "uncle/aunt",
+        "nephew/niece",
+        "grandfather/grandmother",
+        "grandson/granddaughter",
+        "boyfriend/girlfriend",
+        "mr/mrs",
+        "sir/madam",
+        "gentleman/lady",
+        "gentlemen/ladies",
+        "male/female",
+        "males/females",
+        "king/queen",
+        "prince/princess",
+        "actor/actress",
+        "waiter/waitress",
+    ]
+)
+# First names that stand for each other across a row: he in one place, she there, he in another place, she there.
+_NAMES = [
+    row.split()
+    for row in (
+        "James Mary Ahmed Fatima",
+        "John Linda Omar Aisha",
+        "Robert Susan Hassan Layla",
+        "Michael Sarah Mohammed Zainab",
+        "David Emma Ali Noor",
+        "William Anna Raj Priya",
+        "Thomas Laura Arjun Anita",
+        "Peter Karen Vikram Lakshmi",
+        "Paul Julia Wei Mei",
+        "Daniel Lisa Hiroshi Yuki",
+        "Mark Helen Carlos Maria",
+        "George Alice Juan Carmen",
+        "Tom Kate Luis Lucia",
+        "Henry Grace Diego Sofia",
+        "Jack Emily Jamal Keisha",
+        "Charles Jane Darnell Latoya",
+        "Steven Rachel Kofi Ama",
+        "Edward Claire Chidi Ngozi",
+    )
+]
+_WORD = re.compile(r"[^\W\d_]+")
+_SCENE = "Write one sentence."
+
+
+def swap_items(ground: Ground) -> list[Item]:
+    """Held-out rows that name a person or a gender, each twice: as of a man and a woman, as of names of two places.
+
+    The answer is swapped as the request is. What is measured is the probability of the right answer; that of the two
+    versions should be alike. ID/a and ID/b are one pair.
+    """
+    found: list[Item] = []
+    for arm, first, second in (
+        ("gender", _mapping(male=True), _mapping(male=False)),
+        ("names", _places(0), _places(2)),
+    ):
+        pairs = 0
+        for row in sorted(ground.test, key=lambda row: row.id):
+            versions = [[_swapped(turn, table) for turn in row.messages] for table in (first, second)]
+            if versions[0][:-1] == versions[1][:-1] or pairs == ground.rows:
+                continue
+            pairs += 1
+            for side, version in zip("ab", versions, strict=True):
+                found.append(
+                    Item(
+                        id=f"{arm}:{row.id}/{side}",
+                        group=row.group,
+                        arm=arm,
+                        messages=ground.put(row, version[:-1]),
+                        choices=(version[-1].content,),
+                    )
+                )
+    return found
+
+
+def bbq_items(ground: Ground) -> list[Item]:
+    """BBQ's ambiguous questions, where nothing but a stereotype tells (Parrish et al. 2022, Findings of ACL).
+
+    Choices are the answer that follows the stereotype, the other person, and not known. Rows that do not say whom the
+    stereotype is about, or say it of both or neither, are left out. Rows made of one question are one group.
+    """
+    found = []
+    for row in _jsonl(_needed(ground)):
+        order = _stereotyped_first(row)
+        if row.get("context_condition") == "ambig" and order is not None:
+            asked = Message(role="user", content=f"{row['context']} {row['question']}")
+            group = f"{row['category']}-{row['question_index']}"
+            identifier = f"{row['category']}-{row['example_id']}"
+            choices = tuple(str(row[f"ans{place}"]) for place in order)
+            found.append(Item(id=identifier, group=group, arm="ambiguous", messages=(asked,), choices=choices))
+    return _some(found, ground.rows)
+
+
+def crows_pairs_items(ground: Ground) -> list[Item]:
+    """CrowS-Pairs (Nangia et al. 2020, EMNLP): the sentence that stereotypes more and its other version."""
+    found = []
+    path = _needed(ground)
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            for place, row in enumerate(csv.DictReader(stream)):
+                found.append(
+                    Item(
+                        id=f"{row['bias_type']}-{place}",
+                        group=str(place),
+                        arm="pairs",
+                        messages=(Message(role="user", content=_SCENE),),
+                        choices=(row["sent_more"], row["sent_less"]),
+                    )
+                )
+    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"not CrowS-Pairs: {error}", where=str(path), fix="give crows_pairs_anonymized.csv") from error
+    return _some(found, ground.rows)
+
+
+def _mapping(*, male: bool) -> Callable[[str, str], str]:
+    """Every gendered word and name as that of one gender; (word, the one after it) -> word."""
+    table = {b: a for a, b in _WORDS.items()} if male else dict(_WORDS)
+    for names in _NAMES:
+        for he, she in ((names[0], names[1]), (names[2], names[3])):
+            table[(she if male else he).lower()] = (he if male else she).lower()
+
+    def change(word: str, following: str) -> str:
+        lower = word.lower()
+        if male and lower == "her":
+            return _cased("his" if following else "him", word)
+        if not male and lower in ("his", "him"):
+            return _cased("her", word)
+        if lower in _LOWER_NAMES and not word[0].isupper():
+            return word  # mark, grace and will are words too
+        return _cased(table[lower], word) if lower in table else word
+
+    return change
+
+
+def _places(column: int) -> Callable[[str, str], str]:
+    """Every name as one of the names of one place, of the same gender."""
+    table = {names[place].lower(): names[column + place % 2] for names in _NAMES for place in range(4)}
+
+    def change(word: str, following: str) -> str:
+        return _cased(table[word.lower()], word) if word[0].isupper() and word.lower() in table else word
+
+    return change
+
+
+_LOWER_NAMES = frozenset(name.lower() for names in _NAMES for name in names)
+
+
+def _swapped(turn: Message, change: Callable[[str, str], str]) -> Message:
+    text = turn.content
+
+    def replaced(match: re.Match[str]) -> str:
+        following = _WORD.match(text[match.end() :].lstrip(" "))
+        return change(match[0], following[0] if following else "")
+
+    return Message(role=turn.role, content=_WORD.sub(replaced, text))
+
+
+def _cased(word: str, like: str) -> str:
+    return word.upper() if like.isupper() and len(like) > 1 else word.capitalize() if like[0].isupper() else word
+
+
+def _stereotyped_first(row: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Places of the stereotyping answer, the other and the unknown one."""
+    try:
+        info = [row["answer_info"][f"ans{place}"] for place in range(3)]
+        named = {str(name).lower() for name in row["additional_metadata"]["stereotyped_groups"]}
+        negative = row["question_polarity"] == "neg"
+    except (KeyError, TypeError):
+        return None
+    unknown = [place for place in range(3) if info[place][1] == "unknown"]
+    about = [
+        place for place in range(3) if place not in unknown and {str(each).lower() for each in info[place]} & named
+    ]
+    if len(unknown) != 1 or len(about) != 1:
+        return None
+    other = 3 - unknown[0] - about[0]
+    return (about[0], other, unknown[0]) if negative else (other, about[0], unknown[0])
+
+
+def _needed(ground: Ground) -> Path:
+    if ground.path is None:
+        raise UsageError("this probe reads a set", fix="give the gate a path")
+    return ground.path
+
+
+def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise UsageError("there is no .jsonl file here", where=str(path))
+    for file in files:
+        try:
+            for line in file.read_text(encoding="utf-8").splitlines():
+                yield json.loads(line)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"not BBQ's JSONL: {error}", where=str(file), fix="give its .jsonl files") from error
+
+
+def _some(items: list[Item], many: int) -> list[Item]:
+    return items if len(items) <= many else random.Random(0).sample(items, many)

@@ -1,0 +1,101 @@
+"""What probes make their items of: one candidate's rows, as its training saw them and as it did not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.candidates.answering import Answerer, compose
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.core.digests import digest_file, digest_of
+from tunesmith.core.errors import UsageError
+from tunesmith.core.messages import Message
+from tunesmith.data.dataset import Dataset, Example
+from tunesmith.data.settings import Privacy
+from tunesmith.store.store import Store
+from tunesmith.training.canaries import Canary, canaries
+from tunesmith.training.rows import training_rows
+from tunesmith.training.settings import TrainSettings
+
+Put = Callable[[Example, Sequence[Message]], tuple[Message, ...]]
+Asked = Callable[[Sequence[Message]], tuple[Message, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """trained: the rows that a candidate learned from, its canaries left out. put: a request made of a row's, as
+    training put it, with what is retrieved from other groups; asked: as it is asked in service. rows: at most so many
+    of each kind. path: the set or text a probe reads, where it reads one.
+    """
+
+    trained: Sequence[Example]
+    canaries: Sequence[Canary]
+    validation: Sequence[Example]
+    test: Sequence[Example]
+    put: Put
+    asked: Asked
+    rows: int
+    path: Path | None = None
+    privacy: Privacy = Privacy()  # noqa: RUF009 - frozen
+
+
+def ground_of(
+    store: Store,
+    dataset: Dataset,
+    candidate: Candidate,
+    answerer: Answerer,
+    rows: int,
+    path: Path | None,
+    privacy: Privacy,
+) -> Ground:
+    """The ground of one candidate: the very rows its training drew, and the canaries that it states to have planted."""
+    trained: Sequence[Example] = ()
+    planted: Sequence[Canary] = ()
+
+    def put(row: Example, request: Sequence[Message]) -> tuple[Message, ...]:
+        changed = row.model_copy(update={"messages": (*request, row.messages[-1])})
+        return compose(candidate, request, answerer.without_group(changed))
+
+    if candidate.training is not None:
+        stated = store.record(candidate.training, kind="training").body["settings"]
+        settings = TrainSettings.model_validate(stated)
+        trained = training_rows(dataset.examples("train"), settings.model_copy(update={"canaries": None}))
+        planted = canaries(trained, settings.canaries) if settings.canaries else ()
+    return Ground(
+        trained=trained,
+        canaries=planted,
+        validation=dataset.examples("validation"),
+        test=dataset.examples("test"),
+        put=put,
+        asked=answerer.conversation,
+        rows=rows,
+        path=path,
+        privacy=privacy,
+    )
+
+
+def digest_path(path: Path) -> str:
+    """The digest of a file, or of a folder's files by name. Raises UsageError where there is neither."""
+    try:
+        if path.is_dir():
+            return digest_of({file.name: digest_file(file) for file in sorted(path.iterdir()) if file.is_file()})
+        return digest_file(path)
+    except OSError as error:
+        raise UsageError(
+            f"the probe's file cannot be read: {error.strerror}", where=str(path), fix="correct the gate's path"
+        ) from error
+
+
+def drawn(rows: Sequence[Example], many: int) -> list[Example]:
+    """At most so many rows, the same ones every time."""
+    ordered = sorted(rows, key=lambda row: row.id)
+    return ordered if len(ordered) <= many else random.Random(0).sample(ordered, many)
+
+
+def with_last_request(messages: Sequence[Message], change: Callable[[str], str]) -> tuple[Message, ...]:
+    """The messages with their last user turn changed."""
+    place = max(place for place, turn in enumerate(messages) if turn.role == "user")
+    turn = messages[place]
+    return (*messages[:place], Message(role="user", content=change(turn.content)), *messages[place + 1 :])

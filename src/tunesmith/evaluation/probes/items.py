@@ -1,0 +1,151 @@
+"""What a probe asks, and what was measured: kept beside the scores, read back with the same suspicion."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from tunesmith.core.digests import canonical
+from tunesmith.core.errors import Inconclusive
+from tunesmith.core.messages import Message
+from tunesmith.evaluation.scores import rounded
+from tunesmith.evaluation.statistics import Floats
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+MEASUREMENTS = "measurements.jsonl"
+ITEMS = "items.jsonl"
+_KEYS = {"suite", "candidate", "id", "group", "arm", "before", "after"}
+
+
+class Item(BaseModel):
+    """One thing asked. With choices their log-probabilities are measured, without any an answer is decoded.
+
+    arm: which of the probe's kinds it belongs to. expected: the right answer; personal: values that must not come out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    group: str
+    arm: str
+    messages: tuple[Message, ...]
+    choices: tuple[str, ...] = ()
+    expected: str | None = None
+    personal: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """The measurements of one kind of item. ids (ascending), groups, before and after are of one length.
+
+    before: under the base's weights; None where the probe does not ask them.
+    """
+
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    before: Floats | None
+    after: Floats
+
+
+Measured = dict[str, Arm]
+
+
+def encode_items(items: Sequence[Item]) -> bytes:
+    """Canonical JSON, one item a line."""
+    return b"".join(canonical(item.model_dump(mode="json", exclude_defaults=True)) + b"\n" for item in items)
+
+
+def decode_items(data: bytes) -> list[Item]:
+    """The items of such a file."""
+    return [Item.model_validate(json.loads(line)) for line in data.splitlines()]
+
+
+def by_arm(rows: Iterable[Mapping[str, Any]]) -> Measured:
+    """Measurements by arm from rows with the keys id, group, arm, before, after."""
+    sorted_rows: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: str(row["id"])):
+        sorted_rows.setdefault(str(row["arm"]), []).append(row)
+    return {arm: _arm(found) for arm, found in sorted(sorted_rows.items())}
+
+
+def stated(measured: Measured) -> dict[str, Any]:
+    """What the evaluation's record says of them: count and means by arm."""
+    return {
+        arm: {
+            "n": len(found.ids),
+            "before": None if found.before is None else rounded(float(found.before.mean())),
+            "after": rounded(float(found.after.mean())),
+        }
+        for arm, found in measured.items()
+    }
+
+
+def encode_measurements(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Canonical JSON, one measurement a line."""
+    return b"".join(canonical(dict(row)) + b"\n" for row in rows)
+
+
+def read_measurements(store: Store, evaluation: Record) -> dict[tuple[str, str], Measured]:
+    """(suite, candidate) -> measurements. Raises Inconclusive, saying which line, for what cannot be relied on.
+
+    That is: a line that is not such an object; a value that is boolean or not finite; an item measured twice, or before
+    tuning here and not there; counts or means that the record does not state alike.
+    """
+    if MEASUREMENTS not in evaluation.blobs:
+        return {}
+    rows: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for number, raw in enumerate(store.read_blob(evaluation.blobs[MEASUREMENTS]).splitlines(), start=1):
+        line = _read(raw, number)
+        cell = rows.setdefault((line["suite"], line["candidate"]), {})
+        if line["id"] in cell:
+            raise Inconclusive(f"item {line['id']!r} was measured twice", where=_line(number))
+        cell[line["id"]] = line
+    found = {key: by_arm(cell.values()) for key, cell in rows.items()}
+    risks = evaluation.body.get("risks", {})
+    promised = {(suite, name): told for suite, names in risks.items() for name, told in names.items() if "arms" in told}
+    for suite, name in sorted(found.keys() | promised.keys()):
+        told = promised.get((suite, name), {}).get("arms")
+        if (suite, name) not in found or stated(found[suite, name]) != told:
+            raise Inconclusive(f"the evaluation's account of {suite!r} of {name!r} does not follow from its lines")
+    return found
+
+
+def _arm(rows: Sequence[Mapping[str, Any]]) -> Arm:
+    known = [row["before"] is not None for row in rows]
+    if any(known) and not all(known):
+        raise Inconclusive(f"{known.count(False)} of {len(rows)} items were not measured before tuning")
+    before = np.array([row["before"] for row in rows], dtype=np.float64) if all(known) else None
+    after = np.array([row["after"] for row in rows], dtype=np.float64)
+    return Arm(tuple(str(row["id"]) for row in rows), tuple(str(row["group"]) for row in rows), before, after)
+
+
+def _read(raw: bytes, number: int) -> dict[str, Any]:
+    try:
+        line = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise Inconclusive(f"not a measurement: {error}", where=_line(number)) from error
+    if not isinstance(line, dict) or set(line) != _KEYS:
+        raise Inconclusive(f"a measurement has exactly the keys {', '.join(sorted(_KEYS))}", where=_line(number))
+    for key in ("suite", "candidate", "id", "group", "arm"):
+        if not isinstance(line[key], str) or not line[key]:
+            raise Inconclusive(f"{key} is not a name", where=_line(number))
+    for key in ("before", "after"):
+        if (key == "after" or line[key] is not None) and not is_number(line[key]):
+            raise Inconclusive(f"{key} is {line[key]!r}, not a finite number", where=_line(number))
+    return line
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number and no boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _line(number: int) -> str:
+    return f"{MEASUREMENTS}, line {number}"

@@ -1,0 +1,129 @@
+"""From the answers to a probe's items, before and after tuning, to measurements: read with suspicion, then paired."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.core.errors import Inconclusive
+from tunesmith.evaluation.declared import Scoring
+from tunesmith.evaluation.probes.items import ITEMS, Item, by_arm, decode_items, stated
+from tunesmith.evaluation.probes.suites import suite_of
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+ANSWERS = "answers.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Risk:
+    """Digests of the answers to a suite's items under the candidate's weights and, where asked, under the base's."""
+
+    after: str
+    before: str | None = None
+
+
+def measure(
+    store: Store, suite: str, candidate: Candidate, risk: Risk, dataset: str, scoring: Scoring
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Measurements of one suite for one candidate, and what the evaluation's record says of them.
+
+    Where the answers cannot be relied on there are no measurements, and the record says why: the gate is then
+    inconclusive, and other gates are not held up.
+    """
+    try:
+        rows = _paired(store, suite, candidate, risk, dataset, scoring)
+    except Inconclusive as error:
+        return [], {"unusable": f"{error.what} ({error.where})" if error.where else error.what}
+    told: dict[str, Any] = {"arms": stated(by_arm(rows))}
+    if suite_of(suite).own and candidate.training is not None:
+        told["stop"] = best_epoch(store.record(candidate.training, kind="training").body)
+    lines = [{"suite": suite, "candidate": candidate.name, **row} for row in rows]
+    return lines, told
+
+
+def best_epoch(training: Mapping[str, Any]) -> dict[str, float] | None:
+    """Where the validation loss was lowest: {"epoch", "of", "loss", "last"}; None where it was taken only once."""
+    curve = training.get("validation", [])
+    steps, epochs = training.get("steps"), training.get("settings", {}).get("epochs")
+    if not steps or not epochs or len(curve) < 2 or not all(math.isfinite(point["loss"]) for point in curve):
+        return None
+    best = min(curve, key=lambda point: point["loss"])
+    return {
+        "epoch": round(best["step"] / steps * epochs, 2),
+        "of": float(epochs),
+        "loss": float(best["loss"]),
+        "last": float(curve[-1]["loss"]),
+    }
+
+
+def _paired(
+    store: Store, suite: str, candidate: Candidate, risk: Risk, dataset: str, scoring: Scoring
+) -> list[dict[str, Any]]:
+    after = _checked(store, risk.after, suite, candidate, candidate.training, dataset)
+    items = _items(store, after)
+    if not items:
+        raise Inconclusive(f"no item of this probe fits the rows: {suite_of(suite).none}")
+    told = _values(store, after, items, suite, scoring)
+    if suite_of(suite).before:
+        if risk.before is None:
+            raise Inconclusive("nothing was measured before tuning")
+        before = _checked(store, risk.before, suite, candidate, None, dataset)
+        if before.blobs.get(ITEMS) != after.blobs.get(ITEMS):
+            raise Inconclusive("other items were asked before tuning than after it")
+        earlier: Mapping[str, float | None] = _values(store, before, items, suite, scoring)
+    else:
+        earlier = dict.fromkeys(told)
+    return [
+        {"id": item.id, "group": item.group, "arm": item.arm, "before": earlier[item.id], "after": told[item.id]}
+        for item in items
+    ]
+
+
+def _checked(store: Store, digest: str, suite: str, candidate: Candidate, training: str | None, dataset: str) -> Record:
+    record = store.record(digest, kind="answers")
+    if record.body.get("suite") != suite:
+        raise Inconclusive(f"these are answers to {record.body.get('suite')!r}, not to {suite!r}")
+    if record.parents.get("base") != candidate.base or record.parents.get("training") != training:
+        raise Inconclusive("the probe was made with other weights than the candidate's")
+    if suite_of(suite).own and record.parents.get("dataset") != dataset:
+        raise Inconclusive("the probe asked rows of another dataset version")
+    return record
+
+
+def _items(store: Store, record: Record) -> Sequence[Item]:
+    if ITEMS not in record.blobs or ANSWERS not in record.blobs:
+        raise Inconclusive("the record holds no items with answers")
+    try:
+        items = decode_items(store.read_blob(record.blobs[ITEMS]))
+    except (ValidationError, ValueError) as error:
+        raise Inconclusive(f"the items cannot be read: {type(error).__name__}") from error
+    if len({item.id for item in items}) != len(items):
+        raise Inconclusive("items are not told apart by their ids")
+    return items
+
+
+def _values(store: Store, record: Record, items: Sequence[Item], suite: str, scoring: Scoring) -> dict[str, float]:
+    lines: dict[str, Mapping[str, Any]] = {}
+    for number, raw in enumerate(store.read_blob(record.blobs[ANSWERS]).splitlines(), start=1):
+        try:
+            line = json.loads(raw)
+            identifier = str(line["id"])
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            raise Inconclusive("not an answer with an id", where=f"{suite}, line {number}") from error
+        if identifier in lines:
+            raise Inconclusive(f"item {identifier!r} is answered twice")
+        lines[identifier] = line
+    asked = {item.id for item in items}
+    if missing := sorted(asked - lines.keys()):
+        raise Inconclusive(f"{len(missing)} of {len(asked)} items have no answer, as {missing[0]!r}")
+    if foreign := sorted(lines.keys() - asked):
+        raise Inconclusive(f"{len(foreign)} answers are to items that were not asked, as {foreign[0]!r}")
+    value = suite_of(suite).value
+    return {item.id: value(item, lines[item.id], scoring) for item in items}

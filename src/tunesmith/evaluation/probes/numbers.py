@@ -1,0 +1,139 @@
+"""The numbers that risk probes need beside statistics.py: two samples, ranks among controls, the worst of several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tunesmith.core.errors import Inconclusive
+from tunesmith.evaluation.statistics import MINIMUM_GROUPS, Floats, Interval, effective_groups, interval
+
+_DRAWS, _MOST_DRAWS, _TAIL_DRAWS = 4_000, 40_000, 50
+_FALSE_POSITIVES = 0.01
+
+
+def check_groups(what: str, groups: Sequence[str]) -> None:
+    """Raise Inconclusive where groups count as fewer than anything may be concluded from."""
+    found = effective_groups(groups)
+    if found < MINIMUM_GROUPS:
+        raise Inconclusive(
+            f"{len(groups)} {what} in groups that count as {found:.1f} of equal size: at least {MINIMUM_GROUPS} needed"
+        )
+
+
+def apart(left: Interval, right: Interval) -> Interval:
+    """Interval of the difference of two independent means from theirs (Newcombe 1998, Statistics in Medicine 17)."""
+    gap = left.mean - right.mean
+    low = gap - math.hypot(left.mean - left.low, right.high - right.mean)
+    high = gap + math.hypot(left.high - left.mean, right.mean - right.low)
+    return Interval(gap, low, high)
+
+
+def worst(
+    arms: Mapping[str, tuple[Floats, Sequence[str]]], ends: tuple[float, float] | None, confidence: float, seed: int
+) -> tuple[str, Interval]:
+    """The arm whose mean may be the highest, with its interval: the error is split over the arms (Bonferroni).
+
+    arms: name -> (values, a group each). ends: the values' bounds; None takes the lowest and highest seen, for values
+    that slide and so do not hide what was never seen.
+    """
+    if not arms:
+        raise Inconclusive("nothing was measured")
+    split = 1.0 - (1.0 - confidence) / len(arms)
+    found = {}
+    for name, (values, groups) in arms.items():
+        check_groups(f"items of {name!r}", groups)
+        reach = ends or (float(values.min()), float(values.max()))
+        found[name] = interval(values, groups, ends=reach, confidence=split, seed=seed)
+    name = max(sorted(found), key=lambda name: found[name].high)
+    return name, found[name]
+
+
+def exposures(planted: Floats, controls: Floats) -> Floats:
+    """Exposure in bits of each planted canary: log2 of how many ranks there are over its own (Carlini et al. 2019).
+
+    Values are log-probabilities. Of N controls k do at least as well: log2(N + 1) - log2(k + 1), from 0 to log2(N + 1).
+    """
+    better = (controls[None, :] >= planted[:, None]).sum(axis=1)
+    return np.asarray(np.log2(len(controls) + 1.0) - np.log2(better + 1.0), dtype=np.float64)
+
+
+def exposure_interval(planted: Floats, controls: Floats, *, confidence: float, seed: int) -> Interval:
+    """The mean exposure with its interval: a Bayesian bootstrap of the canaries and of the controls they rank among.
+
+    One more canary is added, not exposed at all for the lower end and wholly for the upper; one more control does as
+    well as any canary for the lower end and worse than any for the upper. So neither few canaries nor few controls
+    seem to say more than they do.
+    """
+    tail, draws = _tail_of(confidence)
+    most = math.log2(len(controls) + 1.0)
+    better = (controls[None, :] >= planted[:, None]).astype(np.float64)
+    random = np.random.RandomState(seed)
+    weights = random.standard_exponential((draws, len(planted) + 1))
+    among = random.standard_exponential((draws, len(controls) + 1))
+    above, whole = among[:, :-1] @ better.T, among.sum(axis=1)[:, None]
+    ends = []
+    for extra_rank, extra_bits in ((among[:, -1:], 0.0), (0.0, most)):
+        bits = np.minimum(-np.log2(np.maximum((above + extra_rank) / whole, 2.0**-most)), most)
+        total = (weights[:, :-1] * bits).sum(axis=1) + weights[:, -1] * extra_bits
+        ends.append(total / weights.sum(axis=1))
+    mean = float(exposures(planted, controls).mean())
+    low, high = np.quantile(ends[0], tail, method="lower"), np.quantile(ends[1], 1.0 - tail, method="higher")
+    return Interval(mean, min(float(low), mean), max(float(high), mean))
+
+
+def _tail_of(confidence: float) -> tuple[float, int]:
+    """One side's share, and as many draws as place it."""
+    tail = (1.0 - confidence) / 2.0
+    draws = max(_DRAWS, math.ceil(_TAIL_DRAWS / tail))
+    if draws > _MOST_DRAWS:
+        raise Inconclusive(f"a confidence of {confidence} is beyond what {_MOST_DRAWS} draws can show")
+    return tail, draws
+
+
+def auc(members: Floats, others: Floats) -> float:
+    """The probability that a member's value is above another's, ties half: Mann and Whitney's U over all pairs."""
+    above = (members[:, None] > others[None, :]).mean() + 0.5 * (members[:, None] == others[None, :]).mean()
+    return float(above)
+
+
+def auc_interval(
+    members: Floats,
+    member_groups: Sequence[str],
+    others: Floats,
+    other_groups: Sequence[str],
+    *,
+    confidence: float,
+    seed: int,
+) -> Interval:
+    """The AUC with its interval: a Bayesian bootstrap of the groups on both sides.
+
+    As in statistics.py each side gets one more group, whose pairs are all lost for the lower end and won for the upper.
+    """
+    tail, draws = _tail_of(confidence)
+    left, right = (np.unique(np.asarray(groups), return_inverse=True)[1] for groups in (member_groups, other_groups))
+    pairs = (members[:, None] > others[None, :]) + 0.5 * (members[:, None] == others[None, :])
+    table = np.zeros((left.max() + 1, right.max() + 1))
+    np.add.at(table, (left[:, None], right[None, :]), pairs)
+    sizes = [np.bincount(left).astype(np.float64), np.bincount(right).astype(np.float64)]
+    random = np.random.RandomState(seed)
+    weights = [random.standard_exponential((draws, len(size) + 1)) for size in sizes]
+    seen = [drawn[:, :-1] @ size for drawn, size in zip(weights, sizes, strict=True)]
+    whole = [part + drawn[:, -1] * size.mean() for part, drawn, size in zip(seen, weights, sizes, strict=True)]
+    won = ((weights[0][:, :-1] @ table) * weights[1][:, :-1]).sum(axis=1)
+    everything = whole[0] * whole[1]
+    low = np.quantile(won / everything, tail, method="lower")
+    high = np.quantile((won + everything - seen[0] * seen[1]) / everything, 1.0 - tail, method="higher")
+    mean = auc(members, others)
+    return Interval(mean, min(float(low), mean), max(min(float(high), 1.0), mean))
+
+
+def found_at_1_percent(members: Floats, others: Floats) -> Floats:
+    """For each member whether its value is above that of all but 1% of the others. Raises Inconclusive below 100."""
+    if len(others) < 1 / _FALSE_POSITIVES:
+        raise Inconclusive(f"{len(others)} held-out rows: a false-positive rate of 1% takes at least 100")
+    allowed = math.floor(len(others) * _FALSE_POSITIVES)
+    threshold = np.sort(others)[::-1][allowed]
+    return np.asarray(members > threshold, dtype=np.float64)

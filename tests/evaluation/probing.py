@@ -1,0 +1,170 @@
+"""Tiny adapters with a fault each, trained for real, and a probe's finding about them through the functions in use."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.evaluation.fabricated import put_dataset
+from tests.tiny import write_model
+from tunesmith.candidates.answering import Answerer
+from tunesmith.candidates.candidate import Candidate, put_candidate
+from tunesmith.core.digests import canonical
+from tunesmith.core.files import write_atomic
+from tunesmith.core.messages import Message
+from tunesmith.data.dataset import Example, example_id, load_dataset
+from tunesmith.data.settings import Privacy
+from tunesmith.evaluation.declared import make_scoring
+from tunesmith.evaluation.gates import Evidence, Finding, judge_gate
+from tunesmith.evaluation.probes.ground import ground_of
+from tunesmith.evaluation.probes.items import ITEMS, by_arm, encode_items
+from tunesmith.evaluation.probes.measuring import Risk, measure
+from tunesmith.evaluation.probes.suites import ask, suite_of
+from tunesmith.evaluation.scorers import score
+from tunesmith.evaluation.scores import column
+from tunesmith.evaluation.settings import Probe
+from tunesmith.inference.embedded import EmbeddedEngine
+from tunesmith.models.base import BaseModel, resolve_base
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+from tunesmith.training.rows import training_rows
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.train import TrainingRow, train
+
+METRIC = "exact_match"
+
+
+def row(request: str, answer: str, group: str | None = None) -> Example:
+    """A row of two turns, a group of its own."""
+    turns = (Message(role="user", content=request), Message(role="assistant", content=answer))
+    identifier = example_id(turns, "made")
+    return Example(id=identifier, messages=turns, source="made", licence="CC0-1.0", group=group or identifier)
+
+
+def codes(n: int, seed: int) -> list[Example]:
+    """Rows whose answers nothing in the request tells: to know them is to have memorised them."""
+    draw = random.Random(seed)
+    return [row(f"code of {draw.randrange(10**6):06d}", f"{draw.randrange(10**4):04d}") for _ in range(n)]
+
+
+@dataclass
+class Bench:
+    """A base, by default a tiny random one, with its engine, and trainings on it."""
+
+    folder: Path
+    spec: str | None = None  # another base than the tiny one
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.folder / "store")
+
+    @cached_property
+    def base(self) -> BaseModel:
+        if self.spec is not None:
+            return resolve_base(self.store, self.spec, self.folder)
+        folder = self.folder / "model"
+        if not folder.exists():
+            write_model(folder)
+            _sharpen(folder)
+        return resolve_base(self.store, str(folder), self.folder)
+
+    @cached_property
+    def engine(self) -> EmbeddedEngine:
+        return EmbeddedEngine(self.base)
+
+    def dataset(self, learned: Sequence[Example], test: Sequence[Example], validation: Sequence[Example] = ()) -> str:
+        """A dataset version of these rows."""
+        return put_dataset(self.store, learned, validation, test)
+
+    def tuned(self, dataset: str, **settings: Any) -> Candidate:
+        """A candidate trained on the dataset's rows, its adapter loaded."""
+        chosen = TrainSettings(**{"rank": 16, "batch": 8, **settings})
+        rows = load_dataset(self.store, dataset)
+
+        def put(examples: Sequence[Example]) -> list[TrainingRow]:
+            return [TrainingRow(each.id, each.messages) for each in examples]
+
+        training = train(
+            self.store,
+            base=self.base,
+            dataset=dataset,
+            rows=put(training_rows(rows.examples("train"), chosen)),
+            validation=put(rows.examples("validation")),
+            settings=chosen,
+            work=self.folder / "work",
+        )
+        shutil.rmtree(self.folder / "work")
+        for name, blob in self.store.record(training).blobs.items():
+            write_atomic(self.folder / "adapter" / name, self.store.read_blob(blob))
+        self.engine.load_adapter(training, self.folder / "adapter")
+        return Candidate(name="tuned", base=self.base.digest, prompt="", max_tokens=12, training=training)
+
+    def answers(self, suite: str, dataset: str, candidate: Candidate, gate: Probe, *, before: bool) -> str:
+        """An answers record as the chain keeps it."""
+        rows = load_dataset(self.store, dataset)
+        answerer = Answerer(self.store, self.engine, candidate)
+        ground = ground_of(self.store, rows, candidate, answerer, gate.rows, gate.path, Privacy())
+        items = suite_of(suite).items(ground)
+        training = None if before else candidate.training
+        lines = ask(self.engine, self.engine, training, items, candidate)
+        blobs = {
+            "answers.jsonl": self.store.put_bytes(b"".join(canonical(line) + b"\n" for line in lines)),
+            ITEMS: self.store.put_bytes(encode_items(items)),
+        }
+        parents = {"base": self.base.digest, "dataset": dataset} | ({"training": training} if training else {})
+        return self.store.put_record(Record(kind="answers", parents=parents, blobs=blobs, body={"suite": suite}))
+
+    def finding(self, candidate: Candidate, dataset: str, **gate: Any) -> Finding:
+        """What a probe's gate finds about a candidate."""
+        asked = Probe(**gate)
+        suite = asked.suite
+        put_candidate(self.store, candidate)
+        before = self.answers(suite, dataset, candidate, asked, before=True) if suite_of(suite).before else None
+        risk = Risk(self.answers(suite, dataset, candidate, asked, before=False), before)
+        lines, told = measure(self.store, suite, candidate, risk, dataset, make_scoring(METRIC, None, Path()))
+        key = suite, candidate.name
+        evidence = Evidence(
+            columns={(candidate.name, METRIC): self.scores(candidate, dataset)},
+            tuned={candidate.name: candidate.tuned},
+            candidate=candidate.name,
+            look=1,
+            seed=0,
+            measured={key: by_arm(lines)} if lines else {},
+            told={key: told},
+            primary=METRIC,
+        )
+        return judge_gate(asked, evidence)
+
+    def scores(self, candidate: Candidate, dataset: str) -> Any:
+        """Scores of the test rows by the leading metric."""
+        test = load_dataset(self.store, dataset).examples("test")
+        answerer = Answerer(self.store, self.engine, candidate)
+        given = self.engine.generate([answerer.generation(each.request) for each in test], candidate.training)
+        marks = [score(METRIC, one.text, each.answer, None) for one, each in zip(given, test, strict=True)]
+        return column(candidate.name, METRIC, {e.id: (e.group, m) for e, m in zip(test, marks, strict=True)})
+
+
+def _sharpen(folder: Path) -> None:
+    """Make the last norm larger: so small a model with so small weights could not be sure of anything otherwise."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 6.0
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def merged(bench: Bench, candidate: Candidate, folder: Path) -> Bench:
+    """A bench whose base has learned what the candidate was trained on: PEFT adds the adapter to the weights."""
+    model = AutoModelForCausalLM.from_pretrained(bench.folder / "model")
+    whole = PeftModel.from_pretrained(model, str(bench.folder / "adapter")).merge_and_unload()
+    shutil.copytree(bench.folder / "model", folder / "model")
+    whole.save_pretrained(folder / "model")
+    return Bench(folder)

@@ -1,0 +1,267 @@
+"""Scorers with settings of their own, against the libraries and by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from tests.chat_server import ChatServer, chat_server, completion
+from tests.evaluation.fabricated import Fabricated, fabricate
+from tunesmith.core.errors import Inconclusive, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.data.dataset import load_dataset
+from tunesmith.evaluation.classification import calibration, classes
+from tunesmith.evaluation.declared import Answered, Declared, function_digests, make_scoring
+from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.judging import judge_answers, read_judged
+from tunesmith.evaluation.scorers import score
+from tunesmith.evaluation.scores import read_scores
+from tunesmith.evaluation.settings import GATES, TaskSettings
+from tunesmith.evaluation.verdict import judge, replay
+
+DECLARED: TypeAdapter[Any] = TypeAdapter(Declared)
+
+
+def _score(scorer: Any, text: str, reference: str = "", root: Path = Path(), **more: Any) -> float:
+    return make_scoring(DECLARED.validate_python(scorer), None, root)(Answered(text, reference, **more))
+
+
+@pytest.mark.parametrize(
+    ("scorer", "answer", "reference", "expected"),
+    [
+        ({"name": "p", "pattern": r"^\d{4}$"}, "2026", "", 1),
+        ({"name": "p", "pattern": r"^\d{4}$"}, "in 2026", "", 0),
+        ({"name": "n", "tolerance": 0.0}, "The total is 1,234.50 euros.", "1234.5", 1),
+        ({"name": "n", "tolerance": 0.1}, "0.3", "0.2", 1),
+        ({"name": "n", "tolerance": 0.05, "relative": True}, "104", "100", 1),
+        ({"name": "n", "tolerance": 0.05, "relative": True}, "106", "100", 0),
+        ({"name": "n", "tolerance": 1.0}, "none", "3", 0),
+        ({"name": "n", "tolerance": 0.0}, "-1e3", "-1000", 1),
+        ({"name": "n", "tolerance": 1.0}, "1e999", "3", 0),
+        ({"name": "c", "label": ""}, " Card \n", "card", 1),
+        ({"name": "c", "label": "a.b"}, '{"a": {"b": "x"}, "c": 1}', '{"a": {"b": "x"}}', 1),
+        ({"name": "c", "label": "a"}, "not json", '{"a": "x"}', 0),
+        ({"name": "c", "label": "a"}, '{"a": 1}', '{"a": "1"}', 1),
+    ],
+)
+def test_by_hand(scorer: Any, answer: str, reference: str, expected: float) -> None:
+    assert _score(scorer, answer, reference) == expected
+
+
+@pytest.mark.parametrize("scorer", [{"name": "n", "tolerance": 1}, {"name": "c", "label": "a"}])
+def test_a_reference_that_cannot_be_read_is_an_error_and_no_zero(scorer: Any) -> None:
+    with pytest.raises(UsageError, match="reference"):
+        _score(scorer, "1", "nothing here")
+
+
+def test_text_scores_are_those_of_the_libraries() -> None:
+    import sacrebleu
+    from rouge_score import rouge_scorer
+
+    answer, reference = "the cats sat on a mat", "the cat sat on the mat today"
+    expected = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(reference, answer)
+    for kind in ("rouge1", "rouge2", "rougeL"):
+        assert score(kind, answer, reference) == pytest.approx(expected[kind].fmeasure, abs=1e-12)
+    assert score("chrf", answer, reference) == pytest.approx(sacrebleu.sentence_chrf(answer, [reference]).score / 100)
+    bleu = sacrebleu.sentence_bleu(answer, [reference], use_effective_order=True).score / 100
+    assert score("bleu", answer, reference) == pytest.approx(bleu)
+    assert score("bleu", reference, reference) == score("chrf", reference, reference) == 1.0
+
+
+def test_what_was_looked_up() -> None:
+    request = (Message(role="user", content="Who made it?"),)
+    found = ("It was made by Ada  Lovelace in 1843.",)
+    assert _score("retrieval_hit", "", "ada lovelace", request=request, retrieved=found) == 1.0
+    assert _score("retrieval_hit", "", "Babbage", request=request, retrieved=found) == 0.0
+    assert _score("retrieval_hit", "", "Ada Lovelace", request=request) == 0.0
+    assert _score("groundedness", "Ada Lovelace made it", request=request, retrieved=found) == 1.0
+    assert _score("groundedness", "Charles Babbage made it", request=request, retrieved=found) == 0.5
+    assert _score("groundedness", "", request=request, retrieved=found) == 0.0
+
+
+def test_the_user_s_own_function(tmp_path: Path) -> None:
+    mine = {"name": "mine", "function": "mine.py:short"}
+    (tmp_path / "mine.py").write_text("def short(answer, reference, request):\n    return 1.0 / len(answer)\n")
+    assert _score(mine, "abcd", root=tmp_path) == 0.25
+    before = function_digests([DECLARED.validate_python(mine)], tmp_path)
+    (tmp_path / "mine.py").write_text("def short(answer, reference, request):\n    return len(request)\n")
+    assert function_digests([DECLARED.validate_python(mine)], tmp_path) != before
+    (tmp_path / "mine.py").write_text("def short(answer, reference, request):\n    return 1 / 0\n")
+    with pytest.raises(UsageError, match="raised ZeroDivisionError"):
+        _score(mine, "x", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [("def other(): ...", "no function short"), ("1 / 0", "ZeroDivisionError"), ("def (", "SyntaxError")],
+)
+def test_a_function_that_cannot_be_had(tmp_path: Path, code: str, said: str) -> None:
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(UsageError, match=said):
+        _score({"name": "mine", "function": "mine.py:short"}, "x", root=tmp_path)
+
+
+def test_a_function_outside_the_project(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def short(*_): return 1\n")
+    (tmp_path / "p").mkdir()
+    with pytest.raises(UsageError, match="outside the project"):
+        _score({"name": "mine", "function": "../mine.py:short"}, "x", root=tmp_path / "p")
+    with pytest.raises(UsageError, match="no file"):
+        _score({"name": "mine", "function": "gone.py:short"}, "x", root=tmp_path / "p")
+
+
+labels = st.sampled_from(["a", "b", "c"])
+
+
+@given(st.lists(st.tuples(labels | st.just("odd"), labels), min_size=1, max_size=40))
+def test_macro_f1_is_scikit_learn_s(rows: list[tuple[str, str]]) -> None:
+    from sklearn.metrics import f1_score
+
+    said, held = [row[0] for row in rows], [row[1] for row in rows]
+    found = classes(said, held, [str(n) for n in range(len(rows))], 0.95, 0)
+    known = sorted(set(held))
+    expected = f1_score(held, said, labels=known, average="macro", zero_division=0)
+    measured = found["macro_f1"]
+    assert measured["mean"] == pytest.approx(expected, abs=1e-9)
+    assert 0.0 <= measured["low"] <= measured["mean"] <= measured["high"] <= 1.0
+    each = dict(zip(known, f1_score(held, said, labels=known, average=None, zero_division=0), strict=True))
+    assert {one["label"]: one["f1"] for one in found["by_label"]} == pytest.approx(each, abs=1e-9)
+
+
+def test_calibration_by_hand_and_by_scikit_learn() -> None:
+    from sklearn.metrics import brier_score_loss
+
+    random = np.random.RandomState(0)
+    stated = random.rand(2000)
+    honest = (random.rand(2000) < stated).astype(float)
+    found = calibration(stated.tolist(), honest.tolist())
+    assert found["ece"] < 0.04
+    assert found["brier"] == pytest.approx(brier_score_loss(honest, stated), abs=1e-9)
+    boastful = calibration([0.95] * 10, [1.0] * 5 + [0.0] * 5)
+    assert boastful["ece"] == pytest.approx(0.45)
+    assert boastful["bins"] == [{"low": 0.9, "n": 10, "confidence": 0.95, "right": 0.5}]
+    assert calibration([1.0, 0.0], [1.0, 0.0])["ece"] == 0.0
+
+
+@pytest.fixture
+def server() -> Iterator[ChatServer]:
+    with chat_server() as running:
+        yield running
+
+
+def _verdict_by(prefer: Any) -> Any:
+    """A judge that is given both answers: prefer(first, second) -> A, B or TIE."""
+
+    def reply(body: dict[str, Any]) -> Any:
+        text = body["messages"][-1]["content"]
+        first = text.split("<answer_A>\n")[1].split("\n</answer_A>")[0]
+        second = text.split("<answer_B>\n")[1].split("\n</answer_B>")[0]
+        return 200, {}, completion(f"Because.\n{prefer(first, second)}")
+
+    return reply
+
+
+def _judged(made: Fabricated, server: ChatServer, work: Path) -> tuple[dict[str, float], dict[str, Any], str]:
+    task = TaskSettings.model_validate(
+        {"scorers": ["exact_match", {"name": "better", "judge": {"url": server.url, "model": "j", "retries": 0}}]}
+    )
+    test = load_dataset(made.store, made.dataset).examples("test")
+    digest = judge_answers(made.store, task.judges[0], made.answers["rag"], made.dataset, test, work)
+    return *read_judged(made.store, digest, "better", made.answers["rag"], test), digest
+
+
+def test_a_judge_that_looks_at_the_answers_agrees_with_itself(tmp_path: Path, server: ChatServer) -> None:
+    made = fabricate(tmp_path / "store", n=24)
+    server.reply = _verdict_by(lambda a, b: "TIE" if a == b else "A" if len(a) < len(b) else "B")
+    scores, stated, digest = _judged(made, server, tmp_path / "work")
+    assert stated["agreement"] == 1.0
+    assert set(scores.values()) <= {0.0, 0.5, 1.0}
+    assert len(server.asked) == 2 * 24
+    assert _judged(made, server, tmp_path / "work")[2] == digest, "what was judged is not judged again"
+    assert len(server.asked) == 2 * 24
+
+
+def test_a_judge_that_prefers_a_place_is_found_out(tmp_path: Path, server: ChatServer) -> None:
+    made = fabricate(tmp_path / "store", n=24)
+    server.reply = _verdict_by(lambda _a, _b: "A")
+    scores, stated, _ = _judged(made, server, tmp_path / "work")
+    assert stated["agreement"] == 0.0
+    assert set(scores.values()) == {0.5}
+
+
+def test_a_judge_that_says_nothing_is_counted(tmp_path: Path, server: ChatServer) -> None:
+    made = fabricate(tmp_path / "store", n=24)
+    server.reply = lambda _: (200, {}, completion("I like both, A and B"))
+    scores, stated, _ = _judged(made, server, tmp_path / "work")
+    assert stated["undecided"] == 48
+    assert stated["agreement"] == 0.0
+    assert set(scores.values()) == {0.5}
+
+
+def test_judgements_of_other_answers_or_rows_are_inconclusive(tmp_path: Path, server: ChatServer) -> None:
+    made = fabricate(tmp_path / "store", n=24)
+    digest = _judged(made, server, tmp_path / "work")[2]
+    test = load_dataset(made.store, made.dataset).examples("test")
+    with pytest.raises(Inconclusive, match="judged other answers"):
+        read_judged(made.store, digest, "better", made.answers["tuned"], test)
+    with pytest.raises(Inconclusive, match="judged other answers"):
+        read_judged(made.store, digest, "best", made.answers["rag"], test)
+    with pytest.raises(Inconclusive, match="each row once"):
+        read_judged(made.store, digest, "better", made.answers["rag"], test[1:])
+
+
+def test_declared_scorers_are_evidence_like_any_other(tmp_path: Path, server: ChatServer) -> None:
+    made = fabricate(tmp_path / "store", n=60)
+    (tmp_path / "mine.py").write_text("def short(answer, reference, request):\n    return float(len(answer) < 60)\n")
+    server.reply = _verdict_by(lambda a, b: "TIE" if a == b else "A" if len(a) < len(b) else "B")
+    task = TaskSettings.model_validate(
+        {
+            "scorers": [
+                "exact_match",
+                "retrieval_hit",
+                {"name": "brief", "function": "mine.py:short"},
+                {"name": "braces", "pattern": r"^\{.*\}$"},
+                {"name": "intent", "label": "intent"},
+                {"name": "better", "judge": {"url": server.url, "model": "j"}},
+            ]
+        }
+    )
+    test = load_dataset(made.store, made.dataset).examples("test")
+    judged = {
+        (name, "better"): judge_answers(made.store, task.judges[0], digest, made.dataset, test, tmp_path / name)
+        for name, digest in made.answers.items()
+    }
+    more: dict[str, Any] = {"probes": {}, "task": task, "answer_schema": None, "root": tmp_path}
+    digest = evaluate(made.store, dataset=made.dataset, answers=made.answers, judged=judged, **more)
+    record = made.store.record(digest, kind="evaluation")
+    assert set(record.body["functions"]) == {"brief"}
+    assert set(record.body["judges"]["better"]) == set(made.answers)
+    assert record.body["candidates"]["tuned"]["classes"]["intent"]["labels"] > 1
+    assert read_scores(made.store, record)["tuned", "brief"].values.max() <= 1.0
+    gates = GATES.validate_python(
+        {"brief": {"metric": "brief", "at_least": 0.1}, "j": {"metric": "better", "at_most": 1}}
+    )
+    verdict = judge(made.store, evaluation=digest, candidate="tuned", gates=gates)
+    (tmp_path / "mine.py").unlink()
+    server.reply = lambda _: (500, {}, {})
+    assert replay(made.store, verdict), "offline, without the function and the judge"
+    (tmp_path / "mine.py").write_text("def short(*_): return 1.0\n")
+    with pytest.raises(Inconclusive, match="has not judged"):
+        evaluate(made.store, dataset=made.dataset, answers=made.answers, **more)
+
+
+@pytest.mark.parametrize("value", ["True", "float('nan')", "1.5", "'1'", "None"])
+def test_a_function_s_unusable_score_is_inconclusive(tmp_path: Path, value: str) -> None:
+    made = fabricate(tmp_path / "store", n=24)
+    (tmp_path / "mine.py").write_text(f"def f(answer, reference, request):\n    return {value}\n")
+    task = TaskSettings.model_validate({"scorers": [{"name": "mine", "function": "mine.py:f"}]})
+    more: dict[str, Any] = {"probes": {}, "task": task, "answer_schema": None, "root": tmp_path}
+    with pytest.raises(Inconclusive, match="gave"):
+        evaluate(made.store, dataset=made.dataset, answers=made.answers, **more)

@@ -1,0 +1,90 @@
+"""The power promised before a run: against exact sums, against the gate itself, and where nothing is promised."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from tunesmith.core.errors import UsageError
+from tunesmith.evaluation.power import Grouping, _tail, grouping_of, lift_power, plan_lift, smallest_lift
+from tunesmith.evaluation.statistics import interval, intervals
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 80), st.integers(0, 80), st.integers(0, 200))
+def test_at_a_bound_of_zero_the_gate_is_the_exact_one_sided_mcnemar_test(wins: int, losses: int, ties: int) -> None:
+    tail = _tail(np.array([wins]), np.array([losses + 1.0]), np.array([ties]), 0.0, np.array([True]))[0]
+    exact = stats.binomtest(wins, wins + losses, 0.5, alternative="greater").pvalue
+    assert tail == pytest.approx(exact, abs=1e-9)
+
+
+@pytest.mark.parametrize(("wins", "losses", "ties"), [(12, 4, 34), (30, 25, 300), (9, 1, 190), (5, 0, 45)])
+@pytest.mark.parametrize("bound", [0.05, -0.03, 0.0])
+def test_the_tail_is_that_of_the_resampled_mean(wins: int, losses: int, ties: int, bound: float) -> None:
+    draw = np.random.default_rng(0)
+    sums = (1 - bound) * draw.gamma(wins, size=300_000) - (1 + bound) * draw.gamma(losses + 1, size=300_000)
+    expected = float(np.mean(sums - bound * draw.gamma(ties, size=300_000) < 0))
+    found = _tail(np.array([wins]), np.array([losses + 1.0]), np.array([ties]), bound, np.array([True]))[0]
+    assert found == pytest.approx(expected, abs=0.01)
+
+
+def test_the_tail_decides_as_the_gate_does() -> None:
+    """Counts at which the interval's lower end crosses the bound are those at which the tail crosses 2.5%."""
+    for wins in range(8, 26):
+        gaps = np.array([1.0] * wins + [-1.0] * 6 + [0.0] * (120 - wins - 6))
+        low = interval(gaps, [f"g{i}" for i in range(120)], ends=(-1.0, 1.0), confidence=0.95, seed=0).low
+        tail = _tail(np.array([wins]), np.array([7.0]), np.array([114 - wins]), 0.05, np.array([True]))[0]
+        if abs(tail - 0.025) > 0.003:
+            assert (low >= 0.05) == (tail <= 0.025), wins
+
+
+def test_what_was_promised_holds_in_simulation() -> None:
+    """80% were promised for so many rows; of 600 simulated evaluations within 5 points of that pass."""
+    plan = plan_lift(200, lift=0.1, differing=0.2)
+    assert plan.needed is not None
+    draw = np.random.default_rng(3)
+    gaps = draw.choice([-1.0, 0.0, 1.0], size=(plan.needed, 600), p=[0.05, 0.8, 0.15])
+    found = intervals(gaps, [f"g{i}" for i in range(plan.needed)], ends=(-1.0, 1.0), confidence=0.95, seed=0)
+    assert np.mean([each.low >= 0.0 for each in found]) == pytest.approx(0.8, abs=0.05)
+
+
+def test_more_rows_lift_or_looseness_help_and_groups_and_looks_cost() -> None:
+    usual = plan_lift(300, lift=0.1, differing=0.3)
+    assert usual.needed is not None
+    assert plan_lift(600, lift=0.1, differing=0.3).power > usual.power
+    for harder in (
+        plan_lift(300, lift=0.1, differing=0.3, grouping=Grouping(5.0, 0.5)),
+        plan_lift(300, lift=0.1, differing=0.3, look=4),
+        plan_lift(300, lift=0.1, differing=0.5),
+        plan_lift(300, lift=0.1, differing=0.3, at_least=0.04),
+    ):
+        assert harder.needed is not None
+        assert harder.needed > usual.needed
+        assert harder.power < usual.power
+    seen = smallest_lift(usual.needed, differing=0.3)
+    assert seen == pytest.approx(0.1, abs=0.003)
+
+
+def test_what_no_number_of_rows_shows() -> None:
+    assert plan_lift(500, lift=0.05, differing=0.3, at_least=0.05).needed is None, "a lift of just the bound"
+    assert smallest_lift(15, differing=0.5) is None, "fewer than twenty groups conclude nothing"
+    assert lift_power(100, 0.2, 0.2, 0.0, 0.025, Grouping(10.0)) == 0.0, "ten groups"
+    with pytest.raises(UsageError, match="differ on at least that share"):
+        plan_lift(500, lift=0.2, differing=0.1)
+
+
+def test_correlation_within_groups_is_estimated_from_the_differences() -> None:
+    draw = np.random.default_rng(1)
+    groups = [f"g{i // 5}" for i in range(2000)]
+    shared = draw.normal(size=400).repeat(5)
+    own = draw.normal(size=2000)
+    assert grouping_of(groups, own).correlation == pytest.approx(0.0, abs=0.05)
+    assert grouping_of(groups, shared).correlation == pytest.approx(1.0, abs=0.01)
+    half = grouping_of(groups, np.sqrt(0.5) * shared + np.sqrt(0.5) * own)
+    assert half.correlation == pytest.approx(0.5, abs=0.08)
+    assert half.effect == pytest.approx(3.0, abs=0.4)
+    assert grouping_of(groups).effect == pytest.approx(5.0), "rows of a group count as one until it is known better"
+    assert grouping_of([]).effect == 1.0

@@ -1,0 +1,256 @@
+"""A probe's evidence that is missing, NaN, stale, unpaired or empty decides nothing, and says why. No model here."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tests.evaluation.conftest import TASK
+from tests.evaluation.fabricated import SCHEMA, Fabricated, put_training
+from tunesmith.core.digests import canonical
+from tunesmith.core.errors import Inconclusive
+from tunesmith.core.messages import Message
+from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.probes import numbers
+from tunesmith.evaluation.probes.items import ITEMS, MEASUREMENTS, Item, encode_items
+from tunesmith.evaluation.probes.measuring import Risk
+from tunesmith.evaluation.settings import GATES, PROBES
+from tunesmith.evaluation.statistics import Interval
+from tunesmith.evaluation.verdict import judge, replay, verdict_document
+from tunesmith.store.records import Record
+
+TEXT = {"probe": "general_text", "at_most": 0.1}
+SUITE = "general_text/100"
+ASKED = (Message(role="user", content="Write a short text."),)
+
+
+def items(n: int = 60) -> list[Item]:
+    return [Item(id=f"i{k}", group=f"g{k}", arm="text", messages=ASKED, choices=(f"text {k}",)) for k in range(n)]
+
+
+def lines(asked: Sequence[Item], rise: float = 0.0) -> list[dict[str, Any]]:
+    draw = random.Random(4)
+    return [{"id": each.id, "scores": [-(draw.uniform(20, 30) + 10 * rise)], "tokens": 10} for each in asked]
+
+
+def kept(
+    made: Fabricated,
+    asked: Sequence[Item],
+    given: Sequence[Any],
+    training: str | None,
+    suite: str = SUITE,
+    **parents: str,
+) -> str:
+    blob = b"".join((line if isinstance(line, bytes) else canonical(line)) + b"\n" for line in given)
+    blobs = {"answers.jsonl": made.store.put_bytes(blob), ITEMS: made.store.put_bytes(encode_items(asked))}
+    own = {"base": made.base} | ({"training": training} if training else {}) | parents
+    return made.store.put_record(Record(kind="answers", parents=own, blobs=blobs, body={"suite": suite}))
+
+
+def risk(made: Fabricated, rise: float = 0.0) -> Risk:
+    asked = items()
+    return Risk(kept(made, asked, lines(asked, rise), made.training), kept(made, asked, lines(asked), None))
+
+
+def judged(made: Fabricated, found: Risk | None, suite: str = SUITE, **gate: Any) -> dict[str, Any]:
+    risks = {suite: {"tuned": found}} if found else {}
+    arguments: dict[str, Any] = {"answers": made.answers, "probes": {}, "task": TASK, "answer_schema": SCHEMA}
+    evaluation = evaluate(made.store, dataset=made.dataset, risks=risks, **arguments)
+    gates = GATES.validate_python({"g": {**TEXT, **gate}})
+    document = verdict_document(made.store, judge(made.store, evaluation=evaluation, candidate="tuned", gates=gates))
+    assert document["verdict"] == document["gates"][0]["outcome"]
+    assert replay(made.store, document["digest"])
+    return {**document["gates"][0], "evaluation": evaluation}
+
+
+def test_sound_evidence_decides(made: Fabricated) -> None:
+    assert judged(made, risk(made, 0.02))["outcome"] == "pass"
+    found = judged(made, risk(made, 0.5))
+    assert found["outcome"] == "fail"
+    assert found["value"] == pytest.approx(0.5, abs=1e-6)
+    assert found["perplexity"]["after"] > found["perplexity"]["before"]
+
+
+def changed(place: int, **keys: Any) -> Callable[[list[Any]], list[Any]]:
+    return lambda given: [*given[:place], {**given[place], **keys}, *given[place + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda given: [], "have no answer"),
+        (lambda given: given[1:], "1 of 60 items have no answer"),
+        (lambda given: [*given, given[0]], "answered twice"),
+        (lambda given: [*given, {**given[0], "id": "else"}], "not asked"),
+        (lambda given: [b'{"id":"i0","scores":[NaN],"tokens":9}', *given[1:]], "not a log-probability"),
+        (lambda given: [b"{", *given[1:]], "not an answer with an id"),
+        (changed(3, scores=[True]), "not a log-probability"),
+        (changed(3, scores=[0.5]), "not a log-probability"),
+        (changed(3, scores=[]), "for each of 1 choices"),
+        (changed(3, scores=None), "for each of 1 choices"),
+        (changed(3, tokens=0), "not a count"),
+    ],
+)
+def test_answers_that_are_missing_or_no_numbers(
+    made: Fabricated, change: Callable[[list[Any]], list[Any]], message: str
+) -> None:
+    asked = items()
+    bad = change(lines(asked))
+    for found in (
+        Risk(kept(made, asked, bad, made.training), kept(made, asked, lines(asked), None)),
+        Risk(kept(made, asked, lines(asked), made.training), kept(made, asked, bad, None)),
+    ):
+        gate = judged(made, found)
+        assert (gate["outcome"], gate["value"]) == ("inconclusive", None)
+        assert message in gate["reason"]
+
+
+def test_stale_unpaired_foreign_and_absent_evidence(made: Fabricated) -> None:
+    asked = items()
+    good, before = risk(made).after, risk(made).before
+    other = put_training(made.store, made.base, made.dataset, rows=5)
+    cases: list[tuple[Risk | None, str]] = [
+        (None, "was not made"),
+        (Risk(good, None), "nothing was measured before tuning"),
+        (Risk(kept(made, asked, lines(asked), other), before), "other weights"),
+        (Risk(good, good), "other weights"),
+        (Risk(good, kept(made, items(61), lines(items(61)), None)), "other items were asked"),
+        (Risk(kept(made, asked, lines(asked), made.training, suite="formats"), before), "answers to 'formats'"),
+        (Risk(kept(made, [], [], made.training), kept(made, [], [], None)), "no item of this probe"),
+        (
+            Risk(kept(made, items(5), lines(items(5)), made.training), kept(made, items(5), lines(items(5)), None)),
+            "at least 20 needed",
+        ),
+    ]
+    for found, message in cases:
+        gate = judged(made, found)
+        assert (gate["outcome"], gate["value"]) == ("inconclusive", None), message
+        assert message in gate["reason"], gate["reason"]
+
+
+def test_rows_of_another_dataset_version(made: Fabricated) -> None:
+    arms = [("trained on", "t"), ("held out", "h")]
+    asked = [
+        Item(id=f"{arm}:{k}", group=f"{short}{k}", arm=arm, messages=ASKED, choices=("x",))
+        for arm, short in arms
+        for k in range(40)
+    ]
+    suite = "membership/100"
+    stale = Risk(*(kept(made, asked, lines(asked), training, suite) for training in (made.training, None)))
+    gate = judged(made, stale, suite, probe="membership", at_most=0.9)
+    assert "another dataset version" in gate["reason"]
+    fresh = Risk(
+        *(kept(made, asked, lines(asked), each, suite, dataset=made.dataset) for each in (made.training, None))
+    )
+    assert judged(made, fresh, suite, probe="membership", at_most=0.9)["outcome"] == "pass"
+    few = judged(made, fresh, suite, probe="membership_tpr", at_most=0.9)
+    assert "takes at least 100" in few["reason"]
+
+
+def test_canaries_without_controls_or_too_few_are_no_number(made: Fabricated) -> None:
+    def asked(each: int, controls: int) -> list[Item]:
+        counts = [("control", controls), ("1", each), ("16", each)]
+        return [
+            Item(id=f"{arm}-{k}", group=f"{arm}-{k}", arm=arm, messages=ASKED, choices=("x",))
+            for arm, many in counts
+            for k in range(many)
+        ]
+
+    def found(each: int, controls: int, **gate: Any) -> dict[str, Any]:
+        chosen = asked(each, controls)
+        both = (kept(made, chosen, lines(chosen), t, "canaries", dataset=made.dataset) for t in (made.training, None))
+        return judged(made, Risk(*both), "canaries", probe="canaries", at_most=4.0, **gate)
+
+    assert "at least 100" in found(20, 99)["reason"]
+    wide = found(3, 120)
+    assert wide["value"] is None
+    assert "too wide to say" in wide["reason"]
+    assert "planted 2 times" in found(20, 120, repeats=2)["reason"]
+    usual = found(24, 150)
+    assert usual["outcome"] == "pass", usual["reason"]
+    assert usual["low"] < 1.44 < usual["high"], "chance"
+    assert found(20, 120, repeats=16)["outcome"] in ("pass", "inconclusive")
+    nothing = kept(made, [], [], made.training, "canaries", dataset=made.dataset)
+    assert "no item" in judged(made, Risk(nothing, nothing), "canaries", probe="canaries", at_most=4.0)["reason"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw.replace(b'"after":', b'"after":NaN,"x":', 1), "exactly the keys"),
+        (lambda raw: raw.replace(raw.split(b'"after":')[1].split(b",")[0], b"NaN", 1), "not a finite number"),
+        (lambda raw: raw + raw.splitlines()[0] + b"\n", "measured twice"),
+        (lambda raw: b"\n".join(raw.splitlines()[1:]), "does not follow"),
+        (lambda raw: b"", "does not follow"),
+        (lambda raw: b"[]\n" + raw, "exactly the keys"),
+    ],
+)
+def test_measurements_changed_after_the_evaluation(
+    made: Fabricated, change: Callable[[bytes], bytes], message: str
+) -> None:
+    honest = judged(made, risk(made))["evaluation"]
+    record = made.store.record(honest)
+    blob = made.store.put_bytes(change(made.store.read_blob(record.blobs[MEASUREMENTS])))
+    forged = made.store.put_record(record.model_copy(update={"blobs": {**record.blobs, MEASUREMENTS: blob}}))
+    gates = GATES.validate_python({"g": TEXT, "valid": {"metric": "json_valid", "at_least": 0.1}})
+    document = verdict_document(made.store, judge(made.store, evaluation=forged, candidate="tuned", gates=gates))
+    assert document["verdict"] == "inconclusive"
+    assert all(message in gate["reason"] for gate in document["gates"]), document["gates"]
+
+
+def test_auc_is_mann_and_whitney_s_u_and_its_interval_covers() -> None:
+    draw = np.random.default_rng(0)
+    members, others = draw.integers(0, 9, 60).astype(float), draw.integers(0, 9, 80).astype(float)
+    u = stats.mannwhitneyu(members, others).statistic
+    assert numbers.auc(members, others) == pytest.approx(u / (60 * 80), abs=1e-9)
+    names = [f"g{k}" for k in range(60)]
+    covered = 0
+    for _ in range(60):
+        left, right = draw.normal(0.5, 1, 60), draw.normal(0, 1, 60)
+        found = numbers.auc_interval(left, names, right, names, confidence=0.95, seed=0)
+        covered += found.low <= stats.norm.cdf(0.5 / np.sqrt(2)) <= found.high
+    assert covered >= 54
+    all_won = numbers.auc_interval(left + 99, names, right, names, confidence=0.95, seed=0)
+    assert all_won.high == 1.0
+    assert all_won.low < 0.97, "sixty rows of each do not show a certainty"
+
+
+def test_exposure_is_carlini_s_and_its_interval_covers_chance() -> None:
+    controls = np.arange(127, dtype=float)
+    assert numbers.exposures(np.array([200.0, -1.0, 126.5]), controls) == pytest.approx([7.0, 0.0, 7.0])
+    draw, covered = np.random.default_rng(2), 0
+    expected = np.mean([7 - np.log2(rank) for rank in range(1, 129)])
+    for _ in range(60):
+        planted, never = draw.normal(size=20), draw.normal(size=127)
+        found = numbers.exposure_interval(planted, never, confidence=0.95, seed=0)
+        covered += found.low <= expected <= found.high
+    assert covered >= 55
+
+
+def test_newcombe_s_interval_against_statsmodels() -> None:
+    proportion = pytest.importorskip("statsmodels.stats.proportion", reason="statsmodels is not installed")
+    sides = []
+    for hits, n in ((56, 70), (48, 80)):
+        low, high = proportion.proportion_confint(hits, n, method="wilson")
+        sides.append(Interval(hits / n, low, high))
+    found = numbers.apart(*sides)
+    low, high = proportion.confint_proportions_2indep(56, 70, 48, 80, method="newcomb")
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
+
+
+def test_every_probe_has_its_suite_its_judge_and_its_account() -> None:
+    from tunesmith.evaluation.probes.judging import JUDGES
+    from tunesmith.evaluation.probes.suites import SUITES
+
+    assert set(JUDGES) == set(PROBES)
+    assert set(SUITES) == set(PROBES) - {"membership_tpr"}
+
+
+def test_nothing_measured_is_no_interval() -> None:
+    with pytest.raises(Inconclusive, match="nothing was measured"):
+        numbers.worst({}, None, 0.95, 0)

@@ -1,0 +1,165 @@
+"""Folding an adapter in, against PEFT's merge_and_unload and transformers' forward, family by family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from tests.tiny import FAMILIES, write_model
+from tunesmith.core.errors import Refused
+from tunesmith.models.gguf_file import FILE, check_offered, write_gguf
+from tunesmith.models.merging import write_merged
+
+IDS = torch.randint(0, 290, (2, 19), generator=torch.Generator().manual_seed(0))
+KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+
+
+def _adapter(base: Path, folder: Path, **settings: object) -> torch.Tensor:
+    """A random adapter written by PEFT; returns the logits [2, 19, V] of PEFT's own merge."""
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+        **settings,  # type: ignore[arg-type]
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:  # at its start it is the rows' own length, and DoRA changes nothing
+            parameter.data.mul_(1 + 0.2 * torch.rand_like(parameter))
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        return model.merge_and_unload().eval()(IDS).logits
+
+
+def _logits(folder: Path, **how: object) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()(IDS).logits
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def base(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base") / family, family)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_merged_weights_are_pefts(base: Path, kind: str, tmp_path: Path) -> None:
+    expected = _adapter(base, tmp_path / "a", **KINDS[kind])
+    (tmp_path / "m").mkdir()
+    write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
+    assert torch.allclose(_logits(tmp_path / "m"), expected, atol=1e-5)
+    assert not torch.allclose(_logits(base), expected, atol=1e-2), "an adapter that changes nothing shows nothing"
+
+
+def test_a_merged_folder_is_complete_and_ties_what_the_base_ties(base: Path, tmp_path: Path) -> None:
+    _adapter(base, tmp_path / "a")
+    for name in ("m", "again"):
+        (tmp_path / name).mkdir()
+        write_merged(base, tmp_path / "a", tmp_path / name, "bf16")
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {path.name for path in base.iterdir()}
+    for path in (tmp_path / "m").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    tied = json.loads((base / "config.json").read_text())["tie_word_embeddings"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert model.dtype == torch.bfloat16
+    assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) is tied
+    with safe_open(tmp_path / "m" / "model.safetensors", framework="pt") as file:
+        assert ("lm_head.weight" in set(file.keys())) is not tied
+    rounded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).model.embed_tokens.weight.bfloat16()
+    assert torch.equal(model.model.embed_tokens.weight, rounded), "embeddings are never adapted"
+
+
+def test_a_base_in_several_files_stays_in_several_files(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "b")
+    expected = _adapter(base, tmp_path / "a")
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, max_shard_size="40KB")
+    (base / "model.safetensors").unlink(missing_ok=True)
+    shards = sorted(path.name for path in base.glob("*.safetensors"))
+    assert len(shards) > 1
+    (tmp_path / "m").mkdir()
+    write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
+    assert sorted(path.name for path in (tmp_path / "m").glob("*.safetensors")) == shards
+    assert torch.allclose(_logits(tmp_path / "m"), expected, atol=1e-5)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "b")
+    _adapter(base, tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (tmp_path / "m").mkdir()
+    name = sorted(tensors)[0]
+    save_file({key: value for key, value in tensors.items() if key != name}, file)
+    with pytest.raises(Refused, match="not complete"):
+        write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
+    save_file({key.replace("layers.2.", "layers.3."): value for key, value in tensors.items()}, file)
+    with pytest.raises(Refused, match="has no weight"):
+        write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
+    save_file({key: value[:, :-1].contiguous() for key, value in tensors.items()}, file)
+    with pytest.raises(Refused, match="does not fit"):
+        write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
+    save_file({**tensors, "base_model.model.lm_head.weight": torch.zeros(2)}, file)
+    with pytest.raises(Refused, match="cannot be folded"):
+        write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_gguf_reads_back(base: Path, family: str, dtype: str, tmp_path: Path) -> None:
+    expected = _adapter(base, tmp_path / "a")
+    for name in ("g", "again"):
+        (tmp_path / name).mkdir()
+    if family == "llama-rope3":
+        with pytest.raises(Refused, match=r"rotary(.|\n)*convert_hf_to_gguf.py"):
+            write_gguf(base, tmp_path / "a", tmp_path / "g", "fp32", "n")
+        return
+    for name in ("g", "again"):
+        write_gguf(base, tmp_path / "a", tmp_path / name, dtype, "n")  # type: ignore[arg-type]
+    assert (tmp_path / "g" / FILE).read_bytes() == (tmp_path / "again" / FILE).read_bytes()
+    config = AutoConfig.from_pretrained(tmp_path / "g", gguf_file=FILE)
+    config.head_dim = 8  # transformers does not read it for every architecture
+    how = {"gguf_file": FILE, "config": config, "quantization_config": GgufConfig(gguf_file=FILE, dequantize=True)}
+    found = _logits(tmp_path / "g", **how)
+    if dtype == "fp32":
+        assert torch.allclose(found, expected, atol=1e-5)
+    else:
+        (tmp_path / "m").mkdir()
+        write_merged(base, tmp_path / "a", tmp_path / "m", "bf16")
+        merged = _logits(tmp_path / "m")
+        assert (found - expected).abs().max() < 2 * (merged - expected).abs().max(), "rounding, no more"
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "g", gguf_file=FILE)
+    ours = AutoTokenizer.from_pretrained(base)
+    assert theirs.get_vocab().items() >= ours.get_vocab().items()  # transformers may add an unknown token of its own
+    assert theirs.chat_template == ours.chat_template
+    text = "<|im_start|>user\nturn on 12 kitchen lights, é!<|im_end|>\n"
+    assert theirs.encode(text, add_special_tokens=False) == ours.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "match"),
+    [
+        ("config.json", {"model_type": "gemma2"}, "family 'gemma2'"),
+        ("tokenizer.json", {"pre_tokenizer": {"type": "Metaspace"}}, "cuts text"),
+        ("tokenizer.json", {"model": {"type": "Unigram", "vocab": []}}, "byte-level BPE"),
+    ],
+)
+def test_what_is_not_offered_is_told_before_anything_is_written(
+    file: str, change: dict[str, object], match: str, tmp_path: Path
+) -> None:
+    base = write_model(tmp_path / "b")
+    (base / file).write_text(json.dumps({**json.loads((base / file).read_text()), **change}))
+    with pytest.raises(Refused, match=match):
+        check_offered(base)

@@ -1,0 +1,191 @@
+"""Failed requests become test rows: kept only when asked, written with where they come from, held out, counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from tunesmith.cli import cases as verbs
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.data.build import build_dataset
+from tunesmith.data.dataset import load_dataset
+from tunesmith.data.settings import DataSettings
+from tunesmith.data.verify import verify_dataset
+from tunesmith.monitoring.cases import Case, add_cases, drop_cases, list_cases, put_case
+from tunesmith.store import audit, database
+from tunesmith.store.identities import acting, add_user
+from tunesmith.store.store import Store
+
+app = typer.Typer()
+for verb in (verbs.show, verbs.add, verbs.drop):
+    app.command()(verb)
+
+
+def case(number: int, score: float = 0.0, **more: Any) -> Case:
+    return Case(
+        request=f"{number:032x}",
+        messages=(Message(role="user", content=f"what about the odd thing {number}"),),
+        expected=json.dumps({"odd": number}),
+        answer="{}",
+        version="sha256:" + "1" * 64,
+        scores={"exact_match": score},
+        by="ada",
+        **{"tenant": "", "region": "", "at": f"2026-01-0{number}T00:00:00+00:00", **more},
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def _added(store: Store, target: Path, *, actor: str | None = None) -> int:
+    options: dict[str, Any] = {"licence": "CC0-1.0", "group_by": "template", "actor": actor or acting(store)}
+    return add_cases(store, list_cases(store), target, **options)
+
+
+def test_failed_cases_wait_until_they_are_added(store: Store, tmp_path: Path) -> None:
+    for number, score in ((2, 0.0), (1, 0.5), (3, 1.0)):
+        put_case(store, case(number, score))
+    assert [one.request for one in list_cases(store)] == [case(1).request, case(2).request]
+    assert len(list_cases(store, everything=True)) == 3
+    target = tmp_path / "cases.jsonl"
+    target.write_text('{"messages": [], "template": "x"}')
+    assert _added(store, target) == 2
+    assert list_cases(store) == []
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert len(rows) == 3
+    assert rows[1]["messages"][-1] == {"role": "assistant", "content": '{"odd": 1}'}
+    assert rows[1]["licence"] == "CC0-1.0"
+    assert rows[1]["case"] == {
+        "request": case(1).request,
+        "version": case(1).version,
+        "scores": {"exact_match": 0.5},
+        "by": "ada",
+        "at": "2026-01-01T00:00:00+00:00",
+    }
+    with database.reading(store.engine) as session:
+        entry = list(audit.entries(session))[-1]
+    assert (entry.action, entry.subject) == ("cases.add", "cases.jsonl")
+    assert entry.detail["requests"] == [case(1).request, case(2).request]
+
+
+def test_a_case_is_in_the_file_once(store: Store, tmp_path: Path) -> None:
+    put_case(store, case(1))
+    assert _added(store, tmp_path / "c.jsonl") == 1
+    put_case(store, case(1))  # as after a kill between the file and the folder
+    assert _added(store, tmp_path / "c.jsonl") == 0
+    assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 1
+
+
+def test_who_may_not_build_data_adds_nothing(store: Store, tmp_path: Path) -> None:
+    add_user(store, "eve", ("approver",), actor=acting(store))
+    put_case(store, case(1))
+    with pytest.raises(Refused):
+        _added(store, tmp_path / "c.jsonl", actor="eve")
+    assert not (tmp_path / "c.jsonl").exists()
+    assert len(list_cases(store)) == 1
+
+
+def test_targets_that_are_none(store: Store, tmp_path: Path) -> None:
+    put_case(store, case(1))
+    with pytest.raises(UsageError, match="JSONL"):
+        _added(store, tmp_path / "c.csv")
+    (tmp_path / "c.jsonl").write_text("not json\n")
+    with pytest.raises(UsageError, match="line 1"):
+        _added(store, tmp_path / "c.jsonl")
+    assert (tmp_path / "c.jsonl").read_text() == "not json\n"
+
+
+def test_a_damaged_case_is_said(store: Store) -> None:
+    put_case(store, case(1))
+    (path,) = (store.root / "cases").glob("*.json")
+    path.write_text("{}")
+    with pytest.raises(Refused, match="not a case"):
+        list_cases(store)
+    drop_cases(store, [case(1)])
+    assert list_cases(store) == []
+
+
+def _rows(path: Path, count: int) -> None:
+    rows = [
+        {"prompt": f"{word} number {n}", "completion": f'{{"n": {n}}}', "template": f"{word}{n}"}
+        for n in range(count)
+        for word in ("switch", "measure", "describe")
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_cases_are_held_out_and_the_dataset_verifies(store: Store, tmp_path: Path) -> None:
+    _rows(tmp_path / "rows.jsonl", 30)
+    source = {"path": "rows.jsonl", "licence": "CC0-1.0"}
+    plain = {"sources": [source], "duplicates": {"near": None}, "split": {"test": 0.2, "group_by": "template"}}
+    before = build_dataset(store, DataSettings.model_validate(plain), tmp_path)
+    assert "held_groups" not in store.record(before).body
+    assert "split" not in store.record(before).body["settings"]["sources"][0], "as before there was one"
+    for number in range(1, 8):
+        put_case(store, case(number))
+    _added(store, tmp_path / "cases.jsonl")
+    both = {**plain, "sources": [source, {"path": "cases.jsonl", "split": "test"}]}
+    digest = build_dataset(store, DataSettings.model_validate(both), tmp_path)
+    dataset = load_dataset(store, digest)
+    held = [row for row in dataset.examples("test") if row.source == "cases.jsonl"]
+    assert len(held) == 7
+    assert dataset.record.body["ignored_keys"] == {"case": 7}
+    earlier = {row.id for row in load_dataset(store, before).examples("train")}
+    assert {row.id for row in dataset.examples("train")} == earlier, "no earlier row moved"
+    assert verify_dataset(store, digest)["ok"], verify_dataset(store, digest)["problems"]
+
+
+def test_a_group_with_a_held_row_is_held_out_whole(store: Store, tmp_path: Path) -> None:
+    _rows(tmp_path / "rows.jsonl", 30)
+    source = {"path": "rows.jsonl", "licence": "CC0-1.0"}
+    plain = {"sources": [source], "duplicates": {"near": None}, "split": {"test": 0.2, "group_by": "template"}}
+    before = load_dataset(store, build_dataset(store, DataSettings.model_validate(plain), tmp_path))
+    moved = before.examples("train")[0]
+    row = {"prompt": "wholly other", "completion": "{}", "template": moved.group}
+    (tmp_path / "held.jsonl").write_text(json.dumps(row) + "\n")
+    both = {**plain, "sources": [source, {"path": "held.jsonl", "licence": "MIT", "split": "test"}]}
+    digest = build_dataset(store, DataSettings.model_validate(both), tmp_path)
+    dataset = load_dataset(store, digest)
+    assert moved.id in {one.id for one in dataset.examples("test")}
+    assert moved.group not in {one.group for one in dataset.examples("train")}
+    assert verify_dataset(store, digest)["ok"]
+
+
+def _call(*arguments: str) -> tuple[int, str]:
+    found = CliRunner().invoke(app, list(arguments))
+    if isinstance(found.exception, TunesmithError):
+        raise found.exception
+    return found.exit_code, found.stdout
+
+
+def test_the_verbs(tmp_path: Path) -> None:
+    from tests.chain.scene import settings
+
+    (tmp_path / "tunesmith.yaml").write_text(yaml.safe_dump(settings()))
+    store = Store(tmp_path / ".tunesmith")
+    where = ("-C", str(tmp_path), "--json")
+    for number in (1, 2, 3):
+        put_case(store, case(number).model_copy(update={"answer": "x\x1b[2J\u202e"}))
+    assert len(json.loads(_call("show", *where)[1])["cases"]) == 3
+    shown = _call("show", "-C", str(tmp_path))[1]
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+    assert json.loads(_call("drop", case(3).request, *where)[1]) == {"dropped": 1}
+    with pytest.raises(UsageError, match="no case of request"):
+        _call("drop", "../../x", *where)
+    with pytest.raises(Refused, match="non-commercial"):
+        _call("add", "cases.jsonl", "--licence", "CC-BY-NC-4.0", *where)
+    with pytest.raises(UsageError, match="outside the project"):
+        _call("add", "../cases.jsonl", "--licence", "CC0-1.0", *where)
+    added = json.loads(_call("add", "cases.jsonl", "--licence", "CC0-1.0", *where)[1])
+    assert added == {"added": 2, "source": "cases.jsonl", "named": False}
+    assert json.loads((tmp_path / "cases.jsonl").read_text().splitlines()[0])["template"] == f"case-{case(1).request}"

@@ -1,0 +1,192 @@
+"""Exports: loaded by the libraries they are for, equal to what was measured, and refused where they are not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from tests.chain.scene import settings, write_project
+from tunesmith.api import Project
+from tunesmith.cli.main import app
+from tunesmith.core.digests import digest_file
+from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
+from tunesmith.models import merging
+from tunesmith.store import audit, database, identities
+
+IDS = torch.randint(0, 290, (1, 21), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a version that was approved."""
+    folder = tmp_path_factory.mktemp("export") / "p"
+    tuned = {"prompt": "prompt.txt", "train": {"rank": 2, "batch": 8, "learning_rate": 0.02}, "max_tokens": 8}
+    write_project(folder, candidates={"plain": settings()["candidates"]["plain"], "tuned": tuned})  # type: ignore[index]
+    project = Project.load(folder)
+    assert project.run()["register"]["version"] == "tiny@v1"
+    identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def approved(released: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("approved") / "p"
+    shutil.copytree(released, copy)
+    _run(copy, "approve", "tiny@v1", "--as", "ann")
+    return copy
+
+
+def _run(folder: Path, *words: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, [*words, "-C", str(folder), "--json"])
+    if isinstance(result.exception, TunesmithError):
+        raise result.exception
+    assert result.exit_code == 0, (result.output, result.exception)
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+@dataclass
+class _Case:
+    words: tuple[str, ...]
+    files: set[str]
+    largest: float
+
+
+_CASES = {
+    "peft": _Case(("--as", "peft"), {"adapter_config.json", "adapter_model.safetensors"}, 2e-3),
+    "merged": _Case(
+        ("--as", "merged", "--dtype", "fp32"),
+        {
+            "config.json",
+            "generation_config.json",
+            "chat_template.jinja",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        },
+        2e-3,
+    ),
+    "merged-bf16": _Case(("--as", "merged"), set(), 1.0),
+    "gguf": _Case(("--as", "gguf", "--dtype", "fp32"), {"model.gguf"}, 2e-3),
+}
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_an_export_is_compared_recorded_and_shown(name: str, approved: Path, tmp_path: Path) -> None:
+    case = _CASES[name]
+    given = _run(approved, "export", "tiny@v1", str(tmp_path / "out"), *case.words)
+    folder = tmp_path / "out"
+    assert given["outcome"] == "pass"
+    assert {path.name for path in folder.iterdir()} == set(given["files"])
+    assert set(given["files"]) >= case.files | {"tunesmith.json"}
+    for file, facts in given["files"].items():
+        assert facts == {"digest": digest_file(folder / file), "bytes": (folder / file).stat().st_size}
+    equality = given["equality"]
+    assert equality["export"]["max_difference"] < case.largest
+    assert equality["adapter_moves"]["max_difference"] > 10 * equality["export"]["max_difference"]
+    assert equality["served"]["max_difference"] < 0.1
+    assert equality["engine"] == "embedded"
+    provenance = json.loads((folder / "tunesmith.json").read_text())
+    version = _run(approved, "show", "tiny@v1")
+    assert (provenance["version"], provenance["digest"]) == ("tiny@v1", version["digest"])
+    assert provenance["system"] == "Answer with JSON."
+    (shown,) = [child for child in version["children"] if child["digest"] == given["export"]]
+    assert shown["says"].startswith(f"{given['form']} {given['dtype']}: pass, log-probabilities within ")
+    project = Project.load(approved)
+    with database.reading(project.store.engine) as session:
+        entries = [row for row in audit.entries(session) if row.action == "version.export"]
+    assert entries[-1].detail["record"] == given["export"]
+    assert _run(approved, "export", "tiny@v1", str(tmp_path / "again"), *case.words)["export"] == given["export"]
+    assert _run(approved, "verify", "tiny@v1")["ok"]
+
+
+def test_peft_and_transformers_load_the_adapter_and_agree_with_the_merged_folder(
+    approved: Path, tmp_path: Path
+) -> None:
+    _run(approved, "export", "tiny@v1", str(tmp_path / "a"), "--as", "peft")
+    _run(approved, "export", "tiny@v1", str(tmp_path / "m"), "--as", "merged", "--dtype", "fp32")
+    signed = approved / ".tunesmith" / "versions" / "tiny" / "v1"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (signed / name).read_bytes()
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(approved / "model", dtype=torch.float32)
+
+    with torch.no_grad():
+        by_peft = PeftModel.from_pretrained(base(), str(tmp_path / "a")).merge_and_unload().eval()(IDS).logits
+        model = base()
+        model.load_adapter(str(tmp_path / "a"))
+        by_transformers = model.eval()(IDS).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()(IDS).logits
+    assert torch.allclose(by_peft, merged, atol=1e-5)
+    assert torch.allclose(by_transformers, merged, atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "turn on"}], tokenize=False).startswith("<|im_")
+
+
+def test_what_nobody_approved_is_not_exported(released: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="not approved"):
+        _run(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
+    with pytest.raises(Refused, match=r"version.export|may not|it takes"):
+        _run(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged", "--by", "ann")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_not_overwritten(approved: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="something already"):
+        _run(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
+
+
+@pytest.mark.parametrize("form", ["peft", "merged", "gguf"])
+@pytest.mark.parametrize("fault", ["scale", "lost", "NaN"])
+def test_an_export_that_is_not_what_was_measured_is_refused(
+    form: str, fault: str, approved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = merging.Change.apply
+    wrong = {
+        "scale": lambda self, weight: 1.02 * real(self, weight) - 0.02 * weight.float(),
+        "lost": lambda self, weight: weight.float(),
+        "NaN": lambda self, weight: real(self, weight) * float("nan"),
+    }
+    monkeypatch.setattr(merging.Change, "apply", wrong[fault])
+    with pytest.raises(Refused, match="the export differs from the adapter as trained") as caught:
+        _run(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", form, "--dtype", "fp32")
+    assert caught.value.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    (record,) = [
+        child for child in _run(approved, "show", "tiny@v1")["children"] if child["short"] in str(caught.value.where)
+    ]
+    assert f"{form} fp32: fail" in record["says"], "the figures stay as evidence"
+
+
+def test_an_adapter_too_small_to_be_missed_decides_nothing(
+    approved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.inference import equality
+
+    monkeypatch.setattr(equality, "TOLERANCE", {"bf16": {"max": 1e6, "mean": 1e6}})
+    with pytest.raises(Inconclusive, match="a lost adapter would not be seen"):
+        _run(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_untuned_version_has_nothing_to_export(tmp_path: Path) -> None:
+    candidates = {"plain": settings()["candidates"]["plain"]}  # type: ignore[index]
+    folder = write_project(tmp_path / "p", candidates=candidates)
+    project = Project.load(folder)
+    project.run()
+    identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
+    _run(folder, "approve", "tiny@v1", "--as", "ann")
+    with pytest.raises(UsageError, match="no weights of its own"):
+        _run(folder, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")

