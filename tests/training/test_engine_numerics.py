@@ -176,7 +176,7 @@ def test_fit_learns(tmp_path: Path) -> None:
     folder, rows = _setting(tmp_path, "llama")
     network = load_network(folder, torch.float32)
     settings = TrainSettings(rank=8, learning_rate=0.02, warmup=0.1)
-    batches = [lay_out(rows)] * 120
-    course = fit(network, Lora(network, settings), batches, batches[:1], settings, tmp_path / "w", {}, SILENT)
+    steps = [[lay_out(rows)]] * 120
+    course = fit(network, Lora(network, settings), steps, steps[0], settings, tmp_path / "w", {}, SILENT)
     assert course.curve[-1]["loss"] < 0.5 * course.curve[0]["loss"]
     assert len(course.validation) == settings.validations

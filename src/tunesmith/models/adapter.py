@@ -6,6 +6,7 @@ Method: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,19 +33,23 @@ Place = tuple[int, str]  # (layer, group)
 class Adapter:
     """A group's parts share one product: a [n * r, in] stacks their A, b [out, n * r] holds their B on its diagonal.
 
-    targets: names of the adapted linear layers (`q_proj`, ...). scale multiplies what the adapter adds.
+    targets: names of the adapted linear layers (`q_proj`, ...). scale multiplies what the adapter adds. root: it is
+    alpha over the square root of the rank (Kalajdzievski 2023, rsLoRA). m: with DoRA (Liu et al. 2024), the
+    length of each of a group's rows [out]; else empty.
     """
 
     rank: int
     alpha: float
+    root: bool
     targets: frozenset[str]
     a: Mapping[Place, Tensor]
     b: Mapping[Place, Tensor]
+    m: Mapping[Place, Tensor]
 
     @property
     def scale(self) -> float:
-        """alpha / rank."""
-        return self.alpha / self.rank
+        """alpha / rank, or alpha / sqrt(rank)."""
+        return self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
 
 
 def target_names() -> tuple[str, ...]:
@@ -67,12 +72,31 @@ def blocks(network: Network, group: str, rank: int, targets: frozenset[str]) -> 
 def adapted_linear(network: Network, adapter: Adapter) -> Linear:
     """The base's linear layers with the adapter on top, for use without gradients."""
     pairs = {place: _pair(adapter.a[place], adapter.b[place] * adapter.scale, network.dtype) for place in adapter.a}
+    factors = {place: _row_factors(network, adapter, place).to(network.dtype) for place in adapter.m}
 
     def apply(number: int, group: str, x: Tensor) -> Tensor:
         product, pair = network.layers[number].linear[group], pairs.get((number, group))
-        return product(x) if pair is None else product(x, pair.low(x), pair)
+        if pair is None:
+            return product(x)
+        y = product(x, pair.low(x), pair)
+        factor = factors.get((number, group))
+        if factor is None:
+            return y
+        return y * factor if product.bias is None else (y - product.bias) * factor + product.bias
 
     return apply
+
+
+def _row_factors(network: Network, adapter: Adapter, place: Place) -> Tensor:
+    """What DoRA multiplies each row of W + scale B A with, so that it has the length m; 1 for rows not adapted."""
+    number, group = place
+    weight = network.layers[number].linear[group].weight.float()
+    changed = adapter.b[place].float() @ adapter.a[place].float() * adapter.scale
+    factor = adapter.m[place] / torch.linalg.vector_norm(weight + changed, dim=1)
+    adapted = torch.zeros(len(factor), dtype=torch.bool)
+    for _, rows, _ in blocks(network, group, adapter.rank, adapter.targets):
+        adapted[rows] = True
+    return torch.where(adapted, factor, 1.0)
 
 
 def _pair(a: Tensor, b: Tensor, dtype: torch.dtype) -> Pair:
@@ -90,6 +114,8 @@ def encode_adapter(adapter: Adapter, network: Network, base: BaseModel) -> dict[
             prefix = f"base_model.model.model.layers.{number}.{part}"
             tensors[f"{prefix}.lora_A.weight"] = a[columns].float().contiguous()
             tensors[f"{prefix}.lora_B.weight"] = b[rows, columns].float().contiguous()
+            if adapter.m:
+                tensors[f"{prefix}.lora_magnitude_vector"] = adapter.m[number, group][rows].float().contiguous()
     config = {
         "base_model_name_or_path": base.digest,
         "bias": "none",
@@ -101,9 +127,12 @@ def encode_adapter(adapter: Adapter, network: Network, base: BaseModel) -> dict[
         "r": adapter.rank,
         "target_modules": sorted(adapter.targets),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": False,
+        "use_dora": bool(adapter.m),
+        "use_rslora": adapter.root,
     }
+    layers = sorted({number for number, _ in adapter.a})
+    if len(layers) < network.shape.layers:
+        config |= {"layers_to_transform": layers, "layers_pattern": "layers"}
     # One key: safetensors writes several in an order that changes from call to call, and with it the bytes.
     metadata = {_BOUND: canonical({"base": base.digest, "fingerprint": base.fingerprint}).decode()}
     weights = save({name: tensors[name] for name in sorted(tensors)}, metadata=metadata)
@@ -128,24 +157,31 @@ def read_adapter(folder: Path, network: Network, base: BaseModel) -> Adapter:
     rank, targets = int(config["r"]), frozenset(config["target_modules"])
     a: dict[Place, Tensor] = {}
     b: dict[Place, Tensor] = {}
+    m: dict[Place, Tensor] = {}
+    adapted = config.get("layers_to_transform") or range(network.shape.layers)
     for number, layer in enumerate(network.layers):
         for group in GROUPS:
             found = blocks(network, group, rank, targets)
-            if not found:
+            if not found or number not in adapted:
                 continue
             out, into = layer.linear[group].out, layer.linear[group].into
             a[number, group] = torch.zeros(len(found) * rank, into)
             b[number, group] = torch.zeros(out, len(found) * rank)
+            if config.get("use_dora"):
+                m[number, group] = torch.ones(out)
             for part, rows, columns in found:
                 prefix = f"base_model.model.model.layers.{number}.{part}"
                 try:
+                    if config.get("use_dora"):
+                        m[number, group][rows] = tensors.pop(f"{prefix}.lora_magnitude_vector")
                     a[number, group][columns] = tensors.pop(f"{prefix}.lora_A.weight")
                     b[number, group][rows, columns] = tensors.pop(f"{prefix}.lora_B.weight")
                 except (KeyError, RuntimeError) as error:
                     raise Refused(f"the adapter does not fit {prefix}: {error}", where=where) from error
     if tensors:
         raise Refused(f"the adapter holds tensors no layer takes, such as {sorted(tensors)[0]}", where=where)
-    return Adapter(rank=rank, alpha=float(config["lora_alpha"]), targets=targets, a=a, b=b)
+    root = bool(config.get("use_rslora"))
+    return Adapter(rank=rank, alpha=float(config["lora_alpha"]), root=root, targets=targets, a=a, b=b, m=m)
 
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -46,8 +46,8 @@ def lay_out(rows: Sequence[Rendered]) -> Batch:
     predicts: list[int] = []
     labels: list[int] = []
     for row in rows:
-        last = max(place for place, marked in enumerate(row.trained) if marked)
-        own = row.ids[prefix:last]  # the last label is predicted, never read
+        last = _last(row)
+        own = row.ids[prefix:last]
         offset = len(ids) - prefix
         for place in range(prefix + 1, last + 1):
             if row.trained[place]:
@@ -64,6 +64,12 @@ def lay_out(rows: Sequence[Rendered]) -> Batch:
         predicts=torch.tensor(predicts),
         labels=torch.tensor(labels),
     )
+
+
+def computed_tokens(rows: Sequence[Rendered]) -> int:
+    """Tokens that a batch of rows computes."""
+    shared = _shared(rows)
+    return shared + sum(_last(row) - shared for row in rows)
 
 
 def label_count(row: Rendered) -> int:
@@ -85,3 +91,8 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
 def _shared(rows: Sequence[Rendered]) -> int:
     """Length of the common beginning that leaves every row the token before its first label."""
     return max(0, min(common_prefix([row.ids for row in rows]), min(row.trained.index(True) for row in rows) - 1))
+
+
+def _last(row: Rendered) -> int:
+    """Place of a row's last label: predicted, never read."""
+    return len(row.trained) - 1 - row.trained[::-1].index(True)

@@ -22,7 +22,9 @@ from tunesmith.core.errors import Refused
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 64 * 1024
 _MODULE = re.compile(r"[a-z0-9_]{1,64}")
-_TENSOR = re.compile(r"base_model\.model\.(?P<layer>[a-z0-9_.]{1,200})\.(?P<half>lora_[AB])\.weight")
+_TENSOR = re.compile(
+    r"base_model\.model\.(?P<layer>[a-z0-9_.]{1,200})\.(?P<half>lora_[AB]\.weight|lora_magnitude_vector)"
+)
 
 # Every key an adapter_config.json may have, and must: each with what it may say. PEFT knows others that name Python
 # modules to import (auto_mapping), layers to replace whole (modules_to_save) or another base (revision).
@@ -37,8 +39,15 @@ _CONFIG: Mapping[str, Callable[[Any], bool]] = {
     "r": lambda value: type(value) is int and 1 <= value <= 1024,
     "target_modules": lambda value: _modules(value),
     "task_type": lambda value: value == "CAUSAL_LM",
-    "use_dora": lambda value: value is False,
-    "use_rslora": lambda value: value is False,
+    "use_dora": lambda value: isinstance(value, bool),
+    "use_rslora": lambda value: isinstance(value, bool),
+}
+# These two it may have, together: where only some of the base's layers are adapted.
+_SOME_LAYERS: Mapping[str, Callable[[Any], bool]] = {
+    "layers_to_transform": lambda value: (
+        isinstance(value, list) and bool(value) and all(type(n) is int and 0 <= n < 1024 for n in value)
+    ),
+    "layers_pattern": lambda value: value == "layers",
 }
 # The weights' metadata has this one key: what they were trained on, as canonical JSON.
 _BOUND = "tunesmith"
@@ -76,7 +85,10 @@ def check_adapter(folder: Path, *, base: str, fingerprint: str) -> AdapterFacts:
             changes = any(np.any(file.get_tensor(name)) for name in shapes if name.endswith("lora_B.weight"))
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise _refusal(path, f"not readable as safetensors: {error}") from error
-    layers = _check_layers(path, shapes, rank, targets)
+    layers = _check_layers(path, shapes, rank, targets, config["use_dora"])
+    numbers = {int(match[1]) for name in shapes if (match := re.search(r"\.layers\.(\d+)\.", name))}
+    if numbers != set(config.get("layers_to_transform", numbers)):
+        raise _refusal(path, f"layers {sorted(numbers)} are adapted, not those that layers_to_transform names")
     if not changes:
         raise _refusal(path, "every lora_B is zero: the adapter changes nothing, the base would answer in its name")
     return AdapterFacts(
@@ -93,12 +105,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise _refusal(path, f"not readable as JSON: {error}") from error
     if not isinstance(config, dict):
         raise _refusal(path, "not a JSON object")
-    unknown, missing = sorted(config.keys() - _CONFIG.keys()), sorted(_CONFIG.keys() - config.keys())
+    expected = _CONFIG if config.keys().isdisjoint(_SOME_LAYERS) else {**_CONFIG, **_SOME_LAYERS}
+    unknown, missing = sorted(config.keys() - expected.keys()), sorted(expected.keys() - config.keys())
     if unknown:
         raise _refusal(path, f"the key {unknown[0][:80]!r} is not one an adapter may have")
     if missing:
         raise _refusal(path, f"the key {missing[0]!r} is missing")
-    for key, allowed in _CONFIG.items():
+    for key, allowed in expected.items():
         if not allowed(config[key]):
             raise _refusal(path, f"{key} may not be {str(config[key])[:80]!r}")
     return config
@@ -121,21 +134,26 @@ def _check_metadata(path: Path, metadata: Mapping[str, str], base: str, fingerpr
 
 
 def _check_tensor(path: Path, file: Any, name: str) -> tuple[int, ...]:
-    """Shape [rows, columns] of a tensor that holds finite float32 numbers."""
+    """Shape of a tensor that holds finite float32 numbers: [rows, columns], a magnitude's [rows]."""
     # Asked of the header first: numpy has no bfloat16, and would fail on one with a message about itself.
     dtype = file.get_slice(name).get_dtype()
     if dtype != "F32":
         raise _refusal(path, f"{name[:120]} is {dtype}, adapters are kept as F32")
     tensor = file.get_tensor(name)
-    if tensor.ndim != 2 or 0 in tensor.shape:
-        raise _refusal(path, f"{name[:120]} has shape {list(tensor.shape)}, not two dimensions")
+    dimensions = 1 if name.endswith("lora_magnitude_vector") else 2
+    if tensor.ndim != dimensions or 0 in tensor.shape:
+        raise _refusal(path, f"{name[:120]} has shape {list(tensor.shape)}, not {dimensions} dimensions")
     if not np.isfinite(tensor).all():
         raise _refusal(path, f"{name[:120]} holds NaN or an infinity")
     return tuple(tensor.shape)
 
 
-def _check_layers(path: Path, shapes: Mapping[str, tuple[int, ...]], rank: int, targets: frozenset[str]) -> int:
-    """The number of adapted layers: each an A of [rank, in] and a B of [out, rank], every target among them."""
+def _check_layers(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], rank: int, targets: frozenset[str], dora: bool
+) -> int:
+    """The number of adapted layers: each an A of [rank, in] and a B of [out, rank], with DoRA also a magnitude [out],
+    every target among them."""
+    parts = {"lora_A.weight", "lora_B.weight"} | ({"lora_magnitude_vector"} if dora else set())
     halves: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         match = _TENSOR.fullmatch(name)
@@ -143,10 +161,13 @@ def _check_layers(path: Path, shapes: Mapping[str, tuple[int, ...]], rank: int, 
             raise _refusal(path, f"{name[:120]!r} is not a LoRA tensor of a target module")
         halves.setdefault(match["layer"], {})[match["half"]] = shape
     for layer, pair in halves.items():
-        if pair.keys() != {"lora_A", "lora_B"}:
-            raise _refusal(path, f"{layer} has {sorted(pair)[0]} without its other half")
-        if pair["lora_A"][0] != rank or pair["lora_B"][1] != rank:
-            raise _refusal(path, f"{layer} is not of rank {rank}: A {list(pair['lora_A'])}, B {list(pair['lora_B'])}")
+        if pair.keys() != parts:
+            raise _refusal(path, f"{layer} has {', '.join(sorted(pair))} where {', '.join(sorted(parts))} belong")
+        a, b = pair["lora_A.weight"], pair["lora_B.weight"]
+        if a[0] != rank or b[1] != rank:
+            raise _refusal(path, f"{layer} is not of rank {rank}: A {list(a)}, B {list(b)}")
+        if dora and pair["lora_magnitude_vector"] != b[:1]:
+            raise _refusal(path, f"{layer} has {pair['lora_magnitude_vector'][0]} lengths for {b[0]} rows")
     absent = sorted(targets - {layer.rsplit(".", 1)[-1] for layer in halves})
     if absent:
         raise _refusal(path, f"no tensor adapts {absent[0]}, which target_modules names")

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from tunesmith.core.errors import Refused
 from tunesmith.models import runtime
-from tunesmith.models.batch import Batch
+from tunesmith.training.loop import Step
 
 _TIMED = 2
 
@@ -21,33 +21,36 @@ class Estimate(BaseModel):
     peak_memory_bytes: int
 
 
-def estimate(
-    batches: Sequence[Batch], validation_tokens: int, validations: int, trial: Callable[[Batch], None]
-) -> Estimate:
-    """Run trial, a step that changes nothing, on the largest batch (memory) and on two of middling size (time).
+def estimate(plan: Sequence[Step], validation_tokens: int, validations: int, trial: Callable[[Step], None]) -> Estimate:
+    """Run trial, a step that changes nothing, on the largest (memory) and on two of middling size (time).
 
     validation_tokens: tokens of one validation pass, of which a forward pass takes a third of a step's time. Raises
-    Refused where the largest batch cannot fit.
+    Refused where the largest part of a step cannot fit.
     """
-    by_size = sorted(batches, key=lambda batch: batch.tokens)
+    largest = max((part for step in plan for part in step), key=lambda part: part.tokens)
+    by_size = sorted(plan, key=_tokens)
     runtime.reset_peak_memory()
     before = runtime.available_memory()
     try:
-        trial(by_size[-1])
+        trial([largest])
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
         raise Refused(
-            f"the largest batch ({by_size[-1].tokens} tokens) does not fit into the {before / 1e9:.1f} GB of memory "
-            "that are free",
-            where="train.batch",
-            fix=f"set batch to {max(1, len(by_size[-1].lengths) // 2)}, or max_length lower",
+            f"the largest part of a step ({largest.tokens} tokens) does not fit into the {before / 1e9:.1f} GB of "
+            "memory that are free",
+            where="train.tokens",
+            fix=f"set tokens to {max(64, largest.tokens // 2)}, or max_length lower",
         ) from error
     peak = runtime.peak_memory()
     timed = by_size[len(by_size) // 2 :][:_TIMED]
     began = time.perf_counter()
-    for batch in timed:
-        trial(batch)
-    each = (time.perf_counter() - began) / sum(batch.tokens for batch in timed)
-    tokens = sum(batch.tokens for batch in batches) + validations * validation_tokens / 3
+    for step in timed:
+        trial(step)
+    each = (time.perf_counter() - began) / sum(_tokens(step) for step in timed)
+    tokens = sum(_tokens(step) for step in plan) + validations * validation_tokens / 3
     return Estimate(seconds=each * tokens, peak_memory_bytes=peak)
+
+
+def _tokens(step: Step) -> int:
+    return sum(part.tokens for part in step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,28 @@ from tunesmith.training.lora import Lora
 from tunesmith.training.loss import cross_entropy
 from tunesmith.training.settings import TrainSettings
 
+# A step: the parts it is computed in, one after another, to one sum.
+Step = Sequence[Batch]
+
 
 @dataclass
 class Course:
-    """How a run went so far; all of it is in each checkpoint. seconds leaves out time between a stop and its resume."""
+    """How a run went so far; all of it is in each checkpoint. seconds leaves out time between a stop and its resume.
+
+    ended: why the run stopped before the end of its plan.
+    """
 
     step: int = 0
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
+    ended: str | None = None
+
+    @property
+    def best(self) -> int | None:
+        """Which validation had the lowest loss, the first of equals; None where there was none."""
+        losses = [each["loss"] for each in self.validation]
+        return losses.index(min(losses)) if losses else None
 
 
 def batch_loss(network: Network, lora: Lora, batch: Batch, divisor: float) -> Tensor:
@@ -41,16 +54,27 @@ def batch_loss(network: Network, lora: Lora, batch: Batch, divisor: float) -> Te
     return cross_entropy(wanted, network.head, batch.labels, share)
 
 
-def trial_step(network: Network, lora: Lora) -> Callable[[Batch], None]:
+def trial_step(network: Network, lora: Lora) -> Callable[[Step], None]:
     """A step's whole arithmetic without its effect, for the estimate."""
 
-    def run(batch: Batch) -> None:
-        batch_loss(network, lora, batch, float(batch.labels.numel())).backward()
-        lora.take_gradients()
+    def run(step: Step) -> None:
+        gradients(network, lora, step)
         for master in lora.masters:
             master.grad = None
 
     return run
+
+
+def gradients(network: Network, lora: Lora, step: Step) -> float:
+    """Leave a step's gradients on the masters; returns its loss, the mean over all its labels."""
+    labels = float(sum(part.labels.numel() for part in step))
+    total = 0.0
+    for part in step:
+        loss = batch_loss(network, lora, part, labels)
+        loss.backward()
+        lora.take_gradients()
+        total += float(loss.detach())
+    return total
 
 
 def rate_at(step: int, steps: int, settings: TrainSettings) -> float:
@@ -67,51 +91,145 @@ def rate_at(step: int, steps: int, settings: TrainSettings) -> float:
 def fit(
     network: Network,
     lora: Lora,
-    batches: Sequence[Batch],
+    plan: Sequence[Step],
     validation: Sequence[Batch],
     settings: TrainSettings,
     folder: Path,
     identity: Mapping[str, Any],
     progress: Progress,
 ) -> Course:
-    """Train the adapter on batches in order; carries on from the newest whole checkpoint under folder.
+    """Train the adapter on the plan's steps; carries on from the newest whole checkpoint under folder. The adapter ends
+    as `keep` says.
 
     Raises TunesmithError where the loss is not a number any more; the checkpoint before that stays.
     """
-    optimizer = torch.optim.AdamW(
-        lora.masters, lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=settings.weight_decay, fused=True
-    )
-    course = _resume(lora, optimizer, folder, identity, progress)
-    steps = len(batches)
+    run = _Run(network, lora, settings, folder, identity, progress)
+    course, steps = run.course, len(plan)
     due = {math.ceil(steps * turn / settings.validations) for turn in range(1, settings.validations + 1)}
     saved = time.perf_counter()
-    with progress.task("training", sum(batch.tokens for batch in batches)) as task:
-        task.advance(sum(batch.tokens for batch in batches[: course.step]))
-        for step in range(course.step, steps):
-            began = time.perf_counter()
-            loss = _step(network, lora, optimizer, batches[step], rate_at(step, steps, settings), settings.clip)
+    with progress.task("training", sum(_tokens(step) for step in plan)) as task:
+        task.advance(sum(_tokens(step) for step in plan[: course.step]))
+        while course.step < steps and course.ended is None:
+            began, step = time.perf_counter(), plan[course.step]
+            rate = rate_at(course.step, steps, settings)
+            loss = run.step(step, rate)
             if not math.isfinite(loss):
                 raise TunesmithError(
-                    f"the loss became {loss} at step {step + 1} of {steps}",
+                    f"the loss became {loss} at step {course.step + 1} of {steps}",
                     where="train.learning_rate",
                     fix="lower it; the last whole checkpoint is kept",
                 )
-            course.step = step + 1
+            course.step += 1
             if course.step in due and validation:
-                course.validation.append({"step": course.step, "loss": validation_loss(network, lora, validation)})
-            spent = time.perf_counter() - began
+                run.validate(validation)
+            spent, tokens = time.perf_counter() - began, _tokens(step)
             course.seconds += spent
-            rate = rate_at(step, steps, settings)
-            tokens = batches[step].tokens
             course.curve.append(
                 {"step": course.step, "loss": loss, "learning_rate": rate, "tokens": tokens, "seconds": spent}
             )
             task.note(f"loss {loss:.3f}, {tokens / spent:.0f} tokens/s")
             task.advance(tokens)
-            if time.perf_counter() - saved > settings.checkpoint_seconds or course.step == steps:
-                _save(lora, optimizer, folder, identity, course)
+            over = course.step == steps or course.ended is not None
+            if over or time.perf_counter() - saved > settings.checkpoint_seconds:
+                run.save()
                 saved = time.perf_counter()
+    run.settle()
     return course
+
+
+def _tokens(step: Step) -> int:
+    return sum(part.tokens for part in step)
+
+
+class _Run:
+    """What changes during a run: the adapter, the optimiser, the course, the best weights so far."""
+
+    def __init__(
+        self,
+        network: Network,
+        lora: Lora,
+        settings: TrainSettings,
+        folder: Path,
+        identity: Mapping[str, Any],
+        progress: Progress,
+    ) -> None:
+        self.network, self.lora, self.settings, self.progress = network, lora, settings, progress
+        self.folder, self.identity = folder, dict(identity)
+        # LoRA+ (Hayou et al. 2024): B, which starts at zero, learns best at a higher rate than A.
+        self.multiples = (1.0, settings.b_rate, 1.0)[: len(lora.masters)]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [master]} for master in lora.masters],
+            lr=settings.learning_rate,
+            betas=(0.9, 0.999),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.best: list[Tensor] | None = None
+        self.course = self._resume()
+
+    def step(self, step: Step, rate: float) -> float:
+        """One optimiser step; returns its loss, and does nothing where that is not finite."""
+        loss = gradients(self.network, self.lora, step)
+        torch.nn.utils.clip_grad_norm_(self.lora.masters, self.settings.clip)
+        for group, multiple in zip(self.optimizer.param_groups, self.multiples, strict=True):
+            group["lr"] = rate * multiple
+        if math.isfinite(loss):
+            self.optimizer.step()
+            self.lora.refresh_copies()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def validate(self, batches: Sequence[Batch]) -> None:
+        """Take the validation loss; keep the weights where it is the lowest, end the run where patience is."""
+        course, patience = self.course, self.settings.patience
+        loss = validation_loss(self.network, self.lora, batches)
+        course.validation.append({"step": course.step, "loss": loss})
+        best = course.best
+        if best == len(course.validation) - 1:
+            self.best = [master.detach().clone() for master in self.lora.masters]
+        elif best is not None and patience is not None and len(course.validation) - 1 - best >= patience:
+            course.ended = f"no lower validation loss in {patience} validations"
+            self.progress.say(f"stopping at step {course.step}: {course.ended}")
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Leave the adapter at the weights that are to be kept."""
+        if self.settings.keep == "best" and self.best is not None:
+            for master, best in zip(self.lora.masters, self.best, strict=True):
+                master.copy_(best)
+            self.lora.refresh_copies()
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        tensors = {}
+        for place, master in enumerate(self.lora.masters):
+            kept = self.optimizer.state[master]
+            tensors[f"{place}.master"] = master.detach()
+            tensors[f"{place}.first"], tensors[f"{place}.second"] = kept["exp_avg"], kept["exp_avg_sq"]
+            if self.best is not None:
+                tensors[f"{place}.best"] = self.best[place]
+        save_checkpoint(self.folder, self.course.step, tensors, {"identity": self.identity, **asdict(self.course)})
+
+    @torch.no_grad()
+    def _resume(self) -> Course:
+        found = load_checkpoint(self.folder, self.identity)
+        if found is None:
+            return Course()
+        tensors, state, damaged = found
+        for name in damaged:
+            self.progress.say(f"checkpoint {name} is damaged; carrying on from the one before it")
+        for place, master in enumerate(self.lora.masters):
+            master.copy_(tensors[f"{place}.master"])
+            self.optimizer.state[master] = {
+                "step": torch.tensor(float(state["step"])),
+                "exp_avg": tensors[f"{place}.first"],
+                "exp_avg_sq": tensors[f"{place}.second"],
+            }
+        if "0.best" in tensors:
+            self.best = [tensors[f"{place}.best"] for place in range(len(self.lora.masters))]
+        self.lora.refresh_copies()
+        self.progress.say(f"carrying on from step {state['step']}")
+        return Course(**{each.name: state[each.name] for each in fields(Course)})
 
 
 @torch.no_grad()
@@ -119,59 +237,3 @@ def validation_loss(network: Network, lora: Lora, batches: Sequence[Batch]) -> f
     """Mean loss over all labels of batches."""
     labels = sum(batch.labels.numel() for batch in batches)
     return float(sum(batch_loss(network, lora, batch, float(labels)) for batch in batches))
-
-
-def _step(
-    network: Network, lora: Lora, optimizer: torch.optim.Optimizer, batch: Batch, rate: float, clip: float
-) -> float:
-    loss = batch_loss(network, lora, batch, float(batch.labels.numel()))
-    loss.backward()
-    lora.take_gradients()
-    torch.nn.utils.clip_grad_norm_(lora.masters, clip)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    value = float(loss.detach())
-    if math.isfinite(value):
-        optimizer.step()
-        lora.refresh_copies()
-    optimizer.zero_grad(set_to_none=True)
-    return value
-
-
-def _save(
-    lora: Lora, optimizer: torch.optim.Optimizer, folder: Path, identity: Mapping[str, Any], course: Course
-) -> None:
-    tensors = {}
-    for place, master in enumerate(lora.masters):
-        kept = optimizer.state[master]
-        tensors[f"{place}.master"] = master.detach()
-        tensors[f"{place}.first"], tensors[f"{place}.second"] = kept["exp_avg"], kept["exp_avg_sq"]
-    state = {
-        "identity": dict(identity),
-        "seconds": course.seconds,
-        "curve": course.curve,
-        "validation": course.validation,
-    }
-    save_checkpoint(folder, course.step, tensors, state)
-
-
-@torch.no_grad()
-def _resume(
-    lora: Lora, optimizer: torch.optim.Optimizer, folder: Path, identity: Mapping[str, Any], progress: Progress
-) -> Course:
-    found = load_checkpoint(folder, identity)
-    if found is None:
-        return Course()
-    tensors, state, damaged = found
-    for name in damaged:
-        progress.say(f"checkpoint {name} is damaged; carrying on from the one before it")
-    for place, master in enumerate(lora.masters):
-        master.copy_(tensors[f"{place}.master"])
-        optimizer.state[master] = {
-            "step": torch.tensor(float(state["step"])),
-            "exp_avg": tensors[f"{place}.first"],
-            "exp_avg_sq": tensors[f"{place}.second"],
-        }
-    lora.refresh_copies()
-    progress.say(f"carrying on from step {state['step']}")
-    return Course(state["step"], state["seconds"], state["curve"], state["validation"])

@@ -17,6 +17,7 @@ from torch import Tensor
 from tunesmith.models.adapter import Adapter, Place, blocks, target_names
 from tunesmith.models.network import GROUPS, Linear, Network
 from tunesmith.models.products import TILE, Frozen, Pair
+from tunesmith.training.magnitudes import Magnitudes, dora_linear
 from tunesmith.training.settings import TrainSettings
 
 
@@ -24,17 +25,19 @@ class Lora:
     """Masters and their compute copies, a [R, in] and c [R, out] of every adapted group.
 
     R is the sum of the ranks of a group's parts, rounded up to what tiles multiply; c is b transposed (see
-    models.adapter.Adapter), and its copy already holds the adapter's scale. masters: two flat fp32 tensors, every a
-    and every c.
+    models.adapter.Adapter), and its copy already holds the adapter's scale. masters: flat fp32 tensors, every a,
+    every c and, with DoRA, every row's length.
     """
 
     def __init__(self, network: Network, settings: TrainSettings) -> None:
         self.network, self.rank = network, settings.rank
         self.alpha = float(settings.alpha if settings.alpha is not None else 2 * settings.rank)
+        self.root = settings.scaling == "root"
         self.targets = frozenset(target_names() if "all" in settings.targets else settings.targets)
+        first = 0 if settings.layers is None else max(0, network.shape.layers - settings.layers)
         self.places: list[Place] = [
             (number, group)
-            for number in range(network.shape.layers)
+            for number in range(first, network.shape.layers)
             for group in GROUPS
             if blocks(network, group, self.rank, self.targets)
         ]
@@ -50,12 +53,23 @@ class Lora:
         into = (_views(gradient, each) for gradient, each in zip(self._gradients, shapes, strict=True))
         self._pairs = dict(zip(self.places, zip(pairs, *into, strict=True), strict=True))
         self._anchor = torch.zeros((), requires_grad=True)
+        self.magnitudes: Magnitudes | None = None
+        if settings.dora:
+            adapted = zip(self.places, _views(self._factors[1], shapes[1]), strict=True)
+            self.magnitudes = Magnitudes(network, {place: factor.any(0) for place, factor in adapted})
+            self.masters.append(self.magnitudes.master)
         self.refresh_copies()
+
+    @property
+    def scale(self) -> float:
+        """What the adapter's sum is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
 
     @property
     def parameters(self) -> int:
         """Trained numbers."""
-        return int(sum(factor.count_nonzero() for factor in self._factors))
+        own = 0 if self.magnitudes is None else self.magnitudes.trained.count_nonzero()
+        return int(sum(factor.count_nonzero() for factor in self._factors) + own)
 
     def linear(self) -> Linear:
         """The base's linear layers with the adapter on top; a backward pass leaves the adapter's gradients here."""
@@ -64,25 +78,31 @@ class Lora:
             product = self.network.layers[number].linear[group]
             if (number, group) not in self._pairs:
                 return frozen(product, x)
-            return _LoraLinear.apply(x, self._anchor, product, *self._pairs[number, group])  # type: ignore[no-any-return]
+            pair, ga, gc = self._pairs[number, group]
+            if self.magnitudes is not None:
+                into = (ga, gc, self.magnitudes.gradients[number, group])
+                return dora_linear(x, self._anchor, product, pair, self.magnitudes.factors[number, group], into)
+            return _LoraLinear.apply(x, self._anchor, product, pair, ga, gc)  # type: ignore[no-any-return]
 
         return apply
 
     def take_gradients(self) -> None:
         """Move the last backward pass's gradients onto the masters, in fp32, on top of what they hold."""
-        for master, gradient, factor in zip(self.masters, self._gradients, self._factors, strict=True):
-            if master.grad is None:
-                master.grad = gradient.float().mul_(factor)
-            else:
-                master.grad.addcmul_(gradient, factor)
+        found = [gradient.float().mul_(factor) for gradient, factor in zip(self._gradients, self._factors, strict=True)]
+        if self.magnitudes is not None:
+            found.append(self.magnitudes.take_gradients())
+        for master, gradient in zip(self.masters, found, strict=True):
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     @torch.no_grad()
     def refresh_copies(self) -> None:
         """Round the masters into the copies, after the masters changed."""
-        for master, copy, factor in zip(self.masters, self._copies, self._factors, strict=True):
+        for master, copy, factor in zip(self.masters, self._copies, self._factors, strict=False):
             torch.mul(master, factor, out=copy)
         for pair, _, _ in self._pairs.values():
             pair.refresh()
+        if self.magnitudes is not None:
+            self.magnitudes.refresh({place: pair for place, (pair, _, _) in self._pairs.items()})
 
     def adapter(self) -> Adapter:
         """The masters as an adapter."""
@@ -92,9 +112,11 @@ class Lora:
         return Adapter(
             rank=self.rank,
             alpha=self.alpha,
+            root=self.root,
             targets=self.targets,
             a=dict(zip(self.places, a, strict=True)),
             b=dict(zip(self.places, b, strict=True)),
+            m={} if self.magnitudes is None else self.magnitudes.values,
         )
 
     def _columns(self, group: str) -> int:
@@ -114,7 +136,7 @@ class Lora:
             a[:size].uniform_(-bound, bound, generator=generator)
             above[:size] = 1.0
             for _, rows, columns in blocks(self.network, group, self.rank, self.targets):
-                below[columns, rows] = self.alpha / self.rank
+                below[columns, rows] = self.scale
 
 
 def _flat(shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) -> Tensor:

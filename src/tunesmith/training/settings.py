@@ -36,7 +36,17 @@ class TrainSettings(Settings):
     targets: Annotated[
         tuple[str, ...], Field(min_length=1, description="linear layers to adapt: all, or names such as q_proj")
     ] = ("all",)
+    scaling: Annotated[
+        Literal["rank", "root"],
+        Field(description="divide alpha by the rank, or by its square root (rsLoRA), which keeps high ranks learning"),
+    ] = "rank"
+    dora: Annotated[bool, Field(description="train the length of each adapted row beside its direction (DoRA)")] = False
+    layers: Annotated[int | None, Field(ge=1, description="adapt the last so many layers; all where left out")] = None
     learning_rate: Annotated[float, Field(gt=0, lt=1, description="the highest one, reached after the warm-up")] = 1e-3
+    b_rate: Annotated[
+        float,
+        Field(ge=1, le=64, description="B's learning rate as a multiple of A's (LoRA+; its authors take 16)"),
+    ] = 1.0
     rows: Annotated[
         int | None, Field(ge=1, description="train on so many rows, drawn by the seed; all of them where left out")
     ] = None
@@ -50,6 +60,9 @@ class TrainSettings(Settings):
     ] = None
     epochs: Annotated[int, Field(ge=1, le=100, description="passes over the training rows")] = 1
     batch: Annotated[int, Field(ge=1, le=4096, description="rows a step")] = 16
+    tokens: Annotated[
+        int, Field(ge=64, description="most tokens computed at once; a step of more is computed in parts, to one sum")
+    ] = 4096
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of the steps in which the rate rises")] = 0.05
     schedule: Annotated[
         Literal["cosine", "linear", "constant"], Field(description="how the rate falls after the warm-up")
@@ -59,6 +72,13 @@ class TrainSettings(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**31, description="of the adapter's start and the rows' order")] = 0
     max_length: Annotated[int, Field(ge=16, description="most tokens of a training row, prompt included")] = 1024
     validations: Annotated[int, Field(ge=1, le=100, description="how often the validation loss is taken")] = 4
+    patience: Annotated[
+        int | None,
+        Field(ge=1, description="stop when so many validations in a row brought no lower loss; never where left out"),
+    ] = None
+    keep: Annotated[
+        Literal["best", "last"], Field(description="the weights of the lowest validation loss, or those of the end")
+    ] = "best"
     validation_rows: Annotated[int, Field(ge=1, description="at most so many validation rows for it")] = 64
     checkpoint_seconds: Annotated[float, Field(gt=0, description="longest work that kill -9 can undo")] = 30.0
 

@@ -16,22 +16,22 @@ from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.models import runtime
+from tunesmith.models import native, runtime
 from tunesmith.models.adapter import encode_adapter
 from tunesmith.models.base import BaseModel
-from tunesmith.models.batch import label_count, lay_out
+from tunesmith.models.batch import Batch, label_count, lay_out
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weights import load_network
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training.batches import plan
+from tunesmith.training.batches import lay_out_step, plan
 from tunesmith.training.estimate import Estimate, estimate
-from tunesmith.training.loop import Course, fit, trial_step
+from tunesmith.training.loop import Course, Step, fit, trial_step
 from tunesmith.training.lora import Lora
 from tunesmith.training.settings import TrainSettings
 
 # Part of what a checkpoint must agree on: bump when the engine's arithmetic or its batch plan changes.
-ENGINE = 1
+ENGINE = 2
 
 
 class TrainingRow(NamedTuple):
@@ -67,8 +67,8 @@ def train(
     checked = _render(renderer, validation[: settings.validation_rows], settings.max_length)
     network = load_network(base.folder)
     lora = Lora(network, settings)
-    batches = [
-        lay_out([rendered[row] for row in batch])
+    steps = [
+        lay_out_step([rendered[row] for row in batch], settings.tokens)
         for epoch in range(settings.epochs)
         for batch in plan(rendered, settings.batch, settings.seed, epoch)
     ]
@@ -83,26 +83,26 @@ def train(
         "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
         "environment": environment,
     }
-    expected = _expect(batches, validating, settings, network_trial=trial_step(network, lora), work=work)
+    expected = _expect(steps, validating, settings, network_trial=trial_step(network, lora), work=work)
     progress.say(
-        f"training {len(rows)} rows in {len(batches)} steps: about {expected.seconds:.0f} s and "
+        f"training {len(rows)} rows in {len(steps)} steps: about {expected.seconds:.0f} s and "
         f"{expected.peak_memory_bytes / 1e9:.1f} GB of memory"
     )
     runtime.reset_peak_memory()
-    course = fit(network, lora, batches, validating, settings, work, identity, progress)
+    course = fit(network, lora, steps, validating, settings, work, identity, progress)
     labels = sum(label_count(row) for row in rendered) * settings.epochs
     tokens = sum(len(row.ids) for row in rendered) * settings.epochs
     body = {
         "settings": settings.model_dump(mode="json"),
         "rows": len(rows),
         "tokens": tokens,
-        "tokens_computed": sum(batch.tokens for batch in batches),
+        "tokens_computed": sum(part.tokens for step in steps[: course.step] for part in step),
         "labels": labels,
         "parameters": lora.parameters,
         "fingerprint": base.fingerprint,
         "threads": threads,
         "environment": environment,
-        **_measured(course, len(rows) * settings.epochs, tokens, expected),
+        **_measured(course, len(rows) * settings.epochs / len(steps), tokens / len(steps), expected, settings.keep),
     }
     files = encode_adapter(lora.adapter(), network, base)
     blobs = {name: store.put_bytes(data) for name, data in files.items()}
@@ -112,7 +112,7 @@ def train(
 
 
 def _expect(
-    batches: Sequence[Any], validating: Sequence[Any], settings: TrainSettings, *, network_trial: Any, work: Path
+    steps: Sequence[Step], validating: Sequence[Batch], settings: TrainSettings, *, network_trial: Any, work: Path
 ) -> Estimate:
     """The estimate, taken once per training: a resumed run keeps the one it was begun with."""
     from tunesmith.core.files import write_atomic
@@ -121,7 +121,7 @@ def _expect(
     if kept.is_file():
         return Estimate.model_validate_json(kept.read_bytes())
     tokens = sum(batch.tokens for batch in validating)
-    made = estimate(batches, tokens, settings.validations, network_trial)
+    made = estimate(steps, tokens, settings.validations, network_trial)
     write_atomic(kept, made.model_dump_json().encode())
     return made
 
@@ -146,6 +146,7 @@ def _render(renderer: Renderer, rows: Sequence[TrainingRow], max_length: int) ->
 def _environment(threads: int) -> Mapping[str, Any]:
     return {
         "engine": ENGINE,
+        "kernels": native.identity(),
         "threads": threads,
         "torch": version("torch"),
         "transformers": version("transformers"),
@@ -154,18 +155,23 @@ def _environment(threads: int) -> Mapping[str, Any]:
     }
 
 
-def _measured(course: Course, examples: int, tokens: int, expected: Estimate) -> dict[str, Any]:
+def _measured(course: Course, examples: float, tokens: float, expected: Estimate, keep: str) -> dict[str, Any]:
+    """examples, tokens: a step's, on average."""
     if not course.curve:
         raise TunesmithError("the training had no step", where="data", fix="give it more rows")
+    best = course.best
+    kept = course.step if keep == "last" or best is None else int(course.validation[best]["step"])
     tail = course.curve[-max(1, len(course.curve) // 20) :]
     return {
         "steps": course.step,
         "seconds": course.seconds,
-        "examples_per_second": examples / course.seconds,
-        "tokens_per_second": tokens / course.seconds,
+        "examples_per_second": examples * course.step / course.seconds,
+        "tokens_per_second": tokens * course.step / course.seconds,
         "peak_memory_bytes": runtime.peak_memory(),
         "estimate": expected.model_dump(),
         "final_loss": sum(step["loss"] for step in tail) / len(tail),
         "curve": asdict(course)["curve"],
         "validation": course.validation,
+        "kept": kept,
+        "ended": course.ended,
     }
