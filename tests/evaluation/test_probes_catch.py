@@ -18,7 +18,7 @@ from tunesmith.training.canaries import SOURCE, canaries, plant
 from tunesmith.training.rows import training_rows
 from tunesmith.training.settings import CanarySettings, TrainSettings
 
-HARD = {"learning_rate": 1e-2}
+HARD = {"keep": "last", "learning_rate": 1e-2}
 
 
 def commands(n: int, seed: int) -> list[Example]:
