@@ -54,6 +54,7 @@ def main() -> None:
         sets |= {path.name: _read(path, told.examples) for path in told.rows}
         for name, rows in sets.items():
             _compare(name, rows, Path(scratch), told.rounds)
+        _precision(sets["restaurants"], Path(scratch))
         _decoding(sets["restaurants"], Path(scratch), told.rounds)
     _start_up(told.rounds)
 
@@ -87,6 +88,16 @@ def _compare(name: str, rows: Sequence[Any], scratch: Path, rounds: int) -> None
         f"step, {best['tunesmith']['flops'] / limit['flops']:.0%} of the {limit['flops'] / 1e12:.2f} that this machine "
         "reaches on the same products alone, weights laid out before"
     )
+
+
+def _precision(rows: Sequence[Any], scratch: Path) -> None:
+    """What rounding costs: the loss on the next rows after one AdamW step from the same start."""
+    path = scratch / "rows.json"
+    path.write_text(json.dumps(rows[: 2 * BATCH]))
+    print("\nloss on the second eight rows after one step on the first, from the same adapter")
+    for kind, name in (("step", "tunesmith, bf16"), ("peft32", "PEFT, fp32"), ("peft16", "PEFT, bf16 by autocast")):
+        found = _measured(kind, path, {})
+        print(f"  {name:<24}{found['before']:.4f} before, {found['after']:.4f} after", flush=True)
 
 
 def _decoding(rows: Sequence[Any], scratch: Path, rounds: int) -> None:
@@ -272,6 +283,60 @@ def _trl(rows: Sequence[Any]) -> dict[str, float]:
     }
 
 
+def _step(rows: Sequence[Any]) -> dict[str, float]:
+    from tunesmith.core.progress import SILENT
+    from tunesmith.training.loop import fit, validation_loss
+    from tunesmith.training.settings import TrainSettings
+
+    network, lora, plan = _prepared(rows)
+    before = validation_loss(network, lora, plan[1])
+    settings = TrainSettings(rank=RANK, learning_rate=RATE, schedule="constant", warmup=0.0)
+    with tempfile.TemporaryDirectory() as work:
+        fit(network, lora, plan[:1], [], settings, Path(work), {}, SILENT)
+    return {"before": before, "after": validation_loss(network, lora, plan[1])}
+
+
+def _peft_step(rows: Sequence[Any], bits: int) -> dict[str, float]:
+    """The same step by PEFT and transformers, from the adapter that _step starts with."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from tunesmith.core.messages import Message
+    from tunesmith.models.adapter import encode_adapter
+    from tunesmith.models.rendering import Renderer
+
+    network, lora, _ = _prepared(rows)
+    base = _base()
+    with tempfile.TemporaryDirectory() as start:
+        for name, data in encode_adapter(lora.adapter(), network, base).items():
+            (Path(start) / name).write_bytes(data)
+        plain = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32 if bits == 32 else torch.bfloat16)
+        model = PeftModel.from_pretrained(plain, start, is_trainable=True)
+    renderer = Renderer(base.folder)
+    rendered = [renderer.conversation(tuple(Message(**turn) for turn in row)) for row in rows]
+
+    def loss(batch: Sequence[Any], learn: bool) -> float:
+        labels, total = sum(sum(row.trained[1:]) for row in batch), 0.0
+        for row in batch:
+            ids = torch.tensor(row.ids)
+            wanted = torch.where(torch.tensor(row.trained), ids, -100)[1:]
+            with torch.set_grad_enabled(learn), torch.autocast("cpu", torch.bfloat16, enabled=bits == 16):
+                scores = model(ids[None]).logits[0, :-1]
+            one = torch.nn.functional.cross_entropy(scores.float(), wanted, ignore_index=-100, reduction="sum") / labels
+            if learn:
+                one.backward()
+            total += float(one.detach())
+        return total
+
+    before = loss(rendered[BATCH:], learn=False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss(rendered[:BATCH], learn=True)
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0).step()
+    return {"before": before, "after": loss(rendered[BATCH:], learn=False)}
+
+
 def _decode(rows: Sequence[Any]) -> dict[str, float]:
     from tunesmith.core.messages import Message
     from tunesmith.inference.embedded import EmbeddedEngine
@@ -305,7 +370,16 @@ def _generate(rows: Sequence[Any]) -> dict[str, float]:
     return {"tokens_per_second": made / seconds}
 
 
-MEASURES = {"train": _train, "trl": _trl, "limit": _limit, "decode": _decode, "generate": _generate}
+MEASURES = {
+    "train": _train,
+    "trl": _trl,
+    "limit": _limit,
+    "step": _step,
+    "peft32": lambda rows: _peft_step(rows, 32),
+    "peft16": lambda rows: _peft_step(rows, 16),
+    "decode": _decode,
+    "generate": _generate,
+}
 
 
 # ---- rows ----
