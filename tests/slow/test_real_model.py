@@ -92,7 +92,7 @@ def test_logits_are_those_of_transformers(base: BaseModel) -> None:
     batch = lay_out(rows)
     with torch.no_grad():
         attention = shared_prefix_attention(batch, network)
-        hidden = forward(network, batch.ids, batch.positions, frozen_linear(network), attention)
+        hidden = forward(network, batch.ids, frozen_linear(network), attention)
         ours = logits(network, hidden[batch.predicts])
         model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
         theirs = torch.cat([model(torch.tensor([row.ids])).logits[0, :-1][list(row.trained[1:])] for row in rows])

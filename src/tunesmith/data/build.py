@@ -170,12 +170,13 @@ def dataset_document(store: Store, digest: str) -> dict[str, Any]:
         "tokens",
     )
     sources = [
-        source | {"evidence": evidence(source["format"], told=source["format_told"])} for source in body["sources"]
+        source | ({"evidence": evidence(source["format"], told=source["format_told"])} if "format" in source else {})
+        for source in body["sources"]
     ]
     warnings = [
         f"{source['path']}: {said}"
         for source in sources
-        if source["format"] == OPENAI.name and (said := too_few(source["rows"]))
+        if source.get("format") == OPENAI.name and (said := too_few(source["rows"]))
     ]
     # Records of older versions lack the newer keys.
     known = {key: body[key] for key in shown if key in body}

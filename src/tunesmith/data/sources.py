@@ -113,11 +113,7 @@ class OpenSource:
         self.bytes = os.fstat(stream.fileno()).st_size
         if self.bytes == 0:
             raise UsageError("the file is empty", where=file.name, fix="give a file with rows, or leave it out")
-        kind, self._packed = endings(file.name)
-        if kind not in READERS:
-            known = ", ".join(sorted(READERS))
-            raise UsageError(f"rows are not read from {kind or 'a file without an ending'}", where=file.name, fix=known)
-        self._kind = kind
+        self._kind, self._packed = endings(file.name)
         require_content(stream, file.name)
         self.digest = _digest(stream) if digested else ""
 
@@ -137,6 +133,7 @@ class OpenSource:
 
     def read(self, part: Part) -> Iterator[Row]:
         """The rows of a part of the file, which may be none."""
+        self._require_rows()
         self._stream.seek(0)
         name = self.file.name
         stream = self._stream if self._packed is None else unpacked(self._stream, name, self._packed)
@@ -145,11 +142,17 @@ class OpenSource:
 
     def parts(self, size: int) -> list[Part]:
         """The file in parts that can be read apart, of about size bytes where its type lets it; else in one."""
+        self._require_rows()
         if self._packed is None and self._kind in (".jsonl", ".ndjson"):
             return _line_parts(self._stream, size)
         if self._kind == ".parquet":
             return parquet_parts(self._stream, self.file.name) or [WHOLE]
         return [WHOLE]
+
+    def _require_rows(self) -> None:
+        if self._kind not in READERS:
+            kind = self._kind or "a file without an ending"
+            raise UsageError(f"rows are not read from {kind}", where=self.file.name, fix=", ".join(sorted(READERS)))
 
     def require_unchanged(self) -> None:
         """Raise TunesmithError where the file is not what it was when it was opened."""
