@@ -48,7 +48,7 @@ def main() -> None:
 
     threads = runtime.prepare()
     versions = {name: _version(name) for name in ("torch", "transformers", "peft", "trl")}
-    print(f"{runtime.describe()}, {threads} threads, kernels {native.identity()}, {versions}")
+    print(f"{runtime.describe()} ({native.identity()}), {threads} threads, {versions}")
     with tempfile.TemporaryDirectory() as scratch:
         sets = {"restaurants": _restaurants(told.examples), "home commands": _home(told.examples)}
         sets |= {path.name: _read(path, told.examples) for path in told.rows}

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from tunesmith.models import native as kernels
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -53,8 +55,11 @@ def available_memory() -> int:
 
 
 def describe() -> str:
-    """The processor's cores and what it computes bf16 with."""
+    """The processor's cores, what it computes bf16 with, and whether kernels were compiled for it."""
     cores = len(os.sched_getaffinity(0))
     capability = torch.backends.cpu.get_cpu_capability()
     native = "native" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated: training will be slow"
-    return f"{cores} cores, {capability}, bf16 {native}"
+    compiled = (
+        "kernels compiled for it" if kernels.library() is not None else "portable kernels: install a C++ compiler"
+    )
+    return f"{cores} cores, {capability}, bf16 {native}, {compiled}"
