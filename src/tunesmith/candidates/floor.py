@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class Confident(Completion):
     confidence: float = 0.0
 
 
-class Floor:
+class Floor(ABC):
     """Answers requests from the training examples. Costs no tokens."""
 
     context_length = _UNBOUNDED
@@ -50,8 +51,8 @@ class Floor:
         yield completion.text
         yield completion
 
-    def _answers(self, texts: Sequence[str]) -> list[Completion]:
-        raise NotImplementedError
+    @abstractmethod
+    def _answers(self, texts: Sequence[str]) -> list[Completion]: ...
 
 
 class Nearest(Floor):

@@ -113,13 +113,19 @@ def best_untuned(evidence: Evidence, metric: str) -> str:
     return max(rivals, key=lambda name: rounded(float(np.mean(evidence.columns[name, metric].values))))
 
 
-def _lift(gate: Lift, evidence: Evidence) -> Finding:
-    rival = best_untuned(evidence, gate.metric) if gate.over == BEST_UNTUNED else gate.over
+def _rivals(metric: str, over: str, evidence: Evidence) -> tuple[str, Column, Column]:
+    """Whom the candidate is held against, its own scores and theirs. Raises Inconclusive where that says nothing."""
+    rival = best_untuned(evidence, metric) if over == BEST_UNTUNED else over
     if rival == evidence.candidate:
         raise Inconclusive("a candidate is not compared with itself")
-    own, other = evidence.columns[evidence.candidate, gate.metric], evidence.columns[rival, gate.metric]
+    own, other = evidence.columns[evidence.candidate, metric], evidence.columns[rival, metric]
     check_paired(own, other)
     _check_size(own)
+    return rival, own, other
+
+
+def _lift(gate: Lift, evidence: Evidence) -> Finding:
+    rival, own, other = _rivals(gate.metric, gate.over, evidence)
     confidence = confidence_at_look(gate.confidence, evidence.look)
     measured = _rounded(
         interval(own.values - other.values, own.groups, ends=(-1.0, 1.0), confidence=confidence, seed=evidence.seed)
@@ -137,12 +143,7 @@ def _lift(gate: Lift, evidence: Evidence) -> Finding:
 
 
 def _retain(gate: Retain, evidence: Evidence) -> Finding:
-    rival = best_untuned(evidence, gate.metric) if gate.not_below == BEST_UNTUNED else gate.not_below
-    if rival == evidence.candidate:
-        raise Inconclusive("a candidate is not compared with itself")
-    own, other = evidence.columns[evidence.candidate, gate.metric], evidence.columns[rival, gate.metric]
-    check_paired(own, other)
-    _check_size(own)
+    rival, own, other = _rivals(gate.metric, gate.not_below, evidence)
     confidence = confidence_at_look(gate.confidence, evidence.look)
     measured = _rounded(
         interval(other.values - own.values, own.groups, ends=(-1.0, 1.0), confidence=confidence, seed=evidence.seed)

@@ -63,7 +63,7 @@ class Frozen:
     """A weight [out, in] with its bias [out], which no training changes."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.out, self.into, self.bias, self.dtype = weight.shape[0], weight.shape[1], bias, weight.dtype
+        self.out, self.into, self.bias = weight.shape[0], weight.shape[1], bias
         self._tiles = _tiles(weight)
         self._packs = not self._tiles and _packs(weight)
         self._wide_bias = None if bias is None else bias.float()

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from tunesmith.core.errors import Refused
 from tunesmith.models import runtime
-from tunesmith.training.loop import Step
+from tunesmith.training.loop import Step, step_tokens
 
 _TIMED = 2
 
@@ -28,7 +28,7 @@ def estimate(plan: Sequence[Step], validation_tokens: int, validations: int, tri
     Refused where the largest part of a step cannot fit.
     """
     largest = max((part for step in plan for part in step), key=lambda part: part.tokens)
-    by_size = sorted(plan, key=_tokens)
+    by_size = sorted(plan, key=step_tokens)
     runtime.reset_peak_memory()
     before = runtime.available_memory()
     try:
@@ -47,10 +47,6 @@ def estimate(plan: Sequence[Step], validation_tokens: int, validations: int, tri
     began = time.perf_counter()
     for step in timed:
         trial(step)
-    each = (time.perf_counter() - began) / sum(_tokens(step) for step in timed)
-    tokens = sum(_tokens(step) for step in plan) + validations * validation_tokens / 3
+    each = (time.perf_counter() - began) / sum(step_tokens(step) for step in timed)
+    tokens = sum(step_tokens(step) for step in plan) + validations * validation_tokens / 3
     return Estimate(seconds=each * tokens, peak_memory_bytes=peak)
-
-
-def _tokens(step: Step) -> int:
-    return sum(part.tokens for part in step)

@@ -107,8 +107,8 @@ def fit(
     course, steps = run.course, len(plan)
     due = {math.ceil(steps * turn / settings.validations) for turn in range(1, settings.validations + 1)}
     saved = time.perf_counter()
-    with progress.task("training", sum(_tokens(step) for step in plan)) as task:
-        task.advance(sum(_tokens(step) for step in plan[: course.step]))
+    with progress.task("training", sum(step_tokens(step) for step in plan)) as task:
+        task.advance(sum(step_tokens(step) for step in plan[: course.step]))
         while course.step < steps and course.ended is None:
             began, step = time.perf_counter(), plan[course.step]
             rate = rate_at(course.step, steps, settings)
@@ -122,7 +122,7 @@ def fit(
             course.step += 1
             if course.step in due and validation:
                 run.validate(validation)
-            spent, tokens = time.perf_counter() - began, _tokens(step)
+            spent, tokens = time.perf_counter() - began, step_tokens(step)
             course.seconds += spent
             course.curve.append(
                 {"step": course.step, "loss": loss, "learning_rate": rate, "tokens": tokens, "seconds": spent}
@@ -137,7 +137,8 @@ def fit(
     return course
 
 
-def _tokens(step: Step) -> int:
+def step_tokens(step: Step) -> int:
+    """Tokens that a step computes."""
     return sum(part.tokens for part in step)
 
 
