@@ -18,9 +18,8 @@ from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.batch import Batch
 from tunesmith.models.network import Network, forward, rms_norm
 from tunesmith.training.checkpoints import load_checkpoint, save_checkpoint
-from tunesmith.training.lora import Lora
-from tunesmith.training.loss import cross_entropy
 from tunesmith.training.settings import TrainSettings
+from tunesmith.training.trainable import Trainable
 
 # A step: the parts it is computed in, one after another, to one sum.
 Step = Sequence[Batch]
@@ -46,33 +45,33 @@ class Course:
         return losses.index(min(losses)) if losses else None
 
 
-def batch_loss(network: Network, lora: Lora, batch: Batch, divisor: float) -> Tensor:
-    """Summed loss of a batch's labels over divisor, a scalar with gradients to the adapter's copies."""
-    hidden = forward(network, batch.ids, lora.linear(), shared_prefix_attention(batch, network))
+def batch_loss(network: Network, trained: Trainable, batch: Batch, divisor: float) -> Tensor:
+    """Summed loss of a batch's labels over divisor, a scalar with gradients to the copies of what is trained."""
+    hidden = forward(network, batch.ids, trained.linear(), shared_prefix_attention(batch, network))
     wanted = rms_norm(hidden[batch.predicts], network.final_norm, network.shape.epsilon)
     share = torch.full((batch.labels.numel(),), 1.0 / divisor)
-    return cross_entropy(wanted, network.head, batch.labels, share)
+    return trained.loss(wanted, batch.labels, share)
 
 
-def trial_step(network: Network, lora: Lora) -> Callable[[Step], None]:
+def trial_step(network: Network, trained: Trainable) -> Callable[[Step], None]:
     """A step's whole arithmetic without its effect, for the estimate."""
 
     def run(step: Step) -> None:
-        gradients(network, lora, step)
-        for master in lora.masters:
+        gradients(network, trained, step)
+        for master in trained.masters:
             master.grad = None
 
     return run
 
 
-def gradients(network: Network, lora: Lora, step: Step) -> float:
+def gradients(network: Network, trained: Trainable, step: Step) -> float:
     """Leave a step's gradients on the masters; returns its loss, the mean over all its labels."""
     labels = float(sum(part.labels.numel() for part in step))
     total = 0.0
     for part in step:
-        loss = batch_loss(network, lora, part, labels)
+        loss = batch_loss(network, trained, part, labels)
         loss.backward()
-        lora.take_gradients()
+        trained.take_gradients()
         total += float(loss.detach())
     return total
 
@@ -90,7 +89,7 @@ def rate_at(step: int, steps: int, settings: TrainSettings) -> float:
 
 def fit(
     network: Network,
-    lora: Lora,
+    trained: Trainable,
     plan: Sequence[Step],
     validation: Sequence[Batch],
     settings: TrainSettings,
@@ -98,12 +97,12 @@ def fit(
     identity: Mapping[str, Any],
     progress: Progress,
 ) -> Course:
-    """Train the adapter on the plan's steps; carries on from the newest whole checkpoint under folder. The adapter ends
-    as `keep` says.
+    """Train on the plan's steps; carries on from the newest whole checkpoint under folder. The weights end as `keep`
+    says.
 
     Raises TunesmithError where the loss is not a number any more; the checkpoint before that stays.
     """
-    run = _Run(network, lora, settings, folder, identity, progress)
+    run = _Run(network, trained, settings, folder, identity, progress)
     course, steps = run.course, len(plan)
     due = {math.ceil(steps * turn / settings.validations) for turn in range(1, settings.validations + 1)}
     saved = time.perf_counter()
@@ -143,23 +142,21 @@ def step_tokens(step: Step) -> int:
 
 
 class _Run:
-    """What changes during a run: the adapter, the optimiser, the course, the best weights so far."""
+    """What changes during a run: the weights, the optimiser, the course, the best weights so far."""
 
     def __init__(
         self,
         network: Network,
-        lora: Lora,
+        trained: Trainable,
         settings: TrainSettings,
         folder: Path,
         identity: Mapping[str, Any],
         progress: Progress,
     ) -> None:
-        self.network, self.lora, self.settings, self.progress = network, lora, settings, progress
+        self.network, self.trained, self.settings, self.progress = network, trained, settings, progress
         self.folder, self.identity = folder, dict(identity)
-        # LoRA+ (Hayou et al. 2024): B, which starts at zero, learns best at a higher rate than A.
-        self.multiples = (1.0, settings.b_rate, 1.0)[: len(lora.masters)]
         self.optimizer = torch.optim.AdamW(
-            [{"params": [master]} for master in lora.masters],
+            trained.groups(),
             lr=settings.learning_rate,
             betas=(0.9, 0.999),
             weight_decay=settings.weight_decay,
@@ -170,40 +167,40 @@ class _Run:
 
     def step(self, step: Step, rate: float) -> float:
         """One optimiser step; returns its loss, and does nothing where that is not finite."""
-        loss = gradients(self.network, self.lora, step)
-        torch.nn.utils.clip_grad_norm_(self.lora.masters, self.settings.clip)
-        for group, multiple in zip(self.optimizer.param_groups, self.multiples, strict=True):
-            group["lr"] = rate * multiple
+        loss = gradients(self.network, self.trained, step)
+        torch.nn.utils.clip_grad_norm_(self.trained.masters, self.settings.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["multiple"]
         if math.isfinite(loss):
             self.optimizer.step()
-            self.lora.refresh_copies()
+            self.trained.refresh_copies()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
     def validate(self, batches: Sequence[Batch]) -> None:
         """Take the validation loss; keep the weights where it is the lowest, end the run where patience is."""
         course, patience = self.course, self.settings.patience
-        loss = validation_loss(self.network, self.lora, batches)
+        loss = validation_loss(self.network, self.trained, batches)
         course.validation.append({"step": course.step, "loss": loss})
         best = course.best
         if best == len(course.validation) - 1:
-            self.best = [master.detach().clone() for master in self.lora.masters]
+            self.best = [master.detach().clone() for master in self.trained.masters]
         elif best is not None and patience is not None and len(course.validation) - 1 - best >= patience:
             course.ended = f"no lower validation loss in {patience} validations"
             self.progress.say(f"stopping at step {course.step}: {course.ended}")
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Leave the adapter at the weights that are to be kept."""
+        """Leave the masters at the weights that are to be kept."""
         if self.settings.keep == "best" and self.best is not None:
-            for master, best in zip(self.lora.masters, self.best, strict=True):
+            for master, best in zip(self.trained.masters, self.best, strict=True):
                 master.copy_(best)
-            self.lora.refresh_copies()
+            self.trained.refresh_copies()
 
     def save(self) -> None:
         """Write a checkpoint."""
         tensors = {}
-        for place, master in enumerate(self.lora.masters):
+        for place, master in enumerate(self.trained.masters):
             kept = self.optimizer.state[master]
             tensors[f"{place}.master"] = master.detach()
             tensors[f"{place}.first"], tensors[f"{place}.second"] = kept["exp_avg"], kept["exp_avg_sq"]
@@ -219,7 +216,7 @@ class _Run:
         tensors, state, damaged = found
         for name in damaged:
             self.progress.say(f"checkpoint {name} is damaged; carrying on from the one before it")
-        for place, master in enumerate(self.lora.masters):
+        for place, master in enumerate(self.trained.masters):
             master.copy_(tensors[f"{place}.master"])
             self.optimizer.state[master] = {
                 "step": torch.tensor(float(state["step"])),
@@ -227,14 +224,14 @@ class _Run:
                 "exp_avg_sq": tensors[f"{place}.second"],
             }
         if "0.best" in tensors:
-            self.best = [tensors[f"{place}.best"] for place in range(len(self.lora.masters))]
-        self.lora.refresh_copies()
+            self.best = [tensors[f"{place}.best"] for place in range(len(self.trained.masters))]
+        self.trained.refresh_copies()
         self.progress.say(f"carrying on from step {state['step']}")
         return Course(**{each.name: state[each.name] for each in fields(Course)})
 
 
 @torch.no_grad()
-def validation_loss(network: Network, lora: Lora, batches: Sequence[Batch]) -> float:
+def validation_loss(network: Network, trained: Trainable, batches: Sequence[Batch]) -> float:
     """Mean loss over all labels of batches."""
     labels = sum(batch.labels.numel() for batch in batches)
-    return float(sum(batch_loss(network, lora, batch, float(labels)) for batch in batches))
+    return float(sum(batch_loss(network, trained, batch, float(labels)) for batch in batches))

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.models.adapter import Adapter, Place, blocks, target_names
+from tunesmith.models.adapter import Adapter, Place, blocks, encode_adapter, target_names
+from tunesmith.models.base import BaseModel
 from tunesmith.models.network import GROUPS, Linear, Network
 from tunesmith.models.products import TILE, Frozen, Pair
+from tunesmith.training.loss import cross_entropy
 from tunesmith.training.magnitudes import Magnitudes, dora_linear
 from tunesmith.training.settings import TrainSettings
 
@@ -30,7 +32,7 @@ class Lora:
     """
 
     def __init__(self, network: Network, settings: TrainSettings) -> None:
-        self.network, self.rank = network, settings.rank
+        self.network, self.rank, self._b_rate = network, settings.rank, settings.b_rate
         self.alpha = float(settings.alpha if settings.alpha is not None else 2 * settings.rank)
         self.root = settings.scaling == "root"
         self.targets = frozenset(target_names() if "all" in settings.targets else settings.targets)
@@ -71,6 +73,11 @@ class Lora:
         own = 0 if self.magnitudes is None else self.magnitudes.trained.count_nonzero()
         return int(sum(factor.count_nonzero() for factor in self._factors) + own)
 
+    def groups(self) -> list[dict[str, Any]]:
+        """AdamW's groups. LoRA+ (Hayou et al. 2024): B, which starts at zero, learns best at a higher rate than A."""
+        multiples = (1.0, self._b_rate, 1.0)
+        return [{"params": [master], "multiple": each} for master, each in zip(self.masters, multiples, strict=False)]
+
     def linear(self) -> Linear:
         """The base's linear layers with the adapter on top; a backward pass leaves the adapter's gradients here."""
 
@@ -85,6 +92,10 @@ class Lora:
             return _LoraLinear.apply(x, self._anchor, product, pair, ga, gc)  # type: ignore[no-any-return]
 
         return apply
+
+    def loss(self, hidden: Tensor, labels: Tensor, share: Tensor) -> Tensor:
+        """The loss of labels under normed hidden states, through the base's head."""
+        return cross_entropy(hidden, self.network.head, labels, share)
 
     def take_gradients(self) -> None:
         """Move the last backward pass's gradients onto the masters, in fp32, on top of what they hold."""
@@ -103,6 +114,10 @@ class Lora:
             pair.refresh()
         if self.magnitudes is not None:
             self.magnitudes.refresh({place: pair for place, (pair, _, _) in self._pairs.items()})
+
+    def files(self, base: BaseModel) -> dict[str, bytes]:
+        """The adapter in PEFT's layout."""
+        return encode_adapter(self.adapter(), self.network, base)
 
     def adapter(self) -> Adapter:
         """The masters as an adapter."""

@@ -17,7 +17,6 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.models import native, runtime
-from tunesmith.models.adapter import encode_adapter
 from tunesmith.models.base import BaseModel
 from tunesmith.models.batch import Batch, label_count, lay_out
 from tunesmith.models.rendering import Rendered, Renderer
@@ -104,7 +103,7 @@ def train(
         "environment": environment,
         **_measured(course, len(rows) * settings.epochs / len(steps), tokens / len(steps), expected, settings.keep),
     }
-    files = encode_adapter(lora.adapter(), network, base)
+    files = lora.files(base)
     blobs = {name: store.put_bytes(data) for name, data in files.items()}
     return store.put_record(
         Record(kind="training", parents={"base": base.digest, "dataset": dataset}, blobs=blobs, body=body)
