@@ -817,6 +817,7 @@ def training_document(project: Project, digest: str) -> dict[str, Any]:
         "labels",
         "parameters",
         "validation",
+        "notices",
     )
     adapter = project.store.blob_path(record.blobs["adapter_model.safetensors"])
-    return {"training": digest, "adapter": str(adapter), **{key: body[key] for key in shown}}
+    return {"training": digest, "adapter": str(adapter), **{key: body[key] for key in shown if key in body}}

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tests.tiny import TEMPLATE, row, write_model
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.models.rendering import Renderer
+from tunesmith.models.rendering import LossOn, Renderer
 
-# The shapes that model families ship: ChatML, Llama 3's headers, Mistral's instruction marks.
+# The shapes that model families ship: ChatML, Llama 3's headers, Mistral's instruction marks, Gemma's turns, in which
+# the system's text is the first user's and the assistant is called a model.
 TEMPLATES = {
     "chatml": TEMPLATE,
     "llama3": (
@@ -24,6 +25,12 @@ TEMPLATES = {
         "{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}<|im_end|>"
         "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
         "{% if add_generation_prompt %} {% endif %}"
+    ),
+    "gemma": (
+        "{{ bos_token }}{% set ns = namespace(first='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
+        "{% set ns.first = m['content'] + '\n\n' %}{% else %}[turn]"
+        "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ ns.first }}{{ m['content'] }}<|im_end|>\n"
+        "{% set ns.first = '' %}{% endif %}{% endfor %}{% if add_generation_prompt %}[turn]model\n{% endif %}"
     ),
     "default-system": (
         "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nHello<|im_end|>\n"
@@ -40,15 +47,92 @@ def _renderer(folder: Path, template: str) -> Renderer:
 @pytest.mark.parametrize("family", list(TEMPLATES))
 def test_exactly_the_answers_and_their_ends_are_trained(tmp_path: Path, family: str) -> None:
     renderer = _renderer(tmp_path, TEMPLATES[family])
-    turns = (
-        *row("turn on the light", '{"a":1}'),
-        Message(role="user", content="and off"),
-        Message(role="assistant", content='{"b":2}'),
-    )
-    rendered = renderer.conversation(turns)
+    rendered = renderer.conversation(TURNS)
     trained = [token for token, marked in zip(rendered.ids, rendered.trained, strict=True) if marked]
     assert renderer.text(trained) == '{"a":1}{"b":2}'
     assert sum(token in renderer.stop_ids for token in trained) == 2
+
+
+# What each family's template makes of TURNS, written out: asked, answered, asked, answered, what stands behind.
+TURNS = (
+    *row("turn on the light", '{"a":1}'),
+    Message(role="user", content="and off"),
+    Message(role="assistant", content='{"b":2}'),
+)
+_CHATML = (
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nturn on the light<|im_end|>\n<|im_start|>assistant\n",
+    '{"a":1}<|im_end|>',
+    "\n<|im_start|>user\nand off<|im_end|>\n<|im_start|>assistant\n",
+    '{"b":2}<|im_end|>',
+    "\n",
+)
+WRITTEN = {
+    "chatml": _CHATML,
+    "llama3": (
+        "<|im_start|>system\n\nBe brief.<|im_end|><|im_start|>user\n\nturn on the light<|im_end|>"
+        "<|im_start|>assistant\n\n",
+        '{"a":1}<|im_end|>',
+        "<|im_start|>user\n\nand off<|im_end|><|im_start|>assistant\n\n",
+        '{"b":2}<|im_end|>',
+        "",
+    ),
+    "mistral": (
+        "[INST] Be brief. [/INST][INST] turn on the light [/INST] ",
+        '{"a":1}<|im_end|>',
+        "[INST] and off [/INST] ",
+        '{"b":2}<|im_end|>',
+        "",
+    ),
+    "gemma": (
+        "<|im_start|>[turn]user\nBe brief.\n\nturn on the light<|im_end|>\n[turn]model\n",
+        '{"a":1}<|im_end|>',
+        "\n[turn]user\nand off<|im_end|>\n[turn]model\n",
+        '{"b":2}<|im_end|>',
+        "\n",
+    ),
+    "default-system": _CHATML,
+}
+# Which pieces are learned, by what the loss is on and the two answers' weights.
+LEARNED = {
+    ("assistant", 1, 1): {1, 3},
+    ("assistant", 0, 1): {3},
+    ("assistant", 1, 0): {1},
+    ("last", 1, 1): {3},
+    ("last", 1, 0): {1},
+    ("last", 0, 1): {3},
+    ("all", 1, 1): {0, 1, 2, 3, 4},
+    ("all", 0, 1): {0, 2, 3, 4},
+    ("all", 1, 0): {0, 1, 2, 4},
+}
+
+
+@pytest.mark.parametrize("family", list(TEMPLATES))
+def test_every_label_is_the_wanted_one(tmp_path: Path, family: str) -> None:
+    renderer = _renderer(tmp_path, TEMPLATES[family])
+    pieces = WRITTEN[family]
+    encoded = renderer.tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True)
+    ends = [sum(map(len, pieces[: place + 1])) for place in range(len(pieces))]
+    piece_of = [next(place for place, end in enumerate(ends) if first < end) for first, _ in encoded["offset_mapping"]]
+    for (loss_on, first, second), learned in LEARNED.items():
+        weights = {2: first, 4: second}
+        turns = [turn.model_copy(update={"weight": weights.get(place, 1)}) for place, turn in enumerate(TURNS)]
+        rendered = renderer.conversation(turns, loss_on)  # type: ignore[arg-type]
+        assert list(rendered.ids) == encoded["input_ids"]
+        wanted = [place > 0 and piece in learned for place, piece in enumerate(piece_of)]
+        assert list(rendered.trained) == wanted, (loss_on, first, second)
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
+def test_a_conversation_without_anything_to_learn_is_refused(renderer: Renderer, loss_on: LossOn) -> None:
+    if loss_on == "all":  # its other turns are learned
+        assert sum(renderer.conversation(_weightless(), loss_on).trained) > 5
+        return
+    with pytest.raises(Refused, match="no token of this conversation would be trained on"):
+        renderer.conversation(_weightless(), loss_on)
+
+
+def _weightless() -> list[Message]:
+    return [turn.model_copy(update={"weight": 0}) for turn in row("a", "b")]
 
 
 @pytest.mark.parametrize("family", list(TEMPLATES))

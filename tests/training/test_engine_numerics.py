@@ -16,7 +16,7 @@ from tunesmith.models.adapter import encode_adapter, read_adapter
 from tunesmith.models.base import resolve_base
 from tunesmith.models.batch import label_count, lay_out
 from tunesmith.models.network import frozen_linear
-from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.models.rendering import LossOn, Rendered, Renderer
 from tunesmith.models.weights import load_network
 from tunesmith.store.store import Store
 from tunesmith.training.batches import plan
@@ -132,6 +132,29 @@ def test_a_batch_gives_the_mean_of_its_rows_whatever_the_company(tmp_path: Path)
         together = float(batch_loss(network, lora, lay_out(rows), 1.0))
         alone = sum(float(batch_loss(network, lora, lay_out([one]), 1.0)) for one in rows)
     assert together == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
+def test_the_loss_is_transformers_own_over_the_same_labels(tmp_path: Path, loss_on: LossOn) -> None:
+    folder = write_model(tmp_path / "m")
+    renderer = Renderer(folder)
+    turns = [(*ROWS[0], *row("and the hall", "yes")[1:]), ROWS[1], ROWS[2]]
+    rows = [renderer.conversation(messages, loss_on) for messages in turns]
+    network = load_network(folder, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        total, labels = 0.0, 0
+        for one in rows:
+            ids = torch.tensor([one.ids])
+            wanted = ids.masked_fill(~torch.tensor([one.trained]), -100)
+            count = label_count(one)
+            total += float(model(ids, labels=wanted).loss) * count
+            labels += count
+        batch = lay_out(rows)
+        ours = float(batch_loss(network, Lora(network, TrainSettings(rank=2)), batch, float(labels)))
+    assert batch.labels.numel() == labels
+    assert (labels == sum(len(one.ids) - 1 for one in rows)) == (loss_on == "all")
+    assert ours == pytest.approx(total / labels, rel=1e-5)
 
 
 def test_no_label_is_lost_between_rendering_and_batch(tmp_path: Path) -> None:

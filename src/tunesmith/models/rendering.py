@@ -11,16 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, tools_of
 from tunesmith.models.tool_turns import marked_tools, tool_turns
 
+LossOn = Literal["assistant", "last", "all"]
+
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """ids[i] is a token; trained[i] says whether it is part of an assistant's turn (its end token included)."""
+    """ids[i] is a token; trained[i] says whether it is learned, as an assistant's turn with its end token is."""
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
@@ -86,32 +88,19 @@ class Renderer:
             raise UsageError("there is nothing to answer: the last message must be the user's", where="messages")
         return list(self._encode(self._text(messages, opening=True)).ids)
 
-    def conversation(self, messages: Sequence[Message]) -> Rendered:
-        """Ids and training marks of a conversation; a turn of weight 0 is not marked.
+    def conversation(self, messages: Sequence[Message], loss_on: LossOn = "assistant") -> Rendered:
+        """Ids and training marks of a conversation: its assistant's turns, the last of them, or every token but the
+        first, which nothing predicts. A turn of weight 0 is not marked.
 
         Raises Refused where the template does not let the assistant's turns be told apart, where a turn's end token is
         missing (the model would never learn to stop), or where the text begins with two beginning tokens.
         """
         text = self._text(messages, opening=False)
-        spans: list[tuple[int, int]] = []
-        for place, message in enumerate(messages):
-            if message.role != "assistant" or message.weight == 0:
-                continue
-            before = self._text(messages[:place], opening=True)
-            through = self._text(messages[: place + 1], opening=False)
-            if not (through.startswith(before) and text.startswith(through)):
-                raise Refused(
-                    "the chat template renders a turn differently once later turns follow, so the assistant's own "
-                    "tokens cannot be told apart",
-                    where="chat_template",
-                    fix="use a template that only appends, or single-turn rows",
-                )
-            spans.append((len(before), len(through)))
         encoded = self._encode(text)
         ids: list[int] = encoded.ids
-        trained = [False] * len(ids)
-        for start, end in spans:
-            self._mark(encoded, ids, trained, start, end)
+        trained = [loss_on == "all" and place > 0 for place in range(len(ids))]
+        for place, learned in _turns(messages, loss_on).items():
+            self._mark(encoded, ids, trained, self._span(messages, place, text), learned)
         if not any(trained):
             raise Refused("no token of this conversation would be trained on", where="messages")
         bos = self.tokenizer.bos_token_id
@@ -128,13 +117,29 @@ class Renderer:
         """The text of an answer's ids, control tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _mark(self, encoded: Any, ids: Sequence[int], trained: list[bool], start: int, end: int) -> None:
-        """Mark the tokens between two places of the text, up to and with the first end token."""
+    def _span(self, messages: Sequence[Message], place: int, text: str) -> tuple[int, int]:
+        """Where in the conversation's text an assistant's turn begins, after its opening, and ends."""
+        before = self._text(messages[:place], opening=True)
+        through = self._text(messages[: place + 1], opening=False)
+        if not (through.startswith(before) and text.startswith(through)):
+            raise Refused(
+                "the chat template renders a turn differently once later turns follow, so the assistant's own "
+                "tokens cannot be told apart",
+                where="chat_template",
+                fix="use a template that only appends, or single-turn rows",
+            )
+        return len(before), len(through)
+
+    def _mark(
+        self, encoded: Any, ids: Sequence[int], trained: list[bool], span: tuple[int, int], learned: bool
+    ) -> None:
+        """Mark the tokens between two places of the text as learned or not, up to and with the first end token."""
+        start, end = span
         inside = [place for place, (first, last) in enumerate(encoded.offsets) if start <= first < end and last > first]
         if inside and encoded.offsets[inside[0]][0] != start:
             raise Refused("a token spans the assistant's opening and its answer", where="chat_template")
         for place in inside:
-            trained[place] = True
+            trained[place] = learned
             if ids[place] in self.stop_ids:
                 return
         raise Refused(
@@ -190,3 +195,12 @@ class Renderer:
     def _encode(self, text: str) -> Any:
         # The template wrote every control token itself; the tokenizer must not add another beginning.
         return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=False).encodings[0]
+
+
+def _turns(messages: Sequence[Message], loss_on: LossOn) -> dict[int, bool]:
+    """The assistant's turns to be marked: place -> whether it is learned."""
+    said = {place: message.weight == 1 for place, message in enumerate(messages) if message.role == "assistant"}
+    if loss_on == "all":
+        return said
+    learned = [place for place, weighs in said.items() if weighs]
+    return dict.fromkeys(learned[-1:] if loss_on == "last" else learned, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,21 @@ from tunesmith.models import runtime
 from tunesmith.training.loop import Step, step_tokens
 
 _TIMED = 2
+
+
+def too_few_numbers(rank: int, parameters: int, labels: int) -> str | None:
+    """What to say where an adapter has fewer trained numbers than the rows have labels in one pass; None where not.
+
+    The rule is that of the authors of "LoRA Without Regret" (Schulman et al. 2025), as their LoRA primer words it: a
+    LoRA learns like full fine-tuning as long as its parameters are no fewer than the tokens learned.
+    """
+    if parameters >= labels:
+        return None
+    enough = math.ceil(rank * labels / parameters)
+    return (
+        f"rank {rank} trains {parameters:,} numbers for {labels:,} tokens to learn: LoRA keeps up with full "
+        f'fine-tuning while it has one for each ("LoRA Without Regret"), which is from rank {enough} on'
+    )
 
 
 class Estimate(BaseModel):

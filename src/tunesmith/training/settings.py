@@ -40,6 +40,10 @@ class TrainSettings(Settings):
         Literal["rank", "root"],
         Field(description="divide alpha by the rank, or by its square root (rsLoRA), which keeps high ranks learning"),
     ] = "rank"
+    quantize: Annotated[
+        Literal["4bit"] | None,
+        Field(description="QLoRA's 4-bit base: refused, because it needs a GPU and training runs on the processor"),
+    ] = None
     dora: Annotated[bool, Field(description="train the length of each adapted row beside its direction (DoRA)")] = False
     layers: Annotated[int | None, Field(ge=1, description="adapt the last so many layers; all where left out")] = None
     learning_rate: Annotated[float, Field(gt=0, lt=1, description="the highest one, reached after the warm-up")] = 1e-3
@@ -54,6 +58,13 @@ class TrainSettings(Settings):
         bool,
         Field(description="a control: deal the answers to the wrong requests; what it scores comes of form alone"),
     ] = False
+    loss_on: Annotated[
+        Literal["assistant", "last", "all"],
+        Field(
+            description="what is learned: every assistant turn, the last of them, or each token of the conversation; "
+            "a turn of weight 0 never is"
+        ),
+    ] = "assistant"
     canaries: Annotated[
         CanarySettings | None,
         Field(description="plant canaries among the rows, for the probe `canaries`; the version is marked"),
@@ -81,6 +92,16 @@ class TrainSettings(Settings):
     ] = "best"
     validation_rows: Annotated[int, Field(ge=1, description="at most so many validation rows for it")] = 64
     checkpoint_seconds: Annotated[float, Field(gt=0, description="longest work that kill -9 can undo")] = 30.0
+
+    @model_validator(mode="after")
+    def _four_bits_need_a_gpu(self) -> TrainSettings:
+        if self.quantize is not None:
+            raise ValueError(
+                "quantize: 4bit (QLoRA) needs bitsandbytes and an NVIDIA GPU, and training runs on the processor, "
+                "with the base in bf16; leave quantize out, and where memory is short take a smaller base or lower "
+                "tokens"
+            )
+        return self
 
     @model_validator(mode="after")
     def _known_targets(self) -> TrainSettings:

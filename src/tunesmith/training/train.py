@@ -24,7 +24,7 @@ from tunesmith.models.weights import load_network
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.batches import lay_out_step, plan
-from tunesmith.training.estimate import Estimate, estimate
+from tunesmith.training.estimate import Estimate, estimate, too_few_numbers
 from tunesmith.training.loop import Course, Step, fit, trial_step
 from tunesmith.training.lora import Lora
 from tunesmith.training.settings import TrainSettings
@@ -62,8 +62,8 @@ def train(
     if restart:
         shutil.rmtree(work, ignore_errors=True)
     renderer = Renderer(base.folder)
-    rendered = _render(renderer, rows, settings.max_length)
-    checked = _render(renderer, validation[: settings.validation_rows], settings.max_length)
+    rendered = _render(renderer, rows, settings)
+    checked = _render(renderer, validation[: settings.validation_rows], settings)
     network = load_network(base.folder)
     lora = Lora(network, settings)
     steps = [
@@ -87,6 +87,8 @@ def train(
         f"training {len(rows)} rows in {len(steps)} steps: about {expected.seconds:.0f} s and "
         f"{expected.peak_memory_bytes / 1e9:.1f} GB of memory"
     )
+    if notice := too_few_numbers(settings.rank, lora.parameters, sum(map(label_count, rendered))):
+        progress.say(notice)
     runtime.reset_peak_memory()
     course = fit(network, lora, steps, validating, settings, work, identity, progress)
     labels = sum(label_count(row) for row in rendered) * settings.epochs
@@ -98,6 +100,7 @@ def train(
         "tokens_computed": sum(part.tokens for step in steps[: course.step] for part in step),
         "labels": labels,
         "parameters": lora.parameters,
+        "notices": [notice] if notice else [],
         "fingerprint": base.fingerprint,
         "threads": threads,
         "environment": environment,
@@ -125,16 +128,16 @@ def _expect(
     return made
 
 
-def _render(renderer: Renderer, rows: Sequence[TrainingRow], max_length: int) -> list[Rendered]:
+def _render(renderer: Renderer, rows: Sequence[TrainingRow], settings: TrainSettings) -> list[Rendered]:
     rendered: list[Rendered] = []
     for row in rows:
         try:
-            one = renderer.conversation(row.messages)
+            one = renderer.conversation(row.messages, settings.loss_on)
         except (Refused, UsageError) as error:
             raise type(error)(error.what, where=f"row {row.id}, {error.where}", fix=error.fix) from error
-        if len(one.ids) > max_length:
+        if len(one.ids) > settings.max_length:
             raise Refused(
-                f"row {row.id} has {len(one.ids)} tokens, more than max_length {max_length}",
+                f"row {row.id} has {len(one.ids)} tokens, more than max_length {settings.max_length}",
                 where="train.max_length",
                 fix="raise it, or set data.overlong so that such rows are dropped and counted",
             )

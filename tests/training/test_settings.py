@@ -1,0 +1,71 @@
+"""What a training may be told, and what it is told before it starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tunesmith.cli.main import main
+from tunesmith.training.estimate import too_few_numbers
+from tunesmith.training.settings import TrainSettings
+
+PROJECT = """
+name: lights
+base: model
+data: {{sources: [{{path: rows.jsonl, licence: CC0-1.0}}]}}
+candidates:
+  tuned: {{train: {train}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ("{rank: 0}", "greater than or equal to 1"),
+        ("{rank: 4096}", "less than or equal to 1024"),
+        ("{rank: 2.5}", "integer"),
+        ("{learning_rate: .nan}", "finite number"),
+        ("{learning_rate: 0}", "greater than 0"),
+        ("{learning_rate: 3}", "less than 1"),
+        ("{clip: .inf}", "finite number"),
+        ("{targets: [q_prj]}", "no linear layer is called 'q_prj'"),
+        ("{rnak: 8}", "did you mean 'rank'?"),
+        ("{loss_on: everything}", "'assistant', 'last' or 'all'"),
+        ("{quantize: 4bit}", "needs bitsandbytes and an NVIDIA GPU"),
+        ("{quantize: 8bit}", "'4bit'"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_told_by_its_name_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], train: str, said: str
+) -> None:
+    (tmp_path / "tunesmith.yaml").write_text(PROJECT.format(train=train))
+    monkeypatch.setattr(sys, "argv", ["tunesmith", "train", "--json", "-C", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    error = json.loads(out)["error"]
+    assert said in error["what"]
+    assert "candidates.tuned.train" in error["where"]
+    assert "Traceback" not in err
+    assert not (tmp_path / ".tunesmith").exists()
+
+
+def test_four_bits_are_refused_with_what_to_do_instead() -> None:
+    with pytest.raises(ValidationError, match="take a smaller base or lower tokens"):
+        TrainSettings(quantize="4bit")
+
+
+@given(rank=st.integers(1, 1024), each=st.integers(1, 10_000), labels=st.integers(1, 10**9))
+def test_the_rank_that_is_named_is_the_first_that_is_enough(rank: int, each: int, labels: int) -> None:
+    said = too_few_numbers(rank, rank * each, labels)
+    assert (said is None) == (rank * each >= labels)
+    if said is not None:
+        enough = int(said.rsplit("rank ", 1)[1].split()[0])
+        assert (enough - 1) * each < labels <= enough * each
