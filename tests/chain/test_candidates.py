@@ -111,7 +111,7 @@ def test_the_prompt_cites_the_passage(project: Project) -> None:
     from tunesmith.core.messages import Message
 
     candidate = _candidate(project, "docs")
-    answerer = chain.Chain(project).answerer(candidate)
+    answerer = chain.answerer(chain.Chain(project), candidate)
     asked = answerer.conversation([Message(role="user", content="what is in the garage?")])
     assert "(rooms.md, Garage)\nThe garage has a radio." in asked[0].content
     assert answerer.sources([Message(role="user", content="garage")]).sources == ("rooms.md",)
@@ -119,7 +119,7 @@ def test_the_prompt_cites_the_passage(project: Project) -> None:
 
 def test_a_tuned_candidate_with_retrieval_never_sees_its_own_answer(project: Project) -> None:
     candidate = _candidate(project, "tuned")
-    answerer = chain.Chain(project).answerer(candidate)
+    answerer = chain.answerer(chain.Chain(project), candidate)
     for example in load_dataset(project.store, candidate.dataset).examples("train"):
         shown = compose(candidate, example.messages, answerer.without_group(example))
         assert example.messages[-1] in shown

@@ -182,7 +182,7 @@ def test_a_stage_at_work_is_not_run_twice_at_once(project: Path) -> None:
     (project / "prompt.txt").write_text("Other.\n")
     walk = chain.Chain(Project.load(project))
     work = walk.project.store.root / "work"
-    walk.candidate("plain")
+    chain.candidate(walk, "plain")
     with pytest.raises(TunesmithError, match="another process"), lock(work / "x.lock", "a"), lock(work / "x.lock", "b"):
         pass
 

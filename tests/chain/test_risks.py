@@ -12,6 +12,7 @@ import pytest
 
 from tests.chain.scene import settings, write_project
 from tunesmith import chain
+from tunesmith.chain.probes import risk
 from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.probes.items import ITEMS, decode_items
 from tunesmith.project import Project
@@ -145,7 +146,7 @@ def test_plan_says_what_would_be_seen(judged: tuple[Path, dict[str, Any]]) -> No
     assert gate["needed"] > 0
     assert document["looks"] == 1
     walk = chain.Chain(Project.load(judged[0]))
-    measured = walk.plan(between=("plain", "tuned"))
+    measured = chain.plan(walk, between=("plain", "tuned"))
     assert measured["measured"]
     rows = walk.dataset.splits["validation"]
     assert measured["gates"][0]["differing"] == pytest.approx(max(1 / (rows + 1), 0.1), abs=1e-6)
@@ -173,4 +174,4 @@ def test_a_set_that_is_not_there_is_said_before_anything_is_asked(judged: tuple[
     project = Project.load(judged[0])
     gate = type(project.settings.gates["bbq"])(probe="bbq", at_most=1.0, path="nowhere")  # type: ignore[call-arg]
     with pytest.raises(UsageError, match="cannot be read"):
-        chain.Chain(project).risk(gate, "tuned")  # type: ignore[arg-type]
+        risk(chain.Chain(project), gate, "tuned")  # type: ignore[arg-type]

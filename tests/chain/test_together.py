@@ -67,10 +67,10 @@ def test_rows_are_probed_as_training_put_them(project: Project, evaluation: dict
 
 def test_a_plan_is_measured_by_the_projects_scorer(project: Project) -> None:
     walk = chain.Chain(project)
-    assert walk.plan(between=("plain", "floor"))["measured"]
+    assert chain.plan(walk, between=("plain", "floor"))["measured"]
     judge = {"name": "better", "judge": {"url": "http://localhost:1/v1", "model": "m"}}
     changed = project.settings.model_copy(deep=True)
     task = type(changed.task).model_validate({"scorers": [judge]})
     project_with_judge = Project(project.root, changed.model_copy(update={"task": task}))
     with pytest.raises(UsageError, match="judge"):
-        chain.Chain(project_with_judge).plan(between=("plain", "floor"))
+        chain.plan(chain.Chain(project_with_judge), between=("plain", "floor"))

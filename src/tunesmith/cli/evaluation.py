@@ -41,13 +41,13 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say before a run what the test rows can show, and how many it takes to see a lift."""
-    from tunesmith.chain import Chain
+    from tunesmith import chain
     from tunesmith.core.errors import UsageError
     from tunesmith.project import open_project
 
     if differing is not None and between is not None:
         raise UsageError("the share that differs is either given or measured", fix="leave one of the options out")
-    document = Chain(open_project(directory), Terminal()).plan(lift, differing, between or ())
+    document = chain.plan(chain.Chain(open_project(directory), Terminal()), lift, differing, between or ())
     emit(document, as_json, lambda console: show_plan(console, document))
 
 

@@ -1,0 +1,36 @@
+"""The stages in order: what is stale, what is skipped, where to resume. The only place that knows them all.
+
+stages.py runs one; walk.py has what they share; then, each asking for what stands before it: training.py,
+candidates.py, answers.py, probes.py, verdicts.py, and verbs.py for whoever calls.
+"""
+
+from tunesmith.chain.answers import plan
+from tunesmith.chain.candidates import answerer, candidate
+from tunesmith.chain.verbs import (
+    build_data,
+    evaluate,
+    gate,
+    latest_evaluation,
+    latest_verdict,
+    register,
+    run,
+    train,
+    training_document,
+)
+from tunesmith.chain.walk import Chain
+
+__all__ = [
+    "Chain",
+    "answerer",
+    "build_data",
+    "candidate",
+    "evaluate",
+    "gate",
+    "latest_evaluation",
+    "latest_verdict",
+    "plan",
+    "register",
+    "run",
+    "train",
+    "training_document",
+]
