@@ -17,7 +17,7 @@ from tunesmith.core.progress import SILENT
 from tunesmith.models.adapter import adapted_linear, encode_adapter, read_adapter
 from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.base import resolve_base
-from tunesmith.models.batch import lay_out
+from tunesmith.models.batch import Batch, lay_out
 from tunesmith.models.network import forward, logits
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weights import load_network
@@ -132,12 +132,21 @@ def test_the_trial_changes_nothing(folder: Path, rows: list[Rendered]) -> None:
     assert all(master.grad is None for master in lora.masters)
 
 
+def _contrary(folder: Path) -> Batch:
+    """The first three rows' requests with other answers: the better those are learned, the worse these are foretold."""
+    renderer = Renderer(folder)
+    wrong = [
+        (*messages[:-1], messages[-1].model_copy(update={"content": "nothing of the kind"})) for messages in ROWS[:3]
+    ]
+    return lay_out([renderer.conversation(messages) for messages in wrong])
+
+
 def _over_trained(folder: Path, rows: list[Rendered], tmp_path: Path, **more: object) -> tuple:
-    """A rate at which the held-out rows, of other answers, get worse from some step on."""
+    """A run whose held-out rows get worse from some step on."""
     network = load_network(folder, torch.float32)
     settings = TrainSettings(rank=8, learning_rate=0.03, warmup=0.1, schedule="constant", validations=20, **more)
     lora = Lora(network, settings)
-    held_out = [lay_out(rows[3:])]
+    held_out = [_contrary(folder)]
     course = fit(network, lora, [[lay_out(rows[:3])]] * 60, held_out, settings, tmp_path / "w", {}, SILENT)
     return course, validation_loss(network, lora, held_out), settings
 
@@ -162,9 +171,9 @@ def test_patience_ends_a_run_and_a_resume_keeps_to_it(tmp_path: Path, folder: Pa
     assert course.best == len(course.validation) - 3
     network = load_network(folder, torch.float32)
     lora = Lora(network, settings)
-    again = fit(network, lora, [[lay_out(rows[:3])]] * 60, [lay_out(rows[3:])], settings, tmp_path / "w", {}, SILENT)
+    again = fit(network, lora, [[lay_out(rows[:3])]] * 60, [_contrary(folder)], settings, tmp_path / "w", {}, SILENT)
     assert again.step == course.step, "nothing more is trained"
-    assert validation_loss(network, lora, [lay_out(rows[3:])]) == pytest.approx(loss, rel=1e-6)
+    assert validation_loss(network, lora, [_contrary(folder)]) == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_higher_rate_for_b_moves_b_alone(folder: Path, rows: list[Rendered], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tunesmith.models.network import GROUPS, Linear, Network
 from tunesmith.models.products import TILE, Frozen, Pair
 from tunesmith.training.loss import cross_entropy
 from tunesmith.training.magnitudes import Magnitudes, dora_linear
+from tunesmith.training.principal import Departure, principal
 from tunesmith.training.settings import TrainSettings
 
 
@@ -47,17 +48,23 @@ class Lora:
         self.masters = [_flat(each) for each in shapes]
         # What a copy is of its master, and a master's gradient of its copy's: 0 where there is nothing to learn.
         self._factors = [_flat(each) for each in shapes]
-        self._copies = [_flat(each, network.dtype) for each in shapes]
-        self._gradients = [_flat(each, network.dtype) for each in shapes]
         self._a, self._c = (_views(master, each) for master, each in zip(self.masters, shapes, strict=True))
-        self._start(settings.seed, *(_views(factor, each) for factor, each in zip(self._factors, shapes, strict=True)))
-        pairs = map(Pair, *(_views(copy, each) for copy, each in zip(self._copies, shapes, strict=True)))
-        into = (_views(gradient, each) for gradient, each in zip(self._gradients, shapes, strict=True))
+        self._views = [_views(factor, each) for factor, each in zip(self._factors, shapes, strict=True)]
+        self._start(settings.seed, *self._views)
+        self._departure: Departure | None = None
+        if settings.start == "pissa":
+            self._start_at_principal()
+            self._departure = Departure(self._a, self._c)
+        copied = [[(rows * (2 if self._departure else 1), size) for rows, size in each] for each in shapes]
+        self._copies = [_flat(each, network.dtype) for each in copied]
+        self._gradients = [_flat(each, network.dtype) for each in copied]
+        pairs = map(Pair, *(_views(copy, each) for copy, each in zip(self._copies, copied, strict=True)))
+        into = (_views(gradient, each) for gradient, each in zip(self._gradients, copied, strict=True))
         self._pairs = dict(zip(self.places, zip(pairs, *into, strict=True), strict=True))
         self._anchor = torch.zeros((), requires_grad=True)
         self.magnitudes: Magnitudes | None = None
         if settings.dora:
-            adapted = zip(self.places, _views(self._factors[1], shapes[1]), strict=True)
+            adapted = zip(self.places, self._views[1], strict=True)
             self.magnitudes = Magnitudes(network, {place: factor.any(0) for place, factor in adapted})
             self.masters.append(self.magnitudes.master)
         self.refresh_copies()
@@ -99,7 +106,11 @@ class Lora:
 
     def take_gradients(self) -> None:
         """Move the last backward pass's gradients onto the masters, in fp32, on top of what they hold."""
-        found = [gradient.float().mul_(factor) for gradient, factor in zip(self._gradients, self._factors, strict=True)]
+        gradients = self._gradients
+        if self._departure is not None:
+            _, *into = zip(*self._pairs.values(), strict=True)
+            gradients = self._departure.gradients(*into)
+        found = [gradient.float().mul_(factor) for gradient, factor in zip(gradients, self._factors, strict=True)]
         if self.magnitudes is not None:
             found.append(self.magnitudes.take_gradients())
         for master, gradient in zip(self.masters, found, strict=True):
@@ -108,8 +119,12 @@ class Lora:
     @torch.no_grad()
     def refresh_copies(self) -> None:
         """Round the masters into the copies, after the masters changed."""
-        for master, copy, factor in zip(self.masters, self._copies, self._factors, strict=False):
-            torch.mul(master, factor, out=copy)
+        if self._departure is not None:
+            pairs = [pair for pair, _, _ in self._pairs.values()]
+            self._departure.refresh(self._a, self._c, self._views[1], pairs)
+        else:
+            for master, copy, factor in zip(self.masters, self._copies, self._factors, strict=False):
+                torch.mul(master, factor, out=copy)
         for pair, _, _ in self._pairs.values():
             pair.refresh()
         if self.magnitudes is not None:
@@ -120,13 +135,18 @@ class Lora:
         return encode_adapter(self.adapter(), self.network, base)
 
     def adapter(self) -> Adapter:
-        """The masters as an adapter."""
-        sizes = [self._columns(group) for _, group in self.places]
-        a = [x[:size] for x, size in zip(self._a, sizes, strict=True)]
-        b = [x[:size].t() for x, size in zip(self._c, sizes, strict=True)]
+        """The masters as an adapter of the base: one of twice the rank where they started at its principal vectors."""
+        rank, a, c = self.rank, self._a, self._c
+        parts = [self._columns(group) // rank for _, group in self.places]
+        if self._departure is not None:
+            a, c = self._departure.adapter(a, c, rank, parts)
+            rank = 2 * rank
+        more = rank / self.rank
+        a = [x[: count * rank] for x, count in zip(a, parts, strict=True)]
+        b = [x[: count * rank].t() for x, count in zip(c, parts, strict=True)]
         return Adapter(
-            rank=self.rank,
-            alpha=self.alpha,
+            rank=rank,
+            alpha=self.alpha * (math.sqrt(more) if self.root else more),
             root=self.root,
             targets=self.targets,
             a=dict(zip(self.places, a, strict=True)),
@@ -152,6 +172,12 @@ class Lora:
             above[:size] = 1.0
             for _, rows, columns in blocks(self.network, group, self.rank, self.targets):
                 below[columns, rows] = self.scale
+
+    def _start_at_principal(self) -> None:
+        for (number, group), a, c in zip(self.places, self._a, self._c, strict=True):
+            weight = self.network.layers[number].linear[group].weight.float()
+            for _, rows, columns in blocks(self.network, group, self.rank, self.targets):
+                a[columns], c[columns, rows] = principal(weight[rows], self.rank, self.scale)
 
 
 def _flat(shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) -> Tensor:

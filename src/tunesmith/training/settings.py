@@ -44,6 +44,13 @@ class TrainSettings(Settings):
         Literal["4bit"] | None,
         Field(description="QLoRA's 4-bit base: refused, because it needs a GPU and training runs on the processor"),
     ] = None
+    start: Annotated[
+        Literal["zero", "pissa"],
+        Field(
+            description="where the adapter begins: at no change, A drawn and B zero; or at the weight's principal "
+            "singular vectors (PiSSA), released as an adapter of twice the rank for the same base"
+        ),
+    ] = "zero"
     dora: Annotated[bool, Field(description="train the length of each adapted row beside its direction (DoRA)")] = False
     layers: Annotated[int | None, Field(ge=1, description="adapt the last so many layers; all where left out")] = None
     learning_rate: Annotated[float, Field(gt=0, lt=1, description="the highest one, reached after the warm-up")] = 1e-3

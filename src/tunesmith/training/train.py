@@ -65,6 +65,8 @@ def train(
     rendered = _render(renderer, rows, settings)
     checked = _render(renderer, validation[: settings.validation_rows], settings)
     network = load_network(base.folder)
+    if settings.start == "pissa":
+        progress.say("taking the principal singular vectors of every adapted weight")
     lora = Lora(network, settings)
     steps = [
         lay_out_step([rendered[row] for row in batch], settings.tokens)
