@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.duplicates import near_pairs, near_text, normalise
-from tunesmith.data.splits import wording_group
+from tunesmith.data.groups import wording_group
 
 FOLDER = Path(__file__).parents[2] / "shared" / "data"
 NEAR = 0.8

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.duplicates import jaccard, near_text, request_text, shingles
+from tunesmith.data.groups import wording_group
 from tunesmith.data.settings import Split
-from tunesmith.data.splits import NEAR_HELD_OUT, NEAR_SAME_ANSWER, Leakage, leakage, leaving, split_of, wording_group
+from tunesmith.data.splits import NEAR_HELD_OUT, NEAR_SAME_ANSWER, Leakage, leakage, leaving, split_of
 
 
 def example(request: str, answer: str = "ok", group: str = "g", source: str = "a.jsonl") -> Example:

@@ -16,7 +16,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.build import build_dataset
 from tunesmith.data.dataset import load_dataset
-from tunesmith.data.settings import DataSettings
+from tunesmith.data.settings import DataSettings, Split
 from tunesmith.data.verify import verify_dataset
 from tunesmith.monitoring.cases import Case, add_cases, drop_cases, list_cases, put_case
 from tunesmith.store import audit, database
@@ -47,7 +47,11 @@ def store(tmp_path: Path) -> Store:
 
 
 def _added(store: Store, target: Path, *, actor: str | None = None) -> int:
-    options: dict[str, Any] = {"licence": "CC0-1.0", "group_by": "template", "actor": actor or acting(store)}
+    options: dict[str, Any] = {
+        "licence": "CC0-1.0",
+        "split": Split(group_by="template"),
+        "actor": actor or acting(store),
+    }
     return add_cases(store, list_cases(store), target, **options)
 
 

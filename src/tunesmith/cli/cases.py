@@ -54,7 +54,7 @@ def add(
         raise UsageError("the file lies outside the project", where=str(path), fix="name a file inside it")
     split = project.settings.data.split
     waiting = list_cases(project.store, everything=everything)
-    options: dict[str, Any] = {"licence": licence, "group_by": split.group_by, "actor": project.actor(actor)}
+    options: dict[str, Any] = {"licence": licence, "split": split, "actor": project.actor(actor)}
     added = add_cases(project.store, waiting, path, **options)
     name = path.relative_to(project.root.resolve()).as_posix()
     named = any(source.path == name for source in project.settings.data.sources)

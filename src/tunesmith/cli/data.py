@@ -170,6 +170,9 @@ def _show_account(document: dict[str, Any], console: Console) -> None:
         "leakage",
         f"{leakage['shared_groups']} shared groups, {leakage['near_pairs']} near pairs at {leakage['threshold']}",
     )
+    for name, number in leakage.get("shared", {}).items():
+        table.add_row(f"leakage by {name}", f"{number} stand in two splits")
+    _show_division(document, table)
     for outside in document.get("decontaminated", ()):
         table.add_row("held against", f"{outside['path']}, {outside['rows']} rows")
     near = document.get("near_clusters", {"clusters": 0})
@@ -188,6 +191,16 @@ def _show_account(document: dict[str, Any], console: Console) -> None:
         conflicts = document["conflicts"]
         table.add_row("conflicts", f"{conflicts['requests']} requests with different answers, {conflicts['rows']} rows")
     console.print(table)
+
+
+def _show_division(document: dict[str, Any], table: Table) -> None:
+    for name, (first, last) in document.get("time", {"spans": {}})["spans"].items():
+        table.add_row(f"time of {name}", f"{first[:19]} to {last[:19]} by {document['time']['key']}")
+    strata = document.get("strata", {"rows": {}})
+    bare = [kind for kind, rows in strata["rows"].items() if not rows["test"]]
+    if strata["rows"]:
+        without = f", {len(bare)} of them not in the test: {', '.join(bare[:5])}" if bare else ", all in the test"
+        table.add_row(f"kinds by {strata['key']}", f"{len(strata['rows'])}{without}")
 
 
 def _show_scan(scan: dict[str, Any] | None, table: Table) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,16 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.account import Account
 from tunesmith.data.dataset import REMOVED, SPLITS, Example
 from tunesmith.data.decontaminate import OUTSIDE, Outside, read_outside
+from tunesmith.data.division import OLDER, cuts, split_by_time, stratified
 from tunesmith.data.examine import CountTokens, listed_values
 from tunesmith.data.formats import OPENAI, Shape, evidence
+from tunesmith.data.groups import joined_groups
 from tunesmith.data.licences import Credit, duties
 from tunesmith.data.openai_rows import too_few
 from tunesmith.data.originals import check_originals, keep_originals
 from tunesmith.data.privacy import Scanner
 from tunesmith.data.privacy_evidence import privacy_evidence
-from tunesmith.data.settings import DataSettings
+from tunesmith.data.settings import DataSettings, Split
 from tunesmith.data.shards import Engine, Job, Local, Piece, Planned, examined, plan, shapes_of
 from tunesmith.data.spill import Spill
 from tunesmith.data.splits import NEAR_HELD_OUT, Trace, clusters, leakage, leaving
@@ -62,7 +64,7 @@ def build_dataset(
     check_originals(settings.privacy, root)
     account = Account()
     checked = count_tokens is not None and max_tokens is not None
-    outside = read_outside(settings.decontaminate, root)
+    outside = read_outside(settings, root, answer_schema)
     special = tuple(filter(None, special_tokens))
     folder = work or store.root / "work" / "build"
     with contextlib.ExitStack() as undo:
@@ -75,7 +77,7 @@ def build_dataset(
         conflicts = spill.conflicts(_SHOWN_CONFLICTS)
         threshold = near_threshold(settings)
         progress.say(f"{account.read} rows read; looking for near ones across the splits")
-        held = spill.hold({one.file.name for one in planned if one.file.source.split})
+        divided, held = _divide(spill, settings, {one.file.name for one in planned if one.file.source.split})
         splits = _split(spill, threshold, account, outside)
         counted = spill.counts()
         body = {
@@ -88,7 +90,8 @@ def build_dataset(
                 "removed": spill.reasons(),
             },
             **counted,
-            **_nearness(splits, threshold, outside),
+            **_nearness(splits, threshold, outside, settings.split),
+            **_divided(spill, settings.split, divided),
             "duties": duties(_credits(spill, planned), settings.licences),
             "privacy": dict(sorted(account.privacy.items())),
             "privacy_scan": _scan_measured(spill, job, account),
@@ -116,9 +119,42 @@ def _take_in(spill: Spill, account: Account, pieces: Iterable[Piece]) -> Counter
     return rows
 
 
-def _nearness(splits: Mapping[str, Sequence[Trace]], threshold: float, outside: Outside) -> dict[str, Any]:
+def _divide(spill: Spill, settings: DataSettings, held_out: Set[str]) -> tuple[dict[str, Any], list[str]]:
+    """Put the rows into splits; returns what the record says of how, and the groups that were held out as told.
+
+    held_out: sources whose rows' groups are held out.
+    """
+    split = settings.split
+    if split.joined:
+        rows = [one for some in spill.traces().values() for one in some]
+        spill.regroup(joined_groups(rows, split, near_threshold(settings)), split)
+    held = spill.hold(held_out)
+    if split.stratify is not None:
+        spill.place_groups(stratified(spill.kinds(split.stratify), split, frozenset(held)))
+    if split.time is None:
+        return {}, held
+    found, beyond = cuts(spill.times(split.time), split)
+    spill.place_times(split.time, lambda time: split_by_time(time, found), OLDER)
+    return {"key": split.time, "from": found, "rows_beyond_shares": beyond}, held
+
+
+def _divided(spill: Spill, split: Split, time: Mapping[str, Any]) -> dict[str, Any]:
+    """How the rows that are left are divided where it is not their group's hash that decides."""
+    if split.time is not None:
+        return {"time": {**time, "spans": spill.span(split.time)}}
+    if split.stratify is None:
+        return {}
+    kinds: dict[str, dict[str, int]] = {}
+    for name, kind, rows in spill.kinds(split.stratify, by="split"):
+        kinds.setdefault(kind, dict.fromkeys(SPLITS, 0))[name] = rows
+    return {"strata": {"key": split.stratify, "rows": dict(sorted(kinds.items()))}}
+
+
+def _nearness(
+    splits: Mapping[str, Sequence[Trace]], threshold: float, outside: Outside, split: Split
+) -> dict[str, Any]:
     return {
-        "leakage": leakage(splits, threshold, outside.requests).as_json(threshold),
+        "leakage": leakage(splits, threshold, outside.requests, split=split).as_json(threshold),
         "decontaminated": list(outside.files),
         "near_clusters": clusters(splits, threshold, _SHOWN_CONFLICTS),
     }
@@ -161,6 +197,8 @@ def dataset_document(store: Store, digest: str) -> dict[str, Any]:
         "leakage",
         "decontaminated",
         "near_clusters",
+        "time",
+        "strata",
         "licences",
         "duties",
         "privacy",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from tunesmith.core.digests import canonical, digest_of
 from tunesmith.core.errors import Refused, UsageError
@@ -22,7 +22,10 @@ _ID_LENGTH = 20
 
 
 class Example(BaseModel):
-    """One conversation. messages end with the assistant's answer; id is that of the content and its source."""
+    """One conversation. messages end with the assistant's answer; id is that of the content and its source.
+
+    labels: what else the row says that the splits went by or that is to be balanced, by the key that said it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,6 +37,13 @@ class Example(BaseModel):
     subject: str | None = None
     tenant: str | None = None
     region: str | None = None
+    labels: dict[str, str] = {}
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without labels where there are none: rows that were sealed before there were any keep their bytes."""
+        stated: dict[str, Any] = serialise(self)
+        return {key: value for key, value in stated.items() if key != "labels" or value}
 
     @property
     def request(self) -> tuple[Message, ...]:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused
+from tunesmith.core.messages import Message
 from tunesmith.data import formats
 from tunesmith.data.duplicates import near_text, request_text
-from tunesmith.data.examine import renamed
-from tunesmith.data.settings import Rows, Source
-from tunesmith.data.sources import Row, find_files, open_source
-from tunesmith.data.splits import wording_group
+from tunesmith.data.examine import listed_values, renamed
+from tunesmith.data.groups import wording_group
+from tunesmith.data.privacy import Scanner
+from tunesmith.data.settings import DataSettings, Rows, Source
+from tunesmith.data.sources import OpenSource, Row, find_files, open_source
+from tunesmith.data.spill import batches
 
 OUTSIDE = "outside.jsonl"
+_TOGETHER = 2000
 
 
 @dataclass(frozen=True)
@@ -48,28 +52,38 @@ def decode_outside(data: bytes) -> Outside:
         raise Refused(f"{OUTSIDE} does not hold requests: {error}", where=OUTSIDE) from error
 
 
-def read_outside(sets: Sequence[Rows], root: Path) -> Outside:
-    """Read the sets. A row needs a request; its answer, where it has one, tells which words of it are values.
+def read_outside(settings: DataSettings, root: Path, answer_schema: Mapping[str, Any] | None = None) -> Outside:
+    """Read the sets. A row needs a request; its answer, where it has one, tells which words of it are values, as do the
+    privacy scan and the settings.
 
     Raises UsageError for files and rows that are not well formed.
     """
+    if not settings.decontaminate:
+        return Outside()
+    scanner = Scanner(settings.privacy, listed_values(answer_schema))
     requests: set[str] = set()
     wordings: set[str] = set()
     files: list[dict[str, Any]] = []
-    for file in find_files(outside_sources(sets), root):
+    for file in find_files(outside_sources(settings.decontaminate), root):
         with open_source(file) as opened:
-            shape: formats.Shape | None = None
             rows = 0
-            for row in opened.rows():
-                rows += 1
-                fields = Row(row.source, row.number, renamed(row, file.source.rename))
-                shape = shape or formats.shape_of(file.source.format, fields)
-                messages = formats.conversation(formats.read_turns(fields, shape, Counter()))
-                request = request_text(messages)
-                requests.add(near_text(request))
-                wordings.add(wording_group(request, messages[-1].text))
+            for some in batches(_conversations(opened), _TOGETHER):
+                rows += len(some)
+                for messages, scan in zip(some, scanner.scan_many(some), strict=True):
+                    request, answer = request_text(messages), messages[-1].text
+                    requests.add(near_text(request))
+                    wordings.add(wording_group(request, answer))
+                    wordings.add(wording_group(request, answer, [*settings.split.values, *scan.originals.values()]))
             files.append({"path": file.name, "digest": opened.digest, "rows": rows})
     return Outside(frozenset(requests), frozenset(wordings), tuple(files))
+
+
+def _conversations(opened: OpenSource) -> Iterator[tuple[Message, ...]]:
+    shape: formats.Shape | None = None
+    for row in opened.rows():
+        fields = Row(row.source, row.number, renamed(row, opened.file.source.rename))
+        shape = shape or formats.shape_of(opened.file.source.format, fields)
+        yield formats.conversation(formats.read_turns(fields, shape, Counter()))
 
 
 def outside_sources(sets: Sequence[Rows]) -> tuple[Source, ...]:

@@ -23,12 +23,13 @@ from tunesmith.data.account import (
     Kept,
 )
 from tunesmith.data.dataset import Example, example_id
-from tunesmith.data.duplicates import request_text
+from tunesmith.data.division import time_of
+from tunesmith.data.duplicates import answer_key, request_text
+from tunesmith.data.groups import wording_group
 from tunesmith.data.licences import permitted
 from tunesmith.data.privacy import Scan, Scanner
-from tunesmith.data.settings import DataSettings, Source
+from tunesmith.data.settings import NEAR, WORDING, DataSettings, Source
 from tunesmith.data.sources import Row
-from tunesmith.data.splits import wording_group
 from tunesmith.data.withdrawn import Withdrawn
 
 CountTokens = Callable[[Sequence[Message]], int]
@@ -131,17 +132,20 @@ class Examiner:
             return Removed(OVERLONG, name)
         if not self.valid_answer(messages[-1].text):
             return Removed(SPOILT if self.valid_answer(fitting[-1].text) else OFF_SCHEMA, name)
-        if self.outside and wording_group(request_text(messages), messages[-1].text) in self.outside:
+        templates = self._templates(messages, scan)
+        if not self.outside.isdisjoint(templates):
             return Removed(OUTSIDE_WORDING, name)
+        labels = self._labels(fields, row, messages, templates[0])
         example = Example(
             id=name,
             messages=messages,
             source=row.source,
             licence=one.licence,
-            group=self._group(fields, row, messages),
+            group="" if self.settings.split.joined else labels[self.settings.split.groups[0]],
             subject=_label(fields, source.subject_key, row),
             tenant=_label(fields, source.tenant_key, row),
             region=_label(fields, source.region_key, row),
+            labels={key: value for key, value in labels.items() if key in self._kept_labels},
         )
         if self.withdrawn.holds(example):
             return Removed(WITHDRAWN, name)
@@ -151,7 +155,7 @@ class Examiner:
 
     def _count_ignored(self, fields: Mapping[str, Any], source: Source, shape: formats.Shape) -> None:
         labels = {*_licence_keys(source), source.subject_key, source.tenant_key, source.region_key}
-        read = shape.needs | shape.also | labels | {self.settings.split.group_by}
+        read = shape.needs | shape.also | labels | self._read_labels
         self.account.ignored.update(fields.keys() - read)
 
     def _refuse_control_tokens(self, messages: Sequence[Message], row: Row) -> None:
@@ -189,16 +193,46 @@ class Examiner:
             )
         return None
 
-    def _group(self, fields: Mapping[str, Any], row: Row, messages: Sequence[Message]) -> str:
-        key = self.settings.split.group_by
-        if key is None:
-            return wording_group(request_text(messages), messages[-1].text)
-        group = _label(fields, key, row)
-        if not group:
-            raise UsageError(
-                f"the row has no {key}, by which data.split groups rows", where=row.where, fix="add it to every row"
-            )
-        return group
+    @cached_property
+    def _read_labels(self) -> frozenset[str | None]:
+        """The rows' keys that are read beside what the format asks for."""
+        split = self.settings.split
+        return frozenset((*split.keys, *self.settings.attributes, split.time, split.stratify))
+
+    @cached_property
+    def _kept_labels(self) -> frozenset[str | None]:
+        """The labels that are sealed with a row. A group that depends on the row alone is sealed as such."""
+        split = self.settings.split
+        return frozenset(
+            (*self.settings.attributes, split.time, split.stratify, *(split.groups if split.joined else ()))
+        )
+
+    def _templates(self, messages: Sequence[Message], scan: Scan) -> tuple[str, ...]:
+        """The row's template, and the one that can be told of it again without a scan."""
+        request, answer = request_text(messages), messages[-1].text
+        names = [*self.settings.split.values, *scan.originals, *scan.originals.values()]
+        return wording_group(request, answer, names), *((wording_group(request, answer),) if names else ())
+
+    def _labels(
+        self, fields: Mapping[str, Any], row: Row, messages: Sequence[Message], template: str
+    ) -> dict[str, str]:
+        """All that the row says of where it belongs. Raises UsageError where it does not say it."""
+        split = self.settings.split
+        labels = {key: text for key in self.settings.attributes if (text := _attribute(fields.get(key))) is not None}
+        labels |= {key: _required(_label(fields, key, row), key, "groups rows", row) for key in split.keys}
+        if split.time is not None:
+            labels[split.time] = time_of(_required(fields.get(split.time), split.time, "orders rows", row), row.where)
+        if split.stratify is not None:
+            kind = _kind(fields, messages[-1].text, split.stratify)
+            labels[split.stratify] = _required(kind, split.stratify, "keeps kinds in like shares", row)
+        for reserved in (WORDING, NEAR) if split.group_by is not None else ():
+            if reserved in split.groups and reserved in fields:
+                raise UsageError(
+                    f"the row has a key {reserved!r}, which in data.split.group_by means something else",
+                    where=row.where,
+                    fix="give the key another name: the source's rename does",
+                )
+        return labels | {WORDING: template}
 
 
 def renamed(row: Row, names: Mapping[str, str]) -> Mapping[str, Any]:
@@ -231,6 +265,32 @@ def _label(fields: Mapping[str, Any], key: str, row: Row) -> str | None:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise UsageError(f"{key} is a {type(value).__name__}, not text", where=f"{row.where}, {key}")
     return formats.text_of({key: str(value)}, key, row.where)
+
+
+def _required(value: Any, key: str, for_what: str, row: Row) -> Any:
+    if value is None or value == "":
+        raise UsageError(
+            f"the row has no {key}, by which data.split {for_what}", where=row.where, fix="add it to every row"
+        )
+    return value
+
+
+def _attribute(value: Any) -> str | None:
+    """The value of a key that is kept with a row: a list or an object as JSON."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+
+
+def _kind(fields: Mapping[str, Any], answer: str, key: str) -> str | None:
+    """What kind of row it is: by its own key, else by its answer, or that of its answer's keys."""
+    if fields.get(key) is not None:
+        return _attribute(fields[key])
+    if key == "answer":
+        return answer_key(answer)
+    try:
+        told = json.loads(answer) if answer.lstrip().startswith("{") else {}
+    except (ValueError, RecursionError):
+        told = {}
+    return _attribute(told.get(key))
 
 
 def listed_values(schema: Any) -> set[str]:

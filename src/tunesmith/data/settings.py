@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -32,6 +32,23 @@ ENTITIES = (
 MODEL_ENTITIES = ("PERSON", "LOCATION", "STREET_ADDRESS")
 
 
+# What `group_by` may name beside keys of a row.
+WORDING = "wording"
+NEAR = "near"
+
+
+class _Grown(Settings):
+    """Settings with keys that came later: one that is not set is not written down, so that datasets which were built
+    before there was one keep their digests."""
+
+    _later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        stated: dict[str, Any] = serialise(self)
+        return {key: value for key, value in stated.items() if key not in self._later or value not in (None, (), [])}
+
+
 class Rows(Settings):
     """Files of rows."""
 
@@ -51,8 +68,10 @@ class Rows(Settings):
     rename: Annotated[dict[str, str], Field(description="a row's key -> the key that the format knows")] = {}  # noqa: RUF012
 
 
-class Source(Rows):
+class Source(_Grown, Rows):
     """Files of rows under one licence."""
+
+    _later = frozenset(("split",))
 
     licence: Annotated[str | None, Field(description="SPDX expression; rows may carry their own instead")] = None
     attribution: Annotated[
@@ -66,12 +85,6 @@ class Source(Rows):
         Literal["test"] | None,
         Field(description="test holds these rows out, with all rows of their groups; null lets the group decide"),
     ] = None
-
-    @model_serializer(mode="wrap")
-    def _without_defaults_that_came_later(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A source that does not say its split reads as it did before there was one: datasets keep their digests."""
-        stated: dict[str, Any] = serialise(self)
-        return {key: value for key, value in stated.items() if key != "split" or value is not None}
 
 
 class Licences(Settings):
@@ -173,25 +186,73 @@ class Duplicates(Settings):
     ] = 0.8
 
 
-class Split(Settings):
+class Split(_Grown):
     """Which rows are held out. Whole groups are, and a group stays where it is when other rows come."""
+
+    _later = frozenset(("time", "stratify", "values"))
 
     validation: Annotated[float, Field(ge=0, lt=1, description="share of groups for validation")] = 0.05
     test: Annotated[float, Field(gt=0, lt=1, description="share of groups for the test")] = 0.10
     group_by: Annotated[
-        str | None, Field(description="the row's key that names its group; null groups by the request's wording")
+        str | Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None,
+        Field(
+            description="what rows of one group share: the row's key that names its author, conversation, ...; "
+            "wording: the request but for its values; near: rows near one another; several: any of them; null: wording"
+        ),
     ] = None
+    time: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="the row's key that holds its time (ISO 8601, or seconds since 1970): the newest rows are the "
+            "test, those before them validation; shares are then of rows",
+        ),
+    ] = None
+    stratify: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="the row's key, or the key of its JSON answer, whose values every split is to hold in like "
+            "shares; answer: the whole answer; shares are then of rows, and rows that come later may move earlier ones",
+        ),
+    ] = None
+    values: Annotated[
+        tuple[Annotated[str, Field(min_length=2)], ...],
+        Field(description="names of people, rooms, ... in which alone two requests of one template may differ"),
+    ] = ()
     seed: Annotated[int, Field(ge=0, description="another seed holds out other groups")] = 0
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What a group's rows share any of: keys of rows, WORDING, NEAR."""
+        named = (self.group_by,) if isinstance(self.group_by, str) else self.group_by or (WORDING,)
+        return tuple(sorted(set(named)))
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The rows' keys among them."""
+        return tuple(name for name in self.groups if name not in (WORDING, NEAR))
+
+    @property
+    def joined(self) -> bool:
+        """Whether a row's group depends on the other rows."""
+        return len(self.groups) > 1 or self.groups == (NEAR,)
 
     @model_validator(mode="after")
     def _leaves_rows_to_train_on(self) -> Split:
         if self.validation + self.test >= 1:
             raise ValueError("validation and test together must be less than 1")
+        if {self.time, self.stratify} & {WORDING, NEAR}:
+            raise ValueError(f"{WORDING} and {NEAR} are no keys of rows here: rename the rows' key")
+        if self.time is not None and self.stratify is not None:
+            raise ValueError("time and stratify exclude each other: the newest rows are of the kinds that they are")
         return self
 
 
-class DataSettings(Settings):
+class DataSettings(_Grown):
     """How the dataset version is made."""
+
+    _later = frozenset(("attributes",))
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1, description="where the rows are")]
     licences: Annotated[Licences, Field(description="what may be trained on")] = Licences()
@@ -208,7 +269,19 @@ class DataSettings(Settings):
     sign_off: Annotated[
         bool, Field(description="whether a steward must have signed the dataset version before it is trained on")
     ] = False
+    attributes: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Field(description="keys of the rows that are kept with them, for `data quality` to tell how they are balanced"),
+    ] = ()
     overlong: Annotated[
         Literal["refuse", "drop", "truncate"],
         Field(description="a row of more tokens than fit: stop, leave it out, or drop its oldest turns"),
     ] = "refuse"
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> DataSettings:
+        if self.split.time is not None and any(source.split for source in self.sources):
+            raise ValueError(
+                "a source with a split of its own and split.time exclude each other: rows go by their time"
+            )
+        return self

@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
+import json
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from tunesmith.core.digests import canonical
 from tunesmith.core.errors import TunesmithError
 from tunesmith.data.account import EXACT, Kept
 from tunesmith.data.dataset import SPLITS, Example, encode_examples, encode_removed
@@ -21,10 +24,11 @@ from tunesmith.data.duplicates import answer_key, request_key
 from tunesmith.data.settings import Split
 from tunesmith.data.splits import Trace, split_of
 
-SpiltRow = tuple[str, str, int, int, str, bytes, bytes, str, bytes, str, str, str, bytes]
+SpiltRow = tuple[str, str, int, int, str, bytes, bytes, str, bytes, str, str, str, str, bytes]
 Line = tuple[bytes, str]
-_COLUMNS = "id, tie, row, changed, source, key, request, wording, answer, grp, split, licence, line"
-_INSERT = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
+_NO_LABELS: Mapping[str, str] = MappingProxyType({})
+_COLUMNS = "id, tie, row, changed, source, key, request, wording, answer, grp, split, licence, labels, line"
+_INSERT = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
 _TABLES = f"""
     PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536; PRAGMA temp_store = FILE;
     CREATE TABLE rows ({_COLUMNS}, gone);
@@ -39,10 +43,11 @@ def spilt(one: Kept, split: Split) -> SpiltRow:
     """
     example = one.example
     asked, answer = _mark(request_key(example.request)), _mark(answer_key(example.answer))
-    tie = example.model_dump_json(include={"licence", "group", "subject", "tenant", "region"})
+    tie = example.model_dump_json(include={"licence", "group", "subject", "tenant", "region", "labels"})
     return (
         example.id, tie, one.row, one.changed, example.source, asked + answer, asked, example.wording, answer,
-        example.group, split_of(example.group, split), example.licence, encode_examples([example]),
+        example.group, split_of(example.group, split), example.licence,
+        json.dumps(example.labels) if example.labels else "", encode_examples([example]),
     )  # fmt: skip
 
 
@@ -55,6 +60,10 @@ def _mark(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
+def _with_group(line: bytes, group: str) -> bytes:
+    return canonical({**json.loads(line), "group": group}) + b"\n"
+
+
 class Spill:
     """Rows on their way to a dataset. `with Spill(folder) as spill` makes the file and takes it away."""
 
@@ -65,6 +74,7 @@ class Spill:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.unlink(missing_ok=True)
         self._base = sqlite3.connect(self._path, isolation_level=None)
+        self._base.create_function("label", 2, lambda labels, key: json.loads(labels)[key], deterministic=True)
         self._base.executescript(_TABLES + "BEGIN;")
         return self
 
@@ -106,7 +116,7 @@ class Spill:
         self._drop((place, source, row, name, reason) for (place, source, row, name), reason in found)
 
     def _drop(self, rows: Iterable[tuple[int, str, int, str, str]]) -> None:
-        for some in _batches(rows):
+        for some in batches(rows):
             entries = [
                 removed_line({"id": name, "source": source, "row": row, "reason": reason})
                 for _, source, row, name, reason in some
@@ -133,10 +143,62 @@ class Spill:
     def traces(self) -> dict[str, list[Trace]]:
         """What nearness is judged by, of every row that is left, by split and in the order of the ids."""
         splits: dict[str, list[Trace]] = {name: [] for name in SPLITS}
-        query = "SELECT split, id, grp, wording, answer FROM rows WHERE gone IS NULL ORDER BY id"
-        for split, name, group, wording, answer in self._base.execute(query):
-            splits[split].append(Trace(name, group, wording, answer.hex()))
+        query = "SELECT split, id, grp, wording, answer, labels FROM rows WHERE gone IS NULL ORDER BY id"
+        for split, name, group, wording, answer, labels in self._base.execute(query):
+            said = json.loads(labels) if labels else _NO_LABELS
+            splits[split].append(Trace(name, group, wording, answer.hex(), said))
         return splits
+
+    def regroup(self, groups: Iterable[tuple[str, str]], split: Split) -> None:
+        """Give rows the groups, (id, group), that could not be told before all of them were there."""
+        query = "SELECT rowid, line FROM rows WHERE id = ? AND gone IS NULL"
+        found = ((*self._base.execute(query, (name,)).fetchone(), group) for name, group in groups)
+        for some in batches(found):
+            self._base.executemany(
+                "UPDATE rows SET grp = ?, split = ?, line = ? WHERE rowid = ?",
+                [(group, split_of(group, split), _with_group(line, group), place) for place, line, group in some],
+            )
+
+    def times(self, key: str) -> dict[str, int]:
+        """Time -> rows that are left and have it. key: of the labels."""
+        query = "SELECT label(labels, ?), COUNT(*) FROM rows WHERE gone IS NULL GROUP BY 1"
+        return dict(self._base.execute(query, (key,)))
+
+    def kinds(self, key: str, *, by: str = "grp") -> list[tuple[str, str, int]]:
+        """(group, kind, rows) of the rows that are left; or by split. key: of the labels."""
+        query = f"SELECT {by}, label(labels, ?), COUNT(*) FROM rows WHERE gone IS NULL GROUP BY 1, 2 ORDER BY 1, 2"  # noqa: S608
+        return list(self._base.execute(query, (key,)))
+
+    def place_groups(self, places: Mapping[str, str]) -> None:
+        """Put groups into splits: group -> split."""
+        self._base.execute("CREATE INDEX by_group ON rows (grp)")
+        pairs = ((split, group) for group, split in places.items())
+        self._base.executemany("UPDATE rows SET split = ? WHERE grp = ?", pairs)
+
+    def place_times(self, key: str, places: Callable[[str], str], reason: str) -> None:
+        """Put rows into splits by their time; of a group that is then in several the rows of earlier splits go."""
+        self._base.create_function("place", 1, places, deterministic=True)
+        self._base.execute("UPDATE rows SET split = place(label(labels, ?)) WHERE gone IS NULL", (key,))
+        found = self._base.execute(
+            "SELECT rowid, source, row, id, grp, split FROM rows WHERE gone IS NULL AND grp IN "
+            "(SELECT grp FROM rows WHERE gone IS NULL GROUP BY grp HAVING COUNT(DISTINCT split) > 1) ORDER BY grp"
+        ).fetchall()
+        last: dict[str, int] = {}
+        for *_, group, split in found:
+            last[group] = max(last.get(group, 0), SPLITS.index(split))
+        self._drop(
+            (place, source, row, name, reason)
+            for place, source, row, name, group, split in found
+            if SPLITS.index(split) < last[group]
+        )
+
+    def span(self, key: str) -> dict[str, list[str]]:
+        """Split -> the earliest and the latest time of its rows that are left. key: of the labels."""
+        query = (
+            "SELECT split, MIN(label(labels, ?1)), MAX(label(labels, ?1)) FROM rows WHERE gone IS NULL GROUP BY split"
+        )
+        found = {split: [first, last] for split, first, last in self._base.execute(query, (key,))}
+        return {name: found[name] for name in SPLITS if name in found}
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Rows and groups of each split, rows of each licence, as of the rows that are left."""
@@ -184,7 +246,8 @@ class Spill:
         return (line for (line,) in self._base.execute("SELECT line FROM removed ORDER BY line"))
 
 
-def _batches(rows: Iterable[Any], size: int = 10_000) -> Iterator[list[Any]]:
+def batches(rows: Iterable[Any], size: int = 10_000) -> Iterator[list[Any]]:
+    """Some rows at a time."""
     left = iter(rows)
     while some := list(itertools.islice(left, size)):
         yield some

@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tunesmith.core.digests import digest_of
 from tunesmith.data.dataset import SPLITS
-from tunesmith.data.duplicates import METHOD, METHODS, answer_key, near_pairs, normalise
-from tunesmith.data.settings import Split
+from tunesmith.data.duplicates import METHOD, METHODS, answer_key, near_pairs
+from tunesmith.data.settings import NEAR, Split
 
 NEAR_HELD_OUT = "near a held-out row"
 NEAR_SAME_ANSWER = "near duplicate with the same answer"
 NEAR_OUTSIDE = "near a row of an outside test set"
-
-_NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
-_QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|«[^»]*»")
-_SHORTEST_VALUE = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Leakage:
     """What splits share. All numbers are zero in a sound dataset version.
 
-    near_outside: rows near a row of the outside test sets.
+    near_outside: rows near a row of the outside test sets. shared: of what may keep rows together, how many values
+    stand in two splits; told where there are several. not_older: rows of train and validation that are not older than
+    every row of the splits after them; None where time does not decide.
     """
 
     shared_groups: int
     near_pairs: int
     near_outside: int = 0
+    shared: Mapping[str, int] = field(default_factory=dict)
+    not_older: int | None = None
 
     def as_json(self, threshold: float) -> dict[str, Any]:
         """For the record: the numbers and how they were found."""
@@ -43,7 +40,16 @@ class Leakage:
             "near_outside": self.near_outside,
             "threshold": threshold,
             "method": METHOD,
+            **({"shared": dict(self.shared)} if self.shared else {}),
+            **({} if self.not_older is None else {"not_older": self.not_older}),
         }
+
+    def faults(self) -> dict[str, int]:
+        """What is not zero and must be, by its name in the record."""
+        found = {"shared_groups": self.shared_groups, "near_pairs": self.near_pairs, "near_outside": self.near_outside}
+        found |= {f"shared.{name}": number for name, number in self.shared.items()}
+        found["not_older"] = self.not_older or 0
+        return {name: number for name, number in found.items() if number}
 
 
 class Judged(Protocol):
@@ -57,6 +63,8 @@ class Judged(Protocol):
     def wording(self) -> str: ...
     @property
     def answer(self) -> str: ...
+    @property
+    def labels(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,7 @@ class Trace:
     group: str
     wording: str
     answer: str
+    labels: Mapping[str, str]
 
 
 def split_of(group: str, split: Split, held: Container[str] = ()) -> str:
@@ -81,38 +90,6 @@ def split_of(group: str, split: Split, held: Container[str] = ()) -> str:
     if number < split.test:
         return "test"
     return "validation" if number < split.test + split.validation else "train"
-
-
-def wording_group(request: str, answer: str) -> str:
-    """A group for rows without one of their own: the request with its values taken out.
-
-    request: normalised text. Values are numbers, quoted texts and, where the answer is JSON, the texts in it that the
-    request holds too: "play yesterday in the kitchen" and "play hallelujah in the hall" are one wording.
-    """
-    for value in sorted(_values(answer), key=lambda value: (-len(value), value)):
-        if value not in request:  # most are not, and to compile a pattern for each takes longer than all the rest
-            continue
-        request = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "\0", request)
-    bare = _NUMBER.sub("\0", _QUOTED.sub("\0", request))
-    return "wording-" + digest_of(bare.replace("\0", "*")).removeprefix("sha256:")[:16]
-
-
-def _values(answer: str) -> set[str]:
-    if not answer.lstrip().startswith(("{", "[")):
-        return set()
-    try:
-        pending, found = [json.loads(answer)], set()
-    except (ValueError, RecursionError):
-        return set()
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            pending.extend(value.values())
-        elif isinstance(value, list):
-            pending.extend(value)
-        elif isinstance(value, str) and len(value) >= _SHORTEST_VALUE:
-            found.add(normalise(value))
-    return found
 
 
 def leaving(splits: Mapping[str, Sequence[Judged]], threshold: float, outside: Iterable[str] = ()) -> dict[str, str]:
@@ -142,11 +119,16 @@ def leaving(splits: Mapping[str, Sequence[Judged]], threshold: float, outside: I
 
 
 def leakage(
-    splits: Mapping[str, Sequence[Judged]], threshold: float, outside: Iterable[str] = (), method: str = METHOD
+    splits: Mapping[str, Sequence[Judged]],
+    threshold: float,
+    outside: Iterable[str] = (),
+    method: str = METHOD,
+    split: Split = Split(),
 ) -> Leakage:
     """Groups that stand in more than one split, and near pairs of requests across splits, counted afresh.
 
-    method: one of METHODS, as an earlier record may state another than today's.
+    method: one of METHODS, as an earlier record may state another than today's. split: says what else the splits may
+    not share, and whether they go by time.
     """
     near = _Nearness([example for examples in splits.values() for example in examples], threshold, outside, method)
     holders: defaultdict[str, set[str]] = defaultdict(set)
@@ -163,7 +145,31 @@ def leakage(
                 both = sum(here.values()) * sum(there.values()) - sum(here[name] * there[name] for name in here)
                 across += both // 2 if other == text else both
     touching = sum(sum(here.values()) for text, here in counts.items() if near.outside & near.texts_around(text))
-    return Leakage(sum(len(names) > 1 for names in holders.values()), across, touching)
+    shared = sum(len(names) > 1 for names in holders.values())
+    return Leakage(shared, across, touching, _shared_labels(splits, split), _not_older(splits, split.time))
+
+
+def _shared_labels(splits: Mapping[str, Sequence[Judged]], split: Split) -> dict[str, int]:
+    found = {}
+    for name in split.groups if split.joined else ():
+        if name != NEAR:  # near pairs are counted as such
+            holders: defaultdict[str, set[str]] = defaultdict(set)
+            for each, examples in splits.items():
+                for example in examples:
+                    holders[example.labels.get(name, "")].add(each)
+            found[name] = sum(len(names) > 1 for names in holders.values())
+    return found
+
+
+def _not_older(splits: Mapping[str, Sequence[Judged]], key: str | None) -> int | None:
+    if key is None:
+        return None
+    found, earliest = 0, "~"  # after every time
+    for name in reversed(SPLITS):
+        times = [example.labels.get(key, "~") for example in splits[name]]
+        found += sum(time >= earliest for time in times)
+        earliest = min([earliest, *times])
+    return found
 
 
 def clusters(splits: Mapping[str, Sequence[Judged]], threshold: float, shown: int) -> dict[str, Any]:

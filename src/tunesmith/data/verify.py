@@ -10,8 +10,9 @@ from tunesmith.data.build import counts, near_threshold
 from tunesmith.data.dataset import SPLITS, Dataset, Example, example_id, load_dataset
 from tunesmith.data.decontaminate import OUTSIDE, Outside, decode_outside
 from tunesmith.data.duplicates import METHODS, request_text
+from tunesmith.data.groups import wording_group
 from tunesmith.data.settings import DataSettings
-from tunesmith.data.splits import leakage, split_of, wording_group
+from tunesmith.data.splits import leakage, split_of
 from tunesmith.store.store import Store
 
 
@@ -53,7 +54,7 @@ def verify_dataset(store: Store, digest: str) -> dict[str, Any]:
     method = str(stated["leakage"].get("method"))
     if method not in METHODS:
         return _document(digest, checked, [{"path": "leakage", "reason": f"there is no method {method!r}"}])
-    shared = leakage(splits, near_threshold(settings), outside.requests, method)
+    shared = leakage(splits, near_threshold(settings), outside.requests, method, settings.split)
     again = {
         **counts(splits),
         "leakage": _same_keys(stated["leakage"], {**shared.as_json(near_threshold(settings)), "method": method}),
@@ -64,9 +65,8 @@ def verify_dataset(store: Store, digest: str) -> dict[str, Any]:
     for what, value in again.items():
         if stated[what] != value:
             problems.append({"path": what, "reason": f"the record says {stated[what]}, the rows say {value}"})
-    for what in ("shared_groups", "near_pairs", "near_outside"):
-        if number := getattr(shared, what):
-            problems.append({"path": f"leakage.{what}", "reason": f"is {number}, and must be 0"})
+    for what, number in shared.faults().items():
+        problems.append({"path": f"leakage.{what}", "reason": f"is {number}, and must be 0"})
     return _document(digest, checked + len(again) + sum(map(len, splits.values())), problems)
 
 
@@ -100,6 +100,7 @@ def _row_problems(
     splits: dict[str, list[Example]], settings: DataSettings, held: frozenset[str]
 ) -> list[dict[str, str]]:
     problems = []
+    by_hash = settings.split.time is None and settings.split.stratify is None
     seen: set[str] = set()
     for name, examples in splits.items():
         for example in examples:
@@ -108,7 +109,7 @@ def _row_problems(
                 problems.append({"path": path, "reason": "the id is not that of the content"})
             if example.id in seen:
                 problems.append({"path": path, "reason": "the id stands twice"})
-            if split_of(example.group, settings.split, held) != name:
+            if by_hash and split_of(example.group, settings.split, held) != name:
                 problems.append({"path": path, "reason": "the row's group belongs to another split"})
             seen.add(example.id)
     return problems

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import lock, write_atomic
 from tunesmith.core.messages import Message
+from tunesmith.data.settings import Split
 from tunesmith.store.identities import require
 from tunesmith.store.store import Store
 
@@ -63,13 +64,12 @@ def list_cases(store: Store, *, everything: bool = False) -> list[Case]:
     return sorted((case for case in found if everything or case.failed), key=lambda case: (case.at, case.request))
 
 
-def add_cases(
-    store: Store, cases: Sequence[Case], target: Path, *, licence: str, group_by: str | None, actor: str
-) -> int:
+def add_cases(store: Store, cases: Sequence[Case], target: Path, *, licence: str, split: Split, actor: str) -> int:
     """Write cases as rows at the end of a JSONL source, with where they come from; returns how many.
 
-    group_by: the key that names a row's group, so that each case is its own group. They no longer wait afterwards, and
-    the audit log says who added them where. Killed half way, the next call adds the rest: a case is in the file once.
+    split: says which keys a row needs: each case is its own group, of the time when it was asked. They no longer wait
+    afterwards, and the audit log says who added them where. Killed half way, the next call adds the rest: a case is in
+    the file once.
     Raises UsageError for a target that is no JSONL file, Refused where actor may not build data.
     """
     if target.suffix != ".jsonl":
@@ -81,7 +81,7 @@ def add_cases(
             before += b"\n"
         there = _requests(before, target)
         fresh = [case for case in cases if case.request not in there]
-        rows = b"".join(_row(case, licence, group_by) for case in fresh)
+        rows = b"".join(_row(case, licence, split) for case in fresh)
         detail: dict[str, Any] = {
             "source": target.name,
             "licence": licence,
@@ -99,11 +99,11 @@ def drop_cases(store: Store, cases: Sequence[Case]) -> None:
         (store.root / _FOLDER / f"{case.request}.json").unlink(missing_ok=True)
 
 
-def _row(case: Case, licence: str, group_by: str | None) -> bytes:
+def _row(case: Case, licence: str, split: Split) -> bytes:
     answer = {"role": "assistant", "content": case.expected}
     row: dict[str, Any] = {"messages": [*(turn.model_dump() for turn in case.messages), answer], "licence": licence}
     row |= {key: value for key, value in (("tenant", case.tenant), ("region", case.region)) if value}
-    row |= {group_by: f"case-{case.request}"} if group_by else {}
+    row |= dict.fromkeys(split.keys, f"case-{case.request}") | ({split.time: case.at} if split.time else {})
     row["case"] = case.model_dump(mode="json", include={"request", "version", "scores", "by", "at"})
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 

@@ -1,0 +1,271 @@
+"""Rows stay together by any of several things, by time, and in like shares of each kind; the record proves it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from tests.data.rows import build, many_rows, row, settings, write_jsonl
+from tunesmith.core.errors import UsageError
+from tunesmith.data.dataset import SPLITS, Dataset, Example
+from tunesmith.data.division import OLDER, cuts, split_by_time, stratified, time_of
+from tunesmith.data.duplicates import jaccard, near_text, shingles
+from tunesmith.data.groups import joined_groups, wording_group
+from tunesmith.data.settings import Split
+from tunesmith.data.splits import NEAR_HELD_OUT, Leakage, Trace, leakage
+from tunesmith.data.verify import verify_dataset
+from tunesmith.store.store import Store
+
+
+def rows_of(dataset: Dataset) -> list[tuple[str, Example]]:
+    return [(name, one) for name in SPLITS for one in dataset.examples(name)]
+
+
+def holders(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for split, value in pairs:
+        found[value].add(split)
+    return found
+
+
+def test_authors_conversations_and_near_rows_stay_together(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    rows = [{**one, "author": f"a{rng.randrange(90)}", "talk": f"t{n // 2}"} for n, one in enumerate(many_rows(300))]
+    rows += [
+        {
+            **row(f"could you please move the {thing} to the other end of the store", f"moved {n}"),
+            "author": f"n{n}",
+            "talk": f"n{n}",
+        }
+        for n, thing in enumerate(["red box", "red boxes", "red box now", "red boxed"])
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    chosen = settings(split={"group_by": ["talk", "author", "wording", "near"], "test": 0.2, "validation": 0.1})
+    dataset = build(tmp_path, chosen)
+    assert NEAR_HELD_OUT not in dataset.record.body["rows"]["removed"]
+    placed = rows_of(dataset)
+    for key in ("author", "talk", "wording"):
+        assert all(len(splits) == 1 for splits in holders((split, one.labels[key]) for split, one in placed).values())
+    assert len({one.group for _, one in placed if "could you" in one.wording}) == 1
+    proof = dataset.record.body["leakage"]
+    assert proof["shared"] == {"author": 0, "talk": 0, "wording": 0}
+    assert (proof["shared_groups"], proof["near_pairs"]) == (0, 0)
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest)["ok"]
+    rng.shuffle(rows)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert build(tmp_path, chosen).record.blobs["train.jsonl"] == dataset.record.blobs["train.jsonl"]
+
+
+words = st.lists(st.sampled_from(["turn", "on", "off", "the", "light", "fan", "hall"]), min_size=1, max_size=5)
+members = st.lists(st.tuples(words.map(" ".join), st.sampled_from("abcde"), st.sampled_from("vwxyz")), max_size=14)
+
+
+@given(members, st.sampled_from([("a", "b"), ("a", "near"), ("near",), ("a", "b", "near")]))
+@examples(max_examples=80, deadline=None)
+def test_groups_are_the_components_of_what_rows_share(
+    found: list[tuple[str, str, str]], groups: tuple[str, ...]
+) -> None:
+    rows = [Trace(str(n), "", text, "", {"a": a, "b": b}) for n, (text, a, b) in enumerate(found)]
+    told = dict(joined_groups(rows, Split(group_by=groups), 0.6))
+
+    def share(one: Trace, other: Trace) -> bool:
+        near = jaccard(shingles(near_text(one.wording)), shingles(near_text(other.wording))) >= 0.6
+        return any(near if name == "near" else one.labels[name] == other.labels[name] for name in groups)
+
+    component = {one.id: {one.id} for one in rows}
+    for one in rows:
+        for other in rows:
+            if share(one, other) and component[one.id] is not component[other.id]:
+                both = component[one.id] | component[other.id]
+                component.update(dict.fromkeys(both, both))
+    for one in rows:
+        assert {name for name, group in told.items() if group == told[one.id]} == component[one.id]
+    assert told == dict(joined_groups(rows[::-1], Split(group_by=groups), 0.6))
+
+
+def test_leakage_counts_what_is_shared_by_any_of_them() -> None:
+    def trace(name: str, author: str, talk: str) -> Trace:
+        return Trace(name, name, f"{name} of its own", "", {"author": author, "talk": talk})
+
+    splits = {
+        "train": [trace("1", "ann", "x")],
+        "validation": [trace("2", "bob", "y")],
+        "test": [trace("3", "ann", "z")],
+    }
+    found = leakage(splits, 0.8, split=Split(group_by=("author", "talk")))
+    assert found == Leakage(0, 0, 0, {"author": 1, "talk": 0})
+    assert found.faults() == {"shared.author": 1}
+
+
+@pytest.mark.parametrize("more", [{"author": "ann"}, {"author": "ann", "talk": ""}, {"author": "ann", "talk": None}])
+def test_a_row_that_does_not_say_what_it_belongs_to(tmp_path: Path, more: dict[str, Any]) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(9, author="a", talk="t"), row("hello there", "hi", **more)])
+    with pytest.raises(UsageError, match="has no talk") as caught:
+        build(tmp_path, settings(split={"group_by": ["author", "talk"]}))
+    assert caught.value.where == "rows.jsonl, row 10"
+
+
+def test_a_key_that_is_called_as_what_group_by_means(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", many_rows(9, near="a", author="b"))
+    with pytest.raises(UsageError, match="'near'"):
+        build(tmp_path, settings(split={"group_by": ["author", "near"]}))
+
+
+def test_names_alone_make_no_other_template(tmp_path: Path) -> None:
+    """From what the settings declare, and from what the scan found, whatever is done about it."""
+    assert wording_group("call ann lee at home", "ok", ["Ann Lee"]) == wording_group("call bob at home", "ok", ["Bob"])
+    assert wording_group("call annette at home", "ok", ["ann"]) == wording_group("call annette at home", "ok")
+    names = ("anna", "boris", "chidi", "dora", "emil", "fatima")
+    calls = [row(f"call {name} and say that i will be there at six", f"call:{name}") for name in names]
+    mails = [row(f"write to {name}@corp.net that it rains in the town", f"mail:{n}") for n, name in enumerate(names)]
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), *calls, *mails])
+    for action in ("report", "pseudonymise"):
+        privacy = {"entities": ["EMAIL_ADDRESS"], "planted": 0, "action": action}
+        dataset = build(tmp_path, settings(privacy=privacy, split={"values": names}, duplicates={"near": None}))
+        found = [(one.wording, one.group) for _, one in rows_of(dataset)]
+        assert len({group for text, group in found if text.startswith("call")}) == 1
+        assert len({group for text, group in found if text.startswith("write")}) == 1
+    plain = build(tmp_path, settings(duplicates={"near": None}))
+    assert len({one.group for _, one in rows_of(plain) if one.wording.startswith("call")}) == 6
+
+
+def test_an_outside_row_of_another_name_is_the_same_template(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), row("tell anna that dinner is ready", "ok")])
+    write_jsonl(tmp_path / "bench.jsonl", [row("tell konstantinos that dinner is ready", "ok")])
+    more = {"decontaminate": [{"path": "bench.jsonl"}], "split": {"values": ["anna", "konstantinos"]}}
+    dataset = build(tmp_path, settings(**more))
+    assert dataset.record.body["rows"]["removed"] == {"worded as a row of an outside test set": 1}
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest)["ok"]
+
+
+def dated(count: int) -> list[dict[str, Any]]:
+    rows = many_rows(count)
+    return [{**one, "at": f"2024-{1 + n // 28:02d}-{1 + n % 28:02d}"} for n, one in enumerate(rows)]
+
+
+def test_the_newest_rows_are_the_test(tmp_path: Path) -> None:
+    rows = dated(100)
+    random.Random(1).shuffle(rows)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    dataset = build(tmp_path, settings(split={"time": "at", "test": 0.2, "validation": 0.1}))
+    body = dataset.record.body
+    assert body["splits"] == {"train": 70, "validation": 10, "test": 20}
+    spans = body["time"]["spans"]
+    assert spans["train"][1] < spans["validation"][0] <= spans["validation"][1] < spans["test"][0]
+    assert body["leakage"]["not_older"] == 0
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest)["ok"]
+
+
+def test_rows_of_one_time_stay_together_and_older_ones_of_a_held_out_group_leave(tmp_path: Path) -> None:
+    rows = dated(60)
+    for one in rows[-9:]:
+        one["at"] = "2030-01-01"  # nine rows of one time, six wanted
+    pair = [row(f"{when} train to the city of york", f"{when}", at=at, who="eve") for when, at in
+            (("morning", "2024-01-01"), ("evening", "2031-01-01"))]  # fmt: skip
+    for n, one in enumerate(rows):
+        one["who"] = f"p{n}"
+    write_jsonl(tmp_path / "rows.jsonl", [*rows, *pair])
+    dataset = build(tmp_path, settings(split={"time": "at", "group_by": "who", "test": 0.1, "validation": 0}))
+    body = dataset.record.body
+    assert body["splits"] == {"train": 51, "validation": 0, "test": 10}
+    assert body["rows"]["removed"] == {OLDER: 1}
+    assert body["time"]["rows_beyond_shares"] == 3
+    assert body["leakage"]["shared_groups"] == 0
+
+
+@pytest.mark.parametrize("at", [None, "", "soon", True, [2024]])
+def test_a_row_without_a_time_is_told(tmp_path: Path, at: Any) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [*dated(9), row("hello there", "hi", at=at)])
+    with pytest.raises(UsageError) as caught:
+        build(tmp_path, settings(split={"time": "at"}))
+    assert caught.value.where == "rows.jsonl, row 10"
+
+
+def test_times_of_every_kind_are_one_time() -> None:
+    same = ["2024-05-01T12:00:00Z", "2024-05-01T14:00:00+02:00", 1714564800, "1714564800", 1714564800000, 1714564800.0]
+    assert {time_of(value, "") for value in same} == {"2024-05-01T12:00:00.000000Z"}
+    assert time_of("2024-05-01", "") < time_of("2024-05-01T00:00:01", "") < time_of(1714564800, "")
+
+
+@given(st.dictionaries(st.integers(0, 50).map(str), st.integers(1, 9), min_size=1), st.floats(0.05, 0.5))
+def test_a_cut_takes_its_share_and_no_more_than_one_time_beyond(times: dict[str, int], test: float) -> None:
+    split = Split(test=test, validation=0.1)
+    found, _ = cuts(times, split)
+    many: Counter[str] = Counter()
+    for time, rows in times.items():
+        many[split_by_time(time, found)] += rows
+    total = sum(times.values())
+    assert many["test"] >= test * total
+    assert many["test"] - times[found["test"]] < test * total
+
+
+groups = st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(1, 5), min_size=1), min_size=1, max_size=40)
+
+
+@given(groups, st.integers(0, 3))
+@examples(deadline=None)
+def test_whole_groups_in_like_shares_whatever_their_order(found: list[dict[str, int]], seed: int) -> None:
+    split = Split(stratify="kind", test=0.2, validation=0.1, seed=seed)
+    counts = [(f"g{n}", kind, rows) for n, kinds in enumerate(found) for kind, rows in kinds.items()]
+    placed = stratified(counts, split)
+    assert placed == stratified(counts[::-1], split)
+    assert placed.keys() == {group for group, _, _ in counts}
+
+
+def test_shares_are_as_near_as_scikit_learns() -> None:
+    model_selection = pytest.importorskip("sklearn.model_selection", reason="scikit-learn is not installed")
+    rng = random.Random(3)
+    rows = [(f"g{rng.randrange(150)}", rng.choices("abcd", [8, 4, 2, 1])[0]) for _ in range(1500)]
+    placed = stratified(
+        [(*pair, n) for pair, n in Counter(rows).items()], Split(stratify="kind", test=0.2, validation=0)
+    )
+    kinds = Counter(kind for _, kind in rows)
+
+    def worst(test: Counter[str]) -> float:
+        return max(abs(test[kind] / kinds[kind] - 0.2) for kind in kinds)
+
+    ours = worst(Counter(kind for group, kind in rows if placed[group] == "test"))
+    folds = model_selection.StratifiedGroupKFold(5).split(
+        rows, [kind for _, kind in rows], [group for group, _ in rows]
+    )
+    theirs = worst(Counter(rows[place][1] for place in next(iter(folds))[1]))
+    assert ours <= max(theirs, 0.02)
+
+
+@pytest.mark.parametrize("key", ["kind", "intent", "answer"])
+def test_a_split_holds_its_share_of_every_kind(tmp_path: Path, key: str) -> None:
+    rows = []
+    for n, one in enumerate(many_rows(400)):
+        kind = "rare" if n % 20 == 0 else "often"
+        said = json.dumps({"intent": kind}) if key == "intent" else kind
+        rows.append({**row(one["messages"][0]["content"], said), **({"kind": kind} if key == "kind" else {})})
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    dataset = build(tmp_path, settings(split={"stratify": key, "test": 0.1, "validation": 0.1}))
+    kinds = dataset.record.body["strata"]["rows"]
+    assert [kinds["rare"][name] for name in SPLITS] == [16, 2, 2]
+    assert [kinds["often"][name] for name in SPLITS] == [304, 38, 38]
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest)["ok"]
+
+
+def test_what_is_no_kind_and_what_is_not_said(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", many_rows(60))
+    with pytest.raises(UsageError, match="60 values in 60 rows"):
+        build(tmp_path, settings(split={"stratify": "answer"}))
+    with pytest.raises(UsageError, match="has no channel"):
+        build(tmp_path, settings(split={"stratify": "channel"}))
+
+
+def test_rows_without_labels_are_sealed_as_they_always_were(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", many_rows(40))
+    line = Store(tmp_path / "store").read_blob(build(tmp_path).record.blobs["train.jsonl"]).splitlines()[0]
+    assert b"labels" not in line
+    assert "time" not in settings().model_dump(mode="json")["split"]
