@@ -8,6 +8,7 @@ keep a weight laid out for its own product (bf16 on other x86 processors), that 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -114,6 +115,34 @@ class Frozen:
         else:
             x = gradient @ self._forward
         return x if low is None or down is None else x.addmm_(low, down)
+
+    def apart(
+        self, x: Tensor, sizes: Sequence[int], low: Sequence[Tensor | None], pairs: Sequence[Pair | None]
+    ) -> Tensor:
+        """As each span of x, sizes long, has by itself, with low values and a pair of its own or None.
+
+        The packed product is one for all spans: a row's sum is made in the same order whatever rows lie beside it.
+        Plain products promise no such thing, and tiles add the pair to the same sum: both are made span by span.
+        """
+        if not self._packs:
+            return torch.cat([self(*each) for each in zip(x.split(sizes), low, pairs, strict=True)])
+        y = self(x)
+        for own, lower, pair in zip(y.split(sizes), low, pairs, strict=True):
+            if lower is not None and pair is not None:
+                own.addmm_(lower, pair.up)
+        return y
+
+    def back_apart(
+        self, gradient: Tensor, sizes: Sequence[int], low: Sequence[Tensor | None], pairs: Sequence[Pair | None]
+    ) -> Tensor:
+        """The same of back."""
+        if not self._packs:
+            return torch.cat([self.back(*each) for each in zip(gradient.split(sizes), low, pairs, strict=True)])
+        x = self.back(gradient)
+        for own, lower, pair in zip(x.split(sizes), low, pairs, strict=True):
+            if lower is not None and pair is not None:
+                own.addmm_(lower, pair.back)
+        return x
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.progress import Progress
+from tunesmith.core.progress import Progress, Task
 from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.batch import Batch
 from tunesmith.models.network import Network, forward, rms_norm
@@ -102,38 +102,15 @@ def fit(
 
     Raises TunesmithError where the loss is not a number any more; the checkpoint before that stays.
     """
-    run = _Run(network, trained, settings, folder, identity, progress)
-    course, steps = run.course, len(plan)
-    due = {math.ceil(steps * turn / settings.validations) for turn in range(1, settings.validations + 1)}
-    saved = time.perf_counter()
-    with progress.task("training", sum(step_tokens(step) for step in plan)) as task:
-        task.advance(sum(step_tokens(step) for step in plan[: course.step]))
-        while course.step < steps and course.ended is None:
-            began, step = time.perf_counter(), plan[course.step]
-            rate = rate_at(course.step, steps, settings)
-            loss = run.step(step, rate)
-            if not math.isfinite(loss):
-                raise TunesmithError(
-                    f"the loss became {loss} at step {course.step + 1} of {steps}",
-                    where="train.learning_rate",
-                    fix="lower it; the last whole checkpoint is kept",
-                )
-            course.step += 1
-            if course.step in due and validation:
-                run.validate(validation)
-            spent, tokens = time.perf_counter() - began, step_tokens(step)
-            course.seconds += spent
-            course.curve.append(
-                {"step": course.step, "loss": loss, "learning_rate": rate, "tokens": tokens, "seconds": spent}
-            )
-            task.note(f"loss {loss:.3f}, {tokens / spent:.0f} tokens/s")
-            task.advance(tokens)
-            over = course.step == steps or course.ended is not None
-            if over or time.perf_counter() - saved > settings.checkpoint_seconds:
-                run.save()
-                saved = time.perf_counter()
+    run = Run(network, trained, plan, validation, settings, folder, identity, progress)
+    with progress.task("training", sum(map(step_tokens, plan))) as task:
+        task.advance(run.tokens_done)
+        while not run.over:
+            began = time.perf_counter()
+            loss = gradients(network, trained, run.due)
+            run.advance(loss, time.perf_counter() - began, task)
     run.settle()
-    return course
+    return run.course
 
 
 def step_tokens(step: Step) -> int:
@@ -141,20 +118,26 @@ def step_tokens(step: Step) -> int:
     return sum(part.tokens for part in step)
 
 
-class _Run:
-    """What changes during a run: the weights, the optimiser, the course, the best weights so far."""
+class Run:
+    """A training under way: what it will do, and what changes meanwhile: the weights, the optimiser, the course, the
+    best weights so far."""
 
     def __init__(
         self,
         network: Network,
         trained: Trainable,
+        plan: Sequence[Step],
+        validation: Sequence[Batch],
         settings: TrainSettings,
         folder: Path,
         identity: Mapping[str, Any],
         progress: Progress,
     ) -> None:
         self.network, self.trained, self.settings, self.progress = network, trained, settings, progress
+        self.plan, self.validation = plan, validation
         self.folder, self.identity = folder, dict(identity)
+        steps, times = len(plan), settings.validations
+        self._validated_at = {math.ceil(steps * turn / times) for turn in range(1, times + 1)} if validation else set()
         self.optimizer = torch.optim.AdamW(
             trained.groups(),
             lr=settings.learning_rate,
@@ -164,18 +147,58 @@ class _Run:
         )
         self.best: list[Tensor] | None = None
         self.course = self._resume()
+        self._saved = time.perf_counter()
 
-    def step(self, step: Step, rate: float) -> float:
-        """One optimiser step; returns its loss, and does nothing where that is not finite."""
-        loss = gradients(self.network, self.trained, step)
+    @property
+    def over(self) -> bool:
+        """Whether no step is left to do."""
+        return self.course.step == len(self.plan) or self.course.ended is not None
+
+    @property
+    def due(self) -> Step:
+        """The step that comes next."""
+        return self.plan[self.course.step]
+
+    @property
+    def tokens_done(self) -> int:
+        """Tokens computed so far."""
+        return sum(map(step_tokens, self.plan[: self.course.step]))
+
+    def advance(self, loss: float, seconds: float, task: Task) -> None:
+        """End the step that is due, whose gradients lie on the masters. seconds: what they took.
+
+        Raises TunesmithError, and changes nothing, where its loss is not finite.
+        """
+        course, steps, began = self.course, len(self.plan), time.perf_counter()
+        rate, tokens = rate_at(course.step, steps, self.settings), step_tokens(self.due)
+        if not math.isfinite(loss):
+            raise TunesmithError(
+                f"the loss became {loss} at step {course.step + 1} of {steps}",
+                where="train.learning_rate",
+                fix="lower it; the last whole checkpoint is kept",
+            )
+        self._update(rate)
+        course.step += 1
+        if course.step in self._validated_at:
+            self.validate(self.validation)
+        spent = seconds + time.perf_counter() - began
+        course.seconds += spent
+        course.curve.append(
+            {"step": course.step, "loss": loss, "learning_rate": rate, "tokens": tokens, "seconds": spent}
+        )
+        task.note(f"loss {loss:.3f}, {tokens / spent:.0f} tokens/s")
+        task.advance(tokens)
+        if self.over or time.perf_counter() - self._saved > self.settings.checkpoint_seconds:
+            self.save()
+            self._saved = time.perf_counter()
+
+    def _update(self, rate: float) -> None:
         torch.nn.utils.clip_grad_norm_(self.trained.masters, self.settings.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["multiple"]
-        if math.isfinite(loss):
-            self.optimizer.step()
-            self.trained.refresh_copies()
+        self.optimizer.step()
+        self.trained.refresh_copies()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss
 
     def validate(self, batches: Sequence[Batch]) -> None:
         """Take the validation loss; keep the weights where it is the lowest, end the run where patience is."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ from tunesmith.training.loss import cross_entropy
 from tunesmith.training.magnitudes import Magnitudes, dora_linear
 from tunesmith.training.principal import Departure, principal
 from tunesmith.training.settings import TrainSettings
+
+
+class Adapted(NamedTuple):
+    """An adapted place: its pair, and where a backward pass leaves the gradients of a and c."""
+
+    pair: Pair
+    ga: Tensor
+    gc: Tensor
 
 
 class Lora:
@@ -60,7 +68,7 @@ class Lora:
         self._gradients = [_flat(each, network.dtype) for each in copied]
         pairs = map(Pair, *(_views(copy, each) for copy, each in zip(self._copies, copied, strict=True)))
         into = (_views(gradient, each) for gradient, each in zip(self._gradients, copied, strict=True))
-        self._pairs = dict(zip(self.places, zip(pairs, *into, strict=True), strict=True))
+        self._pairs = dict(zip(self.places, map(Adapted, pairs, *into), strict=True))
         self._anchor = torch.zeros((), requires_grad=True)
         self.magnitudes: Magnitudes | None = None
         if settings.dora:
@@ -99,6 +107,10 @@ class Lora:
             return _LoraLinear.apply(x, self._anchor, product, pair, ga, gc)  # type: ignore[no-any-return]
 
         return apply
+
+    def adapted(self, number: int, group: str) -> Adapted | None:
+        """What a place has of an adapter; None where it has none."""
+        return self._pairs.get((number, group))
 
     def loss(self, hidden: Tensor, labels: Tensor, share: Tensor) -> Tensor:
         """The loss of labels under normed hidden states, through the base's head."""
