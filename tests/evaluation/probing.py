@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Bench:
 
     folder: Path
     spec: str | None = None  # another base than the tiny one
+    _asked: dict[tuple[str, str | None, int], list[dict[str, Any]]] = field(default_factory=dict)
 
     @cached_property
     def store(self) -> Store:
@@ -115,11 +116,12 @@ class Bench:
         ground = ground_of(self.store, rows, candidate, answerer, gate.rows, gate.path, Privacy())
         items = suite_of(suite).items(ground)
         training = None if before else candidate.training
-        lines = ask(self.engine, self.engine, training, items, candidate)
-        blobs = {
-            "answers.jsonl": self.store.put_bytes(b"".join(canonical(line) + b"\n" for line in lines)),
-            ITEMS: self.store.put_bytes(encode_items(items)),
-        }
+        blob = self.store.put_bytes(encode_items(items))
+        key = blob, training, candidate.max_tokens
+        if key not in self._asked:  # what the base says does not depend on whom it is compared with
+            self._asked[key] = ask(self.engine, self.engine, training, items, candidate)
+        answered = b"".join(canonical(line) + b"\n" for line in self._asked[key])
+        blobs = {"answers.jsonl": self.store.put_bytes(answered), ITEMS: blob}
         parents = {"base": self.base.digest, "dataset": dataset} | ({"training": training} if training else {})
         return self.store.put_record(Record(kind="answers", parents=parents, blobs=blobs, body={"suite": suite}))
 

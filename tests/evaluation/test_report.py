@@ -117,6 +117,14 @@ def test_pages_of_every_verdict_are_whole(made: Fabricated, evaluation: str, nam
     check_whole(report_html(made.store, evaluation, verdict_of(made, evaluation, name, gates)))
 
 
+def test_the_contents_lead_to_sections_in_order(made: Fabricated, evaluation: str) -> None:
+    html = report_html(made.store, evaluation, verdict_of(made, evaluation))
+    head, main = html.split("<main>")
+    linked = re.findall(r'href="#([a-z-]+)"', head)
+    assert linked == re.findall(r'<section id="([a-z-]+)"', main)
+    assert linked[:3] == ["why", "gates", "candidates"], "the decision stands above them"
+
+
 def test_headlines(made: Fabricated, evaluation: str) -> None:
     def advice(verdict: str | None) -> dict[str, Any]:
         return dict(report_data(made.store, evaluation, verdict)["advice"])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.evaluation.levers import ENDPOINT
+from tunesmith.evaluation.settings import PROBES
 from tunesmith.evaluation.wording import money, percent, points
 
 # Below this share of rows judged alike in both orders a judge's word is marked as weak.
@@ -17,13 +18,12 @@ _PHRASES = {
 
 
 def advise(data: Mapping[str, Any]) -> dict[str, Any]:
-    """{"headline", "release": a candidate's name or None, "reasons": [sentence], "cautions": [sentence]}.
+    """{"headline", "release": a candidate's name or None, "summary", "reasons": [sentence], "cautions": [sentence]}.
 
-    data: what report_data gathered.
+    summary: one paragraph on which lever, how sure, what it costs and what it risks. data: what report_data gathered.
     """
     verdict = data["verdict"]["verdict"] if data["verdict"] else None
-    focus, rival = data["focus"], data["rival"]
-    best = data["candidates"][0]["name"]
+    focus, best = data["focus"], data["candidates"][0]["name"]
     headlines = {
         "pass": f"Release {focus}." if best == focus else f"{focus} may be released; {best} did better.",
         "fail": f"Do not release {focus}.",
@@ -33,6 +33,7 @@ def advise(data: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "headline": headlines[verdict],
         "release": focus if verdict == "pass" else None,
+        "summary": " ".join([_lever(data), *_sure(data), *_costs(data), _risked(data)]),
         "reasons": [
             _measured(data),
             *_difference(data),
@@ -41,7 +42,7 @@ def advise(data: Mapping[str, Any]) -> dict[str, Any]:
             *_price(data),
             *_money(data),
             *_forgotten(data),
-            *_next(verdict, focus, rival, best),
+            *_next(data, verdict, best),
         ],
         "cautions": _cautions(data),
     }
@@ -70,7 +71,7 @@ def _measured(data: Mapping[str, Any]) -> str:
 
 def _difference(data: Mapping[str, Any]) -> list[str]:
     if data["lift"] is None:
-        return ["No untuned candidate was measured, so nothing shows what tuning adds."]
+        return ["0 untuned candidates were measured beside it, so nothing shows what tuning adds."]
     found = data["lift"]["metrics"][data["primary"]]
     gap, confidence = found["difference"], f"{data['confidence']:.0%}"
     sentence = (
@@ -81,6 +82,45 @@ def _difference(data: Mapping[str, Any]) -> list[str]:
     if gap["low"] <= 0.0 <= gap["high"]:
         sentence += " No difference at all is within that interval."
     return [sentence]
+
+
+def _lever(data: Mapping[str, Any]) -> str:
+    chosen, focus = data["levers"]["chosen"], data["focus"]
+    said = f"{focus} {_says(data['primary'], _mean(data, focus))}"
+    if chosen is None or chosen["candidate"] == focus:
+        return f"{said} by {chosen['lever']}." if chosen else f"{said}."
+    return f"{said}; the simplest way that nothing was shown to beat is {chosen['lever']} ({chosen['candidate']})."
+
+
+def _sure(data: Mapping[str, Any]) -> list[str]:
+    if data["lift"] is None:
+        return []
+    gap = data["lift"]["metrics"][data["primary"]]["difference"]
+    reach = f"{points(gap['low'])} to {points(gap['high'])} points"
+    likely = f"{data['confidence']:.0%} sure" if gap["low"] > 0 or gap["high"] < 0 else "not shown to differ"
+    return [f"Against {data['rival']} that is {points(gap['mean'])} points; {likely} ({reach}, {data['n']} requests)."]
+
+
+def _costs(data: Mapping[str, Any]) -> list[str]:
+    """In money where prices are stated, else in time."""
+    if money_told := _money(data):
+        return money_told
+    price = next(row["price"] for row in data["candidates"] if row["name"] == data["focus"])
+    return [f"1,000 requests take {price['seconds_per_1000']:,.0f} seconds of this machine; no prices are stated."]
+
+
+def _risked(data: Mapping[str, Any]) -> str:
+    """What its risk gates found, and how much of what tuning can break was not looked at."""
+    gates = data["verdict"]["gates"] if data["verdict"] else []
+    risky = [gate for gate in gates if {"probe", "suite"} & gate["settings"].keys()]
+    unmeasured = len(data["risks"]["unmeasured"])
+    rest = f"{unmeasured} of {len(PROBES)} risk probes were not made" if unmeasured else "every risk probe was made"
+    if not risky:
+        return f"No gate holds the risks of tuning to a bound; {rest}."
+    bad = [f"{gate['name']} ({gate['outcome']})" for gate in risky if gate["outcome"] != "pass"]
+    within = f"{len(risky) - len(bad)} of {len(risky)} risks held to a bound are within it"
+    beyond = f", not {', '.join(bad)}" if bad else ""
+    return f"{within}{beyond}; {rest}."
 
 
 def _levers(data: Mapping[str, Any]) -> list[str]:
@@ -137,10 +177,10 @@ def _gates(data: Mapping[str, Any]) -> list[str]:
     if data["verdict"] is None:
         return []
     if data["verdict"]["reason"]:
-        return [f"It is not judged: {data['verdict']['reason']}."]
+        return [f"It is not judged ({len(data['verdict']['gates'])} gates): {data['verdict']['reason']}."]
     if data["verdict"]["verdict"] == "pass":
         names = [gate["name"] for gate in data["verdict"]["gates"]]
-        return [f"It passed {'its gate' if len(names) == 1 else f'all {len(names)} gates'}: {', '.join(names)}."]
+        return [f"It passed {'its 1 gate' if len(names) == 1 else f'all {len(names)} gates'}: {', '.join(names)}."]
     return [
         f"The gate {gate['name']} {'failed' if gate['outcome'] == 'fail' else 'is undecided'}: {gate['reason']}."
         for gate in data["verdict"]["gates"]
@@ -176,16 +216,26 @@ def _forgotten(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _next(verdict: str | None, focus: str, rival: str | None, best: str) -> list[str]:
+def _next(data: Mapping[str, Any], verdict: str | None, best: str) -> list[str]:
+    focus, rival = data["focus"], data["rival"]
     if verdict is None:
-        return ["Set gates and run `tunesmith gate` before anything is released."]
+        return ["No gate has judged it (0 of 0): set gates and run `tunesmith gate` before anything is released."]
     if verdict == "inconclusive":
-        return ["Collect more test rows, in more groups, and evaluate again; do not release on this evidence."]
+        return [
+            f"{data['n']} test rows in {data['groups']} groups do not decide it: collect more, in more groups, and "
+            "evaluate again; do not release on this evidence."
+        ]
     if best != focus:
-        return [f"{best} did best on these requests: have it judged with `tunesmith gate {best}`."]
+        return [
+            f"{best} did best on these requests ({percent(_mean(data, best))} {data['primary']}): have it judged with "
+            f"`tunesmith gate {best}`."
+        ]
     if verdict == "pass":
         return []
-    return [f"It is still the best of those measured: mend what failed, or release {rival or 'nothing'} meanwhile."]
+    return [
+        f"With {percent(_mean(data, focus))} it is still the best of the {len(data['candidates'])} measured: mend what "
+        f"failed, or release {rival or 'nothing'} meanwhile."
+    ]
 
 
 def _cautions(data: Mapping[str, Any]) -> list[str]:

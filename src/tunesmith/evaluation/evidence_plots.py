@@ -48,8 +48,10 @@ def price_chart(candidates: Sequence[Mapping[str, Any]], metric: str, price: str
         )
         height = _at(found["mean"])
         parts.append(Markup('<circle class="point {}" cx="{}" cy="{:.1f}" r="6"/>').format(style, x, height))
+        away = _LABEL / 3 if height < _HEIGHT / 2 else -_LABEL / 3  # from the nearer edge, below which the axis stands
+        height = min(height, _HEIGHT - _LABEL / 2)
         while any(abs(height - other) < _LABEL for other in taken):
-            height += _LABEL / 3
+            height += away
         taken.append(height)
         side = ("end", "-10") if float(x.rstrip("%")) > 72 else ("start", "10")
         parts.append(
@@ -59,7 +61,11 @@ def price_chart(candidates: Sequence[Mapping[str, Any]], metric: str, price: str
         )
     foot = f"{unit} per 1,000 requests{', logarithmic' if logarithmic else ''}"
     parts.append(Markup('<text class="tick" x="100%" y="{}" text-anchor="end">{}</text>').format(_HEIGHT + 34, foot))
-    return drawn(_HEIGHT + 40, "chart", f"{metric} against {foot}", parts)
+    said = "; ".join(
+        f"{row['name']} {row['metrics'][metric]['mean'] * 100:.1f}% at {money(cost)}"
+        for row, cost in zip(points, costs, strict=True)
+    )
+    return drawn(_HEIGHT + 40, "chart", f"{metric} against {foot}: {said}", parts)
 
 
 def difference_bar(difference: float) -> Markup:
@@ -96,7 +102,8 @@ def reliability_chart(found: Mapping[str, Any], name: str) -> Markup:
                 share * 100, size + 16, anchor, share * 100
             )
         )
-    return drawn(size + 22, "chart square", f"Calibration of {name}", parts)
+    said = "; ".join(f"{each['confidence']:.0%} sure, {each['right']:.0%} right" for each in found["bins"])
+    return drawn(size + 22, "chart square", f"Calibration of {name}: {said}", parts)
 
 
 def _at(share: float) -> float:

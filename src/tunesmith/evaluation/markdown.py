@@ -19,6 +19,7 @@ def report_markdown(data: Mapping[str, Any]) -> str:
     lines = [f"## {_text(title)}: {_text(advice['headline'])}", ""]
     if verdict:
         lines += [f"Verdict: **{_MARKS[verdict['verdict']]}**", ""]
+    lines += [_text(advice["summary"]), ""]
     lines += [f"- {_text(sentence)}" for sentence in advice["reasons"]]
     lines += [f"- ⚠️ {_text(sentence)}" for sentence in advice["cautions"]]
     lines += ["", *_candidates(data)]
@@ -27,11 +28,23 @@ def report_markdown(data: Mapping[str, Any]) -> str:
             "",
             *_table(("gate", "outcome", "why"), ((g["name"], g["outcome"], g["reason"]) for g in verdict["gates"])),
         ]
+    lines += ["", *_risks(data)]
     lines += ["", f"{data['n']} held-out requests in {data['groups']} groups; {data['confidence']:.0%} intervals. "]
     lines[-1] += f"Evaluation `{short(data['evaluation'])}`" + (
         f", verdict `{short(verdict['digest'])}`." if verdict else "."
     )
     return "\n".join(lines) + "\n"
+
+
+def _risks(data: Mapping[str, Any]) -> Iterable[str]:
+    """What was measured before tuning and after it, and what was not."""
+    found = data["risks"]
+    if found["exposure"]:
+        yield f"- {_text(found['exposure']['sentence'])}"
+    for row in found["bias"]:
+        yield f"- {_text(row['asked'])}: {_text(row['sentence'])}"
+    if found["unmeasured"]:
+        yield f"- Not measured: {_text(', '.join(found['unmeasured']))}."
 
 
 def _candidates(data: Mapping[str, Any]) -> Iterable[str]:

@@ -73,8 +73,13 @@ def gate_track(gate: Mapping[str, Any]) -> Markup:
     return drawn(_TRACK_HEIGHT, "track", label, parts)
 
 
-def loss_chart(curve: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> Markup:
-    """Training and validation loss by step; a logarithmic axis where the loss falls more than tenfold."""
+def loss_chart(
+    curve: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], kept: int | None = None
+) -> Markup:
+    """Training and validation loss by step; a logarithmic axis where the loss falls more than tenfold.
+
+    kept: the step whose weights were kept, marked where it is known.
+    """
     training = [(float(p["step"]), float(p["loss"])) for p in curve if p["loss"] > 0 and math.isfinite(p["loss"])]
     held_out = [(float(p["step"]), float(p["loss"])) for p in validation if p["loss"] > 0 and math.isfinite(p["loss"])]
     if len(training) < 2:
@@ -115,7 +120,20 @@ def loss_chart(curve: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[
             _CHART_HEIGHT + 18, last, ", logarithmic loss axis" if logarithmic else ""
         ),
     ]
-    return drawn(_CHART_HEIGHT + 24, "chart", "Loss by training step", [*grid, inner, *dots, *foot])
+    label = f"Loss by training step, from {training[0][1]:.3g} to {training[-1][1]:.3g}"
+    if held_out:
+        label += f"; held-out validation from {held_out[0][1]:.3g} to {held_out[-1][1]:.3g}"
+    if kept is not None and 0 < kept <= last:
+        foot += _kept_mark(kept, last)
+        label += f"; the weights of step {kept} were kept"
+    return drawn(_CHART_HEIGHT + 24, "chart", label, [*grid, inner, *dots, *foot])
+
+
+def _kept_mark(kept: int, last: float) -> list[Markup]:
+    x = f"{100 * kept / last:.2f}%"
+    side, shift = ("end", -6) if kept > last / 2 else ("start", 6)
+    said = Markup('<text class="named" x="{}" y="12" dx="{}" text-anchor="{}">kept: step {:,}</text>')
+    return [_line(x, 0, _CHART_HEIGHT, "bound"), said.format(x, shift, side, kept)]
 
 
 def lineage_arcs(nodes: Sequence[Mapping[str, Any]]) -> Markup:

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tunesmith.core.digests import short
-from tunesmith.evaluation import evidence_plots, plots, wording
+from tunesmith.evaluation import evidence_plots, plots, risk_plots, wording
 from tunesmith.evaluation.report_data import report_data
 from tunesmith.store.store import Store
 
@@ -69,6 +69,7 @@ def _environment() -> Environment:
         gigabytes=wording.gigabytes,
         plots=plots,
         evidence_plots=evidence_plots,
+        risk_plots=risk_plots,
     )
     return environment
 

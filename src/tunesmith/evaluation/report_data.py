@@ -17,6 +17,7 @@ from tunesmith.evaluation.compare import comparison_document, side_of_candidate
 from tunesmith.evaluation.evaluate import evaluation_document
 from tunesmith.evaluation.levers import levers, lift_by_group
 from tunesmith.evaluation.prices import break_even
+from tunesmith.evaluation.risks import risks
 from tunesmith.evaluation.scores import GENERAL, Column, read_scores
 from tunesmith.evaluation.verdict import verdict_document
 from tunesmith.store import audit, database
@@ -57,6 +58,7 @@ def report_data(
         "n": measured["n"],
         "groups": measured["groups"],
         "confidence": measured["confidence"],
+        "seed": record.body["seed"],
         "primary": measured["primary"],
         "metrics": list(record.body["metrics"]),
         "focus": focus,
@@ -74,6 +76,7 @@ def report_data(
         "calibration": measured["calibration"],
         "judges": measured["judges"],
         "forgetting": _forgetting(columns, measured, focus),
+        "risks": risks(store, record, focus, measured["confidence"]),
         "dataset": dataset_document(store, record.parents["dataset"]),
         "examples": _examples(store, record, columns, focus, rival),
         "lineage": _lineage(store, record, evaluation, focus, verdict, version),
@@ -169,7 +172,7 @@ def _training(store: Store, candidate: Candidate) -> dict[str, Any] | None:
         return None
     body = store.record(candidate.training, kind="training").body
     shown = ("settings", "rows", "tokens", "labels", "steps", "seconds", "examples_per_second", "tokens_per_second",
-             "peak_memory_bytes", "estimate", "final_loss", "curve", "validation", "threads")  # fmt: skip
+             "peak_memory_bytes", "estimate", "final_loss", "curve", "validation", "kept", "threads")  # fmt: skip
     return {"training": candidate.training, **{key: body[key] for key in shown if key in body}}
 
 

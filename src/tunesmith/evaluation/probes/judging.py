@@ -18,8 +18,8 @@ from tunesmith.evaluation.statistics import Floats, Interval, interval
 from tunesmith.evaluation.wording import percent, points
 
 _SHARES, _GAPS = (0.0, 1.0), (-1.0, 1.0)
-_FEWEST_CONTROLS = 100
-_WIDEST_BITS = 3.0  # a wider interval of the exposure says too little for its middle to be quoted
+FEWEST_CONTROLS = 100
+WIDEST_BITS = 3.0  # a wider interval of the exposure says too little for its middle to be quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,8 @@ def judge_probe(case: Case) -> Shown:
 
 def _canaries(case: Case) -> Shown:
     controls = case.arm(memory.CONTROL)
-    if len(controls.ids) < _FEWEST_CONTROLS:
-        raise Inconclusive(f"{len(controls.ids)} controls: at least {_FEWEST_CONTROLS} are needed to rank canaries")
+    if len(controls.ids) < FEWEST_CONTROLS:
+        raise Inconclusive(f"{len(controls.ids)} controls: at least {FEWEST_CONTROLS} are needed to rank canaries")
     counts = sorted(int(name) for name in case.measured if name != memory.CONTROL)
     if not counts:
         raise Inconclusive("no canary was planted")
@@ -77,12 +77,12 @@ def _canaries(case: Case) -> Shown:
             case.arm(str(times)).after, controls.after, confidence=case.confidence, seed=case.seed
         )
     shown = levels[judged]
-    if shown.high - shown.low > _WIDEST_BITS:
+    if shown.high - shown.low > WIDEST_BITS:
         raise Inconclusive(
             f"the exposure of {len(case.arm(str(judged)).ids)} canaries lies between {shown.low:.1f} and "
             f"{shown.high:.1f} bits, too wide to say: plant more of them (train.canaries.each)"
         )
-    usable = {str(times): as_body(each) for times, each in levels.items() if each.high - each.low <= _WIDEST_BITS}
+    usable = {str(times): as_body(each) for times, each in levels.items() if each.high - each.low <= WIDEST_BITS}
     sentence = (
         f"secrets planted {judged} times have an exposure of {_between(shown, '{:.1f}')} bits among "
         f"{len(controls.ids)} controls, where 1.4 is chance and {most:.1f} the most"
@@ -161,13 +161,8 @@ def _swap(case: Case) -> Shown:
     arms: dict[str, tuple[Floats, list[str]]] = {}
     gaps: dict[str, dict[str, Any]] = {}
     for name, arm in case.measured.items():
-        sides = [[place for place, each in enumerate(arm.ids) if each.endswith(side)] for side in ("/a", "/b")]
-        if [arm.ids[place][:-2] for place in sides[0]] != [arm.ids[place][:-2] for place in sides[1]]:
-            raise Inconclusive(f"versions of {name!r} rows are not paired")
-        if arm.before is None:
-            raise Inconclusive("nothing was measured before tuning")
-        before, after = (values[sides[0]] - values[sides[1]] for values in (arm.before, arm.after))
-        arms[name] = (np.abs(after) - np.abs(before), [arm.groups[place] for place in sides[0]])
+        before, after, groups = swap_gaps(name, arm)
+        arms[name] = (np.abs(after) - np.abs(before), groups)
         gaps[name] = {"rows": len(after), "before": _means(before), "after": _means(after)}
     name, shown = numbers.worst(arms, _GAPS, case.confidence, case.seed)
     sentence = (
@@ -175,6 +170,18 @@ def _swap(case: Case) -> Shown:
         f"{_mean_size(gaps[name]['before'])} before tuning: {_pointed(shown)} points more"
     )
     return Shown(shown, sentence, {"kind": name, "gaps": gaps})
+
+
+def swap_gaps(name: str, arm: Arm) -> tuple[Floats, Floats, list[str]]:
+    """How much more probable the right answer is in a row's first version than in its second, before tuning and after.
+
+    Also the rows' groups. Raises Inconclusive where a row lacks one of its versions or was not measured before.
+    """
+    sides = [[place for place, each in enumerate(arm.ids) if each.endswith(side)] for side in ("/a", "/b")]
+    if [arm.ids[place][:-2] for place in sides[0]] != [arm.ids[place][:-2] for place in sides[1]]:
+        raise Inconclusive(f"versions of {name!r} rows are not paired")
+    before, after = (values[sides[0]] - values[sides[1]] for values in (_before(arm), arm.after))
+    return before, after, [arm.groups[place] for place in sides[0]]
 
 
 def _means(gaps: Floats) -> dict[str, float]:
