@@ -49,12 +49,17 @@ def find_remote(url: str) -> list[str]:
 
 
 def fetch(url: str, target: BinaryIO) -> None:
-    """Copy a file into target. Raises UsageError where it is not there, TunesmithError where it cannot be had."""
+    """Copy a file into target. Raises UsageError where it is not there, TunesmithError where it cannot be had.
+
+    Large files come in several requests, each of which may meet another file: it is looked at before and after.
+    """
     system, path = _system(url)
     try:
+        before = _mark(system, path)
         with system.open(path, "rb") as stream:
             shutil.copyfileobj(stream, target, _PIECE)
         target.flush()
+        same = _mark(system, path) == before
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
@@ -63,6 +68,14 @@ def fetch(url: str, target: BinaryIO) -> None:
         raise UsageError("the file is not there", where=url, fix="look whether the URL is right") from error
     except Exception as error:
         raise _failed(url, error) from error
+    if not same:
+        raise TunesmithError("the file changed while it was fetched", where=url, fix="run again")
+
+
+def _mark(system: Any, path: str) -> str:
+    """What tells one state of a file from another, such as its ETag; asked for afresh."""
+    system.invalidate_cache(path)
+    return str(system.ukey(path))
 
 
 def _system(url: str) -> tuple[Any, str]:
