@@ -221,7 +221,7 @@ def test_one_space_may_follow_a_comma_or_colon_and_no_other(engine: EmbeddedEngi
     while tokens[-1] in engine._renderer.stop_ids or not engine._renderer.text(tokens).endswith("}"):
         tokens = tokens[:-1]
     guide = engine._constraints.guide(json.dumps(SCHEMA))
-    assert (guide.validate_tokens(tokens) == len(tokens)) is fits
+    assert (guide.matcher.validate_tokens(tokens) == len(tokens)) is fits
 
 
 def test_a_schema_that_cannot_be_followed_is_told(engine: EmbeddedEngine) -> None:

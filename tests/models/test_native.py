@@ -133,19 +133,29 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("prefix", [0, 21])
 def test_a_decoding_step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, prefix: int) -> None:
-    rows, kv, group, size, room = 3, 2, 2, 8, 20
+    rows, kv, group, size, page, behind = 4, 2, 2, 8, 8, slice(1, 4)
     qkv, angles = _random(dtype, rows, kv * (group + 2) * size), torch.randn(rows, size // 2)
-    lengths = torch.tensor([0, 17, 5])
+    table = torch.tensor([[4, 0, 0], [9, 0, 0], [2, 7, 3], [8, 1, 0]])  # where a row has no more pages, any may stand
 
     def run() -> list[Tensor]:
-        keys, values = _random(dtype, rows, kv, room, size, seed=1), _random(dtype, rows, kv, room, size, seed=2)
-        q = ops.decode_split(qkv, angles.cos(), angles.sin(), keys, values, lengths)
-        shared = _random(dtype, kv, rows * group, prefix, seed=3) if prefix else None
-        mixed = ops.decode_mix(q, shared, keys, values, lengths, 0.3)
-        return [q, keys, values, mixed, *([shared] if shared is not None else [])]
+        places = ops.Places(table, torch.tensor([5, 0, 17, 8]), kv, group, size, page)
+        keys, values = _random(dtype, 10, kv, page, size, seed=1), _random(dtype, 10, kv, page, size, seed=2)
+        q = ops.decode_split(qkv, angles.cos(), angles.sin(), keys, values, places)
+        shared = _random(dtype, kv, 3 * group, prefix, seed=3) if prefix else None
+        out = torch.zeros(rows, kv * group * size, dtype=dtype)
+        ops.decode_mix(q, shared, keys, values, places, behind, 0.3, out)
+        assert not out[0].any(), "a row of another group"
+        return [q, keys, values, out, *([shared] if shared is not None else [])]
 
-    for one, other in zip(*_both(monkeypatch, run), strict=True):
+    compiled, portable = _both(monkeypatch, run)
+    for one, other in zip(compiled, portable, strict=True):
         _same(one, other)
+    q, keys, values, out = compiled[:4]
+    if not prefix:  # row 2 by hand: 18 places in the pages 2, 7 and 3
+        for head in range(kv * group):
+            k, v = (torch.cat([cache[page, head // group] for page in (2, 7, 3)])[:18].float() for cache in (keys, values))
+            weights = torch.softmax(q[head // group, 2, head % group].float() @ k.t() * 0.3, 0)
+            _same(out[2, head * size : (head + 1) * size], (weights @ v).to(dtype))
 
 
 @needs_kernels

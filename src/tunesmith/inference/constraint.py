@@ -30,32 +30,44 @@ class Constraints:
         self._vocabulary = vocabulary
         self._matcher = cache(self._fresh)
 
-    def guide(self, schema: str) -> LLMatcher:
-        """A matcher at the start of an answer. Raises UsageError for a schema that cannot be followed."""
-        return self._matcher(schema).deep_copy()
+    def guide(self, schema: str) -> Guide:
+        """What holds one answer, from its start. Raises UsageError for a schema that cannot be followed."""
+        return Guide(self._matcher(schema).deep_copy(), self._vocabulary)
 
-    def mask(self, guides: list[LLMatcher | None], scores: Tensor) -> Tensor:
-        """Scores [B, vocabulary] with the tokens that a row's guide forbids at minus infinity."""
-        allowed = np.ones((len(guides), self._vocabulary), dtype=bool)
-        for row, guide in enumerate(guides):
-            if guide is not None:
-                bits = np.frombuffer(guide.compute_bitmask(), dtype=np.uint8)
-                allowed[row] = np.unpackbits(bits, bitorder="little")[: self._vocabulary]
-        return scores.masked_fill(torch.from_numpy(~allowed), float("-inf"))
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for; a character may be spread over several."""
+        return bytes(self._tokens.decode_bytes([token]))
 
     def _fresh(self, schema: str) -> LLMatcher:
         matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_json_schema(json.loads(schema) | _JSON))
         if matcher.is_error():
-            raise UsageError(
-                f"answers cannot be held to this schema: {matcher.get_error()}",
-                where="task.schema",
-                fix="simplify it, or set constrain: false",
-            )
+            raise _cannot(matcher)
         return matcher
 
 
-def follow(guides: list[LLMatcher | None], tokens: list[int]) -> None:
-    """Tell each row's guide which token its row was given."""
-    for guide, token in zip(guides, tokens, strict=True):
-        if guide is not None and not guide.is_stopped():
-            guide.consume_token(token)
+class Guide:
+    """Holds one answer to its schema."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
+        self.matcher, self._vocabulary = matcher, vocabulary
+
+    def mask_(self, scores: Tensor) -> None:
+        """Put the scores [vocabulary] of tokens that may not come next to minus infinity."""
+        bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.unpackbits(bits, count=self._vocabulary, bitorder="little")
+        scores.masked_fill_(torch.from_numpy(allowed) == 0, float("-inf"))
+
+    def follow(self, token: int) -> None:
+        """The answer goes on with this token. Raises UsageError where the schema turns out too hard to follow."""
+        if not self.matcher.is_stopped():
+            self.matcher.consume_token(token)
+            if self.matcher.is_error():
+                raise _cannot(self.matcher)
+
+
+def _cannot(matcher: LLMatcher) -> UsageError:
+    return UsageError(
+        f"answers cannot be held to this schema: {matcher.get_error()}",
+        where="task.schema",
+        fix="simplify it, or set constrain: false",
+    )

@@ -1,35 +1,34 @@
-"""Batched decoding: the prompts' common beginning is computed once, every row keeps its own static key/value cache.
+"""The running batch: rows join it as others end, behind different shared prefixes and under different adapters.
 
-Shapes: B rows, K key/value heads, G query heads for each, P tokens of the shared prefix, S places of a row's own cache,
-D head size.
+What several prompts begin with is computed once. A row's own keys and values lie in pages (Kwon et al. 2023, vLLM),
+reserved whole when it joins, so that none is ever put out again; rows join in the order in which they came, so none
+waits for ever. Long prompts are read in parts between the steps of the others (Agrawal et al. 2023, Sarathi).
+
+Shapes: B rows, K key/value heads, G query heads for each, P tokens of a shared prefix, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from llguidance import LLMatcher
 from torch import Tensor
 
-from tunesmith.inference.constraint import Constraints, follow
+from tunesmith.inference.constraint import Guide
+from tunesmith.inference.pages import PAGE, PageCache
 from tunesmith.models import ops
+from tunesmith.models.adapter import Fused, adapted_linear
 from tunesmith.models.attention import Blocks, Layout, mix
-from tunesmith.models.batch import common_prefix
-from tunesmith.models.network import Linear, Network, angles, forward, logits
+from tunesmith.models.network import Linear, Network, angles, forward, frozen_linear, logits
+from tunesmith.models.stack import Stack
 
-# Rows that have ended are dropped from the batch once they make up this share of it.
-_DROPPED_AT = 0.25
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """A computed beginning: its tokens, and keys and values [K, P, D] of every layer."""
-
-    ids: tuple[int, ...]
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+MOST_ROWS = 64
+_MOST_ADAPTERS = 8  # in one batch: every row pays for the products of all of them
+_CACHE_BYTES = 1 << 30
+_READ = 512  # tokens of prompts that are read between two steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,180 +40,343 @@ class Sampling:
     seed: int = 0
 
 
-@torch.inference_mode()
-def compute_prefix(network: Network, linear: Linear, ids: Sequence[int]) -> Prefix:
-    """Run tokens that several prompts begin with."""
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    layout = Layout(0, (len(ids),), torch.arange(len(ids)), network)
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A token's log-probability under the model, and the likeliest tokens with theirs, the likeliest first."""
 
-    def attend(_layer: int, qkv: Tensor) -> Tensor:
-        blocks = layout.split(qkv)
-        keys.append(blocks.k[:, 0])
-        values.append(blocks.v[:, 0])
-        early, own, *_ = mix(layout, blocks)
-        return layout.tokens(early, own)
-
-    forward(network, torch.tensor(ids), linear, attend)
-    return Prefix(tuple(ids), tuple(keys), tuple(values))
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
-class Rows:
-    """A batch under way. Each call of step gives every live row its next token."""
+class Listener(Protocol):
+    """Whoever is told what a row is given, by the thread that decodes."""
+
+    def take(self, token: int, score: Score | None) -> bool:
+        """The next token; whether the row shall end with it. score: where the row asks for it."""
+        ...
+
+    def end(self, *, stopped: bool, error: BaseException | None = None) -> None:
+        """No more will come. stopped: by an end token."""
+
+
+@dataclass(eq=False, slots=True)
+class Prefix:
+    """What several prompts under one adapter begin with. read: how many of its tokens are in keys and values
+    [K, read, D] of every layer."""
+
+    ids: tuple[int, ...]
+    adapter: Fused | None
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    read: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One answer to decode. ids: the prompt, without what prefix holds, one token at least. limit: most tokens to be
+    given. top: how many of the likeliest tokens to name at each step, None for no log-probabilities."""
+
+    ids: Sequence[int]
+    prefix: Prefix | None
+    adapter: Fused | None
+    limit: int
+    sampling: Sampling
+    listener: Listener
+    guide: Guide | None = None
+    top: int | None = None
+    pages: list[int] = field(default_factory=list)
+    read: int = 0  # tokens of ids that were read
+    given: list[int] = field(default_factory=list)
+    generator: torch.Generator | None = None
+
+    @property
+    def start(self) -> int:
+        """The position of its own first token."""
+        return 0 if self.prefix is None else len(self.prefix.ids)
+
+
+class Batch:
+    """Rows under way and rows that wait. For one thread."""
 
     def __init__(
-        self,
-        network: Network,
-        linear: Linear,
-        prompts: Sequence[Sequence[int]],
-        room: int,
-        samplings: Sequence[Sampling],
-        prefix: Prefix | None,
-        guides: Sequence[LLMatcher | None],
-        constraints: Constraints | None,
+        self, network: Network, stop_ids: frozenset[int], most_rows: int = MOST_ROWS, cache_bytes: int = _CACHE_BYTES
     ) -> None:
-        """prompts: ids, each longer than the prefix and beginning with it. room: most tokens a row will be given."""
-        self._network, self._linear, self._prefix = network, linear, prefix
-        self._shared = len(prefix.ids) if prefix else 0
-        own = [list(prompt[self._shared :]) for prompt in prompts]
-        shape = network.shape
-        size = (len(own), shape.kv_heads, max(map(len, own)) + room, shape.head)
-        self._keys = [torch.zeros(size, dtype=network.dtype) for _ in range(shape.layers)]
-        self._values = [torch.zeros(size, dtype=network.dtype) for _ in range(shape.layers)]
-        self._lengths = torch.tensor([len(ids) for ids in own])
-        self._generators = [_generator(sampling) for sampling in samplings]
-        self._samplings = list(samplings)
-        self._guides, self._constraints = list(guides), constraints
-        self._given: list[int] = []
-        self._next: Tensor | None = self._prefill(own)  # logits of the token to come, once they are known
+        self._network, self._stop_ids, self._most_rows = network, stop_ids, most_rows
+        self.cache = PageCache(network, cache_bytes)
+        self.waiting: deque[Row] = deque()
+        self.rows: list[Row] = []
+        self._steady: _Steady | None = None  # how the live rows stand, until one joins or ends
+        self._stack: tuple[list[Fused], Stack] | None = None
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.rows or self.waiting)
+
+    def drop(self, rows: Iterable[Row]) -> None:
+        """Nobody waits for these any more."""
+        gone = set(rows)
+        self.waiting = deque(row for row in self.waiting if row not in gone)
+        for row in [row for row in self.rows if row in gone]:
+            self._remove(row)
+
+    def fail(self, error: BaseException) -> None:
+        """End every row under way: after an error in the midst of a step, nothing of them can be relied on."""
+        failed, self.rows = self.rows, []
+        self.cache.clear()
+        self._steady = None
+        for row in failed:
+            row.listener.end(stopped=False, error=error)
 
     @torch.inference_mode()
-    def step(self) -> list[int]:
-        """The next token of each live row; what a row was given is read at the step after."""
-        scores = self._advance() if self._next is None else self._next
-        if self._constraints is not None:
-            scores = self._constraints.mask(self._guides, scores)
-        self._given, self._next = self._choose(scores), None
-        if self._constraints is not None:
-            follow(self._guides, self._given)
-        return self._given
+    def step(self) -> None:
+        """Let rows in, read a part of what is unread, and give every row that was read whole its next token."""
+        self._admit()
+        steady = self._arranged()
+        scores = None if steady is None else self._advance(steady)
+        begun = self._read_some()
+        if steady is not None and scores is not None:
+            self._give(steady.rows, scores)
+        if begun:
+            hidden = torch.stack([last for _, last in begun])
+            self._give([row for row, _ in begun], logits(self._network, hidden))
 
-    @torch.inference_mode()
-    def drop(self, live: Sequence[int]) -> None:
-        """Keep only the rows at these places."""
-        kept = torch.tensor(live)
-        self._keys = [cache.index_select(0, kept) for cache in self._keys]
-        self._values = [cache.index_select(0, kept) for cache in self._values]
-        self._lengths = self._lengths[kept]
-        self._given = [self._given[row] for row in live]
-        self._generators = [self._generators[row] for row in live]
-        self._samplings = [self._samplings[row] for row in live]
-        self._guides = [self._guides[row] for row in live]
+    def _admit(self) -> None:
+        """In order: one that does not fit yet is not overtaken."""
+        while self.waiting and len(self.rows) < self._most_rows:
+            row = self.waiting[0]
+            if len({one.adapter for one in (*self.rows, row)} - {None}) > _MOST_ADAPTERS:
+                return
+            pages = self.cache.lend(len(row.ids) + row.limit)
+            if pages is None:
+                return
+            row.pages = pages
+            row.generator = torch.Generator().manual_seed(row.sampling.seed)
+            self.rows.append(self.waiting.popleft())
 
-    @torch.inference_mode()
-    def _prefill(self, own: Sequence[Sequence[int]]) -> Tensor:
-        lengths = [len(ids) for ids in own]
-        positions = torch.tensor([self._shared + place for length in lengths for place in range(length)])
-        layout = Layout(0, lengths, positions, self._network)
+    def _remove(self, row: Row) -> None:
+        self.rows.remove(row)
+        self.cache.give_back(row.pages)
+        self._steady = None
 
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            blocks = layout.split(qkv)
-            for cache, new in ((self._keys[layer], blocks.k), (self._values[layer], blocks.v)):
-                cache[:, :, : layout.longest] = new.transpose(0, 1)
-            if self._prefix is not None:
-                blocks = Blocks(blocks.qp, self._prefix.keys[layer], self._prefix.values[layer], *blocks[3:])
-            early, mixed, *_ = mix(layout, blocks)
-            return layout.tokens(early, mixed)
+    # Reading prompts
 
-        ids = torch.tensor([token for row in own for token in row])
-        hidden = forward(self._network, ids, self._linear, attend)
-        return logits(self._network, hidden[self._lengths.cumsum(0) - 1])
+    def _read_some(self) -> list[tuple[Row, Tensor]]:
+        """Read some tokens of the oldest unread prompt, or all of several that fit together: the rows that were read
+        whole, each with the hidden state of its last token."""
+        unread = [row for row in self.rows if row.read < len(row.ids)]
+        if not unread:
+            return []
+        first, prefix = unread[0], unread[0].prefix
+        linear = self._linear([first.adapter])
+        if prefix is not None and prefix.read < len(prefix.ids):
+            self._read_prefix(prefix, linear)
+            return []
+        chosen = [first]
+        longest = min(_READ, len(first.ids) - first.read)
+        for row in unread[1:] if len(first.ids) <= _READ else ():
+            padded = max(longest, len(row.ids)) * (len(chosen) + 1)
+            if (row.prefix, row.adapter) == (prefix, first.adapter) and padded <= _READ:
+                longest = max(longest, len(row.ids))
+                chosen.append(row)
+        parts = [row.ids[row.read : row.read + longest] for row in chosen]
+        hidden = self._read(first, chosen, parts, linear)
+        for row, part in zip(chosen, parts, strict=True):
+            row.read += len(part)
+        whole = [(row, last) for row, last in zip(chosen, hidden, strict=True) if row.read == len(row.ids)]
+        if whole:
+            self._steady = None
+        else:  # the others' turn, before its next part
+            self.rows.remove(first)
+            self.rows.append(first)
+        return whole
 
-    def _advance(self) -> Tensor:
+    def _read(self, first: Row, rows: Sequence[Row], parts: Sequence[Sequence[int]], linear: Linear) -> Tensor:
+        """Read a part of each row, all behind what first stands behind; hidden states [B, M] of each one's last."""
+        places = [place for row, part in zip(rows, parts, strict=True) for place in range(row.read, row.read + len(part))]
+        owners = [row for row, part in zip(rows, parts, strict=True) for _ in part]
+        pages = torch.tensor([row.pages[place // PAGE] for row, place in zip(owners, places, strict=True)])
+        within = torch.tensor([place % PAGE for place in places])
+        own = torch.tensor(first.pages)
+
+        def before(layer: int) -> tuple[Tensor, Tensor] | None:
+            found = [] if first.prefix is None else [(first.prefix.keys[layer], first.prefix.values[layer])]
+            if first.read:
+                caches = (self.cache.keys[layer], self.cache.values[layer])
+                found.append(tuple(c[own].transpose(0, 1).flatten(1, 2)[:, : first.read] for c in caches))  # type: ignore[arg-type]
+            return None if not found else (torch.cat([k for k, _ in found], 1), torch.cat([v for _, v in found], 1))
+
+        def keep(layer: int, layout: Layout, blocks: Blocks) -> None:
+            for cache, new in ((self.cache.keys[layer], blocks.k), (self.cache.values[layer], blocks.v)):
+                cache[pages, :, within] = new[:, layout.row_of, layout.place_of].transpose(0, 1)
+
+        hidden = _run(self._network, linear, parts, first.start + first.read, before, keep)
+        return hidden[torch.tensor([len(part) for part in parts]).cumsum(0) - 1]
+
+    def _read_prefix(self, prefix: Prefix, linear: Linear) -> None:
+        part = prefix.ids[prefix.read : prefix.read + _READ]
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+
+        def before(layer: int) -> tuple[Tensor, Tensor] | None:
+            return (prefix.keys[layer], prefix.values[layer]) if prefix.read else None
+
+        def keep(_layer: int, _layout: Layout, blocks: Blocks) -> None:
+            keys.append(blocks.k[:, 0])
+            values.append(blocks.v[:, 0])
+
+        _run(self._network, linear, [part], prefix.read, before, keep)
+        if prefix.read:
+            keys = [torch.cat(both, 1) for both in zip(prefix.keys, keys, strict=True)]
+            values = [torch.cat(both, 1) for both in zip(prefix.values, values, strict=True)]
+        prefix.keys, prefix.values, prefix.read = keys, values, prefix.read + len(part)
+
+    # One step of all rows that were read
+
+    def _arranged(self) -> _Steady | None:
+        if self._steady is None:
+            live = [row for row in self.rows if row.given]
+            if live:
+                self._steady = _Steady(self._network, live, self._linear)
+        return self._steady
+
+    def _advance(self, steady: _Steady) -> Tensor:
         """Run the tokens given last; logits [B, vocabulary]."""
-        network, lengths, scale = self._network, self._lengths, self._network.shape.attention_scale
-        cos, sin = angles(network, lengths + self._shared)
+        network, places, scale = self._network, steady.places, self._network.shape.attention_scale
+        cos, sin = angles(network, places.lengths + steady.starts)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            keys, values = self._keys[layer], self._values[layer]
-            q = ops.decode_split(qkv, cos, sin, keys, values, lengths)
-            if self._prefix is None:
-                return ops.decode_mix(q, None, keys, values, lengths, scale)
-            kv, rows, group, size = q.shape
-            shared = q.flatten(1, 2) @ self._prefix.keys[layer].transpose(1, 2)
-            mixed = ops.decode_mix(q, shared, keys, values, lengths, scale)
-            over = (shared @ self._prefix.values[layer]).view(kv, rows, group, size)
-            mixed.view(rows, kv, group, size).add_(over.transpose(0, 1))
-            return mixed
+            keys, values = self.cache.keys[layer], self.cache.values[layer]
+            q = ops.decode_split(qkv, cos, sin, keys, values, places)
+            out = q.new_empty(q.shape[1], q.shape[0] * q.shape[2] * q.shape[3])
+            for prefix, rows in steady.groups:
+                if prefix is None:
+                    ops.decode_mix(q, None, keys, values, places, rows, scale, out)
+                    continue
+                mine = q[:, rows]
+                shared = mine.flatten(1, 2) @ prefix.keys[layer].transpose(1, 2)
+                ops.decode_mix(q, shared, keys, values, places, rows, scale, out)
+                over = (shared @ prefix.values[layer]).view(mine.shape)
+                out[rows].view_as(over.transpose(0, 1)).add_(over.transpose(0, 1))
+            return out
 
-        hidden = forward(network, torch.tensor(self._given), self._linear, attend)
-        self._lengths = lengths + 1
+        last = torch.tensor([row.given[-1] for row in steady.rows])
+        hidden = forward(network, last, steady.linear, attend)
+        places.grow()
         return logits(network, hidden)
 
-    def _choose(self, scores: Tensor) -> list[int]:
+    def _linear(self, adapters: Sequence[Fused | None]) -> Linear:
+        """Linear layers for rows of these adapters."""
+        several = list(dict.fromkeys(adapters))
+        if len(several) == 1:
+            only = several[0]
+            return frozen_linear(self._network) if only is None else adapted_linear(self._network, only)
+        named = [adapter for adapter in several if adapter is not None]
+        if self._stack is None or not set(named) <= set(self._stack[0]):
+            # Those that were there may come again: they stay while there is room.
+            kept = [] if self._stack is None else [one for one in self._stack[0] if one not in named]
+            named = [*kept[: _MOST_ADAPTERS - len(named)], *named]
+            self._stack = (named, Stack(self._network, named))
+        held, stack = self._stack
+        return stack.linear(torch.tensor([-1 if one is None else held.index(one) for one in adapters]))
+
+    # What rows are given
+
+    def _give(self, rows: Sequence[Row], scores: Tensor) -> None:
+        """Choose each row's next token by its scores [B, vocabulary] and tell its listener."""
+        told = [None if row.top is None else scores[place].float().log_softmax(-1) for place, row in enumerate(rows)]
+        failed: dict[Row, Exception] = {}
+        for place, row in enumerate(rows):
+            if row.guide is not None:
+                row.guide.mask_(scores[place])
         likeliest: list[int] = ops.largest(scores).tolist()
-        for row, sampling in enumerate(self._samplings):
-            if sampling.temperature > 0:
-                likeliest[row] = _sample(scores[row].float(), sampling, self._generators[row])
-        return likeliest
+        for place, row in enumerate(rows):
+            token = likeliest[place]
+            if row.sampling.temperature > 0:
+                assert row.generator is not None
+                token = _sample(scores[place].float(), row.sampling, row.generator)
+            try:
+                self._give_one(row, token, told[place])
+            except Exception as error:  # noqa: BLE001 - a schema or a listener: this row's fault alone
+                failed[row] = error
+        for row, error in failed.items():
+            self._remove(row)
+            row.listener.end(stopped=False, error=error)
+
+    def _give_one(self, row: Row, token: int, logprobs: Tensor | None) -> None:
+        stopped = token in self._stop_ids
+        ended = stopped
+        row.given.append(token)
+        if not stopped:
+            if row.guide is not None:
+                row.guide.follow(token)
+            ended = row.listener.take(token, None if logprobs is None else _score(logprobs, token, row.top or 0))
+        if ended or len(row.given) >= row.limit:
+            self._remove(row)
+            row.listener.end(stopped=stopped)
 
 
-def decode(
+class _Steady:
+    """Live rows, those behind one prefix side by side, until one joins or ends.
+
+    groups: (prefix, its rows). starts: [B] positions of the rows' own first tokens.
+    """
+
+    def __init__(
+        self, network: Network, live: Sequence[Row], linear: Callable[[Sequence[Fused | None]], Linear]
+    ) -> None:
+        behind: dict[Prefix | None, list[Row]] = {}
+        for row in live:
+            behind.setdefault(row.prefix, []).append(row)
+        self.rows = [row for rows in behind.values() for row in rows]
+        self.groups: list[tuple[Prefix | None, slice]] = []
+        first = 0
+        for prefix, rows in behind.items():
+            self.groups.append((prefix, slice(first, first + len(rows))))
+            first += len(rows)
+        self.linear = linear([row.adapter for row in self.rows])
+        self.starts = torch.tensor([row.start for row in self.rows])
+        most, shape = max(len(row.pages) for row in self.rows), network.shape
+        table = torch.tensor([row.pages + [0] * (most - len(row.pages)) for row in self.rows])
+        lengths = torch.tensor([len(row.ids) + len(row.given) - 1 for row in self.rows])
+        self.places = ops.Places(table, lengths, shape.kv_heads, shape.heads // shape.kv_heads, shape.head, PAGE)
+
+
+def _run(
     network: Network,
     linear: Linear,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    samplings: Sequence[Sampling],
-    stop_ids: frozenset[int],
-    prefix: Prefix | None,
-    guides: Sequence[LLMatcher | None],
-    constraints: Constraints | None,
-) -> Generator[list[tuple[int, int | None]], set[int] | None, None]:
-    """For each step the (row, token) of every row still under way; token None says the row met an end token.
+    parts: Sequence[Sequence[int]],
+    start: int,
+    before: Callable[[int], tuple[Tensor, Tensor] | None],
+    keep: Callable[[int, Layout, Blocks], None],
+) -> Tensor:
+    """Hidden states [T, M] of rows' tokens, each row from position start on, behind keys and values [K, P, D] that
+    before gives for a layer. keep is given each layer's new ones."""
+    lengths = [len(part) for part in parts]
+    positions = torch.tensor([start + place for length in lengths for place in range(length)])
+    layout = Layout(0, lengths, positions, network)
 
-    guides: what holds each row to its schema; constraints: what made them, None where no row has one. limits: most
-    tokens of each row. A row is not given again after its end token or its last allowed one. A caller may
-    send() a set of rows to end early.
-    """
-    rows = Rows(network, linear, prompts, max(limits), samplings, prefix, guides, constraints)
-    order = list(range(len(prompts)))  # which row stands at which place
-    given = [0] * len(prompts)
-    over: set[int] = set()
-    while order:
-        told: list[tuple[int, int | None]] = []
-        for row, token in zip(order, rows.step(), strict=True):
-            if row in over:
-                continue
-            given[row] += 1
-            if token in stop_ids:
-                told.append((row, None))
-                over.add(row)
-            else:
-                told.append((row, token))
-                if given[row] >= limits[row]:
-                    over.add(row)
-        ended = yield told
-        if ended:
-            over.update(ended)
-        live = [place for place, row in enumerate(order) if row not in over]
-        if not live:
-            return
-        if len(live) <= len(order) * (1 - _DROPPED_AT):
-            rows.drop(live)
-            order = [order[place] for place in live]
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        blocks = layout.split(qkv)
+        earlier = before(layer)
+        keep(layer, layout, blocks)
+        if earlier is not None:
+            blocks = Blocks(blocks.qp, *earlier, *blocks[3:])
+        early, mixed, *_ = mix(layout, blocks)
+        return layout.tokens(early, mixed)
+
+    return forward(network, torch.tensor([token for part in parts for token in part]), linear, attend)
 
 
-def shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens can be computed once for all prompts: each keeps at least one of its own."""
-    return min(common_prefix(prompts), min(map(len, prompts)) - 1)
-
-
-def _generator(sampling: Sampling) -> torch.Generator:
-    return torch.Generator().manual_seed(sampling.seed)
+def _score(logprobs: Tensor, token: int, top: int) -> Score:
+    values, places = logprobs.topk(top)
+    return Score(float(logprobs[token]), tuple(zip(places.tolist(), values.tolist(), strict=True)))
 
 
 def _sample(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Draw from the smallest set of tokens whose probability reaches top_p (Holtzman et al. 2019)."""
-    chances, tokens = torch.softmax(scores / sampling.temperature, -1).sort(descending=True)
+    chances = torch.softmax(scores / sampling.temperature, -1)
+    if sampling.top_p >= 1.0:
+        return int(torch.multinomial(chances, 1, generator=generator))
+    chances, tokens = chances.sort(descending=True)
     chances[chances.cumsum(-1) - chances >= sampling.top_p] = 0.0
     return int(tokens[torch.multinomial(chances, 1, generator=generator)])

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.progress import SILENT, Progress, Task
+from tunesmith.core.progress import SILENT, Progress
 from tunesmith.inference.constraint import Constraints
-from tunesmith.inference.decoder import Prefix, Sampling, compute_prefix, decode, shared_length
-from tunesmith.inference.engine import Completion, Generation, Question
+from tunesmith.inference.decoder import Batch, Prefix, Row, Sampling, Score
+from tunesmith.inference.engine import Completion, Generation, Question, Scored, Streamed, TokenScore
+from tunesmith.inference.scheduler import Scheduler
 from tunesmith.models import runtime
-from tunesmith.models.adapter import adapted_linear, read_adapter
+from tunesmith.models.adapter import Fused, adapted_linear, fuse, read_adapter
 from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.base import BaseModel
-from tunesmith.models.batch import label_count, lay_out
-from tunesmith.models.network import Linear, forward, frozen_linear, logits
+from tunesmith.models.batch import common_prefix, label_count, lay_out
+from tunesmith.models.network import forward, frozen_linear, logits
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weights import load_network
 
-_MOST_ROWS = 64
-_CACHE_BYTES = 1 << 30
+_SCORED_TOGETHER = 64  # rows of multiple-choice questions
 _PREFIXES_KEPT = 8
 _WORTH_KEEPING = 16  # tokens; a shorter common beginning is cheaper to compute than to look up
-_UNFINISHED = "�"  # what bytes of a character decode to before its last one has come
 
 
 class EmbeddedEngine:
@@ -40,10 +41,11 @@ class EmbeddedEngine:
         self._base = base
         self._renderer = Renderer(base.folder)
         self._network = load_network(base.folder)
-        self._adapters: dict[str, Linear] = {}
-        self._prefixes: OrderedDict[tuple[str | None, tuple[int, ...]], Prefix] = OrderedDict()
-        self._last: dict[str | None, list[int]] = {}
-        self._turn = threading.RLock()
+        self._adapters: dict[str, Fused] = {}
+        self._prefixes: OrderedDict[tuple[Fused | None, tuple[int, ...]], Prefix] = OrderedDict()
+        self._last: dict[Fused | None, list[int]] = {}
+        self._scheduler = Scheduler(Batch(self._network, self._renderer.stop_ids))
+        self._turn = threading.Lock()  # for what is looked up above; arithmetic is the scheduler's
 
     @cached_property
     def _constraints(self) -> Constraints:
@@ -65,11 +67,13 @@ class EmbeddedEngine:
         return self._renderer.special_tokens
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Make a PEFT folder answerable under name; reading it again replaces it."""
-        linear = adapted_linear(self._network, read_adapter(folder, self._network, self._base))
+        """Make a PEFT folder answerable under name; reading it again replaces it for what is asked from then on."""
+        fused = fuse(self._network, read_adapter(folder, self._network, self._base))
         with self._turn:
-            self._adapters[name] = linear
-            for key in [key for key in self._prefixes if key[0] == name]:
+            before = self._adapters.get(name)
+            self._adapters[name] = fused
+            self._last.pop(before, None)
+            for key in [key for key in self._prefixes if before is not None and key[0] is before]:
                 del self._prefixes[key]
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
@@ -83,35 +87,28 @@ class EmbeddedEngine:
     def generate(
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[Completion]:
-        """Answers in the order of requests; rows of like length are decoded together."""
-        prompts = [self._prompt(request) for request in requests]
-        answers: list[Completion | None] = [None] * len(requests)
-        with progress.task("answering", len(requests)) as task:
-            for chosen in self._batches(requests, prompts):
-                batch = [requests[place] for place in chosen]
-                together = self._decode(batch, [prompts[place] for place in chosen], adapter, task)
-                for place, completion in zip(chosen, together, strict=True):
-                    answers[place] = completion
-        return [answer for answer in answers if answer is not None]
+        """Answers in the order of requests, decoded together with whatever other threads ask."""
+        told: SimpleQueue[Streamed | None] = SimpleQueue()
+        answers = [_Answer(self._renderer, request, self._scores, told, streams=False) for request in requests]
+        rows = self._rows(requests, answers, adapter)
+        with progress.task("answering", len(requests)) as task, self._under_way(rows):
+            for _ in requests:
+                told.get()
+                for answer in answers:
+                    answer.raise_error()
+                task.advance()
+        return [answer.completion() for answer in answers]
 
-    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[str | Completion]:
+    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
         """Pieces of the answer's text as they are decoded; the last item is the whole Completion."""
-        prompt = self._prompt(request)
-        row = _Row(self._renderer, request, len(prompt), self._limit(request, prompt))
-        told = 0
-        with self._turn:
-            for tokens in self._steps([request], [prompt], adapter, [row]):
-                del tokens
-                ready = row.settled()
-                if len(ready) > told:
-                    yield ready[told:]
-                    told = len(ready)
-        completion = row.completion()
-        if len(completion.text) > told:
-            yield completion.text[told:]
-        yield completion
+        told: SimpleQueue[Streamed | None] = SimpleQueue()
+        answer = _Answer(self._renderer, request, self._scores, told, streams=True)
+        with self._under_way(self._rows([request], [answer], adapter)):
+            while (piece := told.get()) is not None:
+                yield piece
+            answer.raise_error()
+        yield answer.completion()
 
-    @torch.inference_mode()
     def choose(
         self, questions: Sequence[Question], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[list[float]]:
@@ -124,103 +121,96 @@ class EmbeddedEngine:
                 rows.append(Rendered((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer)))
         order = sorted(range(len(rows)), key=lambda place: len(rows[place].ids))
         sums = [0.0] * len(rows)
-        with self._turn, progress.task("scoring choices", len(rows)) as task:
-            for start in range(0, len(order), _MOST_ROWS):
-                chosen = order[start : start + _MOST_ROWS]
-                for place, total in zip(chosen, self._likelihoods([rows[p] for p in chosen], adapter), strict=True):
+        with progress.task("scoring choices", len(rows)) as task:
+            for start in range(0, len(order), _SCORED_TOGETHER):
+                chosen = order[start : start + _SCORED_TOGETHER]
+                scored = self._scheduler.run(
+                    lambda batch=[rows[place] for place in chosen]: self._likelihoods(batch, adapter)  # type: ignore[misc]
+                )
+                for place, total in zip(chosen, scored, strict=True):
                     sums[place] = total
                 task.advance(len(chosen))
-        scored = iter(sums)
-        return [[next(scored) for _ in question.choices] for question in questions]
+        every = iter(sums)
+        return [[next(every) for _ in question.choices] for question in questions]
 
+    @torch.inference_mode()
     def _likelihoods(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
-        batch, network = lay_out(rows), self._network
-        hidden = forward(network, batch.ids, self._linear(adapter), shared_prefix_attention(batch, network))
+        batch, network, fused = lay_out(rows), self._network, self._fused(adapter)
+        linear = frozen_linear(network) if fused is None else adapted_linear(network, fused)
+        hidden = forward(network, batch.ids, linear, shared_prefix_attention(batch, network))
         scores = logits(network, hidden[batch.predicts]).float()
         each = scores.log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]
         return [float(part.sum()) for part in each.split([label_count(row) for row in rows])]
 
-    def _decode(
-        self, requests: Sequence[Generation], prompts: Sequence[list[int]], adapter: str | None, task: Task
-    ) -> list[Completion]:
-        rows = [
-            _Row(self._renderer, request, len(prompt), self._limit(request, prompt))
-            for request, prompt in zip(requests, prompts, strict=True)
-        ]
-        done = 0
-        with self._turn:
-            for _ in self._steps(requests, prompts, adapter, rows):
-                ended = sum(row.ended for row in rows)
-                task.advance(ended - done)
-                done = ended
-        return [row.completion() for row in rows]
-
-    def _steps(
-        self, requests: Sequence[Generation], prompts: Sequence[list[int]], adapter: str | None, rows: list[_Row]
-    ) -> Iterator[None]:
-        """Decode a batch into rows, one yield a step."""
-        samplings = [Sampling(request.temperature, request.top_p, request.seed) for request in requests]
-        linear = self._linear(adapter)
-        prefix = self._shared_prefix(prompts, adapter, linear)
-        limits = [row.limit for row in rows]
-        held = any(request.schema for request in requests)
-        guides = [self._constraints.guide(request.schema) if request.schema else None for request in requests]
-        steps = decode(
-            self._network,
-            linear,
-            prompts,
-            limits,
-            samplings,
-            self._renderer.stop_ids,
-            prefix,
-            guides,
-            self._constraints if held else None,
-        )
-        told = next(steps)
-        while True:
-            ended = {row for row, token in told if rows[row].take(token)}
+    @contextlib.contextmanager
+    def _under_way(self, rows: Sequence[Row]) -> Iterator[None]:
+        """Have rows decoded while this lasts, the longest prompts first: those that are read together are alike."""
+        self._scheduler.submit(sorted(rows, key=lambda row: -len(row.ids)))
+        try:
             yield
-            try:
-                told = steps.send(ended)
-            except StopIteration:
-                return
+        finally:
+            self._scheduler.leave(rows)
 
-    def _shared_prefix(self, prompts: Sequence[list[int]], adapter: str | None, linear: Linear) -> Prefix | None:
-        """The longest beginning worth sharing: among these prompts, or with the request before them."""
+    def _rows(self, requests: Sequence[Generation], answers: Sequence[_Answer], adapter: str | None) -> list[Row]:
+        prompts = [self._prompt(request) for request in requests]
+        with self._turn:
+            fused = self._fused(adapter)
+            prefix = self._shared_prefix(prompts, fused)
+        shared = 0 if prefix is None else len(prefix.ids)
+        rows = []
+        for request, prompt, answer in zip(requests, prompts, answers, strict=True):
+            answer.prompt_tokens = len(prompt)
+            rows.append(
+                Row(
+                    ids=prompt[shared:],
+                    prefix=prefix,
+                    adapter=fused,
+                    limit=max(1, min(request.max_tokens, self.context_length - len(prompt))),
+                    sampling=Sampling(request.temperature, request.top_p, request.seed),
+                    listener=answer,
+                    guide=None if request.schema is None else self._constraints.guide(request.schema),
+                    top=request.top_logprobs,
+                )
+            )
+        return rows
+
+    def _shared_prefix(self, prompts: Sequence[list[int]], adapter: Fused | None) -> Prefix | None:
+        """The beginning to share: of several prompts their longest common one, whatever was asked before, so that they
+        are answered in the same way whenever they are asked; of a single one the longest that is there, or what it has
+        in common with the one before it."""
+        if not prompts:
+            return None
         compared = [*prompts, self._last[adapter]] if len(prompts) == 1 and adapter in self._last else prompts
         self._last[adapter] = prompts[-1]
-        length = shared_length(compared) if len(compared) > 1 else 0
-        kept = [
-            key
-            for key in self._prefixes
-            if key[0] == adapter and all(key[1] == tuple(p[: len(key[1])]) for p in prompts)
-        ]
-        usable = [key for key in kept if all(len(prompt) > len(key[1]) for prompt in prompts)]
-        best = max(usable, key=lambda key: len(key[1]), default=None)
-        if best is not None and len(best[1]) >= length:
-            self._prefixes.move_to_end(best)
-            return self._prefixes[best]
+        # Each prompt keeps at least one token of its own.
+        length = min(common_prefix(compared), min(map(len, prompts)) - 1) if len(compared) > 1 else 0
+        if len(prompts) == 1:
+            (prompt,) = prompts
+            there = [
+                key[1]
+                for key in self._prefixes
+                if key[0] is adapter and len(key[1]) < len(prompt) and key[1] == tuple(prompt[: len(key[1])])
+            ]
+            longest = max(map(len, there), default=0)
+            length = longest if length < longest + _WORTH_KEEPING else length
         if length < _WORTH_KEEPING:
             return None
-        prefix = compute_prefix(self._network, linear, prompts[0][:length])
-        self._prefixes[adapter, prefix.ids] = prefix
+        key = (adapter, tuple(prompts[0][:length]))
+        if key not in self._prefixes:
+            self._prefixes[key] = Prefix(key[1], adapter)
+        self._prefixes.move_to_end(key)
         while len(self._prefixes) > _PREFIXES_KEPT:
             self._prefixes.popitem(last=False)
-        return prefix
+        return self._prefixes[key]
 
-    def _batches(self, requests: Sequence[Generation], prompts: Sequence[list[int]]) -> Iterator[list[int]]:
-        """Places of requests to decode together: longest first, as many as the cache has room for."""
-        shape = self._network.shape
-        place_bytes = 2 * shape.layers * shape.kv_heads * shape.head * self._network.embedding.element_size()
-        order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
-        start = 0
-        while start < len(order):
-            length = len(prompts[order[start]])
-            row = (length + requests[order[start]].max_tokens) * place_bytes
-            scores = shape.heads * length * length * 4  # of the prefill's attention, in fp32
-            many = max(1, min(_MOST_ROWS, _CACHE_BYTES // row, _CACHE_BYTES // scores))
-            yield order[start : start + many]
-            start += many
+    def _scores(self, token: int, score: Score) -> TokenScore:
+        """A token's score, spelt out."""
+
+        def one(token: int, logprob: float, top: tuple[TokenScore, ...] = ()) -> TokenScore:
+            data = self._constraints.token_bytes(token)
+            return TokenScore(data.decode(errors="replace"), data, logprob, top)
+
+        return one(token, score.logprob, tuple(one(*each) for each in score.top))
 
     def _prompt(self, request: Generation) -> list[int]:
         prompt = self._renderer.prompt(request.messages)
@@ -233,58 +223,90 @@ class EmbeddedEngine:
             )
         return prompt
 
-    def _limit(self, request: Generation, prompt: Sequence[int]) -> int:
-        return max(1, min(request.max_tokens, self.context_length - len(prompt)))
-
-    def _linear(self, adapter: str | None) -> Linear:
+    def _fused(self, adapter: str | None) -> Fused | None:
         if adapter is None:
-            return frozen_linear(self._network)
+            return None
         if adapter not in self._adapters:
             raise Refused(f"adapter {adapter} is not loaded", fix="load it before asking it")
         return self._adapters[adapter]
 
 
-class _Row:
-    """One answer under way."""
+class _Answer:
+    """One answer under way: its text, and what ends it. Told by the thread that decodes (decoder.Listener); read by the
+    one that asked, once told says so: a piece of a stream, or None at the end."""
 
-    def __init__(self, renderer: Renderer, request: Generation, prompt_tokens: int, limit: int) -> None:
-        self._renderer, self._stops = renderer, request.stop
-        self._prompt_tokens, self.limit = prompt_tokens, limit
+    def __init__(
+        self,
+        renderer: Renderer,
+        request: Generation,
+        spell: Callable[[int, Score], TokenScore],
+        told: SimpleQueue[Streamed | None],
+        *,
+        streams: bool,
+    ) -> None:
+        self._renderer, self._stops, self._spell, self._told = renderer, request.stop, spell, told
+        self._streams, self._scored = streams, request.top_logprobs is not None
+        self.prompt_tokens = 0
+        self._read = renderer.reader()
         self._ids: list[int] = []
+        self._text = ""
+        self._scores: list[TokenScore] = []
+        self._starts: list[int] = []  # where in the text each score's token begins
+        self._cut: int | None = None  # where a stop text begins
+        self._sent, self._sent_scores = 0, 0
         self._stopped = False
-        self._cut: str | None = None  # the text before a stop text
+        self._error: BaseException | None = None
 
-    @property
-    def ended(self) -> bool:
-        """Whether no more tokens will come."""
-        return self._stopped or len(self._ids) >= self.limit
-
-    def take(self, token: int | None) -> bool:
-        """Take the next token, None for an end token; whether a stop text ends the row here."""
-        if token is None:
-            self._stopped = True
-            return True
+    def take(self, token: int, score: Score | None) -> bool:
+        """The next token; whether a stop text ends the answer with it."""
+        start = len(self._text)
         self._ids.append(token)
-        if self._stops:
-            text = self._renderer.text(self._ids)
-            found = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
-            if found:
-                self._cut, self._stopped = text[: min(found)], True
-        return self._stopped
+        self._text += self._read(token)
+        if score is not None:
+            self._starts.append(start)
+            self._scores.append(self._spell(token, score))
+        found = [self._text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stops]
+        self._cut = min((place for place in found if place >= 0), default=None)
+        if self._streams:
+            self._send(self._settled())
+        return self._cut is not None
 
-    def settled(self) -> str:
-        """The text that later tokens can no longer change."""
-        text = self._cut if self._cut is not None else self._renderer.text(self._ids)
-        if self._stopped:
-            return text
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        held = max(
-            (length for stop in self._stops for length in range(1, longest + 1) if text.endswith(stop[:length])),
-            default=0,
-        )
-        return text[: len(text) - held].rstrip(_UNFINISHED)
+    def end(self, *, stopped: bool, error: BaseException | None = None) -> None:
+        """No more will come."""
+        self._stopped, self._error = stopped or self._cut is not None, error
+        if self._cut is None:  # half a character may stand at the end
+            self._text = self._renderer.text(self._ids)
+        if self._streams and error is None:
+            self._send(len(self._text) if self._cut is None else self._cut)
+        self._told.put(None)
+
+    def raise_error(self) -> None:
+        """Raise what kept the answer from being given."""
+        if self._error is not None:
+            raise self._error
 
     def completion(self) -> Completion:
         """The whole answer."""
-        text = self._cut if self._cut is not None else self._renderer.text(self._ids)
-        return Completion(text, "stop" if self._stopped else "length", self._prompt_tokens, len(self._ids))
+        end = len(self._text) if self._cut is None else self._cut
+        scores = [score for score, start in zip(self._scores, self._starts, strict=True) if start < max(end, 1)]
+        finish = "stop" if self._stopped else "length"
+        return Completion(self._text[:end], finish, self.prompt_tokens, len(self._ids), tuple(scores))  # type: ignore[arg-type]
+
+    def _settled(self) -> int:
+        """How much of the text later tokens can no longer change."""
+        if self._cut is not None:
+            return self._cut
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        held = max(
+            (length for stop in self._stops for length in range(1, longest + 1) if self._text.endswith(stop[:length])),
+            default=0,
+        )
+        return len(self._text) - held
+
+    def _send(self, end: int) -> None:
+        begun = sum(start < end for start in self._starts[self._sent_scores :])
+        scores = tuple(self._scores[self._sent_scores : self._sent_scores + begun])
+        text = self._text[self._sent : end]
+        self._sent, self._sent_scores = max(self._sent, end), self._sent_scores + begun
+        if text or scores:
+            self._told.put(Scored(text, scores) if self._scored else text)

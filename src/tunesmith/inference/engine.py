@@ -14,7 +14,8 @@ from tunesmith.core.progress import SILENT, Progress
 @dataclass(frozen=True, slots=True)
 class Generation:
     """One request. temperature 0 is greedy; seed matters only above 0. stop: texts that end the answer, left out.
-    schema: JSON Schema, as JSON, that the answer is held to while it is decoded.
+    schema: JSON Schema, as JSON, that the answer is held to while it is decoded. top_logprobs: how many of the likeliest
+    tokens are named at each step with their log-probabilities; None: no log-probabilities are wanted.
     """
 
     messages: tuple[Message, ...]
@@ -24,16 +25,42 @@ class Generation:
     seed: int = 0
     stop: tuple[str, ...] = ()
     schema: str | None = None
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token as text and as bytes (a character may be spread over several tokens), and its log-probability: the
+    model's own, before temperature, top_p or a schema. top: the likeliest tokens there, the likeliest first."""
+
+    token: str
+    data: bytes
+    logprob: float
+    top: tuple[TokenScore, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A piece of a stream whose request asks for log-probabilities: text, and the tokens that begin in it."""
+
+    text: str
+    scores: tuple[TokenScore, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer. finish is "stop" at the end token or a stop text, "length" at max_tokens or the context's end."""
+    """One answer. finish is "stop" at the end token or a stop text, "length" at max_tokens or the context's end.
+    scores: of the text's tokens, where the request asks for log-probabilities."""
 
     text: str
     finish: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
+    scores: tuple[TokenScore, ...] = ()
+
+
+# What a stream gives: pieces of text, then the whole answer.
+Streamed = str | Scored | Completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +72,8 @@ class Question:
 
 
 class Engine(Protocol):
-    """Answers for one base model and any number of adapters. Thread-safe: calls take turns."""
+    """Answers for one base model and any number of adapters. Thread-safe: what several threads ask is answered
+    together."""
 
     @property
     def base(self) -> str:
@@ -76,11 +104,13 @@ class Engine(Protocol):
     def generate(
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[Completion]:
-        """Answers in the order of requests. Raises UsageError for a prompt that does not fit the context."""
+        """Answers in the order of requests. Raises UsageError for a prompt that does not fit the context, or where
+        log-probabilities are not to be had."""
         ...
 
-    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[str | Completion]:
-        """Pieces of the answer's text as they are decoded; the last item is the whole Completion."""
+    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
+        """Pieces of the answer's text as they are decoded; the last item is the whole Completion. Whoever closes the
+        iterator early wants no more."""
         ...
 
     def choose(

@@ -69,22 +69,40 @@ def blocks(network: Network, group: str, rank: int, targets: frozenset[str]) -> 
     return found
 
 
-def adapted_linear(network: Network, adapter: Adapter) -> Linear:
+@dataclass(frozen=True, eq=False)
+class Fused:
+    """An adapter as products take it, scaled and in the network's dtype. factors: DoRA's [out], by place."""
+
+    pairs: Mapping[Place, Pair]
+    factors: Mapping[Place, Tensor]
+
+
+def fuse(network: Network, adapter: Adapter) -> Fused:
+    """Lay an adapter out for products without gradients."""
+    return Fused(
+        {place: _pair(adapter.a[place], adapter.b[place] * adapter.scale, network.dtype) for place in adapter.a},
+        {place: _row_factors(network, adapter, place).to(network.dtype) for place in adapter.m},
+    )
+
+
+def adapted_linear(network: Network, adapter: Adapter | Fused) -> Linear:
     """The base's linear layers with the adapter on top, for use without gradients."""
-    pairs = {place: _pair(adapter.a[place], adapter.b[place] * adapter.scale, network.dtype) for place in adapter.a}
-    factors = {place: _row_factors(network, adapter, place).to(network.dtype) for place in adapter.m}
+    fused = adapter if isinstance(adapter, Fused) else fuse(network, adapter)
 
     def apply(number: int, group: str, x: Tensor) -> Tensor:
-        product, pair = network.layers[number].linear[group], pairs.get((number, group))
+        product, pair = network.layers[number].linear[group], fused.pairs.get((number, group))
         if pair is None:
             return product(x)
         y = product(x, pair.low(x), pair)
-        factor = factors.get((number, group))
-        if factor is None:
-            return y
-        return y * factor if product.bias is None else (y - product.bias) * factor + product.bias
+        factor = fused.factors.get((number, group))
+        return y if factor is None else lengthened(y, factor, product.bias)
 
     return apply
+
+
+def lengthened(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """DoRA's last step: what a weight gave, its rows brought to their length."""
+    return y * factor if bias is None else (y - bias) * factor + bias
 
 
 def _row_factors(network: Network, adapter: Adapter, place: Place) -> Tensor:

@@ -172,49 +172,72 @@ def cross_entropy_(scores: Tensor, labels: Tensor, share: Tensor | None) -> Tens
     return loss
 
 
-def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """A new token of each of B rows, qkv [B, (H + 2 K) * D]: its key and value go to place lengths[b] of the caches
-    [B, K, S, D]; returns its rotated queries [K, B, G, D]."""
-    rows, kv, room, size = keys.shape
-    group = qkv.shape[1] // size // kv - 2
+class Places:
+    """Where the B rows of a decoding batch keep their keys and values: in pages of caches [pages, K, page, D].
+
+    table: [B, most] the pages of each row in order. lengths: [B] how many places of a row are filled.
+    """
+
+    def __init__(self, table: Tensor, lengths: Tensor, kv: int, group: int, size: int, page: int) -> None:
+        self.table, self.lengths, self.page, self.group = table, lengths, page, group
+        self.longest = int(lengths.max())
+        self.native = native.RowPages(len(lengths), kv, group, size, page, table.shape[1])
+        self.native.table, self.native.length = table.data_ptr(), lengths.data_ptr()
+
+    def grow(self) -> None:
+        """Each row has one place more."""
+        self.lengths += 1
+        self.longest += 1
+
+    def gather(self, cache: Tensor, rows: slice, seen: int) -> Tensor:
+        """The first places of rows: [B, K, seen, D], in PyTorch."""
+        pages = cache[self.table[rows, : -(-seen // self.page)]]
+        return pages.transpose(1, 2).flatten(2, 3)[:, :, :seen]
+
+
+def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Places) -> Tensor:
+    """A new token of each of B rows, qkv [B, (H + 2 K) * D]: its key and value go to place lengths[b] of its pages;
+    returns its rotated queries [K, B, G, D]."""
+    rows, kv, group, size = len(qkv), keys.shape[1], places.group, keys.shape[3]
     kernel = kernel_for("decode_split", qkv)
     if kernel is None:
         q, k, v = qkv.unflatten(-1, (-1, size)).split((kv * group, kv, kv), 1)
-        every = torch.arange(rows)
-        keys[every, :, lengths], values[every, :, lengths] = rotate(k, cos, sin), v
+        pages = places.table.gather(1, (places.lengths // places.page)[:, None])[:, 0]
+        within = places.lengths % places.page
+        keys[pages, :, within], values[pages, :, within] = rotate(k, cos, sin), v
         return rotate(q, cos, sin).view(rows, kv, group, size).transpose(0, 1).contiguous()
     qkv, q = qkv.contiguous(), qkv.new_empty(kv, rows, group, size)
-    kernel(
-        *(at(qkv), at(cos), at(sin), at(q), at(keys), at(values), at(lengths)),
-        *(*map(_int, (rows, kv, group, size, room)), _threads()),
-    )
+    kernel(ctypes.byref(places.native), *map(at, (qkv, cos, sin, q, keys, values)), _threads())
     return q
 
 
-def decode_mix(q: Tensor, shared: Tensor | None, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """Mixed values [B, H * D] of each row's own places, lengths[b] + 1 of them; shared [K, B * G, P], the scores on a
-    prefix, become its weights in place: one distribution over both."""
-    kv, rows, group, size = q.shape
+def decode_mix(
+    q: Tensor, shared: Tensor | None, keys: Tensor, values: Tensor, places: Places, rows: slice, scale: float, out: Tensor
+) -> None:
+    """Into those rows of out [B, H * D] the mixed values of each one's own places, lengths[b] + 1 of them; shared
+    [K, rows * G, P], the scores on a prefix of theirs, become its weights in place: one distribution over both."""
+    kv, _, group, size = q.shape
+    first, count = rows.start, rows.stop - rows.start
     prefix = 0 if shared is None else shared.shape[-1]
     kernel = kernel_for("decode_mix", q)
     if kernel is None:
+        lengths = places.lengths[rows]
         seen = int(lengths.max()) + 1
-        mine = q.transpose(0, 1).float() * scale
-        scores = mine @ keys[:, :, :seen].float().transpose(-1, -2)
+        mine = q[:, rows].transpose(0, 1).float() * scale
+        scores = mine @ places.gather(keys, rows, seen).float().transpose(-1, -2)
         scores = scores.masked_fill((torch.arange(seen) > lengths[:, None])[:, None, None], float("-inf"))
         if shared is not None:
-            early = shared.view(kv, rows, group, prefix).transpose(0, 1).float() * scale
+            early = shared.view(kv, count, group, prefix).transpose(0, 1).float() * scale
             scores = torch.cat((early, scores), -1)
         weights = torch.softmax(scores, -1)
         if shared is not None:
             shared.copy_(weights[..., :prefix].transpose(0, 1).reshape(shared.shape))
-        return (weights[..., prefix:] @ values[:, :, :seen].float()).to(q.dtype).reshape(rows, -1)
-    out = q.new_empty(rows, kv * group * size)
+        out[rows] = (weights[..., prefix:] @ places.gather(values, rows, seen).float()).to(q.dtype).reshape(count, -1)
+        return
     kernel(
-        *(at(q), at(shared), at(keys), at(values), at(lengths), at(out)),
-        *(*map(_int, (rows, kv, group, size, keys.shape[2], prefix)), _float(scale), _threads()),
+        *(ctypes.byref(places.native), at(q), at(shared), at(keys), at(values), at(out)),
+        *(*map(_int, (first, count, places.longest, prefix)), _float(scale), _threads()),
     )
-    return out
 
 
 def largest(scores: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ turns lie is found by rendering the conversation up to each of them, so no templ
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -116,6 +116,13 @@ class Renderer:
     def text(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, control tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def reader(self) -> Callable[[int], str]:
+        """Reads one answer's ids as they come: what text each adds. A character is told once its last byte is there."""
+        from tokenizers.decoders import DecodeStream
+
+        stream, tokenizer = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
+        return lambda token: stream.step(tokenizer, token) or ""
 
     def _span(self, messages: Sequence[Message], place: int, text: str) -> tuple[int, int]:
         """Where in the conversation's text an assistant's turn begins, after its opening, and ends."""

@@ -44,6 +44,16 @@ class TokenLayout(ctypes.Structure):
     )
 
 
+class RowPages(ctypes.Structure):
+    """kernels.cpp's Pages."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "kv", "group", "size", "page", "most")),
+        ("table", ctypes.c_void_p),
+        ("length", ctypes.c_void_p),
+    )
+
+
 @cache
 def library() -> Any:
     """The loaded library, or None where there is none to be had."""

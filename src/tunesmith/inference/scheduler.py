@@ -1,0 +1,84 @@
+"""One thread that decodes for all threads that ask: their rows are one batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch
+
+from tunesmith.inference.decoder import Batch, Row
+from tunesmith.models import runtime
+
+Result = TypeVar("Result")
+_LINGERS = 2.0  # seconds without work after which the thread ends; the next row starts another
+
+
+class Scheduler:
+    """Takes rows and work from any thread. All arithmetic is done by one: a second would bring a second set of threads
+    for its products, and the two would fight for the cores."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._change = threading.Condition()
+        self._come: list[Row] = []
+        self._gone: list[Row] = []
+        self._work: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._thread: threading.Thread | None = None
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Decode these too, from the next step on."""
+        with self._change:
+            self._come += rows
+            self._wake()
+
+    def leave(self, rows: Sequence[Row]) -> None:
+        """Nobody waits for these any more. A listener may be told of one more token."""
+        with self._change:
+            self._gone += rows
+            self._wake()
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Do other work between two steps; returns what it gives."""
+        future: Future[Result] = Future()
+        with self._change:
+            self._work.append((work, future))
+            self._wake()
+        return future.result()
+
+    def _wake(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._decode, name="tunesmith-decoding", daemon=True)
+            self._thread.start()
+        self._change.notify_all()
+
+    def _decode(self) -> None:
+        torch.set_num_threads(runtime.prepare())
+        while True:
+            with self._change:
+                if not self._change.wait_for(self._anything, _LINGERS):
+                    self._thread = None
+                    return
+                come, gone, work = self._come, self._gone, self._work
+                self._come, self._gone, self._work = [], [], []
+            self._batch.waiting.extend(come)
+            self._batch.drop(gone)
+            for each, future in work:
+                _do(each, future)
+            if self._batch:
+                try:
+                    self._batch.step()
+                except BaseException as error:  # noqa: BLE001 - whoever waits for a row is told, and the next are decoded
+                    self._batch.fail(error)
+
+    def _anything(self) -> bool:
+        return bool(self._batch or self._come or self._gone or self._work)
+
+
+def _do(work: Callable[[], Any], future: Future[Any]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
+        future.set_exception(error)
