@@ -153,7 +153,8 @@ def test_a_decoding_step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, pr
     q, keys, values, out = compiled[:4]
     if not prefix:  # row 2 by hand: 18 places in the pages 2, 7 and 3
         for head in range(kv * group):
-            k, v = (torch.cat([cache[page, head // group] for page in (2, 7, 3)])[:18].float() for cache in (keys, values))
+            pages = [(keys[page, head // group], values[page, head // group]) for page in (2, 7, 3)]
+            k, v = (torch.cat(each)[:18].float() for each in zip(*pages, strict=True))
             weights = torch.softmax(q[head // group, 2, head % group].float() @ k.t() * 0.3, 0)
             _same(out[2, head * size : (head + 1) * size], (weights @ v).to(dtype))
 

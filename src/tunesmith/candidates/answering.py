@@ -17,7 +17,7 @@ from tunesmith.core.messages import Message, tools_of, with_tools
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.data.documents import Documents, Passage
-from tunesmith.inference.engine import Completion, Engine, Generation
+from tunesmith.inference.engine import Completion, Engine, Generation, Streamed
 from tunesmith.store.store import Store
 
 _REMEMBERED = 512
@@ -41,7 +41,7 @@ class Responder(Protocol):
         """Answers in the order of requests."""
         ...
 
-    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[str | Completion]:
+    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
         """Pieces of the answer; the last item is the whole Completion."""
         ...
 
@@ -117,6 +117,7 @@ class Answerer:
         top_p: float = 1.0,
         seed: int = 0,
         stop: tuple[str, ...] = (),
+        top_logprobs: int | None = None,
     ) -> Generation:
         """What to ask the responder. max_tokens may lower the candidate's own bound, not raise it."""
         bound = self._candidate.max_tokens
@@ -128,6 +129,7 @@ class Answerer:
             seed=seed,
             stop=stop,
             schema=self._candidate.answer_schema,
+            top_logprobs=top_logprobs,
         )
 
     def sources(self, messages: Sequence[Message]) -> Found:

@@ -192,10 +192,9 @@ class Batch:
 
     def _read(self, first: Row, rows: Sequence[Row], parts: Sequence[Sequence[int]], linear: Linear) -> Tensor:
         """Read a part of each row, all behind what first stands behind; hidden states [B, M] of each one's last."""
-        places = [place for row, part in zip(rows, parts, strict=True) for place in range(row.read, row.read + len(part))]
-        owners = [row for row, part in zip(rows, parts, strict=True) for _ in part]
-        pages = torch.tensor([row.pages[place // PAGE] for row, place in zip(owners, places, strict=True)])
-        within = torch.tensor([place % PAGE for place in places])
+        each = [(row, row.read + number) for row, part in zip(rows, parts, strict=True) for number in range(len(part))]
+        pages = torch.tensor([row.pages[place // PAGE] for row, place in each])
+        within = torch.tensor([place % PAGE for _, place in each])
         own = torch.tensor(first.pages)
 
         def before(layer: int) -> tuple[Tensor, Tensor] | None:
@@ -298,9 +297,9 @@ class Batch:
                 self._give_one(row, token, told[place])
             except Exception as error:  # noqa: BLE001 - a schema or a listener: this row's fault alone
                 failed[row] = error
-        for row, error in failed.items():
+        for row, why in failed.items():
             self._remove(row)
-            row.listener.end(stopped=False, error=error)
+            row.listener.end(stopped=False, error=why)
 
     def _give_one(self, row: Row, token: int, logprobs: Tensor | None) -> None:
         stopped = token in self._stop_ids

@@ -14,8 +14,8 @@ from tunesmith.core.progress import SILENT, Progress
 @dataclass(frozen=True, slots=True)
 class Generation:
     """One request. temperature 0 is greedy; seed matters only above 0. stop: texts that end the answer, left out.
-    schema: JSON Schema, as JSON, that the answer is held to while it is decoded. top_logprobs: how many of the likeliest
-    tokens are named at each step with their log-probabilities; None: no log-probabilities are wanted.
+    schema: JSON Schema, as JSON, that the answer is held to while it is decoded. top_logprobs: how many of the
+    likeliest tokens are named at each step with their log-probabilities; None: no log-probabilities are wanted.
     """
 
     messages: tuple[Message, ...]

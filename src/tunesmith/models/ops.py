@@ -212,11 +212,18 @@ def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Te
 
 
 def decode_mix(
-    q: Tensor, shared: Tensor | None, keys: Tensor, values: Tensor, places: Places, rows: slice, scale: float, out: Tensor
+    q: Tensor,
+    shared: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    places: Places,
+    rows: slice,
+    scale: float,
+    out: Tensor,
 ) -> None:
     """Into those rows of out [B, H * D] the mixed values of each one's own places, lengths[b] + 1 of them; shared
     [K, rows * G, P], the scores on a prefix of theirs, become its weights in place: one distribution over both."""
-    kv, _, group, size = q.shape
+    kv, _, group, _ = q.shape
     first, count = rows.start, rows.stop - rows.start
     prefix = 0 if shared is None else shared.shape[-1]
     kernel = kernel_for("decode_mix", q)
