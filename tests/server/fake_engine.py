@@ -9,7 +9,7 @@ from pathlib import Path
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.inference.engine import Completion, Generation, Question
+from tunesmith.inference.engine import Completion, Generation, Question, Scored, Streamed, TokenScore
 
 VALID = '{"intent": "on"}'
 
@@ -17,13 +17,15 @@ VALID = '{"intent": "on"}'
 class FakeEngine:
     """Implements inference.engine.Engine. answer: (request, adapter) -> text; by default VALID.
 
-    gate: while it is cleared every call waits. batches: sizes of the calls of generate. broken: adapters it refuses.
+    gate: while it is cleared every call waits. calls: how many there were; busiest: how many at once at most. broken:
+    adapters it refuses.
     """
 
     def __init__(self, base: str) -> None:
         self.base, self.context_length = base, 64
         self.adapters: dict[str, Path] = {}
-        self.batches: list[int] = []
+        self.calls = self.busiest = self._under_way = 0
+        self._counting = threading.Lock()
         self.broken: set[str] = set()
         self.answer: Callable[[Generation, str | None], str] = lambda _request, _adapter: VALID
         self.gate = threading.Event()
@@ -43,21 +45,26 @@ class FakeEngine:
     def generate(
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[Completion]:
-        assert adapter is None or adapter in self.adapters, "an adapter that was never loaded"
-        self.gate.wait()
-        self.batches.append(len(requests))
-        self.seen += requests
-        return [self._completion(request, adapter) for request in requests]
+        raise AssertionError("a server asks for one answer at a time")
 
-    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[str | Completion]:
+    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
         assert adapter is None or adapter in self.adapters, "an adapter that was never loaded"
-        completion = self._completion(request, adapter)
-        self.seen.append(request)
-        for word in completion.text.split(" "):
-            self.gate.wait()
-            self.pieces += 1
-            yield word if word == completion.text.split(" ")[0] else f" {word}"
-        yield completion
+        with self._counting:
+            self.calls += 1
+            self._under_way += 1
+            self.busiest = max(self.busiest, self._under_way)
+        try:
+            completion = self._completion(request, adapter)
+            self.seen.append(request)
+            for place, word in enumerate(completion.text.split(" ")):
+                self.gate.wait()
+                self.pieces += 1
+                text = f" {word}" if place else word
+                yield text if request.top_logprobs is None else Scored(text, (self._score(text, request),))
+            yield completion
+        finally:
+            with self._counting:
+                self._under_way -= 1
 
     def choose(
         self, questions: Sequence[Question], adapter: str | None = None, progress: Progress = SILENT
@@ -67,5 +74,11 @@ class FakeEngine:
     def _completion(self, request: Generation, adapter: str | None) -> Completion:
         text = self.answer(request, adapter)
         words = text.split(" ")[: request.max_tokens]
+        asked = request.top_logprobs is not None
+        scores = tuple(self._score(f" {word}" if n else word, request) for n, word in enumerate(words)) if asked else ()
         finish = "stop" if len(words) == len(text.split(" ")) else "length"
-        return Completion(" ".join(words), finish, self.count_tokens(request.messages), len(words))  # type: ignore[arg-type]
+        return Completion(" ".join(words), finish, self.count_tokens(request.messages), len(words), scores=scores)  # type: ignore[arg-type]
+
+    def _score(self, text: str, request: Generation) -> TokenScore:
+        top = tuple(TokenScore(other, other.encode(), -1.0) for other in "abc"[: request.top_logprobs or 0])
+        return TokenScore(text, text.encode(), -0.5, top)

@@ -66,6 +66,23 @@ def test_every_honoured_field_reaches_the_engine(served: Served) -> None:
     assert completion.metadata == {"k": "v"}
 
 
+def test_log_probabilities_are_openais_whole_and_streamed(served: Served) -> None:
+    plain = served.ask()
+    assert plain.choices[0].logprobs is None
+    assert served.engine.seen[-1].top_logprobs is None
+    whole = served.ask(logprobs=True, top_logprobs=2).choices[0].logprobs
+    assert served.engine.seen[-1].top_logprobs == 2
+    assert [one.token for one in whole.content] == ['{"intent":', ' "on"}']
+    assert bytes(whole.content[1].bytes).decode() == ' "on"}'
+    assert [(one.token, one.logprob) for one in whole.content[0].top_logprobs] == [("a", -1.0), ("b", -1.0)]
+    chunks = list(served.ask(logprobs=True, stream=True))
+    assert served.engine.seen[-1].top_logprobs == 0
+    streamed = [one for chunk in chunks if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content]
+    assert [(one.token, one.logprob) for one in streamed] == [(one.token, one.logprob) for one in whole.content]
+    assert all(one.top_logprobs == [] for one in streamed)
+    assert "".join(one.token for one in streamed) == "".join(c.choices[0].delta.content or "" for c in chunks)
+
+
 def test_left_out_and_null_fields_take_the_defaults(served: Served) -> None:
     served.post(temperature=None, top_p=None, stop=None, max_tokens=None, stream=None, n=None)
     asked = served.engine.seen[-1]
@@ -81,7 +98,9 @@ def test_text_parts_are_joined(served: Served) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "param", "code"),
     [
-        ("logprobs", True, "logprobs", "unknown_parameter"),
+        ("logprobs", 1, "logprobs", "invalid_value"),
+        ("top_logprobs", 2, None, "invalid_value"),
+        ("top_logprobs", 21, "top_logprobs", "invalid_value"),
         ("tools", [], "tools", "unknown_parameter"),
         ("temprature", 0.1, "temprature", "unknown_parameter"),
         ("messages", [{"role": "user", "content": "x", "name": "n"}], "messages[0].name", "unknown_parameter"),

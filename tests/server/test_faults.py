@@ -123,10 +123,10 @@ def test_half_a_request_and_a_slow_body_cost_only_themselves(
         slow.close()
 
 
-def test_200_parallel_requests_are_answered_in_batches_or_told_to_come_back(
+def test_200_parallel_requests_are_answered_together_or_told_to_come_back(
     scene: Scene, engine: FakeEngine, versions: dict[int, Version]
 ) -> None:
-    with running(scene, engine, waiting=64, batch=16) as served:
+    with running(scene, engine, waiting=64, together=16) as served:
         served.begin(versions[1])
         served.ask()
         engine.gate.clear()
@@ -146,7 +146,7 @@ def test_200_parallel_requests_are_answered_in_batches_or_told_to_come_back(
         turned_away = next(response for response in responses if response.status_code == 429)
         assert turned_away.headers["retry-after"] == "1"
         assert turned_away.json()["error"]["code"] == "queue_full"
-        assert max(engine.batches) == 16
+        assert engine.busiest == 16
         assert len({response.json()["id"] for response in responses if response.status_code == 200}) == said[200]
         assert len(served.rows()) == said[200] + 1
         assert served.client(retries=2).chat.completions.create(model=NAME, messages=HELLO).choices
@@ -177,7 +177,51 @@ def test_a_client_that_leaves_mid_stream_stops_the_engine_and_is_recorded(served
     assert served.ask().choices
 
 
-def test_clients_that_leave_while_they_wait_cost_the_engine_nothing(served: Served) -> None:
+def test_a_client_that_leaves_frees_the_place_of_its_whole_answer_too(served: Served) -> None:
+    decoded = []
+
+    def slow(_request: Any, _adapter: Any) -> Any:
+        for number in range(2000):
+            time.sleep(0.005)
+            decoded.append(number)
+            yield "word "
+        yield Completion("word " * 2000, "stop", 1, 2000)
+
+    served.engine.stream = slow  # type: ignore[method-assign]
+    body = json.dumps({"model": NAME, "messages": HELLO}).encode()
+    connection = raw(served, head(served, len(body)) + body)
+    until(lambda: decoded)
+    connection.close()
+    until(lambda: not served.worker._busy_since)
+    assert len(decoded) < 1000
+
+
+def test_a_request_joins_those_under_way_and_none_waits_for_a_long_one(served: Served) -> None:
+    release = threading.Event()
+
+    def answer(request: Any, _adapter: Any) -> str:
+        if request.messages[-1].content == "long":
+            release.wait(10)
+        return VALID
+
+    served.engine.answer = answer
+    with ThreadPoolExecutor(2) as pool:
+        long = pool.submit(served.post, messages=[{"role": "user", "content": "long"}])
+        assert all(served.post().status_code == 200 for _ in range(20))
+        assert not long.done()
+        release.set()
+        assert long.result().status_code == 200
+
+
+def test_clients_that_leave_while_they_wait_cost_the_engine_nothing(
+    scene: Scene, engine: FakeEngine, versions: dict[int, Version]
+) -> None:
+    with running(scene, engine, together=1) as served:
+        served.begin(versions[1])
+        _leave_while_waiting(served)
+
+
+def _leave_while_waiting(served: Served) -> None:
     served.ask()
     served.engine.gate.clear()
     body = json.dumps({"model": NAME, "messages": HELLO}).encode()
@@ -192,7 +236,7 @@ def test_clients_that_leave_while_they_wait_cost_the_engine_nothing(served: Serv
     served.engine.gate.set()
     first.join()
     served.ask()
-    assert sum(served.engine.batches) == 3
+    assert served.engine.calls == 3
     assert len(served.rows()) == 3
 
 
@@ -246,7 +290,7 @@ def test_an_engine_that_fails_mid_stream_ends_the_stream_with_an_error(served: S
 def test_an_engine_that_hangs_is_answered_for_in_time_and_shows_as_not_ready(
     scene: Scene, engine: FakeEngine, versions: dict[int, Version]
 ) -> None:
-    with running(scene, engine, answer_seconds=0.5, waiting=2) as served, served.http() as http:
+    with running(scene, engine, answer_seconds=0.5, waiting=2, together=2) as served, served.http() as http:
         served.begin(versions[1])
         served.ask()
         assert http.get("/readyz").status_code == 200
@@ -283,7 +327,7 @@ def test_an_answer_is_not_withheld_when_it_cannot_be_recorded(served: Served, mo
 
 
 def test_stopping_answers_what_waits(scene: Scene, engine: FakeEngine, versions: dict[int, Version]) -> None:
-    with running(scene, engine) as served:
+    with running(scene, engine, together=1) as served:
         served.begin(versions[1])
         served.ask()
         engine.gate.clear()

@@ -43,6 +43,8 @@ class Floor(ABC):
     ) -> list[Completion]:
         """Answers in the order of requests."""
         del adapter, progress
+        if any(request.top_logprobs is not None for request in requests):
+            raise UsageError("this answer has no log-probabilities: no language model gave it", where="logprobs")
         return self._answers([last_request(request.messages) for request in requests])
 
     def stream(self, request: Generation, adapter: str | None = None) -> Iterator[str | Completion]:

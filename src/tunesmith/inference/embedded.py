@@ -290,7 +290,7 @@ class _Answer:
         end = len(self._text) if self._cut is None else self._cut
         scores = [score for score, start in zip(self._scores, self._starts, strict=True) if start < max(end, 1)]
         finish = "stop" if self._stopped else "length"
-        return Completion(self._text[:end], finish, self.prompt_tokens, len(self._ids), tuple(scores))  # type: ignore[arg-type]
+        return Completion(self._text[:end], finish, self.prompt_tokens, len(self._ids), scores=tuple(scores))  # type: ignore[arg-type]
 
     def _settled(self) -> int:
         """How much of the text later tokens can no longer change."""

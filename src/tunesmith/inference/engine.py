@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -56,7 +56,7 @@ class Completion:
     finish: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
-    scores: tuple[TokenScore, ...] = ()
+    scores: tuple[TokenScore, ...] = field(default=(), kw_only=True)
 
 
 # What a stream gives: pieces of text, then the whole answer.

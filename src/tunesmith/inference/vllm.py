@@ -145,6 +145,8 @@ class VllmEngine:
     # What is asked and answered
 
     def _body(self, request: Generation) -> dict[str, Any]:
+        if request.top_logprobs is not None:
+            raise UsageError("log-probabilities are not asked of a vLLM server", where="logprobs")
         prompt = self._renderer.prompt(request.messages)
         if len(prompt) >= self.context_length:
             raise UsageError(

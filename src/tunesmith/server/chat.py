@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote
@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from tunesmith.core.clock import now
 from tunesmith.core.digests import short
-from tunesmith.inference.engine import Completion
+from tunesmith.inference.engine import Completion, Scored, TokenScore
 from tunesmith.registry.versions import Version
 from tunesmith.server.body import read_body
 from tunesmith.server.chat_request import ChatRequest
@@ -109,6 +109,8 @@ async def _chunks(job: Job, shape: _Shape, first: Event, serving: Serving) -> As
         while True:
             if isinstance(event, str):
                 yield shape.chunk({"content": event})
+            elif isinstance(event, Scored):
+                yield shape.chunk({"content": event.text}, scores=event.scores)
             elif isinstance(event, Completion):
                 yield shape.chunk({}, finish=event.finish)
                 if job.request.include_usage:
@@ -154,13 +156,16 @@ class _Shape:
     def whole(self, completion: Completion) -> dict[str, Any]:
         """A chat.completion."""
         message = {"role": "assistant", "content": completion.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": completion.finish}
+        scores = completion.scores if self._job.request.logprobs else None
+        choice = {"index": 0, "message": message, "logprobs": _logprobs(scores), "finish_reason": completion.finish}
         document = {**self._common, "object": "chat.completion", "choices": [choice], "usage": _usage(completion)}
         return {**document, **self._metadata()}
 
-    def chunk(self, delta: dict[str, Any], finish: str | None = None) -> str:
+    def chunk(
+        self, delta: dict[str, Any], finish: str | None = None, scores: Sequence[TokenScore] | None = None
+    ) -> str:
         """A chat.completion.chunk as a server-sent event; the last one echoes the request's metadata."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        choice = {"index": 0, "delta": delta, "logprobs": _logprobs(scores), "finish_reason": finish}
         document = {**self._common, "object": "chat.completion.chunk", "choices": [choice]}
         if self._job.request.include_usage:
             document["usage"] = None
@@ -178,6 +183,18 @@ class _Shape:
 def _usage(completion: Completion) -> dict[str, int]:
     prompt, answer = completion.prompt_tokens, completion.completion_tokens
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def _logprobs(scores: Sequence[TokenScore] | None) -> dict[str, Any] | None:
+    """As OpenAI has them: every token with its bytes, since a character may be spread over several."""
+    if scores is None:
+        return None
+
+    def one(score: TokenScore) -> dict[str, Any]:
+        return {"token": score.token, "logprob": score.logprob, "bytes": list(score.data)}
+
+    content = [{**one(score), "top_logprobs": [one(other) for other in score.top]} for score in scores]
+    return {"content": content, "refusal": None}
 
 
 def _data(document: dict[str, Any]) -> str:

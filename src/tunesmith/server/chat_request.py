@@ -66,6 +66,8 @@ class ChatRequest(BaseModel):
     max_completion_tokens: Annotated[StrictInt | None, Field(ge=1)] = None
     temperature: Annotated[Number | None, Field(ge=0, le=2)] = None
     top_p: Annotated[Number | None, Field(gt=0, le=1)] = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt | None, Field(ge=0, le=20)] = None
     seed: Annotated[StrictInt | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: str | list[str] | None = None
     stream: StrictBool | None = None
@@ -108,6 +110,8 @@ class ChatRequest(BaseModel):
     def _agrees(self) -> ChatRequest:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens disagree")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs without logprobs")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options without stream")
         return self
@@ -121,6 +125,11 @@ class ChatRequest(BaseModel):
     def stops(self) -> tuple[str, ...]:
         """The texts that end the answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def scored(self) -> int | None:
+        """How many of the likeliest tokens are named with their log-probabilities; None: no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def include_usage(self) -> bool:

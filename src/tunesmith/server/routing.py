@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -141,21 +142,26 @@ class Router:
 
 
 class ReadyVersions:
-    """Versions that were verified and whose weights the engine has, by digest. Used from the engine's thread alone."""
+    """Versions that were verified and whose weights the engine has, by digest. Thread-safe: opened one at a time."""
 
     def __init__(self, store: Store, engine: Engine) -> None:
         self._store, self._engine = store, engine
         self._ready: dict[str, Answerer] = {}
+        self._opening = threading.Lock()
 
     def answerer(self, version: Version) -> Answerer:
         """What turns a request into what the engine is asked. Raises TunesmithError where it must not be served."""
-        if version.digest not in self._ready:
-            with verified_copy(self._store, version) as loaded:
-                answerer = Answerer(self._store, self._engine, loaded.candidate)
-                if loaded.adapter is not None and answerer.adapter is not None:
-                    self._engine.load_adapter(answerer.adapter, loaded.adapter)
-            self._ready[version.digest] = answerer
-        return self._ready[version.digest]
+        ready = self._ready.get(version.digest)
+        if ready is not None:
+            return ready
+        with self._opening:
+            if version.digest not in self._ready:
+                with verified_copy(self._store, version) as loaded:
+                    answerer = Answerer(self._store, self._engine, loaded.candidate)
+                    if loaded.adapter is not None and answerer.adapter is not None:
+                        self._engine.load_adapter(answerer.adapter, loaded.adapter)
+                self._ready[version.digest] = answerer
+            return self._ready[version.digest]
 
 
 def _scopes(tenant: str, region: str) -> Iterator[tuple[str, str]]:

@@ -16,10 +16,9 @@ class ServerSettings(Settings):
     body_bytes: Annotated[int, Field(ge=1024, description="largest request body")] = 1 << 20
     body_seconds: Annotated[float, Field(gt=0, description="longest a client may take to send its body")] = 15.0
     waiting: Annotated[int, Field(ge=1, description="requests that wait for the engine; more are answered 429")] = 256
-    batch: Annotated[int, Field(ge=1, description="waiting requests of one version that are answered together")] = 16
-    gather_seconds: Annotated[
-        float, Field(ge=0, description="wait for more requests to answer together; an answer takes a second or so")
-    ] = 0.05
+    together: Annotated[
+        int, Field(ge=1, le=256, description="requests answered at once, whatever their version, as one batch of rows")
+    ] = 32
     answer_seconds: Annotated[float, Field(gt=0, description="longest an answer may take, its wait included")] = 300.0
     kept_answers: Annotated[
         int, Field(ge=0, description="answers kept in memory, for feedback with the expected text to be held against")

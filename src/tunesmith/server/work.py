@@ -1,7 +1,9 @@
-"""The one thread that talks to the engine, and the bounded queue before it.
+"""The threads that ask the engine, and the bounded queue before them.
 
-Waiting requests of one version that do not stream are answered as one batch. Each request that was begun is recorded
-exactly once, before its last word leaves: by this thread, or, where the engine hangs, by whoever gave up waiting.
+Each thread answers one request at a time; the engine decodes what they ask together, so a request joins those under
+way as soon as a thread is free, and requests begin in the order in which they came. Each request that was begun is
+recorded exactly once, before its last word leaves: by its thread, or, where the engine hangs, by whoever gave up
+waiting.
 """
 
 from __future__ import annotations
@@ -10,12 +12,12 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.inference.engine import Completion, Generation
+from tunesmith.inference.engine import Completion, Generation, Scored, Streamed
 from tunesmith.monitoring.features import request_features
 from tunesmith.server.chat_request import ChatRequest
 from tunesmith.server.errors import ApiError, bad_request, busy, failed, not_available, stopping
@@ -24,7 +26,7 @@ from tunesmith.server.routing import ReadyVersions, Route
 from tunesmith.server.settings import ServerSettings
 from tunesmith.store.identities import User
 
-Event = str | Completion | ApiError
+Event = Streamed | ApiError
 
 
 @dataclass(eq=False, slots=True)
@@ -84,7 +86,8 @@ class Job:
 
 
 class Worker:
-    """Runs jobs one batch at a time. give_up: (rollout, reason), called where a canary cannot be made ready."""
+    """Answers as many jobs at once as settings.together says. give_up: (rollout, reason), called where a canary cannot
+    be made ready."""
 
     def __init__(
         self,
@@ -98,22 +101,28 @@ class Worker:
         self._waiting: deque[Job] = deque()
         self._change = threading.Condition()
         self._stopping = False
-        self._busy_since: float | None = None
-        self._thread = threading.Thread(target=self._run, name="tunesmith-engine", daemon=True)
+        self._busy_since: dict[Job, float] = {}
+        self._threads = [
+            threading.Thread(target=self._run, name=f"tunesmith-asking-{number}", daemon=True)
+            for number in range(settings.together)
+        ]
 
     def start(self) -> None:
         """Begin to work."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self, seconds: float = 10.0) -> None:
-        """Answer what waits with 503 and let the batch under way end, for so long at most."""
+        """Answer what waits with 503 and let what is under way end, for so long at most."""
         with self._change:
             self._stopping = True
             waiting, self._waiting = self._waiting, deque()
             self._change.notify_all()
         for job in waiting:
             job.send(stopping())
-        self._thread.join(seconds)
+        until = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     def submit(self, job: Job) -> None:
         """Let a job wait its turn. Raises ApiError 429 where too many wait."""
@@ -130,73 +139,50 @@ class Worker:
         return len(self._waiting)
 
     def hanging(self) -> bool:
-        """Whether the batch under way has taken longer than any answer may, or the thread is gone."""
-        since = self._busy_since
-        late = since is not None and time.monotonic() - since > self._settings.answer_seconds
-        return late or not self._thread.is_alive()
+        """Whether a job under way has taken longer than any answer may, or a thread is gone."""
+        begun = min(list(self._busy_since.values()), default=None)
+        late = begun is not None and time.monotonic() - begun > self._settings.answer_seconds
+        return late or not all(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
-        while True:
-            batch = self._next()
-            if not batch:
-                return
-            self._busy_since = time.monotonic()
+        while (job := self._next()) is not None:
+            self._busy_since[job] = time.monotonic()
             try:
-                self._answer(batch)
-            except Exception:  # noqa: BLE001 - whatever it was, the next batch must be answered
-                LOG.exception("the engine's thread met an error that no request accounts for")
-                for job in batch:
-                    self._fail(job, failed())
-            self._busy_since = None
+                self._answer(job)
+            except Exception:  # noqa: BLE001 - whatever it was, the next job must be answered
+                LOG.exception("request %s met an error that nothing accounts for", job.id)
+                self._fail(job, failed())
+            finally:
+                del self._busy_since[job]
 
-    def _next(self) -> list[Job]:
-        """The oldest job, and of the others those that can be answered with it. Empty when the server stops."""
+    def _next(self) -> Job | None:
+        """The oldest job; None when the server stops."""
         with self._change:
             while not self._waiting:
                 if self._stopping:
-                    return []
+                    return None
                 self._change.wait()
-            first = self._waiting.popleft()
-            batch = [first]
-            if not first.request.stream:
-                self._gather()
-                alike = [job for job in self._waiting if _together(first, job)][: self._settings.batch - 1]
-                for job in alike:
-                    self._waiting.remove(job)
-                batch += alike
-        return batch
+            return self._waiting.popleft()
 
-    def _gather(self) -> None:
-        """Wait a moment for company: those who were just answered together ask again together, a little apart."""
-        until = time.monotonic() + self._settings.gather_seconds
-        while (left := until - time.monotonic()) > 0 and not self._stopping:
-            if len(self._waiting) + 1 >= self._settings.batch:
-                return
-            self._change.wait(left)
-
-    def _answer(self, batch: Sequence[Job]) -> None:
-        ready: list[tuple[Job, Answerer, Generation]] = []
-        for job in batch:
-            if job.left:
-                continue
-            job.begun = True
-            try:
-                answerer = self._ready(job)
-                ready.append((job, answerer, self._generation(job, answerer)))
-            except ApiError as error:
-                self._refuse(job, error)
-            except Exception:  # noqa: BLE001 - tokeniser, index or engine: this request alone fails
-                LOG.exception("request %s could not be prepared", job.id)
-                self._fail(job, failed())
-        if batch[0].request.stream:
-            for job, answerer, generation in ready:
-                self._stream(job, answerer, generation)
+    def _answer(self, job: Job) -> None:
+        if job.left:
             return
-        by_answerer: dict[Answerer, list[tuple[Job, Generation]]] = {}
-        for job, answerer, generation in ready:
-            by_answerer.setdefault(answerer, []).append((job, generation))
-        for answerer, asked in by_answerer.items():
-            self._generate(asked, answerer)
+        job.begun = True
+        try:
+            answerer = self._ready(job)
+            generation = self._generation(job, answerer)
+            if job.request.stream:
+                self._stream(job, answerer, generation)
+            else:
+                self._generate(job, answerer, generation)
+        except ApiError as error:
+            self._refuse(job, error)
+        except Exception as error:  # noqa: BLE001 - tokeniser, index or engine: this request alone fails
+            if isinstance(error, UsageError) and error.where == "logprobs":  # what this version's engine does not tell
+                self._refuse(job, bad_request(error.what, "logprobs"))
+                return
+            LOG.exception("the engine failed on request %s", job.id)
+            self._fail(job, failed())
 
     def _ready(self, job: Job) -> Answerer:
         """The route's answerer; a canary that cannot be made ready ends its rollout, and stable answers."""
@@ -228,6 +214,7 @@ class Worker:
                 top_p=1.0 if request.top_p is None else request.top_p,
                 seed=request.seed or 0,
                 stop=request.stops,
+                top_logprobs=request.scored,
             )
             job.sources = answerer.sources(messages).sources
             tokens = job.prompt_tokens = answerer.responder.count_tokens(generation.messages)
@@ -243,39 +230,27 @@ class Worker:
             )
         return generation
 
-    def _generate(self, asked: Sequence[tuple[Job, Generation]], answerer: Answerer) -> None:
-        try:
-            completions = answerer.responder.generate([generation for _, generation in asked], answerer.adapter)
-        except Exception:  # noqa: BLE001 - the engine may raise anything; one request must not fail the others
-            if len(asked) == 1:
-                LOG.exception("the engine failed on request %s", asked[0][0].id)
-                self._fail(asked[0][0], failed())
+    def _generate(self, job: Job, answerer: Answerer, generation: Generation) -> None:
+        # As a stream, so that a client that leaves frees its place in the batch at the next token.
+        for event in answerer.responder.stream(generation, answerer.adapter):
+            if isinstance(event, Completion) and job.claim():
+                self._recorder.write([job.served(event)])
+                job.send(event)
+            if job.left:
                 return
-            for one in asked:
-                self._generate([one], answerer)
-            return
-        done = [(job, completion) for (job, _), completion in zip(asked, completions, strict=True) if job.claim()]
-        self._recorder.write([job.served(completion) for job, completion in done])
-        for job, completion in done:
-            job.send(completion)
 
     def _stream(self, job: Job, answerer: Answerer, generation: Generation) -> None:
         pieces: list[str] = []
-        try:
-            for event in answerer.responder.stream(generation, answerer.adapter):
-                if isinstance(event, Completion):
-                    if job.claim():
-                        self._recorder.write([job.served(event)])
-                        job.send(event)
-                    return
-                pieces.append(event)
-                job.send(event)
-                if job.left:
-                    break
-        except Exception:  # noqa: BLE001 - as above
-            LOG.exception("the engine failed on request %s", job.id)
-            self._fail(job, failed())
-            return
+        for event in answerer.responder.stream(generation, answerer.adapter):
+            if isinstance(event, Completion):
+                if job.claim():
+                    self._recorder.write([job.served(event)])
+                    job.send(event)
+                return
+            pieces.append(event.text if isinstance(event, Scored) else event)
+            job.send(event)
+            if job.left:
+                break
         if job.left and job.claim():
             # How many tokens a piece is, only the engine knows: one at least.
             seen = Completion("".join(pieces), "stop", job.prompt_tokens, len(pieces))
@@ -293,7 +268,3 @@ class Worker:
         """The request's own fault, or a version's that nobody should count as an arm's failure."""
         if job.claim():
             job.send(error)
-
-
-def _together(first: Job, other: Job) -> bool:
-    return not other.request.stream and other.route.version.digest == first.route.version.digest
