@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.data.rows import build, many_rows, row, settings, write_jsonl
+from tests.data.rows import WORDS, build, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import SPLITS, Dataset
-from tunesmith.data.quality import FLAGS, LONG, NOISE, REFUSING, examine_quality
+from tunesmith.data.quality import ALIKE, FLAGS, LANGUAGE, LONG, NOISE, REFUSING, examine_quality
 from tunesmith.store.store import Store
 
 
-def flags(root: Path, dataset: Dataset, **more: bool) -> list[dict[str, str]]:
+def flags(root: Path, dataset: Dataset, **more: Any) -> list[dict[str, str]]:
     store = Store(root / "store")
     record = store.record(examine_quality(store, dataset, **more), kind="quality")
     assert record.body["rows"] == dataset.record.body["rows"]["kept"]
@@ -34,6 +36,53 @@ def test_refusals_and_long_answers(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), *odd])
     found = flags(tmp_path, build(tmp_path))
     assert sorted(flag["flag"] for flag in found) == [LONG, REFUSING, REFUSING]
+
+
+def test_another_language_is_flagged_in_requests_and_answers(tmp_path: Path) -> None:
+    pytest.importorskip("py3langid", reason="py3langid is not installed (extra: quality)")
+    places = [(one, other) for one in WORDS[:9] for other in WORDS[:9]]
+    english = [
+        row(f"please tell me what {one} and {other} will be like", "They will be warm and dry tomorrow")
+        for one, other in places
+    ]
+    odd = [
+        row("schalte bitte heute abend das licht in der großen küche wieder aus", "Done"),
+        row(
+            "what is a good name for a ship that sails in the north",
+            "Un beau nom pour ce bateau serait la belle",
+        ),
+        row("ok", "ja"),
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", [*english, *odd])
+    dataset = build(tmp_path, settings(duplicates={"near": None}))
+    found = {flag["detail"] for flag in flags(tmp_path, dataset, language=True) if flag["flag"] == LANGUAGE}
+    assert found == {"the request is in de", "the answer is in fr"}
+
+
+def test_requests_that_say_the_same_are_shown_as_clusters(tmp_path: Path) -> None:
+    same = ["switch the lamp off", "turn off that light", "no more light please"]
+    write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), *(row(text, f"off {n}") for n, text in enumerate(same))])
+
+    def embed(texts: Any) -> Any:
+        """Each text a direction of its own, but for the three."""
+        vectors = np.eye(len(texts) + 1, dtype=np.float32)[:-1]
+        vectors[[text in same for text in texts]] = np.eye(len(texts) + 1, dtype=np.float32)[-1]
+        return vectors
+
+    found = [flag for flag in flags(tmp_path, build(tmp_path), embed=embed) if flag["flag"] == ALIKE]
+    assert len(found) == 3
+    assert {flag["detail"].split(" in ")[0] for flag in found} == {"cluster 1 of 3 requests"}
+
+
+def test_balance_of_what_rows_declare_and_of_gendered_words(tmp_path: Path) -> None:
+    rows = [{**one, **({"channel": "mail"} if n % 4 else {})} for n, one in enumerate(many_rows(80))]
+    rows += [row("where did she leave her keys", "in the hall"), row("where is the theatre", "ask him")]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    dataset = build(tmp_path, settings(attributes=["channel"]))
+    store = Store(tmp_path / "store")
+    balance = store.record(examine_quality(store, dataset)).body["balance"]
+    assert balance["channel"] == {"": 22, "mail": 60}
+    assert balance["gendered words"] == {"he": 1, "she": 1, "they, of one": 0}
 
 
 def test_answers_that_are_no_labels(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.terminal import HERE, As, Directory, Json, emit
+from tunesmith.cli.terminal import HERE, As, Directory, Json, Terminal, emit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,6 +114,8 @@ def sign(
 def quality(
     dataset: _Version,
     label_noise: Annotated[bool, typer.Option(help="Look for wrong labels too (extra: quality).")] = False,
+    language: Annotated[bool, typer.Option(help="Look for other languages too (extra: quality).")] = False,
+    alike: Annotated[bool, typer.Option(help="Look for requests that say the same, by MiniLM (fetched once).")] = False,
     limit: Annotated[int, typer.Option(min=0, help="Flags to show; 0 shows all.")] = 20,
     directory: Directory = HERE,
     as_json: Json = False,
@@ -125,7 +127,13 @@ def quality(
 
     store = open_store(directory)
     digest = store.find_record(dataset)
-    record = store.record(examine_quality(store, load_dataset(store, digest), label_noise=label_noise))
+    embed = None
+    if alike:
+        from tunesmith.models.embedding import find_embedder
+
+        embed = find_embedder(Terminal()).embed
+    asked = {"label_noise": label_noise, "language": language}
+    record = store.record(examine_quality(store, load_dataset(store, digest), embed=embed, **asked))
     flags = [json.loads(line) for line in store.read_blob(record.blobs[FLAGS]).splitlines()]
     shown = flags[:limit] if limit else flags
     document = {"dataset": digest, "quality": record.digest, **record.body, "examples": shown}
@@ -133,6 +141,11 @@ def quality(
     def draw(console: Console) -> None:
         for what in record.body["looked_for"]:
             console.print(f"{what}: {record.body['flags'].get(what, 0)} of {record.body['rows']} rows", markup=False)
+        for what, counts in record.body["balance"].items():
+            if set(counts) != {""}:
+                most = sorted(counts.items(), key=lambda pair: -pair[1])[:8]
+                said = ", ".join(f"{value or '(none)'} {number}" for value, number in most)
+                console.print(f"balance by {what}: {said}", markup=False)
         for flag in shown:
             console.print(f"  {flag['id']}  {flag['flag']}: {flag['detail']}", markup=False)
 

@@ -12,6 +12,7 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import SPLITS, Dataset, Example
 from tunesmith.data.duplicates import answer_key, request_text
+from tunesmith.data.likeness import Embed, alike, foreign
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -21,6 +22,17 @@ LONG = "answer much longer than the others"
 LONG_REQUEST = "request much longer than the others"
 NOISE = "label that the other rows speak against"
 
+LANGUAGE = "another language than the others"
+ALIKE = "says what another request says"
+
+_GENDERED = {
+    "he": frozenset(("he", "him", "his", "himself", "mr", "man", "men", "boy", "father", "son", "brother", "husband")),
+    "she": frozenset(
+        ("she", "her", "hers", "herself", "mrs", "ms", "woman", "women", "girl", "mother", "daughter", "sister", "wife")
+    ),
+    "they, of one": frozenset(("themself", "mx")),
+}
+_SHOWN = 20
 _REFUSAL = re.compile(
     r"^\W*(?:i['’]?m sorry|i am sorry|sorry,? but|i apologi[sz]e|unfortunately,? i|as an ai\b"
     r"|i(?:['’]m| am) (?:unable|not able)"
@@ -34,27 +46,79 @@ _MOST_LABELS = 1000
 _FOLDS = 5
 
 
-def examine_quality(store: Store, dataset: Dataset, *, label_noise: bool = False) -> str:
+def examine_quality(
+    store: Store, dataset: Dataset, *, label_noise: bool = False, language: bool = False, embed: Embed | None = None
+) -> str:
     """Flag a dataset version's rows; returns the digest of a record of kind "quality" with the dataset as its parent.
 
     label_noise: also look for wrong labels, where the task is classification: confident learning (Northcutt, Jiang,
     Chuang, JAIR 70, 2021) by cleanlab, on out-of-fold probabilities of a linear model of the requests' words.
+    language: also look for texts in another language than the others. embed: makes vectors of texts, by which requests
+    are found that say the same in other words.
     Raises UsageError where the extra `quality` is not installed or the answers are no labels.
     """
     rows = [(name, example) for name in SPLITS for example in dataset.examples(name)]
     flags = [*_plain_flags(rows), *(_noisy(rows) if label_noise else ())]
+    languages = _languages(rows, flags) if language else {}
+    clusters = _alike(rows, flags, embed) if embed else []
+    asked = {NOISE: label_noise, LANGUAGE: language, ALIKE: embed is not None}
+    labels = sorted({key for _, one in rows for key in one.labels})
     flags.sort(key=lambda flag: (flag["flag"], flag["id"]))
     body = {
         "rows": len(rows),
         "flags": dict(sorted(Counter(flag["flag"] for flag in flags).items())),
-        "looked_for": sorted([REFUSING, LONG, LONG_REQUEST, *([NOISE] if label_noise else ())]),
+        "looked_for": sorted([REFUSING, LONG, LONG_REQUEST, *(flag for flag, is_asked in asked.items() if is_asked)]),
         "balance": {
             name: dict(sorted(Counter(str(getattr(one, name) or "") for _, one in rows).items()))
             for name in ("licence", "source", "tenant", "region")
-        },
+        }
+        | {key: dict(sorted(Counter(one.labels.get(key, "") for _, one in rows).items())) for key in labels}
+        | {"gendered words": _gendered(rows)},
+        **({"languages": languages} if language else {}),
+        **({"alike": {"clusters": len(clusters), "examples": clusters[:_SHOWN]}} if embed else {}),
     }
     blob = store.put_bytes(b"".join(canonical(flag) + b"\n" for flag in flags))
     return store.put_record(Record(kind="quality", parents={"dataset": dataset.digest}, blobs={FLAGS: blob}, body=body))
+
+
+def _gendered(rows: Sequence[tuple[str, Example]]) -> dict[str, int]:
+    """Rows that hold such a word in any turn. It counts words: of whom they speak it does not know."""
+    counts = dict.fromkeys(_GENDERED, 0)
+    for _, example in rows:
+        words = set(re.findall(r"\w+", " ".join(turn.text for turn in example.messages).casefold()))
+        for name, those in _GENDERED.items():
+            counts[name] += not those.isdisjoint(words)
+    return counts
+
+
+def _languages(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Flags requests and answers in prose that are in another language; returns how many are in each."""
+    found = {}
+    for what, texts in (
+        ("request", [request_text(example.messages) for _, example in rows]),
+        ("answer", [example.answer if _prose(example.answer) else "" for _, example in rows]),
+    ):
+        other, found[what] = foreign(texts)
+        flags += [_flag(*rows[place], LANGUAGE, f"the {what} is in {code}") for place, code in other.items()]
+    return found
+
+
+def _prose(answer: str) -> bool:
+    return not answer.lstrip().startswith(("{", "["))
+
+
+def _alike(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]], embed: Embed) -> list[list[str]]:
+    """Flags rows whose requests say the same as another's; returns the clusters' ids. The same request is no other."""
+    places: dict[str, int] = {}
+    for place, (_, example) in enumerate(rows):
+        places.setdefault(request_text(example.messages), place)
+    texts = list(places)
+    clusters = [[rows[places[texts[one]]] for one in some] for some in alike(texts, embed)]
+    for number, some in enumerate(clusters, start=1):
+        for split, example in some:
+            splits = ", ".join(sorted({name for name, _ in some}))
+            flags.append(_flag(split, example, ALIKE, f"cluster {number} of {len(some)} requests in {splits}"))
+    return [[example.id for _, example in some] for some in clusters]
 
 
 def _plain_flags(rows: Sequence[tuple[str, Example]]) -> Iterator[dict[str, Any]]:
