@@ -108,7 +108,7 @@ def test_an_over_trained_adapter_is_caught(
     assert found.outcome == "fail", found.reason
     if gate["probe"] == "overfitting":
         assert found.extra["stop"]["epoch"] < found.extra["stop"]["of"], "the curve says when to stop"
-        assert "stop there" in found.reason
+        assert f"stop at epoch {found.extra['stop']['epoch']:g}" in found.reason
 
 
 def test_a_memorising_adapter_is_caught_and_exposure_grows_with_repeats(

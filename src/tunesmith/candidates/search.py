@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,7 +22,8 @@ from tunesmith.data.dataset import Dataset, Example
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-Score = Callable[[Example, str], float]
+# What a tried candidate answered to rows (the lines that ask_rows keeps, in their order) -> a score a row.
+Score = Callable[[Candidate, Sequence[Example], Sequence[Mapping[str, Any]]], list[float]]
 MakeAnswerer = Callable[[Candidate], Answerer]
 
 
@@ -88,7 +89,7 @@ def search_prompts(
             shots = _shots(train, one, settings.seed)
             tried = with_choice(candidate, one.prompt, shots)
             asked = ask_rows(answerer(tried), rows, work / f"try-{number:03d}", f"try {number + 1}")
-            scores = [score(row, line["text"]) for row, line in zip(rows, asked.lines, strict=True)]
+            scores = score(tried, rows, asked.lines)
             tries.append(
                 {
                     "prompt": one.prompt,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, RemoteModel, load_candidate, put_candidate
@@ -17,7 +18,8 @@ from tunesmith.chain.walk import Chain
 from tunesmith.core.errors import UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.data.dataset import Example
-from tunesmith.evaluation.declared import Answered, Scoring, make_scoring, metric_of
+from tunesmith.evaluation.answers import seen_answers
+from tunesmith.evaluation.declared import CONTEXT_SCORERS, Scoring, checked, make_scoring, metric_of
 
 _AT_ONCE = 8  # adapters trained together: each holds its own masters and moments
 
@@ -129,21 +131,25 @@ def _prompt(chain: Chain, name: str, file: str) -> str:
 
 def _searched(chain: Chain, bare: Candidate, settings: Search) -> Candidate:
     """The candidate with the prompt and the shots that a search on validation rows found best."""
+    metric = chain.project.settings.task.leading
     prompts = [bare.prompt, *(_prompt(chain, bare.name, file) for file in settings.prompts)]
     inputs = {
         "candidate": bare.model_dump(mode="json", by_alias=True, exclude={"name"}),
         "prompts": prompts,
         "settings": settings.model_dump(mode="json"),
-        "metric": chain.project.settings.task.leading,
+        "metric": metric,
         "schema": chain.project.schema,
         **(chain.engine_kind if bare.asks_base else {}),
+        **({"retrieved": True} if metric in CONTEXT_SCORERS else {}),  # once these were scored without it
     }
 
     def find(work: Path) -> str:
         scoring = leading_scoring(chain)
 
-        def scored(example: Example, text: str) -> float:
-            return scoring(Answered(text, example.answer, example.request))
+        def scored(tried: Candidate, rows: Sequence[Example], lines: Sequence[Mapping[str, Any]]) -> list[float]:
+            # As the evaluation sees them: with the texts that were looked up for each.
+            seen = seen_answers(chain.store, chain.dataset, tried, {line["id"]: line for line in lines}, rows)
+            return [checked(scoring(seen[row.id]), metric, f"validation row {row.id}") for row in rows]
 
         return search_prompts(
             chain.store,

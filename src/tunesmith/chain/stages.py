@@ -33,7 +33,7 @@ REVISIONS = {
     "judge": 1,
     "probe": 1,
     "risk": 1,
-    "evaluate": 1,
+    "evaluate": 2,
     "gate": 2,
 }
 # What a person must be allowed to do for a stage to be run.

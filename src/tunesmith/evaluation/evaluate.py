@@ -20,16 +20,15 @@ from tunesmith.evaluation.declared import (
     CONTEXT_SCORERS,
     Answered,
     JudgeScorer,
-    LabelScorer,
     Scoring,
     checked,
     function_digests,
-    label_of,
     make_scoring,
     metric_of,
 )
 from tunesmith.evaluation.general import general_digest, general_questions
 from tunesmith.evaluation.judging import read_judged
+from tunesmith.evaluation.labels import LABELS, Labelled, encode_labels, label_rows
 from tunesmith.evaluation.prices import money_of
 from tunesmith.evaluation.probes.items import MEASUREMENTS, encode_measurements
 from tunesmith.evaluation.probes.measuring import Risk, measure
@@ -75,43 +74,26 @@ def evaluate(
     Raises Inconclusive for answers that do not fit the rows, Refused where test rows were learned from, UsageError for
     names that do not fit.
     """
-    if not answers:
-        raise UsageError("there is nothing to evaluate", fix="name at least one candidate")
-    rows = load_dataset(store, dataset)
-    test = rows.examples("test")
-    if not test:
-        raise Inconclusive("the dataset has no test rows", where=short(dataset), fix="raise data.split.test")
-    if len({example.id for example in test}) != len(test):
-        raise Inconclusive("the test rows are not told apart by their ids", where=short(dataset))
-    given = {name: read_answers(store, digest, name, rows, test) for name, digest in sorted(answers.items())}
-    for name, those in given.items():
-        check_held_out(store, rows, test, name, those.candidate)
-    judged, costs = judged or {}, costs or Costs()
-    seen = {name: seen_answers(store, rows, those.candidate, those.lines, test) for name, those in given.items()}
+    judged, risks, costs = judged or {}, risks or {}, costs or Costs()
+    test, given, seen = _answered(store, dataset, answers)
     scoring = {
         metric_of(scorer): make_scoring(scorer, answer_schema, root)
         for scorer in task.scorers
         if not isinstance(scorer, JudgeScorer)
     }
-    columns: list[Column] = []
-    judges: dict[str, dict[str, Any]] = {}
-    for name, those in given.items():
-        for metric in task.metrics:
-            if metric in scoring:
-                columns.append(_scored(name, metric, scoring[metric], seen[name], test))
-                continue
-            if (name, metric) not in judged:
-                raise Inconclusive(f"{metric!r} has not judged {name!r}", fix="evaluate again")
-            values, stated_judge = read_judged(store, judged[name, metric], metric, those.digest, test)
-            judges.setdefault(metric, {})[name] = stated_judge
-            columns.append(column(name, metric, {each.id: (each.group, values[each.id]) for each in test}))
+    columns, judges = _columns(store, task, given, seen, scoring, judged, test)
     general, stated_probes = _probed(store, probes, given, seed)
-    by = _scoring_of_probes(task, scoring)
-    measurements, stated_risks = _measured(store, risks or {}, given, dataset, by)
-    groups = tuple(example.group for example in test)
+    measurements, stated_risks = _measured(store, risks, given, dataset, _scoring_of_probes(task, scoring))
+    labelled = {
+        (name, scorer.name): label_rows(scorer, those.lines, seen[name], test)
+        for name, those in given.items()
+        for scorer in task.labels
+    }
     stated = _stated(store, given, columns, seed, costs)
-    for name, those in given.items():
-        stated[name] |= _classified(task.labels, those, seen[name], test, seed)
+    for (name, metric), rows in labelled.items():
+        for key, found in _classified(rows, seed).items():
+            stated[name].setdefault(key, {})[metric] = found
+    groups = tuple(example.group for example in test)
     body: dict[str, Any] = {
         "n": len(test),
         "groups": len(set(groups)),
@@ -124,22 +106,64 @@ def evaluate(
         "probes": stated_probes,
     }
     # What came later stands in the record only where it says something: earlier evaluations keep their bytes.
-    functions = function_digests(task.scorers, root)
-    body |= {"functions": functions} if functions else {}
-    body |= {"judges": judges} if judges else {}
-    body |= {"prices": costs.prices.model_dump(mode="json")} if costs.prices else {}
-    body |= {"risks": stated_risks} if stated_risks else {}
-    parents = {
-        "dataset": dataset,
-        **{f"answers:{name}": digest for name, digest in answers.items()},
-        **{f"probe:{name}": digest for name, digest in probes.items()},
-        **_risk_parents(risks or {}),
-        **{f"judged:{metric}:{name}": digest for (name, metric), digest in judged.items()},
+    later = {
+        "functions": function_digests(task.scorers, root),
+        "judges": judges,
+        "prices": costs.prices.model_dump(mode="json") if costs.prices else {},
+        "risks": stated_risks,
     }
+    body |= {key: value for key, value in later.items() if value}
     blobs = {SCORES: store.put_bytes(encode_scores([*columns, *general]))}
     if measurements:
         blobs[MEASUREMENTS] = store.put_bytes(encode_measurements(measurements))
+    if labelled:
+        blobs[LABELS] = store.put_bytes(encode_labels(labelled))
+    parents = _parents(dataset, answers, probes, risks, judged)
     return store.put_record(Record(kind="evaluation", parents=parents, blobs=blobs, body=body))
+
+
+def _answered(
+    store: Store, dataset: str, answers: Mapping[str, str]
+) -> tuple[list[Example], dict[str, Answers], dict[str, dict[str, Answered]]]:
+    """The test rows, and what each candidate answered to them: as kept, and as scorers see it, by row's id."""
+    if not answers:
+        raise UsageError("there is nothing to evaluate", fix="name at least one candidate")
+    rows = load_dataset(store, dataset)
+    test = rows.examples("test")
+    if not test:
+        raise Inconclusive("the dataset has no test rows", where=short(dataset), fix="raise data.split.test")
+    if len({example.id for example in test}) != len(test):
+        raise Inconclusive("the test rows are not told apart by their ids", where=short(dataset))
+    given = {name: read_answers(store, digest, name, rows, test) for name, digest in sorted(answers.items())}
+    for name, those in given.items():
+        check_held_out(store, rows, test, name, those.candidate)
+    seen = {name: seen_answers(store, rows, those.candidate, those.lines, test) for name, those in given.items()}
+    return test, given, seen
+
+
+def _columns(
+    store: Store,
+    task: TaskSettings,
+    given: Mapping[str, Answers],
+    seen: Mapping[str, Mapping[str, Answered]],
+    scoring: Mapping[str, Scoring],
+    judged: Mapping[tuple[str, str], str],
+    test: Sequence[Example],
+) -> tuple[list[Column], dict[str, dict[str, Any]]]:
+    """Every candidate's scores by every metric, and what the record says of judges: metric -> candidate -> that."""
+    columns: list[Column] = []
+    judges: dict[str, dict[str, Any]] = {}
+    for name, those in given.items():
+        for metric in task.metrics:
+            if metric in scoring:
+                columns.append(_scored(name, metric, scoring[metric], seen[name], test))
+                continue
+            if (name, metric) not in judged:
+                raise Inconclusive(f"{metric!r} has not judged {name!r}", fix="evaluate again")
+            values, stated = read_judged(store, judged[name, metric], metric, those.digest, test)
+            judges.setdefault(metric, {})[name] = stated
+            columns.append(column(name, metric, {each.id: (each.group, values[each.id]) for each in test}))
+    return columns, judges
 
 
 def evaluation_document(store: Store, digest: str) -> dict[str, Any]:
@@ -200,14 +224,23 @@ def _measured(
     return lines, told
 
 
-def _risk_parents(risks: Mapping[str, Mapping[str, Risk]]) -> dict[str, str]:
-    found = {}
+def _parents(
+    dataset: str,
+    answers: Mapping[str, str],
+    probes: Mapping[str, str],
+    risks: Mapping[str, Mapping[str, Risk]],
+    judged: Mapping[tuple[str, str], str],
+) -> dict[str, str]:
+    """All that an evaluation came of, by the names its record gives them."""
+    found = {"dataset": dataset}
+    found |= {f"answers:{name}": digest for name, digest in answers.items()}
+    found |= {f"probe:{name}": digest for name, digest in probes.items()}
     for suite, names in risks.items():
         for name, risk in names.items():
             found[f"risk:{suite}:{name}"] = risk.after
             if risk.before is not None:
                 found[f"before:{suite}:{name}"] = risk.before
-    return found
+    return found | {f"judged:{metric}:{name}": digest for (name, metric), digest in judged.items()}
 
 
 def _scored(name: str, metric: str, scoring: Scoring, seen: Mapping[str, Answered], test: Sequence[Example]) -> Column:
@@ -222,32 +255,12 @@ def _scored(name: str, metric: str, scoring: Scoring, seen: Mapping[str, Answere
     return column(name, metric, cells)
 
 
-def _classified(
-    scorers: Sequence[LabelScorer],
-    answers: Answers,
-    seen: Mapping[str, Answered],
-    test: Sequence[Example],
-    seed: int,
-) -> dict[str, Any]:
-    """{"classes": by metric, "calibration": by metric}, as far as there are labels and confidences."""
-    found: dict[str, dict[str, Any]] = {}
-    groups = [example.group for example in test]
-    for scorer in scorers:
-        given = [label_of(seen[example.id].text, scorer) for example in test]
-        wanted = [label_of(example.answer, scorer, reference=True) for example in test]
-        found.setdefault("classes", {})[scorer.name] = classes(given, wanted, groups, CONFIDENCE, seed)
-        lines = [answers.lines[example.id] for example in test]
-        if all("confidence" in line for line in lines):
-            stated = [_share(line["confidence"], line["id"]) for line in lines]
-            right = [float(answer == truth) for answer, truth in zip(given, wanted, strict=True)]
-            found.setdefault("calibration", {})[scorer.name] = calibration(stated, right)
+def _classified(rows: Labelled, seed: int) -> dict[str, Any]:
+    """{"classes": ..., "calibration": ...}, the latter where every row states a confidence."""
+    found = {"classes": classes(rows.given, rows.wanted, rows.groups, CONFIDENCE, seed)}
+    if rows.confidences is not None:
+        found["calibration"] = calibration(rows.confidences, rows.right.tolist())
     return found
-
-
-def _share(value: Any, row: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-        raise Inconclusive(f"a confidence is {value!r}, not 0 to 1", where=f"test row {row}")
-    return float(value)
 
 
 def _stated(

@@ -18,11 +18,13 @@ import numpy as np
 
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.answers import BASE
+from tunesmith.evaluation.classification import brier_interval, calibration_error_interval, macro_f1_interval
+from tunesmith.evaluation.labels import Labelled
 from tunesmith.evaluation.probes.items import Measured
 from tunesmith.evaluation.probes.judging import Case, judge_probe
 from tunesmith.evaluation.probes.suites import suite_of
 from tunesmith.evaluation.scores import GENERAL, Column, check_paired, drop, rounded
-from tunesmith.evaluation.settings import BEST_UNTUNED, Forgetting, Gate, Lift, Probe, Retain, Threshold
+from tunesmith.evaluation.settings import BEST_UNTUNED, Forgetting, Gate, Lift, Probe, Retain, Threshold, Whole
 from tunesmith.evaluation.statistics import (
     MINIMUM_GROUPS,
     Interval,
@@ -33,6 +35,11 @@ from tunesmith.evaluation.statistics import (
 from tunesmith.evaluation.wording import percent, points
 
 Outcome = Literal["pass", "fail", "inconclusive"]
+_FIGURES = {
+    "macro_f1": macro_f1_interval,
+    "calibration_error": calibration_error_interval,
+    "brier": brier_interval,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,7 @@ class Evidence:
     measured: Mapping[tuple[str, str], Measured] = field(default_factory=dict)
     told: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
     primary: str = ""
+    labelled: Mapping[tuple[str, str], Labelled] = field(default_factory=dict)  # by candidate and metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,8 @@ def judge_gate(gate: Gate, evidence: Evidence) -> Finding:
             return _retain(gate, evidence)
         if isinstance(gate, Probe):
             return _probe(gate, evidence)
+        if isinstance(gate, Whole):
+            return _whole(gate, evidence)
         return _threshold(gate, evidence)
     except Inconclusive as error:
         return not_judged(gate, error.what)
@@ -206,6 +216,26 @@ def _threshold(gate: Threshold, evidence: Evidence) -> Finding:
     if outcome == "inconclusive":
         reason += _rows_needed(measured, bound)
     extra = {"metric": gate.metric, "confidence": rounded(confidence)}
+    return Finding(outcome, measured.mean, measured.low, measured.high, bound, reason, extra)
+
+
+def _whole(gate: Whole, evidence: Evidence) -> Finding:
+    rows = evidence.labelled.get((evidence.candidate, gate.metric))
+    if rows is None:
+        raise Inconclusive(f"the evaluation keeps no labels by {gate.metric!r}: name a scorer with `label`")
+    _check_size(evidence.columns[evidence.candidate, gate.metric])
+    confidence = confidence_at_look(gate.confidence, evidence.look)
+    measured = _rounded(_FIGURES[gate.figure](rows, confidence, evidence.seed))
+    at_least, bound = gate.at_least is not None, bound_of(gate)
+    reason = (
+        f"{measured.mean:.3f} {gate.figure} of {gate.metric} "
+        f"({_level(confidence)} interval {measured.low:.3f} to {measured.high:.3f}), "
+        f"at {'least' if at_least else 'most'} {bound:g} wanted of the whole interval"
+    )
+    outcome = _above(measured, bound) if at_least else _below(measured, bound)
+    if outcome == "inconclusive":
+        reason += _rows_needed(measured, bound)
+    extra = {"figure": gate.figure, "metric": gate.metric, "confidence": rounded(confidence)}
     return Finding(outcome, measured.mean, measured.low, measured.high, bound, reason, extra)
 
 

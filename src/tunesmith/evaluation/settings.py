@@ -1,8 +1,8 @@
 """What the project file says of the task (`task:`) and of what a release must show (`gates:`).
 
 A gate's kind follows from its keys: `over` makes it a lift, `not_below` one that must not drop, `suite` a forgetting
-gate, `probe` a risk probe, none of them a threshold. So a mistyped `over` is an unknown key of a threshold, never a
-gate that quietly asks for something else.
+gate, `probe` a risk probe, `figure` one on a figure of all rows together, none of them a threshold. So a mistyped
+`over` is an unknown key of a threshold, never a gate that quietly asks for something else.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ PROBES = {
     "robustness": "fall of the score under typos, capitals, rewording or instructions inside the request",
 }
 NEED_PATH = ("bbq", "crows_pairs")
+# Figures of all rows together, which are no mean over rows.
+FIGURES = {
+    "macro_f1": "mean over the labels of their F1",
+    "calibration_error": "expected calibration error of the stated confidences, over ten bins",
+    "brier": "mean squared error of the stated confidences",
+}
 _PREFERRED_PRIMARY = "exact_match"
 
 _Confidence = Annotated[float, Field(gt=0.5, lt=1.0, description="two-sided confidence of the interval, as 0.95")]
@@ -161,9 +167,31 @@ class Threshold(Settings):
 
     @model_validator(mode="after")
     def _one_bound(self) -> Threshold:
-        if (self.at_least is None) == (self.at_most is None):
-            raise ValueError("give at_least or at_most, one of them")
+        _check_one_bound(self.at_least, self.at_most)
         return self
+
+
+class Whole(Settings):
+    """A figure of all rows together reaches a bound with its whole interval, which is resampled over groups."""
+
+    figure: Annotated[
+        Literal["macro_f1", "calibration_error", "brier"],
+        Field(description="; ".join(f"{name}: {what}" for name, what in FIGURES.items())),
+    ]
+    metric: Annotated[str, Field(description="the scorer with `label` whose labels these are")]
+    at_least: Annotated[_Score | None, Field(description="smallest figure that passes")] = None
+    at_most: Annotated[_Score | None, Field(description="largest figure that passes")] = None
+    confidence: _Confidence = 0.95
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Whole:
+        _check_one_bound(self.at_least, self.at_most)
+        return self
+
+
+def _check_one_bound(at_least: float | None, at_most: float | None) -> None:
+    if (at_least is None) == (at_most is None):
+        raise ValueError("give at_least or at_most, one of them")
 
 
 class Forgetting(Settings):
@@ -228,10 +256,10 @@ class Probe(Settings):
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, Lift | Retain | Threshold | Forgetting | Probe):
+    if isinstance(value, Lift | Retain | Threshold | Forgetting | Probe | Whole):
         return type(value).__name__.lower()
     keys = value if isinstance(value, Mapping) else {}
-    kinds = {"over": "lift", "not_below": "retain", "suite": "forgetting", "probe": "probe"}
+    kinds = {"over": "lift", "not_below": "retain", "suite": "forgetting", "probe": "probe", "figure": "whole"}
     return next((kind for key, kind in kinds.items() if key in keys), "threshold")
 
 
@@ -240,7 +268,8 @@ Gate = Annotated[
     | Annotated[Retain, Tag("retain")]
     | Annotated[Threshold, Tag("threshold")]
     | Annotated[Forgetting, Tag("forgetting")]
-    | Annotated[Probe, Tag("probe")],
+    | Annotated[Probe, Tag("probe")]
+    | Annotated[Whole, Tag("whole")],
     Discriminator(_kind),
 ]
 Gates = dict[str, Gate]
@@ -250,7 +279,7 @@ GATES: TypeAdapter[Gates] = TypeAdapter(Gates)
 def check_gates(gates: Gates, metrics: Collection[str], candidates: Collection[str]) -> None:
     """Raise UsageError where a gate names a metric that is not measured or a rival that is not a candidate."""
     for name, gate in gates.items():
-        if isinstance(gate, Lift | Retain | Threshold) and gate.metric not in metrics:
+        if isinstance(gate, Lift | Retain | Threshold | Whole) and gate.metric not in metrics:
             raise UsageError(
                 f"the gate {name!r} asks for {gate.metric!r}, which is not measured{nearest(gate.metric, metrics)}",
                 where=f"gates.{name}.metric",

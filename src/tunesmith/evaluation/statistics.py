@@ -15,7 +15,7 @@ allowed. This interval stays at or below 2.5% there and with unequal groups, and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,13 +68,10 @@ def intervals(
     if values.shape[0] == 0:
         raise Inconclusive("there are no scored rows")
     tail = (1.0 - confidence) / 2.0
-    if tail < _SMALLEST_TAIL:
-        raise Inconclusive(f"a confidence of {confidence} is beyond what {_MOST_DRAWS} draws can show")
-    draws = min(max(_DRAWS, math.ceil(_TAIL_DRAWS / tail)), _MOST_DRAWS)
     index = np.unique(np.asarray(groups), return_inverse=True)[1]
     sizes: Floats = np.bincount(index).astype(np.float64)
     sums = np.stack([np.bincount(index, weights=column) for column in values.T], axis=1).astype(np.float64)
-    below, above = _resampled(sums, sizes, ends, draws, seed)
+    below, above = _resampled(sums, sizes, ends, confidence, seed)
     low = np.quantile(below, tail, axis=0, method="lower")
     high = np.quantile(above, 1.0 - tail, axis=0, method="higher")
     means = [math.fsum(column) / len(column) for column in values.T.tolist()]
@@ -174,19 +171,32 @@ def confidence_at_look(confidence: float, look: int) -> float:
     return 1.0 - 2.0 * tail
 
 
-def _resampled(sums: Floats, sizes: Floats, ends: tuple[float, float], draws: int, seed: int) -> tuple[Floats, Floats]:
-    """Resampled means (draws x columns) with the worst group at the lowest end, and with it at the highest."""
+def group_weights(groups: int, confidence: float, seed: int) -> Iterator[Floats]:
+    """The resampling's weights (draws x groups) in pieces, as many draws as an interval of this confidence takes.
+
+    Raises Inconclusive where the confidence asks for more draws than are sensible.
+    """
+    tail = (1.0 - confidence) / 2.0
+    if tail < _SMALLEST_TAIL:
+        raise Inconclusive(f"a confidence of {confidence} is beyond what {_MOST_DRAWS} draws can show")
+    draws = min(max(_DRAWS, math.ceil(_TAIL_DRAWS / tail)), _MOST_DRAWS)
     # RandomState's streams are frozen for good (NEP 19), Generator's are not, and a verdict must replay years later.
     random = np.random.RandomState(seed)
-    groups, columns = sums.shape
-    below, above = np.empty((draws, columns)), np.empty((draws, columns))
-    step = max(1, _CHUNK // (groups + 1))
+    step = max(1, _CHUNK // groups)
     for start in range(0, draws, step):
-        stop = min(start + step, draws)
-        weights = random.standard_exponential((stop - start, groups + 1))
+        yield random.standard_exponential((min(step, draws - start), groups))
+
+
+def _resampled(
+    sums: Floats, sizes: Floats, ends: tuple[float, float], confidence: float, seed: int
+) -> tuple[Floats, Floats]:
+    """Resampled means (draws x columns) with the worst group at the lowest end, and with it at the highest."""
+    groups = len(sizes)
+    below, above = [], []
+    for weights in group_weights(groups + 1, confidence, seed):
         extra = weights[:, groups:] * sizes.mean()
         rows = weights[:, :groups] @ sizes[:, None] + extra
         total = weights[:, :groups] @ sums
-        below[start:stop] = (total + extra * ends[0]) / rows
-        above[start:stop] = (total + extra * ends[1]) / rows
-    return below, above
+        below.append((total + extra * ends[0]) / rows)
+        above.append((total + extra * ends[1]) / rows)
+    return np.concatenate(below), np.concatenate(above)

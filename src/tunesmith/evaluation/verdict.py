@@ -13,6 +13,7 @@ from typing import Any
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.evaluation.gates import Evidence, Finding, Outcome, judge_gate, not_judged
+from tunesmith.evaluation.labels import read_labels
 from tunesmith.evaluation.looks import take_look
 from tunesmith.evaluation.probes.items import read_measurements
 from tunesmith.evaluation.scorers import nearest
@@ -93,6 +94,7 @@ def _findings(store: Store, record: Record, candidate: str, gates: Gates, look: 
     try:
         columns = read_scores(store, record)
         measured = read_measurements(store, record)
+        labelled = read_labels(store, record, columns)
     except Inconclusive as error:
         reason = f"{error.what} ({error.where})" if error.where else error.what
         return {name: not_judged(gate, reason) for name, gate in gates.items()}
@@ -101,7 +103,7 @@ def _findings(store: Store, record: Record, candidate: str, gates: Gates, look: 
         (suite, name): each for suite, names in record.body.get("risks", {}).items() for name, each in names.items()
     }
     primary = str(record.body.get("primary", ""))
-    evidence = Evidence(columns, tuned, candidate, look, record.body["seed"], measured, told, primary)
+    evidence = Evidence(columns, tuned, candidate, look, record.body["seed"], measured, told, primary, labelled)
     findings = {name: judge_gate(gate, evidence) for name, gate in gates.items()}
     return _upheld(gates, findings, evidence) if rules > 1 else findings
 

@@ -153,7 +153,11 @@ def _overfitting(case: Case) -> Shown:
     )
     stop = case.told.get("stop")
     if stop and stop["epoch"] < stop["of"]:
-        sentence += f"; validation loss was lowest after {stop['epoch']:g} of {stop['of']:g} epochs: stop there"
+        sentence += f"; validation loss was lowest after {stop['epoch']:g} of {stop['of']:g} epochs"
+        if stop.get("kept") == stop["epoch"]:
+            sentence += ", and the weights are those of that epoch"
+        else:
+            sentence += f": stop at epoch {stop['epoch']:g}, or keep its weights with keep: best"
     return Shown(shown, sentence, extra)
 
 

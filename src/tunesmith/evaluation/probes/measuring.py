@@ -49,17 +49,25 @@ def measure(
 
 
 def best_epoch(training: Mapping[str, Any]) -> dict[str, float] | None:
-    """Where the validation loss was lowest: {"epoch", "of", "loss", "last"}; None where it was taken only once."""
+    """Where the validation loss was lowest: {"epoch", "of", "loss", "last"}; None where it was taken only once.
+
+    kept: the epoch whose weights were kept, where the training says so.
+    """
     curve = training.get("validation", [])
     steps, epochs = training.get("steps"), training.get("settings", {}).get("epochs")
     if not steps or not epochs or len(curve) < 2 or not all(math.isfinite(point["loss"]) for point in curve):
         return None
     best = min(curve, key=lambda point: point["loss"])
+    # A run that patience ended took fewer steps than were planned: those follow from the rows of a step.
+    a_step = training["examples_per_second"] * training["seconds"] / steps
+    planned = round(training["rows"] * epochs / a_step)
+    kept = {"kept": round(training["kept"] / planned * epochs, 2)} if "kept" in training else {}
     return {
-        "epoch": round(best["step"] / steps * epochs, 2),
-        "of": float(epochs),
+        "epoch": round(best["step"] / planned * epochs, 2),
+        "of": round(steps / planned * epochs, 2),
         "loss": float(best["loss"]),
         "last": float(curve[-1]["loss"]),
+        **kept,
     }
 
 
