@@ -88,7 +88,7 @@ def _lever(data: Mapping[str, Any]) -> str:
     chosen, focus = data["levers"]["chosen"], data["focus"]
     said = f"{focus} {_says(data['primary'], _mean(data, focus))}"
     if chosen is None or chosen["candidate"] == focus:
-        return f"{said} by {chosen['lever']}." if chosen else f"{said}."
+        return f"The lever is {chosen['lever']}: {said}." if chosen else f"{said}."
     return f"{said}; the simplest way that nothing was shown to beat is {chosen['lever']} ({chosen['candidate']})."
 
 
@@ -96,9 +96,9 @@ def _sure(data: Mapping[str, Any]) -> list[str]:
     if data["lift"] is None:
         return []
     gap = data["lift"]["metrics"][data["primary"]]["difference"]
-    reach = f"{points(gap['low'])} to {points(gap['high'])} points"
-    likely = f"{data['confidence']:.0%} sure" if gap["low"] > 0 or gap["high"] < 0 else "not shown to differ"
-    return [f"Against {data['rival']} that is {points(gap['mean'])} points; {likely} ({reach}, {data['n']} requests)."]
+    reach = f"{data['confidence']:.0%} interval {points(gap['low'])} to {points(gap['high'])}"
+    likely = "more than chance explains" if gap["low"] > 0 or gap["high"] < 0 else "which chance alone may explain"
+    return [f"Against {data['rival']} that is {points(gap['mean'])} points ({reach}; {data['n']} requests), {likely}."]
 
 
 def _costs(data: Mapping[str, Any]) -> list[str]:

@@ -69,7 +69,8 @@ def ends_axis(ends: Sequence[float]) -> Markup:
     (low, high), parts = ends, []
     form = "{:+.0f}" if low < 0 else "{:.0f}"
     for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
-        number = form.format((low + (high - low) * share) * 100)
+        value = (low + (high - low) * share) * 100
+        number = form.format(value) if value else "0"
         parts.append(Markup('<text x="{:.0f}%" y="12" text-anchor="{}">{}</text>').format(share * 100, anchor, number))
     return drawn(16, "axis", "", parts)
 
