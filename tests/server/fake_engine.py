@@ -39,6 +39,9 @@ class FakeEngine:
         assert (folder / "adapter_model.safetensors").is_file()
         self.adapters[name] = folder
 
+    def holds(self, name: str) -> bool:
+        return name in self.adapters
+
     def count_tokens(self, messages: Sequence[Message]) -> int:
         return sum(len(message.content.split()) + 1 for message in messages)
 

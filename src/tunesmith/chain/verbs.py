@@ -128,5 +128,9 @@ def training_document(project: Project, digest: str) -> dict[str, Any]:
         "validation",
         "notices",
     )
-    adapter = project.store.blob_path(record.blobs["adapter_model.safetensors"])
-    return {"training": digest, "adapter": str(adapter), **{key: body[key] for key in shown if key in body}}
+    (weights,) = (blob for name, blob in record.blobs.items() if name.endswith(".safetensors"))
+    return {
+        "training": digest,
+        "adapter": str(project.store.blob_path(weights)),
+        **{key: body[key] for key in shown if key in body},
+    }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
+from torch import Tensor
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
@@ -27,21 +28,25 @@ from tunesmith.models.batch import common_prefix, label_count, lay_out
 from tunesmith.models.network import forward, frozen_linear, logits
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weights import load_network
+from tunesmith.models.whole import is_whole, read_whole
 
 _SCORED_TOGETHER = 64  # rows of multiple-choice questions
 _PREFIXES_KEPT = 8
+_WHOLE_KEPT = 3  # models trained in full, beside the base: a champion, its canary, one more
 _WORTH_KEEPING = 16  # tokens; a shorter common beginning is cheaper to compute than to look up
 
 
 class EmbeddedEngine:
     """Implements inference.engine.Engine."""
 
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: BaseModel, weights: Mapping[str, Tensor] | None = None) -> None:
+        """weights: of a model that was trained in full, in place of the base's."""
         runtime.prepare()
         self._base = base
         self._renderer = Renderer(base.folder)
-        self._network = load_network(base.folder)
+        self._network = load_network(base.folder) if weights is None else load_network(base.folder, weights=weights)
         self._adapters: dict[str, Fused] = {}
+        self._whole: OrderedDict[str, EmbeddedEngine] = OrderedDict()  # by name; the one last asked at the end
         self._prefixes: OrderedDict[tuple[Fused | None, tuple[int, ...]], Prefix] = OrderedDict()
         self._last: dict[Fused | None, list[int]] = {}
         self._scheduler = Scheduler(Batch(self._network, self._renderer.stop_ids))
@@ -67,7 +72,18 @@ class EmbeddedEngine:
         return self._renderer.special_tokens
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Make a PEFT folder answerable under name; reading it again replaces it for what is asked from then on."""
+        """Make a training's folder answerable under name; reading it again replaces it for what is asked from then on.
+
+        Of models trained in full, those that were asked longest ago make room.
+        """
+        if is_whole(folder):
+            own = EmbeddedEngine(self._base, read_whole(folder, self._base, self._network.tied))
+            with self._turn:
+                self._whole.pop(name, None)
+                self._whole[name] = own
+                while len(self._whole) > _WHOLE_KEPT:
+                    self._whole.popitem(last=False)
+            return
         fused = fuse(self._network, read_adapter(folder, self._network, self._base))
         with self._turn:
             before = self._adapters.get(name)
@@ -75,6 +91,19 @@ class EmbeddedEngine:
             self._last.pop(before, None)
             for key in [key for key in self._prefixes if before is not None and key[0] is before]:
                 del self._prefixes[key]
+
+    def holds(self, name: str) -> bool:
+        """Whether name can be asked for."""
+        with self._turn:
+            return name in self._adapters or name in self._whole
+
+    def _own(self, name: str | None) -> EmbeddedEngine | None:
+        """The engine of a model that was trained in full; None for an adapter and for the base."""
+        with self._turn:
+            if name is None or name not in self._whole:
+                return None
+            self._whole.move_to_end(name)
+            return self._whole[name]
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """Tokens of the prompt that messages render to, the assistant's opening included."""
@@ -88,6 +117,8 @@ class EmbeddedEngine:
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[Completion]:
         """Answers in the order of requests, decoded together with whatever other threads ask."""
+        if (own := self._own(adapter)) is not None:
+            return own.generate(requests, progress=progress)
         told: SimpleQueue[Streamed | None] = SimpleQueue()
         answers = [_Answer(self._renderer, request, self._scores, told, streams=False) for request in requests]
         rows = self._rows(requests, answers, adapter)
@@ -101,6 +132,9 @@ class EmbeddedEngine:
 
     def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
         """Pieces of the answer's text as they are decoded; the last item is the whole Completion."""
+        if (own := self._own(adapter)) is not None:
+            yield from own.stream(request)
+            return
         told: SimpleQueue[Streamed | None] = SimpleQueue()
         answer = _Answer(self._renderer, request, self._scores, told, streams=True)
         with self._under_way(self._rows([request], [answer], adapter)):
@@ -113,6 +147,8 @@ class EmbeddedEngine:
         self, questions: Sequence[Question], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[list[float]]:
         """For each question the log-probability of each choice, summed over its tokens (end token included)."""
+        if (own := self._own(adapter)) is not None:
+            return own.choose(questions, progress=progress)
         rows: list[Rendered] = []
         for question in questions:
             prompt = self._renderer.prompt(question.messages)

@@ -88,6 +88,10 @@ class Engine(Protocol):
     def load_adapter(self, name: str, folder: Path) -> None:
         """Make a PEFT folder answerable under name (a training's digest). Raises Refused where it does not fit."""
 
+    def holds(self, name: str) -> bool:
+        """Whether name can be asked for: an engine may let the weights of models trained in full go again."""
+        ...
+
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """Tokens of the prompt that messages render to, the assistant's opening included."""
         ...

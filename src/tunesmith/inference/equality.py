@@ -23,7 +23,6 @@ from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.inference.engine import Engine, Generation, Question
 from tunesmith.models import runtime
-from tunesmith.models.adapter import adapted_linear, read_adapter
 from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.base import BaseModel
 from tunesmith.models.batch import lay_out
@@ -32,6 +31,7 @@ from tunesmith.models.merging import Dtype, merged_shards
 from tunesmith.models.network import Linear, Network, forward, frozen_linear, logits
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weights import load_network
+from tunesmith.models.whole import is_whole, tuned
 
 # Largest and mean difference of a log-probability (nats) that an export may show. fp32: sums in another order, 6e-5 and
 # 7e-6 measured on a model of 135M. bf16: weights rounded to 8 bits, 0.35 and 0.04 there; 2% of the adapter's change
@@ -106,10 +106,10 @@ def compare(
 ) -> dict[str, Any]:
     """The figures of every form against the reference, JSON.
 
-    adapter: its name in the engine. trained: its PEFT folder. form: peft, merged or gguf; exported: that form's folder.
-    Raises Refused where memory does not hold the model in fp32, or the export's tokenizer is another.
+    adapter: its name in the engine. trained: the training's folder. form: peft, merged or gguf; exported: that form's
+    folder. Raises Refused where memory does not hold the model in fp32, or the export's tokenizer is another.
     """
-    _check_memory(base)
+    _check_memory(base, models=2 if is_whole(trained) else 1)
     check_rendering(form, exported, base, answered)
     with progress.task("comparing forms", 3 * len(answered)) as task:
 
@@ -121,9 +121,9 @@ def compare(
             return found
 
         network = load_network(base.folder, torch.float32)
-        tuned = adapted_linear(network, read_adapter(trained, network, base))
         reference = [
-            _places(one.row, scores) for one, scores in zip(answered, score(_own(network, tuned)), strict=True)
+            _places(one.row, scores)
+            for one, scores in zip(answered, score(_own(*tuned(trained, network, base))), strict=True)
         ]
         untuned = _figures(answered, reference, score(_own(network, frozen_linear(network))))
         del network
@@ -275,10 +275,10 @@ def _load(form: str, exported: Path, base: BaseModel, trained: Path) -> Any:
     return model
 
 
-def _check_memory(base: BaseModel) -> None:
+def _check_memory(base: BaseModel, models: int) -> None:
     weights = sum(path.stat().st_size for path in base.folder.glob("*.safetensors"))
     stored = json.loads((base.folder / "config.json").read_bytes()).get("dtype", "float32")
-    wanted = int(weights * (1.2 if stored == "float32" else 2.4))
+    wanted = int(models * weights * (1.2 if stored == "float32" else 2.4))
     free = runtime.available_memory()
     if wanted > free:
         raise Refused(

@@ -31,6 +31,7 @@ from tunesmith.inference.vllm_http import NotThere, Server
 from tunesmith.models.adapter import CONFIG_FILE, WEIGHTS_FILE
 from tunesmith.models.base import BaseModel, cache_folder
 from tunesmith.models.rendering import Renderer
+from tunesmith.models.whole import is_whole
 
 Asked = TypeVar("Asked")
 Given = TypeVar("Given")
@@ -77,6 +78,12 @@ class VllmEngine:
         Its files are copied to where the server reads them, and stay there: it reads them again when it must. The name
         that the server is given is that of their bytes, so no name ever comes to mean other weights.
         """
+        if is_whole(folder):
+            raise Refused(
+                "the vLLM server runs the base with adapters, and this model was trained in full",
+                where=self._settings.url,
+                fix="leave engine out; or export it as merged, and have a server of its own run that",
+            )
         self._check_bound(folder)
         there = "tunesmith-" + digest_of([digest_file(folder / file) for file in (CONFIG_FILE, WEIGHTS_FILE)])[7:39]
         for file in (CONFIG_FILE, WEIGHTS_FILE):
@@ -86,6 +93,10 @@ class VllmEngine:
         with self._turn:
             self._register(there)
             self._known[name] = there
+
+    def holds(self, name: str) -> bool:
+        """Whether name can be asked for."""
+        return name in self._known
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """Tokens of the prompt that messages render to, the assistant's opening included."""

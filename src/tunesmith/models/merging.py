@@ -1,4 +1,5 @@
-"""A base with its adapter folded in: W' = W + scale B A in fp32, as a complete folder that any library loads.
+"""A base with its adapter folded in: W' = W + scale B A in fp32, as a complete folder that any library loads. Or with
+weights that were trained in full in place of its own.
 
 Works on the files alone, tensor by tensor, so it needs memory for one shard of the base and no network. Methods: Hu et
 al. 2021 (LoRA); Kalajdzievski 2023 (rank-stabilised scale); Liu et al. 2024 (DoRA), as PEFT's layout writes them.
@@ -22,6 +23,7 @@ from torch import Tensor
 from tunesmith.core.errors import Refused
 from tunesmith.models.adapter import CONFIG_FILE, WEIGHTS_FILE
 from tunesmith.models.base import INDEX, base_files
+from tunesmith.models.whole import EMBEDDING, HEAD, WHOLE_FILE, is_whole
 
 Dtype = Literal["bf16", "fp32"]
 DTYPES: Mapping[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -73,6 +75,9 @@ def merged_shards(base: Path, adapter: Path) -> Iterator[tuple[str, dict[str, Te
     The adapter's own names decide: a weight that it does not name is the base's. Raises Refused where a change finds no
     weight of its shape.
     """
+    if is_whole(adapter):
+        yield from _replaced_shards(base, adapter)
+        return
     changes = read_changes(adapter)
     for path in sorted(base.glob("*.safetensors")):
         tensors: dict[str, Tensor] = {}
@@ -84,6 +89,20 @@ def merged_shards(base: Path, adapter: Path) -> Iterator[tuple[str, dict[str, Te
         yield path.name, tensors
     if changes:
         raise Refused(f"the base has no weight {sorted(changes)[0]}, which the adapter changes", where=str(adapter))
+
+
+def _replaced_shards(base: Path, trained: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Each of the base's files with the weights of a full training in place of its own."""
+    weights = dict(_tensors(trained / WHOLE_FILE))
+    if HEAD not in weights:  # tied: a base that stores the embedding under both names keeps both
+        weights[HEAD] = weights[EMBEDDING]
+    for path in sorted(base.glob("*.safetensors")):
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in _tensors(path):
+            if name not in weights or weights[name].shape != tensor.shape:
+                raise Refused(f"the weights do not fit {name} {list(tensor.shape)}", where=str(trained))
+            tensors[name] = weights[name].float()
+        yield path.name, tensors
 
 
 def write_merged(base: Path, adapter: Path, target: Path, dtype: Dtype) -> None:

@@ -66,7 +66,8 @@ class Network:
 
     shape: Shape
     embedding: Tensor  # [vocabulary, M]
-    head: Frozen  # [vocabulary, M]; of the embedding itself where the family ties them
+    head: Frozen  # [vocabulary, M]; of the embedding itself where they are tied
+    tied: bool
     final_norm: Tensor
     layers: tuple[Layer, ...]
     inverse_frequencies: Tensor  # [D / 2]
@@ -89,7 +90,7 @@ class Network:
 def forward(network: Network, ids: Tensor, linear: Linear, attend: Attend) -> Tensor:
     """Hidden states [T, M] before the final norm, of ids [T]; attend knows their positions."""
     epsilon = network.shape.epsilon
-    x = F.embedding(ids, network.embedding)
+    x = embed(ids, network.embedding)
     added: Tensor | None = None  # what the sub-layer before adds to x
     for number, layer in enumerate(network.layers):
         x, h = add_norm(x, added, layer.attention_norm, epsilon)
@@ -132,8 +133,29 @@ def _head_norms(network: Network, layer: Layer, qkv: Tensor) -> Tensor:
     return torch.cat((q, k, v), -1)
 
 
+class _Embedding(torch.autograd.Function):
+    """A token's gradients are summed in fp32: in bf16 those of a frequent one would stop growing."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        total = torch.zeros(ctx.shape).index_add_(0, ids, gradient.float())
+        return None, total.to(gradient.dtype)
+
+
+def embed(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows [T, M] of weight [vocabulary, M]."""
+    return _Embedding.apply(ids, weight) if weight.requires_grad else F.embedding(ids, weight)
+
+
 class _AddNorm(torch.autograd.Function):
-    """The sum and its norm in one pass; the backward pass computes the normalised input again. Weights are frozen."""
+    """The sum and its norm in one pass; the backward pass computes the normalised input again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -142,10 +164,11 @@ class _AddNorm(torch.autograd.Function):
         return total, out
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, above: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         total, weight, scale = ctx.saved_tensors
         result = ops.norm_backward(gradient, total, weight, scale, above)
-        return result, result, None, None
+        learnt = _norm_weight_gradient(gradient, total, scale) if ctx.needs_input_grad[2] else None
+        return result, result, learnt, None
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -156,9 +179,17 @@ class _RmsNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        return ops.norm_backward(gradient, x, weight, scale, None), None, None
+        learnt = _norm_weight_gradient(gradient, x, scale) if ctx.needs_input_grad[1] else None
+        return ops.norm_backward(gradient, x, weight, scale, None), learnt, None
+
+
+def _norm_weight_gradient(gradient: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """Gradient [M] of a norm's weight: that of its output times the normalised input x * scale, over all rows."""
+    width = x.shape[-1]
+    each = gradient.reshape(-1, width).float() * x.reshape(-1, width).float()
+    return (scale.view(1, -1) @ each).view(width).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -61,13 +61,16 @@ class Pair:
 
 
 class Frozen:
-    """A weight [out, in] with its bias [out], which no training changes."""
+    """A weight [out, in] with its bias [out], which no training changes.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    plain: multiply it as it lies, for a weight that changes after all: laying it out anew costs what it saves.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, plain: bool = False) -> None:
         self.out, self.into, self.bias = weight.shape[0], weight.shape[1], bias
-        self._tiles = _tiles(weight)
-        self._packs = not self._tiles and _packs(weight)
-        self._wide_bias = None if bias is None else bias.float()
+        self._tiles = not plain and _tiles(weight)
+        self._packs = not plain and not self._tiles and _packs(weight)
+        self._wide_bias = bias.float() if bias is not None and self._tiles else None
         self._backward: Tensor | None = None
         self._forward = weight
         if self._tiles:

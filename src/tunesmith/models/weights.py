@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPES = ("default", "linear", "llama3", "yarn")
 
 
-def load_network(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Network:
-    """The frozen weights of a base's folder. Raises Refused for a family or variant that is not supported."""
+def load_network(
+    folder: Path, dtype: torch.dtype = torch.bfloat16, weights: Mapping[str, Tensor] | None = None
+) -> Network:
+    """The frozen weights of a base's folder, or others by the same names in its shape. Raises Refused for a family or
+    variant that is not supported."""
     config = _configuration(folder)
-    tensors = _read(folder, dtype)
+    tensors = read_weights(folder, dtype) if weights is None else {name: w.to(dtype) for name, w in weights.items()}
     heads = int(config.num_attention_heads)
     shape = Shape(
         layers=int(config.num_hidden_layers),
@@ -40,6 +44,7 @@ def load_network(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Network:
         shape=shape,
         embedding=embedding,
         head=Frozen(embedding if config.tie_word_embeddings else _take(tensors, "lm_head.weight", folder)),
+        tied=bool(config.tie_word_embeddings),
         final_norm=_take(tensors, "model.norm.weight", folder),
         layers=tuple(_layer(tensors, number, folder) for number in range(shape.layers)),
         inverse_frequencies=frequencies,
@@ -95,7 +100,8 @@ def _rope(config: Any) -> tuple[Tensor, float]:
     return 1.0 / (float(parameters["rope_theta"]) ** steps), 1.0
 
 
-def _read(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_weights(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Every tensor of a base's folder by name, in dtype or as it is stored."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as shard:

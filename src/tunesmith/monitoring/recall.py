@@ -26,7 +26,7 @@ from tunesmith.store.tables import AliasRow, RecallRow, RequestRow, RolloutRow, 
 
 CauseKind = Literal["row", "source", "licence", "subject", "version", "base"]
 KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
-_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 _LONGEST = 200  # characters of a cause's value: the tables' columns hold 256 with its kind
 
 
@@ -161,7 +161,7 @@ def reach(store: Store, session: Session, cause: Cause, reason: str, *, done: bo
         reached=tuple(reached),
         aliases=aliases,
         rollouts=tuple(row.id for row in live if row.canary in digests or row.stable in digests),
-        adapters=tuple(sorted(one.blobs[_WEIGHTS] for one in trained if _WEIGHTS in one.blobs)),
+        adapters=tuple(sorted(one.blobs[name] for one in trained for name in _WEIGHTS if name in one.blobs)),
         served=served,
         tenants=tuple(sorted(told | {one.tenant for one in aliases} | {one.tenant for one in served})),
     )

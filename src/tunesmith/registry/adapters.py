@@ -72,7 +72,7 @@ def check_adapter(folder: Path, *, base: str, fingerprint: str) -> AdapterFacts:
     """
     config = _read_config(folder / CONFIG)
     if config["base_model_name_or_path"] != base:
-        raise _refusal(
+        raise refusal(
             folder / CONFIG,
             f"the adapter says it is of base {config['base_model_name_or_path'][:80]!r}, the candidate's is {base}",
         )
@@ -80,17 +80,17 @@ def check_adapter(folder: Path, *, base: str, fingerprint: str) -> AdapterFacts:
     path = folder / WEIGHTS
     try:
         with safe_open(path, framework="numpy") as file:
-            _check_metadata(path, file.metadata() or {}, base, fingerprint)
+            check_metadata(path, file.metadata() or {}, base, fingerprint)
             shapes = {name: _check_tensor(path, file, name) for name in file.keys()}  # noqa: SIM118
             changes = any(np.any(file.get_tensor(name)) for name in shapes if name.endswith("lora_B.weight"))
     except (SafetensorError, OSError, TypeError, ValueError) as error:
-        raise _refusal(path, f"not readable as safetensors: {error}") from error
+        raise refusal(path, f"not readable as safetensors: {error}") from error
     layers = _check_layers(path, shapes, rank, targets, config["use_dora"])
     numbers = {int(match[1]) for name in shapes if (match := re.search(r"\.layers\.(\d+)\.", name))}
     if numbers != set(config.get("layers_to_transform", numbers)):
-        raise _refusal(path, f"layers {sorted(numbers)} are adapted, not those that layers_to_transform names")
+        raise refusal(path, f"layers {sorted(numbers)} are adapted, not those that layers_to_transform names")
     if not changes:
-        raise _refusal(path, "every lora_B is zero: the adapter changes nothing, the base would answer in its name")
+        raise refusal(path, "every lora_B is zero: the adapter changes nothing, the base would answer in its name")
     return AdapterFacts(
         rank=rank, targets=targets, layers=layers, parameters=sum(math.prod(shape) for shape in shapes.values())
     )
@@ -99,38 +99,39 @@ def check_adapter(folder: Path, *, base: str, fingerprint: str) -> AdapterFacts:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise _refusal(path, f"larger than {_MAX_CONFIG_BYTES} bytes")
+            raise refusal(path, f"larger than {_MAX_CONFIG_BYTES} bytes")
         config = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
-        raise _refusal(path, f"not readable as JSON: {error}") from error
+        raise refusal(path, f"not readable as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise _refusal(path, "not a JSON object")
+        raise refusal(path, "not a JSON object")
     expected = _CONFIG if config.keys().isdisjoint(_SOME_LAYERS) else {**_CONFIG, **_SOME_LAYERS}
     unknown, missing = sorted(config.keys() - expected.keys()), sorted(expected.keys() - config.keys())
     if unknown:
-        raise _refusal(path, f"the key {unknown[0][:80]!r} is not one an adapter may have")
+        raise refusal(path, f"the key {unknown[0][:80]!r} is not one an adapter may have")
     if missing:
-        raise _refusal(path, f"the key {missing[0]!r} is missing")
+        raise refusal(path, f"the key {missing[0]!r} is missing")
     for key, allowed in expected.items():
         if not allowed(config[key]):
-            raise _refusal(path, f"{key} may not be {str(config[key])[:80]!r}")
+            raise refusal(path, f"{key} may not be {str(config[key])[:80]!r}")
     return config
 
 
-def _check_metadata(path: Path, metadata: Mapping[str, str], base: str, fingerprint: str) -> None:
+def check_metadata(path: Path, metadata: Mapping[str, str], base: str, fingerprint: str) -> None:
+    """Raises Refused where a file's metadata binds it to anything but this base, or says more."""
     unknown = sorted(metadata.keys() - {_BOUND})
     if unknown:
-        raise _refusal(path, f"the header's metadata has a foreign key {unknown[0][:80]!r}")
+        raise refusal(path, f"the header's metadata has a foreign key {unknown[0][:80]!r}")
     try:
         bound = json.loads(metadata.get(_BOUND, ""))
     except (ValueError, RecursionError):
         bound = None
     if not isinstance(bound, dict) or bound.keys() != {"base", "fingerprint"}:
-        raise _refusal(path, "the weights do not say what they were trained on")
+        raise refusal(path, "the weights do not say what they were trained on")
     if bound["base"] != base:
-        raise _refusal(path, "the weights were trained on another base than the candidate's")
+        raise refusal(path, "the weights were trained on another base than the candidate's")
     if bound["fingerprint"] != fingerprint:
-        raise _refusal(path, "the weights were trained with another tokenizer or chat template than the base's")
+        raise refusal(path, "the weights were trained with another tokenizer or chat template than the base's")
 
 
 def _check_tensor(path: Path, file: Any, name: str) -> tuple[int, ...]:
@@ -138,13 +139,13 @@ def _check_tensor(path: Path, file: Any, name: str) -> tuple[int, ...]:
     # Asked of the header first: numpy has no bfloat16, and would fail on one with a message about itself.
     dtype = file.get_slice(name).get_dtype()
     if dtype != "F32":
-        raise _refusal(path, f"{name[:120]} is {dtype}, adapters are kept as F32")
+        raise refusal(path, f"{name[:120]} is {dtype}, adapters are kept as F32")
     tensor = file.get_tensor(name)
     dimensions = 1 if name.endswith("lora_magnitude_vector") else 2
     if tensor.ndim != dimensions or 0 in tensor.shape:
-        raise _refusal(path, f"{name[:120]} has shape {list(tensor.shape)}, not {dimensions} dimensions")
+        raise refusal(path, f"{name[:120]} has shape {list(tensor.shape)}, not {dimensions} dimensions")
     if not np.isfinite(tensor).all():
-        raise _refusal(path, f"{name[:120]} holds NaN or an infinity")
+        raise refusal(path, f"{name[:120]} holds NaN or an infinity")
     return tuple(tensor.shape)
 
 
@@ -158,19 +159,19 @@ def _check_layers(
     for name, shape in shapes.items():
         match = _TENSOR.fullmatch(name)
         if match is None or match["layer"].rsplit(".", 1)[-1] not in targets:
-            raise _refusal(path, f"{name[:120]!r} is not a LoRA tensor of a target module")
+            raise refusal(path, f"{name[:120]!r} is not a LoRA tensor of a target module")
         halves.setdefault(match["layer"], {})[match["half"]] = shape
     for layer, pair in halves.items():
         if pair.keys() != parts:
-            raise _refusal(path, f"{layer} has {', '.join(sorted(pair))} where {', '.join(sorted(parts))} belong")
+            raise refusal(path, f"{layer} has {', '.join(sorted(pair))} where {', '.join(sorted(parts))} belong")
         a, b = pair["lora_A.weight"], pair["lora_B.weight"]
         if a[0] != rank or b[1] != rank:
-            raise _refusal(path, f"{layer} is not of rank {rank}: A {list(a)}, B {list(b)}")
+            raise refusal(path, f"{layer} is not of rank {rank}: A {list(a)}, B {list(b)}")
         if dora and pair["lora_magnitude_vector"] != b[:1]:
-            raise _refusal(path, f"{layer} has {pair['lora_magnitude_vector'][0]} lengths for {b[0]} rows")
+            raise refusal(path, f"{layer} has {pair['lora_magnitude_vector'][0]} lengths for {b[0]} rows")
     absent = sorted(targets - {layer.rsplit(".", 1)[-1] for layer in halves})
     if absent:
-        raise _refusal(path, f"no tensor adapts {absent[0]}, which target_modules names")
+        raise refusal(path, f"no tensor adapts {absent[0]}, which target_modules names")
     return len(halves)
 
 
@@ -192,5 +193,6 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refusal(path: Path, what: str) -> Refused:
-    return Refused(what, where=str(path), fix="use the adapter as training wrote it")
+def refusal(path: Path, what: str) -> Refused:
+    """What to raise for a file that training did not write so."""
+    return Refused(what, where=str(path), fix="use the file as training wrote it")

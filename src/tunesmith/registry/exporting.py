@@ -23,6 +23,7 @@ from tunesmith.core.files import lock, sync_folder
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import load_dataset
 from tunesmith.models.base import BaseModel
+from tunesmith.registry.adapters import CONFIG
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.release import ADAPTER_FILES, Version
 from tunesmith.registry.signing import sync_files
@@ -132,6 +133,12 @@ def _aside(store: Store, target: Path) -> Iterator[Path]:
 
 def _write(form: Form, dtype: Dtype, base: BaseModel, adapter: Path, folder: Path, version: Version) -> None:
     if form == "peft":
+        if not (adapter / CONFIG).is_file():
+            raise UsageError(
+                f"{version.label} was trained in full: there is no adapter to export",
+                where="--as peft",
+                fix="export it as merged or as gguf",
+            )
         for name in sorted(ADAPTER_FILES):
             shutil.copyfile(adapter / name, folder / name)
     elif form == "merged":

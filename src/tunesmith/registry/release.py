@@ -22,6 +22,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.registry.adapters import CONFIG, WEIGHTS, check_adapter
 from tunesmith.registry.duties import NOTICE
 from tunesmith.registry.signing import RELEASE, SIGNATURE, Expired, Untrusted, verify_signature
+from tunesmith.registry.whole_weights import WHOLE, check_whole
 from tunesmith.store.audit import Head
 from tunesmith.store.identities import ACTIONS
 from tunesmith.store.names import check_name, check_scope
@@ -30,6 +31,7 @@ from tunesmith.store.store import Store
 from tunesmith.store.trust import TrustedKey
 
 ADAPTER_FILES = frozenset((CONFIG, WEIGHTS))
+_WHOLE_FILES = frozenset((WHOLE,))
 _PARENTS = frozenset(("candidate", "evaluation", "verdict"))
 _LABEL = re.compile(r"(?P<name>[^@]+)@v(?P<number>[1-9][0-9]{0,8})")
 _FIX = "restore the version's folder from where it was signed, or register it again"
@@ -126,9 +128,9 @@ class Release:
     signer: TrustedKey
 
 
-def has_adapter(record: Record) -> bool:
-    """Whether a version's record has weights of its own."""
-    return record.blobs.keys() >= ADAPTER_FILES
+def has_weights(record: Record) -> bool:
+    """Whether a version's record has weights of its own, an adapter's or whole ones."""
+    return record.blobs.keys() >= ADAPTER_FILES or record.blobs.keys() >= _WHOLE_FILES
 
 
 def parse_label(label: str) -> tuple[str, int]:
@@ -154,8 +156,8 @@ def read_version(record: Record, where: str) -> tuple[Version, Statement]:
         raise Refused(f"not what a version states: {place}: {first['msg']}", where=where, fix=_FIX) from error
     if record.kind != "version" or record.parents.keys() != _PARENTS:
         raise Refused("not a version's record", where=where, fix=_FIX)
-    if record.blobs.keys() - {NOTICE} not in (frozenset(), ADAPTER_FILES):
-        raise Refused("a version has an adapter's two files or none", where=where, fix=_FIX)
+    if record.blobs.keys() - {NOTICE} not in (frozenset(), ADAPTER_FILES, _WHOLE_FILES):
+        raise Refused("a version has an adapter's two files, whole weights or neither", where=where, fix=_FIX)
     if (NOTICE in record.blobs) != (statement.duties is not None):
         raise Refused(f"a version with duties has a {NOTICE}, one without has none", where=where, fix=_FIX)
     stated = statement.model_dump(include=set(Version.model_fields))
@@ -195,8 +197,9 @@ def check_release(folder: Path, keys: Sequence[TrustedKey]) -> Release:
         )
     if version.expires_at is not None and datetime.fromisoformat(version.expires_at) <= now():
         raise Expired(f"expired on {version.expires_at}", where=str(path), fix="register it again, for a time to come")
-    if has_adapter(record):
-        check_adapter(folder, base=statement.base, fingerprint=statement.fingerprint)
+    if has_weights(record):
+        check = check_whole if WHOLE in record.blobs else check_adapter
+        check(folder, base=statement.base, fingerprint=statement.fingerprint)
     return Release(record=record, statement=statement, version=version, signer=key)
 
 
@@ -252,10 +255,10 @@ def marks_of(records: Mapping[str, Record], candidate: str) -> list[str]:
     return [CANARIES] if training and records[training].body.get("settings", {}).get("canaries") else []
 
 
-def adapter_blobs(records: Mapping[str, Record], candidate: str) -> dict[str, str]:
-    """The candidate's adapter files by digest; none for an untuned candidate. Raises Refused where they do not fit.
+def weight_blobs(records: Mapping[str, Record], candidate: str) -> dict[str, str]:
+    """The files of the candidate's adapter or whole weights by digest; none for an untuned candidate.
 
-    The adapter must be of the candidate's own base, and of that base's rendering.
+    They must be of the candidate's own base, and of that base's rendering. Raises Refused where they are not.
     """
     record = records[candidate]
     if "training" not in record.parents:
@@ -266,9 +269,9 @@ def adapter_blobs(records: Mapping[str, Record], candidate: str) -> dict[str, st
         raise Refused("the adapter was trained on another base than the candidate's", where=where)
     if training.body.get("fingerprint") != base.body.get("fingerprint"):
         raise Refused("the adapter was trained with another tokenizer or chat template than the base's", where=where)
-    blobs = {name: digest for name, digest in training.blobs.items() if name in ADAPTER_FILES}
-    if blobs.keys() != ADAPTER_FILES:
-        raise Refused("the training has no adapter", where=where, fix="train again")
+    blobs = {name: digest for name, digest in training.blobs.items() if name in ADAPTER_FILES | _WHOLE_FILES}
+    if blobs.keys() not in (ADAPTER_FILES, _WHOLE_FILES):
+        raise Refused("the training has neither an adapter nor whole weights", where=where, fix="train again")
     return blobs
 
 

@@ -26,10 +26,11 @@ from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.files import sync_folder, write_atomic
 from tunesmith.registry.adapters import CONFIG, WEIGHTS, unique_keys
 from tunesmith.registry.duties import NOTICE
+from tunesmith.registry.whole_weights import WHOLE
 from tunesmith.store.trust import TrustedKey, find_key
 
 RELEASE, SIGNATURE = "release.json", "model.sig"
-ALLOWED = frozenset((CONFIG, WEIGHTS, NOTICE, RELEASE, SIGNATURE))
+ALLOWED = frozenset((CONFIG, WEIGHTS, WHOLE, NOTICE, RELEASE, SIGNATURE))
 _MAX_BYTES = {RELEASE: 64 << 20, NOTICE: 64 << 20, SIGNATURE: 1 << 20, CONFIG: 64 << 10}
 _MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"

@@ -21,13 +21,13 @@ from tunesmith.registry.duties import NOTICE, carried
 from tunesmith.registry.lineage import blobs_of
 from tunesmith.registry.release import (
     Release,
-    adapter_blobs,
     check_evidence,
     check_release,
     check_replay,
     marks_of,
     parse_label,
     version_folder,
+    weight_blobs,
 )
 from tunesmith.registry.signing import RELEASE, private_copy
 from tunesmith.store.records import Record, decode
@@ -185,7 +185,7 @@ def _check_evidence(look: _Look, release: Release, records: Mapping[str, Record]
         weights = {name: digest for name, digest in release.record.blobs.items() if name != NOTICE}
         if release.statement.duties != carried(records, version.candidate):
             raise Refused("its duties are not those of the rows' licences that it came of")
-        if adapter_blobs(records, version.candidate) != weights:
+        if weight_blobs(records, version.candidate) != weights:
             raise Refused("the adapter is not the one that the candidate was trained to")
         base = records[version.candidate].parents["base"]
         stated = (release.statement.base, release.statement.fingerprint)

@@ -28,16 +28,16 @@ from tunesmith.registry.release import (
     Release,
     Statement,
     Version,
-    adapter_blobs,
     check_evidence,
     check_release,
     check_replay,
     check_scopes,
-    has_adapter,
+    has_weights,
     marks_of,
     parse_label,
     read_version,
     version_folder,
+    weight_blobs,
 )
 from tunesmith.registry.signing import RELEASE, Expired, Untrusted, private_copy, sign_folder, sync_files
 from tunesmith.registry.verification import Verification, verify_version
@@ -69,7 +69,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class LoadedVersion:
-    """A verified version. adapter: a private PEFT folder to load from; None where the base answers alone."""
+    """A verified version. adapter: a private folder of its weights to load from; None where the base answers alone."""
 
     version: Version
     candidate: Candidate
@@ -87,7 +87,7 @@ class _Plan:
     expires_at: str | None
     parents: Mapping[str, str]
     records: Mapping[str, Record]
-    blobs: Mapping[str, str]  # the adapter's files and the notice
+    blobs: Mapping[str, str]  # the weights' files and the notice
     duties: Mapping[str, Any] | None
 
 
@@ -257,8 +257,10 @@ def verified_copy(store: Store, version: Version) -> Iterator[LoadedVersion]:
     """
     with open_release(store, version) as (folder, release):
         candidate = load_candidate(store, version.candidate)
-        if candidate.tuned != has_adapter(release.record):
-            raise Refused("the candidate and its release disagree on whether it has an adapter", where=str(folder))
+        if candidate.tuned != has_weights(release.record):
+            raise Refused(
+                "the candidate and its release disagree on whether it has weights of its own", where=str(folder)
+            )
         yield LoadedVersion(version, candidate, folder if candidate.tuned else None)
 
 
@@ -285,7 +287,7 @@ def _plan(
         expires_at=expires_at,
         parents=parents,
         records=records,
-        blobs={**adapter_blobs(records, parents["candidate"]), **notices},
+        blobs={**weight_blobs(records, parents["candidate"]), **notices},
         duties=duties,
     )
 

@@ -152,16 +152,20 @@ class ReadyVersions:
     def answerer(self, version: Version) -> Answerer:
         """What turns a request into what the engine is asked. Raises TunesmithError where it must not be served."""
         ready = self._ready.get(version.digest)
-        if ready is not None:
+        if ready is not None and self._held(ready):
             return ready
         with self._opening:
-            if version.digest not in self._ready:
+            if version.digest not in self._ready or not self._held(self._ready[version.digest]):
                 with verified_copy(self._store, version) as loaded:
                     answerer = Answerer(self._store, self._engine, loaded.candidate)
                     if loaded.adapter is not None and answerer.adapter is not None:
                         self._engine.load_adapter(answerer.adapter, loaded.adapter)
                 self._ready[version.digest] = answerer
             return self._ready[version.digest]
+
+    def _held(self, answerer: Answerer) -> bool:
+        """Whether the engine still has its weights: it lets those of models trained in full go."""
+        return answerer.adapter is None or self._engine.holds(answerer.adapter)
 
 
 def _scopes(tenant: str, region: str) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
+from safetensors.torch import load_file
 from torch import Tensor
 
-from tunesmith.core.digests import digest_bytes
+from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused
 from tunesmith.core.files import sync_folder
 
@@ -23,15 +24,13 @@ _KEPT = 2  # the newest, and the one before it in case the newest is damaged
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write step's checkpoint under folder: a sub-folder that appears whole or not at all; older ones are removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = save(dict(tensors))
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
     try:
-        stated = json.dumps({**state, "step": step, "tensors": digest_bytes(data)}).encode()
-        for name, content in (("tensors.safetensors", data), ("state.json", stated)):
-            with (scratch / name).open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
+        digest = _write(scratch / "tensors.safetensors", tensors)
+        with (scratch / "state.json").open("wb") as stream:
+            stream.write(json.dumps({**state, "step": step, "tensors": digest}).encode())
+            stream.flush()
+            os.fsync(stream.fileno())
         os.rename(scratch, folder / f"step-{step:08d}")
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -39,6 +38,32 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], stat
     sync_folder(folder)
     for old in sorted(folder.glob("step-*"))[:-_KEPT]:
         shutil.rmtree(old)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write fp32 tensors as safetensors straight from where they lie, and sync them; returns the file's digest.
+
+    They may be most of the memory there is: the library would put all of them into one more string.
+    """
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset := offset + tensor.nbytes],
+        }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # so that the numbers after it are aligned
+    hasher = hashlib.sha256()
+    with path.open("wb") as stream:
+        pieces: list[bytes | memoryview] = [len(encoded).to_bytes(8, "little"), encoded]
+        pieces += [tensor.contiguous().numpy().data for tensor in tensors.values()]
+        for piece in pieces:
+            hasher.update(piece)
+            stream.write(piece)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return f"sha256:{hasher.hexdigest()}"
 
 
 def load_checkpoint(
@@ -59,7 +84,7 @@ def load_checkpoint(
             damaged.append(path.name)
             shutil.rmtree(path)  # the run comes to this step again, and its place must be free then
             continue
-        data, state = whole
+        tensors, state = whole
         changed = [key for key in identity if state["identity"].get(key) != identity[key]]
         if changed:
             raise Refused(
@@ -67,16 +92,17 @@ def load_checkpoint(
                 where=str(path),
                 fix="restore them, or start over with `tunesmith train --restart`",
             )
-        return load(data), state, damaged
+        return load_file(tensors), state, damaged
     return None
 
 
-def _read(path: Path) -> tuple[bytes, dict[str, Any]] | None:
-    """A checkpoint's tensors and state; None where it is not whole."""
+def _read(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """A checkpoint's file of tensors and its state; None where it is not whole."""
+    tensors = path / "tensors.safetensors"
     try:
         state = json.loads((path / "state.json").read_bytes())
-        data = (path / "tensors.safetensors").read_bytes()
+        actual = digest_file(tensors)
     except (OSError, ValueError):
         return None
-    whole = isinstance(state, dict) and state.get("tensors") == digest_bytes(data)
-    return (data, state) if whole else None
+    whole = isinstance(state, dict) and state.get("tensors") == actual
+    return (tensors, state) if whole else None

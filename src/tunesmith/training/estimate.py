@@ -37,11 +37,14 @@ class Estimate(BaseModel):
     peak_memory_bytes: int
 
 
-def estimate(plan: Sequence[Step], validation_tokens: int, validations: int, trial: Callable[[Step], None]) -> Estimate:
+def estimate(
+    plan: Sequence[Step], validation_tokens: int, validations: int, trial: Callable[[Step], None], later: int
+) -> Estimate:
     """Run trial, a step that changes nothing, on the largest (memory) and on two of middling size (time).
 
-    validation_tokens: tokens of one validation pass, of which a forward pass takes a third of a step's time. Raises
-    Refused where the largest part of a step cannot fit.
+    validation_tokens: tokens of one validation pass, of which a forward pass takes a third of a step's time. later:
+    bytes that a run takes beside a step's: the optimiser's state, the best weights. Raises Refused where the largest
+    part of a step, or that beside it, cannot fit.
     """
     largest = max((part for step in plan for part in step), key=lambda part: part.tokens)
     by_size = sorted(plan, key=step_tokens)
@@ -58,7 +61,13 @@ def estimate(plan: Sequence[Step], validation_tokens: int, validations: int, tri
             where="train.tokens",
             fix=f"set tokens to {max(64, largest.tokens // 2)}, or max_length lower",
         ) from error
-    peak = runtime.peak_memory()
+    peak = runtime.peak_memory() + later
+    if later > (free := runtime.available_memory()):
+        raise Refused(
+            f"the optimiser's state takes {later / 1e9:.1f} GB beside a step's memory, {free / 1e9:.1f} GB are free",
+            where="train",
+            fix="set train.layers, or train.method to lora",
+        )
     timed = by_size[len(by_size) // 2 :][:_TIMED]
     began = time.perf_counter()
     for step in timed:

@@ -15,33 +15,44 @@ from tunesmith.models import ops
 from tunesmith.models.products import Frozen
 
 _CHUNK = 256
+_LEARNT_CHUNK = 1024  # where the head learns: its whole gradient is summed up once a chunk
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Frozen, labels: Tensor, share: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Frozen, labels: Tensor, share: Tensor, weight: Tensor | None) -> Tensor:
         total = torch.zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
-        for start in range(0, hidden.shape[0], _CHUNK):
-            piece = slice(start, start + _CHUNK)
+        learns = gradient is not None and weight is not None
+        learnt: Tensor | None = None
+        chunk = _LEARNT_CHUNK if learns else _CHUNK
+        for start in range(0, hidden.shape[0], chunk):
+            piece = slice(start, start + chunk)
             scores = head(hidden[piece])
             losses = ops.cross_entropy_(scores, labels[piece], None if gradient is None else share[piece])
             total += losses.dot(share[piece])
             if gradient is not None:
                 gradient[piece] = head.back(scores)
+            if learns:
+                part = scores.t() @ hidden[piece]
+                learnt = part if learnt is None else learnt.float().add_(part)
         if gradient is not None:
             ctx.save_for_backward(gradient)
+        ctx.learnt = None if learnt is None else learnt.to(hidden.dtype)
         return total
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None, None, Tensor | None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * above.to(gradient.dtype), None, None, None
+        learnt, ctx.learnt = ctx.learnt, None
+        factor = above.to(gradient.dtype)
+        return gradient * factor, None, None, None, None if learnt is None else learnt.mul_(factor)
 
 
-def cross_entropy(hidden: Tensor, head: Frozen, labels: Tensor, share: Tensor) -> Tensor:
+def cross_entropy(hidden: Tensor, head: Frozen, labels: Tensor, share: Tensor, weight: Tensor | None = None) -> Tensor:
     """The negative log-likelihoods of labels [N] under hidden [N, M], each times its share [N], summed: a scalar.
 
-    share: a label's weight over the sum of the whole step's, so that accumulation does not change the loss.
+    share: a label's weight over the sum of the whole step's, so that accumulation does not change the loss. weight:
+    the head's own, where it learns.
     """
-    return _CrossEntropy.apply(hidden, head, labels, share)  # type: ignore[no-any-return]
+    return _CrossEntropy.apply(hidden, head, labels, share, weight)  # type: ignore[no-any-return]

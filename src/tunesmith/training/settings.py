@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from tunesmith.core.settings import Settings
 
 # The linear layers of models.network.GROUPS; written out, because reading settings must not import torch.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# What is of an adapter alone.
+_LORA_ONLY = ("rank", "alpha", "targets", "scaling", "start", "dora", "b_rate")
+_RATES = {"lora": 1e-3, "full": 1e-4}
 
 
 class CanarySettings(Settings):
@@ -28,7 +31,10 @@ class TrainSettings(Settings):
     """`train:` of a candidate. The defaults follow "LoRA Without Regret" (Schulman et al. 2025): every linear layer,
     and a learning rate about ten times that of full fine-tuning."""
 
-    method: Annotated[Literal["lora"], Field(description="how weights are changed")] = "lora"
+    method: Annotated[
+        Literal["lora", "full"],
+        Field(description="train an adapter of low rank, or the weights themselves: norms, embeddings and head too"),
+    ] = "lora"
     rank: Annotated[int, Field(ge=1, le=1024, description="the adapter's rank")] = 16
     alpha: Annotated[float | None, Field(gt=0, description="scale of the adapter times its rank; twice the rank")] = (
         None
@@ -52,8 +58,19 @@ class TrainSettings(Settings):
         ),
     ] = "zero"
     dora: Annotated[bool, Field(description="train the length of each adapted row beside its direction (DoRA)")] = False
-    layers: Annotated[int | None, Field(ge=1, description="adapt the last so many layers; all where left out")] = None
-    learning_rate: Annotated[float, Field(gt=0, lt=1, description="the highest one, reached after the warm-up")] = 1e-3
+    layers: Annotated[
+        int | None,
+        Field(ge=1, description="train the last so many layers, nothing else; all where left out"),
+    ] = None
+    learning_rate: Annotated[
+        float,
+        Field(
+            gt=0,
+            lt=1,
+            default_factory=lambda given: _RATES.get(given.get("method", ""), 1e-3),
+            description="the highest one, reached after the warm-up; 0.001 where left out, 0.0001 with method: full",
+        ),
+    ]
     b_rate: Annotated[
         float,
         Field(ge=1, le=64, description="B's learning rate as a multiple of A's (LoRA+; its authors take 16)"),
@@ -85,9 +102,9 @@ class TrainSettings(Settings):
     schedule: Annotated[
         Literal["cosine", "linear", "constant"], Field(description="how the rate falls after the warm-up")
     ] = "cosine"
-    weight_decay: Annotated[float, Field(ge=0, lt=1, description="AdamW's, on the adapter")] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, lt=1, description="AdamW's; norms and biases are spared")] = 0.0
     clip: Annotated[float, Field(gt=0, description="largest norm of a step's gradient")] = 1.0
-    seed: Annotated[int, Field(ge=0, lt=2**31, description="of the adapter's start and the rows' order")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31, description="of an adapter's start and the rows' order")] = 0
     max_length: Annotated[int, Field(ge=16, description="most tokens of a training row, prompt included")] = 1024
     validations: Annotated[int, Field(ge=1, le=100, description="how often the validation loss is taken")] = 4
     patience: Annotated[
@@ -117,6 +134,14 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _known_targets(self) -> TrainSettings:
+        if self.method == "full" and (given := [key for key in _LORA_ONLY if key in self.model_fields_set]):
+            raise ValueError(f"{given[0]} is of adapters: leave it out with method: full")
         if unknown := set(self.targets) - {"all", *TARGETS}:
             raise ValueError(f"no linear layer is called {sorted(unknown)[0]!r}; there are {', '.join(TARGETS)}, all")
         return self
+
+    @model_serializer(mode="wrap")
+    def _stated(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What says nothing with this method is not stated."""
+        stated: dict[str, Any] = write(self)
+        return {key: value for key, value in stated.items() if self.method == "lora" or key not in _LORA_ONLY}

@@ -1,4 +1,4 @@
-"""One training: rows in, a training record with its adapter out."""
+"""One training: rows in, a training record with its weights out."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.batches import lay_out_step, plan
 from tunesmith.training.estimate import Estimate, estimate, too_few_numbers
+from tunesmith.training.full import Full
 from tunesmith.training.loop import Course, Run, Step, fit, trial_step
 from tunesmith.training.lora import Lora
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.together import fit_together
+from tunesmith.training.trainable import Trainable
 
 # Part of what a checkpoint must agree on: bump when the engine's arithmetic or its batch plan changes.
 ENGINE = 2
@@ -58,7 +60,7 @@ class _Prepared:
 
     job: Job
     rendered: list[Rendered]
-    lora: Lora
+    trained: Trainable
     steps: list[Step]
     validating: list[Batch]
     identity: dict[str, Any]
@@ -78,7 +80,7 @@ def train(
     restart: bool = False,
     progress: Progress = SILENT,
 ) -> str:
-    """Train an adapter for base on rows; returns the training record's digest.
+    """Train base, or an adapter for it, on rows; returns the training record's digest.
 
     dataset: digest of the record the rows come from. work: a folder of this training's own, for checkpoints; a run
     killed at any moment carries on from there, restart throws that away. Raises Refused for rows that cannot be
@@ -87,8 +89,8 @@ def train(
     runtime.prepare()
     if restart:
         shutil.rmtree(work, ignore_errors=True)
-    renderer, network = Renderer(base.folder), load_network(base.folder)
-    ready = _prepare(renderer, network, base, dataset, Job("", rows, validation, settings, work))
+    job = Job("", rows, validation, settings, work)
+    ready = _prepare(Renderer(base.folder), load_network(base.folder), base, dataset, job)
     progress.say(
         f"training {len(rows)} rows in {len(ready.steps)} steps: about {ready.expected.seconds:.0f} s and "
         f"{ready.expected.peak_memory_bytes / 1e9:.1f} GB of memory"
@@ -96,7 +98,8 @@ def train(
     if ready.notice:
         progress.say(ready.notice)
     runtime.reset_peak_memory()
-    course = fit(network, ready.lora, ready.steps, ready.validating, settings, work, ready.identity, progress)
+    network = ready.trained.network
+    course = fit(network, ready.trained, ready.steps, ready.validating, settings, work, ready.identity, progress)
     return _record(store, base, dataset, ready, course)
 
 
@@ -122,7 +125,7 @@ def train_together(
             progress.say(f"{each.job.name}: {each.notice}")
     runtime.reset_peak_memory()
     runs = [
-        Run(network, x.lora, x.steps, x.validating, x.job.settings, x.job.work, x.identity, progress) for x in ready
+        Run(network, x.trained, x.steps, x.validating, x.job.settings, x.job.work, x.identity, progress) for x in ready
     ]
     made: dict[int, str] = {}
 
@@ -137,7 +140,7 @@ def train_together(
 def _check_room(ready: Sequence[_Prepared]) -> None:
     """Raises Refused where AdamW's moments, the best weights and a gradient of all do not fit the memory."""
     needed, free = (
-        sum(16 * master.numel() for each in ready for master in each.lora.masters),
+        sum(16 * master.numel() for each in ready for master in each.trained.masters),
         runtime.available_memory(),
     )
     if needed > free:
@@ -152,7 +155,8 @@ def _prepare(renderer: Renderer, network: Network, base: BaseModel, dataset: str
     settings = job.settings
     rendered = _render(renderer, job.rows, settings)
     checked = _render(renderer, job.validation[: settings.validation_rows], settings)
-    lora = Lora(network, settings)
+    trained: Trainable
+    trained = Full(network, settings, base.folder) if settings.method == "full" else Lora(network, settings)
     steps: list[Step] = [
         lay_out_step([rendered[row] for row in batch], settings.tokens)
         for epoch in range(settings.epochs)
@@ -168,9 +172,10 @@ def _prepare(renderer: Renderer, network: Network, base: BaseModel, dataset: str
         "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
         "environment": _environment(),
     }
-    expected = _expect(steps, validating, settings, network_trial=trial_step(network, lora), work=job.work)
-    notice = too_few_numbers(settings.rank, lora.parameters, sum(map(label_count, rendered)))
-    return _Prepared(job, rendered, lora, steps, validating, identity, expected, notice)
+    expected = _expect(steps, validating, settings, trained, job.work)
+    labels = sum(map(label_count, rendered))
+    notice = too_few_numbers(settings.rank, trained.parameters, labels) if settings.method == "lora" else None
+    return _Prepared(job, rendered, trained, steps, validating, identity, expected, notice)
 
 
 def _record(
@@ -187,7 +192,7 @@ def _record(
         "tokens": tokens,
         "tokens_computed": sum(part.tokens for step in steps[: course.step] for part in step),
         "labels": labels,
-        "parameters": ready.lora.parameters,
+        "parameters": ready.trained.parameters,
         "notices": [ready.notice] if ready.notice else [],
         "fingerprint": base.fingerprint,
         "threads": environment["threads"],
@@ -195,7 +200,7 @@ def _record(
         **_measured(course, rows * settings.epochs / len(steps), tokens / len(steps), ready.expected, settings.keep),
         **({"together": list(together)} if together else {}),
     }
-    files = ready.lora.files(base)
+    files = ready.trained.files(base)
     blobs = {name: store.put_bytes(data) for name, data in files.items()}
     return store.put_record(
         Record(kind="training", parents={"base": base.digest, "dataset": dataset}, blobs=blobs, body=body)
@@ -203,7 +208,7 @@ def _record(
 
 
 def _expect(
-    steps: Sequence[Step], validating: Sequence[Batch], settings: TrainSettings, *, network_trial: Any, work: Path
+    steps: Sequence[Step], validating: Sequence[Batch], settings: TrainSettings, trained: Trainable, work: Path
 ) -> Estimate:
     """The estimate, taken once per training: a resumed run keeps the one it was begun with."""
     from tunesmith.core.files import write_atomic
@@ -212,7 +217,9 @@ def _expect(
     if kept.is_file():
         return Estimate.model_validate_json(kept.read_bytes())
     tokens = sum(batch.tokens for batch in validating)
-    made = estimate(steps, tokens, settings.validations, network_trial)
+    best = settings.keep == "best" and tokens > 0
+    later = sum(master.nbytes for master in trained.masters) * (3 if best else 2)
+    made = estimate(steps, tokens, settings.validations, trial_step(trained.network, trained), later)
     write_atomic(kept, made.model_dump_json().encode())
     return made
 
