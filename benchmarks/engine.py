@@ -146,6 +146,16 @@ def _decoding(rows: Sequence[Any], scratch: Path, rounds: int) -> None:
     peer = statistics.median(other["tokens_per_second"] for _, other in pairs)
     print(f"\ndecoding {DECODED} requests behind a shared prompt, greedy, 64 tokens at most, tokens/s")
     print(f"  tunesmith {ours:.0f}, transformers generate {peer:.0f}: {ours / peer:.1f}x")
+    path.write_text(json.dumps([*rows, *rows, *rows][: 3 * DECODED]))
+    kinds = {
+        "decode-batches": f"in batches of {DECODED} that end before the next begins",
+        "decode-mixed": "in one running batch",
+        "decode-adapters": "in one running batch, a third each of the base and two adapters",
+    }
+    print(f"{3 * DECODED} requests of 4 to 64 tokens, tokens/s")
+    for kind, name in kinds.items():
+        runs = [_measured(kind, path, {}) for _ in range(rounds)]
+        print(f"  {name:<65}{_median(runs)['tokens_per_second']:.0f}", flush=True)
 
 
 def _start_up(rounds: int) -> None:
@@ -431,6 +441,40 @@ def _decode(rows: Sequence[Any]) -> dict[str, float]:
     return {"tokens_per_second": made / (time.perf_counter() - began)}
 
 
+def _decode_mixed(rows: Sequence[Any], together: int, adapters: int = 0) -> dict[str, float]:
+    """Requests of unlike lengths, so many asked at once; with adapters by as many threads and one more."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tunesmith.core.messages import Message
+    from tunesmith.inference.embedded import EmbeddedEngine
+    from tunesmith.inference.engine import Generation
+    from tunesmith.models.adapter import encode_adapter
+
+    engine, names = EmbeddedEngine(_base()), [None, *map(str, range(adapters))]
+    _, lora, _ = _prepared(rows[:1])
+    for name in names[1:]:
+        with tempfile.TemporaryDirectory() as folder:
+            for file, data in encode_adapter(lora.adapter(), engine._network, engine._base).items():
+                (Path(folder) / file).write_bytes(data)
+            engine.load_adapter(str(name), Path(folder))
+    requests = [
+        Generation(tuple(Message(**turn) for turn in row[:-1]), max_tokens=4 + 20 * (place % 4))
+        for place, row in enumerate(rows)
+    ]
+    engine.generate(requests[:2])
+    engine._prefixes.clear()
+
+    def made(name: str | None, asked: Sequence[Generation]) -> int:
+        parts = [asked[start : start + together] for start in range(0, len(asked), together)]
+        return sum(answer.completion_tokens for part in parts for answer in engine.generate(part, name))
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(len(names)) as pool:
+        every = [pool.submit(made, name, requests[place :: len(names)]) for place, name in enumerate(names)]
+        tokens = sum(each.result() for each in every)
+    return {"tokens_per_second": tokens / (time.perf_counter() - began)}
+
+
 def _generate(rows: Sequence[Any]) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -463,6 +507,9 @@ MEASURES = {
     "peft32": lambda rows: _peft_step(rows, 32),
     "peft16": lambda rows: _peft_step(rows, 16),
     "decode": _decode,
+    "decode-batches": lambda rows: _decode_mixed(rows, DECODED),
+    "decode-mixed": lambda rows: _decode_mixed(rows, len(rows)),
+    "decode-adapters": lambda rows: _decode_mixed(rows, len(rows), adapters=2),
     "generate": _generate,
 }
 

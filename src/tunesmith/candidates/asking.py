@@ -22,7 +22,9 @@ from tunesmith.inference.engine import Completion
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-TOGETHER = 64  # rows whose answers are kept at once: what kill -9 can undo
+# Rows that are asked and kept at once: what kill -9 can undo. Several batches' worth, so that the batch stays full;
+# always the same rows together, so that a run that carries on gives the same bytes.
+TOGETHER = 256
 
 
 @dataclass(frozen=True, slots=True)
