@@ -15,6 +15,7 @@ import pytest
 
 from tests.data.rows import build, settings, write_jsonl
 from tunesmith.data.dataset import SPLITS
+from tunesmith.data.settings import Source
 from tunesmith.data.verify import verify_dataset
 from tunesmith.store.store import Store
 
@@ -84,3 +85,30 @@ def test_every_row_is_where_it_should_be(name: str, tmp_path: Path) -> None:
         assert here or number in left
     assert (body["leakage"]["shared_groups"], body["leakage"]["near_pairs"]) == (0, 0)
     assert verify_dataset(Store(tmp_path / "store"), dataset.digest)["ok"]
+
+
+@pytest.mark.parametrize("name", ["snips", "banking77"])
+def test_nothing_of_a_published_test_set_is_left_in_training(name: str, tmp_path: Path) -> None:
+    """Rows that stand in both parts, exactly, nearly or by their template, are held out."""
+    if not (DATA / name).is_dir():
+        pytest.skip(f"{name} is not here ($TUNESMITH_TEST_DATA)")
+    bench = _module(ROOT / "benchmarks" / "leakage.py")
+    if name == "snips":
+        train, held = (bench.snips(DATA / name, part)[0] for part in ("train", "validate"))
+    else:
+        train, held = (bench.banking(DATA / name, part) for part in ("train", "test"))
+    sources = []
+    for part, rows in (("train", train), ("held", held)):
+        write_jsonl(tmp_path / f"{part}.jsonl", [{"prompt": said, "completion": answer} for said, answer in rows])
+        sources.append({"path": f"{part}.jsonl", "licence": "MIT", "split": "test" if part == "held" else None})
+    dataset = build(tmp_path, settings().model_copy(update={"sources": tuple(map(Source.model_validate, sources))}))
+    assert bench.twins(train, held)
+    left, out = (
+        [(example.request[-1].text, example.answer) for example in dataset.examples(split)]
+        for split in ("train", "test")
+    )
+    assert not set(left) & set(held)  # a copy in training does not take the place of a row that is held out
+    assert not bench.twins(left, out)
+    assert not bench.shared(lambda row: bench.normalise(row[0]), left, out)
+    assert not bench.shared(lambda row: bench.wording_group(bench.normalise(row[0]), row[1]), left, out)
+    assert dataset.record.body["leakage"]["shared_groups"] == 0

@@ -102,9 +102,12 @@ class Spill:
         self._base.execute("CREATE INDEX by_id ON rows (id)")
 
     def hold(self, sources: Collection[str]) -> list[str]:
-        """Hold out the groups of these sources' rows, whatever else they hold; returns the groups."""
+        """Hold out the groups of these sources' rows, whatever else they hold; returns the groups.
+
+        Rows that went as repeats count too: the copy that stands for one of them is held out in its place.
+        """
         marks = ", ".join("?" * len(sources))
-        query = f"SELECT DISTINCT grp FROM rows WHERE gone IS NULL AND source IN ({marks}) ORDER BY grp"  # noqa: S608
+        query = f"SELECT DISTINCT grp FROM rows WHERE grp != '' AND source IN ({marks}) ORDER BY grp"  # noqa: S608
         held = [group for (group,) in self._base.execute(query, sorted(sources))]
         self._base.executemany("UPDATE rows SET split = 'test' WHERE grp = ?", ((group,) for group in held))
         return held
