@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from tunesmith.models.base import resolve_base
 from tunesmith.models.batch import lay_out
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weights import load_network
+from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.full import Full
 from tunesmith.training.loop import gradients
 from tunesmith.training.settings import TrainSettings
+from tunesmith.training.train import TrainingRow, train
 
 # More labels than one chunk of the loss has, so that the head's gradient is a sum.
 MANY = [*ROWS, *(row(f"say {n}", f'{{"n":{n},"said":"{"na" * 40}"}}') for n in range(8))]
@@ -168,3 +171,22 @@ def test_the_learning_rate_left_out_is_a_tenth_of_an_adapters() -> None:
     assert TrainSettings().learning_rate == pytest.approx(10 * full.learning_rate)
     assert TrainSettings(method="full", learning_rate=0.5).learning_rate == 0.5
     assert TrainSettings.model_validate(full.model_dump(mode="json")) == full
+
+
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    settings = TrainSettings(method="full", batch=4, epochs=2, learning_rate=0.01, checkpoint_seconds=1e-9)
+    rows = [TrainingRow(str(n), row(f"turn on light {n}", f'{{"n":{n}}}')) for n in range(16)]
+
+    def run(name: str) -> str:
+        folder = tmp_path / name
+        store = Store(folder / "store")
+        base = resolve_base(store, str(write_model(folder / "model")), folder)
+        dataset = store.put_record(Record(kind="dataset", body={"rows": 16}))
+        given = {"rows": rows, "validation": rows[:3], "settings": settings, "work": folder / "work"}
+        return store.record(train(store, base=base, dataset=dataset, **given)).blobs["model.safetensors"]  # type: ignore[arg-type]
+
+    whole = run("a")
+    assert run("b") == whole
+    newest = sorted((tmp_path / "b" / "work").glob("step-*"))[-1]
+    shutil.rmtree(newest)
+    assert run("b") == whole
