@@ -20,6 +20,8 @@ from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.documents import Documents
+from tunesmith.evaluation.answers import seen_answers
+from tunesmith.evaluation.declared import groundedness
 from tunesmith.project import parse_settings
 from tunesmith.registry.leaderboard import leaderboard
 from tunesmith.registry.versions import verified_copy, verify_version
@@ -255,3 +257,22 @@ def test_labels_are_calibrated_where_probabilities_are_there(tmp_path: Path) -> 
     assert body["plain"]["calibration"]["label"]["bins"], "the base is asked how likely each label is"
     assert "calibration" not in body["nearest"], "the nearest answer says nothing of how sure it is"
     assert body["classes"]["classes"]["label"]["macro_f1"]["mean"] == 1.0
+
+
+def test_a_search_scores_what_was_looked_up(tmp_path: Path) -> None:
+    searched = {"prompt": "prompt.txt", "max_tokens": 4, "retrieve": {"from": "train", "k": 2}}
+    searched["search"] = {"shots": [0], "tries": 2, "rows": 4}
+    folder = write_project(
+        tmp_path / "p",
+        candidates={"searched": searched},
+        task={"schema": "schema.json", "scorers": ["groundedness", "json_valid"], "primary": "groundedness"},
+    )
+    project = Project.load(folder)
+    candidate = load_candidate(project.store, chain.candidate(chain.Chain(project), "searched"))
+    search = project.store.record(str(candidate.search), kind="search")
+    lines = [json.loads(line) for line in project.store.read_blob(search.blobs["answers.jsonl"]).splitlines()]
+    dataset = load_dataset(project.store, str(candidate.dataset))
+    rows = [row for row in dataset.examples("validation") if row.id in {line["id"] for line in lines}]
+    seen = seen_answers(project.store, dataset, candidate, {line["id"]: line for line in lines}, rows)
+    assert all(seen[line["id"]].retrieved for line in lines)
+    assert [line["score"] for line in lines] == [groundedness(seen[line["id"]]) for line in lines]
