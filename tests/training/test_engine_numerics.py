@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from tests.tiny import FAMILIES, row, write_model
 from tunesmith.models.adapter import encode_adapter, read_adapter
@@ -19,8 +19,8 @@ from tunesmith.models.network import frozen_linear
 from tunesmith.models.rendering import LossOn, Rendered, Renderer
 from tunesmith.models.weights import load_network
 from tunesmith.store.store import Store
-from tunesmith.training.batches import plan
-from tunesmith.training.loop import batch_loss, fit, rate_at
+from tunesmith.training.batches import lay_out_step, plan
+from tunesmith.training.loop import batch_loss, fit, gradients, rate_at
 from tunesmith.training.lora import Lora
 from tunesmith.training.settings import TARGETS, TrainSettings
 
@@ -184,6 +184,65 @@ def test_schedule_rises_then_falls(schedule: str) -> None:
     assert max(rates) == 0.5
     assert all(math.isfinite(rate) and rate > 0 for rate in rates)
     assert (rates[-1] < 0.05) == (schedule != "constant")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("steps", "warmup"), [(20, 0.2), (7, 0.05), (100, 0.0), (1, 0.5)])
+def test_rates_are_transformers_own(schedule: str, steps: int, warmup: float) -> None:
+    """But for the warm-up's start: transformers' first step has a rate of zero and learns nothing, ours goes first."""
+    settings = TrainSettings(learning_rate=0.5, warmup=warmup, schedule=schedule)  # type: ignore[arg-type]
+    warm = math.ceil(warmup * steps)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warm, num_training_steps=steps)
+    theirs = []
+    for _ in range(steps + 1):
+        theirs.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    wanted = [theirs[step + 1] if step < warm else theirs[step] for step in range(steps)]
+    assert [rate_at(step, steps, settings) for step in range(steps)] == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("clip", [0.02, 100.0])
+def test_the_loop_is_torchs_adamw_with_its_clipping(tmp_path: Path, clip: float) -> None:
+    from tunesmith.core.progress import SILENT
+
+    folder, rows = _setting(tmp_path, "llama")
+    network = load_network(folder, torch.float32)
+    settings = TrainSettings(rank=4, learning_rate=0.02, warmup=0.2, weight_decay=0.1, clip=clip, keep="last")
+    plan = [[lay_out(rows[:2])], [lay_out(rows[2:])], [lay_out(rows)]] * 2
+    ours, theirs = Lora(network, settings), Lora(network, settings)
+    fit(network, ours, plan, [], settings, tmp_path / "w", {}, SILENT)
+    optimizer = torch.optim.AdamW(theirs.masters, lr=1.0, weight_decay=0.1)
+    norms = []
+    for place, step in enumerate(plan):
+        gradients(network, theirs, step)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(theirs.masters, clip)))
+        optimizer.param_groups[0]["lr"] = rate_at(place, len(plan), settings)
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.refresh_copies()
+    assert (max(norms) > clip) == (clip < 1)
+    for one, other in zip(ours.masters, theirs.masters, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_is_the_same_whatever_the_parts_of_a_step(tmp_path: Path) -> None:
+    from tunesmith.core.progress import SILENT
+
+    folder, rows = _setting(tmp_path, "qwen2")
+    network = load_network(folder, torch.float32)
+    settings = TrainSettings(rank=4, learning_rate=0.01)
+    many = [*rows, *rows[:2]]
+    losses = []
+    for tokens in (100_000, 64):
+        step = lay_out_step(many, tokens)
+        plan = [step] * 5
+        course = fit(network, Lora(network, settings), plan, [], settings, tmp_path / str(tokens), {}, SILENT)
+        losses.append([point["loss"] for point in course.curve])
+    assert len(lay_out_step(many, 64)) > 1 == len(lay_out_step(many, 100_000))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_frozen_linear_knows_biases(tmp_path: Path) -> None:

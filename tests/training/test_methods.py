@@ -13,7 +13,7 @@ from safetensors.torch import load
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import row, write_model
-from tunesmith.core.progress import SILENT
+from tunesmith.core.progress import SILENT, Silent
 from tunesmith.models.adapter import adapted_linear, encode_adapter, read_adapter
 from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.base import resolve_base
@@ -24,7 +24,7 @@ from tunesmith.models.weights import load_network
 from tunesmith.registry.adapters import check_adapter
 from tunesmith.store.store import Store
 from tunesmith.training.batches import lay_out_step
-from tunesmith.training.loop import fit, gradients, trial_step, validation_loss
+from tunesmith.training.loop import Course, fit, gradients, trial_step, validation_loss
 from tunesmith.training.lora import Lora
 from tunesmith.training.settings import TrainSettings
 
@@ -157,6 +157,43 @@ def test_the_best_weights_are_kept(tmp_path: Path, folder: Path, rows: list[Rend
     assert course.step == 60
     assert losses[-1] > min(losses), "the run went past its best"
     assert loss == pytest.approx(min(losses), rel=1e-6)
+
+
+class _Said(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_overfitting_is_said_when_it_begins_and_stated(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
+    network, said = load_network(folder, torch.float32), _Said()
+    settings = TrainSettings(rank=8, learning_rate=0.03, warmup=0.1, schedule="constant", validations=20)
+    plan = [[lay_out(rows[:3])]] * 60
+    course = fit(network, Lora(network, settings), plan, [_contrary(folder)], settings, tmp_path / "w", {}, said)
+    warned = [line for line in said.lines if line.startswith("overfitting at step")]
+    best = course.best
+    assert best is not None
+    assert warned, "the held-out rows contradict the learned ones"
+    first = course.overfitting[0]
+    assert warned[0].startswith(f"overfitting at step {first['step']:.0f}: ")
+    last = course.overfitting[-1]
+    assert last["lowest_loss"] == course.validation[best]["loss"] < last["loss"]
+    window = [point["loss"] for point in course.curve if last["step"] - 3 < point["step"] <= last["step"]]
+    assert last["training_loss"] == pytest.approx(sum(window) / 3)
+    assert last["training_loss"] < last["lowest_training_loss"]
+
+
+def test_a_loss_that_rises_with_the_training_loss_is_not_overfitting() -> None:
+    def course(training: list[float], validation: list[float]) -> Course:
+        curve = [{"step": n + 1.0, "loss": loss} for n, loss in enumerate(training)]
+        return Course(len(training), 1.0, curve, [{"step": n + 1.0, "loss": x} for n, x in enumerate(validation)])
+
+    assert [each["step"] for each in course([3.0, 2.0, 1.0], [2.0, 1.5, 1.7]).overfitting] == [3.0]
+    assert not course([3.0, 2.0, 4.0], [2.0, 1.5, 1.7]).overfitting
+    assert not course([3.0, 2.0, 1.0], [2.0, 1.5, 1.5]).overfitting
+    assert not course([], []).overfitting
 
 
 def test_the_last_weights_are_kept_where_that_is_asked(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:

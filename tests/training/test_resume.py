@@ -91,6 +91,45 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(folder: Path, uninterr
     assert run(folder) == uninterrupted
 
 
+# Where a run is killed, each as soon as it comes there, three at a checkpoint's writing: between its two files, before
+# it gets its name, before older ones are removed.
+_PHASES = {
+    "estimate": "tunesmith.training.train.estimate",
+    "between the files": "tunesmith.training.checkpoints.os.fsync",
+    "before its name": "tunesmith.training.checkpoints.os.rename",
+    "after its name": "tunesmith.training.checkpoints.sync_folder",
+    "record": "tunesmith.training.train.Record",
+}
+_KILLED = """
+import os, signal, sys
+from importlib import import_module
+from pathlib import Path
+from tests.training.test_resume import run
+import tunesmith.training.train
+place, _, name = sys.argv[2].rpartition(".")
+owner = os if place.endswith(".os") else import_module(place)
+inner = getattr(owner, name)
+def at(*given, **named):
+    if "store" not in str(given[:1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return inner(*given, **named)
+setattr(owner, name, at)
+run(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow  # five processes, each of which imports torch
+def test_killed_in_every_phase_it_ends_in_the_same_bytes(folder: Path, uninterrupted: str) -> None:
+    store = Store(folder / "store")
+    resolve_base(store, str(folder / "model"), folder)  # what is killed is the training, not what stands before it
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    for phase, place in _PHASES.items():
+        ended = subprocess.run([sys.executable, "-c", _KILLED, str(folder), place], env=environment, timeout=120)
+        assert ended.returncode == -signal.SIGKILL, phase
+    assert run(folder) == uninterrupted
+    assert not list((folder / "work").glob(".writing-*")), "what a kill left half-written is cleared away"
+
+
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(folder: Path, uninterrupted: str) -> None:
     run(folder)
     newest = _steps(folder)[-1]

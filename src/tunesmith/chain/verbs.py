@@ -127,6 +127,7 @@ def training_document(project: Project, digest: str) -> dict[str, Any]:
         "parameters",
         "validation",
         "notices",
+        "overfitting",
     )
     (weights,) = (blob for name, blob in record.blobs.items() if name.endswith(".safetensors"))
     return {

@@ -171,8 +171,9 @@ def _training(store: Store, candidate: Candidate) -> dict[str, Any] | None:
     if candidate.training is None:
         return None
     body = store.record(candidate.training, kind="training").body
-    shown = ("settings", "rows", "tokens", "labels", "steps", "seconds", "examples_per_second", "tokens_per_second",
-             "peak_memory_bytes", "estimate", "final_loss", "curve", "validation", "kept", "threads")  # fmt: skip
+    shown = ("settings", "rows", "tokens", "labels", "steps", "seconds", "examples_per_second",
+             "tokens_per_second", "peak_memory_bytes", "estimate", "final_loss", "curve",
+             "validation", "overfitting", "kept", "threads")  # fmt: skip
     return {"training": candidate.training, **{key: body[key] for key in shown if key in body}}
 
 

@@ -44,6 +44,34 @@ class Course:
         losses = [each["loss"] for each in self.validation]
         return losses.index(min(losses)) if losses else None
 
+    @property
+    def overfitting(self) -> list[dict[str, float]]:
+        """Validations whose loss stood above the lowest before them, though the training loss had fallen since.
+
+        A training loss is the mean over the steps since the validation before.
+        """
+        found: list[dict[str, float]] = []
+        ends = [int(each["step"]) for each in self.validation]
+        means = [_mean_loss(self.curve[first:last]) for first, last in zip([0, *ends], ends, strict=False)]
+        for place, each in enumerate(self.validation):
+            lowest = min(range(place + 1), key=lambda before: self.validation[before]["loss"])
+            if each["loss"] > self.validation[lowest]["loss"] and means[place] < means[lowest]:
+                found.append(
+                    {
+                        "step": each["step"],
+                        "loss": each["loss"],
+                        "training_loss": means[place],
+                        "lowest_step": self.validation[lowest]["step"],
+                        "lowest_loss": self.validation[lowest]["loss"],
+                        "lowest_training_loss": means[lowest],
+                    }
+                )
+        return found
+
+
+def _mean_loss(curve: Sequence[Mapping[str, float]]) -> float:
+    return sum(point["loss"] for point in curve) / max(1, len(curve))
+
 
 def batch_loss(network: Network, trained: Trainable, batch: Batch, divisor: float) -> Tensor:
     """Summed loss of a batch's labels over divisor, a scalar with gradients to the copies of what is trained."""
@@ -186,6 +214,8 @@ class Run:
         course.curve.append(
             {"step": course.step, "loss": loss, "learning_rate": rate, "tokens": tokens, "seconds": spent}
         )
+        if course.step in self._validated_at:
+            self.warn()
         task.note(f"loss {loss:.3f}, {tokens / spent:.0f} tokens/s")
         task.advance(tokens)
         if self.over or time.perf_counter() - self._saved > self.settings.checkpoint_seconds:
@@ -211,6 +241,20 @@ class Run:
         elif best is not None and patience is not None and len(course.validation) - 1 - best >= patience:
             course.ended = f"no lower validation loss in {patience} validations"
             self.progress.say(f"stopping at step {course.step}: {course.ended}")
+
+    def warn(self) -> None:
+        """Say that the run begins to overfit, at the first validation after the lowest that shows it."""
+        course = self.course
+        found = course.overfitting
+        if not found or found[-1]["step"] != course.step or course.best != len(course.validation) - 2:
+            return
+        now = found[-1]
+        kept = "the weights of then are kept" if self.settings.keep == "best" else "`keep: best` would keep those"
+        self.progress.say(
+            f"overfitting at step {course.step}: the validation loss rose from {now['lowest_loss']:.3f} (step "
+            f"{now['lowest_step']:.0f}) to {now['loss']:.3f} while the training loss fell from "
+            f"{now['lowest_training_loss']:.3f} to {now['training_loss']:.3f}; {kept}"
+        )
 
     @torch.no_grad()
     def settle(self) -> None:

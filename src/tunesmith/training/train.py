@@ -270,6 +270,7 @@ def _measured(course: Course, examples: float, tokens: float, expected: Estimate
         "final_loss": sum(step["loss"] for step in tail) / len(tail),
         "curve": asdict(course)["curve"],
         "validation": course.validation,
+        "overfitting": course.overfitting,
         "kept": kept,
         "ended": course.ended,
     }
