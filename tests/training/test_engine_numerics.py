@@ -19,7 +19,7 @@ from tunesmith.models.network import frozen_linear
 from tunesmith.models.rendering import LossOn, Rendered, Renderer
 from tunesmith.models.weights import load_network
 from tunesmith.store.store import Store
-from tunesmith.training.batches import lay_out_step, plan
+from tunesmith.training.batches import plan
 from tunesmith.training.loop import batch_loss, fit, gradients, rate_at
 from tunesmith.training.lora import Lora
 from tunesmith.training.settings import TARGETS, TrainSettings
@@ -226,23 +226,6 @@ def test_the_loop_is_torchs_adamw_with_its_clipping(tmp_path: Path, clip: float)
     assert (max(norms) > clip) == (clip < 1)
     for one, other in zip(ours.masters, theirs.masters, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-
-
-def test_the_loss_is_the_same_whatever_the_parts_of_a_step(tmp_path: Path) -> None:
-    from tunesmith.core.progress import SILENT
-
-    folder, rows = _setting(tmp_path, "qwen2")
-    network = load_network(folder, torch.float32)
-    settings = TrainSettings(rank=4, learning_rate=0.01)
-    many = [*rows, *rows[:2]]
-    losses = []
-    for tokens in (100_000, 64):
-        step = lay_out_step(many, tokens)
-        plan = [step] * 5
-        course = fit(network, Lora(network, settings), plan, [], settings, tmp_path / str(tokens), {}, SILENT)
-        losses.append([point["loss"] for point in course.curve])
-    assert len(lay_out_step(many, 64)) > 1 == len(lay_out_step(many, 100_000))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_frozen_linear_knows_biases(tmp_path: Path) -> None:
