@@ -3,6 +3,10 @@
 A batch's rows stand one after another without padding. Their common beginning (the system prompt, the template's
 opening) stands once, before them: every row's attention reads it from there, and its gradient is the sum over the
 rows, exactly as if each row had carried its own copy.
+
+Rows may end in filler: tokens behind a row's last label, which nothing reads. The libraries that multiply matrices make
+a program for every new shape and keep it, some 0.3 MB each, so a run of rows of many lengths would grow for hours: with
+filler it has a few dozen shapes.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from tunesmith.models.rendering import Rendered
 class Batch:
     """prefix tokens shared by all rows, then each row's own tokens.
 
-    ids, positions: [T]. lengths: own tokens of each row. predicts: places in T whose hidden state predicts a label.
+    ids, positions: [T]. lengths: own tokens of each row, filler included. predicts: places in T whose hidden state
+    predicts a label.
     labels: [N] the tokens predicted there.
     """
 
@@ -42,10 +47,10 @@ def lay_out(rows: Sequence[Rendered]) -> Batch:
     prefix = _shared(rows)
     ids = list(rows[0].ids[:prefix])
     positions = list(range(prefix))
-    lengths: list[int] = []
+    lengths = _filled(prefix, [_last(row) - prefix for row in rows])
     predicts: list[int] = []
     labels: list[int] = []
-    for row in rows:
+    for row, length in zip(rows, lengths, strict=True):
         last = _last(row)
         own = row.ids[prefix:last]
         offset = len(ids) - prefix
@@ -54,8 +59,8 @@ def lay_out(rows: Sequence[Rendered]) -> Batch:
                 predicts.append(offset + place - 1)
                 labels.append(row.ids[place])
         ids.extend(own)
-        positions.extend(range(prefix, last))
-        lengths.append(len(own))
+        ids.extend([own[-1]] * (length - len(own)))
+        positions.extend(range(prefix, prefix + length))
     return Batch(
         ids=torch.tensor(ids),
         positions=torch.tensor(positions),
@@ -69,7 +74,7 @@ def lay_out(rows: Sequence[Rendered]) -> Batch:
 def computed_tokens(rows: Sequence[Rendered]) -> int:
     """Tokens that a batch of rows computes."""
     shared = _shared(rows)
-    return shared + sum(_last(row) - shared for row in rows)
+    return shared + sum(_filled(shared, [_last(row) - shared for row in rows]))
 
 
 def label_count(row: Rendered) -> int:
@@ -86,6 +91,25 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
             break
         same += 1
     return same
+
+
+def _filled(prefix: int, lengths: Sequence[int]) -> list[int]:
+    """Lengths with filler, so that the longest and the sum of all are among a few numbers; short rows take it first,
+    since attention works on all as if they were as long as the longest."""
+    filled = list(lengths)
+    longest = filled[filled.index(max(filled))] = _rounded(max(filled))
+    wanted = _rounded(prefix + sum(filled)) - prefix - sum(filled)
+    for row in sorted(range(len(filled)), key=lambda row: filled[row]):
+        added = min(wanted, longest - filled[row])
+        filled[row] += added
+        wanted -= added
+    return filled
+
+
+def _rounded(count: int) -> int:
+    """count or a little more: a multiple of 4, and of an eighth of the power of two below it."""
+    grain = max(4, 1 << max(0, count.bit_length() - 4))
+    return -(-count // grain) * grain
 
 
 def _shared(rows: Sequence[Rendered]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.models import ops
@@ -16,6 +17,7 @@ from tunesmith.models.products import Frozen
 
 _CHUNK = 256
 _LEARNT_CHUNK = 1024  # where the head learns: its whole gradient is summed up once a chunk
+_GRAIN = 32  # chunks are multiples of it, so that they have few sizes: see models.batch
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -55,4 +57,6 @@ def cross_entropy(hidden: Tensor, head: Frozen, labels: Tensor, share: Tensor, w
     share: a label's weight over the sum of the whole step's, so that accumulation does not change the loss. weight:
     the head's own, where it learns.
     """
+    spare = -hidden.shape[0] % _GRAIN
+    hidden, labels, share = F.pad(hidden, (0, 0, 0, spare)), F.pad(labels, (0, spare)), F.pad(share, (0, spare))
     return _CrossEntropy.apply(hidden, head, labels, share, weight)  # type: ignore[no-any-return]

@@ -34,7 +34,7 @@ from tunesmith.training.together import fit_together
 from tunesmith.training.trainable import Trainable
 
 # Part of what a checkpoint must agree on: bump when the engine's arithmetic or its batch plan changes.
-ENGINE = 2
+ENGINE = 3
 
 
 class TrainingRow(NamedTuple):
