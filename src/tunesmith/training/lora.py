@@ -122,7 +122,7 @@ class Lora:
         if self._departure is not None:
             _, *into = zip(*self._pairs.values(), strict=True)
             gradients = self._departure.gradients(*into)
-        found = [gradient.float().mul_(factor) for gradient, factor in zip(gradients, self._factors, strict=True)]
+        found = [gradient.float() * factor for gradient, factor in zip(gradients, self._factors, strict=True)]
         if self.magnitudes is not None:
             found.append(self.magnitudes.take_gradients())
         for master, gradient in zip(self.masters, found, strict=True):
