@@ -102,7 +102,7 @@ def test_a_step_in_parts_has_the_whole_steps_gradient(folder: Path, rows: list[R
             master.grad = None
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+        assert (one - other).norm() < 1e-4 * one.norm()
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(64, 200))
