@@ -7,7 +7,17 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from tunesmith.core.messages import Message
 
@@ -42,6 +52,30 @@ FAMILIES = {
     "mistral": lambda **k: MistralConfig(**k, sliding_window=None),
     "qwen2": lambda **k: Qwen2Config(**k, use_sliding_window=False),
     "qwen3": lambda **k: Qwen3Config(**k, use_sliding_window=False),
+    # Windows shorter than the tests' rows, and so short that some reach into a shared prefix and some do not.
+    "mistral-window": lambda **k: MistralConfig(**k, sliding_window=7),
+    "qwen2-window": lambda **k: Qwen2Config(**k, use_sliding_window=True, sliding_window=11, max_window_layers=1),
+    "smollm3": lambda **k: SmolLM3Config(**k, no_rope_layers=[1, 0, 1]),
+    "gemma": lambda **k: GemmaConfig(**k),
+    # Caps so small that they bend the scores of random weights.
+    "gemma2": lambda **k: Gemma2Config(
+        **k,
+        sliding_window=9,
+        query_pre_attn_scalar=5,
+        attn_logit_softcapping=1.5,
+        final_logit_softcapping=2.0,
+        attn_implementation="eager",
+    ),
+    "gemma3": lambda **k: Gemma3TextConfig(
+        **k,
+        sliding_window=9,
+        query_pre_attn_scalar=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
 }
 
 

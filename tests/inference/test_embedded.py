@@ -174,6 +174,32 @@ def test_a_prompt_of_context_length_and_more_is_refused(engine: EmbeddedEngine) 
         engine.generate([Generation((Message(role="user", content="!" * room),), max_tokens=5)])
 
 
+FAMILIES = ("gemma", "gemma2", "gemma3", "mistral-window", "qwen2-window", "smollm3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_attention_decodes_as_in_transformers(tmp_path: Path, family: str) -> None:
+    write_model(tmp_path / "m", family)
+    base = resolve_base(Store(tmp_path / "store"), "m", tmp_path)
+    engine = EmbeddedEngine(base)
+    requests = _requests(max_tokens=24)  # past the windows' size, alone and behind a shared beginning
+    together = engine.generate(requests)
+    assert engine._prefixes, "the shared beginning was kept"
+    assert [EmbeddedEngine(base).generate([request])[0] for request in requests] == together
+    for request, answer in zip(requests, together, strict=True):
+        expected = _reference(base, engine, request)
+        assert answer.text == engine._renderer.text(expected)
+        assert answer.completion_tokens == len(expected)
+    (question,) = [Question((SYSTEM, Message(role="user", content=TEXTS[1])), ("yes", "the light"))]
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+    prompt = engine._renderer.prompt(question.messages)
+    for choice, score in zip(question.choices, engine.choose([question])[0], strict=True):
+        answer_ids = engine._renderer.answer(choice)
+        with torch.no_grad():
+            scores = model(torch.tensor([[*prompt, *answer_ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert score == pytest.approx(float(scores.gather(1, torch.tensor(answer_ids)[:, None]).sum()), abs=1e-3)
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"enum": ["on", "off"]}, "n": {"type": "integer", "minimum": 1, "maximum": 3}},

@@ -12,6 +12,7 @@ from tests.tiny import write_model
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.models.base import open_base, resolve_base
 from tunesmith.models.network import GROUPS
+from tunesmith.models.rendering import Renderer
 from tunesmith.models.weights import load_network
 from tunesmith.store.store import Store
 from tunesmith.training.settings import TARGETS
@@ -89,12 +90,49 @@ def test_what_the_engine_does_not_know_is_refused(tmp_path: Path, change: dict, 
         load_network(folder)
 
 
-def test_sliding_windows_are_refused(tmp_path: Path) -> None:
-    folder = write_model(tmp_path, "mistral")
+@pytest.mark.parametrize(
+    ("family", "change", "told"),
+    [
+        ("mistral", {"layer_types": ["chunked_attention"] * 3}, "type 'chunked_attention'"),
+        ("gemma2", {"hidden_activation": "relu"}, "activation 'relu'"),
+        ("gemma3", {"use_bidirectional_attention": True}, "later tokens"),
+        ("gemma3", {"attn_logit_softcapping": 20.0}, "capped attention scores"),
+    ],
+)
+def test_what_a_family_does_not_compute_is_refused(tmp_path: Path, family: str, change: dict, told: str) -> None:
+    folder = write_model(tmp_path, family)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 32}))
-    with pytest.raises(Refused, match="sliding-window"):
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(Refused, match=told):
         load_network(folder)
+
+
+def test_windows_are_kept_where_they_are_shorter_than_the_context(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "gemma3")
+    assert [layer.window for layer in load_network(folder).layers] == [9, None, 9]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": config["max_position_embeddings"]}))
+    assert not any(layer.window for layer in load_network(folder).layers)
+
+
+def test_code_that_a_base_names_is_never_run(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\nclass Tokenizer: pass\n")
+    for name, entry in (
+        ("config.json", {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Config"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]}),
+    ):
+        stated = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(stated | {"auto_map": entry}))
+    load_network(folder)
+    Renderer(folder)
+    assert not ran.exists()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own"}))
+    with pytest.raises(Refused, match="family 'own' are not supported"):
+        load_network(folder)
+    assert not ran.exists()
 
 
 def test_missing_and_surplus_tensors_are_refused(tmp_path: Path) -> None:

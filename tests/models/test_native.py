@@ -103,8 +103,8 @@ def test_tokens_go_into_blocks_and_back(
     mixed = _random(dtype, count, network.parts("qkv")[0], seed=1)
 
     def run() -> list[Tensor]:
-        blocks = layout.split(qkv)
-        return [*blocks, layout.join(blocks), *layout.queries(mixed), layout.tokens(*layout.queries(mixed))]
+        blocks = layout.split(qkv, 0)
+        return [*blocks, layout.join(blocks, 0), *layout.queries(mixed), layout.tokens(*layout.queries(mixed))]
 
     compiled, portable = _both(monkeypatch, run)
     for one, other in zip(compiled, portable, strict=True):
@@ -143,7 +143,7 @@ def test_a_decoding_step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, pr
         q = ops.decode_split(qkv, angles.cos(), angles.sin(), keys, values, places)
         shared = _random(dtype, kv, 3 * group, prefix, seed=3) if prefix else None
         out = torch.zeros(rows, kv * group * size, dtype=dtype)
-        ops.decode_mix(q, shared, keys, values, places, behind, 0.3, out)
+        ops.decode_mix(q, shared, keys, values, places, behind, out, 0.3)
         assert not out[0].any(), "a row of another group"
         return [q, keys, values, out, *([shared] if shared is not None else [])]
 

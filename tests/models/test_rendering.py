@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -212,3 +213,33 @@ def test_a_base_without_template_is_refused(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(Refused, match="no chat template"):
         Renderer(tmp_path)
+
+
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else "
+    "message['role']) + '\n' + message['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def test_a_template_of_two_speakers_begins_once_and_refuses_a_system_message(tmp_path: Path) -> None:
+    """As Gemma's: a beginning token of its own, `model` for the assistant, no system messages."""
+    renderer = Renderer(write_model(tmp_path / "m", template=GEMMA))
+    turns = row("turn on", "done")
+    one = renderer.conversation(turns[1:])
+    assert one.ids[0] == renderer.tokenizer.bos_token_id
+    assert one.ids.count(renderer.tokenizer.bos_token_id) == 1
+    assert list(one.ids[: one.trained.index(True)]) == renderer.prompt(turns[1:2])
+    assert renderer.text([token for token, mark in zip(one.ids, one.trained, strict=True) if mark]) == "done"
+    with pytest.raises(UsageError, match=r"System role not supported(.|\n)*user's message"):
+        renderer.prompt(turns[:2])
+
+
+def test_an_answer_ends_as_the_template_ends_turns(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    stated = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(stated | {"eos_token": "!", "pad_token": "!"}))
+    ends = Renderer(write_model(tmp_path / "other")).stop_ids
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(ends)}))
+    assert Renderer(folder).answer("done")[-1] in ends

@@ -240,20 +240,21 @@ class Batch:
 
     def _advance(self, steady: _Steady) -> Tensor:
         """Run the tokens given last; logits [B, vocabulary]."""
-        network, places, scale = self._network, steady.places, self._network.shape.attention_scale
-        cos, sin = angles(network, places.lengths + steady.starts)
+        network, places, shape = self._network, steady.places, self._network.shape
+        turns = angles(network, places.lengths + steady.starts)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             keys, values = self.cache.keys[layer], self.cache.values[layer]
-            q = ops.decode_split(qkv, cos, sin, keys, values, places)
+            how = (shape.attention_scale, network.layers[layer].window, shape.score_cap)
+            q = ops.decode_split(qkv, *turns[network.layers[layer].rotary], keys, values, places)
             out = q.new_empty(q.shape[1], q.shape[0] * q.shape[2] * q.shape[3])
             for prefix, rows in steady.groups:
                 if prefix is None:
-                    ops.decode_mix(q, None, keys, values, places, rows, scale, out)
+                    ops.decode_mix(q, None, keys, values, places, rows, out, *how)
                     continue
                 mine = q[:, rows]
                 shared = mine.flatten(1, 2) @ prefix.keys[layer].transpose(1, 2)
-                ops.decode_mix(q, shared, keys, values, places, rows, scale, out)
+                ops.decode_mix(q, shared, keys, values, places, rows, out, *how)
                 over = (shared @ prefix.values[layer]).view(mine.shape)
                 out[rows].view_as(over.transpose(0, 1)).add_(over.transpose(0, 1))
             return out
@@ -355,12 +356,12 @@ def _run(
     layout = Layout(0, lengths, positions, network)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        blocks = layout.split(qkv)
+        blocks = layout.split(qkv, layer)
         earlier = before(layer)
         keep(layer, layout, blocks)
         if earlier is not None:
             blocks = Blocks(blocks.qp, *earlier, *blocks[3:])
-        early, mixed, *_ = mix(layout, blocks)
+        early, mixed, *_ = mix(layout, blocks, layer)
         return layout.tokens(early, mixed)
 
     return forward(network, torch.tensor([token for part in parts for token in part]), linear, attend)

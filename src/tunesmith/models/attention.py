@@ -45,7 +45,9 @@ class Layout:
         rows = [-1] * prefix + [row for row, length in enumerate(lengths) for _ in range(length)]
         places = [*range(prefix), *(place for length in lengths for place in range(length))]
         self.row_of, self.place_of = torch.tensor(rows), torch.tensor(places)
-        self.cos, self.sin = angles(network, positions)
+        self.turns = angles(network, positions)
+        self.rotary = [layer.rotary for layer in network.layers]
+        self.windows, self.cap = [layer.window for layer in network.layers], shape.score_cap
         self.native = native.TokenLayout(
             *(len(rows), prefix, self.rows, self.longest, self.kv, self.group, shape.head),
             *(self.row_of.data_ptr(), self.place_of.data_ptr()),
@@ -68,30 +70,32 @@ class Layout:
             v.view(kv, self.rows, self.longest, size),
         )
 
-    def split(self, qkv: Tensor) -> Blocks:
-        """qkv [T, (H + 2 K) * D] to blocks, queries and keys rotated."""
+    def split(self, qkv: Tensor, layer: int) -> Blocks:
+        """qkv [T, (H + 2 K) * D] of a layer to blocks, queries and keys rotated."""
         blocks = self.blocks(qkv)
+        cos, sin = self.turns[self.rotary[layer]]
         kernel = ops.kernel_for("split", qkv)
         if kernel is not None:
-            self._call(kernel, qkv.contiguous(), blocks)
+            self._call(kernel, qkv.contiguous(), blocks, cos, sin)
             return blocks
         heads = self.kv * self.group
         parts = qkv.unflatten(-1, (-1, self.shape.head)).split((heads, self.kv, self.kv), 1)
-        turned = (ops.rotate(parts[0], self.cos, self.sin), ops.rotate(parts[1], self.cos, self.sin), parts[2])
+        turned = (ops.rotate(parts[0], cos, sin), ops.rotate(parts[1], cos, sin), parts[2])
         for part, early, own in zip(turned, blocks[:3], blocks[3:], strict=True):
             self._fill(part, early, own)
         return blocks
 
-    def join(self, blocks: Blocks) -> Tensor:
+    def join(self, blocks: Blocks, layer: int) -> Tensor:
         """Gradients of the blocks back to a gradient of qkv."""
         heads = self.kv * self.group
+        cos, sin = self.turns[self.rotary[layer]]
         out = blocks.q.new_empty(len(self.row_of), (heads + 2 * self.kv) * self.shape.head)
         kernel = ops.kernel_for("split_backward", out)
         if kernel is not None:
-            self._call(kernel, out, blocks)
+            self._call(kernel, out, blocks, cos, sin)
             return out
         parts = [self._take(early, own) for early, own in zip(blocks[:3], blocks[3:], strict=True)]
-        turned = (ops.rotate(parts[0], self.cos, -self.sin), ops.rotate(parts[1], self.cos, -self.sin), parts[2])
+        turned = (ops.rotate(parts[0], cos, -sin), ops.rotate(parts[1], cos, -sin), parts[2])
         return torch.cat(turned, 1).flatten(1)
 
     def tokens(self, early: Tensor, own: Tensor) -> Tensor:
@@ -113,11 +117,9 @@ class Layout:
             self._gather(kernel, x.contiguous(), blocks.qp, blocks.q, 0)
         return blocks.qp, blocks.q
 
-    def _call(self, kernel: Any, flat: Tensor, blocks: Blocks) -> None:
+    def _call(self, kernel: Any, flat: Tensor, blocks: Blocks, cos: Tensor, sin: Tensor) -> None:
         at = ops.at
-        kernel(
-            ctypes.byref(self.native), at(flat), at(self.cos), at(self.sin), *map(at, blocks), torch.get_num_threads()
-        )
+        kernel(ctypes.byref(self.native), at(flat), at(cos), at(sin), *map(at, blocks), torch.get_num_threads())
 
     def _gather(self, kernel: Any, flat: Tensor, early: Tensor, own: Tensor, to_tokens: int) -> None:
         at = ops.at
@@ -147,28 +149,29 @@ def shared_prefix_attention(batch: Batch, network: Network) -> Attend:
     """Attention for one batch, to be passed to network.forward."""
     layout = Layout(batch.prefix, batch.lengths, batch.positions, network)
 
-    def attend(_layer: int, qkv: Tensor) -> Tensor:
-        return _Attention.apply(qkv, layout)  # type: ignore[no-any-return]
+    def attend(layer: int, qkv: Tensor) -> Tensor:
+        return _Attention.apply(qkv, layout, layer)  # type: ignore[no-any-return]
 
     return attend
 
 
-def mix(layout: Layout, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def mix(layout: Layout, blocks: Blocks, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Mixed values of the prefix's tokens and of the rows', as queries lie, and the weights behind them: the prefix's,
     the rows' on the prefix [K, B * G * L, P], the rows' own [K * B, G * L, L].
 
     Where the prefix was computed before, its queries are left out: qp is empty, kp and vp are not.
     """
     qp, kp, vp, q, k, v = blocks
+    window, cap = layout.windows[layer], layout.cap
     early = qp @ kp.transpose(1, 2)
     mixed_early = qp
     if qp.numel():
-        ops.softmax_(None, early, layout.scale)
+        ops.softmax_(None, early, layout.scale, window, cap)
         mixed_early = early @ vp
     flat = q.flatten(1, 2)
     shared = flat @ kp.transpose(1, 2)
     own = q.flatten(0, 1) @ k.flatten(0, 1).transpose(1, 2)
-    ops.softmax_(shared if kp.numel() else None, own, layout.scale)
+    ops.softmax_(shared if kp.numel() else None, own, layout.scale, window, cap)
     mixed = own @ v.flatten(0, 1)
     if kp.numel():
         mixed.view_as(flat).baddbmm_(shared, vp)
@@ -177,20 +180,20 @@ def mix(layout: Layout, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor,
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, layout: Layout) -> Tensor:
-        blocks = layout.split(qkv)
-        early, own, *weights = mix(layout, blocks)
+    def forward(ctx: Any, qkv: Tensor, layout: Layout, layer: int) -> Tensor:
+        blocks = layout.split(qkv, layer)
+        early, own, *weights = mix(layout, blocks, layer)
         kept = sum(weight.numel() for weight in weights) <= _KEPT
         ctx.save_for_backward(*blocks, *(weights if kept else ()))
-        ctx.layout = layout
+        ctx.layout, ctx.layer = layout, layer
         return layout.tokens(early, own)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         layout: Layout = ctx.layout
         blocks = Blocks(*ctx.saved_tensors[:6])
         qp, kp, vp, q, k, v = blocks
-        early, shared, own = ctx.saved_tensors[6:] or mix(layout, blocks)[2:]
+        early, shared, own = ctx.saved_tensors[6:] or mix(layout, blocks, ctx.layer)[2:]
         gp, g = layout.queries(gradient)
         out = layout.blocks(gradient)
         flat, rows = g.flatten(1, 2), g.flatten(0, 1)
@@ -198,11 +201,15 @@ class _Attention(torch.autograd.Function):
         torch.bmm(own.transpose(1, 2), rows, out=out.v.flatten(0, 1))
         if not layout.prefix:
             ops.softmax_backward_(None, own, None, to_own, layout.scale)
+            _through_cap(layout, to_own, q.flatten(0, 1), k.flatten(0, 1))
         else:
             to_shared = flat @ vp.transpose(1, 2)
             ops.softmax_backward_(shared, own, to_shared, to_own, layout.scale)
             to_early = gp @ vp.transpose(1, 2)
             ops.softmax_backward_(None, early, None, to_early, layout.scale)
+            _through_cap(layout, to_own, q.flatten(0, 1), k.flatten(0, 1))
+            _through_cap(layout, to_shared, q.flatten(1, 2), kp)
+            _through_cap(layout, to_early, qp, kp)
             torch.bmm(early.transpose(1, 2), gp, out=out.vp).baddbmm_(shared.transpose(1, 2), flat)
             torch.bmm(to_early, kp, out=out.qp)
             torch.bmm(to_early.transpose(1, 2), qp, out=out.kp).baddbmm_(to_shared.transpose(1, 2), q.flatten(1, 2))
@@ -210,4 +217,11 @@ class _Attention(torch.autograd.Function):
         torch.bmm(to_own.transpose(1, 2), q.flatten(0, 1), out=out.k.flatten(0, 1))
         if layout.prefix:
             out.q.flatten(1, 2).baddbmm_(to_shared, kp)
-        return layout.join(out), None
+        return layout.join(out, ctx.layer), None, None
+
+
+def _through_cap(layout: Layout, gradient: Tensor, q: Tensor, k: Tensor) -> None:
+    """A gradient of capped scores to one of the scores q k^T themselves, in place: times 1 - tanh^2."""
+    if layout.cap is not None:
+        ratio = (q @ k.transpose(1, 2)).float().mul_(layout.scale / layout.cap).tanh_()
+        gradient.mul_(1 - ratio.square_())

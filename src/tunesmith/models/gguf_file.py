@@ -77,6 +77,12 @@ def check_offered(base: Path) -> str:
     positions = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
     if positions != "default":
         raise _refusal(base, f"rotary positions of type {positions!r} are not written as GGUF")
+    slides = family == "mistral" or config.get("use_sliding_window")
+    if (
+        slides
+        and (config.get("sliding_window") or config["max_position_embeddings"]) < config["max_position_embeddings"]
+    ):
+        raise _refusal(base, "sliding windows shorter than the context are not written as GGUF")
     _cut(base)
     return _ARCHITECTURES[family]
 

@@ -1,11 +1,11 @@
-"""The decoder-only transformer of Llama and its kin, as functions over frozen weights.
+"""The decoder-only transformer of Llama, Gemma and their kin, as functions over frozen weights.
 
 One forward serves training and decoding: what differs between them, how attention finds its keys and how a linear
 layer applies an adapter, is passed in. Shapes: T tokens of any number of rows laid end to end (no padding), H query
 heads, K key/value heads, D head size, M model width.
 
 Methods: RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), gated MLP (Shazeer 2020), grouped-query
-attention (Ainslie et al. 2023).
+attention (Ainslie et al. 2023), sliding windows (Beltagy et al. 2020), capped scores and logits (Gemma Team 2024).
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A network's sizes. attention_scale multiplies the scores."""
+    """A network's sizes, and where its family differs from Llama.
+
+    attention_scale multiplies the scores. norm_offset is added to the norms' weights, embedding_scale multiplies the
+    embeddings; gelu: the MLP's gate is tanh-approximated GELU instead of SiLU; score_cap c and logit_cap c: attention
+    scores and logits s are c tanh(s / c).
+    """
 
     layers: int
     width: int
@@ -47,17 +52,36 @@ class Shape:
     vocabulary: int
     epsilon: float
     attention_scale: float
+    norm_offset: float = 0.0
+    embedding_scale: float | None = None
+    gelu: bool = False
+    score_cap: float | None = None
+    logit_cap: float | None = None
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's frozen weights. linear: group -> its product."""
+    """One layer's frozen weights. linear: group -> its product. after_attention, after_mlp: norms of what a sub-layer
+    adds. rotary: which of the network's rotations. window: how many places a token sees, its own included; None: all.
+    """
 
     linear: dict[str, Frozen]
     attention_norm: Tensor
     mlp_norm: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
+    after_attention: Tensor | None = None
+    after_mlp: Tensor | None = None
+    rotary: int = 0
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How queries and keys turn with their position: inverse_frequencies [D / 2], all zero where they do not turn."""
+
+    inverse_frequencies: Tensor
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -70,8 +94,7 @@ class Network:
     tied: bool
     final_norm: Tensor
     layers: tuple[Layer, ...]
-    inverse_frequencies: Tensor  # [D / 2]
-    rope_scale: float
+    rotary: tuple[Rotary, ...]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,20 +112,35 @@ class Network:
 
 def forward(network: Network, ids: Tensor, linear: Linear, attend: Attend) -> Tensor:
     """Hidden states [T, M] before the final norm, of ids [T]; attend knows their positions."""
-    epsilon = network.shape.epsilon
+    shape = network.shape
+    epsilon, offset = shape.epsilon, shape.norm_offset
+
+    def normed(x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else rms_norm(x, weight, epsilon, offset)
+
     x = embed(ids, network.embedding)
+    if shape.embedding_scale is not None:  # the factor rounded as the weights are
+        x = x * torch.tensor(shape.embedding_scale, dtype=x.dtype)
     added: Tensor | None = None  # what the sub-layer before adds to x
     for number, layer in enumerate(network.layers):
-        x, h = add_norm(x, added, layer.attention_norm, epsilon)
+        x, h = add_norm(x, added, layer.attention_norm, epsilon, offset)
         qkv = _head_norms(network, layer, linear(number, "qkv", h))
-        x, h = add_norm(x, linear(number, "o", attend(number, qkv)), layer.mlp_norm, epsilon)
-        added = linear(number, "down", gated(linear(number, "gate_up", h)))
+        mixed = normed(linear(number, "o", attend(number, qkv)), layer.after_attention)
+        x, h = add_norm(x, mixed, layer.mlp_norm, epsilon, offset)
+        added = linear(number, "down", gated(linear(number, "gate_up", h), gelu=shape.gelu))
+        added = normed(added, layer.after_mlp)
     return x if added is None else x + added
+
+
+def final(network: Network, hidden: Tensor) -> Tensor:
+    """Hidden states [T, M] behind the final norm, as the head reads them."""
+    return rms_norm(hidden, network.final_norm, network.shape.epsilon, network.shape.norm_offset)
 
 
 def logits(network: Network, hidden: Tensor) -> Tensor:
     """Logits [T, vocabulary] of hidden states [T, M]."""
-    return network.head(rms_norm(hidden, network.final_norm, network.shape.epsilon))
+    scores, cap = network.head(final(network, hidden)), network.shape.logit_cap
+    return scores if cap is None else torch.tanh(scores / cap) * cap
 
 
 def frozen_linear(network: Network) -> Linear:
@@ -114,10 +152,10 @@ def frozen_linear(network: Network) -> Linear:
     return apply
 
 
-def angles(network: Network, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, D / 2], fp32, of rotary positions [T]."""
-    turned = positions.float()[:, None] * network.inverse_frequencies
-    return turned.cos() * network.rope_scale, turned.sin() * network.rope_scale
+def angles(network: Network, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """cos and sin [T, D / 2], fp32, of positions [T], for each of the network's rotations."""
+    turned = [(positions.float()[:, None] * each.inverse_frequencies, each.scale) for each in network.rotary]
+    return [(angle.cos() * scale, angle.sin() * scale) for angle, scale in turned]
 
 
 def _head_norms(network: Network, layer: Layer, qkv: Tensor) -> Tensor:
@@ -127,7 +165,7 @@ def _head_norms(network: Network, layer: Layer, qkv: Tensor) -> Tensor:
     shape = network.shape
     q, k, v = qkv.split(network.parts("qkv"), dim=-1)
     q, k = (
-        rms_norm(part.unflatten(-1, (-1, shape.head)), weight, shape.epsilon).flatten(-2)
+        rms_norm(part.unflatten(-1, (-1, shape.head)), weight, shape.epsilon, shape.norm_offset).flatten(-2)
         for part, weight in ((q, layer.q_norm), (k, layer.k_norm))
     )
     return torch.cat((q, k, v), -1)
@@ -158,31 +196,33 @@ class _AddNorm(torch.autograd.Function):
     """The sum and its norm in one pass; the backward pass computes the normalised input again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        total, out, scale = ops.add_norm(x, y, weight, epsilon)
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, epsilon: float, offset: float) -> tuple[Tensor, Tensor]:
+        total, out, scale = ops.add_norm(x, y, weight, epsilon, offset)
         ctx.save_for_backward(total, weight, scale)
+        ctx.offset = offset
         return total, out
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, above: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         total, weight, scale = ctx.saved_tensors
-        result = ops.norm_backward(gradient, total, weight, scale, above)
+        result = ops.norm_backward(gradient, total, weight, scale, above, ctx.offset)
         learnt = _norm_weight_gradient(gradient, total, scale) if ctx.needs_input_grad[2] else None
-        return result, result, learnt, None
+        return result, result, learnt, None, None
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        x, out, scale = ops.add_norm(x, None, weight, epsilon)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
+        x, out, scale = ops.add_norm(x, None, weight, epsilon, offset)
         ctx.save_for_backward(x, weight, scale)
+        ctx.offset = offset
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
         learnt = _norm_weight_gradient(gradient, x, scale) if ctx.needs_input_grad[1] else None
-        return ops.norm_backward(gradient, x, weight, scale, None), learnt, None
+        return ops.norm_backward(gradient, x, weight, scale, None, ctx.offset), learnt, None, None
 
 
 def _norm_weight_gradient(gradient: Tensor, x: Tensor, scale: Tensor) -> Tensor:
@@ -192,31 +232,32 @@ def _norm_weight_gradient(gradient: Tensor, x: Tensor, scale: Tensor) -> Tensor:
     return (scale.view(1, -1) @ each).view(width).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm over the last dimension, in fp32 inside."""
-    return _RmsNorm.apply(x, weight, epsilon)  # type: ignore[no-any-return]
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:
+    """RMSNorm over the last dimension by weight + offset, in fp32 inside."""
+    return _RmsNorm.apply(x, weight, epsilon, offset)  # type: ignore[no-any-return]
 
 
-def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """x + y (x where y is None) and its RMSNorm."""
     if y is None:
-        return x, rms_norm(x, weight, epsilon)
-    return _AddNorm.apply(x, y, weight, epsilon)  # type: ignore[no-any-return]
+        return x, rms_norm(x, weight, epsilon, offset)
+    return _AddNorm.apply(x, y, weight, epsilon, offset)  # type: ignore[no-any-return]
 
 
 class _Gated(torch.autograd.Function):
-    """silu(gate) * up; keeps its input alone and computes the sigmoid again in the backward pass."""
+    """act(gate) * up; keeps its input alone and computes the activation again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, gelu: bool) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return ops.gated(gate_up)
+        ctx.gelu = gelu
+        return ops.gated(gate_up, gelu=gelu)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return ops.gated_backward(gradient, ctx.saved_tensors[0])
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ops.gated_backward(gradient, ctx.saved_tensors[0], gelu=ctx.gelu), None
 
 
-def gated(gate_up: Tensor) -> Tensor:
+def gated(gate_up: Tensor, *, gelu: bool = False) -> Tensor:
     """The gated MLP's middle: [T, 2 * F] -> [T, F]."""
-    return _Gated.apply(gate_up)  # type: ignore[no-any-return]
+    return _Gated.apply(gate_up, gelu)  # type: ignore[no-any-return]

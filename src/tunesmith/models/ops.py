@@ -80,24 +80,30 @@ def norm_backward(
     return out
 
 
-def gated(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of [T, 2 F] -> [T, F]."""
+def gated(gate_up: Tensor, *, gelu: bool = False) -> Tensor:
+    """silu(gate) * up of [T, 2 F] -> [T, F]; gelu: the gate through GELU's tanh approximation, in PyTorch."""
     width = gate_up.shape[-1] // 2
-    kernel = kernel_for("gated", gate_up)
+    kernel = None if gelu else kernel_for("gated", gate_up)
     if kernel is None:
         gate, other = gate_up.chunk(2, -1)
-        return F.silu(gate) * other
+        return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * other
     gate_up = gate_up.contiguous()
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     kernel(at(gate_up), at(out), _int(out.numel() // width), _int(width), _threads())
     return out
 
 
-def gated_backward(gradient: Tensor, gate_up: Tensor) -> Tensor:
+def gated_backward(gradient: Tensor, gate_up: Tensor, *, gelu: bool = False) -> Tensor:
     """Gradient [T, 2 F] of gated's input."""
     width = gradient.shape[-1]
-    kernel = kernel_for("gated_backward", gate_up)
+    kernel = None if gelu else kernel_for("gated_backward", gate_up)
     result = torch.empty_like(gate_up)
+    if gelu:
+        gate, other = gate_up.chunk(2, -1)
+        to_gate, to_up = result.chunk(2, -1)
+        torch.mul(gradient, F.gelu(gate, approximate="tanh"), out=to_up)
+        to_gate.copy_(torch.ops.aten.gelu_backward(gradient * other, gate, approximate="tanh"))
+        return result
     if kernel is None:
         gate, other = gate_up.chunk(2, -1)
         sigmoid = torch.sigmoid(gate)
@@ -111,25 +117,41 @@ def gated_backward(gradient: Tensor, gate_up: Tensor) -> Tensor:
     return result
 
 
-def softmax_(shared: Tensor | None, own: Tensor, scale: float) -> None:
+def softmax_(
+    shared: Tensor | None, own: Tensor, scale: float, window: int | None = None, cap: float | None = None
+) -> None:
     """Scores to attention weights, in place: own [..., R * L, L] is causal (row r may look at r % L + 1 places) and
-    shared [..., R * L, P] open; the two are one distribution."""
+    shared [..., R * L, P] open; the two are one distribution.
+
+    window: a row sees so many places, its own the last of them. cap: scores are capped by cap_. Both in PyTorch.
+    """
     longest = own.shape[-1]
-    kernel = kernel_for("softmax", own)
+    cut = 0 if shared is None else shared.shape[-1]
+    if window is not None and cut + longest <= window:
+        window = None
+    kernel = kernel_for("softmax", own) if window is None and cap is None else None
     if kernel is None:
         rows = own.shape[-2] // longest
-        hidden = torch.ones(longest, longest, dtype=torch.bool, device=own.device).triu(1).repeat(rows, 1)
-        scores = own.float().mul_(scale).masked_fill_(hidden, float("-inf"))
+        hidden = torch.ones(longest, longest, dtype=torch.bool, device=own.device).triu(1)
+        if window is not None:
+            hidden |= hidden.new_ones(longest, longest).tril(-window)
+        scores = cap_(own.float().mul_(scale), cap).masked_fill_(hidden.repeat(rows, 1), float("-inf"))
         if shared is None:
             own.copy_(torch.softmax(scores, -1))
             return
-        cut = shared.shape[-1]
-        weights = torch.softmax(torch.cat((shared.view(*own.shape[:-1], cut).float() * scale, scores), -1), -1)
+        early = cap_(shared.view(*own.shape[:-1], cut).float() * scale, cap)
+        if window is not None:
+            early.masked_fill_(hidden.new_ones(longest, cut).tril(cut - window).repeat(rows, 1), float("-inf"))
+        weights = torch.softmax(torch.cat((early, scores), -1), -1)
         shared.copy_(weights[..., :cut].reshape(shared.shape))
         own.copy_(weights[..., cut:])
         return
-    cut = 0 if shared is None else shared.shape[-1]
     kernel(at(shared), at(own), _int(own.numel() // longest), _int(cut), _int(longest), _float(scale), _threads())
+
+
+def cap_(scores: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(scores / cap), in place; scores as they are where cap is None."""
+    return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
 
 def softmax_backward_(shared: Tensor | None, own: Tensor, dshared: Tensor | None, down: Tensor, scale: float) -> None:
@@ -218,24 +240,32 @@ def decode_mix(
     values: Tensor,
     places: Places,
     rows: slice,
-    scale: float,
     out: Tensor,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
 ) -> None:
     """Into those rows of out [B, H * D] the mixed values of each one's own places, lengths[b] + 1 of them; shared
-    [K, rows * G, P], the scores on a prefix of theirs, become its weights in place: one distribution over both."""
+    [K, rows * G, P], the scores on a prefix of theirs, become its weights in place: one distribution over both.
+    window, cap: see softmax_."""
     kv, _, group, _ = q.shape
     first, count = rows.start, rows.stop - rows.start
     prefix = 0 if shared is None else shared.shape[-1]
-    kernel = kernel_for("decode_mix", q)
+    if window is not None and prefix + int(places.lengths[rows].max()) < window:
+        window = None
+    kernel = kernel_for("decode_mix", q) if window is None and cap is None else None
     if kernel is None:
         lengths = places.lengths[rows]
         seen = int(lengths.max()) + 1
         mine = q[:, rows].transpose(0, 1).float() * scale
-        scores = mine @ places.gather(keys, rows, seen).float().transpose(-1, -2)
+        scores = cap_(mine @ places.gather(keys, rows, seen).float().transpose(-1, -2), cap)
         scores = scores.masked_fill((torch.arange(seen) > lengths[:, None])[:, None, None], float("-inf"))
         if shared is not None:
-            early = shared.view(kv, count, group, prefix).transpose(0, 1).float() * scale
+            early = cap_(shared.view(kv, count, group, prefix).transpose(0, 1).float() * scale, cap)
             scores = torch.cat((early, scores), -1)
+        if window is not None:
+            gone = torch.arange(prefix + seen) <= (prefix + lengths - window)[:, None]
+            scores = scores.masked_fill(gone[:, None, None], float("-inf"))
         weights = torch.softmax(scores, -1)
         if shared is not None:
             shared.copy_(weights[..., :prefix].transpose(0, 1).reshape(shared.shape))

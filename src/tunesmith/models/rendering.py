@@ -20,6 +20,10 @@ from tunesmith.models.tool_turns import marked_tools, tool_turns
 LossOn = Literal["assistant", "last", "all"]
 
 
+# Gemma's first two generations: their template knows two speakers.
+_WITHOUT_SYSTEM = "where it knows no system messages, leave the prompt out, or write it into the user's message"
+
+
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """ids[i] is a token; trained[i] says whether it is learned, as an assistant's turn with its end token is."""
@@ -110,8 +114,14 @@ class Renderer:
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer as it would be decoded, an end token behind it."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return [*ids, self.tokenizer.eos_token_id]
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self._end_of_turn]
+
+    @cached_property
+    def _end_of_turn(self) -> int:
+        """What the template ends an answer with, which is not every tokenizer's end token (Gemma's ends a text)."""
+        turns = (Message(role="user", content="a"), Message(role="assistant", content="b"))
+        one = self.conversation(turns)
+        return one.ids[len(one.ids) - 1 - one.trained[::-1].index(True)]
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, control tokens left out."""
@@ -196,7 +206,9 @@ class Renderer:
             )
         except (TemplateError, TypeError) as error:  # a TypeError: a text joined to what a template did not expect
             raise UsageError(
-                f"the base's chat template refuses this conversation: {error}", where="messages"
+                f"the base's chat template refuses this conversation: {error}",
+                where="messages",
+                fix=_WITHOUT_SYSTEM if any(turn["role"] == "system" for turn in turns) else None,
             ) from error
 
     def _encode(self, text: str) -> Any:

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
-from tunesmith.models.network import GROUPS, Layer, Network, Shape
+from tunesmith.models.network import GROUPS, Layer, Network, Rotary, Shape
 from tunesmith.models.products import Frozen
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_GEMMAS = ("gemma", "gemma2", "gemma3_text")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", *_GEMMAS)
 # Rotary variants whose angles do not depend on the length of the text.
 _ROPES = ("default", "linear", "llama3", "yarn")
 
@@ -27,18 +28,8 @@ def load_network(
     variant that is not supported."""
     config = _configuration(folder)
     tensors = read_weights(folder, dtype) if weights is None else {name: w.to(dtype) for name, w in weights.items()}
-    heads = int(config.num_attention_heads)
-    shape = Shape(
-        layers=int(config.num_hidden_layers),
-        width=int(config.hidden_size),
-        heads=heads,
-        kv_heads=int(config.num_key_value_heads or heads),
-        head=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-        vocabulary=int(config.vocab_size),
-        epsilon=float(config.rms_norm_eps),
-        attention_scale=int(getattr(config, "head_dim", None) or config.hidden_size // heads) ** -0.5,
-    )
-    frequencies, scale = _rope(config)
+    shape = _shape(config)
+    turns = _rotations(config)
     embedding = _take(tensors, "model.embed_tokens.weight", folder)
     network = Network(
         shape=shape,
@@ -46,9 +37,11 @@ def load_network(
         head=Frozen(embedding if config.tie_word_embeddings else _take(tensors, "lm_head.weight", folder)),
         tied=bool(config.tie_word_embeddings),
         final_norm=_take(tensors, "model.norm.weight", folder),
-        layers=tuple(_layer(tensors, number, folder) for number in range(shape.layers)),
-        inverse_frequencies=frequencies,
-        rope_scale=scale,
+        layers=tuple(
+            _layer(tensors, number, folder, config, list(turns).index(_turn(config, number)))
+            for number in range(shape.layers)
+        ),
+        rotary=tuple(turns.values()),
     )
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -71,33 +64,97 @@ def _configuration(folder: Path) -> Any:
             f"models of family {family!r} are not supported", where=str(folder / "config.json"), fix=_supported()
         )
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if config.hidden_act != "silu":
-        raise Refused(f"activation {config.hidden_act!r} is not supported", where=str(folder), fix=_supported())
-    windows = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    if windows or (config.model_type == "mistral" and config.sliding_window):
-        raise Refused("sliding-window attention is not supported", where=str(folder), fix=_supported())
-    if getattr(config, "mlp_bias", False):
-        raise Refused("biases in the MLP are not supported", where=str(folder), fix=_supported())
+    wrong = _unsupported(config)
+    if wrong is not None:
+        raise Refused(f"{wrong} not supported", where=str(folder), fix=_supported())
     return config
 
 
+def _unsupported(config: Any) -> str | None:
+    """What of a configuration network.py does not compute."""
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != ("gelu_pytorch_tanh" if config.model_type in _GEMMAS else "silu"):
+        return f"activation {activation!r} is"
+    if unknown := set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
+        return f"attention of type {sorted(unknown)[0]!r} is"
+    if getattr(config, "mlp_bias", False):
+        return "biases in the MLP are"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "attention to later tokens is"
+    if config.model_type == "gemma3_text" and config.attn_logit_softcapping:  # transformers passes over it
+        return "capped attention scores in this family are"
+    return None
+
+
 def _supported() -> str:
-    return f"use a model of one of {', '.join(FAMILIES)}, with silu, full attention and no MLP bias"
+    return f"use a model of one of {', '.join(FAMILIES)}, with its family's own activation and no MLP bias"
 
 
-def _rope(config: Any) -> tuple[Tensor, float]:
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _shape(config: Any) -> Shape:
+    gemma = config.model_type in _GEMMAS
+    capped = config.model_type == "gemma2"
+    heads = int(config.num_attention_heads)
+    return Shape(
+        layers=int(config.num_hidden_layers),
+        width=int(config.hidden_size),
+        heads=heads,
+        kv_heads=int(config.num_key_value_heads or heads),
+        head=_head_size(config),
+        vocabulary=int(config.vocab_size),
+        epsilon=float(config.rms_norm_eps),
+        attention_scale=int(getattr(config, "query_pre_attn_scalar", None) or _head_size(config)) ** -0.5,
+        norm_offset=1.0 if gemma else 0.0,
+        embedding_scale=config.hidden_size**0.5 if gemma else None,
+        gelu=gemma,
+        score_cap=config.attn_logit_softcapping if capped else None,
+        logit_cap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _turn(config: Any, number: int) -> str:
+    """Which rotation a layer has, by the name of what decides it."""
+    if config.model_type == "gemma3_text":
+        return str(config.layer_types[number])
+    return "none" if config.model_type == "smollm3" and not config.no_rope_layers[number] else "all"
+
+
+def _rotations(config: Any) -> dict[str, Rotary]:
+    """The network's rotations by what _turn calls them."""
+    found: dict[str, Rotary] = {}
+    for turn in dict.fromkeys(_turn(config, number) for number in range(config.num_hidden_layers)):
+        if turn == "none":  # turned by nothing, which is exact: x * 1 - y * 0
+            found[turn] = Rotary(torch.zeros(_head_size(config) // 2), 1.0)
+        elif turn == "all":
+            found[turn] = _rope(config, config.rope_parameters)
+        else:
+            found[turn] = _rope(config, config.rope_parameters[turn], layer_type=turn)
+    return found
+
+
+def _rope(config: Any, parameters: Mapping[str, Any], **of: str) -> Rotary:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters = config.rope_parameters
     kind = parameters["rope_type"]
     if kind not in _ROPES:
         raise Refused(f"rotary positions of type {kind!r} are not supported", where="config.json", fix=_supported())
     if kind != "default":
-        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-        return frequencies, float(scale)
-    size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **of)
+        return Rotary(frequencies, float(scale))
+    size = _head_size(config)
     steps = torch.arange(0, size, 2, dtype=torch.float) / size
-    return 1.0 / (float(parameters["rope_theta"]) ** steps), 1.0
+    return Rotary(1.0 / (float(parameters["rope_theta"]) ** steps), 1.0)
+
+
+def _window(config: Any, number: int) -> int | None:
+    """How many places a layer's tokens see; None where that is all the context has."""
+    kinds = getattr(config, "layer_types", None)
+    slides = config.model_type == "mistral" if kinds is None else kinds[number] == "sliding_attention"
+    size = getattr(config, "sliding_window", None) if slides else None
+    return None if size is None or size >= config.max_position_embeddings else int(size)
 
 
 def read_weights(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -116,7 +173,20 @@ def _take(tensors: dict[str, Tensor], name: str, folder: Path) -> Tensor:
     return tensors.pop(name)
 
 
-def _layer(tensors: dict[str, Tensor], number: int, folder: Path) -> Layer:
+def norm_names(*, after: bool) -> dict[str, str]:
+    """Field of a Layer -> the name of its tensor. after: the family norms what sub-layers add; it calls that norm what
+    others call the MLP's."""
+    attention = {"attention_norm": "input_layernorm.weight"}
+    if not after:
+        return attention | {"mlp_norm": "post_attention_layernorm.weight"}
+    return attention | {
+        "after_attention": "post_attention_layernorm.weight",
+        "mlp_norm": "pre_feedforward_layernorm.weight",
+        "after_mlp": "post_feedforward_layernorm.weight",
+    }
+
+
+def _layer(tensors: dict[str, Tensor], number: int, folder: Path, config: Any, rotary: int) -> Layer:
     prefix = f"model.layers.{number}."
     linear = {}
     for group, parts in GROUPS.items():
@@ -124,10 +194,13 @@ def _layer(tensors: dict[str, Tensor], number: int, folder: Path) -> Layer:
         biased = all(f"{prefix}{part}.bias" in tensors for part in parts)
         bias = torch.cat([_take(tensors, f"{prefix}{part}.bias", folder) for part in parts]) if biased else None
         linear[group] = Frozen(weight, bias)
+    names = norm_names(after=config.model_type in ("gemma2", "gemma3_text"))
+    norms = {field: _take(tensors, prefix + name, folder) for field, name in names.items()}
     return Layer(
         linear=linear,
-        attention_norm=_take(tensors, f"{prefix}input_layernorm.weight", folder),
-        mlp_norm=_take(tensors, f"{prefix}post_attention_layernorm.weight", folder),
+        **norms,
         q_norm=tensors.pop(f"{prefix}self_attn.q_norm.weight", None),
         k_norm=tensors.pop(f"{prefix}self_attn.k_norm.weight", None),
+        rotary=rotary,
+        window=_window(config, number),
     )

@@ -21,7 +21,7 @@ from tunesmith.models import runtime
 from tunesmith.models.base import BaseModel
 from tunesmith.models.network import GROUPS, Layer, Linear, Network
 from tunesmith.models.products import Frozen
-from tunesmith.models.weights import read_weights
+from tunesmith.models.weights import norm_names, read_weights
 from tunesmith.models.whole import EMBEDDING, HEAD, encode_whole
 from tunesmith.training.lora import frozen
 from tunesmith.training.loss import cross_entropy
@@ -100,7 +100,8 @@ class Full:
         """The loss of labels under normed hidden states; the head learns where embeddings do."""
         head = self.network.head
         learns = self.network.embedding.requires_grad
-        return cross_entropy(hidden, head, labels, share, head.weight if learns else None)
+        weight = head.weight if learns else None
+        return cross_entropy(hidden, head, labels, share, weight, self.network.shape.logit_cap)
 
     def take_gradients(self) -> None:
         """Give the masters the gradients that the backward pass has summed up in fp32, weight by weight."""
@@ -154,13 +155,12 @@ def _places(network: Network, first: int, whole: bool) -> Iterator[_Place]:
                 yield _Place(tuple(f"{prefix}{part}.bias" for part in parts), rows, (product.out,), decays=False)
 
 
+_HEAD_NORMS = {"q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight"}
+
+
 def _norms(layer: Layer) -> list[tuple[str, Tensor]]:
-    found = [
-        ("input_layernorm.weight", layer.attention_norm),
-        ("post_attention_layernorm.weight", layer.mlp_norm),
-        ("self_attn.q_norm.weight", layer.q_norm),
-        ("self_attn.k_norm.weight", layer.k_norm),
-    ]
+    names = norm_names(after=layer.after_attention is not None) | _HEAD_NORMS
+    found = [(name, getattr(layer, field)) for field, name in names.items()]
     return [(name, norm) for name, norm in found if norm is not None]
 
 
@@ -187,13 +187,9 @@ def _rebuilt(network: Network, leaves: dict[str, Tensor], first: int) -> Network
         for group, parts in GROUPS.items():
             weight, bias = leaves[f"{prefix}{parts[0]}.weight"], leaves.get(f"{prefix}{parts[0]}.bias")
             linear[group] = Frozen(weight, bias, plain=True)
-        return Layer(
-            linear=linear,
-            attention_norm=leaves[f"{prefix}input_layernorm.weight"],
-            mlp_norm=leaves[f"{prefix}post_attention_layernorm.weight"],
-            q_norm=leaves.get(f"{prefix}self_attn.q_norm.weight"),
-            k_norm=leaves.get(f"{prefix}self_attn.k_norm.weight"),
-        )
+        names = norm_names(after=old.after_attention is not None) | _HEAD_NORMS
+        norms: dict[str, Any] = {field: leaves.get(prefix + name) for field, name in names.items()}
+        return replace(old, linear=linear, **norms)
 
     layers = tuple(layer(number, old) for number, old in enumerate(network.layers))
     if EMBEDDING not in leaves:

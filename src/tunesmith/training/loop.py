@@ -16,7 +16,7 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import Progress, Task
 from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.batch import Batch
-from tunesmith.models.network import Network, forward, rms_norm
+from tunesmith.models.network import Network, final, forward
 from tunesmith.training.checkpoints import load_checkpoint, save_checkpoint
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.trainable import Trainable
@@ -76,7 +76,7 @@ def _mean_loss(curve: Sequence[Mapping[str, float]]) -> float:
 def batch_loss(network: Network, trained: Trainable, batch: Batch, divisor: float) -> Tensor:
     """Summed loss of a batch's labels over divisor, a scalar with gradients to the copies of what is trained."""
     hidden = forward(network, batch.ids, trained.linear(), shared_prefix_attention(batch, network))
-    wanted = rms_norm(hidden[batch.predicts], network.final_norm, network.shape.epsilon)
+    wanted = final(network, hidden[batch.predicts])
     share = torch.full((batch.labels.numel(),), 1.0 / divisor)
     return trained.loss(wanted, batch.labels, share)
 

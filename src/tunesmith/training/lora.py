@@ -114,7 +114,7 @@ class Lora:
 
     def loss(self, hidden: Tensor, labels: Tensor, share: Tensor) -> Tensor:
         """The loss of labels under normed hidden states, through the base's head."""
-        return cross_entropy(hidden, self.network.head, labels, share)
+        return cross_entropy(hidden, self.network.head, labels, share, cap=self.network.shape.logit_cap)
 
     def take_gradients(self) -> None:
         """Move the last backward pass's gradients onto the masters, in fp32, on top of what they hold."""

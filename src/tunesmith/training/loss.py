@@ -22,7 +22,15 @@ _GRAIN = 32  # chunks are multiples of it, so that they have few sizes: see mode
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Frozen, labels: Tensor, share: Tensor, weight: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Frozen,
+        labels: Tensor,
+        share: Tensor,
+        weight: Tensor | None,
+        cap: float | None,
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         learns = gradient is not None and weight is not None
@@ -30,9 +38,12 @@ class _CrossEntropy(torch.autograd.Function):
         chunk = _LEARNT_CHUNK if learns else _CHUNK
         for start in range(0, hidden.shape[0], chunk):
             piece = slice(start, start + chunk)
-            scores = head(hidden[piece])
+            scores = ops.cap_(head(hidden[piece]), cap)
+            slope = None if cap is None or gradient is None else 1 - (scores / cap).square_()
             losses = ops.cross_entropy_(scores, labels[piece], None if gradient is None else share[piece])
             total += losses.dot(share[piece])
+            if slope is not None:
+                scores.mul_(slope)
             if gradient is not None:
                 gradient[piece] = head.back(scores)
             if learns:
@@ -44,19 +55,26 @@ class _CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None, None, Tensor | None]:
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None, None, None, Tensor | None, None]:
         (gradient,) = ctx.saved_tensors
         learnt, ctx.learnt = ctx.learnt, None
         factor = above.to(gradient.dtype)
-        return gradient * factor, None, None, None, None if learnt is None else learnt.mul_(factor)
+        return gradient * factor, None, None, None, None if learnt is None else learnt.mul_(factor), None
 
 
-def cross_entropy(hidden: Tensor, head: Frozen, labels: Tensor, share: Tensor, weight: Tensor | None = None) -> Tensor:
+def cross_entropy(
+    hidden: Tensor,
+    head: Frozen,
+    labels: Tensor,
+    share: Tensor,
+    weight: Tensor | None = None,
+    cap: float | None = None,
+) -> Tensor:
     """The negative log-likelihoods of labels [N] under hidden [N, M], each times its share [N], summed: a scalar.
 
     share: a label's weight over the sum of the whole step's, so that accumulation does not change the loss. weight:
-    the head's own, where it learns.
+    the head's own, where it learns. cap: of the logits, see models.ops.cap_.
     """
     spare = -hidden.shape[0] % _GRAIN
     hidden, labels, share = F.pad(hidden, (0, 0, 0, spare)), F.pad(labels, (0, spare)), F.pad(share, (0, spare))
-    return _CrossEntropy.apply(hidden, head, labels, share, weight)  # type: ignore[no-any-return]
+    return _CrossEntropy.apply(hidden, head, labels, share, weight, cap)  # type: ignore[no-any-return]

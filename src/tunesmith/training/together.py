@@ -19,7 +19,7 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import Progress
 from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.batch import Batch
-from tunesmith.models.network import Attend, Linear, Network, forward, rms_norm
+from tunesmith.models.network import Attend, Linear, Network, final, forward
 from tunesmith.models.products import Frozen, Pair
 from tunesmith.training.loop import Run, step_tokens
 from tunesmith.training.lora import Adapted, Lora, frozen
@@ -91,7 +91,7 @@ def joint_losses(network: Network, parts: Sequence[Part]) -> list[Tensor]:
     hidden = forward(network, ids, _linear(network, [part.lora for part in parts], sizes), _attend(network, parts))
     losses = []
     for part, own in zip(parts, hidden.split(sizes), strict=True):
-        wanted = rms_norm(own[part.batch.predicts], network.final_norm, network.shape.epsilon)
+        wanted = final(network, own[part.batch.predicts])
         share = torch.full((part.batch.labels.numel(),), 1.0 / part.divisor)
         losses.append(part.lora.loss(wanted, part.batch.labels, share))
     return losses
