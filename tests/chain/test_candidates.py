@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.chain.scene import rows as scene_rows
 from tests.chain.scene import settings, write_project
 from tests.chat_server import ChatServer, chat_server, completion
 from tunesmith import chain
@@ -20,8 +21,6 @@ from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.documents import Documents
-from tunesmith.evaluation.answers import seen_answers
-from tunesmith.evaluation.declared import groundedness
 from tunesmith.project import parse_settings
 from tunesmith.registry.leaderboard import leaderboard
 from tunesmith.registry.versions import verified_copy, verify_version
@@ -261,18 +260,28 @@ def test_labels_are_calibrated_where_probabilities_are_there(tmp_path: Path) -> 
 
 def test_a_search_scores_what_was_looked_up(tmp_path: Path) -> None:
     searched = {"prompt": "prompt.txt", "max_tokens": 4, "retrieve": {"from": "train", "k": 2}}
-    searched["search"] = {"shots": [0], "tries": 2, "rows": 4}
+    searched["search"] = {"shots": [0], "tries": 2, "rows": 8}
     folder = write_project(
         tmp_path / "p",
         candidates={"searched": searched},
-        task={"schema": "schema.json", "scorers": ["groundedness", "json_valid"], "primary": "groundedness"},
+        task={"schema": "schema.json", "scorers": ["retrieval_hit", "json_valid"], "primary": "retrieval_hit"},
+        gates={},
     )
+    # Every answer belongs to two requests, so that for some rows a training row with the right answer is looked up.
+    again = [{**row, "messages": [_politely(row["messages"][0]), row["messages"][1]]} for row in scene_rows()]
+    renamed = [{**row, "template": f"please {row['template']}"} for row in again]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*scene_rows(), *renamed]))
     project = Project.load(folder)
     candidate = load_candidate(project.store, chain.candidate(chain.Chain(project), "searched"))
     search = project.store.record(str(candidate.search), kind="search")
     lines = [json.loads(line) for line in project.store.read_blob(search.blobs["answers.jsonl"]).splitlines()]
     dataset = load_dataset(project.store, str(candidate.dataset))
-    rows = [row for row in dataset.examples("validation") if row.id in {line["id"] for line in lines}]
-    seen = seen_answers(project.store, dataset, candidate, {line["id"]: line for line in lines}, rows)
-    assert all(seen[line["id"]].retrieved for line in lines)
-    assert [line["score"] for line in lines] == [groundedness(seen[line["id"]]) for line in lines]
+    wanted = {row.id: row.answer for row in dataset.examples("validation")}
+    known = {row.id: row.answer for row in dataset.examples("train")}
+    hits = [float(wanted[line["id"]] in [known[name] for name in line["retrieved"]]) for line in lines]
+    assert [line["score"] for line in lines] == hits
+    assert set(hits) == {0.0, 1.0}, "rows of both kinds, else a scoring that sees nothing would pass"
+
+
+def _politely(turn: dict[str, str]) -> dict[str, str]:
+    return {**turn, "content": f"please {turn['content']}"}
