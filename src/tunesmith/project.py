@@ -74,7 +74,8 @@ class ProjectSettings(Settings):
         for name, candidate in self.candidates.items():
             _check_candidate(name, candidate, self)
         try:
-            check_gates(self.gates, self.task.metrics, self.candidates)
+            labels = [scorer.name for scorer in self.task.labels]
+            check_gates(self.gates, self.task.metrics, self.candidates, labels)
         except UsageError as error:
             raise ValueError(f"{error.where}: {error.what}") from error
         return self

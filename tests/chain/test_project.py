@@ -42,6 +42,11 @@ def _candidate(**train: Any) -> dict[str, Any]:
         ({"gates": {"g": {"metric": "exact_match", "over": "nobody", "at_least": 0.1}}}, "not a candidate", "gates.g"),
         ({"gates": {"g": {"metric": "exact_match", "at_least": float("nan")}}}, "finite", "gates.g"),
         ({"gates": {"g": {"metric": "exact_match"}}}, "at_least or at_most", "gates.g"),
+        (
+            {"gates": {"g": {"figure": "brier", "metric": "exact_match", "at_most": 0.1}}},
+            "gives no labels",
+            "gates.g.metric",
+        ),
         ({"task": {"scorers": []}}, "at least 1", "task.scorers"),
         ({"release": "nobody"}, "'nobody' is not a candidate", ""),
         ({"name": "../x"}, "pattern", "name"),

@@ -111,6 +111,19 @@ def test_an_over_trained_adapter_is_caught(
         assert f"stop at epoch {found.extra['stop']['epoch']:g}" in found.reason
 
 
+def test_weights_of_the_best_epoch_are_said_to_be_those_where_patience_ended_the_run(bench: Bench) -> None:
+    dataset = bench.dataset(codes(40, 1), codes(40, 2), codes(40, 3))
+    hasty = {**HARD, "keep": "best", "patience": 2}
+    candidate = bench.tuned(dataset, epochs=40, validations=40, validation_rows=16, **hasty)
+    stated = bench.store.record(str(candidate.training)).body
+    found = bench.finding(candidate, dataset, probe="overfitting", at_most=0.15)
+    stop = found.extra["stop"]
+    steps = len(stated["curve"]) // len(stated["validation"])  # one validation an epoch, a point of the curve a step
+    assert stop["of"] == len(stated["validation"]) < 40, "epochs that were run, not those that were planned"
+    assert stop["epoch"] == stop["kept"] == stated["kept"] / steps == stop["of"] - 2
+    assert f"lowest after {stop['epoch']:g} of {stop['of']:g} epochs, and the weights are those of" in found.reason
+
+
 def test_a_memorising_adapter_is_caught_and_exposure_grows_with_repeats(
     bench: Bench, memorising: tuple[Candidate, str]
 ) -> None:

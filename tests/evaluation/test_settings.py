@@ -93,3 +93,14 @@ def test_gates_are_held_against_what_is_measured() -> None:
     assert caught.value.where == "gates.lift.metric"
     with pytest.raises(UsageError, match="did you mean 'few-shots'"):
         check_gates(gates, ["exact_match"], ["few-shots"])
+
+
+def test_a_figure_of_labels_needs_a_scorer_that_classifies() -> None:
+    gates = GATES.validate_python({"even": {"figure": "macro_f1", "metric": "exact_match", "at_least": 0.8}})
+    check_gates(gates, ["exact_match", "intent"], [], ["exact_match"])
+    with pytest.raises(UsageError, match="of the scorers that do there are intent, room") as caught:
+        check_gates(gates, ["exact_match", "intent", "room"], [], ["intent", "room"])
+    assert caught.value.where == "gates.even.metric"
+    with pytest.raises(UsageError, match="of the scorers that do there is none"):
+        check_gates(gates, ["exact_match"], [], [])
+    check_gates(gates, ["exact_match"], [])

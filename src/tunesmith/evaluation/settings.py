@@ -276,14 +276,26 @@ Gates = dict[str, Gate]
 GATES: TypeAdapter[Gates] = TypeAdapter(Gates)
 
 
-def check_gates(gates: Gates, metrics: Collection[str], candidates: Collection[str]) -> None:
-    """Raise UsageError where a gate names a metric that is not measured or a rival that is not a candidate."""
+def check_gates(
+    gates: Gates, metrics: Collection[str], candidates: Collection[str], labels: Collection[str] | None = None
+) -> None:
+    """Raise UsageError where a gate names a metric that is not measured, a rival that is not a candidate, or, for a
+    figure of labels, a metric that is not among labels: the scorers that classify, None where they are not known.
+    """
     for name, gate in gates.items():
         if isinstance(gate, Lift | Retain | Threshold | Whole) and gate.metric not in metrics:
             raise UsageError(
                 f"the gate {name!r} asks for {gate.metric!r}, which is not measured{nearest(gate.metric, metrics)}",
                 where=f"gates.{name}.metric",
                 fix=f"add it to task.scorers, or name one of: {', '.join(metrics)}",
+            )
+        if isinstance(gate, Whole) and labels is not None and gate.metric not in labels:
+            known = f"there are {', '.join(labels)}" if labels else "there is none"
+            raise UsageError(
+                f"the gate {name!r} asks for {gate.figure} by {gate.metric!r}, which gives no labels; of the scorers "
+                f"that do {known}",
+                where=f"gates.{name}.metric",
+                fix="name a scorer with `label`, or add one to task.scorers: {name: intent, label: intent}",
             )
         key = "over" if isinstance(gate, Lift) else "not_below" if isinstance(gate, Retain) else None
         rival = getattr(gate, key) if key else BEST_UNTUNED
