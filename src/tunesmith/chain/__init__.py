@@ -9,6 +9,7 @@ from tunesmith.chain.candidates import answerer, candidate
 from tunesmith.chain.verbs import (
     build_data,
     evaluate,
+    find_rate,
     gate,
     latest_evaluation,
     latest_verdict,
@@ -25,6 +26,7 @@ __all__ = [
     "build_data",
     "candidate",
     "evaluate",
+    "find_rate",
     "gate",
     "latest_evaluation",
     "latest_verdict",

@@ -13,7 +13,7 @@ from tunesmith.candidates.candidate import Candidate, RemoteModel, load_candidat
 from tunesmith.candidates.search import found_choice, search_prompts, with_choice
 from tunesmith.candidates.settings import CandidateSettings, Search
 from tunesmith.candidates.shots import choose_shots
-from tunesmith.chain.training import train_candidate, train_together
+from tunesmith.chain.training import find_rate, train_candidate, train_together
 from tunesmith.chain.walk import Chain
 from tunesmith.core.errors import UsageError
 from tunesmith.core.files import write_atomic
@@ -49,13 +49,16 @@ def training(chain: Chain, name: str, restart: bool = False) -> str:
     """Digest of a candidate's training. Raises UsageError for a candidate that has none."""
     found = load_candidate(chain.store, candidate(chain, name, restart)).training
     if found is None:
-        tuned = [each for each, settings in chain.project.settings.candidates.items() if settings.train]
-        raise UsageError(
-            f"candidate {name!r} has no training",
-            where=f"candidates.{name}",
-            fix=f"name one of {', '.join(tuned)}" if tuned else "give it `train:`",
-        )
+        raise _no_training(chain, name)
     return found
+
+
+def learning_rates(chain: Chain, name: str) -> dict[str, Any]:
+    """A range test of a candidate's learning rate. Raises UsageError for a candidate that is not trained."""
+    settings = chain.settings_of(name)
+    if settings.train is None:
+        raise _no_training(chain, name)
+    return find_rate(chain, name, _untrained(chain, name, settings), settings.train)
 
 
 def answerer(chain: Chain, asked: Candidate) -> Answerer:
@@ -85,6 +88,15 @@ def leading_scoring(chain: Chain) -> Scoring:
     task = chain.project.settings.task
     leading = next(scorer for scorer in task.scorers if metric_of(scorer) == task.leading)
     return make_scoring(leading, chain.project.schema, chain.project.root)
+
+
+def _no_training(chain: Chain, name: str) -> UsageError:
+    tuned = [each for each, settings in chain.project.settings.candidates.items() if settings.train]
+    return UsageError(
+        f"candidate {name!r} has no training",
+        where=f"candidates.{name}",
+        fix=f"name one of {', '.join(tuned)}" if tuned else "give it `train:`",
+    )
 
 
 def _untrained(chain: Chain, name: str, settings: CandidateSettings) -> Candidate:

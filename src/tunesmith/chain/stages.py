@@ -27,7 +27,7 @@ from tunesmith.store.recalls import recalled
 REVISIONS = {
     "data": 5,
     "documents": 1,
-    "train": 1,
+    "train": 2,
     "search": 1,
     "answer": 1,
     "judge": 1,

@@ -45,6 +45,15 @@ def train_candidate(
     return chain.stages.run(f"train {name}", "train", inputs, fit, again=restart)
 
 
+def find_rate(chain: Chain, name: str, candidate: Candidate, settings: TrainSettings) -> dict[str, Any]:
+    """What a range test over the first steps of a candidate's training found, as data; no stage, nothing is kept."""
+    from tunesmith.training.train import find_rate as test_rates
+
+    _inputs(chain, name, candidate, settings)  # raises for what cannot be trained
+    rows = _job(chain, name, candidate, settings, Path()).rows
+    return test_rates(base=chain.base, rows=rows, settings=settings, progress=chain.progress).model_dump(mode="json")
+
+
 def train_together(chain: Chain, candidates: Mapping[str, tuple[Candidate, TrainSettings]]) -> None:
     """Train the adapters that are due in one pass over the base; each stage is then found done.
 

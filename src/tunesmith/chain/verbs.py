@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tunesmith.chain.candidates import training
+from tunesmith.chain.candidates import learning_rates, training
 from tunesmith.chain.stages import Stage
 from tunesmith.chain.training import tuned_names
 from tunesmith.chain.verdicts import evaluation, verdict
@@ -30,13 +30,19 @@ def build_data(project: Project, progress: Progress = SILENT, shards: ShardEngin
 
 def train(project: Project, progress: Progress = SILENT, name: str | None = None, restart: bool = False) -> str:
     """Digest of a candidate's training; by default that of the only tuned candidate."""
-    walk = Chain(project, progress)
-    if name is None:
-        tuned = tuned_names(project)
-        if len(tuned) != 1:
-            raise UsageError(f"{len(tuned)} candidates are trained", fix=f"name one: {', '.join(tuned) or 'none is'}")
-        name = tuned[0]
-    return training(walk, name, restart)
+    return training(Chain(project, progress), name or _only_tuned(project), restart)
+
+
+def find_rate(project: Project, progress: Progress = SILENT, name: str | None = None) -> dict[str, Any]:
+    """What `tunesmith train --find-rate --json` prints: a range test of the candidate's learning rate."""
+    return learning_rates(Chain(project, progress), name or _only_tuned(project))
+
+
+def _only_tuned(project: Project) -> str:
+    tuned = tuned_names(project)
+    if len(tuned) != 1:
+        raise UsageError(f"{len(tuned)} candidates are trained", fix=f"name one: {', '.join(tuned) or 'none is'}")
+    return tuned[0]
 
 
 def evaluate(project: Project, progress: Progress = SILENT, names: Sequence[str] | None = None) -> str:

@@ -12,6 +12,7 @@ from tunesmith.cli.terminal import HERE, As, Directory, Json, Terminal, emit
 if TYPE_CHECKING:
     from rich.console import Console
 
+_HEIGHT = 9  # lines of a curve
 _EXITS = {"pass": 0, "fail": 3, "inconclusive": 4}
 
 
@@ -33,14 +34,24 @@ def run(directory: Directory = HERE, as_json: Json = False, actor: As = None) ->
 def train(
     candidate: Annotated[str | None, typer.Argument(help="Its name; by default the only one that is trained.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Train again from the start.")] = False,
+    find_rate: Annotated[
+        bool, typer.Option("--find-rate", help="Only try 40 steps at rising rates, and say which to train at.")
+    ] = False,
     directory: Directory = HERE,
     as_json: Json = False,
 ) -> None:
     """Train a candidate's adapter; carries on from the newest whole checkpoint."""
     from tunesmith import chain
+    from tunesmith.core.errors import UsageError
     from tunesmith.project import open_project
 
     project = open_project(directory)
+    if find_rate and restart:
+        raise UsageError("--find-rate keeps nothing that could be begun again", fix="leave --restart out")
+    if find_rate:
+        found = chain.find_rate(project, Terminal(), candidate)
+        emit(found, as_json, lambda console: _show_rates(console, found))
+        return
     document = chain.training_document(project, chain.train(project, Terminal(), candidate, restart))
     emit(document, as_json, lambda console: _show_training(console, document))
 
@@ -64,6 +75,22 @@ def _show_training(console: Console, document: Mapping[str, Any]) -> None:
     ):
         table.add_row(name, value)
     console.print(table)
+
+
+def _show_rates(console: Console, document: Mapping[str, Any]) -> None:
+    rates, smoothed, suggestion = document["rates"], document["smoothed"], document["suggestion"]
+    high, low = max(smoothed), min(smoothed)
+    # A column a step: the mark stands in the line of its loss, the highest on top.
+    lines = [round((high - loss) / ((high - low) or 1.0) * (_HEIGHT - 1)) for loss in smoothed]
+    console.print("smoothed loss by learning rate")
+    for line in range(_HEIGHT):
+        marks = "".join("*" if place == line else " " for place in lines)
+        console.print(f"{high - (high - low) * line / (_HEIGHT - 1):8.3f} |{marks}".rstrip(), markup=False)
+    console.print(f"{'':9}{rates[0]:.0e}{f'{rates[-1]:.0e}':>{max(6, len(rates) - 4)}}\n")
+    if suggestion is None:
+        console.print("no rate made the loss fall: look at the rows (`tunesmith data`), not at the rate")
+        return
+    console.print(f"train.learning_rate: {suggestion:.1e}   ({document['rule']})", markup=False)
 
 
 def _show_run(console: Console, document: Mapping[str, Any]) -> None:

@@ -115,6 +115,27 @@ def rate_at(step: int, steps: int, settings: TrainSettings) -> float:
     return settings.learning_rate * (1 - done if settings.schedule == "linear" else 1.0)
 
 
+def make_optimizer(trained: Trainable, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW over the masters, before its first step."""
+    return torch.optim.AdamW(
+        trained.groups(),
+        lr=settings.learning_rate,
+        betas=(0.9, 0.999),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def update(trained: Trainable, optimizer: torch.optim.AdamW, rate: float, clip: float) -> None:
+    """Move the masters by the gradients on them, which are then gone, and round the masters into their copies."""
+    torch.nn.utils.clip_grad_norm_(trained.masters, clip)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["multiple"]
+    optimizer.step()
+    trained.refresh_copies()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def fit(
     network: Network,
     trained: Trainable,
@@ -166,13 +187,7 @@ class Run:
         self.folder, self.identity = folder, dict(identity)
         steps, times = len(plan), settings.validations
         self._validated_at = {math.ceil(steps * turn / times) for turn in range(1, times + 1)} if validation else set()
-        self.optimizer = torch.optim.AdamW(
-            trained.groups(),
-            lr=settings.learning_rate,
-            betas=(0.9, 0.999),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(trained, settings)
         self.best: list[Tensor] | None = None
         self.course = self._resume()
         self._saved = time.perf_counter()
@@ -205,7 +220,7 @@ class Run:
                 where="train.learning_rate",
                 fix="lower it; the last whole checkpoint is kept",
             )
-        self._update(rate)
+        update(self.trained, self.optimizer, rate, self.settings.clip)
         course.step += 1
         if course.step in self._validated_at:
             self.validate(self.validation)
@@ -221,14 +236,6 @@ class Run:
         if self.over or time.perf_counter() - self._saved > self.settings.checkpoint_seconds:
             self.save()
             self._saved = time.perf_counter()
-
-    def _update(self, rate: float) -> None:
-        torch.nn.utils.clip_grad_norm_(self.trained.masters, self.settings.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["multiple"]
-        self.optimizer.step()
-        self.trained.refresh_copies()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def validate(self, batches: Sequence[Batch]) -> None:
         """Take the validation loss; keep the weights where it is the lowest, end the run where patience is."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +30,13 @@ from tunesmith.training.estimate import Estimate, estimate, too_few_numbers
 from tunesmith.training.full import Full
 from tunesmith.training.loop import Course, Run, Step, fit, trial_step
 from tunesmith.training.lora import Lora
+from tunesmith.training.rate import RateSearch, range_test
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.together import fit_together
 from tunesmith.training.trainable import Trainable
 
 # Part of what a checkpoint must agree on: bump when the engine's arithmetic or its batch plan changes.
-ENGINE = 3
+ENGINE = 4
 
 
 class TrainingRow(NamedTuple):
@@ -137,6 +139,20 @@ def train_together(
     return [failed[place] if place in failed else made[place] for place in range(len(jobs))]
 
 
+def find_rate(
+    *, base: BaseModel, rows: Sequence[TrainingRow], settings: TrainSettings, progress: Progress = SILENT
+) -> RateSearch:
+    """A range test over a training's first steps, going on into further epochs where one has too few. Keeps nothing.
+
+    Raises Refused for rows that cannot be trained on.
+    """
+    runtime.prepare()
+    rendered = _render(Renderer(base.folder), rows, settings)
+    trained = _untrained(load_network(base.folder), base, settings)
+    steps = chain.from_iterable(_steps(rendered, settings, epoch) for epoch in count())
+    return range_test(trained.network, trained, steps, settings, progress)
+
+
 def _check_room(ready: Sequence[_Prepared]) -> None:
     """Raises Refused where AdamW's moments, the best weights and a gradient of all do not fit the memory."""
     needed, free = (
@@ -155,13 +171,8 @@ def _prepare(renderer: Renderer, network: Network, base: BaseModel, dataset: str
     settings = job.settings
     rendered = _render(renderer, job.rows, settings)
     checked = _render(renderer, job.validation[: settings.validation_rows], settings)
-    trained: Trainable
-    trained = Full(network, settings, base.folder) if settings.method == "full" else Lora(network, settings)
-    steps: list[Step] = [
-        lay_out_step([rendered[row] for row in batch], settings.tokens)
-        for epoch in range(settings.epochs)
-        for batch in plan(rendered, settings.batch, settings.seed, epoch)
-    ]
+    trained = _untrained(network, base, settings)
+    steps = [step for epoch in range(settings.epochs) for step in _steps(rendered, settings, epoch)]
     validating = [lay_out([checked[row] for row in batch]) for batch in plan(checked, settings.batch, 0, 0)]
     identity = {
         "base": base.digest,
@@ -176,6 +187,16 @@ def _prepare(renderer: Renderer, network: Network, base: BaseModel, dataset: str
     labels = sum(map(label_count, rendered))
     notice = too_few_numbers(settings.rank, trained.parameters, labels) if settings.method == "lora" else None
     return _Prepared(job, rendered, trained, steps, validating, identity, expected, notice)
+
+
+def _untrained(network: Network, base: BaseModel, settings: TrainSettings) -> Trainable:
+    return Full(network, settings, base.folder) if settings.method == "full" else Lora(network, settings)
+
+
+def _steps(rendered: Sequence[Rendered], settings: TrainSettings, epoch: int) -> Iterator[Step]:
+    """The steps of an epoch, in order."""
+    for batch in plan(rendered, settings.batch, settings.seed, epoch):
+        yield lay_out_step([rendered[row] for row in batch], settings.tokens)
 
 
 def _record(
