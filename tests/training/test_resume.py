@@ -77,7 +77,7 @@ def test_same_input_same_bytes(folder: Path, uninterrupted: str) -> None:
 def test_killed_again_and_again_it_ends_in_the_same_bytes(folder: Path, uninterrupted: str) -> None:
     killed = 0
     for wanted in (1, 12, 31):
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
         worker = subprocess.Popen([sys.executable, "-c", _SCRIPT, str(folder)], env=environment)
         until = time.monotonic() + 90
         while worker.poll() is None and time.monotonic() < until:
