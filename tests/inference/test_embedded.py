@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -253,3 +256,32 @@ def test_one_space_may_follow_a_comma_or_colon_and_no_other(engine: EmbeddedEngi
 def test_a_schema_that_cannot_be_followed_is_told(engine: EmbeddedEngine) -> None:
     with pytest.raises(UsageError, match="cannot be held to this schema"):
         engine.generate(_requests(schema='{"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}'))
+
+
+def test_nothing_decodes_any_more_when_the_process_ends(tmp_path: Path) -> None:
+    script = f"""
+import atexit, threading, time
+
+# Called last, since it is registered first: the decoding thread must be gone by then.
+atexit.register(lambda: print([each.name for each in threading.enumerate() if "decoding" in each.name]))
+from pathlib import Path
+from tunesmith.core.messages import Message
+from tunesmith.inference.embedded import EmbeddedEngine
+from tunesmith.inference.engine import Generation
+from tunesmith.models.base import resolve_base
+from tunesmith.store.store import Store
+from tests.tiny import write_model
+
+folder = Path({str(tmp_path)!r})
+write_model(folder / "m", "llama")
+engine = EmbeddedEngine(resolve_base(Store(folder / "store"), "m", folder))
+asked = [Generation((Message(role="user", content=f"hello {{place}}"),), max_tokens=400) for place in range(8)]
+threading.Thread(target=lambda: engine.generate(asked), daemon=True).start()
+while not any("decoding" in each.name for each in threading.enumerate()):
+    time.sleep(0.01)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, "[]\n"), ended.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -13,6 +15,7 @@ from tunesmith.inference.decoder import Batch, Row
 from tunesmith.models import runtime
 
 Result = TypeVar("Result")
+_LIVE: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 _LINGERS = 2.0  # seconds without work after which the thread ends; the next row starts another
 
 
@@ -27,6 +30,8 @@ class Scheduler:
         self._gone: list[Row] = []
         self._work: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._thread: threading.Thread | None = None
+        self._ending = False
+        _LIVE.add(self)
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Decode these too, from the next step on."""
@@ -48,6 +53,14 @@ class Scheduler:
             self._wake()
         return future.result()
 
+    def end(self) -> None:
+        """Let the thread end after the step it is in. Rows under way get no more tokens."""
+        with self._change:
+            self._ending, thread = True, self._thread
+            self._change.notify_all()
+        if thread is not None:
+            thread.join()
+
     def _wake(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._decode, name="tunesmith-decoding", daemon=True)
@@ -58,7 +71,7 @@ class Scheduler:
         torch.set_num_threads(runtime.prepare())
         while True:
             with self._change:
-                if not self._change.wait_for(self._anything, _LINGERS):
+                if not self._change.wait_for(self._anything, _LINGERS) or self._ending:
                     self._thread = None
                     return
                 come, gone, work = self._come, self._gone, self._work
@@ -74,7 +87,15 @@ class Scheduler:
                     self._batch.fail(error)
 
     def _anything(self) -> bool:
-        return bool(self._batch or self._come or self._gone or self._work)
+        return bool(self._ending or self._batch or self._come or self._gone or self._work)
+
+
+@atexit.register
+def _end_all() -> None:
+    """The interpreter tears down threads it finds running as it ends, and the whole process aborts where one is in
+    compiled code."""
+    for scheduler in list(_LIVE):
+        scheduler.end()
 
 
 def _do(work: Callable[[], Any], future: Future[Any]) -> None:
