@@ -21,6 +21,7 @@ from tunesmith.evaluation.settings import Gates, PriceSettings, TaskSettings, ch
 from tunesmith.inference.settings import EngineSettings
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.rollout.settings import RolloutSettings
+from tunesmith.training.settings import MetricsSettings
 
 if TYPE_CHECKING:
     from tunesmith.store.store import Store
@@ -53,6 +54,9 @@ class ProjectSettings(Settings):
     candidates: Annotated[
         dict[str, CandidateSettings], Field(min_length=1, description="the rival ways to answer, by name")
     ]
+    metrics: Annotated[
+        MetricsSettings | None, Field(description="where trainings are shown while they run; in their records anyway")
+    ] = None
     release: Annotated[
         str | None,
         Field(description="the candidate that the gates judge; the only tuned one, else the best, where left out"),

@@ -14,6 +14,7 @@ from tunesmith.data.dataset import Example
 from tunesmith.data.signoff import require_signed
 from tunesmith.project import Project
 from tunesmith.training.rows import training_rows
+from tunesmith.training.settings import MetricsSettings
 
 if TYPE_CHECKING:
     from tunesmith.training.settings import TrainSettings
@@ -38,7 +39,9 @@ def train_candidate(
             validation=job.validation,
             settings=settings,
             work=job.work,
+            name=name,
             restart=restart,
+            metrics=_metrics(chain),
             progress=chain.progress,
         )
 
@@ -110,9 +113,18 @@ def _train_jobs(chain: Chain, jobs: Mapping[str, Job], made: dict[str, str | Tun
             base=chain.base,
             dataset=chain.dataset.digest,
             jobs=list(jobs.values()),
+            metrics=_metrics(chain),
             progress=chain.progress,
         )
         made.update(zip(jobs, found, strict=True))
+
+
+def _metrics(chain: Chain) -> MetricsSettings | None:
+    """Where trainings are shown, a folder as seen from the project's. No stage depends on it."""
+    metrics = chain.project.settings.metrics
+    if metrics is None or metrics.tensorboard is None:
+        return metrics
+    return metrics.model_copy(update={"tensorboard": str(chain.project.root / metrics.tensorboard)})
 
 
 def _inputs(chain: Chain, name: str, candidate: Candidate, settings: TrainSettings) -> dict[str, Any]:

@@ -145,13 +145,14 @@ def fit(
     folder: Path,
     identity: Mapping[str, Any],
     progress: Progress,
+    follow: Callable[[Course], None] = lambda _: None,
 ) -> Course:
     """Train on the plan's steps; carries on from the newest whole checkpoint under folder. The weights end as `keep`
-    says.
+    says. follow: told of the course after each checkpoint.
 
     Raises TunesmithError where the loss is not a number any more; the checkpoint before that stays.
     """
-    run = Run(network, trained, plan, validation, settings, folder, identity, progress)
+    run = Run(network, trained, plan, validation, settings, folder, identity, progress, follow)
     with progress.task("training", sum(map(step_tokens, plan))) as task:
         task.advance(run.tokens_done)
         while not run.over:
@@ -181,6 +182,7 @@ class Run:
         folder: Path,
         identity: Mapping[str, Any],
         progress: Progress,
+        follow: Callable[[Course], None] = lambda _: None,
     ) -> None:
         self.network, self.trained, self.settings, self.progress = network, trained, settings, progress
         self.plan, self.validation = plan, validation
@@ -189,7 +191,10 @@ class Run:
         self._validated_at = {math.ceil(steps * turn / times) for turn in range(1, times + 1)} if validation else set()
         self.optimizer = make_optimizer(trained, settings)
         self.best: list[Tensor] | None = None
+        self._follow = follow
         self.course = self._resume()
+        if self.course.step:
+            follow(self.course)  # it may have been killed between a checkpoint and this
         self._saved = time.perf_counter()
 
     @property
@@ -281,6 +286,7 @@ class Run:
             if self.best is not None:
                 tensors[f"{place}.best"] = self.best[place]
         save_checkpoint(self.folder, self.course.step, tensors, {"identity": self.identity, **asdict(self.course)})
+        self._follow(self.course)
 
     @torch.no_grad()
     def _resume(self) -> Course:

@@ -15,6 +15,29 @@ _LORA_ONLY = ("rank", "alpha", "targets", "scaling", "start", "dora", "b_rate")
 _RATES = {"lora": 1e-3, "full": 1e-4}
 
 
+class MetricsSettings(Settings):
+    """Where trainings are shown while they run, besides their records. No training depends on it."""
+
+    tensorboard: Annotated[
+        str | None, Field(description="a folder for TensorBoard's event files, a run each; `tunesmith[tensorboard]`")
+    ] = None
+    mlflow: Annotated[
+        str | None,
+        Field(description="an MLflow tracking URI, such as sqlite:///mlflow.db or a server's; `tunesmith[mlflow]`"),
+    ] = None
+    experiment: Annotated[str, Field(min_length=1, description="the MLflow experiment its runs belong to")] = (
+        "tunesmith"
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> MetricsSettings:
+        if (self.tensorboard is None) == (self.mlflow is None):
+            raise ValueError("say tensorboard or mlflow, one of the two")
+        if self.tensorboard is not None and "experiment" in self.model_fields_set:
+            raise ValueError("experiment is MLflow's: leave it out with tensorboard")
+        return self
+
+
 class CanarySettings(Settings):
     """Rows with secrets planted to measure what is remembered: of a candidate trained for that, not for service."""
 

@@ -31,7 +31,8 @@ from tunesmith.training.full import Full
 from tunesmith.training.loop import Course, Run, Step, fit, trial_step
 from tunesmith.training.lora import Lora
 from tunesmith.training.rate import RateSearch, range_test
-from tunesmith.training.settings import TrainSettings
+from tunesmith.training.settings import MetricsSettings, TrainSettings
+from tunesmith.training.sinks import Follower, follower
 from tunesmith.training.together import fit_together
 from tunesmith.training.trainable import Trainable
 
@@ -79,19 +80,22 @@ def train(
     validation: Sequence[TrainingRow],
     settings: TrainSettings,
     work: Path,
+    name: str = "training",
     restart: bool = False,
+    metrics: MetricsSettings | None = None,
     progress: Progress = SILENT,
 ) -> str:
     """Train base, or an adapter for it, on rows; returns the training record's digest.
 
     dataset: digest of the record the rows come from. work: a folder of this training's own, for checkpoints; a run
-    killed at any moment carries on from there, restart throws that away. Raises Refused for rows that cannot be
-    trained on or do not fit the memory, TunesmithError for a loss that is not a number.
+    killed at any moment carries on from there, restart throws that away. metrics: where it is shown, under its name,
+    while it runs. Raises Refused for rows that cannot be trained on or do not fit the memory, TunesmithError for a loss
+    that is not a number.
     """
     runtime.prepare()
     if restart:
         shutil.rmtree(work, ignore_errors=True)
-    job = Job("", rows, validation, settings, work)
+    job = Job(name, rows, validation, settings, work)
     ready = _prepare(Renderer(base.folder), load_network(base.folder), base, dataset, job)
     progress.say(
         f"training {len(rows)} rows in {len(ready.steps)} steps: about {ready.expected.seconds:.0f} s and "
@@ -100,13 +104,21 @@ def train(
     if ready.notice:
         progress.say(ready.notice)
     runtime.reset_peak_memory()
-    network = ready.trained.network
-    course = fit(network, ready.trained, ready.steps, ready.validating, settings, work, ready.identity, progress)
+    network, shown = ready.trained.network, _shown(ready, metrics, progress)
+    validating, identity = ready.validating, ready.identity
+    course = fit(network, ready.trained, ready.steps, validating, settings, work, identity, progress, shown.follow)
+    shown.finish()
     return _record(store, base, dataset, ready, course)
 
 
 def train_together(
-    store: Store, *, base: BaseModel, dataset: str, jobs: Sequence[Job], progress: Progress = SILENT
+    store: Store,
+    *,
+    base: BaseModel,
+    dataset: str,
+    jobs: Sequence[Job],
+    metrics: MetricsSettings | None = None,
+    progress: Progress = SILENT,
 ) -> list[str | TunesmithError]:
     """Train several adapters in one process and on one copy of the base; each ends in the bytes of a training alone.
 
@@ -126,17 +138,26 @@ def train_together(
         if each.notice:
             progress.say(f"{each.job.name}: {each.notice}")
     runtime.reset_peak_memory()
+    shown = [_shown(each, metrics, progress) for each in ready]
     runs = [
-        Run(network, x.trained, x.steps, x.validating, x.job.settings, x.job.work, x.identity, progress) for x in ready
+        Run(network, x.trained, x.steps, x.validating, x.job.settings, x.job.work, x.identity, progress, s.follow)
+        for x, s in zip(ready, shown, strict=True)
     ]
     made: dict[int, str] = {}
 
     def keep(place: int) -> None:
+        shown[place].finish()
         others = [name for name in names if name != names[place]]
         made[place] = _record(store, base, dataset, ready[place], runs[place].course, others)
 
     failed = fit_together(network, runs, progress, keep)
     return [failed[place] if place in failed else made[place] for place in range(len(jobs))]
+
+
+def _shown(ready: _Prepared, metrics: MetricsSettings | None, progress: Progress) -> Follower:
+    if metrics is None:
+        return Follower(None, progress)
+    return follower(metrics, ready.job.name, digest_of(ready.identity), ready.identity["settings"], progress)
 
 
 def find_rate(

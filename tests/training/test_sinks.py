@@ -1,0 +1,181 @@
+"""Trainings shown elsewhere: each point once however often a run was killed, nothing else changed by it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
+
+from tests.chain.scene import settings, write_project
+from tunesmith.cli.main import app
+from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.progress import SILENT, Silent
+from tunesmith.store.store import Store
+from tunesmith.training.loop import Course, Run
+from tunesmith.training.settings import MetricsSettings
+from tunesmith.training.sinks import Follower, Point, follower, points
+
+Series = dict[str, list[tuple[int, float]]]
+TRAIN = {"rank": 2, "batch": 8, "epochs": 2, "checkpoint_seconds": 1e-9, "validations": 2}
+
+
+class _Killed(BaseException):
+    """Nothing catches it."""
+
+
+def _project(folder: Path, metrics: dict[str, str] | None) -> Path:
+    tuned = {"prompt": "prompt.txt", "train": TRAIN, "max_tokens": 8}
+    return write_project(folder, candidates={"tuned": tuned}, **({"metrics": metrics} if metrics else {}))
+
+
+def _train(folder: Path, *words: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["train", *words, "-C", str(folder), "--json"])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def _tensorboard(folder: Path) -> Series:
+    held = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(each.step, each.value) for each in held.Scalars(tag)] for tag in held.Tags()["scalars"]}
+
+
+def _mlflow(uri: str) -> Series:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("ours")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    series = run.data.metrics
+    return {each: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, each)] for each in series}
+
+
+def _kinds(folder: Path) -> list[tuple[dict[str, str], Callable[[], Series]]]:
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+
+    def board() -> Series:
+        (run,) = (folder / "p" / "board").iterdir()
+        assert run.name.startswith("tuned-")
+        return _tensorboard(run)
+
+    return [({"tensorboard": "board"}, board), ({"mlflow": uri, "experiment": "ours"}, lambda: _mlflow(uri))]
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["tensorboard", "mlflow"])
+def test_killed_and_carried_on_each_point_is_there_once_and_the_bytes_are_the_same(
+    tmp_path: Path, kind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = _train(_project(tmp_path / "alone", None))
+    metrics, read = _kinds(tmp_path)[kind]
+    project = _project(tmp_path / "p", metrics)
+    save, follow = Run.save, Follower.follow
+
+    def dies_before_it_is_shown(shown: Follower, course: Course) -> None:
+        if course.step == 5:
+            raise _Killed
+        follow(shown, course)
+
+    def dies_before_a_checkpoint(run: Run) -> None:
+        if run.course.step == 9:
+            run._follow(run.course)  # the sink is ahead of the newest checkpoint
+            raise _Killed
+        save(run)
+
+    for owner, name, dies in ((Follower, "follow", dies_before_it_is_shown), (Run, "save", dies_before_a_checkpoint)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, dies)
+            with pytest.raises(_Killed):
+                _train(project)
+    if kind == 0:  # and the last write was cut short, as a power failure leaves it
+        (run,) = (project / "board").iterdir()
+        newest = max(run.iterdir(), key=lambda path: (path.stat().st_size, path.name))
+        newest.write_bytes(newest.read_bytes()[:-7])
+    document = _train(project)
+    assert Path(document["adapter"]).read_bytes() == Path(alone["adapter"]).read_bytes()
+    curve = Store(project / ".tunesmith").record(document["training"]).body["curve"]
+    found = read()
+    assert len(curve) > 12
+    assert [step for step, _ in found["train/loss"]] == list(range(1, len(curve) + 1))
+    assert [value for _, value in found["train/loss"]] == pytest.approx([each["loss"] for each in curve])
+    assert [step for step, _ in found["train/learning_rate"]] == list(range(1, len(curve) + 1))
+    assert len(found["train/tokens_per_second"]) == len(curve)
+    assert found["validation/loss"] == [(each["step"], pytest.approx(each["loss"])) for each in document["validation"]]
+
+
+def test_no_stage_depends_on_where_a_training_is_shown(tmp_path: Path) -> None:
+    first = _train(_project(tmp_path / "p", None))
+    assert _train(_project(tmp_path / "p", {"tensorboard": "board"}))["training"] == first["training"]
+    assert not (tmp_path / "p" / "board").exists(), "nothing was trained"
+    _train(tmp_path / "p", "--restart")
+    (run,) = (tmp_path / "p" / "board").iterdir()
+    before = _tensorboard(run)
+    _train(tmp_path / "p", "--restart")
+    assert _tensorboard(run) == before, "the same training again has the same points"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "module", "extra"),
+    [
+        ({"tensorboard": "b"}, "torch.utils.tensorboard", "tunesmith[tensorboard]"),
+        ({"mlflow": "sqlite:///m.db"}, "mlflow", "tunesmith[mlflow]"),
+    ],
+)
+def test_an_absent_library_is_refused_before_the_first_step(
+    tmp_path: Path, metrics: dict[str, str], module: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UsageError) as refused:
+        follower(MetricsSettings(**metrics), "tuned", "sha256:00", {}, SILENT)
+    assert extra in str(refused.value.fix)
+
+
+def test_a_place_that_cannot_be_is_refused_and_one_that_fails_later_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for metrics in ({"tensorboard": str(tmp_path / "file" / "b")}, {"mlflow": "nonsense://here"}):
+        with pytest.raises(UsageError):
+            follower(MetricsSettings(**metrics), "tuned", "sha256:00", {}, SILENT)
+
+    said: list[str] = []
+
+    class Heard(Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    class Broken:
+        held: list[Point] = []  # noqa: RUF012
+        works = False
+
+        def last_steps(self) -> dict[str, int]:
+            return {"train/loss": max((p.step for p in self.held if p.series == "train/loss"), default=0)}
+
+        def write(self, points: list[Point]) -> None:
+            self.held.extend(points[:1])
+            if not self.works:
+                raise TunesmithError("the server is gone")
+            self.held.extend(points[1:])
+
+        def finish(self) -> None: ...
+
+    sink, course = Broken(), Course()
+    shown = Follower(sink, Heard())
+    for step in (1, 2, 3):
+        course.curve.append({"step": step, "loss": 1.0 / step, "learning_rate": 0.1, "tokens": 8, "seconds": 1.0})
+        sink.works = step == 3
+        shown.follow(course)
+    assert len(said) == 2
+    assert "the server is gone" in said[0]
+    assert [p for p in sink.held if p.series == "train/loss"] == [p for p in points(course) if p.series == "train/loss"]
+
+
+def test_a_setting_names_one_place() -> None:
+    for wrong in ({}, {"tensorboard": "a", "mlflow": "b"}, {"tensorboard": "a", "experiment": "b"}):
+        with pytest.raises(ValueError, match=r"one of the two|MLflow's"):
+            MetricsSettings(**wrong)
+    assert "metrics" not in settings()
