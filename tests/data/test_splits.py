@@ -14,7 +14,7 @@ from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.duplicates import jaccard, near_text, request_text, shingles
 from tunesmith.data.groups import wording_group
 from tunesmith.data.settings import Split
-from tunesmith.data.splits import NEAR_HELD_OUT, NEAR_SAME_ANSWER, Leakage, leakage, leaving, split_of
+from tunesmith.data.splits import NEAR_HELD_OUT, NEAR_SAME_ANSWER, Leakage, Nearness, leakage, leaving, split_of
 
 
 def example(request: str, answer: str = "ok", group: str = "g", source: str = "a.jsonl") -> Example:
@@ -88,8 +88,8 @@ def test_near_rows_leave_training_first() -> None:
         "what is the weather in lisbon today",
     ]
     staying = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
-    assert leakage(splits, 0.75).near_pairs > 0
-    assert leakage(staying, 0.75) == Leakage(shared_groups=1, near_pairs=0)  # all stand in group "g"
+    assert leakage(splits, Nearness(splits, 0.75)).near_pairs > 0
+    assert leakage(staying, Nearness(staying, 0.75)) == Leakage(shared_groups=1, near_pairs=0)  # all stand in group "g"
 
 
 request = st.lists(st.sampled_from(["turn", "on", "off", "the", "light", "fan", "in", "hall"]), min_size=1, max_size=6)
@@ -108,7 +108,7 @@ def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str,
         splits[split].append(example(text, answer))
     gone = leaving(splits, threshold)
     staying = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
-    assert leakage(staying, threshold).near_pairs == 0
+    assert leakage(staying, Nearness(staying, threshold)).near_pairs == 0
     # leakage counts what brute force counts
     flat = [(name, trigrams(one)) for name, some in splits.items() for one in some]
     true = sum(
@@ -117,7 +117,7 @@ def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str,
         for other_name, other in flat[:place]
         if name != other_name and jaccard(one, other) >= threshold
     )
-    assert leakage(splits, threshold).near_pairs == true
+    assert leakage(splits, Nearness(splits, threshold)).near_pairs == true
     # a row leaves only for one that stays
     for name, some in splits.items():
         for one in some:

@@ -26,7 +26,7 @@ from tunesmith.data.privacy_evidence import privacy_evidence
 from tunesmith.data.settings import DataSettings, Split
 from tunesmith.data.shards import Engine, Job, Local, Piece, Planned, examined, plan, shapes_of
 from tunesmith.data.spill import Spill
-from tunesmith.data.splits import NEAR_HELD_OUT, Trace, clusters, leakage, leaving
+from tunesmith.data.splits import NEAR_HELD_OUT, Nearness, Trace, clusters, leakage, leaving
 from tunesmith.data.withdrawn import Withdrawn
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -153,10 +153,11 @@ def _divided(spill: Spill, split: Split, time: Mapping[str, Any]) -> dict[str, A
 def _nearness(
     splits: Mapping[str, Sequence[Trace]], threshold: float, outside: Outside, split: Split
 ) -> dict[str, Any]:
+    near = Nearness(splits, threshold, outside.requests)
     return {
-        "leakage": leakage(splits, threshold, outside.requests, split=split).as_json(threshold),
+        "leakage": leakage(splits, near, split).as_json(threshold),
         "decontaminated": list(outside.files),
-        "near_clusters": clusters(splits, threshold, _SHOWN_CONFLICTS),
+        "near_clusters": clusters(splits, near, _SHOWN_CONFLICTS),
     }
 
 

@@ -11,10 +11,15 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 METHOD = "character trigrams of the words, exact set-similarity join"
 _PAIRS_EACH = 100
@@ -74,19 +79,23 @@ def answer_key(answer: str) -> str:
 
 
 def near_pairs(texts: Sequence[str], threshold: float) -> list[tuple[int, int]]:
-    """The index pairs (i < j) of texts whose trigrams have a Jaccard similarity of at least threshold, sorted.
+    """near_ends as a list, for where the pairs are few."""
+    return [(left, right) for left, right in near_ends(texts, threshold).tolist()]
 
-    None is missed. texts should be distinct: n equal ones make n(n - 1) / 2 pairs. Raises Refused where the pairs
-    outgrow the texts so far that the similarity cannot tell one row from another.
+
+def near_ends(texts: Sequence[str], threshold: float) -> NDArray[np.int64]:
+    """The pairs (i < j) of texts whose trigrams have a Jaccard similarity of at least threshold, sorted.
+
+    int64[pairs, 2]. None is missed. texts should be distinct: n equal ones make n(n - 1) / 2 pairs. Raises Refused
+    where the pairs outgrow the texts so far that the similarity cannot tell one row from another.
     """
     from tunesmith.data.join import TooMany, similar_pairs
 
     try:
-        pairs = similar_pairs(texts, threshold, _PAIRS_EACH * len(texts))
+        return similar_pairs(texts, threshold, _PAIRS_EACH * len(texts))
     except TooMany:
         raise Refused(
             f"the requests are so alike that a row has over {_PAIRS_EACH} others near it at {threshold}",
             where="data.duplicates.near",
             fix="move the text that all requests share into a system turn, or raise near, or set it to null",
         ) from None
-    return [(left, right) for left, right in pairs.tolist()]

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 Bits = NDArray[np.uint64]
+Numbers = NDArray[np.uint32]
 
 _CELLS = 1 << 22  # numbers worked on at once: bounds the memory
 _PAIRS = 1 << 17  # pairs compared at once: small enough for the processor's cache
@@ -41,12 +42,13 @@ class TooMany(Exception):
 class _Sets:
     """n rows in the order of their sizes, m trigrams in all of them.
 
-    start, size: int64[n]; grams: the trigrams, sorted within a row, uint64[m]; mixed: the same scattered over 64 bits.
+    start, size: int64[n]; grams: the numbers of the trigrams, sorted within a row, uint32[m]; mixed: by its number each
+    trigram scattered over 64 bits.
     """
 
     start: Integers
     size: Integers
-    grams: Bits
+    grams: Numbers
     mixed: Bits
 
     def range_of(self, low: int, high: int) -> slice:
@@ -59,16 +61,15 @@ class _Sets:
 class _Class:
     """Rows low to high. The smaller of a pair is among the first `small` of them. Rows are counted from low on.
 
-    size: int64[rows]; own: the row of each of their trigrams; mixed: uint64, as many; reach: int64[small], how many
-    rows from low on are not too large for it; coarse, fine: bitmaps, uint64[rows, words].
+    size: int64[rows]; marks: what a row holds in each part of the universe, uint64[rows, parts]; reach: int64[small],
+    how many rows from low on are not too large for it; coarse, fine: bitmaps, uint64[rows, words].
     """
 
     low: int
     small: int
     threshold: float
     size: Integers
-    own: Integers
-    mixed: Bits
+    marks: Bits
     reach: Integers
     coarse: Bits
     fine: Bits
@@ -88,9 +89,10 @@ def similar_pairs(texts: Sequence[str], threshold: float, most: int) -> Integers
     """
     if len(texts) < 2:
         return np.empty((0, 2), dtype=np.int64)
-    size, grams = _trigrams(texts)
+    size, grams, names = _trigrams(texts)
     order = np.argsort(size, kind="stable")
-    sets = _arranged(size, grams, order)
+    sets = _arranged(size, grams, order, _mix(names))
+    del grams
     known = np.empty(0, dtype=np.int64)
     pending: list[Integers] = []
     held = 0
@@ -115,17 +117,18 @@ def _apart(threshold: float) -> float:
     return (1 - threshold) / (1 + threshold)
 
 
-def _trigrams(texts: Sequence[str]) -> tuple[Integers, Bits]:
-    """Sizes of the sets, int64[n], and their elements one set after the other, each set sorted, uint64[m].
+def _trigrams(texts: Sequence[str]) -> tuple[Integers, Numbers, Bits]:
+    """Sizes of the sets, int64[n]; their elements one set after the other, each set sorted, uint32[m]; their trigrams.
 
-    A trigram is its three code points in 63 bits: no two are taken for one.
+    An element is the place of its trigram among all that occur, sorted: uint64, its three code points in 63 bits, so
+    that no two are taken for one.
     """
     padded = [text if len(text) > 2 else text.ljust(3, "\0") for text in texts]
     ends = np.cumsum(np.fromiter(map(len, padded), dtype=np.int64, count=len(padded)))
-    sizes, grams = [], []
+    sizes, blocks = [], []
     for first, last in _blocks(ends, _CELLS):
-        text = "".join(padded[first:last])
-        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
+        points = np.frombuffer("".join(padded[first:last]).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        points = points.astype(np.uint64)
         row = np.repeat(np.arange(last - first), np.diff(ends[first:last], prepend=ends[first] - len(padded[first])))
         whole = row[:-2] == row[2:]
         every = ((points[:-2] << np.uint64(42)) | (points[1:-1] << np.uint64(21)) | points[2:])[whole]
@@ -133,8 +136,10 @@ def _trigrams(texts: Sequence[str]) -> tuple[Integers, Bits]:
         cells = _distinct(row[:-2][whole] * len(names) + numbers)
         owner = cells // len(names)
         sizes.append(np.bincount(owner, minlength=last - first))
-        grams.append(names[cells - owner * len(names)])
-    return np.concatenate(sizes), np.concatenate(grams)
+        blocks.append((names, (cells - owner * len(names)).astype(np.uint32)))
+    known = np.unique(np.concatenate([names for names, _ in blocks]))
+    grams = np.concatenate([np.searchsorted(known, names).astype(np.uint32)[some] for names, some in blocks])
+    return np.concatenate(sizes), grams, known
 
 
 def _distinct(values: Integers) -> Integers:
@@ -153,11 +158,17 @@ def _blocks(ends: Integers, most: int) -> Iterator[tuple[int, int]]:
         first, before = last, int(ends[last - 1])
 
 
-def _arranged(size: Integers, grams: Bits, order: Integers) -> _Sets:
+def _arranged(size: Integers, grams: Numbers, order: Integers, mixed: Bits) -> _Sets:
+    """The sets in the order given. Some at a time: what tells where an element goes is larger than the element."""
     ordered = size[order]
-    start = np.cumsum(ordered) - ordered
-    grams = grams[np.repeat((np.cumsum(size) - size)[order] - start, ordered) + np.arange(len(grams))]
-    return _Sets(start=start, size=ordered, grams=grams, mixed=_mix(grams))
+    ends = np.cumsum(ordered)
+    start, before = ends - ordered, (np.cumsum(size) - size)[order]
+    arranged = np.empty_like(grams)
+    for first, last in _blocks(ends, _CELLS):
+        here = slice(int(start[first]), int(ends[last - 1]))
+        shift = np.repeat((before - start)[first:last], ordered[first:last])
+        arranged[here] = grams[shift + np.arange(here.start, here.stop)]
+    return _Sets(start=start, size=ordered, grams=arranged, mixed=mixed)
 
 
 def _mix(values: Bits) -> Bits:
@@ -173,8 +184,7 @@ def _candidates(sets: _Sets, threshold: float) -> Iterator[tuple[Integers, Integ
     while low < len(sets.size):
         largest = int(int(sets.size[low]) * _CLASS)  # of the smaller of a pair
         kind = _class(sets, low, largest, threshold)
-        parts = int(largest * (1 - threshold) / threshold + _MARGIN) + 1
-        for left, right in _compared(kind, parts):
+        for left, right in _compared(kind):
             fits = kind.near(left, right, kind.fine)
             yield left[fits] + low, right[fits] + low
         low += kind.small
@@ -183,34 +193,50 @@ def _candidates(sets: _Sets, threshold: float) -> Iterator[tuple[Integers, Integ
 def _class(sets: _Sets, low: int, largest: int, threshold: float) -> _Class:
     middle = int(np.searchsorted(sets.size, largest, side="right"))
     high = int(np.searchsorted(sets.size, int(largest / threshold + _MARGIN), side="right"))
-    size, where = sets.size[low:high], sets.range_of(low, high)
-    own, mixed = np.repeat(np.arange(high - low), size), sets.mixed[where]
+    size = sets.size[low:high]
+    parts = int(largest * (1 - threshold) / threshold + _MARGIN) + 1
     words = _COARSE * -(-largest // 64)
     fine = np.empty((high - low, words), dtype=np.uint64)
+    marks = np.empty((high - low, parts), dtype=np.uint64)
     for first, last in _blocks(np.arange(1, high - low + 1) * (words * 64), _CELLS):
-        here = slice(*np.searchsorted(own, (first, last)))
+        own = np.repeat(np.arange(last - first), size[first:last])
+        mixed = sets.mixed[sets.grams[sets.range_of(low + first, low + last)]]
         bits = np.zeros((last - first, words * 64), dtype=np.bool_)
-        bits[own[here] - first, (mixed[here] >> np.uint64(32)) % np.uint64(words * 64)] = True
+        bits[own, (mixed >> np.uint64(32)) % np.uint64(words * 64)] = True
         fine[first:last] = np.packbits(bits, axis=1).view(np.uint64)
+        marks[first:last] = _marks(own, mixed, (last - first, parts))
     return _Class(
         low=low,
         small=middle - low,
         threshold=threshold,
         size=size,
-        own=own,
-        mixed=mixed,
+        marks=marks,
         reach=np.searchsorted(size, np.floor(size[: middle - low] / threshold + _MARGIN), side="right"),
         coarse=np.bitwise_or.reduce(fine.reshape(high - low, _COARSE, -1), axis=1),
         fine=fine,
     )
 
 
-def _compared(kind: _Class, parts: int) -> Iterator[tuple[Integers, Integers]]:
+def _marks(own: Integers, mixed: Bits, shape: tuple[int, int]) -> Bits:
+    """What stands for the elements that a row holds in each part, uint64[rows, parts]. own: the row of each element.
+
+    Sums in the order of the sorted elements: the same elements give the same sum, to the last bit.
+    """
+    rows, parts = shape
+    part = ((mixed & np.uint64((1 << 32) - 1)) % np.uint64(parts)).astype(np.int64)
+    weight = (mixed >> np.uint64(20)).astype(np.float64)
+    sums = np.bincount(own * parts + part, weights=weight, minlength=rows * parts).astype(np.uint64)
+    marks: Bits = sums.reshape(shape) ^ _mix(np.arange(1, parts + 1, dtype=np.uint64))
+    return marks
+
+
+def _compared(kind: _Class) -> Iterator[tuple[Integers, Integers]]:
     """The pairs of a class that the coarse bitmap does not rule out, by whichever way compares fewer."""
     every = int((kind.reach - np.arange(1, kind.small + 1)).sum()) * kind.coarse.shape[1]
+    parts = kind.marks.shape[1]
     width = min(parts, max(1, _CELLS // len(kind.size)))
     for start in range(0, parts, width):
-        owner, after = _sharing(kind, parts, (start, min(parts, start + width)))
+        owner, after = _sharing(kind, start, min(parts, start + width))
         if start == 0 and int(after.sum()) * parts / width * _GATHERED > every:
             yield from _all_with_all(kind)
             return
@@ -220,22 +246,14 @@ def _compared(kind: _Class, parts: int) -> Iterator[tuple[Integers, Integers]]:
             yield left[fits], right[fits]
 
 
-def _sharing(kind: _Class, parts: int, some: tuple[int, int]) -> tuple[Integers, Integers]:
+def _sharing(kind: _Class, first: int, last: int) -> tuple[Integers, Integers]:
     """Rows by what they hold in some of the parts: (owner, after); `after` places that follow one hold the same.
 
     0 for a row that is not the smaller of any pair.
     """
-    first, width = some[0], some[1] - some[0]
-    part = ((kind.mixed & np.uint64((1 << 32) - 1)) % np.uint64(parts)).astype(np.int64)
-    here = slice(None) if width == parts else np.flatnonzero((part >= first) & (part < some[1]))
-    weight = (kind.mixed[here] >> np.uint64(20)).astype(np.float64)
-    # Sums in the order of the sorted elements: the same elements give the same sum, to the last bit.
-    sums = np.bincount(
-        kind.own[here] * width + (part[here] - first), weights=weight, minlength=len(kind.size) * width
-    ).astype(np.uint64)
-    marks = sums ^ np.tile(_mix(np.arange(first + 1, some[1] + 1, dtype=np.uint64)), len(kind.size))
+    marks = kind.marks[:, first:last].ravel()
     order = np.argsort(marks, kind="stable")
-    marks, owner = marks[order], order // width
+    marks, owner = marks[order], order // (last - first)
     heads = np.flatnonzero(np.concatenate(([True], marks[1:] != marks[:-1])))
     length = np.diff(heads, append=len(marks))
     after = np.repeat(heads + length, length) - np.arange(len(marks)) - 1
@@ -269,22 +287,19 @@ def _all_with_all(kind: _Class) -> Iterator[tuple[Integers, Integers]]:
 
 
 def _near(sets: _Sets, pairs: Integers, threshold: float) -> Integers:
-    """Those of the pairs (left row * n + right row) that are near, each once: shared elements are looked up one by one.
+    """Those of the pairs (left row * n + right row) that are near, each once: shared elements are counted one by one.
 
     The Jaccard similarity is shared over all.
     """
     pairs = _distinct(pairs)
     left, right = pairs // len(sets.size), pairs % len(sets.size)
-    names, numbers = np.unique(sets.grams, return_inverse=True)
-    cells = np.repeat(np.arange(len(sets.size)), sets.size) * len(names) + numbers  # sorted, as rows and elements are
     near = np.zeros(len(pairs), dtype=np.bool_)
-    for first, last in _blocks(np.cumsum(sets.size[left]), _CELLS):
-        one, other = left[first:last], right[first:last]
-        many = sets.size[one]
-        which = np.repeat(np.arange(len(one)), many)
-        elements = np.repeat(sets.start[one] - (np.cumsum(many) - many), many) + np.arange(len(which))
-        wanted = other[which] * len(names) + numbers[elements]
-        place = np.minimum(np.searchsorted(cells, wanted), len(cells) - 1)
-        shared = np.bincount(which[cells[place] == wanted], minlength=len(one))
-        near[first:last] = shared / (many + sets.size[other] - shared) >= threshold
+    for first, last in _blocks(np.cumsum(sets.size[left] + sets.size[right]), _CELLS):
+        both = np.concatenate((left[first:last], right[first:last]))
+        many = sets.size[both]
+        elements = np.repeat(sets.start[both] - (np.cumsum(many) - many), many) + np.arange(int(many.sum()))
+        pair = np.repeat(np.tile(np.arange(last - first), 2), many)
+        cells = np.sort(pair * len(sets.mixed) + sets.grams[elements])  # an element that both have stands twice
+        shared = np.bincount(cells[:-1][cells[1:] == cells[:-1]] // len(sets.mixed), minlength=last - first)
+        near[first:last] = shared / (many[: last - first] + many[last - first :] - shared) >= threshold
     return pairs[near]

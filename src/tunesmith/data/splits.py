@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tunesmith.data.dataset import SPLITS
-from tunesmith.data.duplicates import METHOD, METHODS, answer_key, near_pairs
+from tunesmith.data.duplicates import METHOD, METHODS, answer_key, near_ends
 from tunesmith.data.settings import NEAR, Split
 
 NEAR_HELD_OUT = "near a held-out row"
@@ -100,65 +103,53 @@ def leaving(splits: Mapping[str, Sequence[Judged]], threshold: float, outside: I
     the one with the smaller id stays; with different answers both do, for the difference is what is to be learned.
     """
     rank = {name: place for place, name in enumerate(reversed(SPLITS))}  # test 0, validation 1, train 2
-    near = _Nearness([example for examples in splits.values() for example in examples], threshold, outside)
+    near = Nearness(splits, threshold, outside)
     staying: defaultdict[int, set[tuple[int, str]]] = defaultdict(set)  # text -> (rank, answer) of rows that stay
     gone: dict[str, str] = {}
-    rows = [(rank[name], example.id, example) for name, examples in splits.items() for example in examples]
-    for own, name, example in sorted(rows, key=lambda row: row[:2]):
-        mine = (own, answer_key(example.answer))
-        met = [staying[text] for text in near.around(example)]
-        if not near.outside.isdisjoint(near.around(example)):
-            gone[name] = NEAR_OUTSIDE
-        elif any(other < own for rows_there in met for other, _ in rows_there):
-            gone[name] = NEAR_HELD_OUT
-        elif any(mine in rows_there for rows_there in met):
-            gone[name] = NEAR_SAME_ANSWER
-        else:
-            staying[near.text(example)].add(mine)
+    for name in sorted(splits, key=rank.__getitem__):
+        for example in sorted(splits[name], key=lambda one: one.id):
+            text = near.text(example)
+            if near.alone(text):
+                continue
+            around = near.texts_around(text)
+            mine = (rank[name], answer_key(example.answer))
+            met = [staying[other] for other in around if other in staying]
+            if not near.outside.isdisjoint(around):
+                gone[example.id] = NEAR_OUTSIDE
+            elif any(other < rank[name] for rows_there in met for other, _ in rows_there):
+                gone[example.id] = NEAR_HELD_OUT
+            elif any(mine in rows_there for rows_there in met):
+                gone[example.id] = NEAR_SAME_ANSWER
+            else:
+                staying[text].add(mine)
     return gone
 
 
-def leakage(
-    splits: Mapping[str, Sequence[Judged]],
-    threshold: float,
-    outside: Iterable[str] = (),
-    method: str = METHOD,
-    split: Split = Split(),
-) -> Leakage:
+def leakage(splits: Mapping[str, Sequence[Judged]], near: Nearness, split: Split = Split()) -> Leakage:
     """Groups that stand in more than one split, and near pairs of requests across splits, counted afresh.
 
-    method: one of METHODS, as an earlier record may state another than today's. split: says what else the splits may
-    not share, and whether they go by time.
+    near: of these splits, made for this. split: says what else the splits may not share, and whether they go by time.
     """
-    near = _Nearness([example for examples in splits.values() for example in examples], threshold, outside, method)
-    holders: defaultdict[str, set[str]] = defaultdict(set)
-    counts: defaultdict[int, Counter[str]] = defaultdict(Counter)  # text -> split -> rows
-    for name, examples in splits.items():
-        for example in examples:
-            holders[example.group].add(name)
-            counts[near.text(example)][name] += 1
-    across = 0
-    for text, here in counts.items():
-        for other in near.texts_around(text):
-            if other >= text and other in counts:  # each pair of texts once; a text is near itself
-                there = counts[other]
-                both = sum(here.values()) * sum(there.values()) - sum(here[name] * there[name] for name in here)
-                across += both // 2 if other == text else both
-    touching = sum(sum(here.values()) for text, here in counts.items() if near.outside & near.texts_around(text))
-    shared = sum(len(names) > 1 for names in holders.values())
-    return Leakage(shared, across, touching, _shared_labels(splits, split), _not_older(splits, split.time))
+    counts = near.counts  # of a pair of texts, rows of either are across where they are in different splits
+    everywhere = counts.sum(axis=1)
+    left, right = near.pairs.T
+    across = (everywhere[left] * everywhere[right] - (counts[left] * counts[right]).sum(axis=1)).sum()
+    across += (everywhere**2 - (counts**2).sum(axis=1)).sum() // 2  # a text is near itself
+    touching = everywhere[near.touching()].sum()
+    rows = [(place, examples) for place, examples in enumerate(splits.values())]
+    shared = _in_several((place, one.group) for place, examples in rows for one in examples)
+    labels = {
+        name: _in_several((place, one.labels.get(name, "")) for place, examples in rows for one in examples)
+        for name in (split.groups if split.joined else ())
+        if name != NEAR  # near pairs are counted as such
+    }
+    return Leakage(shared, int(across), int(touching), labels, _not_older(splits, split.time))
 
 
-def _shared_labels(splits: Mapping[str, Sequence[Judged]], split: Split) -> dict[str, int]:
-    found = {}
-    for name in split.groups if split.joined else ():
-        if name != NEAR:  # near pairs are counted as such
-            holders: defaultdict[str, set[str]] = defaultdict(set)
-            for each, examples in splits.items():
-                for example in examples:
-                    holders[example.labels.get(name, "")].add(each)
-            found[name] = sum(len(names) > 1 for names in holders.values())
-    return found
+def _in_several(found: Iterable[tuple[int, str]]) -> int:
+    """How many values stand in more than one split. found: (split, value) of every row."""
+    first: dict[str, int] = {}
+    return len({value for split, value in found if first.setdefault(value, split) != split})
 
 
 def _not_older(splits: Mapping[str, Sequence[Judged]], key: str | None) -> int | None:
@@ -172,49 +163,67 @@ def _not_older(splits: Mapping[str, Sequence[Judged]], key: str | None) -> int |
     return found
 
 
-def clusters(splits: Mapping[str, Sequence[Judged]], threshold: float, shown: int) -> dict[str, Any]:
+def clusters(splits: Mapping[str, Sequence[Judged]], near: Nearness, shown: int) -> dict[str, Any]:
     """Rows of a split that are near each other, directly or through others, and were kept since their answers differ.
 
-    {"clusters", "rows", "largest", "examples": the ids of the largest `shown`}.
+    near: of these splits. {"clusters", "rows", "largest", "examples": the ids of the largest `shown`}.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     found: list[list[str]] = []
-    for examples in splits.values():
-        near = _Nearness(examples, threshold)
-        links = [(text, other) for text in near.texts() for other in near.texts_around(text)]
-        ends = tuple(zip(*links, strict=True)) or ((), ())
-        size = len(near.texts())
-        _, labels = connected_components(coo_array(([True] * len(links), ends), shape=(size, size)), directed=False)
+    size = len(near.counts)
+    for place, examples in enumerate(splits.values()):
+        here = near.counts[:, place]
+        left, right = near.pairs[(here[near.pairs] > 0).all(axis=1)].T
+        links = coo_array((np.ones(len(left), dtype=np.bool_), (left, right)), shape=(size, size))
+        _, component = connected_components(links, directed=False)
+        several = np.bincount(component, weights=here)[component] > 1
         together: defaultdict[int, list[str]] = defaultdict(list)
         for example in examples:
-            together[int(labels[near.text(example)])].append(example.id)
-        found.extend(sorted(ids) for ids in together.values() if len(ids) > 1)
+            text = near.text(example)
+            if several[text]:
+                together[int(component[text])].append(example.id)
+        found.extend(sorted(ids) for ids in together.values())
     found.sort(key=lambda ids: (-len(ids), ids))
     rows = [len(ids) for ids in found]
     return {"clusters": len(found), "rows": sum(rows), "largest": max(rows, default=0), "examples": found[:shown]}
 
 
-class _Nearness:
-    """Which requests are the same or near. Works on distinct texts: a request that stands a thousand times is one."""
+class Nearness:
+    """Which requests of the splits are the same or near.
+
+    Works on distinct texts, by number: a request that stands a thousand times is one. counts: rows of each text in each
+    split, int64[texts, splits]; pairs: texts that are near, left < right, int64[pairs, 2]; outside: those of requests
+    that no split may hold, given as near_text. method: one of METHODS, as an earlier record may state another than
+    today's.
+    """
 
     def __init__(
-        self, examples: Sequence[Judged], threshold: float, outside: Iterable[str] = (), method: str = METHOD
+        self,
+        splits: Mapping[str, Sequence[Judged]],
+        threshold: float,
+        outside: Iterable[str] = (),
+        method: str = METHOD,
     ) -> None:
-        self._places: dict[str, int] = {}
+        places: dict[str, int] = {}
         self._of: dict[str, int] = {}
-        for example in examples:
-            self._of[example.id] = self._places.setdefault(METHODS[method](example.wording), len(self._places))
-        self.outside = {self._places.setdefault(text, len(self._places)) for text in outside}
-        self._near = [{place} for place in range(len(self._places))]
-        for left, right in near_pairs(list(self._places), threshold):
-            self._near[left].add(right)
-            self._near[right].add(left)
-
-    def texts(self) -> range:
-        """The numbers of the distinct requests."""
-        return range(len(self._near))
+        numbers = []
+        for examples in splits.values():
+            those = [places.setdefault(METHODS[method](example.wording), len(places)) for example in examples]
+            self._of.update(zip((example.id for example in examples), those, strict=True))
+            numbers.append(those)
+        self.outside = frozenset(places.setdefault(text, len(places)) for text in outside)
+        self.counts = np.stack(
+            [np.bincount(np.array(those, dtype=np.int64), minlength=len(places)) for those in numbers], axis=1
+        )
+        self.pairs = near_ends(list(places), threshold)
+        ends = np.concatenate((self.pairs, self.pairs[:, ::-1]))
+        ends = ends[np.argsort(ends[:, 0], kind="stable")]
+        self._others = np.ascontiguousarray(ends[:, 1])
+        self._start = np.searchsorted(ends[:, 0], np.arange(len(places) + 1))
+        self._alone = (np.diff(self._start) == 0) & (self.counts.sum(axis=1) < 2)
+        self._alone[list(self.outside)] = False
 
     def text(self, example: Judged) -> int:
         """The number of the example's request among the distinct ones."""
@@ -222,8 +231,12 @@ class _Nearness:
 
     def texts_around(self, text: int) -> set[int]:
         """The distinct requests near this one, itself among them."""
-        return self._near[text]
+        return {text, *self._others[self._start[text] : self._start[text + 1]].tolist()}
 
-    def around(self, example: Judged) -> set[int]:
-        """The distinct requests near the example's."""
-        return self._near[self._of[example.id]]
+    def alone(self, text: int) -> bool:
+        """Whether nothing is near the text, no second row has it, and it is no outside one."""
+        return bool(self._alone[text])
+
+    def touching(self) -> NDArray[np.int64]:
+        """The texts that are outside ones or near one."""
+        return np.array(sorted(set().union(*map(self.texts_around, self.outside))), dtype=np.int64)

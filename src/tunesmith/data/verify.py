@@ -12,7 +12,7 @@ from tunesmith.data.decontaminate import OUTSIDE, Outside, decode_outside
 from tunesmith.data.duplicates import METHODS, request_text
 from tunesmith.data.groups import wording_group
 from tunesmith.data.settings import DataSettings
-from tunesmith.data.splits import leakage, split_of
+from tunesmith.data.splits import Nearness, leakage, split_of
 from tunesmith.store.store import Store
 
 
@@ -54,7 +54,7 @@ def verify_dataset(store: Store, digest: str) -> dict[str, Any]:
     method = str(stated["leakage"].get("method"))
     if method not in METHODS:
         return _document(digest, checked, [{"path": "leakage", "reason": f"there is no method {method!r}"}])
-    shared = leakage(splits, near_threshold(settings), outside.requests, method, settings.split)
+    shared = leakage(splits, Nearness(splits, near_threshold(settings), outside.requests, method), settings.split)
     again = {
         **counts(splits),
         "leakage": _same_keys(stated["leakage"], {**shared.as_json(near_threshold(settings)), "method": method}),
