@@ -19,7 +19,7 @@ from tunesmith.models import native, ops
 from tunesmith.models.batch import Batch
 from tunesmith.models.network import Attend, Network, angles
 
-_KEPT = 1 << 22  # numbers: a layer's weights up to this many are kept for the backward pass
+KEPT_WEIGHTS = 1 << 22  # numbers: a layer's weights up to this many are kept for the backward pass
 
 
 class Blocks(NamedTuple):
@@ -183,7 +183,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, layout: Layout, layer: int) -> Tensor:
         blocks = layout.split(qkv, layer)
         early, own, *weights = mix(layout, blocks, layer)
-        kept = sum(weight.numel() for weight in weights) <= _KEPT
+        kept = sum(weight.numel() for weight in weights) <= KEPT_WEIGHTS
         ctx.save_for_backward(*blocks, *(weights if kept else ()))
         ctx.layout, ctx.layer = layout, layer
         return layout.tokens(early, own)

@@ -10,7 +10,13 @@ from pydantic import BaseModel
 
 from tunesmith.core.errors import Refused
 from tunesmith.models import runtime
+from tunesmith.models.attention import KEPT_WEIGHTS
+from tunesmith.models.batch import Batch
+from tunesmith.models.network import Network
 from tunesmith.training.loop import Step, step_tokens
+from tunesmith.training.loss import LOGIT_ROWS
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.trainable import Trainable
 
 _TIMED = 2
 
@@ -30,6 +36,25 @@ def too_few_numbers(rank: int, parameters: int, labels: int) -> str | None:
     )
 
 
+def step_bytes(network: Network, trained: Trainable, settings: TrainSettings, part: Batch) -> int:
+    """Bytes that computing a part of a step takes on top of what is there already: what its backward pass keeps, a
+    chunk of logits, and the gradients.
+
+    Kept of every token by a layer of width M, with Q numbers of queries, keys and values, A of mixed values and F in
+    the gated middle: 4 M + Q + A + 3 F (two sums and their norms, the heads, both halves of the gate, their product).
+    Layers below the first that is trained keep nothing. Attention weights of many tokens are made a layer at a time.
+    """
+    shape, layer = network.shape, network.layers[0].linear
+    kept = 4 * shape.width + layer["qkv"].out + layer["o"].into + layer["gate_up"].out + layer["down"].into
+    layers = min(settings.layers or shape.layers, shape.layers)
+    longest, rows = max(part.lengths), len(part.lengths)
+    weights = shape.heads * (part.prefix**2 + rows * longest * (part.prefix + longest))
+    weights *= 1 + (layers if weights <= KEPT_WEIGHTS else 1)  # and their gradients, a layer's at a time
+    logits = min(LOGIT_ROWS, part.labels.numel()) * shape.vocabulary
+    size = network.embedding.element_size()
+    return size * (layers * kept * part.tokens + weights + logits) + sum(each.nbytes for each in trained.masters)
+
+
 class Estimate(BaseModel):
     """seconds of the whole training, most bytes of memory it needs at once."""
 
@@ -38,9 +63,17 @@ class Estimate(BaseModel):
 
 
 def estimate(
-    plan: Sequence[Step], validation_tokens: int, validations: int, trial: Callable[[Step], None], later: int
+    plan: Sequence[Step],
+    validation_tokens: int,
+    validations: int,
+    trial: Callable[[Step], None],
+    later: int,
+    predicted: Callable[[Batch], int],
 ) -> Estimate:
     """Run trial, a step that changes nothing, on the largest (memory) and on two of middling size (time).
+
+    Where the kernel gives out more memory than there is, a step too large is not refused but killed: predicted says
+    from shapes what a part will take, and is held against what is free before anything is tried.
 
     validation_tokens: tokens of one validation pass, of which a forward pass takes a third of a step's time. later:
     bytes that a run takes beside a step's: the optimiser's state, the best weights. Raises Refused where the largest
@@ -49,25 +82,20 @@ def estimate(
     largest = max((part for step in plan for part in step), key=lambda part: part.tokens)
     by_size = sorted(plan, key=step_tokens)
     runtime.reset_peak_memory()
-    before = runtime.available_memory()
+    free, needed = runtime.available_memory(), predicted(largest)
+    if needed > free:
+        raise _too_large(largest, free, needed)
+    if needed + later > free:
+        raise _no_room_for_state(later, free - needed)
     try:
         trial([largest])
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
-        raise Refused(
-            f"the largest part of a step ({largest.tokens} tokens) does not fit into the {before / 1e9:.1f} GB of "
-            "memory that are free",
-            where="train.tokens",
-            fix=f"set tokens to {max(64, largest.tokens // 2)}, or max_length lower",
-        ) from error
+        raise _too_large(largest, free, needed) from error
     peak = runtime.peak_memory() + later
-    if later > (free := runtime.available_memory()):
-        raise Refused(
-            f"the optimiser's state takes {later / 1e9:.1f} GB beside a step's memory, {free / 1e9:.1f} GB are free",
-            where="train",
-            fix="set train.layers, or train.method to lora",
-        )
+    if later > (left := runtime.available_memory()):
+        raise _no_room_for_state(later, left)
     timed = by_size[len(by_size) // 2 :][:_TIMED]
     began = time.perf_counter()
     for step in timed:
@@ -75,3 +103,21 @@ def estimate(
     each = (time.perf_counter() - began) / sum(step_tokens(step) for step in timed)
     tokens = sum(step_tokens(step) for step in plan) + validations * validation_tokens / 3
     return Estimate(seconds=each * tokens, peak_memory_bytes=peak)
+
+
+def _too_large(largest: Batch, free: int, needed: int) -> Refused:
+    return Refused(
+        f"the largest part of a step ({largest.tokens} tokens) takes about {needed / 1e9:.1f} GB of memory, "
+        f"{free / 1e9:.1f} GB are free",
+        where="train.tokens",
+        fix=f"set tokens to {max(64, largest.tokens // 2)}, or max_length lower",
+    )
+
+
+def _no_room_for_state(later: int, free: int) -> Refused:
+    return Refused(
+        f"the optimiser's state takes {later / 1e9:.1f} GB beside a step's memory, "
+        f"{max(0, free) / 1e9:.1f} GB are free",
+        where="train",
+        fix="set train.layers, or train.method to lora",
+    )

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import Progress, Task
+from tunesmith.models import runtime
 from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.batch import Batch
 from tunesmith.models.network import Network, final, forward
 from tunesmith.training.checkpoints import load_checkpoint, save_checkpoint
 from tunesmith.training.settings import TrainSettings
+from tunesmith.training.speed import matrix_limit, step_flops
 from tunesmith.training.trainable import Trainable
 
 # A step: the parts it is computed in, one after another, to one sum.
@@ -236,11 +238,20 @@ class Run:
         )
         if course.step in self._validated_at:
             self.warn()
-        task.note(f"loss {loss:.3f}, {tokens / spent:.0f} tokens/s")
+        task.note(self._note(course.curve[-1]))
         task.advance(tokens)
         if self.over or time.perf_counter() - self._saved > self.settings.checkpoint_seconds:
             self.save()
             self._saved = time.perf_counter()
+
+    def _note(self, point: Mapping[str, float]) -> str:
+        """Loss, speed, how much of what the processor can multiply that is, and the most memory so far."""
+        tokens, seconds = int(point["tokens"]), point["seconds"]
+        labels = sum(part.labels.numel() for part in self.plan[int(point["step"]) - 1])
+        flops = step_flops(self.network, self.trained.parameters, self.settings, tokens, labels)
+        share = flops / seconds / matrix_limit(self.network, max(part.tokens for part in self.plan[0]))
+        memory = runtime.peak_memory() / 1e9
+        return f"loss {point['loss']:.3f}, {tokens / seconds:.0f} tokens/s ({share:.0%} of the cores), {memory:.1f} GB"
 
     def validate(self, batches: Sequence[Batch]) -> None:
         """Take the validation loss; keep the weights where it is the lowest, end the run where patience is."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from tunesmith.models import ops
 from tunesmith.models.products import Frozen
 
-_CHUNK = 256
+LOGIT_ROWS = 256
 _LEARNT_CHUNK = 1024  # where the head learns: its whole gradient is summed up once a chunk
 _GRAIN = 32  # chunks are multiples of it, so that they have few sizes: see models.batch
 
@@ -35,7 +35,7 @@ class _CrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         learns = gradient is not None and weight is not None
         learnt: Tensor | None = None
-        chunk = _LEARNT_CHUNK if learns else _CHUNK
+        chunk = _LEARNT_CHUNK if learns else LOGIT_ROWS
         for start in range(0, hidden.shape[0], chunk):
             piece = slice(start, start + chunk)
             scores = ops.cap_(head(hidden[piece]), cap)

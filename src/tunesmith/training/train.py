@@ -26,7 +26,7 @@ from tunesmith.models.weights import load_network
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.batches import lay_out_step, plan
-from tunesmith.training.estimate import Estimate, estimate, too_few_numbers
+from tunesmith.training.estimate import Estimate, estimate, step_bytes, too_few_numbers
 from tunesmith.training.full import Full
 from tunesmith.training.loop import Course, Run, Step, fit, trial_step
 from tunesmith.training.lora import Lora
@@ -261,7 +261,15 @@ def _expect(
     tokens = sum(batch.tokens for batch in validating)
     best = settings.keep == "best" and tokens > 0
     later = sum(master.nbytes for master in trained.masters) * (3 if best else 2)
-    made = estimate(steps, tokens, settings.validations, trial_step(trained.network, trained), later)
+    network = trained.network
+    made = estimate(
+        steps,
+        tokens,
+        settings.validations,
+        trial_step(network, trained),
+        later,
+        lambda part: step_bytes(network, trained, settings, part),
+    )
     write_atomic(kept, made.model_dump_json().encode())
     return made
 
