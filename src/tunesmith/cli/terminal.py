@@ -60,14 +60,15 @@ class Terminal:
             return
         from rich import progress as bars
         from rich.console import Console
+        from rich.table import Column
 
         columns = (
             bars.TextColumn("{task.description}"),
             bars.BarColumn(bar_width=28),
             bars.TaskProgressColumn(),
-            bars.TimeElapsedColumn(),
+            bars.TimeElapsedColumn(Column(min_width=7)),
             bars.TextColumn("left"),
-            bars.TimeRemainingColumn(elapsed_when_finished=False),
+            bars.TimeRemainingColumn(elapsed_when_finished=False, table_column=Column(min_width=7)),
             bars.TextColumn("{task.fields[note]}"),
         )
         with bars.Progress(*columns, console=Console(stderr=True)) as display:
