@@ -30,7 +30,7 @@ _CELLS = 1 << 22  # numbers worked on at once: bounds the memory
 _PAIRS = 1 << 17  # pairs compared at once: small enough for the processor's cache
 _CLASS = 1.12  # sizes of one class differ by no more than this factor: one number of parts does for all of them
 _COARSE = 4  # words of the fine bitmap to one of the coarse, and bits of the fine one to an element
-_GATHERED = 4  # comparing a pair found by a shared part costs as much as this many words compared in order
+_GATHERED = 4  # comparing a pair found by a shared part costs as much as comparing this many pairs in order
 _MARGIN = 1e-9  # against rounding in bounds that only rule out; what decides is counted and divided once
 
 
@@ -128,11 +128,9 @@ def _trigrams(texts: Sequence[str]) -> tuple[Integers, Numbers, Bits]:
     sizes, blocks = [], []
     for first, last in _blocks(ends, _CELLS):
         points = np.frombuffer("".join(padded[first:last]).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        points = points.astype(np.uint64)
         row = np.repeat(np.arange(last - first), np.diff(ends[first:last], prepend=ends[first] - len(padded[first])))
         whole = row[:-2] == row[2:]
-        every = ((points[:-2] << np.uint64(42)) | (points[1:-1] << np.uint64(21)) | points[2:])[whole]
-        names, numbers = np.unique(every, return_inverse=True)
+        names, numbers = _numbered(points, whole)
         cells = _distinct(row[:-2][whole] * len(names) + numbers)
         owner = cells // len(names)
         sizes.append(np.bincount(owner, minlength=last - first))
@@ -140,6 +138,26 @@ def _trigrams(texts: Sequence[str]) -> tuple[Integers, Numbers, Bits]:
     known = np.unique(np.concatenate([names for names, _ in blocks]))
     grams = np.concatenate([np.searchsorted(known, names).astype(np.uint32)[some] for names, some in blocks])
     return np.concatenate(sizes), grams, known
+
+
+def _numbered(points: Numbers, whole: NDArray[np.bool_]) -> tuple[Bits, Integers]:
+    """The trigrams of some code points, sorted, each once, and the place of each that is whole among them.
+
+    With few letters, as in most scripts, a table of all that could be takes the place of sorting all that there are.
+    """
+    letters, spelt = np.unique(points), np.zeros(int(points.max()) + 1, dtype=np.int64)
+    spelt[letters] = np.arange(len(letters))
+    base, wide = len(letters), letters.astype(np.uint64)
+    codes = spelt[points]
+    every = ((codes[:-2] * base + codes[1:-1]) * base + codes[2:])[whole]
+    if base**3 <= _CELLS:
+        here = np.zeros(base**3, dtype=np.bool_)
+        here[every] = True
+        distinct, numbers = np.flatnonzero(here), (np.cumsum(here) - 1)[every]
+    else:
+        distinct, numbers = np.unique(every, return_inverse=True)
+    first, second, third = (wide[distinct // base**power % base] for power in (2, 1, 0))
+    return (first << np.uint64(42)) | (second << np.uint64(21)) | third, numbers
 
 
 def _distinct(values: Integers) -> Integers:
@@ -232,7 +250,7 @@ def _marks(own: Integers, mixed: Bits, shape: tuple[int, int]) -> Bits:
 
 def _compared(kind: _Class) -> Iterator[tuple[Integers, Integers]]:
     """The pairs of a class that the coarse bitmap does not rule out, by whichever way compares fewer."""
-    every = int((kind.reach - np.arange(1, kind.small + 1)).sum()) * kind.coarse.shape[1]
+    every = int((kind.reach - np.arange(1, kind.small + 1)).sum())
     parts = kind.marks.shape[1]
     width = min(parts, max(1, _CELLS // len(kind.size)))
     for start in range(0, parts, width):
@@ -270,17 +288,24 @@ def _pairs_of_groups(after: Integers) -> Iterator[tuple[Integers, Integers]]:
 
 
 def _all_with_all(kind: _Class) -> Iterator[tuple[Integers, Integers]]:
-    """Each smaller row with every later one in its reach that the coarse bitmap does not rule out."""
-    columns = np.ascontiguousarray(kind.coarse.T)
+    """Each smaller row with every later one in its reach that the coarse bitmap does not rule out.
+
+    Where it rules out too few, the fine one is held against it at once: in order that costs less than pair by pair.
+    """
+    bitmaps = [np.ascontiguousarray(bitmap.T) for bitmap in (kind.coarse, kind.fine)]
     allowed = kind.size * _apart(kind.threshold) + _MARGIN / 2
     for first in range(0, kind.small, 128):
         last = min(first + 128, kind.small)
         for begin in range(first + 1, int(kind.reach[last - 1]), _PAIRS // 128):
             end = min(begin + _PAIRS // 128, int(kind.reach[last - 1]))
-            differing = np.zeros((last - first, end - begin), dtype=np.uint32)
-            for column in columns:
-                differing += np.bitwise_count(column[first:last, None] ^ column[None, begin:end])
-            left, right = np.nonzero(differing <= allowed[first:last, None] + allowed[None, begin:end])
+            most = allowed[first:last, None] + allowed[None, begin:end]
+            for columns in bitmaps:
+                differing = np.zeros((last - first, end - begin), dtype=np.uint32)
+                for column in columns:
+                    differing += np.bitwise_count(column[first:last, None] ^ column[None, begin:end])
+                left, right = np.nonzero(differing <= most)
+                if len(left) * _GATHERED < most.size:
+                    break
             left, right = left + first, right + begin
             fits = (right > left) & (right < kind.reach[left])
             yield left[fits], right[fits]
