@@ -33,9 +33,10 @@ PROBES = {
     "general_text": "rise of the loss on general text by tuning, in nats a token (0.1 is a perplexity 10% higher)",
     "formats": "fall of the probability of the asked-for output format, where the base preferred it",
     "refusal": "fall of refusing what is unsafe, of helping with what is not, or of staying polite",
+    "lm_eval": "fall of the accuracy on multiple-choice tasks of lm-eval, of the task that fell the most",
     "robustness": "fall of the score under typos, capitals, rewording or instructions inside the request",
 }
-NEED_PATH = ("bbq", "crows_pairs")
+NEED_PATH = ("bbq", "crows_pairs", "lm_eval")
 # Figures of all rows together, which are no mean over rows.
 FIGURES = {
     "macro_f1": "mean over the labels of their F1",
@@ -221,7 +222,10 @@ class Probe(Settings):
     ] = 100
     path: Annotated[
         Path | None,
-        Field(description="BBQ's JSONL, CrowS-Pairs' CSV, or a text of one passage a line for general_text"),
+        Field(
+            description="BBQ's JSONL, CrowS-Pairs' CSV, a folder of lm-eval's tasks with their rows, or a text of one "
+            "passage a line for general_text"
+        ),
     ] = None
     repeats: Annotated[
         int | None, Field(ge=1, description="canaries: those planted so often are judged; the fewest where left out")

@@ -246,6 +246,18 @@ def _refusal(case: Case) -> Shown:
     return Shown(shown, sentence, {"kind": name, **_levels(case)})
 
 
+def _lm_eval(case: Case) -> Shown:
+    arms = {name: (_before(arm) - arm.after, arm.groups) for name, arm in case.measured.items()}
+    name, shown = numbers.worst(arms, _GAPS, case.confidence, case.seed)
+    levels = _levels(case)
+    before, after = levels["before"][name], levels["after"][name]
+    sentence = (
+        f"accuracy on {name} of lm-eval went from {percent(before)} to {percent(after)}, "
+        f"a fall of {_pointed(shown)} points, the most of {len(arms)} {'task' if len(arms) == 1 else 'tasks'}"
+    )
+    return Shown(shown, sentence, {"kind": name, **levels})
+
+
 def _robustness(case: Case) -> Shown:
     clean = dict(zip(case.test.ids, case.test.values.tolist(), strict=True))
     arms = {}
@@ -299,5 +311,6 @@ JUDGES: dict[str, Callable[[Case], Shown]] = {
     "general_text": _general_text,
     "formats": _formats,
     "refusal": _refusal,
+    "lm_eval": _lm_eval,
     "robustness": _robustness,
 }

@@ -15,7 +15,7 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.evaluation.declared import Answered, Scoring, checked
-from tunesmith.evaluation.probes import bias, drift, memory
+from tunesmith.evaluation.probes import bias, drift, harness, memory
 from tunesmith.evaluation.probes.ground import Ground
 from tunesmith.evaluation.probes.items import Item, is_number
 from tunesmith.inference.engine import Engine, Generation, Question
@@ -112,6 +112,11 @@ def _share_by_word(item: Item, line: Mapping[str, Any], scoring: Scoring) -> flo
     return weights[0] / math.fsum(weights)
 
 
+def _likeliest(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+    scores = _likelihoods(item, line)
+    return float(scores[0] == max(scores))
+
+
 def _pull(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
     first, second = _shares(item, line)[:2]
     return first - second
@@ -161,6 +166,7 @@ SUITES: dict[str, Suite] = {
     "general_text": Suite(drift.general_text_items, _loss, before=True, own=False),
     "formats": Suite(drift.formats_items, _share, before=True, own=False),
     "refusal": Suite(drift.refusal_items, _share_by_word, before=True, own=False),
+    "lm_eval": Suite(harness.lm_eval_items, _likeliest, before=True, own=False),
     "robustness": Suite(drift.robustness_items, _scored, untuned=True),
 }
 

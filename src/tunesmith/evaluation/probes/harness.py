@@ -1,0 +1,128 @@
+"""Multiple-choice tasks of the Language Model Evaluation Harness (lm-eval), read from a folder and asked as chat.
+
+The harness reads the task: its rows, few-shot examples, templates and right choices. The engine in use answers, through
+the rendering that serves, so a choice's log-probability includes the end of the turn, which the harness leaves out.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tunesmith.core.errors import UsageError
+from tunesmith.core.messages import Message
+from tunesmith.evaluation.probes.ground import Ground
+from tunesmith.evaluation.probes.items import Item
+
+_EXTRA = "pip install 'tunesmith[lm-eval]'"
+_FILES = ("json", "csv", "parquet")  # what `datasets` reads from files; any other dataset_path is fetched from its hub
+_CLOSED = ("include", "group", "custom_dataset", "gen_prefix", "doc_to_image", "doc_to_audio", "unsafe_code")
+_SEED = 1234  # the harness's own for few-shot examples
+
+
+def lm_eval_items(ground: Ground) -> list[Item]:
+    """At most ground.rows items of each task in the folder ground.path, the right choice first.
+
+    Every .yaml file is a task. Raises UsageError for one that is not multiple choice, reads other files than those
+    beside it, or wants code of its own; and where lm-eval is not installed.
+    """
+    assert ground.path is not None
+    if not ground.path.is_dir():
+        raise UsageError("not a folder of tasks", where=str(ground.path), fix="name the folder that holds TASK.yaml")
+    files = sorted(ground.path.glob("*.yaml"))
+    if not files:
+        raise UsageError("there is no .yaml file here", where=str(ground.path), fix="put the tasks of lm-eval there")
+    with tempfile.TemporaryDirectory() as cache:
+        return [item for file in files for item in _items(file, _settings(file), Path(cache), ground.rows)]
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """A task's settings, its data's paths made whole."""
+    try:
+        read = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the task cannot be read: {error}", where=str(file)) from error
+    except yaml.YAMLError as error:  # a !function of the task's own is one
+        said = getattr(error, "problem", None) or str(error)
+        raise UsageError(f"not a task of plain YAML: {said}", where=str(file), fix="say it in templates") from error
+    if not isinstance(read, Mapping) or not isinstance(read.get("task"), str):
+        raise UsageError("a task has keys and values, `task` among them", where=str(file))
+    if read.get("output_type") != "multiple_choice":
+        raise UsageError("only tasks with `output_type: multiple_choice` are asked", where=str(file))
+    if closed := [key for key in _CLOSED if read.get(key)]:
+        raise UsageError(f"tasks with `{closed[0]}` are not asked", where=str(file), fix="write the task out in full")
+    named = read.get("dataset_kwargs")
+    if read.get("dataset_path") not in _FILES or not isinstance(named, Mapping) or set(named) != {"data_files"}:
+        raise UsageError(
+            "the task's rows are fetched from elsewhere",
+            where=str(file),
+            fix=f"set dataset_path to one of {', '.join(_FILES)}, and dataset_kwargs to data_files beside the task",
+        )
+    whole = _beside(named["data_files"], file)
+    measured = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    return {**read, "dataset_kwargs": {"data_files": whole}, "metric_list": measured}
+
+
+def _beside(named: Any, file: Path) -> Any:
+    """data_files, each the path of a file in the task's own folder: these alone enter the digest of what was asked."""
+    if isinstance(named, Mapping):
+        return {split: _beside(each, file) for split, each in named.items()}
+    if isinstance(named, list):
+        return [_beside(each, file) for each in named]
+    path = file.parent / str(named)
+    if not isinstance(named, str) or Path(named).name != named or not path.is_file():
+        raise UsageError(f"data_files names {named!r}, which is no file beside the task", where=str(file))
+    return str(path.absolute())
+
+
+def _items(file: Path, settings: dict[str, Any], cache: Path, many: int) -> list[Item]:
+    try:
+        from lm_eval.api.task import ConfigurableTask
+    except ImportError as error:
+        raise UsageError(f"tasks of lm-eval need {error.name}", where="gates, lm_eval", fix=_EXTRA) from error
+    settings["dataset_kwargs"]["cache_dir"] = str(cache)
+    try:
+        with redirect_stderr(io.StringIO()):  # it draws progress bars of its own
+            task = ConfigurableTask(config=settings)
+            if task.multiple_input:
+                raise UsageError("tasks whose choices stand in the request are not asked", where=str(file))
+            task.set_fewshot_seed(_SEED)
+            count = len(task.eval_docs)
+            chosen = sorted(random.Random(0).sample(range(count), many)) if count > many else None
+            task.build_all_requests(
+                samples=chosen, apply_chat_template=True, fewshot_as_multiturn=True, chat_template=_as_turns
+            )
+        by_row: dict[int, list[Any]] = {}
+        for instance in task.instances:
+            by_row.setdefault(instance.doc_id, []).append(instance)
+        return [
+            _item(settings["task"], row, instances, task.doc_to_target(instances[0].doc), str(file))
+            for row, instances in sorted(by_row.items())
+        ]
+    except UsageError:
+        raise
+    except Exception as error:  # its templates are the user's, and may raise anything
+        raise UsageError(f"lm-eval cannot read it: {type(error).__name__}: {error}", where=str(file)) from error
+
+
+def _item(task: str, row: int, instances: Sequence[Any], right: Any, where: str) -> Item:
+    texts = [instance.args[1] for instance in sorted(instances, key=lambda each: each.idx)]
+    if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(texts) or len(texts) < 2:
+        raise UsageError(f"row {row} does not name one of its {len(texts)} choices: {right!r}", where=where)
+    turns = tuple(Message.model_validate(turn) for turn in json.loads(instances[0].args[0]))
+    others = (text for place, text in enumerate(texts) if place != right)
+    name = f"{task}-{row}"
+    return Item(id=name, group=name, arm=task, messages=turns, choices=(texts[right], *others))
+
+
+def _as_turns(history: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+    """What the harness takes for the rendered text: the turns themselves, which the engine renders."""
+    return json.dumps([{"role": turn["role"], "content": turn["content"]} for turn in history])

@@ -1,0 +1,158 @@
+"""Tasks of lm-eval: asked through our engine they score as through the harness's own, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.evaluation.probing import Bench, row
+from tests.evaluation.test_probe_items import ground
+from tunesmith.core.errors import UsageError
+from tunesmith.evaluation.probes.harness import lm_eval_items
+from tunesmith.inference.engine import Question
+
+WORDS = ("light", "fan", "heater", "radio", "lamp", "blind", "oven", "door")
+TASK: dict[str, Any] = {
+    "task": "rooms",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "rows.jsonl", "train": "shots.jsonl"}},
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "fewshot_split": "train",
+    "num_fewshot": 2,
+    "description": "Answer in one word.",
+    "doc_to_text": "What is in the {{room}}?",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "right",
+}
+
+
+def write_task(folder: Path, n: int = 40, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    rows = [
+        {"room": f"room {k}", "choices": [WORDS[(k + j) % 8] for j in range(2 + k % 3)], "right": k % 2}
+        for k in range(n)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    (folder / "shots.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows[:6]))
+    (folder / "rooms.yaml").write_text(yaml.safe_dump({**TASK, **changes}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"))
+
+
+def test_scores_are_those_of_the_harness_s_own_backend(bench: Bench, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
+    from lm_eval import simple_evaluate
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+
+    folder = write_task(tmp_path / "tasks")
+    items = lm_eval_items(ground(path=folder))
+    ours = bench.engine.choose([Question(item.messages, item.choices) for item in items])
+    # Our answers end their turn; the harness's do where a choice says so.
+    ended = {
+        **TASK,
+        "doc_to_choice": "{{choices | map('regex_replace', '$', '<|im_end|>') | list}}",
+        "fewshot_config": {"split": "train", "doc_to_choice": TASK["doc_to_choice"]},
+    }
+    files = {split: str(folder / name) for split, name in TASK["dataset_kwargs"]["data_files"].items()}
+    task = ConfigurableTask(
+        config={**ended, "dataset_kwargs": {"data_files": files, "cache_dir": str(tmp_path / "cache")}}
+    )
+    model = HFLM(pretrained=str(bench.folder / "model"), device="cpu", dtype="float32", batch_size=1)
+    told = simple_evaluate(model, tasks=[task], apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=0)
+    assert told is not None
+    samples = sorted(told["samples"]["rooms"], key=lambda each: each["doc_id"])
+    assert len(samples) == len(items) == 40
+    for sample, item, scores in zip(samples, items, ours, strict=True):
+        right = sample["doc"]["right"]
+        theirs = [each[0][0] for each in sample["resps"]]
+        theirs = [theirs.pop(right), *theirs]
+        # The harness counts the line break that opens the answer as the answer's: the same for all choices of a row.
+        apart = [value - theirs[0] for value in theirs]
+        assert [value - scores[0] for value in scores] == pytest.approx(apart, abs=2e-3), item.id
+        assert float(scores[0] == max(scores)) == sample["acc"]
+    accuracy = sum(scores[0] == max(scores) for scores in ours) / len(ours)
+    assert accuracy == pytest.approx(told["results"]["rooms"]["acc,none"])
+    assert 0.1 < accuracy < 0.9, "answers of both kinds"
+
+
+def test_the_same_rows_are_drawn_every_time_and_shots_are_turns(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
+    folder = write_task(tmp_path / "tasks")
+    items = lm_eval_items(ground(rows=25, path=folder))
+    assert items == lm_eval_items(ground(rows=25, path=folder))
+    assert len({item.group for item in items}) == 25
+    assert [turn.role for turn in items[0].messages] == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert items[0].choices[0] in WORDS
+
+
+def test_a_tuning_that_unlearns_a_task_is_caught(bench: Bench, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
+    folder = write_task(tmp_path / "tasks", num_fewshot=0, n=60)
+    base = lm_eval_items(ground(path=folder))
+    scores = bench.engine.choose([Question(item.messages, item.choices) for item in base])
+    # Taught the wrong choice wherever the base had the right one.
+    wrong = [item for item, each in zip(base, scores, strict=True) if each[0] == max(each)]
+    assert len(wrong) >= 12, "something to unlearn"
+    learned = [row(item.messages[-1].content, item.choices[1]) for item in base]
+    dataset = bench.dataset(learned, [row(f"turn on {word}", "ok") for word in WORDS])
+    tuned = bench.tuned(dataset, epochs=20, keep="last", learning_rate=1e-2)
+    gate = {"probe": "lm_eval", "rows": 60, "path": folder}
+    found = bench.finding(tuned, dataset, at_most=0.02, **gate)
+    assert found.outcome == "fail", found.reason
+    assert "accuracy on rooms of lm-eval went from" in found.reason
+    assert found.extra["before"]["rooms"] == pytest.approx(len(wrong) / 60)
+    assert bench.finding(tuned, dataset, at_most=1.0, **gate).outcome == "pass"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dataset_path": "super_glue"}, "fetched from elsewhere"),
+        ({"dataset_kwargs": {"data_files": "https://host/rows.jsonl"}}, "no file beside the task"),
+        ({"dataset_kwargs": {"data_files": "../rows.jsonl"}}, "no file beside the task"),
+        ({"dataset_kwargs": {"data_files": "rows.jsonl", "trust_remote_code": True}}, "fetched from elsewhere"),
+        ({"output_type": "generate_until"}, "multiple_choice"),
+        ({"include": "other.yaml"}, "`include`"),
+        ({"task": None}, "`task` among them"),
+    ],
+)
+def test_tasks_that_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        lm_eval_items(ground(path=write_task(tmp_path / "tasks", **changes)))
+    assert caught.value.where.endswith("rooms.yaml")
+
+
+@pytest.mark.parametrize("text", ["doc_to_text: !function code.f\n", "a: [\n", "- a\n", ""])
+def test_what_is_no_task_of_plain_yaml(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        lm_eval_items(ground(path=tmp_path))
+    assert caught.value.where.endswith("bad.yaml")
+
+
+def test_templates_and_targets_that_do_not_fit_their_rows_are_told(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
+    with pytest.raises(UsageError, match=r"rooms\.yaml"):
+        lm_eval_items(ground(path=write_task(tmp_path / "a", doc_to_text="{{ room.what() }}")))
+    with pytest.raises(UsageError, match=r"rooms\.yaml"):
+        lm_eval_items(ground(path=write_task(tmp_path / "b", doc_to_target="{{ 7 }}")))
+
+
+def test_without_the_extra_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.api.task", None)
+    with pytest.raises(UsageError) as caught:
+        lm_eval_items(ground(path=write_task(tmp_path / "tasks")))
+    assert caught.value.fix == "pip install 'tunesmith[lm-eval]'"
+    with pytest.raises(UsageError, match="not a folder"):
+        lm_eval_items(ground(path=tmp_path / "tasks" / "rooms.yaml"))
