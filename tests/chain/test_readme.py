@@ -20,6 +20,7 @@ def test_the_settings_that_the_readme_shows_are_read() -> None:
     for block in blocks:
         shown: dict[str, Any] = yaml.safe_load(block)
         known: dict[str, Any] = {**settings(), "gates": {}}
+        known["task"]["scorers"].append({"name": "intent", "label": "intent"})  # which the gates name
         known["candidates"] = {**known["candidates"], "zero-shot": {"prompt": "prompt.txt"}}  # which the gates name
         if "data" in shown:  # a part of it, to be added to one's own
             shown["data"] = {**known["data"], **shown["data"]}

@@ -68,7 +68,7 @@ def test_scores_are_those_of_the_harness_s_own_backend(bench: Bench, tmp_path: P
     task = ConfigurableTask(
         config={**ended, "dataset_kwargs": {"data_files": files, "cache_dir": str(tmp_path / "cache")}}
     )
-    model = HFLM(pretrained=str(bench.folder / "model"), device="cpu", dtype="float32", batch_size=1)
+    model = HFLM(pretrained=str(bench.folder / "model"), device="cpu", dtype="bfloat16", batch_size=1)
     told = simple_evaluate(model, tasks=[task], apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=0)
     assert told is not None
     samples = sorted(told["samples"]["rooms"], key=lambda each: each["doc_id"])
