@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests.evaluation.probing import Bench, row
 from tests.evaluation.test_probe_items import ground
 from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.probes.harness import lm_eval_items
+from tunesmith.inference import embedded
+from tunesmith.inference.embedded import EmbeddedEngine
 from tunesmith.inference.engine import Question
+from tunesmith.models.weights import load_network
 
 WORDS = ("light", "fan", "heater", "radio", "lamp", "blind", "oven", "door")
 TASK: dict[str, Any] = {
@@ -49,7 +53,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("bench"))
 
 
-def test_scores_are_those_of_the_harness_s_own_backend(bench: Bench, tmp_path: Path) -> None:
+def test_scores_are_those_of_the_harness_s_own_backend(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
     from lm_eval import simple_evaluate
     from lm_eval.api.task import ConfigurableTask
@@ -57,7 +63,9 @@ def test_scores_are_those_of_the_harness_s_own_backend(bench: Bench, tmp_path: P
 
     folder = write_task(tmp_path / "tasks")
     items = lm_eval_items(ground(path=folder))
-    ours = bench.engine.choose([Question(item.messages, item.choices) for item in items])
+    # fp32, so that what differs is a mistake and not rounding.
+    monkeypatch.setattr(embedded, "load_network", lambda folder: load_network(folder, torch.float32))
+    ours = EmbeddedEngine(bench.base).choose([Question(item.messages, item.choices) for item in items])
     # Our answers end their turn; the harness's do where a choice says so.
     ended = {
         **TASK,
@@ -68,7 +76,7 @@ def test_scores_are_those_of_the_harness_s_own_backend(bench: Bench, tmp_path: P
     task = ConfigurableTask(
         config={**ended, "dataset_kwargs": {"data_files": files, "cache_dir": str(tmp_path / "cache")}}
     )
-    model = HFLM(pretrained=str(bench.folder / "model"), device="cpu", dtype="bfloat16", batch_size=1)
+    model = HFLM(pretrained=str(bench.folder / "model"), device="cpu", dtype="float32", batch_size=1)
     told = simple_evaluate(model, tasks=[task], apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=0)
     assert told is not None
     samples = sorted(told["samples"]["rooms"], key=lambda each: each["doc_id"])
