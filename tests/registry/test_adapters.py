@@ -151,6 +151,19 @@ A = f"{FIRST}.lora_A.weight".replace(".", "__")
 B = f"{FIRST}.lora_B.weight".replace(".", "__")
 
 
+def _untrained_pissa() -> dict[str, np.ndarray]:
+    """Halves as they are released before a first step: A - A0 = 0 over A0, B beside B - B0 = 0."""
+    half, found = RANK // 2, {}
+    for name, tensor in adapter_tensors().items():
+        own = np.ones_like(tensor) / 3
+        if "lora_B" in name:
+            own[:, half:] = 0
+        else:
+            own[:half] = 0
+        found[name] = own
+    return found
+
+
 @pytest.mark.parametrize(
     ("weights", "reason"),
     [
@@ -165,6 +178,7 @@ B = f"{FIRST}.lora_B.weight".replace(".", "__")
         (change_tensors(**{A: None}), "belong"),
         (change_tensors(lm_head__weight=np.ones((2, 2), np.float32)), "not a LoRA tensor"),
         (change_tensors(**{A.replace("q_proj", "o_proj"): np.ones((RANK, WIDTH), np.float32)}), "not a LoRA tensor"),
+        (encode(_untrained_pissa(), BASE), "changes nothing"),
         (encode({n: t * 0 if "lora_B" in n else t for n, t in adapter_tensors().items()}, BASE), "changes nothing"),
         (encode(adapter_tensors(), digest_bytes(b"another base")), "another base"),
         (encode(adapter_tensors(), BASE, digest_bytes(b"another template")), "another tokenizer"),

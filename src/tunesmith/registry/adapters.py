@@ -82,18 +82,25 @@ def check_adapter(folder: Path, *, base: str, fingerprint: str) -> AdapterFacts:
         with safe_open(path, framework="numpy") as file:
             check_metadata(path, file.metadata() or {}, base, fingerprint)
             shapes = {name: _check_tensor(path, file, name) for name in file.keys()}  # noqa: SIM118
-            changes = any(np.any(file.get_tensor(name)) for name in shapes if name.endswith("lora_B.weight"))
+            layers = _check_layers(path, shapes, rank, targets, config["use_dora"])
+            changes = any(_changes(file, name) for name in shapes if name.endswith("lora_B.weight"))
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise refusal(path, f"not readable as safetensors: {error}") from error
-    layers = _check_layers(path, shapes, rank, targets, config["use_dora"])
     numbers = {int(match[1]) for name in shapes if (match := re.search(r"\.layers\.(\d+)\.", name))}
     if numbers != set(config.get("layers_to_transform", numbers)):
         raise refusal(path, f"layers {sorted(numbers)} are adapted, not those that layers_to_transform names")
     if not changes:
-        raise refusal(path, "every lora_B is zero: the adapter changes nothing, the base would answer in its name")
+        raise refusal(path, "every B A is zero: the adapter changes nothing, the base would answer in its name")
     return AdapterFacts(
         rank=rank, targets=targets, layers=layers, parameters=sum(math.prod(shape) for shape in shapes.values())
     )
+
+
+def _changes(file: Any, name: str) -> bool:
+    """Whether a layer's B A, of which name is B's, has an entry that is not zero. B alone does not say: with PiSSA's
+    start neither half is zero before a first step, and their product is, exactly."""
+    with np.errstate(all="ignore"):
+        return bool(np.any(file.get_tensor(name) @ file.get_tensor(name.replace("lora_B", "lora_A"))))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -251,7 +251,7 @@ class Run:
         flops = step_flops(self.network, self.trained.parameters, self.settings, tokens, labels)
         share = flops / seconds / matrix_limit(self.network, max(part.tokens for part in self.plan[0]))
         memory = runtime.peak_memory() / 1e9
-        return f"loss {point['loss']:.3f}, {tokens / seconds:.0f} tokens/s, {share:.0%} of peak, {memory:.1f} GB"
+        return f"loss {point['loss']:.3f}, {memory:.1f} GB, {tokens / seconds:.0f} tokens/s, {share:.0%} of peak"
 
     def validate(self, batches: Sequence[Batch]) -> None:
         """Take the validation loss; keep the weights where it is the lowest, end the run where patience is."""
