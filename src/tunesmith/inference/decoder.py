@@ -293,7 +293,7 @@ class Batch:
             token = likeliest[place]
             if row.sampling.temperature > 0:
                 assert row.generator is not None
-                token = _sample(scores[place].float(), row.sampling, row.generator)
+                token = sample(scores[place].float(), row.sampling, row.generator)
             try:
                 self._give_one(row, token, told[place])
             except Exception as error:  # noqa: BLE001 - a schema or a listener: this row's fault alone
@@ -309,7 +309,7 @@ class Batch:
         if not stopped:
             if row.guide is not None:
                 row.guide.follow(token)
-            ended = row.listener.take(token, None if logprobs is None else _score(logprobs, token, row.top or 0))
+            ended = row.listener.take(token, None if logprobs is None else scored(logprobs, token, row.top or 0))
         if ended or len(row.given) >= row.limit:
             self._remove(row)
             row.listener.end(stopped=stopped)
@@ -367,12 +367,12 @@ def _run(
     return forward(network, torch.tensor([token for part in parts for token in part]), linear, attend)
 
 
-def _score(logprobs: Tensor, token: int, top: int) -> Score:
+def scored(logprobs: Tensor, token: int, top: int) -> Score:
     values, places = logprobs.topk(top)
     return Score(float(logprobs[token]), tuple(zip(places.tolist(), values.tolist(), strict=True)))
 
 
-def _sample(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def sample(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Draw from the smallest set of tokens whose probability reaches top_p (Holtzman et al. 2019)."""
     chances = torch.softmax(scores / sampling.temperature, -1)
     if sampling.top_p >= 1.0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
@@ -13,12 +13,13 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.inference.answer import Answer, choice_rows, prompt_within, spelt
 from tunesmith.inference.constraint import Constraints
 from tunesmith.inference.decoder import Batch, Prefix, Row, Sampling, Score
-from tunesmith.inference.engine import Completion, Generation, Question, Scored, Streamed, TokenScore
+from tunesmith.inference.engine import Completion, Generation, Question, Streamed, TokenScore
 from tunesmith.inference.scheduler import Scheduler
 from tunesmith.models import runtime
 from tunesmith.models.adapter import Fused, adapted_linear, fuse, read_adapter
@@ -120,7 +121,7 @@ class EmbeddedEngine:
         if (own := self._own(adapter)) is not None:
             return own.generate(requests, progress=progress)
         told: SimpleQueue[Streamed | None] = SimpleQueue()
-        answers = [_Answer(self._renderer, request, self._scores, told, streams=False) for request in requests]
+        answers = [Answer(self._renderer, request, self._spell, told, streams=False) for request in requests]
         rows = self._rows(requests, answers, adapter)
         with progress.task("answering", len(requests)) as task, self._under_way(rows):
             for _ in requests:
@@ -136,7 +137,7 @@ class EmbeddedEngine:
             yield from own.stream(request)
             return
         told: SimpleQueue[Streamed | None] = SimpleQueue()
-        answer = _Answer(self._renderer, request, self._scores, told, streams=True)
+        answer = Answer(self._renderer, request, self._spell, told, streams=True)
         with self._under_way(self._rows([request], [answer], adapter)):
             while (piece := told.get()) is not None:
                 yield piece
@@ -149,12 +150,7 @@ class EmbeddedEngine:
         """For each question the log-probability of each choice, summed over its tokens (end token included)."""
         if (own := self._own(adapter)) is not None:
             return own.choose(questions, progress=progress)
-        rows: list[Rendered] = []
-        for question in questions:
-            prompt = self._renderer.prompt(question.messages)
-            for choice in question.choices:
-                answer = self._renderer.answer(choice)
-                rows.append(Rendered((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer)))
+        rows = choice_rows(self._renderer, questions)
         order = sorted(range(len(rows)), key=lambda place: len(rows[place].ids))
         sums = [0.0] * len(rows)
         with progress.task("scoring choices", len(rows)) as task:
@@ -187,8 +183,8 @@ class EmbeddedEngine:
         finally:
             self._scheduler.leave(rows)
 
-    def _rows(self, requests: Sequence[Generation], answers: Sequence[_Answer], adapter: str | None) -> list[Row]:
-        prompts = [self._prompt(request) for request in requests]
+    def _rows(self, requests: Sequence[Generation], answers: Sequence[Answer], adapter: str | None) -> list[Row]:
+        prompts = [prompt_within(self._renderer, request, self.context_length) for request in requests]
         with self._turn:
             fused = self._fused(adapter)
             prefix = self._shared_prefix(prompts, fused)
@@ -239,25 +235,8 @@ class EmbeddedEngine:
             self._prefixes.popitem(last=False)
         return self._prefixes[key]
 
-    def _scores(self, token: int, score: Score) -> TokenScore:
-        """A token's score, spelt out."""
-
-        def one(token: int, logprob: float, top: tuple[TokenScore, ...] = ()) -> TokenScore:
-            data = self._constraints.token_bytes(token)
-            return TokenScore(data.decode(errors="replace"), data, logprob, top)
-
-        return one(token, score.logprob, tuple(one(*each) for each in score.top))
-
-    def _prompt(self, request: Generation) -> list[int]:
-        prompt = self._renderer.prompt(request.messages)
-        if len(prompt) >= self.context_length:
-            raise UsageError(
-                f"the prompt has {len(prompt)} tokens and leaves no room for an answer: the model's context length is "
-                f"{self.context_length}",
-                where="messages",
-                fix="shorten the request, or give fewer shots or retrieved examples",
-            )
-        return prompt
+    def _spell(self, token: int, score: Score) -> TokenScore:
+        return spelt(self._constraints, token, score)
 
     def _fused(self, adapter: str | None) -> Fused | None:
         if adapter is None:
@@ -265,84 +244,3 @@ class EmbeddedEngine:
         if adapter not in self._adapters:
             raise Refused(f"adapter {adapter} is not loaded", fix="load it before asking it")
         return self._adapters[adapter]
-
-
-class _Answer:
-    """One answer under way: its text, and what ends it. Told by the thread that decodes (decoder.Listener); read by the
-    one that asked, once told says so: a piece of a stream, or None at the end."""
-
-    def __init__(
-        self,
-        renderer: Renderer,
-        request: Generation,
-        spell: Callable[[int, Score], TokenScore],
-        told: SimpleQueue[Streamed | None],
-        *,
-        streams: bool,
-    ) -> None:
-        self._renderer, self._stops, self._spell, self._told = renderer, request.stop, spell, told
-        self._streams, self._scored = streams, request.top_logprobs is not None
-        self.prompt_tokens = 0
-        self._read = renderer.reader()
-        self._ids: list[int] = []
-        self._text = ""
-        self._scores: list[TokenScore] = []
-        self._starts: list[int] = []  # where in the text each score's token begins
-        self._cut: int | None = None  # where a stop text begins
-        self._sent, self._sent_scores = 0, 0
-        self._stopped = False
-        self._error: BaseException | None = None
-
-    def take(self, token: int, score: Score | None) -> bool:
-        """The next token; whether a stop text ends the answer with it."""
-        start = len(self._text)
-        self._ids.append(token)
-        self._text += self._read(token)
-        if score is not None:
-            self._starts.append(start)
-            self._scores.append(self._spell(token, score))
-        found = [self._text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stops]
-        self._cut = min((place for place in found if place >= 0), default=None)
-        if self._streams:
-            self._send(self._settled())
-        return self._cut is not None
-
-    def end(self, *, stopped: bool, error: BaseException | None = None) -> None:
-        """No more will come."""
-        self._stopped, self._error = stopped or self._cut is not None, error
-        if self._cut is None:  # half a character may stand at the end
-            self._text = self._renderer.text(self._ids)
-        if self._streams and error is None:
-            self._send(len(self._text) if self._cut is None else self._cut)
-        self._told.put(None)
-
-    def raise_error(self) -> None:
-        """Raise what kept the answer from being given."""
-        if self._error is not None:
-            raise self._error
-
-    def completion(self) -> Completion:
-        """The whole answer."""
-        end = len(self._text) if self._cut is None else self._cut
-        scores = [score for score, start in zip(self._scores, self._starts, strict=True) if start < max(end, 1)]
-        finish = "stop" if self._stopped else "length"
-        return Completion(self._text[:end], finish, self.prompt_tokens, len(self._ids), scores=tuple(scores))  # type: ignore[arg-type]
-
-    def _settled(self) -> int:
-        """How much of the text later tokens can no longer change."""
-        if self._cut is not None:
-            return self._cut
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        held = max(
-            (length for stop in self._stops for length in range(1, longest + 1) if self._text.endswith(stop[:length])),
-            default=0,
-        )
-        return len(self._text) - held
-
-    def _send(self, end: int) -> None:
-        begun = sum(start < end for start in self._starts[self._sent_scores :])
-        scores = tuple(self._scores[self._sent_scores : self._sent_scores + begun])
-        text = self._text[self._sent : end]
-        self._sent, self._sent_scores = max(self._sent, end), self._sent_scores + begun
-        if text or scores:
-            self._told.put(Scored(text, scores) if self._scored else text)

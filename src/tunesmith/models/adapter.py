@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,23 +134,48 @@ def encode_adapter(adapter: Adapter, network: Network, base: BaseModel) -> dict[
             tensors[f"{prefix}.lora_B.weight"] = b[rows, columns].float().contiguous()
             if adapter.m:
                 tensors[f"{prefix}.lora_magnitude_vector"] = adapter.m[number, group][rows].float().contiguous()
+    layers = sorted({number for number, _ in adapter.a})
+    return pack_adapter(
+        tensors,
+        base,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        root=adapter.root,
+        targets=adapter.targets,
+        dora=bool(adapter.m),
+        layers=layers if len(layers) < network.shape.layers else None,
+    )
+
+
+def pack_adapter(
+    tensors: Mapping[str, Tensor],
+    base: BaseModel,
+    *,
+    rank: int,
+    alpha: float,
+    root: bool,
+    targets: Iterable[str],
+    dora: bool = False,
+    layers: Sequence[int] | None = None,
+) -> dict[str, bytes]:
+    """The two files of an adapter whose tensors have PEFT's names, bound to its base. layers: where only some are
+    adapted."""
     config = {
         "base_model_name_or_path": base.digest,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "lora_alpha": adapter.alpha,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "peft_type": "LORA",
-        "r": adapter.rank,
-        "target_modules": sorted(adapter.targets),
+        "r": rank,
+        "target_modules": sorted(targets),
         "task_type": "CAUSAL_LM",
-        "use_dora": bool(adapter.m),
-        "use_rslora": adapter.root,
+        "use_dora": dora,
+        "use_rslora": root,
     }
-    layers = sorted({number for number, _ in adapter.a})
-    if len(layers) < network.shape.layers:
-        config |= {"layers_to_transform": layers, "layers_pattern": "layers"}
+    if layers is not None:
+        config |= {"layers_to_transform": list(layers), "layers_pattern": "layers"}
     # One key: safetensors writes several in an order that changes from call to call, and with it the bytes.
     metadata = {_BOUND: canonical({"base": base.digest, "fingerprint": base.fingerprint}).decode()}
     weights = save({name: tensors[name] for name in sorted(tensors)}, metadata=metadata)
@@ -160,18 +185,7 @@ def encode_adapter(adapter: Adapter, network: Network, base: BaseModel) -> dict[
 def read_adapter(folder: Path, network: Network, base: BaseModel) -> Adapter:
     """Read a PEFT folder for a base. Raises Refused where it is another base's, or a tensor is missing or left over."""
     where = str(folder)
-    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_bytes())
-    tensors, metadata = _tensors(folder / WEIGHTS_FILE)
-    try:
-        bound = json.loads(metadata.get(_BOUND, "{}"))
-    except ValueError:
-        bound = {}
-    if bound.get("base") != base.digest:
-        raise Refused("the adapter was trained on another base model", where=where, fix="train it on this base")
-    if bound.get("fingerprint") != base.fingerprint:
-        raise Refused(
-            "the adapter was trained with another tokenizer or chat template", where=where, fix="train it again"
-        )
+    config, tensors = unpack_adapter(folder, base)
     rank, targets = int(config["r"]), frozenset(config["target_modules"])
     a: dict[Place, Tensor] = {}
     b: dict[Place, Tensor] = {}
@@ -200,6 +214,24 @@ def read_adapter(folder: Path, network: Network, base: BaseModel) -> Adapter:
         raise Refused(f"the adapter holds tensors no layer takes, such as {sorted(tensors)[0]}", where=where)
     root = bool(config.get("use_rslora"))
     return Adapter(rank=rank, alpha=float(config["lora_alpha"]), root=root, targets=targets, a=a, b=b, m=m)
+
+
+def unpack_adapter(folder: Path, base: BaseModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a PEFT folder says of itself, and its tensors by name. Raises Refused where it is another base's."""
+    where = str(folder)
+    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_bytes())
+    tensors, metadata = _tensors(folder / WEIGHTS_FILE)
+    try:
+        bound = json.loads(metadata.get(_BOUND, "{}"))
+    except ValueError:
+        bound = {}
+    if bound.get("base") != base.digest:
+        raise Refused("the adapter was trained on another base model", where=where, fix="train it on this base")
+    if bound.get("fingerprint") != base.fingerprint:
+        raise Refused(
+            "the adapter was trained with another tokenizer or chat template", where=where, fix="train it again"
+        )
+    return config, tensors
 
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -26,6 +26,8 @@ from tunesmith.store.store import Store
 
 # The only files that are read from a base's folder: no code, no pickles.
 _PLAIN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# How configurations call the longest text, the usual name first.
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 INDEX = "model.safetensors.index.json"
 _TEMPLATE = "chat_template.jinja"
 _RENDERING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _TEMPLATE)
@@ -117,7 +119,7 @@ def _record_base(store: Store, folder: Path, spec: str) -> BaseModel:
     body = {
         "spec": spec if spec.startswith(("pypi:", "hf:")) else Path(spec).name,
         "family": config.get("model_type", ""),
-        "context_length": config.get("max_position_embeddings", 0),
+        "context_length": next((config[key] for key in _CONTEXT if config.get(key)), 0),
         "fingerprint": fingerprint,
         "files": files,
     }

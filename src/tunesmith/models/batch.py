@@ -42,9 +42,9 @@ class Batch:
         return self.ids.numel()
 
 
-def lay_out(rows: Sequence[Rendered]) -> Batch:
-    """Lay a batch's rows end to end behind what they share."""
-    prefix = _shared(rows)
+def lay_out(rows: Sequence[Rendered], *, share: bool = True) -> Batch:
+    """Lay a batch's rows end to end behind what they share; share: false where each is computed whole."""
+    prefix = _shared(rows) if share else 0
     ids = list(rows[0].ids[:prefix])
     positions = list(range(prefix))
     lengths = _filled(prefix, [_last(row) - prefix for row in rows])
@@ -71,9 +71,9 @@ def lay_out(rows: Sequence[Rendered]) -> Batch:
     )
 
 
-def computed_tokens(rows: Sequence[Rendered]) -> int:
+def computed_tokens(rows: Sequence[Rendered], *, share: bool = True) -> int:
     """Tokens that a batch of rows computes."""
-    shared = _shared(rows)
+    shared = _shared(rows) if share else 0
     return shared + sum(_filled(shared, [_last(row) - shared for row in rows]))
 
 

@@ -12,11 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
+from tunesmith.models.families import FAMILIES, GEMMAS, ours
 from tunesmith.models.network import GROUPS, Layer, Network, Rotary, Shape
 from tunesmith.models.products import Frozen
 
-_GEMMAS = ("gemma", "gemma2", "gemma3_text")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", *_GEMMAS)
 # Rotary variants whose angles do not depend on the length of the text.
 _ROPES = ("default", "linear", "llama3", "yarn")
 
@@ -59,9 +58,11 @@ def _configuration(folder: Path) -> Any:
     from transformers import AutoConfig
 
     family = json.loads((folder / "config.json").read_bytes()).get("model_type")
-    if family not in FAMILIES:
+    if not ours(str(family)):
         raise Refused(
-            f"models of family {family!r} are not supported", where=str(folder / "config.json"), fix=_supported()
+            f"models of family {family!r} run in transformers' own modules, which this is not offered for",
+            where=str(folder / "config.json"),
+            fix=_supported(),
         )
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     wrong = _unsupported(config)
@@ -73,7 +74,7 @@ def _configuration(folder: Path) -> Any:
 def _unsupported(config: Any) -> str | None:
     """What of a configuration network.py does not compute."""
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if activation != ("gelu_pytorch_tanh" if config.model_type in _GEMMAS else "silu"):
+    if activation != ("gelu_pytorch_tanh" if config.model_type in GEMMAS else "silu"):
         return f"activation {activation!r} is"
     if unknown := set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
         return f"attention of type {sorted(unknown)[0]!r} is"
@@ -95,7 +96,7 @@ def _head_size(config: Any) -> int:
 
 
 def _shape(config: Any) -> Shape:
-    gemma = config.model_type in _GEMMAS
+    gemma = config.model_type in GEMMAS
     capped = config.model_type == "gemma2"
     heads = int(config.num_attention_heads)
     return Shape(

@@ -26,14 +26,15 @@ def plan(rows: Sequence[Rendered], batch: int, seed: int, epoch: int) -> list[li
     return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def lay_out_step(rows: Sequence[Rendered], tokens: int) -> list[Batch]:
+def lay_out_step(rows: Sequence[Rendered], tokens: int, *, share: bool = True) -> list[Batch]:
     """A step's rows as parts of at most so many computed tokens each (a single longer row is a part of its own).
 
     Parts share the work of their common prefix only among themselves, so they are as few and as full as can be.
+    share: false where nothing is.
     """
     parts: list[list[Rendered]] = [[]]
     for row in sorted(rows, key=lambda row: len(row.ids)):
-        if parts[-1] and computed_tokens([*parts[-1], row]) > tokens:
+        if parts[-1] and computed_tokens([*parts[-1], row], share=share) > tokens:
             parts.append([])
         parts[-1].append(row)
-    return [lay_out(part) for part in parts]
+    return [lay_out(part, share=share) for part in parts]
