@@ -82,7 +82,7 @@ FAMILIES = {
 def write_model(folder: Path, family: str = "llama", seed: int = 0, template: str = TEMPLATE) -> Path:
     """A folder with random fp32 weights, tokenizer and template; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
-    size = _write_tokenizer(folder, template)
+    size = write_tokenizer(folder, template)
     torch.manual_seed(seed)
     config = FAMILIES[family](vocab_size=size, bos_token_id=0, eos_token_id=1, pad_token_id=1, **SIZES)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -102,7 +102,7 @@ def row(request: str, answer: str, system: str = "Be brief.") -> tuple[Message, 
     )
 
 
-def _write_tokenizer(folder: Path, template: str) -> int:
+def write_tokenizer(folder: Path, template: str) -> int:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -294,8 +294,8 @@ class Check:
 
 
 def examine(directory: Path) -> list[Check]:
-    """Look at the interpreter, the processor, memory, disk, cache, project, store and audit log."""
-    checks = (_python, _processor, _memory, _cache, _disk, _project, _store)
+    """Look at the interpreter, the processor, memory, disk, cache, project, base, store and audit log."""
+    checks = (_python, _processor, _memory, _cache, _disk, _project, _base, _store)
     return [_checked(check, directory) for check in checks]
 
 
@@ -344,6 +344,18 @@ def _disk(directory: Path) -> Check:
 def _project(directory: Path) -> Check:
     project = Project.load(directory)
     return Check("project", ok=True, detail=f"{project.settings.name}, {len(project.settings.candidates)} candidates")
+
+
+def _base(directory: Path) -> Check:
+    """What a base in a folder runs on; nothing is fetched to find out."""
+    from tunesmith.models.families import SLOW, ours
+
+    project = Project.load(directory)
+    config = project.root / project.settings.base / "config.json"
+    if not config.is_file():
+        return Check("base", ok=True, detail=project.settings.base)
+    family = str(json.loads(config.read_bytes()).get("model_type"))
+    return Check("base", ok=True, detail=f"{family}, on the own network" if ours(family) else f"{family}, which {SLOW}")
 
 
 def _store(directory: Path) -> Check:

@@ -35,7 +35,6 @@ def _candidate(**train: Any) -> dict[str, Any]:
         (_candidate(rank=0), "greater than or equal to 1", "candidates.tuned.train.rank"),
         (_candidate(learning_rate=float("nan")), "finite", "candidates.tuned.train.learning_rate"),
         (_candidate(learning_rate=float("inf")), "finite", "candidates.tuned.train.learning_rate"),
-        (_candidate(targets=["q_porj"]), "no linear layer is called 'q_porj'", "candidates.tuned.train"),
         (_candidate(method="dora"), "'lora'", "candidates.tuned.train.method"),
         ({"gates": {"g": {"metric": "exact_mach", "at_least": 0.5}}}, "did you mean 'exact_match'", "gates.g"),
         ({"gates": {"g": {"metric": "field_f1", "at_least": 0.5}}}, "not measured", "gates.g.metric"),

@@ -76,7 +76,7 @@ def test_pickled_weights_are_refused(tmp_path: Path, store: Store) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"model_type": "gpt2"}, "family 'gpt2' are not supported"),
+        ({"model_type": "gpt2"}, "family 'gpt2' run in transformers' own modules"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
         ({"mlp_bias": True}, "biases in the MLP"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "type 'dynamic'"),
@@ -130,7 +130,7 @@ def test_code_that_a_base_names_is_never_run(tmp_path: Path) -> None:
     assert not ran.exists()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "own"}))
-    with pytest.raises(Refused, match="family 'own' are not supported"):
+    with pytest.raises(Refused, match="family 'own' run in transformers' own modules"):
         load_network(folder)
     assert not ran.exists()
 

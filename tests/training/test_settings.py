@@ -34,7 +34,6 @@ candidates:
         ("{learning_rate: 0}", "greater than 0"),
         ("{learning_rate: 3}", "less than 1"),
         ("{clip: .inf}", "finite number"),
-        ("{targets: [q_prj]}", "no linear layer is called 'q_prj'"),
         ("{rnak: 8}", "did you mean 'rank'?"),
         ("{loss_on: everything}", "'assistant', 'last' or 'all'"),
         ("{quantize: 4bit}", "needs bitsandbytes and an NVIDIA GPU"),

@@ -20,6 +20,7 @@ from tunesmith.core.files import write_atomic
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.answers import seen_answers
 from tunesmith.evaluation.declared import CONTEXT_SCORERS, Scoring, checked, make_scoring, metric_of
+from tunesmith.models.families import ours
 
 _AT_ONCE = 8  # adapters trained together: each holds its own masters and moments
 
@@ -40,7 +41,7 @@ def train_due(chain: Chain, names: Sequence[str]) -> None:
     """Train the adapters of the named candidates that are not there yet, several at a time."""
     trained = {name: settings.train for name in names if (settings := chain.settings_of(name)).train is not None}
     every = {name: (_untrained(chain, name, chain.settings_of(name)), train) for name, train in trained.items()}
-    joining = [name for name, train in trained.items() if train.joins]
+    joining = [name for name, train in trained.items() if train.joins and ours(chain.base.family)]
     for first in range(0, len(joining), _AT_ONCE):
         train_together(chain, {name: every[name] for name in joining[first : first + _AT_ONCE]})
 

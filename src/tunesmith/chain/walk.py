@@ -27,8 +27,10 @@ from tunesmith.data.sources import find_files
 from tunesmith.data.withdrawn import load_withdrawn
 from tunesmith.inference.opening import engine_kind, open_engine
 from tunesmith.inference.settings import EMBEDDED
+from tunesmith.models.families import ours
 from tunesmith.project import Project
 from tunesmith.store.store import Store
+from tunesmith.training.settings import TARGETS
 
 if TYPE_CHECKING:
     from tunesmith.inference.engine import Engine
@@ -63,7 +65,19 @@ class Chain:
         began = time.perf_counter()
         found = resolve_base(self.store, self.project.settings.base, self.project.root, self.progress)
         self.stages.done.append(Stage("base", time.perf_counter() - began, skipped=False))
+        if ours(found.family):
+            self._check_targets()
         return found
+
+    def _check_targets(self) -> None:
+        """Raises UsageError for a name that no linear layer has, before anything slow; other families have others."""
+        for name, settings in self.project.settings.candidates.items():
+            unknown = set(settings.train.targets if settings.train else ()) - {"all", *TARGETS}
+            if unknown:
+                raise UsageError(
+                    f"no linear layer is called {sorted(unknown)[0]!r}; there are {', '.join(TARGETS)}, all",
+                    where=f"candidates.{name}.train.targets",
+                )
 
     @cached_property
     def engine(self) -> Engine:
@@ -73,7 +87,7 @@ class Chain:
     @property
     def engine_kind(self) -> dict[str, str]:
         """Part of what answers depend on. The embedded engine, the first there was, is not named."""
-        kind = engine_kind(self.project.settings.engine)
+        kind = engine_kind(self.base, self.project.settings.engine)
         return {} if kind == EMBEDDED else {"engine": kind}
 
     def engine_of(self, candidate: str) -> dict[str, str]:

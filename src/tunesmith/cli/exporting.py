@@ -77,7 +77,7 @@ def export(
         dtype=dtype.value,
         base=base,
         engine=open_engine(base, settings),
-        engine_kind=engine_kind(settings),
+        engine_kind=engine_kind(base, settings),
         actor=acting(store, actor),
         progress=Terminal(),
     )

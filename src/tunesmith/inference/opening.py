@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tunesmith.inference.settings import EMBEDDED, EngineSettings
+from tunesmith.inference.settings import EMBEDDED, FOREIGN, EngineSettings
+from tunesmith.models.families import ours
 
 if TYPE_CHECKING:
     from tunesmith.inference.engine import Engine
@@ -12,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def open_engine(base: BaseModel, settings: EngineSettings | None) -> Engine:
-    """An engine for a base. Raises Refused where the server that settings name runs another model."""
+    """An engine for a base. Raises Refused where the server that settings name runs another model, and for a base that
+    nothing here can run."""
+    if settings is None and not ours(base.family):
+        from tunesmith.inference.foreign import ForeignEngine
+
+        return ForeignEngine(base)
     if settings is None:
         from tunesmith.inference.embedded import EmbeddedEngine
 
@@ -22,6 +28,8 @@ def open_engine(base: BaseModel, settings: EngineSettings | None) -> Engine:
     return VllmEngine(base, settings)
 
 
-def engine_kind(settings: EngineSettings | None) -> str:
+def engine_kind(base: BaseModel, settings: EngineSettings | None) -> str:
     """The engine's name in records."""
-    return EMBEDDED if settings is None else settings.kind
+    if settings is not None:
+        return settings.kind
+    return EMBEDDED if ours(base.family) else FOREIGN

@@ -30,3 +30,4 @@ class VllmSettings(Settings):
 
 EngineSettings = VllmSettings
 EMBEDDED = "embedded"
+FOREIGN = "transformers"  # in this process too, for the families that the embedded engine does not compute

@@ -21,9 +21,9 @@ from tunesmith.core.errors import Refused
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 64 * 1024
-_MODULE = re.compile(r"[a-z0-9_]{1,64}")
+_MODULE = re.compile(r"[A-Za-z0-9_]{1,64}")
 _TENSOR = re.compile(
-    r"base_model\.model\.(?P<layer>[a-z0-9_.]{1,200})\.(?P<half>lora_[AB]\.weight|lora_magnitude_vector)"
+    r"base_model\.model\.(?P<layer>[A-Za-z0-9_.]{1,200})\.(?P<half>lora_[AB]\.weight|lora_magnitude_vector)"
 )
 
 # Every key an adapter_config.json may have, and must: each with what it may say. PEFT knows others that name Python

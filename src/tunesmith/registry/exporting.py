@@ -23,6 +23,7 @@ from tunesmith.core.files import lock, sync_folder
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import load_dataset
 from tunesmith.models.base import BaseModel
+from tunesmith.models.families import ours
 from tunesmith.registry.adapters import CONFIG
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.release import ADAPTER_FILES, Version
@@ -74,6 +75,13 @@ def export_version(
     """
     identities.require(store, actor, "version.export", tenant=version.tenant, region=version.region)
     require_approved(store, version)
+    if not ours(base.family):
+        raise Refused(
+            f"{version.label} stands on a base of family {base.family!r}: what is exported is compared on our "
+            "own network, which does not compute it",
+            where=version.label,
+            fix="its version's folder holds the adapter in PEFT's layout, as it was verified",
+        )
     if target.exists():
         raise UsageError("there is something already", where=str(target), fix="name a folder that is not there yet")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,11 +12,12 @@ from tunesmith.core.errors import Refused
 from tunesmith.models import runtime
 from tunesmith.models.attention import KEPT_WEIGHTS
 from tunesmith.models.batch import Batch
+from tunesmith.models.foreign import Foreign
 from tunesmith.models.network import Network
 from tunesmith.training.loop import Step, step_tokens
 from tunesmith.training.loss import LOGIT_ROWS
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.trainable import Trainable
+from tunesmith.training.trainable import Trained
 
 _TIMED = 2
 
@@ -36,7 +37,7 @@ def too_few_numbers(rank: int, parameters: int, labels: int) -> str | None:
     )
 
 
-def step_bytes(network: Network, trained: Trainable, settings: TrainSettings, part: Batch) -> int:
+def step_bytes(network: Network | Foreign, trained: Trained, settings: TrainSettings, part: Batch) -> int:
     """Bytes that computing a part of a step takes on top of what is there already: what its backward pass keeps, a
     chunk of logits, and the gradients.
 
@@ -44,6 +45,9 @@ def step_bytes(network: Network, trained: Trainable, settings: TrainSettings, pa
     the gated middle: 4 M + Q + A + 3 F (two sums and their norms, the heads, both halves of the gate, their product).
     Layers below the first that is trained keep nothing. Attention weights of many tokens are made a layer at a time.
     """
+    masters = sum(each.nbytes for each in trained.masters)
+    if isinstance(network, Foreign):
+        return network.kept_bytes(part) + masters
     shape, layer = network.shape, network.layers[0].linear
     kept = 4 * shape.width + layer["qkv"].out + layer["o"].into + layer["gate_up"].out + layer["down"].into
     layers = min(settings.layers or shape.layers, shape.layers)
@@ -52,7 +56,7 @@ def step_bytes(network: Network, trained: Trainable, settings: TrainSettings, pa
     weights *= 1 + (layers if weights <= KEPT_WEIGHTS else 1)  # and their gradients, a layer's at a time
     logits = min(LOGIT_ROWS, part.labels.numel()) * shape.vocabulary
     size = network.embedding.element_size()
-    return size * (layers * kept * part.tokens + weights + logits) + sum(each.nbytes for each in trained.masters)
+    return size * (layers * kept * part.tokens + weights + logits) + masters
 
 
 class Estimate(BaseModel):

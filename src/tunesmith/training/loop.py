@@ -17,11 +17,13 @@ from tunesmith.core.progress import Progress, Task
 from tunesmith.models import runtime
 from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.batch import Batch
+from tunesmith.models.foreign import Foreign
 from tunesmith.models.network import Network, final, forward
 from tunesmith.training.checkpoints import load_checkpoint, save_checkpoint
+from tunesmith.training.foreign import ForeignLora
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.speed import matrix_limit, step_flops
-from tunesmith.training.trainable import Trainable
+from tunesmith.training.trainable import Trained
 
 # A step: the parts it is computed in, one after another, to one sum.
 Step = Sequence[Batch]
@@ -75,15 +77,18 @@ def _mean_loss(curve: Sequence[Mapping[str, float]]) -> float:
     return sum(point["loss"] for point in curve) / max(1, len(curve))
 
 
-def batch_loss(network: Network, trained: Trainable, batch: Batch, divisor: float) -> Tensor:
+def batch_loss(network: Network | Foreign, trained: Trained, batch: Batch, divisor: float) -> Tensor:
     """Summed loss of a batch's labels over divisor, a scalar with gradients to the copies of what is trained."""
+    if isinstance(network, Foreign):
+        return network.loss(batch, divisor)
+    assert not isinstance(trained, ForeignLora)
     hidden = forward(network, batch.ids, trained.linear(), shared_prefix_attention(batch, network))
     wanted = final(network, hidden[batch.predicts])
     share = torch.full((batch.labels.numel(),), 1.0 / divisor)
     return trained.loss(wanted, batch.labels, share)
 
 
-def trial_step(network: Network, trained: Trainable) -> Callable[[Step], None]:
+def trial_step(network: Network | Foreign, trained: Trained) -> Callable[[Step], None]:
     """A step's whole arithmetic without its effect, for the estimate."""
 
     def run(step: Step) -> None:
@@ -94,7 +99,7 @@ def trial_step(network: Network, trained: Trainable) -> Callable[[Step], None]:
     return run
 
 
-def gradients(network: Network, trained: Trainable, step: Step) -> float:
+def gradients(network: Network | Foreign, trained: Trained, step: Step) -> float:
     """Leave a step's gradients on the masters; returns its loss, the mean over all its labels."""
     labels = float(sum(part.labels.numel() for part in step))
     total = 0.0
@@ -117,7 +122,7 @@ def rate_at(step: int, steps: int, settings: TrainSettings) -> float:
     return settings.learning_rate * (1 - done if settings.schedule == "linear" else 1.0)
 
 
-def make_optimizer(trained: Trainable, settings: TrainSettings) -> torch.optim.AdamW:
+def make_optimizer(trained: Trained, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW over the masters, before its first step."""
     return torch.optim.AdamW(
         trained.groups(),
@@ -128,7 +133,7 @@ def make_optimizer(trained: Trainable, settings: TrainSettings) -> torch.optim.A
     )
 
 
-def update(trained: Trainable, optimizer: torch.optim.AdamW, rate: float, clip: float) -> None:
+def update(trained: Trained, optimizer: torch.optim.AdamW, rate: float, clip: float) -> None:
     """Move the masters by the gradients on them, which are then gone, and round the masters into their copies."""
     torch.nn.utils.clip_grad_norm_(trained.masters, clip)
     for group in optimizer.param_groups:
@@ -139,8 +144,8 @@ def update(trained: Trainable, optimizer: torch.optim.AdamW, rate: float, clip: 
 
 
 def fit(
-    network: Network,
-    trained: Trainable,
+    network: Network | Foreign,
+    trained: Trained,
     plan: Sequence[Step],
     validation: Sequence[Batch],
     settings: TrainSettings,
@@ -176,8 +181,8 @@ class Run:
 
     def __init__(
         self,
-        network: Network,
-        trained: Trainable,
+        network: Network | Foreign,
+        trained: Trained,
         plan: Sequence[Step],
         validation: Sequence[Batch],
         settings: TrainSettings,
@@ -322,7 +327,7 @@ class Run:
 
 
 @torch.no_grad()
-def validation_loss(network: Network, trained: Trainable, batches: Sequence[Batch]) -> float:
+def validation_loss(network: Network | Foreign, trained: Trained, batches: Sequence[Batch]) -> float:
     """Mean loss over all labels of batches."""
     labels = sum(batch.labels.numel() for batch in batches)
     return float(sum(batch_loss(network, trained, batch, float(labels)) for batch in batches))

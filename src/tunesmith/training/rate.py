@@ -18,10 +18,11 @@ from pydantic import BaseModel
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import Progress
+from tunesmith.models.foreign import Foreign
 from tunesmith.models.network import Network
 from tunesmith.training.loop import Step, gradients, make_optimizer, update
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.trainable import Trainable
+from tunesmith.training.trainable import Trained
 
 RULE = "a tenth of the rate at the lowest smoothed loss"
 STEPS = 40
@@ -65,7 +66,7 @@ def suggest(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
 
 
 def range_test(
-    network: Network, trained: Trainable, steps: Iterable[Step], settings: TrainSettings, progress: Progress
+    network: Network | Foreign, trained: Trained, steps: Iterable[Step], settings: TrainSettings, progress: Progress
 ) -> RateSearch:
     """Train trained on up to STEPS of steps at rising rates; its weights are spoilt afterwards.
 

@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from tunesmith.models.foreign import Foreign
 from tunesmith.models.network import Network
 from tunesmith.models.products import Frozen
 from tunesmith.training.settings import TrainSettings
@@ -16,7 +17,7 @@ _ROWS = 1024
 _SECONDS = 0.1
 
 
-def step_flops(network: Network, parameters: int, settings: TrainSettings, tokens: int, labels: int) -> float:
+def step_flops(network: Network | Foreign, parameters: int, settings: TrainSettings, tokens: int, labels: int) -> float:
     """Floating-point operations of a step's matrix products. parameters: how many numbers are trained.
 
     A token's, where the linear layers have N numbers, B of them from the first trained layer on: 2 N forward and 2 B
@@ -24,6 +25,8 @@ def step_flops(network: Network, parameters: int, settings: TrainSettings, token
     (That is the usual 6 N, less the frozen weights' third.) A label's: 4 times the head's numbers, 6 where the head
     learns. Attention, element-wise work and what is computed twice are left out.
     """
+    if isinstance(network, Foreign):  # which computes logits of every token, and back through all of it
+        return float(tokens * (4 * network.multiplied + 6 * parameters))
     sizes = [sum(product.numel() for product in layer.linear.values()) for layer in network.layers]
     first = 0 if settings.layers is None else max(0, len(sizes) - settings.layers)
     forward, back = sum(sizes), sum(sizes[first:])
@@ -33,8 +36,11 @@ def step_flops(network: Network, parameters: int, settings: TrainSettings, token
     return float(token * tokens + label * labels)
 
 
-def matrix_limit(network: Network, tokens: int) -> float:
+def matrix_limit(network: Network | Foreign, tokens: int) -> float:
     """FLOP/s of the machine's product at the shape of the network's widest one, for tokens of activations."""
+    if isinstance(network, Foreign):
+        out, into = network.widest
+        return _limit(min(tokens, _ROWS), into, out, torch.float32)
     widest = max(network.layers[0].linear.values(), key=lambda product: product.out)
     return _limit(min(tokens, _ROWS), widest.into, widest.out, network.dtype)
 

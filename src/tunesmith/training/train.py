@@ -20,13 +20,15 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.models import native, runtime
 from tunesmith.models.base import BaseModel
 from tunesmith.models.batch import Batch, label_count, lay_out
+from tunesmith.models.families import SLOW
+from tunesmith.models.foreign import Foreign
 from tunesmith.models.network import Network
 from tunesmith.models.rendering import Rendered, Renderer
-from tunesmith.models.weights import load_network
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.batches import lay_out_step, plan
 from tunesmith.training.estimate import Estimate, estimate, step_bytes, too_few_numbers
+from tunesmith.training.foreign import ForeignLora
 from tunesmith.training.full import Full
 from tunesmith.training.loop import Course, Run, Step, fit, trial_step
 from tunesmith.training.lora import Lora
@@ -34,7 +36,7 @@ from tunesmith.training.rate import RateSearch, range_test
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.sinks import Follower, follower
 from tunesmith.training.together import fit_together
-from tunesmith.training.trainable import Trainable
+from tunesmith.training.trainable import Trained, open_network
 
 # Part of what a checkpoint must agree on: bump when the engine's arithmetic or its batch plan changes.
 ENGINE = 4
@@ -63,7 +65,7 @@ class _Prepared:
 
     job: Job
     rendered: list[Rendered]
-    trained: Trainable
+    trained: Trained
     steps: list[Step]
     validating: list[Batch]
     identity: dict[str, Any]
@@ -96,7 +98,9 @@ def train(
     if restart:
         shutil.rmtree(work, ignore_errors=True)
     job = Job(name, rows, validation, settings, work)
-    ready = _prepare(Renderer(base.folder), load_network(base.folder), base, dataset, job)
+    ready = _prepare(Renderer(base.folder), open_network(base), base, dataset, job)
+    if isinstance(ready.trained, ForeignLora):
+        progress.say(f"{base.spec} ({base.family}) {SLOW}")
     progress.say(
         f"training {len(rows)} rows in {len(ready.steps)} steps: about {ready.expected.seconds:.0f} s and "
         f"{ready.expected.peak_memory_bytes / 1e9:.1f} GB of memory"
@@ -126,7 +130,9 @@ def train_together(
     before a first step. Every job's settings must say that it `joins`.
     """
     runtime.prepare()
-    renderer, network = Renderer(base.folder), load_network(base.folder)
+    renderer, network = Renderer(base.folder), open_network(base)
+    if isinstance(network, Foreign):
+        raise Refused("bases of other families are trained one after another", where=f"base {base.spec}")
     ready = [_prepare(renderer, network, base, dataset, job) for job in jobs]
     names = [job.name for job in jobs]
     _check_room(ready)
@@ -169,8 +175,8 @@ def find_rate(
     """
     runtime.prepare()
     rendered = _render(Renderer(base.folder), rows, settings)
-    trained = _untrained(load_network(base.folder), base, settings)
-    steps = chain.from_iterable(_steps(rendered, settings, epoch) for epoch in count())
+    trained = _untrained(open_network(base), base, settings)
+    steps = chain.from_iterable(_steps(rendered, settings, trained, epoch) for epoch in count())
     return range_test(trained.network, trained, steps, settings, progress)
 
 
@@ -188,13 +194,15 @@ def _check_room(ready: Sequence[_Prepared]) -> None:
         )
 
 
-def _prepare(renderer: Renderer, network: Network, base: BaseModel, dataset: str, job: Job) -> _Prepared:
+def _prepare(renderer: Renderer, network: Network | Foreign, base: BaseModel, dataset: str, job: Job) -> _Prepared:
     settings = job.settings
     rendered = _render(renderer, job.rows, settings)
     checked = _render(renderer, job.validation[: settings.validation_rows], settings)
     trained = _untrained(network, base, settings)
-    steps = [step for epoch in range(settings.epochs) for step in _steps(rendered, settings, epoch)]
-    validating = [lay_out([checked[row] for row in batch]) for batch in plan(checked, settings.batch, 0, 0)]
+    steps = [step for epoch in range(settings.epochs) for step in _steps(rendered, settings, trained, epoch)]
+    share = not isinstance(trained, ForeignLora)
+    checking = plan(checked, settings.batch, 0, 0)
+    validating = [lay_out([checked[row] for row in batch], share=share) for batch in checking]
     identity = {
         "base": base.digest,
         "dataset": dataset,
@@ -210,14 +218,17 @@ def _prepare(renderer: Renderer, network: Network, base: BaseModel, dataset: str
     return _Prepared(job, rendered, trained, steps, validating, identity, expected, notice)
 
 
-def _untrained(network: Network, base: BaseModel, settings: TrainSettings) -> Trainable:
+def _untrained(network: Network | Foreign, base: BaseModel, settings: TrainSettings) -> Trained:
+    if isinstance(network, Foreign):
+        return ForeignLora(network, settings)
     return Full(network, settings, base.folder) if settings.method == "full" else Lora(network, settings)
 
 
-def _steps(rendered: Sequence[Rendered], settings: TrainSettings, epoch: int) -> Iterator[Step]:
+def _steps(rendered: Sequence[Rendered], settings: TrainSettings, trained: Trained, epoch: int) -> Iterator[Step]:
     """The steps of an epoch, in order."""
+    share = not isinstance(trained, ForeignLora)  # which computes each row whole
     for batch in plan(rendered, settings.batch, settings.seed, epoch):
-        yield lay_out_step([rendered[row] for row in batch], settings.tokens)
+        yield lay_out_step([rendered[row] for row in batch], settings.tokens, share=share)
 
 
 def _record(
@@ -241,6 +252,7 @@ def _record(
         "environment": environment,
         **_measured(course, rows * settings.epochs / len(steps), tokens / len(steps), ready.expected, settings.keep),
         **({"together": list(together)} if together else {}),
+        **({"network": "transformers"} if isinstance(ready.trained, ForeignLora) else {}),
     }
     files = ready.trained.files(base)
     blobs = {name: store.put_bytes(data) for name, data in files.items()}
@@ -250,7 +262,7 @@ def _record(
 
 
 def _expect(
-    steps: Sequence[Step], validating: Sequence[Batch], settings: TrainSettings, trained: Trainable, work: Path
+    steps: Sequence[Step], validating: Sequence[Batch], settings: TrainSettings, trained: Trained, work: Path
 ) -> Estimate:
     """The estimate, taken once per training: a resumed run keeps the one it was begun with."""
     from tunesmith.core.files import write_atomic

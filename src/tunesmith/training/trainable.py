@@ -8,7 +8,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tunesmith.models.base import BaseModel
+from tunesmith.models.families import ours
+from tunesmith.models.foreign import Foreign
 from tunesmith.models.network import Linear, Network
+from tunesmith.models.weights import load_network
+from tunesmith.training.foreign import ForeignLora
 
 
 class Trainable(Protocol):
@@ -49,3 +53,12 @@ class Trainable(Protocol):
     def files(self, base: BaseModel) -> Mapping[str, bytes]:
         """What is kept of the training, by file name, bound to the base it was trained on."""
         ...
+
+
+# What the loop trains: weights on the one network, or an adapter within another family's own module.
+Trained = Trainable | ForeignLora
+
+
+def open_network(base: BaseModel) -> Network | Foreign:
+    """What a base is trained on: the one network where it computes the family, else transformers' own module."""
+    return load_network(base.folder) if ours(base.family) else Foreign(base)

@@ -1,0 +1,72 @@
+"""Tiny random models of families that run in transformers' own modules, with the tests' tokenizer and template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    CohereConfig,
+    FalconConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    MambaConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    StableLmConfig,
+)
+
+from tests.tiny import TEMPLATE, write_tokenizer
+
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+# Dropout as the families have it: whoever trains or answers must have switched it off.
+FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
+    "gpt2": lambda **k: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **k),
+    "gpt_neox": lambda **k: GPTNeoXConfig(hidden_dropout=0.1, attention_dropout=0.1, **_SIZES, **k),
+    "opt": lambda **k: OPTConfig(
+        hidden_size=32,
+        word_embed_proj_dim=16,  # with projections around the layers
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        **k,
+    ),
+    "falcon": lambda **k: FalconConfig(**_SIZES, alibi=True, **k),
+    "phi3": lambda **k: Phi3Config(**_SIZES, **k),
+    "stablelm": lambda **k: StableLmConfig(num_key_value_heads=2, **_SIZES, **k),
+    "olmo2": lambda **k: Olmo2Config(**_SIZES, **k),
+    "granite": lambda **k: GraniteConfig(**_SIZES, logits_scaling=3.0, **k),
+    "cohere": lambda **k: CohereConfig(**_SIZES, logit_scale=0.3, **k),
+    "mamba": lambda **k: MambaConfig(
+        hidden_size=32, state_size=4, num_hidden_layers=2, max_position_embeddings=256, **k
+    ),
+    "bert": lambda **k: BertConfig(**_SIZES, **k),  # its tokens see later ones
+}
+
+
+def write_foreign(folder: Path, family: str = "gpt2", seed: int = 0, template: str = TEMPLATE) -> Path:
+    """A folder with random fp32 weights, tokenizer and template; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = write_tokenizer(folder, template)
+    torch.manual_seed(seed)
+    config = FAMILIES[family](vocab_size=size, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith("A_log"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
