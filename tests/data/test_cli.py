@@ -56,6 +56,33 @@ def test_build_makes_a_project_s_dataset(tmp_path: Path) -> None:
     assert json.loads(printed)["dataset"] == document["dataset"]
 
 
+@pytest.mark.parametrize(
+    ("policy", "removed", "changed"), [("drop", {"overlong": 3}, 0), ("truncate", {"overlong": 2}, 1)]
+)
+def test_overlong_rows_are_counted_and_a_changed_template_is_another_version(
+    tmp_path: Path, policy: str, removed: dict[str, int], changed: int
+) -> None:
+    from tests.tiny import TEMPLATE, write_model
+
+    write_model(tmp_path / "base")
+    talk = row("turn on the lamp", "said at length " * 60)
+    talk["messages"] += row("and the fan", "on")["messages"]
+    rows = [*many_rows(80), *(row(f"say {n}", "x" * 2000) for n in range(2)), talk]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "tunesmith.yaml").write_text(
+        f"name: demo\nbase: ./base\ndata: {{sources: [{{path: '*.jsonl', licence: MIT}}], overlong: {policy}, "
+        "privacy: {entities: []}}\ncandidates: {tuned: {prompt: p.txt, train: {max_length: 200}}}\n"
+    )
+    (tmp_path / "p.txt").write_text("answer")
+    code, printed = run("build", "-C", str(tmp_path), "--json")
+    assert code == 0
+    sealed = json.loads(printed)
+    assert sealed["rows"] == {"read": 83, "kept": 83 - sum(removed.values()), "changed": changed, "removed": removed}
+    (tmp_path / "base" / "chat_template.jinja").write_text(TEMPLATE.replace("<|im_end|>\n", "<|im_end|>"))
+    other = json.loads(run("build", "-C", str(tmp_path), "--json")[1])
+    assert other["dataset"] != sealed["dataset"], "rows are counted as the template renders them"
+
+
 def test_show_gives_the_account_and_rows(home: tuple[Path, Dataset]) -> None:
     folder, dataset = home
     code, printed = run("show", "-C", str(folder), "--split", "test", "--limit", "2", "--json")

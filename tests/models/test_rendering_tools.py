@@ -101,7 +101,7 @@ def test_a_turn_of_weight_0_is_shown_and_not_trained(renderer: Renderer, weights
 
 
 def test_a_counter_of_rows_can_be_sent_away(tmp_path: Path) -> None:
-    counter = RowCounter(write_model(tmp_path, template=HERMES))
+    counter = RowCounter(write_model(tmp_path, template=HERMES), "")
     again = pickle.loads(pickle.dumps(counter))  # noqa: S301
     assert again(TURNS) == counter(TURNS) == len(Renderer(tmp_path).conversation(TURNS).ids)
 

@@ -121,7 +121,7 @@ class Chain:
                 project.store,
                 data,
                 project.root,
-                count_tokens=RowCounter(self.base.folder),
+                count_tokens=RowCounter(self.base.folder, self.base.fingerprint),
                 max_tokens=self._row_tokens,
                 answer_schema=schema,
                 special_tokens=self.engine.special_tokens,

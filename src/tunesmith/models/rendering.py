@@ -40,14 +40,15 @@ class RowCounter:
     """
 
     folder: Path
+    fingerprint: str  # of the base's rendering: a template that changed meanwhile is read anew
 
     def __call__(self, messages: Sequence[Message]) -> int:
         """Tokens of a row, its answer included."""
-        return len(_renderer(self.folder).conversation(messages).ids)
+        return len(_renderer(self.folder, self.fingerprint).conversation(messages).ids)
 
 
 @lru_cache(maxsize=2)
-def _renderer(folder: Path) -> Renderer:
+def _renderer(folder: Path, _fingerprint: str) -> Renderer:
     return Renderer(folder)
 
 
