@@ -14,7 +14,7 @@ import csv
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,17 @@ def report(name: str, train: list[Row], held: list[Row]) -> dict[str, set[int]]:
     print(f"\n{name}: {len(train)} rows for training, {len(held)} held out")
     for what, rows in found.items():
         print(f"  {what:<34}{len(rows):>6}")
+    found["label"] = other_label(train, held, near)
+    return found
+
+
+def other_label(train: list[Row], held: list[Row], near: Mapping[int, list[int]]) -> set[int]:
+    """The held-out rows whose nearest training row has another answer. near: as twins found them."""
     best = {
         number: max(others, key=lambda other: _alike(held[number][0], train[other][0]))
         for number, others in near.items()
     }
-    found["label"] = {number for number, other in best.items() if held[number][1] != train[other][1]}
-    return found
+    return {number for number, other in best.items() if held[number][1] != train[other][1]}
 
 
 def _alike(one: str, other: str) -> float:

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import UsageError
+from tunesmith.data.account import EXACT
 from tunesmith.data.dataset import SPLITS, Dataset, Example
 from tunesmith.data.division import OLDER, cuts, split_by_time, stratified, time_of
 from tunesmith.data.duplicates import jaccard, near_text, shingles
 from tunesmith.data.groups import joined_groups, wording_group
-from tunesmith.data.settings import Split
+from tunesmith.data.settings import DataSettings, Split
 from tunesmith.data.splits import NEAR_HELD_OUT, Leakage, Nearness, Trace, leakage
 from tunesmith.data.verify import verify_dataset
 from tunesmith.store.store import Store
@@ -270,3 +271,37 @@ def test_rows_without_labels_are_sealed_as_they_always_were(tmp_path: Path) -> N
     line = Store(tmp_path / "store").read_blob(build(tmp_path).record.blobs["train.jsonl"]).splitlines()[0]
     assert b"labels" not in line
     assert "time" not in settings().model_dump(mode="json")["split"]
+
+
+def _published(
+    tmp_path: Path, split: dict[str, Any], train: list[dict[str, Any]], held: list[dict[str, Any]]
+) -> Dataset:
+    write_jsonl(tmp_path / "train.jsonl", train)
+    write_jsonl(tmp_path / "held.jsonl", held)
+    sources = [{"path": f"{name}.jsonl", "licence": "MIT"} for name in ("train", "held")]
+    sources[1]["split"] = "test"
+    chosen = {"sources": sources, "split": split, "privacy": {"entities": []}, "duplicates": {"near": None}}
+    return build(tmp_path, DataSettings.model_validate(chosen))
+
+
+@pytest.mark.parametrize("group_by", ["author", ["author", "wording"]])
+def test_a_held_out_row_stands_for_its_copies_whatever_their_group(tmp_path: Path, group_by: Any) -> None:
+    """A copy of a published test row in training is dropped, not the test row: ids decide nothing here."""
+    rows = many_rows(60)
+    train = [{**one, "author": f"t{n % 7}"} for n, one in enumerate(rows)]
+    held = [{**one, "author": f"h{n}"} for n, one in enumerate(rows[:20])]
+    dataset = _published(tmp_path, {"group_by": group_by, "test": 0, "validation": 0}, train, held)
+    assert dataset.record.body["splits"] == {"train": 40, "validation": 0, "test": 20}
+    assert {one.source for one in dataset.examples("test")} == {"held.jsonl"}
+    assert {(one["source"], one["reason"]) for one in dataset.removed()} == {("train.jsonl", EXACT)}
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest)["ok"]
+
+
+@pytest.mark.parametrize("more", [{}, {"stratify": "kind", "group_by": "author"}])
+def test_a_published_test_set_may_be_all_that_is_held_out(tmp_path: Path, more: dict[str, Any]) -> None:
+    rows = [{**one, "author": f"a{n}", "kind": "xy"[n % 2]} for n, one in enumerate(many_rows(80))]
+    dataset = _published(tmp_path, {"test": 0, "validation": 0.1, **more}, rows[:60], rows[60:])
+    assert {one.source for one in dataset.examples("test")} == {"held.jsonl"}
+    assert dataset.record.body["splits"]["test"] == 20
+    with pytest.raises(ValueError, match="nothing would be held out"):
+        settings(split={"test": 0})

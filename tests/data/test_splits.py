@@ -61,6 +61,10 @@ def test_wordings_without_their_values() -> None:
     assert wording_group("set 5 alarms for 7:30", "ok") == wording_group("set 12 alarms for 16:45", "ok")
     assert wording_group('say "hello"', "ok") == wording_group('say "good night"', "ok")
     assert wording_group("say hello", "ok") != wording_group("say goodbye", "ok")
+    # A mark at the end of a value is the value's.
+    assert group("play who moved my cheese? in the hall", track="Who Moved My Cheese?", room="hall") == group(
+        "play rockin' in the hall", track="rockin'", room="hall"
+    )
 
 
 def test_near_rows_leave_training_first() -> None:
@@ -92,6 +96,22 @@ def test_near_rows_leave_training_first() -> None:
     assert leakage(staying, Nearness(staying, 0.75)) == Leakage(shared_groups=1, near_pairs=0)  # all stand in group "g"
 
 
+def test_what_is_near_a_held_out_row_that_leaves_as_a_repeat_leaves_too() -> None:
+    """Of a published test set every row counts, whichever of two that say the same stays in ours."""
+    said = ["book a table for two people at the harbour", "book a table for two people at the harbour tonight"]
+    reworded = [f"please do {said[0]}", f"{said[1]} please"]
+    splits = {
+        "train": [example(text, source="b.jsonl") for text in reworded],
+        "validation": [],
+        "test": [example(text) for text in said],
+    }
+    one, other = (jaccard(trigrams(splits["test"][n]), trigrams(splits["train"][1 - n])) for n in (0, 1))
+    assert max(one, other) < 0.8  # each training row is near one of the two alone
+    gone = leaving(splits, 0.8)
+    assert [gone.get(row.id) for row in splits["train"]] == [NEAR_HELD_OUT] * 2
+    assert sorted(gone.get(row.id, "") for row in splits["test"]) == ["", NEAR_SAME_ANSWER]
+
+
 request = st.lists(st.sampled_from(["turn", "on", "off", "the", "light", "fan", "in", "hall"]), min_size=1, max_size=6)
 rows = st.lists(
     st.tuples(request.map(" ".join), st.sampled_from(["a", "b"]), st.sampled_from(["train", "validation", "test"])),
@@ -118,11 +138,13 @@ def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str,
         if name != other_name and jaccard(one, other) >= threshold
     )
     assert leakage(splits, Nearness(splits, threshold)).near_pairs == true
-    # a row leaves only for one that stays
+    # a row leaves only for one that stays, or for a repeat of one that is held out
     for name, some in splits.items():
         for one in some:
             if one.id in gone:
+                repeats = splits["test"] + splits["validation"] if gone[one.id] == NEAR_HELD_OUT else []
                 kept = [(n, o) for n, others in staying.items() for o in others]
+                kept += [("repeat", o) for o in repeats if gone.get(o.id) == NEAR_SAME_ANSWER]
                 near = [
                     (n, o)
                     for n, o in kept

@@ -156,8 +156,9 @@ def _show_account(document: dict[str, Any], console: Console) -> None:
     rows, leakage = document["rows"], document["leakage"]
     table = Table(title=f"Dataset version {short(document['dataset'])}", show_header=False, title_justify="left")
     for source in document["sources"]:
-        known = f"{source['rows']} rows of the format {source['format']}: {source['evidence']}"
-        table.add_row(f"source {source['path']}", known)
+        how = "told" if source["format_told"] else "detected"  # --json states by what
+        held = ", held out" if source.get("split") == "test" else ""
+        table.add_row(f"source {source['path']}", f"{source['rows']} rows, format {source['format']} ({how}){held}")
     for warning in document["warnings"]:
         table.add_row("warning", warning)
     table.add_row("read", str(rows["read"]))
@@ -208,12 +209,15 @@ def _show_scan(scan: dict[str, Any] | None, table: Table) -> None:
         return
     for role, found in scan["fields"].items():
         table.add_row(f"found in: {role}", ", ".join(f"{entity} {number}" for entity, number in found.items()))
-    weakest = sorted(scan["planted"].items(), key=lambda pair: float(pair[1]["recall"]))[:3]
-    for entity, one in weakest:
+    missed = {entity: one for entity, one in scan["planted"].items() if one["found"] < one["planted"]}
+    for entity, one in sorted(missed.items(), key=lambda pair: float(pair[1]["recall"]))[:3]:
         table.add_row(
             f"scan for {entity}",
             f"finds {one['found']} of {one['planted']} planted here (at least {one['recall_at_least']:.0%})",
         )
+    if whole := [one for entity, one in scan["planted"].items() if entity not in missed]:
+        least = min(float(one["recall_at_least"]) for one in whole)
+        table.add_row(f"scan for {len(whole)} kinds", f"finds all that was planted here (at least {least:.0%} of each)")
     left = scan["left"]["at_most"]
     if scan["planted"]:
         table.add_row("probably left", "no bound" if left is None else f"at most {left:g} values (95%)")

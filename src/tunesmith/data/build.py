@@ -73,11 +73,13 @@ def build_dataset(
         rules = (count_tokens, max_tokens, answer_schema, special, withdrawn, outside.wordings)
         job = Job(settings, *rules, shapes_of(planned))
         spill = undo.enter_context(Spill(folder))
+        held_out = {one.file.name for one in planned if one.file.source.split}
         rows = _take_in(spill, account, examined(planned, job, engine, progress))
+        spill.drop_repeats(held_out)
         conflicts = spill.conflicts(_SHOWN_CONFLICTS)
         threshold = near_threshold(settings)
         progress.say(f"{account.read} rows read; looking for near ones across the splits")
-        divided, held = _divide(spill, settings, {one.file.name for one in planned if one.file.source.split})
+        divided, held = _divide(spill, settings, held_out)
         splits = _split(spill, threshold, account, outside)
         counted = spill.counts()
         body = {
@@ -109,13 +111,12 @@ def build_dataset(
 
 
 def _take_in(spill: Spill, account: Account, pieces: Iterable[Piece]) -> Counter[str]:
-    """Spill the rows, each once, and add up their accounts; returns source file -> rows read."""
+    """Spill the rows, and add up their accounts; returns source file -> rows read."""
     rows: Counter[str] = Counter()
     for piece in pieces:
         spill.add(piece.kept, piece.removed)
         account.merge(piece.account)
         rows[piece.file] += piece.account.read
-    spill.drop_repeats()
     return rows
 
 

@@ -102,7 +102,7 @@ def stratified(counts: Iterable[tuple[str, str, int]], split: Split, held: Conta
         )
     shares = {"train": 1 - split.validation - split.test, "validation": split.validation, "test": split.test}
     shares = {name: share for name, share in shares.items() if share > 0}
-    filled: dict[str, Counter[str]] = {name: Counter() for name in shares}
+    filled: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def cost(name: str, rows: Mapping[str, int]) -> float:
         wanted = {kind: shares[name] * totals[kind] for kind in rows}

@@ -27,9 +27,14 @@ _WORD = re.compile(r"\w+")
 _SENTENCE_MARKS = " .,;:!?\u2026¿¡\"'\u201c\u201d\u2018\u2019«»"
 
 
+def folded(text: str) -> str:
+    """The text in one Unicode form, case and spacing."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
 def normalise(text: str) -> str:
-    """What two spellings of the same words share: Unicode form, case, spacing, sentence marks at the ends."""
-    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """What two spellings of the same words share: they are folded, without sentence marks at the ends."""
+    text = folded(text)
     return text.strip(_SENTENCE_MARKS) or text
 
 

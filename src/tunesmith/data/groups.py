@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from tunesmith.core.digests import digest_of
-from tunesmith.data.duplicates import near_pairs, near_text, normalise
+from tunesmith.data.duplicates import folded, near_pairs, near_text, normalise
 from tunesmith.data.settings import NEAR, Split
 
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
@@ -50,8 +50,8 @@ def _values(answer: str) -> set[str]:
             pending.extend(value.values())
         elif isinstance(value, list):
             pending.extend(value)
-        elif isinstance(value, str) and len(value) >= _SHORTEST_VALUE:
-            found.add(normalise(value))
+        elif isinstance(value, str):
+            found.update(one for one in (normalise(value), folded(value)) if len(one) >= _SHORTEST_VALUE)
     return found
 
 

@@ -83,7 +83,10 @@ class Source(_Grown, Rows):
     region_key: Annotated[str, Field(description="the row's key that names its region")] = "region"
     split: Annotated[
         Literal["test"] | None,
-        Field(description="test holds these rows out, with all rows of their groups; null lets the group decide"),
+        Field(
+            description="test holds these rows out, with all rows of their groups, beside the share of the others that "
+            "split.test says; null lets the group decide"
+        ),
     ] = None
 
 
@@ -192,7 +195,14 @@ class Split(_Grown):
     _later = frozenset(("time", "stratify", "values"))
 
     validation: Annotated[float, Field(ge=0, lt=1, description="share of groups for validation")] = 0.05
-    test: Annotated[float, Field(gt=0, lt=1, description="share of groups for the test")] = 0.10
+    test: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="share of groups for the test, beside those of sources with split: test; 0 where these are all",
+        ),
+    ] = 0.10
     group_by: Annotated[
         str | Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None,
         Field(
@@ -280,6 +290,8 @@ class DataSettings(_Grown):
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> DataSettings:
+        if not self.split.test and not any(source.split for source in self.sources):
+            raise ValueError("split.test is 0 and no source has split: test, so nothing would be held out")
         if self.split.time is not None and any(source.split for source in self.sources):
             raise ValueError(
                 "a source with a split of its own and split.time exclude each other: rows go by their time"

@@ -91,9 +91,15 @@ class Spill:
         self._base.executemany(_INSERT, kept)
         self._base.executemany("INSERT INTO removed VALUES (?, ?)", removed)
 
-    def drop_repeats(self) -> None:
-        """Keep one row of each request and answer. Which one does not depend on the order in which they came."""
-        found = self._base.execute("SELECT rowid, key, source, row, id FROM rows ORDER BY key, id, tie, row")
+    def drop_repeats(self, held_out: Collection[str]) -> None:
+        """Keep one row of each request and answer. Which one does not depend on the order in which they came.
+
+        held_out: sources whose rows stand for their repeats in others: a copy is no reason to train on one of them.
+        """
+        marks = ", ".join("?" * len(held_out))
+        order = f"key, source NOT IN ({marks}), id, tie, row"
+        query = f"SELECT rowid, key, source, row, id FROM rows ORDER BY {order}"  # noqa: S608
+        found = self._base.execute(query, sorted(held_out))
         self._drop(
             (place, source, row, name, EXACT)
             for _, same in itertools.groupby(found, key=lambda one: one[1])
@@ -104,7 +110,7 @@ class Spill:
     def hold(self, sources: Collection[str]) -> list[str]:
         """Hold out the groups of these sources' rows, whatever else they hold; returns the groups.
 
-        Rows that went as repeats count too: the copy that stands for one of them is held out in its place.
+        Rows that went as repeats of one another count too, as far as their group is their own.
         """
         marks = ", ".join("?" * len(sources))
         query = f"SELECT DISTINCT grp FROM rows WHERE grp != '' AND source IN ({marks}) ORDER BY grp"  # noqa: S608

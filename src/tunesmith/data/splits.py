@@ -100,25 +100,29 @@ def leaving(splits: Mapping[str, Sequence[Judged]], threshold: float, outside: I
 
     outside: near_text of requests that no split may hold; what is near one leaves whatever split it is in. Of two near
     rows in different splits the test's stays, then the validation's. Of two near rows in one split with the same answer
-    the one with the smaller id stays; with different answers both do, for the difference is what is to be learned.
+    the one with the smaller id stays; with different answers both do, for the difference is what is to be learned. A
+    held-out row that leaves as a repeat stood in the test as it was given: what is near it leaves all the same.
     """
     rank = {name: place for place, name in enumerate(reversed(SPLITS))}  # test 0, validation 1, train 2
     near = Nearness(splits, threshold, outside)
     staying: defaultdict[int, set[tuple[int, str]]] = defaultdict(set)  # text -> (rank, answer) of rows that stay
+    given: dict[int, int] = {}  # text -> the lowest rank of its rows that were not too near to one of a lower rank
     gone: dict[str, str] = {}
     for name in sorted(splits, key=rank.__getitem__):
         for example in sorted(splits[name], key=lambda one: one.id):
-            text = near.text(example)
+            text, own = near.text(example), rank[name]
             if near.alone(text):
                 continue
             around = near.texts_around(text)
-            mine = (rank[name], answer_key(example.answer))
-            met = [staying[other] for other in around if other in staying]
+            mine = (own, answer_key(example.answer))
             if not near.outside.isdisjoint(around):
                 gone[example.id] = NEAR_OUTSIDE
-            elif any(other < rank[name] for rows_there in met for other, _ in rows_there):
+                continue
+            if any(given.get(other, own) < own for other in around):
                 gone[example.id] = NEAR_HELD_OUT
-            elif any(mine in rows_there for rows_there in met):
+                continue
+            given.setdefault(text, own)
+            if any(mine in staying[other] for other in around if other in staying):
                 gone[example.id] = NEAR_SAME_ANSWER
             else:
                 staying[text].add(mine)
