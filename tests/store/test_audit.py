@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, event, func, select, text, update
-from sqlalchemy.exc import OperationalError
 
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.store import audit, database
@@ -204,7 +203,7 @@ def test_on_a_full_disk_the_action_does_not_happen(store: Store) -> None:
     event.listen(store.engine, "connect", limit)
     detail = {"much": "x" * 500_000}
     with (
-        pytest.raises(OperationalError, match="full"),
+        pytest.raises(TunesmithError, match="full"),
         store.change("olive", "memo.keep", "key", detail) as session,
     ):
         session.execute(update(MemoRow).values(digest="changed"))

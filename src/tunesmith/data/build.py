@@ -182,11 +182,12 @@ def _described(one: Planned, shape: Shape, rows: int) -> dict[str, Any]:
 def _sealed(store: Store, folder: Path, lines: Iterable[bytes]) -> str:
     """Keep lines as a blob; returns its digest."""
     path = folder / "lines"
-    with path.open("wb") as stream:
-        stream.writelines(lines)
-    digest = store.put_file(path)
-    path.unlink()
-    return digest
+    try:
+        with path.open("wb") as stream:
+            stream.writelines(lines)
+        return store.put_file(path)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def dataset_document(store: Store, digest: str) -> dict[str, Any]:

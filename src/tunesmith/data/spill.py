@@ -81,9 +81,11 @@ class Spill:
     def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
         self._base.close()
         self._path.unlink(missing_ok=True)
-        if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
+        if isinstance(error, sqlite3.OperationalError) and any(said in str(error) for said in ("full", "disk I/O")):
             raise TunesmithError(
-                "the disk is full", where=str(self._path), fix="make room: a build takes about three times its rows"
+                f"the disk is full, or fails ({error})",
+                where=str(self._path),
+                fix="make room: a build takes about three times its rows",
             ) from error
 
     def add(self, kept: Sequence[SpiltRow], removed: Sequence[Line]) -> None:

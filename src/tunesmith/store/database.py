@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, event, inspect, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import TunesmithError
@@ -23,7 +24,8 @@ def connect(url: str) -> Engine:
     engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
     if engine.dialect.name == "sqlite":
         _sqlite_transactions(engine)
-    migrate(engine)
+    with _usable(engine):
+        migrate(engine)
     return engine
 
 
@@ -53,7 +55,7 @@ def migrate(engine: Engine) -> None:
 @contextlib.contextmanager
 def writing(engine: Engine) -> Iterator[Session]:
     """One write transaction; writers take turns. Commits at the end, rolls back on any exception."""
-    with _writing(engine).begin() as connection:
+    with _usable(engine), _writing(engine).begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _WRITERS_LOCK})
         with Session(bind=connection, expire_on_commit=False) as session:
@@ -64,8 +66,21 @@ def writing(engine: Engine) -> Iterator[Session]:
 @contextlib.contextmanager
 def reading(engine: Engine) -> Iterator[Session]:
     """A read-only session."""
-    with Session(engine) as session:
+    with _usable(engine), Session(engine) as session:
         yield session
+
+
+@contextlib.contextmanager
+def _usable(engine: Engine) -> Iterator[None]:
+    """What a database that is full, locked, out of reach or not to be written raises, as an error with its place."""
+    try:
+        yield
+    except OperationalError as error:
+        raise TunesmithError(
+            f"the database cannot be used: {error.orig}",
+            where=engine.url.render_as_string(hide_password=True),
+            fix="make room, wait for other processes, or look at who may write there",
+        ) from error
 
 
 def _writing(engine: Engine) -> Engine:

@@ -1,0 +1,359 @@
+"""What may come in place of rows, by the command line and from Python: exit code, place, and nothing left over."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tunesmith
+from tests.data.rows import many_rows, row
+from tunesmith.chain import build_data
+from tunesmith.cli.main import main
+from tunesmith.core.errors import TunesmithError
+from tunesmith.data.build import dataset_document
+from tunesmith.data.dataset import load_dataset
+from tunesmith.store.store import Store
+
+GOOD = many_rows(40)
+SECOND = [{"path": "train.jsonl", "licence": "MIT"}, {"path": "held.jsonl", "licence": "MIT", "split": "test"}]
+
+
+def lines(*rows: Mapping[str, Any]) -> bytes:
+    return b"".join(json.dumps(one).encode() + b"\n" for one in rows)
+
+
+def turned(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a build ended. document: with exit 0 what --json prints, else None."""
+
+    code: int
+    what: str = ""
+    where: str = ""
+    document: dict[str, Any] | None = None
+
+
+Ask = Callable[[Path], Outcome]
+
+
+def by_command(root: Path) -> Outcome:
+    kept, sys.argv = sys.argv, ["tunesmith", "data", "build", "-C", str(root), "--json"]
+    printed = root / "printed.json"
+    try:
+        with printed.open("w") as stream, pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.stdout", stream)
+            with pytest.raises(SystemExit) as ended:
+                main()
+    finally:
+        sys.argv = kept
+    document = json.loads(printed.read_text())
+    error = document.get("error", {})
+    assert error.get("exit", 0) == ended.value.code
+    return Outcome(ended.value.code, error.get("what", ""), error.get("where") or "", None if error else document)
+
+
+def by_python(root: Path) -> Outcome:
+    project = tunesmith.Project.load(root / "tunesmith.yaml")
+    try:
+        digest = build_data(project)
+    except TunesmithError as error:
+        return Outcome(error.exit_code, error.what, error.where or "")
+    return Outcome(0, document=dataset_document(project.store, digest))
+
+
+@pytest.fixture(params=[by_command, by_python])
+def ask(request: pytest.FixtureRequest) -> Ask:
+    chosen: Ask = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny import write_model
+
+    return write_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def project(tmp_path: Path, base: Path) -> Callable[..., Path]:
+    """Writes a project: of files by name, and of data settings beside the source rows.jsonl under MIT."""
+
+    def make(files: Mapping[str, bytes], root: Path = tmp_path, **data: Any) -> Path:
+        for name, content in files.items():
+            (root / name).write_bytes(content)
+        chosen = {"sources": [{"path": "rows.jsonl", "licence": "MIT"}], "privacy": {"entities": []}, **data}
+        settings = {"name": "demo", "base": str(base), "data": chosen, "candidates": {"zero": {"prompt": "p.txt"}}}
+        (root / "p.txt").write_text("answer")
+        (root / "tunesmith.yaml").write_text(json.dumps(settings))
+        return root
+
+    return make
+
+
+def require_nothing_left(root: Path) -> None:
+    """A build that failed leaves no dataset version, no blob, and no rows in its work folder."""
+    store = Store(root / ".tunesmith")
+    assert not store.root.is_dir() or store.records_of("dataset") == []
+    held = [path for path in store.root.rglob("*") if path.is_file()]
+    assert not [path for path in held if "blobs" in path.parts or path.name.startswith((".writing-", "rows.db"))]
+    assert not [path for path in (store.root / "work").rglob("*") if path.is_file() and path.stat().st_size]
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Input that is refused. what, where: patterns of the error's."""
+
+    content: bytes
+    code: int
+    what: str
+    where: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+def licensed(**source: Any) -> dict[str, Any]:
+    return {"sources": [{"path": "rows.jsonl", **source}]}
+
+
+REFUSED = {
+    "empty file": Bad(b"", 2, "the file is empty", r"rows.jsonl"),
+    "nothing but blank lines": Bad(b"\n\r\n  \n", 2, "holds no rows", r"rows.jsonl"),
+    "one row": Bad(lines(GOOD[0]), 2, "no rows are left for", r"data"),
+    "broken JSON on line 7": Bad(
+        lines(*GOOD[:6]) + b'{"messages": [\n' + lines(*GOOD[6:]), 2, "broken JSON", r"rows.jsonl, line 7, column 15"
+    ),
+    "a NUL byte": Bad(lines(*GOOD) + b'{"messages": "\0"}\n', 2, "broken JSON", r"rows.jsonl, line 41"),
+    "an escaped NUL": Bad(lines(*GOOD, row("a\0b", "c")), 2, "NUL character", r"row 41, messages\[0\].content"),
+    "a file of NULs": Bad(b"\0" * 4096, 2, "broken JSON", r"rows.jsonl, line 1"),
+    "half a surrogate pair": Bad(lines(*GOOD, row("a", "b\ud83d")), 2, "surrogate", r"row 41, messages\[1\].content"),
+    "another encoding in one line": Bad(
+        lines(*GOOD) + json.dumps(row("café", "c"), ensure_ascii=False).encode("latin-1") + b"\n",
+        2, "not UTF-8", r"rows.jsonl, line 41",
+    ),
+    "UTF-16": Bad(lines(*GOOD).decode().encode("utf-16"), 2, "not UTF-8", r"rows.jsonl, line 1"),
+    "an unknown role": Bad(lines(*GOOD, turned(("user", "a"), ("robot", "b"))), 2, "no role 'robot'", r"row 41"),
+    "a control token in what is asked": Bad(
+        lines(*GOOD, row("now <|im_end|> do", "b")), 3, r"user turn holds the control token <\|im_end\|>", r"row 41"
+    ),
+    "a control token in what is answered": Bad(
+        lines(*GOOD, row("a", "b<|im_start|>system")), 3, "assistant turn holds the control token", r"row 41"
+    ),
+    "no licence": Bad(lines(*GOOD), 3, "without a licence", r"rows.jsonl, row 1", licensed()),
+    "an unknown licence": Bad(lines(*GOOD), 3, "Whatever-1.0", r"rows.jsonl, row 1", licensed(licence="Whatever-1.0")),
+    "one non-commercial row": Bad(
+        lines(*GOOD[1:], {**GOOD[0], "licence": "CC-BY-NC-4.0"}), 3, "CC-BY-NC-4.0", r"rows.jsonl, row 40"
+    ),
+    "one share-alike row": Bad(
+        lines(*GOOD[1:], {**GOOD[0], "licence": "CC-BY-SA-4.0"}), 3, "CC-BY-SA-4.0", r"rows.jsonl, row 40"
+    ),
+    "a row longer than the base reads": Bad(lines(*GOOD, row("word " * 9_000, "b")), 3, "tokens and", r"row 41"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_told_with_its_place_and_leaves_nothing(
+    project: Callable[..., Path], ask: Ask, name: str
+) -> None:
+    bad = REFUSED[name]
+    root = project({"rows.jsonl": bad.content}, **bad.data)
+    ended = ask(root)
+    assert ended.code == bad.code, ended
+    assert re.search(bad.what, ended.what), ended
+    assert re.search(bad.where, ended.where), ended
+    require_nothing_left(root)
+
+
+def test_a_row_of_ten_megabytes(project: Callable[..., Path]) -> None:
+    root = project(
+        {"rows.jsonl": lines(*GOOD, row("word " * 2_000_000, "b"), {**many_rows(41)[40], "note": "x" * 10**7})}
+    )
+    ended = by_python(root)
+    assert (ended.code, ended.where) == (3, "rows.jsonl, row 41")
+    require_nothing_left(root)
+    (root / "rows.jsonl").write_bytes(lines(*GOOD, {**many_rows(41)[40], "note": "x" * 10**7}))
+    ended = by_command(root)
+    assert ended.document is not None
+    assert (ended.document["rows"]["kept"], ended.document["ignored_keys"]) == (41, {"note": 1})
+
+
+LEFT_OUT = {
+    "roles out of order": turned(("user", "a"), ("user", "b"), ("assistant", "c")),
+    "system turn not first or more than one": turned(
+        ("system", "s"), ("system", "t"), ("user", "a"), ("assistant", "b")
+    ),
+    "empty assistant turn": turned(("user", "a"), ("assistant", " ")),
+    "no assistant turn at the end": turned(("user", "a")),
+    "empty user turn": turned(("user", "\n"), ("assistant", "b")),
+}
+
+
+@pytest.mark.parametrize("reason", LEFT_OUT)
+def test_what_is_no_conversation_is_left_out_and_counted(project: Callable[..., Path], ask: Ask, reason: str) -> None:
+    ended = ask(project({"rows.jsonl": lines(*GOOD, LEFT_OUT[reason])}))
+    assert ended.document is not None, ended
+    assert ended.document["rows"] == {"read": 41, "kept": 40, "changed": 0, "removed": {reason: 1}}
+
+
+def test_marks_of_an_editor_change_no_row(project: Callable[..., Path], ask: Ask) -> None:
+    root = project({"rows.jsonl": codecs.BOM_UTF8 + lines(*GOOD).replace(b"\n", b"\r\n")})
+    assert ask(root).document is not None
+    assert said(root) == {turns["messages"][0]["content"] for turns in GOOD}
+
+
+def said(root: Path, *splits: str) -> set[str]:
+    store = Store(root / ".tunesmith")
+    dataset = load_dataset(store, store.records_of("dataset")[-1])
+    return {one.request[-1].text for name in splits or dataset.splits for one in dataset.examples(name)}
+
+
+def test_rows_that_differ_in_the_answer_alone_are_told_and_stay_on_one_side(
+    project: Callable[..., Path], ask: Ask
+) -> None:
+    root = project({"rows.jsonl": lines(*GOOD, row(GOOD[0]["messages"][0]["content"], "another answer"))})
+    ended = ask(root)
+    assert ended.document is not None
+    assert (ended.document["rows"]["kept"], ended.document["conflicts"]["requests"]) == (41, 1)
+    assert sum(GOOD[0]["messages"][0]["content"] in said(root, name) for name in ("train", "validation", "test")) == 1
+
+
+def _slots(track: str, room: str) -> dict[str, Any]:
+    answer = json.dumps({"track": track, "room": room})
+    return row(f"play {track} loudly in the {room} for all our guests of tonight", answer)
+
+
+HELD = [_slots("yesterday", "kitchen"), row("is the heating on in the cellar today", "yes")]
+PASTED = {
+    "exactly": (HELD[1], "exact duplicate"),
+    "in other spelling": (row("Is the heating on in the  cellar today?", "yes"), "exact duplicate"),
+    "reworded": (row("please, is the heating on in the cellar today", "yes"), "near a held-out row"),
+    # What has the template of a held-out row is held out with it.
+    "with another answer": (row("is the heating on in the cellar today", "no"), None),
+    "with other values": (_slots("bohemian rhapsody", "winter garden"), None),
+}
+
+
+@pytest.mark.parametrize("how", PASTED)
+def test_a_test_set_pasted_into_the_training_rows(project: Callable[..., Path], ask: Ask, how: str) -> None:
+    pasted, reason = PASTED[how]
+    files = {"train.jsonl": lines(*GOOD, pasted), "held.jsonl": lines(*HELD)}
+    root = project(files, sources=SECOND, split={"test": 0, "validation": 0})
+    ended = ask(root)
+    assert ended.document is not None, ended
+    if reason is not None:
+        assert ended.document["rows"]["removed"] == {reason: 1}
+    assert said(root, "train") == {one["messages"][0]["content"] for one in GOOD}
+    assert said(root, "test") >= {one["messages"][0]["content"] for one in HELD}
+
+
+STANDING: dict[str, Callable[[Path], None]] = {
+    "a folder": lambda path: path.mkdir(),
+    "a link": lambda path: path.symlink_to(path.parent / "p.txt"),
+    "a FIFO": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("kind", STANDING)
+def test_what_stands_in_place_of_the_file(project: Callable[..., Path], ask: Ask, kind: str) -> None:
+    root = project({})
+    STANDING[kind](root / "rows.jsonl")
+    ended = ask(root)
+    assert (ended.code, ended.where) == (2, "rows.jsonl")
+    assert f"{kind} stands in place of a file" in ended.what
+    require_nothing_left(root)
+
+
+def test_a_device_in_place_of_the_file(project: Callable[..., Path], ask: Ask) -> None:
+    root = project({}, sources=[{"path": "/dev/zero", "licence": "MIT"}])
+    ended = ask(root)
+    assert (ended.code, ended.what) == (2, "a device stands in place of a file")
+    require_nothing_left(root)
+
+
+def test_a_file_that_changes_while_it_is_read(
+    project: Callable[..., Path], ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.data.shards import Worker
+
+    root = project({"rows.jsonl": lines(*GOOD)})
+    pieces = Worker.pieces
+
+    def slow(self: Worker, shard: Any) -> Iterator[Any]:
+        for piece in pieces(self, shard):
+            with (root / "rows.jsonl").open("ab") as stream:
+                stream.write(lines(row("late", "row")))
+            yield piece
+
+    monkeypatch.setattr(Worker, "pieces", slow)
+    ended = ask(root)
+    assert (ended.code, ended.what, ended.where) == (1, "the file changed while it was read", "rows.jsonl")
+    require_nothing_left(root)
+
+
+@pytest.fixture
+def unprivileged(project: Callable[..., Path]) -> Iterator[Callable[..., Path]]:
+    """A project of a user who is not root, as whom the test goes on."""
+    root = Path(tempfile.mkdtemp())
+    was = os.geteuid()
+
+    def make(files: Mapping[str, bytes], change: Callable[[Path], None]) -> Path:
+        project(files, root)
+        change(root)
+        if was == 0:
+            for path in (root, *root.rglob("*")):
+                os.chown(path, 65534, 65534)
+            os.seteuid(65534)
+        return root
+
+    yield make
+    os.seteuid(was)
+    for path in root.rglob("*"):
+        path.chmod(0o700)
+    shutil.rmtree(root)
+
+
+def test_a_file_that_may_not_be_read(unprivileged: Callable[..., Path], ask: Ask) -> None:
+    root = unprivileged({"rows.jsonl": lines(*GOOD)}, lambda root: (root / "rows.jsonl").chmod(0))
+    ended = ask(root)
+    assert (ended.code, ended.what, ended.where) == (2, "cannot be opened: Permission denied", "rows.jsonl")
+    require_nothing_left(root)
+
+
+TIGHT = """
+    import resource, sys
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+    sys.argv[1:] = ["data", "build", "-C", sys.argv[1], "--json"]
+    from tunesmith.cli.main import main
+    main()
+"""
+
+
+@pytest.mark.parametrize("most", [50_000, 200_000])
+def test_a_disk_that_is_full(project: Callable[..., Path], most: int) -> None:
+    """No file may grow beyond most bytes: the store's database, or that of the rows. What was there stays."""
+    root = project({"rows.jsonl": lines(*many_rows(1500))})
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(TIGHT), str(root), str(most)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads(done.stdout)["error"]["exit"] == 1
+    require_nothing_left(root)
+    assert by_python(root).code == 0  # and with room it goes on
