@@ -40,8 +40,9 @@ def wording_group(request: str, answer: str, names: Collection[str] = ()) -> str
 def _values(answer: str) -> set[str]:
     if not answer.lstrip().startswith(("{", "[")):
         return set()
+    found: set[str] = set()
     try:
-        pending, found = [json.loads(answer)], set()
+        pending = [json.loads(answer)]
     except (ValueError, RecursionError):
         return set()
     while pending:
