@@ -43,6 +43,7 @@ def train_candidate(
             restart=restart,
             metrics=_metrics(chain),
             progress=chain.progress,
+            crew=chain.crew,
         )
 
     return chain.stages.run(f"train {name}", "train", inputs, fit, again=restart)

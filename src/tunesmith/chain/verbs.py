@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.chain.candidates import learning_rates, training
 from tunesmith.chain.stages import Stage
@@ -22,15 +22,24 @@ from tunesmith.project import Project
 from tunesmith.registry.versions import Version
 from tunesmith.registry.versions import register as register_version
 
+if TYPE_CHECKING:
+    from tunesmith.training.machines import Crew
+
 
 def build_data(project: Project, progress: Progress = SILENT, shards: ShardEngine | None = None) -> str:
     """Digest of the project's dataset version. shards: who reads the source files' shards; this machine by default."""
     return Chain(project, progress, shards=shards or Local()).dataset.digest
 
 
-def train(project: Project, progress: Progress = SILENT, name: str | None = None, restart: bool = False) -> str:
-    """Digest of a candidate's training; by default that of the only tuned candidate."""
-    return training(Chain(project, progress), name or _only_tuned(project), restart)
+def train(
+    project: Project,
+    progress: Progress = SILENT,
+    name: str | None = None,
+    restart: bool = False,
+    crew: Crew | None = None,
+) -> str:
+    """Digest of a candidate's training; by default that of the only tuned candidate. crew: who shares it."""
+    return training(Chain(project, progress, crew=crew), name or _only_tuned(project), restart)
 
 
 def find_rate(project: Project, progress: Progress = SILENT, name: str | None = None) -> dict[str, Any]:

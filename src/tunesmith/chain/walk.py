@@ -35,6 +35,7 @@ from tunesmith.training.settings import TARGETS
 if TYPE_CHECKING:
     from tunesmith.inference.engine import Engine
     from tunesmith.models.base import BaseModel
+    from tunesmith.training.machines import Crew
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Chain:
     progress: Progress = SILENT
     actor: str | None = None  # whose work it is; the project's own way to find out where None
     shards: ShardEngine = field(default_factory=Local)  # who reads the source files' shards; the dataset is the same
+    crew: Crew | None = None  # the processes that share a training, led by this one
     foretold: bool = field(default=False, init=False)  # whether it was said what the gates will be able to see
 
     @property

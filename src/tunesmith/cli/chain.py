@@ -40,19 +40,24 @@ def train(
     directory: Directory = HERE,
     as_json: Json = False,
 ) -> None:
-    """Train a candidate's adapter; carries on from the newest whole checkpoint."""
+    """Train a candidate's adapter; carries on from the newest whole checkpoint. By torchrun: in several processes."""
     from tunesmith import chain
     from tunesmith.core.errors import UsageError
     from tunesmith.project import open_project
+    from tunesmith.training.machines import follow, joined
 
-    project = open_project(directory)
     if find_rate and restart:
         raise UsageError("--find-rate keeps nothing that could be begun again", fix="leave --restart out")
     if find_rate:
-        found = chain.find_rate(project, Terminal(), candidate)
+        found = chain.find_rate(open_project(directory), Terminal(), candidate)
         emit(found, as_json, lambda console: _show_rates(console, found))
         return
-    document = chain.training_document(project, chain.train(project, Terminal(), candidate, restart))
+    with joined() as crew:
+        if crew is not None and crew.rank > 0:
+            follow(crew, Terminal())
+            return
+        project = open_project(directory)
+        document = chain.training_document(project, chain.train(project, Terminal(), candidate, restart, crew))
     emit(document, as_json, lambda console: _show_training(console, document))
 
 

@@ -20,14 +20,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 @cache
 def prepare() -> int:
-    """Set the thread count once per process ($TUNESMITH_THREADS, else all cores this process may use); returns it.
+    """Set the thread count once per process ($TUNESMITH_THREADS, else all cores this process may use, shared with
+    those that torchrun started beside it); returns it.
 
     On glibc, freed pages are kept too: a training step allocates and frees the same large buffers every time, and
     having the kernel zero them again costs time in every one of them. oneDNN keeps the programs of 64 products, enough
     for a step, instead of 1,024: each takes 0.3 MB (models/batch.py sees to it that there are few).
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    threads = int(os.environ.get("TUNESMITH_THREADS", "0")) or len(os.sched_getaffinity(0))
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = int(os.environ.get("TUNESMITH_THREADS", "0")) or max(1, len(os.sched_getaffinity(0)) // beside)
     torch.set_num_threads(threads)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")

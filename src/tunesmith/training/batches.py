@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from tunesmith.models.batch import Batch, computed_tokens, lay_out
 from tunesmith.models.rendering import Rendered
+from tunesmith.training.settings import TrainSettings
 
 # Batches are cut from this many batches' worth of shuffled rows sorted by length: rows of a batch are then of like
 # length (attention pads them to the longest), while which rows meet stays random.
@@ -38,3 +39,36 @@ def lay_out_step(rows: Sequence[Rendered], tokens: int, *, share: bool = True) -
             parts.append([])
         parts[-1].append(row)
     return [lay_out(part, share=share) for part in parts]
+
+
+def lay_out_run(
+    rows: Sequence[Rendered], settings: TrainSettings, processes: int, *, share: bool = True
+) -> list[list[list[Batch]]]:
+    """All steps of a run, in order: see lay_out_epoch."""
+    epochs = (lay_out_epoch(rows, settings, epoch, processes, share=share) for epoch in range(settings.epochs))
+    return [step for epoch in epochs for step in epoch]
+
+
+def lay_out_epoch(
+    rows: Sequence[Rendered], settings: TrainSettings, epoch: int, processes: int, *, share: bool = True
+) -> Iterator[list[list[Batch]]]:
+    """An epoch's steps, in order: of each the parts of every process's share; of a short step some may have none."""
+    for batch in plan(rows, settings.batch, settings.seed, epoch):
+        dealt = deal([rows[row] for row in batch], processes)
+        yield [lay_out_step(own, settings.tokens, share=share) if own else [] for own in dealt]
+
+
+def lay_out_validation(rows: Sequence[Rendered], settings: TrainSettings, *, share: bool = True) -> list[Batch]:
+    """The batches that the validation loss is taken on."""
+    return [lay_out([rows[row] for row in batch], share=share) for batch in plan(rows, settings.batch, 0, 0)]
+
+
+def deal(rows: Sequence[Rendered], processes: int) -> list[list[Rendered]]:
+    """A step's rows in shares of about equal tokens: the longest first, each to the share with the fewest so far."""
+    shares: list[list[Rendered]] = [[] for _ in range(processes)]
+    tokens = [0] * processes
+    for row in sorted(rows, key=lambda row: -len(row.ids)):
+        least = tokens.index(min(tokens))
+        shares[least].append(row)
+        tokens[least] += len(row.ids)
+    return shares

@@ -99,9 +99,15 @@ def trial_step(network: Network | Foreign, trained: Trained) -> Callable[[Step],
     return run
 
 
-def gradients(network: Network | Foreign, trained: Trained, step: Step) -> float:
-    """Leave a step's gradients on the masters; returns its loss, the mean over all its labels."""
-    labels = float(sum(part.labels.numel() for part in step))
+def label_total(step: Step) -> float:
+    """Labels of all of a step's parts."""
+    return float(sum(part.labels.numel() for part in step))
+
+
+def gradients(network: Network | Foreign, trained: Trained, step: Step, labels: float | None = None) -> float:
+    """Leave a step's gradients on the masters; returns its loss, the mean over all its labels. labels: how many those
+    are, where step is a share of it."""
+    labels = label_total(step) if labels is None else labels
     total = 0.0
     for part in step:
         loss = batch_loss(network, trained, part, labels)
@@ -159,15 +165,7 @@ def fit(
 
     Raises TunesmithError where the loss is not a number any more; the checkpoint before that stays.
     """
-    run = Run(network, trained, plan, validation, settings, folder, identity, progress, follow)
-    with progress.task("training", sum(map(step_tokens, plan))) as task:
-        task.advance(run.tokens_done)
-        while not run.over:
-            began = time.perf_counter()
-            loss = gradients(network, trained, run.due)
-            run.advance(loss, time.perf_counter() - began, task)
-    run.settle()
-    return run.course
+    return complete(Run(network, trained, plan, validation, settings, folder, identity, progress, follow))
 
 
 def step_tokens(step: Step) -> int:
@@ -177,7 +175,9 @@ def step_tokens(step: Step) -> int:
 
 class Run:
     """A training under way: what it will do, and what changes meanwhile: the weights, the optimiser, the course, the
-    best weights so far."""
+    best weights so far. processes: how many compute each step."""
+
+    processes = 1
 
     def __init__(
         self,
@@ -219,6 +219,14 @@ class Run:
         """Tokens computed so far."""
         return sum(map(step_tokens, self.plan[: self.course.step]))
 
+    def compute(self) -> float:
+        """Leave the due step's gradients on the masters; returns its loss."""
+        return gradients(self.network, self.trained, self.due)
+
+    def measure(self) -> float:
+        """The validation loss."""
+        return validation_loss(self.network, self.trained, self.validation)
+
     def advance(self, loss: float, seconds: float, task: Task) -> None:
         """End the step that is due, whose gradients lie on the masters. seconds: what they took.
 
@@ -235,7 +243,7 @@ class Run:
         update(self.trained, self.optimizer, rate, self.settings.clip)
         course.step += 1
         if course.step in self._validated_at:
-            self.validate(self.validation)
+            self.validate()
         spent = seconds + time.perf_counter() - began
         course.seconds += spent
         course.curve.append(
@@ -254,14 +262,15 @@ class Run:
         tokens, seconds = int(point["tokens"]), point["seconds"]
         labels = sum(part.labels.numel() for part in self.plan[int(point["step"]) - 1])
         flops = step_flops(self.network, self.trained.parameters, self.settings, tokens, labels)
-        share = flops / seconds / matrix_limit(self.network, max(part.tokens for part in self.plan[0]))
+        limit = self.processes * matrix_limit(self.network, max(part.tokens for part in self.plan[0]))
+        share = flops / seconds / limit
         memory = runtime.peak_memory() / 1e9
         return f"loss {point['loss']:.3f}, {memory:.1f} GB, {tokens / seconds:.0f} tokens/s, {share:.0%} of peak"
 
-    def validate(self, batches: Sequence[Batch]) -> None:
+    def validate(self) -> None:
         """Take the validation loss; keep the weights where it is the lowest, end the run where patience is."""
         course, patience = self.course, self.settings.patience
-        loss = validation_loss(self.network, self.trained, batches)
+        loss = self.measure()
         course.validation.append({"step": course.step, "loss": loss})
         best = course.best
         if best == len(course.validation) - 1:
@@ -326,8 +335,22 @@ class Run:
         return Course(**{each.name: state[each.name] for each in fields(Course)})
 
 
+def complete(run: Run) -> Course:
+    """Train to the run's end; leaves the weights as `keep` says."""
+    with run.progress.task("training", sum(map(step_tokens, run.plan))) as task:
+        task.advance(run.tokens_done)
+        while not run.over:
+            began = time.perf_counter()
+            loss = run.compute()
+            run.advance(loss, time.perf_counter() - began, task)
+    run.settle()
+    return run.course
+
+
 @torch.no_grad()
-def validation_loss(network: Network | Foreign, trained: Trained, batches: Sequence[Batch]) -> float:
-    """Mean loss over all labels of batches."""
-    labels = sum(batch.labels.numel() for batch in batches)
-    return float(sum(batch_loss(network, trained, batch, float(labels)) for batch in batches))
+def validation_loss(
+    network: Network | Foreign, trained: Trained, batches: Sequence[Batch], labels: float | None = None
+) -> float:
+    """Mean loss over all labels of batches. labels: how many those are, where batches are a share of them."""
+    labels = label_total(batches) if labels is None else labels
+    return float(sum(batch_loss(network, trained, batch, labels) for batch in batches))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -19,24 +19,27 @@ from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.models import native, runtime
 from tunesmith.models.base import BaseModel
-from tunesmith.models.batch import Batch, label_count, lay_out
+from tunesmith.models.batch import Batch, label_count
 from tunesmith.models.families import SLOW
 from tunesmith.models.foreign import Foreign
 from tunesmith.models.network import Network
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training.batches import lay_out_step, plan
+from tunesmith.training.batches import lay_out_epoch, lay_out_run, lay_out_validation
 from tunesmith.training.estimate import Estimate, estimate, step_bytes, too_few_numbers
 from tunesmith.training.foreign import ForeignLora
 from tunesmith.training.full import Full
-from tunesmith.training.loop import Course, Run, Step, fit, trial_step
+from tunesmith.training.loop import Course, Run, Step, complete, trial_step
 from tunesmith.training.lora import Lora
 from tunesmith.training.rate import RateSearch, range_test
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.sinks import Follower, follower
 from tunesmith.training.together import fit_together
 from tunesmith.training.trainable import Trained, open_network
+
+if TYPE_CHECKING:
+    from tunesmith.training.machines import Crew
 
 # Part of what a checkpoint must agree on: bump when the engine's arithmetic or its batch plan changes.
 ENGINE = 4
@@ -61,11 +64,13 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A training ready to begin."""
+    """A training ready to begin. dealt: of each step the parts of every process; steps: the same, undivided."""
 
     job: Job
     rendered: list[Rendered]
+    checked: list[Rendered]
     trained: Trained
+    dealt: list[list[list[Batch]]]
     steps: list[Step]
     validating: list[Batch]
     identity: dict[str, Any]
@@ -86,33 +91,66 @@ def train(
     restart: bool = False,
     metrics: MetricsSettings | None = None,
     progress: Progress = SILENT,
+    crew: Crew | None = None,
 ) -> str:
     """Train base, or an adapter for it, on rows; returns the training record's digest.
 
     dataset: digest of the record the rows come from. work: a folder of this training's own, for checkpoints; a run
     killed at any moment carries on from there, restart throws that away. metrics: where it is shown, under its name,
-    while it runs. Raises Refused for rows that cannot be trained on or do not fit the memory, TunesmithError for a loss
-    that is not a number.
+    while it runs. crew: the processes to share it with, which this one leads. Raises Refused for rows that cannot be
+    trained on or do not fit the memory, TunesmithError for a loss that is not a number.
     """
     runtime.prepare()
     if restart:
         shutil.rmtree(work, ignore_errors=True)
     job = Job(name, rows, validation, settings, work)
-    ready = _prepare(Renderer(base.folder), open_network(base), base, dataset, job)
+    processes = 1 if crew is None else crew.size
+    ready = _prepare(Renderer(base.folder), open_network(base), base, dataset, job, processes)
     if isinstance(ready.trained, ForeignLora):
         progress.say(f"{base.spec} ({base.family}) {SLOW}")
     progress.say(
         f"training {len(rows)} rows in {len(ready.steps)} steps: about {ready.expected.seconds:.0f} s and "
         f"{ready.expected.peak_memory_bytes / 1e9:.1f} GB of memory"
+        + (f" in each of {processes} processes, beside what they send each other" if crew else "")
     )
     if ready.notice:
         progress.say(ready.notice)
     runtime.reset_peak_memory()
-    network, shown = ready.trained.network, _shown(ready, metrics, progress)
-    validating, identity = ready.validating, ready.identity
-    course = fit(network, ready.trained, ready.steps, validating, settings, work, identity, progress, shown.follow)
+    shown = _shown(ready, metrics, progress)
+    given = _given(ready, progress, shown)
+    course = complete(Run(*given)) if crew is None else _lead(crew, store, base, ready, given)
     shown.finish()
     return _record(store, base, dataset, ready, course)
+
+
+# What a Run is made of.
+_Given = tuple[
+    Network | Foreign,
+    Trained,
+    Sequence[Step],
+    Sequence[Batch],
+    TrainSettings,
+    Path,
+    Mapping[str, Any],
+    Progress,
+    Callable[[Course], None],
+]
+
+
+def _given(ready: _Prepared, progress: Progress, shown: Follower) -> _Given:
+    trained, steps, validating, job = ready.trained, ready.steps, ready.validating, ready.job
+    return (trained.network, trained, steps, validating, job.settings, job.work, ready.identity, progress, shown.follow)
+
+
+def _lead(crew: Crew, store: Store, base: BaseModel, ready: _Prepared, given: _Given) -> Course:
+    """Train with the other processes of a crew."""
+    from tunesmith.training import machines
+
+    files = {name: each["digest"] for name, each in store.record(base.digest).body["files"].items()}
+    alike = {"base": files, "start": machines.start_of(ready.trained), **ready.identity["environment"]}
+    share = machines.share_of(crew, ready.dealt, ready.validating)
+    run = machines.SharedRun(crew, share, *given)
+    return machines.lead(run, base.folder, alike, ready.rendered, ready.checked)
 
 
 def train_together(
@@ -145,10 +183,7 @@ def train_together(
             progress.say(f"{each.job.name}: {each.notice}")
     runtime.reset_peak_memory()
     shown = [_shown(each, metrics, progress) for each in ready]
-    runs = [
-        Run(network, x.trained, x.steps, x.validating, x.job.settings, x.job.work, x.identity, progress, s.follow)
-        for x, s in zip(ready, shown, strict=True)
-    ]
+    runs = [Run(*_given(each, progress, told)) for each, told in zip(ready, shown, strict=True)]
     made: dict[int, str] = {}
 
     def keep(place: int) -> None:
@@ -175,8 +210,9 @@ def find_rate(
     """
     runtime.prepare()
     rendered = _render(Renderer(base.folder), rows, settings)
-    trained = _untrained(open_network(base), base, settings)
-    steps = chain.from_iterable(_steps(rendered, settings, trained, epoch) for epoch in count())
+    trained = untrained(open_network(base), base.folder, settings)
+    share = not isinstance(trained, ForeignLora)
+    steps = (step for epoch in count() for (step,) in lay_out_epoch(rendered, settings, epoch, 1, share=share))
     return range_test(trained.network, trained, steps, settings, progress)
 
 
@@ -194,15 +230,23 @@ def _check_room(ready: Sequence[_Prepared]) -> None:
         )
 
 
-def _prepare(renderer: Renderer, network: Network | Foreign, base: BaseModel, dataset: str, job: Job) -> _Prepared:
+def _prepare(
+    renderer: Renderer, network: Network | Foreign, base: BaseModel, dataset: str, job: Job, processes: int = 1
+) -> _Prepared:
     settings = job.settings
     rendered = _render(renderer, job.rows, settings)
     checked = _render(renderer, job.validation[: settings.validation_rows], settings)
-    trained = _untrained(network, base, settings)
-    steps = [step for epoch in range(settings.epochs) for step in _steps(rendered, settings, trained, epoch)]
-    share = not isinstance(trained, ForeignLora)
-    checking = plan(checked, settings.batch, 0, 0)
-    validating = [lay_out([checked[row] for row in batch], share=share) for batch in checking]
+    trained = untrained(network, base.folder, settings)
+    share = not isinstance(trained, ForeignLora)  # which computes each row whole
+    if processes > 1 and not share:
+        raise Refused(
+            f"a base of family {base.family} is not trained by several processes",
+            where="torchrun",
+            fix="train it in one",
+        )
+    dealt = lay_out_run(rendered, settings, processes, share=share)
+    steps: list[Step] = [[part for own in step for part in own] for step in dealt]
+    validating = lay_out_validation(checked, settings, share=share)
     identity = {
         "base": base.digest,
         "dataset": dataset,
@@ -210,25 +254,20 @@ def _prepare(renderer: Renderer, network: Network | Foreign, base: BaseModel, da
         "tokens": digest_of([list(row.ids) for row in rendered]),
         "validation": digest_of([list(row.ids) for row in checked]),
         "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
-        "environment": _environment(),
+        "environment": environment(processes),
     }
-    expected = _expect(steps, validating, settings, trained, job.work)
+    own: list[Step] = [step[0] for step in dealt]  # this process's share: all of it where it is alone
+    expected = _expect(own, validating[::processes], settings, trained, job.work)
     labels = sum(map(label_count, rendered))
     notice = too_few_numbers(settings.rank, trained.parameters, labels) if settings.method == "lora" else None
-    return _Prepared(job, rendered, trained, steps, validating, identity, expected, notice)
+    return _Prepared(job, rendered, checked, trained, dealt, steps, validating, identity, expected, notice)
 
 
-def _untrained(network: Network | Foreign, base: BaseModel, settings: TrainSettings) -> Trained:
+def untrained(network: Network | Foreign, base: Path, settings: TrainSettings) -> Trained:
+    """The weights under training as they begin. base: the folder of the base's files."""
     if isinstance(network, Foreign):
         return ForeignLora(network, settings)
-    return Full(network, settings, base.folder) if settings.method == "full" else Lora(network, settings)
-
-
-def _steps(rendered: Sequence[Rendered], settings: TrainSettings, trained: Trained, epoch: int) -> Iterator[Step]:
-    """The steps of an epoch, in order."""
-    share = not isinstance(trained, ForeignLora)  # which computes each row whole
-    for batch in plan(rendered, settings.batch, settings.seed, epoch):
-        yield lay_out_step([rendered[row] for row in batch], settings.tokens, share=share)
+    return Full(network, settings, base) if settings.method == "full" else Lora(network, settings)
 
 
 def _record(
@@ -303,7 +342,8 @@ def _render(renderer: Renderer, rows: Sequence[TrainingRow], settings: TrainSett
     return rendered
 
 
-def _environment() -> Mapping[str, Any]:
+def environment(processes: int) -> dict[str, Any]:
+    """What a training's bytes depend on beside its input: versions, the machine, how the work was shared out."""
     return {
         "engine": ENGINE,
         "kernels": native.identity(),
@@ -312,6 +352,7 @@ def _environment() -> Mapping[str, Any]:
         "transformers": version("transformers"),
         "machine": platform.machine(),
         "processor": torch.backends.cpu.get_cpu_capability(),
+        **({"processes": processes} if processes > 1 else {}),
     }
 
 
