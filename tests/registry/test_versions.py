@@ -186,7 +186,7 @@ def test_an_adapter_under_another_rendering_is_refused(store: Store, chain: Chai
     with pytest.raises(Refused, match="another tokenizer or chat template"):
         register(store, name="intents", verdict=candidate_with(store, chain, training=training), actor="olive")
     bare = put_training(store, chain.base, chain.dataset, {CONFIG: b"{}"}, FINGERPRINT)
-    with pytest.raises(Refused, match="has no adapter"):
+    with pytest.raises(Refused, match="neither an adapter nor whole weights"):
         register(store, name="intents", verdict=candidate_with(store, chain, training=bare), actor="olive")
 
 
