@@ -46,6 +46,7 @@ METHODS = {
 }
 # As `tunesmith train` takes part, without a project around it; computed in fp32, where a sum's order shows least.
 _SCRIPT = """
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -58,6 +59,7 @@ try:
     train_here(folder, method)
 except machines.TunesmithError as error:
     sys.exit(f"told: {error}")
+os._exit(0)  # as tunesmith.__main__ does
 """
 
 
