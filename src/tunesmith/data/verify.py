@@ -43,9 +43,7 @@ def verify_dataset(store: Store, digest: str) -> dict[str, Any]:
     if problems:  # nothing more can be said of rows that are not the ones that were sealed
         return _document(digest, checked, problems)
     try:
-        outside = (
-            decode_outside(store.read_blob(dataset.record.blobs[OUTSIDE])) if settings.decontaminate else Outside()
-        )
+        outside = _outside(store, dataset, settings)
     except (TunesmithError, KeyError) as error:
         return _document(digest, checked, [{"path": OUTSIDE, "reason": str(error)}])
     problems.extend(_row_problems(splits, settings, frozenset(dataset.record.body.get("held_groups", ()))))
