@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,6 +38,12 @@ def _same(one: Tensor, other: Tensor) -> None:
 
 def _random(dtype: torch.dtype, *size: int, seed: int = 0) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+def test_with_a_compiler_there_are_kernels() -> None:
+    """A source that does not compile would leave everything to the portable path, without a word."""
+    assert native.library() is not None
 
 
 @needs_kernels

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -130,9 +131,18 @@ def test_200_parallel_requests_are_answered_together_or_told_to_come_back(
         served.begin(versions[1])
         served.ask()
         engine.gate.clear()
-        with served.http() as http, ThreadPoolExecutor(200) as pool:
+        # httpx's pool closes connections beyond its bounds, now and then one that another thread is about to use.
+        bounds = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=None)
+        with httpx.Client(base_url=served.url, limits=bounds) as http, ThreadPoolExecutor(200) as pool:
+            token = {"Authorization": f"Bearer {served.token}"}
             calls = [
-                pool.submit(http.post, "/v1/chat/completions", json={"model": NAME, "messages": HELLO}, timeout=120)
+                pool.submit(
+                    http.post,
+                    "/v1/chat/completions",
+                    json={"model": NAME, "messages": HELLO},
+                    headers=token,
+                    timeout=120,
+                )
                 for _ in range(200)
             ]
             try:

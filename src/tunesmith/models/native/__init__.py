@@ -1,7 +1,7 @@
-"""Compiles kernels.cpp for this machine, once, and loads it.
+"""Compiles the C++ files beside this one for this machine, once, and loads them as one library.
 
-The library is kept in the cache ($TUNESMITH_CACHE, else ~/.cache/tunesmith) under a digest of the source, the compiler
-and the processor. Without a C++ compiler, or with TUNESMITH_KERNELS=portable, there is none, and ops.py does the same
+It is kept in the cache ($TUNESMITH_CACHE, else ~/.cache/tunesmith) under a digest of the sources, the compiler and the
+processor. Without a C++ compiler, or with TUNESMITH_KERNELS=portable, there is none, and ops.py does the same
 arithmetic in PyTorch.
 """
 
@@ -20,7 +20,8 @@ from typing import Any
 
 from tunesmith.core.errors import UsageError
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _FLAGS = [
     "-O3",
     "-march=native",
@@ -35,7 +36,7 @@ _FLAGS = [
 
 
 class TokenLayout(ctypes.Structure):
-    """kernels.cpp's Layout."""
+    """attention.cpp's Layout."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "prefix", "rows", "longest", "kv", "group", "size")),
@@ -45,7 +46,7 @@ class TokenLayout(ctypes.Structure):
 
 
 class RowPages(ctypes.Structure):
-    """kernels.cpp's Pages."""
+    """decoding.cpp's Pages."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "kv", "group", "size", "page", "most")),
@@ -90,7 +91,8 @@ def _built() -> Path | None:
 def _compile(compiler: str, version: bytes) -> Path:
     from tunesmith.models.base import cache_folder
 
-    told = hashlib.sha256(_SOURCE.read_bytes() + repr(_FLAGS).encode() + version + _processor()).hexdigest()[:16]
+    text = b"".join(path.read_bytes() for path in (*_HEADERS, *_SOURCES))
+    told = hashlib.sha256(text + repr(_FLAGS).encode() + version + _processor()).hexdigest()[:16]
     path = cache_folder() / "kernels" / f"{told}.so"
     if path.is_file():
         return path
@@ -98,7 +100,8 @@ def _compile(compiler: str, version: bytes) -> Path:
     handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)
     try:
-        subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", scratch], capture_output=True, check=True, timeout=300)
+        command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", scratch]
+        subprocess.run(command, capture_output=True, check=True, timeout=300)
         os.replace(scratch, path)
     finally:
         Path(scratch).unlink(missing_ok=True)

@@ -1,0 +1,152 @@
+// Attention of rows behind a shared prefix: how tokens lie in it, and its softmax.
+
+#include "numbers.h"
+
+// How a batch lies in the attention blocks: `prefix` tokens first, then rows of starts[b + 1] - starts[b] tokens each,
+// padded to `longest`. heads = kv * group. Angles: cosine and sine [T, half] of each token.
+struct Layout {
+    int64_t tokens, prefix, rows, longest, kv, group, size;
+    const int64_t* row_of;    // [T]: row of a token, -1 in the prefix
+    const int64_t* place_of;  // [T]: its place in the row, or in the prefix
+};
+
+// Where head h of a token lies: queries [kv, rows, group * longest, D] (prefix: [kv, group * prefix, D]).
+static inline int64_t query_place(const Layout& l, int64_t token, int64_t head) {
+    int64_t k = head / l.group, g = head % l.group, row = l.row_of[token], place = l.place_of[token];
+    if (row < 0) return ((k * l.group + g) * l.prefix + place) * l.size;
+    return (((k * l.rows + row) * l.group + g) * l.longest + place) * l.size;
+}
+static inline int64_t key_place(const Layout& l, int64_t token, int64_t k) {
+    int64_t row = l.row_of[token], place = l.place_of[token];
+    if (row < 0) return (k * l.prefix + place) * l.size;
+    return ((k * l.rows + row) * l.longest + place) * l.size;
+}
+
+// qkv [T, (heads + 2 kv) * D] -> rotated queries and keys, and values, in attention's layout.
+template <class T>
+static void split(const Layout& l, const T* qkv, const float* cosine, const float* sine, T* qp, T* kp, T* vp, T* q,
+                  T* k, T* v, int threads) {
+    int64_t heads = l.kv * l.group, half = l.size / 2;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t token = 0; token < l.tokens; ++token) {
+        const T* from = qkv + token * (heads + 2 * l.kv) * l.size;
+        const float *c = cosine + token * half, *s = sine + token * half;
+        bool early = l.row_of[token] < 0;
+        for (int64_t h = 0; h < heads; ++h)
+            rotate(from + h * l.size, (early ? qp : q) + query_place(l, token, h), c, s, half, 1.0f);
+        for (int64_t h = 0; h < l.kv; ++h) {
+            int64_t place = key_place(l, token, h);
+            rotate(from + (heads + h) * l.size, (early ? kp : k) + place, c, s, half, 1.0f);
+            std::memcpy((early ? vp : v) + place, from + (heads + l.kv + h) * l.size, l.size * sizeof(T));
+        }
+    }
+}
+
+// The way back for gradients: dq, dk rotated back, and dv, to dqkv [T, ...].
+template <class T>
+static void split_backward(const Layout& l, T* dqkv, const float* cosine, const float* sine, const T* qp, const T* kp,
+                           const T* vp, const T* q, const T* k, const T* v, int threads) {
+    int64_t heads = l.kv * l.group, half = l.size / 2;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t token = 0; token < l.tokens; ++token) {
+        T* to = dqkv + token * (heads + 2 * l.kv) * l.size;
+        const float *c = cosine + token * half, *s = sine + token * half;
+        bool early = l.row_of[token] < 0;
+        for (int64_t h = 0; h < heads; ++h)
+            rotate((early ? qp : q) + query_place(l, token, h), to + h * l.size, c, s, half, -1.0f);
+        for (int64_t h = 0; h < l.kv; ++h) {
+            int64_t place = key_place(l, token, h);
+            rotate((early ? kp : k) + place, to + (heads + h) * l.size, c, s, half, -1.0f);
+            std::memcpy(to + (heads + l.kv + h) * l.size, (early ? vp : v) + place, l.size * sizeof(T));
+        }
+    }
+}
+
+// Mixed values in attention's layout -> [T, heads * D] (to_tokens), or gradients the other way; slots of no token get 0.
+template <class T>
+static void gather(const Layout& l, T* tokens, T* qp, T* q, bool to_tokens, int threads) {
+    int64_t heads = l.kv * l.group;
+    if (!to_tokens) {
+        int64_t total = heads * l.rows * l.longest * l.size;
+        if (l.rows * l.longest != l.tokens - l.prefix) std::memset((void*)q, 0, total * sizeof(T));
+    }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t token = 0; token < l.tokens; ++token) {
+        bool early = l.row_of[token] < 0;
+        for (int64_t h = 0; h < heads; ++h) {
+            T* flat = tokens + (token * heads + h) * l.size;
+            T* block = (early ? qp : q) + query_place(l, token, h);
+            if (to_tokens)
+                std::memcpy((void*)flat, block, l.size * sizeof(T));
+            else
+                std::memcpy((void*)block, flat, l.size * sizeof(T));
+        }
+    }
+}
+
+// Scores to weights, in place: softmax over a row of `shared` [.., prefix] and the first (place + 1) of a row of `own`
+// [.., longest] together, place = row % longest; the rest of `own` becomes 0. Without a prefix, shared is not read.
+template <class T>
+static void softmax(T* shared, T* own, int64_t rows, int64_t prefix, int64_t longest, float scale, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        // A row is worked on in blocks of 16 in a scratch of its own: its length rarely fits the vectors.
+        std::vector<float> scratch(prefix + longest + 16);
+        float* held = scratch.data();
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) {
+            T *first = shared + row * prefix, *second = own + row * longest;
+            int64_t seen = row % longest + 1, all = prefix + seen;
+            for (int64_t i = 0; i < prefix; ++i) held[i] = up(first[i]) * scale;
+            for (int64_t i = 0; i < seen; ++i) held[prefix + i] = up(second[i]) * scale;
+            float inverse = 1.0f / exponentials<T>(held, all);
+            for (int64_t i = 0; i < prefix; ++i) down(held[i] * inverse, first + i);
+            for (int64_t i = 0; i < seen; ++i) down(held[prefix + i] * inverse, second + i);
+            std::memset((void*)(second + seen), 0, (longest - seen) * sizeof(T));
+        }
+    }
+}
+
+// Gradients of weights (d*) to gradients of scores, in place: ds = w * (dw - sum(w * dw)) * scale.
+template <class T>
+static void softmax_backward(const T* shared, const T* own, T* dshared, T* down_, int64_t rows, int64_t prefix,
+                             int64_t longest, float scale, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; ++row) {
+        const T *w1 = shared + row * prefix, *w2 = own + row * longest;
+        T *d1 = dshared + row * prefix, *d2 = down_ + row * longest;
+        float dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < prefix; ++i) dot += up(w1[i]) * up(d1[i]);
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < longest; ++i) dot += up(w2[i]) * up(d2[i]);
+#pragma omp simd
+        for (int64_t i = 0; i < prefix; ++i) down(up(w1[i]) * (up(d1[i]) - dot) * scale, d1 + i);
+#pragma omp simd
+        for (int64_t i = 0; i < longest; ++i) down(up(w2[i]) * (up(d2[i]) - dot) * scale, d2 + i);
+    }
+}
+
+#define EXPORTS(T, NAME)                                                                                               \
+    extern "C" void split_##NAME(const Layout* l, const T* qkv, const float* c, const float* s, T* qp, T* kp, T* vp,   \
+                                 T* q, T* k, T* v, int threads) {                                                      \
+        split<T>(*l, qkv, c, s, qp, kp, vp, q, k, v, threads);                                                         \
+    }                                                                                                                  \
+    extern "C" void split_backward_##NAME(const Layout* l, T* dqkv, const float* c, const float* s, const T* qp,       \
+                                          const T* kp, const T* vp, const T* q, const T* k, const T* v, int threads) { \
+        split_backward<T>(*l, dqkv, c, s, qp, kp, vp, q, k, v, threads);                                               \
+    }                                                                                                                  \
+    extern "C" void gather_##NAME(const Layout* l, T* tokens, T* qp, T* q, int to_tokens, int threads) {               \
+        gather<T>(*l, tokens, qp, q, to_tokens != 0, threads);                                                         \
+    }                                                                                                                  \
+    extern "C" void softmax_##NAME(T* shared, T* own, int64_t rows, int64_t prefix, int64_t longest, float scale,      \
+                                   int threads) {                                                                      \
+        softmax<T>(shared, own, rows, prefix, longest, scale, threads);                                                \
+    }                                                                                                                  \
+    extern "C" void softmax_backward_##NAME(const T* w1, const T* w2, T* d1, T* d2, int64_t rows, int64_t prefix,      \
+                                            int64_t longest, float scale, int threads) {                               \
+        softmax_backward<T>(w1, w2, d1, d2, rows, prefix, longest, scale, threads);                                    \
+    }
+
+EXPORTS(float, f32)
+EXPORTS(bf16, bf16)

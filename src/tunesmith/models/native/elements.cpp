@@ -1,0 +1,137 @@
+// The element-wise work outside attention: norms, the gated middle, the loss. One pass over memory each.
+
+#include "numbers.h"
+
+// sum = x + y (y may be absent: then sum is not written), out = sum * scale * weight, scale = 1 / rms.
+// offset: added to the weight (1 in the families that store it less one).
+template <class T>
+static void add_norm(const T* x, const T* y, const T* weight, T* sum, T* out, float* scale, int64_t rows, int64_t width,
+                     float epsilon, float offset, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; ++row) {
+        const T* from = x + row * width;
+        if (y) {
+            const T* other = y + row * width;
+            T* to = sum + row * width;
+#pragma omp simd
+            for (int64_t i = 0; i < width; ++i) down(up(from[i]) + up(other[i]), to + i);
+            from = to;
+        }
+        float total = 0;
+#pragma omp simd reduction(+ : total)
+        for (int64_t i = 0; i < width; ++i) total += up(from[i]) * up(from[i]);
+        float factor = 1.0f / std::sqrt(total / float(width) + epsilon);
+        scale[row] = factor;
+        T* to = out + row * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+            T normal;
+            down(up(from[i]) * factor, &normal);  // rounded here in the reference too
+            down(up(normal) * (up(weight[i]) + offset), to + i);
+        }
+    }
+}
+
+// Gradient of the norm's input, plus what reaches it past the norm (above may be absent).
+template <class T>
+static void norm_backward(const T* gradient, const T* x, const T* weight, const float* scale, const T* above, T* out,
+                          int64_t rows, int64_t width, float offset, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; ++row) {
+        const T *g = gradient + row * width, *from = x + row * width;
+        float factor = scale[row], dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < width; ++i) dot += up(g[i]) * (up(weight[i]) + offset) * up(from[i]);
+        float mean = dot * factor / float(width);
+        T* to = out + row * width;
+        if (above) {
+            const T* past = above + row * width;
+#pragma omp simd
+            for (int64_t i = 0; i < width; ++i)
+                down(factor * (up(g[i]) * (up(weight[i]) + offset) - up(from[i]) * factor * mean) + up(past[i]), to + i);
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < width; ++i)
+                down(factor * (up(g[i]) * (up(weight[i]) + offset) - up(from[i]) * factor * mean), to + i);
+        }
+    }
+}
+
+// out = silu(gate) * up; gate_up [rows, 2 * width].
+template <class T>
+static void gated(const T* gate_up, T* out, int64_t rows, int64_t width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; ++row) {
+        const T *gate = gate_up + row * 2 * width, *other = gate + width;
+        T* to = out + row * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+            float g = up(gate[i]);
+            down(g / (1.0f + exponential<T>(-g)) * up(other[i]), to + i);
+        }
+    }
+}
+
+template <class T>
+static void gated_backward(const T* gradient, const T* gate_up, T* out, int64_t rows, int64_t width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; ++row) {
+        const T *gate = gate_up + row * 2 * width, *other = gate + width, *from = gradient + row * width;
+        T *to_gate = out + row * 2 * width, *to_up = to_gate + width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+            float g = up(gate[i]), d = up(from[i]);
+            float sigmoid = 1.0f / (1.0f + exponential<T>(-g));
+            float silu = g * sigmoid;
+            down(d * silu, to_up + i);
+            down(d * up(other[i]) * (sigmoid + silu * (1.0f - sigmoid)), to_gate + i);
+        }
+    }
+}
+
+// Scores [rows, vocabulary] to the gradient of the summed loss times `share`, in place; loss[row] = -log p(label).
+template <class T>
+static void cross_entropy(T* scores, const int64_t* labels, float* loss, int64_t rows, int64_t vocabulary,
+                          const float* share, bool gradient, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; ++row) {
+        T* s = scores + row * vocabulary;
+        float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < vocabulary; ++i) most = std::max(most, up(s[i]));
+        float total = 0;
+#pragma omp simd reduction(+ : total)
+        for (int64_t i = 0; i < vocabulary; ++i) total += exponential<T>(up(s[i]) - most);
+        int64_t label = labels[row];
+        float wanted = up(s[label]) - most, log_total = std::log(total);
+        loss[row] = log_total - wanted;
+        if (!gradient) continue;
+        float inverse = share[row] / total;
+#pragma omp simd
+        for (int64_t i = 0; i < vocabulary; ++i) down(exponential<T>(up(s[i]) - most) * inverse, s + i);
+        down((std::exp(wanted - log_total) - 1.0f) * share[row], s + label);
+    }
+}
+
+#define EXPORTS(T, NAME)                                                                                               \
+    extern "C" void add_norm_##NAME(const T* x, const T* y, const T* w, T* sum, T* out, float* scale, int64_t rows,    \
+                                    int64_t width, float epsilon, float offset, int threads) {                         \
+        add_norm<T>(x, y, w, sum, out, scale, rows, width, epsilon, offset, threads);                                  \
+    }                                                                                                                  \
+    extern "C" void norm_backward_##NAME(const T* g, const T* x, const T* w, const float* scale, const T* above,       \
+                                         T* out, int64_t rows, int64_t width, float offset, int threads) {             \
+        norm_backward<T>(g, x, w, scale, above, out, rows, width, offset, threads);                                    \
+    }                                                                                                                  \
+    extern "C" void gated_##NAME(const T* x, T* out, int64_t rows, int64_t width, int threads) {                       \
+        gated<T>(x, out, rows, width, threads);                                                                        \
+    }                                                                                                                  \
+    extern "C" void gated_backward_##NAME(const T* g, const T* x, T* out, int64_t rows, int64_t width, int threads) {  \
+        gated_backward<T>(g, x, out, rows, width, threads);                                                            \
+    }                                                                                                                  \
+    extern "C" void cross_entropy_##NAME(T* scores, const int64_t* labels, float* loss, int64_t rows,                  \
+                                         int64_t vocabulary, const float* share, int gradient, int threads) {          \
+        cross_entropy<T>(scores, labels, loss, rows, vocabulary, share, gradient != 0, threads);                       \
+    }
+
+EXPORTS(float, f32)
+EXPORTS(bf16, bf16)

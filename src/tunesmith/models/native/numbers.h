@@ -1,0 +1,92 @@
+// What all kernels share: the two types of numbers, exponentials, rotations.
+//
+// Plain C++ that any recent compiler turns into vector code; __init__.py compiles it for this machine at first use and
+// ops.py holds the same arithmetic in PyTorch, for machines without a compiler and as the reference of the tests.
+// Every row is computed by one thread in a fixed order: results do not depend on the number of threads.
+//
+// Activations are float or bf16 in memory and float in registers. Token-major tensors are [T, ...] and contiguous.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+struct bf16 {
+    uint16_t bits;
+};
+
+static inline float up(float v) { return v; }
+static inline float up(bf16 v) {
+    uint32_t wide = uint32_t(v.bits) << 16;
+    float out;
+    std::memcpy(&out, &wide, 4);
+    return out;
+}
+static inline void down(float v, float* to) { *to = v; }
+static inline void down(float v, bf16* to) {  // to nearest even; the processor's own NaN stays one
+    uint32_t wide;
+    std::memcpy(&wide, &v, 4);
+    to->bits = uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+}
+
+// e^x as 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]: Cephes' expf for float, to about 2e-7 relative; the Taylor
+// polynomial of degree 4 for bf16, to about 5e-5, a fortieth of what rounding to bf16 loses.
+template <class T>
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float n = std::nearbyint(x * 1.44269504088896341f), p;
+    if (sizeof(T) == 2) {
+        float r = x - n * 0.69314718056f;
+        p = ((((1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r + 1.0f) * r + 1.0f;
+    } else {
+        float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+        p = 1.9875691500e-4f;
+        p = p * r + 1.3981999507e-3f;
+        p = p * r + 8.3334519073e-3f;
+        p = p * r + 4.1665795894e-2f;
+        p = p * r + 1.6666665459e-1f;
+        p = p * r + 5.0000001201e-1f;
+        p = p * r * r + r + 1.0f;
+    }
+    int32_t scaled = (int32_t(n) + 127) << 23;
+    float two;
+    std::memcpy(&two, &scaled, 4);
+    return p * two;
+}
+
+// held [0, all) to e^(held - its maximum); returns their sum. Works in blocks of 16: held has room for 16 more.
+template <class T>
+[[maybe_unused]] static inline float exponentials(float* held, int64_t all) {
+    float most[16], total[16] = {}, sum = 0;
+    for (int j = 0; j < 16; ++j) held[all + j] = most[j] = -INFINITY;
+    for (int64_t i = 0; i < all; i += 16)
+#pragma omp simd
+        for (int j = 0; j < 16; ++j) most[j] = std::max(most[j], held[i + j]);
+    float shift = *std::max_element(most, most + 16);
+    for (int64_t i = 0; i < all; i += 16)
+#pragma omp simd
+        for (int j = 0; j < 16; ++j) {
+            float e = exponential<T>(held[i + j] - shift);
+            e = held[i + j] == -INFINITY ? 0.0f : e;
+            held[i + j] = e;
+            total[j] += e;
+        }
+    for (int j = 0; j < 16; ++j) sum += total[j];
+    return sum;
+}
+
+// Rotates by the angle, or back where sign is -1.
+template <class T>
+[[maybe_unused]] static inline void rotate(const T* from, T* to, const float* cosine, const float* sine, int64_t half, float sign) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+        float first = up(from[i]), second = up(from[half + i]), s = sign * sine[i];
+        down(first * cosine[i] - second * s, to + i);
+        down(second * cosine[i] + first * s, to + half + i);
+    }
+}
