@@ -99,6 +99,34 @@ def test_softmax(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, prefix: in
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_copies_are_rounded_and_their_gradients_widened(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    master, factor, gradient = torch.randn(1001), torch.randn(1001), _random(dtype, 1001)
+
+    def run() -> list[Tensor]:
+        copy = torch.empty(1001, dtype=dtype)
+        ops.rounded(master, factor, copy)
+        return [copy, ops.widened(gradient, factor, None), ops.widened(gradient, factor, master.clone())]
+
+    for one, other in zip(*_both(monkeypatch, run), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@needs_kernels
+def test_what_is_too_large_for_the_caches_is_the_same() -> None:
+    """Over a megabyte: written past them."""
+    gate_up, gradient = _random(torch.bfloat16, 700, 2 * 800), _random(torch.bfloat16, 700, 800, seed=1)
+    there, back = ops.gated(gate_up), ops.gated_backward(gradient, gate_up)
+    for first in range(0, 700, 100):
+        part = slice(first, first + 100)
+        assert torch.equal(there[part], ops.gated(gate_up[part]))
+        assert torch.equal(back[part], ops.gated_backward(gradient[part], gate_up[part]))
+    product = products.Frozen(_random(torch.bfloat16, 960, 64))
+    x = _random(torch.bfloat16, 700, 64)
+    assert torch.equal(product(x)[64:96], product(x[64:96]))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("prefix", "lengths"), [(0, (3,)), (4, (2, 5, 1)), (3, (4, 4))])
 def test_tokens_go_into_blocks_and_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype, prefix: int, lengths: tuple[int, ...]
@@ -198,6 +226,34 @@ def test_products_with_and_without_a_pair(rows: int, out: int, into: int) -> Non
     torch.testing.assert_close(product.back(gradient).float(), back, rtol=2e-2, atol=2e-2)
     both = back + up.float() @ pair.a.float()
     torch.testing.assert_close(product.back(gradient, up, pair).float(), both, rtol=2e-2, atol=0.1)
+
+
+@pytest.mark.parametrize(("out", "into"), [(96, 320), (64, 4160)])
+def test_spans_side_by_side_have_the_bits_they_have_alone(out: int, into: int) -> None:
+    product = products.Frozen(_random(torch.bfloat16, out, into) / into**0.5, _random(torch.bfloat16, out, seed=1))
+    sizes, ranks = [5, 32, 77, 1], [32, 0, 64, 32]
+    pairs = [
+        products.Pair(_random(torch.bfloat16, rank, into, seed=rank), _random(torch.bfloat16, rank, out, seed=3))
+        if rank
+        else None
+        for rank in ranks
+    ]
+    x, gradient = _random(torch.bfloat16, sum(sizes), into, seed=4), _random(torch.bfloat16, sum(sizes), out, seed=5)
+    low = [pair and pair.low(own) for pair, own in zip(pairs, x.split(sizes), strict=True)]
+    up = [pair and pair.into_low(own) for pair, own in zip(pairs, gradient.split(sizes), strict=True)]
+    alone = [product(*each) for each in zip(x.split(sizes), low, pairs, strict=True)]
+    assert torch.equal(product.apart(x, sizes, low, pairs), torch.cat(alone))
+    alone = [product.back(*each) for each in zip(gradient.split(sizes), up, pairs, strict=True)]
+    assert torch.equal(product.back_apart(gradient, sizes, up, pairs), torch.cat(alone))
+
+
+@pytest.mark.parametrize("rows", [1, 31, 64, 77])
+@pytest.mark.parametrize(("rank", "width"), [(32, 32), (96, 160)])
+def test_the_gradient_of_a_factor(rows: int, rank: int, width: int) -> None:
+    low, x = _random(torch.bfloat16, rows, rank), _random(torch.bfloat16, rows, width, seed=1)
+    out = torch.full((rank, width), float("nan"), dtype=torch.bfloat16)
+    products.outer(low, x, out)
+    torch.testing.assert_close(out.float(), low.float().t() @ x.float(), rtol=1e-2, atol=1e-2)
 
 
 def test_what_the_kernels_are_made_with_is_named(tmp_path: Path) -> None:

@@ -106,11 +106,7 @@ class Frozen:
     def back(self, gradient: Tensor, low: Tensor | None = None, pair: Pair | None = None) -> Tensor:
         """gradient W, and low A where a pair is given: [T, out] -> [T, in]."""
         down = None if pair is None else pair.back
-        if self._backward is None and self._tiles:
-            self._backward = torch.empty_like(self._forward)
-            _pack(self.weight, None, self._backward)
-        elif self._backward is None and self._packs:
-            self._backward = _laid_out(self.weight.t().contiguous())
+        self._lay_out_backward()
         if self._tiles and self._backward is not None:
             return _product(gradient, self._backward, self.into, low, down)
         if self._backward is not None:
@@ -119,14 +115,25 @@ class Frozen:
             x = gradient @ self._forward
         return x if low is None or down is None else x.addmm_(low, down)
 
+    def _lay_out_backward(self) -> None:
+        """At the first gradient: what only answers needs no second copy."""
+        if self._backward is None and self._tiles:
+            self._backward = torch.empty_like(self._forward)
+            _pack(self.weight, None, self._backward)
+        elif self._backward is None and self._packs:
+            self._backward = _laid_out(self.weight.t().contiguous())
+
     def apart(
         self, x: Tensor, sizes: Sequence[int], low: Sequence[Tensor | None], pairs: Sequence[Pair | None]
     ) -> Tensor:
         """As each span of x, sizes long, has by itself, with low values and a pair of its own or None.
 
-        The packed product is one for all spans: a row's sum is made in the same order whatever rows lie beside it.
-        Plain products promise no such thing, and tiles add the pair to the same sum: both are made span by span.
+        One product for all spans where a row's sum is made in the same order whatever rows lie beside it: on tiles, and
+        in the packed product. Plain products promise no such thing: those are made span by span.
         """
+        if self._tiles:
+            up = [None if pair is None else pair.up for pair in pairs]
+            return _products(x, self._forward, self.out, sizes, low, up, self._wide_bias)
         if not self._packs:
             return torch.cat([self(*each) for each in zip(x.split(sizes), low, pairs, strict=True)])
         y = self(x)
@@ -139,6 +146,11 @@ class Frozen:
         self, gradient: Tensor, sizes: Sequence[int], low: Sequence[Tensor | None], pairs: Sequence[Pair | None]
     ) -> Tensor:
         """The same of back."""
+        if self._tiles:
+            self._lay_out_backward()
+            assert self._backward is not None
+            down = [None if pair is None else pair.back for pair in pairs]
+            return _products(gradient, self._backward, self.into, sizes, low, down)
         if not self._packs:
             return torch.cat([self.back(*each) for each in zip(gradient.split(sizes), low, pairs, strict=True)])
         x = self.back(gradient)
@@ -146,6 +158,18 @@ class Frozen:
             if lower is not None and pair is not None:
                 own.addmm_(lower, pair.back)
         return x
+
+
+def outer(low: Tensor, x: Tensor, out: Tensor) -> None:
+    """low^T x into out: [T, R] and [T, N] to [R, N], the gradient of a pair's factor."""
+    if not (_tiles(out) and low.dtype == x.dtype == out.dtype):
+        torch.mm(low.t(), x, out=out)
+        return
+    library = _tile_library()
+    assert library is not None
+    low, x, wide = low.contiguous(), x.contiguous(), ctypes.c_int64
+    sizes = (wide(low.shape[1]), at(x), wide(x.shape[1]), wide(x.shape[0]))
+    library.outer(at(low), *sizes, at(out), torch.get_num_threads())
 
 
 @cache
@@ -176,16 +200,42 @@ def _pack(weight: Tensor, across: Tensor | None, along: Tensor | None) -> None:
     library.pack(at(weight), *sizes, at(across), at(along), torch.get_num_threads())
 
 
+class _Span(ctypes.Structure):
+    """tiles.cpp's Span."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "a2", "b2")),
+        *((name, ctypes.c_int64) for name in ("depth2", "rows")),
+        ("c", ctypes.c_void_p),
+    )
+
+
 def _product(
     x: Tensor, packed: Tensor, out: int, low: Tensor | None = None, up: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
+    return _products(x, packed, out, [x.shape[0]], [low], [up], bias)
+
+
+def _products(
+    x: Tensor,
+    packed: Tensor,
+    out: int,
+    sizes: Sequence[int],
+    low: Sequence[Tensor | None],
+    up: Sequence[Tensor | None],
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Spans of x, sizes long, each with low values and what those are multiplied with of its own, or without."""
     x = x.contiguous()
-    y = x.new_empty(x.shape[0], out)
-    depth, second = ctypes.c_int64(x.shape[1]), ctypes.c_int64(0 if low is None else low.shape[1])
+    y, depth, row = x.new_empty(x.shape[0], out), x.shape[1], 0
+    spans = (_Span * len(sizes))()
+    for span, size, lower, above in zip(spans, sizes, low, up, strict=True):
+        span.a, span.c, span.rows = x.data_ptr() + row * depth * 2, y.data_ptr() + row * out * 2, size
+        if lower is not None and above is not None:
+            span.a2, span.b2, span.depth2 = lower.data_ptr(), above.data_ptr(), lower.shape[1]
+        row += size
     library = _tile_library()
     assert library is not None
-    library.product(
-        *(at(x), depth, at(packed), depth, at(low), second, at(up), second, at(bias), at(y)),
-        *(ctypes.c_int64(x.shape[0]), ctypes.c_int64(out), torch.get_num_threads()),
-    )
+    wide = ctypes.c_int64
+    library.product(spans, wide(len(sizes)), at(packed), wide(depth), at(bias), wide(out), torch.get_num_threads())
     return y

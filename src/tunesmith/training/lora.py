@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tunesmith.models import ops
 from tunesmith.models.adapter import Adapter, Place, blocks, encode_adapter, target_names
 from tunesmith.models.base import BaseModel
 from tunesmith.models.network import GROUPS, Linear, Network
-from tunesmith.models.products import TILE, Frozen, Pair
+from tunesmith.models.products import TILE, Frozen, Pair, outer
 from tunesmith.training.loss import cross_entropy
 from tunesmith.training.magnitudes import Magnitudes, dora_linear
 from tunesmith.training.principal import Departure, principal
@@ -122,11 +123,11 @@ class Lora:
         if self._departure is not None:
             _, *into = zip(*self._pairs.values(), strict=True)
             gradients = self._departure.gradients(*into)
-        found = [gradient.float() * factor for gradient, factor in zip(gradients, self._factors, strict=True)]
+        for master, gradient, factor in zip(self.masters, gradients, self._factors, strict=False):
+            master.grad = ops.widened(gradient, factor, master.grad)
         if self.magnitudes is not None:
-            found.append(self.magnitudes.take_gradients())
-        for master, gradient in zip(self.masters, found, strict=True):
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            found, master = self.magnitudes.take_gradients(), self.magnitudes.master
+            master.grad = found if master.grad is None else master.grad.add_(found)
 
     @torch.no_grad()
     def refresh_copies(self) -> None:
@@ -136,7 +137,7 @@ class Lora:
             self._departure.refresh(self._a, self._c, self._views[1], pairs)
         else:
             for master, copy, factor in zip(self.masters, self._copies, self._factors, strict=False):
-                torch.mul(master, factor, out=copy)
+                ops.rounded(master, factor, copy)
         for pair, _, _ in self._pairs.values():
             pair.refresh()
         if self.magnitudes is not None:
@@ -218,8 +219,8 @@ class _LoraLinear(torch.autograd.Function):
         product, pair = ctx.products
         ga, gc = ctx.into
         into_low = pair.into_low(gradient)
-        torch.mm(into_low.t(), x, out=ga)
-        torch.mm(low.t(), gradient, out=gc)
+        outer(into_low, x, ga)
+        outer(low, gradient, gc)
         gx = product.back(gradient, into_low, pair) if ctx.needs_input_grad[0] else None
         return gx, None, None, None, None, None
 

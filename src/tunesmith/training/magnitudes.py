@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunesmith.models.adapter import Place
 from tunesmith.models.network import Network
-from tunesmith.models.products import Frozen, Pair
+from tunesmith.models.products import Frozen, Pair, outer
 
 
 class Magnitudes:
@@ -75,8 +75,8 @@ class _DoraLinear(torch.autograd.Function):
         torch.sum(gradient.float() * plain.float(), 0, out=gm)
         gradient = gradient * factor
         into_low = pair.into_low(gradient)
-        torch.mm(into_low.t(), x, out=ga)
-        torch.mm(low.t(), gradient, out=gc)
+        outer(into_low, x, ga)
+        outer(low, gradient, gc)
         gx = product.back(gradient, into_low, pair) if ctx.needs_input_grad[0] else None
         return gx, None, None, None, None, None
 

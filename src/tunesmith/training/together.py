@@ -20,7 +20,7 @@ from tunesmith.core.progress import Progress
 from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.batch import Batch
 from tunesmith.models.network import Attend, Linear, Network, final, forward
-from tunesmith.models.products import Frozen, Pair
+from tunesmith.models.products import Frozen, Pair, outer
 from tunesmith.training.loop import Run, step_tokens
 from tunesmith.training.lora import Adapted, Lora, frozen
 
@@ -160,8 +160,8 @@ class _JointLinear(torch.autograd.Function):
                 into_low.append(None)
                 continue
             lowered = one.pair.into_low(above)
-            torch.mm(lowered.t(), own, out=one.ga)
-            torch.mm(lower.t(), above, out=one.gc)
+            outer(lowered, own, one.ga)
+            outer(lower, above, one.gc)
             into_low.append(lowered)
         gx = product.back_apart(gradient, sizes, into_low, _pairs(adapted)) if ctx.needs_input_grad[0] else None
         return gx, None, None, None, None

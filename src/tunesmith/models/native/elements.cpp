@@ -60,32 +60,64 @@ static void norm_backward(const T* gradient, const T* x, const T* weight, const 
 // out = silu(gate) * up; gate_up [rows, 2 * width].
 template <class T>
 static void gated(const T* gate_up, T* out, int64_t rows, int64_t width, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < rows; ++row) {
-        const T *gate = gate_up + row * 2 * width, *other = gate + width;
-        T* to = out + row * width;
+    bool past = rows * width * int64_t(sizeof(T)) > PAST_BYTES;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<T> made(width);
+        T* to = made.data();
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) {
+            const T *gate = gate_up + row * 2 * width, *other = gate + width;
 #pragma omp simd
-        for (int64_t i = 0; i < width; ++i) {
-            float g = up(gate[i]);
-            down(g / (1.0f + exponential<T>(-g)) * up(other[i]), to + i);
+            for (int64_t i = 0; i < width; ++i) {
+                float g = up(gate[i]);
+                down(g / (1.0f + exponential<T>(-g)) * up(other[i]), to + i);
+            }
+            put(to, out + row * width, width, past);
         }
+        settled();
     }
 }
 
 template <class T>
 static void gated_backward(const T* gradient, const T* gate_up, T* out, int64_t rows, int64_t width, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < rows; ++row) {
-        const T *gate = gate_up + row * 2 * width, *other = gate + width, *from = gradient + row * width;
-        T *to_gate = out + row * 2 * width, *to_up = to_gate + width;
+    bool past = 2 * rows * width * int64_t(sizeof(T)) > PAST_BYTES;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<T> made(2 * width);
+        T *to_gate = made.data(), *to_up = to_gate + width;
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) {
+            const T *gate = gate_up + row * 2 * width, *other = gate + width, *from = gradient + row * width;
 #pragma omp simd
-        for (int64_t i = 0; i < width; ++i) {
-            float g = up(gate[i]), d = up(from[i]);
-            float sigmoid = 1.0f / (1.0f + exponential<T>(-g));
-            float silu = g * sigmoid;
-            down(d * silu, to_up + i);
-            down(d * up(other[i]) * (sigmoid + silu * (1.0f - sigmoid)), to_gate + i);
+            for (int64_t i = 0; i < width; ++i) {
+                float g = up(gate[i]), d = up(from[i]);
+                float sigmoid = 1.0f / (1.0f + exponential<T>(-g));
+                float silu = g * sigmoid;
+                down(d * silu, to_up + i);
+                down(d * up(other[i]) * (sigmoid + silu * (1.0f - sigmoid)), to_gate + i);
+            }
+            put(to_gate, out + row * 2 * width, 2 * width, past);
         }
+        settled();
+    }
+}
+
+// copy = master * factor, rounded: what a step computes with. And a copy's gradient back onto the master's, which it is
+// added to unless fresh.
+template <class T>
+static void rounded(const float* master, const float* factor, T* copy, int64_t count, int threads) {
+#pragma omp parallel for simd schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < count; ++i) down(master[i] * factor[i], copy + i);
+}
+template <class T>
+static void widened(const T* gradient, const float* factor, float* into, int64_t count, bool fresh, int threads) {
+    if (fresh) {
+#pragma omp parallel for simd schedule(static) num_threads(threads)
+        for (int64_t i = 0; i < count; ++i) into[i] = up(gradient[i]) * factor[i];
+    } else {
+#pragma omp parallel for simd schedule(static) num_threads(threads)
+        for (int64_t i = 0; i < count; ++i) into[i] += up(gradient[i]) * factor[i];
     }
 }
 
@@ -114,6 +146,13 @@ static void cross_entropy(T* scores, const int64_t* labels, float* loss, int64_t
 }
 
 #define EXPORTS(T, NAME)                                                                                               \
+    extern "C" void rounded_##NAME(const float* master, const float* factor, T* copy, int64_t count, int threads) {    \
+        rounded<T>(master, factor, copy, count, threads);                                                              \
+    }                                                                                                                  \
+    extern "C" void widened_##NAME(const T* gradient, const float* factor, float* into, int64_t count, int fresh,      \
+                                   int threads) {                                                                      \
+        widened<T>(gradient, factor, into, count, fresh != 0, threads);                                                \
+    }                                                                                                                  \
     extern "C" void add_norm_##NAME(const T* x, const T* y, const T* w, T* sum, T* out, float* scale, int64_t rows,    \
                                     int64_t width, float epsilon, float offset, int threads) {                         \
         add_norm<T>(x, y, w, sum, out, scale, rows, width, epsilon, offset, threads);                                  \

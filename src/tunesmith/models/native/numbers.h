@@ -15,6 +15,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 struct bf16 {
     uint16_t bits;
 };
@@ -90,3 +94,23 @@ template <class T>
         down(second * cosine[i] + first * s, to + half + i);
     }
 }
+
+// Moves a row that was made in the first cache to where it belongs, past the caches where past says so: what does not
+// stay in them anyway costs twice as much through them, since each line would be read before it is written.
+template <class T>
+[[maybe_unused]] static inline void put(const T* from, T* to, int64_t count, bool past) {
+#if defined(__AVX512F__)
+    int64_t line = 64 / sizeof(T), lines = past && (uintptr_t)to % 64 == 0 ? count / line : 0;
+    for (int64_t i = 0; i < lines; ++i)
+        _mm512_stream_si512((__m512i*)(to + i * line), _mm512_loadu_si512((const void*)(from + i * line)));
+    std::memcpy((void*)(to + lines * line), from + lines * line, (count - lines * line) * sizeof(T));
+#else
+    std::memcpy((void*)to, from, count * sizeof(T));
+#endif
+}
+[[maybe_unused]] static inline void settled() {  // what was put past the caches is seen by all threads from here on
+#if defined(__AVX512F__)
+    _mm_sfence();
+#endif
+}
+[[maybe_unused]] static const int64_t PAST_BYTES = 1 << 20;  // a larger result does not stay in the caches

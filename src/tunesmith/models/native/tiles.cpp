@@ -2,139 +2,231 @@
 //
 // C [M, N] = A [M, K] B + A2 [M, K2] B2 + bias, summed in float and rounded once. B lies packed: for each 32 columns, for
 // each 32 rows of B, two tiles of 16 x 16 pairs, so that a panel of columns is read front to back. K, K2 and N are
-// multiples of 32. Each thread has its own panels.
+// multiples of 32. Each thread has its own panels. The order in which a number of C is summed depends on K and K2 alone:
+// not on the rows beside it, nor on the threads.
 
 #include "tiles.h"
 
 #ifdef TILES
-static const int64_t DEPTH = 256;         // a panel of so many rows stays in the first cache beside its block of A
-static const int64_t GROUP = 4096;        // so many rows of B are summed before the next band of A
+static const int64_t DEPTH = 320;         // a panel of so many rows stays in the first cache beside its block of A
+static const int64_t GROUP = 1024;        // rows of a deep B (over DEEP of them) that are summed for all of C in turn
+static const int64_t DEEP = 2048;
 static const int64_t BAND_BYTES = 768 << 10;  // a band of A that stays in the second cache
+static const int64_t SUMS_BYTES = 640 << 10;    // most that a thread keeps of the sums of a deep product
 
-// One 32 x 32 block over `depth` of K: sums [32][32], added to what is there unless first.
-static inline void block(const bf16* a, int64_t lda, const bf16* b, int64_t depth, float* sums, bool first) {
+// Rows that share B, with a second operand of their own (b2 null: none).
+struct Span {
+    const bf16 *a, *a2, *b2;
+    int64_t depth2, rows;
+    bf16* c;
+};
+
+// 32 rows (fewer at a span's end) of a product. Tiles always load 32 rows, so fewer are read from a copy.
+struct Block {
+    const bf16 *a, *a2, *b2;
+    int64_t depth2, rows;
+    bf16* c;
+};
+
+static inline void steps(const bf16* a, int64_t lda, const bf16* b, int64_t depth) {
+    const bf16* lower = a + 16 * lda;
+    for (int64_t k = 0; k < depth; k += 32, b += 1024) {
+        _tile_loadd(4, a + k, lda * 2);
+        _tile_loadd(6, b, 64);
+        _tile_loadd(7, b + 512, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, lower + k, lda * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+// The sums of 32 x 32 numbers, as four tiles of 16 x 16 one after another.
+static inline void begin(const float* sums, bool first) {
     if (first) {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
     } else {
-        _tile_loadd(0, sums, 128);
-        _tile_loadd(1, sums + 16, 128);
-        _tile_loadd(2, sums + 16 * 32, 128);
-        _tile_loadd(3, sums + 16 * 32 + 16, 128);
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + 256, 64);
+        _tile_loadd(2, sums + 512, 64);
+        _tile_loadd(3, sums + 768, 64);
     }
-    for (int64_t k = 0; k < depth; k += 32, b += 1024) {
-        _tile_loadd(4, a + k, lda * 2);
-        _tile_loadd(6, b, 64);
-        _tile_loadd(7, b + 512, 64);
-        _tile_loadd(5, a + 16 * lda + k, lda * 2);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
-    _tile_stored(2, sums + 16 * 32, 128);
-    _tile_stored(3, sums + 16 * 32 + 16, 128);
+}
+static inline void end(float* sums) {
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
 }
 
-static void settle(const float* sums, const float* bias, bf16* c, int64_t ldc, int64_t rows) {
+// past: see put in numbers.h.
+static void settle(const float* sums, const float* bias, bf16* c, int64_t ldc, int64_t rows, bool past) {
     for (int64_t r = 0; r < rows; ++r) {
-        const float* from = sums + r * 32;
+        const float *left = sums + (r / 16) * 512 + (r % 16) * 16, *right = left + 256;
         bf16* to = c + r * ldc;
         if (bias) {
 #pragma omp simd
-            for (int i = 0; i < 32; ++i) down(from[i] + bias[i], to + i);
+            for (int i = 0; i < 16; ++i) down(left[i] + bias[i], to + i);
+#pragma omp simd
+            for (int i = 0; i < 16; ++i) down(right[i] + bias[16 + i], to + 16 + i);
         } else {
-            __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
-            _mm512_storeu_si512((void*)to, (__m512i)both);
+            __m512bh both = _mm512_cvtne2ps_pbh(_mm512_load_ps(right), _mm512_load_ps(left));
+            if (past)
+                _mm512_stream_si512((__m512i*)to, (__m512i)both);
+            else
+                _mm512_storeu_si512((void*)to, (__m512i)both);
         }
     }
 }
 
-struct Operand {
-    const bf16 *a, *b;
-    int64_t lda, depth;
-};
+static const bf16* whole(const bf16* rows, int64_t count, int64_t depth, std::vector<bf16*>& copies) {
+    bf16* copy = (bf16*)std::calloc(32 * depth, 2);
+    std::memcpy((void*)copy, rows, count * depth * 2);
+    copies.push_back(copy);
+    return copy;
+}
 
-static void multiply(const Operand* operands, int count, const float* bias, bf16* c, int64_t ldc, int64_t m, int64_t n,
+static void multiply(const Span* spans, int64_t count, const bf16* b, int64_t depth, const float* bias, int64_t n,
                      int threads) {
     tiles_allowed();
-    int64_t panels = n / 32, blocks = (m + 31) / 32;
+    std::vector<Block> all;
+    std::vector<bf16*> copies;
+    for (const Span* s = spans; s < spans + count; ++s)
+        for (int64_t row = 0; row < s->rows; row += 32) {
+            Block one = {s->a + row * depth, nullptr, s->b2, s->depth2, std::min<int64_t>(32, s->rows - row), s->c + row * n};
+            if (s->b2) one.a2 = s->a2 + row * s->depth2;
+            if (one.rows < 32) {
+                one.a = whole(one.a, one.rows, depth, copies);
+                if (s->b2) one.a2 = whole(one.a2, one.rows, s->depth2, copies);
+            }
+            all.push_back(one);
+        }
+    int64_t total = 0;
+    bool past = true;
+    for (const Span* s = spans; s < spans + count; ++s) {
+        total += s->rows * n * 2;
+        past = past && (uintptr_t)s->c % 64 == 0;
+    }
+    past = past && total > PAST_BYTES;
+    int64_t panels = n / 32, blocks = all.size(), parts = (depth + DEPTH - 1) / DEPTH;
+    int64_t part = ((depth + parts - 1) / parts + 31) / 32 * 32;
+    // A deep product is summed group by group, with sums for every panel: else A would be read anew for each.
+    bool deep = depth > DEEP;
+    int64_t kept = deep ? (panels + threads - 1) / threads : 1;
+    int64_t band = deep ? SUMS_BYTES / (kept * 4096) : BAND_BYTES / (64 * depth);
+    band = std::min(blocks, std::max<int64_t>(2, band));
 #pragma omp parallel num_threads(threads)
     {
         TileConfig config;
         _tile_loadconfig(&config);
-        // A last block of fewer than 32 rows is read from a copy: tiles always load 32.
-        int64_t deepest = 0, ragged = m % 32;
-        for (int i = 0; i < count; ++i) deepest += operands[i].depth;
-        bf16* tail = ragged ? (bf16*)std::calloc(32 * deepest, 2) : nullptr;
-        for (int64_t r = 0, at = 0; ragged && r < count; at += 32 * operands[r].depth, ++r)
-            for (int64_t i = 0; i < ragged; ++i)
-                std::memcpy((void*)(tail + at + i * operands[r].depth),
-                            operands[r].a + (m - ragged + i) * operands[r].lda, operands[r].depth * 2);
-        int64_t band = std::min(blocks, std::max<int64_t>(2, BAND_BYTES / (64 * std::min(deepest, GROUP))));
-        // A deep product is summed group by group, with sums for every panel: else A would be read anew for each.
-        int64_t kept = deepest > GROUP ? (panels + threads - 1) / threads : 1;
-        float* sums = (float*)std::aligned_alloc(64, kept * band * 1024 * 4);
+        float* sums = (float*)std::aligned_alloc(64, kept * band * 4096);
         for (int64_t top = 0; top < blocks; top += band) {
             int64_t bottom = std::min(blocks, top + band);
-            // Rows [from, to) of operand i into a panel's sums; the last of all settles them in C.
-            auto add = [&](int i, int64_t at, int64_t panel, float* held, int64_t from, int64_t to) {
-                const Operand& o = operands[i];
-                for (int64_t k = from; k < to; k += DEPTH) {
-                    int64_t depth = std::min<int64_t>(DEPTH, to - k);
-                    const bf16* b = o.b + panel * o.depth * 32 + k * 32;
+            // Rows [from, to) of B into a panel's sums; the last of all settles them in C.
+            auto add = [&](int64_t panel, float* held, int64_t from, int64_t to) {
+                for (int64_t k = from; k < to; k += part) {
+                    int64_t here = std::min(part, to - k);
+                    const bf16* first = b + panel * depth * 32 + k * 32;
                     // What follows in B is what is read next; without asking early, the first block would wait for it.
-                    const char* next = (const char*)(b + depth * 32);
-                    int64_t share = (depth * 64 / (bottom - top) + 63) / 64 * 64;
-                    bool settles = i == count - 1 && k + depth == o.depth;
+                    const char* next = (const char*)(first + here * 32);
+                    int64_t share = (here * 64 / (bottom - top) + 63) / 64 * 64;
+                    bool settles = k + here == depth;
                     for (int64_t r = top; r < bottom; ++r, next += share) {
-                        for (int64_t line = 0; line < share; line += 64) __builtin_prefetch(next + line, 0, 2);
-                        if (settles)
-                            for (int64_t line = 0; line < 32; ++line)
-                                __builtin_prefetch(c + (r * 32 + line) * ldc + panel * 32, 1, 3);
-                        bool copied = ragged && r == blocks - 1;
-                        const bf16* a = copied ? tail + at + k : o.a + r * 32 * o.lda + k;
+                        const Block& one = all[r];
                         float* into = held + (r - top) * 1024;
-                        block(a, copied ? o.depth : o.lda, b, depth, into, i == 0 && k == 0);
-                        if (settles)
-                            settle(into, bias ? bias + panel * 32 : nullptr, c + r * 32 * ldc + panel * 32, ldc,
-                                   copied ? ragged : 32);
+                        for (int64_t line = 0; line < share; line += 64) __builtin_prefetch(next + line, 0, 2);
+                        begin(into, k == 0);
+                        steps(one.a + k, depth, first, here);
+                        if (settles && one.b2) steps(one.a2, one.depth2, one.b2 + panel * one.depth2 * 32, one.depth2);
+                        end(into);
+                        if (settles) settle(into, bias ? bias + panel * 32 : nullptr, one.c + panel * 32, n, one.rows, past);
                     }
                 }
             };
-            if (kept == 1) {
+            if (!deep) {
 #pragma omp for schedule(static) nowait
-                for (int64_t panel = 0; panel < panels; ++panel)
-                    for (int64_t i = 0, at = 0; i < count; at += 32 * operands[i++].depth)
-                        add(int(i), at, panel, sums, 0, operands[i].depth);
+                for (int64_t panel = 0; panel < panels; ++panel) add(panel, sums, 0, depth);
                 continue;
             }
-            for (int64_t i = 0, at = 0; i < count; at += 32 * operands[i++].depth)
-                for (int64_t from = 0; from < operands[i].depth; from += GROUP) {
-                    int64_t mine = 0;
+            for (int64_t from = 0; from < depth; from += GROUP) {
+                int64_t mine = 0;
 #pragma omp for schedule(static) nowait
-                    for (int64_t panel = 0; panel < panels; ++panel)
-                        add(int(i), at, panel, sums + mine++ * band * 1024, from,
-                            std::min(operands[i].depth, from + GROUP));
-                }
+                for (int64_t panel = 0; panel < panels; ++panel)
+                    add(panel, sums + mine++ * band * 1024, from, std::min(depth, from + GROUP));
+            }
         }
+        settled();
         std::free(sums);
-        std::free(tail);
         _tile_release();
     }
+    for (bf16* copy : copies) std::free(copy);
 }
 
 extern "C" int tiles() { return tiles_allowed() ? 1 : 0; }
-extern "C" void product(const bf16* a, int64_t lda, const bf16* b, int64_t depth, const bf16* a2, int64_t lda2,
-                        const bf16* b2, int64_t depth2, const float* bias, bf16* c, int64_t m, int64_t n,
+extern "C" void product(const Span* spans, int64_t count, const bf16* b, int64_t depth, const float* bias, int64_t n,
                         int threads) {
-    Operand operands[2] = {{a, b, lda, depth}, {a2, b2, lda2, depth2}};
-    multiply(operands, a2 ? 2 : 1, bias, c, n, m, n, threads);
+    multiply(spans, count, b, depth, bias, n, threads);
 }
+
+// C [R, N] = L^T X of L [T, R] and X [T, N], R and N multiples of 32: the gradient of a low-rank factor. Both threads'
+// panels of X are laid out in pairs of rows as they are read, once for all R.
+extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_t t, bf16* c, int threads) {
+    tiles_allowed();
+    int64_t deep = (t + 31) / 32;
+    // L^T: for each 16 of R, for each 32 of T, a tile of 16 rows.
+    bf16* left = (bf16*)std::aligned_alloc(64, r * deep * 64);
+    std::memset((void*)left, 0, r * deep * 64);
+    for (int64_t k = 0; k < t; ++k)
+        for (int64_t i = 0; i < r; ++i) left[((i / 16 * deep + k / 32) * 16 + i % 16) * 32 + k % 32] = l[k * r + i];
+#pragma omp parallel num_threads(threads)
+    {
+        TileConfig config;
+        _tile_loadconfig(&config);
+        bf16* panel = (bf16*)std::aligned_alloc(64, deep * 2048);
+        alignas(64) float sums[1024];
+        alignas(64) uint16_t low[32], high[32];
+        for (int i = 0; i < 32; ++i) {
+            low[i] = uint16_t(i / 2 + (i % 2) * 32);
+            high[i] = uint16_t(16 + i / 2 + (i % 2) * 32);
+        }
+        const __m512i first = _mm512_load_si512(low), second = _mm512_load_si512(high), none = _mm512_setzero_si512();
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < n / 32; ++p) {
+            for (int64_t k = 0; k < deep * 32; k += 2) {
+                const bf16* from = x + k * n + p * 32;
+                __m512i even = k < t ? _mm512_loadu_si512((const void*)from) : none;
+                __m512i odd = k + 1 < t ? _mm512_loadu_si512((const void*)(from + n)) : none;
+                bf16* to = panel + k / 32 * 1024 + k % 32 / 2 * 32;
+                _mm512_store_si512((void*)to, _mm512_permutex2var_epi16(even, first, odd));
+                _mm512_store_si512((void*)(to + 512), _mm512_permutex2var_epi16(even, second, odd));
+            }
+            for (int64_t i = 0; i < r; i += 32) {
+                const bf16 *upper = left + i * deep * 32, *lower = upper + 16 * deep * 32;
+                begin(sums, true);
+                for (int64_t k = 0; k < deep; ++k) {
+                    _tile_loadd(4, upper + k * 512, 64);
+                    _tile_loadd(6, panel + k * 1024, 64);
+                    _tile_loadd(7, panel + k * 1024 + 512, 64);
+                    _tile_dpbf16ps(0, 4, 6);
+                    _tile_dpbf16ps(1, 4, 7);
+                    _tile_loadd(5, lower + k * 512, 64);
+                    _tile_dpbf16ps(2, 5, 6);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+                end(sums);
+                settle(sums, nullptr, c + i * n + p * 32, n, 32, false);
+            }
+        }
+        std::free(panel);
+        _tile_release();
+    }
+    std::free(left);
+}
+
 // Packs w [n, k] as B [k, n] (across) and, where asked for, as B [n, k] (along).
 extern "C" void pack(const bf16* w, int64_t n, int64_t k, bf16* across, bf16* along, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -6,7 +6,6 @@
 
 #if defined(__AMX_BF16__) && defined(__linux__)
 #define TILES
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
