@@ -55,6 +55,11 @@ def test_near_pairs_are_those_of_brute_force(texts: list[str], threshold: float)
     assert near_pairs(texts, threshold) == brute_force(texts, threshold)
 
 
+def test_a_short_text_is_not_what_it_would_be_padded_with() -> None:
+    texts = ["", "\0", "\0\0", "\0\0\0", " ", "a", "a\0", "a ", "ab", "ab\0", "ab "]
+    assert near_pairs(texts, 0.5) == brute_force(texts, 0.5) == []
+
+
 @given(st.lists(st.text(max_size=12), unique=True, max_size=12), thresholds)
 @examples(max_examples=80, deadline=None)
 def test_any_text_at_all(texts: list[str], threshold: float) -> None:

@@ -120,14 +120,18 @@ def _apart(threshold: float) -> float:
 def _trigrams(texts: Sequence[str]) -> tuple[Integers, Numbers, Bits]:
     """Sizes of the sets, int64[n]; their elements one set after the other, each set sorted, uint32[m]; their trigrams.
 
-    An element is the place of its trigram among all that occur, sorted: uint64, its three code points in 63 bits, so
-    that no two are taken for one.
+    An element is the place of its trigram among all that occur, sorted: uint64, its three code points, each and one
+    more, in 63 bits, so that no two are taken for one.
     """
-    padded = [text if len(text) > 2 else text.ljust(3, "\0") for text in texts]
+    padded = [text if len(text) > 2 else text.ljust(3) for text in texts]
+    missing = np.fromiter((max(0, 3 - len(text)) for text in texts), dtype=np.int64, count=len(texts))
     ends = np.cumsum(np.fromiter(map(len, padded), dtype=np.int64, count=len(padded)))
     sizes, blocks = [], []
     for first, last in _blocks(ends, _CELLS):
-        points = np.frombuffer("".join(padded[first:last]).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        points = np.frombuffer("".join(padded[first:last]).encode("utf-32-le", "surrogatepass"), dtype=np.uint32) + 1
+        for place in (1, 2, 3):  # 0 stands for what a short text lacks: no character of a text is it
+            lacks = np.flatnonzero(missing[first:last] >= place) + first
+            points[ends[lacks] - (ends[first] - len(padded[first])) - place] = 0
         row = np.repeat(np.arange(last - first), np.diff(ends[first:last], prepend=ends[first] - len(padded[first])))
         whole = row[:-2] == row[2:]
         names, numbers = _numbered(points, whole)
