@@ -22,6 +22,7 @@ from tunesmith.models.base import BaseModel
 from tunesmith.models.batch import Batch, label_count
 from tunesmith.models.families import SLOW
 from tunesmith.models.foreign import Foreign
+from tunesmith.models.four_bit import described
 from tunesmith.models.network import Network
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.store.records import Record
@@ -29,6 +30,7 @@ from tunesmith.store.store import Store
 from tunesmith.training.batches import lay_out_epoch, lay_out_run, lay_out_validation
 from tunesmith.training.estimate import Estimate, estimate, step_bytes, too_few_numbers
 from tunesmith.training.foreign import ForeignLora
+from tunesmith.training.four_bits import check_four_bits
 from tunesmith.training.full import Full
 from tunesmith.training.loop import Course, Run, Step, complete, trial_step
 from tunesmith.training.lora import Lora
@@ -105,7 +107,10 @@ def train(
         shutil.rmtree(work, ignore_errors=True)
     job = Job(name, rows, validation, settings, work)
     processes = 1 if crew is None else crew.size
-    ready = _prepare(Renderer(base.folder), open_network(base), base, dataset, job, processes)
+    if settings.quantize is not None:
+        check_four_bits(base.family, processes)
+    network = open_network(base, settings.quantize)
+    ready = _prepare(Renderer(base.folder), network, base, dataset, job, processes)
     if isinstance(ready.trained, ForeignLora):
         progress.say(f"{base.spec} ({base.family}) {SLOW}")
     progress.say(
@@ -168,7 +173,7 @@ def train_together(
     before a first step. Every job's settings must say that it `joins`.
     """
     runtime.prepare()
-    renderer, network = Renderer(base.folder), open_network(base)
+    renderer, network = Renderer(base.folder), open_network(base, None)
     if isinstance(network, Foreign):
         raise Refused("bases of other families are trained one after another", where=f"base {base.spec}")
     ready = [_prepare(renderer, network, base, dataset, job) for job in jobs]
@@ -210,7 +215,7 @@ def find_rate(
     """
     runtime.prepare()
     rendered = _render(Renderer(base.folder), rows, settings)
-    trained = untrained(open_network(base), base.folder, settings)
+    trained = untrained(open_network(base, settings.quantize), base.folder, settings)
     share = not isinstance(trained, ForeignLora)
     steps = (step for epoch in count() for (step,) in lay_out_epoch(rendered, settings, epoch, 1, share=share))
     return range_test(trained.network, trained, steps, settings, progress)
@@ -254,7 +259,7 @@ def _prepare(
         "tokens": digest_of([list(row.ids) for row in rendered]),
         "validation": digest_of([list(row.ids) for row in checked]),
         "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
-        "environment": environment(processes),
+        "environment": environment(processes) | ({"quantized": described()} if settings.quantize else {}),
     }
     own: list[Step] = [step[0] for step in dealt]  # this process's share: all of it where it is alone
     expected = _expect(own, validating[::processes], settings, trained, job.work)
