@@ -16,7 +16,7 @@ from engine_parts import trl
 from engine_parts.curve import Compared, compared
 from engine_parts.decoding import TOKENS, prompts
 from engine_parts.environments import HERE, INSTALL, LLAMAFACTORY, VLLM, Peer, python
-from engine_parts.processes import Contender, Failed, Figures, in_turn, installed, measured, median, run
+from engine_parts.processes import KEEP_PAGES, Contender, Failed, Figures, in_turn, installed, measured, median, run
 from engine_parts.report import Line
 from engine_parts.rows import CORPUS, base, home, restaurants, snips_rows
 from engine_parts.training import RANK, RATE
@@ -85,7 +85,10 @@ def short(told: Told) -> list[Line]:
         names.append((f"trl, {best.pop('name')}", trl.described()))
         contenders.append(trl.contender(rows, BATCH, names[0][0], kept=True, **best))
     if own := python(LLAMAFACTORY):
-        for name, checkpointing in (("llamafactory, as documented", True), ("llamafactory, no checkpointing", False)):
+        for name, checkpointing in (
+            ("llamafactory, as documented", True),
+            ("llamafactory, no checkpointing, pages kept", False),
+        ):
             names.append((name, _label(LLAMAFACTORY)))
             contenders.append(Contender(name, partial(_llamafactory, own, rows, checkpointing)))
     found = _trainings(f"LoRA, {len(rows)} rows of SNIPS, {BATCH} a step", contenders, told.rounds)
@@ -331,7 +334,8 @@ def _ours(rows: list[Any], batch: int, name: str = "tunesmith", **told: Any) -> 
 
 def _llamafactory(own: Path, rows: list[Any], checkpointing: bool) -> Figures:
     told = {"rows": rows, "batch": BATCH, "rank": RANK, "rate": RATE, "checkpointing": checkpointing}
-    return run([str(own), "-I", str(HERE / "run_llamafactory.py")], {**told, "model": str(base().folder)})
+    environment = {} if checkpointing else KEEP_PAGES
+    return run([str(own), "-I", str(HERE / "run_llamafactory.py")], {**told, "model": str(base().folder)}, environment)
 
 
 def _vllm(own: Path, rows: list[Any], warm: list[Any], batch: int) -> Figures:
@@ -344,10 +348,10 @@ def _trainings(title: str, contenders: Sequence[Contender], rounds: int) -> dict
     if "tunesmith" not in found:
         raise Failed("nothing to compare with")
     print(f"\n{title}, rank {RANK} where it is an adapter, every linear layer, bf16")
-    print(f"{'':<34}{'examples/s':>12}{'peak GB':>10}{'loss first':>12}{'last':>8}")
+    print(f"{'':<44}{'examples/s':>12}{'peak GB':>10}{'loss first':>12}{'last':>8}")
     for name, figures in found.items():
         print(
-            f"{name:<34}{figures['examples_per_second']:>12.2f}{figures['peak_gb']:>10.2f}{figures['first']:>12.3f}"
+            f"{name:<44}{figures['examples_per_second']:>12.2f}{figures['peak_gb']:>10.2f}{figures['first']:>12.3f}"
             f"{figures['last']:>8.3f}",
             flush=True,
         )

@@ -80,7 +80,7 @@ def train(told: Figures) -> Figures:
         config = SFTConfig(
             output_dir=work,
             per_device_train_batch_size=1 if packing else batch,
-            max_length=-(-tokens * batch // len(rows)) if packing else 1024,
+            max_length=_length(told, tokens),
             packing=packing,
             padding_free=told.get("padding_free", False),
             bf16=True,
@@ -119,3 +119,10 @@ def train(told: Figures) -> Figures:
         "last": losses[-1],
         "losses": losses,
     }
+
+
+def _length(told: Figures, tokens: int) -> int | None:
+    """What TRL is told to be the longest: of a pack, what a step's rows have together; padding-free it takes none."""
+    if told.get("packing"):
+        return -(-tokens * told["batch"] // len(told["rows"]))
+    return None if told.get("padding_free") else 1024
