@@ -135,10 +135,10 @@ def curve(told: Told) -> list[Line]:
     if not CORPUS.is_dir() or not installed("trl"):
         return [Line(what, lacks=_NO_TRL if CORPUS.is_dir() else _NO_CORPUS)]
     count = 8 * told.examples
-    held = snips_rows(HELD, "validate")
+    held = snips_rows(min(HELD, count), "validate")
     print(
         f"\nloss and held-out score, {count} rows of SNIPS once, {BATCH} a step, rate {CURVE_RATE:g} falling linearly; "
-        f"{HELD} held-out rows; each seed its own rows and adapter, the same for both",
+        f"{len(held)} held-out rows; each seed its own rows and adapter, the same for both",
         flush=True,
     )
     runs: dict[str, list[Figures]] = {"tunesmith": [], "trl": []}
@@ -221,8 +221,8 @@ def decoding(told: Told) -> list[Line]:
     """Requests of SNIPS behind a prompt of some 220 tokens, greedy."""
     if not CORPUS.is_dir():
         return [Line("decoding SNIPS, tokens/s", lacks=_NO_CORPUS)]
-    rows = snips_rows(2 * max(BATCHES) + 8, "validate", long=True)
-    rows, warm = rows[:-8][: max(4 * told.examples // 2, max(BATCHES))], rows[-8:]
+    every = snips_rows(2 * told.examples + 8, "validate", long=True)
+    rows, warm = every[:-8], every[-8:]
     own, lines = python(VLLM), []
     shared_prompt = len(_common(prompts(rows)))
     print(f"\ndecoding {len(rows)} requests behind a prompt of {shared_prompt} tokens, greedy, {TOKENS} tokens at most")

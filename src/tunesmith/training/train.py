@@ -30,7 +30,6 @@ from tunesmith.store.store import Store
 from tunesmith.training.batches import lay_out_epoch, lay_out_run, lay_out_validation
 from tunesmith.training.estimate import Estimate, estimate, step_bytes, too_few_numbers
 from tunesmith.training.foreign import ForeignLora
-from tunesmith.training.four_bits import check_four_bits
 from tunesmith.training.full import Full
 from tunesmith.training.loop import Course, Run, Step, complete, trial_step
 from tunesmith.training.lora import Lora
@@ -107,9 +106,7 @@ def train(
         shutil.rmtree(work, ignore_errors=True)
     job = Job(name, rows, validation, settings, work)
     processes = 1 if crew is None else crew.size
-    if settings.quantize is not None:
-        check_four_bits(base.family, processes)
-    network = open_network(base, settings.quantize)
+    network = open_network(base, settings.quantize, processes)
     ready = _prepare(Renderer(base.folder), network, base, dataset, job, processes)
     if isinstance(ready.trained, ForeignLora):
         progress.say(f"{base.spec} ({base.family}) {SLOW}")
@@ -173,7 +170,7 @@ def train_together(
     before a first step. Every job's settings must say that it `joins`.
     """
     runtime.prepare()
-    renderer, network = Renderer(base.folder), open_network(base, None)
+    renderer, network = Renderer(base.folder), open_network(base)
     if isinstance(network, Foreign):
         raise Refused("bases of other families are trained one after another", where=f"base {base.spec}")
     ready = [_prepare(renderer, network, base, dataset, job) for job in jobs]

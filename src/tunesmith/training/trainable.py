@@ -60,12 +60,12 @@ class Trainable(Protocol):
 Trained = Trainable | ForeignLora
 
 
-def open_network(base: BaseModel, quantize: Literal["4bit"] | None) -> Network | Foreign:
+def open_network(base: BaseModel, quantize: Literal["4bit"] | None = None, processes: int = 1) -> Network | Foreign:
     """What a base is trained on: the one network where it computes the family, else transformers' own module.
 
-    quantize: of the settings; raises UsageError or Refused where it cannot be.
+    quantize: of the settings; raises UsageError or Refused where it cannot be, processes: with how many it is shared.
     """
     if quantize is not None:
-        check_four_bits(base.family, processes=1)
+        check_four_bits(base.family, processes)
         return load_network(base.folder, four_bits=True)
     return load_network(base.folder) if ours(base.family) else Foreign(base)
