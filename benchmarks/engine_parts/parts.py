@@ -148,7 +148,7 @@ def curve(told: Told) -> list[Line]:
             common = {"rows": snips_rows(count, seed=seed), "batch": BATCH, "rate": CURVE_RATE, "seed": seed}
             ends = {name: str(place / f"{name}-{seed}") for name in runs}
             made = {"tunesmith": measured("train", {**common, "start": start, "end": ends["tunesmith"]})}
-            made["trl"] = measured("trl", {**common, "start": start, "end": ends["trl"]})
+            made["trl"] = measured("trl", {**common, "start": start, "end": ends["trl"], "labels": True})
             for name, figures in made.items():
                 reached = measured("held-out", {"adapter": ends[name], "rows": held})
                 runs[name].append({**reached, "curve": figures["losses"]})

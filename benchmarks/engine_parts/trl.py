@@ -56,7 +56,8 @@ def fastest(rows: list[Any], batch: int) -> dict[str, Any]:
 
 def train(told: Figures) -> Figures:
     """told: rows, batch; full, rate, packing, padding_free, attention where they are not as documented; start: folder
-    of the adapter to begin with; end: where to save it."""
+    of the adapter to begin with; end: where to save it; labels: learn the tokens that we learn (by itself it learns
+    also the line feed that the template has behind an answer)."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
@@ -65,8 +66,13 @@ def train(told: Figures) -> Figures:
 
     rows, batch, full, packing = told["rows"], told["batch"], told.get("full", False), told.get("packing", False)
     folder = base().folder
-    tokens = sum(len(row.ids) for row in rendered(folder, rows))
-    data = Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
+    ready = rendered(folder, rows)
+    tokens = sum(len(row.ids) for row in ready)
+    if told.get("labels"):
+        given = [{"input_ids": list(row.ids), "completion_mask": [int(one) for one in row.trained]} for row in ready]
+    else:
+        given = [{"prompt": row[:-1], "completion": row[-1:]} for row in rows]
+    data = Dataset.from_list(given)
     options: dict[str, Any] = {"dtype": "float32"} if full else {}
     if told.get("attention"):
         options["attn_implementation"] = told["attention"]
