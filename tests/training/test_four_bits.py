@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,6 +240,20 @@ def test_it_goes_through_the_chain(tmp_path: Path) -> None:
     assert body["settings"]["quantize"] == "4bit"
     assert json.loads(json.dumps(body))["environment"]["quantized"]["type"] == "nf4"
     assert document["register"]["version"] == "tiny@v1"
+
+
+def test_no_code_is_fetched_as_the_library_is_imported(tmp_path: Path) -> None:
+    """bitsandbytes asks the package `kernels` for code from a hub, on processors that multiply bf16."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    print('fetched')\n    raise RuntimeError\n")
+    told = "from tunesmith.models import four_bit; four_bit._library(); import kernels; print(kernels.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", told],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("kernels\n", "")
 
 
 def _written(folder: Path, files: dict[str, bytes]) -> Path:
