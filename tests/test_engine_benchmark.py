@@ -85,7 +85,7 @@ def test_what_is_read_says_what_each_part_measures() -> None:
 
 def test_a_peer_without_an_environment_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
-    from engine_parts import parts, rows
+    from engine_parts import lines, parts, rows
     from engine_parts.environments import LLAMAFACTORY, VLLM, python
 
     assert python(LLAMAFACTORY) is None
@@ -98,6 +98,10 @@ def test_a_peer_without_an_environment_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(parts, "installed", lambda _: None)
     told = {"examples_per_second": 1.0, "peak_gb": 1.0, "first": 1.0, "last": 1.0}
     monkeypatch.setattr(parts, "measured", lambda *_: json.loads(json.dumps(told)))
+    monkeypatch.setattr(lines, "installed", lambda _: None)
     speed, memory = parts.short(parts.Told(1, 4))
     assert "TRL is not installed" in speed.verdict()
+    behind = parts.shared  # the same of a part that TRL alone stands beside
+    monkeypatch.setattr(parts, "measured", lambda *_: {**told, "flops": 1.0})
+    assert [line.verdict() for line in behind(parts.Told(1, 8))][:3] == [f"not measured: {lines.NO_TRL}"] * 3
     assert "llamafactory 0.9.5 is not installed (python benchmarks/engine.py --install-peers)" in memory.verdict()

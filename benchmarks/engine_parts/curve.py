@@ -1,8 +1,8 @@
 """The loss of each step and what is reached on held-out rows, here and by TRL with PEFT: the same rows in the same
 order, the same adapter to begin with, the same schedule, three seeds.
 
-The seed draws the rows and the adapter. "Equal within noise": the mean difference over the seeds is no larger than the
-peer's own standard deviation between seeds.
+The seed draws the order and the adapter; the rows are the same, so that seeds differ by no more than runs do. "Equal
+within noise": the mean difference over the seeds is no larger than the peer's own standard deviation between them.
 """
 
 from __future__ import annotations

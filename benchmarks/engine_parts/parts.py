@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple
 from engine_parts import trl
 from engine_parts.curve import Compared, compared
 from engine_parts.decoding import TOKENS, prompts
-from engine_parts.environments import HERE, INSTALL, LLAMAFACTORY, VLLM, Peer, python
-from engine_parts.processes import KEEP_PAGES, Contender, Failed, Figures, in_turn, installed, measured, median, run
+from engine_parts.environments import HERE, LLAMAFACTORY, VLLM, python
+from engine_parts.lines import NO_TRL, absent, memory_line, named, speed_line, trainings
+from engine_parts.processes import KEEP_PAGES, Contender, Figures, in_turn, installed, measured, median, run
 from engine_parts.report import Line
 from engine_parts.rows import CORPUS, base, home, restaurants, snips_rows
 from engine_parts.training import RANK, RATE
@@ -25,7 +27,6 @@ SHARED_BATCH, BATCH = 8, 16
 SEVERAL, SEVERAL_BATCH, SEVERAL_ROWS = 8, 2, 8
 BATCHES = (32, 64)
 SEEDS, CURVE_RATE, HELD = 3, 1e-3, 64
-_NO_TRL = "TRL is not installed (pip install --group bench)"
 _NO_CORPUS = f"no SNIPS in {CORPUS}"
 
 
@@ -45,7 +46,7 @@ def shared(told: Told) -> list[Line]:
             trl.contender(rows, SHARED_BATCH, "trl, as documented"),
             trl.contender(rows, SHARED_BATCH, "trl, pages kept", kept=True),
         ]
-    found = _trainings(f"LoRA, {len(rows)} rows behind a shared prompt, {SHARED_BATCH} a step", contenders, told.rounds)
+    found = trainings(f"LoRA, {len(rows)} rows behind a shared prompt, {SHARED_BATCH} a step", contenders, told.rounds)
     limit = median([measured("limit", {"rows": rows, "batch": SHARED_BATCH}) for _ in range(told.rounds)])
     share = found["tunesmith"]["flops"] / limit["flops"]
     print(
@@ -54,10 +55,10 @@ def shared(told: Told) -> list[Line]:
         flush=True,
     )
     lines = [
-        _speed(f"LoRA, shared prompt, examples/s{kept}", found, f"trl, {name}", trl.described(), goal)
+        speed_line(f"LoRA, shared prompt, examples/s{kept}", found, f"trl, {name}", trl.described(), goal)
         for kept, name, goal in (("", "as documented", 10.0), ("; peer's pages kept", "pages kept", None))
     ]
-    lines.append(_memory("LoRA, shared prompt, peak GB", found, "trl, as documented", trl.described(), 0.4))
+    lines.append(memory_line("LoRA, shared prompt, peak GB", found, "trl, as documented", trl.described(), 0.4))
     return [
         *lines,
         Line(
@@ -89,24 +90,24 @@ def short(told: Told) -> list[Line]:
             ("llamafactory, as documented", True),
             ("llamafactory, no checkpointing, pages kept", False),
         ):
-            names.append((name, _label(LLAMAFACTORY)))
+            names.append((name, named(LLAMAFACTORY)))
             contenders.append(Contender(name, partial(_llamafactory, own, rows, checkpointing)))
-    found = _trainings(f"LoRA, {len(rows)} rows of SNIPS, {BATCH} a step", contenders, told.rounds)
+    found = trainings(f"LoRA, {len(rows)} rows of SNIPS, {BATCH} a step", contenders, told.rounds)
     there = [(name, label) for name, label in names if name in found]
     lines = []
-    missing = [] if installed("trl") else [_NO_TRL]
-    missing += [] if own else [_absent(LLAMAFACTORY)]
+    missing = [] if installed("trl") else [NO_TRL]
+    missing += [] if own else [absent(LLAMAFACTORY)]
     if there:
         fastest, label = max(there, key=lambda each: found[each[0]]["examples_per_second"])
         note = f"; without {', '.join(missing)}" if missing else ""
-        lines.append(_speed(f"{speed} (fastest peer{note})", found, fastest, f"{label}, {_setting(fastest)}", 5.0))
+        lines.append(speed_line(f"{speed} (fastest peer{note})", found, fastest, f"{label}, {_setting(fastest)}", 5.0))
     else:
         lines.append(Line(speed, lacks="; ".join(missing) or "every peer failed"))
     documented = "llamafactory, as documented"
     if documented in found:
-        lines.append(_memory(memory, found, documented, f"{_label(LLAMAFACTORY)}, as documented", 0.8))
+        lines.append(memory_line(memory, found, documented, f"{named(LLAMAFACTORY)}, as documented", 0.8))
     else:
-        lines.append(Line(memory, lacks="LLaMA-Factory failed" if own else _absent(LLAMAFACTORY)))
+        lines.append(Line(memory, lacks="LLaMA-Factory failed" if own else absent(LLAMAFACTORY)))
     return lines
 
 
@@ -121,10 +122,10 @@ def full(told: Told) -> list[Line]:
             trl.contender(rows, SHARED_BATCH, "trl, as documented", full=True),
             trl.contender(rows, SHARED_BATCH, "trl, pages kept", kept=True, full=True),
         ]
-    found = _trainings(f"full fine-tuning, {len(rows)} rows, {SHARED_BATCH} a step", contenders, told.rounds)
+    found = trainings(f"full fine-tuning, {len(rows)} rows, {SHARED_BATCH} a step", contenders, told.rounds)
     key = "tokens_per_second"
     return [
-        _speed(f"full fine-tuning, tokens/s{kept}", found, f"trl, {name}", trl.described(), goal, key)
+        speed_line(f"full fine-tuning, tokens/s{kept}", found, f"trl, {name}", trl.described(), goal, key)
         for kept, name, goal in (("", "as documented", 2.0), ("; peer's pages kept", "pages kept", None))
     ]
 
@@ -133,19 +134,20 @@ def curve(told: Told) -> list[Line]:
     """Losses and held-out scores of three seeds beside TRL's."""
     what = f"held-out loss, {SEEDS} seeds"
     if not CORPUS.is_dir() or not installed("trl"):
-        return [Line(what, lacks=_NO_TRL if CORPUS.is_dir() else _NO_CORPUS)]
+        return [Line(what, lacks=NO_TRL if CORPUS.is_dir() else _NO_CORPUS)]
     count = 8 * told.examples
-    held = snips_rows(min(HELD, count), "validate")
+    rows, held = snips_rows(count), snips_rows(min(HELD, count), "validate")
     print(
         f"\nloss and held-out score, {count} rows of SNIPS once, {BATCH} a step, rate {CURVE_RATE:g} falling linearly; "
-        f"{len(held)} held-out rows; each seed its own rows and adapter, the same for both",
+        f"{len(held)} held-out rows; each seed its own order and adapter, the same for both",
         flush=True,
     )
     runs: dict[str, list[Figures]] = {"tunesmith": [], "trl": []}
     with tempfile.TemporaryDirectory() as scratch:
         for seed in range(SEEDS):
             start, place = str(Path(scratch) / f"start-{seed}"), Path(scratch)
-            common = {"rows": snips_rows(count, seed=seed), "batch": BATCH, "rate": CURVE_RATE, "seed": seed}
+            mixed = random.Random(seed).sample(rows, count)
+            common = {"rows": mixed, "batch": BATCH, "rate": CURVE_RATE, "seed": seed}
             ends = {name: str(place / f"{name}-{seed}") for name in runs}
             made = {"tunesmith": measured("train", {**common, "start": start, "end": ends["tunesmith"]})}
             made["trl"] = measured("trl", {**common, "start": start, "end": ends["trl"], "labels": True})
@@ -154,7 +156,7 @@ def curve(told: Told) -> list[Line]:
                 runs[name].append({**reached, "curve": figures["losses"]})
             _tell_seed(seed, runs)
     return [
-        _compared_line(f"training loss, second half, {SEEDS} seeds", runs, _later_loss, lower_is_better=True),
+        _compared_line(f"training loss over all steps, {SEEDS} seeds", runs, _all_steps, lower_is_better=True),
         _compared_line(what, runs, lambda figures: float(figures["loss"]), lower_is_better=True),
         _compared_line("held-out whole frames", runs, lambda figures: float(figures["frames"]), lower_is_better=False),
     ]
@@ -172,8 +174,8 @@ def _tell_seed(seed: int, runs: dict[str, list[Figures]]) -> None:
     )
 
 
-def _later_loss(figures: Figures) -> float:
-    return statistics.mean(figures["curve"][len(figures["curve"]) // 2 :])
+def _all_steps(figures: Figures) -> float:
+    return statistics.mean(figures["curve"])  # of the same rows, whatever their order
 
 
 def _compared_line(
@@ -238,11 +240,11 @@ def decoding(told: Told) -> list[Line]:
         print(f"  {batch} at once: {told_of}", flush=True)
         what, key = f"decoding SNIPS, {batch} at once, tokens/s", "tokens_per_second"
         generate = f"transformers {installed('transformers')} generate"
-        lines.append(_speed(what, found, "transformers", generate, 8.0, key))
+        lines.append(speed_line(what, found, "transformers", generate, 8.0, key))
         if own and "vllm" in found:
-            lines.append(_speed(what, found, "vllm", _label(VLLM), 3.0, key))
+            lines.append(speed_line(what, found, "vllm", named(VLLM), 3.0, key))
         else:
-            lines.append(Line(f"{what}, beside vLLM", lacks="vLLM failed" if own else _absent(VLLM)))
+            lines.append(Line(f"{what}, beside vLLM", lacks="vLLM failed" if own else absent(VLLM)))
     return lines
 
 
@@ -343,42 +345,6 @@ def _vllm(own: Path, rows: list[Any], warm: list[Any], batch: int) -> Figures:
     return run([str(own), "-I", str(HERE / "run_vllm.py")], {**told, "model": str(base().folder)})
 
 
-def _trainings(title: str, contenders: Sequence[Contender], rounds: int) -> dict[str, Figures]:
-    found = in_turn(contenders, rounds)
-    if "tunesmith" not in found:
-        raise Failed("nothing to compare with")
-    print(f"\n{title}, rank {RANK} where it is an adapter, every linear layer, bf16")
-    print(f"{'':<44}{'examples/s':>12}{'peak GB':>10}{'loss first':>12}{'last':>8}")
-    for name, figures in found.items():
-        print(
-            f"{name:<44}{figures['examples_per_second']:>12.2f}{figures['peak_gb']:>10.2f}{figures['first']:>12.3f}"
-            f"{figures['last']:>8.3f}",
-            flush=True,
-        )
-    return found
-
-
-def _speed(
-    what: str,
-    found: dict[str, Figures],
-    name: str,
-    label: str,
-    goal: float | None,
-    key: str = "examples_per_second",
-) -> Line:
-    if name not in found:
-        return Line(what, lacks=_NO_TRL if not installed("trl") and name.startswith("trl") else f"{name} failed")
-    ours, peer = found["tunesmith"][key], found[name][key]
-    return Line(what, f"{ours:.1f}", label, f"{peer:.1f}", ours / peer, goal)
-
-
-def _memory(what: str, found: dict[str, Figures], name: str, label: str, goal: float) -> Line:
-    if name not in found:
-        return Line(what, lacks=_NO_TRL if not installed("trl") and name.startswith("trl") else f"{name} failed")
-    ours, peer = found["tunesmith"]["peak_gb"], found[name]["peak_gb"]
-    return Line(what, f"{ours:.2f}", label, f"{peer:.2f}", ours / peer, goal, most=True)
-
-
 def _common(every: Sequence[Sequence[int]]) -> Sequence[int]:
     """What all begin with."""
     first, last = min(every), max(every)
@@ -386,16 +352,8 @@ def _common(every: Sequence[Sequence[int]]) -> Sequence[int]:
     return first[:same]
 
 
-def _label(peer: Peer) -> str:
-    return peer.requirement.replace("==", " ")
-
-
 def _setting(name: str) -> str:
     return name.split(", ", 1)[1]
-
-
-def _absent(peer: Peer) -> str:
-    return f"{_label(peer)} is not installed ({INSTALL})"
 
 
 def _seconds(command: Sequence[str]) -> float:
