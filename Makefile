@@ -24,7 +24,7 @@ unit: $(READY)           ## the tests that need no real model
 
 bench: $(READY)          ## measurements, as ratios to this machine's own limit
 	$(BIN)/python -m pip install --quiet --group bench
-	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/engine.py --install-peers
 	$(BIN)/python benchmarks/canary_false_alarms.py
 	$(BIN)/python benchmarks/data_scale.py
 	$(BIN)/python benchmarks/secret_scan.py

@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from tunesmith.cli.main import main
 from tunesmith.training.estimate import too_few_numbers
-from tunesmith.training.settings import TrainSettings
 
 PROJECT = """
 name: lights
@@ -36,7 +34,7 @@ candidates:
         ("{clip: .inf}", "finite number"),
         ("{rnak: 8}", "did you mean 'rank'?"),
         ("{loss_on: everything}", "'assistant', 'last' or 'all'"),
-        ("{quantize: 4bit}", "needs bitsandbytes and an NVIDIA GPU"),
+        ("{quantize: 4bit, dora: true}", "quantize: 4bit cannot be combined with dora"),
         ("{quantize: 8bit}", "'4bit'"),
     ],
 )
@@ -54,11 +52,6 @@ def test_a_setting_that_cannot_be_is_told_by_its_name_before_any_work(
     assert "candidates.tuned.train" in error["where"]
     assert "Traceback" not in err
     assert not (tmp_path / ".tunesmith").exists()
-
-
-def test_four_bits_are_refused_with_what_to_do_instead() -> None:
-    with pytest.raises(ValidationError, match="take a smaller base or lower tokens"):
-        TrainSettings(quantize="4bit")
 
 
 @given(rank=st.integers(1, 1024), each=st.integers(1, 10_000), labels=st.integers(1, 10**9))

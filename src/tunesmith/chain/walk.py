@@ -30,6 +30,7 @@ from tunesmith.inference.settings import EMBEDDED
 from tunesmith.models.families import ours
 from tunesmith.project import Project
 from tunesmith.store.store import Store
+from tunesmith.training.four_bits import check_four_bits
 from tunesmith.training.settings import TARGETS
 
 if TYPE_CHECKING:
@@ -67,9 +68,16 @@ class Chain:
         began = time.perf_counter()
         found = resolve_base(self.store, self.project.settings.base, self.project.root, self.progress)
         self.stages.done.append(Stage("base", time.perf_counter() - began, skipped=False))
+        self._check_four_bits(found.family)
         if ours(found.family):
             self._check_targets()
         return found
+
+    def _check_four_bits(self, family: str) -> None:
+        for name, settings in self.project.settings.candidates.items():
+            if settings.train and settings.train.quantize is not None:
+                where = f"candidates.{name}.train.quantize"
+                check_four_bits(family, 1 if self.crew is None else self.crew.size, where)
 
     def _check_targets(self) -> None:
         """Raises UsageError for a name that no linear layer has, before anything slow; other families have others."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import Refused
 from tunesmith.models.families import FAMILIES, GEMMAS, ours
+from tunesmith.models.four_bit import FourBit
 from tunesmith.models.network import GROUPS, Layer, Network, Rotary, Shape
 from tunesmith.models.products import Frozen
 
@@ -21,10 +22,14 @@ _ROPES = ("default", "linear", "llama3", "yarn")
 
 
 def load_network(
-    folder: Path, dtype: torch.dtype = torch.bfloat16, weights: Mapping[str, Tensor] | None = None
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    four_bits: bool = False,
 ) -> Network:
-    """The frozen weights of a base's folder, or others by the same names in its shape. Raises Refused for a family or
-    variant that is not supported."""
+    """The frozen weights of a base's folder, or others by the same names in its shape. four_bits: keep the layers'
+    linear weights so. Raises Refused for a family or variant that is not supported."""
     config = _configuration(folder)
     tensors = read_weights(folder, dtype) if weights is None else {name: w.to(dtype) for name, w in weights.items()}
     shape = _shape(config)
@@ -37,7 +42,7 @@ def load_network(
         tied=bool(config.tie_word_embeddings),
         final_norm=_take(tensors, "model.norm.weight", folder),
         layers=tuple(
-            _layer(tensors, number, folder, config, list(turns).index(_turn(config, number)))
+            _layer(tensors, number, folder, config, list(turns).index(_turn(config, number)), four_bits)
             for number in range(shape.layers)
         ),
         rotary=tuple(turns.values()),
@@ -187,14 +192,14 @@ def norm_names(*, after: bool) -> dict[str, str]:
     }
 
 
-def _layer(tensors: dict[str, Tensor], number: int, folder: Path, config: Any, rotary: int) -> Layer:
+def _layer(tensors: dict[str, Tensor], number: int, folder: Path, config: Any, rotary: int, four_bits: bool) -> Layer:
     prefix = f"model.layers.{number}."
-    linear = {}
+    linear: dict[str, Frozen] = {}
     for group, parts in GROUPS.items():
-        weight = torch.cat([_take(tensors, f"{prefix}{part}.weight", folder) for part in parts])
+        weights = [_take(tensors, f"{prefix}{part}.weight", folder) for part in parts]
         biased = all(f"{prefix}{part}.bias" in tensors for part in parts)
         bias = torch.cat([_take(tensors, f"{prefix}{part}.bias", folder) for part in parts]) if biased else None
-        linear[group] = Frozen(weight, bias)
+        linear[group] = FourBit(weights, bias) if four_bits else Frozen(torch.cat(weights), bias)
     names = norm_names(after=config.model_type in ("gemma2", "gemma3_text"))
     norms = {field: _take(tensors, prefix + name, folder) for field, name in names.items()}
     return Layer(

@@ -13,6 +13,7 @@ from tunesmith.models import runtime
 from tunesmith.models.attention import KEPT_WEIGHTS
 from tunesmith.models.batch import Batch
 from tunesmith.models.foreign import Foreign
+from tunesmith.models.four_bit import FourBit
 from tunesmith.models.network import Network
 from tunesmith.training.loop import Step, step_tokens
 from tunesmith.training.loss import LOGIT_ROWS
@@ -43,7 +44,8 @@ def step_bytes(network: Network | Foreign, trained: Trained, settings: TrainSett
 
     Kept of every token by a layer of width M, with Q numbers of queries, keys and values, A of mixed values and F in
     the gated middle: 4 M + Q + A + 3 F (two sums and their norms, the heads, both halves of the gate, their product).
-    Layers below the first that is trained keep nothing. Attention weights of many tokens are made a layer at a time.
+    Layers below the first that is trained keep nothing. Attention weights of many tokens are made a layer at a time. Of
+    a weight in 4 bits there are its parts and the whole while it is multiplied.
     """
     masters = sum(each.nbytes for each in trained.masters)
     if isinstance(network, Foreign):
@@ -55,8 +57,9 @@ def step_bytes(network: Network | Foreign, trained: Trained, settings: TrainSett
     weights = shape.heads * (part.prefix**2 + rows * longest * (part.prefix + longest))
     weights *= 1 + (layers if weights <= KEPT_WEIGHTS else 1)  # and their gradients, a layer's at a time
     logits = min(LOGIT_ROWS, part.labels.numel()) * shape.vocabulary
+    unpacked = 2 * max((each.numel() for each in layer.values() if isinstance(each, FourBit)), default=0)
     size = network.embedding.element_size()
-    return size * (layers * kept * part.tokens + weights + logits) + masters
+    return size * (layers * kept * part.tokens + weights + logits + unpacked) + masters
 
 
 class Estimate(BaseModel):

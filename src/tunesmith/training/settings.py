@@ -72,7 +72,10 @@ class TrainSettings(Settings):
     ] = "rank"
     quantize: Annotated[
         Literal["4bit"] | None,
-        Field(description="QLoRA's 4-bit base: refused, because it needs a GPU and training runs on the processor"),
+        Field(
+            description="keep the frozen base's linear weights in 4 bits while training (QLoRA): less memory, more "
+            "time; `tunesmith[qlora]`"
+        ),
     ] = None
     start: Annotated[
         Literal["zero", "pissa"],
@@ -143,16 +146,16 @@ class TrainSettings(Settings):
 
     @property
     def joins(self) -> bool:
-        """Whether it can be trained together with others: LoRA whose rows keep their length."""
-        return self.method == "lora" and not self.dora
+        """Whether it can be trained together with others: LoRA whose rows keep their length, on the base as it is."""
+        return self.method == "lora" and not self.dora and self.quantize is None
 
     @model_validator(mode="after")
-    def _four_bits_need_a_gpu(self) -> TrainSettings:
-        if self.quantize is not None:
+    def _four_bits_are_of_plain_adapters(self) -> TrainSettings:
+        taken = {"method: full": self.method == "full", "start: pissa": self.start == "pissa", "dora": self.dora}
+        if self.quantize is not None and (other := next((name for name, is_so in taken.items() if is_so), None)):
             raise ValueError(
-                "quantize: 4bit (QLoRA) needs bitsandbytes and an NVIDIA GPU, and training runs on the processor, "
-                "with the base in bf16; leave quantize out, and where memory is short take a smaller base or lower "
-                "tokens"
+                f"quantize: 4bit cannot be combined with {other}, which goes by the base's own weights and not by what "
+                "4 bits leave of them; leave one of the two out"
             )
         return self
 

@@ -22,6 +22,7 @@ from tunesmith.models.base import BaseModel
 from tunesmith.models.batch import Batch, label_count
 from tunesmith.models.families import SLOW
 from tunesmith.models.foreign import Foreign
+from tunesmith.models.four_bit import described
 from tunesmith.models.network import Network
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.store.records import Record
@@ -105,7 +106,8 @@ def train(
         shutil.rmtree(work, ignore_errors=True)
     job = Job(name, rows, validation, settings, work)
     processes = 1 if crew is None else crew.size
-    ready = _prepare(Renderer(base.folder), open_network(base), base, dataset, job, processes)
+    network = open_network(base, settings.quantize, processes)
+    ready = _prepare(Renderer(base.folder), network, base, dataset, job, processes)
     if isinstance(ready.trained, ForeignLora):
         progress.say(f"{base.spec} ({base.family}) {SLOW}")
     progress.say(
@@ -210,7 +212,7 @@ def find_rate(
     """
     runtime.prepare()
     rendered = _render(Renderer(base.folder), rows, settings)
-    trained = untrained(open_network(base), base.folder, settings)
+    trained = untrained(open_network(base, settings.quantize), base.folder, settings)
     share = not isinstance(trained, ForeignLora)
     steps = (step for epoch in count() for (step,) in lay_out_epoch(rendered, settings, epoch, 1, share=share))
     return range_test(trained.network, trained, steps, settings, progress)
@@ -254,7 +256,7 @@ def _prepare(
         "tokens": digest_of([list(row.ids) for row in rendered]),
         "validation": digest_of([list(row.ids) for row in checked]),
         "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
-        "environment": environment(processes),
+        "environment": environment(processes) | ({"quantized": described()} if settings.quantize else {}),
     }
     own: list[Step] = [step[0] for step in dealt]  # this process's share: all of it where it is alone
     expected = _expect(own, validating[::processes], settings, trained, job.work)

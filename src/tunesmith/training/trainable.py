@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from tunesmith.models.foreign import Foreign
 from tunesmith.models.network import Linear, Network
 from tunesmith.models.weights import load_network
 from tunesmith.training.foreign import ForeignLora
+from tunesmith.training.four_bits import check_four_bits
 
 
 class Trainable(Protocol):
@@ -59,6 +60,12 @@ class Trainable(Protocol):
 Trained = Trainable | ForeignLora
 
 
-def open_network(base: BaseModel) -> Network | Foreign:
-    """What a base is trained on: the one network where it computes the family, else transformers' own module."""
+def open_network(base: BaseModel, quantize: Literal["4bit"] | None = None, processes: int = 1) -> Network | Foreign:
+    """What a base is trained on: the one network where it computes the family, else transformers' own module.
+
+    quantize: of the settings; raises UsageError or Refused where it cannot be, processes: with how many it is shared.
+    """
+    if quantize is not None:
+        check_four_bits(base.family, processes)
+        return load_network(base.folder, four_bits=True)
     return load_network(base.folder) if ours(base.family) else Foreign(base)

@@ -1,0 +1,159 @@
+"""This project's own trainings: an adapter or every weight, and what its products could reach at most."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine_parts.processes import Figures
+from engine_parts.rows import base, rendered
+
+RANK, RATE, FULL_RATE = 16, 2e-4, 2e-5
+
+
+def prepared(rows: Sequence[Any], batch: int, **own: Any) -> tuple[Any, Any, list[list[Any]], Any]:
+    """The network, what is trained of it, the steps in the rows' order, the settings."""
+    from tunesmith.models import runtime
+    from tunesmith.training.batches import lay_out_step
+    from tunesmith.training.settings import TrainSettings
+    from tunesmith.training.train import untrained
+    from tunesmith.training.trainable import open_network
+
+    runtime.prepare()
+    found = base()
+    settings = TrainSettings(schedule="linear", warmup=0.0, batch=batch, checkpoint_seconds=1e6, **own)
+    trained = untrained(open_network(found, settings.quantize), found.folder, settings)
+    ready = rendered(found.folder, rows)
+    plan = [lay_out_step(ready[start : start + batch], settings.tokens) for start in range(0, len(ready), batch)]
+    return trained.network, trained, plan, settings
+
+
+def adapter_settings(told: Figures) -> dict[str, Any]:
+    """Of an adapter as contenders have it."""
+    return {"rank": RANK, "learning_rate": told.get("rate", RATE), "seed": told.get("seed", 0)}
+
+
+def train(told: Figures) -> Figures:
+    """told: rows, batch; full, quantize, rate, seed where they are not as usual; start and end: where the adapter is
+    written before and after."""
+    from tunesmith.core.progress import SILENT
+    from tunesmith.models import runtime
+    from tunesmith.training.loop import fit, trial_step
+
+    full = told.get("full", False)
+    own: dict[str, Any] = {"method": "full", "learning_rate": FULL_RATE} if full else adapter_settings(told)
+    if told.get("quantize"):
+        own["quantize"] = "4bit"
+    network, trained, plan, settings = prepared(told["rows"], told["batch"], **own)
+    write(trained, told.get("start"))
+    runtime.reset_peak_memory()
+    trial_step(network, trained)(plan[0])
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as work:
+        course = fit(network, trained, plan, [], settings, Path(work), {}, SILENT)
+    seconds = time.perf_counter() - began
+    write(trained, told.get("end"))
+    losses = [step["loss"] for step in course.curve]
+    tokens = sum(len(row.ids) for row in rendered(base().folder, told["rows"]))
+    return {
+        "examples_per_second": len(told["rows"]) / seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_gb": runtime.peak_memory() / 1e9,
+        "weights_gb": sum(_bytes(each) for layer in network.layers for each in layer.linear.values()) / 1e9,
+        "first": losses[0],
+        "last": losses[-1],
+        "losses": losses,
+        "flops": sum(_flops(network, part) for step in plan for part in step) / seconds,
+    }
+
+
+def write(trained: Any, folder: str | None) -> None:
+    """An adapter's files, where a folder is named."""
+    if folder is not None:
+        Path(folder).mkdir(parents=True)
+        for name, data in trained.files(base()).items():
+            (Path(folder) / name).write_bytes(data)
+
+
+def _bytes(product: Any) -> int:
+    return int(getattr(product, "nbytes", 2 * product.numel()))
+
+
+def _flops(network: Any, batch: Any) -> float:
+    """Of the frozen products: forward, and the gradient of each one's input but the first's."""
+    linear = [[product.numel() for product in layer.linear.values()] for layer in network.layers]
+    each = 2 * sum(map(sum, linear)) - network.layers[0].linear["qkv"].numel()
+    return 2.0 * (batch.tokens * each + 2 * batch.labels.numel() * network.head.numel())
+
+
+def limit(told: Figures) -> Figures:
+    """The same products and no more, in the tensor library's own layout for them."""
+    import torch
+
+    network, _, plan, _ = prepared(told["rows"], told["batch"], rank=RANK)
+    steps = [part for step in plan for part in step][:4]
+    weights = [product.weight for product in network.layers[0].linear.values()]
+    packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    def laid_out(weight: Any) -> Any:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, 512) if packs else weight
+
+    def multiply(x: Any, weight: Any) -> None:
+        if packs:
+            torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        else:
+            torch.nn.functional.linear(x, weight)
+
+    ready = [(laid_out(w), laid_out(w.t().contiguous()), w.shape) for w in weights]
+    best = 0.0
+    for part in steps:
+        inputs = [
+            (torch.randn(part.tokens, w[1]).bfloat16(), torch.randn(part.tokens, w[0]).bfloat16()) for *_, w in ready
+        ]
+        times = []
+        for _ in range(12):
+            began = time.perf_counter()
+            for (x, g), (w, t, _) in zip(inputs, ready, strict=True):
+                multiply(x, w)
+                multiply(g, t)
+            times.append(time.perf_counter() - began)
+        done = 4.0 * part.tokens * sum(w.numel() for w in weights)
+        best = max(best, done / statistics.median(times))
+    return {"flops": best}
+
+
+def runs(told: Figures) -> Figures:
+    """told: rows, batch, adapters, together. So many adapters on the same rows, in one pass or in turn."""
+    from tunesmith.core.progress import SILENT
+    from tunesmith.models import runtime
+    from tunesmith.models.weights import load_network
+    from tunesmith.training.batches import lay_out_step, plan
+    from tunesmith.training.loop import Run
+    from tunesmith.training.lora import Lora
+    from tunesmith.training.settings import TrainSettings
+    from tunesmith.training.together import fit_together
+
+    runtime.prepare()
+    found = base()
+    network, ready = load_network(found.folder), rendered(found.folder, told["rows"])
+
+    def run(seed: int, work: str) -> Run:
+        settings = TrainSettings(rank=RANK, batch=told["batch"], seed=seed, learning_rate=RATE, checkpoint_seconds=1e6)
+        batches = plan(ready, told["batch"], seed, 0)
+        steps = [lay_out_step([ready[row] for row in batch], settings.tokens) for batch in batches]
+        return Run(network, Lora(network, settings), steps, [], settings, Path(work) / str(seed), {}, SILENT)
+
+    adapters = told["adapters"]
+    with tempfile.TemporaryDirectory() as work:
+        fit_together(network, [run(adapters, work)], SILENT)  # kernels and layouts are made once
+        began = time.perf_counter()
+        if told["together"]:
+            fit_together(network, [run(seed, work) for seed in range(adapters)], SILENT)
+        else:
+            for seed in range(adapters):
+                fit_together(network, [run(seed, work)], SILENT)
+    return {"seconds": time.perf_counter() - began, "peak_gb": runtime.peak_memory() / 1e9}
