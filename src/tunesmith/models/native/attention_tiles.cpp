@@ -200,6 +200,25 @@ static void take_queries(const Input& in, const Row& row, int64_t first, bf16* q
     }
 }
 
+// Asks for what the next 32 queries and the next row will read: without, they would wait for it line by line.
+static void ask_ahead(const Input& in, const Row& row, int64_t first, const bf16* other) {
+    int64_t size = in.l.size, group = in.l.group, heads = in.l.kv * group;
+    int64_t from = row.start + (first + 32) / group, to = std::min(from + 32 / group + 1, row.start + row.length);
+    for (int64_t token = from; token < to; ++token)
+        for (int64_t d = 0; d < group * size; d += 32) {
+            __builtin_prefetch(in.qkv + token * in.width() + row.head * group * size + d, 0, 2);
+            if (other) __builtin_prefetch(other + (token * heads + row.head * group) * size + d, 0, 2);
+        }
+    from = row.start + row.length + first / group;
+    to = std::min(from + 32 / group + 1, in.l.tokens);
+    for (int64_t token = from; token < to; ++token)
+        for (int64_t d = 0; d < size; d += 32) {
+            const bf16* key = in.qkv + token * in.width() + (heads + row.head) * size + d;
+            __builtin_prefetch(key, 0, 2);
+            __builtin_prefetch(key + in.l.kv * size, 0, 2);
+        }
+}
+
 // Scores [keys, 32] to -inf where a query may not look: at the prefix's padding, and behind its own place.
 static void hide(const Row& row, int64_t first, int64_t group, int64_t keys, float* scores) {
     const __m512 low = _mm512_set1_ps(-INFINITY);
@@ -275,6 +294,7 @@ struct Forward {
         for (int64_t first = 0; first < row.length * group; first += 32) {
             int64_t seen = row.seen(first, group);
             take_queries(in, row, first, queries, nullptr, nullptr);
+            ask_ahead(in, row, first, nullptr);
             pack_across(queries, size, packed_queries);
             for (int64_t j = 0; j < seen; j += 32)
                 product(keys + j * size, size, 32, packed_queries, 1024, size / 32, scores + j * 32, 32, false);
@@ -394,6 +414,7 @@ struct Backward {
     void block(const Row& row, int64_t start, int64_t b) {
         int64_t size = in.l.size, group = in.l.group, first = start + b * 32, seen = row.seen(first, group);
         take_queries(in, row, first, queries, gradient, mixed);
+        ask_ahead(in, row, first, gradient);
         pack_along(queries, size, packed_queries + b * 32 * size);
         pack_along(mixed, size, packed_mixed + b * 32 * size);
         pack_across(queries, size, across);
@@ -475,8 +496,8 @@ static Task task_at(const Input& in, int64_t number) {
     const Layout& l = in.l;
     if (l.prefix && number < l.kv) return {number, 0, 0, true};
     number -= l.prefix ? l.kv : 0;
-    int64_t share = number % in.shares();
-    return {number / in.shares(), share * l.rows / in.shares(), (share + 1) * l.rows / in.shares(), false};
+    int64_t share = number / l.kv;
+    return {number % l.kv, share * l.rows / in.shares(), (share + 1) * l.rows / in.shares(), false};
 }
 
 // out [T, heads * D]; largest, inverse [kv, T * group]: of each query the largest score in powers of two, and 1 / the sum
