@@ -45,13 +45,24 @@ class Layout:
         rows = [-1] * prefix + [row for row, length in enumerate(lengths) for _ in range(length)]
         places = [*range(prefix), *(place for length in lengths for place in range(length))]
         self.row_of, self.place_of = torch.tensor(rows), torch.tensor(places)
+        self.starts = torch.tensor([prefix, *lengths]).cumsum(0)
         self.turns = angles(network, positions)
         self.rotary = [layer.rotary for layer in network.layers]
         self.windows, self.cap = [layer.window for layer in network.layers], shape.score_cap
         self.native = native.TokenLayout(
             *(len(rows), prefix, self.rows, self.longest, self.kv, self.group, shape.head),
-            *(self.row_of.data_ptr(), self.place_of.data_ptr()),
+            *(self.row_of.data_ptr(), self.place_of.data_ptr(), self.starts.data_ptr()),
         )
+
+    def on_tiles(self, qkv: Tensor, layer: int) -> bool:
+        """Whether attention_tiles.cpp does a layer's attention: on a processor with tiles, in bf16, where each token
+        sees all before it."""
+        window = self.windows[layer]
+        fits = self.cap is None and self.shape.head % 32 == 0 and qkv.device.type == "cpu"
+        if not fits or qkv.dtype != torch.bfloat16 or (window is not None and window < self.prefix + self.longest):
+            return False
+        library = native.library()
+        return library is not None and library.tiles() == 1
 
     def blocks(self, like: Tensor) -> Blocks:
         """Blocks to be filled."""
@@ -150,7 +161,8 @@ def shared_prefix_attention(batch: Batch, network: Network) -> Attend:
     layout = Layout(batch.prefix, batch.lengths, batch.positions, network)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        return _Attention.apply(qkv, layout, layer)  # type: ignore[no-any-return]
+        how = _OnTiles if layout.on_tiles(qkv, layer) else _Attention
+        return how.apply(qkv, layout, layer)  # type: ignore[no-any-return]
 
     return attend
 
@@ -218,6 +230,35 @@ class _Attention(torch.autograd.Function):
         if layout.prefix:
             out.q.flatten(1, 2).baddbmm_(to_shared, kp)
         return layout.join(out, ctx.layer), None, None
+
+
+class _OnTiles(torch.autograd.Function):
+    """The same with one kernel each way. Beside qkv it keeps two numbers for each query: the weights are made again."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, layout: Layout, layer: int) -> Tensor:
+        qkv = qkv.contiguous()
+        out = qkv.new_empty(len(qkv), layout.kv * layout.group * layout.shape.head)
+        largest, inverse = torch.empty(2, layout.kv, len(qkv) * layout.group)
+        _on_tiles("attend", layout, layer, qkv, out, largest, inverse)
+        ctx.save_for_backward(qkv, largest, inverse)
+        ctx.layout, ctx.layer = layout, layer
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        qkv, largest, inverse = ctx.saved_tensors
+        out = torch.empty_like(qkv)
+        _on_tiles("attend_backward", ctx.layout, ctx.layer, qkv, gradient.contiguous(), largest, inverse, out)
+        return out, None, None
+
+
+def _on_tiles(name: str, layout: Layout, layer: int, qkv: Tensor, *others: Tensor) -> None:
+    at, turns = ops.at, layout.turns[layout.rotary[layer]]
+    getattr(native.library(), name)(
+        *(ctypes.byref(layout.native), at(qkv), *map(at, turns), *map(at, others)),
+        *(ctypes.c_float(layout.scale), torch.get_num_threads()),
+    )
 
 
 def _through_cap(layout: Layout, gradient: Tensor, q: Tensor, k: Tensor) -> None:

@@ -36,12 +36,13 @@ _FLAGS = [
 
 
 class TokenLayout(ctypes.Structure):
-    """attention.cpp's Layout."""
+    """layout.h's Layout."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "prefix", "rows", "longest", "kv", "group", "size")),
         ("row_of", ctypes.c_void_p),
         ("place_of", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
     )
 
 

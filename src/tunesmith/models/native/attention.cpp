@@ -1,14 +1,8 @@
 // Attention of rows behind a shared prefix: how tokens lie in it, and its softmax.
 
-#include "numbers.h"
+#include "layout.h"
 
-// How a batch lies in the attention blocks: `prefix` tokens first, then rows of starts[b + 1] - starts[b] tokens each,
-// padded to `longest`. heads = kv * group. Angles: cosine and sine [T, half] of each token.
-struct Layout {
-    int64_t tokens, prefix, rows, longest, kv, group, size;
-    const int64_t* row_of;    // [T]: row of a token, -1 in the prefix
-    const int64_t* place_of;  // [T]: its place in the row, or in the prefix
-};
+// In the blocks, rows are padded to `longest`. Angles: cosine and sine [T, half] of each token.
 
 // Where head h of a token lies: queries [kv, rows, group * longest, D] (prefix: [kv, group * prefix, D]).
 static inline int64_t query_place(const Layout& l, int64_t token, int64_t head) {
