@@ -11,8 +11,10 @@ static const int64_t DEPTH = 256;         // a panel of so many rows stays in th
 static const int64_t GROUP = 4096;        // so many rows of B are summed before the next band of A
 static const int64_t BAND_BYTES = 768 << 10;  // a band of A that stays in the second cache
 
-// One 32 x 32 block over `depth` of K: sums [32][32], added to what is there unless first.
-static inline void block(const bf16* a, int64_t lda, const bf16* b, int64_t depth, float* sums, bool first) {
+// One 32 x 32 block over `depth` of K: sums [32][32], added to what is there unless first. next: what is read later, of
+// which each step asks for `lines` of 64 bytes: all at once they would hold up the products.
+static inline void block(const bf16* a, int64_t lda, const bf16* b, int64_t depth, float* sums, bool first,
+                         const char* next, int64_t lines) {
     if (first) {
         _tile_zero(0);
         _tile_zero(1);
@@ -25,6 +27,7 @@ static inline void block(const bf16* a, int64_t lda, const bf16* b, int64_t dept
         _tile_loadd(3, sums + 16 * 32 + 16, 128);
     }
     for (int64_t k = 0; k < depth; k += 32, b += 1024) {
+        for (int64_t line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
         _tile_loadd(4, a + k, lda * 2);
         _tile_loadd(6, b, 64);
         _tile_loadd(7, b + 512, 64);
@@ -89,17 +92,16 @@ static void multiply(const Operand* operands, int count, const float* bias, bf16
                     const bf16* b = o.b + panel * o.depth * 32 + k * 32;
                     // What follows in B is what is read next; without asking early, the first block would wait for it.
                     const char* next = (const char*)(b + depth * 32);
-                    int64_t share = (depth * 64 / (bottom - top) + 63) / 64 * 64;
+                    int64_t lines = (32 + bottom - top - 1) / (bottom - top);
                     bool settles = i == count - 1 && k + depth == o.depth;
-                    for (int64_t r = top; r < bottom; ++r, next += share) {
-                        for (int64_t line = 0; line < share; line += 64) __builtin_prefetch(next + line, 0, 2);
+                    for (int64_t r = top; r < bottom; ++r, next += lines * depth * 2) {
                         if (settles)
                             for (int64_t line = 0; line < 32; ++line)
                                 __builtin_prefetch(c + (r * 32 + line) * ldc + panel * 32, 1, 3);
                         bool copied = ragged && r == blocks - 1;
                         const bf16* a = copied ? tail + at + k : o.a + r * 32 * o.lda + k;
                         float* into = held + (r - top) * 1024;
-                        block(a, copied ? o.depth : o.lda, b, depth, into, i == 0 && k == 0);
+                        block(a, copied ? o.depth : o.lda, b, depth, into, i == 0 && k == 0, next, lines);
                         if (settles)
                             settle(into, bias ? bias + panel * 32 : nullptr, c + r * 32 * ldc + panel * 32, ldc,
                                    copied ? ragged : 32);
