@@ -166,32 +166,100 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> N
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("prefix", [0, 21])
-def test_a_decoding_step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, prefix: int) -> None:
-    rows, kv, group, size, page, behind = 4, 2, 2, 8, 8, slice(1, 4)
+@pytest.mark.parametrize("prefix", [0, 21, 64])
+@pytest.mark.parametrize(("group", "size", "page"), [(2, 8, 16), (3, 64, 32), (5, 32, 32), (1, 40, 48)])
+def test_a_decoding_step(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, prefix: int, group: int, size: int, page: int
+) -> None:
+    """Of sizes that fit whole registers and tiles, and of some that do not."""
+    rows, kv, behind = 14, 2, slice(1, 14)  # more rows than one block of tiles holds
     qkv, angles = _random(dtype, rows, kv * (group + 2) * size), torch.randn(rows, size // 2)
-    table = torch.tensor([[4, 0, 0], [9, 0, 0], [2, 7, 3], [8, 1, 0]])  # where a row has no more pages, any may stand
+    table = torch.tensor(
+        [[4, 0, 0], [9, 0, 0], [2, 7, 3], [8, 1, 0], *([10 + 2 * row, 11 + 2 * row, 0] for row in range(10))]
+    )
+    lengths = torch.tensor([5, 0, 2 * page + 1, page, *range(page - 5, page + 5)])
+    shapes = ops.page_shapes(kv, page, size, dtype)
+    shared = [_random(dtype, kv, prefix, size, seed=seed) for seed in (3, 4)]
 
     def run() -> list[Tensor]:
-        places = ops.Places(table, torch.tensor([5, 0, 17, 8]), kv, group, size, page)
-        keys, values = _random(dtype, 10, kv, page, size, seed=1), _random(dtype, 10, kv, page, size, seed=2)
+        places = ops.Places(table, lengths.clone(), kv, group, size, page)
+        keys, values = (_random(dtype, 30, *shape, seed=seed) for seed, shape in enumerate(shapes))
         q = ops.decode_split(qkv, angles.cos(), angles.sin(), keys, values, places)
-        shared = _random(dtype, kv, 3 * group, prefix, seed=3) if prefix else None
         out = torch.zeros(rows, kv * group * size, dtype=dtype)
-        ops.decode_mix(q, shared, keys, values, places, behind, out, 0.3)
+        early = ops.in_pages(shared[0], shared[1], page) if prefix else None
+        ops.decode_mix(q, early, keys, values, places, behind, out, 0.3)
         assert not out[0].any(), "a row of another group"
-        return [q, keys, values, out, *([shared] if shared is not None else [])]
+        return [q, keys, values, out]
 
     compiled, portable = _both(monkeypatch, run)
     for one, other in zip(compiled, portable, strict=True):
         _same(one, other)
-    q, keys, values, out = compiled[:4]
-    if not prefix:  # row 2 by hand: 18 places in the pages 2, 7 and 3
-        for head in range(kv * group):
-            pages = [(keys[page, head // group], values[page, head // group]) for page in (2, 7, 3)]
-            k, v = (torch.cat(each)[:18].float() for each in zip(*pages, strict=True))
-            weights = torch.softmax(q[head // group, 2, head % group].float() @ k.t() * 0.3, 0)
-            _same(out[2, head * size : (head + 1) * size], (weights @ v).to(dtype))
+    q, keys, values, out = compiled
+    plain = ops.places_of(keys, values)
+    for head in range(kv * group):  # row 2 by hand, in three pages
+        pages = [[each[number, head // group] for number in (2, 7, 3)] for each in plain]
+        own = (torch.cat(each)[: 2 * page + 2] for each in pages)
+        k, v = (torch.cat((early[head // group], one)).float() for early, one in zip(shared, own, strict=True))
+        weights = torch.softmax(q[head // group, 2, head % group].float() @ k.t() * 0.3, 0)
+        _same(out[2, head * size : (head + 1) * size], (weights @ v).to(dtype))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_mixed_alike_in_any_company(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """To the last bit, by any number of threads, and whatever another row left behind it in its page."""
+    rows, kv, group, size, page = 25, 2, 3, 64, 32
+    q = _random(dtype, kv, rows, group, size)
+    keys, values = (_random(dtype, rows, *each, seed=1) for each in ops.page_shapes(kv, page, size, dtype))
+    early = ops.in_pages(_random(dtype, kv, 37, size, seed=2), _random(dtype, kv, 37, size, seed=3), page)
+
+    def mixed(chosen: range, threads: int = 1) -> Tensor:
+        monkeypatch.setattr(ops, "_threads", lambda: threads)
+        table = torch.tensor([[row] for row in chosen])
+        places = ops.Places(table, torch.tensor([row % page for row in chosen]), kv, group, size, page)
+        mine, out = (
+            q[:, chosen.start : chosen.stop].contiguous(),
+            torch.empty(len(chosen), kv * group * size, dtype=dtype),
+        )
+        ops.decode_mix(mine, early, keys, values, places, slice(0, len(chosen)), out, 0.2)
+        return out
+
+    every = mixed(range(rows))
+    assert torch.equal(every, mixed(range(rows), threads=3))
+    for row in (0, 7, 24):
+        assert torch.equal(every[row], mixed(range(row, row + 1))[0])
+    # What lies behind each row's places is not read.
+    after = torch.arange(page)[None] > (torch.arange(rows) % page)[:, None]
+    plain_k, plain_v = ops.places_of(keys, values)
+    for plain in (plain_k, plain_v):
+        plain.masked_fill_(after[:, None, :, None], float("nan"))
+    pair = keys.shape[4]
+    keys = plain_k.unflatten(3, (-1, pair)).permute(0, 1, 3, 2, 4).contiguous()
+    values = plain_v.unflatten(2, (-1, pair)).transpose(3, 4).contiguous()
+    assert torch.equal(every, mixed(range(rows)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_was_read_goes_into_pages(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    kv, rows, longest, size, page = 2, 3, 20, 8, 16
+    k, v = _random(dtype, kv, rows, longest, size), _random(dtype, kv, rows, longest, size, seed=1)
+    lengths = (20, 3, 17)
+    row, place = (
+        torch.tensor([each[n] for each in [(r, p) for r, n in enumerate(lengths) for p in range(n)]]) for n in (0, 1)
+    )
+    pages, within = row * 2 + place // page, place % page
+
+    def run() -> list[Tensor]:
+        keys, values = (torch.zeros(6, *each, dtype=dtype) for each in ops.page_shapes(kv, page, size, dtype))
+        ops.decode_keep(k, v, row, place, pages, within, keys, values)
+        return [keys, values]
+
+    compiled, portable = _both(monkeypatch, run)
+    for one, other in zip(compiled, portable, strict=True):
+        assert torch.equal(one, other)
+    for plain, new in zip(ops.places_of(*compiled), (k, v), strict=True):
+        assert torch.equal(plain[pages, :, within], new[:, row, place].transpose(0, 1))
 
 
 @needs_kernels

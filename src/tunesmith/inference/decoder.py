@@ -69,6 +69,13 @@ class Prefix:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     read: int = 0
+    _pages: list[ops.Early] | None = None
+
+    def pages(self) -> list[ops.Early]:
+        """The same as decoding reads them, once all of it was read."""
+        if self._pages is None:
+            self._pages = [ops.in_pages(*each, PAGE) for each in zip(self.keys, self.values, strict=True)]
+        return self._pages
 
 
 @dataclass(eq=False, slots=True)
@@ -193,20 +200,23 @@ class Batch:
     def _read(self, first: Row, rows: Sequence[Row], parts: Sequence[Sequence[int]], linear: Linear) -> Tensor:
         """Read a part of each row, all behind what first stands behind; hidden states [B, M] of each one's last."""
         each = [(row, row.read + number) for row, part in zip(rows, parts, strict=True) for number in range(len(part))]
-        pages = torch.tensor([row.pages[place // PAGE] for row, place in each])
-        within = torch.tensor([place % PAGE for _, place in each])
+        where = (
+            torch.tensor([row.pages[place // PAGE] for row, place in each]),
+            torch.tensor([n % PAGE for _, n in each]),
+        )
         own = torch.tensor(first.pages)
 
         def before(layer: int) -> tuple[Tensor, Tensor] | None:
             found = [] if first.prefix is None else [(first.prefix.keys[layer], first.prefix.values[layer])]
             if first.read:
-                caches = (self.cache.keys[layer], self.cache.values[layer])
-                found.append(tuple(c[own].transpose(0, 1).flatten(1, 2)[:, : first.read] for c in caches))  # type: ignore[arg-type]
+                plain = ops.places_of(self.cache.keys[layer][own], self.cache.values[layer][own])
+                k, v = (x.transpose(0, 1).flatten(1, 2)[:, : first.read] for x in plain)
+                found.append((k, v))
             return None if not found else (torch.cat([k for k, _ in found], 1), torch.cat([v for _, v in found], 1))
 
         def keep(layer: int, layout: Layout, blocks: Blocks) -> None:
-            for cache, new in ((self.cache.keys[layer], blocks.k), (self.cache.values[layer], blocks.v)):
-                cache[pages, :, within] = new[:, layout.row_of, layout.place_of].transpose(0, 1)
+            caches = self.cache.keys[layer], self.cache.values[layer]
+            ops.decode_keep(blocks.k, blocks.v, layout.row_of, layout.place_of, *where, *caches)
 
         hidden = _run(self._network, linear, parts, first.start + first.read, before, keep)
         return hidden[torch.tensor([len(part) for part in parts]).cumsum(0) - 1]
@@ -249,14 +259,8 @@ class Batch:
             q = ops.decode_split(qkv, *turns[network.layers[layer].rotary], keys, values, places)
             out = q.new_empty(q.shape[1], q.shape[0] * q.shape[2] * q.shape[3])
             for prefix, rows in steady.groups:
-                if prefix is None:
-                    ops.decode_mix(q, None, keys, values, places, rows, out, *how)
-                    continue
-                mine = q[:, rows]
-                shared = mine.flatten(1, 2) @ prefix.keys[layer].transpose(1, 2)
-                ops.decode_mix(q, shared, keys, values, places, rows, out, *how)
-                over = (shared @ prefix.values[layer]).view(mine.shape)
-                out[rows].view_as(over.transpose(0, 1)).add_(over.transpose(0, 1))
+                early = None if prefix is None else prefix.pages()[layer]
+                ops.decode_mix(q, early, keys, values, places, rows, out, *how)
             return out
 
         last = torch.tensor([row.given[-1] for row in steady.rows])

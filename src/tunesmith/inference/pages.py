@@ -7,13 +7,15 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from tunesmith.models.network import Network
+from tunesmith.models.ops import page_shapes
 
 PAGE = 32  # places
 _AT_FIRST = 64  # pages
 
 
 class PageCache:
-    """Keys and values of every layer: [pages, K, PAGE, D]. It starts small and doubles, up to its bound.
+    """Keys and values of every layer, in pages that lie as ops.page_shapes says. It starts small and doubles, up to its
+    bound.
 
     A row that needs more than the bound is lent it while no other holds a page, and the memory is let go afterwards.
     """
@@ -54,11 +56,11 @@ class PageCache:
 
     def clear(self) -> None:
         """Forget every page."""
-        shape = self._network.shape
-        like = self._network.embedding
+        shape, like = self._network.shape, self._network.embedding
         # Zeros, here and below: what no row has written is weighted with nought, which a NaN would survive.
         self.keys, self.values = (
-            [like.new_zeros(0, shape.kv_heads, PAGE, shape.head) for _ in range(shape.layers)] for _ in range(2)
+            [like.new_zeros(0, *one) for _ in range(shape.layers)]
+            for one in page_shapes(shape.kv_heads, PAGE, shape.head, like.dtype)
         )
         self._free: list[int] = []
 

@@ -8,7 +8,7 @@ K key/value heads, D head size.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -215,7 +215,7 @@ def cross_entropy_(scores: Tensor, labels: Tensor, share: Tensor | None) -> Tens
 
 
 class Places:
-    """Where the B rows of a decoding batch keep their keys and values: in pages of caches [pages, K, page, D].
+    """Where the B rows of a decoding batch keep their keys and values: in pages, laid out as page_shapes says.
 
     table: [B, most] the pages of each row in order. lengths: [B] how many places of a row are filled.
     """
@@ -231,22 +231,73 @@ class Places:
         self.lengths += 1
         self.longest += 1
 
-    def gather(self, cache: Tensor, rows: slice, seen: int) -> Tensor:
-        """The first places of rows: [B, K, seen, D], in PyTorch."""
-        pages = cache[self.table[rows, : -(-seen // self.page)]]
-        return pages.transpose(1, 2).flatten(2, 3)[:, :, :seen]
+    def gather(self, keys: Tensor, values: Tensor, rows: slice, seen: int) -> tuple[Tensor, Tensor]:
+        """The first places of rows, plainly: [B, K, seen, D] each."""
+        pages = self.table[rows, : -(-seen // self.page)]
+        plain = (x.unflatten(0, pages.shape) for x in places_of(keys[pages.flatten()], values[pages.flatten()]))
+        k, v = (x.transpose(1, 2).flatten(2, 3)[:, :, :seen] for x in plain)
+        return k, v
+
+
+class Early(NamedTuple):
+    """The keys and values of a prefix that rows share, length places of each, in pages of their own."""
+
+    keys: Tensor
+    values: Tensor
+    length: int
+
+
+def page_shapes(kv: int, page: int, size: int, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How keys [page, D] and values [page, D] of K heads lie in a page: [K, D / c, page, c] and [K, page / c, D, c],
+    c numbers of 32 bits together. So keys of some places are read side by side, and so are values of some dimensions.
+    """
+    pair = 4 // dtype.itemsize
+    return (kv, size // pair, page, pair), (kv, page // pair, size, pair)
+
+
+def places_of(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Pages as they would lie plainly, copied: [pages, K, page, D] each."""
+    return keys.permute(0, 1, 3, 2, 4).flatten(3), values.permute(0, 1, 2, 4, 3).flatten(2, 3)
+
+
+def in_pages(k: Tensor, v: Tensor, page: int) -> Early:
+    """Keys and values [K, P, D] in pages of their own, the last one filled up with zeros."""
+    length, pair = k.shape[1], 4 // k.dtype.itemsize
+    k, v = (F.pad(x, (0, 0, 0, -length % page)).unflatten(1, (-1, page)).transpose(0, 1) for x in (k, v))
+    keys = k.unflatten(3, (-1, pair)).permute(0, 1, 3, 2, 4)
+    return Early(keys.contiguous(), v.unflatten(2, (-1, pair)).transpose(3, 4).contiguous(), length)
+
+
+def decode_keep(
+    k: Tensor, v: Tensor, row: Tensor, place: Tensor, pages: Tensor, within: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """Keys and values [K, B, L, D] that were read go to pages: token t of T, the place[t]-th of row[t], becomes the
+    within[t]-th of pages[t]."""
+    kernel = kernel_for("decode_keep", k)
+    pair = keys.shape[4]
+    if kernel is None:
+        keys[pages, :, :, within] = k[:, row, place].transpose(0, 1).unflatten(2, (-1, pair))
+        values[pages, :, within // pair, :, within % pair] = v[:, row, place].transpose(0, 1)
+        return
+    kv, rows, longest, size = k.shape
+    layout = native.RowPages(0, kv, 1, size, keys.shape[3], 0)
+    kernel(
+        *(ctypes.byref(layout), *map(at, (k.contiguous(), v.contiguous(), row, place, pages, within))),
+        *(*map(_int, (len(row), rows, longest)), at(keys), at(values), _threads()),
+    )
 
 
 def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Places) -> Tensor:
     """A new token of each of B rows, qkv [B, (H + 2 K) * D]: its key and value go to place lengths[b] of its pages;
     returns its rotated queries [K, B, G, D]."""
-    rows, kv, group, size = len(qkv), keys.shape[1], places.group, keys.shape[3]
+    rows, kv, group, size = len(qkv), keys.shape[1], places.group, values.shape[3]
     kernel = kernel_for("decode_split", qkv)
     if kernel is None:
         q, k, v = qkv.unflatten(-1, (-1, size)).split((kv * group, kv, kv), 1)
         pages = places.table.gather(1, (places.lengths // places.page)[:, None])[:, 0]
-        within = places.lengths % places.page
-        keys[pages, :, within], values[pages, :, within] = rotate(k, cos, sin), v
+        within, none = places.lengths % places.page, torch.zeros_like(pages)
+        k, v = (x.transpose(0, 1)[:, :, None] for x in (rotate(k, cos, sin), v))
+        decode_keep(k, v, torch.arange(rows), none, pages, within, keys, values)
         return rotate(q, cos, sin).view(rows, kv, group, size).transpose(0, 1).contiguous()
     qkv, q = qkv.contiguous(), qkv.new_empty(kv, rows, group, size)
     kernel(ctypes.byref(places.native), *map(at, (qkv, cos, sin, q, keys, values)), _threads())
@@ -255,7 +306,7 @@ def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Te
 
 def decode_mix(
     q: Tensor,
-    shared: Tensor | None,
+    early: Early | None,
     keys: Tensor,
     values: Tensor,
     places: Places,
@@ -265,12 +316,10 @@ def decode_mix(
     window: int | None = None,
     cap: float | None = None,
 ) -> None:
-    """Into those rows of out [B, H * D] the mixed values of each one's own places, lengths[b] + 1 of them; shared
-    [K, rows * G, P], the scores on a prefix of theirs, become its weights in place: one distribution over both.
-    window, cap: see softmax_."""
-    kv, _, group, _ = q.shape
+    """Into those rows of out [B, H * D] the mixed values of what their queries see: a prefix of theirs and each one's
+    own places, lengths[b] + 1 of them, in one distribution. window, cap: see softmax_."""
     first, count = rows.start, rows.stop - rows.start
-    prefix = 0 if shared is None else shared.shape[-1]
+    prefix = 0 if early is None else early.length
     if window is not None and prefix + int(places.lengths[rows].max()) < window:
         window = None
     kernel = kernel_for("decode_mix", q) if window is None and cap is None else None
@@ -278,22 +327,25 @@ def decode_mix(
         lengths = places.lengths[rows]
         seen = int(lengths.max()) + 1
         mine = q[:, rows].transpose(0, 1).float() * scale
-        scores = cap_(mine @ places.gather(keys, rows, seen).float().transpose(-1, -2), cap)
+        own_k, own_v = (x.float() for x in places.gather(keys, values, rows, seen))
+        scores = cap_(mine @ own_k.transpose(-1, -2), cap)
         scores = scores.masked_fill((torch.arange(seen) > lengths[:, None])[:, None, None], float("-inf"))
-        if shared is not None:
-            early = cap_(shared.view(kv, count, group, prefix).transpose(0, 1).float() * scale, cap)
-            scores = torch.cat((early, scores), -1)
+        before = None
+        if early is not None:
+            k, before = (x.transpose(0, 1).flatten(1, 2)[:, :prefix].float() for x in places_of(*early[:2]))
+            scores = torch.cat((cap_(mine @ k.transpose(-1, -2), cap), scores), -1)
         if window is not None:
             gone = torch.arange(prefix + seen) <= (prefix + lengths - window)[:, None]
             scores = scores.masked_fill(gone[:, None, None], float("-inf"))
         weights = torch.softmax(scores, -1)
-        if shared is not None:
-            shared.copy_(weights[..., :prefix].transpose(0, 1).reshape(shared.shape))
-        out[rows] = (weights[..., prefix:] @ places.gather(values, rows, seen).float()).to(q.dtype).reshape(count, -1)
+        mixed = weights[..., prefix:] @ own_v
+        if before is not None:
+            mixed += weights[..., :prefix] @ before
+        out[rows] = mixed.to(q.dtype).reshape(count, -1)
         return
     kernel(
-        *(ctypes.byref(places.native), at(q), at(shared), at(keys), at(values), at(out)),
-        *(*map(_int, (first, count, places.longest, prefix)), _float(scale), _threads()),
+        *(ctypes.byref(places.native), at(q), *((None, None) if early is None else map(at, early[:2]))),
+        *(at(keys), at(values), at(out), *map(_int, (first, count, places.longest, prefix)), _float(scale), _threads()),
     )
 
 

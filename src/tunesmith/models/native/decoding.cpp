@@ -1,13 +1,36 @@
 // One new token for each row of a decoding batch.
 
-#include "numbers.h"
+#include "tiles.h"
 
-// The keys and values of rows under way lie in pages of `page` places: [pages, kv, page, D]. table [rows, most] names the
-// pages of each row in order.
+// The keys and values of rows under way lie in pages of `page` places, a multiple of 16; numbers narrower than 32 bits
+// lie in pairs (c = 2, else 1). Keys [pages, kv, D / c, page, c]: a query's scores on 16 places are sums side by side.
+// Values [pages, kv, page / c, D, c]: so are the sums of 16 dimensions. Both are what tiles multiply with.
+// table [rows, most] names the pages of each row in order.
 struct Pages {
     int64_t rows, kv, group, size, page, most;
     const int64_t *table, *length;
 };
+
+typedef float v16 __attribute__((vector_size(64)));
+typedef uint32_t u16 __attribute__((vector_size(64)));
+
+static inline void read(const float* from, v16* parts) { std::memcpy(parts, from, 64); }
+static inline void read(const bf16* from, v16* parts) {  // 16 pairs
+    u16 both;
+    std::memcpy(&both, from, 64);
+    parts[0] = (v16)(both << 16);
+    parts[1] = (v16)(both & 0xffff0000);
+}
+
+template <class T>
+static void put(const Pages& p, const T* key, const T* value, int64_t page, int64_t k, int64_t within, T* keys,
+                T* values) {
+    const int64_t c = 4 / sizeof(T), base = (page * p.kv + k) * p.page * p.size;
+    for (int64_t i = 0; i < p.size / c; ++i)
+        std::memcpy((void*)(keys + base + (i * p.page + within) * c), key + i * c, c * sizeof(T));
+    T* to = values + base + within / c * c * p.size + within % c;
+    for (int64_t i = 0; i < p.size; ++i) to[i * c] = value[i];
+}
 
 // One new token for each row of a decoding batch: qkv [rows, (heads + 2 kv) * D] -> rotated queries [kv, rows, group, D];
 // its key and value go to place length[row] of the row's pages.
@@ -15,74 +38,242 @@ template <class T>
 static void decode_split(const Pages& p, const T* qkv, const float* cosine, const float* sine, T* q, T* keys, T* values,
                          int threads) {
     int64_t kv = p.kv, group = p.group, size = p.size;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < p.rows; ++row) {
-        const T* from = qkv + row * kv * (group + 2) * size;
-        const float *c = cosine + row * size / 2, *s = sine + row * size / 2;
-        int64_t page = p.table[row * p.most + p.length[row] / p.page], within = p.length[row] % p.page;
-        for (int64_t k = 0; k < kv; ++k) {
-            for (int64_t g = 0; g < group; ++g)
-                rotate(from + (k * group + g) * size, q + ((k * p.rows + row) * group + g) * size, c, s, size / 2, 1.0f);
-            int64_t place = ((page * kv + k) * p.page + within) * size;
-            rotate(from + (kv * group + k) * size, keys + place, c, s, size / 2, 1.0f);
-            std::memcpy((void*)(values + place), from + (kv * (group + 1) + k) * size, size * sizeof(T));
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<T> key(size);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < p.rows; ++row) {
+            const T* from = qkv + row * kv * (group + 2) * size;
+            const float *c = cosine + row * size / 2, *s = sine + row * size / 2;
+            int64_t page = p.table[row * p.most + p.length[row] / p.page], within = p.length[row] % p.page;
+            for (int64_t k = 0; k < kv; ++k) {
+                for (int64_t g = 0; g < group; ++g)
+                    rotate(from + (k * group + g) * size, q + ((k * p.rows + row) * group + g) * size, c, s, size / 2,
+                           1.0f);
+                rotate(from + (kv * group + k) * size, key.data(), c, s, size / 2, 1.0f);
+                put(p, key.data(), from + (kv * (group + 1) + k) * size, page, k, within, keys, values);
+            }
         }
     }
 }
 
-// Attention of the new tokens of rows [first, first + count) over their own pages (length[row] + 1 places) and the prefix
-// these rows share, whose scores [kv, count * group, prefix] become weights in place. out [rows, heads * D] gets the own
-// part of the mixed values. longest: of the lengths.
+// Keys and values of tokens that were read, [kv, rows, longest, D] each: token t, the place[t]-th of row[t] there, goes
+// to place at[t] of pages[t].
 template <class T>
-static void decode_mix(const Pages& p, const T* q, T* shared, const T* keys, const T* values, T* out, int64_t first,
-                       int64_t count, int64_t longest, int64_t prefix, float scale, int threads) {
-    int64_t kv = p.kv, group = p.group, size = p.size;
+static void decode_keep(const Pages& p, const T* k, const T* v, const int64_t* row, const int64_t* place,
+                        const int64_t* pages, const int64_t* at, int64_t tokens, int64_t rows, int64_t longest, T* keys,
+                        T* values, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t one = 0; one < p.kv; ++one) {
+            int64_t from = ((one * rows + row[t]) * longest + place[t]) * p.size;
+            put(p, k + from, v + from, pages[t], one, at[t], keys, values);
+        }
+}
+
+// Scores of G queries [G, D] on the first `seen` places of a page, in blocks of 16: held [G, wide].
+template <class T, int G>
+static void score(const Pages& p, const float* query, const T* page, int64_t seen, float* held, int64_t wide) {
+    const int64_t c = 4 / sizeof(T);
+    for (int64_t j = 0; j < seen; j += 16) {
+        v16 dot[G] = {};
+        for (int64_t i = 0; i < p.size; i += c) {
+            v16 parts[2];
+            read(page + i * p.page + j * c, parts);
+            for (int g = 0; g < G; ++g)
+                for (int64_t n = 0; n < c; ++n) dot[g] += query[g * p.size + i + n] * parts[n];
+        }
+        for (int g = 0; g < G; ++g) std::memcpy(held + g * wide + j, &dot[g], 64);
+    }
+}
+
+// mixed [G, D] += weights [G, wide] on the first `seen` places of a page of values.
+template <class T, int G>
+static void add(const Pages& p, const float* weights, int64_t wide, const T* page, int64_t seen, float* mixed) {
+    const int64_t c = 4 / sizeof(T), size = p.size;
+    int64_t i = 0;
+    for (; i + 16 <= size; i += 16) {
+        v16 sums[G];
+        for (int g = 0; g < G; ++g) std::memcpy(&sums[g], mixed + g * size + i, 64);
+        for (int64_t j = 0; j < seen; j += c) {
+            v16 parts[2];
+            read(page + j * size + i * c, parts);
+            for (int64_t n = 0; n < std::min(c, seen - j); ++n)  // what no row has written may be anything
+                for (int g = 0; g < G; ++g) sums[g] += weights[g * wide + j + n] * parts[n];
+        }
+        for (int g = 0; g < G; ++g) std::memcpy(mixed + g * size + i, &sums[g], 64);
+    }
+    for (; i < size; ++i)
+        for (int64_t j = 0; j < seen; ++j) {
+            float value = up(page[j / c * c * size + i * c + j % c]);
+            for (int g = 0; g < G; ++g) mixed[g * size + i] += weights[g * wide + j] * value;
+        }
+}
+
+// The same for any number of queries.
+#define IN_FOURS(CALL)                                          \
+    for (int64_t g = 0; g < group; g += 4) switch (group - g) { \
+            case 1: CALL(1); break;                             \
+            case 2: CALL(2); break;                             \
+            case 3: CALL(3); break;                             \
+            default: CALL(4);                                   \
+        }
+
+template <class T>
+static void score_all(const Pages& p, int64_t group, const float* query, const T* page, int64_t seen, float* held,
+                      int64_t wide) {
+#define CALL(G) score<T, G>(p, query + g * p.size, page, seen, held + g * wide, wide)
+    IN_FOURS(CALL)
+#undef CALL
+}
+
+template <class T>
+static void add_all(const Pages& p, int64_t group, const float* weights, int64_t wide, const T* page, int64_t seen,
+                    float* mixed) {
+#define CALL(G) add<T, G>(p, weights + g * wide, wide, page, seen, mixed + g * p.size)
+    IN_FOURS(CALL)
+#undef CALL
+}
+
+static const int64_t TOGETHER = 32;  // queries of several rows that are multiplied with a shared prefix at once
+
+#ifdef TILES
+static bool tiled(const Pages& p, const bf16*) {
+    return p.size % 32 == 0 && p.page % 32 == 0 && p.group <= TOGETHER && tiles_allowed();
+}
+
+// held [32, wide] = q [32, D] times a page's keys.
+static void score_tiles(const Pages& p, const bf16* q, const bf16* page, float* held, int64_t wide) {
+    for (int64_t j = 0; j < p.page; j += 16) {
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int64_t i = 0; i < p.size; i += 32) {
+            _tile_loadd(4, q + i, p.size * 2);
+            _tile_loadd(5, q + 16 * p.size + i, p.size * 2);
+            _tile_loadd(6, page + i * p.page + j * 2, p.page * 4);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
+        }
+        _tile_stored(0, held + j, wide * 4);
+        _tile_stored(1, held + 16 * wide + j, wide * 4);
+    }
+}
+
+// mixed [32, D] = weights [32, places] times values that lie in pages `apart` numbers from each other.
+static void mix_tiles(const Pages& p, const bf16* weights, int64_t places, const bf16* values, int64_t apart,
+                      float* mixed) {
+    for (int64_t i = 0; i < p.size; i += 32) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t j = 0; j < places; j += 32) {
+            const bf16* from = values + j / p.page * apart + j % p.page * p.size + i * 2;
+            _tile_loadd(4, weights + j, places * 2);
+            _tile_loadd(5, weights + 16 * places + j, places * 2);
+            _tile_loadd(6, from, p.size * 4);
+            _tile_loadd(7, from + 32, p.size * 4);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, mixed + i, p.size * 4);
+        _tile_stored(1, mixed + i + 16, p.size * 4);
+        _tile_stored(2, mixed + 16 * p.size + i, p.size * 4);
+        _tile_stored(3, mixed + 16 * p.size + i + 16, p.size * 4);
+    }
+}
+#else
+static bool tiled(const Pages&, const bf16*) { return false; }
+static void score_tiles(const Pages&, const bf16*, const bf16*, float*, int64_t) {}
+static void mix_tiles(const Pages&, const bf16*, int64_t, const bf16*, int64_t, float*) {}
+#endif
+static bool tiled(const Pages&, const float*) { return false; }
+static void score_tiles(const Pages&, const float*, const float*, float*, int64_t) {}
+static void mix_tiles(const Pages&, const float*, int64_t, const float*, int64_t, float*) {}
+
+// Attention of the new tokens of rows [first, first + count) over their own pages (length[row] + 1 places) and the first
+// `prefix` places of the pages [.., kv, ..] these rows share. longest: of the lengths. out [rows, heads * D].
+template <class T>
+static void decode_mix(const Pages& p, const T* q, const T* early_keys, const T* early_values, const T* keys,
+                       const T* values, T* out, int64_t first, int64_t count, int64_t longest, int64_t prefix,
+                       float scale, int threads) {
+    const int64_t kv = p.kv, group = p.group, size = p.size, area = p.page * size;
+    const int64_t shared = (prefix + p.page - 1) / p.page, padded = shared * p.page;
+    const bool tiles = prefix && tiled(p, q);
+    const int64_t many = tiles ? TOGETHER / group : 1, blocks = (count + many - 1) / many;
+    const int64_t wide = padded + (longest + 1 + 15) / 16 * 16 + 16, most = tiles ? TOGETHER : group;
 #pragma omp parallel num_threads(threads)
     {
-        int64_t wide = prefix + longest + 17;  // a query's scores
-        std::vector<float> scratch(group * (wide + 2 * size) + size);
-        float *held = scratch.data(), *query = held + group * wide, *mixed = query + group * size,
-              *one = mixed + group * size;
-#pragma omp for schedule(static) collapse(2)
-        for (int64_t at = 0; at < count; ++at)
-            for (int64_t k = 0; k < kv; ++k) {
-                int64_t row = first + at, seen = p.length[row] + 1;
-                const int64_t* pages = p.table + row * p.most;
-                T* early = shared + (k * count + at) * group * prefix;
-                const T* mine = q + (k * p.rows + row) * group * size;
-                for (int64_t i = 0; i < group * size; ++i) query[i] = up(mine[i]) * scale;
-                for (int64_t g = 0; g < group; ++g)
-                    for (int64_t i = 0; i < prefix; ++i) held[g * wide + i] = up(early[g * prefix + i]) * scale;
-                for (int64_t j = 0; j < seen; ++j) {
-                    const T* key = keys + ((pages[j / p.page] * kv + k) * p.page + j % p.page) * size;
-#pragma omp simd
-                    for (int64_t i = 0; i < size; ++i) one[i] = up(key[i]);
+#ifdef TILES
+        TileConfig config;
+        if (tiles) _tile_loadconfig(&config);
+#endif
+        std::vector<float> scratch(most * (wide + 2 * size));
+        float *held = scratch.data(), *query = held + most * wide, *mixed = query + most * size;
+        std::vector<T> copied(tiles ? most * (size + padded) : 0);
+        T* weights = copied.data() + most * size;
+        std::vector<float> total(most);
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t k = 0; k < kv; ++k)
+            for (int64_t block = 0; block < blocks; ++block) {
+                int64_t from = first + block * many, rows = std::min(many, first + count - from), queries = rows * group;
+                const T *mine = q + (k * p.rows + from) * group * size, *old_keys = early_keys + k * area,
+                        *old_values = early_values + k * area;
+                for (int64_t i = 0; i < queries * size; ++i) query[i] = up(mine[i]) * scale;
+                std::fill(mixed, mixed + queries * size, 0.0f);
+                if (tiles) {
+                    std::copy(mine, mine + queries * size, copied.data());
+                    for (int64_t n = 0; n < shared; ++n)
+                        score_tiles(p, copied.data(), old_keys + n * kv * area, held + n * p.page, wide);
+                    for (int64_t g = 0; g < queries; ++g)
+                        for (int64_t j = 0; j < prefix; ++j) held[g * wide + j] *= scale;
+                } else {
+                    for (int64_t n = 0; n < shared; ++n)
+                        score_all(p, queries, query, old_keys + n * kv * area, p.page, held + n * p.page, wide);
+                }
+                for (int64_t at = 0; at < rows; ++at) {
+                    int64_t row = from + at, seen = p.length[row] + 1;
+                    float* own = held + at * group * wide;
+                    for (int64_t j = 0; j < seen; j += p.page) {
+                        const T* page = keys + (p.table[row * p.most + j / p.page] * kv + k) * area;
+                        score_all(p, group, query + at * group * size, page, std::min(p.page, seen - j),
+                                  own + prefix + j, wide);
+                    }
+                    for (int64_t g = 0; g < group; ++g)
+                        total[at * group + g] = exponentials<T>(own + g * wide, prefix + seen);
+                }
+                if (tiles) {
+                    for (int64_t g = 0; g < queries; ++g) {
+                        T* to = weights + g * padded;
+                        for (int64_t j = 0; j < prefix; ++j) down(held[g * wide + j], to + j);
+                        std::memset((void*)(to + prefix), 0, (padded - prefix) * sizeof(T));
+                    }
+                    mix_tiles(p, weights, padded, old_values, kv * area, mixed);
+                } else {
+                    for (int64_t j = 0; j < prefix; j += p.page)
+                        add_all(p, queries, held + j, wide, old_values + j / p.page * kv * area,
+                                std::min(p.page, prefix - j), mixed);
+                }
+                for (int64_t at = 0; at < rows; ++at) {
+                    int64_t row = from + at, seen = p.length[row] + 1;
+                    const float* own = held + at * group * wide + prefix;
+                    float* sums = mixed + at * group * size;
+                    for (int64_t j = 0; j < seen; j += p.page) {
+                        const T* page = values + (p.table[row * p.most + j / p.page] * kv + k) * area;
+                        add_all(p, group, own + j, wide, page, std::min(p.page, seen - j), sums);
+                    }
+                    T* to = out + (row * kv + k) * group * size;
                     for (int64_t g = 0; g < group; ++g) {
-                        float dot = 0;
-#pragma omp simd reduction(+ : dot)
-                        for (int64_t i = 0; i < size; ++i) dot += query[g * size + i] * one[i];
-                        held[g * wide + prefix + j] = dot;
+                        float inverse = 1.0f / total[at * group + g];
+                        for (int64_t i = 0; i < size; ++i) down(sums[g * size + i] * inverse, to + g * size + i);
                     }
                 }
-                for (int64_t g = 0; g < group; ++g) {
-                    float inverse = 1.0f / exponentials<T>(held + g * wide, prefix + seen);
-                    for (int64_t i = 0; i < prefix; ++i) down(held[g * wide + i] * inverse, early + g * prefix + i);
-                    for (int64_t j = prefix; j < prefix + seen; ++j) held[g * wide + j] *= inverse;
-                }
-                std::fill(mixed, mixed + group * size, 0.0f);
-                for (int64_t j = 0; j < seen; ++j) {
-                    const T* value = values + ((pages[j / p.page] * kv + k) * p.page + j % p.page) * size;
-#pragma omp simd
-                    for (int64_t i = 0; i < size; ++i) one[i] = up(value[i]);
-                    for (int64_t g = 0; g < group; ++g) {
-                        float weight = held[g * wide + prefix + j];
-#pragma omp simd
-                        for (int64_t i = 0; i < size; ++i) mixed[g * size + i] += weight * one[i];
-                    }
-                }
-                T* to = out + (row * kv + k) * group * size;
-                for (int64_t i = 0; i < group * size; ++i) down(mixed[i], to + i);
             }
+#ifdef TILES
+        if (tiles) _tile_release();
+#endif
     }
 }
 
@@ -106,10 +297,17 @@ static void largest(const T* scores, int64_t* place, int64_t rows, int64_t width
                                         T* values, int threads) {                                                      \
         decode_split<T>(*p, qkv, c, s, q, keys, values, threads);                                                      \
     }                                                                                                                  \
-    extern "C" void decode_mix_##NAME(const Pages* p, const T* q, T* shared, const T* keys, const T* values, T* out,   \
-                                      int64_t first, int64_t count, int64_t longest, int64_t prefix, float scale,      \
-                                      int threads) {                                                                   \
-        decode_mix<T>(*p, q, shared, keys, values, out, first, count, longest, prefix, scale, threads);                \
+    extern "C" void decode_keep_##NAME(const Pages* p, const T* k, const T* v, const int64_t* row,                     \
+                                       const int64_t* place, const int64_t* pages, const int64_t* at,                  \
+                                       int64_t tokens, int64_t rows, int64_t longest, T* keys, T* values,              \
+                                       int threads) {                                                                  \
+        decode_keep<T>(*p, k, v, row, place, pages, at, tokens, rows, longest, keys, values, threads);                 \
+    }                                                                                                                  \
+    extern "C" void decode_mix_##NAME(const Pages* p, const T* q, const T* early_keys, const T* early_values,          \
+                                      const T* keys, const T* values, T* out, int64_t first, int64_t count,            \
+                                      int64_t longest, int64_t prefix, float scale, int threads) {                     \
+        decode_mix<T>(*p, q, early_keys, early_values, keys, values, out, first, count, longest, prefix, scale,        \
+                      threads);                                                                                        \
     }                                                                                                                  \
     extern "C" void largest_##NAME(const T* scores, int64_t* place, int64_t rows, int64_t width, int threads) {        \
         largest<T>(scores, place, rows, width, threads);                                                               \

@@ -28,9 +28,11 @@ struct Block {
     bf16* c;
 };
 
-static inline void steps(const bf16* a, int64_t lda, const bf16* b, int64_t depth) {
+// next: what is read later, of which each step asks for `lines` of 64 bytes: all at once they would hold up the products.
+static inline void steps(const bf16* a, int64_t lda, const bf16* b, int64_t depth, const char* next, int64_t lines) {
     const bf16* lower = a + 16 * lda;
     for (int64_t k = 0; k < depth; k += 32, b += 1024) {
+        for (int64_t line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
         _tile_loadd(4, a + k, lda * 2);
         _tile_loadd(6, b, 64);
         _tile_loadd(7, b + 512, 64);
@@ -133,15 +135,15 @@ static void multiply(const Span* spans, int64_t count, const bf16* b, int64_t de
                     const bf16* first = b + panel * depth * 32 + k * 32;
                     // What follows in B is what is read next; without asking early, the first block would wait for it.
                     const char* next = (const char*)(first + here * 32);
-                    int64_t share = (here * 64 / (bottom - top) + 63) / 64 * 64;
+                    int64_t lines = (32 + bottom - top - 1) / (bottom - top);
                     bool settles = k + here == depth;
-                    for (int64_t r = top; r < bottom; ++r, next += share) {
+                    for (int64_t r = top; r < bottom; ++r, next += lines * here * 2) {
                         const Block& one = all[r];
                         float* into = held + (r - top) * 1024;
-                        for (int64_t line = 0; line < share; line += 64) __builtin_prefetch(next + line, 0, 2);
                         begin(into, k == 0);
-                        steps(one.a + k, depth, first, here);
-                        if (settles && one.b2) steps(one.a2, one.depth2, one.b2 + panel * one.depth2 * 32, one.depth2);
+                        steps(one.a + k, depth, first, here, next, lines);
+                        if (settles && one.b2)
+                            steps(one.a2, one.depth2, one.b2 + panel * one.depth2 * 32, one.depth2, next, 0);
                         end(into);
                         if (settles) settle(into, bias ? bias + panel * 32 : nullptr, one.c + panel * 32, n, one.rows, past);
                     }
