@@ -87,6 +87,11 @@ class Frozen:
             return blocks.permute(0, 2, 4, 1, 3, 5).reshape(self.out, self.into)
         return self._forward.to_dense() if self._packs else self._forward
 
+    @property
+    def row_by_row(self) -> bool:
+        """Whether what a row gives does not depend on the rows beside it, to the bit."""
+        return self._tiles or self._packs
+
     def numel(self) -> int:
         """How many numbers the weight has."""
         return self.out * self.into
@@ -128,8 +133,7 @@ class Frozen:
     ) -> Tensor:
         """As each span of x, sizes long, has by itself, with low values and a pair of its own or None.
 
-        One product for all spans where a row's sum is made in the same order whatever rows lie beside it: on tiles, and
-        in the packed product. Plain products promise no such thing: those are made span by span.
+        One product for all spans where rows stand alone (see row_by_row); else they are made span by span.
         """
         if self._tiles:
             up = [None if pair is None else pair.up for pair in pairs]

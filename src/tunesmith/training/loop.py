@@ -84,8 +84,12 @@ def batch_loss(network: Network | Foreign, trained: Trained, batch: Batch, divis
     assert not isinstance(trained, ForeignLora)
     hidden = forward(network, batch.ids, trained.linear(), shared_prefix_attention(batch, network))
     wanted = final(network, hidden[batch.predicts])
-    share = torch.full((batch.labels.numel(),), 1.0 / divisor)
-    return trained.loss(wanted, batch.labels, share)
+    return trained.loss(wanted, batch.labels, label_shares(batch, divisor))
+
+
+def label_shares(batch: Batch, divisor: float) -> Tensor:
+    """What each label of a batch counts of its step's loss [N]."""
+    return torch.full((batch.labels.numel(),), 1.0 / divisor)
 
 
 def trial_step(network: Network | Foreign, trained: Trained) -> Callable[[Step], None]:

@@ -1,9 +1,9 @@
 """Several adapters trained at once on one frozen base: one base in memory, one pass for a step of each of them.
 
 A step of every run that is not over is laid end to end. What works row by row (norms, the gated middle, the base's own
-products) is done once for all tokens; attention and low-rank products are each run's own, on its own tokens. A token's
-numbers are thus those of a training alone, and each run keeps its own plan, optimiser, checkpoints and end: its bytes
-are the same with whomever it was trained (models.products.Frozen.apart says on what that rests).
+products, the head) is done once for all tokens; attention and low-rank products are each run's own, on its own tokens.
+A token's numbers are thus those of a training alone, and each run keeps its own plan, optimiser, checkpoints and end:
+its bytes are the same with whomever it was trained (models.products.Frozen.row_by_row says on what that rests).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.batch import Batch
 from tunesmith.models.network import Attend, Linear, Network, final, forward
 from tunesmith.models.products import Frozen, Pair, outer
-from tunesmith.training.loop import Run, step_tokens
+from tunesmith.training.loop import Run, label_shares, step_tokens
 from tunesmith.training.lora import Adapted, Lora, frozen
+from tunesmith.training.loss import cross_entropies
 
 
 class Part(NamedTuple):
@@ -89,12 +90,11 @@ def joint_losses(network: Network, parts: Sequence[Part]) -> list[Tensor]:
     sizes = [part.batch.tokens for part in parts]
     ids = torch.cat([part.batch.ids for part in parts])
     hidden = forward(network, ids, _linear(network, [part.lora for part in parts], sizes), _attend(network, parts))
-    losses = []
-    for part, own in zip(parts, hidden.split(sizes), strict=True):
-        wanted = final(network, own[part.batch.predicts])
-        share = torch.full((part.batch.labels.numel(),), 1.0 / part.divisor)
-        losses.append(part.lora.loss(wanted, part.batch.labels, share))
-    return losses
+    wanted = [
+        (final(network, own[part.batch.predicts]), part.batch.labels, label_shares(part.batch, part.divisor))
+        for part, own in zip(parts, hidden.split(sizes), strict=True)
+    ]
+    return cross_entropies(network.head, wanted, network.shape.logit_cap)
 
 
 def _lora(run: Run) -> Lora:

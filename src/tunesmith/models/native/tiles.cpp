@@ -11,6 +11,7 @@
 static const int64_t DEPTH = 320;         // a panel of so many rows stays in the first cache beside its block of A
 static const int64_t GROUP = 1024;        // rows of a deep B (over DEEP of them) that are summed for all of C in turn
 static const int64_t DEEP = 2048;
+static const int64_t NARROW = 4;          // panels of C
 static const int64_t BAND_BYTES = 768 << 10;  // a band of A that stays in the second cache
 static const int64_t SUMS_BYTES = 640 << 10;    // most that a thread keeps of the sums of a deep product
 
@@ -116,49 +117,56 @@ static void multiply(const Span* spans, int64_t count, const bf16* b, int64_t de
     past = past && total > PAST_BYTES;
     int64_t panels = n / 32, blocks = all.size(), parts = (depth + DEPTH - 1) / DEPTH;
     int64_t part = ((depth + parts - 1) / parts + 31) / 32 * 32;
-    // A deep product is summed group by group, with sums for every panel: else A would be read anew for each.
-    bool deep = depth > DEEP;
+    // A deep product is summed group by group, with sums for every panel: else A would be read anew for each. A narrow one
+    // is divided among the threads by its rows: it has too few panels.
+    bool narrow = panels <= NARROW, deep = depth > DEEP && !narrow;
     int64_t kept = deep ? (panels + threads - 1) / threads : 1;
     int64_t band = deep ? SUMS_BYTES / (kept * 4096) : BAND_BYTES / (64 * depth);
-    band = std::min(blocks, std::max<int64_t>(2, band));
+    band = std::min(narrow ? (blocks + threads - 1) / threads : blocks, std::max<int64_t>(2, band));
 #pragma omp parallel num_threads(threads)
     {
         TileConfig config;
         _tile_loadconfig(&config);
         float* sums = (float*)std::aligned_alloc(64, kept * band * 4096);
-        for (int64_t top = 0; top < blocks; top += band) {
-            int64_t bottom = std::min(blocks, top + band);
-            // Rows [from, to) of B into a panel's sums; the last of all settles them in C.
-            auto add = [&](int64_t panel, float* held, int64_t from, int64_t to) {
-                for (int64_t k = from; k < to; k += part) {
-                    int64_t here = std::min(part, to - k);
-                    const bf16* first = b + panel * depth * 32 + k * 32;
-                    // What follows in B is what is read next; without asking early, the first block would wait for it.
-                    const char* next = (const char*)(first + here * 32);
-                    int64_t lines = (32 + bottom - top - 1) / (bottom - top);
-                    bool settles = k + here == depth;
-                    for (int64_t r = top; r < bottom; ++r, next += lines * here * 2) {
-                        const Block& one = all[r];
-                        float* into = held + (r - top) * 1024;
-                        begin(into, k == 0);
-                        steps(one.a + k, depth, first, here, next, lines);
-                        if (settles && one.b2)
-                            steps(one.a2, one.depth2, one.b2 + panel * one.depth2 * 32, one.depth2, next, 0);
-                        end(into);
-                        if (settles) settle(into, bias ? bias + panel * 32 : nullptr, one.c + panel * 32, n, one.rows, past);
-                    }
+        // Rows [from, to) of B into the sums of a panel's blocks [top, bottom); the last of all settles them in C.
+        auto add = [&](int64_t top, int64_t bottom, int64_t panel, float* held, int64_t from, int64_t to) {
+            for (int64_t k = from; k < to; k += part) {
+                int64_t here = std::min(part, to - k);
+                const bf16* first = b + panel * depth * 32 + k * 32;
+                // What follows in B is what is read next; without asking early, the first block would wait for it.
+                const char* next = (const char*)(first + here * 32);
+                int64_t lines = (32 + bottom - top - 1) / (bottom - top);
+                bool settles = k + here == depth;
+                for (int64_t r = top; r < bottom; ++r, next += lines * here * 2) {
+                    const Block& one = all[r];
+                    float* into = held + (r - top) * 1024;
+                    begin(into, k == 0);
+                    steps(one.a + k, depth, first, here, next, lines);
+                    if (settles && one.b2)
+                        steps(one.a2, one.depth2, one.b2 + panel * one.depth2 * 32, one.depth2, next, 0);
+                    end(into);
+                    if (settles) settle(into, bias ? bias + panel * 32 : nullptr, one.c + panel * 32, n, one.rows, past);
                 }
-            };
+            }
+        };
+        if (narrow) {
+#pragma omp for schedule(static) nowait
+            for (int64_t top = 0; top < blocks; top += band)
+                for (int64_t panel = 0; panel < panels; ++panel)
+                    add(top, std::min(blocks, top + band), panel, sums, 0, depth);
+        }
+        for (int64_t top = 0; top < blocks && !narrow; top += band) {
+            int64_t bottom = std::min(blocks, top + band);
             if (!deep) {
 #pragma omp for schedule(static) nowait
-                for (int64_t panel = 0; panel < panels; ++panel) add(panel, sums, 0, depth);
+                for (int64_t panel = 0; panel < panels; ++panel) add(top, bottom, panel, sums, 0, depth);
                 continue;
             }
             for (int64_t from = 0; from < depth; from += GROUP) {
                 int64_t mine = 0;
 #pragma omp for schedule(static) nowait
                 for (int64_t panel = 0; panel < panels; ++panel)
-                    add(panel, sums + mine++ * band * 1024, from, std::min(depth, from + GROUP));
+                    add(top, bottom, panel, sums + mine++ * band * 1024, from, std::min(depth, from + GROUP));
             }
         }
         settled();
@@ -190,12 +198,7 @@ extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_
         _tile_loadconfig(&config);
         bf16* panel = (bf16*)std::aligned_alloc(64, deep * 2048);
         alignas(64) float sums[1024];
-        alignas(64) uint16_t low[32], high[32];
-        for (int i = 0; i < 32; ++i) {
-            low[i] = uint16_t(i / 2 + (i % 2) * 32);
-            high[i] = uint16_t(16 + i / 2 + (i % 2) * 32);
-        }
-        const __m512i first = _mm512_load_si512(low), second = _mm512_load_si512(high), none = _mm512_setzero_si512();
+        const __m512i none = _mm512_setzero_si512();
 #pragma omp for schedule(static)
         for (int64_t p = 0; p < n / 32; ++p) {
             for (int64_t k = 0; k < deep * 32; k += 2) {
@@ -203,8 +206,8 @@ extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_
                 __m512i even = k < t ? _mm512_loadu_si512((const void*)from) : none;
                 __m512i odd = k + 1 < t ? _mm512_loadu_si512((const void*)(from + n)) : none;
                 bf16* to = panel + k / 32 * 1024 + k % 32 / 2 * 32;
-                _mm512_store_si512((void*)to, _mm512_permutex2var_epi16(even, first, odd));
-                _mm512_store_si512((void*)(to + 512), _mm512_permutex2var_epi16(even, second, odd));
+                _mm512_store_si512((void*)to, first_pairs(even, odd));
+                _mm512_store_si512((void*)(to + 512), last_pairs(even, odd));
             }
             for (int64_t i = 0; i < r; i += 32) {
                 const bf16 *upper = left + i * deep * 32, *lower = upper + 16 * deep * 32;
@@ -234,21 +237,23 @@ extern "C" void pack(const bf16* w, int64_t n, int64_t k, bf16* across, bf16* al
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t panel = 0; panel < (across ? n / 32 : 0); ++panel)
         for (int64_t deep = 0; deep < k / 32; ++deep)
-            for (int64_t i = 0; i < 32; ++i) {
-                const uint32_t* from = (const uint32_t*)(w + (panel * 32 + i) * k + deep * 32);
-                uint32_t* to = (uint32_t*)across + ((panel * (k / 32) + deep) * 2 + i / 16) * 256 + i % 16;
-                for (int64_t r = 0; r < 16; ++r) to[r * 16] = from[r];
+            for (int64_t half = 0; half < 2; ++half) {
+                const bf16* from = w + (panel * 32 + half * 16) * k + deep * 32;
+                bf16* to = across + ((panel * (k / 32) + deep) * 2 + half) * 512;
+                __m512i rows[16];
+                for (int64_t i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + i * k);
+                transpose(rows);
+                for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 32, rows[i]);
             }
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t panel = 0; panel < (along ? k / 32 : 0); ++panel)
         for (int64_t deep = 0; deep < n / 32; ++deep)
             for (int64_t r = 0; r < 16; ++r) {
-                const bf16 *first = w + (deep * 32 + 2 * r) * k + panel * 32, *second = first + k;
+                const bf16* from = w + (deep * 32 + 2 * r) * k + panel * 32;
+                __m512i even = _mm512_loadu_si512(from), odd = _mm512_loadu_si512(from + k);
                 bf16* to = along + (panel * (n / 32) + deep) * 1024 + r * 32;
-                for (int64_t i = 0; i < 32; ++i) {
-                    to[(i / 16) * 512 + (i % 16) * 2] = first[i];
-                    to[(i / 16) * 512 + (i % 16) * 2 + 1] = second[i];
-                }
+                _mm512_storeu_si512(to, first_pairs(even, odd));
+                _mm512_storeu_si512(to + 512, last_pairs(even, odd));
             }
 }
 #else
