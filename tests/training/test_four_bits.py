@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,45 @@ def test_a_part_is_packed_as_it_is_alone_and_takes_a_quarter_of_bf16() -> None:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_products_are_those_of_the_unpacked_weight(biased: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_those_of_the_unpacked_weight(biased: bool, dtype: torch.dtype) -> None:
+    """In bf16 too, where pairs may be laid out for tiles."""
     torch.manual_seed(0)
-    packed = FourBit([torch.randn(48, 64), torch.randn(16, 64)], torch.randn(64) if biased else None)
-    plain = Frozen(packed.weight, packed.bias)
-    x, gradient = torch.randn(7, 64), torch.randn(7, 64)
-    pair = Pair(torch.randn(32, 64), torch.randn(32, 64))
-    for low in (None, torch.randn(7, 32)):
-        assert torch.equal(packed(x, low, pair if low is not None else None), plain(x, low, pair))
-        assert torch.equal(packed.back(gradient, low, pair), plain.back(gradient, low, pair))
+    bias = torch.randn(64).to(dtype) if biased else None
+    packed = FourBit([torch.randn(48, 64).to(dtype), torch.randn(16, 64).to(dtype)], bias)
+    x, gradient, low = (torch.randn(7, size).to(dtype) for size in (64, 64, 32))
+    pair = Pair(torch.randn(32, 64).to(dtype), torch.randn(32, 64).to(dtype))
+    weight, a, c = packed.weight.float(), pair.a.float(), pair.c.float()
+    there = x.float() @ weight.t() + (0.0 if bias is None else bias.float())
+    back = gradient.float() @ weight
+    near = {"rtol": 0.02, "atol": 0.2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(packed(x).float(), there, **near)
+    torch.testing.assert_close(packed.back(gradient).float(), back, **near)
+    torch.testing.assert_close(packed(x, low, pair).float(), there + low.float() @ c, **near)
+    torch.testing.assert_close(packed.back(gradient, low, pair).float(), back + low.float() @ a, **near)
+
+
+def test_a_step_in_bf16_lowers_the_loss_as_one_on_the_same_weights_does(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    network = load_network(folder, four_bits=True)
+    unpacked = [
+        replace(layer, linear={group: Frozen(each.weight, each.bias) for group, each in layer.linear.items()})
+        for layer in network.layers
+    ]
+    renderer = Renderer(folder)
+    step = [lay_out([renderer.conversation(messages) for messages in CONVERSATIONS])]
+    losses = []
+    for each in (network, replace(network, layers=tuple(unpacked))):
+        lora = Lora(each, TrainSettings(rank=4))
+        optimizer = torch.optim.AdamW(lora.masters, lr=0.02, weight_decay=0.0)
+        losses.append([])
+        for _ in range(6):
+            losses[-1].append(gradients(each, lora, step))
+            optimizer.step()
+            optimizer.zero_grad()
+            lora.refresh_copies()
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert losses[0][-1] < 0.9 * losses[0][0]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

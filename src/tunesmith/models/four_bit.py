@@ -30,7 +30,10 @@ def described() -> dict[str, Any]:
 
 
 class FourBit(Frozen):
-    """A weight [out, in] as parts that lie one below the other, with its bias [out]."""
+    """A weight [out, in] as parts that lie one below the other, with its bias [out].
+
+    Products are plain ones, and so are those of a pair on top: as it lies, not as tiles have it laid out.
+    """
 
     def __init__(self, parts: Sequence[Tensor], bias: Tensor | None = None) -> None:
         self.out, self.into, self.bias = sum(len(part) for part in parts), parts[0].shape[1], bias
@@ -54,12 +57,12 @@ class FourBit(Frozen):
     def __call__(self, x: Tensor, low: Tensor | None = None, pair: Pair | None = None) -> Tensor:
         """x W^T + bias, and low C where a pair is given: [T, in] -> [T, out]."""
         y = F.linear(x, self.weight, self.bias)
-        return y if low is None or pair is None else y.addmm_(low, pair.up)
+        return y if low is None or pair is None else y.addmm_(low, pair.c)
 
     def back(self, gradient: Tensor, low: Tensor | None = None, pair: Pair | None = None) -> Tensor:
         """gradient W, and low A where a pair is given: [T, out] -> [T, in]."""
         x = gradient @ self.weight
-        return x if low is None or pair is None else x.addmm_(low, pair.back)
+        return x if low is None or pair is None else x.addmm_(low, pair.a)
 
 
 def _pack(weight: Tensor) -> tuple[Tensor, Any]:
