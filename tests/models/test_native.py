@@ -274,12 +274,13 @@ def test_largest_is_the_first_of_equals(monkeypatch: pytest.MonkeyPatch, dtype: 
     assert compiled[1:].tolist() == [0, 7, 0]
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("rows", [1, 31, 32, 77])
-@pytest.mark.parametrize(("out", "into"), [(32, 32), (96, 320), (64, 4160)])
-def test_products_with_and_without_a_pair(rows: int, out: int, into: int) -> None:
+@pytest.mark.parametrize(("out", "into"), [(32, 32), (96, 320), (256, 320), (64, 4160)])
+def test_products_with_and_without_a_pair(rows: int, out: int, into: int, plain: bool) -> None:
     """On processors with tiles this is their test; elsewhere of their stand-in. 4160 is deeper than a group."""
     weight, bias = _random(torch.bfloat16, out, into) / into**0.5, _random(torch.bfloat16, out, seed=1)
-    product = products.Frozen(weight, bias)
+    product = products.Frozen(weight, bias, plain=plain)
     pair = products.Pair(
         _random(torch.bfloat16, 32, into, seed=2) / into**0.5, _random(torch.bfloat16, 32, out, seed=3)
     )

@@ -98,27 +98,25 @@ class Frozen:
 
     def __call__(self, x: Tensor, low: Tensor | None = None, pair: Pair | None = None) -> Tensor:
         """x W^T + bias, and low C where a pair is given: [T, in] -> [T, out]."""
-        up = None if pair is None else pair.up
         if self._tiles:
-            return _product(x, self._forward, self.out, low, up, self._wide_bias)
+            return _product(x, self._forward, self.out, low, None if pair is None else pair.up, self._wide_bias)
         y: Tensor
         if self._packs:
             y = torch.ops.mkldnn._linear_pointwise(x, self._forward, self.bias, "none", [], "")
         else:
             y = F.linear(x, self._forward, self.bias)
-        return y if low is None or up is None else y.addmm_(low, up)
+        return y if low is None or pair is None else y.addmm_(low, pair.c)
 
     def back(self, gradient: Tensor, low: Tensor | None = None, pair: Pair | None = None) -> Tensor:
         """gradient W, and low A where a pair is given: [T, out] -> [T, in]."""
-        down = None if pair is None else pair.back
         self._lay_out_backward()
         if self._tiles and self._backward is not None:
-            return _product(gradient, self._backward, self.into, low, down)
+            return _product(gradient, self._backward, self.into, low, None if pair is None else pair.back)
         if self._backward is not None:
             x: Tensor = torch.ops.mkldnn._linear_pointwise(gradient, self._backward, None, "none", [], "")
         else:
             x = gradient @ self._forward
-        return x if low is None or down is None else x.addmm_(low, down)
+        return x if low is None or pair is None else x.addmm_(low, pair.a)
 
     def _lay_out_backward(self) -> None:
         """At the first gradient: what only answers needs no second copy."""
@@ -143,7 +141,7 @@ class Frozen:
         y = self(x)
         for own, lower, pair in zip(y.split(sizes), low, pairs, strict=True):
             if lower is not None and pair is not None:
-                own.addmm_(lower, pair.up)
+                own.addmm_(lower, pair.c)
         return y
 
     def back_apart(
@@ -160,7 +158,7 @@ class Frozen:
         x = self.back(gradient)
         for own, lower, pair in zip(x.split(sizes), low, pairs, strict=True):
             if lower is not None and pair is not None:
-                own.addmm_(lower, pair.back)
+                own.addmm_(lower, pair.a)
         return x
 
 
