@@ -1,10 +1,9 @@
-// Attention of rows behind a shared prefix: how tokens lie in it, and its softmax.
+// Attention of rows behind a shared prefix as products of blocks: how tokens lie in them, and its softmax.
 
 #include "layout.h"
 
-// In the blocks, rows are padded to `longest`. Angles: cosine and sine [T, half] of each token.
-
-// Where head h of a token lies: queries [kv, rows, group * longest, D] (prefix: [kv, group * prefix, D]).
+// Where head h of a token lies in the blocks, whose rows are padded to `longest`: queries
+// [kv, rows, group * longest, D] (prefix: [kv, group * prefix, D]). Angles: cosine and sine [T, half] of each token.
 static inline int64_t query_place(const Layout& l, int64_t token, int64_t head) {
     int64_t k = head / l.group, g = head % l.group, row = l.row_of[token], place = l.place_of[token];
     if (row < 0) return ((k * l.group + g) * l.prefix + place) * l.size;
