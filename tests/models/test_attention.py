@@ -140,3 +140,21 @@ def test_tiles_are_taken_where_they_compute_the_same() -> None:
     assert not _layout(*one, cap=30.0).on_tiles(qkv, 0)
     assert not _layout(*one).on_tiles(qkv.float(), 0)
     assert not _layout(8, (12,), 1, 2, 48).on_tiles(qkv, 0)
+
+
+@pytest.mark.skipif(_library is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots_behind_the_end_of_a_row_hold_zeros(dtype: torch.dtype) -> None:
+    layout = _layout(4, (2, 5, 1), 2, 3, 8)
+    qkv, gradient = (each.to(dtype) for each in _inputs(layout))
+    torch.use_deterministic_algorithms(True)  # new memory is then full of NaN
+    try:
+        blocks, (_, gradients) = layout.split(qkv, 0), layout.queries(gradient)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for each in (*blocks[3:], gradients):
+        slots = each.view(2, 3, -1, 5, 8)
+        assert slots.isfinite().all()
+        assert not slots[:, 0, :, 2:].any()
+        assert not slots[:, 2, :, 1:].any()
+        assert slots[:, 1].any()
