@@ -40,7 +40,6 @@ class Layout:
     def __init__(self, prefix: int, lengths: Sequence[int], positions: Tensor, network: Network) -> None:
         shape = network.shape
         self.shape, self.prefix, self.rows, self.longest = shape, prefix, len(lengths), max(lengths)
-        self.even = all(length == self.longest for length in lengths)
         self.kv, self.group, self.scale = shape.kv_heads, shape.heads // shape.kv_heads, shape.attention_scale
         rows = [-1] * prefix + [row for row, length in enumerate(lengths) for _ in range(length)]
         places = [*range(prefix), *(place for length in lengths for place in range(length))]
@@ -65,10 +64,9 @@ class Layout:
         return library is not None and library.tiles() == 1
 
     def blocks(self, like: Tensor) -> Blocks:
-        """Blocks to be filled."""
+        """Blocks to be filled, slots of no token too."""
         kv, group, size = self.kv, self.group, self.shape.head
-        make = like.new_empty if self.even else like.new_zeros
-        own = make(kv * self.rows * self.longest * size * (group + 2))
+        own = like.new_empty(kv * self.rows * self.longest * size * (group + 2))
         q, k, v = own.split([kv * self.rows * self.longest * size * part for part in (group, 1, 1)])
         early = like.new_empty(kv * self.prefix * size * (group + 2))
         qp, kp, vp = early.split([kv * self.prefix * size * part for part in (group, 1, 1)])

@@ -1,10 +1,9 @@
-// Attention of rows behind a shared prefix: how tokens lie in it, and its softmax.
+// Attention of rows behind a shared prefix as products of blocks: how tokens lie in them, and its softmax.
 
 #include "layout.h"
 
-// In the blocks, rows are padded to `longest`. Angles: cosine and sine [T, half] of each token.
-
-// Where head h of a token lies: queries [kv, rows, group * longest, D] (prefix: [kv, group * prefix, D]).
+// Where head h of a token lies in the blocks, whose rows are padded to `longest`: queries
+// [kv, rows, group * longest, D] (prefix: [kv, group * prefix, D]). Angles: cosine and sine [T, half] of each token.
 static inline int64_t query_place(const Layout& l, int64_t token, int64_t head) {
     int64_t k = head / l.group, g = head % l.group, row = l.row_of[token], place = l.place_of[token];
     if (row < 0) return ((k * l.group + g) * l.prefix + place) * l.size;
@@ -16,11 +15,24 @@ static inline int64_t key_place(const Layout& l, int64_t token, int64_t k) {
     return ((k * l.rows + row) * l.longest + place) * l.size;
 }
 
+// Slots behind the end of a row to 0, in queries (heads: group), keys or values (heads: 1).
+template <class T>
+static void clear(const Layout& l, T* blocks, int64_t heads) {
+    for (int64_t each = 0; each < l.kv * l.rows * heads; ++each) {
+        int64_t row = each / heads % l.rows, length = l.starts[row + 1] - l.starts[row];
+        T* from = blocks + (each * l.longest + length) * l.size;
+        std::memset((void*)from, 0, (l.longest - length) * l.size * sizeof(T));
+    }
+}
+
 // qkv [T, (heads + 2 kv) * D] -> rotated queries and keys, and values, in attention's layout.
 template <class T>
 static void split(const Layout& l, const T* qkv, const float* cosine, const float* sine, T* qp, T* kp, T* vp, T* q,
                   T* k, T* v, int threads) {
     int64_t heads = l.kv * l.group, half = l.size / 2;
+    clear(l, q, l.group);
+    clear(l, k, 1);
+    clear(l, v, 1);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t token = 0; token < l.tokens; ++token) {
         const T* from = qkv + token * (heads + 2 * l.kv) * l.size;
@@ -56,14 +68,12 @@ static void split_backward(const Layout& l, T* dqkv, const float* cosine, const 
     }
 }
 
-// Mixed values in attention's layout -> [T, heads * D] (to_tokens), or gradients the other way; slots of no token get 0.
+// Mixed values in attention's layout -> [T, heads * D] (to_tokens), or gradients the other way; slots of no token
+// get 0.
 template <class T>
 static void gather(const Layout& l, T* tokens, T* qp, T* q, bool to_tokens, int threads) {
     int64_t heads = l.kv * l.group;
-    if (!to_tokens) {
-        int64_t total = heads * l.rows * l.longest * l.size;
-        if (l.rows * l.longest != l.tokens - l.prefix) std::memset((void*)q, 0, total * sizeof(T));
-    }
+    if (!to_tokens) clear(l, q, l.group);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t token = 0; token < l.tokens; ++token) {
         bool early = l.row_of[token] < 0;

@@ -10,104 +10,12 @@
 // A task is a key/value head of a fixed share of the rows, or of the prefix's own tokens; the gradients of the prefix's
 // keys and values are summed in a task, then over the tasks in order: results do not depend on the number of threads.
 
+#include "blocks.h"
 #include "layout.h"
-#include "tiles.h"
 
 #ifdef TILES
 static const int64_t SHARES = 8;            // rows are dealt out in so many shares, and each sums for the prefix apart
 static const int64_t HELD_BYTES = 512 << 10;  // weights and gradients of scores that a chunk of queries may take
-
-static inline int64_t padded(int64_t count) { return (count + 31) / 32 * 32; }
-
-static inline __m512 sixteen(const float* from) { return _mm512_loadu_ps(from); }
-static inline __m512 sixteen(const bf16* from) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-static inline void round16(__m512 from, bf16* to) {
-    _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(from));
-}
-static inline __m512i round32(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-
-// A head of a token rotated by its angle, or back where sign is -1.
-template <class T>
-static inline void turn(const T* from, bf16* to, const float* cosine, const float* sine, int64_t size, float sign) {
-    int64_t half = size / 2;
-    for (int64_t i = 0; i < half; i += 16) {
-        __m512 first = sixteen(from + i), second = sixteen(from + half + i), c = sixteen(cosine + i);
-        __m512 s = _mm512_mul_ps(sixteen(sine + i), _mm512_set1_ps(sign));
-        round16(_mm512_fmsub_ps(first, c, _mm512_mul_ps(second, s)), to + i);
-        round16(_mm512_fmadd_ps(second, c, _mm512_mul_ps(first, s)), to + half + i);
-    }
-}
-
-// 2^x for x <= 0, to about 3e-6; 0 below -125: numbers so small would cost a hundred times as much. A NaN stays one.
-static inline __m512 power(__m512 x) {
-    const __m512 least = _mm512_set1_ps(-125.0f);
-    __mmask16 counts = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
-    x = _mm512_max_ps(least, x);
-    __m512i n = _mm512_cvtps_epi32(x);
-    __m512 r = _mm512_sub_ps(x, _mm512_cvtepi32_ps(n)), p = _mm512_set1_ps(1.33335581e-3f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.61812911e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.55041087e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40226507e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93147181e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    __m512i scaled = _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(n, 23));
-    return _mm512_maskz_mov_ps(counts, _mm512_castsi512_ps(scaled));
-}
-
-// 32 rows [32, D] as the second operand B [D, 32] of a product over D: two tiles for each 32 of D.
-static inline void pack_across(const bf16* from, int64_t size, bf16* to) {
-    for (int64_t d = 0; d < size; d += 32)
-        for (int64_t half = 0; half < 2; ++half, to += 512) {
-            __m512i rows[16];
-            for (int64_t i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + (half * 16 + i) * size + d);
-            transpose(rows);
-            for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 32, rows[i]);
-        }
-}
-
-// 32 rows [32, D] as B [32, D] of a product over the rows: two tiles for each 32 of D.
-static inline void pack_along(const bf16* from, int64_t size, bf16* to) {
-    for (int64_t r = 0; r < 16; ++r, from += 2 * size)
-        for (int64_t d = 0; d < size; d += 32) {
-            __m512i one = _mm512_loadu_si512(from + d), other = _mm512_loadu_si512(from + size + d);
-            _mm512_storeu_si512(to + d * 32 + r * 32, first_pairs(one, other));
-            _mm512_storeu_si512(to + d * 32 + 512 + r * 32, last_pairs(one, other));
-        }
-}
-
-// sums [32, 32], rows of `width`, = or (add) += A [32, 32 * steps] B: A's rows are `stride` apart and its steps step_a,
-// B's steps step_b.
-static inline void product(const bf16* a, int64_t stride, int64_t step_a, const bf16* b, int64_t step_b, int64_t steps,
-                           float* sums, int64_t width, bool add) {
-    if (add) {
-        _tile_loadd(0, sums, width * 4);
-        _tile_loadd(1, sums + 16, width * 4);
-        _tile_loadd(2, sums + 16 * width, width * 4);
-        _tile_loadd(3, sums + 16 * width + 16, width * 4);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int64_t step = 0; step < steps; ++step, a += step_a, b += step_b) {
-        _tile_loadd(4, a, stride * 2);
-        _tile_loadd(6, b, 64);
-        _tile_loadd(7, b + 512, 64);
-        _tile_loadd(5, a + 16 * stride, stride * 2);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, sums, width * 4);
-    _tile_stored(1, sums + 16, width * 4);
-    _tile_stored(2, sums + 16 * width, width * 4);
-    _tile_stored(3, sums + 16 * width + 16, width * 4);
-}
 
 // What both passes read: a layer's qkv [T, (heads + 2 kv) * D], not yet rotated, and its angles [T, D / 2].
 struct Input {
@@ -164,20 +72,24 @@ static void take_queries(const Input& in, const Row& row, int64_t first, bf16* q
     }
 }
 
-// Asks for what the next 32 queries and the next row will read: without, they would wait for it line by line.
-static void ask_ahead(const Input& in, const Row& row, int64_t first, const bf16* other) {
-    int64_t size = in.l.size, group = in.l.group, heads = in.l.kv * group;
-    int64_t from = row.start + (first + 32) / group, to = std::min(from + 32 / group + 1, row.start + row.length);
-    for (int64_t token = from; token < to; ++token)
+// Asks for what 32 queries from `first` on will write, what the next 32 will read (their part of `other` [T, heads * D]
+// too, where there is one) and for keys and values of the next row: without, each line would be waited for.
+static void ask_ahead(const Input& in, const Row& row, int64_t first, const bf16* other, const bf16* out,
+                      int64_t out_width) {
+    int64_t size = in.l.size, group = in.l.group, heads = in.l.kv * group, queries = row.head * group * size;
+    int64_t end = row.start + row.length, token = row.start + first / group, count = 32 / group + 1;
+    for (int64_t t = token; t < std::min(token + count, end); ++t)
+        for (int64_t d = 0; d < group * size; d += 32) __builtin_prefetch(out + t * out_width + queries + d, 1, 2);
+    token = row.start + (first + 32) / group;
+    for (int64_t t = token; t < std::min(token + count, end); ++t)
         for (int64_t d = 0; d < group * size; d += 32) {
-            __builtin_prefetch(in.qkv + token * in.width() + row.head * group * size + d, 0, 2);
-            if (other) __builtin_prefetch(other + (token * heads + row.head * group) * size + d, 0, 2);
+            __builtin_prefetch(in.qkv + t * in.width() + queries + d, 0, 2);
+            if (other) __builtin_prefetch(other + t * heads * size + queries + d, 0, 2);
         }
-    from = row.start + row.length + first / group;
-    to = std::min(from + 32 / group + 1, in.l.tokens);
-    for (int64_t token = from; token < to; ++token)
+    token = end + first / group;
+    for (int64_t t = token; t < std::min(token + count, in.l.tokens); ++t)
         for (int64_t d = 0; d < size; d += 32) {
-            const bf16* key = in.qkv + token * in.width() + (heads + row.head) * size + d;
+            const bf16* key = in.qkv + t * in.width() + (heads + row.head) * size + d;
             __builtin_prefetch(key, 0, 2);
             __builtin_prefetch(key + in.l.kv * size, 0, 2);
         }
@@ -258,7 +170,7 @@ struct Forward {
         for (int64_t first = 0; first < row.length * group; first += 32) {
             int64_t seen = row.seen(first, group);
             take_queries(in, row, first, queries, nullptr, nullptr);
-            ask_ahead(in, row, first, nullptr);
+            ask_ahead(in, row, first, nullptr, out, in.l.kv * group * size);
             pack_across(queries, size, packed_queries);
             for (int64_t j = 0; j < seen; j += 32)
                 product(keys + j * size, size, 32, packed_queries, 1024, size / 32, scores + j * 32, 32, false);
@@ -300,11 +212,13 @@ struct Forward {
         for (int64_t j = 0; j < seen; j += 32) {
             __m512i left[16], right[16];
             for (int64_t r = 0; r < 16; ++r) {
-                const float *one = scores + (j + 2 * r) * 32, *other = one + 32;
-                __m512i first_key = round32(_mm512_mul_ps(sixteen(one), over[0]), _mm512_mul_ps(sixteen(one + 16), over[1]));
-                __m512i next_key = round32(_mm512_mul_ps(sixteen(other), over[0]), _mm512_mul_ps(sixteen(other + 16), over[1]));
-                left[r] = first_pairs(first_key, next_key);
-                right[r] = last_pairs(first_key, next_key);
+                __m512i rounded[2];
+                for (int64_t k = 0; k < 2; ++k) {
+                    const float* at = scores + (j + 2 * r + k) * 32;
+                    rounded[k] = round32(_mm512_mul_ps(sixteen(at), over[0]), _mm512_mul_ps(sixteen(at + 16), over[1]));
+                }
+                left[r] = first_pairs(rounded[0], rounded[1]);
+                right[r] = last_pairs(rounded[0], rounded[1]);
             }
             transpose(left);
             transpose(right);
@@ -324,7 +238,8 @@ struct Backward {
     const float *largest, *inverse;
     bf16* out;  // [T, (heads + 2 kv) * D]
     int64_t chunk;  // queries whose weights are held at once
-    bf16 *keys, *values, *packed_keys, *queries, *mixed, *packed_queries, *packed_mixed, *across, *weights, *changes, *turned;
+    bf16 *keys, *values, *packed_keys, *queries, *mixed, *packed_queries, *packed_mixed, *across;
+    bf16 *weights, *changes, *turned;
     float *scores, *products, *to_queries, *to_keys, *to_values;
 
     static int64_t chunk_of(const Input& in) {
@@ -335,7 +250,8 @@ struct Backward {
         int64_t size = in.l.size, keys = in.most_keys(), chunk = chunk_of(in);
         return keys * size * 14 + 32 * size * 10 + chunk * (size + keys) * 4 + keys * 32 * 10 + 2048;
     }
-    Backward(const Input& in, Scratch& scratch, const bf16* gradient, const float* largest, const float* inverse, bf16* out)
+    Backward(const Input& in, Scratch& scratch, const bf16* gradient, const float* largest, const float* inverse,
+             bf16* out)
         : in(in), gradient(gradient), largest(largest), inverse(inverse), out(out), chunk(chunk_of(in)) {
         int64_t size = in.l.size, most = in.most_keys();
         for (bf16** each : {&keys, &values, &packed_keys}) *each = scratch.take<bf16>(most * size);
@@ -367,8 +283,11 @@ struct Backward {
                 while (row.seen(start + from * 32, group) <= j) ++from;
                 for (int64_t d = 0; d < size; d += 32) {
                     int64_t a = (from * all + j) * 32, b = (from * size + d) * 32, to = j * size + d;
-                    product(weights + a, 32, all * 32, packed_mixed + b, size * 32, blocks - from, to_values + to, size, true);
-                    product(changes + a, 32, all * 32, packed_queries + b, size * 32, blocks - from, to_keys + to, size, true);
+                    auto add = [&](const bf16* held, const bf16* packed, float* sums) {
+                        product(held + a, 32, all * 32, packed + b, size * 32, blocks - from, sums + to, size, true);
+                    };
+                    add(weights, packed_mixed, to_values);
+                    add(changes, packed_queries, to_keys);
                 }
             }
         }
@@ -377,8 +296,8 @@ struct Backward {
     // 32 queries: their own gradient, and their part of `weights` and `changes` [blocks, keys, 32].
     void block(const Row& row, int64_t start, int64_t b) {
         int64_t size = in.l.size, group = in.l.group, first = start + b * 32, seen = row.seen(first, group);
+        ask_ahead(in, row, first, gradient, out, in.width());
         take_queries(in, row, first, queries, gradient, mixed);
-        ask_ahead(in, row, first, gradient);
         pack_along(queries, size, packed_queries + b * 32 * size);
         pack_along(mixed, size, packed_mixed + b * 32 * size);
         pack_across(queries, size, across);
@@ -424,9 +343,10 @@ struct Backward {
                     int64_t at = (j + 2 * r + k) * 32;
                     __m512 one = sixteen(scores + at), other = sixteen(scores + at + 16);
                     _mm512_storeu_si512(to_weights + at, round32(one, other));
-                    one = _mm512_mul_ps(_mm512_mul_ps(one, scale), _mm512_sub_ps(sixteen(products + at), dot[0]));
-                    other = _mm512_mul_ps(_mm512_mul_ps(other, scale), _mm512_sub_ps(sixteen(products + at + 16), dot[1]));
-                    rounded[k] = round32(one, other);
+                    __m512 above = _mm512_sub_ps(sixteen(products + at), dot[0]);
+                    __m512 beside = _mm512_sub_ps(sixteen(products + at + 16), dot[1]);
+                    rounded[k] = round32(_mm512_mul_ps(_mm512_mul_ps(one, scale), above),
+                                         _mm512_mul_ps(_mm512_mul_ps(other, scale), beside));
                     _mm512_storeu_si512(to_changes + at, rounded[k]);
                 }
                 left[r] = first_pairs(rounded[0], rounded[1]);
@@ -464,8 +384,8 @@ static Task task_at(const Input& in, int64_t number) {
     return {number % l.kv, share * l.rows / in.shares(), (share + 1) * l.rows / in.shares(), false};
 }
 
-// out [T, heads * D]; largest, inverse [kv, T * group]: of each query the largest score in powers of two, and 1 / the sum
-// of all powers, for the backward pass.
+// out [T, heads * D]; largest, inverse [kv, T * group]: of each query the largest score in powers of two, and 1 / the
+// sum of all powers, for the backward pass.
 extern "C" void attend(const Layout* l, const bf16* qkv, const float* cosine, const float* sine, bf16* out,
                        float* largest, float* inverse, float scale, int threads) {
     const Input in{*l, qkv, cosine, sine, scale};
@@ -522,8 +442,10 @@ extern "C" void attend_backward(const Layout* l, const bf16* qkv, const float* c
                 std::memset(to_keys + part, 0, padded(row.length) * l->size * 4);
                 std::memset(to_values + part, 0, padded(row.length) * l->size * 4);
                 backward.run(row);
-                for (int64_t i = 0; i < row.length; ++i)
-                    backward.settle(row.head, row.start + i, to_keys + part + i * l->size, to_values + part + i * l->size);
+                for (int64_t i = 0; i < row.length; ++i) {
+                    int64_t own = part + i * l->size;
+                    backward.settle(row.head, row.start + i, to_keys + own, to_values + own);
+                }
             }
             std::memcpy(sums + number * 2 * part, to_keys, part * 4);
             std::memcpy(sums + (number * 2 + 1) * part, to_values, part * 4);
