@@ -8,6 +8,7 @@
 
 #ifdef TILES
 static const int64_t DEPTH = 256;         // a panel of so many rows stays in the first cache beside its block of A
+static const int64_t FEW = 2;             // with so few blocks of A, B is waited for: half as much of it is asked for early
 static const int64_t GROUP = 4096;        // so many rows of B are summed before the next band of A
 static const int64_t BAND_BYTES = 768 << 10;  // a band of A that stays in the second cache
 
@@ -87,8 +88,9 @@ static void multiply(const Operand* operands, int count, const float* bias, bf16
             // Rows [from, to) of operand i into a panel's sums; the last of all settles them in C.
             auto add = [&](int i, int64_t at, int64_t panel, float* held, int64_t from, int64_t to) {
                 const Operand& o = operands[i];
-                for (int64_t k = from; k < to; k += DEPTH) {
-                    int64_t depth = std::min<int64_t>(DEPTH, to - k);
+                const int64_t most = bottom - top <= FEW ? DEPTH / 2 : DEPTH;
+                for (int64_t k = from; k < to; k += most) {
+                    int64_t depth = std::min<int64_t>(most, to - k);
                     const bf16* b = o.b + panel * o.depth * 32 + k * 32;
                     // What follows in B is what is read next; without asking early, the first block would wait for it.
                     const char* next = (const char*)(b + depth * 32);
