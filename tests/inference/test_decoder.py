@@ -190,6 +190,21 @@ def test_a_row_larger_than_the_bound_is_decoded_alone_and_its_memory_let_go(netw
     assert batch.cache.pages <= 4
 
 
+def test_memory_for_rows_that_come_together_is_had_at_once_and_within_the_bound(network: Network) -> None:
+    cache = PageCache(network, 100 * PageCache(network, 0).page_bytes)
+    cache.expect([PAGE, PAGE + 1, 70 * PAGE])
+    assert cache.pages == 73, "whole pages for each row"
+    assert cache.lent == 0
+    held = cache.lend(PAGE)
+    cache.expect([200 * PAGE])
+    assert cache.pages == 100
+    assert cache.lent == 1
+    rest = cache.lend(99 * PAGE)
+    assert held is not None
+    assert rest is not None
+    assert sorted(held + rest) == list(range(100)), "none twice, none lost"
+
+
 def test_an_error_of_one_row_is_its_own_and_one_of_the_step_ends_all(
     monkeypatch: pytest.MonkeyPatch, network: Network
 ) -> None:

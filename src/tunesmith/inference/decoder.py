@@ -9,6 +9,7 @@ Shapes: B rows, K key/value heads, G query heads for each, P tokens of a shared 
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -149,6 +150,8 @@ class Batch:
 
     def _admit(self) -> None:
         """In order: one that does not fit yet is not overtaken."""
+        coming = itertools.islice(self.waiting, self._most_rows - len(self.rows))
+        self.cache.expect(len(row.ids) + row.limit for row in coming)
         while self.waiting and len(self.rows) < self._most_rows:
             row = self.waiting[0]
             if len({one.adapter for one in (*self.rows, row)} - {None}) > _MOST_ADAPTERS:

@@ -37,6 +37,12 @@ class PageCache:
         """How many of them rows hold."""
         return self.pages - len(self._free)
 
+    def expect(self, each: Iterable[int]) -> None:
+        """Rows of so many places each are lent pages next: memory for them is had at once, as far as the bound goes."""
+        wanted = self.lent + sum(-(-places // PAGE) for places in each)
+        if self.pages < min(wanted, self._most):
+            self._grow(min(wanted, self._most))
+
     def lend(self, places: int) -> list[int] | None:
         """Pages for so many places, or None where that many are not to be had now."""
         wanted = -(-places // PAGE)

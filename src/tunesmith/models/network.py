@@ -234,6 +234,8 @@ def _norm_weight_gradient(gradient: Tensor, x: Tensor, scale: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:
     """RMSNorm over the last dimension by weight + offset, in fp32 inside."""
+    if not torch.is_grad_enabled():
+        return ops.add_norm(x, None, weight, epsilon, offset)[1]
     return _RmsNorm.apply(x, weight, epsilon, offset)  # type: ignore[no-any-return]
 
 
@@ -241,6 +243,8 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float, offset
     """x + y (x where y is None) and its RMSNorm."""
     if y is None:
         return x, rms_norm(x, weight, epsilon, offset)
+    if not torch.is_grad_enabled():
+        return ops.add_norm(x, y, weight, epsilon, offset)[:2]
     return _AddNorm.apply(x, y, weight, epsilon, offset)  # type: ignore[no-any-return]
 
 
@@ -260,4 +264,6 @@ class _Gated(torch.autograd.Function):
 
 def gated(gate_up: Tensor, *, gelu: bool = False) -> Tensor:
     """The gated MLP's middle: [T, 2 * F] -> [T, F]."""
+    if not torch.is_grad_enabled():
+        return ops.gated(gate_up, gelu=gelu)
     return _Gated.apply(gate_up, gelu)  # type: ignore[no-any-return]

@@ -71,15 +71,18 @@ static void decode_keep(const Pages& p, const T* k, const T* v, const int64_t* r
         }
 }
 
-// Scores of G queries [G, D] on the first `seen` places of a page, in blocks of 16: held [G, wide].
+// Scores of G queries [G, D] on the first `seen` places of a page, in blocks of 16: held [G, wide]. next, here and below:
+// a page that is read later, asked for as this one is read: most of a row's time would go into waiting for it.
 template <class T, int G>
-static void score(const Pages& p, const float* query, const T* page, int64_t seen, float* held, int64_t wide) {
+static void score(const Pages& p, const float* query, const T* page, const T* next, int64_t seen, float* held,
+                  int64_t wide) {
     const int64_t c = 4 / sizeof(T);
     for (int64_t j = 0; j < seen; j += 16) {
         v16 dot[G] = {};
         for (int64_t i = 0; i < p.size; i += c) {
             v16 parts[2];
             read(page + i * p.page + j * c, parts);
+            __builtin_prefetch(next + i * p.page + j * c, 0, 2);
             for (int g = 0; g < G; ++g)
                 for (int64_t n = 0; n < c; ++n) dot[g] += query[g * p.size + i + n] * parts[n];
         }
@@ -89,7 +92,8 @@ static void score(const Pages& p, const float* query, const T* page, int64_t see
 
 // mixed [G, D] += weights [G, wide] on the first `seen` places of a page of values.
 template <class T, int G>
-static void add(const Pages& p, const float* weights, int64_t wide, const T* page, int64_t seen, float* mixed) {
+static void add(const Pages& p, const float* weights, int64_t wide, const T* page, const T* next, int64_t seen,
+                float* mixed) {
     const int64_t c = 4 / sizeof(T), size = p.size;
     int64_t i = 0;
     for (; i + 16 <= size; i += 16) {
@@ -98,6 +102,7 @@ static void add(const Pages& p, const float* weights, int64_t wide, const T* pag
         for (int64_t j = 0; j < seen; j += c) {
             v16 parts[2];
             read(page + j * size + i * c, parts);
+            __builtin_prefetch(next + j * size + i * c, 0, 2);
             for (int64_t n = 0; n < std::min(c, seen - j); ++n)  // what no row has written may be anything
                 for (int g = 0; g < G; ++g) sums[g] += weights[g * wide + j + n] * parts[n];
         }
@@ -120,17 +125,17 @@ static void add(const Pages& p, const float* weights, int64_t wide, const T* pag
         }
 
 template <class T>
-static void score_all(const Pages& p, int64_t group, const float* query, const T* page, int64_t seen, float* held,
-                      int64_t wide) {
-#define CALL(G) score<T, G>(p, query + g * p.size, page, seen, held + g * wide, wide)
+static void score_all(const Pages& p, int64_t group, const float* query, const T* page, const T* next,
+                      int64_t seen, float* held, int64_t wide) {
+#define CALL(G) score<T, G>(p, query + g * p.size, page, next, seen, held + g * wide, wide)
     IN_FOURS(CALL)
 #undef CALL
 }
 
 template <class T>
-static void add_all(const Pages& p, int64_t group, const float* weights, int64_t wide, const T* page, int64_t seen,
-                    float* mixed) {
-#define CALL(G) add<T, G>(p, weights + g * wide, wide, page, seen, mixed + g * p.size)
+static void add_all(const Pages& p, int64_t group, const float* weights, int64_t wide, const T* page, const T* next,
+                    int64_t seen, float* mixed) {
+#define CALL(G) add<T, G>(p, weights + g * wide, wide, page, next, seen, mixed + g * p.size)
     IN_FOURS(CALL)
 #undef CALL
 }
@@ -142,8 +147,10 @@ static bool tiled(const Pages& p, const bf16*) {
     return p.size % 32 == 0 && p.page % 32 == 0 && p.group <= TOGETHER && tiles_allowed();
 }
 
-// held [32, wide] = q [32, D] times a page's keys.
-static void score_tiles(const Pages& p, const bf16* q, const bf16* page, float* held, int64_t wide) {
+// held [32, wide] = q [32, D] times a page's keys; its values are read next.
+static void score_tiles(const Pages& p, const bf16* q, const bf16* page, const bf16* values, float* held,
+                        int64_t wide) {
+    for (int64_t i = 0; i < p.page * p.size; i += 32) __builtin_prefetch(values + i, 0, 2);
     for (int64_t j = 0; j < p.page; j += 16) {
         _tile_zero(0);
         _tile_zero(1);
@@ -186,11 +193,11 @@ static void mix_tiles(const Pages& p, const bf16* weights, int64_t places, const
 }
 #else
 static bool tiled(const Pages&, const bf16*) { return false; }
-static void score_tiles(const Pages&, const bf16*, const bf16*, float*, int64_t) {}
+static void score_tiles(const Pages&, const bf16*, const bf16*, const bf16*, float*, int64_t) {}
 static void mix_tiles(const Pages&, const bf16*, int64_t, const bf16*, int64_t, float*) {}
 #endif
 static bool tiled(const Pages&, const float*) { return false; }
-static void score_tiles(const Pages&, const float*, const float*, float*, int64_t) {}
+static void score_tiles(const Pages&, const float*, const float*, const float*, float*, int64_t) {}
 static void mix_tiles(const Pages&, const float*, int64_t, const float*, int64_t, float*) {}
 
 // Attention of the new tokens of rows [first, first + count) over their own pages (length[row] + 1 places) and the first
@@ -221,25 +228,28 @@ static void decode_mix(const Pages& p, const T* q, const T* early_keys, const T*
                 int64_t from = first + block * many, rows = std::min(many, first + count - from), queries = rows * group;
                 const T *mine = q + (k * p.rows + from) * group * size, *old_keys = early_keys + k * area,
                         *old_values = early_values + k * area;
+                auto place = [&](int64_t row, int64_t j) { return (p.table[row * p.most + j / p.page] * kv + k) * area; };
                 for (int64_t i = 0; i < queries * size; ++i) query[i] = up(mine[i]) * scale;
                 std::fill(mixed, mixed + queries * size, 0.0f);
                 if (tiles) {
                     std::copy(mine, mine + queries * size, copied.data());
                     for (int64_t n = 0; n < shared; ++n)
-                        score_tiles(p, copied.data(), old_keys + n * kv * area, held + n * p.page, wide);
+                        score_tiles(p, copied.data(), old_keys + n * kv * area, old_values + n * kv * area,
+                                    held + n * p.page, wide);
                     for (int64_t g = 0; g < queries; ++g)
                         for (int64_t j = 0; j < prefix; ++j) held[g * wide + j] *= scale;
                 } else {
                     for (int64_t n = 0; n < shared; ++n)
-                        score_all(p, queries, query, old_keys + n * kv * area, p.page, held + n * p.page, wide);
+                        score_all(p, queries, query, old_keys + n * kv * area, old_keys + n * kv * area, p.page,
+                                  held + n * p.page, wide);
                 }
                 for (int64_t at = 0; at < rows; ++at) {
                     int64_t row = from + at, seen = p.length[row] + 1;
                     float* own = held + at * group * wide;
                     for (int64_t j = 0; j < seen; j += p.page) {
-                        const T* page = keys + (p.table[row * p.most + j / p.page] * kv + k) * area;
-                        score_all(p, group, query + at * group * size, page, std::min(p.page, seen - j),
-                                  own + prefix + j, wide);
+                        int64_t page = place(row, j), next = row + 1 < first + count ? place(row + 1, j) : page;
+                        score_all(p, group, query + at * group * size, keys + page, keys + next,
+                                  std::min(p.page, seen - j), own + prefix + j, wide);
                     }
                     for (int64_t g = 0; g < group; ++g)
                         total[at * group + g] = exponentials<T>(own + g * wide, prefix + seen);
@@ -254,15 +264,15 @@ static void decode_mix(const Pages& p, const T* q, const T* early_keys, const T*
                 } else {
                     for (int64_t j = 0; j < prefix; j += p.page)
                         add_all(p, queries, held + j, wide, old_values + j / p.page * kv * area,
-                                std::min(p.page, prefix - j), mixed);
+                                old_values + j / p.page * kv * area, std::min(p.page, prefix - j), mixed);
                 }
                 for (int64_t at = 0; at < rows; ++at) {
                     int64_t row = from + at, seen = p.length[row] + 1;
                     const float* own = held + at * group * wide + prefix;
                     float* sums = mixed + at * group * size;
                     for (int64_t j = 0; j < seen; j += p.page) {
-                        const T* page = values + (p.table[row * p.most + j / p.page] * kv + k) * area;
-                        add_all(p, group, own + j, wide, page, std::min(p.page, seen - j), sums);
+                        int64_t page = place(row, j), next = row + 1 < first + count ? place(row + 1, j) : page;
+                        add_all(p, group, own + j, wide, values + page, values + next, std::min(p.page, seen - j), sums);
                     }
                     T* to = out + (row * kv + k) * group * size;
                     for (int64_t g = 0; g < group; ++g) {

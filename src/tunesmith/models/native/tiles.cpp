@@ -9,6 +9,7 @@
 
 #ifdef TILES
 static const int64_t DEPTH = 320;         // a panel of so many rows stays in the first cache beside its block of A
+static const int64_t FEW = 2;             // with so few blocks of A, B is waited for: half as much of it is asked for early
 static const int64_t GROUP = 1024;        // rows of a deep B (over DEEP of them) that are summed for all of C in turn
 static const int64_t DEEP = 2048;
 static const int64_t NARROW = 4;          // panels of C
@@ -115,7 +116,8 @@ static void multiply(const Span* spans, int64_t count, const bf16* b, int64_t de
         past = past && (uintptr_t)s->c % 64 == 0;
     }
     past = past && total > PAST_BYTES;
-    int64_t panels = n / 32, blocks = all.size(), parts = (depth + DEPTH - 1) / DEPTH;
+    int64_t panels = n / 32, blocks = all.size(), most = blocks <= FEW ? DEPTH / 2 : DEPTH;
+    int64_t parts = (depth + most - 1) / most;
     int64_t part = ((depth + parts - 1) / parts + 31) / 32 * 32;
     // A deep product is summed group by group, with sums for every panel: else A would be read anew for each. A narrow one
     // is divided among the threads by its rows: it has too few panels.
