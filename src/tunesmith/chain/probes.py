@@ -82,6 +82,8 @@ def risk(chain: Chain, gate: Probe, name: str, *, before: bool = False) -> str:
         "file": None if path is None else digest_path(path),
         **engine,
     }
+    if suite.revision > 1:  # what was asked before there were revisions keeps its key
+        inputs["revision"] = suite.revision
 
     def measure(_work: Path) -> str:
         ready = answerer(chain, asked)

@@ -31,7 +31,8 @@ Value = Callable[[Item, Mapping[str, Any], Scoring], float]
 class Suite:
     """items: what is asked. before: under the base's weights too. own: whether the candidate's own rows are asked, and
     so with its prompt. untuned: whether it says something of candidates that were not trained, too. none: why there
-    may be nothing to ask.
+    may be nothing to ask. revision: raised when other items are asked, or the same ones become another number; what was
+    measured before stays as it is, and is judged as it was.
     """
 
     items: Callable[[Ground], list[Item]]
@@ -40,6 +41,7 @@ class Suite:
     own: bool = True
     untuned: bool = False
     none: str = "there are none"
+    revision: int = 1
 
 
 def ask(
@@ -104,8 +106,9 @@ def _share(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
 
 
 def _share_by_word(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    """The first choice's share where each counts by its mean log-probability a word: whole sentences' own would leave
-    all to one of them, and a drift short of turning it round would not show."""
+    """The first choice's share where each counts by its mean log-probability a word. Whole sentences' own would leave
+    all to one of them, and a drift short of turning it round would not show; and of answers of unlike lengths the
+    longer one would fall whenever rows of short answers were learned, whatever became of the form."""
     scores = [value / len(choice.split()) for value, choice in zip(_likelihoods(item, line), item.choices, strict=True)]
     peak = max(scores)
     weights = [math.exp(value - peak) for value in scores]
@@ -164,7 +167,7 @@ SUITES: dict[str, Suite] = {
     "bbq": Suite(bias.bbq_items, _pull, before=True, own=False),
     "crows_pairs": Suite(bias.crows_pairs_items, _share, before=True, own=False),
     "general_text": Suite(drift.general_text_items, _loss, before=True, own=False),
-    "formats": Suite(drift.formats_items, _share, before=True, own=False),
+    "formats": Suite(drift.formats_items, _share_by_word, before=True, own=False, revision=2),
     "refusal": Suite(drift.refusal_items, _share_by_word, before=True, own=False),
     "lm_eval": Suite(harness.lm_eval_items, _likeliest, before=True, own=False),
     "robustness": Suite(drift.robustness_items, _scored, untuned=True),
