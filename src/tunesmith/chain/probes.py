@@ -81,9 +81,8 @@ def risk(chain: Chain, gate: Probe, name: str, *, before: bool = False) -> str:
         "candidate": digest if suite.own else None,
         "file": None if path is None else digest_path(path),
         **engine,
+        **suite.depends_on,
     }
-    if suite.revision > 1:  # what was asked before there were revisions keeps its key
-        inputs["revision"] = suite.revision
 
     def measure(_work: Path) -> str:
         ready = answerer(chain, asked)
@@ -91,8 +90,9 @@ def risk(chain: Chain, gate: Probe, name: str, *, before: bool = False) -> str:
         items = suite.items(ground)
         began = time.perf_counter()
         scorer = chain.engine if asked.asks_base else None
-        lines = ask(ready.responder, scorer, trained, items, asked, chain.progress)
+        lines = ask(suite, ready.responder, scorer, trained, items, asked, chain.progress)
         body = {"suite": gate.suite, **engine, "n": len(items), "seconds": time.perf_counter() - began}
+        body |= suite.states
         made = parents | ({"training": trained} if trained else {})
         return keep_answers(store, made, lines, body, {ITEMS: encode_items(items)})
 

@@ -141,7 +141,7 @@ def _whole_flips(sums: NDArray[np.int64]) -> float:
 
 
 def step_down(claims: Iterable[str], many: int, holds: Callable[[str, int], bool]) -> set[str]:
-    """Which of the claims made among many tests stand, by Holm's procedure (1979, Scandinavian Journal of Statistics 6).
+    """Which of the claims made among many tests stand, by Holm's procedure (1979, Scandinavian J. of Statistics 6).
 
     holds(claim, among): whether its test still rejects at alpha / among. Claims that hold at alpha / many stand, and
     leave the others so many tests fewer, again and again. The probability that any false claim stands is at most alpha,

@@ -47,7 +47,7 @@ _FORMATS: tuple[tuple[str, Callable[[str], str], Callable[[str], str]], ...] = (
     ("Put the answer in double quotes.", lambda word: f'"{word}"', lambda word: f"({word})"),
     ("Put the answer in square brackets.", lambda word: f"[{word}]", lambda word: f'"{word}"'),
     ("Put the answer in bold with two asterisks on each side.", lambda word: f"**{word}**", lambda word: f"({word})"),
-    ("Begin with the word Answer and a colon.", lambda word: f"Answer: {word}", lambda word: f"- {word}"),
+    ("Begin with the word Answer and a colon.", lambda word: f"Answer: {word}", lambda word: f"({word}) there"),
     ("End with an exclamation mark.", lambda word: f"{word}!", lambda word: f"{word}?"),
     ("Write the answer twice.", lambda word: f"{word} {word}", lambda word: f"{word} Thanks"),
 )
