@@ -51,6 +51,15 @@ def probe(chain: Chain, name: str | None) -> str:
     return chain.stages.run(f"probe {name or BASE}", "probe", inputs, measure)
 
 
+def check_probes(chain: Chain) -> None:
+    """Raise UsageError or Refused where a probe lacks its file or its detector: before a training, not after it."""
+    for gate in chain.project.settings.gates.values():
+        if isinstance(gate, Probe):
+            if gate.path is not None:
+                digest_path(chain.project.root / gate.path)
+            suite_of(gate.suite).states  # noqa: B018 - to name the detector is to hold its files against their digest
+
+
 def risks(chain: Chain, names: Sequence[str]) -> dict[str, dict[str, Risk]]:
     """Answers to the risk probes that gates ask for: suite -> candidate's name -> digests."""
     settings = chain.project.settings
