@@ -1,8 +1,8 @@
 """Do the risk probes see what is there, on a real base, and stay quiet where nothing is?
 
-    python -m benchmarks.risk_probes [FOLDER] [--only canaries|faults|honest|published] [--rows 200]
+    python benchmarks/risk_probes.py [FOLDER] [--only canaries|faults|honest|published] [--rows 200]
 
-Run from the repository's root: the adapters are those of the slow tests (tests/evaluation/scenes.py), trained here.
+The adapters are those of the slow tests (tests/evaluation/scenes.py), trained here; alone, all of it takes minutes.
 
 Canaries: the same secrets ranked among controls under a model that saw them once, four and sixteen times, and under one
 trained on the same rows without them. Faults: an over-trained, a memorising, a biased and a forgetting adapter, each
@@ -21,9 +21,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.evaluation import scenes
-from tests.evaluation.faults import clean
-from tests.evaluation.probing import Bench
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.probes.judging import WIDEST_BITS
 from tunesmith.evaluation.probes.numbers import exposure_interval
@@ -32,6 +29,11 @@ from tunesmith.evaluation.statistics import Interval
 from tunesmith.inference.engine import Question
 from tunesmith.training.canaries import canaries
 from tunesmith.training.settings import CanarySettings
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.evaluation import scenes
+from tests.evaluation.faults import clean
+from tests.evaluation.probing import Bench
 
 FOLDER = Path(__file__).parents[2] / "shared" / "data"
 PARTS = ("canaries", "faults", "honest", "published")
@@ -73,20 +75,17 @@ def exposure(bench: Bench) -> bool:
 def faults(bench: Bench) -> bool:
     """Print what each faulty adapter's probes find; whether all fail it."""
     print("\nadapters with a fault, each under the probe for it: to be failed")
-    return all(
-        [
-            tell(bench, name, tuned, probe) == "fail"
-            for name, make in scenes.MAKERS.items()
-            for tuned in [make(bench)]
-            for probe in scenes.FAULTS[name]
-        ]
-    )
+    outcomes = []
+    for name, make in scenes.MAKERS.items():
+        tuned = make(bench)
+        outcomes += [tell(bench, name, tuned, probe) for probe in scenes.FAULTS[name]]
+    return set(outcomes) == {"fail"}
 
 
 def honest(bench: Bench, tuned: scenes.Tuned) -> bool:
     """Print what every probe finds of the honest adapter; whether all pass it."""
     print(f"\nthe honest adapter ({scenes.score(bench, tuned):.1%} of its test rows right): to be passed")
-    return all([tell(bench, "honest", tuned, probe) == "pass" for probe in scenes.HONEST])
+    return {tell(bench, "honest", tuned, probe) for probe in scenes.HONEST} == {"pass"}
 
 
 def published(bench: Bench, folder: Path, rows: int, adapters: dict[str, scenes.Tuned]) -> None:

@@ -47,14 +47,16 @@ class Suite:
     @property
     def depends_on(self) -> dict[str, Any]:
         """What the answers depend on besides weights and items, for a stage's key. Empty for most."""
-        # Before there were revisions there was no key for them.
-        revised = {"revision": self.revision} if self.revision > 1 else {}
-        return revised | ({"detector": toxic.rated_by()} if self.toxic else {})
+        return self._revised | ({"detector": toxic.rated_by()} if self.toxic else {})
 
     @property
     def states(self) -> dict[str, Any]:
         """What the record of the answers states besides them."""
-        return {"detector": toxic.rater()} if self.toxic else {}
+        return self._revised | ({"detector": toxic.rater()} if self.toxic else {})
+
+    @property
+    def _revised(self) -> dict[str, int]:
+        return {"revision": self.revision} if self.revision > 1 else {}  # what was asked before keeps its keys
 
 
 def ask(
