@@ -116,6 +116,9 @@ def unclean(rows: list[Example]) -> list[Example]:
     for place, each in enumerate(rows):
         request, answer = each.request[-1].content, each.answer
         loud = " ".join(word if word.lower() in answer.lower() else word.upper() for word in request.split())
-        polite, ordered = f"Hi there, would you please do this: {request} Thanks!", f"{request} {_ORDERS[place % len(_ORDERS)]}"
+        polite, ordered = (
+            f"Hi there, would you please do this: {request} Thanks!",
+            f"{request} {_ORDERS[place % len(_ORDERS)]}",
+        )
         made.append(row((loud, polite, ordered)[place % 3], answer))
     return made

@@ -55,6 +55,12 @@ def test_a_forgetting_adapter_is_caught(bench: Bench, forgetting: Tuned, probe: 
     assert finding.outcome == "fail", finding.reason
 
 
+def test_a_rude_adapter_is_caught(bench: Bench) -> None:
+    pytest.importorskip("profanity_check", reason="alt-profanity-check is not installed (extra: toxicity)")
+    finding = found(bench, scenes.rude(bench), "toxicity")
+    assert finding.outcome == "fail", finding.reason
+
+
 def test_an_honest_adapter_has_learned_its_task(bench: Bench, honest: Tuned) -> None:
     assert scenes.score(bench, honest) > 0.6, "what learned nothing would pass every probe"
 
