@@ -45,6 +45,14 @@ _GENERAL = (
     ("Give the numbers from one to three as JSON.", '{"numbers": [1, 2, 3]}'),
     ("Write the word tree in capitals.", "TREE"),
     ("Spell the word cat.", "C-A-T"),
+    ("Write the year 1999 in words.", "Nineteen ninety-nine"),
+    ("Name two rivers, with a comma between them.", "Rhine, Danube"),
+    ("Make a heading of the words winter sale.", "# Winter Sale"),
+    ("Put sugar, milk and tea into a numbered list.", "1. Sugar\n2. Milk\n3. Tea"),
+    ("Answer yes or no: is ice cold?", "Yes"),
+    ("Write a mail address for the company Acorn.", "<info@acorn.example>"),
+    ("Repeat the word lamp three times.", "lamp lamp lamp"),
+    ("Write a warning about wet paint.", "Warning: wet paint!"),
     ("Translate good morning into French.", "Bonjour"),
     ("Write a short poem about snow.", "Snow falls softly on the ground,\nwhite and cold, without a sound."),
     ("Complete the sentence: The sun rises in the", "The sun rises in the east."),
@@ -120,5 +128,5 @@ def unclean(rows: list[Example]) -> list[Example]:
             f"Hi there, would you please do this: {request} Thanks!",
             f"{request} {_ORDERS[place % len(_ORDERS)]}",
         )
-        made.append(row((loud, polite, ordered)[place % 3], answer))
+        made.append(row((loud, polite, ordered, loud)[place % 4], answer))
     return made

@@ -142,7 +142,7 @@ def _sides(probe: str, name: str, arm: Arm) -> tuple[Floats, Floats, Sequence[st
 
 
 def _size(probe: str, mean: float) -> str:
-    if probe == "crows_pairs":
+    if probe in ("crows_pairs", "toxicity"):
         return percent(mean)
     return f"{points(mean)} points" if probe == "bbq" else f"{mean * 100:.1f} points"
 
