@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER / "snips")
     parser.add_argument("--rows", type=int, default=700, help="requests, the first of a fixed shuffle")
-    parser.add_argument("--train", type=int, default=1024, help="rows that the tuned candidate learns once")
+    parser.add_argument("--train", type=int, default=1024, help="rows to learn once, and to retrieve from")
     parser.add_argument("--batch", type=int, default=32, help="prompts that `generate` is given at once")
     parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
     told = parser.parse_args()
@@ -48,7 +48,7 @@ def main() -> None:
 def compare(folder: Path, told: argparse.Namespace) -> None:
     """Make the project, have both answer, print."""
     files = {}
-    for part, path, many in (("train", "train.jsonl", None), ("validate", "held.jsonl", told.rows)):
+    for part, path, many in (("train", "train.jsonl", told.train), ("validate", "held.jsonl", told.rows)):
         rows = list(zip(*snips(told.folder, part), strict=True))
         random.Random(0).shuffle(rows)
         files[path] = rows[:many]
@@ -59,7 +59,7 @@ def compare(folder: Path, told: argparse.Namespace) -> None:
         "zero-shot": AT_LENGTH,
         "few-shot": FEW_SHOT,
         "rag": {**AT_LENGTH, "retrieve": RETRIEVED},
-        "tuned": {**SHORTLY, "train": {"method": "lora", "rows": told.train}},
+        "tuned": {**SHORTLY, "train": {"method": "lora"}},
     }
     write_project(folder, files, {"sources": sources, "split": {"test": 0, "validation": 0.02}}, candidates)
     document("train", "tuned", "-C", str(folder))

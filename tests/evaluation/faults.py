@@ -128,5 +128,5 @@ def unclean(rows: list[Example]) -> list[Example]:
             f"Hi there, would you please do this: {request} Thanks!",
             f"{request} {_ORDERS[place % len(_ORDERS)]}",
         )
-        made.append(row((loud, polite, loud, polite, ordered)[place % 5], answer))
+        made.append(row((loud, polite, ordered, loud)[place % 4], answer))
     return made
