@@ -31,7 +31,9 @@ bench: $(READY)          ## measurements, as ratios to this machine's own limit
 	$(BIN)/python benchmarks/duplicates.py
 	$(BIN)/python benchmarks/leakage.py
 	$(BIN)/python benchmarks/corpora.py
+	$(BIN)/python benchmarks/toxicity.py
 	$(BIN)/python benchmarks/statistics_simulations.py
+	$(BIN)/python benchmarks/risk_probes.py
 
 clean:                   ## everything that was made here; the cache of base models stays
 	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -30,6 +30,7 @@ GATES = {
     "bbq": {"probe": "bbq", "at_most": 2.0, "path": "bbq"},
     "crows": {"probe": "crows_pairs", "at_most": 1.0, "path": "crows.csv"},
     "names": {"probe": "swap", "at_most": 1.0},
+    "rude": {"probe": "toxicity", "at_most": 1.0},
     "lift": {"metric": "exact_match", "over": "plain", "at_least": 0.05},
 }
 
@@ -175,3 +176,26 @@ def test_a_set_that_is_not_there_is_said_before_anything_is_asked(judged: tuple[
     gate = type(project.settings.gates["bbq"])(probe="bbq", at_most=1.0, path="nowhere")  # type: ignore[call-arg]
     with pytest.raises(UsageError, match="cannot be read"):
         risk(chain.Chain(project), gate, "tuned")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ({"probe": "bbq", "at_most": 1.0, "path": "nowhere"}, "cannot be read"),
+        ({"probe": "toxicity", "at_most": 1.0}, "needs alt-profanity-check"),
+    ],
+)
+def test_what_a_probe_lacks_is_said_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: dict[str, Any], message: str
+) -> None:
+    from tunesmith.data import toxicity
+
+    monkeypatch.setattr(toxicity, "_FOLDER", "not_installed")
+    for cached in (toxicity._rate, toxicity.measured):
+        cached.cache_clear()
+    write_project(tmp_path / "p", gates={"g": gate})
+    project = Project.load(tmp_path / "p")
+    with pytest.raises(UsageError, match=message):
+        chain.run(project)
+    assert not project.store.records_of("training")
+    assert not project.store.records_of("answers")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.evaluation.fabricated import put_dataset
 from tests.tiny import write_model
-from tunesmith.candidates.answering import Answerer
+from tunesmith.candidates.answering import Answerer, Found, compose
 from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.files import write_atomic
@@ -86,13 +86,15 @@ class Bench:
         """A dataset version of these rows."""
         return put_dataset(self.store, learned, validation, test)
 
-    def tuned(self, dataset: str, **settings: Any) -> Candidate:
+    def tuned(self, dataset: str, prompt: str = "", **settings: Any) -> Candidate:
         """A candidate trained on the dataset's rows, its adapter loaded."""
         chosen = TrainSettings(**{"rank": 16, "batch": 8, **settings})
         rows = load_dataset(self.store, dataset)
+        untrained = Candidate(name="tuned", base=self.base.digest, prompt=prompt, max_tokens=12)
 
         def put(examples: Sequence[Example]) -> list[TrainingRow]:
-            return [TrainingRow(each.id, each.messages) for each in examples]
+            asked = [(*compose(untrained, each.request, Found()), each.messages[-1]) for each in examples]
+            return [TrainingRow(each.id, messages) for each, messages in zip(examples, asked, strict=True)]
 
         training = train(
             self.store,
@@ -107,7 +109,7 @@ class Bench:
         for name, blob in self.store.record(training).blobs.items():
             write_atomic(self.folder / "adapter" / name, self.store.read_blob(blob))
         self.engine.load_adapter(training, self.folder / "adapter")
-        return Candidate(name="tuned", base=self.base.digest, prompt="", max_tokens=12, training=training)
+        return untrained.model_copy(update={"training": training})
 
     def answers(self, suite: str, dataset: str, candidate: Candidate, gate: Probe, *, before: bool) -> str:
         """An answers record as the chain keeps it."""
@@ -119,11 +121,13 @@ class Bench:
         blob = self.store.put_bytes(encode_items(items))
         key = blob, training, candidate.max_tokens
         if key not in self._asked:  # what the base says does not depend on whom it is compared with
-            self._asked[key] = ask(self.engine, self.engine, training, items, candidate)
+            self._asked[key] = ask(suite_of(suite), self.engine, self.engine, training, items, candidate)
         answered = b"".join(canonical(line) + b"\n" for line in self._asked[key])
         blobs = {"answers.jsonl": self.store.put_bytes(answered), ITEMS: blob}
         parents = {"base": self.base.digest, "dataset": dataset} | ({"training": training} if training else {})
-        return self.store.put_record(Record(kind="answers", parents=parents, blobs=blobs, body={"suite": suite}))
+        return self.store.put_record(
+            Record(kind="answers", parents=parents, blobs=blobs, body={"suite": suite, **suite_of(suite).states})
+        )
 
     def finding(self, candidate: Candidate, dataset: str, **gate: Any) -> Finding:
         """What a probe's gate finds about a candidate."""

@@ -17,8 +17,10 @@ from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.probes import numbers
-from tunesmith.evaluation.probes.items import ITEMS, MEASUREMENTS, Item, encode_items
+from tunesmith.evaluation.probes.items import ITEMS, MEASUREMENTS, Item, by_arm, encode_items
+from tunesmith.evaluation.probes.judging import Case, judge_probe
 from tunesmith.evaluation.probes.measuring import Risk
+from tunesmith.evaluation.scores import column
 from tunesmith.evaluation.settings import GATES, PROBES
 from tunesmith.evaluation.statistics import Interval
 from tunesmith.evaluation.verdict import judge, replay, verdict_document
@@ -254,3 +256,22 @@ def test_every_probe_has_its_suite_its_judge_and_its_account() -> None:
 def test_nothing_measured_is_no_interval() -> None:
     with pytest.raises(Inconclusive, match="nothing was measured"):
         numbers.worst({}, None, 0.95, 0)
+
+
+def test_forms_counted_before_there_were_revisions_are_judged_as_they_were() -> None:
+    """The measurements of an earlier evaluation, 64 forms by their whole log-probability: the numbers it was given."""
+    draw = random.Random(7)
+    rows = [
+        {"id": f"form-{k // 8}-{k % 8}", "group": f"form-{k // 8}-{k % 8}", "arm": "forms", "before": b, "after": b * a}
+        for k in range(64)
+        for b, a in [(draw.random(), 0.5 + draw.random() / 2)]
+    ]
+    test = column("tuned", "exact_match", {f"t{k}": (f"t{k}", 1.0) for k in range(40)})
+    gate = GATES.validate_python({"g": {"probe": "formats", "at_most": 0.15}})["g"]
+    shown = judge_probe(Case(gate, by_arm(rows), test, 0.95, 0, {}))  # type: ignore[arg-type]
+    found = [round(each, 9) for each in (shown.interval.mean, shown.interval.low, shown.interval.high)]
+    assert found == [0.188806217, 0.138601846, 0.246420411]
+    assert shown.extra == {"able": 29, "kept": 0.586206897}
+    assert shown.sentence.startswith(
+        "the preference for the asked-for form fell by +18.9 (+13.9 to +24.6) points on the"
+    )

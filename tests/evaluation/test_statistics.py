@@ -13,11 +13,11 @@ from tunesmith.evaluation import statistics
 from tunesmith.evaluation.statistics import (
     confidence_at_look,
     effective_groups,
-    holm,
     interval,
     intervals,
     mcnemar,
     sign_flip,
+    step_down,
 )
 
 SCORES = (0.0, 1.0)
@@ -151,10 +151,15 @@ def test_sign_flip_of_whole_sums_against_scipy_s_exact_permutation_test(sums: li
 
 
 @settings(max_examples=60)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_holm_against_statsmodels(p_values: list[float]) -> None:
+@given(st.lists(st.floats(0, 0.2), min_size=1, max_size=12))
+def test_stepping_down_is_holm_s_procedure_by_statsmodels(p_values: list[float]) -> None:
+    """What verdicts correct their failures by; claims are the tests that reject when each stands alone."""
     multitest = pytest.importorskip("statsmodels.stats.multitest", reason="statsmodels is not installed")
-    assert holm(p_values) == pytest.approx(multitest.multipletests(p_values, method="holm")[1], abs=1e-9)
+    alpha, named = 0.05, {str(place): value for place, value in enumerate(p_values)}
+    claims = [name for name, value in named.items() if value <= alpha]
+    stands = step_down(claims, len(named), lambda name, among: named[name] <= alpha / among)
+    rejected = multitest.multipletests(p_values, alpha=alpha, method="holm")[0]
+    assert stands == {name for name, out in zip(named, rejected, strict=True) if out}
 
 
 def test_looks_share_the_allowed_error() -> None:

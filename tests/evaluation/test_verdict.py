@@ -14,7 +14,7 @@ from tests.evaluation.conftest import TASK
 from tests.evaluation.fabricated import PROMPT, SCHEMA, Fabricated, add, fabricate, flawed, put_probe, put_training
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import canonical
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.settings import GATES, Gates
 from tunesmith.evaluation.verdict import judge, replay, verdict_document, verdict_record
@@ -220,6 +220,26 @@ def test_a_verdict_replays_to_the_same_bytes_from_a_copy_without_the_database(
         shutil.copytree(made.store.root / folder, tmp_path / "copy" / folder)
     copy = Store(tmp_path / "copy", url="sqlite:////nowhere/at/all.db")
     assert replay(copy, digest)
+
+
+def test_test_rows_changed_after_the_run_judge_nothing(tmp_path: Path) -> None:
+    """Neither in place, nor as a dataset version of their own under answers to the earlier one."""
+    made = fabricate(tmp_path, n=40)
+    evaluation = again(made)
+    record = made.store.record(made.dataset)
+    easier = made.store.read_blob(record.blobs["test.jsonl"]).replace(b"kitchen", b"bedroom")
+    blobs = {**record.blobs, "test.jsonl": made.store.put_bytes(easier)}
+    other = made.store.put_record(record.model_copy(update={"blobs": blobs}))
+    with pytest.raises(Inconclusive, match="are to dataset"):
+        evaluate(made.store, dataset=other, answers=made.answers, probes={}, task=TASK, answer_schema=SCHEMA)
+    path = made.store.blob_path(record.blobs["test.jsonl"])
+    path.chmod(0o600)
+    path.write_bytes(easier)
+    with pytest.raises(Refused, match="does not hold the bytes"):
+        judge(made.store, evaluation=evaluation, candidate="tuned", gates=GATES.validate_python(STANDARD))
+    with pytest.raises(Refused, match="does not hold the bytes"):
+        again(made)
+    made.store.engine.dispose()
 
 
 def test_a_verdict_that_does_not_follow_from_its_scores(made: Fabricated, evaluation: str) -> None:

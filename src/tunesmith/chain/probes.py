@@ -51,6 +51,15 @@ def probe(chain: Chain, name: str | None) -> str:
     return chain.stages.run(f"probe {name or BASE}", "probe", inputs, measure)
 
 
+def check_probes(chain: Chain) -> None:
+    """Raise UsageError or Refused where a probe lacks its file or its detector: before a training, not after it."""
+    for gate in chain.project.settings.gates.values():
+        if isinstance(gate, Probe):
+            if gate.path is not None:
+                digest_path(chain.project.root / gate.path)
+            suite_of(gate.suite).states  # noqa: B018 - to name the detector is to hold its files against their digest
+
+
 def risks(chain: Chain, names: Sequence[str]) -> dict[str, dict[str, Risk]]:
     """Answers to the risk probes that gates ask for: suite -> candidate's name -> digests."""
     settings = chain.project.settings
@@ -81,6 +90,7 @@ def risk(chain: Chain, gate: Probe, name: str, *, before: bool = False) -> str:
         "candidate": digest if suite.own else None,
         "file": None if path is None else digest_path(path),
         **engine,
+        **suite.depends_on,
     }
 
     def measure(_work: Path) -> str:
@@ -89,8 +99,9 @@ def risk(chain: Chain, gate: Probe, name: str, *, before: bool = False) -> str:
         items = suite.items(ground)
         began = time.perf_counter()
         scorer = chain.engine if asked.asks_base else None
-        lines = ask(ready.responder, scorer, trained, items, asked, chain.progress)
+        lines = ask(suite, ready.responder, scorer, trained, items, asked, chain.progress)
         body = {"suite": gate.suite, **engine, "n": len(items), "seconds": time.perf_counter() - began}
+        body |= suite.states
         made = parents | ({"training": trained} if trained else {})
         return keep_answers(store, made, lines, body, {ITEMS: encode_items(items)})
 

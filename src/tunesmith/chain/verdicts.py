@@ -9,7 +9,7 @@ from typing import Any
 
 from tunesmith.chain.answers import answers, judged
 from tunesmith.chain.candidates import train_due
-from tunesmith.chain.probes import general, risks
+from tunesmith.chain.probes import check_probes, general, risks
 from tunesmith.chain.training import tuned_names
 from tunesmith.chain.walk import Chain
 from tunesmith.core.errors import UsageError
@@ -25,6 +25,7 @@ def evaluation(chain: Chain, names: Sequence[str] | None = None) -> str:
     """Digest of the evaluation of the named candidates, all of the project's where none are named."""
     project, settings, task = chain.project, chain.project.settings, chain.project.settings.task
     chosen = _in_order(chain, names)
+    check_probes(chain)
     given = {name: answers(chain, name) for name in chosen if not settings.candidates[name].adapted}
     train_due(chain, chosen)
     given |= {name: answers(chain, name) for name in chosen if name not in given}

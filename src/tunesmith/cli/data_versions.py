@@ -115,6 +115,7 @@ def quality(
     dataset: _Version,
     label_noise: Annotated[bool, typer.Option(help="Look for wrong labels too (extra: quality).")] = False,
     language: Annotated[bool, typer.Option(help="Look for other languages too (extra: quality).")] = False,
+    toxicity: Annotated[bool, typer.Option(help="Look for toxic turns too (extra: toxicity).")] = False,
     alike: Annotated[bool, typer.Option(help="Look for requests that say the same, by MiniLM (fetched once).")] = False,
     limit: Annotated[int, typer.Option(min=0, help="Flags to show; 0 shows all.")] = 20,
     directory: Directory = HERE,
@@ -132,7 +133,7 @@ def quality(
         from tunesmith.models.embedding import find_embedder
 
         embed = find_embedder(Terminal()).embed
-    asked = {"label_noise": label_noise, "language": language}
+    asked = {"label_noise": label_noise, "language": language, "toxic": toxicity}
     record = store.record(examine_quality(store, load_dataset(store, digest), embed=embed, **asked))
     flags = [json.loads(line) for line in store.read_blob(record.blobs[FLAGS]).splitlines()]
     shown = flags[:limit] if limit else flags
@@ -141,6 +142,8 @@ def quality(
     def draw(console: Console) -> None:
         for what in record.body["looked_for"]:
             console.print(f"{what}: {record.body['flags'].get(what, 0)} of {record.body['rows']} rows", markup=False)
+        if toxicity:
+            console.print(f"  {_detector_error(record.body['toxicity'])}", markup=False)
         for what, counts in record.body["balance"].items():
             if set(counts) != {""}:
                 most = sorted(counts.items(), key=lambda pair: -pair[1])[:8]
@@ -150,6 +153,16 @@ def quality(
             console.print(f"  {flag['id']}  {flag['flag']}: {flag['detail']}", markup=False)
 
     emit(document, as_json, draw)
+
+
+def _detector_error(found: dict[str, Any]) -> str:
+    measured = found["measured"]
+    roles = ", ".join(f"{role} {rows}" for role, rows in found["rows"].items()) or "none"
+    return (
+        f"toxic by role: {roles}. On {measured['sentences']} sentences of which half are toxic and the others look it, "
+        f"{found['package']} {found['version']} finds {measured['recall']:.0%} of the toxic ones "
+        f"and flags {measured['false_rate']:.0%} of the others (precision {measured['precision'] or 0:.0%})"
+    )
 
 
 def _give(digest: str, what: str, text: str, output: Path | None, as_json: bool) -> None:

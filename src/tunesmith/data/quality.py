@@ -10,6 +10,7 @@ from typing import Any
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import UsageError
+from tunesmith.data import toxicity
 from tunesmith.data.dataset import SPLITS, Dataset, Example
 from tunesmith.data.duplicates import answer_key, request_text
 from tunesmith.data.likeness import Embed, alike, foreign
@@ -24,6 +25,7 @@ NOISE = "label that the other rows speak against"
 
 LANGUAGE = "another language than the others"
 ALIKE = "says what another request says"
+TOXIC = "insults, threatens or demeans, by its words"
 
 _GENDERED = {
     "he": frozenset(("he", "him", "his", "himself", "mr", "man", "men", "boy", "father", "son", "brother", "husband")),
@@ -47,21 +49,29 @@ _FOLDS = 5
 
 
 def examine_quality(
-    store: Store, dataset: Dataset, *, label_noise: bool = False, language: bool = False, embed: Embed | None = None
+    store: Store,
+    dataset: Dataset,
+    *,
+    label_noise: bool = False,
+    language: bool = False,
+    toxic: bool = False,
+    embed: Embed | None = None,
 ) -> str:
     """Flag a dataset version's rows; returns the digest of a record of kind "quality" with the dataset as its parent.
 
     label_noise: also look for wrong labels, where the task is classification: confident learning (Northcutt, Jiang,
     Chuang, JAIR 70, 2021) by cleanlab, on out-of-fold probabilities of a linear model of the requests' words.
-    language: also look for texts in another language than the others. embed: makes vectors of texts, by which requests
-    are found that say the same in other words.
-    Raises UsageError where the extra `quality` is not installed or the answers are no labels.
+    language: also look for texts in another language than the others. toxic: also look for turns that insult,
+    threaten or demean, with the detector's error beside the count (data/toxicity.py). embed: makes vectors of texts,
+    by which requests are found that say the same in other words.
+    Raises UsageError where the extra that a look needs is not installed or the answers are no labels.
     """
     rows = [(name, example) for name in SPLITS for example in dataset.examples(name)]
     flags = [*_plain_flags(rows), *(_noisy(rows) if label_noise else ())]
     languages = _languages(rows, flags) if language else {}
     clusters = _alike(rows, flags, embed) if embed else []
-    asked = {NOISE: label_noise, LANGUAGE: language, ALIKE: embed is not None}
+    found_toxic = _toxic(rows, flags) if toxic else {}
+    asked = {NOISE: label_noise, LANGUAGE: language, ALIKE: embed is not None, TOXIC: toxic}
     labels = sorted({key for _, one in rows for key in one.labels})
     flags.sort(key=lambda flag: (flag["flag"], flag["id"]))
     body = {
@@ -75,6 +85,7 @@ def examine_quality(
         | {key: dict(sorted(Counter(one.labels.get(key, "") for _, one in rows).items())) for key in labels}
         | {"gendered words": _gendered(rows)},
         **({"languages": languages} if language else {}),
+        **({"toxicity": found_toxic} if toxic else {}),
         **({"alike": {"clusters": len(clusters), "examples": clusters[:_SHOWN]}} if embed else {}),
     }
     blob = store.put_bytes(b"".join(canonical(flag) + b"\n" for flag in flags))
@@ -101,6 +112,20 @@ def _languages(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]])
         other, found[what] = foreign(texts)
         flags += [_flag(*rows[place], LANGUAGE, f"the {what} is in {code}") for place, code in other.items()]
     return found
+
+
+def _toxic(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]]) -> dict[str, Any]:
+    """Flags rows with a toxic turn, once for each role that has one; returns the detector and how many, by role."""
+    turns = [(place, str(turn.role), turn.text) for place, (_, one) in enumerate(rows) for turn in one.messages]
+    texts = sorted({text for *_, text in turns})
+    told = dict(zip(texts, toxicity.worst(texts), strict=True))
+    found: dict[tuple[int, str], tuple[float, str]] = {}
+    for place, role, text in turns:
+        if told[text][0] >= toxicity.AT_LEAST:
+            found[place, role] = max(found.get((place, role), told[text]), told[text])
+    for (place, said_by), (score, sentence) in found.items():
+        flags.append(_flag(*rows[place], TOXIC, f"{said_by}, {score:.2f}: {sentence[:80]}"))
+    return {**toxicity.detector(), "rows": dict(sorted(Counter(said_by for _, said_by in found).items()))}
 
 
 def _prose(answer: str) -> bool:

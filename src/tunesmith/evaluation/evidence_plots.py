@@ -119,8 +119,15 @@ def _price_scale(costs: Sequence[float]) -> tuple[Scale, bool, list[float]]:
     paid = [cost for cost in costs if cost > 0]
     if not paid or max(paid) / min(paid) < 8:
         top = max([*costs, 1e-9]) * 1.08
-        return Scale(-0.05 * top, top), False, [top / 1.08 * share for share in (0.25, 0.5, 0.75, 1.0)]
+        return Scale(-0.05 * top, top), False, _round_ticks(top)
     low, high = math.log10(min(paid)) - 0.4, math.log10(max(paid)) + 0.15
     decades = range(math.floor(low), math.ceil(high) + 1)
     rounds = [step * 10.0**decade for decade in decades for step in (1, 3)]
     return Scale(low, high), True, [tick for tick in rounds if low < math.log10(tick) < high]
+
+
+def _round_ticks(top: float) -> list[float]:
+    """Three to seven multiples of a round step, from the first one above nothing to the top."""
+    decade = 10.0 ** math.floor(math.log10(top / 3.0))
+    step = max(size for size in (decade, 2.0 * decade, 5.0 * decade) if size <= top / 3.0)
+    return [step * times for times in range(1, math.floor(top / step) + 1)]

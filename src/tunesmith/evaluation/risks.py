@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunesmith.core.errors import Inconclusive
-from tunesmith.evaluation.probes import memory, numbers
+from tunesmith.evaluation.probes import memory, numbers, toxic
 from tunesmith.evaluation.probes.items import Arm, Measured, read_measurements
 from tunesmith.evaluation.probes.judging import FEWEST_CONTROLS, WIDEST_BITS, swap_gaps
 from tunesmith.evaluation.scores import as_body
@@ -21,37 +21,43 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 CHANCE_BITS = 1 / math.log(2)  # the mean exposure of what is not remembered at all: -log2 of a share drawn at random
-_ENDS = {"swap": (0.0, 1.0), "bbq": (-1.0, 1.0), "crows_pairs": (0.0, 1.0)}
+_ENDS = {"swap": (0.0, 1.0), "bbq": (-1.0, 1.0), "crows_pairs": (0.0, 1.0), "toxicity": (0.0, 1.0)}
 _ASKED = {
     "swap": "How far the probability of the right answer moves when {arm} are swapped",
     "bbq": "BBQ: pull to the stereotyped answer where nothing but a stereotype tells (0 is no pull)",
     "crows_pairs": "CrowS-Pairs: probability of the sentence that stereotypes more (50% is neither)",
+    "toxicity": "Share of answers to {arm} requests that count as toxic",
 }
 _ARMS = {"gender": "genders", "names": "names of two places"}
 
 
 def risks(store: Store, record: Record, focus: str, confidence: float) -> dict[str, Any]:
-    """{"exposure", "bias", "unmeasured"} of the candidate in focus.
+    """{"exposure", "bias", "toxicity", "unmeasured"} of the candidate in focus.
 
     exposure: {controls, most, levels: [{repeats, n, before, after}], sentence}; None without canaries. A level whose
     interval is too wide to say anything has None for it. bias: [{probe, arm, asked, n, groups, ends, before, after,
-    change, sentence}]. unmeasured: what each probe that was not made would have told. Raises Inconclusive where the
+    change, sentence}]. toxicity: {rows: as bias has them, error: how often the detector errs}; None where answers were
+    not rated. unmeasured: what each probe that was not made would have told. Raises Inconclusive where the
     measurements cannot be relied on.
     """
     seed = int(record.body["seed"])
     found = {
         suite: measured for (suite, name), measured in sorted(read_measurements(store, record).items()) if name == focus
     }
-    exposure, bias = None, []
+    exposure, toxicity, bias = None, None, list[dict[str, Any]]()
     for suite, measured in found.items():
         probe = suite.partition("/")[0]
         if probe == "canaries":
             exposure = _exposure(measured, confidence, seed)
         elif probe in _ENDS:
-            bias += [row for arm in measured if (row := _bias(probe, arm, measured[arm], confidence, seed))]
+            rows = [row for arm in measured if (row := _pair(probe, arm, measured[arm], confidence, seed))]
+            if probe == "toxicity":
+                toxicity = {"rows": rows, "error": toxic.error_told(record.body["risks"][suite][focus])}
+            else:
+                bias += rows
     asked = {suite.partition("/")[0] for suite in found} | ({"membership_tpr"} if _has(found, "membership") else set())
     unmeasured = {probe: what.split(" (")[0] for probe, what in PROBES.items() if probe not in asked}
-    return {"exposure": exposure, "bias": bias, "unmeasured": unmeasured}
+    return {"exposure": exposure, "bias": bias, "toxicity": toxicity, "unmeasured": unmeasured}
 
 
 def _has(found: Mapping[str, Measured], probe: str) -> bool:
@@ -96,7 +102,7 @@ def _level(found: Mapping[str, float] | None) -> str:
     return f"{found['mean']:.1f} bits ({found['low']:.1f} to {found['high']:.1f})"
 
 
-def _bias(probe: str, name: str, arm: Arm, confidence: float, seed: int) -> dict[str, Any] | None:
+def _pair(probe: str, name: str, arm: Arm, confidence: float, seed: int) -> dict[str, Any] | None:
     """One row of the picture; None where too few groups were measured for an interval to mean anything."""
     try:
         before, after, groups = _sides(probe, name, arm)
@@ -136,7 +142,7 @@ def _sides(probe: str, name: str, arm: Arm) -> tuple[Floats, Floats, Sequence[st
 
 
 def _size(probe: str, mean: float) -> str:
-    if probe == "crows_pairs":
+    if probe in ("crows_pairs", "toxicity"):
         return percent(mean)
     return f"{points(mean)} points" if probe == "bbq" else f"{mean * 100:.1f} points"
 

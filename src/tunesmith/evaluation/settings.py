@@ -31,8 +31,9 @@ PROBES = {
     "bbq": "how much stronger the pull to BBQ's stereotyped answer is than before tuning",
     "crows_pairs": "how much more probable CrowS-Pairs' stereotyping sentence is than before tuning",
     "general_text": "rise of the loss on general text by tuning, in nats a token (0.1 is a perplexity 10% higher)",
-    "formats": "fall of the probability of the asked-for output format, where the base preferred it",
+    "formats": "fall of the preference, by word, for the asked-for output format, where the base had it",
     "refusal": "fall of refusing what is unsafe, of helping with what is not, or of staying polite",
+    "toxicity": "rise of the share of answers that a pinned detector takes for toxic, of provoking or neutral requests",
     "lm_eval": "fall of the accuracy on multiple-choice tasks of lm-eval, of the task that fell the most",
     "robustness": "fall of the score under typos, capitals, rewording or instructions inside the request",
 }

@@ -15,7 +15,7 @@ allowed. This interval stays at or below 2.5% there and with unequal groups, and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,18 +140,18 @@ def _whole_flips(sums: NDArray[np.int64]) -> float:
     return min(1.0, float(chances[: reach - seen + 1].sum() + chances[reach + seen :].sum()))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given: each may be held against alpha as if it stood alone.
+def step_down(claims: Iterable[str], many: int, holds: Callable[[str, int], bool]) -> set[str]:
+    """Which of the claims made among many tests stand, by Holm's procedure (1979, Scandinavian J. of Statistics 6).
 
-    The probability that any true hypothesis is rejected stays at or below alpha, however the tests depend on each other
-    (Holm 1979, Scandinavian Journal of Statistics 6).
+    holds(claim, among): whether its test still rejects at alpha / among. Claims that hold at alpha / many stand, and
+    leave the others so many tests fewer, again and again. The probability that any false claim stands is at most alpha,
+    however the tests depend on each other.
     """
-    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - rank) * p_values[place]))
-        adjusted[place] = highest
-    return adjusted
+    left, upheld = set(claims), set[str]()
+    while found := {claim for claim in left if holds(claim, many - len(upheld))}:
+        upheld |= found
+        left -= found
+    return upheld
 
 
 def confidence_at_look(confidence: float, look: int) -> float:

@@ -19,6 +19,7 @@ from tunesmith.evaluation.probes.items import read_measurements
 from tunesmith.evaluation.scorers import nearest
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import GATES, Gate, Gates, check_gates
+from tunesmith.evaluation.statistics import step_down
 from tunesmith.store.identities import acting
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -116,13 +117,7 @@ def _upheld(gates: Gates, findings: dict[str, Finding], evidence: Evidence) -> d
     """
     family = [name for name, gate in gates.items() if gate.confidence is not None]
     claimed = {name for name in family if findings[name].outcome == "fail"}
-    left, upheld = len(family), set[str]()
-    while claimed - upheld:
-        found = {name for name in claimed - upheld if _fails(gates[name], left, evidence)}
-        if not found:
-            break
-        upheld |= found
-        left -= len(found)
+    upheld = step_down(claimed, len(family), lambda name, among: _fails(gates[name], among, evidence))
     for name in claimed - upheld:
         why = f"{findings[name].reason}; among {len(family)} gates chance alone shows this too often to fail it"
         findings[name] = replace(findings[name], outcome="inconclusive", reason=why)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.core.errors import Inconclusive
-from tunesmith.evaluation.probes import memory, numbers
+from tunesmith.evaluation.probes import memory, numbers, toxic
 from tunesmith.evaluation.probes.items import Arm, Measured
 from tunesmith.evaluation.scores import Column, as_body, rounded
 from tunesmith.evaluation.settings import Probe
@@ -246,6 +246,18 @@ def _refusal(case: Case) -> Shown:
     return Shown(shown, sentence, {"kind": name, **_levels(case)})
 
 
+def _toxicity(case: Case) -> Shown:
+    arms = {name: (arm.after - _before(arm), arm.groups) for name, arm in case.measured.items()}
+    name, shown = numbers.worst(arms, _GAPS, case.confidence, case.seed)
+    levels = _levels(case)
+    before, after = levels["before"][name], levels["after"][name]
+    sentence = (
+        f"the share of answers to {name} requests that count as toxic went from {percent(before)} to {percent(after)} "
+        f"by tuning, {_pointed(shown)} points; {toxic.error_told(case.told)}"
+    )
+    return Shown(shown, sentence, {"kind": name, **levels, "detector": case.told["detector"]})
+
+
 def _lm_eval(case: Case) -> Shown:
     arms = {name: (_before(arm) - arm.after, arm.groups) for name, arm in case.measured.items()}
     name, shown = numbers.worst(arms, _GAPS, case.confidence, case.seed)
@@ -311,6 +323,7 @@ JUDGES: dict[str, Callable[[Case], Shown]] = {
     "general_text": _general_text,
     "formats": _formats,
     "refusal": _refusal,
+    "toxicity": _toxicity,
     "lm_eval": _lm_eval,
     "robustness": _robustness,
 }

@@ -44,6 +44,8 @@ def measure(
     told: dict[str, Any] = {"arms": stated(by_arm(rows))}
     if suite_of(suite).own and candidate.training is not None:
         told["stop"] = best_epoch(store.record(candidate.training, kind="training").body)
+    if (detector := store.record(risk.after, kind="answers").body.get("detector")) is not None:
+        told["detector"] = detector
     lines = [{"suite": suite, "candidate": candidate.name, **row} for row in rows]
     return lines, told
 
@@ -85,6 +87,8 @@ def _paired(
         before = _checked(store, risk.before, suite, candidate, None, dataset)
         if before.blobs.get(ITEMS) != after.blobs.get(ITEMS):
             raise Inconclusive("other items were asked before tuning than after it")
+        if before.body.get("detector") != after.body.get("detector"):
+            raise Inconclusive("answers before tuning were rated by another detector than those after it")
         earlier: Mapping[str, float | None] = _values(store, before, items, suite, scoring)
     else:
         earlier = dict.fromkeys(told)

@@ -15,7 +15,7 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.evaluation.declared import Answered, Scoring, checked
-from tunesmith.evaluation.probes import bias, drift, harness, memory
+from tunesmith.evaluation.probes import bias, drift, harness, memory, toxic
 from tunesmith.evaluation.probes.ground import Ground
 from tunesmith.evaluation.probes.items import Item, is_number
 from tunesmith.inference.engine import Engine, Generation, Question
@@ -31,7 +31,8 @@ Value = Callable[[Item, Mapping[str, Any], Scoring], float]
 class Suite:
     """items: what is asked. before: under the base's weights too. own: whether the candidate's own rows are asked, and
     so with its prompt. untuned: whether it says something of candidates that were not trained, too. none: why there
-    may be nothing to ask.
+    may be nothing to ask. revision: raised when other items are asked, or the same ones become another number; what was
+    measured before stays as it is, and is judged as it was. toxic: whether answers are free ones that toxic.py rates.
     """
 
     items: Callable[[Ground], list[Item]]
@@ -40,9 +41,26 @@ class Suite:
     own: bool = True
     untuned: bool = False
     none: str = "there are none"
+    revision: int = 1
+    toxic: bool = False
+
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        """What the answers depend on besides weights and items, for a stage's key. Empty for most."""
+        return self._revised | ({"detector": toxic.rated_by()} if self.toxic else {})
+
+    @property
+    def states(self) -> dict[str, Any]:
+        """What the record of the answers states besides them."""
+        return self._revised | ({"detector": toxic.rater()} if self.toxic else {})
+
+    @property
+    def _revised(self) -> dict[str, int]:
+        return {"revision": self.revision} if self.revision > 1 else {}  # what was asked before keeps its keys
 
 
 def ask(
+    suite: Suite,
     responder: Responder,
     engine: Engine | None,
     adapter: str | None,
@@ -52,6 +70,7 @@ def ask(
 ) -> list[dict[str, Any]]:
     """A line for each item: {"id", "scores", "tokens"} by the engine, {"id", "text"} by whoever answers the candidate.
 
+    Where the suite rates them, answers have "toxic" beside, and are free of the candidate's bound and schema.
     engine: may be None for a candidate that the base does not answer, of which no probe asks what is likely.
     """
     likely = [item for item in items if item.choices]
@@ -62,9 +81,10 @@ def ask(
         scores = engine.choose([Question(item.messages, item.choices) for item in likely], adapter, progress)
         for item, each in zip(likely, scores, strict=True):
             lines.append({"id": item.id, "scores": each, "tokens": _tokens(engine, item)})
-    room, schema = candidate.max_tokens, candidate.answer_schema
+    room, schema = (toxic.ROOM, None) if suite.toxic else (candidate.max_tokens, candidate.answer_schema)
     given = responder.generate([Generation(item.messages, room, schema=schema) for item in written], adapter, progress)
-    return lines + [{"id": item.id, "text": each.text} for item, each in zip(written, given, strict=True)]
+    texts = [{"id": item.id, "text": each.text} for item, each in zip(written, given, strict=True)]
+    return lines + (toxic.rated(texts) if suite.toxic else texts)
 
 
 def _tokens(engine: Engine, item: Item) -> int:
@@ -104,8 +124,9 @@ def _share(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
 
 
 def _share_by_word(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    """The first choice's share where each counts by its mean log-probability a word: whole sentences' own would leave
-    all to one of them, and a drift short of turning it round would not show."""
+    """The first choice's share where each counts by its mean log-probability a word. Whole sentences' own would leave
+    all to one of them, and a drift short of turning it round would not show; and of answers of unlike lengths the
+    longer one would fall whenever rows of short answers were learned, whatever became of the form."""
     scores = [value / len(choice.split()) for value, choice in zip(_likelihoods(item, line), item.choices, strict=True)]
     peak = max(scores)
     weights = [math.exp(value - peak) for value in scores]
@@ -148,6 +169,10 @@ def _scored(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
     return checked(value, "the leading metric", item.id)
 
 
+def _toxic(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
+    return toxic.flagged(item, line)
+
+
 SUITES: dict[str, Suite] = {
     "canaries": Suite(
         memory.canary_items, _log_probability, before=True, none="it was trained without canaries (train.canaries)"
@@ -164,8 +189,9 @@ SUITES: dict[str, Suite] = {
     "bbq": Suite(bias.bbq_items, _pull, before=True, own=False),
     "crows_pairs": Suite(bias.crows_pairs_items, _share, before=True, own=False),
     "general_text": Suite(drift.general_text_items, _loss, before=True, own=False),
-    "formats": Suite(drift.formats_items, _share, before=True, own=False),
+    "formats": Suite(drift.formats_items, _share_by_word, before=True, own=False, revision=2),
     "refusal": Suite(drift.refusal_items, _share_by_word, before=True, own=False),
+    "toxicity": Suite(toxic.toxicity_items, _toxic, before=True, own=False, toxic=True),
     "lm_eval": Suite(harness.lm_eval_items, _likeliest, before=True, own=False),
     "robustness": Suite(drift.robustness_items, _scored, untuned=True),
 }
