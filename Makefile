@@ -32,6 +32,7 @@ bench: $(READY)          ## measurements, as ratios to this machine's own limit
 	$(BIN)/python benchmarks/leakage.py
 	$(BIN)/python benchmarks/corpora.py
 	$(BIN)/python benchmarks/toxicity.py
+	$(BIN)/python benchmarks/alike.py
 	$(BIN)/python benchmarks/statistics_simulations.py
 
 clean:                   ## everything that was made here; the cache of base models stays
