@@ -12,9 +12,9 @@ from tunesmith.core.errors import UsageError
 
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 
-# Cosine of two MiniLM vectors. Of 6,000 requests each of CLINC150 and BANKING77, 99.4% and 97.1% of the pairs from 0.9 on
-# are of one intent (0.7 and 9.5 of a million pairs of two intents lie there), and 79% and 88% of the twins that differ in
-# a few letters. At 0.8 it is 97.8% and 88.9%: below 0.9 intents begin to mix. `benchmarks/alike.py` repeats that.
+# Cosine of two MiniLM vectors. Of 6,000 requests each of CLINC150 and BANKING77, 99.4% and 97.1% of the pairs from 0.9
+# on are of one intent (0.7 and 9.5 of a million pairs of two intents are there), with 79% and 88% of the twins, which
+# differ in a few letters. From 0.8 on it is 97.8% and 88.9%: intents mix. `benchmarks/alike.py` repeats it.
 ALIKE_AT = 0.9
 _SURE = 0.95
 _LETTERS = 25  # a text of fewer is of no language that could be told
