@@ -26,7 +26,7 @@ bench: $(READY)          ## measurements, as ratios to this machine's own limit
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/canary_false_alarms.py
-	$(BIN)/python benchmarks/data_scale.py
+	$(BIN)/python benchmarks/data_scale.py --near 0.8 --scan
 	$(BIN)/python benchmarks/secret_scan.py
 	$(BIN)/python benchmarks/duplicates.py
 	$(BIN)/python benchmarks/leakage.py
