@@ -40,13 +40,13 @@ def test_listed_names(text: str, found: set[str]) -> None:
 
 def test_rows_are_counted_once_for_a_name_and_once_for_a_gender() -> None:
     balance = people.balance_of_names(said("James, James and John", "Mary and James", "nobody"))
-    assert balance["first names of the short list"] == {"James": 2, "John": 1, "Mary": 1}
-    assert balance["genders they suggest"] == {"he": 2, "she": 1}
+    assert balance["listed first names"] == {"James": 2, "John": 1, "Mary": 1}
+    assert balance["listed first names, by gender"] == {"he": 2, "she": 1}
 
 
 def test_a_name_in_a_json_answer_counts() -> None:
     turns = (Message(role="user", content="whom"), Message(role="assistant", content='{"who": "Mar\\u0079 Jones"}'))
-    assert people.balance_of_names([turns])["genders they suggest"] == {"he": 0, "she": 1}
+    assert people.balance_of_names([turns])["listed first names, by gender"] == {"he": 0, "she": 1}
 
 
 def test_people_that_the_model_finds(tmp_path: Path) -> None:

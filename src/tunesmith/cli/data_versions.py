@@ -142,7 +142,8 @@ def quality(
 
     def draw(console: Console) -> None:
         for what in record.body["looked_for"]:
-            console.print(f"{what}: {record.body['flags'].get(what, 0)} of {record.body['rows']} rows", markup=False)
+            flagged = len({flag["id"] for flag in flags if flag["flag"] == what})
+            console.print(f"{what}: {flagged} of {record.body['rows']} rows", markup=False)
         if toxicity:
             console.print(f"  {_detector_error(record.body['toxicity'])}", markup=False)
         for what, counts in record.body["balance"].items():

@@ -72,7 +72,7 @@ def balance_of_names(conversations: Sequence[Sequence[Message]]) -> dict[str, di
         held = {name for _, text in texts_of(messages) for name in listed_names(text)}
         names.update(held)
         genders.update({_SUGGESTS[name] for name in held})
-    return {"first names of the short list": dict(sorted(names.items())), "genders they suggest": dict(genders)}
+    return {"listed first names": dict(sorted(names.items())), "listed first names, by gender": dict(genders)}
 
 
 def found_people(conversations: Sequence[Sequence[Message]]) -> dict[str, Any]:

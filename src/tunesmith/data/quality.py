@@ -120,17 +120,18 @@ def _languages(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]])
 
 
 def _toxic(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]]) -> dict[str, Any]:
-    """Flags rows with a toxic turn, once for each role that has one; returns the detector and how many, by role."""
-    turns = [(place, str(turn.role), turn.text) for place, (_, one) in enumerate(rows) for turn in one.messages]
-    texts = sorted({text for *_, text in turns})
+    """Flags rows with a toxic turn, by the worst of them; returns the detector, and rows by role of any such turn."""
+    texts = sorted({turn.text for _, one in rows for turn in one.messages})
     told = dict(zip(texts, toxicity.worst(texts), strict=True))
-    found: dict[tuple[int, str], tuple[float, str]] = {}
-    for place, role, text in turns:
-        if told[text][0] >= toxicity.AT_LEAST:
-            found[place, role] = max(found.get((place, role), told[text]), told[text])
-    for (place, said_by), (score, sentence) in found.items():
-        flags.append(_flag(*rows[place], TOXIC, f"{said_by}, {score:.2f}: {sentence[:80]}"))
-    return {**toxicity.detector(), "rows": dict(sorted(Counter(said_by for _, said_by in found).items()))}
+    roles: Counter[str] = Counter()
+    for split, example in rows:
+        found = [(*told[turn.text], str(turn.role)) for turn in example.messages]
+        hits = [one for one in found if one[0] >= toxicity.AT_LEAST]
+        roles.update({role for *_, role in hits})
+        if hits:
+            score, sentence, role = max(hits)
+            flags.append(_flag(split, example, TOXIC, f"{role}, {score:.2f}: {sentence[:80]}"))
+    return {**toxicity.detector(), "rows": dict(sorted(roles.items()))}
 
 
 def _prose(answer: str) -> bool:
