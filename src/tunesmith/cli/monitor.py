@@ -183,7 +183,8 @@ def _next(found: Recall) -> list[str]:
         lines.append("`tunesmith run` builds, trains and measures again without these rows")
     elif found.adapters:
         lines.append("change what made these weights (rows, settings or base), then `tunesmith run`")
-    lines.append("`tunesmith recall --due` lists what served and is to be made anew, until what replaces it serves")
+    if any(one.kind == "version" for one in found.reached):
+        lines.append("`tunesmith recall --due` lists what served and is to be made anew, until what replaces it serves")
     lines.append(f"`tunesmith recall --{kind} {shlex.quote(value)} --check` shows whether it is gone")
     return lines
 
