@@ -26,12 +26,13 @@ bench: $(READY)          ## measurements, as ratios to this machine's own limit
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python benchmarks/engine.py --install-peers
 	$(BIN)/python benchmarks/canary_false_alarms.py
-	$(BIN)/python benchmarks/data_scale.py
+	$(BIN)/python benchmarks/data_scale.py --near 0.8 --scan
 	$(BIN)/python benchmarks/secret_scan.py
 	$(BIN)/python benchmarks/duplicates.py
 	$(BIN)/python benchmarks/leakage.py
 	$(BIN)/python benchmarks/corpora.py
 	$(BIN)/python benchmarks/toxicity.py
+	$(BIN)/python benchmarks/alike.py
 	$(BIN)/python benchmarks/statistics_simulations.py
 	$(BIN)/python benchmarks/risk_probes.py
 

@@ -17,10 +17,11 @@ import yaml
 
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.files import write_atomic
+from tunesmith.data.examine import renamed
 from tunesmith.data.formats import conversation, objection, read_turns, shape_of
 from tunesmith.data.licences import permitted
 from tunesmith.data.settings import Licences, Source
-from tunesmith.data.sources import find_files, open_source
+from tunesmith.data.sources import Row, find_files, open_source
 from tunesmith.project import FILE, STORE, Project
 
 _TEST_ROWS, _VALIDATION_ROWS = 300, 100
@@ -64,9 +65,12 @@ class Made:
         return "\n".join(lines)
 
 
-def make_project(directory: Path, *, data: Path, licence: str, name: str | None, base: str) -> Made:
+def make_project(
+    directory: Path, *, data: Path, licence: str, name: str | None, base: str, rename: Mapping[str, str] | None = None
+) -> Made:
     """Look at rows and write a project around them; nothing that is there is overwritten.
 
+    rename: a row's key -> the key that a format knows, for rows of keys of their own.
     Raises UsageError where there is a project already or the rows cannot be read, Refused for a licence that the
     default policy does not allow.
     """
@@ -75,12 +79,12 @@ def make_project(directory: Path, *, data: Path, licence: str, name: str | None,
         raise UsageError("there is a project here already", where=str(root / FILE), fix="choose another folder with -C")
     permitted(licence, Licences(), "--licence")
     root.mkdir(parents=True, exist_ok=True)  # a path that leads out of it again needs it to be there
-    source = os.path.relpath(data.absolute(), root)
-    looked = _look(root, source, licence)
+    source = Source(path=os.path.relpath(data.absolute(), root), licence=licence, rename=dict(rename or {}))
+    looked = _look(root, source)
     if not base.startswith(("pypi:", "hf:")):
         base = os.path.relpath(Path(base).expanduser().absolute(), root)  # from here, as --data is
     name = name or re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()).strip("-._") or "project"
-    settings, files = _compose(name, base, source, licence, looked)
+    settings, files = _compose(name, base, source, looked)
     files[".gitignore"] = f"{STORE}/\n"  # it holds private keys
     files[FILE] = _HEADER + yaml.safe_dump(settings, sort_keys=False, width=110, default_flow_style=None)
     for relative in files:
@@ -106,14 +110,15 @@ class _Looked:
     group_by: str | None
 
 
-def _look(root: Path, source: str, licence: str) -> _Looked:
+def _look(root: Path, source: Source) -> _Looked:
     answers: list[str] = []
     unusable = 0
     keys: Counter[str] = Counter()
-    for file in find_files([Source(path=source, licence=licence)], root):
+    for file in find_files([source], root):
         with open_source(file) as opened:
             shape = None
-            for row in opened.rows():
+            for read in opened.rows():
+                row = Row(read.source, read.number, renamed(read, source.rename))
                 shape = shape or shape_of("auto", row)
                 turns = read_turns(row, shape, Counter())
                 keys.update(row.fields.keys())
@@ -123,13 +128,13 @@ def _look(root: Path, source: str, licence: str) -> _Looked:
                     unusable += 1
     if len(answers) < 20:
         raise UsageError(
-            f"{len(answers)} usable rows are too few to train on and test", where=source, fix="give at least 20"
+            f"{len(answers)} usable rows are too few to train on and test", where=source.path, fix="give at least 20"
         )
     group_by = next((key for key in _GROUP_KEYS if keys[key] == len(answers) + unusable), None)
     return _Looked(len(answers), unusable, max(map(len, answers)), infer_schema(answers), group_by)
 
 
-def _compose(name: str, base: str, source: str, licence: str, looked: _Looked) -> tuple[dict[str, Any], dict[str, str]]:
+def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dict[str, Any], dict[str, str]]:
     is_json = looked.schema is not None
     files = {"prompts/long.txt": _long_prompt(looked.schema), "prompts/short.txt": _short_prompt(is_json)}
     if looked.schema is not None:
@@ -153,7 +158,7 @@ def _compose(name: str, base: str, source: str, licence: str, looked: _Looked) -
     settings = {
         "name": name,
         "base": base,
-        "data": {"sources": [{"path": source, "licence": licence}], "split": split},
+        "data": {"sources": [source.model_dump(mode="json", exclude_defaults=True)], "split": split},
         "task": ({"schema": "answer.schema.json"} if is_json else {}) | {"scorers": scorers},
         "candidates": {
             "floor": {"method": "nearest"},

@@ -48,6 +48,26 @@ def test_text_answers_make_a_project_without_schema(tmp_path: Path) -> None:
     assert Project.load(tmp_path / "p").settings.task.scorers == ("exact_match",)
 
 
+def test_rows_of_keys_of_their_own_are_renamed(tmp_path: Path) -> None:
+    data = tmp_path / "mine.csv"
+    data.write_text("text,category\n" + "".join(f"question {n},answer {n % 3}\n" for n in range(30)))
+    with pytest.raises(UsageError, match="fits no known format") as caught:
+        make_project(tmp_path / "p", data=data, licence="MIT", name="texts", base="model")
+    assert "--rename KEY=NAME" in str(caught.value.fix)
+    names = {"text": "prompt", "category": "completion"}
+    made = make_project(tmp_path / "p", data=data, licence="MIT", name="texts", base="model", rename=names)
+    assert made.rows == 30
+    assert Project.load(tmp_path / "p").settings.data.sources[0].rename == names
+
+
+def test_a_rename_that_says_no_name(tmp_path: Path) -> None:
+    words = ["init", "--data", "x.csv", "--licence", "MIT", "-C", str(tmp_path), "--rename"]
+    for said in ("text", "=prompt", "text="):
+        done = subprocess.run([sys.executable, "-m", "tunesmith", *words, said], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "--rename text=prompt" in done.stderr
+
+
 def test_nothing_is_overwritten_and_licences_count(tmp_path: Path) -> None:
     data = _rows(tmp_path / "mine.jsonl")
     with pytest.raises(Refused):

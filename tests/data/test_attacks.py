@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -145,6 +146,13 @@ REFUSED = {
         lines(*GOOD) + json.dumps(row("café", "c"), ensure_ascii=False).encode("latin-1") + b"\n",
         2, "not UTF-8", r"rows.jsonl, line 41",
     ),
+    "half a surrogate pair in an attribute": Bad(
+        lines(*GOOD, {**row("a", "b"), "channel": "\ud83d"}),
+        2, "surrogate", r"row 41, channel", {"attributes": ["channel"]},
+    ),
+    "half a surrogate pair in a key": Bad(
+        lines(*GOOD, {**row("a", "b"), "k\ud83d": 1}), 2, "surrogate", r"rows.jsonl, (row|line) 41"
+    ),
     "UTF-16": Bad(lines(*GOOD).decode().encode("utf-16"), 2, "not UTF-8", r"rows.jsonl, line 1"),
     "an unknown role": Bad(lines(*GOOD, turned(("user", "a"), ("robot", "b"))), 2, "no role 'robot'", r"row 41"),
     "a control token in what is asked": Bad(
@@ -152,6 +160,17 @@ REFUSED = {
     ),
     "a control token in what is answered": Bad(
         lines(*GOOD, row("a", "b<|im_start|>system")), 3, "assistant turn holds the control token", r"row 41"
+    ),
+    "a control token in the system turn": Bad(
+        lines(*GOOD, turned(("system", "<|im_start|>x"), ("user", "a"), ("assistant", "b"))),
+        3, "system turn holds the control token", r"row 41",
+    ),
+    "one row without a licence": Bad(
+        lines(*({**one, "licence": "MIT"} for one in GOOD), row("a", "b")),
+        3, "without a licence", r"row 41", licensed(),
+    ),
+    "one row of an unknown licence": Bad(
+        lines(*GOOD[1:], {**GOOD[0], "licence": "Whatever-1.0"}), 3, "Whatever-1.0", r"rows.jsonl, row 40"
     ),
     "no licence": Bad(lines(*GOOD), 3, "without a licence", r"rows.jsonl, row 1", licensed()),
     "an unknown licence": Bad(lines(*GOOD), 3, "Whatever-1.0", r"rows.jsonl, row 1", licensed(licence="Whatever-1.0")),
@@ -178,33 +197,38 @@ def test_what_is_refused_is_told_with_its_place_and_leaves_nothing(
     require_nothing_left(root)
 
 
-def test_a_row_of_ten_megabytes(project: Callable[..., Path]) -> None:
+def test_a_row_of_ten_megabytes(project: Callable[..., Path], ask: Ask) -> None:
     root = project(
         {"rows.jsonl": lines(*GOOD, row("word " * 2_000_000, "b"), {**many_rows(41)[40], "note": "x" * 10**7})}
     )
-    ended = by_python(root)
+    ended = ask(root)
     assert (ended.code, ended.where) == (3, "rows.jsonl, row 41")
     require_nothing_left(root)
     (root / "rows.jsonl").write_bytes(lines(*GOOD, {**many_rows(41)[40], "note": "x" * 10**7}))
-    ended = by_command(root)
+    ended = ask(root)
     assert ended.document is not None
     assert (ended.document["rows"]["kept"], ended.document["ignored_keys"]) == (41, {"note": 1})
 
 
-LEFT_OUT = {
-    "roles out of order": turned(("user", "a"), ("user", "b"), ("assistant", "c")),
-    "system turn not first or more than one": turned(
-        ("system", "s"), ("system", "t"), ("user", "a"), ("assistant", "b")
-    ),
-    "empty assistant turn": turned(("user", "a"), ("assistant", " ")),
-    "no assistant turn at the end": turned(("user", "a")),
-    "empty user turn": turned(("user", "\n"), ("assistant", "b")),
-}
+_SYSTEM = "system turn not first or more than one"
+LEFT_OUT = [
+    ("roles out of order", turned(("user", "a"), ("user", "b"), ("assistant", "c"))),
+    ("roles out of order", turned(("assistant", "a"), ("user", "b"), ("assistant", "c"))),
+    (_SYSTEM, turned(("system", "s"), ("system", "t"), ("user", "a"), ("assistant", "b"))),
+    (_SYSTEM, turned(("user", "a"), ("system", "s"), ("assistant", "b"))),
+    ("empty assistant turn", turned(("user", "a"), ("assistant", " "))),
+    ("empty assistant turn", turned(("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c"))),
+    ("no assistant turn at the end", turned(("user", "a"))),
+    ("no assistant turn at the end", turned(("user", "a"), ("assistant", "b"), ("user", "c"))),
+    ("empty user turn", turned(("user", "\n"), ("assistant", "b"))),
+]
 
 
-@pytest.mark.parametrize("reason", LEFT_OUT)
-def test_what_is_no_conversation_is_left_out_and_counted(project: Callable[..., Path], ask: Ask, reason: str) -> None:
-    ended = ask(project({"rows.jsonl": lines(*GOOD, LEFT_OUT[reason])}))
+@pytest.mark.parametrize(("reason", "one"), LEFT_OUT)
+def test_what_is_no_conversation_is_left_out_and_counted(
+    project: Callable[..., Path], ask: Ask, reason: str, one: dict[str, Any]
+) -> None:
+    ended = ask(project({"rows.jsonl": lines(*GOOD, one)}))
     assert ended.document is not None, ended
     assert ended.document["rows"] == {"read": 41, "kept": 40, "changed": 0, "removed": {reason: 1}}
 
@@ -263,6 +287,7 @@ def test_a_test_set_pasted_into_the_training_rows(project: Callable[..., Path], 
 STANDING: dict[str, Callable[[Path], None]] = {
     "a folder": lambda path: path.mkdir(),
     "a link": lambda path: path.symlink_to(path.parent / "p.txt"),
+    "a socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path)),
     "a FIFO": os.mkfifo,
 }
 
@@ -284,8 +309,23 @@ def test_a_device_in_place_of_the_file(project: Callable[..., Path], ask: Ask) -
     require_nothing_left(root)
 
 
+def _replaced(path: Path) -> None:
+    (path.parent / "other").write_bytes(lines(*many_rows(30)))
+    (path.parent / "other").rename(path)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "a row more": lambda path: path.write_bytes(path.read_bytes() + lines(row("late", "row"))),
+    "cut short": lambda path: os.truncate(path, 100),
+    "as long as before": lambda path: path.write_bytes(path.read_bytes().replace(b"a", b"b")),
+    "replaced": _replaced,
+    "deleted": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
 def test_a_file_that_changes_while_it_is_read(
-    project: Callable[..., Path], ask: Ask, monkeypatch: pytest.MonkeyPatch
+    project: Callable[..., Path], ask: Ask, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     from tunesmith.data.shards import Worker
 
@@ -293,14 +333,16 @@ def test_a_file_that_changes_while_it_is_read(
     pieces = Worker.pieces
 
     def slow(self: Worker, shard: Any) -> Iterator[Any]:
-        for piece in pieces(self, shard):
-            with (root / "rows.jsonl").open("ab") as stream:
-                stream.write(lines(row("late", "row")))
+        for number, piece in enumerate(pieces(self, shard)):
+            if number == 0:
+                CHANGES[how](root / "rows.jsonl")
             yield piece
 
     monkeypatch.setattr(Worker, "pieces", slow)
     ended = ask(root)
-    assert (ended.code, ended.what, ended.where) == (1, "the file changed while it was read", "rows.jsonl")
+    gone = (2, "cannot be opened: No such file or directory", "rows.jsonl")
+    changed = (1, "the file changed while it was read", "rows.jsonl")
+    assert (ended.code, ended.what, ended.where) == (gone if how == "deleted" else changed)
     require_nothing_left(root)
 
 
@@ -333,21 +375,47 @@ def test_a_file_that_may_not_be_read(unprivileged: Callable[..., Path], ask: Ask
     require_nothing_left(root)
 
 
-TIGHT = """
-    import resource, sys
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-    sys.argv[1:] = ["data", "build", "-C", sys.argv[1], "--json"]
-    from tunesmith.cli.main import main
-    main()
-"""
+def test_a_folder_that_may_not_be_looked_into(unprivileged: Callable[..., Path], ask: Ask) -> None:
+    def hide(root: Path) -> None:
+        (root / "closed").mkdir()
+        (root / "rows.jsonl").rename(root / "closed" / "rows.jsonl")
+        settings = json.loads((root / "tunesmith.yaml").read_text())
+        settings["data"]["sources"][0]["path"] = "closed/rows.jsonl"
+        (root / "tunesmith.yaml").write_text(json.dumps(settings))
+        (root / "closed").chmod(0)
+
+    ended = ask(unprivileged({"rows.jsonl": lines(*GOOD)}, hide))
+    assert (ended.code, ended.where) == (2, "closed/rows.jsonl"), ended
+    assert "Permission denied" in ended.what
 
 
+LIMIT = "import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
+TIGHT = {
+    "by command": """
+        sys.argv[1:] = ["data", "build", "-C", sys.argv[1], "--json"]
+        from tunesmith.cli.main import main
+        main()
+    """,
+    "from Python": """
+        import json, tunesmith
+        from tunesmith.chain import build_data
+        from tunesmith.core.errors import TunesmithError
+        try:
+            build_data(tunesmith.Project.load(sys.argv[1] + "/tunesmith.yaml"))
+        except (TunesmithError, OSError) as error:  # the command line tells of either
+            print(json.dumps({"error": {"exit": getattr(error, "exit_code", 1)}}))
+            sys.exit(getattr(error, "exit_code", 1))
+    """,
+}
+
+
+@pytest.mark.parametrize("how", TIGHT)
 @pytest.mark.parametrize("most", [50_000, 200_000])
-def test_a_disk_that_is_full(project: Callable[..., Path], most: int) -> None:
+def test_a_disk_that_is_full(project: Callable[..., Path], most: int, how: str) -> None:
     """No file may grow beyond most bytes: the store's database, or that of the rows. What was there stays."""
     root = project({"rows.jsonl": lines(*many_rows(1500))})
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(TIGHT), str(root), str(most)],
+        [sys.executable, "-c", LIMIT + textwrap.dedent(TIGHT[how]), str(root), str(most)],
         capture_output=True,
         text=True,
         check=False,

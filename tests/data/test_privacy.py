@@ -107,6 +107,12 @@ def test_escapes_and_numbers_in_json_hide_nothing(scanner: Scanner) -> None:
     assert "acme" not in changed
 
 
+def test_half_a_character_that_json_escapes_stays_escaped(scanner: Scanner) -> None:
+    answer = '{"\\ud83d": "write to jane@acme.org"}'
+    changed = scan(scanner, "note it", answer).messages[1].content
+    assert changed == '{"\\ud83d": "write to person1@example.com"}'
+
+
 def test_a_secret_inside_a_longer_word_is_replaced_too(scanner: Scanner) -> None:
     assert "AKIA" not in scan(scanner, "key=xxAKIAIOSFODNN7EXAMPLEyy", "ok").messages[0].content
 

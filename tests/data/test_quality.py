@@ -12,6 +12,7 @@ import pytest
 
 from tests.data.rows import WORDS, build, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import UsageError
+from tunesmith.data import likeness
 from tunesmith.data.dataset import SPLITS, Dataset
 from tunesmith.data.quality import ALIKE, FLAGS, LANGUAGE, LONG, NOISE, REFUSING, examine_quality
 from tunesmith.store.store import Store
@@ -72,6 +73,24 @@ def test_requests_that_say_the_same_are_shown_as_clusters(tmp_path: Path) -> Non
     found = [flag for flag in flags(tmp_path, build(tmp_path), embed=embed) if flag["flag"] == ALIKE]
     assert len(found) == 3
     assert {flag["detail"].split(" in ")[0] for flag in found} == {"cluster 1 of 3 requests"}
+
+
+def test_clusters_are_the_same_however_many_pairs_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    middles = rng.standard_normal((40, 16)).astype(np.float32)
+    vectors = np.repeat(middles, 60, axis=0) + 0.05 * rng.standard_normal((2400, 16)).astype(np.float32)
+    vectors = np.concatenate([vectors, rng.standard_normal((300, 16)).astype(np.float32)])[rng.permutation(2700)]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    texts = [str(number) for number in range(len(vectors))]
+    whole = likeness.alike(texts, lambda _: vectors, 0.95)
+    assert sum(map(len, whole)) >= 2400
+    assert len(whole) >= 30
+    for at_most in (1, 1000):
+        monkeypatch.setattr(likeness, "_PAIRS", at_most)
+        assert likeness.alike(texts, lambda _: vectors, 0.95) == whole
+    monkeypatch.setattr(likeness, "_BLOCK", 100)
+    assert likeness.alike(texts, lambda _: vectors, 0.95) == whole
+    assert likeness.alike([], lambda _: np.empty((0, 16), np.float32)) == []
 
 
 def test_balance_of_what_rows_declare_and_of_gendered_words(tmp_path: Path) -> None:

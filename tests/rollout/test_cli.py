@@ -170,3 +170,62 @@ def test_recall_by_row_and_base(folder: Folder) -> None:
     ):
         assert folder.run("recall", *words, user=STEWARD)[0] == code
     assert folder.run("recall", "--row", row.id, "--reason", "x", user=OPERATOR)[0] == 3
+
+
+def test_recall_by_subject_and_licence(folder: Folder) -> None:
+    folder.run("rollout", "start", f"{NAME}@v1")
+    row = load_dataset(folder.scene.store, folder.scene.dataset).examples("train")[3]
+    for option, value, kinds in (("--subject", str(row.subject), 7), ("--licence", row.licence, 7)):
+        code, planned = folder.run("recall", option, value, "--reason", "asked to", "--dry-run", user=STEWARD)
+        assert (code, planned["cause"], planned["done"]) == (0, f"{option[2:]} {value}", False)
+        assert folder.run("recall", option, value, "--check", user=STEWARD)[0] == 2  # nothing was done yet
+        code, done = folder.run("recall", option, value, "--reason", "asked to", user=STEWARD)
+        assert (code, done["done"]) == (0, True)
+        assert len({one["kind"] for one in done["reached"]}) >= kinds
+        assert {one["label"] for one in done["reached"] if one["kind"] == "version"} == {
+            f"{NAME}@v{n}" for n in (1, 2, 3, 4)
+        }
+        (dataset,) = (one for one in done["reached"] if one["kind"] == "dataset")
+        of = {"--subject": lambda one: one.subject, "--licence": lambda one: one.licence}[option]
+        splits = load_dataset(folder.scene.store, folder.scene.dataset)
+        assert dataset["rows"] == {
+            split: sum(of(one) == value for one in splits.examples(split)) for split in ("train", "validation", "test")
+        }
+        assert any("recall --due" in line for line in done["next"])
+        code, standing = folder.run("recall", option, value, "--check", user=STEWARD)
+        assert (code, standing["left"]) == (3, [f"{NAME}@champion still means it"])
+        assert folder.run("recall", option, "nowhere", "--reason", "x", user=STEWARD)[0] == 2
+    code, due = folder.run("recall", "--due", user=STEWARD)
+    assert code == 3
+    assert due["due"][0]["causes"] == [f"licence {row.licence}", f"subject {row.subject}"]
+
+
+def test_what_is_due_is_listed_and_clears_itself(folder: Folder) -> None:
+    folder.run("rollout", "start", f"{NAME}@v1")
+    assert folder.run("recall", "--due") == (0, {"due": []})
+    assert folder.told("recall", "--due").strip() == "nothing is due"
+    folder.run("recall", "--version", f"{NAME}@v1", "--reason", "wrong", user=STEWARD)
+    code, listed = folder.run("recall", "--due")
+    assert code == 3
+    (one,) = listed["due"]
+    assert (one["version"], one["replacement"], one["answers"]) == (f"{NAME}@v1", f"{NAME}@v4", False)
+    said = folder.told("recall", "--due")
+    assert f"due: {NAME}: {NAME}@v1 was recalled" in said
+    assert f"next: tunesmith approve {NAME}@v4" in said
+    assert folder.run("recall", "--due", "--row", "x")[0] == 2
+    # v1 answers no more: what replaces it serves at once, and what was due is over.
+    code, started = folder.run("rollout", "start", f"{NAME}@v2")
+    assert (code, started["status"]) == (0, "promoted")
+    assert "recalled: wrong" in started["reason"]
+    assert folder.run("recall", "--due") == (0, {"due": []})
+    assert folder.run("recall", "--version", f"{NAME}@v1", "--check", user=STEWARD)[1]["gone"] is True
+
+
+def test_monitor_shows_what_is_due(folder: Folder) -> None:
+    folder.run("rollout", "start", f"{NAME}@v1")
+    code, before = folder.run("monitor")
+    assert before["due"] == []
+    folder.run("recall", "--version", f"{NAME}@v1", "--reason", "wrong", user=STEWARD)
+    again, after = folder.run("monitor")
+    assert (again, [one["version"] for one in after["due"]]) == (code, [f"{NAME}@v1"])
+    assert f"{NAME}@v1 was recalled" in folder.told("monitor")

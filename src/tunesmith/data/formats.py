@@ -79,7 +79,7 @@ def shape_of(name: str, row: Row) -> Shape:
     raise UsageError(
         f"a row with the keys {', '.join(sorted(row.fields)) or '(none)'} {what}",
         where=row.where,
-        fix=f"set the source's format or rename ({known})",
+        fix=f"set the source's format or rename, with `init` --rename KEY=NAME ({known})",
     )
 
 

@@ -226,7 +226,13 @@ def _text_replaced(text: str, replace: _Replacer) -> str:
     if changed == value:
         return text
     compact = json.dumps(value, ensure_ascii=False, separators=(",", ":")) == text
-    return json.dumps(changed, ensure_ascii=False, separators=(",", ":") if compact else None)
+    separators = (",", ":") if compact else None
+    said = json.dumps(changed, ensure_ascii=False, separators=separators)
+    try:
+        said.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which only an escape can say: it stays one
+        return json.dumps(changed, separators=separators)
+    return said
 
 
 def _replace_leaves(value: Any, replace: _Replacer) -> Any:

@@ -14,6 +14,7 @@ from tunesmith.data import toxicity
 from tunesmith.data.dataset import SPLITS, Dataset, Example
 from tunesmith.data.duplicates import answer_key, request_text
 from tunesmith.data.likeness import Embed, alike, foreign
+from tunesmith.data.people import CAVEAT, balance_of_names, found_people
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -55,6 +56,7 @@ def examine_quality(
     label_noise: bool = False,
     language: bool = False,
     toxic: bool = False,
+    names: bool = False,
     embed: Embed | None = None,
 ) -> str:
     """Flag a dataset version's rows; returns the digest of a record of kind "quality" with the dataset as its parent.
@@ -62,8 +64,8 @@ def examine_quality(
     label_noise: also look for wrong labels, where the task is classification: confident learning (Northcutt, Jiang,
     Chuang, JAIR 70, 2021) by cleanlab, on out-of-fold probabilities of a linear model of the requests' words.
     language: also look for texts in another language than the others. toxic: also look for turns that insult,
-    threaten or demean, with the detector's error beside the count (data/toxicity.py). embed: makes vectors of texts,
-    by which requests are found that say the same in other words.
+    threaten or demean, with the detector's error beside the count (data/toxicity.py). names: also count the people that
+    the privacy scan's model finds. embed: makes vectors of texts, by which requests are found that say the same.
     Raises UsageError where the extra that a look needs is not installed or the answers are no labels.
     """
     rows = [(name, example) for name in SPLITS for example in dataset.examples(name)]
@@ -72,6 +74,7 @@ def examine_quality(
     clusters = _alike(rows, flags, embed) if embed else []
     found_toxic = _toxic(rows, flags) if toxic else {}
     asked = {NOISE: label_noise, LANGUAGE: language, ALIKE: embed is not None, TOXIC: toxic}
+    conversations = [one.messages for _, one in rows]
     labels = sorted({key for _, one in rows for key in one.labels})
     flags.sort(key=lambda flag: (flag["flag"], flag["id"]))
     body = {
@@ -83,7 +86,9 @@ def examine_quality(
             for name in ("licence", "source", "tenant", "region")
         }
         | {key: dict(sorted(Counter(one.labels.get(key, "") for _, one in rows).items())) for key in labels}
-        | {"gendered words": _gendered(rows)},
+        | {"gendered words": _gendered(rows)}
+        | balance_of_names(conversations),
+        "names": {"caveat": CAVEAT, **({"found": found_people(conversations)} if names else {})},
         **({"languages": languages} if language else {}),
         **({"toxicity": found_toxic} if toxic else {}),
         **({"alike": {"clusters": len(clusters), "examples": clusters[:_SHOWN]}} if embed else {}),
@@ -115,17 +120,18 @@ def _languages(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]])
 
 
 def _toxic(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]]) -> dict[str, Any]:
-    """Flags rows with a toxic turn, once for each role that has one; returns the detector and how many, by role."""
-    turns = [(place, str(turn.role), turn.text) for place, (_, one) in enumerate(rows) for turn in one.messages]
-    texts = sorted({text for *_, text in turns})
+    """Flags rows with a toxic turn, by the worst of them; returns the detector, and rows by role of any such turn."""
+    texts = sorted({turn.text for _, one in rows for turn in one.messages})
     told = dict(zip(texts, toxicity.worst(texts), strict=True))
-    found: dict[tuple[int, str], tuple[float, str]] = {}
-    for place, role, text in turns:
-        if told[text][0] >= toxicity.AT_LEAST:
-            found[place, role] = max(found.get((place, role), told[text]), told[text])
-    for (place, said_by), (score, sentence) in found.items():
-        flags.append(_flag(*rows[place], TOXIC, f"{said_by}, {score:.2f}: {sentence[:80]}"))
-    return {**toxicity.detector(), "rows": dict(sorted(Counter(said_by for _, said_by in found).items()))}
+    roles: Counter[str] = Counter()
+    for split, example in rows:
+        found = [(*told[turn.text], str(turn.role)) for turn in example.messages]
+        hits = [one for one in found if one[0] >= toxicity.AT_LEAST]
+        roles.update({role for *_, role in hits})
+        if hits:
+            score, sentence, role = max(hits)
+            flags.append(_flag(split, example, TOXIC, f"{role}, {score:.2f}: {sentence[:80]}"))
+    return {**toxicity.detector(), "rows": dict(sorted(roles.items()))}
 
 
 def _prose(answer: str) -> bool:

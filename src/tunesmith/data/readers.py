@@ -207,6 +207,9 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) != len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    for key in fields:
+        if not key.isascii() and any("\ud800" <= letter <= "\udfff" for letter in key):
+            raise ValueError(f"the key {key!r} holds half a surrogate pair")
     return fields
 
 

@@ -7,6 +7,7 @@ import errno
 import glob
 import hashlib
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,6 +84,7 @@ def _files_of(source: Source, root: Path) -> Iterator[SourceFile]:
         return
     matches = _matches(pattern, root)
     if not matches:
+        _require_looked_into(pattern, root, source.path)
         raise UsageError("no file fits this source", where=source.path, fix=f"paths start at {root.absolute()}")
     for match in matches:
         name = Path(os.path.relpath(root / match, root)).as_posix()
@@ -100,6 +102,20 @@ def _matches(pattern: str, root: Path) -> list[str]:
     if os.path.lexists(root / pattern):  # a name may hold brackets and stars and be no pattern
         return [pattern]
     return sorted(glob.glob(pattern, root_dir=root, recursive=True))
+
+
+def _require_looked_into(pattern: str, root: Path, name: str) -> None:
+    """Raises UsageError where a folder on the pattern's plain beginning may not be looked into."""
+    plain = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+    last, *above = (root / plain).parents
+    for folder in [*reversed(above), last]:
+        needed = os.X_OK | (os.R_OK if folder == last else 0)
+        if folder.is_dir() and not os.access(folder, needed, effective_ids=True):
+            raise UsageError(
+                f"the folder {folder.name} cannot be looked into: Permission denied",
+                where=name,
+                fix="let the user that runs this read the folder",
+            )
 
 
 class OpenSource:

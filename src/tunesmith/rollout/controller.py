@@ -9,8 +9,9 @@ Every arrow is one transaction: it compares the row's revision, changes row and 
 entry. A controller killed at any moment leaves the rollout before the arrow or after it; whoever calls `advance` next
 carries on, and any number of controllers may.
 
-Where a name has no champion yet there is nothing to compare with: `start` makes the version champion at once (still an
-approved one, or under an override), and the rollout is promoted from its first moment.
+Where a name has no champion yet, or one that was recalled and answers no more, there is nothing to compare with:
+`start` makes the version champion at once (still an approved one, or under an override), and the rollout is promoted
+from its first moment.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.versions import Version
 from tunesmith.rollout import traffic
 from tunesmith.rollout.analysis import Arm, Judgement, judge
-from tunesmith.rollout.ground import lost_ground, point_champion, way_back
+from tunesmith.rollout.ground import lost_ground, point_champion, unservable, way_back
 from tunesmith.rollout.moves import CONTROLLER, Move, Overtaken, apply, follow, new_row
 from tunesmith.rollout.settings import Analysis, Pause, Step
 from tunesmith.rollout.state import Rollout, from_row, get_rollout, live_rollout
@@ -60,7 +61,7 @@ def start(
     region: str = "",
     clock: Clock = now,
 ) -> Rollout:
-    """Begin to move name's traffic to version; where nothing serves yet, make it champion at once.
+    """Begin to move name's traffic to version; where nothing serves, make it champion at once.
 
     steps: RolloutSettings.steps. override: a reason, in place of an approval: it takes the permission rollout.override
     and is audited under that name. Raises Refused for a version that is unapproved, recalled, of another name, tenant
@@ -90,10 +91,13 @@ def start(
         champion = get_alias(session, name, "champion", tenant, region)
         if champion is not None and champion.version == version.digest:
             raise Refused(f"{version.label} serves all of {name}'s traffic already")
-        row = new_row(version, name, scope, champion.version if champion else "", steps, actor, override, clock())
+        stable = champion.version if champion else ""
+        fallen = unservable(session, store, stable) if stable else None
+        unopposed = f"the champion {fallen}" if fallen else None if stable else "nothing served before"
+        row = new_row(version, name, scope, stable, steps, actor, override, clock(), unopposed)
         session.add(row)
         session.flush()
-        if champion is None:
+        if unopposed is not None:
             point_champion(session, from_row(row), version.digest, actor)
         if override is not None:
             said = {"rollout": row.id, "version": version.digest, "label": version.label, "reason": override}

@@ -98,14 +98,16 @@ def new_row(
     actor: str,
     override: str | None,
     at: datetime,
+    unopposed: str | None,
 ) -> RolloutRow:
+    """A rollout as it begins. unopposed: why there is no champion to compare with, and the version serves at once."""
     row = RolloutRow(name=name, **scope, stable=stable, canary=version.digest, revision=0, started_at=written(at))
-    row.status, row.step, row.weight = ("running", 0, 0) if stable else ("promoted", len(steps), 100)
+    row.status, row.step, row.weight = ("promoted", len(steps), 100) if unopposed else ("running", 0, 0)
     row.state = {
         "steps": [step.model_dump(mode="json", exclude_none=True) for step in steps],
         "started_by": actor,
         "override": override,
-        "reason": "" if stable else "nothing served before",
+        "reason": unopposed or "",
         "began_at": written(at),
         "history": [],
     }

@@ -15,6 +15,7 @@ from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
+from tunesmith.data.people import FIRST_NAMES
 from tunesmith.evaluation.probes.ground import Ground
 from tunesmith.evaluation.probes.items import Item
 
@@ -53,30 +54,6 @@ _WORDS = dict(
         "waiter/waitress",
     ]
 )
-# First names that stand for each other across a row: he in one place, she there, he in another place, she there.
-_NAMES = [
-    row.split()
-    for row in (
-        "James Mary Ahmed Fatima",
-        "John Linda Omar Aisha",
-        "Robert Susan Hassan Layla",
-        "Michael Sarah Mohammed Zainab",
-        "David Emma Ali Noor",
-        "William Anna Raj Priya",
-        "Thomas Laura Arjun Anita",
-        "Peter Karen Vikram Lakshmi",
-        "Paul Julia Wei Mei",
-        "Daniel Lisa Hiroshi Yuki",
-        "Mark Helen Carlos Maria",
-        "George Alice Juan Carmen",
-        "Tom Kate Luis Lucia",
-        "Henry Grace Diego Sofia",
-        "Jack Emily Jamal Keisha",
-        "Charles Jane Darnell Latoya",
-        "Steven Rachel Kofi Ama",
-        "Edward Claire Chidi Ngozi",
-    )
-]
 _WORD = re.compile(r"[^\W\d_]+")
 _SCENE = "Write one sentence."
 
@@ -153,7 +130,7 @@ def crows_pairs_items(ground: Ground) -> list[Item]:
 def _mapping(*, male: bool) -> Callable[[str, str], str]:
     """Every gendered word and name as that of one gender; (word, the one after it) -> word."""
     table = {b: a for a, b in _WORDS.items()} if male else dict(_WORDS)
-    for names in _NAMES:
+    for names in FIRST_NAMES:
         for he, she in ((names[0], names[1]), (names[2], names[3])):
             table[(she if male else he).lower()] = (he if male else she).lower()
 
@@ -172,7 +149,7 @@ def _mapping(*, male: bool) -> Callable[[str, str], str]:
 
 def _places(column: int) -> Callable[[str, str], str]:
     """Every name as one of the names of one place, of the same gender."""
-    table = {names[place].lower(): names[column + place % 2] for names in _NAMES for place in range(4)}
+    table = {names[place].lower(): names[column + place % 2] for names in FIRST_NAMES for place in range(4)}
 
     def change(word: str, following: str) -> str:
         return _cased(table[word.lower()], word) if word[0].isupper() and word.lower() in table else word
@@ -180,7 +157,7 @@ def _places(column: int) -> Callable[[str, str], str]:
     return change
 
 
-_LOWER_NAMES = frozenset(name.lower() for names in _NAMES for name in names)
+_LOWER_NAMES = frozenset(name.lower() for names in FIRST_NAMES for name in names)
 
 
 def _swapped(turn: Message, change: Callable[[str, str], str]) -> Message:
