@@ -17,9 +17,11 @@ from torch import Tensor
 
 from tunesmith.models import native
 from tunesmith.models.ops import at
+from tunesmith.models.runtime import LargePages
 
 _ROWS = 512  # how many rows of activations the tensor library's layout is chosen for
 TILE = 32  # tiles multiply blocks of so many rows, columns and summands
+_pages, _backward_pages = LargePages(), LargePages()  # read one after another in each direction
 
 
 class Pair:
@@ -74,7 +76,7 @@ class Frozen:
         self._backward: Tensor | None = None
         self._forward = weight
         if self._tiles:
-            self._forward = torch.empty_like(weight)
+            self._forward = _pages.empty_like(weight)
             _pack(weight.contiguous(), self._forward, None)
         elif self._packs:
             self._forward = _laid_out(weight)
@@ -121,7 +123,7 @@ class Frozen:
     def _lay_out_backward(self) -> None:
         """At the first gradient: what only answers needs no second copy."""
         if self._backward is None and self._tiles:
-            self._backward = torch.empty_like(self._forward)
+            self._backward = _backward_pages.empty_like(self._forward)
             _pack(self.weight, None, self._backward)
         elif self._backward is None and self._packs:
             self._backward = _laid_out(self.weight.t().contiguous())

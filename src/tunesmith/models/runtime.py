@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import platform
 import resource
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from tunesmith.models import native as kernels
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE_PAGE, _BLOCK = 2 << 20, 32 << 20  # bytes
 
 
 @cache
@@ -36,6 +39,43 @@ def prepare() -> int:
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
     return threads
+
+
+class _Block:
+    """Memory that is handed out from front to back; given back when the last tensor on it is gone."""
+
+    def __init__(self, size: int) -> None:
+        self._memory = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError, AttributeError):  # a kernel without them: usual pages serve
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._next = -torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr() % _LARGE_PAGE
+        self._end = self._next + size
+
+    def hand_out(self, size: int) -> Tensor | None:
+        """So many bytes, on a line of the cache; None where they are no more there."""
+        if self._next + size > self._end:
+            return None
+        start, self._next = self._next, self._next + -(-size // 64) * 64
+        return torch.frombuffer(self._memory, dtype=torch.uint8, count=size, offset=start)
+
+
+class LargePages:
+    """Empty tensors on pages of 2 MB, where Linux has them, for weights that are read from front to back in every step:
+    the processor reads ahead within a page alone, and forgets the places of small ones."""
+
+    def __init__(self) -> None:
+        self._block: _Block | None = None
+
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same shape and type, filled with anything."""
+        if tensor.nbytes == 0:
+            return torch.empty_like(tensor)
+        found = None if self._block is None else self._block.hand_out(tensor.nbytes)
+        if found is None:
+            self._block = _Block(max(_BLOCK, -(-tensor.nbytes // _LARGE_PAGE) * _LARGE_PAGE))
+            found = self._block.hand_out(tensor.nbytes)
+            assert found is not None
+        return found.view(tensor.dtype).view(tensor.shape)
 
 
 def reset_peak_memory() -> None:
