@@ -1,8 +1,9 @@
 """Attention of rows behind a shared prefix, forward and backward in one function each.
 
-The scores of a row against the shared prefix are one product for all rows; those against its own tokens are causal.
-Small dense products beat masked flash kernels on CPU at these lengths. Weights of long rows are computed again in the
-backward pass: kept, they would be the largest thing in memory. Shapes: K key/value heads, G query heads for each, B
+On processors with tiles one kernel each way does it a row at a time in the caches (native/attention_tiles.cpp).
+Elsewhere, and where windows or caps change the scores, it is products of blocks: the scores of a row against the shared
+prefix are one product for all rows; those against its own tokens are causal. Weights of long rows are computed again in
+the backward pass: kept, they would be the largest thing in memory. Shapes: K key/value heads, G query heads for each, B
 rows padded to L own tokens, P prefix tokens, D head size.
 """
 
