@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,6 +37,8 @@ SIZES = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
+# Sizes that a processor's tiles multiply: real models have such alone.
+TILED = {**SIZES, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 FAMILIES = {
     "llama": lambda **k: LlamaConfig(**k),
     "llama-untied": lambda **k: LlamaConfig(**{**k, "tie_word_embeddings": False}),
@@ -79,12 +83,14 @@ FAMILIES = {
 }
 
 
-def write_model(folder: Path, family: str = "llama", seed: int = 0, template: str = TEMPLATE) -> Path:
+def write_model(
+    folder: Path, family: str = "llama", seed: int = 0, template: str = TEMPLATE, sizes: Mapping[str, Any] = SIZES
+) -> Path:
     """A folder with random fp32 weights, tokenizer and template; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     size = write_tokenizer(folder, template)
     torch.manual_seed(seed)
-    config = FAMILIES[family](vocab_size=size, bos_token_id=0, eos_token_id=1, pad_token_id=1, **SIZES)
+    config = FAMILIES[family](vocab_size=size, bos_token_id=0, eos_token_id=1, pad_token_id=1, **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too: a weight of exactly one or zero hides mistakes

@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from tests.tiny import FAMILIES, row, write_model
+from tests.tiny import FAMILIES, TILED, row, write_model
+from tunesmith.models import native, products
 from tunesmith.models.adapter import encode_adapter, read_adapter
 from tunesmith.models.base import resolve_base
 from tunesmith.models.batch import label_count, lay_out
@@ -91,6 +92,41 @@ def test_forward_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> 
     # Adam divides by the gradient's size: where a gradient is all but zero, rounding decides its sign.
     off = sum(int(((end[name] - state[name]).abs() > 2e-3).sum()) for name in end)
     assert off <= 0.01 * sum(value.numel() for value in end.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_in_bf16_gradients_are_as_near_to_fp32_as_the_portable_path(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes that tiles multiply: on a processor with tiles the whole step goes through them."""
+    folder = write_model(tmp_path / family, family, sizes=TILED)
+    renderer = Renderer(folder)
+    batch = lay_out([renderer.conversation(messages) for messages in ROWS])
+
+    def gradient(dtype: torch.dtype) -> tuple[float, list[torch.Tensor]]:
+        network = load_network(folder, dtype)
+        lora = Lora(network, TrainSettings(rank=4))
+        with torch.no_grad():
+            for master, factor in zip(lora.masters, lora._factors, strict=True):
+                master.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+                master.mul_(factor != 0)
+        lora.refresh_copies()
+        loss = gradients(network, lora, [batch])
+        return loss, [master.grad for master in lora.masters if master.grad is not None]
+
+    loss, wide = gradient(torch.float32)
+    compiled_loss, compiled = gradient(torch.bfloat16)
+    monkeypatch.setattr(native, "library", lambda: None)
+    products._tile_library.cache_clear()
+    portable_loss, portable = gradient(torch.bfloat16)
+    products._tile_library.cache_clear()
+    assert compiled_loss == pytest.approx(loss, rel=2e-2)
+    assert portable_loss == pytest.approx(loss, rel=2e-2)
+    for exact, one, other in zip(wide, compiled, portable, strict=True):
+        size = float(exact.norm())
+        off, allowed = float((one - exact).norm()) / size, float((other - exact).norm()) / size
+        assert off < max(0.02, 1.5 * allowed), (off, allowed)
+        assert off < 0.1
 
 
 def _save(folder: Path, files: dict[str, bytes]) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tunesmith.models import native, ops
 from tunesmith.models.batch import Batch
-from tunesmith.models.network import Attend, Network, angles
+from tunesmith.models.network import Attend, Network, Shape, angles
 
 KEPT_WEIGHTS = 1 << 22  # numbers: a layer's weights up to this many are kept for the backward pass
 
@@ -55,14 +55,8 @@ class Layout:
         )
 
     def on_tiles(self, qkv: Tensor, layer: int) -> bool:
-        """Whether attention_tiles.cpp does a layer's attention: on a processor with tiles, in bf16, where each token
-        sees all before it."""
-        window = self.windows[layer]
-        fits = self.cap is None and self.shape.head % 32 == 0 and qkv.device.type == "cpu"
-        if not fits or qkv.dtype != torch.bfloat16 or (window is not None and window < self.prefix + self.longest):
-            return False
-        library = native.library()
-        return library is not None and library.tiles() == 1
+        """Whether attention_tiles.cpp does a layer's attention."""
+        return fits_tiles(self.shape, self.windows[layer], self.prefix + self.longest, qkv)
 
     def blocks(self, like: Tensor) -> Blocks:
         """Blocks to be filled, slots of no token too."""
@@ -153,6 +147,17 @@ class Layout:
         rest = own.reshape(self.kv, self.rows, group, self.longest, size).permute(1, 3, 0, 2, 4)
         rest = rest.reshape(self.rows, self.longest, -1, size)[self.row_of[cut:], self.place_of[cut:]]
         return torch.cat((first, rest))
+
+
+def fits_tiles(shape: Shape, window: int | None, seen: int, like: Tensor) -> bool:
+    """Whether attention_tiles.cpp does the attention of rows of up to so many places, on numbers like those: on a
+    processor with tiles, in bf16, where each token sees all before it."""
+    if shape.score_cap is not None or shape.head % 32 or (window is not None and window < seen):
+        return False
+    if like.dtype != torch.bfloat16 or like.device.type != "cpu":
+        return False
+    library = native.library()
+    return library is not None and library.tiles() == 1
 
 
 def shared_prefix_attention(batch: Batch, network: Network) -> Attend:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from tunesmith.core.errors import Refused
 from tunesmith.models import runtime
-from tunesmith.models.attention import KEPT_WEIGHTS
+from tunesmith.models.attention import KEPT_WEIGHTS, fits_tiles
 from tunesmith.models.batch import Batch
 from tunesmith.models.foreign import Foreign
 from tunesmith.models.four_bit import FourBit
@@ -55,6 +55,8 @@ def step_bytes(network: Network | Foreign, trained: Trained, settings: TrainSett
     layers = min(settings.layers or shape.layers, shape.layers)
     longest, rows = max(part.lengths), len(part.lengths)
     weights = shape.heads * (part.prefix**2 + rows * longest * (part.prefix + longest))
+    if fits_tiles(shape, network.layers[0].window, part.prefix + longest, network.embedding):
+        weights = 0  # they never leave the caches
     weights *= 1 + (layers if weights <= KEPT_WEIGHTS else 1)  # and their gradients, a layer's at a time
     logits = min(LOGIT_ROWS, part.labels.numel()) * shape.vocabulary
     unpacked = 2 * max((each.numel() for each in layer.values() if isinstance(each, FourBit)), default=0)
