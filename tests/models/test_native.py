@@ -274,6 +274,24 @@ def test_largest_is_the_first_of_equals(monkeypatch: pytest.MonkeyPatch, dtype: 
     assert compiled[1:].tolist() == [0, 7, 0]
 
 
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_allowed_is_forbidden(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    scores, rows = _random(dtype, 3, 75), torch.tensor([2, 0])
+    bits = torch.tensor([[0b101, -1, 0], [-1, 1 << 31 - 1, 7]], dtype=torch.int32)
+
+    def run() -> list[Tensor]:
+        made = scores.clone()
+        ops.forbid_(made, rows, bits)
+        return [made]
+
+    (compiled,), (portable,) = _both(monkeypatch, run)
+    assert torch.equal(compiled, portable)
+    allowed = [[*range(32), 62, 64, 65, 66], list(range(75)), [0, 2, *range(32, 64)]]
+    for row, places in enumerate(allowed):
+        assert compiled[row].isfinite().nonzero()[:, 0].tolist() == places
+
+
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("rows", [1, 31, 32, 77])
 @pytest.mark.parametrize(("out", "into"), [(32, 32), (96, 320), (256, 320), (64, 4160)])

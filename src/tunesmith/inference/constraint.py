@@ -6,16 +6,18 @@ llguidance computes which those are; keys come in the schema's own order, one sp
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from torch import Tensor
 
 from tunesmith.core.errors import UsageError
+from tunesmith.models import ops
 
 # Whitespace as json.dumps writes it, with or without; unbounded, a model could go on with it for ever.
 # Not by whitespace_pattern: releases of llguidance read " ?" as any number of spaces.
@@ -27,12 +29,11 @@ class Constraints:
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self._tokens: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary)
-        self._vocabulary = vocabulary
         self._matcher = cache(self._fresh)
 
     def guide(self, schema: str) -> Guide:
         """What holds one answer, from its start. Raises UsageError for a schema that cannot be followed."""
-        return Guide(self._matcher(schema).deep_copy(), self._vocabulary)
+        return Guide(self._matcher(schema).deep_copy())
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for; a character may be spread over several."""
@@ -48,14 +49,8 @@ class Constraints:
 class Guide:
     """Holds one answer to its schema."""
 
-    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
-        self.matcher, self._vocabulary = matcher, vocabulary
-
-    def mask_(self, scores: Tensor) -> None:
-        """Put the scores [vocabulary] of tokens that may not come next to minus infinity."""
-        bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = np.unpackbits(bits, count=self._vocabulary, bitorder="little")
-        scores.masked_fill_(torch.from_numpy(allowed) == 0, float("-inf"))
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
 
     def follow(self, token: int) -> None:
         """The answer goes on with this token. Raises UsageError where the schema turns out too hard to follow."""
@@ -63,6 +58,21 @@ class Guide:
             self.matcher.consume_token(token)
             if self.matcher.is_error():
                 raise _cannot(self.matcher)
+
+
+def hold_(scores: Tensor, guides: Sequence[Guide | None]) -> None:
+    """Put the scores [N, vocabulary] of tokens that may not come next in a row to minus infinity; None: any may."""
+    held = [(place, guide.matcher) for place, guide in enumerate(guides) if guide is not None]
+    if not held:
+        return
+    bits = allocate_token_bitmask(len(held), scores.shape[1])
+    fill_next_token_bitmask_par(_threads(), [(matcher, number) for number, (_, matcher) in enumerate(held)], bits)
+    ops.forbid_(scores, torch.tensor([place for place, _ in held]), torch.from_numpy(bits))
+
+
+@cache
+def _threads() -> LLExecutor:
+    return LLExecutor(torch.get_num_threads())
 
 
 def _cannot(matcher: LLMatcher) -> UsageError:

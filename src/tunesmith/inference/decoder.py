@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tunesmith.inference.constraint import Guide
+from tunesmith.inference.constraint import Guide, hold_
 from tunesmith.inference.pages import PAGE, PageCache
 from tunesmith.models import ops
 from tunesmith.models.adapter import Fused, adapted_linear
@@ -292,9 +292,7 @@ class Batch:
         """Choose each row's next token by its scores [B, vocabulary] and tell its listener."""
         told = [None if row.top is None else scores[place].float().log_softmax(-1) for place, row in enumerate(rows)]
         failed: dict[Row, Exception] = {}
-        for place, row in enumerate(rows):
-            if row.guide is not None:
-                row.guide.mask_(scores[place])
+        hold_(scores, [row.guide for row in rows])
         likeliest: list[int] = ops.largest(scores).tolist()
         for place, row in enumerate(rows):
             token = likeliest[place]

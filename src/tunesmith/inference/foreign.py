@@ -20,7 +20,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.inference.answer import Answer, choice_rows, prompt_within, spelt
-from tunesmith.inference.constraint import Constraints
+from tunesmith.inference.constraint import Constraints, hold_
 from tunesmith.inference.decoder import Row, Sampling, Score, sample, scored
 from tunesmith.inference.engine import Completion, Generation, Question, Streamed, TokenScore
 from tunesmith.models import runtime
@@ -243,8 +243,7 @@ class _Choosing:
     def _given(self, row: Row, place: int, scores: Tensor) -> int:
         told = None if row.top is None else scores.float().log_softmax(-1)
         try:
-            if row.guide is not None:
-                row.guide.mask_(scores)
+            hold_(scores[None], [row.guide])
             token = int(scores.argmax())
             if row.sampling.temperature > 0:
                 assert row.generator is not None

@@ -359,6 +359,18 @@ def largest(scores: Tensor) -> Tensor:
     return places
 
 
+def forbid_(scores: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """Scores [N, V] of what is not allowed in some rows become minus infinity: bits [len(rows), V / 32 rounded up],
+    int32, the lowest first."""
+    kernel = kernel_for("forbid", scores)
+    if kernel is None:
+        places = torch.arange(scores.shape[1])
+        allowed = bits[:, places // 32] >> (places % 32).to(bits.dtype) & 1
+        scores[rows] = scores[rows].masked_fill_(allowed == 0, float("-inf"))
+        return
+    kernel(at(scores), at(rows), at(bits), _int(len(rows)), _int(bits.shape[1]), _int(scores.shape[1]), _threads())
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, heads, D] turned by angles given as cos and sin [T, D / 2], in PyTorch."""
     first, second = x.float().chunk(2, -1)

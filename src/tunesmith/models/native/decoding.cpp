@@ -302,7 +302,30 @@ static void largest(const T* scores, int64_t* place, int64_t rows, int64_t width
     }
 }
 
+// Scores [rows, width] of what a row's bits do not allow become minus infinity: bits [held, words] of 32 each, those of
+// row row[h].
+template <class T>
+static void forbid(T* scores, const int64_t* row, const uint32_t* bits, int64_t held, int64_t words, int64_t width,
+                   int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t h = 0; h < held; ++h) {
+        T *s = scores + row[h] * width, none;
+        down(-INFINITY, &none);
+        for (int64_t w = 0; w < words; ++w) {
+            uint32_t allowed = bits[h * words + w];
+            if (allowed == 0xffffffffu) continue;
+            int64_t last = std::min<int64_t>(32, width - w * 32);
+            for (int64_t i = 0; i < last; ++i)
+                if (!(allowed >> i & 1)) s[w * 32 + i] = none;
+        }
+    }
+}
+
 #define EXPORTS(T, NAME)                                                                                               \
+    extern "C" void forbid_##NAME(T* scores, const int64_t* row, const uint32_t* bits, int64_t held, int64_t words,    \
+                                  int64_t width, int threads) {                                                        \
+        forbid<T>(scores, row, bits, held, words, width, threads);                                                     \
+    }                                                                                                                  \
     extern "C" void decode_split_##NAME(const Pages* p, const T* qkv, const float* c, const float* s, T* q, T* keys,   \
                                         T* values, int threads) {                                                      \
         decode_split<T>(*p, qkv, c, s, q, keys, values, threads);                                                      \
