@@ -23,12 +23,11 @@ def prompts(rows: Sequence[Any]) -> list[list[int]]:
 
 
 def ours(told: Figures) -> Figures:
-    """told: rows, batch. So many requests at once, the next when they are all answered."""
+    """told: rows, batch. So many requests at once: the next one as soon as one is answered, as vLLM takes them."""
     engine, requests = _ready(told["rows"])
-    answers: list[Any] = []
     began = time.perf_counter()
-    for start in range(0, len(requests), told["batch"]):
-        answers += engine.generate(requests[start : start + told["batch"]])
+    with ThreadPoolExecutor(told["batch"]) as pool:
+        answers = [answer for found in pool.map(lambda each: engine.generate([each]), requests) for answer in found]
     seconds = time.perf_counter() - began
     made = sum(answer.completion_tokens for answer in answers)
     return {"tokens_per_second": made / seconds, "tokens": made}

@@ -343,6 +343,27 @@ def test_the_gradient_of_a_factor(rows: int, rank: int, width: int) -> None:
     torch.testing.assert_close(out.float(), low.float().t() @ x.float(), rtol=1e-2, atol=1e-2)
 
 
+@needs_kernels
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_a_thread_that_rests_keeps_no_helpers() -> None:
+    """Helpers of a thread that does not compute any more would keep those of another from waiting awake."""
+    script = """
+import os, torch
+from tunesmith.models import ops, runtime
+torch.set_num_threads(3)
+count = lambda: len(os.listdir("/proc/self/task"))
+work = lambda: ops.gated(torch.ones(64, 32))
+before, made = count(), work()
+during = count()
+runtime.rest()
+after = count()
+assert torch.equal(work(), made)
+print(during - before, after - before, count() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "0", "2"]
+
+
 def test_what_the_kernels_are_made_with_is_named(tmp_path: Path) -> None:
     script = "from tunesmith.models import native; print(native.identity())"
 

@@ -86,6 +86,7 @@ class EmbeddedEngine:
                     self._whole.popitem(last=False)
             return
         fused = fuse(self._network, read_adapter(folder, self._network, self._base))
+        runtime.rest()
         with self._turn:
             before = self._adapters.get(name)
             self._adapters[name] = fused

@@ -21,9 +21,11 @@ _LINGERS = 2.0  # seconds without work after which the thread ends; the next row
 
 class Scheduler:
     """Takes rows and work from any thread. All arithmetic is done by one: a second would bring a second set of threads
-    for its products, and the two would fight for the cores."""
+    for its products, and the two would fight for the cores. What others computed before (weights are laid out as they
+    are read) has left them such a set too: see runtime.rest."""
 
     def __init__(self, batch: Batch) -> None:
+        runtime.rest()
         self._batch = batch
         self._change = threading.Condition()
         self._come: list[Row] = []
@@ -35,6 +37,7 @@ class Scheduler:
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Decode these too, from the next step on."""
+        runtime.rest()
         with self._change:
             self._come += rows
             self._wake()
@@ -47,6 +50,7 @@ class Scheduler:
 
     def run(self, work: Callable[[], Result]) -> Result:
         """Do other work between two steps; returns what it gives."""
+        runtime.rest()
         future: Future[Result] = Future()
         with self._change:
             self._work.append((work, future))

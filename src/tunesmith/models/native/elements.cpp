@@ -2,6 +2,14 @@
 
 #include "numbers.h"
 
+// OpenMP's, by its number for "soft"; runtimes before GCC 9's have none.
+extern "C" int omp_pause_resource_all(int) __attribute__((weak));
+
+// Ends the helpers of the calling thread; its next parallel work starts others.
+extern "C" void rest() {
+    if (omp_pause_resource_all) omp_pause_resource_all(1);
+}
+
 // sum = x + y (y may be absent: then sum is not written), out = sum * scale * weight, scale = 1 / rms.
 // offset: added to the weight (1 in the families that store it less one).
 template <class T>
