@@ -184,8 +184,8 @@ extern "C" void product(const Span* spans, int64_t count, const bf16* b, int64_t
     multiply(spans, count, b, depth, bias, n, threads);
 }
 
-// C [R, N] = L^T X of L [T, R] and X [T, N], R and N multiples of 32: the gradient of a low-rank factor. Both threads'
-// panels of X are laid out in pairs of rows as they are read, once for all R.
+// C [R, N] = L^T X of L [T, R] and X [T, N], R and N multiples of 32: the gradient of a low-rank factor. A panel
+// of X is laid out in pairs of rows as it is read, once for all R.
 extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_t t, bf16* c, int threads) {
     tiles_allowed();
     int64_t deep = (t + 31) / 32;
