@@ -2,7 +2,8 @@
 
 What several prompts begin with is computed once. A row's own keys and values lie in pages (Kwon et al. 2023, vLLM),
 reserved whole when it joins, so that none is ever put out again; rows join in the order in which they came, so none
-waits for ever. Long prompts are read in parts between the steps of the others (Agrawal et al. 2023, Sarathi).
+waits for ever. Short prompts are read in the pass that gives the others their next tokens, long ones in parts between
+two passes (Agrawal et al. 2023, Sarathi).
 
 Shapes: B rows, K key/value heads, G query heads for each, P tokens of a shared prefix, D head size.
 """
@@ -30,6 +31,7 @@ MOST_ROWS = 64
 _MOST_ADAPTERS = 8  # in one batch: every row pays for the products of all of them
 _CACHE_BYTES = 1 << 30
 _READ = 512  # tokens of prompts that are read between two steps
+_SHORT = 64  # tokens of a prompt that joins the others' pass; a longer one's attention is a product of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,12 @@ class Row:
     generator: torch.Generator | None = None
 
     @property
+    def joins(self) -> bool:
+        """Whether its prompt is read in the others' pass: a short one, once its prefix was read."""
+        there = self.prefix is None or self.prefix.read == len(self.prefix.ids)
+        return there and len(self.ids) <= _SHORT
+
+    @property
     def start(self) -> int:
         """The position of its own first token."""
         return 0 if self.prefix is None else len(self.prefix.ids)
@@ -113,7 +121,7 @@ class Batch:
         self.cache = PageCache(network, cache_bytes)
         self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []
-        self._steady: _Steady | None = None  # how the live rows stand, until one joins or ends
+        self._steady: _Together | None = None  # the live rows' pass, until one joins or ends
         self._stack: tuple[list[Fused], Stack] | None = None
 
     def __bool__(self) -> bool:
@@ -139,14 +147,14 @@ class Batch:
     def step(self) -> None:
         """Let rows in, read a part of what is unread, and give every row that was read whole its next token."""
         self._admit()
-        steady = self._arranged()
-        scores = None if steady is None else self._advance(steady)
         begun = self._read_some()
-        if steady is not None and scores is not None:
-            self._give(steady.rows, scores)
+        together = self._arranged()
+        if together is not None:
+            self._give(together.rows, self._advance(together))
         if begun:
             hidden = torch.stack([last for _, last in begun])
             self._give([row for row, _ in begun], logits(self._network, hidden))
+            self._steady = None
 
     def _admit(self) -> None:
         """In order: one that does not fit yet is not overtaken."""
@@ -168,12 +176,12 @@ class Batch:
         self.cache.give_back(row.pages)
         self._steady = None
 
-    # Reading prompts
+    # Reading long prompts and prefixes
 
     def _read_some(self) -> list[tuple[Row, Tensor]]:
-        """Read some tokens of the oldest unread prompt, or all of several that fit together: the rows that were read
-        whole, each with the hidden state of its last token."""
-        unread = [row for row in self.rows if row.read < len(row.ids)]
+        """Read some tokens of the oldest unread prefix or long prompt, or all of several that fit together: the rows
+        that were read whole, each with the hidden state of its last token."""
+        unread = [row for row in self.rows if row.read < len(row.ids) and not row.joins]
         if not unread:
             return []
         first, prefix = unread[0], unread[0].prefix
@@ -193,9 +201,7 @@ class Batch:
         for row, part in zip(chosen, parts, strict=True):
             row.read += len(part)
         whole = [(row, last) for row, last in zip(chosen, hidden, strict=True) if row.read == len(row.ids)]
-        if whole:
-            self._steady = None
-        else:  # the others' turn, before its next part
+        if not whole:  # the others' turn, before its next part
             self.rows.remove(first)
             self.rows.append(first)
         return whole
@@ -242,34 +248,46 @@ class Batch:
             values = [torch.cat(both, 1) for both in zip(prefix.values, values, strict=True)]
         prefix.keys, prefix.values, prefix.read = keys, values, prefix.read + len(part)
 
-    # One step of all rows that were read
+    # One pass of all rows that were read, and of short prompts
 
-    def _arranged(self) -> _Steady | None:
-        if self._steady is None:
-            live = [row for row in self.rows if row.given]
-            if live:
-                self._steady = _Steady(self._network, live, self._linear)
+    def _arranged(self) -> _Together | None:
+        """What the next pass runs: of each row the token it was given last, and short prompts whole. The weights, which
+        take most of a pass to be read, are so read once for both."""
+        short, tokens = [], 0
+        for row in self.rows:
+            if row.joins and row.read < len(row.ids) and tokens + len(row.ids) <= _READ:
+                short.append(row)
+                tokens += len(row.ids)
+        live = [row for row in self.rows if row.given]
+        if short:
+            return _Together(self._network, [*live, *short], self._linear)
+        if self._steady is None and live:
+            self._steady = _Together(self._network, live, self._linear)
         return self._steady
 
-    def _advance(self, steady: _Steady) -> Tensor:
-        """Run the tokens given last; logits [B, vocabulary]."""
-        network, places, shape = self._network, steady.places, self._network.shape
-        turns = angles(network, places.lengths + steady.starts)
+    def _advance(self, together: _Together) -> Tensor:
+        """Run a pass; logits [B, vocabulary] of its rows."""
+        network, places, shape = self._network, together.places, self._network.shape
+        turns = angles(network, places.lengths + together.starts)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             keys, values = self.cache.keys[layer], self.cache.values[layer]
             how = (shape.attention_scale, network.layers[layer].window, shape.score_cap)
             q = ops.decode_split(qkv, *turns[network.layers[layer].rotary], keys, values, places)
             out = q.new_empty(q.shape[1], q.shape[0] * q.shape[2] * q.shape[3])
-            for prefix, rows in steady.groups:
+            for prefix, tokens in together.groups:
                 early = None if prefix is None else prefix.pages()[layer]
-                ops.decode_mix(q, early, keys, values, places, rows, out, *how)
+                ops.decode_mix(q, early, keys, values, places, tokens, out, *how)
             return out
 
-        last = torch.tensor([row.given[-1] for row in steady.rows])
-        hidden = forward(network, last, steady.linear, attend)
-        places.grow()
-        return logits(network, hidden)
+        hidden = forward(network, together.ids(), together.linear, attend)
+        if together is self._steady:
+            places.grow()
+            return logits(network, hidden)
+        for row in together.rows:
+            row.read = len(row.ids)
+        self._steady = None
+        return logits(network, hidden[together.last])
 
     def _linear(self, adapters: Sequence[Fused | None]) -> Linear:
         """Linear layers for rows of these adapters."""
@@ -320,30 +338,46 @@ class Batch:
             row.listener.end(stopped=stopped)
 
 
-class _Steady:
-    """Live rows, those behind one prefix side by side, until one joins or ends.
+class _Together:
+    """The tokens of one pass, T of them, those behind one prefix side by side: of a row that was given something its
+    last one, of another its prompt, each token of which sees those before it as if they had been given.
 
-    groups: (prefix, its rows). starts: [B] positions of the rows' own first tokens.
+    groups: (prefix, its tokens). starts: [T] positions of their rows' own first tokens. last: [B] each row's last token
+    among all.
     """
 
     def __init__(
-        self, network: Network, live: Sequence[Row], linear: Callable[[Sequence[Fused | None]], Linear]
+        self, network: Network, rows: Sequence[Row], linear: Callable[[Sequence[Fused | None]], Linear]
     ) -> None:
         behind: dict[Prefix | None, list[Row]] = {}
-        for row in live:
+        for row in rows:
             behind.setdefault(row.prefix, []).append(row)
-        self.rows = [row for rows in behind.values() for row in rows]
+        self.rows = [row for several in behind.values() for row in several]
+        counts = [1 if row.given else len(row.ids) for row in self.rows]
+        self.last = torch.tensor(counts).cumsum(0) - 1
         self.groups: list[tuple[Prefix | None, slice]] = []
         first = 0
-        for prefix, rows in behind.items():
-            self.groups.append((prefix, slice(first, first + len(rows))))
-            first += len(rows)
-        self.linear = linear([row.adapter for row in self.rows])
-        self.starts = torch.tensor([row.start for row in self.rows])
+        for prefix, several in behind.items():
+            end = first + sum(1 if row.given else len(row.ids) for row in several)
+            self.groups.append((prefix, slice(first, end)))
+            first = end
+        each = [row for row, count in zip(self.rows, counts, strict=True) for _ in range(count)]
+        self.linear = linear([row.adapter for row in each])
+        self.starts = torch.tensor([row.start for row in each])
         most, shape = max(len(row.pages) for row in self.rows), network.shape
-        table = torch.tensor([row.pages + [0] * (most - len(row.pages)) for row in self.rows])
-        lengths = torch.tensor([len(row.ids) + len(row.given) - 1 for row in self.rows])
+        table = torch.tensor([row.pages + [0] * (most - len(row.pages)) for row in each])
+        lengths = torch.tensor([place for row in self.rows for place in _due(row)])
         self.places = ops.Places(table, lengths, shape.kv_heads, shape.heads // shape.kv_heads, shape.head, PAGE)
+
+    def ids(self) -> Tensor:
+        """The tokens [T]."""
+        return torch.tensor([token for row in self.rows for token in (row.given[-1:] or row.ids)])
+
+
+def _due(row: Row) -> Sequence[int]:
+    """The places of the tokens that a row has in its next pass."""
+    place = len(row.ids) + len(row.given) - 1
+    return (place,) if row.given else range(place + 1)
 
 
 def _run(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tunesmith.models.network import Network
 from tunesmith.models.ops import page_shapes
+from tunesmith.models.runtime import LargePages
 
 PAGE = 32  # places
 _AT_FIRST = 64  # pages
@@ -72,12 +73,14 @@ class PageCache:
 
     def _grow(self, pages: int) -> None:
         self._free = [*range(pages - 1, self.pages - 1, -1), *self._free]
+        memory = LargePages()
         for caches in (self.keys, self.values):
             for layer, cache in enumerate(caches):
-                caches[layer] = _longer(cache, pages)
+                caches[layer] = _longer(cache, pages, memory)
 
 
-def _longer(cache: Tensor, pages: int) -> Tensor:
-    grown = cache.new_zeros(pages, *cache.shape[1:])
+def _longer(cache: Tensor, pages: int, memory: LargePages) -> Tensor:
+    grown = memory.empty((pages, *cache.shape[1:]), cache.dtype)
     grown[: len(cache)] = cache
+    grown[len(cache) :] = 0
     return grown

@@ -17,6 +17,7 @@ from torch import Tensor
 from tunesmith.models import native
 
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_MIXED_TOGETHER = 64  # rows whose keys and values decode_mix gathers at once, in PyTorch
 
 
 def kernel_for(name: str, x: Tensor) -> Any:
@@ -324,6 +325,11 @@ def decode_mix(
         window = None
     kernel = kernel_for("decode_mix", q) if window is None and cap is None else None
     if kernel is None:
+        if count > _MIXED_TOGETHER:
+            for start in range(first, rows.stop, _MIXED_TOGETHER):
+                part = slice(start, min(start + _MIXED_TOGETHER, rows.stop))
+                decode_mix(q, early, keys, values, places, part, out, scale, window, cap)
+            return
         lengths = places.lengths[rows]
         seen = int(lengths.max()) + 1
         mine = q[:, rows].transpose(0, 1).float() * scale

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
 import os
 import platform
 import resource
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -71,22 +73,27 @@ class _Block:
 
 
 class LargePages:
-    """Empty tensors on pages of 2 MB, where Linux has them, for weights that are read from front to back in every step:
-    the processor reads ahead within a page alone, and forgets the places of small ones."""
+    """Tensors on pages of 2 MB, where Linux has them, for what is read in every step: the processor reads ahead within a
+    page alone, and forgets the places of small ones."""
 
     def __init__(self) -> None:
         self._block: _Block | None = None
 
-    def empty_like(self, tensor: Tensor) -> Tensor:
-        """A tensor of the same shape and type, filled with anything."""
-        if tensor.nbytes == 0:
-            return torch.empty_like(tensor)
-        found = None if self._block is None else self._block.hand_out(tensor.nbytes)
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor filled with anything."""
+        size = math.prod(shape) * dtype.itemsize
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        found = None if self._block is None else self._block.hand_out(size)
         if found is None:
-            self._block = _Block(max(_BLOCK, -(-tensor.nbytes // _LARGE_PAGE) * _LARGE_PAGE))
-            found = self._block.hand_out(tensor.nbytes)
+            self._block = _Block(max(_BLOCK, -(-size // _LARGE_PAGE) * _LARGE_PAGE))
+            found = self._block.hand_out(size)
             assert found is not None
-        return found.view(tensor.dtype).view(tensor.shape)
+        return found.view(dtype).view(shape)
+
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        """One of the same shape and type."""
+        return self.empty(tensor.shape, tensor.dtype)
 
 
 def reset_peak_memory() -> None:
