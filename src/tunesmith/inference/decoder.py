@@ -14,7 +14,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from tunesmith.inference.pages import PAGE, PageCache
 from tunesmith.models import ops
 from tunesmith.models.adapter import Fused, adapted_linear
 from tunesmith.models.attention import Blocks, Layout, mix
-from tunesmith.models.network import Linear, Network, angles, forward, frozen_linear, logits
+from tunesmith.models.network import Attend, Linear, Network, angles, forward, frozen_linear, logits
+from tunesmith.models.passes import Pairs, Pass, fits
 from tunesmith.models.stack import Stack
 
 MOST_ROWS = 64
@@ -123,6 +124,7 @@ class Batch:
         self.rows: list[Row] = []
         self._steady: _Together | None = None  # the live rows' pass, until one joins or ends
         self._stack: tuple[list[Fused], Stack] | None = None
+        self._whole = fits(network)
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
@@ -158,6 +160,14 @@ class Batch:
 
     def _admit(self) -> None:
         """In order: one that does not fit yet is not overtaken."""
+        before = self.cache.pages
+        try:
+            self._let_in()
+        finally:
+            if self.cache.pages != before:  # a pass knows them by address
+                self._steady = None
+
+    def _let_in(self) -> None:
         coming = itertools.islice(self.waiting, self._most_rows - len(self.rows))
         self.cache.expect(len(row.ids) + row.limit for row in coming)
         while self.waiting and len(self.rows) < self._most_rows:
@@ -185,7 +195,7 @@ class Batch:
         if not unread:
             return []
         first, prefix = unread[0], unread[0].prefix
-        linear = self._linear([first.adapter])
+        linear = self._weights([first.adapter]).linear
         if prefix is not None and prefix.read < len(prefix.ids):
             self._read_prefix(prefix, linear)
             return []
@@ -260,15 +270,34 @@ class Batch:
                 tokens += len(row.ids)
         live = [row for row in self.rows if row.given]
         if short:
-            return _Together(self._network, [*live, *short], self._linear)
+            return _Together(self._network, [*live, *short], self._weights)
         if self._steady is None and live:
-            self._steady = _Together(self._network, live, self._linear)
+            self._steady = _Together(self._network, live, self._weights)
         return self._steady
 
     def _advance(self, together: _Together) -> Tensor:
         """Run a pass; logits [B, vocabulary] of its rows."""
+        network, places = self._network, together.places
+        ids, positions = together.ids(), places.lengths + together.starts
+        if self._whole and together.weights.pairs is not None:
+            if together.whole is None:
+                groups = [(None if prefix is None else prefix.pages(), rows) for prefix, rows in together.groups]
+                caches = (self.cache.keys, self.cache.values)
+                together.whole = Pass(network, together.weights.pairs, places, groups, caches)
+            hidden = together.whole.run(ids, positions)
+        else:
+            hidden = forward(network, ids, together.weights.linear, self._attention(together, positions))
+        if together is self._steady:
+            places.grow()
+            return logits(network, hidden)
+        for row in together.rows:
+            row.read = len(row.ids)
+        self._steady = None
+        return logits(network, hidden[together.last])
+
+    def _attention(self, together: _Together, positions: Tensor) -> Attend:
         network, places, shape = self._network, together.places, self._network.shape
-        turns = angles(network, places.lengths + together.starts)
+        turns = angles(network, positions)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             keys, values = self.cache.keys[layer], self.cache.values[layer]
@@ -280,21 +309,15 @@ class Batch:
                 ops.decode_mix(q, early, keys, values, places, tokens, out, *how)
             return out
 
-        hidden = forward(network, together.ids(), together.linear, attend)
-        if together is self._steady:
-            places.grow()
-            return logits(network, hidden)
-        for row in together.rows:
-            row.read = len(row.ids)
-        self._steady = None
-        return logits(network, hidden[together.last])
+        return attend
 
-    def _linear(self, adapters: Sequence[Fused | None]) -> Linear:
-        """Linear layers for rows of these adapters."""
+    def _weights(self, adapters: Sequence[Fused | None]) -> _Weights:
+        """The weights for rows of these adapters."""
         several = list(dict.fromkeys(adapters))
-        if len(several) == 1:
-            only = several[0]
-            return frozen_linear(self._network) if only is None else adapted_linear(self._network, only)
+        if several == [None]:
+            return _Weights(frozen_linear(self._network), lambda _: None)
+        if len(several) == 1 and (only := several[0]) is not None:
+            return _Weights(adapted_linear(self._network, only), only.plain_pairs)
         named = [adapter for adapter in several if adapter is not None]
         if self._stack is None or not set(named) <= set(self._stack[0]):
             # Those that were there may come again: they stay while there is room.
@@ -302,7 +325,8 @@ class Batch:
             named = [*kept[: _MOST_ADAPTERS - len(named)], *named]
             self._stack = (named, Stack(self._network, named))
         held, stack = self._stack
-        return stack.linear(torch.tensor([-1 if one is None else held.index(one) for one in adapters]))
+        owners = torch.tensor([-1 if one is None else held.index(one) for one in adapters])
+        return _Weights(stack.linear(owners), stack.pairs(owners))
 
     # What rows are given
 
@@ -338,6 +362,13 @@ class Batch:
             row.listener.end(stopped=stopped)
 
 
+class _Weights(NamedTuple):
+    """The linear layers for rows of some adapters, and what of those adapters a whole pass takes; None: it cannot."""
+
+    linear: Linear
+    pairs: Pairs | None
+
+
 class _Together:
     """The tokens of one pass, T of them, those behind one prefix side by side: of a row that was given something its
     last one, of another its prompt, each token of which sees those before it as if they had been given.
@@ -347,7 +378,7 @@ class _Together:
     """
 
     def __init__(
-        self, network: Network, rows: Sequence[Row], linear: Callable[[Sequence[Fused | None]], Linear]
+        self, network: Network, rows: Sequence[Row], weights: Callable[[Sequence[Fused | None]], _Weights]
     ) -> None:
         behind: dict[Prefix | None, list[Row]] = {}
         for row in rows:
@@ -362,7 +393,8 @@ class _Together:
             self.groups.append((prefix, slice(first, end)))
             first = end
         each = [row for row, count in zip(self.rows, counts, strict=True) for _ in range(count)]
-        self.linear = linear([row.adapter for row in each])
+        self.weights = weights([row.adapter for row in each])
+        self.whole: Pass | None = None  # made at its first run
         self.starts = torch.tensor([row.start for row in each])
         most, shape = max(len(row.pages) for row in self.rows), network.shape
         table = torch.tensor([row.pages + [0] * (most - len(row.pages)) for row in each])

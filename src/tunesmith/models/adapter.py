@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,13 @@ class Fused:
 
     pairs: Mapping[Place, Pair]
     factors: Mapping[Place, Tensor]
+
+    @property
+    def plain_pairs(self) -> Callable[[Place], tuple[Pair, None] | None] | None:
+        """Each place's pair, whose low values are every row's own; None where there is more to an adapter."""
+        if self.factors:
+            return None
+        return lambda place: (self.pairs[place], None) if place in self.pairs else None
 
 
 def fuse(network: Network, adapter: Adapter) -> Fused:

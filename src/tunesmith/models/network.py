@@ -118,9 +118,7 @@ def forward(network: Network, ids: Tensor, linear: Linear, attend: Attend) -> Te
     def normed(x: Tensor, weight: Tensor | None) -> Tensor:
         return x if weight is None else rms_norm(x, weight, epsilon, offset)
 
-    x = embed(ids, network.embedding)
-    if shape.embedding_scale is not None:  # the factor rounded as the weights are
-        x = x * torch.tensor(shape.embedding_scale, dtype=x.dtype)
+    x = embedded(network, ids)
     added: Tensor | None = None  # what the sub-layer before adds to x
     for number, layer in enumerate(network.layers):
         x, h = add_norm(x, added, layer.attention_norm, epsilon, offset)
@@ -130,6 +128,12 @@ def forward(network: Network, ids: Tensor, linear: Linear, attend: Attend) -> Te
         added = linear(number, "down", gated(linear(number, "gate_up", h), gelu=shape.gelu))
         added = normed(added, layer.after_mlp)
     return x if added is None else x + added
+
+
+def embedded(network: Network, ids: Tensor) -> Tensor:
+    """What the first layer is given of ids [T]: [T, M]."""
+    x, scale = embed(ids, network.embedding), network.shape.embedding_scale
+    return x if scale is None else x * torch.tensor(scale, dtype=x.dtype)  # the factor rounded as the weights are
 
 
 def final(network: Network, hidden: Tensor) -> Tensor:

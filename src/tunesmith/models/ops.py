@@ -223,14 +223,13 @@ class Places:
 
     def __init__(self, table: Tensor, lengths: Tensor, kv: int, group: int, size: int, page: int) -> None:
         self.table, self.lengths, self.page, self.group = table, lengths, page, group
-        self.longest = int(lengths.max())
-        self.native = native.RowPages(len(lengths), kv, group, size, page, table.shape[1])
+        self.native = native.RowPages(len(lengths), kv, group, size, page, table.shape[1], int(lengths.max()))
         self.native.table, self.native.length = table.data_ptr(), lengths.data_ptr()
 
     def grow(self) -> None:
         """Each row has one place more."""
         self.lengths += 1
-        self.longest += 1
+        self.native.longest += 1
 
     def gather(self, keys: Tensor, values: Tensor, rows: slice, seen: int) -> tuple[Tensor, Tensor]:
         """The first places of rows, plainly: [B, K, seen, D] each."""
@@ -351,7 +350,7 @@ def decode_mix(
         return
     kernel(
         *(ctypes.byref(places.native), at(q), *((None, None) if early is None else map(at, early[:2]))),
-        *(at(keys), at(values), at(out), *map(_int, (first, count, places.longest, prefix)), _float(scale), _threads()),
+        *(at(keys), at(values), at(out), *map(_int, (first, count, prefix)), _float(scale), _threads()),
     )
 
 

@@ -52,6 +52,11 @@ class Pair:
         return _product(gradient, self._packed[2], self.c.shape[0]) if self._tiles else gradient @ self.c.t()
 
     @property
+    def down(self) -> Tensor:
+        """What low makes low values with."""
+        return self._packed[0] if self._tiles else self.a
+
+    @property
     def up(self) -> Tensor:
         """What low values are multiplied with on top of a product."""
         return self._packed[3] if self._tiles else self.c
@@ -72,7 +77,7 @@ class Frozen:
         self.out, self.into, self.bias = weight.shape[0], weight.shape[1], bias
         self._tiles = not plain and _tiles(weight)
         self._packs = not plain and not self._tiles and _packs(weight)
-        self._wide_bias = bias.float() if bias is not None and self._tiles else None
+        self.wide_bias = bias.float() if bias is not None and self._tiles else None
         self._backward: Tensor | None = None
         self._forward = weight
         if self._tiles:
@@ -90,6 +95,11 @@ class Frozen:
         return self._forward.to_dense() if self._packs else self._forward
 
     @property
+    def tiles(self) -> Tensor | None:
+        """The weight laid out for tiles; None where it is not."""
+        return self._forward if self._tiles else None
+
+    @property
     def row_by_row(self) -> bool:
         """Whether what a row gives does not depend on the rows beside it, to the bit."""
         return self._tiles or self._packs
@@ -101,7 +111,7 @@ class Frozen:
     def __call__(self, x: Tensor, low: Tensor | None = None, pair: Pair | None = None) -> Tensor:
         """x W^T + bias, and low C where a pair is given: [T, in] -> [T, out]."""
         if self._tiles:
-            return _product(x, self._forward, self.out, low, None if pair is None else pair.up, self._wide_bias)
+            return _product(x, self._forward, self.out, low, None if pair is None else pair.up, self.wide_bias)
         y: Tensor
         if self._packs:
             y = torch.ops.mkldnn._linear_pointwise(x, self._forward, self.bias, "none", [], "")
@@ -137,7 +147,7 @@ class Frozen:
         """
         if self._tiles:
             up = [None if pair is None else pair.up for pair in pairs]
-            return _products(x, self._forward, self.out, sizes, low, up, self._wide_bias)
+            return _products(x, self._forward, self.out, sizes, low, up, self.wide_bias)
         if not self._packs:
             return torch.cat([self(*each) for each in zip(x.split(sizes), low, pairs, strict=True)])
         y = self(x)

@@ -73,8 +73,8 @@ class _Block:
 
 
 class LargePages:
-    """Tensors on pages of 2 MB, where Linux has them, for what is read in every step: the processor reads ahead within a
-    page alone, and forgets the places of small ones."""
+    """Tensors on pages of 2 MB, where Linux has them, for what is read in every step: the processor reads ahead within
+    a page alone, and forgets the places of small ones."""
 
     def __init__(self) -> None:
         self._block: _Block | None = None

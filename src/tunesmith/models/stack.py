@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunesmith.models.adapter import Fused, lengthened
+from tunesmith.models.adapter import Fused, Place, lengthened
 from tunesmith.models.network import Linear, Network
+from tunesmith.models.passes import Pairs
 from tunesmith.models.products import Pair
 
 
@@ -31,9 +32,22 @@ class Stack:
             for place in self._places
         }
 
+    def pairs(self, owners: Tensor) -> Pairs | None:
+        """What each place has for rows [T] of these adapters, by their number in the stack; -1: the base alone. None
+        where more than a pair is needed."""
+        if any(self._factors.values()):
+            return None
+        others = _Others(owners)
+
+        def at(place: Place) -> tuple[Pair, Tensor | None] | None:
+            found = self._places.get(place)
+            return None if found is None else (found[0], others.of(found[1]))
+
+        return at
+
     def linear(self, owners: Tensor) -> Linear:
-        """Linear layers for rows [T] of these adapters, by their number in the stack; -1: the base alone."""
-        others: dict[tuple[int, ...], Tensor] = {}  # for each division of columns: which are not a row's own [T, R]
+        """Linear layers for the same rows."""
+        others = _Others(owners)
         rows = {number: (owners == number).nonzero()[:, 0] for each in self._factors.values() for number, _ in each}
 
         def apply(number: int, group: str, x: Tensor) -> Tensor:
@@ -41,16 +55,27 @@ class Stack:
             if found is None:
                 return product(x)
             pair, widths = found
-            if widths not in others:
-                columns = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
-                others[widths] = owners[:, None] != columns
-            y = product(x, pair.low(x).masked_fill_(others[widths], 0.0), pair)
+            y = product(x, pair.low(x).masked_fill_(others.of(widths), 0.0), pair)
             for owner, factor in self._factors[number, group]:
                 own = rows[owner]
                 y[own] = lengthened(y[own], factor, product.bias)
             return y
 
         return apply
+
+
+class _Others:
+    """For a division of columns among adapters: which are not a row's own [T, R]."""
+
+    def __init__(self, owners: Tensor) -> None:
+        self._owners = owners
+        self._found: dict[tuple[int, ...], Tensor] = {}
+
+    def of(self, widths: tuple[int, ...]) -> Tensor:
+        if widths not in self._found:
+            columns = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
+            self._found[widths] = self._owners[:, None] != columns
+        return self._found[widths]
 
 
 def _stacked(pairs: Sequence[Pair | None]) -> tuple[Pair, tuple[int, ...]]:

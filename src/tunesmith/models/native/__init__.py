@@ -47,10 +47,10 @@ class TokenLayout(ctypes.Structure):
 
 
 class RowPages(ctypes.Structure):
-    """decoding.cpp's Pages."""
+    """kernels.h's Pages."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "kv", "group", "size", "page", "most")),
+        *((name, ctypes.c_int64) for name in ("rows", "kv", "group", "size", "page", "most", "longest")),
         ("table", ctypes.c_void_p),
         ("length", ctypes.c_void_p),
     )

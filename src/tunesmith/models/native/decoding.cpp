@@ -1,15 +1,12 @@
 // One new token for each row of a decoding batch.
 
+#include "kernels.h"
 #include "tiles.h"
 
 // The keys and values of rows under way lie in pages of `page` places, a multiple of 16; numbers narrower than 32 bits
 // lie in pairs (c = 2, else 1). Keys [pages, kv, D / c, page, c]: a query's scores on 16 places are sums side by side.
 // Values [pages, kv, page / c, D, c]: so are the sums of 16 dimensions. Both are what tiles multiply with.
 // table [rows, most] names the pages of each row in order.
-struct Pages {
-    int64_t rows, kv, group, size, page, most;
-    const int64_t *table, *length;
-};
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef uint32_t u16 __attribute__((vector_size(64)));
@@ -201,16 +198,16 @@ static void score_tiles(const Pages&, const float*, const float*, const float*, 
 static void mix_tiles(const Pages&, const float*, int64_t, const float*, int64_t, float*) {}
 
 // Attention of the new tokens of rows [first, first + count) over their own pages (length[row] + 1 places) and the first
-// `prefix` places of the pages [.., kv, ..] these rows share. longest: of the lengths. out [rows, heads * D].
+// `prefix` places of the pages [.., kv, ..] these rows share. out [rows, heads * D].
 template <class T>
 static void decode_mix(const Pages& p, const T* q, const T* early_keys, const T* early_values, const T* keys,
-                       const T* values, T* out, int64_t first, int64_t count, int64_t longest, int64_t prefix,
-                       float scale, int threads) {
+                       const T* values, T* out, int64_t first, int64_t count, int64_t prefix, float scale,
+                       int threads) {
     const int64_t kv = p.kv, group = p.group, size = p.size, area = p.page * size;
     const int64_t shared = (prefix + p.page - 1) / p.page, padded = shared * p.page;
     const bool tiles = prefix && tiled(p, q);
     const int64_t many = tiles ? TOGETHER / group : 1, blocks = (count + many - 1) / many;
-    const int64_t wide = padded + (longest + 1 + 15) / 16 * 16 + 16, most = tiles ? TOGETHER : group;
+    const int64_t wide = padded + (p.longest + 1 + 15) / 16 * 16 + 16, most = tiles ? TOGETHER : group;
 #pragma omp parallel num_threads(threads)
     {
 #ifdef TILES
@@ -338,9 +335,8 @@ static void forbid(T* scores, const int64_t* row, const uint32_t* bits, int64_t 
     }                                                                                                                  \
     extern "C" void decode_mix_##NAME(const Pages* p, const T* q, const T* early_keys, const T* early_values,          \
                                       const T* keys, const T* values, T* out, int64_t first, int64_t count,            \
-                                      int64_t longest, int64_t prefix, float scale, int threads) {                     \
-        decode_mix<T>(*p, q, early_keys, early_values, keys, values, out, first, count, longest, prefix, scale,        \
-                      threads);                                                                                        \
+                                      int64_t prefix, float scale, int threads) {                                      \
+        decode_mix<T>(*p, q, early_keys, early_values, keys, values, out, first, count, prefix, scale, threads);       \
     }                                                                                                                  \
     extern "C" void largest_##NAME(const T* scores, int64_t* place, int64_t rows, int64_t width, int threads) {        \
         largest<T>(scores, place, rows, width, threads);                                                               \

@@ -1,6 +1,6 @@
 // The element-wise work outside attention: norms, the gated middle, the loss. One pass over memory each.
 
-#include "numbers.h"
+#include "kernels.h"
 
 // OpenMP's, by its number for "soft"; runtimes before GCC 9's have none.
 extern "C" int omp_pause_resource_all(int) __attribute__((weak));

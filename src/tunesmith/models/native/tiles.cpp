@@ -5,6 +5,7 @@
 // multiples of 32. Each thread has its own panels. The order in which a number of C is summed depends on K and K2 alone:
 // not on the rows beside it, nor on the threads.
 
+#include "kernels.h"
 #include "tiles.h"
 
 #ifdef TILES
@@ -15,13 +16,6 @@ static const int64_t DEEP = 2048;
 static const int64_t NARROW = 4;          // panels of C
 static const int64_t BAND_BYTES = 768 << 10;  // a band of A that stays in the second cache
 static const int64_t SUMS_BYTES = 640 << 10;    // most that a thread keeps of the sums of a deep product
-
-// Rows that share B, with a second operand of their own (b2 null: none).
-struct Span {
-    const bf16 *a, *a2, *b2;
-    int64_t depth2, rows;
-    bf16* c;
-};
 
 // 32 rows (fewer at a span's end) of a product. Tiles always load 32 rows, so fewer are read from a copy.
 struct Block {
