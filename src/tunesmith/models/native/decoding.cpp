@@ -1,7 +1,7 @@
 // One new token for each row of a decoding batch.
 
+#include "blocks.h"
 #include "kernels.h"
-#include "tiles.h"
 
 // The keys and values of rows under way lie in pages of `page` places, a multiple of 16; numbers narrower than 32 bits
 // lie in pairs (c = 2, else 1). Keys [pages, kv, D / c, page, c]: a query's scores on 16 places are sums side by side.
@@ -75,15 +75,18 @@ static void score(const Pages& p, const float* query, const T* page, const T* ne
                   int64_t wide) {
     const int64_t c = 4 / sizeof(T);
     for (int64_t j = 0; j < seen; j += 16) {
-        v16 dot[G] = {};
+        v16 dot[2][G] = {};  // each sum waits for the one before it: two at once
         for (int64_t i = 0; i < p.size; i += c) {
             v16 parts[2];
             read(page + i * p.page + j * c, parts);
             __builtin_prefetch(next + i * p.page + j * c, 0, 2);
             for (int g = 0; g < G; ++g)
-                for (int64_t n = 0; n < c; ++n) dot[g] += query[g * p.size + i + n] * parts[n];
+                for (int64_t n = 0; n < c; ++n) dot[n][g] += query[g * p.size + i + n] * parts[n];
         }
-        for (int g = 0; g < G; ++g) std::memcpy(held + g * wide + j, &dot[g], 64);
+        for (int g = 0; g < G; ++g) {
+            v16 whole = dot[0][g] + dot[1][g];
+            std::memcpy(held + g * wide + j, &whole, 64);
+        }
     }
 }
 
@@ -94,16 +97,19 @@ static void add(const Pages& p, const float* weights, int64_t wide, const T* pag
     const int64_t c = 4 / sizeof(T), size = p.size;
     int64_t i = 0;
     for (; i + 16 <= size; i += 16) {
-        v16 sums[G];
-        for (int g = 0; g < G; ++g) std::memcpy(&sums[g], mixed + g * size + i, 64);
+        v16 sums[2][G] = {};
+        for (int g = 0; g < G; ++g) std::memcpy(&sums[0][g], mixed + g * size + i, 64);
         for (int64_t j = 0; j < seen; j += c) {
             v16 parts[2];
             read(page + j * size + i * c, parts);
             __builtin_prefetch(next + j * size + i * c, 0, 2);
             for (int64_t n = 0; n < std::min(c, seen - j); ++n)  // what no row has written may be anything
-                for (int g = 0; g < G; ++g) sums[g] += weights[g * wide + j + n] * parts[n];
+                for (int g = 0; g < G; ++g) sums[n][g] += weights[g * wide + j + n] * parts[n];
         }
-        for (int g = 0; g < G; ++g) std::memcpy(mixed + g * size + i, &sums[g], 64);
+        for (int g = 0; g < G; ++g) {
+            sums[0][g] += sums[1][g];
+            std::memcpy(mixed + g * size + i, &sums[0][g], 64);
+        }
     }
     for (; i < size; ++i)
         for (int64_t j = 0; j < seen; ++j) {
@@ -137,13 +143,53 @@ static void add_all(const Pages& p, int64_t group, const float* weights, int64_t
 #undef CALL
 }
 
+// Attention of the new tokens of rows [first, first + count) over their own pages (length[row] + 1 places) and the first
+// `prefix` places of the pages [.., kv, ..] these rows share. out [rows, heads * D].
+template <class T>
+static void mix_plainly(const Pages& p, const T* q, const T* early_keys, const T* early_values, const T* keys,
+                        const T* values, T* out, int64_t first, int64_t count, int64_t prefix, float scale,
+                        int threads) {
+    const int64_t kv = p.kv, group = p.group, size = p.size, area = p.page * size;
+    const int64_t shared = (prefix + p.page - 1) / p.page, wide = shared * p.page + (p.longest + 16) / 16 * 16 + 16;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> scratch(group * (wide + 2 * size)), total(group);
+        float *held = scratch.data(), *query = held + group * wide, *mixed = query + group * size;
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t k = 0; k < kv; ++k)
+            for (int64_t row = first; row < first + count; ++row) {
+                int64_t seen = p.length[row] + 1;
+                const T *mine = q + (k * p.rows + row) * group * size, *old_keys = early_keys + k * area,
+                        *old_values = early_values + k * area;
+                auto place = [&](int64_t row, int64_t j) { return (p.table[row * p.most + j / p.page] * kv + k) * area; };
+                auto later = [&](int64_t j) { return place(row + 1 < first + count ? row + 1 : row, j); };
+                for (int64_t i = 0; i < group * size; ++i) query[i] = up(mine[i]) * scale;
+                std::fill(mixed, mixed + group * size, 0.0f);
+                for (int64_t n = 0; n < shared; ++n) {
+                    const T* page = old_keys + n * kv * area;
+                    score_all(p, group, query, page, page, p.page, held + n * p.page, wide);
+                }
+                for (int64_t j = 0; j < seen; j += p.page)
+                    score_all(p, group, query, keys + place(row, j), keys + later(j), std::min(p.page, seen - j),
+                              held + prefix + j, wide);
+                for (int64_t g = 0; g < group; ++g) total[g] = exponentials<T>(held + g * wide, prefix + seen);
+                for (int64_t j = 0; j < prefix; j += p.page) {
+                    const T* page = old_values + j / p.page * kv * area;
+                    add_all(p, group, held + j, wide, page, page, std::min(p.page, prefix - j), mixed);
+                }
+                for (int64_t j = 0; j < seen; j += p.page)
+                    add_all(p, group, held + prefix + j, wide, values + place(row, j), values + later(j),
+                            std::min(p.page, seen - j), mixed);
+                T* to = out + (row * kv + k) * group * size;
+                for (int64_t g = 0; g < group; ++g)
+                    for (int64_t i = 0; i < size; ++i) down(mixed[g * size + i] / total[g], to + g * size + i);
+            }
+    }
+}
+
 static const int64_t TOGETHER = 32;  // queries of several rows that are multiplied with a shared prefix at once
 
 #ifdef TILES
-static bool tiled(const Pages& p, const bf16*) {
-    return p.size % 32 == 0 && p.page % 32 == 0 && p.group <= TOGETHER && tiles_allowed();
-}
-
 // held [32, wide] = q [32, D] times a page's keys; its values are read next.
 static void score_tiles(const Pages& p, const bf16* q, const bf16* page, const bf16* values, float* held,
                         int64_t wide) {
@@ -188,100 +234,117 @@ static void mix_tiles(const Pages& p, const bf16* weights, int64_t places, const
         _tile_stored(3, mixed + 16 * p.size + i + 16, p.size * 4);
     }
 }
-#else
-static bool tiled(const Pages&, const bf16*) { return false; }
-static void score_tiles(const Pages&, const bf16*, const bf16*, const bf16*, float*, int64_t) {}
-static void mix_tiles(const Pages&, const bf16*, int64_t, const bf16*, int64_t, float*) {}
-#endif
-static bool tiled(const Pages&, const float*) { return false; }
-static void score_tiles(const Pages&, const float*, const float*, const float*, float*, int64_t) {}
-static void mix_tiles(const Pages&, const float*, int64_t, const float*, int64_t, float*) {}
 
-// Attention of the new tokens of rows [first, first + count) over their own pages (length[row] + 1 places) and the first
-// `prefix` places of the pages [.., kv, ..] these rows share. out [rows, heads * D].
-template <class T>
-static void decode_mix(const Pages& p, const T* q, const T* early_keys, const T* early_values, const T* keys,
-                       const T* values, T* out, int64_t first, int64_t count, int64_t prefix, float scale,
-                       int threads) {
+// Scores [0, prefix) and [padded, padded + seen) of held to their shares of one distribution before it is divided by
+// their sum, which is returned: the first to weights [padded], zeros behind prefix; the others stay where they are.
+// to_power: what a score is multiplied with to be an exponent of two.
+static float weigh(float* held, int64_t prefix, int64_t padded, int64_t seen, float to_power, bf16* weights) {
+    auto there = [](int64_t count) { return __mmask16(count >= 16 ? 0xffff : (1 << count) - 1); };
+    float* own = held + padded;
+    __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    for (int64_t j = 0; j < prefix; j += 16)
+        most = _mm512_mask_max_ps(most, there(prefix - j), most, _mm512_loadu_ps(held + j));
+    for (int64_t j = 0; j < seen; j += 16)
+        most = _mm512_mask_max_ps(most, there(seen - j), most, _mm512_loadu_ps(own + j));
+    const __m512 factor = _mm512_set1_ps(to_power), base = _mm512_set1_ps(_mm512_reduce_max_ps(most) * to_power);
+    auto share = [&](const float* from, int64_t left) {
+        __mmask16 mask = there(left);
+        return _mm512_maskz_mov_ps(mask, power(_mm512_fmsub_ps(_mm512_maskz_loadu_ps(mask, from), factor, base)));
+    };
+    for (int64_t j = 0; j < padded; j += 32) {
+        __m512 one = share(held + j, prefix - j), other = share(held + j + 16, std::max<int64_t>(0, prefix - j - 16));
+        total = _mm512_add_ps(total, _mm512_add_ps(one, other));
+        _mm512_storeu_si512(weights + j, round32(one, other));
+    }
+    for (int64_t j = 0; j < seen; j += 16) {
+        __m512 one = share(own + j, seen - j);
+        total = _mm512_add_ps(total, one);
+        _mm512_storeu_ps(own + j, one);
+    }
+    return _mm512_reduce_add_ps(total);
+}
+
+// The same as mix_plainly on tiles, for as many rows at once as have TOGETHER queries.
+static void mix_on_tiles(const Pages& p, const bf16* q, const bf16* early_keys, const bf16* early_values,
+                         const bf16* keys, const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix,
+                         float scale, int threads) {
     const int64_t kv = p.kv, group = p.group, size = p.size, area = p.page * size;
     const int64_t shared = (prefix + p.page - 1) / p.page, padded = shared * p.page;
-    const bool tiles = prefix && tiled(p, q);
-    const int64_t many = tiles ? TOGETHER / group : 1, blocks = (count + many - 1) / many;
-    const int64_t wide = padded + (p.longest + 1 + 15) / 16 * 16 + 16, most = tiles ? TOGETHER : group;
+    const int64_t many = TOGETHER / group, blocks = (count + many - 1) / many, wide = padded + (p.longest + 16) / 16 * 16;
+    const float to_power = scale * 1.44269504088896341f;
 #pragma omp parallel num_threads(threads)
     {
-#ifdef TILES
         TileConfig config;
-        if (tiles) _tile_loadconfig(&config);
-#endif
-        std::vector<float> scratch(most * (wide + 2 * size));
-        float *held = scratch.data(), *query = held + most * wide, *mixed = query + most * size;
-        std::vector<T> copied(tiles ? most * (size + padded) : 0);
-        T* weights = copied.data() + most * size;
-        std::vector<float> total(most);
+        _tile_loadconfig(&config);
+        std::vector<float> scratch(TOGETHER * (wide + 2 * size + 1));
+        float *held = scratch.data(), *query = held + TOGETHER * wide, *mixed = query + TOGETHER * size,
+              *total = mixed + TOGETHER * size;
+        std::vector<bf16> copied(TOGETHER * (size + padded));
+        bf16* weights = copied.data() + TOGETHER * size;
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t k = 0; k < kv; ++k)
             for (int64_t block = 0; block < blocks; ++block) {
-                int64_t from = first + block * many, rows = std::min(many, first + count - from), queries = rows * group;
-                const T *mine = q + (k * p.rows + from) * group * size, *old_keys = early_keys + k * area,
-                        *old_values = early_values + k * area;
+                int64_t from = first + block * many, end = std::min(from + many, first + count),
+                        queries = (end - from) * group;
+                const bf16* mine = q + (k * p.rows + from) * group * size;
                 auto place = [&](int64_t row, int64_t j) { return (p.table[row * p.most + j / p.page] * kv + k) * area; };
-                for (int64_t i = 0; i < queries * size; ++i) query[i] = up(mine[i]) * scale;
+                auto later = [&](int64_t row, int64_t j) { return place(row + 1 < end ? row + 1 : row, j); };
+                std::copy(mine, mine + queries * size, copied.data());
+                for (int64_t i = 0; i < queries * size; i += 16) _mm512_storeu_ps(query + i, sixteen(mine + i));
                 std::fill(mixed, mixed + queries * size, 0.0f);
-                if (tiles) {
-                    std::copy(mine, mine + queries * size, copied.data());
-                    for (int64_t n = 0; n < shared; ++n)
-                        score_tiles(p, copied.data(), old_keys + n * kv * area, old_values + n * kv * area,
-                                    held + n * p.page, wide);
-                    for (int64_t g = 0; g < queries; ++g)
-                        for (int64_t j = 0; j < prefix; ++j) held[g * wide + j] *= scale;
-                } else {
-                    for (int64_t n = 0; n < shared; ++n)
-                        score_all(p, queries, query, old_keys + n * kv * area, old_keys + n * kv * area, p.page,
-                                  held + n * p.page, wide);
+                for (int64_t n = 0; n < shared; ++n)
+                    score_tiles(p, copied.data(), early_keys + (n * kv + k) * area, early_values + (n * kv + k) * area,
+                                held + n * p.page, wide);
+                for (int64_t row = from; row < end; ++row)
+                    for (int64_t j = 0, seen = p.length[row] + 1; j < seen; j += p.page)
+                        score_all(p, group, query + (row - from) * group * size, keys + place(row, j),
+                                  keys + later(row, j), std::min(p.page, seen - j),
+                                  held + (row - from) * group * wide + padded + j, wide);
+                for (int64_t g = 0; g < queries; ++g) {
+                    int64_t row = from + g / group, seen = p.length[row] + 1;
+                    if (g % group == 0)  // they are read next
+                        for (int64_t j = 0; j < seen; j += p.page)
+                            for (int64_t i = 0; i < std::min(p.page, seen - j) * size; i += 32)
+                                __builtin_prefetch(values + place(row, j) + i, 0, 2);
+                    total[g] = weigh(held + g * wide, prefix, padded, seen, to_power, weights + g * padded);
                 }
-                for (int64_t at = 0; at < rows; ++at) {
-                    int64_t row = from + at, seen = p.length[row] + 1;
-                    float* own = held + at * group * wide;
-                    for (int64_t j = 0; j < seen; j += p.page) {
-                        int64_t page = place(row, j), next = row + 1 < first + count ? place(row + 1, j) : page;
-                        score_all(p, group, query + at * group * size, keys + page, keys + next,
-                                  std::min(p.page, seen - j), own + prefix + j, wide);
-                    }
-                    for (int64_t g = 0; g < group; ++g)
-                        total[at * group + g] = exponentials<T>(own + g * wide, prefix + seen);
-                }
-                if (tiles) {
-                    for (int64_t g = 0; g < queries; ++g) {
-                        T* to = weights + g * padded;
-                        for (int64_t j = 0; j < prefix; ++j) down(held[g * wide + j], to + j);
-                        std::memset((void*)(to + prefix), 0, (padded - prefix) * sizeof(T));
-                    }
-                    mix_tiles(p, weights, padded, old_values, kv * area, mixed);
-                } else {
-                    for (int64_t j = 0; j < prefix; j += p.page)
-                        add_all(p, queries, held + j, wide, old_values + j / p.page * kv * area,
-                                old_values + j / p.page * kv * area, std::min(p.page, prefix - j), mixed);
-                }
-                for (int64_t at = 0; at < rows; ++at) {
-                    int64_t row = from + at, seen = p.length[row] + 1;
-                    const float* own = held + at * group * wide + prefix;
-                    float* sums = mixed + at * group * size;
-                    for (int64_t j = 0; j < seen; j += p.page) {
-                        int64_t page = place(row, j), next = row + 1 < first + count ? place(row + 1, j) : page;
-                        add_all(p, group, own + j, wide, values + page, values + next, std::min(p.page, seen - j), sums);
-                    }
-                    T* to = out + (row * kv + k) * group * size;
+                if (shared) mix_tiles(p, weights, padded, early_values + k * area, kv * area, mixed);
+                for (int64_t row = from; row < end; ++row) {
+                    int64_t seen = p.length[row] + 1;
+                    float* sums = mixed + (row - from) * group * size;
+                    for (int64_t j = 0; j < seen; j += p.page)
+                        add_all(p, group, held + (row - from) * group * wide + padded + j, wide,
+                                values + place(row, j), values + place(row, j), std::min(p.page, seen - j), sums);
+                    bf16* to = out + (row * kv + k) * group * size;
                     for (int64_t g = 0; g < group; ++g) {
-                        float inverse = 1.0f / total[at * group + g];
-                        for (int64_t i = 0; i < size; ++i) down(sums[g * size + i] * inverse, to + g * size + i);
+                        const __m512 inverse = _mm512_set1_ps(1.0f / total[(row - from) * group + g]);
+                        for (int64_t i = g * size; i < (g + 1) * size; i += 16)
+                            round16(_mm512_mul_ps(_mm512_loadu_ps(sums + i), inverse), to + i);
                     }
                 }
             }
-#ifdef TILES
-        if (tiles) _tile_release();
-#endif
+        _tile_release();
     }
+}
+
+static void decode_mix(const Pages& p, const bf16* q, const bf16* early_keys, const bf16* early_values,
+                       const bf16* keys, const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix,
+                       float scale, int threads) {
+    bool fits = p.size % 32 == 0 && p.page % 32 == 0 && p.group <= TOGETHER && tiles_allowed();
+    (fits ? mix_on_tiles : mix_plainly<bf16>)(p, q, early_keys, early_values, keys, values, out, first, count, prefix,
+                                              scale, threads);
+}
+#else
+static void decode_mix(const Pages& p, const bf16* q, const bf16* early_keys, const bf16* early_values,
+                       const bf16* keys, const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix,
+                       float scale, int threads) {
+    mix_plainly(p, q, early_keys, early_values, keys, values, out, first, count, prefix, scale, threads);
+}
+#endif
+static void decode_mix(const Pages& p, const float* q, const float* early_keys, const float* early_values,
+                       const float* keys, const float* values, float* out, int64_t first, int64_t count, int64_t prefix,
+                       float scale, int threads) {
+    mix_plainly(p, q, early_keys, early_values, keys, values, out, first, count, prefix, scale, threads);
 }
 
 // The place of each row's largest score, the first of equals.
@@ -336,7 +399,7 @@ static void forbid(T* scores, const int64_t* row, const uint32_t* bits, int64_t 
     extern "C" void decode_mix_##NAME(const Pages* p, const T* q, const T* early_keys, const T* early_values,          \
                                       const T* keys, const T* values, T* out, int64_t first, int64_t count,            \
                                       int64_t prefix, float scale, int threads) {                                      \
-        decode_mix<T>(*p, q, early_keys, early_values, keys, values, out, first, count, prefix, scale, threads);       \
+        decode_mix(*p, q, early_keys, early_values, keys, values, out, first, count, prefix, scale, threads);       \
     }                                                                                                                  \
     extern "C" void largest_##NAME(const T* scores, int64_t* place, int64_t rows, int64_t width, int threads) {        \
         largest<T>(scores, place, rows, width, threads);                                                               \
