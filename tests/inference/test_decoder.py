@@ -190,19 +190,15 @@ def test_a_row_larger_than_the_bound_is_decoded_alone_and_its_memory_let_go(netw
     assert batch.cache.pages <= 4
 
 
-def test_memory_for_rows_that_come_together_is_had_at_once_and_within_the_bound(network: Network) -> None:
+def test_pages_are_lent_within_the_bound_the_first_ones_first(network: Network) -> None:
     cache = PageCache(network, 100 * PageCache(network, 0).page_bytes)
-    cache.expect([PAGE, PAGE + 1, 70 * PAGE])
-    assert cache.pages == 73, "whole pages for each row"
-    assert cache.lent == 0
-    held = cache.lend(PAGE)
-    cache.expect([200 * PAGE])
-    assert cache.pages == 100
-    assert cache.lent == 1
-    rest = cache.lend(99 * PAGE)
-    assert held is not None
-    assert rest is not None
-    assert sorted(held + rest) == list(range(100)), "none twice, none lost"
+    held = [cache.lend(places) for places in (PAGE, PAGE + 1, 70 * PAGE)]
+    assert held == [[0], [1, 2], list(range(3, 73))], "whole pages for each row"
+    assert cache.lend(28 * PAGE) is None
+    assert cache.lend(200 * PAGE) is None, "not while others hold some"
+    rest = cache.lend(27 * PAGE)
+    assert rest == list(range(73, 100))
+    assert (cache.pages, cache.lent) == (100, 100)
 
 
 def test_an_error_of_one_row_is_its_own_and_one_of_the_step_ends_all(

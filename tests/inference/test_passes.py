@@ -81,24 +81,3 @@ def test_it_is_for_networks_that_do_no_more_than_llama(tmp_path: Path) -> None:
     }
     assert [family for family, does in fits.items() if does] == ["llama", "qwen2"]
     assert not passes.fits(load_network(tmp_path / "llama", torch.float32))
-
-
-def test_memory_that_moves_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long prompt that comes makes it grow, and does not join the others' pass."""
-    network = load_network(write_model(tmp_path / "llama", sizes=TILED))
-
-    def given() -> list[object]:
-        batch, heard = Batch(network, frozenset({END})), [Heard(), Heard()]
-        batch.waiting.append(_row(_prompt(1, 5), heard[0], 40, top=1))
-        for step in range(60):
-            if step == 4:
-                place = batch.cache.keys[0].data_ptr()
-                batch.waiting.append(_row(_prompt(2, 300), heard[1], 5, top=1))
-            batch.step()
-            if step == 4:
-                assert batch.cache.keys[0].data_ptr() != place
-        return [one.scores for one in heard]
-
-    found = given()
-    monkeypatch.setattr(decoder, "fits", lambda _: False)
-    assert found == given()

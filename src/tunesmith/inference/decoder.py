@@ -160,16 +160,6 @@ class Batch:
 
     def _admit(self) -> None:
         """In order: one that does not fit yet is not overtaken."""
-        before = self.cache.pages
-        try:
-            self._let_in()
-        finally:
-            if self.cache.pages != before:  # a pass knows them by address
-                self._steady = None
-
-    def _let_in(self) -> None:
-        coming = itertools.islice(self.waiting, self._most_rows - len(self.rows))
-        self.cache.expect(len(row.ids) + row.limit for row in coming)
         while self.waiting and len(self.rows) < self._most_rows:
             row = self.waiting[0]
             if len({one.adapter for one in (*self.rows, row)} - {None}) > _MOST_ADAPTERS:

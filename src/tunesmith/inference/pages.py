@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-
-from torch import Tensor
 
 from tunesmith.models.network import Network
 from tunesmith.models.ops import page_shapes
 from tunesmith.models.runtime import LargePages
 
 PAGE = 32  # places
-_AT_FIRST = 64  # pages
 
 
 class PageCache:
-    """Keys and values of every layer, in pages that lie as ops.page_shapes says. It starts small and doubles, up to its
-    bound.
+    """Keys and values of every layer. What a page holds of all layers lies together, and the pages lent first are the
+    first ones: of all that is reserved the machine gives what rows have used at once.
 
-    A row that needs more than the bound is lent it while no other holds a page, and the memory is let go afterwards.
+    keys, values: for each layer its pages, as ops.page_shapes says. A row that needs more than the bound is lent it
+    while no other holds a page, and the memory is let go afterwards.
     """
 
     def __init__(self, network: Network, most_bytes: int) -> None:
@@ -38,21 +37,13 @@ class PageCache:
         """How many of them rows hold."""
         return self.pages - len(self._free)
 
-    def expect(self, each: Iterable[int]) -> None:
-        """Rows of so many places each are lent pages next: memory for them is had at once, as far as the bound goes."""
-        wanted = self.lent + sum(-(-places // PAGE) for places in each)
-        if self.pages < min(wanted, self._most):
-            self._grow(min(wanted, self._most))
-
     def lend(self, places: int) -> list[int] | None:
         """Pages for so many places, or None where that many are not to be had now."""
         wanted = -(-places // PAGE)
         if wanted > len(self._free):
-            most = max(self._most, wanted) if not self.lent else self._most
-            least = self.lent + wanted
-            if least > most:
+            if self.lent or wanted <= self.pages:
                 return None
-            self._grow(min(most, max(least, 2 * self.pages, _AT_FIRST)))
+            self._reserve(wanted)
         return [self._free.pop() for _ in range(wanted)]
 
     def give_back(self, pages: Iterable[int]) -> None:
@@ -63,24 +54,16 @@ class PageCache:
 
     def clear(self) -> None:
         """Forget every page."""
+        self._reserve(self._most)
+
+    def _reserve(self, pages: int) -> None:
         shape, like = self._network.shape, self._network.embedding
-        # Zeros, here and below: what no row has written is weighted with nought, which a NaN would survive.
+        shapes = page_shapes(shape.kv_heads, PAGE, shape.head, like.dtype)
+        sizes = (pages, shape.layers, 2, math.prod(shapes[0]))
+        # Zeros: what no row has written is weighted with nought, which a NaN would survive.
+        memory = LargePages().zeros(sizes, like.dtype) if like.device.type == "cpu" else like.new_zeros(sizes)
         self.keys, self.values = (
-            [like.new_zeros(0, *one) for _ in range(shape.layers)]
-            for one in page_shapes(shape.kv_heads, PAGE, shape.head, like.dtype)
+            [memory[:, layer, part].unflatten(-1, one) for layer in range(shape.layers)]
+            for part, one in enumerate(shapes)
         )
-        self._free: list[int] = []
-
-    def _grow(self, pages: int) -> None:
-        self._free = [*range(pages - 1, self.pages - 1, -1), *self._free]
-        memory = LargePages()
-        for caches in (self.keys, self.values):
-            for layer, cache in enumerate(caches):
-                caches[layer] = _longer(cache, pages, memory)
-
-
-def _longer(cache: Tensor, pages: int, memory: LargePages) -> Tensor:
-    grown = memory.empty((pages, *cache.shape[1:]), cache.dtype)
-    grown[: len(cache)] = cache
-    grown[len(cache) :] = 0
-    return grown
+        self._free = list(range(pages - 1, -1, -1))

@@ -280,7 +280,7 @@ def decode_keep(
         values[pages, :, within // pair, :, within % pair] = v[:, row, place].transpose(0, 1)
         return
     kv, rows, longest, size = k.shape
-    layout = native.RowPages(0, kv, 1, size, keys.shape[3], 0)
+    layout = native.RowPages(0, kv, 1, size, keys.shape[3], 0, 0, keys.stride(0))
     kernel(
         *(ctypes.byref(layout), *map(at, (k.contiguous(), v.contiguous(), row, place, pages, within))),
         *(*map(_int, (len(row), rows, longest)), at(keys), at(values), _threads()),
@@ -300,6 +300,7 @@ def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Te
         decode_keep(k, v, torch.arange(rows), none, pages, within, keys, values)
         return rotate(q, cos, sin).view(rows, kv, group, size).transpose(0, 1).contiguous()
     qkv, q = qkv.contiguous(), qkv.new_empty(kv, rows, group, size)
+    places.native.apart = keys.stride(0)
     kernel(ctypes.byref(places.native), *map(at, (qkv, cos, sin, q, keys, values)), _threads())
     return q
 
@@ -348,6 +349,7 @@ def decode_mix(
             mixed += weights[..., :prefix] @ before
         out[rows] = mixed.to(q.dtype).reshape(count, -1)
         return
+    places.native.apart = keys.stride(0)
     kernel(
         *(ctypes.byref(places.native), at(q), *((None, None) if early is None else map(at, early[:2]))),
         *(at(keys), at(values), at(out), *map(_int, (first, count, prefix)), _float(scale), _threads()),

@@ -108,6 +108,7 @@ class Pass:
         self._call.epsilon, self._call.offset = shape.epsilon, shape.norm_offset
         self._call.scale = shape.attention_scale
         self._call.layer, self._call.group = ctypes.addressof(layers), ctypes.addressof(behind)
+        places.native.apart = caches[0][0].stride(0)
         self._call.pages = ctypes.addressof(places.native)
         for name, tensor in zip(_ROOM, room, strict=True):
             setattr(self._call, name, tensor.data_ptr())

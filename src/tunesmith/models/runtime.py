@@ -79,11 +79,11 @@ class LargePages:
     def __init__(self) -> None:
         self._block: _Block | None = None
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor filled with anything."""
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of zeros: memory is fresh from the kernel, which has not even taken it before it is written."""
         size = math.prod(shape) * dtype.itemsize
         if size == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.zeros(shape, dtype=dtype)
         found = None if self._block is None else self._block.hand_out(size)
         if found is None:
             self._block = _Block(max(_BLOCK, -(-size // _LARGE_PAGE) * _LARGE_PAGE))
@@ -92,8 +92,8 @@ class LargePages:
         return found.view(dtype).view(shape)
 
     def empty_like(self, tensor: Tensor) -> Tensor:
-        """One of the same shape and type."""
-        return self.empty(tensor.shape, tensor.dtype)
+        """One of the same shape and type, to be filled."""
+        return self.zeros(tensor.shape, tensor.dtype)
 
 
 def reset_peak_memory() -> None:

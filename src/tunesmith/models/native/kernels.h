@@ -11,9 +11,10 @@ struct Span {
     bf16* c;
 };
 
-// Where rows of a decoding batch keep their keys and values: see decoding.cpp. longest: of the lengths.
+// Where rows of a decoding batch keep their keys and values: see decoding.cpp. longest: of the lengths. apart: numbers
+// from the beginning of one page to that of the next.
 struct Pages {
-    int64_t rows, kv, group, size, page, most, longest;
+    int64_t rows, kv, group, size, page, most, longest, apart;
     const int64_t *table, *length;
 };
 
