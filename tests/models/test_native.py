@@ -344,8 +344,8 @@ def test_spans_side_by_side_have_the_bits_they_have_alone(out: int, into: int) -
     assert torch.equal(product.back_apart(gradient, sizes, up, pairs), torch.cat(alone))
 
 
-@pytest.mark.parametrize("rows", [1, 31, 64, 77])
-@pytest.mark.parametrize(("rank", "width"), [(32, 32), (96, 160)])
+@pytest.mark.parametrize("rows", [1, 31, 64, 77, 300])
+@pytest.mark.parametrize(("rank", "width"), [(32, 32), (96, 160), (512, 832)])
 def test_the_gradient_of_a_factor(rows: int, rank: int, width: int) -> None:
     low, x = _random(torch.bfloat16, rows, rank), _random(torch.bfloat16, rows, width, seed=1)
     out = torch.full((rank, width), float("nan"), dtype=torch.bfloat16)
