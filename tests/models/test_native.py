@@ -57,7 +57,8 @@ def test_norms(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int) 
         total, out, scale = ops.add_norm(x, y, weight, 1e-5, 1.0)
         alone = ops.add_norm(x, None, weight, 1e-5)[1]
         with_above, again = ops.norm_backward(gradient, total, weight, scale, above, 1.0, again=True)
-        assert again is not None and torch.equal(again, out), "a backward pass makes the output again to the bit"
+        assert again is not None
+        assert torch.equal(again, out), "a backward pass makes the output again to the bit"
         without, none = ops.norm_backward(gradient, total, weight, scale, None)
         assert none is None
         return [total, out, scale, alone, with_above, without]
@@ -74,7 +75,8 @@ def test_gated_reaches_the_ends_of_the_scale(monkeypatch: pytest.MonkeyPatch, dt
 
     def run() -> list[Tensor]:
         out, (back, again) = ops.gated(gate_up), ops.gated_backward(gradient, gate_up, again=True)
-        assert again is not None and torch.equal(again, out), "a backward pass makes the output again to the bit"
+        assert again is not None
+        assert torch.equal(again, out), "a backward pass makes the output again to the bit"
         assert torch.equal(back, ops.gated_backward(gradient, gate_up)[0])
         return [out, back]
 
@@ -125,7 +127,8 @@ def test_what_is_too_large_for_the_caches_is_the_same() -> None:
     """Over a megabyte: written past them."""
     gate_up, gradient = _random(torch.bfloat16, 700, 2 * 800), _random(torch.bfloat16, 700, 800, seed=1)
     there, (back, again) = ops.gated(gate_up), ops.gated_backward(gradient, gate_up, again=True)
-    assert again is not None and torch.equal(again, there)
+    assert again is not None
+    assert torch.equal(again, there)
     for first in range(0, 700, 100):
         part = slice(first, first + 100)
         assert torch.equal(there[part], ops.gated(gate_up[part]))

@@ -185,7 +185,8 @@ extern "C" void product(const Span* spans, int64_t count, const bf16* b, int64_t
     multiply(spans, count, b, depth, bias, n, threads);
 }
 
-// 32 columns of up to 32 rows of X [T, N], those from row t on zeros, as pairs of rows.
+// 32 columns of 32 rows of X, rows of n numbers, as pairs of rows: the first 16 columns and the others. Behind `rows`
+// there are zeros.
 static inline void pairs(const bf16* x, int64_t n, int64_t rows, __m512i* left, __m512i* right) {
     const __m512i none = _mm512_setzero_si512();
     for (int64_t i = 0; i < 16; ++i, x += 2 * n) {
@@ -193,6 +194,34 @@ static inline void pairs(const bf16* x, int64_t n, int64_t rows, __m512i* left, 
         __m512i odd = 2 * i + 1 < rows ? _mm512_loadu_si512((const void*)(x + n)) : none;
         left[i] = first_pairs(even, odd);
         right[i] = last_pairs(even, odd);
+    }
+}
+
+// A panel of a slab, `blocks` times 32 of the rows that X has from here on, as pairs of rows. ahead: the panel beside it
+// comes next.
+static inline void lay_out(const bf16* x, int64_t n, int64_t rows, int64_t blocks, bool ahead, bf16* panel) {
+    for (int64_t j = 0; j < blocks; ++j, x += 32 * n, rows -= 32, panel += 1024) {
+        __m512i left[16], right[16];
+        for (int64_t i = 0; ahead && i < std::min<int64_t>(32, rows); ++i) __builtin_prefetch(x + i * n + 32, 0, 2);
+        pairs(x, n, rows, left, right);
+        for (int64_t i = 0; i < 16; ++i) {
+            _mm512_store_si512((void*)(panel + i * 32), left[i]);
+            _mm512_store_si512((void*)(panel + 512 + i * 32), right[i]);
+        }
+    }
+}
+
+// Adds to the sums under way: 32 rows of L^T, in tiles, times a panel of a slab.
+static inline void gather(const bf16* upper, const bf16* lower, const bf16* panel, int64_t blocks) {
+    for (int64_t j = 0; j < blocks; ++j, upper += 512, lower += 512, panel += 1024) {
+        _tile_loadd(4, upper, 64);
+        _tile_loadd(6, panel, 64);
+        _tile_loadd(7, panel + 512, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, lower, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
     }
 }
 
@@ -228,33 +257,12 @@ extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_
                 for (int64_t k = 0; k < deep; k += SLAB) {
                     int64_t here = std::min(SLAB, deep - k);
                     for (int64_t p = top; p < bottom; ++p) {
-                        const bf16* from = x + k * 32 * n + p * 32;
-                        for (int64_t j = 0; j < here; ++j) {
-                            __m512i both[2][16];
-                            int64_t rows = t - (k + j) * 32;
-                            if (p + 1 < bottom)
-                                for (int64_t i = 0; i < std::min<int64_t>(32, rows); ++i)
-                                    __builtin_prefetch(from + (j * 32 + i) * n + 32, 0, 2);
-                            pairs(from + j * 32 * n, n, rows, both[0], both[1]);
-                            for (int64_t i = 0; i < 16; ++i) {
-                                _mm512_store_si512((void*)(panel + j * 1024 + i * 32), both[0][i]);
-                                _mm512_store_si512((void*)(panel + j * 1024 + 512 + i * 32), both[1][i]);
-                            }
-                        }
+                        lay_out(x + k * 32 * n + p * 32, n, t - k * 32, here, p + 1 < bottom, panel);
                         for (int64_t i = 0; i < r; i += 32) {
-                            const bf16 *upper = left + (i * deep + k * 16) * 32, *lower = upper + 16 * deep * 32;
+                            const bf16* upper = left + (i * deep + k * 16) * 32;
                             float* held = sums + ((p - top) * r + i) * 32;
                             begin(held, k == 0);
-                            for (int64_t j = 0; j < here; ++j) {
-                                _tile_loadd(4, upper + j * 512, 64);
-                                _tile_loadd(6, panel + j * 1024, 64);
-                                _tile_loadd(7, panel + j * 1024 + 512, 64);
-                                _tile_dpbf16ps(0, 4, 6);
-                                _tile_dpbf16ps(1, 4, 7);
-                                _tile_loadd(5, lower + j * 512, 64);
-                                _tile_dpbf16ps(2, 5, 6);
-                                _tile_dpbf16ps(3, 5, 7);
-                            }
+                            gather(upper, upper + 16 * deep * 32, panel, here);
                             end(held);
                             if (k + here == deep) settle(held, nullptr, c + i * n + p * 32, n, 32, false);
                         }
