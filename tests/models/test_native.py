@@ -56,8 +56,12 @@ def test_norms(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int) 
     def run() -> list[Tensor]:
         total, out, scale = ops.add_norm(x, y, weight, 1e-5, 1.0)
         alone = ops.add_norm(x, None, weight, 1e-5)[1]
-        with_above = ops.norm_backward(gradient, total, weight, scale, above, 1.0)
-        return [total, out, scale, alone, with_above, ops.norm_backward(gradient, total, weight, scale, None)]
+        with_above, again = ops.norm_backward(gradient, total, weight, scale, above, 1.0, again=True)
+        assert again is not None
+        assert torch.equal(again, out), "a backward pass makes the output again to the bit"
+        without, none = ops.norm_backward(gradient, total, weight, scale, None)
+        assert none is None
+        return [total, out, scale, alone, with_above, without]
 
     for one, other in zip(*_both(monkeypatch, run), strict=True):
         _same(one, other)
@@ -68,7 +72,14 @@ def test_norms(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int) 
 @pytest.mark.parametrize("width", [1, 15, 64])
 def test_gated_reaches_the_ends_of_the_scale(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int) -> None:
     gate_up, gradient = _random(dtype, 4, 2 * width) * 30, _random(dtype, 4, width, seed=1)
-    run = lambda: (ops.gated(gate_up), ops.gated_backward(gradient, gate_up))  # noqa: E731
+
+    def run() -> list[Tensor]:
+        out, (back, again) = ops.gated(gate_up), ops.gated_backward(gradient, gate_up, again=True)
+        assert again is not None
+        assert torch.equal(again, out), "a backward pass makes the output again to the bit"
+        assert torch.equal(back, ops.gated_backward(gradient, gate_up)[0])
+        return [out, back]
+
     for one, other in zip(*_both(monkeypatch, run), strict=True):
         assert one.isfinite().all()
         torch.testing.assert_close(one, other, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=0.15)
@@ -115,11 +126,13 @@ def test_copies_are_rounded_and_their_gradients_widened(monkeypatch: pytest.Monk
 def test_what_is_too_large_for_the_caches_is_the_same() -> None:
     """Over a megabyte: written past them."""
     gate_up, gradient = _random(torch.bfloat16, 700, 2 * 800), _random(torch.bfloat16, 700, 800, seed=1)
-    there, back = ops.gated(gate_up), ops.gated_backward(gradient, gate_up)
+    there, (back, again) = ops.gated(gate_up), ops.gated_backward(gradient, gate_up, again=True)
+    assert again is not None
+    assert torch.equal(again, there)
     for first in range(0, 700, 100):
         part = slice(first, first + 100)
         assert torch.equal(there[part], ops.gated(gate_up[part]))
-        assert torch.equal(back[part], ops.gated_backward(gradient[part], gate_up[part]))
+        assert torch.equal(back[part], ops.gated_backward(gradient[part], gate_up[part])[0])
     product = products.Frozen(_random(torch.bfloat16, 960, 64))
     x = _random(torch.bfloat16, 700, 64)
     assert torch.equal(product(x)[64:96], product(x[64:96]))
@@ -334,8 +347,8 @@ def test_spans_side_by_side_have_the_bits_they_have_alone(out: int, into: int) -
     assert torch.equal(product.back_apart(gradient, sizes, up, pairs), torch.cat(alone))
 
 
-@pytest.mark.parametrize("rows", [1, 31, 64, 77])
-@pytest.mark.parametrize(("rank", "width"), [(32, 32), (96, 160)])
+@pytest.mark.parametrize("rows", [1, 31, 64, 77, 300])
+@pytest.mark.parametrize(("rank", "width"), [(32, 32), (96, 160), (512, 832)])
 def test_the_gradient_of_a_factor(rows: int, rank: int, width: int) -> None:
     low, x = _random(torch.bfloat16, rows, rank), _random(torch.bfloat16, rows, width, seed=1)
     out = torch.full((rank, width), float("nan"), dtype=torch.bfloat16)

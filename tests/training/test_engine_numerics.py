@@ -20,6 +20,8 @@ from tunesmith.models.network import frozen_linear
 from tunesmith.models.rendering import LossOn, Rendered, Renderer
 from tunesmith.models.weights import load_network
 from tunesmith.store.store import Store
+from tunesmith.training import lora as lora_module
+from tunesmith.training import magnitudes
 from tunesmith.training.batches import plan
 from tunesmith.training.loop import batch_loss, fit, gradients, rate_at
 from tunesmith.training.lora import Lora
@@ -127,6 +129,50 @@ def test_in_bf16_gradients_are_as_near_to_fp32_as_the_portable_path(
         off, allowed = float((one - exact).norm()) / size, float((other - exact).norm()) / size
         assert off < max(0.02, 1.5 * allowed), (off, allowed)
         assert off < 0.1
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("portable", [False, True])
+def test_what_is_made_again_is_what_would_have_been_kept(
+    tmp_path: Path, family: str, dora: bool, portable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, and it is not kept beside: a layer's norms and its gated middle, once each."""
+    if portable:
+        monkeypatch.setattr(native, "library", lambda: None)
+        products._tile_library.cache_clear()
+    folder = write_model(tmp_path / family, family, sizes=TILED)
+    renderer = Renderer(folder)
+    batch = lay_out([renderer.conversation(messages) for messages in ROWS])
+    network = load_network(folder)
+
+    def step() -> tuple[list[torch.Tensor], int]:
+        trained = Lora(network, TrainSettings(rank=4, dora=dora))
+        with torch.no_grad():
+            for master, factor in zip(trained.masters, trained._factors, strict=False):
+                master.normal_(std=0.1, generator=torch.Generator().manual_seed(1)).mul_(factor != 0)
+        trained.refresh_copies()
+        kept: dict[int, int] = {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            kept[x.data_ptr()] = x.nbytes
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            gradients(network, trained, [batch])
+        return [master.grad for master in trained.masters if master.grad is not None], sum(kept.values())
+
+    again, less = step()
+    for module in (lora_module, magnitudes):
+        monkeypatch.setattr(module, "remaking", lambda x: None)
+    before, more = step()
+    products._tile_library.cache_clear()
+    assert all(map(torch.equal, again, before))
+    assert any(gradient.any() for gradient in again)
+    shape = network.shape
+    middle = network.layers[0].linear["down"].into
+    made = (2 * shape.layers - 1) * shape.width + shape.layers * middle  # the first norm's input needs no gradient
+    assert more - less == 2 * batch.tokens * made
 
 
 def _save(folder: Path, files: dict[str, bytes]) -> Path:

@@ -196,6 +196,40 @@ def embed(ids: Tensor, weight: Tensor) -> Tensor:
     return _Embedding.apply(ids, weight) if weight.requires_grad else F.embedding(ids, weight)
 
 
+class Remaking:
+    """What a function's backward pass makes again on its way, its own output, and who waits for it there.
+
+    What reads that output and needs it for a gradient would have to keep it: of the numbers that a layer would keep of
+    a token, norms and the gated middle are a third. output: which of the function's outputs it is. See remaking.
+    """
+
+    def __init__(self, output: int = 0) -> None:
+        self.output = output
+        self._waiting: list[Callable[[Tensor], None]] = []
+
+    def ask(self, use: Callable[[Tensor], None]) -> None:
+        """Have use called with the output, to the bit, in the backward pass that is under way."""
+        self._waiting.append(use)
+
+    @property
+    def asked(self) -> bool:
+        """Whether anybody waits."""
+        return bool(self._waiting)
+
+    def give(self, output: Tensor | None) -> None:
+        """Call who waits."""
+        waiting, self._waiting = self._waiting, []
+        for use in waiting:
+            assert output is not None
+            use(output)
+
+
+def remaking(x: Tensor) -> Remaking | None:
+    """Where x can be asked for in a backward pass, as the function is that made it; None where x must be kept."""
+    found: Remaking | None = getattr(x.grad_fn, "remaking", None)
+    return None if found is None or found.output != x.output_nr else found
+
+
 class _AddNorm(torch.autograd.Function):
     """The sum and its norm in one pass; the backward pass computes the normalised input again."""
 
@@ -203,13 +237,15 @@ class _AddNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, epsilon: float, offset: float) -> tuple[Tensor, Tensor]:
         total, out, scale = ops.add_norm(x, y, weight, epsilon, offset)
         ctx.save_for_backward(total, weight, scale)
-        ctx.offset = offset
+        ctx.offset, ctx.remaking = offset, Remaking(output=1)
         return total, out
 
     @staticmethod
     def backward(ctx: Any, above: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         total, weight, scale = ctx.saved_tensors
-        result = ops.norm_backward(gradient, total, weight, scale, above, ctx.offset)
+        asked = ctx.remaking.asked
+        result, out = ops.norm_backward(gradient, total, weight, scale, above, ctx.offset, again=asked)
+        ctx.remaking.give(out)
         learnt = _norm_weight_gradient(gradient, total, scale) if ctx.needs_input_grad[2] else None
         return result, result, learnt, None, None
 
@@ -219,14 +255,16 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
         x, out, scale = ops.add_norm(x, None, weight, epsilon, offset)
         ctx.save_for_backward(x, weight, scale)
-        ctx.offset = offset
+        ctx.offset, ctx.remaking = offset, Remaking()
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
         learnt = _norm_weight_gradient(gradient, x, scale) if ctx.needs_input_grad[1] else None
-        return ops.norm_backward(gradient, x, weight, scale, None, ctx.offset), learnt, None, None
+        result, out = ops.norm_backward(gradient, x, weight, scale, None, ctx.offset, again=ctx.remaking.asked)
+        ctx.remaking.give(out)
+        return result, learnt, None, None
 
 
 def _norm_weight_gradient(gradient: Tensor, x: Tensor, scale: Tensor) -> Tensor:
@@ -258,12 +296,15 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, gelu: bool) -> Tensor:
         ctx.save_for_backward(gate_up)
-        ctx.gelu = gelu
+        ctx.gelu, ctx.remaking = gelu, Remaking()
         return ops.gated(gate_up, gelu=gelu)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ops.gated_backward(gradient, ctx.saved_tensors[0], gelu=ctx.gelu), None
+        (gate_up,) = ctx.saved_tensors
+        result, out = ops.gated_backward(gradient, gate_up, gelu=ctx.gelu, again=ctx.remaking.asked)
+        ctx.remaking.give(out)
+        return result, None
 
 
 def gated(gate_up: Tensor, *, gelu: bool = False) -> Tensor:

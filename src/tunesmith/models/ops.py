@@ -61,9 +61,17 @@ def add_norm(
 
 
 def norm_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, above: Tensor | None, offset: float = 0.0
-) -> Tensor:
-    """Gradient of the RMSNorm's input x, plus `above`, what reaches x past the norm."""
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    above: Tensor | None,
+    offset: float = 0.0,
+    *,
+    again: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the RMSNorm's input x, plus `above`, what reaches x past the norm; and, if again, its output once
+    more, to the bit."""
     width = x.shape[-1]
     kernel = kernel_for("norm_backward", x)
     if kernel is None:
@@ -71,14 +79,16 @@ def norm_backward(
         normal = x.float() * factor
         inner = gradient.float() * (weight.float() + offset)
         result = factor * (inner - normal * (inner * normal).mean(-1, keepdim=True))
-        return (result if above is None else result + above.float()).to(x.dtype)
+        output = normal.to(x.dtype) * (weight + offset if offset else weight) if again else None
+        return (result if above is None else result + above.float()).to(x.dtype), output
     gradient, out = gradient.contiguous(), torch.empty_like(x)
+    output = torch.empty_like(x) if again else None
     above = None if above is None else above.contiguous()
     kernel(
-        *(at(gradient), at(x), at(weight), at(scale), at(above), at(out)),
+        *(at(gradient), at(x), at(weight), at(scale), at(above), at(out), at(output)),
         *(_int(x.numel() // width), _int(width), _float(offset), _threads()),
     )
-    return out
+    return out, output
 
 
 def gated(gate_up: Tensor, *, gelu: bool = False) -> Tensor:
@@ -94,17 +104,23 @@ def gated(gate_up: Tensor, *, gelu: bool = False) -> Tensor:
     return out
 
 
-def gated_backward(gradient: Tensor, gate_up: Tensor, *, gelu: bool = False) -> Tensor:
-    """Gradient [T, 2 F] of gated's input."""
+def gated_backward(
+    gradient: Tensor, gate_up: Tensor, *, gelu: bool = False, again: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient [T, 2 F] of gated's input; and, if again, gated's output once more, to the bit."""
     width = gradient.shape[-1]
     kernel = None if gelu else kernel_for("gated_backward", gate_up)
     result = torch.empty_like(gate_up)
+    if kernel is None:
+        output = gated(gate_up, gelu=gelu) if again else None
+    else:
+        output = torch.empty_like(gradient, memory_format=torch.contiguous_format) if again else None
     if gelu:
         gate, other = gate_up.chunk(2, -1)
         to_gate, to_up = result.chunk(2, -1)
         torch.mul(gradient, F.gelu(gate, approximate="tanh"), out=to_up)
         to_gate.copy_(torch.ops.aten.gelu_backward(gradient * other, gate, approximate="tanh"))
-        return result
+        return result, output
     if kernel is None:
         gate, other = gate_up.chunk(2, -1)
         sigmoid = torch.sigmoid(gate)
@@ -112,10 +128,10 @@ def gated_backward(gradient: Tensor, gate_up: Tensor, *, gelu: bool = False) -> 
         to_gate, to_up = result.chunk(2, -1)
         torch.mul(gradient, silu, out=to_up)
         torch.mul(gradient * other, sigmoid + silu * (1 - sigmoid), out=to_gate)
-        return result
+        return result, output
     gradient = gradient.contiguous()
-    kernel(at(gradient), at(gate_up), at(result), _int(gradient.numel() // width), _int(width), _threads())
-    return result
+    kernel(at(gradient), at(gate_up), at(result), at(output), _int(gradient.numel() // width), _int(width), _threads())
+    return result, output
 
 
 def rounded(master: Tensor, factor: Tensor, copy: Tensor) -> None:

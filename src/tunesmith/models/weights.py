@@ -34,13 +34,13 @@ def load_network(
     tensors = read_weights(folder, dtype) if weights is None else {name: w.to(dtype) for name, w in weights.items()}
     shape = _shape(config)
     turns = _rotations(config)
-    embedding = _take(tensors, "model.embed_tokens.weight", folder)
+    embedding = _own(tensors, "model.embed_tokens.weight", folder)
     network = Network(
         shape=shape,
         embedding=embedding,
-        head=Frozen(embedding if config.tie_word_embeddings else _take(tensors, "lm_head.weight", folder)),
+        head=Frozen(embedding if config.tie_word_embeddings else _own(tensors, "lm_head.weight", folder)),
         tied=bool(config.tie_word_embeddings),
-        final_norm=_take(tensors, "model.norm.weight", folder),
+        final_norm=_own(tensors, "model.norm.weight", folder),
         layers=tuple(
             _layer(tensors, number, folder, config, list(turns).index(_turn(config, number)), four_bits)
             for number in range(shape.layers)
@@ -179,6 +179,12 @@ def _take(tensors: dict[str, Tensor], name: str, folder: Path) -> Tensor:
     return tensors.pop(name)
 
 
+def _own(tensors: dict[str, Tensor], name: str, folder: Path) -> Tensor:
+    """A copy: a tensor as it was read lies in the mapped file, which is in memory whole as long as one of them is used.
+    (Of the layers' matrices products make copies of their own.)"""
+    return _take(tensors, name, folder).clone()
+
+
 def norm_names(*, after: bool) -> dict[str, str]:
     """Field of a Layer -> the name of its tensor. after: the family norms what sub-layers add; it calls that norm what
     others call the MLP's."""
@@ -201,12 +207,16 @@ def _layer(tensors: dict[str, Tensor], number: int, folder: Path, config: Any, r
         bias = torch.cat([_take(tensors, f"{prefix}{part}.bias", folder) for part in parts]) if biased else None
         linear[group] = FourBit(weights, bias) if four_bits else Frozen(torch.cat(weights), bias)
     names = norm_names(after=config.model_type in ("gemma2", "gemma3_text"))
-    norms = {field: _take(tensors, prefix + name, folder) for field, name in names.items()}
+    norms = {field: _own(tensors, prefix + name, folder) for field, name in names.items()}
+    q_norm, k_norm = (
+        _own(tensors, name, folder) if (name := f"{prefix}self_attn.{which}_norm.weight") in tensors else None
+        for which in ("q", "k")
+    )
     return Layer(
         linear=linear,
         **norms,
-        q_norm=tensors.pop(f"{prefix}self_attn.q_norm.weight", None),
-        k_norm=tensors.pop(f"{prefix}self_attn.k_norm.weight", None),
+        q_norm=q_norm,
+        k_norm=k_norm,
         rotary=rotary,
         window=_window(config, number),
     )

@@ -43,7 +43,8 @@ def step_bytes(network: Network | Foreign, trained: Trained, settings: TrainSett
     chunk of logits, and the gradients.
 
     Kept of every token by a layer of width M, with Q numbers of queries, keys and values, A of mixed values and F in
-    the gated middle: 4 M + Q + A + 3 F (two sums and their norms, the heads, both halves of the gate, their product).
+    the gated middle: 2 M + Q + A + 2 F (two sums, the heads, both halves of the gate); where weights learn, what those
+    are multiplied with too: 2 M (the norms of the sums) + F (the gated middle). An adapter has that made again.
     Layers below the first that is trained keep nothing. Attention weights of many tokens are made a layer at a time. Of
     a weight in 4 bits there are its parts and the whole while it is multiplied.
     """
@@ -51,7 +52,9 @@ def step_bytes(network: Network | Foreign, trained: Trained, settings: TrainSett
     if isinstance(network, Foreign):
         return network.kept_bytes(part) + masters
     shape, layer = network.shape, network.layers[0].linear
-    kept = 4 * shape.width + layer["qkv"].out + layer["o"].into + layer["gate_up"].out + layer["down"].into
+    kept = 2 * shape.width + layer["qkv"].out + layer["o"].into + layer["gate_up"].out
+    if settings.method == "full":
+        kept += 2 * shape.width + layer["down"].into
     layers = min(settings.layers or shape.layers, shape.layers)
     longest, rows = max(part.lengths), len(part.lengths)
     weights = shape.heads * (part.prefix**2 + rows * longest * (part.prefix + longest))

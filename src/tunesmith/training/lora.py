@@ -17,7 +17,7 @@ from torch import Tensor
 from tunesmith.models import ops
 from tunesmith.models.adapter import Adapter, Place, blocks, encode_adapter, target_names
 from tunesmith.models.base import BaseModel
-from tunesmith.models.network import GROUPS, Linear, Network
+from tunesmith.models.network import GROUPS, Linear, Network, remaking
 from tunesmith.models.products import TILE, Frozen, Pair, outer
 from tunesmith.training.loss import cross_entropy
 from tunesmith.training.magnitudes import Magnitudes, dora_linear
@@ -208,18 +208,21 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, product: Frozen, pair: Pair, ga: Tensor, gc: Tensor) -> Tensor:
-        low = pair.low(x)
-        ctx.save_for_backward(x, low)
-        ctx.products, ctx.into = (product, pair), (ga, gc)
+        low, again = pair.low(x), remaking(x)
+        ctx.save_for_backward(low, x if again is None else None)
+        ctx.products, ctx.into, ctx.remaking = (product, pair), (ga, gc), again
         return product(x, low, pair)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
-        x, low = ctx.saved_tensors
+        low, x = ctx.saved_tensors
         product, pair = ctx.products
         ga, gc = ctx.into
         into_low = pair.into_low(gradient)
-        outer(into_low, x, ga)
+        if ctx.remaking is None:
+            outer(into_low, x, ga)
+        else:
+            ctx.remaking.ask(lambda again: outer(into_low, again, ga))
         outer(low, gradient, gc)
         gx = product.back(gradient, into_low, pair) if ctx.needs_input_grad[0] else None
         return gx, None, None, None, None, None

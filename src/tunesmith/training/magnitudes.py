@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.models.adapter import Place
-from tunesmith.models.network import Network
+from tunesmith.models.network import Network, remaking
 from tunesmith.models.products import Frozen, Pair, outer
 
 
@@ -59,23 +59,26 @@ class _DoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, product: Frozen, pair: Pair, factor: Tensor, into: Any) -> Tensor:
-        low = pair.low(x)
+        low, again = pair.low(x), remaking(x)
         plain = product(x, low, pair)
         if product.bias is not None:
             plain -= product.bias
-        ctx.save_for_backward(x, low, plain, factor)
-        ctx.products, ctx.into = (product, pair), into
+        ctx.save_for_backward(low, plain, factor, x if again is None else None)
+        ctx.products, ctx.into, ctx.remaking = (product, pair), into, again
         scaled = plain * factor
         return scaled if product.bias is None else scaled + product.bias
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
-        x, low, plain, factor = ctx.saved_tensors
+        low, plain, factor, x = ctx.saved_tensors
         (product, pair), (ga, gc, gm) = ctx.products, ctx.into
         torch.sum(gradient.float() * plain.float(), 0, out=gm)
         gradient = gradient * factor
         into_low = pair.into_low(gradient)
-        outer(into_low, x, ga)
+        if ctx.remaking is None:
+            outer(into_low, x, ga)
+        else:
+            ctx.remaking.ask(lambda again: outer(into_low, again, ga))
         outer(low, gradient, gc)
         gx = product.back(gradient, into_low, pair) if ctx.needs_input_grad[0] else None
         return gx, None, None, None, None, None

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from tunesmith.training.machines import Crew
 
 # Part of what a checkpoint must agree on: bump when the engine's arithmetic or its batch plan changes.
-ENGINE = 5
+ENGINE = 6
 
 
 class TrainingRow(NamedTuple):

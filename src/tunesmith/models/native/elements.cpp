@@ -10,6 +10,16 @@ extern "C" void rest() {
     if (omp_pause_resource_all) omp_pause_resource_all(1);
 }
 
+template <class T>
+static inline void normalise(const T* from, const T* weight, float factor, float offset, T* to, int64_t width) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+        T normal;
+        down(up(from[i]) * factor, &normal);  // rounded here in the reference too
+        down(up(normal) * (up(weight[i]) + offset), to + i);
+    }
+}
+
 // sum = x + y (y may be absent: then sum is not written), out = sum * scale * weight, scale = 1 / rms.
 // offset: added to the weight (1 in the families that store it less one).
 template <class T>
@@ -30,20 +40,15 @@ static void add_norm(const T* x, const T* y, const T* weight, T* sum, T* out, fl
         for (int64_t i = 0; i < width; ++i) total += up(from[i]) * up(from[i]);
         float factor = 1.0f / std::sqrt(total / float(width) + epsilon);
         scale[row] = factor;
-        T* to = out + row * width;
-#pragma omp simd
-        for (int64_t i = 0; i < width; ++i) {
-            T normal;
-            down(up(from[i]) * factor, &normal);  // rounded here in the reference too
-            down(up(normal) * (up(weight[i]) + offset), to + i);
-        }
+        normalise(from, weight, factor, offset, out + row * width, width);
     }
 }
 
-// Gradient of the norm's input, plus what reaches it past the norm (above may be absent).
+// Gradient of the norm's input, plus what reaches it past the norm (above may be absent). again: where the norm's output
+// is made once more, if it is asked for.
 template <class T>
 static void norm_backward(const T* gradient, const T* x, const T* weight, const float* scale, const T* above, T* out,
-                          int64_t rows, int64_t width, float offset, int threads) {
+                          T* again, int64_t rows, int64_t width, float offset, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; ++row) {
         const T *g = gradient + row * width, *from = x + row * width;
@@ -62,7 +67,20 @@ static void norm_backward(const T* gradient, const T* x, const T* weight, const 
             for (int64_t i = 0; i < width; ++i)
                 down(factor * (up(g[i]) * (up(weight[i]) + offset) - up(from[i]) * factor * mean), to + i);
         }
+        if (again) normalise(from, weight, factor, offset, again + row * width, width);
     }
+}
+
+// Asks for what is read a row later, a piece at a time: the processor alone asks too late where so much is computed.
+static const int64_t PIECE = 256;
+template <class T>
+static inline void ahead(const T* row, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+}
+
+template <class T>
+static inline float sigmoid(float g) {
+    return 1.0f / (1.0f + exponential<T>(-g));
 }
 
 // out = silu(gate) * up; gate_up [rows, 2 * width].
@@ -76,10 +94,17 @@ static void gated(const T* gate_up, T* out, int64_t rows, int64_t width, int thr
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row) {
             const T *gate = gate_up + row * 2 * width, *other = gate + width;
+            for (int64_t first = 0; first < width; first += PIECE) {
+                int64_t last = std::min(width, first + PIECE);
+                if (row + 1 < rows) {
+                    ahead(gate + 2 * width, first, last);
+                    ahead(other + 2 * width, first, last);
+                }
 #pragma omp simd
-            for (int64_t i = 0; i < width; ++i) {
-                float g = up(gate[i]);
-                down(g / (1.0f + exponential<T>(-g)) * up(other[i]), to + i);
+                for (int64_t i = first; i < last; ++i) {
+                    float g = up(gate[i]);
+                    down(g * sigmoid<T>(g) * up(other[i]), to + i);
+                }
             }
             put(to, out + row * width, width, past);
         }
@@ -87,25 +112,36 @@ static void gated(const T* gate_up, T* out, int64_t rows, int64_t width, int thr
     }
 }
 
+// The gradient of gate_up; again: where gated's own output is made once more, if it is asked for.
 template <class T>
-static void gated_backward(const T* gradient, const T* gate_up, T* out, int64_t rows, int64_t width, int threads) {
+static void gated_backward(const T* gradient, const T* gate_up, T* out, T* again, int64_t rows, int64_t width,
+                           int threads) {
     bool past = 2 * rows * width * int64_t(sizeof(T)) > PAST_BYTES;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<T> made(2 * width);
-        T *to_gate = made.data(), *to_up = to_gate + width;
+        std::vector<T> made(3 * width);
+        T *to_gate = made.data(), *to_up = to_gate + width, *to_out = to_up + width;
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row) {
             const T *gate = gate_up + row * 2 * width, *other = gate + width, *from = gradient + row * width;
+            for (int64_t first = 0; first < width; first += PIECE) {
+                int64_t last = std::min(width, first + PIECE);
+                if (row + 1 < rows) {
+                    ahead(gate + 2 * width, first, last);
+                    ahead(other + 2 * width, first, last);
+                    ahead(from + width, first, last);
+                }
 #pragma omp simd
-            for (int64_t i = 0; i < width; ++i) {
-                float g = up(gate[i]), d = up(from[i]);
-                float sigmoid = 1.0f / (1.0f + exponential<T>(-g));
-                float silu = g * sigmoid;
-                down(d * silu, to_up + i);
-                down(d * up(other[i]) * (sigmoid + silu * (1.0f - sigmoid)), to_gate + i);
+                for (int64_t i = first; i < last; ++i) {
+                    float g = up(gate[i]), d = up(from[i]), o = up(other[i]);
+                    float s = sigmoid<T>(g), silu = g * s;
+                    down(d * silu, to_up + i);
+                    down(d * o * (s + silu * (1.0f - s)), to_gate + i);
+                    down(silu * o, to_out + i);
+                }
             }
             put(to_gate, out + row * 2 * width, 2 * width, past);
+            if (again) put(to_out, again + row * width, width, past);
         }
         settled();
     }
@@ -166,14 +202,15 @@ static void cross_entropy(T* scores, const int64_t* labels, float* loss, int64_t
         add_norm<T>(x, y, w, sum, out, scale, rows, width, epsilon, offset, threads);                                  \
     }                                                                                                                  \
     extern "C" void norm_backward_##NAME(const T* g, const T* x, const T* w, const float* scale, const T* above,       \
-                                         T* out, int64_t rows, int64_t width, float offset, int threads) {             \
-        norm_backward<T>(g, x, w, scale, above, out, rows, width, offset, threads);                                    \
+                                         T* out, T* again, int64_t rows, int64_t width, float offset, int threads) {   \
+        norm_backward<T>(g, x, w, scale, above, out, again, rows, width, offset, threads);                             \
     }                                                                                                                  \
     extern "C" void gated_##NAME(const T* x, T* out, int64_t rows, int64_t width, int threads) {                       \
         gated<T>(x, out, rows, width, threads);                                                                        \
     }                                                                                                                  \
-    extern "C" void gated_backward_##NAME(const T* g, const T* x, T* out, int64_t rows, int64_t width, int threads) {  \
-        gated_backward<T>(g, x, out, rows, width, threads);                                                            \
+    extern "C" void gated_backward_##NAME(const T* g, const T* x, T* out, T* again, int64_t rows, int64_t width,       \
+                                          int threads) {                                                               \
+        gated_backward<T>(g, x, out, again, rows, width, threads);                                                     \
     }                                                                                                                  \
     extern "C" void cross_entropy_##NAME(T* scores, const int64_t* labels, float* loss, int64_t rows,                  \
                                          int64_t vocabulary, const float* share, int gradient, int threads) {          \

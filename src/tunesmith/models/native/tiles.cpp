@@ -16,6 +16,7 @@ static const int64_t DEEP = 2048;
 static const int64_t NARROW = 4;          // panels of C
 static const int64_t BAND_BYTES = 768 << 10;  // a band of A that stays in the second cache
 static const int64_t SUMS_BYTES = 640 << 10;    // most that a thread keeps of the sums of a deep product
+static const int64_t SLAB = 4;            // blocks of 32 rows whose pages the processor finds at once
 
 // 32 rows (fewer at a span's end) of a product. Tiles always load 32 rows, so fewer are read from a copy.
 struct Block {
@@ -178,51 +179,93 @@ extern "C" void product(const Span* spans, int64_t count, const bf16* b, int64_t
     multiply(spans, count, b, depth, bias, n, threads);
 }
 
-// C [R, N] = L^T X of L [T, R] and X [T, N], R and N multiples of 32: the gradient of a low-rank factor. A panel
-// of X is laid out in pairs of rows as it is read, once for all R.
+// 32 columns of 32 rows of X, rows of n numbers, as pairs of rows: the first 16 columns and the others. Behind `rows`
+// there are zeros.
+static inline void pairs(const bf16* x, int64_t n, int64_t rows, __m512i* left, __m512i* right) {
+    const __m512i none = _mm512_setzero_si512();
+    for (int64_t i = 0; i < 16; ++i, x += 2 * n) {
+        __m512i even = 2 * i < rows ? _mm512_loadu_si512((const void*)x) : none;
+        __m512i odd = 2 * i + 1 < rows ? _mm512_loadu_si512((const void*)(x + n)) : none;
+        left[i] = first_pairs(even, odd);
+        right[i] = last_pairs(even, odd);
+    }
+}
+
+// A panel of a slab, `blocks` times 32 of the rows that X has from here on, as pairs of rows. ahead: the panel beside it
+// comes next.
+static inline void lay_out(const bf16* x, int64_t n, int64_t rows, int64_t blocks, bool ahead, bf16* panel) {
+    for (int64_t j = 0; j < blocks; ++j, x += 32 * n, rows -= 32, panel += 1024) {
+        __m512i left[16], right[16];
+        for (int64_t i = 0; ahead && i < std::min<int64_t>(32, rows); ++i) __builtin_prefetch(x + i * n + 32, 0, 2);
+        pairs(x, n, rows, left, right);
+        for (int64_t i = 0; i < 16; ++i) {
+            _mm512_store_si512((void*)(panel + i * 32), left[i]);
+            _mm512_store_si512((void*)(panel + 512 + i * 32), right[i]);
+        }
+    }
+}
+
+// Adds to the sums under way: 32 rows of L^T, in tiles, times a panel of a slab.
+static inline void gather(const bf16* upper, const bf16* lower, const bf16* panel, int64_t blocks) {
+    for (int64_t j = 0; j < blocks; ++j, upper += 512, lower += 512, panel += 1024) {
+        _tile_loadd(4, upper, 64);
+        _tile_loadd(6, panel, 64);
+        _tile_loadd(7, panel + 512, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, lower, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+// C [R, N] = L^T X of L [T, R] and X [T, N], R and N multiples of 32: the gradient of a low-rank factor. X is read a
+// slab of rows after another, a panel of which is laid out in pairs of rows once for all R; the sums wait in between.
 extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_t t, bf16* c, int threads) {
     tiles_allowed();
     int64_t deep = (t + 31) / 32;
     // L^T: for each 16 of R, for each 32 of T, a tile of 16 rows.
     bf16* left = (bf16*)std::aligned_alloc(64, r * deep * 64);
-    std::memset((void*)left, 0, r * deep * 64);
-    for (int64_t k = 0; k < t; ++k)
-        for (int64_t i = 0; i < r; ++i) left[((i / 16 * deep + k / 32) * 16 + i % 16) * 32 + k % 32] = l[k * r + i];
+    for (int64_t k = 0; k < deep; ++k)
+        for (int64_t i = 0; i < r; i += 32) {
+            __m512i rows[2][16];
+            pairs(l + k * 32 * r + i, r, t - k * 32, rows[0], rows[1]);
+            for (int64_t half = 0; half < 2; ++half) {
+                transpose(rows[half]);
+                bf16* to = left + ((i / 16 + half) * deep + k) * 512;
+                for (int64_t j = 0; j < 16; ++j) _mm512_store_si512((void*)(to + j * 32), rows[half][j]);
+            }
+        }
+    int64_t most = std::max<int64_t>(1, SUMS_BYTES / (r * 128));  // panels under way at a time
 #pragma omp parallel num_threads(threads)
     {
         TileConfig config;
         _tile_loadconfig(&config);
-        bf16* panel = (bf16*)std::aligned_alloc(64, deep * 2048);
-        alignas(64) float sums[1024];
-        const __m512i none = _mm512_setzero_si512();
+        bf16* panel = (bf16*)std::aligned_alloc(64, SLAB * 2048);
+        float* sums = (float*)std::aligned_alloc(64, most * r * 128);
 #pragma omp for schedule(static)
-        for (int64_t p = 0; p < n / 32; ++p) {
-            for (int64_t k = 0; k < deep * 32; k += 2) {
-                const bf16* from = x + k * n + p * 32;
-                __m512i even = k < t ? _mm512_loadu_si512((const void*)from) : none;
-                __m512i odd = k + 1 < t ? _mm512_loadu_si512((const void*)(from + n)) : none;
-                bf16* to = panel + k / 32 * 1024 + k % 32 / 2 * 32;
-                _mm512_store_si512((void*)to, first_pairs(even, odd));
-                _mm512_store_si512((void*)(to + 512), last_pairs(even, odd));
-            }
-            for (int64_t i = 0; i < r; i += 32) {
-                const bf16 *upper = left + i * deep * 32, *lower = upper + 16 * deep * 32;
-                begin(sums, true);
-                for (int64_t k = 0; k < deep; ++k) {
-                    _tile_loadd(4, upper + k * 512, 64);
-                    _tile_loadd(6, panel + k * 1024, 64);
-                    _tile_loadd(7, panel + k * 1024 + 512, 64);
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_dpbf16ps(1, 4, 7);
-                    _tile_loadd(5, lower + k * 512, 64);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
+        for (int64_t part = 0; part < threads; ++part) {
+            int64_t begins = n / 32 * part / threads, ends = n / 32 * (part + 1) / threads;
+            for (int64_t top = begins; top < ends; top += most) {
+                int64_t bottom = std::min(ends, top + most);
+                for (int64_t k = 0; k < deep; k += SLAB) {
+                    int64_t here = std::min(SLAB, deep - k);
+                    for (int64_t p = top; p < bottom; ++p) {
+                        lay_out(x + k * 32 * n + p * 32, n, t - k * 32, here, p + 1 < bottom, panel);
+                        for (int64_t i = 0; i < r; i += 32) {
+                            const bf16* upper = left + (i * deep + k * 16) * 32;
+                            float* held = sums + ((p - top) * r + i) * 32;
+                            begin(held, k == 0);
+                            gather(upper, upper + 16 * deep * 32, panel, here);
+                            end(held);
+                            if (k + here == deep) settle(held, nullptr, c + i * n + p * 32, n, 32, false);
+                        }
+                    }
                 }
-                end(sums);
-                settle(sums, nullptr, c + i * n + p * 32, n, 32, false);
             }
         }
         std::free(panel);
+        std::free(sums);
         _tile_release();
     }
     std::free(left);
