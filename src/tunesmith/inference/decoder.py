@@ -10,7 +10,6 @@ Shapes: B rows, K key/value heads, G query heads for each, P tokens of a shared 
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
