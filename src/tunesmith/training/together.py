@@ -9,7 +9,7 @@ its bytes are the same with whomever it was trained (models.products.Frozen.row_
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +21,11 @@ from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.batch import Batch
 from tunesmith.models.network import Attend, Linear, Network, final, forward
 from tunesmith.models.products import Frozen, Pair, outer
-from tunesmith.training.loop import Run, label_shares, step_tokens
+from tunesmith.training.loop import Run, label_shares, label_total, step_tokens
 from tunesmith.training.lora import Adapted, Lora, frozen
 from tunesmith.training.loss import cross_entropies
 
+TOKENS = int(__import__("os").environ.get("TOK", "4096"))
 
 class Part(NamedTuple):
     """What one run adds to a pass. divisor: labels of its whole step."""
@@ -55,34 +56,40 @@ def fit_together(
             live = [place for place in range(len(runs)) if place not in settled and place not in failed]
             if not live:
                 return failed
-            began = time.perf_counter()
-            losses = joint_gradients(network, [runs[place] for place in live])
-            each = (time.perf_counter() - began) / sum(step_tokens(runs[place].due) for place in live)
-            for place, loss in zip(live, losses, strict=True):
+            for turn, loss, seconds in joint_steps(network, [runs[place] for place in live]):
+                place = live[turn]
                 try:
-                    runs[place].advance(loss, each * step_tokens(runs[place].due), task)
+                    runs[place].advance(loss, seconds, task)
                 except TunesmithError as error:
                     failed[place] = error
                     progress.say(f"training {place + 1} of {len(runs)} stops: {error.what}")
+                _lora(runs[place]).rest()
 
 
-def joint_gradients(network: Network, runs: Sequence[Run]) -> list[float]:
-    """Leave the gradients of the step that each run is due on its masters; returns their losses."""
+def joint_steps(network: Network, runs: Sequence[Run]) -> Iterator[tuple[int, float, float]]:
+    """Compute the step that each run is due. Gives a run's place, its loss and its share of the passes' seconds as soon
+    as the step's gradients lie on its masters: where it is then advanced, they are gone before the next run's are made.
+    """
     steps = [run.due for run in runs]
-    labels = [float(sum(part.labels.numel() for part in step)) for step in steps]
-    losses = [0.0] * len(runs)
+    labels = [label_total(step) for step in steps]
+    losses, seconds = [0.0] * len(runs), [0.0] * len(runs)
     for turn in range(max(map(len, steps))):
         waiting = [place for place, step in enumerate(steps) if turn < len(step)]
         sizes = [steps[place][turn].tokens for place in waiting]
-        for first, last in _passes(sizes, max(run.settings.tokens for run in runs)):
-            now = waiting[first:last]
+        for first, last in _passes(sizes, min(TOKENS, max(run.settings.tokens for run in runs))):
+            now, began = waiting[first:last], time.perf_counter()
             parts = [Part(_lora(runs[place]), steps[place][turn], labels[place]) for place in now]
             found = joint_losses(network, parts)
             torch.stack(found).sum().backward()
+            each = (time.perf_counter() - began) / sum(sizes[first:last])
             for place, part, loss in zip(now, parts, found, strict=True):
+                began = time.perf_counter()
                 part.lora.take_gradients()
+                part.lora.rest()
                 losses[place] += float(loss.detach())
-    return losses
+                seconds[place] += each * part.batch.tokens + time.perf_counter() - began
+                if turn == len(steps[place]) - 1:
+                    yield place, losses[place], seconds[place]
 
 
 def joint_losses(network: Network, parts: Sequence[Part]) -> list[Tensor]:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from tunesmith.training.machines import Crew
 
 # Part of what a checkpoint must agree on: bump when the engine's arithmetic or its batch plan changes.
-ENGINE = 5
+ENGINE = 6
 
 
 class TrainingRow(NamedTuple):
@@ -323,6 +323,8 @@ def _expect(
         later,
         lambda part: step_bytes(network, trained, settings, part),
     )
+    if isinstance(trained, Lora):
+        trained.rest()
     write_atomic(kept, made.model_dump_json().encode())
     return made
 
