@@ -61,7 +61,7 @@ class Departure:
                 into[: len(half)] = half
 
     def gradients(self, a: Sequence[Tensor], c: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """The masters' gradients by place, from those of the pairs: B stands in both halves, A in the upper one alone."""
+        """The masters' gradients by place, from those of the pairs: B is in both halves, A in the upper one alone."""
         upper = [each.chunk(2)[0].float() for each in a]
         both = [torch.add(*(half.float() for half in each.chunk(2))) for each in c]
         return list(zip(upper, both, strict=True))
