@@ -109,9 +109,8 @@ def test_in_bf16_gradients_are_as_near_to_fp32_as_the_portable_path(
         network = load_network(folder, dtype)
         lora = Lora(network, TrainSettings(rank=4))
         with torch.no_grad():
-            for master, factor in zip(lora.masters, lora._factors, strict=True):
+            for master in lora.masters[:2]:
                 master.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-                master.mul_(factor != 0)
         lora.refresh_copies()
         loss = gradients(network, lora, [batch])
         return loss, [master.grad for master in lora.masters if master.grad is not None]
@@ -187,9 +186,8 @@ def test_our_adapter_answers_the_same_in_peft(tmp_path: Path) -> None:
     network = load_network(folder, torch.float32)
     lora = Lora(network, TrainSettings(rank=4, targets=("q_proj", "v_proj", "down_proj")))
     with torch.no_grad():
-        for master, factor in zip(lora.masters, lora._factors, strict=True):
+        for master in lora.masters[:2]:
             master.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
-            master.mul_(factor != 0)
     lora.refresh_copies()
     base = resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
     path = _save(tmp_path / "adapter", encode_adapter(lora.adapter(), network, base)).parent

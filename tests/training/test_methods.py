@@ -56,8 +56,8 @@ def test_peft_reads_each_kind_alike(tmp_path: Path, folder: Path, rows: list[Ren
     network = load_network(folder, torch.float32)
     lora = Lora(network, TrainSettings(rank=4, **settings))
     with torch.no_grad():
-        for master, factor in zip(lora.masters, lora._factors, strict=False):
-            master.normal_(std=0.3, generator=torch.Generator().manual_seed(1)).mul_(factor != 0)
+        for master in lora.masters[:2]:
+            master.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
         if lora.magnitudes is not None:
             lora.magnitudes.master.mul_(1.0 + 0.3 * torch.rand(lora.magnitudes.master.shape))
     lora.refresh_copies()
@@ -91,8 +91,8 @@ def test_a_step_in_parts_has_the_whole_steps_gradient(folder: Path, rows: list[R
     assert len(parts) > 2
     lora = Lora(network, TrainSettings(rank=4))
     with torch.no_grad():
-        for master, factor in zip(lora.masters, lora._factors, strict=False):
-            master.normal_(std=0.3, generator=torch.Generator().manual_seed(1)).mul_(factor != 0)
+        for master in lora.masters[:2]:
+            master.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     lora.refresh_copies()
     losses, found = [], []
     for step in (whole, parts):

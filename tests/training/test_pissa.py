@@ -133,9 +133,9 @@ def test_peft_and_the_server_load_it_onto_the_base_unchanged(
     network = load_network(folder, torch.float32)
     lora = Lora(network, TrainSettings(rank=4, start="pissa", **settings))
     with torch.no_grad():
-        for master, factor in zip(lora.masters, lora._factors, strict=False):
+        for master in lora.masters[:2]:
             noise = torch.randn(master.shape, generator=torch.Generator().manual_seed(1))
-            master.add_(0.2 * noise * (factor != 0))
+            master.add_(0.2 * noise)
     lora.refresh_copies()
     base = resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
     path = _write(tmp_path / "adapter", lora, network, base)
@@ -159,10 +159,10 @@ def test_a_small_departure_is_not_rounded_away_in_bf16(folder: Path, rows: list[
         network = load_network(folder, dtype)
         lora = Lora(network, TrainSettings(rank=4, start="pissa"))
         with torch.no_grad():
-            for master, factor in zip(lora.masters, lora._factors, strict=True):
-                master.mul_(1 + 1e-3 * (factor != 0))
+            for master in lora.masters[:2]:
+                master.mul_(1 + 1e-3)
         lora.refresh_copies()
-        change = {place: pair.c.float().t() @ pair.a.float() for place, (pair, _, _) in lora._pairs.items()}
+        change = {place: pair.c.float().t() @ pair.a.float() for place, (pair, _, _) in lora._copies().items()}
         losses[dtype] = change
     for place, exact in losses[torch.float32].items():
         assert exact.norm() > 0

@@ -153,3 +153,32 @@ def test_a_pass_holds_no_more_tokens_than_one_run_may(
     assert 0 < max(seen) <= 250
     for run, masters in zip(runs, alone, strict=True):
         assert all(torch.equal(*each) for each in zip(run.trained.masters, masters, strict=True))
+
+
+def test_between_passes_a_run_holds_masters_and_moments_alone(
+    tmp_path: Path, folder: Path, rows: list[Rendered], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies are there during a run's pass, gradients of masters during its update."""
+    network = load_network(folder, torch.bfloat16)
+    monkeypatch.setattr(together, "TOKENS", 250)
+    runs = [_run(network, rows, {"seed": seed}, tmp_path / f"j{seed}") for seed in range(4)]
+    update, losses = Run.advance, together.joint_losses
+    moved: list[int] = []
+    computed: list[int] = []
+
+    def advancing(run: Run, *given: object) -> None:
+        moved.append(sum(each.trained.masters[0].grad is not None for each in runs))
+        update(run, *given)  # type: ignore[arg-type]
+
+    def computing(network: Network, parts: list[together.Part]) -> list[Tensor]:
+        found = losses(network, parts)
+        computed.append(sum(bool(run.trained._pairs) for run in runs) - len(parts))
+        return found
+
+    monkeypatch.setattr(Run, "advance", advancing)
+    monkeypatch.setattr(together, "joint_losses", computing)
+    fit_together(network, runs, SILENT)
+    assert set(moved) == {1}
+    assert set(computed) == {0}
+    assert not any(run.trained._pairs for run in runs)
+    assert all(sum(map(len, run.trained.masters)) == run.trained.parameters for run in runs)

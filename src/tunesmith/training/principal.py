@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import UsageError
-from tunesmith.models.products import Pair
 
 
 def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -47,37 +46,34 @@ def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
 
 
 class Departure:
-    """Masters a [R, in], c [R, out] of every place as they were at the start, and what they add beyond that: pairs of
-    2 R rows, the upper half A - A0 and C, the lower A0 and C - C0."""
+    """Masters a [n r, in], c [n r, out] of every place as they were at the start, and what they add beyond that: pairs
+    of 2 R rows, the upper half A - A0 and C, the lower A0 and C - C0, each with zeros up to R."""
 
     def __init__(self, a: Sequence[Tensor], c: Sequence[Tensor]) -> None:
         self._first = [(one.clone(), other.clone()) for one, other in zip(a, c, strict=True)]
 
-    def refresh(
-        self, a: Sequence[Tensor], c: Sequence[Tensor], factors: Sequence[Tensor], pairs: Sequence[Pair]
-    ) -> None:
-        """Write what the masters add now into the pairs' copies; c times its factor."""
-        for (a0, c0), now, into, factor, pair in zip(self._first, a, c, factors, pairs, strict=True):
-            pair.a.copy_(torch.cat((now - a0, a0)))
-            pair.c.copy_(torch.cat((into * factor, (into - c0) * factor)))
+    def refresh(self, place: int, a: Tensor, c: Tensor, scale: float, into_a: Tensor, into_c: Tensor) -> None:
+        """Write what a place's masters add now into its copies [2 R, in] and [2 R, out]; c times the scale."""
+        a0, c0 = self._first[place]
+        for copy, halves in ((into_a, (a - a0, a0)), (into_c, (c * scale, (c - c0) * scale))):
+            copy.zero_()
+            for half, into in zip(halves, copy.chunk(2), strict=True):
+                into[: len(half)] = half
 
-    def gradients(self, a: Sequence[Tensor], c: Sequence[Tensor]) -> list[Tensor]:
-        """The masters' gradients, flat, from those of the pairs: B stands in both halves, A in the upper one alone."""
-        upper = [each.chunk(2)[0].float().flatten() for each in a]
-        both = [torch.add(*(half.float() for half in each.chunk(2))).flatten() for each in c]
-        return [torch.cat(upper), torch.cat(both)]
+    def gradients(self, a: Sequence[Tensor], c: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """The masters' gradients by place, from those of the pairs: B is in both halves, A in the upper one alone."""
+        upper = [each.chunk(2)[0].float() for each in a]
+        both = [torch.add(*(half.float() for half in each.chunk(2))) for each in c]
+        return list(zip(upper, both, strict=True))
 
-    def adapter(
-        self, a: Sequence[Tensor], c: Sequence[Tensor], rank: int, parts: Sequence[int]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """a and c of an adapter of twice the rank. parts: of every place; each has its rows of both halves together."""
+    def adapter(self, a: Sequence[Tensor], c: Sequence[Tensor], rank: int) -> tuple[list[Tensor], list[Tensor]]:
+        """a and c of an adapter of twice the rank: each part has its rows of both halves together."""
 
-        def joined(upper: Tensor, lower: Tensor, count: int) -> Tensor:
-            halves = [half[: count * rank].unflatten(0, (count, rank)) for half in (upper, lower)]
-            return torch.cat(halves, 1).flatten(0, 1)
+        def joined(upper: Tensor, lower: Tensor) -> Tensor:
+            return torch.cat([half.unflatten(0, (-1, rank)) for half in (upper, lower)], 1).flatten(0, 1)
 
-        places = list(zip(self._first, a, c, parts, strict=True))
+        places = list(zip(self._first, a, c, strict=True))
         return (
-            [joined(now - a0, a0, count) for (a0, _), now, _, count in places],
-            [joined(into, into - c0, count) for (_, c0), _, into, count in places],
+            [joined(now - a0, a0) for (a0, _), now, _ in places],
+            [joined(into, into - c0) for (_, c0), _, into in places],
         )

@@ -4,12 +4,15 @@ A step of every run that is not over is laid end to end. What works row by row (
 products, the head) is done once for all tokens; attention and low-rank products are each run's own, on its own tokens.
 A token's numbers are thus those of a training alone, and each run keeps its own plan, optimiser, checkpoints and end:
 its bytes are the same with whomever it was trained (models.products.Frozen.row_by_row says on what that rests).
+
+A pass holds few runs' tokens, so that copies and activations are those of few runs at once; the masters' gradients are
+made and used up one run after another. What stays for each run is its masters and AdamW's moments (see lora.Lora).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +22,15 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import Progress
 from tunesmith.models.attention import shared_prefix_attention
 from tunesmith.models.batch import Batch
-from tunesmith.models.network import Attend, Linear, Network, final, forward
+from tunesmith.models.network import Attend, Linear, Network, final, forward, remaking
 from tunesmith.models.products import Frozen, Pair, outer
-from tunesmith.training.loop import Run, label_shares, step_tokens
+from tunesmith.training.loop import Run, label_shares, label_total, step_tokens
 from tunesmith.training.lora import Adapted, Lora, frozen
 from tunesmith.training.loss import cross_entropies
+
+# Most tokens of a pass of several runs. Of passes between 192 and 742 tokens, eight runs of 93 tokens a step, none was
+# faster beyond what timings vary by; each run more in a pass holds its activations and its copies (see Lora).
+TOKENS = 256
 
 
 class Part(NamedTuple):
@@ -55,34 +62,40 @@ def fit_together(
             live = [place for place in range(len(runs)) if place not in settled and place not in failed]
             if not live:
                 return failed
-            began = time.perf_counter()
-            losses = joint_gradients(network, [runs[place] for place in live])
-            each = (time.perf_counter() - began) / sum(step_tokens(runs[place].due) for place in live)
-            for place, loss in zip(live, losses, strict=True):
+            for turn, loss, seconds in joint_steps(network, [runs[place] for place in live]):
+                place = live[turn]
                 try:
-                    runs[place].advance(loss, each * step_tokens(runs[place].due), task)
+                    runs[place].advance(loss, seconds, task)
                 except TunesmithError as error:
                     failed[place] = error
                     progress.say(f"training {place + 1} of {len(runs)} stops: {error.what}")
+                _lora(runs[place]).rest()
 
 
-def joint_gradients(network: Network, runs: Sequence[Run]) -> list[float]:
-    """Leave the gradients of the step that each run is due on its masters; returns their losses."""
+def joint_steps(network: Network, runs: Sequence[Run]) -> Iterator[tuple[int, float, float]]:
+    """Compute the step that each run is due. Gives a run's place, its loss and its share of the passes' seconds as soon
+    as the step's gradients lie on its masters: where it is then advanced, they are gone before the next run's are made.
+    """
     steps = [run.due for run in runs]
-    labels = [float(sum(part.labels.numel() for part in step)) for step in steps]
-    losses = [0.0] * len(runs)
+    labels = [label_total(step) for step in steps]
+    losses, seconds = [0.0] * len(runs), [0.0] * len(runs)
     for turn in range(max(map(len, steps))):
         waiting = [place for place, step in enumerate(steps) if turn < len(step)]
         sizes = [steps[place][turn].tokens for place in waiting]
-        for first, last in _passes(sizes, max(run.settings.tokens for run in runs)):
-            now = waiting[first:last]
+        for first, last in _passes(sizes, min(TOKENS, max(run.settings.tokens for run in runs))):
+            now, began = waiting[first:last], time.perf_counter()
             parts = [Part(_lora(runs[place]), steps[place][turn], labels[place]) for place in now]
             found = joint_losses(network, parts)
             torch.stack(found).sum().backward()
+            each = (time.perf_counter() - began) / sum(sizes[first:last])
             for place, part, loss in zip(now, parts, found, strict=True):
+                began = time.perf_counter()
                 part.lora.take_gradients()
+                part.lora.rest()
                 losses[place] += float(loss.detach())
-    return losses
+                seconds[place] += each * part.batch.tokens + time.perf_counter() - began
+                if turn == len(steps[place]) - 1:
+                    yield place, losses[place], seconds[place]
 
 
 def joint_losses(network: Network, parts: Sequence[Part]) -> list[Tensor]:
@@ -103,7 +116,7 @@ def _lora(run: Run) -> Lora:
 
 
 def _passes(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """Neighbours that have no more than most tokens together (one alone may), as ranges: memory stays one run's."""
+    """Neighbours that have no more than most tokens together (one alone may), as ranges."""
     ranges: list[tuple[int, int]] = []
     first, tokens = 0, 0
     for place, size in enumerate(sizes):
@@ -144,9 +157,9 @@ class _JointLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, anchor: Tensor, product: Frozen, adapted: Sequence[Adapted | None], sizes: Sequence[int]
     ) -> Tensor:
-        low = [one and one.pair.low(own) for one, own in zip(adapted, x.split(sizes), strict=True)]
-        ctx.save_for_backward(x, *low)
-        ctx.told = (product, adapted, sizes)
+        low, again = [one and one.pair.low(own) for one, own in zip(adapted, x.split(sizes), strict=True)], remaking(x)
+        ctx.save_for_backward(x if again is None else None, *low)
+        ctx.told, ctx.remaking = (product, adapted, sizes), again
         return product.apart(x, sizes, low, _pairs(adapted))
 
     @staticmethod
@@ -155,14 +168,20 @@ class _JointLinear(torch.autograd.Function):
         product, adapted, sizes = ctx.told
         gradient = gradient.contiguous()
         into_low: list[Tensor | None] = []
-        for one, own, lower, above in zip(adapted, x.split(sizes), low, gradient.split(sizes), strict=True):
-            if one is None:
-                into_low.append(None)
-                continue
-            lowered = one.pair.into_low(above)
-            outer(lowered, own, one.ga)
-            outer(lower, above, one.gc)
-            into_low.append(lowered)
+        for one, lower, above in zip(adapted, low, gradient.split(sizes), strict=True):
+            into_low.append(None if one is None else one.pair.into_low(above))
+            if one is not None:
+                outer(lower, above, one.gc)
+
+        def learn(x: Tensor) -> None:
+            for one, own, lowered in zip(adapted, x.split(sizes), into_low, strict=True):
+                if one is not None and lowered is not None:
+                    outer(lowered, own, one.ga)
+
+        if ctx.remaking is None:
+            learn(x)
+        else:
+            ctx.remaking.ask(learn)
         gx = product.back_apart(gradient, sizes, into_low, _pairs(adapted)) if ctx.needs_input_grad[0] else None
         return gx, None, None, None, None
 

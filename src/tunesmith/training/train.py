@@ -219,9 +219,9 @@ def find_rate(
 
 
 def _check_room(ready: Sequence[_Prepared]) -> None:
-    """Raises Refused where AdamW's moments, the best weights and a gradient of all do not fit the memory."""
+    """Raises Refused where AdamW's moments and the best weights of all do not fit the memory."""
     needed, free = (
-        sum(16 * master.numel() for each in ready for master in each.trained.masters),
+        sum(12 * master.numel() for each in ready for master in each.trained.masters),
         runtime.available_memory(),
     )
     if needed > free:
@@ -323,6 +323,8 @@ def _expect(
         later,
         lambda part: step_bytes(network, trained, settings, part),
     )
+    if isinstance(trained, Lora):
+        trained.rest()
     write_atomic(kept, made.model_dump_json().encode())
     return made
 
