@@ -148,8 +148,8 @@ def test_what_is_made_again_is_what_would_have_been_kept(
     def step() -> tuple[list[torch.Tensor], int]:
         trained = Lora(network, TrainSettings(rank=4, dora=dora))
         with torch.no_grad():
-            for master, factor in zip(trained.masters, trained._factors, strict=False):
-                master.normal_(std=0.1, generator=torch.Generator().manual_seed(1)).mul_(factor != 0)
+            for master in trained.masters[:2]:
+                master.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
         trained.refresh_copies()
         kept: dict[int, int] = {}
 
