@@ -34,7 +34,9 @@ class Stack:
     def linear(self, owners: Tensor) -> Linear:
         """Linear layers for rows [T] of these adapters, by their number in the stack; -1: the base alone."""
         others: dict[tuple[int, ...], Tensor] = {}  # for each division of columns: which are not a row's own [T, R]
+        on = self._network.device
         rows = {number: (owners == number).nonzero()[:, 0] for each in self._factors.values() for number, _ in each}
+        owners, rows = owners.to(on), {number: own.to(on) for number, own in rows.items()}
 
         def apply(number: int, group: str, x: Tensor) -> Tensor:
             product, found = self._network.layers[number].linear[group], self._places.get((number, group))
@@ -43,7 +45,7 @@ class Stack:
             pair, widths = found
             if widths not in others:
                 columns = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
-                others[widths] = owners[:, None] != columns
+                others[widths] = owners[:, None] != columns.to(on)
             y = product(x, pair.low(x).masked_fill_(others[widths], 0.0), pair)
             for owner, factor in self._factors[number, group]:
                 own = rows[owner]

@@ -55,7 +55,7 @@ def encode_whole(trained: Mapping[str, Tensor], base: BaseModel, tied: bool) -> 
     tensors = own_weights(base.folder, tied)
     changed = False
     for name, weight in trained.items():
-        rounded = weight.to(tensors[name].dtype)
+        rounded = weight.to("cpu", tensors[name].dtype)
         changed = changed or not torch.equal(rounded, tensors[name])
         tensors[name] = rounded
     if not changed:

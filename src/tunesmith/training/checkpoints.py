@@ -56,9 +56,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
     encoded += b" " * (-len(encoded) % 8)  # so that the numbers after it are aligned
     hasher = hashlib.sha256()
     with path.open("wb") as stream:
-        pieces: list[bytes | memoryview] = [len(encoded).to_bytes(8, "little"), encoded]
-        pieces += [tensor.contiguous().numpy().data for tensor in tensors.values()]
-        for piece in pieces:
+        numbers = (tensor.contiguous().cpu().numpy().data for tensor in tensors.values())
+        for piece in (len(encoded).to_bytes(8, "little"), encoded, *numbers):
             hasher.update(piece)
             stream.write(piece)
         stream.flush()

@@ -54,9 +54,10 @@ class Lora:
             if blocks(network, group, self.rank, self.targets)
         ]
         shapes = list(zip(*(self._shapes(number, group) for number, group in self.places), strict=True))
-        self.masters = [_flat(each) for each in shapes]
+        on = network.device
+        self.masters = [_flat(each, on) for each in shapes]
         # What a copy is of its master, and a master's gradient of its copy's: 0 where there is nothing to learn.
-        self._factors = [_flat(each) for each in shapes]
+        self._factors = [_flat(each, on) for each in shapes]
         self._a, self._c = (_views(master, each) for master, each in zip(self.masters, shapes, strict=True))
         self._views = [_views(factor, each) for factor, each in zip(self._factors, shapes, strict=True)]
         self._start(settings.seed, *self._views)
@@ -65,12 +66,12 @@ class Lora:
             self._start_at_principal()
             self._departure = Departure(self._a, self._c)
         copied = [[(rows * (2 if self._departure else 1), size) for rows, size in each] for each in shapes]
-        self._copies = [_flat(each, network.dtype) for each in copied]
-        self._gradients = [_flat(each, network.dtype) for each in copied]
+        self._copies = [_flat(each, on, network.dtype) for each in copied]
+        self._gradients = [_flat(each, on, network.dtype) for each in copied]
         pairs = map(Pair, *(_views(copy, each) for copy, each in zip(self._copies, copied, strict=True)))
         into = (_views(gradient, each) for gradient, each in zip(self._gradients, copied, strict=True))
         self._pairs = dict(zip(self.places, map(Adapted, pairs, *into), strict=True))
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor = torch.zeros((), requires_grad=True, device=on)
         self.magnitudes: Magnitudes | None = None
         if settings.dora:
             adapted = zip(self.places, self._views[1], strict=True)
@@ -181,20 +182,21 @@ class Lora:
             size = self._columns(group)
             # PEFT's start: A uniform within 1/sqrt(in) (Kaiming with a = sqrt(5)), B zero: nothing changes yet.
             bound = 1.0 / math.sqrt(a.shape[1])
-            a[:size].uniform_(-bound, bound, generator=generator)
+            # Drawn on the processor wherever it goes, so that a seed means the same everywhere.
+            a[:size] = torch.empty(size, a.shape[1]).uniform_(-bound, bound, generator=generator)
             above[:size] = 1.0
             for _, rows, columns in blocks(self.network, group, self.rank, self.targets):
                 below[columns, rows] = self.scale
 
     def _start_at_principal(self) -> None:
         for (number, group), a, c in zip(self.places, self._a, self._c, strict=True):
-            weight = self.network.layers[number].linear[group].weight.float()
+            weight = self.network.layers[number].linear[group].weight.float().cpu()  # as in _start
             for _, rows, columns in blocks(self.network, group, self.rank, self.targets):
                 a[columns], c[columns, rows] = principal(weight[rows], self.rank, self.scale)
 
 
-def _flat(shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(sum(rows * columns for rows, columns in shapes), dtype=dtype)
+def _flat(shapes: Sequence[tuple[int, int]], on: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(sum(rows * columns for rows, columns in shapes), dtype=dtype, device=on)
 
 
 def _views(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
