@@ -291,7 +291,9 @@ class Batch:
 
     def _give(self, rows: Sequence[Row], scores: Tensor) -> None:
         """Choose each row's next token by its scores [B, vocabulary] and tell its listener."""
-        told = [None if row.top is None else scores[place].float().log_softmax(-1).cpu() for place, row in enumerate(rows)]
+        told = [
+            None if row.top is None else scores[place].float().log_softmax(-1).cpu() for place, row in enumerate(rows)
+        ]
         failed: dict[Row, Exception] = {}
         hold_(scores, [row.guide for row in rows])
         likeliest: list[int] = ops.largest(scores).tolist()

@@ -167,9 +167,7 @@ def _window(config: Any, number: int) -> int | None:
     return None if size is None or size >= config.max_position_embeddings else int(size)
 
 
-def read_weights(
-    folder: Path, dtype: torch.dtype | None = None, on: torch.device = runtime.CPU
-) -> dict[str, Tensor]:
+def read_weights(folder: Path, dtype: torch.dtype | None = None, on: torch.device = runtime.CPU) -> dict[str, Tensor]:
     """Every tensor of a base's folder by name, on a device, in dtype or as it is stored."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):

@@ -258,7 +258,8 @@ def _prepare(
         "tokens": digest_of([list(row.ids) for row in rendered]),
         "validation": digest_of([list(row.ids) for row in checked]),
         "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
-        "environment": environment(processes, device_of(trained)) | ({"quantized": described()} if settings.quantize else {}),
+        "environment": environment(processes, device_of(trained))
+        | ({"quantized": described()} if settings.quantize else {}),
     }
     own: list[Step] = [step[0] for step in dealt]  # this process's share: all of it where it is alone
     expected = _expect(own, validating[::processes], settings, trained, job.work)
