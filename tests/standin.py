@@ -63,7 +63,8 @@ class There(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _computed(func, args, kwargs or {})
+        with torch.inference_mode(False):  # whose views of other tensors a wrapper cannot be
+            return _computed(func, args, kwargs or {})
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -113,7 +114,11 @@ def _held(each: Any) -> Any:
 
 
 def _factory(overload: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: _computed(overload, args, {**kwargs, "device": DEVICE})
+    def make(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False):
+            return _computed(overload, args, {**kwargs, "device": DEVICE})
+
+    return make
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:

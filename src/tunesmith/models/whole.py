@@ -35,7 +35,7 @@ def tuned(folder: Path, network: Network, base: BaseModel) -> tuple[Network, Lin
     """
     if not is_whole(folder):
         return network, adapted_linear(network, read_adapter(folder, network, base))
-    own = load_network(base.folder, network.dtype, read_whole(folder, base, network.tied))
+    own = load_network(base.folder, network.dtype, read_whole(folder, base, network.tied), on=network.device)
     return own, frozen_linear(own)
 
 
