@@ -120,7 +120,7 @@ def gradients(network: Network | Foreign, trained: Trained, step: Step, labels: 
         trained.take_gradients()
         losses.append(loss.detach())
     total = 0.0
-    for loss in losses:  # read last: a device is waited for once a step
+    for loss in losses:  # read last, when all parts are under way on a device
         total += float(loss)
     return total
 
