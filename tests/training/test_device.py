@@ -27,11 +27,12 @@ from tunesmith.models.adapter import WEIGHTS_FILE
 from tunesmith.models.base import resolve_base
 from tunesmith.models.merging import write_merged
 from tunesmith.models.network import forward
+from tunesmith.models.products import Frozen
 from tunesmith.models.rendering import Renderer
 from tunesmith.models.weights import load_network
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training import loop
+from tunesmith.training import loop, speed
 from tunesmith.training.batches import lay_out_step
 from tunesmith.training.full import Full
 from tunesmith.training.loop import gradients, make_optimizer, update, validation_loss
@@ -148,6 +149,19 @@ def test_a_token_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest.M
             engine.generate([Generation(each.messages[:2], max_tokens=tokens) for each in ROWS[:4]])
             counts.append(standin.waits() - before)
         assert counts[1] - counts[0] == 9 - 4
+
+
+def test_the_limit_is_the_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiplied: list[torch.device] = []
+
+    class Seen(Frozen):
+        def __call__(self, x: Tensor, *more: Any) -> Tensor:
+            multiplied.append(x.device)
+            return super().__call__(x, *more)
+
+    monkeypatch.setattr(speed, "Frozen", Seen)
+    assert speed.matrix_limit(load_network(write_model(tmp_path / "m"), on=standin.DEVICE), 7) > 0
+    assert set(multiplied) == {standin.DEVICE}
 
 
 SETTINGS = TrainSettings(rank=4, batch=6, epochs=2, learning_rate=0.01, validations=2, checkpoint_seconds=1e-9)

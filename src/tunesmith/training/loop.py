@@ -338,8 +338,7 @@ class Run:
                 "exp_avg_sq": tensors[f"{place}.second"].to(master.device),
             }
         if "0.best" in tensors:
-            places = enumerate(self.trained.masters)
-            self.best = [tensors[f"{place}.best"].to(master.device) for place, master in places]
+            self.best = [tensors[f"{place}.best"] for place in range(len(self.trained.masters))]
         self.trained.refresh_copies()
         self.progress.say(f"carrying on from step {state['step']}")
         return Course(**{each.name: state[each.name] for each in fields(Course)})
