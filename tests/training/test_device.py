@@ -18,6 +18,7 @@ from torch import Tensor
 from tests import standin
 from tests.tiny import FAMILIES, row, write_model
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT
 from tunesmith.inference import embedded, equality, fingerprint
 from tunesmith.inference.embedded import EmbeddedEngine
@@ -275,6 +276,9 @@ def _asked(engine: EmbeddedEngine) -> tuple[list[Completion], list[float]]:
     held = Generation(prompts[0], max_tokens=6, schema=schema, top_logprobs=2)
     questions = [Question(prompts[1], ("on", "off")), Question(prompts[2], ("1", "22", "3"))]
     said = engine.generate([*requests, held]) + engine.generate([*requests, held], "dora")
+    long = (Message(role="user", content="turn on the kitchen light " * 120),)  # read in parts
+    assert engine.count_tokens(long) > 512
+    said += engine.generate([Generation(long, max_tokens=3)])
     last = list(engine.stream(requests[0], "a"))[-1]
     assert isinstance(last, Completion)
     said += [last, *_at_once(engine, [(one, name) for one in requests[:2] for name in (None, "a", "b", "dora")])]
