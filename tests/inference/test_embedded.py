@@ -132,9 +132,8 @@ def _adapter(folder: Path, base: BaseModel, seed: int) -> Path:
     network = load_network(base.folder, torch.float32)
     lora = Lora(network, TrainSettings(rank=4, seed=seed))
     with torch.no_grad():
-        for master, factor in zip(lora.masters, lora._factors, strict=True):
+        for master in lora.masters:
             master.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
-            master.mul_(factor != 0)
     folder.mkdir()
     for name, data in encode_adapter(lora.adapter(), network, base).items():
         (folder / name).write_bytes(data)

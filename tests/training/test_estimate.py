@@ -48,7 +48,7 @@ def test_what_does_not_fit_is_refused_before_it_is_tried(folder: Path, monkeypat
         tried += 1
 
     def free(count: int, later: int) -> None:
-        monkeypatch.setattr(runtime, "available_memory", lambda: count)
+        monkeypatch.setattr(runtime, "available_memory", lambda _: count)
         estimate([step], 0, 1, trial, later, lambda part: 1000 * part.tokens)
 
     needed = 1000 * step[0].tokens

@@ -67,7 +67,8 @@ def hold_(scores: Tensor, guides: Sequence[Guide | None]) -> None:
         return
     bits = allocate_token_bitmask(len(held), scores.shape[1])
     fill_next_token_bitmask_par(_threads(), [(matcher, number) for number, (_, matcher) in enumerate(held)], bits)
-    ops.forbid_(scores, torch.tensor([place for place, _ in held]), torch.from_numpy(bits))
+    places = torch.tensor([place for place, _ in held])
+    ops.forbid_(scores, places.to(scores.device), torch.from_numpy(bits).to(scores.device))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The embedded engine: a base model and its adapters in this process, on CPU."""
+"""The embedded engine: a base model and its adapters in this process."""
 
 from __future__ import annotations
 
@@ -168,11 +168,12 @@ class EmbeddedEngine:
 
     @torch.inference_mode()
     def _likelihoods(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
-        batch, network, fused = lay_out(rows), self._network, self._fused(adapter)
+        network, fused = self._network, self._fused(adapter)
+        batch = lay_out(rows).on(network.device)
         linear = frozen_linear(network) if fused is None else adapted_linear(network, fused)
         hidden = forward(network, batch.ids, linear, shared_prefix_attention(batch, network))
         scores = logits(network, hidden[batch.predicts]).float()
-        each = scores.log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]
+        each = scores.log_softmax(-1).gather(1, batch.labels[:, None])[:, 0].cpu()
         return [float(part.sum()) for part in each.split([label_count(row) for row in rows])]
 
     @contextlib.contextmanager

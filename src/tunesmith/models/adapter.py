@@ -118,7 +118,7 @@ def _row_factors(network: Network, adapter: Adapter, place: Place) -> Tensor:
     weight = network.layers[number].linear[group].weight.float()
     changed = adapter.b[place].float() @ adapter.a[place].float() * adapter.scale
     factor = adapter.m[place] / torch.linalg.vector_norm(weight + changed, dim=1)
-    adapted = torch.zeros(len(factor), dtype=torch.bool)
+    adapted = torch.zeros(len(factor), dtype=torch.bool, device=factor.device)
     for _, rows, _ in blocks(network, group, adapter.rank, adapter.targets):
         adapted[rows] = True
     return torch.where(adapted, factor, 1.0)
@@ -137,10 +137,10 @@ def encode_adapter(adapter: Adapter, network: Network, base: BaseModel) -> dict[
         b = adapter.b[number, group]
         for part, rows, columns in blocks(network, group, adapter.rank, adapter.targets):
             prefix = f"base_model.model.model.layers.{number}.{part}"
-            tensors[f"{prefix}.lora_A.weight"] = a[columns].float().contiguous()
-            tensors[f"{prefix}.lora_B.weight"] = b[rows, columns].float().contiguous()
+            tensors[f"{prefix}.lora_A.weight"] = a[columns].float().contiguous().cpu()
+            tensors[f"{prefix}.lora_B.weight"] = b[rows, columns].float().contiguous().cpu()
             if adapter.m:
-                tensors[f"{prefix}.lora_magnitude_vector"] = adapter.m[number, group][rows].float().contiguous()
+                tensors[f"{prefix}.lora_magnitude_vector"] = adapter.m[number, group][rows].float().contiguous().cpu()
     layers = sorted({number for number, _ in adapter.a})
     return pack_adapter(
         tensors,
@@ -204,10 +204,10 @@ def read_adapter(folder: Path, network: Network, base: BaseModel) -> Adapter:
             if not found or number not in adapted:
                 continue
             out, into = layer.linear[group].out, layer.linear[group].into
-            a[number, group] = torch.zeros(len(found) * rank, into)
-            b[number, group] = torch.zeros(out, len(found) * rank)
+            a[number, group] = torch.zeros(len(found) * rank, into, device=network.device)
+            b[number, group] = torch.zeros(out, len(found) * rank, device=network.device)
             if config.get("use_dora"):
-                m[number, group] = torch.ones(out)
+                m[number, group] = torch.ones(out, device=network.device)
             for part, rows, columns in found:
                 prefix = f"base_model.model.model.layers.{number}.{part}"
                 try:

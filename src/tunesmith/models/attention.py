@@ -53,6 +53,8 @@ class Layout:
             *(len(rows), prefix, self.rows, self.longest, self.kv, self.group, shape.head),
             *(self.row_of.data_ptr(), self.place_of.data_ptr(), self.starts.data_ptr()),
         )
+        if positions.device.type != "cpu":  # where no compiled kernel reads them
+            self.row_of, self.place_of = self.row_of.to(positions.device), self.place_of.to(positions.device)
 
     def on_tiles(self, qkv: Tensor, layer: int) -> bool:
         """Whether attention_tiles.cpp does a layer's attention."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", *GEMMAS)
 # What is said wherever a base goes the other way.
-SLOW = "is run by transformers' own modules, in fp32: as correct, and slower than a family of our own"
+SLOW = "is run by transformers' own modules, in fp32 on the processor: as correct, and slower than a family of our own"
 
 
 def ours(family: str) -> bool:

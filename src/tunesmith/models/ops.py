@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.models import native
+from tunesmith.models import native, runtime
 
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _MIXED_TOGETHER = 64  # rows whose keys and values decode_mix gathers at once, in PyTorch
@@ -234,18 +234,30 @@ def cross_entropy_(scores: Tensor, labels: Tensor, share: Tensor | None) -> Tens
 class Places:
     """Where the B rows of a decoding batch keep their keys and values: in pages, laid out as page_shapes says.
 
-    table: [B, most] the pages of each row in order. lengths: [B] how many places of a row are filled.
+    table: [B, most] the pages of each row in order. lengths: [B] how many places of a row are filled. Both come from
+    the processor and are put on the device of the pages.
     """
 
-    def __init__(self, table: Tensor, lengths: Tensor, kv: int, group: int, size: int, page: int) -> None:
+    def __init__(
+        self, table: Tensor, lengths: Tensor, kv: int, group: int, size: int, page: int, on: torch.device = runtime.CPU
+    ) -> None:
         self.table, self.lengths, self.page, self.group = table, lengths, page, group
-        self.native = native.RowPages(len(lengths), kv, group, size, page, table.shape[1], int(lengths.max()))
+        self._lengths: list[int] = lengths.tolist()  # at first: asked for without waiting for the device
+        self._grown = 0
+        self.native = native.RowPages(len(lengths), kv, group, size, page, table.shape[1], max(self._lengths))
         self.native.table, self.native.length = table.data_ptr(), lengths.data_ptr()
+        if on.type != "cpu":  # where no compiled kernel reads them
+            self.table, self.lengths = table.to(on), lengths.to(on)
+
+    def filled(self, rows: slice) -> int:
+        """How many places the fullest of rows has filled."""
+        return max(self._lengths[rows]) + self._grown
 
     def grow(self) -> None:
         """Each row has one place more."""
         self.lengths += 1
         self.native.longest += 1
+        self._grown += 1
 
     def gather(self, keys: Tensor, values: Tensor, rows: slice, seen: int) -> tuple[Tensor, Tensor]:
         """The first places of rows, plainly: [B, K, seen, D] each."""
@@ -313,7 +325,7 @@ def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Te
         pages = places.table.gather(1, (places.lengths // places.page)[:, None])[:, 0]
         within, none = places.lengths % places.page, torch.zeros_like(pages)
         k, v = (x.transpose(0, 1)[:, :, None] for x in (rotate(k, cos, sin), v))
-        decode_keep(k, v, torch.arange(rows), none, pages, within, keys, values)
+        decode_keep(k, v, torch.arange(rows, device=qkv.device), none, pages, within, keys, values)
         return rotate(q, cos, sin).view(rows, kv, group, size).transpose(0, 1).contiguous()
     qkv, q = qkv.contiguous(), qkv.new_empty(kv, rows, group, size)
     places.native.apart = keys.stride(0)
@@ -337,7 +349,7 @@ def decode_mix(
     own places, lengths[b] + 1 of them, in one distribution. window, cap: see softmax_."""
     first, count = rows.start, rows.stop - rows.start
     prefix = 0 if early is None else early.length
-    if window is not None and prefix + int(places.lengths[rows].max()) < window:
+    if window is not None and prefix + places.filled(rows) < window:
         window = None
     kernel = kernel_for("decode_mix", q) if window is None and cap is None else None
     if kernel is None:
@@ -347,17 +359,18 @@ def decode_mix(
                 decode_mix(q, early, keys, values, places, part, out, scale, window, cap)
             return
         lengths = places.lengths[rows]
-        seen = int(lengths.max()) + 1
+        seen = places.filled(rows) + 1
         mine = q[:, rows].transpose(0, 1).float() * scale
         own_k, own_v = (x.float() for x in places.gather(keys, values, rows, seen))
         scores = cap_(mine @ own_k.transpose(-1, -2), cap)
-        scores = scores.masked_fill((torch.arange(seen) > lengths[:, None])[:, None, None], float("-inf"))
+        order = torch.arange(prefix + seen, device=q.device)
+        scores = scores.masked_fill((order[:seen] > lengths[:, None])[:, None, None], float("-inf"))
         before = None
         if early is not None:
             k, before = (x.transpose(0, 1).flatten(1, 2)[:, :prefix].float() for x in places_of(*early[:2]))
             scores = torch.cat((cap_(mine @ k.transpose(-1, -2), cap), scores), -1)
         if window is not None:
-            gone = torch.arange(prefix + seen) <= (prefix + lengths - window)[:, None]
+            gone = order <= (prefix + lengths - window)[:, None]
             scores = scores.masked_fill(gone[:, None, None], float("-inf"))
         weights = torch.softmax(scores, -1)
         mixed = weights[..., prefix:] @ own_v
@@ -387,7 +400,7 @@ def forbid_(scores: Tensor, rows: Tensor, bits: Tensor) -> None:
     int32, the lowest first."""
     kernel = kernel_for("forbid", scores)
     if kernel is None:
-        places = torch.arange(scores.shape[1])
+        places = torch.arange(scores.shape[1], device=scores.device)
         allowed = bits[:, places // 32] >> (places % 32).to(bits.dtype) & 1
         scores[rows] = scores[rows].masked_fill_(allowed == 0, float("-inf"))
         return

@@ -37,7 +37,7 @@ class Stack:
         where more than a pair is needed."""
         if any(self._factors.values()):
             return None
-        others = _Others(owners)
+        others = _Others(owners, self._network.device)
 
         def at(place: Place) -> tuple[Pair, Tensor | None] | None:
             found = self._places.get(place)
@@ -47,8 +47,10 @@ class Stack:
 
     def linear(self, owners: Tensor) -> Linear:
         """Linear layers for the same rows."""
-        others = _Others(owners)
+        on = self._network.device
+        others = _Others(owners, on)
         rows = {number: (owners == number).nonzero()[:, 0] for each in self._factors.values() for number, _ in each}
+        rows = {number: own.to(on) for number, own in rows.items()}
 
         def apply(number: int, group: str, x: Tensor) -> Tensor:
             product, found = self._network.layers[number].linear[group], self._places.get((number, group))
@@ -67,14 +69,14 @@ class Stack:
 class _Others:
     """For a division of columns among adapters: which are not a row's own [T, R]."""
 
-    def __init__(self, owners: Tensor) -> None:
-        self._owners = owners
+    def __init__(self, owners: Tensor, on: torch.device) -> None:
+        self._owners, self._on = owners, on
         self._found: dict[tuple[int, ...], Tensor] = {}
 
     def of(self, widths: tuple[int, ...]) -> Tensor:
         if widths not in self._found:
             columns = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
-            self._found[widths] = self._owners[:, None] != columns
+            self._found[widths] = (self._owners[:, None] != columns).to(self._on)
         return self._found[widths]
 
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
+from tunesmith.models import runtime
 from tunesmith.models.families import FAMILIES, GEMMAS, ours
 from tunesmith.models.four_bit import FourBit
 from tunesmith.models.network import GROUPS, Layer, Network, Rotary, Shape
@@ -27,11 +28,14 @@ def load_network(
     weights: Mapping[str, Tensor] | None = None,
     *,
     four_bits: bool = False,
+    on: torch.device | None = None,
 ) -> Network:
     """The frozen weights of a base's folder, or others by the same names in its shape. four_bits: keep the layers'
-    linear weights so. Raises Refused for a family or variant that is not supported."""
+    linear weights so. on: the device; None: runtime.device(). Raises Refused for a family or variant that is not
+    supported."""
     config = _configuration(folder)
-    tensors = read_weights(folder, dtype) if weights is None else {name: w.to(dtype) for name, w in weights.items()}
+    on = runtime.device() if on is None else on
+    tensors = read_weights(folder, dtype, on) if weights is None else {k: w.to(on, dtype) for k, w in weights.items()}
     shape = _shape(config)
     turns = _rotations(config)
     embedding = _own(tensors, "model.embed_tokens.weight", folder)
@@ -45,7 +49,7 @@ def load_network(
             _layer(tensors, number, folder, config, list(turns).index(_turn(config, number)), four_bits)
             for number in range(shape.layers)
         ),
-        rotary=tuple(turns.values()),
+        rotary=tuple(Rotary(each.inverse_frequencies.to(on), each.scale) for each in turns.values()),
     )
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -163,13 +167,13 @@ def _window(config: Any, number: int) -> int | None:
     return None if size is None or size >= config.max_position_embeddings else int(size)
 
 
-def read_weights(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every tensor of a base's folder by name, in dtype or as it is stored."""
+def read_weights(folder: Path, dtype: torch.dtype | None = None, on: torch.device = runtime.CPU) -> dict[str, Tensor]:
+    """Every tensor of a base's folder by name, on a device, in dtype or as it is stored."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 - not a mapping
-                tensors[name] = shard.get_tensor(name).to(dtype)
+                tensors[name] = shard.get_tensor(name).to(device=on, dtype=dtype)
     return tensors
 
 

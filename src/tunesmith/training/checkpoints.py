@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,9 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
     encoded += b" " * (-len(encoded) % 8)  # so that the numbers after it are aligned
     hasher = hashlib.sha256()
     with path.open("wb") as stream:
-        pieces: list[bytes | memoryview] = [len(encoded).to_bytes(8, "little"), encoded]
-        pieces += [tensor.contiguous().numpy().data for tensor in tensors.values()]
-        for piece in pieces:
+        told: list[bytes | memoryview] = [len(encoded).to_bytes(8, "little"), encoded]
+        # One after another: those of a GPU are copied for it.
+        for piece in chain(told, (tensor.contiguous().cpu().numpy().data for tensor in tensors.values())):
             hasher.update(piece)
             stream.write(piece)
         stream.flush()

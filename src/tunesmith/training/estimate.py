@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
+import torch
 from pydantic import BaseModel
 
 from tunesmith.core.errors import Refused
@@ -81,6 +82,7 @@ def estimate(
     trial: Callable[[Step], None],
     later: int,
     predicted: Callable[[Batch], int],
+    on: torch.device = runtime.CPU,
 ) -> Estimate:
     """Run trial, a step that changes nothing, on the largest (memory) and on two of middling size (time).
 
@@ -88,13 +90,13 @@ def estimate(
     from shapes what a part will take, and is held against what is free before anything is tried.
 
     validation_tokens: tokens of one validation pass, of which a forward pass takes a third of a step's time. later:
-    bytes that a run takes beside a step's: the optimiser's state, the best weights. Raises Refused where the largest
-    part of a step, or that beside it, cannot fit.
+    bytes that a run takes beside a step's: the optimiser's state, the best weights. on: the device whose memory it
+    takes. Raises Refused where the largest part of a step, or that beside it, cannot fit.
     """
     largest = max((part for step in plan for part in step), key=lambda part: part.tokens)
     by_size = sorted(plan, key=step_tokens)
-    runtime.reset_peak_memory()
-    free, needed = runtime.available_memory(), predicted(largest)
+    runtime.reset_peak_memory(on)
+    free, needed = runtime.available_memory(on), predicted(largest)
     if needed > free:
         raise _too_large(largest, free, needed)
     if needed + later > free:
@@ -105,8 +107,8 @@ def estimate(
         if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
         raise _too_large(largest, free, needed) from error
-    peak = runtime.peak_memory() + later
-    if later > (left := runtime.available_memory()):
+    peak = runtime.peak_memory(on) + later
+    if later > (left := runtime.available_memory(on)):
         raise _no_room_for_state(later, left)
     timed = by_size[len(by_size) // 2 :][:_TIMED]
     began = time.perf_counter()

@@ -82,6 +82,7 @@ def batch_loss(network: Network | Foreign, trained: Trained, batch: Batch, divis
     if isinstance(network, Foreign):
         return network.loss(batch, divisor)
     assert not isinstance(trained, ForeignLora)
+    batch = batch.on(network.device)
     hidden = forward(network, batch.ids, trained.linear(), shared_prefix_attention(batch, network))
     wanted = final(network, hidden[batch.predicts])
     return trained.loss(wanted, batch.labels, label_shares(batch, divisor))
@@ -89,7 +90,7 @@ def batch_loss(network: Network | Foreign, trained: Trained, batch: Batch, divis
 
 def label_shares(batch: Batch, divisor: float) -> Tensor:
     """What each label of a batch counts of its step's loss [N]."""
-    return torch.full((batch.labels.numel(),), 1.0 / divisor)
+    return torch.full((batch.labels.numel(),), 1.0 / divisor, device=batch.labels.device)
 
 
 def trial_step(network: Network | Foreign, trained: Trained) -> Callable[[Step], None]:
@@ -112,12 +113,15 @@ def gradients(network: Network | Foreign, trained: Trained, step: Step, labels: 
     """Leave a step's gradients on the masters; returns its loss, the mean over all its labels. labels: how many those
     are, where step is a share of it."""
     labels = label_total(step) if labels is None else labels
-    total = 0.0
+    losses = []
     for part in step:
         loss = batch_loss(network, trained, part, labels)
         loss.backward()
         trained.take_gradients()
-        total += float(loss.detach())
+        losses.append(loss.detach())
+    total = 0.0
+    for loss in losses:  # read last, when all parts are under way on a device
+        total += float(loss)
     return total
 
 
@@ -201,6 +205,7 @@ class Run:
         steps, times = len(plan), settings.validations
         self._validated_at = {math.ceil(steps * turn / times) for turn in range(1, times + 1)} if validation else set()
         self.optimizer = make_optimizer(trained, settings)
+        self._parameters = trained.parameters  # counted once
         self.best: list[Tensor] | None = None
         self._follow = follow
         self.course = self._resume()
@@ -265,10 +270,10 @@ class Run:
         """Loss, speed, how much of what the processor can multiply that is, and the most memory so far."""
         tokens, seconds = int(point["tokens"]), point["seconds"]
         labels = sum(part.labels.numel() for part in self.plan[int(point["step"]) - 1])
-        flops = step_flops(self.network, self.trained.parameters, self.settings, tokens, labels)
+        flops = step_flops(self.network, self._parameters, self.settings, tokens, labels)
         limit = self.processes * matrix_limit(self.network, max(part.tokens for part in self.plan[0]))
         share = flops / seconds / limit
-        memory = runtime.peak_memory() / 1e9
+        memory = runtime.peak_memory(self.trained.masters[0].device) / 1e9
         return f"loss {point['loss']:.3f}, {memory:.1f} GB, {tokens / seconds:.0f} tokens/s, {share:.0%} of peak"
 
     def validate(self) -> None:
@@ -328,9 +333,9 @@ class Run:
         for place, master in enumerate(self.trained.masters):
             master.copy_(tensors[f"{place}.master"])
             self.optimizer.state[master] = {
-                "step": torch.tensor(float(state["step"])),
-                "exp_avg": tensors[f"{place}.first"],
-                "exp_avg_sq": tensors[f"{place}.second"],
+                "step": torch.tensor(float(state["step"])).to(master.device),
+                "exp_avg": tensors[f"{place}.first"].to(master.device),
+                "exp_avg_sq": tensors[f"{place}.second"].to(master.device),
             }
         if "0.best" in tensors:
             self.best = [tensors[f"{place}.best"] for place in range(len(self.trained.masters))]

@@ -35,7 +35,7 @@ class _CrossEntropy(torch.autograd.Function):
         weight: Tensor | None,
         cap: float | None,
     ) -> Tensor:
-        losses = torch.empty(hidden.shape[0])
+        losses = torch.empty(hidden.shape[0], device=hidden.device)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         learns = gradient is not None and weight is not None
         learnt: Tensor | None = None
@@ -63,7 +63,8 @@ class _CrossEntropy(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         learnt, ctx.learnt = ctx.learnt, None
         above = above.to(gradient.dtype)
-        factor = above.repeat_interleave(torch.tensor(ctx.sizes))[:, None]
+        sizes = torch.tensor(ctx.sizes).to(above.device)
+        factor = above.repeat_interleave(sizes, output_size=len(gradient))[:, None]
         return gradient * factor, None, None, None, None, None if learnt is None else learnt.mul_(above[0]), None
 
 

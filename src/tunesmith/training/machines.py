@@ -121,7 +121,7 @@ class Crew:
 def joined() -> Iterator[Crew | None]:
     """The processes that torchrun started with this one; None where there are no others. Leaves them at the end.
 
-    Raises UsageError where the environment says only half of it.
+    Raises UsageError where the environment says only half of it, and where they would compute on GPUs.
     """
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":
@@ -134,6 +134,12 @@ def joined() -> Iterator[Crew | None]:
             f"WORLD_SIZE is {size}, as torchrun sets it, and {wrong[0]} is {told[wrong[0]] or 'missing'}",
             where="environment",
             fix="start it with torchrun; or unset WORLD_SIZE to train in one process",
+        )
+    if (on := runtime.device()).type != "cpu":
+        raise UsageError(
+            f"processes share a training on their processors alone, and this one computes on {on}",
+            where="TUNESMITH_DEVICE",
+            fix="set it to cpu; or unset WORLD_SIZE to train in one process",
         )
     crew = Crew(int(os.environ["RANK"]), int(size))
     try:

@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from tunesmith.models import runtime
 from tunesmith.models.foreign import Foreign
 from tunesmith.models.network import Network
 from tunesmith.models.products import Frozen
@@ -40,18 +41,21 @@ def matrix_limit(network: Network | Foreign, tokens: int) -> float:
     """FLOP/s of the machine's product at the shape of the network's widest one, for tokens of activations."""
     if isinstance(network, Foreign):
         out, into = network.widest
-        return _limit(min(tokens, _ROWS), into, out, torch.float32)
+        return _limit(min(tokens, _ROWS), into, out, torch.float32, runtime.CPU)
     widest = max(network.layers[0].linear.values(), key=lambda product: product.out)
-    return _limit(min(tokens, _ROWS), widest.into, widest.out, network.dtype)
+    return _limit(min(tokens, _ROWS), widest.into, widest.out, network.dtype, network.device)
 
 
 @cache
-def _limit(rows: int, into: int, out: int, dtype: torch.dtype) -> float:
+def _limit(rows: int, into: int, out: int, dtype: torch.dtype, on: torch.device) -> float:
     """Measured once a process: the best within a tenth of a second, the first one left out."""
-    product, x = Frozen(torch.full((out, into), 0.01, dtype=dtype)), torch.full((rows, into), 0.01, dtype=dtype)
+    weight, x = (torch.full((size, into), 0.01, dtype=dtype, device=on) for size in (out, rows))
+    product = Frozen(weight)
     product(x)
+    runtime.wait(on)
     best, until = math.inf, time.perf_counter() + _SECONDS
     while (began := time.perf_counter()) < until or best == math.inf:
         product(x)
+        runtime.wait(on)
         best = min(best, time.perf_counter() - began)
     return 2.0 * rows * into * out / best

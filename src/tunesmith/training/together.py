@@ -100,6 +100,7 @@ def joint_steps(network: Network, runs: Sequence[Run]) -> Iterator[tuple[int, fl
 
 def joint_losses(network: Network, parts: Sequence[Part]) -> list[Tensor]:
     """Each part's summed loss over its divisor, as loop.batch_loss gives it alone."""
+    parts = [part._replace(batch=part.batch.on(network.device)) for part in parts]
     sizes = [part.batch.tokens for part in parts]
     ids = torch.cat([part.batch.ids for part in parts])
     hidden = forward(network, ids, _linear(network, [part.lora for part in parts], sizes), _attend(network, parts))
@@ -138,7 +139,7 @@ def _attend(network: Network, parts: Sequence[Part]) -> Attend:
 
 
 def _linear(network: Network, loras: Sequence[Lora], sizes: Sequence[int]) -> Linear:
-    anchor = torch.zeros((), requires_grad=True)
+    anchor = torch.zeros((), requires_grad=True, device=network.device)
 
     def apply(number: int, group: str, x: Tensor) -> Tensor:
         product = network.layers[number].linear[group]

@@ -108,16 +108,18 @@ def train(
     processes = 1 if crew is None else crew.size
     network = open_network(base, settings.quantize, processes)
     ready = _prepare(Renderer(base.folder), network, base, dataset, job, processes)
+    on = device_of(ready.trained)
     if isinstance(ready.trained, ForeignLora):
         progress.say(f"{base.spec} ({base.family}) {SLOW}")
     progress.say(
         f"training {len(rows)} rows in {len(ready.steps)} steps: about {ready.expected.seconds:.0f} s and "
         f"{ready.expected.peak_memory_bytes / 1e9:.1f} GB of memory"
         + (f" in each of {processes} processes, beside what they send each other" if crew else "")
+        + (f" on {on} ({runtime.name_of(on)})" if on.type != "cpu" else "")
     )
     if ready.notice:
         progress.say(ready.notice)
-    runtime.reset_peak_memory()
+    runtime.reset_peak_memory(device_of(ready.trained))
     shown = _shown(ready, metrics, progress)
     given = _given(ready, progress, shown)
     course = complete(Run(*given)) if crew is None else _lead(crew, store, base, ready, given)
@@ -183,7 +185,7 @@ def train_together(
     for each in ready:
         if each.notice:
             progress.say(f"{each.job.name}: {each.notice}")
-    runtime.reset_peak_memory()
+    runtime.reset_peak_memory(network.device)
     shown = [_shown(each, metrics, progress) for each in ready]
     runs = [Run(*_given(each, progress, told)) for each, told in zip(ready, shown, strict=True)]
     made: dict[int, str] = {}
@@ -222,7 +224,7 @@ def _check_room(ready: Sequence[_Prepared]) -> None:
     """Raises Refused where AdamW's moments and the best weights of all do not fit the memory."""
     needed, free = (
         sum(12 * master.numel() for each in ready for master in each.trained.masters),
-        runtime.available_memory(),
+        runtime.available_memory(device_of(ready[0].trained)),
     )
     if needed > free:
         raise Refused(
@@ -256,7 +258,8 @@ def _prepare(
         "tokens": digest_of([list(row.ids) for row in rendered]),
         "validation": digest_of([list(row.ids) for row in checked]),
         "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
-        "environment": environment(processes) | ({"quantized": described()} if settings.quantize else {}),
+        "environment": environment(processes, device_of(trained))
+        | ({"quantized": described()} if settings.quantize else {}),
     }
     own: list[Step] = [step[0] for step in dealt]  # this process's share: all of it where it is alone
     expected = _expect(own, validating[::processes], settings, trained, job.work)
@@ -270,6 +273,11 @@ def untrained(network: Network | Foreign, base: Path, settings: TrainSettings) -
     if isinstance(network, Foreign):
         return ForeignLora(network, settings)
     return Full(network, settings, base) if settings.method == "full" else Lora(network, settings)
+
+
+def device_of(trained: Trained) -> torch.device:
+    """Where a training's weights lie, and where it computes."""
+    return trained.masters[0].device
 
 
 def _record(
@@ -292,6 +300,7 @@ def _record(
         "threads": environment["threads"],
         "environment": environment,
         **_measured(course, rows * settings.epochs / len(steps), tokens / len(steps), ready.expected, settings.keep),
+        "peak_memory_bytes": runtime.peak_memory(device_of(ready.trained)),
         **({"together": list(together)} if together else {}),
         **({"network": "transformers"} if isinstance(ready.trained, ForeignLora) else {}),
     }
@@ -322,6 +331,7 @@ def _expect(
         trial_step(network, trained),
         later,
         lambda part: step_bytes(network, trained, settings, part),
+        device_of(trained),
     )
     if isinstance(trained, Lora):
         trained.rest()
@@ -346,17 +356,19 @@ def _render(renderer: Renderer, rows: Sequence[TrainingRow], settings: TrainSett
     return rendered
 
 
-def environment(processes: int) -> dict[str, Any]:
+def environment(processes: int, on: torch.device = runtime.CPU) -> dict[str, Any]:
     """What a training's bytes depend on beside its input: versions, the machine, how the work was shared out."""
+    there = on.type != "cpu"
     return {
         "engine": ENGINE,
-        "kernels": native.identity(),
+        "kernels": "portable" if there else native.identity(),
         "threads": runtime.prepare(),
         "torch": version("torch"),
         "transformers": version("transformers"),
         "machine": platform.machine(),
         "processor": torch.backends.cpu.get_cpu_capability(),
         **({"processes": processes} if processes > 1 else {}),
+        **({"device": runtime.name_of(on)} if there else {}),
     }
 
 
@@ -372,7 +384,6 @@ def _measured(course: Course, examples: float, tokens: float, expected: Estimate
         "seconds": course.seconds,
         "examples_per_second": examples * course.step / course.seconds,
         "tokens_per_second": tokens * course.step / course.seconds,
-        "peak_memory_bytes": runtime.peak_memory(),
         "estimate": expected.model_dump(),
         "final_loss": sum(step["loss"] for step in tail) / len(tail),
         "curve": asdict(course)["curve"],
