@@ -109,20 +109,6 @@ def test_softmax(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, prefix: in
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_copies_are_rounded_and_their_gradients_widened(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    master, factor, gradient = torch.randn(1001), torch.randn(1001), _random(dtype, 1001)
-
-    def run() -> list[Tensor]:
-        copy = torch.empty(1001, dtype=dtype)
-        ops.rounded(master, factor, copy)
-        return [copy, ops.widened(gradient, factor, None), ops.widened(gradient, factor, master.clone())]
-
-    for one, other in zip(*_both(monkeypatch, run), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
-
-
-@needs_kernels
 def test_what_is_too_large_for_the_caches_is_the_same() -> None:
     """Over a megabyte: written past them."""
     gate_up, gradient = _random(torch.bfloat16, 700, 2 * 800), _random(torch.bfloat16, 700, 800, seed=1)

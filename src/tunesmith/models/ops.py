@@ -134,26 +134,6 @@ def gated_backward(
     return result, output
 
 
-def rounded(master: Tensor, factor: Tensor, copy: Tensor) -> None:
-    """master * factor, both fp32, rounded into copy; all flat and contiguous."""
-    kernel = kernel_for("rounded", copy)
-    if kernel is None:
-        torch.mul(master, factor, out=copy)
-        return
-    kernel(at(master), at(factor), at(copy), _int(copy.numel()), _threads())
-
-
-def widened(gradient: Tensor, factor: Tensor, into: Tensor | None) -> Tensor:
-    """gradient of a rounded copy times factor, in fp32: added to into, or a tensor of its own; all flat."""
-    kernel = kernel_for("widened", gradient)
-    if kernel is None:
-        wide = gradient.float() * factor
-        return wide if into is None else into.add_(wide)
-    made = torch.empty(gradient.shape) if into is None else into
-    kernel(at(gradient), at(factor), at(made), _int(gradient.numel()), int(into is None), _threads())
-    return made
-
-
 def softmax_(
     shared: Tensor | None, own: Tensor, scale: float, window: int | None = None, cap: float | None = None
 ) -> None:

@@ -78,11 +78,6 @@ static inline void ahead(const T* row, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
 }
 
-template <class T>
-static inline float sigmoid(float g) {
-    return 1.0f / (1.0f + exponential<T>(-g));
-}
-
 // out = silu(gate) * up; gate_up [rows, 2 * width].
 template <class T>
 static void gated(const T* gate_up, T* out, int64_t rows, int64_t width, int threads) {
@@ -147,24 +142,6 @@ static void gated_backward(const T* gradient, const T* gate_up, T* out, T* again
     }
 }
 
-// copy = master * factor, rounded: what a step computes with. And a copy's gradient back onto the master's, which it is
-// added to unless fresh.
-template <class T>
-static void rounded(const float* master, const float* factor, T* copy, int64_t count, int threads) {
-#pragma omp parallel for simd schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < count; ++i) down(master[i] * factor[i], copy + i);
-}
-template <class T>
-static void widened(const T* gradient, const float* factor, float* into, int64_t count, bool fresh, int threads) {
-    if (fresh) {
-#pragma omp parallel for simd schedule(static) num_threads(threads)
-        for (int64_t i = 0; i < count; ++i) into[i] = up(gradient[i]) * factor[i];
-    } else {
-#pragma omp parallel for simd schedule(static) num_threads(threads)
-        for (int64_t i = 0; i < count; ++i) into[i] += up(gradient[i]) * factor[i];
-    }
-}
-
 // Scores [rows, vocabulary] to the gradient of the summed loss times `share`, in place; loss[row] = -log p(label).
 template <class T>
 static void cross_entropy(T* scores, const int64_t* labels, float* loss, int64_t rows, int64_t vocabulary,
@@ -190,13 +167,6 @@ static void cross_entropy(T* scores, const int64_t* labels, float* loss, int64_t
 }
 
 #define EXPORTS(T, NAME)                                                                                               \
-    extern "C" void rounded_##NAME(const float* master, const float* factor, T* copy, int64_t count, int threads) {    \
-        rounded<T>(master, factor, copy, count, threads);                                                              \
-    }                                                                                                                  \
-    extern "C" void widened_##NAME(const T* gradient, const float* factor, float* into, int64_t count, int fresh,      \
-                                   int threads) {                                                                      \
-        widened<T>(gradient, factor, into, count, fresh != 0, threads);                                                \
-    }                                                                                                                  \
     extern "C" void add_norm_##NAME(const T* x, const T* y, const T* w, T* sum, T* out, float* scale, int64_t rows,    \
                                     int64_t width, float epsilon, float offset, int threads) {                         \
         add_norm<T>(x, y, w, sum, out, scale, rows, width, epsilon, offset, threads);                                  \

@@ -22,6 +22,7 @@ extern "C" {
 void add_norm_bf16(const bf16* x, const bf16* y, const bf16* weight, bf16* sum, bf16* out, float* scale, int64_t rows,
                    int64_t width, float epsilon, float offset, int threads);
 void gated_bf16(const bf16* x, bf16* out, int64_t rows, int64_t width, int threads);
+bool gated_product(const Span* span, const bf16* b, int64_t depth, int64_t n, int threads);
 void product(const Span* spans, int64_t count, const bf16* b, int64_t depth, const float* bias, int64_t n, int threads);
 void decode_split_bf16(const Pages* p, const bf16* qkv, const float* cosine, const float* sine, bf16* q, bf16* keys,
                        bf16* values, int threads);

@@ -63,6 +63,11 @@ static inline float exponential(float x) {
     return p * two;
 }
 
+template <class T>
+static inline float sigmoid(float g) {
+    return 1.0f / (1.0f + exponential<T>(-g));
+}
+
 // held [0, all) to e^(held - its maximum); returns their sum. Works in blocks of 16: held has room for 16 more.
 template <class T>
 [[maybe_unused]] static inline float exponentials(float* held, int64_t all) {

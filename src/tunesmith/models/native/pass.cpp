@@ -39,14 +39,18 @@ struct Pass {
 };
 
 #ifdef TILES
-static void multiply(const Product& p, const bf16* x, bf16* low, bf16* y, int64_t rows, int threads) {
+static Span span(const Product& p, const bf16* x, bf16* low, bf16* y, int64_t rows, int threads) {
     if (p.rank) {
         Span lower = {x, nullptr, nullptr, 0, rows, low};
         product(&lower, 1, p.down, p.into, nullptr, p.rank, threads);
         for (int64_t i = 0; p.others && i < rows * p.rank; ++i)
             if (p.others[i]) low[i].bits = 0;
     }
-    Span whole = {x, p.rank ? low : nullptr, p.rank ? p.up : nullptr, p.rank, rows, y};
+    return {x, p.rank ? low : nullptr, p.rank ? p.up : nullptr, p.rank, rows, y};
+}
+
+static void multiply(const Product& p, const bf16* x, bf16* low, bf16* y, int64_t rows, int threads) {
+    Span whole = span(p, x, low, y, rows, threads);
     product(&whole, 1, p.packed, p.into, p.bias, p.out, threads);
 }
 
@@ -67,8 +71,12 @@ extern "C" void decoding_pass(const Pass* told) {
         multiply(layer.o, p.mixed, p.low, p.added, p.rows, threads);
         add_norm_bf16(p.x, p.added, layer.mlp_norm, p.x, p.normed, p.norms, p.rows, p.width, p.epsilon, p.offset,
                       threads);
-        multiply(layer.gate_up, p.normed, p.low, p.gate_up, p.rows, threads);
-        gated_bf16(p.gate_up, p.middle, p.rows, layer.gate_up.out / 2, threads);
+        Span middle = span(layer.gate_up, p.normed, p.low, p.middle, p.rows, threads);
+        if (layer.gate_up.bias || !gated_product(&middle, layer.gate_up.packed, p.width, layer.gate_up.out, threads)) {
+            middle.c = p.gate_up;
+            product(&middle, 1, layer.gate_up.packed, p.width, layer.gate_up.bias, layer.gate_up.out, threads);
+            gated_bf16(p.gate_up, p.middle, p.rows, layer.gate_up.out / 2, threads);
+        }
         multiply(layer.down, p.middle, p.low, p.added, p.rows, threads);
     }
 }

@@ -89,11 +89,9 @@ static const bf16* whole(const bf16* rows, int64_t count, int64_t depth, std::ve
     return copy;
 }
 
-static void multiply(const Span* spans, int64_t count, const bf16* b, int64_t depth, const float* bias, int64_t n,
-                     int threads) {
-    tiles_allowed();
+static std::vector<Block> divided(const Span* spans, int64_t count, int64_t depth, int64_t n,
+                                  std::vector<bf16*>& copies) {
     std::vector<Block> all;
-    std::vector<bf16*> copies;
     for (const Span* s = spans; s < spans + count; ++s)
         for (int64_t row = 0; row < s->rows; row += 32) {
             Block one = {s->a + row * depth, nullptr, s->b2, s->depth2, std::min<int64_t>(32, s->rows - row), s->c + row * n};
@@ -104,6 +102,45 @@ static void multiply(const Span* spans, int64_t count, const bf16* b, int64_t de
             }
             all.push_back(one);
         }
+    return all;
+}
+
+// How many rows of a panel are multiplied at once.
+static int64_t part_of(int64_t depth, int64_t blocks) {
+    int64_t most = blocks <= FEW ? DEPTH / 2 : DEPTH, parts = (depth + most - 1) / most;
+    return ((depth + parts - 1) / parts + 31) / 32 * 32;
+}
+
+// Rows [from, to) of B, part by part, into the sums of a panel's blocks [top, bottom); ready is told of each block that
+// nothing is missing of any more.
+template <class Ready>
+static inline void add(const Block* all, int64_t top, int64_t bottom, const bf16* b, int64_t depth, int64_t part,
+                       int64_t panel, float* held, int64_t from, int64_t to, Ready ready) {
+    for (int64_t k = from; k < to; k += part) {
+        int64_t here = std::min(part, to - k);
+        const bf16* first = b + panel * depth * 32 + k * 32;
+        // What follows in B is what is read next; without asking early, the first block would wait for it.
+        const char* next = (const char*)(first + here * 32);
+        int64_t lines = (32 + bottom - top - 1) / (bottom - top);
+        bool last = k + here == depth;
+        for (int64_t r = top; r < bottom; ++r, next += lines * here * 2) {
+            const Block& one = all[r];
+            float* into = held + (r - top) * 1024;
+            begin(into, k == 0);
+            steps(one.a + k, depth, first, here, next, lines);
+            if (last && one.b2)
+                steps(one.a2, one.depth2, one.b2 + panel * one.depth2 * 32, one.depth2, next, 0);
+            end(into);
+            if (last) ready(one, into);
+        }
+    }
+}
+
+static void multiply(const Span* spans, int64_t count, const bf16* b, int64_t depth, const float* bias, int64_t n,
+                     int threads) {
+    tiles_allowed();
+    std::vector<bf16*> copies;
+    std::vector<Block> all = divided(spans, count, depth, n, copies);
     int64_t total = 0;
     bool past = true;
     for (const Span* s = spans; s < spans + count; ++s) {
@@ -111,9 +148,7 @@ static void multiply(const Span* spans, int64_t count, const bf16* b, int64_t de
         past = past && (uintptr_t)s->c % 64 == 0;
     }
     past = past && total > PAST_BYTES;
-    int64_t panels = n / 32, blocks = all.size(), most = blocks <= FEW ? DEPTH / 2 : DEPTH;
-    int64_t parts = (depth + most - 1) / most;
-    int64_t part = ((depth + parts - 1) / parts + 31) / 32 * 32;
+    int64_t panels = n / 32, blocks = all.size(), part = part_of(depth, blocks);
     // A deep product is summed group by group, with sums for every panel: else A would be read anew for each. A narrow one
     // is divided among the threads by its rows: it has too few panels.
     bool narrow = panels <= NARROW, deep = depth > DEEP && !narrow;
@@ -125,45 +160,29 @@ static void multiply(const Span* spans, int64_t count, const bf16* b, int64_t de
         TileConfig config;
         _tile_loadconfig(&config);
         float* sums = (float*)std::aligned_alloc(64, kept * band * 4096);
-        // Rows [from, to) of B into the sums of a panel's blocks [top, bottom); the last of all settles them in C.
-        auto add = [&](int64_t top, int64_t bottom, int64_t panel, float* held, int64_t from, int64_t to) {
-            for (int64_t k = from; k < to; k += part) {
-                int64_t here = std::min(part, to - k);
-                const bf16* first = b + panel * depth * 32 + k * 32;
-                // What follows in B is what is read next; without asking early, the first block would wait for it.
-                const char* next = (const char*)(first + here * 32);
-                int64_t lines = (32 + bottom - top - 1) / (bottom - top);
-                bool settles = k + here == depth;
-                for (int64_t r = top; r < bottom; ++r, next += lines * here * 2) {
-                    const Block& one = all[r];
-                    float* into = held + (r - top) * 1024;
-                    begin(into, k == 0);
-                    steps(one.a + k, depth, first, here, next, lines);
-                    if (settles && one.b2)
-                        steps(one.a2, one.depth2, one.b2 + panel * one.depth2 * 32, one.depth2, next, 0);
-                    end(into);
-                    if (settles) settle(into, bias ? bias + panel * 32 : nullptr, one.c + panel * 32, n, one.rows, past);
-                }
-            }
+        auto sum = [&](int64_t top, int64_t bottom, int64_t panel, float* held, int64_t from, int64_t to) {
+            add(all.data(), top, bottom, b, depth, part, panel, held, from, to, [&](const Block& one, float* into) {
+                settle(into, bias ? bias + panel * 32 : nullptr, one.c + panel * 32, n, one.rows, past);
+            });
         };
         if (narrow) {
 #pragma omp for schedule(static) nowait
             for (int64_t top = 0; top < blocks; top += band)
                 for (int64_t panel = 0; panel < panels; ++panel)
-                    add(top, std::min(blocks, top + band), panel, sums, 0, depth);
+                    sum(top, std::min(blocks, top + band), panel, sums, 0, depth);
         }
         for (int64_t top = 0; top < blocks && !narrow; top += band) {
             int64_t bottom = std::min(blocks, top + band);
             if (!deep) {
 #pragma omp for schedule(static) nowait
-                for (int64_t panel = 0; panel < panels; ++panel) add(top, bottom, panel, sums, 0, depth);
+                for (int64_t panel = 0; panel < panels; ++panel) sum(top, bottom, panel, sums, 0, depth);
                 continue;
             }
             for (int64_t from = 0; from < depth; from += GROUP) {
                 int64_t mine = 0;
 #pragma omp for schedule(static) nowait
                 for (int64_t panel = 0; panel < panels; ++panel)
-                    add(top, bottom, panel, sums + mine++ * band * 1024, from, std::min(depth, from + GROUP));
+                    sum(top, bottom, panel, sums + mine++ * band * 1024, from, std::min(depth, from + GROUP));
             }
         }
         settled();
@@ -171,6 +190,52 @@ static void multiply(const Span* spans, int64_t count, const bf16* b, int64_t de
         _tile_release();
     }
     for (bf16* copy : copies) std::free(copy);
+}
+
+// C [M, N / 2] = silu of the first half of A B's columns, times the other half, each rounded as a product would be: a
+// thread that has made both halves need not write them. Whether it was done: not where B is deep.
+extern "C" bool gated_product(const Span* span, const bf16* b, int64_t depth, int64_t n, int threads) {
+    if (depth > DEEP || n % 64) return false;
+    std::vector<bf16*> copies;
+    std::vector<Block> all = divided(span, 1, depth, n / 2, copies);
+    int64_t half = n / 64, blocks = all.size(), part = part_of(depth, blocks);
+    int64_t band = std::min(blocks, std::max<int64_t>(2, BAND_BYTES / (64 * depth)));
+#pragma omp parallel num_threads(threads)
+    {
+        TileConfig config;
+        _tile_loadconfig(&config);
+        float *gates = (float*)std::aligned_alloc(64, 2 * band * 4096), *others = gates + band * 1024;
+        for (int64_t top = 0; top < blocks; top += band) {
+            int64_t bottom = std::min(blocks, top + band);
+#pragma omp for schedule(static) nowait
+            for (int64_t panel = 0; panel < half; ++panel) {
+                add(all.data(), top, bottom, b, depth, part, panel, gates, 0, depth, [](const Block&, float*) {});
+                add(all.data(), top, bottom, b, depth, part, panel + half, others, 0, depth,
+                    [&](const Block& one, float* other) {
+                        const float* gate = gates + (other - others);
+                        for (int64_t i = 0; i < 1024; i += 512)  // two tiles side by side
+                            for (int64_t r = 0; r < std::min<int64_t>(16, one.rows - i / 32); ++r) {
+                                bf16* to = one.c + (i / 32 + r) * (n / 2) + panel * 32;
+                                for (int64_t j = 0; j < 512; j += 256) {
+                                    bf16 made[16];
+#pragma omp simd
+                                    for (int64_t at = 0; at < 16; ++at) {
+                                        bf16 g, o;
+                                        down(gate[i + j + r * 16 + at], &g);
+                                        down(other[i + j + r * 16 + at], &o);
+                                        down(up(g) * sigmoid<bf16>(up(g)) * up(o), made + at);
+                                    }
+                                    std::memcpy((void*)(to + j / 16), made, 32);
+                                }
+                            }
+                    });
+            }
+        }
+        std::free(gates);
+        _tile_release();
+    }
+    for (bf16* copy : copies) std::free(copy);
+    return true;
 }
 
 extern "C" int tiles() { return tiles_allowed() ? 1 : 0; }

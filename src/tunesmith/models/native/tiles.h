@@ -15,7 +15,7 @@ struct TileConfig {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-static bool tiles_allowed() {
+[[maybe_unused]] static bool tiles_allowed() {
     const int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     static const bool allowed = syscall(SYS_arch_prctl, request, tile_data) == 0;
     return allowed;
