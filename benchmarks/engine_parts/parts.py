@@ -31,7 +31,7 @@ _NO_CORPUS = f"no SNIPS in {CORPUS}"
 
 
 class Told(NamedTuple):
-    """rounds; examples: rows of a shared-prompt training, four times as many of others."""
+    """rounds; examples: half the rows of a shared-prompt training, a quarter of others'."""
 
     rounds: int
     examples: int
@@ -39,7 +39,7 @@ class Told(NamedTuple):
 
 def shared(told: Told) -> list[Line]:
     """An adapter behind a shared prompt: examples/s, memory, share of the products' limit."""
-    rows = restaurants(told.examples)
+    rows = restaurants(2 * told.examples)
     contenders = [_ours(rows, SHARED_BATCH)]
     if installed("trl"):
         contenders += [
