@@ -10,16 +10,19 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.adapters import write_adapter
 from tests.tiny import FAMILIES, write_model
+from tunesmith.core.errors import Refused
 from tunesmith.inference import decoder
 from tunesmith.inference.decoder import Batch, Prefix, Row, Sampling, Score
 from tunesmith.inference.pages import PAGE, PageCache
 from tunesmith.models.adapter import Fused, fuse, read_adapter
 from tunesmith.models.base import resolve_base
 from tunesmith.models.network import Network
+from tunesmith.models.runtime import LargePages
 from tunesmith.models.weights import load_network
 from tunesmith.store.store import Store
 
@@ -221,6 +224,47 @@ def test_an_error_of_one_row_is_its_own_and_one_of_the_step_ends_all(
     batch.fail(MemoryError("no"))
     assert all(isinstance(told.ended[0], MemoryError) for told in others)
     assert (batch.cache.lent, bool(batch)) == (0, False)
+
+
+def test_memory_that_is_not_to_be_had_is_told_to_the_row_that_needs_it(
+    monkeypatch: pytest.MonkeyPatch, network: Network
+) -> None:
+    page = PageCache(network, 0).page_bytes
+    given = LargePages.zeros
+
+    def few(pages: LargePages, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if shape[0] > 40:
+            raise OSError(12, "Cannot allocate memory")
+        return given(pages, shape, dtype)
+
+    monkeypatch.setattr(LargePages, "zeros", few)
+    batch = Batch(network, frozenset({END}), cache_bytes=100 * page)
+    heard = [Heard(), Heard(), Heard()]
+    batch.waiting.append(_row(_prompt(1, 9), heard[0]))
+    batch.waiting.append(_row(_prompt(2, 9), heard[1], limit=50 * PAGE))
+    batch.waiting.append(_row(_prompt(3, 9), heard[2]))
+    for _ in range(40):
+        batch.step()
+    assert batch.cache.pages == 25, "as much of a hundred as there is"
+    assert heard[0].tokens == _alone(network, _prompt(1, 9))
+    assert [error.what for error in heard[1].ended if isinstance(error, Refused)] == [
+        f"there is no memory for {51 * PAGE} places of keys and values, {51 * page / 1e6:.0f} MB"
+    ]
+    assert heard[2].tokens == _alone(network, _prompt(3, 9))
+
+
+def test_what_an_error_leaves_in_memory_harms_nobody(network: Network) -> None:
+    batch, told = Batch(network, frozenset({END})), Heard()
+    batch.waiting.append(_row(_prompt(1, 9), Heard()))
+    batch.step()
+    with torch.inference_mode():
+        for cache in (*batch.cache.keys, *batch.cache.values):
+            cache[batch.rows[0].pages] = float("nan")
+    batch.fail(RuntimeError("in the midst"))
+    batch.waiting.append(_row(_prompt(2, 9), told))
+    while batch:
+        batch.step()
+    assert told.tokens == _alone(network, _prompt(2, 9))
 
 
 @pytest.fixture(scope="module", autouse=True)

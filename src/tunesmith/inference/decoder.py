@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from tunesmith.core.errors import Refused
 from tunesmith.inference.constraint import Guide, hold_
 from tunesmith.inference.pages import PAGE, PageCache
 from tunesmith.models import ops
@@ -163,7 +164,11 @@ class Batch:
             row = self.waiting[0]
             if len({one.adapter for one in (*self.rows, row)} - {None}) > _MOST_ADAPTERS:
                 return
-            pages = self.cache.lend(len(row.ids) + row.limit)
+            try:
+                pages = self.cache.lend(len(row.ids) + row.limit)
+            except Refused as error:
+                self.waiting.popleft().listener.end(stopped=False, error=error)
+                continue
             if pages is None:
                 return
             row.pages = pages
@@ -392,7 +397,8 @@ class _Together:
         self._on = network.device
         self.starts = torch.tensor([row.start for row in each]).to(self._on)
         most, shape = max(len(row.pages) for row in self.rows), network.shape
-        table = torch.tensor([row.pages + [0] * (most - len(row.pages)) for row in each])
+        table = torch.tensor([row.pages + [0] * (most - len(row.pages)) for row in self.rows])
+        table = table.repeat_interleave(torch.tensor(counts), 0)
         lengths = torch.tensor([place for row in self.rows for place in _due(row)])
         sizes = (shape.kv_heads, shape.heads // shape.kv_heads, shape.head, PAGE)
         self.places = ops.Places(table, lengths, *sizes, self._on)

@@ -72,6 +72,14 @@ class Scheduler:
         self._change.notify_all()
 
     def _decode(self) -> None:
+        try:
+            self._decode_all()
+        except BaseException:
+            with self._change:  # the next row starts another
+                self._thread = None
+            raise
+
+    def _decode_all(self) -> None:
         torch.set_num_threads(runtime.prepare())
         while True:
             with self._change:

@@ -212,7 +212,7 @@ def cross_entropy_(scores: Tensor, labels: Tensor, share: Tensor | None) -> Tens
 
 
 class Places:
-    """Where the B rows of a decoding batch keep their keys and values: in pages, laid out as page_shapes says.
+    """Where the B tokens of a decoding pass keep their keys and values: in their row's pages (see page_shapes).
 
     table: [B, most] the pages of each row in order. lengths: [B] how many places of a row are filled. Both come from
     the processor and are put on the device of the pages.
@@ -296,8 +296,8 @@ def decode_keep(
 
 
 def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Places) -> Tensor:
-    """A new token of each of B rows, qkv [B, (H + 2 K) * D]: its key and value go to place lengths[b] of its pages;
-    returns its rotated queries [K, B, G, D]."""
+    """B tokens of a pass, each a row of its own here, qkv [B, (H + 2 K) * D]: their keys and values go to place
+    lengths[b] of their pages; returns their rotated queries [K, B, G, D]."""
     rows, kv, group, size = len(qkv), keys.shape[1], places.group, values.shape[3]
     kernel = kernel_for("decode_split", qkv)
     if kernel is None:

@@ -1,4 +1,4 @@
-// One new token for each row of a decoding batch.
+// The tokens of a decoding pass: of each row one that is new, or those of a short prompt.
 
 #include "blocks.h"
 #include "kernels.h"
@@ -29,7 +29,7 @@ static void put(const Pages& p, const T* key, const T* value, int64_t page, int6
     for (int64_t i = 0; i < p.size; ++i) to[i * c] = value[i];
 }
 
-// One new token for each row of a decoding batch: qkv [rows, (heads + 2 kv) * D] -> rotated queries [kv, rows, group, D];
+// The tokens of a pass, each a row of its own here: qkv [rows, (heads + 2 kv) * D] -> rotated queries [kv, rows, group, D];
 // its key and value go to place length[row] of the row's pages.
 template <class T>
 static void decode_split(const Pages& p, const T* qkv, const float* cosine, const float* sine, T* q, T* keys, T* values,
