@@ -25,7 +25,7 @@ from tests import tiny
 from tests.chain.scene import settings as scene_settings
 from tests.chain.scene import write_project
 from tests.foreign import write_foreign
-from tests.tiny import row, write_model
+from tests.tiny import TILED, row, write_model
 from tests.training.test_resume import ROWS, SETTINGS, run
 from tunesmith.api import Project
 from tunesmith.chain.verbs import train
@@ -292,3 +292,34 @@ def _written(folder: Path, files: dict[str, bytes]) -> Path:
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
+
+
+@pytest.mark.parametrize("kind", ["four bits", "a width that tiles do not multiply", "tiles"])
+def test_gradients_do_not_lie_where_products_read(tmp_path: Path, kind: str) -> None:
+    """Of steps of one part and of two, held against fp32 on the same weights. Where a product reads the pair as it
+    lies, gradients written over it would be read as factors."""
+    sizes = {**TILED, "intermediate_size": 40} if kind.startswith("a width") else TILED
+    folder = write_model(tmp_path / "model", sizes=sizes)
+    network, exact = load_network(folder, four_bits=kind == "four bits"), load_network(folder, torch.float32)
+    same = [
+        {group: Frozen(each.weight.float(), None) for group, each in layer.linear.items()} for layer in network.layers
+    ]
+    exact = replace(
+        exact, layers=tuple(replace(layer, linear=own) for layer, own in zip(exact.layers, same, strict=True))
+    )
+    renderer = Renderer(folder)
+    parts = [lay_out([renderer.conversation(one) for one in some]) for some in (CONVERSATIONS[:2], CONVERSATIONS[1:])]
+    for step in (parts[:1], parts):
+        found = []
+        for each in (network, exact):
+            lora = Lora(each, TrainSettings(rank=4))
+            with torch.no_grad():
+                for master in lora.masters:
+                    master.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+            lora.refresh_copies()
+            loss = gradients(each, lora, step)
+            found.append((loss, [master.grad for master in lora.masters]))
+        (loss, ours), (expected, wide) = found
+        assert loss == pytest.approx(expected, rel=2e-2)
+        for one, other in zip(ours, wide, strict=True):
+            assert float((one - other).norm() / other.norm()) < 0.1

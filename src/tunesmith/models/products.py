@@ -253,8 +253,3 @@ def _products(
     wide = ctypes.c_int64
     library.product(spans, wide(len(sizes)), at(packed), wide(depth), at(bias), wide(out), torch.get_num_threads())
     return y
-
-
-def reads_plain(pair: Pair) -> bool:
-    """Whether products read a pair's a and c themselves, and not only what refresh laid out of them."""
-    return not _tiles(pair.a)

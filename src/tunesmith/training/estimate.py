@@ -17,6 +17,7 @@ from tunesmith.models.foreign import Foreign
 from tunesmith.models.four_bit import FourBit
 from tunesmith.models.network import Network
 from tunesmith.training.loop import Step, step_tokens
+from tunesmith.training.lora import Lora
 from tunesmith.training.loss import LOGIT_ROWS
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.trainable import Trained
@@ -41,7 +42,7 @@ def too_few_numbers(rank: int, parameters: int, labels: int) -> str | None:
 
 def step_bytes(network: Network | Foreign, trained: Trained, settings: TrainSettings, part: Batch) -> int:
     """Bytes that computing a part of a step takes on top of what is there already: what its backward pass keeps, a
-    chunk of logits, and the gradients.
+    chunk of logits, the gradients, and an adapter's copies where there are none yet.
 
     Kept of every token by a layer of width M, with Q numbers of queries, keys and values, A of mixed values and F in
     the gated middle: 2 M + Q + A + 2 F (two sums, the heads, both halves of the gate); where weights learn, what those
@@ -65,7 +66,8 @@ def step_bytes(network: Network | Foreign, trained: Trained, settings: TrainSett
     logits = min(LOGIT_ROWS, part.labels.numel()) * shape.vocabulary
     unpacked = 2 * max((each.numel() for each in layer.values() if isinstance(each, FourBit)), default=0)
     size = network.embedding.element_size()
-    return size * (layers * kept * part.tokens + weights + logits + unpacked) + masters
+    copies = trained.missing_bytes if isinstance(trained, Lora) else 0
+    return size * (layers * kept * part.tokens + weights + logits + unpacked) + masters + copies
 
 
 class Estimate(BaseModel):

@@ -17,7 +17,7 @@ from torch import Tensor
 from tunesmith.models.adapter import Adapter, Place, blocks, encode_adapter, target_names
 from tunesmith.models.base import BaseModel
 from tunesmith.models.network import GROUPS, Linear, Network, remaking
-from tunesmith.models.products import TILE, Frozen, Pair, outer, reads_plain
+from tunesmith.models.products import TILE, Frozen, Pair, outer
 from tunesmith.training.loss import cross_entropy
 from tunesmith.training.magnitudes import Magnitudes, dora_linear
 from tunesmith.training.principal import Departure, principal
@@ -148,25 +148,36 @@ class Lora:
         if self.magnitudes is not None:
             self.magnitudes.refresh({place: pair for place, (pair, _, _) in self._pairs.items()})
 
+    @property
+    def missing_bytes(self) -> int:
+        """What the next pass takes for copies, what is laid out of them and their gradients; 0 where they are there."""
+        if self._pairs:
+            return 0
+        total = 0
+        for number, group in self.places:
+            product = self.network.layers[number].linear[group]
+            total += self._copied_rows(group) * (product.into + product.out) * (3 if product.tiles is not None else 2)
+        return total * self.network.dtype.itemsize
+
     def rest(self) -> None:
         """Give the copies' memory back until the next pass makes them anew."""
         self._pairs = {}
 
     @torch.no_grad()
     def _copies(self) -> dict[Place, Adapted]:
-        """The pairs, and where their gradients go: over the copies themselves where products read what is laid out of
-        them."""
+        """The pairs, and where their gradients go: over the copies themselves where the product reads what is laid out
+        of them and nothing else."""
         if not self._pairs:
             for place, (number, group) in enumerate(self.places):
                 product = self.network.layers[number].linear[group]
-                rows = -(-self._columns(group) // TILE) * TILE * (2 if self._departure else 1)
+                rows = self._copied_rows(group)
                 a, c = (
                     torch.empty(rows, size, dtype=self.network.dtype, device=self._on)
                     for size in (product.into, product.out)
                 )
                 self._round(place, a, c)
                 pair = Pair(a, c)
-                own = (torch.empty_like(a), torch.empty_like(c)) if reads_plain(pair) else (a, c)
+                own = (a, c) if product.tiles is not None else (torch.empty_like(a), torch.empty_like(c))
                 self._pairs[number, group] = Adapted(pair, *own)
             if self.magnitudes is not None:
                 self.magnitudes.refresh({place: pair for place, (pair, _, _) in self._pairs.items()})
@@ -205,6 +216,9 @@ class Lora:
             b={place: each.t() for place, each in zip(self.places, c, strict=True)},
             m={} if self.magnitudes is None else self.magnitudes.values,
         )
+
+    def _copied_rows(self, group: str) -> int:
+        return -(-self._columns(group) // TILE) * TILE * (2 if self._departure else 1)
 
     def _columns(self, group: str) -> int:
         return len(blocks(self.network, group, self.rank, self.targets)) * self.rank

@@ -6,7 +6,8 @@ A token's numbers are thus those of a training alone, and each run keeps its own
 its bytes are the same with whomever it was trained (models.products.Frozen.row_by_row says on what that rests).
 
 A pass holds few runs' tokens, so that copies and activations are those of few runs at once; the masters' gradients are
-made and used up one run after another. What stays for each run is its masters and AdamW's moments (see lora.Lora).
+made and used up one run after another, unless steps have several parts. What stays for each run is its masters and
+AdamW's moments (see lora.Lora).
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def fit_together(
                     runs[place].advance(loss, seconds, task)
                 except TunesmithError as error:
                     failed[place] = error
+                    for master in runs[place].trained.masters:
+                        master.grad = None
                     progress.say(f"training {place + 1} of {len(runs)} stops: {error.what}")
                 _lora(runs[place]).rest()
 

@@ -221,9 +221,11 @@ def find_rate(
 
 
 def _check_room(ready: Sequence[_Prepared]) -> None:
-    """Raises Refused where AdamW's moments and the best weights of all do not fit the memory."""
+    """Raises Refused where AdamW's moments and the best weights of all do not fit the memory; where a step has several
+    parts, with a gradient of each."""
+    numbers = sum(master.numel() for each in ready for master in each.trained.masters)
     needed, free = (
-        sum(12 * master.numel() for each in ready for master in each.trained.masters),
+        numbers * (16 if any(len(step) > 1 for each in ready for step in each.steps) else 12),
         runtime.available_memory(device_of(ready[0].trained)),
     )
     if needed > free:
