@@ -23,7 +23,8 @@ from tunesmith.store import database
 from tunesmith.store.identities import require
 from tunesmith.store.recalls import recalled
 
-# Bump a stage's number when what it computes from the same inputs changes.
+# Bump a stage's number when what it computes from the same inputs changes; not where kernels round otherwise, as those
+# of another processor do too.
 REVISIONS = {
     "data": 6,
     "documents": 1,
