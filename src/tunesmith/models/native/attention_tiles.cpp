@@ -1,4 +1,4 @@
-// Attention of rows behind a shared prefix on AMX tiles, forward and backward: one pass over a row's queries for each
+// Attention of rows behind a shared prefix on tiles, forward and backward: one pass over a row's queries for each
 // key/value head, with all that it needs in the caches. Nothing is kept for the backward pass but each query's largest
 // score and sum; the weights are computed again.
 //
@@ -392,8 +392,7 @@ extern "C" void attend(const Layout* l, const bf16* qkv, const float* cosine, co
     tiles_allowed();
 #pragma omp parallel num_threads(threads)
     {
-        TileConfig config;
-        _tile_loadconfig(&config);
+        Tiles tiles;
         Scratch scratch(Forward::bytes(in));
         Forward forward(in, scratch, out, largest, inverse);
 #pragma omp for schedule(dynamic)
@@ -407,7 +406,6 @@ extern "C" void attend(const Layout* l, const bf16* qkv, const float* cosine, co
             for (int64_t row = task.first; row < task.last; ++row)
                 forward.run({task.head, l->starts[row], l->starts[row + 1] - l->starts[row], l->prefix});
         }
-        _tile_release();
     }
 }
 
@@ -422,8 +420,7 @@ extern "C" void attend_backward(const Layout* l, const bf16* qkv, const float* c
     float* sums = (float*)std::aligned_alloc(64, std::max<int64_t>(64, tasks * 2 * part * 4));
 #pragma omp parallel num_threads(threads)
     {
-        TileConfig config;
-        _tile_loadconfig(&config);
+        Tiles tiles;
         Scratch scratch(Backward::bytes(in));
         Backward backward(in, scratch, gradient, largest, inverse, out);
         float *to_keys = backward.to_keys, *to_values = backward.to_values;
@@ -462,7 +459,6 @@ extern "C" void attend_backward(const Layout* l, const bf16* qkv, const float* c
                 }
             backward.settle(head, token, to_keys, to_values);
         }
-        _tile_release();
     }
     std::free(sums);
 }

@@ -70,30 +70,6 @@ static inline void pack_along(const bf16* from, int64_t size, bf16* to) {
 // B's steps step_b.
 static inline void product(const bf16* a, int64_t stride, int64_t step_a, const bf16* b, int64_t step_b, int64_t steps,
                            float* sums, int64_t width, bool add) {
-    if (add) {
-        _tile_loadd(0, sums, width * 4);
-        _tile_loadd(1, sums + 16, width * 4);
-        _tile_loadd(2, sums + 16 * width, width * 4);
-        _tile_loadd(3, sums + 16 * width + 16, width * 4);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int64_t step = 0; step < steps; ++step, a += step_a, b += step_b) {
-        _tile_loadd(4, a, stride * 2);
-        _tile_loadd(6, b, 64);
-        _tile_loadd(7, b + 512, 64);
-        _tile_loadd(5, a + 16 * stride, stride * 2);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, sums, width * 4);
-    _tile_stored(1, sums + 16, width * 4);
-    _tile_stored(2, sums + 16 * width, width * 4);
-    _tile_stored(3, sums + 16 * width + 16, width * 4);
+    sum(sums, width, add, 32, {a, a + 16 * stride, stride, step_a, b, b + 512, 32, step_b, steps, nullptr, 0});
 }
 #endif

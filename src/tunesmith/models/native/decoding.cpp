@@ -190,48 +190,21 @@ static void mix_plainly(const Pages& p, const T* q, const T* early_keys, const T
 static const int64_t TOGETHER = 32;  // queries of several rows that are multiplied with a shared prefix at once
 
 #ifdef TILES
-// held [32, wide] = q [32, D] times a page's keys; its values are read next.
-static void score_tiles(const Pages& p, const bf16* q, const bf16* page, const bf16* values, float* held,
-                        int64_t wide) {
+// held [queries, wide] = q [32, D] times the keys of a page of 32 places; its values are read next.
+static void score_tiles(const Pages& p, const bf16* q, int64_t queries, const bf16* page, const bf16* values,
+                        float* held, int64_t wide) {
     for (int64_t i = 0; i < p.page * p.size; i += 32) __builtin_prefetch(values + i, 0, 2);
-    for (int64_t j = 0; j < p.page; j += 16) {
-        _tile_zero(0);
-        _tile_zero(1);
-        for (int64_t i = 0; i < p.size; i += 32) {
-            _tile_loadd(4, q + i, p.size * 2);
-            _tile_loadd(5, q + 16 * p.size + i, p.size * 2);
-            _tile_loadd(6, page + i * p.page + j * 2, p.page * 4);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 5, 6);
-        }
-        _tile_stored(0, held + j, wide * 4);
-        _tile_stored(1, held + 16 * wide + j, wide * 4);
-    }
+    sum(held, wide, false, queries,
+        {q, q + 16 * p.size, p.size, 32, page, page + 32, 64, 1024, p.size / 32, nullptr, 0});
 }
 
-// mixed [32, D] = weights [32, places] times values that lie in pages `apart` numbers from each other.
-static void mix_tiles(const Pages& p, const bf16* weights, int64_t places, const bf16* values, int64_t apart,
-                      float* mixed) {
+// mixed [queries, D] = weights [32, places] times values in pages of 32 places, `apart` numbers from each other.
+static void mix_tiles(const Pages& p, const bf16* weights, int64_t queries, int64_t places, const bf16* values,
+                      int64_t apart, float* mixed) {
     for (int64_t i = 0; i < p.size; i += 32) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t j = 0; j < places; j += 32) {
-            const bf16* from = values + j / p.page * apart + j % p.page * p.size + i * 2;
-            _tile_loadd(4, weights + j, places * 2);
-            _tile_loadd(5, weights + 16 * places + j, places * 2);
-            _tile_loadd(6, from, p.size * 4);
-            _tile_loadd(7, from + 32, p.size * 4);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(0, mixed + i, p.size * 4);
-        _tile_stored(1, mixed + i + 16, p.size * 4);
-        _tile_stored(2, mixed + 16 * p.size + i, p.size * 4);
-        _tile_stored(3, mixed + 16 * p.size + i + 16, p.size * 4);
+        const bf16* from = values + i * 2;
+        sum(mixed + i, p.size, false, queries,
+            {weights, weights + 16 * places, places, 32, from, from + 32, p.size * 2, apart, places / 32, nullptr, 0});
     }
 }
 
@@ -274,8 +247,7 @@ static void mix_on_tiles(const Pages& p, const bf16* q, const bf16* early_keys, 
     const float to_power = scale * 1.44269504088896341f;
 #pragma omp parallel num_threads(threads)
     {
-        TileConfig config;
-        _tile_loadconfig(&config);
+        Tiles tiles;
         std::vector<float> scratch(TOGETHER * (wide + 2 * size + 1));
         float *held = scratch.data(), *query = held + TOGETHER * wide, *mixed = query + TOGETHER * size,
               *total = mixed + TOGETHER * size;
@@ -293,7 +265,7 @@ static void mix_on_tiles(const Pages& p, const bf16* q, const bf16* early_keys, 
                 for (int64_t i = 0; i < queries * size; i += 16) _mm512_storeu_ps(query + i, sixteen(mine + i));
                 std::fill(mixed, mixed + queries * size, 0.0f);
                 for (int64_t n = 0; n < shared; ++n)
-                    score_tiles(p, copied.data(), early_keys + (n * kv + k) * area, early_values + (n * kv + k) * area,
+                    score_tiles(p, copied.data(), queries, early_keys + (n * kv + k) * area, early_values + (n * kv + k) * area,
                                 held + n * p.page, wide);
                 for (int64_t row = from; row < end; ++row)
                     for (int64_t j = 0, seen = p.length[row] + 1; j < seen; j += p.page)
@@ -308,7 +280,7 @@ static void mix_on_tiles(const Pages& p, const bf16* q, const bf16* early_keys, 
                                 __builtin_prefetch(values + place(row, j) + i, 0, 2);
                     total[g] = weigh(held + g * wide, prefix, padded, seen, to_power, weights + g * padded);
                 }
-                if (shared) mix_tiles(p, weights, padded, early_values + k * area, kv * area, mixed);
+                if (shared) mix_tiles(p, weights, queries, padded, early_values + k * area, kv * area, mixed);
                 for (int64_t row = from; row < end; ++row) {
                     int64_t seen = p.length[row] + 1;
                     float* sums = mixed + (row - from) * group * size;
@@ -323,14 +295,13 @@ static void mix_on_tiles(const Pages& p, const bf16* q, const bf16* early_keys, 
                     }
                 }
             }
-        _tile_release();
     }
 }
 
 static void decode_mix(const Pages& p, const bf16* q, const bf16* early_keys, const bf16* early_values,
                        const bf16* keys, const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix,
                        float scale, int threads) {
-    bool fits = p.size % 32 == 0 && p.page % 32 == 0 && p.group <= TOGETHER && tiles_allowed();
+    bool fits = p.size % 32 == 0 && p.page == 32 && p.group <= TOGETHER && tiles_allowed();
     (fits ? mix_on_tiles : mix_plainly<bf16>)(p, q, early_keys, early_values, keys, values, out, first, count, prefix,
                                               scale, threads);
 }

@@ -1,4 +1,4 @@
-// Products of bf16 matrices on AMX tiles.
+// Products of bf16 matrices on tiles.
 //
 // C [M, N] = A [M, K] B + A2 [M, K2] B2 + bias, summed in float and rounded once. B lies packed: for each 32 columns, for
 // each 32 rows of B, two tiles of 16 x 16 pairs, so that a panel of columns is read front to back. K, K2 and N are
@@ -25,47 +25,10 @@ struct Block {
     bf16* c;
 };
 
-// next: what is read later, of which each step asks for `lines` of 64 bytes: all at once they would hold up the products.
-static inline void steps(const bf16* a, int64_t lda, const bf16* b, int64_t depth, const char* next, int64_t lines) {
-    const bf16* lower = a + 16 * lda;
-    for (int64_t k = 0; k < depth; k += 32, b += 1024) {
-        for (int64_t line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
-        _tile_loadd(4, a + k, lda * 2);
-        _tile_loadd(6, b, 64);
-        _tile_loadd(7, b + 512, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, lower + k, lda * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-}
-
-// The sums of 32 x 32 numbers, as four tiles of 16 x 16 one after another.
-static inline void begin(const float* sums, bool first) {
-    if (first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, 64);
-        _tile_loadd(1, sums + 256, 64);
-        _tile_loadd(2, sums + 512, 64);
-        _tile_loadd(3, sums + 768, 64);
-    }
-}
-static inline void end(float* sums) {
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
-}
-
 // past: see put in numbers.h.
 static void settle(const float* sums, const float* bias, bf16* c, int64_t ldc, int64_t rows, bool past) {
     for (int64_t r = 0; r < rows; ++r) {
-        const float *left = sums + (r / 16) * 512 + (r % 16) * 16, *right = left + 256;
+        const float *left = sums + r * 32, *right = left + 16;
         bf16* to = c + r * ldc;
         if (bias) {
 #pragma omp simd
@@ -126,11 +89,16 @@ static inline void add(const Block* all, int64_t top, int64_t bottom, const bf16
         for (int64_t r = top; r < bottom; ++r, next += lines * here * 2) {
             const Block& one = all[r];
             float* into = held + (r - top) * 1024;
-            begin(into, k == 0);
-            steps(one.a + k, depth, first, here, next, lines);
-            if (last && one.b2)
-                steps(one.a2, one.depth2, one.b2 + panel * one.depth2 * 32, one.depth2, next, 0);
-            end(into);
+            auto factors = [](const bf16* a, int64_t lda, const bf16* b, int64_t depth, const char* next, int64_t lines) {
+                return Factors{a, a + 16 * lda, lda, 32, b, b + 512, 32, 1024, depth / 32, next, lines};
+            };
+            const Factors mine = factors(one.a + k, depth, first, here, next, lines);
+            if (last && one.b2) {
+                const Factors other = factors(one.a2, one.depth2, one.b2 + panel * one.depth2 * 32, one.depth2, next, 0);
+                sum(into, 32, k > 0, one.rows, mine, &other);
+            } else {
+                sum(into, 32, k > 0, one.rows, mine);
+            }
             if (last) ready(one, into);
         }
     }
@@ -157,10 +125,9 @@ static void multiply(const Span* spans, int64_t count, const bf16* b, int64_t de
     band = std::min(narrow ? (blocks + threads - 1) / threads : blocks, std::max<int64_t>(2, band));
 #pragma omp parallel num_threads(threads)
     {
-        TileConfig config;
-        _tile_loadconfig(&config);
+        Tiles tiles;
         float* sums = (float*)std::aligned_alloc(64, kept * band * 4096);
-        auto sum = [&](int64_t top, int64_t bottom, int64_t panel, float* held, int64_t from, int64_t to) {
+        auto panel_of = [&](int64_t top, int64_t bottom, int64_t panel, float* held, int64_t from, int64_t to) {
             add(all.data(), top, bottom, b, depth, part, panel, held, from, to, [&](const Block& one, float* into) {
                 settle(into, bias ? bias + panel * 32 : nullptr, one.c + panel * 32, n, one.rows, past);
             });
@@ -169,25 +136,24 @@ static void multiply(const Span* spans, int64_t count, const bf16* b, int64_t de
 #pragma omp for schedule(static) nowait
             for (int64_t top = 0; top < blocks; top += band)
                 for (int64_t panel = 0; panel < panels; ++panel)
-                    sum(top, std::min(blocks, top + band), panel, sums, 0, depth);
+                    panel_of(top, std::min(blocks, top + band), panel, sums, 0, depth);
         }
         for (int64_t top = 0; top < blocks && !narrow; top += band) {
             int64_t bottom = std::min(blocks, top + band);
             if (!deep) {
 #pragma omp for schedule(static) nowait
-                for (int64_t panel = 0; panel < panels; ++panel) sum(top, bottom, panel, sums, 0, depth);
+                for (int64_t panel = 0; panel < panels; ++panel) panel_of(top, bottom, panel, sums, 0, depth);
                 continue;
             }
             for (int64_t from = 0; from < depth; from += GROUP) {
                 int64_t mine = 0;
 #pragma omp for schedule(static) nowait
                 for (int64_t panel = 0; panel < panels; ++panel)
-                    sum(top, bottom, panel, sums + mine++ * band * 1024, from, std::min(depth, from + GROUP));
+                    panel_of(top, bottom, panel, sums + mine++ * band * 1024, from, std::min(depth, from + GROUP));
             }
         }
         settled();
         std::free(sums);
-        _tile_release();
     }
     for (bf16* copy : copies) std::free(copy);
 }
@@ -202,8 +168,7 @@ extern "C" bool gated_product(const Span* span, const bf16* b, int64_t depth, in
     int64_t band = std::min(blocks, std::max<int64_t>(2, BAND_BYTES / (64 * depth)));
 #pragma omp parallel num_threads(threads)
     {
-        TileConfig config;
-        _tile_loadconfig(&config);
+        Tiles tiles;
         float *gates = (float*)std::aligned_alloc(64, 2 * band * 4096), *others = gates + band * 1024;
         for (int64_t top = 0; top < blocks; top += band) {
             int64_t bottom = std::min(blocks, top + band);
@@ -213,26 +178,20 @@ extern "C" bool gated_product(const Span* span, const bf16* b, int64_t depth, in
                 add(all.data(), top, bottom, b, depth, part, panel + half, others, 0, depth,
                     [&](const Block& one, float* other) {
                         const float* gate = gates + (other - others);
-                        for (int64_t i = 0; i < 1024; i += 512)  // two tiles side by side
-                            for (int64_t r = 0; r < std::min<int64_t>(16, one.rows - i / 32); ++r) {
-                                bf16* to = one.c + (i / 32 + r) * (n / 2) + panel * 32;
-                                for (int64_t j = 0; j < 512; j += 256) {
-                                    bf16 made[16];
+                        for (int64_t r = 0; r < one.rows; ++r) {
+                            bf16* to = one.c + r * (n / 2) + panel * 32;
 #pragma omp simd
-                                    for (int64_t at = 0; at < 16; ++at) {
-                                        bf16 g, o;
-                                        down(gate[i + j + r * 16 + at], &g);
-                                        down(other[i + j + r * 16 + at], &o);
-                                        down(up(g) * sigmoid<bf16>(up(g)) * up(o), made + at);
-                                    }
-                                    std::memcpy((void*)(to + j / 16), made, 32);
-                                }
+                            for (int64_t at = 0; at < 32; ++at) {
+                                bf16 g, o;
+                                down(gate[r * 32 + at], &g);
+                                down(other[r * 32 + at], &o);
+                                down(up(g) * sigmoid<bf16>(up(g)) * up(o), to + at);
                             }
+                        }
                     });
             }
         }
         std::free(gates);
-        _tile_release();
     }
     for (bf16* copy : copies) std::free(copy);
     return true;
@@ -270,20 +229,6 @@ static inline void lay_out(const bf16* x, int64_t n, int64_t rows, int64_t block
     }
 }
 
-// Adds to the sums under way: 32 rows of L^T, in tiles, times a panel of a slab.
-static inline void gather(const bf16* upper, const bf16* lower, const bf16* panel, int64_t blocks) {
-    for (int64_t j = 0; j < blocks; ++j, upper += 512, lower += 512, panel += 1024) {
-        _tile_loadd(4, upper, 64);
-        _tile_loadd(6, panel, 64);
-        _tile_loadd(7, panel + 512, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, lower, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-}
-
 // C [R, N] = L^T X of L [T, R] and X [T, N], R and N multiples of 32: the gradient of a low-rank factor. X is read a
 // slab of rows after another, a panel of which is laid out in pairs of rows once for all R; the sums wait in between.
 extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_t t, bf16* c, int threads) {
@@ -304,8 +249,7 @@ extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_
     int64_t most = std::max<int64_t>(1, SUMS_BYTES / (r * 128));  // panels under way at a time
 #pragma omp parallel num_threads(threads)
     {
-        TileConfig config;
-        _tile_loadconfig(&config);
+        Tiles tiles;
         bf16* panel = (bf16*)std::aligned_alloc(64, SLAB * 2048);
         float* sums = (float*)std::aligned_alloc(64, most * r * 128);
 #pragma omp for schedule(static)
@@ -320,9 +264,8 @@ extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_
                         for (int64_t i = 0; i < r; i += 32) {
                             const bf16* upper = left + (i * deep + k * 16) * 32;
                             float* held = sums + ((p - top) * r + i) * 32;
-                            begin(held, k == 0);
-                            gather(upper, upper + 16 * deep * 32, panel, here);
-                            end(held);
+                            sum(held, 32, k > 0, 32,
+                                {upper, upper + 16 * deep * 32, 32, 512, panel, panel + 512, 32, 1024, here, nullptr, 0});
                             if (k + here == deep) settle(held, nullptr, c + i * n + p * 32, n, 32, false);
                         }
                     }
@@ -331,7 +274,6 @@ extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_
         }
         std::free(panel);
         std::free(sums);
-        _tile_release();
     }
     std::free(left);
 }

@@ -1,25 +1,141 @@
-// What products on AMX tiles need of the processor. TILES is defined where there are any.
+// What products of bf16 blocks need of the processor: AMX tiles, or AVX-512's products of pairs. TILES is defined where
+// there is either.
 
 #pragma once
 
 #include "numbers.h"
 
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
 #define TILES
+
+// What is added to a block of 32 x 32 sums: A [32, 32 * steps] B [32 * steps, 32]. A's rows are `stride` numbers apart,
+// its steps `step`. B lies as tiles of 16 rows of 16 pairs: `stride_b` numbers from row to row, `step_b` from step to
+// step. next: what is read later, of which each step asks for `lines` of 64 bytes: all at once they would hold up the
+// products.
+struct Factors {
+    const bf16 *upper, *lower;  // the first 16 rows of A, and the others
+    int64_t stride, step;
+    const bf16 *left, *right;  // the first 16 columns of B, and the others
+    int64_t stride_b, step_b, steps;
+    const char* next;
+    int64_t lines;
+};
+
+#if defined(__AMX_BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>
-
-struct TileConfig {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 [[maybe_unused]] static bool tiles_allowed() {
     const int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     static const bool allowed = syscall(SYS_arch_prctl, request, tile_data) == 0;
     return allowed;
 }
+
+// A thread's tiles while it multiplies.
+struct Tiles {
+    struct {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    Tiles() { _tile_loadconfig(&config); }
+    ~Tiles() { _tile_release(); }
+};
+
+static inline void add_steps(const Factors& f) {
+    const bf16 *upper = f.upper, *lower = f.lower, *left = f.left, *right = f.right;
+    const char* next = f.next;
+    for (int64_t n = 0; n < f.steps; ++n) {
+        for (int64_t line = 0; line < f.lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+        _tile_loadd(4, upper, f.stride * 2);
+        _tile_loadd(6, left, f.stride_b * 2);
+        _tile_loadd(7, right, f.stride_b * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, lower, f.stride * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        upper += f.step, lower += f.step, left += f.step_b, right += f.step_b;
+    }
+}
+
+// sums [32, 32], rows of `width`: what is there already, or nought, and the products of one and of other, if there is
+// another. All rows are computed, whatever `rows` says.
+[[maybe_unused]] static inline void sum(float* sums, int64_t width, bool add, int64_t, const Factors& one,
+                                        const Factors* other = nullptr) {
+    float* lower = sums + 16 * width;
+    if (add) {
+        _tile_loadd(0, sums, width * 4);
+        _tile_loadd(1, sums + 16, width * 4);
+        _tile_loadd(2, lower, width * 4);
+        _tile_loadd(3, lower + 16, width * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    add_steps(one);
+    if (other) add_steps(*other);
+    _tile_stored(0, sums, width * 4);
+    _tile_stored(1, sums + 16, width * 4);
+    _tile_stored(2, lower, width * 4);
+    _tile_stored(3, lower + 16, width * 4);
+}
+#else
+[[maybe_unused]] static bool tiles_allowed() { return true; }
+
+struct Tiles {
+    Tiles() {}
+    ~Tiles() {}
+};
+
+static const int64_t HELD = 8;  // rows whose sums stay in registers, 2 * 8 of the 32
+
+static inline void add_steps(const Factors& f, const bf16* a, bool asks, __m512* one, __m512* other) {
+    const bf16 *left = f.left, *right = f.right;
+    const char* next = f.next;
+    for (int64_t n = 0; n < f.steps; ++n, a += f.step, left += f.step_b, right += f.step_b) {
+        if (asks)
+            for (int64_t line = 0; line < f.lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+        for (int64_t pair = 0; pair < 16; ++pair) {
+            __m512bh first = (__m512bh)_mm512_loadu_si512((const void*)(left + pair * f.stride_b));
+            __m512bh second = (__m512bh)_mm512_loadu_si512((const void*)(right + pair * f.stride_b));
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < HELD; ++r) {
+                int32_t both;
+                std::memcpy(&both, a + r * f.stride + pair * 2, 4);
+                __m512bh spread = (__m512bh)_mm512_set1_epi32(both);
+                one[r] = _mm512_dpbf16_ps(one[r], spread, first);
+                other[r] = _mm512_dpbf16_ps(other[r], spread, second);
+            }
+        }
+    }
+}
+
+// sums [32, 32], rows of `width`: what is there already, or nought, and the products of one and of other, if there is
+// another. Of all rows that are computed, the first `rows` are wanted.
+[[maybe_unused]] static inline void sum(float* sums, int64_t width, bool add, int64_t rows, const Factors& one,
+                                        const Factors* other = nullptr) {
+    for (int64_t row = 0; row < rows; row += HELD) {
+        __m512 left[HELD], right[HELD];
+        float* to = sums + row * width;
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < HELD; ++r) {
+            left[r] = add ? _mm512_loadu_ps(to + r * width) : _mm512_setzero_ps();
+            right[r] = add ? _mm512_loadu_ps(to + r * width + 16) : _mm512_setzero_ps();
+        }
+        auto from = [row](const Factors& f) { return (row < 16 ? f.upper : f.lower) + row % 16 * f.stride; };
+        add_steps(one, from(one), row == 0, left, right);
+        if (other) add_steps(*other, from(*other), false, left, right);
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < HELD; ++r) {
+            _mm512_storeu_ps(to + r * width, left[r]);
+            _mm512_storeu_ps(to + r * width + 16, right[r]);
+        }
+    }
+}
+#endif
 
 // 16 x 16 pairs transposed.
 [[maybe_unused]] static inline void transpose(__m512i* r) {
