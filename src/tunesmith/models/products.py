@@ -1,8 +1,8 @@
 """Frozen weights and low-rank pairs, and their products: the one place where matrices meet activations.
 
 Where the processor multiplies bf16 (AMX, AVX-512 BF16) and native/ could be compiled, weights are laid out once the way
-its product reads them, and a layer's frozen and low-rank products are one sum, rounded once. Where the tensor library can
-keep a weight laid out for its own product (bf16 on other x86 processors), that is used; elsewhere plain products.
+its product reads them, and a layer's frozen and low-rank products are one sum, rounded once. Where the tensor library
+can keep a weight laid out for its own product (bf16 on other x86 processors), that is used; elsewhere plain products.
 """
 
 from __future__ import annotations
