@@ -12,7 +12,11 @@
 static const int64_t DEPTH = 320;         // a panel of so many rows stays in the first cache beside its block of A
 static const int64_t FEW = 2;             // with so few blocks of A, B is waited for: half as much of it is asked for early
 static const int64_t GROUP = 1024;        // rows of a deep B (over DEEP of them) that are summed for all of C in turn
+#if defined(__AMX_BF16__)
 static const int64_t DEEP = 2048;
+#else
+static const int64_t DEEP = INT64_MAX;  // A is read anew soon enough for slower products
+#endif
 static const int64_t NARROW = 4;          // panels of C
 static const int64_t BAND_BYTES = 768 << 10;  // a band of A that stays in the second cache
 static const int64_t SUMS_BYTES = 640 << 10;    // most that a thread keeps of the sums of a deep product
