@@ -300,7 +300,7 @@ def test_an_engine_that_fails_mid_stream_ends_the_stream_with_an_error(served: S
 def test_an_engine_that_hangs_is_answered_for_in_time_and_shows_as_not_ready(
     scene: Scene, engine: FakeEngine, versions: dict[int, Version]
 ) -> None:
-    with running(scene, engine, answer_seconds=0.5, waiting=2, together=2) as served, served.http() as http:
+    with running(scene, engine, answer_seconds=2, waiting=2, together=2) as served, served.http() as http:
         served.begin(versions[1])
         served.ask()
         assert http.get("/readyz").status_code == 200
