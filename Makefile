@@ -11,7 +11,7 @@ demo: $(READY)           ## the whole chain on real input, from raw rows to a si
 	$(BIN)/python examples/home_intents/demo.py
 
 test: check              ## everything CI runs: lint, types, contracts, unit tests, slow tests on the real model
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(READY)          ## lint, types and the contracts between floors
 	$(BIN)/ruff check .
@@ -20,7 +20,7 @@ check: $(READY)          ## lint, types and the contracts between floors
 	$(BIN)/lint-imports
 
 unit: $(READY)           ## the tests that need no real model
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 bench: $(READY)          ## measurements, as ratios to this machine's own limit
 	$(BIN)/python -m pip install --quiet --group bench
