@@ -1,6 +1,6 @@
 """Whole frames of the SNIPS corpus on its stock split: what a LoRA adapter on a 135M base reaches, and in what time.
 
-    python benchmarks/snips_frames.py [--rows 13784] [--epochs 3] [--batch 16] [--rate 1e-3] [--rank 16]
+    python benchmarks/snips_frames.py [--rows 13784] [--epochs 3] [--batch 16] [--rate 1e-3] [--rank 16] [--wrong FILE]
 
 Fine-tuned encoders of like size reach about 93% of whole frames (Chen et al. 2019, "BERT for Joint Intent
 Classification and Slot Filling"). The stock split shares 304 of its 700 templates with the training rows
@@ -45,6 +45,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--wrong", type=Path, help="a file for the requests whose frame was wrong, what was wanted, said"
+    )
     told = parser.parse_args()
     rows = snips(CORPUS, "train")[0]
     random.Random(told.seed).shuffle(rows)
@@ -63,6 +66,13 @@ def main() -> None:
     texts, tokens = [one.text for one in answers], sum(one.completion_tokens for one in answers)
     frames = [_frame(text) == _frame(wanted) for text, (_, wanted) in zip(texts, asked, strict=True)]
     intents = [_intent(text) == _intent(wanted) for text, (_, wanted) in zip(texts, asked, strict=True)]
+    if told.wrong is not None:
+        missed = [
+            {"request": request, "wanted": wanted, "said": text}
+            for text, right, (request, wanted) in zip(texts, frames, asked, strict=True)
+            if not right
+        ]
+        told.wrong.write_text("".join(json.dumps(one) + "\n" for one in missed))
     expected = body["estimate"]
     print(
         f"{len(rows)} rows x {told.epochs}, rank {told.rank}, rate {told.rate:g}, {told.batch} rows a step: "

@@ -347,7 +347,7 @@ def test_the_gradient_of_a_factor(rows: int, rank: int, width: int) -> None:
 def test_a_thread_that_rests_keeps_no_helpers() -> None:
     """Helpers of a thread that does not compute any more would keep those of another from waiting awake."""
     script = """
-import os, torch
+import os, time, torch
 from tunesmith.models import ops, runtime
 torch.set_num_threads(3)
 count = lambda: len(os.listdir("/proc/self/task"))
@@ -355,7 +355,9 @@ work = lambda: ops.gated(torch.ones(64, 32))
 before, made = count(), work()
 during = count()
 runtime.rest()
-after = count()
+until = time.monotonic() + 60
+while (after := count()) > before and time.monotonic() < until:
+    time.sleep(0.01)  # they are told to end, and end when a core is free
 assert torch.equal(work(), made)
 print(during - before, after - before, count() - before)
 """
