@@ -17,8 +17,9 @@ from tests.adapters import write_adapter
 from tests.tiny import FAMILIES, write_model
 from tunesmith.core.errors import Refused
 from tunesmith.inference import decoder
-from tunesmith.inference.decoder import Batch, Prefix, Row, Sampling, Score
+from tunesmith.inference.decoder import Batch
 from tunesmith.inference.pages import PAGE, PageCache
+from tunesmith.inference.rows import Prefix, Row, Sampling, Score
 from tunesmith.models.adapter import Fused, fuse, read_adapter
 from tunesmith.models.base import resolve_base
 from tunesmith.models.network import Network

@@ -11,7 +11,8 @@ from tests.adapters import write_adapter
 from tests.inference.test_decoder import END, Heard, _prompt, _row
 from tests.tiny import TILED, write_model
 from tunesmith.inference import decoder
-from tunesmith.inference.decoder import Batch, Prefix
+from tunesmith.inference.decoder import Batch
+from tunesmith.inference.rows import Prefix
 from tunesmith.models import native, passes
 from tunesmith.models.adapter import Fused, fuse, read_adapter
 from tunesmith.models.base import resolve_base

@@ -7,8 +7,8 @@ from queue import SimpleQueue
 
 from tunesmith.core.errors import UsageError
 from tunesmith.inference.constraint import Constraints
-from tunesmith.inference.decoder import Score
 from tunesmith.inference.engine import Completion, Generation, Question, Scored, Streamed, TokenScore
+from tunesmith.inference.rows import Score
 from tunesmith.models.rendering import Rendered, Renderer
 
 

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
-from tunesmith.inference.constraint import Guide, hold_
+from tunesmith.inference.constraint import hold_
 from tunesmith.inference.pages import PAGE, PageCache
+from tunesmith.inference.rows import Prefix, Row, sample, scored
 from tunesmith.models import ops
 from tunesmith.models.adapter import Fused, adapted_linear
 from tunesmith.models.attention import Blocks, Layout, mix
@@ -32,84 +32,6 @@ MOST_ROWS = 64
 _MOST_ADAPTERS = 8  # in one batch: every row pays for the products of all of them
 _CACHE_BYTES = 1 << 30
 _READ = 512  # tokens of prompts that are read between two steps
-_SHORT = 64  # tokens of a prompt that joins the others' pass; a longer one's attention is a product of its own
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a row's next token is chosen. temperature 0: the likeliest."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """A token's log-probability under the model, and the likeliest tokens with theirs, the likeliest first."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-class Listener(Protocol):
-    """Whoever is told what a row is given, by the thread that decodes."""
-
-    def take(self, token: int, score: Score | None) -> bool:
-        """The next token; whether the row shall end with it. score: where the row asks for it."""
-        ...
-
-    def end(self, *, stopped: bool, error: BaseException | None = None) -> None:
-        """No more will come. stopped: by an end token."""
-
-
-@dataclass(eq=False, slots=True)
-class Prefix:
-    """What several prompts under one adapter begin with. read: how many of its tokens are in keys and values
-    [K, read, D] of every layer."""
-
-    ids: tuple[int, ...]
-    adapter: Fused | None
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    read: int = 0
-    _pages: list[ops.Early] | None = None
-
-    def pages(self) -> list[ops.Early]:
-        """The same as decoding reads them, once all of it was read."""
-        if self._pages is None:
-            self._pages = [ops.in_pages(*each, PAGE) for each in zip(self.keys, self.values, strict=True)]
-        return self._pages
-
-
-@dataclass(eq=False, slots=True)
-class Row:
-    """One answer to decode. ids: the prompt, without what prefix holds, one token at least. limit: most tokens to be
-    given. top: how many of the likeliest tokens to name at each step, None for no log-probabilities."""
-
-    ids: Sequence[int]
-    prefix: Prefix | None
-    adapter: Fused | None
-    limit: int
-    sampling: Sampling
-    listener: Listener
-    guide: Guide | None = None
-    top: int | None = None
-    pages: list[int] = field(default_factory=list)
-    read: int = 0  # tokens of ids that were read
-    given: list[int] = field(default_factory=list)
-    generator: torch.Generator | None = None
-
-    @property
-    def joins(self) -> bool:
-        """Whether its prompt is read in the others' pass: a short one, once its prefix was read."""
-        there = self.prefix is None or self.prefix.read == len(self.prefix.ids)
-        return there and len(self.ids) <= _SHORT
-
-    @property
-    def start(self) -> int:
-        """The position of its own first token."""
-        return 0 if self.prefix is None else len(self.prefix.ids)
 
 
 class Batch:
@@ -439,18 +361,3 @@ def _run(
 
     ids = torch.tensor([token for part in parts for token in part]).to(network.device)
     return forward(network, ids, linear, attend)
-
-
-def scored(logprobs: Tensor, token: int, top: int) -> Score:
-    values, places = logprobs.topk(top)
-    return Score(float(logprobs[token]), tuple(zip(places.tolist(), values.tolist(), strict=True)))
-
-
-def sample(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw from the smallest set of tokens whose probability reaches top_p (Holtzman et al. 2019)."""
-    chances = torch.softmax(scores / sampling.temperature, -1)
-    if sampling.top_p >= 1.0:
-        return int(torch.multinomial(chances, 1, generator=generator))
-    chances, tokens = chances.sort(descending=True)
-    chances[chances.cumsum(-1) - chances >= sampling.top_p] = 0.0
-    return int(tokens[torch.multinomial(chances, 1, generator=generator)])

@@ -18,8 +18,9 @@ from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.inference.answer import Answer, choice_rows, prompt_within, spelt
 from tunesmith.inference.constraint import Constraints
-from tunesmith.inference.decoder import Batch, Prefix, Row, Sampling, Score
+from tunesmith.inference.decoder import Batch
 from tunesmith.inference.engine import Completion, Generation, Question, Streamed, TokenScore
+from tunesmith.inference.rows import Prefix, Row, Sampling, Score
 from tunesmith.inference.scheduler import Scheduler
 from tunesmith.models import runtime
 from tunesmith.models.adapter import Fused, adapted_linear, fuse, read_adapter

@@ -21,8 +21,8 @@ from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.inference.answer import Answer, choice_rows, prompt_within, spelt
 from tunesmith.inference.constraint import Constraints, hold_
-from tunesmith.inference.decoder import Row, Sampling, Score, sample, scored
 from tunesmith.inference.engine import Completion, Generation, Question, Streamed, TokenScore
+from tunesmith.inference.rows import Row, Sampling, Score, sample, scored
 from tunesmith.models import runtime
 from tunesmith.models.adapter import WEIGHTS_FILE
 from tunesmith.models.base import BaseModel

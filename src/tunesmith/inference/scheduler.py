@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from tunesmith.inference.decoder import Batch, Row
+from tunesmith.inference.decoder import Batch
+from tunesmith.inference.rows import Row
 from tunesmith.models import runtime
 
 Result = TypeVar("Result")
