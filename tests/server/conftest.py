@@ -47,12 +47,12 @@ class Served:
 
     def client(self, token: str | None = None, retries: int = 0) -> openai.OpenAI:
         """The official client."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=token or self.token, max_retries=retries, timeout=20)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=token or self.token, max_retries=retries, timeout=60)
 
     def http(self, token: str | None = None) -> httpx.Client:
         """A plain one."""
         headers = {"Authorization": f"Bearer {token or self.token}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=20)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
 
     def ask(self, **more: Any) -> Any:
         """One completion of the champion."""
@@ -74,7 +74,7 @@ class Served:
         more = {"actor": OPERATOR, **more}
         return start(self.scene.store, name=version.name, version=version, steps=plan, **more)
 
-    def until(self, rollout: Rollout, done: Callable[[Rollout], bool], seconds: float = 10) -> Rollout:
+    def until(self, rollout: Rollout, done: Callable[[Rollout], bool], seconds: float = 60) -> Rollout:
         """Wait for the server's controller."""
         end = time.monotonic() + seconds
         while not done(now := get_rollout(self.scene.store, rollout.id)):

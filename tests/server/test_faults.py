@@ -40,7 +40,7 @@ def head(served: Served, length: int | str) -> bytes:
     ).encode()
 
 
-def until(done: Callable[[], Any], seconds: float = 10) -> Any:
+def until(done: Callable[[], Any], seconds: float = 60) -> Any:
     end = time.monotonic() + seconds
     while not (found := done()):
         assert time.monotonic() < end, "it did not happen"
@@ -146,7 +146,7 @@ def test_200_parallel_requests_are_answered_together_or_told_to_come_back(
                 for _ in range(200)
             ]
             try:
-                until(lambda: sum(call.done() for call in calls) >= 100, seconds=60)
+                until(lambda: sum(call.done() for call in calls) >= 100)
             finally:
                 engine.gate.set()
             responses = [call.result() for call in calls]
@@ -211,7 +211,7 @@ def test_a_request_joins_those_under_way_and_none_waits_for_a_long_one(served: S
 
     def answer(request: Any, _adapter: Any) -> str:
         if request.messages[-1].content == "long":
-            release.wait(10)
+            release.wait(60)
         return VALID
 
     served.engine.answer = answer
@@ -237,12 +237,12 @@ def _leave_while_waiting(served: Served) -> None:
     body = json.dumps({"model": NAME, "messages": HELLO}).encode()
     first = threading.Thread(target=served.ask)
     first.start()
-    time.sleep(0.2)
+    until(lambda: served.engine.calls == 2)
     waiting = [raw(served, head(served, len(body)) + body) for _ in range(20)]
-    time.sleep(0.3)
+    until(lambda: served.worker.waiting() == 20)
     for connection in waiting:
         connection.close()
-    time.sleep(0.3)
+    until(lambda: all(job.left for job in list(served.worker._waiting)))
     served.engine.gate.set()
     first.join()
     served.ask()
@@ -277,10 +277,10 @@ def test_one_bad_request_of_a_batch_does_not_fail_the_others(served: Served) -> 
     served.engine.gate.clear()
     with ThreadPoolExecutor(9) as pool:
         blocker = pool.submit(served.post)
-        time.sleep(0.2)
+        until(lambda: served.engine.calls == 2)
         texts = ["good", "bad", "good", "good", "bad"]
         calls = [pool.submit(served.post, messages=[{"role": "user", "content": text}]) for text in texts]
-        time.sleep(0.4)
+        until(lambda: served.engine.calls == 7)
         served.engine.gate.set()
         assert blocker.result().status_code == 200
         assert [call.result().status_code for call in calls] == [200, 500, 200, 200, 500]
@@ -343,9 +343,9 @@ def test_stopping_answers_what_waits(scene: Scene, engine: FakeEngine, versions:
         engine.gate.clear()
         with ThreadPoolExecutor(4) as pool:
             blocked = pool.submit(served.post)
-            time.sleep(0.2)
+            until(lambda: engine.calls == 2)
             waiting = pool.submit(served.post, model=f"{NAME}@v2")
-            time.sleep(0.2)
+            until(lambda: served.worker.waiting() == 1)
             threading.Timer(0.3, engine.gate.set).start()
             served.worker.stop()
             assert blocked.result().status_code == 200
