@@ -1,6 +1,6 @@
 """Attention of rows behind a shared prefix, forward and backward in one function each.
 
-On processors with tiles one kernel each way does it a row at a time in the caches (native/attention_tiles.cpp).
+On processors with tiles one kernel each way does it a row at a time in the caches (native/attention_tiles.h).
 Elsewhere, and where windows or caps change the scores, it is products of blocks: the scores of a row against the shared
 prefix are one product for all rows; those against its own tokens are causal. Weights of long rows are computed again in
 the backward pass: kept, they would be the largest thing in memory. Shapes: K key/value heads, G query heads for each, B
@@ -57,7 +57,7 @@ class Layout:
             self.row_of, self.place_of = self.row_of.to(positions.device), self.place_of.to(positions.device)
 
     def on_tiles(self, qkv: Tensor, layer: int) -> bool:
-        """Whether attention_tiles.cpp does a layer's attention."""
+        """Whether attention_tiles.h does a layer's attention."""
         return fits_tiles(self.shape, self.windows[layer], self.prefix + self.longest, qkv)
 
     def blocks(self, like: Tensor) -> Blocks:
@@ -152,7 +152,7 @@ class Layout:
 
 
 def fits_tiles(shape: Shape, window: int | None, seen: int, like: Tensor) -> bool:
-    """Whether attention_tiles.cpp does the attention of rows of up to so many places, on numbers like those: on a
+    """Whether attention_tiles.h does the attention of rows of up to so many places, on numbers like those: on a
     processor with tiles, in bf16, where each token sees all before it."""
     if shape.score_cap is not None or shape.head % 32 or (window is not None and window < seen):
         return False

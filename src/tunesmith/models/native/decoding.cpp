@@ -265,8 +265,8 @@ static void mix_on_tiles(const Pages& p, const bf16* q, const bf16* early_keys, 
                 for (int64_t i = 0; i < queries * size; i += 16) _mm512_storeu_ps(query + i, sixteen(mine + i));
                 std::fill(mixed, mixed + queries * size, 0.0f);
                 for (int64_t n = 0; n < shared; ++n)
-                    score_tiles(p, copied.data(), queries, early_keys + (n * kv + k) * area, early_values + (n * kv + k) * area,
-                                held + n * p.page, wide);
+                    score_tiles(p, copied.data(), queries, early_keys + (n * kv + k) * area,
+                                early_values + (n * kv + k) * area, held + n * p.page, wide);
                 for (int64_t row = from; row < end; ++row)
                     for (int64_t j = 0, seen = p.length[row] + 1; j < seen; j += p.page)
                         score_all(p, group, query + (row - from) * group * size, keys + place(row, j),

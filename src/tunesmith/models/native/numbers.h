@@ -91,7 +91,8 @@ template <class T>
 
 // Rotates by the angle, or back where sign is -1.
 template <class T>
-[[maybe_unused]] static inline void rotate(const T* from, T* to, const float* cosine, const float* sine, int64_t half, float sign) {
+[[maybe_unused]] static inline void rotate(const T* from, T* to, const float* cosine, const float* sine, int64_t half,
+                                           float sign) {
 #pragma omp simd
     for (int64_t i = 0; i < half; ++i) {
         float first = up(from[i]), second = up(from[half + i]), s = sign * sine[i];

@@ -1,0 +1,166 @@
+// Attention of rows behind a shared prefix on tiles, forward and backward: one pass over a row's queries for each
+// key/value head, with all that it needs in the caches. Nothing is kept for the backward pass but each query's largest
+// score and sum; the weights are computed again.
+//
+// Scores are held transposed, [keys, 32 queries]: what belongs to a query is then a lane, and softmax needs no sum
+// across lanes. Query i of a row is head i % group of its token i / group, as queries lie in memory. Keys and queries
+// are padded to 32 with zeros. Weights and the gradients of scores are rounded to bf16 before they are multiplied; all
+// sums are float. head size D: a multiple of 32.
+//
+// A task is a key/value head of a fixed share of the rows, or of the prefix's own tokens; the gradients of the prefix's
+// keys and values are summed in a task, then over the tasks in order: results do not depend on the number of threads.
+
+#pragma once
+#include "blocks.h"
+#include "layout.h"
+
+#ifdef TILES
+static const int64_t SHARES = 8;  // rows are dealt out in so many shares, and each sums for the prefix apart
+
+// What both passes read: a layer's qkv [T, (heads + 2 kv) * D], not yet rotated, and its angles [T, D / 2].
+struct Input {
+    const Layout& l;
+    const bf16* qkv;
+    const float *cosine, *sine;
+    float scale;
+    int64_t width() const { return (l.kv * l.group + 2 * l.kv) * l.size; }
+    int64_t shares() const { return std::min(l.rows, SHARES); }
+    int64_t early() const { return padded(l.prefix); }
+    int64_t most_keys() const { return early() + padded(std::max(l.longest, l.prefix)); }
+};
+
+// Some tokens of one key/value head behind `prefix` others that all of them see (0, or the layout's).
+struct Row {
+    int64_t head, start, length, prefix;
+    int64_t early() const { return padded(prefix); }
+    int64_t keys() const { return early() + padded(length); }
+    // Keys that 32 queries from `first` on look at, padded.
+    int64_t seen(int64_t first, int64_t group) const {
+        return early() + padded(std::min(length, (first + 31) / group + 1));
+    }
+};
+
+// Keys rotated and values of `count` tokens, behind them zeros up to a multiple of 32: [.., D] each.
+static void take_keys(const Input& in, int64_t head, int64_t start, int64_t count, bf16* keys, bf16* values) {
+    int64_t size = in.l.size, heads = in.l.kv * in.l.group, half = size / 2;
+    for (int64_t i = 0; i < count; ++i) {
+        const bf16* from = in.qkv + (start + i) * in.width() + (heads + head) * size;
+        turn(from, keys + i * size, in.cosine + (start + i) * half, in.sine + (start + i) * half, size, 1.0f);
+        std::memcpy((void*)(values + i * size), from + in.l.kv * size, size * 2);
+    }
+    int64_t rest = (padded(count) - count) * size * 2;
+    std::memset((void*)(keys + count * size), 0, rest);
+    std::memset((void*)(values + count * size), 0, rest);
+}
+
+// Queries [first, first + 32) of a row, rotated, and where asked for what belongs to them in `other` [T, heads * D];
+// zeros behind the row's end.
+static void take_queries(const Input& in, const Row& row, int64_t first, bf16* queries, const bf16* other,
+                         bf16* others) {
+    int64_t size = in.l.size, half = size / 2, group = in.l.group, token = row.start + first / group, g = first % group;
+    for (int64_t i = 0; i < 32; ++i, queries += size, others += other ? size : 0) {
+        if (token >= row.start + row.length) {
+            std::memset((void*)queries, 0, size * 2);
+            if (other) std::memset((void*)others, 0, size * 2);
+            continue;
+        }
+        int64_t head = row.head * group + g;
+        turn(in.qkv + token * in.width() + head * size, queries, in.cosine + token * half, in.sine + token * half, size,
+             1.0f);
+        if (other) std::memcpy((void*)others, other + (token * in.l.kv * group + head) * size, size * 2);
+        if (++g == group) g = 0, ++token;
+    }
+}
+
+// Asks for what 32 queries from `first` on will write, what the next 32 will read (their part of `other` [T, heads * D]
+// too, where there is one) and for keys and values of the next row: without, each line would be waited for.
+static void ask_ahead(const Input& in, const Row& row, int64_t first, const bf16* other, const bf16* out,
+                      int64_t out_width) {
+    int64_t size = in.l.size, group = in.l.group, heads = in.l.kv * group, queries = row.head * group * size;
+    int64_t end = row.start + row.length, token = row.start + first / group, count = 32 / group + 1;
+    for (int64_t t = token; t < std::min(token + count, end); ++t)
+        for (int64_t d = 0; d < group * size; d += 32) __builtin_prefetch(out + t * out_width + queries + d, 1, 2);
+    token = row.start + (first + 32) / group;
+    for (int64_t t = token; t < std::min(token + count, end); ++t)
+        for (int64_t d = 0; d < group * size; d += 32) {
+            __builtin_prefetch(in.qkv + t * in.width() + queries + d, 0, 2);
+            if (other) __builtin_prefetch(other + t * heads * size + queries + d, 0, 2);
+        }
+    token = end + first / group;
+    for (int64_t t = token; t < std::min(token + count, in.l.tokens); ++t)
+        for (int64_t d = 0; d < size; d += 32) {
+            const bf16* key = in.qkv + t * in.width() + (heads + row.head) * size + d;
+            __builtin_prefetch(key, 0, 2);
+            __builtin_prefetch(key + in.l.kv * size, 0, 2);
+        }
+}
+
+// Scores [keys, 32] to -inf where a query may not look: at the prefix's padding, and behind its own place.
+static void hide(const Row& row, int64_t first, int64_t group, int64_t keys, float* scores) {
+    const __m512 low = _mm512_set1_ps(-INFINITY);
+    for (int64_t j = row.prefix; j < row.early(); ++j)
+        for (int64_t half = 0; half < 32; half += 16) _mm512_storeu_ps(scores + j * 32 + half, low);
+    int32_t places[32];
+    for (int64_t i = 0; i < 32; ++i) places[i] = int32_t((first + i) / group);
+    const __m512i one = _mm512_loadu_si512(places), other = _mm512_loadu_si512(places + 16);
+    for (int64_t j = first / group + 1; j < keys - row.early(); ++j) {
+        float* at = scores + (row.early() + j) * 32;
+        __m512i place = _mm512_set1_epi32(int32_t(j));
+        _mm512_mask_storeu_ps(at, _mm512_cmplt_epi32_mask(one, place), low);
+        _mm512_mask_storeu_ps(at + 16, _mm512_cmplt_epi32_mask(other, place), low);
+    }
+}
+
+// Where the statistics of a row's query lie, [kv, T * group], and the lanes of 16 from `first` on that there are.
+static inline int64_t place_of(const Input& in, const Row& row, int64_t first) {
+    return (row.head * in.l.tokens + row.start) * in.l.group + first;
+}
+static inline __mmask16 lanes(const Input& in, const Row& row, int64_t first) {
+    int64_t left = std::max<int64_t>(0, std::min<int64_t>(16, row.length * in.l.group - first));
+    return __mmask16((1u << left) - 1);
+}
+
+// A thread's own memory, in one piece.
+struct Scratch {
+    char *whole, *at;
+    explicit Scratch(int64_t bytes) : whole((char*)std::aligned_alloc(64, (bytes + 63) / 64 * 64)), at(whole) {}
+    ~Scratch() { std::free(whole); }
+    template <class T>
+    T* take(int64_t count) {
+        T* from = (T*)at;
+        at += (count * sizeof(T) + 63) / 64 * 64;
+        return from;
+    }
+};
+
+// 32 rows of 32 numbers, of which row(j) makes the j-th, as 32 columns at `to`: the first operand of a product.
+template <class Make>
+static inline void turn_over(Make row, bf16* to) {
+    __m512i left[16], right[16];
+    for (int64_t r = 0; r < 16; ++r) {
+        __m512i one = row(2 * r), other = row(2 * r + 1);
+        left[r] = first_pairs(one, other);
+        right[r] = last_pairs(one, other);
+    }
+    transpose(left);
+    transpose(right);
+    for (int64_t i = 0; i < 16; ++i) {
+        _mm512_storeu_si512(to + i * 32, left[i]);
+        _mm512_storeu_si512(to + 512 + i * 32, right[i]);
+    }
+}
+
+// Rows [first, last) of a task; the prefix's own tokens are the first tasks, where there are any.
+struct Task {
+    int64_t head, first, last;
+    bool early;
+};
+static int64_t task_count(const Input& in) { return in.l.kv * (in.shares() + (in.l.prefix > 0)); }
+static Task task_at(const Input& in, int64_t number) {
+    const Layout& l = in.l;
+    if (l.prefix && number < l.kv) return {number, 0, 0, true};
+    number -= l.prefix ? l.kv : 0;
+    int64_t share = number / l.kv;
+    return {number % l.kv, share * l.rows / in.shares(), (share + 1) * l.rows / in.shares(), false};
+}
+#endif
