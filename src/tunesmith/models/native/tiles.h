@@ -90,19 +90,19 @@ struct Tiles {
     ~Tiles() {}
 };
 
-static const int64_t HELD = 8;  // rows whose sums stay in registers, 2 * 8 of the 32
-
-static inline void add_steps(const Factors& f, const bf16* a, bool asks, __m512* one, __m512* other) {
+// Adds to the sums of ROWS rows, which stay in registers, 2 * ROWS of the 32: the columns' first half and the other.
+// Each step asks for `lines` of what is at `next`.
+template <int64_t ROWS>
+static inline void add_steps(const Factors& f, const bf16* a, const char* next, int64_t lines, __m512* one,
+                             __m512* other) {
     const bf16 *left = f.left, *right = f.right;
-    const char* next = f.next;
     for (int64_t n = 0; n < f.steps; ++n, a += f.step, left += f.step_b, right += f.step_b) {
-        if (asks)
-            for (int64_t line = 0; line < f.lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+        for (int64_t line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
         for (int64_t pair = 0; pair < 16; ++pair) {
             __m512bh first = (__m512bh)_mm512_loadu_si512((const void*)(left + pair * f.stride_b));
             __m512bh second = (__m512bh)_mm512_loadu_si512((const void*)(right + pair * f.stride_b));
 #pragma GCC unroll 8
-            for (int64_t r = 0; r < HELD; ++r) {
+            for (int64_t r = 0; r < ROWS; ++r) {
                 int32_t both;
                 std::memcpy(&both, a + r * f.stride + pair * 2, 4);
                 __m512bh spread = (__m512bh)_mm512_set1_epi32(both);
@@ -113,26 +113,41 @@ static inline void add_steps(const Factors& f, const bf16* a, bool asks, __m512*
     }
 }
 
+// ROWS rows from `row` on, whose sums are at `to`; lines of what one's `next` has at `next`.
+template <int64_t ROWS>
+static inline void sum_rows(float* to, int64_t width, bool add, int64_t row, const Factors& one, const Factors* other,
+                            const char* next, int64_t lines) {
+    __m512 left[ROWS], right[ROWS];
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < ROWS; ++r) {
+        left[r] = add ? _mm512_loadu_ps(to + r * width) : _mm512_setzero_ps();
+        right[r] = add ? _mm512_loadu_ps(to + r * width + 16) : _mm512_setzero_ps();
+    }
+    auto from = [row](const Factors& f) { return (row < 16 ? f.upper : f.lower) + row % 16 * f.stride; };
+    add_steps<ROWS>(one, from(one), next, lines, left, right);
+    if (other) add_steps<ROWS>(*other, from(*other), nullptr, 0, left, right);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < ROWS; ++r) {
+        _mm512_storeu_ps(to + r * width, left[r]);
+        _mm512_storeu_ps(to + r * width + 16, right[r]);
+    }
+}
+
 // sums [32, 32], rows of `width`: what is there already, or nought, and the products of one and of other, if there is
-// another. Of all rows that are computed, the first `rows` are wanted.
+// another. Of all rows that are computed, the first `rows` are wanted: eight at a time, the last four or fewer by
+// themselves. Each has its share of what is read later: asked for by the first ones alone, it would come too late.
 [[maybe_unused]] static inline void sum(float* sums, int64_t width, bool add, int64_t rows, const Factors& one,
                                         const Factors* other = nullptr) {
-    for (int64_t row = 0; row < rows; row += HELD) {
-        __m512 left[HELD], right[HELD];
+    const char* next = one.next;
+    for (int64_t row = 0, end; row < rows; row = end) {
+        end = row + (rows - row > 4 ? 8 : 4);
+        int64_t lines = one.lines * std::min(rows, end) / rows - one.lines * row / rows;
         float* to = sums + row * width;
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < HELD; ++r) {
-            left[r] = add ? _mm512_loadu_ps(to + r * width) : _mm512_setzero_ps();
-            right[r] = add ? _mm512_loadu_ps(to + r * width + 16) : _mm512_setzero_ps();
-        }
-        auto from = [row](const Factors& f) { return (row < 16 ? f.upper : f.lower) + row % 16 * f.stride; };
-        add_steps(one, from(one), row == 0, left, right);
-        if (other) add_steps(*other, from(*other), false, left, right);
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < HELD; ++r) {
-            _mm512_storeu_ps(to + r * width, left[r]);
-            _mm512_storeu_ps(to + r * width + 16, right[r]);
-        }
+        if (end - row == 8)
+            sum_rows<8>(to, width, add, row, one, other, next, lines);
+        else
+            sum_rows<4>(to, width, add, row, one, other, next, lines);
+        next += lines * one.steps * 64;
     }
 }
 #endif
