@@ -201,6 +201,17 @@ def test_the_last_weights_are_kept_where_that_is_asked(tmp_path: Path, folder: P
     assert loss == pytest.approx(course.validation[-1]["loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("keep", "held"), [("best", {"master", "first", "second", "best"}), ("last", {"master", "first", "second"})]
+)
+def test_the_best_weights_are_held_where_they_are_to_be_kept(
+    tmp_path: Path, folder: Path, rows: list[Rendered], keep: str, held: set[str]
+) -> None:
+    _over_trained(folder, rows, tmp_path, keep=keep, checkpoint_seconds=1e-9)
+    (written,) = {frozenset(load(file.read_bytes())) for file in (tmp_path / "w").glob("step-*/tensors.safetensors")}
+    assert {name.partition(".")[2] for name in written} == held
+
+
 def test_patience_ends_a_run_and_a_resume_keeps_to_it(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
     course, loss, settings = _over_trained(folder, rows, tmp_path, patience=2)
     assert course.step < 60

@@ -277,12 +277,13 @@ class Run:
         return f"loss {point['loss']:.3f}, {memory:.1f} GB, {tokens / seconds:.0f} tokens/s, {share:.0%} of peak"
 
     def validate(self) -> None:
-        """Take the validation loss; keep the weights where it is the lowest, end the run where patience is."""
+        """Take the validation loss; hold the weights where it is the lowest and they are to be kept; end the run where
+        patience is."""
         course, patience = self.course, self.settings.patience
         loss = self.measure()
         course.validation.append({"step": course.step, "loss": loss})
         best = course.best
-        if best == len(course.validation) - 1:
+        if best == len(course.validation) - 1 and self.settings.keep == "best":
             self.best = [master.detach().clone() for master in self.trained.masters]
         elif best is not None and patience is not None and len(course.validation) - 1 - best >= patience:
             course.ended = f"no lower validation loss in {patience} validations"
