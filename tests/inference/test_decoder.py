@@ -346,3 +346,33 @@ class Slots(RuleBasedStateMachine):
 
 TestSlots = Slots.TestCase
 TestSlots.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 1e-300])
+def test_a_temperature_near_zero_gives_the_likeliest_and_harms_nobody(network: Network, temperature: float) -> None:
+    heard = [Heard(), Heard()]
+    batch = Batch(network, frozenset({END}))
+    batch.waiting.append(_row(_prompt(1, 9), heard[0], sampling=Sampling(temperature)))
+    batch.waiting.append(_row(_prompt(1, 9), heard[1]))
+    while batch:
+        batch.step()
+    assert [told.ended for told in heard] == [[None], [None]]
+    assert heard[0].tokens == heard[1].tokens
+
+
+def test_scores_that_cannot_be_drawn_from_end_their_row_alone(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> int:
+        raise RuntimeError("no probabilities")
+
+    monkeypatch.setattr(decoder, "sample", broken)
+    heard = [Heard(), Heard()]
+    batch = Batch(network, frozenset({END}))
+    batch.waiting.append(_row(_prompt(1, 9), heard[0], sampling=Sampling(0.7)))
+    batch.waiting.append(_row(_prompt(2, 9), heard[1]))
+    while batch:
+        batch.step()
+    assert [str(error) for error in heard[0].ended] == ["no probabilities"]
+    assert heard[1].ended == [None]
+    assert heard[1].tokens == _alone(network, _prompt(2, 9))

@@ -128,6 +128,18 @@ def test_choices_score_as_in_transformers(base: BaseModel, engine: EmbeddedEngin
             assert score == pytest.approx(float(expected), abs=1e-3)
 
 
+def test_choices_score_the_same_in_smaller_pieces(engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [Question((Message(role="user", content=text),), ("yes", "no" * 9, "the light")) for text in TEXTS]
+    whole = engine.choose(questions)
+    monkeypatch.setattr(embedded, "_SCORED_LABELS", 3)
+    for together in (2, 64):
+        monkeypatch.setattr(embedded, "_SCORED_TOGETHER", together)
+        for tokens in (1, 100):
+            monkeypatch.setattr(embedded, "_SCORED_TOKENS", tokens)
+            for found, expected in zip(engine.choose(questions), whole, strict=True):
+                assert found == pytest.approx(expected, abs=1e-4)
+
+
 def _adapter(folder: Path, base: BaseModel, seed: int) -> Path:
     network = load_network(base.folder, torch.float32)
     lora = Lora(network, TrainSettings(rank=4, seed=seed))

@@ -151,3 +151,18 @@ def test_missing_and_surplus_tensors_are_refused(tmp_path: Path) -> None:
 
 def test_settings_and_network_name_the_same_layers() -> None:
     assert tuple(part.rsplit(".", 1)[-1] for parts in GROUPS.values() for part in parts) == TARGETS
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_a_broken_config_is_refused(tmp_path: Path, text: str) -> None:
+    folder = write_model(tmp_path / "m")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(Refused, match=r"config\.json is no JSON object"):
+        resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
+
+
+def test_cut_weights_are_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Refused, match="damaged"):
+        load_network(tmp_path / "m")

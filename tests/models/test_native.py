@@ -383,7 +383,15 @@ def test_what_the_kernels_are_made_with_is_named(tmp_path: Path) -> None:
 
 def test_other_kernels_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_KERNELS", "fast")
-    native._built.cache_clear()
     with pytest.raises(UsageError, match="fast"):
         native._built()
-    native._built.cache_clear()
+
+
+def test_a_library_that_cannot_be_loaded_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "damaged.so").write_bytes(b"no library")
+    monkeypatch.setattr(native, "_built", lambda: tmp_path / "damaged.so")
+    native._loaded.cache_clear()
+    try:
+        assert (native.identity(), native.library()) == ("portable", None)
+    finally:
+        native._loaded.cache_clear()

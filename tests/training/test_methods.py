@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import row, write_model
@@ -235,6 +235,20 @@ def test_a_higher_rate_for_b_moves_b_alone(folder: Path, rows: list[Rendered], t
         moved.append([(new - old).abs().max() for new, old in zip(lora.masters, before, strict=True)])
     assert float(moved[1][1] / moved[0][1]) == pytest.approx(4.0, rel=1e-3)
     assert float(moved[1][0]) == pytest.approx(float(moved[0][0]), abs=1e-6)
+
+
+def test_dora_on_a_weight_with_a_row_of_zeros(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
+    """Its length is nought, and what is divided by it no number."""
+    path = write_model(tmp_path / "m") / "model.safetensors"
+    tensors = load(path.read_bytes())
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"):
+        tensors[name][:2] = 0.0
+    save_file(tensors, path, metadata={"format": "pt"})
+    network, settings = load_network(tmp_path / "m", torch.float32), TrainSettings(rank=4, dora=True)
+    lora = Lora(network, settings)
+    course = fit(network, lora, [[lay_out(rows[:3])]] * 8, [], settings, tmp_path / "w", {}, SILENT)
+    assert course.curve[-1]["loss"] < course.curve[0]["loss"]
+    assert all(bool(master.isfinite().all()) for master in lora.masters)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

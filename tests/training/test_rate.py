@@ -112,7 +112,7 @@ def test_it_ends_where_the_loss_runs_away(tmp_path: Path, method: str, monkeypat
     assert all(each <= 1.05 * min(found.smoothed[: n + 1]) for n, each in enumerate(found.smoothed[:-1]))
     given = iter([3.0, 2.0, math.nan])
     monkeypatch.setattr(rate, "gradients", lambda *_: next(given))
-    monkeypatch.setattr(rate, "update", lambda *_: None)
+    monkeypatch.setattr(rate, "update", lambda *_: 1.0)
     assert rate.range_test(trained.network, trained, [step] * 100, settings, SILENT).losses == [3.0, 2.0]
     monkeypatch.setattr(rate, "gradients", lambda *_: math.inf)
     with pytest.raises(TunesmithError, match="no number before the first update"):

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.tiny import row, write_model
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.core.progress import SILENT, Progress, Silent, Task
+from tunesmith.models import native, runtime
 from tunesmith.models.base import resolve_base
+from tunesmith.models.batch import label_count
+from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training.checkpoints import load_checkpoint
+from tunesmith.training import loop
+from tunesmith.training.batches import lay_out_validation
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.train import TrainingRow, train
 
@@ -35,7 +43,29 @@ run(Path(sys.argv[1]))
 """
 
 
-def run(folder: Path, settings: TrainSettings = SETTINGS, rows: list[TrainingRow] = ROWS, restart: bool = False) -> str:
+class Said(Silent):
+    """Keeps what a run says and notes."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    @contextlib.contextmanager
+    def task(self, name: str, total: int) -> Iterator[Task]:
+        with super().task(name, total) as task:
+            task.note = self.lines.append  # type: ignore[method-assign]
+            yield task
+
+
+def run(
+    folder: Path,
+    settings: TrainSettings = SETTINGS,
+    rows: list[TrainingRow] = ROWS,
+    restart: bool = False,
+    progress: Progress = SILENT,
+) -> str:
     """Train in folder; returns the digest of the adapter's weights."""
     store = Store(folder / "store")
     base = resolve_base(store, str(folder / "model"), folder)
@@ -49,6 +79,7 @@ def run(folder: Path, settings: TrainSettings = SETTINGS, rows: list[TrainingRow
         settings=settings,
         work=folder / "work",
         restart=restart,
+        progress=progress,
     )
     return store.record(digest).blobs["adapter_model.safetensors"]
 
@@ -87,15 +118,15 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(folder: Path, uninterr
                 break
             time.sleep(0.001)
         killed += worker.wait() == -signal.SIGKILL
-    assert killed, "no run was killed before its end: the test did not test"
+    assert killed == 3, "a run came to its end before it was killed: the test did not test"
     assert run(folder) == uninterrupted
 
 
-# Where a run is killed, each as soon as it comes there, three at a checkpoint's writing: between its two files, before
-# it gets its name, before older ones are removed.
+# Where a run is killed, each as soon as it comes there (after: has been there), three at a checkpoint: between its two
+# files, before it gets its name, before older ones are removed.
 _PHASES = {
     "estimate": "tunesmith.training.train.estimate",
-    "between the files": "tunesmith.training.checkpoints.os.fsync",
+    "between the files": "tunesmith.training.checkpoints._write after",
     "before its name": "tunesmith.training.checkpoints.os.rename",
     "after its name": "tunesmith.training.checkpoints.sync_folder",
     "record": "tunesmith.training.train.Record",
@@ -106,10 +137,13 @@ from importlib import import_module
 from pathlib import Path
 from tests.training.test_resume import run
 import tunesmith.training.train
-place, _, name = sys.argv[2].rpartition(".")
+where, _, after = sys.argv[2].partition(" ")
+place, _, name = where.rpartition(".")
 owner = os if place.endswith(".os") else import_module(place)
 inner = getattr(owner, name)
 def at(*given, **named):
+    if after:
+        inner(*given, **named)
     if "store" not in str(given[:1]):
         os.kill(os.getpid(), signal.SIGKILL)
     return inner(*given, **named)
@@ -136,10 +170,10 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(folder: Path, 
     content = bytearray((newest / "tensors.safetensors").read_bytes())
     content[-1] ^= 1
     (newest / "tensors.safetensors").write_bytes(content)
-    found = load_checkpoint(folder / "work", json.loads((newest / "state.json").read_bytes())["identity"])
-    assert found is not None
-    assert found[2] == [newest.name]
-    assert run(folder) == uninterrupted
+    said = Said()
+    assert run(folder, progress=said) == uninterrupted
+    assert f"checkpoint {newest.name} is damaged; carrying on from the one before it" in said.lines
+    assert "carrying on from step 59" in said.lines
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "no state", "no JSON"])
@@ -155,7 +189,9 @@ def test_half_written_checkpoints_are_not_used(folder: Path, uninterrupted: str,
             state.unlink()
         else:
             state.write_text("[]")
-    assert run(folder) == uninterrupted
+    said = Said()
+    assert run(folder, progress=said) == uninterrupted
+    assert [line.endswith("is damaged; starting over") for line in said.lines if "damaged" in line] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +243,7 @@ def test_the_record_says_what_was_measured(folder: Path) -> None:
     assert [point["step"] for point in body["curve"]] == list(range(1, 61))
     assert [point["step"] for point in body["validation"]] == [30, 60]
     assert body["estimate"]["seconds"] > 0
+    assert body["checkpoint_bytes"] == pytest.approx(body["estimate"]["checkpoint_bytes"], rel=0.5)
     assert body["labels"] < body["tokens"]
     assert body["tokens_computed"] < body["tokens"], "the shared prompt was computed once a batch"
     assert record.blobs["adapter_model.safetensors"] == digest_bytes(
@@ -217,3 +254,67 @@ def test_the_record_says_what_was_measured(folder: Path) -> None:
 def test_an_overlong_row_is_refused_by_name(folder: Path) -> None:
     with pytest.raises(Refused, match=r"row r0 has \d+ tokens, more than max_length 16"):
         run(folder, SETTINGS.model_copy(update={"max_length": 16}))
+
+
+def test_progress_says_loss_speed_share_of_the_limit_and_memory(folder: Path) -> None:
+    said = Said()
+    run(folder, progress=said)
+    notes = [line for line in said.lines if "of peak" in line]
+    assert len(notes) == 60
+    assert all(re.fullmatch(r"loss \d+\.\d{3}, \d+\.\d GB, \d+ tokens/s, \d+% of peak", note) for note in notes)
+    assert any(re.search(r"about \d+ s and .* GB of memory, \d+ MB a checkpoint", line) for line in said.lines)
+
+
+def test_room_is_asked_for_again_by_a_run_that_is_carried_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(folder)
+    monkeypatch.setattr(runtime, "available_memory", lambda _: 1000)
+    with pytest.raises(Refused, match="the largest part of a step"):
+        run(folder)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "validation"])
+def test_what_is_no_number_later_on_leaves_the_checkpoint_before_it(
+    folder: Path, uninterrupted: str, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """What then goes well carries on from there."""
+    gradients, validation_loss = loop.gradients, loop.validation_loss
+    calls = 0
+
+    def spoilt(network: Any, trained: Any, step: Any) -> float:
+        nonlocal calls
+        loss, calls = gradients(network, trained, step), calls + 1
+        if what == "gradient" and calls == 40:
+            trained.masters[0].grad[0] = float("inf")
+        return float("nan") if what == "loss" and calls == 40 else loss
+
+    with monkeypatch.context() as patch:
+        # The estimate's own steps are not counted: they go by another name.
+        patch.setattr(loop.Run, "compute", lambda self: spoilt(self.network, self.trained, self.due))
+        if what == "validation":
+            patch.setattr(
+                loop, "validation_loss", lambda *told: float("nan") if calls == 60 else validation_loss(*told)
+            )
+        with pytest.raises(TunesmithError, match=r"became (nan|inf)") as told:
+            run(folder)
+    last = 60 if what == "validation" else 40
+    assert f"{last} of 60" in told.value.what
+    assert told.value.where == "train.learning_rate"
+    assert _steps(folder)[-1].name == f"step-{last - 1:08d}"
+    assert run(folder) == uninterrupted
+
+
+def test_a_changed_environment_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(folder)
+    monkeypatch.setattr(native, "identity", lambda: "others")
+    with pytest.raises(Refused, match=r"other environment \(kernels\): "):
+        run(folder)
+
+
+def test_validation_takes_no_more_tokens_at_once_than_a_step(tmp_path: Path) -> None:
+    renderer = Renderer(write_model(tmp_path / "model"))
+    rows = [renderer.conversation(each.messages) for each in ROWS]
+    settings = TrainSettings(batch=60, tokens=200)
+    parts = lay_out_validation(rows, settings)
+    assert max(part.tokens for part in parts) <= 200
+    assert sum(len(part.lengths) for part in parts) == 60
+    assert sum(part.labels.numel() for part in parts) == sum(map(label_count, rows))

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.cli.main import main
+from tunesmith.models.families import matching
 from tunesmith.training.estimate import too_few_numbers
+from tunesmith.training.settings import TARGETS
 
 PROJECT = """
 name: lights
@@ -61,3 +63,16 @@ def test_the_rank_that_is_named_is_the_first_that_is_enough(rank: int, each: int
     if said is not None:
         enough = int(said.rsplit("rank ", 1)[1].split()[0])
         assert (enough - 1) * each < labels <= enough * each
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "unknown"),
+    [
+        (("all",), set(TARGETS), []),
+        (("q_proj", "down_proj"), {"q_proj", "down_proj"}, []),
+        (("[qv]_proj", "*_up", "gate*"), {"q_proj", "v_proj", "gate_proj"}, ["*_up"]),
+        (("Q_PROJ", ""), set(), ["Q_PROJ", ""]),
+    ],
+)
+def test_layers_by_pattern(wanted: tuple[str, ...], found: set[str], unknown: list[str]) -> None:
+    assert matching(wanted, TARGETS) == (found, unknown)

@@ -132,6 +132,7 @@ def training_document(project: Project, digest: str) -> dict[str, Any]:
         "tokens_per_second",
         "seconds",
         "peak_memory_bytes",
+        "checkpoint_bytes",
         "estimate",
         "final_loss",
         "rows",

@@ -27,7 +27,7 @@ from tunesmith.data.sources import find_files
 from tunesmith.data.withdrawn import load_withdrawn
 from tunesmith.inference.opening import engine_kind, open_engine
 from tunesmith.inference.settings import EMBEDDED
-from tunesmith.models.families import ours
+from tunesmith.models.families import matching, ours
 from tunesmith.project import Project
 from tunesmith.store.store import Store
 from tunesmith.training.four_bits import check_four_bits
@@ -82,10 +82,10 @@ class Chain:
     def _check_targets(self) -> None:
         """Raises UsageError for a name that no linear layer has, before anything slow; other families have others."""
         for name, settings in self.project.settings.candidates.items():
-            unknown = set(settings.train.targets if settings.train else ()) - {"all", *TARGETS}
+            _, unknown = matching(settings.train.targets if settings.train else (), TARGETS)
             if unknown:
                 raise UsageError(
-                    f"no linear layer is called {sorted(unknown)[0]!r}; there are {', '.join(TARGETS)}, all",
+                    f"no linear layer is called {unknown[0]!r}; there are {', '.join(TARGETS)}, all",
                     where=f"candidates.{name}.train.targets",
                 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -75,11 +75,19 @@ def _show_training(console: Console, document: Mapping[str, Any]) -> None:
             "peak memory",
             f"{document['peak_memory_bytes'] / 1e9:.2f} GB (expected {expected['peak_memory_bytes'] / 1e9:.2f} GB)",
         ),
+        *_checkpoint(document),
         ("adapter", document["adapter"]),
         ("record", document["training"]),
     ):
         table.add_row(name, value)
     console.print(table)
+
+
+def _checkpoint(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Nothing of a training that was kept before this was written down."""
+    if "checkpoint_bytes" in document:
+        expected = document["estimate"]["checkpoint_bytes"]
+        yield "checkpoint", f"{document['checkpoint_bytes'] / 1e6:.0f} MB (expected {expected / 1e6:.0f} MB)"
 
 
 def _show_rates(console: Console, document: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import Progress
+from tunesmith.core.threads import wanted_threads
 from tunesmith.data.account import Account
 from tunesmith.data.examine import CountTokens, Examiner, renamed
 from tunesmith.data.formats import Shape, shape_of
@@ -169,7 +170,7 @@ class Local:
         cut = [shard for shard in shards if _cut(shard)]
         if sum(shard.bytes for shard in cut) < _WORTH_WORKERS:
             return 1
-        allowed = int(os.environ.get("TUNESMITH_THREADS", "0")) or len(os.sched_getaffinity(0))
+        allowed = wanted_threads() or len(os.sched_getaffinity(0))
         return max(1, min(allowed, len(cut)))
 
 

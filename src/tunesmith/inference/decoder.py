@@ -258,13 +258,13 @@ class Batch:
         if any(row.sampling.temperature > 0 for row in rows):
             scores = scores.cpu()  # where a row's seed means the same as anywhere
         for place, row in enumerate(rows):
-            token = likeliest[place]
-            if row.sampling.temperature > 0:
-                assert row.generator is not None
-                token = sample(scores[place].float(), row.sampling, row.generator)
             try:
+                token = likeliest[place]
+                if row.sampling.temperature > 0:
+                    assert row.generator is not None
+                    token = sample(scores[place].float(), row.sampling, row.generator)
                 self._give_one(row, token, told[place])
-            except Exception as error:  # noqa: BLE001 - a schema or a listener: this row's fault alone
+            except Exception as error:  # noqa: BLE001 - scores, a schema or a listener: this row's fault alone
                 failed[row] = error
         for row, why in failed.items():
             self._remove(row)

@@ -32,7 +32,9 @@ from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weights import load_network
 from tunesmith.models.whole import is_whole, read_whole
 
-_SCORED_TOGETHER = 64  # rows of multiple-choice questions
+_SCORED_TOGETHER = 64  # rows of multiple-choice questions, of
+_SCORED_TOKENS = 1 << 15  # tokens at most where there are several; and
+_SCORED_LABELS = 512  # labels whose scores for the whole vocabulary are there at once
 _PREFIXES_KEPT = 8
 _WHOLE_KEPT = 3  # models trained in full, beside the base: a champion, its canary, one more
 _WORTH_KEEPING = 16  # tokens; a shorter common beginning is cheaper to compute than to look up
@@ -156,8 +158,7 @@ class EmbeddedEngine:
         order = sorted(range(len(rows)), key=lambda place: len(rows[place].ids))
         sums = [0.0] * len(rows)
         with progress.task("scoring choices", len(rows)) as task:
-            for start in range(0, len(order), _SCORED_TOGETHER):
-                chosen = order[start : start + _SCORED_TOGETHER]
+            for chosen in _together(order, [len(row.ids) for row in rows]):
                 scored = self._scheduler.run(
                     lambda batch=[rows[place] for place in chosen]: self._likelihoods(batch, adapter)  # type: ignore[misc]
                 )
@@ -173,8 +174,13 @@ class EmbeddedEngine:
         batch = lay_out(rows).on(network.device)
         linear = frozen_linear(network) if fused is None else adapted_linear(network, fused)
         hidden = forward(network, batch.ids, linear, shared_prefix_attention(batch, network))
-        scores = logits(network, hidden[batch.predicts]).float()
-        each = scores.log_softmax(-1).gather(1, batch.labels[:, None])[:, 0].cpu()
+        pieces = []
+        for part, labels in zip(
+            hidden[batch.predicts].split(_SCORED_LABELS), batch.labels.split(_SCORED_LABELS), strict=True
+        ):
+            scores = logits(network, part).float()
+            pieces.append(scores.log_softmax(-1).gather(1, labels[:, None])[:, 0].cpu())
+        each = torch.cat(pieces)
         return [float(part.sum()) for part in each.split([label_count(row) for row in rows])]
 
     @contextlib.contextmanager
@@ -247,3 +253,15 @@ class EmbeddedEngine:
         if adapter not in self._adapters:
             raise Refused(f"adapter {adapter} is not loaded", fix="load it before asking it")
         return self._adapters[adapter]
+
+
+def _together(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows in order, the shortest first, as many together as may be scored at once."""
+    some: list[int] = []
+    for place in order:
+        if some and (len(some) == _SCORED_TOGETHER or lengths[place] * (len(some) + 1) > _SCORED_TOKENS):
+            yield some
+            some = []
+        some.append(place)
+    if some:
+        yield some

@@ -17,6 +17,7 @@ from tunesmith.inference.pages import PAGE
 from tunesmith.models import ops
 from tunesmith.models.adapter import Fused
 
+_COLDEST = 1e-6  # as a temperature; below it nothing but the likeliest token is drawn
 _SHORT = 64  # tokens of a prompt that joins the others' pass; a longer one's attention is a product of its own
 
 
@@ -104,7 +105,8 @@ def scored(logprobs: Tensor, token: int, top: int) -> Score:
 
 def sample(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Draw from the smallest set of tokens whose probability reaches top_p (Holtzman et al. 2019)."""
-    chances = torch.softmax(scores / sampling.temperature, -1)
+    # From the highest on: of a temperature near zero all others go to zero, where scores over it would be no numbers.
+    chances = torch.softmax((scores - scores.max()) / max(sampling.temperature, _COLDEST), -1)
     if sampling.top_p >= 1.0:
         return int(torch.multinomial(chances, 1, generator=generator))
     chances, tokens = chances.sort(descending=True)

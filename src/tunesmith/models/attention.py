@@ -20,6 +20,7 @@ from tunesmith.models import native, ops
 from tunesmith.models.batch import Batch
 from tunesmith.models.network import Attend, Network, Shape, angles
 
+SHARES = 8  # of rows, whose gradients of the prefix are summed apart: as in attention_tiles.h
 KEPT_WEIGHTS = 1 << 22  # numbers: a layer's weights up to this many are kept for the backward pass
 
 

@@ -114,7 +114,13 @@ def base_files(folder: Path) -> list[Path]:
 
 def _record_base(store: Store, folder: Path, spec: str) -> BaseModel:
     files = {path.name: {"digest": digest_file(path), "bytes": path.stat().st_size} for path in base_files(folder)}
-    config = json.loads((folder / "config.json").read_bytes())
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("no object")
+    except ValueError as error:
+        what = f"config.json is no JSON object: {error}"
+        raise Refused(what, where=str(folder), fix="use a complete model folder") from error
     fingerprint = digest_of({name: files[name]["digest"] for name in _RENDERING if name in files})
     body = {
         "spec": spec if spec.startswith(("pypi:", "hf:")) else Path(spec).name,

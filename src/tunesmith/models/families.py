@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", *GEMMAS)
 # What is said wherever a base goes the other way.
@@ -11,3 +14,15 @@ SLOW = "is run by transformers' own modules, in fp32 on the processor: as correc
 def ours(family: str) -> bool:
     """Whether models/network.py computes a family; any other runs in models/foreign.py."""
     return family in FAMILIES
+
+
+def matching(wanted: Iterable[str], names: Iterable[str]) -> tuple[set[str], list[str]]:
+    """The names of linear layers that are meant, and what means none of them. wanted: names or patterns as a shell's
+    (`*_proj`, `[qv]_proj`), and `all`."""
+    known, found, unknown = set(names), set[str](), []
+    for each in wanted:
+        meant = {name for name in known if each == "all" or fnmatchcase(name, each)}
+        found |= meant
+        if not meant:
+            unknown.append(each)
+    return found, unknown

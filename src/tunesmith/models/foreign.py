@@ -23,6 +23,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.models.adapter import unpack_adapter
 from tunesmith.models.base import BaseModel, base_files
 from tunesmith.models.batch import Batch
+from tunesmith.models.families import matching
 
 # Families with a running state take this layer's weight past its forward; PEFT refuses it too.
 _STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
@@ -68,17 +69,16 @@ class Foreign:
         return None if part is None else out + part.scale * F.linear(F.linear(given[0], part.a), part.b)
 
     def targets(self, wanted: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """The linear layers that these names mean (`all`: every one but the head), each with its sizes (out, in).
+        """The linear layers that names or patterns mean (`all`: every one but the head), each with its sizes (out, in).
 
         Raises Refused for a name that no layer has, and for one by which PEFT would adapt more than these.
         """
         spared = _NOT_ADAPTED if self.module.config.model_type in _STATE_SPACE else set()
         known = {_last(name) for name in self.linears} - spared
-        names = known if "all" in wanted else set(wanted)
-        if unknown := names - known:
+        names, unknown = matching(wanted, known)
+        if unknown:
             raise Refused(
-                f"the base has no linear layer that is called {sorted(unknown)[0]!r}; there are "
-                f"{', '.join(sorted(known))}",
+                f"the base has no linear layer that is called {unknown[0]!r}; there are {', '.join(sorted(known))}",
                 where="train.targets",
             )
         for name, module in self.module.named_modules():

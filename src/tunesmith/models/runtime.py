@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import UsageError
+from tunesmith.core.threads import wanted_threads
 from tunesmith.models import native as kernels
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -75,8 +76,8 @@ def prepare() -> int:
     for a step, instead of 1,024: each takes 0.3 MB (models/batch.py sees to it that there are few).
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = int(os.environ.get("TUNESMITH_THREADS", "0")) or max(1, len(os.sched_getaffinity(0)) // beside)
+    beside = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's
+    threads = wanted_threads() or max(1, len(os.sched_getaffinity(0)) // beside)
     torch.set_num_threads(threads)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
@@ -163,7 +164,40 @@ def available_memory(on: torch.device = CPU) -> int:
     if on.type == "cuda":
         idle = torch.cuda.memory_reserved(on) - torch.cuda.memory_allocated(on)
         return int(torch.cuda.mem_get_info(on)[0]) + idle
-    return int(psutil.virtual_memory().available)
+    return min(int(psutil.virtual_memory().available), *_granted())
+
+
+def _granted(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What each control group that this process is in may still take, in bytes, where it has a limit: a container's
+    is not seen in the machine's free memory. Pages of files that it would give back first count as free."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds in ("", "memory"):
+                names = _GROUP_FILES[kinds]
+                root = mount / kinds
+                place = root / path.lstrip("/")
+                # A container may be shown the path it has outside, and its own group at the root.
+                for folder in [place, *place.parents] if place.is_dir() else [root]:
+                    if folder.is_relative_to(root):
+                        found += _left(folder, *names)
+    return found
+
+
+_GROUP_FILES = {  # by controllers as /proc names them: version 2 and version 1
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _left(folder: Path, limit: str, usage: str, idle: str) -> list[int]:
+    try:
+        most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+        told = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no limit is "max"; the machine's own group has none of the files
+        return []
+    return [max(0, most - used + int(told.get(idle, 0)))]
 
 
 def describe() -> str:

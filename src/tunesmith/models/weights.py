@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
@@ -171,9 +171,12 @@ def read_weights(folder: Path, dtype: torch.dtype | None = None, on: torch.devic
     """Every tensor of a base's folder by name, on a device, in dtype or as it is stored."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 - not a mapping
-                tensors[name] = shard.get_tensor(name).to(device=on, dtype=dtype)
+        try:
+            with safe_open(path, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 - not a mapping
+                    tensors[name] = shard.get_tensor(name).to(device=on, dtype=dtype)
+        except SafetensorError as error:
+            raise Refused(f"{path.name} is damaged: {error}", where=str(folder), fix="fetch the base anew") from error
     return tensors
 
 

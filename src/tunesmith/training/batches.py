@@ -59,8 +59,12 @@ def lay_out_epoch(
 
 
 def lay_out_validation(rows: Sequence[Rendered], settings: TrainSettings, *, share: bool = True) -> list[Batch]:
-    """The batches that the validation loss is taken on."""
-    return [lay_out([rows[row] for row in batch], share=share) for batch in plan(rows, settings.batch, 0, 0)]
+    """The batches that the validation loss is taken on, of no more tokens than a step's parts."""
+    return [
+        part
+        for batch in plan(rows, settings.batch, 0, 0)
+        for part in lay_out_step([rows[row] for row in batch], settings.tokens, share=share)
+    ]
 
 
 def deal(rows: Sequence[Rendered], processes: int) -> list[list[Rendered]]:

@@ -19,7 +19,7 @@ from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused
 from tunesmith.core.files import sync_folder
 
-_KEPT = 2  # the newest, and the one before it in case the newest is damaged
+KEPT = 2  # the newest, and the one before it in case the newest is damaged
 
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -37,7 +37,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], stat
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     sync_folder(folder)
-    for old in sorted(folder.glob("step-*"))[:-_KEPT]:
+    for old in sorted(folder.glob("step-*"))[:-KEPT]:
         shutil.rmtree(old)
 
 
@@ -69,12 +69,12 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 def load_checkpoint(
     folder: Path, identity: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any], list[str]] | None:
-    """The newest whole checkpoint under folder: its tensors, its state, and the names of damaged newer
-    ones, which are removed.
+) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, list[str]]:
+    """The newest whole checkpoint under folder, its tensors and its state, None where there is none; and the names of
+    damaged newer ones, which are removed.
 
     identity: everything that must be as it was for the run's bytes to come out the same. Raises Refused where it is
-    not; returns None where there is no whole checkpoint.
+    not.
     """
     for scratch in folder.glob(".writing-*"):  # left by a kill in the middle of a write
         shutil.rmtree(scratch, ignore_errors=True)
@@ -86,15 +86,36 @@ def load_checkpoint(
             shutil.rmtree(path)  # the run comes to this step again, and its place must be free then
             continue
         tensors, state = whole
-        changed = [key for key in identity if state["identity"].get(key) != identity[key]]
+        changed = _changed(state["identity"], identity)
         if changed:
             raise Refused(
                 f"this training was begun with other {', '.join(changed)}: continuing would not give the same bytes",
                 where=str(path),
                 fix="restore them, or start over with `tunesmith train --restart`",
             )
-        return load_file(tensors), state, damaged
-    return None
+        return (load_file(tensors), state), damaged
+    return None, damaged
+
+
+def newest_bytes(folder: Path) -> int:
+    """The size of the newest checkpoint under folder; 0 where there is none."""
+    newest = max(folder.glob("step-*"), default=None)
+    return 0 if newest is None else sum(path.stat().st_size for path in newest.iterdir())
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs; of a part with names of its own, which of them."""
+    found: list[str] = []
+    for key in now:
+        was, given = before.get(key), now[key]
+        if was == given:
+            continue
+        if isinstance(was, Mapping) and isinstance(given, Mapping):
+            names = sorted(name for name in {**was, **given} if was.get(name) != given.get(name))
+            found.append(f"{key} ({', '.join(names)})")
+        else:
+            found.append(key)
+    return found
 
 
 def _read(path: Path) -> tuple[Path, dict[str, Any]] | None:

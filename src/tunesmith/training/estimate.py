@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel
 
 from tunesmith.core.errors import Refused
 from tunesmith.models import runtime
-from tunesmith.models.attention import KEPT_WEIGHTS, fits_tiles
+from tunesmith.models.attention import KEPT_WEIGHTS, SHARES, fits_tiles
 from tunesmith.models.batch import Batch
 from tunesmith.models.foreign import Foreign
 from tunesmith.models.four_bit import FourBit
 from tunesmith.models.network import Network
+from tunesmith.training.checkpoints import KEPT
 from tunesmith.training.loop import Step, step_tokens
 from tunesmith.training.lora import Lora
 from tunesmith.training.loss import LOGIT_ROWS
-from tunesmith.training.settings import TrainSettings
+from tunesmith.training.settings import LEAST_TOKENS, TrainSettings
 from tunesmith.training.trainable import Trained
 
 _TIMED = 2
@@ -60,80 +64,130 @@ def step_bytes(network: Network | Foreign, trained: Trained, settings: TrainSett
     layers = min(settings.layers or shape.layers, shape.layers)
     longest, rows = max(part.lengths), len(part.lengths)
     weights = shape.heads * (part.prefix**2 + rows * longest * (part.prefix + longest))
+    sums = 0
     if fits_tiles(shape, network.layers[0].window, part.prefix + longest, network.embedding):
-        weights = 0  # they never leave the caches
+        weights = 0  # they never leave the caches; the prefix's gradients are summed in parts
+        sums = 4 * (min(rows, SHARES) + 1) * shape.kv_heads * 2 * part.prefix * shape.head
     weights *= 1 + (layers if weights <= KEPT_WEIGHTS else 1)  # and their gradients, a layer's at a time
     logits = min(LOGIT_ROWS, part.labels.numel()) * shape.vocabulary
     unpacked = 2 * max((each.numel() for each in layer.values() if isinstance(each, FourBit)), default=0)
     size = network.embedding.element_size()
     copies = trained.missing_bytes if isinstance(trained, Lora) else 0
-    return size * (layers * kept * part.tokens + weights + logits + unpacked) + masters + copies
+    return size * (layers * kept * part.tokens + weights + logits + unpacked) + sums + masters + copies
 
 
 class Estimate(BaseModel):
-    """seconds of the whole training, most bytes of memory it needs at once."""
+    """seconds of the whole training, most bytes of memory it needs at once, bytes of a checkpoint."""
 
     seconds: float
     peak_memory_bytes: int
+    checkpoint_bytes: int
+
+
+class Needs(NamedTuple):
+    """What a run takes of memory. part: what computing a part of a step takes, by its shapes. later: what there is
+    beside that, the optimiser's state and the best weights. checkpoint: bytes on the disk. less: what to set for less
+    of later. on: the device whose memory it is."""
+
+    part: Callable[[Batch], int]
+    later: int
+    checkpoint: int
+    less: str
+    on: torch.device = runtime.CPU
+
+
+def needs_of(trained: Trained, settings: TrainSettings, *, validates: bool) -> Needs:
+    """What a training takes."""
+    masters = sum(master.nbytes for master in trained.masters)
+    best = masters if settings.keep == "best" and validates else 0
+    return Needs(
+        lambda part: step_bytes(trained.network, trained, settings, part),
+        later=2 * masters + best,
+        checkpoint=3 * masters + best,
+        less="train.layers" + ("" if settings.keep == "last" else ", or train.keep to last")
+        + (", or train.method to lora" if settings.method == "full" else ", or train.rank lower"),
+        on=trained.masters[0].device,
+    )  # fmt: skip
+
+
+def check_room(plan: Iterable[Step], needs: Needs) -> Batch:
+    """The part of a step that takes the most memory.
+
+    Where the kernel gives out more memory than there is, a step too large is not refused but killed: so what its shapes
+    say is held against what is free before anything is tried. Raises Refused where it, or what there is beside it,
+    cannot fit.
+    """
+    parts = [part for step in plan for part in step]
+    taken = [needs.part(part) for part in parts]
+    largest = parts[taken.index(max(taken))]
+    free = runtime.available_memory(needs.on)
+    if max(taken) > free:
+        fitting = [part.tokens for part, bytes_ in zip(parts, taken, strict=True) if bytes_ <= free]
+        raise _too_large(largest, free, max(taken), max(fitting, default=None))
+    if max(taken) + needs.later > free:
+        raise _no_room_for_state(needs, free - max(taken))
+    return largest
+
+
+def check_disk(folder: Path, needs: Needs) -> None:
+    """Raises Refused where the disk has no room for a run's checkpoints: the newest two, and the next while it is
+    written."""
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+    if KEPT * needs.checkpoint + needs.checkpoint > free + there:
+        raise Refused(
+            f"{KEPT} checkpoints and the next one take {(KEPT + 1) * needs.checkpoint / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB of the disk are free",
+            where=str(folder),
+            fix=f"make room, or set {needs.less}",
+        )
 
 
 def estimate(
-    plan: Sequence[Step],
-    validation_tokens: int,
-    validations: int,
-    trial: Callable[[Step], None],
-    later: int,
-    predicted: Callable[[Batch], int],
-    on: torch.device = runtime.CPU,
+    plan: Sequence[Step], validation_tokens: int, validations: int, trial: Callable[[Step], None], needs: Needs
 ) -> Estimate:
     """Run trial, a step that changes nothing, on the largest (memory) and on two of middling size (time).
 
-    Where the kernel gives out more memory than there is, a step too large is not refused but killed: predicted says
-    from shapes what a part will take, and is held against what is free before anything is tried.
-
-    validation_tokens: tokens of one validation pass, of which a forward pass takes a third of a step's time. later:
-    bytes that a run takes beside a step's: the optimiser's state, the best weights. on: the device whose memory it
-    takes. Raises Refused where the largest part of a step, or that beside it, cannot fit.
+    validation_tokens: tokens of one validation pass, of which a forward pass takes a third of a step's time. Raises
+    Refused as check_room does.
     """
-    largest = max((part for step in plan for part in step), key=lambda part: part.tokens)
     by_size = sorted(plan, key=step_tokens)
-    runtime.reset_peak_memory(on)
-    free, needed = runtime.available_memory(on), predicted(largest)
-    if needed > free:
-        raise _too_large(largest, free, needed)
-    if needed + later > free:
-        raise _no_room_for_state(later, free - needed)
+    runtime.reset_peak_memory(needs.on)
+    largest, free = check_room(plan, needs), runtime.available_memory(needs.on)
     try:
         trial([largest])
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
-        raise _too_large(largest, free, needed) from error
-    peak = runtime.peak_memory(on) + later
-    if later > (left := runtime.available_memory(on)):
-        raise _no_room_for_state(later, left)
+        raise _too_large(largest, free, needs.part(largest), None) from error
+    peak = runtime.peak_memory(needs.on) + needs.later
+    if needs.later > (left := runtime.available_memory(needs.on)):
+        raise _no_room_for_state(needs, left)
     timed = by_size[len(by_size) // 2 :][:_TIMED]
     began = time.perf_counter()
     for step in timed:
         trial(step)
     each = (time.perf_counter() - began) / sum(step_tokens(step) for step in timed)
     tokens = sum(step_tokens(step) for step in plan) + validations * validation_tokens / 3
-    return Estimate(seconds=each * tokens, peak_memory_bytes=peak)
+    return Estimate(seconds=each * tokens, peak_memory_bytes=peak, checkpoint_bytes=needs.checkpoint)
 
 
-def _too_large(largest: Batch, free: int, needed: int) -> Refused:
+def _too_large(largest: Batch, free: int, needed: int, fitting: int | None) -> Refused:
+    """fitting: the most tokens of a part that would fit; None where none is known."""
     return Refused(
         f"the largest part of a step ({largest.tokens} tokens) takes about {needed / 1e9:.1f} GB of memory, "
         f"{free / 1e9:.1f} GB are free",
         where="train.tokens",
-        fix=f"set tokens to {max(64, largest.tokens // 2)}, or max_length lower",
+        fix=f"set tokens to {fitting}, and max_length no higher"
+        if fitting is not None and fitting >= LEAST_TOKENS
+        else "set tokens and max_length lower, or train fewer layers",
     )
 
 
-def _no_room_for_state(later: int, free: int) -> Refused:
+def _no_room_for_state(needs: Needs, free: int) -> Refused:
     return Refused(
-        f"the optimiser's state takes {later / 1e9:.1f} GB beside a step's memory, "
+        f"the optimiser's state takes {needs.later / 1e9:.1f} GB beside a step's memory, "
         f"{max(0, free) / 1e9:.1f} GB are free",
         where="train",
-        fix="set train.layers, or train.method to lora",
+        fix=f"set {needs.less}",
     )

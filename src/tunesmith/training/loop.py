@@ -147,14 +147,22 @@ def make_optimizer(trained: Trained, settings: TrainSettings) -> torch.optim.Ada
     )
 
 
-def update(trained: Trained, optimizer: torch.optim.AdamW, rate: float, clip: float) -> None:
-    """Move the masters by the gradients on them, which are then gone, and round the masters into their copies."""
-    torch.nn.utils.clip_grad_norm_(trained.masters, clip)
+def update(trained: Trained, optimizer: torch.optim.AdamW, rate: float, clip: float) -> float:
+    """Move the masters by the gradients on them, which are then gone, and round the masters into their copies.
+
+    Returns the gradients' norm before it was clipped. Where that is no finite number nothing is moved: such masters
+    would never be right again.
+    """
+    norm = float(torch.nn.utils.clip_grad_norm_(trained.masters, clip))
+    if not math.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)
+        return norm
     for group in optimizer.param_groups:
         group["lr"] = rate * group["multiple"]
     optimizer.step()
     trained.refresh_copies()
     optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def fit(
@@ -171,7 +179,7 @@ def fit(
     """Train on the plan's steps; carries on from the newest whole checkpoint under folder. The weights end as `keep`
     says. follow: told of the course after each checkpoint.
 
-    Raises TunesmithError where the loss is not a number any more; the checkpoint before that stays.
+    Raises TunesmithError where a loss or a gradient is not a number any more; the checkpoint before that stays.
     """
     return complete(Run(network, trained, plan, validation, settings, folder, identity, progress, follow))
 
@@ -239,17 +247,16 @@ class Run:
     def advance(self, loss: float, seconds: float, task: Task) -> None:
         """End the step that is due, whose gradients lie on the masters. seconds: what they took.
 
-        Raises TunesmithError, and changes nothing, where its loss is not finite.
+        Raises TunesmithError, and changes nothing, where its loss or its gradient is not finite; and where a validation
+        loss is not.
         """
         course, steps, began = self.course, len(self.plan), time.perf_counter()
         rate, tokens = rate_at(course.step, steps, self.settings), step_tokens(self.due)
         if not math.isfinite(loss):
-            raise TunesmithError(
-                f"the loss became {loss} at step {course.step + 1} of {steps}",
-                where="train.learning_rate",
-                fix="lower it; the last whole checkpoint is kept",
-            )
-        update(self.trained, self.optimizer, rate, self.settings.clip)
+            raise self._no_number(f"the loss became {loss}")
+        norm = update(self.trained, self.optimizer, rate, self.settings.clip)
+        if not math.isfinite(norm):
+            raise self._no_number(f"the gradient's norm became {norm}")
         course.step += 1
         if course.step in self._validated_at:
             self.validate()
@@ -266,6 +273,12 @@ class Run:
             self.save()
             self._saved = time.perf_counter()
 
+    def _no_number(self, what: str) -> TunesmithError:
+        step = f"{what} at step {self.course.step + 1} of {len(self.plan)}"
+        if self.course.step == 0:
+            return TunesmithError(f"{step}, before anything was learned", where="base", fix="check its weights")
+        return TunesmithError(step, where="train.learning_rate", fix="lower it; the last whole checkpoint is kept")
+
     def _note(self, point: Mapping[str, float]) -> str:
         """Loss, speed, how much of what the processor can multiply that is, and the most memory so far."""
         tokens, seconds = int(point["tokens"]), point["seconds"]
@@ -281,6 +294,12 @@ class Run:
         patience is."""
         course, patience = self.course, self.settings.patience
         loss = self.measure()
+        if not math.isfinite(loss):
+            raise TunesmithError(
+                f"the validation loss became {loss} after step {course.step} of {len(self.plan)}",
+                where="train.learning_rate",
+                fix="lower it; the last whole checkpoint is kept",
+            )
         course.validation.append({"step": course.step, "loss": loss})
         best = course.best
         if best == len(course.validation) - 1 and self.settings.keep == "best":
@@ -325,12 +344,13 @@ class Run:
 
     @torch.no_grad()
     def _resume(self) -> Course:
-        found = load_checkpoint(self.folder, self.identity)
+        found, damaged = load_checkpoint(self.folder, self.identity)
+        for name in damaged:
+            instead = "starting over" if found is None else "carrying on from the one before it"
+            self.progress.say(f"checkpoint {name} is damaged; {instead}")
         if found is None:
             return Course()
-        tensors, state, damaged = found
-        for name in damaged:
-            self.progress.say(f"checkpoint {name} is damaged; carrying on from the one before it")
+        tensors, state = found
         for place, master in enumerate(self.trained.masters):
             master.copy_(tensors[f"{place}.master"])
             self.optimizer.state[master] = {

@@ -30,6 +30,7 @@ class Magnitudes:
         self.values = dict(zip(adapted, self.master.split(sizes), strict=True))
         self.gradients = dict(zip(adapted, self.gradient.split(sizes), strict=True))
         self.factors: dict[Place, Tensor] = {}  # in the order of places
+        self._lengths: dict[Place, Tensor] = {}
         self._squares: dict[Place, Tensor] = {}
         for number, group in adapted:
             square = network.layers[number].linear[group].weight.float().square().sum(1)
@@ -38,8 +39,7 @@ class Magnitudes:
 
     def take_gradients(self) -> Tensor:
         """The last backward pass's gradient of the master: that of a factor m / |W + B A|, over the length."""
-        lengths = self.master / torch.cat([factor.float() for factor in self.factors.values()])
-        return self.gradient / lengths * self.trained
+        return self.gradient / torch.cat(list(self._lengths.values())) * self.trained
 
     @torch.no_grad()
     def refresh(self, pairs: Mapping[Place, Pair]) -> None:
@@ -50,7 +50,8 @@ class Magnitudes:
             a, c = pair.a.float(), pair.c.float()
             cross = product(pair.a).float() - (0.0 if product.bias is None else product.bias.float())
             square = self._squares[place] + 2 * (c * cross).sum(0) + (c * (a @ a.t() @ c)).sum(0)
-            factor = self.values[place] / square.clamp_min(1e-12).sqrt()
+            self._lengths[place] = square.clamp_min(1e-12).sqrt()
+            factor = self.values[place] / self._lengths[place]
             self.factors[place] = torch.where(self._adapted[place], factor, 1.0).to(self._network.dtype)
 
 

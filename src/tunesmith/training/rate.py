@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import islice
 
 from pydantic import BaseModel
 
@@ -70,13 +69,13 @@ def range_test(
 ) -> RateSearch:
     """Train trained on up to STEPS of steps at rising rates; its weights are spoilt afterwards.
 
-    Ends where the smoothed loss is four times the lowest, or a loss is no number (which is not returned). Raises
-    TunesmithError where the first is none.
+    Ends where the smoothed loss is four times the lowest, or a loss (which is not returned) or a gradient is no number.
+    Raises TunesmithError where the first loss is none.
     """
     optimizer = make_optimizer(trained, settings)
     losses: list[float] = []
     with progress.task("trying learning rates", STEPS) as task:
-        for rate, step in zip(rates(), islice(steps, STEPS), strict=False):
+        for rate, step in zip(rates(), steps, strict=False):
             loss = gradients(network, trained, step)
             if not math.isfinite(loss):
                 break
@@ -86,7 +85,8 @@ def range_test(
             task.advance()
             if smoothed[-1] > _DIVERGED * min(smoothed):
                 break
-            update(trained, optimizer, rate, settings.clip)
+            if not math.isfinite(update(trained, optimizer, rate, settings.clip)):
+                break
     if not losses:
         raise TunesmithError("the loss is no number before the first update", where="base", fix="check its weights")
     tried, smoothed = rates()[: len(losses)], smooth(losses)

@@ -12,6 +12,7 @@ from tunesmith.core.settings import Settings
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # What is of an adapter alone.
 _LORA_ONLY = ("rank", "alpha", "targets", "scaling", "start", "dora", "b_rate")
+LEAST_TOKENS = 64  # of a part of a step
 _RATES = {"lora": 1e-3, "full": 1e-4}
 
 
@@ -64,7 +65,10 @@ class TrainSettings(Settings):
     )
     targets: Annotated[
         tuple[str, ...],
-        Field(min_length=1, description="linear layers to adapt: all, or the base's names such as q_proj"),
+        Field(
+            min_length=1,
+            description="linear layers to adapt: all, or the base's names, such as q_proj, or patterns: [qv]_proj",
+        ),
     ] = ("all",)
     scaling: Annotated[
         Literal["rank", "root"],
@@ -123,7 +127,10 @@ class TrainSettings(Settings):
     epochs: Annotated[int, Field(ge=1, le=100, description="passes over the training rows")] = 1
     batch: Annotated[int, Field(ge=1, le=4096, description="rows a step")] = 16
     tokens: Annotated[
-        int, Field(ge=64, description="most tokens computed at once; a step of more is computed in parts, to one sum")
+        int,
+        Field(
+            ge=LEAST_TOKENS, description="most tokens computed at once; a step of more is computed in parts, to one sum"
+        ),
     ] = 4096
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of the steps in which the rate rises")] = 0.05
     schedule: Annotated[
@@ -142,7 +149,13 @@ class TrainSettings(Settings):
         Literal["best", "last"], Field(description="the weights of the lowest validation loss, or those of the end")
     ] = "best"
     validation_rows: Annotated[int, Field(ge=1, description="at most so many validation rows for it")] = 64
-    checkpoint_seconds: Annotated[float, Field(gt=0, description="longest work that kill -9 can undo")] = 30.0
+    checkpoint_seconds: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="checkpoints are at least so far apart; kill -9 undoes that much work, and the step under way",
+        ),
+    ] = 30.0
 
     @property
     def joins(self) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,12 +29,13 @@ from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.batches import lay_out_epoch, lay_out_run, lay_out_validation
-from tunesmith.training.estimate import Estimate, estimate, step_bytes, too_few_numbers
+from tunesmith.training.checkpoints import newest_bytes
+from tunesmith.training.estimate import Estimate, check_disk, check_room, estimate, needs_of, too_few_numbers
 from tunesmith.training.foreign import ForeignLora
 from tunesmith.training.full import Full
 from tunesmith.training.loop import Course, Run, Step, complete, trial_step
 from tunesmith.training.lora import Lora
-from tunesmith.training.rate import RateSearch, range_test
+from tunesmith.training.rate import STEPS, RateSearch, range_test
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.sinks import Follower, follower
 from tunesmith.training.together import fit_together
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from tunesmith.training.machines import Crew
 
 # Part of what a checkpoint must agree on: bump when the engine's arithmetic or its batch plan changes.
-ENGINE = 6
+ENGINE = 7
 
 
 class TrainingRow(NamedTuple):
@@ -113,7 +115,8 @@ def train(
         progress.say(f"{base.spec} ({base.family}) {SLOW}")
     progress.say(
         f"training {len(rows)} rows in {len(ready.steps)} steps: about {ready.expected.seconds:.0f} s and "
-        f"{ready.expected.peak_memory_bytes / 1e9:.1f} GB of memory"
+        f"{ready.expected.peak_memory_bytes / 1e9:.1f} GB of memory, {ready.expected.checkpoint_bytes / 1e6:.0f} MB a "
+        "checkpoint"
         + (f" in each of {processes} processes, beside what they send each other" if crew else "")
         + (f" on {on} ({runtime.name_of(on)})" if on.type != "cpu" else "")
     )
@@ -216,7 +219,9 @@ def find_rate(
     rendered = _render(Renderer(base.folder), rows, settings)
     trained = untrained(open_network(base, settings.quantize), base.folder, settings)
     share = not isinstance(trained, ForeignLora)
-    steps = (step for epoch in count() for (step,) in lay_out_epoch(rendered, settings, epoch, 1, share=share))
+    every = (step for epoch in count() for (step,) in lay_out_epoch(rendered, settings, epoch, 1, share=share))
+    steps = list(islice(every, STEPS))
+    check_room(steps, needs_of(trained, settings, validates=False))
     return range_test(trained.network, trained, steps, settings, progress)
 
 
@@ -303,6 +308,7 @@ def _record(
         "environment": environment,
         **_measured(course, rows * settings.epochs / len(steps), tokens / len(steps), ready.expected, settings.keep),
         "peak_memory_bytes": runtime.peak_memory(device_of(ready.trained)),
+        "checkpoint_bytes": newest_bytes(ready.job.work),
         **({"together": list(together)} if together else {}),
         **({"network": "transformers"} if isinstance(ready.trained, ForeignLora) else {}),
     }
@@ -316,25 +322,19 @@ def _record(
 def _expect(
     steps: Sequence[Step], validating: Sequence[Batch], settings: TrainSettings, trained: Trained, work: Path
 ) -> Estimate:
-    """The estimate, taken once per training: a resumed run keeps the one it was begun with."""
+    """The estimate, taken once per training: a resumed run keeps the one it was begun with. Whether there is room is
+    asked each time."""
     from tunesmith.core.files import write_atomic
 
-    kept = work / "estimate.json"
+    needs, kept = needs_of(trained, settings, validates=bool(validating)), work / "estimate.json"
+    check_disk(work, needs)
     if kept.is_file():
-        return Estimate.model_validate_json(kept.read_bytes())
+        with suppress(ValueError):  # an estimate of another version
+            before = Estimate.model_validate_json(kept.read_bytes())
+            check_room(steps, needs)
+            return before
     tokens = sum(batch.tokens for batch in validating)
-    best = settings.keep == "best" and tokens > 0
-    later = sum(master.nbytes for master in trained.masters) * (3 if best else 2)
-    network = trained.network
-    made = estimate(
-        steps,
-        tokens,
-        settings.validations,
-        trial_step(network, trained),
-        later,
-        lambda part: step_bytes(network, trained, settings, part),
-        device_of(trained),
-    )
+    made = estimate(steps, tokens, settings.validations, trial_step(trained.network, trained), needs)
     if isinstance(trained, Lora):
         trained.rest()
     write_atomic(kept, made.model_dump_json().encode())

@@ -56,25 +56,29 @@ class RowPages(ctypes.Structure):
     )
 
 
-@cache
 def library() -> Any:
     """The loaded library, or None where there is none to be had."""
-    path = _built()
-    if path is None:
-        return None
-    import torch  # noqa: F401 - the OpenMP runtime must be torch's own: two would fight for the cores
-
-    return ctypes.CDLL(str(path))
+    return _loaded()[1]
 
 
-@cache
 def identity() -> str:
     """What made the kernels: "portable", or a digest. Part of what a training must agree on to be resumed."""
-    path = _built()
-    return "portable" if path is None else path.stem
+    return _loaded()[0]
 
 
 @cache
+def _loaded() -> tuple[str, Any]:
+    path = _built()
+    if path is None:
+        return "portable", None
+    import torch  # noqa: F401 - the OpenMP runtime must be torch's own: two would fight for the cores
+
+    try:
+        return path.stem, ctypes.CDLL(str(path))
+    except OSError:
+        return "portable", None  # a cache from which nothing may be run, or a damaged file
+
+
 def _built() -> Path | None:
     wanted = os.environ.get("TUNESMITH_KERNELS", "native")
     if wanted not in ("native", "portable"):

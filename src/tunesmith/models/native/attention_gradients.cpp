@@ -141,7 +141,7 @@ extern "C" void attend_backward(const Layout* l, const bf16* qkv, const float* c
     tiles_allowed();
     // Each task's sums for the prefix's keys, then for its values.
     int64_t part = in.early() * l->size, tasks = task_count(in);
-    float* sums = (float*)std::aligned_alloc(64, std::max<int64_t>(64, tasks * 2 * part * 4));
+    float* sums = (float*)taken(tasks * 2 * part * 4);
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;

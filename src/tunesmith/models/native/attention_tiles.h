@@ -123,7 +123,7 @@ static inline __mmask16 lanes(const Input& in, const Row& row, int64_t first) {
 // A thread's own memory, in one piece.
 struct Scratch {
     char *whole, *at;
-    explicit Scratch(int64_t bytes) : whole((char*)std::aligned_alloc(64, (bytes + 63) / 64 * 64)), at(whole) {}
+    explicit Scratch(int64_t bytes) : whole((char*)taken(bytes)), at(whole) {}
     ~Scratch() { std::free(whole); }
     template <class T>
     T* take(int64_t count) {

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
@@ -22,6 +23,16 @@
 struct bf16 {
     uint16_t bits;
 };
+
+// Memory on a line of the cache, to be freed. Where there is none the process ends, and says so: the caller is C.
+[[maybe_unused]] static void* taken(int64_t bytes) {
+    void* found = std::aligned_alloc(64, (std::max<int64_t>(bytes, 1) + 63) / 64 * 64);
+    if (!found) {
+        std::fprintf(stderr, "tunesmith: %lld bytes of memory could not be had\n", (long long)bytes);
+        std::abort();
+    }
+    return found;
+}
 
 static inline float up(float v) { return v; }
 static inline float up(bf16 v) {

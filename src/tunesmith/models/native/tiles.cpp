@@ -8,6 +8,8 @@
 #include "kernels.h"
 #include "tiles.h"
 
+extern "C" int omp_get_num_threads();
+
 #ifdef TILES
 static const int64_t DEPTH = 320;         // a panel of so many rows stays in the first cache beside its block of A
 static const int64_t FEW = 2;             // with so few blocks of A, B is waited for: half as much of it is asked for early
@@ -50,8 +52,9 @@ static void settle(const float* sums, const float* bias, bf16* c, int64_t ldc, i
 }
 
 static const bf16* whole(const bf16* rows, int64_t count, int64_t depth, std::vector<bf16*>& copies) {
-    bf16* copy = (bf16*)std::calloc(32 * depth, 2);
+    bf16* copy = (bf16*)taken(32 * depth * 2);
     std::memcpy((void*)copy, rows, count * depth * 2);
+    std::memset((void*)(copy + count * depth), 0, (32 - count) * depth * 2);
     copies.push_back(copy);
     return copy;
 }
@@ -124,13 +127,14 @@ static void multiply(const Span* spans, int64_t count, const bf16* b, int64_t de
     // A deep product is summed group by group, with sums for every panel: else A would be read anew for each. A narrow one
     // is divided among the threads by its rows: it has too few panels.
     bool narrow = panels <= NARROW, deep = depth > DEEP && !narrow;
-    int64_t kept = deep ? (panels + threads - 1) / threads : 1;
-    int64_t band = deep ? SUMS_BYTES / (kept * 4096) : BAND_BYTES / (64 * depth);
-    band = std::min(narrow ? (blocks + threads - 1) / threads : blocks, std::max<int64_t>(2, band));
 #pragma omp parallel num_threads(threads)
     {
+        int64_t there = omp_get_num_threads();  // fewer, it may be, than were asked for
+        int64_t kept = deep ? (panels + there - 1) / there : 1;
+        int64_t band = deep ? SUMS_BYTES / (kept * 4096) : BAND_BYTES / (64 * depth);
+        band = std::min(narrow ? (blocks + there - 1) / there : blocks, std::max<int64_t>(2, band));
         Tiles tiles;
-        float* sums = (float*)std::aligned_alloc(64, kept * band * 4096);
+        float* sums = (float*)taken(kept * band * 4096);
         auto panel_of = [&](int64_t top, int64_t bottom, int64_t panel, float* held, int64_t from, int64_t to) {
             add(all.data(), top, bottom, b, depth, part, panel, held, from, to, [&](const Block& one, float* into) {
                 settle(into, bias ? bias + panel * 32 : nullptr, one.c + panel * 32, n, one.rows, past);
@@ -173,7 +177,7 @@ extern "C" bool gated_product(const Span* span, const bf16* b, int64_t depth, in
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        float *gates = (float*)std::aligned_alloc(64, 2 * band * 4096), *others = gates + band * 1024;
+        float *gates = (float*)taken(2 * band * 4096), *others = gates + band * 1024;
         for (int64_t top = 0; top < blocks; top += band) {
             int64_t bottom = std::min(blocks, top + band);
 #pragma omp for schedule(static) nowait
@@ -239,7 +243,7 @@ extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_
     tiles_allowed();
     int64_t deep = (t + 31) / 32;
     // L^T: for each 16 of R, for each 32 of T, a tile of 16 rows.
-    bf16* left = (bf16*)std::aligned_alloc(64, r * deep * 64);
+    bf16* left = (bf16*)taken(r * deep * 64);
     for (int64_t k = 0; k < deep; ++k)
         for (int64_t i = 0; i < r; i += 32) {
             __m512i rows[2][16];
@@ -254,8 +258,8 @@ extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
-        bf16* panel = (bf16*)std::aligned_alloc(64, SLAB * 2048);
-        float* sums = (float*)std::aligned_alloc(64, most * r * 128);
+        bf16* panel = (bf16*)taken(SLAB * 2048);
+        float* sums = (float*)taken(most * r * 128);
 #pragma omp for schedule(static)
         for (int64_t part = 0; part < threads; ++part) {
             int64_t begins = n / 32 * part / threads, ends = n / 32 * (part + 1) / threads;
