@@ -365,6 +365,28 @@ print(during - before, after - before, count() - before)
     assert done.stdout.split() == ["2", "0", "2"]
 
 
+@needs_kernels
+def test_fewer_threads_than_were_asked_for_do_the_same() -> None:
+    """OpenMP may give fewer; a deep product, summed group by group, keeps sums for every panel that a thread has."""
+    script = """
+import hashlib, torch
+from tunesmith.models.products import Frozen
+torch.set_num_threads(4)
+drawn = lambda *size: torch.randn(*size, generator=torch.Generator().manual_seed(0)).bfloat16()
+product = Frozen(drawn(8192, 1024))
+found = product.back(drawn(70, 8192)), product(drawn(70, 1024))
+print([hashlib.sha256(each.view(torch.int16).numpy().tobytes()).hexdigest() for each in found])
+"""
+
+    def told(**environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    assert told(OMP_THREAD_LIMIT="1") == told()
+
+
 def test_what_the_kernels_are_made_with_is_named(tmp_path: Path) -> None:
     script = "from tunesmith.models import native; print(native.identity())"
 
