@@ -91,7 +91,7 @@ def _flops(network: Any, batch: Any) -> float:
 
 
 def limit(told: Figures) -> Figures:
-    """The same products and no more, weights laid out beforehand: the tensor library's, or ours where they are faster."""
+    """The same products and no more, weights laid out beforehand: the faster of ours and the tensor library's."""
     import torch
 
     network, _, plan, _ = prepared(told["rows"], told["batch"], rank=RANK)
