@@ -36,12 +36,12 @@ from tunesmith.evaluation.answer_schema import check_answer_schema, load_answer_
     ],
 )
 def test_refused(schema: Any, message: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(UsageError, match=message) as caught:
         check_answer_schema(schema, "task.schema")
     assert caught.value.where is not None
     assert caught.value.where.startswith("task.schema")
-    assert time.monotonic() - began < 60
+    assert time.process_time() - began < 5
 
 
 def test_data_inside_a_schema_is_not_taken_for_schema() -> None:
@@ -52,10 +52,10 @@ def test_data_inside_a_schema_is_not_taken_for_schema() -> None:
 def test_a_pattern_that_explodes_on_an_answer_stops_it() -> None:
     schema = {"pattern": "^(ab|abab)+$"}  # harmless on one repeated letter, so it passes the check
     check_answer_schema(schema, "x")
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(UsageError, match="needs more than"):
         satisfies("ab" * 60 + "!", schema)
-    assert time.monotonic() - began < 60
+    assert time.process_time() - began < 5
 
 
 def test_patterns_work_as_they_do_in_json_schema() -> None:

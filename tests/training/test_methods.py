@@ -13,6 +13,7 @@ from safetensors.torch import load, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import row, write_model
+from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Silent
 from tunesmith.models.adapter import adapted_linear, encode_adapter, read_adapter
 from tunesmith.models.attention import shared_prefix_attention
@@ -249,6 +250,12 @@ def test_dora_on_a_weight_with_a_row_of_zeros(tmp_path: Path, folder: Path, rows
     course = fit(network, lora, [[lay_out(rows[:3])]] * 8, [], settings, tmp_path / "w", {}, SILENT)
     assert course.curve[-1]["loss"] < course.curve[0]["loss"]
     assert all(bool(master.isfinite().all()) for master in lora.masters)
+
+
+def test_a_layer_that_the_network_lacks_is_refused(folder: Path) -> None:
+    for targets in (("c_attn",), ("q_proj", "c_attn")):
+        with pytest.raises(UsageError, match="no linear layer is called 'c_attn'"):
+            Lora(load_network(folder, torch.float32), TrainSettings(targets=targets))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

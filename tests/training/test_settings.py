@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.cli.main import main
-from tunesmith.models.families import matching
+from tunesmith.core.errors import UsageError
+from tunesmith.models.families import matching, meant
 from tunesmith.training.estimate import too_few_numbers
 from tunesmith.training.settings import TARGETS
 
@@ -76,3 +77,10 @@ def test_the_rank_that_is_named_is_the_first_that_is_enough(rank: int, each: int
 )
 def test_layers_by_pattern(wanted: tuple[str, ...], found: set[str], unknown: list[str]) -> None:
     assert matching(wanted, TARGETS) == (found, unknown)
+
+
+def test_a_layer_that_is_none_is_refused() -> None:
+    assert meant(["[qv]_proj"], TARGETS, "here") == {"q_proj", "v_proj"}
+    with pytest.raises(UsageError, match=r"'\*_up'; there are q_proj, .*, all") as refused:
+        meant(["q_proj", "*_up"], TARGETS, "here")
+    assert refused.value.where == "here"

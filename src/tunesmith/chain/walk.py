@@ -27,7 +27,7 @@ from tunesmith.data.sources import find_files
 from tunesmith.data.withdrawn import load_withdrawn
 from tunesmith.inference.opening import engine_kind, open_engine
 from tunesmith.inference.settings import EMBEDDED
-from tunesmith.models.families import matching, ours
+from tunesmith.models.families import meant, ours
 from tunesmith.project import Project
 from tunesmith.store.store import Store
 from tunesmith.training.four_bits import check_four_bits
@@ -82,12 +82,8 @@ class Chain:
     def _check_targets(self) -> None:
         """Raises UsageError for a name that no linear layer has, before anything slow; other families have others."""
         for name, settings in self.project.settings.candidates.items():
-            _, unknown = matching(settings.train.targets if settings.train else (), TARGETS)
-            if unknown:
-                raise UsageError(
-                    f"no linear layer is called {unknown[0]!r}; there are {', '.join(TARGETS)}, all",
-                    where=f"candidates.{name}.train.targets",
-                )
+            if settings.train:
+                meant(settings.train.targets, TARGETS, f"candidates.{name}.train.targets")
 
     @cached_property
     def engine(self) -> Engine:

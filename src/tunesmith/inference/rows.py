@@ -1,6 +1,6 @@
 """What is decoded: a row with what is wanted of it and given to it, and how its next token is chosen.
 
-Shapes: K key/value heads, P tokens of a shared prefix, D head size.
+Shapes: K key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ class Row:
 
 
 def scored(logprobs: Tensor, token: int, top: int) -> Score:
+    """What a token scored among logprobs [vocabulary], and the top likeliest."""
     values, places = logprobs.topk(top)
     return Score(float(logprobs[token]), tuple(zip(places.tolist(), values.tolist(), strict=True)))
 

@@ -117,7 +117,7 @@ def _record_base(store: Store, folder: Path, spec: str) -> BaseModel:
     try:
         config = json.loads((folder / "config.json").read_bytes())
         if not isinstance(config, dict):
-            raise ValueError("no object")
+            raise ValueError(f"it holds a {type(config).__name__}")
     except ValueError as error:
         what = f"config.json is no JSON object: {error}"
         raise Refused(what, where=str(folder), fix="use a complete model folder") from error

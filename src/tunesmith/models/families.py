@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+
+from tunesmith.core.errors import UsageError
 
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", *GEMMAS)
@@ -26,3 +28,11 @@ def matching(wanted: Iterable[str], names: Iterable[str]) -> tuple[set[str], lis
         if not meant:
             unknown.append(each)
     return found, unknown
+
+
+def meant(wanted: Iterable[str], names: Sequence[str], where: str) -> set[str]:
+    """The names that are meant. Raises UsageError, about the setting at where, for what means none of them."""
+    found, unknown = matching(wanted, names)
+    if unknown:
+        raise UsageError(f"no linear layer is called {unknown[0]!r}; there are {', '.join(names)}, all", where=where)
+    return found

@@ -134,9 +134,10 @@ def check_disk(folder: Path, needs: Needs) -> None:
     written."""
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
-    if KEPT * needs.checkpoint + needs.checkpoint > free + there:
+    taken = (KEPT + 1) * needs.checkpoint
+    if taken > free + there:
         raise Refused(
-            f"{KEPT} checkpoints and the next one take {(KEPT + 1) * needs.checkpoint / 1e9:.1f} GB, "
+            f"{KEPT} checkpoints and the next one take {taken / 1e9:.1f} GB, "
             f"{free / 1e9:.1f} GB of the disk are free",
             where=str(folder),
             fix=f"make room, or set {needs.less}",

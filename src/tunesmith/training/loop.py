@@ -253,10 +253,10 @@ class Run:
         course, steps, began = self.course, len(self.plan), time.perf_counter()
         rate, tokens = rate_at(course.step, steps, self.settings), step_tokens(self.due)
         if not math.isfinite(loss):
-            raise self._no_number(f"the loss became {loss}")
+            raise self._no_number(f"the loss became {loss}", course.step + 1)
         norm = update(self.trained, self.optimizer, rate, self.settings.clip)
         if not math.isfinite(norm):
-            raise self._no_number(f"the gradient's norm became {norm}")
+            raise self._no_number(f"the gradient's norm became {norm}", course.step + 1)
         course.step += 1
         if course.step in self._validated_at:
             self.validate()
@@ -273,11 +273,11 @@ class Run:
             self.save()
             self._saved = time.perf_counter()
 
-    def _no_number(self, what: str) -> TunesmithError:
-        step = f"{what} at step {self.course.step + 1} of {len(self.plan)}"
+    def _no_number(self, what: str, step: int) -> TunesmithError:
+        said = f"{what} at step {step} of {len(self.plan)}"
         if self.course.step == 0:
-            return TunesmithError(f"{step}, before anything was learned", where="base", fix="check its weights")
-        return TunesmithError(step, where="train.learning_rate", fix="lower it; the last whole checkpoint is kept")
+            return TunesmithError(f"{said}, before anything was learned", where="base", fix="check its weights")
+        return TunesmithError(said, where="train.learning_rate", fix="lower it; the last whole checkpoint is kept")
 
     def _note(self, point: Mapping[str, float]) -> str:
         """Loss, speed, how much of what the processor can multiply that is, and the most memory so far."""
@@ -295,11 +295,7 @@ class Run:
         course, patience = self.course, self.settings.patience
         loss = self.measure()
         if not math.isfinite(loss):
-            raise TunesmithError(
-                f"the validation loss became {loss} after step {course.step} of {len(self.plan)}",
-                where="train.learning_rate",
-                fix="lower it; the last whole checkpoint is kept",
-            )
+            raise self._no_number(f"the validation loss became {loss}", course.step)
         course.validation.append({"step": course.step, "loss": loss})
         best = course.best
         if best == len(course.validation) - 1 and self.settings.keep == "best":

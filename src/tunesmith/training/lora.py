@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tunesmith.models.adapter import Adapter, Place, blocks, encode_adapter, target_names
 from tunesmith.models.base import BaseModel
-from tunesmith.models.families import matching
+from tunesmith.models.families import meant
 from tunesmith.models.network import GROUPS, Linear, Network, remaking
 from tunesmith.models.products import TILE, Frozen, Pair, outer
 from tunesmith.training.loss import cross_entropy
@@ -51,7 +51,7 @@ class Lora:
         self.network, self.rank, self._b_rate = network, settings.rank, settings.b_rate
         self.alpha = float(settings.alpha if settings.alpha is not None else 2 * settings.rank)
         self.root = settings.scaling == "root"
-        self.targets = frozenset(matching(settings.targets, target_names())[0])
+        self.targets = frozenset(meant(settings.targets, target_names(), "train.targets"))
         first = 0 if settings.layers is None else max(0, network.shape.layers - settings.layers)
         self.places: list[Place] = [
             (number, group)

@@ -113,7 +113,7 @@ static inline void add_steps(const Factors& f, const bf16* a, const char* next, 
     }
 }
 
-// ROWS rows from `row` on, whose sums are at `to`; lines of what one's `next` has at `next`.
+// ROWS rows from `row` on, whose sums are at `to`. `next`, `lines`: what to ask for early, as in add_steps.
 template <int64_t ROWS>
 static inline void sum_rows(float* to, int64_t width, bool add, int64_t row, const Factors& one, const Factors* other,
                             const char* next, int64_t lines) {
