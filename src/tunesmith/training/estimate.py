@@ -137,8 +137,7 @@ def check_disk(folder: Path, needs: Needs) -> None:
     taken = (KEPT + 1) * needs.checkpoint
     if taken > free + there:
         raise Refused(
-            f"{KEPT} checkpoints and the next one take {taken / 1e9:.1f} GB, "
-            f"{free / 1e9:.1f} GB of the disk are free",
+            f"{KEPT} checkpoints and the next one take {taken / 1e9:.1f} GB, {free / 1e9:.1f} GB of the disk are free",
             where=str(folder),
             fix=f"make room, or set {needs.less}",
         )
