@@ -17,6 +17,7 @@ import yaml
 
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.files import write_atomic
+from tunesmith.core.threads import wanted_threads
 from tunesmith.data.examine import renamed
 from tunesmith.data.formats import conversation, objection, read_turns, shape_of
 from tunesmith.data.licences import permitted
@@ -320,7 +321,9 @@ def _python(_directory: Path) -> Check:
 def _processor(_directory: Path) -> Check:
     from tunesmith.models import runtime
 
-    return Check("processor", ok=True, detail=runtime.describe())
+    threads = wanted_threads()
+    held = "" if threads is None else f"; TUNESMITH_THREADS: {threads}"
+    return Check("processor", ok=True, detail=runtime.describe() + held)
 
 
 def _memory(_directory: Path) -> Check:

@@ -100,12 +100,18 @@ def test_answers_that_are_not_all_objects_have_no_schema() -> None:
     assert infer_schema(["[1]", "2"]) is None
 
 
-def test_doctor_tells_what_is_wrong(tmp_path: Path) -> None:
+def test_doctor_tells_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_THREADS", "1")
     checks = {check.name: check for check in examine(tmp_path)}
     assert checks["python"].ok
     assert checks["processor"].ok
+    assert checks["processor"].detail.endswith("; TUNESMITH_THREADS: 1")
     assert not checks["project"].ok
     assert checks["project"].fix
+    monkeypatch.setenv("TUNESMITH_THREADS", "two")
+    (processor,) = (check for check in examine(tmp_path) if check.name == "processor")
+    assert not processor.ok
+    assert processor.fix
 
 
 def _cli(*arguments: str) -> subprocess.CompletedProcess[str]:
