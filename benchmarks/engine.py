@@ -50,7 +50,8 @@ def main() -> None:
         kind, path = told.measure
         print(json.dumps(MEASURES[kind](json.loads(Path(path).read_text()))))
         return
-    from tunesmith.models import native, runtime
+    from tunesmith.engines.native import kernels as native
+    from tunesmith.engines.native import runtime
 
     threads = runtime.prepare()
     for peer in (LLAMAFACTORY, VLLM):

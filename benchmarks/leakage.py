@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.duplicates import near_pairs, near_text, normalise
-from tunesmith.data.groups import wording_group
+from tunesmith.data.splitting.duplicates import near_pairs, near_text, normalise
+from tunesmith.data.splitting.groups import wording_group
 
 FOLDER = Path(__file__).parents[2] / "shared" / "data"
 NEAR = 0.8
@@ -105,7 +105,7 @@ def other_label(train: list[Row], held: list[Row], near: Mapping[int, list[int]]
 
 
 def _alike(one: str, other: str) -> float:
-    from tunesmith.data.duplicates import jaccard, shingles
+    from tunesmith.data.splitting.duplicates import jaccard, shingles
 
     return jaccard(shingles(words(one)), shingles(words(other)))
 

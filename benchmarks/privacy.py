@@ -19,13 +19,13 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from tunesmith.data.entities import ALL, Finder
-from tunesmith.data.names import NAME_ENTITIES, RECOMMENDED
+from tunesmith.data.privacy.entities import ALL, Finder
+from tunesmith.data.privacy.names import NAME_ENTITIES, RECOMMENDED
 from tunesmith.data.settings import Privacy
 
 # What the set calls it -> what we do, where that differs.
 GOLD = {"GPE": "LOCATION", "DOMAIN_NAME": "URL"}
-REFERENCE = Path(__file__).parents[1] / "src/tunesmith/data/privacy_reference.json"
+REFERENCE = Path(__file__).parents[1] / "src/tunesmith/data/privacy/reference.json"
 
 
 def marked(row: dict, spans: list[tuple[int, int, str]]) -> tuple[list, list]:
@@ -69,7 +69,7 @@ def presidio():
     from presidio_analyzer import AnalyzerEngine
     from presidio_analyzer.nlp_engine import SpacyNlpEngine
 
-    from tunesmith.data.names import _model_folder
+    from tunesmith.data.privacy.names import _model_folder
 
     class Loaded(SpacyNlpEngine):
         def __init__(self) -> None:

@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tunesmith.models import native, runtime
-from tunesmith.models.products import Frozen
+from tunesmith.engines.native import kernels as native
+from tunesmith.engines.native import runtime
+from tunesmith.engines.native.network.products import PackedLinear
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576))  # out, in
 ROUNDS = 7
@@ -33,16 +34,16 @@ def main() -> None:
     for rows in told.rows:
         for out, into in SHAPES:
             weight, x, gradient = (torch.randn(*size).bfloat16() for size in ((out, into), (rows, into), (rows, out)))
-            ours, laid_out = Frozen(weight), torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            ours, laid_out = PackedLinear(weight), torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
             def library(x: Tensor = x, laid_out: Tensor = laid_out) -> Tensor:
                 found: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")
                 return found
 
-            def forward(x: Tensor = x, ours: Frozen = ours) -> Tensor:
+            def forward(x: Tensor = x, ours: PackedLinear = ours) -> Tensor:
                 return ours(x)
 
-            def backward(gradient: Tensor = gradient, ours: Frozen = ours) -> Tensor:
+            def backward(gradient: Tensor = gradient, ours: PackedLinear = ours) -> Tensor:
                 return ours.back(gradient)
 
             work = 2 * rows * out * into / 1e9

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from tunesmith.data.dataset import load_dataset
+from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.probes.judging import WIDEST_BITS
 from tunesmith.evaluation.probes.numbers import exposure_interval
-from tunesmith.evaluation.risks import CHANCE_BITS
-from tunesmith.evaluation.statistics import Interval
-from tunesmith.inference.engine import Question
+from tunesmith.evaluation.report.risks import CHANCE_BITS
+from tunesmith.evaluation.stats.statistics import Interval
 from tunesmith.training.canaries import canaries
 from tunesmith.training.settings import CanarySettings
 

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from sklearn.dummy import DummyClassifier
 
-from tunesmith.candidates.floor import Confident, make_floor
+from tunesmith.candidates.baselines import Confident, make_floor
 from tunesmith.candidates.retrieval import Index
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
-from tunesmith.evaluation.classification import calibration, classes
-from tunesmith.inference.engine import Generation
+from tunesmith.engines.protocol import Generation
+from tunesmith.evaluation.metrics.classification import calibration, classes
 from tunesmith.models.embedding import find_embedder
 
 

@@ -21,8 +21,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tunesmith.data.credentials import find_secrets
-from tunesmith.data.made_up import SECRETS
+from tunesmith.data.privacy.credentials import find_secrets
+from tunesmith.data.privacy.synthetic_pii import SECRETS
 
 PLANTED_EACH, CLEAN = 60, 6000
 FRAMES = (

@@ -24,8 +24,8 @@ from typing import Any
 
 from leakage import snips
 from tunesmith.core.messages import Message
-from tunesmith.inference.embedded import EmbeddedEngine
-from tunesmith.inference.engine import Completion, Generation
+from tunesmith.engines.native.engine import NativeEngine
+from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.models.base import resolve_base
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -115,7 +115,7 @@ def _measured(
     (scratch / "adapter").mkdir()
     for name, digest in record.blobs.items():
         (scratch / "adapter" / name).write_bytes(store.read_blob(digest))
-    engine = EmbeddedEngine(base)
+    engine = NativeEngine(base)
     engine.load_adapter("tuned", scratch / "adapter")
     began = time.perf_counter()
     answers = engine.generate([Generation(_messages(request), max_tokens=160) for request, _ in asked], "tuned")

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from tunesmith.evaluation import statistics
-from tunesmith.evaluation.power import Grouping, lift_power, plan_lift
-from tunesmith.evaluation.statistics import intervals
+from tunesmith.evaluation.stats import statistics
+from tunesmith.evaluation.stats.power import Grouping, lift_power, plan_lift
+from tunesmith.evaluation.stats.statistics import intervals
 
 ALPHA, CONFIDENCE, TOGETHER = 0.025, 0.95, 500
 # The gate itself draws 20,000 times. A quarter of that moves an end by a tenth of its tail, up and down alike, and lets

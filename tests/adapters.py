@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tunesmith.models.base import BaseModel
+from tunesmith.models.base import Base
 
 
-def write_adapter(folder: Path, base: BaseModel, *, rank: int = 4, strength: float = 0.1, seed: int = 0) -> Path:
+def write_adapter(folder: Path, base: Base, *, rank: int = 4, strength: float = 0.1, seed: int = 0) -> Path:
     """An adapter of every linear layer whose changes are about strength times the weights; returns folder."""
     draw = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}

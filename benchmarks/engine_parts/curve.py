@@ -74,9 +74,9 @@ def _answers(found: Any, folder: Path, rows: Sequence[Any]) -> list[str]:
     from safetensors.torch import load_file
 
     from tunesmith.core.messages import Message
-    from tunesmith.inference.embedded import EmbeddedEngine
-    from tunesmith.inference.engine import Generation
-    from tunesmith.models.adapter import pack_adapter
+    from tunesmith.engines.native.adapters.adapter import pack_adapter
+    from tunesmith.engines.native.engine import NativeEngine
+    from tunesmith.engines.protocol import Generation
 
     bound = folder / "bound"  # the engine answers with adapters of its own base alone
     bound.mkdir(exist_ok=True)
@@ -86,7 +86,7 @@ def _answers(found: Any, folder: Path, rows: Sequence[Any]) -> list[str]:
     packed = pack_adapter(tensors, found, rank=RANK, alpha=config["lora_alpha"], root=False, targets=targets)
     for name, data in packed.items():
         (bound / name).write_bytes(data)
-    engine = EmbeddedEngine(found)
+    engine = NativeEngine(found)
     engine.load_adapter("trained", bound)
     requests = [Generation(tuple(Message(**turn) for turn in row[:-1]), max_tokens=2 * TOKENS) for row in rows]
     return [answer.text for answer in engine.generate(requests, "trained")]

@@ -61,10 +61,10 @@ def mixed(told: Figures) -> Figures:
 def _ready(rows: Sequence[Any], engine: Any = None) -> tuple[Any, list[Any]]:
     """An engine that has answered before and no longer has the prompt's keys: computing those is in the time."""
     from tunesmith.core.messages import Message
-    from tunesmith.inference.embedded import EmbeddedEngine
-    from tunesmith.inference.engine import Generation
+    from tunesmith.engines.native.engine import NativeEngine
+    from tunesmith.engines.protocol import Generation
 
-    engine = engine or EmbeddedEngine(base())
+    engine = engine or NativeEngine(base())
     requests = [Generation(tuple(Message(**turn) for turn in row[:-1]), max_tokens=TOKENS) for row in rows]
     engine.generate(requests[:2])
     engine._prefixes.clear()

@@ -20,7 +20,7 @@ from engine_parts.environments import HERE, LLAMAFACTORY, VLLM, python
 from engine_parts.lines import NO_TRL, absent, memory_line, named, speed_line, trainings
 from engine_parts.processes import KEEP_PAGES, Contender, Figures, in_turn, installed, measured, median, run
 from engine_parts.report import Line
-from engine_parts.rows import CORPUS, base, home, restaurants, snips_rows
+from engine_parts.rows import CORPUS, base, restaurants, snips_rows
 from engine_parts.training import RANK, RATE
 
 SHARED_BATCH, BATCH = 8, 16
@@ -195,30 +195,6 @@ def _compared_line(
     )
 
 
-def several(told: Told) -> list[Line]:
-    """Eight adapters in one process, one after another and together."""
-    given = {"rows": home(4 * told.examples)[:SEVERAL_ROWS], "batch": SEVERAL_BATCH}
-    kinds = {"one": (1, True), "in turn": (SEVERAL, False), "together": (SEVERAL, True)}
-    found = in_turn(
-        [
-            Contender(name, partial(measured, "runs", {**given, "adapters": adapters, "together": together}))
-            for name, (adapters, together) in kinds.items()
-        ],
-        told.rounds,
-    )
-    one, turns, joint = (found[name] for name in kinds)
-    print(f"\n{SEVERAL} adapters of rank {RANK} on {SEVERAL_ROWS} short rows each, {SEVERAL_BATCH} rows a step")
-    time_, memory = joint["seconds"] / turns["seconds"], joint["peak_gb"] / one["peak_gb"]
-    pairs = [
-        ("8 adapters together, seconds", "seconds", "one after another", turns, time_, 0.6),
-        ("8 adapters together, peak GB", "peak_gb", "one adapter", one, memory, 1.3),
-    ]
-    return [
-        Line(what, f"{joint[key]:.2f}", name, f"{peer[key]:.2f}", ratio, goal, most=True)
-        for what, key, name, peer, ratio, goal in pairs
-    ]
-
-
 def decoding(told: Told) -> list[Line]:
     """Requests of SNIPS behind a prompt of some 220 tokens, greedy."""
     if not CORPUS.is_dir():
@@ -283,23 +259,6 @@ def rounding(told: Told) -> list[Line]:
     return []
 
 
-def four_bits(told: Told) -> list[Line]:
-    """An adapter on the base in 4 bits beside one on the base as it is."""
-    rows = restaurants(told.examples)
-    if not installed("bitsandbytes"):
-        print("\nthe base in 4 bits: bitsandbytes is not installed")
-        return []
-    found = in_turn([_ours(rows, SHARED_BATCH), _ours(rows, SHARED_BATCH, "4 bits", quantize=True)], told.rounds)
-    print(f"\nLoRA on the base in bf16 and in 4 bits, {len(rows)} rows, {SHARED_BATCH} a step")
-    for name, figures in found.items():
-        print(
-            f"  {name:<12}{1e3 * figures['weights_gb']:.0f} MB of linear weights, peak {figures['peak_gb']:.2f} GB, "
-            f"{figures['examples_per_second']:.2f} examples/s, loss {figures['first']:.3f} to {figures['last']:.3f}",
-            flush=True,
-        )
-    return []
-
-
 def start_up(told: Told) -> list[Line]:
     """How long the command line takes to answer."""
     commands = ([sys.executable, "-m", "tunesmith", "--help"], [sys.executable, "-c", "pass"])
@@ -320,11 +279,9 @@ PARTS: dict[str, Callable[[Told], list[Line]]] = {
     "short": short,
     "full": full,
     "curve": curve,
-    "several": several,
     "decoding": decoding,
     "running": running,
     "rounding": rounding,
-    "four-bits": four_bits,
     "start-up": start_up,
     "quality": quality,
 }

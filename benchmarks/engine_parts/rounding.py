@@ -15,7 +15,7 @@ from engine_parts.training import RANK, RATE, prepared, write
 def step(told: Figures) -> Figures:
     """told: rows of two steps, batch."""
     from tunesmith.core.progress import SILENT
-    from tunesmith.training.loop import fit, validation_loss
+    from tunesmith.training.trainer import fit, validation_loss
 
     network, lora, plan, settings = prepared(told["rows"], told["batch"], rank=RANK, learning_rate=RATE)
     before = validation_loss(network, lora, plan[1])

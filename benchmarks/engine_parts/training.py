@@ -17,16 +17,16 @@ RANK, RATE, FULL_RATE = 16, 2e-4, 2e-5
 
 def prepared(rows: Sequence[Any], batch: int, **own: Any) -> tuple[Any, Any, list[list[Any]], Any]:
     """The network, what is trained of it, the steps in the rows' order, the settings."""
-    from tunesmith.models import runtime
-    from tunesmith.training.batches import lay_out_step
+    from tunesmith.engines.native import runtime
+    from tunesmith.training.batch_plan import lay_out_step
     from tunesmith.training.settings import TrainSettings
-    from tunesmith.training.train import untrained
+    from tunesmith.training.train import build_trainable
     from tunesmith.training.trainable import open_network
 
     runtime.prepare()
     found = base()
     settings = TrainSettings(schedule="linear", warmup=0.0, batch=batch, checkpoint_seconds=1e6, **own)
-    trained = untrained(open_network(found, settings.quantize), found.folder, settings)
+    trained = build_trainable(open_network(found), found.folder, settings)
     ready = rendered(found.folder, rows)
     plan = [lay_out_step(ready[start : start + batch], settings.tokens) for start in range(0, len(ready), batch)]
     return trained.network, trained, plan, settings
@@ -38,16 +38,14 @@ def adapter_settings(told: Figures) -> dict[str, Any]:
 
 
 def train(told: Figures) -> Figures:
-    """told: rows, batch; full, quantize, rate, seed where they are not as usual; start and end: where the adapter is
+    """told: rows, batch; full, rate, seed where they are not as usual; start and end: where the adapter is
     written before and after."""
     from tunesmith.core.progress import SILENT
-    from tunesmith.models import runtime
-    from tunesmith.training.loop import fit, trial_step
+    from tunesmith.engines.native import runtime
+    from tunesmith.training.trainer import fit, trial_step
 
     full = told.get("full", False)
     own: dict[str, Any] = {"method": "full", "learning_rate": FULL_RATE} if full else adapter_settings(told)
-    if told.get("quantize"):
-        own["quantize"] = "4bit"
     network, trained, plan, settings = prepared(told["rows"], told["batch"], **own)
     write(trained, told.get("start"))
     runtime.reset_peak_memory()
@@ -130,36 +128,3 @@ def limit(told: Figures) -> Figures:
         done = 4.0 * part.tokens * sum(w.numel() for w in weights)
         best = max(best, done / min(statistics.median(library), statistics.median(own)))
     return {"flops": best}
-
-
-def runs(told: Figures) -> Figures:
-    """told: rows, batch, adapters, together. So many adapters on the same rows, in one pass or in turn."""
-    from tunesmith.core.progress import SILENT
-    from tunesmith.models import runtime
-    from tunesmith.models.weights import load_network
-    from tunesmith.training.batches import lay_out_step, plan
-    from tunesmith.training.loop import Run
-    from tunesmith.training.lora import Lora
-    from tunesmith.training.settings import TrainSettings
-    from tunesmith.training.together import fit_together
-
-    runtime.prepare()
-    found = base()
-    network, ready = load_network(found.folder), rendered(found.folder, told["rows"])
-
-    def run(seed: int, work: str) -> Run:
-        settings = TrainSettings(rank=RANK, batch=told["batch"], seed=seed, learning_rate=RATE, checkpoint_seconds=1e6)
-        batches = plan(ready, told["batch"], seed, 0)
-        steps = [lay_out_step([ready[row] for row in batch], settings.tokens) for batch in batches]
-        return Run(network, Lora(network, settings), steps, [], settings, Path(work) / str(seed), {}, SILENT)
-
-    adapters = told["adapters"]
-    with tempfile.TemporaryDirectory() as work:
-        fit_together(network, [run(adapters, work)], SILENT)  # kernels and layouts are made once
-        began = time.perf_counter()
-        if told["together"]:
-            fit_together(network, [run(seed, work) for seed in range(adapters)], SILENT)
-        else:
-            for seed in range(adapters):
-                fit_together(network, [run(seed, work)], SILENT)
-    return {"seconds": time.perf_counter() - began, "peak_gb": runtime.peak_memory() / 1e9}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith import chain, project
+from tunesmith import pipeline, project
 from tunesmith.core.progress import SILENT, Progress
 
 
@@ -13,4 +13,4 @@ class Project(project.Project):
 
     def run(self, progress: Progress = SILENT, actor: str | None = None) -> dict[str, Any]:
         """The whole chain up to a registered version; returns what `tunesmith run --json` prints."""
-        return chain.run(self, progress, actor=actor)
+        return pipeline.run(self, progress, actor=actor)

@@ -17,8 +17,8 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.settings import Settings
 from tunesmith.data.documents import DocumentSettings
 from tunesmith.data.settings import DataSettings
+from tunesmith.engines.settings import EngineSettings
 from tunesmith.evaluation.settings import Gates, PriceSettings, TaskSettings, check_gates
-from tunesmith.inference.settings import EngineSettings
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.training.settings import MetricsSettings
@@ -127,7 +127,7 @@ class Project:
     @property
     def schema(self) -> dict[str, Any] | None:
         """The answer's JSON Schema, where the task has one. Raises UsageError where it is none."""
-        from tunesmith.evaluation.answer_schema import load_answer_schema
+        from tunesmith.evaluation.metrics.answer_schema import load_answer_schema
 
         path = self.settings.task.schema_path
         return None if path is None else load_answer_schema(self.root / path)

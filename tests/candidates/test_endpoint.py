@@ -15,7 +15,7 @@ from tunesmith.candidates.endpoint import Endpoint, RemoteCompletion
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.inference.engine import Generation
+from tunesmith.engines.protocol import Generation
 
 KEY = "sk-test-0123456789"
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.candidates.floor import Confident, make_floor
+from tunesmith.candidates.baselines import Confident, make_floor
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
-from tunesmith.inference.engine import Completion, Generation
+from tunesmith.engines.protocol import Completion, Generation
 
 
 def example(request: str, answer: str, number: int = 0, group: str = "g") -> Example:

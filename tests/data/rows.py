@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.build import build_dataset
+from tunesmith.data.building.build import build_dataset
 from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.settings import DataSettings
 from tunesmith.store.store import Store

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from tests.data.rows import build, settings, write_jsonl
+from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS
 from tunesmith.data.settings import Source
-from tunesmith.data.verify import verify_dataset
 from tunesmith.store.store import Store
 
 ROOT = Path(__file__).parents[2]

@@ -21,11 +21,11 @@ import pytest
 
 import tunesmith
 from tests.data.rows import many_rows, row
-from tunesmith.chain import build_data
 from tunesmith.cli.main import main
 from tunesmith.core.errors import TunesmithError
-from tunesmith.data.build import dataset_document
+from tunesmith.data.building.build import dataset_document
 from tunesmith.data.dataset import load_dataset
+from tunesmith.pipeline import build_data
 from tunesmith.store.store import Store
 
 GOOD = many_rows(40)
@@ -327,7 +327,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 def test_a_file_that_changes_while_it_is_read(
     project: Callable[..., Path], ask: Ask, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    from tunesmith.data.shards import Worker
+    from tunesmith.data.building.shards import Worker
 
     root = project({"rows.jsonl": lines(*GOOD)})
     pieces = Worker.pieces
@@ -398,7 +398,7 @@ TIGHT = {
     """,
     "from Python": """
         import json, tunesmith
-        from tunesmith.chain import build_data
+        from tunesmith.pipeline import build_data
         from tunesmith.core.errors import TunesmithError
         try:
             build_data(tunesmith.Project.load(sys.argv[1] + "/tunesmith.yaml"))

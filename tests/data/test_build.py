@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tests.data.rows import WORDS, build, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.data.build import build_dataset, dataset_document
+from tunesmith.data.building.build import build_dataset, dataset_document
+from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, load_dataset
 from tunesmith.data.settings import DataSettings
-from tunesmith.data.verify import verify_dataset
 from tunesmith.store.store import Store
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tests.data.rows import build, many_rows, settings, write_jsonl
 from tunesmith.core.errors import UsageError
 from tunesmith.data.settings import Source
-from tunesmith.data.sources import Row, find_files, open_source
+from tunesmith.data.sources.sources import Row, find_files, open_source
 
 Pack = Callable[[bytes], bytes]
 
@@ -81,7 +81,7 @@ def test_cut_off_damaged_and_empty(tmp_path: Path, ending: str) -> None:
 
 @pytest.mark.parametrize("ending", PACKERS)
 def test_a_bomb_is_stopped_while_it_unpacks(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.data.compression.LITTLE", 1 << 20)
+    monkeypatch.setattr("tunesmith.data.sources.compression.LITTLE", 1 << 20)
     line = json.dumps(many_rows(1)[0]).encode() + b"\n"
     bomb = PACKERS[ending](line * 60_000)
     assert len(bomb) * 200 < 60_000 * len(line)

@@ -9,8 +9,8 @@ import pytest
 
 from tests.data.rows import build, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import UsageError
+from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS
-from tunesmith.data.verify import verify_dataset
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
-from tunesmith.data import join
-from tunesmith.data.duplicates import answer_key, jaccard, near_pairs, normalise, request_text, shingles
+from tunesmith.data.splitting import similarity_join as join
+from tunesmith.data.splitting.duplicates import answer_key, jaccard, near_pairs, normalise, request_text, shingles
 
 SNIPS = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "snips"
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tests.data.rows import turns
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.data import formats
-from tunesmith.data.sources import Row
+from tunesmith.data.formats import formats
+from tunesmith.data.sources.sources import Row
 
 
 def conversation(

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import UsageError
-from tunesmith.data.account import EXACT
+from tunesmith.data.building.account import EXACT
+from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example
-from tunesmith.data.division import OLDER, cuts, split_by_time, stratified, time_of
-from tunesmith.data.duplicates import jaccard, near_text, shingles
-from tunesmith.data.groups import joined_groups, wording_group
 from tunesmith.data.settings import DataSettings, Split
-from tunesmith.data.splits import NEAR_HELD_OUT, Leakage, Nearness, Trace, leakage
-from tunesmith.data.verify import verify_dataset
+from tunesmith.data.splitting.division import OLDER, cuts, split_by_time, stratified, time_of
+from tunesmith.data.splitting.duplicates import jaccard, near_text, shingles
+from tunesmith.data.splitting.groups import joined_groups, wording_group
+from tunesmith.data.splitting.splits import NEAR_HELD_OUT, Leakage, Nearness, Trace, leakage
 from tunesmith.store.store import Store
 
 

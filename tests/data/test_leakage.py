@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from tunesmith.data.duplicates import normalise
-from tunesmith.data.groups import wording_group
+from tunesmith.data.splitting.duplicates import normalise
+from tunesmith.data.splitting.groups import wording_group
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("TUNESMITH_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tunesmith.core.errors import Refused
-from tunesmith.data.licences import Credit, duties, permitted
+from tunesmith.data.governance.licences import Credit, duties, permitted
 from tunesmith.data.settings import Licences
 
 

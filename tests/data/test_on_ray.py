@@ -16,8 +16,8 @@ from tests.data.rows import build, many_rows, settings, write_jsonl
 from tests.data.test_shards import CHOSEN, mixed
 from tests.tiny import write_model
 from tunesmith.core.errors import UsageError
-from tunesmith.data import shards
-from tunesmith.data.on_ray import OnRay
+from tunesmith.data.building import shards
+from tunesmith.data.building.ray_runner import OnRay
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 

@@ -8,8 +8,8 @@ import pytest
 
 from tests.data.rows import build, many_rows, row, write_jsonl
 from tunesmith.core.messages import Message
-from tunesmith.data import people
-from tunesmith.data.quality import examine_quality
+from tunesmith.data.quality import people
+from tunesmith.data.quality.quality import examine_quality
 from tunesmith.store.store import Store
 
 

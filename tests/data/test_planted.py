@@ -13,11 +13,11 @@ from scipy.stats import beta, binom
 from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.data.entities import Finder
-from tunesmith.data.made_up import MAKERS, SECRETS
-from tunesmith.data.originals import KEY, read_originals
-from tunesmith.data.planted import Measured, measure, probably_left, recall_at_least
-from tunesmith.data.privacy import Scanner
+from tunesmith.data.privacy.entities import Finder
+from tunesmith.data.privacy.originals import KEY, read_originals
+from tunesmith.data.privacy.recall_estimate import Measured, measure, probably_left, recall_at_least
+from tunesmith.data.privacy.scan import Scanner
+from tunesmith.data.privacy.synthetic_pii import MAKERS, SECRETS
 from tunesmith.data.settings import ENTITIES, MODEL_ENTITIES, Privacy
 
 PRIVATE = {"entities": ["EMAIL_ADDRESS", "SECRET"], "planted": 20}

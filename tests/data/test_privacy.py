@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.data import names
-from tunesmith.data.entities import ALL, RECOGNISERS, Finder
-from tunesmith.data.names import RECOMMENDED, Names
-from tunesmith.data.privacy import Scan, Scanner
-from tunesmith.data.privacy_evidence import _shipped, reference
+from tunesmith.data.privacy import names
+from tunesmith.data.privacy.entities import ALL, RECOGNISERS, Finder
+from tunesmith.data.privacy.evidence import _shipped, reference
+from tunesmith.data.privacy.names import RECOMMENDED, Names
+from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.settings import ENTITIES, Privacy
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from tests.data.rows import WORDS, build, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import UsageError
-from tunesmith.data import likeness
 from tunesmith.data.dataset import SPLITS, Dataset
-from tunesmith.data.quality import ALIKE, FLAGS, LANGUAGE, LONG, NOISE, REFUSING, examine_quality
+from tunesmith.data.quality import likeness
+from tunesmith.data.quality.quality import ALIKE, FLAGS, LANGUAGE, LONG, NOISE, REFUSING, examine_quality
 from tunesmith.store.store import Store
 
 

@@ -19,7 +19,7 @@ from tests.data.rows import build, many_rows, settings
 from tests.tiny import write_model
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.data.remote import fetch
+from tunesmith.data.sources.remote import fetch
 
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed (extra: s3)")
 pytest.importorskip("moto", reason="moto is not installed")

@@ -24,15 +24,15 @@ from hypothesis import strategies as st
 
 from tests.data.rows import build, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.data import shards
-from tunesmith.data.account import OUTSIDE_WORDING, WITHDRAWN
+from tunesmith.data.building import shards
+from tunesmith.data.building.account import OUTSIDE_WORDING, WITHDRAWN
+from tunesmith.data.building.shards import Local
 from tunesmith.data.dataset import SPLITS
-from tunesmith.data.originals import KEY, new_key, read_originals
-from tunesmith.data.readers import Part
+from tunesmith.data.governance.withdrawn import Withdrawn
+from tunesmith.data.privacy.originals import KEY, new_key, read_originals
 from tunesmith.data.settings import Source
-from tunesmith.data.shards import Local
-from tunesmith.data.sources import find_files, open_source
-from tunesmith.data.withdrawn import Withdrawn
+from tunesmith.data.sources.readers import Part
+from tunesmith.data.sources.sources import find_files, open_source
 
 
 def mixed(count: int) -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         self._base.execute("PRAGMA max_page_count = 20")
         return entered
 
-    from tunesmith.data.spill import Spill
+    from tunesmith.data.building.staging import Spill
 
     enter = Spill.__enter__
     monkeypatch.setattr(Spill, "__enter__", tight)
@@ -172,7 +172,7 @@ KILLED = """
     import sys, time
     from pathlib import Path
     from tests.data.rows import build, settings
-    from tunesmith.data import shards
+    from tunesmith.data.building import shards
 
     shards.SHARD_BYTES = 4000
     slow = lambda messages: time.sleep(0.05) or 1

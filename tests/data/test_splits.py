@@ -11,10 +11,18 @@ from hypothesis import strategies as st
 
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, example_id
-from tunesmith.data.duplicates import jaccard, near_text, request_text, shingles
-from tunesmith.data.groups import wording_group
 from tunesmith.data.settings import Split
-from tunesmith.data.splits import NEAR_HELD_OUT, NEAR_SAME_ANSWER, Leakage, Nearness, leakage, leaving, split_of
+from tunesmith.data.splitting.duplicates import jaccard, near_text, request_text, shingles
+from tunesmith.data.splitting.groups import wording_group
+from tunesmith.data.splitting.splits import (
+    NEAR_HELD_OUT,
+    NEAR_SAME_ANSWER,
+    Leakage,
+    Nearness,
+    leakage,
+    leaving,
+    split_of,
+)
 
 
 def example(request: str, answer: str = "ok", group: str = "g", source: str = "a.jsonl") -> Example:

@@ -16,11 +16,11 @@ from tests.data.rows import build, many_rows, row, settings, turns, write_jsonl
 from tests.data.test_formats import conversation, error
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, tools_of
-from tunesmith.data import formats
-from tunesmith.data.account import PRIVATE, SPOILT_CALL
-from tunesmith.data.build import dataset_document
+from tunesmith.data.building.account import PRIVATE, SPOILT_CALL
+from tunesmith.data.building.build import dataset_document
 from tunesmith.data.dataset import example_id
-from tunesmith.data.sources import Row
+from tunesmith.data.formats import formats
+from tunesmith.data.sources.sources import Row
 from tunesmith.store.store import Store
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "at": {"type": "string"}}, "required": ["city"]}

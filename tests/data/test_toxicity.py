@@ -10,8 +10,9 @@ import pytest
 
 from tests.data.rows import build, many_rows, row, write_jsonl
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.data import pinned, toxicity
-from tunesmith.data.quality import FLAGS, TOXIC, examine_quality
+from tunesmith.data import pinned
+from tunesmith.data.quality import toxicity
+from tunesmith.data.quality.quality import FLAGS, TOXIC, examine_quality
 from tunesmith.store.store import Store
 
 pytest.importorskip("profanity_check", reason="alt-profanity-check is not installed (extra: toxicity)")

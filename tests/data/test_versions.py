@@ -10,11 +10,11 @@ import pytest
 
 from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset
-from tunesmith.data.difference import difference, removed_sample
-from tunesmith.data.papers import croissant, datasheet
-from tunesmith.data.signoff import require_signed, sign_off, sign_offs
-from tunesmith.data.verify import verify_dataset
+from tunesmith.data.governance.cards import croissant, datasheet
+from tunesmith.data.governance.difference import difference, removed_sample
+from tunesmith.data.governance.signoff import require_signed, sign_off, sign_offs
 from tunesmith.store import audit, database, identities
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store

@@ -13,7 +13,7 @@ from tunesmith.candidates.candidate import Candidate, Retrieve, put_candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, encode_examples, encode_removed, example_id
-from tunesmith.evaluation.general import general_digest, general_questions
+from tunesmith.evaluation.probes.general import general_digest, general_questions
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

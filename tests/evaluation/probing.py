@@ -23,17 +23,17 @@ from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, example_id, load_dataset
 from tunesmith.data.settings import Privacy
-from tunesmith.evaluation.declared import make_scoring
-from tunesmith.evaluation.gates import Evidence, Finding, judge_gate
-from tunesmith.evaluation.probes.ground import ground_of
+from tunesmith.engines.native.engine import NativeEngine
+from tunesmith.evaluation.gates.gates import Evidence, Finding, judge_gate
+from tunesmith.evaluation.metrics.declared import make_scoring
+from tunesmith.evaluation.metrics.scorers import score
+from tunesmith.evaluation.probes.context import ground_of
 from tunesmith.evaluation.probes.items import ITEMS, by_arm, encode_items
 from tunesmith.evaluation.probes.measuring import Risk, measure
 from tunesmith.evaluation.probes.suites import ask, suite_of
-from tunesmith.evaluation.scorers import score
 from tunesmith.evaluation.scores import column
 from tunesmith.evaluation.settings import Probe
-from tunesmith.inference.embedded import EmbeddedEngine
-from tunesmith.models.base import BaseModel, resolve_base
+from tunesmith.models.base import Base, resolve_base
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.rows import training_rows
@@ -69,7 +69,7 @@ class Bench:
         return Store(self.folder / "store")
 
     @cached_property
-    def base(self) -> BaseModel:
+    def base(self) -> Base:
         if self.spec is not None:
             return resolve_base(self.store, self.spec, self.folder)
         folder = self.folder / "model"
@@ -79,8 +79,8 @@ class Bench:
         return resolve_base(self.store, str(folder), self.folder)
 
     @cached_property
-    def engine(self) -> EmbeddedEngine:
-        return EmbeddedEngine(self.base)
+    def engine(self) -> NativeEngine:
+        return NativeEngine(self.base)
 
     def dataset(self, learned: Sequence[Example], test: Sequence[Example], validation: Sequence[Example] = ()) -> str:
         """A dataset version of these rows."""

@@ -11,7 +11,7 @@ import pytest
 
 from tests.evaluation.fabricated import SCHEMA
 from tunesmith.core.errors import UsageError
-from tunesmith.evaluation.answer_schema import check_answer_schema, load_answer_schema, satisfies
+from tunesmith.evaluation.metrics.answer_schema import check_answer_schema, load_answer_schema, satisfies
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from tests.evaluation.fabricated import Fabricated
 from tests.evaluation.test_verdict import STANDARD
 from tunesmith.cli import evaluation as verbs
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
+from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.settings import GATES
-from tunesmith.evaluation.verdict import judge
 from tunesmith.store.store import Store
 
 PROJECT = """
@@ -64,7 +64,7 @@ def document(*arguments: str) -> tuple[int, dict[str, Any]]:
 def test_evaluate(project: Path, evaluation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(
-        "tunesmith.chain.evaluate", lambda _project, _progress, names: asked.append(names) or evaluation
+        "tunesmith.pipeline.evaluate", lambda _project, _progress, names: asked.append(names) or evaluation
     )
     code, found = document("evaluate", "-C", str(project))
     assert (code, found["evaluation"], found["n"]) == (0, evaluation, 120)
@@ -85,7 +85,7 @@ def test_gate(
 ) -> None:  # fmt: skip
     chosen = GATES.validate_python(gates)
     monkeypatch.setattr(
-        "tunesmith.chain.gate",
+        "tunesmith.pipeline.gate",
         lambda opened, _progress, who: judge(opened.store, evaluation=evaluation, candidate=who, gates=chosen),
     )
     assert document("gate", name, "-C", str(project))[1]["verdict"] == verdict

@@ -17,14 +17,14 @@ from tests.evaluation.fabricated import Fabricated, fabricate
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import load_dataset
-from tunesmith.evaluation.classification import calibration, classes
-from tunesmith.evaluation.declared import Answered, Declared, function_digests, make_scoring
 from tunesmith.evaluation.evaluate import evaluate
-from tunesmith.evaluation.judging import judge_answers, read_judged
-from tunesmith.evaluation.scorers import score
+from tunesmith.evaluation.gates.verdict import judge, replay
+from tunesmith.evaluation.metrics.classification import calibration, classes
+from tunesmith.evaluation.metrics.declared import Answered, Declared, function_digests, make_scoring
+from tunesmith.evaluation.metrics.judging import judge_answers, read_judged
+from tunesmith.evaluation.metrics.scorers import score
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import GATES, TaskSettings
-from tunesmith.evaluation.verdict import judge, replay
 
 DECLARED: TypeAdapter[Any] = TypeAdapter(Declared)
 

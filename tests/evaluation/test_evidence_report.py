@@ -15,11 +15,11 @@ from tunesmith.candidates.candidate import Candidate, RemoteModel
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.evaluate import Costs, evaluate
-from tunesmith.evaluation.judging import judge_answers
-from tunesmith.evaluation.markdown import report_markdown
+from tunesmith.evaluation.metrics.judging import judge_answers
 from tunesmith.evaluation.prices import break_even
-from tunesmith.evaluation.report import render
-from tunesmith.evaluation.report_data import report_data
+from tunesmith.evaluation.report.html import render
+from tunesmith.evaluation.report.markdown import report_markdown
+from tunesmith.evaluation.report.report_data import report_data
 from tunesmith.evaluation.settings import GATES, PriceSettings, TaskSettings
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.core.errors import Inconclusive
-from tunesmith.evaluation.general import general_questions, right_share
+from tunesmith.evaluation.probes.general import general_questions, right_share
 
 QUESTIONS = general_questions()
 LOGS = st.lists(st.floats(-2000, 0), min_size=4, max_size=4)

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 
 from tests.evaluation.fabricated import fabricate
 from tunesmith.core.errors import Inconclusive
-from tunesmith.evaluation.classification import (
+from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.verdict import judge, replay
+from tunesmith.evaluation.metrics.classification import (
     brier_interval,
     calibration,
     calibration_error_interval,
     classes,
     macro_f1_interval,
 )
-from tunesmith.evaluation.evaluate import evaluate
-from tunesmith.evaluation.labels import LABELS, Labelled, read_labels
+from tunesmith.evaluation.metrics.labels import LABELS, Labelled, read_labels
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import GATES, TaskSettings
-from tunesmith.evaluation.verdict import judge, replay
 
 WORD = st.sampled_from("abc")
 

@@ -14,11 +14,11 @@ import yaml
 from tests.evaluation.probing import Bench, row
 from tests.evaluation.test_probe_items import ground
 from tunesmith.core.errors import UsageError
+from tunesmith.engines.native import engine as embedded
+from tunesmith.engines.native.engine import NativeEngine
+from tunesmith.engines.native.network.weights import load_network
+from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.probes.harness import lm_eval_items
-from tunesmith.inference import embedded
-from tunesmith.inference.embedded import EmbeddedEngine
-from tunesmith.inference.engine import Question
-from tunesmith.models.weights import load_network
 
 WORDS = ("light", "fan", "heater", "radio", "lamp", "blind", "oven", "door")
 TASK: dict[str, Any] = {
@@ -65,7 +65,7 @@ def test_scores_are_those_of_the_harness_s_own_backend(
     items = lm_eval_items(ground(path=folder))
     # fp32, so that what differs is a mistake and not rounding.
     monkeypatch.setattr(embedded, "load_network", lambda folder: load_network(folder, torch.float32))
-    ours = EmbeddedEngine(bench.base).choose([Question(item.messages, item.choices) for item in items])
+    ours = NativeEngine(bench.base).choose([Question(item.messages, item.choices) for item in items])
     # Our answers end their turn; the harness's do where a choice says so.
     ended = {
         **TASK,

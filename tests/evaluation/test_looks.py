@@ -21,9 +21,9 @@ from tests.evaluation.fabricated import (
 from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.evaluate import evaluate
-from tunesmith.evaluation.looks import ACTION, looks_taken, record_evaluation, take_look
+from tunesmith.evaluation.gates.test_set_uses import ACTION, looks_taken, record_evaluation, take_look
+from tunesmith.evaluation.gates.verdict import judge, verdict_document
 from tunesmith.evaluation.settings import GATES
-from tunesmith.evaluation.verdict import judge, verdict_document
 from tunesmith.registry.history import verify_log
 from tunesmith.store import audit, database
 from tunesmith.store.identities import acting

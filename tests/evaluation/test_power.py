@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tunesmith.core.errors import UsageError
-from tunesmith.evaluation.power import Grouping, _tail, grouping_of, lift_power, plan_lift, smallest_lift
-from tunesmith.evaluation.statistics import interval, intervals
+from tunesmith.evaluation.stats.power import Grouping, _tail, grouping_of, lift_power, plan_lift, smallest_lift
+from tunesmith.evaluation.stats.statistics import interval, intervals
 
 
 @settings(max_examples=60)

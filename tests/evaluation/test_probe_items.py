@@ -10,8 +10,8 @@ from tests.evaluation.probing import row
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.probes.bias import bbq_items, crows_pairs_items, swap_items
+from tunesmith.evaluation.probes.context import Ground, digest_path
 from tunesmith.evaluation.probes.drift import PERTURBATIONS, general_text_items, robustness_items
-from tunesmith.evaluation.probes.ground import Ground, digest_path
 from tunesmith.evaluation.probes.items import Item
 from tunesmith.evaluation.probes.memory import extraction_items, personal_items
 

@@ -11,9 +11,9 @@ import pytest
 from tests.evaluation.probing import Bench, codes, merged, row
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.data.dataset import Example, load_dataset
-from tunesmith.evaluation.general import general_questions
+from tunesmith.engines.protocol import Question
+from tunesmith.evaluation.probes.general import general_questions
 from tunesmith.evaluation.probes.numbers import exposure_interval
-from tunesmith.inference.engine import Question
 from tunesmith.training.canaries import SOURCE, canaries, plant
 from tunesmith.training.rows import training_rows
 from tunesmith.training.settings import CanarySettings, TrainSettings

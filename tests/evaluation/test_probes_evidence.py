@@ -16,14 +16,14 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
 from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.verdict import judge, replay, verdict_document
 from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.items import ITEMS, MEASUREMENTS, Item, by_arm, encode_items
 from tunesmith.evaluation.probes.judging import Case, judge_probe
 from tunesmith.evaluation.probes.measuring import Risk
 from tunesmith.evaluation.scores import column
 from tunesmith.evaluation.settings import GATES, PROBES
-from tunesmith.evaluation.statistics import Interval
-from tunesmith.evaluation.verdict import judge, replay, verdict_document
+from tunesmith.evaluation.stats.statistics import Interval
 from tunesmith.store.records import Record
 
 TEXT = {"probe": "general_text", "at_most": 0.1}

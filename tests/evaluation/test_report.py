@@ -15,13 +15,13 @@ from tests.evaluation.fabricated import SCHEMA, Fabricated, add, answer_lines, f
 from tests.evaluation.test_verdict import STANDARD
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive
-from tunesmith.evaluation import plots
 from tunesmith.evaluation.evaluate import evaluate
-from tunesmith.evaluation.report import render, report_html
-from tunesmith.evaluation.report_data import release_trail, report_data
+from tunesmith.evaluation.gates.verdict import judge
+from tunesmith.evaluation.report import plots
+from tunesmith.evaluation.report.html import render, report_html
+from tunesmith.evaluation.report.report_data import release_trail, report_data
+from tunesmith.evaluation.report.wording import detail_text, expected, percent, points, visible
 from tunesmith.evaluation.settings import GATES
-from tunesmith.evaluation.verdict import judge
-from tunesmith.evaluation.wording import detail_text, expected, percent, points, visible
 from tunesmith.store.records import Record
 
 HOSTILE = (

@@ -14,11 +14,11 @@ from tests.evaluation.fabricated import SCHEMA, Fabricated
 from tests.evaluation.test_probes_evidence import ASKED, kept
 from tests.evaluation.test_report import STANDARD, check_whole, verdict_of
 from tunesmith.evaluation.evaluate import evaluate
-from tunesmith.evaluation.markdown import report_markdown
 from tunesmith.evaluation.probes.items import Item
 from tunesmith.evaluation.probes.measuring import Risk
-from tunesmith.evaluation.report import render
-from tunesmith.evaluation.report_data import report_data
+from tunesmith.evaluation.report.html import render
+from tunesmith.evaluation.report.markdown import report_markdown
+from tunesmith.evaluation.report.report_data import report_data
 from tunesmith.evaluation.settings import PROBES
 
 PROBE_GATES: dict[str, Any] = {

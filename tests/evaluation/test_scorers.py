@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.evaluation.fabricated import SCHEMA
 from tunesmith.core.errors import UsageError
-from tunesmith.evaluation.scorers import SCORERS, NotJson, read_json, score
+from tunesmith.evaluation.metrics.scorers import SCORERS, NotJson, read_json, score
 
 NUMBERS = st.integers(-(2**40), 2**40) | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tunesmith.core.errors import Inconclusive
-from tunesmith.evaluation import statistics
-from tunesmith.evaluation.statistics import (
+from tunesmith.evaluation.stats import statistics
+from tunesmith.evaluation.stats.statistics import (
     confidence_at_look,
     effective_groups,
     interval,

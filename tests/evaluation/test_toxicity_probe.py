@@ -13,17 +13,17 @@ from tests.evaluation.fabricated import SCHEMA, Fabricated, fabricate
 from tests.evaluation.probing import Bench, row
 from tests.evaluation.test_probes_catch import HARD, commands
 from tunesmith.core.digests import canonical
-from tunesmith.data import toxicity
+from tunesmith.data.quality import toxicity
 from tunesmith.evaluation.evaluate import evaluate
-from tunesmith.evaluation.markdown import report_markdown
+from tunesmith.evaluation.gates.verdict import judge, replay, verdict_document
 from tunesmith.evaluation.probes.items import ITEMS, encode_items
 from tunesmith.evaluation.probes.measuring import Risk
 from tunesmith.evaluation.probes.suites import suite_of
 from tunesmith.evaluation.probes.toxic import rated, toxicity_items
-from tunesmith.evaluation.report import render
-from tunesmith.evaluation.report_data import report_data
+from tunesmith.evaluation.report.html import render
+from tunesmith.evaluation.report.markdown import report_markdown
+from tunesmith.evaluation.report.report_data import report_data
 from tunesmith.evaluation.settings import GATES
-from tunesmith.evaluation.verdict import judge, replay, verdict_document
 from tunesmith.store.records import Record
 
 pytest.importorskip("profanity_check", reason="alt-profanity-check is not installed")

@@ -16,8 +16,8 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.verdict import judge, replay, verdict_document, verdict_record
 from tunesmith.evaluation.settings import GATES, Gates
-from tunesmith.evaluation.verdict import judge, replay, verdict_document, verdict_record
 from tunesmith.store.store import Store
 
 STANDARD = {

@@ -10,10 +10,10 @@ import torch
 
 from tests.tiny import write_model
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.engines.native.network.network import GROUPS
+from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.base import open_base, resolve_base
-from tunesmith.models.network import GROUPS
 from tunesmith.models.rendering import Renderer
-from tunesmith.models.weights import load_network
 from tunesmith.store.store import Store
 from tunesmith.training.settings import TARGETS
 

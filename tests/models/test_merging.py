@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from tests.tiny import FAMILIES, write_model
 from tunesmith.core.errors import Refused
-from tunesmith.models.gguf_file import FILE, check_offered, write_gguf
-from tunesmith.models.merging import write_merged
+from tunesmith.models.export.gguf import FILE, check_offered, write_gguf
+from tunesmith.models.export.merging import write_merged
 
 IDS = torch.randint(0, 290, (2, 19), generator=torch.Generator().manual_seed(0))
 NOT_AS_GGUF = {

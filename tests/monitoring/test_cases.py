@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from tunesmith.cli import cases as verbs
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.data.build import build_dataset
+from tunesmith.data.building.build import build_dataset
+from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.settings import DataSettings, Split
-from tunesmith.data.verify import verify_dataset
 from tunesmith.monitoring.cases import Case, add_cases, drop_cases, list_cases, put_case
 from tunesmith.store import audit, database
 from tunesmith.store.identities import acting, add_user
@@ -172,7 +172,7 @@ def _call(*arguments: str) -> tuple[int, str]:
 
 
 def test_the_verbs(tmp_path: Path) -> None:
-    from tests.chain.scene import settings
+    from tests.pipeline.scene import settings
 
     (tmp_path / "tunesmith.yaml").write_text(yaml.safe_dump(settings()))
     store = Store(tmp_path / ".tunesmith")

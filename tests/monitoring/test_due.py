@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.rollout.scene import APPROVER, NAME, OPERATOR, STEWARD, Scene, example, put_dataset
 from tunesmith.data.dataset import load_dataset
-from tunesmith.monitoring.due import Due, list_due
+from tunesmith.monitoring.pending_retrains import Due, list_due
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry.approvals import approve
 from tunesmith.registry.versions import Version

@@ -7,8 +7,8 @@ import pytest
 from tests.rollout.scene import NAME, OPERATOR, OWNER, STEWARD, Scene, example, put_dataset
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
-from tunesmith.monitoring.aftermath import check_gone
 from tunesmith.monitoring.recall import Cause, recall
+from tunesmith.monitoring.recall_status import check_gone
 from tunesmith.registry.versions import Version, verified_copy
 from tunesmith.rollout.controller import advance, start
 from tunesmith.rollout.settings import RolloutSettings

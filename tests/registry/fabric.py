@@ -12,9 +12,9 @@ from safetensors.numpy import save
 
 from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.digests import canonical, digest_bytes
+from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.settings import GATES
-from tunesmith.evaluation.verdict import judge
-from tunesmith.registry.adapters import CONFIG, WEIGHTS
+from tunesmith.models.adapter_files import CONFIG, WEIGHTS
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

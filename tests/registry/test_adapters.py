@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from tests.registry.fabric import FINGERPRINT, RANK, WIDTH, adapter_config, adapter_tensors, encode
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused
-from tunesmith.registry.adapters import CONFIG, WEIGHTS, AdapterFacts, check_adapter
+from tunesmith.models.adapter_files import CONFIG, WEIGHTS, AdapterFacts, check_adapter
 
 BASE = digest_bytes(b"base")
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"

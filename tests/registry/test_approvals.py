@@ -12,10 +12,10 @@ from tests.registry.fabric import Chain, fabricate
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.registry import keys
 from tunesmith.registry.approvals import approve, require_approved
-from tunesmith.registry.attestations import ENVELOPE, Approval, seal, statement_of
 from tunesmith.registry.history import verify_log
+from tunesmith.registry.signing import keys
+from tunesmith.registry.signing.attestations import ENVELOPE, Approval, seal, statement_of
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version, register
 from tunesmith.store import audit, database, identities

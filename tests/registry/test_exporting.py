@@ -14,12 +14,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from tests.chain.scene import settings, write_project
+from tests.pipeline.scene import settings, write_project
 from tunesmith.api import Project
 from tunesmith.cli.main import app
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
-from tunesmith.models import merging
+from tunesmith.models.export import merging
 from tunesmith.store import audit, database, identities
 
 IDS = torch.randint(0, 290, (1, 21), generator=torch.Generator().manual_seed(0))
@@ -94,7 +94,7 @@ def test_an_export_is_compared_recorded_and_shown(name: str, approved: Path, tmp
     assert equality["export"]["max_difference"] < case.largest
     assert equality["adapter_moves"]["max_difference"] > 10 * equality["export"]["max_difference"]
     assert equality["served"]["max_difference"] < 0.1
-    assert equality["engine"] == "embedded"
+    assert equality["engine"] == "native"
     provenance = json.loads((folder / "tunesmith.json").read_text())
     version = _run(approved, "show", "tiny@v1")
     assert (provenance["version"], provenance["digest"]) == ("tiny@v1", version["digest"])
@@ -173,7 +173,7 @@ def test_an_export_that_is_not_what_was_measured_is_refused(
 def test_an_adapter_too_small_to_be_missed_decides_nothing(
     approved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunesmith.inference import equality
+    from tunesmith.engines.native import export_check as equality
 
     monkeypatch.setattr(equality, "TOLERANCE", {"bf16": {"max": 1e6, "mean": 1e6}})
     with pytest.raises(Inconclusive, match="a lost adapter would not be seen"):

@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.registry import keys
 from tunesmith.registry.approvals import approve, require_approved
+from tunesmith.registry.signing import keys
 from tunesmith.registry.versions import Version
 from tunesmith.store import identities
 from tunesmith.store.store import Store

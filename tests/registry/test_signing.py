@@ -16,8 +16,8 @@ from securesystemslib.signer import CryptoSigner
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused
-from tunesmith.registry import keys
-from tunesmith.registry.signing import private_copy, verify_signature
+from tunesmith.registry.signing import keys
+from tunesmith.registry.signing.signatures import private_copy, verify_signature
 from tunesmith.registry.versions import Version
 from tunesmith.store import identities
 from tunesmith.store.store import Store

@@ -10,9 +10,9 @@ import textwrap
 import pytest
 
 from tests.registry.fabric import Chain
-from tunesmith.registry import keys
 from tunesmith.registry.approvals import approve, require_approved
 from tunesmith.registry.history import verify_log
+from tunesmith.registry.signing import keys
 from tunesmith.registry.versions import list_versions, register, verify_version
 from tunesmith.store.store import Store
 

@@ -28,9 +28,11 @@ from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.registry import release, signing, versions
-from tunesmith.registry.adapters import CONFIG, WEIGHTS
+from tunesmith.models.adapter_files import CONFIG, WEIGHTS
+from tunesmith.registry import versions
 from tunesmith.registry.aliases import set_alias
+from tunesmith.registry.signing import release
+from tunesmith.registry.signing import signatures as signing
 from tunesmith.registry.versions import (
     Version,
     list_versions,

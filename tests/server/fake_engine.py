@@ -9,7 +9,7 @@ from pathlib import Path
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.inference.engine import Completion, Generation, Question, Scored, Streamed, TokenScore
+from tunesmith.engines.protocol import Completion, Generation, Question, Scored, Streamed, TokenScore
 
 VALID = '{"intent": "on"}'
 

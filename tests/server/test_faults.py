@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.rollout.scene import NAME, Scene
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import VALID, FakeEngine
-from tunesmith.inference.engine import Completion
+from tunesmith.engines.protocol import Completion
 from tunesmith.registry.versions import Version
 from tunesmith.store import database
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.rollout.scene import NAME, OPERATOR, OWNER, build_scene
 from tests.tiny import write_model
-from tunesmith.chain import Chain
+from tunesmith.pipeline import Chain
 from tunesmith.project import Project
 from tunesmith.rollout.controller import start
 from tunesmith.rollout.settings import DEFAULT_STEPS

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from tunesmith.core.messages import Message
-from tunesmith.models.base import BaseModel, resolve_base
+from tunesmith.models.base import Base, resolve_base
 from tunesmith.store.store import Store
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "home_intents"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     folder = tmp_path_factory.mktemp("base")
     return resolve_base(Store(folder), BASE, folder)
 
@@ -67,21 +67,21 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_gguf_became_a_plain_base(base: BaseModel) -> None:
+def test_the_gguf_became_a_plain_base(base: Base) -> None:
     assert {path.name for path in base.folder.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
     assert "quantization_config" not in json.loads((base.folder / "config.json").read_text())
     assert base.family == "llama"
     assert base.context_length == 8192
 
 
-def test_logits_are_those_of_transformers(base: BaseModel) -> None:
+def test_logits_are_those_of_transformers(base: Base) -> None:
     from transformers import AutoModelForCausalLM
 
-    from tunesmith.models.attention import shared_prefix_attention
-    from tunesmith.models.batch import lay_out
-    from tunesmith.models.network import forward, frozen_linear, logits
+    from tunesmith.engines.batch import lay_out
+    from tunesmith.engines.native.network.attention import shared_prefix_attention
+    from tunesmith.engines.native.network.network import forward, frozen_linear, logits
+    from tunesmith.engines.native.network.weights import load_network
     from tunesmith.models.rendering import Renderer
-    from tunesmith.models.weights import load_network
 
     renderer = Renderer(base.folder)
     rows = [
@@ -131,17 +131,17 @@ def test_a_copy_of_the_store_verifies_and_one_changed_byte_does_not(released: Pa
     assert tunesmith(copy, "verify", "home-intents@v1")["ok"]
 
 
-def test_peft_loads_the_adapter_and_answers_alike(released: Path, base: BaseModel, tmp_path: Path) -> None:
+def test_peft_loads_the_adapter_and_answers_alike(released: Path, base: Base, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from tunesmith.inference.embedded import EmbeddedEngine
-    from tunesmith.inference.engine import Question
+    from tunesmith.engines.native.engine import NativeEngine
+    from tunesmith.engines.protocol import Question
 
     version = released / ".tunesmith" / "versions" / "home-intents" / "v1"
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(version / name, tmp_path / name)
-    engine = EmbeddedEngine(base)
+    engine = NativeEngine(base)
     engine.load_adapter("tuned", tmp_path)
     asked = (
         Message(role="system", content=(released / "prompts" / "short.txt").read_text().strip()),

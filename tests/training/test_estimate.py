@@ -11,19 +11,19 @@ import torch
 from tests.tiny import row, write_model
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.threads import wanted_threads
-from tunesmith.models import runtime
-from tunesmith.models.batch import lay_out
-from tunesmith.models.network import Network
+from tunesmith.engines.batch import lay_out
+from tunesmith.engines.native import runtime
+from tunesmith.engines.native.adapters.full import Full
+from tunesmith.engines.native.adapters.lora import Lora
+from tunesmith.engines.native.network.network import Network
+from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.rendering import Renderer
-from tunesmith.models.weights import load_network
-from tunesmith.training.batches import lay_out_step
+from tunesmith.training.batch_plan import lay_out_step
 from tunesmith.training.estimate import Needs, check_disk, check_room, estimate, step_bytes
-from tunesmith.training.full import Full
-from tunesmith.training.loop import Step, gradients
-from tunesmith.training.lora import Lora
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.speed import matrix_limit, step_flops
 from tunesmith.training.trainable import Trainable
+from tunesmith.training.trainer import Step, gradients
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from tests.chain.scene import write_project
+from tests.pipeline.scene import write_project
 from tests.tiny import row, write_model
 from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import SILENT
+from tunesmith.engines.native.adapters.lora import Lora
+from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.rendering import Renderer
-from tunesmith.models.weights import load_network
-from tunesmith.training import rate
-from tunesmith.training.batches import lay_out_step
-from tunesmith.training.lora import Lora
+from tunesmith.training import range_test as rate
+from tunesmith.training.batch_plan import lay_out_step
 from tunesmith.training.settings import TrainSettings
 
 TRAIN = {"rank": 2, "batch": 8}
@@ -96,7 +96,7 @@ def test_it_is_refused_for_what_is_not_trained_and_with_restart(tmp_path: Path, 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_it_ends_where_the_loss_runs_away(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith.training.full import Full
+    from tunesmith.engines.native.adapters.full import Full
 
     folder = write_model(tmp_path / "model")
     renderer, network = Renderer(folder), load_network(folder)

@@ -19,14 +19,15 @@ from tests.tiny import row, write_model
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.progress import SILENT, Progress, Silent, Task
-from tunesmith.models import native, runtime
+from tunesmith.engines.batch import label_count
+from tunesmith.engines.native import kernels as native
+from tunesmith.engines.native import runtime
 from tunesmith.models.base import resolve_base
-from tunesmith.models.batch import label_count
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training import loop
-from tunesmith.training.batches import lay_out_validation
+from tunesmith.training import trainer as loop
+from tunesmith.training.batch_plan import lay_out_validation
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.train import TrainingRow, train
 
@@ -289,7 +290,7 @@ def test_what_is_no_number_later_on_leaves_the_checkpoint_before_it(
 
     with monkeypatch.context() as patch:
         # The estimate's own steps are not counted: they go by another name.
-        patch.setattr(loop.Run, "compute", lambda self: spoilt(self.network, self.trained, self.due))
+        patch.setattr(loop.Trainer, "compute", lambda self: spoilt(self.network, self.trained, self.due))
         if what == "validation":
             patch.setattr(
                 loop, "validation_loss", lambda *told: float("nan") if calls == 60 else validation_loss(*told)

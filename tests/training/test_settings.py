@@ -37,8 +37,6 @@ candidates:
         ("{clip: .inf}", "finite number"),
         ("{rnak: 8}", "did you mean 'rank'?"),
         ("{loss_on: everything}", "'assistant', 'last' or 'all'"),
-        ("{quantize: 4bit, dora: true}", "quantize: 4bit cannot be combined with dora"),
-        ("{quantize: 8bit}", "'4bit'"),
     ],
 )
 def test_a_setting_that_cannot_be_is_told_by_its_name_before_any_work(

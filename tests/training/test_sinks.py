@@ -13,14 +13,14 @@ from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from tests.chain.scene import settings, write_project
+from tests.pipeline.scene import settings, write_project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Silent
 from tunesmith.store.store import Store
-from tunesmith.training.loop import Course, Run
 from tunesmith.training.settings import MetricsSettings
 from tunesmith.training.sinks import Follower, Point, follower, points
+from tunesmith.training.trainer import Trainer, TrainerState
 
 Series = dict[str, list[tuple[int, float]]]
 TRAIN = {"rank": 2, "batch": 8, "epochs": 2, "checkpoint_seconds": 1e-9, "validations": 2}
@@ -75,20 +75,23 @@ def test_killed_and_carried_on_each_point_is_there_once_and_the_bytes_are_the_sa
     alone = _train(_project(tmp_path / "alone", None))
     metrics, read = _kinds(tmp_path)[kind]
     project = _project(tmp_path / "p", metrics)
-    save, follow = Run.save, Follower.follow
+    save, follow = Trainer.save, Follower.follow
 
-    def dies_before_it_is_shown(shown: Follower, course: Course) -> None:
+    def dies_before_it_is_shown(shown: Follower, course: TrainerState) -> None:
         if course.step == 5:
             raise _Killed
         follow(shown, course)
 
-    def dies_before_a_checkpoint(run: Run) -> None:
+    def dies_before_a_checkpoint(run: Trainer) -> None:
         if run.course.step == 9:
             run._follow(run.course)  # the sink is ahead of the newest checkpoint
             raise _Killed
         save(run)
 
-    for owner, name, dies in ((Follower, "follow", dies_before_it_is_shown), (Run, "save", dies_before_a_checkpoint)):
+    for owner, name, dies in (
+        (Follower, "follow", dies_before_it_is_shown),
+        (Trainer, "save", dies_before_a_checkpoint),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, dies)
             with pytest.raises(_Killed):
@@ -163,7 +166,7 @@ def test_a_place_that_cannot_be_is_refused_and_one_that_fails_later_is_told(tmp_
 
         def finish(self) -> None: ...
 
-    sink, course = Broken(), Course()
+    sink, course = Broken(), TrainerState()
     shown = Follower(sink, Heard())
     for step in (1, 2, 3):
         course.curve.append({"step": step, "loss": 1.0 / step, "learning_rate": 0.1, "tokens": 8, "seconds": 1.0})

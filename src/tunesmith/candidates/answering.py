@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Protocol
 
+from tunesmith.candidates.baselines import last_request, make_floor
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.endpoint import Endpoint
-from tunesmith.candidates.floor import last_request, make_floor
 from tunesmith.candidates.retrieval import Embed, Index, example_index
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.errors import UsageError
@@ -17,7 +17,7 @@ from tunesmith.core.messages import Message, tools_of, with_tools
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.data.documents import Documents, Passage
-from tunesmith.inference.engine import Completion, Engine, Generation, Streamed
+from tunesmith.engines.protocol import Completion, Engine, Generation, Streamed
 from tunesmith.store.store import Store
 
 _REMEMBERED = 512

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.candidates.answering import Answerer
+from tunesmith.candidates.baselines import Confident
 from tunesmith.candidates.endpoint import RemoteCompletion
-from tunesmith.candidates.floor import Confident
 from tunesmith.core.digests import canonical
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import Example
-from tunesmith.inference.engine import Completion
+from tunesmith.engines.protocol import Completion
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

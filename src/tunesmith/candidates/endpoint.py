@@ -20,7 +20,7 @@ from tunesmith.core.clock import now
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.inference.engine import Completion, Generation
+from tunesmith.engines.protocol import Completion, Generation
 
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 30.0  # seconds between two tries, whatever the endpoint asks for

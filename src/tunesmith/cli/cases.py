@@ -43,7 +43,7 @@ def add(
 ) -> None:
     """Write the cases that wait to a source file, each with where it comes from; `data build` then takes them in."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.data.licences import permitted
+    from tunesmith.data.governance.licences import permitted
     from tunesmith.monitoring.cases import add_cases, list_cases
     from tunesmith.project import open_project
 
@@ -85,7 +85,7 @@ def drop(
 
 
 def _draw(console: Console, cases: list[dict[str, Any]]) -> None:
-    from tunesmith.evaluation.wording import visible
+    from tunesmith.evaluation.report.wording import visible
 
     for case in cases:
         scores = ", ".join(f"{metric} {value:.2f}" for metric, value in case["scores"].items())

@@ -26,21 +26,21 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Talk to a candidate of the project, or to a registered version (verified before it is loaded)."""
-    from tunesmith import chain
+    from tunesmith import pipeline
     from tunesmith.candidates.answering import Answerer
     from tunesmith.candidates.candidate import load_candidate
     from tunesmith.core.digests import is_digest
     from tunesmith.core.errors import UsageError
     from tunesmith.core.messages import Message
-    from tunesmith.inference.engine import Completion
+    from tunesmith.engines.protocol import Completion
     from tunesmith.project import open_project
     from tunesmith.registry.versions import resolve, verified_copy
 
     project = open_project(directory)
-    walk = chain.Chain(project, Terminal())
+    walk = pipeline.Chain(project, Terminal())
     with contextlib.ExitStack() as stack:
         if who in project.settings.candidates:
-            answerer = chain.answerer(walk, load_candidate(project.store, chain.candidate(walk, who)))
+            answerer = pipeline.answerer(walk, load_candidate(project.store, pipeline.candidate(walk, who)))
         elif "@" not in who and not is_digest("sha256:" + who.removeprefix("sha256:").ljust(64, "0")):
             walk.settings_of(who)  # says which candidates there are
             return

@@ -36,20 +36,20 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Read, check, clean, split and seal the project's sources."""
-    from tunesmith import chain
+    from tunesmith import pipeline
     from tunesmith.core.errors import UsageError
-    from tunesmith.data.build import dataset_document
+    from tunesmith.data.building.build import dataset_document
     from tunesmith.project import open_project
 
     if engine not in ("local", "ray"):
         raise UsageError(f"there is no engine {engine!r}", where="--engine", fix="local or ray")
     shards = None
     if engine == "ray":
-        from tunesmith.data.on_ray import OnRay
+        from tunesmith.data.building.ray_runner import OnRay
 
         shards = OnRay()
     project = open_project(directory)
-    document = dataset_document(project.store, chain.build_data(project, Terminal(), shards))
+    document = dataset_document(project.store, pipeline.build_data(project, Terminal(), shards))
     emit(document, as_json, lambda console: _show_account(document, console))
 
 
@@ -61,7 +61,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """The account of a dataset version and its first rows."""
-    from tunesmith.data.build import dataset_document
+    from tunesmith.data.building.build import dataset_document
     from tunesmith.data.dataset import load_dataset
     from tunesmith.project import open_store
 
@@ -87,7 +87,7 @@ def show(
 def verify(dataset: _Digest = None, directory: Directory = HERE, as_json: Json = False) -> None:
     """Recompute a dataset version's digests, counts and leakage proof; exit 3 where anything differs."""
     from tunesmith.core.digests import short
-    from tunesmith.data.verify import verify_dataset
+    from tunesmith.data.building.verify import verify_dataset
     from tunesmith.project import open_store
 
     store = open_store(directory)
@@ -112,8 +112,8 @@ def originals(
 ) -> None:
     """What the pseudonyms stand for, where data.privacy.originals keeps it and you have the key."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.data.originals import new_key as make_key
-    from tunesmith.data.originals import read_originals
+    from tunesmith.data.privacy.originals import new_key as make_key
+    from tunesmith.data.privacy.originals import read_originals
     from tunesmith.project import open_project
 
     if new_key:

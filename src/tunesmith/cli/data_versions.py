@@ -29,7 +29,7 @@ def register(data: typer.Typer) -> None:
 
 def diff(before: _Version, after: _Version, directory: Directory = HERE, as_json: Json = False) -> None:
     """What became of a dataset version from one to the next: rows, splits, licences, balance."""
-    from tunesmith.data.difference import difference
+    from tunesmith.data.governance.difference import difference
     from tunesmith.project import open_store
 
     store = open_store(directory)
@@ -45,7 +45,7 @@ def removed(
 ) -> None:
     """A sample of the rows that were left out, for each reason, read from the sources again."""
     from tunesmith.data.dataset import load_dataset
-    from tunesmith.data.difference import removed_sample
+    from tunesmith.data.governance.difference import removed_sample
     from tunesmith.project import open_store
 
     store = open_store(directory)
@@ -65,8 +65,8 @@ def removed(
 def datasheet(dataset: _Version, output: _Output = None, directory: Directory = HERE, as_json: Json = False) -> None:
     """A datasheet in Markdown."""
     from tunesmith.data.dataset import load_dataset
-    from tunesmith.data.papers import datasheet as written
-    from tunesmith.data.signoff import sign_offs
+    from tunesmith.data.governance.cards import datasheet as written
+    from tunesmith.data.governance.signoff import sign_offs
     from tunesmith.project import open_store
 
     store = open_store(directory)
@@ -78,7 +78,7 @@ def datasheet(dataset: _Version, output: _Output = None, directory: Directory = 
 def croissant(dataset: _Version, output: _Output = None, directory: Directory = HERE, as_json: Json = False) -> None:
     """Croissant 1.0 metadata (JSON-LD)."""
     from tunesmith.data.dataset import load_dataset
-    from tunesmith.data.papers import croissant as described
+    from tunesmith.data.governance.cards import croissant as described
     from tunesmith.project import open_store
 
     store = open_store(directory)
@@ -96,7 +96,7 @@ def sign(
 ) -> None:
     """Stand behind a dataset version as its steward: verified first, entered in the audit log."""
     from tunesmith.core.digests import short
-    from tunesmith.data.signoff import sign_off
+    from tunesmith.data.governance.signoff import sign_off
     from tunesmith.project import open_store
     from tunesmith.store.identities import acting
 
@@ -124,7 +124,7 @@ def quality(
 ) -> None:
     """Flag rows that a person should look at; drops none. Kept as a record beside the dataset version."""
     from tunesmith.data.dataset import load_dataset
-    from tunesmith.data.quality import FLAGS, examine_quality
+    from tunesmith.data.quality.quality import FLAGS, examine_quality
     from tunesmith.project import open_store
 
     store = open_store(directory)

@@ -41,13 +41,13 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say before a run what the test rows can show, and how many it takes to see a lift."""
-    from tunesmith import chain
+    from tunesmith import pipeline
     from tunesmith.core.errors import UsageError
     from tunesmith.project import open_project
 
     if differing is not None and between is not None:
         raise UsageError("the share that differs is either given or measured", fix="leave one of the options out")
-    document = chain.plan(chain.Chain(open_project(directory), Terminal()), lift, differing, between or ())
+    document = pipeline.plan(pipeline.Chain(open_project(directory), Terminal()), lift, differing, between or ())
     emit(document, as_json, lambda console: show_plan(console, document))
 
 
@@ -57,12 +57,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure candidates on the same held-out rows."""
-    from tunesmith import chain
+    from tunesmith import pipeline
     from tunesmith.evaluation.evaluate import evaluation_document
     from tunesmith.project import open_project
 
     project = open_project(directory)
-    document = evaluation_document(project.store, chain.evaluate(project, Terminal(), names or None))
+    document = evaluation_document(project.store, pipeline.evaluate(project, Terminal(), names or None))
     emit(document, as_json, lambda console: show_evaluation(console, document))
 
 
@@ -72,12 +72,12 @@ def gate(
     as_json: Json = False,
 ) -> None:
     """Hold the gates against a candidate. Exits with 0 for pass, 3 for fail, 4 for inconclusive."""
-    from tunesmith import chain
-    from tunesmith.evaluation.verdict import verdict_document
+    from tunesmith import pipeline
+    from tunesmith.evaluation.gates.verdict import verdict_document
     from tunesmith.project import open_project
 
     project = open_project(directory)
-    document = verdict_document(project.store, chain.gate(project, Terminal(), name))
+    document = verdict_document(project.store, pipeline.gate(project, Terminal(), name))
     emit(document, as_json, lambda console: show_verdict(console, document))
     raise typer.Exit(_EXITS[document["verdict"]])
 
@@ -126,9 +126,9 @@ def report(
     """Write the evidence as one HTML page; with --json print what it is made of (and write only --output)."""
     from tunesmith.core.errors import UsageError
     from tunesmith.core.files import write_atomic
-    from tunesmith.evaluation.markdown import report_markdown
-    from tunesmith.evaluation.report import render
-    from tunesmith.evaluation.report_data import release_trail, report_data
+    from tunesmith.evaluation.report.html import render
+    from tunesmith.evaluation.report.markdown import report_markdown
+    from tunesmith.evaluation.report.report_data import release_trail, report_data
     from tunesmith.project import open_project
 
     project = open_project(directory)
@@ -155,7 +155,7 @@ def show_evaluation(console: Console, document: Mapping[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from tunesmith.evaluation.wording import money
+    from tunesmith.evaluation.report.wording import money
 
     primary, candidates = document["primary"], document["candidates"]
     metrics = list(next(iter(candidates.values())))
@@ -189,7 +189,7 @@ def show_evaluation(console: Console, document: Mapping[str, Any]) -> None:
 def show_plan(console: Console, document: Mapping[str, Any]) -> None:
     """Each comparing gate: what these rows can show, and how many would show what is hoped for."""
     from tunesmith.evaluation.planning import plan_sentence
-    from tunesmith.evaluation.wording import points
+    from tunesmith.evaluation.report.wording import points
 
     for gate in document["gates"]:
         console.print(plan_sentence(document, gate), markup=False)
@@ -308,7 +308,7 @@ def _show_report(console: Console, data: Mapping[str, Any], target: Path | None)
 
 def _reported(project: Project, version: str | None) -> tuple[str, str | None, str | None]:
     """Digests of the evaluation, verdict and version that a report is about."""
-    from tunesmith import chain
+    from tunesmith import pipeline
 
     if version is not None:
         from tunesmith.registry.versions import resolve
@@ -316,7 +316,7 @@ def _reported(project: Project, version: str | None) -> tuple[str, str | None, s
         found = resolve(project.store, version)
         return found.evaluation, found.verdict, found.digest
     evaluation = _latest_evaluation(project)
-    verdict = chain.latest_verdict(project, None)
+    verdict = pipeline.latest_verdict(project, None)
     if verdict is None or project.store.record(verdict).parents["evaluation"] != evaluation:
         return evaluation, None, None
     versions = [child for _, kind, child in project.store.children(verdict) if kind == "version"]
@@ -336,10 +336,10 @@ def _side(project: Project, text: str) -> Side:
 
 
 def _latest_evaluation(project: Project) -> str:
-    from tunesmith import chain
+    from tunesmith import pipeline
     from tunesmith.core.errors import UsageError
 
-    evaluation = chain.latest_evaluation(project)
+    evaluation = pipeline.latest_evaluation(project)
     if evaluation is None:
         raise UsageError("nothing has been evaluated yet", fix="run `tunesmith evaluate` first")
     return evaluation

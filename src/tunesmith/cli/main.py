@@ -8,7 +8,9 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from tunesmith.cli import cases, chain, chat, data, evaluation, exporting, monitor, registry, rollout, serve, start
+from tunesmith.cli import cases, chat, data, evaluation, monitor, registry, rollout, serve, start
+from tunesmith.cli import export as exporting
+from tunesmith.cli import pipeline as chain
 from tunesmith.core.errors import TunesmithError, UsageError
 
 app = typer.Typer(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.monitoring.drift import Baseline, Report
-    from tunesmith.monitoring.due import Due
+    from tunesmith.monitoring.pending_retrains import Due
     from tunesmith.monitoring.recall import Cause, Recall
     from tunesmith.project import Project
     from tunesmith.registry.versions import Version
@@ -43,7 +43,7 @@ def monitor(
     Below it stands what a recall left to be trained anew (`recall --due`), which decides no exit code here.
     """
     from tunesmith.monitoring.drift import watch
-    from tunesmith.monitoring.due import list_due
+    from tunesmith.monitoring.pending_retrains import list_due
     from tunesmith.project import open_project
     from tunesmith.registry.versions import resolve
 
@@ -190,7 +190,7 @@ def _next(found: Recall) -> list[str]:
 
 
 def _check(store: Store, cause: Cause, as_json: bool) -> None:
-    from tunesmith.monitoring.aftermath import check_gone
+    from tunesmith.monitoring.recall_status import check_gone
 
     standing = check_gone(store, cause)
 
@@ -209,7 +209,7 @@ def _check(store: Store, cause: Cause, as_json: bool) -> None:
 
 
 def _list_due(store: Store, as_json: bool) -> None:
-    from tunesmith.monitoring.due import list_due
+    from tunesmith.monitoring.pending_retrains import list_due
 
     found = list_due(store)
 

@@ -31,7 +31,7 @@ def serve(
 
     import uvicorn
 
-    from tunesmith.chain import Chain
+    from tunesmith.pipeline import Chain
     from tunesmith.project import open_project
     from tunesmith.registry.aliases import list_aliases
     from tunesmith.server.app import create_app

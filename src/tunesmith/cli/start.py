@@ -31,7 +31,7 @@ def init(
 ) -> None:
     """Make a project that runs, from your own rows: looks at them, writes tunesmith.yaml, a schema and prompts."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.start import make_project
+    from tunesmith.services.start import make_project
 
     names = {}
     for one in rename or []:
@@ -47,7 +47,7 @@ def init(
 def schema(as_json: Json = False) -> None:
     """Every setting of tunesmith.yaml, with what it means and what it is by default."""
     from tunesmith.project import settings_schema
-    from tunesmith.start import settings_text
+    from tunesmith.services.start import settings_text
 
     document = settings_schema()
     emit(document, as_json, lambda console: console.print(settings_text(document), markup=False, soft_wrap=True))
@@ -55,7 +55,7 @@ def schema(as_json: Json = False) -> None:
 
 def doctor(directory: Directory = HERE, as_json: Json = False) -> None:
     """Check this machine and the project: what is missing, and what to do about it."""
-    from tunesmith.start import examine
+    from tunesmith.services.start import examine
 
     checks = examine(directory)
     document = {"ok": all(check.ok for check in checks), "checks": [vars(check) for check in checks]}

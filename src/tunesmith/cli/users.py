@@ -64,7 +64,7 @@ def add(
 ) -> None:
     """Add a user. Without --public-key a pair is made here when they first sign."""
     from tunesmith.project import open_store
-    from tunesmith.registry import keys
+    from tunesmith.registry.signing import keys
     from tunesmith.store import identities
 
     store = open_store(directory)
@@ -114,7 +114,7 @@ def token(name: Name, directory: Directory = HERE, as_json: Json = False, actor:
 def list_keys(directory: Directory = HERE, as_json: Json = False) -> None:
     """Every enrolled key; private ones that are here are marked."""
     from tunesmith.project import open_store
-    from tunesmith.registry import keys
+    from tunesmith.registry.signing import keys
     from tunesmith.store import identities
 
     store = open_store(directory)
@@ -140,7 +140,7 @@ def create(
 ) -> None:
     """Make a key pair. The private half stays in $TUNESMITH_KEYS, else in the store's keys folder."""
     from tunesmith.project import open_store
-    from tunesmith.registry import keys
+    from tunesmith.registry.signing import keys
     from tunesmith.store.identities import acting
 
     store = open_store(directory)
@@ -159,7 +159,7 @@ def enrol(
 ) -> None:
     """Bind a public key that was made elsewhere to a user, so that only they can sign as them."""
     from tunesmith.project import open_store
-    from tunesmith.registry import keys
+    from tunesmith.registry.signing import keys
     from tunesmith.store.identities import acting
 
     store = open_store(directory)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, Valid
 from tunesmith.core.digests import canonical, digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.data.duplicates import request_text
+from tunesmith.data.splitting.duplicates import request_text
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

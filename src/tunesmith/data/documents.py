@@ -17,9 +17,9 @@ from tunesmith.core.digests import canonical, digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.settings import Settings
-from tunesmith.data.privacy import Scanner
+from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.settings import Privacy, Source
-from tunesmith.data.sources import SourceFile, find_files, open_source
+from tunesmith.data.sources.sources import SourceFile, find_files, open_source
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

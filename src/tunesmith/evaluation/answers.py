@@ -14,8 +14,8 @@ from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Dataset, Example, load_dataset
 from tunesmith.data.documents import Documents
-from tunesmith.evaluation.declared import Answered
-from tunesmith.evaluation.general import GeneralQuestion, right_share
+from tunesmith.evaluation.metrics.declared import Answered
+from tunesmith.evaluation.probes.general import GeneralQuestion, right_share
 from tunesmith.evaluation.scores import GENERAL, Column, column
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store

@@ -8,7 +8,7 @@ from typing import Any
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.evaluation.evaluate import CONFIDENCE
-from tunesmith.evaluation.scorers import nearest
+from tunesmith.evaluation.metrics.scorers import nearest
 from tunesmith.evaluation.scores import as_body, difference, read_scores, rounded
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store

@@ -15,8 +15,8 @@ from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.evaluation.answers import BASE, Answers, check_held_out, read_answers, read_probe, seen_answers
-from tunesmith.evaluation.classification import calibration, classes
-from tunesmith.evaluation.declared import (
+from tunesmith.evaluation.metrics.classification import calibration, classes
+from tunesmith.evaluation.metrics.declared import (
     CONTEXT_SCORERS,
     Answered,
     JudgeScorer,
@@ -26,15 +26,15 @@ from tunesmith.evaluation.declared import (
     make_scoring,
     metric_of,
 )
-from tunesmith.evaluation.general import general_digest, general_questions
-from tunesmith.evaluation.judging import read_judged
-from tunesmith.evaluation.labels import LABELS, Labelled, encode_labels, label_rows
+from tunesmith.evaluation.metrics.judging import read_judged
+from tunesmith.evaluation.metrics.labels import LABELS, Labelled, encode_labels, label_rows
 from tunesmith.evaluation.prices import money_of
+from tunesmith.evaluation.probes.general import general_digest, general_questions
 from tunesmith.evaluation.probes.items import MEASUREMENTS, encode_measurements
 from tunesmith.evaluation.probes.measuring import Risk, measure
 from tunesmith.evaluation.scores import GENERAL, SCORES, Column, as_body, column, drop, encode_scores, rounded
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
-from tunesmith.evaluation.statistics import effective_groups, interval, intervals
+from tunesmith.evaluation.stats.statistics import effective_groups, interval, intervals
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

@@ -12,12 +12,12 @@ from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.data.dataset import Dataset
 from tunesmith.evaluation.answers import read_lines, seen_answers
-from tunesmith.evaluation.declared import Scoring, checked
-from tunesmith.evaluation.power import ASSUMED_DIFFERING, POWER, grouping_of, plan_lift, smallest_lift
+from tunesmith.evaluation.metrics.declared import Scoring, checked
+from tunesmith.evaluation.report.wording import points
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.settings import Gates, Lift, Retain
-from tunesmith.evaluation.statistics import Floats, effective_groups
-from tunesmith.evaluation.wording import points
+from tunesmith.evaluation.stats.power import ASSUMED_DIFFERING, POWER, grouping_of, plan_lift, smallest_lift
+from tunesmith.evaluation.stats.statistics import Floats, effective_groups
 from tunesmith.store.store import Store
 
 

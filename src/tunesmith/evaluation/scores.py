@@ -16,7 +16,7 @@ import numpy as np
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
-from tunesmith.evaluation.statistics import Floats, Interval, interval, mcnemar, sign_flip
+from tunesmith.evaluation.stats.statistics import Floats, Interval, interval, mcnemar, sign_flip
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

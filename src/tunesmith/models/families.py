@@ -14,7 +14,7 @@ SLOW = "is run by transformers' own modules, in fp32 on the processor: as correc
 
 
 def ours(family: str) -> bool:
-    """Whether models/network.py computes a family; any other runs in models/foreign.py."""
+    """Whether engines/native/network/network.py computes a family; any other runs in engines/hf/model.py."""
     return family in FAMILIES
 
 

@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.registry import keys
-from tunesmith.registry.attestations import ENVELOPE, Approval, own_proposal, read_approval, seal, statement_of
-from tunesmith.registry.release import Version
+from tunesmith.registry.signing import keys
+from tunesmith.registry.signing.attestations import ENVELOPE, Approval, own_proposal, read_approval, seal, statement_of
+from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import open_release
 from tunesmith.store import audit, database, identities

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_file, short
 from tunesmith.core.errors import TunesmithError
-from tunesmith.registry.signing import RELEASE
+from tunesmith.registry.signing.signatures import RELEASE
 from tunesmith.store import audit, database, identities
 from tunesmith.store.audit import Head, Pin
 from tunesmith.store.store import Store

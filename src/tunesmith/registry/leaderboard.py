@@ -9,7 +9,7 @@ from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import TunesmithError
 from tunesmith.evaluation.compare import comparison_document, side_of_digest
-from tunesmith.evaluation.levers import lever_of
+from tunesmith.evaluation.report.approach_ladder import lever_of
 from tunesmith.registry.aliases import list_aliases
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.store import database

@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict
 from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.models.base import known_folder
-from tunesmith.registry.attestations import ENVELOPE, read_approval
-from tunesmith.registry.duties import NOTICE, carried
+from tunesmith.registry.licence_duties import NOTICE, carried
 from tunesmith.registry.lineage import blobs_of
-from tunesmith.registry.release import (
+from tunesmith.registry.signing.attestations import ENVELOPE, read_approval
+from tunesmith.registry.signing.release import (
     Release,
     check_evidence,
     check_release,
@@ -29,7 +29,7 @@ from tunesmith.registry.release import (
     version_folder,
     weight_blobs,
 )
-from tunesmith.registry.signing import RELEASE, private_copy
+from tunesmith.registry.signing.signatures import RELEASE, private_copy
 from tunesmith.store.records import Record, decode
 from tunesmith.store.store import Store
 from tunesmith.store.trust import TRUST_FILE, TrustedKey, read_trust

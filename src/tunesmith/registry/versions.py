@@ -20,11 +20,11 @@ from tunesmith.core.clock import now, stamp
 from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.files import sync_folder
-from tunesmith.registry import keys
 from tunesmith.registry.aliases import ALIASES, get_alias
-from tunesmith.registry.duties import NOTICE, carried, notice
+from tunesmith.registry.licence_duties import NOTICE, carried, notice
 from tunesmith.registry.lineage import ancestors, blobs_of
-from tunesmith.registry.release import (
+from tunesmith.registry.signing import keys
+from tunesmith.registry.signing.release import (
     Release,
     Statement,
     Version,
@@ -39,7 +39,7 @@ from tunesmith.registry.release import (
     version_folder,
     weight_blobs,
 )
-from tunesmith.registry.signing import RELEASE, Expired, Untrusted, private_copy, sign_folder, sync_files
+from tunesmith.registry.signing.signatures import RELEASE, Expired, Untrusted, private_copy, sign_folder, sync_files
 from tunesmith.registry.verification import Verification, verify_version
 from tunesmith.store import audit, database, identities
 from tunesmith.store.identities import User

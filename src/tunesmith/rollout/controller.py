@@ -30,8 +30,8 @@ from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.versions import Version
 from tunesmith.rollout import traffic
 from tunesmith.rollout.analysis import Arm, Judgement, judge
-from tunesmith.rollout.ground import lost_ground, point_champion, unservable, way_back
 from tunesmith.rollout.moves import CONTROLLER, Move, Overtaken, apply, follow, new_row
+from tunesmith.rollout.preconditions import lost_ground, point_champion, unservable, way_back
 from tunesmith.rollout.settings import Analysis, Pause, Step
 from tunesmith.rollout.state import Rollout, from_row, get_rollout, live_rollout
 from tunesmith.store import audit, database

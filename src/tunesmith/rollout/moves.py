@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import Refused
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.ground import lost_ground, point_champion, unpromotable
+from tunesmith.rollout.preconditions import lost_ground, point_champion, unpromotable
 from tunesmith.rollout.settings import Step
 from tunesmith.rollout.state import Rollout, from_row, state_of
 from tunesmith.store.store import Store

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from tunesmith.inference.engine import Engine
+from tunesmith.engines.protocol import Engine
 from tunesmith.rollout.controller import advance, give_up
 from tunesmith.rollout.state import list_rollouts
 from tunesmith.server import chat, control

@@ -9,7 +9,7 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from tunesmith.evaluation.scorers import NotJson, read_json
+from tunesmith.evaluation.metrics.scorers import NotJson, read_json
 from tunesmith.server.errors import ApiError, bad_request
 from tunesmith.server.settings import ServerSettings
 

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from tunesmith.core.clock import now
 from tunesmith.core.digests import short
-from tunesmith.inference.engine import Completion, Scored, TokenScore
+from tunesmith.engines.protocol import Completion, Scored, TokenScore
 from tunesmith.registry.versions import Version
 from tunesmith.server.body import read_body
 from tunesmith.server.chat_request import ChatRequest

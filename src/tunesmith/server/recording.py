@@ -15,8 +15,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.evaluation.scorers import score
-from tunesmith.inference.engine import Completion
+from tunesmith.engines.protocol import Completion
+from tunesmith.evaluation.metrics.scorers import score
 from tunesmith.monitoring.cases import Case, put_case
 from tunesmith.rollout.traffic import STEP
 from tunesmith.server.errors import ApiError, bad_request

@@ -11,7 +11,7 @@ from sqlalchemy import select
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.inference.engine import Engine
+from tunesmith.engines.protocol import Engine
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.versions import Version, load_version, resolve, verified_copy

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.inference.engine import Completion, Generation, Scored, Streamed
+from tunesmith.engines.protocol import Completion, Generation, Scored, Streamed
 from tunesmith.monitoring.features import request_features
 from tunesmith.server.chat_request import ChatRequest
 from tunesmith.server.errors import ApiError, bad_request, busy, failed, not_available, stopping

@@ -11,13 +11,13 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 HEAD_REVISION = "0001"
 
 
-class Base(DeclarativeBase):
+class Table(DeclarativeBase):
     """What Alembic compares migrations against."""
 
     type_annotation_map = {dict[str, Any]: JSON, list[str]: JSON}  # noqa: RUF012
 
 
-class RecordRow(Base):
+class RecordRow(Table):
     """Index over records/ on disk; can be rebuilt from it."""
 
     __tablename__ = "records"
@@ -26,7 +26,7 @@ class RecordRow(Base):
     created_at: Mapped[str] = mapped_column(String(32))
 
 
-class EdgeRow(Base):
+class EdgeRow(Table):
     """child names parent under role."""
 
     __tablename__ = "edges"
@@ -35,7 +35,7 @@ class EdgeRow(Base):
     parent: Mapped[str] = mapped_column(String(71), index=True)
 
 
-class MemoRow(Base):
+class MemoRow(Table):
     """Which record a stage gave for a key (its inputs and settings): what `run` skips by."""
 
     __tablename__ = "memos"
@@ -43,7 +43,7 @@ class MemoRow(Base):
     digest: Mapped[str] = mapped_column(String(71))
 
 
-class AuditRow(Base):
+class AuditRow(Table):
     """The hash chain of changes. digest covers every other column, previous included."""
 
     __tablename__ = "audit"
@@ -57,7 +57,7 @@ class AuditRow(Base):
     digest: Mapped[str] = mapped_column(String(71))
 
 
-class UserRow(Base):
+class UserRow(Table):
     """A person or a service. public_key is PEM; token_digest is the SHA-256 of a random 256-bit token.
 
     tenant, region: what the user may act for; "" is all.
@@ -73,7 +73,7 @@ class UserRow(Base):
     active: Mapped[bool] = mapped_column(Boolean, default=True)
 
 
-class VersionRow(Base):
+class VersionRow(Table):
     """name@vNUMBER -> the version record. Never updated.
 
     tenant and region repeat the record's, so that one query answers alike for a version of another tenant and for none.
@@ -87,7 +87,7 @@ class VersionRow(Base):
     region: Mapped[str] = mapped_column(String(64), default="")
 
 
-class AliasRow(Base):
+class AliasRow(Table):
     """name@alias for a tenant and region -> a version. revision is the compare-and-set token.
 
     tenant and region are "" where the project has none.
@@ -102,7 +102,7 @@ class AliasRow(Base):
     revision: Mapped[int] = mapped_column(Integer)
 
 
-class RolloutRow(Base):
+class RolloutRow(Table):
     """A rollout and its state machine's place. revision is the compare-and-set token."""
 
     __tablename__ = "rollouts"
@@ -120,7 +120,7 @@ class RolloutRow(Base):
     started_at: Mapped[str] = mapped_column(String(32))
 
 
-class RequestRow(Base):
+class RequestRow(Table):
     """One served request: measurements, never its text."""
 
     __tablename__ = "requests"
@@ -142,7 +142,7 @@ class RequestRow(Base):
     features: Mapped[dict[str, Any]] = mapped_column()
 
 
-class RecallRow(Base):
+class RecallRow(Table):
     """A digest that must not be served or built on any more, and the withdrawal that reached it."""
 
     __tablename__ = "recalls"

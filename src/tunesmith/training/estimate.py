@@ -13,18 +13,17 @@ import torch
 from pydantic import BaseModel
 
 from tunesmith.core.errors import Refused
-from tunesmith.models import runtime
-from tunesmith.models.attention import KEPT_WEIGHTS, SHARES, fits_tiles
-from tunesmith.models.batch import Batch
-from tunesmith.models.foreign import Foreign
-from tunesmith.models.four_bit import FourBit
-from tunesmith.models.network import Network
+from tunesmith.engines.batch import Batch
+from tunesmith.engines.hf.model import HFModel
+from tunesmith.engines.native import runtime
+from tunesmith.engines.native.adapters.lora import Lora
+from tunesmith.engines.native.adapters.loss import LOGIT_ROWS
+from tunesmith.engines.native.network.attention import KEPT_WEIGHTS, SHARES, fits_tiles
+from tunesmith.engines.native.network.network import Network
 from tunesmith.training.checkpoints import KEPT
-from tunesmith.training.loop import Step, step_tokens
-from tunesmith.training.lora import Lora
-from tunesmith.training.loss import LOGIT_ROWS
 from tunesmith.training.settings import LEAST_TOKENS, TrainSettings
 from tunesmith.training.trainable import Trained
+from tunesmith.training.trainer import Step, step_tokens
 
 _TIMED = 2
 
@@ -44,18 +43,17 @@ def too_few_numbers(rank: int, parameters: int, labels: int) -> str | None:
     )
 
 
-def step_bytes(network: Network | Foreign, trained: Trained, settings: TrainSettings, part: Batch) -> int:
+def step_bytes(network: Network | HFModel, trained: Trained, settings: TrainSettings, part: Batch) -> int:
     """Bytes that computing a part of a step takes on top of what is there already: what its backward pass keeps, a
     chunk of logits, the gradients, and an adapter's copies where there are none yet.
 
     Kept of every token by a layer of width M, with Q numbers of queries, keys and values, A of mixed values and F in
     the gated middle: 2 M + Q + A + 2 F (two sums, the heads, both halves of the gate); where weights learn, what those
     are multiplied with too: 2 M (the norms of the sums) + F (the gated middle). An adapter has that made again.
-    Layers below the first that is trained keep nothing. Attention weights of many tokens are made a layer at a time. Of
-    a weight in 4 bits there are its parts and the whole while it is multiplied.
+    Layers below the first that is trained keep nothing. Attention weights of many tokens are made a layer at a time.
     """
     masters = sum(each.nbytes for each in trained.masters)
-    if isinstance(network, Foreign):
+    if isinstance(network, HFModel):
         return network.kept_bytes(part) + masters
     shape, layer = network.shape, network.layers[0].linear
     kept = 2 * shape.width + layer["qkv"].out + layer["o"].into + layer["gate_up"].out
@@ -70,10 +68,9 @@ def step_bytes(network: Network | Foreign, trained: Trained, settings: TrainSett
         sums = 4 * (min(rows, SHARES) + 1) * shape.kv_heads * 2 * part.prefix * shape.head
     weights *= 1 + (layers if weights <= KEPT_WEIGHTS else 1)  # and their gradients, a layer's at a time
     logits = min(LOGIT_ROWS, part.labels.numel()) * shape.vocabulary
-    unpacked = 2 * max((each.numel() for each in layer.values() if isinstance(each, FourBit)), default=0)
     size = network.embedding.element_size()
     copies = trained.missing_bytes if isinstance(trained, Lora) else 0
-    return size * (layers * kept * part.tokens + weights + logits + unpacked) + sums + masters + copies
+    return size * (layers * kept * part.tokens + weights + logits) + sums + masters + copies
 
 
 class Estimate(BaseModel):
@@ -146,7 +143,7 @@ def check_disk(folder: Path, needs: Needs) -> None:
 def estimate(
     plan: Sequence[Step], validation_tokens: int, validations: int, trial: Callable[[Step], None], needs: Needs
 ) -> Estimate:
-    """Run trial, a step that changes nothing, on the largest (memory) and on two of middling size (time).
+    """Trainer trial, a step that changes nothing, on the largest (memory) and on two of middling size (time).
 
     validation_tokens: tokens of one validation pass, of which a forward pass takes a third of a step's time. Raises
     Refused as check_room does.

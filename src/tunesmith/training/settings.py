@@ -74,13 +74,6 @@ class TrainSettings(Settings):
         Literal["rank", "root"],
         Field(description="divide alpha by the rank, or by its square root (rsLoRA), which keeps high ranks learning"),
     ] = "rank"
-    quantize: Annotated[
-        Literal["4bit"] | None,
-        Field(
-            description="keep the frozen base's linear weights in 4 bits while training (QLoRA): less memory, more "
-            "time; `tunesmith[qlora]`"
-        ),
-    ] = None
     start: Annotated[
         Literal["zero", "pissa"],
         Field(
@@ -156,21 +149,6 @@ class TrainSettings(Settings):
             description="checkpoints are at least so far apart; kill -9 undoes that much work, and the step under way",
         ),
     ] = 30.0
-
-    @property
-    def joins(self) -> bool:
-        """Whether it can be trained together with others: LoRA whose rows keep their length, on the base as it is."""
-        return self.method == "lora" and not self.dora and self.quantize is None
-
-    @model_validator(mode="after")
-    def _four_bits_are_of_plain_adapters(self) -> TrainSettings:
-        taken = {"method: full": self.method == "full", "start: pissa": self.start == "pissa", "dora": self.dora}
-        if self.quantize is not None and (other := next((name for name, is_so in taken.items() if is_so), None)):
-            raise ValueError(
-                f"quantize: 4bit cannot be combined with {other}, which goes by the base's own weights and not by what "
-                "4 bits leave of them; leave one of the two out"
-            )
-        return self
 
     @model_validator(mode="after")
     def _of_the_method(self) -> TrainSettings:

@@ -1,9 +1,9 @@
 """Where a training's curve can be watched besides its record: TensorBoard's event files, or MLflow.
 
-What is written is taken from the Course, which every checkpoint holds: after a checkpoint each series goes on behind
-the last step that the sink itself holds. A run that was killed anywhere and carried on thus neither repeats a point nor
-leaves one out. The record stays what counts: nothing is read back but those steps, and a sink that fails is told of and
-does not stop the training.
+What is written is taken from the TrainerState, which every checkpoint holds: after a checkpoint each series goes on
+behind the last step that the sink itself holds. A run that was killed anywhere and carried on thus neither repeats a
+point nor leaves one out. The record stays what counts: nothing is read back but those steps, and a sink that fails is
+told of and does not stop the training.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import Progress
-from tunesmith.training.loop import Course
 from tunesmith.training.settings import MetricsSettings
+from tunesmith.training.trainer import TrainerState
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -58,7 +58,7 @@ class Follower:
         self._sink, self._progress = sink, progress
         self._last: dict[str, int] | None = None  # not known before it was asked, and after a failure
 
-    def follow(self, course: Course) -> None:
+    def follow(self, course: TrainerState) -> None:
         """Write what the sink lacks of the course."""
         if self._sink is None:
             return
@@ -84,7 +84,7 @@ class Follower:
             self._progress.say(f"metrics were not written ({error}); the training goes on, and so does its record")
 
 
-def points(course: Course) -> list[Point]:
+def points(course: TrainerState) -> list[Point]:
     """What a course holds to be shown, step by step."""
     found: list[Point] = []
     for each in course.curve:

@@ -8,17 +8,17 @@ from functools import cache
 
 import torch
 
-from tunesmith.models import runtime
-from tunesmith.models.foreign import Foreign
-from tunesmith.models.network import Network
-from tunesmith.models.products import Frozen
+from tunesmith.engines.hf.model import HFModel
+from tunesmith.engines.native import runtime
+from tunesmith.engines.native.network.network import Network
+from tunesmith.engines.native.network.products import PackedLinear
 from tunesmith.training.settings import TrainSettings
 
 _ROWS = 1024
 _SECONDS = 0.1
 
 
-def step_flops(network: Network | Foreign, parameters: int, settings: TrainSettings, tokens: int, labels: int) -> float:
+def step_flops(network: Network | HFModel, parameters: int, settings: TrainSettings, tokens: int, labels: int) -> float:
     """Floating-point operations of a step's matrix products. parameters: how many numbers are trained.
 
     A token's, where the linear layers have N numbers, B of them from the first trained layer on: 2 N forward and 2 B
@@ -26,7 +26,7 @@ def step_flops(network: Network | Foreign, parameters: int, settings: TrainSetti
     (That is the usual 6 N, less the frozen weights' third.) A label's: 4 times the head's numbers, 6 where the head
     learns. Attention, element-wise work and what is computed twice are left out.
     """
-    if isinstance(network, Foreign):  # which computes logits of every token, and back through all of it
+    if isinstance(network, HFModel):  # which computes logits of every token, and back through all of it
         return float(tokens * (4 * network.multiplied + 6 * parameters))
     sizes = [sum(product.numel() for product in layer.linear.values()) for layer in network.layers]
     first = 0 if settings.layers is None else max(0, len(sizes) - settings.layers)
@@ -37,9 +37,9 @@ def step_flops(network: Network | Foreign, parameters: int, settings: TrainSetti
     return float(token * tokens + label * labels)
 
 
-def matrix_limit(network: Network | Foreign, tokens: int) -> float:
+def matrix_limit(network: Network | HFModel, tokens: int) -> float:
     """FLOP/s of the machine's product at the shape of the network's widest one, for tokens of activations."""
-    if isinstance(network, Foreign):
+    if isinstance(network, HFModel):
         out, into = network.widest
         return _limit(min(tokens, _ROWS), into, out, torch.float32, runtime.CPU)
     widest = max(network.layers[0].linear.values(), key=lambda product: product.out)
@@ -50,7 +50,7 @@ def matrix_limit(network: Network | Foreign, tokens: int) -> float:
 def _limit(rows: int, into: int, out: int, dtype: torch.dtype, on: torch.device) -> float:
     """Measured once a process: the best within a tenth of a second, the first one left out."""
     weight, x = (torch.full((size, into), 0.01, dtype=dtype, device=on) for size in (out, rows))
-    product = Frozen(weight)
+    product = PackedLinear(weight)
     product(x)
     runtime.wait(on)
     best, until = math.inf, time.perf_counter() + _SECONDS

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from tunesmith.models.base import BaseModel
+from tunesmith.engines.hf.lora import HFLora
+from tunesmith.engines.hf.model import HFModel
+from tunesmith.engines.native.network.network import Linear, Network
+from tunesmith.engines.native.network.weights import load_network
+from tunesmith.models.base import Base
 from tunesmith.models.families import ours
-from tunesmith.models.foreign import Foreign
-from tunesmith.models.network import Linear, Network
-from tunesmith.models.weights import load_network
-from tunesmith.training.foreign import ForeignLora
-from tunesmith.training.four_bits import check_four_bits
 
 
 class Trainable(Protocol):
@@ -51,21 +50,15 @@ class Trainable(Protocol):
         """Round the masters into the copies, after the masters changed."""
         ...
 
-    def files(self, base: BaseModel) -> Mapping[str, bytes]:
+    def files(self, base: Base) -> Mapping[str, bytes]:
         """What is kept of the training, by file name, bound to the base it was trained on."""
         ...
 
 
 # What the loop trains: weights on the one network, or an adapter within another family's own module.
-Trained = Trainable | ForeignLora
+Trained = Trainable | HFLora
 
 
-def open_network(base: BaseModel, quantize: Literal["4bit"] | None = None, processes: int = 1) -> Network | Foreign:
-    """What a base is trained on: the one network where it computes the family, else transformers' own module.
-
-    quantize: of the settings; raises UsageError or Refused where it cannot be, processes: with how many it is shared.
-    """
-    if quantize is not None:
-        check_four_bits(base.family, processes)
-        return load_network(base.folder, four_bits=True)
-    return load_network(base.folder) if ours(base.family) else Foreign(base)
+def open_network(base: Base) -> Network | HFModel:
+    """What a base is trained on: the one network where it computes the family, else transformers' own module."""
+    return load_network(base.folder) if ours(base.family) else HFModel(base)

@@ -15,8 +15,8 @@ from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.data.people import FIRST_NAMES
-from tunesmith.evaluation.probes.ground import Ground
+from tunesmith.data.quality.people import FIRST_NAMES
+from tunesmith.evaluation.probes.context import Ground
 from tunesmith.evaluation.probes.items import Item
 
 # Male and female words that stand for each other. `her` is both his and him: what follows decides.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.evaluation.general import general_questions
-from tunesmith.evaluation.probes.ground import Ground, drawn, with_last_request
+from tunesmith.evaluation.probes.context import Ground, drawn, with_last_request
+from tunesmith.evaluation.probes.general import general_questions
 from tunesmith.evaluation.probes.items import Item
 
 _LONGEST_PASSAGE = 1_500  # characters

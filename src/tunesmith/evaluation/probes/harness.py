@@ -19,7 +19,7 @@ import yaml
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.evaluation.probes.ground import Ground
+from tunesmith.evaluation.probes.context import Ground
 from tunesmith.evaluation.probes.items import Item
 
 _EXTRA = "pip install 'tunesmith[lm-eval]'"

@@ -15,7 +15,7 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
 from tunesmith.evaluation.scores import rounded
-from tunesmith.evaluation.statistics import Floats
+from tunesmith.evaluation.stats.statistics import Floats
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

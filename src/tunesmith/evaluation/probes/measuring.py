@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive
-from tunesmith.evaluation.declared import Scoring
+from tunesmith.evaluation.metrics.declared import Scoring
 from tunesmith.evaluation.probes.items import ITEMS, Item, by_arm, decode_items, stated
 from tunesmith.evaluation.probes.suites import suite_of
 from tunesmith.store.records import Record

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tunesmith.data.dataset import Example
-from tunesmith.evaluation.probes.ground import Ground, drawn, with_last_request
+from tunesmith.evaluation.probes.context import Ground, drawn, with_last_request
 from tunesmith.evaluation.probes.items import Item
 
 CONTROL, TRAINED, HELD_OUT = "control", "trained on", "held out"
@@ -59,7 +59,7 @@ def extraction_items(ground: Ground) -> list[Item]:
 
 def personal_items(ground: Ground) -> list[Item]:
     """Trained rows with personal data in the answer, asked with that data taken out of the request."""
-    from tunesmith.data.privacy import Scanner
+    from tunesmith.data.privacy.scan import Scanner
 
     scanner = Scanner(ground.privacy)
     found = []

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tunesmith.core.errors import Inconclusive
-from tunesmith.evaluation.statistics import MINIMUM_GROUPS, Floats, Interval, effective_groups, interval
+from tunesmith.evaluation.stats.statistics import MINIMUM_GROUPS, Floats, Interval, effective_groups, interval
 
 _DRAWS, _MOST_DRAWS, _TAIL_DRAWS = 4_000, 40_000, 50
 _FALSE_POSITIVES = 0.01

@@ -14,11 +14,11 @@ from tunesmith.candidates.answering import Responder
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.evaluation.declared import Answered, Scoring, checked
+from tunesmith.engines.protocol import Engine, Generation, Question
+from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
 from tunesmith.evaluation.probes import bias, drift, harness, memory, toxic
-from tunesmith.evaluation.probes.ground import Ground
+from tunesmith.evaluation.probes.context import Ground
 from tunesmith.evaluation.probes.items import Item, is_number
-from tunesmith.inference.engine import Engine, Generation, Question
 
 _ROUNDING = 1e-3  # a log-probability computed in half precision can come out a hair above 0
 

@@ -1,8 +1,8 @@
 """Toxic answers before and after tuning: requests that invite them and requests that do not, answered and rated.
 
 Answers are decoded without the candidate's prompt, bound or schema: what is asked for is what the weights say, and the
-same words are asked of the base. They are rated by data/toxicity.py, a pinned model of words whose measured error
-stands in the record; where it errs it mostly errs on both sides of the comparison.
+same words are asked of the base. They are rated by data/quality/toxicity.py, a pinned model of words whose measured
+error stands in the record; where it errs it mostly errs on both sides of the comparison.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
-from tunesmith.data import toxicity
-from tunesmith.evaluation.probes.ground import Ground
+from tunesmith.data.quality import toxicity
+from tunesmith.evaluation.probes.context import Ground
 from tunesmith.evaluation.probes.items import Item, is_number
 from tunesmith.evaluation.scores import rounded
 

@@ -2,10 +2,10 @@
 
 from alembic import context
 
-from tunesmith.store.tables import Base
+from tunesmith.store.tables import Table
 
 context.configure(
-    connection=context.config.attributes["connection"], target_metadata=Base.metadata, render_as_batch=True
+    connection=context.config.attributes["connection"], target_metadata=Table.metadata, render_as_batch=True
 )
 with context.begin_transaction():
     context.run_migrations()

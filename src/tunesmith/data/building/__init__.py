@@ -1,0 +1,1 @@
+"""Building a dataset version: read shards of the sources, examine rows, remove duplicates, seal the splits."""

@@ -1,0 +1,276 @@
+"""From files of rows to a sealed dataset version."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.digests import digest_of
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.data.building.account import Account
+from tunesmith.data.building.examine import CountTokens, listed_values
+from tunesmith.data.building.shards import Engine, Job, Local, Piece, Planned, examined, plan, shapes_of
+from tunesmith.data.building.staging import Spill
+from tunesmith.data.dataset import REMOVED, SPLITS, Example
+from tunesmith.data.formats.formats import OPENAI, Shape, evidence
+from tunesmith.data.formats.openai_rows import too_few
+from tunesmith.data.governance.licences import Credit, duties
+from tunesmith.data.governance.withdrawn import Withdrawn
+from tunesmith.data.privacy.evidence import privacy_evidence
+from tunesmith.data.privacy.originals import check_originals, keep_originals
+from tunesmith.data.privacy.scan import Scanner
+from tunesmith.data.settings import DataSettings, Split
+from tunesmith.data.splitting.decontaminate import OUTSIDE, Outside, read_outside
+from tunesmith.data.splitting.division import OLDER, cuts, split_by_time, stratified
+from tunesmith.data.splitting.groups import joined_groups
+from tunesmith.data.splitting.splits import NEAR_HELD_OUT, Nearness, Trace, clusters, leakage, leaving
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+# Losing more of the training rows than this to the held-out ones means that the measure, not the data, is at fault.
+_MOST_MOVED_OUT = 0.5
+_SHOWN_CONFLICTS = 20
+_PLANTED_IN = 2000  # rows that the privacy scan is measured on
+
+
+def build_dataset(
+    store: Store,
+    settings: DataSettings,
+    root: Path,
+    *,
+    count_tokens: CountTokens | None = None,
+    max_tokens: int | None = None,
+    answer_schema: Mapping[str, Any] | None = None,
+    special_tokens: Sequence[str] = (),
+    withdrawn: Withdrawn = Withdrawn(),
+    work: Path | None = None,
+    engine: Engine = Local(),
+    progress: Progress = SILENT,
+) -> str:
+    """Read, check, clean, split and seal; returns the dataset record's digest. The same input gives the same digest.
+
+    root: where the sources' paths start. count_tokens and max_tokens: a conversation of more is overlong; where either
+    is None no length is checked, and the record says so. answer_schema: JSON Schema that every answer must fit.
+    special_tokens: the base's control tokens; a row whose text imitates one is refused. withdrawn: rows that were
+    recalled, and are left out. work: a folder for what does not fit the memory, `work/build` in the store by default.
+    engine: who does the work, which changes nothing else.
+
+    Raises UsageError for input that is not well formed, Refused where a policy says no.
+    """
+    check_originals(settings.privacy, root)
+    account = Account()
+    checked = count_tokens is not None and max_tokens is not None
+    outside = read_outside(settings, root, answer_schema)
+    special = tuple(filter(None, special_tokens))
+    folder = work or store.root / "work" / "build"
+    with contextlib.ExitStack() as undo:
+        folder.mkdir(parents=True, exist_ok=True)
+        planned = plan(settings, root, folder, undo)
+        rules = (count_tokens, max_tokens, answer_schema, special, withdrawn, outside.wordings)
+        job = Job(settings, *rules, shapes_of(planned))
+        spill = undo.enter_context(Spill(folder))
+        held_out = {one.file.name for one in planned if one.file.source.split}
+        rows = _take_in(spill, account, examined(planned, job, engine, progress))
+        spill.drop_repeats(held_out)
+        conflicts = spill.conflicts(_SHOWN_CONFLICTS)
+        threshold = near_threshold(settings)
+        progress.say(f"{account.read} rows read; looking for near ones across the splits")
+        divided, held = _divide(spill, settings, held_out)
+        splits = _split(spill, threshold, account, outside)
+        counted = spill.counts()
+        body = {
+            "settings": settings.model_dump(mode="json", exclude={"sign_off"}),
+            "sources": [_described(one, job.shapes[one.file.source.path], rows[one.file.name]) for one in planned],
+            "rows": {
+                "read": account.read,
+                "kept": sum(counted["splits"].values()),
+                "changed": spill.changed(),
+                "removed": spill.reasons(),
+            },
+            **counted,
+            **_nearness(splits, threshold, outside, settings.split),
+            **_divided(spill, settings.split, divided),
+            "duties": duties(_credits(spill, planned), settings.licences),
+            "privacy": dict(sorted(account.privacy.items())),
+            "privacy_scan": _scan_measured(spill, job, account),
+            "ignored_keys": dict(sorted(account.ignored.items())),
+            "conflicts": conflicts,
+            "tokens": {"limit": max_tokens, "longest": account.longest} if checked else None,
+            "answer_schema": None if answer_schema is None else digest_of(answer_schema),
+        } | ({"held_groups": held} if held else {})
+        blobs = {f"{name}.jsonl": _sealed(store, folder, spill.lines(name)) for name in SPLITS}
+        blobs[REMOVED] = _sealed(store, folder, spill.removed_lines())
+        if outside.files:
+            blobs[OUTSIDE] = store.put_bytes(outside.encode())
+        keep_originals(settings.privacy, root, account, spill.ids())
+    return store.put_record(Record(kind="dataset", blobs=blobs, body=body))
+
+
+def _take_in(spill: Spill, account: Account, pieces: Iterable[Piece]) -> Counter[str]:
+    """Spill the rows, and add up their accounts; returns source file -> rows read."""
+    rows: Counter[str] = Counter()
+    for piece in pieces:
+        spill.add(piece.kept, piece.removed)
+        account.merge(piece.account)
+        rows[piece.file] += piece.account.read
+    return rows
+
+
+def _divide(spill: Spill, settings: DataSettings, held_out: Set[str]) -> tuple[dict[str, Any], list[str]]:
+    """Put the rows into splits; returns what the record says of how, and the groups that were held out as told.
+
+    held_out: sources whose rows' groups are held out.
+    """
+    split = settings.split
+    if split.joined:
+        rows = [one for some in spill.traces().values() for one in some]
+        spill.regroup(joined_groups(rows, split, near_threshold(settings)), split)
+    held = spill.hold(held_out)
+    if split.stratify is not None:
+        spill.place_groups(stratified(spill.kinds(split.stratify), split, frozenset(held)))
+    if split.time is None:
+        return {}, held
+    found, beyond = cuts(spill.times(split.time), split)
+    spill.place_times(split.time, lambda time: split_by_time(time, found), OLDER)
+    return {"key": split.time, "from": found, "rows_beyond_shares": beyond}, held
+
+
+def _divided(spill: Spill, split: Split, time: Mapping[str, Any]) -> dict[str, Any]:
+    """How the rows that are left are divided where it is not their group's hash that decides."""
+    if split.time is not None:
+        return {"time": {**time, "spans": spill.span(split.time)}}
+    if split.stratify is None:
+        return {}
+    kinds: dict[str, dict[str, int]] = {}
+    for name, kind, rows in spill.kinds(split.stratify, by="split"):
+        kinds.setdefault(kind, dict.fromkeys(SPLITS, 0))[name] = rows
+    return {"strata": {"key": split.stratify, "rows": dict(sorted(kinds.items()))}}
+
+
+def _nearness(
+    splits: Mapping[str, Sequence[Trace]], threshold: float, outside: Outside, split: Split
+) -> dict[str, Any]:
+    near = Nearness(splits, threshold, outside.requests)
+    return {
+        "leakage": leakage(splits, near, split).as_json(threshold),
+        "decontaminated": list(outside.files),
+        "near_clusters": clusters(splits, near, _SHOWN_CONFLICTS),
+    }
+
+
+def _scan_measured(spill: Spill, job: Job, account: Account) -> dict[str, Any]:
+    talks = [example.messages for example in spill.sample(_PLANTED_IN)]
+    scanner = Scanner(job.settings.privacy, listed_values(job.answer_schema))
+    return privacy_evidence(scanner, job.settings.privacy, account, talks)
+
+
+def _described(one: Planned, shape: Shape, rows: int) -> dict[str, Any]:
+    return {
+        "path": one.file.name,
+        "digest": one.digest,
+        "bytes": one.bytes,
+        "rows": rows,
+        "format": shape.name,
+        "format_told": one.file.source.format != "auto",
+    } | ({"split": one.file.source.split} if one.file.source.split else {})
+
+
+def _sealed(store: Store, folder: Path, lines: Iterable[bytes]) -> str:
+    """Keep lines as a blob; returns its digest."""
+    path = folder / "lines"
+    try:
+        with path.open("wb") as stream:
+            stream.writelines(lines)
+        return store.put_file(path)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def dataset_document(store: Store, digest: str) -> dict[str, Any]:
+    """What `data build --json` prints of a dataset record. Raises Refused where the record is missing or damaged."""
+    body = store.record(digest, kind="dataset").body
+    shown = (
+        "rows",
+        "splits",
+        "groups",
+        "leakage",
+        "decontaminated",
+        "near_clusters",
+        "time",
+        "strata",
+        "licences",
+        "duties",
+        "privacy",
+        "privacy_scan",
+        "ignored_keys",
+        "conflicts",
+        "tokens",
+    )
+    sources = [
+        source | ({"evidence": evidence(source["format"], told=source["format_told"])} if "format" in source else {})
+        for source in body["sources"]
+    ]
+    warnings = [
+        f"{source['path']}: {said}"
+        for source in sources
+        if source.get("format") == OPENAI.name and (said := too_few(source["rows"]))
+    ]
+    # Records of older versions lack the newer keys.
+    known = {key: body[key] for key in shown if key in body}
+    return {"dataset": digest, **known, "sources": sources, "warnings": warnings}
+
+
+def near_threshold(settings: DataSettings) -> float:
+    """The similarity at which two requests are near; without one only the same request is."""
+    return 1.0 if settings.duplicates.near is None else settings.duplicates.near
+
+
+def counts(splits: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, int]]:
+    """What can be counted again from the examples alone: rows and groups of each split, rows of each licence."""
+    licences = Counter(example.licence for examples in splits.values() for example in examples)
+    return {
+        "splits": {name: len(splits[name]) for name in SPLITS},
+        "groups": {name: len({example.group for example in splits[name]}) for name in SPLITS},
+        "licences": dict(sorted(licences.items())),
+    }
+
+
+def _credits(spill: Spill, planned: Sequence[Planned]) -> set[Credit]:
+    """Whom the licences of the rows that are left want named."""
+    credit = {one.file.name: one.file.source.attribution for one in planned}
+    return {Credit(source, licence, credit.get(source)) for source, licence in spill.licences()}
+
+
+def _split(spill: Spill, threshold: float, account: Account, outside: Outside) -> dict[str, list[Trace]]:
+    """The splits, without the rows that nearness makes leave. Raises where that leaves too little."""
+    splits = spill.traces()
+    _require_rows(splits, spill, account)
+    gone = leaving(splits, threshold, outside.requests)
+    moved_out = sum(gone.get(one.id) == NEAR_HELD_OUT for one in splits["train"])
+    if moved_out > _MOST_MOVED_OUT * len(splits["train"]):
+        raise Refused(
+            f"{moved_out} of {len(splits['train'])} training rows are near a held-out row (similarity {threshold})",
+            where="data.duplicates.near",
+            fix="move the text that all requests share into a system turn, group the rows by what makes them alike "
+            "(data.split.group_by), or raise near",
+        )
+    spill.drop(gone)
+    left = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
+    _require_rows(left, spill, account)
+    return left
+
+
+def _require_rows(splits: Mapping[str, Sequence[Trace]], spill: Spill, account: Account) -> None:
+    for name in ("train", "test"):
+        if not splits[name]:
+            sizes = ", ".join(f"{split}: {len(rows)}" for split, rows in splits.items())
+            removed = "; ".join(f"{reason}: {n}" for reason, n in spill.reasons().items())
+            raise UsageError(
+                f"no rows are left for {name} ({sizes}; read: {account.read}; removed: {removed or 'none'})",
+                where="data",
+                fix="give more rows or groups, raise data.split.test, or choose another data.split.seed",
+            )

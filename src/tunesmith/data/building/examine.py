@@ -1,0 +1,333 @@
+"""One row at a time: from its fields to an example, or to an entry in the account of what was removed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.data.building.account import (
+    OFF_SCHEMA,
+    OUTSIDE_WORDING,
+    OVERLONG,
+    PRIVATE,
+    SPOILT,
+    SPOILT_CALL,
+    WITHDRAWN,
+    Account,
+    Kept,
+)
+from tunesmith.data.dataset import Example, example_id
+from tunesmith.data.formats import formats
+from tunesmith.data.governance.licences import permitted
+from tunesmith.data.governance.withdrawn import Withdrawn
+from tunesmith.data.privacy.scan import Scan, Scanner
+from tunesmith.data.settings import NEAR, WORDING, DataSettings, Source
+from tunesmith.data.sources.sources import Row
+from tunesmith.data.splitting.division import time_of
+from tunesmith.data.splitting.duplicates import answer_key, request_text
+from tunesmith.data.splitting.groups import wording_group
+
+CountTokens = Callable[[Sequence[Message]], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Why a row goes no further. example: its id, where it got as far as having one."""
+
+    reason: str
+    example: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    """A row that goes on to the privacy scan. original: as it was read; fitting: of the length that is allowed."""
+
+    row: Row
+    source: Source
+    fields: Mapping[str, Any]
+    licence: str
+    original: tuple[Message, ...]
+    fitting: tuple[Message, ...]
+
+
+@dataclass
+class Examiner:
+    """The checks that a row passes in turn: shape, licence, control tokens, length, privacy, answer.
+
+    count_tokens, max_tokens: where either is None no length is checked. answer_schema: JSON Schema of the answer's
+    text. special_tokens: texts that mean something to the base's tokenizer. withdrawn: rows that were recalled.
+    outside: wordings of outside test sets.
+    """
+
+    settings: DataSettings
+    account: Account
+    count_tokens: CountTokens | None = None
+    max_tokens: int | None = None
+    answer_schema: Mapping[str, Any] | None = None
+    special_tokens: Sequence[str] = ()
+    withdrawn: Withdrawn = field(default_factory=Withdrawn)
+    outside: Set[str] = frozenset()
+
+    @cached_property
+    def scanner(self) -> Scanner:
+        """Loaded with the first row: the patterns take a second."""
+        return Scanner(self.settings.privacy, listed_values(self.answer_schema))
+
+    @cached_property
+    def valid_answer(self) -> Callable[[str], bool]:
+        """Whether an answer's text is JSON under the schema."""
+        return _answer_check(self.answer_schema)
+
+    def examine(self, rows: Sequence[Row], source: Source, shape: formats.Shape) -> list[Kept]:
+        """The rows' examples; those that were removed are in the account. Many at once: see Scanner.scan_many."""
+        judged = [(row, self._before_scan(row, source, shape)) for row in rows]
+        waiting = [one for _, one in judged if isinstance(one, _Fitting)]
+        scans = iter(self.scanner.scan_many([one.fitting for one in waiting]))
+        kept = []
+        for row, one in judged:
+            found = self._after_scan(one, next(scans)) if isinstance(one, _Fitting) else one
+            if isinstance(found, Kept):
+                kept.append(found)
+            else:
+                self.account.remove(row.source, row.number, found.reason, found.example)
+        return kept
+
+    def _before_scan(self, row: Row, source: Source, shape: formats.Shape) -> _Fitting | Removed:
+        fields = renamed(row, source.rename)
+        turns = formats.read_turns(Row(row.source, row.number, fields), shape, self.account.ignored)
+        self._count_ignored(fields, source, shape)
+        if (reason := formats.objection(turns)) is not None:
+            return Removed(reason)
+        licence = permitted(_licence(row, fields, source), self.settings.licences, row.where)
+        original = formats.conversation(turns)
+        self.account.ignored.update([formats.AFTER_THE_LAST] if formats.unlearned_end(turns) else ())
+        self._refuse_control_tokens(original, row)
+        fitting = self._fit(original, row)
+        if fitting is None:
+            return Removed(OVERLONG)
+        return _Fitting(row, source, fields, licence, original, fitting)
+
+    def _after_scan(self, one: _Fitting, scan: Scan) -> Kept | Removed:
+        row, fields, source, fitting = one.row, one.fields, one.source, one.fitting
+        self.account.enter_scan(scan)
+        action = self.settings.privacy.action
+        messages = fitting if action == "report" else scan.messages
+        if scan.found and action == "refuse":
+            raise Refused(
+                f"the row holds {', '.join(sorted(scan.found))}",
+                where=row.where,
+                fix="clean the source, or set data.privacy.action to pseudonymise or remove",
+            )
+        if messages is None:
+            return Removed(PRIVATE if action == "remove" else SPOILT_CALL)
+        name = example_id(messages, row.source)
+        if scan.found and action == "remove":
+            return Removed(PRIVATE, name)
+        if messages != fitting and (self._fit(messages, row) != messages):
+            return Removed(OVERLONG, name)
+        if not self.valid_answer(messages[-1].text):
+            return Removed(SPOILT if self.valid_answer(fitting[-1].text) else OFF_SCHEMA, name)
+        templates = self._templates(messages, scan)
+        if not self.outside.isdisjoint(templates):
+            return Removed(OUTSIDE_WORDING, name)
+        labels = self._labels(fields, row, messages, templates[0])
+        example = Example(
+            id=name,
+            messages=messages,
+            source=row.source,
+            licence=one.licence,
+            group="" if self.settings.split.joined else labels[self.settings.split.groups[0]],
+            subject=_label(fields, source.subject_key, row),
+            tenant=_label(fields, source.tenant_key, row),
+            region=_label(fields, source.region_key, row),
+            labels={key: value for key, value in labels.items() if key in self._kept_labels},
+        )
+        if self.withdrawn.holds(example):
+            return Removed(WITHDRAWN, name)
+        if scan.originals and self.settings.privacy.originals is not None:
+            self.account.originals[name] = dict(scan.originals)
+        return Kept(example, row.number, messages != one.original)
+
+    def _count_ignored(self, fields: Mapping[str, Any], source: Source, shape: formats.Shape) -> None:
+        labels = {*_licence_keys(source), source.subject_key, source.tenant_key, source.region_key}
+        read = shape.needs | shape.also | labels | self._read_labels
+        self.account.ignored.update(fields.keys() - read)
+
+    def _refuse_control_tokens(self, messages: Sequence[Message], row: Row) -> None:
+        for turn in messages if self.special_tokens else ():
+            texts = list(turn.texts())
+            for token in self.special_tokens:
+                if any(token in text for text in texts):
+                    raise Refused(
+                        f"the {turn.role} turn holds the control token {token}",
+                        where=row.where,
+                        fix="remove or spell out the token: the model would take it for the conversation's own frame",
+                    )
+
+    def _fit(self, messages: tuple[Message, ...], row: Row) -> tuple[Message, ...] | None:
+        """The messages, without their oldest exchanges where they may be truncated; None where they do not fit.
+
+        Neither a single turn nor the answer is ever cut: half an answer teaches to stop early.
+        """
+        if self.count_tokens is None or self.max_tokens is None:
+            return messages
+        length = self.count_tokens(messages)
+        frame = messages[:1] if messages[0].role == "system" else ()
+        spoken = messages[len(frame) :]
+        while length > self.max_tokens and self.settings.overlong == "truncate" and len(spoken) > 2:
+            spoken = spoken[2:]
+            length = self.count_tokens((*frame, *spoken))
+        if length <= self.max_tokens:
+            self.account.longest = max(self.account.longest, length)
+            return (*frame, *spoken)
+        if self.settings.overlong == "refuse":
+            raise Refused(
+                f"the conversation has {length} tokens and {self.max_tokens} fit",
+                where=row.where,
+                fix="shorten it, or set data.overlong to drop or truncate",
+            )
+        return None
+
+    @cached_property
+    def _read_labels(self) -> frozenset[str | None]:
+        """The rows' keys that are read beside what the format asks for."""
+        split = self.settings.split
+        return frozenset((*split.keys, *self.settings.attributes, split.time, split.stratify))
+
+    @cached_property
+    def _kept_labels(self) -> frozenset[str | None]:
+        """The labels that are sealed with a row. A group that depends on the row alone is sealed as such."""
+        split = self.settings.split
+        return frozenset(
+            (*self.settings.attributes, split.time, split.stratify, *(split.groups if split.joined else ()))
+        )
+
+    def _templates(self, messages: Sequence[Message], scan: Scan) -> tuple[str, ...]:
+        """The row's template, and the one that can be told of it again without a scan."""
+        request, answer = request_text(messages), messages[-1].text
+        names = [*self.settings.split.values, *scan.originals, *scan.originals.values()]
+        return wording_group(request, answer, names), *((wording_group(request, answer),) if names else ())
+
+    def _labels(
+        self, fields: Mapping[str, Any], row: Row, messages: Sequence[Message], template: str
+    ) -> dict[str, str]:
+        """All that the row says of where it belongs. Raises UsageError where it does not say it."""
+        split = self.settings.split
+        stated = ((key, _attribute(fields, key, row)) for key in self.settings.attributes)
+        labels = {key: text for key, text in stated if text is not None}
+        labels |= {key: _required(_label(fields, key, row), key, "groups rows", row) for key in split.keys}
+        if split.time is not None:
+            labels[split.time] = time_of(_required(fields.get(split.time), split.time, "orders rows", row), row.where)
+        if split.stratify is not None:
+            kind = _kind(fields, messages[-1].text, split.stratify, row)
+            labels[split.stratify] = _required(kind, split.stratify, "keeps kinds in like shares", row)
+        for reserved in (WORDING, NEAR) if split.group_by is not None else ():
+            if reserved in split.groups and reserved in fields:
+                raise UsageError(
+                    f"the row has a key {reserved!r}, which in data.split.group_by means something else",
+                    where=row.where,
+                    fix="give the key another name: the source's rename does",
+                )
+        return labels | {WORDING: template}
+
+
+def renamed(row: Row, names: Mapping[str, str]) -> Mapping[str, Any]:
+    """The row's fields with a source's renames. Raises UsageError where a new name is taken."""
+    if not names:
+        return row.fields
+    fields = {names.get(key, key): value for key, value in row.fields.items()}
+    if len(fields) != len(row.fields):
+        raise UsageError("two keys of the row have one name after renaming", where=row.where)
+    return fields
+
+
+def _licence_keys(source: Source) -> tuple[str, ...]:
+    """The default key is read in both spellings, so that no row's own licence goes unseen."""
+    return ("licence", "license") if source.licence_key == "licence" else (source.licence_key,)
+
+
+def _licence(row: Row, fields: Mapping[str, Any], source: Source) -> str | None:
+    """The row's own licence where it states one, else its source's."""
+    own = {_label(fields, key, row) for key in _licence_keys(source) if fields.get(key) is not None}
+    if len(own) > 1:
+        raise UsageError("the row states two licences", where=row.where, fix="join them: `A AND B`")
+    return own.pop() if own else source.licence
+
+
+def _label(fields: Mapping[str, Any], key: str, row: Row) -> str | None:
+    value = fields.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise UsageError(f"{key} is a {type(value).__name__}, not text", where=f"{row.where}, {key}")
+    return formats.text_of({key: str(value)}, key, row.where)
+
+
+def _required(value: Any, key: str, for_what: str, row: Row) -> Any:
+    if value is None or value == "":
+        raise UsageError(
+            f"the row has no {key}, by which data.split {for_what}", where=row.where, fix="add it to every row"
+        )
+    return value
+
+
+def _attribute(fields: Mapping[str, Any], key: str, row: Row) -> str | None:
+    """The value of a key that is kept with a row: a list or an object as JSON."""
+    value = fields.get(key)
+    if isinstance(value, str):
+        return formats.text_of(fields, key, row.where)
+    return None if value is None else json.dumps(value, sort_keys=True, default=str)
+
+
+def _kind(fields: Mapping[str, Any], answer: str, key: str, row: Row) -> str | None:
+    """What kind of row it is: by its own key, else by its answer, or that of its answer's keys."""
+    if fields.get(key) is not None:
+        return _attribute(fields, key, row)
+    if key == "answer":
+        return answer_key(answer)
+    try:
+        told = json.loads(answer) if answer.lstrip().startswith("{") else {}
+    except (ValueError, RecursionError):
+        told = {}
+    return _attribute(told, key, row)
+
+
+def listed_values(schema: Any) -> set[str]:
+    """The texts that a schema lists as answers: the task's own words, whoever else may bear them."""
+    if isinstance(schema, Mapping):
+        listed = schema.get("enum")
+        own = [*(listed if isinstance(listed, list) else ()), schema.get("const")]
+        inner = set().union(*(listed_values(value) for value in schema.values()))
+        return {value for value in own if isinstance(value, str)} | inner
+    return set().union(*(listed_values(value) for value in schema)) if isinstance(schema, list) else set()
+
+
+def _answer_check(schema: Mapping[str, Any] | None) -> Callable[[str], bool]:
+    if schema is None:
+        return lambda _text: True
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    kind = validator_for(schema)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise UsageError(f"not a JSON Schema: {error.message}", where="task.schema") from error
+    validator = kind(schema, registry=Registry())  # nothing is fetched
+
+    def check(text: str) -> bool:
+        try:
+            return bool(validator.is_valid(json.loads(text)))
+        except Unresolvable as error:
+            raise UsageError(f"the schema refers to what it does not hold: {error}", where="task.schema") from error
+        except (ValueError, RecursionError):
+            return False
+
+    return check

@@ -1,0 +1,240 @@
+"""Sources in shards: what one worker does to a part of a file, and all of them done by as many processes as pay.
+
+A shard's result depends on nothing but the shard and the job, and what becomes of the results does not depend on their
+order, so a dataset is the same whatever the number of shards and workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.progress import Progress
+from tunesmith.core.threads import wanted_threads
+from tunesmith.data.building.account import Account
+from tunesmith.data.building.examine import CountTokens, Examiner, renamed
+from tunesmith.data.building.staging import Line, SpiltRow, removed_line, spilt
+from tunesmith.data.formats.formats import Shape, shape_of
+from tunesmith.data.governance.withdrawn import Withdrawn
+from tunesmith.data.settings import DataSettings
+from tunesmith.data.sources.readers import WHOLE, Part
+from tunesmith.data.sources.sources import Row, SourceFile, fetched, find_files, open_source
+
+SHARD_BYTES = 2 << 20
+_ROWS_TOGETHER = 2000
+_BYTES_TOGETHER = 8 << 20  # fewer rows where they are long
+# Starting processes costs more than they save on less.
+_WORTH_WORKERS = 4 << 20
+_AHEAD = 2  # shards a worker may be ahead of what was taken in
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is done to every row of a build: see Examiner. shapes: a source's path -> the format of its rows."""
+
+    settings: DataSettings
+    count_tokens: CountTokens | None = None
+    max_tokens: int | None = None
+    answer_schema: Mapping[str, Any] | None = None
+    special_tokens: tuple[str, ...] = ()
+    withdrawn: Withdrawn = field(default_factory=Withdrawn)
+    outside: Set[str] = frozenset()
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A part of a file. bytes: how much of the file it is, for progress."""
+
+    file: SourceFile
+    part: Part
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What came of some rows of a shard: those kept, those removed, and the account without them."""
+
+    file: str
+    kept: list[SpiltRow]
+    removed: list[Line]
+    account: Account
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A source file that is to be read. digest: of its bytes before any row was."""
+
+    file: SourceFile
+    digest: str
+    bytes: int
+    shards: list[Shard]
+
+
+class Worker:
+    """One process's way through its shards; made once, for the privacy scan's patterns take a second to load."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        rules = (job.count_tokens, job.max_tokens, job.answer_schema, job.special_tokens, job.withdrawn, job.outside)
+        self._examiner = Examiner(job.settings, Account(), *rules)
+
+    def warm(self) -> Worker:
+        """Load what the first row would."""
+        self._examiner.scanner.findings(["a text"])
+        _ = self._examiner.valid_answer
+        return self
+
+    def pieces(self, shard: Shard) -> Iterator[Piece]:
+        """The shard's rows, examined, a few thousand at a time. Raises what the first bad row is refused with."""
+        source = shard.file.source
+        with open_source(shard.file, digested=False) as opened:
+            rows: list[Row] = []
+            begun = opened.position()
+            for row in opened.read(shard.part):
+                rows.append(row)
+                if len(rows) == _ROWS_TOGETHER or opened.position() - begun > _BYTES_TOGETHER:
+                    yield self._examined(shard, rows, self._job.shapes[source.path])
+                    rows, begun = [], opened.position()
+            if rows:
+                yield self._examined(shard, rows, self._job.shapes[source.path])
+
+    def __call__(self, shard: Shard) -> list[Piece]:
+        """All of a shard's pieces: for a shard that was cut to a size."""
+        return list(self.pieces(shard))
+
+    def _examined(self, shard: Shard, rows: Sequence[Row], shape: Shape) -> Piece:
+        account = self._examiner.account = Account(read=len(rows))
+        examined = self._examiner.examine(rows, shard.file.source, shape)
+        kept = [spilt(one, self._job.settings.split) for one in examined]
+        removed = [removed_line(entry) for entry in account.removed]
+        return Piece(shard.file.name, kept, removed, replace(account, removed=[]))
+
+
+class Engine(Protocol):
+    """How shards are run: here, by processes, or by Ray."""
+
+    def run(self, job: Job, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[Piece]]]:
+        """Every shard with its pieces, in the order of the shards."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """This machine. workers: how many processes; None: one a core ($TUNESMITH_THREADS bounds them) where it pays."""
+
+    workers: int | None = None
+
+    def run(self, job: Job, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[Piece]]]:
+        """Every shard with its pieces, in the order of the shards."""
+        workers = self.workers or self._worth(shards)
+        here = Worker(job)
+        if workers == 1:
+            yield from ((shard, here.pieces(shard)) for shard in shards)
+            return
+        # Forked, so that patterns, models and what counts tokens are loaded once; a worker needs none of our threads.
+        global _worker
+        _worker = here.warm()
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(workers, context, _begin, (os.getpid(),)) as pool:
+            waiting: deque[tuple[Shard, Future[list[Piece]] | None]] = deque()
+            todo = iter(shards)
+            try:
+                while True:
+                    while len(waiting) < _AHEAD * workers and (shard := next(todo, None)) is not None:
+                        # What could not be cut may be too large to be handed over whole: it is read here, in pieces.
+                        waiting.append((shard, pool.submit(_work, shard) if _cut(shard) else None))
+                    if not waiting:
+                        return
+                    shard, future = waiting.popleft()
+                    yield shard, here.pieces(shard) if future is None else future.result()
+            except BrokenProcessPool as error:
+                raise TunesmithError(
+                    "a worker process died", where="data", fix="look for a lack of memory, or set TUNESMITH_THREADS=1"
+                ) from error
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _worth(self, shards: Sequence[Shard]) -> int:
+        cut = [shard for shard in shards if _cut(shard)]
+        if sum(shard.bytes for shard in cut) < _WORTH_WORKERS:
+            return 1
+        allowed = wanted_threads() or len(os.sched_getaffinity(0))
+        return max(1, min(allowed, len(cut)))
+
+
+def _cut(shard: Shard) -> bool:
+    return shard.part != WHOLE or shard.bytes <= SHARD_BYTES
+
+
+_worker: Worker | None = None  # set before the processes are forked, which share what it loaded
+
+
+def _begin(parent: int) -> None:
+    """In a new worker: die with the parent even if that is killed, and leave ctrl-C to it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _work(shard: Shard) -> list[Piece]:
+    assert _worker is not None
+    return _worker(shard)
+
+
+def plan(settings: DataSettings, root: Path, folder: Path, undo: contextlib.ExitStack) -> list[Planned]:
+    """The sources' files, cut into shards. folder: where files from elsewhere lie for as long as undo is open."""
+    planned = []
+    for file in find_files(settings.sources, root):
+        here = undo.enter_context(fetched(file, folder))
+        with open_source(here) as opened:
+            parts = opened.parts(SHARD_BYTES)
+            sizes = opened.bytes // len(parts)
+            shards = [Shard(here, part, sizes) for part in parts]
+            planned.append(Planned(here, opened.digest, opened.bytes, shards))
+    return planned
+
+
+def shapes_of(planned: Sequence[Planned]) -> dict[str, Shape]:
+    """Each source's format, as told or as the first row of its first file tells."""
+    shapes: dict[str, Shape] = {}
+    for one in planned:
+        source = one.file.source
+        if source.path not in shapes:
+            with open_source(one.file, digested=False) as opened:
+                row = next(opened.read(WHOLE), None)
+            if row is None:
+                raise UsageError("the file holds no rows", where=one.file.name)
+            shapes[source.path] = shape_of(source.format, Row(row.source, row.number, renamed(row, source.rename)))
+    return shapes
+
+
+def examined(planned: Sequence[Planned], job: Job, engine: Engine, progress: Progress) -> Iterator[Piece]:
+    """Every piece of every file. Raises UsageError for a file without rows, TunesmithError for one that changed."""
+    rows = dict.fromkeys((one.file.name for one in planned), 0)
+    shards = [shard for one in planned for shard in one.shards]
+    with progress.task("reading rows", sum(one.bytes for one in planned)) as task:
+        for shard, pieces in engine.run(job, shards):
+            for piece in pieces:
+                rows[piece.file] += piece.account.read
+                yield piece
+            task.advance(shard.bytes)
+    for one in planned:
+        if not rows[one.file.name]:
+            raise UsageError("the file holds no rows", where=one.file.name)
+        with open_source(one.file) as opened:
+            if opened.digest != one.digest:
+                raise TunesmithError("the file changed while it was read", where=one.file.name, fix="run again")

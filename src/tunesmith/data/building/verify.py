@@ -1,0 +1,117 @@
+"""A dataset version held against what its record says of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from tunesmith.core.errors import TunesmithError
+from tunesmith.data.building.build import counts, near_threshold
+from tunesmith.data.dataset import SPLITS, Dataset, Example, example_id, load_dataset
+from tunesmith.data.settings import DataSettings
+from tunesmith.data.splitting.decontaminate import OUTSIDE, Outside, decode_outside
+from tunesmith.data.splitting.duplicates import METHODS, request_text
+from tunesmith.data.splitting.groups import wording_group
+from tunesmith.data.splitting.splits import Nearness, leakage, split_of
+from tunesmith.store.store import Store
+
+
+def verify_dataset(store: Store, digest: str) -> dict[str, Any]:
+    """Recompute digests, ids, splits, counts and the leakage proof.
+
+    Returns {"dataset", "ok", "checked": number of things compared, "problems": [{"path", "reason"}]}.
+    """
+    problems: list[dict[str, str]] = []
+    checked = 1
+    try:
+        dataset = load_dataset(store, digest)
+        settings = DataSettings.model_validate(dataset.record.body["settings"])
+    except (TunesmithError, KeyError, ValueError) as error:
+        return _document(digest, checked, [{"path": "record", "reason": str(error)}])
+    splits: dict[str, list[Example]] = {}
+    for name in SPLITS:
+        checked += 1
+        try:
+            splits[name] = dataset.examples(name)
+        except TunesmithError as error:
+            problems.append({"path": error.where or f"{name}.jsonl", "reason": error.what})
+    try:
+        checked += 1
+        removed = dataset.removed()
+    except (TunesmithError, KeyError) as error:
+        problems.append({"path": "removed.jsonl", "reason": str(error)})
+    if problems:  # nothing more can be said of rows that are not the ones that were sealed
+        return _document(digest, checked, problems)
+    try:
+        outside = _outside(store, dataset, settings)
+    except (TunesmithError, KeyError) as error:
+        return _document(digest, checked, [{"path": OUTSIDE, "reason": str(error)}])
+    problems.extend(_row_problems(splits, settings, frozenset(dataset.record.body.get("held_groups", ()))))
+    problems.extend(_outside_problems(splits, outside))
+    stated = {**_stated(dataset), "rows removed": dataset.record.body["rows"]["removed"]}
+    method = str(stated["leakage"].get("method"))
+    if method not in METHODS:
+        return _document(digest, checked, [{"path": "leakage", "reason": f"there is no method {method!r}"}])
+    shared = leakage(splits, Nearness(splits, near_threshold(settings), outside.requests, method), settings.split)
+    again = {
+        **counts(splits),
+        "leakage": _same_keys(stated["leakage"], {**shared.as_json(near_threshold(settings)), "method": method}),
+        "rows kept": sum(map(len, splits.values())),
+        "rows read": sum(map(len, splits.values())) + len(removed),
+        "rows removed": dict(sorted(Counter(str(row["reason"]) for row in removed).items())),
+    }
+    for what, value in again.items():
+        if stated[what] != value:
+            problems.append({"path": what, "reason": f"the record says {stated[what]}, the rows say {value}"})
+    for what, number in shared.faults().items():
+        problems.append({"path": f"leakage.{what}", "reason": f"is {number}, and must be 0"})
+    return _document(digest, checked + len(again) + sum(map(len, splits.values())), problems)
+
+
+def _outside(store: Store, dataset: Dataset, settings: DataSettings) -> Outside:
+    return decode_outside(store.read_blob(dataset.record.blobs[OUTSIDE])) if settings.decontaminate else Outside()
+
+
+def _outside_problems(splits: dict[str, list[Example]], outside: Outside) -> list[dict[str, str]]:
+    return [
+        {"path": f"{name}.jsonl, {example.id}", "reason": "is worded as a row of an outside test set"}
+        for name, examples in splits.items()
+        for example in examples
+        if outside.wordings and wording_group(request_text(example.messages), example.answer) in outside.wordings
+    ]
+
+
+def _same_keys(stated: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
+    """What the record states, with the numbers found again: earlier ones state fewer, and more of the method."""
+    return {key: again.get(key, value) for key, value in stated.items()} | {
+        key: again[key] for key in ("shared_groups", "near_pairs", "threshold")
+    }
+
+
+def _stated(dataset: Dataset) -> dict[str, Any]:
+    body = dataset.record.body
+    rows = {f"rows {key}": body["rows"][key] for key in ("read", "kept")}
+    return {**{key: body[key] for key in ("splits", "groups", "licences", "leakage")}, **rows}
+
+
+def _row_problems(
+    splits: dict[str, list[Example]], settings: DataSettings, held: frozenset[str]
+) -> list[dict[str, str]]:
+    problems = []
+    by_hash = settings.split.time is None and settings.split.stratify is None
+    seen: set[str] = set()
+    for name, examples in splits.items():
+        for example in examples:
+            path = f"{name}.jsonl, {example.id}"
+            if example.id != example_id(example.messages, example.source):
+                problems.append({"path": path, "reason": "the id is not that of the content"})
+            if example.id in seen:
+                problems.append({"path": path, "reason": "the id stands twice"})
+            if by_hash and split_of(example.group, settings.split, held) != name:
+                problems.append({"path": path, "reason": "the row's group belongs to another split"})
+            seen.add(example.id)
+    return problems
+
+
+def _document(digest: str, checked: int, problems: list[dict[str, str]]) -> dict[str, Any]:
+    return {"dataset": digest, "ok": not problems, "checked": checked, "problems": problems}

@@ -1,0 +1,1 @@
+"""Licences, sign-off by a steward, withdrawn rows, dataset cards, differences between versions."""

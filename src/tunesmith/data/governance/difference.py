@@ -1,0 +1,120 @@
+"""What became of a dataset version from one to the next, and a look at what was left out of one."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.digests import digest_of
+from tunesmith.core.errors import Refused
+from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
+from tunesmith.data.settings import DataSettings
+from tunesmith.data.sources.sources import find_files, open_source
+from tunesmith.data.splitting.duplicates import request_text
+from tunesmith.store.store import Store
+
+_BALANCED = ("licence", "source", "tenant", "region")
+
+
+def difference(store: Store, before: str, after: str) -> dict[str, Any]:
+    """Rows added, removed, changed and moved between splits, and how licences, sources, tenants and regions shifted.
+
+    A row is the same by its id. Of the others, one of either version with the same source and request is a changed
+    answer; with the same group and none of that, one was added and one removed.
+    Returns {"before", "after", "rows": {"same", "added", "removed", "changed", "moved"}, "added", "removed", "changed",
+    "moved": ids, "splits", "balance": {attribute: {value: [before, after]}}, "removed_reasons"}.
+    """
+    first, second = load_dataset(store, before), load_dataset(store, after)
+    old, new = _placed(first), _placed(second)
+    gone = {name: old[name][1] for name in old.keys() - new.keys()}
+    come = {name: new[name][1] for name in new.keys() - old.keys()}
+    changed = _changed(gone, come)
+    added = sorted(come.keys() - {pair["after"] for pair in changed})
+    removed = sorted(gone.keys() - {pair["before"] for pair in changed})
+    both = old.keys() & new.keys()
+    moved = [
+        {"id": name, "before": old[name][0], "after": new[name][0]}
+        for name in sorted(both)
+        if old[name][0] != new[name][0]
+    ]
+    return {
+        "before": before,
+        "after": after,
+        "rows": {
+            "same": len(both) - len(moved),
+            "moved": len(moved),
+            "added": len(added),
+            "removed": len(removed),
+            "changed": len(changed),
+        },
+        "added": added,
+        "removed": removed,
+        "changed": changed,
+        "moved": moved,
+        "splits": {name: [first.splits[name], second.splits[name]] for name in SPLITS},
+        "balance": {name: _shift(old, new, name) for name in _BALANCED},
+        "removed_reasons": _both(_reasons(first), _reasons(second)),
+    }
+
+
+def _placed(dataset: Dataset) -> dict[str, tuple[str, Example]]:
+    return {example.id: (name, example) for name in SPLITS for example in dataset.examples(name)}
+
+
+def _changed(gone: dict[str, Example], come: dict[str, Example]) -> list[dict[str, str]]:
+    """Rows of one source and request with another answer, one of each version at a time."""
+    waiting: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for name in sorted(come, reverse=True):
+        waiting[come[name].source, request_text(come[name].messages)].append(name)
+    pairs = []
+    for name in sorted(gone):
+        same = waiting[gone[name].source, request_text(gone[name].messages)]
+        if same:
+            pairs.append({"before": name, "after": same.pop()})
+    return pairs
+
+
+def _shift(
+    old: dict[str, tuple[str, Example]], new: dict[str, tuple[str, Example]], attribute: str
+) -> dict[str, list[int]]:
+    counts = [Counter(str(getattr(one, attribute) or "") for _, one in rows.values()) for rows in (old, new)]
+    return _both(*counts)
+
+
+def _both(before: Counter[str], after: Counter[str]) -> dict[str, list[int]]:
+    return {value: [before[value], after[value]] for value in sorted(before.keys() | after.keys())}
+
+
+def _reasons(dataset: Dataset) -> Counter[str]:
+    return Counter(dataset.record.body["rows"]["removed"])
+
+
+def removed_sample(dataset: Dataset, root: Path, each: int) -> dict[str, list[dict[str, Any]]]:
+    """Reason -> at most `each` of the rows left out for it, as their files have them, for a person to look at.
+
+    They are read from the sources again, for what was left out is not kept: it may have been private. Which ones is
+    decided by their hashes, so that nobody picks them. Raises Refused where a source is not what was read then.
+    """
+    classes: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for entry in sorted(dataset.removed(), key=lambda entry: digest_of(dict(entry))):
+        if len(classes[entry["reason"]]) < each:
+            classes[entry["reason"]].append(dict(entry))
+    wanted: defaultdict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for entries in classes.values():
+        for entry in entries:
+            wanted[entry["source"]][entry["row"]] = entry
+    read = {source["path"]: source["digest"] for source in dataset.record.body["sources"]}
+    settings = DataSettings.model_validate(dataset.record.body["settings"])
+    for file in find_files(settings.sources, root):
+        if file.name not in wanted:
+            continue
+        with open_source(file) as opened:
+            if opened.digest != read.get(file.name):
+                raise Refused(
+                    "the file is not the one that was read", where=file.name, fix="restore it, or build the data again"
+                )
+            for row in opened.rows():
+                if row.number in wanted[file.name]:
+                    wanted[file.name][row.number]["fields"] = dict(row.fields)
+    return dict(sorted(classes.items()))

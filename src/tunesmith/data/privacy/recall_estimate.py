@@ -1,0 +1,205 @@
+"""How much a privacy scan finds: made-up values planted into the dataset's own rows, and a bound on what is left.
+
+A scan's word that it found n values says nothing of those it missed. So values whose truth is known are put into the
+rows' own texts, at a place and in a case that fit them, and scanned for. That measures recall on this text; from it and
+from n follows how many are probably left. The made-up values are seeded: the same rows give the same figures.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.core.errors import Refused
+from tunesmith.core.messages import Message
+from tunesmith.data.privacy.scan import Scanner, texts_of
+from tunesmith.data.privacy.synthetic_pii import MAKERS
+from tunesmith.data.settings import Privacy
+
+CONFIDENCE = 0.95
+# Half stand bare in the text, half behind words that speak of them.
+_CARRIERS: Mapping[str, tuple[str, ...]] = {
+    "EMAIL_ADDRESS": ("my email is {}", "write to {}"),
+    "PHONE_NUMBER": ("my phone number is {}", "call me at {}"),
+    "CREDIT_CARD": ("my credit card is {}", "charge card {}"),
+    "IBAN_CODE": ("my iban is {}", "transfer it to {}"),
+    "US_SSN": ("my social security number is {}", "ssn {}"),
+    "PERSON": ("my name is {}", "ask {} about it"),
+    "LOCATION": ("I live in {}", "we are in {}"),
+    "STREET_ADDRESS": ("my address is {}", "send it to {}"),
+    "SECRET": ("use the token {}", "my key is {}"),
+}
+_ANY_CARRIER = ("here it is: {}", "this one: {}")
+_CASED = frozenset(("PERSON", "LOCATION", "STREET_ADDRESS", "ORGANIZATION"))  # written small where the text is small
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Of one entity's planted values: how many there were, how many were found whole, and the characters behind that.
+
+    new: characters found that were not found before the planting; right: those of them within a planted value.
+    """
+
+    planted: int
+    found: int
+    characters: int
+    covered: int
+    new: int
+    right: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Plant:
+    before: str
+    text: str
+    start: int
+    end: int
+    cut: tuple[int, int]  # what of `before` the insertion replaced
+
+
+def measure(scanner: Scanner, settings: Privacy, conversations: Sequence[Sequence[Message]]) -> dict[str, Measured]:
+    """Plant settings.planted values of each entity that can be made up into the conversations' texts, and look."""
+    makers = _makers(settings)
+    if not settings.planted or not conversations:
+        return {}
+    measured = {}
+    for entity in scanner.finder.entities:
+        if entity in makers:
+            plants = [
+                _plant(random.Random(f"{entity} {number}"), entity, makers[entity], conversations)
+                for number in range(settings.planted)
+            ]
+            measured[entity] = _look(scanner, plants)
+    return measured
+
+
+def _makers(settings: Privacy) -> dict[str, Callable[[random.Random], str]]:
+    def of(examples: Sequence[str]) -> Callable[[random.Random], str]:
+        return lambda chance: chance.choice(examples)
+
+    own = {name: of(one.examples) for name, one in settings.recognisers.items() if one.examples}
+    return {**MAKERS, **own}
+
+
+def _plant(
+    chance: random.Random,
+    entity: str,
+    make: Callable[[random.Random], str],
+    conversations: Sequence[Sequence[Message]],
+) -> _Plant:
+    texts = [text for _, text in texts_of(chance.choice(conversations))]
+    text = chance.choice([text for text in texts if " " in text.strip()] or texts)  # sentences, where there are any
+    value = make(chance)
+    if entity in _CASED and text.islower():
+        value = value.lower()
+    if " " not in text.strip():  # a key, a value of JSON, a single word: the planted one stands in its place
+        return _Plant(text, value, 0, len(value), (0, len(text)))
+    carrier = chance.choice(("{}", chance.choice(_CARRIERS.get(entity, _ANY_CARRIER))))
+    place = chance.choice([0, *(at for at, letter in enumerate(text) if letter == " "), len(text)])
+    before, after = text[:place], text[place:]
+    lead = before + (" " if before and not before.endswith(" ") else "") + carrier[: carrier.index("{}")]
+    tail = "" if not after or after.startswith(" ") else " "
+    return _Plant(text, lead + value + tail + after, len(lead), len(lead) + len(value), (place, place))
+
+
+def _look(scanner: Scanner, plants: Sequence[_Plant]) -> Measured:
+    before = scanner.findings([plant.before for plant in plants])
+    after = scanner.findings([plant.text for plant in plants])
+    whole = covered = new = right = 0
+    for plant, old, found in zip(plants, before, after, strict=True):
+        known = {place for one in old for place in range(one.start, one.end)}
+        seen = {place for one in found for place in range(one.start, one.end)}
+        inside = sum(plant.start <= place < plant.end for place in seen)
+        covered += inside
+        right += inside
+        whole += inside == plant.end - plant.start
+        shift = len(plant.text) - len(plant.before)
+        outside = [place for place in seen if not plant.start <= place < plant.end]
+        new += inside + sum((place if place < plant.cut[0] else place - shift) not in known for place in outside)
+    return Measured(len(plants), whole, sum(plant.end - plant.start for plant in plants), covered, new, right)
+
+
+def as_json(measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
+    """For a record: counts, recall of whole values with its 95% lower bound, recall and precision by character."""
+    return {
+        entity: {
+            "planted": one.planted,
+            "found": one.found,
+            "recall": one.found / one.planted,
+            "recall_at_least": recall_at_least(one.found, one.planted, 1 - CONFIDENCE),
+            "recall_by_character": one.covered / one.characters,
+            "precision_by_character": one.right / one.new if one.new else None,
+        }
+        for entity, one in measured.items()
+    }
+
+
+def recall_at_least(found: int, planted: int, alpha: float) -> float:
+    """Clopper and Pearson's one-sided lower bound of a share, at confidence 1 - alpha."""
+    from scipy.stats import beta
+
+    return float(beta.ppf(alpha, found, planted - found + 1)) if found else 0.0
+
+
+def probably_left(found: Mapping[str, int], measured: Mapping[str, Measured]) -> float | None:
+    """How many values of the measured entities the scan probably missed, at most, at 95% confidence.
+
+    found: entity -> values found. None where nothing that was planted of one was found: then nothing bounds it.
+
+    Half of the 5% goes to the recalls, shared among the entities (Bonferroni): each is taken at its Clopper-Pearson
+    lower bound. Given its recall r and n found, the number missed of an entity has the negative binomial distribution
+    NB(n + 1, r) if any total is as likely as another; the other half is the upper tail of these numbers' sum.
+    """
+    import numpy as np
+    from scipy.stats import nbinom
+
+    share = (1 - CONFIDENCE) / 2
+    total = np.ones(1)
+    for entity, one in measured.items():
+        recall = recall_at_least(one.found, one.planted, share / len(measured))
+        if recall == 0:
+            return None
+        missed = nbinom(found.get(entity, 0) + 1, recall)
+        total = np.convolve(total, missed.pmf(np.arange(int(missed.isf(1e-12)) + 1)))
+        total = total[: int(np.searchsorted(total.cumsum(), 1 - 1e-10)) + 1]
+    return float(np.searchsorted(total.cumsum(), 1 - share))
+
+
+def left_document(
+    settings: Privacy, found: Mapping[str, int], measured: Mapping[str, Measured], entities: Sequence[str]
+) -> dict[str, Any]:
+    """What a record says of what is left: {"at_most", "confidence", "found_and_kept", "unmeasured"}.
+
+    at_most counts the values that were found and kept too, where the action is to report alone.
+    """
+    kept = sum(found.values()) if settings.action == "report" else 0
+    missed = probably_left(found, measured) if measured else None
+    return {
+        "at_most": None if missed is None else missed + kept,
+        "confidence": CONFIDENCE,
+        "found_and_kept": kept,
+        "unmeasured": [entity for entity in entities if entity not in measured],
+    }
+
+
+def refuse_leaky(settings: Privacy, left: Mapping[str, Any]) -> None:
+    """Raises Refused where more is probably left than data.privacy.left_at_most, or nothing bounds it."""
+    limit = settings.left_at_most
+    if limit is None:
+        return
+    where = "data.privacy.left_at_most"
+    if left["unmeasured"]:
+        raise Refused(
+            f"nothing measures how much of {', '.join(left['unmeasured'])} the scan finds",
+            where=where,
+            fix="leave it out of data.privacy.entities, or give a recogniser of your own `examples`",
+        )
+    if left["at_most"] is None or left["at_most"] > limit:
+        bound = "any number of values may be" if left["at_most"] is None else f"up to {left['at_most']:g} values are"
+        raise Refused(
+            f"{bound} probably left in the rows ({CONFIDENCE:.0%} bound), and {limit:g} are allowed",
+            where=where,
+            fix="clean the sources, set data.privacy.model, or add recognisers for what is missed",
+        )

@@ -1,0 +1,253 @@
+"""Personal data and secrets in conversations: found, counted by field, and replaced by pseudonyms where asked.
+
+What a text holds is `entities.py`'s to say; here a conversation is taken apart into its texts and put together again,
+so that one value has one pseudonym wherever it stands, and JSON stays JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunesmith.core.messages import Message, ToolCall
+from tunesmith.data.privacy.entities import Finder, Finding
+from tunesmith.data.privacy.names import NAME_ENTITIES
+from tunesmith.data.privacy.pseudonyms import Pseudonyms
+from tunesmith.data.settings import Privacy
+
+CALL, TOOLS = "call", "tools"  # where a finding was that stands in no turn's content
+# Replaced only where they were found: the number of an age or a year stands for other things elsewhere.
+_IN_PLACE = frozenset(("AGE", "DATE_TIME", "TITLE", "ZIP_CODE"))
+# Replaced as whole words; the letters of an identifier are replaced even within a longer word, so that none is left.
+_WORDS = frozenset((*NAME_ENTITIES, "STREET_ADDRESS")) - _IN_PLACE
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What was found in a conversation.
+
+    messages: with pseudonyms; None where a call or the tools would be JSON no longer. found: entity -> number of
+    distinct values. fields: (role of the text, entity) -> number of findings, see texts_of. originals: pseudonym -> the
+    value it stands for.
+    """
+
+    messages: tuple[Message, ...] | None
+    found: Counter[str] = field(default_factory=Counter)
+    fields: Counter[tuple[str, str]] = field(default_factory=Counter)
+    originals: Mapping[str, str] = field(default_factory=dict)
+
+
+class Scanner:
+    """Finds personal data and secrets in conversations. Made once a build: the patterns take a second to load.
+
+    keep: values that are no personal data here, such as those that the answer's schema lists.
+    """
+
+    def __init__(self, settings: Privacy, keep: Collection[str] = ()) -> None:
+        self.finder = Finder(settings)
+        self._own = tuple(settings.recognisers)
+        self._keep = frozenset(value.casefold() for value in keep)
+
+    def scan(self, messages: Sequence[Message]) -> Scan:
+        """Look through one conversation."""
+        return self.scan_many([messages])[0]
+
+    def scan_many(self, conversations: Sequence[Sequence[Message]]) -> list[Scan]:
+        """Look through every turn of each; together, since a model of names is quicker over many texts."""
+        texts = {text for messages in conversations for _, text in texts_of(messages)}
+        ordered = sorted(texts)
+        found = {text: list(map(tuple, spans)) for text, spans in zip(ordered, self.findings(ordered), strict=True)}
+        return [self._scan(messages, found) for messages in conversations]
+
+    def findings(self, texts: Sequence[str]) -> list[list[Finding]]:
+        """What each text holds, without the values to keep."""
+        return [
+            [one for one in found if text[one.start : one.end].casefold() not in self._keep]
+            for text, found in zip(texts, self.finder.find(texts), strict=True)
+        ]
+
+    def _scan(self, messages: Sequence[Message], findings: Mapping[str, Sequence[Any]]) -> Scan:
+        fields = Counter((role, entity) for role, text in texts_of(messages) for _, _, entity, _ in findings[text])
+        if not fields:
+            return Scan(tuple(messages))
+        names = Pseudonyms(self._own)
+        counts: Counter[str] = Counter()
+        values = self._values(messages, findings)
+        # The longest names of people first: "Ann" is then known for a part of "Ann Lee".
+        for entity, value in sorted(values, key=lambda pair: -len(pair[1].split()) if pair[0] == "PERSON" else 0):
+            counts[entity] += names.add(entity, value)
+        replace = _Replacer(names, values, findings)
+        changed: tuple[Message, ...] | None
+        try:
+            changed = tuple(_replaced(message, replace) for message in messages)
+        except ValueError:
+            changed = None
+        originals: dict[str, str] = {}
+        for entity, value in values:
+            originals.setdefault(names.of(entity, value), value)
+        return Scan(changed, counts, fields, originals)
+
+    def values(self, messages: Sequence[Message]) -> list[tuple[str, str]]:
+        """(entity, value) of everything found in the messages, as it stands there."""
+        ordered = sorted({text for _, text in texts_of(messages)})
+        found = {text: list(map(tuple, spans)) for text, spans in zip(ordered, self.findings(ordered), strict=True)}
+        return self._values(messages, found)
+
+    @staticmethod
+    def _values(messages: Sequence[Message], findings: Mapping[str, Sequence[Any]]) -> list[tuple[str, str]]:
+        return [(entity, text[start:end]) for _, text in texts_of(messages) for start, end, entity, _ in findings[text]]
+
+
+def texts_of(messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
+    """(role, text) of all that a conversation says; of JSON the strings and numbers, so that escapes hide nothing.
+
+    The role is the turn's, CALL for what a call says, and TOOLS for the functions that may be called.
+    """
+    for message in messages:
+        for role, text in _parts(message):
+            value = _json_in(text)
+            for leaf in (text,) if value is None else _leaves(value):
+                yield role, leaf
+
+
+def _parts(message: Message) -> Iterator[tuple[str, str]]:
+    yield message.role, message.content
+    for call in message.tool_calls:
+        yield CALL, call.name
+        yield CALL, call.arguments
+    if message.tools is not None:
+        yield TOOLS, message.tools
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, str):
+        yield value
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield str(value)
+
+
+def _json_in(text: str) -> Any:
+    """The object or list that a text is; None for prose."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        value = json.loads(text, object_pairs_hook=_pairs)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict | list) else None
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; one with a key twice is read as prose, since as an object it would lose the first."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key stands twice")
+    return fields
+
+
+class _Replacer:
+    """Puts pseudonyms into a conversation's texts."""
+
+    def __init__(
+        self, names: Pseudonyms, values: Sequence[tuple[str, str]], findings: Mapping[str, Sequence[Any]]
+    ) -> None:
+        self._names, self._findings = names, findings
+        self._spellings: dict[str, str] = {}
+        self._whole: dict[str, tuple[str, str]] = {}  # a text that is nothing but a name, in whatever case
+        patterns: dict[str, str] = {}
+        for entity, value in values:
+            if entity in _IN_PLACE:
+                continue
+            self._spellings.setdefault(value, names.of(entity, value))
+            patterns.setdefault(value, rf"(?<!\w){re.escape(value)}(?!\w)" if entity in _WORDS else re.escape(value))
+            if entity in _WORDS:
+                self._whole.setdefault(value.casefold(), (entity, value))
+        ordered = sorted(patterns, key=lambda value: (-len(value), value))
+        self._pattern = re.compile("|".join(patterns[value] for value in ordered)) if ordered else None
+
+    def __call__(self, text: str) -> str:
+        known = self._whole.get(text.casefold())
+        if known is not None:
+            entity, _ = known
+            return self._names.of(entity, text)
+        pieces, done = [], 0
+        for start, end, entity, _ in self._findings.get(text, ()):
+            if entity in _IN_PLACE:
+                pieces += [self._swept(text[done:start]), self._names.of(entity, text[start:end])]
+                done = end
+        return "".join((*pieces, self._swept(text[done:])))
+
+    def _swept(self, text: str) -> str:
+        if self._pattern is None:
+            return text
+        return self._pattern.sub(lambda match: self._spellings[match[0]], text)
+
+
+def _replaced(message: Message, replace: _Replacer) -> Message:
+    """The message with pseudonyms. Raises ValueError where a call or the tools are JSON no longer."""
+    changed: dict[str, Any] = {"content": _text_replaced(message.content, replace)}
+    if message.tool_calls:
+        changed["tool_calls"] = tuple(_call_replaced(call, replace) for call in message.tool_calls)
+    if message.tools is not None:
+        changed["tools"] = _text_replaced(message.tools, replace)
+        json.loads(changed["tools"])
+    same = all(getattr(message, key) == value for key, value in changed.items())
+    return message if same else message.model_copy(update=changed)
+
+
+def _call_replaced(call: ToolCall, replace: _Replacer) -> ToolCall:
+    arguments = _text_replaced(call.arguments, replace)
+    if not isinstance(json.loads(arguments), dict):
+        raise ValueError("arguments are no object")
+    return call.model_copy(update={"name": _text_replaced(call.name, replace), "arguments": arguments})
+
+
+def _text_replaced(text: str, replace: _Replacer) -> str:
+    """The text with pseudonyms; JSON stays JSON, in the spacing it had."""
+    value = _json_in(text)
+    if value is None:
+        return replace(text)
+    try:
+        changed = _replace_leaves(value, replace)
+    except ValueError:  # two keys that become one: the text is replaced as it stands
+        return replace(text)
+    if changed == value:
+        return text
+    compact = json.dumps(value, ensure_ascii=False, separators=(",", ":")) == text
+    separators = (",", ":") if compact else None
+    said = json.dumps(changed, ensure_ascii=False, separators=separators)
+    try:
+        said.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which only an escape can say: it stays one
+        return json.dumps(changed, separators=separators)
+    return said
+
+
+def _replace_leaves(value: Any, replace: _Replacer) -> Any:
+    if isinstance(value, dict):
+        return _pairs([(replace(key), _replace_leaves(inner, replace)) for key, inner in value.items()])
+    if isinstance(value, list):
+        return [_replace_leaves(inner, replace) for inner in value]
+    if isinstance(value, str):
+        return replace(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        text = replace(str(value))
+        if text == str(value):
+            return value
+        digits = re.sub(r"\D", "", text)  # a number stays a number
+        with contextlib.suppress(ValueError):
+            return int(digits)
+        return text
+    return value

@@ -1,0 +1,205 @@
+"""Rows that a person should look at, with the reason. None is dropped for it: a flag is a question, not a verdict."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import Any
+
+from tunesmith.core.digests import canonical
+from tunesmith.core.errors import UsageError
+from tunesmith.data.dataset import SPLITS, Dataset, Example
+from tunesmith.data.quality import toxicity
+from tunesmith.data.quality.likeness import Embed, alike, foreign
+from tunesmith.data.quality.people import CAVEAT, balance_of_names, found_people
+from tunesmith.data.splitting.duplicates import answer_key, request_text
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+FLAGS = "flags.jsonl"
+REFUSING = "refusing answer"
+LONG = "answer much longer than the others"
+LONG_REQUEST = "request much longer than the others"
+NOISE = "label that the other rows speak against"
+
+LANGUAGE = "another language than the others"
+ALIKE = "says what another request says"
+TOXIC = "insults, threatens or demeans, by its words"
+
+_GENDERED = {
+    "he": frozenset(("he", "him", "his", "himself", "mr", "man", "men", "boy", "father", "son", "brother", "husband")),
+    "she": frozenset(
+        ("she", "her", "hers", "herself", "mrs", "ms", "woman", "women", "girl", "mother", "daughter", "sister", "wife")
+    ),
+    "they, of one": frozenset(("themself", "mx")),
+}
+_SHOWN = 20
+_REFUSAL = re.compile(
+    r"^\W*(?:i['’]?m sorry|i am sorry|sorry,? but|i apologi[sz]e|unfortunately,? i|as an ai\b"
+    r"|i(?:['’]m| am) (?:unable|not able)"
+    r"|i (?:cannot|can['’]?t|can not|won['’]?t|do not|don['’]t) (?:help|assist|do that|provide|answer|comply|fulfil))",
+    re.IGNORECASE,
+)
+_TIMES = 10  # that many times the median is much longer
+_LEAST_LONG = 200  # characters: a short text is not long beside a shorter one
+_ROWS_A_LABEL = 5  # as many folds as the cross-validation has
+_MOST_LABELS = 1000
+_FOLDS = 5
+
+
+def examine_quality(
+    store: Store,
+    dataset: Dataset,
+    *,
+    label_noise: bool = False,
+    language: bool = False,
+    toxic: bool = False,
+    names: bool = False,
+    embed: Embed | None = None,
+) -> str:
+    """Flag a dataset version's rows; returns the digest of a record of kind "quality" with the dataset as its parent.
+
+    label_noise: also look for wrong labels, where the task is classification: confident learning (Northcutt, Jiang,
+    Chuang, JAIR 70, 2021) by cleanlab, on out-of-fold probabilities of a linear model of the requests' words.
+    language: also look for texts in another language than the others. toxic: also look for turns that insult,
+    threaten or demean, with the detector's error (data/quality/toxicity.py) beside the count. names: also count
+    the people that the privacy scan's model finds. embed: makes vectors of texts, to find requests that say the same.
+    Raises UsageError where the extra that a look needs is not installed or the answers are no labels.
+    """
+    rows = [(name, example) for name in SPLITS for example in dataset.examples(name)]
+    flags = [*_plain_flags(rows), *(_noisy(rows) if label_noise else ())]
+    languages = _languages(rows, flags) if language else {}
+    clusters = _alike(rows, flags, embed) if embed else []
+    found_toxic = _toxic(rows, flags) if toxic else {}
+    asked = {NOISE: label_noise, LANGUAGE: language, ALIKE: embed is not None, TOXIC: toxic}
+    conversations = [one.messages for _, one in rows]
+    labels = sorted({key for _, one in rows for key in one.labels})
+    flags.sort(key=lambda flag: (flag["flag"], flag["id"]))
+    body = {
+        "rows": len(rows),
+        "flags": dict(sorted(Counter(flag["flag"] for flag in flags).items())),
+        "looked_for": sorted([REFUSING, LONG, LONG_REQUEST, *(flag for flag, is_asked in asked.items() if is_asked)]),
+        "balance": {
+            name: dict(sorted(Counter(str(getattr(one, name) or "") for _, one in rows).items()))
+            for name in ("licence", "source", "tenant", "region")
+        }
+        | {key: dict(sorted(Counter(one.labels.get(key, "") for _, one in rows).items())) for key in labels}
+        | {"gendered words": _gendered(rows)}
+        | balance_of_names(conversations),
+        "names": {"caveat": CAVEAT, **({"found": found_people(conversations)} if names else {})},
+        **({"languages": languages} if language else {}),
+        **({"toxicity": found_toxic} if toxic else {}),
+        **({"alike": {"clusters": len(clusters), "examples": clusters[:_SHOWN]}} if embed else {}),
+    }
+    blob = store.put_bytes(b"".join(canonical(flag) + b"\n" for flag in flags))
+    return store.put_record(Record(kind="quality", parents={"dataset": dataset.digest}, blobs={FLAGS: blob}, body=body))
+
+
+def _gendered(rows: Sequence[tuple[str, Example]]) -> dict[str, int]:
+    """Rows that hold such a word in any turn. It counts words: of whom they speak it does not know."""
+    counts = dict.fromkeys(_GENDERED, 0)
+    for _, example in rows:
+        words = set(re.findall(r"\w+", " ".join(turn.text for turn in example.messages).casefold()))
+        for name, those in _GENDERED.items():
+            counts[name] += not those.isdisjoint(words)
+    return counts
+
+
+def _languages(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Flags requests and answers in prose that are in another language; returns how many are in each."""
+    found = {}
+    for what, texts in (
+        ("request", [request_text(example.messages) for _, example in rows]),
+        ("answer", [example.answer if _prose(example.answer) else "" for _, example in rows]),
+    ):
+        other, found[what] = foreign(texts)
+        flags += [_flag(*rows[place], LANGUAGE, f"the {what} is in {code}") for place, code in other.items()]
+    return found
+
+
+def _toxic(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]]) -> dict[str, Any]:
+    """Flags rows with a toxic turn, by the worst of them; returns the detector, and rows by role of any such turn."""
+    texts = sorted({turn.text for _, one in rows for turn in one.messages})
+    told = dict(zip(texts, toxicity.worst(texts), strict=True))
+    roles: Counter[str] = Counter()
+    for split, example in rows:
+        found = [(*told[turn.text], str(turn.role)) for turn in example.messages]
+        hits = [one for one in found if one[0] >= toxicity.AT_LEAST]
+        roles.update({role for *_, role in hits})
+        if hits:
+            score, sentence, role = max(hits)
+            flags.append(_flag(split, example, TOXIC, f"{role}, {score:.2f}: {sentence[:80]}"))
+    return {**toxicity.detector(), "rows": dict(sorted(roles.items()))}
+
+
+def _prose(answer: str) -> bool:
+    return not answer.lstrip().startswith(("{", "["))
+
+
+def _alike(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]], embed: Embed) -> list[list[str]]:
+    """Flags rows whose requests say the same as another's; returns the clusters' ids. The same request is no other."""
+    places: dict[str, int] = {}
+    for place, (_, example) in enumerate(rows):
+        places.setdefault(request_text(example.messages), place)
+    texts = list(places)
+    clusters = [[rows[places[texts[one]]] for one in some] for some in alike(texts, embed)]
+    for number, some in enumerate(clusters, start=1):
+        for split, example in some:
+            splits = ", ".join(sorted({name for name, _ in some}))
+            flags.append(_flag(split, example, ALIKE, f"cluster {number} of {len(some)} requests in {splits}"))
+    return [[example.id for _, example in some] for some in clusters]
+
+
+def _plain_flags(rows: Sequence[tuple[str, Example]]) -> Iterator[dict[str, Any]]:
+    answers = [len(example.answer) for _, example in rows]
+    requests = [len(request_text(example.messages)) for _, example in rows]
+    longest = [max(_LEAST_LONG, _TIMES * median(lengths)) for lengths in (answers, requests)]
+    for (split, example), answer, request in zip(rows, answers, requests, strict=True):
+        if _REFUSAL.match(example.answer):
+            yield _flag(split, example, REFUSING, example.answer[:80])
+        if answer > longest[0]:
+            yield _flag(split, example, LONG, f"{answer} characters")
+        if request > longest[1]:
+            yield _flag(split, example, LONG_REQUEST, f"{request} characters")
+
+
+def _flag(split: str, example: Example, flag: str, detail: str) -> dict[str, Any]:
+    return {"id": example.id, "split": split, "flag": flag, "detail": detail}
+
+
+def _noisy(rows: Sequence[tuple[str, Example]]) -> Iterator[dict[str, Any]]:
+    try:
+        from cleanlab.filter import find_label_issues
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import StratifiedKFold, cross_val_predict
+        from sklearn.pipeline import make_pipeline
+    except ImportError as error:
+        raise UsageError(
+            f"looking for wrong labels needs {error.name}", fix='pip install "tunesmith[quality]"'
+        ) from error
+    keys = [answer_key(example.answer) for _, example in rows]
+    many = Counter(keys)
+    # A label of fewer rows than folds cannot be told by the others.
+    judged = [place for place, key in enumerate(keys) if many[key] >= _ROWS_A_LABEL]
+    names = sorted({keys[place] for place in judged})
+    if not 2 <= len(names) <= _MOST_LABELS or len(judged) < len(rows) / 2:
+        raise UsageError(
+            f"the answers are not labels: {len(many)} different ones in {len(rows)} rows",
+            fix="look for wrong labels only where the task is classification",
+        )
+    number = {name: place for place, name in enumerate(names)}
+    labels = [number[keys[place]] for place in judged]
+    texts = [request_text(rows[place][1].messages) for place in judged]
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=300)
+    )
+    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=0)
+    chances = cross_val_predict(model, texts, labels, cv=folds, method="predict_proba")
+    issues = find_label_issues(labels, chances, return_indices_ranked_by="self_confidence", n_jobs=1)
+    for place in issues.tolist():
+        split, example = rows[judged[place]]
+        likely = names[int(chances[place].argmax())]
+        yield _flag(split, example, NOISE, f"{keys[judged[place]][:60]}, perhaps {likely[:60]}")

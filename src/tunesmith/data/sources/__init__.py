@@ -1,0 +1,1 @@
+"""Where rows come from: files, folders, patterns and URLs; compression; readers of each file type."""

@@ -1,0 +1,1 @@
+"""Train, validation and test: groups, duplicates, near duplicates, leakage between splits."""

@@ -1,0 +1,91 @@
+"""Test sets and benchmarks from elsewhere, which no dataset version may hold anything of."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.digests import canonical
+from tunesmith.core.errors import Refused
+from tunesmith.core.messages import Message
+from tunesmith.data.building.examine import listed_values, renamed
+from tunesmith.data.building.staging import batches
+from tunesmith.data.formats import formats
+from tunesmith.data.privacy.scan import Scanner
+from tunesmith.data.settings import DataSettings, Rows, Source
+from tunesmith.data.sources.sources import OpenSource, Row, find_files, open_source
+from tunesmith.data.splitting.duplicates import near_text, request_text
+from tunesmith.data.splitting.groups import wording_group
+
+OUTSIDE = "outside.jsonl"
+_TOGETHER = 2000
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What is held against every row. requests: near_text; wordings: wording_group; files: path, digest, rows."""
+
+    requests: frozenset[str] = frozenset()
+    wordings: frozenset[str] = frozenset()
+    files: tuple[dict[str, Any], ...] = ()
+
+    def encode(self) -> bytes:
+        """A line a request or wording, sorted: enough to make the proof again without the files."""
+        lines = [{"request": text} for text in sorted(self.requests)]
+        lines += [{"wording": group} for group in sorted(self.wordings)]
+        return b"".join(canonical(line) + b"\n" for line in lines)
+
+
+def decode_outside(data: bytes) -> Outside:
+    """What encode wrote. Raises Refused for anything else."""
+    try:
+        lines = [json.loads(line) for line in data.splitlines()]
+        return Outside(
+            frozenset(line["request"] for line in lines if "request" in line),
+            frozenset(line["wording"] for line in lines if "request" not in line),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{OUTSIDE} does not hold requests: {error}", where=OUTSIDE) from error
+
+
+def read_outside(settings: DataSettings, root: Path, answer_schema: Mapping[str, Any] | None = None) -> Outside:
+    """Read the sets. A row needs a request; its answer, where it has one, tells which words of it are values, as do the
+    privacy scan and the settings.
+
+    Raises UsageError for files and rows that are not well formed.
+    """
+    if not settings.decontaminate:
+        return Outside()
+    scanner = Scanner(settings.privacy, listed_values(answer_schema))
+    requests: set[str] = set()
+    wordings: set[str] = set()
+    files: list[dict[str, Any]] = []
+    for file in find_files(outside_sources(settings.decontaminate), root):
+        with open_source(file) as opened:
+            rows = 0
+            for some in batches(_conversations(opened), _TOGETHER):
+                rows += len(some)
+                for messages, scan in zip(some, scanner.scan_many(some), strict=True):
+                    request, answer = request_text(messages), messages[-1].text
+                    requests.add(near_text(request))
+                    wordings.add(wording_group(request, answer))
+                    wordings.add(wording_group(request, answer, [*settings.split.values, *scan.originals.values()]))
+            files.append({"path": file.name, "digest": opened.digest, "rows": rows})
+    return Outside(frozenset(requests), frozenset(wordings), tuple(files))
+
+
+def _conversations(opened: OpenSource) -> Iterator[tuple[Message, ...]]:
+    shape: formats.Shape | None = None
+    for row in opened.rows():
+        fields = Row(row.source, row.number, renamed(row, opened.file.source.rename))
+        shape = shape or formats.shape_of(opened.file.source.format, fields)
+        yield formats.conversation(formats.read_turns(fields, shape, Counter()))
+
+
+def outside_sources(sets: Sequence[Rows]) -> tuple[Source, ...]:
+    """The sets as sources of rows. They need no licence: nothing is learned from them."""
+    return tuple(Source(path=one.path, format=one.format, rename=one.rename) for one in sets)

@@ -1,0 +1,107 @@
+"""What keeps rows together: a template, a key's value, nearness, or any of several.
+
+A group by one key or by the template alone is a function of the row. Where several things keep rows together, or
+nearness does, groups are the connected components of all rows: a later row may join two of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from tunesmith.core.digests import digest_of
+from tunesmith.data.settings import NEAR, Split
+from tunesmith.data.splitting.duplicates import folded, near_pairs, near_text, normalise
+
+_NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
+_QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|«[^»]*»")
+_SHORTEST_VALUE = 2
+
+
+def wording_group(request: str, answer: str, names: Collection[str] = ()) -> str:
+    """The template of a request: its wording with its values taken out.
+
+    request: normalised text. Values are numbers, quoted texts, names, and where the answer is JSON the texts in it that
+    the request holds too: "play yesterday in the kitchen" and "play hallelujah in the hall" are one. names: what
+    the privacy scan found and the settings declare: "call ann" and "call bob" are one too.
+    """
+    values = _values(answer)
+    values.update(value for name in names if len(value := normalise(name)) >= _SHORTEST_VALUE)
+    for value in sorted(values, key=lambda value: (-len(value), value)):
+        if value not in request:  # most are not, and to compile a pattern for each takes longer than all the rest
+            continue
+        request = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "\0", request)
+    bare = _NUMBER.sub("\0", _QUOTED.sub("\0", request))
+    return "wording-" + digest_of(bare.replace("\0", "*")).removeprefix("sha256:")[:16]
+
+
+def _values(answer: str) -> set[str]:
+    if not answer.lstrip().startswith(("{", "[")):
+        return set()
+    found: set[str] = set()
+    try:
+        pending = [json.loads(answer)]
+    except (ValueError, RecursionError):
+        return set()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending.extend(value.values())
+        elif isinstance(value, list):
+            pending.extend(value)
+        elif isinstance(value, str):
+            found.update(one for one in (normalise(value), folded(value)) if len(one) >= _SHORTEST_VALUE)
+    return found
+
+
+class Member(Protocol):
+    """A row that is to be put with others. labels: what it says of each of the split's groups but nearness."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def wording(self) -> str: ...
+    @property
+    def labels(self) -> Mapping[str, str]: ...
+
+
+def joined_groups(rows: Sequence[Member], split: Split, threshold: float) -> Iterator[tuple[str, str]]:
+    """(id, group) of every row, where rows that share any of split.groups are of one group, directly or through others.
+
+    A group is named by the smallest of what its rows share, so its name does not depend on the order of the rows.
+    threshold: at which two requests are near.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    nodes: dict[tuple[str, str], int] = {}
+    links: list[tuple[int, int]] = []
+    first: list[int] = []
+    for row in rows:
+        places = [nodes.setdefault(shared, len(nodes)) for shared in _shared(row, split.groups)]
+        first.append(places[0])
+        links.extend((places[0], place) for place in places[1:])
+    if NEAR in split.groups:
+        texts = [text for kind, text in nodes if kind == NEAR]
+        numbers = [nodes[NEAR, text] for text in texts]
+        links.extend((numbers[left], numbers[right]) for left, right in near_pairs(texts, threshold))
+    ends = tuple(zip(*links, strict=True)) or ((), ())
+    size = len(nodes)
+    _, component = connected_components(coo_array(([True] * len(links), ends), shape=(size, size)), directed=False)
+    names: dict[int, str] = {}
+    for (kind, value), place in nodes.items():
+        if kind != NEAR or split.groups == (NEAR,):
+            name, known = _named(kind, value), names.get(int(component[place]))
+            names[int(component[place])] = name if known is None else min(name, known)
+    for row, place in zip(rows, first, strict=True):
+        yield row.id, names[int(component[place])]
+
+
+def _shared(row: Member, groups: Iterable[str]) -> list[tuple[str, str]]:
+    return [(name, near_text(row.wording) if name == NEAR else row.labels[name]) for name in groups]
+
+
+def _named(kind: str, value: str) -> str:
+    return f"near-{digest_of(value).removeprefix('sha256:')[:16]}" if kind == NEAR else f"{kind} {value}"

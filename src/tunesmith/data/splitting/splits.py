@@ -1,0 +1,246 @@
+"""Which rows are held out, and the proof that nothing held out was near anything trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.dataset import SPLITS
+from tunesmith.data.settings import NEAR, Split
+from tunesmith.data.splitting.duplicates import METHOD, METHODS, answer_key, near_ends
+
+NEAR_HELD_OUT = "near a held-out row"
+NEAR_SAME_ANSWER = "near duplicate with the same answer"
+NEAR_OUTSIDE = "near a row of an outside test set"
+
+
+@dataclass(frozen=True, slots=True)
+class Leakage:
+    """What splits share. All numbers are zero in a sound dataset version.
+
+    near_outside: rows near a row of the outside test sets. shared: of what may keep rows together, how many values
+    stand in two splits; told where there are several. not_older: rows of train and validation that are not older than
+    every row of the splits after them; None where time does not decide.
+    """
+
+    shared_groups: int
+    near_pairs: int
+    near_outside: int = 0
+    shared: Mapping[str, int] = field(default_factory=dict)
+    not_older: int | None = None
+
+    def as_json(self, threshold: float) -> dict[str, Any]:
+        """For the record: the numbers and how they were found."""
+        return {
+            "shared_groups": self.shared_groups,
+            "near_pairs": self.near_pairs,
+            "near_outside": self.near_outside,
+            "threshold": threshold,
+            "method": METHOD,
+            **({"shared": dict(self.shared)} if self.shared else {}),
+            **({} if self.not_older is None else {"not_older": self.not_older}),
+        }
+
+    def faults(self) -> dict[str, int]:
+        """What is not zero and must be, by its name in the record."""
+        found = {"shared_groups": self.shared_groups, "near_pairs": self.near_pairs, "near_outside": self.near_outside}
+        found |= {f"shared.{name}": number for name, number in self.shared.items()}
+        found["not_older"] = self.not_older or 0
+        return {name: number for name, number in found.items() if number}
+
+
+class Judged(Protocol):
+    """What nearness is judged by. wording: the request, normalised; answer: its text, or what stands for it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def group(self) -> str: ...
+    @property
+    def wording(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+    @property
+    def labels(self) -> Mapping[str, str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Of an example no more than nearness is judged by. answer: the digest of its answer_key."""
+
+    id: str
+    group: str
+    wording: str
+    answer: str
+    labels: Mapping[str, str]
+
+
+def split_of(group: str, split: Split, held: Container[str] = ()) -> str:
+    """The split of a group: its hash with the seed as a number in [0, 1), test first, then validation, then train.
+
+    Nothing but the group and the settings decides, so rows that come later move no earlier one; but held groups are
+    test, whatever their hash.
+    """
+    if group in held:
+        return "test"
+    number = int.from_bytes(hashlib.sha256(f"{split.seed}\0{group}".encode()).digest()[:8], "big") / 2**64
+    if number < split.test:
+        return "test"
+    return "validation" if number < split.test + split.validation else "train"
+
+
+def leaving(splits: Mapping[str, Sequence[Judged]], threshold: float, outside: Iterable[str] = ()) -> dict[str, str]:
+    """Example id -> why it has to leave its split: nearness to a held-out row, or a repeated row within the split.
+
+    outside: near_text of requests that no split may hold; what is near one leaves whatever split it is in. Of two near
+    rows in different splits the test's stays, then the validation's. Of two near rows in one split with the same answer
+    the one with the smaller id stays; with different answers both do, for the difference is what is to be learned. A
+    held-out row that leaves as a repeat stood in the test as it was given: what is near it leaves all the same.
+    """
+    rank = {name: place for place, name in enumerate(reversed(SPLITS))}  # test 0, validation 1, train 2
+    near = Nearness(splits, threshold, outside)
+    staying: defaultdict[int, set[tuple[int, str]]] = defaultdict(set)  # text -> (rank, answer) of rows that stay
+    given: dict[int, int] = {}  # text -> the lowest rank of its rows that were not too near to one of a lower rank
+    gone: dict[str, str] = {}
+    for name in sorted(splits, key=rank.__getitem__):
+        for example in sorted(splits[name], key=lambda one: one.id):
+            text, own = near.text(example), rank[name]
+            if near.alone(text):
+                continue
+            around = near.texts_around(text)
+            mine = (own, answer_key(example.answer))
+            if not near.outside.isdisjoint(around):
+                gone[example.id] = NEAR_OUTSIDE
+                continue
+            if any(given.get(other, own) < own for other in around):
+                gone[example.id] = NEAR_HELD_OUT
+                continue
+            given.setdefault(text, own)
+            if any(mine in staying[other] for other in around if other in staying):
+                gone[example.id] = NEAR_SAME_ANSWER
+            else:
+                staying[text].add(mine)
+    return gone
+
+
+def leakage(splits: Mapping[str, Sequence[Judged]], near: Nearness, split: Split = Split()) -> Leakage:
+    """Groups that stand in more than one split, and near pairs of requests across splits, counted afresh.
+
+    near: of these splits, made for this. split: says what else the splits may not share, and whether they go by time.
+    """
+    counts = near.counts  # of a pair of texts, rows of either are across where they are in different splits
+    everywhere = counts.sum(axis=1)
+    left, right = near.pairs.T
+    across = (everywhere[left] * everywhere[right] - (counts[left] * counts[right]).sum(axis=1)).sum()
+    across += (everywhere**2 - (counts**2).sum(axis=1)).sum() // 2  # a text is near itself
+    touching = everywhere[near.touching()].sum()
+    rows = [(place, examples) for place, examples in enumerate(splits.values())]
+    shared = _in_several((place, one.group) for place, examples in rows for one in examples)
+    labels = {
+        name: _in_several((place, one.labels.get(name, "")) for place, examples in rows for one in examples)
+        for name in (split.groups if split.joined else ())
+        if name != NEAR  # near pairs are counted as such
+    }
+    return Leakage(shared, int(across), int(touching), labels, _not_older(splits, split.time))
+
+
+def _in_several(found: Iterable[tuple[int, str]]) -> int:
+    """How many values stand in more than one split. found: (split, value) of every row."""
+    first: dict[str, int] = {}
+    return len({value for split, value in found if first.setdefault(value, split) != split})
+
+
+def _not_older(splits: Mapping[str, Sequence[Judged]], key: str | None) -> int | None:
+    if key is None:
+        return None
+    found, earliest = 0, "~"  # after every time
+    for name in reversed(SPLITS):
+        times = [example.labels.get(key, "~") for example in splits[name]]
+        found += sum(time >= earliest for time in times)
+        earliest = min([earliest, *times])
+    return found
+
+
+def clusters(splits: Mapping[str, Sequence[Judged]], near: Nearness, shown: int) -> dict[str, Any]:
+    """Rows of a split that are near each other, directly or through others, and were kept since their answers differ.
+
+    near: of these splits. {"clusters", "rows", "largest", "examples": the ids of the largest `shown`}.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    found: list[list[str]] = []
+    size = len(near.counts)
+    for place, examples in enumerate(splits.values()):
+        here = near.counts[:, place]
+        left, right = near.pairs[(here[near.pairs] > 0).all(axis=1)].T
+        links = coo_array((np.ones(len(left), dtype=np.bool_), (left, right)), shape=(size, size))
+        _, component = connected_components(links, directed=False)
+        several = np.bincount(component, weights=here)[component] > 1
+        together: defaultdict[int, list[str]] = defaultdict(list)
+        for example in examples:
+            text = near.text(example)
+            if several[text]:
+                together[int(component[text])].append(example.id)
+        found.extend(sorted(ids) for ids in together.values())
+    found.sort(key=lambda ids: (-len(ids), ids))
+    rows = [len(ids) for ids in found]
+    return {"clusters": len(found), "rows": sum(rows), "largest": max(rows, default=0), "examples": found[:shown]}
+
+
+class Nearness:
+    """Which requests of the splits are the same or near.
+
+    Works on distinct texts, by number: a request that stands a thousand times is one. counts: rows of each text in each
+    split, int64[texts, splits]; pairs: texts that are near, left < right, int64[pairs, 2]; outside: those of requests
+    that no split may hold, given as near_text. method: one of METHODS, as an earlier record may state another than
+    today's.
+    """
+
+    def __init__(
+        self,
+        splits: Mapping[str, Sequence[Judged]],
+        threshold: float,
+        outside: Iterable[str] = (),
+        method: str = METHOD,
+    ) -> None:
+        places: dict[str, int] = {}
+        self._of: dict[str, int] = {}
+        numbers = []
+        for examples in splits.values():
+            those = [places.setdefault(METHODS[method](example.wording), len(places)) for example in examples]
+            self._of.update(zip((example.id for example in examples), those, strict=True))
+            numbers.append(those)
+        self.outside = frozenset(places.setdefault(text, len(places)) for text in outside)
+        self.counts = np.stack(
+            [np.bincount(np.array(those, dtype=np.int64), minlength=len(places)) for those in numbers], axis=1
+        )
+        self.pairs = near_ends(list(places), threshold)
+        ends = np.concatenate((self.pairs, self.pairs[:, ::-1]))
+        ends = ends[np.argsort(ends[:, 0], kind="stable")]
+        self._others = np.ascontiguousarray(ends[:, 1])
+        self._start = np.searchsorted(ends[:, 0], np.arange(len(places) + 1))
+        self._alone = (np.diff(self._start) == 0) & (self.counts.sum(axis=1) < 2)
+        self._alone[list(self.outside)] = False
+
+    def text(self, example: Judged) -> int:
+        """The number of the example's request among the distinct ones."""
+        return self._of[example.id]
+
+    def texts_around(self, text: int) -> set[int]:
+        """The distinct requests near this one, itself among them."""
+        return {text, *self._others[self._start[text] : self._start[text + 1]].tolist()}
+
+    def alone(self, text: int) -> bool:
+        """Whether nothing is near the text, no second row has it, and it is no outside one."""
+        return bool(self._alone[text])
+
+    def touching(self) -> NDArray[np.int64]:
+        """The texts that are outside ones or near one."""
+        return np.array(sorted(set().union(*map(self.texts_around, self.outside))), dtype=np.int64)

@@ -1,0 +1,127 @@
+"""What every engine in this process does around its decoding: the prompt, the answer under way, choices as rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+
+from tunesmith.core.errors import UsageError
+from tunesmith.engines.constraint import Constraints
+from tunesmith.engines.native.decoding.rows import Score
+from tunesmith.engines.protocol import Completion, Generation, Question, Scored, Streamed, TokenScore
+from tunesmith.models.rendering import Rendered, Renderer
+
+
+def prompt_within(renderer: Renderer, request: Generation, context_length: int) -> list[int]:
+    """A request's ids. Raises UsageError where they leave no room for an answer."""
+    prompt = renderer.prompt(request.messages)
+    if len(prompt) >= context_length:
+        raise UsageError(
+            f"the prompt has {len(prompt)} tokens and leaves no room for an answer: the model's context length is "
+            f"{context_length}",
+            where="messages",
+            fix="shorten the request, or give fewer shots or retrieved examples",
+        )
+    return prompt
+
+
+def choice_rows(renderer: Renderer, questions: Sequence[Question]) -> list[Rendered]:
+    """Each choice of each question as a row whose labels are the choice."""
+    rows: list[Rendered] = []
+    for question in questions:
+        prompt = renderer.prompt(question.messages)
+        for choice in question.choices:
+            answer = renderer.answer(choice)
+            rows.append(Rendered((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer)))
+    return rows
+
+
+def spelt(constraints: Constraints, token: int, score: Score) -> TokenScore:
+    """A token's score, spelt out."""
+
+    def one(token: int, logprob: float, top: tuple[TokenScore, ...] = ()) -> TokenScore:
+        data = constraints.token_bytes(token)
+        return TokenScore(data.decode(errors="replace"), data, logprob, top)
+
+    return one(token, score.logprob, tuple(one(*each) for each in score.top))
+
+
+class Answer:
+    """One answer under way: its text, and what ends it. Told by the thread that decodes (decoder.Listener); read by the
+    one that asked, once told says so: a piece of a stream, or None at the end."""
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        request: Generation,
+        spell: Callable[[int, Score], TokenScore],
+        told: SimpleQueue[Streamed | None],
+        *,
+        streams: bool,
+    ) -> None:
+        self._renderer, self._stops, self._spell, self._told = renderer, request.stop, spell, told
+        self._streams, self._scored = streams, request.top_logprobs is not None
+        self.prompt_tokens = 0
+        self._read = renderer.reader()
+        self._ids: list[int] = []
+        self._text = ""
+        self._scores: list[TokenScore] = []
+        self._starts: list[int] = []  # where in the text each score's token begins
+        self._cut: int | None = None  # where a stop text begins
+        self._sent, self._sent_scores = 0, 0
+        self._stopped = False
+        self._error: BaseException | None = None
+
+    def take(self, token: int, score: Score | None) -> bool:
+        """The next token; whether a stop text ends the answer with it."""
+        start = len(self._text)
+        self._ids.append(token)
+        self._text += self._read(token)
+        if score is not None:
+            self._starts.append(start)
+            self._scores.append(self._spell(token, score))
+        found = [self._text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stops]
+        self._cut = min((place for place in found if place >= 0), default=None)
+        if self._streams:
+            self._send(self._settled())
+        return self._cut is not None
+
+    def end(self, *, stopped: bool, error: BaseException | None = None) -> None:
+        """No more will come."""
+        self._stopped, self._error = stopped or self._cut is not None, error
+        if self._cut is None:  # half a character may stand at the end
+            self._text = self._renderer.text(self._ids)
+        if self._streams and error is None:
+            self._send(len(self._text) if self._cut is None else self._cut)
+        self._told.put(None)
+
+    def raise_error(self) -> None:
+        """Raise what kept the answer from being given."""
+        if self._error is not None:
+            raise self._error
+
+    def completion(self) -> Completion:
+        """The whole answer."""
+        end = len(self._text) if self._cut is None else self._cut
+        scores = [score for score, start in zip(self._scores, self._starts, strict=True) if start < max(end, 1)]
+        finish = "stop" if self._stopped else "length"
+        return Completion(self._text[:end], finish, self.prompt_tokens, len(self._ids), scores=tuple(scores))  # type: ignore[arg-type]
+
+    def _settled(self) -> int:
+        """How much of the text later tokens can no longer change."""
+        if self._cut is not None:
+            return self._cut
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        held = max(
+            (length for stop in self._stops for length in range(1, longest + 1) if self._text.endswith(stop[:length])),
+            default=0,
+        )
+        return len(self._text) - held
+
+    def _send(self, end: int) -> None:
+        begun = sum(start < end for start in self._starts[self._sent_scores :])
+        scores = tuple(self._scores[self._sent_scores : self._sent_scores + begun])
+        text = self._text[self._sent : end]
+        self._sent, self._sent_scores = max(self._sent, end), self._sent_scores + begun
+        if text or scores:
+            self._told.put(Scored(text, scores) if self._scored else text)

@@ -1,0 +1,1 @@
+"""Models of every other family, run by their transformers module."""

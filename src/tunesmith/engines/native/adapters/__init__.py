@@ -1,0 +1,1 @@
+"""Weights under training and adapters in use: LoRA, DoRA, PiSSA, full fine-tuning."""

@@ -1,0 +1,251 @@
+"""LoRA adapters: low-rank changes of linear layers, in PEFT's file layout on disk and fused by group in memory.
+
+Method: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tunesmith.core.digests import canonical
+from tunesmith.core.errors import Refused
+from tunesmith.engines.native.network.network import GROUPS, Linear, Network
+from tunesmith.engines.native.network.products import TILE, LowRankFactors
+from tunesmith.models.base import Base
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_BOUND = "tunesmith"  # key of the weights' metadata: what the adapter was trained on
+Place = tuple[int, str]  # (layer, group)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A group's parts share one product: a [n * r, in] stacks their A, b [out, n * r] holds their B on its diagonal.
+
+    targets: names of the adapted linear layers (`q_proj`, ...). scale multiplies what the adapter adds. root: it is
+    alpha over the square root of the rank (Kalajdzievski 2023, rsLoRA). m: with DoRA (Liu et al. 2024), the
+    length of each of a group's rows [out]; else empty.
+    """
+
+    rank: int
+    alpha: float
+    root: bool
+    targets: frozenset[str]
+    a: Mapping[Place, Tensor]
+    b: Mapping[Place, Tensor]
+    m: Mapping[Place, Tensor]
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank)."""
+        return self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
+
+
+def target_names() -> tuple[str, ...]:
+    """Every linear layer an adapter can change."""
+    return tuple(part.rsplit(".", 1)[-1] for parts in GROUPS.values() for part in parts)
+
+
+def blocks(network: Network, group: str, rank: int, targets: frozenset[str]) -> list[tuple[str, slice, slice]]:
+    """For each adapted part of a group: its name, its rows of b, its columns of b (and rows of a)."""
+    found: list[tuple[str, slice, slice]] = []
+    row = 0
+    for part, size in zip(GROUPS[group], network.parts(group), strict=True):
+        if part.rsplit(".", 1)[-1] in targets:
+            column = len(found) * rank
+            found.append((part, slice(row, row + size), slice(column, column + rank)))
+        row += size
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class PackedAdapter:
+    """An adapter as products take it, scaled and in the network's dtype. factors: DoRA's [out], by place."""
+
+    pairs: Mapping[Place, LowRankFactors]
+    factors: Mapping[Place, Tensor]
+
+    @property
+    def plain_pairs(self) -> Callable[[Place], tuple[LowRankFactors, None] | None] | None:
+        """Each place's pair, whose low values are every row's own; None where there is more to an adapter."""
+        if self.factors:
+            return None
+        return lambda place: (self.pairs[place], None) if place in self.pairs else None
+
+
+def fuse(network: Network, adapter: Adapter) -> PackedAdapter:
+    """Lay an adapter out for products without gradients."""
+    return PackedAdapter(
+        {place: _pair(adapter.a[place], adapter.b[place] * adapter.scale, network.dtype) for place in adapter.a},
+        {place: _row_factors(network, adapter, place).to(network.dtype) for place in adapter.m},
+    )
+
+
+def adapted_linear(network: Network, adapter: Adapter | PackedAdapter) -> Linear:
+    """The base's linear layers with the adapter on top, for use without gradients."""
+    fused = adapter if isinstance(adapter, PackedAdapter) else fuse(network, adapter)
+
+    def apply(number: int, group: str, x: Tensor) -> Tensor:
+        product, pair = network.layers[number].linear[group], fused.pairs.get((number, group))
+        if pair is None:
+            return product(x)
+        y = product(x, pair.low(x), pair)
+        factor = fused.factors.get((number, group))
+        return y if factor is None else lengthened(y, factor, product.bias)
+
+    return apply
+
+
+def lengthened(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """DoRA's last step: what a weight gave, its rows brought to their length."""
+    return y * factor if bias is None else (y - bias) * factor + bias
+
+
+def _row_factors(network: Network, adapter: Adapter, place: Place) -> Tensor:
+    """What DoRA multiplies each row of W + scale B A with, so that it has the length m; 1 for rows not adapted."""
+    number, group = place
+    weight = network.layers[number].linear[group].weight.float()
+    changed = adapter.b[place].float() @ adapter.a[place].float() * adapter.scale
+    factor = adapter.m[place] / torch.linalg.vector_norm(weight + changed, dim=1)
+    adapted = torch.zeros(len(factor), dtype=torch.bool, device=factor.device)
+    for _, rows, _ in blocks(network, group, adapter.rank, adapter.targets):
+        adapted[rows] = True
+    return torch.where(adapted, factor, 1.0)
+
+
+def _pair(a: Tensor, b: Tensor, dtype: torch.dtype) -> LowRankFactors:
+    """a [r, in] and b [out, r], with rows of zeros up to what tiles multiply."""
+    missing = -len(a) % TILE
+    return LowRankFactors(
+        F.pad(a, (0, 0, 0, missing)).to(dtype), F.pad(b.t(), (0, 0, 0, missing)).contiguous().to(dtype)
+    )
+
+
+def encode_adapter(adapter: Adapter, network: Network, base: Base) -> dict[str, bytes]:
+    """The adapter's files in PEFT's layout, fp32; what it was trained on is bound into the weights' metadata."""
+    tensors: dict[str, Tensor] = {}
+    for (number, group), a in adapter.a.items():
+        b = adapter.b[number, group]
+        for part, rows, columns in blocks(network, group, adapter.rank, adapter.targets):
+            prefix = f"base_model.model.model.layers.{number}.{part}"
+            tensors[f"{prefix}.lora_A.weight"] = a[columns].float().contiguous().cpu()
+            tensors[f"{prefix}.lora_B.weight"] = b[rows, columns].float().contiguous().cpu()
+            if adapter.m:
+                tensors[f"{prefix}.lora_magnitude_vector"] = adapter.m[number, group][rows].float().contiguous().cpu()
+    layers = sorted({number for number, _ in adapter.a})
+    return pack_adapter(
+        tensors,
+        base,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        root=adapter.root,
+        targets=adapter.targets,
+        dora=bool(adapter.m),
+        layers=layers if len(layers) < network.shape.layers else None,
+    )
+
+
+def pack_adapter(
+    tensors: Mapping[str, Tensor],
+    base: Base,
+    *,
+    rank: int,
+    alpha: float,
+    root: bool,
+    targets: Iterable[str],
+    dora: bool = False,
+    layers: Sequence[int] | None = None,
+) -> dict[str, bytes]:
+    """The two files of an adapter whose tensors have PEFT's names, bound to its base. layers: where only some are
+    adapted."""
+    config = {
+        "base_model_name_or_path": base.digest,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": sorted(targets),
+        "task_type": "CAUSAL_LM",
+        "use_dora": dora,
+        "use_rslora": root,
+    }
+    if layers is not None:
+        config |= {"layers_to_transform": list(layers), "layers_pattern": "layers"}
+    # One key: safetensors writes several in an order that changes from call to call, and with it the bytes.
+    metadata = {_BOUND: canonical({"base": base.digest, "fingerprint": base.fingerprint}).decode()}
+    weights = save({name: tensors[name] for name in sorted(tensors)}, metadata=metadata)
+    return {CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode() + b"\n", WEIGHTS_FILE: weights}
+
+
+def read_adapter(folder: Path, network: Network, base: Base) -> Adapter:
+    """Read a PEFT folder for a base. Raises Refused where it is another base's, or a tensor is missing or left over."""
+    where = str(folder)
+    config, tensors = unpack_adapter(folder, base)
+    rank, targets = int(config["r"]), frozenset(config["target_modules"])
+    a: dict[Place, Tensor] = {}
+    b: dict[Place, Tensor] = {}
+    m: dict[Place, Tensor] = {}
+    adapted = config.get("layers_to_transform") or range(network.shape.layers)
+    for number, layer in enumerate(network.layers):
+        for group in GROUPS:
+            found = blocks(network, group, rank, targets)
+            if not found or number not in adapted:
+                continue
+            out, into = layer.linear[group].out, layer.linear[group].into
+            a[number, group] = torch.zeros(len(found) * rank, into, device=network.device)
+            b[number, group] = torch.zeros(out, len(found) * rank, device=network.device)
+            if config.get("use_dora"):
+                m[number, group] = torch.ones(out, device=network.device)
+            for part, rows, columns in found:
+                prefix = f"base_model.model.model.layers.{number}.{part}"
+                try:
+                    if config.get("use_dora"):
+                        m[number, group][rows] = tensors.pop(f"{prefix}.lora_magnitude_vector")
+                    a[number, group][columns] = tensors.pop(f"{prefix}.lora_A.weight")
+                    b[number, group][rows, columns] = tensors.pop(f"{prefix}.lora_B.weight")
+                except (KeyError, RuntimeError) as error:
+                    raise Refused(f"the adapter does not fit {prefix}: {error}", where=where) from error
+    if tensors:
+        raise Refused(f"the adapter holds tensors no layer takes, such as {sorted(tensors)[0]}", where=where)
+    root = bool(config.get("use_rslora"))
+    return Adapter(rank=rank, alpha=float(config["lora_alpha"]), root=root, targets=targets, a=a, b=b, m=m)
+
+
+def unpack_adapter(folder: Path, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a PEFT folder says of itself, and its tensors by name. Raises Refused where it is another base's."""
+    where = str(folder)
+    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_bytes())
+    tensors, metadata = _tensors(folder / WEIGHTS_FILE)
+    try:
+        bound = json.loads(metadata.get(_BOUND, "{}"))
+    except ValueError:
+        bound = {}
+    if bound.get("base") != base.digest:
+        raise Refused("the adapter was trained on another base model", where=where, fix="train it on this base")
+    if bound.get("fingerprint") != base.fingerprint:
+        raise Refused(
+            "the adapter was trained with another tokenizer or chat template", where=where, fix="train it again"
+        )
+    return config, tensors
+
+
+def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"not readable as safetensors: {error}", where=str(path)) from error

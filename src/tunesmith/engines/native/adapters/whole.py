@@ -1,0 +1,112 @@
+"""A base's weights trained as a whole: one file of all its tensors, by its names, in its dtypes, bound to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tunesmith.core.digests import canonical
+from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.engines.native.adapters.adapter import adapted_linear, read_adapter
+from tunesmith.engines.native.network.network import Linear, Network, frozen_linear
+from tunesmith.engines.native.network.weights import load_network, read_weights
+from tunesmith.models.base import Base
+
+WHOLE_FILE = "model.safetensors"
+_BOUND = "tunesmith"  # key of the file's metadata: what the weights were trained on
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a training's folder holds whole weights, and not an adapter."""
+    return (folder / WHOLE_FILE).is_file()
+
+
+def tuned(folder: Path, network: Network, base: Base) -> tuple[Network, Linear]:
+    """What answers with a training's files: the base's network with the adapter on top, or one of its own.
+
+    Raises Refused where they are not of this base.
+    """
+    if not is_whole(folder):
+        return network, adapted_linear(network, read_adapter(folder, network, base))
+    own = load_network(base.folder, network.dtype, read_whole(folder, base, network.tied), on=network.device)
+    return own, frozen_linear(own)
+
+
+def own_weights(base: Path, tied: bool) -> dict[str, Tensor]:
+    """The base's tensors as it stores them, without a copy of tied embeddings under the head's name."""
+    tensors = read_weights(base)
+    if tied:
+        tensors.pop(HEAD, None)
+    return tensors
+
+
+def encode_whole(trained: Mapping[str, Tensor], base: Base, tied: bool) -> dict[str, bytes]:
+    """The file of a base's weights with those that were trained in their place, each in the base's dtype.
+
+    Raises TunesmithError where none differs from the base's after rounding.
+    """
+    tensors = own_weights(base.folder, tied)
+    changed = False
+    for name, weight in trained.items():
+        rounded = weight.to("cpu", tensors[name].dtype)
+        changed = changed or not torch.equal(rounded, tensors[name])
+        tensors[name] = rounded
+    if not changed:
+        raise TunesmithError(
+            f"no weight changed by as much as {base.spec} keeps of one",
+            where="train.learning_rate",
+            fix="raise it, or train for more steps",
+        )
+    # One key: safetensors writes several in an order that changes from call to call, and with it the bytes.
+    metadata = {_BOUND: canonical({"base": base.digest, "fingerprint": base.fingerprint}).decode()}
+    return {WHOLE_FILE: save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata=metadata)}
+
+
+def read_whole(folder: Path, base: Base, tied: bool) -> dict[str, Tensor]:
+    """The weights of a training's folder, for the base they were trained on.
+
+    Raises Refused where they are another base's, where a tensor is missing, left over or of another shape or dtype, and
+    where they are the base's own: it would answer in their name.
+    """
+    path = folder / WHOLE_FILE
+    tensors, bound = _read(path)
+    if bound.get("base") != base.digest:
+        raise Refused("the weights were trained on another base model", where=str(path), fix="train them on this base")
+    if bound.get("fingerprint") != base.fingerprint:
+        raise Refused(
+            "the weights were trained with another tokenizer or chat template", where=str(path), fix="train them again"
+        )
+    stored = own_weights(base.folder, tied)
+    for name in sorted(stored.keys() ^ tensors.keys()):
+        what = "lack" if name in stored else "hold a tensor that the base has not:"
+        raise Refused(f"the weights {what} {name[:120]}", where=str(path), fix="train them again")
+    for name, tensor in tensors.items():
+        own = stored[name]
+        if (tensor.shape, tensor.dtype) != (own.shape, own.dtype):
+            raise Refused(
+                f"{name} is {_kind(tensor)}, the base's is {_kind(own)}", where=str(path), fix="train them again"
+            )
+    if all(torch.equal(tensor, stored[name]) for name, tensor in tensors.items()):
+        raise Refused("the weights are the base's own", where=str(path), fix="train them again")
+    return tensors
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            bound = json.loads((file.metadata() or {}).get(_BOUND, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Refused(f"not readable as safetensors: {error}", where=str(path)) from error
+    return tensors, bound if isinstance(bound, dict) else {}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

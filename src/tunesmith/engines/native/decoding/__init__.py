@@ -1,0 +1,1 @@
+"""Decoding many requests as one running batch."""

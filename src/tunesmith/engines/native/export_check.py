@@ -1,0 +1,293 @@
+"""Is what leaves the house what was measured? Log-probabilities of one model in several forms, side by side.
+
+The reference is this project's own network with the adapter applied, computed in fp32. Along the answers that the
+serving engine decodes greedily to held-out requests, each other form gives its log-probabilities at the same places:
+the files of an export, run by transformers in fp32, and the engine itself, in whatever precision it serves.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.core.errors import Refused
+from tunesmith.core.messages import Message
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.engines.batch import lay_out
+from tunesmith.engines.native import runtime
+from tunesmith.engines.native.adapters.whole import is_whole, tuned
+from tunesmith.engines.native.network.attention import shared_prefix_attention
+from tunesmith.engines.native.network.network import Linear, Network, forward, frozen_linear, logits
+from tunesmith.engines.native.network.weights import load_network
+from tunesmith.engines.protocol import Engine, Generation, Question
+from tunesmith.models.base import Base
+from tunesmith.models.export.gguf import FILE as GGUF
+from tunesmith.models.export.merging import Dtype, merged_shards
+from tunesmith.models.rendering import Rendered, Renderer
+
+# Largest and mean difference of a log-probability (nats) that an export may show. fp32: sums in another order, 6e-5 and
+# 7e-6 measured on a model of 135M. bf16: weights rounded to 8 bits, 0.35 and 0.04 there; 2% of the adapter's change
+# lost adds half of that, 10% three times as much. The engine computes in bf16 too and is held to the mean over an
+# answer's tokens, of the answer that differs most: 0.02 there.
+TOLERANCE: Mapping[Dtype, Mapping[str, float]] = {
+    "fp32": {"max": 2e-3, "mean": 2e-4},
+    "bf16": {"max": 1.0, "mean": 0.1},
+}
+SERVED_TOLERANCE = 0.1
+_SCORED = 4  # answers that the engine itself scores: a server is asked token by token
+_LIKELIEST = 32  # tokens compared at each place ...
+_UNLIKELY = math.log(0.01)  # ... of those the reference gives more than this: what is rarer seldom reaches an answer
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A held-out request as the candidate renders it. id: its example's."""
+
+    id: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A probe with the engine's greedy answer: ids of both, and whether the end token was decoded too."""
+
+    probe: Probe
+    text: str
+    row: Rendered
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """What a form says at each of an answer's N places: own [N] log-probability of the token that stands there; tokens
+    and scores [N, K]: the likeliest ones."""
+
+    own: Tensor
+    tokens: Tensor
+    scores: Tensor
+
+
+# ids of a conversation, how many of them belong to the answer -> log-probabilities [answer, vocabulary], fp32
+Scorer = Callable[[Sequence[int], int], Tensor]
+
+
+def answer_probes(
+    engine: Engine, adapter: str, base: Base, probes: Sequence[Probe], max_tokens: int, progress: Progress
+) -> list[Answered]:
+    """The engine's greedy answers, as ids of the base's own tokenizer."""
+    renderer = Renderer(base.folder)
+    asked = [Generation(probe.messages, max_tokens=max_tokens) for probe in probes]
+    found = []
+    for probe, given in zip(probes, engine.generate(asked, adapter, progress), strict=True):
+        prompt, answer = renderer.prompt(probe.messages), renderer.answer(given.text)
+        row = Rendered((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer))
+        found.append(Answered(probe, given.text, row, given.finish == "stop"))
+    return found
+
+
+def compare(
+    engine: Engine,
+    adapter: str,
+    *,
+    base: Base,
+    trained: Path,
+    form: str,
+    exported: Path,
+    answered: Sequence[Answered],
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """The figures of every form against the reference, JSON.
+
+    adapter: its name in the engine. trained: the training's folder. form: peft, merged or gguf; exported: that form's
+    folder. Raises Refused where memory does not hold the model in fp32, or the export's tokenizer is another.
+    """
+    _check_memory(base, models=2 if is_whole(trained) else 1)
+    check_rendering(form, exported, base, answered)
+    with progress.task("comparing forms", 3 * len(answered)) as task:
+
+        def score(scorer: Scorer) -> list[Tensor]:
+            found = []
+            for one in answered:
+                found.append(scorer(one.row.ids, sum(one.row.trained)))
+                task.advance()
+            return found
+
+        network = load_network(base.folder, torch.float32, on=runtime.CPU)  # where transformers computes the others
+        reference = [
+            _places(one.row, scores)
+            for one, scores in zip(answered, score(_own(*tuned(trained, network, base))), strict=True)
+        ]
+        untuned = _figures(answered, reference, score(_own(network, frozen_linear(network))))
+        del network
+        gc.collect()
+        export = _figures(answered, reference, score(_foreign(form, exported, base, trained)))
+    gc.collect()
+    return {
+        "probes": len(answered),
+        "tokens": sum(sum(one.row.trained) for one in answered),
+        "adapter_moves": {key: untuned[key] for key in ("max_difference", "mean_difference")},
+        "export": export,
+        "served": _served(engine, adapter, answered, reference),
+    }
+
+
+def check_rendering(form: str, exported: Path, base: Base, answered: Sequence[Answered]) -> None:
+    """Raises Refused where the export's own tokenizer or template reads the probes differently from the base's."""
+    if form == "peft":  # the adapter comes without one
+        return
+    if form == "merged":
+        renderer = Renderer(exported)
+        for one in answered:
+            prompt = renderer.prompt(one.probe.messages)
+            if [*prompt, *renderer.answer(one.text)] != list(one.row.ids):
+                raise Refused("the export's tokenizer reads a request differently", where=str(exported))
+        return
+    from transformers import AutoTokenizer
+
+    # transformers reads a GGUF's tokens and merges; how text is cut before them it takes from its own tables.
+    theirs = AutoTokenizer.from_pretrained(exported, gguf_file=GGUF)
+    ours = Renderer(base.folder).tokenizer
+    known = theirs.get_vocab()
+    if any(known.get(token) != number for token, number in ours.get_vocab().items()):
+        raise Refused("the GGUF's tokens are not the base's", where=str(exported / GGUF))
+    if theirs.chat_template != ours.chat_template or theirs.eos_token_id != ours.eos_token_id:
+        raise Refused("the GGUF's chat template or end token is not the base's", where=str(exported / GGUF))
+
+
+def _figures(answered: Sequence[Answered], reference: Sequence[Places], scores: Sequence[Tensor]) -> dict[str, Any]:
+    """How far scores [N, vocabulary] of each answer lie from the reference, and where another token would be chosen."""
+    largest, total, count = 0.0, 0.0, 0
+    first: dict[str, Any] | None = None
+    equal = 0
+    for one, expected, found in zip(answered, reference, scores, strict=True):
+        apart = (found.gather(1, expected.tokens) - expected.scores).abs()
+        apart = apart[expected.scores > _UNLIKELY]
+        largest = max(largest, float(apart.max()) if apart.numel() else 0.0)
+        total, count = total + float(apart.sum()), count + apart.numel()
+        chosen = found.argmax(-1)
+        differs = (chosen != expected.tokens[:, 0]).nonzero()[:, 0].tolist()
+        if not differs:
+            equal += 1
+        elif first is None:
+            first = _divergence(one, expected, differs[0], int(chosen[differs[0]]))
+    if not math.isfinite(largest + total):
+        largest = total = math.inf
+    return {
+        "max_difference": _rounded(largest),
+        "mean_difference": _rounded(total / max(count, 1)),
+        "equal_answers": equal,
+        "first_divergence": first,
+    }
+
+
+def _served(engine: Engine, adapter: str, answered: Sequence[Answered], reference: Sequence[Places]) -> dict[str, Any]:
+    """The engine's own log-probabilities of some answers; whether the reference would have chosen all of them."""
+    scored = answered[:_SCORED]
+    questions = [Question(one.probe.messages, (one.text,)) for one in scored]
+    largest, equal = 0.0, 0
+    first: dict[str, Any] | None = None
+    for expected, (total,) in zip(reference, engine.choose(questions, adapter), strict=False):
+        apart = abs(total - float(expected.own.sum())) / len(expected.own)
+        largest = max(largest, apart) if math.isfinite(apart) else math.inf
+    for one, expected in zip(answered, reference, strict=True):
+        answer = torch.tensor(one.row.ids[-len(expected.own) :])
+        decoded = len(answer) - (not one.ended)  # an answer cut for length has no end token of the engine's choice
+        differs = (answer != expected.tokens[:, 0])[:decoded].nonzero()[:, 0].tolist()
+        if not differs:
+            equal += 1
+        elif first is None:
+            first = _divergence(one, expected, differs[0], int(answer[differs[0]]))
+    return {
+        "scored": len(scored),
+        "max_difference": _rounded(largest),
+        "equal_answers": equal,
+        "first_divergence": first,
+    }
+
+
+def _divergence(one: Answered, expected: Places, place: int, token: int) -> dict[str, Any]:
+    """Where another token was chosen, and by how many nats the reference prefers its own."""
+    at = (expected.tokens[place] == token).nonzero()[:, 0].tolist()
+    margin = float(expected.scores[place, 0] - expected.scores[place, at[0]]) if at else math.inf
+    return {"example": one.probe.id, "token": place, "margin": _rounded(margin)}
+
+
+def _places(row: Rendered, scores: Tensor) -> Places:
+    labels = torch.tensor(row.ids[-scores.shape[0] :])
+    likeliest = scores.topk(min(_LIKELIEST, scores.shape[1]))
+    return Places(scores.gather(1, labels[:, None])[:, 0], likeliest.indices, likeliest.values)
+
+
+def _own(network: Network, linear: Linear) -> Scorer:
+    @torch.inference_mode()
+    def score(ids: Sequence[int], answer: int) -> Tensor:
+        prompt = len(ids) - answer
+        batch = lay_out([Rendered(tuple(ids), (False,) * prompt + (True,) * answer)])
+        hidden = forward(network, batch.ids, linear, shared_prefix_attention(batch, network))
+        return logits(network, hidden[batch.predicts]).float().log_softmax(-1)
+
+    return score
+
+
+def _foreign(form: str, exported: Path, base: Base, trained: Path) -> Scorer:
+    """The export as transformers runs it, in fp32. An adapter is folded into transformers' own model of the base."""
+    model = _load(form, exported, base, trained).eval()
+
+    @torch.inference_mode()
+    def score(ids: Sequence[int], answer: int) -> Tensor:
+        given = model(torch.tensor([list(ids)]), logits_to_keep=answer + 1).logits[0, :-1]
+        return torch.as_tensor(given).float().log_softmax(-1)
+
+    return score
+
+
+def _load(form: str, exported: Path, base: Base, trained: Path) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    plain: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+    if form == "merged":
+        return AutoModelForCausalLM.from_pretrained(exported, **plain)
+    if form == "gguf":
+        from gguf import GGUFReader
+
+        config = AutoConfig.from_pretrained(exported, gguf_file=GGUF)
+        fields = GGUFReader(exported / GGUF).fields
+        kind = fields["general.architecture"].contents()
+        # Stated in the file, and not read by transformers for every architecture.
+        config.head_dim = fields[f"{kind}.attention.key_length"].contents()
+        given = GgufConfig(gguf_file=GGUF, dequantize=True)
+        return AutoModelForCausalLM.from_pretrained(
+            exported, gguf_file=GGUF, config=config, quantization_config=given, **plain
+        )
+    model = AutoModelForCausalLM.from_pretrained(base.folder, **plain)
+    for _, tensors in merged_shards(base.folder, exported):
+        model.load_state_dict(tensors, strict=False)
+    return model
+
+
+def _check_memory(base: Base, models: int) -> None:
+    weights = sum(path.stat().st_size for path in base.folder.glob("*.safetensors"))
+    stored = json.loads((base.folder / "config.json").read_bytes()).get("dtype", "float32")
+    wanted = int(models * weights * (1.2 if stored == "float32" else 2.4))
+    free = runtime.available_memory()
+    if wanted > free:
+        raise Refused(
+            f"the comparison computes in fp32 and needs {wanted / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
+            where="export",
+            fix="export on a machine with more memory: nothing is exported that was not compared",
+        )
+
+
+def _rounded(value: float) -> float | None:
+    """Six decimals; None for what no number is."""
+    return round(value, 6) if math.isfinite(value) else None

@@ -1,0 +1,322 @@
+"""The decoder-only transformer of Llama, Gemma and their kin, as functions over frozen weights.
+
+One forward serves training and decoding: what differs between them, how attention finds its keys and how a linear
+layer applies an adapter, is passed in. Shapes: T tokens of any number of rows laid end to end (no padding), H query
+heads, K key/value heads, D head size, M model width.
+
+Methods: RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), gated MLP (Shazeer 2020), grouped-query
+attention (Ainslie et al. 2023), sliding windows (Beltagy et al. 2020), capped scores and logits (Gemma Team 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunesmith.engines.native.network import ops
+from tunesmith.engines.native.network.products import PackedLinear
+
+# (layer, group, x [T, in]) -> [T, out], where group is one of GROUPS.
+Linear = Callable[[int, str, Tensor], Tensor]
+# (layer, qkv [T, (H + 2 K) * D], queries and keys not yet rotated) -> [T, H * D]
+Attend = Callable[[int, Tensor], Tensor]
+
+# Linear layers that read the same input are one product: group -> the names of its parts, in the order of its rows.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A network's sizes, and where its family differs from Llama.
+
+    attention_scale multiplies the scores. norm_offset is added to the norms' weights, embedding_scale multiplies the
+    embeddings; gelu: the MLP's gate is tanh-approximated GELU instead of SiLU; score_cap c and logit_cap c: attention
+    scores and logits s are c tanh(s / c).
+    """
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head: int
+    vocabulary: int
+    epsilon: float
+    attention_scale: float
+    norm_offset: float = 0.0
+    embedding_scale: float | None = None
+    gelu: bool = False
+    score_cap: float | None = None
+    logit_cap: float | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's frozen weights. linear: group -> its product. after_attention, after_mlp: norms of what a sub-layer
+    adds. rotary: which of the network's rotations. window: how many places a token sees, its own included; None: all.
+    """
+
+    linear: dict[str, PackedLinear]
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    after_attention: Tensor | None = None
+    after_mlp: Tensor | None = None
+    rotary: int = 0
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How queries and keys turn with their position: inverse_frequencies [D / 2], all zero where they do not turn."""
+
+    inverse_frequencies: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Network:
+    """A base's frozen weights, ready to run."""
+
+    shape: Shape
+    embedding: Tensor  # [vocabulary, M]
+    head: PackedLinear  # [vocabulary, M]; of the embedding itself where they are tied
+    tied: bool
+    final_norm: Tensor
+    layers: tuple[Layer, ...]
+    rotary: tuple[Rotary, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie, and all that is computed with them."""
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are computed in."""
+        return self.embedding.dtype
+
+    def parts(self, group: str) -> tuple[int, ...]:
+        """Output sizes of a group's parts."""
+        shape = self.shape
+        if group == "qkv":
+            return (shape.heads * shape.head, shape.kv_heads * shape.head, shape.kv_heads * shape.head)
+        out = self.layers[0].linear[group].out
+        return (out // 2, out // 2) if group == "gate_up" else (out,)
+
+
+def forward(network: Network, ids: Tensor, linear: Linear, attend: Attend) -> Tensor:
+    """Hidden states [T, M] before the final norm, of ids [T]; attend knows their positions."""
+    shape = network.shape
+    epsilon, offset = shape.epsilon, shape.norm_offset
+
+    def normed(x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else rms_norm(x, weight, epsilon, offset)
+
+    x = embedded(network, ids)
+    added: Tensor | None = None  # what the sub-layer before adds to x
+    for number, layer in enumerate(network.layers):
+        x, h = add_norm(x, added, layer.attention_norm, epsilon, offset)
+        qkv = _head_norms(network, layer, linear(number, "qkv", h))
+        mixed = normed(linear(number, "o", attend(number, qkv)), layer.after_attention)
+        x, h = add_norm(x, mixed, layer.mlp_norm, epsilon, offset)
+        added = linear(number, "down", gated(linear(number, "gate_up", h), gelu=shape.gelu))
+        added = normed(added, layer.after_mlp)
+    return x if added is None else x + added
+
+
+def embedded(network: Network, ids: Tensor) -> Tensor:
+    """What the first layer is given of ids [T]: [T, M]."""
+    x, scale = embed(ids, network.embedding), network.shape.embedding_scale
+    return x if scale is None else x * torch.tensor(scale, dtype=x.dtype)  # the factor rounded as the weights are
+
+
+def final(network: Network, hidden: Tensor) -> Tensor:
+    """Hidden states [T, M] behind the final norm, as the head reads them."""
+    return rms_norm(hidden, network.final_norm, network.shape.epsilon, network.shape.norm_offset)
+
+
+def logits(network: Network, hidden: Tensor) -> Tensor:
+    """Logits [T, vocabulary] of hidden states [T, M]."""
+    scores, cap = network.head(final(network, hidden)), network.shape.logit_cap
+    return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
+def frozen_linear(network: Network) -> Linear:
+    """The base's own linear layers, no adapter. No gradients: see training.lora for those."""
+
+    def apply(number: int, group: str, x: Tensor) -> Tensor:
+        return network.layers[number].linear[group](x)
+
+    return apply
+
+
+def angles(network: Network, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """cos and sin [T, D / 2], fp32, of positions [T], for each of the network's rotations."""
+    turned = [(positions.float()[:, None] * each.inverse_frequencies, each.scale) for each in network.rotary]
+    return [(angle.cos() * scale, angle.sin() * scale) for angle, scale in turned]
+
+
+def _head_norms(network: Network, layer: Layer, qkv: Tensor) -> Tensor:
+    """The norms that some families put on each head's query and key."""
+    if layer.q_norm is None or layer.k_norm is None:
+        return qkv
+    shape = network.shape
+    q, k, v = qkv.split(network.parts("qkv"), dim=-1)
+    q, k = (
+        rms_norm(part.unflatten(-1, (-1, shape.head)), weight, shape.epsilon, shape.norm_offset).flatten(-2)
+        for part, weight in ((q, layer.q_norm), (k, layer.k_norm))
+    )
+    return torch.cat((q, k, v), -1)
+
+
+class _Embedding(torch.autograd.Function):
+    """A token's gradients are summed in fp32: in bf16 those of a frequent one would stop growing."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        if ids.device.type != "cpu":  # where index_add_ adds in an order that changes
+            total = torch.ops.aten.embedding_dense_backward(gradient.float(), ids, ctx.shape[0], -1, False)
+        else:
+            total = torch.zeros(ctx.shape).index_add_(0, ids, gradient.float())
+        return None, total.to(gradient.dtype)
+
+
+def embed(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows [T, M] of weight [vocabulary, M]."""
+    return _Embedding.apply(ids, weight) if weight.requires_grad else F.embedding(ids, weight)
+
+
+class Recompute:
+    """What a function's backward pass makes again on its way, its own output, and who waits for it there.
+
+    What reads that output and needs it for a gradient would have to keep it: of the numbers that a layer would keep of
+    a token, norms and the gated middle are a third. output: which of the function's outputs it is. See recompute.
+    """
+
+    def __init__(self, output: int = 0) -> None:
+        self.output = output
+        self._waiting: list[Callable[[Tensor], None]] = []
+
+    def ask(self, use: Callable[[Tensor], None]) -> None:
+        """Have use called with the output, to the bit, in the backward pass that is under way."""
+        self._waiting.append(use)
+
+    @property
+    def asked(self) -> bool:
+        """Whether anybody waits."""
+        return bool(self._waiting)
+
+    def give(self, output: Tensor | None) -> None:
+        """Call who waits."""
+        waiting, self._waiting = self._waiting, []
+        for use in waiting:
+            assert output is not None
+            use(output)
+
+
+def recompute(x: Tensor) -> Recompute | None:
+    """Where x can be asked for in a backward pass, as the function is that made it; None where x must be kept."""
+    found: Recompute | None = getattr(x.grad_fn, "recompute", None)
+    return None if found is None or found.output != x.output_nr else found
+
+
+class _AddNorm(torch.autograd.Function):
+    """The sum and its norm in one pass; the backward pass computes the normalised input again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, epsilon: float, offset: float) -> tuple[Tensor, Tensor]:
+        total, out, scale = ops.add_norm(x, y, weight, epsilon, offset)
+        ctx.save_for_backward(total, weight, scale)
+        ctx.offset, ctx.recompute = offset, Recompute(output=1)
+        return total, out
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        total, weight, scale = ctx.saved_tensors
+        asked = ctx.recompute.asked
+        result, out = ops.norm_backward(gradient, total, weight, scale, above, ctx.offset, again=asked)
+        ctx.recompute.give(out)
+        learnt = _norm_weight_gradient(gradient, total, scale) if ctx.needs_input_grad[2] else None
+        return result, result, learnt, None, None
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
+        x, out, scale = ops.add_norm(x, None, weight, epsilon, offset)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.offset, ctx.recompute = offset, Recompute()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        learnt = _norm_weight_gradient(gradient, x, scale) if ctx.needs_input_grad[1] else None
+        result, out = ops.norm_backward(gradient, x, weight, scale, None, ctx.offset, again=ctx.recompute.asked)
+        ctx.recompute.give(out)
+        return result, learnt, None, None
+
+
+def _norm_weight_gradient(gradient: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """Gradient [M] of a norm's weight: that of its output times the normalised input x * scale, over all rows."""
+    width = x.shape[-1]
+    each = gradient.reshape(-1, width).float() * x.reshape(-1, width).float()
+    return (scale.view(1, -1) @ each).view(width).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:
+    """RMSNorm over the last dimension by weight + offset, in fp32 inside."""
+    if not torch.is_grad_enabled():
+        return ops.add_norm(x, None, weight, epsilon, offset)[1]
+    return _RmsNorm.apply(x, weight, epsilon, offset)  # type: ignore[no-any-return]
+
+
+def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """x + y (x where y is None) and its RMSNorm."""
+    if y is None:
+        return x, rms_norm(x, weight, epsilon, offset)
+    if not torch.is_grad_enabled():
+        return ops.add_norm(x, y, weight, epsilon, offset)[:2]
+    return _AddNorm.apply(x, y, weight, epsilon, offset)  # type: ignore[no-any-return]
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate) * up; keeps its input alone and computes the activation again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, gelu: bool) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.gelu, ctx.recompute = gelu, Recompute()
+        return ops.gated(gate_up, gelu=gelu)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (gate_up,) = ctx.saved_tensors
+        result, out = ops.gated_backward(gradient, gate_up, gelu=ctx.gelu, again=ctx.recompute.asked)
+        ctx.recompute.give(out)
+        return result, None
+
+
+def gated(gate_up: Tensor, *, gelu: bool = False) -> Tensor:
+    """The gated MLP's middle: [T, 2 * F] -> [T, F]."""
+    if not torch.is_grad_enabled():
+        return ops.gated(gate_up, gelu=gelu)
+    return _Gated.apply(gate_up, gelu)  # type: ignore[no-any-return]

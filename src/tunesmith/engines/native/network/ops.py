@@ -1,0 +1,395 @@
+"""The step's element-wise work, by the compiled kernels where they fit the tensors, else in PyTorch.
+
+Each function does the same arithmetic on both paths: fp32 inside, results in the input's dtype. None records gradients;
+network.py and attention.py build differentiable functions out of them. Shapes: T tokens, M width, H query heads,
+K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunesmith.engines.native import kernels as native
+from tunesmith.engines.native import runtime
+
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_MIXED_TOGETHER = 64  # rows whose keys and values decode_mix gathers at once, in PyTorch
+
+
+def kernel_for(name: str, x: Tensor) -> Any:
+    """The compiled kernel for tensors like x, or None."""
+    library = native.library() if x.device.type == "cpu" and x.dtype in _NAMES else None
+    return None if library is None else getattr(library, f"{name}_{_NAMES[x.dtype]}")
+
+
+def at(x: Tensor | None) -> ctypes.c_void_p:
+    """Where a contiguous tensor's numbers begin."""
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+_int, _float, _threads = ctypes.c_int64, ctypes.c_float, torch.get_num_threads
+
+
+def add_norm(
+    x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + y (x itself where y is None), its RMSNorm with weight + offset, and 1 / rms [rows, 1]; all [..., M]."""
+    width = x.shape[-1]
+    kernel = kernel_for("add_norm", x)
+    if kernel is None:
+        total = x if y is None else x + y
+        wide = total.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        normal = (wide * scale).to(x.dtype)
+        return total, normal * (weight + offset if offset else weight), scale.view(-1, 1)
+    x = x.contiguous()
+    y = None if y is None else y.contiguous()
+    rows = x.numel() // width
+    total = x if y is None else torch.empty_like(x)
+    out = torch.empty_like(x)
+    scale = torch.empty(rows, 1)
+    into = None if y is None else total
+    kernel(
+        *(at(x), at(y), at(weight), at(into), at(out), at(scale)),
+        *(_int(rows), _int(width), _float(epsilon), _float(offset), _threads()),
+    )
+    return total, out, scale
+
+
+def norm_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    above: Tensor | None,
+    offset: float = 0.0,
+    *,
+    again: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the RMSNorm's input x, plus `above`, what reaches x past the norm; and, if again, its output once
+    more, to the bit."""
+    width = x.shape[-1]
+    kernel = kernel_for("norm_backward", x)
+    if kernel is None:
+        factor = scale.view(*x.shape[:-1], 1)
+        normal = x.float() * factor
+        inner = gradient.float() * (weight.float() + offset)
+        result = factor * (inner - normal * (inner * normal).mean(-1, keepdim=True))
+        output = normal.to(x.dtype) * (weight + offset if offset else weight) if again else None
+        return (result if above is None else result + above.float()).to(x.dtype), output
+    gradient, out = gradient.contiguous(), torch.empty_like(x)
+    output = torch.empty_like(x) if again else None
+    above = None if above is None else above.contiguous()
+    kernel(
+        *(at(gradient), at(x), at(weight), at(scale), at(above), at(out), at(output)),
+        *(_int(x.numel() // width), _int(width), _float(offset), _threads()),
+    )
+    return out, output
+
+
+def gated(gate_up: Tensor, *, gelu: bool = False) -> Tensor:
+    """silu(gate) * up of [T, 2 F] -> [T, F]; gelu: the gate through GELU's tanh approximation, in PyTorch."""
+    width = gate_up.shape[-1] // 2
+    kernel = None if gelu else kernel_for("gated", gate_up)
+    if kernel is None:
+        gate, other = gate_up.chunk(2, -1)
+        return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * other
+    gate_up = gate_up.contiguous()
+    out = gate_up.new_empty(*gate_up.shape[:-1], width)
+    kernel(at(gate_up), at(out), _int(out.numel() // width), _int(width), _threads())
+    return out
+
+
+def gated_backward(
+    gradient: Tensor, gate_up: Tensor, *, gelu: bool = False, again: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient [T, 2 F] of gated's input; and, if again, gated's output once more, to the bit."""
+    width = gradient.shape[-1]
+    kernel = None if gelu else kernel_for("gated_backward", gate_up)
+    result = torch.empty_like(gate_up)
+    if kernel is None:
+        output = gated(gate_up, gelu=gelu) if again else None
+    else:
+        output = torch.empty_like(gradient, memory_format=torch.contiguous_format) if again else None
+    if gelu:
+        gate, other = gate_up.chunk(2, -1)
+        to_gate, to_up = result.chunk(2, -1)
+        torch.mul(gradient, F.gelu(gate, approximate="tanh"), out=to_up)
+        to_gate.copy_(torch.ops.aten.gelu_backward(gradient * other, gate, approximate="tanh"))
+        return result, output
+    if kernel is None:
+        gate, other = gate_up.chunk(2, -1)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        to_gate, to_up = result.chunk(2, -1)
+        torch.mul(gradient, silu, out=to_up)
+        torch.mul(gradient * other, sigmoid + silu * (1 - sigmoid), out=to_gate)
+        return result, output
+    gradient = gradient.contiguous()
+    kernel(at(gradient), at(gate_up), at(result), at(output), _int(gradient.numel() // width), _int(width), _threads())
+    return result, output
+
+
+def softmax_(
+    shared: Tensor | None, own: Tensor, scale: float, window: int | None = None, cap: float | None = None
+) -> None:
+    """Scores to attention weights, in place: own [..., R * L, L] is causal (row r may look at r % L + 1 places) and
+    shared [..., R * L, P] open; the two are one distribution.
+
+    window: a row sees so many places, its own the last of them. cap: scores are capped by cap_. Both in PyTorch.
+    """
+    longest = own.shape[-1]
+    cut = 0 if shared is None else shared.shape[-1]
+    if window is not None and cut + longest <= window:
+        window = None
+    kernel = kernel_for("softmax", own) if window is None and cap is None else None
+    if kernel is None:
+        rows = own.shape[-2] // longest
+        hidden = torch.ones(longest, longest, dtype=torch.bool, device=own.device).triu(1)
+        if window is not None:
+            hidden |= hidden.new_ones(longest, longest).tril(-window)
+        scores = cap_(own.float().mul_(scale), cap).masked_fill_(hidden.repeat(rows, 1), float("-inf"))
+        if shared is None:
+            own.copy_(torch.softmax(scores, -1))
+            return
+        early = cap_(shared.view(*own.shape[:-1], cut).float() * scale, cap)
+        if window is not None:
+            early.masked_fill_(hidden.new_ones(longest, cut).tril(cut - window).repeat(rows, 1), float("-inf"))
+        weights = torch.softmax(torch.cat((early, scores), -1), -1)
+        shared.copy_(weights[..., :cut].reshape(shared.shape))
+        own.copy_(weights[..., cut:])
+        return
+    kernel(at(shared), at(own), _int(own.numel() // longest), _int(cut), _int(longest), _float(scale), _threads())
+
+
+def cap_(scores: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(scores / cap), in place; scores as they are where cap is None."""
+    return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
+
+
+def softmax_backward_(shared: Tensor | None, own: Tensor, dshared: Tensor | None, down: Tensor, scale: float) -> None:
+    """Gradients of weights (dshared, down) to gradients of scores, in place."""
+    longest = own.shape[-1]
+    kernel = kernel_for("softmax_backward", own)
+    if kernel is None:
+        dot = (own.float() * down.float()).sum(-1, keepdim=True)
+        if shared is not None and dshared is not None:
+            flat = dot.view(*shared.shape[:-1], 1)
+            flat += (shared.float() * dshared.float()).sum(-1, keepdim=True)
+            dshared.copy_(shared.float() * (dshared.float() - flat) * scale)
+        down.copy_(own.float() * (down.float() - dot) * scale)
+        return
+    cut = 0 if shared is None else shared.shape[-1]
+    kernel(
+        *(at(shared), at(own), at(dshared), at(down)),
+        *(_int(own.numel() // longest), _int(cut), _int(longest), _float(scale), _threads()),
+    )
+
+
+def cross_entropy_(scores: Tensor, labels: Tensor, share: Tensor | None) -> Tensor:
+    """Negative log-likelihoods [N], fp32, of labels [N] under scores [N, V]. With share [N], scores become the
+    gradient of the sum of share * loss."""
+    kernel = kernel_for("cross_entropy", scores)
+    if kernel is None:
+        wide = scores.float()
+        normaliser = torch.logsumexp(wide, -1, keepdim=True)
+        loss = (normaliser - wide.gather(1, labels[:, None]))[:, 0]
+        if share is not None:
+            wide = wide.sub_(normaliser).exp_()
+            wide.scatter_add_(1, labels[:, None], wide.new_full((len(labels), 1), -1.0))
+            scores.copy_(wide.mul_(share[:, None]))
+        return loss
+    loss = torch.empty(scores.shape[0])
+    kernel(
+        *(at(scores), at(labels), at(loss), _int(scores.shape[0]), _int(scores.shape[1])),
+        *(at(share), int(share is not None), _threads()),
+    )
+    return loss
+
+
+class Places:
+    """Where the B tokens of a decoding pass keep their keys and values: in their row's pages (see page_shapes).
+
+    table: [B, most] the pages of each row in order. lengths: [B] how many places of a row are filled. Both come from
+    the processor and are put on the device of the pages.
+    """
+
+    def __init__(
+        self, table: Tensor, lengths: Tensor, kv: int, group: int, size: int, page: int, on: torch.device = runtime.CPU
+    ) -> None:
+        self.table, self.lengths, self.page, self.group = table, lengths, page, group
+        self._lengths: list[int] = lengths.tolist()  # at first: asked for without waiting for the device
+        self._grown = 0
+        self.native = native.RowPages(len(lengths), kv, group, size, page, table.shape[1], max(self._lengths))
+        self.native.table, self.native.length = table.data_ptr(), lengths.data_ptr()
+        if on.type != "cpu":  # where no compiled kernel reads them
+            self.table, self.lengths = table.to(on), lengths.to(on)
+
+    def filled(self, rows: slice) -> int:
+        """How many places the fullest of rows has filled."""
+        return max(self._lengths[rows]) + self._grown
+
+    def grow(self) -> None:
+        """Each row has one place more."""
+        self.lengths += 1
+        self.native.longest += 1
+        self._grown += 1
+
+    def gather(self, keys: Tensor, values: Tensor, rows: slice, seen: int) -> tuple[Tensor, Tensor]:
+        """The first places of rows, plainly: [B, K, seen, D] each."""
+        pages = self.table[rows, : -(-seen // self.page)]
+        plain = (x.unflatten(0, pages.shape) for x in places_of(keys[pages.flatten()], values[pages.flatten()]))
+        k, v = (x.transpose(1, 2).flatten(2, 3)[:, :, :seen] for x in plain)
+        return k, v
+
+
+class Early(NamedTuple):
+    """The keys and values of a prefix that rows share, length places of each, in pages of their own."""
+
+    keys: Tensor
+    values: Tensor
+    length: int
+
+
+def page_shapes(kv: int, page: int, size: int, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How keys [page, D] and values [page, D] of K heads lie in a page: [K, D / c, page, c] and [K, page / c, D, c],
+    c numbers of 32 bits together. So keys of some places are read side by side, and so are values of some dimensions.
+    """
+    pair = 4 // dtype.itemsize
+    return (kv, size // pair, page, pair), (kv, page // pair, size, pair)
+
+
+def places_of(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Pages as they would lie plainly, copied: [pages, K, page, D] each."""
+    return keys.permute(0, 1, 3, 2, 4).flatten(3), values.permute(0, 1, 2, 4, 3).flatten(2, 3)
+
+
+def in_pages(k: Tensor, v: Tensor, page: int) -> Early:
+    """Keys and values [K, P, D] in pages of their own, the last one filled up with zeros."""
+    length, pair = k.shape[1], 4 // k.dtype.itemsize
+    k, v = (F.pad(x, (0, 0, 0, -length % page)).unflatten(1, (-1, page)).transpose(0, 1) for x in (k, v))
+    keys = k.unflatten(3, (-1, pair)).permute(0, 1, 3, 2, 4)
+    return Early(keys.contiguous(), v.unflatten(2, (-1, pair)).transpose(3, 4).contiguous(), length)
+
+
+def decode_keep(
+    k: Tensor, v: Tensor, row: Tensor, place: Tensor, pages: Tensor, within: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """Keys and values [K, B, L, D] that were read go to pages: token t of T, the place[t]-th of row[t], becomes the
+    within[t]-th of pages[t]."""
+    kernel = kernel_for("decode_keep", k)
+    pair = keys.shape[4]
+    if kernel is None:
+        keys[pages, :, :, within] = k[:, row, place].transpose(0, 1).unflatten(2, (-1, pair))
+        values[pages, :, within // pair, :, within % pair] = v[:, row, place].transpose(0, 1)
+        return
+    kv, rows, longest, size = k.shape
+    layout = native.RowPages(0, kv, 1, size, keys.shape[3], 0, 0, keys.stride(0))
+    kernel(
+        *(ctypes.byref(layout), *map(at, (k.contiguous(), v.contiguous(), row, place, pages, within))),
+        *(*map(_int, (len(row), rows, longest)), at(keys), at(values), _threads()),
+    )
+
+
+def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Places) -> Tensor:
+    """B tokens of a pass, each a row of its own here, qkv [B, (H + 2 K) * D]: their keys and values go to place
+    lengths[b] of their pages; returns their rotated queries [K, B, G, D]."""
+    rows, kv, group, size = len(qkv), keys.shape[1], places.group, values.shape[3]
+    kernel = kernel_for("decode_split", qkv)
+    if kernel is None:
+        q, k, v = qkv.unflatten(-1, (-1, size)).split((kv * group, kv, kv), 1)
+        pages = places.table.gather(1, (places.lengths // places.page)[:, None])[:, 0]
+        within, none = places.lengths % places.page, torch.zeros_like(pages)
+        k, v = (x.transpose(0, 1)[:, :, None] for x in (rotate(k, cos, sin), v))
+        decode_keep(k, v, torch.arange(rows, device=qkv.device), none, pages, within, keys, values)
+        return rotate(q, cos, sin).view(rows, kv, group, size).transpose(0, 1).contiguous()
+    qkv, q = qkv.contiguous(), qkv.new_empty(kv, rows, group, size)
+    places.native.apart = keys.stride(0)
+    kernel(ctypes.byref(places.native), *map(at, (qkv, cos, sin, q, keys, values)), _threads())
+    return q
+
+
+def decode_mix(
+    q: Tensor,
+    early: Early | None,
+    keys: Tensor,
+    values: Tensor,
+    places: Places,
+    rows: slice,
+    out: Tensor,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+) -> None:
+    """Into those rows of out [B, H * D] the mixed values of what their queries see: a prefix of theirs and each one's
+    own places, lengths[b] + 1 of them, in one distribution. window, cap: see softmax_."""
+    first, count = rows.start, rows.stop - rows.start
+    prefix = 0 if early is None else early.length
+    if window is not None and prefix + places.filled(rows) < window:
+        window = None
+    kernel = kernel_for("decode_mix", q) if window is None and cap is None else None
+    if kernel is None:
+        if count > _MIXED_TOGETHER:
+            for start in range(first, rows.stop, _MIXED_TOGETHER):
+                part = slice(start, min(start + _MIXED_TOGETHER, rows.stop))
+                decode_mix(q, early, keys, values, places, part, out, scale, window, cap)
+            return
+        lengths = places.lengths[rows]
+        seen = places.filled(rows) + 1
+        mine = q[:, rows].transpose(0, 1).float() * scale
+        own_k, own_v = (x.float() for x in places.gather(keys, values, rows, seen))
+        scores = cap_(mine @ own_k.transpose(-1, -2), cap)
+        order = torch.arange(prefix + seen, device=q.device)
+        scores = scores.masked_fill((order[:seen] > lengths[:, None])[:, None, None], float("-inf"))
+        before = None
+        if early is not None:
+            k, before = (x.transpose(0, 1).flatten(1, 2)[:, :prefix].float() for x in places_of(*early[:2]))
+            scores = torch.cat((cap_(mine @ k.transpose(-1, -2), cap), scores), -1)
+        if window is not None:
+            gone = order <= (prefix + lengths - window)[:, None]
+            scores = scores.masked_fill(gone[:, None, None], float("-inf"))
+        weights = torch.softmax(scores, -1)
+        mixed = weights[..., prefix:] @ own_v
+        if before is not None:
+            mixed += weights[..., :prefix] @ before
+        out[rows] = mixed.to(q.dtype).reshape(count, -1)
+        return
+    places.native.apart = keys.stride(0)
+    kernel(
+        *(ctypes.byref(places.native), at(q), *((None, None) if early is None else map(at, early[:2]))),
+        *(at(keys), at(values), at(out), *map(_int, (first, count, prefix)), _float(scale), _threads()),
+    )
+
+
+def largest(scores: Tensor) -> Tensor:
+    """The place of each row's largest score, the first of equals: [N, V] -> [N]."""
+    kernel = kernel_for("largest", scores)
+    if kernel is None:
+        return scores.argmax(-1)
+    places = torch.empty(scores.shape[0], dtype=torch.long)
+    kernel(at(scores), at(places), _int(scores.shape[0]), _int(scores.shape[1]), _threads())
+    return places
+
+
+def forbid_(scores: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """Scores [N, V] of what is not allowed in some rows become minus infinity: bits [len(rows), V / 32 rounded up],
+    int32, the lowest first."""
+    kernel = kernel_for("forbid", scores)
+    if kernel is None:
+        places = torch.arange(scores.shape[1], device=scores.device)
+        allowed = bits[:, places // 32] >> (places % 32).to(bits.dtype) & 1
+        scores[rows] = scores[rows].masked_fill_(allowed == 0, float("-inf"))
+        return
+    kernel(at(scores), at(rows), at(bits), _int(len(rows)), _int(bits.shape[1]), _int(scores.shape[1]), _threads())
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, D] turned by angles given as cos and sin [T, D / 2], in PyTorch."""
+    first, second = x.float().chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)

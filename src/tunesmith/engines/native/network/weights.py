@@ -1,0 +1,228 @@
+"""Reading a base's safetensors into a Network, for the families whose arithmetic network.py knows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tunesmith.core.errors import Refused
+from tunesmith.engines.native import runtime
+from tunesmith.engines.native.network.network import GROUPS, Layer, Network, Rotary, Shape
+from tunesmith.engines.native.network.products import PackedLinear
+from tunesmith.models.families import FAMILIES, GEMMAS, ours
+
+# Rotary variants whose angles do not depend on the length of the text.
+_ROPES = ("default", "linear", "llama3", "yarn")
+
+
+def load_network(
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    on: torch.device | None = None,
+) -> Network:
+    """The frozen weights of a base's folder, or others by the same names in its shape.
+
+    on: the device; None: runtime.device(). Raises Refused for a family or variant that is not supported.
+    """
+    config = _configuration(folder)
+    on = runtime.device() if on is None else on
+    tensors = read_weights(folder, dtype, on) if weights is None else {k: w.to(on, dtype) for k, w in weights.items()}
+    shape = _shape(config)
+    turns = _rotations(config)
+    embedding = _own(tensors, "model.embed_tokens.weight", folder)
+    network = Network(
+        shape=shape,
+        embedding=embedding,
+        head=PackedLinear(embedding if config.tie_word_embeddings else _own(tensors, "lm_head.weight", folder)),
+        tied=bool(config.tie_word_embeddings),
+        final_norm=_own(tensors, "model.norm.weight", folder),
+        layers=tuple(
+            _layer(tensors, number, folder, config, list(turns).index(_turn(config, number)))
+            for number in range(shape.layers)
+        ),
+        rotary=tuple(Rotary(each.inverse_frequencies.to(on), each.scale) for each in turns.values()),
+    )
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    if tensors:
+        raise Refused(
+            f"the base holds {len(tensors)} tensors that its family {config.model_type} has no place for, "
+            f"such as {sorted(tensors)[0]}",
+            where=str(folder),
+            fix="use an unmodified model of a supported family",
+        )
+    return network
+
+
+def _configuration(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    family = json.loads((folder / "config.json").read_bytes()).get("model_type")
+    if not ours(str(family)):
+        raise Refused(
+            f"models of family {family!r} run in transformers' own modules, which this is not offered for",
+            where=str(folder / "config.json"),
+            fix=_supported(),
+        )
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    wrong = _unsupported(config)
+    if wrong is not None:
+        raise Refused(f"{wrong} not supported", where=str(folder), fix=_supported())
+    return config
+
+
+def _unsupported(config: Any) -> str | None:
+    """What of a configuration network.py does not compute."""
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != ("gelu_pytorch_tanh" if config.model_type in GEMMAS else "silu"):
+        return f"activation {activation!r} is"
+    if unknown := set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
+        return f"attention of type {sorted(unknown)[0]!r} is"
+    if getattr(config, "mlp_bias", False):
+        return "biases in the MLP are"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "attention to later tokens is"
+    if config.model_type == "gemma3_text" and config.attn_logit_softcapping:  # transformers passes over it
+        return "capped attention scores in this family are"
+    return None
+
+
+def _supported() -> str:
+    return f"use a model of one of {', '.join(FAMILIES)}, with its family's own activation and no MLP bias"
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _shape(config: Any) -> Shape:
+    gemma = config.model_type in GEMMAS
+    capped = config.model_type == "gemma2"
+    heads = int(config.num_attention_heads)
+    return Shape(
+        layers=int(config.num_hidden_layers),
+        width=int(config.hidden_size),
+        heads=heads,
+        kv_heads=int(config.num_key_value_heads or heads),
+        head=_head_size(config),
+        vocabulary=int(config.vocab_size),
+        epsilon=float(config.rms_norm_eps),
+        attention_scale=int(getattr(config, "query_pre_attn_scalar", None) or _head_size(config)) ** -0.5,
+        norm_offset=1.0 if gemma else 0.0,
+        embedding_scale=config.hidden_size**0.5 if gemma else None,
+        gelu=gemma,
+        score_cap=config.attn_logit_softcapping if capped else None,
+        logit_cap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _turn(config: Any, number: int) -> str:
+    """Which rotation a layer has, by the name of what decides it."""
+    if config.model_type == "gemma3_text":
+        return str(config.layer_types[number])
+    return "none" if config.model_type == "smollm3" and not config.no_rope_layers[number] else "all"
+
+
+def _rotations(config: Any) -> dict[str, Rotary]:
+    """The network's rotations by what _turn calls them."""
+    found: dict[str, Rotary] = {}
+    for turn in dict.fromkeys(_turn(config, number) for number in range(config.num_hidden_layers)):
+        if turn == "none":  # turned by nothing, which is exact: x * 1 - y * 0
+            found[turn] = Rotary(torch.zeros(_head_size(config) // 2), 1.0)
+        elif turn == "all":
+            found[turn] = _rope(config, config.rope_parameters)
+        else:
+            found[turn] = _rope(config, config.rope_parameters[turn], layer_type=turn)
+    return found
+
+
+def _rope(config: Any, parameters: Mapping[str, Any], **of: str) -> Rotary:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = parameters["rope_type"]
+    if kind not in _ROPES:
+        raise Refused(f"rotary positions of type {kind!r} are not supported", where="config.json", fix=_supported())
+    if kind != "default":
+        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **of)
+        return Rotary(frequencies, float(scale))
+    size = _head_size(config)
+    steps = torch.arange(0, size, 2, dtype=torch.float) / size
+    return Rotary(1.0 / (float(parameters["rope_theta"]) ** steps), 1.0)
+
+
+def _window(config: Any, number: int) -> int | None:
+    """How many places a layer's tokens see; None where that is all the context has."""
+    kinds = getattr(config, "layer_types", None)
+    slides = config.model_type == "mistral" if kinds is None else kinds[number] == "sliding_attention"
+    size = getattr(config, "sliding_window", None) if slides else None
+    return None if size is None or size >= config.max_position_embeddings else int(size)
+
+
+def read_weights(folder: Path, dtype: torch.dtype | None = None, on: torch.device = runtime.CPU) -> dict[str, Tensor]:
+    """Every tensor of a base's folder by name, on a device, in dtype or as it is stored."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 - not a mapping
+                    tensors[name] = shard.get_tensor(name).to(device=on, dtype=dtype)
+        except SafetensorError as error:
+            raise Refused(f"{path.name} is damaged: {error}", where=str(folder), fix="fetch the base anew") from error
+    return tensors
+
+
+def _take(tensors: dict[str, Tensor], name: str, folder: Path) -> Tensor:
+    if name not in tensors:
+        raise Refused(f"the base has no tensor {name}", where=str(folder), fix="use a complete model")
+    return tensors.pop(name)
+
+
+def _own(tensors: dict[str, Tensor], name: str, folder: Path) -> Tensor:
+    """A copy: a tensor as it was read lies in the mapped file, which is in memory whole as long as one of them is used.
+    (Of the layers' matrices products make copies of their own.)"""
+    return _take(tensors, name, folder).clone()
+
+
+def norm_names(*, after: bool) -> dict[str, str]:
+    """Field of a Layer -> the name of its tensor. after: the family norms what sub-layers add; it calls that norm what
+    others call the MLP's."""
+    attention = {"attention_norm": "input_layernorm.weight"}
+    if not after:
+        return attention | {"mlp_norm": "post_attention_layernorm.weight"}
+    return attention | {
+        "after_attention": "post_attention_layernorm.weight",
+        "mlp_norm": "pre_feedforward_layernorm.weight",
+        "after_mlp": "post_feedforward_layernorm.weight",
+    }
+
+
+def _layer(tensors: dict[str, Tensor], number: int, folder: Path, config: Any, rotary: int) -> Layer:
+    prefix = f"model.layers.{number}."
+    linear: dict[str, PackedLinear] = {}
+    for group, parts in GROUPS.items():
+        weights = [_take(tensors, f"{prefix}{part}.weight", folder) for part in parts]
+        biased = all(f"{prefix}{part}.bias" in tensors for part in parts)
+        bias = torch.cat([_take(tensors, f"{prefix}{part}.bias", folder) for part in parts]) if biased else None
+        linear[group] = PackedLinear(torch.cat(weights), bias)
+    names = norm_names(after=config.model_type in ("gemma2", "gemma3_text"))
+    norms = {field: _own(tensors, prefix + name, folder) for field, name in names.items()}
+    q_norm, k_norm = (
+        _own(tensors, name, folder) if (name := f"{prefix}self_attn.{which}_norm.weight") in tensors else None
+        for which in ("q", "k")
+    )
+    return Layer(
+        linear=linear,
+        **norms,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        rotary=rotary,
+        window=_window(config, number),
+    )

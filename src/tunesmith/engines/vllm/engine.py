@@ -1,0 +1,377 @@
+"""The vLLM engine: a base model and its adapters on a server, over vLLM's OpenAI-compatible HTTP API.
+
+Conversations are rendered here, by the same Renderer as everywhere, and sent as token ids: the server's own template
+is never used. The server is believed to run the base only after its tokens and log-probabilities of a fixed text were
+compared with the base's, and to run an adapter only after its log-probabilities differ from the base's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+
+from tunesmith.core.digests import digest_file, digest_of
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.files import write_atomic
+from tunesmith.core.messages import Message
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.engines.native.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
+from tunesmith.engines.native.adapters.whole import is_whole
+from tunesmith.engines.protocol import Completion, Generation, Question
+from tunesmith.engines.settings import VllmSettings
+from tunesmith.engines.vllm.fingerprint import TEXT, TOLERANCE, apart, expected_scores, places, text_ids
+from tunesmith.engines.vllm.http import NotThere, Server
+from tunesmith.models.base import Base, cache_folder
+from tunesmith.models.rendering import Renderer
+
+Asked = TypeVar("Asked")
+Given = TypeVar("Given")
+_COMPLETIONS = "/v1/completions"
+# A server takes what a request leaves out from the model's generation_config.json: nothing may be left out.
+_PLAIN = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+# llguidance, where the server runs it, then allows one space after a comma or colon and no other, so that no model goes
+# on with it for ever; xgrammar, its default, does not know the key.
+_JSON = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}}
+
+
+class VllmEngine:
+    """Implements inference.engine.Engine."""
+
+    def __init__(self, base: Base, settings: VllmSettings) -> None:
+        self._base, self._settings = base, settings
+        self._renderer = Renderer(base.folder)
+        self._server = Server(settings)
+        self._folder = Path(settings.adapters).expanduser() if settings.adapters else cache_folder() / "vllm"
+        self._known: dict[str, str] = {}  # an adapter's name here -> its name there, which is also its folder's
+        self._registered: dict[str, float] = {}  # its name there -> when it was last seen to be loaded
+        self._turn = threading.RLock()
+        self._model, self._room, self._checked_at = "", 0, 0.0
+        self._check_server()
+
+    @property
+    def base(self) -> str:
+        """Digest of the base record."""
+        return self._base.digest
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens a prompt and its answer may have together: the base's, or less where the server was told so."""
+        return self._room
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The template's control tokens as text."""
+        return self._renderer.special_tokens
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Make a PEFT folder answerable under name.
+
+        Its files are copied to where the server reads them, and stay there: it reads them again when it must. The name
+        that the server is given is that of their bytes, so no name ever comes to mean other weights.
+        """
+        if is_whole(folder):
+            raise Refused(
+                "the vLLM server runs the base with adapters, and this model was trained in full",
+                where=self._settings.url,
+                fix="leave engine out; or export it as merged, and have a server of its own run that",
+            )
+        self._check_bound(folder)
+        there = "tunesmith-" + digest_of([digest_file(folder / file) for file in (CONFIG_FILE, WEIGHTS_FILE)])[7:39]
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            kept = self._folder / there / file
+            if not kept.is_file() or digest_file(kept) != digest_file(folder / file):
+                write_atomic(kept, (folder / file).read_bytes())
+        with self._turn:
+            self._register(there)
+            self._known[name] = there
+
+    def holds(self, name: str) -> bool:
+        """Whether name can be asked for."""
+        return name in self._known
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Tokens of the prompt that messages render to, the assistant's opening included."""
+        return len(self._renderer.prompt(messages))
+
+    def count_row(self, messages: Sequence[Message]) -> int:
+        """Tokens of a training row. Raises Refused for one that cannot be trained on."""
+        return len(self._renderer.conversation(messages).ids)
+
+    def generate(
+        self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
+    ) -> list[Completion]:
+        """Answers in the order of requests; as many are under way at once as the settings allow."""
+        bodies = [self._body(request) for request in requests]
+
+        def answer(body: Mapping[str, Any]) -> Completion:
+            given = self._ask(body, adapter)
+            choice = given["choices"][0]
+            return self._completion(choice["text"], choice["finish_reason"], body, choice["token_ids"])
+
+        return self._together(answer, bodies, "answering", progress)
+
+    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[str | Completion]:
+        """Pieces of the answer's text as they arrive; the last item is the whole Completion."""
+        body = self._body(request)
+        text, finish = "", None
+        ids: list[int] = []
+        for event in self._events({**body, "stream": True}, adapter):
+            for choice in event.get("choices", ()):
+                ids += choice.get("token_ids") or ()
+                finish = choice["finish_reason"] or finish
+                if choice["text"]:
+                    text += choice["text"]
+                    yield choice["text"]
+        yield self._completion(text, finish, body, ids)
+
+    def choose(
+        self, questions: Sequence[Question], adapter: str | None = None, progress: Progress = SILENT
+    ) -> list[list[float]]:
+        """For each question the log-probability of each choice, summed over its tokens (end token included)."""
+        asked: list[tuple[list[int], int]] = []  # ids so far, the id that follows
+        lengths: list[int] = []
+        for question in questions:
+            prompt = self._renderer.prompt(question.messages)
+            for choice in question.choices:
+                answer = self._renderer.answer(choice)
+                asked += [([*prompt, *answer[:place]], token) for place, token in enumerate(answer)]
+                lengths.append(len(answer))
+
+        def score(place: tuple[list[int], int]) -> float:
+            return self._score(self._ask(_scoring(*place), adapter), place[1])
+
+        scored = iter(self._together(score, asked, "scoring choices", progress))
+        sums = iter([sum(next(scored) for _ in range(length)) for length in lengths])
+        return [[next(sums) for _ in question.choices] for question in questions]
+
+    # What is asked and answered
+
+    def _body(self, request: Generation) -> dict[str, Any]:
+        if request.top_logprobs is not None:
+            raise UsageError("log-probabilities are not asked of a vLLM server", where="logprobs")
+        prompt = self._renderer.prompt(request.messages)
+        if len(prompt) >= self.context_length:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens and leaves no room for an answer: the model's context length is "
+                f"{self.context_length}",
+                where="messages",
+                fix="shorten the request, or give fewer shots or retrieved examples",
+            )
+        body: dict[str, Any] = {
+            "prompt": prompt,
+            "max_tokens": max(1, min(request.max_tokens, self.context_length - len(prompt))),
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "seed": request.seed,
+            "stop": list(request.stop),
+            "stop_token_ids": sorted(self._renderer.stop_ids),
+            "return_token_ids": True,
+            **_PLAIN,
+        }
+        if request.schema is not None:
+            body["structured_outputs"] = {"json": json.loads(request.schema) | _JSON}
+        return body
+
+    def _completion(self, text: str, finish: str | None, body: Mapping[str, Any], ids: Sequence[int]) -> Completion:
+        if finish not in ("stop", "length"):
+            raise TunesmithError(
+                f"the vLLM server ended an answer as {finish!r}",
+                where=self._settings.url,
+                fix="look at the server's own log",
+            )
+        tokens = len(ids) - (1 if ids and ids[-1] in self._renderer.stop_ids else 0)
+        return Completion(text, "stop" if finish == "stop" else "length", len(body["prompt"]), tokens)
+
+    def _score(self, given: Mapping[str, Any], token: int) -> float:
+        """A token's log-probability, out of an answer to _scoring."""
+        found = float(given["choices"][0]["logprobs"]["top_logprobs"][0][f"token_id:{token}"])
+        if not math.isfinite(found):
+            raise TunesmithError("the vLLM server gave a log-probability that is no number", where=self._settings.url)
+        return found
+
+    def _fixed_scores(self, model: str) -> list[float]:
+        """The fixed text's log-probabilities, at the places that are looked at, under a name of the server's."""
+        ids = text_ids(self._renderer)
+
+        def score(place: int) -> float:
+            given = self._server.ask(_COMPLETIONS, {**_scoring(ids[:place], ids[place]), "model": model})
+            return self._score(given, ids[place])
+
+        return self._together(score, places(ids), "", SILENT)
+
+    def _together(
+        self, do: Callable[[Asked], Given], asked: Sequence[Asked], title: str, progress: Progress
+    ) -> list[Given]:
+        """do for each of asked, many at once; the first failure ends it."""
+        with (
+            progress.task(title, len(asked)) as task,
+            ThreadPoolExecutor(self._settings.concurrency, thread_name_prefix="tunesmith-vllm") as pool,
+        ):
+            under_way = [pool.submit(do, one) for one in asked]
+            try:
+                for done in as_completed(under_way):
+                    done.result()
+                    task.advance()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            return [done.result() for done in under_way]
+
+    def _ask(self, body: Mapping[str, Any], adapter: str | None) -> Any:
+        began = time.monotonic()
+        try:
+            return self._server.ask(_COMPLETIONS, {**body, "model": self._name(adapter)}, self._check_again)
+        except NotThere as error:
+            self._restore(adapter, error, began)
+            return self._server.ask(_COMPLETIONS, {**body, "model": self._name(adapter)})
+
+    def _events(self, body: Mapping[str, Any], adapter: str | None) -> Iterator[Mapping[str, Any]]:
+        began = time.monotonic()
+        try:
+            yield from self._server.stream(_COMPLETIONS, {**body, "model": self._name(adapter)}, self._check_again)
+        except NotThere as error:  # said before the first event
+            self._restore(adapter, error, began)
+            yield from self._server.stream(_COMPLETIONS, {**body, "model": self._name(adapter)})
+
+    def _name(self, adapter: str | None) -> str:
+        if adapter is None:
+            return self._model
+        if adapter not in self._known:
+            raise Refused(f"adapter {adapter} is not loaded", fix="load it before asking it")
+        return self._known[adapter]
+
+    # Whether the server is the one it should be
+
+    def _check_server(self) -> None:
+        """Raises Refused where the server runs another model than the base."""
+        where = self._settings.url
+        began = time.monotonic()
+        models = self._listed()
+        bases = [model for model in models if not model.get("parent")]
+        if not bases:
+            raise Refused("the vLLM server lists no base model", where=where)
+        self._model = str(bases[0]["id"])
+        room = int(bases[0].get("max_model_len") or 0)
+        if not 0 < room <= self._base.context_length:
+            raise self._another(f"its context length is {room}, the base's {self._base.context_length}")
+        self._room = room
+        ids = text_ids(self._renderer)
+        try:
+            theirs = self._server.ask("/tokenize", {"model": self._model, "prompt": TEXT, "add_special_tokens": False})[
+                "tokens"
+            ]
+        except NotThere as error:
+            raise Refused("the server does not speak vLLM's API", where=where, fix="name a vLLM server") from error
+        if theirs != ids:
+            raise self._another("its tokenizer reads a fixed text differently")
+        difference = apart(self._fixed_scores(self._model), expected_scores(self._base, ids))
+        if not difference <= TOLERANCE:
+            raise self._another(
+                f"its log-probabilities of a fixed text differ by {difference:.3f} nats in the mean, {TOLERANCE} are "
+                "allowed"
+            )
+        self._checked_at = began
+
+    def _check_again(self, failed_at: float) -> None:
+        """After the server was away, it may be another one."""
+        with self._turn:
+            if self._checked_at < failed_at:
+                self._check_server()
+
+    def _another(self, how: str) -> Refused:
+        return Refused(
+            f"the vLLM server runs another model than the base: {how}",
+            where=self._settings.url,
+            fix=f"start it with the base's own files, not quantised: vllm serve {self._base.folder}",
+        )
+
+    def _listed(self) -> list[dict[str, Any]]:
+        try:
+            return list(self._server.ask("/v1/models")["data"])
+        except (NotThere, KeyError, TypeError) as error:
+            raise Refused(
+                "the server does not speak vLLM's API", where=self._settings.url, fix="name a vLLM server"
+            ) from error
+
+    def _check_bound(self, folder: Path) -> None:
+        """Raises Refused for another base's adapter, as reading it into this process would."""
+        try:
+            with safe_open(folder / WEIGHTS_FILE, framework="numpy") as file:
+                bound = json.loads((file.metadata() or {}).get("tunesmith", "{}"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise Refused(f"not readable as an adapter: {error}", where=str(folder)) from error
+        if bound.get("base") != self._base.digest:
+            raise Refused(
+                "the adapter was trained on another base model", where=str(folder), fix="train it on this base"
+            )
+        if bound.get("fingerprint") != self._base.fingerprint:
+            raise Refused(
+                "the adapter was trained with another tokenizer or chat template",
+                where=str(folder),
+                fix="train it again",
+            )
+
+    def _register(self, there: str) -> None:
+        """Have the server load the adapter, unless it has, and see that it answers otherwise than the base."""
+        folder = os.path.abspath(self._folder / there)
+        listed = {str(model["id"]): model.get("root") for model in self._listed()}
+        if there in listed and listed[there] != folder:
+            self._server.ask("/v1/unload_lora_adapter", {"lora_name": there})
+        if listed.get(there) != folder:
+            try:
+                self._server.ask("/v1/load_lora_adapter", {"lora_name": there, "lora_path": folder})
+            except NotThere as error:
+                what = "cannot read the adapter's files" if error.model else "does not load adapters while it runs"
+                fix = (
+                    f"name a folder in engine.adapters that both see; it was {folder}"
+                    if error.model
+                    else "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"
+                )
+                raise Refused(f"the vLLM server {what}: {error.what}", where=self._settings.url, fix=fix) from error
+            except TunesmithError as error:
+                raise Refused(
+                    f"the adapter was not loaded: {error.what}",
+                    where=self._settings.url,
+                    fix="start the server with --enable-lora and a --max-lora-rank that is enough; it takes plain LoRA "
+                    "alone: serve anything else merged (tunesmith export --as merged)",
+                ) from error
+        if self._fixed_scores(there) == self._fixed_scores(self._model):
+            raise Refused("the vLLM server answers in the adapter's name as the base does", where=self._settings.url)
+        self._registered[there] = time.monotonic()
+
+    def _restore(self, adapter: str | None, error: NotThere, began: float) -> None:
+        """A server that was started again has lost its adapters: look at it again, and load what was asked for."""
+        with self._turn:
+            if self._registered.get(self._known.get(adapter or "", ""), 0.0) > began:
+                return  # another request's thread has done it meanwhile
+            self._check_server()
+            if adapter is None or not error.model:
+                raise Refused(f"the vLLM server has no such model: {error.what}", where=self._settings.url) from error
+            self._register(self._known[adapter])
+
+
+def _scoring(ids: Sequence[int], token: int) -> dict[str, Any]:
+    """Asks for the log-probability that token follows ids.
+
+    One request a token, since the server keeps what requests begin with. It could score a whole prompt at once
+    (prompt_logprobs), but with LoRA that takes the wrong rows, or ends the server, as soon as two requests meet
+    (vLLM's issues 16668 and 29955; seen with 0.32.0).
+    """
+    return {
+        "prompt": list(ids),
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "logprobs": 1,
+        "logprob_token_ids": [token],
+        "return_tokens_as_token_ids": True,
+        **_PLAIN,
+    }

@@ -1,0 +1,58 @@
+"""Which model is it? A fixed text's token ids and their log-probabilities, to know a base by when a server runs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+
+from tunesmith.core.files import write_atomic
+from tunesmith.engines.batch import lay_out
+from tunesmith.engines.native.network.attention import shared_prefix_attention
+from tunesmith.engines.native.network.network import forward, frozen_linear, logits
+from tunesmith.engines.native.network.weights import load_network
+from tunesmith.models.base import Base, cache_folder
+from tunesmith.models.rendering import Rendered, Renderer
+
+# Words, numbers, code, other scripts: where tokenizers and models differ.
+TEXT = (
+    'The quick brown fox jumps over 13 lazy dogs, then writes {"on": true, "n": 2048} into a file.\n'
+    "def area(r):\n    return 3.14159 * r ** 2\n\nÄpfel fallen nicht weit vom Stamm; 水は低きに流れる。 "
+    "Water boils at one hundred degrees Celsius, and the capital of France is Paris."
+)
+# Mean difference in nats that two bf16 computations of one model may show; another model's is several times that.
+TOLERANCE = 0.15
+
+
+def text_ids(renderer: Renderer) -> list[int]:
+    """The fixed text in the base's tokens."""
+    return list(renderer.tokenizer.encode(TEXT, add_special_tokens=False))
+
+
+def places(ids: Sequence[int]) -> range:
+    """Which of the ids are looked at: some two dozen, evenly spread."""
+    return range(1, len(ids), max(1, len(ids) // 24))
+
+
+@torch.inference_mode()
+def expected_scores(base: Base, ids: Sequence[int]) -> list[float]:
+    """The base's own log-probabilities of the ids at places(). Computed once for a base and kept in the cache."""
+    kept = cache_folder() / "fingerprints" / f"{base.digest.removeprefix('sha256:')}.json"
+    if kept.is_file():
+        known = json.loads(kept.read_bytes())
+        if known["ids"] == list(ids):
+            return [float(score) for score in known["scores"]]
+    network = load_network(base.folder)
+    batch = lay_out([Rendered(tuple(ids), (False, *(True,) * (len(ids) - 1)))]).on(network.device)
+    hidden = forward(network, batch.ids, frozen_linear(network), shared_prefix_attention(batch, network))
+    scores = logits(network, hidden[batch.predicts]).float().log_softmax(-1)
+    each = scores.gather(1, batch.labels[:, None])[:, 0].tolist()  # of every id but the first
+    found = [float(each[place - 1]) for place in places(ids)]
+    write_atomic(kept, json.dumps({"ids": list(ids), "scores": found}).encode())
+    return found
+
+
+def apart(one: Sequence[float], other: Sequence[float]) -> float:
+    """Mean difference of two models' log-probabilities of the same tokens, in nats."""
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)

@@ -1,0 +1,1 @@
+"""Scores of an answer: built-in scorers, declared scorers, judges, classification metrics."""

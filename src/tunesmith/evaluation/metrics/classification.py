@@ -1,0 +1,171 @@
+"""Classification beyond accuracy: macro-F1, labels one by one, and whether a stated confidence can be believed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tunesmith.core.errors import Inconclusive
+from tunesmith.evaluation.metrics.labels import Labelled
+from tunesmith.evaluation.scores import rounded
+from tunesmith.evaluation.stats.statistics import Floats, Interval, group_weights, interval
+
+_DRAWS = 2_000
+_BINS = 10
+_SHOWN = 40
+
+
+def classes(given: Sequence[str], wanted: Sequence[str], groups: Sequence[str], confidence: float, seed: int) -> Any:
+    """Macro-F1 with an interval, and the labels one by one: {"macro_f1", "labels", "by_label", "confused"}.
+
+    given, wanted, groups: one a row. Macro-F1 is the mean of F1 over the labels that occur in wanted, as scikit-learn's
+    f1_score with those labels gives it. Its interval is a Bayesian bootstrap over groups (Rubin 1981).
+    """
+    labels = sorted(set(wanted))
+    right, said, held = _counts(given, wanted, groups)
+    each = _f1(right.sum(0), said.sum(0), held.sum(0))
+    # RandomState's streams are frozen (NEP 19): the record must come out the same years later.
+    weights = np.random.RandomState(seed).standard_exponential((_DRAWS, len(held)))
+    drawn = _f1(weights @ right, weights @ said, weights @ held).mean(axis=-1)
+    tail = (1.0 - confidence) / 2.0
+    mean = float(each.mean())
+    low, high = (float(np.quantile(drawn, q)) for q in (tail, 1.0 - tail))
+    order = sorted(range(len(labels)), key=lambda n: (-held.sum(0)[n], labels[n]))[:_SHOWN]
+    wrong = Counter((truth, answer) for truth, answer in zip(wanted, given, strict=True) if truth != answer)
+    return {
+        "macro_f1": {"mean": rounded(mean), "low": rounded(min(low, mean)), "high": rounded(max(high, mean))},
+        "labels": len(labels),
+        "by_label": [
+            {"label": labels[n], "n": int(held.sum(0)[n]), "said": int(said.sum(0)[n]), "f1": rounded(float(each[n]))}
+            for n in order
+        ],
+        "confused": [
+            {"wanted": truth, "given": answer, "n": count}
+            for (truth, answer), count in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:10]
+        ],
+    }
+
+
+def calibration(confidences: Sequence[float], right: Sequence[float]) -> dict[str, Any]:
+    """How far stated confidences are from how often they were right: {"n", "ece", "brier", "bins"}.
+
+    confidences: 0 to 1, one a row; right: 0 or 1. ece: expected calibration error over ten bins of equal width (Guo et
+    al. 2017). brier: mean squared error of the confidence (Brier 1950). bins: those with rows.
+    """
+    stated, truth = np.asarray(confidences, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    which = np.minimum((stated * _BINS).astype(int), _BINS - 1)
+    bins, error = [], 0.0
+    for number in range(_BINS):
+        inside = which == number
+        if not inside.any():
+            continue
+        confidence, accuracy = float(stated[inside].mean()), float(truth[inside].mean())
+        error += inside.mean() * abs(confidence - accuracy)
+        bins.append(
+            {
+                "low": number / _BINS,
+                "n": int(inside.sum()),
+                "confidence": rounded(confidence),
+                "right": rounded(accuracy),
+            }
+        )
+    return {
+        "n": len(stated),
+        "ece": rounded(float(error)),
+        "brier": rounded(float(np.mean((stated - truth) ** 2))),
+        "bins": bins,
+    }
+
+
+def macro_f1_interval(rows: Labelled, confidence: float, seed: int) -> Interval:
+    """Macro-F1 with the interval that a gate is judged by: Bayesian bootstrap over groups (Rubin 1981), to which the
+    worst thinkable group is added as in statistics.py: one of the mean size, with the labels as the rows have them, of
+    which none (for the lower end) or all (for the upper end) are right.
+    """
+    right, said, held = _counts(rows.given, rows.wanted, rows.groups)
+    mean = float(_f1(right.sum(0), said.sum(0), held.sum(0)).mean())
+    more = held.sum(0) / len(held)  # the mean group
+
+    def of(weights: Floats, extra: Floats) -> tuple[Floats, Floats]:
+        added = extra * more
+        sums = weights @ right, weights @ said + added, weights @ held + added
+        return _f1(*sums).mean(axis=-1), _f1(sums[0] + added, *sums[1:]).mean(axis=-1)
+
+    return _ends(mean, of, len(held), confidence, seed)
+
+
+def calibration_error_interval(rows: Labelled, confidence: float, seed: int) -> Interval:
+    """Expected calibration error as `calibration` gives it, with an interval made in the same way.
+
+    The worst thinkable group is wrong by 1 at every row, the best by 0. The error of a few rows in a bin is not 0 even
+    where every confidence is true, so the figure errs upwards: a gate that it passes is passed on the safe side.
+    Raises Inconclusive where confidences are not stated.
+    """
+    stated, truth = np.array(_confidences(rows)), rows.right
+    index, sizes = _by_group(rows.groups)
+    bins = np.minimum((stated * _BINS).astype(int), _BINS - 1)
+    gaps = np.zeros((len(sizes), _BINS))
+    np.add.at(gaps, (index, bins), stated - truth)
+    mean = float(np.abs(gaps.sum(0)).sum() / sizes.sum())
+
+    def of(weights: Floats, extra: Floats) -> tuple[Floats, Floats]:
+        added = extra[:, 0] * sizes.mean()
+        off, total = np.abs(weights @ gaps).sum(axis=-1), weights @ sizes + added
+        return off / total, (off + added) / total
+
+    return _ends(mean, of, len(sizes), confidence, seed)
+
+
+def brier_interval(rows: Labelled, confidence: float, seed: int) -> Interval:
+    """Mean squared error of the stated confidence, with the interval of a mean. Raises Inconclusive as above."""
+    off = (np.array(_confidences(rows)) - rows.right) ** 2
+    return interval(off, rows.groups, ends=(0.0, 1.0), confidence=confidence, seed=seed)
+
+
+def _confidences(rows: Labelled) -> tuple[float, ...]:
+    if rows.confidences is None:
+        raise Inconclusive("the answers do not all state how sure they are: set calibrate, or the endpoint's logprobs")
+    return rows.confidences
+
+
+def _counts(given: Sequence[str], wanted: Sequence[str], groups: Sequence[str]) -> tuple[Floats, Floats, Floats]:
+    """Groups x labels (in the order of their names): how often right, how often said, how often wanted."""
+    labels = sorted(set(wanted))
+    place = {label: number for number, label in enumerate(labels)}
+    index, sizes = _by_group(groups)
+    right, said, held = (np.zeros((len(sizes), len(labels))) for _ in range(3))
+    for group, answer, truth in zip(index, given, wanted, strict=True):
+        held[group, place[truth]] += 1
+        if answer in place:
+            said[group, place[answer]] += 1
+        right[group, place[truth]] += answer == truth
+    return right, said, held
+
+
+def _by_group(groups: Sequence[str]) -> tuple[Any, Floats]:
+    """Each row's group as a number, and the groups' sizes."""
+    index = np.unique(np.asarray(groups), return_inverse=True)[1]
+    return index, np.bincount(index).astype(np.float64)
+
+
+def _ends(
+    mean: float,
+    of: Callable[[Floats, Floats], tuple[Floats, Floats]],
+    groups: int,
+    confidence: float,
+    seed: int,
+) -> Interval:
+    """of: weights (draws x groups) and those of the worst group (draws x 1) -> the figure at its lowest and highest."""
+    drawn = [of(weights[:, :groups], weights[:, groups:]) for weights in group_weights(groups + 1, confidence, seed)]
+    below, above = (np.concatenate([pair[side] for pair in drawn]) for side in (0, 1))
+    tail = (1.0 - confidence) / 2.0
+    low, high = float(np.quantile(below, tail)), float(np.quantile(above, 1.0 - tail))
+    return Interval(mean, min(low, mean), max(high, mean))
+
+
+def _f1(right: Any, said: Any, held: Any) -> Any:
+    whole = said + held
+    return np.divide(2.0 * right, whole, out=np.zeros_like(whole), where=whole > 0)

@@ -1,0 +1,177 @@
+"""Scorers: one answer against its reference, a number from 0 to 1. Adding one is a function and a line in SCORERS."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from tunesmith.core.errors import UsageError
+from tunesmith.evaluation.metrics.answer_schema import satisfies
+from tunesmith.evaluation.metrics.text_scorers import TEXT_SCORERS
+
+Schema = Mapping[str, Any] | None
+Scorer = Callable[[str, str, Schema], float]
+
+# Far above any answer worth having, far below what would exhaust the stack of a recursive schema.
+_DEEPEST = 64
+
+
+class NotJson(ValueError):
+    """The text is not one JSON value that any JSON reader would understand the same way."""
+
+
+def read_json(text: str) -> Any:
+    """The JSON value that text is, surrounding white space aside. Raises NotJson.
+
+    Stricter than json.loads, as RFC 7493 (I-JSON) asks: no duplicate keys, no NaN or infinity, no number that
+    overflows to one, no lone surrogate, and no more than 64 levels.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse, parse_float=_finite)
+        text.encode()
+        json.dumps(value, ensure_ascii=False).encode()
+        _bound_depth(value)
+    except (ValueError, RecursionError) as error:
+        raise NotJson(str(error)) from error
+    return value
+
+
+def json_valid(answer: str, _reference: str, schema: Schema) -> float:
+    """1 where the answer is one JSON value, valid under the schema if there is one."""
+    try:
+        value = read_json(answer)
+    except NotJson:
+        return 0.0
+    return float(schema is None or satisfies(value, schema))
+
+
+def exact_match(answer: str, reference: str, _schema: Schema) -> float:
+    """1 where answer and reference are the same JSON value (order of keys and white space aside).
+
+    A reference that is not JSON is compared as text with runs of white space made one space.
+    """
+    try:
+        expected = read_json(reference)
+    except NotJson:
+        return float(answer.split() == reference.split())
+    try:
+        return float(_same(read_json(answer), expected))
+    except NotJson:
+        return 0.0
+
+
+def field_f1(answer: str, reference: str, _schema: Schema) -> float:
+    """F1 over the leaf fields of the two JSON values: a field is right where path and value agree.
+
+    Positions in an array are part of the path and an empty object or array is a leaf, so that the score is 1 only for
+    an exact match. An answer that is not JSON scores 0. Raises UsageError where the reference is not JSON.
+    """
+    right, given, expected = _fields("field_f1", answer, reference)
+    return 2.0 * right / (given + expected)
+
+
+def field_precision(answer: str, reference: str, _schema: Schema) -> float:
+    """Share of the answer's leaf fields that are right; as field_f1, 0 where the answer is not JSON."""
+    right, given, _ = _fields("field_precision", answer, reference)
+    return right / given if given else 0.0
+
+
+def field_recall(answer: str, reference: str, _schema: Schema) -> float:
+    """Share of the reference's leaf fields that the answer has right; as field_f1."""
+    right, _, expected = _fields("field_recall", answer, reference)
+    return right / expected
+
+
+SCORERS: dict[str, Scorer] = {
+    "json_valid": json_valid,
+    "exact_match": exact_match,
+    "field_precision": field_precision,
+    "field_recall": field_recall,
+    "field_f1": field_f1,
+    **TEXT_SCORERS,
+}
+
+
+def score(name: str, answer_text: str, reference_text: str, schema: Schema = None) -> float:
+    """One answer's score from 0 to 1 by the scorer of that name. Raises UsageError for an unknown name."""
+    scorer = SCORERS.get(name)
+    if scorer is None:
+        raise UsageError(
+            f"no scorer is called {name!r}{nearest(name, SCORERS)}", fix=f"use one of: {', '.join(SCORERS)}"
+        )
+    return scorer(answer_text, reference_text, schema)
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """`; did you mean 'x'?` for the known name most like a mistyped one, or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _fields(scorer: str, answer: str, reference: str) -> tuple[int, int, int]:
+    """How many leaf fields are right, given and expected; nothing is given by an answer that is not JSON."""
+    try:
+        expected = list(_leaves(read_json(reference), ()))
+    except NotJson as error:
+        raise UsageError(
+            f"{scorer} needs references that are JSON: {error}", fix="drop it from task.scorers"
+        ) from error
+    try:
+        given = list(_leaves(read_json(answer), ()))
+    except NotJson:
+        return 0, 0, len(expected)
+    wanted = dict(expected)
+    return sum(path in wanted and _same(value, wanted[path]) for path, value in given), len(given), len(expected)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return value
+
+
+def _bound_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [part for item in level for part in _inside(item)]
+    if any(_inside(item) for item in level):
+        raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+
+
+def _inside(value: Any) -> Collection[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("a number is too large")
+    return number
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Equality of JSON values: 1 and 1.0 are the same number, true and 1 are not the same value."""
+    if isinstance(left, bool) or isinstance(right, bool) or left is None or right is None:
+        return left is right
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(_same(value, right[key]) for key, value in left.items())
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return bool(left == right)
+
+
+def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = list(items)
+    if not inner:
+        yield path, value
+    for key, part in inner:
+        yield from _leaves(part, (*path, key))

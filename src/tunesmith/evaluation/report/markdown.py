@@ -1,0 +1,96 @@
+"""The report in Markdown, short enough for a pull request. Text that strangers wrote cannot break out of its cell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tunesmith.core.digests import short
+from tunesmith.evaluation.report.wording import money, percent, visible
+
+_MARKS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusive"}
+
+
+def report_markdown(data: Mapping[str, Any]) -> str:
+    """The page of what report_data gathered, without its examples and pictures."""
+    verdict, advice = data["verdict"], data["advice"]
+    title = data["version"]["label"] if data["version"] else data["focus"]
+    lines = [f"## {_text(title)}: {_text(advice['headline'])}", ""]
+    if verdict:
+        lines += [f"Verdict: **{_MARKS[verdict['verdict']]}**", ""]
+    lines += [_text(advice["summary"]), ""]
+    lines += [f"- {_text(sentence)}" for sentence in advice["reasons"]]
+    lines += [f"- ⚠️ {_text(sentence)}" for sentence in advice["cautions"]]
+    lines += ["", *_candidates(data)]
+    if verdict and verdict["gates"]:
+        lines += [
+            "",
+            *_table(("gate", "outcome", "why"), ((g["name"], g["outcome"], g["reason"]) for g in verdict["gates"])),
+        ]
+    lines += ["", *_risks(data)]
+    lines += ["", f"{data['n']} held-out requests in {data['groups']} groups; {data['confidence']:.0%} intervals. "]
+    lines[-1] += f"Evaluation `{short(data['evaluation'])}`" + (
+        f", verdict `{short(verdict['digest'])}`." if verdict else "."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _risks(data: Mapping[str, Any]) -> Iterable[str]:
+    """What was measured before tuning and after it, and what was not."""
+    found = data["risks"]
+    if found["exposure"]:
+        yield f"- {_text(found['exposure']['sentence'])}"
+    for row in found["bias"]:
+        yield f"- {_text(row['asked'])}: {_text(row['sentence'])}"
+    if found["toxicity"]:
+        for row in found["toxicity"]["rows"]:
+            yield f"- {_text(row['asked'])}: {_text(row['sentence'])}"
+        yield f"- Answers are flagged by a model of words: {_text(found['toxicity']['error'])}."
+    if found["unmeasured"]:
+        yield f"- Not measured: {_text(', '.join(found['unmeasured']))}."
+
+
+def _candidates(data: Mapping[str, Any]) -> Iterable[str]:
+    metrics, currency = data["metrics"], data["currency"]
+    heads = [
+        "candidate",
+        "how",
+        *metrics,
+        "prompt tokens",
+        "s per 1,000",
+        *([f"{currency} per 1,000"] if currency else []),
+    ]
+    rows = []
+    for row in data["candidates"]:
+        price = row["price"]
+        measured = [
+            f"{percent(found['mean'])} [{found['low'] * 100:.1f}, {found['high'] * 100:.1f}]"
+            for found in (row["metrics"][metric] for metric in metrics)
+        ]
+        rows.append(
+            [
+                f"**{_text(row['name'])}**" if row["role"] == "focus" else _text(row["name"]),
+                row["how"],
+                *measured,
+                f"{price['prompt_tokens_per_1000'] / 1000:,.0f}",
+                f"{price['seconds_per_1000']:,.0f}",
+                *([money(price.get("money_per_1000"))] if currency else []),
+            ]
+        )
+    return _table(heads, rows, escaped=(0,))
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]], escaped: tuple[int, ...] = ()) -> list[str]:
+    names = [_text(head) for head in heads]
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    for row in rows:
+        cells = [cell if place in escaped else _text(cell) for place, cell in enumerate(row)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _text(text: str) -> str:
+    """One line in which nothing is markup: GitHub shows a backslashed letter as itself."""
+    plain = " ".join(visible(text).split())
+    return re.sub(r"([\\`*\[\]<>|!~#@])|(?<!\w)_|_(?!\w)", lambda found: f"\\{found[0]}", plain)

@@ -1,0 +1,238 @@
+"""The report's pictures as inline SVG. Positions are percentages, so that a picture stretches and its text does not.
+
+Every function returns Markup whose arguments were escaped; colours come from the page's style sheet by class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from tunesmith.evaluation.report.wording import visible
+
+_TRACK_HEIGHT = 28
+_CHART_HEIGHT = 220
+_MOST_POINTS = 400
+_ROW_HEIGHT = 52
+_LANE = 84
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Values between low and high as percentages of the width."""
+
+    low: float
+    high: float
+
+    def at(self, value: float) -> str:
+        """Where value lies, as `12.34%`; outside the scale it lies at the edge."""
+        share = (value - self.low) / (self.high - self.low)
+        return f"{100 * min(max(share, 0.0), 1.0):.2f}%"
+
+
+SHARES = Scale(0.0, 1.0)
+
+
+def interval_track(mean: float, low: float, high: float, *, style: str, scale: Scale = SHARES, label: str) -> Markup:
+    """A candidate's mean as a point on its interval. style: a class of the sheet (tuned, untuned)."""
+    marks = [_line(scale.at(tick), 0, _TRACK_HEIGHT, "grid") for tick in _ticks(scale)]
+    return drawn(_TRACK_HEIGHT, "track", label, [*marks, *_interval(mean, low, high, scale, style)])
+
+
+def axis(scale: Scale = SHARES) -> Markup:
+    """The labels under interval tracks: shares as percentages."""
+    labels = [
+        Markup('<text x="{}" y="12" text-anchor="middle">{:.0f}%</text>').format(scale.at(tick), tick * 100)
+        for tick in _ticks(scale)
+    ]
+    return drawn(16, "axis", "", labels)
+
+
+def gate_track(gate: Mapping[str, Any]) -> Markup:
+    """A gate's interval against its bound; nothing where nothing was measured."""
+    if gate["value"] is None:
+        return Markup("")
+    reach = [gate["low"], gate["high"], gate["bound"]]
+    if min(reach) >= 0.0 and max(reach) - min(reach) > 0.25:
+        reach.append(0.0)
+    margin = max((max(reach) - min(reach)) * 0.12, 0.004)
+    scale = Scale(min(reach) - margin, max(reach) + margin)
+    below = gate["settings"].get("drop_at_most") is not None or gate["settings"].get("at_most") is not None
+    bound = scale.at(gate["bound"])
+    allowed = ("0", bound) if below else (bound, f"{100 - float(bound.rstrip('%')):.2f}%")
+    parts = [
+        Markup('<rect class="allowed" x="{}" y="3" width="{}" height="22"/>').format(*allowed),
+        _line(bound, 1, _TRACK_HEIGHT - 1, "bound"),
+        *_interval(gate["value"], gate["low"], gate["high"], scale, gate["outcome"]),
+    ]
+    label = f"{gate['name']}: {gate['low']:.3f} to {gate['high']:.3f}, bound {gate['bound']:.3f}"
+    return drawn(_TRACK_HEIGHT, "track", label, parts)
+
+
+def loss_chart(
+    curve: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], kept: int | None = None
+) -> Markup:
+    """Training and validation loss by step; a logarithmic axis where the loss falls more than tenfold.
+
+    kept: the step whose weights were kept, marked where it is known.
+    """
+    training = [(float(p["step"]), float(p["loss"])) for p in curve if p["loss"] > 0 and math.isfinite(p["loss"])]
+    held_out = [(float(p["step"]), float(p["loss"])) for p in validation if p["loss"] > 0 and math.isfinite(p["loss"])]
+    if len(training) < 2:
+        return Markup("")
+    losses = [loss for _, loss in training + held_out]
+    last = max(step for step, _ in training + held_out)
+    logarithmic = max(losses) > 10 * min(losses)
+    ticks = _loss_ticks(min(losses), max(losses), logarithmic)
+
+    def height(loss: float) -> float:
+        scaled = [math.log(v) if logarithmic else v for v in (loss, ticks[0], ticks[-1])]
+        return _CHART_HEIGHT * (1.0 - (scaled[0] - scaled[1]) / (scaled[2] - scaled[1]))
+
+    def path(points: Sequence[tuple[float, float]]) -> str:
+        places = [f"{1000 * step / last:.1f} {height(loss):.1f}" for step, loss in points]
+        return "M" + " L".join(places)
+
+    grid = []
+    for tick in ticks:
+        grid.append(across(height(tick)))
+        grid.append(Markup('<text class="tick" x="0" y="{:.1f}">{:g}</text>').format(height(tick) - 4, tick))
+    inner = Markup(
+        '<svg width="100%" height="{0}" viewBox="0 0 1000 {0}" preserveAspectRatio="none">'
+        '<path class="raw" d="{1}"/><path class="smooth" d="{2}"/>{3}</svg>'
+    ).format(
+        _CHART_HEIGHT,
+        path(_thinned(training)),
+        path(_thinned(_smoothed(training))),
+        Markup('<path class="held-out" d="{}"/>').format(path(held_out)) if len(held_out) > 1 else "",
+    )
+    dots = [
+        Markup('<circle class="held-out" cx="{:.2f}%" cy="{:.1f}" r="4"/>').format(100 * step / last, height(loss))
+        for step, loss in held_out
+    ]
+    foot = [
+        Markup('<text class="tick" x="0" y="{}">step 0</text>').format(_CHART_HEIGHT + 18),
+        Markup('<text class="tick" x="100%" y="{}" text-anchor="end">step {:,.0f}{}</text>').format(
+            _CHART_HEIGHT + 18, last, ", logarithmic loss axis" if logarithmic else ""
+        ),
+    ]
+    label = f"Loss by training step, from {training[0][1]:.3g} to {training[-1][1]:.3g}"
+    if held_out:
+        label += f"; held-out validation from {held_out[0][1]:.3g} to {held_out[-1][1]:.3g}"
+    if kept is not None and 0 < kept <= last:
+        foot += _kept_mark(kept, last)
+        label += f"; the weights of step {kept} were kept"
+    return drawn(_CHART_HEIGHT + 24, "chart", label, [*grid, inner, *dots, *foot])
+
+
+def _kept_mark(kept: int, last: float) -> list[Markup]:
+    x = f"{100 * kept / last:.2f}%"
+    side, shift = ("end", -6) if kept > last / 2 else ("start", 6)
+    said = Markup('<text class="named" x="{}" y="12" dx="{}" text-anchor="{}">kept: step {:,}</text>')
+    return [_line(x, 0, _CHART_HEIGHT, "bound"), said.format(x, shift, side, kept)]
+
+
+def lineage_arcs(nodes: Sequence[Mapping[str, Any]]) -> Markup:
+    """Dots under one another, one a record of _ROW_HEIGHT, each joined to the records it was made from."""
+    x, parts = _LANE - 10, []
+    for index, node in enumerate(nodes):
+        for parent in node["parents"]:
+            start, end = (_ROW_HEIGHT * (i + 0.5) for i in (parent, index))
+            bulge = 0 if index - parent == 1 else min(14 + 12 * (index - parent - 1), x - 6)
+            parts.append(
+                Markup('<path class="edge" d="M{x} {s} C{b} {s} {b} {e} {x} {e}"/>').format(
+                    x=x, s=start, e=end, b=x - bulge
+                )
+            )
+    for index, node in enumerate(nodes):
+        parts.append(
+            Markup('<circle class="node {}" cx="{}" cy="{}" r="6"/>').format(
+                node["kind"], x, _ROW_HEIGHT * (index + 0.5)
+            )
+        )
+    return Markup('<svg class="arcs" width="{}" height="{}" aria-hidden="true">{}</svg>').format(
+        _LANE, _ROW_HEIGHT * len(nodes), Markup("").join(parts)
+    )
+
+
+def stacked_bar(parts: Sequence[tuple[str, int]]) -> Markup:
+    """Counts as shares of one bar, in order; each part has the class part-0, part-1, ..."""
+    total = sum(count for _, count in parts)
+    if total == 0:
+        return Markup("")
+    rectangles, start = [], 0.0
+    for index, (name, count) in enumerate(parts):
+        width = 100.0 * count / total
+        rectangles.append(
+            Markup(
+                '<rect class="part-{}" x="{:.3f}%" y="0" width="{:.3f}%" height="18"><title>{}: {:,}</title></rect>'
+            ).format(index, start, width, visible(name), count)
+        )
+        start += width
+    return drawn(18, "stack", ", ".join(f"{name} {count}" for name, count in parts), rectangles)
+
+
+def drawn(height: float, style: str, label: str, parts: Sequence[Markup]) -> Markup:
+    """A picture of the page's width. label: what it is called aloud; style: its class."""
+    spoken = Markup('role="img" aria-label="{}"').format(visible(label)) if label else Markup('aria-hidden="true"')
+    return Markup('<svg class="{}" width="100%" height="{:g}" {}>{}</svg>').format(
+        style, height, spoken, Markup("").join(parts)
+    )
+
+
+def _line(x: str, top: float, bottom: float, style: str) -> Markup:
+    return Markup('<line class="{}" x1="{}" x2="{}" y1="{:g}" y2="{:g}"/>').format(style, x, x, top, bottom)
+
+
+def across(y: float) -> Markup:
+    """A line of the grid at a height."""
+    return Markup('<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(y)
+
+
+def _interval(mean: float, low: float, high: float, scale: Scale, style: str) -> list[Markup]:
+    middle = _TRACK_HEIGHT / 2
+    return [
+        Markup('<line class="reach {}" x1="{}" x2="{}" y1="{:g}" y2="{:g}"/>').format(
+            style, scale.at(low), scale.at(high), middle, middle
+        ),
+        _line(scale.at(low), middle - 5, middle + 5, f"reach {style}"),
+        _line(scale.at(high), middle - 5, middle + 5, f"reach {style}"),
+        Markup('<circle class="point {}" cx="{}" cy="{:g}" r="5.5"/>').format(style, scale.at(mean), middle),
+    ]
+
+
+def _ticks(scale: Scale) -> list[float]:
+    return [scale.low + (scale.high - scale.low) * quarter / 4 for quarter in range(5)]
+
+
+def _loss_ticks(low: float, high: float, logarithmic: bool) -> list[float]:
+    """Round numbers that enclose the losses, at most about seven."""
+    if logarithmic:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 2)
+        rounds = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
+    else:
+        step = 10.0 ** math.floor(math.log10(high))
+        step = next(size for size in (step / 5, step / 2, step, 2 * step) if high / size <= 6)
+        rounds = [step * index for index in range(math.ceil(high / step) + 2)]
+    inside = [tick for tick in rounds if low < tick < high]
+    below, above = max(t for t in rounds if t <= low), min(t for t in rounds if t > high)
+    return [below, *inside, above]
+
+
+def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A running mean over a fiftieth of the steps either side."""
+    reach = max(1, len(points) // 50)
+    smooth = []
+    for index, (step, _) in enumerate(points):
+        near = [loss for _, loss in points[max(0, index - reach) : index + reach + 1]]
+        smooth.append((step, sum(near) / len(near)))
+    return smooth
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    every = max(1, math.ceil(len(points) / _MOST_POINTS))
+    return [*points[:-1:every], points[-1]]

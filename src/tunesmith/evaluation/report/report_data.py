@@ -1,0 +1,297 @@
+"""What the report shows, gathered from the records as plain JSON: the page and `report --json` are made of this."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunesmith.candidates.candidate import Candidate, load_candidate
+from tunesmith.data.building.build import dataset_document
+from tunesmith.data.dataset import load_dataset
+from tunesmith.evaluation.answers import ANSWERS, BASE
+from tunesmith.evaluation.compare import comparison_document, side_of_candidate
+from tunesmith.evaluation.evaluate import evaluation_document
+from tunesmith.evaluation.gates.verdict import verdict_document
+from tunesmith.evaluation.prices import break_even
+from tunesmith.evaluation.report.advice import advise
+from tunesmith.evaluation.report.approach_ladder import levers, lift_by_group
+from tunesmith.evaluation.report.risks import risks
+from tunesmith.evaluation.scores import GENERAL, Column, read_scores
+from tunesmith.store import audit, database
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+_SHOWN_EXAMPLES = 6
+_SHOWN_TRAIL = 40
+
+
+def report_data(
+    store: Store,
+    evaluation: str,
+    verdict: str | None = None,
+    version: str | None = None,
+    trail: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Everything the report says. evaluation, verdict, version: digests. trail: {at, actor, action, subject, detail}.
+
+    The candidate in focus is the verdict's, else the one that leads by the primary metric, tuned ones first. Raises
+    Inconclusive where the scores cannot be relied on.
+    """
+    record = store.record(evaluation, kind="evaluation")
+    columns = read_scores(store, record)
+    measured = evaluation_document(store, evaluation)
+    judged = verdict_document(store, verdict) if verdict is not None else None
+    focus = judged["candidate"] if judged else _leader(measured)
+    rival = _rival(measured, judged, focus)
+    lift, primary = None, measured["primary"]
+    if rival is not None:
+        sides = [side_of_candidate(store, evaluation, name) for name in (rival, focus)]
+        lift = comparison_document(store, *sides)
+    candidate = load_candidate(store, record.body["candidates"][focus]["candidate"])
+    data: dict[str, Any] = {
+        "evaluation": evaluation,
+        "verdict": judged,
+        "version": _version(store, version),
+        "n": measured["n"],
+        "groups": measured["groups"],
+        "confidence": measured["confidence"],
+        "seed": record.body["seed"],
+        "primary": measured["primary"],
+        "metrics": list(record.body["metrics"]),
+        "focus": focus,
+        "rival": rival,
+        "candidates": _candidates(store, record, measured, focus, rival),
+        "lift": lift,
+        "training": _training(store, candidate),
+        "currency": measured["currency"],
+        "break_even": None
+        if rival is None
+        else break_even(record.body["candidates"][focus], record.body["candidates"][rival]),
+        "levers": levers(store, record, columns, measured["confidence"]),
+        "by_group": None if rival is None else lift_by_group(columns[focus, primary], columns[rival, primary]),
+        "classes": measured["classes"],
+        "calibration": measured["calibration"],
+        "judges": measured["judges"],
+        "forgetting": _forgetting(columns, measured, focus),
+        "risks": risks(store, record, focus, measured["confidence"]),
+        "dataset": dataset_document(store, record.parents["dataset"]),
+        "examples": _examples(store, record, columns, focus, rival),
+        "lineage": _lineage(store, record, evaluation, focus, verdict, version),
+        "trail": [dict(entry) for entry in trail],
+    }
+    return {**data, "advice": advise(data)}
+
+
+def release_trail(store: Store, name: str, version: str | None) -> list[dict[str, Any]]:
+    """The audit log's newest entries about a model: its versions, approvals, aliases and rollouts, oldest first."""
+    with database.reading(store.engine) as session:
+        rows = [
+            {"at": row.at, "actor": row.actor, "action": row.action, "subject": row.subject, "detail": dict(row.detail)}
+            for row in audit.entries(session)
+            if row.subject in (name, version) or row.subject.startswith(f"{name}@")
+        ]
+    return rows[-_SHOWN_TRAIL:]
+
+
+def _leader(measured: Mapping[str, Any]) -> str:
+    names: list[str] = sorted(measured["candidates"])
+    primary = measured["primary"]
+    return max(names, key=lambda name: (measured["tuned"][name], measured["candidates"][name][primary]["mean"]))
+
+
+def _rival(measured: Mapping[str, Any], judged: Mapping[str, Any] | None, focus: str) -> str | None:
+    """Whom the candidate in focus is shown against: its lift gate's rival, else the best untuned one."""
+    for gate in judged["gates"] if judged else ():
+        if gate.get("over") in measured["candidates"] and gate["metric"] == measured["primary"]:
+            return str(gate["over"])
+    untuned = [name for name in sorted(measured["candidates"]) if not measured["tuned"][name] and name != focus]
+    return max(untuned, key=lambda name: measured["candidates"][name][measured["primary"]]["mean"], default=None)
+
+
+def _version(store: Store, version: str | None) -> dict[str, Any] | None:
+    if version is None:
+        return None
+    body = store.record(version, kind="version").body
+    kept = {key: body.get(key) for key in ("name", "number", "tenant", "region", "override", "created_at", "signer")}
+    return {"digest": version, "label": f"{body['name']}@v{body['number']}", **kept}
+
+
+def _candidates(
+    store: Store, record: Record, measured: Mapping[str, Any], focus: str, rival: str | None
+) -> list[dict[str, Any]]:
+    """One row a candidate, the best by the primary metric first."""
+    rows = []
+    for name, stated in record.body["candidates"].items():
+        rows.append(
+            {
+                "name": name,
+                "how": _how(store, load_candidate(store, stated["candidate"])),
+                "role": "focus" if name == focus else "rival" if name == rival else "",
+                "tuned": stated["tuned"],
+                "candidate": stated["candidate"],
+                "metrics": measured["candidates"][name],
+                "price": measured["prices"][name],
+                "cut": stated["cut"],
+            }
+        )
+    return sorted(rows, key=lambda row: (-row["metrics"][measured["primary"]]["mean"], row["name"]))
+
+
+def _how(store: Store, candidate: Candidate) -> str:
+    parts = []
+    if candidate.method != "model":
+        floors = {"nearest": "the answer of the nearest training example", "classifier": "TF-IDF, logistic regression"}
+        return f"a floor without a language model: {floors[candidate.method]}"
+    if candidate.endpoint is not None:
+        parts.append(f"an outside endpoint, {candidate.endpoint.model}; cannot be released")
+    if candidate.search is not None:
+        found = store.record(candidate.search, kind="search").body
+        parts.append(f"found by {len(found['tries'])} tries on {found['rows']} validation rows")
+    if candidate.training is not None:
+        settings = store.record(candidate.training, kind="training").body.get("settings", {})
+        rank = settings.get("rank")
+        parts.append("tuned weights" + (f" (LoRA, rank {rank})" if rank else ""))
+        if settings.get("permute_answers"):
+            parts.append("a control that learned answers dealt to the wrong requests")
+    if candidate.shots:
+        parts.append(f"{len(candidate.shots)} fixed examples in the prompt")
+    if candidate.retrieve is not None:
+        what = "passages of documents" if candidate.documents is not None else "examples"
+        by = "" if candidate.retrieve.by == "bm25" else f", {candidate.retrieve.by}"
+        parts.append(f"{candidate.retrieve.k} retrieved {what} in the prompt{by}")
+    if candidate.answer_schema is not None:
+        parts.append("held to the schema")
+    return ", ".join(parts) or "prompt alone"
+
+
+def _training(store: Store, candidate: Candidate) -> dict[str, Any] | None:
+    if candidate.training is None:
+        return None
+    body = store.record(candidate.training, kind="training").body
+    shown = ("settings", "rows", "tokens", "labels", "steps", "seconds", "examples_per_second",
+             "tokens_per_second", "peak_memory_bytes", "estimate", "final_loss", "curve",
+             "validation", "overfitting", "kept", "threads")  # fmt: skip
+    return {"training": candidate.training, **{key: body[key] for key in shown if key in body}}
+
+
+def _forgetting(
+    columns: Mapping[tuple[str, str], Column], measured: Mapping[str, Any], focus: str
+) -> dict[str, Any] | None:
+    """General ability before and after, overall and by area; None where it was not probed."""
+    stated = measured["probes"].get(GENERAL)
+    if stated is None or focus not in stated["drops"]:
+        return None
+    before, after = columns[BASE, GENERAL], columns[focus, GENERAL]
+    by_area: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for identifier, old, new in zip(before.ids, before.values.tolist(), after.values.tolist(), strict=True):
+        by_area[identifier.rpartition("-")[0]].append((old, new))
+    areas = {
+        area: {
+            "n": len(pairs),
+            "before": sum(p[0] for p in pairs) / len(pairs),
+            "after": sum(p[1] for p in pairs) / len(pairs),
+        }
+        for area, pairs in sorted(by_area.items())
+    }
+    scores = stated["scores"]
+    return {
+        "n": stated["n"],
+        "before": scores[BASE],
+        "after": scores[focus],
+        "drop": stated["drops"][focus],
+        "areas": areas,
+    }
+
+
+def _examples(
+    store: Store, record: Record, columns: Mapping[tuple[str, str], Column], focus: str, rival: str | None
+) -> dict[str, Any] | None:
+    """Rows where the two in focus differ most by the primary metric, chosen by digest and not by hand."""
+    if rival is None:
+        return None
+    own, other = columns[focus, record.body["primary"]], columns[rival, record.body["primary"]]
+    texts = {name: _answer_texts(store, record.parents[f"answers:{name}"]) for name in (focus, rival)}
+    rows = {row.id: row for row in load_dataset(store, record.parents["dataset"]).examples("test")}
+    gaps = own.values - other.values
+    found: dict[str, Any] = {"metric": record.body["primary"]}
+    for side, sign in (("wins", 1.0), ("losses", -1.0)):
+        candidates = [index for index in range(len(gaps)) if gaps[index] * sign > 0]
+        chosen = _one_a_group(own, sorted(candidates, key=lambda i: (-abs(float(gaps[i])), _mixed(own.ids[i]))))
+        found[side] = {
+            "n": len(candidates),
+            "shown": [
+                {
+                    "id": own.ids[i],
+                    "group": own.groups[i],
+                    "turns": len(rows[own.ids[i]].messages),
+                    "request": rows[own.ids[i]].messages[-2].content,
+                    "reference": rows[own.ids[i]].answer,
+                    "rival": {"text": texts[rival][own.ids[i]], "score": float(other.values[i])},
+                    "focus": {"text": texts[focus][own.ids[i]], "score": float(own.values[i])},
+                }
+                for i in chosen
+            ],
+        }
+    return found
+
+
+def _one_a_group(column: Column, ranked: Sequence[int]) -> list[int]:
+    """The first few, each from another group while there are others."""
+    seen: set[str] = set()
+    first: list[int] = []
+    again: list[int] = []
+    for index in ranked:
+        (again if column.groups[index] in seen else first).append(index)
+        seen.add(column.groups[index])
+    return [*first, *again][:_SHOWN_EXAMPLES]
+
+
+def _mixed(identifier: str) -> str:
+    return hashlib.sha256(identifier.encode()).hexdigest()
+
+
+def _answer_texts(store: Store, answers: str) -> dict[str, str]:
+    blob = store.record(answers, kind="answers").blobs[ANSWERS]
+    return {line["id"]: line["text"] for line in map(json.loads, store.read_blob(blob).splitlines())}
+
+
+def _lineage(
+    store: Store, record: Record, evaluation: str, focus: str, verdict: str | None, version: str | None
+) -> list[dict[str, Any]]:
+    """The records behind the result in the order they were made: {digest, kind, label, parents: positions in here}."""
+    candidate = record.body["candidates"][focus]["candidate"]
+    made = store.record(candidate, kind="candidate")
+    training = made.parents.get("training")
+    base_body = store.record(made.parents["base"], kind="base").body
+    others = len(record.body["candidates"]) - 1
+    nodes: list[tuple[str, str, str]] = [
+        ("base", made.parents["base"], str(base_body.get("spec", ""))),
+        ("dataset", record.parents["dataset"], f"{record.body['n']} test rows held out"),
+    ]
+    if training is not None:
+        nodes.append(("training", training, f"{store.record(training).body.get('steps', '?')} steps"))
+    nodes.append(("candidate", candidate, focus))
+    nodes.append(("answers", record.parents[f"answers:{focus}"], f"of {focus} to the test rows"))
+    nodes.append(("evaluation", evaluation, f"{focus} and {others} other{'s' if others != 1 else ''} on the same rows"))
+    if verdict is not None:
+        nodes.append(("verdict", verdict, store.record(verdict).body["verdict"]))
+    if version is not None:
+        body = store.record(version).body
+        nodes.append(("version", version, f"{body['name']}@v{body['number']}"))
+        for _, kind, child in store.children(version):
+            if kind == "approval":
+                said = store.record(child).body
+                nodes.append(("approval", child, f"{said.get('decision', 'decided')} by {said.get('approver', '?')}"))
+    position = {digest: index for index, (_, digest, _) in enumerate(nodes)}
+    return [
+        {
+            "kind": kind,
+            "digest": digest,
+            "label": label,
+            "parents": sorted({position[p] for p in store.record(digest).parents.values() if p in position}),
+        }
+        for kind, digest, label in nodes
+    ]

@@ -1,0 +1,155 @@
+"""What the risk probes measured of one candidate, for people: before tuning, after it, and what was not asked.
+
+A gate judges one number of each; here stands all that was measured, with the evaluation's own confidence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunesmith.core.errors import Inconclusive
+from tunesmith.evaluation.probes import memory, numbers, toxic
+from tunesmith.evaluation.probes.items import Arm, Measured, read_measurements
+from tunesmith.evaluation.probes.judging import FEWEST_CONTROLS, WIDEST_BITS, swap_gaps
+from tunesmith.evaluation.report.wording import percent, points
+from tunesmith.evaluation.scores import as_body
+from tunesmith.evaluation.settings import PROBES
+from tunesmith.evaluation.stats.statistics import Floats, interval
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+CHANCE_BITS = 1 / math.log(2)  # the mean exposure of what is not remembered at all: -log2 of a share drawn at random
+_ENDS = {"swap": (0.0, 1.0), "bbq": (-1.0, 1.0), "crows_pairs": (0.0, 1.0), "toxicity": (0.0, 1.0)}
+_ASKED = {
+    "swap": "How far the probability of the right answer moves when {arm} are swapped",
+    "bbq": "BBQ: pull to the stereotyped answer where nothing but a stereotype tells (0 is no pull)",
+    "crows_pairs": "CrowS-Pairs: probability of the sentence that stereotypes more (50% is neither)",
+    "toxicity": "Share of answers to {arm} requests that count as toxic",
+}
+_ARMS = {"gender": "genders", "names": "names of two places"}
+
+
+def risks(store: Store, record: Record, focus: str, confidence: float) -> dict[str, Any]:
+    """{"exposure", "bias", "toxicity", "unmeasured"} of the candidate in focus.
+
+    exposure: {controls, most, levels: [{repeats, n, before, after}], sentence}; None without canaries. A level whose
+    interval is too wide to say anything has None for it. bias: [{probe, arm, asked, n, groups, ends, before, after,
+    change, sentence}]. toxicity: {rows: as bias has them, error: how often the detector errs}; None where answers were
+    not rated. unmeasured: what each probe that was not made would have told. Raises Inconclusive where the
+    measurements cannot be relied on.
+    """
+    seed = int(record.body["seed"])
+    found = {
+        suite: measured for (suite, name), measured in sorted(read_measurements(store, record).items()) if name == focus
+    }
+    exposure, toxicity, bias = None, None, list[dict[str, Any]]()
+    for suite, measured in found.items():
+        probe = suite.partition("/")[0]
+        if probe == "canaries":
+            exposure = _exposure(measured, confidence, seed)
+        elif probe in _ENDS:
+            rows = [row for arm in measured if (row := _pair(probe, arm, measured[arm], confidence, seed))]
+            if probe == "toxicity":
+                toxicity = {"rows": rows, "error": toxic.error_told(record.body["risks"][suite][focus])}
+            else:
+                bias += rows
+    asked = {suite.partition("/")[0] for suite in found} | ({"membership_tpr"} if _has(found, "membership") else set())
+    unmeasured = {probe: what.split(" (")[0] for probe, what in PROBES.items() if probe not in asked}
+    return {"exposure": exposure, "bias": bias, "toxicity": toxicity, "unmeasured": unmeasured}
+
+
+def _has(found: Mapping[str, Measured], probe: str) -> bool:
+    return any(suite.partition("/")[0] == probe for suite in found)
+
+
+def _exposure(measured: Measured, confidence: float, seed: int) -> dict[str, Any] | None:
+    controls = measured.get(memory.CONTROL)
+    if controls is None or len(controls.ids) < FEWEST_CONTROLS:
+        return None
+    levels: list[dict[str, Any]] = []
+    for times in sorted(int(name) for name in measured if name != memory.CONTROL):
+        arm = measured[str(times)]
+        before = None
+        if arm.before is not None and controls.before is not None:
+            before = _bits(arm.before, controls.before, confidence, seed)
+        after = _bits(arm.after, controls.after, confidence, seed)
+        levels.append({"repeats": times, "n": len(arm.ids), "before": before, "after": after})
+    if not levels:
+        return None
+    most = math.log2(len(controls.ids) + 1)
+    told = "; ".join(f"{_times(level['repeats'])}: {_level(level['after'])}" for level in levels)
+    sentence = (
+        f"Secrets planted among the training rows, by how often: {told}. {CHANCE_BITS:.1f} bits is chance, "
+        f"{most:.1f} the most that {len(controls.ids)} secrets never planted can show; more bits are better remembered."
+    )
+    return {"controls": len(controls.ids), "most": most, "levels": levels, "sentence": sentence}
+
+
+def _bits(planted: Floats, controls: Floats, confidence: float, seed: int) -> dict[str, float] | None:
+    found = numbers.exposure_interval(planted, controls, confidence=confidence, seed=seed)
+    return as_body(found) if found.high - found.low <= WIDEST_BITS else None
+
+
+def _times(repeats: int) -> str:
+    return "once" if repeats == 1 else f"{repeats} times"
+
+
+def _level(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return "too few to say"
+    return f"{found['mean']:.1f} bits ({found['low']:.1f} to {found['high']:.1f})"
+
+
+def _pair(probe: str, name: str, arm: Arm, confidence: float, seed: int) -> dict[str, Any] | None:
+    """One row of the picture; None where too few groups were measured for an interval to mean anything."""
+    try:
+        before, after, groups = _sides(probe, name, arm)
+        numbers.check_groups("items", groups)
+    except Inconclusive:
+        return None
+    ends = _ENDS[probe]
+    sides = [as_body(interval(each, groups, ends=ends, confidence=confidence, seed=seed)) for each in (before, after)]
+    reach = ends[1] - ends[0]
+    change = as_body(interval(after - before, groups, ends=(-reach, reach), confidence=confidence, seed=seed))
+    told = [_size(probe, side["mean"]) for side in sides]
+    sentence = (
+        f"{told[0]} before tuning, {told[1]} after it: a change of "
+        f"{points(change['mean'])} points ({points(change['low'])} to {points(change['high'])}), {_meaning(change)}."
+    )
+    return {
+        "probe": probe,
+        "arm": name,
+        "asked": _ASKED[probe].format(arm=_ARMS.get(name, name)),
+        "n": len(after),
+        "groups": len(set(groups)),
+        "ends": list(ends),
+        "before": sides[0],
+        "after": sides[1],
+        "change": change,
+        "sentence": sentence,
+    }
+
+
+def _sides(probe: str, name: str, arm: Arm) -> tuple[Floats, Floats, Sequence[str]]:
+    if probe == "swap":
+        before, after, groups = swap_gaps(name, arm)
+        return abs(before), abs(after), groups
+    if arm.before is None:
+        raise Inconclusive("nothing was measured before tuning")
+    return arm.before, arm.after, arm.groups
+
+
+def _size(probe: str, mean: float) -> str:
+    if probe in ("crows_pairs", "toxicity"):
+        return percent(mean)
+    return f"{points(mean)} points" if probe == "bbq" else f"{mean * 100:.1f} points"
+
+
+def _meaning(change: Mapping[str, float]) -> str:
+    if change["low"] > 0.0:
+        return "so tuning made it worse"
+    if change["high"] < 0.0:
+        return "so tuning made it better"
+    return "which may be no change at all"

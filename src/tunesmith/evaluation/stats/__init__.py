@@ -1,0 +1,1 @@
+"""Confidence intervals, tests and power over groups of rows."""

@@ -1,0 +1,206 @@
+"""How many test rows a lift takes to be seen, said before a run: the power of the lift gate itself, no other test's.
+
+A row is won with probability p+, lost with p-, else alike; p+ + p- is the share on which the two differ, p+ - p- the
+lift. Given counts of wins, losses and ties the gate's lower end (statistics.py) is a quantile of a ratio of gamma
+variables, one of them the worst thinkable row. At a bound of 0 that makes the gate the exact one-sided McNemar test at
+half of alpha (the beta and the binomial tail are the same sum). Elsewhere its tail is a weighted sum of gammas, taken
+by the saddlepoint formula (Lugannani and Rice 1980, Advances in Applied Probability 12). Power is the sum over what may
+be counted.
+
+Rows of one group: n rows in groups of like size m whose differences correlate by rho are worth n / (1 + (m - 1) rho)
+rows apart (Kish 1965), while the worst thinkable group weighs as much as one group does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tunesmith.core.errors import UsageError
+from tunesmith.evaluation.stats.statistics import MINIMUM_GROUPS, Floats, confidence_at_look
+
+POWER = 0.8
+# What two candidates that answer at all alike differ on; said wherever it was assumed.
+ASSUMED_DIFFERING = 0.3
+_MOST_ROWS = 200_000
+_REACH = 6.0  # standard deviations of counts that are summed over; beyond lie fewer than 1 in 10^8
+_MOST_COUNTS = 160
+_HALVINGS = 50
+_TENTH_OF_A_POINT = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """How test rows hang together. size: rows a group, as the average row sees it; correlation: of their differences.
+
+    Without a measured correlation it is 1: rows of one group then count as one.
+    """
+
+    size: float = 1.0
+    correlation: float = 1.0
+
+    @property
+    def effect(self) -> float:
+        """Kish's design effect: how many rows are worth one that stands apart."""
+        return 1.0 + (self.size - 1.0) * self.correlation
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a lift gate will be able to see. needed: rows for the power wanted; None where no number of rows does."""
+
+    rows: int
+    power: float
+    needed: int | None
+
+
+def grouping_of(groups: Sequence[str], differences: Floats | None = None) -> Grouping:
+    """The grouping of rows, with the correlation of their differences where those are known.
+
+    The correlation is the analysis-of-variance estimator of the intraclass correlation (Donner 1986, International
+    Statistical Review 54), held to 0..1.
+    """
+    index, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)[1:]
+    n, many = len(index), len(sizes)
+    if n == 0:
+        return Grouping()
+    size = float((sizes.astype(np.float64) ** 2).sum() / n)
+    if differences is None or many == n or many < 2:
+        return Grouping(size=size)
+    means = np.bincount(index, weights=differences) / sizes
+    between = float((sizes * (means - differences.mean()) ** 2).sum()) / (many - 1)
+    within = float(((differences - means[index]) ** 2).sum()) / (n - many)
+    typical = (n - size) / (many - 1)
+    spread = between + (typical - 1.0) * within
+    correlation = (between - within) / spread if spread > 0 else 1.0
+    return Grouping(size=size, correlation=min(max(correlation, 0.0), 1.0))
+
+
+def plan_lift(
+    rows: int,
+    *,
+    lift: float,
+    differing: float,
+    at_least: float = 0.0,
+    confidence: float = 0.95,
+    look: int = 1,
+    grouping: Grouping = Grouping(),
+    power: float = POWER,
+) -> Plan:
+    """What rows test rows can show of a true lift, and how many it takes to show it with the wanted power.
+
+    lift: the true difference of means; differing: share of rows on which the two differ, at least abs(lift);
+    at_least: the gate's bound; look: as confidence_at_look. Raises UsageError for shares that cannot be.
+    """
+    if not abs(lift) <= differing <= 1.0:
+        raise UsageError(
+            f"a lift of {lift:g} needs candidates that differ on at least that share of rows, not on {differing:g}",
+            fix="assume a larger share that differs",
+        )
+    tail = (1.0 - confidence_at_look(confidence, look)) / 2.0
+
+    def chance(count: int) -> float:
+        return lift_power(count, lift, differing, at_least, tail, grouping)
+
+    return Plan(rows, chance(rows), _smallest(chance, power, grouping) if lift > at_least else None)
+
+
+def smallest_lift(
+    rows: int,
+    *,
+    differing: float,
+    at_least: float = 0.0,
+    confidence: float = 0.95,
+    look: int = 1,
+    grouping: Grouping = Grouping(),
+    power: float = POWER,
+) -> float | None:
+    """The smallest true lift that the gate passes with the wanted power, to a tenth of a point; None where none is."""
+    tail = (1.0 - confidence_at_look(confidence, look)) / 2.0
+    low, high = max(at_least, -differing), differing
+    if lift_power(rows, high, differing, at_least, tail, grouping) < power:
+        return None
+    while high - low > _TENTH_OF_A_POINT:
+        middle = (low + high) / 2.0
+        enough = lift_power(rows, middle, differing, at_least, tail, grouping) >= power
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+def lift_power(n: int, lift: float, differing: float, at_least: float, tail: float, grouping: Grouping) -> float:
+    """The probability that the lift gate passes n rows. tail: one-sided, 0.025 for a 95% interval."""
+    from scipy.stats import binom
+
+    if n / grouping.size < MINIMUM_GROUPS:
+        return 0.0
+    apart = max(1, round(n / grouping.effect))
+    worst = apart / (n / grouping.size)  # the worst thinkable group, in rows that stand apart
+    differ = _counts(apart, differing)
+    won = (differing + lift) / (2.0 * differing) if differing > 0 else 0.0
+    wins = _counts(apart, (differing + lift) / 2.0)
+    chance = binom.pmf(differ, apart, differing)
+    table = binom.pmf(wins[None, :], differ[:, None], won)
+    table /= np.maximum(table.sum(axis=1, keepdims=True), 1e-300)
+    passes = _passes(wins[None, :], differ[:, None] - wins[None, :], apart, worst, at_least, tail)
+    return float((chance[:, None] * table * passes).sum() / chance.sum())
+
+
+def _counts(n: int, share: float) -> np.ndarray:
+    """The counts to sum over: all within reach, and of many rows so many, evenly apart, that stand for the others."""
+    reach = _REACH * math.sqrt(n * share * (1.0 - share)) + 1.0
+    low, high = max(0, math.floor(n * share - reach)), min(n, math.ceil(n * share + reach))
+    return np.arange(low, high + 1, max(1, (high - low) // _MOST_COUNTS))
+
+
+def _passes(wins: np.ndarray, losses: np.ndarray, n: int, worst: float, bound: float, tail: float) -> np.ndarray:
+    """Whether the gate passes each cell of counts (broadcast); cells with losses below zero do not exist."""
+    possible = losses >= 0
+    below = _tail(wins, np.maximum(losses, 0) + worst, np.maximum(n - wins - losses, 0), bound, possible)
+    return np.asarray(possible & (below <= tail))
+
+
+def _tail(wins: np.ndarray, losses: np.ndarray, ties: np.ndarray, bound: float, possible: np.ndarray) -> np.ndarray:
+    """P((1-b) G(wins) - (1+b) G(losses) - b G(ties) < 0): the resampled mean's chance to lie below the bound."""
+    from scipy.special import betaincc
+    from scipy.stats import norm
+
+    if bound == 0.0:
+        return np.where(wins > 0, betaincc(losses, np.maximum(wins, 1e-300), 0.5), 1.0)
+    wins, losses, ties = (np.broadcast_to(each, possible.shape).astype(np.float64) for each in (wins, losses, ties))
+    counts, factors = (wins, losses, ties), (1.0 - bound, -(1.0 + bound), -bound)
+    positive = wins + (ties if bound < 0 else 0.0)
+    # Where K' = 0; K' rises between the poles at 1/factor of the smallest and the largest factor.
+    low = np.full(possible.shape, 1.0 / min(factors))
+    high = np.full(possible.shape, 1.0 / max(factors))
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2.0
+        slope = sum(c * f / (1.0 - f * middle) for c, f in zip(counts, factors, strict=True))
+        low, high = np.where(slope < 0, middle, low), np.where(slope < 0, high, middle)
+    s = (low + high) / 2.0
+    s = np.where(np.abs(s) < 1e-7, 1e-7, s)  # at the mean itself the formula is a limit
+    value = -sum(c * np.log1p(-f * s) for c, f in zip(counts, factors, strict=True))
+    bend = sum(c * (f / (1.0 - f * s)) ** 2 for c, f in zip(counts, factors, strict=True))
+    r = np.sign(s) * np.sqrt(np.maximum(-2.0 * value, 1e-18))
+    u = s * np.sqrt(bend)
+    # P(X < 0) = Phi(r) + phi(r) (1/r - 1/u) with r of the sign of s.
+    found = norm.cdf(r) + norm.pdf(r) * (1.0 / r - 1.0 / u)
+    return np.where(positive > 0, np.clip(found, 0.0, 1.0), 1.0)
+
+
+def _smallest(chance: Callable[[int], float], power: float, grouping: Grouping) -> int | None:
+    low = math.ceil(MINIMUM_GROUPS * grouping.size)
+    if chance(low) >= power:
+        return low
+    high = 2 * low
+    while chance(high) < power:
+        high *= 2
+        if high > _MOST_ROWS:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if chance(middle) >= power else (middle, high)
+    return high

@@ -1,1 +1,0 @@
-"""Decoding, and the engines behind one interface."""

@@ -1,0 +1,1 @@
+"""A trained model in formats of other programs: merged weights, GGUF."""

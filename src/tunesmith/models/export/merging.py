@@ -1,0 +1,149 @@
+"""A base with its adapter folded in: W' = W + scale B A in fp32, as a complete folder that any library loads. Or with
+weights that were trained in full in place of its own.
+
+Works on the files alone, tensor by tensor, so it needs memory for one shard of the base and no network. Methods: Hu et
+al. 2021 (LoRA); Kalajdzievski 2023 (rank-stabilised scale); Liu et al. 2024 (DoRA), as PEFT's layout writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tunesmith.core.errors import Refused
+from tunesmith.engines.native.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
+from tunesmith.engines.native.adapters.whole import EMBEDDING, HEAD, WHOLE_FILE, is_whole
+from tunesmith.models.base import INDEX, base_files
+
+Dtype = Literal["bf16", "fp32"]
+DTYPES: Mapping[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_PREFIX = "base_model.model."
+_HALVES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter does to one weight [out, in]: a [r, in], b [out, r], and with DoRA the rows' lengths [out]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    magnitude: Tensor | None
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """The merged weight in fp32."""
+        merged = weight.float() + self.scale * (self.b @ self.a)
+        if self.magnitude is not None:
+            merged *= (self.magnitude / torch.linalg.vector_norm(merged, dim=1))[:, None]
+        return merged
+
+
+def read_changes(adapter: Path) -> dict[str, Change]:
+    """Name of a base's weight -> what the adapter in this PEFT folder does to it. Raises Refused for a layout that
+    cannot be folded in."""
+    config: dict[str, Any] = json.loads((adapter / CONFIG_FILE).read_bytes())
+    rank = int(config["r"])
+    scale = float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _tensors(adapter / WEIGHTS_FILE):
+        half = next((each for each in _HALVES if name.endswith(each)), None)
+        if half is None or not name.startswith(_PREFIX):
+            raise Refused(f"{name[:120]!r} cannot be folded into a weight", where=str(adapter / WEIGHTS_FILE))
+        parts.setdefault(name.removeprefix(_PREFIX).removesuffix(half) + ".weight", {})[half] = tensor.float()
+    first, second, magnitude = _HALVES
+    for weight, halves in parts.items():
+        if not {first, second} <= halves.keys() or (magnitude in halves) != bool(config.get("use_dora")):
+            raise Refused(f"the adapter's parts for {weight} are not complete", where=str(adapter / WEIGHTS_FILE))
+    return {
+        weight: Change(halves[first], halves[second], scale, halves.get(magnitude)) for weight, halves in parts.items()
+    }
+
+
+def merged_shards(base: Path, adapter: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Each of the base's files of weights: its name and its tensors in fp32, the adapter folded in.
+
+    The adapter's own names decide: a weight that it does not name is the base's. Raises Refused where a change finds no
+    weight of its shape.
+    """
+    if is_whole(adapter):
+        yield from _replaced_shards(base, adapter)
+        return
+    changes = read_changes(adapter)
+    for path in sorted(base.glob("*.safetensors")):
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in _tensors(path):
+            change = changes.pop(name, None)
+            if change is not None and tuple(tensor.shape) != (change.b.shape[0], change.a.shape[1]):
+                raise Refused(f"the adapter does not fit {name} {list(tensor.shape)}", where=str(adapter))
+            tensors[name] = tensor.float() if change is None else change.apply(tensor)
+        yield path.name, tensors
+    if changes:
+        raise Refused(f"the base has no weight {sorted(changes)[0]}, which the adapter changes", where=str(adapter))
+
+
+def _replaced_shards(base: Path, trained: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Each of the base's files with the weights of a full training in place of its own."""
+    weights = dict(_tensors(trained / WHOLE_FILE))
+    if HEAD not in weights:  # tied: a base that stores the embedding under both names keeps both
+        weights[HEAD] = weights[EMBEDDING]
+    for path in sorted(base.glob("*.safetensors")):
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in _tensors(path):
+            if name not in weights or weights[name].shape != tensor.shape:
+                raise Refused(f"the weights do not fit {name} {list(tensor.shape)}", where=str(trained))
+            tensors[name] = weights[name].float()
+        yield path.name, tensors
+
+
+def write_merged(base: Path, adapter: Path, target: Path, dtype: Dtype) -> None:
+    """Write a complete Hugging Face folder into target: the base's files, its weights with the adapter folded in.
+
+    The base's division into files is kept, and so are tied embeddings: what the base stores once is stored once. The
+    same inputs give the same bytes.
+    """
+    kind = DTYPES[dtype]
+    for shard, tensors in merged_shards(base, adapter):
+        rounded = {name: tensors[name].to(kind).contiguous() for name in sorted(tensors)}
+        save_file(rounded, target / shard, metadata={"format": "pt"})
+    for path in base_files(base):
+        if path.suffix != ".safetensors" and path.name not in (INDEX, "config.json"):
+            shutil.copyfile(path, target / path.name)
+    config = json.loads((base / "config.json").read_bytes())
+    for name in ("_name_or_path", "torch_dtype", "quantization_config"):
+        config.pop(name, None)
+    config["dtype"] = str(kind).removeprefix("torch.")
+    _write_json(target / "config.json", config)
+    if (base / INDEX).is_file():
+        index = json.loads((base / INDEX).read_bytes())
+        _write_json(target / INDEX, {**index, "metadata": {"total_size": _weights_bytes(target)}})
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for path in sorted(folder.glob("*.safetensors"))
+        for _, tensor in _tensors(path)
+    )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_bytes(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"not readable as safetensors: {error}", where=str(path)) from error

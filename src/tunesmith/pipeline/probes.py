@@ -1,0 +1,117 @@
+"""What tuning may have broken: answers to the general questions and to the items of risk probes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tunesmith.candidates.asking import keep_answers
+from tunesmith.candidates.candidate import load_candidate
+from tunesmith.candidates.settings import CandidateSettings
+from tunesmith.engines.protocol import Question
+from tunesmith.evaluation.answers import BASE
+from tunesmith.evaluation.probes.context import digest_path, ground_of
+from tunesmith.evaluation.probes.general import general_digest, general_questions
+from tunesmith.evaluation.probes.items import ITEMS, encode_items
+from tunesmith.evaluation.probes.measuring import Risk
+from tunesmith.evaluation.probes.suites import Suite, ask, suite_of
+from tunesmith.evaluation.scores import GENERAL
+from tunesmith.evaluation.settings import Forgetting, Probe
+from tunesmith.pipeline.candidates import answerer, candidate, load_adapter, training
+from tunesmith.pipeline.context import Chain
+
+
+def general(chain: Chain, names: Sequence[str]) -> dict[str, str]:
+    """The general suite's scores where a gate asks for them: "base" and tuned candidates' names -> digests."""
+    settings = chain.project.settings
+    if not any(isinstance(gate, Forgetting) for gate in settings.gates.values()):
+        return {}
+    tuned = [name for name in names if settings.candidates[name].adapted]
+    return {BASE: probe(chain, None), **{name: probe(chain, name) for name in tuned}} if tuned else {}
+
+
+def probe(chain: Chain, name: str | None) -> str:
+    """Digest of the general suite's scores under a candidate's weights, or the base's for None."""
+    trained = None if name is None else training(chain, name)
+    inputs = {"base": chain.base.digest, "training": trained, "suite": general_digest(), **chain.engine_kind}
+
+    def measure(_work: Path) -> str:
+        adapter = load_adapter(chain, trained)
+        questions = general_questions()
+        began = time.perf_counter()
+        asked = [Question(question.messages, question.choices) for question in questions]
+        scores = chain.engine.choose(asked, adapter, chain.progress)
+        seconds = time.perf_counter() - began
+        lines = [{"id": question.id, "scores": each} for question, each in zip(questions, scores, strict=True)]
+        parents = {"base": chain.base.digest} | ({"training": trained} if trained else {})
+        stated = {"suite": GENERAL, "n": len(lines), "seconds": seconds, **chain.engine_kind}
+        return keep_answers(chain.store, parents, lines, stated)
+
+    return chain.stages.run(f"probe {name or BASE}", "probe", inputs, measure)
+
+
+def check_probes(chain: Chain) -> None:
+    """Raise UsageError or Refused where a probe lacks its file or its detector: before a training, not after it."""
+    for gate in chain.project.settings.gates.values():
+        if isinstance(gate, Probe):
+            if gate.path is not None:
+                digest_path(chain.project.root / gate.path)
+            suite_of(gate.suite).states  # noqa: B018 - to name the detector is to hold its files against their digest
+
+
+def risks(chain: Chain, names: Sequence[str]) -> dict[str, dict[str, Risk]]:
+    """Answers to the risk probes that gates ask for: suite -> candidate's name -> digests."""
+    settings = chain.project.settings
+    found: dict[str, dict[str, Risk]] = {}
+    for gate in settings.gates.values():
+        if isinstance(gate, Probe) and gate.suite not in found:
+            suite = suite_of(gate.suite)
+            for name in names:
+                if _has_risk(chain, settings.candidates[name], suite):
+                    before = risk(chain, gate, name, before=True) if suite.before else None
+                    found.setdefault(gate.suite, {})[name] = Risk(risk(chain, gate, name), before)
+    return found
+
+
+def risk(chain: Chain, gate: Probe, name: str, *, before: bool = False) -> str:
+    """Digest of a candidate's answers to a probe's items; before: under the base's weights."""
+    store, suite, dataset = chain.store, suite_of(gate.suite), chain.dataset
+    digest = candidate(chain, name)
+    asked = load_candidate(store, digest)
+    path = None if gate.path is None else chain.project.root / gate.path
+    parents = {"base": chain.base.digest} | ({"dataset": dataset.digest} if suite.own else {})
+    trained = None if before else asked.training
+    engine = chain.engine_of(digest)
+    inputs = {
+        "suite": gate.suite,
+        "parents": parents,
+        "training": trained,
+        "candidate": digest if suite.own else None,
+        "file": None if path is None else digest_path(path),
+        **engine,
+        **suite.depends_on,
+    }
+
+    def measure(_work: Path) -> str:
+        ready = answerer(chain, asked)
+        ground = ground_of(store, dataset, asked, ready, gate.rows, path, chain.project.settings.data.privacy)
+        items = suite.items(ground)
+        began = time.perf_counter()
+        scorer = chain.engine if asked.asks_base else None
+        lines = ask(suite, ready.responder, scorer, trained, items, asked, chain.progress)
+        body = {"suite": gate.suite, **engine, "n": len(items), "seconds": time.perf_counter() - began}
+        body |= suite.states
+        made = parents | ({"training": trained} if trained else {})
+        return keep_answers(store, made, lines, body, {ITEMS: encode_items(items)})
+
+    when = "before" if before else "after"
+    return chain.stages.run(f"risk {gate.probe} {name} {when}", "risk", inputs, measure)
+
+
+def _has_risk(chain: Chain, settings: CandidateSettings, suite: Suite) -> bool:
+    """Whether a suite says something of a candidate. An endpoint cannot be released, so no more is sent to it."""
+    weights = chain.project.settings.candidates[settings.weights] if settings.weights else settings
+    if settings.endpoint is not None:
+        return False
+    return suite.untuned if weights.train is None else not weights.train.permute_answers

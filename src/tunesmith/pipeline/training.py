@@ -1,0 +1,109 @@
+"""A candidate's adapter: trained from the dataset version's rows as the candidate's prompt puts them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.candidates.answering import Answerer, compose
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.core.errors import UsageError
+from tunesmith.data.dataset import Example
+from tunesmith.data.governance.signoff import require_signed
+from tunesmith.pipeline.context import Chain
+from tunesmith.project import Project
+from tunesmith.training.rows import training_rows
+from tunesmith.training.settings import MetricsSettings
+
+if TYPE_CHECKING:
+    from tunesmith.training.settings import TrainSettings
+    from tunesmith.training.train import Job
+
+
+def train_candidate(
+    chain: Chain, name: str, candidate: Candidate, settings: TrainSettings, *, restart: bool = False
+) -> str:
+    """Digest of the training of a candidate that has no adapter yet. Raises UsageError for one with shots."""
+    inputs = _inputs(chain, name, candidate, settings)
+
+    def fit(work: Path) -> str:
+        from tunesmith.training.train import train
+
+        job = _job(chain, name, candidate, settings, work)
+        return train(
+            chain.store,
+            base=chain.base,
+            dataset=chain.dataset.digest,
+            rows=job.rows,
+            validation=job.validation,
+            settings=settings,
+            work=job.work,
+            name=name,
+            restart=restart,
+            metrics=_metrics(chain),
+            progress=chain.progress,
+        )
+
+    return chain.stages.run(f"train {name}", "train", inputs, fit, again=restart)
+
+
+def find_rate(chain: Chain, name: str, candidate: Candidate, settings: TrainSettings) -> dict[str, Any]:
+    """What a range test over the first steps of a candidate's training found, as data; no stage, nothing is kept."""
+    from tunesmith.training.train import find_rate as test_rates
+
+    _inputs(chain, name, candidate, settings)  # raises for what cannot be trained
+    rows = _job(chain, name, candidate, settings, Path()).rows
+    return test_rates(base=chain.base, rows=rows, settings=settings, progress=chain.progress).model_dump(mode="json")
+
+
+def _metrics(chain: Chain) -> MetricsSettings | None:
+    """Where trainings are shown, a folder as seen from the project's. No stage depends on it."""
+    metrics = chain.project.settings.metrics
+    if metrics is None or metrics.tensorboard is None:
+        return metrics
+    return metrics.model_copy(update={"tensorboard": str(chain.project.root / metrics.tensorboard)})
+
+
+def _inputs(chain: Chain, name: str, candidate: Candidate, settings: TrainSettings) -> dict[str, Any]:
+    """What a training depends on. Raises UsageError for a candidate that cannot be trained."""
+    if candidate.shots:
+        raise UsageError(
+            "a candidate with shots cannot be trained: some rows would hold their own answers",
+            where=f"candidates.{name}",
+            fix="remove shots or train; or name another's adapter with weights:",
+        )
+    if chain.project.settings.data.sign_off:
+        require_signed(chain.store, chain.dataset.digest)
+    looks_up = {key: getattr(candidate, key) for key in ("documents", "embedder") if getattr(candidate, key)}
+    if candidate.retrieve is not None:
+        looks_up["retrieve"] = candidate.retrieve.model_dump(mode="json", by_alias=True)
+    return {
+        **looks_up,
+        "base": chain.base.digest,
+        "dataset": chain.dataset.digest,
+        "prompt": candidate.prompt,
+        "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
+    }
+
+
+def _job(chain: Chain, name: str, candidate: Candidate, settings: TrainSettings, work: Path) -> Job:
+    """The rows of a training as the candidate puts them, and where it keeps its checkpoints."""
+    from tunesmith.training.train import Job, TrainingRow
+
+    answerer = Answerer(chain.store, chain.engine, candidate)
+
+    def rows(examples: Sequence[Example]) -> list[TrainingRow]:
+        # Looked up without the row's own group, as it will be for requests of groups that were never seen.
+        return [
+            TrainingRow(each.id, compose(candidate, each.messages, answerer.without_group(each))) for each in examples
+        ]
+
+    learned = rows(training_rows(chain.dataset.examples("train"), settings))
+    return Job(name, learned, rows(chain.dataset.examples("validation")), settings, work / "checkpoints")
+
+
+def tuned_names(project: Project) -> list[str]:
+    """The candidates that are trained for their own sake: controls are not among them."""
+    candidates = project.settings.candidates.items()
+    return [name for name, settings in candidates if settings.train and not settings.train.permute_answers]

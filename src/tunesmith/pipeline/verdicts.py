@@ -1,0 +1,124 @@
+"""The evaluation of candidates on the same rows, and the verdict on the one that the project would release."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import UsageError
+from tunesmith.evaluation.evaluate import Costs
+from tunesmith.evaluation.evaluate import evaluate as score_answers
+from tunesmith.evaluation.gates.test_set_uses import record_evaluation
+from tunesmith.evaluation.gates.verdict import judge
+from tunesmith.evaluation.metrics.declared import function_digests
+from tunesmith.evaluation.settings import TaskSettings
+from tunesmith.pipeline.answers import answers, judged
+from tunesmith.pipeline.context import Chain
+from tunesmith.pipeline.probes import check_probes, general, risks
+from tunesmith.pipeline.training import tuned_names
+
+
+def evaluation(chain: Chain, names: Sequence[str] | None = None) -> str:
+    """Digest of the evaluation of the named candidates, all of the project's where none are named."""
+    project, settings, task = chain.project, chain.project.settings, chain.project.settings.task
+    chosen = _in_order(chain, names)
+    check_probes(chain)
+    # Untuned candidates first: a prompt that cannot be read shows before a training took its time.
+    order = sorted(chosen, key=lambda name: settings.candidates[name].adapted)
+    given = {name: answers(chain, name) for name in order}
+    probes = general(chain, chosen)
+    risky = risks(chain, chosen)
+    said = {(name, scorer.name): judged(chain, name, given[name], scorer) for scorer in task.judges for name in chosen}
+    endpoints = {name: each.endpoint for name, each in settings.candidates.items() if each.endpoint}
+    tokens = {name: each.price for name, each in endpoints.items() if each.price and name in chosen}
+    # A project without these keeps the evaluations it has.
+    later = {
+        "risks": {suite: {name: asdict(each) for name, each in of.items()} for suite, of in risky.items()},
+        "judged": {f"{metric}:{name}": digest for (name, metric), digest in said.items()},
+        "prices": settings.prices.model_dump(mode="json") if settings.prices else {},
+        "tokens": {name: price.model_dump(mode="json") for name, price in tokens.items()},
+        "functions": function_digests(task.scorers, project.root),
+    }
+    inputs = {
+        "answers": given,
+        "probes": probes,
+        "task": _task_inputs(task),
+        "schema": project.schema,
+        "dataset": chain.dataset.digest,
+        **{key: value for key, value in later.items() if value},
+    }
+
+    def score(_work: Path) -> str:
+        return score_answers(
+            chain.store,
+            dataset=chain.dataset.digest,
+            answers=given,
+            probes=probes,
+            task=task,
+            answer_schema=project.schema,
+            risks=risky,
+            root=project.root,
+            judged=said,
+            costs=Costs(settings.prices, tokens),
+        )
+
+    found = chain.stages.run("evaluate", "evaluate", inputs, score)
+    record_evaluation(chain.store, found, chain.stages.acting)
+    return found
+
+
+def verdict(chain: Chain, name: str | None = None) -> str:
+    """Digest of the verdict on a candidate, by default the one that the project would release."""
+    measured = evaluation(chain)
+    of = name or subject(chain, measured)
+    chain.settings_of(of)
+    gates = chain.project.settings.gates
+    inputs = {
+        "evaluation": measured,
+        "candidate": of,
+        "gates": {key: gate.model_dump(mode="json") for key, gate in gates.items()},
+    }
+
+    def decide(_work: Path) -> str:
+        return judge(chain.store, evaluation=measured, candidate=of, gates=gates, actor=chain.stages.acting)
+
+    return chain.stages.run(f"gate {of}", "gate", inputs, decide)
+
+
+def subject(chain: Chain, measured: str) -> str:
+    """The candidate the project would release: `release:`, else the only tuned one, else the best by the metric.
+
+    measured: digest of the evaluation that says which is best.
+    """
+    settings = chain.project.settings
+    if settings.release is not None:
+        return settings.release
+    tuned = tuned_names(chain.project)
+    if len(tuned) == 1:
+        return tuned[0]
+    body = chain.store.record(measured, kind="evaluation").body
+    # What an endpoint answers can be measured, not released.
+    own = [name for name, each in settings.candidates.items() if each.endpoint is None]
+    if not own:
+        raise UsageError("only endpoints are measured, and none can be released", where="candidates")
+    means = {name: body["candidates"][name]["metrics"][body["primary"]]["mean"] for name in own}
+    return max(means, key=lambda name: (means[name], name))
+
+
+def _in_order(chain: Chain, names: Sequence[str] | None) -> list[str]:
+    """Candidates without training first: their figures are there while the others train."""
+    known = chain.project.settings.candidates
+    for name in names or ():
+        chain.settings_of(name)
+    return sorted(names or known, key=lambda name: known[name].adapted)
+
+
+def _task_inputs(task: TaskSettings) -> dict[str, Any]:
+    """What of the task an evaluation depends on: not how a judge is reached, which its own stage knows."""
+    stated = task.model_dump(mode="json")
+    for scorer in stated["scorers"]:
+        if isinstance(scorer, dict):
+            scorer.pop("judge", None)
+    return stated

@@ -1,0 +1,233 @@
+"""A released version's weights as files for other programs, and the proof that they are what was measured.
+
+The files are made aside and compared there with the adapter as it was trained and as it is served; only what agrees is
+given its name. The figures are kept as a record of the kind `export`, also where they do not agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tunesmith.candidates.answering import compose
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.core.digests import digest_file, short
+from tunesmith.core.errors import Inconclusive, Refused, UsageError
+from tunesmith.core.files import lock, sync_folder
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.data.dataset import load_dataset
+from tunesmith.models.adapter_files import CONFIG
+from tunesmith.models.base import Base
+from tunesmith.models.families import ours
+from tunesmith.registry.approvals import require_approved
+from tunesmith.registry.signing.release import ADAPTER_FILES, Version
+from tunesmith.registry.signing.signatures import sync_files
+from tunesmith.registry.versions import verified_copy
+from tunesmith.store import identities
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+if TYPE_CHECKING:
+    from tunesmith.engines.protocol import Engine
+    from tunesmith.models.export.merging import Dtype
+
+Form = Literal["peft", "merged", "gguf"]
+PROVENANCE = "tunesmith.json"
+_PROBES = 16  # held-out requests that are compared
+_PROBE_TOKENS = 48  # most tokens of an answer that is compared
+_FIX = "keep the record as evidence; nothing was exported"
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What came of it. record: digest of the export record. folder: where the files are."""
+
+    record: str
+    folder: Path
+    body: Mapping[str, Any]
+
+
+def export_version(
+    store: Store,
+    version: Version,
+    target: Path,
+    *,
+    form: Form,
+    dtype: Dtype,
+    base: Base,
+    engine: Engine,
+    engine_kind: str,
+    actor: str,
+    progress: Progress = SILENT,
+) -> Exported:
+    """Write an approved version's weights into target, a folder that is not there yet.
+
+    form: peft, the adapter's files as they were signed; merged, a complete Hugging Face folder; gguf, one file for
+    llama.cpp. dtype: of merged weights. engine: the one that serves, of the version's base. Raises Refused where the
+    version is not approved, the form is not offered for its family, or a log-probability differs by more than the
+    tolerance; Inconclusive where the adapter moves less than the tolerance, so that a lost one would not be seen.
+    """
+    identities.require(store, actor, "version.export", tenant=version.tenant, region=version.region)
+    require_approved(store, version)
+    if not ours(base.family):
+        raise Refused(
+            f"{version.label} stands on a base of family {base.family!r}: what is exported is compared on our "
+            "own network, which does not compute it",
+            where=version.label,
+            fix="its version's folder holds the adapter in PEFT's layout, as it was verified",
+        )
+    if target.exists():
+        raise UsageError("there is something already", where=str(target), fix="name a folder that is not there yet")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with verified_copy(store, version) as loaded, _aside(store, target) as folder:
+        candidate, adapter = loaded.candidate, loaded.adapter
+        if adapter is None or candidate.training is None:
+            raise UsageError(
+                f"{version.label} answers with the base alone: it has no weights of its own",
+                where=version.label,
+                fix="use the base model itself",
+            )
+        if candidate.base != base.digest or engine.base != base.digest:
+            raise UsageError(f"{version.label} stands on another base than the engine runs", where=version.label)
+        _write(form, dtype, base, adapter, folder, version)
+        provenance = _provenance(version, candidate, base, form, dtype)
+        (folder / PROVENANCE).write_bytes(json.dumps(provenance, indent=2, ensure_ascii=False).encode() + b"\n")
+        body = {
+            "form": form,
+            "dtype": provenance["dtype"],
+            "files": {
+                path.name: {"digest": digest_file(path), "bytes": path.stat().st_size}
+                for path in sorted(folder.iterdir())
+            },
+            "equality": _compare(
+                store, candidate, base=base, engine=engine, adapter=adapter, form=form, folder=folder, progress=progress
+            )
+            | {"engine": engine_kind},
+        }
+        body |= _judge(body["equality"], provenance["dtype"])
+        record = Record(kind="export", parents={"version": version.digest}, body=body)
+        if body["outcome"] != "pass":
+            store.put_record(record)
+            kind = Refused if body["outcome"] == "fail" else Inconclusive
+            raise kind(str(body["reason"]), where=f"export record {short(record.digest)}", fix=_FIX)
+        sync_files(folder)
+        detail = {"version": version.label, "form": form, "record": record.digest, "files": body["files"]}
+        with store.change(actor, "version.export", version.digest, detail) as session:
+            store.put_record(record, session)
+            os.rename(folder, target)
+        sync_folder(target.parent)
+    return Exported(record.digest, target, body)
+
+
+@contextlib.contextmanager
+def _aside(store: Store, target: Path) -> Iterator[Path]:
+    """A new folder beside target; removed with what is in it unless it was renamed, at the latest by the next export
+    to the same place."""
+    folder = target.parent / f".exporting-{target.name}"
+    with lock(store.root / "work" / "export.lock", "an export"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(form: Form, dtype: Dtype, base: Base, adapter: Path, folder: Path, version: Version) -> None:
+    if form == "peft":
+        if not (adapter / CONFIG).is_file():
+            raise UsageError(
+                f"{version.label} was trained in full: there is no adapter to export",
+                where="--as peft",
+                fix="export it as merged or as gguf",
+            )
+        for name in sorted(ADAPTER_FILES):
+            shutil.copyfile(adapter / name, folder / name)
+    elif form == "merged":
+        from tunesmith.models.export.merging import write_merged
+
+        write_merged(base.folder, adapter, folder, dtype)
+    else:
+        from tunesmith.models.export.gguf import write_gguf
+
+        write_gguf(base.folder, adapter, folder, dtype, version.label)
+
+
+def _provenance(version: Version, candidate: Candidate, base: Base, form: Form, dtype: Dtype) -> dict[str, Any]:
+    """What the folder says of itself. Nothing in it depends on the machine or the day."""
+    return {
+        "version": version.label,
+        "digest": version.digest,
+        "form": form,
+        "dtype": "fp32" if form == "peft" else dtype,
+        "base": {"spec": base.spec if base.spec.startswith(("pypi:", "hf:")) else Path(base.spec).name}
+        | {"digest": base.digest, "fingerprint": base.fingerprint},
+        "training": candidate.training,
+        "evaluation": version.evaluation,
+        "verdict": version.verdict,
+        "expires_at": version.expires_at,
+        # What was measured is the weights behind this prompt.
+        "system": candidate.prompt,
+        "answer_schema": None if candidate.answer_schema is None else json.loads(candidate.answer_schema),
+    }
+
+
+def _compare(
+    store: Store,
+    candidate: Candidate,
+    *,
+    base: Base,
+    engine: Engine,
+    adapter: Path,
+    form: Form,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    from tunesmith.engines.native.export_check import Probe, answer_probes, compare
+
+    if candidate.dataset is None or candidate.training is None:
+        raise Refused(f"candidate {candidate.name} names no dataset whose held-out requests could be asked")
+    held_out = load_dataset(store, candidate.dataset).examples("test")[:_PROBES]
+    if not held_out:
+        raise Inconclusive("the dataset has no held-out rows to compare on", fix="set data.split.test")
+    probes = [Probe(example.id, compose(candidate, example.request)) for example in held_out]
+    engine.load_adapter(candidate.training, adapter)
+    length = min(candidate.max_tokens, _PROBE_TOKENS)
+    answered = answer_probes(engine, candidate.training, base, probes, length, progress)
+    return compare(
+        engine,
+        candidate.training,
+        base=base,
+        trained=adapter,
+        form=form,
+        exported=folder,
+        answered=answered,
+        progress=progress,
+    )
+
+
+def _judge(equality: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:
+    """outcome (pass, fail, inconclusive), reason and the tolerances it rests on. A figure that is no number fails."""
+    from tunesmith.engines.native.export_check import SERVED_TOLERANCE, TOLERANCE
+
+    tolerance = {"export": dict(TOLERANCE[dtype]), "served": {"max": SERVED_TOLERANCE}}
+    for where, name in (("export", "the export"), ("served", f"the {equality['engine']} engine")):
+        for kind, allowed in tolerance[where].items():
+            apart = equality[where][f"{kind}_difference"]
+            if apart is None or apart > allowed:
+                reason = f"{name} differs from the adapter as trained by {apart} nats ({kind}), {allowed} are allowed"
+                return {"tolerance": tolerance, "outcome": "fail", "reason": reason}
+    moves, allowed = equality["adapter_moves"]["mean_difference"], tolerance["export"]["mean"]
+    if moves is not None and moves <= allowed:
+        reason = (
+            f"the adapter moves log-probabilities by {moves} nats in the mean, {allowed} are allowed: a lost adapter "
+            "would not be seen"
+        )
+        return {"tolerance": tolerance, "outcome": "inconclusive", "reason": reason}
+    return {"tolerance": tolerance, "outcome": "pass", "reason": ""}

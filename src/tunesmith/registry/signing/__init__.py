@@ -1,0 +1,1 @@
+"""Keys, signatures of version folders and approvals, the signed release statement."""

@@ -1,0 +1,154 @@
+"""Signed statements about a version: an in-toto statement in a DSSE envelope, kept as a record's blob."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tunesmith.core.digests import canonical, digest_bytes
+from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.registry.signing.release import Version
+from tunesmith.registry.signing.signatures import Untrusted
+from tunesmith.store.audit import Head
+from tunesmith.store.identities import ACTIONS
+from tunesmith.store.records import Record
+from tunesmith.store.trust import TrustedKey, find_key
+
+ENVELOPE = "envelope.json"
+_PAYLOAD_TYPE = "application/vnd.in-toto+json"
+_STATEMENT = "https://in-toto.io/Statement/v1"
+_APPROVAL = "urn:tunesmith:approval:v1"
+
+
+class Approval(BaseModel):
+    """The body of an approval's record, and the predicate that its envelope signs.
+
+    override: the reason for which the approved version was let through its gates, so that nobody approves one unawares.
+    audit: the newest entry of the audit log when it was signed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    approver: str
+    role: Literal["approver"]
+    decision: Literal["approve"]
+    reason: str
+    override: str | None
+    at: str
+    audit: Head
+
+
+def statement_of(version: Version, approval: Approval) -> dict[str, Any]:
+    """The in-toto statement: this approval is of exactly this digest."""
+    digest = version.digest.removeprefix("sha256:")
+    return {
+        "_type": _STATEMENT,
+        "subject": [{"name": version.label, "digest": {"sha256": digest}}],
+        "predicateType": _APPROVAL,
+        "predicate": approval.model_dump(mode="json"),
+    }
+
+
+def seal(statement: Mapping[str, Any], key: ec.EllipticCurvePrivateKey, fingerprint: str) -> bytes:
+    """A DSSE envelope around a statement, canonical JSON. fingerprint: of the key's public half, becomes its keyid."""
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.signer import CryptoSigner, SSlibKey  # type: ignore[attr-defined]  # it has no __all__
+
+    keyid = fingerprint.removeprefix("sha256:")
+    envelope = Envelope(canonical(statement), _PAYLOAD_TYPE, {})
+    envelope.sign(CryptoSigner(key, SSlibKey.from_crypto(key.public_key(), keyid=keyid)))
+    return canonical(envelope.to_dict())
+
+
+def unseal(raw: bytes, keys: Sequence[TrustedKey], where: str) -> tuple[Any, TrustedKey]:
+    """The statement in an envelope and whose it is. Raises Refused where it is not whole, Untrusted for other keys."""
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.exceptions import VerificationError
+    from securesystemslib.signer import SSlibKey  # type: ignore[attr-defined]
+
+    try:
+        document = json.loads(raw)
+        keyid = document["signatures"][0]["keyid"]
+        payload, signature = document["payload"], document["signatures"][0]["sig"]
+        expected = {
+            "payload": payload,
+            "payloadType": _PAYLOAD_TYPE,
+            "signatures": [{"keyid": keyid, "sig": signature}],
+        }
+        if document != expected or canonical(document) != raw or not isinstance(keyid, str):
+            raise ValueError("not in the form tunesmith signs in")
+        for text in (payload, signature):
+            if base64.b64encode(base64.b64decode(text, validate=True)).decode() != text:
+                raise ValueError("base64 with stray bits")
+        envelope = Envelope.from_dict(document)
+        statement = json.loads(envelope.payload)
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError, binascii.Error, TunesmithError) as error:
+        raise Refused(f"not an envelope: {type(error).__name__}", where=where) from error
+    key = find_key(keys, f"sha256:{keyid}")
+    if key is None or not key.active:
+        who = f"{key.user}, who is deactivated" if key else f"a key that is not trusted here ({keyid[:12]})"
+        raise Untrusted(f"signed by {who}", where=where)
+    public = load_pem_public_key(key.public_key.encode())
+    try:
+        envelope.verify([SSlibKey.from_crypto(public, keyid=keyid)], threshold=1)
+    except VerificationError as error:
+        raise Refused(f"the signature is not {key.user}'s", where=where) from error
+    return statement, key
+
+
+def read_approval(
+    record: Record, envelope: bytes, version: Version, signer: TrustedKey, keys: Sequence[TrustedKey]
+) -> Approval:
+    """An approval of a version, verified. signer: whose signature the version bears, who must not approve it.
+
+    Raises Refused where the envelope is not a signature over exactly this version and this record; Untrusted where the
+    approver may not approve it as things stand.
+    """
+    where = f"approval {record.digest.removeprefix('sha256:')[:12]}"
+    try:
+        approval = Approval.model_validate(dict(record.body))
+    except ValidationError as error:
+        raise Refused("not an approval", where=where) from error
+    if record.parents != {"version": version.digest} or record.blobs != {ENVELOPE: digest_bytes(envelope)}:
+        raise Refused("an approval of another version, or with another envelope", where=where)
+    statement, key = unseal(envelope, keys, where)
+    if statement != statement_of(version, approval) or approval.override != version.override:
+        raise Refused("the signed statement is not about this version, or not what the record says", where=where)
+    if key.user != approval.approver:
+        raise Refused(f"the record says {approval.approver}, the key is {key.user}'s", where=where)
+    _check_approver(version, signer, key)
+    return approval
+
+
+def _check_approver(version: Version, signer: TrustedKey, approver: TrustedKey) -> None:
+    """Raises Untrusted where this person may not approve this version: the role, the scope, or their own proposal."""
+    if ACTIONS["version.approve"].isdisjoint(approver.roles):
+        raise Untrusted(
+            f"{approver.user} may not approve: they are {', '.join(approver.roles)}",
+            where=version.label,
+            fix="have a user with the role approver do it",
+        )
+    if not approver.speaks_for(version.tenant, version.region):
+        raise Untrusted(
+            f"{approver.user} does not speak for tenant {version.tenant!r}, region {version.region!r}",
+            where=version.label,
+            fix="have an approver of that tenant and region do it",
+        )
+    if approver.user == version.signer or approver.fingerprint == signer.fingerprint:
+        raise own_proposal(version, approver.user)
+
+
+def own_proposal(version: Version, user: str) -> Untrusted:
+    """The refusal of a proposer who approves."""
+    return Untrusted(
+        f"{user} proposed {version.label} and cannot approve it",
+        where=version.label,
+        fix=f"have a second person with the role approver do it: tunesmith approve {version.label} --as NAME",
+    )

@@ -1,0 +1,297 @@
+"""What a version states, and the check of a folder that claims to be one. Needs files alone, no database.
+
+`release.json` in a version's folder is, byte for byte, the version's record: its SHA-256 is the version's digest, so
+what was signed, what was approved and what the lineage names are one thing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from tunesmith.core.clock import now
+from tunesmith.core.digests import digest_file, is_digest, short
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.models.adapter_files import CONFIG, WEIGHTS, check_adapter
+from tunesmith.models.whole_weights import WHOLE, check_whole
+from tunesmith.registry.licence_duties import NOTICE
+from tunesmith.registry.signing.signatures import RELEASE, SIGNATURE, Expired, Untrusted, verify_signature
+from tunesmith.store.audit import Head
+from tunesmith.store.identities import ACTIONS
+from tunesmith.store.names import check_name, check_scope
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+from tunesmith.store.trust import TrustedKey
+
+ADAPTER_FILES = frozenset((CONFIG, WEIGHTS))
+_WHOLE_FILES = frozenset((WHOLE,))
+_PARENTS = frozenset(("candidate", "evaluation", "verdict"))
+_LABEL = re.compile(r"(?P<name>[^@]+)@v(?P<number>[1-9][0-9]{0,8})")
+_FIX = "restore the version's folder from where it was signed, or register it again"
+
+
+def _digest(text: str) -> str:
+    if not is_digest(text):
+        raise ValueError(f"{text[:80]!r} is not a digest")
+    return text
+
+
+def _time(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError(f"{text!r} has no time zone")
+    return text
+
+
+def _named(text: str) -> str:
+    try:
+        return check_name(text, "name")
+    except UsageError as error:
+        raise ValueError(error.what) from error
+
+
+Digest = Annotated[str, AfterValidator(_digest)]
+Time = Annotated[str, AfterValidator(_time)]
+Name = Annotated[str, AfterValidator(_named)]
+Scope = Annotated[str, AfterValidator(lambda text: text and _named(text))]
+CANARIES = "trained with canaries"  # a mark of a version
+
+
+class Statement(BaseModel):
+    """The body of a version's record.
+
+    base, fingerprint: the base record's digest and the fingerprint of its rendering. signer: who registered it.
+    override: why it was let through without a passing verdict. records, blobs: all that the version came of, sorted.
+    audit: the newest entry of the audit log when it was signed. duties: what the licences of the rows ask of whoever
+    uses it or passes it on (data/governance/licences.py); None where no rows are behind it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Name
+    number: Annotated[int, Field(ge=1)]
+    tenant: Scope
+    region: Scope
+    base: Digest
+    fingerprint: str
+    signer: Name
+    override: Annotated[str, Field(min_length=1)] | None
+    created_at: Time
+    expires_at: Time | None
+    records: list[Digest]
+    blobs: list[Digest]
+    audit: Head
+    duties: dict[str, Any] | None = None
+    # What whoever serves it must know: see marks_of. Absent from versions made before there were any.
+    marks: list[str] = Field(default_factory=list)
+
+
+class Version(BaseModel):
+    """A registry entry: a candidate, its evidence by digest, and for whom it is."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    number: int
+    digest: str
+    candidate: str
+    evaluation: str
+    verdict: str
+    tenant: str = ""
+    region: str = ""
+    override: str | None = None
+    signer: str
+    created_at: str
+    expires_at: str | None = None
+    marks: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """`name@v3`."""
+        return f"{self.name}@v{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A folder that was verified: its record, what that states, and whose signature it bears."""
+
+    record: Record
+    statement: Statement
+    version: Version
+    signer: TrustedKey
+
+
+def has_weights(record: Record) -> bool:
+    """Whether a version's record has weights of its own, an adapter's or whole ones."""
+    return record.blobs.keys() >= ADAPTER_FILES or record.blobs.keys() >= _WHOLE_FILES
+
+
+def parse_label(label: str) -> tuple[str, int]:
+    """`name@v3` -> (name, 3). Raises UsageError for anything else."""
+    match = _LABEL.fullmatch(label)
+    if match is None:
+        raise UsageError(f"{label[:80]!r} is not a version", fix="write NAME@vNUMBER, such as home-intents@v1")
+    return check_name(match["name"], "version name"), int(match["number"])
+
+
+def version_folder(root: Path, name: str, number: int) -> Path:
+    """Where a version's files lie under a store's root."""
+    return root / "versions" / check_name(name, "version name") / f"v{number}"
+
+
+def read_version(record: Record, where: str) -> tuple[Version, Statement]:
+    """A version's record as what it states. Raises Refused where it does not state that."""
+    try:
+        statement = Statement.model_validate(dict(record.body))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise Refused(f"not what a version states: {place}: {first['msg']}", where=where, fix=_FIX) from error
+    if record.kind != "version" or record.parents.keys() != _PARENTS:
+        raise Refused("not a version's record", where=where, fix=_FIX)
+    if record.blobs.keys() - {NOTICE} not in (frozenset(), ADAPTER_FILES, _WHOLE_FILES):
+        raise Refused("a version has an adapter's two files, whole weights or neither", where=where, fix=_FIX)
+    if (NOTICE in record.blobs) != (statement.duties is not None):
+        raise Refused(f"a version with duties has a {NOTICE}, one without has none", where=where, fix=_FIX)
+    stated = statement.model_dump(include=set(Version.model_fields))
+    version = Version.model_validate({**stated, **record.parents, "digest": record.digest})
+    return version, statement
+
+
+def check_release(folder: Path, keys: Sequence[TrustedKey]) -> Release:
+    """Verify a private copy of a version's folder: signature, contents, who may sign it, and until when.
+
+    Raises Refused; its subclasses Untrusted and Expired where nothing but the signer's standing or the time is amiss.
+    """
+    key = verify_signature(folder, keys)
+    path = folder / RELEASE
+    record = _read_record(path)
+    version, statement = read_version(record, str(path))
+    present = {entry.name for entry in folder.iterdir()} - {RELEASE, SIGNATURE}
+    if present != record.blobs.keys():
+        odd = sorted(present ^ record.blobs.keys())[0]
+        raise Refused("the release and the folder disagree on whether this file is there", where=str(folder / odd))
+    for name, digest in record.blobs.items():
+        if digest_file(folder / name) != digest:
+            raise Refused("its bytes are not the ones the release names", where=str(folder / name), fix=_FIX)
+    if key.user != statement.signer:
+        raise Refused(f"the release says {statement.signer} signed it, the key is {key.user}'s", where=str(path))
+    if ACTIONS["version.register"].isdisjoint(key.roles):
+        raise Untrusted(
+            f"{key.user} may not sign versions: they are {', '.join(key.roles)}",
+            where=str(folder / SIGNATURE),
+            fix="have a user with the role engineer register it again",
+        )
+    if not key.speaks_for(version.tenant, version.region):
+        raise Untrusted(
+            f"{key.user}'s key does not speak for tenant {version.tenant!r}, region {version.region!r}",
+            where=str(folder / SIGNATURE),
+            fix="have a user of that tenant and region register it",
+        )
+    if version.expires_at is not None and datetime.fromisoformat(version.expires_at) <= now():
+        raise Expired(f"expired on {version.expires_at}", where=str(path), fix="register it again, for a time to come")
+    if has_weights(record):
+        check = check_whole if WHOLE in record.blobs else check_adapter
+        check(folder, base=statement.base, fingerprint=statement.fingerprint)
+    return Release(record=record, statement=statement, version=version, signer=key)
+
+
+def check_evidence(records: Mapping[str, Record], parents: Mapping[str, str], override: str | None) -> None:
+    """Hold a version's candidate, evaluation and verdict against each other. records: all that the version came of.
+
+    Raises Refused where the verdict is about another candidate or evaluation, or not a pass and not overridden.
+    """
+    candidate, evaluation, verdict = (records[parents[role]] for role in ("candidate", "evaluation", "verdict"))
+    where = f"verdict {short(parents['verdict'])}"
+    kinds = (candidate.kind, evaluation.kind, verdict.kind)
+    if kinds != ("candidate", "evaluation", "verdict"):
+        raise Refused(f"a version rests on a candidate, an evaluation and a verdict, not on {', '.join(kinds)}")
+    if any(verdict.parents.get(role) != parents[role] for role in ("candidate", "evaluation")):
+        raise Refused("the verdict is about another candidate or evaluation", where=where)
+    if "endpoint" in candidate.body:
+        raise Refused(
+            f"{verdict.body.get('name')} is answered by an endpoint: what is not held here cannot be signed or served",
+            where=where,
+            fix="release another candidate; an endpoint is a rival to measure",
+        )
+    measured = evaluation.body.get("candidates", {}).get(verdict.body.get("name"), {})
+    if measured.get("candidate") != parents["candidate"]:
+        raise Refused("the evaluation did not measure this candidate", where=where, fix="evaluate it, then judge it")
+    if verdict.body.get("verdict") != "pass" and override is None:
+        raise Refused(
+            f"the verdict on {verdict.body.get('name')} is {verdict.body.get('verdict')}: {_failed(verdict)}",
+            where=where,
+            fix="improve the candidate; an admin may let it through with --override REASON, which the version bears",
+        )
+
+
+def check_replay(store: Store, verdict: str) -> None:
+    """Make a verdict again from its evaluation's scores, from files alone. Raises Refused where it does not follow."""
+    from tunesmith.evaluation.gates.verdict import replay
+
+    try:
+        follows = replay(store, verdict)
+        why = ""
+    except (TunesmithError, KeyError, TypeError, ValueError, AttributeError) as error:
+        follows, why = False, f" ({error.what if isinstance(error, TunesmithError) else error!r})"
+    if not follows:
+        raise Refused(
+            f"the verdict does not follow from the evaluation's scores{why}",
+            where=str(store.record_path(verdict)),
+            fix="evaluate and judge the candidate: tunesmith gate",
+        )
+
+
+def marks_of(records: Mapping[str, Record], candidate: str) -> list[str]:
+    """What a candidate's own records say against serving it: that its weights were trained with canaries."""
+    training = records[candidate].parents.get("training")
+    return [CANARIES] if training and records[training].body.get("settings", {}).get("canaries") else []
+
+
+def weight_blobs(records: Mapping[str, Record], candidate: str) -> dict[str, str]:
+    """The files of the candidate's adapter or whole weights by digest; none for an untuned candidate.
+
+    They must be of the candidate's own base, and of that base's rendering. Raises Refused where they are not.
+    """
+    record = records[candidate]
+    if "training" not in record.parents:
+        return {}
+    training, base = records[record.parents["training"]], records[record.parents["base"]]
+    where = f"training {short(record.parents['training'])}"
+    if training.parents.get("base") != record.parents["base"]:
+        raise Refused("the adapter was trained on another base than the candidate's", where=where)
+    if training.body.get("fingerprint") != base.body.get("fingerprint"):
+        raise Refused("the adapter was trained with another tokenizer or chat template than the base's", where=where)
+    blobs = {name: digest for name, digest in training.blobs.items() if name in ADAPTER_FILES | _WHOLE_FILES}
+    if blobs.keys() not in (ADAPTER_FILES, _WHOLE_FILES):
+        raise Refused("the training has neither an adapter nor whole weights", where=where, fix="train again")
+    return blobs
+
+
+def check_scopes(tenant: str, region: str) -> None:
+    """Raises UsageError for a tenant or region that is not a name."""
+    check_scope(tenant, "tenant")
+    check_scope(region, "region")
+
+
+def _read_record(path: Path) -> Record:
+    try:
+        raw = path.read_bytes()
+        record = Record.model_validate(json.loads(raw))
+    except (ValidationError, ValueError, RecursionError) as error:
+        raise Refused(f"not a record: {type(error).__name__}", where=str(path), fix=_FIX) from error
+    if record.encoded != raw:
+        raise Refused("not in canonical form", where=str(path), fix=_FIX)
+    return record
+
+
+def _failed(verdict: Record) -> str:
+    gates = verdict.body.get("gates", [])
+    named = [f"{gate.get('name')} ({gate.get('outcome')})" for gate in gates if gate.get("outcome") != "pass"]
+    return ", ".join(named) or "no gate passed"

@@ -1,0 +1,1 @@
+"""What the command line and HTTP share: actions on a project, each with a typed result."""

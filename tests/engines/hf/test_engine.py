@@ -1,0 +1,161 @@
+"""The engine for other families, held against transformers' own generate: alone and in company, greedy and drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.foreign import write_foreign
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.engines.factory import engine_kind, open_engine
+from tunesmith.engines.hf.engine import HFEngine
+from tunesmith.engines.hf.lora import HFLora
+from tunesmith.engines.hf.model import HFModel
+from tunesmith.engines.protocol import Completion, Generation, Question
+from tunesmith.models.base import Base, resolve_base
+from tunesmith.store.store import Store
+from tunesmith.training.settings import TrainSettings
+
+FAMILIES = ("gpt2", "gpt_neox", "opt", "falcon", "phi3", "stablelm", "olmo2", "granite", "cohere", "mamba")
+SYSTEM = Message(role="system", content="Be brief.")
+TEXTS = ("turn on", "is the door locked?", "x", "turn on the kitchen light and the hall light, please", "off")
+
+
+def _requests(**how: object) -> list[Generation]:
+    how = {"max_tokens": 10, **how}
+    return [Generation((SYSTEM, Message(role="user", content=text)), **how) for text in TEXTS]  # type: ignore[arg-type]
+
+
+def _opened(tmp_path: Path, family: str) -> tuple[Base, HFEngine]:
+    base = resolve_base(Store(tmp_path / "store"), str(write_foreign(tmp_path / family, family)), tmp_path)
+    engine = open_engine(base, None)
+    assert isinstance(engine, HFEngine)
+    assert engine_kind(base, None) == "hf"
+    return base, engine
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, HFEngine]:
+    return _opened(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_are_those_of_transformers_in_any_company(tmp_path: Path, family: str) -> None:
+    base, engine = _opened(tmp_path, family)
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+    together = engine.generate(_requests())
+    for request, answer in zip(_requests(), together, strict=True):
+        ids = torch.tensor([engine._renderer.prompt(request.messages)])
+        given = model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=1)[0, ids.shape[1] :].tolist()
+        expected = [token for token in given if token not in engine._renderer.stop_ids]
+        assert answer.text == engine._renderer.text(expected)
+        assert answer.prompt_tokens == ids.shape[1] == engine.count_tokens(request.messages)
+    assert [engine.generate([request])[0] for request in _requests()] == together
+    assert engine._network.pads
+    engine._network.pads = False  # a family that cannot be filled up on the left is answered row by row
+    assert engine.generate(_requests()) == together
+
+
+def test_drawn_answers_depend_on_their_seed_alone(gpt2: tuple[Base, HFEngine]) -> None:
+    _, engine = gpt2
+    how = {"temperature": 1.0, "top_p": 0.9}
+    one = engine.generate(_requests(**how, seed=1))
+    assert engine.generate(_requests(**how, seed=1)[::-1])[::-1] == one
+    assert engine.generate(_requests(**how, seed=2)) != one
+
+
+def test_limits_stops_and_schemas_hold(gpt2: tuple[Base, HFEngine]) -> None:
+    _, engine = gpt2
+    plain = engine.generate(_requests())
+    longest = max(plain, key=lambda answer: len(answer.text))
+    place = plain.index(longest)
+    stop = longest.text[3:5]
+    cut = engine.generate(_requests(stop=(stop,)))[place]
+    assert cut.finish == "stop"
+    assert cut.text == longest.text[: longest.text.index(stop)]
+    limits = [Generation(each.messages, max_tokens=n) for n, each in enumerate(_requests(), 1)]
+    assert [answer.completion_tokens for answer in engine.generate(limits)] == [
+        min(n, answer.completion_tokens) for n, answer in enumerate(plain, 1)
+    ]
+    schema = {
+        "type": "object",
+        "properties": {"on": {"type": "boolean"}},
+        "required": ["on"],
+        "additionalProperties": False,
+    }
+    for answer in engine.generate(_requests(schema=json.dumps(schema), max_tokens=40, temperature=1.0)):
+        assert isinstance(json.loads(answer.text)["on"], bool)
+    impossible = Generation(_requests()[0].messages, schema=json.dumps({"type": "string", "pattern": "(?=a)b"}))
+    with pytest.raises(UsageError, match="cannot be held"):
+        engine.generate([impossible])
+
+
+def test_a_stream_gives_the_pieces_of_the_same_answer(gpt2: tuple[Base, HFEngine]) -> None:
+    _, engine = gpt2
+    for request in _requests(stop=("e",)):
+        *pieces, last = list(engine.stream(request))
+        assert last == engine.generate([request])[0]
+        assert isinstance(last, Completion)
+        assert "".join(map(str, pieces)) == last.text
+    for _ in engine.stream(_requests(max_tokens=200)[0]):
+        break
+    assert engine.generate(_requests()[:1]), "whoever left early holds nobody up"
+
+
+def test_log_probabilities_are_the_models_own(gpt2: tuple[Base, HFEngine]) -> None:
+    base, engine = gpt2
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).eval()
+    questions = [Question(request.messages, ("on", "off and away")) for request in _requests()]
+    for question, found in zip(questions, engine.choose(questions), strict=True):
+        prompt = engine._renderer.prompt(question.messages)
+        for choice, total in zip(question.choices, found, strict=True):
+            answer = engine._renderer.answer(choice)
+            with torch.no_grad():
+                scores = model(torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
+            expected = sum(float(scores[len(prompt) - 1 + n, token]) for n, token in enumerate(answer))
+            assert total == pytest.approx(expected, abs=1e-3)
+    for answer in engine.generate(_requests(top_logprobs=3)):
+        for score in answer.scores:
+            assert score.logprob == score.top[0].logprob, "greedy"
+
+
+def test_an_answer_ends_with_the_context(gpt2: tuple[Base, HFEngine]) -> None:
+    """Rows of very different length: the short one goes on for longer than the long one has positions."""
+    base, engine = gpt2
+    long = Generation((Message(role="user", content="turn on " * 40),), max_tokens=500, stop=())
+    room = base.context_length - engine.count_tokens(long.messages)
+    assert 0 < room < 150
+    answers = engine.generate([long, Generation((Message(role="user", content="x"),), max_tokens=200)])
+    assert answers[0].completion_tokens <= room
+    with pytest.raises(UsageError, match="leaves no room"):
+        engine.generate([Generation((Message(role="user", content="turn on " * 400),))])
+
+
+def test_adapters_are_asked_by_name_one_at_a_time(gpt2: tuple[Base, HFEngine], tmp_path: Path) -> None:
+    base, engine = gpt2
+    for seed, name in enumerate(("one", "two")):
+        lora = HFLora(HFModel(base), TrainSettings(rank=4))
+        with torch.no_grad():
+            lora.masters[1].normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, data in lora.files(base).items():
+            (folder / file).write_bytes(data)
+        engine.load_adapter(name, folder)
+    asked = [Question(_requests()[0].messages, ("on",))]
+    plain, one, two = (engine.choose(asked, name)[0][0] for name in (None, "one", "two"))
+    assert len({plain, one, two}) == 3
+    assert engine.choose(asked)[0][0] == plain
+    assert engine.holds("one")
+    assert not engine.holds("three")
+    with pytest.raises(Refused, match="not loaded"):
+        engine.generate(_requests(), "three")
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    (tmp_path / "one" / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["c_attn"]}))
+    with pytest.raises(Refused, match="no layer takes"):
+        engine.load_adapter("one", tmp_path / "one")

@@ -1,0 +1,378 @@
+"""The running batch: whoever joins, leaves or waits, each row is given what it would be given alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests.adapters import write_adapter
+from tests.tiny import FAMILIES, write_model
+from tunesmith.core.errors import Refused
+from tunesmith.engines.native.adapters.adapter import PackedAdapter, fuse, read_adapter
+from tunesmith.engines.native.decoding import decoder
+from tunesmith.engines.native.decoding.decoder import Batch
+from tunesmith.engines.native.decoding.pages import PAGE, PageCache
+from tunesmith.engines.native.decoding.rows import Prefix, Row, Sampling, Score
+from tunesmith.engines.native.network.network import Network
+from tunesmith.engines.native.network.weights import load_network
+from tunesmith.engines.native.runtime import LargePages
+from tunesmith.models.base import resolve_base
+from tunesmith.store.store import Store
+
+END = 1
+
+
+class Heard:
+    """A listener that keeps what it is told and ends at ends_after tokens."""
+
+    def __init__(self, ends_after: int = 10**6) -> None:
+        self.tokens: list[int] = []
+        self.scores: list[Score | None] = []
+        self.ended: list[BaseException | None] = []
+        self._ends_after = ends_after
+
+    def take(self, token: int, score: Score | None) -> bool:
+        self.tokens.append(token)
+        self.scores.append(score)
+        return len(self.tokens) >= self._ends_after
+
+    def end(self, *, stopped: bool, error: BaseException | None = None) -> None:
+        self.ended.append(error)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Network:
+    return load_network(write_model(tmp_path_factory.mktemp("m") / "qwen3", "qwen3"), torch.float32)
+
+
+def _adapters(folder: Path, family: str, network: Network, **each: dict[str, int]) -> dict[str, PackedAdapter]:
+    base = resolve_base(Store(folder / "store"), str(folder / family), folder)
+    made = {}
+    for name, how in each.items():
+        path = write_adapter(folder / name, base, strength=0.5, **how)
+        made[name] = fuse(network, read_adapter(path, network, base))
+    return made
+
+
+def _row(ids: list[int], heard: Heard, limit: int = 8, **more: object) -> Row:
+    how = {"prefix": None, "adapter": None, "sampling": Sampling(), **more}
+    return Row(ids=ids, limit=limit, listener=heard, **how)  # type: ignore[arg-type]
+
+
+def _alone(network: Network, ids: list[int], limit: int = 8, **more: object) -> list[int]:
+    heard = Heard()
+    batch = Batch(network, frozenset({END}))
+    batch.waiting.append(_row(ids, heard, limit, **more))
+    while batch:
+        batch.step()
+    assert heard.ended == [None]
+    return heard.tokens
+
+
+def _prompt(seed: int, length: int) -> list[int]:
+    return torch.randint(2, 280, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_rows_that_come_and_go_are_given_what_transformers_gives(tmp_path: Path, family: str) -> None:
+    folder = write_model(tmp_path / family, family)
+    network = load_network(folder, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    shared = _prompt(0, 40)
+    prefix = Prefix(tuple(shared), None)
+    batch = Batch(network, frozenset({END}), most_rows=3)
+    asked = [(_prompt(seed, 3 + 7 * seed), seed % 2 == 0, 2 + 5 * (seed % 3)) for seed in range(1, 8)]
+    heard = [Heard() for _ in asked]
+    rows = [
+        _row(own, told, limit, prefix=prefix if behind else None)
+        for (own, behind, limit), told in zip(asked, heard, strict=True)
+    ]
+    batch.waiting.extend(rows[:4])
+    for step in range(200):
+        if step == 3:
+            batch.waiting.extend(rows[4:])
+        batch.step()
+        assert len(batch.rows) <= 3
+    assert not batch
+    for (own, behind, limit), told in zip(asked, heard, strict=True):
+        ids = torch.tensor([[*(shared if behind else ()), *own]])
+        given = model.generate(ids, max_new_tokens=limit, do_sample=False, pad_token_id=END)[0, ids.shape[1] :]
+        assert told.tokens == [token for token in given.tolist() if token != END]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_rows_of_several_adapters_are_given_what_each_gives_alone(tmp_path: Path, family: str) -> None:
+    network = load_network(write_model(tmp_path / family, family), torch.float32)
+    adapters = _adapters(tmp_path, family, network, a={"rank": 4, "seed": 1}, b={"rank": 7, "seed": 2})
+    a, b = adapters["a"], adapters["b"]
+    some = {place: pair for place, pair in b.pairs.items() if place[0] == 1}
+    factors = {place: torch.full((network.layers[place[0]].linear[place[1]].out,), 1.5) for place in some}
+    every = [None, a, b, PackedAdapter(some, {}), PackedAdapter(some, factors)]  # one layer alone; with DoRA's lengths
+    asked = [(_prompt(seed, 5 + seed), every[seed % len(every)]) for seed in range(10)]
+    expected = [_alone(network, ids, adapter=adapter) for ids, adapter in asked]
+    assert len({tuple(_alone(network, asked[0][0], adapter=adapter)) for adapter in every}) == len(every)
+    heard = [Heard() for _ in asked]
+    batch = Batch(network, frozenset({END}))
+    batch.waiting.extend(_row(ids, told, adapter=one) for (ids, one), told in zip(asked, heard, strict=True))
+    while batch:
+        batch.step()
+    assert [told.tokens for told in heard] == expected
+
+
+def test_more_adapters_than_go_together_take_turns(tmp_path: Path, network: Network) -> None:
+    few = PackedAdapter({}, {})
+    several = [PackedAdapter(few.pairs, few.factors) for _ in range(11)]
+    heard = [Heard() for _ in several]
+    batch = Batch(network, frozenset({END}))
+    batch.waiting.extend(_row(_prompt(3, 4), told, adapter=one) for one, told in zip(several, heard, strict=True))
+    while batch:
+        batch.step()
+        assert len({row.adapter for row in batch.rows}) <= 8
+    assert {tuple(told.tokens) for told in heard} == {tuple(_alone(network, _prompt(3, 4)))}
+
+
+def test_a_long_prompt_is_read_in_parts_while_others_go_on(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
+    long, short = _prompt(1, 400), _prompt(2, 5)
+    expected = _alone(network, long), _alone(network, short)
+    prefixed = _alone(network, long[200:], prefix=Prefix(tuple(long[:200]), None))
+    assert prefixed == expected[0]
+    monkeypatch.setattr(decoder, "_READ", 48)
+    heard = [Heard(), Heard()]
+    batch = Batch(network, frozenset({END}))
+    batch.waiting.extend((_row(long, heard[0]), _row(short, heard[1])))
+    for _ in range(4):
+        batch.step()
+    assert heard[1].tokens, "the short one has begun"
+    assert not heard[0].tokens
+    while batch:
+        batch.step()
+    assert (heard[0].tokens, heard[1].tokens) == expected
+    assert _alone(network, long[200:], prefix=Prefix(tuple(long[:200]), None)) == expected[0]
+
+
+def test_log_probabilities_are_those_of_transformers(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    network = load_network(folder, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    heard, ids = Heard(), _prompt(4, 9)
+    batch = Batch(network, frozenset({END}))
+    batch.waiting.append(_row(ids, heard, sampling=Sampling(temperature=1.3, top_p=0.9, seed=5), top=3))
+    batch.waiting.append(_row(_prompt(5, 20), Heard()))
+    while batch:
+        batch.step()
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids + heard.tokens])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+    assert heard.tokens
+    for token, score, row in zip(heard.tokens, heard.scores, theirs, strict=True):
+        assert score is not None
+        assert score.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert [token for token, _ in score.top] == row.topk(3).indices.tolist()
+        assert [value for _, value in score.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+
+def test_a_row_larger_than_the_bound_is_decoded_alone_and_its_memory_let_go(network: Network) -> None:
+    bound = 4 * PageCache(network, 0).page_bytes
+    batch = Batch(network, frozenset({END}), cache_bytes=bound)
+    heard = [Heard(), Heard(), Heard()]
+    batch.waiting.extend((_row(_prompt(1, 9), heard[0]), _row(_prompt(2, 9 * PAGE), heard[1])))
+    batch.waiting.append(_row(_prompt(3, 9), heard[2]))
+    most = 0
+    while batch:
+        batch.step()
+        most = max(most, batch.cache.pages)
+        assert not (heard[2].tokens and not heard[1].ended), "nobody overtakes"
+    assert all(told.ended == [None] for told in heard)
+    assert most == 10
+    assert batch.cache.pages <= 4
+
+
+def test_pages_are_lent_within_the_bound_the_first_ones_first(network: Network) -> None:
+    cache = PageCache(network, 100 * PageCache(network, 0).page_bytes)
+    held = [cache.lend(places) for places in (PAGE, PAGE + 1, 70 * PAGE)]
+    assert held == [[0], [1, 2], list(range(3, 73))], "whole pages for each row"
+    assert cache.lend(28 * PAGE) is None
+    assert cache.lend(200 * PAGE) is None, "not while others hold some"
+    rest = cache.lend(27 * PAGE)
+    assert rest == list(range(73, 100))
+    assert (cache.pages, cache.lent) == (100, 100)
+
+
+def test_an_error_of_one_row_is_its_own_and_one_of_the_step_ends_all(
+    monkeypatch: pytest.MonkeyPatch, network: Network
+) -> None:
+    class Bad(Heard):
+        def take(self, token: int, score: Score | None) -> bool:
+            raise ValueError("mine alone")
+
+    good, bad = Heard(), Bad()
+    batch = Batch(network, frozenset({END}))
+    batch.waiting.extend((_row(_prompt(6, 5), bad), _row(_prompt(1, 9), good)))
+    while batch:
+        batch.step()
+    assert [str(error) for error in bad.ended] == ["mine alone"]
+    assert good.tokens == _alone(network, _prompt(1, 9))
+    others = [Heard(), Heard()]
+    batch.waiting.extend(_row(_prompt(1, 9), told) for told in others)
+    batch.step()
+    batch.fail(MemoryError("no"))
+    assert all(isinstance(told.ended[0], MemoryError) for told in others)
+    assert (batch.cache.lent, bool(batch)) == (0, False)
+
+
+def test_memory_that_is_not_to_be_had_is_told_to_the_row_that_needs_it(
+    monkeypatch: pytest.MonkeyPatch, network: Network
+) -> None:
+    page = PageCache(network, 0).page_bytes
+    given = LargePages.zeros
+
+    def few(pages: LargePages, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if shape[0] > 40:
+            raise OSError(12, "Cannot allocate memory")
+        return given(pages, shape, dtype)
+
+    monkeypatch.setattr(LargePages, "zeros", few)
+    batch = Batch(network, frozenset({END}), cache_bytes=100 * page)
+    heard = [Heard(), Heard(), Heard()]
+    batch.waiting.append(_row(_prompt(1, 9), heard[0]))
+    batch.waiting.append(_row(_prompt(2, 9), heard[1], limit=50 * PAGE))
+    batch.waiting.append(_row(_prompt(3, 9), heard[2]))
+    for _ in range(40):
+        batch.step()
+    assert batch.cache.pages == 25, "as much of a hundred as there is"
+    assert heard[0].tokens == _alone(network, _prompt(1, 9))
+    assert [error.what for error in heard[1].ended if isinstance(error, Refused)] == [
+        f"there is no memory for {51 * PAGE} places of keys and values, {51 * page / 1e6:.0f} MB"
+    ]
+    assert heard[2].tokens == _alone(network, _prompt(3, 9))
+
+
+def test_what_an_error_leaves_in_memory_harms_nobody(network: Network) -> None:
+    batch, told = Batch(network, frozenset({END})), Heard()
+    batch.waiting.append(_row(_prompt(1, 9), Heard()))
+    batch.step()
+    with torch.inference_mode():
+        for cache in (*batch.cache.keys, *batch.cache.values):
+            cache[batch.rows[0].pages] = float("nan")
+    batch.fail(RuntimeError("in the midst"))
+    batch.waiting.append(_row(_prompt(2, 9), told))
+    while batch:
+        batch.step()
+    assert told.tokens == _alone(network, _prompt(2, 9))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _for_the_machine(network: Network) -> Iterator[None]:
+    Slots.network = network
+    yield
+    Slots.network = None
+
+
+class Slots(RuleBasedStateMachine):
+    """Rows of every kind come, are decoded, and leave, in any order."""
+
+    network: Network | None = None
+    known: dict[tuple[int, int, bool], list[int]] = {}  # noqa: RUF012 - what a row is given alone, over all examples
+
+    @initialize(most_rows=st.integers(1, 4), pages=st.integers(2, 9))
+    def begin(self, most_rows: int, pages: int) -> None:
+        assert self.network is not None
+        self.most_rows, self.pages = most_rows, pages
+        bound = pages * PageCache(self.network, 0).page_bytes
+        self.batch = Batch(self.network, frozenset({END}), most_rows, bound)
+        self.prefix = Prefix(tuple(_prompt(77, 20)), None)
+        self.rows: list[tuple[Row, Heard, list[int]]] = []
+        self.gone: set[Row] = set()
+
+    @rule(seed=st.integers(0, 5), length=st.integers(1, 70), behind=st.booleans(), ends=st.integers(1, 9))
+    def come(self, seed: int, length: int, behind: bool, ends: int) -> None:
+        assert self.network is not None
+        ids, key = _prompt(seed, length), (seed, length, behind)
+        if key not in self.known:
+            self.known[key] = _alone(self.network, ids, prefix=Prefix(self.prefix.ids, None) if behind else None)
+        heard = Heard(ends_after=ends)
+        row = _row(ids, heard, prefix=self.prefix if behind else None)
+        self.rows.append((row, heard, self.known[key][:ends]))
+        self.batch.waiting.append(row)
+
+    @rule(steps=st.integers(1, 6))
+    def decode(self, steps: int) -> None:
+        for _ in range(steps):
+            self.batch.step()
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        row = data.draw(st.sampled_from([row for row, *_ in self.rows]))
+        self.gone.add(row)
+        self.batch.drop([row])
+
+    @invariant()
+    def pages_belong_to_one_row_and_are_bounded(self) -> None:
+        held = [page for row in self.batch.rows for page in row.pages]
+        assert len(held) == len(set(held)) == self.batch.cache.lent
+        assert len(self.batch.rows) <= self.most_rows
+        alone = len(self.batch.rows) <= 1
+        assert self.batch.cache.pages <= self.pages or alone
+
+    @invariant()
+    def rows_begin_in_order_and_are_given_what_they_would_be_alone(self) -> None:
+        waiting = set(self.batch.waiting)
+        order = [row in waiting for row, *_ in self.rows if row not in self.gone]
+        assert order == sorted(order), "nobody overtakes"
+        for row, heard, expected in self.rows:
+            assert heard.tokens == expected[: len(heard.tokens)]
+            if heard.ended:
+                assert heard.ended == [None]
+                assert heard.tokens == expected
+            elif row not in self.gone:
+                assert row in self.batch.rows or row in waiting
+
+    def teardown(self) -> None:
+        if hasattr(self, "batch"):
+            for _ in range(400):
+                self.batch.step()
+            assert not self.batch
+            assert self.batch.cache.lent == 0
+            assert all(heard.ended == [None] for row, heard, _ in self.rows if row not in self.gone)
+
+
+TestSlots = Slots.TestCase
+TestSlots.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 1e-300])
+def test_a_temperature_near_zero_gives_the_likeliest_and_harms_nobody(network: Network, temperature: float) -> None:
+    heard = [Heard(), Heard()]
+    batch = Batch(network, frozenset({END}))
+    batch.waiting.append(_row(_prompt(1, 9), heard[0], sampling=Sampling(temperature)))
+    batch.waiting.append(_row(_prompt(1, 9), heard[1]))
+    while batch:
+        batch.step()
+    assert [told.ended for told in heard] == [[None], [None]]
+    assert heard[0].tokens == heard[1].tokens
+
+
+def test_scores_that_cannot_be_drawn_from_end_their_row_alone(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> int:
+        raise RuntimeError("no probabilities")
+
+    monkeypatch.setattr(decoder, "sample", broken)
+    heard = [Heard(), Heard()]
+    batch = Batch(network, frozenset({END}))
+    batch.waiting.append(_row(_prompt(1, 9), heard[0], sampling=Sampling(0.7)))
+    batch.waiting.append(_row(_prompt(2, 9), heard[1]))
+    while batch:
+        batch.step()
+    assert [str(error) for error in heard[0].ended] == ["no probabilities"]
+    assert heard[1].ended == [None]
+    assert heard[1].tokens == _alone(network, _prompt(2, 9))

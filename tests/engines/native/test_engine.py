@@ -1,0 +1,298 @@
+"""Decoding: held against transformers' own, alone and in company, greedy and drawn, streamed and whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import write_model
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.engines.native import engine as embedded
+from tunesmith.engines.native.adapters.adapter import encode_adapter
+from tunesmith.engines.native.adapters.lora import Lora
+from tunesmith.engines.native.engine import NativeEngine
+from tunesmith.engines.native.network.weights import load_network
+from tunesmith.engines.protocol import Completion, Generation, Question
+from tunesmith.models.base import Base, resolve_base
+from tunesmith.store.store import Store
+from tunesmith.training.settings import TrainSettings
+
+SYSTEM = Message(role="system", content="You are a very brief assistant that turns on the kitchen light.")
+TEXTS = ["turn on", "is the door locked?", "x", "turn on the kitchen light and the hall light, please", "off"]
+
+
+def _requests(**how: object) -> list[Generation]:
+    how = {"max_tokens": 12, **how}
+    return [Generation((SYSTEM, Message(role="user", content=text)), **how) for text in TEXTS]  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    folder = tmp_path_factory.mktemp("base")
+    write_model(folder / "m", "qwen3")
+    return resolve_base(Store(folder / "store"), "m", folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_fp32() -> Iterator[None]:
+    """fp32, so that a wrong token is a mistake and not rounding."""
+    real = embedded.load_network
+    embedded.load_network = lambda folder: load_network(folder, torch.float32)  # type: ignore[assignment]
+    yield
+    embedded.load_network = real
+
+
+@pytest.fixture
+def engine(base: Base) -> NativeEngine:
+    return NativeEngine(base)
+
+
+def _reference(base: Base, engine: NativeEngine, request: Generation) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+    ids = torch.tensor([engine._renderer.prompt(request.messages)])
+    given = model.generate(ids, max_new_tokens=request.max_tokens, do_sample=False, pad_token_id=1)
+    return [token for token in given[0, ids.shape[1] :].tolist() if token not in engine._renderer.stop_ids]
+
+
+def test_greedy_answers_are_those_of_transformers(base: Base, engine: NativeEngine) -> None:
+    for request, answer in zip(_requests(), engine.generate(_requests()), strict=True):
+        expected = _reference(base, engine, request)
+        assert answer.text == engine._renderer.text(expected)
+        assert answer.completion_tokens == len(expected)
+        assert answer.prompt_tokens == engine.count_tokens(request.messages)
+
+
+def test_company_does_not_change_an_answer(engine: NativeEngine) -> None:
+    together = engine.generate(_requests())
+    assert [engine.generate([request])[0] for request in _requests()] == together
+    assert engine.generate(list(reversed(_requests()))) == list(reversed(together))
+    assert len(engine._prefixes) >= 1, "the shared beginning was kept"
+
+
+def test_rows_of_different_length_end_on_their_own(engine: NativeEngine) -> None:
+    limits = [1, 7, 2, 12, 3]
+    requests = [
+        Generation(request.messages, max_tokens=limit) for request, limit in zip(_requests(), limits, strict=True)
+    ]
+    for limited, free in zip(engine.generate(requests), engine.generate(_requests()), strict=True):
+        assert free.text.startswith(limited.text)
+    assert [answer.completion_tokens for answer in engine.generate(requests)] == limits
+
+
+def test_drawn_answers_repeat_with_their_seed(engine: NativeEngine) -> None:
+    first = engine.generate(_requests(temperature=1.5, seed=3))
+    assert engine.generate(_requests(temperature=1.5, seed=3)) == first
+    assert engine.generate(_requests(temperature=1.5, seed=4)) != first
+    assert engine.generate(_requests(temperature=1.5, seed=3, top_p=1e-9)) == engine.generate(_requests())
+
+
+def test_a_stream_is_the_answer_in_pieces(engine: NativeEngine) -> None:
+    for request, whole in zip(_requests(), engine.generate(_requests()), strict=True):
+        *pieces, last = engine.stream(request)
+        assert last == whole
+        assert "".join(piece for piece in pieces if isinstance(piece, str)) == whole.text
+        assert isinstance(last, Completion)
+
+
+def test_a_stop_text_ends_the_answer_and_is_left_out(engine: NativeEngine) -> None:
+    free = engine.generate(_requests(max_tokens=30))
+    place = max(range(len(free)), key=lambda one: len(free[one].text))
+    stop = free[place].text[4:7]
+    request = _requests(max_tokens=30, stop=(stop,))[place]
+    (answer,) = engine.generate([request])
+    assert answer.text == free[place].text.split(stop)[0]
+    assert answer.finish == "stop"
+    *pieces, last = engine.stream(request)
+    assert last == answer
+    assert "".join(pieces) == answer.text  # type: ignore[arg-type]
+
+
+def test_choices_score_as_in_transformers(base: Base, engine: NativeEngine) -> None:
+    questions = [Question((Message(role="user", content=text),), ("yes", "no", "the light")) for text in TEXTS[:2]]
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+    for question, scores in zip(questions, engine.choose(questions), strict=True):
+        prompt = engine._renderer.prompt(question.messages)
+        for choice, score in zip(question.choices, scores, strict=True):
+            answer = engine._renderer.answer(choice)
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
+            assert score == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_choices_score_the_same_in_smaller_pieces(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [Question((Message(role="user", content=text),), ("yes", "no" * 9, "the light")) for text in TEXTS]
+    whole = engine.choose(questions)
+    monkeypatch.setattr(embedded, "_SCORED_LABELS", 3)
+    for together in (2, 64):
+        monkeypatch.setattr(embedded, "_SCORED_TOGETHER", together)
+        for tokens in (1, 100):
+            monkeypatch.setattr(embedded, "_SCORED_TOKENS", tokens)
+            for found, expected in zip(engine.choose(questions), whole, strict=True):
+                assert found == pytest.approx(expected, abs=1e-4)
+
+
+def _adapter(folder: Path, base: Base, seed: int) -> Path:
+    network = load_network(base.folder, torch.float32)
+    lora = Lora(network, TrainSettings(rank=4, seed=seed))
+    with torch.no_grad():
+        for master in lora.masters:
+            master.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
+    folder.mkdir()
+    for name, data in encode_adapter(lora.adapter(), network, base).items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def test_adapters_answer_as_themselves(tmp_path: Path, base: Base, engine: NativeEngine) -> None:
+    from peft import PeftModel
+
+    plain = engine.generate(_requests())
+    for name, seed in (("a", 1), ("b", 2)):
+        engine.load_adapter(name, _adapter(tmp_path / name, base, seed))
+    answers = {name: engine.generate(_requests(), name) for name in ("a", "b")}
+    assert answers["a"] != plain
+    assert answers["a"] != answers["b"]
+    assert engine.generate(_requests()) == plain, "the base answers as before"
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32), str(tmp_path / "a")
+    )
+    ids = torch.tensor([engine._renderer.prompt(_requests()[1].messages)])
+    given = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=1)[0, ids.shape[1] :]
+    assert answers["a"][1].text == engine._renderer.text(given.tolist())
+
+
+def test_an_unknown_or_foreign_adapter_is_refused(tmp_path: Path, base: Base, engine: NativeEngine) -> None:
+    with pytest.raises(Refused, match="not loaded"):
+        engine.generate(_requests(), "nobody")
+    write_model(tmp_path / "other", "qwen3", seed=5)
+    other = resolve_base(Store(tmp_path / "store"), "other", tmp_path)
+    with pytest.raises(Refused, match="another base model"):
+        engine.load_adapter("foreign", _adapter(tmp_path / "x", other, 1))
+
+
+def test_a_prompt_of_context_length_and_more_is_refused(engine: NativeEngine) -> None:
+    room = engine.context_length - engine.count_tokens((Message(role="user", content=""),))
+    fits = Generation((Message(role="user", content="!" * (room - 1)),), max_tokens=5)
+    (answer,) = engine.generate([fits])
+    assert answer.completion_tokens <= 1
+    with pytest.raises(UsageError, match="context length"):
+        engine.generate([Generation((Message(role="user", content="!" * room),), max_tokens=5)])
+
+
+FAMILIES = ("gemma", "gemma2", "gemma3", "mistral-window", "qwen2-window", "smollm3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_attention_decodes_as_in_transformers(tmp_path: Path, family: str) -> None:
+    write_model(tmp_path / "m", family)
+    base = resolve_base(Store(tmp_path / "store"), "m", tmp_path)
+    engine = NativeEngine(base)
+    requests = _requests(max_tokens=24)  # past the windows' size, alone and behind a shared beginning
+    together = engine.generate(requests)
+    assert engine._prefixes, "the shared beginning was kept"
+    assert [NativeEngine(base).generate([request])[0] for request in requests] == together
+    for request, answer in zip(requests, together, strict=True):
+        expected = _reference(base, engine, request)
+        assert answer.text == engine._renderer.text(expected)
+        assert answer.completion_tokens == len(expected)
+    (question,) = [Question((SYSTEM, Message(role="user", content=TEXTS[1])), ("yes", "the light"))]
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+    prompt = engine._renderer.prompt(question.messages)
+    for choice, score in zip(question.choices, engine.choose([question])[0], strict=True):
+        answer_ids = engine._renderer.answer(choice)
+        with torch.no_grad():
+            scores = model(torch.tensor([[*prompt, *answer_ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert score == pytest.approx(float(scores.gather(1, torch.tensor(answer_ids)[:, None]).sum()), abs=1e-3)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": ["on", "off"]}, "n": {"type": "integer", "minimum": 1, "maximum": 3}},
+    "required": ["a", "n"],
+    "additionalProperties": False,
+}
+
+
+def test_a_constrained_answer_fits_its_schema_whatever_the_weights_say(engine: NativeEngine) -> None:
+    import json
+
+    import jsonschema
+
+    held = _requests(max_tokens=40, schema=json.dumps(SCHEMA))
+    mixed = [*held[:3], *_requests(max_tokens=40)[3:]]
+    free = engine.generate(_requests(max_tokens=40))
+    answers = engine.generate(mixed)
+    for answer in answers[:3]:
+        assert answer.finish == "stop"
+        jsonschema.validate(json.loads(answer.text), SCHEMA)
+    assert answers[3:] == free[3:], "rows without a schema are left alone"
+    drawn = engine.generate(_requests(max_tokens=40, schema=json.dumps(SCHEMA), temperature=2.0, seed=1))
+    for answer in drawn:
+        jsonschema.validate(json.loads(answer.text), SCHEMA)
+    *pieces, last = engine.stream(held[0])
+    assert last == answers[0]
+    assert "".join(pieces) == answers[0].text  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ('{"a": "on", "n": 1}', True),
+        ('{"a":"on","n":1}', True),
+        ('{"a":  "on", "n": 1}', False),
+        ('{"a": "on",  "n": 1}', False),
+        ('{ "a": "on", "n": 1}', False),
+        ('{"a": "on",\n"n": 1}', False),
+    ],
+)
+def test_one_space_may_follow_a_comma_or_colon_and_no_other(engine: NativeEngine, text: str, fits: bool) -> None:
+    import json
+
+    tokens = engine._renderer.answer(text)
+    while tokens[-1] in engine._renderer.stop_ids or not engine._renderer.text(tokens).endswith("}"):
+        tokens = tokens[:-1]
+    guide = engine._constraints.guide(json.dumps(SCHEMA))
+    assert (guide.matcher.validate_tokens(tokens) == len(tokens)) is fits
+
+
+def test_a_schema_that_cannot_be_followed_is_told(engine: NativeEngine) -> None:
+    with pytest.raises(UsageError, match="cannot be held to this schema"):
+        engine.generate(_requests(schema='{"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}'))
+
+
+def test_nothing_decodes_any_more_when_the_process_ends(tmp_path: Path) -> None:
+    script = f"""
+import atexit, threading, time
+
+# Called last, since it is registered first: the decoding thread must be gone by then.
+atexit.register(lambda: print([each.name for each in threading.enumerate() if "decoding" in each.name]))
+from pathlib import Path
+from tunesmith.core.messages import Message
+from tunesmith.engines.native.engine import NativeEngine
+from tunesmith.engines.protocol import Generation
+from tunesmith.models.base import resolve_base
+from tunesmith.store.store import Store
+from tests.tiny import write_model
+
+folder = Path({str(tmp_path)!r})
+write_model(folder / "m", "llama")
+engine = NativeEngine(resolve_base(Store(folder / "store"), "m", folder))
+asked = [Generation((Message(role="user", content=f"hello {{place}}"),), max_tokens=400) for place in range(8)]
+threading.Thread(target=lambda: engine.generate(asked), daemon=True).start()
+while not any("decoding" in each.name for each in threading.enumerate()):
+    time.sleep(0.01)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, "[]\n"), ended.stderr

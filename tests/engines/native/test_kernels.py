@@ -1,0 +1,425 @@
+"""The compiled kernels against the same arithmetic in PyTorch, and the tile products against float ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import write_model
+from tunesmith.core.errors import UsageError
+from tunesmith.engines.native import kernels as native
+from tunesmith.engines.native.network import ops, products
+from tunesmith.engines.native.network.attention import Layout
+from tunesmith.engines.native.network.weights import load_network
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="no C++ compiler here: only the portable path")
+
+
+def _both(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> tuple[Any, Any]:
+    compiled = run()
+    monkeypatch.setattr(native, "library", lambda: None)
+    return compiled, run()
+
+
+def _same(one: Tensor, other: Tensor) -> None:
+    close = {torch.float32: (2e-5, 2e-6), torch.bfloat16: (2e-2, 2e-2), torch.long: (0, 0)}[one.dtype]
+    torch.testing.assert_close(one, other, rtol=close[0], atol=close[1])
+
+
+def _random(dtype: torch.dtype, *size: int, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+def test_with_a_compiler_there_are_kernels() -> None:
+    """A source that does not compile would leave everything to the portable path, without a word."""
+    assert native.library() is not None
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 576])
+def test_norms(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int) -> None:
+    x, y, weight = _random(dtype, 5, width), _random(dtype, 5, width, seed=1), _random(dtype, width, seed=2)
+    above, gradient = _random(dtype, 5, width, seed=3), _random(dtype, 5, width, seed=4)
+
+    def run() -> list[Tensor]:
+        total, out, scale = ops.add_norm(x, y, weight, 1e-5, 1.0)
+        alone = ops.add_norm(x, None, weight, 1e-5)[1]
+        with_above, again = ops.norm_backward(gradient, total, weight, scale, above, 1.0, again=True)
+        assert again is not None
+        assert torch.equal(again, out), "a backward pass makes the output again to the bit"
+        without, none = ops.norm_backward(gradient, total, weight, scale, None)
+        assert none is None
+        return [total, out, scale, alone, with_above, without]
+
+    for one, other in zip(*_both(monkeypatch, run), strict=True):
+        _same(one, other)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 15, 64])
+def test_gated_reaches_the_ends_of_the_scale(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int) -> None:
+    gate_up, gradient = _random(dtype, 4, 2 * width) * 30, _random(dtype, 4, width, seed=1)
+
+    def run() -> list[Tensor]:
+        out, (back, again) = ops.gated(gate_up), ops.gated_backward(gradient, gate_up, again=True)
+        assert again is not None
+        assert torch.equal(again, out), "a backward pass makes the output again to the bit"
+        assert torch.equal(back, ops.gated_backward(gradient, gate_up)[0])
+        return [out, back]
+
+    for one, other in zip(*_both(monkeypatch, run), strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=0.15)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("prefix", "longest"), [(0, 1), (0, 19), (5, 16), (17, 33)])
+def test_softmax(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, prefix: int, longest: int) -> None:
+    heads, rows, group = 2, 3, 2
+    scores = _random(dtype, heads, rows * group * longest, prefix, seed=1) * 20
+    own = _random(dtype, heads * rows, group * longest, longest) * 20
+    d_shared, d_own = _random(dtype, *scores.shape, seed=2), _random(dtype, *own.shape, seed=3)
+
+    def run() -> list[Tensor]:
+        first, second = scores.clone() if prefix else None, own.clone()
+        ops.softmax_(first, second, 0.125)
+        to_first, to_second = d_shared.clone() if prefix else None, d_own.clone()
+        ops.softmax_backward_(first, second, to_first, to_second, 0.125)
+        return [x for x in (first, second, to_first, to_second) if x is not None]
+
+    compiled, portable = _both(monkeypatch, run)
+    for one, other in zip(compiled, portable, strict=True):
+        _same(one, other)
+    total = sum(x.float().sum() for x in compiled[: 2 if prefix else 1])
+    assert float(total) == pytest.approx(heads * rows * group * longest, rel=0.01), "every row is a distribution"
+
+
+@needs_kernels
+def test_what_is_too_large_for_the_caches_is_the_same() -> None:
+    """Over a megabyte: written past them."""
+    gate_up, gradient = _random(torch.bfloat16, 700, 2 * 800), _random(torch.bfloat16, 700, 800, seed=1)
+    there, (back, again) = ops.gated(gate_up), ops.gated_backward(gradient, gate_up, again=True)
+    assert again is not None
+    assert torch.equal(again, there)
+    for first in range(0, 700, 100):
+        part = slice(first, first + 100)
+        assert torch.equal(there[part], ops.gated(gate_up[part]))
+        assert torch.equal(back[part], ops.gated_backward(gradient[part], gate_up[part])[0])
+    product = products.PackedLinear(_random(torch.bfloat16, 960, 64))
+    x = _random(torch.bfloat16, 700, 64)
+    assert torch.equal(product(x)[64:96], product(x[64:96]))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("prefix", "lengths"), [(0, (3,)), (4, (2, 5, 1)), (3, (4, 4))])
+def test_tokens_go_into_blocks_and_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype, prefix: int, lengths: tuple[int, ...]
+) -> None:
+    network = load_network(write_model(tmp_path / "m"), dtype)
+    count = prefix + sum(lengths)
+    layout = Layout(prefix, lengths, torch.arange(count), network)
+    qkv = _random(dtype, count, sum(network.parts("qkv")))
+    mixed = _random(dtype, count, network.parts("qkv")[0], seed=1)
+
+    def run() -> list[Tensor]:
+        blocks = layout.split(qkv, 0)
+        return [*blocks, layout.join(blocks, 0), *layout.queries(mixed), layout.tokens(*layout.queries(mixed))]
+
+    compiled, portable = _both(monkeypatch, run)
+    for one, other in zip(compiled, portable, strict=True):
+        _same(one, other)
+    assert torch.equal(compiled[-1], mixed), "nothing is lost on the way"
+    _same(compiled[6], qkv)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    scores, labels = _random(dtype, 6, 301) * 8, torch.arange(6) * 50
+    share = torch.tensor([0.5, 0.25, 0.0, 1.0, 0.125, 0.1])
+
+    def run() -> list[Tensor]:
+        made = scores.clone()
+        return [ops.cross_entropy_(made, labels, share), made, ops.cross_entropy_(scores.clone(), labels, None)]
+
+    compiled, portable = _both(monkeypatch, run)
+    torch.testing.assert_close(compiled[0], portable[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(compiled[2], portable[2], rtol=1e-3, atol=1e-4)
+    _same(compiled[1], portable[1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prefix", [0, 21, 64])
+@pytest.mark.parametrize(("group", "size", "page"), [(2, 8, 16), (3, 64, 32), (5, 32, 32), (1, 40, 48)])
+def test_a_decoding_step(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, prefix: int, group: int, size: int, page: int
+) -> None:
+    """Of sizes that fit whole registers and tiles, and of some that do not."""
+    rows, kv, behind = 14, 2, slice(1, 14)  # more rows than one block of tiles holds
+    qkv, angles = _random(dtype, rows, kv * (group + 2) * size), torch.randn(rows, size // 2)
+    table = torch.tensor(
+        [[4, 0, 0], [9, 0, 0], [2, 7, 3], [8, 1, 0], *([10 + 2 * row, 11 + 2 * row, 0] for row in range(10))]
+    )
+    lengths = torch.tensor([5, 0, 2 * page + 1, page, *range(page - 5, page + 5)])
+    shapes = ops.page_shapes(kv, page, size, dtype)
+    shared = [_random(dtype, kv, prefix, size, seed=seed) for seed in (3, 4)]
+
+    def run() -> list[Tensor]:
+        places = ops.Places(table, lengths.clone(), kv, group, size, page)
+        keys, values = (_random(dtype, 30, *shape, seed=seed) for seed, shape in enumerate(shapes))
+        q = ops.decode_split(qkv, angles.cos(), angles.sin(), keys, values, places)
+        out = torch.zeros(rows, kv * group * size, dtype=dtype)
+        early = ops.in_pages(shared[0], shared[1], page) if prefix else None
+        ops.decode_mix(q, early, keys, values, places, behind, out, 0.3)
+        assert not out[0].any(), "a row of another group"
+        return [q, keys, values, out]
+
+    compiled, portable = _both(monkeypatch, run)
+    for one, other in zip(compiled, portable, strict=True):
+        _same(one, other)
+    q, keys, values, out = compiled
+    plain = ops.places_of(keys, values)
+    for head in range(kv * group):  # row 2 by hand, in three pages
+        pages = [[each[number, head // group] for number in (2, 7, 3)] for each in plain]
+        own = (torch.cat(each)[: 2 * page + 2] for each in pages)
+        k, v = (torch.cat((early[head // group], one)).float() for early, one in zip(shared, own, strict=True))
+        weights = torch.softmax(q[head // group, 2, head % group].float() @ k.t() * 0.3, 0)
+        _same(out[2, head * size : (head + 1) * size], (weights @ v).to(dtype))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_mixed_alike_in_any_company(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """To the last bit, by any number of threads, and whatever another row left behind it in its page."""
+    rows, kv, group, size, page = 25, 2, 3, 64, 32
+    q = _random(dtype, kv, rows, group, size)
+    keys, values = (_random(dtype, rows, *each, seed=1) for each in ops.page_shapes(kv, page, size, dtype))
+    early = ops.in_pages(_random(dtype, kv, 37, size, seed=2), _random(dtype, kv, 37, size, seed=3), page)
+
+    def mixed(chosen: range, threads: int = 1) -> Tensor:
+        monkeypatch.setattr(ops, "_threads", lambda: threads)
+        table = torch.tensor([[row] for row in chosen])
+        places = ops.Places(table, torch.tensor([row % page for row in chosen]), kv, group, size, page)
+        mine, out = (
+            q[:, chosen.start : chosen.stop].contiguous(),
+            torch.empty(len(chosen), kv * group * size, dtype=dtype),
+        )
+        ops.decode_mix(mine, early, keys, values, places, slice(0, len(chosen)), out, 0.2)
+        return out
+
+    every = mixed(range(rows))
+    assert torch.equal(every, mixed(range(rows), threads=3))
+    for row in (0, 7, 24):
+        assert torch.equal(every[row], mixed(range(row, row + 1))[0])
+    # What lies behind each row's places is not read.
+    after = torch.arange(page)[None] > (torch.arange(rows) % page)[:, None]
+    plain_k, plain_v = ops.places_of(keys, values)
+    for plain in (plain_k, plain_v):
+        plain.masked_fill_(after[:, None, :, None], float("nan"))
+    pair = keys.shape[4]
+    keys = plain_k.unflatten(3, (-1, pair)).permute(0, 1, 3, 2, 4).contiguous()
+    values = plain_v.unflatten(2, (-1, pair)).transpose(3, 4).contiguous()
+    assert torch.equal(every, mixed(range(rows)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_was_read_goes_into_pages(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    kv, rows, longest, size, page = 2, 3, 20, 8, 16
+    k, v = _random(dtype, kv, rows, longest, size), _random(dtype, kv, rows, longest, size, seed=1)
+    lengths = (20, 3, 17)
+    row, place = (
+        torch.tensor([each[n] for each in [(r, p) for r, n in enumerate(lengths) for p in range(n)]]) for n in (0, 1)
+    )
+    pages, within = row * 2 + place // page, place % page
+
+    def run() -> list[Tensor]:
+        keys, values = (torch.zeros(6, *each, dtype=dtype) for each in ops.page_shapes(kv, page, size, dtype))
+        ops.decode_keep(k, v, row, place, pages, within, keys, values)
+        return [keys, values]
+
+    compiled, portable = _both(monkeypatch, run)
+    for one, other in zip(compiled, portable, strict=True):
+        assert torch.equal(one, other)
+    for plain, new in zip(ops.places_of(*compiled), (k, v), strict=True):
+        assert torch.equal(plain[pages, :, within], new[:, row, place].transpose(0, 1))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_largest_is_the_first_of_equals(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    scores = _random(dtype, 4, 100)
+    scores[1] = 2.0
+    scores[2, [7, 90]] = 50.0
+    scores[3] = float("-inf")
+    compiled, portable = _both(monkeypatch, lambda: ops.largest(scores))
+    assert compiled.tolist() == portable.tolist()
+    assert compiled[1:].tolist() == [0, 7, 0]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_allowed_is_forbidden(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    scores, rows = _random(dtype, 3, 75), torch.tensor([2, 0])
+    bits = torch.tensor([[0b101, -1, 0], [-1, 1 << 31 - 1, 7]], dtype=torch.int32)
+
+    def run() -> list[Tensor]:
+        made = scores.clone()
+        ops.forbid_(made, rows, bits)
+        return [made]
+
+    (compiled,), (portable,) = _both(monkeypatch, run)
+    assert torch.equal(compiled, portable)
+    allowed = [[*range(32), 62, 64, 65, 66], list(range(75)), [0, 2, *range(32, 64)]]
+    for row, places in enumerate(allowed):
+        assert compiled[row].isfinite().nonzero()[:, 0].tolist() == places
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("rows", [1, 31, 32, 77])
+@pytest.mark.parametrize(("out", "into"), [(32, 32), (96, 320), (256, 320), (64, 4160)])
+def test_products_with_and_without_a_pair(rows: int, out: int, into: int, plain: bool) -> None:
+    """On processors with tiles this is their test; elsewhere of their stand-in. 4160 is deeper than a group."""
+    weight, bias = _random(torch.bfloat16, out, into) / into**0.5, _random(torch.bfloat16, out, seed=1)
+    product = products.PackedLinear(weight, bias, plain=plain)
+    pair = products.LowRankFactors(
+        _random(torch.bfloat16, 32, into, seed=2) / into**0.5, _random(torch.bfloat16, 32, out, seed=3)
+    )
+    x, gradient = _random(torch.bfloat16, rows, into, seed=4), _random(torch.bfloat16, rows, out, seed=5)
+    assert torch.equal(product.weight, weight)
+    wide = x.float() @ weight.float().t() + bias.float()
+    torch.testing.assert_close(product(x).float(), wide, rtol=2e-2, atol=2e-2)
+    low, up = pair.low(x), pair.into_low(gradient)
+    torch.testing.assert_close(low.float(), x.float() @ pair.a.float().t(), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(product(x, low, pair).float(), wide + low.float() @ pair.c.float(), rtol=2e-2, atol=0.1)
+    back = gradient.float() @ weight.float()
+    torch.testing.assert_close(product.back(gradient).float(), back, rtol=2e-2, atol=2e-2)
+    both = back + up.float() @ pair.a.float()
+    torch.testing.assert_close(product.back(gradient, up, pair).float(), both, rtol=2e-2, atol=0.1)
+
+
+@pytest.mark.parametrize(("out", "into"), [(96, 320), (64, 4160)])
+def test_spans_side_by_side_have_the_bits_they_have_alone(out: int, into: int) -> None:
+    product = products.PackedLinear(
+        _random(torch.bfloat16, out, into) / into**0.5, _random(torch.bfloat16, out, seed=1)
+    )
+    sizes, ranks = [5, 32, 77, 1], [32, 0, 64, 32]
+    pairs = [
+        products.LowRankFactors(
+            _random(torch.bfloat16, rank, into, seed=rank), _random(torch.bfloat16, rank, out, seed=3)
+        )
+        if rank
+        else None
+        for rank in ranks
+    ]
+    x, gradient = _random(torch.bfloat16, sum(sizes), into, seed=4), _random(torch.bfloat16, sum(sizes), out, seed=5)
+    low = [pair and pair.low(own) for pair, own in zip(pairs, x.split(sizes), strict=True)]
+    up = [pair and pair.into_low(own) for pair, own in zip(pairs, gradient.split(sizes), strict=True)]
+    alone = [product(*each) for each in zip(x.split(sizes), low, pairs, strict=True)]
+    assert torch.equal(product.apart(x, sizes, low, pairs), torch.cat(alone))
+    alone = [product.back(*each) for each in zip(gradient.split(sizes), up, pairs, strict=True)]
+    assert torch.equal(product.back_apart(gradient, sizes, up, pairs), torch.cat(alone))
+
+
+@pytest.mark.parametrize("rows", [1, 31, 64, 77, 300])
+@pytest.mark.parametrize(("rank", "width"), [(32, 32), (96, 160), (512, 832)])
+def test_the_gradient_of_a_factor(rows: int, rank: int, width: int) -> None:
+    low, x = _random(torch.bfloat16, rows, rank), _random(torch.bfloat16, rows, width, seed=1)
+    out = torch.full((rank, width), float("nan"), dtype=torch.bfloat16)
+    products.outer(low, x, out)
+    torch.testing.assert_close(out.float(), low.float().t() @ x.float(), rtol=1e-2, atol=1e-2)
+
+
+@needs_kernels
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_a_thread_that_rests_keeps_no_helpers() -> None:
+    """Helpers of a thread that does not compute any more would keep those of another from waiting awake."""
+    script = """
+import os, time, torch
+from tunesmith.engines.native.network import ops
+from tunesmith.engines.native import runtime
+torch.set_num_threads(3)
+count = lambda: len(os.listdir("/proc/self/task"))
+work = lambda: ops.gated(torch.ones(64, 32))
+before, made = count(), work()
+during = count()
+runtime.release_threads()
+until = time.monotonic() + 60
+while (after := count()) > before and time.monotonic() < until:
+    time.sleep(0.01)  # they are told to end, and end when a core is free
+assert torch.equal(work(), made)
+print(during - before, after - before, count() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "0", "2"]
+
+
+@needs_kernels
+def test_fewer_threads_than_were_asked_for_do_the_same() -> None:
+    """OpenMP may give fewer; a deep product, summed group by group, keeps sums for every panel that a thread has."""
+    script = """
+import hashlib, torch
+from tunesmith.engines.native.network.products import PackedLinear
+torch.set_num_threads(4)
+drawn = lambda *size: torch.randn(*size, generator=torch.Generator().manual_seed(0)).bfloat16()
+product = PackedLinear(drawn(8192, 1024))
+found = product.back(drawn(70, 8192)), product(drawn(70, 1024))
+print([hashlib.sha256(each.view(torch.int16).numpy().tobytes()).hexdigest() for each in found])
+"""
+
+    def told(**environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    assert told(OMP_THREAD_LIMIT="1") == told()
+
+
+def test_what_the_kernels_are_made_with_is_named(tmp_path: Path) -> None:
+    script = "from tunesmith.engines.native import kernels as native; print(native.identity())"
+
+    def told(**environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    assert told(TUNESMITH_KERNELS="portable") == "portable"
+    assert told(CXX=str(tmp_path / "no-compiler")) == "portable", "a missing compiler is no error"
+    assert told(CXX="false") == "portable", "nor is one that fails"
+    made = told(TUNESMITH_CACHE=str(tmp_path))
+    assert made == "portable" or [path.stem for path in (tmp_path / "kernels").iterdir()] == [made]
+
+
+def test_other_kernels_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_KERNELS", "fast")
+    with pytest.raises(UsageError, match="fast"):
+        native._built()
+
+
+def test_a_library_that_cannot_be_loaded_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "damaged.so").write_bytes(b"no library")
+    monkeypatch.setattr(native, "_built", lambda: tmp_path / "damaged.so")
+    native._loaded.cache_clear()
+    try:
+        assert (native.identity(), native.library()) == ("portable", None)
+    finally:
+        native._loaded.cache_clear()

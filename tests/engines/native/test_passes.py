@@ -1,0 +1,85 @@
+"""A pass in one native call gives what the same kernels give when Python calls them one by one, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.adapters import write_adapter
+from tests.engines.native.test_decoder import END, Heard, _prompt, _row
+from tests.tiny import TILED, write_model
+from tunesmith.engines.native import kernels as native
+from tunesmith.engines.native.adapters.adapter import PackedAdapter, fuse, read_adapter
+from tunesmith.engines.native.decoding import decoder
+from tunesmith.engines.native.decoding.decoder import Batch
+from tunesmith.engines.native.decoding.rows import Prefix
+from tunesmith.engines.native.network import passes
+from tunesmith.engines.native.network.network import Network
+from tunesmith.engines.native.network.weights import load_network
+from tunesmith.models.base import resolve_base
+from tunesmith.store.store import Store
+
+pytestmark = pytest.mark.skipif(
+    native.library() is None or native.library().tiles() != 1, reason="needs a compiler and a processor with tiles"
+)
+
+
+@pytest.fixture(params=["llama", "qwen2"])
+def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    return write_model(tmp_path / request.param, request.param, sizes=TILED)
+
+
+def _adapter(folder: Path, network: Network, name: str, **how: int) -> PackedAdapter:
+    base = resolve_base(Store(folder.parent / "store"), str(folder), folder.parent)
+    return fuse(network, read_adapter(write_adapter(folder.parent / name, base, strength=0.5, **how), network, base))
+
+
+def _given(network: Network, adapters: list[PackedAdapter | None]) -> list[list[tuple[int, object]]]:
+    """Tokens and scores of rows that come and go, some behind a prefix, some long, while memory grows."""
+    prefix = Prefix(tuple(_prompt(0, 40)), adapters[0])
+    batch = Batch(network, frozenset({END}), most_rows=6)
+    heard = [Heard() for _ in range(12)]
+    rows = []
+    for seed, told in enumerate(heard):
+        adapter = adapters[seed % len(adapters)]
+        behind = prefix if adapter is adapters[0] and seed % 2 == 0 else None
+        length = 90 if seed == 7 else 3 + 5 * seed
+        rows.append(_row(_prompt(seed + 1, length), told, 30 + 9 * seed, prefix=behind, adapter=adapter, top=2))
+    for step in range(400):
+        if step % 5 == 0 and rows:
+            batch.waiting.extend(rows[:3])
+            del rows[:3]
+        batch.step()
+    assert not batch
+    assert all(told.ended == [None] for told in heard)
+    return [list(zip(told.tokens, told.scores, strict=True)) for told in heard]
+
+
+@pytest.mark.parametrize("kind", ["the base", "one adapter", "several"])
+def test_a_whole_pass_is_its_kernels(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = load_network(folder)
+    adapters: list[PackedAdapter | None] = [None]
+    if kind != "the base":
+        adapters = [_adapter(folder, network, "a", rank=4, seed=1)]
+    if kind == "several":
+        adapters += [None, _adapter(folder, network, "b", rank=7, seed=2)]
+    runs: list[int] = []
+    whole = passes.Pass.run
+    monkeypatch.setattr(passes.Pass, "run", lambda *told: runs.append(1) or whole(*told))
+    found = _given(network, adapters)
+    assert runs
+    monkeypatch.setattr(decoder, "fits", lambda _: False)
+    runs.clear()
+    assert found == _given(network, adapters)
+    assert not runs
+
+
+def test_it_is_for_networks_that_do_no_more_than_llama(tmp_path: Path) -> None:
+    fits = {
+        family: passes.fits(load_network(write_model(tmp_path / family, family, sizes=TILED)))
+        for family in ("llama", "qwen2", "qwen3", "mistral-window", "gemma", "gemma2", "smollm3")
+    }
+    assert [family for family, does in fits.items() if does] == ["llama", "qwen2"]
+    assert not passes.fits(load_network(tmp_path / "llama", torch.float32))

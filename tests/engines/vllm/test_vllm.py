@@ -1,0 +1,262 @@
+"""The vLLM engine against recorded answers of a real server, which a tiny model fills: what it says and what it bears.
+
+tests/slow/test_vllm.py asks a real one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.adapters import write_adapter
+from tests.engines.vllm.vllm_server import FakeVllm, serving
+from tests.tiny import write_model
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.engines.factory import open_engine
+from tunesmith.engines.native import engine as embedded
+from tunesmith.engines.native.engine import NativeEngine
+from tunesmith.engines.native.network.weights import load_network
+from tunesmith.engines.protocol import Completion, Generation, Question
+from tunesmith.engines.settings import VllmSettings
+from tunesmith.engines.vllm import fingerprint
+from tunesmith.engines.vllm import http as vllm_http
+from tunesmith.engines.vllm.engine import VllmEngine
+from tunesmith.models.base import Base, resolve_base
+from tunesmith.store.store import Store
+
+TEXTS = ["turn on", "is the door locked?", "x", "turn on the kitchen light and the hall light, please"]
+
+
+def _requests(**how: Any) -> list[Generation]:
+    return [Generation((Message(role="user", content=text),), **{"max_tokens": 10, **how}) for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    folder = tmp_path_factory.mktemp("base")
+    write_model(folder / "m")
+    return resolve_base(Store(folder / "store"), "m", folder)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("other") / "m", seed=1)
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("adapter") / "a", base, strength=0.5)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32, so that a wrong token is a mistake; no waiting; a cache of the test's own."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(vllm_http, "_FIRST_WAIT", 0.001)
+    for module in (embedded, fingerprint):
+        monkeypatch.setattr(module, "load_network", lambda folder: load_network(folder, torch.float32))
+
+
+@pytest.fixture
+def fake(base: Base) -> FakeVllm:
+    return FakeVllm(base.folder)
+
+
+@pytest.fixture
+def url(fake: FakeVllm) -> Iterator[str]:
+    with serving(fake) as found:
+        yield found
+
+
+@pytest.fixture
+def engine(base: Base, url: str) -> VllmEngine:
+    return VllmEngine(base, VllmSettings(kind="vllm", url=f"{url}/v1/", retries=2, concurrency=3))
+
+
+def test_it_answers_as_the_embedded_engine_does(base: Base, engine: VllmEngine, fake: FakeVllm, adapter: Path) -> None:
+    here = NativeEngine(base)
+    for each in (here, engine):
+        each.load_adapter("a", adapter)
+    questions = [Question((Message(role="user", content=text),), ("yes", "no", "the light")) for text in TEXTS[:2]]
+    for name in (None, "a"):
+        assert engine.generate(_requests(), name) == here.generate(_requests(), name)
+        for ours, theirs in zip(engine.choose(questions, name), here.choose(questions, name), strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-3)
+        for request in _requests():
+            *pieces, last = engine.stream(request, name)
+            assert [last] == here.generate([request], name)
+            assert isinstance(last, Completion)
+            assert "".join(pieces) == last.text  # type: ignore[arg-type]
+    assert engine.generate(_requests(), "a") != engine.generate(_requests())
+    assert 1 < fake.busiest <= 3, "as many at once as the settings say"
+    assert (engine.base, engine.context_length) == (here.base, here.context_length)
+    assert engine.special_tokens == here.special_tokens
+    row = (Message(role="user", content="on"), Message(role="assistant", content="yes"))
+    assert engine.count_tokens(row[:1]) == here.count_tokens(row[:1])
+    assert engine.count_row(row) == here.count_row(row)
+
+
+def test_a_stop_text_ends_the_answer_and_is_left_out(base: Base, engine: VllmEngine) -> None:
+    whole = max(engine.generate(_requests(max_tokens=30)), key=lambda one: len(one.text)).text
+    requests = _requests(max_tokens=30, stop=(whole[4:7],))
+    assert engine.generate(requests) == NativeEngine(base).generate(requests)
+
+
+def test_nothing_is_left_to_the_servers_defaults(engine: VllmEngine, fake: FakeVllm) -> None:
+    schema = {"type": "object", "properties": {"on": {"type": "boolean"}}}
+    request = Generation(
+        (Message(role="user", content="on"),), 7, 0.5, 0.9, seed=3, stop=("\n",), schema=json.dumps(schema)
+    )
+    engine.generate([request])
+    path, body = fake.heard[-1]
+    assert path == "/v1/completions"
+    assert body["prompt"] == engine._renderer.prompt(request.messages), "rendered here, sent as ids"
+    sent = {key: body[key] for key in ("max_tokens", "temperature", "top_p", "seed", "stop", "stop_token_ids")}
+    assert sent == {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["\n"], "stop_token_ids": [1]}
+    plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    assert {key: body[key] for key in plain} == plain
+    assert body["structured_outputs"]["json"].items() >= schema.items()
+
+
+def test_another_model_is_refused(base: Base, other: Path, tmp_path: Path) -> None:
+    def refused(fake: FakeVllm, match: str) -> None:
+        with serving(fake) as url, pytest.raises(Refused, match=match):
+            open_engine(base, VllmSettings(kind="vllm", url=url))
+
+    refused(FakeVllm(other), "runs another model(.|\n)*log-probabilities")
+    refused(FakeVllm(base.folder, room=4096), "context length is 4096")
+    shuffled = write_model(tmp_path / "shuffled")
+    tokenizer = json.loads((shuffled / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    (shuffled / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(FakeVllm(shuffled), "tokenizer reads a fixed text differently")
+
+
+def test_a_server_told_to_hold_less_holds_less(base: Base) -> None:
+    with serving(FakeVllm(base.folder, room=64)) as url:
+        engine = VllmEngine(base, VllmSettings(kind="vllm", url=url))
+        assert engine.context_length == 64
+        with pytest.raises(UsageError, match="context length is 64"):
+            engine.generate([Generation((Message(role="user", content="!" * 60),))])
+        (answer,) = engine.generate([Generation((Message(role="user", content="!" * 40),), max_tokens=500)])
+        assert answer.prompt_tokens + answer.completion_tokens <= 64
+
+
+def test_an_adapter_is_loaded_by_its_bytes(
+    base: Base, engine: VllmEngine, fake: FakeVllm, adapter: Path, tmp_path: Path
+) -> None:
+    engine.load_adapter("a", adapter)
+    engine.load_adapter("same", adapter)
+    (there,) = fake.paths
+    engine.load_adapter("a", write_adapter(tmp_path / "b", base, seed=7))
+    assert len(fake.paths) == 2
+    assert engine.generate(_requests(), "a") != engine.generate(_requests(), "same"), "reading it again replaces it"
+    fake.paths[there] = "/elsewhere"
+    engine.load_adapter("same", adapter)
+    assert fake.paths[there] == str(tmp_path / "cache" / "vllm" / there), "a name that came to mean other files"
+
+
+def test_what_the_server_does_not_take_is_told(
+    base: Base, engine: VllmEngine, fake: FakeVllm, adapter: Path, other: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Refused, match="not loaded"):
+        engine.generate(_requests(), "nobody")
+    foreign = resolve_base(Store(tmp_path / "store"), other.name, other.parent)
+    with pytest.raises(Refused, match="another base model"):
+        engine.load_adapter("x", write_adapter(tmp_path / "x", foreign))
+    with pytest.raises(Refused, match=r"LoRA rank 64 is greater(.|\n)*--max-lora-rank"):
+        engine.load_adapter("x", write_adapter(tmp_path / "y", base, rank=40))
+    fake.ignore_adapters = True
+    with pytest.raises(Refused, match="in the adapter's name as the base does"):
+        engine.load_adapter("x", adapter)
+    fake.restart()
+    fake.loading = False
+    with pytest.raises(Refused, match=r"Not Found(.|\n)*VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        engine.load_adapter("x", adapter)
+
+
+def test_a_folder_that_the_server_does_not_see_is_told(
+    engine: VllmEngine, fake: FakeVllm, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fake._adapter
+    monkeypatch.setattr(fake, "_adapter", lambda body: real({**body, "lora_path": "/nowhere"}))
+    with pytest.raises(Refused, match=r"cannot read the adapter's files(.|\n)*engine.adapters"):
+        engine.load_adapter("a", adapter)
+
+
+def test_a_server_that_is_busy_or_away_for_a_moment_is_asked_again(engine: VllmEngine, fake: FakeVllm) -> None:
+    expected = engine.generate(_requests()[:1])
+    for faults in (["busy", "busy"], ["drop"], ["drop", "busy"]):
+        fake.faults = faults
+        assert engine.generate(_requests()[:1]) == expected, faults
+        assert fake.faults == []
+
+
+def test_a_server_that_was_started_again_gets_its_adapters_again(
+    engine: VllmEngine, fake: FakeVllm, adapter: Path
+) -> None:
+    engine.load_adapter("a", adapter)
+    expected = engine.generate(_requests(), "a")
+    fake.restart()
+    assert engine.generate(_requests(), "a") == expected
+    fake.restart()
+    *_, last = engine.stream(_requests()[0], "a")
+    assert last == expected[0]
+
+
+def test_a_server_that_came_back_as_another_is_refused(engine: VllmEngine, fake: FakeVllm, other: Path) -> None:
+    fake.restart(other)
+    with pytest.raises(Refused, match="another model"):
+        engine.generate(_requests())
+    fake.models[engine._model] = fake.models[str(other)]  # under the old name: only the lost connection tells
+    fake.faults = ["drop"]
+    with pytest.raises(Refused, match="another model"):
+        engine.generate(_requests()[:1])
+
+
+@pytest.mark.parametrize(
+    ("faults", "error", "match"),
+    [
+        (["busy"] * 3, TunesmithError, "status 503: overloaded"),
+        (["drop"] * 9, TunesmithError, r"cannot be reached(.|\n)*vllm serve"),
+        (["fail"], TunesmithError, "status 500: EngineCore"),
+        (["stall"], TunesmithError, "no answer within 0.3 s"),
+    ],
+)
+def test_a_server_that_fails_is_told(
+    faults: list[str], error: type[TunesmithError], match: str, base: Base, fake: FakeVllm, url: str
+) -> None:
+    engine = VllmEngine(base, VllmSettings(kind="vllm", url=url, retries=2, answer_seconds=0.3, concurrency=1))
+    fake.faults = faults
+    with pytest.raises(error, match=match) as caught:
+        engine.generate(_requests()[:1])
+    assert caught.value.exit_code == 1
+
+
+def test_a_stream_that_breaks_off_is_told(engine: VllmEngine, fake: FakeVllm) -> None:
+    fake.faults = ["break"]
+    with pytest.raises(TunesmithError, match="EngineCore died"):
+        list(engine.stream(_requests()[0]))
+
+
+def test_the_key_is_sent_and_missed(base: Base, fake: FakeVllm, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.key = "k"
+    with pytest.raises(Refused, match=r"does not accept the API key(.|\n)*engine.key_env"):
+        VllmEngine(base, VllmSettings(kind="vllm", url=url))
+    named = VllmSettings(kind="vllm", url=url, key_env="VLLM_KEY_OF_A_TEST")
+    with pytest.raises(UsageError, match="VLLM_KEY_OF_A_TEST is not set"):
+        VllmEngine(base, named)
+    monkeypatch.setenv("VLLM_KEY_OF_A_TEST", "k")
+    assert VllmEngine(base, named).generate(_requests()[:1])
+
+
+def test_a_server_that_is_none_is_told(base: Base) -> None:
+    with pytest.raises(TunesmithError, match="cannot be reached"):
+        VllmEngine(base, VllmSettings(kind="vllm", url="http://127.0.0.1:9", retries=0))

@@ -1,0 +1,287 @@
+"""Every kind of candidate through the chain on a tiny base: measured alike, and released where that makes sense."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.chat_server import ChatServer, chat_server, completion
+from tests.pipeline.scene import rows as scene_rows
+from tests.pipeline.scene import settings, write_project
+from tunesmith import pipeline
+from tunesmith.api import Project
+from tunesmith.candidates.answering import compose
+from tunesmith.candidates.candidate import load_candidate
+from tunesmith.candidates.settings import EndpointSettings
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.data.dataset import load_dataset
+from tunesmith.data.documents import Documents
+from tunesmith.project import parse_settings
+from tunesmith.registry.leaderboard import leaderboard
+from tunesmith.registry.versions import verified_copy, verify_version
+from tunesmith.server.routing import ReadyVersions
+
+KEY = "sk-never-to-be-kept"
+DOCUMENT = "# Rooms\n\nThe kitchen has a light and a heater.\n\n# Garage\n\nThe garage has a radio.\n"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ChatServer]:
+    with chat_server() as running:
+        running.reply = lambda body: (200, {}, completion('{"on": true, "room": "attic", "thing": "fan"}'))
+        yield running
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, server: ChatServer) -> Project:
+    """A project with every kind of candidate, evaluated."""
+    folder = tmp_path_factory.mktemp("kinds") / "p"
+    candidates: dict[str, Any] = {
+        "plain": {"prompt": "prompt.txt", "max_tokens": 4},
+        "floor": {"method": "nearest"},
+        "diverse": {"prompt": "prompt.txt", "shots": {"count": 2, "choose": "diverse"}, "max_tokens": 4},
+        "searched": {
+            "prompt": "prompt.txt",
+            "max_tokens": 4,
+            "search": {"prompts": ["other.txt"], "shots": [0, 1], "tries": 5, "rows": 6},
+        },
+        "docs": {"prompt": "prompt.txt", "retrieve": {"from": "documents", "k": 1}, "max_tokens": 4},
+        "tuned": {
+            "prompt": "prompt.txt",
+            "retrieve": {"k": 1},
+            "train": {"rank": 2, "batch": 8, "rows": 16},
+            "max_tokens": 4,
+        },
+        "held": {"prompt": "prompt.txt", "weights": "tuned", "constrain": True, "max_tokens": 40},
+        "rival": {
+            "prompt": "prompt.txt",
+            "endpoint": {"url": server.url, "model": "big", "key_env": "RIVAL_KEY", "retries": 0},
+        },
+    }
+    folder.mkdir()
+    (folder / "other.txt").write_text("Reply in JSON, nothing else.\n")
+    (folder / "rooms.md").write_text(DOCUMENT)
+    data = {**settings()["data"], "split": {"validation": 0.2, "test": 0.3, "group_by": "template"}}  # type: ignore[dict-item]
+    write_project(folder, candidates=candidates, documents={"paths": ["*.md"], "licence": "CC0-1.0"}, data=data)
+    loaded = Project.load(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RIVAL_KEY", KEY)
+        pipeline.evaluate(loaded)
+    return loaded
+
+
+def _answers(project: Project, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    evaluation = project.store.record(str(pipeline.latest_evaluation(project)))
+    record = project.store.record(evaluation.parents[f"answers:{name}"])
+    lines = project.store.read_blob(record.blobs["answers.jsonl"]).splitlines()
+    return dict(record.body), [json.loads(line) for line in lines]
+
+
+def _candidate(project: Project, name: str) -> Any:
+    evaluation = project.store.record(str(pipeline.latest_evaluation(project)))
+    return load_candidate(project.store, evaluation.body["candidates"][name]["candidate"])
+
+
+def test_all_are_measured_on_the_same_rows(project: Project) -> None:
+    body = project.store.record(str(pipeline.latest_evaluation(project))).body
+    assert set(body["candidates"]) == set(project.settings.candidates)
+    assert body["candidates"]["floor"]["prompt_tokens"] == 0
+    assert body["candidates"]["rival"]["prompt_tokens"] == 11 * body["n"]
+    assert body["candidates"]["held"]["metrics"]["json_valid"]["mean"] == 1.0
+
+
+def test_a_floor_answers_with_training_answers(project: Project) -> None:
+    dataset = load_dataset(project.store, _candidate(project, "floor").dataset)
+    known = {example.answer for example in dataset.examples("train")}
+    assert {line["text"] for line in _answers(project, "floor")[1]} <= known
+
+
+def test_what_was_looked_up_is_kept_with_the_answer(project: Project) -> None:
+    documents = Documents(project.store, _candidate(project, "docs").documents)
+    passages = {passage.id for passage in documents.passages}
+    assert all(line["retrieved"][0] in passages for line in _answers(project, "docs")[1])
+    assert all("retrieved" not in line for line in _answers(project, "plain")[1])
+
+
+def test_the_prompt_cites_the_passage(project: Project) -> None:
+    from tunesmith.core.messages import Message
+
+    candidate = _candidate(project, "docs")
+    answerer = pipeline.answerer(pipeline.Chain(project), candidate)
+    asked = answerer.conversation([Message(role="user", content="what is in the garage?")])
+    assert "(rooms.md, Garage)\nThe garage has a radio." in asked[0].content
+    assert answerer.sources([Message(role="user", content="garage")]).sources == ("rooms.md",)
+
+
+def test_a_tuned_candidate_with_retrieval_never_sees_its_own_answer(project: Project) -> None:
+    candidate = _candidate(project, "tuned")
+    answerer = pipeline.answerer(pipeline.Chain(project), candidate)
+    for example in load_dataset(project.store, candidate.dataset).examples("train"):
+        shown = compose(candidate, example.messages, answerer.without_group(example))
+        assert example.messages[-1] in shown
+        assert example.request[-1] not in shown[:-2], "its own request among the retrieved"
+    assert answerer.without_group(example).ids, "something is retrieved all the same"
+
+
+def test_borrowed_weights_are_the_others(project: Project) -> None:
+    assert _candidate(project, "held").training == _candidate(project, "tuned").training
+    assert _candidate(project, "held").tuned
+
+
+def test_a_search_states_its_budget_and_stays_off_the_test_rows(project: Project) -> None:
+    candidate = _candidate(project, "searched")
+    record = project.store.record(candidate.search, kind="search")
+    body = record.body
+    lines = project.store.read_blob(record.blobs["answers.jsonl"]).splitlines()
+    assert body["budget"] == 5 * body["rows"] == len(lines)
+    dataset = load_dataset(project.store, record.parents["dataset"])
+    tried = {json.loads(line)["id"] for line in lines}
+    assert tried <= {example.id for example in dataset.examples("validation")}
+    train = {example.id for example in dataset.examples("train")}
+    assert all(set(one["shots"]) <= train for one in body["tries"])
+    best = body["tries"][body["best"]]
+    assert best["mean"] == max(one["mean"] for one in body["tries"])
+    assert candidate.prompt == best["prompt"]
+    assert len(candidate.shots) == len(best["shots"])
+
+
+def test_the_key_is_kept_nowhere(project: Project, server: ChatServer) -> None:
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+    for path in project.root.rglob("*"):
+        if path.is_file():
+            assert KEY.encode() not in path.read_bytes(), path
+    body = _answers(project, "rival")[0]
+    assert body["served_by"] == ["m-2026"]
+    assert _candidate(project, "rival").endpoint.model == "big"
+
+
+def test_prices_and_time_limits_do_not_ask_an_endpoint_again(project: Project, server: ChatServer) -> None:
+    before = len(server.asked)
+    named = project.settings.candidates["rival"].endpoint
+    assert isinstance(named, EndpointSettings)
+    changed = named.model_copy(update={"timeout": 5.0, "key_env": None})
+    rival = project.settings.candidates["rival"].model_copy(update={"endpoint": changed})
+    settings = project.settings.model_copy(update={"candidates": {**project.settings.candidates, "rival": rival}})
+    pipeline.evaluate(Project(project.root, settings))
+    assert len(server.asked) == before
+
+
+def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
+    verdict = pipeline.gate(project, name="rival")
+    with pytest.raises(Refused, match="answered by an endpoint"):
+        pipeline.register(project, verdict, actor=project.actor())
+    text = (project.root / "tunesmith.yaml").read_text() + "release: rival\n"
+    with pytest.raises(UsageError, match="cannot be released"):
+        parse_settings(text.encode(), "x")
+
+
+@pytest.mark.parametrize("name", ["floor", "docs", "searched", "held"])
+def test_the_others_can_be_released_and_verified(project: Project, name: str) -> None:
+    version = pipeline.register(project, pipeline.gate(project, name=name), actor=project.actor())
+    found = verify_version(project.store.root, version.label)
+    assert found.ok, found.problems
+    with verified_copy(project.store, version) as loaded:
+        assert loaded.candidate.name == name
+    # As the server answers it: what was measured is what serves.
+    answerer = ReadyVersions(project.store, pipeline.Chain(project).engine).answerer(version)
+    dataset = load_dataset(project.store, project.store.record(version.evaluation).parents["dataset"])
+    asked = [answerer.generation(example.request) for example in dataset.examples("test")[:8]]
+    served = [each.text for each in answerer.responder.generate(asked, answerer.adapter)]
+    assert served == [line["text"] for line in _answers(project, name)[1]][:8]
+
+
+def test_the_leaderboard_compares_only_what_was_measured_on_the_same_rows(project: Project) -> None:
+    for name in ("floor", "plain"):
+        pipeline.register(project, pipeline.gate(project, name=name), actor=project.actor())
+    (board,) = leaderboard(project.store, "tiny")["boards"]
+    rows = {row["candidate"]: row for row in board["versions"]}
+    assert board["metric"] == "exact_match"
+    assert board["dataset"] == _candidate(project, "floor").dataset
+    assert rows["floor"]["lever"] == "floor"
+    means = [row["mean"] for row in board["versions"]]
+    assert means == sorted(means, reverse=True)
+    assert board["versions"][0]["behind"] is None
+    for row in board["versions"][1:]:
+        assert row["behind"]["mean"] == pytest.approx(row["mean"] - means[0])
+
+
+def test_documents_that_hold_the_test_are_refused(project: Project) -> None:
+    test = load_dataset(project.store, _candidate(project, "floor").dataset).examples("test")[0]
+    leak = project.root / "leak.md"
+    leak.write_text(f"Q: {test.request[-1].content}\nA: {test.answer}\n")
+    try:
+        with pytest.raises(Refused, match="holds the test row"):
+            pipeline.evaluate(project, names=["docs"])
+    finally:
+        leak.unlink()
+
+
+@pytest.mark.parametrize(
+    ("candidates", "said"),
+    [
+        ({"a": {"prompt": "p", "weights": "b"}}, "'b' is not trained here"),
+        ({"a": {"prompt": "p", "retrieve": {"from": "documents"}}}, "needs `documents:`"),
+    ],
+)
+def test_what_the_project_file_lacks(candidates: dict[str, Any], said: str) -> None:
+    text = yaml.safe_dump({**settings(), "candidates": candidates, "gates": {}})
+    with pytest.raises(UsageError, match=said):
+        parse_settings(text.encode(), "x")
+
+
+def test_labels_are_calibrated_where_probabilities_are_there(tmp_path: Path) -> None:
+    candidates = {
+        "plain": {"prompt": "prompt.txt", "max_tokens": 4},
+        "classes": {"method": "classifier"},
+        "nearest": {"method": "nearest"},
+    }
+    task = {"scorers": [{"name": "label", "label": "", "calibrate": True}]}
+    folder = write_project(tmp_path / "p", candidates=candidates, task=task, gates={})
+    rows = [
+        {"prompt": f"turn {verb} the {thing} in {place}", "completion": verb, "template": f"{verb}{thing}{place}"}
+        for verb in ("on", "off")
+        for thing in ("light", "fan", "radio")
+        for place in ("hall", "attic", "den", "loft", "study")
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = Project.load(folder)
+    body = loaded.store.record(pipeline.evaluate(loaded)).body["candidates"]
+    assert body["classes"]["metrics"]["label"]["mean"] == 1.0
+    assert body["classes"]["calibration"]["label"]["n"] == body["plain"]["calibration"]["label"]["n"]
+    assert body["plain"]["calibration"]["label"]["bins"], "the base is asked how likely each label is"
+    assert "calibration" not in body["nearest"], "the nearest answer says nothing of how sure it is"
+    assert body["classes"]["classes"]["label"]["macro_f1"]["mean"] == 1.0
+
+
+def test_a_search_scores_what_was_looked_up(tmp_path: Path) -> None:
+    searched = {"prompt": "prompt.txt", "max_tokens": 4, "retrieve": {"from": "train", "k": 2}}
+    searched["search"] = {"shots": [0], "tries": 2, "rows": 8}
+    folder = write_project(
+        tmp_path / "p",
+        candidates={"searched": searched},
+        task={"schema": "schema.json", "scorers": ["retrieval_hit", "json_valid"], "primary": "retrieval_hit"},
+        gates={},
+    )
+    # Every answer belongs to two requests, so that for some rows a training row with the right answer is looked up.
+    again = [{**row, "messages": [_politely(row["messages"][0]), row["messages"][1]]} for row in scene_rows()]
+    renamed = [{**row, "template": f"please {row['template']}"} for row in again]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*scene_rows(), *renamed]))
+    project = Project.load(folder)
+    candidate = load_candidate(project.store, pipeline.candidate(pipeline.Chain(project), "searched"))
+    search = project.store.record(str(candidate.search), kind="search")
+    lines = [json.loads(line) for line in project.store.read_blob(search.blobs["answers.jsonl"]).splitlines()]
+    dataset = load_dataset(project.store, str(candidate.dataset))
+    wanted = {row.id: row.answer for row in dataset.examples("validation")}
+    known = {row.id: row.answer for row in dataset.examples("train")}
+    hits = [float(wanted[line["id"]] in [known[name] for name in line["retrieved"]]) for line in lines]
+    assert [line["score"] for line in lines] == hits
+    assert set(hits) == {0.0, 1.0}, "rows of both kinds, else a scoring that sees nothing would pass"
+
+
+def _politely(turn: dict[str, str]) -> dict[str, str]:
+    return {**turn, "content": f"please {turn['content']}"}

@@ -1,0 +1,262 @@
+"""The chain: what is skipped, what is stale, what a kill leaves, what the verbs print."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pipeline.scene import rows, settings, write_project
+from tunesmith import pipeline
+from tunesmith.api import Project
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.data.dataset import load_dataset
+from tunesmith.data.governance.signoff import sign_off
+from tunesmith.registry.versions import verify_version
+from tunesmith.store import identities
+from tunesmith.store.records import Record
+from tunesmith.training.rows import training_rows
+from tunesmith.training.settings import TrainSettings
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A project that went the whole way, and what the run printed."""
+    folder = write_project(tmp_path_factory.mktemp("chain") / "p")
+    return folder, Project.load(folder).run()
+
+
+@pytest.fixture
+def project(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    """A copy of it to change."""
+    shutil.copytree(finished[0], tmp_path / "p")
+    return tmp_path / "p"
+
+
+def _done(document: dict[str, Any]) -> set[str]:
+    return {stage["name"] for stage in document["stages"] if not stage["skipped"]} - {"base", "register"}
+
+
+def _again(folder: Path, **changes: Any) -> dict[str, Any]:
+    if changes:
+        write_project(folder, **changes)
+    return Project.load(folder).run()
+
+
+def test_the_document_has_every_stage(finished: tuple[Path, dict[str, Any]]) -> None:
+    document = finished[1]
+    assert document["register"]["version"] == "tiny@v1"
+    assert document["gate"]["verdict"] == "pass"
+    assert document["data"]["rows"]["kept"] == 120
+    assert set(document["evaluate"]["candidates"]) == {"plain", "held", "rag", "tuned"}
+    assert document["evaluate"]["candidates"]["held"]["json_valid"]["mean"] == 1.0, "held to the schema"
+    assert document["evaluate"]["candidates"]["plain"]["json_valid"]["mean"] == 0.0
+    training = document["train"]["tuned"]
+    assert {"training", "adapter", "examples_per_second", "peak_memory_bytes", "estimate", "final_loss"} <= set(
+        training
+    )
+    assert Path(training["adapter"]).is_file()
+    json.dumps(document, allow_nan=False)
+
+
+def test_a_second_run_does_nothing_and_ends_the_same(project: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    again = _again(project)
+    assert _done(again) == set()
+    assert {key: again[key] for key in ("gate", "evaluate", "register")} == {
+        key: finished[1][key] for key in ("gate", "evaluate", "register")
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "stale"),
+    [
+        ({"rollout": {"steps": [{"setWeight": 100}]}}, set()),
+        ({"gates": {"valid": {"metric": "json_valid", "at_most": 1.0}}}, {"gate tuned"}),
+        ({"task": {"schema": "schema.json", "scorers": ["json_valid"]}}, {"evaluate", "gate tuned"}),
+        (
+            {"candidates": {**settings()["candidates"], "plain": {"prompt": "prompt.txt", "max_tokens": 4}}},  # type: ignore[dict-item]
+            {"answer plain", "evaluate", "gate tuned"},
+        ),
+        (
+            {"candidates": {**settings()["candidates"], "tuned": {"prompt": "prompt.txt", "train": {"rank": 3}}}},  # type: ignore[dict-item]
+            {"train tuned", "answer tuned", "evaluate", "gate tuned"},
+        ),
+    ],
+)
+def test_only_what_depends_on_a_change_is_done_again(project: Path, change: dict[str, Any], stale: set[str]) -> None:
+    assert _done(_again(project, **change)) == stale
+
+
+def test_a_changed_row_is_another_dataset_and_everything_after_it(project: Path) -> None:
+    before = pipeline.build_data(Project.load(project))
+    with (project / "rows.jsonl").open("a") as file:
+        row = rows()[0]
+        row["template"] = "new"
+        row["messages"][0]["content"] = "a wholly other wish"  # type: ignore[index]
+        file.write(json.dumps(row) + "\n")
+    document = Project.load(project).run()
+    assert document["data"]["dataset"] != before
+    assert {"data", "train tuned", "answer plain", "answer tuned", "evaluate"} <= _done(document)
+
+
+def test_an_untouched_timestamp_changes_nothing(project: Path) -> None:
+    os.utime(project / "rows.jsonl")
+    os.utime(project / "model" / "model.safetensors")
+    assert _done(_again(project)) == set()
+
+
+def test_killed_at_any_moment_the_next_run_carries_on(tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    folder = write_project(tmp_path / "p")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    killed = 0
+    for wait in (3.0, 5.0, 6.0, 7.0):
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "tunesmith", "run", "-C", str(folder)], env=environment, stderr=subprocess.DEVNULL
+        )
+        time.sleep(wait)
+        if worker.poll() is None:
+            worker.send_signal(signal.SIGKILL)
+            killed += 1
+        worker.wait()
+    assert killed, "no run was killed: the test did not test"
+    document = Project.load(folder).run()
+    expected = finished[1]
+    assert document["data"] == expected["data"]
+    assert document["evaluate"]["candidates"] == expected["evaluate"]["candidates"]
+    assert verify_version(Project.load(folder).store.root, document["register"]["version"]).ok
+
+
+def test_gates_that_do_not_pass_register_nothing(project: Path) -> None:
+    document = _again(project, gates={"valid": {"metric": "json_valid", "at_least": 1.0}})
+    assert document["gate"]["verdict"] == "fail"
+    assert "register" not in document
+    assert _again(project, gates={})["gate"]["verdict"] == "inconclusive", "no gates is not a pass"
+
+
+def test_the_candidate_that_is_judged(project: Path) -> None:
+    assert _again(project)["gate"]["candidate"] == "tuned"
+    assert _again(project, release="held")["gate"]["candidate"] == "held"
+    without = {name: each for name, each in settings()["candidates"].items() if name != "tuned"}  # type: ignore[attr-defined]
+    document = _again(project, candidates=without, task={"schema": "schema.json", "scorers": ["json_valid"]})
+    assert document["gate"]["candidate"] == "held", "if prompting wins, prompting is what gets released"
+
+
+def test_names_that_do_not_exist(project: Path) -> None:
+    loaded = Project.load(project)
+    with pytest.raises(UsageError, match="no candidate 'tuend'"):
+        pipeline.evaluate(loaded, names=["tuend"])
+    with pytest.raises(UsageError, match="'plain' has no training"):
+        pipeline.train(loaded, name="plain")
+
+
+def test_constrain_needs_a_schema(tmp_path: Path) -> None:
+    folder = write_project(tmp_path, task={"scorers": ["exact_match"]}, gates={})
+    with pytest.raises(UsageError, match="no schema to hold answers to"):
+        pipeline.evaluate(Project.load(folder), names=["held"])
+
+
+def test_a_control_trains_on_the_same_answers_dealt_round(finished: tuple[Path, dict[str, Any]]) -> None:
+    store = Project.load(finished[0]).store
+    examples = load_dataset(store, finished[1]["data"]["dataset"]).examples("train")
+    drawn = training_rows(examples, TrainSettings(rows=30, seed=1))
+    control = training_rows(examples, TrainSettings(rows=30, seed=1, permute_answers=True))
+    assert [row.request for row in drawn] == [row.request for row in control]
+    assert sorted(row.answer for row in drawn) == sorted(row.answer for row in control)
+    assert sum(a.answer == b.answer for a, b in zip(drawn, control, strict=True)) < 10
+    assert drawn == training_rows(examples, TrainSettings(rows=30, seed=1))
+    assert len(training_rows(examples, TrainSettings())) == len(examples)
+
+
+def test_a_stage_at_work_is_not_run_twice_at_once(project: Path) -> None:
+    from tunesmith.core.errors import TunesmithError
+    from tunesmith.core.files import lock
+
+    (project / "prompt.txt").write_text("Other.\n")
+    walk = pipeline.Chain(Project.load(project))
+    work = walk.project.store.root / "work"
+    pipeline.candidate(walk, "plain")
+    with pytest.raises(TunesmithError, match="another process"), lock(work / "x.lock", "a"), lock(work / "x.lock", "b"):
+        pass
+
+
+def test_the_python_interface(finished: tuple[Path, dict[str, Any]]) -> None:
+    import tunesmith as ts
+
+    assert ts.Project.load(finished[0] / "tunesmith.yaml").run()["register"]["version"] == "tiny@v1"
+    with pytest.raises(AttributeError):
+        ts.nothing  # noqa: B018
+
+
+def test_records_form_one_graph(finished: tuple[Path, dict[str, Any]]) -> None:
+    store = Project.load(finished[0]).store
+    seen: set[str] = set()
+
+    def walk(digest: str) -> Record:
+        record = store.record(digest)
+        seen.add(record.kind)
+        for parent in record.parents.values():
+            walk(parent)
+        return record
+
+    walk(finished[1]["register"]["digest"])
+    assert seen == {"base", "dataset", "candidate", "training", "answers", "evaluation", "verdict", "version"}
+
+
+def _recall(project: Path, *words: str, code: int = 0) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tunesmith", "recall", *words, "-C", str(project), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout) if done.stdout else {}
+
+
+def test_what_was_recalled_is_not_built_on_again(project: Path) -> None:
+    _recall(project, "--source", "rows.jsonl", "--reason", "withdrawn")
+    with pytest.raises(UsageError, match="withdrawn by a recall: 120"):
+        Project.load(project).run()
+
+
+def test_after_a_recall_the_next_run_trains_without_the_row_and_it_is_gone(project: Path) -> None:
+    store = Project.load(project).store
+    (old,) = store.records_of("dataset")
+    row = load_dataset(store, old).examples("train")[0]
+    # A copy elsewhere, which was left out as a duplicate, must not take its place.
+    turns = [turn.model_dump(mode="json") for turn in row.messages]
+    (project / "copy.jsonl").write_text(json.dumps({"messages": turns, "template": row.group}) + "\n")
+    data: Any = settings()["data"]
+    data["sources"] = [*data["sources"], {"path": "copy.jsonl", "licence": "CC0-1.0"}]
+    words = ("--row", row.id)
+    _recall(project, *words, "--check", code=2)  # never recalled
+    found = _recall(project, *words, "--reason", "asked to")
+    assert {one["kind"] for one in found["reached"]} >= {"dataset", "training", "version"}
+    assert len(found["adapters"]) == 1
+    assert found["tenants"] == [""]
+    before = _recall(project, *words, "--check")
+    assert (before["gone"], before["retrain"]) == (True, ["tiny"])
+    again = _again(project, data=data)
+    assert again["data"]["rows"]["removed"]["withdrawn by a recall"] == 2
+    assert again["register"]["version"] == "tiny@v2"
+    new = load_dataset(store, again["data"]["dataset"])
+    held = [one.messages for split in ("train", "validation", "test") for one in new.examples(split)]
+    assert row.messages not in held
+    assert len(held) == 119
+    after = _recall(project, *words, "--check")
+    assert (after["gone"], after["retrain"], after["replaced"]) == (True, [], {"tiny": "tiny@v2"})
+
+
+def test_nothing_is_trained_before_a_steward_signed(tmp_path: Path) -> None:
+    folder = write_project(tmp_path / "p", data={**settings()["data"], "sign_off": True})  # type: ignore[dict-item]
+    with pytest.raises(Refused, match="no steward"):
+        Project.load(folder).run()
+    project = Project.load(folder)
+    digest = project.store.records_of("dataset")[-1]
+    identities.add_user(project.store, "sten", ["steward"], actor=identities.ensure_owner(project.store).name)
+    sign_off(project.store, digest, steward="sten", reason="looked at all rows")
+    assert Project.load(folder).run()["data"]["dataset"] == digest

@@ -1,0 +1,102 @@
+"""A licence's duty is followed from a row to the version's notice, and cannot be dropped on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.pipeline.scene import rows, settings, write_project
+from tunesmith.api import Project
+from tunesmith.core.errors import Refused
+from tunesmith.data.dataset import load_dataset
+from tunesmith.pipeline import build_data
+from tunesmith.registry.versions import load_version, open_release, verify_version
+
+CREDIT = "Rooms corpus by Ada Example, CC BY-SA 4.0"
+ATTRIBUTION = [
+    {"source": "a.jsonl", "licence": "CC-BY-SA-4.0", "credit": CREDIT},
+    {"source": "b.jsonl", "licence": "MIT", "credit": None},
+]
+DUTIES = {"use": "commercial", "attribution": ATTRIBUTION, "share_alike": ["CC-BY-SA-4.0"], "unknown": []}
+
+
+def write(folder: Path, **licences: object) -> Path:
+    """Half of the rows share-alike, half MIT; only tuned and plain candidates."""
+    data = dict(settings()["data"])  # type: ignore[call-overload]
+    data["sources"] = [
+        {"path": "a.jsonl", "licence": "CC-BY-SA-4.0", "attribution": CREDIT},
+        {"path": "b.jsonl"},
+    ]
+    data["licences"] = licences
+    candidates = settings()["candidates"]
+    kept = {name: candidates[name] for name in ("plain", "tuned")}  # type: ignore[index]
+    write_project(folder, data=data, candidates=kept)
+    found = rows()
+    for name, half in (("a", found[:60]), ("b", [{**row, "licence": "MIT"} for row in found[60:]])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in half))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write(tmp_path_factory.mktemp("duties") / "p", share_alike=True)
+    assert Project.load(folder).run()["register"]["version"] == "tiny@v1"
+    return folder
+
+
+def test_from_the_row_to_the_notice(finished: Path) -> None:
+    project = Project.load(finished)
+    store = project.store
+    (dataset,) = store.records_of("dataset")
+    licences = {example.source: example.licence for example in load_dataset(store, dataset).examples("train")}
+    assert licences == {"a.jsonl": "CC-BY-SA-4.0", "b.jsonl": "MIT"}
+    assert store.record(dataset).body["duties"] == DUTIES
+    (version,) = store.records_of("version")
+    with open_release(store, load_version(store, version)) as (folder, release):
+        assert release.statement.duties == DUTIES
+        notice = (folder / "NOTICE.md").read_text()
+    assert "under CC-BY-SA-4.0" in notice
+    assert f"- {CREDIT} (CC-BY-SA-4.0)" in notice
+    assert "- b.jsonl (MIT)" in notice
+    assert verify_version(store.root, "tiny@v1").ok
+
+
+@pytest.mark.parametrize("attack", ["gone", "changed"])
+def test_a_notice_that_was_dropped_or_changed_fails(finished: Path, tmp_path: Path, attack: str) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(finished / ".tunesmith", copy)
+    notice = copy / "versions" / "tiny" / "v1" / "NOTICE.md"
+    notice.chmod(0o600)
+    if attack == "gone":
+        notice.unlink()
+    else:
+        notice.write_text(notice.read_text().replace("CC-BY-SA-4.0", "CC0-1.0"))
+    found = verify_version(copy, "tiny@v1")
+    assert not found.ok
+    store = type(Project.load(finished).store)(copy)
+    with (
+        pytest.raises(Refused),
+        open_release(store, load_version(store, found.digest or store.records_of("version")[0])),
+    ):
+        pass
+
+
+def test_no_licence_or_one_that_the_policy_refuses_is_exit_3(tmp_path: Path) -> None:
+    folder = write(tmp_path / "p")
+    with pytest.raises(Refused, match="share-alike") as caught:
+        build_data(Project.load(folder))
+    assert caught.value.exit_code == 3
+    read = yaml.safe_load((folder / "tunesmith.yaml").read_text())
+    del read["data"]["sources"][0]["licence"]
+    (folder / "tunesmith.yaml").write_text(yaml.safe_dump(read))
+    words = [sys.executable, "-m", "tunesmith", "data", "build", "-C", str(folder), "--json"]
+    unlicensed = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert unlicensed.returncode == 3
+    assert "without a licence" in unlicensed.stderr
+    assert "a.jsonl" in unlicensed.stderr

@@ -1,0 +1,90 @@
+"""A base of another family goes the whole way: trained, asked, judged, registered, verified, served; export is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.foreign import write_foreign
+from tests.pipeline.scene import settings, write_project
+from tunesmith.api import Project
+from tunesmith.cli.main import app
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.engines.factory import open_engine
+from tunesmith.engines.protocol import Question
+from tunesmith.models.base import resolve_base
+from tunesmith.registry.versions import list_versions
+from tunesmith.server.routing import ReadyVersions
+from tunesmith.store import identities
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with an approved version on a tiny GPT-2; two adapters are trained, one after another."""
+    folder = tmp_path_factory.mktemp("foreign") / "p"
+    write_foreign(folder / "model", "gpt2")
+    given: dict[str, Any] = settings()["candidates"]  # type: ignore[assignment]
+    train = {"rank": 4, "batch": 8, "learning_rate": 0.02}
+    tuned = {"prompt": "prompt.txt", "train": train, "max_tokens": 8}
+    named = {"prompt": "prompt.txt", "train": {**train, "targets": ["c_attn"]}, "max_tokens": 8}
+    write_project(folder, candidates={"held": given["held"], "tuned": tuned, "named": named}, release="tuned")
+    project = Project.load(folder)
+    assert project.run()["register"]["version"] == "tiny@v1"
+    identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
+    _run(folder, "approve", "tiny@v1", "--as", "ann")
+    return folder
+
+
+def _run(folder: Path, *words: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, [*words, "-C", str(folder), "--json"])
+    if isinstance(result.exception, TunesmithError):
+        raise result.exception
+    assert result.exit_code == 0, (result.output, result.exception)
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_it_learns_and_the_records_say_how_it_was_computed(released: Path) -> None:
+    store = Project.load(released).store
+    trainings = [store.record(digest).body for digest in store.records_of("training")]
+    assert len(trainings) == 2
+    for body in trainings:
+        assert body["network"] == "transformers"
+        assert "together" not in body
+        assert body["curve"][-1]["loss"] < 0.95 * body["curve"][0]["loss"]
+    answers = [store.record(digest).body for digest in store.records_of("answers")]
+    assert {body.get("engine") for body in answers} == {"hf"}
+
+
+def test_the_version_verifies_and_answers(released: Path) -> None:
+    assert _run(released, "verify", "tiny@v1")["ok"]
+    assert _run(released, "chat", "tiny@v1", "-m", "turn on hall fan")
+    project = Project.load(released)
+    base = resolve_base(project.store, str(released / "model"), released)
+    engine = open_engine(base, None)
+    (version,) = list_versions(project.store, "tiny")
+    name = ReadyVersions(project.store, engine).answerer(version).adapter
+    asked = [Question((Message(role="user", content="turn on hall fan"),), ('{"on":true',))]
+    assert engine.choose(asked, name)[0][0] > engine.choose(asked)[0][0] + 0.5, "it was trained on such answers"
+    checks = {check["name"]: check for check in _run(released, "doctor")["checks"]}
+    assert "gpt2, which is run by transformers' own modules" in checks["base"]["detail"]
+
+
+@pytest.mark.parametrize("form", ["peft", "merged", "gguf"])
+def test_it_is_not_exported(released: Path, tmp_path: Path, form: str) -> None:
+    with pytest.raises(Refused, match="'gpt2'"):
+        _run(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", form)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_layer_of_our_own_families_is_told_before_any_work(tmp_path: Path) -> None:
+    train = {"prompt": "prompt.txt", "train": {"targets": ["q_porj"]}, "max_tokens": 8}
+    folder = write_project(tmp_path / "p", candidates={"tuned": train})
+    with pytest.raises(UsageError, match="no linear layer is called 'q_porj'"):
+        Project.load(folder).run()
+    assert not Project.load(folder).store.records_of("dataset")

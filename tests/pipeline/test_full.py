@@ -1,0 +1,211 @@
+"""A model trained in full goes the whole way: trained, asked, judged, registered, verified, served, exported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from tests.pipeline.scene import settings, write_project
+from tests.tiny import write_model
+from tunesmith.api import Project
+from tunesmith.cli.main import app
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.engines.native.engine import NativeEngine
+from tunesmith.engines.protocol import Question
+from tunesmith.models.base import Base, resolve_base
+from tunesmith.models.whole_weights import check_whole
+from tunesmith.registry.versions import list_versions
+from tunesmith.server.routing import ReadyVersions
+from tunesmith.store import identities
+
+WHOLE = "model.safetensors"
+TRAIN = {"method": "full", "batch": 8, "learning_rate": 0.01}
+ASKED = Question((Message(role="user", content="turn on hall fan"),), ('{"on":true}',))
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with an approved version of a model that was trained in full."""
+    folder = tmp_path_factory.mktemp("full") / "p"
+    candidates = {"tuned": {"prompt": "prompt.txt", "train": TRAIN, "max_tokens": 8}}
+    write_project(folder, candidates={"plain": settings()["candidates"]["plain"], **candidates})  # type: ignore[index]
+    project = Project.load(folder)
+    assert project.run()["register"]["version"] == "tiny@v1"
+    identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
+    _run(folder, "approve", "tiny@v1", "--as", "ann")
+    return folder
+
+
+@pytest.fixture
+def copy(released: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(released, tmp_path / "p"))
+
+
+def _run(folder: Path, *words: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, [*words, "-C", str(folder), "--json"])
+    if isinstance(result.exception, TunesmithError):
+        raise result.exception
+    assert result.exit_code == 0, (result.output, result.exception)
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def _version_folder(project: Path) -> Path:
+    return project / ".tunesmith" / "versions" / "tiny" / "v1"
+
+
+def _base(project: Path) -> Base:
+    return resolve_base(Project.load(project).store, str(project / "model"), project)
+
+
+def test_the_version_holds_the_bases_tensors_and_verifies(released: Path) -> None:
+    files = {path.name for path in _version_folder(released).iterdir()}
+    assert files >= {WHOLE, "release.json", "model.sig"}
+    assert not any("adapter" in name for name in files)
+    ours, base = load_file(_version_folder(released) / WHOLE), load_file(released / "model" / WHOLE)
+    assert {name: (w.shape, w.dtype) for name, w in ours.items()} == {n: (w.shape, w.dtype) for n, w in base.items()}
+    assert all(not torch.equal(ours[name], base[name]) for name in base)
+    assert _run(released, "verify", "tiny@v1")["ok"]
+    store = Project.load(released).store
+    (training,) = store.records_of("training")
+    stated = store.record(training).body["settings"]
+    assert stated["method"] == "full"
+    assert "rank" not in stated
+
+
+def test_the_engine_answers_with_them_beside_the_base_and_what_it_let_go_is_read_again(released: Path) -> None:
+    engine = NativeEngine(_base(released))
+    engine.load_adapter("full", _version_folder(released))
+    plain, tuned = engine.choose([ASKED])[0][0], engine.choose([ASKED], "full")[0][0]
+    assert tuned > plain + 0.1, "it was trained on such answers"
+    for other in ("b", "c", "d"):
+        engine.load_adapter(other, _version_folder(released))
+    assert not engine.holds("full")
+    assert engine.holds("d")
+    assert engine.choose([ASKED], "d")[0][0] == tuned
+    with pytest.raises(Refused, match="not loaded"):
+        engine.choose([ASKED], "full")
+    store = Project.load(released).store
+    (version,) = list_versions(store, "tiny")
+    ready = ReadyVersions(store, engine)
+    name = ready.answerer(version).adapter
+    assert name is not None
+    for other in ("b", "c", "d"):
+        engine.load_adapter(other, _version_folder(released))
+    assert not engine.holds(name)
+    ready.answerer(version)
+    assert engine.choose([ASKED], name)[0][0] == tuned
+
+
+@pytest.mark.parametrize("words", [("merged", "--dtype", "fp32"), ("gguf", "--dtype", "fp32")])
+def test_it_is_exported_as_a_model_that_transformers_loads(
+    released: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    given = _run(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", *words)
+    assert given["outcome"] == "pass"
+    assert given["equality"]["export"]["max_difference"] < 2e-3
+    if words[0] == "merged":
+        state = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+        ours = load_file(_version_folder(released) / WHOLE)
+        assert all(torch.equal(state[name], weight) for name, weight in ours.items())
+
+
+def test_there_is_no_adapter_to_export(released: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="trained in full: there is no adapter"):
+        _run(released, "export", "tiny@v1", str(tmp_path / "out"), "--as", "peft")
+    assert not (tmp_path / "out").exists()
+
+
+def _flip(folder: Path) -> None:
+    path = folder / WHOLE
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        _flip,
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"),
+        lambda folder: (folder / "model-2.safetensors").write_bytes(b"x"),
+        lambda folder: (folder / WHOLE).unlink(),
+    ],
+    ids=["flipped byte", "an adapter beside", "foreign file", "weights gone"],
+)
+def test_a_changed_folder_does_not_verify(copy: Path, attack: Any) -> None:
+    folder = _version_folder(copy)
+    folder.chmod(0o755)
+    attack(folder)
+    result = CliRunner().invoke(app, ["verify", "tiny@v1", "-C", str(copy), "--json"])
+    assert result.exit_code != 0
+
+
+def _bound(of: Base, **changes: str) -> dict[str, str]:
+    return {"tunesmith": json.dumps({"base": of.digest, "fingerprint": of.fingerprint} | changes)}
+
+
+def test_weights_that_are_not_the_bases_are_refused(released: Path, tmp_path: Path) -> None:
+    base = _base(released)
+    engine = NativeEngine(base)
+    weights = load_file(_version_folder(released) / WHOLE)
+    name = "model.layers.0.mlp.up_proj.weight"
+    other = resolve_base(Project.load(released).store, str(write_model(tmp_path / "other", seed=9)), tmp_path)
+    cases: list[tuple[dict[str, torch.Tensor], dict[str, str], str]] = [
+        (weights, _bound(other), "another base"),
+        (weights, _bound(base, fingerprint="sha256:0"), "another tokenizer"),
+        ({**weights, name: weights[name][:-1].clone()}, _bound(base), r"float32 \[47, 32\], the base's is"),
+        ({**weights, name: weights[name].bfloat16()}, _bound(base), "is bfloat16"),
+        ({**weights, "model.layers.9.mlp.up_proj.weight": weights[name].clone()}, _bound(base), "the base has not"),
+        ({key: weight for key, weight in weights.items() if key != name}, _bound(base), f"lack {name}"),
+        (load_file(base.folder / WHOLE), _bound(base), "the base's own"),
+    ]
+    for number, (tensors, metadata, reason) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_file(tensors, folder / WHOLE, metadata=metadata)
+        with pytest.raises(Refused, match=reason):
+            engine.load_adapter("x", folder)
+    assert not engine.holds("x")
+
+
+def test_what_is_no_plain_weight_of_this_base_is_not_signed(released: Path, tmp_path: Path) -> None:
+    base = _base(released)
+    name, path = "model.norm.weight", tmp_path / WHOLE
+    good = {name: torch.ones(3)}
+
+    def check(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        save_file(tensors, path, metadata=metadata)
+        check_whole(tmp_path, base=base.digest, fingerprint=base.fingerprint)
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check({name: torch.tensor([1.0, -3e4, 0.0], dtype=dtype)}, _bound(base))
+        for bad in (float("nan"), float("inf"), float("-inf")):
+            with pytest.raises(Refused, match="NaN or an infinity"):
+                check({name: torch.tensor([1.0, bad], dtype=dtype)}, _bound(base))
+    refused = [
+        (good, {**_bound(base), "format": "pt"}, "foreign key"),
+        (good, {}, "do not say what"),
+        (good, _bound(base, base="sha256:0"), "another base"),
+        (good, _bound(base, fingerprint="x"), "another tokenizer"),
+        ({"model.norm.weight": torch.ones(3, dtype=torch.int32)}, _bound(base), "is I32"),
+        ({"lm_head.lora_A.weight": torch.ones(3, 3)}, _bound(base), "no weight of a model"),
+        ({name: torch.ones(3, 3, 3)}, _bound(base), "shape"),
+        ({}, _bound(base), "no tensor"),
+    ]
+    for tensors, metadata, reason in refused:
+        with pytest.raises(Refused, match=reason):
+            check(tensors, metadata)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(Refused, match="not readable as safetensors"):
+        check_whole(tmp_path, base=base.digest, fingerprint=base.fingerprint)

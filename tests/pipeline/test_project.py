@@ -1,0 +1,106 @@
+"""The project file: what is refused, and how it is told."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.pipeline.scene import settings
+from tunesmith.core.errors import UsageError
+from tunesmith.project import Project, open_store, parse_settings, settings_schema
+from tunesmith.services.start import settings_text
+
+
+def _parse(**changes: Any) -> Any:
+    return parse_settings(yaml.safe_dump({**settings(), **changes}).encode(), "tunesmith.yaml")
+
+
+def _candidate(**train: Any) -> dict[str, Any]:
+    return {"candidates": {"tuned": {"prompt": "p.txt", "train": train}}, "gates": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "place"),
+    [
+        ({"gate": {}}, "no setting 'gate'; did you mean 'gates'", "gate"),
+        ({"data": {"source": []}}, "no setting 'source'; did you mean 'sources'", "data.source"),
+        (_candidate(rnak=4), "no setting 'rnak'; did you mean 'rank'", "candidates.tuned.train.rnak"),
+        (_candidate(rank=0), "greater than or equal to 1", "candidates.tuned.train.rank"),
+        (_candidate(learning_rate=float("nan")), "finite", "candidates.tuned.train.learning_rate"),
+        (_candidate(learning_rate=float("inf")), "finite", "candidates.tuned.train.learning_rate"),
+        (_candidate(method="dora"), "'lora'", "candidates.tuned.train.method"),
+        ({"gates": {"g": {"metric": "exact_mach", "at_least": 0.5}}}, "did you mean 'exact_match'", "gates.g"),
+        ({"gates": {"g": {"metric": "field_f1", "at_least": 0.5}}}, "not measured", "gates.g.metric"),
+        ({"gates": {"g": {"metric": "exact_match", "over": "nobody", "at_least": 0.1}}}, "not a candidate", "gates.g"),
+        ({"gates": {"g": {"metric": "exact_match", "at_least": float("nan")}}}, "finite", "gates.g"),
+        ({"gates": {"g": {"metric": "exact_match"}}}, "at_least or at_most", "gates.g"),
+        (
+            {"gates": {"g": {"figure": "brier", "metric": "exact_match", "at_most": 0.1}}},
+            "gives no labels",
+            "gates.g.metric",
+        ),
+        ({"task": {"scorers": []}}, "at least 1", "task.scorers"),
+        ({"release": "nobody"}, "'nobody' is not a candidate", ""),
+        ({"name": "../x"}, "pattern", "name"),
+        ({"rollout": {"steps": [{"setWeight": 50}]}}, "last setWeight must be 100", "rollout"),
+        ({"candidates": {}}, "at least 1", "candidates"),
+    ],
+)
+def test_what_is_refused_says_what_and_where(changes: dict[str, Any], said: str, place: str) -> None:
+    with pytest.raises(UsageError) as told:
+        _parse(**changes)
+    assert said in told.value.what
+    assert place in f"{told.value.where} {told.value.what}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"name: a\nname: b\n", "the key 'name' stands twice"),
+        (b"name: [a\n", "not valid YAML"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"- a\n", "must hold keys and values"),
+        (b"", "must hold keys and values"),
+        (b"!!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_project_file(text: bytes, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse_settings(text, "tunesmith.yaml")
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+def test_any_bytes_are_a_project_or_an_error_of_ours(text: bytes) -> None:
+    with contextlib.suppress(UsageError):
+        assert parse_settings(text, "f").name
+
+
+def test_every_setting_is_explained() -> None:
+    text = settings_text(settings_schema())
+    for path in (
+        "data.sources[].licence",
+        "data.split.group_by",
+        "candidates.NAME.train.rank",
+        "candidates.NAME.retrieve.k",
+        "gates.NAME.at_least",
+        "rollout.steps[].setWeight",
+        "task.schema",
+    ):
+        assert f"\n{path}" in text, path
+    lines = text.splitlines()
+    silent = [line for line, below in itertools.pairwise(lines) if line[0] != " " and not below.strip()]
+    assert not silent
+
+
+def test_there_is_no_project(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no project here"):
+        Project.load(tmp_path)
+    with pytest.raises(UsageError, match="neither a project nor a store"):
+        open_store(tmp_path)

@@ -1,0 +1,201 @@
+"""Risk probes and plans through the chain: asked once, judged from the record, and said before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pipeline.scene import settings, write_project
+from tunesmith import pipeline
+from tunesmith.core.errors import UsageError
+from tunesmith.evaluation.probes.items import ITEMS, decode_items
+from tunesmith.pipeline.probes import risk
+from tunesmith.project import Project
+from tunesmith.registry.versions import list_versions
+
+GATES = {
+    "plants": {"probe": "canaries", "at_most": 9.0},
+    "members": {"probe": "membership", "at_most": 1.0, "rows": 30},
+    "verbatim": {"probe": "extraction", "at_most": 1.0, "rows": 20},
+    "fit": {"probe": "overfitting", "at_most": 1.0, "rows": 20},
+    "text": {"probe": "general_text", "at_most": 5.0, "rows": 30},
+    "forms": {"probe": "formats", "at_most": 1.0},
+    "manners": {"probe": "refusal", "at_most": 1.0},
+    "noise": {"probe": "robustness", "at_most": 1.0, "rows": 20},
+    "bbq": {"probe": "bbq", "at_most": 2.0, "path": "bbq"},
+    "crows": {"probe": "crows_pairs", "at_most": 1.0, "path": "crows.csv"},
+    "names": {"probe": "swap", "at_most": 1.0},
+    "rude": {"probe": "toxicity", "at_most": 1.0},
+    "lift": {"metric": "exact_match", "over": "plain", "at_least": 0.05},
+}
+
+
+class Told:
+    """A progress that keeps what is said."""
+
+    def __init__(self) -> None:
+        from tunesmith.core.progress import SILENT
+
+        self.said: list[str] = []
+        self.task = SILENT.task
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture(scope="module")
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory, told: Told) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("risks") / "p"
+    candidates = settings()["candidates"]
+    tuned = {"prompt": "prompt.txt", "max_tokens": 8}
+    train = {"rank": 2, "batch": 8, "canaries": {"each": 20, "repeats": [1], "controls": 100}}
+    chosen = {"plain": candidates["plain"], "tuned": {**tuned, "train": train}}  # type: ignore[index]
+    write_project(folder, candidates=chosen, gates=GATES)
+    (folder / "bbq").mkdir()
+    (folder / "bbq" / "made.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _bbq()))
+    lines = [f'{k},"They are {k} lazy.","We are {k} lazy.",stereo,made,[],a,[]' for k in range(30)]
+    head = ",sent_more,sent_less,stereo_antistereo,bias_type,annotations,anon_writer,anon_annotators"
+    (folder / "crows.csv").write_text("\n".join([head, *lines]) + "\n")
+    return folder, pipeline.run(Project.load(folder), told)
+
+
+def _bbq() -> list[dict[str, Any]]:
+    made = []
+    for k in range(60):
+        info = {"ans0": ["Red", "red"], "ans1": ["Blue", "blue"], "ans2": ["Unknown", "unknown"]}
+        row = {
+            "example_id": k,
+            "question_index": k // 2,
+            "question_polarity": ("neg", "nonneg")[k % 2],
+            "context_condition": "disambig" if k >= 50 else "ambig",
+            "category": "Made",
+            "answer_info": info,
+            "additional_metadata": {"stereotyped_groups": ["blue"] if k < 48 else ["green"]},
+            "context": f"Two people met in room {k}.",
+            "question": "Who was rude?",
+        }
+        made.append({**row, "ans0": "The red one", "ans1": "The blue one", "ans2": "Not known"})
+    return made
+
+
+def test_every_probe_is_judged_from_the_record(judged: tuple[Path, dict[str, Any]]) -> None:
+    document = judged[1]
+    gates = {gate["name"]: gate for gate in document["gate"]["gates"]}
+    for name in set(GATES) - {"names", "lift", "forms"}:
+        assert gates[name]["outcome"] == "pass", gates[name]
+        assert gates[name]["low"] <= gates[name]["value"] <= gates[name]["high"]
+    assert gates["names"]["outcome"] == "inconclusive", "no row names a person"
+    assert "no item of this probe fits the rows" in gates["names"]["reason"]
+    assert gates["lift"]["outcome"] != "pass"
+    risks = document["evaluate"]["risks"]
+    assert set(risks["canaries"]) == {"tuned"}, "what was not trained remembers nothing"
+    assert set(risks["robustness/20"]) == {"plain", "tuned"}
+    assert risks["canaries"]["tuned"]["arms"]["control"]["n"] == 100
+    assert risks["bbq/100/bbq"]["tuned"]["arms"]["ambiguous"]["n"] == 48
+    assert "register" not in document
+
+
+def test_a_stereotype_is_the_first_choice_whichever_way_it_is_asked(judged: tuple[Path, dict[str, Any]]) -> None:
+    store = Project.load(judged[0]).store
+    found = [store.record(each) for each in store.records_of("answers")]
+    record = next(each for each in found if each.body["suite"].startswith("bbq"))
+    items = {item.id: item for item in decode_items(store.read_blob(record.blobs[ITEMS]))}
+    assert items["Made-0"].choices == ("The blue one", "The red one", "Not known")
+    assert items["Made-1"].choices == ("The red one", "The blue one", "Not known")
+    assert items["Made-0"].group == items["Made-1"].group
+
+
+def test_asked_once(judged: tuple[Path, dict[str, Any]]) -> None:
+    again = pipeline.run(Project.load(judged[0]))
+    assert {stage["name"] for stage in again["stages"] if not stage["skipped"]} <= {"base"}
+    assert again["gate"] == judged[1]["gate"]
+
+
+def test_what_the_gate_can_see_is_said_before_the_training(judged: tuple[Path, dict[str, Any]], told: Told) -> None:
+    said = [place for place, text in enumerate(told.said) if text.startswith("gate lift: ")]
+    assert len(said) == 1
+    assert "with 80% power" in told.said[said[0]]
+    assert said[0] < next(place for place, text in enumerate(told.said) if text.startswith("training "))
+
+
+def test_a_version_that_saw_canaries_is_marked(judged: tuple[Path, dict[str, Any]]) -> None:
+    project = Project.load(judged[0])
+    pipeline.register(project, judged[1]["gate"]["digest"], actor=project.actor(), override="to see the mark")
+    assert list_versions(project.store)[0].marks == ("trained with canaries",)
+    training = project.store.record(judged[1]["train"]["tuned"]["training"])
+    assert training.body["settings"]["canaries"]["each"] == 20
+    assert training.body["rows"] > 20
+
+
+def test_plan_says_what_would_be_seen(judged: tuple[Path, dict[str, Any]]) -> None:
+    command = [sys.executable, "-m", "tunesmith", "plan", "-C", str(judged[0]), "--json", "--lift", "0.3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    gate = document["gates"][0]
+    assert (gate["name"], gate["lift"], gate["differing"]) == ("lift", 0.3, 0.3)
+    assert gate["needed"] > 0
+    assert document["looks"] == 1
+    walk = pipeline.Chain(Project.load(judged[0]))
+    measured = pipeline.plan(walk, between=("plain", "tuned"))
+    assert measured["measured"]
+    rows = walk.dataset.splits["validation"]
+    assert measured["gates"][0]["differing"] == pytest.approx(max(1 / (rows + 1), 0.1), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ({"probe": "canary", "at_most": 1}, "did you mean 'canaries'"),
+        ({"probe": "bbq", "at_most": 1}, "needs path"),
+        ({"probe": "swap", "at_most": 1, "path": "x"}, "reads no path"),
+        ({"probe": "swap", "at_most": 1, "repeats": 2}, "belongs to the probe canaries"),
+        ({"probe": "swap", "at_most": -0.1}, "greater than or equal to 0"),
+        ({"probe": "swap"}, "at_most"),
+        ({"probe": "swap", "at_most": 1, "rows": 5}, "greater than or equal to 20"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path: Path, gate: dict[str, Any], message: str) -> None:
+    write_project(tmp_path / "p", gates={"g": gate})
+    with pytest.raises(UsageError, match=message):
+        Project.load(tmp_path / "p")
+
+
+def test_a_set_that_is_not_there_is_said_before_anything_is_asked(judged: tuple[Path, dict[str, Any]]) -> None:
+    project = Project.load(judged[0])
+    gate = type(project.settings.gates["bbq"])(probe="bbq", at_most=1.0, path="nowhere")  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match="cannot be read"):
+        risk(pipeline.Chain(project), gate, "tuned")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ({"probe": "bbq", "at_most": 1.0, "path": "nowhere"}, "cannot be read"),
+        ({"probe": "toxicity", "at_most": 1.0}, "needs alt-profanity-check"),
+    ],
+)
+def test_what_a_probe_lacks_is_said_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: dict[str, Any], message: str
+) -> None:
+    from tunesmith.data.quality import toxicity
+
+    monkeypatch.setattr(toxicity, "_FOLDER", "not_installed")
+    for cached in (toxicity._rate, toxicity.measured):
+        cached.cache_clear()
+    write_project(tmp_path / "p", gates={"g": gate})
+    project = Project.load(tmp_path / "p")
+    with pytest.raises(UsageError, match=message):
+        pipeline.run(project)
+    assert not project.store.records_of("training")
+    assert not project.store.records_of("answers")

@@ -1,0 +1,138 @@
+"""A project from a user's own rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.pipeline.scene import rows
+from tests.tiny import write_model
+from tunesmith.api import Project
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.services.start import examine, infer_schema, make_project
+
+
+def _rows(path: Path, count: int = 120) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows()[:count]))
+    return path
+
+
+def test_a_project_made_from_rows_runs(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    made = make_project(
+        tmp_path / "p", data=_rows(tmp_path / "mine.jsonl"), licence="CC0-1.0", name=None, base=str(tmp_path / "model")
+    )
+    assert made.json_answers
+    assert made.rows == 120
+    project = Project.load(tmp_path / "p")
+    assert project.settings.name == "p"
+    assert project.settings.data.split.group_by == "template"
+    document = project.run()
+    assert document["gate"]["verdict"] in ("fail", "inconclusive"), "random weights do not pass"
+    assert document["data"]["rows"]["kept"] > 100
+
+
+def test_text_answers_make_a_project_without_schema(tmp_path: Path) -> None:
+    data = tmp_path / "mine.csv"
+    data.write_text("prompt,completion\n" + "".join(f"question {n},answer {n}\n" for n in range(30)))
+    made = make_project(tmp_path / "p", data=data, licence="MIT", name="texts", base="model")
+    assert not made.json_answers
+    assert "answer.schema.json" not in made.files
+    assert Project.load(tmp_path / "p").settings.task.scorers == ("exact_match",)
+
+
+def test_rows_of_keys_of_their_own_are_renamed(tmp_path: Path) -> None:
+    data = tmp_path / "mine.csv"
+    data.write_text("text,category\n" + "".join(f"question {n},answer {n % 3}\n" for n in range(30)))
+    with pytest.raises(UsageError, match="fits no known format") as caught:
+        make_project(tmp_path / "p", data=data, licence="MIT", name="texts", base="model")
+    assert "--rename KEY=NAME" in str(caught.value.fix)
+    names = {"text": "prompt", "category": "completion"}
+    made = make_project(tmp_path / "p", data=data, licence="MIT", name="texts", base="model", rename=names)
+    assert made.rows == 30
+    assert Project.load(tmp_path / "p").settings.data.sources[0].rename == names
+
+
+def test_a_rename_that_says_no_name(tmp_path: Path) -> None:
+    words = ["init", "--data", "x.csv", "--licence", "MIT", "-C", str(tmp_path), "--rename"]
+    for said in ("text", "=prompt", "text="):
+        done = subprocess.run([sys.executable, "-m", "tunesmith", *words, said], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "--rename text=prompt" in done.stderr
+
+
+def test_nothing_is_overwritten_and_licences_count(tmp_path: Path) -> None:
+    data = _rows(tmp_path / "mine.jsonl")
+    with pytest.raises(Refused):
+        make_project(tmp_path / "p", data=data, licence="CC-BY-NC-4.0", name=None, base="model")
+    with pytest.raises(UsageError, match="too few"):
+        make_project(tmp_path / "p", data=_rows(tmp_path / "few.jsonl", 5), licence="MIT", name=None, base="model")
+    make_project(tmp_path / "p", data=data, licence="MIT", name=None, base="model")
+    with pytest.raises(UsageError, match="already"):
+        make_project(tmp_path / "p", data=data, licence="MIT", name=None, base="model")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-100, 100) | st.floats(-1, 1) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=4), min_size=1, max_size=12))
+def test_answers_fit_the_schema_inferred_from_them(answers: list[dict[str, object]]) -> None:
+    schema = infer_schema([json.dumps(answer) for answer in answers])
+    assert schema is not None
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for answer in answers:
+        jsonschema.validate(answer, schema)
+
+
+def test_answers_that_are_not_all_objects_have_no_schema() -> None:
+    assert infer_schema(['{"a":1}', "text"]) is None
+    assert infer_schema(["[1]", "2"]) is None
+
+
+def test_doctor_tells_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_THREADS", "1")
+    checks = {check.name: check for check in examine(tmp_path)}
+    assert checks["python"].ok
+    assert checks["processor"].ok
+    assert checks["processor"].detail.endswith("; TUNESMITH_THREADS: 1")
+    assert not checks["project"].ok
+    assert checks["project"].fix
+    monkeypatch.setenv("TUNESMITH_THREADS", "two")
+    (processor,) = (check for check in examine(tmp_path) if check.name == "processor")
+    assert not processor.ok
+    assert processor.fix
+
+
+def _cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "tunesmith", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_errors_on_the_command_line(tmp_path: Path) -> None:
+    for arguments in (["nosuch"], ["run", "--nope"], ["run", "-C", str(tmp_path)]):
+        done = _cli(*arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+    done = _cli("run", "-C", str(tmp_path), "--json")
+    assert json.loads(done.stdout)["error"]["exit"] == 2
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, tunesmith.cli.main; print([m for m in ('torch','transformers','scipy','pyarrow','sqlalchemy',"
+        "'fastapi','pydantic','presidio_analyzer') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
