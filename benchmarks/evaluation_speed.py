@@ -98,9 +98,9 @@ def prompts(folder: Path, batch: int) -> dict[str, Any]:
     from tunesmith.core.files import write_atomic
     from tunesmith.pipeline.answers import answers
     from tunesmith.pipeline.candidates import answerer
-    from tunesmith.pipeline.context import Chain
+    from tunesmith.pipeline.context import PipelineContext
 
-    chain = Chain(Project.load(folder / "tunesmith.yaml"))
+    chain = PipelineContext(Project.load(folder / "tunesmith.yaml"))
     test = chain.dataset.examples("test")
     asked: dict[str, list[dict[str, Any]]] = {}
     for name in chain.project.settings.candidates:

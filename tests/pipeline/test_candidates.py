@@ -112,7 +112,7 @@ def test_the_prompt_cites_the_passage(project: Project) -> None:
     from tunesmith.core.messages import Message
 
     candidate = _candidate(project, "docs")
-    answerer = pipeline.answerer(pipeline.Chain(project), candidate)
+    answerer = pipeline.answerer(pipeline.PipelineContext(project), candidate)
     asked = answerer.conversation([Message(role="user", content="what is in the garage?")])
     assert "(rooms.md, Garage)\nThe garage has a radio." in asked[0].content
     assert answerer.sources([Message(role="user", content="garage")]).sources == ("rooms.md",)
@@ -120,7 +120,7 @@ def test_the_prompt_cites_the_passage(project: Project) -> None:
 
 def test_a_tuned_candidate_with_retrieval_never_sees_its_own_answer(project: Project) -> None:
     candidate = _candidate(project, "tuned")
-    answerer = pipeline.answerer(pipeline.Chain(project), candidate)
+    answerer = pipeline.answerer(pipeline.PipelineContext(project), candidate)
     for example in load_dataset(project.store, candidate.dataset).examples("train"):
         shown = compose(candidate, example.messages, answerer.without_group(example))
         assert example.messages[-1] in shown
@@ -188,7 +188,7 @@ def test_the_others_can_be_released_and_verified(project: Project, name: str) ->
     with verified_copy(project.store, version) as loaded:
         assert loaded.candidate.name == name
     # As the server answers it: what was measured is what serves.
-    answerer = ReadyVersions(project.store, pipeline.Chain(project).engine).answerer(version)
+    answerer = ReadyVersions(project.store, pipeline.PipelineContext(project).engine).answerer(version)
     dataset = load_dataset(project.store, project.store.record(version.evaluation).parents["dataset"])
     asked = [answerer.generation(example.request) for example in dataset.examples("test")[:8]]
     served = [each.text for each in answerer.responder.generate(asked, answerer.adapter)]
@@ -272,7 +272,7 @@ def test_a_search_scores_what_was_looked_up(tmp_path: Path) -> None:
     renamed = [{**row, "template": f"please {row['template']}"} for row in again]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*scene_rows(), *renamed]))
     project = Project.load(folder)
-    candidate = load_candidate(project.store, pipeline.candidate(pipeline.Chain(project), "searched"))
+    candidate = load_candidate(project.store, pipeline.candidate(pipeline.PipelineContext(project), "searched"))
     search = project.store.record(str(candidate.search), kind="search")
     lines = [json.loads(line) for line in project.store.read_blob(search.blobs["answers.jsonl"]).splitlines()]
     dataset = load_dataset(project.store, str(candidate.dataset))

@@ -146,7 +146,7 @@ def test_plan_says_what_would_be_seen(judged: tuple[Path, dict[str, Any]]) -> No
     assert (gate["name"], gate["lift"], gate["differing"]) == ("lift", 0.3, 0.3)
     assert gate["needed"] > 0
     assert document["looks"] == 1
-    walk = pipeline.Chain(Project.load(judged[0]))
+    walk = pipeline.PipelineContext(Project.load(judged[0]))
     measured = pipeline.plan(walk, between=("plain", "tuned"))
     assert measured["measured"]
     rows = walk.dataset.splits["validation"]
@@ -175,7 +175,7 @@ def test_a_set_that_is_not_there_is_said_before_anything_is_asked(judged: tuple[
     project = Project.load(judged[0])
     gate = type(project.settings.gates["bbq"])(probe="bbq", at_most=1.0, path="nowhere")  # type: ignore[call-arg]
     with pytest.raises(UsageError, match="cannot be read"):
-        risk(pipeline.Chain(project), gate, "tuned")  # type: ignore[arg-type]
+        risk(pipeline.PipelineContext(project), gate, "tuned")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 
 from tests.rollout.scene import NAME, OPERATOR, OWNER, build_scene
 from tests.tiny import write_model
-from tunesmith.pipeline import Chain
+from tunesmith.pipeline import PipelineContext
 from tunesmith.project import Project
 from tunesmith.rollout.controller import start
 from tunesmith.rollout.settings import DEFAULT_STEPS
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     write_model(tmp_path / "model")
     (tmp_path / "tunesmith.yaml").write_text(PROJECT)
-    scene = build_scene(tmp_path / ".tunesmith", base=Chain(Project.load(tmp_path)).base.digest)
+    scene = build_scene(tmp_path / ".tunesmith", base=PipelineContext(Project.load(tmp_path)).base.digest)
     version = scene.version(None)
     start(scene.store, name=NAME, version=version, steps=DEFAULT_STEPS, actor=OPERATOR)
     (tmp_path / "token").write_text(issue_token(scene.store, OPERATOR, actor=OPERATOR))

@@ -37,7 +37,7 @@ def chat(
     from tunesmith.registry.versions import resolve, verified_copy
 
     project = open_project(directory)
-    walk = pipeline.Chain(project, Terminal())
+    walk = pipeline.PipelineContext(project, Terminal())
     with contextlib.ExitStack() as stack:
         if who in project.settings.candidates:
             answerer = pipeline.answerer(walk, load_candidate(project.store, pipeline.candidate(walk, who)))

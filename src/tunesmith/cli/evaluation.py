@@ -47,7 +47,9 @@ def plan(
 
     if differing is not None and between is not None:
         raise UsageError("the share that differs is either given or measured", fix="leave one of the options out")
-    document = pipeline.plan(pipeline.Chain(open_project(directory), Terminal()), lift, differing, between or ())
+    document = pipeline.plan(
+        pipeline.PipelineContext(open_project(directory), Terminal()), lift, differing, between or ()
+    )
     emit(document, as_json, lambda console: show_plan(console, document))
 
 

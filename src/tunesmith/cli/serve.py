@@ -31,7 +31,7 @@ def serve(
 
     import uvicorn
 
-    from tunesmith.pipeline import Chain
+    from tunesmith.pipeline import PipelineContext
     from tunesmith.project import open_project
     from tunesmith.registry.aliases import list_aliases
     from tunesmith.server.app import create_app
@@ -41,7 +41,7 @@ def serve(
     listening = _listen(host, port)
     app = create_app(
         project.store,
-        Chain(project, Terminal()).engine,
+        PipelineContext(project, Terminal()).engine,
         ServerSettings(region=region),
         answer_schema=project.schema,
         scorers=project.settings.task.served,

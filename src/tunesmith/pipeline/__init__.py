@@ -18,10 +18,10 @@ from tunesmith.pipeline.api import (
     training_document,
 )
 from tunesmith.pipeline.candidates import answerer, candidate
-from tunesmith.pipeline.context import Chain
+from tunesmith.pipeline.context import PipelineContext
 
 __all__ = [
-    "Chain",
+    "PipelineContext",
     "answerer",
     "build_data",
     "candidate",

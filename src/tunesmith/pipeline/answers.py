@@ -16,81 +16,81 @@ from tunesmith.evaluation.metrics.declared import JudgeScorer
 from tunesmith.evaluation.metrics.judging import judge_answers
 from tunesmith.evaluation.planning import Assumed, measured_on_validation, plan_document, plan_sentence
 from tunesmith.pipeline.candidates import answerer, candidate, leading_scoring
-from tunesmith.pipeline.context import Chain
+from tunesmith.pipeline.context import PipelineContext
 
 _MOST_LABELS = 64
 
 
-def answers(chain: Chain, name: str, split: str = "test") -> str:
+def answers(context: PipelineContext, name: str, split: str = "test") -> str:
     """Digest of a candidate's answers to the test rows, or to those of another split."""
-    digest, dataset, choices = candidate(chain, name), chain.dataset, _choices(chain)
-    inputs = {"candidate": digest, "dataset": dataset.digest, "together": TOGETHER, **chain.engine_of(digest)}
+    digest, dataset, choices = candidate(context, name), context.dataset, _choices(context)
+    inputs = {"candidate": digest, "dataset": dataset.digest, "together": TOGETHER, **context.engine_of(digest)}
     inputs |= {"choices": list(choices)} if choices else {}
-    endpoint = chain.settings_of(name).endpoint
+    endpoint = context.settings_of(name).endpoint
     inputs |= {"logprobs": True} if endpoint is not None and endpoint.logprobs else {}
     other = {} if split == "test" else {"split": split}
 
     def answer(work: Path) -> str:
         if split == "test":
-            _foretell(chain)
-        return _ask(chain, name, digest, split, work)
+            _show_plan(context)
+        return _ask(context, name, digest, split, work)
 
-    return chain.stages.run(" ".join(["answer", name, *other.values()]), "answer", {**inputs, **other}, answer)
+    return context.stages.run(" ".join(["answer", name, *other.values()]), "answer", {**inputs, **other}, answer)
 
 
-def judged(chain: Chain, name: str, given: str, scorer: JudgeScorer) -> str:
+def judged(context: PipelineContext, name: str, given: str, scorer: JudgeScorer) -> str:
     """Digest of what a judge said of a candidate's answers, which are named by digest."""
-    dataset = chain.dataset
+    dataset = context.dataset
     question = {"model": scorer.judge.model, "url": scorer.judge.url, "question": scorer.question}
     inputs = {"answers": given, "metric": scorer.name, **question}
 
     def ask_judge(work: Path) -> str:
-        chain.progress.say(f"{scorer.name}: held-out rows and answers are sent to {scorer.judge.url}")
+        context.progress.say(f"{scorer.name}: held-out rows and answers are sent to {scorer.judge.url}")
         test = dataset.examples("test")
-        return judge_answers(chain.store, scorer, given, dataset.digest, test, work, chain.progress)
+        return judge_answers(context.store, scorer, given, dataset.digest, test, work, context.progress)
 
-    return chain.stages.run(f"{scorer.name} judges {name}", "judge", inputs, ask_judge)
+    return context.stages.run(f"{scorer.name} judges {name}", "judge", inputs, ask_judge)
 
 
 def plan(
-    chain: Chain, lift: float | None = None, differing: float | None = None, between: Sequence[str] = ()
+    context: PipelineContext, lift: float | None = None, differing: float | None = None, between: Sequence[str] = ()
 ) -> dict[str, Any]:
     """What the test rows will be able to show. between: candidates; how they differ is measured on validation."""
     assumed = Assumed() if differing is None else Assumed(differing)
     if between:
-        given = [answers(chain, name, "validation") for name in between]
-        assumed = measured_on_validation(chain.store, given, chain.dataset, leading_scoring(chain))
-    looks = looks_taken(chain.store, chain.dataset.digest)
-    return plan_document(chain.dataset, chain.project.settings.gates, looks=looks, assumed=assumed, lift=lift)
+        given = [answers(context, name, "validation") for name in between]
+        assumed = measured_on_validation(context.store, given, context.dataset, leading_scoring(context))
+    looks = looks_taken(context.store, context.dataset.digest)
+    return plan_document(context.dataset, context.project.settings.gates, looks=looks, assumed=assumed, lift=lift)
 
 
-def _foretell(chain: Chain) -> None:
-    """Say what the gates will be able to see, once and before the first answers to test rows cost time."""
-    if not chain.foretold:
-        chain.foretold = True
-        document = plan(chain)
+def _show_plan(context: PipelineContext) -> None:
+    """Show once, before the first test rows are answered, how large a lift the gates can detect."""
+    if not context.plan_shown:
+        context.plan_shown = True
+        document = plan(context)
         for gate in document["gates"]:
-            chain.progress.say(plan_sentence(document, gate))
+            context.progress.say(plan_sentence(document, gate))
 
 
-def _ask(chain: Chain, name: str, digest: str, split: str, work: Path) -> str:
+def _ask(context: PipelineContext, name: str, digest: str, split: str, work: Path) -> str:
     """Ask a candidate every row of a split, keeping what is there after each handful."""
-    asked, dataset = load_candidate(chain.store, digest), chain.dataset
+    asked, dataset = load_candidate(context.store, digest), context.dataset
     rows = dataset.examples(split)
     if asked.endpoint is not None:
         sent = f"the requests of {len(rows)} held-out rows, with all that stands before them"
-        chain.progress.say(f"{name}: {sent}, are sent to {asked.endpoint.url}")
+        context.progress.say(f"{name}: {sent}, are sent to {asked.endpoint.url}")
     title = f"{name} answers {len(rows)} rows"
-    found = ask_rows(answerer(chain, asked), rows, work, title, chain.progress, _likelihoods(chain, asked))
+    found = ask_rows(answerer(context, asked), rows, work, title, context.progress, _likelihoods(context, asked))
     parents = {"candidate": digest, "dataset": dataset.digest}
-    return keep_answers(chain.store, parents, found.lines, found.body(split) | chain.engine_of(digest))
+    return keep_answers(context.store, parents, found.lines, found.body(split) | context.engine_of(digest))
 
 
-def _choices(chain: Chain) -> tuple[str, ...]:
+def _choices(context: PipelineContext) -> tuple[str, ...]:
     """The labels whose likelihood is asked for beside every answer; none where no scorer wants that."""
-    if not any(scorer.calibrate for scorer in chain.project.settings.task.labels):
+    if not any(scorer.calibrate for scorer in context.project.settings.task.labels):
         return ()
-    found = sorted({example.answer for example in chain.dataset.examples("train")})
+    found = sorted({example.answer for example in context.dataset.examples("train")})
     if len(found) > _MOST_LABELS:
         raise UsageError(
             f"{len(found)} distinct answers are too many to ask the likelihood of each (at most {_MOST_LABELS})",
@@ -100,11 +100,11 @@ def _choices(chain: Chain) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _likelihoods(chain: Chain, asked: Candidate) -> Likelihoods | None:
-    choices = _choices(chain)
+def _likelihoods(context: PipelineContext, asked: Candidate) -> Likelihoods | None:
+    choices = _choices(context)
     if not choices or not asked.asks_base:
         return None
-    engine = chain.engine
+    engine = context.engine
 
     def likelihoods(conversations: Sequence[Sequence[Message]]) -> list[dict[str, float]]:
         questions = [Question(tuple(turns), choices) for turns in conversations]

@@ -14,7 +14,7 @@ from tunesmith.data.building.shards import Local
 from tunesmith.evaluation.evaluate import evaluation_document
 from tunesmith.evaluation.gates.verdict import verdict_document
 from tunesmith.pipeline.candidates import learning_rates, training
-from tunesmith.pipeline.context import Chain
+from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.stages import Stage
 from tunesmith.pipeline.training import tuned_names
 from tunesmith.pipeline.verdicts import evaluation, verdict
@@ -25,7 +25,7 @@ from tunesmith.registry.versions import register as register_version
 
 def build_data(project: Project, progress: Progress = SILENT, shards: ShardEngine | None = None) -> str:
     """Digest of the project's dataset version. shards: who reads the source files' shards; this machine by default."""
-    return Chain(project, progress, shards=shards or Local()).dataset.digest
+    return PipelineContext(project, progress, shards=shards or Local()).dataset.digest
 
 
 def train(
@@ -35,12 +35,12 @@ def train(
     restart: bool = False,
 ) -> str:
     """Digest of a candidate's training; by default that of the only tuned candidate."""
-    return training(Chain(project, progress), name or _only_tuned(project), restart)
+    return training(PipelineContext(project, progress), name or _only_tuned(project), restart)
 
 
 def find_rate(project: Project, progress: Progress = SILENT, name: str | None = None) -> dict[str, Any]:
     """What `tunesmith train --find-rate --json` prints: a range test of the candidate's learning rate."""
-    return learning_rates(Chain(project, progress), name or _only_tuned(project))
+    return learning_rates(PipelineContext(project, progress), name or _only_tuned(project))
 
 
 def _only_tuned(project: Project) -> str:
@@ -52,12 +52,12 @@ def _only_tuned(project: Project) -> str:
 
 def evaluate(project: Project, progress: Progress = SILENT, names: Sequence[str] | None = None) -> str:
     """Digest of an evaluation."""
-    return evaluation(Chain(project, progress), names)
+    return evaluation(PipelineContext(project, progress), names)
 
 
 def gate(project: Project, progress: Progress = SILENT, name: str | None = None) -> str:
     """Digest of a verdict."""
-    return verdict(Chain(project, progress), name)
+    return verdict(PipelineContext(project, progress), name)
 
 
 def latest_evaluation(project: Project) -> str | None:
@@ -90,13 +90,13 @@ def register(
 
 
 def run(project: Project, progress: Progress = SILENT, *, actor: str | None = None) -> dict[str, Any]:
-    """The whole chain up to a registered version; what `tunesmith run --json` prints.
+    """The whole pipeline up to a registered version; what `tunesmith run --json` prints.
 
     Where the gates do not pass nothing is registered and the document has no `register`; `gate` says why.
     """
     store = project.store
     signer = project.actor(actor)
-    walk = Chain(project, progress, signer)
+    walk = PipelineContext(project, progress, signer)
     decided = verdict(walk)
     measured = store.record(decided).parents["evaluation"]
     document: dict[str, Any] = {

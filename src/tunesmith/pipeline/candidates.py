@@ -18,69 +18,69 @@ from tunesmith.core.files import write_atomic
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.answers import seen_answers
 from tunesmith.evaluation.metrics.declared import CONTEXT_SCORERS, Scoring, checked, make_scoring, metric_of
-from tunesmith.pipeline.context import Chain
+from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import find_rate, train_candidate
 
 
-def candidate(chain: Chain, name: str, restart: bool = False) -> str:
+def candidate(context: PipelineContext, name: str, restart: bool = False) -> str:
     """Digest of a candidate of the project file; trains its adapter where it has one that is not there yet."""
-    settings = chain.settings_of(name)
-    found = _untrained(chain, name, settings)
+    settings = context.settings_of(name)
+    found = _untrained(context, name, settings)
     if settings.train is not None:
-        trained = train_candidate(chain, name, found, settings.train, restart=restart)
+        trained = train_candidate(context, name, found, settings.train, restart=restart)
         found = found.model_copy(update={"training": trained})
     elif settings.weights is not None:
-        found = found.model_copy(update={"training": training(chain, settings.weights)})
-    return put_candidate(chain.store, found)
+        found = found.model_copy(update={"training": training(context, settings.weights)})
+    return put_candidate(context.store, found)
 
 
-def training(chain: Chain, name: str, restart: bool = False) -> str:
+def training(context: PipelineContext, name: str, restart: bool = False) -> str:
     """Digest of a candidate's training. Raises UsageError for a candidate that has none."""
-    found = load_candidate(chain.store, candidate(chain, name, restart)).training
+    found = load_candidate(context.store, candidate(context, name, restart)).training
     if found is None:
-        raise _no_training(chain, name)
+        raise _no_training(context, name)
     return found
 
 
-def learning_rates(chain: Chain, name: str) -> dict[str, Any]:
+def learning_rates(context: PipelineContext, name: str) -> dict[str, Any]:
     """A range test of a candidate's learning rate. Raises UsageError for a candidate that is not trained."""
-    settings = chain.settings_of(name)
+    settings = context.settings_of(name)
     if settings.train is None:
-        raise _no_training(chain, name)
-    return find_rate(chain, name, _untrained(chain, name, settings), settings.train)
+        raise _no_training(context, name)
+    return find_rate(context, name, _untrained(context, name, settings), settings.train)
 
 
-def answerer(chain: Chain, asked: Candidate) -> Answerer:
+def answerer(context: PipelineContext, asked: Candidate) -> Answerer:
     """A candidate of the project ready to answer: its weights loaded, its endpoint known."""
-    settings = chain.project.settings.candidates.get(asked.name)
-    engine = chain.engine if asked.asks_base else None
-    load_adapter(chain, asked.training)
-    return Answerer(chain.store, engine, asked, settings.endpoint if settings else None)
+    settings = context.project.settings.candidates.get(asked.name)
+    engine = context.engine if asked.asks_base else None
+    load_adapter(context, asked.training)
+    return Answerer(context.store, engine, asked, settings.endpoint if settings else None)
 
 
-def load_adapter(chain: Chain, trained: str | None) -> str | None:
+def load_adapter(context: PipelineContext, trained: str | None) -> str | None:
     """Make a training's adapter answerable; returns the name to ask for."""
     if trained is None:
         return None
-    store = chain.store
+    store = context.store
     record = store.record(trained, kind="training")
     folder = store.root / "work" / f"adapter-{trained.removeprefix('sha256:')[:24]}"
     for name, blob in record.blobs.items():
         write_atomic(folder / name, store.read_blob(blob))
-    chain.engine.load_adapter(trained, folder)
+    context.engine.load_adapter(trained, folder)
     shutil.rmtree(folder)
     return trained
 
 
-def leading_scoring(chain: Chain) -> Scoring:
+def leading_scoring(context: PipelineContext) -> Scoring:
     """What the leading metric scores an answer by. Raises UsageError where a judge is asked for it."""
-    task = chain.project.settings.task
+    task = context.project.settings.task
     leading = next(scorer for scorer in task.scorers if metric_of(scorer) == task.leading)
-    return make_scoring(leading, chain.project.schema, chain.project.root)
+    return make_scoring(leading, context.project.schema, context.project.root)
 
 
-def _no_training(chain: Chain, name: str) -> UsageError:
-    tuned = [each for each, settings in chain.project.settings.candidates.items() if settings.train]
+def _no_training(context: PipelineContext, name: str) -> UsageError:
+    tuned = [each for each, settings in context.project.settings.candidates.items() if settings.train]
     return UsageError(
         f"candidate {name!r} has no training",
         where=f"candidates.{name}",
@@ -88,12 +88,12 @@ def _no_training(chain: Chain, name: str) -> UsageError:
     )
 
 
-def _untrained(chain: Chain, name: str, settings: CandidateSettings) -> Candidate:
-    base, most, method = chain.base.digest, settings.max_tokens, settings.method
+def _untrained(context: PipelineContext, name: str, settings: CandidateSettings) -> Candidate:
+    base, most, method = context.base.digest, settings.max_tokens, settings.method
     if settings.prompt is None:  # a floor
-        dataset = chain.dataset.digest
+        dataset = context.dataset.digest
         return Candidate(name=name, base=base, prompt="", max_tokens=most, method=method, dataset=dataset)
-    schema = chain.project.schema if settings.constrain else None
+    schema = context.project.schema if settings.constrain else None
     if settings.constrain and schema is None:
         raise UsageError(
             "there is no schema to hold answers to", where=f"candidates.{name}.constrain", fix="set task.schema"
@@ -106,22 +106,22 @@ def _untrained(chain: Chain, name: str, settings: CandidateSettings) -> Candidat
         name=name,
         base=base,
         max_tokens=most,
-        prompt=_prompt(chain, name, settings.prompt),
+        prompt=_prompt(context, name, settings.prompt),
         retrieve=retrieve,
         answer_schema=None if schema is None else json.dumps(schema, ensure_ascii=False),
-        dataset=chain.dataset.digest if named else None,
-        documents=chain.documents if from_documents else None,
-        embedder=chain.embedder if retrieve is not None and retrieve.by != "bm25" else None,
+        dataset=context.dataset.digest if named else None,
+        documents=context.documents if from_documents else None,
+        embedder=context.embedder if retrieve is not None and retrieve.by != "bm25" else None,
         endpoint=None if endpoint is None else RemoteModel(url=endpoint.url, model=endpoint.model),
     )
     if settings.search is not None:
-        return _searched(chain, found, settings.search)
-    chosen = choose_shots(chain.dataset.examples("train"), shots.count, shots.choose) if shots else []
+        return _searched(context, found, settings.search)
+    chosen = choose_shots(context.dataset.examples("train"), shots.count, shots.choose) if shots else []
     return with_choice(found, found.prompt, chosen)
 
 
-def _prompt(chain: Chain, name: str, file: str) -> str:
-    path = chain.project.root / file
+def _prompt(context: PipelineContext, name: str, file: str) -> str:
+    path = context.project.root / file
     try:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -130,40 +130,40 @@ def _prompt(chain: Chain, name: str, file: str) -> str:
         ) from error
 
 
-def _searched(chain: Chain, bare: Candidate, settings: Search) -> Candidate:
+def _searched(context: PipelineContext, bare: Candidate, settings: Search) -> Candidate:
     """The candidate with the prompt and the shots that a search on validation rows found best."""
-    metric = chain.project.settings.task.leading
-    prompts = [bare.prompt, *(_prompt(chain, bare.name, file) for file in settings.prompts)]
+    metric = context.project.settings.task.leading
+    prompts = [bare.prompt, *(_prompt(context, bare.name, file) for file in settings.prompts)]
     inputs = {
         "candidate": bare.model_dump(mode="json", by_alias=True, exclude={"name"}),
         "prompts": prompts,
         "settings": settings.model_dump(mode="json"),
         "metric": metric,
-        "schema": chain.project.schema,
-        **(chain.engine_kind if bare.asks_base else {}),
+        "schema": context.project.schema,
+        **(context.engine_kind if bare.asks_base else {}),
         **({"retrieved": True} if metric in CONTEXT_SCORERS else {}),  # once these were scored without it
     }
 
     def find(work: Path) -> str:
-        scoring = leading_scoring(chain)
+        scoring = leading_scoring(context)
 
         def scored(tried: Candidate, rows: Sequence[Example], lines: Sequence[Mapping[str, Any]]) -> list[float]:
             # As the evaluation sees them: with the texts that were looked up for each.
-            seen = seen_answers(chain.store, chain.dataset, tried, {line["id"]: line for line in lines}, rows)
+            seen = seen_answers(context.store, context.dataset, tried, {line["id"]: line for line in lines}, rows)
             return [checked(scoring(seen[row.id]), metric, f"validation row {row.id}") for row in rows]
 
         return search_prompts(
-            chain.store,
+            context.store,
             settings,
             bare,
             prompts,
-            chain.dataset,
-            lambda each: answerer(chain, each),
+            context.dataset,
+            lambda each: answerer(context, each),
             scored,
             work,
-            chain.progress,
+            context.progress,
         )
 
-    digest = chain.stages.run(f"search {bare.name}", "search", inputs, find)
-    chosen = with_choice(bare, *found_choice(chain.store, digest, chain.dataset))
+    digest = context.stages.run(f"search {bare.name}", "search", inputs, find)
+    chosen = with_choice(bare, *found_choice(context.store, digest, context.dataset))
     return chosen.model_copy(update={"search": digest})

@@ -1,6 +1,6 @@
-"""What the stages share: the project, its base, the engine, the dataset version. Each is found once, when first needed.
+"""What all stages share: the project, its base model, the engine, the dataset version. Each is loaded on first use.
 
-The stages are functions of a `Chain` in the modules beside this one; each asks for what comes before it by name.
+Every stage is a function that takes a `PipelineContext`. A stage calls the stages whose results it needs.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Chain:
-    """One walk along the chain for a project."""
+class PipelineContext:
+    """What one pass through the pipeline shares between its stages."""
 
     project: Project
     progress: Progress = SILENT
-    actor: str | None = None  # whose work it is; the project's own way to find out where None
-    shards: ShardEngine = field(default_factory=Local)  # who reads the source files' shards; the dataset is the same
-    foretold: bool = field(default=False, init=False)  # whether it was said what the gates will be able to see
+    actor: str | None = None  # who runs the stages; None: as `Project.actor` decides
+    shards: ShardEngine = field(default_factory=Local)  # reads the source files' shards; never changes the dataset
+    plan_shown: bool = field(default=False, init=False)  # whether the power of the gates was shown already
 
     @property
     def store(self) -> Store:
-        """Where the project's records lie."""
+        """The project's store."""
         return self.project.store
 
     @cached_property
     def stages(self) -> Stages:
-        """What runs the stages, and how each went."""
+        """Runs the stages and remembers how long each took."""
         return Stages(self.project, self.progress, self.actor)
 
     @cached_property
@@ -70,7 +70,7 @@ class Chain:
         return found
 
     def _check_targets(self) -> None:
-        """Raises UsageError for a name that no linear layer has, before anything slow; other families have others."""
+        """Raise UsageError for a target that no linear layer has, before any slow stage. Other families differ."""
         for name, settings in self.project.settings.candidates.items():
             if settings.train:
                 meant(settings.train.targets, TARGETS, f"candidates.{name}.train.targets")
@@ -82,12 +82,12 @@ class Chain:
 
     @property
     def engine_kind(self) -> dict[str, str]:
-        """Part of what answers depend on. The embedded engine, the first there was, is not named."""
+        """The engine as an input of stages: {"engine": kind}, or {} for the native engine."""
         kind = engine_kind(self.base, self.project.settings.engine)
         return {} if kind == NATIVE else {"engine": kind}
 
     def engine_of(self, candidate: str) -> dict[str, str]:
-        """The same for one candidate, by digest: what floors and endpoints answer depends on no engine."""
+        """engine_kind for one candidate, by digest: {} for baselines and endpoints, which use no engine."""
         return self.engine_kind if load_candidate(self.store, candidate).asks_base else {}
 
     @cached_property
@@ -131,16 +131,16 @@ class Chain:
 
     @property
     def _row_tokens(self) -> int:
-        """Most tokens of a row: the shortest max_length of any training, within the base's context."""
+        """The most tokens of a row: the smallest max_length of all trainings, at most the base's context length."""
         trained = [each.train.max_length for each in self.project.settings.candidates.values() if each.train]
         return min([self.base.context_length, *trained])
 
     @cached_property
     def documents(self) -> str:
-        """Digest of the project's documents, read and cut into passages. Raises UsageError where it names none."""
+        """Digest of the project's documents, cut into passages. Raises UsageError without `documents:`."""
         project, settings = self.project, self.project.settings.documents
         if settings is None:
-            raise UsageError("no documents are named to look things up in", where="documents", fix="add documents:")
+            raise UsageError("the project has no documents to retrieve from", where="documents", fix="add documents:")
         privacy, tokens = project.settings.data.privacy, self.engine.special_tokens
         inputs = {
             "settings": settings.model_dump(mode="json"),
@@ -156,13 +156,13 @@ class Chain:
 
     @cached_property
     def embedder(self) -> str:
-        """Digest of the model that turns texts into vectors."""
+        """Digest of the embedding model."""
         from tunesmith.models.embedding import find_embedder
 
         return find_embedder(self.progress).digest
 
     def settings_of(self, name: str) -> CandidateSettings:
-        """What the project file says of a candidate. Raises UsageError for a name it does not know."""
+        """The settings of a candidate. Raises UsageError for an unknown name."""
         known = self.project.settings.candidates
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

@@ -19,70 +19,70 @@ from tunesmith.evaluation.probes.suites import Suite, ask, suite_of
 from tunesmith.evaluation.scores import GENERAL
 from tunesmith.evaluation.settings import Forgetting, Probe
 from tunesmith.pipeline.candidates import answerer, candidate, load_adapter, training
-from tunesmith.pipeline.context import Chain
+from tunesmith.pipeline.context import PipelineContext
 
 
-def general(chain: Chain, names: Sequence[str]) -> dict[str, str]:
+def general(context: PipelineContext, names: Sequence[str]) -> dict[str, str]:
     """The general suite's scores where a gate asks for them: "base" and tuned candidates' names -> digests."""
-    settings = chain.project.settings
+    settings = context.project.settings
     if not any(isinstance(gate, Forgetting) for gate in settings.gates.values()):
         return {}
     tuned = [name for name in names if settings.candidates[name].adapted]
-    return {BASE: probe(chain, None), **{name: probe(chain, name) for name in tuned}} if tuned else {}
+    return {BASE: probe(context, None), **{name: probe(context, name) for name in tuned}} if tuned else {}
 
 
-def probe(chain: Chain, name: str | None) -> str:
+def probe(context: PipelineContext, name: str | None) -> str:
     """Digest of the general suite's scores under a candidate's weights, or the base's for None."""
-    trained = None if name is None else training(chain, name)
-    inputs = {"base": chain.base.digest, "training": trained, "suite": general_digest(), **chain.engine_kind}
+    trained = None if name is None else training(context, name)
+    inputs = {"base": context.base.digest, "training": trained, "suite": general_digest(), **context.engine_kind}
 
     def measure(_work: Path) -> str:
-        adapter = load_adapter(chain, trained)
+        adapter = load_adapter(context, trained)
         questions = general_questions()
         began = time.perf_counter()
         asked = [Question(question.messages, question.choices) for question in questions]
-        scores = chain.engine.choose(asked, adapter, chain.progress)
+        scores = context.engine.choose(asked, adapter, context.progress)
         seconds = time.perf_counter() - began
         lines = [{"id": question.id, "scores": each} for question, each in zip(questions, scores, strict=True)]
-        parents = {"base": chain.base.digest} | ({"training": trained} if trained else {})
-        stated = {"suite": GENERAL, "n": len(lines), "seconds": seconds, **chain.engine_kind}
-        return keep_answers(chain.store, parents, lines, stated)
+        parents = {"base": context.base.digest} | ({"training": trained} if trained else {})
+        stated = {"suite": GENERAL, "n": len(lines), "seconds": seconds, **context.engine_kind}
+        return keep_answers(context.store, parents, lines, stated)
 
-    return chain.stages.run(f"probe {name or BASE}", "probe", inputs, measure)
+    return context.stages.run(f"probe {name or BASE}", "probe", inputs, measure)
 
 
-def check_probes(chain: Chain) -> None:
+def check_probes(context: PipelineContext) -> None:
     """Raise UsageError or Refused where a probe lacks its file or its detector: before a training, not after it."""
-    for gate in chain.project.settings.gates.values():
+    for gate in context.project.settings.gates.values():
         if isinstance(gate, Probe):
             if gate.path is not None:
-                digest_path(chain.project.root / gate.path)
+                digest_path(context.project.root / gate.path)
             suite_of(gate.suite).states  # noqa: B018 - to name the detector is to hold its files against their digest
 
 
-def risks(chain: Chain, names: Sequence[str]) -> dict[str, dict[str, Risk]]:
+def risks(context: PipelineContext, names: Sequence[str]) -> dict[str, dict[str, Risk]]:
     """Answers to the risk probes that gates ask for: suite -> candidate's name -> digests."""
-    settings = chain.project.settings
+    settings = context.project.settings
     found: dict[str, dict[str, Risk]] = {}
     for gate in settings.gates.values():
         if isinstance(gate, Probe) and gate.suite not in found:
             suite = suite_of(gate.suite)
             for name in names:
-                if _has_risk(chain, settings.candidates[name], suite):
-                    before = risk(chain, gate, name, before=True) if suite.before else None
-                    found.setdefault(gate.suite, {})[name] = Risk(risk(chain, gate, name), before)
+                if _has_risk(context, settings.candidates[name], suite):
+                    before = risk(context, gate, name, before=True) if suite.before else None
+                    found.setdefault(gate.suite, {})[name] = Risk(risk(context, gate, name), before)
     return found
 
 
-def risk(chain: Chain, gate: Probe, name: str, *, before: bool = False) -> str:
+def risk(context: PipelineContext, gate: Probe, name: str, *, before: bool = False) -> str:
     """Digest of a candidate's answers to a probe's items; before: under the base's weights."""
-    store, suite, dataset = chain.store, suite_of(gate.suite), chain.dataset
-    digest = candidate(chain, name)
+    store, suite, dataset = context.store, suite_of(gate.suite), context.dataset
+    digest = candidate(context, name)
     asked = load_candidate(store, digest)
-    path = None if gate.path is None else chain.project.root / gate.path
-    parents = {"base": chain.base.digest} | ({"dataset": dataset.digest} if suite.own else {})
+    path = None if gate.path is None else context.project.root / gate.path
+    parents = {"base": context.base.digest} | ({"dataset": dataset.digest} if suite.own else {})
     trained = None if before else asked.training
-    engine = chain.engine_of(digest)
+    engine = context.engine_of(digest)
     inputs = {
         "suite": gate.suite,
         "parents": parents,
@@ -94,24 +94,24 @@ def risk(chain: Chain, gate: Probe, name: str, *, before: bool = False) -> str:
     }
 
     def measure(_work: Path) -> str:
-        ready = answerer(chain, asked)
-        ground = ground_of(store, dataset, asked, ready, gate.rows, path, chain.project.settings.data.privacy)
+        ready = answerer(context, asked)
+        ground = ground_of(store, dataset, asked, ready, gate.rows, path, context.project.settings.data.privacy)
         items = suite.items(ground)
         began = time.perf_counter()
-        scorer = chain.engine if asked.asks_base else None
-        lines = ask(suite, ready.responder, scorer, trained, items, asked, chain.progress)
+        scorer = context.engine if asked.asks_base else None
+        lines = ask(suite, ready.responder, scorer, trained, items, asked, context.progress)
         body = {"suite": gate.suite, **engine, "n": len(items), "seconds": time.perf_counter() - began}
         body |= suite.states
         made = parents | ({"training": trained} if trained else {})
         return keep_answers(store, made, lines, body, {ITEMS: encode_items(items)})
 
     when = "before" if before else "after"
-    return chain.stages.run(f"risk {gate.probe} {name} {when}", "risk", inputs, measure)
+    return context.stages.run(f"risk {gate.probe} {name} {when}", "risk", inputs, measure)
 
 
-def _has_risk(chain: Chain, settings: CandidateSettings, suite: Suite) -> bool:
+def _has_risk(context: PipelineContext, settings: CandidateSettings, suite: Suite) -> bool:
     """Whether a suite says something of a candidate. An endpoint cannot be released, so no more is sent to it."""
-    weights = chain.project.settings.candidates[settings.weights] if settings.weights else settings
+    weights = context.project.settings.candidates[settings.weights] if settings.weights else settings
     if settings.endpoint is not None:
         return False
     return suite.untuned if weights.train is None else not weights.train.permute_answers

@@ -1,8 +1,8 @@
-"""How a stage is run: what is stale, what is skipped, where to resume. It knows no stage but their names.
+"""Runs one stage: skips it where its inputs did not change, and resumes it where it was stopped.
 
 A stage's key is the digest of everything its result depends on: its settings, its parents' digests and its revision.
-The record a key gave is kept in the store, so a stage whose inputs did not change is not run again, and one that was
-stopped half way carries on in a work folder named by its key.
+The store keeps a memo from each key to the record that the stage made. A stopped stage resumes in its work folder,
+which is named by the key.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tunesmith.store import database
 from tunesmith.store.identities import require
 from tunesmith.store.recalls import recalled
 
-# Bump a stage's number when what it computes from the same inputs changes; not where kernels round otherwise, as those
-# of another processor do too.
+# Raise a stage's number when it computes something else from the same inputs. Not for rounding in kernels: that differs
+# between processors anyway.
 REVISIONS = {
     "data": 6,
     "documents": 1,
@@ -37,7 +37,7 @@ REVISIONS = {
     "evaluate": 2,
     "gate": 2,
 }
-# What a person must be allowed to do for a stage to be run.
+# The permission that running a stage needs.
 ACTIONS = {
     "data": "data.build",
     "documents": "data.build",
@@ -54,7 +54,7 @@ ACTIONS = {
 
 @dataclass
 class Stage:
-    """How one stage went. seconds: 0 where it was skipped."""
+    """One stage that was run or skipped. seconds: 0 where it was skipped."""
 
     name: str
     seconds: float
@@ -63,33 +63,33 @@ class Stage:
 
 @dataclass
 class Stages:
-    """Runs a project's stages. done: how each went, in the order they were first asked for."""
+    """Runs a project's stages. done: the stages so far, in the order in which they were first run."""
 
     project: Project
     progress: Progress = SILENT
-    actor: str | None = None  # whose work it is; the project's own way to find out where None
+    actor: str | None = None  # who runs the stages; None: as `Project.actor` decides
     done: list[Stage] = field(default_factory=list)
 
     @property
     def acting(self) -> str:
-        """Name of the person whose work it is."""
+        """The name of the person who runs the stages."""
         return self.project.actor(self.actor)
 
     def run(
         self, name: str, kind: str, inputs: Mapping[str, Any], make: Callable[[Path], str], *, again: bool = False
     ) -> str:
-        """The record a stage gave for these inputs before, else, or again, make(work folder) gives it now."""
+        """Digest of the record that make(work folder) returns; a memo of the same inputs is returned instead.
+
+        again: ignore the memo. Raises Refused where the record was recalled, or where the person may not run the stage.
+        """
         store = self.project.store
         key = digest_of({"stage": kind, "revision": REVISIONS[kind], **inputs})
-        known = None if again else store.recall_memo(key)
-        if known is not None:
-            self._refuse_recalled(name, known)
-            self._tell(name, 0.0, skipped=True)
+        if (known := None if again else self._memo(name, key)) is not None:
             return known
         work = store.root / "work" / f"{kind}-{key.removeprefix('sha256:')[:24]}"
         with lock(store.root / "work" / f"{work.name}.lock", f"stage {name}"):
-            known = None if again else store.recall_memo(key)  # another process may have finished it meanwhile
-            if known is not None:
+            # Another process may have finished the stage while this one waited for the lock.
+            if (known := None if again else self._memo(name, key)) is not None:
                 return known
             require(store, self.acting, ACTIONS[kind])
             work.mkdir(parents=True, exist_ok=True)
@@ -98,20 +98,28 @@ class Stages:
             self._refuse_recalled(name, digest)
             store.keep_memo(key, digest)
             shutil.rmtree(work, ignore_errors=True)
-        self._tell(name, time.perf_counter() - began, skipped=False)
+        self._report(name, time.perf_counter() - began, skipped=False)
         return digest
+
+    def _memo(self, name: str, key: str) -> str | None:
+        """The record that the stage made of the same inputs before. Raises Refused where it was recalled."""
+        known = self.project.store.recall_memo(key)
+        if known is not None:
+            self._refuse_recalled(name, known)
+            self._report(name, 0.0, skipped=True)
+        return known
 
     def _refuse_recalled(self, name: str, digest: str) -> None:
         with database.reading(self.project.store.engine) as session:
             reason = recalled(session, digest)
         if reason is not None:
             raise Refused(
-                f"what this stage gives was recalled: {reason}",
+                f"the result of this stage was recalled: {reason}",
                 where=f"stage {name}, record {short(digest)}",
-                fix="take what was withdrawn out of the sources (or settings), then run again",
+                fix="remove the withdrawn data from the sources (or settings), then run again",
             )
 
-    def _tell(self, name: str, seconds: float, *, skipped: bool) -> None:
+    def _report(self, name: str, seconds: float, *, skipped: bool) -> None:
         if any(stage.name == name for stage in self.done):
             return
         self.done.append(Stage(name, seconds, skipped))

@@ -11,7 +11,7 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.data.governance.signoff import require_signed
-from tunesmith.pipeline.context import Chain
+from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.training.rows import training_rows
 from tunesmith.training.settings import MetricsSettings
@@ -22,50 +22,52 @@ if TYPE_CHECKING:
 
 
 def train_candidate(
-    chain: Chain, name: str, candidate: Candidate, settings: TrainSettings, *, restart: bool = False
+    context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings, *, restart: bool = False
 ) -> str:
     """Digest of the training of a candidate that has no adapter yet. Raises UsageError for one with shots."""
-    inputs = _inputs(chain, name, candidate, settings)
+    inputs = _inputs(context, name, candidate, settings)
 
     def fit(work: Path) -> str:
         from tunesmith.training.train import train
 
-        job = _job(chain, name, candidate, settings, work)
+        job = _job(context, name, candidate, settings, work)
         return train(
-            chain.store,
-            base=chain.base,
-            dataset=chain.dataset.digest,
+            context.store,
+            base=context.base,
+            dataset=context.dataset.digest,
             rows=job.rows,
             validation=job.validation,
             settings=settings,
             work=job.work,
             name=name,
             restart=restart,
-            metrics=_metrics(chain),
-            progress=chain.progress,
+            metrics=_metrics(context),
+            progress=context.progress,
         )
 
-    return chain.stages.run(f"train {name}", "train", inputs, fit, again=restart)
+    return context.stages.run(f"train {name}", "train", inputs, fit, again=restart)
 
 
-def find_rate(chain: Chain, name: str, candidate: Candidate, settings: TrainSettings) -> dict[str, Any]:
+def find_rate(context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings) -> dict[str, Any]:
     """What a range test over the first steps of a candidate's training found, as data; no stage, nothing is kept."""
     from tunesmith.training.train import find_rate as test_rates
 
-    _inputs(chain, name, candidate, settings)  # raises for what cannot be trained
-    rows = _job(chain, name, candidate, settings, Path()).rows
-    return test_rates(base=chain.base, rows=rows, settings=settings, progress=chain.progress).model_dump(mode="json")
+    _inputs(context, name, candidate, settings)  # raises for what cannot be trained
+    rows = _job(context, name, candidate, settings, Path()).rows
+    return test_rates(base=context.base, rows=rows, settings=settings, progress=context.progress).model_dump(
+        mode="json"
+    )
 
 
-def _metrics(chain: Chain) -> MetricsSettings | None:
+def _metrics(context: PipelineContext) -> MetricsSettings | None:
     """Where trainings are shown, a folder as seen from the project's. No stage depends on it."""
-    metrics = chain.project.settings.metrics
+    metrics = context.project.settings.metrics
     if metrics is None or metrics.tensorboard is None:
         return metrics
-    return metrics.model_copy(update={"tensorboard": str(chain.project.root / metrics.tensorboard)})
+    return metrics.model_copy(update={"tensorboard": str(context.project.root / metrics.tensorboard)})
 
 
-def _inputs(chain: Chain, name: str, candidate: Candidate, settings: TrainSettings) -> dict[str, Any]:
+def _inputs(context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings) -> dict[str, Any]:
     """What a training depends on. Raises UsageError for a candidate that cannot be trained."""
     if candidate.shots:
         raise UsageError(
@@ -73,25 +75,25 @@ def _inputs(chain: Chain, name: str, candidate: Candidate, settings: TrainSettin
             where=f"candidates.{name}",
             fix="remove shots or train; or name another's adapter with weights:",
         )
-    if chain.project.settings.data.sign_off:
-        require_signed(chain.store, chain.dataset.digest)
+    if context.project.settings.data.sign_off:
+        require_signed(context.store, context.dataset.digest)
     looks_up = {key: getattr(candidate, key) for key in ("documents", "embedder") if getattr(candidate, key)}
     if candidate.retrieve is not None:
         looks_up["retrieve"] = candidate.retrieve.model_dump(mode="json", by_alias=True)
     return {
         **looks_up,
-        "base": chain.base.digest,
-        "dataset": chain.dataset.digest,
+        "base": context.base.digest,
+        "dataset": context.dataset.digest,
         "prompt": candidate.prompt,
         "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
     }
 
 
-def _job(chain: Chain, name: str, candidate: Candidate, settings: TrainSettings, work: Path) -> Job:
+def _job(context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings, work: Path) -> Job:
     """The rows of a training as the candidate puts them, and where it keeps its checkpoints."""
     from tunesmith.training.train import Job, TrainingRow
 
-    answerer = Answerer(chain.store, chain.engine, candidate)
+    answerer = Answerer(context.store, context.engine, candidate)
 
     def rows(examples: Sequence[Example]) -> list[TrainingRow]:
         # Looked up without the row's own group, as it will be for requests of groups that were never seen.
@@ -99,8 +101,8 @@ def _job(chain: Chain, name: str, candidate: Candidate, settings: TrainSettings,
             TrainingRow(each.id, compose(candidate, each.messages, answerer.without_group(each))) for each in examples
         ]
 
-    learned = rows(training_rows(chain.dataset.examples("train"), settings))
-    return Job(name, learned, rows(chain.dataset.examples("validation")), settings, work / "checkpoints")
+    learned = rows(training_rows(context.dataset.examples("train"), settings))
+    return Job(name, learned, rows(context.dataset.examples("validation")), settings, work / "checkpoints")
 
 
 def tuned_names(project: Project) -> list[str]:

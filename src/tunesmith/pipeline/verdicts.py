@@ -15,22 +15,24 @@ from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.metrics.declared import function_digests
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.pipeline.answers import answers, judged
-from tunesmith.pipeline.context import Chain
+from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.probes import check_probes, general, risks
 from tunesmith.pipeline.training import tuned_names
 
 
-def evaluation(chain: Chain, names: Sequence[str] | None = None) -> str:
+def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> str:
     """Digest of the evaluation of the named candidates, all of the project's where none are named."""
-    project, settings, task = chain.project, chain.project.settings, chain.project.settings.task
-    chosen = _in_order(chain, names)
-    check_probes(chain)
+    project, settings, task = context.project, context.project.settings, context.project.settings.task
+    chosen = _in_order(context, names)
+    check_probes(context)
     # Untuned candidates first: a prompt that cannot be read shows before a training took its time.
     order = sorted(chosen, key=lambda name: settings.candidates[name].adapted)
-    given = {name: answers(chain, name) for name in order}
-    probes = general(chain, chosen)
-    risky = risks(chain, chosen)
-    said = {(name, scorer.name): judged(chain, name, given[name], scorer) for scorer in task.judges for name in chosen}
+    given = {name: answers(context, name) for name in order}
+    probes = general(context, chosen)
+    risky = risks(context, chosen)
+    said = {
+        (name, scorer.name): judged(context, name, given[name], scorer) for scorer in task.judges for name in chosen
+    }
     endpoints = {name: each.endpoint for name, each in settings.candidates.items() if each.endpoint}
     tokens = {name: each.price for name, each in endpoints.items() if each.price and name in chosen}
     # A project without these keeps the evaluations it has.
@@ -46,14 +48,14 @@ def evaluation(chain: Chain, names: Sequence[str] | None = None) -> str:
         "probes": probes,
         "task": _task_inputs(task),
         "schema": project.schema,
-        "dataset": chain.dataset.digest,
+        "dataset": context.dataset.digest,
         **{key: value for key, value in later.items() if value},
     }
 
     def score(_work: Path) -> str:
         return score_answers(
-            chain.store,
-            dataset=chain.dataset.digest,
+            context.store,
+            dataset=context.dataset.digest,
             answers=given,
             probes=probes,
             task=task,
@@ -64,17 +66,17 @@ def evaluation(chain: Chain, names: Sequence[str] | None = None) -> str:
             costs=Costs(settings.prices, tokens),
         )
 
-    found = chain.stages.run("evaluate", "evaluate", inputs, score)
-    record_evaluation(chain.store, found, chain.stages.acting)
+    found = context.stages.run("evaluate", "evaluate", inputs, score)
+    record_evaluation(context.store, found, context.stages.acting)
     return found
 
 
-def verdict(chain: Chain, name: str | None = None) -> str:
+def verdict(context: PipelineContext, name: str | None = None) -> str:
     """Digest of the verdict on a candidate, by default the one that the project would release."""
-    measured = evaluation(chain)
-    of = name or subject(chain, measured)
-    chain.settings_of(of)
-    gates = chain.project.settings.gates
+    measured = evaluation(context)
+    of = name or subject(context, measured)
+    context.settings_of(of)
+    gates = context.project.settings.gates
     inputs = {
         "evaluation": measured,
         "candidate": of,
@@ -82,23 +84,23 @@ def verdict(chain: Chain, name: str | None = None) -> str:
     }
 
     def decide(_work: Path) -> str:
-        return judge(chain.store, evaluation=measured, candidate=of, gates=gates, actor=chain.stages.acting)
+        return judge(context.store, evaluation=measured, candidate=of, gates=gates, actor=context.stages.acting)
 
-    return chain.stages.run(f"gate {of}", "gate", inputs, decide)
+    return context.stages.run(f"gate {of}", "gate", inputs, decide)
 
 
-def subject(chain: Chain, measured: str) -> str:
+def subject(context: PipelineContext, measured: str) -> str:
     """The candidate the project would release: `release:`, else the only tuned one, else the best by the metric.
 
     measured: digest of the evaluation that says which is best.
     """
-    settings = chain.project.settings
+    settings = context.project.settings
     if settings.release is not None:
         return settings.release
-    tuned = tuned_names(chain.project)
+    tuned = tuned_names(context.project)
     if len(tuned) == 1:
         return tuned[0]
-    body = chain.store.record(measured, kind="evaluation").body
+    body = context.store.record(measured, kind="evaluation").body
     # What an endpoint answers can be measured, not released.
     own = [name for name, each in settings.candidates.items() if each.endpoint is None]
     if not own:
@@ -107,11 +109,11 @@ def subject(chain: Chain, measured: str) -> str:
     return max(means, key=lambda name: (means[name], name))
 
 
-def _in_order(chain: Chain, names: Sequence[str] | None) -> list[str]:
+def _in_order(context: PipelineContext, names: Sequence[str] | None) -> list[str]:
     """Candidates without training first: their figures are there while the others train."""
-    known = chain.project.settings.candidates
+    known = context.project.settings.candidates
     for name in names or ():
-        chain.settings_of(name)
+        context.settings_of(name)
     return sorted(names or known, key=lambda name: known[name].adapted)
 
 

@@ -180,7 +180,7 @@ def test_a_stage_at_work_is_not_run_twice_at_once(project: Path) -> None:
     from tunesmith.core.files import lock
 
     (project / "prompt.txt").write_text("Other.\n")
-    walk = pipeline.Chain(Project.load(project))
+    walk = pipeline.PipelineContext(Project.load(project))
     work = walk.project.store.root / "work"
     pipeline.candidate(walk, "plain")
     with pytest.raises(TunesmithError, match="another process"), lock(work / "x.lock", "a"), lock(work / "x.lock", "b"):

@@ -1,0 +1,90 @@
+"""Running one stage: memos, and two runs of the same stage at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.scene import write_project
+from tunesmith.api import Project
+from tunesmith.core.clock import stamp
+from tunesmith.core.errors import Refused
+from tunesmith.pipeline import stages
+from tunesmith.pipeline.stages import Stages
+from tunesmith.store import database
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+from tunesmith.store.tables import RecallRow
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project.load(write_project(tmp_path / "p"))
+
+
+def _recall(store: Store, digest: str) -> None:
+    with database.writing(store.engine) as session:
+        session.add(RecallRow(cause="row 1", digest=digest, reason="asked to", at=stamp()))
+
+
+def _run_two(project: Project, monkeypatch: pytest.MonkeyPatch, *, recall: bool) -> tuple[Stages, list[object]]:
+    """Run one stage in two threads; the second waits for the first one's lock. Returns the second's stages and result.
+
+    recall: whether the record is recalled while the second thread waits.
+    """
+    working, waiting, exclusive = threading.Event(), threading.Event(), threading.Lock()
+
+    @contextmanager
+    def waiting_lock(path: Path, purpose: str) -> Iterator[None]:
+        if working.is_set():
+            waiting.set()
+        with exclusive:
+            yield
+
+    monkeypatch.setattr(stages, "lock", waiting_lock)
+    store = project.store
+
+    def make(_work: Path) -> str:
+        working.set()
+        assert waiting.wait(20)
+        return store.put_record(Record(kind="answers", parents={}, blobs={}, body={"n": 1}))
+
+    second, found = Stages(project), list[object]()
+
+    def run_second() -> None:
+        assert working.wait(20)
+        try:
+            found.append(second.run("answer plain", "answer", {"x": 1}, make))
+        except Refused as error:
+            found.append(error)
+
+    keep = store.keep_memo
+
+    def keep_and_recall(key: str, digest: str) -> None:
+        keep(key, digest)
+        if recall:
+            _recall(store, digest)
+
+    monkeypatch.setattr(store, "keep_memo", keep_and_recall)
+    thread = threading.Thread(target=run_second)
+    thread.start()
+    made = Stages(project).run("answer plain", "answer", {"x": 1}, make)
+    thread.join(20)
+    if not recall:
+        assert found == [made]
+    return second, found
+
+
+def test_second_run_takes_the_memo_it_waited_for(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    second, _ = _run_two(project, monkeypatch, recall=False)
+    assert [(stage.name, stage.skipped) for stage in second.done] == [("answer plain", True)]
+
+
+def test_memo_recalled_while_waiting_is_refused(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (error,) = _run_two(project, monkeypatch, recall=True)
+    assert isinstance(error, Refused)
+    assert "was recalled: asked to" in str(error)
