@@ -50,7 +50,7 @@ def test_what_does_not_fit_is_refused_before_it_is_tried(folder: Path, monkeypat
         tried += 1
 
     def free(count: int, later: int) -> None:
-        monkeypatch.setattr(runtime, "available_memory", lambda _: count)
+        monkeypatch.setattr(runtime, "available_memory", lambda: count)
         estimate([step], 0, 1, trial, Needs(lambda part: 1000 * part.tokens, later, 0, "train.layers"))
 
     needed = 1000 * step[0].tokens
@@ -103,7 +103,7 @@ def test_what_is_told_to_set_does_fit(folder: Path, monkeypatch: pytest.MonkeyPa
     sizes = [step[0].tokens for step in plan]
     needs = Needs(lambda part: 1000 * part.tokens, 0, 0, "train.layers")
     assert check_room(plan, needs).tokens == sizes[2]
-    monkeypatch.setattr(runtime, "available_memory", lambda _: 1000 * sizes[1])
+    monkeypatch.setattr(runtime, "available_memory", lambda: 1000 * sizes[1])
     with pytest.raises(Refused) as refused:
         check_room(plan, needs)
     assert str(sizes[1]) in str(refused.value.fix)

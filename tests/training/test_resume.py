@@ -268,7 +268,7 @@ def test_progress_says_loss_speed_share_of_the_limit_and_memory(folder: Path) ->
 
 def test_room_is_asked_for_again_by_a_run_that_is_carried_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(folder)
-    monkeypatch.setattr(runtime, "available_memory", lambda _: 1000)
+    monkeypatch.setattr(runtime, "available_memory", lambda: 1000)
     with pytest.raises(Refused, match="the largest part of a step"):
         run(folder)
 

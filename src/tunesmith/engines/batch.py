@@ -12,7 +12,7 @@ filler it has a few dozen shapes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,13 +40,6 @@ class Batch:
     def tokens(self) -> int:
         """Tokens computed, the shared ones once."""
         return self.ids.numel()
-
-    def on(self, device: torch.device) -> Batch:
-        """The batch with its tensors on a device: itself where they are."""
-        if self.ids.device == device:
-            return self
-        there = {name: getattr(self, name).to(device) for name in ("ids", "positions", "predicts", "labels")}
-        return replace(self, **there)
 
 
 def lay_out(rows: Sequence[Rendered], *, share: bool = True) -> Batch:

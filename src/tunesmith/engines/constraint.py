@@ -68,7 +68,7 @@ def hold_(scores: Tensor, guides: Sequence[Guide | None]) -> None:
     bits = allocate_token_bitmask(len(held), scores.shape[1])
     fill_next_token_bitmask_par(_threads(), [(matcher, number) for number, (_, matcher) in enumerate(held)], bits)
     places = torch.tensor([place for place, _ in held])
-    ops.forbid_(scores, places.to(scores.device), torch.from_numpy(bits).to(scores.device))
+    ops.forbid_(scores, places, torch.from_numpy(bits))
 
 
 @cache

@@ -58,8 +58,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
     hasher = hashlib.sha256()
     with path.open("wb") as stream:
         told: list[bytes | memoryview] = [len(encoded).to_bytes(8, "little"), encoded]
-        # One after another: those of a GPU are copied for it.
-        for piece in chain(told, (tensor.contiguous().cpu().numpy().data for tensor in tensors.values())):
+        for piece in chain(told, (tensor.contiguous().numpy().data for tensor in tensors.values())):
             hasher.update(piece)
             stream.write(piece)
         stream.flush()

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from pydantic import BaseModel
 
 from tunesmith.core.errors import Refused
@@ -84,13 +83,12 @@ class Estimate(BaseModel):
 class Needs(NamedTuple):
     """What a run takes of memory. part: what computing a part of a step takes, by its shapes. later: what there is
     beside that, the optimiser's state and the best weights. checkpoint: bytes on the disk. less: what to set for less
-    of later. on: the device whose memory it is."""
+    of later."""
 
     part: Callable[[Batch], int]
     later: int
     checkpoint: int
     less: str
-    on: torch.device = runtime.CPU
 
 
 def needs_of(trained: Trained, settings: TrainSettings, *, validates: bool) -> Needs:
@@ -103,7 +101,6 @@ def needs_of(trained: Trained, settings: TrainSettings, *, validates: bool) -> N
         checkpoint=3 * masters + best,
         less="train.layers" + ("" if settings.keep == "last" else ", or train.keep to last")
         + (", or train.method to lora" if settings.method == "full" else ", or train.rank lower"),
-        on=trained.masters[0].device,
     )  # fmt: skip
 
 
@@ -117,7 +114,7 @@ def check_room(plan: Iterable[Step], needs: Needs) -> Batch:
     parts = [part for step in plan for part in step]
     taken = [needs.part(part) for part in parts]
     largest = parts[taken.index(max(taken))]
-    free = runtime.available_memory(needs.on)
+    free = runtime.available_memory()
     if max(taken) > free:
         fitting = [part.tokens for part, bytes_ in zip(parts, taken, strict=True) if bytes_ <= free]
         raise _too_large(largest, free, max(taken), max(fitting, default=None))
@@ -149,16 +146,16 @@ def estimate(
     Refused as check_room does.
     """
     by_size = sorted(plan, key=step_tokens)
-    runtime.reset_peak_memory(needs.on)
-    largest, free = check_room(plan, needs), runtime.available_memory(needs.on)
+    runtime.reset_peak_memory()
+    largest, free = check_room(plan, needs), runtime.available_memory()
     try:
         trial([largest])
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
         raise _too_large(largest, free, needs.part(largest), None) from error
-    peak = runtime.peak_memory(needs.on) + needs.later
-    if needs.later > (left := runtime.available_memory(needs.on)):
+    peak = runtime.peak_memory() + needs.later
+    if needs.later > (left := runtime.available_memory()):
         raise _no_room_for_state(needs, left)
     timed = by_size[len(by_size) // 2 :][:_TIMED]
     began = time.perf_counter()

@@ -9,7 +9,6 @@ from functools import cache
 import torch
 
 from tunesmith.engines.hf.model import HFModel
-from tunesmith.engines.native import runtime
 from tunesmith.engines.native.network.network import Network
 from tunesmith.engines.native.network.products import PackedLinear
 from tunesmith.training.settings import TrainSettings
@@ -41,21 +40,19 @@ def matrix_limit(network: Network | HFModel, tokens: int) -> float:
     """FLOP/s of the machine's product at the shape of the network's widest one, for tokens of activations."""
     if isinstance(network, HFModel):
         out, into = network.widest
-        return _limit(min(tokens, _ROWS), into, out, torch.float32, runtime.CPU)
+        return _limit(min(tokens, _ROWS), into, out, torch.float32)
     widest = max(network.layers[0].linear.values(), key=lambda product: product.out)
-    return _limit(min(tokens, _ROWS), widest.into, widest.out, network.dtype, network.device)
+    return _limit(min(tokens, _ROWS), widest.into, widest.out, network.dtype)
 
 
 @cache
-def _limit(rows: int, into: int, out: int, dtype: torch.dtype, on: torch.device) -> float:
+def _limit(rows: int, into: int, out: int, dtype: torch.dtype) -> float:
     """Measured once a process: the best within a tenth of a second, the first one left out."""
-    weight, x = (torch.full((size, into), 0.01, dtype=dtype, device=on) for size in (out, rows))
+    weight, x = (torch.full((size, into), 0.01, dtype=dtype) for size in (out, rows))
     product = PackedLinear(weight)
     product(x)
-    runtime.wait(on)
     best, until = math.inf, time.perf_counter() + _SECONDS
     while (began := time.perf_counter()) < until or best == math.inf:
         product(x)
-        runtime.wait(on)
         best = min(best, time.perf_counter() - began)
     return 2.0 * rows * into * out / best

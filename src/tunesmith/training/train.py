@@ -103,17 +103,16 @@ def train(
     job = Job(name, rows, validation, settings, work)
     network = open_network(base)
     ready = _prepare(Renderer(base.folder), network, base, dataset, job)
-    on = device_of(ready.trained)
     if isinstance(ready.trained, HFLora):
         progress.say(f"{base.spec} ({base.family}) {SLOW}")
     progress.say(
         f"training {len(rows)} rows in {len(ready.steps)} steps: about {ready.expected.seconds:.0f} s and "
         f"{ready.expected.peak_memory_bytes / 1e9:.1f} GB of memory, {ready.expected.checkpoint_bytes / 1e6:.0f} MB a "
-        "checkpoint" + (f" on {on} ({runtime.name_of(on)})" if on.type != "cpu" else "")
+        "checkpoint"
     )
     if ready.notice:
         progress.say(ready.notice)
-    runtime.reset_peak_memory(device_of(ready.trained))
+    runtime.reset_peak_memory()
     shown = _shown(ready, metrics, progress)
     trainer = Trainer(
         ready.trained.network,
@@ -170,7 +169,7 @@ def _prepare(renderer: Renderer, network: Network | HFModel, base: Base, dataset
         "tokens": digest_of([list(row.ids) for row in rendered]),
         "validation": digest_of([list(row.ids) for row in checked]),
         "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
-        "environment": environment(device_of(trained)),
+        "environment": environment(),
     }
     expected = _expect(steps, validating, settings, trained, job.work)
     labels = sum(map(label_count, rendered))
@@ -183,11 +182,6 @@ def build_trainable(network: Network | HFModel, base: Path, settings: TrainSetti
     if isinstance(network, HFModel):
         return HFLora(network, settings)
     return Full(network, settings, base) if settings.method == "full" else Lora(network, settings)
-
-
-def device_of(trained: Trained) -> torch.device:
-    """Where a training's weights lie, and where it computes."""
-    return trained.masters[0].device
 
 
 def _record(store: Store, base: Base, dataset: str, ready: _Prepared, course: TrainerState) -> str:
@@ -208,7 +202,7 @@ def _record(store: Store, base: Base, dataset: str, ready: _Prepared, course: Tr
         "threads": environment["threads"],
         "environment": environment,
         **_measured(course, rows * settings.epochs / len(steps), tokens / len(steps), ready.expected, settings.keep),
-        "peak_memory_bytes": runtime.peak_memory(device_of(ready.trained)),
+        "peak_memory_bytes": runtime.peak_memory(),
         "checkpoint_bytes": newest_bytes(ready.job.work),
         **({"network": "transformers"} if isinstance(ready.trained, HFLora) else {}),
     }
@@ -258,18 +252,16 @@ def _render(renderer: Renderer, rows: Sequence[TrainingRow], settings: TrainSett
     return rendered
 
 
-def environment(on: torch.device = runtime.CPU) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """What a training's bytes depend on beside its input: versions, the machine, how the work was shared out."""
-    there = on.type != "cpu"
     return {
         "engine": ENGINE,
-        "kernels": "portable" if there else native.identity(),
+        "kernels": native.identity(),
         "threads": runtime.prepare(),
         "torch": version("torch"),
         "transformers": version("transformers"),
         "machine": platform.machine(),
         "processor": torch.backends.cpu.get_cpu_capability(),
-        **({"device": runtime.name_of(on)} if there else {}),
     }
 
 

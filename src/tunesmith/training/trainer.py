@@ -82,7 +82,6 @@ def batch_loss(network: Network | HFModel, trained: Trained, batch: Batch, divis
     if isinstance(network, HFModel):
         return network.loss(batch, divisor)
     assert not isinstance(trained, HFLora)
-    batch = batch.on(network.device)
     hidden = forward(network, batch.ids, trained.linear(), shared_prefix_attention(batch, network))
     wanted = final(network, hidden[batch.predicts])
     return trained.loss(wanted, batch.labels, label_shares(batch, divisor))
@@ -90,7 +89,7 @@ def batch_loss(network: Network | HFModel, trained: Trained, batch: Batch, divis
 
 def label_shares(batch: Batch, divisor: float) -> Tensor:
     """What each label of a batch counts of its step's loss [N]."""
-    return torch.full((batch.labels.numel(),), 1.0 / divisor, device=batch.labels.device)
+    return torch.full((batch.labels.numel(),), 1.0 / divisor)
 
 
 def trial_step(network: Network | HFModel, trained: Trained) -> Callable[[Step], None]:
@@ -286,7 +285,7 @@ class Trainer:
         flops = step_flops(self.network, self._parameters, self.settings, tokens, labels)
         limit = self.processes * matrix_limit(self.network, max(part.tokens for part in self.plan[0]))
         share = flops / seconds / limit
-        memory = runtime.peak_memory(self.trained.masters[0].device) / 1e9
+        memory = runtime.peak_memory() / 1e9
         return f"loss {point['loss']:.3f}, {memory:.1f} GB, {tokens / seconds:.0f} tokens/s, {share:.0%} of peak"
 
     def validate(self) -> None:
@@ -350,9 +349,9 @@ class Trainer:
         for place, master in enumerate(self.trained.masters):
             master.copy_(tensors[f"{place}.master"])
             self.optimizer.state[master] = {
-                "step": torch.tensor(float(state["step"])).to(master.device),
-                "exp_avg": tensors[f"{place}.first"].to(master.device),
-                "exp_avg_sq": tensors[f"{place}.second"].to(master.device),
+                "step": torch.tensor(float(state["step"])),
+                "exp_avg": tensors[f"{place}.first"],
+                "exp_avg_sq": tensors[f"{place}.second"],
             }
         if "0.best" in tensors:
             self.best = [tensors[f"{place}.best"] for place in range(len(self.trained.masters))]

@@ -147,13 +147,13 @@ def test_what_memory_does_not_hold_is_refused_with_what_it_would(
 ) -> None:
     folder = write_model(tmp_path / "m")
     needed = 24 * _full(folder).parameters  # fp32 copies here
-    monkeypatch.setattr(runtime, "available_memory", lambda _: needed - 1)
+    monkeypatch.setattr(runtime, "available_memory", lambda: needed - 1)
     with pytest.raises(Refused, match="in full takes") as told:
         _full(folder)
     assert told.value.fix == "set train.layers to 2 or fewer, or train.method to lora"
     _full(folder, layers=2)
     _full(folder, keep="last")
-    monkeypatch.setattr(runtime, "available_memory", lambda _: 1000)
+    monkeypatch.setattr(runtime, "available_memory", lambda: 1000)
     with pytest.raises(Refused) as told:
         _full(folder, layers=1)
     assert told.value.fix == "set train.method to lora"

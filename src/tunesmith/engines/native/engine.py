@@ -171,7 +171,7 @@ class NativeEngine:
     @torch.inference_mode()
     def _likelihoods(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
         network, fused = self._network, self._fused(adapter)
-        batch = lay_out(rows).on(network.device)
+        batch = lay_out(rows)
         linear = frozen_linear(network) if fused is None else adapted_linear(network, fused)
         hidden = forward(network, batch.ids, linear, shared_prefix_attention(batch, network))
         pieces = []
@@ -179,7 +179,7 @@ class NativeEngine:
             hidden[batch.predicts].split(_SCORED_LABELS), batch.labels.split(_SCORED_LABELS), strict=True
         ):
             scores = logits(network, part).float()
-            pieces.append(scores.log_softmax(-1).gather(1, labels[:, None])[:, 0].cpu())
+            pieces.append(scores.log_softmax(-1).gather(1, labels[:, None])[:, 0])
         each = torch.cat(pieces)
         return [float(part.sum()) for part in each.split([label_count(row) for row in rows])]
 

@@ -120,7 +120,7 @@ def compare(
                 task.advance()
             return found
 
-        network = load_network(base.folder, torch.float32, on=runtime.CPU)  # where transformers computes the others
+        network = load_network(base.folder, torch.float32)
         reference = [
             _places(one.row, scores)
             for one, scores in zip(answered, score(_own(*tuned(trained, network, base))), strict=True)

@@ -1,4 +1,4 @@
-"""What the process asks of the machine: the device that computes, threads, memory that is kept once it was mapped."""
+"""Threads and memory of this process: how many threads compute, large pages, peak and available memory."""
 
 from __future__ import annotations
 
@@ -17,53 +17,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from tunesmith.core.errors import UsageError
 from tunesmith.core.threads import wanted_threads
 from tunesmith.engines.native import kernels
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE_PAGE, _BLOCK = 2 << 20, 32 << 20  # bytes
-
-
-CPU = torch.device("cpu")
-
-
-def device() -> torch.device:
-    """Where a network's weights are put, and with them all that is computed: $TUNESMITH_DEVICE, which is cpu, cuda or
-    cuda:N; else the processor: what was never run on a GPU is used there by choice alone.
-
-    Raises UsageError for a name that is none, and for a GPU that is not there.
-    """
-    wanted = os.environ.get("TUNESMITH_DEVICE") or "cpu"
-    if wanted == "cpu":
-        return CPU
-    kind, _, number = wanted.partition(":")
-    if kind != "cuda" or (":" in wanted and not number.isdecimal()):
-        raise _wrong_device(f"there is no device {wanted!r}", "set cpu, cuda or cuda:N")
-    if not torch.cuda.is_available():
-        raise _wrong_device(
-            f"PyTorch {torch.__version__} finds no GPU that it can use, so {wanted} is not there",
-            "set it to cpu; or install a driver and a build of PyTorch for CUDA",
-        )
-    place, count = int(number) if number else torch.cuda.current_device(), torch.cuda.device_count()
-    if place >= count:
-        raise _wrong_device(f"there is no device {wanted}: PyTorch finds {count}", f"set cuda:0 to cuda:{count - 1}")
-    return torch.device("cuda", place)
-
-
-def _wrong_device(what: str, fix: str) -> UsageError:
-    return UsageError(what, where="TUNESMITH_DEVICE", fix=fix)
-
-
-def name_of(on: torch.device) -> str:
-    """A GPU's kind and what drives it, as part of what a training's bytes depend on; of another device its type."""
-    return f"{torch.cuda.get_device_name(on)}, CUDA {torch.version.cuda}" if on.type == "cuda" else on.type
-
-
-def wait(on: torch.device) -> None:
-    """Until the device has done what it was given: a GPU's work goes on after the call that began it."""
-    if on.type == "cuda":
-        torch.cuda.synchronize(on)
 
 
 @cache
@@ -139,19 +97,14 @@ class LargePages:
         return self.zeros(tensor.shape, tensor.dtype)
 
 
-def reset_peak_memory(on: torch.device = CPU) -> None:
-    """Start measuring a device's peak memory afresh; the processor's where the kernel offers it (Linux)."""
-    if on.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(on)
-        return
+def reset_peak_memory() -> None:
+    """Start measuring peak_memory afresh, where the kernel offers it (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory(on: torch.device = CPU) -> int:
-    """Most bytes resident since reset_peak_memory, else since the process began; on a GPU most bytes of tensors."""
-    if on.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(on))
+def peak_memory() -> int:
+    """Largest number of bytes resident since reset_peak_memory, else since the process began."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -159,11 +112,8 @@ def peak_memory(on: torch.device = CPU) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def available_memory(on: torch.device = CPU) -> int:
-    """Bytes this process could still take: on a GPU what is free there, and what it has of it and does not use."""
-    if on.type == "cuda":
-        idle = torch.cuda.memory_reserved(on) - torch.cuda.memory_allocated(on)
-        return int(torch.cuda.mem_get_info(on)[0]) + idle
+def available_memory() -> int:
+    """Bytes that this process can still allocate: the machine's free memory, or less where a container has a limit."""
     return min(int(psutil.virtual_memory().available), *_granted())
 
 
@@ -201,13 +151,11 @@ def _left(folder: Path, limit: str, usage: str, idle: str) -> list[int]:
 
 
 def describe() -> str:
-    """The processor's cores, what it computes bf16 with, whether kernels were compiled for it; and the GPU, if any."""
+    """One line about the machine: cores, vector instructions, whether bf16 is native, whether kernels were compiled."""
     cores = len(os.sched_getaffinity(0))
     capability = torch.backends.cpu.get_cpu_capability()
     native = "native" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated: training will be slow"
     compiled = (
         "kernels compiled for it" if kernels.library() is not None else "portable kernels: install a C++ compiler"
     )
-    on = device()
-    beside = "" if on.type == "cpu" else f"; trains and answers on {on} ({name_of(on)})"
-    return f"{cores} cores, {capability}, bf16 {native}, {compiled}{beside}"
+    return f"{cores} cores, {capability}, bf16 {native}, {compiled}"

@@ -44,7 +44,7 @@ def expected_scores(base: Base, ids: Sequence[int]) -> list[float]:
         if known["ids"] == list(ids):
             return [float(score) for score in known["scores"]]
     network = load_network(base.folder)
-    batch = lay_out([Rendered(tuple(ids), (False, *(True,) * (len(ids) - 1)))]).on(network.device)
+    batch = lay_out([Rendered(tuple(ids), (False, *(True,) * (len(ids) - 1)))])
     hidden = forward(network, batch.ids, frozen_linear(network), shared_prefix_attention(batch, network))
     scores = logits(network, hidden[batch.predicts]).float().log_softmax(-1)
     each = scores.gather(1, batch.labels[:, None])[:, 0].tolist()  # of every id but the first

@@ -118,7 +118,7 @@ def _row_factors(network: Network, adapter: Adapter, place: Place) -> Tensor:
     weight = network.layers[number].linear[group].weight.float()
     changed = adapter.b[place].float() @ adapter.a[place].float() * adapter.scale
     factor = adapter.m[place] / torch.linalg.vector_norm(weight + changed, dim=1)
-    adapted = torch.zeros(len(factor), dtype=torch.bool, device=factor.device)
+    adapted = torch.zeros(len(factor), dtype=torch.bool)
     for _, rows, _ in blocks(network, group, adapter.rank, adapter.targets):
         adapted[rows] = True
     return torch.where(adapted, factor, 1.0)
@@ -139,10 +139,10 @@ def encode_adapter(adapter: Adapter, network: Network, base: Base) -> dict[str, 
         b = adapter.b[number, group]
         for part, rows, columns in blocks(network, group, adapter.rank, adapter.targets):
             prefix = f"base_model.model.model.layers.{number}.{part}"
-            tensors[f"{prefix}.lora_A.weight"] = a[columns].float().contiguous().cpu()
-            tensors[f"{prefix}.lora_B.weight"] = b[rows, columns].float().contiguous().cpu()
+            tensors[f"{prefix}.lora_A.weight"] = a[columns].float().contiguous()
+            tensors[f"{prefix}.lora_B.weight"] = b[rows, columns].float().contiguous()
             if adapter.m:
-                tensors[f"{prefix}.lora_magnitude_vector"] = adapter.m[number, group][rows].float().contiguous().cpu()
+                tensors[f"{prefix}.lora_magnitude_vector"] = adapter.m[number, group][rows].float().contiguous()
     layers = sorted({number for number, _ in adapter.a})
     return pack_adapter(
         tensors,
@@ -206,10 +206,10 @@ def read_adapter(folder: Path, network: Network, base: Base) -> Adapter:
             if not found or number not in adapted:
                 continue
             out, into = layer.linear[group].out, layer.linear[group].into
-            a[number, group] = torch.zeros(len(found) * rank, into, device=network.device)
-            b[number, group] = torch.zeros(out, len(found) * rank, device=network.device)
+            a[number, group] = torch.zeros(len(found) * rank, into)
+            b[number, group] = torch.zeros(out, len(found) * rank)
             if config.get("use_dora"):
-                m[number, group] = torch.ones(out, device=network.device)
+                m[number, group] = torch.ones(out)
             for part, rows, columns in found:
                 prefix = f"base_model.model.model.layers.{number}.{part}"
                 try:

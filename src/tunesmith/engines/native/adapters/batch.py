@@ -37,7 +37,7 @@ class AdapterBatch:
         where more than a pair is needed."""
         if any(self._factors.values()):
             return None
-        others = _Others(owners, self._network.device)
+        others = _Others(owners)
 
         def at(place: Place) -> tuple[LowRankFactors, Tensor | None] | None:
             found = self._places.get(place)
@@ -47,10 +47,8 @@ class AdapterBatch:
 
     def linear(self, owners: Tensor) -> Linear:
         """Linear layers for the same rows."""
-        on = self._network.device
-        others = _Others(owners, on)
+        others = _Others(owners)
         rows = {number: (owners == number).nonzero()[:, 0] for each in self._factors.values() for number, _ in each}
-        rows = {number: own.to(on) for number, own in rows.items()}
 
         def apply(number: int, group: str, x: Tensor) -> Tensor:
             product, found = self._network.layers[number].linear[group], self._places.get((number, group))
@@ -69,14 +67,14 @@ class AdapterBatch:
 class _Others:
     """For a division of columns among adapters: which are not a row's own [T, R]."""
 
-    def __init__(self, owners: Tensor, on: torch.device) -> None:
-        self._owners, self._on = owners, on
+    def __init__(self, owners: Tensor) -> None:
+        self._owners = owners
         self._found: dict[tuple[int, ...], Tensor] = {}
 
     def of(self, widths: tuple[int, ...]) -> Tensor:
         if widths not in self._found:
             columns = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
-            self._found[widths] = (self._owners[:, None] != columns).to(self._on)
+            self._found[widths] = self._owners[:, None] != columns
         return self._found[widths]
 
 

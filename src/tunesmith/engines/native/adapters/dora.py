@@ -24,7 +24,7 @@ class Magnitudes:
     def __init__(self, network: Network, adapted: Mapping[Place, Tensor]) -> None:
         self._network, self._adapted = network, adapted
         sizes = [len(rows) for rows in adapted.values()]
-        self.master = torch.zeros(sum(sizes), device=network.device)
+        self.master = torch.zeros(sum(sizes))
         self.gradient = torch.zeros_like(self.master)
         self.trained = torch.cat([rows.float() for rows in adapted.values()])
         self.values = dict(zip(adapted, self.master.split(sizes), strict=True))

@@ -55,7 +55,7 @@ class Full:
         _check_room(network, places, settings)
         kinds = [[place for place in places if place.decays is decays] for decays in (True, False)]
         sizes = [[_size(place) for place in kind] for kind in kinds]
-        self.masters = [torch.empty(sum(each), device=network.device) for each in sizes]
+        self.masters = [torch.empty(sum(each)) for each in sizes]
         self._copies = [torch.empty_like(master, dtype=network.dtype) for master in self.masters]
         self._gradients = [torch.empty_like(master) for master in self.masters]
         self._values: dict[str, Tensor] = {}  # a stored tensor's name -> its master
@@ -202,7 +202,7 @@ def _rebuilt(network: Network, leaves: dict[str, Tensor], first: int) -> Network
 def _check_room(network: Network, places: Sequence[_Place], settings: TrainSettings) -> None:
     """Raises Refused where the masters and what goes with them cannot fit; says how many layers would."""
     each = _STATES + (_BEST if settings.keep == "best" else 0) + network.embedding.element_size()
-    needed, free = each * sum(map(_size, places)), runtime.available_memory(network.device)
+    needed, free = each * sum(map(_size, places)), runtime.available_memory()
     if needed <= free:
         return
     last = network.shape.layers - 1

@@ -62,8 +62,7 @@ class Lora:
         # Where each part's c lies in its group's master and copy.
         self._parts = {group: list(self._side_by_side(group)) for group in {group for _, group in self.places}}
         shapes = list(zip(*(self._shapes(number, group) for number, group in self.places), strict=True))
-        self._on = network.device
-        self.masters = [_flat(each, self._on) for each in shapes]
+        self.masters = [_flat(each) for each in shapes]
         self._a, self._c = (_views(master, each) for master, each in zip(self.masters, shapes, strict=True))
         self._start(settings.seed)
         self._departure: Departure | None = None
@@ -71,7 +70,7 @@ class Lora:
             self._start_at_principal()
             self._departure = Departure(self._a, [self._spread(place) for place in range(len(self.places))])
         self._pairs: dict[Place, Adapted] = {}
-        self._anchor = torch.zeros((), requires_grad=True, device=self._on)
+        self._anchor = torch.zeros((), requires_grad=True)
         self.magnitudes: Magnitudes | None = None
         if settings.dora:
             self.magnitudes = Magnitudes(network, {place: self._rows(*place) for place in self.places})
@@ -172,10 +171,7 @@ class Lora:
             for place, (number, group) in enumerate(self.places):
                 product = self.network.layers[number].linear[group]
                 rows = self._copied_rows(group)
-                a, c = (
-                    torch.empty(rows, size, dtype=self.network.dtype, device=self._on)
-                    for size in (product.into, product.out)
-                )
+                a, c = (torch.empty(rows, size, dtype=self.network.dtype) for size in (product.into, product.out))
                 self._round(place, a, c)
                 pair = LowRankFactors(a, c)
                 own = (a, c) if product.tiles is not None else (torch.empty_like(a), torch.empty_like(c))
@@ -236,7 +232,7 @@ class Lora:
 
     def _rows(self, number: int, group: str) -> Tensor:
         """Which rows [out] of a place's weight have an adapter."""
-        adapted = torch.zeros(self.network.layers[number].linear[group].out, dtype=torch.bool, device=self._on)
+        adapted = torch.zeros(self.network.layers[number].linear[group].out, dtype=torch.bool)
         for _, _, rows in self._parts[group]:
             adapted[rows] = True
         return adapted
@@ -245,7 +241,7 @@ class Lora:
         """A place's c [n r, out]: each part's in rows of its own, zeros elsewhere."""
         number, group = self.places[place]
         out = self.network.layers[number].linear[group].out
-        wide = torch.zeros(self._columns(group), out, device=self._on)
+        wide = torch.zeros(self._columns(group), out)
         for mine, columns, rows in self._parts[group]:
             wide[columns, rows] = self._c[place][:, mine]
         return wide
@@ -255,18 +251,17 @@ class Lora:
         for a in self._a:
             # PEFT's start: A uniform within 1/sqrt(in) (Kaiming with a = sqrt(5)), B zero: nothing changes yet.
             bound = 1.0 / math.sqrt(a.shape[1])
-            # Drawn on the processor wherever it goes, so that a seed means the same everywhere.
-            a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+            a.uniform_(-bound, bound, generator=generator)
 
     def _start_at_principal(self) -> None:
         for (number, group), a, c in zip(self.places, self._a, self._c, strict=True):
-            weight = self.network.layers[number].linear[group].weight.float().cpu()  # as in _start
+            weight = self.network.layers[number].linear[group].weight.float()
             for mine, columns, rows in self._parts[group]:
                 a[columns], c[:, mine] = principal(weight[rows], self.rank, self.scale)
 
 
-def _flat(shapes: Sequence[tuple[int, int]], on: torch.device) -> Tensor:
-    return torch.zeros(sum(rows * columns for rows, columns in shapes), device=on)
+def _flat(shapes: Sequence[tuple[int, int]]) -> Tensor:
+    return torch.zeros(sum(rows * columns for rows, columns in shapes))
 
 
 def _views(flat: Tensor, shapes: Iterable[tuple[int, int]]) -> list[Tensor]:

@@ -35,7 +35,7 @@ class _CrossEntropy(torch.autograd.Function):
         weight: Tensor | None,
         cap: float | None,
     ) -> Tensor:
-        losses = torch.empty(hidden.shape[0], device=hidden.device)
+        losses = torch.empty(hidden.shape[0])
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         learns = gradient is not None and weight is not None
         learnt: Tensor | None = None
@@ -63,7 +63,7 @@ class _CrossEntropy(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         learnt, ctx.learnt = ctx.learnt, None
         above = above.to(gradient.dtype)
-        sizes = torch.tensor(ctx.sizes).to(above.device)
+        sizes = torch.tensor(ctx.sizes)
         factor = above.repeat_interleave(sizes, output_size=len(gradient))[:, None]
         return gradient * factor, None, None, None, None, None if learnt is None else learnt.mul_(above[0]), None
 

@@ -35,7 +35,7 @@ def tuned(folder: Path, network: Network, base: Base) -> tuple[Network, Linear]:
     """
     if not is_whole(folder):
         return network, adapted_linear(network, read_adapter(folder, network, base))
-    own = load_network(base.folder, network.dtype, read_whole(folder, base, network.tied), on=network.device)
+    own = load_network(base.folder, network.dtype, read_whole(folder, base, network.tied))
     return own, frozen_linear(own)
 
 
@@ -55,7 +55,7 @@ def encode_whole(trained: Mapping[str, Tensor], base: Base, tied: bool) -> dict[
     tensors = own_weights(base.folder, tied)
     changed = False
     for name, weight in trained.items():
-        rounded = weight.to("cpu", tensors[name].dtype)
+        rounded = weight.to(tensors[name].dtype)
         changed = changed or not torch.equal(rounded, tensors[name])
         tensors[name] = rounded
     if not changed:

@@ -135,12 +135,11 @@ class Batch:
     def _read(self, first: Row, rows: Sequence[Row], parts: Sequence[Sequence[int]], linear: Linear) -> Tensor:
         """Read a part of each row, all behind what first stands behind; hidden states [B, M] of each one's last."""
         each = [(row, row.read + number) for row, part in zip(rows, parts, strict=True) for number in range(len(part))]
-        on = self._network.device
         where = (
-            torch.tensor([row.pages[place // PAGE] for row, place in each]).to(on),
-            torch.tensor([n % PAGE for _, n in each]).to(on),
+            torch.tensor([row.pages[place // PAGE] for row, place in each]),
+            torch.tensor([n % PAGE for _, n in each]),
         )
-        own = torch.tensor(first.pages).to(on)
+        own = torch.tensor(first.pages)
 
         def before(layer: int) -> tuple[Tensor, Tensor] | None:
             found = [] if first.prefix is None else [(first.prefix.keys[layer], first.prefix.values[layer])]
@@ -155,7 +154,7 @@ class Batch:
             ops.decode_keep(blocks.k, blocks.v, layout.row_of, layout.place_of, *where, *caches)
 
         hidden = _run(self._network, linear, parts, first.start + first.read, before, keep)
-        return hidden[(torch.tensor([len(part) for part in parts]).cumsum(0) - 1).to(on)]
+        return hidden[torch.tensor([len(part) for part in parts]).cumsum(0) - 1]
 
     def _read_prefix(self, prefix: Prefix, linear: Linear) -> None:
         part = prefix.ids[prefix.read : prefix.read + _READ]
@@ -249,14 +248,10 @@ class Batch:
 
     def _give(self, rows: Sequence[Row], scores: Tensor) -> None:
         """Choose each row's next token by its scores [B, vocabulary] and tell its listener."""
-        told = [
-            None if row.top is None else scores[place].float().log_softmax(-1).cpu() for place, row in enumerate(rows)
-        ]
+        told = [None if row.top is None else scores[place].float().log_softmax(-1) for place, row in enumerate(rows)]
         failed: dict[Row, Exception] = {}
         hold_(scores, [row.guide for row in rows])
         likeliest: list[int] = ops.largest(scores).tolist()
-        if any(row.sampling.temperature > 0 for row in rows):
-            scores = scores.cpu()  # where a row's seed means the same as anywhere
         for place, row in enumerate(rows):
             try:
                 token = likeliest[place]
@@ -306,7 +301,7 @@ class _Together:
             behind.setdefault(row.prefix, []).append(row)
         self.rows = [row for several in behind.values() for row in several]
         counts = [1 if row.given else len(row.ids) for row in self.rows]
-        self.last = (torch.tensor(counts).cumsum(0) - 1).to(network.device)
+        self.last = torch.tensor(counts).cumsum(0) - 1
         self.groups: list[tuple[Prefix | None, slice]] = []
         first = 0
         for prefix, several in behind.items():
@@ -316,18 +311,17 @@ class _Together:
         each = [row for row, count in zip(self.rows, counts, strict=True) for _ in range(count)]
         self.weights = weights([row.adapter for row in each])
         self.whole: Pass | None = None  # made at its first run
-        self._on = network.device
-        self.starts = torch.tensor([row.start for row in each]).to(self._on)
+        self.starts = torch.tensor([row.start for row in each])
         most, shape = max(len(row.pages) for row in self.rows), network.shape
         table = torch.tensor([row.pages + [0] * (most - len(row.pages)) for row in self.rows])
         table = table.repeat_interleave(torch.tensor(counts), 0)
         lengths = torch.tensor([place for row in self.rows for place in _due(row)])
         sizes = (shape.kv_heads, shape.heads // shape.kv_heads, shape.head, PAGE)
-        self.places = ops.Places(table, lengths, *sizes, self._on)
+        self.places = ops.Places(table, lengths, *sizes)
 
     def ids(self) -> Tensor:
         """The tokens [T]."""
-        return torch.tensor([token for row in self.rows for token in (row.given[-1:] or row.ids)]).to(self._on)
+        return torch.tensor([token for row in self.rows for token in (row.given[-1:] or row.ids)])
 
 
 def _due(row: Row) -> Sequence[int]:
@@ -347,7 +341,7 @@ def _run(
     """Hidden states [T, M] of rows' tokens, each row from position start on, behind keys and values [K, P, D] that
     before gives for a layer. keep is given each layer's new ones."""
     lengths = [len(part) for part in parts]
-    positions = torch.tensor([start + place for length in lengths for place in range(length)]).to(network.device)
+    positions = torch.tensor([start + place for length in lengths for place in range(length)])
     layout = Layout(0, lengths, positions, network)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
@@ -359,5 +353,5 @@ def _run(
         early, mixed, *_ = mix(layout, blocks, layer)
         return layout.tokens(early, mixed)
 
-    ids = torch.tensor([token for part in parts for token in part]).to(network.device)
+    ids = torch.tensor([token for part in parts for token in part])
     return forward(network, ids, linear, attend)

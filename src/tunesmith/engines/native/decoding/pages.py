@@ -78,10 +78,9 @@ class PageCache:
             sizes = (pages, *self._sizes())
             try:
                 # Zeros: what no row has written is weighted with nought, which a NaN would survive.
-                on_cpu = like.device.type == "cpu"
-                self._hold(LargePages().zeros(sizes, like.dtype) if on_cpu else like.new_zeros(sizes))
+                self._hold(LargePages().zeros(sizes, like.dtype))
                 return
-            except (OSError, RuntimeError) as error:  # of mmap, of a GPU's allocator
+            except (OSError, RuntimeError) as error:  # of mmap
                 if pages == least:
                     raise Refused(
                         f"there is no memory for {least * PAGE} places of keys and values, "

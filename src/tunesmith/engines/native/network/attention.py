@@ -55,8 +55,6 @@ class Layout:
             *(len(rows), prefix, self.rows, self.longest, self.kv, self.group, shape.head),
             *(self.row_of.data_ptr(), self.place_of.data_ptr(), self.starts.data_ptr()),
         )
-        if positions.device.type != "cpu":  # where no compiled kernel reads them
-            self.row_of, self.place_of = self.row_of.to(positions.device), self.place_of.to(positions.device)
 
     def on_tiles(self, qkv: Tensor, layer: int) -> bool:
         """Whether attention_tiles.h does a layer's attention."""
@@ -158,7 +156,7 @@ def fits_tiles(shape: Shape, window: int | None, seen: int, like: Tensor) -> boo
     processor with tiles, in bf16, where each token sees all before it."""
     if shape.score_cap is not None or shape.head % 32 or (window is not None and window < seen):
         return False
-    if like.dtype != torch.bfloat16 or like.device.type != "cpu":
+    if like.dtype != torch.bfloat16:
         return False
     library = native.library()
     return library is not None and library.tiles() == 1

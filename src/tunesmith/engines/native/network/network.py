@@ -97,11 +97,6 @@ class Network:
     rotary: tuple[Rotary, ...]
 
     @property
-    def device(self) -> torch.device:
-        """Where its weights lie, and all that is computed with them."""
-        return self.embedding.device
-
-    @property
     def dtype(self) -> torch.dtype:
         """What activations are computed in."""
         return self.embedding.dtype
@@ -192,10 +187,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         (ids,) = ctx.saved_tensors
-        if ids.device.type != "cpu":  # where index_add_ adds in an order that changes
-            total = torch.ops.aten.embedding_dense_backward(gradient.float(), ids, ctx.shape[0], -1, False)
-        else:
-            total = torch.zeros(ctx.shape).index_add_(0, ids, gradient.float())
+        total = torch.zeros(ctx.shape).index_add_(0, ids, gradient.float())
         return None, total.to(gradient.dtype)
 
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.engines.native import kernels as native
-from tunesmith.engines.native import runtime
 
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _MIXED_TOGETHER = 64  # rows whose keys and values decode_mix gathers at once, in PyTorch
@@ -23,7 +22,7 @@ _MIXED_TOGETHER = 64  # rows whose keys and values decode_mix gathers at once, i
 
 def kernel_for(name: str, x: Tensor) -> Any:
     """The compiled kernel for tensors like x, or None."""
-    library = native.library() if x.device.type == "cpu" and x.dtype in _NAMES else None
+    library = native.library() if x.dtype in _NAMES else None
     return None if library is None else getattr(library, f"{name}_{_NAMES[x.dtype]}")
 
 
@@ -150,7 +149,7 @@ def softmax_(
     kernel = kernel_for("softmax", own) if window is None and cap is None else None
     if kernel is None:
         rows = own.shape[-2] // longest
-        hidden = torch.ones(longest, longest, dtype=torch.bool, device=own.device).triu(1)
+        hidden = torch.ones(longest, longest, dtype=torch.bool).triu(1)
         if window is not None:
             hidden |= hidden.new_ones(longest, longest).tril(-window)
         scores = cap_(own.float().mul_(scale), cap).masked_fill_(hidden.repeat(rows, 1), float("-inf"))
@@ -215,20 +214,15 @@ def cross_entropy_(scores: Tensor, labels: Tensor, share: Tensor | None) -> Tens
 class Places:
     """Where the B tokens of a decoding pass keep their keys and values: in their row's pages (see page_shapes).
 
-    table: [B, most] the pages of each row in order. lengths: [B] how many places of a row are filled. Both come from
-    the processor and are put on the device of the pages.
+    table: [B, most] the pages of each row in order. lengths: [B] how many places of a row are filled.
     """
 
-    def __init__(
-        self, table: Tensor, lengths: Tensor, kv: int, group: int, size: int, page: int, on: torch.device = runtime.CPU
-    ) -> None:
+    def __init__(self, table: Tensor, lengths: Tensor, kv: int, group: int, size: int, page: int) -> None:
         self.table, self.lengths, self.page, self.group = table, lengths, page, group
-        self._lengths: list[int] = lengths.tolist()  # at first: asked for without waiting for the device
+        self._lengths: list[int] = lengths.tolist()  # at first
         self._grown = 0
         self.native = native.RowPages(len(lengths), kv, group, size, page, table.shape[1], max(self._lengths))
         self.native.table, self.native.length = table.data_ptr(), lengths.data_ptr()
-        if on.type != "cpu":  # where no compiled kernel reads them
-            self.table, self.lengths = table.to(on), lengths.to(on)
 
     def filled(self, rows: slice) -> int:
         """How many places the fullest of rows has filled."""
@@ -306,7 +300,7 @@ def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Te
         pages = places.table.gather(1, (places.lengths // places.page)[:, None])[:, 0]
         within, none = places.lengths % places.page, torch.zeros_like(pages)
         k, v = (x.transpose(0, 1)[:, :, None] for x in (rotate(k, cos, sin), v))
-        decode_keep(k, v, torch.arange(rows, device=qkv.device), none, pages, within, keys, values)
+        decode_keep(k, v, torch.arange(rows), none, pages, within, keys, values)
         return rotate(q, cos, sin).view(rows, kv, group, size).transpose(0, 1).contiguous()
     qkv, q = qkv.contiguous(), qkv.new_empty(kv, rows, group, size)
     places.native.apart = keys.stride(0)
@@ -344,7 +338,7 @@ def decode_mix(
         mine = q[:, rows].transpose(0, 1).float() * scale
         own_k, own_v = (x.float() for x in places.gather(keys, values, rows, seen))
         scores = cap_(mine @ own_k.transpose(-1, -2), cap)
-        order = torch.arange(prefix + seen, device=q.device)
+        order = torch.arange(prefix + seen)
         scores = scores.masked_fill((order[:seen] > lengths[:, None])[:, None, None], float("-inf"))
         before = None
         if early is not None:
@@ -381,7 +375,7 @@ def forbid_(scores: Tensor, rows: Tensor, bits: Tensor) -> None:
     int32, the lowest first."""
     kernel = kernel_for("forbid", scores)
     if kernel is None:
-        places = torch.arange(scores.shape[1], device=scores.device)
+        places = torch.arange(scores.shape[1])
         allowed = bits[:, places // 32] >> (places % 32).to(bits.dtype) & 1
         scores[rows] = scores[rows].masked_fill_(allowed == 0, float("-inf"))
         return

@@ -63,7 +63,7 @@ class _Pass(ctypes.Structure):
 def fits(network: Network) -> bool:
     """Whether pass.cpp computes a network: one of Llama's own kind, in bf16, on a processor with tiles."""
     shape, library = network.shape, native.library()
-    if library is None or library.tiles() != 1 or network.embedding.device.type != "cpu":
+    if library is None or library.tiles() != 1:
         return False
     if shape.gelu or shape.score_cap is not None or len(network.rotary) > 1:
         return False

@@ -197,13 +197,13 @@ def _tile_library() -> ctypes.CDLL | None:
 
 
 def _tiles(weight: Tensor) -> bool:
-    fits = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    fits = weight.dtype == torch.bfloat16
     return fits and not any(size % TILE for size in weight.shape) and _tile_library() is not None
 
 
 def _packs(weight: Tensor) -> bool:
     supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and supported
+    return weight.dtype == torch.bfloat16 and supported
 
 
 def _laid_out(weight: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
-from tunesmith.engines.native import runtime
 from tunesmith.engines.native.network.network import GROUPS, Layer, Network, Rotary, Shape
 from tunesmith.engines.native.network.products import PackedLinear
 from tunesmith.models.families import FAMILIES, GEMMAS, ours
@@ -25,16 +24,15 @@ def load_network(
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
     weights: Mapping[str, Tensor] | None = None,
-    *,
-    on: torch.device | None = None,
 ) -> Network:
-    """The frozen weights of a base's folder, or others by the same names in its shape.
+    """The network of a base's folder, ready to run in dtype.
 
-    on: the device; None: runtime.device(). Raises Refused for a family or variant that is not supported.
+    weights: tensors by the base's names and in its shapes, to use instead of the stored ones. Raises Refused for a
+    family or variant that is not supported.
     """
     config = _configuration(folder)
-    on = runtime.device() if on is None else on
-    tensors = read_weights(folder, dtype, on) if weights is None else {k: w.to(on, dtype) for k, w in weights.items()}
+    given = None if weights is None else {name: weight.to(dtype) for name, weight in weights.items()}
+    tensors = read_weights(folder, dtype) if given is None else given
     shape = _shape(config)
     turns = _rotations(config)
     embedding = _own(tensors, "model.embed_tokens.weight", folder)
@@ -48,7 +46,7 @@ def load_network(
             _layer(tensors, number, folder, config, list(turns).index(_turn(config, number)))
             for number in range(shape.layers)
         ),
-        rotary=tuple(Rotary(each.inverse_frequencies.to(on), each.scale) for each in turns.values()),
+        rotary=tuple(turns.values()),
     )
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -166,14 +164,14 @@ def _window(config: Any, number: int) -> int | None:
     return None if size is None or size >= config.max_position_embeddings else int(size)
 
 
-def read_weights(folder: Path, dtype: torch.dtype | None = None, on: torch.device = runtime.CPU) -> dict[str, Tensor]:
-    """Every tensor of a base's folder by name, on a device, in dtype or as it is stored."""
+def read_weights(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Every tensor of a base's folder by name, in dtype (None: as stored)."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 - not a mapping
-                    tensors[name] = shard.get_tensor(name).to(device=on, dtype=dtype)
+                    tensors[name] = shard.get_tensor(name).to(dtype=dtype)
         except SafetensorError as error:
             raise Refused(f"{path.name} is damaged: {error}", where=str(folder), fix="fetch the base anew") from error
     return tensors
