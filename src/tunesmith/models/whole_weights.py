@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from tunesmith.models.adapter_files import check_metadata, refusal
 
 WHOLE = "model.safetensors"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TENSOR = re.compile(
     r"model\.embed_tokens\.weight|lm_head\.weight|model\.norm\.weight"
     r"|model\.layers\.\d{1,4}\.((self_attn|mlp)\.[a-z]_?[a-z_]{1,20}|[a-z_]{1,40}layernorm)\.(weight|bias)"
@@ -27,6 +28,11 @@ _EXPONENTS: dict[str, tuple[Any, int]] = {
     "BF16": (np.uint16, 0x7F80),
     "F16": (np.uint16, 0x7C00),
 }
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a training's folder holds a whole model's weights rather than an adapter's."""
+    return (folder / WHOLE).is_file()
 
 
 def check_whole(folder: Path, *, base: str, fingerprint: str) -> None:

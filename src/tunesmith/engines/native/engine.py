@@ -21,7 +21,7 @@ from tunesmith.engines.batch import common_prefix, label_count, lay_out
 from tunesmith.engines.constraint import Constraints
 from tunesmith.engines.native import runtime
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, adapted_linear, fuse, read_adapter
-from tunesmith.engines.native.adapters.whole import is_whole, read_whole
+from tunesmith.engines.native.adapters.whole import read_whole
 from tunesmith.engines.native.decoding.decoder import Batch
 from tunesmith.engines.native.decoding.rows import Prefix, Row, Sampling, Score
 from tunesmith.engines.native.decoding.scheduler import Scheduler
@@ -31,6 +31,7 @@ from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Completion, Generation, Question, Streamed, TokenScore
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.models.whole_weights import is_whole
 
 _SCORED_TOGETHER = 64  # rows of multiple-choice questions, of
 _SCORED_TOKENS = 1 << 15  # tokens at most where there are several; and

@@ -23,7 +23,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.native import runtime
-from tunesmith.engines.native.adapters.whole import is_whole, tuned
+from tunesmith.engines.native.adapters.whole import tuned
 from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Linear, Network, forward, frozen_linear, logits
 from tunesmith.engines.native.network.weights import load_network
@@ -32,6 +32,7 @@ from tunesmith.models.base import Base
 from tunesmith.models.export.gguf import FILE as GGUF
 from tunesmith.models.export.merging import Dtype, merged_shards
 from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.models.whole_weights import is_whole
 
 # Largest and mean difference of a log-probability (nats) that an export may show. fp32: sums in another order, 6e-5 and
 # 7e-6 measured on a model of 135M. bf16: weights rounded to 8 bits, 0.35 and 0.04 there; 2% of the adapter's change

@@ -24,14 +24,14 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.engines.native.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE
-from tunesmith.engines.native.adapters.whole import is_whole
 from tunesmith.engines.protocol import Completion, Generation, Question
 from tunesmith.engines.settings import VllmSettings
 from tunesmith.engines.vllm.fingerprint import TEXT, TOLERANCE, apart, expected_scores, places, text_ids
 from tunesmith.engines.vllm.http import NotThere, Server
+from tunesmith.models.adapter_files import CONFIG, WEIGHTS
 from tunesmith.models.base import Base, cache_folder
 from tunesmith.models.rendering import Renderer
+from tunesmith.models.whole_weights import is_whole
 
 Asked = TypeVar("Asked")
 Given = TypeVar("Given")
@@ -85,8 +85,8 @@ class VllmEngine:
                 fix="leave engine out; or export it as merged, and have a server of its own run that",
             )
         self._check_bound(folder)
-        there = "tunesmith-" + digest_of([digest_file(folder / file) for file in (CONFIG_FILE, WEIGHTS_FILE)])[7:39]
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
+        there = "tunesmith-" + digest_of([digest_file(folder / file) for file in (CONFIG, WEIGHTS)])[7:39]
+        for file in (CONFIG, WEIGHTS):
             kept = self._folder / there / file
             if not kept.is_file() or digest_file(kept) != digest_file(folder / file):
                 write_atomic(kept, (folder / file).read_bytes())
@@ -305,7 +305,7 @@ class VllmEngine:
     def _check_bound(self, folder: Path) -> None:
         """Raises Refused for another base's adapter, as reading it into this process would."""
         try:
-            with safe_open(folder / WEIGHTS_FILE, framework="numpy") as file:
+            with safe_open(folder / WEIGHTS, framework="numpy") as file:
                 bound = json.loads((file.metadata() or {}).get("tunesmith", "{}"))
         except (SafetensorError, OSError, ValueError) as error:
             raise Refused(f"not readable as an adapter: {error}", where=str(folder)) from error

@@ -20,11 +20,12 @@ from tunesmith.core.errors import Refused
 from tunesmith.engines.native import runtime
 from tunesmith.engines.native.adapters.lora import frozen
 from tunesmith.engines.native.adapters.loss import cross_entropy
-from tunesmith.engines.native.adapters.whole import EMBEDDING, HEAD, encode_whole
+from tunesmith.engines.native.adapters.whole import encode_whole
 from tunesmith.engines.native.network.network import GROUPS, Layer, Linear, Network
 from tunesmith.engines.native.network.products import PackedLinear
 from tunesmith.engines.native.network.weights import norm_names, read_weights
 from tunesmith.models.base import Base
+from tunesmith.models.whole_weights import EMBEDDING, HEAD
 from tunesmith.training.settings import TrainSettings
 
 _NORM = "model.norm.weight"

@@ -17,15 +17,9 @@ from tunesmith.engines.native.adapters.adapter import adapted_linear, read_adapt
 from tunesmith.engines.native.network.network import Linear, Network, frozen_linear
 from tunesmith.engines.native.network.weights import load_network, read_weights
 from tunesmith.models.base import Base
+from tunesmith.models.whole_weights import HEAD, WHOLE, is_whole
 
-WHOLE_FILE = "model.safetensors"
 _BOUND = "tunesmith"  # key of the file's metadata: what the weights were trained on
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a training's folder holds whole weights, and not an adapter."""
-    return (folder / WHOLE_FILE).is_file()
 
 
 def tuned(folder: Path, network: Network, base: Base) -> tuple[Network, Linear]:
@@ -66,7 +60,7 @@ def encode_whole(trained: Mapping[str, Tensor], base: Base, tied: bool) -> dict[
         )
     # One key: safetensors writes several in an order that changes from call to call, and with it the bytes.
     metadata = {_BOUND: canonical({"base": base.digest, "fingerprint": base.fingerprint}).decode()}
-    return {WHOLE_FILE: save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata=metadata)}
+    return {WHOLE: save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata=metadata)}
 
 
 def read_whole(folder: Path, base: Base, tied: bool) -> dict[str, Tensor]:
@@ -75,7 +69,7 @@ def read_whole(folder: Path, base: Base, tied: bool) -> dict[str, Tensor]:
     Raises Refused where they are another base's, where a tensor is missing, left over or of another shape or dtype, and
     where they are the base's own: it would answer in their name.
     """
-    path = folder / WHOLE_FILE
+    path = folder / WHOLE
     tensors, bound = _read(path)
     if bound.get("base") != base.digest:
         raise Refused("the weights were trained on another base model", where=str(path), fix="train them on this base")
