@@ -12,10 +12,10 @@ from tests.tiny import write_model
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.engines.native.network.network import GROUPS
 from tunesmith.engines.native.network.weights import load_network
+from tunesmith.engines.settings import TARGETS
 from tunesmith.models.base import open_base, resolve_base
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.store import Store
-from tunesmith.training.settings import TARGETS
 
 
 @pytest.fixture

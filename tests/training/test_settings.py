@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from tunesmith.cli.main import main
 from tunesmith.core.errors import UsageError
+from tunesmith.engines.settings import TARGETS
 from tunesmith.models.families import matching, meant
 from tunesmith.training.estimate import too_few_numbers
-from tunesmith.training.settings import TARGETS
 
 PROJECT = """
 name: lights

@@ -177,8 +177,8 @@ def test_a_place_that_cannot_be_is_refused_and_one_that_fails_later_is_told(tmp_
     assert [p for p in sink.held if p.series == "train/loss"] == [p for p in points(course) if p.series == "train/loss"]
 
 
-def test_a_setting_names_one_place() -> None:
+def test_metrics_settings_name_one_destination() -> None:
     for wrong in ({}, {"tensorboard": "a", "mlflow": "b"}, {"tensorboard": "a", "experiment": "b"}):
-        with pytest.raises(ValueError, match=r"one of the two|MLflow's"):
+        with pytest.raises(ValueError, match=r"either tensorboard or mlflow|applies to MLflow only"):
             MetricsSettings(**wrong)
     assert "metrics" not in settings()

@@ -1,12 +1,16 @@
-"""What the project file says of the engine that answers."""
+"""Settings that engines read: which engine answers, and which weights a training changes and how."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from tunesmith.core.settings import Settings
+
+# The linear layers of engines.native.network.network.GROUPS, repeated here so that reading settings imports no torch.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ADAPTER_SETTINGS = ("rank", "alpha", "targets", "scaling", "start", "dora", "b_rate")
 
 
 class VllmSettings(Settings):
@@ -31,3 +35,61 @@ class VllmSettings(Settings):
 EngineSettings = VllmSettings
 NATIVE = "native"
 HF = "hf"  # in this process too, for the families that the embedded engine does not compute
+
+
+class WeightSettings(Settings):
+    """Which weights a training changes, and how they are parametrised."""
+
+    method: Annotated[
+        Literal["lora", "full"],
+        Field(
+            description="lora trains a low-rank adapter; full trains the weights themselves, with norms, embeddings "
+            "and head"
+        ),
+    ] = "lora"
+    rank: Annotated[int, Field(ge=1, le=1024, description="rank of the adapter")] = 16
+    alpha: Annotated[
+        float | None,
+        Field(gt=0, description="LoRA's alpha: the adapter is scaled by alpha / rank. Default: twice the rank"),
+    ] = None
+    targets: Annotated[
+        tuple[str, ...],
+        Field(
+            min_length=1,
+            description="linear layers to adapt: all, names such as q_proj, or patterns such as [qv]_proj",
+        ),
+    ] = ("all",)
+    scaling: Annotated[
+        Literal["rank", "root"],
+        Field(
+            description="rank divides alpha by the rank; root divides it by the rank's square root (rsLoRA), "
+            "which suits high ranks"
+        ),
+    ] = "rank"
+    start: Annotated[
+        Literal["zero", "pissa"],
+        Field(
+            description="zero starts with no change (A random, B zero); pissa starts at the principal singular "
+            "vectors of the weight and is saved as an ordinary adapter of twice the rank"
+        ),
+    ] = "zero"
+    dora: Annotated[bool, Field(description="also train the magnitude of each row of the adapted weights (DoRA)")] = (
+        False
+    )
+    layers: Annotated[int | None, Field(ge=1, description="train only the last N layers. Default: all layers")] = None
+    b_rate: Annotated[
+        float,
+        Field(ge=1, le=64, description="learning rate of B as a multiple of A's (LoRA+; its authors recommend 16)"),
+    ] = 1.0
+
+    @model_validator(mode="after")
+    def _check_method(self) -> WeightSettings:
+        if self.method == "full" and (given := [key for key in _ADAPTER_SETTINGS if key in self.model_fields_set]):
+            raise ValueError(f"{given[0]} applies to adapters only: leave it out with method: full")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The settings as data, without those that the method does not use."""
+        stated: dict[str, Any] = write(self)
+        return {key: value for key, value in stated.items() if self.method == "lora" or key not in _ADAPTER_SETTINGS}

@@ -25,12 +25,11 @@ from tunesmith.data.governance.withdrawn import load_withdrawn
 from tunesmith.data.sources.sources import find_files
 from tunesmith.data.splitting.decontaminate import outside_sources
 from tunesmith.engines.factory import engine_kind, open_engine
-from tunesmith.engines.settings import NATIVE
+from tunesmith.engines.settings import NATIVE, TARGETS
 from tunesmith.models.families import meant, ours
 from tunesmith.pipeline.stages import Stage, Stages
 from tunesmith.project import Project
 from tunesmith.store.store import Store
-from tunesmith.training.settings import TARGETS
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Engine

@@ -21,11 +21,12 @@ from tunesmith.engines.native.adapters.lora import Lora
 from tunesmith.engines.native.network import products
 from tunesmith.engines.native.network.network import frozen_linear
 from tunesmith.engines.native.network.weights import load_network
+from tunesmith.engines.settings import TARGETS
 from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import LossOn, Rendered, Renderer
 from tunesmith.store.store import Store
 from tunesmith.training.batch_plan import plan
-from tunesmith.training.settings import TARGETS, TrainSettings
+from tunesmith.training.settings import TrainSettings
 from tunesmith.training.trainer import batch_loss, fit, gradients, rate_at
 
 ROWS = [

@@ -162,7 +162,7 @@ def test_what_memory_does_not_hold_is_refused_with_what_it_would(
 @pytest.mark.parametrize("key", [{"rank": 16}, {"alpha": 2}, {"dora": False}, {"b_rate": 1}, {"targets": ["all"]}])
 def test_settings_of_adapters_are_refused(key: dict) -> None:
     (name,) = key
-    with pytest.raises(ValueError, match=f"{name} is of adapters"):
+    with pytest.raises(ValueError, match=f"{name} applies to adapters only"):
         TrainSettings(method="full", **key)
 
 

@@ -22,11 +22,12 @@ from tunesmith.engines.native.adapters.pissa import principal
 from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Network, forward, logits
 from tunesmith.engines.native.network.weights import load_network
+from tunesmith.engines.settings import TARGETS
 from tunesmith.models.adapter_files import check_adapter
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.store.store import Store
-from tunesmith.training.settings import TARGETS, TrainSettings
+from tunesmith.training.settings import TrainSettings
 from tunesmith.training.trainer import gradients
 
 ROWS = [row(f"turn on light {n}", f'{{"intent":"on","slots":{{"light":{n}}}}}' + " and so on" * n) for n in range(3)]

@@ -1,0 +1,126 @@
+"""What the trainer needs from a model under training. engines/native and engines/hf implement it.
+
+The objective (what is minimised) and the weight settings (which weights move) are separate: an engine knows how to
+compute a loss and its gradients, the trainer knows steps, schedule, validation and checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from tunesmith.engines.batch import Batch
+from tunesmith.engines.protocol import Engine
+from tunesmith.engines.settings import WeightSettings
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Tensors that the optimiser moves in the same way.
+
+    tensors: fp32 leaves of any shape. rate_multiple: their learning rate as a multiple of the schedule's. weight_decay:
+    whether weight decay applies to them.
+    """
+
+    tensors: Sequence[Tensor]
+    rate_multiple: float = 1.0
+    weight_decay: bool = True
+
+
+class Objective(Protocol):
+    """What a training minimises: a weighted sum of the labels' negative log-likelihoods."""
+
+    def coefficients(self, batch: Batch, divisor: float) -> Tensor:
+        """The weight of each label [N] of a batch, fp32.
+
+        divisor: how many labels the whole step has, over all its batches and all processes.
+        """
+        ...
+
+
+class TrainableModel(Protocol):
+    """A base model in which some weights are trained.
+
+    A step calls loss(...).backward() and collect_gradients() once for each of its batches, then lets the optimiser move
+    the tensors of parameter_groups(), then calls parameters_changed().
+    """
+
+    @property
+    def engine_name(self) -> str:
+        """The engine's name in records."""
+        ...
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether rows of a batch may share their common beginning, so that it is computed once."""
+        ...
+
+    @property
+    def trained_numbers(self) -> int:
+        """How many numbers are trained."""
+        ...
+
+    def environment(self) -> Mapping[str, str]:
+        """What the trained bytes depend on besides their input, such as kernels and library versions. A training is
+        only resumed in the same environment."""
+        ...
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The tensors to optimise. Every call returns the same tensors in the same order."""
+        ...
+
+    def loss(self, batch: Batch, objective: Objective, divisor: float) -> Tensor:
+        """The objective over a batch's labels: a scalar, with gradients unless autograd is off.
+
+        divisor: how many labels the whole step has (see Objective).
+        """
+        ...
+
+    def collect_gradients(self) -> None:
+        """After a backward pass: add its gradients to `.grad` of the tensors in parameter_groups()."""
+        ...
+
+    def parameters_changed(self) -> None:
+        """After the tensors in parameter_groups() were written to: bring everything computed from them up to date."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the trained model's files into an existing folder: an adapter in PEFT's layout, or model.safetensors.
+
+        Raises TunesmithError where the training changed nothing that the files would keep.
+        """
+        ...
+
+    def memory_estimate(self, batch: Batch) -> int:
+        """Bytes that loss, backward pass and collect_gradients() of a batch need on top of what is allocated now."""
+        ...
+
+    def flops(self, batch: Batch) -> float:
+        """Floating-point operations of the matrix products in a batch's loss and backward pass."""
+        ...
+
+    def peak_flops(self, batch: Batch) -> float:
+        """Floating-point operations a second that this machine reaches on the model's largest matrix product, for as
+        many rows as a batch has tokens. Measured once for each size."""
+        ...
+
+
+class LoadedModel(Protocol):
+    """A base model's frozen weights in this process, loaded once: it answers, and candidates train on it in turn."""
+
+    def engine(self) -> Engine:
+        """The engine that answers with these weights."""
+        ...
+
+    def trainable(self, settings: WeightSettings, *, seed: int, state_bytes: int) -> TrainableModel:
+        """A new trainable model on these weights, at its start.
+
+        seed: of randomly drawn start weights. state_bytes: bytes that the trainer will hold for each trained number
+        besides the number itself (its gradient, the optimiser's state, the best weights so far). Raises UsageError or
+        Refused for settings that this engine or base cannot honour, and where memory cannot hold the weights.
+        """
+        ...
