@@ -22,7 +22,7 @@ from tunesmith.core.messages import Message
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.protocol import Question
 from tunesmith.models.base import Base, resolve_base
-from tunesmith.models.whole_weights import check_whole
+from tunesmith.models.weight_files import check_model_file
 from tunesmith.registry.versions import list_versions
 from tunesmith.server.routing import ReadyVersions
 from tunesmith.store import identities
@@ -186,7 +186,7 @@ def test_what_is_no_plain_weight_of_this_base_is_not_signed(released: Path, tmp_
 
     def check(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         save_file(tensors, path, metadata=metadata)
-        check_whole(tmp_path, base=base.digest, fingerprint=base.fingerprint)
+        check_model_file(tmp_path, base=base.digest, fingerprint=base.fingerprint)
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         check({name: torch.tensor([1.0, -3e4, 0.0], dtype=dtype)}, _bound(base))
@@ -194,12 +194,12 @@ def test_what_is_no_plain_weight_of_this_base_is_not_signed(released: Path, tmp_
             with pytest.raises(Refused, match="NaN or an infinity"):
                 check({name: torch.tensor([1.0, bad], dtype=dtype)}, _bound(base))
     refused = [
-        (good, {**_bound(base), "format": "pt"}, "foreign key"),
-        (good, {}, "do not say what"),
+        (good, {**_bound(base), "format": "pt"}, "unknown key"),
+        (good, {}, "does not say which base"),
         (good, _bound(base, base="sha256:0"), "another base"),
         (good, _bound(base, fingerprint="x"), "another tokenizer"),
         ({"model.norm.weight": torch.ones(3, dtype=torch.int32)}, _bound(base), "is I32"),
-        ({"lm_head.lora_A.weight": torch.ones(3, 3)}, _bound(base), "no weight of a model"),
+        ({"lm_head.lora_A.weight": torch.ones(3, 3)}, _bound(base), "not a weight of a model"),
         ({name: torch.ones(3, 3, 3)}, _bound(base), "shape"),
         ({}, _bound(base), "no tensor"),
     ]
@@ -208,4 +208,4 @@ def test_what_is_no_plain_weight_of_this_base_is_not_signed(released: Path, tmp_
             check(tensors, metadata)
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(Refused, match="not readable as safetensors"):
-        check_whole(tmp_path, base=base.digest, fingerprint=base.fingerprint)
+        check_model_file(tmp_path, base=base.digest, fingerprint=base.fingerprint)

@@ -14,7 +14,7 @@ from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.settings import GATES
-from tunesmith.models.adapter_files import CONFIG, WEIGHTS
+from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -153,8 +153,8 @@ def fabricate(
     training = None
     if tuned:
         files = {
-            CONFIG: json.dumps(config if config is not None else adapter_config(base)).encode(),
-            WEIGHTS: weights if weights is not None else encode(adapter_tensors(seed), base),
+            CONFIG_FILE: json.dumps(config if config is not None else adapter_config(base)).encode(),
+            ADAPTER_FILE: weights if weights is not None else encode(adapter_tensors(seed), base),
         }
         training = put_training(store, base, dataset, files, fingerprint)
     name = "tuned" if tuned else "few-shot"

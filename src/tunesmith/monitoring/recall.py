@@ -19,6 +19,7 @@ from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import SPLITS, Example, load_dataset
+from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE
 from tunesmith.store import database
 from tunesmith.store.identities import require
 from tunesmith.store.store import Store
@@ -26,7 +27,7 @@ from tunesmith.store.tables import AliasRow, RecallRow, RequestRow, RolloutRow, 
 
 CauseKind = Literal["row", "source", "licence", "subject", "version", "base"]
 KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
-_WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
+_WEIGHTS = (ADAPTER_FILE, MODEL_FILE)
 _LONGEST = 200  # characters of a cause's value: the tables' columns hold 256 with its kind
 
 

@@ -22,9 +22,9 @@ from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.files import lock, sync_folder
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import load_dataset
-from tunesmith.models.adapter_files import CONFIG
 from tunesmith.models.base import Base
 from tunesmith.models.families import ours
+from tunesmith.models.weight_files import CONFIG_FILE
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.signing.release import ADAPTER_FILES, Version
 from tunesmith.registry.signing.signatures import sync_files
@@ -141,7 +141,7 @@ def _aside(store: Store, target: Path) -> Iterator[Path]:
 
 def _write(form: Form, dtype: Dtype, base: Base, adapter: Path, folder: Path, version: Version) -> None:
     if form == "peft":
-        if not (adapter / CONFIG).is_file():
+        if not (adapter / CONFIG_FILE).is_file():
             raise UsageError(
                 f"{version.label} was trained in full: there is no adapter to export",
                 where="--as peft",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.foreign import write_foreign
+from tests.hf_models import write_hf_model
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.factory import engine_kind, open_engine
@@ -32,7 +32,7 @@ def _requests(**how: object) -> list[Generation]:
 
 
 def _opened(tmp_path: Path, family: str) -> tuple[Base, HFEngine]:
-    base = resolve_base(Store(tmp_path / "store"), str(write_foreign(tmp_path / family, family)), tmp_path)
+    base = resolve_base(Store(tmp_path / "store"), str(write_hf_model(tmp_path / family, family)), tmp_path)
     engine = open_engine(base, None)
     assert isinstance(engine, HFEngine)
     assert engine_kind(base, None) == "hf"
@@ -157,5 +157,5 @@ def test_adapters_are_asked_by_name_one_at_a_time(gpt2: tuple[Base, HFEngine], t
         engine.generate(_requests(), "three")
     config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
     (tmp_path / "one" / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["c_attn"]}))
-    with pytest.raises(Refused, match="no layer takes"):
+    with pytest.raises(Refused, match="not a LoRA tensor"):
         engine.load_adapter("one", tmp_path / "one")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from tests.foreign import write_foreign
+from tests.hf_models import write_hf_model
 from tests.tiny import row
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import label_count, lay_out
@@ -34,7 +34,7 @@ ROWS = [
 
 
 def _base(tmp_path: Path, family: str) -> Base:
-    return resolve_base(Store(tmp_path / "store"), str(write_foreign(tmp_path / family, family)), tmp_path)
+    return resolve_base(Store(tmp_path / "store"), str(write_hf_model(tmp_path / family, family)), tmp_path)
 
 
 def _rows(base: Base, loss_on: LossOn = "assistant") -> list[Rendered]:
@@ -198,9 +198,9 @@ def _refused(tmp_path: Path, reason: str) -> None:
 
 
 def test_what_cannot_be_run_safely_is_refused(tmp_path: Path) -> None:
-    write_foreign(tmp_path / "m", "bert")
+    write_hf_model(tmp_path / "m", "bert")
     _refused(tmp_path, "see later ones")
-    folder = write_foreign(tmp_path / "m", "gpt2")
+    folder = write_hf_model(tmp_path / "m", "gpt2")
     config = json.loads((folder / "config.json").read_text())
 
     def change(**changes: object) -> None:

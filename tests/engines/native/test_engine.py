@@ -175,7 +175,7 @@ def test_an_unknown_or_foreign_adapter_is_refused(tmp_path: Path, base: Base, en
         engine.generate(_requests(), "nobody")
     write_model(tmp_path / "other", "qwen3", seed=5)
     other = resolve_base(Store(tmp_path / "store"), "other", tmp_path)
-    with pytest.raises(Refused, match="another base model"):
+    with pytest.raises(Refused, match="another base"):
         engine.load_adapter("foreign", _adapter(tmp_path / "x", other, 1))
 
 

@@ -21,9 +21,9 @@ from tunesmith.engines.native.adapters.lora import Lora
 from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import forward, logits
 from tunesmith.engines.native.network.weights import load_network
-from tunesmith.models.adapter_files import check_adapter
 from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.models.weight_files import read_adapter_file
 from tunesmith.store.store import Store
 from tunesmith.training.batch_plan import lay_out_step
 from tunesmith.training.settings import TrainSettings
@@ -67,7 +67,7 @@ def test_peft_reads_each_kind_alike(tmp_path: Path, folder: Path, rows: list[Ren
     path.mkdir()
     for name, data in encode_adapter(lora.adapter(), network, base).items():
         (path / name).write_bytes(data)
-    facts = check_adapter(path, base=base.digest, fingerprint=base.fingerprint)
+    facts = read_adapter_file(path, base=base.digest, fingerprint=base.fingerprint)
     assert facts.parameters == lora.parameters
     batch = lay_out(rows[:1])
     with torch.no_grad():

@@ -23,9 +23,9 @@ from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Network, forward, logits
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.settings import TARGETS
-from tunesmith.models.adapter_files import check_adapter
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.models.weight_files import read_adapter_file
 from tunesmith.store.store import Store
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.trainer import gradients
@@ -117,7 +117,7 @@ def test_it_learns_as_in_peft_and_is_released_as_peft_converts_it(
     reference.save_pretrained(str(tmp_path / "end"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     base = resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
     released = _write(tmp_path / "ours", lora, network, base)
-    facts = check_adapter(released, base=base.digest, fingerprint=base.fingerprint)
+    facts = read_adapter_file(released, base=base.digest, fingerprint=base.fingerprint)
     assert (facts.rank, facts.parameters) == (8, 2 * lora.parameters)
     mine, converted = _changes(folder, released), _changes(folder, tmp_path / "end")
     assert mine.keys() == converted.keys()

@@ -169,7 +169,7 @@ def test_what_the_server_does_not_take_is_told(
     with pytest.raises(Refused, match="not loaded"):
         engine.generate(_requests(), "nobody")
     foreign = resolve_base(Store(tmp_path / "store"), other.name, other.parent)
-    with pytest.raises(Refused, match="another base model"):
+    with pytest.raises(Refused, match="another base"):
         engine.load_adapter("x", write_adapter(tmp_path / "x", foreign))
     with pytest.raises(Refused, match=r"LoRA rank 64 is greater(.|\n)*--max-lora-rank"):
         engine.load_adapter("x", write_adapter(tmp_path / "y", base, rank=40))

@@ -24,11 +24,11 @@ from tunesmith.engines.batch import label_count, lay_out
 from tunesmith.engines.constraint import Constraints, hold_
 from tunesmith.engines.hf.model import HFModel, Low, left_padded
 from tunesmith.engines.native import runtime
-from tunesmith.engines.native.adapters.adapter import WEIGHTS_FILE
 from tunesmith.engines.native.decoding.rows import Row, Sampling, Score, sample, scored
 from tunesmith.engines.protocol import Completion, Generation, Question, Streamed, TokenScore
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Renderer
+from tunesmith.models.weight_files import has_whole_model
 
 _MOST_ROWS = 16
 _SCORED_TOGETHER = 8
@@ -64,7 +64,7 @@ class HFEngine:
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Make a training's folder answerable under name."""
-        if not (folder / WEIGHTS_FILE).is_file():
+        if has_whole_model(folder):
             raise Refused("for a base of this family there are adapters alone", where=str(folder))
         self._adapters[name] = self._network.read_adapter(folder, self._base)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tunesmith.core.errors import Refused
 from tunesmith.engines.hf.model import HFModel, Low
-from tunesmith.engines.native.adapters.adapter import pack_adapter
 from tunesmith.models.base import Base
+from tunesmith.models.weight_files import pack_adapter
 from tunesmith.training.settings import TrainSettings
 
 
@@ -69,12 +69,20 @@ class HFLora:
     def files(self, base: Base) -> dict[str, bytes]:
         """The adapter in PEFT's layout."""
         tensors = {
-            f"base_model.model.{name}.lora_{half}.weight": getattr(part, half.lower()).detach().contiguous()
+            f"base_model.model.{name}.lora_{half}.weight": getattr(part, half.lower()).detach().contiguous().numpy()
             for name, part in self.parts.items()
             for half in "AB"
         }
         targets = {name.rsplit(".", 1)[-1] for name in self.parts}
-        return pack_adapter(tensors, base, rank=self.rank, alpha=self.alpha, root=self.root, targets=targets)
+        return pack_adapter(
+            tensors,
+            base=base.digest,
+            fingerprint=base.fingerprint,
+            rank=self.rank,
+            alpha=self.alpha,
+            root=self.root,
+            targets=targets,
+        )
 
     @torch.no_grad()
     def _start(self, seed: int) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch
-from tunesmith.engines.native.adapters.adapter import unpack_adapter
 from tunesmith.models.base import Base, base_files
 from tunesmith.models.families import matching
+from tunesmith.models.weight_files import read_adapter_file
 
 # Families with a running state take this layer's weight past its forward; PEFT refuses it too.
 _STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
@@ -139,11 +139,12 @@ class HFModel:
 
     def read_adapter(self, folder: Path, base: Base) -> dict[str, Low]:
         """The parts of a PEFT folder. Raises Refused where it is another base's, or does not fit its layers."""
-        config, tensors = unpack_adapter(folder, base)
-        rank = int(config["r"])
-        scale = float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+        file = read_adapter_file(folder, base=base.digest, fingerprint=base.fingerprint)
+        tensors = {name: torch.from_numpy(tensor) for name, tensor in file.tensors.items()}
+        rank = file.rank
+        scale = file.alpha / (rank**0.5 if file.root else rank)
         found: dict[str, Low] = {}
-        for name, (out, into) in self.targets(config["target_modules"]).items():
+        for name, (out, into) in self.targets(sorted(file.targets)).items():
             pair = [tensors.pop(f"base_model.model.{name}.lora_{half}.weight", None) for half in "AB"]
             a, b = pair
             if a is None or b is None or (a.shape, b.shape) != ((rank, into), (out, rank)):

@@ -31,7 +31,7 @@ from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Completion, Generation, Question, Streamed, TokenScore
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered, Renderer
-from tunesmith.models.whole_weights import is_whole
+from tunesmith.models.weight_files import has_whole_model
 
 _SCORED_TOGETHER = 64  # rows of multiple-choice questions, of
 _SCORED_TOKENS = 1 << 15  # tokens at most where there are several; and
@@ -81,7 +81,7 @@ class NativeEngine:
 
         Of models trained in full, those that were asked longest ago make room.
         """
-        if is_whole(folder):
+        if has_whole_model(folder):
             own = NativeEngine(self._base, read_whole(folder, self._base, self._network.tied))
             with self._turn:
                 self._whole.pop(name, None)

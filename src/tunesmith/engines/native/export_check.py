@@ -32,7 +32,7 @@ from tunesmith.models.base import Base
 from tunesmith.models.export.gguf import FILE as GGUF
 from tunesmith.models.export.merging import Dtype, merged_shards
 from tunesmith.models.rendering import Rendered, Renderer
-from tunesmith.models.whole_weights import is_whole
+from tunesmith.models.weight_files import has_whole_model
 
 # Largest and mean difference of a log-probability (nats) that an export may show. fp32: sums in another order, 6e-5 and
 # 7e-6 measured on a model of 135M. bf16: weights rounded to 8 bits, 0.35 and 0.04 there; 2% of the adapter's change
@@ -110,7 +110,7 @@ def compare(
     adapter: its name in the engine. trained: the training's folder. form: peft, merged or gguf; exported: that form's
     folder. Raises Refused where memory does not hold the model in fp32, or the export's tokenizer is another.
     """
-    _check_memory(base, models=2 if is_whole(trained) else 1)
+    _check_memory(base, models=2 if has_whole_model(trained) else 1)
     check_rendering(form, exported, base, answered)
     with progress.task("comparing forms", 3 * len(answered)) as task:
 

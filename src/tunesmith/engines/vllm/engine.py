@@ -17,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
-
 from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.files import write_atomic
@@ -28,10 +26,9 @@ from tunesmith.engines.protocol import Completion, Generation, Question
 from tunesmith.engines.settings import VllmSettings
 from tunesmith.engines.vllm.fingerprint import TEXT, TOLERANCE, apart, expected_scores, places, text_ids
 from tunesmith.engines.vllm.http import NotThere, Server
-from tunesmith.models.adapter_files import CONFIG, WEIGHTS
 from tunesmith.models.base import Base, cache_folder
 from tunesmith.models.rendering import Renderer
-from tunesmith.models.whole_weights import is_whole
+from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, has_whole_model, read_adapter_file
 
 Asked = TypeVar("Asked")
 Given = TypeVar("Given")
@@ -78,15 +75,15 @@ class VllmEngine:
         Its files are copied to where the server reads them, and stay there: it reads them again when it must. The name
         that the server is given is that of their bytes, so no name ever comes to mean other weights.
         """
-        if is_whole(folder):
+        if has_whole_model(folder):
             raise Refused(
                 "the vLLM server runs the base with adapters, and this model was trained in full",
                 where=self._settings.url,
                 fix="leave engine out; or export it as merged, and have a server of its own run that",
             )
-        self._check_bound(folder)
-        there = "tunesmith-" + digest_of([digest_file(folder / file) for file in (CONFIG, WEIGHTS)])[7:39]
-        for file in (CONFIG, WEIGHTS):
+        read_adapter_file(folder, base=self._base.digest, fingerprint=self._base.fingerprint)
+        there = "tunesmith-" + digest_of([digest_file(folder / file) for file in (CONFIG_FILE, ADAPTER_FILE)])[7:39]
+        for file in (CONFIG_FILE, ADAPTER_FILE):
             kept = self._folder / there / file
             if not kept.is_file() or digest_file(kept) != digest_file(folder / file):
                 write_atomic(kept, (folder / file).read_bytes())
@@ -301,24 +298,6 @@ class VllmEngine:
             raise Refused(
                 "the server does not speak vLLM's API", where=self._settings.url, fix="name a vLLM server"
             ) from error
-
-    def _check_bound(self, folder: Path) -> None:
-        """Raises Refused for another base's adapter, as reading it into this process would."""
-        try:
-            with safe_open(folder / WEIGHTS, framework="numpy") as file:
-                bound = json.loads((file.metadata() or {}).get("tunesmith", "{}"))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise Refused(f"not readable as an adapter: {error}", where=str(folder)) from error
-        if bound.get("base") != self._base.digest:
-            raise Refused(
-                "the adapter was trained on another base model", where=str(folder), fix="train it on this base"
-            )
-        if bound.get("fingerprint") != self._base.fingerprint:
-            raise Refused(
-                "the adapter was trained with another tokenizer or chat template",
-                where=str(folder),
-                fix="train it again",
-            )
 
     def _register(self, there: str) -> None:
         """Have the server load the adapter, unless it has, and see that it answers otherwise than the base."""

@@ -21,9 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
-from tunesmith.models.adapter_files import CONFIG, WEIGHTS
 from tunesmith.models.base import INDEX, base_files
-from tunesmith.models.whole_weights import EMBEDDING, HEAD, WHOLE, is_whole
+from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, EMBEDDING, HEAD, MODEL_FILE, has_whole_model
 
 Dtype = Literal["bf16", "fp32"]
 DTYPES: Mapping[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -51,19 +50,19 @@ class Change:
 def read_changes(adapter: Path) -> dict[str, Change]:
     """Name of a base's weight -> what the adapter in this PEFT folder does to it. Raises Refused for a layout that
     cannot be folded in."""
-    config: dict[str, Any] = json.loads((adapter / CONFIG).read_bytes())
+    config: dict[str, Any] = json.loads((adapter / CONFIG_FILE).read_bytes())
     rank = int(config["r"])
     scale = float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _tensors(adapter / WEIGHTS):
+    for name, tensor in _tensors(adapter / ADAPTER_FILE):
         half = next((each for each in _HALVES if name.endswith(each)), None)
         if half is None or not name.startswith(_PREFIX):
-            raise Refused(f"{name[:120]!r} cannot be folded into a weight", where=str(adapter / WEIGHTS))
+            raise Refused(f"{name[:120]!r} cannot be folded into a weight", where=str(adapter / ADAPTER_FILE))
         parts.setdefault(name.removeprefix(_PREFIX).removesuffix(half) + ".weight", {})[half] = tensor.float()
     first, second, magnitude = _HALVES
     for weight, halves in parts.items():
         if not {first, second} <= halves.keys() or (magnitude in halves) != bool(config.get("use_dora")):
-            raise Refused(f"the adapter's parts for {weight} are not complete", where=str(adapter / WEIGHTS))
+            raise Refused(f"the adapter's parts for {weight} are not complete", where=str(adapter / ADAPTER_FILE))
     return {
         weight: Change(halves[first], halves[second], scale, halves.get(magnitude)) for weight, halves in parts.items()
     }
@@ -75,7 +74,7 @@ def merged_shards(base: Path, adapter: Path) -> Iterator[tuple[str, dict[str, Te
     The adapter's own names decide: a weight that it does not name is the base's. Raises Refused where a change finds no
     weight of its shape.
     """
-    if is_whole(adapter):
+    if has_whole_model(adapter):
         yield from _replaced_shards(base, adapter)
         return
     changes = read_changes(adapter)
@@ -93,7 +92,7 @@ def merged_shards(base: Path, adapter: Path) -> Iterator[tuple[str, dict[str, Te
 
 def _replaced_shards(base: Path, trained: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Each of the base's files with the weights of a full training in place of its own."""
-    weights = dict(_tensors(trained / WHOLE))
+    weights = dict(_tensors(trained / MODEL_FILE))
     if HEAD not in weights:  # tied: a base that stores the embedding under both names keeps both
         weights[HEAD] = weights[EMBEDDING]
     for path in sorted(base.glob("*.safetensors")):

@@ -19,8 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from tunesmith.core.clock import now
 from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.models.adapter_files import CONFIG, WEIGHTS, check_adapter
-from tunesmith.models.whole_weights import WHOLE, check_whole
+from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, check_model_file, read_adapter_file
 from tunesmith.registry.licence_duties import NOTICE
 from tunesmith.registry.signing.signatures import RELEASE, SIGNATURE, Expired, Untrusted, verify_signature
 from tunesmith.store.audit import Head
@@ -30,8 +29,8 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.trust import TrustedKey
 
-ADAPTER_FILES = frozenset((CONFIG, WEIGHTS))
-_WHOLE_FILES = frozenset((WHOLE,))
+ADAPTER_FILES = frozenset((CONFIG_FILE, ADAPTER_FILE))
+_WHOLE_FILES = frozenset((MODEL_FILE,))
 _PARENTS = frozenset(("candidate", "evaluation", "verdict"))
 _LABEL = re.compile(r"(?P<name>[^@]+)@v(?P<number>[1-9][0-9]{0,8})")
 _FIX = "restore the version's folder from where it was signed, or register it again"
@@ -197,7 +196,7 @@ def check_release(folder: Path, keys: Sequence[TrustedKey]) -> Release:
     if version.expires_at is not None and datetime.fromisoformat(version.expires_at) <= now():
         raise Expired(f"expired on {version.expires_at}", where=str(path), fix="register it again, for a time to come")
     if has_weights(record):
-        check = check_whole if WHOLE in record.blobs else check_adapter
+        check = check_model_file if MODEL_FILE in record.blobs else read_adapter_file
         check(folder, base=statement.base, fingerprint=statement.fingerprint)
     return Release(record=record, statement=statement, version=version, signer=key)
 

@@ -24,14 +24,13 @@ from typing import Any
 from tunesmith.core.digests import canonical, digest_file
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.files import sync_folder, write_atomic
-from tunesmith.models.adapter_files import CONFIG, WEIGHTS, unique_keys
-from tunesmith.models.whole_weights import WHOLE
+from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, unique_keys
 from tunesmith.registry.licence_duties import NOTICE
 from tunesmith.store.trust import TrustedKey, find_key
 
 RELEASE, SIGNATURE = "release.json", "model.sig"
-ALLOWED = frozenset((CONFIG, WEIGHTS, WHOLE, NOTICE, RELEASE, SIGNATURE))
-_MAX_BYTES = {RELEASE: 64 << 20, NOTICE: 64 << 20, SIGNATURE: 1 << 20, CONFIG: 64 << 10}
+ALLOWED = frozenset((CONFIG_FILE, ADAPTER_FILE, MODEL_FILE, NOTICE, RELEASE, SIGNATURE))
+_MAX_BYTES = {RELEASE: 64 << 20, NOTICE: 64 << 20, SIGNATURE: 1 << 20, CONFIG_FILE: 64 << 10}
 _MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _STATEMENT = "https://in-toto.io/Statement/v1"

@@ -5,27 +5,21 @@ Method: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused
 from tunesmith.engines.native.network.network import GROUPS, Linear, Network
 from tunesmith.engines.native.network.products import TILE, LowRankFactors
 from tunesmith.models.base import Base
+from tunesmith.models.weight_files import pack_adapter, read_adapter_file
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_BOUND = "tunesmith"  # key of the weights' metadata: what the adapter was trained on
 Place = tuple[int, str]  # (layer, group)
 
 
@@ -145,8 +139,9 @@ def encode_adapter(adapter: Adapter, network: Network, base: Base) -> dict[str, 
                 tensors[f"{prefix}.lora_magnitude_vector"] = adapter.m[number, group][rows].float().contiguous()
     layers = sorted({number for number, _ in adapter.a})
     return pack_adapter(
-        tensors,
-        base,
+        {name: tensor.numpy() for name, tensor in tensors.items()},
+        base=base.digest,
+        fingerprint=base.fingerprint,
         rank=adapter.rank,
         alpha=adapter.alpha,
         root=adapter.root,
@@ -156,50 +151,16 @@ def encode_adapter(adapter: Adapter, network: Network, base: Base) -> dict[str, 
     )
 
 
-def pack_adapter(
-    tensors: Mapping[str, Tensor],
-    base: Base,
-    *,
-    rank: int,
-    alpha: float,
-    root: bool,
-    targets: Iterable[str],
-    dora: bool = False,
-    layers: Sequence[int] | None = None,
-) -> dict[str, bytes]:
-    """The two files of an adapter whose tensors have PEFT's names, bound to its base. layers: where only some are
-    adapted."""
-    config = {
-        "base_model_name_or_path": base.digest,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": rank,
-        "target_modules": sorted(targets),
-        "task_type": "CAUSAL_LM",
-        "use_dora": dora,
-        "use_rslora": root,
-    }
-    if layers is not None:
-        config |= {"layers_to_transform": list(layers), "layers_pattern": "layers"}
-    # One key: safetensors writes several in an order that changes from call to call, and with it the bytes.
-    metadata = {_BOUND: canonical({"base": base.digest, "fingerprint": base.fingerprint}).decode()}
-    weights = save({name: tensors[name] for name in sorted(tensors)}, metadata=metadata)
-    return {CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode() + b"\n", WEIGHTS_FILE: weights}
-
-
 def read_adapter(folder: Path, network: Network, base: Base) -> Adapter:
     """Read a PEFT folder for a base. Raises Refused where it is another base's, or a tensor is missing or left over."""
     where = str(folder)
-    config, tensors = unpack_adapter(folder, base)
-    rank, targets = int(config["r"]), frozenset(config["target_modules"])
+    file = read_adapter_file(folder, base=base.digest, fingerprint=base.fingerprint)
+    tensors = {name: torch.from_numpy(tensor) for name, tensor in file.tensors.items()}
+    rank, targets = file.rank, file.targets
     a: dict[Place, Tensor] = {}
     b: dict[Place, Tensor] = {}
     m: dict[Place, Tensor] = {}
-    adapted = config.get("layers_to_transform") or range(network.shape.layers)
+    adapted = range(network.shape.layers) if file.layers is None else file.layers
     for number, layer in enumerate(network.layers):
         for group in GROUPS:
             found = blocks(network, group, rank, targets)
@@ -208,12 +169,12 @@ def read_adapter(folder: Path, network: Network, base: Base) -> Adapter:
             out, into = layer.linear[group].out, layer.linear[group].into
             a[number, group] = torch.zeros(len(found) * rank, into)
             b[number, group] = torch.zeros(out, len(found) * rank)
-            if config.get("use_dora"):
+            if file.dora:
                 m[number, group] = torch.ones(out)
             for part, rows, columns in found:
                 prefix = f"base_model.model.model.layers.{number}.{part}"
                 try:
-                    if config.get("use_dora"):
+                    if file.dora:
                         m[number, group][rows] = tensors.pop(f"{prefix}.lora_magnitude_vector")
                     a[number, group][columns] = tensors.pop(f"{prefix}.lora_A.weight")
                     b[number, group][rows, columns] = tensors.pop(f"{prefix}.lora_B.weight")
@@ -221,31 +182,4 @@ def read_adapter(folder: Path, network: Network, base: Base) -> Adapter:
                     raise Refused(f"the adapter does not fit {prefix}: {error}", where=where) from error
     if tensors:
         raise Refused(f"the adapter holds tensors no layer takes, such as {sorted(tensors)[0]}", where=where)
-    root = bool(config.get("use_rslora"))
-    return Adapter(rank=rank, alpha=float(config["lora_alpha"]), root=root, targets=targets, a=a, b=b, m=m)
-
-
-def unpack_adapter(folder: Path, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a PEFT folder says of itself, and its tensors by name. Raises Refused where it is another base's."""
-    where = str(folder)
-    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_bytes())
-    tensors, metadata = _tensors(folder / WEIGHTS_FILE)
-    try:
-        bound = json.loads(metadata.get(_BOUND, "{}"))
-    except ValueError:
-        bound = {}
-    if bound.get("base") != base.digest:
-        raise Refused("the adapter was trained on another base model", where=where, fix="train it on this base")
-    if bound.get("fingerprint") != base.fingerprint:
-        raise Refused(
-            "the adapter was trained with another tokenizer or chat template", where=where, fix="train it again"
-        )
-    return config, tensors
-
-
-def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise Refused(f"not readable as safetensors: {error}", where=str(path)) from error
+    return Adapter(rank=rank, alpha=file.alpha, root=file.root, targets=targets, a=a, b=b, m=m)

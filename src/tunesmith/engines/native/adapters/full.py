@@ -25,7 +25,7 @@ from tunesmith.engines.native.network.network import GROUPS, Layer, Linear, Netw
 from tunesmith.engines.native.network.products import PackedLinear
 from tunesmith.engines.native.network.weights import norm_names, read_weights
 from tunesmith.models.base import Base
-from tunesmith.models.whole_weights import EMBEDDING, HEAD
+from tunesmith.models.weight_files import EMBEDDING, HEAD
 from tunesmith.training.settings import TrainSettings
 
 _NORM = "model.norm.weight"

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.engines.native.adapters.adapter import adapted_linear, read_adapter
 from tunesmith.engines.native.network.network import Linear, Network, frozen_linear
 from tunesmith.engines.native.network.weights import load_network, read_weights
 from tunesmith.models.base import Base
-from tunesmith.models.whole_weights import HEAD, WHOLE, is_whole
-
-_BOUND = "tunesmith"  # key of the file's metadata: what the weights were trained on
+from tunesmith.models.weight_files import HEAD, MODEL_FILE, binding, check_model_file, has_whole_model
 
 
 def tuned(folder: Path, network: Network, base: Base) -> tuple[Network, Linear]:
@@ -27,7 +22,7 @@ def tuned(folder: Path, network: Network, base: Base) -> tuple[Network, Linear]:
 
     Raises Refused where they are not of this base.
     """
-    if not is_whole(folder):
+    if not has_whole_model(folder):
         return network, adapted_linear(network, read_adapter(folder, network, base))
     own = load_network(base.folder, network.dtype, read_whole(folder, base, network.tied))
     return own, frozen_linear(own)
@@ -58,9 +53,8 @@ def encode_whole(trained: Mapping[str, Tensor], base: Base, tied: bool) -> dict[
             where="train.learning_rate",
             fix="raise it, or train for more steps",
         )
-    # One key: safetensors writes several in an order that changes from call to call, and with it the bytes.
-    metadata = {_BOUND: canonical({"base": base.digest, "fingerprint": base.fingerprint}).decode()}
-    return {WHOLE: save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata=metadata)}
+    metadata = binding(base.digest, base.fingerprint)
+    return {MODEL_FILE: save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata=metadata)}
 
 
 def read_whole(folder: Path, base: Base, tied: bool) -> dict[str, Tensor]:
@@ -69,14 +63,9 @@ def read_whole(folder: Path, base: Base, tied: bool) -> dict[str, Tensor]:
     Raises Refused where they are another base's, where a tensor is missing, left over or of another shape or dtype, and
     where they are the base's own: it would answer in their name.
     """
-    path = folder / WHOLE
-    tensors, bound = _read(path)
-    if bound.get("base") != base.digest:
-        raise Refused("the weights were trained on another base model", where=str(path), fix="train them on this base")
-    if bound.get("fingerprint") != base.fingerprint:
-        raise Refused(
-            "the weights were trained with another tokenizer or chat template", where=str(path), fix="train them again"
-        )
+    path = folder / MODEL_FILE
+    check_model_file(folder, base=base.digest, fingerprint=base.fingerprint)
+    tensors = load_file(path)
     stored = own_weights(base.folder, tied)
     for name in sorted(stored.keys() ^ tensors.keys()):
         what = "lack" if name in stored else "hold a tensor that the base has not:"
@@ -90,16 +79,6 @@ def read_whole(folder: Path, base: Base, tied: bool) -> dict[str, Tensor]:
     if all(torch.equal(tensor, stored[name]) for name, tensor in tensors.items()):
         raise Refused("the weights are the base's own", where=str(path), fix="train them again")
     return tensors
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            bound = json.loads((file.metadata() or {}).get(_BOUND, "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise Refused(f"not readable as safetensors: {error}", where=str(path)) from error
-    return tensors, bound if isinstance(bound, dict) else {}
 
 
 def _kind(tensor: Tensor) -> str:

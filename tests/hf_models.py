@@ -57,7 +57,7 @@ FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
 }
 
 
-def write_foreign(folder: Path, family: str = "gpt2", seed: int = 0, template: str = TEMPLATE) -> Path:
+def write_hf_model(folder: Path, family: str = "gpt2", seed: int = 0, template: str = TEMPLATE) -> Path:
     """A folder with random fp32 weights, tokenizer and template; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     size = write_tokenizer(folder, template)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.foreign import write_foreign
+from tests.hf_models import write_hf_model
 from tests.pipeline.scene import settings, write_project
 from tunesmith.api import Project
 from tunesmith.cli.main import app
@@ -26,8 +26,8 @@ from tunesmith.store import identities
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with an approved version on a tiny GPT-2; two adapters are trained, one after another."""
-    folder = tmp_path_factory.mktemp("foreign") / "p"
-    write_foreign(folder / "model", "gpt2")
+    folder = tmp_path_factory.mktemp("other-family") / "p"
+    write_hf_model(folder / "model", "gpt2")
     given: dict[str, Any] = settings()["candidates"]  # type: ignore[assignment]
     train = {"rank": 4, "batch": 8, "learning_rate": 0.02}
     tuned = {"prompt": "prompt.txt", "train": train, "max_tokens": 8}
