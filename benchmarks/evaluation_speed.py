@@ -111,7 +111,7 @@ def prompts(folder: Path, batch: int) -> dict[str, Any]:
         ready = answerer(chain, found)
         asked[name] = [
             {
-                "messages": [turn.model_dump(exclude_none=True) for turn in ready.conversation(row.request)],
+                "messages": [turn.model_dump(exclude_none=True) for turn in ready.composer.conversation(row.request)],
                 "text": text[row.id],
                 "wanted": row.answer,
             }

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.evaluation.fabricated import put_dataset
 from tests.tiny import write_model
-from tunesmith.candidates.answering import Answerer, Found, compose
+from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, put_candidate
+from tunesmith.candidates.composing import Composer, compose
 from tunesmith.core.digests import canonical
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
@@ -34,6 +35,7 @@ from tunesmith.evaluation.probes.suites import ask, suite_of
 from tunesmith.evaluation.scores import column
 from tunesmith.evaluation.settings import Probe
 from tunesmith.models.base import Base, resolve_base
+from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.rows import training_rows
@@ -93,7 +95,7 @@ class Bench:
         untrained = Candidate(name="tuned", base=self.base.digest, prompt=prompt, max_tokens=12)
 
         def put(examples: Sequence[Example]) -> list[TrainingRow]:
-            asked = [(*compose(untrained, each.request, Found()), each.messages[-1]) for each in examples]
+            asked = [(*compose(untrained, each.request), each.messages[-1]) for each in examples]
             return [TrainingRow(each.id, messages) for each, messages in zip(examples, asked, strict=True)]
 
         training = train(
@@ -114,14 +116,15 @@ class Bench:
     def answers(self, suite: str, dataset: str, candidate: Candidate, gate: Probe, *, before: bool) -> str:
         """An answers record as the chain keeps it."""
         rows = load_dataset(self.store, dataset)
-        answerer = Answerer(self.store, self.engine, candidate)
-        ground = ground_of(self.store, rows, candidate, answerer, gate.rows, gate.path, Privacy())
+        composer = Composer(self.store, candidate)
+        ground = ground_of(self.store, rows, candidate, composer, gate.rows, gate.path, Privacy())
         items = suite_of(suite).items(ground)
         training = None if before else candidate.training
         blob = self.store.put_bytes(encode_items(items))
         key = blob, training, candidate.max_tokens
         if key not in self._asked:  # what the base says does not depend on whom it is compared with
-            self._asked[key] = ask(suite_of(suite), self.engine, self.engine, training, items, candidate)
+            renderer = Renderer(self.base.folder)
+            self._asked[key] = ask(suite_of(suite), self.engine, self.engine, renderer, training, items, candidate)
         answered = b"".join(canonical(line) + b"\n" for line in self._asked[key])
         blobs = {"answers.jsonl": self.store.put_bytes(answered), ITEMS: blob}
         parents = {"base": self.base.digest, "dataset": dataset} | ({"training": training} if training else {})

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import TEMPLATE, row, write_model
-from tunesmith.candidates.answering import compose
 from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.composing import compose
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, tools_of, with_tools
 from tunesmith.models.rendering import Renderer, RowCounter

@@ -15,8 +15,8 @@ from tests.pipeline.scene import rows as scene_rows
 from tests.pipeline.scene import settings, write_project
 from tunesmith import pipeline
 from tunesmith.api import Project
-from tunesmith.candidates.answering import compose
 from tunesmith.candidates.candidate import load_candidate
+from tunesmith.candidates.composing import compose
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
@@ -113,19 +113,19 @@ def test_the_prompt_cites_the_passage(project: Project) -> None:
 
     candidate = _candidate(project, "docs")
     answerer = pipeline.answerer(pipeline.PipelineContext(project), candidate)
-    asked = answerer.conversation([Message(role="user", content="what is in the garage?")])
+    asked = answerer.composer.conversation([Message(role="user", content="what is in the garage?")])
     assert "(rooms.md, Garage)\nThe garage has a radio." in asked[0].content
-    assert answerer.sources([Message(role="user", content="garage")]).sources == ("rooms.md",)
+    assert answerer.composer.retrieved([Message(role="user", content="garage")]).sources == ("rooms.md",)
 
 
 def test_a_tuned_candidate_with_retrieval_never_sees_its_own_answer(project: Project) -> None:
     candidate = _candidate(project, "tuned")
     answerer = pipeline.answerer(pipeline.PipelineContext(project), candidate)
     for example in load_dataset(project.store, candidate.dataset).examples("train"):
-        shown = compose(candidate, example.messages, answerer.without_group(example))
+        shown = compose(candidate, example.messages, answerer.composer.retrieved_without_group(example))
         assert example.messages[-1] in shown
         assert example.request[-1] not in shown[:-2], "its own request among the retrieved"
-    assert answerer.without_group(example).ids, "something is retrieved all the same"
+    assert answerer.composer.retrieved_without_group(example).ids, "something is retrieved all the same"
 
 
 def test_borrowed_weights_are_the_others(project: Project) -> None:

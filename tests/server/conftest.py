@@ -88,7 +88,7 @@ def running(scene: Scene, engine: FakeEngine, **settings: Any) -> Iterator[Serve
     """A server with these settings."""
     schema, scorers = settings.pop("answer_schema", SCHEMA), settings.pop("scorers", ("json_valid", "exact_match"))
     bounds = ServerSettings.model_validate({"look_seconds": 0.05, **settings})
-    app = create_app(scene.store, engine, bounds, answer_schema=schema, scorers=scorers)
+    app = create_app(scene.store, engine, engine.count_tokens, bounds, answer_schema=schema, scorers=scorers)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))

@@ -108,7 +108,7 @@ def _line(answerer: Answerer, example: Example, completion: Completion) -> dict[
         "prompt_tokens": completion.prompt_tokens,
         "completion_tokens": completion.completion_tokens,
     }
-    found = answerer.sources(example.request)
+    found = answerer.composer.retrieved(example.request)
     if found.ids:
         line["retrieved"] = list(found.ids)
     if isinstance(completion, Confident):

@@ -33,11 +33,6 @@ class Floor(ABC):
 
     context_length = _UNBOUNDED
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """None: nothing is tokenised."""
-        del messages
-        return 0
-
     def generate(
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[Completion]:

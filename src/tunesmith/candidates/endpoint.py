@@ -18,7 +18,6 @@ import httpx
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.clock import now
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.protocol import Completion, Generation
 
@@ -49,11 +48,6 @@ class Endpoint:
         self._key = _key(settings)
         headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
         self._client = httpx.Client(headers=headers, timeout=settings.timeout, follow_redirects=False)
-
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """None: only the endpoint knows its tokenizer."""
-        del messages
-        return 0
 
     def generate(
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT

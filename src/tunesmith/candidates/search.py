@@ -10,9 +10,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tunesmith.candidates.answering import Answerer, turns_only
+from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.asking import ask_rows
 from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.composing import turns_only
 from tunesmith.candidates.settings import Search
 from tunesmith.candidates.shots import choose_shots, draw_shots
 from tunesmith.core.digests import canonical

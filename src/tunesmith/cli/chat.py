@@ -53,7 +53,7 @@ def chat(
         if message is not None:
             turn = [Message(role="user", content=message)]
             answer = answerer.responder.generate([answerer.generation(turn)], answerer.adapter)[0]
-            sources = list(answerer.sources(turn).sources)
+            sources = list(answerer.composer.retrieved(turn).sources)
             document = {"answer": answer.text, "finish": answer.finish, "candidate": answerer.name, "sources": sources}
             emit(document, as_json, lambda console: _show(console, answer.text, sources))
             return
@@ -67,7 +67,7 @@ def chat(
                 for piece in answerer.responder.stream(answerer.generation(turns), answerer.adapter):
                     if isinstance(piece, Completion):
                         print()
-                        if cited := answerer.sources(turns).sources:
+                        if cited := answerer.composer.retrieved(turns).sources:
                             print(f"(from {', '.join(cited)})")
                         turns.append(Message(role="assistant", content=piece.text))
                     else:

@@ -39,9 +39,11 @@ def serve(
 
     project = open_project(directory)
     listening = _listen(host, port)
+    context = PipelineContext(project, Terminal())
     app = create_app(
         project.store,
-        PipelineContext(project, Terminal()).engine,
+        context.engine,
+        context.renderer.count_prompt,
         ServerSettings(region=region),
         answer_schema=project.schema,
         scorers=project.settings.task.served,

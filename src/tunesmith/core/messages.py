@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
@@ -64,6 +64,8 @@ class Message(BaseModel):
 
 
 Conversation = Sequence[Message]
+# Messages -> the number of tokens they render to.
+CountTokens = Callable[[Sequence[Message]], int]
 
 
 def tools_of(messages: Conversation) -> list[Mapping[str, Any]]:

@@ -92,19 +92,6 @@ class Engine(Protocol):
         """Whether name can be asked for: an engine may let the weights of models trained in full go again."""
         ...
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of the prompt that messages render to, the assistant's opening included."""
-        ...
-
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        """The template's control tokens as text; no row or request may hold them."""
-        ...
-
-    def count_row(self, messages: Sequence[Message]) -> int:
-        """Tokens of a training row, its answer included. Raises Refused for one that cannot be trained on."""
-        ...
-
     def generate(
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[Completion]:

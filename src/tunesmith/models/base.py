@@ -98,14 +98,35 @@ def known_folder(store: Store, digest: str) -> Path | None:
 
 
 def base_files(folder: Path) -> list[Path]:
-    """The files of a base that count, by name. Raises Refused for what must not be loaded."""
+    """The files of a base, by name. Raises Refused for missing or pickled weights and for a missing tokenizer."""
+    weight_files(folder)
+    return _files(folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a base, by name. Raises Refused where there are none."""
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        pickled = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+        pickled = _pickled(folder)
         hint = f" ({', '.join(pickled)} would run code when loaded)" if pickled else ""
-        raise Refused(f"no safetensors weights in the base's folder{hint}", where=str(folder), fix="convert them first")
+        raise Refused(
+            f"no safetensors weights in the base's folder{hint}",
+            where=str(folder),
+            fix="convert them first" if pickled else "add them; without them only data and training rows can be built",
+        )
+    return weights
+
+
+def _pickled(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that a base's record lists. Weights may be missing: building data and training rows needs none."""
+    if _pickled(folder):
+        weight_files(folder)
     named = [folder / name for name in (*_PLAIN, _TEMPLATE, INDEX)]
-    found = weights + [path for path in named if path.is_file()]
+    found = [*folder.glob("*.safetensors"), *(path for path in named if path.is_file())]
     for required in ("config.json", "tokenizer.json"):
         if not (folder / required).is_file():
             raise Refused(f"the base has no {required}", where=str(folder), fix="use a complete model folder")
@@ -113,7 +134,7 @@ def base_files(folder: Path) -> list[Path]:
 
 
 def _record_base(store: Store, folder: Path, spec: str) -> Base:
-    files = {path.name: {"digest": digest_file(path), "bytes": path.stat().st_size} for path in base_files(folder)}
+    files = {path.name: {"digest": digest_file(path), "bytes": path.stat().st_size} for path in _files(folder)}
     try:
         config = json.loads((folder / "config.json").read_bytes())
         if not isinstance(config, dict):

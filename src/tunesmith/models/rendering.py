@@ -44,7 +44,7 @@ class RowCounter:
 
     def __call__(self, messages: Sequence[Message]) -> int:
         """Tokens of a row, its answer included."""
-        return len(_renderer(self.folder, self.fingerprint).conversation(messages).ids)
+        return _renderer(self.folder, self.fingerprint).count_row(messages)
 
 
 @lru_cache(maxsize=2)
@@ -112,6 +112,14 @@ class Renderer:
         if bos is not None and ids[:2] == [bos, bos]:
             raise Refused("the conversation begins with two beginning tokens", where="chat_template")
         return Rendered(tuple(ids), tuple(trained))
+
+    def count_prompt(self, messages: Sequence[Message]) -> int:
+        """Tokens of a request, the assistant's opening included."""
+        return len(self.prompt(messages))
+
+    def count_row(self, messages: Sequence[Message]) -> int:
+        """Tokens of a training row, its answer included. Raises what `conversation` raises."""
+        return len(self.conversation(messages).ids)
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer as it would be decoded, an end token behind it."""

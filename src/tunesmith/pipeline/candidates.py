@@ -25,7 +25,7 @@ from tunesmith.pipeline.training import find_rate, train_candidate
 def candidate(context: PipelineContext, name: str, restart: bool = False) -> str:
     """Digest of a candidate of the project file; trains its adapter where it has one that is not there yet."""
     settings = context.settings_of(name)
-    found = _untrained(context, name, settings)
+    found = untrained_candidate(context, name, settings)
     if settings.train is not None:
         trained = train_candidate(context, name, found, settings.train, restart=restart)
         found = found.model_copy(update={"training": trained})
@@ -47,7 +47,7 @@ def learning_rates(context: PipelineContext, name: str) -> dict[str, Any]:
     settings = context.settings_of(name)
     if settings.train is None:
         raise _no_training(context, name)
-    return find_rate(context, name, _untrained(context, name, settings), settings.train)
+    return find_rate(context, name, untrained_candidate(context, name, settings), settings.train)
 
 
 def answerer(context: PipelineContext, asked: Candidate) -> Answerer:
@@ -88,7 +88,8 @@ def _no_training(context: PipelineContext, name: str) -> UsageError:
     )
 
 
-def _untrained(context: PipelineContext, name: str, settings: CandidateSettings) -> Candidate:
+def untrained_candidate(context: PipelineContext, name: str, settings: CandidateSettings) -> Candidate:
+    """A candidate of the project file before its training: prompt, shots and what it retrieves from."""
     base, most, method = context.base.digest, settings.max_tokens, settings.method
     if settings.prompt is None:  # a floor
         dataset = context.dataset.digest

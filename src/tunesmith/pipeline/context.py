@@ -34,6 +34,7 @@ from tunesmith.store.store import Store
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Engine
     from tunesmith.models.base import Base
+    from tunesmith.models.rendering import Renderer
 
 
 @dataclass
@@ -73,6 +74,13 @@ class PipelineContext:
         for name, settings in self.project.settings.candidates.items():
             if settings.train:
                 meant(settings.train.targets, TARGETS, f"candidates.{name}.train.targets")
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """The base's tokenizer and chat template. Needs neither weights nor a running server."""
+        from tunesmith.models.rendering import Renderer
+
+        return Renderer(self.base.folder)
 
     @cached_property
     def engine(self) -> Engine:
@@ -119,7 +127,7 @@ class PipelineContext:
                 count_tokens=RowCounter(self.base.folder, self.base.fingerprint),
                 max_tokens=self._row_tokens,
                 answer_schema=schema,
-                special_tokens=self.engine.special_tokens,
+                special_tokens=self.renderer.special_tokens,
                 withdrawn=withdrawn,
                 work=work,
                 engine=self.shards,
@@ -140,7 +148,7 @@ class PipelineContext:
         project, settings = self.project, self.project.settings.documents
         if settings is None:
             raise UsageError("the project has no documents to retrieve from", where="documents", fix="add documents:")
-        privacy, tokens = project.settings.data.privacy, self.engine.special_tokens
+        privacy, tokens = project.settings.data.privacy, self.renderer.special_tokens
         inputs = {
             "settings": settings.model_dump(mode="json"),
             "files": {file.name: file.digest() for file in document_files(settings, project.root)},

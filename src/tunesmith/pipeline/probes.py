@@ -95,11 +95,13 @@ def risk(context: PipelineContext, gate: Probe, name: str, *, before: bool = Fal
 
     def measure(_work: Path) -> str:
         ready = answerer(context, asked)
-        ground = ground_of(store, dataset, asked, ready, gate.rows, path, context.project.settings.data.privacy)
+        ground = ground_of(
+            store, dataset, asked, ready.composer, gate.rows, path, context.project.settings.data.privacy
+        )
         items = suite.items(ground)
         began = time.perf_counter()
         scorer = context.engine if asked.asks_base else None
-        lines = ask(suite, ready.responder, scorer, trained, items, asked, context.progress)
+        lines = ask(suite, ready.responder, scorer, context.renderer, trained, items, asked, context.progress)
         body = {"suite": gate.suite, **engine, "n": len(items), "seconds": time.perf_counter() - began}
         body |= suite.states
         made = parents | ({"training": trained} if trained else {})

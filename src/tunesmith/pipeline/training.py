@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.candidates.answering import Answerer, compose
 from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.composing import Composer
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.data.governance.signoff import require_signed
@@ -18,7 +18,7 @@ from tunesmith.training.settings import MetricsSettings
 
 if TYPE_CHECKING:
     from tunesmith.training.settings import TrainSettings
-    from tunesmith.training.train import Job
+    from tunesmith.training.train import TrainingRow
 
 
 def train_candidate(
@@ -30,15 +30,15 @@ def train_candidate(
     def fit(work: Path) -> str:
         from tunesmith.training.train import train
 
-        job = _job(context, name, candidate, settings, work)
+        rows, validation = composed_rows(context, candidate, settings)
         return train(
             context.store,
             base=context.base,
             dataset=context.dataset.digest,
-            rows=job.rows,
-            validation=job.validation,
+            rows=rows,
+            validation=validation,
             settings=settings,
-            work=job.work,
+            work=work / "checkpoints",
             name=name,
             restart=restart,
             metrics=_metrics(context),
@@ -53,7 +53,7 @@ def find_rate(context: PipelineContext, name: str, candidate: Candidate, setting
     from tunesmith.training.train import find_rate as test_rates
 
     _inputs(context, name, candidate, settings)  # raises for what cannot be trained
-    rows = _job(context, name, candidate, settings, Path()).rows
+    rows, _validation = composed_rows(context, candidate, settings)
     return test_rates(base=context.base, rows=rows, settings=settings, progress=context.progress).model_dump(
         mode="json"
     )
@@ -89,20 +89,19 @@ def _inputs(context: PipelineContext, name: str, candidate: Candidate, settings:
     }
 
 
-def _job(context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings, work: Path) -> Job:
-    """The rows of a training as the candidate puts them, and where it keeps its checkpoints."""
-    from tunesmith.training.train import Job, TrainingRow
+def composed_rows(
+    context: PipelineContext, candidate: Candidate, settings: TrainSettings
+) -> tuple[list[TrainingRow], list[TrainingRow]]:
+    """A candidate's training rows and validation rows, composed as it will see requests. Needs no engine."""
+    from tunesmith.training.train import TrainingRow
 
-    answerer = Answerer(context.store, context.engine, candidate)
+    composer = Composer(context.store, candidate)
 
-    def rows(examples: Sequence[Example]) -> list[TrainingRow]:
-        # Looked up without the row's own group, as it will be for requests of groups that were never seen.
-        return [
-            TrainingRow(each.id, compose(candidate, each.messages, answerer.without_group(each))) for each in examples
-        ]
+    def composed(examples: Sequence[Example]) -> list[TrainingRow]:
+        return [TrainingRow(each.id, composer.training_conversation(each)) for each in examples]
 
-    learned = rows(training_rows(context.dataset.examples("train"), settings))
-    return Job(name, learned, rows(context.dataset.examples("validation")), settings, work / "checkpoints")
+    learned = training_rows(context.dataset.examples("train"), settings)
+    return composed(learned), composed(context.dataset.examples("validation"))
 
 
 def tuned_names(project: Project) -> list[str]:

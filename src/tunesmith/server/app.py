@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from tunesmith.core.messages import CountTokens
 from tunesmith.engines.protocol import Engine
 from tunesmith.rollout.controller import advance, give_up
 from tunesmith.rollout.state import list_rollouts
@@ -29,6 +30,7 @@ from tunesmith.store.store import Store
 def create_app(
     store: Store,
     engine: Engine,
+    count_tokens: CountTokens,
     settings: ServerSettings | None = None,
     *,
     answer_schema: Mapping[str, Any] | None = None,
@@ -36,6 +38,7 @@ def create_app(
 ) -> FastAPI:
     """A server over a store and an engine.
 
+    count_tokens: tokens of a prompt, as `Renderer.count_prompt` of the base counts them.
     answer_schema: the task's JSON Schema, which json_valid holds answers against. scorers: the task's metrics.
     """
     settings = settings or ServerSettings()
@@ -49,7 +52,7 @@ def create_app(
         region=settings.region,
     )
     versions = ReadyVersions(store, engine)
-    worker = Worker(versions, recorder, settings, lambda rollout, why: give_up(store, rollout, why))
+    worker = Worker(versions, recorder, settings, lambda rollout, why: give_up(store, rollout, why), count_tokens)
     metrics.watch_queue(worker.waiting)
     serving = Serving(store, settings, metrics, Router(store, settings.region), recorder, worker)
 

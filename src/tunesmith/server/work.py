@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.messages import CountTokens
 from tunesmith.engines.protocol import Completion, Generation, Scored, Streamed
 from tunesmith.monitoring.features import request_features
 from tunesmith.server.chat_request import ChatRequest
@@ -87,7 +88,7 @@ class Job:
 
 class Worker:
     """Answers as many jobs at once as settings.together says. give_up: (rollout, reason), called where a canary cannot
-    be made ready."""
+    be made ready. count_tokens: tokens of a prompt under the base's chat template."""
 
     def __init__(
         self,
@@ -95,7 +96,9 @@ class Worker:
         recorder: Recorder,
         settings: ServerSettings,
         give_up: Callable[[int, str], object],
+        count_tokens: CountTokens,
     ) -> None:
+        self._count_tokens = count_tokens
         self._versions, self._recorder = versions, recorder
         self._settings, self._give_up = settings, give_up
         self._waiting: deque[Job] = deque()
@@ -203,7 +206,7 @@ class Worker:
         request = job.request
         messages = request.conversation
         try:
-            job.features = request_features(messages, answerer.nearest)
+            job.features = request_features(messages, answerer.composer.nearest)
         except UsageError:  # the candidate names no dataset
             job.features = request_features(messages, None)
         try:
@@ -216,8 +219,8 @@ class Worker:
                 stop=request.stops,
                 top_logprobs=request.scored,
             )
-            job.sources = answerer.sources(messages).sources
-            tokens = job.prompt_tokens = answerer.responder.count_tokens(generation.messages)
+            job.sources = answerer.composer.retrieved(messages).sources
+            tokens = job.prompt_tokens = self._count_tokens(generation.messages) if answerer.asks_base else 0
         except UsageError as error:
             raise bad_request(error.what, "messages") from error
         room = answerer.responder.context_length

@@ -54,7 +54,7 @@ def test_greedy_answers_are_those_of_transformers_in_any_company(tmp_path: Path,
         given = model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=1)[0, ids.shape[1] :].tolist()
         expected = [token for token in given if token not in engine._renderer.stop_ids]
         assert answer.text == engine._renderer.text(expected)
-        assert answer.prompt_tokens == ids.shape[1] == engine.count_tokens(request.messages)
+        assert answer.prompt_tokens == ids.shape[1] == engine._renderer.count_prompt(request.messages)
     assert [engine.generate([request])[0] for request in _requests()] == together
     assert engine._network.pads
     engine._network.pads = False  # a family that cannot be filled up on the left is answered row by row
@@ -128,7 +128,7 @@ def test_an_answer_ends_with_the_context(gpt2: tuple[Base, HFEngine]) -> None:
     """Rows of very different length: the short one goes on for longer than the long one has positions."""
     base, engine = gpt2
     long = Generation((Message(role="user", content="turn on " * 40),), max_tokens=500, stop=())
-    room = base.context_length - engine.count_tokens(long.messages)
+    room = base.context_length - engine._renderer.count_prompt(long.messages)
     assert 0 < room < 150
     answers = engine.generate([long, Generation((Message(role="user", content="x"),), max_tokens=200)])
     assert answers[0].completion_tokens <= room

@@ -67,7 +67,7 @@ def test_greedy_answers_are_those_of_transformers(base: Base, engine: NativeEngi
         expected = _reference(base, engine, request)
         assert answer.text == engine._renderer.text(expected)
         assert answer.completion_tokens == len(expected)
-        assert answer.prompt_tokens == engine.count_tokens(request.messages)
+        assert answer.prompt_tokens == engine._renderer.count_prompt(request.messages)
 
 
 def test_company_does_not_change_an_answer(engine: NativeEngine) -> None:
@@ -180,7 +180,7 @@ def test_an_unknown_or_foreign_adapter_is_refused(tmp_path: Path, base: Base, en
 
 
 def test_a_prompt_of_context_length_and_more_is_refused(engine: NativeEngine) -> None:
-    room = engine.context_length - engine.count_tokens((Message(role="user", content=""),))
+    room = engine.context_length - engine._renderer.count_prompt((Message(role="user", content=""),))
     fits = Generation((Message(role="user", content="!" * (room - 1)),), max_tokens=5)
     (answer,) = engine.generate([fits])
     assert answer.completion_tokens <= 1

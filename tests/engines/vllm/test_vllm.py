@@ -96,10 +96,6 @@ def test_it_answers_as_the_embedded_engine_does(base: Base, engine: VllmEngine, 
     assert engine.generate(_requests(), "a") != engine.generate(_requests())
     assert 1 < fake.busiest <= 3, "as many at once as the settings say"
     assert (engine.base, engine.context_length) == (here.base, here.context_length)
-    assert engine.special_tokens == here.special_tokens
-    row = (Message(role="user", content="on"), Message(role="assistant", content="yes"))
-    assert engine.count_tokens(row[:1]) == here.count_tokens(row[:1])
-    assert engine.count_row(row) == here.count_row(row)
 
 
 def test_a_stop_text_ends_the_answer_and_is_left_out(base: Base, engine: VllmEngine) -> None:

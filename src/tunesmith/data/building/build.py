@@ -10,9 +10,10 @@ from typing import Any
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import CountTokens
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.building.account import Account
-from tunesmith.data.building.examine import CountTokens, listed_values
+from tunesmith.data.building.examine import listed_values
 from tunesmith.data.building.shards import Engine, Job, Local, Piece, Planned, examined, plan, shapes_of
 from tunesmith.data.building.staging import Spill
 from tunesmith.data.dataset import REMOVED, SPLITS, Example

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import CountTokens, Message
 from tunesmith.data.building.account import (
     OFF_SCHEMA,
     OUTSIDE_WORDING,
@@ -31,8 +31,6 @@ from tunesmith.data.sources.sources import Row
 from tunesmith.data.splitting.division import time_of
 from tunesmith.data.splitting.duplicates import answer_key, request_text
 from tunesmith.data.splitting.groups import wording_group
-
-CountTokens = Callable[[Sequence[Message]], int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.messages import CountTokens
 from tunesmith.core.progress import Progress
 from tunesmith.core.threads import wanted_threads
 from tunesmith.data.building.account import Account
-from tunesmith.data.building.examine import CountTokens, Examiner, renamed
+from tunesmith.data.building.examine import Examiner, renamed
 from tunesmith.data.building.staging import Line, SpiltRow, removed_line, spilt
 from tunesmith.data.formats.formats import Shape, shape_of
 from tunesmith.data.governance.withdrawn import Withdrawn

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
-from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.answers import Answer, choice_rows, prompt_within, spelt
 from tunesmith.engines.batch import common_prefix, label_count, lay_out
@@ -71,11 +70,6 @@ class NativeEngine:
         """Most tokens a prompt and its answer may have together."""
         return self._base.context_length
 
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        """The template's control tokens as text."""
-        return self._renderer.special_tokens
-
     def load_adapter(self, name: str, folder: Path) -> None:
         """Make a training's folder answerable under name; reading it again replaces it for what is asked from then on.
 
@@ -110,14 +104,6 @@ class NativeEngine:
                 return None
             self._whole.move_to_end(name)
             return self._whole[name]
-
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of the prompt that messages render to, the assistant's opening included."""
-        return len(self._renderer.prompt(messages))
-
-    def count_row(self, messages: Sequence[Message]) -> int:
-        """Tokens of a training row. Raises Refused for one that cannot be trained on."""
-        return len(self._renderer.conversation(messages).ids)
 
     def generate(
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT

@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.files import write_atomic
-from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.protocol import Completion, Generation, Question
 from tunesmith.engines.settings import VllmSettings
@@ -64,11 +63,6 @@ class VllmEngine:
         """Most tokens a prompt and its answer may have together: the base's, or less where the server was told so."""
         return self._room
 
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        """The template's control tokens as text."""
-        return self._renderer.special_tokens
-
     def load_adapter(self, name: str, folder: Path) -> None:
         """Make a PEFT folder answerable under name.
 
@@ -94,14 +88,6 @@ class VllmEngine:
     def holds(self, name: str) -> bool:
         """Whether name can be asked for."""
         return name in self._known
-
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of the prompt that messages render to, the assistant's opening included."""
-        return len(self._renderer.prompt(messages))
-
-    def count_row(self, messages: Sequence[Message]) -> int:
-        """Tokens of a training row. Raises Refused for one that cannot be trained on."""
-        return len(self._renderer.conversation(messages).ids)
 
     def generate(
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.candidates.answering import Answerer, compose
 from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.composing import Composer, compose
 from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
@@ -45,7 +45,7 @@ def ground_of(
     store: Store,
     dataset: Dataset,
     candidate: Candidate,
-    answerer: Answerer,
+    composer: Composer,
     rows: int,
     path: Path | None,
     privacy: Privacy,
@@ -56,7 +56,7 @@ def ground_of(
 
     def put(row: Example, request: Sequence[Message]) -> tuple[Message, ...]:
         changed = row.model_copy(update={"messages": (*request, row.messages[-1])})
-        return compose(candidate, request, answerer.without_group(changed))
+        return compose(candidate, request, composer.retrieved_without_group(changed))
 
     if candidate.training is not None:
         stated = store.record(candidate.training, kind="training").body["settings"]
@@ -69,7 +69,7 @@ def ground_of(
         validation=dataset.examples("validation"),
         test=dataset.examples("test"),
         put=put,
-        asked=answerer.conversation,
+        asked=composer.conversation,
         rows=rows,
         path=path,
         privacy=privacy,

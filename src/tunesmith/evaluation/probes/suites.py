@@ -19,6 +19,7 @@ from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
 from tunesmith.evaluation.probes import bias, drift, harness, memory, toxic
 from tunesmith.evaluation.probes.context import Ground
 from tunesmith.evaluation.probes.items import Item, is_number
+from tunesmith.models.rendering import Renderer
 
 _ROUNDING = 1e-3  # a log-probability computed in half precision can come out a hair above 0
 
@@ -63,6 +64,7 @@ def ask(
     suite: Suite,
     responder: Responder,
     engine: Engine | None,
+    renderer: Renderer,
     adapter: str | None,
     items: Sequence[Item],
     candidate: Candidate,
@@ -80,18 +82,18 @@ def ask(
         assert engine is not None
         scores = engine.choose([Question(item.messages, item.choices) for item in likely], adapter, progress)
         for item, each in zip(likely, scores, strict=True):
-            lines.append({"id": item.id, "scores": each, "tokens": _tokens(engine, item)})
+            lines.append({"id": item.id, "scores": each, "tokens": _tokens(renderer, item)})
     room, schema = (toxic.ROOM, None) if suite.toxic else (candidate.max_tokens, candidate.answer_schema)
     given = responder.generate([Generation(item.messages, room, schema=schema) for item in written], adapter, progress)
     texts = [{"id": item.id, "text": each.text} for item, each in zip(written, given, strict=True)]
     return lines + (toxic.rated(texts) if suite.toxic else texts)
 
 
-def _tokens(engine: Engine, item: Item) -> int:
+def _tokens(renderer: Renderer, item: Item) -> int:
     from tunesmith.core.messages import Message
 
     whole = (*item.messages, Message(role="assistant", content=item.choices[0]))
-    return engine.count_row(whole) - engine.count_tokens(item.messages)
+    return renderer.count_row(whole) - renderer.count_prompt(item.messages)
 
 
 def _likelihoods(item: Item, line: Mapping[str, Any]) -> list[float]:

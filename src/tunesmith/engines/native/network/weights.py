@@ -14,6 +14,7 @@ from torch import Tensor
 from tunesmith.core.errors import Refused
 from tunesmith.engines.native.network.network import GROUPS, Layer, Network, Rotary, Shape
 from tunesmith.engines.native.network.products import PackedLinear
+from tunesmith.models.base import weight_files
 from tunesmith.models.families import FAMILIES, GEMMAS, ours
 
 # Rotary variants whose angles do not depend on the length of the text.
@@ -165,9 +166,12 @@ def _window(config: Any, number: int) -> int | None:
 
 
 def read_weights(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every tensor of a base's folder by name, in dtype (None: as stored)."""
+    """Every tensor of a base's folder by name, in dtype (None: as stored).
+
+    Raises Refused for a folder without safetensors weights and for damaged ones.
+    """
     tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 - not a mapping

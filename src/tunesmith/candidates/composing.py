@@ -1,0 +1,164 @@
+"""Composes what a model sees: a candidate's prompt, shots and retrieved texts before a request or a training row.
+
+No engine is needed here: training rows are composed before any weights are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from tunesmith.candidates.baselines import last_request
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.retrieval import Embed, Index, example_index
+from tunesmith.core.errors import UsageError
+from tunesmith.core.messages import Message, tools_of, with_tools
+from tunesmith.data.dataset import Example, load_dataset
+from tunesmith.data.documents import Documents, Passage
+from tunesmith.store.store import Store
+
+_REMEMBERED = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieved:
+    """What was retrieved for one request, the best match last.
+
+    ids: of examples or passages. sources: their sources, each once. shown: the examples as turns.
+    """
+
+    ids: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    shown: tuple[tuple[Message, ...], ...] = ()
+    passages: tuple[Passage, ...] = ()
+
+
+class Composer:
+    """Composes conversations for one candidate. Reads the dataset and the documents on first use."""
+
+    def __init__(self, store: Store, candidate: Candidate) -> None:
+        self._store, self._candidate = store, candidate
+        self._retrieve_text = lru_cache(_REMEMBERED)(self._look_up)
+
+    def conversation(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """The request with the candidate's prompt, shots and retrieved texts before it.
+
+        The request's own system turn is appended to the candidate's prompt, in one system turn.
+        """
+        return compose(self._candidate, messages, self.retrieved(messages))
+
+    def training_conversation(self, example: Example) -> tuple[Message, ...]:
+        """A row as training sees it. Rows of its own group are not retrieved, as none would be for a new request."""
+        return compose(self._candidate, example.messages, self.retrieved_without_group(example))
+
+    def retrieved(self, messages: Sequence[Message]) -> Retrieved:
+        """What is retrieved for a request; nothing where the candidate retrieves nothing."""
+        return Retrieved() if self._candidate.retrieve is None else self._retrieve_text(last_request(messages))
+
+    def retrieved_without_group(self, example: Example) -> Retrieved:
+        """What is retrieved for a training row when its own group is left out."""
+        retrieve = self._candidate.retrieve
+        if retrieve is None:
+            return Retrieved()
+        if retrieve.from_ == "documents":
+            return self._retrieve_text(last_request(example.request))
+        skip = self._places_of_group.get(example.group, frozenset())
+        return self._shown(self._index.nearest(last_request(example.request), retrieve.k, skip))
+
+    def nearest(self, messages: Sequence[Message]) -> float:
+        """Similarity (0 to 1) of a request to the most similar training example; drift monitoring reads it.
+
+        Raises UsageError for a candidate that names no dataset.
+        """
+        return self._by_words.similarity(last_request(messages))
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """The training examples. Raises UsageError for a candidate that names no dataset."""
+        if self._candidate.dataset is None:
+            raise UsageError(f"candidate {self._candidate.name} names no dataset to look things up in")
+        return load_dataset(self._store, self._candidate.dataset).examples("train")
+
+    def _look_up(self, text: str) -> Retrieved:
+        assert self._candidate.retrieve is not None
+        return self._shown(self._index.nearest(text, self._candidate.retrieve.k))
+
+    def _shown(self, places: Sequence[int]) -> Retrieved:
+        if self._documents is not None:
+            passages = tuple(self._documents.passages[place] for place in places)
+            cited = tuple(dict.fromkeys(passage.source for passage in passages))
+            return Retrieved(tuple(passage.id for passage in passages), cited, (), passages)
+        chosen = [self.examples[place] for place in places]
+        cited = tuple(dict.fromkeys(example.source for example in chosen))
+        return Retrieved(tuple(one.id for one in chosen), cited, tuple(turns_only(one.messages) for one in chosen))
+
+    @cached_property
+    def _documents(self) -> Documents | None:
+        digest = self._candidate.documents
+        return None if digest is None else Documents(self._store, digest)
+
+    @cached_property
+    def _places_of_group(self) -> dict[str, frozenset[int]]:
+        places: dict[str, set[int]] = {}
+        for place, example in enumerate(self.examples):
+            places.setdefault(example.group, set()).add(place)
+        return {group: frozenset(each) for group, each in places.items()}
+
+    @cached_property
+    def _by_words(self) -> Index:
+        return example_index(self.examples)
+
+    @cached_property
+    def _index(self) -> Index:
+        by = self._candidate.retrieve.by if self._candidate.retrieve else "bm25"
+        if self._documents is not None:
+            texts = [f"{passage.title}\n{passage.text}".strip() for passage in self._documents.passages]
+            return Index(texts, by, self._embed)
+        return self._by_words if by == "bm25" else example_index(self.examples, by, self._embed)
+
+    @property
+    def _embed(self) -> Embed | None:
+        digest = self._candidate.embedder
+        if digest is None:
+            return None
+        from tunesmith.models.embedding import open_embedder
+
+        embedder = open_embedder(digest)
+        return lambda texts: embedder.embed(texts, self._store.root / "work" / "vectors")
+
+
+def compose(
+    candidate: Candidate, messages: Sequence[Message], retrieved: Retrieved = Retrieved()
+) -> tuple[Message, ...]:
+    """Messages of a request or a training row, with prompt, passages, shots and retrieved examples before them."""
+    if not messages:
+        raise UsageError("there is nothing to answer", where="messages", fix="send at least one user message")
+    own = [message.content for message in messages if message.role == "system"]
+    system = "\n\n".join(part for part in (candidate.prompt.strip(), _cited(retrieved.passages), *own) if part)
+    shown = [message for example in (*candidate.shots, *retrieved.shown) for message in example]
+    turns = [message for message in messages if message.role != "system"]
+    opening = [Message(role="system", content=system)] if system else []
+    composed = (*opening, *shown, *turns)
+    # Only the request's own tools are offered, on the first turn; those of shown examples are not.
+    return (
+        with_tools(composed, tools_of(messages))
+        if any(message.tools for message in (*composed, *messages))
+        else composed
+    )
+
+
+def turns_only(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """An example as a shot: without its system turn, since the candidate's prompt comes first."""
+    return tuple(message for message in messages if message.role != "system")
+
+
+def _cited(passages: Sequence[Passage]) -> str:
+    """Passages as the prompt shows them: numbered, each with its source, the best match last."""
+    if not passages:
+        return ""
+    blocks = []
+    for number, passage in enumerate(passages, start=1):
+        title = f", {passage.title}" if passage.title else ""
+        blocks.append(f"[{number}] ({passage.source}{title})\n{passage.text}")
+    return "Passages that may help:\n\n" + "\n\n".join(blocks)

@@ -1,0 +1,90 @@
+"""Data, documents and training rows are built without an engine; only what must answer opens one."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pipeline.scene import write_project
+from tunesmith.api import Project
+from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.pipeline.candidates import answerer, training, untrained_candidate
+from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.training import composed_rows
+
+CANDIDATES: dict[str, Any] = {
+    "tuned": {
+        "prompt": "prompt.txt",
+        "retrieve": {"from": "documents", "k": 1},
+        "train": {"rank": 2, "batch": 8},
+        "max_tokens": 4,
+    },
+    "shown": {"prompt": "prompt.txt", "retrieve": {"k": 1}, "train": {"rank": 2, "batch": 8}, "max_tokens": 4},
+}
+DOCUMENTS = {"paths": ["*.md"], "licence": "CC0-1.0"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A project folder with documents."""
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "rooms.md").write_text("# Garage\n\nThe garage has a radio.\n")
+    return tmp_path / "p"
+
+
+def _unused_url() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def _build(folder: Path, **settings: Any) -> PipelineContext:
+    """Build data, documents and the rows of both trained candidates."""
+    write_project(folder, candidates=CANDIDATES, documents=DOCUMENTS, **settings)
+    context = PipelineContext(Project.load(folder))
+    assert context.dataset.digest.startswith("sha256:")
+    assert context.documents.startswith("sha256:")
+    for name, needle in (("tuned", "(rooms.md"), ("shown", "turn o")):
+        wanted = context.settings_of(name)
+        assert wanted.train is not None
+        rows, validation = composed_rows(context, untrained_candidate(context, name, wanted), wanted.train)
+        assert len(rows) == len(context.dataset.examples("train"))
+        assert len(validation) == len(context.dataset.examples("validation"))
+        assert all(row.messages[0].content.startswith("Answer with JSON.") for row in rows)
+        assert all(needle in " ".join(turn.content for turn in row.messages[:-2]) for row in rows)
+    return context
+
+
+def test_rows_are_built_while_no_vllm_server_runs(folder: Path) -> None:
+    context = _build(folder, engine={"kind": "vllm", "url": _unused_url(), "retries": 0})
+    with pytest.raises(TunesmithError, match=r"127\.0\.0\.1"):
+        answerer(context, untrained_candidate(context, "plain", _plain(context)))
+
+
+def test_rows_are_built_on_a_base_without_weights(folder: Path) -> None:
+    write_project(folder)
+    (folder / "model" / "model.safetensors").unlink()
+    context = _build(folder)
+    with pytest.raises(Refused, match="no safetensors weights"):
+        answerer(context, untrained_candidate(context, "plain", _plain(context)))
+    with pytest.raises(Refused, match="no safetensors weights"):
+        training(context, "shown")
+
+
+def test_weights_added_later_leave_the_dataset_as_it_is(folder: Path) -> None:
+    write_project(folder)
+    weights = folder / "model" / "model.safetensors"
+    weights.rename(folder / "kept")
+    before = _build(folder)
+    (folder / "kept").rename(weights)
+    after = _build(folder)
+    assert before.base.digest != after.base.digest
+    assert (before.dataset.digest, before.documents) == (after.dataset.digest, after.documents)
+    assert all(stage.skipped for stage in after.stages.done if stage.name in ("data", "documents"))
+
+
+def _plain(context: PipelineContext) -> Any:
+    return context.settings_of("shown").model_copy(update={"train": None})
