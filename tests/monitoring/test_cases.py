@@ -11,7 +11,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from tunesmith.cli import cases as verbs
+from tunesmith.cli import monitoring
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.building.build import build_dataset
@@ -24,8 +24,7 @@ from tunesmith.store.identities import acting, add_user
 from tunesmith.store.store import Store
 
 app = typer.Typer()
-for verb in (verbs.show, verbs.add, verbs.drop):
-    app.command()(verb)
+monitoring.register(app)
 
 
 def case(number: int, score: float = 0.0, **more: Any) -> Case:
@@ -165,7 +164,7 @@ def test_a_group_with_a_held_row_is_held_out_whole(store: Store, tmp_path: Path)
 
 
 def _call(*arguments: str) -> tuple[int, str]:
-    found = CliRunner().invoke(app, list(arguments))
+    found = CliRunner().invoke(app, ["cases", *arguments])
     if isinstance(found.exception, TunesmithError):
         raise found.exception
     return found.exit_code, found.stdout

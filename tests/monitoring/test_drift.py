@@ -169,5 +169,5 @@ def test_the_report_is_json(scene: Scene, versions: dict[int, Version]) -> None:
     import json
 
     serve(scene, versions[1], like_the_test_split(200))
-    document = json.loads(json.dumps(look(scene, versions[1]).as_json(), allow_nan=False))
+    document = json.loads(json.dumps(look(scene, versions[1]).document(), allow_nan=False))
     assert document["findings"][0]["bound"] == SETTINGS.shift_at_most

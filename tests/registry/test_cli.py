@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from tests.registry.fabric import Chain, fabricate
-from tunesmith.cli import registry
+from tunesmith.cli import users, versions
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.registry.versions import Version
 from tunesmith.store import database, identities
@@ -21,7 +21,8 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
 
 app = typer.Typer()
-registry.register(app)
+versions.register(app)
+users.register(app)
 
 
 def run(store: Store, *words: str) -> Result:
@@ -98,9 +99,9 @@ def test_show_walks_both_ways(store: Store, version: Version, chain: Chain) -> N
     base = document(store, "show", chain.base[7:20])
     assert {child["kind"] for child in base["children"]} == {"candidate", "training"}
     shown = run(store, "show", "intents@v1").stdout
-    for word in ("came of", "verdict", "tuned: pass", "dataset"):
+    for word in ("made from", "verdict", "tuned: pass", "dataset"):
         assert word in shown
-    assert "led to" in run(store, "show", chain.base).stdout
+    assert "used for" in run(store, "show", chain.base).stdout
     assert document(store, "show")["versions"][0]["version"] == "intents@v1"
     with pytest.raises(UsageError):
         run(store, "show", "zzzz")
@@ -124,7 +125,7 @@ def test_users_and_tokens(store: Store) -> None:
 def test_taking_a_signer_out_of_service_says_what_stops_verifying(store: Store, version: Version) -> None:
     identities.add_user(store, "bob", ["admin"], actor="olive")
     result = run(store, "users", "deactivate", "olive", "--as", "bob")
-    assert "no longer believed: intents@v1" in result.stderr
+    assert "no longer valid: intents@v1" in result.stderr
 
 
 def test_keys_are_made_enrolled_and_listed(store: Store, tmp_path: Path) -> None:
@@ -174,6 +175,6 @@ def test_nothing_to_register_is_wrong_usage(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_verbs_import_nothing_heavy() -> None:
     heavy = ("torch", "sqlalchemy", "numpy", "rich.table", "cryptography", "tunesmith.project")
-    code = f"import sys, tunesmith.cli.registry; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, tunesmith.cli.versions; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

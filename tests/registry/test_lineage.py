@@ -30,7 +30,7 @@ def test_everything_a_version_came_of_is_found_from_files(store: Store, version:
 
 def test_a_tree_goes_up_and_down_and_spells_each_record_out_once(store: Store, version: Version, chain: Chain) -> None:
     approve(store, version, approver="ann")
-    node = tree(store, chain.training or "")
+    node = tree(store, chain.training or "").document()
     assert kinds(node["parents"], "parents") == {"base", "dataset"}
     assert kinds(node["children"], "children") == {
         "candidate",
@@ -47,5 +47,5 @@ def test_a_tree_goes_up_and_down_and_spells_each_record_out_once(store: Store, v
         return whole + [digest for inner in nodes for digest in spelled_out(inner[key], key)]
 
     for way in ("parents", "children"):
-        found = spelled_out(tree(store, version.digest if way == "parents" else chain.base)[way], way)
+        found = spelled_out(tree(store, version.digest if way == "parents" else chain.base).document()[way], way)
         assert len(found) == len(set(found))

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from tests.rollout.scene import NAME, OPERATOR, OWNER, STEWARD, Scene
-from tunesmith.cli import monitor, rollout
+from tunesmith.cli import monitoring, rollout
 from tunesmith.core.errors import TunesmithError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.registry.versions import Version
@@ -35,7 +35,7 @@ class Folder:
     def __init__(self, root: Path, scene: Scene) -> None:
         self.root, self.scene = root, scene
         self.app = typer.Typer()
-        for noun in (rollout, monitor):
+        for noun in (rollout, monitoring):
             noun.register(self.app)
         (root / "tunesmith.yaml").write_text(PROJECT)
         scene.store.root.rename(root / ".tunesmith")

@@ -55,7 +55,7 @@ def chat(
             answer = answerer.responder.generate([answerer.generation(turn)], answerer.adapter)[0]
             sources = list(answerer.composer.retrieved(turn).sources)
             document = {"answer": answer.text, "finish": answer.finish, "candidate": answerer.name, "sources": sources}
-            emit(document, as_json, lambda console: _show(console, answer.text, sources))
+            emit(document, as_json, lambda console, _: _show(console, answer.text, sources))
             return
         if as_json:
             raise UsageError("--json needs --message", fix="ask one question with -m")

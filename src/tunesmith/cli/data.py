@@ -50,7 +50,7 @@ def build(
         shards = OnRay()
     project = open_project(directory)
     document = dataset_document(project.store, pipeline.build_data(project, Terminal(), shards))
-    emit(document, as_json, lambda console: _show_account(document, console))
+    emit(document, as_json, lambda console, _: _show_account(document, console))
 
 
 def show(
@@ -77,7 +77,7 @@ def show(
     shown = rows[:limit] if limit else rows
     document |= {"split": split, "examples": shown}
 
-    def draw(console: Console) -> None:
+    def draw(console: Console, _: object) -> None:
         _show_account(document, console)
         _show_rows(split, shown, len(rows), console)
 
@@ -93,7 +93,7 @@ def verify(dataset: _Digest = None, directory: Directory = HERE, as_json: Json =
     store = open_store(directory)
     document = verify_dataset(store, _find(store, dataset))
 
-    def draw(console: Console) -> None:
+    def draw(console: Console, _: object) -> None:
         for problem in document["problems"]:
             console.print(f"{problem['path']}: {problem['reason']}", markup=False)
         verdict = "is what its record says" if document["ok"] else f"has {len(document['problems'])} problems"
@@ -117,7 +117,7 @@ def originals(
     from tunesmith.project import open_project
 
     if new_key:
-        emit({"key": (made := make_key())}, as_json, lambda console: console.print(made, markup=False))
+        emit({"key": (made := make_key())}, as_json, lambda console, _: console.print(made, markup=False))
         return
     project = open_project(directory)
     place = project.settings.data.privacy.originals
@@ -128,7 +128,7 @@ def originals(
         raise UsageError(f"nothing was replaced in a row {row!r}", fix="tunesmith data show names the rows")
     document = {"originals": known if row is None else {row: known[row]}}
 
-    def draw(console: Console) -> None:
+    def draw(console: Console, _: object) -> None:
         for name, pairs in document["originals"].items():
             for pseudonym, original in pairs.items():
                 console.print(f"{name}  {pseudonym}  {original}", markup=False)

@@ -34,7 +34,7 @@ def diff(before: _Version, after: _Version, directory: Directory = HERE, as_json
 
     store = open_store(directory)
     document = difference(store, store.find_record(before), store.find_record(after))
-    emit(document, as_json, lambda console: _show_difference(document, console))
+    emit(document, as_json, lambda console, _: _show_difference(document, console))
 
 
 def removed(
@@ -52,7 +52,7 @@ def removed(
     digest = store.find_record(dataset)
     sample = removed_sample(load_dataset(store, digest), directory, each)
 
-    def draw(console: Console) -> None:
+    def draw(console: Console, _: object) -> None:
         for reason, rows in sample.items():
             console.print(f"\n{reason}", style="bold", markup=False)
             for row in rows:
@@ -108,7 +108,7 @@ def sign(
         "steward": steward,
         "signoff": sign_off(store, digest, steward=steward, reason=reason),
     }
-    emit(document, as_json, lambda console: console.print(f"{steward} stands behind {short(digest)}", markup=False))
+    emit(document, as_json, lambda console, _: console.print(f"{steward} stands behind {short(digest)}", markup=False))
 
 
 def quality(
@@ -140,7 +140,7 @@ def quality(
     shown = flags[:limit] if limit else flags
     document = {"dataset": digest, "quality": record.digest, **record.body, "examples": shown}
 
-    def draw(console: Console) -> None:
+    def draw(console: Console, _: object) -> None:
         for what in record.body["looked_for"]:
             flagged = len({flag["id"] for flag in flags if flag["flag"] == what})
             console.print(f"{what}: {flagged} of {record.body['rows']} rows", markup=False)
@@ -188,7 +188,9 @@ def _give(digest: str, what: str, text: str, output: Path | None, as_json: bool)
         write_atomic(output, text.encode())
     document = {"dataset": digest, what: text if output is None else str(output)}
     emit(
-        document, as_json, lambda console: console.print(document[what], markup=False, highlight=False, soft_wrap=True)
+        document,
+        as_json,
+        lambda console, _: console.print(document[what], markup=False, highlight=False, soft_wrap=True),
     )
 
 

@@ -50,7 +50,7 @@ def plan(
     document = pipeline.plan(
         pipeline.PipelineContext(open_project(directory), Terminal()), lift, differing, between or ()
     )
-    emit(document, as_json, lambda console: show_plan(console, document))
+    emit(document, as_json, lambda console, _: show_plan(console, document))
 
 
 def evaluate(
@@ -65,7 +65,7 @@ def evaluate(
 
     project = open_project(directory)
     document = evaluation_document(project.store, pipeline.evaluate(project, Terminal(), names or None))
-    emit(document, as_json, lambda console: show_evaluation(console, document))
+    emit(document, as_json, lambda console, _: show_evaluation(console, document))
 
 
 def gate(
@@ -80,7 +80,7 @@ def gate(
 
     project = open_project(directory)
     document = verdict_document(project.store, pipeline.gate(project, Terminal(), name))
-    emit(document, as_json, lambda console: show_verdict(console, document))
+    emit(document, as_json, lambda console, _: show_verdict(console, document))
     raise typer.Exit(_EXITS[document["verdict"]])
 
 
@@ -96,7 +96,7 @@ def compare(
 
     project = open_project(directory)
     document = comparison_document(project.store, _side(project, first), _side(project, second))
-    emit(document, as_json, lambda console: show_comparison(console, document))
+    emit(document, as_json, lambda console, _: show_comparison(console, document))
 
 
 def leaderboard(
@@ -109,7 +109,7 @@ def leaderboard(
     from tunesmith.registry.leaderboard import leaderboard as boards_of
 
     document = boards_of(open_store(directory), name)
-    emit(document, as_json, lambda console: show_leaderboard(console, document))
+    emit(document, as_json, lambda console, _: show_leaderboard(console, document))
 
 
 def report(
@@ -149,7 +149,7 @@ def report(
     target = output if output is not None or as_json else directory / "report.html"
     if target is not None:
         write_atomic(target, render(data).encode())
-    emit(data, as_json, lambda console: _show_report(console, data, target))
+    emit(data, as_json, lambda console, _: _show_report(console, data, target))
 
 
 def show_evaluation(console: Console, document: Mapping[str, Any]) -> None:

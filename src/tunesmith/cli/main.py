@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
-from tunesmith.cli import cases, chat, data, evaluation, monitor, registry, rollout, serve, start
-from tunesmith.cli import export as exporting
-from tunesmith.cli import pipeline as chain
+from tunesmith.cli import chat, data, evaluation, monitoring, pipeline, rollout, serve, start, users, versions
 from tunesmith.core.errors import TunesmithError, UsageError
 
 app = typer.Typer(
@@ -20,11 +20,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for noun in (start, chain, data, evaluation, registry, exporting, rollout, serve, monitor, cases, chat):
-    noun.register(app)
-
+for commands in (start, pipeline, data, evaluation, versions, users, rollout, serve, monitoring, chat):
+    commands.register(app)
 
 _STOPPED = 130
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    directory: Annotated[
+        Path | None,
+        typer.Option("-C", "--directory", metavar="DIR", help="The project's folder."),
+    ] = None,
+) -> None:
+    """Keep the options that are given before the command."""
+    context.obj = directory
 
 
 def main() -> None:

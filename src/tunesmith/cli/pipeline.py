@@ -27,7 +27,7 @@ def run(directory: Directory = HERE, as_json: Json = False, actor: As = None) ->
     from tunesmith.api import Project
 
     document = Project.load(directory).run(Terminal(), actor)
-    emit(document, as_json, lambda console: _show_run(console, document))
+    emit(document, as_json, lambda console, _: _show_run(console, document))
     raise typer.Exit(_EXITS[document["gate"]["verdict"]])
 
 
@@ -49,11 +49,11 @@ def train(
         raise UsageError("--find-rate keeps nothing that could be begun again", fix="leave --restart out")
     if find_rate:
         found = pipeline.find_rate(open_project(directory), Terminal(), candidate)
-        emit(found, as_json, lambda console: _show_rates(console, found))
+        emit(found, as_json, lambda console, _: _show_rates(console, found))
         return
     project = open_project(directory)
     document = pipeline.training_document(project, pipeline.train(project, Terminal(), candidate, restart))
-    emit(document, as_json, lambda console: _show_training(console, document))
+    emit(document, as_json, lambda console, _: _show_training(console, document))
 
 
 def _show_training(console: Console, document: Mapping[str, Any]) -> None:

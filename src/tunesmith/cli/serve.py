@@ -52,7 +52,7 @@ def serve(
     shown = f"[{address}]" if ":" in address else address
     names = sorted({alias.name for alias in list_aliases(project.store) if alias.alias == "champion"})
     document = {"url": f"http://{shown}:{chosen}/v1", "models": [f"{name}@champion" for name in names]}
-    emit(document, as_json, lambda console: _tell(console, document))
+    emit(document, as_json, lambda console, _: _tell(console, document))
     if address not in ("127.0.0.1", "::1"):
         say("it can be reached from other machines, and speaks plain HTTP: put a proxy with TLS before it")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")

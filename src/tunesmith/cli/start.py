@@ -41,7 +41,7 @@ def init(
         names[key] = known
     made = make_project(directory, data=data, licence=licence, name=name, base=base, rename=names)
     document = made.document()
-    emit(document, as_json, lambda console: console.print(made.told(), markup=False))
+    emit(document, as_json, lambda console, _: console.print(made.told(), markup=False))
 
 
 def schema(as_json: Json = False) -> None:
@@ -50,7 +50,7 @@ def schema(as_json: Json = False) -> None:
     from tunesmith.services.start import settings_text
 
     document = settings_schema()
-    emit(document, as_json, lambda console: console.print(settings_text(document), markup=False, soft_wrap=True))
+    emit(document, as_json, lambda console, _: console.print(settings_text(document), markup=False, soft_wrap=True))
 
 
 def doctor(directory: Directory = HERE, as_json: Json = False) -> None:
@@ -60,7 +60,7 @@ def doctor(directory: Directory = HERE, as_json: Json = False) -> None:
     checks = examine(directory)
     document = {"ok": all(check.ok for check in checks), "checks": [vars(check) for check in checks]}
 
-    def show(_console: object) -> None:
+    def show(_console: object, _: object) -> None:
         for check in checks:
             print(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}")
             if check.fix:

@@ -1,4 +1,4 @@
-"""What every verb shares: its common options, messages on stderr, one JSON document on stdout, progress bars."""
+"""What all commands share: common options, messages on stderr, one result on stdout, progress bars."""
 
 from __future__ import annotations
 
@@ -8,46 +8,72 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import Task
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from rich.console import Console
 
+    Result = TypeVar("Result", bound=BaseModel | Mapping[str, Any])
+
+
+def _folder(context: typer.Context, folder: Path) -> Path:
+    """The project's folder, whether `-C DIR` is written before or after the command."""
+    before = context.find_root().obj
+    if not isinstance(before, Path):
+        return folder
+    source = context.get_parameter_source("directory")
+    if source is not None and source.name == "COMMANDLINE":
+        raise UsageError("-C is given twice", where=f"-C {before} and -C {folder}", fix="write it once")
+    return before
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-Directory = Annotated[Path, typer.Option("-C", "--directory", metavar="DIR", help="The project's folder.")]
+Directory = Annotated[
+    Path, typer.Option("-C", "--directory", metavar="DIR", help="The project's folder.", callback=_folder)
+]
 As = Annotated[
     str | None, typer.Option("--as", metavar="USER", help="Who acts; by default $TUNESMITH_USER, else the owner.")
 ]
+Tenant = Annotated[str, typer.Option("--tenant", help="The tenant it is for; none by default.")]
+Region = Annotated[str, typer.Option("--region", help="The region it is for; none by default.")]
 HERE = Path()
 
 
 def say(text: str = "") -> None:
-    """A line for a person."""
+    """Print a line for a person."""
     print(text, file=sys.stderr, flush=True)
 
 
-def emit(document: Mapping[str, Any], as_json: bool, show: Callable[[Console], None]) -> None:
-    """The command's result: the document on stdout with --json, else show draws it on stdout for a person."""
+def emit(result: Result, as_json: bool, draw: Callable[[Console, Result], None]) -> None:
+    """Print a command's result on stdout: as JSON, or drawn for a person."""
     if as_json:
+        document = result if isinstance(result, Mapping) else result.model_dump(mode="json", by_alias=True)
         print(json.dumps(document, ensure_ascii=False, allow_nan=False), flush=True)
         return
     from rich.console import Console
 
-    show(Console(highlight=False, soft_wrap=False))
+    draw(Console(highlight=False, soft_wrap=False), result)
+
+
+def printed(line: str) -> Callable[[Console, Any], None]:
+    """A draw function that prints one line."""
+    return lambda console, _result: console.print(line, markup=False, soft_wrap=True)
 
 
 class Terminal:
-    """A core.progress.Progress on stderr: rich bars on a terminal, a plain line every few seconds elsewhere."""
+    """A core.progress.Progress on stderr: rich bars on a terminal, otherwise a plain line every few seconds."""
 
     def __init__(self) -> None:
         self._fancy = sys.stderr.isatty()
 
     def say(self, text: str) -> None:
-        """One line for a person."""
+        """Print a line for a person."""
         say(text)
 
     @contextlib.contextmanager
@@ -91,14 +117,14 @@ class _PlainTask:
 
     def __init__(self, title: str, total: float) -> None:
         self._title, self._total, self._done, self._note = title, total, 0.0, ""
-        self._began = self._told = time.monotonic()
+        self._began = self._shown = time.monotonic()
 
     def advance(self, amount: float = 1.0) -> None:
         self._done += amount
         now = time.monotonic()
-        if now - self._told < self._EVERY or self._done >= self._total:
+        if now - self._shown < self._EVERY or self._done >= self._total:
             return
-        self._told = now
+        self._shown = now
         left = (now - self._began) * (self._total - self._done) / self._done if self._done else 0.0
         say(f"{self._title}: {self._done / self._total:.0%}, {left:.0f} s left {self._note}".rstrip())
 

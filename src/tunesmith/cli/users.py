@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.terminal import HERE, As, Directory, Json, emit, say
+from tunesmith.cli.terminal import HERE, As, Directory, Json, emit, printed, say
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.store.identities import User
-    from tunesmith.store.store import Store
+    from tunesmith.services.users import UserView
 
 Name = Annotated[str, typer.Argument(metavar="USER", help="The user's name.")]
 Roles = Annotated[list[str], typer.Option("--role", help="engineer, steward, approver, operator or admin; repeatable.")]
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verbs."""
+    """Add the commands."""
     users = typer.Typer(help="Who may do what.", no_args_is_help=True)
-    users.command("list")(list_all)
-    users.command()(add)
-    users.command()(roles)
-    users.command()(deactivate)
-    users.command()(token)
+    users.command("list")(list_users)
+    for command in (add, roles, deactivate, token):
+        users.command()(command)
     app.add_typer(users, name="users")
     keys = typer.Typer(help="The keys that versions and approvals are signed with.", no_args_is_help=True)
     keys.command("list")(list_keys)
@@ -37,24 +33,21 @@ def register(app: typer.Typer) -> None:
     app.add_typer(keys, name="keys")
 
 
-def list_all(directory: Directory = HERE, as_json: Json = False) -> None:
-    """Every user with their roles; deactivated ones too."""
+def list_users(directory: Directory = HERE, as_json: Json = False) -> None:
+    """List every user with their roles, deactivated ones included."""
     from tunesmith.project import open_store
-    from tunesmith.store import identities
+    from tunesmith.services import users
 
-    store = open_store(directory)
-    identities.ensure_owner(store)
-    rows = [_facts(user) for user in identities.list_users(store)]
-    emit(
-        {"users": rows}, as_json, lambda console: _table(console, rows, ("user", "roles", "tenant", "region", "active"))
-    )
+    found = users.list_users(open_store(directory))
+    columns = ("user", "roles", "tenant", "region", "active")
+    emit(found, as_json, lambda console, result: _table(console, result.document()["users"], columns))
 
 
 def add(
     name: Name,
     role: Roles,
-    tenant: Annotated[str, typer.Option("--tenant", help="They may act for this tenant alone.")] = "",
-    region: Annotated[str, typer.Option("--region", help="They may act for this region alone.")] = "",
+    tenant: Annotated[str, typer.Option("--tenant", help="They may act for this tenant only.")] = "",
+    region: Annotated[str, typer.Option("--region", help="They may act for this region only.")] = "",
     public_key: Annotated[
         Path | None, typer.Option("--public-key", metavar="FILE", help="Their own public key, PEM, EC P-256.")
     ] = None,
@@ -62,92 +55,68 @@ def add(
     as_json: Json = False,
     actor: As = None,
 ) -> None:
-    """Add a user. Without --public-key a pair is made here when they first sign."""
+    """Add a user. Without --public-key, a key pair is made here when they first sign."""
     from tunesmith.project import open_store
-    from tunesmith.registry.signing import keys
-    from tunesmith.store import identities
+    from tunesmith.services import users
 
     store = open_store(directory)
-    who = identities.acting(store, actor)
-    pem = public_key.read_bytes() if public_key is not None else None
-    user = identities.add_user(store, name, role, actor=who, tenant=tenant, region=region)
-    if pem is not None:
-        user = keys.enrol_public_key(store, name, pem, actor=who)
-    _tell(user, as_json, f"{name} is {', '.join(user.roles)}")
+    user = users.add_user(store, name, role, actor=actor, tenant=tenant, region=region, public_key=public_key)
+    emit(user, as_json, printed(f"{name} is {', '.join(user.roles)}"))
 
 
 def roles(name: Name, role: Roles, directory: Directory = HERE, as_json: Json = False, actor: As = None) -> None:
-    """Replace a user's roles by those given."""
+    """Replace a user's roles with the given ones."""
     from tunesmith.project import open_store
-    from tunesmith.store import identities
+    from tunesmith.services import users
 
-    store = open_store(directory)
-    signed = _signed_by(store, name)
-    user = identities.set_roles(store, name, role, actor=identities.acting(store, actor))
-    _warn(user, signed)
-    _tell(user, as_json, f"{name} is {', '.join(user.roles)}")
+    user = users.set_roles(open_store(directory), name, role, actor=actor)
+    _warn(user)
+    emit(user, as_json, printed(f"{name} is {', '.join(user.roles)}"))
 
 
 def deactivate(name: Name, directory: Directory = HERE, as_json: Json = False, actor: As = None) -> None:
-    """Take a user out of service: their token, approvals and signatures count no more."""
+    """Deactivate a user: their token, approvals and signatures no longer count."""
     from tunesmith.project import open_store
-    from tunesmith.store import identities
+    from tunesmith.services import users
 
-    store = open_store(directory)
-    signed = _signed_by(store, name)
-    user = identities.deactivate(store, name, actor=identities.acting(store, actor))
-    _warn(user, signed)
-    _tell(user, as_json, f"{name} is deactivated")
+    user = users.deactivate(open_store(directory), name, actor=actor)
+    _warn(user)
+    emit(user, as_json, printed(f"{name} is deactivated"))
 
 
 def token(name: Name, directory: Directory = HERE, as_json: Json = False, actor: As = None) -> None:
-    """A new token for the HTTP interface, in place of any older one. It is shown once and never again."""
+    """Make a new token for the HTTP interface; an older one stops working. The token is shown only once."""
     from tunesmith.project import open_store
-    from tunesmith.store import identities
+    from tunesmith.services import users
 
-    store = open_store(directory)
-    issued = identities.issue_token(store, name, actor=identities.acting(store, actor))
-    say(f"{name}'s token, shown this once; an older one counts no more:")
-    emit({"user": name, "token": issued}, as_json, lambda console: console.print(issued, markup=False, soft_wrap=True))
+    issued = users.issue_token(open_store(directory), name, actor=actor)
+    say(f"the token of {name}, shown only once; an older one no longer works:")
+    emit(issued, as_json, printed(issued.token))
 
 
 def list_keys(directory: Directory = HERE, as_json: Json = False) -> None:
-    """Every enrolled key; private ones that are here are marked."""
+    """List every enrolled key, and whether its private half is on this machine."""
     from tunesmith.project import open_store
-    from tunesmith.registry.signing import keys
-    from tunesmith.store import identities
+    from tunesmith.services import users
 
-    store = open_store(directory)
-    rows = [
-        {
-            "user": key.user,
-            "fingerprint": key.fingerprint,
-            "roles": list(key.roles),
-            "active": key.active,
-            "private": keys.private_key_path(store, key.user).is_file(),
-        }
-        for key in identities.trusted_keys(store)
-    ]
     columns = ("user", "fingerprint", "active", "private")
-    emit({"keys": rows}, as_json, lambda console: _table(console, rows, columns))
+    found = users.list_keys(open_store(directory))
+    emit(found, as_json, lambda console, result: _table(console, result.document()["keys"], columns))
 
 
 def create(
-    name: Annotated[str | None, typer.Argument(metavar="[USER]", help="Whose; your own without.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[USER]", help="Whose key; by default your own.")] = None,
     directory: Directory = HERE,
     as_json: Json = False,
     actor: As = None,
 ) -> None:
-    """Make a key pair. The private half stays in $TUNESMITH_KEYS, else in the store's keys folder."""
+    """Make a key pair. The private half stays in $TUNESMITH_KEYS, or else in the store's keys folder."""
     from tunesmith.project import open_store
-    from tunesmith.registry.signing import keys
-    from tunesmith.store.identities import acting
+    from tunesmith.services import users
 
-    store = open_store(directory)
-    who = acting(store, actor)
-    user = keys.create_key(store, name or who, actor=who)
-    say(f"the private half lies in {keys.private_key_path(store, user.name)}; keep it from others, and keep a copy")
-    _tell(user, as_json, f"{user.name} signs with {user.fingerprint}")
+    user, private_key = users.create_key(open_store(directory), name, actor=actor)
+    say(f"the private key is {private_key}; keep it secret and keep a copy")
+    emit(user, as_json, printed(f"{user.user} signs with {user.fingerprint}"))
 
 
 def enrol(
@@ -157,29 +126,12 @@ def enrol(
     as_json: Json = False,
     actor: As = None,
 ) -> None:
-    """Bind a public key that was made elsewhere to a user, so that only they can sign as them."""
+    """Bind a public key that was made elsewhere to a user, so that only its owner can sign as that user."""
     from tunesmith.project import open_store
-    from tunesmith.registry.signing import keys
-    from tunesmith.store.identities import acting
+    from tunesmith.services import users
 
-    store = open_store(directory)
-    user = keys.enrol_public_key(store, name, file.read_bytes(), actor=acting(store, actor))
-    _tell(user, as_json, f"{name} signs with {user.fingerprint}")
-
-
-def _facts(user: User) -> dict[str, Any]:
-    return {
-        "user": user.name,
-        "roles": list(user.roles),
-        "tenant": user.tenant,
-        "region": user.region,
-        "active": user.active,
-        "fingerprint": user.fingerprint,
-    }
-
-
-def _tell(user: User, as_json: bool, line: str) -> None:
-    emit(_facts(user), as_json, lambda console: console.print(line, markup=False, soft_wrap=True))
+    user = users.enrol_key(open_store(directory), name, file, actor=actor)
+    emit(user, as_json, printed(f"{name} signs with {user.fingerprint}"))
 
 
 def _table(console: Console, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
@@ -193,18 +145,7 @@ def _table(console: Console, rows: Sequence[Mapping[str, Any]], columns: Sequenc
     console.print(table)
 
 
-def _signed_by(store: Store, name: str) -> list[str]:
-    from tunesmith.core.errors import TunesmithError
-    from tunesmith.registry.versions import list_versions
-
-    # A damaged registry must not stand in the way of taking someone out of service.
-    with contextlib.suppress(TunesmithError):
-        return [version.label for version in list_versions(store) if version.signer == name]
-    return []
-
-
-def _warn(user: User, signed: Sequence[str]) -> None:
-    """Say at once what stops verifying, rather than at the next restart of a server."""
-    if signed and not user.may("version.register"):
-        say(f"signed by {user.name} and no longer believed: {', '.join(signed)}")
-        say("`tunesmith register` as another engineer signs the same verdict anew, under the next number")
+def _warn(user: UserView) -> None:
+    if user.invalidated:
+        say(f"signed by {user.user} and no longer valid: {', '.join(user.invalidated)}")
+        say("`tunesmith register` as another engineer signs the same verdict under the next number")

@@ -21,9 +21,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import field_serializer
 from sqlalchemy import select
 
 from tunesmith.core.clock import now
+from tunesmith.core.view import View
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.store import database
 from tunesmith.store.store import Store
@@ -56,8 +58,7 @@ class Served:
     json_valid: Any = None
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(View):
     """One comparison. effect: the distance of a feature, or the drop of json_valid; low, high: its interval."""
 
     name: str
@@ -71,15 +72,13 @@ class Finding:
     bound: float | None = None
     p_value: float | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        """Every field, numbers rounded to what they mean."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
+    @field_serializer("effect", "low", "high", "bound", "p_value")
+    def _rounded(self, value: float | None) -> float | None:
+        return None if value is None else round(value, 6)
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The watch's verdict over a window, with every finding. capped: tenant -> requests that were left out."""
+class Report(View):
+    """The verdict over a window, with every finding. capped: tenant -> requests that were left out."""
 
     verdict: Verdict
     reason: str
@@ -88,14 +87,9 @@ class Report:
     since: str
     until: str
     requests: int
-    capped: Mapping[str, int]
+    capped: dict[str, int]
     findings: tuple[Finding, ...]
     recommendation: str | None
-
-    def as_json(self) -> dict[str, Any]:
-        """What `monitor --json` prints."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**values, "capped": dict(self.capped), "findings": [finding.as_json() for finding in self.findings]}
 
 
 def watch(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tunesmith.core.digests import short
+from tunesmith.core.view import Omitted, View
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -51,44 +52,61 @@ def tells(record: Record) -> str:
     return str(_SAYS.get(record.kind, lambda _: "")(record.body))
 
 
-def tree(store: Store, digest: str) -> dict[str, Any]:
-    """A record with its ancestors under `parents` and its descendants under `children`, nested, for `show`.
+class Node(View):
+    """A record in a lineage. role: what the record below it calls it; says: one line that tells it from its siblings.
 
-    A record that several paths reach is spelled out once and marked `seen` elsewhere.
+    parents or children: the records further up or down; the first node has both, and body and blobs as well. seen:
+    the record stands elsewhere in the tree too, and its own parents or children only there.
     """
+
+    role: str
+    kind: str
+    digest: str
+    short: str
+    says: str
+    seen: Omitted[bool] = None
+    body: Omitted[dict[str, Any]] = None
+    blobs: Omitted[dict[str, str]] = None
+    parents: Omitted[tuple[Node, ...]] = None
+    children: Omitted[tuple[Node, ...]] = None
+
+
+def tree(store: Store, digest: str) -> Node:
+    """A record with the records that it was made from (parents) and those made from it (children), nested."""
     record = store.record(digest)
-    node = _node("", digest, record)
-    node["body"], node["blobs"] = record.body, dict(record.blobs)
-    node["parents"] = _up(store, record, {digest})
-    node["children"] = _down(store, digest, {digest})
-    return node
+    return _node(
+        "",
+        digest,
+        record,
+        body=record.body,
+        blobs=dict(record.blobs),
+        parents=_up(store, record, {digest}),
+        children=_down(store, digest, {digest}),
+    )
 
 
-def _up(store: Store, record: Record, seen: set[str]) -> list[dict[str, Any]]:
+def _up(store: Store, record: Record, seen: set[str]) -> tuple[Node, ...]:
     nodes = []
     for role, digest in sorted(record.parents.items()):
         parent = store.record(digest)
-        node = _node(role, digest, parent)
-        node["seen"] = digest in seen
+        again = digest in seen
         seen.add(digest)
-        node["parents"] = [] if node["seen"] else _up(store, parent, seen)
-        nodes.append(node)
-    return nodes
+        nodes.append(_node(role, digest, parent, seen=again, parents=() if again else _up(store, parent, seen)))
+    return tuple(nodes)
 
 
-def _down(store: Store, digest: str, seen: set[str]) -> list[dict[str, Any]]:
+def _down(store: Store, digest: str, seen: set[str]) -> tuple[Node, ...]:
     nodes = []
     for role, _, child in store.children(digest):
-        node = _node(role, child, store.record(child))
-        node["seen"] = child in seen
+        again = child in seen
         seen.add(child)
-        node["children"] = [] if node["seen"] else _down(store, child, seen)
-        nodes.append(node)
-    return nodes
+        below = () if again else _down(store, child, seen)
+        nodes.append(_node(role, child, store.record(child), seen=again, children=below))
+    return tuple(nodes)
 
 
-def _node(role: str, digest: str, record: Record) -> dict[str, Any]:
-    return {"role": role, "kind": record.kind, "digest": digest, "short": short(digest), "says": tells(record)}
+def _node(role: str, digest: str, record: Record, **more: Any) -> Node:
+    return Node(role=role, kind=record.kind, digest=digest, short=short(digest), says=tells(record), **more)
 
 
 def _export(body: Mapping[str, Any]) -> str:

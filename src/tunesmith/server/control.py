@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -12,14 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from tunesmith.rollout.document import rollout_document
-from tunesmith.rollout.state import Rollout, list_rollouts
 from tunesmith.server.body import read_body
 from tunesmith.server.chat import ID_PREFIX
 from tunesmith.server.errors import ApiError
 from tunesmith.server.serving import caller, serving_of
+from tunesmith.services import rollouts as service
 from tunesmith.store import database
-from tunesmith.store.identities import User
 from tunesmith.store.store import Store
 
 # Looks at the rollouts that may be missed before the server counts as not ready.
@@ -66,19 +64,21 @@ async def feedback(request: Request) -> Response:
 
 @routes.get("/api/rollouts")
 async def rollouts(request: Request) -> Response:
-    """Every rollout within the caller's scope, newest first."""
+    """The rollouts of the caller's tenant and region, newest first."""
     user, serving = await caller(request)
-    return JSONResponse({"rollouts": await asyncio.to_thread(_documents, serving.store, user)})
+    found = await asyncio.to_thread(service.visible_to, serving.store, user)
+    return JSONResponse(found.document())
 
 
 @routes.get("/api/rollouts/{number}")
 async def rollout(request: Request, number: str) -> Response:
-    """One rollout; another tenant's is answered like one that does not exist."""
+    """One rollout. Another tenant's rollout is answered like one that does not exist."""
     user, serving = await caller(request)
-    found = await asyncio.to_thread(_documents, serving.store, user, number)
-    if not found:
-        raise ApiError(404, f"There is no rollout {number[:20]!r}.", code="rollout_not_found")
-    return JSONResponse(found[0])
+    found = await asyncio.to_thread(service.visible_to, serving.store, user)
+    for one in found.rollouts:
+        if str(one.rollout) == number:
+            return JSONResponse(one.document())
+    raise ApiError(404, f"There is no rollout {number[:20]!r}.", code="rollout_not_found")
 
 
 @routes.get("/healthz")
@@ -104,13 +104,6 @@ async def readyz(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Prometheus's text format."""
     return Response(serving_of(request).metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _documents(store: Store, user: User, number: str | None = None) -> list[dict[str, Any]]:
-    def visible(one: Rollout) -> bool:
-        return user.speaks_for(one.tenant, one.region) and number in (None, str(one.id))
-
-    return [rollout_document(store, one) for one in list_rollouts(store) if visible(one)]
 
 
 def _database_answers(store: Store) -> bool:

@@ -1,0 +1,225 @@
+"""`monitor`, `recall` and `cases`: watch served traffic, withdraw data and versions, collect failed requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunesmith.cli.terminal import HERE, As, Directory, Json, emit, printed, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tunesmith.monitoring.drift import Report
+    from tunesmith.monitoring.pending_retrains import Due
+    from tunesmith.monitoring.recall import Recall
+    from tunesmith.monitoring.recall_status import Standing
+    from tunesmith.services.cases import AddedCases, CaseList
+    from tunesmith.services.monitoring import DueList
+
+_All = Annotated[bool, typer.Option("--all", help="Also those that were answered correctly.")]
+_EXITS = {"stable": 0, "drift": 3, "inconclusive": 4}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(monitor)
+    app.command()(recall)
+    cases = typer.Typer(help="Turn requests that failed in service into test rows.", no_args_is_help=True)
+    cases.command("show")(show_cases)
+    cases.command("add")(add_cases)
+    cases.command("drop")(drop_cases)
+    app.add_typer(cases, name="cases")
+
+
+def monitor(
+    which: Annotated[
+        str | None,
+        typer.Argument(metavar="[VERSION]", help="NAME@champion or NAME@v3; by default the project's champion."),
+    ] = None,
+    directory: Directory = HERE,
+    as_json: Json = False,
+    hours: Annotated[
+        float | None, typer.Option("--hours", min=0.001, help="The window; by default the project's.")
+    ] = None,
+    tenant: Annotated[str | None, typer.Option("--tenant", help="Look at one tenant's requests only.")] = None,
+) -> None:
+    """Compare served requests with the test split. Exit code 3: they drifted; 4: too few requests to say.
+
+    Also lists the retrains that recalls left pending (`recall --due`); they do not change the exit code.
+    """
+    from tunesmith.project import open_project
+    from tunesmith.services import monitoring
+
+    found, label = monitoring.monitor(open_project(directory), which, hours=hours, tenant=tenant)
+
+    def draw(console: Console, result: monitoring.Monitored) -> None:
+        _draw_report(console, label, result)
+        _draw_due(console, result.due)
+
+    emit(found, as_json, draw)
+    raise typer.Exit(_EXITS[found.verdict])
+
+
+def recall(
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept in the audit log and shown by refusals.")] = "",
+    row: Annotated[str | None, typer.Option("--row", metavar="ID", help="An example's id.")] = None,
+    source: Annotated[str | None, typer.Option("--source", help="A source, as `data show` names it.")] = None,
+    licence: Annotated[str | None, typer.Option("--licence", help="All rows under an SPDX licence expression.")] = None,
+    subject: Annotated[str | None, typer.Option("--subject", help="All rows about a person.")] = None,
+    version: Annotated[str | None, typer.Option("--version", help="NAME@v3 or the start of its digest.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="The start of a base record's digest.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing; show what a recall would reach.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Show whether what was recalled is gone (exit 3: it is not).")
+    ] = False,
+    due: Annotated[
+        bool, typer.Option("--due", help="List names whose recalled version is not replaced yet (exit 3: some).")
+    ] = False,
+    directory: Directory = HERE,
+    as_json: Json = False,
+    actor: As = None,
+) -> None:
+    """Withdraw something and everything made from it, so that it is no longer served or built on.
+
+    The next `tunesmith run` builds, trains and measures again without the rows, even if the sources still hold them.
+    """
+    from tunesmith.core.errors import UsageError
+    from tunesmith.project import open_store
+    from tunesmith.services import monitoring
+
+    given = {"row": row, "source": source, "licence": licence, "subject": subject, "version": version, "base": base}
+    named = {kind: value for kind, value in given.items() if value is not None}
+    if due:
+        if named or dry_run or check or reason:
+            raise UsageError("--due only lists, and takes no other options", fix="tunesmith recall --due")
+        pending = monitoring.list_due(open_store(directory))
+        emit(pending, as_json, _draw_due_list)
+        raise typer.Exit(3 if pending.due else 0)
+    store = open_store(directory)
+    cause = monitoring.cause_of(store, named)
+    if check:
+        state = monitoring.recall_state(store, cause)
+        emit(state, as_json, _draw_state)
+        raise typer.Exit(0 if state.gone else 3)
+    found = monitoring.recall(store, cause, reason=reason, actor=actor, dry_run=dry_run)
+    emit(found, as_json, _draw_recall)
+    for line in found.next:
+        say(line)
+
+
+def show_cases(everything: _All = False, directory: Directory = HERE, as_json: Json = False) -> None:
+    """Show the cases that wait: feedback with `expected` and `keep`."""
+    from tunesmith.project import open_project
+    from tunesmith.services import cases
+
+    emit(cases.list_cases(open_project(directory).store, everything=everything), as_json, _draw_cases)
+
+
+def add_cases(
+    target: Annotated[Path, typer.Argument(help="A JSONL source of the project; created if it does not exist.")],
+    licence: Annotated[str, typer.Option("--licence", help="SPDX expression of the requests' licence.")],
+    everything: _All = False,
+    directory: Directory = HERE,
+    as_json: Json = False,
+    actor: As = None,
+) -> None:
+    """Append the cases to a source file, each with its origin; `data build` then reads them."""
+    from tunesmith.project import open_project
+    from tunesmith.services import cases
+
+    added = cases.add_cases(open_project(directory), target, licence=licence, everything=everything, actor=actor)
+    emit(added, as_json, _draw_added)
+
+
+def drop_cases(
+    requests: Annotated[list[str], typer.Argument(help="Ids of requests, as `cases show` lists them.")],
+    directory: Directory = HERE,
+    as_json: Json = False,
+    actor: As = None,
+) -> None:
+    """Delete cases, with their texts."""
+    from tunesmith.project import open_project
+    from tunesmith.services import cases
+
+    dropped = cases.drop_cases(open_project(directory), requests, actor=actor)
+    emit(dropped, as_json, printed(f"{dropped.dropped} dropped"))
+
+
+def _draw_report(console: Console, label: str, report: Report) -> None:
+    console.print(f"{label}: {report.verdict} ({report.reason})", markup=False)
+    console.print(f"  {report.requests} requests, {report.since} to {report.until}", markup=False)
+    for tenant, count in report.capped.items():
+        console.print(f"  {count} requests of tenant {tenant!r} left out: more than the allowed share", markup=False)
+    for finding in report.findings:
+        p_value = "" if finding.p_value is None else f" (KS p = {finding.p_value:.2g})"
+        console.print(f"  {finding.outcome:<12} {finding.reason}{p_value}", markup=False)
+    if report.recommendation:
+        console.print(f"  {report.recommendation}", markup=False)
+
+
+def _draw_due_list(console: Console, found: DueList) -> None:
+    _draw_due(console, found.due)
+    if not found.due:
+        console.print("nothing is due")
+
+
+def _draw_due(console: Console, due: Sequence[Due]) -> None:
+    for one in due:
+        scope = "".join(f", {key} {value}" for key, value in (("tenant", one.tenant), ("region", one.region)) if value)
+        serves = f"{one.serves} serves" if one.answers else "nothing serves"
+        made = f"{one.replacement} was made without it" if one.replacement else "a new version is needed"
+        console.print(f"due: {one.name}{scope}: {one.version} was recalled, {made}; {serves}", markup=False)
+        console.print(f"  by {', '.join(one.causes)}", markup=False)
+        for step in one.next:
+            console.print(f"  next: {step}", markup=False)
+
+
+def _draw_state(console: Console, state: Standing) -> None:
+    console.print(f"{state.cause}: {'gone' if state.gone else 'not gone'}", markup=False)
+    for line in state.left:
+        console.print(f"  {line}", markup=False)
+    for name, label in state.replaced.items():
+        console.print(f"  {name}: {label} does not contain it", markup=False)
+    for name in state.retrain:
+        console.print(f"  {name}: nothing replaces it yet: `tunesmith run`", markup=False)
+
+
+def _draw_recall(console: Console, found: Recall) -> None:
+    verb = "withdrew" if found.done else "would withdraw"
+    console.print(f"{verb} {found.cause} ({found.reason}); {len(found.reached)} records:", markup=False)
+    for one in found.reached:
+        rows = ", ".join(f"{count} in {split}" for split, count in one.rows.items() if count)
+        console.print(f"  {one.kind:<11} {one.label}{f': {rows}' if rows else ''}", markup=False)
+    for alias in found.aliases:
+        scope = " ".join(filter(None, (alias.tenant and f"tenant {alias.tenant}", alias.region)))
+        console.print(f"  alias       {alias.name}@{alias.alias} {scope}".rstrip(), markup=False)
+    for served in found.served:
+        tenant = f"tenant {served.tenant}" if served.tenant else "no tenant"
+        console.print(f"  answered    {served.requests} requests of {tenant}, the last {served.last}", markup=False)
+    for number in found.rollouts:
+        console.print(f"  rollout     {number}: {'aborted' if found.done else 'would be aborted'}", markup=False)
+
+
+def _draw_cases(console: Console, found: CaseList) -> None:
+    from tunesmith.evaluation.report.wording import visible
+
+    for case in found.cases:
+        scores = ", ".join(f"{metric} {value:.2f}" for metric, value in case.scores.items())
+        console.print(f"{case.request}  {case.at}  {case.by}  {scores}", style="dim", markup=False)
+        console.print(f"  asked: {visible(case.messages[-1].content)}", markup=False)
+        console.print(f"  answered: {visible(case.answer)}", markup=False)
+        console.print(f"  expected: {visible(case.expected)}", markup=False)
+    if not found.cases:
+        console.print('no cases; feedback with "expected" and "keep": true makes one')
+
+
+def _draw_added(console: Console, added: AddedCases) -> None:
+    console.print(f"{added.added} cases added to {added.source}", markup=False)
+    if not added.named:
+        console.print("add the file to tunesmith.yaml, under data.sources, so that its rows are held out:")
+        console.print(f"  - {{path: {added.source}, split: test}}", markup=False)
+    console.print("then run `tunesmith data build`; existing measurements still refer to the earlier rows")

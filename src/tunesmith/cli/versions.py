@@ -1,0 +1,334 @@
+"""`register`, `approve`, `verify`, `show`, `export` and `audit`: versions and the evidence for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunesmith.cli.terminal import HERE, As, Directory, Json, Region, Tenant, Terminal, emit, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.tree import Tree
+
+    from tunesmith.registry.lineage import Node
+    from tunesmith.registry.verification import Verification
+    from tunesmith.services.audit import AuditLog, AuditVerification
+    from tunesmith.services.export import ExportedVersion
+    from tunesmith.services.versions import ApprovedVersion, RegisteredVersion, VersionList
+
+
+class Form(StrEnum):
+    """What an export writes."""
+
+    peft = "peft"
+    merged = "merged"
+    gguf = "gguf"
+
+
+class Dtype(StrEnum):
+    """The type of merged weights."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("register")(register_version)
+    for command in (approve, verify, show, export):
+        app.command()(command)
+    audit = typer.Typer(help="The log of every change.", no_args_is_help=True)
+    audit.command("verify")(verify_audit)
+    audit.command("show")(show_audit)
+    app.add_typer(audit, name="audit")
+
+
+def register_version(
+    verdict: Annotated[
+        str | None, typer.Argument(help="A verdict's digest or its start; by default the newest.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="The version's name; by default the project's name.")
+    ] = None,
+    override: Annotated[
+        str | None,
+        typer.Option("--override", metavar="REASON", help="Admins: register a candidate that did not pass, and why."),
+    ] = None,
+    expires: Annotated[
+        str | None, typer.Option("--expires", metavar="TIME", help="When its use ends, as 2030-01-31T00:00:00Z.")
+    ] = None,
+    tenant: Tenant = "",
+    region: Region = "",
+    directory: Directory = HERE,
+    as_json: Json = False,
+    actor: As = None,
+) -> None:
+    """Sign a judged candidate and keep it as the next version of its name."""
+    from tunesmith.project import open_project, open_store
+    from tunesmith.services import versions
+
+    version = versions.register(
+        open_store(directory),
+        verdict,
+        name=name or open_project(directory).settings.name,
+        actor=actor,
+        override=override,
+        expires_at=expires,
+        tenant=tenant,
+        region=region,
+    )
+    emit(version, as_json, _draw_registered)
+
+
+def approve(
+    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@challenger, or the start of a version's digest.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why; required where the gates were overridden.")] = "",
+    tenant: Tenant = "",
+    region: Region = "",
+    directory: Directory = HERE,
+    as_json: Json = False,
+    actor: As = None,
+) -> None:
+    """Verify a version and approve it with your signature. You may not approve a version that you registered."""
+    from tunesmith.project import open_store
+    from tunesmith.services import versions
+
+    store = open_store(directory)
+    approved = versions.approve(store, version, reason=reason, actor=actor, tenant=tenant, region=region)
+    emit(approved, as_json, _draw_approved)
+
+
+def verify(
+    version: Annotated[str, typer.Argument(help="NAME@v3 (reads files only), NAME@champion or a digest.")],
+    trust: Annotated[
+        Path | None, typer.Option("--trust", metavar="FILE", help="Your own list of keys instead of the store's.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option("--base", metavar="FOLDER", help="Also verify the base model's files.")
+    ] = None,
+    lineage_only: Annotated[
+        bool, typer.Option("--lineage-only", help="Verify only what the version was made from, not the whole store.")
+    ] = False,
+    tenant: Tenant = "",
+    region: Region = "",
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """Verify a version offline: its signature, and every record and blob it was made from. Exit 3 on any difference.
+
+    The trusted keys are those in the store's trust/keys.json. A person who can write that file decides what verifies:
+    bring your own copy with --trust if you do not trust the store.
+    """
+    from tunesmith.project import open_store
+    from tunesmith.services import versions
+
+    found = versions.verify(
+        open_store(directory),
+        version,
+        trust=trust,
+        base=base,
+        lineage_only=lineage_only,
+        tenant=tenant,
+        region=region,
+    )
+    emit(found, as_json, _draw_verification)
+    raise typer.Exit(0 if found.ok else 3)
+
+
+def show(
+    what: Annotated[str | None, typer.Argument(help="A version, or any record's digest or its start.")] = None,
+    tenant: Tenant = "",
+    region: Region = "",
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """Show what a record was made from and what was made from it; without an argument, list versions and aliases."""
+    from tunesmith.project import open_store
+    from tunesmith.services import versions
+
+    store = open_store(directory)
+    if what is not None:
+        emit(versions.show(store, what, tenant=tenant, region=region), as_json, _draw_lineage)
+        return
+    found = versions.list_versions(store)
+    if not found.versions and not as_json:
+        say("nothing is registered yet: tunesmith run, or tunesmith register")
+    emit(found, as_json, _draw_versions)
+
+
+def export(
+    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@champion, or the start of a version's digest.")],
+    target: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write; it must not exist yet.")],
+    form: Annotated[
+        Form, typer.Option("--as", help="peft: the adapter alone; merged: a Hugging Face folder; gguf: for llama.cpp.")
+    ],
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of merged weights; an adapter stays as it is.")] = Dtype.bf16,
+    tenant: Tenant = "",
+    region: Region = "",
+    directory: Directory = HERE,
+    as_json: Json = False,
+    actor: Annotated[
+        str | None, typer.Option("--by", metavar="USER", help="Who acts; by default $TUNESMITH_USER, else the owner.")
+    ] = None,
+) -> None:
+    """Write an approved version's weights for other programs, after comparing them with those that were measured.
+
+    The same held-out requests go through the adapter as trained, as served and as exported. Exit 3 if their
+    log-probabilities differ by more than the tolerance. The store keeps the figures: `tunesmith show VERSION`.
+    """
+    from tunesmith.project import open_project
+    from tunesmith.services.export import export as export_version
+
+    done = export_version(
+        open_project(directory),
+        version,
+        target,
+        form=form.value,
+        dtype=dtype.value,
+        actor=actor,
+        tenant=tenant,
+        region=region,
+        progress=Terminal(),
+    )
+    emit(done, as_json, _draw_export)
+
+
+def verify_audit(
+    head: Annotated[
+        list[str] | None,
+        typer.Option("--head", metavar="NUMBER:DIGEST", help="A newest entry that you kept elsewhere; repeatable."),
+    ] = None,
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """Compare the audit log with itself, with signed records and with the current state. Exit 3 on any difference."""
+    from tunesmith.project import open_store
+    from tunesmith.services import audit
+
+    found = audit.verify_audit(open_store(directory), head or ())
+    emit(found, as_json, _draw_audit_verification)
+    raise typer.Exit(0 if found.ok else 3)
+
+
+def show_audit(
+    subject: Annotated[str | None, typer.Argument(help="Only entries about this name or digest.")] = None,
+    action: Annotated[str | None, typer.Option("--action", help="Only this action, such as version.approve.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Newest entries to show; 0 shows all.")] = 50,
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """Show who did what, and when."""
+    from tunesmith.project import open_store
+    from tunesmith.services import audit
+
+    store = open_store(directory)
+    emit(audit.show_audit(store, subject=subject, action=action, limit=limit), as_json, _draw_audit)
+
+
+def _draw_registered(console: Console, version: RegisteredVersion) -> None:
+    console.print(f"{version.label} is registered and signed by {version.signer}", markup=False)
+    if version.override is not None:
+        console.print(f"its gates were overridden: {version.override}", style="bold red", markup=False)
+    for mark in version.marks:
+        console.print(f"it was {mark}: not meant for service", style="bold red", markup=False)
+    console.print(f"next: tunesmith approve {version.label} --as SOMEBODY-ELSE", markup=False)
+
+
+def _draw_approved(console: Console, approved: ApprovedVersion) -> None:
+    console.print(f"{approved.version} is approved by {approved.approver}", markup=False)
+    if approved.override:
+        console.print(f"although its gates were overridden: {approved.override}", style="bold red", markup=False)
+    for mark in approved.marks:
+        console.print(f"although it was {mark}: not meant for service", style="bold red", markup=False)
+    console.print(f"next: tunesmith rollout start {approved.version}", markup=False)
+
+
+def _draw_verification(console: Console, found: Verification) -> None:
+    for problem in found.problems:
+        console.print(f"{problem.path}: {problem.reason}", style="red", markup=False, soft_wrap=True)
+    for note in found.notes:
+        console.print(note, style="dim", markup=False)
+    outcome = "verifies" if found.ok else f"does not verify: {len(found.problems)} problems"
+    console.print(f"{found.version} {outcome} ({found.checked} files checked)", markup=False)
+
+
+def _draw_lineage(console: Console, node: Node) -> None:
+    from rich.tree import Tree
+
+    console.print(f"{node.kind} {node.says}", style="bold", markup=False)
+    console.print(node.digest, markup=False)
+    for name, blob in sorted((node.blobs or {}).items()):
+        console.print(f"  {name}  {blob}", style="dim", markup=False, soft_wrap=True)
+    for title, nodes in (("made from", node.parents), ("used for", node.children)):
+        if nodes:
+            trunk = Tree(title)
+            _grow(trunk, nodes)
+            console.print(trunk)
+
+
+def _grow(trunk: Tree, nodes: Sequence[Node]) -> None:
+    from rich.text import Text
+
+    for node in nodes:
+        upwards = node.children is None
+        role = f"{node.role}: " if node.role != node.kind and upwards else ""
+        line = Text(f"{role}{node.kind} ")
+        line.append(node.short, style="dim").append(f" {node.says}").append(" ..." if node.seen else "")
+        _grow(trunk.add(line), node.parents or node.children or ())
+
+
+def _draw_versions(console: Console, found: VersionList) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("version", "digest", "signed by", "for", "aliases")
+    for version in found.versions:
+        pointing = ", ".join(
+            "/".join(part for part in (alias.alias, alias.tenant, alias.region) if part)
+            for alias in found.aliases
+            if alias.version == version.digest
+        )
+        scope = "/".join(part for part in (version.tenant, version.region) if part)
+        notes = [*(["gates overridden"] if version.override else []), *version.marks]
+        marked = version.label + (f" ({', '.join(notes)})" if notes else "")
+        cells = (marked, version.digest.removeprefix("sha256:")[:12], version.signer, scope, pointing)
+        table.add_row(*map(Text, cells))
+    if found.versions:
+        console.print(table)
+
+
+def _draw_export(console: Console, done: ExportedVersion) -> None:
+    console.print(f"{done.version} is exported to {done.folder}", markup=False, soft_wrap=True)
+    console.print(done.summary, markup=False)
+    for name, facts in done.files.items():
+        console.print(f"  {name}  {facts['bytes']:,} bytes", style="dim", markup=False)
+
+
+def _draw_audit_verification(console: Console, found: AuditVerification) -> None:
+    for problem in found.problems:
+        console.print(problem.reason, style="red", markup=False, soft_wrap=True)
+    outcome = "verifies" if found.ok else f"does not verify: {len(found.problems)} problems"
+    console.print(f"the log of {found.checked} entries {outcome}", markup=False)
+    newest = f"{found.head.seq}:{found.head.digest}"
+    console.print(f"its newest entry, to be kept elsewhere: {newest}", style="dim", markup=False)
+
+
+def _draw_audit(console: Console, log: AuditLog) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("entry", "at", "who", "action", "about")
+    for entry in log.entries:
+        digest = entry.subject.startswith("sha256:")
+        about = entry.subject.removeprefix("sha256:")[:12] if digest else entry.subject
+        at = f"{entry.at[:19]}Z"  # to the second; --json has all of it
+        table.add_row(str(entry.seq), at, Text(entry.actor), Text(entry.action), Text(about))
+    console.print(table)
+    if len(log.entries) < log.total:
+        shown = f"the newest {len(log.entries)} of {log.total}; --limit 0 shows all"
+        console.print(shown, style="dim", markup=False)

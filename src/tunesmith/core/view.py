@@ -1,0 +1,27 @@
+"""The base class of typed results: what a command prints with `--json` and what an HTTP route answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Value = TypeVar("Value")
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+# A key that the JSON leaves out when there is nothing to say.
+Omitted = Annotated[Value | None, Field(exclude_if=_is_none)]
+
+
+class View(BaseModel):
+    """A typed result. Its JSON is `model_dump(mode="json", by_alias=True)`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
+
+    def document(self) -> dict[str, Any]:
+        """The result as JSON values, under the keys that scripts rely on."""
+        return self.model_dump(mode="json", by_alias=True)

@@ -1,0 +1,83 @@
+"""Export of a version's weights to files for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from tunesmith.candidates.candidate import load_candidate
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.view import View
+from tunesmith.engines.factory import engine_kind, open_engine
+from tunesmith.models.base import open_base
+from tunesmith.models.export.gguf import check_offered
+from tunesmith.models.export.merging import Dtype
+from tunesmith.project import Project
+from tunesmith.registry.export import Form, export_version
+from tunesmith.registry.lineage import tells
+from tunesmith.registry.versions import resolve
+
+
+class ExportedVersion(View):
+    """Exported weights and the comparison with those that were measured. export: the export record's digest.
+
+    files: name -> digest and bytes. equality: differences of log-probabilities; tolerance: the largest ones allowed.
+    summary: the comparison in one line.
+    """
+
+    export: str
+    folder: str
+    version: str
+    form: Form
+    dtype: Dtype
+    files: dict[str, dict[str, Any]]
+    equality: dict[str, Any]
+    tolerance: dict[str, dict[str, float]]
+    outcome: str
+    reason: str
+    summary: Annotated[str, Field(exclude=True)]
+
+
+def export(
+    project: Project,
+    version: str,
+    target: Path,
+    *,
+    form: Form,
+    dtype: Dtype = "bf16",
+    actor: str | None = None,
+    tenant: str = "",
+    region: str = "",
+    progress: Progress = SILENT,
+) -> ExportedVersion:
+    """Write an approved version's weights to a new folder, after comparing them with those that were measured.
+
+    form: peft (the adapter alone), merged (a Hugging Face folder) or gguf (for llama.cpp). dtype: of merged weights.
+    Raises Refused where log-probabilities differ by more than the tolerance.
+    """
+    store, settings = project.store, project.settings.engine
+    found = resolve(store, version, tenant=tenant, region=region)
+    base = open_base(store, load_candidate(store, found.candidate).base)
+    if form == "gguf":
+        check_offered(base.folder)  # before anything slow
+    done = export_version(
+        store,
+        found,
+        target.absolute(),
+        form=form,
+        dtype=dtype,
+        base=base,
+        engine=open_engine(base, settings),
+        engine_kind=engine_kind(base, settings),
+        actor=project.actor(actor),
+        progress=progress,
+    )
+    return ExportedVersion(
+        export=done.record,
+        folder=str(done.folder),
+        version=found.label,
+        summary=tells(store.record(done.record)),
+        **done.body,
+    )

@@ -1,0 +1,188 @@
+"""Rollouts: start them, move them, look at them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import select
+
+from tunesmith.core.errors import UsageError
+from tunesmith.core.view import View
+from tunesmith.project import Project
+from tunesmith.registry.versions import resolve
+from tunesmith.rollout import controller
+from tunesmith.rollout.analysis import Outcome
+from tunesmith.rollout.state import Rollout, Status, get_rollout, list_rollouts
+from tunesmith.store import database
+from tunesmith.store.identities import User, acting
+from tunesmith.store.store import Store
+from tunesmith.store.tables import VersionRow
+
+
+class Arm(View):
+    """One of the two versions that share the traffic. version: its label, empty if it is gone from the registry."""
+
+    version: str
+    digest: str
+
+
+class AnalysisView(View):
+    """What the analysis step says now. canary, stable: counts and means; evidence: e-values, and the one needed."""
+
+    outcome: Outcome
+    reason: str
+    metric: str
+    canary: dict[str, float | int | None]
+    stable: dict[str, float | int | None]
+    evidence: dict[str, float]
+
+
+class RolloutView(View):
+    """One rollout. weight: percent of requests that go to the canary. step: index into steps.
+
+    steps: as the project file writes them, each with one of setWeight, pause and analysis. stable: None where nothing
+    served before. analysis: only at an analysis step.
+    """
+
+    rollout: int
+    name: str
+    tenant: str
+    region: str
+    status: Status
+    weight: int
+    step: int
+    steps: tuple[dict[str, Any], ...]
+    stable: Arm | None
+    canary: Arm | None
+    started_by: str
+    started_at: str
+    step_began_at: str
+    override: str | None
+    reason: str
+    analysis: AnalysisView | None
+    history: tuple[dict[str, Any], ...]
+
+    @property
+    def live(self) -> bool:
+        """Whether it still divides traffic."""
+        return self.status in ("running", "paused")
+
+
+class RolloutList(View):
+    """Rollouts, newest first."""
+
+    rollouts: tuple[RolloutView, ...]
+
+
+def start(
+    project: Project,
+    version: str,
+    *,
+    actor: str | None = None,
+    override: str | None = None,
+    tenant: str = "",
+    region: str = "",
+) -> RolloutView:
+    """Start to move traffic to an approved version in the project's steps. The first version of a name serves at once.
+
+    version: NAME@v3, an alias or the start of a digest. override: a reason to start without an approval.
+    """
+    found = resolve(project.store, version, tenant=tenant, region=region)
+    rollout = controller.start(
+        project.store,
+        name=found.name,
+        version=found,
+        steps=project.settings.rollout.steps,
+        actor=project.actor(actor),
+        override=override,
+        tenant=tenant,
+        region=region,
+    )
+    return view_of(project.store, rollout)
+
+
+def status(store: Store, which: str | None = None) -> RolloutList:
+    """Rollouts as they are now: one by its number, those of a name, or all."""
+    if which is not None and which.isdecimal():
+        rollouts = [get_rollout(store, int(which))]
+    else:
+        rollouts = list_rollouts(store, name=which)
+    return RolloutList(rollouts=tuple(view_of(store, rollout) for rollout in rollouts))
+
+
+def visible_to(store: Store, user: User) -> RolloutList:
+    """The rollouts of the user's tenant and region."""
+    seen = [one for one in list_rollouts(store) if user.speaks_for(one.tenant, one.region)]
+    return RolloutList(rollouts=tuple(view_of(store, rollout) for rollout in seen))
+
+
+def resume(store: Store, which: str, *, actor: str | None = None) -> RolloutView:
+    """End the pause of a rollout. which: its number, or a name with one live rollout."""
+    return view_of(store, controller.resume(store, _number(store, which), actor=acting(store, actor)))
+
+
+def promote(store: Store, which: str, *, actor: str | None = None, override: str | None = None) -> RolloutView:
+    """Give the canary all traffic now. override: a reason to skip an analysis that has not passed yet."""
+    number = _number(store, which)
+    return view_of(store, controller.promote(store, number, actor=acting(store, actor), override=override))
+
+
+def abort(store: Store, which: str, *, reason: str, actor: str | None = None) -> RolloutView:
+    """Give all traffic back to the champion and end the rollout."""
+    return view_of(store, controller.abort(store, _number(store, which), actor=acting(store, actor), reason=reason))
+
+
+def rollback(
+    store: Store, name: str, *, reason: str, actor: str | None = None, tenant: str = "", region: str = ""
+) -> RolloutView:
+    """Give a name's traffic back to the version that served before."""
+    undone = controller.rollback(
+        store, name=name, actor=acting(store, actor), reason=reason, tenant=tenant, region=region
+    )
+    return view_of(store, undone)
+
+
+def view_of(store: Store, rollout: Rollout) -> RolloutView:
+    """A rollout with what its analysis, if it is at one, would decide now."""
+    judgement = controller.look(store, rollout)
+    return RolloutView(
+        rollout=rollout.id,
+        name=rollout.name,
+        tenant=rollout.tenant,
+        region=rollout.region,
+        status=rollout.status,
+        weight=rollout.weight,
+        step=rollout.step,
+        steps=tuple(step.model_dump(mode="json", exclude_none=True) for step in rollout.steps),
+        stable=_arm(store, rollout.stable),
+        canary=_arm(store, rollout.canary),
+        started_by=rollout.started_by,
+        started_at=rollout.started_at,
+        step_began_at=rollout.began_at,
+        override=rollout.override,
+        reason=rollout.reason,
+        analysis=None if judgement is None else AnalysisView.model_validate(judgement.as_json()),
+        history=rollout.history,
+    )
+
+
+def _arm(store: Store, digest: str) -> Arm | None:
+    if not digest:
+        return None
+    with database.reading(store.engine) as session:
+        row = session.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
+        return Arm(version=f"{row.name}@v{row.number}" if row else "", digest=digest)
+
+
+def _number(store: Store, which: str) -> int:
+    """A rollout's number, given it or a name. Raises UsageError where the name has no live rollout, or several."""
+    if which.isdecimal():
+        return int(which)
+    live = list_rollouts(store, name=which, live=True)
+    if len(live) != 1:
+        places = ", ".join(f"{one.id} (tenant {one.tenant!r}, region {one.region!r})" for one in live)
+        raise UsageError(
+            f"{which[:80]!r} has {len(live)} live rollouts{': ' if places else ''}{places}",
+            fix="name one by its number" if live else "tunesmith rollout status lists those that have ended",
+        )
+    return live[0].id

@@ -1,0 +1,131 @@
+"""Versions: register, approve and verify them, and show what they were made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from tunesmith.core.errors import UsageError
+from tunesmith.core.view import View
+from tunesmith.registry import approvals, versions
+from tunesmith.registry.aliases import Alias, list_aliases
+from tunesmith.registry.lineage import Node, tree
+from tunesmith.registry.signing.release import Version
+from tunesmith.registry.verification import Verification
+from tunesmith.registry.versions import resolve
+from tunesmith.store.identities import acting
+from tunesmith.store.store import Store
+
+
+class RegisteredVersion(Version):
+    """A version as the registry keeps it. version: its label, NAME@v3."""
+
+    version: str
+
+
+class VersionList(View):
+    """Every version, and where the aliases point."""
+
+    versions: tuple[RegisteredVersion, ...]
+    aliases: tuple[Alias, ...]
+
+
+class ApprovedVersion(View):
+    """An approval. approval: its record's digest; override: why the gates were overridden, empty if they were not."""
+
+    approval: str
+    version: str
+    digest: str
+    approver: str
+    override: str
+    marks: Annotated[tuple[str, ...], Field(exclude=True)]
+
+
+def register(
+    store: Store,
+    verdict: str | None = None,
+    *,
+    name: str,
+    actor: str | None = None,
+    override: str | None = None,
+    expires_at: str | None = None,
+    tenant: str = "",
+    region: str = "",
+) -> RegisteredVersion:
+    """Sign a judged candidate and keep it as the next version of a name.
+
+    verdict: the start of its digest, by default the newest one. override: an admin's reason to register a candidate
+    that did not pass.
+    """
+    if verdict is None:
+        known = store.records_of("verdict")
+        if not known:
+            raise UsageError("nothing was judged yet", where=str(store.root), fix="tunesmith gate, or tunesmith run")
+        digest = known[-1]
+    else:
+        digest = store.find_record(verdict)
+    version = versions.register(
+        store,
+        name=name,
+        verdict=digest,
+        actor=acting(store, actor),
+        tenant=tenant,
+        region=region,
+        override=override,
+        expires_at=expires_at,
+    )
+    return _view(version)
+
+
+def approve(
+    store: Store, version: str, *, reason: str = "", actor: str | None = None, tenant: str = "", region: str = ""
+) -> ApprovedVersion:
+    """Verify a version and approve it with the actor's signature. The one who registered it may not approve it."""
+    approver = acting(store, actor)
+    found = resolve(store, version, tenant=tenant, region=region)
+    digest = approvals.approve(store, found, approver=approver, reason=reason)
+    return ApprovedVersion(
+        approval=digest,
+        version=found.label,
+        digest=found.digest,
+        approver=approver,
+        override=found.override or "",
+        marks=found.marks,
+    )
+
+
+def verify(
+    store: Store,
+    version: str,
+    *,
+    trust: Path | None = None,
+    base: Path | None = None,
+    lineage_only: bool = False,
+    tenant: str = "",
+    region: str = "",
+) -> Verification:
+    """Recompute the digests and signatures of a version and of everything that it was made from.
+
+    NAME@v3 is verified from files alone, without the database. trust: a list of trusted keys in place of the store's.
+    base: the base model's folder, verified too. lineage_only: do not look at the rest of the store.
+    """
+    label = version if "@v" in version else resolve(store, version, tenant=tenant, region=region).label
+    return versions.verify_version(store.root, label, trust=trust, base_folder=base, whole_store=not lineage_only)
+
+
+def show(store: Store, what: str, *, tenant: str = "", region: str = "") -> Node:
+    """The lineage of a version or of any record, named by the start of its digest."""
+    digest = resolve(store, what, tenant=tenant, region=region).digest if "@" in what else store.find_record(what)
+    return tree(store, digest)
+
+
+def list_versions(store: Store) -> VersionList:
+    """Every version, and where the aliases point."""
+    found = tuple(_view(version) for version in versions.list_versions(store))
+    return VersionList(versions=found, aliases=tuple(list_aliases(store)))
+
+
+def _view(version: Version) -> RegisteredVersion:
+    return RegisteredVersion(version=version.label, **version.model_dump())
