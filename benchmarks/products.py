@@ -44,7 +44,7 @@ def main() -> None:
                 return ours(x)
 
             def backward(gradient: Tensor = gradient, ours: PackedLinear = ours) -> Tensor:
-                return ours.back(gradient)
+                return ours.input_gradient(gradient)
 
             work = 2 * rows * out * into / 1e9
             speeds = [work / _seconds(each, work) for each in (forward, backward, library)]

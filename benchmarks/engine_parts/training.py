@@ -123,7 +123,7 @@ def limit(told: Figures) -> Figures:
             began = time.perf_counter()
             for (x, g), product in zip(inputs, products, strict=True):
                 product(x)
-                product.back(g)
+                product.input_gradient(g)
             own.append(time.perf_counter() - began)
         done = 4.0 * part.tokens * sum(w.numel() for w in weights)
         best = max(best, done / min(statistics.median(library), statistics.median(own)))

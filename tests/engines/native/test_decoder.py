@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from tests.adapters import write_adapter
 from tests.tiny import FAMILIES, write_model
 from tunesmith.core.errors import Refused
-from tunesmith.engines.native.adapters.adapter import PackedAdapter, fuse, read_adapter
+from tunesmith.engines.native.adapters.adapter import PackedAdapter, pack, read_adapter
 from tunesmith.engines.native.decoding import decoder
 from tunesmith.engines.native.decoding.decoder import Batch
 from tunesmith.engines.native.decoding.pages import PAGE, PageCache
@@ -58,7 +58,7 @@ def _adapters(folder: Path, family: str, network: Network, **each: dict[str, int
     made = {}
     for name, how in each.items():
         path = write_adapter(folder / name, base, strength=0.5, **how)
-        made[name] = fuse(network, read_adapter(path, network, base))
+        made[name] = pack(network, read_adapter(path, network, base))
     return made
 
 
@@ -113,7 +113,7 @@ def test_rows_of_several_adapters_are_given_what_each_gives_alone(tmp_path: Path
     network = load_network(write_model(tmp_path / family, family), torch.float32)
     adapters = _adapters(tmp_path, family, network, a={"rank": 4, "seed": 1}, b={"rank": 7, "seed": 2})
     a, b = adapters["a"], adapters["b"]
-    some = {place: pair for place, pair in b.pairs.items() if place[0] == 1}
+    some = {place: pair for place, pair in b.factors.items() if place[0] == 1}
     factors = {place: torch.full((network.layers[place[0]].linear[place[1]].out,), 1.5) for place in some}
     every = [None, a, b, PackedAdapter(some, {}), PackedAdapter(some, factors)]  # one layer alone; with DoRA's lengths
     asked = [(_prompt(seed, 5 + seed), every[seed % len(every)]) for seed in range(10)]
@@ -129,7 +129,7 @@ def test_rows_of_several_adapters_are_given_what_each_gives_alone(tmp_path: Path
 
 def test_more_adapters_than_go_together_take_turns(tmp_path: Path, network: Network) -> None:
     few = PackedAdapter({}, {})
-    several = [PackedAdapter(few.pairs, few.factors) for _ in range(11)]
+    several = [PackedAdapter(few.factors, few.row_scales) for _ in range(11)]
     heard = [Heard() for _ in several]
     batch = Batch(network, frozenset({END}))
     batch.waiting.extend(_row(_prompt(3, 4), told, adapter=one) for one, told in zip(several, heard, strict=True))

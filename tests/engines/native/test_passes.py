@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ from tests.adapters import write_adapter
 from tests.engines.native.test_decoder import END, Heard, _prompt, _row
 from tests.tiny import TILED, write_model
 from tunesmith.engines.native import kernels as native
-from tunesmith.engines.native.adapters.adapter import PackedAdapter, fuse, read_adapter
+from tunesmith.engines.native.adapters.adapter import PackedAdapter, pack, read_adapter
 from tunesmith.engines.native.decoding import decoder
 from tunesmith.engines.native.decoding.decoder import Batch
 from tunesmith.engines.native.decoding.rows import Prefix
 from tunesmith.engines.native.network import passes
-from tunesmith.engines.native.network.network import Network
+from tunesmith.engines.native.network.network import Layer, Network, Shape
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store
@@ -26,6 +27,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@dataclass(frozen=True)
+class NewShape(Shape):
+    parallel_mlp: bool = False
+
+
+@dataclass(frozen=True)
+class NewLayer(Layer):
+    attention_sink: torch.Tensor | None = None
+
+
 @pytest.fixture(params=["llama", "qwen2"])
 def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return write_model(tmp_path / request.param, request.param, sizes=TILED)
@@ -33,7 +44,7 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 def _adapter(folder: Path, network: Network, name: str, **how: int) -> PackedAdapter:
     base = resolve_base(Store(folder.parent / "store"), str(folder), folder.parent)
-    return fuse(network, read_adapter(write_adapter(folder.parent / name, base, strength=0.5, **how), network, base))
+    return pack(network, read_adapter(write_adapter(folder.parent / name, base, strength=0.5, **how), network, base))
 
 
 def _given(network: Network, adapters: list[PackedAdapter | None]) -> list[list[tuple[int, object]]]:
@@ -83,3 +94,14 @@ def test_it_is_for_networks_that_do_no_more_than_llama(tmp_path: Path) -> None:
     }
     assert [family for family, does in fits.items() if does] == ["llama", "qwen2"]
     assert not passes.fits(load_network(tmp_path / "llama", torch.float32))
+
+
+def test_a_network_with_an_unknown_property_does_not_fit(tmp_path: Path) -> None:
+    """What pass.cpp does not know must not be ignored: another value of a field, or a new field."""
+    network = load_network(write_model(tmp_path / "m", sizes=TILED))
+    assert passes.fits(network)
+    assert not passes.fits(replace(network, shape=replace(network.shape, gelu="relu")))  # type: ignore[arg-type]
+    shape = NewShape(**{field.name: getattr(network.shape, field.name) for field in fields(network.shape)})
+    assert not passes.fits(replace(network, shape=shape))
+    layer = NewLayer(**{field.name: getattr(network.layers[0], field.name) for field in fields(network.layers[0])})
+    assert not passes.fits(replace(network, layers=(*network.layers[:-1], layer)))

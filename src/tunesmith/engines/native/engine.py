@@ -19,7 +19,7 @@ from tunesmith.engines.answers import Answer, choice_rows, prompt_within, spelt
 from tunesmith.engines.batch import common_prefix, label_count, lay_out
 from tunesmith.engines.constraint import Constraints
 from tunesmith.engines.native import runtime
-from tunesmith.engines.native.adapters.adapter import PackedAdapter, adapted_linear, fuse, read_adapter
+from tunesmith.engines.native.adapters.adapter import PackedAdapter, adapted_linear, pack, read_adapter
 from tunesmith.engines.native.adapters.whole import read_whole
 from tunesmith.engines.native.decoding.decoder import Batch
 from tunesmith.engines.native.decoding.rows import Prefix, Row, Sampling, Score
@@ -83,11 +83,11 @@ class NativeEngine:
                 while len(self._whole) > _WHOLE_KEPT:
                     self._whole.popitem(last=False)
             return
-        fused = fuse(self._network, read_adapter(folder, self._network, self._base))
+        packed = pack(self._network, read_adapter(folder, self._network, self._base))
         runtime.release_threads()
         with self._turn:
             before = self._adapters.get(name)
-            self._adapters[name] = fused
+            self._adapters[name] = packed
             self._last.pop(before, None)
             for key in [key for key in self._prefixes if before is not None and key[0] is before]:
                 del self._prefixes[key]
@@ -157,9 +157,9 @@ class NativeEngine:
 
     @torch.inference_mode()
     def _likelihoods(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
-        network, fused = self._network, self._fused(adapter)
+        network, packed = self._network, self._packed(adapter)
         batch = lay_out(rows)
-        linear = frozen_linear(network) if fused is None else adapted_linear(network, fused)
+        linear = frozen_linear(network) if packed is None else adapted_linear(network, packed)
         hidden = forward(network, batch.ids, linear, shared_prefix_attention(batch, network))
         pieces = []
         for part, labels in zip(
@@ -182,8 +182,8 @@ class NativeEngine:
     def _rows(self, requests: Sequence[Generation], answers: Sequence[Answer], adapter: str | None) -> list[Row]:
         prompts = [prompt_within(self._renderer, request, self.context_length) for request in requests]
         with self._turn:
-            fused = self._fused(adapter)
-            prefix = self._shared_prefix(prompts, fused)
+            packed = self._packed(adapter)
+            prefix = self._shared_prefix(prompts, packed)
         shared = 0 if prefix is None else len(prefix.ids)
         rows = []
         for request, prompt, answer in zip(requests, prompts, answers, strict=True):
@@ -192,7 +192,7 @@ class NativeEngine:
                 Row(
                     ids=prompt[shared:],
                     prefix=prefix,
-                    adapter=fused,
+                    adapter=packed,
                     limit=max(1, min(request.max_tokens, self.context_length - len(prompt))),
                     sampling=Sampling(request.temperature, request.top_p, request.seed),
                     listener=answer,
@@ -234,7 +234,7 @@ class NativeEngine:
     def _spell(self, token: int, score: Score) -> TokenScore:
         return spelt(self._constraints, token, score)
 
-    def _fused(self, adapter: str | None) -> PackedAdapter | None:
+    def _packed(self, adapter: str | None) -> PackedAdapter | None:
         if adapter is None:
             return None
         if adapter not in self._adapters:

@@ -65,48 +65,48 @@ def blocks(network: Network, group: str, rank: int, targets: frozenset[str]) -> 
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """An adapter as products take it, scaled and in the network's dtype. factors: DoRA's [out], by place."""
+    """An adapter as products take it, scaled and in the network's dtype. row_scales: DoRA's [out], by place."""
 
-    pairs: Mapping[Place, LowRankFactors]
-    factors: Mapping[Place, Tensor]
+    factors: Mapping[Place, LowRankFactors]
+    row_scales: Mapping[Place, Tensor]
 
     @property
-    def plain_pairs(self) -> Callable[[Place], tuple[LowRankFactors, None] | None] | None:
+    def plain_factors(self) -> Callable[[Place], tuple[LowRankFactors, None] | None] | None:
         """Each place's pair, whose low values are every row's own; None where there is more to an adapter."""
-        if self.factors:
+        if self.row_scales:
             return None
-        return lambda place: (self.pairs[place], None) if place in self.pairs else None
+        return lambda place: (self.factors[place], None) if place in self.factors else None
 
 
-def fuse(network: Network, adapter: Adapter) -> PackedAdapter:
+def pack(network: Network, adapter: Adapter) -> PackedAdapter:
     """Lay an adapter out for products without gradients."""
     return PackedAdapter(
-        {place: _pair(adapter.a[place], adapter.b[place] * adapter.scale, network.dtype) for place in adapter.a},
-        {place: _row_factors(network, adapter, place).to(network.dtype) for place in adapter.m},
+        {place: _factors(adapter.a[place], adapter.b[place] * adapter.scale, network.dtype) for place in adapter.a},
+        {place: _row_scales(network, adapter, place).to(network.dtype) for place in adapter.m},
     )
 
 
 def adapted_linear(network: Network, adapter: Adapter | PackedAdapter) -> Linear:
     """The base's linear layers with the adapter on top, for use without gradients."""
-    fused = adapter if isinstance(adapter, PackedAdapter) else fuse(network, adapter)
+    packed = adapter if isinstance(adapter, PackedAdapter) else pack(network, adapter)
 
     def apply(number: int, group: str, x: Tensor) -> Tensor:
-        product, pair = network.layers[number].linear[group], fused.pairs.get((number, group))
-        if pair is None:
+        product, factors = network.layers[number].linear[group], packed.factors.get((number, group))
+        if factors is None:
             return product(x)
-        y = product(x, pair.low(x), pair)
-        factor = fused.factors.get((number, group))
-        return y if factor is None else lengthened(y, factor, product.bias)
+        y = product(x, factors.low(x), factors)
+        scales = packed.row_scales.get((number, group))
+        return y if scales is None else scale_rows(y, scales, product.bias)
 
     return apply
 
 
-def lengthened(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+def scale_rows(y: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """DoRA's last step: what a weight gave, its rows brought to their length."""
-    return y * factor if bias is None else (y - bias) * factor + bias
+    return y * scales if bias is None else (y - bias) * scales + bias
 
 
-def _row_factors(network: Network, adapter: Adapter, place: Place) -> Tensor:
+def _row_scales(network: Network, adapter: Adapter, place: Place) -> Tensor:
     """What DoRA multiplies each row of W + scale B A with, so that it has the length m; 1 for rows not adapted."""
     number, group = place
     weight = network.layers[number].linear[group].weight.float()
@@ -118,7 +118,7 @@ def _row_factors(network: Network, adapter: Adapter, place: Place) -> Tensor:
     return torch.where(adapted, factor, 1.0)
 
 
-def _pair(a: Tensor, b: Tensor, dtype: torch.dtype) -> LowRankFactors:
+def _factors(a: Tensor, b: Tensor, dtype: torch.dtype) -> LowRankFactors:
     """a [r, in] and b [out, r], with rows of zeros up to what tiles multiply."""
     missing = -len(a) % TILE
     return LowRankFactors(

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunesmith.engines.native.adapters.adapter import PackedAdapter, Place, lengthened
+from tunesmith.engines.native.adapters.adapter import PackedAdapter, Place, scale_rows
 from tunesmith.engines.native.network.network import Linear, Network
-from tunesmith.engines.native.network.passes import Pairs
+from tunesmith.engines.native.network.passes import FactorsAt
 from tunesmith.engines.native.network.products import LowRankFactors
 
 
@@ -24,18 +24,18 @@ class AdapterBatch:
     def __init__(self, network: Network, adapters: Sequence[PackedAdapter]) -> None:
         self._network = network
         self._places = {
-            place: _stacked([adapter.pairs.get(place) for adapter in adapters])
-            for place in sorted({place for adapter in adapters for place in adapter.pairs})
+            place: _stacked([adapter.factors.get(place) for adapter in adapters])
+            for place in sorted({place for adapter in adapters for place in adapter.factors})
         }
-        self._factors = {
-            place: [(number, one.factors[place]) for number, one in enumerate(adapters) if place in one.factors]
+        self._row_scales = {
+            place: [(number, one.row_scales[place]) for number, one in enumerate(adapters) if place in one.row_scales]
             for place in self._places
         }
 
-    def pairs(self, owners: Tensor) -> Pairs | None:
+    def factors(self, owners: Tensor) -> FactorsAt | None:
         """What each place has for rows [T] of these adapters, by their number in the stack; -1: the base alone. None
         where more than a pair is needed."""
-        if any(self._factors.values()):
+        if any(self._row_scales.values()):
             return None
         others = _Others(owners)
 
@@ -48,17 +48,17 @@ class AdapterBatch:
     def linear(self, owners: Tensor) -> Linear:
         """Linear layers for the same rows."""
         others = _Others(owners)
-        rows = {number: (owners == number).nonzero()[:, 0] for each in self._factors.values() for number, _ in each}
+        rows = {number: (owners == number).nonzero()[:, 0] for each in self._row_scales.values() for number, _ in each}
 
         def apply(number: int, group: str, x: Tensor) -> Tensor:
             product, found = self._network.layers[number].linear[group], self._places.get((number, group))
             if found is None:
                 return product(x)
-            pair, widths = found
-            y = product(x, pair.low(x).masked_fill_(others.of(widths), 0.0), pair)
-            for owner, factor in self._factors[number, group]:
+            factors, widths = found
+            y = product(x, factors.low(x).masked_fill_(others.of(widths), 0.0), factors)
+            for owner, scales in self._row_scales[number, group]:
                 own = rows[owner]
-                y[own] = lengthened(y[own], factor, product.bias)
+                y[own] = scale_rows(y[own], scales, product.bias)
             return y
 
         return apply

@@ -77,13 +77,13 @@ class _DoraLinear(torch.autograd.Function):
         (product, pair), (ga, gc, gm) = ctx.products, ctx.into
         torch.sum(gradient.float() * plain.float(), 0, out=gm)
         gradient = gradient * factor
-        into_low = pair.into_low(gradient)
+        low_gradient = pair.low_gradient(gradient)
         if ctx.recompute is None:
-            outer(into_low, x, ga)
+            outer(low_gradient, x, ga)
         else:
-            ctx.recompute.ask(lambda again: outer(into_low, again, ga))
+            ctx.recompute.ask(lambda again: outer(low_gradient, again, ga))
         outer(low, gradient, gc)
-        gx = product.back(gradient, into_low, pair) if ctx.needs_input_grad[0] else None
+        gx = product.input_gradient(gradient, low_gradient, pair) if ctx.needs_input_grad[0] else None
         return gx, None, None, None, None, None
 
 

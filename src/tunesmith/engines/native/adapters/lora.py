@@ -292,13 +292,13 @@ class _LoraLinear(torch.autograd.Function):
         low, x = ctx.saved_tensors
         product, pair = ctx.products
         ga, gc = ctx.into
-        into_low = pair.into_low(gradient)
+        low_gradient = pair.low_gradient(gradient)
         if ctx.recompute is None:
-            outer(into_low, x, ga)
+            outer(low_gradient, x, ga)
         else:
-            ctx.recompute.ask(lambda again: outer(into_low, again, ga))
+            ctx.recompute.ask(lambda again: outer(low_gradient, again, ga))
         outer(low, gradient, gc)
-        gx = product.back(gradient, into_low, pair) if ctx.needs_input_grad[0] else None
+        gx = product.input_gradient(gradient, low_gradient, pair) if ctx.needs_input_grad[0] else None
         return gx, None, None, None, None, None
 
 
@@ -310,7 +310,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.product.back(gradient), None
+        return ctx.product.input_gradient(gradient), None
 
 
 def frozen(product: PackedLinear, x: Tensor) -> Tensor:

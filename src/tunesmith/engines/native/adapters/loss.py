@@ -46,7 +46,7 @@ class _CrossEntropy(torch.autograd.Function):
             if slope is not None:
                 scores.mul_(slope)
             if gradient is not None:
-                gradient[piece] = head.back(scores)
+                gradient[piece] = head.input_gradient(scores)
             if learns:
                 part = scores.t() @ hidden[piece]
                 learnt = part if learnt is None else learnt.float().add_(part)
@@ -82,15 +82,6 @@ def cross_entropy(
     the head's own, where it learns. cap: of the logits, see models.ops.cap_.
     """
     return _cross_entropies(head, [(hidden, labels, share)], weight, cap)[0]
-
-
-def cross_entropies(
-    head: PackedLinear, parts: Sequence[tuple[Tensor, Tensor, Tensor]], cap: float | None = None
-) -> list[Tensor]:
-    """cross_entropy of each part's hidden, labels and share, to the same bits; the head's weight is read once for all
-    parts where that can be."""
-    together = [parts] if head.row_by_row else [[part] for part in parts]
-    return [loss for some in together for loss in _cross_entropies(head, some, None, cap).unbind()]
 
 
 def _cross_entropies(

@@ -26,7 +26,7 @@ from tunesmith.engines.native.decoding.rows import Prefix, Row, sample, scored
 from tunesmith.engines.native.network import ops
 from tunesmith.engines.native.network.attention import Blocks, Layout, mix
 from tunesmith.engines.native.network.network import Attend, Linear, Network, angles, forward, frozen_linear, logits
-from tunesmith.engines.native.network.passes import Pairs, Pass, fits
+from tunesmith.engines.native.network.passes import FactorsAt, Pass, fits
 
 MOST_ROWS = 64
 _MOST_ADAPTERS = 8  # in one batch: every row pays for the products of all of them
@@ -195,11 +195,11 @@ class Batch:
         """Run a pass; logits [B, vocabulary] of its rows."""
         network, places = self._network, together.places
         ids, positions = together.ids(), places.lengths + together.starts
-        if self._whole and together.weights.pairs is not None:
+        if self._whole and together.weights.factors is not None:
             if together.whole is None:
                 groups = [(None if prefix is None else prefix.pages(), rows) for prefix, rows in together.groups]
                 caches = (self.cache.keys, self.cache.values)
-                together.whole = Pass(network, together.weights.pairs, places, groups, caches)
+                together.whole = Pass(network, together.weights.factors, places, groups, caches)
             hidden = together.whole.run(ids, positions)
         else:
             hidden = forward(network, ids, together.weights.linear, self._attention(together, positions))
@@ -233,7 +233,7 @@ class Batch:
         if several == [None]:
             return _Weights(frozen_linear(self._network), lambda _: None)
         if len(several) == 1 and (only := several[0]) is not None:
-            return _Weights(adapted_linear(self._network, only), only.plain_pairs)
+            return _Weights(adapted_linear(self._network, only), only.plain_factors)
         named = [adapter for adapter in several if adapter is not None]
         if self._stack is None or not set(named) <= set(self._stack[0]):
             # Those that were there may come again: they stay while there is room.
@@ -242,7 +242,7 @@ class Batch:
             self._stack = (named, AdapterBatch(self._network, named))
         held, stack = self._stack
         owners = torch.tensor([-1 if one is None else held.index(one) for one in adapters])
-        return _Weights(stack.linear(owners), stack.pairs(owners))
+        return _Weights(stack.linear(owners), stack.factors(owners))
 
     # What rows are given
 
@@ -282,7 +282,7 @@ class _Weights(NamedTuple):
     """The linear layers for rows of some adapters, and what of those adapters a whole pass takes; None: it cannot."""
 
     linear: Linear
-    pairs: Pairs | None
+    factors: FactorsAt | None
 
 
 class _Together:

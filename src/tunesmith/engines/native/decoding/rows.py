@@ -59,9 +59,9 @@ class Prefix:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     read: int = 0
-    _pages: list[ops.Early] | None = None
+    _pages: list[ops.PrefixPages] | None = None
 
-    def pages(self) -> list[ops.Early]:
+    def pages(self) -> list[ops.PrefixPages]:
         """The same as decoding reads them, once all of it was read."""
         if self._pages is None:
             self._pages = [ops.in_pages(*each, PAGE) for each in zip(self.keys, self.values, strict=True)]

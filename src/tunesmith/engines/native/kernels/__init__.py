@@ -50,7 +50,7 @@ class RowPages(ctypes.Structure):
     """kernels.h's Pages."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "kv", "group", "size", "page", "most", "longest", "apart")),
+        *((name, ctypes.c_int64) for name in ("rows", "kv", "group", "size", "page", "most", "longest", "stride")),
         ("table", ctypes.c_void_p),
         ("length", ctypes.c_void_p),
     )

@@ -22,7 +22,7 @@ static inline void read(const bf16* from, v16* parts) {  // 16 pairs
 template <class T>
 static void put(const Pages& p, const T* key, const T* value, int64_t page, int64_t k, int64_t within, T* keys,
                 T* values) {
-    const int64_t c = 4 / sizeof(T), base = page * p.apart + k * p.page * p.size;
+    const int64_t c = 4 / sizeof(T), base = page * p.stride + k * p.page * p.size;
     for (int64_t i = 0; i < p.size / c; ++i)
         std::memcpy((void*)(keys + base + (i * p.page + within) * c), key + i * c, c * sizeof(T));
     T* to = values + base + within / c * c * p.size + within % c;
@@ -161,7 +161,7 @@ static void mix_plainly(const Pages& p, const T* q, const T* early_keys, const T
                 int64_t seen = p.length[row] + 1;
                 const T *mine = q + (k * p.rows + row) * group * size, *old_keys = early_keys + k * area,
                         *old_values = early_values + k * area;
-                auto place = [&](int64_t row, int64_t j) { return p.table[row * p.most + j / p.page] * p.apart + k * area; };
+                auto place = [&](int64_t row, int64_t j) { return p.table[row * p.most + j / p.page] * p.stride + k * area; };
                 auto later = [&](int64_t j) { return place(row + 1 < first + count ? row + 1 : row, j); };
                 for (int64_t i = 0; i < group * size; ++i) query[i] = up(mine[i]) * scale;
                 std::fill(mixed, mixed + group * size, 0.0f);
@@ -259,7 +259,7 @@ static void mix_on_tiles(const Pages& p, const bf16* q, const bf16* early_keys, 
                 int64_t from = first + block * many, end = std::min(from + many, first + count),
                         queries = (end - from) * group;
                 const bf16* mine = q + (k * p.rows + from) * group * size;
-                auto place = [&](int64_t row, int64_t j) { return p.table[row * p.most + j / p.page] * p.apart + k * area; };
+                auto place = [&](int64_t row, int64_t j) { return p.table[row * p.most + j / p.page] * p.stride + k * area; };
                 auto later = [&](int64_t row, int64_t j) { return place(row + 1 < end ? row + 1 : row, j); };
                 std::copy(mine, mine + queries * size, copied.data());
                 for (int64_t i = 0; i < queries * size; i += 16) _mm512_storeu_ps(query + i, sixteen(mine + i));

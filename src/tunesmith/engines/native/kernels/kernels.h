@@ -1,29 +1,33 @@
-// Kernels of the other files that a whole pass is made of (pass.cpp).
+// Kernels that pass.cpp calls, which other files define.
 
 #pragma once
 
 #include "numbers.h"
 
-// Rows that share B in a product on tiles, with a second operand of their own (b2 null: none).
-struct Span {
+// Operands of a product on tiles: c [rows, N] = a [rows, K] B + a2 [rows, depth2] b2. b2 null: no second product.
+struct Operands {
     const bf16 *a, *a2, *b2;
     int64_t depth2, rows;
     bf16* c;
 };
 
-// Where rows of a decoding batch keep their keys and values: see decoding.cpp. longest: of the lengths. apart: numbers
-// from the beginning of one page to that of the next.
+// Where the rows of a decoding batch keep their keys and values; decoding.cpp describes a page's layout.
 struct Pages {
-    int64_t rows, kv, group, size, page, most, longest, apart;
-    const int64_t *table, *length;
+    int64_t rows, kv, group, size;  // size: of a head
+    int64_t page;                   // places in a page
+    int64_t most;                   // pages of the row that has most
+    int64_t longest;                // largest of the lengths
+    int64_t stride;                 // numbers from the start of a page to the start of the next
+    const int64_t* table;           // [rows, most]: numbers of each row's pages, in order
+    const int64_t* length;          // [rows]: filled places of each row
 };
 
 extern "C" {
 void add_norm_bf16(const bf16* x, const bf16* y, const bf16* weight, bf16* sum, bf16* out, float* scale, int64_t rows,
                    int64_t width, float epsilon, float offset, int threads);
 void gated_bf16(const bf16* x, bf16* out, int64_t rows, int64_t width, int threads);
-bool gated_product(const Span* span, const bf16* b, int64_t depth, int64_t n, int threads);
-void product(const Span* spans, int64_t count, const bf16* b, int64_t depth, const float* bias, int64_t n, int threads);
+bool gated_product(const Operands* operands, const bf16* b, int64_t depth, int64_t n, int threads);
+void product(const Operands* operands, const bf16* b, int64_t depth, const float* bias, int64_t n, int threads);
 void decode_split_bf16(const Pages* p, const bf16* qkv, const float* cosine, const float* sine, bf16* q, bf16* keys,
                        bf16* values, int threads);
 void decode_mix_bf16(const Pages* p, const bf16* q, const bf16* early_keys, const bf16* early_values, const bf16* keys,

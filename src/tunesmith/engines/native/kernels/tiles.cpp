@@ -1,9 +1,13 @@
 // Products of bf16 matrices on tiles.
 //
-// C [M, N] = A [M, K] B + A2 [M, K2] B2 + bias, summed in float and rounded once. B lies packed: for each 32 columns, for
-// each 32 rows of B, two tiles of 16 x 16 pairs, so that a panel of columns is read front to back. K, K2 and N are
-// multiples of 32. Each thread has its own panels. The order in which a number of C is summed depends on K and K2 alone:
-// not on the rows beside it, nor on the threads.
+// C [M, N] = A [M, K] B [K, N] + A2 [M, K2] B2 [K2, N] + bias [N], summed in float and rounded to bf16 once. K, K2 and N
+// are multiples of 32.
+//
+// Layout of B and B2: panels of 32 columns one after another. A panel holds, for each 32 rows, two tiles of 16 x 16 pairs
+// (columns 0-15, then 16-31), so that a product reads it front to back. Each thread computes panels of its own.
+//
+// The order of a number's summands depends on K and K2 only. So a row's result depends neither on the other rows nor on
+// the number of threads.
 
 #include "kernels.h"
 #include "tiles.h"
@@ -11,28 +15,28 @@
 extern "C" int omp_get_num_threads();
 
 #ifdef TILES
-static const int64_t DEPTH = 320;         // a panel of so many rows stays in the first cache beside its block of A
-static const int64_t FEW = 2;             // with so few blocks of A, B is waited for: half as much of it is asked for early
-static const int64_t GROUP = 1024;        // rows of a deep B (over DEEP of them) that are summed for all of C in turn
+static const int64_t DEPTH = 320;       // rows of a panel that fit the L1 cache together with a block of A
+static const int64_t FEW = 2;           // with so few blocks of A, reading B is the bottleneck: prefetch half as much of it
+static const int64_t GROUP = 1024;      // rows of a deep B that are summed for all of C before the next ones
 #if defined(__AMX_BF16__)
-static const int64_t DEEP = 2048;
+static const int64_t DEEP = 2048;       // a B of more rows is deep
 #else
-static const int64_t DEEP = INT64_MAX;  // A is read anew soon enough for slower products
+static const int64_t DEEP = INT64_MAX;  // these products are so slow that reading A again costs nothing
 #endif
-static const int64_t NARROW = 4;          // panels of C
-static const int64_t BAND_BYTES = 768 << 10;  // a band of A that stays in the second cache
-static const int64_t SUMS_BYTES = 640 << 10;    // most that a thread keeps of the sums of a deep product
-static const int64_t SLAB = 4;            // blocks of 32 rows whose pages the processor finds at once
+static const int64_t NARROW = 4;              // a C of so few panels is narrow
+static const int64_t BAND_BYTES = 768 << 10;  // a band of A, which stays in the L2 cache
+static const int64_t SUMS_BYTES = 640 << 10;  // most bytes of a deep product's sums that a thread holds
+static const int64_t SLAB = 4;                // blocks of 32 rows whose memory pages the TLB holds at once
 
-// 32 rows (fewer at a span's end) of a product. Tiles always load 32 rows, so fewer are read from a copy.
+// 32 rows of a product, or fewer at the end. Tiles always load 32 rows, so an incomplete block is read from a copy.
 struct Block {
     const bf16 *a, *a2, *b2;
     int64_t depth2, rows;
     bf16* c;
 };
 
-// past: see put in numbers.h.
-static void settle(const float* sums, const float* bias, bf16* c, int64_t ldc, int64_t rows, bool past) {
+// Rounds sums [rows, 32], plus bias [32] if there is one, into c, rows of `ldc` numbers. past: as in put of numbers.h.
+static void round_sums(const float* sums, const float* bias, bf16* c, int64_t ldc, int64_t rows, bool past) {
     for (int64_t r = 0; r < rows; ++r) {
         const float *left = sums + r * 32, *right = left + 16;
         bf16* to = c + r * ldc;
@@ -51,7 +55,8 @@ static void settle(const float* sums, const float* bias, bf16* c, int64_t ldc, i
     }
 }
 
-static const bf16* whole(const bf16* rows, int64_t count, int64_t depth, std::vector<bf16*>& copies) {
+// A copy of `count` rows, filled up to 32 with zeros. Its address is added to `copies`, to be freed.
+static const bf16* filled(const bf16* rows, int64_t count, int64_t depth, std::vector<bf16*>& copies) {
     bf16* copy = (bf16*)taken(32 * depth * 2);
     std::memcpy((void*)copy, rows, count * depth * 2);
     std::memset((void*)(copy + count * depth), 0, (32 - count) * depth * 2);
@@ -59,42 +64,41 @@ static const bf16* whole(const bf16* rows, int64_t count, int64_t depth, std::ve
     return copy;
 }
 
-static std::vector<Block> divided(const Span* spans, int64_t count, int64_t depth, int64_t n,
-                                  std::vector<bf16*>& copies) {
-    std::vector<Block> all;
-    for (const Span* s = spans; s < spans + count; ++s)
-        for (int64_t row = 0; row < s->rows; row += 32) {
-            Block one = {s->a + row * depth, nullptr, s->b2, s->depth2, std::min<int64_t>(32, s->rows - row), s->c + row * n};
-            if (s->b2) one.a2 = s->a2 + row * s->depth2;
-            if (one.rows < 32) {
-                one.a = whole(one.a, one.rows, depth, copies);
-                if (s->b2) one.a2 = whole(one.a2, one.rows, s->depth2, copies);
-            }
-            all.push_back(one);
+// The operands in blocks of 32 rows, where B has `depth` rows and C rows of n numbers.
+static std::vector<Block> divided(const Operands& o, int64_t depth, int64_t n, std::vector<bf16*>& copies) {
+    std::vector<Block> blocks;
+    for (int64_t row = 0; row < o.rows; row += 32) {
+        Block one = {o.a + row * depth, nullptr, o.b2, o.depth2, std::min<int64_t>(32, o.rows - row), o.c + row * n};
+        if (o.b2) one.a2 = o.a2 + row * o.depth2;
+        if (one.rows < 32) {
+            one.a = filled(one.a, one.rows, depth, copies);
+            if (o.b2) one.a2 = filled(one.a2, one.rows, o.depth2, copies);
         }
-    return all;
+        blocks.push_back(one);
+    }
+    return blocks;
 }
 
-// How many rows of a panel are multiplied at once.
-static int64_t part_of(int64_t depth, int64_t blocks) {
+// How many rows of a panel are multiplied before the next block of A.
+static int64_t part_rows(int64_t depth, int64_t blocks) {
     int64_t most = blocks <= FEW ? DEPTH / 2 : DEPTH, parts = (depth + most - 1) / most;
     return ((depth + parts - 1) / parts + 31) / 32 * 32;
 }
 
-// Rows [from, to) of B, part by part, into the sums of a panel's blocks [top, bottom); ready is told of each block that
-// nothing is missing of any more.
+// Adds the products with rows [from, to) of B to the sums `held` [bottom - top, 32, 32] of blocks [top, bottom) and one
+// panel. Calls ready(block, sums) for each block whose sums are complete.
 template <class Ready>
-static inline void add(const Block* all, int64_t top, int64_t bottom, const bf16* b, int64_t depth, int64_t part,
+static inline void add(const Block* blocks, int64_t top, int64_t bottom, const bf16* b, int64_t depth, int64_t part,
                        int64_t panel, float* held, int64_t from, int64_t to, Ready ready) {
     for (int64_t k = from; k < to; k += part) {
         int64_t here = std::min(part, to - k);
         const bf16* first = b + panel * depth * 32 + k * 32;
-        // What follows in B is what is read next; without asking early, the first block would wait for it.
+        // Prefetch what follows in B, which is read next: otherwise the first block would wait for it.
         const char* next = (const char*)(first + here * 32);
         int64_t lines = (32 + bottom - top - 1) / (bottom - top);
         bool last = k + here == depth;
         for (int64_t r = top; r < bottom; ++r, next += lines * here * 2) {
-            const Block& one = all[r];
+            const Block& one = blocks[r];
             float* into = held + (r - top) * 1024;
             auto factors = [](const bf16* a, int64_t lda, const bf16* b, int64_t depth, const char* next, int64_t lines) {
                 return Factors{a, a + 16 * lda, lda, 32, b, b + 512, 32, 1024, depth / 32, next, lines};
@@ -111,33 +115,28 @@ static inline void add(const Block* all, int64_t top, int64_t bottom, const bf16
     }
 }
 
-static void multiply(const Span* spans, int64_t count, const bf16* b, int64_t depth, const float* bias, int64_t n,
-                     int threads) {
+// C [operands.rows, n] of the operands and B of `depth` rows; bias [n] or null.
+extern "C" void product(const Operands* operands, const bf16* b, int64_t depth, const float* bias, int64_t n,
+                        int threads) {
     tiles_allowed();
     std::vector<bf16*> copies;
-    std::vector<Block> all = divided(spans, count, depth, n, copies);
-    int64_t total = 0;
-    bool past = true;
-    for (const Span* s = spans; s < spans + count; ++s) {
-        total += s->rows * n * 2;
-        past = past && (uintptr_t)s->c % 64 == 0;
-    }
-    past = past && total > PAST_BYTES;
-    int64_t panels = n / 32, blocks = all.size(), part = part_of(depth, blocks);
-    // A deep product is summed group by group, with sums for every panel: else A would be read anew for each. A narrow one
-    // is divided among the threads by its rows: it has too few panels.
+    std::vector<Block> all = divided(*operands, depth, n, copies);
+    bool past = (uintptr_t)operands->c % 64 == 0 && operands->rows * n * 2 > PAST_BYTES;
+    int64_t panels = n / 32, blocks = all.size(), part = part_rows(depth, blocks);
+    // A deep product is summed group by group with sums for all panels, because A would otherwise be read again for each
+    // panel. A narrow one has too few panels for the threads, so its rows are divided among them.
     bool narrow = panels <= NARROW, deep = depth > DEEP && !narrow;
 #pragma omp parallel num_threads(threads)
     {
-        int64_t there = omp_get_num_threads();  // fewer, it may be, than were asked for
-        int64_t kept = deep ? (panels + there - 1) / there : 1;
+        int64_t started = omp_get_num_threads();  // may be fewer than `threads`
+        int64_t kept = deep ? (panels + started - 1) / started : 1;
         int64_t band = deep ? SUMS_BYTES / (kept * 4096) : BAND_BYTES / (64 * depth);
-        band = std::min(narrow ? (blocks + there - 1) / there : blocks, std::max<int64_t>(2, band));
+        band = std::min(narrow ? (blocks + started - 1) / started : blocks, std::max<int64_t>(2, band));
         Tiles tiles;
         float* sums = (float*)taken(kept * band * 4096);
         auto panel_of = [&](int64_t top, int64_t bottom, int64_t panel, float* held, int64_t from, int64_t to) {
             add(all.data(), top, bottom, b, depth, part, panel, held, from, to, [&](const Block& one, float* into) {
-                settle(into, bias ? bias + panel * 32 : nullptr, one.c + panel * 32, n, one.rows, past);
+                round_sums(into, bias ? bias + panel * 32 : nullptr, one.c + panel * 32, n, one.rows, past);
             });
         };
         if (narrow) {
@@ -166,13 +165,14 @@ static void multiply(const Span* spans, int64_t count, const bf16* b, int64_t de
     for (bf16* copy : copies) std::free(copy);
 }
 
-// C [M, N / 2] = silu of the first half of A B's columns, times the other half, each rounded as a product would be: a
-// thread that has made both halves need not write them. Whether it was done: not where B is deep.
-extern "C" bool gated_product(const Span* span, const bf16* b, int64_t depth, int64_t n, int threads) {
+// The gated MLP's middle, C [M, n / 2] = silu(gate) * up, where A B [M, n] has gate in its first n / 2 columns and up in
+// the others. Both are rounded as `product` rounds them, but not written to memory. Returns false, and does nothing, if B
+// is deep or n is no multiple of 64.
+extern "C" bool gated_product(const Operands* operands, const bf16* b, int64_t depth, int64_t n, int threads) {
     if (depth > DEEP || n % 64) return false;
     std::vector<bf16*> copies;
-    std::vector<Block> all = divided(span, 1, depth, n / 2, copies);
-    int64_t half = n / 64, blocks = all.size(), part = part_of(depth, blocks);
+    std::vector<Block> all = divided(*operands, depth, n / 2, copies);
+    int64_t half = n / 64, blocks = all.size(), part = part_rows(depth, blocks);
     int64_t band = std::min(blocks, std::max<int64_t>(2, BAND_BYTES / (64 * depth)));
 #pragma omp parallel num_threads(threads)
     {
@@ -205,14 +205,11 @@ extern "C" bool gated_product(const Span* span, const bf16* b, int64_t depth, in
     return true;
 }
 
+// Whether this process may use tiles.
 extern "C" int tiles() { return tiles_allowed() ? 1 : 0; }
-extern "C" void product(const Span* spans, int64_t count, const bf16* b, int64_t depth, const float* bias, int64_t n,
-                        int threads) {
-    multiply(spans, count, b, depth, bias, n, threads);
-}
 
-// 32 columns of 32 rows of X, rows of n numbers, as pairs of rows: the first 16 columns and the others. Behind `rows`
-// there are zeros.
+// A block [32, 32] of x, whose rows have n numbers, as pairs of rows: columns 0-15 in `left`, 16-31 in `right`. Rows from
+// `rows` on count as zeros.
 static inline void pairs(const bf16* x, int64_t n, int64_t rows, __m512i* left, __m512i* right) {
     const __m512i none = _mm512_setzero_si512();
     for (int64_t i = 0; i < 16; ++i, x += 2 * n) {
@@ -223,8 +220,8 @@ static inline void pairs(const bf16* x, int64_t n, int64_t rows, __m512i* left, 
     }
 }
 
-// A panel of a slab, `blocks` times 32 of the rows that X has from here on, as pairs of rows. ahead: the panel beside it
-// comes next.
+// 32 columns of 32 * blocks rows of x as pairs of rows, into `panel`; rows from `rows` on count as zeros. ahead: prefetch
+// the next 32 columns.
 static inline void lay_out(const bf16* x, int64_t n, int64_t rows, int64_t blocks, bool ahead, bf16* panel) {
     for (int64_t j = 0; j < blocks; ++j, x += 32 * n, rows -= 32, panel += 1024) {
         __m512i left[16], right[16];
@@ -237,12 +234,14 @@ static inline void lay_out(const bf16* x, int64_t n, int64_t rows, int64_t block
     }
 }
 
-// C [R, N] = L^T X of L [T, R] and X [T, N], R and N multiples of 32: the gradient of a low-rank factor. X is read a
-// slab of rows after another, a panel of which is laid out in pairs of rows once for all R; the sums wait in between.
+// C [R, N] = L^T X of L [T, R] and X [T, N], the gradient of a low-rank factor. R and N are multiples of 32.
+//
+// X is read slab by slab (32 * SLAB rows). In a slab, each panel of 32 columns is laid out as pairs of rows once for all
+// R; the sums of all panels are held until the last slab.
 extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_t t, bf16* c, int threads) {
     tiles_allowed();
     int64_t deep = (t + 31) / 32;
-    // L^T: for each 16 of R, for each 32 of T, a tile of 16 rows.
+    // L^T as tiles of 16 rows: for each 16 of R, for each 32 of T.
     bf16* left = (bf16*)taken(r * deep * 64);
     for (int64_t k = 0; k < deep; ++k)
         for (int64_t i = 0; i < r; i += 32) {
@@ -254,7 +253,7 @@ extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_
                 for (int64_t j = 0; j < 16; ++j) _mm512_store_si512((void*)(to + j * 32), rows[half][j]);
             }
         }
-    int64_t most = std::max<int64_t>(1, SUMS_BYTES / (r * 128));  // panels under way at a time
+    int64_t most = std::max<int64_t>(1, SUMS_BYTES / (r * 128));  // panels whose sums are held at once
 #pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
@@ -274,7 +273,7 @@ extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_
                             float* held = sums + ((p - top) * r + i) * 32;
                             sum(held, 32, k > 0, 32,
                                 {upper, upper + 16 * deep * 32, 32, 512, panel, panel + 512, 32, 1024, here, nullptr, 0});
-                            if (k + here == deep) settle(held, nullptr, c + i * n + p * 32, n, 32, false);
+                            if (k + here == deep) round_sums(held, nullptr, c + i * n + p * 32, n, 32, false);
                         }
                     }
                 }
@@ -286,7 +285,7 @@ extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_
     std::free(left);
 }
 
-// Packs w [n, k] as B [k, n] (across) and, where asked for, as B [n, k] (along).
+// Lays out w [n, k] as the operand B [k, n] in `across` and as B [n, k] in `along`. Either may be null.
 extern "C" void pack(const bf16* w, int64_t n, int64_t k, bf16* across, bf16* along, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t panel = 0; panel < (across ? n / 32 : 0); ++panel)

@@ -242,8 +242,8 @@ class Places:
         return k, v
 
 
-class Early(NamedTuple):
-    """The keys and values of a prefix that rows share, length places of each, in pages of their own."""
+class PrefixPages(NamedTuple):
+    """One layer's keys and values of a prefix that rows share, length places of each, in pages (see page_shapes)."""
 
     keys: Tensor
     values: Tensor
@@ -263,12 +263,12 @@ def places_of(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return keys.permute(0, 1, 3, 2, 4).flatten(3), values.permute(0, 1, 2, 4, 3).flatten(2, 3)
 
 
-def in_pages(k: Tensor, v: Tensor, page: int) -> Early:
+def in_pages(k: Tensor, v: Tensor, page: int) -> PrefixPages:
     """Keys and values [K, P, D] in pages of their own, the last one filled up with zeros."""
     length, pair = k.shape[1], 4 // k.dtype.itemsize
     k, v = (F.pad(x, (0, 0, 0, -length % page)).unflatten(1, (-1, page)).transpose(0, 1) for x in (k, v))
     keys = k.unflatten(3, (-1, pair)).permute(0, 1, 3, 2, 4)
-    return Early(keys.contiguous(), v.unflatten(2, (-1, pair)).transpose(3, 4).contiguous(), length)
+    return PrefixPages(keys.contiguous(), v.unflatten(2, (-1, pair)).transpose(3, 4).contiguous(), length)
 
 
 def decode_keep(
@@ -303,14 +303,14 @@ def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Te
         decode_keep(k, v, torch.arange(rows), none, pages, within, keys, values)
         return rotate(q, cos, sin).view(rows, kv, group, size).transpose(0, 1).contiguous()
     qkv, q = qkv.contiguous(), qkv.new_empty(kv, rows, group, size)
-    places.native.apart = keys.stride(0)
+    places.native.stride = keys.stride(0)
     kernel(ctypes.byref(places.native), *map(at, (qkv, cos, sin, q, keys, values)), _threads())
     return q
 
 
 def decode_mix(
     q: Tensor,
-    early: Early | None,
+    early: PrefixPages | None,
     keys: Tensor,
     values: Tensor,
     places: Places,
@@ -353,7 +353,7 @@ def decode_mix(
             mixed += weights[..., :prefix] @ before
         out[rows] = mixed.to(q.dtype).reshape(count, -1)
         return
-    places.native.apart = keys.stride(0)
+    places.native.stride = keys.stride(0)
     kernel(
         *(ctypes.byref(places.native), at(q), *((None, None) if early is None else map(at, early[:2]))),
         *(at(keys), at(values), at(out), *map(_int, (first, count, prefix)), _float(scale), _threads()),

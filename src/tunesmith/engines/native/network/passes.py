@@ -1,39 +1,68 @@
-"""A decoding pass through all layers in one native call, for networks that native/pass.cpp computes.
+"""A decoding pass through all layers in one native call, for the networks that kernels/pass.cpp computes.
 
-What network.forward does in Python, kernel by kernel, costs some ten microseconds a kernel: a good tenth of a small
-model's pass. Shapes: T tokens, M width, H query heads, K key/value heads, D head size, F the MLP's middle.
+network.forward calls each kernel from Python. Each call costs about ten microseconds, a tenth of a small model's pass.
+
+Shapes: T tokens, M width, H query heads, K key/value heads, D head size, F the MLP's middle, R low-rank columns.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tunesmith.engines.native import kernels as native
+from tunesmith.engines.native import kernels
 from tunesmith.engines.native.adapters.adapter import Place
-from tunesmith.engines.native.network.network import GROUPS, Network, angles, embedded
-from tunesmith.engines.native.network.ops import Early, Places
+from tunesmith.engines.native.network.network import GROUPS, Layer, Network, Shape, angles, embedded
+from tunesmith.engines.native.network.ops import Places, PrefixPages
 from tunesmith.engines.native.network.products import LowRankFactors, PackedLinear
 
-# What an adapted place has: a pair, and [T, R] which low values are not a row's own (None: all are); None: not adapted.
-Pairs = Callable[[Place], "tuple[LowRankFactors, Tensor | None] | None"]
+# Place -> its factors, and a mask [T, R] of the low-rank activations to set to zero because they belong to another
+# row's adapter (no mask: there are none). Returns None for a place that is not adapted.
+FactorsAt = Callable[[Place], "tuple[LowRankFactors, Tensor | None] | None"]
+
+# What pass.cpp computes, by field of Shape and Layer. A field that is in neither table makes a network unfit, and so
+# does another value of a field in the second table.
+_ANY_VALUE: Mapping[type, frozenset[str]] = {
+    Shape: frozenset(
+        (
+            *(
+                "layers",
+                "width",
+                "heads",
+                "kv_heads",
+                "head",
+                "vocabulary",
+                "epsilon",
+                "attention_scale",
+                "norm_offset",
+            ),
+            *("embedding_scale", "logit_cap"),  # applied in Python, before and after the pass
+        )
+    ),
+    Layer: frozenset(("linear", "attention_norm", "mlp_norm", "rotary")),
+}
+_ONLY_VALUE: Mapping[type, Mapping[str, bool | None]] = {
+    Shape: {"gelu": False, "score_cap": None},
+    Layer: dict.fromkeys(("q_norm", "k_norm", "after_attention", "after_mlp", "window")),
+}
 
 
 class _Product(ctypes.Structure):
-    """pass.cpp's Product."""
+    """Product of pass.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("packed", "down", "up", "bias", "others")),
+        *((name, ctypes.c_void_p) for name in ("packed", "a_for_low", "c_for_output", "bias", "masked")),
         *((name, ctypes.c_int64) for name in ("out", "into", "rank")),
     )
 
 
 class _Layer(ctypes.Structure):
-    """pass.cpp's PassLayer."""
+    """PassLayer of pass.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "keys", "values")),
@@ -42,107 +71,119 @@ class _Layer(ctypes.Structure):
 
 
 class _Group(ctypes.Structure):
-    """pass.cpp's Group."""
+    """Group of pass.cpp."""
 
-    _fields_ = (*((name, ctypes.c_int64) for name in ("first", "count", "prefix")), ("early", ctypes.c_void_p))
+    _fields_ = (*((name, ctypes.c_int64) for name in ("first", "count", "prefix")), ("shared", ctypes.c_void_p))
 
 
-_ROOM = ("x", "added", "normed", "qkv", "q", "mixed", "gate_up", "middle", "low", "norms")
+_BUFFERS = ("x", "added", "normed", "qkv", "q", "mixed", "gate_up", "middle", "low", "norms")
 
 
 class _Pass(ctypes.Structure):
-    """pass.cpp's Pass."""
+    """Pass of pass.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "width", "layers", "groups", "threads")),
         *((name, ctypes.c_float) for name in ("epsilon", "offset", "scale")),
-        *((name, ctypes.c_void_p) for name in ("layer", "group", "pages", "cosine", "sine", *_ROOM)),
+        *((name, ctypes.c_void_p) for name in ("layer", "group", "pages", "cosine", "sine", *_BUFFERS)),
     )
 
 
 def fits(network: Network) -> bool:
-    """Whether pass.cpp computes a network: one of Llama's own kind, in bf16, on a processor with tiles."""
-    shape, library = network.shape, native.library()
-    if library is None or library.tiles() != 1:
+    """Whether pass.cpp computes a network: layers like Llama's, in bf16, on a processor with tiles."""
+    library = kernels.library()
+    if library is None or library.tiles() != 1 or network.dtype != torch.bfloat16:
         return False
-    if shape.gelu or shape.score_cap is not None or len(network.rotary) > 1:
+    if len(network.rotary) != 1 or not _computes(network.shape):
         return False
-    plain = all(
-        each.window is None
-        and all(more is None for more in (each.q_norm, each.k_norm, each.after_attention, each.after_mlp))
-        and all(isinstance(product, PackedLinear) and product.tiles is not None for product in each.linear.values())
-        for each in network.layers
+    return all(
+        _computes(layer)
+        and all(isinstance(product, PackedLinear) and product.tiles is not None for product in layer.linear.values())
+        for layer in network.layers
     )
-    return plain and network.dtype == torch.bfloat16
+
+
+def _computes(described: Shape | Layer) -> bool:
+    """Whether pass.cpp takes every field into account."""
+    kind = Shape if isinstance(described, Shape) else Layer
+    any_value, only_value = _ANY_VALUE[kind], _ONLY_VALUE[kind]
+    return all(
+        name in any_value or (name in only_value and getattr(described, name) is only_value[name])
+        for name in (field.name for field in fields(described))
+    )
 
 
 class Pass:
-    """The same pass again and again: T tokens at places, behind the same prefixes, under the same adapters."""
+    """A decoding pass that can be run again and again: T tokens at places, with the same prefixes and adapters."""
 
     def __init__(
         self,
         network: Network,
-        pairs: Pairs,
+        factors: FactorsAt,
         places: Places,
-        groups: Sequence[tuple[Sequence[Early] | None, slice]],
+        groups: Sequence[tuple[Sequence[PrefixPages] | None, slice]],
         caches: tuple[Sequence[Tensor], Sequence[Tensor]],
     ) -> None:
-        """groups: the keys and values of a prefix by layer, and its tokens. caches: keys and values by layer."""
-        self._network, self._places, shape, tokens = network, places, network.shape, len(places.lengths)
-        self._held: list[Any] = [caches]  # what the call reads by address
+        """groups: a prefix's keys and values by layer, and its rows' tokens. caches: keys and values by layer."""
+        self._network, shape, tokens = network, network.shape, len(places.lengths)
+        self._kept_alive: list[Any] = [caches, places]  # the native call reads them by address
         heads, middle = shape.heads * shape.head, network.layers[0].linear["down"].into
         layers = (_Layer * shape.layers)()
         rank = 0
         for number, layer in enumerate(network.layers):
-            own = layers[number]
-            own.attention_norm, own.mlp_norm = layer.attention_norm.data_ptr(), layer.mlp_norm.data_ptr()
-            own.keys, own.values = (cache[number].data_ptr() for cache in caches)
+            native_layer = layers[number]
+            native_layer.attention_norm = layer.attention_norm.data_ptr()
+            native_layer.mlp_norm = layer.mlp_norm.data_ptr()
+            native_layer.keys, native_layer.values = (cache[number].data_ptr() for cache in caches)
             for group, product in layer.linear.items():
-                rank = max(rank, self._fill(getattr(own, group), product, pairs((number, group))))
+                rank = max(rank, self._fill(getattr(native_layer, group), product, factors((number, group))))
         sizes = (shape.width, shape.width, shape.width, sum(network.parts("qkv")), heads, heads, 2 * middle, middle)
-        room = [torch.empty(tokens, size, dtype=network.dtype) for size in (*sizes, rank)]
-        self._x, self._added = room[:2]
-        room.append(torch.empty(tokens, 1))
-        behind = (_Group * len(groups))(*(self._group(early, rows, shape.layers) for early, rows in groups))
+        buffers = [torch.empty(tokens, size, dtype=network.dtype) for size in (*sizes, rank)]
+        self._x, self._added = buffers[:2]
+        buffers.append(torch.empty(tokens, 1))
+        native_groups = (_Group * len(groups))(*(self._group(pages, rows, shape.layers) for pages, rows in groups))
         self._call = _Pass(tokens, shape.width, shape.layers, len(groups), torch.get_num_threads())
         self._call.epsilon, self._call.offset = shape.epsilon, shape.norm_offset
         self._call.scale = shape.attention_scale
-        self._call.layer, self._call.group = ctypes.addressof(layers), ctypes.addressof(behind)
-        places.native.apart = caches[0][0].stride(0)
+        self._call.layer, self._call.group = ctypes.addressof(layers), ctypes.addressof(native_groups)
+        places.native.stride = caches[0][0].stride(0)
         self._call.pages = ctypes.addressof(places.native)
-        for name, tensor in zip(_ROOM, room, strict=True):
+        for name, tensor in zip(_BUFFERS, buffers, strict=True):
             setattr(self._call, name, tensor.data_ptr())
-        self._held += [layers, behind, room]
+        self._kept_alive += [layers, native_groups, buffers]
 
     def run(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states [T, M] before the final norm, of ids [T] at positions [T], as network.forward gives them."""
+        """Hidden states [T, M] before the final norm, of ids [T] at positions [T], as network.forward computes them."""
         ((cos, sin),) = angles(self._network, positions)
         self._x.copy_(embedded(self._network, ids))
         self._call.cosine, self._call.sine = cos.data_ptr(), sin.data_ptr()
-        native.library().decoding_pass(ctypes.byref(self._call))
+        kernels.library().decoding_pass(ctypes.byref(self._call))
         return self._x + self._added
 
-    def _fill(self, told: _Product, product: PackedLinear, adapted: tuple[LowRankFactors, Tensor | None] | None) -> int:
-        """Describe a product; returns the rank on top."""
+    def _fill(
+        self, native: _Product, product: PackedLinear, adapted: tuple[LowRankFactors, Tensor | None] | None
+    ) -> int:
+        """Describe a product to the native call; returns the rank of its factors, 0 where there are none."""
         assert product.tiles is not None
-        told.packed, told.out, told.into = product.tiles.data_ptr(), product.out, product.into
+        native.packed, native.out, native.into = product.tiles.data_ptr(), product.out, product.into
         if product.wide_bias is not None:
-            told.bias = product.wide_bias.data_ptr()
+            native.bias = product.wide_bias.data_ptr()
         if adapted is None:
             return 0
-        pair, others = adapted
-        told.down, told.up, told.rank = pair.down.data_ptr(), pair.up.data_ptr(), len(pair.a)
-        if others is not None:
-            told.others = others.data_ptr()
-        self._held.append(adapted)
-        return len(pair.a)
+        factors, masked = adapted
+        native.a_for_low, native.c_for_output = factors.a_for_low.data_ptr(), factors.c_for_output.data_ptr()
+        native.rank = len(factors.a)
+        if masked is not None:
+            native.masked = masked.data_ptr()
+        self._kept_alive.append(adapted)
+        return len(factors.a)
 
-    def _group(self, early: Sequence[Early] | None, rows: slice, layers: int) -> _Group:
-        told = _Group(rows.start, rows.stop - rows.start)
-        if early is not None:
-            each = (ctypes.c_void_p * (2 * layers))(
-                *(one.keys.data_ptr() for one in early), *(one.values.data_ptr() for one in early)
+    def _group(self, prefix: Sequence[PrefixPages] | None, rows: slice, layers: int) -> _Group:
+        group = _Group(rows.start, rows.stop - rows.start)
+        if prefix is not None:
+            pages = (ctypes.c_void_p * (2 * layers))(
+                *(layer.keys.data_ptr() for layer in prefix), *(layer.values.data_ptr() for layer in prefix)
             )
-            told.prefix, told.early = early[0].length, ctypes.addressof(each)
-            self._held += [early, each]
-        return told
+            group.prefix, group.shared = prefix[0].length, ctypes.addressof(pages)
+            self._kept_alive += [prefix, pages]
+        return group
