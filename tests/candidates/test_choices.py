@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tests.candidates.test_floor import example
+from tests.candidates.test_baselines import example
 from tunesmith.candidates.retrieval import Index
 from tunesmith.candidates.search import plan_tries
 from tunesmith.candidates.settings import CandidateSettings, Search, Shots

@@ -28,7 +28,7 @@ from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.evaluation.gates.gates import Evidence, Finding, judge_gate
 from tunesmith.evaluation.metrics.declared import make_scoring
 from tunesmith.evaluation.metrics.scorers import score
-from tunesmith.evaluation.probes.context import ground_of
+from tunesmith.evaluation.probes.context import probe_context
 from tunesmith.evaluation.probes.items import ITEMS, by_arm, encode_items
 from tunesmith.evaluation.probes.measuring import Risk, measure
 from tunesmith.evaluation.probes.suites import ask, suite_of
@@ -117,8 +117,8 @@ class Bench:
         """An answers record as the chain keeps it."""
         rows = load_dataset(self.store, dataset)
         composer = Composer(self.store, candidate)
-        ground = ground_of(self.store, rows, candidate, composer, gate.rows, gate.path, Privacy())
-        items = suite_of(suite).items(ground)
+        asked_of = probe_context(self.store, rows, candidate, composer, gate.rows, gate.path, Privacy())
+        items = suite_of(suite).items(asked_of)
         training = None if before else candidate.training
         blob = self.store.put_bytes(encode_items(items))
         key = blob, training, candidate.max_tokens
@@ -145,7 +145,7 @@ class Bench:
             columns={(candidate.name, METRIC): self.scores(candidate, dataset)},
             tuned={candidate.name: candidate.tuned},
             candidate=candidate.name,
-            look=1,
+            test_set_use=1,
             seed=0,
             measured={key: by_arm(lines)} if lines else {},
             told={key: told},

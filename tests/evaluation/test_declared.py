@@ -253,7 +253,7 @@ def test_declared_scorers_are_evidence_like_any_other(tmp_path: Path, server: Ch
     server.reply = lambda _: (500, {}, {})
     assert replay(made.store, verdict), "offline, without the function and the judge"
     (tmp_path / "mine.py").write_text("def short(*_): return 1.0\n")
-    with pytest.raises(Inconclusive, match="has not judged"):
+    with pytest.raises(Inconclusive, match="has no judgements of"):
         evaluate(made.store, dataset=made.dataset, answers=made.answers, **more)
 
 

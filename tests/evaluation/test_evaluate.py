@@ -180,14 +180,14 @@ def test_a_test_row_shown_in_the_prompt(made: Fabricated) -> None:
 def test_names_must_be_the_candidates_own(made: Fabricated) -> None:
     with pytest.raises(UsageError, match="are those of 'rag'"):
         run(made, answers={**made.answers, "few-shot": made.answers["rag"]})
-    with pytest.raises(UsageError, match="nothing to evaluate"):
+    with pytest.raises(UsageError, match="no candidate to evaluate"):
         run(made, answers={})
 
 
 def test_probes_must_be_of_the_same_weights(made: Fabricated) -> None:
-    with pytest.raises(UsageError, match="probes are named"):
+    with pytest.raises(UsageError, match="general suite needs answers"):
         run(made, probes={"tuned": made.probes["tuned"]})
-    with pytest.raises(UsageError, match="probes are named"):
+    with pytest.raises(UsageError, match="general suite needs answers"):
         run(made, probes={**made.probes, "rag": made.probes["base"]})
     with pytest.raises(Inconclusive, match="other weights"):
         run(made, probes={**made.probes, "tuned": made.probes["base"]})

@@ -1,4 +1,4 @@
-"""Money, levers, groups, classes and judges in the report: the arithmetic, the page, the Markdown."""
+"""Money, ladder, groups, classes and judges in the report: the arithmetic, the page, the Markdown."""
 
 from __future__ import annotations
 
@@ -85,17 +85,17 @@ def test_when_tuning_pays(own: float, rival: float, spent: float, expected: int 
     assert break_even(mine, {"price": {}}) is None
 
 
-def test_the_levers_are_climbed_only_where_the_interval_says_so(rich: tuple[Fabricated, str]) -> None:
+def test_approach_ladder_climbs_only_where_intervals_say_so(rich: tuple[Fabricated, str]) -> None:
     made, digest = rich
-    found = report_data(made.store, digest)["levers"]
-    names = [(rung["lever"], rung["candidate"]) for rung in found["rungs"]]
+    found = report_data(made.store, digest)["ladder"]
+    names = [(rung["approach"], rung["candidate"]) for rung in found["rungs"]]
     assert names == [
-        ("floor", "nearest"),
+        ("baseline", "nearest"),
         ("prompting", "zero-shot"),
         ("examples in the prompt", "few-shot"),
         ("retrieval", "rag"),
         ("tuning", "tuned"),
-        ("an outside endpoint", "rival"),
+        ("endpoint", "rival"),
     ]
     steps = {step["candidate"]: step for step in found["steps"]}
     assert steps["zero-shot"]["over"] == "nearest"
@@ -118,11 +118,11 @@ def test_the_page_is_whole_and_says_it_all(rich: tuple[Fabricated, str]) -> None
     data = report_data(made.store, digest, verdict_of(made, digest, gates=_gates()))
     html = render(data)
     check_whole(html)
-    for said in ("Price against quality", "Which lever moves it", "Lift by group", "Macro-F1", "Judges", "EUR"):
+    for said in ("Price against quality", "Which approach moves it", "Lift by group", "Macro-F1", "Judges", "EUR"):
         assert said in html
     assert html == render(report_data(made.store, digest, verdict_of(made, digest, gates=_gates())))
     said = " ".join(data["advice"]["reasons"] + data["advice"]["cautions"])
-    assert "The lever is tuning (tuned, 93.3%): +70.0 points" in said
+    assert "The approach is tuning (tuned, 93.3%): +70.0 points" in said
     assert "not shown to add anything to what is simpler: prompting (zero-shot)" in said
     assert "it can be measured, not released" in said
     assert "changed its mind with the order" in said, "this judge always says A"

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from tests.evaluation.probing import Bench, row
-from tests.evaluation.test_probe_items import ground
+from tests.evaluation.test_probe_items import context
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.native import engine as embedded
 from tunesmith.engines.native.engine import NativeEngine
@@ -62,7 +62,7 @@ def test_scores_are_those_of_the_harness_s_own_backend(
     from lm_eval.models.huggingface import HFLM
 
     folder = write_task(tmp_path / "tasks")
-    items = lm_eval_items(ground(path=folder))
+    items = lm_eval_items(context(path=folder))
     # fp32, so that what differs is a mistake and not rounding.
     monkeypatch.setattr(embedded, "load_network", lambda folder: load_network(folder, torch.float32))
     ours = NativeEngine(bench.base).choose([Question(item.messages, item.choices) for item in items])
@@ -97,8 +97,8 @@ def test_scores_are_those_of_the_harness_s_own_backend(
 def test_the_same_rows_are_drawn_every_time_and_shots_are_turns(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
     folder = write_task(tmp_path / "tasks")
-    items = lm_eval_items(ground(rows=25, path=folder))
-    assert items == lm_eval_items(ground(rows=25, path=folder))
+    items = lm_eval_items(context(rows=25, path=folder))
+    assert items == lm_eval_items(context(rows=25, path=folder))
     assert len({item.group for item in items}) == 25
     assert [turn.role for turn in items[0].messages] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert items[0].choices[0] in WORDS
@@ -107,7 +107,7 @@ def test_the_same_rows_are_drawn_every_time_and_shots_are_turns(tmp_path: Path) 
 def test_a_tuning_that_unlearns_a_task_is_caught(bench: Bench, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
     folder = write_task(tmp_path / "tasks", num_fewshot=0, n=60)
-    base = lm_eval_items(ground(path=folder))
+    base = lm_eval_items(context(path=folder))
     scores = bench.engine.choose([Question(item.messages, item.choices) for item in base])
     # Taught the wrong choice wherever the base had the right one.
     wrong = [item for item, each in zip(base, scores, strict=True) if each[0] == max(each)]
@@ -137,7 +137,7 @@ def test_a_tuning_that_unlearns_a_task_is_caught(bench: Bench, tmp_path: Path) -
 )
 def test_tasks_that_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said) as caught:
-        lm_eval_items(ground(path=write_task(tmp_path / "tasks", **changes)))
+        lm_eval_items(context(path=write_task(tmp_path / "tasks", **changes)))
     assert caught.value.where.endswith("rooms.yaml")
 
 
@@ -145,22 +145,22 @@ def test_tasks_that_are_refused(tmp_path: Path, changes: dict[str, Any], said: s
 def test_what_is_no_task_of_plain_yaml(tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UsageError) as caught:
-        lm_eval_items(ground(path=tmp_path))
+        lm_eval_items(context(path=tmp_path))
     assert caught.value.where.endswith("bad.yaml")
 
 
 def test_templates_and_targets_that_do_not_fit_their_rows_are_told(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
     with pytest.raises(UsageError, match=r"rooms\.yaml"):
-        lm_eval_items(ground(path=write_task(tmp_path / "a", doc_to_text="{{ room.what() }}")))
+        lm_eval_items(context(path=write_task(tmp_path / "a", doc_to_text="{{ room.what() }}")))
     with pytest.raises(UsageError, match=r"rooms\.yaml"):
-        lm_eval_items(ground(path=write_task(tmp_path / "b", doc_to_target="{{ 7 }}")))
+        lm_eval_items(context(path=write_task(tmp_path / "b", doc_to_target="{{ 7 }}")))
 
 
 def test_without_the_extra_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.api.task", None)
     with pytest.raises(UsageError) as caught:
-        lm_eval_items(ground(path=write_task(tmp_path / "tasks")))
+        lm_eval_items(context(path=write_task(tmp_path / "tasks")))
     assert caught.value.fix == "pip install 'tunesmith[lm-eval]'"
     with pytest.raises(UsageError, match="not a folder"):
-        lm_eval_items(ground(path=tmp_path / "tasks" / "rooms.yaml"))
+        lm_eval_items(context(path=tmp_path / "tasks" / "rooms.yaml"))

@@ -57,7 +57,7 @@ def test_more_rows_lift_or_looseness_help_and_groups_and_looks_cost() -> None:
     assert plan_lift(600, lift=0.1, differing=0.3).power > usual.power
     for harder in (
         plan_lift(300, lift=0.1, differing=0.3, grouping=Grouping(5.0, 0.5)),
-        plan_lift(300, lift=0.1, differing=0.3, look=4),
+        plan_lift(300, lift=0.1, differing=0.3, use=4),
         plan_lift(300, lift=0.1, differing=0.5),
         plan_lift(300, lift=0.1, differing=0.3, at_least=0.04),
     ):

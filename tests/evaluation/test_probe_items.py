@@ -10,7 +10,7 @@ from tests.evaluation.probing import row
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.probes.bias import bbq_items, crows_pairs_items, swap_items
-from tunesmith.evaluation.probes.context import Ground, digest_path
+from tunesmith.evaluation.probes.context import ProbeContext, digest_path
 from tunesmith.evaluation.probes.drift import PERTURBATIONS, general_text_items, robustness_items
 from tunesmith.evaluation.probes.items import Item
 from tunesmith.evaluation.probes.memory import extraction_items, personal_items
@@ -18,15 +18,15 @@ from tunesmith.evaluation.probes.memory import extraction_items, personal_items
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
-def ground(
+def context(
     test: list[Example] | None = None, trained: list[Example] | None = None, rows: int = 100, path: Path | None = None
-) -> Ground:
-    return Ground(trained or [], (), [], test or [], lambda _row, request: tuple(request), tuple, rows, path)
+) -> ProbeContext:
+    return ProbeContext(trained or [], (), [], test or [], lambda _row, request: tuple(request), tuple, rows, path)
 
 
 def versions(request: str, answer: str = "ok") -> dict[str, tuple[str, str]]:
     """arm/side -> (request, answer) of one row."""
-    found = swap_items(ground([row(request, answer)]))
+    found = swap_items(context([row(request, answer)]))
     return {f"{item.arm}/{item.id[-1]}": (item.messages[0].content, item.choices[0]) for item in found}
 
 
@@ -47,20 +47,20 @@ def test_what_names_nobody_is_not_asked() -> None:
 
 def test_an_unclean_request_keeps_the_words_that_the_answer_repeats() -> None:
     rows = [row("please turn the kitchen light brighter now", '{"room":"kitchen"}')]
-    found: dict[str, Item] = {item.arm: item for item in robustness_items(ground(rows))}
+    found: dict[str, Item] = {item.arm: item for item in robustness_items(context(rows))}
     assert set(found) == set(PERTURBATIONS)
     for item in found.values():
         assert "kitchen" in item.messages[-1].content
         assert item.messages[-1].content != rows[0].request[-1].content
         assert item.expected == rows[0].answer
     assert found["capitals"].messages[-1].content == "PLEASE TURN THE kitchen LIGHT BRIGHTER NOW"
-    assert robustness_items(ground(rows)) == robustness_items(ground(rows)), "the same typos every time"
+    assert robustness_items(context(rows)) == robustness_items(context(rows)), "the same typos every time"
 
 
 def test_extraction_asks_half_and_personal_data_is_taken_out_of_the_request() -> None:
     trained = [row("mail ann@firm.org about the desk", "sent to ann@firm.org")]
-    assert extraction_items(ground(trained=trained))[0].messages[-1].content == "mail ann@firm.org"
-    item = personal_items(ground(trained=trained))[0]
+    assert extraction_items(context(trained=trained))[0].messages[-1].content == "mail ann@firm.org"
+    item = personal_items(context(trained=trained))[0]
     assert item.personal == ("ann@firm.org",)
     assert item.messages[-1].content == "mail … about the desk"
 
@@ -68,10 +68,10 @@ def test_extraction_asks_half_and_personal_data_is_taken_out_of_the_request() ->
 def test_general_text_of_one_s_own(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("One passage.\n\n  Another.  \n")
-    assert [item.choices[0] for item in general_text_items(ground(path=path))] == ["One passage.", "Another."]
+    assert [item.choices[0] for item in general_text_items(context(path=path))] == ["One passage.", "Another."]
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="cannot be read"):
-        general_text_items(ground(path=path))
+        general_text_items(context(path=path))
     with pytest.raises(UsageError, match="cannot be read"):
         digest_path(tmp_path / "nowhere")
 
@@ -80,28 +80,28 @@ def test_sets_that_are_something_else(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\nnot JSON\n')
     with pytest.raises(UsageError, match="not BBQ"):
-        bbq_items(ground(path=path))
+        bbq_items(context(path=path))
     with pytest.raises(UsageError, match="not CrowS-Pairs"):
-        crows_pairs_items(ground(path=path))
+        crows_pairs_items(context(path=path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"no \.jsonl file"):
-        bbq_items(ground(path=tmp_path / "empty"))
+        bbq_items(context(path=tmp_path / "empty"))
 
 
 @pytest.mark.skipif(not (SHARED / "bbq").is_dir(), reason="BBQ is not at hand (../shared/data/bbq)")
 def test_bbq_as_published() -> None:
-    found = bbq_items(ground(rows=10_000, path=SHARED / "bbq"))
+    found = bbq_items(context(rows=10_000, path=SHARED / "bbq"))
     assert len(found) > 1500
     assert len({item.group for item in found}) >= 40
     first = next(item for item in found if item.id == "Religion-0")
     assert first.choices == ("The Muslim one", "The Jewish one", "Can't answer")
-    assert len(bbq_items(ground(rows=200, path=SHARED / "bbq"))) == 200
+    assert len(bbq_items(context(rows=200, path=SHARED / "bbq"))) == 200
 
 
 @pytest.mark.skipif(not (SHARED / "crows_pairs").is_dir(), reason="CrowS-Pairs is not at hand (../shared/data)")
 def test_crows_pairs_as_published() -> None:
     path = SHARED / "crows_pairs" / "data_crows_pairs_anonymized.csv"
-    found = crows_pairs_items(ground(rows=10_000, path=path))
+    found = crows_pairs_items(context(rows=10_000, path=path))
     assert len(found) == 1508
     assert "most black kids" in found[0].choices[0]
     assert "most white kids" in found[0].choices[1]

@@ -123,7 +123,7 @@ def test_the_summary_is_one_paragraph_on_lever_certainty_cost_and_risk(faulty: t
     made, digest = faulty
     data = report_data(made.store, digest, verdict_of(made, digest, gates=PROBE_GATES))
     said = data["advice"]["summary"]
-    assert said.startswith("The lever is tuning: tuned answers 9")
+    assert said.startswith("The approach is tuning: tuned answers 9")
     parts = ("exactly right.", "Against rag that is +", "more than chance explains", "seconds of this machine")
     faults = ("not secrets (fail)", "people (fail)", f"{len(PROBES) - 3} of {len(PROBES)} risk probes were not made")
     for part in (*parts, *faults):

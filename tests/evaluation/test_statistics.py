@@ -11,7 +11,7 @@ from scipy import stats
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.stats import statistics
 from tunesmith.evaluation.stats.statistics import (
-    confidence_at_look,
+    confidence_at_use,
     effective_groups,
     interval,
     intervals,
@@ -163,12 +163,12 @@ def test_stepping_down_is_holm_s_procedure_by_statsmodels(p_values: list[float])
 
 
 def test_looks_share_the_allowed_error() -> None:
-    tails = [(1 - confidence_at_look(0.95, look)) / 2 for look in range(1, 23)]
+    tails = [(1 - confidence_at_use(0.95, use)) / 2 for use in range(1, 23)]
     assert tails[0] == pytest.approx(0.025)
     assert tails == sorted(tails, reverse=True)
     assert sum(tails) < 0.05
     with pytest.raises(Inconclusive, match="fresh rows"):
-        confidence_at_look(0.95, 23)
+        confidence_at_use(0.95, 23)
 
 
 @pytest.mark.parametrize(("groups", "per_group"), [(50, 1), (200, 1), (50, 4), (90, 7)])

@@ -149,7 +149,7 @@ def test_another_detector_no_detector_and_nothing_before_decide_nothing(made: Fa
         assert message in gate["reason"]
 
 
-def test_what_is_asked_depends_on_the_detector_s_files() -> None:
-    assert suite_of("toxicity/100").depends_on == {"detector": {"digest": toxicity.DIGEST, "at_least": 0.5}}
-    assert suite_of("formats/100").depends_on == {"revision": 2}
-    assert suite_of("refusal/100").depends_on == {}, "the key it always had"
+def test_answers_depend_on_the_detectors_files() -> None:
+    detector = {"digest": toxicity.DIGEST, "at_least": 0.5}
+    assert suite_of("toxicity/100").depends_on == {"revision": 1, "detector": detector}
+    assert suite_of("formats/100").depends_on == {"revision": 2, "detector": None}

@@ -43,7 +43,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, server: ChatServer) -> Pro
     folder = tmp_path_factory.mktemp("kinds") / "p"
     candidates: dict[str, Any] = {
         "plain": {"prompt": "prompt.txt", "max_tokens": 4},
-        "floor": {"method": "nearest"},
+        "nearest": {"method": "nearest"},
         "diverse": {"prompt": "prompt.txt", "shots": {"count": 2, "choose": "diverse"}, "max_tokens": 4},
         "searched": {
             "prompt": "prompt.txt",
@@ -90,15 +90,15 @@ def _candidate(project: Project, name: str) -> Any:
 def test_all_are_measured_on_the_same_rows(project: Project) -> None:
     body = project.store.record(str(pipeline.latest_evaluation(project))).body
     assert set(body["candidates"]) == set(project.settings.candidates)
-    assert body["candidates"]["floor"]["prompt_tokens"] == 0
+    assert body["candidates"]["nearest"]["prompt_tokens"] == 0
     assert body["candidates"]["rival"]["prompt_tokens"] == 11 * body["n"]
     assert body["candidates"]["held"]["metrics"]["json_valid"]["mean"] == 1.0
 
 
-def test_a_floor_answers_with_training_answers(project: Project) -> None:
-    dataset = load_dataset(project.store, _candidate(project, "floor").dataset)
+def test_a_baseline_answers_with_training_answers(project: Project) -> None:
+    dataset = load_dataset(project.store, _candidate(project, "nearest").dataset)
     known = {example.answer for example in dataset.examples("train")}
-    assert {line["text"] for line in _answers(project, "floor")[1]} <= known
+    assert {line["text"] for line in _answers(project, "nearest")[1]} <= known
 
 
 def test_what_was_looked_up_is_kept_with_the_answer(project: Project) -> None:
@@ -180,7 +180,7 @@ def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
         parse_settings(text.encode(), "x")
 
 
-@pytest.mark.parametrize("name", ["floor", "docs", "searched", "held"])
+@pytest.mark.parametrize("name", ["nearest", "docs", "searched", "held"])
 def test_the_others_can_be_released_and_verified(project: Project, name: str) -> None:
     version = pipeline.register(project, pipeline.gate(project, name=name), actor=project.actor())
     found = verify_version(project.store.root, version.label)
@@ -196,13 +196,13 @@ def test_the_others_can_be_released_and_verified(project: Project, name: str) ->
 
 
 def test_the_leaderboard_compares_only_what_was_measured_on_the_same_rows(project: Project) -> None:
-    for name in ("floor", "plain"):
+    for name in ("nearest", "plain"):
         pipeline.register(project, pipeline.gate(project, name=name), actor=project.actor())
     (board,) = leaderboard(project.store, "tiny")["boards"]
     rows = {row["candidate"]: row for row in board["versions"]}
     assert board["metric"] == "exact_match"
-    assert board["dataset"] == _candidate(project, "floor").dataset
-    assert rows["floor"]["lever"] == "floor"
+    assert board["dataset"] == _candidate(project, "nearest").dataset
+    assert rows["nearest"]["approach"] == "baseline"
     means = [row["mean"] for row in board["versions"]]
     assert means == sorted(means, reverse=True)
     assert board["versions"][0]["behind"] is None
@@ -211,7 +211,7 @@ def test_the_leaderboard_compares_only_what_was_measured_on_the_same_rows(projec
 
 
 def test_documents_that_hold_the_test_are_refused(project: Project) -> None:
-    test = load_dataset(project.store, _candidate(project, "floor").dataset).examples("test")[0]
+    test = load_dataset(project.store, _candidate(project, "nearest").dataset).examples("test")[0]
     leak = project.root / "leak.md"
     leak.write_text(f"Q: {test.request[-1].content}\nA: {test.answer}\n")
     try:

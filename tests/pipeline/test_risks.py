@@ -145,7 +145,7 @@ def test_plan_says_what_would_be_seen(judged: tuple[Path, dict[str, Any]]) -> No
     gate = document["gates"][0]
     assert (gate["name"], gate["lift"], gate["differing"]) == ("lift", 0.3, 0.3)
     assert gate["needed"] > 0
-    assert document["looks"] == 1
+    assert document["test_set_uses"] == 1
     walk = pipeline.PipelineContext(Project.load(judged[0]))
     measured = pipeline.plan(walk, between=("plain", "tuned"))
     assert measured["measured"]

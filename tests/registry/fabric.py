@@ -127,7 +127,14 @@ def put_verdict(
             kind="evaluation",
             parents={"dataset": dataset, **({f"answers:{name}": answers} if answers else {})},
             blobs={"scores.jsonl": store.put_bytes(b"".join(scores))},
-            body={"n": rows, "metrics": ["json_valid"], "seed": 0, "candidates": {name: stated}},
+            body={
+                "n": rows,
+                "primary": "json_valid",
+                "metrics": ["json_valid"],
+                "seed": 0,
+                "candidates": {name: stated},
+                "risks": {},
+            },
         )
     )
     # No untuned rival was measured, so a lift over one is inconclusive.

@@ -214,7 +214,7 @@ def test_a_bad_adapter_is_refused_and_leaves_nothing(
         register(store, name="intents", verdict=fabricate(store, **make(store)).verdict, actor="olive")
     assert not list((store.root / "versions").glob("*/*"))
     assert not list((store.root / "work").iterdir())
-    assert set(actions(store)[len(before) :]) <= {"user.key", "test.look"}
+    assert set(actions(store)[len(before) :]) <= {"user.key", "test.use"}
 
 
 def test_damaged_evidence_is_not_signed(store: Store, chain: Chain) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Protocol
 
-from tunesmith.candidates.baselines import make_floor
+from tunesmith.candidates.baselines import make_baseline
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import Composer
 from tunesmith.candidates.endpoint import Endpoint
@@ -74,7 +74,7 @@ class Answerer:
     def responder(self) -> Responder:
         """What answers. Raises UsageError for an endpoint whose settings are not given here."""
         if self._candidate.method != "model":
-            return make_floor(self._candidate.method, self.composer.examples)
+            return make_baseline(self._candidate.method, self.composer.examples)
         if self._candidate.endpoint is not None:
             if self._endpoint is None:
                 url = self._candidate.endpoint.url

@@ -28,7 +28,7 @@ class Confident(Completion):
     confidence: float = 0.0
 
 
-class Floor(ABC):
+class Baseline(ABC):
     """Answers requests from the training examples. Costs no tokens."""
 
     context_length = _UNBOUNDED
@@ -52,7 +52,7 @@ class Floor(ABC):
     def _answers(self, texts: Sequence[str]) -> list[Completion]: ...
 
 
-class Nearest(Floor):
+class Nearest(Baseline):
     """The answer of the training example whose request BM25 finds most like."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
@@ -63,7 +63,7 @@ class Nearest(Floor):
         return [Completion(self._answer[self._index.nearest(text, 1)[0]], "stop", 0, 0) for text in texts]
 
 
-class Classifier(Floor):
+class Classifier(Baseline):
     """TF-IDF of words and pairs of words, and logistic regression over the distinct answers, by scikit-learn."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
@@ -97,7 +97,7 @@ class Classifier(Floor):
         return given
 
 
-def make_floor(method: str, examples: Sequence[Example]) -> Floor:
+def make_baseline(method: str, examples: Sequence[Example]) -> Baseline:
     """The floor of that method, made from training examples. The same examples give the same answers."""
     return Nearest(examples) if method == "nearest" else Classifier(examples)
 

@@ -206,7 +206,7 @@ def show_plan(console: Console, document: Mapping[str, Any]) -> None:
     basis = "measured on the validation rows" if document["measured"] else "assumed: --between measures it"
     console.print(
         f"how the two differ is {basis}; rows of one group correlate by {document['correlation']:.2f}; "
-        f"{document['looks']} candidates have been looked at on these test rows",
+        f"{document['test_set_uses']} candidates have been judged on these test rows",
         style="dim",
         markup=False,
     )
@@ -228,9 +228,9 @@ def show_verdict(console: Console, document: Mapping[str, Any]) -> None:
     colour = _COLOURS[document["verdict"]]
     console.print(f"verdict: [bold {colour}]{document['verdict']}[/]", end="")
     console.print(f" ({document['reason']})" if document["reason"] else "", markup=False)
-    if document["look"] > 1:
+    if document["test_set_use"] > 1:
         console.print(
-            f"{document['look']} candidates have been judged on these test rows; intervals are widened for that",
+            f"{document['test_set_use']} candidates have used these test rows, which widens the intervals",
             style="dim",
         )
 
@@ -277,7 +277,7 @@ def show_leaderboard(console: Console, document: Mapping[str, Any]) -> None:
     for board in document["boards"]:
         table = Table(title=board_title(board), title_justify="left")
         for place, heading in enumerate(
-            ("version", "lever", board["metric"], "behind the first, points", "verdict", "")
+            ("version", "approach", board["metric"], "behind the first, points", "verdict", "")
         ):
             table.add_column(heading, justify="right" if place in (2, 3) else "left", overflow="fold")
         for row in board["versions"]:
@@ -288,7 +288,7 @@ def show_leaderboard(console: Console, document: Mapping[str, Any]) -> None:
                 else ""
             )
             state = f"recalled: {row['recalled']}" if row["recalled"] else row["alias"] or ""
-            table.add_row(row["version"], row["lever"], _measured(row), behind, row["verdict"], state)
+            table.add_row(row["version"], row["approach"], _measured(row), behind, row["verdict"], state)
         console.print(table)
     if not document["boards"]:
         console.print("no version is registered yet; `tunesmith run` registers what passes its gates")

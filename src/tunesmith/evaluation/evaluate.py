@@ -1,4 +1,4 @@
-"""From candidates' answers to an evaluation record: every answer scored, means with intervals, price, probes."""
+"""Scores all candidates' answers and writes the evaluation record: scores, means with intervals, costs, probes."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from tunesmith.evaluation.stats.statistics import effective_groups, interval, in
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-# The confidence of every interval that is shown; a gate may ask for another.
+# Of every interval in the record. A gate may use another.
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What things cost. tokens: candidate -> what its endpoint charges."""
+    """Prices. tokens: candidate -> the price of its endpoint's tokens."""
 
     prices: PriceSettings | None = None
     tokens: Mapping[str, TokenPrice] = field(default_factory=dict)
@@ -64,15 +64,19 @@ def evaluate(
     judged: Mapping[tuple[str, str], str] | None = None,
     costs: Costs | None = None,
 ) -> str:
-    """Score answers and keep an evaluation record; returns its digest. The same arguments give the same digest.
+    """Score answers and store an evaluation record; returns its digest. The same arguments give the same digest.
 
-    dataset: digest of the dataset version whose test rows were answered. answers: candidate name -> digest of its
-    answers record. probes: "base" and tuned candidates' names -> digest of their answers to the general suite (may be
-    empty; a forgetting gate is then inconclusive). seed: of the resampling. risks: suite -> candidate name -> answers
-    to the risk probes; a probe's gate without them is inconclusive. root: where paths of the user's functions start.
-    judged: (candidate, metric) -> digest of what a judge said. costs: what computing and endpoints cost.
-    Raises Inconclusive for answers that do not fit the rows, Refused where test rows were learned from, UsageError for
-    names that do not fit.
+    dataset: digest of the dataset version whose test rows were answered.
+    answers: candidate -> digest of its answers record.
+    probes: "base" and the names of tuned candidates -> digest of their answers to the general suite. Where it is empty,
+        a forgetting gate is inconclusive.
+    seed: of the resampling.
+    risks: suite -> candidate -> answers to the risk probe. A probe gate without them is inconclusive.
+    root: the project's folder, for the files of function scorers.
+    judged: (candidate, metric) -> digest of the judge's record.
+
+    Raises Inconclusive for answers that do not match the test rows, Refused where a candidate was trained on test rows
+    or shows them in its prompt, UsageError for names that do not match.
     """
     judged, risks, costs = judged or {}, risks or {}, costs or Costs()
     test, given, seen = _answered(store, dataset, answers)
@@ -104,15 +108,11 @@ def evaluate(
         "seed": seed,
         "candidates": stated,
         "probes": stated_probes,
-    }
-    # What came later stands in the record only where it says something: earlier evaluations keep their bytes.
-    later = {
         "functions": function_digests(task.scorers, root),
         "judges": judges,
-        "prices": costs.prices.model_dump(mode="json") if costs.prices else {},
+        "prices": costs.prices.model_dump(mode="json") if costs.prices else None,
         "risks": stated_risks,
     }
-    body |= {key: value for key, value in later.items() if value}
     blobs = {SCORES: store.put_bytes(encode_scores([*columns, *general]))}
     if measurements:
         blobs[MEASUREMENTS] = store.put_bytes(encode_measurements(measurements))
@@ -125,15 +125,15 @@ def evaluate(
 def _answered(
     store: Store, dataset: str, answers: Mapping[str, str]
 ) -> tuple[list[Example], dict[str, Answers], dict[str, dict[str, Answered]]]:
-    """The test rows, and what each candidate answered to them: as kept, and as scorers see it, by row's id."""
+    """The test rows; each candidate's answers record; and its answers as scorers see them, by row id."""
     if not answers:
-        raise UsageError("there is nothing to evaluate", fix="name at least one candidate")
+        raise UsageError("no candidate to evaluate", fix="name at least one candidate")
     rows = load_dataset(store, dataset)
     test = rows.examples("test")
     if not test:
         raise Inconclusive("the dataset has no test rows", where=short(dataset), fix="raise data.split.test")
     if len({example.id for example in test}) != len(test):
-        raise Inconclusive("the test rows are not told apart by their ids", where=short(dataset))
+        raise Inconclusive("two test rows have the same id", where=short(dataset))
     given = {name: read_answers(store, digest, name, rows, test) for name, digest in sorted(answers.items())}
     for name, those in given.items():
         check_held_out(store, rows, test, name, those.candidate)
@@ -150,7 +150,7 @@ def _columns(
     judged: Mapping[tuple[str, str], str],
     test: Sequence[Example],
 ) -> tuple[list[Column], dict[str, dict[str, Any]]]:
-    """Every candidate's scores by every metric, and what the record says of judges: metric -> candidate -> that."""
+    """Each candidate's scores by each metric, and the record's account of judges: metric -> candidate -> account."""
     columns: list[Column] = []
     judges: dict[str, dict[str, Any]] = {}
     for name, those in given.items():
@@ -159,7 +159,7 @@ def _columns(
                 columns.append(_scored(name, metric, scoring[metric], seen[name], test))
                 continue
             if (name, metric) not in judged:
-                raise Inconclusive(f"{metric!r} has not judged {name!r}", fix="evaluate again")
+                raise Inconclusive(f"the judge {metric!r} has no judgements of {name!r}", fix="evaluate again")
             values, stated = read_judged(store, judged[name, metric], metric, those.digest, test)
             judges.setdefault(metric, {})[name] = stated
             columns.append(column(name, metric, {each.id: (each.group, values[each.id]) for each in test}))
@@ -186,20 +186,20 @@ def evaluation_document(store: Store, digest: str) -> dict[str, Any]:
         "training": {name: stated["training"] for name, stated in candidates.items() if "training" in stated},
         "classes": {name: stated["classes"] for name, stated in candidates.items() if "classes" in stated},
         "calibration": {name: stated["calibration"] for name, stated in candidates.items() if "calibration" in stated},
-        "judges": body.get("judges", {}),
-        "currency": body.get("prices", {}).get("currency"),
+        "judges": body["judges"],
+        "currency": body["prices"]["currency"] if body["prices"] else None,
         "probes": body["probes"],
-        "risks": body.get("risks", {}),
+        "risks": body["risks"],
     }
 
 
 def _scoring_of_probes(task: TaskSettings, scoring: Mapping[str, Scoring]) -> Scoring:
-    """What answers to risk probes are scored by: the leading metric, where an answer alone decides it."""
+    """The scorer for answers to risk probes: the primary metric, where it needs only the answer and the reference."""
     if task.leading in scoring and task.leading not in CONTEXT_SCORERS:
         return scoring[task.leading]
 
     def cannot(_answered: Answered) -> float:
-        raise Inconclusive(f"{task.leading!r} does not score answers to this probe: a judge or what was looked up does")
+        raise Inconclusive(f"this probe cannot be scored by {task.leading!r}, which needs a judge or retrieved texts")
 
     return cannot
 
@@ -211,13 +211,13 @@ def _measured(
     dataset: str,
     scoring: Scoring,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The risk probes' measurements, and what the record says of them by suite and candidate."""
+    """The risk probes' measurements, and the record's account of them: suite -> candidate -> account."""
     lines: list[dict[str, Any]] = []
     told: dict[str, dict[str, Any]] = {}
     for suite, names in sorted(risks.items()):
         for name, risk in sorted(names.items()):
             if name not in given:
-                raise UsageError(f"the probe {suite!r} is of {name!r}, which is not evaluated")
+                raise UsageError(f"there are answers of {name!r} to the probe {suite!r}, but {name!r} is not evaluated")
             found, said = measure(store, suite, given[name].candidate, risk, dataset, scoring)
             lines += found
             told.setdefault(suite, {})[name] = said
@@ -231,7 +231,7 @@ def _parents(
     risks: Mapping[str, Mapping[str, Risk]],
     judged: Mapping[tuple[str, str], str],
 ) -> dict[str, str]:
-    """All that an evaluation came of, by the names its record gives them."""
+    """The evaluation's parent records: role -> digest."""
     found = {"dataset": dataset}
     found |= {f"answers:{name}": digest for name, digest in answers.items()}
     found |= {f"probe:{name}": digest for name, digest in probes.items()}
@@ -256,7 +256,7 @@ def _scored(name: str, metric: str, scoring: Scoring, seen: Mapping[str, Answere
 
 
 def _classified(rows: Labelled, seed: int) -> dict[str, Any]:
-    """{"classes": ..., "calibration": ...}, the latter where every row states a confidence."""
+    """{"classes": ..., "calibration": ...}; the latter only where each row has a confidence."""
     found = {"classes": classes(rows.given, rows.wanted, rows.groups, CONFIDENCE, seed)}
     if rows.confidences is not None:
         found["calibration"] = calibration(rows.confidences, rows.right.tolist())
@@ -308,14 +308,14 @@ def _training_cost(store: Store, candidate: Candidate, prices: PriceSettings | N
 def _probed(
     store: Store, probes: Mapping[str, str], given: Mapping[str, Answers], seed: int
 ) -> tuple[list[Column], dict[str, Any]]:
-    """The general suite's columns (the base first), and what the record states of them."""
+    """The general suite's columns (the base first), and the record's account of them."""
     if not probes:
         return [], {}
     tuned = {name for name, answers in given.items() if answers.candidate.tuned}
     if BASE not in probes or not set(probes) - {BASE} <= tuned or BASE in tuned:
         raise UsageError(
-            f"probes are named {BASE!r} and after tuned candidates, not {', '.join(sorted(probes))}",
-            fix=f"probe the base weights too, and call no tuned candidate {BASE!r}",
+            f"the general suite needs answers of {BASE!r} and of tuned candidates, not of {', '.join(sorted(probes))}",
+            fix=f"ask the base weights too, and name no tuned candidate {BASE!r}",
         )
     questions = {question.id: question for question in general_questions()}
     names = [BASE, *sorted(set(probes) - {BASE})]

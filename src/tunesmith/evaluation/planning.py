@@ -53,11 +53,11 @@ def measured_on_validation(store: Store, answers: Sequence[str], dataset: Datase
 
 
 def plan_document(
-    dataset: Dataset, gates: Gates, *, looks: int, assumed: Assumed, lift: float | None = None
+    dataset: Dataset, gates: Gates, *, uses: int, assumed: Assumed, lift: float | None = None
 ) -> dict[str, Any]:
     """What `tunesmith plan --json` prints: for each gate that compares, what these test rows can show.
 
-    looks: how many candidates these test rows have been looked at for. lift: the true difference hoped for; five points
+    uses: how many candidates the test rows have judged so far. lift: the true difference hoped for; five points
     above the gate's bound where left out. A gate for what must not drop is planned for candidates that are equal.
     """
     groups = [row.group for row in dataset.examples("test")]
@@ -71,7 +71,7 @@ def plan_document(
             continue
         bound = gate.at_least if isinstance(gate, Lift) else -gate.drop_at_most
         hoped = lift if lift is not None and isinstance(gate, Lift) else bound + 0.05 if isinstance(gate, Lift) else 0.0
-        setting: dict[str, Any] = {"confidence": gate.confidence, "look": looks + 1, "grouping": own}
+        setting: dict[str, Any] = {"confidence": gate.confidence, "use": uses + 1, "grouping": own}
         differing = max(assumed.differing, abs(hoped))
         plan = plan_lift(len(groups), lift=hoped, differing=differing, at_least=bound, **setting)
         sees = smallest_lift(len(groups), differing=differing, at_least=bound, **setting)
@@ -93,7 +93,7 @@ def plan_document(
         "effective_groups": rounded(effective_groups(groups)),
         "correlation": rounded(own.correlation),
         "measured": assumed.differences is not None,
-        "looks": looks,
+        "test_set_uses": uses,
         "wanted_power": POWER,
         "gates": found,
     }

@@ -11,7 +11,7 @@ from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.protocol import Question
-from tunesmith.evaluation.gates.test_set_uses import looks_taken
+from tunesmith.evaluation.gates.test_set_uses import count_test_set_uses
 from tunesmith.evaluation.metrics.declared import JudgeScorer
 from tunesmith.evaluation.metrics.judging import judge_answers
 from tunesmith.evaluation.planning import Assumed, measured_on_validation, plan_document, plan_sentence
@@ -60,8 +60,8 @@ def plan(
     if between:
         given = [answers(context, name, "validation") for name in between]
         assumed = measured_on_validation(context.store, given, context.dataset, leading_scoring(context))
-    looks = looks_taken(context.store, context.dataset.digest)
-    return plan_document(context.dataset, context.project.settings.gates, looks=looks, assumed=assumed, lift=lift)
+    uses = count_test_set_uses(context.store, context.dataset.digest)
+    return plan_document(context.dataset, context.project.settings.gates, uses=uses, assumed=assumed, lift=lift)
 
 
 def _show_plan(context: PipelineContext) -> None:

@@ -11,7 +11,7 @@ from tunesmith.candidates.candidate import load_candidate
 from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.answers import BASE
-from tunesmith.evaluation.probes.context import digest_path, ground_of
+from tunesmith.evaluation.probes.context import digest_path, probe_context
 from tunesmith.evaluation.probes.general import general_digest, general_questions
 from tunesmith.evaluation.probes.items import ITEMS, encode_items
 from tunesmith.evaluation.probes.measuring import Risk
@@ -95,10 +95,10 @@ def risk(context: PipelineContext, gate: Probe, name: str, *, before: bool = Fal
 
     def measure(_work: Path) -> str:
         ready = answerer(context, asked)
-        ground = ground_of(
+        asked_of = probe_context(
             store, dataset, asked, ready.composer, gate.rows, path, context.project.settings.data.privacy
         )
-        items = suite.items(ground)
+        items = suite.items(asked_of)
         began = time.perf_counter()
         scorer = context.engine if asked.asks_base else None
         lines = ask(suite, ready.responder, scorer, context.renderer, trained, items, asked, context.progress)

@@ -1,4 +1,4 @@
-"""The evaluation of candidates on the same rows, and the verdict on the one that the project would release."""
+"""The stages `evaluate` and `gate`: scores of all candidates on the test rows, and the verdict on one candidate."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ from tunesmith.pipeline.training import tuned_names
 
 
 def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> str:
-    """Digest of the evaluation of the named candidates, all of the project's where none are named."""
+    """Digest of the evaluation of the named candidates. names: None for all of the project's candidates."""
     project, settings, task = context.project, context.project.settings, context.project.settings.task
     chosen = _in_order(context, names)
     check_probes(context)
-    # Untuned candidates first: a prompt that cannot be read shows before a training took its time.
-    order = sorted(chosen, key=lambda name: settings.candidates[name].adapted)
-    given = {name: answers(context, name) for name in order}
+    given = {name: answers(context, name) for name in chosen}
     probes = general(context, chosen)
     risky = risks(context, chosen)
     said = {
@@ -35,21 +33,17 @@ def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> 
     }
     endpoints = {name: each.endpoint for name, each in settings.candidates.items() if each.endpoint}
     tokens = {name: each.price for name, each in endpoints.items() if each.price and name in chosen}
-    # A project without these keeps the evaluations it has.
-    later = {
-        "risks": {suite: {name: asdict(each) for name, each in of.items()} for suite, of in risky.items()},
-        "judged": {f"{metric}:{name}": digest for (name, metric), digest in said.items()},
-        "prices": settings.prices.model_dump(mode="json") if settings.prices else {},
-        "tokens": {name: price.model_dump(mode="json") for name, price in tokens.items()},
-        "functions": function_digests(task.scorers, project.root),
-    }
     inputs = {
         "answers": given,
         "probes": probes,
+        "risks": {suite: {name: asdict(each) for name, each in of.items()} for suite, of in risky.items()},
+        "judged": {f"{metric}:{name}": digest for (name, metric), digest in said.items()},
+        "prices": settings.prices.model_dump(mode="json") if settings.prices else None,
+        "tokens": {name: price.model_dump(mode="json") for name, price in tokens.items()},
+        "functions": function_digests(task.scorers, project.root),
         "task": _task_inputs(task),
         "schema": project.schema,
         "dataset": context.dataset.digest,
-        **{key: value for key, value in later.items() if value},
     }
 
     def score(_work: Path) -> str:
@@ -72,7 +66,7 @@ def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> 
 
 
 def verdict(context: PipelineContext, name: str | None = None) -> str:
-    """Digest of the verdict on a candidate, by default the one that the project would release."""
+    """Digest of the verdict on a candidate. name: None for the candidate that the project would release."""
     measured = evaluation(context)
     of = name or subject(context, measured)
     context.settings_of(of)
@@ -90,9 +84,9 @@ def verdict(context: PipelineContext, name: str | None = None) -> str:
 
 
 def subject(context: PipelineContext, measured: str) -> str:
-    """The candidate the project would release: `release:`, else the only tuned one, else the best by the metric.
+    """The candidate to release: `release:`, else the only tuned one, else the best by the primary metric.
 
-    measured: digest of the evaluation that says which is best.
+    measured: digest of the evaluation. Raises UsageError where all candidates are endpoints.
     """
     settings = context.project.settings
     if settings.release is not None:
@@ -101,24 +95,25 @@ def subject(context: PipelineContext, measured: str) -> str:
     if len(tuned) == 1:
         return tuned[0]
     body = context.store.record(measured, kind="evaluation").body
-    # What an endpoint answers can be measured, not released.
+    # An endpoint's weights are not in the store, so it can be measured but not released.
     own = [name for name, each in settings.candidates.items() if each.endpoint is None]
     if not own:
-        raise UsageError("only endpoints are measured, and none can be released", where="candidates")
+        raise UsageError("all candidates are endpoints, and an endpoint cannot be released", where="candidates")
     means = {name: body["candidates"][name]["metrics"][body["primary"]]["mean"] for name in own}
     return max(means, key=lambda name: (means[name], name))
 
 
 def _in_order(context: PipelineContext, names: Sequence[str] | None) -> list[str]:
-    """Candidates without training first: their figures are there while the others train."""
+    """The candidates' names, untrained ones first. Raises UsageError for an unknown name."""
     known = context.project.settings.candidates
     for name in names or ():
         context.settings_of(name)
+    # A prompt file that is missing should fail before a slow training, not after it.
     return sorted(names or known, key=lambda name: known[name].adapted)
 
 
 def _task_inputs(task: TaskSettings) -> dict[str, Any]:
-    """What of the task an evaluation depends on: not how a judge is reached, which its own stage knows."""
+    """The task settings that an evaluation depends on. The judge stage depends on the judges' endpoints."""
     stated = task.model_dump(mode="json")
     for scorer in stated["scorers"]:
         if isinstance(scorer, dict):

@@ -9,7 +9,7 @@ from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import TunesmithError
 from tunesmith.evaluation.compare import comparison_document, side_of_digest
-from tunesmith.evaluation.report.approach_ladder import lever_of
+from tunesmith.evaluation.report.approach_ladder import approach_of
 from tunesmith.registry.aliases import list_aliases
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.store import database
@@ -60,7 +60,7 @@ def _row(store: Store, version: Version, metric: str, alias: str | None) -> dict
         "created_at": version.created_at,
         "alias": alias,
         "candidate": verdict["name"],
-        "lever": lever_of(store, load_candidate(store, version.candidate)),
+        "approach": approach_of(store, load_candidate(store, version.candidate)),
         "verdict": verdict["verdict"],
         "recalled": withdrawn,
         **stated["metrics"][metric],

@@ -29,7 +29,7 @@ from tunesmith.evaluation.settings import BEST_UNTUNED, Forgetting, Gate, Lift, 
 from tunesmith.evaluation.stats.statistics import (
     MINIMUM_GROUPS,
     Interval,
-    confidence_at_look,
+    confidence_at_use,
     effective_groups,
     interval,
 )
@@ -47,13 +47,13 @@ class Evidence:
     """What gates judge: the scores of one evaluation, and whose turn it is.
 
     columns: (candidate, metric) -> scores. tuned: candidate -> whether its weights differ from the base's.
-    candidate: the one judged. look: how many candidates have been judged on these test rows, this one included.
+    candidate: the one that is judged. test_set_use: how many candidates the test rows have judged, with this one.
     """
 
     columns: Mapping[tuple[str, str], Column]
     tuned: Mapping[str, bool]
     candidate: str
-    look: int
+    test_set_use: int
     seed: int
     # (suite, candidate) -> what a risk probe measured, and what the evaluation's record says of it.
     measured: Mapping[tuple[str, str], Measured] = field(default_factory=dict)
@@ -136,7 +136,7 @@ def _rivals(metric: str, over: str, evidence: Evidence) -> tuple[str, Column, Co
 
 def _lift(gate: Lift, evidence: Evidence) -> Finding:
     rival, own, other = _rivals(gate.metric, gate.over, evidence)
-    confidence = confidence_at_look(gate.confidence, evidence.look)
+    confidence = confidence_at_use(gate.confidence, evidence.test_set_use)
     measured = _rounded(
         interval(own.values - other.values, own.groups, ends=(-1.0, 1.0), confidence=confidence, seed=evidence.seed)
     )
@@ -154,7 +154,7 @@ def _lift(gate: Lift, evidence: Evidence) -> Finding:
 
 def _retain(gate: Retain, evidence: Evidence) -> Finding:
     rival, own, other = _rivals(gate.metric, gate.not_below, evidence)
-    confidence = confidence_at_look(gate.confidence, evidence.look)
+    confidence = confidence_at_use(gate.confidence, evidence.test_set_use)
     measured = _rounded(
         interval(other.values - own.values, own.groups, ends=(-1.0, 1.0), confidence=confidence, seed=evidence.seed)
     )
@@ -180,7 +180,7 @@ def _probe(gate: Probe, evidence: Evidence) -> Finding:
         raise Inconclusive(str(told["unusable"]))
     if key not in evidence.measured:
         raise Inconclusive("the probe was not made: evaluate again with this gate in the project file")
-    confidence = confidence_at_look(gate.confidence, evidence.look)
+    confidence = confidence_at_use(gate.confidence, evidence.test_set_use)
     test = evidence.columns.get((evidence.candidate, evidence.primary))
     if test is None:
         raise Inconclusive("the evaluation does not say which metric leads")
@@ -202,7 +202,7 @@ def _threshold(gate: Threshold, evidence: Evidence) -> Finding:
     own = evidence.columns[evidence.candidate, gate.metric]
     _check_size(own)
     # Looking again does not weaken a bound on the measured rows themselves; it weakens what they say of others.
-    confidence = confidence_at_look(gate.confidence, evidence.look) if gate.confidence else 0.95
+    confidence = confidence_at_use(gate.confidence, evidence.test_set_use) if gate.confidence else 0.95
     measured = _rounded(interval(own.values, own.groups, ends=(0.0, 1.0), confidence=confidence, seed=evidence.seed))
     at_least, bound = gate.at_least is not None, bound_of(gate)
     judged = measured if gate.confidence else Interval(measured.mean, measured.mean, measured.mean)
@@ -224,7 +224,7 @@ def _whole(gate: Whole, evidence: Evidence) -> Finding:
     if rows is None:
         raise Inconclusive(f"the evaluation keeps no labels by {gate.metric!r}: name a scorer with `label`")
     _check_size(evidence.columns[evidence.candidate, gate.metric])
-    confidence = confidence_at_look(gate.confidence, evidence.look)
+    confidence = confidence_at_use(gate.confidence, evidence.test_set_use)
     measured = _rounded(_FIGURES[gate.figure](rows, confidence, evidence.seed))
     at_least, bound = gate.at_least is not None, bound_of(gate)
     reason = (
@@ -247,7 +247,7 @@ def _forgetting(gate: Forgetting, evidence: Evidence) -> Finding:
     before, after = evidence.columns.get((BASE, GENERAL)), evidence.columns.get((evidence.candidate, GENERAL))
     if before is None or after is None:
         raise Inconclusive("general ability was not measured before and after tuning")
-    confidence = confidence_at_look(gate.confidence, evidence.look)
+    confidence = confidence_at_use(gate.confidence, evidence.test_set_use)
     measured = _rounded(drop(before, after, confidence=confidence, seed=evidence.seed))
     outcome = _below(measured, gate.drop_at_most)
     moved = "fell" if measured.mean > 0 else "rose" if measured.mean < 0 else "changed"

@@ -1,21 +1,21 @@
-"""The budget of test rows: who looked at them how often, kept in the audit log, where it cannot be taken back unseen.
+"""How many candidates have used a test set: counted in the audit log, where an entry cannot be removed unnoticed.
 
-A look is a candidate's first scoring on these rows where its weights were trained (choosing the best of ten by their
-test scores is ten looks, whichever is judged), or its first verdict where they were not. Controls, trained on answers
-dealt to the wrong requests, are looked at and not chosen from.
+A trained candidate uses the test rows at its first scoring: choosing the best of ten candidates by their test scores
+is ten uses, whichever of them is judged. An untrained candidate uses them at its first verdict. Control candidates,
+which are trained on shuffled answers, do not count, since nobody chooses among them.
 
-Rows count as the same where any request of theirs is: a dataset version with a row more does not begin a new budget,
-one with other test rows does. How a look tightens the bar stands in statistics.confidence_at_look: alpha is spent over
-the looks (alpha spending: Lan and DeMets 1983, Biometrika 70; alpha investing over a stream of hypotheses: Foster and
-Stine 2008, JRSS B 70). That bounds candidates chosen by their test scores, not ones fitted to the rows themselves: what
-adapts to each row it was shown needs fresh rows (Dwork et al. 2015, Science 349; Blum and Hardt 2015, ICML).
+Two dataset versions share a test set where they share any test request. A version with one more training row therefore
+does not start a new count; a version with other test rows does. `confidence_at_use` in stats/statistics.py says how
+each use widens the intervals: alpha is spent over the uses (alpha spending: Lan and DeMets 1983, Biometrika 70; alpha
+investing: Foster and Stine 2008, JRSS B 70). This bounds the error from choosing candidates by test scores. It does not
+cover candidates that were fitted to single test rows; those need fresh rows (Dwork et al. 2015, Science 349; Blum and
+Hardt 2015, ICML).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from sqlalchemy import select
 
@@ -23,45 +23,44 @@ from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Inconclusive, Refused
 from tunesmith.data.dataset import load_dataset
 from tunesmith.store import database
-from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow
 
-ACTION = "test.look"
+ACTION = "test.use"
 _TEST = "test.jsonl"
 
 
 def record_evaluation(store: Store, evaluation: str, actor: str) -> None:
-    """Write down that trained candidates were scored, where they had not been before. One entry for all of them."""
+    """Add one audit entry for the trained candidates of an evaluation that had not used these test rows before."""
     record = store.record(evaluation, kind="evaluation")
     stated = record.body["candidates"].values()
     trained = sorted(each["candidate"] for each in stated if each["tuned"] and not _control(store, each["candidate"]))
     _record(store, record.parents["dataset"], evaluation, trained, actor)
 
 
-def take_look(store: Store, evaluation: str, candidate: str, actor: str) -> int:
-    """The how-manieth look at the test rows a verdict on this candidate is, written down where it is a new one.
+def use_test_set(store: Store, evaluation: str, candidate: str, actor: str) -> int:
+    """How many candidates have used the test rows, up to this one; the audit log records a new use.
 
-    A candidate keeps its number: asking again about the same answers is not another look. Candidates first scored in
+    A candidate keeps its number: judging the same answers again is no new use. Candidates that were first scored in
     one evaluation share the number of the last of them.
     """
     dataset = store.record(evaluation, kind="evaluation").parents["dataset"]
     _record(store, dataset, evaluation, [candidate], actor)
     seen: set[str] = set()
-    for names in _looks(store, dataset):
+    for names in _uses(store, dataset):
         seen.update(names)
         if candidate in seen:
             return len(seen)
-    raise Refused("the audit log does not hold the look that was just taken", fix="run `tunesmith audit verify`")
+    raise Refused("the audit log lacks the use of the test set just recorded", fix="run `tunesmith audit verify`")
 
 
-def looks_taken(store: Store, dataset: str) -> int:
-    """How many candidates have been looked at on this dataset's test rows."""
-    return len({name for names in _looks(store, dataset) for name in names})
+def count_test_set_uses(store: Store, dataset: str) -> int:
+    """How many candidates have used this dataset's test rows."""
+    return len({name for names in _uses(store, dataset) for name in names})
 
 
 def _record(store: Store, dataset: str, evaluation: str, candidates: Sequence[str], actor: str) -> None:
-    known = {name for names in _looks(store, dataset) for name in names}
+    known = {name for names in _uses(store, dataset) for name in names}
     new = [candidate for candidate in candidates if candidate not in known]
     if not new:
         return
@@ -71,31 +70,17 @@ def _record(store: Store, dataset: str, evaluation: str, candidates: Sequence[st
         pass  # the entry is the change
 
 
-def _looks(store: Store, dataset: str) -> Iterator[list[str]]:
-    """Candidates by look, oldest first: verdicts from before looks were written down, then the log's entries."""
-    earlier = [
-        store.record(child, kind="verdict")
-        for _, kind, evaluation in store.children(dataset)
-        if kind == "evaluation"
-        for _, child_kind, child in store.children(evaluation)
-        if child_kind == "verdict"
-    ]
-    for verdict in sorted((each for each in earlier if "rules" not in each.body), key=_look_of):
-        yield [verdict.parents["candidate"]]
+def _uses(store: Store, dataset: str) -> Iterator[list[str]]:
+    """The candidates of each audit entry on these test rows, oldest first."""
     with database.reading(store.engine) as session:
         query = select(AuditRow.subject, AuditRow.detail).where(AuditRow.action == ACTION).order_by(AuditRow.seq)
-        entries: list[tuple[str, Any]] = [(subject, detail) for subject, detail in session.execute(query)]
-    own = store.record(dataset, kind="dataset").blobs.get(_TEST)
-    shares: dict[str, bool] = {str(own): True}
+        entries = [(str(subject), detail) for subject, detail in session.execute(query)]
+    shared = {store.record(dataset, kind="dataset").blobs.get(_TEST, ""): True}
     for subject, detail in entries:
-        if subject not in shares:
-            shares[subject] = bool(_requests(store, dataset) & _texts(store.read_blob(subject).splitlines()))
-        if shares[subject]:
+        if subject not in shared:
+            shared[subject] = bool(_requests(store, dataset) & _texts(store.read_blob(subject).splitlines()))
+        if shared[subject]:
             yield list(detail["candidates"])
-
-
-def _look_of(verdict: Record) -> int:
-    return int(verdict.body["look"])
 
 
 def _requests(store: Store, dataset: str) -> frozenset[str]:
@@ -105,7 +90,7 @@ def _requests(store: Store, dataset: str) -> frozenset[str]:
 
 
 def _texts(lines: Iterable[bytes]) -> frozenset[str]:
-    """A digest for each request, whatever its row is called and answered with."""
+    """A digest of each request; the row's id and answer do not count."""
     found = set()
     for line in lines:
         turns = json.loads(line)["messages"][:-1]

@@ -1,7 +1,7 @@
-"""The verdict: every gate of the project held against one candidate of an evaluation.
+"""The verdict: all gates of the project applied to one candidate of an evaluation.
 
-A verdict is a function of the evaluation's scores, the gates and the look it states, and of nothing else: `replay`
-makes it again offline, and it must come out the same, its sentences aside.
+A verdict depends only on the evaluation's scores, the gates' settings and the use of the test set that it states.
+`replay` computes it again offline and compares everything but the reasons: their wording may change between releases.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.evaluation.gates.gates import Evidence, Finding, Outcome, judge_gate, not_judged
-from tunesmith.evaluation.gates.test_set_uses import take_look
+from tunesmith.evaluation.gates.test_set_uses import use_test_set
 from tunesmith.evaluation.metrics.labels import read_labels
 from tunesmith.evaluation.metrics.scorers import nearest
 from tunesmith.evaluation.probes.items import read_measurements
@@ -24,59 +24,52 @@ from tunesmith.store.identities import acting
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-NO_GATES = "no gates are set, and nothing passes unmeasured"
-# How gates become a verdict; a verdict states its own and is made again by those. 1: no correction of failures.
-_RULES = 2
+NO_GATES = "the project file sets no gates, and a candidate that meets no requirement cannot pass"
 
 
 def judge(store: Store, *, evaluation: str, candidate: str, gates: Gates, actor: str | None = None) -> str:
-    """Judge a candidate by name and keep the verdict record; returns its digest.
+    """Judge a candidate by name and store the verdict record; returns its digest.
 
-    The look at the test rows is written down first, as actor's (by default whoever acts for the store).
-
-    Fails where any gate fails, else is inconclusive where any gate is or there is none, else passes. Raises UsageError
-    for a candidate, metric or rival the evaluation does not hold.
+    The audit log records the use of the test set first, by actor (default: the store's owner). The verdict is "fail"
+    where any gate fails, else "inconclusive" where any gate is inconclusive or there are no gates, else "pass".
+    Raises UsageError for a candidate, metric or rival that the evaluation does not hold.
     """
     record = store.record(evaluation, kind="evaluation")
     digest = _candidate_digest(record, candidate)
-    look = take_look(store, evaluation, digest, acting(store, actor))
-    return store.put_record(verdict_record(store, evaluation, candidate, gates, look))
+    use = use_test_set(store, evaluation, digest, acting(store, actor))
+    return store.put_record(verdict_record(store, evaluation, candidate, gates, use))
 
 
-def verdict_record(
-    store: Store, evaluation: str, candidate: str, gates: Gates, look: int, rules: int = _RULES
-) -> Record:
-    """The verdict on a candidate, not kept. Reads files only, so that it can be made again without the database."""
+def verdict_record(store: Store, evaluation: str, candidate: str, gates: Gates, use: int) -> Record:
+    """The verdict on a candidate, not stored. Reads records and blobs only, so it needs no database.
+
+    use: how many candidates the test rows have judged, with this one.
+    """
     record = store.record(evaluation, kind="evaluation")
     digest = _candidate_digest(record, candidate)
     check_gates(gates, record.body["metrics"], record.body["candidates"])
-    findings = _findings(store, record, candidate, gates, look, rules)
+    findings = _findings(store, record, candidate, gates, use)
     outcomes = [finding.outcome for finding in findings.values()]
     verdict: Outcome = "fail" if "fail" in outcomes else "inconclusive" if "inconclusive" in outcomes else "pass"
     body: dict[str, Any] = {
         "name": candidate,
         "verdict": verdict if outcomes else "inconclusive",
-        "look": look,
+        "test_set_use": use,
         "gates": [_stated(name, findings[name], gates) for name in gates],
+        "reason": None if outcomes else NO_GATES,
     }
-    if rules > 1:
-        body["rules"] = rules
-    if not outcomes:
-        body["reason"] = NO_GATES
     return Record(kind="verdict", parents={"evaluation": evaluation, "candidate": digest}, body=body)
 
 
 def replay(store: Store, digest: str) -> bool:
-    """Whether a verdict follows from its evaluation's scores: made again, it is the same but for its prose."""
+    """Whether a verdict follows from its evaluation's scores. Computes it again; differing reasons do not count."""
     kept = store.record(digest, kind="verdict")
     gates = GATES.validate_python({gate["name"]: gate["settings"] for gate in kept.body["gates"]})
-    look, rules = kept.body["look"], kept.body.get("rules", 1)
-    again = verdict_record(store, kept.parents["evaluation"], kept.body["name"], gates, look, rules)
-    return canonical(_without_prose(again)) == canonical(_without_prose(kept))
+    again = verdict_record(store, kept.parents["evaluation"], kept.body["name"], gates, kept.body["test_set_use"])
+    return canonical(_without_reasons(again)) == canonical(_without_reasons(kept))
 
 
-def _without_prose(record: Record) -> dict[str, Any]:
-    """What a verdict decides: a sentence may be reworded later, and older verdicts must still replay."""
+def _without_reasons(record: Record) -> dict[str, Any]:
     stated = record.model_dump(mode="json")
     for part in (stated["body"], *stated["body"]["gates"]):
         part.pop("reason", None)
@@ -87,11 +80,18 @@ def verdict_document(store: Store, digest: str) -> dict[str, Any]:
     """What `tunesmith gate --json` prints."""
     record = store.record(digest, kind="verdict")
     body = record.body
-    document = {"verdict": body["verdict"], "gates": list(body["gates"]), "candidate": body["name"], "digest": digest}
-    return {**document, "evaluation": record.parents["evaluation"], "look": body["look"], "reason": body.get("reason")}
+    return {
+        "verdict": body["verdict"],
+        "gates": list(body["gates"]),
+        "candidate": body["name"],
+        "digest": digest,
+        "evaluation": record.parents["evaluation"],
+        "test_set_use": body["test_set_use"],
+        "reason": body["reason"],
+    }
 
 
-def _findings(store: Store, record: Record, candidate: str, gates: Gates, look: int, rules: int) -> dict[str, Finding]:
+def _findings(store: Store, record: Record, candidate: str, gates: Gates, use: int) -> dict[str, Finding]:
     try:
         columns = read_scores(store, record)
         measured = read_measurements(store, record)
@@ -99,28 +99,36 @@ def _findings(store: Store, record: Record, candidate: str, gates: Gates, look: 
     except Inconclusive as error:
         reason = f"{error.what} ({error.where})" if error.where else error.what
         return {name: not_judged(gate, reason) for name, gate in gates.items()}
-    tuned = {name: bool(stated["tuned"]) for name, stated in record.body["candidates"].items()}
-    told = {
-        (suite, name): each for suite, names in record.body.get("risks", {}).items() for name, each in names.items()
-    }
-    primary = str(record.body.get("primary", ""))
-    evidence = Evidence(columns, tuned, candidate, look, record.body["seed"], measured, told, primary, labelled)
-    findings = {name: judge_gate(gate, evidence) for name, gate in gates.items()}
-    return _upheld(gates, findings, evidence) if rules > 1 else findings
+    evidence = Evidence(
+        columns=columns,
+        tuned={name: bool(stated["tuned"]) for name, stated in record.body["candidates"].items()},
+        candidate=candidate,
+        test_set_use=use,
+        seed=record.body["seed"],
+        measured=measured,
+        told={
+            (suite, name): stated
+            for suite, of_suite in record.body["risks"].items()
+            for name, stated in of_suite.items()
+        },
+        primary=record.body["primary"],
+        labelled=labelled,
+    )
+    return _corrected(gates, {name: judge_gate(gate, evidence) for name, gate in gates.items()}, evidence)
 
 
-def _upheld(gates: Gates, findings: dict[str, Finding], evidence: Evidence) -> dict[str, Finding]:
-    """Failures that many gates could show by luck become inconclusive (Holm 1979; never a pass).
+def _corrected(gates: Gates, findings: dict[str, Finding], evidence: Evidence) -> dict[str, Finding]:
+    """The findings with failures that chance explains made inconclusive (Holm 1979), never a pass.
 
-    A pass needs every gate, so each keeps its own error rate. A failure needs one: with many gates some sound candidate
-    would fail one by chance. So a failure must hold at the level that Holm's step-down procedure leaves it.
+    A pass needs every gate, so each gate keeps its own error rate. A failure needs only one gate, and among many gates
+    a sound candidate would fail one by chance. So a failure must hold at the level that Holm's procedure leaves it.
     """
     family = [name for name, gate in gates.items() if gate.confidence is not None]
     claimed = {name for name in family if findings[name].outcome == "fail"}
     upheld = step_down(claimed, len(family), lambda name, among: _fails(gates[name], among, evidence))
     for name in claimed - upheld:
-        why = f"{findings[name].reason}; among {len(family)} gates chance alone shows this too often to fail it"
-        findings[name] = replace(findings[name], outcome="inconclusive", reason=why)
+        reason = f"{findings[name].reason}; with {len(family)} gates, chance alone could explain this failure"
+        findings[name] = replace(findings[name], outcome="inconclusive", reason=reason)
     return findings
 
 

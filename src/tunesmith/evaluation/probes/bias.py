@@ -16,7 +16,7 @@ from typing import Any
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.quality.people import FIRST_NAMES
-from tunesmith.evaluation.probes.context import Ground
+from tunesmith.evaluation.probes.context import ProbeContext
 from tunesmith.evaluation.probes.items import Item
 
 # Male and female words that stand for each other. `her` is both his and him: what follows decides.
@@ -58,7 +58,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 _SCENE = "Write one sentence."
 
 
-def swap_items(ground: Ground) -> list[Item]:
+def swap_items(context: ProbeContext) -> list[Item]:
     """Held-out rows that name a person or a gender, each twice: as of a man and a woman, as of names of two places.
 
     The answer is swapped as the request is. What is measured is the probability of the right answer; that of the two
@@ -70,9 +70,9 @@ def swap_items(ground: Ground) -> list[Item]:
         ("names", _places(0), _places(2)),
     ):
         pairs = 0
-        for row in sorted(ground.test, key=lambda row: row.id):
+        for row in sorted(context.test, key=lambda row: row.id):
             versions = [[_swapped(turn, table) for turn in row.messages] for table in (first, second)]
-            if versions[0][:-1] == versions[1][:-1] or pairs == ground.rows:
+            if versions[0][:-1] == versions[1][:-1] or pairs == context.rows:
                 continue
             pairs += 1
             for side, version in zip("ab", versions, strict=True):
@@ -81,21 +81,21 @@ def swap_items(ground: Ground) -> list[Item]:
                         id=f"{arm}:{row.id}/{side}",
                         group=row.group,
                         arm=arm,
-                        messages=ground.put(row, version[:-1]),
+                        messages=context.put(row, version[:-1]),
                         choices=(version[-1].content,),
                     )
                 )
     return found
 
 
-def bbq_items(ground: Ground) -> list[Item]:
+def bbq_items(context: ProbeContext) -> list[Item]:
     """BBQ's ambiguous questions, where nothing but a stereotype tells (Parrish et al. 2022, Findings of ACL).
 
     Choices are the answer that follows the stereotype, the other person, and not known. Rows that do not say whom the
     stereotype is about, or say it of both or neither, are left out. Rows made of one question are one group.
     """
     found = []
-    for row in _jsonl(_needed(ground)):
+    for row in _jsonl(_needed(context)):
         order = _stereotyped_first(row)
         if row.get("context_condition") == "ambig" and order is not None:
             asked = Message(role="user", content=f"{row['context']} {row['question']}")
@@ -103,13 +103,13 @@ def bbq_items(ground: Ground) -> list[Item]:
             identifier = f"{row['category']}-{row['example_id']}"
             choices = tuple(str(row[f"ans{place}"]) for place in order)
             found.append(Item(id=identifier, group=group, arm="ambiguous", messages=(asked,), choices=choices))
-    return _some(found, ground.rows)
+    return _some(found, context.rows)
 
 
-def crows_pairs_items(ground: Ground) -> list[Item]:
+def crows_pairs_items(context: ProbeContext) -> list[Item]:
     """CrowS-Pairs (Nangia et al. 2020, EMNLP): the sentence that stereotypes more and its other version."""
     found = []
-    path = _needed(ground)
+    path = _needed(context)
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             for place, row in enumerate(csv.DictReader(stream)):
@@ -124,7 +124,7 @@ def crows_pairs_items(ground: Ground) -> list[Item]:
                 )
     except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"not CrowS-Pairs: {error}", where=str(path), fix="give crows_pairs_anonymized.csv") from error
-    return _some(found, ground.rows)
+    return _some(found, context.rows)
 
 
 def _mapping(*, male: bool) -> Callable[[str, str], str]:
@@ -192,10 +192,10 @@ def _stereotyped_first(row: Mapping[str, Any]) -> tuple[int, int, int] | None:
     return (about[0], other, unknown[0]) if negative else (other, about[0], unknown[0])
 
 
-def _needed(ground: Ground) -> Path:
-    if ground.path is None:
+def _needed(context: ProbeContext) -> Path:
+    if context.path is None:
         raise UsageError("this probe reads a set", fix="give the gate a path")
-    return ground.path
+    return context.path
 
 
 def _jsonl(path: Path) -> Iterator[dict[str, Any]]:

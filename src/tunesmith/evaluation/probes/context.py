@@ -24,7 +24,7 @@ Asked = Callable[[Sequence[Message]], tuple[Message, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
+class ProbeContext:
     """trained: the rows that a candidate learned from, its canaries left out. put: a request made of a row's, as
     training put it, with what is retrieved from other groups; asked: as it is asked in service. rows: at most so many
     of each kind. path: the set or text a probe reads, where it reads one.
@@ -41,7 +41,7 @@ class Ground:
     privacy: Privacy = Privacy()  # noqa: RUF009 - frozen
 
 
-def ground_of(
+def probe_context(
     store: Store,
     dataset: Dataset,
     candidate: Candidate,
@@ -49,8 +49,8 @@ def ground_of(
     rows: int,
     path: Path | None,
     privacy: Privacy,
-) -> Ground:
-    """The ground of one candidate: the very rows its training drew, and the canaries that it states to have planted."""
+) -> ProbeContext:
+    """The probe context of a candidate, with the rows and canaries that its training used."""
     trained: Sequence[Example] = ()
     planted: Sequence[Canary] = ()
 
@@ -63,7 +63,7 @@ def ground_of(
         settings = TrainSettings.model_validate(stated)
         trained = training_rows(dataset.examples("train"), settings.model_copy(update={"canaries": None}))
         planted = canaries(trained, settings.canaries) if settings.canaries else ()
-    return Ground(
+    return ProbeContext(
         trained=trained,
         canaries=planted,
         validation=dataset.examples("validation"),

@@ -19,7 +19,7 @@ import yaml
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.evaluation.probes.context import Ground
+from tunesmith.evaluation.probes.context import ProbeContext
 from tunesmith.evaluation.probes.items import Item
 
 _EXTRA = "pip install 'tunesmith[lm-eval]'"
@@ -28,20 +28,20 @@ _CLOSED = ("include", "group", "custom_dataset", "gen_prefix", "doc_to_image", "
 _SEED = 1234  # the harness's own for few-shot examples
 
 
-def lm_eval_items(ground: Ground) -> list[Item]:
-    """At most ground.rows items of each task in the folder ground.path, the right choice first.
+def lm_eval_items(context: ProbeContext) -> list[Item]:
+    """At most context.rows items of each task in the folder context.path, the right choice first.
 
     Every .yaml file is a task. Raises UsageError for one that is not multiple choice, reads other files than those
     beside it, or wants code of its own; and where lm-eval is not installed.
     """
-    assert ground.path is not None
-    if not ground.path.is_dir():
-        raise UsageError("not a folder of tasks", where=str(ground.path), fix="name the folder that holds TASK.yaml")
-    files = sorted(ground.path.glob("*.yaml"))
+    assert context.path is not None
+    if not context.path.is_dir():
+        raise UsageError("not a folder of tasks", where=str(context.path), fix="name the folder that holds TASK.yaml")
+    files = sorted(context.path.glob("*.yaml"))
     if not files:
-        raise UsageError("there is no .yaml file here", where=str(ground.path), fix="put the tasks of lm-eval there")
+        raise UsageError("there is no .yaml file here", where=str(context.path), fix="put the tasks of lm-eval there")
     with tempfile.TemporaryDirectory() as cache:
-        return [item for file in files for item in _items(file, _settings(file), Path(cache), ground.rows)]
+        return [item for file in files for item in _items(file, _settings(file), Path(cache), context.rows)]
 
 
 def _settings(file: Path) -> dict[str, Any]:

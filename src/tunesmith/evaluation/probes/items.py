@@ -108,7 +108,7 @@ def read_measurements(store: Store, evaluation: Record) -> dict[tuple[str, str],
             raise Inconclusive(f"item {line['id']!r} was measured twice", where=_line(number))
         cell[line["id"]] = line
     found = {key: by_arm(cell.values()) for key, cell in rows.items()}
-    risks = evaluation.body.get("risks", {})
+    risks = evaluation.body["risks"]
     promised = {(suite, name): told for suite, names in risks.items() for name, told in names.items() if "arms" in told}
     for suite, name in sorted(found.keys() | promised.keys()):
         told = promised.get((suite, name), {}).get("arms")

@@ -5,42 +5,42 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tunesmith.data.dataset import Example
-from tunesmith.evaluation.probes.context import Ground, drawn, with_last_request
+from tunesmith.evaluation.probes.context import ProbeContext, drawn, with_last_request
 from tunesmith.evaluation.probes.items import Item
 
 CONTROL, TRAINED, HELD_OUT = "control", "trained on", "held out"
 _GONE = "…"
 
 
-def canary_items(ground: Ground) -> list[Item]:
+def canary_items(context: ProbeContext) -> list[Item]:
     """Every canary, planted or not: how likely its answer is."""
     return [
         Item(
             id=canary.example.id,
             group=canary.example.group,
             arm=str(canary.repeats) if canary.repeats else CONTROL,
-            messages=ground.put(canary.example, canary.example.request),
+            messages=context.put(canary.example, canary.example.request),
             choices=(canary.example.answer,),
         )
-        for canary in ground.canaries
+        for canary in context.canaries
     ]
 
 
-def membership_items(ground: Ground) -> list[Item]:
+def membership_items(context: ProbeContext) -> list[Item]:
     """Rows that were trained on and rows that were not: how likely their answers are (Yeom et al. 2018, CSF)."""
     return [
         Item(
             id=f"{arm}:{row.id}",
             group=row.group,
             arm=arm,
-            messages=ground.put(row, row.request),
+            messages=context.put(row, row.request),
             choices=(row.answer,),
         )
-        for arm, row in _both(ground)
+        for arm, row in _both(context)
     ]
 
 
-def extraction_items(ground: Ground) -> list[Item]:
+def extraction_items(context: ProbeContext) -> list[Item]:
     """The first half of a request, which seldom says what its answer must be: does the whole answer come out?
 
     Half a request gives away what can be guessed from it; so the same is asked of rows that were held out.
@@ -50,49 +50,49 @@ def extraction_items(ground: Ground) -> list[Item]:
             id=f"{arm}:{row.id}",
             group=row.group,
             arm=arm,
-            messages=ground.put(row, with_last_request(row.request, _half)),
+            messages=context.put(row, with_last_request(row.request, _half)),
             expected=row.answer,
         )
-        for arm, row in _both(ground)
+        for arm, row in _both(context)
     ]
 
 
-def personal_items(ground: Ground) -> list[Item]:
+def personal_items(context: ProbeContext) -> list[Item]:
     """Trained rows with personal data in the answer, asked with that data taken out of the request."""
     from tunesmith.data.privacy.scan import Scanner
 
-    scanner = Scanner(ground.privacy)
+    scanner = Scanner(context.privacy)
     found = []
-    for row in sorted(ground.trained, key=lambda row: row.id):
+    for row in sorted(context.trained, key=lambda row: row.id):
         values = tuple(value for _, value in scanner.values([row.messages[-1]]))
         if values:
             request = [turn.model_copy(update={"content": _without(turn.content, values)}) for turn in row.request]
             found.append(
-                Item(id=row.id, group=row.group, arm="rows", messages=ground.put(row, request), personal=values)
+                Item(id=row.id, group=row.group, arm="rows", messages=context.put(row, request), personal=values)
             )
-        if len(found) == ground.rows:
+        if len(found) == context.rows:
             break
     return found
 
 
-def overfitting_items(ground: Ground) -> list[Item]:
+def overfitting_items(context: ProbeContext) -> list[Item]:
     """Rows of the training and validation splits to answer; the test rows' scores are there already."""
     return [
         Item(
             id=f"{arm}:{row.id}",
             group=row.group,
             arm=arm,
-            messages=ground.put(row, row.request),
+            messages=context.put(row, row.request),
             expected=row.answer,
         )
-        for arm, rows in (("train", ground.trained), ("validation", ground.validation))
-        for row in drawn(rows, ground.rows)
+        for arm, rows in (("train", context.trained), ("validation", context.validation))
+        for row in drawn(rows, context.rows)
     ]
 
 
-def _both(ground: Ground) -> Iterator[tuple[str, Example]]:
-    for arm, rows in ((TRAINED, ground.trained), (HELD_OUT, [*ground.validation, *ground.test])):
-        for row in drawn(rows, ground.rows):
+def _both(context: ProbeContext) -> Iterator[tuple[str, Example]]:
+    for arm, rows in ((TRAINED, context.trained), (HELD_OUT, [*context.validation, *context.test])):
+        for row in drawn(rows, context.rows):
             yield arm, row
 
 

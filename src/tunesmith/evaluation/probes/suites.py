@@ -17,7 +17,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.protocol import Engine, Generation, Question
 from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
 from tunesmith.evaluation.probes import bias, drift, harness, memory, toxic
-from tunesmith.evaluation.probes.context import Ground
+from tunesmith.evaluation.probes.context import ProbeContext
 from tunesmith.evaluation.probes.items import Item, is_number
 from tunesmith.models.rendering import Renderer
 
@@ -30,13 +30,16 @@ Value = Callable[[Item, Mapping[str, Any], Scoring], float]
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """items: what is asked. before: under the base's weights too. own: whether the candidate's own rows are asked, and
-    so with its prompt. untuned: whether it says something of candidates that were not trained, too. none: why there
-    may be nothing to ask. revision: raised when other items are asked, or the same ones become another number; what was
-    measured before stays as it is, and is judged as it was. toxic: whether answers are free ones that toxic.py rates.
+    """How one probe is measured.
+
+    items: makes what is asked. value: turns an answer into a number. before: whether the base's weights are asked too.
+    own: whether the items come from the candidate's rows, with its prompt. untuned: whether the probe also applies to
+    candidates that were not trained. none: the reason to give where there are no items. revision: raise it when the
+    items or the number change. toxic: whether toxic.py rates the answers, which are then decoded without the
+    candidate's length limit and schema.
     """
 
-    items: Callable[[Ground], list[Item]]
+    items: Callable[[ProbeContext], list[Item]]
     value: Value
     before: bool = False
     own: bool = True
@@ -47,17 +50,13 @@ class Suite:
 
     @property
     def depends_on(self) -> dict[str, Any]:
-        """What the answers depend on besides weights and items, for a stage's key. Empty for most."""
-        return self._revised | ({"detector": toxic.rated_by()} if self.toxic else {})
+        """What the answers depend on besides weights and items: inputs of the stage."""
+        return {"revision": self.revision, "detector": toxic.rated_by() if self.toxic else None}
 
     @property
     def states(self) -> dict[str, Any]:
-        """What the record of the answers states besides them."""
-        return self._revised | ({"detector": toxic.rater()} if self.toxic else {})
-
-    @property
-    def _revised(self) -> dict[str, int]:
-        return {"revision": self.revision} if self.revision > 1 else {}  # what was asked before keeps its keys
+        """What the answers record states about the probe."""
+        return {"revision": self.revision, "detector": toxic.rater() if self.toxic else None}
 
 
 def ask(

@@ -13,7 +13,7 @@ from typing import Any
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
 from tunesmith.data.quality import toxicity
-from tunesmith.evaluation.probes.context import Ground
+from tunesmith.evaluation.probes.context import ProbeContext
 from tunesmith.evaluation.probes.items import Item, is_number
 from tunesmith.evaluation.scores import rounded
 
@@ -104,7 +104,7 @@ _NEUTRAL = (
 )
 
 
-def toxicity_items(ground: Ground) -> list[Item]:
+def toxicity_items(context: ProbeContext) -> list[Item]:
     """Requests that invite an insult, a threat or contempt, and ordinary ones of the same forms."""
     return [
         Item(

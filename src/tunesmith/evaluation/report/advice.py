@@ -20,7 +20,7 @@ _PHRASES = {
 def advise(data: Mapping[str, Any]) -> dict[str, Any]:
     """{"headline", "release": a candidate's name or None, "summary", "reasons": [sentence], "cautions": [sentence]}.
 
-    summary: one paragraph on which lever, how sure, what it costs and what it risks. data: what report_data gathered.
+    summary: one paragraph on the approach, its certainty, cost and risks. data: as report_data returns it.
     """
     verdict = data["verdict"]["verdict"] if data["verdict"] else None
     focus, best = data["focus"], data["candidates"][0]["name"]
@@ -33,12 +33,12 @@ def advise(data: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "headline": headlines[verdict],
         "release": focus if verdict == "pass" else None,
-        "summary": " ".join([_lever(data), *_sure(data), *_costs(data), _risked(data)]),
+        "summary": " ".join([_approach(data), *_sure(data), *_costs(data), _risked(data)]),
         "reasons": [
             _measured(data),
             *_difference(data),
             *_gates(data),
-            *_levers(data),
+            *_ladder(data),
             *_price(data),
             *_money(data),
             *_forgotten(data),
@@ -84,12 +84,12 @@ def _difference(data: Mapping[str, Any]) -> list[str]:
     return [sentence]
 
 
-def _lever(data: Mapping[str, Any]) -> str:
-    chosen, focus = data["levers"]["chosen"], data["focus"]
+def _approach(data: Mapping[str, Any]) -> str:
+    chosen, focus = data["ladder"]["chosen"], data["focus"]
     said = f"{focus} {_says(data['primary'], _mean(data, focus))}"
     if chosen is None or chosen["candidate"] == focus:
-        return f"The lever is {chosen['lever']}: {said}." if chosen else f"{said}."
-    return f"{said}; the simplest way that nothing was shown to beat is {chosen['lever']} ({chosen['candidate']})."
+        return f"The approach is {chosen['approach']}: {said}." if chosen else f"{said}."
+    return f"{said}; the simplest way that nothing was shown to beat is {chosen['approach']} ({chosen['candidate']})."
 
 
 def _sure(data: Mapping[str, Any]) -> list[str]:
@@ -123,26 +123,26 @@ def _risked(data: Mapping[str, Any]) -> str:
     return f"{within}{beyond}; {rest}."
 
 
-def _levers(data: Mapping[str, Any]) -> list[str]:
-    """Which lever to use, what it adds to the simpler one, and what was tried and not shown to add anything."""
-    found, confidence = data["levers"], f"{data['confidence']:.0%}"
+def _ladder(data: Mapping[str, Any]) -> list[str]:
+    """Which approach to use, what it adds to the simpler one, and what was tried and not shown to add anything."""
+    found, confidence = data["ladder"], f"{data['confidence']:.0%}"
     if not found["steps"]:
         return []
     chosen = found["chosen"]
-    sentence = f"The lever is {chosen['lever']} ({chosen['candidate']}, {percent(chosen['mean'])})"
+    sentence = f"The approach is {chosen['approach']} ({chosen['candidate']}, {percent(chosen['mean'])})"
     over = next((step for step in found["steps"] if step["candidate"] == chosen["candidate"]), None)
     if over is None:
         sentence += ": nothing more elaborate was shown to beat it"
     else:
-        sentence += f": {_gap(over, confidence)} over {over['over_lever']} ({over['over']})"
+        sentence += f": {_gap(over, confidence)} over {over['over_approach']} ({over['over']})"
         sentence += ", and nothing more elaborate was shown to beat it"
     sentences = [f"{sentence}."]
-    idle = [step for step in found["steps"] if step["difference"]["low"] <= 0.0 and step["lever"] != ENDPOINT]
+    idle = [step for step in found["steps"] if step["difference"]["low"] <= 0.0 and step["approach"] != ENDPOINT]
     if idle:
-        said = "; ".join(f"{step['lever']} ({step['candidate']}) {_gap(step, confidence)}" for step in idle)
+        said = "; ".join(f"{step['approach']} ({step['candidate']}) {_gap(step, confidence)}" for step in idle)
         sentences.append(f"Tried, and not shown to add anything to what is simpler: {said}.")
     for step in found["steps"]:
-        if step["lever"] == ENDPOINT:
+        if step["approach"] == ENDPOINT:
             gap = f"{_gap(step, confidence)} against {step['over']}"
             sentences.append(
                 f"The outside endpoint ({step['candidate']}) is at {gap}; it can be measured, not released."
@@ -240,7 +240,7 @@ def _next(data: Mapping[str, Any], verdict: str | None, best: str) -> list[str]:
 
 def _cautions(data: Mapping[str, Any]) -> list[str]:
     found = []
-    look = data["verdict"]["look"] if data["verdict"] else 1
+    look = data["verdict"]["test_set_use"] if data["verdict"] else 1
     if look > 1:
         found.append(
             f"{look} candidates have been judged on these test rows; the intervals of its gates are widened for that."

@@ -1,4 +1,4 @@
-"""Which lever moves the metric: what each more elaborate way to answer adds to the simpler one, on the same rows."""
+"""Which approach moves the metric: what each more elaborate approach adds to the simpler one, on the same rows."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from tunesmith.evaluation.scores import Column, as_body, difference
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-# From the least effort to the most. What is further down has to show that it adds something.
-LADDER = ("floor", "prompting", "examples in the prompt", "retrieval", "tuning", "tuning with retrieval")
-ENDPOINT, CONTROL = "an outside endpoint", "a control"
+# From the least effort to the most. A more elaborate approach must show that it adds something.
+LADDER = ("baseline", "prompting", "examples in the prompt", "retrieval", "tuning", "tuning with retrieval")
+ENDPOINT, CONTROL = "endpoint", "control"
 _SHOWN_GROUPS = 8
 
 
-def lever_of(store: Store, candidate: Candidate) -> str:
-    """What a candidate answers by: a rung of LADDER, ENDPOINT or CONTROL."""
+def approach_of(store: Store, candidate: Candidate) -> str:
+    """A candidate's approach: one of LADDER, ENDPOINT or CONTROL."""
     if candidate.method != "model":
-        return "floor"
+        return "baseline"
     if candidate.endpoint is not None:
         return ENDPOINT
     if candidate.training is not None:
@@ -33,28 +33,29 @@ def lever_of(store: Store, candidate: Candidate) -> str:
     return "examples in the prompt" if candidate.shots else "prompting"
 
 
-def levers(
+def approach_ladder(
     store: Store, record: Record, columns: Mapping[tuple[str, str], Column], confidence: float
 ) -> dict[str, Any]:
-    """{"rungs": [{lever, candidate, mean}], "steps": [{lever, candidate, over, over_lever, difference}], "chosen"}.
+    """The approaches from simple to elaborate, and what each adds on the same rows.
 
-    rungs: the best candidate of each lever that was measured, by the primary metric. steps: each rung against the one
-    that was chosen below it. chosen: the highest rung whose whole interval over the one chosen before lies above zero;
-    what adds nothing that these rows show is not chosen. The endpoint stands as a step against the chosen one.
+    Returns {"rungs": [{approach, candidate, mean}], "steps": [{approach, candidate, mean, over, over_approach,
+    difference}], "chosen"}. rungs: the best candidate of each measured approach, by the primary metric. steps: each
+    rung against the rung chosen so far. chosen: the highest rung whose whole interval over the rung chosen before is
+    above zero. An endpoint is compared with the chosen rung, but never chosen.
     """
     primary = record.body["primary"]
     stated = record.body["candidates"]
-    by_lever: defaultdict[str, list[str]] = defaultdict(list)
+    by_approach: defaultdict[str, list[str]] = defaultdict(list)
     for name, each in stated.items():
-        by_lever[lever_of(store, load_candidate(store, each["candidate"]))].append(name)
+        by_approach[approach_of(store, load_candidate(store, each["candidate"]))].append(name)
     best = {
-        lever: max(sorted(names), key=lambda name: stated[name]["metrics"][primary]["mean"])
-        for lever, names in by_lever.items()
+        approach: max(sorted(names), key=lambda name: stated[name]["metrics"][primary]["mean"])
+        for approach, names in by_approach.items()
     }
     rungs = [
-        {"lever": lever, "candidate": best[lever], "mean": stated[best[lever]]["metrics"][primary]["mean"]}
-        for lever in (*LADDER, ENDPOINT)
-        if lever in best
+        {"approach": approach, "candidate": best[approach], "mean": stated[best[approach]]["metrics"][primary]["mean"]}
+        for approach in (*LADDER, ENDPOINT)
+        if approach in best
     ]
     chosen: dict[str, Any] | None = None
     steps = []
@@ -64,9 +65,9 @@ def levers(
             continue
         own, other = columns[rung["candidate"], primary], columns[chosen["candidate"], primary]
         gap = as_body(difference(own, other, confidence=confidence, seed=record.body["seed"]).interval)
-        over = {"over": chosen["candidate"], "over_lever": chosen["lever"]}
+        over = {"over": chosen["candidate"], "over_approach": chosen["approach"]}
         steps.append({**rung, **over, "difference": gap})
-        if gap["low"] > 0.0 and rung["lever"] != ENDPOINT:
+        if gap["low"] > 0.0 and rung["approach"] != ENDPOINT:
             chosen = rung
     return {"rungs": rungs, "steps": steps, "chosen": chosen}
 

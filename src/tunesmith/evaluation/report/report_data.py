@@ -17,7 +17,7 @@ from tunesmith.evaluation.evaluate import evaluation_document
 from tunesmith.evaluation.gates.verdict import verdict_document
 from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.report.advice import advise
-from tunesmith.evaluation.report.approach_ladder import levers, lift_by_group
+from tunesmith.evaluation.report.approach_ladder import approach_ladder, lift_by_group
 from tunesmith.evaluation.report.risks import risks
 from tunesmith.evaluation.scores import GENERAL, Column, read_scores
 from tunesmith.store import audit, database
@@ -70,7 +70,7 @@ def report_data(
         "break_even": None
         if rival is None
         else break_even(record.body["candidates"][focus], record.body["candidates"][rival]),
-        "levers": levers(store, record, columns, measured["confidence"]),
+        "ladder": approach_ladder(store, record, columns, measured["confidence"]),
         "by_group": None if rival is None else lift_by_group(columns[focus, primary], columns[rival, primary]),
         "classes": measured["classes"],
         "calibration": measured["calibration"],

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tunesmith.core.errors import UsageError
-from tunesmith.evaluation.stats.statistics import MINIMUM_GROUPS, Floats, confidence_at_look
+from tunesmith.evaluation.stats.statistics import MINIMUM_GROUPS, Floats, confidence_at_use
 
 POWER = 0.8
 # What two candidates that answer at all alike differ on; said wherever it was assumed.
@@ -86,21 +86,21 @@ def plan_lift(
     differing: float,
     at_least: float = 0.0,
     confidence: float = 0.95,
-    look: int = 1,
+    use: int = 1,
     grouping: Grouping = Grouping(),
     power: float = POWER,
 ) -> Plan:
     """What rows test rows can show of a true lift, and how many it takes to show it with the wanted power.
 
     lift: the true difference of means; differing: share of rows on which the two differ, at least abs(lift);
-    at_least: the gate's bound; look: as confidence_at_look. Raises UsageError for shares that cannot be.
+    at_least: the gate's bound; look: as confidence_at_use. Raises UsageError for shares that cannot be.
     """
     if not abs(lift) <= differing <= 1.0:
         raise UsageError(
             f"a lift of {lift:g} needs candidates that differ on at least that share of rows, not on {differing:g}",
             fix="assume a larger share that differs",
         )
-    tail = (1.0 - confidence_at_look(confidence, look)) / 2.0
+    tail = (1.0 - confidence_at_use(confidence, use)) / 2.0
 
     def chance(count: int) -> float:
         return lift_power(count, lift, differing, at_least, tail, grouping)
@@ -114,12 +114,12 @@ def smallest_lift(
     differing: float,
     at_least: float = 0.0,
     confidence: float = 0.95,
-    look: int = 1,
+    use: int = 1,
     grouping: Grouping = Grouping(),
     power: float = POWER,
 ) -> float | None:
     """The smallest true lift that the gate passes with the wanted power, to a tenth of a point; None where none is."""
-    tail = (1.0 - confidence_at_look(confidence, look)) / 2.0
+    tail = (1.0 - confidence_at_use(confidence, use)) / 2.0
     low, high = max(at_least, -differing), differing
     if lift_power(rows, high, differing, at_least, tail, grouping) < power:
         return None

@@ -154,7 +154,7 @@ def step_down(claims: Iterable[str], many: int, holds: Callable[[str, int], bool
     return upheld
 
 
-def confidence_at_look(confidence: float, look: int) -> float:
+def confidence_at_use(confidence: float, use: int) -> float:
     """The two-sided confidence to use when a look-th candidate is judged on the same test rows (the first is 1).
 
     Trying candidate after candidate on the same rows finds one that passes by luck. A two-sided interval used on one
@@ -164,10 +164,10 @@ def confidence_at_look(confidence: float, look: int) -> float:
     become too small to compute (from the 23rd at 0.95): the rows can no longer tell merit from luck.
     """
     tail = (1.0 - confidence) / 2.0
-    if look > 1:
-        tail /= look * (look - 1)
+    if use > 1:
+        tail /= use * (use - 1)
         if tail < _SMALLEST_TAIL:
-            raise Inconclusive(f"{look} candidates have been judged on these test rows: only fresh rows can decide now")
+            raise Inconclusive(f"{use} candidates have been judged on these test rows: only fresh rows can decide now")
     return 1.0 - 2.0 * tail
 
 

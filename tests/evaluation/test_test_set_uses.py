@@ -1,4 +1,4 @@
-"""The test rows' budget: every look is in the audit log, and neither a new dataset nor a lost verdict renews it."""
+"""Uses of the test set: each is in the audit log; neither a new dataset nor a deleted verdict resets the count."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ from tests.evaluation.fabricated import (
 from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.evaluate import evaluate
-from tunesmith.evaluation.gates.test_set_uses import ACTION, looks_taken, record_evaluation, take_look
+from tunesmith.evaluation.gates.test_set_uses import ACTION, count_test_set_uses, record_evaluation, use_test_set
 from tunesmith.evaluation.gates.verdict import judge, verdict_document
 from tunesmith.evaluation.settings import GATES
 from tunesmith.registry.history import verify_log
 from tunesmith.store import audit, database
 from tunesmith.store.identities import acting
-from tunesmith.store.records import Record
 from tunesmith.store.tables import RecordRow
 
 LIFT = GATES.validate_python({"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.05}})
@@ -51,39 +50,39 @@ def scored(made: Fabricated, dataset: str, names: dict[str, str], **settings: An
     return evaluate(made.store, dataset=dataset, answers=answers, probes={}, task=TASK, answer_schema=SCHEMA)
 
 
-def looks_of(made: Fabricated) -> list[dict[str, Any]]:
+def uses_of(made: Fabricated) -> list[dict[str, Any]]:
     with database.reading(made.store.engine) as session:
         return [dict(row.detail) for row in audit.entries(session) if row.action == ACTION]
 
 
-def test_a_verdict_is_a_look_in_the_audit_log(made: Fabricated, evaluation: str) -> None:
+def test_verdict_records_a_use_in_the_audit_log(made: Fabricated, evaluation: str) -> None:
     document = verdict_document(made.store, judge(made.store, evaluation=evaluation, candidate="tuned", gates=LIFT))
-    assert document["look"] == 1
-    entries = looks_of(made)
+    assert document["test_set_use"] == 1
+    entries = uses_of(made)
     assert [entry["candidates"] for entry in entries] == [[made.candidates["tuned"]]]
     assert entries[0]["evaluation"] == evaluation
     assert verify_log(made.store) == []
     judge(made.store, evaluation=evaluation, candidate="tuned", gates=LIFT)
-    assert len(looks_of(made)) == 1, "asking again about the same answers is not another look"
+    assert len(uses_of(made)) == 1, "asking again about the same answers is no new use"
 
 
-def test_trained_candidates_that_were_only_scored_count_too(made: Fabricated) -> None:
-    """Ten trainings, the best by test score judged: that is the tenth look, not the first."""
+def test_scored_trained_candidates_count(made: Fabricated) -> None:
+    """Ten trainings of which the best by test score is judged: the tenth use, not the first."""
     names = {f"try{place}": "x" * (place + 1) for place in range(10)}
     evaluation = scored(made, made.dataset, names)
     record_evaluation(made.store, evaluation, acting(made.store))
     record_evaluation(made.store, evaluation, acting(made.store))
-    assert len(looks_of(made)) == 1
+    assert len(uses_of(made)) == 1
     sure = GATES.validate_python({"right": {"metric": "exact_match", "at_least": 0.5, "confidence": 0.95}})
     document = verdict_document(made.store, judge(made.store, evaluation=evaluation, candidate="try3", gates=sure))
-    assert document["look"] == 10
+    assert document["test_set_use"] == 10
     assert document["gates"][0]["confidence"] == pytest.approx(1 - 0.05 / 90, abs=1e-9)
 
 
-def test_controls_are_not_looked_at_to_be_chosen(made: Fabricated) -> None:
+def test_controls_do_not_count(made: Fabricated) -> None:
     evaluation = scored(made, made.dataset, {"control": "x"}, permute_answers=True)
     record_evaluation(made.store, evaluation, acting(made.store))
-    assert looks_of(made) == []
+    assert uses_of(made) == []
 
 
 def test_a_dataset_with_the_same_test_rows_has_the_same_budget(made: Fabricated, evaluation: str) -> None:
@@ -92,15 +91,18 @@ def test_a_dataset_with_the_same_test_rows_has_the_same_budget(made: Fabricated,
     more = put_dataset(made.store, [*old.examples("train"), *commands(3, 77, 9000)], [], made.test)
     assert more != made.dataset
     again = scored(made, more, {"tuned": "other"})
-    assert verdict_document(made.store, judge(made.store, evaluation=again, candidate="tuned", gates=LIFT))["look"] == 2
+    assert (
+        verdict_document(made.store, judge(made.store, evaluation=again, candidate="tuned", gates=LIFT))["test_set_use"]
+        == 2
+    )
     renamed = [row.model_copy(update={"id": row.id[::-1], "source": "b"}) for row in made.test[:60]]
     part = put_dataset(made.store, old.examples("train"), [], [*renamed, *commands(60, 78, 9500)])
-    assert looks_taken(made.store, part) == 2, "some of its test requests were looked at, under whatever id"
+    assert count_test_set_uses(made.store, part) == 2, "some of its test requests were used, under other ids"
     fresh = put_dataset(made.store, old.examples("train"), [], commands(60, 79, 9900))
-    assert looks_taken(made.store, fresh) == 0
+    assert count_test_set_uses(made.store, fresh) == 0
 
 
-def test_taking_the_verdict_away_does_not_renew_the_budget(made: Fabricated, evaluation: str) -> None:
+def test_deleting_a_verdict_does_not_reset_the_count(made: Fabricated, evaluation: str) -> None:
     digest = judge(made.store, evaluation=evaluation, candidate="tuned", gates=LIFT)
     made.store.record_path(digest).unlink()
     made.store.engine.dispose()
@@ -111,12 +113,4 @@ def test_taking_the_verdict_away_does_not_renew_the_budget(made: Fabricated, eva
                         training=put_training(made.store, made.base, made.dataset, rows=9)),
         flawed(0.93, 1.0, 3), 1, 1)  # fmt: skip
     again = evaluate(made.store, dataset=made.dataset, answers=made.answers, probes={}, task=TASK, answer_schema=SCHEMA)
-    assert take_look(made.store, again, made.candidates["tuned"], acting(made.store)) == 2
-
-
-def test_verdicts_from_before_looks_were_written_down_count(made: Fabricated, evaluation: str) -> None:
-    body = {"name": "rag", "verdict": "fail", "look": 1, "gates": []}
-    parents = {"evaluation": evaluation, "candidate": made.candidates["rag"]}
-    made.store.put_record(Record(kind="verdict", parents=parents, body=body))
-    document = verdict_document(made.store, judge(made.store, evaluation=evaluation, candidate="tuned", gates=LIFT))
-    assert document["look"] == 2
+    assert use_test_set(made.store, again, made.candidates["tuned"], acting(made.store)) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.candidates.baselines import Confident, make_floor
+from tunesmith.candidates.baselines import Confident, make_baseline
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
@@ -32,7 +32,7 @@ ROWS = [
 
 
 def _ask(method: str, text: str) -> Completion:
-    return make_floor(method, ROWS).generate([Generation(messages=(Message(role="user", content=text),))])[0]
+    return make_baseline(method, ROWS).generate([Generation(messages=(Message(role="user", content=text),))])[0]
 
 
 @pytest.mark.parametrize("method", ["nearest", "classifier"])
@@ -63,13 +63,13 @@ def test_the_same_rows_give_the_same_answers() -> None:
 
 def test_answers_that_are_all_different_are_no_classification() -> None:
     with pytest.raises(UsageError, match="no classification"):
-        make_floor("classifier", [example(f"q {n}", f"a {n}", n) for n in range(6)])
+        make_baseline("classifier", [example(f"q {n}", f"a {n}", n) for n in range(6)])
     with pytest.raises(UsageError, match="no classification"):
-        make_floor("classifier", [example(f"q {n}", "a", n) for n in range(6)])
+        make_baseline("classifier", [example(f"q {n}", "a", n) for n in range(6)])
 
 
 def test_streaming_ends_with_the_completion() -> None:
-    floor = make_floor("nearest", ROWS)
+    floor = make_baseline("nearest", ROWS)
     events = list(floor.stream(Generation(messages=(Message(role="user", content="block my card"),))))
     assert events[0] == "card"
     assert isinstance(events[-1], Completion)
@@ -77,4 +77,4 @@ def test_streaming_ends_with_the_completion() -> None:
 
 def test_a_request_without_a_user() -> None:
     with pytest.raises(UsageError, match="no user message"):
-        make_floor("nearest", ROWS).generate([Generation(messages=(Message(role="system", content="s"),))])
+        make_baseline("nearest", ROWS).generate([Generation(messages=(Message(role="system", content="s"),))])
