@@ -3,26 +3,29 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# What the demo needs; tests, lint and documentation need more.
+DEMO   := $(VENV)/.ready-demo
 
-.PHONY: demo test check unit bench clean
+.PHONY: demo test check unit docs bench clean
 .DEFAULT_GOAL := test
 
-demo: $(READY)           ## the whole chain on real input, from raw rows to a signed version in service
+demo: $(DEMO)            ## the whole chain on real input, from raw rows to a signed version in service
 	$(BIN)/python examples/home_intents/demo.py
 
-test: check              ## everything CI runs: lint, types, contracts, unit tests, slow tests on the real model
+test: check              ## everything CI runs: lint, types, contracts, documentation, unit tests, slow tests on the real model
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-check: $(READY)          ## lint, types and the contracts between floors
+check: $(READY)          ## lint, types, import contracts and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
 
 unit: $(READY)           ## the tests that need no real model
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow"
 
-bench: $(READY)          ## measurements, as ratios to this machine's own limit
+bench: $(READY)          ## measurements, as ratios to other tools and to this machine's limit
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python benchmarks/engine.py --install-peers
 	$(BIN)/python benchmarks/canary_false_alarms.py
@@ -36,13 +39,21 @@ bench: $(READY)          ## measurements, as ratios to this machine's own limit
 	$(BIN)/python benchmarks/statistics_simulations.py
 	$(BIN)/python benchmarks/risk_probes.py
 
-clean:                   ## everything that was made here; the cache of base models stays
-	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean:                   ## remove everything that was made here, except the cache of base models
+	rm -rf $(VENV) dist docs/_build docs/reference/generated .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	rm -rf examples/home_intents/.tunesmith examples/home_intents/data examples/home_intents/report.html
 
-$(READY): pyproject.toml
+docs: $(READY)           ## the documentation, strictly: a broken link or a setting without description fails
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
+
+$(DEMO): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tunesmith needs Python 3.11 or newer")'
+	@echo "Installing Tunesmith and its libraries into $(VENV): one to five minutes, up to 6 GB with PyTorch's GPU build."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable ".[demo,documents,classifier,text]" --group dev
+	$(BIN)/python -m pip install --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --editable ".[demo,documents,classifier,text]"
+	touch $(DEMO)
+
+$(READY): $(DEMO)
+	$(BIN)/python -m pip install --editable . --group dev
 	touch $(READY)

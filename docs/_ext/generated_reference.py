@@ -29,7 +29,7 @@ def write_all() -> None:
     for name, text in (
         ("settings.md", settings_page()),
         ("command-line.md", command_line_page()),
-        ("http.md", http_page()),
+        
     ):
         path = FOLDER / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -105,7 +105,7 @@ def _default(value: Mapping[str, Any]) -> str:
     if "default" not in value or value["default"] is None:
         return ""
     text = json.dumps(value["default"], ensure_ascii=False)
-    return f"`{_cell(text)}`" if len(text) <= 60 else "see below"
+    return f"`{_cell(text)}`" if len(text) <= 60 else "that group's defaults"
 
 
 def _type(value: Mapping[str, Any]) -> str:
