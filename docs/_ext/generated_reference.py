@@ -29,7 +29,6 @@ def write_all() -> None:
     for name, text in (
         ("settings.md", settings_page()),
         ("command-line.md", command_line_page()),
-        
     ):
         path = FOLDER / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -129,7 +128,9 @@ def _type(value: Mapping[str, Any]) -> str:
     if kind == "object":
         inside = value.get("additionalProperties")
         return f"map of names to {_type(inside)}" if isinstance(inside, Mapping) else "map"
-    return {"string": "text", "integer": "whole number", "boolean": "true or false"}.get(kind, str(kind)) + _bounds(value)
+    return {"string": "text", "integer": "whole number", "boolean": "true or false"}.get(kind, str(kind)) + _bounds(
+        value
+    )
 
 
 def _bounds(value: Mapping[str, Any]) -> str:
@@ -201,7 +202,7 @@ def http_page() -> str:
         "# HTTP",
         "",
         "Routes under `/v1` are OpenAI's; routes under `/api` are Tunesmith's own. Callers send",
-        "`Authorization: Bearer TOKEN`. Errors have OpenAI's form: `{\"error\": {\"message\", \"type\", \"code\"}}`.",
+        '`Authorization: Bearer TOKEN`. Errors have OpenAI\'s form: `{"error": {"message", "type", "code"}}`.',
     ]
     used: list[str] = []
     for path, methods in document["paths"].items():
@@ -211,7 +212,10 @@ def http_page() -> str:
                 raise ExtensionError(f"the route {method.upper()} {path} has no docstring")
             lines += ["", f"## {method.upper()} `{path}`", "", _prose(summary)]
             for parameter in route.get("parameters", ()):
-                lines += ["", f"- `{parameter['name']}` ({parameter['in']}): {_one_line(parameter.get('description', ''))}"]
+                lines += [
+                    "",
+                    f"- `{parameter['name']}` ({parameter['in']}): {_one_line(parameter.get('description', ''))}",
+                ]
             for title, content in _contents(route):
                 lines += ["", f"{title}: {_type(content)}"]
                 used += _references(content)
