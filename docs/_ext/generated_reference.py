@@ -152,7 +152,7 @@ def command_line_page() -> str:
     lines = [
         "# Command line",
         "",
-        "Every command takes `-h`. `--json` prints one JSON document on standard output. Messages go to standard error.",
+        "Every command takes `-h`. `--json` prints one JSON document on standard output. Messages: standard error.",
         "",
         "| exit code | meaning |",
         "|---|---|",
