@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.pipeline.scene import settings
+from tests.tiny_project import settings
 from tunesmith.project import parse_settings
 
 ROOT = Path(__file__).parents[2]

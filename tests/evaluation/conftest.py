@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluation.fabricated import SCHEMA, Fabricated, fabricate
+from tests.fabricate import SCHEMA, Fabricated, fabricate
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.store.store import Store

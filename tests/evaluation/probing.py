@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.evaluation.fabricated import put_dataset
+from tests.fabricate import put_dataset
 from tests.tiny import write_model
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, put_candidate

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.evaluation.fabricated import SCHEMA
+from tests.fabricate import SCHEMA
 from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.metrics.answer_schema import check_answer_schema, load_answer_schema, satisfies
 

@@ -13,8 +13,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.evaluation.fabricated import Fabricated
 from tests.evaluation.test_verdict import STANDARD
+from tests.fabricate import Fabricated
 from tunesmith.cli import evaluation as verbs
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
 from tunesmith.evaluation.gates.verdict import judge

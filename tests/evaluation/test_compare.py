@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.evaluation.conftest import TASK
-from tests.evaluation.fabricated import PROMPT, SCHEMA, Fabricated, add, commands, flawed, put_answers, put_dataset
+from tests.fabricate import PROMPT, SCHEMA, Fabricated, add, commands, flawed, put_answers, put_dataset
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.evaluation.compare import comparison_document, side_of_candidate, side_of_digest

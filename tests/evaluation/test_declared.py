@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from tests.chat_server import ChatServer, chat_server, completion
-from tests.evaluation.fabricated import Fabricated, fabricate
+from tests.fabricate import Fabricated, fabricate
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import load_dataset

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation.conftest import TASK
-from tests.evaluation.fabricated import (
+from tests.fabricate import (
     PROMPT,
     SCHEMA,
     Fabricated,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.chat_server import chat_server, completion
-from tests.evaluation.fabricated import SCHEMA, Fabricated, add, fabricate, flawed
 from tests.evaluation.test_report import check_whole, verdict_of
+from tests.fabricate import SCHEMA, Fabricated, add, fabricate, flawed
 from tunesmith.candidates.candidate import Candidate, RemoteModel
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.data.dataset import load_dataset

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.evaluation.fabricated import fabricate
+from tests.fabricate import fabricate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.gates.verdict import judge, replay

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from tests.evaluation.conftest import TASK
-from tests.evaluation.fabricated import SCHEMA, Fabricated, put_training
+from tests.fabricate import SCHEMA, Fabricated, put_training
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.evaluation.conftest import TASK
-from tests.evaluation.fabricated import SCHEMA, Fabricated, add, answer_lines, fabricate, put_answers
 from tests.evaluation.test_verdict import STANDARD
+from tests.fabricate import SCHEMA, Fabricated, add, answer_lines, fabricate, put_answers
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.evaluate import evaluate

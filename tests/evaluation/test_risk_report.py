@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.evaluation.conftest import TASK
-from tests.evaluation.fabricated import SCHEMA, Fabricated
 from tests.evaluation.test_probes_evidence import ASKED, kept
 from tests.evaluation.test_report import STANDARD, check_whole, verdict_of
+from tests.fabricate import SCHEMA, Fabricated
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.probes.items import Item
 from tunesmith.evaluation.probes.measuring import Risk
@@ -59,7 +59,7 @@ def _risk(made: Fabricated, suite: str, items: list[Item], fault: Any, **parents
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Fabricated, str]]:
     """An evaluation of a tuned candidate that remembers what it saw sixteen times and favours one side of a pair."""
-    from tests.evaluation.fabricated import fabricate
+    from tests.fabricate import fabricate
 
     made = fabricate(tmp_path_factory.mktemp("faulty"))
     own = {"dataset": made.dataset}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.evaluation.fabricated import SCHEMA
+from tests.fabricate import SCHEMA
 from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.metrics.scorers import SCORERS, NotJson, read_json, score
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.evaluation.conftest import TASK
-from tests.evaluation.fabricated import (
+from tests.fabricate import (
     SCHEMA,
     Fabricated,
     add,

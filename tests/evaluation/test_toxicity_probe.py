@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.evaluation.conftest import TASK
-from tests.evaluation.fabricated import SCHEMA, Fabricated, fabricate
 from tests.evaluation.probing import Bench, row
 from tests.evaluation.test_probes_catch import HARD, commands
+from tests.fabricate import SCHEMA, Fabricated, fabricate
 from tunesmith.core.digests import canonical
 from tunesmith.data.quality import toxicity
 from tunesmith.evaluation.evaluate import evaluate

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.evaluation.conftest import TASK
-from tests.evaluation.fabricated import PROMPT, SCHEMA, Fabricated, add, fabricate, flawed, put_probe, put_training
+from tests.fabricate import PROMPT, SCHEMA, Fabricated, add, fabricate, flawed, put_probe, put_training
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, Refused, UsageError

@@ -171,7 +171,7 @@ def _call(*arguments: str) -> tuple[int, str]:
 
 
 def test_the_verbs(tmp_path: Path) -> None:
-    from tests.pipeline.scene import settings
+    from tests.tiny_project import settings
 
     (tmp_path / "tunesmith.yaml").write_text(yaml.safe_dump(settings()))
     store = Store(tmp_path / ".tunesmith")

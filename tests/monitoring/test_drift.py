@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.rollout.scene import NAME, Scene, example
+from tests.fabricate import NAME, Scene, lamp
 from tunesmith.monitoring.drift import Baseline, Report, Served, cap_tenants, compare_feature, watch
 from tunesmith.monitoring.features import measured_features, request_features
 from tunesmith.monitoring.settings import MonitoringSettings
@@ -157,7 +157,7 @@ def test_unusable_values_are_no_evidence(bad: Any) -> None:
 
 
 def test_served_and_measured_requests_have_the_same_features() -> None:
-    rows = [example(number) for number in range(3)]
+    rows = [lamp(number) for number in range(3)]
     measured = measured_features(rows, lambda messages: len(messages) / 10)
     one = request_features(rows[2].request, lambda messages: len(messages) / 10)
     assert {name: values[2] for name, values in measured.items()} == one

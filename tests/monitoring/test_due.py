@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.rollout.scene import APPROVER, NAME, OPERATOR, STEWARD, Scene, example, put_dataset
+from tests.fabricate import APPROVER, NAME, OPERATOR, STEWARD, Scene, lamp, put_dataset
 from tunesmith.data.dataset import load_dataset
 from tunesmith.monitoring.pending_retrains import Due, list_due
 from tunesmith.monitoring.recall import Cause, recall
@@ -32,9 +32,7 @@ def only(scene: Scene) -> Due:
 
 def without(scene: Scene) -> None:
     """From now on versions are made of a dataset that is not withdrawn."""
-    scene.dataset = put_dataset(
-        scene.store, {"train": [example(n) for n in range(100, 140)], "validation": [], "test": []}
-    )
+    scene.dataset = put_dataset(scene.store, [lamp(n) for n in range(100, 140)])
 
 
 def test_it_is_due_until_a_version_without_the_row_serves(scene: Scene, versions: dict[int, Version]) -> None:
@@ -66,7 +64,7 @@ def test_it_is_due_until_a_version_without_the_row_serves(scene: Scene, versions
 
 def test_while_an_earlier_version_serves_again_it_stays_due(scene: Scene, versions: dict[int, Version]) -> None:
     serve(scene, versions[1])
-    scene.dataset = put_dataset(scene.store, {"train": [example(900, source="b.jsonl")], "validation": [], "test": []})
+    scene.dataset = put_dataset(scene.store, [lamp(900, source="b.jsonl")])
     second = scene.version(60)
     serve(scene, second)
     withdraw(scene, "source", "b.jsonl")
@@ -105,7 +103,7 @@ def test_each_tenant_is_a_place_of_its_own(scene: Scene, versions: dict[int, Ver
         ("", f"{NAME}@v1"),
         ("acme", f"{NAME}@v2"),
     ]
-    scene.dataset = put_dataset(scene.store, {"train": [example(1, licence="MIT")], "validation": [], "test": []})
+    scene.dataset = put_dataset(scene.store, [lamp(1, licence="MIT")])
     new = scene.version(80)
     serve(scene, new, tenant="acme")
     assert [one.tenant for one in list_due(scene.store)] == [""]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.rollout.scene import NAME, OPERATOR, OWNER, STEWARD, Scene, example, put_dataset
+from tests.fabricate import NAME, OPERATOR, OWNER, STEWARD, Scene, lamp, put_dataset
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.monitoring.recall import Cause, recall
@@ -53,7 +53,7 @@ def test_a_row_of_the_test_split_counts_too_and_the_split_is_named(scene: Scene)
 
 
 def test_what_does_not_come_of_it_is_left_alone(scene: Scene, versions: dict[int, Version]) -> None:
-    other = put_dataset(scene.store, {"train": [example(900, source="other.jsonl")], "validation": [], "test": []})
+    other = put_dataset(scene.store, [lamp(900, source="other.jsonl")])
     assert withdraw(scene, "source", "other.jsonl") == {"dataset"}
     assert why(scene, other) == "asked to"
     assert why(scene, scene.dataset) is None
@@ -166,7 +166,7 @@ def test_it_is_not_gone_while_a_champion_means_it_or_something_came_of_it_since(
     row = load_dataset(scene.store, scene.dataset).examples("train")[0]
     by_row = Cause(kind="row", value=row.id)
     recall(scene.store, by_row, reason="asked to", actor=STEWARD)
-    other = put_dataset(scene.store, {"train": [row], "validation": [], "test": []})
+    other = put_dataset(scene.store, [row])
     standing = check_gone(scene.store, by_row)
     assert any(line.startswith("dataset") and "came of it since" in line for line in standing.left), other
     assert standing.retrain == (NAME,)

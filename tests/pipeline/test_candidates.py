@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from tests.chat_server import ChatServer, chat_server, completion
-from tests.pipeline.scene import rows as scene_rows
-from tests.pipeline.scene import settings, write_project
+from tests.tiny_project import rows as scene_rows
+from tests.tiny_project import settings, write_project
 from tunesmith import pipeline
 from tunesmith.api import Project
 from tunesmith.candidates.candidate import load_candidate

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from tests.pipeline.scene import settings, write_project
 from tests.tiny import write_model
+from tests.tiny_project import settings, write_project
 from tunesmith.api import Project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, TunesmithError, UsageError

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.hf_models import write_hf_model
-from tests.pipeline.scene import settings, write_project
+from tests.tiny_project import settings, write_project
 from tunesmith.api import Project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, TunesmithError, UsageError

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.scene import rows, settings, write_project
+from tests.tiny_project import rows, settings, write_project
 from tunesmith import pipeline
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused, UsageError

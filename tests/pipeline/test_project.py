@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.pipeline.scene import settings
+from tests.tiny_project import settings
 from tunesmith.core.errors import UsageError
 from tunesmith.project import Project, open_store, parse_settings, settings_schema
 from tunesmith.services.start import settings_text

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.scene import settings, write_project
+from tests.tiny_project import settings, write_project
 from tunesmith import pipeline
 from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.probes.items import ITEMS, decode_items

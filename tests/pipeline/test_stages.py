@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.scene import write_project
+from tests.tiny_project import write_project
 from tunesmith.api import Project
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import Refused

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.pipeline.scene import rows
 from tests.tiny import write_model
+from tests.tiny_project import rows
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.services.start import examine, infer_schema, make_project

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.scene import write_project
+from tests.tiny_project import write_project
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.pipeline.candidates import answerer, training, untrained_candidate

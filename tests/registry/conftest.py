@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.registry.fabric import Chain, fabricate
+from tests.fabricate import Chain, put_chain
 from tunesmith.registry.versions import Version, register
 from tunesmith.store import identities
 from tunesmith.store.store import Store
@@ -34,7 +34,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
         store = Store(root / "unregistered")
         identities.ensure_owner(store)
         identities.add_user(store, "ann", ["approver"], actor="olive")
-        chain = fabricate(store)
+        chain = put_chain(store)
         store.engine.dispose()
         shutil.copytree(store.root, root / "registered")
         store = Store(root / "registered")

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from tests.registry.fabric import FINGERPRINT, RANK, WIDTH, adapter_config, adapter_tensors, encode
+from tests.fabricate import FINGERPRINT, RANK, WIDTH, adapter_config, adapter_tensors, encode
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, AdapterFile, read_adapter_file

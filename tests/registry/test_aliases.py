@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import update
 
-from tests.registry.fabric import Chain, fabricate
+from tests.fabricate import Chain, put_chain
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.registry.aliases import ALIASES, Alias, get_alias, list_aliases, revision_of, set_alias
@@ -80,7 +80,7 @@ def test_a_recalled_version_is_not_pointed_at(store: Store, version: Version) ->
 
 
 def test_of_two_promoters_at_once_one_wins_and_one_is_told(store: Store, version: Version) -> None:
-    other = register(store, name="intents", verdict=fabricate(store, seed=1).verdict, actor="olive")
+    other = register(store, name="intents", verdict=put_chain(store, seed=1).verdict, actor="olive")
     outcomes: list[str] = []
     gate = threading.Barrier(2)
 
@@ -103,7 +103,7 @@ def test_of_two_promoters_at_once_one_wins_and_one_is_told(store: Store, version
 
 
 def test_an_alias_changed_behind_the_logs_back_shows(store: Store, version: Version) -> None:
-    other = register(store, name="intents", verdict=fabricate(store, seed=1).verdict, actor="olive")
+    other = register(store, name="intents", verdict=put_chain(store, seed=1).verdict, actor="olive")
     point(store, version.digest, 0)
     with database.writing(store.engine) as session:
         session.execute(update(AliasRow).values(version=other.digest))

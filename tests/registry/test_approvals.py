@@ -8,7 +8,7 @@ import os
 import pytest
 from sqlalchemy import delete, update
 
-from tests.registry.fabric import Chain, fabricate
+from tests.fabricate import Chain, put_chain
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
@@ -134,7 +134,7 @@ def test_an_approver_of_another_tenant_does_not_count(store: Store, chain: Chain
 
 def test_an_approval_of_one_digest_is_none_of_another(store: Store, version: Version) -> None:
     approve(store, version, approver="ann")
-    other = register(store, name="intents", verdict=fabricate(store, seed=1).verdict, actor="olive")
+    other = register(store, name="intents", verdict=put_chain(store, seed=1).verdict, actor="olive")
     with pytest.raises(Refused, match="intents@v2 is not approved"):
         require_approved(store, other)
     with pytest.raises(Refused, match="not the version of that digest"):
@@ -145,7 +145,7 @@ def test_an_approval_of_one_digest_is_none_of_another(store: Store, version: Ver
 
 def test_an_approval_replayed_under_another_version_does_not_count(store: Store, version: Version) -> None:
     given = store.record(approve(store, version, approver="ann"))
-    other = register(store, name="intents", verdict=fabricate(store, seed=1).verdict, actor="olive")
+    other = register(store, name="intents", verdict=put_chain(store, seed=1).verdict, actor="olive")
     body = Approval.model_validate(dict(given.body))
     put_approval(store, other, body, store.read_blob(given.blobs[ENVELOPE]))
     with pytest.raises(Refused, match="not about this version"):
@@ -218,7 +218,7 @@ def test_an_audit_entry_that_cannot_be_written_undoes_the_approval(
 
 
 def test_an_overridden_version_is_approved_with_a_reason_that_knows_it(store: Store) -> None:
-    verdict = fabricate(store, verdict="fail").verdict
+    verdict = put_chain(store, verdict="fail").verdict
     version = register(store, name="intents", verdict=verdict, actor="olive", override="a drill")
     with pytest.raises(UsageError, match=r"let through its gates \(a drill\): approving it needs a reason"):
         approve(store, version, approver="ann", reason=" ")

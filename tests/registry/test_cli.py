@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from tests.registry.fabric import Chain, fabricate
+from tests.fabricate import Chain, put_chain
 from tunesmith.cli import users, versions
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.registry.versions import Version
@@ -80,7 +80,7 @@ def test_a_verifier_brings_their_own_keys(store: Store, version: Version, tmp_pa
 
 
 def test_an_override_is_said_wherever_the_version_is(store: Store) -> None:
-    verdict = fabricate(store, verdict="fail").verdict
+    verdict = put_chain(store, verdict="fail").verdict
     words = ("register", verdict, "--name", "intents", "--override", "a drill")
     assert document(store, *words)["override"] == "a drill"
     assert "its gates were overridden: a drill" in run(store, *words).stdout

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from tests.pipeline.scene import settings, write_project
+from tests.tiny_project import settings, write_project
 from tunesmith.api import Project
 from tunesmith.cli.main import app
 from tunesmith.core.digests import digest_file

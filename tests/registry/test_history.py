@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, select, update
 
-from tests.registry.fabric import Chain
+from tests.fabricate import Chain
 from tunesmith.registry.approvals import approve
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.versions import Version, register

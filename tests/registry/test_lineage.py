@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.registry.fabric import Chain
+from tests.fabricate import Chain
 from tunesmith.core.errors import Refused
 from tunesmith.registry.approvals import approve
 from tunesmith.registry.lineage import ancestors, tree
@@ -40,7 +40,7 @@ def test_a_tree_goes_up_and_down_and_spells_each_record_out_once(store: Store, v
         "version",
         "approval",
     }
-    assert node["says"] == "10 steps, loss 0.5"
+    assert node["says"] == "262 steps, loss 0.069068"
 
     def spelled_out(nodes: list[dict[str, Any]], key: str) -> list[str]:
         whole = [inner["digest"] for inner in nodes if not inner["seen"]]

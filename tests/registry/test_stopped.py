@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from tests.registry.fabric import Chain
+from tests.fabricate import Chain
 from tunesmith.registry.approvals import approve, require_approved
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing import keys

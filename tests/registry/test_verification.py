@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.registry.fabric import Chain, fabricate, put_verdict
+from tests.fabricate import Chain, put_chain, put_verdict
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import UsageError
 from tunesmith.registry.approvals import approve
@@ -56,7 +56,7 @@ def test_a_copy_on_another_path_verifies_without_a_database(store: Store, versio
 
 
 def test_one_flipped_byte_in_any_file_is_found_and_the_file_named(store: Store, version: Version) -> None:
-    fabricate(store, seed=1)  # what another version rests on counts too: the whole store is held against its names
+    put_chain(store, seed=1)  # what another version rests on counts too: the whole store is held against its names
     approve(store, version, approver="ann")
     files = [path for kind in ("blobs", "records", "versions") for path in (store.root / kind).rglob("*")]
     files = sorted(path for path in files if path.is_file())
@@ -138,7 +138,7 @@ def test_a_folder_that_is_a_link_is_refused(store: Store, folder: Path) -> None:
 
 
 def test_a_signature_of_another_version_does_not_serve(store: Store, folder: Path) -> None:
-    register(store, name="intents", verdict=fabricate(store, seed=1).verdict, actor="olive")
+    register(store, name="intents", verdict=put_chain(store, seed=1).verdict, actor="olive")
     shutil.copy(folder.with_name("v2") / "model.sig", folder / "model.sig")
     assert problems(store.root)
 
@@ -171,7 +171,7 @@ def test_a_list_of_keys_that_the_verifier_brought_is_not_overruled_by_the_stores
     # An attacker with the whole store makes everything anew with a key of their own, under the same names.
     other = Store(tmp_path / "forged")
     identities.ensure_owner(other)
-    forged = register(other, name="intents", verdict=fabricate(other).verdict, actor="olive")
+    forged = register(other, name="intents", verdict=put_chain(other).verdict, actor="olive")
     assert verify_version(other.root, forged.label).ok
     assert not verify_version(other.root, forged.label, trust=theirs).ok
 

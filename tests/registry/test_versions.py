@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from sqlalchemy import delete, select, update
 
-from tests.registry.fabric import (
+from tests.fabricate import (
     FINGERPRINT,
     Chain,
     adapter_config,
+    adapter_files,
     adapter_tensors,
     encode,
-    fabricate,
     put_base,
+    put_chain,
     put_training,
     put_verdict,
 )
@@ -67,7 +68,7 @@ def test_a_passing_candidate_becomes_a_signed_version(store: Store, chain: Chain
 
 
 def test_a_prompt_can_be_released_as_well(store: Store) -> None:
-    version = register(store, name="intents", verdict=fabricate(store, tuned=False).verdict, actor="olive")
+    version = register(store, name="intents", verdict=put_chain(store, tuned=False).verdict, actor="olive")
     assert {path.name for path in (store.root / "versions" / "intents" / "v1").iterdir()} == {
         "release.json",
         "model.sig",
@@ -81,7 +82,7 @@ def test_the_same_verdict_again_is_the_same_version(store: Store, version: Versi
     before = actions(store)
     assert register(store, name="intents", verdict=chain.verdict, actor="olive") == version
     assert actions(store) == before
-    second = register(store, name="intents", verdict=fabricate(store, seed=1).verdict, actor="olive")
+    second = register(store, name="intents", verdict=put_chain(store, seed=1).verdict, actor="olive")
     elsewhere = register(store, name="intents", verdict=chain.verdict, actor="olive", tenant="acme")
     assert [found.label for found in list_versions(store)] == ["intents@v1", "intents@v2", "intents@v3"]
     assert (second.number, elsewhere.number, elsewhere.tenant) == (2, 3, "acme")
@@ -89,7 +90,7 @@ def test_the_same_verdict_again_is_the_same_version(store: Store, version: Versi
 
 @pytest.mark.parametrize("outcome", ["fail", "inconclusive"])
 def test_what_did_not_pass_is_refused_unless_an_admin_overrides_it(store: Store, outcome: str) -> None:
-    verdict = fabricate(store, verdict=outcome).verdict
+    verdict = put_chain(store, verdict=outcome).verdict
     with pytest.raises(Refused, match=rf"{outcome}: valid \({outcome}\)"):
         register(store, name="intents", verdict=verdict, actor="olive")
     identities.add_user(store, "eve", ["engineer"], actor="olive")
@@ -150,11 +151,11 @@ def forge_verdict(store: Store, chain: Chain, **parents: str) -> str:
 
 
 def test_evidence_about_another_candidate_or_typed_in_by_hand_is_refused(store: Store, chain: Chain) -> None:
-    other = fabricate(store, seed=1)
+    other = put_chain(store, seed=1)
     for parents in ({"candidate": other.candidate}, {"evaluation": other.evaluation}):
         with pytest.raises(Refused, match="did not measure this candidate"):
             register(store, name="intents", verdict=forge_verdict(store, chain, **parents), actor="olive")
-    typed = store.record(fabricate(store, verdict="fail", seed=2).verdict)
+    typed = store.record(put_chain(store, verdict="fail", seed=2).verdict)
     body = {**typed.body, "verdict": "pass", "gates": [{**typed.body["gates"][0], "outcome": "pass", "value": 1.0}]}
     for forged in (body, {"name": "tuned", "verdict": "pass", "gates": []}, {"name": "tuned", "verdict": "pass"}):
         digest = store.put_record(typed.model_copy(update={"body": forged}))
@@ -180,10 +181,7 @@ def test_an_adapter_of_another_base_is_refused(store: Store, chain: Chain) -> No
 
 
 def test_an_adapter_under_another_rendering_is_refused(store: Store, chain: Chain) -> None:
-    files = {
-        CONFIG_FILE: json.dumps(adapter_config(chain.base)).encode(),
-        ADAPTER_FILE: encode(adapter_tensors(5), chain.base),
-    }
+    files = adapter_files(chain.base, 5)
     training = put_training(store, chain.base, chain.dataset, files, digest_bytes(b"another template"))
     with pytest.raises(Refused, match="another tokenizer or chat template"):
         register(store, name="intents", verdict=candidate_with(store, chain, training=training), actor="olive")
@@ -200,18 +198,22 @@ def zeroed(store: Store) -> bytes:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda store: {"weights": zeroed(store)}, "changes nothing"),
-        (lambda store: {"weights": b"\x80\x04."}, "not readable as safetensors"),
-        (lambda store: {"config": adapter_config("x")}, "trained on another base"),
-        (lambda store: {"config": {**adapter_config(put_base(store)), "auto_mapping": {}}}, "auto_mapping"),
+        (lambda store: {ADAPTER_FILE: zeroed(store)}, "changes nothing"),
+        (lambda store: {ADAPTER_FILE: b"\x80\x04."}, "not readable as safetensors"),
+        (lambda store: {CONFIG_FILE: json.dumps(adapter_config("x")).encode()}, "trained on another base"),
+        (
+            lambda store: {CONFIG_FILE: json.dumps(adapter_config(put_base(store), auto_mapping={})).encode()},
+            "auto_mapping",
+        ),
     ],
 )
 def test_a_bad_adapter_is_refused_and_leaves_nothing(
-    store: Store, make: Callable[[Store], dict[str, Any]], reason: str
+    store: Store, make: Callable[[Store], dict[str, bytes]], reason: str
 ) -> None:
     before = actions(store)
+    files = {**adapter_files(put_base(store)), **make(store)}
     with pytest.raises(Refused, match=reason):
-        register(store, name="intents", verdict=fabricate(store, **make(store)).verdict, actor="olive")
+        register(store, name="intents", verdict=put_chain(store, files=files).verdict, actor="olive")
     assert not list((store.root / "versions").glob("*/*"))
     assert not list((store.root / "work").iterdir())
     assert set(actions(store)[len(before) :]) <= {"user.key", "test.use"}
@@ -333,7 +335,7 @@ def test_a_file_swapped_between_its_copy_and_its_verification_is_not_believed(
 
 
 def test_another_versions_whole_folder_is_not_served_in_its_place(store: Store, version: Version) -> None:
-    other = register(store, name="intents", verdict=fabricate(store, seed=1).verdict, actor="olive")
+    other = register(store, name="intents", verdict=put_chain(store, seed=1).verdict, actor="olive")
     folder = store.root / "versions" / "intents"
     shutil.rmtree(folder / "v2")
     shutil.copytree(folder / "v1", folder / "v2")
@@ -401,7 +403,7 @@ def test_two_who_register_the_same_verdict_at_once_get_one_version(store: Store,
         found.append(register(own, name="intents", verdict=chain.verdict, actor="olive").label)
 
     identities.acting(store)
-    register(store, name="warm", verdict=fabricate(store, seed=9).verdict, actor="olive")
+    register(store, name="warm", verdict=put_chain(store, seed=9).verdict, actor="olive")
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -431,7 +433,7 @@ def test_an_audit_entry_that_cannot_be_written_undoes_the_registration(
 def test_a_number_that_a_folder_bears_is_never_given_again(store: Store, version: Version) -> None:
     with database.writing(store.engine) as session:  # as after restoring an older backup of the database
         session.execute(delete(VersionRow))
-    other = register(store, name="intents", verdict=fabricate(store, seed=1).verdict, actor="olive")
+    other = register(store, name="intents", verdict=put_chain(store, seed=1).verdict, actor="olive")
     assert other.label == "intents@v2"
     assert verify_version(store.root, version.label).ok
     assert register(store, name="intents", verdict=version.verdict, actor="olive") == version

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rollout.scene import OWNER, Scene, build_scene
+from tests.fabricate import OWNER, Scene, build_scene
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.store.store import Store
 
@@ -44,4 +44,4 @@ def versions(scene: Scene) -> dict[int, Version]:
 def copied(made: Scene, root: Path) -> Scene:
     """The scene under another root."""
     shutil.copytree(made.store.root, root)
-    return Scene(Store(root, url=f"sqlite:///{root / 'tunesmith.db'}"), made.base, made.dataset, made.untuned)
+    return Scene(Store(root, url=f"sqlite:///{root / 'tunesmith.db'}"), made.base, made.dataset)

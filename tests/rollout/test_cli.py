@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.rollout.scene import NAME, OPERATOR, OWNER, STEWARD, Scene
+from tests.fabricate import NAME, OPERATOR, OWNER, STEWARD, Scene
 from tunesmith.cli import monitoring, rollout
 from tunesmith.core.errors import TunesmithError
 from tunesmith.data.dataset import load_dataset

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete
 
-from tests.rollout.scene import APPROVER, NAME, OPERATOR, OWNER, Scene
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.registry.aliases import get_alias, set_alias
 from tunesmith.registry.versions import Version

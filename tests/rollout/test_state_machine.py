@@ -19,8 +19,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.fabricate import NAME, OPERATOR, OWNER, Scene
 from tests.rollout.conftest import copied
-from tests.rollout.scene import NAME, OPERATOR, OWNER, Scene
 from tunesmith.core.errors import Refused
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import list_versions

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.rollout.scene import Scene
+from tests.fabricate import Scene
 from tunesmith.rollout.traffic import STEP, arms, goes_to_canary
 from tunesmith.store import database
 from tunesmith.store.tables import RequestRow

@@ -15,8 +15,8 @@ import openai
 import pytest
 import uvicorn
 
+from tests.fabricate import NAME, OPERATOR, Scene
 from tests.rollout.conftest import copied, made, scene, versions
-from tests.rollout.scene import NAME, OPERATOR, Scene
 from tests.server.fake_engine import FakeEngine
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.rollout.controller import start

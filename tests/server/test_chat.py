@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.rollout.scene import NAME, OWNER
+from tests.fabricate import NAME, OWNER
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import VALID
 from tunesmith.core.digests import short

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.rollout.scene import NAME, OPERATOR, OWNER, Scene
+from tests.fabricate import NAME, OPERATOR, OWNER, Scene
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import VALID, FakeEngine
 from tunesmith.registry.aliases import get_alias

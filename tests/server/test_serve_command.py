@@ -13,7 +13,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.rollout.scene import NAME, OPERATOR, OWNER, build_scene
+from tests.fabricate import NAME, OPERATOR, OWNER, build_scene
 from tests.tiny import write_model
 from tunesmith.pipeline import PipelineContext
 from tunesmith.project import Project

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from tests.pipeline.scene import settings, write_project
+from tests.tiny_project import settings, write_project
 from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Silent
