@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny_project import settings
+from tunesmith.cli.project import settings_text
 from tunesmith.core.errors import UsageError
 from tunesmith.project import Project, open_store, parse_settings, settings_schema
-from tunesmith.services.start import settings_text
 
 
 def _parse(**changes: Any) -> Any:

@@ -16,7 +16,8 @@ from tests.tiny import write_model
 from tests.tiny_project import rows
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.services.start import examine, infer_schema, make_project
+from tunesmith.services.doctor import examine
+from tunesmith.services.new_project import infer_schema, make_project
 
 
 def _rows(path: Path, count: int = 120) -> Path:
@@ -48,7 +49,7 @@ def test_text_answers_make_a_project_without_schema(tmp_path: Path) -> None:
     assert Project.load(tmp_path / "p").settings.task.scorers == ("exact_match",)
 
 
-def test_rows_of_keys_of_their_own_are_renamed(tmp_path: Path) -> None:
+def test_keys_of_rows_are_renamed(tmp_path: Path) -> None:
     data = tmp_path / "mine.csv"
     data.write_text("text,category\n" + "".join(f"question {n},answer {n % 3}\n" for n in range(30)))
     with pytest.raises(UsageError, match="fits no known format") as caught:
@@ -60,7 +61,7 @@ def test_rows_of_keys_of_their_own_are_renamed(tmp_path: Path) -> None:
     assert Project.load(tmp_path / "p").settings.data.sources[0].rename == names
 
 
-def test_a_rename_that_says_no_name(tmp_path: Path) -> None:
+def test_a_rename_without_a_name_is_refused(tmp_path: Path) -> None:
     words = ["init", "--data", "x.csv", "--licence", "MIT", "-C", str(tmp_path), "--rename"]
     for said in ("text", "=prompt", "text="):
         done = subprocess.run([sys.executable, "-m", "tunesmith", *words, said], capture_output=True, text=True)
@@ -68,7 +69,7 @@ def test_a_rename_that_says_no_name(tmp_path: Path) -> None:
         assert "--rename text=prompt" in done.stderr
 
 
-def test_nothing_is_overwritten_and_licences_count(tmp_path: Path) -> None:
+def test_init_overwrites_nothing_and_checks_licences(tmp_path: Path) -> None:
     data = _rows(tmp_path / "mine.jsonl")
     with pytest.raises(Refused):
         make_project(tmp_path / "p", data=data, licence="CC-BY-NC-4.0", name=None, base="model")
@@ -100,16 +101,16 @@ def test_answers_that_are_not_all_objects_have_no_schema() -> None:
     assert infer_schema(["[1]", "2"]) is None
 
 
-def test_doctor_tells_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_how_to_fix_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_THREADS", "1")
-    checks = {check.name: check for check in examine(tmp_path)}
+    checks = {check.name: check for check in examine(tmp_path).checks}
     assert checks["python"].ok
     assert checks["processor"].ok
     assert checks["processor"].detail.endswith("; TUNESMITH_THREADS: 1")
     assert not checks["project"].ok
     assert checks["project"].fix
     monkeypatch.setenv("TUNESMITH_THREADS", "two")
-    (processor,) = (check for check in examine(tmp_path) if check.name == "processor")
+    (processor,) = (check for check in examine(tmp_path).checks if check.name == "processor")
     assert not processor.ok
     assert processor.fix
 
@@ -127,6 +128,16 @@ def test_errors_on_the_command_line(tmp_path: Path) -> None:
         assert done.stdout == ""
     done = _cli("run", "-C", str(tmp_path), "--json")
     assert json.loads(done.stdout)["error"]["exit"] == 2
+
+
+def test_the_folder_may_be_named_before_the_command(tmp_path: Path) -> None:
+    found = [_cli(*words, "--json") for words in (["-C", str(tmp_path), "doctor"], ["doctor", "-C", str(tmp_path)])]
+    first, second = (json.loads(done.stdout)["checks"] for done in found)
+    assert first[-3:] == second[-3:]
+    assert str(tmp_path) in first[-3]["detail"]
+    twice = _cli("-C", str(tmp_path), "doctor", "-C", ".")
+    assert twice.returncode == 2
+    assert "-C is given twice" in twice.stderr
 
 
 def test_help_imports_nothing_heavy() -> None:

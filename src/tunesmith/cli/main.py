@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from tunesmith.cli import chat, data, evaluation, monitoring, pipeline, rollout, serve, start, users, versions
+from tunesmith.cli import chat, data, evaluation, monitoring, pipeline, project, rollout, serve, users, versions
 from tunesmith.core.errors import TunesmithError, UsageError
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (start, pipeline, data, evaluation, versions, users, rollout, serve, monitoring, chat):
+for commands in (project, pipeline, data, evaluation, versions, users, rollout, serve, monitoring, chat):
     commands.register(app)
 
 _STOPPED = 130

