@@ -21,7 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from corpora import corpora
 from leakage import FOLDER, NEAR, Row, words
-from tunesmith.data.quality.likeness import ALIKE_AT, alike
+from tunesmith.data.quality.similar_requests import ALIKE_AT, alike
 from tunesmith.data.splitting.duplicates import near_pairs
 from tunesmith.models.embedding import find_embedder
 

@@ -19,7 +19,7 @@ from tunesmith.engines.native import kernels as native
 from tunesmith.engines.native import runtime
 from tunesmith.engines.native.network.products import PackedLinear
 
-SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576))  # out, in
+FORMATS = ((960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576))  # out, in
 ROUNDS = 7
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     print(f"{runtime.describe()} ({native.identity()}), {threads} threads, torch {torch.__version__}")
     print("  rows  weight         ours  ours, gradient  the library's")
     for rows in told.rows:
-        for out, into in SHAPES:
+        for out, into in FORMATS:
             weight, x, gradient = (torch.randn(*size).bfloat16() for size in ((out, into), (rows, into), (rows, out)))
             ours, laid_out = PackedLinear(weight), torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 

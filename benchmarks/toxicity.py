@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from corpora import corpora
 from leakage import FOLDER
-from tunesmith.data.privacy.recall_estimate import recall_at_least
+from tunesmith.data.privacy.detection_recall import recall_at_least
 from tunesmith.data.quality import toxicity
 
 

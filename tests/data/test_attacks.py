@@ -327,18 +327,18 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 def test_a_file_that_changes_while_it_is_read(
     project: Callable[..., Path], ask: Ask, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    from tunesmith.data.building.shards import Worker
+    from tunesmith.data.building.shards import ShardWorker
 
     root = project({"rows.jsonl": lines(*GOOD)})
-    pieces = Worker.pieces
+    pieces = ShardWorker.pieces
 
-    def slow(self: Worker, shard: Any) -> Iterator[Any]:
+    def slow(self: ShardWorker, shard: Any) -> Iterator[Any]:
         for number, piece in enumerate(pieces(self, shard)):
             if number == 0:
                 CHANGES[how](root / "rows.jsonl")
             yield piece
 
-    monkeypatch.setattr(Worker, "pieces", slow)
+    monkeypatch.setattr(ShardWorker, "pieces", slow)
     ended = ask(root)
     gone = (2, "cannot be opened: No such file or directory", "rows.jsonl")
     changed = (1, "the file changed while it was read", "rows.jsonl")

@@ -45,9 +45,9 @@ def build(
         raise UsageError(f"there is no engine {engine!r}", where="--engine", fix="local or ray")
     shards = None
     if engine == "ray":
-        from tunesmith.data.building.ray_runner import OnRay
+        from tunesmith.data.building.ray_runner import RayRunner
 
-        shards = OnRay()
+        shards = RayRunner()
     project = open_project(directory)
     document = dataset_document(project.store, pipeline.build_data(project, Terminal(), shards))
     emit(document, as_json, lambda console, _: _show_account(document, console))

@@ -124,7 +124,7 @@ def quality(
 ) -> None:
     """Flag rows that a person should look at; drops none. Kept as a record beside the dataset version."""
     from tunesmith.data.dataset import load_dataset
-    from tunesmith.data.quality.quality import FLAGS, examine_quality
+    from tunesmith.data.quality.flags import FLAGS, examine_quality
     from tunesmith.project import open_store
 
     store = open_store(directory)

@@ -19,7 +19,7 @@ from tunesmith.core.messages import Message
 from tunesmith.core.settings import Settings
 from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.settings import Privacy, Source
-from tunesmith.data.sources.sources import SourceFile, find_files, open_source
+from tunesmith.data.sources.files import SourceFile, find_files, open_source
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

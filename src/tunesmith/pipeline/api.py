@@ -9,8 +9,7 @@ from typing import Any
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.building.build import dataset_document
-from tunesmith.data.building.shards import Engine as ShardEngine
-from tunesmith.data.building.shards import Local
+from tunesmith.data.building.shards import LocalRunner, ShardRunner
 from tunesmith.evaluation.evaluate import evaluation_document
 from tunesmith.evaluation.gates.verdict import verdict_document
 from tunesmith.pipeline.candidates import learning_rates, training
@@ -23,9 +22,9 @@ from tunesmith.registry.versions import Version
 from tunesmith.registry.versions import register as register_version
 
 
-def build_data(project: Project, progress: Progress = SILENT, shards: ShardEngine | None = None) -> str:
+def build_data(project: Project, progress: Progress = SILENT, shards: ShardRunner | None = None) -> str:
     """Digest of the project's dataset version. shards: who reads the source files' shards; this machine by default."""
-    return PipelineContext(project, progress, shards=shards or Local()).dataset.digest
+    return PipelineContext(project, progress, shards=shards or LocalRunner()).dataset.digest
 
 
 def train(

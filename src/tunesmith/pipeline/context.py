@@ -17,13 +17,12 @@ from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.building.build import build_dataset
-from tunesmith.data.building.shards import Engine as ShardEngine
-from tunesmith.data.building.shards import Local
+from tunesmith.data.building.outside_sets import outside_sources
+from tunesmith.data.building.shards import LocalRunner, ShardRunner
 from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.documents import build_documents, document_files
 from tunesmith.data.governance.withdrawn import load_withdrawn
-from tunesmith.data.sources.sources import find_files
-from tunesmith.data.splitting.decontaminate import outside_sources
+from tunesmith.data.sources.files import find_files
 from tunesmith.engines.factory import engine_kind, open_engine
 from tunesmith.engines.settings import NATIVE, TARGETS
 from tunesmith.models.families import meant, ours
@@ -44,7 +43,7 @@ class PipelineContext:
     project: Project
     progress: Progress = SILENT
     actor: str | None = None  # who runs the stages; None: as `Project.actor` decides
-    shards: ShardEngine = field(default_factory=Local)  # reads the source files' shards; never changes the dataset
+    shards: ShardRunner = field(default_factory=LocalRunner)  # runs the data build; does not change its result
     plan_shown: bool = field(default=False, init=False)  # whether the power of the gates was shown already
 
     @property

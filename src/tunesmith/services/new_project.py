@@ -18,10 +18,10 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.view import View
 from tunesmith.data.building.examine import renamed
-from tunesmith.data.formats.formats import conversation, objection, read_turns, shape_of
+from tunesmith.data.formats.row_formats import conversation, format_of, objection, read_turns
 from tunesmith.data.governance.licences import permitted
 from tunesmith.data.settings import Licences, Source
-from tunesmith.data.sources.sources import Row, find_files, open_source
+from tunesmith.data.sources.files import Row, find_files, open_source
 from tunesmith.project import FILE, STORE, Project
 
 _TEST_ROWS, _VALIDATION_ROWS = 300, 100
@@ -110,11 +110,11 @@ def _look(root: Path, source: Source) -> _Looked:
     keys: Counter[str] = Counter()
     for file in find_files([source], root):
         with open_source(file) as opened:
-            shape = None
+            row_format = None
             for read in opened.rows():
                 row = Row(read.source, read.number, renamed(read, source.rename))
-                shape = shape or shape_of("auto", row)
-                turns = read_turns(row, shape, Counter())
+                row_format = row_format or format_of("auto", row)
+                turns = read_turns(row, row_format, Counter())
                 keys.update(row.fields.keys())
                 if objection(turns) is None:
                     answers.append(conversation(turns)[-1].text)

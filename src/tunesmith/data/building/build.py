@@ -14,21 +14,30 @@ from tunesmith.core.messages import CountTokens
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.building.account import Account
 from tunesmith.data.building.examine import listed_values
-from tunesmith.data.building.shards import Engine, Job, Local, Piece, Planned, examined, plan, shapes_of
-from tunesmith.data.building.staging import Spill
+from tunesmith.data.building.outside_sets import OUTSIDE, Outside, read_outside
+from tunesmith.data.building.shards import (
+    ExaminedRows,
+    LocalRunner,
+    PlannedFile,
+    RowRules,
+    ShardRunner,
+    examined,
+    formats_of,
+    plan,
+)
+from tunesmith.data.building.staging import StagingDatabase
 from tunesmith.data.dataset import REMOVED, SPLITS, Example
-from tunesmith.data.formats.formats import OPENAI, Shape, evidence
-from tunesmith.data.formats.openai_rows import too_few
+from tunesmith.data.formats.openai_rules import too_few
+from tunesmith.data.formats.row_formats import OPENAI, RowFormat, evidence
 from tunesmith.data.governance.licences import Credit, duties
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.evidence import privacy_evidence
 from tunesmith.data.privacy.originals import check_originals, keep_originals
 from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.settings import DataSettings, Split
-from tunesmith.data.splitting.decontaminate import OUTSIDE, Outside, read_outside
-from tunesmith.data.splitting.division import OLDER, cuts, split_by_time, stratified
+from tunesmith.data.splitting.assignment import OLDER, cuts, split_by_time, stratified
 from tunesmith.data.splitting.groups import joined_groups
-from tunesmith.data.splitting.splits import NEAR_HELD_OUT, Nearness, Trace, clusters, leakage, leaving
+from tunesmith.data.splitting.leakage import NEAR_HELD_OUT, ComparedRow, Nearness, clusters, leakage, leaving
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -49,7 +58,7 @@ def build_dataset(
     special_tokens: Sequence[str] = (),
     withdrawn: Withdrawn = Withdrawn(),
     work: Path | None = None,
-    engine: Engine = Local(),
+    engine: ShardRunner = LocalRunner(),
     progress: Progress = SILENT,
 ) -> str:
     """Read, check, clean, split and seal; returns the dataset record's digest. The same input gives the same digest.
@@ -72,8 +81,8 @@ def build_dataset(
         folder.mkdir(parents=True, exist_ok=True)
         planned = plan(settings, root, folder, undo)
         rules = (count_tokens, max_tokens, answer_schema, special, withdrawn, outside.wordings)
-        job = Job(settings, *rules, shapes_of(planned))
-        spill = undo.enter_context(Spill(folder))
+        job = RowRules(settings, *rules, formats_of(planned))
+        spill = undo.enter_context(StagingDatabase(folder))
         held_out = {one.file.name for one in planned if one.file.source.split}
         rows = _take_in(spill, account, examined(planned, job, engine, progress))
         spill.drop_repeats(held_out)
@@ -85,7 +94,7 @@ def build_dataset(
         counted = spill.counts()
         body = {
             "settings": settings.model_dump(mode="json", exclude={"sign_off"}),
-            "sources": [_described(one, job.shapes[one.file.source.path], rows[one.file.name]) for one in planned],
+            "sources": [_described(one, job.formats[one.file.source.path], rows[one.file.name]) for one in planned],
             "rows": {
                 "read": account.read,
                 "kept": sum(counted["splits"].values()),
@@ -111,8 +120,8 @@ def build_dataset(
     return store.put_record(Record(kind="dataset", blobs=blobs, body=body))
 
 
-def _take_in(spill: Spill, account: Account, pieces: Iterable[Piece]) -> Counter[str]:
-    """Spill the rows, and add up their accounts; returns source file -> rows read."""
+def _take_in(spill: StagingDatabase, account: Account, pieces: Iterable[ExaminedRows]) -> Counter[str]:
+    """StagingDatabase the rows, and add up their accounts; returns source file -> rows read."""
     rows: Counter[str] = Counter()
     for piece in pieces:
         spill.add(piece.kept, piece.removed)
@@ -121,7 +130,7 @@ def _take_in(spill: Spill, account: Account, pieces: Iterable[Piece]) -> Counter
     return rows
 
 
-def _divide(spill: Spill, settings: DataSettings, held_out: Set[str]) -> tuple[dict[str, Any], list[str]]:
+def _divide(spill: StagingDatabase, settings: DataSettings, held_out: Set[str]) -> tuple[dict[str, Any], list[str]]:
     """Put the rows into splits; returns what the record says of how, and the groups that were held out as told.
 
     held_out: sources whose rows' groups are held out.
@@ -140,7 +149,7 @@ def _divide(spill: Spill, settings: DataSettings, held_out: Set[str]) -> tuple[d
     return {"key": split.time, "from": found, "rows_beyond_shares": beyond}, held
 
 
-def _divided(spill: Spill, split: Split, time: Mapping[str, Any]) -> dict[str, Any]:
+def _divided(spill: StagingDatabase, split: Split, time: Mapping[str, Any]) -> dict[str, Any]:
     """How the rows that are left are divided where it is not their group's hash that decides."""
     if split.time is not None:
         return {"time": {**time, "spans": spill.span(split.time)}}
@@ -153,7 +162,7 @@ def _divided(spill: Spill, split: Split, time: Mapping[str, Any]) -> dict[str, A
 
 
 def _nearness(
-    splits: Mapping[str, Sequence[Trace]], threshold: float, outside: Outside, split: Split
+    splits: Mapping[str, Sequence[ComparedRow]], threshold: float, outside: Outside, split: Split
 ) -> dict[str, Any]:
     near = Nearness(splits, threshold, outside.requests)
     return {
@@ -163,19 +172,19 @@ def _nearness(
     }
 
 
-def _scan_measured(spill: Spill, job: Job, account: Account) -> dict[str, Any]:
+def _scan_measured(spill: StagingDatabase, job: RowRules, account: Account) -> dict[str, Any]:
     talks = [example.messages for example in spill.sample(_PLANTED_IN)]
     scanner = Scanner(job.settings.privacy, listed_values(job.answer_schema))
     return privacy_evidence(scanner, job.settings.privacy, account, talks)
 
 
-def _described(one: Planned, shape: Shape, rows: int) -> dict[str, Any]:
+def _described(one: PlannedFile, row_format: RowFormat, rows: int) -> dict[str, Any]:
     return {
         "path": one.file.name,
         "digest": one.digest,
         "bytes": one.bytes,
         "rows": rows,
-        "format": shape.name,
+        "format": row_format.name,
         "format_told": one.file.source.format != "auto",
     } | ({"split": one.file.source.split} if one.file.source.split else {})
 
@@ -240,13 +249,15 @@ def counts(splits: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, int]]
     }
 
 
-def _credits(spill: Spill, planned: Sequence[Planned]) -> set[Credit]:
+def _credits(spill: StagingDatabase, planned: Sequence[PlannedFile]) -> set[Credit]:
     """Whom the licences of the rows that are left want named."""
     credit = {one.file.name: one.file.source.attribution for one in planned}
     return {Credit(source, licence, credit.get(source)) for source, licence in spill.licences()}
 
 
-def _split(spill: Spill, threshold: float, account: Account, outside: Outside) -> dict[str, list[Trace]]:
+def _split(
+    spill: StagingDatabase, threshold: float, account: Account, outside: Outside
+) -> dict[str, list[ComparedRow]]:
     """The splits, without the rows that nearness makes leave. Raises where that leaves too little."""
     splits = spill.traces()
     _require_rows(splits, spill, account)
@@ -265,7 +276,7 @@ def _split(spill: Spill, threshold: float, account: Account, outside: Outside) -
     return left
 
 
-def _require_rows(splits: Mapping[str, Sequence[Trace]], spill: Spill, account: Account) -> None:
+def _require_rows(splits: Mapping[str, Sequence[ComparedRow]], spill: StagingDatabase, account: Account) -> None:
     for name in ("train", "test"):
         if not splits[name]:
             sizes = ", ".join(f"{split}: {len(rows)}" for split, rows in splits.items())

@@ -22,13 +22,13 @@ from tunesmith.data.building.account import (
     Kept,
 )
 from tunesmith.data.dataset import Example, example_id
-from tunesmith.data.formats import formats
+from tunesmith.data.formats import row_formats
 from tunesmith.data.governance.licences import permitted
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.settings import NEAR, WORDING, DataSettings, Source
-from tunesmith.data.sources.sources import Row
-from tunesmith.data.splitting.division import time_of
+from tunesmith.data.sources.files import Row
+from tunesmith.data.splitting.assignment import time_of
 from tunesmith.data.splitting.duplicates import answer_key, request_text
 from tunesmith.data.splitting.groups import wording_group
 
@@ -55,7 +55,7 @@ class _Fitting:
 
 @dataclass
 class Examiner:
-    """The checks that a row passes in turn: shape, licence, control tokens, length, privacy, answer.
+    """The checks that a row passes in turn: row_format, licence, control tokens, length, privacy, answer.
 
     count_tokens, max_tokens: where either is None no length is checked. answer_schema: JSON Schema of the answer's
     text. special_tokens: texts that mean something to the base's tokenizer. withdrawn: rows that were recalled.
@@ -81,9 +81,9 @@ class Examiner:
         """Whether an answer's text is JSON under the schema."""
         return _answer_check(self.answer_schema)
 
-    def examine(self, rows: Sequence[Row], source: Source, shape: formats.Shape) -> list[Kept]:
+    def examine(self, rows: Sequence[Row], source: Source, row_format: row_formats.RowFormat) -> list[Kept]:
         """The rows' examples; those that were removed are in the account. Many at once: see Scanner.scan_many."""
-        judged = [(row, self._before_scan(row, source, shape)) for row in rows]
+        judged = [(row, self._before_scan(row, source, row_format)) for row in rows]
         waiting = [one for _, one in judged if isinstance(one, _Fitting)]
         scans = iter(self.scanner.scan_many([one.fitting for one in waiting]))
         kept = []
@@ -95,15 +95,15 @@ class Examiner:
                 self.account.remove(row.source, row.number, found.reason, found.example)
         return kept
 
-    def _before_scan(self, row: Row, source: Source, shape: formats.Shape) -> _Fitting | Removed:
+    def _before_scan(self, row: Row, source: Source, row_format: row_formats.RowFormat) -> _Fitting | Removed:
         fields = renamed(row, source.rename)
-        turns = formats.read_turns(Row(row.source, row.number, fields), shape, self.account.ignored)
-        self._count_ignored(fields, source, shape)
-        if (reason := formats.objection(turns)) is not None:
+        turns = row_formats.read_turns(Row(row.source, row.number, fields), row_format, self.account.ignored)
+        self._count_ignored(fields, source, row_format)
+        if (reason := row_formats.objection(turns)) is not None:
             return Removed(reason)
         licence = permitted(_licence(row, fields, source), self.settings.licences, row.where)
-        original = formats.conversation(turns)
-        self.account.ignored.update([formats.AFTER_THE_LAST] if formats.unlearned_end(turns) else ())
+        original = row_formats.conversation(turns)
+        self.account.ignored.update([row_formats.AFTER_THE_LAST] if row_formats.ends_unlearned(turns) else ())
         self._refuse_control_tokens(original, row)
         fitting = self._fit(original, row)
         if fitting is None:
@@ -151,9 +151,9 @@ class Examiner:
             self.account.originals[name] = dict(scan.originals)
         return Kept(example, row.number, messages != one.original)
 
-    def _count_ignored(self, fields: Mapping[str, Any], source: Source, shape: formats.Shape) -> None:
+    def _count_ignored(self, fields: Mapping[str, Any], source: Source, row_format: row_formats.RowFormat) -> None:
         labels = {*_licence_keys(source), source.subject_key, source.tenant_key, source.region_key}
-        read = shape.needs | shape.also | labels | self._read_labels
+        read = row_format.needs | row_format.also | labels | self._read_labels
         self.account.ignored.update(fields.keys() - read)
 
     def _refuse_control_tokens(self, messages: Sequence[Message], row: Row) -> None:
@@ -263,7 +263,7 @@ def _label(fields: Mapping[str, Any], key: str, row: Row) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise UsageError(f"{key} is a {type(value).__name__}, not text", where=f"{row.where}, {key}")
-    return formats.text_of({key: str(value)}, key, row.where)
+    return row_formats.text_of({key: str(value)}, key, row.where)
 
 
 def _required(value: Any, key: str, for_what: str, row: Row) -> Any:
@@ -278,7 +278,7 @@ def _attribute(fields: Mapping[str, Any], key: str, row: Row) -> str | None:
     """The value of a key that is kept with a row: a list or an object as JSON."""
     value = fields.get(key)
     if isinstance(value, str):
-        return formats.text_of(fields, key, row.where)
+        return row_formats.text_of(fields, key, row.where)
     return None if value is None else json.dumps(value, sort_keys=True, default=str)
 
 

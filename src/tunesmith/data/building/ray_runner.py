@@ -1,4 +1,4 @@
-"""Shards on a Ray cluster: the same Worker over the same shards, by Ray Data, so that the dataset is the same.
+"""Shards on a Ray cluster: the same ShardWorker over the same shards, by Ray Data, so that the dataset is the same.
 
 Every node must see the sources under the same paths. Ray is an optional extra.
 """
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.data.building.shards import Job, Piece, Shard, Worker
+from tunesmith.data.building.shards import ExaminedRows, RowRules, Shard, ShardWorker
 
 
 @dataclass(frozen=True, slots=True)
-class OnRay:
+class RayRunner:
     """workers: how many of the cluster's processors take part."""
 
     workers: int = 2
 
-    def run(self, job: Job, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[Piece]]]:
+    def run(self, job: RowRules, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[ExaminedRows]]]:
         """Every shard with its pieces, as they come. The cluster is $RAY_ADDRESS's, else one started here."""
         try:
             import ray
@@ -30,7 +30,7 @@ class OnRay:
             ray.init(log_to_driver=False, include_dashboard=False)
         items = [{"place": place, "shard": pickle.dumps(shard)} for place, shard in enumerate(shards)]
         done = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            _RayWorker, fn_constructor_args=(ray.put(job),), concurrency=self.workers
+            _RayShardWorker, fn_constructor_args=(ray.put(job),), concurrency=self.workers
         )
         try:
             for row in done.iter_rows():
@@ -45,13 +45,13 @@ class OnRay:
             ) from error
 
 
-class _RayWorker:
-    """A Worker that lives on a node of the cluster. What is wrong with a row comes back as it is told here."""
+class _RayShardWorker:
+    """A ShardWorker that lives on a node of the cluster. What is wrong with a row comes back as it is told here."""
 
     def __init__(self, job: Any) -> None:
         import ray
 
-        self._worker = Worker(ray.get(job) if isinstance(job, ray.ObjectRef) else job)
+        self._worker = ShardWorker(ray.get(job) if isinstance(job, ray.ObjectRef) else job)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         try:

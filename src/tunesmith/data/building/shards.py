@@ -25,12 +25,12 @@ from tunesmith.core.progress import Progress
 from tunesmith.core.threads import wanted_threads
 from tunesmith.data.building.account import Account
 from tunesmith.data.building.examine import Examiner, renamed
-from tunesmith.data.building.staging import Line, SpiltRow, removed_line, spilt
-from tunesmith.data.formats.formats import Shape, shape_of
+from tunesmith.data.building.staging import Line, StagedRow, removed_line, staged_row
+from tunesmith.data.formats.row_formats import RowFormat, format_of
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.settings import DataSettings
-from tunesmith.data.sources.readers import WHOLE, Part
-from tunesmith.data.sources.sources import Row, SourceFile, fetched, find_files, open_source
+from tunesmith.data.sources.files import Row, SourceFile, fetched, find_files, open_source
+from tunesmith.data.sources.row_readers import WHOLE, Part
 
 SHARD_BYTES = 2 << 20
 _ROWS_TOGETHER = 2000
@@ -41,8 +41,8 @@ _AHEAD = 2  # shards a worker may be ahead of what was taken in
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What is done to every row of a build: see Examiner. shapes: a source's path -> the format of its rows."""
+class RowRules:
+    """What is done to every row of a build: see Examiner. formats: a source's path -> the format of its rows."""
 
     settings: DataSettings
     count_tokens: CountTokens | None = None
@@ -51,7 +51,7 @@ class Job:
     special_tokens: tuple[str, ...] = ()
     withdrawn: Withdrawn = field(default_factory=Withdrawn)
     outside: Set[str] = frozenset()
-    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    formats: Mapping[str, RowFormat] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +64,17 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ExaminedRows:
     """What came of some rows of a shard: those kept, those removed, and the account without them."""
 
     file: str
-    kept: list[SpiltRow]
+    kept: list[StagedRow]
     removed: list[Line]
     account: Account
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedFile:
     """A source file that is to be read. digest: of its bytes before any row was."""
 
     file: SourceFile
@@ -83,21 +83,21 @@ class Planned:
     shards: list[Shard]
 
 
-class Worker:
+class ShardWorker:
     """One process's way through its shards; made once, for the privacy scan's patterns take a second to load."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: RowRules) -> None:
         self._job = job
         rules = (job.count_tokens, job.max_tokens, job.answer_schema, job.special_tokens, job.withdrawn, job.outside)
         self._examiner = Examiner(job.settings, Account(), *rules)
 
-    def warm(self) -> Worker:
+    def warm(self) -> ShardWorker:
         """Load what the first row would."""
         self._examiner.scanner.findings(["a text"])
         _ = self._examiner.valid_answer
         return self
 
-    def pieces(self, shard: Shard) -> Iterator[Piece]:
+    def pieces(self, shard: Shard) -> Iterator[ExaminedRows]:
         """The shard's rows, examined, a few thousand at a time. Raises what the first bad row is refused with."""
         source = shard.file.source
         with open_source(shard.file, digested=False) as opened:
@@ -106,41 +106,41 @@ class Worker:
             for row in opened.read(shard.part):
                 rows.append(row)
                 if len(rows) == _ROWS_TOGETHER or opened.position() - begun > _BYTES_TOGETHER:
-                    yield self._examined(shard, rows, self._job.shapes[source.path])
+                    yield self._examined(shard, rows, self._job.formats[source.path])
                     rows, begun = [], opened.position()
             if rows:
-                yield self._examined(shard, rows, self._job.shapes[source.path])
+                yield self._examined(shard, rows, self._job.formats[source.path])
 
-    def __call__(self, shard: Shard) -> list[Piece]:
+    def __call__(self, shard: Shard) -> list[ExaminedRows]:
         """All of a shard's pieces: for a shard that was cut to a size."""
         return list(self.pieces(shard))
 
-    def _examined(self, shard: Shard, rows: Sequence[Row], shape: Shape) -> Piece:
+    def _examined(self, shard: Shard, rows: Sequence[Row], row_format: RowFormat) -> ExaminedRows:
         account = self._examiner.account = Account(read=len(rows))
-        examined = self._examiner.examine(rows, shard.file.source, shape)
-        kept = [spilt(one, self._job.settings.split) for one in examined]
+        examined = self._examiner.examine(rows, shard.file.source, row_format)
+        kept = [staged_row(one, self._job.settings.split) for one in examined]
         removed = [removed_line(entry) for entry in account.removed]
-        return Piece(shard.file.name, kept, removed, replace(account, removed=[]))
+        return ExaminedRows(shard.file.name, kept, removed, replace(account, removed=[]))
 
 
-class Engine(Protocol):
+class ShardRunner(Protocol):
     """How shards are run: here, by processes, or by Ray."""
 
-    def run(self, job: Job, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[Piece]]]:
+    def run(self, job: RowRules, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[ExaminedRows]]]:
         """Every shard with its pieces, in the order of the shards."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
+class LocalRunner:
     """This machine. workers: how many processes; None: one a core ($TUNESMITH_THREADS bounds them) where it pays."""
 
     workers: int | None = None
 
-    def run(self, job: Job, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[Piece]]]:
+    def run(self, job: RowRules, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[ExaminedRows]]]:
         """Every shard with its pieces, in the order of the shards."""
         workers = self.workers or self._worth(shards)
-        here = Worker(job)
+        here = ShardWorker(job)
         if workers == 1:
             yield from ((shard, here.pieces(shard)) for shard in shards)
             return
@@ -149,7 +149,7 @@ class Local:
         _worker = here.warm()
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(workers, context, _begin, (os.getpid(),)) as pool:
-            waiting: deque[tuple[Shard, Future[list[Piece]] | None]] = deque()
+            waiting: deque[tuple[Shard, Future[list[ExaminedRows]] | None]] = deque()
             todo = iter(shards)
             try:
                 while True:
@@ -179,7 +179,7 @@ def _cut(shard: Shard) -> bool:
     return shard.part != WHOLE or shard.bytes <= SHARD_BYTES
 
 
-_worker: Worker | None = None  # set before the processes are forked, which share what it loaded
+_worker: ShardWorker | None = None  # set before the processes are forked, which share what it loaded
 
 
 def _begin(parent: int) -> None:
@@ -191,12 +191,12 @@ def _begin(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _work(shard: Shard) -> list[Piece]:
+def _work(shard: Shard) -> list[ExaminedRows]:
     assert _worker is not None
     return _worker(shard)
 
 
-def plan(settings: DataSettings, root: Path, folder: Path, undo: contextlib.ExitStack) -> list[Planned]:
+def plan(settings: DataSettings, root: Path, folder: Path, undo: contextlib.ExitStack) -> list[PlannedFile]:
     """The sources' files, cut into shards. folder: where files from elsewhere lie for as long as undo is open."""
     planned = []
     for file in find_files(settings.sources, root):
@@ -205,25 +205,27 @@ def plan(settings: DataSettings, root: Path, folder: Path, undo: contextlib.Exit
             parts = opened.parts(SHARD_BYTES)
             sizes = opened.bytes // len(parts)
             shards = [Shard(here, part, sizes) for part in parts]
-            planned.append(Planned(here, opened.digest, opened.bytes, shards))
+            planned.append(PlannedFile(here, opened.digest, opened.bytes, shards))
     return planned
 
 
-def shapes_of(planned: Sequence[Planned]) -> dict[str, Shape]:
+def formats_of(planned: Sequence[PlannedFile]) -> dict[str, RowFormat]:
     """Each source's format, as told or as the first row of its first file tells."""
-    shapes: dict[str, Shape] = {}
+    formats: dict[str, RowFormat] = {}
     for one in planned:
         source = one.file.source
-        if source.path not in shapes:
+        if source.path not in formats:
             with open_source(one.file, digested=False) as opened:
                 row = next(opened.read(WHOLE), None)
             if row is None:
                 raise UsageError("the file holds no rows", where=one.file.name)
-            shapes[source.path] = shape_of(source.format, Row(row.source, row.number, renamed(row, source.rename)))
-    return shapes
+            formats[source.path] = format_of(source.format, Row(row.source, row.number, renamed(row, source.rename)))
+    return formats
 
 
-def examined(planned: Sequence[Planned], job: Job, engine: Engine, progress: Progress) -> Iterator[Piece]:
+def examined(
+    planned: Sequence[PlannedFile], job: RowRules, engine: ShardRunner, progress: Progress
+) -> Iterator[ExaminedRows]:
     """Every piece of every file. Raises UsageError for a file without rows, TunesmithError for one that changed."""
     rows = dict.fromkeys((one.file.name for one in planned), 0)
     shards = [shard for one in planned for shard in one.shards]

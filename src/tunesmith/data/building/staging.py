@@ -22,9 +22,9 @@ from tunesmith.data.building.account import EXACT, Kept
 from tunesmith.data.dataset import SPLITS, Example, encode_examples, encode_removed
 from tunesmith.data.settings import Split
 from tunesmith.data.splitting.duplicates import answer_key, request_key
-from tunesmith.data.splitting.splits import Trace, split_of
+from tunesmith.data.splitting.leakage import ComparedRow, split_of
 
-SpiltRow = tuple[str, str, int, int, str, bytes, bytes, str, bytes, str, str, str, str, bytes]
+StagedRow = tuple[str, str, int, int, str, bytes, bytes, str, bytes, str, str, str, str, bytes]
 Line = tuple[bytes, str]
 _NO_LABELS: Mapping[str, str] = MappingProxyType({})
 _COLUMNS = "id, tie, row, changed, source, key, request, wording, answer, grp, split, licence, labels, line"
@@ -36,7 +36,7 @@ _TABLES = f"""
 """
 
 
-def spilt(one: Kept, split: Split) -> SpiltRow:
+def staged_row(one: Kept, split: Split) -> StagedRow:
     """A kept row as it lies in the database.
 
     tie: orders rows of one id; key: what repeats of a row share; request: what rows with one request share.
@@ -64,13 +64,13 @@ def _with_group(line: bytes, group: str) -> bytes:
     return canonical({**json.loads(line), "group": group}) + b"\n"
 
 
-class Spill:
-    """Rows on their way to a dataset. `with Spill(folder) as spill` makes the file and takes it away."""
+class StagingDatabase:
+    """Rows on their way to a dataset. `with StagingDatabase(folder) as spill` makes the file and takes it away."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "rows.db"
 
-    def __enter__(self) -> Spill:
+    def __enter__(self) -> StagingDatabase:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.unlink(missing_ok=True)
         self._base = sqlite3.connect(self._path, isolation_level=None)
@@ -88,7 +88,7 @@ class Spill:
                 fix="make room: a build takes about three times its rows",
             ) from error
 
-    def add(self, kept: Sequence[SpiltRow], removed: Sequence[Line]) -> None:
+    def add(self, kept: Sequence[StagedRow], removed: Sequence[Line]) -> None:
         """Take rows in, in any order."""
         self._base.executemany(_INSERT, kept)
         self._base.executemany("INSERT INTO removed VALUES (?, ?)", removed)
@@ -151,13 +151,13 @@ class Spill:
         first = heapq.nsmallest(shown, several())
         return {"requests": requests, "rows": rows, "examples": first}
 
-    def traces(self) -> dict[str, list[Trace]]:
+    def traces(self) -> dict[str, list[ComparedRow]]:
         """What nearness is judged by, of every row that is left, by split and in the order of the ids."""
-        splits: dict[str, list[Trace]] = {name: [] for name in SPLITS}
+        splits: dict[str, list[ComparedRow]] = {name: [] for name in SPLITS}
         query = "SELECT split, id, grp, wording, answer, labels FROM rows WHERE gone IS NULL ORDER BY id"
         for split, name, group, wording, answer, labels in self._base.execute(query):
             said = json.loads(labels) if labels else _NO_LABELS
-            splits[split].append(Trace(name, group, wording, answer.hex(), said))
+            splits[split].append(ComparedRow(name, group, wording, answer.hex(), said))
         return splits
 
     def regroup(self, groups: Iterable[tuple[str, str]], split: Split) -> None:

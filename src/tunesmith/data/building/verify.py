@@ -7,12 +7,12 @@ from typing import Any
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.data.building.build import counts, near_threshold
+from tunesmith.data.building.outside_sets import OUTSIDE, Outside, decode_outside
 from tunesmith.data.dataset import SPLITS, Dataset, Example, example_id, load_dataset
 from tunesmith.data.settings import DataSettings
-from tunesmith.data.splitting.decontaminate import OUTSIDE, Outside, decode_outside
 from tunesmith.data.splitting.duplicates import METHODS, request_text
 from tunesmith.data.splitting.groups import wording_group
-from tunesmith.data.splitting.splits import Nearness, leakage, split_of
+from tunesmith.data.splitting.leakage import Nearness, leakage, split_of
 from tunesmith.store.store import Store
 
 

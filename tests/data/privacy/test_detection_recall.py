@@ -13,9 +13,9 @@ from scipy.stats import beta, binom
 from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.data.privacy.detection_recall import Measured, measure, probably_remaining, recall_at_least
 from tunesmith.data.privacy.entities import Finder
 from tunesmith.data.privacy.originals import KEY, read_originals
-from tunesmith.data.privacy.recall_estimate import Measured, measure, probably_left, recall_at_least
 from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.privacy.synthetic_pii import MAKERS, SECRETS
 from tunesmith.data.settings import ENTITIES, MODEL_ENTITIES, Privacy
@@ -60,12 +60,12 @@ def test_the_bounds_are_clopper_pearson_and_the_binomials_own() -> None:
     assert binom.sf(17, 20, recall_at_least(18, 20, 0.05)) == pytest.approx(0.05)
     assert recall_at_least(0, 20, 0.05) == 0
     # One entity: the largest number missed that is not yet too unlikely, at the recall's lower bound.
-    left = probably_left({"A": 7}, {"A": whole(40, 36)})
+    left = probably_remaining({"A": 7}, {"A": whole(40, 36)})
     low = recall_at_least(36, 40, 0.025)
     assert left is not None
     assert binom.cdf(7, 7 + left, low) > 0.025 >= binom.cdf(7, 7 + left + 1, low)
-    assert probably_left({"A": 0}, {"A": whole(20, 0)}) is None
-    assert probably_left({"A": 70}, {"A": whole(40, 36)}) > left
+    assert probably_remaining({"A": 0}, {"A": whole(20, 0)}) is None
+    assert probably_remaining({"A": 70}, {"A": whole(40, 36)}) > left
 
 
 def test_the_bound_holds_as_often_as_it_says() -> None:
@@ -75,7 +75,7 @@ def test_the_bound_holds_as_often_as_it_says() -> None:
         recall, total = chance.uniform(0.6, 0.95), chance.randint(0, 60)
         found = sum(chance.random() < recall for _ in range(total))
         planted = sum(chance.random() < recall for _ in range(60))
-        bound = probably_left({"A": found}, {"A": whole(60, planted)})
+        bound = probably_remaining({"A": found}, {"A": whole(60, planted)})
         held += bound is not None and total - found <= bound
     assert held / 300 >= 0.95
 

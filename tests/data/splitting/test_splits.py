@@ -14,7 +14,7 @@ from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.settings import Split
 from tunesmith.data.splitting.duplicates import jaccard, near_text, request_text, shingles
 from tunesmith.data.splitting.groups import wording_group
-from tunesmith.data.splitting.splits import (
+from tunesmith.data.splitting.leakage import (
     NEAR_HELD_OUT,
     NEAR_SAME_ANSWER,
     Leakage,

@@ -12,7 +12,7 @@ import pytest
 from tunesmith.data.splitting.duplicates import normalise
 from tunesmith.data.splitting.groups import wording_group
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DATA = Path(os.environ.get("TUNESMITH_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from tests.data.rows import build, many_rows, row, write_jsonl
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.data import pinned
+from tunesmith.data import pinned_packages
 from tunesmith.data.quality import toxicity
-from tunesmith.data.quality.quality import FLAGS, TOXIC, examine_quality
+from tunesmith.data.quality.flags import FLAGS, TOXIC, examine_quality
 from tunesmith.store.store import Store
 
 pytest.importorskip("profanity_check", reason="alt-profanity-check is not installed (extra: toxicity)")
@@ -49,7 +49,7 @@ def test_the_error_is_measured_on_sentences_of_both_kinds() -> None:
 
 def test_other_files_are_refused_before_they_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "profanity_check"
-    shutil.copytree(pinned.package_folders("profanity_check")[0], copy)
+    shutil.copytree(pinned_packages.package_folders("profanity_check")[0], copy)
     monkeypatch.setattr(toxicity, "package_folders", lambda _: [copy])
     assert toxicity._rate.__wrapped__()  # the same bytes elsewhere
     with (copy / "data" / "model.joblib").open("ab") as file:

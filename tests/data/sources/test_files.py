@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.data.rows import row, write_jsonl
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.settings import Source
-from tunesmith.data.sources.sources import Row, find_files, open_source
+from tunesmith.data.sources.files import Row, find_files, open_source
 
 GOOD = json.dumps(row("hello", "hi"))
 
@@ -94,7 +94,7 @@ def test_one_row_of_ten_megabytes_is_read(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.data.sources.readers.LONGEST_ROW", 1000)
+    monkeypatch.setattr("tunesmith.data.sources.row_readers.LONGEST_ROW", 1000)
     assert "longer than" in failure(tmp_path, "a.jsonl", b'{"a": "' + b"x" * 5000).what
 
 
@@ -182,7 +182,7 @@ def test_missing_files_and_permissions(tmp_path: Path, monkeypatch: pytest.Monke
     def denied(*_: object) -> int:  # the tests' own user may be allowed everything
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("tunesmith.data.sources.sources.os.open", denied)
+    monkeypatch.setattr("tunesmith.data.sources.files.os.open", denied)
     with pytest.raises(UsageError, match="Permission denied"):
         read(tmp_path, "a.jsonl")
 

@@ -12,8 +12,8 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import SPLITS, Dataset, Example
 from tunesmith.data.quality import toxicity
-from tunesmith.data.quality.likeness import Embed, alike, foreign
 from tunesmith.data.quality.people import CAVEAT, balance_of_names, found_people
+from tunesmith.data.quality.similar_requests import Embed, alike, foreign
 from tunesmith.data.splitting.duplicates import answer_key, request_text
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store

@@ -292,7 +292,7 @@ def test_a_batch_finds_what_single_rows_find(reader: Scanner) -> None:
     assert reader.scan_many(rows) == [reader.scan(one) for one in rows]
 
 
-SYNTH = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+SYNTH = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 SYNTH /= "presidio-research-synth"
 
 

@@ -14,10 +14,10 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.data.building.examine import listed_values, renamed
 from tunesmith.data.building.staging import batches
-from tunesmith.data.formats import formats
+from tunesmith.data.formats import row_formats
 from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.settings import DataSettings, Rows, Source
-from tunesmith.data.sources.sources import OpenSource, Row, find_files, open_source
+from tunesmith.data.sources.files import OpenSource, Row, find_files, open_source
 from tunesmith.data.splitting.duplicates import near_text, request_text
 from tunesmith.data.splitting.groups import wording_group
 
@@ -79,11 +79,11 @@ def read_outside(settings: DataSettings, root: Path, answer_schema: Mapping[str,
 
 
 def _conversations(opened: OpenSource) -> Iterator[tuple[Message, ...]]:
-    shape: formats.Shape | None = None
+    row_format: row_formats.RowFormat | None = None
     for row in opened.rows():
         fields = Row(row.source, row.number, renamed(row, opened.file.source.rename))
-        shape = shape or formats.shape_of(opened.file.source.format, fields)
-        yield formats.conversation(formats.read_turns(fields, shape, Counter()))
+        row_format = row_format or row_formats.format_of(opened.file.source.format, fields)
+        yield row_formats.conversation(row_formats.read_turns(fields, row_format, Counter()))
 
 
 def outside_sources(sets: Sequence[Rows]) -> tuple[Source, ...]:

@@ -16,7 +16,7 @@ from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.settings import Source
-from tunesmith.data.sources.sources import Row, find_files, open_source
+from tunesmith.data.sources.files import Row, find_files, open_source
 
 ROWS = many_rows(2500)
 

@@ -18,7 +18,7 @@ from tunesmith.core.messages import Message
 from tunesmith.data.splitting import similarity_join as join
 from tunesmith.data.splitting.duplicates import answer_key, jaccard, near_pairs, normalise, request_text, shingles
 
-SNIPS = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "snips"
+SNIPS = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[4] / "shared" / "data")) / "snips"
 
 
 def brute_force(texts: list[str], threshold: float) -> list[tuple[int, int]]:

@@ -20,10 +20,10 @@ from tunesmith.data.building.account import EXACT
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example
 from tunesmith.data.settings import DataSettings, Split
-from tunesmith.data.splitting.division import OLDER, cuts, split_by_time, stratified, time_of
+from tunesmith.data.splitting.assignment import OLDER, cuts, split_by_time, stratified, time_of
 from tunesmith.data.splitting.duplicates import jaccard, near_text, shingles
 from tunesmith.data.splitting.groups import joined_groups, wording_group
-from tunesmith.data.splitting.splits import NEAR_HELD_OUT, Leakage, Nearness, Trace, leakage
+from tunesmith.data.splitting.leakage import NEAR_HELD_OUT, ComparedRow, Leakage, Nearness, leakage
 from tunesmith.store.store import Store
 
 
@@ -75,10 +75,10 @@ members = st.lists(st.tuples(words.map(" ".join), st.sampled_from("abcde"), st.s
 def test_groups_are_the_components_of_what_rows_share(
     found: list[tuple[str, str, str]], groups: tuple[str, ...]
 ) -> None:
-    rows = [Trace(str(n), "", text, "", {"a": a, "b": b}) for n, (text, a, b) in enumerate(found)]
+    rows = [ComparedRow(str(n), "", text, "", {"a": a, "b": b}) for n, (text, a, b) in enumerate(found)]
     told = dict(joined_groups(rows, Split(group_by=groups), 0.6))
 
-    def share(one: Trace, other: Trace) -> bool:
+    def share(one: ComparedRow, other: ComparedRow) -> bool:
         near = jaccard(shingles(near_text(one.wording)), shingles(near_text(other.wording))) >= 0.6
         return any(near if name == "near" else one.labels[name] == other.labels[name] for name in groups)
 
@@ -94,8 +94,8 @@ def test_groups_are_the_components_of_what_rows_share(
 
 
 def test_leakage_counts_what_is_shared_by_any_of_them() -> None:
-    def trace(name: str, author: str, talk: str) -> Trace:
-        return Trace(name, name, f"{name} of its own", "", {"author": author, "talk": talk})
+    def trace(name: str, author: str, talk: str) -> ComparedRow:
+        return ComparedRow(name, name, f"{name} of its own", "", {"author": author, "talk": talk})
 
     splits = {
         "train": [trace("1", "ann", "x")],

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.data.formats.test_row_formats import conversation, error
 from tests.data.rows import build, many_rows, row, settings, turns, write_jsonl
-from tests.data.test_formats import conversation, error
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, tools_of
 from tunesmith.data.building.account import PRIVATE, SPOILT_CALL
 from tunesmith.data.building.build import dataset_document
 from tunesmith.data.dataset import example_id
-from tunesmith.data.formats import formats
-from tunesmith.data.sources.sources import Row
+from tunesmith.data.formats import row_formats
+from tunesmith.data.sources.files import Row
 from tunesmith.store.store import Store
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "at": {"type": "string"}}, "required": ["city"]}
@@ -47,7 +47,7 @@ WHOLE = [*asked(call()), told(), {"role": "assistant", "content": "Cold."}]
 
 def reason(messages: list[dict[str, Any]], **more: Any) -> str | None:
     found = Row("a.jsonl", 3, {"messages": messages, **more})
-    return formats.objection(formats.read_turns(found, formats.SHAPES["messages"], Counter()))
+    return row_formats.objection(row_formats.read_turns(found, row_formats.FORMATS["messages"], Counter()))
 
 
 def test_a_whole_exchange_with_a_tool() -> None:
@@ -94,14 +94,14 @@ def test_every_spelling_says_the_same(fields: dict[str, Any]) -> None:
         (asked(call("1"), call("2")), None),
         ([*asked(call("1"), call("2")), told("2"), told("1"), WHOLE[3]], None),
         ([*asked(call(), content="Let me look."), told(), *asked(call("2"))[1:], told("2"), WHOLE[3]], None),
-        ([*asked(call("1"), call("2")), told("1"), WHOLE[3]], formats.UNANSWERED),
-        ([*asked(call("1")), told("2"), WHOLE[3]], formats.UNANSWERED),
-        ([*asked(call("1")), told("1"), told("1"), WHOLE[3]], formats.UNANSWERED),
-        ([*asked(call("1"), call("1")), told("1"), WHOLE[3]], formats.UNANSWERED),
-        ([*asked(call()), WHOLE[3]], formats.UNANSWERED),
-        ([*asked(call()), told()], formats.NO_ANSWER),
-        ([*asked(call()), told(), *turns("x", "y")], formats.OUT_OF_ORDER),
-        (asked(call(name="time")), formats.UNDECLARED),
+        ([*asked(call("1"), call("2")), told("1"), WHOLE[3]], row_formats.UNANSWERED),
+        ([*asked(call("1")), told("2"), WHOLE[3]], row_formats.UNANSWERED),
+        ([*asked(call("1")), told("1"), told("1"), WHOLE[3]], row_formats.UNANSWERED),
+        ([*asked(call("1"), call("1")), told("1"), WHOLE[3]], row_formats.UNANSWERED),
+        ([*asked(call()), WHOLE[3]], row_formats.UNANSWERED),
+        ([*asked(call()), told()], row_formats.NO_ANSWER),
+        ([*asked(call()), told(), *turns("x", "y")], row_formats.OUT_OF_ORDER),
+        (asked(call(name="time")), row_formats.UNDECLARED),
     ],
 )
 def test_what_answers_what(messages: list[dict[str, Any]], expected: str | None) -> None:
@@ -139,7 +139,7 @@ def test_weights_are_kept_and_what_follows_the_last_is_left_out() -> None:
     found = conversation({"messages": spoken})
     assert [(turn.content, turn.weight) for turn in found] == [("a", 1), ("b", 0), ("c", 1), ("d", 1)]
     spoken[3]["weight"] = 0
-    assert reason(spoken) == formats.NOT_TO_LEARN
+    assert reason(spoken) == row_formats.NOT_TO_LEARN
 
 
 def test_plain_turns_are_written_as_they_always_were() -> None:
@@ -182,7 +182,7 @@ def test_a_dataset_of_tool_rows(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [*rows, rows[0], {"messages": [*asked(call()), WHOLE[3]], "tools": TOOLS}])
     dataset = build(tmp_path)
     body = dataset.record.body
-    assert body["rows"]["removed"] == {"exact duplicate": 1, formats.UNANSWERED: 1}
+    assert body["rows"]["removed"] == {"exact duplicate": 1, row_formats.UNANSWERED: 1}
     assert body["ignored_keys"] == {}
     example = dataset.examples("train")[0]
     assert tools_of(example.messages) == TOOLS

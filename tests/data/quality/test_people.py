@@ -9,7 +9,7 @@ import pytest
 from tests.data.rows import build, many_rows, row, write_jsonl
 from tunesmith.core.messages import Message
 from tunesmith.data.quality import people
-from tunesmith.data.quality.quality import examine_quality
+from tunesmith.data.quality.flags import examine_quality
 from tunesmith.store.store import Store
 
 

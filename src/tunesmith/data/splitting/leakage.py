@@ -55,7 +55,7 @@ class Leakage:
         return {name: number for name, number in found.items() if number}
 
 
-class Judged(Protocol):
+class Comparable(Protocol):
     """What nearness is judged by. wording: the request, normalised; answer: its text, or what stands for it."""
 
     @property
@@ -71,7 +71,7 @@ class Judged(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class ComparedRow:
     """Of an example no more than nearness is judged by. answer: the digest of its answer_key."""
 
     id: str
@@ -95,7 +95,9 @@ def split_of(group: str, split: Split, held: Container[str] = ()) -> str:
     return "validation" if number < split.test + split.validation else "train"
 
 
-def leaving(splits: Mapping[str, Sequence[Judged]], threshold: float, outside: Iterable[str] = ()) -> dict[str, str]:
+def leaving(
+    splits: Mapping[str, Sequence[Comparable]], threshold: float, outside: Iterable[str] = ()
+) -> dict[str, str]:
     """Example id -> why it has to leave its split: nearness to a held-out row, or a repeated row within the split.
 
     outside: near_text of requests that no split may hold; what is near one leaves whatever split it is in. Of two near
@@ -129,7 +131,7 @@ def leaving(splits: Mapping[str, Sequence[Judged]], threshold: float, outside: I
     return gone
 
 
-def leakage(splits: Mapping[str, Sequence[Judged]], near: Nearness, split: Split = Split()) -> Leakage:
+def leakage(splits: Mapping[str, Sequence[Comparable]], near: Nearness, split: Split = Split()) -> Leakage:
     """Groups that stand in more than one split, and near pairs of requests across splits, counted afresh.
 
     near: of these splits, made for this. split: says what else the splits may not share, and whether they go by time.
@@ -156,7 +158,7 @@ def _in_several(found: Iterable[tuple[int, str]]) -> int:
     return len({value for split, value in found if first.setdefault(value, split) != split})
 
 
-def _not_older(splits: Mapping[str, Sequence[Judged]], key: str | None) -> int | None:
+def _not_older(splits: Mapping[str, Sequence[Comparable]], key: str | None) -> int | None:
     if key is None:
         return None
     found, earliest = 0, "~"  # after every time
@@ -167,7 +169,7 @@ def _not_older(splits: Mapping[str, Sequence[Judged]], key: str | None) -> int |
     return found
 
 
-def clusters(splits: Mapping[str, Sequence[Judged]], near: Nearness, shown: int) -> dict[str, Any]:
+def clusters(splits: Mapping[str, Sequence[Comparable]], near: Nearness, shown: int) -> dict[str, Any]:
     """Rows of a split that are near each other, directly or through others, and were kept since their answers differ.
 
     near: of these splits. {"clusters", "rows", "largest", "examples": the ids of the largest `shown`}.
@@ -205,7 +207,7 @@ class Nearness:
 
     def __init__(
         self,
-        splits: Mapping[str, Sequence[Judged]],
+        splits: Mapping[str, Sequence[Comparable]],
         threshold: float,
         outside: Iterable[str] = (),
         method: str = METHOD,
@@ -229,7 +231,7 @@ class Nearness:
         self._alone = (np.diff(self._start) == 0) & (self.counts.sum(axis=1) < 2)
         self._alone[list(self.outside)] = False
 
-    def text(self, example: Judged) -> int:
+    def text(self, example: Comparable) -> int:
         """The number of the example's request among the distinct ones."""
         return self._of[example.id]
 

@@ -143,7 +143,7 @@ def recall_at_least(found: int, planted: int, alpha: float) -> float:
     return float(beta.ppf(alpha, found, planted - found + 1)) if found else 0.0
 
 
-def probably_left(found: Mapping[str, int], measured: Mapping[str, Measured]) -> float | None:
+def probably_remaining(found: Mapping[str, int], measured: Mapping[str, Measured]) -> float | None:
     """How many values of the measured entities the scan probably missed, at most, at 95% confidence.
 
     found: entity -> values found. None where nothing that was planted of one was found: then nothing bounds it.
@@ -167,7 +167,7 @@ def probably_left(found: Mapping[str, int], measured: Mapping[str, Measured]) ->
     return float(np.searchsorted(total.cumsum(), 1 - share))
 
 
-def left_document(
+def remaining_values(
     settings: Privacy, found: Mapping[str, int], measured: Mapping[str, Measured], entities: Sequence[str]
 ) -> dict[str, Any]:
     """What a record says of what is left: {"at_most", "confidence", "found_and_kept", "unmeasured"}.
@@ -175,7 +175,7 @@ def left_document(
     at_most counts the values that were found and kept too, where the action is to report alone.
     """
     kept = sum(found.values()) if settings.action == "report" else 0
-    missed = probably_left(found, measured) if measured else None
+    missed = probably_remaining(found, measured) if measured else None
     return {
         "at_most": None if missed is None else missed + kept,
         "confidence": CONFIDENCE,
@@ -184,7 +184,7 @@ def left_document(
     }
 
 
-def refuse_leaky(settings: Privacy, left: Mapping[str, Any]) -> None:
+def require_few_remaining(settings: Privacy, left: Mapping[str, Any]) -> None:
     """Raises Refused where more is probably left than data.privacy.left_at_most, or nothing bounds it."""
     limit = settings.left_at_most
     if limit is None:
