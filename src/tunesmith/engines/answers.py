@@ -1,4 +1,4 @@
-"""What every engine in this process does around its decoding: the prompt, the answer under way, choices as rows."""
+"""What the engines in this process share: a request's prompt, an answer in progress, multiple choices as rows."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from queue import SimpleQueue
 
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.constraint import Constraints
-from tunesmith.engines.native.decoding.rows import Score
 from tunesmith.engines.protocol import Completion, Generation, Question, Scored, Streamed, TokenScore
+from tunesmith.engines.sampling import Score
 from tunesmith.models.rendering import Rendered, Renderer
 
 
-def prompt_within(renderer: Renderer, request: Generation, context_length: int) -> list[int]:
-    """A request's ids. Raises UsageError where they leave no room for an answer."""
+def prompt_ids(renderer: Renderer, request: Generation, context_length: int) -> list[int]:
+    """The token ids of a request's prompt. Raises UsageError if they leave no room for an answer."""
     prompt = renderer.prompt(request.messages)
     if len(prompt) >= context_length:
         raise UsageError(
@@ -26,7 +26,7 @@ def prompt_within(renderer: Renderer, request: Generation, context_length: int) 
 
 
 def choice_rows(renderer: Renderer, questions: Sequence[Question]) -> list[Rendered]:
-    """Each choice of each question as a row whose labels are the choice."""
+    """A row for each choice of each question, in order, whose labels are the choice's tokens."""
     rows: list[Rendered] = []
     for question in questions:
         prompt = renderer.prompt(question.messages)
@@ -36,50 +36,53 @@ def choice_rows(renderer: Renderer, questions: Sequence[Question]) -> list[Rende
     return rows
 
 
-def spelt(constraints: Constraints, token: int, score: Score) -> TokenScore:
-    """A token's score, spelt out."""
+def token_score(constraints: Constraints, token: int, score: Score) -> TokenScore:
+    """A score with the texts and bytes of its tokens."""
 
-    def one(token: int, logprob: float, top: tuple[TokenScore, ...] = ()) -> TokenScore:
+    def spelled(token: int, logprob: float, top: tuple[TokenScore, ...] = ()) -> TokenScore:
         data = constraints.token_bytes(token)
         return TokenScore(data.decode(errors="replace"), data, logprob, top)
 
-    return one(token, score.logprob, tuple(one(*each) for each in score.top))
+    return spelled(token, score.logprob, tuple(spelled(*each) for each in score.top))
 
 
 class Answer:
-    """One answer under way: its text, and what ends it. Told by the thread that decodes (decoder.Listener); read by the
-    one that asked, once told says so: a piece of a stream, or None at the end."""
+    """One answer in progress: its text so far, and what ends it. Implements engines.sampling.Listener.
+
+    The decoding thread calls take and end. The requesting thread waits on events, which receives the pieces of a stream
+    and None at the end; then it calls raise_error and completion.
+    """
 
     def __init__(
         self,
         renderer: Renderer,
         request: Generation,
-        spell: Callable[[int, Score], TokenScore],
-        told: SimpleQueue[Streamed | None],
+        token_score: Callable[[int, Score], TokenScore],
+        events: SimpleQueue[Streamed | None],
         *,
         streams: bool,
     ) -> None:
-        self._renderer, self._stops, self._spell, self._told = renderer, request.stop, spell, told
+        self._renderer, self._stops, self._token_score, self._events = renderer, request.stop, token_score, events
         self._streams, self._scored = streams, request.top_logprobs is not None
         self.prompt_tokens = 0
         self._read = renderer.reader()
         self._ids: list[int] = []
         self._text = ""
         self._scores: list[TokenScore] = []
-        self._starts: list[int] = []  # where in the text each score's token begins
-        self._cut: int | None = None  # where a stop text begins
+        self._starts: list[int] = []  # place in the text where each score's token begins
+        self._cut: int | None = None  # place in the text where a stop text begins
         self._sent, self._sent_scores = 0, 0
         self._stopped = False
         self._error: BaseException | None = None
 
     def take(self, token: int, score: Score | None) -> bool:
-        """The next token; whether a stop text ends the answer with it."""
+        """Add the next token; returns whether a stop text ends the answer."""
         start = len(self._text)
         self._ids.append(token)
         self._text += self._read(token)
         if score is not None:
             self._starts.append(start)
-            self._scores.append(self._spell(token, score))
+            self._scores.append(self._token_score(token, score))
         found = [self._text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stops]
         self._cut = min((place for place in found if place >= 0), default=None)
         if self._streams:
@@ -87,16 +90,16 @@ class Answer:
         return self._cut is not None
 
     def end(self, *, stopped: bool, error: BaseException | None = None) -> None:
-        """No more will come."""
+        """End the answer: no more tokens follow."""
         self._stopped, self._error = stopped or self._cut is not None, error
-        if self._cut is None:  # half a character may stand at the end
+        if self._cut is None:  # an incomplete character may be at the end
             self._text = self._renderer.text(self._ids)
         if self._streams and error is None:
             self._send(len(self._text) if self._cut is None else self._cut)
-        self._told.put(None)
+        self._events.put(None)
 
     def raise_error(self) -> None:
-        """Raise what kept the answer from being given."""
+        """Raise the error that ended the answer, if there is one."""
         if self._error is not None:
             raise self._error
 
@@ -108,15 +111,15 @@ class Answer:
         return Completion(self._text[:end], finish, self.prompt_tokens, len(self._ids), scores=tuple(scores))  # type: ignore[arg-type]
 
     def _settled(self) -> int:
-        """How much of the text later tokens can no longer change."""
+        """Length of the text that no later token can change."""
         if self._cut is not None:
             return self._cut
         longest = max((len(stop) for stop in self._stops), default=1) - 1
-        held = max(
+        possible_stop = max(
             (length for stop in self._stops for length in range(1, longest + 1) if self._text.endswith(stop[:length])),
             default=0,
         )
-        return len(self._text) - held
+        return len(self._text) - possible_stop
 
     def _send(self, end: int) -> None:
         begun = sum(start < end for start in self._starts[self._sent_scores :])
@@ -124,4 +127,4 @@ class Answer:
         text = self._text[self._sent : end]
         self._sent, self._sent_scores = max(self._sent, end), self._sent_scores + begun
         if text or scores:
-            self._told.put(Scored(text, scores) if self._scored else text)
+            self._events.put(Scored(text, scores) if self._scored else text)

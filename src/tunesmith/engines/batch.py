@@ -1,12 +1,12 @@
-"""How rows are laid end to end, so that what all of them begin with is computed once.
+"""Rows laid end to end for one forward pass, with their common prefix computed once.
 
-A batch's rows stand one after another without padding. Their common beginning (the system prompt, the template's
-opening) stands once, before them: every row's attention reads it from there, and its gradient is the sum over the
-rows, exactly as if each row had carried its own copy.
+A batch has no padding between rows. What all rows begin with (the system prompt, the template's first tokens) comes
+once, before them. Every row's attention reads it from there. Its gradient is the sum over the rows, exactly as if each
+row had a copy.
 
-Rows may end in filler: tokens behind a row's last label, which nothing reads. The libraries that multiply matrices make
-a program for every new shape and keep it, some 0.3 MB each, so a run of rows of many lengths would grow for hours: with
-filler it has a few dozen shapes.
+Rows may end in filler: tokens after a row's last label, which nothing reads. oneDNN compiles and keeps a program of
+about 0.3 MB for each new matrix shape, so rows of many lengths would use more and more memory. With filler there are a
+few dozen shapes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from tunesmith.models.rendering import Rendered
 
 @dataclass(frozen=True)
 class Batch:
-    """prefix tokens shared by all rows, then each row's own tokens.
+    """The shared prefix's tokens, then each row's tokens after the prefix.
 
-    ids, positions: [T]. lengths: own tokens of each row, filler included. predicts: places in T whose hidden state
-    predicts a label.
-    labels: [N] the tokens predicted there.
+    ids, positions: [T]. prefix: number of shared tokens. lengths: of each row after the prefix, filler included.
+    predicts: [N] indices into the T tokens whose hidden states predict labels. labels: [N] the tokens to predict.
     """
 
     ids: Tensor
@@ -38,12 +37,12 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens computed, the shared ones once."""
+        """Number of computed tokens, the shared ones counted once."""
         return self.ids.numel()
 
 
 def lay_out(rows: Sequence[Rendered], *, share: bool = True) -> Batch:
-    """Lay a batch's rows end to end behind what they share; share: false where each is computed whole."""
+    """A batch of rows. share: compute their common prefix once; False: compute each row whole."""
     prefix = _shared(rows) if share else 0
     ids = list(rows[0].ids[:prefix])
     positions = list(range(prefix))
@@ -52,14 +51,14 @@ def lay_out(rows: Sequence[Rendered], *, share: bool = True) -> Batch:
     labels: list[int] = []
     for row, length in zip(rows, lengths, strict=True):
         last = _last(row)
-        own = row.ids[prefix:last]
+        tokens = row.ids[prefix:last]
         offset = len(ids) - prefix
         for place in range(prefix + 1, last + 1):
             if row.trained[place]:
                 predicts.append(offset + place - 1)
                 labels.append(row.ids[place])
-        ids.extend(own)
-        ids.extend([own[-1]] * (length - len(own)))
+        ids.extend(tokens)
+        ids.extend([tokens[-1]] * (length - len(tokens)))
         positions.extend(range(prefix, prefix + length))
     return Batch(
         ids=torch.tensor(ids),
@@ -72,18 +71,18 @@ def lay_out(rows: Sequence[Rendered], *, share: bool = True) -> Batch:
 
 
 def computed_tokens(rows: Sequence[Rendered], *, share: bool = True) -> int:
-    """Tokens that a batch of rows computes."""
+    """Number of tokens that lay_out(rows) computes."""
     shared = _shared(rows) if share else 0
     return shared + sum(_filled(shared, [_last(row) - shared for row in rows]))
 
 
 def label_count(row: Rendered) -> int:
-    """Labels of a row: its trained tokens (the first token of all is never predicted)."""
+    """Number of a row's labels: its trained tokens, except a first token, which nothing predicts."""
     return sum(row.trained[1:])
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with."""
+    """Length of the longest prefix that all rows have in common."""
     first, last = min(map(tuple, rows)), max(map(tuple, rows))
     same = 0
     for one, other in zip(first, last, strict=False):
@@ -94,8 +93,10 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
 
 
 def _filled(prefix: int, lengths: Sequence[int]) -> list[int]:
-    """Lengths with filler, so that the longest and the sum of all are among a few numbers; short rows take it first,
-    since attention works on all as if they were as long as the longest."""
+    """Lengths with filler, so that the longest and the sum are among a few numbers.
+
+    Short rows get the filler first, since attention computes all rows as if they were as long as the longest.
+    """
     filled = list(lengths)
     longest = filled[filled.index(max(filled))] = _rounded(max(filled))
     wanted = _rounded(prefix + sum(filled)) - prefix - sum(filled)
@@ -107,16 +108,16 @@ def _filled(prefix: int, lengths: Sequence[int]) -> list[int]:
 
 
 def _rounded(count: int) -> int:
-    """count or a little more: a multiple of 4, and of an eighth of the power of two below it."""
+    """count, rounded up to a multiple of 4 and of an eighth of the power of two below it."""
     grain = max(4, 1 << max(0, count.bit_length() - 4))
     return -(-count // grain) * grain
 
 
 def _shared(rows: Sequence[Rendered]) -> int:
-    """Length of the common beginning that leaves every row the token before its first label."""
+    """Length of the common prefix, short enough that each row keeps the token before its first label."""
     return max(0, min(common_prefix([row.ids for row in rows]), min(row.trained.index(True) for row in rows) - 1))
 
 
 def _last(row: Rendered) -> int:
-    """Place of a row's last label: predicted, never read."""
+    """Index of a row's last label, which is predicted but never read."""
     return len(row.trained) - 1 - row.trained[::-1].index(True)

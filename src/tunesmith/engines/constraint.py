@@ -1,6 +1,6 @@
-"""Answers that must fit a JSON Schema: at each step only the tokens that can still lead to a fitting answer are left.
+"""Structured outputs: decoding that allows only tokens which can still lead to an answer that fits a JSON Schema.
 
-llguidance computes which those are; keys come in the schema's own order, one space may follow a comma or colon.
+llguidance computes the allowed tokens. Keys come in the schema's order; one space may follow a comma or colon.
 """
 
 from __future__ import annotations
@@ -19,56 +19,56 @@ from torch import Tensor
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.native.network import ops
 
-# Whitespace as json.dumps writes it, with or without; unbounded, a model could go on with it for ever.
-# Not by whitespace_pattern: releases of llguidance read " ?" as any number of spaces.
+# Allows json.dumps' whitespace or none: with unbounded whitespace, a model could go on with it forever.
+# whitespace_pattern does not serve: some releases of llguidance read " ?" as any number of spaces.
 _JSON = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}}
 
 
 class Constraints:
-    """Makes guides for one model's tokens. vocabulary: how many logits a step has."""
+    """Creates guides for one tokenizer. vocabulary: number of logits."""
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self._tokens: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary)
-        self._matcher = cache(self._fresh)
+        self._matcher = cache(self._new_matcher)
 
     def guide(self, schema: str) -> Guide:
-        """What holds one answer, from its start. Raises UsageError for a schema that cannot be followed."""
+        """A guide for one answer, at its start. Raises UsageError for a schema that llguidance does not support."""
         return Guide(self._matcher(schema).deep_copy())
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for; a character may be spread over several."""
+        """A token's bytes. A character may be split over several tokens."""
         return bytes(self._tokens.decode_bytes([token]))
 
-    def _fresh(self, schema: str) -> LLMatcher:
+    def _new_matcher(self, schema: str) -> LLMatcher:
         matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_json_schema(json.loads(schema) | _JSON))
         if matcher.is_error():
-            raise _cannot(matcher)
+            raise _unsupported(matcher)
         return matcher
 
 
 class Guide:
-    """Holds one answer to its schema."""
+    """Restricts one answer to its schema."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self.matcher = matcher
 
     def follow(self, token: int) -> None:
-        """The answer goes on with this token. Raises UsageError where the schema turns out too hard to follow."""
+        """Advance by the answer's next token. Raises UsageError if the schema turns out too complex."""
         if not self.matcher.is_stopped():
             self.matcher.consume_token(token)
             if self.matcher.is_error():
-                raise _cannot(self.matcher)
+                raise _unsupported(self.matcher)
 
 
-def hold_(scores: Tensor, guides: Sequence[Guide | None]) -> None:
-    """Put the scores [N, vocabulary] of tokens that may not come next in a row to minus infinity; None: any may."""
-    held = [(place, guide.matcher) for place, guide in enumerate(guides) if guide is not None]
-    if not held:
+def mask_disallowed_(scores: Tensor, guides: Sequence[Guide | None]) -> None:
+    """Set the logits [N, vocabulary] of tokens that a row's guide does not allow to minus infinity, in place."""
+    guided = [(row, guide.matcher) for row, guide in enumerate(guides) if guide is not None]
+    if not guided:
         return
-    bits = allocate_token_bitmask(len(held), scores.shape[1])
-    fill_next_token_bitmask_par(_threads(), [(matcher, number) for number, (_, matcher) in enumerate(held)], bits)
-    places = torch.tensor([place for place, _ in held])
-    ops.forbid_(scores, places, torch.from_numpy(bits))
+    bits = allocate_token_bitmask(len(guided), scores.shape[1])
+    fill_next_token_bitmask_par(_threads(), [(matcher, number) for number, (_, matcher) in enumerate(guided)], bits)
+    rows = torch.tensor([row for row, _ in guided])
+    ops.forbid_(scores, rows, torch.from_numpy(bits))
 
 
 @cache
@@ -76,7 +76,7 @@ def _threads() -> LLExecutor:
     return LLExecutor(torch.get_num_threads())
 
 
-def _cannot(matcher: LLMatcher) -> UsageError:
+def _unsupported(matcher: LLMatcher) -> UsageError:
     return UsageError(
         f"answers cannot be held to this schema: {matcher.get_error()}",
         where="task.schema",

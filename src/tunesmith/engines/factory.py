@@ -1,4 +1,4 @@
-"""The one place that makes an engine: in this process, or the server that the project file names."""
+"""Creates the engine that runs a base: in this process, or on the server that the project file names."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 
 def open_engine(base: Base, settings: EngineSettings | None) -> Engine:
-    """An engine for a base. Raises Refused where the server that settings name runs another model, and for a base that
-    nothing here can run."""
+    """An engine for a base. settings: None for one in this process.
+
+    Raises Refused if the server runs another model, or if no engine can run the base.
+    """
     if settings is None and not ours(base.family):
         from tunesmith.engines.hf.engine import HFEngine
 

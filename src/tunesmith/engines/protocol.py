@@ -1,4 +1,4 @@
-"""What an engine does. Evaluation, serving and the canary all ask through this; embedded.py is the default one."""
+"""The interface of an engine, which evaluation and serving use, and its requests and answers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from tunesmith.core.progress import SILENT, Progress
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One request. temperature 0 is greedy; seed matters only above 0. stop: texts that end the answer, left out.
-    schema: JSON Schema, as JSON, that the answer is held to while it is decoded. top_logprobs: how many of the
-    likeliest tokens are named at each step with their log-probabilities; None: no log-probabilities are wanted.
+    """One request.
+
+    temperature: 0 decodes greedily; seed has no effect then. stop: texts that end the answer and are not part of it.
+    schema: JSON Schema, as JSON, that decoding follows. top_logprobs: number of likeliest tokens to report at each step
+    with their log-probabilities; None: report no log-probabilities.
     """
 
     messages: tuple[Message, ...]
@@ -72,8 +74,7 @@ class Question:
 
 
 class Engine(Protocol):
-    """Answers for one base model and any number of adapters. Thread-safe: what several threads ask is answered
-    together."""
+    """Answers requests for one base model and any number of adapters. Thread-safe."""
 
     @property
     def base(self) -> str:
@@ -86,22 +87,22 @@ class Engine(Protocol):
         ...
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Make a PEFT folder answerable under name (a training's digest). Raises Refused where it does not fit."""
+        """Load a training's folder under name (the training's digest). Raises Refused if it does not fit the base."""
 
     def holds(self, name: str) -> bool:
-        """Whether name can be asked for: an engine may let the weights of models trained in full go again."""
+        """Whether name is loaded. An engine may unload models that were trained in full."""
         ...
 
     def generate(
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[Completion]:
-        """Answers in the order of requests. Raises UsageError for a prompt that does not fit the context, or where
-        log-probabilities are not to be had."""
+        """Answers in the order of requests. Raises UsageError for a prompt that does not fit the context, or if the
+        engine cannot report log-probabilities that a request wants."""
         ...
 
     def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
-        """Pieces of the answer's text as they are decoded; the last item is the whole Completion. Whoever closes the
-        iterator early wants no more."""
+        """Pieces of the answer's text as they are decoded; the last item is the whole Completion. Closing the iterator
+        cancels the request."""
         ...
 
     def choose(

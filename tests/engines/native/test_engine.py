@@ -131,11 +131,11 @@ def test_choices_score_as_in_transformers(base: Base, engine: NativeEngine) -> N
 def test_choices_score_the_same_in_smaller_pieces(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     questions = [Question((Message(role="user", content=text),), ("yes", "no" * 9, "the light")) for text in TEXTS]
     whole = engine.choose(questions)
-    monkeypatch.setattr(embedded, "_SCORED_LABELS", 3)
+    monkeypatch.setattr(embedded, "_LOGIT_ROWS", 3)
     for together in (2, 64):
-        monkeypatch.setattr(embedded, "_SCORED_TOGETHER", together)
+        monkeypatch.setattr(embedded, "_CHOICE_ROWS", together)
         for tokens in (1, 100):
-            monkeypatch.setattr(embedded, "_SCORED_TOKENS", tokens)
+            monkeypatch.setattr(embedded, "_CHOICE_TOKENS", tokens)
             for found, expected in zip(engine.choose(questions), whole, strict=True):
                 assert found == pytest.approx(expected, abs=1e-4)
 

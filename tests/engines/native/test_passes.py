@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from tests.adapters import write_adapter
-from tests.engines.native.test_decoder import END, Heard, _prompt, _row
+from tests.engines.native.test_running_batch import END, Heard, _prompt, _row
 from tests.tiny import TILED, write_model
 from tunesmith.engines.native import kernels as native
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, pack, read_adapter
-from tunesmith.engines.native.decoding import decoder
-from tunesmith.engines.native.decoding.decoder import Batch
+from tunesmith.engines.native.decoding import running_batch
 from tunesmith.engines.native.decoding.rows import Prefix
+from tunesmith.engines.native.decoding.running_batch import RunningBatch
 from tunesmith.engines.native.network import passes
 from tunesmith.engines.native.network.network import Layer, Network, Shape
 from tunesmith.engines.native.network.weights import load_network
@@ -50,7 +50,7 @@ def _adapter(folder: Path, network: Network, name: str, **how: int) -> PackedAda
 def _given(network: Network, adapters: list[PackedAdapter | None]) -> list[list[tuple[int, object]]]:
     """Tokens and scores of rows that come and go, some behind a prefix, some long, while memory grows."""
     prefix = Prefix(tuple(_prompt(0, 40)), adapters[0])
-    batch = Batch(network, frozenset({END}), most_rows=6)
+    batch = RunningBatch(network, frozenset({END}), most_rows=6)
     heard = [Heard() for _ in range(12)]
     rows = []
     for seed, told in enumerate(heard):
@@ -81,7 +81,7 @@ def test_a_whole_pass_is_its_kernels(folder: Path, kind: str, monkeypatch: pytes
     monkeypatch.setattr(passes.Pass, "run", lambda *told: runs.append(1) or whole(*told))
     found = _given(network, adapters)
     assert runs
-    monkeypatch.setattr(decoder, "fits", lambda _: False)
+    monkeypatch.setattr(running_batch, "fits", lambda _: False)
     runs.clear()
     assert found == _given(network, adapters)
     assert not runs

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.engines.answers import Answer, choice_rows, prompt_within, spelt
+from tunesmith.engines.answers import Answer, choice_rows, prompt_ids, token_score
 from tunesmith.engines.batch import label_count, lay_out
-from tunesmith.engines.constraint import Constraints, hold_
+from tunesmith.engines.constraint import Constraints, mask_disallowed_
 from tunesmith.engines.hf.model import HFModel, Low, left_padded
 from tunesmith.engines.native import runtime
-from tunesmith.engines.native.decoding.rows import Row, Sampling, Score, sample, scored
+from tunesmith.engines.native.decoding.rows import Row
 from tunesmith.engines.protocol import Completion, Generation, Question, Streamed, TokenScore
+from tunesmith.engines.sampling import Sampling, Score, sample, score_of
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Renderer
 from tunesmith.models.weight_files import has_whole_model
@@ -129,10 +130,10 @@ class HFEngine:
         return self._adapters[adapter]
 
     def _spell(self, token: int, score: Score) -> TokenScore:
-        return spelt(self._constraints, token, score)
+        return token_score(self._constraints, token, score)
 
     def _row(self, request: Generation, answer: Answer) -> Row:
-        prompt = prompt_within(self._renderer, request, self.context_length)
+        prompt = prompt_ids(self._renderer, request, self.context_length)
         answer.prompt_tokens = len(prompt)
         return Row(
             ids=prompt,
@@ -229,7 +230,7 @@ class _Choosing:
     def _given(self, row: Row, place: int, scores: Tensor) -> int:
         told = None if row.top is None else scores.float().log_softmax(-1)
         try:
-            hold_(scores[None], [row.guide])
+            mask_disallowed_(scores[None], [row.guide])
             token = int(scores.argmax())
             if row.sampling.temperature > 0:
                 assert row.generator is not None
@@ -240,7 +241,7 @@ class _Choosing:
                 return token
             if row.guide is not None:
                 row.guide.follow(token)
-            ended = row.listener.take(token, None if told is None else scored(told, token, row.top or 0))
+            ended = row.listener.take(token, None if told is None else score_of(told, token, row.top or 0))
         except Exception as error:  # noqa: BLE001 - a schema or a listener: this row's fault alone
             self._end(place, stopped=False, error=error)
             return self.filler

@@ -1,4 +1,4 @@
-"""Memory for keys and values, in pages that rows are lent for as long as they are decoded."""
+"""Memory for keys and values, in pages that a row holds while it is decoded."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PAGE = 32  # places
 
 
 class PageCache:
-    """Keys and values of every layer, reserved when pages are lent first. What a page holds of all layers lies
-    together, and the pages lent first are the first ones: on a processor the machine gives what rows have used at once,
-    of all that is reserved.
+    """Keys and values of every layer, reserved when pages are allocated first.
 
-    keys, values: for each layer its pages, as ops.page_shapes says. A row that needs more than the bound is lent it
-    while no other holds a page, and the memory is let go afterwards.
+    keys, values: for each layer its pages, in the layout of ops.page_shapes. A page's keys and values of all layers lie
+    next to each other, and the first pages are allocated first. So of all that is reserved, the operating system maps
+    only what rows have used. A row that needs more than most_bytes gets it while no other row holds a page; the memory
+    is released afterwards.
     """
 
     def __init__(self, network: Network, most_bytes: int) -> None:
@@ -29,56 +29,53 @@ class PageCache:
         shape = network.shape
         self.page_bytes = 2 * shape.layers * shape.kv_heads * PAGE * shape.head * network.embedding.element_size()
         self._most = max(1, most_bytes // self.page_bytes)
-        self._let_go()
+        self._release()
 
     @property
     def pages(self) -> int:
-        """How many pages there are."""
+        """Number of reserved pages."""
         return len(self._memory)
 
     @property
-    def lent(self) -> int:
-        """How many of them rows hold."""
+    def allocated(self) -> int:
+        """Number of pages that rows hold."""
         return self.pages - len(self._free)
 
-    def lend(self, places: int) -> list[int] | None:
-        """Pages for so many places, or None where that many are not to be had now. Raises Refused where the machine
-        does not give the memory."""
+    def allocate(self, places: int) -> list[int] | None:
+        """Pages for so many places; None if too few are free now. Raises Refused if there is no memory for them."""
         wanted = -(-places // PAGE)
         if wanted > len(self._free):
-            if self.lent or wanted <= self.pages:
+            if self.allocated or wanted <= self.pages:
                 return None
             self._reserve(max(wanted, self._most), wanted)
         return [self._free.pop() for _ in range(wanted)]
 
-    def give_back(self, pages: Iterable[int]) -> None:
-        """Rows may be lent these again."""
+    def free(self, pages: Iterable[int]) -> None:
+        """Take a row's pages back."""
         self._free.extend(pages)
-        if not self.lent and self.pages > self._most:
-            self._let_go()
+        if not self.allocated and self.pages > self._most:
+            self._release()
 
     @torch.inference_mode()
     def clear(self) -> None:
-        """Take every page back and forget what is in them, which may be anything after an error."""
+        """Take all pages back and write zeros to them: after an error they may hold anything."""
         held = sorted(set(range(self.pages)) - set(self._free))
         if self.pages > self._most:
-            self._let_go()
+            self._release()
             return
         self._memory[held] = 0
         self._free += held[::-1]
 
-    def _let_go(self) -> None:
-        self._hold(self._network.embedding.new_zeros(0, *self._sizes()))
+    def _release(self) -> None:
+        self._use(self._network.embedding.new_zeros(0, *self._page_sizes()))
 
     def _reserve(self, pages: int, least: int) -> None:
-        """So many, or what the machine gives of them."""
-        like = self._network.embedding
-        self._let_go()  # first: both may not have room
+        """Reserve so many pages, or as many as there is memory for, but at least `least`."""
+        self._release()  # before reserving: there may be no room for both
         while True:
-            sizes = (pages, *self._sizes())
             try:
-                # Zeros: what no row has written is weighted with nought, which a NaN would survive.
-                self._hold(LargePages().zeros(sizes, like.dtype))
+                # Zeros, since attention multiplies unwritten places by zero, and a NaN would survive that.
+                self._use(LargePages().zeros((pages, *self._page_sizes()), self._network.dtype))
                 return
             except (OSError, RuntimeError) as error:  # of mmap
                 if pages == least:
@@ -89,15 +86,15 @@ class PageCache:
                     ) from error
                 pages = max(least, pages // 2)
 
-    def _sizes(self) -> tuple[int, int, int]:
+    def _page_sizes(self) -> tuple[int, int, int]:
         shape = self._network.shape
         return shape.layers, 2, shape.kv_heads * PAGE * shape.head
 
-    def _hold(self, memory: Tensor) -> None:
+    def _use(self, memory: Tensor) -> None:
         shape = self._network.shape
         self._memory = memory
         self.keys, self.values = (
-            [memory[:, layer, part].unflatten(-1, one) for layer in range(shape.layers)]
-            for part, one in enumerate(page_shapes(shape.kv_heads, PAGE, shape.head, memory.dtype))
+            [memory[:, layer, part].unflatten(-1, page) for layer in range(shape.layers)]
+            for part, page in enumerate(page_shapes(shape.kv_heads, PAGE, shape.head, memory.dtype))
         )
         self._free = list(range(len(memory) - 1, -1, -1))

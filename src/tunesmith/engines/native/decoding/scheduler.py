@@ -1,4 +1,4 @@
-"""One thread that decodes for all threads that ask: their rows are one batch."""
+"""The thread that decodes the rows of all requests as one running batch."""
 
 from __future__ import annotations
 
@@ -12,57 +12,59 @@ from typing import Any, TypeVar
 import torch
 
 from tunesmith.engines.native import runtime
-from tunesmith.engines.native.decoding.decoder import Batch
 from tunesmith.engines.native.decoding.rows import Row
+from tunesmith.engines.native.decoding.running_batch import RunningBatch
 
 Result = TypeVar("Result")
-_LIVE: weakref.WeakSet[Scheduler] = weakref.WeakSet()
-_LINGERS = 2.0  # seconds without work after which the thread ends; the next row starts another
+_SCHEDULERS: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+_IDLE_SECONDS = 2.0  # after so long without work the thread ends; the next row starts another
 
 
 class Scheduler:
-    """Takes rows and work from any thread. All arithmetic is done by one: a second would bring a second set of threads
-    for its products, and the two would fight for the cores. What others computed before (weights are laid out as they
-    are read) has left them such a set too: see runtime.rest."""
+    """Takes rows and work from any thread and does all arithmetic in one thread.
 
-    def __init__(self, batch: Batch) -> None:
+    Each thread that computes starts OpenMP workers of its own, and two such sets would compete for the cores. So
+    threads that computed something before (laying out weights, say) stop theirs here: see runtime.release_threads.
+    """
+
+    def __init__(self, batch: RunningBatch) -> None:
         runtime.release_threads()
         self._batch = batch
-        self._change = threading.Condition()
-        self._come: list[Row] = []
-        self._gone: list[Row] = []
+        self._changed = threading.Condition()
+        self._submitted: list[Row] = []
+        self._cancelled: list[Row] = []
         self._work: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._thread: threading.Thread | None = None
-        self._ending = False
-        _LIVE.add(self)
+        self._stopping = False
+        _SCHEDULERS.add(self)
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Decode these too, from the next step on."""
+        """Decode these rows from the next step on."""
         runtime.release_threads()
-        with self._change:
-            self._come += rows
+        with self._changed:
+            self._submitted += rows
             self._wake()
 
-    def leave(self, rows: Sequence[Row]) -> None:
-        """Nobody waits for these any more. A listener may be told of one more token."""
-        with self._change:
-            self._gone += rows
+    def cancel(self, rows: Sequence[Row]) -> None:
+        """Stop decoding these rows. A listener may still receive one more token."""
+        with self._changed:
+            self._cancelled += rows
             self._wake()
 
     def run(self, work: Callable[[], Result]) -> Result:
-        """Do other work between two steps; returns what it gives."""
+        """Do other work between two steps; returns its result."""
         runtime.release_threads()
         future: Future[Result] = Future()
-        with self._change:
+        with self._changed:
             self._work.append((work, future))
             self._wake()
         return future.result()
 
-    def end(self) -> None:
-        """Let the thread end after the step it is in. Rows under way get no more tokens."""
-        with self._change:
-            self._ending, thread = True, self._thread
-            self._change.notify_all()
+    def stop(self) -> None:
+        """End the thread after the current step. Rows that are being decoded get no more tokens."""
+        with self._changed:
+            self._stopping, thread = True, self._thread
+            self._changed.notify_all()
         if thread is not None:
             thread.join()
 
@@ -70,49 +72,48 @@ class Scheduler:
         if self._thread is None:
             self._thread = threading.Thread(target=self._decode, name="tunesmith-decoding", daemon=True)
             self._thread.start()
-        self._change.notify_all()
+        self._changed.notify_all()
 
     def _decode(self) -> None:
         try:
             self._decode_all()
         except BaseException:
-            with self._change:  # the next row starts another
+            with self._changed:  # the next row starts another thread
                 self._thread = None
             raise
 
     def _decode_all(self) -> None:
         torch.set_num_threads(runtime.prepare())
         while True:
-            with self._change:
-                if not self._change.wait_for(self._anything, _LINGERS) or self._ending:
+            with self._changed:
+                if not self._changed.wait_for(self._has_work, _IDLE_SECONDS) or self._stopping:
                     self._thread = None
                     return
-                come, gone, work = self._come, self._gone, self._work
-                self._come, self._gone, self._work = [], [], []
-            self._batch.waiting.extend(come)
-            self._batch.drop(gone)
-            for each, future in work:
-                _do(each, future)
+                submitted, cancelled, work = self._submitted, self._cancelled, self._work
+                self._submitted, self._cancelled, self._work = [], [], []
+            self._batch.waiting.extend(submitted)
+            self._batch.drop(cancelled)
+            for function, future in work:
+                _run(function, future)
             if self._batch:
                 try:
                     self._batch.step()
-                except BaseException as error:  # noqa: BLE001 - whoever waits for a row is told, and the next are decoded
+                except BaseException as error:  # noqa: BLE001 - raised where the rows' answers are awaited
                     self._batch.fail(error)
 
-    def _anything(self) -> bool:
-        return bool(self._ending or self._batch or self._come or self._gone or self._work)
+    def _has_work(self) -> bool:
+        return bool(self._stopping or self._batch or self._submitted or self._cancelled or self._work)
 
 
 @atexit.register
-def _end_all() -> None:
-    """The interpreter tears down threads it finds running as it ends, and the whole process aborts where one is in
-    compiled code."""
-    for scheduler in list(_LIVE):
-        scheduler.end()
+def _stop_all() -> None:
+    """Stop all threads before the interpreter ends: a thread in compiled code would make the whole process abort."""
+    for scheduler in list(_SCHEDULERS):
+        scheduler.stop()
 
 
-def _do(work: Callable[[], Any], future: Future[Any]) -> None:
+def _run(work: Callable[[], Any], future: Future[Any]) -> None:
     try:
         future.set_result(work())
-    except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
+    except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
         future.set_exception(error)

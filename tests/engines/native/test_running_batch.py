@@ -17,13 +17,14 @@ from tests.adapters import write_adapter
 from tests.tiny import FAMILIES, write_model
 from tunesmith.core.errors import Refused
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, pack, read_adapter
-from tunesmith.engines.native.decoding import decoder
-from tunesmith.engines.native.decoding.decoder import Batch
+from tunesmith.engines.native.decoding import running_batch
 from tunesmith.engines.native.decoding.pages import PAGE, PageCache
-from tunesmith.engines.native.decoding.rows import Prefix, Row, Sampling, Score
+from tunesmith.engines.native.decoding.rows import Prefix, Row
+from tunesmith.engines.native.decoding.running_batch import RunningBatch
 from tunesmith.engines.native.network.network import Network
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.native.runtime import LargePages
+from tunesmith.engines.sampling import Sampling, Score
 from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store
 
@@ -69,7 +70,7 @@ def _row(ids: list[int], heard: Heard, limit: int = 8, **more: object) -> Row:
 
 def _alone(network: Network, ids: list[int], limit: int = 8, **more: object) -> list[int]:
     heard = Heard()
-    batch = Batch(network, frozenset({END}))
+    batch = RunningBatch(network, frozenset({END}))
     batch.waiting.append(_row(ids, heard, limit, **more))
     while batch:
         batch.step()
@@ -88,7 +89,7 @@ def test_rows_that_come_and_go_are_given_what_transformers_gives(tmp_path: Path,
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     shared = _prompt(0, 40)
     prefix = Prefix(tuple(shared), None)
-    batch = Batch(network, frozenset({END}), most_rows=3)
+    batch = RunningBatch(network, frozenset({END}), most_rows=3)
     asked = [(_prompt(seed, 3 + 7 * seed), seed % 2 == 0, 2 + 5 * (seed % 3)) for seed in range(1, 8)]
     heard = [Heard() for _ in asked]
     rows = [
@@ -120,7 +121,7 @@ def test_rows_of_several_adapters_are_given_what_each_gives_alone(tmp_path: Path
     expected = [_alone(network, ids, adapter=adapter) for ids, adapter in asked]
     assert len({tuple(_alone(network, asked[0][0], adapter=adapter)) for adapter in every}) == len(every)
     heard = [Heard() for _ in asked]
-    batch = Batch(network, frozenset({END}))
+    batch = RunningBatch(network, frozenset({END}))
     batch.waiting.extend(_row(ids, told, adapter=one) for (ids, one), told in zip(asked, heard, strict=True))
     while batch:
         batch.step()
@@ -131,7 +132,7 @@ def test_more_adapters_than_go_together_take_turns(tmp_path: Path, network: Netw
     few = PackedAdapter({}, {})
     several = [PackedAdapter(few.factors, few.row_scales) for _ in range(11)]
     heard = [Heard() for _ in several]
-    batch = Batch(network, frozenset({END}))
+    batch = RunningBatch(network, frozenset({END}))
     batch.waiting.extend(_row(_prompt(3, 4), told, adapter=one) for one, told in zip(several, heard, strict=True))
     while batch:
         batch.step()
@@ -144,9 +145,9 @@ def test_a_long_prompt_is_read_in_parts_while_others_go_on(monkeypatch: pytest.M
     expected = _alone(network, long), _alone(network, short)
     prefixed = _alone(network, long[200:], prefix=Prefix(tuple(long[:200]), None))
     assert prefixed == expected[0]
-    monkeypatch.setattr(decoder, "_READ", 48)
+    monkeypatch.setattr(running_batch, "_CHUNK", 48)
     heard = [Heard(), Heard()]
-    batch = Batch(network, frozenset({END}))
+    batch = RunningBatch(network, frozenset({END}))
     batch.waiting.extend((_row(long, heard[0]), _row(short, heard[1])))
     for _ in range(4):
         batch.step()
@@ -163,7 +164,7 @@ def test_log_probabilities_are_those_of_transformers(tmp_path: Path) -> None:
     network = load_network(folder, torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     heard, ids = Heard(), _prompt(4, 9)
-    batch = Batch(network, frozenset({END}))
+    batch = RunningBatch(network, frozenset({END}))
     batch.waiting.append(_row(ids, heard, sampling=Sampling(temperature=1.3, top_p=0.9, seed=5), top=3))
     batch.waiting.append(_row(_prompt(5, 20), Heard()))
     while batch:
@@ -180,7 +181,7 @@ def test_log_probabilities_are_those_of_transformers(tmp_path: Path) -> None:
 
 def test_a_row_larger_than_the_bound_is_decoded_alone_and_its_memory_let_go(network: Network) -> None:
     bound = 4 * PageCache(network, 0).page_bytes
-    batch = Batch(network, frozenset({END}), cache_bytes=bound)
+    batch = RunningBatch(network, frozenset({END}), cache_bytes=bound)
     heard = [Heard(), Heard(), Heard()]
     batch.waiting.extend((_row(_prompt(1, 9), heard[0]), _row(_prompt(2, 9 * PAGE), heard[1])))
     batch.waiting.append(_row(_prompt(3, 9), heard[2]))
@@ -196,13 +197,13 @@ def test_a_row_larger_than_the_bound_is_decoded_alone_and_its_memory_let_go(netw
 
 def test_pages_are_lent_within_the_bound_the_first_ones_first(network: Network) -> None:
     cache = PageCache(network, 100 * PageCache(network, 0).page_bytes)
-    held = [cache.lend(places) for places in (PAGE, PAGE + 1, 70 * PAGE)]
+    held = [cache.allocate(places) for places in (PAGE, PAGE + 1, 70 * PAGE)]
     assert held == [[0], [1, 2], list(range(3, 73))], "whole pages for each row"
-    assert cache.lend(28 * PAGE) is None
-    assert cache.lend(200 * PAGE) is None, "not while others hold some"
-    rest = cache.lend(27 * PAGE)
+    assert cache.allocate(28 * PAGE) is None
+    assert cache.allocate(200 * PAGE) is None, "not while others hold some"
+    rest = cache.allocate(27 * PAGE)
     assert rest == list(range(73, 100))
-    assert (cache.pages, cache.lent) == (100, 100)
+    assert (cache.pages, cache.allocated) == (100, 100)
 
 
 def test_an_error_of_one_row_is_its_own_and_one_of_the_step_ends_all(
@@ -213,7 +214,7 @@ def test_an_error_of_one_row_is_its_own_and_one_of_the_step_ends_all(
             raise ValueError("mine alone")
 
     good, bad = Heard(), Bad()
-    batch = Batch(network, frozenset({END}))
+    batch = RunningBatch(network, frozenset({END}))
     batch.waiting.extend((_row(_prompt(6, 5), bad), _row(_prompt(1, 9), good)))
     while batch:
         batch.step()
@@ -224,7 +225,7 @@ def test_an_error_of_one_row_is_its_own_and_one_of_the_step_ends_all(
     batch.step()
     batch.fail(MemoryError("no"))
     assert all(isinstance(told.ended[0], MemoryError) for told in others)
-    assert (batch.cache.lent, bool(batch)) == (0, False)
+    assert (batch.cache.allocated, bool(batch)) == (0, False)
 
 
 def test_memory_that_is_not_to_be_had_is_told_to_the_row_that_needs_it(
@@ -239,7 +240,7 @@ def test_memory_that_is_not_to_be_had_is_told_to_the_row_that_needs_it(
         return given(pages, shape, dtype)
 
     monkeypatch.setattr(LargePages, "zeros", few)
-    batch = Batch(network, frozenset({END}), cache_bytes=100 * page)
+    batch = RunningBatch(network, frozenset({END}), cache_bytes=100 * page)
     heard = [Heard(), Heard(), Heard()]
     batch.waiting.append(_row(_prompt(1, 9), heard[0]))
     batch.waiting.append(_row(_prompt(2, 9), heard[1], limit=50 * PAGE))
@@ -255,7 +256,7 @@ def test_memory_that_is_not_to_be_had_is_told_to_the_row_that_needs_it(
 
 
 def test_what_an_error_leaves_in_memory_harms_nobody(network: Network) -> None:
-    batch, told = Batch(network, frozenset({END})), Heard()
+    batch, told = RunningBatch(network, frozenset({END})), Heard()
     batch.waiting.append(_row(_prompt(1, 9), Heard()))
     batch.step()
     with torch.inference_mode():
@@ -286,7 +287,7 @@ class Slots(RuleBasedStateMachine):
         assert self.network is not None
         self.most_rows, self.pages = most_rows, pages
         bound = pages * PageCache(self.network, 0).page_bytes
-        self.batch = Batch(self.network, frozenset({END}), most_rows, bound)
+        self.batch = RunningBatch(self.network, frozenset({END}), most_rows, bound)
         self.prefix = Prefix(tuple(_prompt(77, 20)), None)
         self.rows: list[tuple[Row, Heard, list[int]]] = []
         self.gone: set[Row] = set()
@@ -317,7 +318,7 @@ class Slots(RuleBasedStateMachine):
     @invariant()
     def pages_belong_to_one_row_and_are_bounded(self) -> None:
         held = [page for row in self.batch.rows for page in row.pages]
-        assert len(held) == len(set(held)) == self.batch.cache.lent
+        assert len(held) == len(set(held)) == self.batch.cache.allocated
         assert len(self.batch.rows) <= self.most_rows
         alone = len(self.batch.rows) <= 1
         assert self.batch.cache.pages <= self.pages or alone
@@ -340,7 +341,7 @@ class Slots(RuleBasedStateMachine):
             for _ in range(400):
                 self.batch.step()
             assert not self.batch
-            assert self.batch.cache.lent == 0
+            assert self.batch.cache.allocated == 0
             assert all(heard.ended == [None] for row, heard, _ in self.rows if row not in self.gone)
 
 
@@ -351,7 +352,7 @@ TestSlots.settings = settings(max_examples=25, stateful_step_count=20, deadline=
 @pytest.mark.parametrize("temperature", [1e-3, 1e-40, 1e-300])
 def test_a_temperature_near_zero_gives_the_likeliest_and_harms_nobody(network: Network, temperature: float) -> None:
     heard = [Heard(), Heard()]
-    batch = Batch(network, frozenset({END}))
+    batch = RunningBatch(network, frozenset({END}))
     batch.waiting.append(_row(_prompt(1, 9), heard[0], sampling=Sampling(temperature)))
     batch.waiting.append(_row(_prompt(1, 9), heard[1]))
     while batch:
@@ -366,9 +367,9 @@ def test_scores_that_cannot_be_drawn_from_end_their_row_alone(
     def broken(*_: object) -> int:
         raise RuntimeError("no probabilities")
 
-    monkeypatch.setattr(decoder, "sample", broken)
+    monkeypatch.setattr(running_batch, "sample", broken)
     heard = [Heard(), Heard()]
-    batch = Batch(network, frozenset({END}))
+    batch = RunningBatch(network, frozenset({END}))
     batch.waiting.append(_row(_prompt(1, 9), heard[0], sampling=Sampling(0.7)))
     batch.waiting.append(_row(_prompt(2, 9), heard[1]))
     while batch:
