@@ -159,7 +159,7 @@ def test_names_that_do_not_exist(project: Path) -> None:
 
 def test_constrain_needs_a_schema(tmp_path: Path) -> None:
     folder = write_project(tmp_path, task={"scorers": ["exact_match"]}, gates={})
-    with pytest.raises(UsageError, match="no schema to hold answers to"):
+    with pytest.raises(UsageError, match="constrain needs a schema"):
         pipeline.evaluate(Project.load(folder), names=["held"])
 
 

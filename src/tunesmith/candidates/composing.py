@@ -5,9 +5,11 @@ No engine is needed here: training rows are composed before any weights are load
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Literal
 
 from tunesmith.candidates.baselines import last_request
 from tunesmith.candidates.candidate import Candidate
@@ -18,6 +20,8 @@ from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.data.documents import Documents, Passage
 from tunesmith.store.store import Store
 
+# Which system prompt a request gets. replaced: the candidate's, in place of the request's own system turn.
+PromptUsed = Literal["candidate", "replaced", "request", "none"]
 _REMEMBERED = 512
 
 
@@ -44,9 +48,13 @@ class Composer:
     def conversation(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """The request with the candidate's prompt, shots and retrieved texts before it.
 
-        The request's own system turn is appended to the candidate's prompt, in one system turn.
+        The candidate's prompt replaces the request's own system turn; `prompt_used` tells where it does.
         """
         return compose(self._candidate, messages, self.retrieved(messages))
+
+    def prompt_used(self, messages: Sequence[Message]) -> PromptUsed:
+        """Which system prompt a request gets."""
+        return prompt_used(self._candidate, messages)
 
     def training_conversation(self, example: Example) -> tuple[Message, ...]:
         """A row as training sees it. Rows of its own group are not retrieved, as none would be for a new request."""
@@ -131,11 +139,15 @@ class Composer:
 def compose(
     candidate: Candidate, messages: Sequence[Message], retrieved: Retrieved = Retrieved()
 ) -> tuple[Message, ...]:
-    """Messages of a request or a training row, with prompt, passages, shots and retrieved examples before them."""
+    """Messages of a request or a training row, with prompt, passages, shots and retrieved examples before them.
+
+    The system turn holds the candidate's prompt, or the request's own system turn where the candidate has no prompt;
+    then the passages. Raises UsageError for no messages.
+    """
     if not messages:
         raise UsageError("there is nothing to answer", where="messages", fix="send at least one user message")
-    own = [message.content for message in messages if message.role == "system"]
-    system = "\n\n".join(part for part in (candidate.prompt.strip(), _cited(retrieved.passages), *own) if part)
+    prompt = candidate.prompt.strip() or _own_system_turn(messages)
+    system = "\n\n".join(part for part in (prompt, _cited(retrieved.passages)) if part)
     shown = [message for example in (*candidate.shots, *retrieved.shown) for message in example]
     turns = [message for message in messages if message.role != "system"]
     opening = [Message(role="system", content=system)] if system else []
@@ -146,6 +158,36 @@ def compose(
         if any(message.tools for message in (*composed, *messages))
         else composed
     )
+
+
+def prompt_used(candidate: Candidate, messages: Sequence[Message]) -> PromptUsed:
+    """Which system prompt a candidate gives a request."""
+    if candidate.prompt_source == "none":
+        return "none"
+    own = bool(_own_system_turn(messages))
+    if candidate.prompt_source == "candidate":
+        return "replaced" if own else "candidate"
+    return "request" if own else "none"
+
+
+def count_prompts(candidate: Candidate, requests: Iterable[Sequence[Message]]) -> dict[str, int]:
+    """How many requests get which system prompt, without zeros."""
+    return dict(sorted(Counter(str(prompt_used(candidate, request)) for request in requests).items()))
+
+
+def describe_prompts(counts: Mapping[str, int]) -> str:
+    """What `count_prompts` counted, in words."""
+    total = sum(counts.values())
+    replaced, own, none = (counts.get(key, 0) for key in ("replaced", "request", "none"))
+    if replaced:
+        return f"the candidate's prompt, which replaces the system turn of {replaced} of {total} rows"
+    if own:
+        return f"the system turn of {own} of {total} rows" + (", no system prompt for the others" if none else "")
+    return "no system prompt" if none else "the candidate's prompt"
+
+
+def _own_system_turn(messages: Sequence[Message]) -> str:
+    return "\n\n".join(message.content.strip() for message in messages if message.role == "system").strip()
 
 
 def turns_only(messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.composing import count_prompts
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, UsageError
@@ -93,7 +94,7 @@ def evaluate(
         for name, those in given.items()
         for scorer in task.labels
     }
-    stated = _stated(store, given, columns, seed, costs)
+    stated = _stated(store, given, columns, test, seed, costs)
     for (name, metric), rows in labelled.items():
         for key, found in _classified(rows, seed).items():
             stated[name].setdefault(key, {})[metric] = found
@@ -180,6 +181,7 @@ def evaluation_document(store: Store, digest: str) -> dict[str, Any]:
             name: {metric: stated["metrics"][metric] for metric in body["metrics"]}
             for name, stated in candidates.items()
         },
+        "system_prompts": {name: dict(stated["system_prompts"]) for name, stated in candidates.items()},
         "tuned": {name: stated["tuned"] for name, stated in candidates.items()},
         "prices": {name: dict(stated["price"]) for name, stated in candidates.items()},
         "cut": {name: stated["cut"] for name, stated in candidates.items()},
@@ -264,17 +266,24 @@ def _classified(rows: Labelled, seed: int) -> dict[str, Any]:
 
 
 def _stated(
-    store: Store, given: Mapping[str, Answers], columns: Sequence[Column], seed: int, costs: Costs
+    store: Store,
+    given: Mapping[str, Answers],
+    columns: Sequence[Column],
+    test: Sequence[Example],
+    seed: int,
+    costs: Costs,
 ) -> dict[str, Any]:
     values = np.stack([item.values for item in columns], axis=1)
     found = intervals(values, columns[0].groups, ends=(0.0, 1.0), confidence=CONFIDENCE, seed=seed)
     metrics: dict[str, dict[str, Any]] = {name: {} for name in given}
     for item, measured in zip(columns, found, strict=True):
         metrics[item.candidate][item.metric] = as_body(measured)
-    return {name: _stated_candidate(store, answers, metrics[name], costs) for name, answers in given.items()}
+    return {name: _stated_candidate(store, answers, metrics[name], test, costs) for name, answers in given.items()}
 
 
-def _stated_candidate(store: Store, answers: Answers, metrics: Mapping[str, Any], costs: Costs) -> dict[str, Any]:
+def _stated_candidate(
+    store: Store, answers: Answers, metrics: Mapping[str, Any], test: Sequence[Example], costs: Costs
+) -> dict[str, Any]:
     lines = list(answers.lines.values())
     prompt, completion = (sum(int(line[key]) for line in lines) for key in ("prompt_tokens", "completion_tokens"))
     per_1000 = 1000.0 / len(lines)
@@ -289,6 +298,7 @@ def _stated_candidate(store: Store, answers: Answers, metrics: Mapping[str, Any]
     return {
         "candidate": answers.candidate_digest,
         "tuned": candidate.tuned,
+        "system_prompts": count_prompts(candidate, (example.request for example in test)),
         "metrics": dict(metrics),
         "seconds": answers.seconds,
         "prompt_tokens": prompt,

@@ -8,6 +8,7 @@ from typing import Any
 
 from tunesmith.candidates.asking import TOGETHER, Likelihoods, ask_rows, keep_answers
 from tunesmith.candidates.candidate import Candidate, load_candidate
+from tunesmith.candidates.composing import count_prompts, describe_prompts
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.protocol import Question
@@ -80,6 +81,8 @@ def _ask(context: PipelineContext, name: str, digest: str, split: str, work: Pat
     if asked.endpoint is not None:
         sent = f"the requests of {len(rows)} held-out rows, with all that stands before them"
         context.progress.say(f"{name}: {sent}, are sent to {asked.endpoint.url}")
+    counted = count_prompts(asked, (row.request for row in rows))
+    context.progress.say(f"{name}: system prompt: {describe_prompts(counted)}")
     title = f"{name} answers {len(rows)} rows"
     found = ask_rows(answerer(context, asked), rows, work, title, context.progress, _likelihoods(context, asked))
     parents = {"candidate": digest, "dataset": dataset.digest}

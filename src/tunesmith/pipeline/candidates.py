@@ -1,4 +1,4 @@
-"""From an entry of `candidates:` to a candidate record: prompt, shots or what a search found, adapter."""
+"""Makes candidate records from the project file: prompt, shots (chosen or searched for), retrieval, trained adapter."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.answers import seen_answers
-from tunesmith.evaluation.metrics.declared import CONTEXT_SCORERS, Scoring, checked, make_scoring, metric_of
+from tunesmith.evaluation.metrics.declared import Scoring, checked, make_scoring, metric_of
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import find_rate, train_candidate
 
 
 def candidate(context: PipelineContext, name: str, restart: bool = False) -> str:
-    """Digest of a candidate of the project file; trains its adapter where it has one that is not there yet."""
+    """Digest of a candidate of the project file. Trains its adapter first where that is not done yet."""
     settings = context.settings_of(name)
     found = untrained_candidate(context, name, settings)
     if settings.train is not None:
@@ -51,7 +51,7 @@ def learning_rates(context: PipelineContext, name: str) -> dict[str, Any]:
 
 
 def answerer(context: PipelineContext, asked: Candidate) -> Answerer:
-    """A candidate of the project ready to answer: its weights loaded, its endpoint known."""
+    """A candidate that is ready to answer, with its adapter loaded."""
     settings = context.project.settings.candidates.get(asked.name)
     engine = context.engine if asked.asks_base else None
     load_adapter(context, asked.training)
@@ -59,7 +59,7 @@ def answerer(context: PipelineContext, asked: Candidate) -> Answerer:
 
 
 def load_adapter(context: PipelineContext, trained: str | None) -> str | None:
-    """Make a training's adapter answerable; returns the name to ask for."""
+    """Load a training's adapter into the engine; returns the adapter's name there."""
     if trained is None:
         return None
     store = context.store
@@ -73,7 +73,7 @@ def load_adapter(context: PipelineContext, trained: str | None) -> str | None:
 
 
 def leading_scoring(context: PipelineContext) -> Scoring:
-    """What the leading metric scores an answer by. Raises UsageError where a judge is asked for it."""
+    """The scoring function of the primary metric. Raises UsageError where that is a judge."""
     task = context.project.settings.task
     leading = next(scorer for scorer in task.scorers if metric_of(scorer) == task.leading)
     return make_scoring(leading, context.project.schema, context.project.root)
@@ -90,24 +90,26 @@ def _no_training(context: PipelineContext, name: str) -> UsageError:
 
 def untrained_candidate(context: PipelineContext, name: str, settings: CandidateSettings) -> Candidate:
     """A candidate of the project file before its training: prompt, shots and what it retrieves from."""
-    base, most, method = context.base.digest, settings.max_tokens, settings.method
-    if settings.prompt is None:  # a floor
+    base, most = context.base.digest, settings.max_tokens
+    if settings.method != "model":
         dataset = context.dataset.digest
-        return Candidate(name=name, base=base, prompt="", max_tokens=most, method=method, dataset=dataset)
+        return Candidate(name=name, base=base, max_tokens=most, method=settings.method, dataset=dataset)
     schema = context.project.schema if settings.constrain else None
     if settings.constrain and schema is None:
         raise UsageError(
-            "there is no schema to hold answers to", where=f"candidates.{name}.constrain", fix="set task.schema"
+            "constrain needs a schema, and the task has none",
+            where=f"candidates.{name}.constrain",
+            fix="set task.schema",
         )
     retrieve, shots, endpoint = settings.retrieve, settings.wanted_shots, settings.endpoint
     from_documents = retrieve is not None and retrieve.from_ == "documents"
-    # Tuned ones name it too: the drift watch compares requests with what they were trained on.
+    # Tuned candidates too: drift monitoring compares requests with their training rows.
     named = shots or settings.adapted or settings.search or (retrieve is not None and not from_documents)
     found = Candidate(
         name=name,
         base=base,
         max_tokens=most,
-        prompt=_prompt(context, name, settings.prompt),
+        prompt=_prompt(context, name, settings.prompt) if settings.prompt is not None else "",
         retrieve=retrieve,
         answer_schema=None if schema is None else json.dumps(schema, ensure_ascii=False),
         dataset=context.dataset.digest if named else None,
@@ -122,17 +124,21 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
 
 
 def _prompt(context: PipelineContext, name: str, file: str) -> str:
-    path = context.project.root / file
+    """The text of a prompt file. Raises UsageError where it cannot be read or is empty."""
+    path, where = context.project.root / file, f"candidates.{name}.prompt"
     try:
-        return path.read_text(encoding="utf-8").strip()
+        prompt = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the prompt cannot be read: {error}", where=where, fix=f"write {path}") from error
+    if not prompt:
         raise UsageError(
-            f"the prompt cannot be read: {error}", where=f"candidates.{name}.prompt", fix=f"write {path}"
-        ) from error
+            f"the prompt file {path} is empty", where=where, fix="leave prompt out to use each row's own system turn"
+        )
+    return prompt
 
 
 def _searched(context: PipelineContext, bare: Candidate, settings: Search) -> Candidate:
-    """The candidate with the prompt and the shots that a search on validation rows found best."""
+    """The candidate with the best prompt and shots of a search on validation rows."""
     metric = context.project.settings.task.leading
     prompts = [bare.prompt, *(_prompt(context, bare.name, file) for file in settings.prompts)]
     inputs = {
@@ -142,14 +148,13 @@ def _searched(context: PipelineContext, bare: Candidate, settings: Search) -> Ca
         "metric": metric,
         "schema": context.project.schema,
         **(context.engine_kind if bare.asks_base else {}),
-        **({"retrieved": True} if metric in CONTEXT_SCORERS else {}),  # once these were scored without it
     }
 
     def find(work: Path) -> str:
         scoring = leading_scoring(context)
 
         def scored(tried: Candidate, rows: Sequence[Example], lines: Sequence[Mapping[str, Any]]) -> list[float]:
-            # As the evaluation sees them: with the texts that were looked up for each.
+            # As in the evaluation: with the texts that were retrieved for each row.
             seen = seen_answers(context.store, context.dataset, tried, {line["id"]: line for line in lines}, rows)
             return [checked(scoring(seen[row.id]), metric, f"validation row {row.id}") for row in rows]
 

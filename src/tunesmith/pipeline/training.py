@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.candidates.composing import Composer
+from tunesmith.candidates.composing import Composer, count_prompts, describe_prompts
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.data.governance.signoff import require_signed
@@ -30,6 +30,8 @@ def train_candidate(
     def fit(work: Path) -> str:
         from tunesmith.training.train import train
 
+        counted = count_prompts(candidate, (each.request for each in context.dataset.examples("train")))
+        context.progress.say(f"{name}: system prompt in training: {describe_prompts(counted)}")
         rows, validation = composed_rows(context, candidate, settings)
         return train(
             context.store,

@@ -148,6 +148,7 @@ class _Shape:
             "x-request-id": self._job.id,
             "x-tunesmith-version": self._version.label,
             "x-tunesmith-arm": self._job.route.arm,
+            "x-tunesmith-system-prompt": self._job.prompt_used,
         }
         if self._job.sources:
             said["x-tunesmith-sources"] = ", ".join(quote(source, safe="/") for source in self._job.sources)

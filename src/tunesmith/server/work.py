@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from tunesmith.candidates.answering import Answerer
+from tunesmith.candidates.composing import PromptUsed
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.messages import CountTokens
 from tunesmith.engines.protocol import Completion, Generation, Scored, Streamed
@@ -47,6 +48,7 @@ class Job:
     accepted: float = field(default_factory=time.monotonic)
     features: Mapping[str, float] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+    prompt_used: PromptUsed = "none"
     prompt_tokens: int = 0
     begun: bool = False
     _left: threading.Event = field(default_factory=threading.Event)
@@ -220,6 +222,7 @@ class Worker:
                 top_logprobs=request.scored,
             )
             job.sources = answerer.composer.retrieved(messages).sources
+            job.prompt_used = answerer.composer.prompt_used(messages)
             tokens = job.prompt_tokens = self._count_tokens(generation.messages) if answerer.asks_base else 0
         except UsageError as error:
             raise bad_request(error.what, "messages") from error

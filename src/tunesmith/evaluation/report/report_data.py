@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
+from tunesmith.candidates.composing import describe_prompts
 from tunesmith.data.building.build import dataset_document
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.answers import ANSWERS, BASE
@@ -26,6 +27,7 @@ from tunesmith.store.store import Store
 
 _SHOWN_EXAMPLES = 6
 _SHOWN_TRAIL = 40
+_BASELINES = {"nearest": "the answer of the most similar training example", "classifier": "TF-IDF, logistic regression"}
 
 
 def report_data(
@@ -128,7 +130,8 @@ def _candidates(
         rows.append(
             {
                 "name": name,
-                "how": _how(store, load_candidate(store, stated["candidate"])),
+                "how": _how(store, load_candidate(store, stated["candidate"]), stated["system_prompts"]),
+                "system_prompts": stated["system_prompts"],
                 "role": "focus" if name == focus else "rival" if name == rival else "",
                 "tuned": stated["tuned"],
                 "candidate": stated["candidate"],
@@ -140,31 +143,31 @@ def _candidates(
     return sorted(rows, key=lambda row: (-row["metrics"][measured["primary"]]["mean"], row["name"]))
 
 
-def _how(store: Store, candidate: Candidate) -> str:
-    parts = []
+def _how(store: Store, candidate: Candidate, system_prompts: Mapping[str, int]) -> str:
+    """How a candidate answers, in words."""
     if candidate.method != "model":
-        floors = {"nearest": "the answer of the nearest training example", "classifier": "TF-IDF, logistic regression"}
-        return f"a floor without a language model: {floors[candidate.method]}"
+        return f"baseline without a language model: {_BASELINES[candidate.method]}"
+    parts = [describe_prompts(system_prompts)]
     if candidate.endpoint is not None:
-        parts.append(f"an outside endpoint, {candidate.endpoint.model}; cannot be released")
+        parts.append(f"endpoint, {candidate.endpoint.model} (cannot be released)")
     if candidate.search is not None:
         found = store.record(candidate.search, kind="search").body
-        parts.append(f"found by {len(found['tries'])} tries on {found['rows']} validation rows")
+        parts.append(f"best of {len(found['tries'])} combinations on {found['rows']} validation rows")
     if candidate.training is not None:
         settings = store.record(candidate.training, kind="training").body.get("settings", {})
         rank = settings.get("rank")
         parts.append("tuned weights" + (f" (LoRA, rank {rank})" if rank else ""))
         if settings.get("permute_answers"):
-            parts.append("a control that learned answers dealt to the wrong requests")
+            parts.append("control that was trained on shuffled answers")
     if candidate.shots:
         parts.append(f"{len(candidate.shots)} fixed examples in the prompt")
     if candidate.retrieve is not None:
         what = "passages of documents" if candidate.documents is not None else "examples"
-        by = "" if candidate.retrieve.by == "bm25" else f", {candidate.retrieve.by}"
+        by = "" if candidate.retrieve.by == "bm25" else f" ({candidate.retrieve.by})"
         parts.append(f"{candidate.retrieve.k} retrieved {what} in the prompt{by}")
     if candidate.answer_schema is not None:
-        parts.append("held to the schema")
-    return ", ".join(parts) or "prompt alone"
+        parts.append("answers constrained to the schema")
+    return ", ".join(parts)
 
 
 def _training(store: Store, candidate: Candidate) -> dict[str, Any] | None:
