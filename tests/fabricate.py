@@ -25,7 +25,8 @@ from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.probes.general import general_digest, general_questions
 from tunesmith.evaluation.settings import GATES
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
-from tunesmith.registry.approvals import approve
+from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
+from tunesmith.registry.signing import keys
 from tunesmith.registry.versions import Version, register
 from tunesmith.store.identities import add_user, ensure_owner
 from tunesmith.store.records import Record
@@ -414,6 +415,13 @@ def put_verdict(
     judged = judge(store, evaluation=evaluation, candidate=name, gates=GATES.validate_python({"valid": gate}))
     assert store.record(judged).body["verdict"] == outcome
     return evaluation, judged
+
+
+def approve(store: Store, version: Version, *, approver: str, reason: str = "") -> str:
+    """Prepare, sign and submit an approval; returns its record's digest."""
+    request = prepare_approval(store, version, approver, reason)
+    key = keys.load_signing_key(store, keys.ensure_key(store, approver))
+    return submit_approval(store, sign(request, key)).digest
 
 
 # An installation: ann (admin, engineer) registers, bob approves, olga operates, stu is the steward

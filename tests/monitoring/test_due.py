@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from tests.fabricate import APPROVER, NAME, OPERATOR, STEWARD, Scene, lamp, put_dataset
+from tests.fabricate import APPROVER, NAME, OPERATOR, STEWARD, Scene, approve, lamp, put_dataset
 from tunesmith.data.dataset import load_dataset
 from tunesmith.monitoring.pending_retrains import Due, list_due
 from tunesmith.monitoring.recall import Cause, recall
-from tunesmith.registry.approvals import approve
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.controller import advance, rollback, start
 from tunesmith.rollout.settings import RolloutSettings

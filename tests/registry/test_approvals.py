@@ -8,11 +8,11 @@ import os
 import pytest
 from sqlalchemy import delete, update
 
-from tests.fabricate import Chain, put_chain
+from tests.fabricate import Chain, approve, put_chain
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.registry.approvals import approve, require_approved
+from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import ENVELOPE, Approval, seal, statement_of
@@ -47,7 +47,7 @@ def approval_by(store: Store, user: str, **changes: object) -> Approval:
 
 def sealed(store: Store, user: str, statement: object) -> bytes:
     known = keys.ensure_key(store, user)
-    return seal(statement, keys.load_signing_key(store, known), known.fingerprint or "")  # type: ignore[arg-type]
+    return seal(statement, keys.load_signing_key(store, known))  # type: ignore[arg-type]
 
 
 def test_a_second_person_approves_and_once_is_enough(store: Store, version: Version) -> None:
@@ -64,11 +64,11 @@ def test_a_second_person_approves_and_once_is_enough(store: Store, version: Vers
 
 def test_the_proposer_cannot_approve_whatever_roles_they_hold(store: Store, version: Version) -> None:
     identities.set_roles(store, "olive", ["admin", "approver", "engineer"], actor="olive")
-    with pytest.raises(Refused, match="olive proposed intents@v1"):
+    with pytest.raises(Refused, match="olive registered intents@v1"):
         approve(store, version, approver="olive")
     statement = approval_by(store, "olive")
     put_approval(store, version, statement, sealed(store, "olive", statement_of(version, statement)))
-    with pytest.raises(Refused, match="olive proposed intents@v1"):
+    with pytest.raises(Refused, match="olive registered intents@v1"):
         require_approved(store, version)
 
 
@@ -192,7 +192,7 @@ def test_an_envelope_that_is_none_does_not_count(store: Store, version: Version,
 def test_an_approval_that_the_log_does_not_know_does_not_count(store: Store, version: Version) -> None:
     approval = approval_by(store, "ann")
     put_approval(store, version, approval, sealed(store, "ann", statement_of(version, approval)), logged=False)
-    with pytest.raises(Refused, match="the audit log does not know"):
+    with pytest.raises(Refused, match="the audit log has no entry"):
         require_approved(store, version)
     approve(store, version, approver="ann")
     assert require_approved(store, version).approver == "ann"
@@ -220,7 +220,7 @@ def test_an_audit_entry_that_cannot_be_written_undoes_the_approval(
 def test_an_overridden_version_is_approved_with_a_reason_that_knows_it(store: Store) -> None:
     verdict = put_chain(store, verdict="fail").verdict
     version = register(store, name="intents", verdict=verdict, actor="olive", override="a drill")
-    with pytest.raises(UsageError, match=r"let through its gates \(a drill\): approving it needs a reason"):
+    with pytest.raises(UsageError, match=r"were overridden \(a drill\): an approval of it needs a reason"):
         approve(store, version, approver="ann", reason=" ")
     unaware = approval_by(store, "ann", reason="fine")
     put_approval(store, version, unaware, sealed(store, "ann", statement_of(version, unaware)))

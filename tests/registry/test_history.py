@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, select, update
 
-from tests.fabricate import Chain
-from tunesmith.registry.approvals import approve
+from tests.fabricate import Chain, approve
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.versions import Version, register
 from tunesmith.store import audit, database, identities

@@ -10,8 +10,9 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
+from tests.fabricate import approve
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.registry.approvals import approve, require_approved
+from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.signing import keys
 from tunesmith.registry.versions import Version
 from tunesmith.store import identities

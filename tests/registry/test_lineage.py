@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.fabricate import Chain
+from tests.fabricate import Chain, approve
 from tunesmith.core.errors import Refused
-from tunesmith.registry.approvals import approve
 from tunesmith.registry.lineage import ancestors, tree
 from tunesmith.registry.versions import Version
 from tunesmith.store.store import Store

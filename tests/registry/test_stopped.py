@@ -9,8 +9,8 @@ import textwrap
 
 import pytest
 
-from tests.fabricate import Chain
-from tunesmith.registry.approvals import approve, require_approved
+from tests.fabricate import Chain, approve
+from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing import keys
 from tunesmith.registry.versions import list_versions, register, verify_version

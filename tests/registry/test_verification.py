@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fabricate import Chain, put_chain, put_verdict
+from tests.fabricate import Chain, approve, put_chain, put_verdict
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import UsageError
-from tunesmith.registry.approvals import approve
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version, register
 from tunesmith.store import identities

@@ -18,6 +18,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.signing.release import read_version
 from tunesmith.registry.versions import Version, check_not_recalled
+from tunesmith.rollout.state import LIVE
 from tunesmith.store import database
 from tunesmith.store.recalls import causes
 from tunesmith.store.store import Store
@@ -134,7 +135,7 @@ def _next(store: Store, session: Session, place: _Place, by: list[str], replacem
         change = "name another `base`" if "base" in kinds else "change what made these weights"
         # Rows stay out by themselves; what a recalled version or base was made of does not change by itself.
         return [*([f"{change} in tunesmith.yaml"] if kinds & {"base", "version"} else []), "tunesmith run"]
-    live = select(RolloutRow).where(RolloutRow.name == name, RolloutRow.status.in_(("running", "paused")))
+    live = select(RolloutRow).where(RolloutRow.name == name, RolloutRow.status.in_(LIVE))
     if any(
         row.canary == replacement.digest and (row.tenant, row.region) == (tenant, region)
         for row in session.scalars(live)

@@ -20,6 +20,7 @@ from tunesmith.core.digests import short
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import SPLITS, Example, load_dataset
 from tunesmith.models.weight_files import ADAPTER_FILE, MODEL_FILE
+from tunesmith.rollout.state import LIVE
 from tunesmith.store import database
 from tunesmith.store.identities import require
 from tunesmith.store.store import Store
@@ -150,7 +151,7 @@ def reach(store: Store, session: Session, cause: Cause, reason: str, *, done: bo
         for row in pointing
         if row.version in digests
     )
-    live = session.scalars(select(RolloutRow).where(RolloutRow.status.in_(("running", "paused"))))
+    live = session.scalars(select(RolloutRow).where(RolloutRow.status.in_(LIVE)))
     served = _served(session, digests)
     versions = [store.record(one.digest) for one in reached if one.kind == "version"]
     trained = [store.record(one.digest) for one in reached if one.kind == "training"]

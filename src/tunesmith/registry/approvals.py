@@ -1,90 +1,141 @@
-"""Approvals: a second person's signature over a version's digest, without which nothing is promoted."""
+"""Approvals: a second person's signature over a version's digest, without which nothing is promoted.
+
+Three steps, so that the signing can happen where the approver's key is and the rest where the store is:
+`prepare_approval` states what is to be signed, `sign` signs it, `submit_approval` checks and records it.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.registry.signing import keys
-from tunesmith.registry.signing.attestations import ENVELOPE, Approval, own_proposal, read_approval, seal, statement_of
+from tunesmith.registry.signing.attestations import (
+    ENVELOPE,
+    Approval,
+    check_not_signer,
+    open_envelope,
+    read_approval,
+    seal,
+    signed_bytes,
+    statement_of,
+)
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import verify_version
-from tunesmith.registry.versions import open_release
+from tunesmith.registry.versions import load_version, open_release
 from tunesmith.store import audit, database, identities
+from tunesmith.store.audit import Head
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, EdgeRow, RecordRow
 from tunesmith.store.trust import TrustedKey
 
 
-def approve(store: Store, version: Version, *, approver: str, reason: str = "") -> str:
-    """Sign a version as a second person; returns the approval record's digest. Once is enough: again gives the same.
+@dataclass(frozen=True, slots=True)
+class ApprovalRequest:
+    """What an approver is to sign. statement: the in-toto statement, for a person to read.
 
-    The version is verified first, with all it came of. Raises Refused where it does not verify or was recalled, where
-    the approver lacks the role or proposed it, UsageError where an overridden version is approved without a reason.
+    payload: the bytes to sign, DSSE's pre-authentication encoding of the statement, for a signer that has its own
+    software.
     """
-    identities.require(store, approver, "version.approve", tenant=version.tenant, region=version.region)
+
+    statement: dict[str, Any]
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedApproval:
+    """An approval that counts. digest: its record's."""
+
+    digest: str
+    approval: Approval
+
+
+def prepare_approval(store: Store, version: Version, actor: str, reason: str = "") -> ApprovalRequest:
+    """State what actor signs to approve a version. Changes nothing and needs no key.
+
+    The version is verified first, with every record that it was made from. Raises Refused if it does not verify or was
+    recalled, if actor may not approve it or registered it; UsageError if its gates were overridden and there is no
+    reason.
+    """
     reason = reason.strip()
-    if version.override is not None and not reason:
-        raise UsageError(
-            f"{version.label} was let through its gates ({version.override}): approving it needs a reason",
-            fix='--reason "why"',
-        )
-    if approver == version.signer:
-        raise own_proposal(version, approver)
-    signer = _verify(store, version)
-    user = keys.ensure_key(store, approver)
-    private = keys.load_signing_key(store, user)
+    _check_approvable(store, version, actor, reason)
+    with database.reading(store.engine) as session:
+        head = audit.newest(session)
+    approval = Approval(
+        approver=actor,
+        role="approver",
+        decision="approve",
+        reason=reason,
+        override=version.override,
+        at=stamp(),
+        audit=head,
+    )
+    statement = statement_of(version, approval)
+    return ApprovalRequest(statement, signed_bytes(statement))
+
+
+def sign(request: ApprovalRequest, key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A DSSE envelope: the request's statement, signed with an approver's private key."""
+    return seal(request.statement, key)
+
+
+def submit_approval(store: Store, envelope: bytes) -> RecordedApproval:
+    """Check a signed approval and record it. Submitted twice by one approver, the first one stays.
+
+    Whoever signed it is the actor: no other identity is needed. Everything that prepare_approval checks is checked
+    again, and the signature, and that the store's audit log holds the entry which the statement names as its newest.
+    Raises as prepare_approval does, and Refused for an envelope that is not an approval by a trusted key.
+    """
+    statement, key = open_envelope(envelope, identities.trusted_keys(store), "the approval's envelope")
+    try:
+        digest = f"sha256:{statement['subject'][0]['digest']['sha256']}"
+        approval = Approval.model_validate(statement["predicate"])
+    except (ValidationError, KeyError, IndexError, TypeError) as error:
+        raise Refused("the signed statement is not an approval", fix="tunesmith approve") from error
+    version = load_version(store, digest)
+    signer = _check_approvable(store, version, key.user, approval.reason)
+    record = Record(
+        kind="approval",
+        parents={"version": version.digest},
+        blobs={ENVELOPE: store.put_bytes(envelope)},
+        body=approval.model_dump(mode="json"),
+    )
+    read_approval(record, envelope, version, signer, identities.trusted_keys(store))
+    detail: dict[str, Any] = {"version": version.label, "reason": approval.reason, "override": version.override}
     with database.reading(store.engine) as reading:
-        given, _ = _standing(store, reading, version, signer)
-    for digest, approval in given:
-        if approval.approver == approver:
-            return digest
-    detail: dict[str, Any] = {}
-    with store.change(approver, "version.approve", version.digest, detail) as session:
-        # Here and now: a role taken away since the beginning counts.
-        identities.require(session, approver, "version.approve", tenant=version.tenant, region=version.region)
-        approval = Approval(
-            approver=approver,
-            role="approver",
-            decision="approve",
-            reason=reason,
-            override=version.override,
-            at=stamp(),
-            audit=audit.newest(session),
-        )
-        envelope = seal(statement_of(version, approval), private, user.fingerprint or "")
-        record = Record(
-            kind="approval",
-            parents={"version": version.digest},
-            blobs={ENVELOPE: store.put_bytes(envelope)},
-            body=approval.model_dump(mode="json"),
-        )
-        read_approval(record, envelope, version, signer, identities.trusted_keys(session))
+        counting, _ = _counting(store, reading, version, signer)
+    for recorded in counting:
+        if recorded.approval.approver == approval.approver:
+            return recorded
+    with store.change(key.user, "version.approve", version.digest, detail) as session:
+        # In this transaction: a role that was taken away since then counts.
+        identities.require(session, key.user, "version.approve", tenant=version.tenant, region=version.region)
+        _check_known(session, approval.audit)
         store.put_record(record, session)
-        detail |= {"version": version.label, "approval": record.digest, "reason": reason, "override": version.override}
-    identities.publish_trust(store)
-    return record.digest
+        detail["approval"] = record.digest
+    return RecordedApproval(record.digest, approval)
 
 
 def require_approved(store: Store, version: Version, session: Session | None = None) -> Approval:
-    """The approval on which a version may be promoted. Raises Refused where none counts now, saying why not.
+    """The approval by which a version may be promoted, read from its files and verified again.
 
-    Its signature, the approver's role today, and that it is of this very digest are all checked again. session: decide
-    inside the caller's transaction.
+    session: decide by what the caller's transaction sees. Raises Refused if no approval counts now, and says why not.
     """
     if session is None:
         with database.reading(store.engine) as own:
             return require_approved(store, version, own)
     with open_release(store, version, session) as (_, release):
-        given, reasons = _standing(store, session, version, release.signer)
-    if given:
-        return given[0][1]
+        counting, reasons = _counting(store, session, version, release.signer)
+    if counting:
+        return counting[0].approval
     raise Refused(
         f"{version.label} is not approved" + (f": {'; '.join(reasons)}" if reasons else ""),
         where=version.label,
@@ -92,8 +143,15 @@ def require_approved(store: Store, version: Version, session: Session | None = N
     )
 
 
-def _verify(store: Store, version: Version) -> TrustedKey:
-    """Whose signature a version bears, after it was verified with everything it came of."""
+def _check_approvable(store: Store, version: Version, actor: str, reason: str) -> TrustedKey:
+    """The key that signed a version which actor may approve now. Raises as prepare_approval does."""
+    identities.require(store, actor, "version.approve", tenant=version.tenant, region=version.region)
+    if version.override is not None and not reason.strip():
+        raise UsageError(
+            f"the gates of {version.label} were overridden ({version.override}): an approval of it needs a reason",
+            fix='--reason "why"',
+        )
+    check_not_signer(version, actor)
     with open_release(store, version) as (_, release):
         signer = release.signer
     found = verify_version(store.root, version.label, keys=identities.trusted_keys(store), whole_store=False)
@@ -102,33 +160,44 @@ def _verify(store: Store, version: Version) -> TrustedKey:
         raise Refused(
             f"{version.label} does not verify: {first.reason}",
             where=first.path,
-            fix="tunesmith verify lists everything",
+            fix=f"tunesmith verify {version.label} lists every problem",
         )
     return signer
 
 
-def _standing(
+def _check_known(session: Session, head: Head) -> None:
+    """Raise Refused unless the audit log holds an entry: an approval states the newest one when it was prepared."""
+    known = session.scalars(select(AuditRow.digest).where(AuditRow.seq == head.seq)).first()
+    if known != head.digest:
+        raise Refused(
+            f"the approval was prepared on another audit log: entry {head.seq} is not {short(head.digest)} here",
+            where="audit log",
+            fix="prepare and sign it again on this store; if it was prepared here, run `tunesmith audit verify`",
+        )
+
+
+def _counting(
     store: Store, session: Session, version: Version, signer: TrustedKey
-) -> tuple[list[tuple[str, Approval]], list[str]]:
-    """The version's approvals that count now, with their digests, and why each other one does not."""
+) -> tuple[list[RecordedApproval], list[str]]:
+    """The version's approvals that count now, oldest first, and why each other one does not."""
     query = (
         select(EdgeRow.child)
         .join(RecordRow, RecordRow.digest == EdgeRow.child)
         .where(EdgeRow.parent == version.digest, EdgeRow.role == "version", RecordRow.kind == "approval")
         .order_by(RecordRow.created_at, RecordRow.digest)
     )
-    # A record whose transaction was cut short lies on disk without an entry of the log: it never came to count.
+    # A record whose transaction was killed lies on disk without an audit entry: it does not count.
     entries = select(AuditRow).where(AuditRow.action == "version.approve", AuditRow.subject == version.digest)
     logged = {row.detail.get("approval") for row in session.scalars(entries)}
     trusted = identities.trusted_keys(session)
-    given, reasons = [], []
+    counting, reasons = [], []
     for digest in session.scalars(query):
         try:
             if digest not in logged:
-                raise Refused(f"the audit log does not know approval {short(digest)}")
+                raise Refused(f"the audit log has no entry for approval {short(digest)}")
             record = store.record(digest, kind="approval")
             envelope = store.read_blob(record.blobs.get(ENVELOPE, ""))
-            given.append((digest, read_approval(record, envelope, version, signer, trusted)))
+            counting.append(RecordedApproval(digest, read_approval(record, envelope, version, signer, trusted)))
         except TunesmithError as error:
             reasons.append(error.what)
-    return given, reasons
+    return counting, reasons

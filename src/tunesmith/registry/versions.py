@@ -23,6 +23,7 @@ from tunesmith.core.files import sync_folder
 from tunesmith.registry.aliases import ALIASES, get_alias
 from tunesmith.registry.licence_duties import NOTICE, carried, notice
 from tunesmith.registry.lineage import ancestors, blobs_of
+from tunesmith.registry.serving import may_load
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.release import (
     Release,
@@ -189,10 +190,10 @@ def resolve(store: Store, text: str, *, tenant: str = "", region: str = "") -> V
     return load_version(store, found[0])
 
 
-def load_version(store: Store, digest: str) -> Version:
-    """A registered version by its digest. Raises Refused where it is not registered, or the register disagrees."""
-    with database.reading(store.engine) as session:
-        row = session.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
+def load_version(store: Store, digest: str, session: Session | None = None) -> Version:
+    """A registered version by its digest. Raises Refused if it is not registered, or its row contradicts its record."""
+    with _reading(store, session) as reading:
+        row = reading.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
     if row is None:
         raise Refused(f"{short(digest)} is not a registered version", fix="tunesmith register")
     version, _ = read_version(store.record(digest, kind="version"), str(store.record_path(digest)))
@@ -228,25 +229,28 @@ def check_not_recalled(session: Session, version: Version, statement: Statement)
 
 @contextlib.contextmanager
 def open_release(store: Store, version: Version, session: Session | None = None) -> Iterator[tuple[Path, Release]]:
-    """A private copy of a version's folder, verified, and what it is.
+    """A verified private copy of a version's folder, and the release that it holds.
 
-    What happens to the store's own files afterwards has no effect. session: decide by what the caller's transaction
-    sees. Raises Refused where the register, the folder, the signature, the signer's standing today, the time or a
-    recall does not allow it.
+    Later changes of the store's own files have no effect on the copy. session: decide by what the caller's transaction
+    sees. Raises Refused if the version may not be loaded (serving.may_load), if its folder or signature is damaged, or
+    if a record that it was made from was recalled.
     """
     registered = load_version(store, version.digest)
     if registered != version:
         raise Refused("this is not the version of that digest", where=version.label, fix="resolve it again")
+    with _reading(store, session) as reading:
+        may_load(reading, version, tenant=version.tenant, region=version.region).require(version.label)
     with private_copy(version_folder(store.root, version.name, version.number)) as folder:
         release = check_release(folder, identities.trusted_keys(session or store))
         if release.version != registered:
             raise Refused(f"the folder holds {release.version.label}, not {version.label}", where=str(folder), fix=_FIX)
-        if session is not None:
-            check_not_recalled(session, registered, release.statement)
-        else:
-            with database.reading(store.engine) as own:
-                check_not_recalled(own, registered, release.statement)
+        with _reading(store, session) as reading:
+            check_not_recalled(reading, registered, release.statement)
         yield folder, release
+
+
+def _reading(store: Store, session: Session | None) -> contextlib.AbstractContextManager[Session]:
+    return database.reading(store.engine) if session is None else contextlib.nullcontext(session)
 
 
 @contextlib.contextmanager

@@ -26,17 +26,21 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import now
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.registry.aliases import get_alias
-from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.versions import Version
 from tunesmith.rollout import traffic
 from tunesmith.rollout.analysis import Arm, Judgement, judge
 from tunesmith.rollout.moves import CONTROLLER, Move, Overtaken, apply, follow, new_row
-from tunesmith.rollout.preconditions import lost_ground, point_champion, unservable, way_back
+from tunesmith.rollout.preconditions import (
+    arm_permission,
+    broken_precondition,
+    check_may_serve,
+    point_champion,
+    promotions_to_undo,
+)
 from tunesmith.rollout.settings import Analysis, Pause, Step
 from tunesmith.rollout.state import Rollout, from_row, get_rollout, live_rollout
 from tunesmith.store import audit, database
 from tunesmith.store.identities import require
-from tunesmith.store.recalls import recalled
 from tunesmith.store.store import Store
 
 # A clock that was put back by less than this is only being corrected.
@@ -75,13 +79,7 @@ def start(
     with store.change(actor, "rollout.start", name, detail) as session:
         # Inside the transaction: a role or an approval taken away meanwhile counts.
         require(session, actor, "rollout.start", **scope)
-        if override is None:
-            require_approved(store, version, session)
-        else:
-            require(session, actor, "rollout.override", **scope)
-        reason = recalled(session, version.digest)
-        if reason is not None:
-            raise Refused(f"{version.label} was recalled: {reason}", fix="register one that does not rest on it")
+        check_may_serve(session, store, version, **scope, override_by=None if override is None else actor)
         running = live_rollout(session, name, tenant, region)
         if running is not None:
             raise Refused(
@@ -92,8 +90,7 @@ def start(
         if champion is not None and champion.version == version.digest:
             raise Refused(f"{version.label} serves all of {name}'s traffic already")
         stable = champion.version if champion else ""
-        fallen = unservable(session, store, stable) if stable else None
-        unopposed = f"the champion {fallen}" if fallen else None if stable else "nothing served before"
+        unopposed = _no_rival(session, store, stable, tenant, region)
         row = new_row(version, name, scope, stable, steps, actor, override, clock(), unopposed)
         session.add(row)
         session.flush()
@@ -168,7 +165,7 @@ def rollback(
         undo = Move("rollout.rollback", {"status": "rolled_back", "weight": 0, "reason": reason})
         if running is not None:
             return apply(session, running, undo, at, detail)
-        promotions, target = way_back(session, store, name, tenant, region)
+        promotions, target = promotions_to_undo(session, store, name, tenant, region)
         point_champion(session, promotions[0], target, actor)
         undone = [apply(session, promotion, undo, at, {}) for promotion in promotions]
         detail |= {"rollout": undone[0].id, "undone": [one.id for one in undone], "champion": target}
@@ -227,9 +224,9 @@ def _chosen(store: Store, current: Rollout, move: Move, at: datetime) -> Rollout
 
 def _next_move(store: Store, rollout: Rollout, at: datetime, measure: Measure) -> Move | None:
     with database.reading(store.engine) as session:
-        lost = lost_ground(session, store, rollout)
-    if lost is not None:
-        return _abortion(lost)
+        problem = broken_precondition(session, store, rollout)
+    if problem is not None:
+        return _abortion(problem)
     if rollout.current is None:
         return _promotion(rollout, {})
     waited = (at - datetime.fromisoformat(rollout.began_at)).total_seconds()
@@ -314,6 +311,14 @@ def _check_scope(version: Version, name: str, tenant: str, region: str) -> None:
             where=f"tenant {tenant!r}, region {region!r}",
             fix="register it for that tenant and region",
         )
+
+
+def _no_rival(session: Session, store: Store, stable: str, tenant: str, region: str) -> str | None:
+    """Why there is no champion to compare a canary with, None if there is one. stable: its digest, "" for none."""
+    if not stable:
+        return "nothing served before"
+    permission = arm_permission(session, store, stable, tenant, region)
+    return None if permission.granted else f"the champion {permission.message}"
 
 
 def _refuse_ended(rollout: Rollout) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import Refused
 from tunesmith.registry.versions import Version
-from tunesmith.rollout.preconditions import lost_ground, point_champion, unpromotable
+from tunesmith.rollout.preconditions import broken_precondition, point_champion, promotion_problem
 from tunesmith.rollout.settings import Step
 from tunesmith.rollout.state import Rollout, from_row, state_of
 from tunesmith.store.store import Store
@@ -57,7 +57,7 @@ def follow(
             raise Overtaken
         move = decide(session, found)
         if move.changes.get("status") == "promoted":
-            problem = lost_ground(session, store, found) or unpromotable(session, store, found)
+            problem = broken_precondition(session, store, found) or promotion_problem(session, store, found)
             if problem is not None:
                 fix = f"tunesmith rollout abort {found.id}"
                 raise Refused(problem, where=f"rollout {found.id} of {found.name}", fix=fix)

@@ -1,91 +1,101 @@
-"""What a rollout stands on: the champion it set out against, versions that may be served, and the way back."""
+"""What must hold for a rollout to start, go on, promote or roll back."""
 
 from __future__ import annotations
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.registry.aliases import get_alias, revision_of, set_alias
 from tunesmith.registry.approvals import require_approved
-from tunesmith.registry.versions import load_version
+from tunesmith.registry.serving import Permission, may_load, may_serve
+from tunesmith.registry.versions import Version, load_version
 from tunesmith.rollout.state import Rollout, promoted_rollouts
 from tunesmith.store.identities import require
-from tunesmith.store.recalls import recalled
 from tunesmith.store.store import Store
-from tunesmith.store.tables import VersionRow
 
 
-def lost_ground(session: Session, store: Store, rollout: Rollout) -> str | None:
-    """Why a live rollout cannot go on: an arm may not be served any more, or the champion is another. Else None."""
+def broken_precondition(session: Session, store: Store, rollout: Rollout) -> str | None:
+    """Why a live rollout cannot go on, None if it can: an arm may not be loaded any more, or the champion changed."""
     for arm, digest in (("canary", rollout.canary), ("champion", rollout.stable)):
-        problem = unservable(session, store, digest)
-        if problem is not None:
-            return f"the {arm} {problem}"
+        permission = arm_permission(session, store, digest, rollout.tenant, rollout.region)
+        if not permission.granted:
+            return f"the {arm} {permission.message}"
     champion = get_alias(session, rollout.name, "champion", rollout.tenant, rollout.region)
     if champion is None:
-        return "the champion was taken away under the rollout"
+        return "the champion was removed during the rollout"
     if champion.version != rollout.stable:
-        return f"the champion was changed under the rollout, to {short(champion.version)}"
+        return f"the champion was changed during the rollout, to {short(champion.version)}"
     return None
 
 
-def unservable(session: Session, store: Store, digest: str) -> str | None:
-    """Why a version may not be served, as the end of a sentence about it; None where nothing speaks against it."""
-    reason = recalled(session, digest)
-    if reason is not None:
-        return f"was recalled: {reason}"
-    registered = session.scalars(select(VersionRow.digest).where(VersionRow.digest == digest)).first()
-    if registered is None or not store.record_path(digest).is_file():
-        return "is gone from the registry"
-    return None
+def arm_permission(session: Session, store: Store, digest: str, tenant: str, region: str) -> Permission:
+    """Whether a version, given by its digest, may be loaded to answer a tenant and region."""
+    try:
+        version = load_version(store, digest, session)
+    except Refused:
+        return Permission("unknown", "is not in the registry")
+    return may_load(session, version, tenant=tenant, region=region)
 
 
-def unpromotable(session: Session, store: Store, rollout: Rollout) -> str | None:
-    """Why the canary may not become champion today, whatever held when the rollout began. None where it may.
+def promotion_problem(session: Session, store: Store, rollout: Rollout) -> str | None:
+    """Why the canary may not become champion now, None if it may.
 
-    The approval, or for an override the role of who gave it, must still stand.
+    The user who started the rollout must still be allowed to, and the canary may serve: by an approval, or by that
+    user's override.
     """
     scope = {"tenant": rollout.tenant, "region": rollout.region}
     try:
         require(session, rollout.started_by, "rollout.start", **scope)
-        if rollout.override is None:
-            require_approved(store, load_version(store, rollout.canary), session)
-        else:
-            require(session, rollout.started_by, "rollout.override", **scope)
+        canary = load_version(store, rollout.canary, session)
+        check_may_serve(session, store, canary, **scope, override_by=rollout.started_by if rollout.override else None)
     except TunesmithError as error:
         return error.what
     return None
 
 
+def check_may_serve(
+    session: Session, store: Store, version: Version, *, tenant: str, region: str, override_by: str | None
+) -> None:
+    """Raise Refused unless a version may serve a tenant and region.
+
+    First what the database knows (serving.may_serve), then the files of its approval, unless an override replaces it.
+    """
+    may_serve(session, version, tenant=tenant, region=region, override_by=override_by).require(version.label)
+    if override_by is None:
+        require_approved(store, version, session)
+
+
 def point_champion(session: Session, rollout: Rollout, version: str, actor: str) -> None:
-    """Make version the champion where rollout's name is served, by compare-and-set on what this session sees."""
+    """Make a version (its digest) the champion of a rollout's name, tenant and region."""
     place = {"name": rollout.name, "alias": "champion", "tenant": rollout.tenant, "region": rollout.region}
     set_alias(session, version=version, expected=revision_of(session, **place), actor=actor, **place)
 
 
-def way_back(session: Session, store: Store, name: str, tenant: str, region: str) -> tuple[list[Rollout], str]:
-    """The promotions to undo, newest first, and the version that served before them.
+def promotions_to_undo(
+    session: Session, store: Store, name: str, tenant: str, region: str
+) -> tuple[list[Rollout], str]:
+    """The promotions that a rollback undoes, newest first, and the digest of the version that served before them.
 
-    More than one where what the newest replaced may not be served any more. Raises Refused where nothing served before.
+    There are several if the version that the newest one replaced may not be loaded any more. Raises Refused if nothing
+    served before, or if a person set the champion by hand.
     """
     champion = get_alias(session, name, "champion", tenant, region)
-    standing, undone = champion.version if champion else "", list[Rollout]()
+    current, undone = champion.version if champion else "", list[Rollout]()
     problem = f"{name} has no champion" if champion is None else ""
     for promotion in promoted_rollouts(session, name, tenant, region):
-        if not problem and not undone and promotion.canary != standing:
-            break  # the champion was set by hand: what it replaced, no rollout knows
+        if not problem and not undone and promotion.canary != current:
+            break  # set by hand: no rollout knows what it replaced
         undone.append(promotion)
         if not promotion.stable:
             problem = "nothing served before it"
             break
-        unfit = unservable(session, store, promotion.stable)
-        if unfit is None:
+        permission = arm_permission(session, store, promotion.stable, tenant, region)
+        if permission.granted:
             return undone, promotion.stable
-        problem = f"what served before, {short(promotion.stable)}, {unfit}"
+        problem = f"the version that served before, {short(promotion.stable)}, {permission.message}"
     raise Refused(
-        problem or f"the champion of {name} was not promoted by a rollout, so what it replaced is not known",
-        where=f"champion {short(standing)}" if standing else None,
+        problem or f"no rollout promoted the champion of {name}, so it is not known what served before",
+        where=f"champion {short(current)}" if current else None,
         fix=f"tunesmith rollout start moves traffic to any approved version of {name}",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import ColumnElement, select
@@ -14,8 +14,11 @@ from tunesmith.store import database
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RolloutRow
 
-Status = Literal["running", "paused", "promoted", "aborted", "rolled_back"]
-LIVE: tuple[Status, ...] = ("running", "paused")
+Live = Literal["running", "paused"]
+Final = Literal["promoted", "aborted", "rolled_back"]
+Status = Live | Final
+LIVE: tuple[Live, ...] = get_args(Live)  # these divide traffic
+FINAL: tuple[Final, ...] = get_args(Final)  # these never divide traffic again; a rollback may still undo a promotion
 
 
 class Rollout(BaseModel):

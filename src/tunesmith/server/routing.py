@@ -14,6 +14,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.engines.protocol import Engine
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.approvals import require_approved
+from tunesmith.registry.serving import Permission, may_load
 from tunesmith.registry.versions import Version, load_version, resolve, verified_copy
 from tunesmith.rollout.state import live_rollout
 from tunesmith.rollout.traffic import goes_to_canary
@@ -21,7 +22,6 @@ from tunesmith.server.errors import ApiError, no_such_model, not_available
 from tunesmith.store import database
 from tunesmith.store.identities import User
 from tunesmith.store.names import check_name
-from tunesmith.store.recalls import recalled
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, VersionRow
 
@@ -62,10 +62,11 @@ class Router:
             raise no_such_model(model) from None
         except Refused as error:
             raise not_available(model, error.what) from error
-        problem = self._unusable(version) or self._unapproved(user, version)
+        route = self._checked(user, model, Route(name=version.name, version=version, arm="pinned"))
+        problem = self._unapproved(user, version)
         if problem is not None:
             raise not_available(model, problem)
-        return Route(name=version.name, version=version, arm="pinned")
+        return route
 
     def models(self, user: User) -> list[tuple[str, Version]]:
         """(model name, version) of everything that the user could ask now."""
@@ -96,14 +97,14 @@ class Router:
                 continue
             stable = self._load(model, alias.version)
             if rollout is None or rollout.stable != stable.digest:
-                return self._checked(model, Route(name=name, version=stable, arm="stable"))
+                return self._checked(user, model, Route(name=name, version=stable, arm="stable"))
             to_stable = Route(name=name, version=stable, arm="stable", rollout=rollout.id, step=rollout.step)
             if goes_to_canary(rollout.id, rollout.weight, key):
                 canary = self._load(model, rollout.canary)
-                # Where it was withdrawn the controller is about to abort; its traffic goes to stable already.
-                if self._unusable(canary) is None:
+                # The controller is about to abort a canary that may not be loaded; its traffic goes to stable already.
+                if self._permission(user, canary).granted:
                     return replace(to_stable, version=canary, arm="canary", stable=stable)
-            return self._checked(model, to_stable)
+            return self._checked(user, model, to_stable)
         raise no_such_model(model)
 
     def _load(self, model: str, digest: str) -> Version:
@@ -112,16 +113,16 @@ class Router:
         except Refused as error:
             raise not_available(model, error.what) from error
 
-    def _checked(self, model: str, route: Route) -> Route:
-        problem = self._unusable(route.version)
-        if problem is not None:
-            raise not_available(model, problem)
+    def _checked(self, user: User, model: str, route: Route) -> Route:
+        permission = self._permission(user, route.version)
+        if not permission.granted:
+            raise not_available(model, f"{route.version.label} {permission.message}")
         return route
 
-    def _unusable(self, version: Version) -> str | None:
+    def _permission(self, user: User, version: Version) -> Permission:
+        """Whether a version may be loaded for a user. The champion and a canary were approved when they began."""
         with database.reading(self._store.engine) as session:
-            reason = recalled(session, version.digest)
-        return None if reason is None else f"{version.label} was recalled: {reason}"
+            return may_load(session, version, tenant=user.tenant, region=self._region)
 
     def _unapproved(self, user: User, version: Version) -> str | None:
         """Why a version may not be asked for by its number: nobody approved it, and no rollout serves it either."""

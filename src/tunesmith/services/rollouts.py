@@ -12,7 +12,7 @@ from tunesmith.project import Project
 from tunesmith.registry.versions import resolve
 from tunesmith.rollout import controller
 from tunesmith.rollout.analysis import Outcome
-from tunesmith.rollout.state import Rollout, Status, get_rollout, list_rollouts
+from tunesmith.rollout.state import LIVE, Rollout, Status, get_rollout, list_rollouts
 from tunesmith.store import database
 from tunesmith.store.identities import User, acting
 from tunesmith.store.store import Store
@@ -65,7 +65,7 @@ class RolloutView(View):
     @property
     def live(self) -> bool:
         """Whether it still divides traffic."""
-        return self.status in ("running", "paused")
+        return self.status in LIVE
 
 
 class RolloutList(View):

@@ -12,6 +12,7 @@ from tunesmith.core.view import View
 from tunesmith.registry import approvals, versions
 from tunesmith.registry.aliases import Alias, list_aliases
 from tunesmith.registry.lineage import Node, tree
+from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification
 from tunesmith.registry.versions import resolve
@@ -85,9 +86,11 @@ def approve(
     """Verify a version and approve it with the actor's signature. The one who registered it may not approve it."""
     approver = acting(store, actor)
     found = resolve(store, version, tenant=tenant, region=region)
-    digest = approvals.approve(store, found, approver=approver, reason=reason)
+    request = approvals.prepare_approval(store, found, approver, reason)
+    user = keys.ensure_key(store, approver)
+    recorded = approvals.submit_approval(store, approvals.sign(request, keys.load_signing_key(store, user)))
     return ApprovedVersion(
-        approval=digest,
+        approval=recorded.digest,
         version=found.label,
         digest=found.digest,
         approver=approver,

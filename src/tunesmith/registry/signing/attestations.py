@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.registry.signing.keys import public_pem
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.signing.signatures import Untrusted
 from tunesmith.store.audit import Head
@@ -56,19 +57,29 @@ def statement_of(version: Version, approval: Approval) -> dict[str, Any]:
     }
 
 
-def seal(statement: Mapping[str, Any], key: ec.EllipticCurvePrivateKey, fingerprint: str) -> bytes:
-    """A DSSE envelope around a statement, canonical JSON. fingerprint: of the key's public half, becomes its keyid."""
+def signed_bytes(statement: Mapping[str, Any]) -> bytes:
+    """The bytes that a signature over a statement covers: DSSE's pre-authentication encoding."""
+    from securesystemslib.dsse import Envelope
+
+    return bytes(Envelope(canonical(statement), _PAYLOAD_TYPE, {}).pae())
+
+
+def seal(statement: Mapping[str, Any], key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A DSSE envelope around a statement, canonical JSON. The keyid is the fingerprint of the key's public half."""
     from securesystemslib.dsse import Envelope
     from securesystemslib.signer import CryptoSigner, SSlibKey  # type: ignore[attr-defined]  # it has no __all__
 
-    keyid = fingerprint.removeprefix("sha256:")
+    keyid = digest_bytes(public_pem(key.public_key()).encode()).removeprefix("sha256:")
     envelope = Envelope(canonical(statement), _PAYLOAD_TYPE, {})
     envelope.sign(CryptoSigner(key, SSlibKey.from_crypto(key.public_key(), keyid=keyid)))
     return canonical(envelope.to_dict())
 
 
-def unseal(raw: bytes, keys: Sequence[TrustedKey], where: str) -> tuple[Any, TrustedKey]:
-    """The statement in an envelope and whose it is. Raises Refused where it is not whole, Untrusted for other keys."""
+def open_envelope(raw: bytes, keys: Sequence[TrustedKey], where: str) -> tuple[Any, TrustedKey]:
+    """The statement in an envelope, and the key that signed it.
+
+    Raises Refused if the envelope is damaged, Untrusted if the key is not among keys.
+    """
     from securesystemslib.dsse import Envelope
     from securesystemslib.exceptions import VerificationError
     from securesystemslib.signer import SSlibKey  # type: ignore[attr-defined]
@@ -92,9 +103,8 @@ def unseal(raw: bytes, keys: Sequence[TrustedKey], where: str) -> tuple[Any, Tru
     except (ValueError, KeyError, IndexError, TypeError, RecursionError, binascii.Error, TunesmithError) as error:
         raise Refused(f"not an envelope: {type(error).__name__}", where=where) from error
     key = find_key(keys, f"sha256:{keyid}")
-    if key is None or not key.active:
-        who = f"{key.user}, who is deactivated" if key else f"a key that is not trusted here ({keyid[:12]})"
-        raise Untrusted(f"signed by {who}", where=where)
+    if key is None:
+        raise Untrusted(f"signed by a key that is not trusted here ({keyid[:12]})", where=where)
     public = load_pem_public_key(key.public_key.encode())
     try:
         envelope.verify([SSlibKey.from_crypto(public, keyid=keyid)], threshold=1)
@@ -118,17 +128,22 @@ def read_approval(
         raise Refused("not an approval", where=where) from error
     if record.parents != {"version": version.digest} or record.blobs != {ENVELOPE: digest_bytes(envelope)}:
         raise Refused("an approval of another version, or with another envelope", where=where)
-    statement, key = unseal(envelope, keys, where)
+    statement, key = open_envelope(envelope, keys, where)
     if statement != statement_of(version, approval) or approval.override != version.override:
         raise Refused("the signed statement is not about this version, or not what the record says", where=where)
     if key.user != approval.approver:
         raise Refused(f"the record says {approval.approver}, the key is {key.user}'s", where=where)
-    _check_approver(version, signer, key)
+    check_approver(version, signer, key)
     return approval
 
 
-def _check_approver(version: Version, signer: TrustedKey, approver: TrustedKey) -> None:
-    """Raises Untrusted where this person may not approve this version: the role, the scope, or their own proposal."""
+def check_approver(version: Version, signer: TrustedKey, approver: TrustedKey) -> None:
+    """Raise Untrusted unless this user may approve this version today: role, scope, and not the one who registered it.
+
+    signer, approver: the keys that signed the version and the approval.
+    """
+    if not approver.active:
+        raise Untrusted(f"approved by {approver.user}, who is deactivated", where=version.label)
     if ACTIONS["version.approve"].isdisjoint(approver.roles):
         raise Untrusted(
             f"{approver.user} may not approve: they are {', '.join(approver.roles)}",
@@ -141,14 +156,16 @@ def _check_approver(version: Version, signer: TrustedKey, approver: TrustedKey) 
             where=version.label,
             fix="have an approver of that tenant and region do it",
         )
-    if approver.user == version.signer or approver.fingerprint == signer.fingerprint:
-        raise own_proposal(version, approver.user)
+    check_not_signer(version, approver.user)
+    if approver.fingerprint == signer.fingerprint:
+        raise Untrusted(f"{approver.user} approved {version.label} with the key that signed it", where=version.label)
 
 
-def own_proposal(version: Version, user: str) -> Untrusted:
-    """The refusal of a proposer who approves."""
-    return Untrusted(
-        f"{user} proposed {version.label} and cannot approve it",
-        where=version.label,
-        fix=f"have a second person with the role approver do it: tunesmith approve {version.label} --as NAME",
-    )
+def check_not_signer(version: Version, user: str) -> None:
+    """Raise Untrusted if a user registered the version that they want to approve."""
+    if user == version.signer:
+        raise Untrusted(
+            f"{user} registered {version.label} and cannot approve it",
+            where=version.label,
+            fix=f"have a second person with the role approver run: tunesmith approve {version.label} --as NAME",
+        )

@@ -46,7 +46,7 @@ def create_key(store: Store, user: str, *, actor: str) -> User:
     if not path.exists():
         _write_new(path, ec.generate_private_key(ec.SECP256R1()))
     # A file that is there already is a pair whose enrolment was cut short: carry on with it.
-    return identities.enrol_key(store, user, _public_pem(_load_private(path).public_key()), actor=actor)
+    return identities.enrol_key(store, user, public_pem(_load_private(path).public_key()), actor=actor)
 
 
 def enrol_public_key(store: Store, user: str, pem: bytes, *, actor: str) -> User:
@@ -57,7 +57,7 @@ def enrol_public_key(store: Store, user: str, pem: bytes, *, actor: str) -> User
         raise UsageError(
             f"not a public key in PEM: {error}", fix="give the file that `openssl ec -pubout` writes"
         ) from error
-    return identities.enrol_key(store, user, _public_pem(public), actor=actor)
+    return identities.enrol_key(store, user, public_pem(public), actor=actor)
 
 
 def ensure_key(store: Store, user: str) -> User:
@@ -75,7 +75,7 @@ def signing_key(store: Store, user: User) -> Path:
     private = _load_private(path)
     if path.stat().st_mode & 0o077:
         raise Refused(f"{user.name}'s private key is open to other users", where=str(path), fix=f"chmod 600 {path}")
-    if _public_pem(private.public_key()) != user.public_key:
+    if public_pem(private.public_key()) != user.public_key:
         raise Refused(f"this private key is not the one of {user.name}'s public key", where=str(path), fix=_BRING)
     return path
 
@@ -117,8 +117,8 @@ def _load_private(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _public_pem(key: object) -> str:
-    """One spelling of a key, whatever spelling it came in: its fingerprint is taken over this text."""
+def public_pem(key: object) -> str:
+    """A P-256 public key as PEM text, always spelled alike: the key's fingerprint is the digest of this text."""
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise UsageError("the public key is not an EC P-256 key", fix="openssl ecparam -name prime256v1 -genkey")
     encoded = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)

@@ -164,9 +164,10 @@ def read_version(record: Record, where: str) -> tuple[Version, Statement]:
 
 
 def check_release(folder: Path, keys: Sequence[TrustedKey]) -> Release:
-    """Verify a private copy of a version's folder: signature, contents, who may sign it, and until when.
+    """Verify a private copy of a version's folder: its signature, its files, its signer and its expiry date.
 
-    Raises Refused; its subclasses Untrusted and Expired where nothing but the signer's standing or the time is amiss.
+    keys: every trusted key, those of deactivated users too. Raises Refused; its subclass Untrusted if only the signer
+    may not sign it today, its subclass Expired if only its time is over.
     """
     key = verify_signature(folder, keys)
     path = folder / RELEASE
@@ -181,24 +182,38 @@ def check_release(folder: Path, keys: Sequence[TrustedKey]) -> Release:
             raise Refused("its bytes are not the ones the release names", where=str(folder / name), fix=_FIX)
     if key.user != statement.signer:
         raise Refused(f"the release says {statement.signer} signed it, the key is {key.user}'s", where=str(path))
-    if ACTIONS["version.register"].isdisjoint(key.roles):
-        raise Untrusted(
-            f"{key.user} may not sign versions: they are {', '.join(key.roles)}",
-            where=str(folder / SIGNATURE),
-            fix="have a user with the role engineer register it again",
-        )
-    if not key.speaks_for(version.tenant, version.region):
-        raise Untrusted(
-            f"{key.user}'s key does not speak for tenant {version.tenant!r}, region {version.region!r}",
-            where=str(folder / SIGNATURE),
-            fix="have a user of that tenant and region register it",
-        )
-    if version.expires_at is not None and datetime.fromisoformat(version.expires_at) <= now():
-        raise Expired(f"expired on {version.expires_at}", where=str(path), fix="register it again, for a time to come")
+    check_signer(version, key, where=str(folder / SIGNATURE))
+    check_expiry(version, where=str(path))
     if has_weights(record):
         check = check_model_file if MODEL_FILE in record.blobs else read_adapter_file
         check(folder, base=statement.base, fingerprint=statement.fingerprint)
     return Release(record=record, statement=statement, version=version, signer=key)
+
+
+def check_signer(version: Version, key: TrustedKey, where: str | None = None) -> None:
+    """Raise Untrusted unless the owner of a key may sign this version today. key: the one that signed it."""
+    where = where or version.label
+    if not key.active:
+        raise Untrusted(f"signed by {key.user}, who is deactivated", where=where, fix="register it as an active user")
+    if ACTIONS["version.register"].isdisjoint(key.roles):
+        raise Untrusted(
+            f"{key.user} may not sign versions: their roles are {', '.join(key.roles)}",
+            where=where,
+            fix="register it as a user with the role engineer",
+        )
+    if not key.speaks_for(version.tenant, version.region):
+        raise Untrusted(
+            f"{key.user}'s key does not speak for tenant {version.tenant!r}, region {version.region!r}",
+            where=where,
+            fix="register it as a user of that tenant and region",
+        )
+
+
+def check_expiry(version: Version, where: str | None = None) -> None:
+    """Raise Expired if the version was signed for a time that is over."""
+    if version.expires_at is not None and datetime.fromisoformat(version.expires_at) <= now():
+        fix = "register it again with a later date: tunesmith register --expires TIME"
+        raise Expired(f"expired on {version.expires_at}", where=where or version.label, fix=fix)
 
 
 def check_evidence(records: Mapping[str, Record], parents: Mapping[str, str], override: str | None) -> None:

@@ -59,10 +59,10 @@ def sign_folder(folder: Path, private_key: Path) -> None:
 
 
 def verify_signature(folder: Path, keys: Sequence[TrustedKey]) -> TrustedKey:
-    """Whose signature folder/model.sig is, over exactly the files beside it. folder: a private copy (private_copy).
+    """The key that signed folder/model.sig, which must cover exactly the files beside it.
 
-    Raises Refused where a file is not the signed one or the key is unknown, Untrusted where all is well but the key's
-    owner was deactivated. What the key may speak for is the caller's to check.
+    folder: a private copy (private_copy). Raises Refused if a file is not the signed one or the key is unknown. The
+    caller checks what the key's owner may sign.
     """
     path = folder / SIGNATURE
     hint, statement = _read_bundle(path)
@@ -75,10 +75,6 @@ def verify_signature(folder: Path, keys: Sequence[TrustedKey]) -> TrustedKey:
         )
     _check_cryptography(folder, key)
     _check_statement(folder, statement)
-    if not key.active:
-        raise Untrusted(
-            f"signed by {key.user}, who is deactivated", where=str(path), fix="have an active user register it again"
-        )
     return key
 
 

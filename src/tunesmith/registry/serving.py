@@ -1,0 +1,125 @@
+"""Whether a version may serve, by what the database knows: cheap enough to ask for every request.
+
+What only files can show is checked when a version is opened: its signature, its weights and its evidence by
+`versions.open_release`, the signatures of its approvals by `approvals.require_approved`. Both ask this module first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tunesmith.core.errors import Refused
+from tunesmith.registry.signing.attestations import check_approver
+from tunesmith.registry.signing.release import Version, check_expiry, check_signer
+from tunesmith.registry.signing.signatures import Expired, Untrusted
+from tunesmith.store.identities import require, trusted_keys
+from tunesmith.store.recalls import recalled
+from tunesmith.store.tables import AuditRow, VersionRow
+from tunesmith.store.trust import TrustedKey
+
+Reason = Literal["unknown", "wrong_scope", "recalled", "expired", "signer", "not_approved", "override"]
+
+
+@dataclass(frozen=True, slots=True)
+class Permission:
+    """Whether a version may serve. reason: the first condition that fails, None if the version may serve.
+
+    message: why not, to follow the version's name: "was recalled: consent withdrawn". fix: what to do about it.
+    """
+
+    reason: Reason | None = None
+    message: str = ""
+    fix: str | None = None
+
+    @property
+    def granted(self) -> bool:
+        """Whether it may serve."""
+        return self.reason is None
+
+    def require(self, name: str) -> None:
+        """Raise Refused with the message unless granted; Untrusted or Expired for these reasons."""
+        if not self.granted:
+            error = {"signer": Untrusted, "expired": Expired}.get(str(self.reason), Refused)
+            raise error(f"{name} {self.message}", where=name, fix=self.fix)
+
+
+GRANTED = Permission()
+
+
+def may_serve(
+    session: Session, version: Version, *, tenant: str = "", region: str = "", override_by: str | None = None
+) -> Permission:
+    """Whether a version may begin to serve a tenant and region now.
+
+    All that may_load checks, and an approval by somebody who may approve this version today. override_by: the user who
+    lets it serve without an approval; they must hold the permission rollout.override now.
+    """
+    permission = may_load(session, version, tenant=tenant, region=region)
+    if not permission.granted:
+        return permission
+    if override_by is not None:
+        try:
+            require(session, override_by, "rollout.override", tenant=tenant, region=region)
+        except Refused as error:
+            return Permission("override", f"is not approved, and the override does not count: {error.what}", error.fix)
+        return GRANTED
+    return _approved(session, version)
+
+
+def may_load(session: Session, version: Version, *, tenant: str = "", region: str = "") -> Permission:
+    """Whether a version may be loaded to answer a tenant and region, approved or not.
+
+    It must be registered, made for this tenant and region, not recalled and not expired, and its signer must be allowed
+    to sign it today.
+    """
+    row = session.scalars(select(VersionRow).where(VersionRow.digest == version.digest)).first()
+    if row is None:
+        return Permission("unknown", "is not in the registry", "register it again: tunesmith register")
+    if row.tenant not in ("", tenant) or row.region not in ("", region):
+        return Permission(
+            "wrong_scope",
+            f"is for tenant {row.tenant or 'any'!r}, region {row.region or 'any'!r}, "
+            f"not for tenant {tenant!r}, region {region!r}",
+            "register it for that tenant and region",
+        )
+    reason = recalled(session, version.digest)
+    if reason is not None:
+        return Permission("recalled", f"was recalled: {reason}", "use another version")
+    try:
+        check_expiry(version)
+    except Refused as error:
+        return Permission("expired", error.what, error.fix)
+    try:
+        check_signer(version, _key_of(session, version.signer))
+    except Refused as error:
+        return Permission("signer", f"has no trusted signature: {error.what}", error.fix)
+    return GRANTED
+
+
+def _approved(session: Session, version: Version) -> Permission:
+    """Whether the audit log has an approval of the version by a user who may approve it today."""
+    signer = _key_of(session, version.signer)
+    entries = select(AuditRow.actor).where(AuditRow.subject == version.digest, AuditRow.action == "version.approve")
+    problems = []
+    for approver in session.scalars(entries.distinct().order_by(AuditRow.actor)):
+        try:
+            check_approver(version, signer, _key_of(session, approver))
+        except Untrusted as error:
+            problems.append(error.what)
+        else:
+            return GRANTED
+    message = "is not approved" + (f": {'; '.join(problems)}" if problems else "")
+    return Permission(
+        "not_approved", message, f"ask a second person to run: tunesmith approve {version.label} --as NAME"
+    )
+
+
+def _key_of(session: Session, user: str) -> TrustedKey:
+    for key in trusted_keys(session):
+        if key.user == user:
+            return key
+    raise Untrusted(f"{user} has no key", fix="run `tunesmith audit verify`")
