@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from sqlalchemy import delete, update
 
 from tests.fabricate import Chain, approve, put_chain
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.registry.approvals import require_approved
+from tunesmith.registry.approvals import prepare_approval, require_approved, sign, submit_approval
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing import keys
 from tunesmith.registry.signing.attestations import ENVELOPE, Approval, seal, statement_of
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version, register
 from tunesmith.store import audit, database, identities
+from tunesmith.store.audit import Head
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, RecallRow, UserRow
@@ -48,6 +52,102 @@ def approval_by(store: Store, user: str, **changes: object) -> Approval:
 def sealed(store: Store, user: str, statement: object) -> bytes:
     known = keys.ensure_key(store, user)
     return seal(statement, keys.load_signing_key(store, known))  # type: ignore[arg-type]
+
+
+def approval_count(store: Store) -> int:
+    with database.reading(store.engine) as session:
+        return session.query(AuditRow).filter_by(action="version.approve").count()
+
+
+def test_prepare_states_what_is_signed_and_changes_nothing(store: Store, version: Version) -> None:
+    with database.reading(store.engine) as session:
+        newest = audit.newest(session)
+    request = prepare_approval(store, version, "ann", "  looks right ")
+    predicate = request.statement["predicate"]
+    assert request.statement["subject"] == [{"name": "intents@v1", "digest": {"sha256": version.digest[7:]}}]
+    assert (predicate["approver"], predicate["reason"], predicate["override"]) == ("ann", "looks right", None)
+    assert predicate["audit"] == newest.model_dump()
+    statement = canonical(request.statement)
+    assert request.payload == b"DSSEv1 28 application/vnd.in-toto+json %d %s" % (len(statement), statement)
+    with database.reading(store.engine) as session:
+        assert audit.newest(session) == newest
+    assert not (store.root / "keys" / "ann.pem").exists()
+
+
+def test_a_signature_made_elsewhere_over_the_payload_is_accepted(store: Store, version: Version) -> None:
+    user = keys.ensure_key(store, "ann")
+    private = keys.load_signing_key(store, user)
+    request = prepare_approval(store, version, "ann")
+    document = json.loads(sign(request, private))
+    signature = private.sign(request.payload, ec.ECDSA(hashes.SHA256()))  # as openssl or a browser would
+    document["signatures"][0]["sig"] = base64.b64encode(signature).decode()
+    recorded = submit_approval(store, canonical(document))
+    assert recorded.approval.approver == "ann"
+    assert require_approved(store, version) == recorded.approval
+
+
+def test_submitting_twice_keeps_the_first_approval(store: Store, version: Version) -> None:
+    key = keys.load_signing_key(store, keys.ensure_key(store, "ann"))
+    envelopes = [sign(prepare_approval(store, version, "ann", reason), key) for reason in ("one", "two")]
+    first = submit_approval(store, envelopes[0])
+    assert [submit_approval(store, envelope) for envelope in envelopes] == [first, first]
+    assert approval_count(store) == 1
+
+
+def test_submit_checks_role_and_recall_again(store: Store, version: Version) -> None:
+    key = keys.load_signing_key(store, keys.ensure_key(store, "ann"))
+    envelope = sign(prepare_approval(store, version, "ann"), key)
+    identities.set_roles(store, "ann", ["operator"], actor="olive")
+    with pytest.raises(Refused, match="ann may not do this"):
+        submit_approval(store, envelope)
+    identities.set_roles(store, "ann", ["approver"], actor="olive")
+    with database.writing(store.engine) as session:
+        session.add(RecallRow(digest=version.digest, cause="x", reason="withdrawn", at=stamp()))
+    with pytest.raises(Refused, match="recalled: withdrawn"):
+        submit_approval(store, envelope)
+    assert approval_count(store) == 0
+
+
+def test_submit_checks_the_evidence_again(store: Store, version: Version, chain: Chain) -> None:
+    key = keys.load_signing_key(store, keys.ensure_key(store, "ann"))
+    envelope = sign(prepare_approval(store, version, "ann"), key)
+    path = store.blob_path(store.record(chain.evaluation).blobs["scores.jsonl"])
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(Refused, match="does not verify"):
+        submit_approval(store, envelope)
+
+
+def test_submit_refuses_the_one_who_registered(store: Store, version: Version) -> None:
+    identities.set_roles(store, "olive", ["admin", "approver", "engineer"], actor="olive")
+    with pytest.raises(Refused, match="olive registered intents@v1"):
+        prepare_approval(store, version, "olive")
+    statement = statement_of(version, approval_by(store, "olive"))
+    with pytest.raises(Refused, match="olive registered intents@v1"):
+        submit_approval(store, sealed(store, "olive", statement))
+
+
+def test_submit_refuses_a_statement_for_another_user(store: Store, version: Version) -> None:
+    identities.add_user(store, "cat", ["approver"], actor="olive")
+    statement = statement_of(version, approval_by(store, "ann"))
+    with pytest.raises(Refused, match="the record says ann, the key is cat's"):
+        submit_approval(store, sealed(store, "cat", statement))
+
+
+def test_submit_refuses_an_unknown_audit_head(store: Store, version: Version) -> None:
+    for head in (Head(seq=10_000, digest=version.digest), Head(seq=1, digest=version.digest)):
+        statement = statement_of(version, approval_by(store, "ann", audit=head))
+        with pytest.raises(Refused, match="prepared on another audit log"):
+            submit_approval(store, sealed(store, "ann", statement))
+    assert approval_count(store) == 0
+
+
+@pytest.mark.parametrize(
+    "statement", [{}, [], "text", {"subject": [{"digest": {"sha256": "0" * 64}}], "predicate": {}}]
+)
+def test_submit_refuses_what_is_not_an_approval(store: Store, version: Version, statement: object) -> None:
+    with pytest.raises(Refused, match="not an approval"):
+        submit_approval(store, sealed(store, "ann", statement))
 
 
 def test_a_second_person_approves_and_once_is_enough(store: Store, version: Version) -> None:
@@ -264,5 +364,4 @@ def test_nobody_signs_with_a_key_that_is_not_at_hand(
     monkeypatch.setenv("TUNESMITH_KEYS", str(tmp_path))
     with pytest.raises(Refused, match="not here"):
         approve(store, version, approver="ann")
-    with database.reading(store.engine) as session:
-        assert session.query(AuditRow).filter_by(action="version.approve").count() == 0
+    assert approval_count(store) == 0
