@@ -145,8 +145,8 @@ def test_what_a_container_may_still_take(
     (tmp_path / "cgroup").write_text(told + "\n")
     for name, text in files.items():
         (tmp_path / "mount" / place / name).write_text(text)
-    assert runtime._granted(tmp_path / "cgroup", tmp_path / "mount") == left
-    assert runtime._granted(tmp_path / "none", tmp_path / "mount") == []
+    assert runtime._group_memory(tmp_path / "cgroup", tmp_path / "mount") == left
+    assert runtime._group_memory(tmp_path / "none", tmp_path / "mount") == []
 
 
 @pytest.mark.parametrize("told", ["two", "-1", "1.5"])

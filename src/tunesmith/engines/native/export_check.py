@@ -1,8 +1,8 @@
-"""Is what leaves the house what was measured? Log-probabilities of one model in several forms, side by side.
+"""Checks that an export computes what was measured, by comparing log-probabilities.
 
-The reference is this project's own network with the adapter applied, computed in fp32. Along the answers that the
-serving engine decodes greedily to held-out requests, each other form gives its log-probabilities at the same places:
-the files of an export, run by transformers in fp32, and the engine itself, in whatever precision it serves.
+The reference is the native network with the adapter, in fp32. The texts are the serving engine's greedy answers to
+held-out requests. Compared with the reference are the export's files, run by transformers in fp32, and the serving
+engine in its own precision.
 """
 
 from __future__ import annotations
@@ -34,23 +34,24 @@ from tunesmith.models.export.merging import Dtype, merged_shards
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weight_files import has_whole_model
 
-# Largest and mean difference of a log-probability (nats) that an export may show. fp32: sums in another order, 6e-5 and
-# 7e-6 measured on a model of 135M. bf16: weights rounded to 8 bits, 0.35 and 0.04 there; 2% of the adapter's change
-# lost adds half of that, 10% three times as much. The engine computes in bf16 too and is held to the mean over an
-# answer's tokens, of the answer that differs most: 0.02 there.
+# Largest and mean difference of a log-probability (nats) that is accepted. Measured on a model of 135M: in fp32, where
+# only the order of sums differs, 6e-5 and 7e-6; in bf16, whose weights have 8 bits, 0.35 and 0.04. There, losing 2% of
+# the adapter's change adds half of that, and losing 10% three times as much.
 TOLERANCE: Mapping[Dtype, Mapping[str, float]] = {
     "fp32": {"max": 2e-3, "mean": 2e-4},
     "bf16": {"max": 1.0, "mean": 0.1},
 }
+# The serving engine computes in bf16. Accepted is this mean difference over the tokens of the answer that differs most;
+# measured on the same model: 0.02.
 SERVED_TOLERANCE = 0.1
-_SCORED = 4  # answers that the engine itself scores: a server is asked token by token
-_LIKELIEST = 32  # tokens compared at each place ...
-_UNLIKELY = math.log(0.01)  # ... of those the reference gives more than this: what is rarer seldom reaches an answer
+_SCORED = 4  # answers that the serving engine scores: a server needs a request for each token
+_LIKELIEST = 32  # number of tokens that are compared at each place
+_UNLIKELY = math.log(0.01)  # tokens with less than this are not compared: they rarely occur in an answer
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A held-out request as the candidate renders it. id: its example's."""
+    """A held-out request as the candidate composes it. id: its example's id."""
 
     id: str
     messages: tuple[Message, ...]
@@ -58,7 +59,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A probe with the engine's greedy answer: ids of both, and whether the end token was decoded too."""
+    """A probe with the engine's greedy answer. row: ids of both. ended: whether the engine decoded the end token."""
 
     probe: Probe
     text: str
@@ -68,22 +69,24 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """What a form says at each of an answer's N places: own [N] log-probability of the token that stands there; tokens
-    and scores [N, K]: the likeliest ones."""
+    """Log-probabilities at each of an answer's N places.
 
-    own: Tensor
+    answer [N]: of the answer's tokens. tokens, scores [N, K]: the K likeliest tokens and theirs, in descending order.
+    """
+
+    answer: Tensor
     tokens: Tensor
     scores: Tensor
 
 
-# ids of a conversation, how many of them belong to the answer -> log-probabilities [answer, vocabulary], fp32
+# (ids of a conversation, number of the answer's tokens) -> log-probabilities [answer, vocabulary], fp32
 Scorer = Callable[[Sequence[int], int], Tensor]
 
 
 def answer_probes(
     engine: Engine, adapter: str, base: Base, probes: Sequence[Probe], max_tokens: int, progress: Progress
 ) -> list[Answered]:
-    """The engine's greedy answers, as ids of the base's own tokenizer."""
+    """The engine's greedy answers, as ids of the base's tokenizer."""
     renderer = Renderer(base.folder)
     asked = [Generation(probe.messages, max_tokens=max_tokens) for probe in probes]
     found = []
@@ -105,10 +108,10 @@ def compare(
     answered: Sequence[Answered],
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """The figures of every form against the reference, JSON.
+    """How far the export and the serving engine differ from the reference, as JSON.
 
-    adapter: its name in the engine. trained: the training's folder. form: peft, merged or gguf; exported: that form's
-    folder. Raises Refused where memory does not hold the model in fp32, or the export's tokenizer is another.
+    adapter: its name in the engine. trained: the training's folder. form: peft, merged or gguf. exported: the export's
+    folder. Raises Refused if the model in fp32 does not fit the memory, or if the export has another tokenizer.
     """
     _check_memory(base, models=2 if has_whole_model(trained) else 1)
     check_rendering(form, exported, base, answered)
@@ -124,12 +127,12 @@ def compare(
         network = load_network(base.folder, torch.float32)
         reference = [
             _places(one.row, scores)
-            for one, scores in zip(answered, score(_own(*tuned(trained, network, base))), strict=True)
+            for one, scores in zip(answered, score(_native(*tuned(trained, network, base))), strict=True)
         ]
-        untuned = _figures(answered, reference, score(_own(network, frozen_linear(network))))
+        untuned = _figures(answered, reference, score(_native(network, frozen_linear(network))))
         del network
         gc.collect()
-        export = _figures(answered, reference, score(_foreign(form, exported, base, trained)))
+        export = _figures(answered, reference, score(_transformers(form, exported, base, trained)))
     gc.collect()
     return {
         "probes": len(answered),
@@ -141,7 +144,7 @@ def compare(
 
 
 def check_rendering(form: str, exported: Path, base: Base, answered: Sequence[Answered]) -> None:
-    """Raises Refused where the export's own tokenizer or template reads the probes differently from the base's."""
+    """Raises Refused if the export's tokenizer or template encodes the probes differently from the base's."""
     if form == "peft":  # the adapter comes without one
         return
     if form == "merged":
@@ -149,30 +152,32 @@ def check_rendering(form: str, exported: Path, base: Base, answered: Sequence[An
         for one in answered:
             prompt = renderer.prompt(one.probe.messages)
             if [*prompt, *renderer.answer(one.text)] != list(one.row.ids):
-                raise Refused("the export's tokenizer reads a request differently", where=str(exported))
+                raise Refused(
+                    "the export's tokenizer encodes a request differently from the base's", where=str(exported)
+                )
         return
     from transformers import AutoTokenizer
 
-    # transformers reads a GGUF's tokens and merges; how text is cut before them it takes from its own tables.
+    # transformers reads a GGUF's tokens and merges, but not how text is split before merging. So compare the tokens.
     theirs = AutoTokenizer.from_pretrained(exported, gguf_file=GGUF)
     ours = Renderer(base.folder).tokenizer
     known = theirs.get_vocab()
     if any(known.get(token) != number for token, number in ours.get_vocab().items()):
-        raise Refused("the GGUF's tokens are not the base's", where=str(exported / GGUF))
+        raise Refused("the GGUF's tokens differ from the base's", where=str(exported / GGUF))
     if theirs.chat_template != ours.chat_template or theirs.eos_token_id != ours.eos_token_id:
-        raise Refused("the GGUF's chat template or end token is not the base's", where=str(exported / GGUF))
+        raise Refused("the GGUF's chat template or end token differs from the base's", where=str(exported / GGUF))
 
 
 def _figures(answered: Sequence[Answered], reference: Sequence[Places], scores: Sequence[Tensor]) -> dict[str, Any]:
-    """How far scores [N, vocabulary] of each answer lie from the reference, and where another token would be chosen."""
+    """How far an export's log-probabilities [N, vocabulary] of each answer differ from the reference."""
     largest, total, count = 0.0, 0.0, 0
     first: dict[str, Any] | None = None
     equal = 0
     for one, expected, found in zip(answered, reference, scores, strict=True):
-        apart = (found.gather(1, expected.tokens) - expected.scores).abs()
-        apart = apart[expected.scores > _UNLIKELY]
-        largest = max(largest, float(apart.max()) if apart.numel() else 0.0)
-        total, count = total + float(apart.sum()), count + apart.numel()
+        difference = (found.gather(1, expected.tokens) - expected.scores).abs()
+        difference = difference[expected.scores > _UNLIKELY]
+        largest = max(largest, float(difference.max()) if difference.numel() else 0.0)
+        total, count = total + float(difference.sum()), count + difference.numel()
         chosen = found.argmax(-1)
         differs = (chosen != expected.tokens[:, 0]).nonzero()[:, 0].tolist()
         if not differs:
@@ -190,17 +195,19 @@ def _figures(answered: Sequence[Answered], reference: Sequence[Places], scores: 
 
 
 def _served(engine: Engine, adapter: str, answered: Sequence[Answered], reference: Sequence[Places]) -> dict[str, Any]:
-    """The engine's own log-probabilities of some answers; whether the reference would have chosen all of them."""
+    """How far the serving engine differs from the reference, in log-probabilities and in greedy answers."""
     scored = answered[:_SCORED]
     questions = [Question(one.probe.messages, (one.text,)) for one in scored]
     largest, equal = 0.0, 0
     first: dict[str, Any] | None = None
     for expected, (total,) in zip(reference, engine.choose(questions, adapter), strict=False):
-        apart = abs(total - float(expected.own.sum())) / len(expected.own)
-        largest = max(largest, apart) if math.isfinite(apart) else math.inf
+        difference = abs(total - float(expected.answer.sum())) / len(expected.answer)
+        largest = max(largest, difference) if math.isfinite(difference) else math.inf
     for one, expected in zip(answered, reference, strict=True):
-        answer = torch.tensor(one.row.ids[-len(expected.own) :])
-        decoded = len(answer) - (not one.ended)  # an answer cut for length has no end token of the engine's choice
+        answer = torch.tensor(one.row.ids[-len(expected.answer) :])
+        decoded = len(answer) - (
+            not one.ended
+        )  # the engine did not choose the end token of an answer that reached max_tokens
         differs = (answer != expected.tokens[:, 0])[:decoded].nonzero()[:, 0].tolist()
         if not differs:
             equal += 1
@@ -215,7 +222,7 @@ def _served(engine: Engine, adapter: str, answered: Sequence[Answered], referenc
 
 
 def _divergence(one: Answered, expected: Places, place: int, token: int) -> dict[str, Any]:
-    """Where another token was chosen, and by how many nats the reference prefers its own."""
+    """Where another token was chosen, and by how many nats the reference prefers its choice."""
     at = (expected.tokens[place] == token).nonzero()[:, 0].tolist()
     margin = float(expected.scores[place, 0] - expected.scores[place, at[0]]) if at else math.inf
     return {"example": one.probe.id, "token": place, "margin": _rounded(margin)}
@@ -227,7 +234,7 @@ def _places(row: Rendered, scores: Tensor) -> Places:
     return Places(scores.gather(1, labels[:, None])[:, 0], likeliest.indices, likeliest.values)
 
 
-def _own(network: Network, linear: Linear) -> Scorer:
+def _native(network: Network, linear: Linear) -> Scorer:
     @torch.inference_mode()
     def score(ids: Sequence[int], answer: int) -> Tensor:
         prompt = len(ids) - answer
@@ -238,8 +245,8 @@ def _own(network: Network, linear: Linear) -> Scorer:
     return score
 
 
-def _foreign(form: str, exported: Path, base: Base, trained: Path) -> Scorer:
-    """The export as transformers runs it, in fp32. An adapter is folded into transformers' own model of the base."""
+def _transformers(form: str, exported: Path, base: Base, trained: Path) -> Scorer:
+    """Scores by the export, run by transformers in fp32. An adapter is merged into transformers' model of the base."""
     model = _load(form, exported, base, trained).eval()
 
     @torch.inference_mode()
@@ -264,7 +271,7 @@ def _load(form: str, exported: Path, base: Base, trained: Path) -> Any:
         config = AutoConfig.from_pretrained(exported, gguf_file=GGUF)
         fields = GGUFReader(exported / GGUF).fields
         kind = fields["general.architecture"].contents()
-        # Stated in the file, and not read by transformers for every architecture.
+        # The file states it, but transformers does not read it for every architecture.
         config.head_dim = fields[f"{kind}.attention.key_length"].contents()
         given = GgufConfig(gguf_file=GGUF, dequantize=True)
         return AutoModelForCausalLM.from_pretrained(
@@ -283,12 +290,12 @@ def _check_memory(base: Base, models: int) -> None:
     free = runtime.available_memory()
     if wanted > free:
         raise Refused(
-            f"the comparison computes in fp32 and needs {wanted / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
+            f"comparing the export in fp32 needs {wanted / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",
             where="export",
-            fix="export on a machine with more memory: nothing is exported that was not compared",
+            fix="export on a machine with more memory: an export must be compared first",
         )
 
 
 def _rounded(value: float) -> float | None:
-    """Six decimals; None for what no number is."""
+    """value with six decimals; None if it is not finite."""
     return round(value, 6) if math.isfinite(value) else None

@@ -26,16 +26,16 @@ _LARGE_PAGE, _BLOCK = 2 << 20, 32 << 20  # bytes
 
 @cache
 def prepare() -> int:
-    """Set the thread count once per process ($TUNESMITH_THREADS, else all cores this process may use, shared with
-    those that torchrun started beside it); returns it.
+    """Set the number of threads and the memory options of this process, once; returns the number of threads.
 
-    On glibc, freed pages are kept too: a training step allocates and frees the same large buffers every time, and
-    having the kernel zero them again costs time in every one of them. oneDNN keeps the programs of 64 products, enough
-    for a step, instead of 1,024: each takes 0.3 MB (engines/batch.py sees to it that there are few).
+    That number is $TUNESMITH_THREADS, else the cores that this process may use, divided by torchrun's processes here.
+    On glibc, freed pages are kept: a training step allocates and frees the same large buffers every time, and the
+    operating system would zero them each time. oneDNN keeps the programs of 64 products instead of 1,024. A program
+    takes 0.3 MB, and a step needs fewer than 64 (see engines/batch.py).
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    beside = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's
-    threads = wanted_threads() or max(1, len(os.sched_getaffinity(0)) // beside)
+    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's
+    threads = wanted_threads() or max(1, len(os.sched_getaffinity(0)) // processes)
     torch.set_num_threads(threads)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
@@ -45,10 +45,10 @@ def prepare() -> int:
 
 
 def release_threads() -> None:
-    """Say that the calling thread leaves arithmetic to another one now.
+    """Stop this thread's OpenMP workers, so that another thread can use the cores.
 
-    Each thread that computes has helpers of its own. Where all of them are more than the cores, OpenMP no longer lets
-    helpers wait awake, and waking one costs more than most pieces of a decoding step: four times their time was seen.
+    Each thread that computes has workers. If there are more workers than cores, OpenMP lets idle ones sleep, and waking
+    one takes longer than most kernels of a decoding step: steps took up to four times as long.
     """
     library = kernels.library()
     if library is not None:
@@ -56,17 +56,17 @@ def release_threads() -> None:
 
 
 class _Block:
-    """Memory that is handed out from front to back; given back when the last tensor on it is gone."""
+    """Memory that is allocated from front to back, and released when the last tensor in it is gone."""
 
     def __init__(self, size: int) -> None:
         self._memory = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError, AttributeError):  # a kernel without them: usual pages serve
+        with contextlib.suppress(OSError, AttributeError):  # not every operating system has them
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._next = -torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr() % _LARGE_PAGE
         self._end = self._next + size
 
-    def hand_out(self, size: int) -> Tensor | None:
-        """So many bytes, on a line of the cache; None where they are no more there."""
+    def allocate(self, size: int) -> Tensor | None:
+        """A tensor of so many bytes, aligned to a cache line; None if the block is full."""
         if self._next + size > self._end:
             return None
         start, self._next = self._next, self._next + -(-size // 64) * 64
@@ -74,26 +74,28 @@ class _Block:
 
 
 class LargePages:
-    """Tensors on pages of 2 MB, where Linux has them, for what is read in every step: the processor reads ahead within
-    a page alone, and forgets the places of small ones."""
+    """Allocates tensors on pages of 2 MB, where Linux offers them, for what every step reads.
+
+    The processor prefetches only within a page, and its TLB holds the addresses of few pages.
+    """
 
     def __init__(self) -> None:
         self._block: _Block | None = None
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor of zeros: memory is fresh from the kernel, which has not even taken it before it is written."""
+        """A tensor of zeros. The operating system maps its memory only when it is written first."""
         size = math.prod(shape) * dtype.itemsize
         if size == 0:
             return torch.zeros(shape, dtype=dtype)
-        found = None if self._block is None else self._block.hand_out(size)
+        found = None if self._block is None else self._block.allocate(size)
         if found is None:
             self._block = _Block(max(_BLOCK, -(-size // _LARGE_PAGE) * _LARGE_PAGE))
-            found = self._block.hand_out(size)
+            found = self._block.allocate(size)
             assert found is not None
         return found.view(dtype).view(shape)
 
     def empty_like(self, tensor: Tensor) -> Tensor:
-        """One of the same shape and type, to be filled."""
+        """A tensor of the same shape and dtype."""
         return self.zeros(tensor.shape, tensor.dtype)
 
 
@@ -114,12 +116,14 @@ def peak_memory() -> int:
 
 def available_memory() -> int:
     """Bytes that this process can still allocate: the machine's free memory, or less where a container has a limit."""
-    return min(int(psutil.virtual_memory().available), *_granted())
+    return min(int(psutil.virtual_memory().available), *_group_memory())
 
 
-def _granted(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """What each control group that this process is in may still take, in bytes, where it has a limit: a container's
-    is not seen in the machine's free memory. Pages of files that it would give back first count as free."""
+def _group_memory(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes left in each of this process's control groups that has a limit.
+
+    A container's limit is not part of the machine's free memory. File pages that can be evicted count as free.
+    """
     found: list[int] = []
     with contextlib.suppress(OSError):
         for line in groups.read_text().splitlines():
@@ -128,10 +132,10 @@ def _granted(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/
                 names = _GROUP_FILES[kinds]
                 root = mount / kinds
                 place = root / path.lstrip("/")
-                # A container may be shown the path it has outside, and its own group at the root.
+                # Inside a container, the path may be the one outside, with the container's group mounted at the root.
                 for folder in [place, *place.parents] if place.is_dir() else [root]:
                     if folder.is_relative_to(root):
-                        found += _left(folder, *names)
+                        found += _memory_left(folder, *names)
     return found
 
 
@@ -141,13 +145,13 @@ _GROUP_FILES = {  # by controllers as /proc names them: version 2 and version 1
 }
 
 
-def _left(folder: Path, limit: str, usage: str, idle: str) -> list[int]:
+def _memory_left(folder: Path, limit: str, usage: str, idle: str) -> list[int]:
     try:
         most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
-        told = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no limit is "max"; the machine's own group has none of the files
+        stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no limit is written as "max"; the root group has no such files
         return []
-    return [max(0, most - used + int(told.get(idle, 0)))]
+    return [max(0, most - used + int(stats.get(idle, 0)))]
 
 
 def describe() -> str:

@@ -1,8 +1,8 @@
-"""Compiles the C++ files beside this one for this machine, once, and loads them as one library.
+"""Compiles this folder's C++ files for this machine, once, and loads them as one library.
 
-It is kept in the cache ($TUNESMITH_CACHE, else ~/.cache/tunesmith) under a digest of the sources, the compiler and the
-processor. Without a C++ compiler, or with TUNESMITH_KERNELS=portable, there is none, and ops.py does the same
-arithmetic in PyTorch.
+The library is kept in the cache ($TUNESMITH_CACHE, else ~/.cache/tunesmith) under a digest of the sources, the compiler
+and the processor. Without a C++ compiler, or with TUNESMITH_KERNELS=portable, there is no library, and network/ops.py
+does the same arithmetic in PyTorch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FLAGS = [
 
 
 class TokenLayout(ctypes.Structure):
-    """layout.h's Layout."""
+    """Layout of layout.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "prefix", "rows", "longest", "kv", "group", "size")),
@@ -47,7 +47,7 @@ class TokenLayout(ctypes.Structure):
 
 
 class RowPages(ctypes.Structure):
-    """kernels.h's Pages."""
+    """Pages of kernels.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "kv", "group", "size", "page", "most", "longest", "stride")),
@@ -57,12 +57,12 @@ class RowPages(ctypes.Structure):
 
 
 def library() -> Any:
-    """The loaded library, or None where there is none to be had."""
+    """The loaded library; None on the portable path."""
     return _loaded()[1]
 
 
 def identity() -> str:
-    """What made the kernels: "portable", or a digest. Part of what a training must agree on to be resumed."""
+    """Which kernels compute: "portable", or a digest. A training is resumed only with the same ones."""
     return _loaded()[0]
 
 
@@ -71,12 +71,12 @@ def _loaded() -> tuple[str, Any]:
     path = _built()
     if path is None:
         return "portable", None
-    import torch  # noqa: F401 - the OpenMP runtime must be torch's own: two would fight for the cores
+    import torch  # noqa: F401 - loads torch's OpenMP runtime first: two runtimes would compete for the cores
 
     try:
         return path.stem, ctypes.CDLL(str(path))
     except OSError:
-        return "portable", None  # a cache from which nothing may be run, or a damaged file
+        return "portable", None  # a cache on a noexec file system, or a damaged file
 
 
 def _built() -> Path | None:
@@ -90,15 +90,15 @@ def _built() -> Path | None:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
         return _compile(compiler, version)
     except (OSError, subprocess.SubprocessError):
-        return None  # a compiler without OpenMP, headers or a writable cache: the portable path serves
+        return None  # a compiler without OpenMP or headers, or a cache that is not writable
 
 
 def _compile(compiler: str, version: bytes) -> Path:
     from tunesmith.models.base import cache_folder
 
     text = b"".join(path.read_bytes() for path in (*_HEADERS, *_SOURCES))
-    told = hashlib.sha256(text + repr(_FLAGS).encode() + version + _processor()).hexdigest()[:16]
-    path = cache_folder() / "kernels" / f"{told}.so"
+    digest = hashlib.sha256(text + repr(_FLAGS).encode() + version + _processor()).hexdigest()[:16]
+    path = cache_folder() / "kernels" / f"{digest}.so"
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -114,7 +114,7 @@ def _compile(compiler: str, version: bytes) -> Path:
 
 
 def _processor() -> bytes:
-    """What -march=native may depend on: a cache shared by different machines must not mix their libraries."""
+    """What -march=native depends on. Machines that share a cache must not use each other's libraries."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,10 +1,12 @@
-"""Attention of rows behind a shared prefix, forward and backward in one function each.
+"""Attention of rows with a shared prefix, with its backward pass.
 
-On processors with tiles one kernel each way does it a row at a time in the caches (native/attention_tiles.h).
-Elsewhere, and where windows or caps change the scores, it is products of blocks: the scores of a row against the shared
-prefix are one product for all rows; those against its own tokens are causal. Weights of long rows are computed again in
-the backward pass: kept, they would be the largest thing in memory. Shapes: K key/value heads, G query heads for each, B
-rows padded to L own tokens, P prefix tokens, D head size.
+On processors with tiles, one kernel for each direction computes a row at a time within the caches
+(kernels/attention_tiles.h). On others, and for windows or capped scores, it is made of block products: one product
+for all rows' scores on the shared prefix, and causal scores of each row on itself. The backward pass computes the
+weights of long rows again, because keeping them would take most of the memory.
+
+Shapes: T tokens, K key/value heads, G query heads for each (H = K * G), B rows padded to L tokens after the prefix,
+P prefix tokens, D head size.
 """
 
 from __future__ import annotations
@@ -21,13 +23,16 @@ from tunesmith.engines.native import kernels as native
 from tunesmith.engines.native.network import ops
 from tunesmith.engines.native.network.network import Attend, Network, Shape, angles
 
-SHARES = 8  # of rows, whose gradients of the prefix are summed apart: as in attention_tiles.h
-KEPT_WEIGHTS = 1 << 22  # numbers: a layer's weights up to this many are kept for the backward pass
+SHARES = 8  # parts of the rows with separate sums of prefix gradients; must equal SHARES of attention_tiles.h
+KEPT_WEIGHTS = 1 << 22  # a layer's attention weights are kept for the backward pass if they are at most so many numbers
 
 
 class Blocks(NamedTuple):
-    """Queries, keys and values as attention works on them: the prefix's [K, G * P, D] and [K, P, D], the rows'
-    [K, B, G * L, D] and [K, B, L, D]. Slots behind the end of a row hold zeros."""
+    """Queries, keys and values in the layout of block products.
+
+    The prefix's queries qp [K, G * P, D], keys kp and values vp [K, P, D]. The rows' queries q [K, B, G * L, D], keys k
+    and values v [K, B, L, D]. Slots after a row's last token hold zeros.
+    """
 
     qp: Tensor
     kp: Tensor
@@ -38,7 +43,10 @@ class Blocks(NamedTuple):
 
 
 class Layout:
-    """Where a batch's tokens lie in the padded blocks, and their rotary angles."""
+    """Where a batch's tokens go in the padded blocks, and their rotary angles.
+
+    row_of [T]: a token's row; -1: the prefix. place_of [T]: its index in the row or prefix. starts: rows' first tokens.
+    """
 
     def __init__(self, prefix: int, lengths: Sequence[int], positions: Tensor, network: Network) -> None:
         shape = network.shape
@@ -57,16 +65,16 @@ class Layout:
         )
 
     def on_tiles(self, qkv: Tensor, layer: int) -> bool:
-        """Whether attention_tiles.h does a layer's attention."""
+        """Whether attention_tiles.h computes a layer's attention."""
         return fits_tiles(self.shape, self.windows[layer], self.prefix + self.longest, qkv)
 
     def blocks(self, like: Tensor) -> Blocks:
-        """Blocks to be filled, slots of no token too."""
+        """Uninitialised blocks with the dtype of `like`."""
         kv, group, size = self.kv, self.group, self.shape.head
         own = like.new_empty(kv * self.rows * self.longest * size * (group + 2))
         q, k, v = own.split([kv * self.rows * self.longest * size * part for part in (group, 1, 1)])
-        early = like.new_empty(kv * self.prefix * size * (group + 2))
-        qp, kp, vp = early.split([kv * self.prefix * size * part for part in (group, 1, 1)])
+        shared = like.new_empty(kv * self.prefix * size * (group + 2))
+        qp, kp, vp = shared.split([kv * self.prefix * size * part for part in (group, 1, 1)])
         return Blocks(
             qp.view(kv, group * self.prefix, size),
             kp.view(kv, self.prefix, size),
@@ -77,7 +85,7 @@ class Layout:
         )
 
     def split(self, qkv: Tensor, layer: int) -> Blocks:
-        """qkv [T, (H + 2 K) * D] of a layer to blocks, queries and keys rotated."""
+        """The blocks of a layer's qkv [T, (H + 2 K) * D], with queries and keys rotated."""
         blocks = self.blocks(qkv)
         cos, sin = self.turns[self.rotary[layer]]
         kernel = ops.kernel_for("split", qkv)
@@ -86,13 +94,13 @@ class Layout:
             return blocks
         heads = self.kv * self.group
         parts = qkv.unflatten(-1, (-1, self.shape.head)).split((heads, self.kv, self.kv), 1)
-        turned = (ops.rotate(parts[0], cos, sin), ops.rotate(parts[1], cos, sin), parts[2])
-        for part, early, own in zip(turned, blocks[:3], blocks[3:], strict=True):
-            self._fill(part, early, own)
+        rotated = (ops.rotate(parts[0], cos, sin), ops.rotate(parts[1], cos, sin), parts[2])
+        for part, shared, own in zip(rotated, blocks[:3], blocks[3:], strict=True):
+            self._fill(part, shared, own)
         return blocks
 
     def join(self, blocks: Blocks, layer: int) -> Tensor:
-        """Gradients of the blocks back to a gradient of qkv."""
+        """The gradient of qkv [T, (H + 2 K) * D] for gradients of the blocks."""
         heads = self.kv * self.group
         cos, sin = self.turns[self.rotary[layer]]
         out = blocks.q.new_empty(len(self.row_of), (heads + 2 * self.kv) * self.shape.head)
@@ -100,21 +108,21 @@ class Layout:
         if kernel is not None:
             self._call(kernel, out, blocks, cos, sin)
             return out
-        parts = [self._take(early, own) for early, own in zip(blocks[:3], blocks[3:], strict=True)]
-        turned = (ops.rotate(parts[0], cos, -sin), ops.rotate(parts[1], cos, -sin), parts[2])
-        return torch.cat(turned, 1).flatten(1)
+        parts = [self._take(shared, own) for shared, own in zip(blocks[:3], blocks[3:], strict=True)]
+        rotated = (ops.rotate(parts[0], cos, -sin), ops.rotate(parts[1], cos, -sin), parts[2])
+        return torch.cat(rotated, 1).flatten(1)
 
-    def tokens(self, early: Tensor, own: Tensor) -> Tensor:
-        """Mixed values in the queries' blocks to [T, H * D]."""
+    def tokens(self, shared: Tensor, own: Tensor) -> Tensor:
+        """Values mixed by attention, in the blocks of queries, as [T, H * D]."""
         out = own.new_empty(len(self.row_of), self.kv * self.group * self.shape.head)
         kernel = ops.kernel_for("gather", out)
         if kernel is None:
-            return self._take(early, own).flatten(1)
-        self._gather(kernel, out, early, own, 1)
+            return self._take(shared, own).flatten(1)
+        self._gather(kernel, out, shared, own, 1)
         return out
 
     def queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, H * D] to the queries' blocks."""
+        """x [T, H * D] in the blocks of queries: qp and q."""
         blocks = self.blocks(x)
         kernel = ops.kernel_for("gather", x)
         if kernel is None:
@@ -127,33 +135,35 @@ class Layout:
         at = ops.at
         kernel(ctypes.byref(self.native), at(flat), at(cos), at(sin), *map(at, blocks), torch.get_num_threads())
 
-    def _gather(self, kernel: Any, flat: Tensor, early: Tensor, own: Tensor, to_tokens: int) -> None:
+    def _gather(self, kernel: Any, flat: Tensor, shared: Tensor, own: Tensor, to_tokens: int) -> None:
         at = ops.at
-        kernel(ctypes.byref(self.native), at(flat), at(early), at(own), to_tokens, torch.get_num_threads())
+        kernel(ctypes.byref(self.native), at(flat), at(shared), at(own), to_tokens, torch.get_num_threads())
 
-    def _fill(self, x: Tensor, early: Tensor, own: Tensor) -> None:
-        """x [T, heads, D] into the blocks of queries, keys or values."""
+    def _fill(self, x: Tensor, shared: Tensor, own: Tensor) -> None:
+        """Copy x [T, heads, D] to blocks of queries, keys or values, in PyTorch."""
         heads, size, cut = x.shape[1], x.shape[2], self.prefix
         group = heads // self.kv
-        early.view(self.kv, group, cut, size).copy_(x[:cut].view(cut, self.kv, group, size).permute(1, 2, 0, 3))
+        shared.view(self.kv, group, cut, size).copy_(x[:cut].view(cut, self.kv, group, size).permute(1, 2, 0, 3))
         padded = x.new_zeros(self.rows, self.longest, heads, size)
         padded[self.row_of[cut:], self.place_of[cut:]] = x[cut:]
         padded = padded.view(self.rows, self.longest, self.kv, group, size)
         own.view(self.kv, self.rows, group, self.longest, size).copy_(padded.permute(2, 0, 3, 1, 4))
 
-    def _take(self, early: Tensor, own: Tensor) -> Tensor:
-        """The way back: [T, heads, D]."""
+    def _take(self, shared: Tensor, own: Tensor) -> Tensor:
+        """The reverse of _fill: [T, heads, D] from blocks."""
         size, cut = own.shape[-1], self.prefix
         group = own.shape[2] // self.longest
-        first = early.reshape(self.kv, group, cut, size).permute(2, 0, 1, 3).reshape(cut, self.kv * group, size)
+        first = shared.reshape(self.kv, group, cut, size).permute(2, 0, 1, 3).reshape(cut, self.kv * group, size)
         rest = own.reshape(self.kv, self.rows, group, self.longest, size).permute(1, 3, 0, 2, 4)
         rest = rest.reshape(self.rows, self.longest, -1, size)[self.row_of[cut:], self.place_of[cut:]]
         return torch.cat((first, rest))
 
 
 def fits_tiles(shape: Shape, window: int | None, seen: int, like: Tensor) -> bool:
-    """Whether attention_tiles.h does the attention of rows of up to so many places, on numbers like those: on a
-    processor with tiles, in bf16, where each token sees all before it."""
+    """Whether attention_tiles.h computes attention over up to `seen` places, for tensors like `like`.
+
+    It does on a processor with tiles, in bf16, if each token sees all earlier ones.
+    """
     if shape.score_cap is not None or shape.head % 32 or (window is not None and window < seen):
         return False
     if like.dtype != torch.bfloat16:
@@ -163,29 +173,29 @@ def fits_tiles(shape: Shape, window: int | None, seen: int, like: Tensor) -> boo
 
 
 def shared_prefix_attention(batch: Batch, network: Network) -> Attend:
-    """Attention for one batch, to be passed to network.forward."""
+    """The attend function of network.forward for one batch."""
     layout = Layout(batch.prefix, batch.lengths, batch.positions, network)
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
-        how = _OnTiles if layout.on_tiles(qkv, layer) else _Attention
-        return how.apply(qkv, layout, layer)  # type: ignore[no-any-return]
+        function = _OnTiles if layout.on_tiles(qkv, layer) else _Attention
+        return function.apply(qkv, layout, layer)  # type: ignore[no-any-return]
 
     return attend
 
 
 def mix(layout: Layout, blocks: Blocks, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Mixed values of the prefix's tokens and of the rows', as queries lie, and the weights behind them: the prefix's,
-    the rows' on the prefix [K, B * G * L, P], the rows' own [K * B, G * L, L].
+    """Values mixed by attention, of the prefix's tokens and of the rows' (in the layouts of qp and q), and the weights.
 
-    Where the prefix was computed before, its queries are left out: qp is empty, kp and vp are not.
+    The weights are those of the prefix [K, G * P, P], of the rows on the prefix [K, B * G * L, P], and of the rows on
+    themselves [K * B, G * L, L]. If the prefix was computed earlier, qp is empty and kp and vp are given.
     """
     qp, kp, vp, q, k, v = blocks
     window, cap = layout.windows[layer], layout.cap
-    early = qp @ kp.transpose(1, 2)
-    mixed_early = qp
+    prefix = qp @ kp.transpose(1, 2)
+    mixed_prefix = qp
     if qp.numel():
-        ops.softmax_(None, early, layout.scale, window, cap)
-        mixed_early = early @ vp
+        ops.softmax_(None, prefix, layout.scale, window, cap)
+        mixed_prefix = prefix @ vp
     flat = q.flatten(1, 2)
     shared = flat @ kp.transpose(1, 2)
     own = q.flatten(0, 1) @ k.flatten(0, 1).transpose(1, 2)
@@ -193,27 +203,29 @@ def mix(layout: Layout, blocks: Blocks, layer: int) -> tuple[Tensor, Tensor, Ten
     mixed = own @ v.flatten(0, 1)
     if kp.numel():
         mixed.view_as(flat).baddbmm_(shared, vp)
-    return mixed_early, mixed.view_as(q), early, shared, own
+    return mixed_prefix, mixed.view_as(q), prefix, shared, own
 
 
 class _Attention(torch.autograd.Function):
+    """Attention as block products: (qkv, layout, layer) -> [T, H * D]."""
+
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, layout: Layout, layer: int) -> Tensor:
         blocks = layout.split(qkv, layer)
-        early, own, *weights = mix(layout, blocks, layer)
+        prefix, own, *weights = mix(layout, blocks, layer)
         kept = sum(weight.numel() for weight in weights) <= KEPT_WEIGHTS
         ctx.save_for_backward(*blocks, *(weights if kept else ()))
         ctx.layout, ctx.layer = layout, layer
-        return layout.tokens(early, own)
+        return layout.tokens(prefix, own)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         layout: Layout = ctx.layout
         blocks = Blocks(*ctx.saved_tensors[:6])
         qp, kp, vp, q, k, v = blocks
-        early, shared, own = ctx.saved_tensors[6:] or mix(layout, blocks, ctx.layer)[2:]
-        gp, g = layout.queries(gradient)
-        out = layout.blocks(gradient)
+        prefix, shared, own = ctx.saved_tensors[6:] or mix(layout, blocks, ctx.layer)[2:]
+        gp, g = layout.queries(gradient)  # gradients of the mixed values, of the prefix and of the rows
+        out = layout.blocks(gradient)  # gradients of the blocks
         flat, rows = g.flatten(1, 2), g.flatten(0, 1)
         to_own = rows @ v.flatten(0, 1).transpose(1, 2)
         torch.bmm(own.transpose(1, 2), rows, out=out.v.flatten(0, 1))
@@ -223,14 +235,14 @@ class _Attention(torch.autograd.Function):
         else:
             to_shared = flat @ vp.transpose(1, 2)
             ops.softmax_backward_(shared, own, to_shared, to_own, layout.scale)
-            to_early = gp @ vp.transpose(1, 2)
-            ops.softmax_backward_(None, early, None, to_early, layout.scale)
+            to_prefix = gp @ vp.transpose(1, 2)
+            ops.softmax_backward_(None, prefix, None, to_prefix, layout.scale)
             _through_cap(layout, to_own, q.flatten(0, 1), k.flatten(0, 1))
             _through_cap(layout, to_shared, q.flatten(1, 2), kp)
-            _through_cap(layout, to_early, qp, kp)
-            torch.bmm(early.transpose(1, 2), gp, out=out.vp).baddbmm_(shared.transpose(1, 2), flat)
-            torch.bmm(to_early, kp, out=out.qp)
-            torch.bmm(to_early.transpose(1, 2), qp, out=out.kp).baddbmm_(to_shared.transpose(1, 2), q.flatten(1, 2))
+            _through_cap(layout, to_prefix, qp, kp)
+            torch.bmm(prefix.transpose(1, 2), gp, out=out.vp).baddbmm_(shared.transpose(1, 2), flat)
+            torch.bmm(to_prefix, kp, out=out.qp)
+            torch.bmm(to_prefix.transpose(1, 2), qp, out=out.kp).baddbmm_(to_shared.transpose(1, 2), q.flatten(1, 2))
         torch.bmm(to_own, k.flatten(0, 1), out=out.q.flatten(0, 1))
         torch.bmm(to_own.transpose(1, 2), q.flatten(0, 1), out=out.k.flatten(0, 1))
         if layout.prefix:
@@ -239,14 +251,14 @@ class _Attention(torch.autograd.Function):
 
 
 class _OnTiles(torch.autograd.Function):
-    """The same with one kernel each way. Beside qkv it keeps two numbers for each query: the weights are made again."""
+    """_Attention with one kernel for each direction. It keeps qkv and two numbers for each query, but no weights."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, layout: Layout, layer: int) -> Tensor:
         qkv = qkv.contiguous()
         out = qkv.new_empty(len(qkv), layout.kv * layout.group * layout.shape.head)
         largest, inverse = torch.empty(2, layout.kv, len(qkv) * layout.group)
-        _on_tiles("attend", layout, layer, qkv, out, largest, inverse)
+        _call_tiles("attend", layout, layer, qkv, out, largest, inverse)
         ctx.save_for_backward(qkv, largest, inverse)
         ctx.layout, ctx.layer = layout, layer
         return out
@@ -255,11 +267,11 @@ class _OnTiles(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         qkv, largest, inverse = ctx.saved_tensors
         out = torch.empty_like(qkv)
-        _on_tiles("attend_backward", ctx.layout, ctx.layer, qkv, gradient.contiguous(), largest, inverse, out)
+        _call_tiles("attend_backward", ctx.layout, ctx.layer, qkv, gradient.contiguous(), largest, inverse, out)
         return out, None, None
 
 
-def _on_tiles(name: str, layout: Layout, layer: int, qkv: Tensor, *others: Tensor) -> None:
+def _call_tiles(name: str, layout: Layout, layer: int, qkv: Tensor, *others: Tensor) -> None:
     at, turns = ops.at, layout.turns[layout.rotary[layer]]
     getattr(native.library(), name)(
         *(ctypes.byref(layout.native), at(qkv), *map(at, turns), *map(at, others)),
@@ -268,7 +280,7 @@ def _on_tiles(name: str, layout: Layout, layer: int, qkv: Tensor, *others: Tenso
 
 
 def _through_cap(layout: Layout, gradient: Tensor, q: Tensor, k: Tensor) -> None:
-    """A gradient of capped scores to one of the scores q k^T themselves, in place: times 1 - tanh^2."""
+    """Turn a gradient of capped scores into one of the scores q k^T, in place: times 1 - tanh^2."""
     if layout.cap is not None:
         ratio = (q @ k.transpose(1, 2)).float().mul_(layout.scale / layout.cap).tanh_()
         gradient.mul_(1 - ratio.square_())

@@ -1,8 +1,10 @@
-"""The decoder-only transformer of Llama, Gemma and their kin, as functions over frozen weights.
+"""The decoder-only transformer of Llama, Gemma and related families, as functions over frozen weights.
 
-One forward serves training and decoding: what differs between them, how attention finds its keys and how a linear
-layer applies an adapter, is passed in. Shapes: T tokens of any number of rows laid end to end (no padding), H query
-heads, K key/value heads, D head size, M model width.
+Training and decoding share one forward function. What differs between them is passed in: how attention finds its keys,
+and how a linear layer applies an adapter.
+
+Shapes: T tokens of any number of rows laid end to end (no padding), H query heads, K key/value heads, D head size,
+M model width, F the MLP's middle.
 
 Methods: RMSNorm (Zhang and Sennrich 2019), rotary positions (Su et al. 2021), gated MLP (Shazeer 2020), grouped-query
 attention (Ainslie et al. 2023), sliding windows (Beltagy et al. 2020), capped scores and logits (Gemma Team 2024).
@@ -21,12 +23,12 @@ from torch import Tensor
 from tunesmith.engines.native.network import ops
 from tunesmith.engines.native.network.products import PackedLinear
 
-# (layer, group, x [T, in]) -> [T, out], where group is one of GROUPS.
+# (layer, group, x [T, in]) -> [T, out]. group: a key of GROUPS.
 Linear = Callable[[int, str, Tensor], Tensor]
-# (layer, qkv [T, (H + 2 K) * D], queries and keys not yet rotated) -> [T, H * D]
+# (layer, qkv [T, (H + 2 K) * D] with queries and keys not yet rotated) -> [T, H * D]
 Attend = Callable[[int, Tensor], Tensor]
 
-# Linear layers that read the same input are one product: group -> the names of its parts, in the order of its rows.
+# Linear layers with the same input are computed as one product: group -> names of its parts, in the order of its rows.
 GROUPS: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -37,11 +39,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A network's sizes, and where its family differs from Llama.
+    """A network's sizes, and how its family differs from Llama.
 
-    attention_scale multiplies the scores. norm_offset is added to the norms' weights, embedding_scale multiplies the
-    embeddings; gelu: the MLP's gate is tanh-approximated GELU instead of SiLU; score_cap c and logit_cap c: attention
-    scores and logits s are c tanh(s / c).
+    attention_scale: factor of attention scores. norm_offset: added to the norms' weights. embedding_scale: factor of
+    the embeddings. gelu: the MLP's gate is tanh-approximated GELU instead of SiLU. score_cap and logit_cap: a cap c
+    replaces attention scores or logits s by c tanh(s / c). passes.py lists the fields that kernels/pass.cpp computes.
     """
 
     layers: int
@@ -61,8 +63,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's frozen weights. linear: group -> its product. after_attention, after_mlp: norms of what a sub-layer
-    adds. rotary: which of the network's rotations. window: how many places a token sees, its own included; None: all.
+    """One layer's frozen weights.
+
+    linear: group -> its weight. after_attention, after_mlp: norms of a sub-layer's output. rotary: index into
+    Network.rotary. window: number of places that a token sees, including itself; None: all.
     """
 
     linear: dict[str, PackedLinear]
@@ -78,7 +82,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Rotary:
-    """How queries and keys turn with their position: inverse_frequencies [D / 2], all zero where they do not turn."""
+    """Rotary position embedding: inverse_frequencies [D / 2], all zero in layers without rotation."""
 
     inverse_frequencies: Tensor
     scale: float
@@ -86,11 +90,11 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Network:
-    """A base's frozen weights, ready to run."""
+    """A base's frozen weights, ready to compute."""
 
     shape: Shape
     embedding: Tensor  # [vocabulary, M]
-    head: PackedLinear  # [vocabulary, M]; of the embedding itself where they are tied
+    head: PackedLinear  # [vocabulary, M]; made of the embedding if they are tied
     tied: bool
     final_norm: Tensor
     layers: tuple[Layer, ...]
@@ -98,11 +102,11 @@ class Network:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What activations are computed in."""
+        """The dtype of weights and activations."""
         return self.embedding.dtype
 
     def parts(self, group: str) -> tuple[int, ...]:
-        """Output sizes of a group's parts."""
+        """Output sizes of a group's parts, in order."""
         shape = self.shape
         if group == "qkv":
             return (shape.heads * shape.head, shape.kv_heads * shape.head, shape.kv_heads * shape.head)
@@ -111,7 +115,7 @@ class Network:
 
 
 def forward(network: Network, ids: Tensor, linear: Linear, attend: Attend) -> Tensor:
-    """Hidden states [T, M] before the final norm, of ids [T]; attend knows their positions."""
+    """Hidden states [T, M] before the final norm, of ids [T]. attend knows the tokens' positions."""
     shape = network.shape
     epsilon, offset = shape.epsilon, shape.norm_offset
 
@@ -119,7 +123,7 @@ def forward(network: Network, ids: Tensor, linear: Linear, attend: Attend) -> Te
         return x if weight is None else rms_norm(x, weight, epsilon, offset)
 
     x = embedded(network, ids)
-    added: Tensor | None = None  # what the sub-layer before adds to x
+    added: Tensor | None = None  # the previous sub-layer's output, not yet added to x
     for number, layer in enumerate(network.layers):
         x, h = add_norm(x, added, layer.attention_norm, epsilon, offset)
         qkv = _head_norms(network, layer, linear(number, "qkv", h))
@@ -131,24 +135,26 @@ def forward(network: Network, ids: Tensor, linear: Linear, attend: Attend) -> Te
 
 
 def embedded(network: Network, ids: Tensor) -> Tensor:
-    """What the first layer is given of ids [T]: [T, M]."""
+    """The first layer's input [T, M] for ids [T]."""
     x, scale = embed(ids, network.embedding), network.shape.embedding_scale
-    return x if scale is None else x * torch.tensor(scale, dtype=x.dtype)  # the factor rounded as the weights are
+    return (
+        x if scale is None else x * torch.tensor(scale, dtype=x.dtype)
+    )  # transformers rounds the factor to the weights' dtype
 
 
 def final(network: Network, hidden: Tensor) -> Tensor:
-    """Hidden states [T, M] behind the final norm, as the head reads them."""
+    """The final norm of hidden states [T, M], which is the head's input."""
     return rms_norm(hidden, network.final_norm, network.shape.epsilon, network.shape.norm_offset)
 
 
 def logits(network: Network, hidden: Tensor) -> Tensor:
-    """Logits [T, vocabulary] of hidden states [T, M]."""
+    """Logits [T, vocabulary] of hidden states [T, M] before the final norm."""
     scores, cap = network.head(final(network, hidden)), network.shape.logit_cap
     return scores if cap is None else torch.tanh(scores / cap) * cap
 
 
 def frozen_linear(network: Network) -> Linear:
-    """The base's own linear layers, no adapter. No gradients: see training.lora for those."""
+    """The base's linear layers without an adapter and without gradients (adapters/lora.py has those with gradients)."""
 
     def apply(number: int, group: str, x: Tensor) -> Tensor:
         return network.layers[number].linear[group](x)
@@ -158,12 +164,12 @@ def frozen_linear(network: Network) -> Linear:
 
 def angles(network: Network, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
     """cos and sin [T, D / 2], fp32, of positions [T], for each of the network's rotations."""
-    turned = [(positions.float()[:, None] * each.inverse_frequencies, each.scale) for each in network.rotary]
-    return [(angle.cos() * scale, angle.sin() * scale) for angle, scale in turned]
+    found = [(positions.float()[:, None] * rotary.inverse_frequencies, rotary.scale) for rotary in network.rotary]
+    return [(angle.cos() * scale, angle.sin() * scale) for angle, scale in found]
 
 
 def _head_norms(network: Network, layer: Layer, qkv: Tensor) -> Tensor:
-    """The norms that some families put on each head's query and key."""
+    """qkv with the norms that some families apply to each head's query and key."""
     if layer.q_norm is None or layer.k_norm is None:
         return qkv
     shape = network.shape
@@ -176,7 +182,7 @@ def _head_norms(network: Network, layer: Layer, qkv: Tensor) -> Tensor:
 
 
 class _Embedding(torch.autograd.Function):
-    """A token's gradients are summed in fp32: in bf16 those of a frequent one would stop growing."""
+    """Embedding whose gradients are summed in fp32: in bf16, a frequent token's sum would stop growing."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
@@ -192,46 +198,47 @@ class _Embedding(torch.autograd.Function):
 
 
 def embed(ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows [T, M] of weight [vocabulary, M]."""
+    """Rows [T, M] of weight [vocabulary, M] for ids [T]."""
     return _Embedding.apply(ids, weight) if weight.requires_grad else F.embedding(ids, weight)
 
 
 class Recompute:
-    """What a function's backward pass makes again on its way, its own output, and who waits for it there.
+    """Lets a function's backward pass compute its output again, for the gradients of the function that reads it.
 
-    What reads that output and needs it for a gradient would have to keep it: of the numbers that a layer would keep of
-    a token, norms and the gated middle are a third. output: which of the function's outputs it is. See recompute.
+    Otherwise the reading function would keep that output for its own backward pass. Of the numbers that a layer would
+    keep for a token, the outputs of norms and the gated middle are a third. output: which of the function's outputs it
+    is. Method: activation recomputation, Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
     """
 
     def __init__(self, output: int = 0) -> None:
         self.output = output
-        self._waiting: list[Callable[[Tensor], None]] = []
+        self._callbacks: list[Callable[[Tensor], None]] = []
 
     def ask(self, use: Callable[[Tensor], None]) -> None:
-        """Have use called with the output, to the bit, in the backward pass that is under way."""
-        self._waiting.append(use)
+        """Call use with the output, equal to the bit, within the current backward pass."""
+        self._callbacks.append(use)
 
     @property
     def asked(self) -> bool:
-        """Whether anybody waits."""
-        return bool(self._waiting)
+        """Whether the output must be computed again."""
+        return bool(self._callbacks)
 
     def give(self, output: Tensor | None) -> None:
-        """Call who waits."""
-        waiting, self._waiting = self._waiting, []
-        for use in waiting:
+        """Call the callbacks with the output."""
+        callbacks, self._callbacks = self._callbacks, []
+        for use in callbacks:
             assert output is not None
             use(output)
 
 
 def recompute(x: Tensor) -> Recompute | None:
-    """Where x can be asked for in a backward pass, as the function is that made it; None where x must be kept."""
+    """The Recompute of the function whose output x is; None if x must be kept for the backward pass."""
     found: Recompute | None = getattr(x.grad_fn, "recompute", None)
     return None if found is None or found.output != x.output_nr else found
 
 
 class _AddNorm(torch.autograd.Function):
-    """The sum and its norm in one pass; the backward pass computes the normalised input again."""
+    """The sum of x and y and its norm. The backward pass computes the normalised input again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, epsilon: float, offset: float) -> tuple[Tensor, Tensor]:
@@ -241,13 +248,13 @@ class _AddNorm(torch.autograd.Function):
         return total, out
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, sum_gradient: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         total, weight, scale = ctx.saved_tensors
         asked = ctx.recompute.asked
-        result, out = ops.norm_backward(gradient, total, weight, scale, above, ctx.offset, again=asked)
+        result, out = ops.norm_backward(gradient, total, weight, scale, sum_gradient, ctx.offset, again=asked)
         ctx.recompute.give(out)
-        learnt = _norm_weight_gradient(gradient, total, scale) if ctx.needs_input_grad[2] else None
-        return result, result, learnt, None, None
+        weight_gradient = _norm_weight_gradient(gradient, total, scale) if ctx.needs_input_grad[2] else None
+        return result, result, weight_gradient, None, None
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -261,21 +268,21 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
-        learnt = _norm_weight_gradient(gradient, x, scale) if ctx.needs_input_grad[1] else None
+        weight_gradient = _norm_weight_gradient(gradient, x, scale) if ctx.needs_input_grad[1] else None
         result, out = ops.norm_backward(gradient, x, weight, scale, None, ctx.offset, again=ctx.recompute.asked)
         ctx.recompute.give(out)
-        return result, learnt, None, None
+        return result, weight_gradient, None, None
 
 
 def _norm_weight_gradient(gradient: Tensor, x: Tensor, scale: Tensor) -> Tensor:
-    """Gradient [M] of a norm's weight: that of its output times the normalised input x * scale, over all rows."""
+    """Gradient [M] of a norm's weight: its output's gradient times the normalised input x * scale, summed over rows."""
     width = x.shape[-1]
-    each = gradient.reshape(-1, width).float() * x.reshape(-1, width).float()
-    return (scale.view(1, -1) @ each).view(width).to(x.dtype)
+    products = gradient.reshape(-1, width).float() * x.reshape(-1, width).float()
+    return (scale.view(1, -1) @ products).view(width).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:
-    """RMSNorm over the last dimension by weight + offset, in fp32 inside."""
+    """RMSNorm over the last dimension with weight + offset, computed in fp32."""
     if not torch.is_grad_enabled():
         return ops.add_norm(x, None, weight, epsilon, offset)[1]
     return _RmsNorm.apply(x, weight, epsilon, offset)  # type: ignore[no-any-return]
@@ -291,7 +298,7 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float, offset
 
 
 class _Gated(torch.autograd.Function):
-    """act(gate) * up; keeps its input alone and computes the activation again in the backward pass."""
+    """act(gate) * up. It keeps only its input, and computes the activation again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, gelu: bool) -> Tensor:

@@ -1,8 +1,9 @@
-"""The step's element-wise work, by the compiled kernels where they fit the tensors, else in PyTorch.
+"""Element-wise operations and decoding's attention, by the compiled kernels if they fit the tensors, else in PyTorch.
 
-Each function does the same arithmetic on both paths: fp32 inside, results in the input's dtype. None records gradients;
-network.py and attention.py build differentiable functions out of them. Shapes: T tokens, M width, H query heads,
-K key/value heads, D head size.
+Each function does the same arithmetic on both paths: computed in fp32, results in the input's dtype. None of them
+records gradients; network.py and attention.py build differentiable functions from them.
+
+Shapes: T tokens, M width, H query heads, K key/value heads, G query heads for each of those, D head size.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from torch import Tensor
 from tunesmith.engines.native import kernels as native
 
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_MIXED_TOGETHER = 64  # rows whose keys and values decode_mix gathers at once, in PyTorch
+_GATHERED_ROWS = 64  # rows whose keys and values decode_mix gathers at once, in PyTorch
 
 
 def kernel_for(name: str, x: Tensor) -> Any:
-    """The compiled kernel for tensors like x, or None."""
+    """The compiled kernel of that name for tensors like x; None if there is none."""
     library = native.library() if x.dtype in _NAMES else None
     return None if library is None else getattr(library, f"{name}_{_NAMES[x.dtype]}")
 
 
 def at(x: Tensor | None) -> ctypes.c_void_p:
-    """Where a contiguous tensor's numbers begin."""
+    """The address of a contiguous tensor's data; null for None."""
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
@@ -37,7 +38,7 @@ _int, _float, _threads = ctypes.c_int64, ctypes.c_float, torch.get_num_threads
 def add_norm(
     x: Tensor, y: Tensor | None, weight: Tensor, epsilon: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x + y (x itself where y is None), its RMSNorm with weight + offset, and 1 / rms [rows, 1]; all [..., M]."""
+    """x + y (x itself if y is None), its RMSNorm with weight + offset, both [..., M], and 1 / rms [rows, 1]."""
     width = x.shape[-1]
     kernel = kernel_for("add_norm", x)
     if kernel is None:
@@ -65,13 +66,15 @@ def norm_backward(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
-    above: Tensor | None,
+    sum_gradient: Tensor | None,
     offset: float = 0.0,
     *,
     again: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient of the RMSNorm's input x, plus `above`, what reaches x past the norm; and, if again, its output once
-    more, to the bit."""
+    """Gradient of the RMSNorm's input x, plus sum_gradient, the gradient that reaches x without passing the norm.
+
+    again: also return the norm's output, computed again and equal to the bit.
+    """
     width = x.shape[-1]
     kernel = kernel_for("norm_backward", x)
     if kernel is None:
@@ -80,19 +83,19 @@ def norm_backward(
         inner = gradient.float() * (weight.float() + offset)
         result = factor * (inner - normal * (inner * normal).mean(-1, keepdim=True))
         output = normal.to(x.dtype) * (weight + offset if offset else weight) if again else None
-        return (result if above is None else result + above.float()).to(x.dtype), output
+        return (result if sum_gradient is None else result + sum_gradient.float()).to(x.dtype), output
     gradient, out = gradient.contiguous(), torch.empty_like(x)
     output = torch.empty_like(x) if again else None
-    above = None if above is None else above.contiguous()
+    sum_gradient = None if sum_gradient is None else sum_gradient.contiguous()
     kernel(
-        *(at(gradient), at(x), at(weight), at(scale), at(above), at(out), at(output)),
+        *(at(gradient), at(x), at(weight), at(scale), at(sum_gradient), at(out), at(output)),
         *(_int(x.numel() // width), _int(width), _float(offset), _threads()),
     )
     return out, output
 
 
 def gated(gate_up: Tensor, *, gelu: bool = False) -> Tensor:
-    """silu(gate) * up of [T, 2 F] -> [T, F]; gelu: the gate through GELU's tanh approximation, in PyTorch."""
+    """silu(gate) * up: [T, 2 F] -> [T, F]. gelu: GELU's tanh approximation instead of SiLU, always in PyTorch."""
     width = gate_up.shape[-1] // 2
     kernel = None if gelu else kernel_for("gated", gate_up)
     if kernel is None:
@@ -107,7 +110,7 @@ def gated(gate_up: Tensor, *, gelu: bool = False) -> Tensor:
 def gated_backward(
     gradient: Tensor, gate_up: Tensor, *, gelu: bool = False, again: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient [T, 2 F] of gated's input; and, if again, gated's output once more, to the bit."""
+    """Gradient [T, 2 F] of gated's input. again: also gated's output, computed again and equal to the bit."""
     width = gradient.shape[-1]
     kernel = None if gelu else kernel_for("gated_backward", gate_up)
     result = torch.empty_like(gate_up)
@@ -137,10 +140,11 @@ def gated_backward(
 def softmax_(
     shared: Tensor | None, own: Tensor, scale: float, window: int | None = None, cap: float | None = None
 ) -> None:
-    """Scores to attention weights, in place: own [..., R * L, L] is causal (row r may look at r % L + 1 places) and
-    shared [..., R * L, P] open; the two are one distribution.
+    """Turn attention scores into weights, in place.
 
-    window: a row sees so many places, its own the last of them. cap: scores are capped by cap_. Both in PyTorch.
+    own [..., R * L, L] is causal: row r sees r % L + 1 places. shared [..., R * L, P] is seen whole. A row of both is
+    one distribution. window: a row sees only so many places, the last of which is its own. cap: scores are capped by
+    cap_. A window or a cap is computed in PyTorch.
     """
     longest = own.shape[-1]
     cut = 0 if shared is None else shared.shape[-1]
@@ -167,32 +171,36 @@ def softmax_(
 
 
 def cap_(scores: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(scores / cap), in place; scores as they are where cap is None."""
+    """cap * tanh(scores / cap), in place; scores unchanged if cap is None."""
     return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
 
-def softmax_backward_(shared: Tensor | None, own: Tensor, dshared: Tensor | None, down: Tensor, scale: float) -> None:
-    """Gradients of weights (dshared, down) to gradients of scores, in place."""
+def softmax_backward_(
+    shared: Tensor | None, own: Tensor, shared_gradient: Tensor | None, own_gradient: Tensor, scale: float
+) -> None:
+    """Turn gradients of attention weights, shared_gradient and own_gradient, into gradients of scores, in place."""
     longest = own.shape[-1]
     kernel = kernel_for("softmax_backward", own)
     if kernel is None:
-        dot = (own.float() * down.float()).sum(-1, keepdim=True)
-        if shared is not None and dshared is not None:
+        dot = (own.float() * own_gradient.float()).sum(-1, keepdim=True)
+        if shared is not None and shared_gradient is not None:
             flat = dot.view(*shared.shape[:-1], 1)
-            flat += (shared.float() * dshared.float()).sum(-1, keepdim=True)
-            dshared.copy_(shared.float() * (dshared.float() - flat) * scale)
-        down.copy_(own.float() * (down.float() - dot) * scale)
+            flat += (shared.float() * shared_gradient.float()).sum(-1, keepdim=True)
+            shared_gradient.copy_(shared.float() * (shared_gradient.float() - flat) * scale)
+        own_gradient.copy_(own.float() * (own_gradient.float() - dot) * scale)
         return
     cut = 0 if shared is None else shared.shape[-1]
     kernel(
-        *(at(shared), at(own), at(dshared), at(down)),
+        *(at(shared), at(own), at(shared_gradient), at(own_gradient)),
         *(_int(own.numel() // longest), _int(cut), _int(longest), _float(scale), _threads()),
     )
 
 
 def cross_entropy_(scores: Tensor, labels: Tensor, share: Tensor | None) -> Tensor:
-    """Negative log-likelihoods [N], fp32, of labels [N] under scores [N, V]. With share [N], scores become the
-    gradient of the sum of share * loss."""
+    """Negative log-likelihoods [N], fp32, of labels [N] under logits scores [N, V].
+
+    share [N]: weights of the labels; scores then become the gradient of the weighted sum of losses, in place.
+    """
     kernel = kernel_for("cross_entropy", scores)
     if kernel is None:
         wide = scores.float()
@@ -214,7 +222,7 @@ def cross_entropy_(scores: Tensor, labels: Tensor, share: Tensor | None) -> Tens
 class Places:
     """Where the B tokens of a decoding pass keep their keys and values: in their row's pages (see page_shapes).
 
-    table: [B, most] the pages of each row in order. lengths: [B] how many places of a row are filled.
+    table: [B, most pages] the numbers of each row's pages, in order. lengths: [B] filled places of each row.
     """
 
     def __init__(self, table: Tensor, lengths: Tensor, kv: int, group: int, size: int, page: int) -> None:
@@ -225,17 +233,17 @@ class Places:
         self.native.table, self.native.length = table.data_ptr(), lengths.data_ptr()
 
     def filled(self, rows: slice) -> int:
-        """How many places the fullest of rows has filled."""
+        """Number of filled places of the longest of rows."""
         return max(self._lengths[rows]) + self._grown
 
     def grow(self) -> None:
-        """Each row has one place more."""
+        """Count one more filled place in each row."""
         self.lengths += 1
         self.native.longest += 1
         self._grown += 1
 
     def gather(self, keys: Tensor, values: Tensor, rows: slice, seen: int) -> tuple[Tensor, Tensor]:
-        """The first places of rows, plainly: [B, K, seen, D] each."""
+        """Keys and values of the first `seen` places of rows, copied to the usual layout: [B, K, seen, D] each."""
         pages = self.table[rows, : -(-seen // self.page)]
         plain = (x.unflatten(0, pages.shape) for x in places_of(keys[pages.flatten()], values[pages.flatten()]))
         k, v = (x.transpose(1, 2).flatten(2, 3)[:, :, :seen] for x in plain)
@@ -251,20 +259,22 @@ class PrefixPages(NamedTuple):
 
 
 def page_shapes(kv: int, page: int, size: int, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """How keys [page, D] and values [page, D] of K heads lie in a page: [K, D / c, page, c] and [K, page / c, D, c],
-    c numbers of 32 bits together. So keys of some places are read side by side, and so are values of some dimensions.
+    """The layout of K heads' keys and values in a page: keys [K, D / c, page, c] and values [K, page / c, D, c].
+
+    c numbers make up 32 bits. So the keys of neighbouring places are read next to each other, and so are the values of
+    neighbouring dimensions.
     """
     pair = 4 // dtype.itemsize
     return (kv, size // pair, page, pair), (kv, page // pair, size, pair)
 
 
 def places_of(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Pages as they would lie plainly, copied: [pages, K, page, D] each."""
+    """Pages copied to the usual layout: keys and values [pages, K, page, D]."""
     return keys.permute(0, 1, 3, 2, 4).flatten(3), values.permute(0, 1, 2, 4, 3).flatten(2, 3)
 
 
 def in_pages(k: Tensor, v: Tensor, page: int) -> PrefixPages:
-    """Keys and values [K, P, D] in pages of their own, the last one filled up with zeros."""
+    """Keys and values [K, P, D] copied to new pages, the last one filled up with zeros."""
     length, pair = k.shape[1], 4 // k.dtype.itemsize
     k, v = (F.pad(x, (0, 0, 0, -length % page)).unflatten(1, (-1, page)).transpose(0, 1) for x in (k, v))
     keys = k.unflatten(3, (-1, pair)).permute(0, 1, 3, 2, 4)
@@ -274,8 +284,10 @@ def in_pages(k: Tensor, v: Tensor, page: int) -> PrefixPages:
 def decode_keep(
     k: Tensor, v: Tensor, row: Tensor, place: Tensor, pages: Tensor, within: Tensor, keys: Tensor, values: Tensor
 ) -> None:
-    """Keys and values [K, B, L, D] that were read go to pages: token t of T, the place[t]-th of row[t], becomes the
-    within[t]-th of pages[t]."""
+    """Copy the keys and values [K, B, L, D] of T tokens to pages.
+
+    Token t is at place[t] of row[t] in k and v, and goes to place within[t] of page pages[t].
+    """
     kernel = kernel_for("decode_keep", k)
     pair = keys.shape[4]
     if kernel is None:
@@ -291,8 +303,10 @@ def decode_keep(
 
 
 def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Places) -> Tensor:
-    """B tokens of a pass, each a row of its own here, qkv [B, (H + 2 K) * D]: their keys and values go to place
-    lengths[b] of their pages; returns their rotated queries [K, B, G, D]."""
+    """Write the rotated keys and the values of B tokens, qkv [B, (H + 2 K) * D], to place lengths[b] of their pages.
+
+    Returns the rotated queries [K, B, G, D].
+    """
     rows, kv, group, size = len(qkv), keys.shape[1], places.group, values.shape[3]
     kernel = kernel_for("decode_split", qkv)
     if kernel is None:
@@ -310,7 +324,7 @@ def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Te
 
 def decode_mix(
     q: Tensor,
-    early: PrefixPages | None,
+    prefix: PrefixPages | None,
     keys: Tensor,
     values: Tensor,
     places: Places,
@@ -320,48 +334,51 @@ def decode_mix(
     window: int | None = None,
     cap: float | None = None,
 ) -> None:
-    """Into those rows of out [B, H * D] the mixed values of what their queries see: a prefix of theirs and each one's
-    own places, lengths[b] + 1 of them, in one distribution. window, cap: see softmax_."""
+    """Compute attention for some rows of queries q [K, B, G, D] into those rows of out [B, H * D].
+
+    A query sees the prefix that the rows share and the first lengths[b] + 1 places of its own pages, in one
+    distribution. window, cap: see softmax_.
+    """
     first, count = rows.start, rows.stop - rows.start
-    prefix = 0 if early is None else early.length
-    if window is not None and prefix + places.filled(rows) < window:
+    shared = 0 if prefix is None else prefix.length
+    if window is not None and shared + places.filled(rows) < window:
         window = None
     kernel = kernel_for("decode_mix", q) if window is None and cap is None else None
     if kernel is None:
-        if count > _MIXED_TOGETHER:
-            for start in range(first, rows.stop, _MIXED_TOGETHER):
-                part = slice(start, min(start + _MIXED_TOGETHER, rows.stop))
-                decode_mix(q, early, keys, values, places, part, out, scale, window, cap)
+        if count > _GATHERED_ROWS:
+            for start in range(first, rows.stop, _GATHERED_ROWS):
+                part = slice(start, min(start + _GATHERED_ROWS, rows.stop))
+                decode_mix(q, prefix, keys, values, places, part, out, scale, window, cap)
             return
         lengths = places.lengths[rows]
         seen = places.filled(rows) + 1
-        mine = q[:, rows].transpose(0, 1).float() * scale
+        queries = q[:, rows].transpose(0, 1).float() * scale
         own_k, own_v = (x.float() for x in places.gather(keys, values, rows, seen))
-        scores = cap_(mine @ own_k.transpose(-1, -2), cap)
-        order = torch.arange(prefix + seen)
+        scores = cap_(queries @ own_k.transpose(-1, -2), cap)
+        order = torch.arange(shared + seen)
         scores = scores.masked_fill((order[:seen] > lengths[:, None])[:, None, None], float("-inf"))
-        before = None
-        if early is not None:
-            k, before = (x.transpose(0, 1).flatten(1, 2)[:, :prefix].float() for x in places_of(*early[:2]))
-            scores = torch.cat((cap_(mine @ k.transpose(-1, -2), cap), scores), -1)
+        shared_v = None
+        if prefix is not None:
+            shared_k, shared_v = (x.transpose(0, 1).flatten(1, 2)[:, :shared].float() for x in places_of(*prefix[:2]))
+            scores = torch.cat((cap_(queries @ shared_k.transpose(-1, -2), cap), scores), -1)
         if window is not None:
-            gone = order <= (prefix + lengths - window)[:, None]
-            scores = scores.masked_fill(gone[:, None, None], float("-inf"))
+            outside = order <= (shared + lengths - window)[:, None]
+            scores = scores.masked_fill(outside[:, None, None], float("-inf"))
         weights = torch.softmax(scores, -1)
-        mixed = weights[..., prefix:] @ own_v
-        if before is not None:
-            mixed += weights[..., :prefix] @ before
+        mixed = weights[..., shared:] @ own_v
+        if shared_v is not None:
+            mixed += weights[..., :shared] @ shared_v
         out[rows] = mixed.to(q.dtype).reshape(count, -1)
         return
     places.native.stride = keys.stride(0)
     kernel(
-        *(ctypes.byref(places.native), at(q), *((None, None) if early is None else map(at, early[:2]))),
-        *(at(keys), at(values), at(out), *map(_int, (first, count, prefix)), _float(scale), _threads()),
+        *(ctypes.byref(places.native), at(q), *((None, None) if prefix is None else map(at, prefix[:2]))),
+        *(at(keys), at(values), at(out), *map(_int, (first, count, shared)), _float(scale), _threads()),
     )
 
 
 def largest(scores: Tensor) -> Tensor:
-    """The place of each row's largest score, the first of equals: [N, V] -> [N]."""
+    """The index of each row's largest score, the first of equal ones: [N, V] -> [N]."""
     kernel = kernel_for("largest", scores)
     if kernel is None:
         return scores.argmax(-1)
@@ -371,8 +388,10 @@ def largest(scores: Tensor) -> Tensor:
 
 
 def forbid_(scores: Tensor, rows: Tensor, bits: Tensor) -> None:
-    """Scores [N, V] of what is not allowed in some rows become minus infinity: bits [len(rows), V / 32 rounded up],
-    int32, the lowest first."""
+    """Set the scores [N, V] of tokens that are not allowed in some rows to minus infinity, in place.
+
+    bits: int32 [len(rows), V / 32 rounded up], a bit for each token, the lowest bit first; 1: allowed.
+    """
     kernel = kernel_for("forbid", scores)
     if kernel is None:
         places = torch.arange(scores.shape[1])
@@ -383,7 +402,7 @@ def forbid_(scores: Tensor, rows: Tensor, bits: Tensor) -> None:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, heads, D] turned by angles given as cos and sin [T, D / 2], in PyTorch."""
+    """x [T, heads, D] rotated by angles, given as their cos and sin [T, D / 2]. In PyTorch."""
     first, second = x.float().chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)

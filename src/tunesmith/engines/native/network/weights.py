@@ -1,4 +1,4 @@
-"""Reading a base's safetensors into a Network, for the families whose arithmetic network.py knows."""
+"""Reads a base's safetensors into a Network, for the families that network.py computes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tunesmith.engines.native.network.products import PackedLinear
 from tunesmith.models.base import weight_files
 from tunesmith.models.families import FAMILIES, GEMMAS, ours
 
-# Rotary variants whose angles do not depend on the length of the text.
+# Rotary variants whose angles do not depend on the text's length.
 _ROPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -35,19 +35,19 @@ def load_network(
     given = None if weights is None else {name: weight.to(dtype) for name, weight in weights.items()}
     tensors = read_weights(folder, dtype) if given is None else given
     shape = _shape(config)
-    turns = _rotations(config)
-    embedding = _own(tensors, "model.embed_tokens.weight", folder)
+    rotations = _rotations(config)
+    embedding = _copy(tensors, "model.embed_tokens.weight", folder)
     network = Network(
         shape=shape,
         embedding=embedding,
-        head=PackedLinear(embedding if config.tie_word_embeddings else _own(tensors, "lm_head.weight", folder)),
+        head=PackedLinear(embedding if config.tie_word_embeddings else _copy(tensors, "lm_head.weight", folder)),
         tied=bool(config.tie_word_embeddings),
-        final_norm=_own(tensors, "model.norm.weight", folder),
+        final_norm=_copy(tensors, "model.norm.weight", folder),
         layers=tuple(
-            _layer(tensors, number, folder, config, list(turns).index(_turn(config, number)))
+            _layer(tensors, number, folder, config, list(rotations).index(_rotation_name(config, number)))
             for number in range(shape.layers)
         ),
-        rotary=tuple(turns.values()),
+        rotary=tuple(rotations.values()),
     )
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -79,7 +79,7 @@ def _configuration(folder: Path) -> Any:
 
 
 def _unsupported(config: Any) -> str | None:
-    """What of a configuration network.py does not compute."""
+    """What network.py does not compute of a configuration; None if it computes everything."""
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != ("gelu_pytorch_tanh" if config.model_type in GEMMAS else "silu"):
         return f"activation {activation!r} is"
@@ -89,7 +89,7 @@ def _unsupported(config: Any) -> str | None:
         return "biases in the MLP are"
     if getattr(config, "use_bidirectional_attention", False):
         return "attention to later tokens is"
-    if config.model_type == "gemma3_text" and config.attn_logit_softcapping:  # transformers passes over it
+    if config.model_type == "gemma3_text" and config.attn_logit_softcapping:  # transformers ignores it
         return "capped attention scores in this family are"
     return None
 
@@ -123,23 +123,23 @@ def _shape(config: Any) -> Shape:
     )
 
 
-def _turn(config: Any, number: int) -> str:
-    """Which rotation a layer has, by the name of what decides it."""
+def _rotation_name(config: Any, number: int) -> str:
+    """The name of a layer's rotation."""
     if config.model_type == "gemma3_text":
         return str(config.layer_types[number])
     return "none" if config.model_type == "smollm3" and not config.no_rope_layers[number] else "all"
 
 
 def _rotations(config: Any) -> dict[str, Rotary]:
-    """The network's rotations by what _turn calls them."""
+    """The network's rotations by the names that _rotation_name gives them."""
     found: dict[str, Rotary] = {}
-    for turn in dict.fromkeys(_turn(config, number) for number in range(config.num_hidden_layers)):
-        if turn == "none":  # turned by nothing, which is exact: x * 1 - y * 0
-            found[turn] = Rotary(torch.zeros(_head_size(config) // 2), 1.0)
-        elif turn == "all":
-            found[turn] = _rope(config, config.rope_parameters)
+    for name in dict.fromkeys(_rotation_name(config, number) for number in range(config.num_hidden_layers)):
+        if name == "none":  # angles of zero, which are exact: x * 1 - y * 0
+            found[name] = Rotary(torch.zeros(_head_size(config) // 2), 1.0)
+        elif name == "all":
+            found[name] = _rope(config, config.rope_parameters)
         else:
-            found[turn] = _rope(config, config.rope_parameters[turn], layer_type=turn)
+            found[name] = _rope(config, config.rope_parameters[name], layer_type=name)
     return found
 
 
@@ -158,7 +158,7 @@ def _rope(config: Any, parameters: Mapping[str, Any], **of: str) -> Rotary:
 
 
 def _window(config: Any, number: int) -> int | None:
-    """How many places a layer's tokens see; None where that is all the context has."""
+    """Number of places that a layer's tokens see; None if they see the whole context."""
     kinds = getattr(config, "layer_types", None)
     slides = config.model_type == "mistral" if kinds is None else kinds[number] == "sliding_attention"
     size = getattr(config, "sliding_window", None) if slides else None
@@ -177,7 +177,7 @@ def read_weights(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Te
                 for name in shard.keys():  # noqa: SIM118 - not a mapping
                     tensors[name] = shard.get_tensor(name).to(dtype=dtype)
         except SafetensorError as error:
-            raise Refused(f"{path.name} is damaged: {error}", where=str(folder), fix="fetch the base anew") from error
+            raise Refused(f"{path.name} is damaged: {error}", where=str(folder), fix="fetch the base again") from error
     return tensors
 
 
@@ -187,15 +187,20 @@ def _take(tensors: dict[str, Tensor], name: str, folder: Path) -> Tensor:
     return tensors.pop(name)
 
 
-def _own(tensors: dict[str, Tensor], name: str, folder: Path) -> Tensor:
-    """A copy: a tensor as it was read lies in the mapped file, which is in memory whole as long as one of them is used.
-    (Of the layers' matrices products make copies of their own.)"""
+def _copy(tensors: dict[str, Tensor], name: str, folder: Path) -> Tensor:
+    """A copy of a tensor. A tensor that was read is part of the mapped file, which stays in memory while any is used.
+
+    The layers' matrices need no copy here, since PackedLinear copies them.
+    """
     return _take(tensors, name, folder).clone()
 
 
 def norm_names(*, after: bool) -> dict[str, str]:
-    """Field of a Layer -> the name of its tensor. after: the family norms what sub-layers add; it calls that norm what
-    others call the MLP's."""
+    """Field of a Layer -> the name of its tensor.
+
+    after: whether the family has norms of the sub-layers' outputs. Such a family uses `post_attention_layernorm` for
+    the attention's output; others use that name for the norm of the MLP's input.
+    """
     attention = {"attention_norm": "input_layernorm.weight"}
     if not after:
         return attention | {"mlp_norm": "post_attention_layernorm.weight"}
@@ -215,9 +220,9 @@ def _layer(tensors: dict[str, Tensor], number: int, folder: Path, config: Any, r
         bias = torch.cat([_take(tensors, f"{prefix}{part}.bias", folder) for part in parts]) if biased else None
         linear[group] = PackedLinear(torch.cat(weights), bias)
     names = norm_names(after=config.model_type in ("gemma2", "gemma3_text"))
-    norms = {field: _own(tensors, prefix + name, folder) for field, name in names.items()}
+    norms = {field: _copy(tensors, prefix + name, folder) for field, name in names.items()}
     q_norm, k_norm = (
-        _own(tensors, name, folder) if (name := f"{prefix}self_attn.{which}_norm.weight") in tensors else None
+        _copy(tensors, name, folder) if (name := f"{prefix}self_attn.{which}_norm.weight") in tensors else None
         for which in ("q", "k")
     )
     return Layer(
