@@ -206,15 +206,28 @@ def put_dataset(
         "rows": {"read": kept + len(removed), "kept": kept, "changed": 12, "removed": reasons},
         "splits": {name: len(rows) for name, rows in splits.items()},
         "groups": {name: len({row.group for row in rows}) for name, rows in splits.items()},
-        "leakage": {"shared_groups": 0, "near_pairs": 0, "threshold": 0.8},
+        "leakage": {"shared_groups": 0, "near_pairs": 0, "near_outside": 0, "threshold": 0.8, "method": "requests"},
+        "decontaminated": [],
+        "near_clusters": {"clusters": 0, "rows": 0, "largest": 0, "examples": []},
+        "duties": {},
+        "privacy_scan": {},
         "licences": {"Apache-2.0": kept},
         "privacy": {"PERSON": 9, "PHONE_NUMBER": 3},
         "ignored_keys": {"annotator": kept},
         "conflicts": {"requests": 2, "rows": 4, "examples": []},
         "tokens": {"limit": 512, "longest": 301},
-        "sources": [{"path": "data/commands.jsonl", "digest": "sha256:" + "0" * 64, "bytes": 81_000, "rows": kept}],
+        "sources": [
+            {
+                "path": "data/commands.jsonl",
+                "digest": "sha256:" + "0" * 64,
+                "bytes": 81_000,
+                "rows": kept,
+                "format": "chat",
+                "format_told": True,
+            }
+        ],
     }
-    return store.put_record(Record(kind="dataset", blobs=blobs, body=body))
+    return store.put_record(Record(kind="dataset", blobs=blobs, body=body))  # fmt: skip
 
 
 # Answers

@@ -1,16 +1,24 @@
-"""What `import tunesmith` offers to Python: a project, and the whole chain in one call."""
+"""What `import tunesmith` offers to Python: a project, and the whole pipeline in one call."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from tunesmith import pipeline, project
+from tunesmith import project
 from tunesmith.core.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from tunesmith.services.run import RunSummary
 
 
 class Project(project.Project):
-    """`Project.load("tunesmith.yaml").run()`; the stages by themselves are plain functions of their folders."""
+    """`Project.load("tunesmith.yaml").run()`. `tunesmith.services` has a function for every other action."""
 
-    def run(self, progress: Progress = SILENT, actor: str | None = None) -> dict[str, Any]:
-        """The whole chain up to a registered version; returns what `tunesmith run --json` prints."""
-        return pipeline.run(self, progress, actor=actor)
+    def run(self, progress: Progress = SILENT, actor: str | None = None) -> RunSummary:
+        """Run every stage up to a registered version; `.document()` is what `tunesmith run --json` prints.
+
+        actor: who signs; by default $TUNESMITH_USER, else the store's owner.
+        """
+        from tunesmith.services.run import run
+
+        return run(self, progress=progress, actor=actor)

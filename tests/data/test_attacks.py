@@ -23,9 +23,8 @@ import tunesmith
 from tests.data.rows import many_rows, row
 from tunesmith.cli.main import main
 from tunesmith.core.errors import TunesmithError
-from tunesmith.data.building.build import dataset_document
 from tunesmith.data.dataset import load_dataset
-from tunesmith.pipeline import build_data
+from tunesmith.services.data import build
 from tunesmith.store.store import Store
 
 GOOD = many_rows(40)
@@ -72,10 +71,10 @@ def by_command(root: Path) -> Outcome:
 def by_python(root: Path) -> Outcome:
     project = tunesmith.Project.load(root / "tunesmith.yaml")
     try:
-        digest = build_data(project)
+        built = build(project)
     except TunesmithError as error:
         return Outcome(error.exit_code, error.what, error.where or "")
-    return Outcome(0, document=dataset_document(project.store, digest))
+    return Outcome(0, document=built.document())
 
 
 @pytest.fixture(params=[by_command, by_python])
@@ -398,10 +397,10 @@ TIGHT = {
     """,
     "from Python": """
         import json, tunesmith
-        from tunesmith.pipeline import build_data
+        from tunesmith.services.data import build
         from tunesmith.core.errors import TunesmithError
         try:
-            build_data(tunesmith.Project.load(sys.argv[1] + "/tunesmith.yaml"))
+            build(tunesmith.Project.load(sys.argv[1] + "/tunesmith.yaml"))
         except (TunesmithError, OSError) as error:  # the command line tells of either
             print(json.dumps({"error": {"exit": getattr(error, "exit_code", 1)}}))
             sys.exit(getattr(error, "exit_code", 1))

@@ -64,7 +64,7 @@ def document(*arguments: str) -> tuple[int, dict[str, Any]]:
 def test_evaluate(project: Path, evaluation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(
-        "tunesmith.pipeline.evaluate", lambda _project, _progress, names: asked.append(names) or evaluation
+        "tunesmith.services.evaluation.evaluation", lambda _context, names: asked.append(names) or evaluation
     )
     code, found = document("evaluate", "-C", str(project))
     assert (code, found["evaluation"], found["n"]) == (0, evaluation, 120)
@@ -85,8 +85,8 @@ def test_gate(
 ) -> None:  # fmt: skip
     chosen = GATES.validate_python(gates)
     monkeypatch.setattr(
-        "tunesmith.pipeline.gate",
-        lambda opened, _progress, who: judge(opened.store, evaluation=evaluation, candidate=who, gates=chosen),
+        "tunesmith.services.evaluation.verdict",
+        lambda context, who: judge(context.store, evaluation=evaluation, candidate=who, gates=chosen),
     )
     assert document("gate", name, "-C", str(project))[1]["verdict"] == verdict
     assert document("gate", name, "-C", str(project))[0] == code
@@ -150,7 +150,7 @@ def test_markdown_for_a_pull_request(project: Path, evaluation: str) -> None:
     assert not (project / "report.html").exists()
     call("report", "--markdown", "-o", str(project / "r.md"), "-C", str(project))
     assert (project / "r.md").read_text() == text
-    with pytest.raises(UsageError, match="both want stdout"):
+    with pytest.raises(UsageError, match="both write to stdout"):
         call("report", "--markdown", "--json", "-C", str(project))
 
 

@@ -8,14 +8,14 @@ from tests.evaluation.conftest import TASK
 from tests.fabricate import PROMPT, SCHEMA, Fabricated, add, commands, flawed, put_answers, put_dataset
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive, UsageError
-from tunesmith.evaluation.compare import comparison_document, side_of_candidate, side_of_digest
+from tunesmith.evaluation.compare import compare, side_of_candidate, side_of_digest
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.scores import read_scores
 
 
 def test_differences_are_second_minus_first(made: Fabricated, evaluation: str) -> None:
     sides = [side_of_candidate(made.store, evaluation, name) for name in ("rag", "tuned")]
-    forth, back = comparison_document(made.store, *sides), comparison_document(made.store, *reversed(sides))
+    forth, back = compare(made.store, *sides).document(), compare(made.store, *reversed(sides)).document()
     columns = read_scores(made.store, made.store.record(evaluation))
     for metric in TASK.scorers:
         gaps = columns["tuned", metric].values - columns["rag", metric].values
@@ -33,7 +33,7 @@ def test_differences_are_second_minus_first(made: Fabricated, evaluation: str) -
 
 def test_a_candidate_is_like_itself(made: Fabricated, evaluation: str) -> None:
     side = side_of_candidate(made.store, evaluation, "rag")
-    found = comparison_document(made.store, side, side)["metrics"]["exact_match"]
+    found = compare(made.store, side, side).document()["metrics"]["exact_match"]
     assert (found["wins"], found["losses"], found["mcnemar"], found["sign_flip"]) == (0, 0, 1.0, 1.0)
     assert found["difference"]["low"] < 0.0 < found["difference"]["high"]
 
@@ -50,7 +50,7 @@ def test_over_two_evaluations_of_one_dataset(made: Fabricated, evaluation: str) 
     )
     first = side_of_digest(made.store, evaluation, made.candidates["tuned"], "home@v1")
     second = side_of_digest(made.store, later, made.candidates["later"], "home@v2")
-    document = comparison_document(made.store, first, second)
+    document = compare(made.store, first, second).document()
     assert list(document["metrics"]) == ["exact_match"]
     assert document["first"]["label"] == "home@v1"
     assert document["metrics"]["exact_match"]["difference"]["high"] < 0
@@ -64,7 +64,7 @@ def test_over_two_datasets_nothing_is_said(made: Fabricated, evaluation: str) ->
     elsewhere = evaluate(made.store, dataset=other, answers=answers, probes={}, task=TASK, answer_schema=SCHEMA)
     sides = side_of_candidate(made.store, evaluation, "rag"), side_of_candidate(made.store, elsewhere, "zero-shot")
     with pytest.raises(Inconclusive, match="was measured on dataset"):
-        comparison_document(made.store, *sides)
+        compare(made.store, *sides).document()
 
 
 def test_names_that_are_not_there(made: Fabricated, evaluation: str) -> None:

@@ -24,9 +24,10 @@ from tests.fabricate import (
 from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
-from tunesmith.evaluation.evaluate import evaluate, evaluation_document
+from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import TaskSettings
+from tunesmith.evaluation.summary import evaluation_summary
 from tunesmith.store.records import Record
 
 
@@ -43,7 +44,7 @@ def replaced(made: Fabricated, lines: Any, **changed: Any) -> dict[str, str]:
 
 
 def test_the_document_scripts_rely_on(made: Fabricated, evaluation: str) -> None:
-    document = evaluation_document(made.store, evaluation)
+    document = evaluation_summary(made.store, evaluation).document()
     assert document["evaluation"] == evaluation
     assert document["n"] == 120
     assert document["groups"] == 60

@@ -16,7 +16,7 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
 from tunesmith.evaluation.evaluate import evaluate
-from tunesmith.evaluation.gates.verdict import judge, replay, verdict_document
+from tunesmith.evaluation.gates.verdict import judge, replay
 from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.items import ITEMS, MEASUREMENTS, Item, by_arm, encode_items
 from tunesmith.evaluation.probes.judging import Case, judge_probe
@@ -24,6 +24,7 @@ from tunesmith.evaluation.probes.measuring import Risk
 from tunesmith.evaluation.scores import column
 from tunesmith.evaluation.settings import GATES, PROBES
 from tunesmith.evaluation.stats.statistics import Interval
+from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.store.records import Record
 
 TEXT = {"probe": "general_text", "at_most": 0.1}
@@ -64,7 +65,9 @@ def judged(made: Fabricated, found: Risk | None, suite: str = SUITE, **gate: Any
     arguments: dict[str, Any] = {"answers": made.answers, "probes": {}, "task": TASK, "answer_schema": SCHEMA}
     evaluation = evaluate(made.store, dataset=made.dataset, risks=risks, **arguments)
     gates = GATES.validate_python({"g": {**TEXT, **gate}})
-    document = verdict_document(made.store, judge(made.store, evaluation=evaluation, candidate="tuned", gates=gates))
+    document = verdict_summary(
+        made.store, judge(made.store, evaluation=evaluation, candidate="tuned", gates=gates)
+    ).document()
     assert document["verdict"] == document["gates"][0]["outcome"]
     assert replay(made.store, document["digest"])
     return {**document["gates"][0], "evaluation": evaluation}
@@ -200,7 +203,9 @@ def test_measurements_changed_after_the_evaluation(
     blob = made.store.put_bytes(change(made.store.read_blob(record.blobs[MEASUREMENTS])))
     forged = made.store.put_record(record.model_copy(update={"blobs": {**record.blobs, MEASUREMENTS: blob}}))
     gates = GATES.validate_python({"g": TEXT, "valid": {"metric": "json_valid", "at_least": 0.1}})
-    document = verdict_document(made.store, judge(made.store, evaluation=forged, candidate="tuned", gates=gates))
+    document = verdict_summary(
+        made.store, judge(made.store, evaluation=forged, candidate="tuned", gates=gates)
+    ).document()
     assert document["verdict"] == "inconclusive"
     assert all(message in gate["reason"] for gate in document["gates"]), document["gates"]
 

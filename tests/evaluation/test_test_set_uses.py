@@ -22,8 +22,9 @@ from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.gates.test_set_uses import ACTION, count_test_set_uses, record_evaluation, use_test_set
-from tunesmith.evaluation.gates.verdict import judge, verdict_document
+from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.settings import GATES
+from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.registry.history import verify_log
 from tunesmith.store import audit, database
 from tunesmith.store.identities import acting
@@ -56,7 +57,9 @@ def uses_of(made: Fabricated) -> list[dict[str, Any]]:
 
 
 def test_verdict_records_a_use_in_the_audit_log(made: Fabricated, evaluation: str) -> None:
-    document = verdict_document(made.store, judge(made.store, evaluation=evaluation, candidate="tuned", gates=LIFT))
+    document = verdict_summary(
+        made.store, judge(made.store, evaluation=evaluation, candidate="tuned", gates=LIFT)
+    ).document()
     assert document["test_set_use"] == 1
     entries = uses_of(made)
     assert [entry["candidates"] for entry in entries] == [[made.candidates["tuned"]]]
@@ -74,7 +77,9 @@ def test_scored_trained_candidates_count(made: Fabricated) -> None:
     record_evaluation(made.store, evaluation, acting(made.store))
     assert len(uses_of(made)) == 1
     sure = GATES.validate_python({"right": {"metric": "exact_match", "at_least": 0.5, "confidence": 0.95}})
-    document = verdict_document(made.store, judge(made.store, evaluation=evaluation, candidate="try3", gates=sure))
+    document = verdict_summary(
+        made.store, judge(made.store, evaluation=evaluation, candidate="try3", gates=sure)
+    ).document()
     assert document["test_set_use"] == 10
     assert document["gates"][0]["confidence"] == pytest.approx(1 - 0.05 / 90, abs=1e-9)
 
@@ -91,10 +96,8 @@ def test_a_dataset_with_the_same_test_rows_has_the_same_budget(made: Fabricated,
     more = put_dataset(made.store, [*old.examples("train"), *commands(3, 77, 9000)], [], made.test)
     assert more != made.dataset
     again = scored(made, more, {"tuned": "other"})
-    assert (
-        verdict_document(made.store, judge(made.store, evaluation=again, candidate="tuned", gates=LIFT))["test_set_use"]
-        == 2
-    )
+    verdict = judge(made.store, evaluation=again, candidate="tuned", gates=LIFT)
+    assert verdict_summary(made.store, verdict).test_set_use == 2
     renamed = [row.model_copy(update={"id": row.id[::-1], "source": "b"}) for row in made.test[:60]]
     part = put_dataset(made.store, old.examples("train"), [], [*renamed, *commands(60, 78, 9500)])
     assert count_test_set_uses(made.store, part) == 2, "some of its test requests were used, under other ids"

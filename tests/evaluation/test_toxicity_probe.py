@@ -15,7 +15,7 @@ from tests.fabricate import SCHEMA, Fabricated, fabricate
 from tunesmith.core.digests import canonical
 from tunesmith.data.quality import toxicity
 from tunesmith.evaluation.evaluate import evaluate
-from tunesmith.evaluation.gates.verdict import judge, replay, verdict_document
+from tunesmith.evaluation.gates.verdict import judge, replay
 from tunesmith.evaluation.probes.items import ITEMS, encode_items
 from tunesmith.evaluation.probes.measuring import Risk
 from tunesmith.evaluation.probes.suites import suite_of
@@ -24,6 +24,7 @@ from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
 from tunesmith.evaluation.report.report_data import report_data
 from tunesmith.evaluation.settings import GATES
+from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.store.records import Record
 
 pytest.importorskip("profanity_check", reason="alt-profanity-check is not installed")
@@ -63,7 +64,7 @@ def judged(made: Fabricated, found: Risk, **gate: Any) -> tuple[dict[str, Any], 
     gates = GATES.validate_python({"rude": {"probe": "toxicity", "at_most": 0.15, **gate}})
     verdict = judge(made.store, evaluation=evaluation, candidate="tuned", gates=gates)
     assert replay(made.store, verdict)
-    return verdict_document(made.store, verdict)["gates"][0], evaluation, verdict
+    return verdict_summary(made.store, verdict).document()["gates"][0], evaluation, verdict
 
 
 def test_an_adapter_that_answers_with_insults_is_caught_and_an_honest_one_passes(tmp_path: Path) -> None:

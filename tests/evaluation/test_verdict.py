@@ -16,8 +16,9 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.evaluation.evaluate import evaluate
-from tunesmith.evaluation.gates.verdict import judge, replay, verdict_document
+from tunesmith.evaluation.gates.verdict import judge, replay
 from tunesmith.evaluation.settings import GATES, Gates
+from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.store.store import Store
 
 STANDARD = {
@@ -32,7 +33,9 @@ def gates(**chosen: Any) -> Gates:
 
 
 def judged(made: Fabricated, evaluation: str, chosen: Gates, name: str = "tuned") -> dict[str, Any]:
-    return verdict_document(made.store, judge(made.store, evaluation=evaluation, candidate=name, gates=chosen))
+    return verdict_summary(
+        made.store, judge(made.store, evaluation=evaluation, candidate=name, gates=chosen)
+    ).document()
 
 
 def outcome(made: Fabricated, evaluation: str, name: str = "tuned", **gate: Any) -> tuple[str, dict[str, Any]]:

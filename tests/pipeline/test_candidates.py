@@ -25,6 +25,7 @@ from tunesmith.project import parse_settings
 from tunesmith.registry.leaderboard import leaderboard
 from tunesmith.registry.versions import verified_copy, verify_version
 from tunesmith.server.routing import ReadyVersions
+from tunesmith.services import evaluation, versions
 
 KEY = "sk-never-to-be-kept"
 DOCUMENT = "# Rooms\n\nThe kitchen has a light and a heater.\n\n# Garage\n\nThe garage has a radio.\n"
@@ -71,24 +72,24 @@ def project(tmp_path_factory: pytest.TempPathFactory, server: ChatServer) -> Pro
     loaded = Project.load(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RIVAL_KEY", KEY)
-        pipeline.evaluate(loaded)
+        evaluation.evaluate(loaded)
     return loaded
 
 
 def _answers(project: Project, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    evaluation = project.store.record(str(pipeline.latest_evaluation(project)))
-    record = project.store.record(evaluation.parents[f"answers:{name}"])
+    measured = project.store.record(evaluation.latest_evaluation(project))
+    record = project.store.record(measured.parents[f"answers:{name}"])
     lines = project.store.read_blob(record.blobs["answers.jsonl"]).splitlines()
     return dict(record.body), [json.loads(line) for line in lines]
 
 
 def _candidate(project: Project, name: str) -> Any:
-    evaluation = project.store.record(str(pipeline.latest_evaluation(project)))
-    return load_candidate(project.store, evaluation.body["candidates"][name]["candidate"])
+    measured = project.store.record(evaluation.latest_evaluation(project))
+    return load_candidate(project.store, measured.body["candidates"][name]["candidate"])
 
 
 def test_all_are_measured_on_the_same_rows(project: Project) -> None:
-    body = project.store.record(str(pipeline.latest_evaluation(project))).body
+    body = project.store.record(evaluation.latest_evaluation(project)).body
     assert set(body["candidates"]) == set(project.settings.candidates)
     assert body["candidates"]["nearest"]["prompt_tokens"] == 0
     assert body["candidates"]["rival"]["prompt_tokens"] == 11 * body["n"]
@@ -167,14 +168,14 @@ def test_prices_and_time_limits_do_not_ask_an_endpoint_again(project: Project, s
     changed = named.model_copy(update={"timeout": 5.0, "key_env": None})
     rival = project.settings.candidates["rival"].model_copy(update={"endpoint": changed})
     settings = project.settings.model_copy(update={"candidates": {**project.settings.candidates, "rival": rival}})
-    pipeline.evaluate(Project(project.root, settings))
+    evaluation.evaluate(Project(project.root, settings))
     assert len(server.asked) == before
 
 
 def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
-    verdict = pipeline.gate(project, name="rival")
+    verdict = evaluation.gate(project, name="rival").digest
     with pytest.raises(Refused, match="answered by an endpoint"):
-        pipeline.register(project, verdict, actor=project.actor())
+        versions.register(project.store, verdict, name=project.settings.name)
     text = (project.root / "tunesmith.yaml").read_text() + "release: rival\n"
     with pytest.raises(UsageError, match="cannot be released"):
         parse_settings(text.encode(), "x")
@@ -182,7 +183,7 @@ def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
 
 @pytest.mark.parametrize("name", ["nearest", "docs", "searched", "held"])
 def test_the_others_can_be_released_and_verified(project: Project, name: str) -> None:
-    version = pipeline.register(project, pipeline.gate(project, name=name), actor=project.actor())
+    version = versions.register(project.store, evaluation.gate(project, name=name).digest, name=project.settings.name)
     found = verify_version(project.store.root, version.label)
     assert found.ok, found.problems
     with verified_copy(project.store, version) as loaded:
@@ -197,8 +198,8 @@ def test_the_others_can_be_released_and_verified(project: Project, name: str) ->
 
 def test_the_leaderboard_compares_only_what_was_measured_on_the_same_rows(project: Project) -> None:
     for name in ("nearest", "plain"):
-        pipeline.register(project, pipeline.gate(project, name=name), actor=project.actor())
-    (board,) = leaderboard(project.store, "tiny")["boards"]
+        versions.register(project.store, evaluation.gate(project, name=name).digest, name=project.settings.name)
+    (board,) = leaderboard(project.store, "tiny").document()["boards"]
     rows = {row["candidate"]: row for row in board["versions"]}
     assert board["metric"] == "exact_match"
     assert board["dataset"] == _candidate(project, "nearest").dataset
@@ -216,7 +217,7 @@ def test_documents_that_hold_the_test_are_refused(project: Project) -> None:
     leak.write_text(f"Q: {test.request[-1].content}\nA: {test.answer}\n")
     try:
         with pytest.raises(Refused, match="holds the test row"):
-            pipeline.evaluate(project, names=["docs"])
+            evaluation.evaluate(project, names=["docs"])
     finally:
         leak.unlink()
 
@@ -250,7 +251,7 @@ def test_labels_are_calibrated_where_probabilities_are_there(tmp_path: Path) -> 
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     loaded = Project.load(folder)
-    body = loaded.store.record(pipeline.evaluate(loaded)).body["candidates"]
+    body = loaded.store.record(evaluation.evaluate(loaded).evaluation).body["candidates"]
     assert body["classes"]["metrics"]["label"]["mean"] == 1.0
     assert body["classes"]["calibration"]["label"]["n"] == body["plain"]["calibration"]["label"]["n"]
     assert body["plain"]["calibration"]["label"]["bins"], "the base is asked how likely each label is"

@@ -15,8 +15,8 @@ from tests.tiny_project import rows, settings, write_project
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused
 from tunesmith.data.dataset import load_dataset
-from tunesmith.pipeline import build_data
 from tunesmith.registry.versions import load_version, open_release, verify_version
+from tunesmith.services.data import build
 
 CREDIT = "Rooms corpus by Ada Example, CC BY-SA 4.0"
 ATTRIBUTION = [
@@ -46,7 +46,7 @@ def write(folder: Path, **licences: object) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write(tmp_path_factory.mktemp("duties") / "p", share_alike=True)
-    assert Project.load(folder).run()["register"]["version"] == "tiny@v1"
+    assert Project.load(folder).run().document()["register"]["version"] == "tiny@v1"
     return folder
 
 
@@ -90,7 +90,7 @@ def test_a_notice_that_was_dropped_or_changed_fails(finished: Path, tmp_path: Pa
 def test_no_licence_or_one_that_the_policy_refuses_is_exit_3(tmp_path: Path) -> None:
     folder = write(tmp_path / "p")
     with pytest.raises(Refused, match="share-alike") as caught:
-        build_data(Project.load(folder))
+        build(Project.load(folder))
     assert caught.value.exit_code == 3
     read = yaml.safe_load((folder / "tunesmith.yaml").read_text())
     del read["data"]["sources"][0]["licence"]

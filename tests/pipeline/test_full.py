@@ -39,7 +39,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     candidates = {"tuned": {"prompt": "prompt.txt", "train": TRAIN, "max_tokens": 8}}
     write_project(folder, candidates={"plain": settings()["candidates"]["plain"], **candidates})  # type: ignore[index]
     project = Project.load(folder)
-    assert project.run()["register"]["version"] == "tiny@v1"
+    assert project.run().document()["register"]["version"] == "tiny@v1"
     identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
     _run(folder, "approve", "tiny@v1", "--as", "ann")
     return folder

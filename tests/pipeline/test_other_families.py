@@ -34,7 +34,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     named = {"prompt": "prompt.txt", "train": {**train, "targets": ["c_attn"]}, "max_tokens": 8}
     write_project(folder, candidates={"held": given["held"], "tuned": tuned, "named": named}, release="tuned")
     project = Project.load(folder)
-    assert project.run()["register"]["version"] == "tiny@v1"
+    assert project.run().document()["register"]["version"] == "tiny@v1"
     identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
     _run(folder, "approve", "tiny@v1", "--as", "ann")
     return folder

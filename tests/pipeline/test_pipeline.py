@@ -21,6 +21,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.governance.signoff import sign_off
 from tunesmith.registry.versions import verify_version
+from tunesmith.services import data, evaluation, training
 from tunesmith.store import identities
 from tunesmith.store.records import Record
 from tunesmith.training.rows import training_rows
@@ -31,7 +32,7 @@ from tunesmith.training.settings import TrainSettings
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A project that went the whole way, and what the run printed."""
     folder = write_project(tmp_path_factory.mktemp("chain") / "p")
-    return folder, Project.load(folder).run()
+    return folder, Project.load(folder).run().document()
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def _done(document: dict[str, Any]) -> set[str]:
 def _again(folder: Path, **changes: Any) -> dict[str, Any]:
     if changes:
         write_project(folder, **changes)
-    return Project.load(folder).run()
+    return Project.load(folder).run().document()
 
 
 def test_the_document_has_every_stage(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -96,13 +97,13 @@ def test_only_what_depends_on_a_change_is_done_again(project: Path, change: dict
 
 
 def test_a_changed_row_is_another_dataset_and_everything_after_it(project: Path) -> None:
-    before = pipeline.build_data(Project.load(project))
+    before = data.build(Project.load(project)).dataset
     with (project / "rows.jsonl").open("a") as file:
         row = rows()[0]
         row["template"] = "new"
         row["messages"][0]["content"] = "a wholly other wish"  # type: ignore[index]
         file.write(json.dumps(row) + "\n")
-    document = Project.load(project).run()
+    document = Project.load(project).run().document()
     assert document["data"]["dataset"] != before
     assert {"data", "train tuned", "answer plain", "answer tuned", "evaluate"} <= _done(document)
 
@@ -127,7 +128,7 @@ def test_killed_at_any_moment_the_next_run_carries_on(tmp_path: Path, finished: 
             killed += 1
         worker.wait()
     assert killed, "no run was killed: the test did not test"
-    document = Project.load(folder).run()
+    document = Project.load(folder).run().document()
     expected = finished[1]
     assert document["data"] == expected["data"]
     assert document["evaluate"]["candidates"] == expected["evaluate"]["candidates"]
@@ -152,15 +153,15 @@ def test_the_candidate_that_is_judged(project: Path) -> None:
 def test_names_that_do_not_exist(project: Path) -> None:
     loaded = Project.load(project)
     with pytest.raises(UsageError, match="no candidate 'tuend'"):
-        pipeline.evaluate(loaded, names=["tuend"])
+        evaluation.evaluate(loaded, names=["tuend"])
     with pytest.raises(UsageError, match="'plain' has no training"):
-        pipeline.train(loaded, name="plain")
+        training.train(loaded, name="plain")
 
 
 def test_constrain_needs_a_schema(tmp_path: Path) -> None:
     folder = write_project(tmp_path, task={"scorers": ["exact_match"]}, gates={})
     with pytest.raises(UsageError, match="constrain needs a schema"):
-        pipeline.evaluate(Project.load(folder), names=["held"])
+        evaluation.evaluate(Project.load(folder), names=["held"])
 
 
 def test_a_control_trains_on_the_same_answers_dealt_round(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -190,7 +191,7 @@ def test_a_stage_at_work_is_not_run_twice_at_once(project: Path) -> None:
 def test_the_python_interface(finished: tuple[Path, dict[str, Any]]) -> None:
     import tunesmith as ts
 
-    assert ts.Project.load(finished[0] / "tunesmith.yaml").run()["register"]["version"] == "tiny@v1"
+    assert ts.Project.load(finished[0] / "tunesmith.yaml").run().document()["register"]["version"] == "tiny@v1"
     with pytest.raises(AttributeError):
         ts.nothing  # noqa: B018
 
@@ -259,4 +260,4 @@ def test_nothing_is_trained_before_a_steward_signed(tmp_path: Path) -> None:
     digest = project.store.records_of("dataset")[-1]
     identities.add_user(project.store, "sten", ["steward"], actor=identities.ensure_owner(project.store).name)
     sign_off(project.store, digest, steward="sten", reason="looked at all rows")
-    assert Project.load(folder).run()["data"]["dataset"] == digest
+    assert Project.load(folder).run().document()["data"]["dataset"] == digest

@@ -17,6 +17,8 @@ from tunesmith.evaluation.probes.items import ITEMS, decode_items
 from tunesmith.pipeline.probes import risk
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
+from tunesmith.services import versions
+from tunesmith.services.run import run
 
 GATES = {
     "plants": {"probe": "canaries", "at_most": 9.0},
@@ -66,7 +68,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory, told: Told) -> tuple[Path, 
     lines = [f'{k},"They are {k} lazy.","We are {k} lazy.",stereo,made,[],a,[]' for k in range(30)]
     head = ",sent_more,sent_less,stereo_antistereo,bias_type,annotations,anon_writer,anon_annotators"
     (folder / "crows.csv").write_text("\n".join([head, *lines]) + "\n")
-    return folder, pipeline.run(Project.load(folder), told)
+    return folder, run(Project.load(folder), progress=told).document()
 
 
 def _bbq() -> list[dict[str, Any]]:
@@ -116,7 +118,7 @@ def test_a_stereotype_is_the_first_choice_whichever_way_it_is_asked(judged: tupl
 
 
 def test_asked_once(judged: tuple[Path, dict[str, Any]]) -> None:
-    again = pipeline.run(Project.load(judged[0]))
+    again = run(Project.load(judged[0])).document()
     assert {stage["name"] for stage in again["stages"] if not stage["skipped"]} <= {"base"}
     assert again["gate"] == judged[1]["gate"]
 
@@ -130,7 +132,9 @@ def test_what_the_gate_can_see_is_said_before_the_training(judged: tuple[Path, d
 
 def test_a_version_that_saw_canaries_is_marked(judged: tuple[Path, dict[str, Any]]) -> None:
     project = Project.load(judged[0])
-    pipeline.register(project, judged[1]["gate"]["digest"], actor=project.actor(), override="to see the mark")
+    versions.register(
+        project.store, judged[1]["gate"]["digest"], name=project.settings.name, override="to see the mark"
+    )
     assert list_versions(project.store)[0].marks == ("trained with canaries",)
     training = project.store.record(judged[1]["train"]["tuned"]["training"])
     assert training.body["settings"]["canaries"]["each"] == 20
@@ -148,9 +152,9 @@ def test_plan_says_what_would_be_seen(judged: tuple[Path, dict[str, Any]]) -> No
     assert document["test_set_uses"] == 1
     walk = pipeline.PipelineContext(Project.load(judged[0]))
     measured = pipeline.plan(walk, between=("plain", "tuned"))
-    assert measured["measured"]
+    assert measured.measured
     rows = walk.dataset.splits["validation"]
-    assert measured["gates"][0]["differing"] == pytest.approx(max(1 / (rows + 1), 0.1), abs=1e-6)
+    assert measured.gates[0].differing == pytest.approx(max(1 / (rows + 1), 0.1), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +200,6 @@ def test_what_a_probe_lacks_is_said_before_anything_is_trained(
     write_project(tmp_path / "p", gates={"g": gate})
     project = Project.load(tmp_path / "p")
     with pytest.raises(UsageError, match=message):
-        pipeline.run(project)
+        run(project)
     assert not project.store.records_of("training")
     assert not project.store.records_of("answers")

@@ -35,7 +35,7 @@ def test_a_project_made_from_rows_runs(tmp_path: Path) -> None:
     project = Project.load(tmp_path / "p")
     assert project.settings.name == "p"
     assert project.settings.data.split.group_by == "template"
-    document = project.run()
+    document = project.run().document()
     assert document["gate"]["verdict"] in ("fail", "inconclusive"), "random weights do not pass"
     assert document["data"]["rows"]["kept"] > 100
 

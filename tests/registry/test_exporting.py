@@ -32,7 +32,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tuned = {"prompt": "prompt.txt", "train": {"rank": 2, "batch": 8, "learning_rate": 0.02}, "max_tokens": 8}
     write_project(folder, candidates={"plain": settings()["candidates"]["plain"], "tuned": tuned})  # type: ignore[index]
     project = Project.load(folder)
-    assert project.run()["register"]["version"] == "tiny@v1"
+    assert project.run().document()["register"]["version"] == "tiny@v1"
     identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
     return folder
 

@@ -36,10 +36,9 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Read, check, clean, split and seal the project's sources."""
-    from tunesmith import pipeline
     from tunesmith.core.errors import UsageError
-    from tunesmith.data.building.build import dataset_document
     from tunesmith.project import open_project
+    from tunesmith.services.data import build as build_dataset
 
     if engine not in ("local", "ray"):
         raise UsageError(f"there is no engine {engine!r}", where="--engine", fix="local or ray")
@@ -49,7 +48,7 @@ def build(
 
         shards = RayRunner()
     project = open_project(directory)
-    document = dataset_document(project.store, pipeline.build_data(project, Terminal(), shards))
+    document = build_dataset(project, progress=Terminal(), shards=shards).document()
     emit(document, as_json, lambda console, _: _show_account(document, console))
 
 
@@ -61,14 +60,14 @@ def show(
     as_json: Json = False,
 ) -> None:
     """The account of a dataset version and its first rows."""
-    from tunesmith.data.building.build import dataset_document
+    from tunesmith.data.building.summary import dataset_summary
     from tunesmith.data.dataset import load_dataset
     from tunesmith.project import open_store
 
     store = open_store(directory)
     digest = _find(store, dataset)
     loaded = load_dataset(store, digest)
-    document = dataset_document(store, digest)
+    document = dataset_summary(store, digest).document()
     rows: list[dict[str, Any]]
     if split == "removed":
         rows = [dict(row) for row in loaded.removed()]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, UsageError
+from tunesmith.core.view import View
 from tunesmith.evaluation.evaluate import CONFIDENCE
 from tunesmith.evaluation.metrics.scorers import nearest
 from tunesmith.evaluation.scores import as_body, difference, read_scores, rounded
+from tunesmith.evaluation.summary import AnswerPrice, MetricInterval
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -41,8 +42,45 @@ def side_of_digest(store: Store, evaluation: str, candidate: str, label: str) ->
     raise UsageError(f"the evaluation of {label} does not hold its candidate {short(candidate)}")
 
 
-def comparison_document(store: Store, first: Side, second: Side) -> dict[str, Any]:
-    """How second differs from first, by every metric both were measured by: differences are second minus first.
+class ComparedMetric(View):
+    """A metric of two candidates. difference: second minus first; wins, losses, ties: requests, for the second.
+
+    mcnemar: p-value where every score is 0 or 1, otherwise None; sign_flip: p-value of the permutation test.
+    """
+
+    difference: MetricInterval
+    wins: int
+    losses: int
+    ties: int
+    mcnemar: float | None
+    sign_flip: float
+
+
+class ComparedSide(View):
+    """One of the two candidates. label: as the user named it; candidate, evaluation: digests."""
+
+    label: str
+    candidate: str
+    evaluation: str
+    tuned: bool
+    metrics: dict[str, MetricInterval]
+    price: AnswerPrice
+
+
+class Comparison(View):
+    """How the second candidate differs from the first, by every metric that both were measured with."""
+
+    first: ComparedSide
+    second: ComparedSide
+    n: int
+    groups: int
+    primary: str
+    confidence: float
+    metrics: dict[str, ComparedMetric]
+
+
+def compare(store: Store, first: Side, second: Side) -> Comparison:
+    """Compare two candidates request by request.
 
     Raises Inconclusive where they were not measured on the same rows or share no metric.
     """
@@ -57,40 +95,36 @@ def comparison_document(store: Store, first: Side, second: Side) -> dict[str, An
     shared = [metric for metric in records[0].body["metrics"] if metric in records[1].body["metrics"]]
     if not shared:
         raise Inconclusive(f"{first.label} and {second.label} were not measured by one metric in common")
+    seed, primary = records[1].body["seed"], records[1].body["primary"]
     metrics = {}
     for metric in shared:
-        found = difference(
-            right[second.name, metric],
-            left[first.name, metric],
-            confidence=CONFIDENCE,
-            seed=records[1].body["seed"],
+        found = difference(right[second.name, metric], left[first.name, metric], confidence=CONFIDENCE, seed=seed)
+        metrics[metric] = ComparedMetric(
+            difference=MetricInterval(**as_body(found.interval)),
+            wins=found.wins,
+            losses=found.losses,
+            ties=found.ties,
+            mcnemar=None if found.mcnemar is None else rounded(found.mcnemar),
+            sign_flip=rounded(found.sign_flip),
         )
-        metrics[metric] = {
-            "difference": as_body(found.interval),
-            "wins": found.wins,
-            "losses": found.losses,
-            "ties": found.ties,
-            "mcnemar": None if found.mcnemar is None else rounded(found.mcnemar),
-            "sign_flip": rounded(found.sign_flip),
-        }
-    return {
-        "first": _stated(first, records[0]),
-        "second": _stated(second, records[1]),
-        "n": records[0].body["n"],
-        "groups": records[0].body["groups"],
-        "primary": records[1].body["primary"] if records[1].body["primary"] in shared else shared[0],
-        "confidence": CONFIDENCE,
-        "metrics": metrics,
-    }
+    return Comparison(
+        first=_side(first, records[0]),
+        second=_side(second, records[1]),
+        n=records[0].body["n"],
+        groups=records[0].body["groups"],
+        primary=primary if primary in shared else shared[0],
+        confidence=CONFIDENCE,
+        metrics=metrics,
+    )
 
 
-def _stated(side: Side, record: Record) -> dict[str, Any]:
+def _side(side: Side, record: Record) -> ComparedSide:
     stated = record.body["candidates"][side.name]
-    return {
-        "label": side.label,
-        "candidate": stated["candidate"],
-        "evaluation": side.evaluation,
-        "tuned": stated["tuned"],
-        "metrics": {metric: stated["metrics"][metric] for metric in record.body["metrics"]},
-        "price": dict(stated["price"]),
-    }
+    return ComparedSide(
+        label=side.label,
+        candidate=stated["candidate"],
+        evaluation=side.evaluation,
+        tuned=stated["tuned"],
+        metrics={metric: stated["metrics"][metric] for metric in record.body["metrics"]},
+        price=stated["price"],
+    )

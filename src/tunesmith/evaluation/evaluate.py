@@ -167,34 +167,6 @@ def _columns(
     return columns, judges
 
 
-def evaluation_document(store: Store, digest: str) -> dict[str, Any]:
-    """What `tunesmith evaluate --json` prints."""
-    body = store.record(digest, kind="evaluation").body
-    candidates = body["candidates"]
-    return {
-        "evaluation": digest,
-        "n": body["n"],
-        "groups": body["groups"],
-        "primary": body["primary"],
-        "confidence": body["confidence"],
-        "candidates": {
-            name: {metric: stated["metrics"][metric] for metric in body["metrics"]}
-            for name, stated in candidates.items()
-        },
-        "system_prompts": {name: dict(stated["system_prompts"]) for name, stated in candidates.items()},
-        "tuned": {name: stated["tuned"] for name, stated in candidates.items()},
-        "prices": {name: dict(stated["price"]) for name, stated in candidates.items()},
-        "cut": {name: stated["cut"] for name, stated in candidates.items()},
-        "training": {name: stated["training"] for name, stated in candidates.items() if "training" in stated},
-        "classes": {name: stated["classes"] for name, stated in candidates.items() if "classes" in stated},
-        "calibration": {name: stated["calibration"] for name, stated in candidates.items() if "calibration" in stated},
-        "judges": body["judges"],
-        "currency": body["prices"]["currency"] if body["prices"] else None,
-        "probes": body["probes"],
-        "risks": body["risks"],
-    }
-
-
 def _scoring_of_probes(task: TaskSettings, scoring: Mapping[str, Scoring]) -> Scoring:
     """The scorer for answers to risk probes: the primary metric, where it needs only the answer and the reference."""
     if task.leading in scoring and task.leading not in CONTEXT_SCORERS:

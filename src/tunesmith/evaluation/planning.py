@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.errors import Inconclusive
+from tunesmith.core.view import View
 from tunesmith.data.dataset import Dataset
 from tunesmith.evaluation.answers import read_lines, seen_answers
 from tunesmith.evaluation.metrics.declared import Scoring, checked
@@ -52,13 +53,45 @@ def measured_on_validation(store: Store, answers: Sequence[str], dataset: Datase
     return Assumed(differing, differences, [row.group for row in rows])
 
 
-def plan_document(
-    dataset: Dataset, gates: Gates, *, uses: int, assumed: Assumed, lift: float | None = None
-) -> dict[str, Any]:
-    """What `tunesmith plan --json` prints: for each gate that compares, what these test rows can show.
+class GatePlan(View):
+    """What the test rows can show to one gate. differing: share of rows on which the two candidates differ.
 
-    uses: how many candidates the test rows have judged so far. lift: the true difference hoped for; five points
-    above the gate's bound where left out. A gate for what must not drop is planned for candidates that are equal.
+    lift: the true difference hoped for; power: the probability that it passes; needed: rows that would pass it with
+    the wanted power, None if no number would; sees: the smallest true difference that passes with that power, or None.
+    """
+
+    name: str
+    metric: str
+    bound: float
+    differing: float
+    lift: float
+    power: float
+    needed: int | None
+    sees: float | None
+
+
+class Plan(View):
+    """What the test rows can show, for each gate that compares two candidates.
+
+    correlation: within groups; measured: whether it and the differing share come from validation rows, or are assumed.
+    test_set_uses: how many candidates the test rows have judged so far.
+    """
+
+    rows: int
+    groups: int
+    effective_groups: float
+    correlation: float
+    measured: bool
+    test_set_uses: int
+    wanted_power: float
+    gates: tuple[GatePlan, ...]
+
+
+def plan_gates(dataset: Dataset, gates: Gates, *, uses: int, assumed: Assumed, lift: float | None = None) -> Plan:
+    """What the test rows can show to each gate that compares two candidates.
+
+    uses: how many candidates the test rows have judged so far. lift: the true difference hoped for, by default five
+    points above the gate's bound. A gate for what must not drop is planned for candidates that are equal.
     """
     groups = [row.group for row in dataset.examples("test")]
     own = grouping_of(groups)
@@ -76,36 +109,36 @@ def plan_document(
         plan = plan_lift(len(groups), lift=hoped, differing=differing, at_least=bound, **setting)
         sees = smallest_lift(len(groups), differing=differing, at_least=bound, **setting)
         found.append(
-            {
-                "name": name,
-                "metric": gate.metric,
-                "bound": bound,
-                "differing": rounded(differing),
-                "lift": hoped,
-                "power": rounded(plan.power),
-                "needed": plan.needed,
-                "sees": None if sees is None else rounded(sees),
-            }
+            GatePlan(
+                name=name,
+                metric=gate.metric,
+                bound=bound,
+                differing=rounded(differing),
+                lift=hoped,
+                power=rounded(plan.power),
+                needed=plan.needed,
+                sees=None if sees is None else rounded(sees),
+            )
         )
-    return {
-        "rows": len(groups),
-        "groups": len(set(groups)),
-        "effective_groups": rounded(effective_groups(groups)),
-        "correlation": rounded(own.correlation),
-        "measured": assumed.differences is not None,
-        "test_set_uses": uses,
-        "wanted_power": POWER,
-        "gates": found,
-    }
+    return Plan(
+        rows=len(groups),
+        groups=len(set(groups)),
+        effective_groups=rounded(effective_groups(groups)),
+        correlation=rounded(own.correlation),
+        measured=assumed.differences is not None,
+        test_set_uses=uses,
+        wanted_power=POWER,
+        gates=tuple(found),
+    )
 
 
-def plan_sentence(document: Mapping[str, Any], gate: Mapping[str, Any]) -> str:
+def plan_sentence(plan: Plan, gate: GatePlan) -> str:
     """One gate's plan in words."""
-    rows = f"{document['rows']} test rows in {document['groups']} groups"
-    basis = f"should the two differ on {gate['differing']:.0%} of rows"
-    if gate["sees"] is None:
-        return f"gate {gate['name']}: {rows} cannot pass it with {POWER:.0%} power, {basis}"
+    rows = f"{plan.rows} test rows in {plan.groups} groups"
+    basis = f"if the two differ on {gate.differing:.0%} of rows"
+    if gate.sees is None:
+        return f"gate {gate.name}: {rows} cannot pass it with {POWER:.0%} power, {basis}"
     return (
-        f"gate {gate['name']}: {rows} pass it with {POWER:.0%} power from a true difference of {points(gate['sees'])} "
-        f"points in {gate['metric']} on, {basis}"
+        f"gate {gate.name}: {rows} pass it with {POWER:.0%} power from a true difference of {points(gate.sees)} "
+        f"points in {gate.metric} on, {basis}"
     )

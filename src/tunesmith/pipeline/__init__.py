@@ -1,38 +1,11 @@
-"""The stages in order: what is stale, what is skipped, where to resume. The only place that knows them all.
+"""The stages in order: what is out of date, what is skipped, where a stopped stage resumes.
 
-stages.py runs one; walk.py has what they share; then, each asking for what stands before it: training.py,
-candidates.py, answers.py, probes.py, verdicts.py, and verbs.py for whoever calls.
+stages.py runs one stage; context.py holds what they share. Then, each calling only the ones before it: training.py,
+candidates.py, answers.py and probes.py, verdicts.py.
 """
 
 from tunesmith.pipeline.answers import plan
-from tunesmith.pipeline.api import (
-    build_data,
-    evaluate,
-    find_rate,
-    gate,
-    latest_evaluation,
-    latest_verdict,
-    register,
-    run,
-    train,
-    training_document,
-)
 from tunesmith.pipeline.candidates import answerer, candidate
 from tunesmith.pipeline.context import PipelineContext
 
-__all__ = [
-    "PipelineContext",
-    "answerer",
-    "build_data",
-    "candidate",
-    "evaluate",
-    "find_rate",
-    "gate",
-    "latest_evaluation",
-    "latest_verdict",
-    "plan",
-    "register",
-    "run",
-    "train",
-    "training_document",
-]
+__all__ = ["PipelineContext", "answerer", "candidate", "plan"]

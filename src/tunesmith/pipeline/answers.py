@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tunesmith.candidates.asking import TOGETHER, Likelihoods, ask_rows, keep_answers
 from tunesmith.candidates.candidate import Candidate, load_candidate
@@ -15,7 +14,7 @@ from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.gates.test_set_uses import count_test_set_uses
 from tunesmith.evaluation.metrics.declared import JudgeScorer
 from tunesmith.evaluation.metrics.judging import judge_answers
-from tunesmith.evaluation.planning import Assumed, measured_on_validation, plan_document, plan_sentence
+from tunesmith.evaluation.planning import Assumed, Plan, measured_on_validation, plan_gates, plan_sentence
 from tunesmith.pipeline.candidates import answerer, candidate, leading_scoring
 from tunesmith.pipeline.context import PipelineContext
 
@@ -55,23 +54,23 @@ def judged(context: PipelineContext, name: str, given: str, scorer: JudgeScorer)
 
 def plan(
     context: PipelineContext, lift: float | None = None, differing: float | None = None, between: Sequence[str] = ()
-) -> dict[str, Any]:
-    """What the test rows will be able to show. between: candidates; how they differ is measured on validation."""
+) -> Plan:
+    """What the test rows can show. between: candidates whose answers to the validation rows show how they differ."""
     assumed = Assumed() if differing is None else Assumed(differing)
     if between:
         given = [answers(context, name, "validation") for name in between]
         assumed = measured_on_validation(context.store, given, context.dataset, leading_scoring(context))
     uses = count_test_set_uses(context.store, context.dataset.digest)
-    return plan_document(context.dataset, context.project.settings.gates, uses=uses, assumed=assumed, lift=lift)
+    return plan_gates(context.dataset, context.project.settings.gates, uses=uses, assumed=assumed, lift=lift)
 
 
 def _show_plan(context: PipelineContext) -> None:
     """Show once, before the first test rows are answered, how large a lift the gates can detect."""
     if not context.plan_shown:
         context.plan_shown = True
-        document = plan(context)
-        for gate in document["gates"]:
-            context.progress.say(plan_sentence(document, gate))
+        found = plan(context)
+        for gate in found.gates:
+            context.progress.say(plan_sentence(found, gate))
 
 
 def _ask(context: PipelineContext, name: str, digest: str, split: str, work: Path) -> str:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tests.data.rows import WORDS, build, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.data.building.build import build_dataset, dataset_document
+from tunesmith.data.building.build import build_dataset
+from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, load_dataset
 from tunesmith.data.settings import DataSettings
@@ -361,7 +362,7 @@ def test_any_rows_add_up_and_verify(tmp_path: Path, drawn: list[tuple[str, str]]
     adds_up(dataset)
     store = Store(tmp_path / "store")
     assert verify_dataset(store, dataset.digest)["problems"] == []
-    assert dataset_document(store, dataset.digest)["rows"]["read"] == 40 + len(rows)
+    assert dataset_summary(store, dataset.digest).rows.read == 40 + len(rows)
 
 
 def test_verify_names_what_was_changed(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.data.rows import build, many_rows, row, settings, turns, write_jsonl
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message, ToolCall, tools_of
 from tunesmith.data.building.account import PRIVATE, SPOILT_CALL
-from tunesmith.data.building.build import dataset_document
+from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.dataset import example_id
 from tunesmith.data.formats import row_formats
 from tunesmith.data.sources.files import Row
@@ -258,7 +258,7 @@ def test_a_short_file_of_openais_is_warned_of(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", rows)
     chosen = settings(source={"format": "openai"}, split={"group_by": "part", "test": 0.5})
     dataset = build(tmp_path, chosen)
-    document = dataset_document(Store(tmp_path / "store"), dataset.digest)
+    document = dataset_summary(Store(tmp_path / "store"), dataset.digest).document()
     assert document["warnings"] == ["rows.jsonl: 9 rows: OpenAI's service takes a file of at least 10 examples"]
     assert document["sources"][0]["evidence"] == "told by the settings"
 

@@ -27,8 +27,7 @@ from tunesmith.data.building.shards import (
 )
 from tunesmith.data.building.staging import StagingDatabase
 from tunesmith.data.dataset import REMOVED, SPLITS, Example
-from tunesmith.data.formats.openai_rules import too_few
-from tunesmith.data.formats.row_formats import OPENAI, RowFormat, evidence
+from tunesmith.data.formats.row_formats import RowFormat
 from tunesmith.data.governance.licences import Credit, duties
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.evidence import privacy_evidence
@@ -198,40 +197,6 @@ def _sealed(store: Store, folder: Path, lines: Iterable[bytes]) -> str:
         return store.put_file(path)
     finally:
         path.unlink(missing_ok=True)
-
-
-def dataset_document(store: Store, digest: str) -> dict[str, Any]:
-    """What `data build --json` prints of a dataset record. Raises Refused where the record is missing or damaged."""
-    body = store.record(digest, kind="dataset").body
-    shown = (
-        "rows",
-        "splits",
-        "groups",
-        "leakage",
-        "decontaminated",
-        "near_clusters",
-        "time",
-        "strata",
-        "licences",
-        "duties",
-        "privacy",
-        "privacy_scan",
-        "ignored_keys",
-        "conflicts",
-        "tokens",
-    )
-    sources = [
-        source | ({"evidence": evidence(source["format"], told=source["format_told"])} if "format" in source else {})
-        for source in body["sources"]
-    ]
-    warnings = [
-        f"{source['path']}: {said}"
-        for source in sources
-        if source.get("format") == OPENAI.name and (said := too_few(source["rows"]))
-    ]
-    # Records of older versions lack the newer keys.
-    known = {key: body[key] for key in shown if key in body}
-    return {"dataset": digest, **known, "sources": sources, "warnings": warnings}
 
 
 def near_threshold(settings: DataSettings) -> float:

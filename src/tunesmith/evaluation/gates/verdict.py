@@ -76,21 +76,6 @@ def _without_reasons(record: Record) -> dict[str, Any]:
     return stated
 
 
-def verdict_document(store: Store, digest: str) -> dict[str, Any]:
-    """What `tunesmith gate --json` prints."""
-    record = store.record(digest, kind="verdict")
-    body = record.body
-    return {
-        "verdict": body["verdict"],
-        "gates": list(body["gates"]),
-        "candidate": body["name"],
-        "digest": digest,
-        "evaluation": record.parents["evaluation"],
-        "test_set_use": body["test_set_use"],
-        "reason": body["reason"],
-    }
-
-
 def _findings(store: Store, record: Record, candidate: str, gates: Gates, use: int) -> dict[str, Finding]:
     try:
         columns = read_scores(store, record)

@@ -10,17 +10,16 @@ from typing import Any
 
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import describe_prompts
-from tunesmith.data.building.build import dataset_document
+from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.answers import ANSWERS, BASE
-from tunesmith.evaluation.compare import comparison_document, side_of_candidate
-from tunesmith.evaluation.evaluate import evaluation_document
-from tunesmith.evaluation.gates.verdict import verdict_document
+from tunesmith.evaluation.compare import compare, side_of_candidate
 from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.approach_ladder import approach_ladder, lift_by_group
 from tunesmith.evaluation.report.risks import risks
 from tunesmith.evaluation.scores import GENERAL, Column, read_scores
+from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
 from tunesmith.store import audit, database
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -44,14 +43,14 @@ def report_data(
     """
     record = store.record(evaluation, kind="evaluation")
     columns = read_scores(store, record)
-    measured = evaluation_document(store, evaluation)
-    judged = verdict_document(store, verdict) if verdict is not None else None
+    measured = evaluation_summary(store, evaluation).document()
+    judged = verdict_summary(store, verdict).document() if verdict is not None else None
     focus = judged["candidate"] if judged else _leader(measured)
     rival = _rival(measured, judged, focus)
     lift, primary = None, measured["primary"]
     if rival is not None:
         sides = [side_of_candidate(store, evaluation, name) for name in (rival, focus)]
-        lift = comparison_document(store, *sides)
+        lift = compare(store, *sides).document()
     candidate = load_candidate(store, record.body["candidates"][focus]["candidate"])
     data: dict[str, Any] = {
         "evaluation": evaluation,
@@ -79,7 +78,7 @@ def report_data(
         "judges": measured["judges"],
         "forgetting": _forgetting(columns, measured, focus),
         "risks": risks(store, record, focus, measured["confidence"]),
-        "dataset": dataset_document(store, record.parents["dataset"]),
+        "dataset": dataset_summary(store, record.parents["dataset"]).document(),
         "examples": _examples(store, record, columns, focus, rival),
         "lineage": _lineage(store, record, evaluation, focus, verdict, version),
         "trail": [dict(entry) for entry in trail],

@@ -1,0 +1,116 @@
+"""The summary of a dataset version: what `data build` prints and reports show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunesmith.core.view import Omitted, View
+from tunesmith.data.formats.openai_rules import too_few
+from tunesmith.data.formats.row_formats import OPENAI, evidence
+from tunesmith.store.store import Store
+
+
+class RowCounts(View):
+    """Rows of the sources. changed: kept, but not as they were read; removed: reason -> rows."""
+
+    read: int
+    kept: int
+    changed: int
+    removed: dict[str, int]
+
+
+class LeakageSummary(View):
+    """Requests that two splits share. All counts must be 0. near_pairs: pairs at least as similar as threshold.
+
+    near_outside: training rows near a row of an outside test set. shared: key of `data.split` -> values that two
+    splits share. not_older: rows that are newer than the split after theirs.
+    """
+
+    shared_groups: int
+    near_pairs: int
+    near_outside: int
+    threshold: float
+    method: str
+    shared: Omitted[dict[str, int]] = None
+    not_older: Omitted[int] = None
+
+
+class SourceSummary(View):
+    """One source file. format_told: the settings name the format; evidence: how it is known otherwise."""
+
+    path: str
+    digest: str
+    bytes: int
+    rows: int
+    format: str
+    format_told: bool
+    evidence: str
+    split: Omitted[str] = None
+
+
+class NearClusters(View):
+    """Similar requests of one split that were kept because their answers differ. examples: ids of the largest."""
+
+    clusters: int
+    rows: int
+    largest: int
+    examples: tuple[tuple[str, ...], ...]
+
+
+class Conflicts(View):
+    """Equal requests with different answers. examples: ids of some."""
+
+    requests: int
+    rows: int
+    examples: tuple[tuple[str, ...], ...]
+
+
+class TokenLengths(View):
+    """The most tokens that a row may have, and the most that one has."""
+
+    limit: int
+    longest: int
+
+
+class DatasetSummary(View):
+    """A dataset version. privacy: entity -> values found; privacy_scan: the scan's measured recall.
+
+    groups: rows of a group are always in one split. duties: what the rows' licences demand. ignored_keys: keys of rows
+    that no format reads -> rows. time, strata: how the rows were split, if not by a hash of their group. tokens: None
+    where no length was checked.
+    """
+
+    dataset: str
+    rows: RowCounts
+    splits: dict[str, int]
+    groups: dict[str, int]
+    leakage: LeakageSummary
+    decontaminated: tuple[dict[str, Any], ...]
+    near_clusters: NearClusters
+    time: Omitted[dict[str, Any]] = None
+    strata: Omitted[dict[str, Any]] = None
+    licences: dict[str, int]
+    duties: dict[str, Any]
+    privacy: dict[str, int]
+    privacy_scan: dict[str, Any]
+    ignored_keys: dict[str, int]
+    conflicts: Conflicts
+    tokens: TokenLengths | None
+    sources: tuple[SourceSummary, ...]
+    warnings: tuple[str, ...]
+
+
+def dataset_summary(store: Store, digest: str) -> DatasetSummary:
+    """The summary of a dataset version. Raises Refused where its record is missing or damaged."""
+    body = store.record(digest, kind="dataset").body
+    sources = [
+        SourceSummary(**source, evidence=evidence(source["format"], told=source["format_told"]))
+        for source in body["sources"]
+    ]
+    warnings = [
+        f"{source.path}: {warning}"
+        for source in sources
+        if source.format == OPENAI.name and (warning := too_few(source.rows))
+    ]
+    stated = {key: body[key] for key in DatasetSummary.model_fields if key in body and key != "sources"}
+    return DatasetSummary(dataset=digest, **stated, sources=tuple(sources), warnings=tuple(warnings))

@@ -1,0 +1,99 @@
+"""Evaluate and judge candidates, compare them, and report the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import UsageError
+from tunesmith.core.files import write_atomic
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.evaluation.compare import Comparison, Side, compare, side_of_candidate, side_of_digest
+from tunesmith.evaluation.planning import Plan
+from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, evaluation_summary, verdict_summary
+from tunesmith.pipeline.answers import plan as plan_gates
+from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.verdicts import evaluation, verdict
+from tunesmith.project import Project
+from tunesmith.registry.versions import resolve
+
+
+def plan(
+    project: Project,
+    *,
+    lift: float | None = None,
+    differing: float | None = None,
+    between: Sequence[str] = (),
+    progress: Progress = SILENT,
+) -> Plan:
+    """What the test rows can show to each comparing gate, before anything is trained.
+
+    lift: the true difference hoped for. differing: assumed share of rows on which two candidates differ; between: two
+    candidates on whose answers to the validation rows it is measured instead.
+    """
+    if differing is not None and between:
+        raise UsageError("the differing share is either given or measured", fix="leave one of the options out")
+    return plan_gates(PipelineContext(project, progress), lift, differing, between)
+
+
+def evaluate(project: Project, names: Sequence[str] | None = None, *, progress: Progress = SILENT) -> EvaluationSummary:
+    """Measure candidates, by default all, on the same held-out rows."""
+    return evaluation_summary(project.store, evaluation(PipelineContext(project, progress), names))
+
+
+def gate(project: Project, name: str | None = None, *, progress: Progress = SILENT) -> VerdictSummary:
+    """Apply the gates to a candidate, by default to the one that the project would release."""
+    return verdict_summary(project.store, verdict(PipelineContext(project, progress), name))
+
+
+def compare_candidates(project: Project, first: str, second: str) -> Comparison:
+    """Compare two candidates or versions request by request. Differences are second minus first."""
+    return compare(project.store, _side(project, first), _side(project, second))
+
+
+def report(project: Project, version: str | None = None) -> dict[str, Any]:
+    """The evidence for a version, by default for the newest evaluation: what the report page shows."""
+    from tunesmith.evaluation.report.report_data import release_trail, report_data
+
+    measured, judged, digest = _reported(project, version)
+    name = project.store.record(digest).body["name"] if digest else project.settings.name
+    return report_data(project.store, measured, judged, digest, release_trail(project.store, name, digest))
+
+
+def report_page(data: dict[str, Any], path: Path) -> None:
+    """Write a report as one HTML page."""
+    from tunesmith.evaluation.report.html import render
+
+    write_atomic(path, render(data).encode())
+
+
+def latest_evaluation(project: Project) -> str:
+    """Digest of the newest evaluation in the project's store. Raises UsageError where there is none."""
+    found = project.store.records_of("evaluation")
+    if not found:
+        raise UsageError("nothing has been evaluated yet", fix="run `tunesmith evaluate` first")
+    return found[-1]
+
+
+def _reported(project: Project, version: str | None) -> tuple[str, str | None, str | None]:
+    """Digests of the evaluation, verdict and version that a report is about."""
+    store = project.store
+    if version is not None:
+        found = resolve(store, version)
+        return found.evaluation, found.verdict, found.digest
+    measured = latest_evaluation(project)
+    verdicts = store.records_of("verdict")
+    if not verdicts or store.record(verdicts[-1]).parents["evaluation"] != measured:
+        return measured, None, None
+    versions = [child for _, kind, child in store.children(verdicts[-1]) if kind == "version"]
+    newest = max(versions, key=lambda digest: store.record(digest).body["number"], default=None)
+    return measured, verdicts[-1], newest
+
+
+def _side(project: Project, text: str) -> Side:
+    """A candidate of the newest evaluation, or a version."""
+    if text in project.settings.candidates:
+        return side_of_candidate(project.store, latest_evaluation(project), text)
+    version = resolve(project.store, text)
+    return side_of_digest(project.store, version.evaluation, version.candidate, version.label)
