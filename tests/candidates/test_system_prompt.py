@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.scene import rows, settings, write_project
-from tunesmith import pipeline
+from tests.tiny_project import rows, settings, write_project
 from tunesmith.api import Project
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import compose, count_prompts, describe_prompts, prompt_used
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.evaluation.evaluate import evaluation_document
 from tunesmith.evaluation.report.report_data import report_data
+from tunesmith.services import evaluation
 from tunesmith.store.records import Record
 
 USER = Message(role="user", content="turn on the light")
@@ -70,8 +69,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def test_pipeline_counts_system_prompts(project: Project) -> None:
-    digest = pipeline.evaluate(project)
-    body = project.store.record(digest).body
+    found = evaluation.evaluate(project)
+    body = project.store.record(found.evaluation).body
     counts = {name: stated["system_prompts"] for name, stated in body["candidates"].items()}
     own = counts["own"]["request"]
     assert counts == {
@@ -79,10 +78,10 @@ def test_pipeline_counts_system_prompts(project: Project) -> None:
         "short": {"candidate": body["n"] - own, "replaced": own},
     }
     assert own > 0
-    assert evaluation_document(project.store, digest)["system_prompts"] == counts
+    assert found.system_prompts == counts
     sources = {name: _record(project, stated).body["prompt_source"] for name, stated in body["candidates"].items()}
     assert sources == {"own": "request", "short": "candidate"}
-    how = {row["name"]: row["how"] for row in report_data(project.store, digest)["candidates"]}
+    how = {row["name"]: row["how"] for row in report_data(project.store, found.evaluation)["candidates"]}
     assert how["short"].startswith(f"the candidate's prompt, which replaces the system turn of {own} of ")
     assert how["own"].startswith(f"the system turn of {own} of ")
 
@@ -96,4 +95,4 @@ def test_empty_prompt_file_is_refused(tmp_path: Path) -> None:
     folder = write_project(tmp_path / "p", candidates={"plain": settings()["candidates"]["plain"]})  # type: ignore[index]
     (folder / "prompt.txt").write_text("\n")
     with pytest.raises(UsageError, match="is empty"):
-        pipeline.evaluate(Project.load(folder))
+        evaluation.evaluate(Project.load(folder))
