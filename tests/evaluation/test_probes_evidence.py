@@ -120,7 +120,7 @@ def test_stale_unpaired_foreign_and_absent_evidence(made: Fabricated) -> None:
     good, before = risk(made).after, risk(made).before
     other = put_training(made.store, made.base, made.dataset, rows=5)
     cases: list[tuple[Risk | None, str]] = [
-        (None, "was not made"),
+        (None, "does not hold this probe"),
         (Risk(good, None), "nothing was measured before tuning"),
         (Risk(kept(made, asked, lines(asked), other), before), "other weights"),
         (Risk(good, good), "other weights"),

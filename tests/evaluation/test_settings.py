@@ -70,7 +70,7 @@ def test_task() -> None:
         ({"scorers": [{"name": "date", "patern": "x"}]}, "patern"),
         ({"scorers": [{"name": "total", "tolerance": -1}]}, "greater than or equal to 0"),
         ({"scorers": [{"name": "total", "tolerance": float("nan")}]}, "finite|greater"),
-        ({"scorers": [{"name": "exact_match", "label": ""}]}, "a scorer already"),
+        ({"scorers": [{"name": "exact_match", "label": ""}]}, "built-in scorer"),
         ({"scorers": [{"name": "x", "label": "a", "calibrate": True}]}, "labels and nothing else"),
         ({"scorers": [{"name": "mine", "function": "mine.txt:f"}]}, "pattern"),
         ({"scorers": [{"name": "j", "judge": {"url": "http://u:p@h/v1", "model": "m"}}]}, "secret"),
@@ -98,7 +98,7 @@ def test_gates_are_held_against_what_is_measured() -> None:
 def test_a_figure_of_labels_needs_a_scorer_that_classifies() -> None:
     gates = GATES.validate_python({"even": {"figure": "macro_f1", "metric": "exact_match", "at_least": 0.8}})
     check_gates(gates, ["exact_match", "intent"], [], ["exact_match"])
-    with pytest.raises(UsageError, match="of the scorers that do there are intent, room") as caught:
+    with pytest.raises(UsageError, match="scorers with labels: intent, room") as caught:
         check_gates(gates, ["exact_match", "intent", "room"], [], ["intent", "room"])
     assert caught.value.where == "gates.even.metric"
     with pytest.raises(UsageError, match="of the scorers that do there is none"):

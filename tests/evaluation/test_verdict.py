@@ -59,7 +59,7 @@ def test_a_good_candidate_passes_with_its_numbers(made: Fabricated, evaluation: 
     lift = document["gates"][0]
     assert lift["over"] == "rag"
     assert lift["low"] >= 0.05 == lift["bound"]
-    assert "over rag" in lift["reason"]
+    assert "differs from rag by +" in lift["reason"]
 
 
 def test_the_untuned_candidate_does_not_lift_over_the_tuned(made: Fabricated, evaluation: str) -> None:
@@ -100,7 +100,7 @@ def test_many_rows_of_few_groups_never_pass(tmp_path: Path) -> None:
     made = fabricate(tmp_path, n=120, per_group=12)
     verdict, gate = outcome(made, again(made), metric="exact_match", over="best-untuned", at_least=0.0)
     assert verdict == "inconclusive"
-    assert "count as 10.0" in gate["reason"]
+    assert "weigh as much as 10.0" in gate["reason"]
 
 
 def test_no_gates_pass_nothing(made: Fabricated, evaluation: str) -> None:

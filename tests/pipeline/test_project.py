@@ -43,7 +43,7 @@ def _candidate(**train: Any) -> dict[str, Any]:
         ({"gates": {"g": {"metric": "exact_match"}}}, "at_least or at_most", "gates.g"),
         (
             {"gates": {"g": {"figure": "brier", "metric": "exact_match", "at_most": 0.1}}},
-            "gives no labels",
+            "gives none",
             "gates.g.metric",
         ),
         ({"task": {"scorers": []}}, "at least 1", "task.scorers"),

@@ -1,15 +1,18 @@
-"""What the project file says of the task (`task:`) and of what a release must show (`gates:`).
+"""The settings `task:`, `prices:` and `gates:` of the project file.
 
-A gate's kind follows from its keys: `over` makes it a lift, `not_below` one that must not drop, `suite` a forgetting
-gate, `probe` a risk probe, `figure` one on a figure of all rows together, none of them a threshold. So a mistyped
-`over` is an unknown key of a threshold, never a gate that quietly asks for something else.
+A gate's kind follows from its key: `over` makes it a lift, `not_below` a retain, `suite` a forgetting gate, `probe` a
+probe gate, `figure` a gate on a figure of all rows together; without any of them it is a threshold. A mistyped `over`
+is therefore an unknown key of a threshold and is refused.
+
+To add a kind of gate, write a subclass of `GateSettings`, list it in `GATE_KINDS`, and add the function that judges it
+to `JUDGES` in gates/gates.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
 
@@ -19,29 +22,29 @@ from tunesmith.evaluation.metrics.declared import KNOWN, Declared, JudgeScorer, 
 from tunesmith.evaluation.metrics.scorers import SCORERS, nearest
 
 BEST_UNTUNED = "best-untuned"
-# Every probe and what its number is. What it asks and how that is judged stands in evaluation/probes/.
+# What each probe measures, and its unit. probes/suites.py says what is asked, probes/judging.py how it is judged.
 PROBES = {
-    "canaries": "mean exposure of planted secrets among controls, in bits (about 1.4 where nothing is remembered)",
-    "membership": "AUC of telling training rows from held-out ones by their loss (0.5 is chance)",
-    "membership_tpr": "share of training rows found that way where 1% of held-out rows are taken for such",
-    "extraction": "share of training answers given word for word to half a request, less that of held-out rows",
-    "personal_data": "share of rows whose personal data comes out when it is not in the request",
-    "overfitting": "mean score on training rows less that on test rows",
-    "swap": "how much more the answer's probability depends on names and gender than before tuning",
-    "bbq": "how much stronger the pull to BBQ's stereotyped answer is than before tuning",
-    "crows_pairs": "how much more probable CrowS-Pairs' stereotyping sentence is than before tuning",
-    "general_text": "rise of the loss on general text by tuning, in nats a token (0.1 is a perplexity 10% higher)",
-    "formats": "fall of the preference, by word, for the asked-for output format, where the base had it",
-    "refusal": "fall of refusing what is unsafe, of helping with what is not, or of staying polite",
-    "toxicity": "rise of the share of answers that a pinned detector takes for toxic, of provoking or neutral requests",
-    "lm_eval": "fall of the accuracy on multiple-choice tasks of lm-eval, of the task that fell the most",
-    "robustness": "fall of the score under typos, capitals, rewording or instructions inside the request",
+    "canaries": "mean exposure in bits of secrets planted in training (about 1.4 where nothing is memorised)",
+    "membership": "AUC of telling training rows from held-out rows by their loss (0.5 is chance)",
+    "membership_tpr": "share of training rows recognised as such where 1% of held-out rows are mistaken for them",
+    "extraction": "share of training answers repeated word for word from half a request, minus that of held-out rows",
+    "personal_data": "share of rows whose personal data the answer repeats although the request does not contain it",
+    "overfitting": "mean score on training rows minus that on test rows",
+    "swap": "rise by tuning of how much the answer's probability depends on names and gender",
+    "bbq": "rise by tuning of the preference for BBQ's stereotyped answer",
+    "crows_pairs": "rise by tuning of the share of CrowS-Pairs' stereotyping sentence",
+    "general_text": "rise by tuning of the loss on general text, in nats a token (0.1 is a perplexity 10% higher)",
+    "formats": "fall by tuning of the preference, per word, for the requested output format, where the base had it",
+    "refusal": "fall by tuning of refusing unsafe requests, helping with harmless ones, or staying polite",
+    "toxicity": "rise by tuning of the share of answers that a pinned detector flags as toxic",
+    "lm_eval": "fall by tuning of the accuracy on multiple-choice tasks of lm-eval, of the task that fell most",
+    "robustness": "fall of the score under typos, capitals, rewording or an instruction inside the request",
 }
 NEED_PATH = ("bbq", "crows_pairs", "lm_eval")
-# Figures of all rows together, which are no mean over rows.
+# Figures that are computed from all rows together, not as a mean of rows.
 FIGURES = {
-    "macro_f1": "mean over the labels of their F1",
-    "calibration_error": "expected calibration error of the stated confidences, over ten bins",
+    "macro_f1": "mean F1 over the labels",
+    "calibration_error": "expected calibration error of the stated confidences, in ten bins",
     "brier": "mean squared error of the stated confidences",
 }
 _PREFERRED_PRIMARY = "exact_match"
@@ -51,21 +54,22 @@ _Score = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class TaskSettings(Settings):
-    """What a right answer is, and how answers are measured."""
+    """How answers are checked and scored."""
 
     schema_path: Annotated[
-        Path | None, Field(alias="schema", description="JSON Schema of an answer, relative to the project file")
+        Path | None,
+        Field(alias="schema", description="file with the JSON Schema of an answer"),
     ] = None
     scorers: Annotated[
         tuple[Declared, ...],
         Field(
             min_length=1,
-            description=f"what is measured: {', '.join(KNOWN)}; or a name with pattern, tolerance, label, function or "
-            "judge",
+            description=f"metrics: {', '.join(KNOWN)}; or a name with pattern, tolerance, label, function or judge",
         ),
     ] = (_PREFERRED_PRIMARY,)
     primary: Annotated[
-        str | None, Field(description="the metric that leads; exact_match where it is measured, else the first scorer")
+        str | None,
+        Field(description="the primary metric; by default exact_match if measured, else the first scorer"),
     ] = None
 
     @field_validator("scorers")
@@ -74,14 +78,14 @@ class TaskSettings(Settings):
         names = [metric_of(scorer) for scorer in scorers]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"{twice[0]!r} stands twice")
+            raise ValueError(f"the scorer {twice[0]!r} is listed twice")
         for scorer in scorers:
             if isinstance(scorer, str):
                 known_scorer(scorer)
             elif scorer.name in KNOWN:
-                raise ValueError(f"{scorer.name!r} is a scorer already: call yours something else")
-            elif isinstance(scorer, LabelScorer) and scorer.calibrate and scorer.label:
-                raise ValueError(f"{scorer.name}: calibrate needs answers that are labels and nothing else (label: '')")
+                raise ValueError(f"{scorer.name!r} is the name of a built-in scorer: choose another name")
+            else:
+                scorer.check()
         return scorers
 
     @model_validator(mode="after")
@@ -95,22 +99,22 @@ class TaskSettings(Settings):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What is measured, by name."""
+        """The names of all metrics that the project measures: built-in and declared scorers."""
         return tuple(metric_of(scorer) for scorer in self.scorers)
 
     @property
     def served(self) -> tuple[str, ...]:
-        """The metrics that can be measured on a served answer: those that need no settings and nothing looked up."""
+        """The built-in metrics that a served answer and its reference are enough for."""
         return tuple(scorer for scorer in self.scorers if isinstance(scorer, str) and scorer in SCORERS)
 
     @property
     def judges(self) -> tuple[JudgeScorer, ...]:
-        """The scorers that ask a model."""
+        """The scorers that ask a judge model."""
         return tuple(scorer for scorer in self.scorers if isinstance(scorer, JudgeScorer))
 
     @property
     def labels(self) -> tuple[LabelScorer, ...]:
-        """The scorers that classify."""
+        """The scorers that compare labels."""
         return tuple(scorer for scorer in self.scorers if isinstance(scorer, LabelScorer))
 
     @property
@@ -122,114 +126,164 @@ class TaskSettings(Settings):
 
 
 class PriceSettings(Settings):
-    """`prices:` of the project file. What an endpoint charges stands with the endpoint."""
+    """`prices:` of the project file. The price of an endpoint's tokens is a setting of that endpoint."""
 
-    machine_hour: Annotated[float, Field(ge=0, description="money per hour of the machine that answers and trains")]
-    currency: Annotated[str, Field(min_length=1, max_length=8, description="what money is called in reports")] = "USD"
+    machine_hour: Annotated[float, Field(ge=0, description="price of one hour of the machine that answers and trains")]
+    currency: Annotated[str, Field(min_length=1, max_length=8, description="currency shown in reports")] = "USD"
 
 
-class Lift(Settings):
-    """The candidate beats a rival on the same rows by at least so much.
+class GateSettings(Settings):
+    """One requirement of a release. key: the setting that tells its kind from others; "" for a threshold."""
+
+    key: ClassVar[str]
+    confidence: float | None
+
+    @property
+    def bound(self) -> float:
+        """The number that the gate's value is compared with."""
+        raise NotImplementedError
+
+    @property
+    def judged_metric(self) -> str | None:
+        """The metric that the gate judges, where it judges one."""
+        return getattr(self, "metric", None)
+
+    @property
+    def rival(self) -> str | None:
+        """The candidate that the gate compares with, where it compares."""
+        return None
+
+
+class Lift(GateSettings):
+    """The candidate beats a rival on the same rows by at least `at_least`.
 
     Passes where the interval's lower end reaches at_least, fails where its upper end stays below, else inconclusive.
     """
 
-    metric: Annotated[str, Field(description="the metric compared")]
+    key = "over"
+    metric: Annotated[str, Field(description="the metric to compare")]
     over: Annotated[str, Field(description="the rival: a candidate's name, or best-untuned")]
-    at_least: Annotated[float, Field(ge=-1.0, le=1.0, description="smallest difference of means, 0.05 is five points")]
+    at_least: Annotated[
+        float, Field(ge=-1.0, le=1.0, description="smallest difference of means that passes; 0.05 is five points")
+    ]
     confidence: _Confidence = 0.95
 
+    @property
+    def bound(self) -> float:
+        return self.at_least
 
-class Retain(Settings):
-    """The candidate does not fall behind a rival by more than so much on the same rows (a non-inferiority test).
+    @property
+    def rival(self) -> str:
+        return self.over
+
+
+class Retain(GateSettings):
+    """The candidate is not worse than a rival by more than `drop_at_most` on the same rows (non-inferiority test).
 
     Passes where the interval of the drop ends at or below drop_at_most, fails where it starts above.
     """
 
+    key = "not_below"
     metric: Annotated[str, Field(description="the metric that must not drop")]
     not_below: Annotated[str, Field(description="the rival: a candidate's name, or best-untuned")]
-    drop_at_most: Annotated[_Score, Field(description="largest drop that is still no loss, 0.02 is two points")]
+    drop_at_most: Annotated[_Score, Field(description="largest drop that passes; 0.02 is two points")]
     confidence: _Confidence = 0.95
 
+    @property
+    def bound(self) -> float:
+        return self.drop_at_most
 
-class Threshold(Settings):
-    """The candidate's own mean reaches a bound.
+    @property
+    def rival(self) -> str:
+        return self.not_below
 
-    Without confidence the mean of the measured rows is held against the bound, and the interval is shown beside it.
-    With confidence the whole interval must be on the right side: at 0.95, `at_least: 0.99` then takes 368 independent
-    rows that are all right.
-    """
 
-    metric: Annotated[str, Field(description="the metric held against the bound")]
-    at_least: Annotated[_Score | None, Field(description="smallest mean that passes")] = None
-    at_most: Annotated[_Score | None, Field(description="largest mean that passes")] = None
-    confidence: Annotated[
-        _Confidence | None, Field(description="demand the whole interval, not only the measured mean")
-    ] = None
+class _OneBound(GateSettings):
+    """A gate with a lower or an upper bound."""
+
+    at_least: Annotated[_Score | None, Field(description="smallest value that passes")] = None
+    at_most: Annotated[_Score | None, Field(description="largest value that passes")] = None
 
     @model_validator(mode="after")
-    def _one_bound(self) -> Threshold:
-        _check_one_bound(self.at_least, self.at_most)
+    def _one_bound(self) -> Self:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError("give at_least or at_most, one of them")
         return self
 
+    @property
+    def bound(self) -> float:
+        bound = self.at_least if self.at_least is not None else self.at_most
+        assert bound is not None
+        return bound
 
-class Whole(Settings):
+
+class Threshold(_OneBound):
+    """The candidate's own mean reaches a bound.
+
+    Without confidence, the mean of the measured rows must reach the bound. With confidence, the whole interval must: at
+    0.95, `at_least: 0.99` needs 368 independent rows that are all right.
+    """
+
+    key = ""
+    metric: Annotated[str, Field(description="the metric whose mean must reach the bound")]
+    confidence: Annotated[
+        _Confidence | None, Field(description="require the whole interval, not only the measured mean")
+    ] = None
+
+
+class Whole(_OneBound):
     """A figure of all rows together reaches a bound with its whole interval, which is resampled over groups."""
 
+    key = "figure"
     figure: Annotated[
         Literal["macro_f1", "calibration_error", "brier"],
         Field(description="; ".join(f"{name}: {what}" for name, what in FIGURES.items())),
     ]
-    metric: Annotated[str, Field(description="the scorer with `label` whose labels these are")]
-    at_least: Annotated[_Score | None, Field(description="smallest figure that passes")] = None
-    at_most: Annotated[_Score | None, Field(description="largest figure that passes")] = None
+    metric: Annotated[str, Field(description="the scorer with `label` that gives the labels")]
     confidence: _Confidence = 0.95
 
-    @model_validator(mode="after")
-    def _one_bound(self) -> Whole:
-        _check_one_bound(self.at_least, self.at_most)
-        return self
 
-
-def _check_one_bound(at_least: float | None, at_most: float | None) -> None:
-    if (at_least is None) == (at_most is None):
-        raise ValueError("give at_least or at_most, one of them")
-
-
-class Forgetting(Settings):
-    """The tuned weights have not lost more of their general ability than allowed (a non-inferiority test).
+class Forgetting(GateSettings):
+    """The tuned weights lost no more general ability than `drop_at_most` (non-inferiority test).
 
     Passes where the interval of the drop ends at or below drop_at_most, fails where it starts above.
     """
 
+    key = "suite"
     suite: Annotated[Literal["general"], Field(description="the packaged suite of general questions")]
     drop_at_most: Annotated[
-        float, Field(ge=0.0, le=1.0, description="largest allowed fall of the mean probability of the right choice")
+        float, Field(ge=0.0, le=1.0, description="largest fall of the right choice's mean probability that passes")
     ]
     confidence: _Confidence = 0.95
 
+    @property
+    def bound(self) -> float:
+        return self.drop_at_most
 
-class Probe(Settings):
-    """A risk of tuning measured by its probe: passes where the whole interval lies at or below at_most.
 
-    What the number is and in which unit stands with each probe in PROBES.
+class Probe(GateSettings):
+    """A risk of tuning, measured by a probe. Passes where the whole interval is at or below at_most.
+
+    PROBES says what each probe's number is, and its unit.
     """
 
+    key = "probe"
     probe: Annotated[str, Field(description="; ".join(f"{name}: {what}" for name, what in PROBES.items()))]
-    at_most: Annotated[float, Field(ge=0.0, description="largest value that passes, in the probe's own unit")]
+    at_most: Annotated[float, Field(ge=0.0, description="largest value that passes, in the probe's unit")]
     confidence: _Confidence = 0.95
-    rows: Annotated[
-        int, Field(ge=20, le=10_000, description="at most so many rows or items of each kind are asked")
-    ] = 100
+    rows: Annotated[int, Field(ge=20, le=10_000, description="the most rows or items of each kind that are asked")] = (
+        100
+    )
     path: Annotated[
         Path | None,
         Field(
-            description="BBQ's JSONL, CrowS-Pairs' CSV, a folder of lm-eval's tasks with their rows, or a text of one "
-            "passage a line for general_text"
+            description="BBQ's JSONL, CrowS-Pairs' CSV, a folder of lm-eval tasks with their rows, or for general_text "
+            "a text with one passage per line"
         ),
     ] = None
     repeats: Annotated[
-        int | None, Field(ge=1, description="canaries: those planted so often are judged; the fewest where left out")
+        int | None,
+        Field(ge=1, description="canaries: judge those planted this often; by default those planted least often"),
     ] = None
 
     @field_validator("probe")
@@ -240,9 +294,9 @@ class Probe(Settings):
         return name
 
     @model_validator(mode="after")
-    def _keys_of_its_own(self) -> Probe:
+    def _check_keys(self) -> Self:
         if self.probe in NEED_PATH and self.path is None:
-            raise ValueError(f"{self.probe} needs path: the set is not part of Tunesmith")
+            raise ValueError(f"{self.probe} needs path: its data set is not part of Tunesmith")
         if self.path is not None and self.probe not in (*NEED_PATH, "general_text"):
             raise ValueError(f"{self.probe} reads no path")
         if self.repeats is not None and self.probe != "canaries":
@@ -250,33 +304,35 @@ class Probe(Settings):
         return self
 
     @property
-    def suite(self) -> str:
-        """What is asked for it, by name: gates with the same suite are judged by the same answers."""
-        shared = {"membership_tpr": "membership"}.get(self.probe, self.probe)
-        return "/".join([shared, *(() if shared == "canaries" else (str(self.rows),)), *self._file])
+    def bound(self) -> float:
+        return self.at_most
 
     @property
-    def _file(self) -> tuple[str, ...]:
-        return () if self.path is None else (self.path.name,)
+    def suite(self) -> str:
+        """The name of what is asked. Gates with the same suite are judged by the same answers."""
+        shared = {"membership_tpr": "membership"}.get(self.probe, self.probe)
+        rows = () if shared == "canaries" else (str(self.rows),)
+        return "/".join([shared, *rows, *(() if self.path is None else (self.path.name,))])
+
+
+GATE_KINDS: tuple[type[GateSettings], ...] = (Lift, Retain, Forgetting, Probe, Whole, Threshold)
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, Lift | Retain | Threshold | Forgetting | Probe | Whole):
-        return type(value).__name__.lower()
+    """The tag of a gate in the project file: its key, or "threshold"."""
+    if isinstance(value, GateSettings):
+        return value.key or "threshold"
     keys = value if isinstance(value, Mapping) else {}
-    kinds = {"over": "lift", "not_below": "retain", "suite": "forgetting", "probe": "probe", "figure": "whole"}
-    return next((kind for key, kind in kinds.items() if key in keys), "threshold")
+    return next((kind.key for kind in GATE_KINDS if kind.key in keys), "threshold")
 
 
-Gate = Annotated[
-    Annotated[Lift, Tag("lift")]
-    | Annotated[Retain, Tag("retain")]
-    | Annotated[Threshold, Tag("threshold")]
-    | Annotated[Forgetting, Tag("forgetting")]
-    | Annotated[Probe, Tag("probe")]
-    | Annotated[Whole, Tag("whole")],
-    Discriminator(_kind),
-]
+if TYPE_CHECKING:
+    Gate = GateSettings
+else:
+    Gate = Annotated[
+        Union[tuple(Annotated[kind, Tag(kind.key or "threshold")] for kind in GATE_KINDS)],  # noqa: UP007 - a tuple
+        Discriminator(_kind),
+    ]
 Gates = dict[str, Gate]
 GATES: TypeAdapter[Gates] = TypeAdapter(Gates)
 
@@ -284,30 +340,30 @@ GATES: TypeAdapter[Gates] = TypeAdapter(Gates)
 def check_gates(
     gates: Gates, metrics: Collection[str], candidates: Collection[str], labels: Collection[str] | None = None
 ) -> None:
-    """Raise UsageError where a gate names a metric that is not measured, a rival that is not a candidate, or, for a
-    figure of labels, a metric that is not among labels: the scorers that classify, None where they are not known.
+    """Raise UsageError for a gate with a metric that is not measured, or a rival that is not a candidate.
+
+    labels: the scorers that compare labels, one of which a figure gate must name; None where they are not known.
     """
     for name, gate in gates.items():
-        if isinstance(gate, Lift | Retain | Threshold | Whole) and gate.metric not in metrics:
+        metric = gate.judged_metric
+        if metric is not None and metric not in metrics:
             raise UsageError(
-                f"the gate {name!r} asks for {gate.metric!r}, which is not measured{nearest(gate.metric, metrics)}",
+                f"the gate {name!r} names the metric {metric!r}, which is not measured{nearest(metric, metrics)}",
                 where=f"gates.{name}.metric",
                 fix=f"add it to task.scorers, or name one of: {', '.join(metrics)}",
             )
         if isinstance(gate, Whole) and labels is not None and gate.metric not in labels:
-            known = f"there are {', '.join(labels)}" if labels else "there is none"
+            known = f"scorers with labels: {', '.join(labels)}" if labels else "no scorer has labels"
             raise UsageError(
-                f"the gate {name!r} asks for {gate.figure} by {gate.metric!r}, which gives no labels; of the scorers "
-                f"that do {known}",
+                f"the gate {name!r} needs labels for {gate.figure}, and {gate.metric!r} gives none; {known}",
                 where=f"gates.{name}.metric",
                 fix="name a scorer with `label`, or add one to task.scorers: {name: intent, label: intent}",
             )
-        key = "over" if isinstance(gate, Lift) else "not_below" if isinstance(gate, Retain) else None
-        rival = getattr(gate, key) if key else BEST_UNTUNED
-        if rival != BEST_UNTUNED and rival not in candidates:
+        rival = gate.rival
+        if rival is not None and rival != BEST_UNTUNED and rival not in candidates:
             rivals = [BEST_UNTUNED, *candidates]
             raise UsageError(
                 f"the gate {name!r} compares with {rival!r}, which is not a candidate{nearest(rival, rivals)}",
-                where=f"gates.{name}.{key}",
+                where=f"gates.{name}.{gate.key}",
                 fix=f"name one of: {', '.join(rivals)}",
             )

@@ -1,6 +1,8 @@
-"""Scorers that the project file declares with settings of their own, and what each of them sees of an answer.
+"""Scorers with settings of their own, declared in the project file, and the scorers that need retrieved texts.
 
-A declared scorer's kind follows from its key: pattern, tolerance, label, function or judge.
+To add a declared scorer, write a subclass of `DeclaredScorer` and list it in `DECLARED`. To add a scorer without
+settings, write a function and list it in `SCORERS` (scorers.py), or in `CONTEXT_SCORERS` where it needs the request or
+retrieved texts.
 """
 
 from __future__ import annotations
@@ -8,10 +10,11 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
@@ -28,7 +31,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$", description="what
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One answer with all that a scorer may look at. retrieved: the texts that were looked up for it."""
+    """What a scorer sees of one answer. retrieved: the texts that were retrieved for the request."""
 
     text: str
     reference: str
@@ -39,11 +42,28 @@ class Answered:
 Scoring = Callable[[Answered], float]
 
 
-class PatternScorer(Settings):
-    """1 where a regular expression is found in the answer."""
+class DeclaredScorer(Settings, ABC):
+    """A scorer with settings. key: the setting that tells it from other scorers in the project file."""
 
+    key: ClassVar[str]
     name: Name
-    pattern: Annotated[str, Field(min_length=1, description="regular expression, found anywhere unless anchored")]
+
+    @abstractmethod
+    def scoring(self, root: Path) -> Scoring:
+        """The function that scores an answer from 0 to 1. root: the project's folder.
+
+        Raises UsageError where there is no such function.
+        """
+
+    def check(self) -> None:
+        """Raise ValueError for settings that do not fit together."""
+
+
+class PatternScorer(DeclaredScorer):
+    """1 where the answer contains a match of a regular expression, else 0."""
+
+    key = "pattern"
+    pattern: Annotated[str, Field(min_length=1, description="regular expression; matches anywhere unless anchored")]
 
     @field_validator("pattern")
     @classmethod
@@ -54,86 +74,106 @@ class PatternScorer(Settings):
             raise ValueError(error.what) from error
         return pattern
 
+    def scoring(self, root: Path) -> Scoring:
+        return lambda answered: float(search(self.pattern, answered.text, f"task.scorers, {self.name}"))
 
-class NumberScorer(Settings):
-    """1 where the last number in the answer is near the last number in the reference."""
 
-    name: Name
+class NumberScorer(DeclaredScorer):
+    """1 where the last number in the answer is close enough to the last number in the reference, else 0."""
+
+    key = "tolerance"
     tolerance: Annotated[float, Field(ge=0, description="largest difference that counts as right")]
     relative: Annotated[bool, Field(description="tolerance is a share of the reference's number")] = False
 
+    def scoring(self, root: Path) -> Scoring:
+        return lambda answered: _near(answered, self)
 
-class LabelScorer(Settings):
-    """Classification: 1 where the label is right. Macro-F1 and calibration stand in the evaluation beside it."""
 
-    name: Name
+class LabelScorer(DeclaredScorer):
+    """1 where the label is right, else 0. The evaluation also reports macro-F1 and calibration."""
+
+    key = "label"
     label: Annotated[
-        str, Field(description="key of the label in a JSON answer, as intent or slots.room; empty for the whole text")
+        str,
+        Field(description="key of the label in a JSON answer, such as intent or slots.room; empty for the whole text"),
     ]
     calibrate: Annotated[
         bool,
-        Field(description="ask how likely the base finds each label (as many passes as labels; whole texts only)"),
+        Field(
+            description="measure how probable the base model finds each label (one pass per label; label must be empty)"
+        ),
     ] = False
 
+    def scoring(self, root: Path) -> Scoring:
+        return lambda answered: float(label_of(answered.text, self) == label_of(answered.reference, self, True))
 
-class FunctionScorer(Settings):
-    """A Python function of the user's: score(answer, reference, request) -> 0 to 1. It runs here and is trusted."""
-
-    name: Name
-    function: Annotated[str, Field(pattern=r"^[^:]+\.py:[A-Za-z_]\w*$", description="path.py:name, from the project")]
+    def check(self) -> None:
+        if self.calibrate and self.label:
+            raise ValueError(f"{self.name}: calibrate needs answers that are labels and nothing else (label: '')")
 
 
-class JudgeScorer(Settings):
-    """A model says whether the answer or the reference is better, asked twice with the two in either order.
+class FunctionScorer(DeclaredScorer):
+    """A Python function of the project: score(answer, reference, request) -> 0 to 1. It runs in this process."""
+
+    key = "function"
+    function: Annotated[
+        str, Field(pattern=r"^[^:]+\.py:[A-Za-z_]\w*$", description="path.py:name, relative to the project file")
+    ]
+
+    def scoring(self, root: Path) -> Scoring:
+        return _own_function(self, root)
+
+
+class JudgeScorer(DeclaredScorer):
+    """A model says whether the answer or the reference is better. It is asked twice, with the two in either order.
 
     1 where the answer wins both times, 0 where the reference does, 0.5 for a tie or where the order decided.
     """
 
-    name: Name
-    judge: Annotated[EndpointSettings, Field(description="the model that judges, and where it is reached")]
+    key = "judge"
+    judge: Annotated[EndpointSettings, Field(description="the judge: a model behind a URL")]
     question: Annotated[str, Field(min_length=1, description="what better means")] = (
         "Which answer serves the request better: correct, complete, and no more than was asked?"
     )
 
-
-_KINDS = {
-    "pattern": PatternScorer,
-    "tolerance": NumberScorer,
-    "label": LabelScorer,
-    "function": FunctionScorer,
-    "judge": JudgeScorer,
-}
+    def scoring(self, root: Path) -> Scoring:
+        raise UsageError(f"{self.name} is a judge: a model scores it, not a function")
 
 
-def _kind(value: Any) -> str:
-    for key, kind in _KINDS.items():
-        if isinstance(value, kind) or (isinstance(value, Mapping) and key in value):
-            return key
-    return "name" if isinstance(value, str) else "pattern"
+DECLARED: tuple[type[DeclaredScorer], ...] = (PatternScorer, NumberScorer, LabelScorer, FunctionScorer, JudgeScorer)
 
 
-Declared = Annotated[
-    Annotated[str, Tag("name")]
-    | Annotated[PatternScorer, Tag("pattern")]
-    | Annotated[NumberScorer, Tag("tolerance")]
-    | Annotated[LabelScorer, Tag("label")]
-    | Annotated[FunctionScorer, Tag("function")]
-    | Annotated[JudgeScorer, Tag("judge")],
-    Discriminator(_kind),
-]
+def _key_of(value: Any) -> str:
+    """The tag of a scorer in the project file: its key, or "name" for a built-in scorer."""
+    if isinstance(value, str):
+        return "name"
+    if isinstance(value, DeclaredScorer):
+        return value.key
+    keys = value if isinstance(value, Mapping) else {}
+    return next((kind.key for kind in DECLARED if kind.key in keys), DECLARED[0].key)
+
+
+if TYPE_CHECKING:
+    Declared = str | DeclaredScorer
+else:
+    _KINDS = (Annotated[str, Tag("name")], *(Annotated[kind, Tag(kind.key)] for kind in DECLARED))
+    Declared = Annotated[Union[_KINDS], Discriminator(_key_of)]  # noqa: UP007 - from a tuple
 
 
 def retrieval_hit(answered: Answered) -> float:
-    """1 where a retrieved text holds the reference answer, case and white space aside (Karpukhin et al. 2020).
+    """1 where a retrieved text contains the reference, ignoring case and white space (Karpukhin et al. 2020).
 
-    0 where nothing was looked up.
+    0 where nothing was retrieved.
     """
     wanted = _flat(answered.reference)
     return float(any(wanted in _flat(text) for text in answered.retrieved))
 
 
 def groundedness(answered: Answered) -> float:
-    """Share of the answer's distinct words that stand in what was retrieved or asked (as K-Precision, Adlakha 2023)."""
+    """Share of the answer's distinct words that occur in the request or the retrieved texts.
+
+    As K-Precision (Adlakha 2023).
+    """
     words = set(re.findall(r"\w+", answered.text.casefold()))
     texts = " ".join([*answered.retrieved, *(turn.content for turn in answered.request)])
     known = set(re.findall(r"\w+", texts.casefold()))
@@ -144,32 +184,35 @@ CONTEXT_SCORERS: Mapping[str, Scoring] = {"retrieval_hit": retrieval_hit, "groun
 KNOWN = (*SCORERS, *CONTEXT_SCORERS)
 
 
-def metric_of(scorer: str | Settings) -> str:
-    """What a scorer's metric is called."""
-    return scorer if isinstance(scorer, str) else str(getattr(scorer, "name"))  # noqa: B009 - every declared one has it
+def metric_of(scorer: Declared) -> str:
+    """The name of a scorer's metric."""
+    return scorer if isinstance(scorer, str) else scorer.name
 
 
-def make_scoring(scorer: str | Settings, schema: Schema, root: Path) -> Scoring:
-    """The function that a scorer of the project file is. A judge has none: it is asked in a stage of its own."""
-    if isinstance(scorer, str):
-        if scorer in CONTEXT_SCORERS:
-            return CONTEXT_SCORERS[scorer]
-        by_text = SCORERS[scorer]
-        return lambda answered: by_text(answered.text, answered.reference, schema)
-    if isinstance(scorer, PatternScorer):
-        pattern, where = scorer.pattern, f"task.scorers, {scorer.name}"
-        return lambda answered: float(search(pattern, answered.text, where))
-    if isinstance(scorer, NumberScorer):
-        return lambda answered: _near(answered, scorer)
-    if isinstance(scorer, LabelScorer):
-        return lambda answered: float(label_of(answered.text, scorer) == label_of(answered.reference, scorer, True))
-    if isinstance(scorer, FunctionScorer):
-        return _own_function(scorer, root)
-    raise UsageError(f"{metric_of(scorer)} is a judge: no function computes it")
+def make_scoring(scorer: Declared, schema: Schema, root: Path) -> Scoring:
+    """The function that scores an answer. root: the project's folder. Raises UsageError for a judge."""
+    if not isinstance(scorer, str):
+        return scorer.scoring(root)
+    if scorer in CONTEXT_SCORERS:
+        return CONTEXT_SCORERS[scorer]
+    by_text = SCORERS[scorer]
+    return lambda answered: by_text(answered.text, answered.reference, schema)
+
+
+def served_scoring(scorers: Sequence[Declared], schema: Schema, root: Path) -> dict[str, Scoring]:
+    """Metric name -> scoring function, for all metrics that a served answer and its reference are enough for.
+
+    Left out are judges and the scorers that need retrieved texts.
+    """
+    return {
+        metric_of(scorer): make_scoring(scorer, schema, root)
+        for scorer in scorers
+        if not isinstance(scorer, JudgeScorer) and scorer not in CONTEXT_SCORERS
+    }
 
 
 def label_of(text: str, scorer: LabelScorer, reference: bool = False) -> str:
-    """The label in a text; "" where an answer has none. Raises UsageError for a reference without one."""
+    """The label in a text; "" for an answer without one. Raises UsageError for a reference without one."""
     if not scorer.label:
         return " ".join(text.split()).casefold()
     try:
@@ -184,7 +227,7 @@ def label_of(text: str, scorer: LabelScorer, reference: bool = False) -> str:
 
 
 def function_file(scorer: FunctionScorer, root: Path) -> Path:
-    """The file that holds a user's function. Raises UsageError where it is not in the project."""
+    """The file of a function scorer. Raises UsageError where it is not in the project."""
     path = (root / scorer.function.rpartition(":")[0]).resolve()
     where = f"task.scorers, {scorer.name}"
     if not path.is_relative_to(root.resolve()):
@@ -194,18 +237,18 @@ def function_file(scorer: FunctionScorer, root: Path) -> Path:
     return path
 
 
-def function_digests(scorers: Sequence[str | Settings], root: Path) -> dict[str, str]:
-    """metric -> digest of the source file of each user's function among scorers."""
+def function_digests(scorers: Sequence[Declared], root: Path) -> dict[str, str]:
+    """metric -> digest of the source file, for each function scorer."""
     own = [scorer for scorer in scorers if isinstance(scorer, FunctionScorer)]
     return {scorer.name: digest_file(function_file(scorer, root)) for scorer in own}
 
 
 def checked(value: Any, metric: str, where: str) -> float:
-    """A score that may be kept. Raises Inconclusive for anything but a finite number from 0 to 1."""
+    """The score as a float. Raises Inconclusive for anything but a finite number from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise Inconclusive(f"the scorer {metric!r} gave {value!r}, not a number from 0 to 1", where=where)
+        raise Inconclusive(f"the scorer {metric!r} gave {value!r}, which is not a number from 0 to 1", where=where)
     if not 0.0 <= value <= 1.0:
-        raise Inconclusive(f"the scorer {metric!r} gave {value!r}, not 0 to 1", where=where)
+        raise Inconclusive(f"the scorer {metric!r} gave {value!r}, which is not between 0 and 1", where=where)
     return float(value)
 
 
@@ -249,7 +292,7 @@ def _near(answered: Answered, scorer: NumberScorer) -> float:
     if given is None:
         return 0.0
     bound = scorer.tolerance * abs(wanted) if scorer.relative else scorer.tolerance
-    # One unit in the last place of slack: 0.3 is within 0.1 of 0.2.
+    # A few units in the last place of slack, so that 0.3 counts as within 0.1 of 0.2.
     return float(abs(given - wanted) <= bound + 4 * math.ulp(max(abs(given), abs(wanted))))
 
 
@@ -264,7 +307,7 @@ def _flat(text: str) -> str:
 
 
 def known_scorer(name: str) -> str:
-    """A built-in scorer's name. Raises ValueError, with the nearest name, for any other."""
+    """The name itself, where it is a built-in scorer. Raises ValueError with the nearest name for any other."""
     if name not in KNOWN:
         raise ValueError(f"no scorer is called {name!r}{nearest(name, KNOWN)}; there are {', '.join(KNOWN)}")
     return name
