@@ -297,14 +297,14 @@ def test_what_stands_in_place_of_the_file(project: Callable[..., Path], ask: Ask
     STANDING[kind](root / "rows.jsonl")
     ended = ask(root)
     assert (ended.code, ended.where) == (2, "rows.jsonl")
-    assert f"{kind} stands in place of a file" in ended.what
+    assert f"this is {kind}, not a file" in ended.what
     require_nothing_left(root)
 
 
 def test_a_device_in_place_of_the_file(project: Callable[..., Path], ask: Ask) -> None:
     root = project({}, sources=[{"path": "/dev/zero", "licence": "MIT"}])
     ended = ask(root)
-    assert (ended.code, ended.what) == (2, "a device stands in place of a file")
+    assert (ended.code, ended.what) == (2, "this is a device, not a file")
     require_nothing_left(root)
 
 

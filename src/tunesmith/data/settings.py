@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 
 from tunesmith.core.settings import Settings
+from tunesmith.data.formats.row_formats import AUTO, FORMATS
 
-Format = Literal["auto", "messages", "openai", "prompt-completion", "alpaca", "sharegpt"]
+
+def _known_format(name: str) -> str:
+    known = (AUTO, *FORMATS)
+    if name not in known:
+        raise ValueError(f"there is no format {name!r}; use one of {', '.join(known)}")
+    return name
+
+
+Format = Annotated[str, AfterValidator(_known_format), WithJsonSchema({"enum": [AUTO, *FORMATS], "type": "string"})]
 Action = Literal["report", "pseudonymise", "remove", "refuse"]
 
 ENTITIES = (

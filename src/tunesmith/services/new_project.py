@@ -18,10 +18,12 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.view import View
 from tunesmith.data.building.examine import renamed
-from tunesmith.data.formats.row_formats import conversation, format_of, objection, read_turns
+from tunesmith.data.formats.row_formats import format_of, read_turns
+from tunesmith.data.formats.turns import conversation, objection
 from tunesmith.data.governance.licences import permitted
 from tunesmith.data.settings import Licences, Source
-from tunesmith.data.sources.files import Row, find_files, open_source
+from tunesmith.data.sources.files import find_files, open_source
+from tunesmith.data.sources.row_readers import Row
 from tunesmith.project import FILE, STORE, Project
 
 _TEST_ROWS, _VALIDATION_ROWS = 300, 100

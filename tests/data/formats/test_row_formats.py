@@ -13,7 +13,8 @@ from tests.data.rows import turns
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.formats import row_formats
-from tunesmith.data.sources.files import Row
+from tunesmith.data.formats import turns as turn_checks
+from tunesmith.data.sources.row_readers import Row
 
 
 def conversation(
@@ -21,14 +22,14 @@ def conversation(
 ) -> tuple[Message, ...]:
     row = Row("a.jsonl", 3, fields)
     found = row_formats.read_turns(row, row_formats.format_of(name, row), Counter() if ignored is None else ignored)
-    reason = row_formats.objection(found)
+    reason = turn_checks.objection(found)
     assert reason is None, reason
-    return row_formats.conversation(found)
+    return turn_checks.conversation(found)
 
 
 def reason(messages: list[dict[str, Any]]) -> str | None:
     row = Row("a.jsonl", 3, {"messages": messages})
-    return row_formats.objection(row_formats.read_turns(row, row_formats.FORMATS["messages"], Counter()))
+    return turn_checks.objection(row_formats.read_turns(row, row_formats.FORMATS["messages"], Counter()))
 
 
 def error(fields: dict[str, Any], name: str = "auto") -> UsageError:
@@ -109,28 +110,27 @@ def test_wrong_types_name_row_and_key(fields: dict[str, Any], place: str) -> Non
 @pytest.mark.parametrize(
     ("messages", "expected"),
     [
-        ([], row_formats.NO_ANSWER),
-        (turns("hi"), row_formats.NO_ANSWER),
-        (turns("hi", "yo", "more"), row_formats.NO_ANSWER),
-        (turns(system="only"), row_formats.NO_ANSWER),
-        (turns("hi", ""), row_formats.EMPTY_ANSWER),
-        (turns("hi", " \n\t"), row_formats.EMPTY_ANSWER),
-        ([*turns("hi"), {"role": "assistant", "content": None}], row_formats.EMPTY_ANSWER),
-        (turns("", "yo"), row_formats.EMPTY_REQUEST),
+        ([], turn_checks.NO_ANSWER),
+        (turns("hi"), turn_checks.NO_ANSWER),
+        (turns("hi", "yo", "more"), turn_checks.NO_ANSWER),
+        (turns(system="only"), turn_checks.NO_ANSWER),
+        (turns("hi", ""), turn_checks.EMPTY_ANSWER),
+        (turns("hi", " \n\t"), turn_checks.EMPTY_ANSWER),
+        ([*turns("hi"), {"role": "assistant", "content": None}], turn_checks.EMPTY_ANSWER),
+        (turns("", "yo"), turn_checks.EMPTY_REQUEST),
         (turns("hi", "yo", system="a"), None),
-        (turns(system="a") + turns("hi", "yo", system="b"), row_formats.SYSTEM_TURNS),
-        (turns("hi") + turns(system="late") + turns("x", "yo")[1:], row_formats.SYSTEM_TURNS),
-        (turns("hi", "yo")[::-1] + turns("hi", "yo")[1:], row_formats.OUT_OF_ORDER),
-        (turns("hi") + turns("hi", "yo"), row_formats.OUT_OF_ORDER),
-        (turns("hi", "yo") + turns("hi", "yo")[1:], row_formats.OUT_OF_ORDER),
-        ([*turns("hi"), {"role": "tool", "content": "42"}, *turns("x", "yo")[1:]], row_formats.UNANSWERED),
-        ([*turns("hi"), {"role": "assistant", "content": "yo", "weight": 0}], row_formats.NOT_TO_LEARN),
+        (turns(system="a") + turns("hi", "yo", system="b"), turn_checks.SYSTEM_TURNS),
+        (turns("hi") + turns(system="late") + turns("x", "yo")[1:], turn_checks.SYSTEM_TURNS),
+        (turns("hi", "yo")[::-1] + turns("hi", "yo")[1:], turn_checks.OUT_OF_ORDER),
+        (turns("hi") + turns("hi", "yo"), turn_checks.OUT_OF_ORDER),
+        (turns("hi", "yo") + turns("hi", "yo")[1:], turn_checks.OUT_OF_ORDER),
+        ([*turns("hi"), {"role": "tool", "content": "42"}, *turns("x", "yo")[1:]], turn_checks.UNANSWERED),
+        ([*turns("hi"), {"role": "assistant", "content": "yo", "weight": 0}], turn_checks.NOT_TO_LEARN),
         ([*turns("hi"), {"role": "assistant", "content": "yo", "weight": 1}], None),
     ],
 )
 def test_conversations_that_cannot_be_learned_from(messages: list[dict[str, Any]], expected: str | None) -> None:
     assert reason(messages) == expected
-    assert expected is None or expected in row_formats.REASONS
 
 
 def test_keys_inside_turns_are_counted() -> None:
@@ -157,8 +157,8 @@ def test_preferences_are_told_and_not_imitated(row: dict[str, Any], name: str) -
 
 
 def test_what_a_format_was_told_by() -> None:
-    assert row_formats.evidence("messages", told=True) == "told by the settings"
-    found = row_formats.evidence("alpaca", told=False)
+    assert row_formats.format_evidence("messages", told=True) == "set in the settings"
+    found = row_formats.format_evidence("alpaca", told=False)
     assert found.startswith("every row has instruction and output")
 
 
@@ -166,9 +166,9 @@ def test_what_a_format_was_told_by() -> None:
 def test_what_passes_is_a_conversation(messages: list[dict[str, str]]) -> None:
     """The property that every later stage relies on, whatever the turns."""
     found = row_formats.read_turns(Row("a", 1, {"messages": messages}), row_formats.FORMATS["messages"], Counter())
-    if row_formats.objection(found) is not None:
+    if turn_checks.objection(found) is not None:
         return
-    result = row_formats.conversation(found)
+    result = turn_checks.conversation(found)
     spoken = [turn for turn in result if turn.role != "system"]
     assert [turn.role for turn in spoken] == ["user", "assistant"] * (len(spoken) // 2)
     assert spoken

@@ -20,7 +20,8 @@ from tunesmith.data.building.account import PRIVATE, SPOILT_CALL
 from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.dataset import example_id
 from tunesmith.data.formats import row_formats
-from tunesmith.data.sources.files import Row
+from tunesmith.data.formats import turns as turn_checks
+from tunesmith.data.sources.row_readers import Row
 from tunesmith.store.store import Store
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "at": {"type": "string"}}, "required": ["city"]}
@@ -47,7 +48,7 @@ WHOLE = [*asked(call()), told(), {"role": "assistant", "content": "Cold."}]
 
 def reason(messages: list[dict[str, Any]], **more: Any) -> str | None:
     found = Row("a.jsonl", 3, {"messages": messages, **more})
-    return row_formats.objection(row_formats.read_turns(found, row_formats.FORMATS["messages"], Counter()))
+    return turn_checks.objection(row_formats.read_turns(found, row_formats.FORMATS["messages"], Counter()))
 
 
 def test_a_whole_exchange_with_a_tool() -> None:
@@ -94,14 +95,14 @@ def test_every_spelling_says_the_same(fields: dict[str, Any]) -> None:
         (asked(call("1"), call("2")), None),
         ([*asked(call("1"), call("2")), told("2"), told("1"), WHOLE[3]], None),
         ([*asked(call(), content="Let me look."), told(), *asked(call("2"))[1:], told("2"), WHOLE[3]], None),
-        ([*asked(call("1"), call("2")), told("1"), WHOLE[3]], row_formats.UNANSWERED),
-        ([*asked(call("1")), told("2"), WHOLE[3]], row_formats.UNANSWERED),
-        ([*asked(call("1")), told("1"), told("1"), WHOLE[3]], row_formats.UNANSWERED),
-        ([*asked(call("1"), call("1")), told("1"), WHOLE[3]], row_formats.UNANSWERED),
-        ([*asked(call()), WHOLE[3]], row_formats.UNANSWERED),
-        ([*asked(call()), told()], row_formats.NO_ANSWER),
-        ([*asked(call()), told(), *turns("x", "y")], row_formats.OUT_OF_ORDER),
-        (asked(call(name="time")), row_formats.UNDECLARED),
+        ([*asked(call("1"), call("2")), told("1"), WHOLE[3]], turn_checks.UNANSWERED),
+        ([*asked(call("1")), told("2"), WHOLE[3]], turn_checks.UNANSWERED),
+        ([*asked(call("1")), told("1"), told("1"), WHOLE[3]], turn_checks.UNANSWERED),
+        ([*asked(call("1"), call("1")), told("1"), WHOLE[3]], turn_checks.UNANSWERED),
+        ([*asked(call()), WHOLE[3]], turn_checks.UNANSWERED),
+        ([*asked(call()), told()], turn_checks.NO_ANSWER),
+        ([*asked(call()), told(), *turns("x", "y")], turn_checks.OUT_OF_ORDER),
+        (asked(call(name="time")), turn_checks.UNDECLARED),
     ],
 )
 def test_what_answers_what(messages: list[dict[str, Any]], expected: str | None) -> None:
@@ -139,7 +140,7 @@ def test_weights_are_kept_and_what_follows_the_last_is_left_out() -> None:
     found = conversation({"messages": spoken})
     assert [(turn.content, turn.weight) for turn in found] == [("a", 1), ("b", 0), ("c", 1), ("d", 1)]
     spoken[3]["weight"] = 0
-    assert reason(spoken) == row_formats.NOT_TO_LEARN
+    assert reason(spoken) == turn_checks.NOT_TO_LEARN
 
 
 def test_plain_turns_are_written_as_they_always_were() -> None:
@@ -182,7 +183,7 @@ def test_a_dataset_of_tool_rows(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [*rows, rows[0], {"messages": [*asked(call()), WHOLE[3]], "tools": TOOLS}])
     dataset = build(tmp_path)
     body = dataset.record.body
-    assert body["rows"]["removed"] == {"exact duplicate": 1, row_formats.UNANSWERED: 1}
+    assert body["rows"]["removed"] == {"exact duplicate": 1, turn_checks.UNANSWERED: 1}
     assert body["ignored_keys"] == {}
     example = dataset.examples("train")[0]
     assert tools_of(example.messages) == TOOLS
@@ -234,7 +235,7 @@ OPENAI = {"messages": WHOLE, "tools": TOOLS}
         (lambda m: m[2].pop("tool_call_id"), "must have tool_call_id", "messages[2]"),
         (lambda m: m[0].update(mood="fine"), "has no key 'mood'", "messages[0].mood"),
         (lambda m: m[0].update(role="human"), "there is no role 'human'", "messages[0].role"),
-        (lambda m: m[1]["tool_calls"][0].pop("id"), "a call has an id", "messages[1].tool_calls[0]"),
+        (lambda m: m[1]["tool_calls"][0].pop("id"), "a call must have an id", "messages[1].tool_calls[0]"),
         (lambda m: m[1]["tool_calls"][0]["function"].update(arguments={}), "JSON as text", "function.arguments"),
     ],
 )
@@ -259,8 +260,8 @@ def test_a_short_file_of_openais_is_warned_of(tmp_path: Path) -> None:
     chosen = settings(source={"format": "openai"}, split={"group_by": "part", "test": 0.5})
     dataset = build(tmp_path, chosen)
     document = dataset_summary(Store(tmp_path / "store"), dataset.digest).document()
-    assert document["warnings"] == ["rows.jsonl: 9 rows: OpenAI's service takes a file of at least 10 examples"]
-    assert document["sources"][0]["evidence"] == "told by the settings"
+    assert document["warnings"] == ["rows.jsonl: 9 rows: OpenAI's service accepts files of at least 10 examples"]
+    assert document["sources"][0]["evidence"] == "set in the settings"
 
 
 def test_a_bad_row_is_named_by_file_row_and_key(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from tests.data.rows import build, many_rows, settings, write_jsonl
 from tunesmith.core.errors import UsageError
 from tunesmith.data.settings import Source
-from tunesmith.data.sources.files import Row, find_files, open_source
+from tunesmith.data.sources.files import find_files, open_source
+from tunesmith.data.sources.row_readers import Row
 
 Pack = Callable[[bytes], bytes]
 
@@ -68,8 +69,8 @@ def test_a_compressed_file_has_the_rows_it_had(tmp_path: Path, ending: str) -> N
 def test_cut_off_damaged_and_empty(tmp_path: Path, ending: str) -> None:
     whole = PACKERS[ending](LINES)
     name = f"a.jsonl{ending}"
-    assert "cut off" in failure(tmp_path, name, whole[: len(whole) // 2]).what
-    assert "cut off" in failure(tmp_path, name, whole[:-3]).what
+    assert "truncated" in failure(tmp_path, name, whole[: len(whole) // 2]).what
+    assert "truncated" in failure(tmp_path, name, whole[:-3]).what
     damaged = bytearray(whole)
     damaged[len(whole) // 2] ^= 0xFF
     damaged[len(whole) // 2 + 1] ^= 0xFF
@@ -107,11 +108,11 @@ def _tar() -> bytes:
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("a.jsonl", gzip.compress(LINES), "the name says jsonl, the content is gzip"),
+        ("a.jsonl", gzip.compress(LINES), "the name says jsonl, but the content is gzip"),
         ("a.csv", zstd(LINES), "the content is Zstandard"),
         ("a.json", bz2.compress(LINES), "the content is bzip2"),
-        ("a.jsonl.gz", LINES, "the name says gzip, the content is not"),
-        ("a.jsonl.gz", lzma.compress(LINES), "the name says gzip, the content is xz"),
+        ("a.jsonl.gz", LINES, "the name says gzip, but the content is something else"),
+        ("a.jsonl.gz", lzma.compress(LINES), "the name says gzip, but the content is xz"),
         ("a.jsonl.gz", gzip.compress(gzip.compress(LINES)), "the content is gzip"),
         ("a.jsonl.gz", gzip.compress(_tar()), "the content is a tar archive"),
         ("a.jsonl", _tar(), "the content is a tar archive"),
@@ -122,7 +123,7 @@ def _tar() -> bytes:
         ("a.tar.gz", gzip.compress(_tar()), ".tar may hold several files"),
         ("a.zip", b"PK\3\4", ".zip may hold several files"),
         ("a.parquet.gz", gzip.compress(LINES), "Parquet is compressed inside"),
-        ("a.gz", gzip.compress(LINES), "rows are not read from a file without an ending"),
+        ("a.gz", gzip.compress(LINES), "rows cannot be read from a file without a suffix"),
     ],
 )
 def test_a_name_that_lies_about_its_content(tmp_path: Path, name: str, data: bytes, said: str) -> None:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from tests.data.rows import row, write_jsonl
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.settings import Source
-from tunesmith.data.sources.files import Row, find_files, open_source
+from tunesmith.data.sources.files import find_files, open_source
+from tunesmith.data.sources.row_readers import Row
 
 GOOD = json.dumps(row("hello", "hi"))
 
@@ -175,7 +176,7 @@ def test_a_file_replaced_after_it_was_found_is_not_followed(tmp_path: Path) -> N
 
 
 def test_missing_files_and_permissions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="no file fits"):
+    with pytest.raises(UsageError, match="no file matches"):
         read(tmp_path, "none/*.jsonl")
     write_jsonl(tmp_path / "a.jsonl", [row("a", "b")])
 
@@ -188,7 +189,7 @@ def test_missing_files_and_permissions(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_unknown_ending_and_overlapping_sources(tmp_path: Path) -> None:
-    assert "not read from .xlsx" in failure(tmp_path, "a.xlsx", b"x").what
+    assert "cannot be read from .xlsx" in failure(tmp_path, "a.xlsx", b"x").what
     write_jsonl(tmp_path / "a.jsonl", [row("a", "b")])
     both = [Source(path="a.jsonl", licence="MIT"), Source(path="*.jsonl", licence="MIT")]
     with pytest.raises(UsageError, match="two sources"):

@@ -16,7 +16,8 @@ from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.settings import Source
-from tunesmith.data.sources.files import Row, find_files, open_source
+from tunesmith.data.sources.files import find_files, open_source
+from tunesmith.data.sources.row_readers import Row
 
 ROWS = many_rows(2500)
 
@@ -75,19 +76,19 @@ def test_a_dataset_with_splits_is_named_by_one(tmp_path: Path) -> None:
 def test_a_folder_whose_list_cannot_be_followed(tmp_path: Path) -> None:
     folder = save_to_disk(tmp_path / "set", ROWS[:20])
     (folder / "data-00001-of-00002.arrow").rename(tmp_path / "away.arrow")
-    assert "data-00001-of-00002.arrow is listed and not there" in failure(tmp_path, "set").what
+    assert "data-00001-of-00002.arrow is listed but missing" in failure(tmp_path, "set").what
     (folder / "data-00001-of-00002.arrow").symlink_to(tmp_path / "away.arrow")
     assert "a link" in failure(tmp_path, "set").what
     for entry in ("../away.arrow", "/etc/passwd", "state.json", 3, None):
         (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": entry}]}))
-        assert "no .arrow file of this folder" in failure(tmp_path, "set").what
+        assert "not an .arrow file of this folder" in failure(tmp_path, "set").what
     for state in ("[", "[]", "{}", '{"_data_files": []}', '{"_indices_data_files": [{"filename": "a"}]}'):
         (folder / "state.json").write_text(state)
         assert failure(tmp_path, "set").where == "set/state.json"
     (folder / "dataset_info.json").unlink()
     assert "dataset_info.json" in failure(tmp_path, "set").what
     (folder / "state.json").unlink()
-    assert "a folder stands in place" in failure(tmp_path, "set").what
+    assert "this is a folder" in failure(tmp_path, "set").what
 
 
 def test_an_arrow_file_that_was_cut_off(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_an_arrow_file_that_was_cut_off(tmp_path: Path) -> None:
     for data in (between, whole[:-8], whole[:-9], whole[: len(whole) // 2], whole[:5]):
         path.write_bytes(data)
         error = failure(tmp_path, "set")
-        assert "cut off" in error.what
+        assert "truncated" in error.what
     damaged = bytearray(whole)
     damaged[8:40] = bytes(32)
     path.write_bytes(damaged)
@@ -173,11 +174,11 @@ def test_a_file_url_is_a_path_and_held_to_its_rules(tmp_path: Path) -> None:
 def test_urls_that_lead_nowhere(tmp_path: Path, bucket: Any) -> None:
     put(bucket, "/b/empty.jsonl", b"")
     put(bucket, "/b/rows.jsonl", lines(ROWS[:3]))
-    assert "no file fits" in failure(tmp_path, "memory://b/none.jsonl").what
-    assert "no file fits" in failure(tmp_path, "memory://b/*.csv").what
+    assert "no file matches" in failure(tmp_path, "memory://b/none.jsonl").what
+    assert "no file matches" in failure(tmp_path, "memory://b/*.csv").what
     assert "a folder" in failure(tmp_path, "memory://b").what
     assert failure(tmp_path, "memory://b/empty.jsonl").what == "the file is empty"
-    assert "not understood" in failure(tmp_path, "nosuch://b/a.jsonl").what
+    assert "cannot be parsed" in failure(tmp_path, "nosuch://b/a.jsonl").what
     assert "chained" in failure(tmp_path, "memory://b/rows.jsonl::zip://a").what
     (file,) = find_files([Source(path="memory://b/rows.jsonl", licence="MIT")], tmp_path)
     bucket.rm("/b/rows.jsonl")

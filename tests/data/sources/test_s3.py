@@ -65,7 +65,7 @@ def test_objects_are_rows_under_their_digest(tmp_path: Path, bucket: Any) -> Non
 
 @pytest.mark.parametrize("path", ["s3://rows/none.jsonl", "s3://nobucket/a.jsonl", "s3://nobucket/*.jsonl"])
 def test_what_is_not_there(tmp_path: Path, bucket: Any, path: str) -> None:
-    with pytest.raises(UsageError, match="no file fits") as caught:
+    with pytest.raises(UsageError, match="no file matches") as caught:
         build(tmp_path, settings(path))
     assert caught.value.where == path
 
@@ -88,7 +88,7 @@ def test_an_object_that_changes_while_it_is_fetched(bucket: Any) -> None:
     ("path", "without", "code", "said"),
     [
         ("s3://rows/a.jsonl", (), 0, ""),
-        ("s3://nobucket/a.jsonl", (), 2, "no file fits this source"),
+        ("s3://nobucket/a.jsonl", (), 2, "no file matches this source"),
         ("s3://rows/a.jsonl", tuple(KEYS), 1, "credentials"),
     ],
 )

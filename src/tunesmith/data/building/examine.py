@@ -23,11 +23,12 @@ from tunesmith.data.building.account import (
 )
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.formats import row_formats
+from tunesmith.data.formats.turns import AFTER_THE_LAST, conversation, ends_unlearned, objection
 from tunesmith.data.governance.licences import permitted
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.privacy.scan import Scan, Scanner
 from tunesmith.data.settings import NEAR, WORDING, DataSettings, Source
-from tunesmith.data.sources.files import Row
+from tunesmith.data.sources.row_readers import Row
 from tunesmith.data.splitting.assignment import time_of
 from tunesmith.data.splitting.duplicates import answer_key, request_text
 from tunesmith.data.splitting.groups import wording_group
@@ -99,11 +100,11 @@ class Examiner:
         fields = renamed(row, source.rename)
         turns = row_formats.read_turns(Row(row.source, row.number, fields), row_format, self.account.ignored)
         self._count_ignored(fields, source, row_format)
-        if (reason := row_formats.objection(turns)) is not None:
+        if (reason := objection(turns)) is not None:
             return Removed(reason)
         licence = permitted(_licence(row, fields, source), self.settings.licences, row.where)
-        original = row_formats.conversation(turns)
-        self.account.ignored.update([row_formats.AFTER_THE_LAST] if row_formats.ends_unlearned(turns) else ())
+        original = conversation(turns)
+        self.account.ignored.update([AFTER_THE_LAST] if ends_unlearned(turns) else ())
         self._refuse_control_tokens(original, row)
         fitting = self._fit(original, row)
         if fitting is None:

@@ -15,9 +15,11 @@ from tunesmith.core.messages import Message
 from tunesmith.data.building.examine import listed_values, renamed
 from tunesmith.data.building.staging import batches
 from tunesmith.data.formats import row_formats
+from tunesmith.data.formats.turns import conversation
 from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.settings import DataSettings, Rows, Source
-from tunesmith.data.sources.files import OpenSource, Row, find_files, open_source
+from tunesmith.data.sources.files import OpenSource, find_files, open_source
+from tunesmith.data.sources.row_readers import Row
 from tunesmith.data.splitting.duplicates import near_text, request_text
 from tunesmith.data.splitting.groups import wording_group
 
@@ -83,7 +85,7 @@ def _conversations(opened: OpenSource) -> Iterator[tuple[Message, ...]]:
     for row in opened.rows():
         fields = Row(row.source, row.number, renamed(row, opened.file.source.rename))
         row_format = row_format or row_formats.format_of(opened.file.source.format, fields)
-        yield row_formats.conversation(row_formats.read_turns(fields, row_format, Counter()))
+        yield conversation(row_formats.read_turns(fields, row_format, Counter()))
 
 
 def outside_sources(sets: Sequence[Rows]) -> tuple[Source, ...]:

@@ -29,8 +29,8 @@ from tunesmith.data.building.staging import Line, StagedRow, removed_line, stage
 from tunesmith.data.formats.row_formats import RowFormat, format_of
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.settings import DataSettings
-from tunesmith.data.sources.files import Row, SourceFile, fetched, find_files, open_source
-from tunesmith.data.sources.row_readers import WHOLE, Part
+from tunesmith.data.sources.files import SourceFile, fetched, find_files, open_source
+from tunesmith.data.sources.row_readers import WHOLE, Part, Row
 
 SHARD_BYTES = 2 << 20
 _ROWS_TOGETHER = 2000

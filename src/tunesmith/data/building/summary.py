@@ -6,7 +6,7 @@ from typing import Any
 
 from tunesmith.core.view import Omitted, View
 from tunesmith.data.formats.openai_rules import too_few
-from tunesmith.data.formats.row_formats import OPENAI, evidence
+from tunesmith.data.formats.row_formats import OPENAI, format_evidence
 from tunesmith.store.store import Store
 
 
@@ -104,13 +104,13 @@ def dataset_summary(store: Store, digest: str) -> DatasetSummary:
     """The summary of a dataset version. Raises Refused where its record is missing or damaged."""
     body = store.record(digest, kind="dataset").body
     sources = [
-        SourceSummary(**source, evidence=evidence(source["format"], told=source["format_told"]))
+        SourceSummary(**source, evidence=format_evidence(source["format"], told=source["format_told"]))
         for source in body["sources"]
     ]
     warnings = [
         f"{source.path}: {warning}"
         for source in sources
-        if source.format == OPENAI.name and (warning := too_few(source.rows))
+        if source.format == OPENAI and (warning := too_few(source.rows))
     ]
     stated = {key: body[key] for key in DatasetSummary.model_fields if key in body and key != "sources"}
     return DatasetSummary(dataset=digest, **stated, sources=tuple(sources), warnings=tuple(warnings))

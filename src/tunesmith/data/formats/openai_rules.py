@@ -1,7 +1,7 @@
-"""The rules that OpenAI documents for rows of supervised fine-tuning of chat models, held to each row.
+"""OpenAI's documented rules for the rows of a chat model's supervised fine-tuning, applied by `format: openai`.
 
-Source: OpenAI's API reference (fine-tuning, the per-line chat input) and its fine-tuning guide. Rows of `format:
-messages` are read more widely; rows of `format: openai` are refused where that service would refuse them.
+Source: OpenAI's API reference (fine-tuning, the per-line chat input) and its fine-tuning guide. `format: messages`
+accepts more than these rules.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tunesmith.core.errors import UsageError
 
 LEAST_EXAMPLES: Final = 10
 _MOST_FUNCTIONS: Final = 128
-# What a message of each role must have (one of each group) and what else it may have.
+# Per role: groups of keys of which one must be present, and further keys that are allowed.
 _NEEDED: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     "system": (("content",),),
     "developer": (("content",),),
@@ -30,13 +30,13 @@ _ALSO: Final = {
 
 
 def require_openai(fields: Mapping[str, Any], where: str) -> None:
-    """Raise UsageError for the first rule that a row breaks, with the place."""
+    """Raise UsageError, with the place, for the first rule that a row breaks."""
     messages = fields["messages"]
     if not isinstance(messages, list) or not messages:
         raise UsageError("messages must be a list of at least one message", where=f"{where}, messages")
     for place, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise UsageError("a message is an object", where=f"{where}, messages[{place}]")
+            raise UsageError("a message must be an object", where=f"{where}, messages[{place}]")
         _require_message(message, f"{where}, messages[{place}]")
     if messages[-1]["role"] != "assistant":
         raise UsageError(
@@ -71,13 +71,13 @@ def _require_message(message: Mapping[str, Any], where: str) -> None:
         at = f"{where}.tool_calls[{place}]"
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or call.get("type") != "function" or not isinstance(call.get("id"), str):
-            raise UsageError("a call has an id, the type function and a function", where=at)
+            raise UsageError("a call must have an id, the type function and a function", where=at)
         if not isinstance(function.get("arguments"), str):
-            raise UsageError("a call's arguments are JSON as text", where=f"{at}.function.arguments")
+            raise UsageError("a call's arguments must be JSON as text", where=f"{at}.function.arguments")
 
 
 def too_few(rows: int) -> str | None:
-    """What is said of a file with fewer rows than that service takes; None for enough."""
+    """A warning for a file with fewer rows than OpenAI's service accepts; None for enough."""
     if rows >= LEAST_EXAMPLES:
         return None
-    return f"{rows} rows: OpenAI's service takes a file of at least {LEAST_EXAMPLES} examples"
+    return f"{rows} rows: OpenAI's service accepts files of at least {LEAST_EXAMPLES} examples"

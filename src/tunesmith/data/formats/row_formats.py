@@ -1,8 +1,7 @@
-"""The formats that rows may have, and how a row of each becomes turns.
+"""The formats that rows may have, and how a row of each format becomes turns. FORMATS, at the end, lists them.
 
-A row that does not fit its format (a missing key, a wrong type, an unknown role, two formats in one source) is an
-error that names the place. A row that fits but holds no usable conversation is removed with one of REASONS, and
-counted.
+A row that does not fit its format (a missing key, a wrong type, an unknown role, two formats in one source) is an error
+that names the place. A row that fits but holds no usable conversation is removed and counted (see turns.py).
 """
 
 from __future__ import annotations
@@ -14,67 +13,49 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message, Role, ToolCall, with_tools
+from tunesmith.core.messages import ToolCall
 from tunesmith.data.formats.openai_rules import require_openai
 from tunesmith.data.formats.tool_calls import made_id, read_call, read_calls, read_tools
-from tunesmith.data.sources.files import Row
+from tunesmith.data.formats.turns import Turn
+from tunesmith.data.sources.row_readers import Row
 
-NO_ANSWER: Final = "no assistant turn at the end"
-EMPTY_ANSWER: Final = "empty assistant turn"
-EMPTY_REQUEST: Final = "empty user turn"
-SYSTEM_TURNS: Final = "system turn not first or more than one"
-OUT_OF_ORDER: Final = "roles out of order"
-UNANSWERED: Final = "tool turns do not answer the calls before them"
-UNDECLARED: Final = "calls a tool that the row does not declare"
-NOT_TO_LEARN: Final = "every answer marked with weight 0"
-REASONS = (
-    NO_ANSWER, EMPTY_ANSWER, EMPTY_REQUEST, SYSTEM_TURNS, OUT_OF_ORDER, UNANSWERED, UNDECLARED, NOT_TO_LEARN
-)  # fmt: skip
-AFTER_THE_LAST: Final = "messages[] after the last one to learn"
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A turn before it is judged. answers: of a tool's turn, the id of the call; tools: on the first turn alone."""
-
-    role: Role
-    content: str
-    calls: tuple[ToolCall, ...] = ()
-    answers: str | None = None
-    weight: Literal[0, 1] = 1
-    tools: tuple[Mapping[str, Any], ...] = ()
+AUTO: Final = "auto"
+OPENAI: Final = "openai"
 
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """A format: the keys that tell it, the further ones it reads, and how its rows become turns.
+    """A format of rows.
 
-    read takes the row's fields, the place for errors, and a counter for keys inside turns that mean nothing here.
+    needs: keys that every row has. also: further keys that are read. read: (the row's fields, the place for errors, a
+    counter of ignored keys inside turns) -> turns. detected: whether `format: auto` may choose it.
     """
 
     name: str
     needs: frozenset[str]
     also: frozenset[str]
     read: Callable[[Mapping[str, Any], str, Counter[str]], list[Turn]]
+    detected: bool = True
 
 
 def format_of(name: str, row: Row) -> RowFormat:
-    """The row_format told by name, or detected from the row's keys where name is "auto".
+    """The format of that name; for "auto" the one that the row's keys fit.
 
-    Raises UsageError for neither, and for rows of preferences, which are not learned from by imitation.
+    Raises UsageError where no format or several fit, and for preference rows, which supervised training cannot use.
     """
     if (keys := _preference(row.fields)) is not None:
         raise UsageError(
-            f"the row states preferences ({keys}), and only supervised fine-tuning is done here",
+            f"the row states preferences ({keys}), but only supervised fine-tuning is supported",
             where=row.where,
-            fix="make rows of the preferred answers alone: a request and its answer",
+            fix="make rows of the preferred answers only: a request and its answer",
         )
-    if name != "auto":
-        return FORMATS.get(name, OPENAI)
-    fitting = [row_format for row_format in FORMATS.values() if row_format.needs <= row.fields.keys()]
+    if name != AUTO:
+        return FORMATS[name]
+    detected = [one for one in FORMATS.values() if one.detected]
+    fitting = [one for one in detected if one.needs <= row.fields.keys()]
     if len(fitting) == 1:
         return fitting[0]
-    known = "; ".join(f"{row_format.name}: {', '.join(sorted(row_format.needs))}" for row_format in FORMATS.values())
+    known = "; ".join(f"{one.name}: {', '.join(sorted(one.needs))}" for one in detected)
     what = "fits several formats" if fitting else "fits no known format"
     raise UsageError(
         f"a row with the keys {', '.join(sorted(row.fields)) or '(none)'} {what}",
@@ -83,32 +64,23 @@ def format_of(name: str, row: Row) -> RowFormat:
     )
 
 
-def evidence(name: str, *, told: bool) -> str:
-    """How a source's format is known, for a person to judge. Every row was held to it."""
+def format_evidence(name: str, *, told: bool) -> str:
+    """How a source's format is known, for a person to judge. Every row was checked against it."""
     if told:
-        return "told by the settings"
-    row_format = FORMATS[name]
-    others = ", ".join(other.name for other in FORMATS.values() if other is not row_format)
-    return f"every row has {' and '.join(sorted(row_format.needs))}, the first fits no other format ({others})"
-
-
-def _preference(fields: Mapping[str, Any]) -> str | None:
-    """The keys that make a row one of preferences: OpenAI's, those of DPO, those of KTO."""
-    for keys in (("preferred_output", "non_preferred_output"), ("chosen", "rejected")):
-        if all(key in fields for key in keys):
-            return " and ".join(keys)
-    judged = "completion" in fields and isinstance(fields.get("label"), bool)
-    return "completion and a label of true or false" if judged else None
+        return "set in the settings"
+    needs = FORMATS[name].needs
+    others = ", ".join(one.name for one in FORMATS.values() if one.detected and one.name != name)
+    return f"every row has {' and '.join(sorted(needs))}, and the first row fits no other format ({others})"
 
 
 def read_turns(row: Row, row_format: RowFormat, ignored: Counter[str]) -> list[Turn]:
-    """The row's turns. Raises UsageError with the row and key where it is not of the row_format.
+    """The row's turns. Raises UsageError, with the row and the key, where the row does not fit the format.
 
-    ignored: counts the keys inside turns that have no meaning here.
+    ignored: counts the keys inside turns that are not read.
     """
     missing = row_format.needs - row.fields.keys()
     if missing:
-        other = [known.name for known in FORMATS.values() if known.needs <= row.fields.keys()]
+        other = [one.name for one in FORMATS.values() if one.needs <= row.fields.keys()]
         raise UsageError(
             f"the row has no {', '.join(sorted(missing))}" + (f"; it looks like {other[0]}" if other else ""),
             where=row.where,
@@ -117,75 +89,17 @@ def read_turns(row: Row, row_format: RowFormat, ignored: Counter[str]) -> list[T
     return row_format.read(row.fields, row.where, ignored)
 
 
-def objection(turns: Sequence[Turn]) -> str | None:
-    """Why these turns are no conversation to learn from; None where they are one.
-
-    A conversation is at most one system turn, first, then user and assistant in turns, the assistant last. Where the
-    assistant calls tools, one turn answers each call and the assistant goes on. No turn is empty but a tool's and one
-    that calls; at least one of the assistant's is to be learned.
-    """
-    spoken = turns[1:] if turns and turns[0].role == "system" else turns
-    if any(turn.role == "system" for turn in spoken):
-        return SYSTEM_TURNS
-    if not spoken or spoken[-1].role != "assistant":
-        return NO_ANSWER
-    if (reason := _disorder(spoken)) is not None:
-        return reason
-    empty = next((turn for turn in spoken if not (turn.content.strip() or turn.calls or turn.role == "tool")), None)
-    if empty is not None:
-        return EMPTY_ANSWER if empty.role == "assistant" else EMPTY_REQUEST
-    declared = {tool["function"]["name"] for tool in turns[0].tools}
-    if declared and any(call.name not in declared for turn in spoken for call in turn.calls):
-        return UNDECLARED
-    return None if any(turn.role == "assistant" and turn.weight for turn in spoken) else NOT_TO_LEARN
-
-
-def _disorder(spoken: Sequence[Turn]) -> str | None:
-    """What is wrong with the order of the turns after the system's."""
-    expected, waiting = "user", set[str]()
-    for turn in spoken:
-        if waiting or turn.role == "tool":
-            if turn.role != "tool" or turn.answers not in waiting:
-                return UNANSWERED
-            waiting.discard(turn.answers)
-            continue
-        if turn.role != expected:
-            return OUT_OF_ORDER
-        waiting = {call.id for call in turn.calls}
-        if len(waiting) != len(turn.calls):
-            return UNANSWERED  # one id for two calls
-        expected = "assistant" if turn.role == "user" or turn.calls else "user"
-    return None
-
-
-def conversation(turns: Sequence[Turn]) -> tuple[Message, ...]:
-    """Turns without objection as messages, up to the last that is to be learned; an empty system turn is none.
-
-    What follows the last turn to learn would be read by the training and teach nothing.
-    """
-    last = max((place for place, turn in enumerate(turns) if turn.role == "assistant" and turn.weight), default=0)
-    said = [turn for turn in turns[: last + 1] if turn.content or turn.role != "system"]
-    messages = [
-        Message(
-            role=turn.role,
-            content=turn.content,
-            tool_calls=turn.calls,
-            tool_call_id=turn.answers,
-            weight=turn.weight if turn.role == "assistant" else 1,
-        )
-        for turn in said
-    ]
-    tools = turns[0].tools if turns else ()
-    return with_tools(messages, tools) if tools else tuple(messages)
-
-
-def ends_unlearned(turns: Sequence[Turn]) -> bool:
-    """Whether turns without objection go on after the last that is to be learned."""
-    return turns[-1].weight == 0
+def _preference(fields: Mapping[str, Any]) -> str | None:
+    """The keys that make a row a preference row: OpenAI's, DPO's or KTO's; None for other rows."""
+    for keys in (("preferred_output", "non_preferred_output"), ("chosen", "rejected")):
+        if all(key in fields for key in keys):
+            return " and ".join(keys)
+    judged = "completion" in fields and isinstance(fields.get("label"), bool)
+    return "completion and a label of true or false" if judged else None
 
 
 def text_of(fields: Mapping[str, Any], key: str, where: str) -> str:
-    """A string field. Raises UsageError for another type and for characters that no file should hold."""
+    """A text field. Raises UsageError for another type, NUL characters and broken surrogate pairs."""
     value = fields[key]
     if not isinstance(value, str):
         raise UsageError(f"{key} is a {type(value).__name__}, not text", where=f"{where}, {key}")
@@ -196,7 +110,7 @@ def _sound(text: str, where: str) -> str:
     if "\0" in text:
         raise UsageError("the text holds a NUL character", where=where, fix="remove it: the file may be damaged")
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UsageError("the text holds half a surrogate pair", where=where, fix="correct it: it is no character")
+        raise UsageError("the text holds half a surrogate pair", where=where, fix="correct it: it is not a character")
     return text
 
 
@@ -204,7 +118,7 @@ _TURN_KEYS: Final = {"role", "content", "tool_calls", "function_call", "tool_cal
 
 
 def _messages(fields: Mapping[str, Any], where: str, ignored: Counter[str]) -> list[Turn]:
-    """OpenAI's row_format: {"messages": [{"role", "content", "tool_calls", "tool_call_id", "weight"}], "tools"}."""
+    """Turns of {"messages": [{"role", "content", "tool_calls", "tool_call_id", "weight"}], "tools"}."""
     turns: list[Turn] = []
     calls: list[ToolCall] = []
     for place, entry in _entries(fields, "messages", where):
@@ -218,7 +132,7 @@ def _messages(fields: Mapping[str, Any], where: str, ignored: Counter[str]) -> l
         elif entry.get("function_call"):
             made = (read_call(entry["function_call"], f"{place}.function_call", _sound, len(calls)),)
         if made and role != "assistant":
-            raise UsageError(f"a {role} turn calls nothing", where=f"{place}.tool_calls")
+            raise UsageError(f"a {role} turn cannot call a tool", where=f"{place}.tool_calls")
         answers = _answered(entry, calls, turns, place) if role == "tool" else None
         calls.extend(made)
         turns.append(Turn(role, content, made, answers, _weight(entry, place)))
@@ -238,7 +152,7 @@ def _weight(entry: Mapping[str, Any], place: str) -> Literal[0, 1]:
 
 
 def _answered(entry: Mapping[str, Any], calls: Sequence[ToolCall], turns: Sequence[Turn], place: str) -> str:
-    """The id of the call that a tool's turn answers: its own word, else the first call not yet answered."""
+    """The id of the call that a tool turn answers: as it states, else the first call without an answer."""
     told = entry.get("tool_call_id")
     if told is None:
         done = {turn.answers for turn in turns}
@@ -249,14 +163,14 @@ def _answered(entry: Mapping[str, Any], calls: Sequence[ToolCall], turns: Sequen
 
 
 def _with_tools(turns: list[Turn], fields: Mapping[str, Any], where: str) -> list[Turn]:
-    """The turns, the row's tools on the first of them."""
+    """The turns with the row's tools on the first one."""
     named = [key for key in ("tools", "functions") if fields.get(key)]
     if len(named) > 1:
         raise UsageError("the row has both tools and functions", where=where, fix="leave functions out")
     several = any(len(turn.calls) > 1 for turn in turns)
     if fields.get("parallel_tool_calls") is False and several:
         raise UsageError(
-            "a turn has several calls", where=f"{where}, parallel_tool_calls", fix="set it true, or divide"
+            "a turn has several calls", where=f"{where}, parallel_tool_calls", fix="set it to true, or split the turn"
         )
     if not named or not turns:
         return turns
@@ -275,7 +189,7 @@ def _content(content: Any, where: str) -> str:
 
 
 def _sharegpt(fields: Mapping[str, Any], where: str, ignored: Counter[str]) -> list[Turn]:
-    """{"conversations": [{"from": "human" | "gpt" | "function_call" | "observation", "value"}], "system", "tools"}."""
+    """Turns of {"conversations": [{"from", "value"}], "system", "tools"}; _SHAREGPT_ROLES lists what `from` may say."""
     turns = _system(fields, where)
     calls: list[ToolCall] = []
     for place, entry in _entries(fields, "conversations", where):
@@ -294,7 +208,7 @@ def _sharegpt(fields: Mapping[str, Any], where: str, ignored: Counter[str]) -> l
 
 
 def _spoken_calls(text: str, where: str, first: int) -> tuple[ToolCall, ...]:
-    """The calls in a turn's text: a JSON object, or a list of several."""
+    """The calls in a turn's text: a JSON object, or a list of them."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -308,7 +222,7 @@ def _prompt_completion(fields: Mapping[str, Any], where: str, _ignored: Counter[
 
 
 def _alpaca(fields: Mapping[str, Any], where: str, _ignored: Counter[str]) -> list[Turn]:
-    """{"instruction", "input", "output"}: the input, where there is one, follows the instruction after a blank line."""
+    """Turns of {"instruction", "input", "output"}; the input, if any, follows the instruction after a blank line."""
     given = text_of(fields, "input", where) if "input" in fields else ""
     request = "\n\n".join(part for part in (text_of(fields, "instruction", where), given) if part.strip())
     return [*_system(fields, where), Turn("user", request), Turn("assistant", text_of(fields, "output", where))]
@@ -325,7 +239,7 @@ def _entries(fields: Mapping[str, Any], key: str, where: str) -> list[tuple[str,
         raise UsageError(f"{key} is a {type(entries).__name__}, not a list of turns", where=f"{where}, {key}")
     for place, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise UsageError("a turn is an object", where=f"{where}, {key}[{place}]")
+            raise UsageError("a turn must be an object", where=f"{where}, {key}[{place}]")
     return [(f"{where}, {key}[{place}]", entry) for place, entry in enumerate(entries)]
 
 
@@ -356,16 +270,17 @@ def _role(name: Any, known: Mapping[str, Any], where: str) -> Any:
     return known[name]
 
 
-def _format(name: str, needs: str, also: str, read: Callable[..., list[Turn]]) -> RowFormat:
-    return RowFormat(name, frozenset(needs.split()), frozenset(also.split()), read)
+def _format(name: str, needs: str, also: str, read: Callable[..., list[Turn]], *, detected: bool = True) -> RowFormat:
+    return RowFormat(name, frozenset(needs.split()), frozenset(also.split()), read, detected)
 
 
-# Told, never detected: its rows are messages too, held to that service's own rules.
-OPENAI = _format("openai", "messages", "tools functions parallel_tool_calls", _openai)
-FORMATS: dict[str, RowFormat] = {
-    row_format.name: row_format
-    for row_format in (
-        _format("messages", "messages", "tools functions parallel_tool_calls", _messages),
+_TOOL_KEYS: Final = "tools functions parallel_tool_calls"
+# Name -> format. A new format is a function that reads a row and a line here.
+FORMATS: Final[Mapping[str, RowFormat]] = {
+    one.name: one
+    for one in (
+        _format("messages", "messages", _TOOL_KEYS, _messages),
+        _format(OPENAI, "messages", _TOOL_KEYS, _openai, detected=False),  # its rows look like `messages`
         _format("prompt-completion", "prompt completion", "system", _prompt_completion),
         _format("alpaca", "instruction output", "input system", _alpaca),
         _format("sharegpt", "conversations", "system tools", _sharegpt),

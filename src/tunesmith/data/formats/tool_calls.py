@@ -1,7 +1,7 @@
-"""Tools in rows: what may be called, what was called, and what came back, in the spellings that rows have.
+"""Reads the tools and tool calls of a row, in the spellings that are in use.
 
-OpenAI's `tools` and `tool_calls` (arguments as text), its older `functions` and `function_call`, Hugging Face's
-(arguments as an object, the whole list as text), and ShareGPT's `function_call` and `observation` turns.
+These are OpenAI's `tools` and `tool_calls` (arguments as text), its older `functions` and `function_call`, Hugging
+Face's (arguments as an object, the whole list as text), and ShareGPT's `function_call` and `observation` turns.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from typing import Any
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import ToolCall
 
-Sound = Callable[[str, str], str]  # a text and its place -> the text; raises for characters that no file should hold
+Sound = Callable[[str, str], str]  # a text and its place -> the text; raises for damaged characters
 
 
 def read_tools(value: Any, where: str) -> list[dict[str, Any]]:
-    """The tools of a row: a list, or the JSON text of one, of functions bare or under `function`.
-
-    Returns OpenAI's form. Raises UsageError for anything else.
+    """The tools of a row in OpenAI's form. value: a list or its JSON text; each entry is a function, or has one under
+    `function`. Raises UsageError for anything else.
     """
     if isinstance(value, str):
         value = _parsed(value or "[]", where)
@@ -30,11 +29,11 @@ def read_tools(value: Any, where: str) -> list[dict[str, Any]]:
 
 def _tool(entry: Any, where: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
-        raise UsageError("a tool is an object", where=where)
+        raise UsageError("a tool must be an object", where=where)
     function = entry.get("function", entry)
     kind = entry.get("type", "function")
     if kind != "function" or not isinstance(function, dict):
-        raise UsageError(f"only functions can be called, and this is {kind!r}", where=where)
+        raise UsageError(f"a tool must be a function, not {kind!r}", where=where)
     _name(function, where)
     if not isinstance(function.get("parameters", {}), dict):
         raise UsageError("parameters is not a JSON Schema object", where=f"{where}.parameters")
@@ -42,19 +41,19 @@ def _tool(entry: Any, where: str) -> dict[str, Any]:
 
 
 def read_calls(value: Any, where: str, sound: Sound, first: int) -> tuple[ToolCall, ...]:
-    """A turn's calls. first: how many calls the conversation had before, from which a call without id takes its own."""
+    """A turn's calls. first: the number of earlier calls in the conversation, which numbers calls without an id."""
     if not isinstance(value, list):
         raise UsageError(f"tool_calls is a {type(value).__name__}, not a list", where=where)
     return tuple(read_call(each, f"{where}[{n}]", sound, first + n) for n, each in enumerate(value))
 
 
 def read_call(entry: Any, where: str, sound: Sound, number: int) -> ToolCall:
-    """One call: {"name", "arguments"}, bare or under `function`. Raises UsageError where it is none."""
+    """One call: {"name", "arguments"}, itself or under `function`. Raises UsageError for anything else."""
     if not isinstance(entry, dict):
-        raise UsageError("a call is an object", where=where)
+        raise UsageError("a call must be an object", where=where)
     function = entry.get("function", entry)
     if not isinstance(function, dict) or entry.get("type", "function") != "function":
-        raise UsageError("a call has a function with a name and arguments", where=where)
+        raise UsageError("a call must have a function with a name and arguments", where=where)
     name = sound(_name(function, where), f"{where}.name")
     identity = entry.get("id", made_id(number))
     if not isinstance(identity, str) or not identity:
@@ -63,12 +62,12 @@ def read_call(entry: Any, where: str, sound: Sound, number: int) -> ToolCall:
     place = f"{where}.arguments"
     text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
     if not isinstance(_parsed(text.strip() or "{}", place), dict):
-        raise UsageError("a call's arguments are a JSON object", where=place)
+        raise UsageError("a call's arguments must be a JSON object", where=place)
     return ToolCall(id=sound(identity, f"{where}.id"), name=name, arguments=sound(text.strip() or "{}", place))
 
 
 def made_id(number: int) -> str:
-    """An id for a call that has none: nine letters and digits, which is what Mistral's templates want."""
+    """An id for a call without one: nine letters and digits, as Mistral's templates require."""
     return f"call{number:05d}"
 
 

@@ -1,4 +1,4 @@
-"""Source files: which ones a project names, opened so that nothing else can stand in their place, and their rows."""
+"""Source files: finds the files that a project names, opens them safely, and reads their rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,35 +18,19 @@ from typing import Any, BinaryIO
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.settings import Source
 from tunesmith.data.sources import remote
-from tunesmith.data.sources.compression import endings, require_content, unpacked
-from tunesmith.data.sources.row_readers import READERS, WHOLE, Part, parquet_parts
+from tunesmith.data.sources.compression import require_content, suffixes_of, unpacked
+from tunesmith.data.sources.file_types import DOCUMENT_FILES, ROW_FILES, RowFile
+from tunesmith.data.sources.row_readers import WHOLE, Part, Row
 from tunesmith.data.sources.saved_datasets import dataset_files
-
-_PIECE = 1 << 20
-
 
 _LOCAL = ("file", "local")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One row as it was read. number counts from 1: the line in JSONL, the record elsewhere."""
-
-    source: str
-    number: int
-    fields: Mapping[str, Any]
-
-    @property
-    def where(self) -> str:
-        """For error messages."""
-        return f"{self.source}, row {self.number}"
-
-
-@dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file and the settings it stands under.
+    """A file and the source settings that name it.
 
-    name: its path from the project or its URL, as records keep it. path: where it lies; None for one that is fetched.
+    name: its path relative to the project, or its URL, as records keep it. path: its local path; None for a URL.
     """
 
     name: str
@@ -54,22 +38,24 @@ class SourceFile:
     source: Source
 
     def digest(self) -> str:
-        """The digest of the file's bytes now."""
+        """The digest of the file's present bytes."""
         with open_source(self) as opened:
             return opened.digest
 
 
 def find_files(sources: Sequence[Source], root: Path) -> list[SourceFile]:
-    """The files that the sources name, in the order of their names.
+    """The files that the sources name, sorted by name.
 
-    Raises UsageError for a pattern without files, a file named twice, and what is no regular file.
+    Raises UsageError for a pattern that matches no file, a file that two sources name, and anything but a regular file.
     """
     found: dict[str, SourceFile] = {}
     for source in sources:
         for file in _files_of(source, root):
             if file.name in found:
                 raise UsageError(
-                    "two sources name the same file", where=file.name, fix="let their patterns not overlap"
+                    "two sources name the same file",
+                    where=file.name,
+                    fix="change their patterns so that none overlap",
                 )
             found[file.name] = file
     return [found[name] for name in sorted(found)]
@@ -84,8 +70,8 @@ def _files_of(source: Source, root: Path) -> Iterator[SourceFile]:
         return
     matches = _matches(pattern, root)
     if not matches:
-        _require_looked_into(pattern, root, source.path)
-        raise UsageError("no file fits this source", where=source.path, fix=f"paths start at {root.absolute()}")
+        _require_readable(pattern, root, source.path)
+        raise UsageError("no file matches this source", where=source.path, fix=f"paths start at {root.absolute()}")
     for match in matches:
         name = Path(os.path.relpath(root / match, root)).as_posix()
         mode = os.lstat(root / match).st_mode
@@ -99,37 +85,37 @@ def _files_of(source: Source, root: Path) -> Iterator[SourceFile]:
 
 
 def _matches(pattern: str, root: Path) -> list[str]:
-    if os.path.lexists(root / pattern):  # a name may hold brackets and stars and be no pattern
+    if os.path.lexists(root / pattern):  # a file name may contain brackets and stars
         return [pattern]
     return sorted(glob.glob(pattern, root_dir=root, recursive=True))
 
 
-def _require_looked_into(pattern: str, root: Path, name: str) -> None:
-    """Raises UsageError where a folder on the pattern's plain beginning may not be looked into."""
+def _require_readable(pattern: str, root: Path, name: str) -> None:
+    """Raise UsageError where the user may not read a folder that the pattern begins with."""
     plain = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
     last, *above = (root / plain).parents
     for folder in [*reversed(above), last]:
         needed = os.X_OK | (os.R_OK if folder == last else 0)
         if folder.is_dir() and not os.access(folder, needed, effective_ids=True):
             raise UsageError(
-                f"the folder {folder.name} cannot be looked into: Permission denied",
+                f"the folder {folder.name} cannot be read: Permission denied",
                 where=name,
-                fix="let the user that runs this read the folder",
+                fix="give the user that runs this permission to read the folder",
             )
 
 
 class OpenSource:
-    """A source file held open: its rows, and the digest of the bytes they were read from (packed, if they are).
+    """An open source file: its rows and the digest of its bytes (as stored, so compressed where the file is).
 
-    digested: False leaves the digest empty, for a part of a file whose digest was taken before.
+    digested: False leaves the digest empty, to read a part of a file whose digest is known already.
     """
 
     def __init__(self, file: SourceFile, stream: BinaryIO, *, digested: bool = True) -> None:
         self.file, self._stream = file, stream
         self.bytes = os.fstat(stream.fileno()).st_size
         if self.bytes == 0:
-            raise UsageError("the file is empty", where=file.name, fix="give a file with rows, or leave it out")
-        self._kind, self._packed = endings(file.name)
+            raise UsageError("the file is empty", where=file.name, fix="add rows to it, or remove it from the sources")
+        self._kind, self._packed = suffixes_of(file.name)
         require_content(stream, file.name)
         self.digest = _digest(stream) if digested else ""
 
@@ -138,7 +124,10 @@ class OpenSource:
         return self._stream.tell()
 
     def rows(self, part: Part = WHOLE) -> Iterator[Row]:
-        """The rows in order. Raises UsageError at the first that cannot be read, or if the file changes meanwhile."""
+        """The rows in order. Raises UsageError for a file without rows, TunesmithError if it changes meanwhile.
+
+        Raises UsageError at the first row that cannot be read.
+        """
         count = 0
         for row in self.read(part):
             count += 1
@@ -148,39 +137,46 @@ class OpenSource:
         self.require_unchanged()
 
     def read(self, part: Part) -> Iterator[Row]:
-        """The rows of a part of the file, which may be none."""
-        self._require_rows()
+        """The rows of a part of the file; there may be none."""
+        kind, name = self._row_file(), self.file.name
         self._stream.seek(0)
-        name = self.file.name
         stream = self._stream if self._packed is None else unpacked(self._stream, name, self._packed)
-        for number, fields in READERS[self._kind](stream, name, part):
+        for number, fields in kind.read(stream, name, part):
             yield Row(name, number, fields)
 
     def parts(self, size: int) -> list[Part]:
-        """The file in parts that can be read apart, of about size bytes where its type lets it; else in one."""
-        self._require_rows()
-        if self._packed is None and self._kind in (".jsonl", ".ndjson"):
-            return _line_parts(self._stream, size)
-        if self._kind == ".parquet":
-            return parquet_parts(self._stream, self.file.name) or [WHOLE]
-        return [WHOLE]
+        """Parts of the file that can be read separately, of about `size` bytes; one part where its type allows none."""
+        kind = self._row_file()
+        if self._packed is not None or kind.split is None:
+            return [WHOLE]
+        return kind.split(self._stream, self.file.name, size) or [WHOLE]
 
-    def _require_rows(self) -> None:
-        if self._kind not in READERS:
-            kind = self._kind or "a file without an ending"
-            raise UsageError(f"rows are not read from {kind}", where=self.file.name, fix=", ".join(sorted(READERS)))
+    def paragraphs(self) -> Iterator[tuple[str, str]]:
+        """(headings above, paragraph) of a document, in order. Raises UsageError for a document that cannot be read."""
+        self._stream.seek(0)
+        return DOCUMENT_FILES[self._kind].read(self._stream.read(), self.file.name)
+
+    def _row_file(self) -> RowFile:
+        if self._kind not in ROW_FILES:
+            kind = self._kind or "a file without a suffix"
+            raise UsageError(
+                f"rows cannot be read from {kind}",
+                where=self.file.name,
+                fix=", ".join(sorted(ROW_FILES)),
+            )
+        return ROW_FILES[self._kind]
 
     def require_unchanged(self) -> None:
-        """Raise TunesmithError where the file is not what it was when it was opened."""
+        """Raise TunesmithError where the file changed since it was opened."""
         if _digest(self._stream) != self.digest:
             raise TunesmithError("the file changed while it was read", where=self.file.name, fix="run again")
 
 
 @contextlib.contextmanager
 def open_source(file: SourceFile, *, digested: bool = True) -> Iterator[OpenSource]:
-    """Open a regular file. A folder, link, FIFO, socket or device in its place is a UsageError, never waited on.
+    """Open a regular file; a remote one is first downloaded into the folder for temporary files.
 
-    One that is elsewhere is fetched first, into the folder for temporary files.
+    Raises UsageError for a folder, link, FIFO, socket or device, without waiting for it.
     """
     with _stream_of(file) as stream:
         yield OpenSource(file, stream, digested=digested)
@@ -188,7 +184,7 @@ def open_source(file: SourceFile, *, digested: bool = True) -> Iterator[OpenSour
 
 @contextlib.contextmanager
 def fetched(file: SourceFile, folder: Path) -> Iterator[SourceFile]:
-    """The file with a path: its own, or that of a copy in folder which is there for as long as the context."""
+    """The file itself where it is local, else a copy in folder that exists until the context ends."""
     if file.path is not None:
         yield file
         return
@@ -223,7 +219,7 @@ def _copy(url: str, folder: Path | None) -> Iterator[Any]:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise TunesmithError("the disk is full", where=url, fix="make room, or set TMPDIR to another disk") from error
+        raise TunesmithError("the disk is full", where=url, fix="free space, or set TMPDIR to another disk") from error
 
 
 def _require_regular(mode: int, name: str) -> None:
@@ -231,29 +227,9 @@ def _require_regular(mode: int, name: str) -> None:
         return
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
     kind = kinds.get(stat.S_IFMT(mode), "a device")
-    raise UsageError(f"{kind} stands in place of a file", where=name, fix="name a regular file, or a pattern of files")
+    raise UsageError(f"this is {kind}, not a file", where=name, fix="name a regular file, or a pattern of files")
 
 
 def _digest(stream: BinaryIO) -> str:
     stream.seek(0)
     return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
-
-
-def _line_parts(stream: BinaryIO, size: int) -> list[Part]:
-    """Parts of whole lines, of at least size bytes each but the last, with the numbers of their first lines."""
-    stream.seek(0)
-    starts = [(0, 1)]  # (offset, number of the line there)
-    offset = lines = 0
-    while piece := stream.read(_PIECE):
-        while (wanted := starts[-1][0] + size - offset) <= len(piece):  # where in this piece the next part may begin
-            cut = piece.find(b"\n", max(0, wanted - 1)) + 1
-            if not cut:
-                break
-            starts.append((offset + cut, 1 + lines + piece.count(b"\n", 0, cut)))
-        lines += piece.count(b"\n")
-        offset += len(piece)
-    if len(starts) > 1 and starts[-1][0] >= offset:
-        starts.pop()
-    stops = [start for start, _ in starts[1:]]
-    parts = [Part(start, stop, line) for (start, line), stop in zip(starts, stops, strict=False)]
-    return [*parts, Part(*starts[-1][:1], None, starts[-1][1])]

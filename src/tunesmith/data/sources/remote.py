@@ -1,7 +1,7 @@
-"""Files elsewhere, by fsspec: named by URL, fetched whole before they are read, their digest recorded.
+"""Remote source files, read through fsspec.
 
-A file is fetched so that the bytes that are digested are the bytes that are read, and because Parquet is read from its
-end. Which protocols there are depends on what is installed beside fsspec: s3fs for s3://, gcsfs for gs://.
+A file is downloaded whole before it is read: the digest is then that of the bytes that are read, and Parquet needs its
+end first. Each protocol needs its library: s3fs for s3://, gcsfs for gs://.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _PIECE = 1 << 20
 
 
 def protocol_of(path: str) -> str | None:
-    """The protocol of a URL, in small letters; None for a path."""
+    """The protocol of a URL in lower case; None for a path."""
     found = _URL.match(path)
     return found[1].lower() if found else None
 
 
 def find_remote(url: str) -> list[str]:
-    """The URLs of the files that a URL names; it may hold a pattern. Raises UsageError for none, and for folders."""
+    """The URLs of the files that a URL or a pattern names. Raises UsageError where there are none, and for folders."""
     system, path = _system(url)
     try:
         names = sorted(system.glob(path)) if any(mark in path for mark in "*?[") else [path]
@@ -37,11 +37,11 @@ def find_remote(url: str) -> list[str]:
     except Exception as error:
         raise _failed(url, error) from error
     if not found:
-        raise UsageError("no file fits this source", where=url, fix="look whether the URL is right")
+        raise UsageError("no file matches this source", where=url, fix="check the URL")
     for name, facts in found.items():
         if facts.get("type") == "directory":
             raise UsageError(
-                "a folder stands in place of a file",
+                "this is a folder, not a file",
                 where=str(system.unstrip_protocol(name)),
                 fix="name a file, or a pattern of files",
             )
@@ -49,9 +49,9 @@ def find_remote(url: str) -> list[str]:
 
 
 def fetch(url: str, target: BinaryIO) -> None:
-    """Copy a file into target. Raises UsageError where it is not there, TunesmithError where it cannot be had.
+    """Copy a file into target. Raises UsageError where it is missing, TunesmithError where it cannot be read.
 
-    Large files come in several requests, each of which may meet another file: it is looked at before and after.
+    Large files take several requests, and the file may change between them: its state before and after is compared.
     """
     system, path = _system(url)
     try:
@@ -65,7 +65,7 @@ def fetch(url: str, target: BinaryIO) -> None:
             raise
         if not isinstance(error, FileNotFoundError):
             raise _failed(url, error) from error
-        raise UsageError("the file is not there", where=url, fix="look whether the URL is right") from error
+        raise UsageError("the file does not exist", where=url, fix="check the URL") from error
     except Exception as error:
         raise _failed(url, error) from error
     if not same:
@@ -73,19 +73,19 @@ def fetch(url: str, target: BinaryIO) -> None:
 
 
 def _mark(system: Any, path: str) -> str:
-    """What tells one state of a file from another, such as its ETag; asked for afresh."""
+    """What tells one state of a file from another, such as its ETag; never from a cache."""
     system.invalidate_cache(path)
     return str(system.ukey(path))
 
 
 def _system(url: str) -> tuple[Any, str]:
     if "::" in url:
-        raise UsageError("chained URLs are not followed", where=url, fix="name the file itself")
+        raise UsageError("chained URLs are not supported", where=url, fix="name the file itself")
     if _SECRET.search(url):
         raise UsageError(
-            "the URL holds a credential, which the record would keep",
+            "the URL contains a credential, which the record would keep",
             where=url.split("://", 1)[0] + "://...",
-            fix="give it to the protocol's library by its environment variables or files",
+            fix="give it by the environment variables or files of the protocol's library",
         )
     try:
         from fsspec.core import url_to_fs
@@ -96,15 +96,15 @@ def _system(url: str) -> tuple[Any, str]:
         raise UsageError(
             f"{protocol_of(url)}:// needs a library that is not installed ({error.name or error})",
             where=url,
-            fix=f'pip install "tunesmith[{extra}]", or what fsspec names for this protocol',
+            fix=f'pip install "tunesmith[{extra}]", or the library that fsspec names for this protocol',
         ) from error
     except ValueError as error:
         raise UsageError(
-            f"the URL is not understood: {error}", where=url, fix="use a protocol that fsspec knows"
+            f"the URL cannot be parsed: {error}", where=url, fix="use a protocol that fsspec knows"
         ) from error
     return system, path
 
 
 def _failed(url: str, error: Exception) -> TunesmithError:
     said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    return TunesmithError(f"cannot be fetched: {said}", where=url, fix="look at the network, the name and your rights")
+    return TunesmithError(f"cannot be fetched: {said}", where=url, fix="check network, URL and access rights")

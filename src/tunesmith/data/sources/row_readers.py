@@ -1,4 +1,8 @@
-"""From the bytes of a file or of a part of it to rows: JSONL, JSON, CSV, Parquet, Arrow; errors with their place."""
+"""Readers of row files: JSONL, JSON, CSV, Parquet and Arrow. file_types.py lists them.
+
+A reader takes a stream, the file's name for error messages, and the part to read. It yields (number, fields) of each
+row and raises UsageError, with the place, for the first row that it cannot read.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +16,35 @@ from typing import Any, BinaryIO, Final
 
 from tunesmith.core.errors import UsageError
 
-# A longer line is no row of text but a file of another kind, or an attempt to fill the memory.
+# These limits keep a wrong or hostile file from filling the memory.
 LONGEST_ROW = 64 << 20
-# A JSON array is parsed whole, and so is a row group of Parquet or a record batch of Arrow unpacked.
-LARGEST_JSON = 1 << 30
-LARGEST_GROUP = 4 << 30
+LARGEST_JSON = 1 << 30  # a JSON array is parsed whole
+LARGEST_GROUP = 4 << 30  # a row group of Parquet is unpacked whole
+_PIECE = 1 << 20
 _ROWS_AT_ONCE = 1024
 _ARROW_FILE = b"ARROW1"
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Which part of a file is read: bytes of JSONL (both at the start of a line), row groups of Parquet; else all.
+class Row:
+    """One row as it was read. number counts from 1: the line in JSONL, the record in other types."""
 
-    first: the number of the part's first line or row. stop: None reads to the end.
+    source: str
+    number: int
+    fields: Mapping[str, Any]
+
+    @property
+    def where(self) -> str:
+        """The place for error messages."""
+        return f"{self.source}, row {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a file. start and stop count bytes of JSONL (at the start of a line) and row groups of Parquet.
+
+    stop: None reads to the end. first: the number of the part's first row.
     """
 
     start: int = 0
@@ -35,11 +53,12 @@ class Part:
 
 
 WHOLE: Final = Part()
-Numbered = tuple[int, Mapping[str, Any]]
-Reader = Callable[[BinaryIO, str, Part], Iterator[Numbered]]
+NumberedRow = tuple[int, Mapping[str, Any]]
+Reader = Callable[[BinaryIO, str, Part], Iterator[NumberedRow]]
 
 
-def _read_jsonl(stream: BinaryIO, name: str, part: Part) -> Iterator[Numbered]:
+def read_jsonl(stream: BinaryIO, name: str, part: Part) -> Iterator[NumberedRow]:
+    """Rows of JSONL: one JSON object a line; empty lines are skipped."""
     number, left = part.first - 1, None if part.stop is None else part.stop - part.start
     if part.start:
         stream.seek(part.start)
@@ -54,10 +73,12 @@ def _read_jsonl(stream: BinaryIO, name: str, part: Part) -> Iterator[Numbered]:
             yield number, _as_fields(_parse(text, where), where)
 
 
-def _read_json(stream: BinaryIO, name: str, _part: Part) -> Iterator[Numbered]:
+def read_json(stream: BinaryIO, name: str, _part: Part) -> Iterator[NumberedRow]:
+    """Rows of a JSON array, which is parsed whole."""
     data = stream.read(LARGEST_JSON + 1)
     if len(data) > LARGEST_JSON:
-        raise UsageError("a JSON array is read whole, and this one is too large", where=name, fix="make it JSONL")
+        limit = f"{LARGEST_JSON >> 20} MiB"
+        raise UsageError(f"a JSON array is read whole and may have {limit} at most", where=name, fix="make it JSONL")
     rows = _parse(_decode(data, name, first=True), name)
     if not isinstance(rows, list):
         raise UsageError("the JSON is not a list of rows", where=name, fix="write [row, row, ...], or use .jsonl")
@@ -65,7 +86,8 @@ def _read_json(stream: BinaryIO, name: str, _part: Part) -> Iterator[Numbered]:
         yield number, _as_fields(row, f"{name}, row {number}")
 
 
-def _read_csv(stream: BinaryIO, name: str, _part: Part) -> Iterator[Numbered]:
+def read_csv(stream: BinaryIO, name: str, _part: Part) -> Iterator[NumberedRow]:
+    """Rows of CSV under the names of its header."""
     csv.field_size_limit(LONGEST_ROW)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     try:
@@ -75,7 +97,9 @@ def _read_csv(stream: BinaryIO, name: str, _part: Part) -> Iterator[Numbered]:
             raise UsageError(f"the header has empty or repeated names: {header}", where=name)
         for number, row in enumerate(table, start=1):
             if None in row or None in row.values():
-                raise UsageError(f"not {len(header)} fields, as the header has", where=f"{name}, line {table.line_num}")
+                raise UsageError(
+                    f"the row does not have the header's {len(header)} fields", where=f"{name}, line {table.line_num}"
+                )
             yield number, row
     except csv.Error as error:
         raise UsageError(f"broken CSV: {error}", where=f"{name}, line {table.line_num}") from error
@@ -85,7 +109,8 @@ def _read_csv(stream: BinaryIO, name: str, _part: Part) -> Iterator[Numbered]:
         text.detach()
 
 
-def _read_parquet(stream: BinaryIO, name: str, part: Part) -> Iterator[Numbered]:
+def read_parquet(stream: BinaryIO, name: str, part: Part) -> Iterator[NumberedRow]:
+    """Rows of Parquet, from the row groups of a part."""
     import pyarrow as arrow
 
     number = part.first - 1
@@ -96,7 +121,7 @@ def _read_parquet(stream: BinaryIO, name: str, part: Part) -> Iterator[Numbered]
             size = file.metadata.row_group(group).total_byte_size
             if size > LARGEST_GROUP:
                 raise UsageError(
-                    f"row group {group + 1} unpacks to {size >> 20} MiB, and {LARGEST_GROUP >> 20} are let in",
+                    f"row group {group + 1} unpacks to {size >> 20} MiB; at most {LARGEST_GROUP >> 20} MiB are read",
                     where=name,
                     fix="write smaller row groups",
                 )
@@ -108,8 +133,8 @@ def _read_parquet(stream: BinaryIO, name: str, part: Part) -> Iterator[Numbered]
         raise UsageError(f"broken Parquet: {error}", where=f"{name}, after row {number}") from error
 
 
-def parquet_parts(stream: BinaryIO, name: str) -> list[Part]:
-    """One part for each row group. Raises UsageError for what is no Parquet."""
+def parquet_parts(stream: BinaryIO, name: str, _size: int) -> list[Part]:
+    """One part for each row group of a Parquet file. Raises UsageError for a broken file."""
     import pyarrow as arrow
 
     try:
@@ -123,6 +148,25 @@ def parquet_parts(stream: BinaryIO, name: str) -> list[Part]:
     return parts
 
 
+def line_parts(stream: BinaryIO, _name: str, size: int) -> list[Part]:
+    """Parts of whole lines, each of at least `size` bytes except the last."""
+    stream.seek(0)
+    starts = [(0, 1)]  # (offset, number of the line there)
+    offset = lines = 0
+    while piece := stream.read(_PIECE):
+        while (wanted := starts[-1][0] + size - offset) <= len(piece):  # where in this piece the next part may begin
+            cut = piece.find(b"\n", max(0, wanted - 1)) + 1
+            if not cut:
+                break
+            starts.append((offset + cut, 1 + lines + piece.count(b"\n", 0, cut)))
+        lines += piece.count(b"\n")
+        offset += len(piece)
+    if len(starts) > 1 and starts[-1][0] >= offset:
+        starts.pop()
+    stops = [*(start for start, _ in starts[1:]), None]
+    return [Part(start, stop, line) for (start, line), stop in zip(starts, stops, strict=True)]
+
+
 def _parquet(stream: BinaryIO) -> Any:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
@@ -130,8 +174,8 @@ def _parquet(stream: BinaryIO) -> Any:
     return parquet.ParquetFile(arrow.PythonFile(stream, mode="r"))
 
 
-def _read_arrow(stream: BinaryIO, name: str, _part: Part) -> Iterator[Numbered]:
-    """Arrow's stream, as `datasets` keeps rows, or its file."""
+def read_arrow(stream: BinaryIO, name: str, _part: Part) -> Iterator[NumberedRow]:
+    """Rows of an Arrow file, or of an Arrow stream such as Hugging Face `datasets` saves."""
     import pyarrow as arrow
     from pyarrow import ipc
 
@@ -142,10 +186,10 @@ def _read_arrow(stream: BinaryIO, name: str, _part: Part) -> Iterator[Numbered]:
             file = ipc.open_file(source)
             batches = (file.get_batch(place) for place in range(file.num_record_batches))
         else:
-            # A stream that ends between two batches reads as a whole one: its end mark tells.
+            # A stream cut off between two batches would be read without an error, so its end mark is checked.
             stream.seek(-min(len(_ARROW_END), stream.seek(0, os.SEEK_END)), os.SEEK_END)
             if stream.read() != _ARROW_END:
-                raise UsageError("the Arrow stream is cut off", where=name, fix="copy or save it again")
+                raise UsageError("the Arrow stream is truncated", where=name, fix="copy or save it again")
             stream.seek(0)
             batches = iter(ipc.open_stream(source))
         for batch in batches:
@@ -158,24 +202,14 @@ def _read_arrow(stream: BinaryIO, name: str, _part: Part) -> Iterator[Numbered]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Parquet gives every key of a struct to every row; a null there means that the row has no such key."""
+    """The value without keys that are null: Parquet gives every key of a struct to every row."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-READERS: dict[str, Reader] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-}
-
-
 def _decode(data: bytes, where: str, *, first: bool) -> str:
-    """UTF-8, with the byte order mark that some editors put at the start of a file left out."""
+    """The text, without the byte order mark that some editors write first. Raises UsageError for other encodings."""
     try:
         return data.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
@@ -185,19 +219,19 @@ def _decode(data: bytes, where: str, *, first: bool) -> str:
 
 
 def _parse(text: str, where: str) -> Any:
-    """Strict JSON: no repeated keys, no NaN, no infinities."""
+    """The value of strict JSON: repeated keys, NaN and infinities raise UsageError."""
     try:
         return json.loads(text, object_pairs_hook=_pairs, parse_constant=_constant)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         fix = "correct the row"
         if error.msg == "Extra data" and where.endswith(".json"):
-            fix = "a row a line is JSONL: name the file .jsonl"
+            fix = "one row a line is JSONL: name the file .jsonl"
         elif text in ("[", "[{", "{"):
             fix = "a list over several lines is JSON: name the file .json"
         raise UsageError(f"broken JSON: {error.msg}", where=f"{where}, {place}", fix=fix) from None
     except RecursionError:
-        raise UsageError("the JSON is nested too deep", where=where) from None
+        raise UsageError("the JSON is nested too deeply", where=where) from None
     except ValueError as error:
         raise UsageError(f"broken JSON: {error}", where=where, fix="correct the row") from None
 
@@ -206,7 +240,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
     for key in fields:
         if not key.isascii() and any("\ud800" <= letter <= "\udfff" for letter in key):
             raise ValueError(f"the key {key!r} holds half a surrogate pair")
@@ -219,5 +253,5 @@ def _constant(text: str) -> Any:
 
 def _as_fields(row: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(row, dict):
-        raise UsageError(f"a row is an object, and this is a {type(row).__name__}", where=where)
+        raise UsageError(f"a row must be an object, not a {type(row).__name__}", where=where)
     return row

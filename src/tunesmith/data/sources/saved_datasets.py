@@ -12,10 +12,10 @@ _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 
 
 def dataset_files(folder: Path, name: str) -> list[str] | None:
-    """Names of the .arrow files of a dataset's folder, in order; None for a folder of another kind.
+    """Names of the .arrow files of a saved dataset, in order; None for any other folder.
 
-    The layout is that of datasets' save_to_disk: state.json lists the files, dataset_info.json describes them. Raises
-    UsageError for a folder of several splits (the user names one) and for one whose list cannot be followed.
+    state.json lists the files and dataset_info.json describes them. Raises UsageError for a folder of several splits
+    (name one of them instead) and for a list of files that cannot be followed.
     """
     if (folder / _SPLITS).is_file():
         names = _read(folder / _SPLITS, f"{name}/{_SPLITS}").get("splits")
@@ -33,7 +33,9 @@ def dataset_files(folder: Path, name: str) -> list[str] | None:
     state = _read(folder / _STATE, where)
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise UsageError(
-            "the dataset is a selection of its rows", where=where, fix="flatten_indices() and save it again"
+            "the dataset is a selection of rows of another one",
+            where=where,
+            fix="call flatten_indices() and save it again",
         )
     files = state.get("_data_files")
     if not isinstance(files, list) or not files:
@@ -42,14 +44,14 @@ def dataset_files(folder: Path, name: str) -> list[str] | None:
 
 
 def _plain(entry: Any, folder: Path, where: str) -> str:
-    """A listed file's name: a file of this very folder, and nothing that leads elsewhere."""
+    """A listed file's name. Raises UsageError for a path that leads out of the folder."""
     name = entry.get("filename") if isinstance(entry, dict) else None
     if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".arrow":
         raise UsageError(
-            f"{str(name)[:80]!r} is no .arrow file of this folder", where=where, fix="save the dataset again"
+            f"{str(name)[:80]!r} is not an .arrow file of this folder", where=where, fix="save the dataset again"
         )
     if not (folder / name).exists():
-        raise UsageError(f"{name} is listed and not there", where=where, fix="copy the whole folder")
+        raise UsageError(f"{name} is listed but missing", where=where, fix="copy the whole folder")
     return name
 
 
