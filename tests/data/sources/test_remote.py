@@ -182,7 +182,7 @@ def test_urls_that_lead_nowhere(tmp_path: Path, bucket: Any) -> None:
     assert "chained" in failure(tmp_path, "memory://b/rows.jsonl::zip://a").what
     (file,) = find_files([Source(path="memory://b/rows.jsonl", licence="MIT")], tmp_path)
     bucket.rm("/b/rows.jsonl")
-    with pytest.raises(UsageError, match="not there"), open_source(file):
+    with pytest.raises(UsageError, match="does not exist"), open_source(file):
         pass
 
 
