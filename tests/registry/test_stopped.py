@@ -1,66 +1,138 @@
-"""kill -9 at the worst moments of a registration, in a process of its own; the next call carries on."""
+"""A registration or approval that is killed while it writes: the store stays whole, and the next call carries on."""
 
 from __future__ import annotations
 
+import itertools
+import os
+import shutil
 import signal
-import subprocess
-import sys
-import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.fabricate import Chain, approve
+from tunesmith.registry import versions
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing import keys
-from tunesmith.registry.versions import list_versions, register, verify_version
+from tunesmith.registry.versions import Version, list_versions, register, verify_version
+from tunesmith.store import audit
 from tunesmith.store.store import Store
 
-SCRIPT = """
-    import os, signal, sys
-    from pathlib import Path
-    from tunesmith.registry import versions
-    from tunesmith.store import audit, database
-    from tunesmith.store.store import Store
+# The calls that make a file durable or give it its name.
+WRITES = ("fsync", "rename", "replace", "link")
 
-    def die(*_, **__):
-        os.kill(os.getpid(), signal.SIGKILL)
 
-    def after(module, name):
-        real = getattr(module, name)
-        def then_die(*given, **named):
-            real(*given, **named)
-            die()
-        setattr(module, name, then_die)
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    moment = sys.argv[3]
-    if moment == "signed aside":
-        after(versions, "sync_files")
-    elif moment == "in place":
-        after(os, "rename")
-    elif moment == "before commit":
-        audit.append = die
-    elif moment == "committed":
-        audit.write_head = die
-    versions.register(Store(Path(sys.argv[1])), name="intents", verdict=sys.argv[2], actor="olive")
-"""
+
+def die_after(module: Any, name: str) -> None:
+    real = getattr(module, name)
+
+    def then_die(*given: Any, **named: Any) -> None:
+        real(*given, **named)
+        die()
+
+    setattr(module, name, then_die)
+
+
+def killed(store: Store, prepare: Callable[[], None], work: Callable[[Store], object]) -> bool:
+    """Whether a forked child that does prepare() and then the work was killed; it has everything imported already."""
+    store.engine.dispose()
+    child = os.fork()
+    if child == 0:
+        code = 1  # os._exit, so that the child does not go on with the parent's tests
+        try:
+            prepare()
+            work(Store(store.root))
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
+    return status != 0
+
+
+def die_at_write(number: int) -> None:
+    """Kill this process instead of its write with this number."""
+    writes = itertools.count()
+    for name in WRITES:
+        real = getattr(os, name)
+
+        def counted(*given: Any, real: Any = real, **named: Any) -> Any:
+            if next(writes) == number:
+                die()
+            return real(*given, **named)
+
+        setattr(os, name, counted)
+
+
+def registered(store: Store, chain: Chain) -> Version:
+    return register(store, name="intents", verdict=chain.verdict, actor="olive")
+
+
+def check_registered(store: Store, chain: Chain) -> Version:
+    version = registered(store, chain)
+    assert version.label == "intents@v1"
+    assert list_versions(store) == [version]
+    assert verify_version(store.root, version.label).ok
+    assert list((store.root / "work").iterdir()) == []
+    return version
+
+
+def check_whole(store: Store, chain: Chain) -> None:
+    version = check_registered(store, chain)
+    approve(store, version, approver="ann")
+    assert require_approved(store, version).approver == "ann"
+    assert verify_log(store) == []
 
 
 @pytest.mark.parametrize(
     ("moment", "times"), [("signed aside", 3), ("in place", 1), ("before commit", 3), ("committed", 1)]
 )
-def test_a_registration_killed_anywhere_is_carried_on(store: Store, chain: Chain, moment: str, times: int) -> None:
-    keys.ensure_key(store, "olive")  # its own entry of the log is not the one to be killed at
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(store.root), chain.verdict, moment]
+def test_a_killed_registration_is_carried_on(store: Store, chain: Chain, moment: str, times: int) -> None:
+    keys.ensure_key(store, "olive")  # it has an audit entry, at which the child must not be killed
+    prepare = {
+        "signed aside": lambda: die_after(versions, "sync_files"),
+        "in place": lambda: die_after(os, "rename"),
+        "before commit": lambda: setattr(audit, "append", die),
+        "committed": lambda: setattr(audit, "write_head", die),
+    }[moment]
     for _ in range(times):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert killed(store, prepare, lambda own: registered(own, chain))
+    folder = store.root / "versions" / "intents" / "v1"
+    assert folder.is_dir() == (moment != "signed aside")
     assert len(list_versions(store)) == (1 if moment == "committed" else 0)
-    version = register(store, name="intents", verdict=chain.verdict, actor="olive")
-    assert version.label == "intents@v1"
-    assert list_versions(store) == [version]
-    assert verify_version(store.root, version.label).ok
-    assert list((store.root / "work").iterdir()) == []
-    approve(store, version, approver="ann")
-    assert require_approved(store, version).approver == "ann"
-    assert verify_log(store) == []
+    check_whole(store, chain)
+
+
+def copies(store: Store, folder: Path) -> Any:
+    for number in itertools.count():
+        shutil.copytree(store.root, folder / str(number))
+        yield number, Store(folder / str(number))
+
+
+def test_a_registration_killed_at_each_write_is_carried_on(store: Store, chain: Chain, tmp_path: Path) -> None:
+    keys.ensure_key(store, "olive")
+    store.engine.dispose()
+    for number, copy in copies(store, tmp_path / "copies"):
+        if not killed(copy, lambda n=number: die_at_write(n), lambda own: registered(own, chain)):
+            break
+        assert len(list_versions(copy)) <= 1
+        check_registered(copy, chain)
+    assert number > 5, "the registration made fewer writes than it has files: the test did not test"
+
+
+def test_an_approval_killed_at_each_write_is_carried_on(store: Store, version: Version, tmp_path: Path) -> None:
+    keys.ensure_key(store, "ann")
+    store.engine.dispose()
+    for number, copy in copies(store, tmp_path / "copies"):
+        if not killed(copy, lambda n=number: die_at_write(n), lambda own: approve(own, version, approver="ann")):
+            break
+        approve(copy, version, approver="ann")
+        assert require_approved(copy, version).approver == "ann"
+        assert verify_log(copy) == []
+    assert number > 2, "the approval made fewer writes than it has files: the test did not test"
