@@ -111,7 +111,7 @@ def test_a_damaged_case_is_said(store: Store) -> None:
     put_case(store, case(1))
     (path,) = (store.root / "cases").glob("*.json")
     path.write_text("{}")
-    with pytest.raises(Refused, match="not a case"):
+    with pytest.raises(Refused, match="not a valid case"):
         list_cases(store)
     drop_cases(store, [case(1)])
     assert list_cases(store) == []

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fabricate import NAME, Scene, lamp
-from tunesmith.monitoring.drift import Baseline, Report, Served, cap_tenants, compare_feature, watch
+from tunesmith.monitoring.drift import Baseline, Report, ServedRequest, cap_tenants, compare_feature, watch
 from tunesmith.monitoring.features import measured_features, request_features
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.registry.versions import Version
@@ -121,7 +121,7 @@ def test_one_tenant_flooding_neither_hides_nor_makes_a_drift(scene: Scene, versi
 @given(st.dictionaries(st.sampled_from("abcd"), st.integers(1, 60), min_size=1), st.sampled_from([0.3, 0.5, 0.9, 1.0]))
 @settings(deadline=None)
 def test_after_capping_no_tenant_has_more_than_the_share(counts: dict[str, int], share: float) -> None:
-    rows = [Served(tenant, {}) for tenant, count in counts.items() for _ in range(count)]
+    rows = [ServedRequest(tenant, {}) for tenant, count in counts.items() for _ in range(count)]
     kept, capped = cap_tenants(rows, share)
     left = {tenant: sum(row.tenant == tenant for row in kept) for tenant in counts}
     assert len(kept) + sum(capped.values()) == len(rows)
@@ -142,7 +142,7 @@ def test_nothing_but_constants_is_inconclusive(scene: Scene, versions: dict[int,
     constants = Baseline({"characters": [7.0] * 50, "nearest": [0.5] * 50})
     report = look(scene, versions[1], measure=lambda: constants)
     assert report.verdict == "inconclusive"
-    assert "all are constant" in report.reason
+    assert "every one is constant" in report.reason
 
 
 @pytest.mark.parametrize("bad", [math.nan, None, True, "long", math.inf])
@@ -153,7 +153,7 @@ def test_unusable_values_are_no_evidence(bad: Any) -> None:
     )
     mixed = compare_feature("characters", [*like_the_test_split(400), bad], TEST_SPLIT.features["characters"], SETTINGS)
     assert (mixed.outcome, mixed.served) == ("stable", 400)
-    assert "1 unusable values left out" in mixed.reason
+    assert "1 unusable values dropped" in mixed.reason
 
 
 def test_served_and_measured_requests_have_the_same_features() -> None:

@@ -8,7 +8,7 @@ from tests.fabricate import NAME, OPERATOR, OWNER, STEWARD, Scene, lamp, put_dat
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.monitoring.recall import Cause, recall
-from tunesmith.monitoring.recall_status import check_gone
+from tunesmith.monitoring.recall_status import recall_status
 from tunesmith.registry.versions import Version, verified_copy
 from tunesmith.rollout.controller import advance, start
 from tunesmith.rollout.settings import RolloutSettings
@@ -121,7 +121,7 @@ def test_a_recall_that_could_not_be_logged_did_not_happen(
 
 @pytest.mark.parametrize("kind", ["row", "source", "licence", "subject"])
 def test_a_cause_that_nothing_holds_is_a_usage_error(scene: Scene, kind: str) -> None:
-    with pytest.raises(UsageError, match=f"no dataset version here holds a row of {kind} nowhere"):
+    with pytest.raises(UsageError, match=f"no dataset version in this store holds a row of {kind} nowhere"):
         withdraw(scene, kind, "nowhere")
 
 
@@ -133,7 +133,7 @@ def test_the_role_a_reason_and_the_right_kind_are_needed(scene: Scene, versions:
         recall(scene.store, cause, reason=" ", actor=OWNER)
     with pytest.raises(UsageError, match="is a version, not a base"):
         recall(scene.store, Cause(kind="base", value=versions[1].digest), reason="no", actor=OWNER)
-    with pytest.raises(UsageError, match="9999 characters"):
+    with pytest.raises(UsageError, match="this one has 9999"):
         recall(scene.store, Cause(kind="row", value="x" * 9999), reason="no", actor=OWNER)
 
 
@@ -156,17 +156,17 @@ def test_it_is_not_gone_while_a_champion_means_it_or_something_came_of_it_since(
 ) -> None:
     cause = Cause(kind="version", value=versions[1].digest)
     with pytest.raises(UsageError, match="never recalled"):
-        check_gone(scene.store, cause)
+        recall_status(scene.store, cause)
     start(scene.store, name=NAME, version=versions[1], steps=PLAN, actor=OPERATOR)
     recall(scene.store, cause, reason="wrong", actor=STEWARD)
-    standing = check_gone(scene.store, cause)
-    assert not standing.gone
-    assert standing.left == (f"{NAME}@champion still means it",)
-    assert standing.replaced[NAME].startswith(f"{NAME}@v")
+    status = recall_status(scene.store, cause)
+    assert not status.gone
+    assert status.left == (f"{NAME}@champion still points at it",)
+    assert status.replaced[NAME].startswith(f"{NAME}@v")
     row = load_dataset(scene.store, scene.dataset).examples("train")[0]
     by_row = Cause(kind="row", value=row.id)
     recall(scene.store, by_row, reason="asked to", actor=STEWARD)
     other = put_dataset(scene.store, [row])
-    standing = check_gone(scene.store, by_row)
-    assert any(line.startswith("dataset") and "came of it since" in line for line in standing.left), other
-    assert standing.retrain == (NAME,)
+    status = recall_status(scene.store, by_row)
+    assert any(line.startswith("dataset") and "was made from it since" in line for line in status.left), other
+    assert status.retrain == (NAME,)

@@ -191,41 +191,41 @@ def test_recall_by_subject_and_licence(folder: Folder) -> None:
         assert dataset["rows"] == {
             split: sum(of(one) == value for one in splits.examples(split)) for split in ("train", "validation", "test")
         }
-        assert any("recall --due" in line for line in done["next"])
+        assert any("recall --pending" in line for line in done["next"])
         code, standing = folder.run("recall", option, value, "--check", user=STEWARD)
-        assert (code, standing["left"]) == (3, [f"{NAME}@champion still means it"])
+        assert (code, standing["left"]) == (3, [f"{NAME}@champion still points at it"])
         assert folder.run("recall", option, "nowhere", "--reason", "x", user=STEWARD)[0] == 2
-    code, due = folder.run("recall", "--due", user=STEWARD)
+    code, due = folder.run("recall", "--pending", user=STEWARD)
     assert code == 3
-    assert due["due"][0]["causes"] == [f"licence {row.licence}", f"subject {row.subject}"]
+    assert due["pending_retrains"][0]["causes"] == [f"licence {row.licence}", f"subject {row.subject}"]
 
 
 def test_what_is_due_is_listed_and_clears_itself(folder: Folder) -> None:
     folder.run("rollout", "start", f"{NAME}@v1")
-    assert folder.run("recall", "--due") == (0, {"due": []})
-    assert folder.told("recall", "--due").strip() == "nothing is due"
+    assert folder.run("recall", "--pending") == (0, {"pending_retrains": []})
+    assert folder.told("recall", "--pending").strip() == "no retrain is pending"
     folder.run("recall", "--version", f"{NAME}@v1", "--reason", "wrong", user=STEWARD)
-    code, listed = folder.run("recall", "--due")
+    code, listed = folder.run("recall", "--pending")
     assert code == 3
-    (one,) = listed["due"]
+    (one,) = listed["pending_retrains"]
     assert (one["version"], one["replacement"], one["answers"]) == (f"{NAME}@v1", f"{NAME}@v4", False)
-    said = folder.told("recall", "--due")
-    assert f"due: {NAME}: {NAME}@v1 was recalled" in said
+    said = folder.told("recall", "--pending")
+    assert f"retrain pending: {NAME}: {NAME}@v1 was recalled" in said
     assert f"next: tunesmith approve {NAME}@v4" in said
-    assert folder.run("recall", "--due", "--row", "x")[0] == 2
+    assert folder.run("recall", "--pending", "--row", "x")[0] == 2
     # v1 answers no more: what replaces it serves at once, and what was due is over.
     code, started = folder.run("rollout", "start", f"{NAME}@v2")
     assert (code, started["status"]) == (0, "promoted")
     assert "recalled: wrong" in started["reason"]
-    assert folder.run("recall", "--due") == (0, {"due": []})
+    assert folder.run("recall", "--pending") == (0, {"pending_retrains": []})
     assert folder.run("recall", "--version", f"{NAME}@v1", "--check", user=STEWARD)[1]["gone"] is True
 
 
 def test_monitor_shows_what_is_due(folder: Folder) -> None:
     folder.run("rollout", "start", f"{NAME}@v1")
     code, before = folder.run("monitor")
-    assert before["due"] == []
+    assert before["pending_retrains"] == []
     folder.run("recall", "--version", f"{NAME}@v1", "--reason", "wrong", user=STEWARD)
     again, after = folder.run("monitor")
-    assert (again, [one["version"] for one in after["due"]]) == (code, [f"{NAME}@v1"])
+    assert (again, [one["version"] for one in after["pending_retrains"]]) == (code, [f"{NAME}@v1"])
     assert f"{NAME}@v1 was recalled" in folder.told("monitor")

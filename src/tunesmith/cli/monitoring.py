@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.monitoring.drift import Report
-    from tunesmith.monitoring.pending_retrains import Due
+    from tunesmith.monitoring.pending_retrains import PendingRetrain
     from tunesmith.monitoring.recall import Recall
-    from tunesmith.monitoring.recall_status import Standing
+    from tunesmith.monitoring.recall_status import RecallStatus
     from tunesmith.services.cases import AddedCases, CaseList
-    from tunesmith.services.monitoring import DueList
+    from tunesmith.services.monitoring import PendingRetrains
 
 _All = Annotated[bool, typer.Option("--all", help="Also those that were answered correctly.")]
 _EXITS = {"stable": 0, "drift": 3, "inconclusive": 4}
@@ -49,7 +49,7 @@ def monitor(
 ) -> None:
     """Compare served requests with the test split. Exit code 3: they drifted; 4: too few requests to say.
 
-    Also lists the retrains that recalls left pending (`recall --due`); they do not change the exit code.
+    Also lists the retrains that recalls left pending (`recall --pending`); they do not change the exit code.
     """
     from tunesmith.project import open_project
     from tunesmith.services import monitoring
@@ -58,7 +58,7 @@ def monitor(
 
     def draw(console: Console, result: monitoring.Monitored) -> None:
         _draw_report(console, label, result)
-        _draw_due(console, result.due)
+        _draw_pending(console, result.pending_retrains)
 
     emit(found, as_json, draw)
     raise typer.Exit(_EXITS[found.verdict])
@@ -76,8 +76,8 @@ def recall(
     check: Annotated[
         bool, typer.Option("--check", help="Show whether what was recalled is gone (exit 3: it is not).")
     ] = False,
-    due: Annotated[
-        bool, typer.Option("--due", help="List names whose recalled version is not replaced yet (exit 3: some).")
+    pending: Annotated[
+        bool, typer.Option("--pending", help="List names whose recalled version is not replaced yet (exit 3: some).")
     ] = False,
     directory: Directory = HERE,
     as_json: Json = False,
@@ -93,18 +93,18 @@ def recall(
 
     given = {"row": row, "source": source, "licence": licence, "subject": subject, "version": version, "base": base}
     named = {kind: value for kind, value in given.items() if value is not None}
-    if due:
+    if pending:
         if named or dry_run or check or reason:
-            raise UsageError("--due only lists, and takes no other options", fix="tunesmith recall --due")
-        pending = monitoring.list_due(open_store(directory))
-        emit(pending, as_json, _draw_due_list)
-        raise typer.Exit(3 if pending.due else 0)
+            raise UsageError("--pending only lists, and takes no other options", fix="tunesmith recall --pending")
+        listed = monitoring.list_pending_retrains(open_store(directory))
+        emit(listed, as_json, _draw_pending_list)
+        raise typer.Exit(3 if listed.pending_retrains else 0)
     store = open_store(directory)
     cause = monitoring.cause_of(store, named)
     if check:
-        state = monitoring.recall_state(store, cause)
-        emit(state, as_json, _draw_state)
-        raise typer.Exit(0 if state.gone else 3)
+        status = monitoring.recall_status_of(store, cause)
+        emit(status, as_json, _draw_status)
+        raise typer.Exit(0 if status.gone else 3)
     found = monitoring.recall(store, cause, reason=reason, actor=actor, dry_run=dry_run)
     emit(found, as_json, _draw_recall)
     for line in found.next:
@@ -161,30 +161,30 @@ def _draw_report(console: Console, label: str, report: Report) -> None:
         console.print(f"  {report.recommendation}", markup=False)
 
 
-def _draw_due_list(console: Console, found: DueList) -> None:
-    _draw_due(console, found.due)
-    if not found.due:
-        console.print("nothing is due")
+def _draw_pending_list(console: Console, found: PendingRetrains) -> None:
+    _draw_pending(console, found.pending_retrains)
+    if not found.pending_retrains:
+        console.print("no retrain is pending")
 
 
-def _draw_due(console: Console, due: Sequence[Due]) -> None:
-    for one in due:
+def _draw_pending(console: Console, pending: Sequence[PendingRetrain]) -> None:
+    for one in pending:
         scope = "".join(f", {key} {value}" for key, value in (("tenant", one.tenant), ("region", one.region)) if value)
         serves = f"{one.serves} serves" if one.answers else "nothing serves"
         made = f"{one.replacement} was made without it" if one.replacement else "a new version is needed"
-        console.print(f"due: {one.name}{scope}: {one.version} was recalled, {made}; {serves}", markup=False)
+        console.print(f"retrain pending: {one.name}{scope}: {one.version} was recalled, {made}; {serves}", markup=False)
         console.print(f"  by {', '.join(one.causes)}", markup=False)
         for step in one.next:
             console.print(f"  next: {step}", markup=False)
 
 
-def _draw_state(console: Console, state: Standing) -> None:
-    console.print(f"{state.cause}: {'gone' if state.gone else 'not gone'}", markup=False)
-    for line in state.left:
+def _draw_status(console: Console, status: RecallStatus) -> None:
+    console.print(f"{status.cause}: {'gone' if status.gone else 'not gone'}", markup=False)
+    for line in status.left:
         console.print(f"  {line}", markup=False)
-    for name, label in state.replaced.items():
+    for name, label in status.replaced.items():
         console.print(f"  {name}: {label} does not contain it", markup=False)
-    for name in state.retrain:
+    for name in status.retrain:
         console.print(f"  {name}: nothing replaces it yet: `tunesmith run`", markup=False)
 
 

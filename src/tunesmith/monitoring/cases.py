@@ -1,7 +1,7 @@
-"""Served requests whose callers said what was right and asked to keep them: kept aside, then made rows of a source.
+"""Cases: served requests with the answer that a caller expected, kept until they become rows of a source.
 
-A case becomes evidence through the same gate as every row: a source file with a licence, read by `data build`, scanned
-for personal data, deduplicated and counted.
+A case becomes evidence as every row does: in a source file with a licence, which `data build` reads, scans for personal
+data, deduplicates and counts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FOLDER = "cases"
 
 
 class Case(BaseModel):
-    """One served request with what should have been answered. version: digest of what answered; by: who said so."""
+    """One served request and the answer that was expected. version: digest of the one that answered; by: a user."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,12 +46,12 @@ class Case(BaseModel):
 
 
 def put_case(store: Store, case: Case) -> None:
-    """Keep a case until it is added to a source or dropped."""
+    """Store a case until it is added to a source or dropped."""
     write_atomic(store.root / _FOLDER / f"{case.request}.json", case.model_dump_json().encode(), 0o600)
 
 
 def list_cases(store: Store, *, everything: bool = False) -> list[Case]:
-    """Cases that wait, oldest first; with everything those that were answered right too.
+    """Stored cases, oldest first; with everything, also those that were answered right.
 
     Raises Refused for a damaged one.
     """
@@ -60,20 +60,22 @@ def list_cases(store: Store, *, everything: bool = False) -> list[Case]:
         try:
             found.append(Case.model_validate_json(path.read_bytes()))
         except (ValidationError, ValueError) as error:
-            raise Refused("not a case", where=str(path), fix="delete the file") from error
+            raise Refused("not a valid case", where=str(path), fix="delete the file") from error
     return sorted((case for case in found if everything or case.failed), key=lambda case: (case.at, case.request))
 
 
 def add_cases(store: Store, cases: Sequence[Case], target: Path, *, licence: str, split: Split, actor: str) -> int:
-    """Write cases as rows at the end of a JSONL source, with where they come from; returns how many.
+    """Append cases to a JSONL source, one row each with its origin, and return how many were new.
 
-    split: says which keys a row needs: each case is its own group, of the time when it was asked. They no longer wait
-    afterwards, and the audit log says who added them where. Killed half way, the next call adds the rest: a case is in
-    the file once.
-    Raises UsageError for a target that is no JSONL file, Refused where actor may not build data.
+    split: names the keys that a row needs. Each case gets a group of its own and the time of its request. Afterwards
+    the cases are dropped from the store, and the audit log says who added them where. If the call is killed, the next
+    one adds the rest; no case is in the file twice. Raises UsageError if target is not a JSONL file, Refused if actor
+    may not build data.
     """
     if target.suffix != ".jsonl":
-        raise UsageError("cases are written as JSONL", where=str(target), fix="name a file that ends in .jsonl")
+        raise UsageError(
+            "cases can only be added to a JSONL file", where=str(target), fix="name a file that ends in .jsonl"
+        )
     require(store, actor, "data.build")
     with lock(store.root / _FOLDER / "adding.lock", "adding cases"):
         before = target.read_bytes() if target.is_file() else b""
@@ -94,7 +96,7 @@ def add_cases(store: Store, cases: Sequence[Case], target: Path, *, licence: str
 
 
 def drop_cases(store: Store, cases: Sequence[Case]) -> None:
-    """Forget cases that wait, with their texts."""
+    """Delete stored cases and their texts."""
     for case in cases:
         (store.root / _FOLDER / f"{case.request}.json").unlink(missing_ok=True)
 
@@ -115,5 +117,6 @@ def _requests(data: bytes, target: Path) -> set[str]:
             row = json.loads(line)
             found.add(str(row.get("case", {}).get("request")))
         except (ValueError, AttributeError) as error:
-            raise UsageError("not a row", where=f"{target}, line {number}", fix="name another file") from error
+            where = f"{target}, line {number}"
+            raise UsageError("not a JSON row", where=where, fix="correct it, or name another file") from error
     return found

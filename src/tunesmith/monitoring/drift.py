@@ -1,13 +1,14 @@
-"""Does served traffic still look like what was measured before the release?
+"""Drift: whether served traffic still looks like the test split that was measured before the release.
 
-Each feature's distribution in a window of served requests is held against that of the dataset's test split. The
-Kolmogorov-Smirnov test says whether they differ at all, which any difference does once there are enough requests; the
-verdict rests on how much: the distance itself, the largest difference between the two cumulative shares. Its interval
-is the basic bootstrap's (Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13): approximate, but it takes
-out most of the distance's upward bias in small samples. The share of valid JSON is held against the evaluation's by
-Newcombe's interval for a difference of proportions (1998, Statistics in Medicine 17, method 10).
+Each feature's distribution over a window of served requests is compared with its distribution over the test split. The
+Kolmogorov-Smirnov test only says whether the two differ, and with enough requests any difference is significant. So
+the verdict depends on the size of the difference: the distance, which is the largest difference between the two
+cumulative shares. Its interval is the basic bootstrap's (Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch.
+13). It is approximate, but removes most of the distance's upward bias in small samples. The served share of valid JSON
+is compared with the evaluation's by Newcombe's interval for a difference of proportions (1998, Statistics in Medicine
+17, method 10).
 
-Drift: an interval wholly above the bound of the settings. Stable: wholly within. All else is inconclusive.
+Drift: the whole interval is above the allowed value. Stable: the whole interval is within it. Otherwise inconclusive.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ Verdict = Literal["stable", "drift", "inconclusive"]
 Array = NDArray[np.float64]
 
 _RESAMPLES = 999
-_LARGEST = 4000  # values of a feature beyond this many are thinned evenly: the bootstrap's time grows with them
+_LARGEST = 4000  # more values of a feature are thinned evenly, because the bootstrap's time grows with them
 
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
     """What was measured before the release.
 
-    features: name -> values over the test split. json_valid: (mean, low, high) of the evaluation, if it was scored.
+    features: name -> values over the test split. json_valid: mean, low and high of the evaluation, None if not scored.
     """
 
     features: Mapping[str, Sequence[float]]
@@ -50,8 +51,8 @@ class Baseline:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """One request of the window: its tenant, features, and json_valid where it was scored."""
+class ServedRequest:
+    """One request of the window. json_valid: None if its answer was not scored."""
 
     tenant: str
     features: Mapping[str, Any]
@@ -102,9 +103,9 @@ def watch(
     tenant: str | None = None,
     clock: Callable[[], datetime] = now,
 ) -> Report:
-    """Judge the requests that a version (its digest) served under a name within the window.
+    """The drift report on the requests that a version (its digest) served under a name within the window.
 
-    measure: gives the baseline; called only where there are enough requests to compare. tenant: look at theirs alone.
+    measure: returns the baseline; called only if there are enough requests. tenant: consider only its requests.
     """
     until = clock()
     since = until - timedelta(hours=settings.window_hours)
@@ -130,14 +131,14 @@ def watch(
     )
 
 
-def cap_tenants(rows: Sequence[Served], share: float) -> tuple[list[Served], dict[str, int]]:
-    """Leave out rows of a tenant that would be more than share of what is left, so that none drowns out the others.
+def cap_tenants(rows: Sequence[ServedRequest], share: float) -> tuple[list[ServedRequest], dict[str, int]]:
+    """Drop rows so that no tenant has more than a share of those that are kept.
 
-    rows: newest first; each tenant's newest are kept. One tenant alone is not capped. Returns the rows in their order
-    and how many of whom were left out.
+    rows: newest first; each tenant's newest are kept. A single tenant is not capped. Returns the kept rows in their
+    order, and tenant -> number of dropped rows.
     """
     counts = Counter(row.tenant for row in rows)
-    # The largest cap that is no more than the share of what it leaves; equal parts where the share is less than that.
+    # The largest cap that is at most the share of what it keeps. A share below equal parts means equal parts.
     share = max(share, 1 / max(1, len(counts)))
     cap = max(counts.values(), default=0)
     while cap > 1 and cap > (allowed := share * sum(min(count, cap) for count in counts.values())):
@@ -152,8 +153,8 @@ def cap_tenants(rows: Sequence[Served], share: float) -> tuple[list[Served], dic
     return kept, capped
 
 
-def compare(rows: Sequence[Served], baseline: Baseline, settings: MonitoringSettings) -> tuple[Finding, ...]:
-    """Hold every feature of the baseline, and json_valid where it was measured, against the served rows."""
+def compare(rows: Sequence[ServedRequest], baseline: Baseline, settings: MonitoringSettings) -> tuple[Finding, ...]:
+    """A finding for every feature of the baseline, and one for json_valid if it was measured."""
     findings = [
         compare_feature(name, [row.features.get(name) for row in rows], values, settings)
         for name, values in sorted(baseline.features.items())
@@ -164,7 +165,7 @@ def compare(rows: Sequence[Served], baseline: Baseline, settings: MonitoringSett
 
 
 def compare_feature(name: str, served: Sequence[Any], measured: Sequence[Any], settings: MonitoringSettings) -> Finding:
-    """One feature: served requests against the test split. What is no finite number is left out, and said."""
+    """The finding for one feature. Values that are not finite numbers are dropped; the reason counts them."""
     from scipy.stats import ks_2samp
 
     ours, theirs = _numbers(served), _numbers(measured)
@@ -179,14 +180,16 @@ def compare_feature(name: str, served: Sequence[Any], measured: Sequence[Any], s
         reason = f"{len(ours)} served requests ({unusable} unusable) and {len(theirs)} test rows are too few"
         return Finding(outcome="inconclusive", reason=reason, **facts)
     if np.ptp(ours) == 0 and np.ptp(theirs) == 0 and ours[0] == theirs[0]:
-        return Finding(outcome="constant", reason=f"always {ours[0]:g}, then and now: it can show nothing", **facts)
+        return Finding(
+            outcome="constant", reason=f"always {ours[0]:g}, before and now, so it cannot show drift", **facts
+        )
     distance = _distance(ours, theirs)
     low, high = _interval(_thinned(ours), _thinned(theirs), settings.confidence)
     p_value = float(ks_2samp(ours, theirs).pvalue)
     outcome = _outcome(low, high, settings.shift_at_most)
     moved = f"{name} moved by {distance:.3f} [{low:.3f}, {high:.3f}], allowed {settings.shift_at_most:g}"
-    medians = f"median {np.median(theirs):.3g} then, {np.median(ours):.3g} now"
-    dropped = f"; {unusable} unusable values left out" if unusable else ""
+    medians = f"median {np.median(theirs):.3g} before, {np.median(ours):.3g} now"
+    dropped = f"; {unusable} unusable values dropped" if unusable else ""
     return Finding(
         outcome=outcome, reason=f"{moved}; {medians}{dropped}", effect=distance, low=low, high=high, p_value=p_value,
         **facts,
@@ -208,7 +211,7 @@ def _compare_valid(
     drop = mean - now_
     least = drop - math.hypot(mean - low, wilson.high - now_)
     most = drop + math.hypot(high - mean, now_ - wilson.low)
-    reason = f"valid JSON {mean:.3f} then, {now_:.3f} now: a drop of {drop:.3f} [{least:.3f}, {most:.3f}]"
+    reason = f"valid JSON {mean:.3f} before, {now_:.3f} now: a drop of {drop:.3f} [{least:.3f}, {most:.3f}]"
     outcome = _outcome(least, most, settings.valid_drop_at_most)
     return Finding(outcome=outcome, reason=reason, effect=drop, low=least, high=most, **facts)
 
@@ -218,36 +221,32 @@ def _outcome(low: float, high: float, bound: float) -> Verdict:
 
 
 def _overall(findings: Sequence[Finding]) -> tuple[Verdict, str]:
-    """Drift where anything drifted; stable where all that can show something is stable."""
+    """Drift if any finding is drift; stable if every finding is, apart from constant features."""
     telling = [finding for finding in findings if finding.outcome != "constant"]
     for verdict in ("drift", "inconclusive"):
         found = [finding for finding in telling if finding.outcome == verdict]
         if found:
             return verdict, "; ".join(finding.reason for finding in found)
     if not telling:
-        return "inconclusive", "nothing to compare: no feature was measured, or all are constant"
+        return "inconclusive", "nothing to compare: no feature was measured, or every one is constant"
     return "stable", f"{', '.join(finding.name for finding in telling)} within bounds"
 
 
 def _recommendation(findings: Sequence[Finding]) -> str:
     names = [finding.name for finding in findings if finding.outcome == "drift"]
     if names == ["json_valid"]:
-        return (
-            "answers are valid less often though requests look alike: `tunesmith rollout rollback`, then find out why"
-        )
+        return "fewer answers are valid although requests look alike: `tunesmith rollout rollback`, then find the cause"
     return "retrain: collect and label requests of this window, add them to data.sources, then `tunesmith run`"
 
 
 def _too_few(requests: int, kept: int, settings: MonitoringSettings) -> str:
     if not requests:
         return "no request was served in the window"
-    capped = (
-        f", {kept} once no tenant is more than {settings.tenant_share_at_most:.0%} of them" if kept < requests else ""
-    )
+    capped = f", {kept} when no tenant has more than {settings.tenant_share_at_most:.0%}" if kept < requests else ""
     return f"{requests} requests in the window{capped}: fewer than {settings.min_requests}"
 
 
-def _served(store: Store, name: str, version: str, since: str, until: str, tenant: str | None) -> list[Served]:
+def _served(store: Store, name: str, version: str, since: str, until: str, tenant: str | None) -> list[ServedRequest]:
     """The window's answered requests, newest first."""
     columns = (RequestRow.tenant, RequestRow.features, RequestRow.scores)
     query = select(*columns).where(
@@ -261,7 +260,7 @@ def _served(store: Store, name: str, version: str, since: str, until: str, tenan
         query = query.where(RequestRow.tenant == tenant)
     with database.reading(store.engine) as session:
         rows = session.execute(query.order_by(RequestRow.at.desc(), RequestRow.id)).all()
-    return [Served(owner, features, scores.get("json_valid")) for owner, features, scores in rows]
+    return [ServedRequest(owner, features, scores.get("json_valid")) for owner, features, scores in rows]
 
 
 def _numbers(values: Sequence[Any]) -> Array:

@@ -1,8 +1,8 @@
-"""What a recall left to be made anew: names whose withdrawn version no later sound one has replaced in service.
+"""Retrains that recalls left pending: names whose recalled champion no later version has replaced yet.
 
-Nothing is queued. What is due follows each time from the recalls, the history of the champion in the audit log and the
-versions there are: so it can neither be lost nor go stale, and it is over by itself when the retrained version serves.
-A version that was withdrawn before it ever was champion leaves nothing due.
+Nothing is queued. The list is computed each time from the recalls, the champions that the audit log names, and the
+registered versions. So it cannot be lost or go stale, and an entry disappears when the retrained version serves.
+A version that was recalled before it became champion leaves nothing pending.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused
+from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.signing.release import read_version
 from tunesmith.registry.versions import Version, check_not_recalled
-from tunesmith.rollout.state import LIVE
+from tunesmith.rollout.state import live_rollout
 from tunesmith.store import database
 from tunesmith.store.recalls import causes
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, AuditRow, RolloutRow, VersionRow
+from tunesmith.store.tables import AuditRow, VersionRow
 
 _Place = tuple[str, str, str]  # name, tenant, region
 
 
-class Due(BaseModel):
-    """A place whose champion was withdrawn. version: the newest withdrawn one that was champion there.
+class PendingRetrain(BaseModel):
+    """A name, for a tenant and region, whose champion was recalled. version: the newest recalled champion.
 
-    causes: by which recalls; serves: what the champion means now, "" for nothing; answers: whether that may be served;
-    replacement: a later sound version that does not serve yet; next: commands, in order.
+    causes: of its recalls. serves: the version that is champion now, "" for none. answers: whether that one may be
+    loaded. replacement: a later version that was made without what was recalled but is not champion yet. next: the
+    commands to run, in order.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -47,21 +49,23 @@ class Due(BaseModel):
     next: tuple[str, ...]
 
 
-def list_due(store: Store, name: str | None = None) -> list[Due]:
-    """What is due, of one name or of all, in the order of names, tenants and regions; changes nothing."""
+def list_pending_retrains(store: Store, name: str | None = None) -> list[PendingRetrain]:
+    """Pending retrains of one name, or of all, in the order of names, tenants and regions. Changes nothing."""
     with database.reading(store.engine) as session:
-        reached = causes(session)
-        if not reached:
+        by_cause = causes(session)
+        if not by_cause:
             return []
         places = _champions(session)
         found = [
-            _due(store, session, place, places[place], reached) for place in sorted(places) if name in (None, place[0])
+            _pending(store, session, place, places[place], by_cause)
+            for place in sorted(places)
+            if name in (None, place[0])
         ]
     return [one for one in found if one is not None]
 
 
 def _champions(session: Session) -> dict[_Place, set[str]]:
-    """Every version that was ever champion, by place, from the audit log."""
+    """Digests of every version that ever was champion, by place, from the audit log."""
     places: dict[_Place, set[str]] = {}
     for row in session.scalars(select(AuditRow).where(AuditRow.action == "alias.set").order_by(AuditRow.seq)):
         if row.detail["alias"] == "champion" and row.detail["version"]:
@@ -70,16 +74,18 @@ def _champions(session: Session) -> dict[_Place, set[str]]:
     return places
 
 
-def _due(store: Store, session: Session, place: _Place, served: set[str], reached: dict[str, list[str]]) -> Due | None:
+def _pending(
+    store: Store, session: Session, place: _Place, champions: set[str], by_cause: dict[str, list[str]]
+) -> PendingRetrain | None:
     name, tenant, region = place
-    versions = [_read(store, digest) for digest in served]
-    withdrawn = [version for version in versions if not _sound(store, session, version)]
-    if not withdrawn:
+    versions = [_read(store, digest) for digest in champions]
+    recalled = [version for version in versions if not _untouched(store, session, version)]
+    if not recalled:
         return None
-    last = max(withdrawn, key=lambda version: version.number)
-    alias = session.get(AliasRow, (name, "champion", tenant, region))
-    now = _read(store, alias.version) if alias is not None and alias.version else None
-    answers = now is not None and _sound(store, session, now)
+    last = max(recalled, key=lambda version: version.number)
+    alias = get_alias(session, name, "champion", tenant, region)
+    now = _read(store, alias.version) if alias is not None else None
+    answers = now is not None and _untouched(store, session, now)
     if now is not None and answers and now.number > last.number:
         return None
     later = select(VersionRow).where(
@@ -89,9 +95,9 @@ def _due(store: Store, session: Session, place: _Place, served: set[str], reache
         VersionRow.region.in_(("", region)),
     )
     newer = [_read(store, row.digest) for row in session.scalars(later.order_by(VersionRow.number.desc()))]
-    replacement = next((version for version in newer if _sound(store, session, version)), None)
-    by = _causes(store, last, reached)
-    return Due(
+    replacement = next((version for version in newer if _untouched(store, session, version)), None)
+    by = _causes(store, last, by_cause)
+    return PendingRetrain(
         name=name,
         tenant=tenant,
         region=region,
@@ -108,7 +114,8 @@ def _read(store: Store, digest: str) -> Version:
     return read_version(store.record(digest, kind="version"), short(digest))[0]
 
 
-def _sound(store: Store, session: Session, version: Version) -> bool:
+def _untouched(store: Store, session: Session, version: Version) -> bool:
+    """Whether neither the version nor a record that it was made from was recalled."""
     statement = read_version(store.record(version.digest, kind="version"), version.label)[1]
     with contextlib.suppress(Refused):
         check_not_recalled(session, version, statement)
@@ -116,15 +123,15 @@ def _sound(store: Store, session: Session, version: Version) -> bool:
     return False
 
 
-def _causes(store: Store, version: Version, reached: dict[str, list[str]]) -> list[str]:
-    """The recalls behind it. That of another version says nothing of what was merely measured beside it."""
+def _causes(store: Store, version: Version, by_cause: dict[str, list[str]]) -> list[str]:
+    """The recalls that reached a version. A recall of another version reaches it only through its weights."""
     statement = read_version(store.record(version.digest, kind="version"), version.label)[1]
     own = {version.digest, version.candidate}
-    rests = {*own, *statement.records, *statement.blobs}
+    everything = {*own, *statement.records, *statement.blobs}
     return [
         cause
-        for cause, digests in reached.items()
-        if not (own if cause.startswith("version ") else rests).isdisjoint(digests)
+        for cause, digests in by_cause.items()
+        if not (own if cause.startswith("version ") else everything).isdisjoint(digests)
     ]
 
 
@@ -132,14 +139,11 @@ def _next(store: Store, session: Session, place: _Place, by: list[str], replacem
     name, tenant, region = place
     if replacement is None:
         kinds = {cause.partition(" ")[0] for cause in by}
-        change = "name another `base`" if "base" in kinds else "change what made these weights"
-        # Rows stay out by themselves; what a recalled version or base was made of does not change by itself.
+        change = "name another `base`" if "base" in kinds else "change the rows or settings"
+        # The next build leaves recalled rows out. It does not replace a base, or what a recalled version was made from.
         return [*([f"{change} in tunesmith.yaml"] if kinds & {"base", "version"} else []), "tunesmith run"]
-    live = select(RolloutRow).where(RolloutRow.name == name, RolloutRow.status.in_(LIVE))
-    if any(
-        row.canary == replacement.digest and (row.tenant, row.region) == (tenant, region)
-        for row in session.scalars(live)
-    ):
+    rollout = live_rollout(session, name, tenant, region)
+    if rollout is not None and rollout.canary == replacement.digest:
         return ["tunesmith rollout status"]
     scope = "".join(f" --{key} {value}" for key, value in (("tenant", tenant), ("region", region)) if value)
     steps = [f"tunesmith rollout start {replacement.label}{scope}"]

@@ -1,9 +1,9 @@
-"""Withdraw a row, source, licence, subject, version or base, and everything that came of it.
+"""Recall a row, source, licence, subject, version or base, and everything that was made from it.
 
-What is reached is every record that has a withdrawn one among its ancestors: a dataset version that holds one withdrawn
-row is withdrawn whole, with the trainings, candidates, answers, evaluations, verdicts and versions built on it, even
-where the row stood in a split that the training did not learn from: the evidence rests on it all the same. Records and
-blobs stay where they are, so that the audit trail stays whole; what is withdrawn is served and built on no more.
+A recall reaches every record with a recalled one among its ancestors. A dataset version that holds one recalled row is
+recalled as a whole, with the trainings, candidates, answers, evaluations, verdicts and versions made from it. That
+holds even if the row is in a split that the training did not learn from, because the evidence uses it. Records and
+blobs stay in the store, so that the audit trail stays complete, but they are no longer served or built on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LONGEST = 200  # characters of a cause's value: the tables' columns hold 256 wi
 
 
 class Cause(BaseModel):
-    """What is withdrawn. value: a row's id, a source, licence or subject as its rows name it, or a record's digest."""
+    """What to recall. value: a row's id, a source, licence or subject as its rows name it, or a record's digest."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -47,7 +47,7 @@ class Cause(BaseModel):
 
 
 class Reached(BaseModel):
-    """A record that a recall reaches. rows: of a dataset version, how many of its rows are withdrawn, by split."""
+    """A record that a recall reaches. rows: of a dataset version, how many of its rows are recalled, by split."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -57,8 +57,8 @@ class Reached(BaseModel):
     rows: dict[str, int] = {}
 
 
-class Pointing(BaseModel):
-    """An alias that means a withdrawn version now."""
+class RecalledAlias(BaseModel):
+    """An alias that points at a recalled version."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -69,8 +69,8 @@ class Pointing(BaseModel):
     version: str
 
 
-class Served(BaseModel):
-    """Whom a withdrawn version answered: a tenant's requests, from the first to the last."""
+class AnsweredRequests(BaseModel):
+    """Requests of one tenant that a recalled version answered. first, last: the times of the first and last one."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -83,10 +83,10 @@ class Served(BaseModel):
 
 
 class Recall(BaseModel):
-    """What a recall reaches. rollouts: numbers of the live ones with a withdrawn arm.
+    """What a recall reaches. done: False if nothing was changed. rollouts: numbers of live ones with a recalled arm.
 
-    adapters: digests of the weights that were trained on it; tenants: all that a withdrawn version was made for, that
-    an alias of theirs means, or that it answered.
+    adapters: digests of the weights that were trained on it. tenants: those that a recalled version was made for or
+    answered, or whose alias points at one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -95,37 +95,38 @@ class Recall(BaseModel):
     reason: str
     done: bool
     reached: tuple[Reached, ...]
-    aliases: tuple[Pointing, ...]
+    aliases: tuple[RecalledAlias, ...]
     rollouts: tuple[int, ...]
     adapters: tuple[str, ...] = ()
-    served: tuple[Served, ...] = ()
+    served: tuple[AnsweredRequests, ...] = ()
     tenants: tuple[str, ...] = ()
 
     @property
-    def champions(self) -> tuple[Pointing, ...]:
+    def champions(self) -> tuple[RecalledAlias, ...]:
         """The aliases whose traffic stops."""
         return tuple(alias for alias in self.aliases if alias.alias == "champion")
 
 
 def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool = False) -> Recall:
-    """Withdraw a cause and all that came of it, in one audited transaction; with dry_run, only tell what that reaches.
+    """Recall a cause and every record made from it, in one audited transaction.
 
-    Live rollouts with a withdrawn arm abort at their controller's next look. Running it again adds what came of the
-    cause since. Raises UsageError where nothing here comes of it, Refused where actor may not.
+    dry_run: change nothing, and return what a recall would reach. Live rollouts with a recalled arm abort when their
+    controller runs next. A repeated recall adds the records that were made since. Raises UsageError if no record here
+    was made from the cause, Refused if actor may not recall.
     """
     if not reason.strip():
         raise UsageError("a recall needs a reason", fix='--reason "why"')
     if len(cause.value) > _LONGEST:
-        raise UsageError(f"a {cause.kind} of {len(cause.value)} characters is none that is kept here")
+        raise UsageError(f"a {cause.kind} has at most {_LONGEST} characters, this one has {len(cause.value)}")
     require(store, actor, "recall.start")
     if dry_run:
         with database.reading(store.engine) as session:
-            return reach(store, session, cause, reason, done=False)
+            return find_reached(store, session, cause, reason, done=False)
     detail: dict[str, Any] = {"reason": reason}
     with store.change(actor, "recall.start", cause.label, detail) as session:
-        # Inside the transaction: nothing that is being built on it meanwhile slips past.
+        # Inside the transaction, so that no record which is being made from it now is missed.
         require(session, actor, "recall.start")
-        found = reach(store, session, cause, reason, done=True)
+        found = find_reached(store, session, cause, reason, done=True)
         at = stamp()
         for one in found.reached:
             if session.get(RecallRow, (one.digest, cause.label)) is None:
@@ -134,8 +135,8 @@ def recall(store: Store, cause: Cause, *, reason: str, actor: str, dry_run: bool
         return found
 
 
-def reach(store: Store, session: Session, cause: Cause, reason: str, *, done: bool) -> Recall:
-    """All that comes of a cause as the graph is now; changes nothing. done: whether the caller marks it."""
+def find_reached(store: Store, session: Session, cause: Cause, reason: str, *, done: bool) -> Recall:
+    """Every record made from a cause, as the graph is now. Changes nothing. done: whether the caller marks them."""
     reached = list(_roots(store, cause))
     digests = {root.digest for root in reached}
     waiting = [] if cause.kind == "version" else [root.digest for root in reached]
@@ -147,7 +148,7 @@ def reach(store: Store, session: Session, cause: Cause, reason: str, *, done: bo
                 waiting.append(child)
     pointing = session.scalars(select(AliasRow).order_by(AliasRow.name, AliasRow.alias, AliasRow.tenant))
     aliases = tuple(
-        Pointing(name=row.name, alias=row.alias, tenant=row.tenant, region=row.region, version=row.version)
+        RecalledAlias(name=row.name, alias=row.alias, tenant=row.tenant, region=row.region, version=row.version)
         for row in pointing
         if row.version in digests
     )
@@ -155,7 +156,7 @@ def reach(store: Store, session: Session, cause: Cause, reason: str, *, done: bo
     served = _served(session, digests)
     versions = [store.record(one.digest) for one in reached if one.kind == "version"]
     trained = [store.record(one.digest) for one in reached if one.kind == "training"]
-    told = {str(one.body.get("tenant", "")) for one in versions}
+    tenants = {str(one.body.get("tenant", "")) for one in versions}
     return Recall(
         cause=cause.label,
         reason=reason,
@@ -165,25 +166,25 @@ def reach(store: Store, session: Session, cause: Cause, reason: str, *, done: bo
         rollouts=tuple(row.id for row in live if row.canary in digests or row.stable in digests),
         adapters=tuple(sorted(one.blobs[name] for one in trained for name in _WEIGHTS if name in one.blobs)),
         served=served,
-        tenants=tuple(sorted(told | {one.tenant for one in aliases} | {one.tenant for one in served})),
+        tenants=tuple(sorted(tenants | {one.tenant for one in aliases} | {one.tenant for one in served})),
     )
 
 
-def _served(session: Session, digests: set[str]) -> tuple[Served, ...]:
-    """Requests that reached versions answered, counted from what the server recorded."""
+def _served(session: Session, digests: set[str]) -> tuple[AnsweredRequests, ...]:
+    """The requests that recalled versions answered, counted from the server's records."""
     of = (RequestRow.tenant, RequestRow.region, RequestRow.version)
     query = select(*of, func.count(), func.min(RequestRow.at), func.max(RequestRow.at)).group_by(*of).order_by(*of)
     return tuple(
-        Served(tenant=tenant, region=region, version=version, requests=count, first=first, last=last)
+        AnsweredRequests(tenant=tenant, region=region, version=version, requests=count, first=first, last=last)
         for tenant, region, version, count, first, last in session.execute(query)
         if version in digests
     )
 
 
 def _roots(store: Store, cause: Cause) -> list[Reached]:
-    """The records that the cause names itself, or the dataset versions that hold its rows."""
+    """The records that the cause names, or the dataset versions and documents that hold its rows."""
     if cause.kind == "version":
-        return _with_its_training(store, cause.value)
+        return _version_and_its_weights(store, cause.value)
     if cause.kind == "base":
         record = store.record(cause.value, kind="base")
         return [Reached(kind="base", digest=cause.value, label=str(record.body.get("spec", "")))]
@@ -201,16 +202,16 @@ def _roots(store: Store, cause: Cause) -> list[Reached]:
             found.append(Reached(kind="documents", digest=digest, label=short(digest)))
     if not found:
         raise UsageError(
-            f"no dataset version here holds a row of {cause.label}",
-            fix="tunesmith data show names sources and licences",
+            f"no dataset version in this store holds a row of {cause.label}",
+            fix="tunesmith data show lists sources and licences",
         )
     return found
 
 
-def _with_its_training(store: Store, version: str) -> list[Reached]:
-    """A version, and where it has weights of its own their training, and whatever else answers with them.
+def _version_and_its_weights(store: Store, version: str) -> list[Reached]:
+    """A version, the training of its weights if it has any, and every candidate and version that uses these weights.
 
-    The evidence is left alone: rivals that were measured beside it are none the worse.
+    Evaluations and verdicts are not reached: they stay valid for the other candidates that they measured.
     """
     record = store.record(version, kind="version")
     reached = {version: Reached(kind="version", digest=version, label=_version_label(record.body))}

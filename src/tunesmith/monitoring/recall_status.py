@@ -1,4 +1,4 @@
-"""After a recall: is what was withdrawn gone, and what took its place?"""
+"""The status of a recall: what still uses the recalled records, and which versions replaced the recalled ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.governance.withdrawn import load_withdrawn
-from tunesmith.monitoring.recall import Cause, reach
+from tunesmith.monitoring.recall import Cause, find_reached
 from tunesmith.registry.signing.release import read_version
 from tunesmith.registry.versions import check_not_recalled
 from tunesmith.store import database
@@ -21,8 +21,11 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import VersionRow
 
 
-class Standing(BaseModel):
-    """Whether a cause is gone. left: what still has to be done, a line each; replaced: reached name -> new version."""
+class RecallStatus(BaseModel):
+    """Whether nothing uses what was recalled any more. left: what still has to be done, one line each.
+
+    retrain: names of recalled versions without a replacement. replaced: name -> the newest version made without it.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -33,32 +36,31 @@ class Standing(BaseModel):
     replaced: Mapping[str, str]
 
 
-def check_gone(store: Store, cause: Cause) -> Standing:
-    """Walk the graph again, as it is now.
+def recall_status(store: Store, cause: Cause) -> RecallStatus:
+    """The status of a recall, from the graph of records as it is now.
 
-    Gone: everything that comes of the cause is marked, no alias means any of it, no live rollout has an arm of it, and
-    a build leaves its rows out. retrain: names of reached versions that nothing sound has replaced yet. Raises
-    UsageError where the cause was never recalled.
+    Gone: every record made from the cause is marked as recalled, no alias points at one, no live rollout has one as an
+    arm, and the next build leaves the cause's rows out. Raises UsageError if the cause was never recalled.
     """
     with database.reading(store.engine) as session:
         marked = set(causes(session).get(cause.label, ()))
         if not marked:
             raise UsageError(
-                f"{cause.label} was never recalled here",
+                f"{cause.label} was never recalled in this store",
                 fix=f"tunesmith recall --{cause.kind} {cause.value} --reason ...",
             )
-        found = reach(store, session, cause, reason="", done=False)
+        found = find_reached(store, session, cause, reason="", done=False)
         since = [one for one in found.reached if one.digest not in marked]
-        left = [f"{one.kind} {one.label} came of it since: recall it again" for one in since]
-        left += [f"{one.name}@{one.alias}{_place(one.tenant, one.region)} still means it" for one in found.aliases]
+        left = [f"{one.kind} {one.label} was made from it since: recall it again" for one in since]
+        left += [f"{one.name}@{one.alias}{_scope(one.tenant, one.region)} still points at it" for one in found.aliases]
         left += [f"rollout {number} still has an arm of it" for number in found.rollouts]
         names = {str(store.record(one.digest).body["name"]) for one in found.reached if one.kind == "version"}
         newest = _replacements(store, session, names)
     if cause.kind in ("row", "source", "licence", "subject"):
         withdrawn = load_withdrawn(store)
         if cause.value not in withdrawn.values.get(cause.kind, ()):
-            left.append("a build would take its rows in again")
-    return Standing(
+            left.append("the next build would include its rows again")
+    return RecallStatus(
         cause=cause.label,
         gone=not left,
         left=tuple(left),
@@ -68,7 +70,7 @@ def check_gone(store: Store, cause: Cause) -> Standing:
 
 
 def _replacements(store: Store, session: Session, names: set[str]) -> dict[str, str]:
-    """Name -> the newest version of that name that nothing recalled stands behind."""
+    """Name -> the newest version of that name that was made from nothing recalled."""
     newest: dict[str, str] = {}
     for name in sorted(names):
         query = select(VersionRow.digest).where(VersionRow.name == name).order_by(VersionRow.number.desc())
@@ -81,6 +83,6 @@ def _replacements(store: Store, session: Session, names: set[str]) -> dict[str, 
     return newest
 
 
-def _place(tenant: str, region: str) -> str:
+def _scope(tenant: str, region: str) -> str:
     said = ", ".join(f"{kind} {value}" for kind, value in (("tenant", tenant), ("region", region)) if value)
     return f" ({said})" if said else ""

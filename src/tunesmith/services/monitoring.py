@@ -12,9 +12,9 @@ from tunesmith.monitoring import pending_retrains, recall_status
 from tunesmith.monitoring import recall as recalls
 from tunesmith.monitoring.baseline import measured_baseline
 from tunesmith.monitoring.drift import Report, watch
-from tunesmith.monitoring.pending_retrains import Due
+from tunesmith.monitoring.pending_retrains import PendingRetrain
 from tunesmith.monitoring.recall import Cause, CauseKind, Recall
-from tunesmith.monitoring.recall_status import Standing
+from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions, resolve
 from tunesmith.rollout.controller import give_up
@@ -25,13 +25,13 @@ from tunesmith.store.store import Store
 class Monitored(Report):
     """The drift report of a version, and the retrains that recalls left pending for its name."""
 
-    due: tuple[Due, ...]
+    pending_retrains: tuple[PendingRetrain, ...]
 
 
-class DueList(View):
+class PendingRetrains(View):
     """The retrains that recalls left pending."""
 
-    due: tuple[Due, ...]
+    pending_retrains: tuple[PendingRetrain, ...]
 
 
 class Recalled(Recall):
@@ -60,13 +60,13 @@ def monitor(
         measure=lambda: measured_baseline(project.store, version),
         tenant=tenant,
     )
-    due = tuple(pending_retrains.list_due(project.store, version.name))
-    return Monitored(**dict(report), due=due), version.label
+    pending = tuple(pending_retrains.list_pending_retrains(project.store, version.name))
+    return Monitored(**dict(report), pending_retrains=pending), version.label
 
 
-def list_due(store: Store) -> DueList:
+def list_pending_retrains(store: Store) -> PendingRetrains:
     """The retrains that recalls left pending."""
-    return DueList(due=tuple(pending_retrains.list_due(store)))
+    return PendingRetrains(pending_retrains=tuple(pending_retrains.list_pending_retrains(store)))
 
 
 def cause_of(store: Store, named: Mapping[str, str]) -> Cause:
@@ -98,9 +98,9 @@ def recall(store: Store, cause: Cause, *, reason: str, actor: str | None = None,
     return Recalled(**dict(found), aborted_rollouts=tuple(aborted), next=tuple(_next_steps(found)))
 
 
-def recall_state(store: Store, cause: Cause) -> Standing:
+def recall_status_of(store: Store, cause: Cause) -> RecallStatus:
     """Whether what was recalled is gone everywhere. Raises UsageError where it was never recalled."""
-    return recall_status.check_gone(store, cause)
+    return recall_status.recall_status(store, cause)
 
 
 def _next_steps(found: Recall) -> list[str]:
@@ -117,6 +117,6 @@ def _next_steps(found: Recall) -> list[str]:
     elif found.adapters:
         lines.append("change what these weights were trained on (rows, settings or base), then `tunesmith run`")
     if any(one.kind == "version" for one in found.reached):
-        lines.append("`tunesmith recall --due` lists the names that need a new version, until it serves")
+        lines.append("`tunesmith recall --pending` lists the names that need a new version, until it serves")
     lines.append(f"`tunesmith recall --{kind} {shlex.quote(value)} --check` shows whether it is gone")
     return lines

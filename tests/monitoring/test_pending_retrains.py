@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.fabricate import APPROVER, NAME, OPERATOR, STEWARD, Scene, approve, lamp, put_dataset
 from tunesmith.data.dataset import load_dataset
-from tunesmith.monitoring.pending_retrains import Due, list_due
+from tunesmith.monitoring.pending_retrains import PendingRetrain, list_pending_retrains
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.controller import advance, rollback, start
@@ -24,8 +24,8 @@ def serve(scene: Scene, version: Version, **scope: str) -> None:
     assert rollout.status == "promoted"
 
 
-def only(scene: Scene) -> Due:
-    (one,) = list_due(scene.store)
+def only(scene: Scene) -> PendingRetrain:
+    (one,) = list_pending_retrains(scene.store)
     return one
 
 
@@ -35,16 +35,16 @@ def without(scene: Scene) -> None:
 
 
 def test_it_is_due_until_a_version_without_the_row_serves(scene: Scene, versions: dict[int, Version]) -> None:
-    assert list_due(scene.store) == []
+    assert list_pending_retrains(scene.store) == []
     serve(scene, versions[1])
-    assert list_due(scene.store) == []
+    assert list_pending_retrains(scene.store) == []
     row = load_dataset(scene.store, scene.dataset).examples("train")[0]
     withdraw(scene, "row", row.id)
     due = only(scene)
     assert (due.name, due.version, due.causes) == (NAME, f"{NAME}@v1", (f"row {row.id}",))
     assert (due.serves, due.answers, due.replacement) == (f"{NAME}@v1", False, None)
     assert due.next == ("tunesmith run",)
-    assert list_due(scene.store, "another") == []
+    assert list_pending_retrains(scene.store, "another") == []
 
     without(scene)
     new = scene.version(50, approved=False)
@@ -58,7 +58,7 @@ def test_it_is_due_until_a_version_without_the_row_serves(scene: Scene, versions
     assert only(scene).next == (f"tunesmith rollout start {new.label}",)
     # Nothing answers, so there is nothing to compare with: what replaces it serves at once.
     serve(scene, new)
-    assert list_due(scene.store) == []
+    assert list_pending_retrains(scene.store) == []
 
 
 def test_while_an_earlier_version_serves_again_it_stays_due(scene: Scene, versions: dict[int, Version]) -> None:
@@ -76,14 +76,14 @@ def test_while_an_earlier_version_serves_again_it_stays_due(scene: Scene, versio
     assert only(scene).next == ("tunesmith rollout status",)
     while rollout.live:
         rollout = advance(scene.store, rollout.id)
-    assert list_due(scene.store) == []
+    assert list_pending_retrains(scene.store) == []
 
 
 def test_a_withdrawn_version_or_base_asks_for_a_change_first(scene: Scene, versions: dict[int, Version]) -> None:
     serve(scene, versions[3])
     withdraw(scene, "version", versions[4].digest)
     withdraw(scene, "version", versions[3].digest)
-    assert only(scene).next == ("change what made these weights in tunesmith.yaml", "tunesmith run")
+    assert only(scene).next == ("change the rows or settings in tunesmith.yaml", "tunesmith run")
     withdraw(scene, "base", scene.base)
     assert only(scene).next == ("name another `base` in tunesmith.yaml", "tunesmith run")
 
@@ -91,18 +91,18 @@ def test_a_withdrawn_version_or_base_asks_for_a_change_first(scene: Scene, versi
 def test_what_never_served_leaves_nothing_due(scene: Scene, versions: dict[int, Version]) -> None:
     serve(scene, versions[1])
     withdraw(scene, "version", versions[3].digest)
-    assert list_due(scene.store) == []
+    assert list_pending_retrains(scene.store) == []
 
 
 def test_each_tenant_is_a_place_of_its_own(scene: Scene, versions: dict[int, Version]) -> None:
     serve(scene, versions[1])
     serve(scene, versions[2], tenant="acme")
     withdraw(scene, "licence", "Apache-2.0")
-    assert [(one.tenant, one.version) for one in list_due(scene.store)] == [
+    assert [(one.tenant, one.version) for one in list_pending_retrains(scene.store)] == [
         ("", f"{NAME}@v1"),
         ("acme", f"{NAME}@v2"),
     ]
     scene.dataset = put_dataset(scene.store, [lamp(1, licence="MIT")])
     new = scene.version(80)
     serve(scene, new, tenant="acme")
-    assert [one.tenant for one in list_due(scene.store)] == [""]
+    assert [one.tenant for one in list_pending_retrains(scene.store)] == [""]
