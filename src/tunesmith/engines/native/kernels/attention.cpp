@@ -1,9 +1,9 @@
-// Attention of rows behind a shared prefix as products of blocks: how tokens lie in them, and its softmax.
+// Attention of rows with a shared prefix as block products: copies between tokens and blocks, and softmax.
 
 #include "layout.h"
 
-// Where head h of a token lies in the blocks, whose rows are padded to `longest`: queries
-// [kv, rows, group * longest, D] (prefix: [kv, group * prefix, D]). Angles: cosine and sine [T, half] of each token.
+// The index of a token's query head in the blocks: [kv, rows, group * longest, D], or [kv, group * prefix, D] for the
+// prefix. key_place: the same for keys and values, [kv, rows, longest, D] or [kv, prefix, D].
 static inline int64_t query_place(const Layout& l, int64_t token, int64_t head) {
     int64_t k = head / l.group, g = head % l.group, row = l.row_of[token], place = l.place_of[token];
     if (row < 0) return ((k * l.group + g) * l.prefix + place) * l.size;
@@ -15,7 +15,7 @@ static inline int64_t key_place(const Layout& l, int64_t token, int64_t k) {
     return ((k * l.rows + row) * l.longest + place) * l.size;
 }
 
-// Slots behind the end of a row to 0, in queries (heads: group), keys or values (heads: 1).
+// Sets slots after a row's end to 0, in blocks of queries (heads = group), keys or values (heads = 1).
 template <class T>
 static void clear(const Layout& l, T* blocks, int64_t heads) {
     for (int64_t each = 0; each < l.kv * l.rows * heads; ++each) {
@@ -25,7 +25,8 @@ static void clear(const Layout& l, T* blocks, int64_t heads) {
     }
 }
 
-// qkv [T, (heads + 2 kv) * D] -> rotated queries and keys, and values, in attention's layout.
+// Copies qkv [T, (heads + 2 kv) * D] to blocks: qp, kp, vp of the prefix and q, k, v of the rows. Queries and keys are
+// rotated by their angles, cosine and sine [T, D / 2].
 template <class T>
 static void split(const Layout& l, const T* qkv, const float* cosine, const float* sine, T* qp, T* kp, T* vp, T* q,
                   T* k, T* v, int threads) {
@@ -48,7 +49,7 @@ static void split(const Layout& l, const T* qkv, const float* cosine, const floa
     }
 }
 
-// The way back for gradients: dq, dk rotated back, and dv, to dqkv [T, ...].
+// The reverse for gradients: copies blocks to dqkv [T, (heads + 2 kv) * D], queries and keys rotated back.
 template <class T>
 static void split_backward(const Layout& l, T* dqkv, const float* cosine, const float* sine, const T* qp, const T* kp,
                            const T* vp, const T* q, const T* k, const T* v, int threads) {
@@ -68,8 +69,7 @@ static void split_backward(const Layout& l, T* dqkv, const float* cosine, const 
     }
 }
 
-// Mixed values in attention's layout -> [T, heads * D] (to_tokens), or gradients the other way; slots of no token
-// get 0.
+// Copies blocks of queries qp and q to tokens [T, heads * D] (to_tokens), or the reverse, with 0 in slots of no token.
 template <class T>
 static void gather(const Layout& l, T* tokens, T* qp, T* q, bool to_tokens, int threads) {
     int64_t heads = l.kv * l.group;
@@ -88,13 +88,13 @@ static void gather(const Layout& l, T* tokens, T* qp, T* q, bool to_tokens, int 
     }
 }
 
-// Scores to weights, in place: softmax over a row of `shared` [.., prefix] and the first (place + 1) of a row of `own`
-// [.., longest] together, place = row % longest; the rest of `own` becomes 0. Without a prefix, shared is not read.
+// Turns scores into weights, in place. A row's softmax is over its row of `shared` [rows, prefix] and the first row %
+// longest + 1 numbers of its row of `own` [rows, longest]; the rest of `own` becomes 0. prefix 0: shared is not read.
 template <class T>
 static void softmax(T* shared, T* own, int64_t rows, int64_t prefix, int64_t longest, float scale, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        // A row is worked on in blocks of 16 in a scratch of its own: its length rarely fits the vectors.
+        // A row is copied to a buffer and computed in blocks of 16, since its length is rarely a multiple of 16.
         std::vector<float> scratch(prefix + longest + 16);
         float* held = scratch.data();
 #pragma omp for schedule(static)
@@ -111,7 +111,8 @@ static void softmax(T* shared, T* own, int64_t rows, int64_t prefix, int64_t lon
     }
 }
 
-// Gradients of weights (d*) to gradients of scores, in place: ds = w * (dw - sum(w * dw)) * scale.
+// Turns gradients of weights, dshared and down_, into gradients of scores, in place: ds = w * (dw - sum(w * dw)) *
+// scale.
 template <class T>
 static void softmax_backward(const T* shared, const T* own, T* dshared, T* down_, int64_t rows, int64_t prefix,
                              int64_t longest, float scale, int threads) {

@@ -1,16 +1,16 @@
-// The backward pass of attention_tiles.h.
+// The backward pass of attention on tiles; attention_tiles.h describes the method.
 
 #include "attention_tiles.h"
 
 #ifdef TILES
-static const int64_t HELD_BYTES = 512 << 10;  // weights and gradients of scores that a chunk of queries may take
+static const int64_t HELD_BYTES = 512 << 10;  // most bytes of weights and score gradients for a chunk of queries
 
 struct Backward {
     const Input& in;
     const bf16* gradient;  // [T, heads * D], of the mixed values
     const float *largest, *inverse;
     bf16* out;  // [T, (heads + 2 kv) * D]
-    int64_t chunk;  // queries whose weights are held at once
+    int64_t chunk;  // number of queries whose weights are held at once
     bf16 *keys, *values, *packed_keys, *queries, *mixed, *packed_queries, *packed_mixed, *across;
     bf16 *weights, *changes, *turned;
     float *scores, *products, *to_queries, *to_keys, *to_values;
@@ -43,8 +43,8 @@ struct Backward {
         for (int64_t j = at; j < at + padded(count); j += 32) pack_along(keys + j * size, size, packed_keys + j * size);
     }
 
-    // Gradients of the row's queries go out; those of keys and values are added to to_keys and to_values, the prefix's
-    // first. Its keys, where the row has one, are there.
+    // Writes the gradients of a row's queries to `out`, and adds those of keys and values to to_keys and to_values,
+    // which begin with the prefix's. take has already been called for the row's prefix, if it has one.
     void run(const Row& row) {
         int64_t size = in.l.size, group = in.l.group, all = row.keys();
         take(row.head, row.start, row.length, row.early());
@@ -66,10 +66,10 @@ struct Backward {
         }
     }
 
-    // 32 queries: their own gradient, and their part of `weights` and `changes` [blocks, keys, 32].
+    // Computes the gradient of 32 queries and their part of `weights` and `changes` [blocks, keys, 32].
     void block(const Row& row, int64_t start, int64_t b) {
         int64_t size = in.l.size, group = in.l.group, first = start + b * 32, seen = row.seen(first, group);
-        ask_ahead(in, row, first, gradient, out, in.width());
+        prefetch(in, row, first, gradient, out, in.width());
         take_queries(in, row, first, queries, gradient, mixed);
         pack_along(queries, size, packed_queries + b * 32 * size);
         pack_along(mixed, size, packed_mixed + b * 32 * size);
@@ -91,8 +91,8 @@ struct Backward {
         }
     }
 
-    // Scores and the products of gradients with values to weights w and gradients of scores,
-    // w * (product - sum of w * product) * scale: as they lie, [keys, 32], and those also turned, [32, keys].
+    // Turns scores, and products of gradients with values, into weights w and gradients of scores,
+    // w * (product - sum of w * product) * scale. Both are [keys, 32]; `turned` is the transpose of the gradients.
     void change(const Row& row, int64_t first, int64_t seen, bf16* to_weights, bf16* to_changes) {
         const __m512 factor = _mm512_set1_ps(in.scale * 1.44269504f), scale = _mm512_set1_ps(in.scale);
         __m512 dot[2];
@@ -120,11 +120,11 @@ struct Backward {
                 _mm512_storeu_si512(to_changes + at, made);
                 return made;
             };
-            turn_over(change, turned + j * 32);
+            write_transposed(change, turned + j * 32);
         }
     }
 
-    // Gradients [D] of a token's key and value to where they belong.
+    // Writes the gradients [D] of a token's key and value to `out`.
     void settle(int64_t head, int64_t token, const float* key, const float* value) {
         int64_t size = in.l.size, half = size / 2;
         bf16* to = out + token * in.width() + (in.l.kv * in.l.group + head) * size;
@@ -133,13 +133,13 @@ struct Backward {
     }
 };
 
-// The gradient of qkv from that of attend's result.
+// out [T, (heads + 2 kv) * D]: the gradient of qkv, from the gradient of attend's result.
 extern "C" void attend_backward(const Layout* l, const bf16* qkv, const float* cosine, const float* sine,
                                 const bf16* gradient, const float* largest, const float* inverse, bf16* out,
                                 float scale, int threads) {
     const Input in{*l, qkv, cosine, sine, scale};
     tiles_allowed();
-    // Each task's sums for the prefix's keys, then for its values.
+    // For each task, the sums of the prefix's key gradients, then of its value gradients.
     int64_t part = in.early() * l->size, tasks = task_count(in);
     float* sums = (float*)taken(tasks * 2 * part * 4);
 #pragma omp parallel num_threads(threads)

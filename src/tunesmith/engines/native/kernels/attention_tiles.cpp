@@ -1,4 +1,4 @@
-// The forward pass of attention_tiles.h.
+// The forward pass of attention on tiles; attention_tiles.h describes the method.
 
 #include "attention_tiles.h"
 
@@ -31,14 +31,14 @@ struct Forward {
             pack_along(values + j * size, size, packed_values + j * size);
     }
 
-    // The prefix's keys, where the row has one, are there.
+    // Computes one row. take has already been called for its prefix, if it has one.
     void run(const Row& row) {
         int64_t size = in.l.size, group = in.l.group;
         take(row.head, row.start, row.length, row.early());
         for (int64_t first = 0; first < row.length * group; first += 32) {
             int64_t seen = row.seen(first, group);
             take_queries(in, row, first, queries, nullptr, nullptr);
-            ask_ahead(in, row, first, nullptr, out, in.l.kv * group * size);
+            prefetch(in, row, first, nullptr, out, in.l.kv * group * size);
             pack_across(queries, size, packed_queries);
             for (int64_t j = 0; j < seen; j += 32)
                 product(keys + j * size, size, 32, packed_queries, 1024, size / 32, scores + j * 32, 32, false);
@@ -57,7 +57,7 @@ struct Forward {
         }
     }
 
-    // Scores to weights, as the first operand of the product with the values.
+    // Turns scores into weights, packed as the first operand of the product with the values.
     void weigh(const Row& row, int64_t first, int64_t seen) {
         const __m512 factor = _mm512_set1_ps(in.scale * 1.44269504f);
         __m512 over[2];
@@ -82,13 +82,13 @@ struct Forward {
                 const float* at = scores + (j + r) * 32;
                 return round32(_mm512_mul_ps(sixteen(at), over[0]), _mm512_mul_ps(sixteen(at + 16), over[1]));
             };
-            turn_over(rounded, weights + j * 32);
+            write_transposed(rounded, weights + j * 32);
         }
     }
 };
 
-// out [T, heads * D]; largest, inverse [kv, T * group]: of each query the largest score in powers of two, and 1 / the
-// sum of all powers, for the backward pass.
+// out [T, heads * D]: values mixed by attention. For the backward pass, of each query: largest [kv, T * group], its
+// largest score as a power of two, and inverse [kv, T * group], 1 / the sum of all powers.
 extern "C" void attend(const Layout* l, const bf16* qkv, const float* cosine, const float* sine, bf16* out,
                        float* largest, float* inverse, float scale, int threads) {
     const Input in{*l, qkv, cosine, sine, scale};

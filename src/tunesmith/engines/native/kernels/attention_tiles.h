@@ -1,23 +1,24 @@
-// Attention of rows behind a shared prefix on tiles, forward and backward: one pass over a row's queries for each
-// key/value head, with all that it needs in the caches. Nothing is kept for the backward pass but each query's largest
-// score and sum; the weights are computed again.
+// Attention of rows with a shared prefix on tiles, forward and backward. For each key/value head there is one pass over
+// a row's queries, whose data all fit the caches. For the backward pass only each query's largest score and sum are
+// kept; the weights are computed again. (Like FlashAttention, Dao et al. 2022.)
 //
-// Scores are held transposed, [keys, 32 queries]: what belongs to a query is then a lane, and softmax needs no sum
-// across lanes. Query i of a row is head i % group of its token i / group, as queries lie in memory. Keys and queries
-// are padded to 32 with zeros. Weights and the gradients of scores are rounded to bf16 before they are multiplied; all
-// sums are float. head size D: a multiple of 32.
+// Scores are transposed, [keys, 32 queries], so that a query is a lane and softmax needs no sum across lanes. Query i
+// of a row is head i % group of its token i / group, in memory order. Keys and queries are padded to multiples of 32
+// with zeros. Weights and gradients of scores are rounded to bf16 before products; all sums are float. The head size D
+// is a multiple of 32.
 //
-// A task is a key/value head of a fixed share of the rows, or of the prefix's own tokens; the gradients of the prefix's
-// keys and values are summed in a task, then over the tasks in order: results do not depend on the number of threads.
+// A task is one key/value head of a fixed part of the rows, or of the prefix's tokens. The gradients of the prefix's
+// keys and values are summed within a task, then over the tasks in order. So results do not depend on the number of
+// threads.
 
 #pragma once
 #include "blocks.h"
 #include "layout.h"
 
 #ifdef TILES
-static const int64_t SHARES = 8;  // rows are dealt out in so many shares, and each sums for the prefix apart
+static const int64_t SHARES = 8;  // parts of the rows, each with separate sums of the prefix's gradients
 
-// What both passes read: a layer's qkv [T, (heads + 2 kv) * D], not yet rotated, and its angles [T, D / 2].
+// The input of both passes: a layer's qkv [T, (heads + 2 kv) * D], not yet rotated, and cosines and sines [T, D / 2].
 struct Input {
     const Layout& l;
     const bf16* qkv;
@@ -29,18 +30,18 @@ struct Input {
     int64_t most_keys() const { return early() + padded(std::max(l.longest, l.prefix)); }
 };
 
-// Some tokens of one key/value head behind `prefix` others that all of them see (0, or the layout's).
+// `length` tokens of one key/value head, which also see `prefix` earlier tokens (0, or the layout's prefix).
 struct Row {
     int64_t head, start, length, prefix;
     int64_t early() const { return padded(prefix); }
     int64_t keys() const { return early() + padded(length); }
-    // Keys that 32 queries from `first` on look at, padded.
+    // Number of keys that the 32 queries from `first` on see, padded.
     int64_t seen(int64_t first, int64_t group) const {
         return early() + padded(std::min(length, (first + 31) / group + 1));
     }
 };
 
-// Keys rotated and values of `count` tokens, behind them zeros up to a multiple of 32: [.., D] each.
+// The rotated keys and the values [count, D] of tokens, filled up to a multiple of 32 with zeros.
 static void take_keys(const Input& in, int64_t head, int64_t start, int64_t count, bf16* keys, bf16* values) {
     int64_t size = in.l.size, heads = in.l.kv * in.l.group, half = size / 2;
     for (int64_t i = 0; i < count; ++i) {
@@ -53,8 +54,8 @@ static void take_keys(const Input& in, int64_t head, int64_t start, int64_t coun
     std::memset((void*)(values + count * size), 0, rest);
 }
 
-// Queries [first, first + 32) of a row, rotated, and where asked for what belongs to them in `other` [T, heads * D];
-// zeros behind the row's end.
+// The rotated queries [first, first + 32) of a row, and their part of `other` [T, heads * D] into `others` (other null:
+// no such part). Zeros after the row's end.
 static void take_queries(const Input& in, const Row& row, int64_t first, bf16* queries, const bf16* other,
                          bf16* others) {
     int64_t size = in.l.size, half = size / 2, group = in.l.group, token = row.start + first / group, g = first % group;
@@ -72,9 +73,10 @@ static void take_queries(const Input& in, const Row& row, int64_t first, bf16* q
     }
 }
 
-// Asks for what 32 queries from `first` on will write, what the next 32 will read (their part of `other` [T, heads * D]
-// too, where there is one) and for keys and values of the next row: without, each line would be waited for.
-static void ask_ahead(const Input& in, const Row& row, int64_t first, const bf16* other, const bf16* out,
+// Prefetches what the 32 queries from `first` on will write, what the next 32 will read (including their part of
+// `other` [T, heads * D], if there is one), and the next row's keys and values. Otherwise each cache line would be
+// waited for.
+static void prefetch(const Input& in, const Row& row, int64_t first, const bf16* other, const bf16* out,
                       int64_t out_width) {
     int64_t size = in.l.size, group = in.l.group, heads = in.l.kv * group, queries = row.head * group * size;
     int64_t end = row.start + row.length, token = row.start + first / group, count = 32 / group + 1;
@@ -95,7 +97,7 @@ static void ask_ahead(const Input& in, const Row& row, int64_t first, const bf16
         }
 }
 
-// Scores [keys, 32] to -inf where a query may not look: at the prefix's padding, and behind its own place.
+// Sets scores [keys, 32] to -inf where a query does not see the key: the prefix's padding, and later tokens.
 static void hide(const Row& row, int64_t first, int64_t group, int64_t keys, float* scores) {
     const __m512 low = _mm512_set1_ps(-INFINITY);
     for (int64_t j = row.prefix; j < row.early(); ++j)
@@ -111,7 +113,8 @@ static void hide(const Row& row, int64_t first, int64_t group, int64_t keys, flo
     }
 }
 
-// Where the statistics of a row's query lie, [kv, T * group], and the lanes of 16 from `first` on that there are.
+// The index of a row's query in the statistics [kv, T * group], and a mask of the 16 queries from `first` on that
+// exist.
 static inline int64_t place_of(const Input& in, const Row& row, int64_t first) {
     return (row.head * in.l.tokens + row.start) * in.l.group + first;
 }
@@ -120,7 +123,7 @@ static inline __mmask16 lanes(const Input& in, const Row& row, int64_t first) {
     return __mmask16((1u << left) - 1);
 }
 
-// A thread's own memory, in one piece.
+// A thread's buffers, in one piece of memory.
 struct Scratch {
     char *whole, *at;
     explicit Scratch(int64_t bytes) : whole((char*)taken(bytes)), at(whole) {}
@@ -133,9 +136,9 @@ struct Scratch {
     }
 };
 
-// 32 rows of 32 numbers, of which row(j) makes the j-th, as 32 columns at `to`: the first operand of a product.
+// Writes the transpose of 32 rows of 32 numbers to `to`, as the first operand of a product. row(j) returns row j.
 template <class Make>
-static inline void turn_over(Make row, bf16* to) {
+static inline void write_transposed(Make row, bf16* to) {
     __m512i left[16], right[16];
     for (int64_t r = 0; r < 16; ++r) {
         __m512i one = row(2 * r), other = row(2 * r + 1);
@@ -150,7 +153,7 @@ static inline void turn_over(Make row, bf16* to) {
     }
 }
 
-// Rows [first, last) of a task; the prefix's own tokens are the first tasks, where there are any.
+// Rows [first, last) of one key/value head, or the prefix's tokens (early). The tasks of the prefix come first.
 struct Task {
     int64_t head, first, last;
     bool early;

@@ -1,4 +1,4 @@
-// What attention on tiles is made of: numbers sixteen at a time, operands packed for tiles, products of 32 x 32 sums.
+// Building blocks of attention on tiles: 16 numbers at a time, operands packed for tiles, products of 32 x 32 sums.
 
 #pragma once
 
@@ -17,7 +17,7 @@ static inline void round16(__m512 from, bf16* to) {
 }
 static inline __m512i round32(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-// A head of a token rotated by its angle, or back where sign is -1.
+// Rotates a token's head [size] by its angles; sign -1 rotates back.
 template <class T>
 static inline void turn(const T* from, bf16* to, const float* cosine, const float* sine, int64_t size, float sign) {
     int64_t half = size / 2;
@@ -29,7 +29,8 @@ static inline void turn(const T* from, bf16* to, const float* cosine, const floa
     }
 }
 
-// 2^x for x <= 0, to about 3e-6; 0 below -125: numbers so small would cost a hundred times as much. A NaN stays one.
+// 2^x for x <= 0, relative error about 3e-6. 0 below -125, because denormal numbers are a hundred times as slow. NaN
+// stays NaN.
 static inline __m512 power(__m512 x) {
     const __m512 least = _mm512_set1_ps(-125.0f);
     __mmask16 counts = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
@@ -45,7 +46,7 @@ static inline __m512 power(__m512 x) {
     return _mm512_maskz_mov_ps(counts, _mm512_castsi512_ps(scaled));
 }
 
-// 32 rows [32, D] as the second operand B [D, 32] of a product over D: two tiles for each 32 of D.
+// Packs rows [32, D] as the second operand B [D, 32] of a product over D: two tiles for each 32 of D.
 static inline void pack_across(const bf16* from, int64_t size, bf16* to) {
     for (int64_t d = 0; d < size; d += 32)
         for (int64_t half = 0; half < 2; ++half, to += 512) {
@@ -56,7 +57,7 @@ static inline void pack_across(const bf16* from, int64_t size, bf16* to) {
         }
 }
 
-// 32 rows [32, D] as B [32, D] of a product over the rows: two tiles for each 32 of D.
+// Packs rows [32, D] as the second operand B [32, D] of a product over the rows: two tiles for each 32 of D.
 static inline void pack_along(const bf16* from, int64_t size, bf16* to) {
     for (int64_t r = 0; r < 16; ++r, from += 2 * size)
         for (int64_t d = 0; d < size; d += 32) {
@@ -66,8 +67,8 @@ static inline void pack_along(const bf16* from, int64_t size, bf16* to) {
         }
 }
 
-// sums [32, 32], rows of `width`, = or (add) += A [32, 32 * steps] B: A's rows are `stride` apart and its steps step_a,
-// B's steps step_b.
+// sums [32, 32] = A [32, 32 * steps] B, or += if `add`. Numbers from row to row: `width` in sums, `stride` in A.
+// Numbers from step to step: step_a in A, step_b in B.
 static inline void product(const bf16* a, int64_t stride, int64_t step_a, const bf16* b, int64_t step_b, int64_t steps,
                            float* sums, int64_t width, bool add) {
     sum(sums, width, add, 32, {a, a + 16 * stride, stride, step_a, b, b + 512, 32, step_b, steps, nullptr, 0});

@@ -1,24 +1,26 @@
-// The tokens of a decoding pass: of each row one that is new, or those of a short prompt.
+// Attention of a decoding pass, and choosing tokens. The pass has each row's newest token, or all tokens of a short
+// prompt.
 
 #include "blocks.h"
 #include "kernels.h"
 
-// The keys and values of rows under way lie in pages of `page` places, a multiple of 16; numbers narrower than 32 bits
-// lie in pairs (c = 2, else 1). Keys [pages, kv, D / c, page, c]: a query's scores on 16 places are sums side by side.
-// Values [pages, kv, page / c, D, c]: so are the sums of 16 dimensions. Both are what tiles multiply with.
-// table [rows, most] names the pages of each row in order.
+// Layout of pages of `page` places, a multiple of 16. c = 2 for numbers of 16 bits, 1 for 32 bits.
+// Keys [pages, kv, D / c, page, c]: a query's scores on 16 places are 16 lanes.
+// Values [pages, kv, page / c, D, c]: 16 dimensions of the mixed values are 16 lanes.
+// Both are operands of tiles as they are. In this file, a "row" is a token of the pass.
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef uint32_t u16 __attribute__((vector_size(64)));
 
 static inline void read(const float* from, v16* parts) { std::memcpy(parts, from, 64); }
-static inline void read(const bf16* from, v16* parts) {  // 16 pairs
+static inline void read(const bf16* from, v16* parts) {  // 16 pairs: the first of each, then the second
     u16 both;
     std::memcpy(&both, from, 64);
     parts[0] = (v16)(both << 16);
     parts[1] = (v16)(both & 0xffff0000);
 }
 
+// Writes a key and a value [D] of head k to place `within` of a page.
 template <class T>
 static void put(const Pages& p, const T* key, const T* value, int64_t page, int64_t k, int64_t within, T* keys,
                 T* values) {
@@ -29,8 +31,8 @@ static void put(const Pages& p, const T* key, const T* value, int64_t page, int6
     for (int64_t i = 0; i < p.size; ++i) to[i * c] = value[i];
 }
 
-// The tokens of a pass, each a row of its own here: qkv [rows, (heads + 2 kv) * D] -> rotated queries [kv, rows, group, D];
-// its key and value go to place length[row] of the row's pages.
+// qkv [rows, (heads + 2 kv) * D] -> rotated queries q [kv, rows, group, D]. Writes each row's rotated key and its value
+// to place length[row] of its pages.
 template <class T>
 static void decode_split(const Pages& p, const T* qkv, const float* cosine, const float* sine, T* q, T* keys, T* values,
                          int threads) {
@@ -54,8 +56,8 @@ static void decode_split(const Pages& p, const T* qkv, const float* cosine, cons
     }
 }
 
-// Keys and values of tokens that were read, [kv, rows, longest, D] each: token t, the place[t]-th of row[t] there, goes
-// to place at[t] of pages[t].
+// Copies keys and values k, v [kv, rows, longest, D] of prefilled tokens to pages. Token t is at place[t] of row[t],
+// and goes to place at[t] of page pages[t].
 template <class T>
 static void decode_keep(const Pages& p, const T* k, const T* v, const int64_t* row, const int64_t* place,
                         const int64_t* pages, const int64_t* at, int64_t tokens, int64_t rows, int64_t longest, T* keys,
@@ -68,14 +70,14 @@ static void decode_keep(const Pages& p, const T* k, const T* v, const int64_t* r
         }
 }
 
-// Scores of G queries [G, D] on the first `seen` places of a page, in blocks of 16: held [G, wide]. next, here and below:
-// a page that is read later, asked for as this one is read: most of a row's time would go into waiting for it.
+// held [G, wide] = scores of G queries [G, D] on the first `seen` places of a page, in blocks of 16. next, here and
+// below: a page to prefetch while this one is read, because most of the time would go into waiting for it.
 template <class T, int G>
 static void score(const Pages& p, const float* query, const T* page, const T* next, int64_t seen, float* held,
                   int64_t wide) {
     const int64_t c = 4 / sizeof(T);
     for (int64_t j = 0; j < seen; j += 16) {
-        v16 dot[2][G] = {};  // each sum waits for the one before it: two at once
+        v16 dot[2][G] = {};  // two sums, so that each addition need not wait for the previous one
         for (int64_t i = 0; i < p.size; i += c) {
             v16 parts[2];
             read(page + i * p.page + j * c, parts);
@@ -90,7 +92,7 @@ static void score(const Pages& p, const float* query, const T* page, const T* ne
     }
 }
 
-// mixed [G, D] += weights [G, wide] on the first `seen` places of a page of values.
+// mixed [G, D] += weights [G, wide] times the values of the first `seen` places of a page.
 template <class T, int G>
 static void add(const Pages& p, const float* weights, int64_t wide, const T* page, const T* next, int64_t seen,
                 float* mixed) {
@@ -103,7 +105,7 @@ static void add(const Pages& p, const float* weights, int64_t wide, const T* pag
             v16 parts[2];
             read(page + j * size + i * c, parts);
             __builtin_prefetch(next + j * size + i * c, 0, 2);
-            for (int64_t n = 0; n < std::min(c, seen - j); ++n)  // what no row has written may be anything
+            for (int64_t n = 0; n < std::min(c, seen - j); ++n)  // places that no row has written may hold anything
                 for (int g = 0; g < G; ++g) sums[n][g] += weights[g * wide + j + n] * parts[n];
         }
         for (int g = 0; g < G; ++g) {
@@ -118,7 +120,7 @@ static void add(const Pages& p, const float* weights, int64_t wide, const T* pag
         }
 }
 
-// The same for any number of queries.
+// CALL(G) for any number of queries, at most four at a time.
 #define IN_FOURS(CALL)                                          \
     for (int64_t g = 0; g < group; g += 4) switch (group - g) { \
             case 1: CALL(1); break;                             \
@@ -143,8 +145,8 @@ static void add_all(const Pages& p, int64_t group, const float* weights, int64_t
 #undef CALL
 }
 
-// Attention of the new tokens of rows [first, first + count) over their own pages (length[row] + 1 places) and the first
-// `prefix` places of the pages [.., kv, ..] these rows share. out [rows, heads * D].
+// Attention of rows [first, first + count): out [rows, heads * D]. A row sees the first length[row] + 1 places of its
+// pages, and the first `prefix` places of early_keys and early_values, pages of a prefix that these rows share.
 template <class T>
 static void mix_plainly(const Pages& p, const T* q, const T* early_keys, const T* early_values, const T* keys,
                         const T* values, T* out, int64_t first, int64_t count, int64_t prefix, float scale,
@@ -187,10 +189,10 @@ static void mix_plainly(const Pages& p, const T* q, const T* early_keys, const T
     }
 }
 
-static const int64_t TOGETHER = 32;  // queries of several rows that are multiplied with a shared prefix at once
+static const int64_t TOGETHER = 32;  // queries (of several rows) in one product with a shared prefix
 
 #ifdef TILES
-// held [queries, wide] = q [32, D] times the keys of a page of 32 places; its values are read next.
+// held [queries, wide] = q [32, D] times the keys of a page of 32 places. Prefetches the page's values.
 static void score_tiles(const Pages& p, const bf16* q, int64_t queries, const bf16* page, const bf16* values,
                         float* held, int64_t wide) {
     for (int64_t i = 0; i < p.page * p.size; i += 32) __builtin_prefetch(values + i, 0, 2);
@@ -198,19 +200,19 @@ static void score_tiles(const Pages& p, const bf16* q, int64_t queries, const bf
         {q, q + 16 * p.size, p.size, 32, page, page + 32, 64, 1024, p.size / 32, nullptr, 0});
 }
 
-// mixed [queries, D] = weights [32, places] times values in pages of 32 places, `apart` numbers from each other.
+// mixed [queries, D] = weights [32, places] times values in pages of 32 places, which are `stride` numbers apart.
 static void mix_tiles(const Pages& p, const bf16* weights, int64_t queries, int64_t places, const bf16* values,
-                      int64_t apart, float* mixed) {
+                      int64_t stride, float* mixed) {
     for (int64_t i = 0; i < p.size; i += 32) {
         const bf16* from = values + i * 2;
         sum(mixed + i, p.size, false, queries,
-            {weights, weights + 16 * places, places, 32, from, from + 32, p.size * 2, apart, places / 32, nullptr, 0});
+            {weights, weights + 16 * places, places, 32, from, from + 32, p.size * 2, stride, places / 32, nullptr, 0});
     }
 }
 
-// Scores [0, prefix) and [padded, padded + seen) of held to their shares of one distribution before it is divided by
-// their sum, which is returned: the first to weights [padded], zeros behind prefix; the others stay where they are.
-// to_power: what a score is multiplied with to be an exponent of two.
+// Softmax without the division: replaces the scores [0, prefix) and [padded, padded + seen) of held by powers of two
+// and returns their sum. Those of the prefix go to weights [padded], with zeros from `prefix` on; the others stay in
+// held. to_power: a score times to_power is an exponent of two.
 static float weigh(float* held, int64_t prefix, int64_t padded, int64_t seen, float to_power, bf16* weights) {
     auto there = [](int64_t count) { return __mmask16(count >= 16 ? 0xffff : (1 << count) - 1); };
     float* own = held + padded;
@@ -237,7 +239,7 @@ static float weigh(float* held, int64_t prefix, int64_t padded, int64_t seen, fl
     return _mm512_reduce_add_ps(total);
 }
 
-// The same as mix_plainly on tiles, for as many rows at once as have TOGETHER queries.
+// mix_plainly on tiles, for blocks of rows that have TOGETHER queries.
 static void mix_on_tiles(const Pages& p, const bf16* q, const bf16* early_keys, const bf16* early_values,
                          const bf16* keys, const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix,
                          float scale, int threads) {
@@ -274,7 +276,7 @@ static void mix_on_tiles(const Pages& p, const bf16* q, const bf16* early_keys, 
                                   held + (row - from) * group * wide + padded + j, wide);
                 for (int64_t g = 0; g < queries; ++g) {
                     int64_t row = from + g / group, seen = p.length[row] + 1;
-                    if (g % group == 0)  // they are read next
+                    if (g % group == 0)  // prefetch the values, which are read next
                         for (int64_t j = 0; j < seen; j += p.page)
                             for (int64_t i = 0; i < std::min(p.page, seen - j) * size; i += 32)
                                 __builtin_prefetch(values + place(row, j) + i, 0, 2);
@@ -318,7 +320,7 @@ static void decode_mix(const Pages& p, const float* q, const float* early_keys, 
     mix_plainly(p, q, early_keys, early_values, keys, values, out, first, count, prefix, scale, threads);
 }
 
-// The place of each row's largest score, the first of equals.
+// place[row] = index of the largest of scores [rows, width], the first of equal ones.
 template <class T>
 static void largest(const T* scores, int64_t* place, int64_t rows, int64_t width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -333,8 +335,8 @@ static void largest(const T* scores, int64_t* place, int64_t rows, int64_t width
     }
 }
 
-// Scores [rows, width] of what a row's bits do not allow become minus infinity: bits [held, words] of 32 each, those of
-// row row[h].
+// Sets scores [rows, width] of tokens that are not allowed to minus infinity. bits [held, words]: a bit for each token
+// of row row[h], 1: allowed.
 template <class T>
 static void forbid(T* scores, const int64_t* row, const uint32_t* bits, int64_t held, int64_t words, int64_t width,
                    int threads) {

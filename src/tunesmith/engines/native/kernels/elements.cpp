@@ -1,11 +1,11 @@
-// The element-wise work outside attention: norms, the gated middle, the loss. One pass over memory each.
+// Element-wise operations outside attention: norms, the gated MLP's middle, the loss. Each passes over memory once.
 
 #include "kernels.h"
 
-// OpenMP's, by its number for "soft"; runtimes before GCC 9's have none.
+// A function of OpenMP 5, called with the number of omp_pause_soft. Runtimes older than GCC 9's do not have it.
 extern "C" int omp_pause_resource_all(int) __attribute__((weak));
 
-// Ends the helpers of the calling thread; its next parallel work starts others.
+// Ends the OpenMP workers of the calling thread. Its next parallel region starts new ones.
 extern "C" void release_threads() {
     if (omp_pause_resource_all) omp_pause_resource_all(1);
 }
@@ -15,13 +15,13 @@ static inline void normalise(const T* from, const T* weight, float factor, float
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
         T normal;
-        down(up(from[i]) * factor, &normal);  // rounded here in the reference too
+        down(up(from[i]) * factor, &normal);  // rounds here, as the reference does
         down(up(normal) * (up(weight[i]) + offset), to + i);
     }
 }
 
-// sum = x + y (y may be absent: then sum is not written), out = sum * scale * weight, scale = 1 / rms.
-// offset: added to the weight (1 in the families that store it less one).
+// sum = x + y [rows, width]; y null: sum is x and not written. scale [rows] = 1 / rms(sum), and
+// out = sum * scale * (weight + offset). offset: 1 in families whose stored weights are reduced by 1.
 template <class T>
 static void add_norm(const T* x, const T* y, const T* weight, T* sum, T* out, float* scale, int64_t rows, int64_t width,
                      float epsilon, float offset, int threads) {
@@ -44,11 +44,11 @@ static void add_norm(const T* x, const T* y, const T* weight, T* sum, T* out, fl
     }
 }
 
-// Gradient of the norm's input, plus what reaches it past the norm (above may be absent). again: where the norm's output
-// is made once more, if it is asked for.
+// out [rows, width] = gradient of the norm's input x, plus sum_gradient, which reaches x without passing the norm
+// (null: none). again: receives the norm's output, computed again (null: not wanted).
 template <class T>
-static void norm_backward(const T* gradient, const T* x, const T* weight, const float* scale, const T* above, T* out,
-                          T* again, int64_t rows, int64_t width, float offset, int threads) {
+static void norm_backward(const T* gradient, const T* x, const T* weight, const float* scale, const T* sum_gradient,
+                          T* out, T* again, int64_t rows, int64_t width, float offset, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; ++row) {
         const T *g = gradient + row * width, *from = x + row * width;
@@ -57,8 +57,8 @@ static void norm_backward(const T* gradient, const T* x, const T* weight, const 
         for (int64_t i = 0; i < width; ++i) dot += up(g[i]) * (up(weight[i]) + offset) * up(from[i]);
         float mean = dot * factor / float(width);
         T* to = out + row * width;
-        if (above) {
-            const T* past = above + row * width;
+        if (sum_gradient) {
+            const T* past = sum_gradient + row * width;
 #pragma omp simd
             for (int64_t i = 0; i < width; ++i)
                 down(factor * (up(g[i]) * (up(weight[i]) + offset) - up(from[i]) * factor * mean) + up(past[i]), to + i);
@@ -71,14 +71,16 @@ static void norm_backward(const T* gradient, const T* x, const T* weight, const 
     }
 }
 
-// Asks for what is read a row later, a piece at a time: the processor alone asks too late where so much is computed.
+// Prefetches part of the next row. The processor's own prefetching comes too late, because each row takes long to
+// compute.
 static const int64_t PIECE = 256;
 template <class T>
-static inline void ahead(const T* row, int64_t first, int64_t last) {
+static inline void prefetch(const T* row, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
 }
 
-// out = silu(gate) * up; gate_up [rows, 2 * width].
+// out [rows, width] = silu(gate) * up, where gate_up [rows, 2 * width] holds gate in its first half and up in the
+// other.
 template <class T>
 static void gated(const T* gate_up, T* out, int64_t rows, int64_t width, int threads) {
     bool past = rows * width * int64_t(sizeof(T)) > PAST_BYTES;
@@ -92,8 +94,8 @@ static void gated(const T* gate_up, T* out, int64_t rows, int64_t width, int thr
             for (int64_t first = 0; first < width; first += PIECE) {
                 int64_t last = std::min(width, first + PIECE);
                 if (row + 1 < rows) {
-                    ahead(gate + 2 * width, first, last);
-                    ahead(other + 2 * width, first, last);
+                    prefetch(gate + 2 * width, first, last);
+                    prefetch(other + 2 * width, first, last);
                 }
 #pragma omp simd
                 for (int64_t i = first; i < last; ++i) {
@@ -107,7 +109,8 @@ static void gated(const T* gate_up, T* out, int64_t rows, int64_t width, int thr
     }
 }
 
-// The gradient of gate_up; again: where gated's own output is made once more, if it is asked for.
+// out [rows, 2 * width] = gradient of gate_up. again [rows, width]: receives gated's output, computed again (null: not
+// wanted).
 template <class T>
 static void gated_backward(const T* gradient, const T* gate_up, T* out, T* again, int64_t rows, int64_t width,
                            int threads) {
@@ -122,9 +125,9 @@ static void gated_backward(const T* gradient, const T* gate_up, T* out, T* again
             for (int64_t first = 0; first < width; first += PIECE) {
                 int64_t last = std::min(width, first + PIECE);
                 if (row + 1 < rows) {
-                    ahead(gate + 2 * width, first, last);
-                    ahead(other + 2 * width, first, last);
-                    ahead(from + width, first, last);
+                    prefetch(gate + 2 * width, first, last);
+                    prefetch(other + 2 * width, first, last);
+                    prefetch(from + width, first, last);
                 }
 #pragma omp simd
                 for (int64_t i = first; i < last; ++i) {
@@ -142,7 +145,8 @@ static void gated_backward(const T* gradient, const T* gate_up, T* out, T* again
     }
 }
 
-// Scores [rows, vocabulary] to the gradient of the summed loss times `share`, in place; loss[row] = -log p(label).
+// loss[row] = -log p(label) under the logits scores [rows, vocabulary]. gradient: replace scores by the gradient of the
+// sum of share[row] * loss[row].
 template <class T>
 static void cross_entropy(T* scores, const int64_t* labels, float* loss, int64_t rows, int64_t vocabulary,
                           const float* share, bool gradient, int threads) {

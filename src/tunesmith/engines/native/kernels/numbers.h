@@ -1,10 +1,10 @@
-// What all kernels share: the two types of numbers, exponentials, rotations.
+// What all kernels share: the two number types, exponentials, rotations, writes past the caches.
 //
-// Plain C++ that any recent compiler turns into vector code; __init__.py compiles it for this machine at first use and
-// ops.py holds the same arithmetic in PyTorch, for machines without a compiler and as the reference of the tests.
-// Every row is computed by one thread in a fixed order: results do not depend on the number of threads.
+// This is plain C++ that a recent compiler vectorises. __init__.py compiles it for this machine at first use.
+// network/ops.py has the same arithmetic in PyTorch, for machines without a compiler and as a reference for the tests.
+// One thread computes a row, in a fixed order, so results do not depend on the number of threads.
 //
-// Activations are float or bf16 in memory and float in registers. Token-major tensors are [T, ...] and contiguous.
+// Activations are float or bf16 in memory and float in registers. Tensors [T, ...] are contiguous; T: tokens.
 
 #pragma once
 
@@ -24,7 +24,8 @@ struct bf16 {
     uint16_t bits;
 };
 
-// Memory on a line of the cache, to be freed. Where there is none the process ends, and says so: the caller is C.
+// Memory aligned to a cache line; the caller frees it. If there is none, prints an error and aborts, since C callers
+// cannot catch an exception.
 [[maybe_unused]] static void* taken(int64_t bytes) {
     void* found = std::aligned_alloc(64, (std::max<int64_t>(bytes, 1) + 63) / 64 * 64);
     if (!found) {
@@ -42,14 +43,14 @@ static inline float up(bf16 v) {
     return out;
 }
 static inline void down(float v, float* to) { *to = v; }
-static inline void down(float v, bf16* to) {  // to nearest even; the processor's own NaN stays one
+static inline void down(float v, bf16* to) {  // rounds to nearest even; a NaN as processors produce it stays NaN
     uint32_t wide;
     std::memcpy(&wide, &v, 4);
     to->bits = uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
-// e^x as 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]: Cephes' expf for float, to about 2e-7 relative; the Taylor
-// polynomial of degree 4 for bf16, to about 5e-5, a fortieth of what rounding to bf16 loses.
+// e^x as 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. For float: Cephes' expf, relative error about 2e-7. For bf16:
+// the Taylor polynomial of degree 4, relative error about 5e-5, a fortieth of the rounding error of bf16.
 template <class T>
 static inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
@@ -79,7 +80,7 @@ static inline float sigmoid(float g) {
     return 1.0f / (1.0f + exponential<T>(-g));
 }
 
-// held [0, all) to e^(held - its maximum); returns their sum. Works in blocks of 16: held has room for 16 more.
+// Replaces held [all] by e^(held - maximum) and returns the sum. Works in blocks of 16, so held needs room for 16 more.
 template <class T>
 [[maybe_unused]] static inline float exponentials(float* held, int64_t all) {
     float most[16], total[16] = {}, sum = 0;
@@ -100,7 +101,7 @@ template <class T>
     return sum;
 }
 
-// Rotates by the angle, or back where sign is -1.
+// Rotates a head [2 * half] by angles [half]; sign -1 rotates back.
 template <class T>
 [[maybe_unused]] static inline void rotate(const T* from, T* to, const float* cosine, const float* sine, int64_t half,
                                            float sign) {
@@ -112,8 +113,8 @@ template <class T>
     }
 }
 
-// Moves a row that was made in the first cache to where it belongs, past the caches where past says so: what does not
-// stay in them anyway costs twice as much through them, since each line would be read before it is written.
+// Copies `count` numbers. past: write past the caches (non-temporal stores). A result too large to stay in the caches
+// is written twice as fast that way, because a cached write first reads each line.
 template <class T>
 [[maybe_unused]] static inline void put(const T* from, T* to, int64_t count, bool past) {
 #if defined(__AVX512F__)
@@ -125,7 +126,7 @@ template <class T>
     std::memcpy((void*)to, from, count * sizeof(T));
 #endif
 }
-[[maybe_unused]] static inline void settled() {  // what was put past the caches is seen by all threads from here on
+[[maybe_unused]] static inline void settled() {  // makes writes past the caches visible to all threads
 #if defined(__AVX512F__)
     _mm_sfence();
 #endif

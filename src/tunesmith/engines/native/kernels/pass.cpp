@@ -4,9 +4,9 @@
 #include "kernels.h"
 #include "tiles.h"
 
-// A linear layer: its weight [out, into] laid out for tiles, its bias [out] or null, and low-rank factors (rank 0: none):
-// low = x a_for_low [rows, rank], and low c_for_output is added to the output. masked [rows, rank] or null: the low-rank
-// activations to set to zero, because they belong to another row's adapter.
+// A linear layer: its weight [out, into] laid out for tiles, its bias [out] or null, and low-rank factors (rank 0:
+// none): low = x a_for_low [rows, rank], and low c_for_output is added to the output. masked [rows, rank] or null: the
+// low-rank activations to set to zero, because they belong to another row's adapter.
 struct Product {
     const bf16 *packed, *a_for_low, *c_for_output;
     const float* bias;
@@ -41,7 +41,8 @@ struct Pass {
 };
 
 #ifdef TILES
-// The operands of a linear layer on x [rows, into], whose output goes to y. Computes the low-rank activations into `low`.
+// The operands of a linear layer on x [rows, into], whose output goes to y. Computes the low-rank activations into
+// `low`.
 static Operands operands_of(const Product& p, const bf16* x, bf16* low, bf16* y, int64_t rows, int threads) {
     if (p.rank) {
         Operands lower = {x, nullptr, nullptr, 0, rows, low};

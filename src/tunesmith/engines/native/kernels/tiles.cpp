@@ -1,10 +1,10 @@
 // Products of bf16 matrices on tiles.
 //
-// C [M, N] = A [M, K] B [K, N] + A2 [M, K2] B2 [K2, N] + bias [N], summed in float and rounded to bf16 once. K, K2 and N
-// are multiples of 32.
+// C [M, N] = A [M, K] B [K, N] + A2 [M, K2] B2 [K2, N] + bias [N], summed in float and rounded to bf16 once. K, K2 and
+// N are multiples of 32.
 //
-// Layout of B and B2: panels of 32 columns one after another. A panel holds, for each 32 rows, two tiles of 16 x 16 pairs
-// (columns 0-15, then 16-31), so that a product reads it front to back. Each thread computes panels of its own.
+// Layout of B and B2: panels of 32 columns one after another. A panel holds, for each 32 rows, two tiles of 16 x 16
+// pairs (columns 0-15, then 16-31), so that a product reads it front to back. Each thread computes panels of its own.
 //
 // The order of a number's summands depends on K and K2 only. So a row's result depends neither on the other rows nor on
 // the number of threads.
@@ -16,7 +16,7 @@ extern "C" int omp_get_num_threads();
 
 #ifdef TILES
 static const int64_t DEPTH = 320;       // rows of a panel that fit the L1 cache together with a block of A
-static const int64_t FEW = 2;           // with so few blocks of A, reading B is the bottleneck: prefetch half as much of it
+static const int64_t FEW = 2;           // with so few blocks of A, reading B is the bottleneck: prefetch half of it
 static const int64_t GROUP = 1024;      // rows of a deep B that are summed for all of C before the next ones
 #if defined(__AMX_BF16__)
 static const int64_t DEEP = 2048;       // a B of more rows is deep
@@ -123,8 +123,8 @@ extern "C" void product(const Operands* operands, const bf16* b, int64_t depth, 
     std::vector<Block> all = divided(*operands, depth, n, copies);
     bool past = (uintptr_t)operands->c % 64 == 0 && operands->rows * n * 2 > PAST_BYTES;
     int64_t panels = n / 32, blocks = all.size(), part = part_rows(depth, blocks);
-    // A deep product is summed group by group with sums for all panels, because A would otherwise be read again for each
-    // panel. A narrow one has too few panels for the threads, so its rows are divided among them.
+    // A deep product is summed group by group with sums for all panels, because A would otherwise be read again for
+    // each panel. A narrow one has too few panels for the threads, so its rows are divided among them.
     bool narrow = panels <= NARROW, deep = depth > DEEP && !narrow;
 #pragma omp parallel num_threads(threads)
     {
@@ -165,9 +165,9 @@ extern "C" void product(const Operands* operands, const bf16* b, int64_t depth, 
     for (bf16* copy : copies) std::free(copy);
 }
 
-// The gated MLP's middle, C [M, n / 2] = silu(gate) * up, where A B [M, n] has gate in its first n / 2 columns and up in
-// the others. Both are rounded as `product` rounds them, but not written to memory. Returns false, and does nothing, if B
-// is deep or n is no multiple of 64.
+// The gated MLP's middle, C [M, n / 2] = silu(gate) * up, where A B [M, n] has gate in its first n / 2 columns and up
+// in the others. Both are rounded as `product` rounds them, but not written to memory. Returns false, and does nothing,
+// if B is deep or n is no multiple of 64.
 extern "C" bool gated_product(const Operands* operands, const bf16* b, int64_t depth, int64_t n, int threads) {
     if (depth > DEEP || n % 64) return false;
     std::vector<bf16*> copies;
@@ -208,8 +208,8 @@ extern "C" bool gated_product(const Operands* operands, const bf16* b, int64_t d
 // Whether this process may use tiles.
 extern "C" int tiles() { return tiles_allowed() ? 1 : 0; }
 
-// A block [32, 32] of x, whose rows have n numbers, as pairs of rows: columns 0-15 in `left`, 16-31 in `right`. Rows from
-// `rows` on count as zeros.
+// A block [32, 32] of x, whose rows have n numbers, as pairs of rows: columns 0-15 in `left`, 16-31 in `right`. Rows
+// from `rows` on count as zeros.
 static inline void pairs(const bf16* x, int64_t n, int64_t rows, __m512i* left, __m512i* right) {
     const __m512i none = _mm512_setzero_si512();
     for (int64_t i = 0; i < 16; ++i, x += 2 * n) {
@@ -220,8 +220,8 @@ static inline void pairs(const bf16* x, int64_t n, int64_t rows, __m512i* left, 
     }
 }
 
-// 32 columns of 32 * blocks rows of x as pairs of rows, into `panel`; rows from `rows` on count as zeros. ahead: prefetch
-// the next 32 columns.
+// 32 columns of 32 * blocks rows of x as pairs of rows, into `panel`; rows from `rows` on count as zeros. ahead:
+// prefetch the next 32 columns.
 static inline void lay_out(const bf16* x, int64_t n, int64_t rows, int64_t blocks, bool ahead, bf16* panel) {
     for (int64_t j = 0; j < blocks; ++j, x += 32 * n, rows -= 32, panel += 1024) {
         __m512i left[16], right[16];
@@ -236,8 +236,8 @@ static inline void lay_out(const bf16* x, int64_t n, int64_t rows, int64_t block
 
 // C [R, N] = L^T X of L [T, R] and X [T, N], the gradient of a low-rank factor. R and N are multiples of 32.
 //
-// X is read slab by slab (32 * SLAB rows). In a slab, each panel of 32 columns is laid out as pairs of rows once for all
-// R; the sums of all panels are held until the last slab.
+// X is read slab by slab (32 * SLAB rows). In a slab, each panel of 32 columns is laid out as pairs of rows once for
+// all R; the sums of all panels are held until the last slab.
 extern "C" void outer(const bf16* l, int64_t r, const bf16* x, int64_t n, int64_t t, bf16* c, int threads) {
     tiles_allowed();
     int64_t deep = (t + 31) / 32;

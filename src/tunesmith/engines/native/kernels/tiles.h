@@ -1,5 +1,5 @@
-// What products of bf16 blocks need of the processor: AMX tiles, or AVX-512's products of pairs. TILES is defined where
-// there is either.
+// Products of bf16 blocks of 32 x 32, by AMX tiles or by AVX-512 BF16's products of pairs. TILES is defined if the
+// processor has either.
 
 #pragma once
 
@@ -8,14 +8,15 @@
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__linux__)
 #define TILES
 
-// What is added to a block of 32 x 32 sums: A [32, 32 * steps] B [32 * steps, 32]. A's rows are `stride` numbers apart,
-// its steps `step`. B lies as tiles of 16 rows of 16 pairs: `stride_b` numbers from row to row, `step_b` from step to
-// step. next: what is read later, of which each step asks for `lines` of 64 bytes: all at once they would hold up the
-// products.
+// A product A [32, 32 * steps] B [32 * steps, 32], to be added to a block of 32 x 32 sums.
+//
+// In A, rows are `stride` numbers apart and steps `step`. B is in tiles of 16 rows of 16 pairs, whose rows are
+// `stride_b` numbers apart, and steps `step_b`. next: data to prefetch, `lines` cache lines in each step. Prefetching
+// it all at once would delay the products.
 struct Factors {
-    const bf16 *upper, *lower;  // the first 16 rows of A, and the others
+    const bf16 *upper, *lower;  // A's rows 0-15 and 16-31
     int64_t stride, step;
-    const bf16 *left, *right;  // the first 16 columns of B, and the others
+    const bf16 *left, *right;  // B's columns 0-15 and 16-31
     int64_t stride_b, step_b, steps;
     const char* next;
     int64_t lines;
@@ -31,7 +32,7 @@ struct Factors {
     return allowed;
 }
 
-// A thread's tiles while it multiplies.
+// Configures the thread's tile registers; releases them at the end of the scope.
 struct Tiles {
     struct {
         uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -59,8 +60,8 @@ static inline void add_steps(const Factors& f) {
     }
 }
 
-// sums [32, 32], rows of `width`: what is there already, or nought, and the products of one and of other, if there is
-// another. All rows are computed, whatever `rows` says.
+// sums [32, 32] = product of `one`, plus that of `other` if there is one; `add`: add them to the sums. Rows of sums are
+// `width` numbers apart. All 32 rows are computed.
 [[maybe_unused]] static inline void sum(float* sums, int64_t width, bool add, int64_t, const Factors& one,
                                         const Factors* other = nullptr) {
     float* lower = sums + 16 * width;
@@ -90,8 +91,8 @@ struct Tiles {
     ~Tiles() {}
 };
 
-// Adds to the sums of ROWS rows, which stay in registers, 2 * ROWS of the 32: the columns' first half and the other.
-// Each step asks for `lines` of what is at `next`.
+// Adds a product to the sums of ROWS rows of `a`: columns 0-15 in `one`, 16-31 in `other`. The sums stay in 2 * ROWS of
+// the 32 registers. Each step prefetches `lines` cache lines from `next` on.
 template <int64_t ROWS>
 static inline void add_steps(const Factors& f, const bf16* a, const char* next, int64_t lines, __m512* one,
                              __m512* other) {
@@ -113,7 +114,7 @@ static inline void add_steps(const Factors& f, const bf16* a, const char* next, 
     }
 }
 
-// ROWS rows from `row` on, whose sums are at `to`. `next`, `lines`: what to ask for early, as in add_steps.
+// The sums of ROWS rows from `row` on, at `to`. next, lines: as in add_steps.
 template <int64_t ROWS>
 static inline void sum_rows(float* to, int64_t width, bool add, int64_t row, const Factors& one, const Factors* other,
                             const char* next, int64_t lines) {
@@ -133,9 +134,9 @@ static inline void sum_rows(float* to, int64_t width, bool add, int64_t row, con
     }
 }
 
-// sums [32, 32], rows of `width`: what is there already, or nought, and the products of one and of other, if there is
-// another. Of all rows that are computed, the first `rows` are wanted: eight at a time, the last four or fewer by
-// themselves. Each has its share of what is read later: asked for by the first ones alone, it would come too late.
+// sums [32, 32] = product of `one`, plus that of `other` if there is one; `add`: add them to the sums. Rows of sums are
+// `width` numbers apart. Computes the first `rows` rows, eight at a time, and the last four or fewer by themselves.
+// Each group of rows prefetches its part of `next`, spread over the whole product.
 [[maybe_unused]] static inline void sum(float* sums, int64_t width, bool add, int64_t rows, const Factors& one,
                                         const Factors* other = nullptr) {
     const char* next = one.next;
@@ -152,7 +153,7 @@ static inline void sum_rows(float* to, int64_t width, bool add, int64_t row, con
 }
 #endif
 
-// 16 x 16 pairs transposed.
+// Transposes 16 x 16 pairs in place.
 [[maybe_unused]] static inline void transpose(__m512i* r) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -176,7 +177,7 @@ static inline void sum_rows(float* to, int64_t width, bool add, int64_t row, con
     for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
-// Two rows of 32 numbers to the pairs of their first 16 columns, and of the others.
+// Two rows of 32 numbers as pairs: first_pairs of columns 0-15, last_pairs of columns 16-31.
 [[maybe_unused]] static inline __m512i first_pairs(__m512i one, __m512i other) {
     const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
