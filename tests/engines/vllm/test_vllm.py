@@ -170,7 +170,7 @@ def test_what_the_server_does_not_take_is_told(
     with pytest.raises(Refused, match=r"LoRA rank 64 is greater(.|\n)*--max-lora-rank"):
         engine.load_adapter("x", write_adapter(tmp_path / "y", base, rank=40))
     fake.ignore_adapters = True
-    with pytest.raises(Refused, match="in the adapter's name as the base does"):
+    with pytest.raises(Refused, match="under the adapter's name exactly as the base does"):
         engine.load_adapter("x", adapter)
     fake.restart()
     fake.loading = False

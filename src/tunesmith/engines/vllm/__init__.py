@@ -1,1 +1,1 @@
-"""Answers from a vLLM server."""
+"""The engine that gets its answers from a vLLM server."""

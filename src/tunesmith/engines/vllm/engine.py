@@ -1,8 +1,8 @@
 """The vLLM engine: a base model and its adapters on a server, over vLLM's OpenAI-compatible HTTP API.
 
-Conversations are rendered here, by the same Renderer as everywhere, and sent as token ids: the server's own template
-is never used. The server is believed to run the base only after its tokens and log-probabilities of a fixed text were
-compared with the base's, and to run an adapter only after its log-probabilities differ from the base's.
+The Renderer turns conversations into token ids here, so the server's template is never used. Two checks verify the
+server. It runs the base if its tokens and log-probabilities of a fixed text agree with the base's. It runs an adapter
+if the adapter's log-probabilities differ from the base's.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.protocol import Completion, Generation, Question
 from tunesmith.engines.settings import VllmSettings
-from tunesmith.engines.vllm.fingerprint import TEXT, TOLERANCE, apart, expected_scores, places, text_ids
+from tunesmith.engines.vllm.fingerprint import TEXT, TOLERANCE, expected_scores, mean_difference, places, text_ids
 from tunesmith.engines.vllm.http import NotThere, Server
 from tunesmith.models.base import Base, cache_folder
 from tunesmith.models.rendering import Renderer
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, has_whole_model, read_adapter_file
 
-Asked = TypeVar("Asked")
-Given = TypeVar("Given")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _COMPLETIONS = "/v1/completions"
-# A server takes what a request leaves out from the model's generation_config.json: nothing may be left out.
-_PLAIN = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-# llguidance, where the server runs it, then allows one space after a comma or colon and no other, so that no model goes
-# on with it for ever; xgrammar, its default, does not know the key.
+# The server takes options that a request leaves out from the model's generation_config.json, so leave none out.
+_NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+# With this key, llguidance allows one space after a comma or colon and no other whitespace, so that a model cannot go
+# on with it forever. xgrammar, the server's default, ignores the key.
 _JSON = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}}
 
 
 class VllmEngine:
-    """Implements inference.engine.Engine."""
+    """Implements engines.protocol.Engine."""
 
     def __init__(self, base: Base, settings: VllmSettings) -> None:
         self._base, self._settings = base, settings
         self._renderer = Renderer(base.folder)
         self._server = Server(settings)
         self._folder = Path(settings.adapters).expanduser() if settings.adapters else cache_folder() / "vllm"
-        self._known: dict[str, str] = {}  # an adapter's name here -> its name there, which is also its folder's
-        self._registered: dict[str, float] = {}  # its name there -> when it was last seen to be loaded
-        self._turn = threading.RLock()
-        self._model, self._room, self._checked_at = "", 0, 0.0
+        self._known: dict[str, str] = {}  # an adapter's name here -> its name on the server, also that of its folder
+        self._registered: dict[str, float] = {}  # an adapter's name on the server -> when it was loaded last
+        self._lock = threading.RLock()
+        self._model, self._context_length, self._checked_at = "", 0, 0.0
         self._check_server()
 
     @property
@@ -60,14 +60,14 @@ class VllmEngine:
 
     @property
     def context_length(self) -> int:
-        """Most tokens a prompt and its answer may have together: the base's, or less where the server was told so."""
-        return self._room
+        """Most tokens a prompt and its answer may have together: the base's, or fewer if the server is set so."""
+        return self._context_length
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Make a PEFT folder answerable under name.
+        """Load a PEFT folder under name.
 
-        Its files are copied to where the server reads them, and stay there: it reads them again when it must. The name
-        that the server is given is that of their bytes, so no name ever comes to mean other weights.
+        The files are copied to a folder that the server reads, and stay there, since the server may read them again.
+        The name on the server is a digest of the files, so it never refers to other weights.
         """
         if has_whole_model(folder):
             raise Refused(
@@ -81,18 +81,18 @@ class VllmEngine:
             kept = self._folder / there / file
             if not kept.is_file() or digest_file(kept) != digest_file(folder / file):
                 write_atomic(kept, (folder / file).read_bytes())
-        with self._turn:
+        with self._lock:
             self._register(there)
             self._known[name] = there
 
     def holds(self, name: str) -> bool:
-        """Whether name can be asked for."""
+        """Whether name is loaded."""
         return name in self._known
 
     def generate(
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[Completion]:
-        """Answers in the order of requests; as many are under way at once as the settings allow."""
+        """Answers in the order of requests. Sends at most settings.concurrency requests at once."""
         bodies = [self._body(request) for request in requests]
 
         def answer(body: Mapping[str, Any]) -> Completion:
@@ -100,7 +100,7 @@ class VllmEngine:
             choice = given["choices"][0]
             return self._completion(choice["text"], choice["finish_reason"], body, choice["token_ids"])
 
-        return self._together(answer, bodies, "answering", progress)
+        return self._concurrently(answer, bodies, "answering", progress)
 
     def stream(self, request: Generation, adapter: str | None = None) -> Iterator[str | Completion]:
         """Pieces of the answer's text as they arrive; the last item is the whole Completion."""
@@ -132,15 +132,15 @@ class VllmEngine:
         def score(place: tuple[list[int], int]) -> float:
             return self._score(self._ask(_scoring(*place), adapter), place[1])
 
-        scored = iter(self._together(score, asked, "scoring choices", progress))
+        scored = iter(self._concurrently(score, asked, "scoring choices", progress))
         sums = iter([sum(next(scored) for _ in range(length)) for length in lengths])
         return [[next(sums) for _ in question.choices] for question in questions]
 
-    # What is asked and answered
+    # Requests and answers
 
     def _body(self, request: Generation) -> dict[str, Any]:
         if request.top_logprobs is not None:
-            raise UsageError("log-probabilities are not asked of a vLLM server", where="logprobs")
+            raise UsageError("the vLLM engine reports no log-probabilities", where="logprobs")
         prompt = self._renderer.prompt(request.messages)
         if len(prompt) >= self.context_length:
             raise UsageError(
@@ -158,7 +158,7 @@ class VllmEngine:
             "stop": list(request.stop),
             "stop_token_ids": sorted(self._renderer.stop_ids),
             "return_token_ids": True,
-            **_PLAIN,
+            **_NEUTRAL,
         }
         if request.schema is not None:
             body["structured_outputs"] = {"json": json.loads(request.schema) | _JSON}
@@ -175,39 +175,41 @@ class VllmEngine:
         return Completion(text, "stop" if finish == "stop" else "length", len(body["prompt"]), tokens)
 
     def _score(self, given: Mapping[str, Any], token: int) -> float:
-        """A token's log-probability, out of an answer to _scoring."""
+        """A token's log-probability in the answer to _scoring."""
         found = float(given["choices"][0]["logprobs"]["top_logprobs"][0][f"token_id:{token}"])
         if not math.isfinite(found):
-            raise TunesmithError("the vLLM server gave a log-probability that is no number", where=self._settings.url)
+            raise TunesmithError(
+                "the vLLM server returned a log-probability that is not finite", where=self._settings.url
+            )
         return found
 
     def _fixed_scores(self, model: str) -> list[float]:
-        """The fixed text's log-probabilities, at the places that are looked at, under a name of the server's."""
+        """Log-probabilities of the fixed text at places(), by a model of the server."""
         ids = text_ids(self._renderer)
 
         def score(place: int) -> float:
             given = self._server.ask(_COMPLETIONS, {**_scoring(ids[:place], ids[place]), "model": model})
             return self._score(given, ids[place])
 
-        return self._together(score, places(ids), "", SILENT)
+        return self._concurrently(score, places(ids), "", SILENT)
 
-    def _together(
-        self, do: Callable[[Asked], Given], asked: Sequence[Asked], title: str, progress: Progress
-    ) -> list[Given]:
-        """do for each of asked, many at once; the first failure ends it."""
+    def _concurrently(
+        self, do: Callable[[Item], Result], items: Sequence[Item], title: str, progress: Progress
+    ) -> list[Result]:
+        """The results of do for each item, computed concurrently. The first failure cancels the rest."""
         with (
-            progress.task(title, len(asked)) as task,
+            progress.task(title, len(items)) as task,
             ThreadPoolExecutor(self._settings.concurrency, thread_name_prefix="tunesmith-vllm") as pool,
         ):
-            under_way = [pool.submit(do, one) for one in asked]
+            futures = [pool.submit(do, item) for item in items]
             try:
-                for done in as_completed(under_way):
+                for done in as_completed(futures):
                     done.result()
                     task.advance()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-            return [done.result() for done in under_way]
+            return [done.result() for done in futures]
 
     def _ask(self, body: Mapping[str, Any], adapter: str | None) -> Any:
         began = time.monotonic()
@@ -221,7 +223,7 @@ class VllmEngine:
         began = time.monotonic()
         try:
             yield from self._server.stream(_COMPLETIONS, {**body, "model": self._name(adapter)}, self._check_again)
-        except NotThere as error:  # said before the first event
+        except NotThere as error:  # raised before the first event
             self._restore(adapter, error, began)
             yield from self._server.stream(_COMPLETIONS, {**body, "model": self._name(adapter)})
 
@@ -229,13 +231,13 @@ class VllmEngine:
         if adapter is None:
             return self._model
         if adapter not in self._known:
-            raise Refused(f"adapter {adapter} is not loaded", fix="load it before asking it")
+            raise Refused(f"adapter {adapter} is not loaded", fix="load it first")
         return self._known[adapter]
 
-    # Whether the server is the one it should be
+    # Verifying the server
 
     def _check_server(self) -> None:
-        """Raises Refused where the server runs another model than the base."""
+        """Check that the server runs the base. Raises Refused if it runs another model."""
         where = self._settings.url
         began = time.monotonic()
         models = self._listed()
@@ -243,10 +245,10 @@ class VllmEngine:
         if not bases:
             raise Refused("the vLLM server lists no base model", where=where)
         self._model = str(bases[0]["id"])
-        room = int(bases[0].get("max_model_len") or 0)
-        if not 0 < room <= self._base.context_length:
-            raise self._another(f"its context length is {room}, the base's {self._base.context_length}")
-        self._room = room
+        length = int(bases[0].get("max_model_len") or 0)
+        if not 0 < length <= self._base.context_length:
+            raise self._other_model(f"its context length is {length}, the base's {self._base.context_length}")
+        self._context_length = length
         ids = text_ids(self._renderer)
         try:
             theirs = self._server.ask("/tokenize", {"model": self._model, "prompt": TEXT, "add_special_tokens": False})[
@@ -255,22 +257,22 @@ class VllmEngine:
         except NotThere as error:
             raise Refused("the server does not speak vLLM's API", where=where, fix="name a vLLM server") from error
         if theirs != ids:
-            raise self._another("its tokenizer reads a fixed text differently")
-        difference = apart(self._fixed_scores(self._model), expected_scores(self._base, ids))
+            raise self._other_model("its tokenizer reads a fixed text differently")
+        difference = mean_difference(self._fixed_scores(self._model), expected_scores(self._base, ids))
         if not difference <= TOLERANCE:
-            raise self._another(
-                f"its log-probabilities of a fixed text differ by {difference:.3f} nats in the mean, {TOLERANCE} are "
-                "allowed"
+            raise self._other_model(
+                f"its log-probabilities of a fixed text differ by {difference:.3f} nats on average, "
+                f"more than {TOLERANCE}"
             )
         self._checked_at = began
 
     def _check_again(self, failed_at: float) -> None:
-        """After the server was away, it may be another one."""
-        with self._turn:
+        """Check the server again if it was unreachable since the last check: it may run another model now."""
+        with self._lock:
             if self._checked_at < failed_at:
                 self._check_server()
 
-    def _another(self, how: str) -> Refused:
+    def _other_model(self, how: str) -> Refused:
         return Refused(
             f"the vLLM server runs another model than the base: {how}",
             where=self._settings.url,
@@ -286,7 +288,7 @@ class VllmEngine:
             ) from error
 
     def _register(self, there: str) -> None:
-        """Have the server load the adapter, unless it has, and see that it answers otherwise than the base."""
+        """Make the server load the adapter if it has not yet, and check that it answers differently from the base."""
         folder = os.path.abspath(self._folder / there)
         listed = {str(model["id"]): model.get("root") for model in self._listed()}
         if there in listed and listed[there] != folder:
@@ -310,14 +312,16 @@ class VllmEngine:
                     "alone: serve anything else merged (tunesmith export --as merged)",
                 ) from error
         if self._fixed_scores(there) == self._fixed_scores(self._model):
-            raise Refused("the vLLM server answers in the adapter's name as the base does", where=self._settings.url)
+            raise Refused(
+                "the vLLM server answers under the adapter's name exactly as the base does", where=self._settings.url
+            )
         self._registered[there] = time.monotonic()
 
     def _restore(self, adapter: str | None, error: NotThere, began: float) -> None:
-        """A server that was started again has lost its adapters: look at it again, and load what was asked for."""
-        with self._turn:
+        """Check the server and load the adapter again: a restarted server has lost its adapters."""
+        with self._lock:
             if self._registered.get(self._known.get(adapter or "", ""), 0.0) > began:
-                return  # another request's thread has done it meanwhile
+                return  # another thread has loaded it since
             self._check_server()
             if adapter is None or not error.model:
                 raise Refused(f"the vLLM server has no such model: {error.what}", where=self._settings.url) from error
@@ -325,10 +329,10 @@ class VllmEngine:
 
 
 def _scoring(ids: Sequence[int], token: int) -> dict[str, Any]:
-    """Asks for the log-probability that token follows ids.
+    """A request for the log-probability that token follows ids.
 
-    One request a token, since the server keeps what requests begin with. It could score a whole prompt at once
-    (prompt_logprobs), but with LoRA that takes the wrong rows, or ends the server, as soon as two requests meet
+    It takes one request for each token; the server caches their common prefix. vLLM can also score a whole prompt at
+    once (prompt_logprobs). But with LoRA and two concurrent requests, that returns the wrong rows or crashes the server
     (vLLM's issues 16668 and 29955; seen with 0.32.0).
     """
     return {
@@ -338,5 +342,5 @@ def _scoring(ids: Sequence[int], token: int) -> dict[str, Any]:
         "logprobs": 1,
         "logprob_token_ids": [token],
         "return_tokens_as_token_ids": True,
-        **_PLAIN,
+        **_NEUTRAL,
     }

@@ -1,4 +1,4 @@
-"""Which model is it? A fixed text's token ids and their log-probabilities, to know a base by when a server runs it."""
+"""Recognises a base on a server by the token ids of a fixed text and their log-probabilities."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.base import Base, cache_folder
 from tunesmith.models.rendering import Rendered, Renderer
 
-# Words, numbers, code, other scripts: where tokenizers and models differ.
+# Words, numbers, code and other scripts, in which tokenizers and models differ.
 TEXT = (
     'The quick brown fox jumps over 13 lazy dogs, then writes {"on": true, "n": 2048} into a file.\n'
     "def area(r):\n    return 3.14159 * r ** 2\n\nÄpfel fallen nicht weit vom Stamm; 水は低きに流れる。 "
     "Water boils at one hundred degrees Celsius, and the capital of France is Paris."
 )
-# Mean difference in nats that two bf16 computations of one model may show; another model's is several times that.
+# Largest accepted mean difference in nats. Two bf16 computations of one model differ less; two models differ several
+# times as much.
 TOLERANCE = 0.15
 
 
@@ -31,13 +32,13 @@ def text_ids(renderer: Renderer) -> list[int]:
 
 
 def places(ids: Sequence[int]) -> range:
-    """Which of the ids are looked at: some two dozen, evenly spread."""
+    """The indices of ids that are compared: about two dozen, evenly spread."""
     return range(1, len(ids), max(1, len(ids) // 24))
 
 
 @torch.inference_mode()
 def expected_scores(base: Base, ids: Sequence[int]) -> list[float]:
-    """The base's own log-probabilities of the ids at places(). Computed once for a base and kept in the cache."""
+    """The base's log-probabilities of the ids at places(). Computed once for a base and kept in the cache."""
     kept = cache_folder() / "fingerprints" / f"{base.digest.removeprefix('sha256:')}.json"
     if kept.is_file():
         known = json.loads(kept.read_bytes())
@@ -53,6 +54,6 @@ def expected_scores(base: Base, ids: Sequence[int]) -> list[float]:
     return found
 
 
-def apart(one: Sequence[float], other: Sequence[float]) -> float:
+def mean_difference(one: Sequence[float], other: Sequence[float]) -> float:
     """Mean difference of two models' log-probabilities of the same tokens, in nats."""
     return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)

@@ -1,5 +1,4 @@
-"""Talking to a vLLM server: one JSON request or a stream of events, tried again where that can help, and every failure
-told as what it is."""
+"""HTTP requests to a vLLM server: JSON or a stream of events, with retries, and an error class for each failure."""
 
 from __future__ import annotations
 
@@ -16,12 +15,12 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.engines.settings import VllmSettings
 
 _BUSY = frozenset((429, 502, 503, 504))
-_FIRST_WAIT = 0.25  # seconds; doubled with every try
+_FIRST_WAIT = 0.25  # seconds before the first retry; doubled for each further one
 _START = "start it: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE-FOLDER --enable-lora --max-lora-rank RANK"
 
 
 class NotThere(Exception):
-    """The server knows no such path or model. what: its own words; model: whether it was a model that was asked for."""
+    """The server has no such path or model. what: the server's message. model: whether a model is missing."""
 
     def __init__(self, what: str, *, model: bool) -> None:
         super().__init__(what)
@@ -29,7 +28,7 @@ class NotThere(Exception):
 
 
 class Server:
-    """A vLLM server's HTTP side. Thread-safe."""
+    """Sends requests to a vLLM server. Thread-safe."""
 
     def __init__(self, settings: VllmSettings) -> None:
         self._url = settings.url.rstrip("/").removesuffix("/v1")
@@ -45,18 +44,18 @@ class Server:
             headers=headers,
             timeout=httpx.Timeout(settings.answer_seconds, connect=settings.connect_seconds, pool=None),
             limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
-            trust_env=False,  # rows may be private: no proxy that an environment names
+            trust_env=False,  # rows may be private, so use no proxy from the environment
         )
         self._answer_seconds = settings.answer_seconds
 
     def ask(
         self, path: str, body: Mapping[str, Any] | None = None, returned: Callable[[float], None] | None = None
     ) -> Any:
-        """The answer to a GET, or with a body to a POST: JSON where it is JSON, else its text.
+        """The answer to a GET, or to a POST if there is a body: parsed JSON, or the text of an answer that is not JSON.
 
-        returned: called with the time of the failure before a request is sent again to a server that was away, which
-        may not be the same one any more. Raises NotThere, UsageError for a request the server does not take, Refused
-        for a key it does not take, TunesmithError for everything else.
+        returned: called with the time of the failure before a request is repeated because the server was unreachable.
+        It may be another server by then. Raises NotThere, UsageError for a request that the server rejects, Refused for
+        a wrong API key, TunesmithError for everything else.
         """
         with self._open("GET" if body is None else "POST", path, body, returned) as response:
             text = response.read()
@@ -68,7 +67,7 @@ class Server:
     def stream(
         self, path: str, body: Mapping[str, Any], returned: Callable[[float], None] | None = None
     ) -> Iterator[Mapping[str, Any]]:
-        """The events of a streamed answer. Leaving early ends the request. Raises as ask does."""
+        """The events of a streamed answer. Closing the iterator cancels the request. Raises as ask does."""
         with self._open("POST", path, body, returned) as response:
             try:
                 for line in response.iter_lines():
@@ -79,7 +78,7 @@ class Server:
                             raise self._failed(str(event["error"].get("message", event["error"])))
                         yield event
             except httpx.TimeoutException as error:
-                raise self._late() from error
+                raise self._timed_out() from error
             except (httpx.TransportError, ValueError) as error:
                 raise self._failed(f"the stream broke off: {error}") from error
 
@@ -98,7 +97,7 @@ class Server:
                     self._client.build_request(method, self._url + path, json=body), stream=True
                 )
             except httpx.ReadTimeout as error:
-                raise self._late() from error
+                raise self._timed_out() from error
             except httpx.TransportError as error:
                 failed_at = time.monotonic()
                 if attempt == self._retries:
@@ -118,25 +117,26 @@ class Server:
 
     def _error(self, response: httpx.Response) -> Exception:
         text = response.read().decode(errors="replace")
-        said, kind = text[:500], ""
+        message, kind = text[:500], ""
         with contextlib.suppress(ValueError, AttributeError, TypeError):
-            given = json.loads(text)
-            told = given.get("error", given)
-            said, kind = str(told.get("message") or told.get("detail") or said)[:500], str(told.get("type", ""))
+            parsed = json.loads(text)
+            error = parsed.get("error", parsed)
+            message = str(error.get("message") or error.get("detail") or message)[:500]
+            kind = str(error.get("type", ""))
         status = response.status_code
         if status in (401, 403):
             fix = f"put the right key into ${self._key_env}" if self._key_env else "name its variable in engine.key_env"
             return Refused("the vLLM server does not accept the API key", where=self._url, fix=fix)
         if status == 404:
-            return NotThere(said, model="NotFound" in kind)
+            return NotThere(message, model="NotFound" in kind)
         if status in (400, 413, 422):
-            return UsageError(f"the vLLM server does not take the request: {said}", where=self._url)
-        return self._failed(f"status {status}: {said}")
+            return UsageError(f"the vLLM server rejects the request: {message}", where=self._url)
+        return self._failed(f"status {status}: {message}")
 
-    def _failed(self, said: str) -> TunesmithError:
-        return TunesmithError(f"the vLLM server failed: {said}", where=self._url, fix="look at the server's own log")
+    def _failed(self, message: str) -> TunesmithError:
+        return TunesmithError(f"the vLLM server failed: {message}", where=self._url, fix="look at the server's own log")
 
-    def _late(self) -> TunesmithError:
+    def _timed_out(self) -> TunesmithError:
         return TunesmithError(
             f"the vLLM server gave no answer within {self._answer_seconds:g} s",
             where=self._url,
