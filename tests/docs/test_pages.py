@@ -62,11 +62,16 @@ def test_commands_shown_work(page: str, tmp_path: Path) -> None:
     """Runs a page's tested blocks in order in one shell, on the real base, as a reader would."""
     blocks = TESTED.findall((ROOT / page).read_text())
     assert blocks
-    script = ["set -eu", f'tunesmith() {{ "{sys.executable}" -m tunesmith "$@"; }}']
+    command = tmp_path / "bin" / "tunesmith"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tunesmith "$@"\n')
+    command.chmod(0o755)
+    script = ["set -eu"]
     for kind, text in blocks:
         script.append(text if kind == "bash" else f"cat > tunesmith.yaml <<'YAML'\n{text}YAML")
     shutil.copytree(ROOT / "examples" / "tickets", tmp_path / "examples" / "tickets")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    path = os.pathsep.join([str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(sys.path), "TUNESMITH_THREADS": "1"}
     environment.pop("TUNESMITH_USER", None)
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1500
