@@ -118,14 +118,14 @@ def test_the_page_is_whole_and_says_it_all(rich: tuple[Fabricated, str]) -> None
     data = report_data(made.store, digest, verdict_of(made, digest, gates=_gates()))
     html = render(data)
     check_whole(html)
-    for said in ("Price against quality", "Which approach moves it", "Lift by group", "Macro-F1", "Judges", "EUR"):
+    for said in ("Price against quality", "Which approach helps", "Lift by group", "Macro-F1", "Judges", "EUR"):
         assert said in html
     assert html == render(report_data(made.store, digest, verdict_of(made, digest, gates=_gates())))
     said = " ".join(data["advice"]["reasons"] + data["advice"]["cautions"])
-    assert "The approach is tuning (tuned, 93.3%): +70.0 points" in said
-    assert "not shown to add anything to what is simpler: prompting (zero-shot)" in said
-    assert "it can be measured, not released" in said
-    assert "changed its mind with the order" in said, "this judge always says A"
+    assert "The best approach is tuning (tuned, 93.3%): +70.0 points" in said
+    assert "Not shown to add anything to a simpler approach: prompting (zero-shot)" in said
+    assert "it can be measured, but not released" in said
+    assert "changed its verdict with the order" in said, "this judge always says A"
 
 
 def test_markdown_is_one_table_row_a_candidate(rich: tuple[Fabricated, str]) -> None:

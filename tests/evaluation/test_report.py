@@ -99,7 +99,7 @@ def test_the_page_of_a_released_version(made: Fabricated, evaluation: str) -> No
     for part in (
         "Release tuned.", "home@v3", percent(tuned["metrics"]["exact_match"]["mean"]), "passed all 3 gates",
         points(data["lift"]["metrics"]["exact_match"]["difference"]["mean"]), "6 retrieved examples in the prompt",
-        "2 min 56 s expected, 9% off", "exact duplicate", "Licence Apache-2.0", "PHONE_NUMBER", "approve by amir",
+        "estimate 2 min 56 s, 9% off", "exact duplicate", "Licence Apache-2.0", "PHONE_NUMBER", "approve by amir",
         "2026-02-03 10:11:12 UTC", "reason: sound", "general questions",
     ):  # fmt: skip
         assert part in text, part
@@ -131,13 +131,13 @@ def test_headlines(made: Fabricated, evaluation: str) -> None:
 
     assert advice(verdict_of(made, evaluation))["release"] == "tuned"
     second = advice(verdict_of(made, evaluation, "rag", {"any": {"metric": "exact_match", "at_least": 0.1}}))
-    assert (second["headline"], second["release"]) == ("rag may be released; tuned did better.", "rag")
+    assert (second["headline"], second["release"]) == ("rag may be released, but tuned scored higher.", "rag")
     failed = advice(verdict_of(made, evaluation, "zero-shot"))
     assert (failed["headline"], failed["release"]) == ("Do not release zero-shot.", None)
     assert any("tunesmith gate tuned" in reason for reason in failed["reasons"])
     open_ended = advice(verdict_of(made, evaluation, gates={}))
-    assert (open_ended["headline"], open_ended["release"]) == ("The evidence on tuned does not decide.", None)
-    assert advice(None)["headline"] == "tuned was measured, not judged."
+    assert (open_ended["headline"], open_ended["release"]) == ("There is not enough evidence to release tuned.", None)
+    assert advice(None)["headline"] == "tuned was measured, but no gates have judged it."
 
 
 def test_one_candidate_alone_and_no_probes(made: Fabricated) -> None:
@@ -154,7 +154,7 @@ def test_a_handful_of_rows(tmp_path: Path) -> None:
                    answer_schema=SCHEMA)  # fmt: skip
     html = report_html(made.store, few, verdict_of(made, few))
     check_whole(html)
-    assert "does not decide" in html
+    assert "There is not enough evidence to release" in html
 
 
 def test_wins_and_losses_come_one_from_each_group_first(made: Fabricated, evaluation: str) -> None:
@@ -222,8 +222,8 @@ def test_words() -> None:
     assert visible("a\tb\nc\u2066d") == "a\tb\nc⟨U+2066⟩d"
     assert visible("x" * 1000).endswith("… and 100 more characters")
     assert detail_text({"a": 1, "b": None, "c": {"d": ["e", "sha256:" + "0" * 64]}}) == "a: 1, c: d: e 000000000000"
-    assert expected(90.0, 100.0, lambda seconds: f"{seconds:.0f} s") == "100 s expected, 10% off"
-    assert expected(1.0, 0.0, str) == "nothing was expected"
+    assert expected(90.0, 100.0, lambda seconds: f"{seconds:.0f} s") == "estimate 100 s, 10% off"
+    assert expected(1.0, 0.0, str) == "no estimate"
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,9 @@ def test_exposure_and_bias_before_and_after(faulty: tuple[Fabricated, str]) -> N
     rows = {row["probe"]: row for row in found["bias"]}
     assert rows["swap"]["n"] == rows["swap"]["groups"] == 60
     assert rows["swap"]["change"]["low"] > 0.8
-    assert "so tuning made it worse" in rows["swap"]["sentence"]
+    assert "tuning made it worse" in rows["swap"]["sentence"]
     assert rows["bbq"]["before"] == rows["bbq"]["after"]
-    assert "may be no change at all" in rows["bbq"]["sentence"]
+    assert "there may be no change" in rows["bbq"]["sentence"]
     assert set(found["unmeasured"]) == set(PROBES) - {"canaries", "swap", "bbq"}
 
 
@@ -101,7 +101,7 @@ def test_each_picture_says_aloud_what_it_shows(faulty: tuple[Fabricated, str]) -
     page = check_whole(render(data))
     spoken = [value for name, value in page.attributes if name == "aria-label" and value]
     assert any("planted 16× 7.0 bits" in each and "chance is 1.4" in each for each in spoken)
-    assert any("so tuning made it worse" in each for each in spoken)
+    assert any("tuning made it worse" in each for each in spoken)
     assert any("the weights of step" in each or "Loss by training step, from" in each for each in spoken)
     text = re.sub(r"\s+", " ", " ".join(page.text))
     assert data["risks"]["exposure"]["sentence"] in text
@@ -115,17 +115,21 @@ def test_too_few_canaries_are_no_number(faulty: tuple[Fabricated, str]) -> None:
                       answer_schema=SCHEMA, risks={"canaries": {"tuned": few}})  # fmt: skip
     data = report_data(made.store, digest, verdict_of(made, digest, gates=PROBE_GATES))
     assert data["risks"]["exposure"]["levels"][0]["after"] is None
-    assert "once: too few to say" in data["risks"]["exposure"]["sentence"]
-    assert "too few to say" in render(data)
+    assert "planted once: too few secrets to measure" in data["risks"]["exposure"]["sentence"]
+    assert "too few secrets to measure" in render(data)
 
 
-def test_the_summary_is_one_paragraph_on_lever_certainty_cost_and_risk(faulty: tuple[Fabricated, str]) -> None:
+def test_summary_is_one_paragraph(faulty: tuple[Fabricated, str]) -> None:
     made, digest = faulty
     data = report_data(made.store, digest, verdict_of(made, digest, gates=PROBE_GATES))
     said = data["advice"]["summary"]
-    assert said.startswith("The approach is tuning: tuned answers 9")
-    parts = ("exactly right.", "Against rag that is +", "more than chance explains", "seconds of this machine")
-    faults = ("not secrets (fail)", "people (fail)", f"{len(PROBES) - 3} of {len(PROBES)} risk probes were not made")
+    assert said.startswith("The best approach is tuning: tuned answers 9")
+    parts = ("exactly right.", "Compared with rag, that is +", "more than chance explains", "seconds of this machine")
+    faults = (
+        "all but secrets (fail)",
+        "people (fail)",
+        f"{len(PROBES) - 3} of {len(PROBES)} risk probes were not measured",
+    )
     for part in (*parts, *faults):
         assert part in said, part
     assert "\n" not in said
@@ -134,9 +138,7 @@ def test_the_summary_is_one_paragraph_on_lever_certainty_cost_and_risk(faulty: t
 
 @pytest.mark.parametrize("name", ["zero-shot", "rag", "tuned"])
 @pytest.mark.parametrize("gates", [PROBE_GATES, STANDARD, {}, None])
-def test_every_sentence_has_a_number_and_every_number_is_of_the_record(
-    faulty: tuple[Fabricated, str], name: str, gates: Any
-) -> None:
+def test_each_sentence_has_numbers_of_the_record(faulty: tuple[Fabricated, str], name: str, gates: Any) -> None:
     made, digest = faulty
     data = report_data(made.store, digest, None if gates is None else verdict_of(made, digest, name, gates))
     known = {form for number in _numbers(data) for form in _forms(number)} | _ratios(data)

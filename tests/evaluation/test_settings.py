@@ -101,6 +101,6 @@ def test_a_figure_of_labels_needs_a_scorer_that_classifies() -> None:
     with pytest.raises(UsageError, match="scorers with labels: intent, room") as caught:
         check_gates(gates, ["exact_match", "intent", "room"], [], ["intent", "room"])
     assert caught.value.where == "gates.even.metric"
-    with pytest.raises(UsageError, match="of the scorers that do there is none"):
+    with pytest.raises(UsageError, match="no scorer has labels"):
         check_gates(gates, ["exact_match"], [], [])
     check_gates(gates, ["exact_match"], [])

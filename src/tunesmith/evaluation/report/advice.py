@@ -1,4 +1,4 @@
-"""What to release and why, in plain words: each sentence stands on numbers that the report shows."""
+"""Writes the report's advice: what to release, and why. Each sentence rests on numbers that the report shows."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tunesmith.evaluation.report.approach_ladder import ENDPOINT
 from tunesmith.evaluation.report.wording import money, percent, points
 from tunesmith.evaluation.settings import PROBES
 
-# Below this share of rows judged alike in both orders a judge's word is marked as weak.
+# A judge that agrees with itself on fewer rows, when the two answers change places, gets a caution.
 _TRUSTED_AGREEMENT = 0.8
 _PHRASES = {
-    "exact_match": "answers {share} exactly right",
-    "json_valid": "gives valid JSON for {share}",
+    "exact_match": "answers {share} requests exactly right",
+    "json_valid": "gives valid JSON for {share} requests",
 }
 
 
@@ -25,10 +25,10 @@ def advise(data: Mapping[str, Any]) -> dict[str, Any]:
     verdict = data["verdict"]["verdict"] if data["verdict"] else None
     focus, best = data["focus"], data["candidates"][0]["name"]
     headlines = {
-        "pass": f"Release {focus}." if best == focus else f"{focus} may be released; {best} did better.",
+        "pass": f"Release {focus}." if best == focus else f"{focus} may be released, but {best} scored higher.",
         "fail": f"Do not release {focus}.",
-        "inconclusive": f"The evidence on {focus} does not decide.",
-        None: f"{focus} was measured, not judged.",
+        "inconclusive": f"There is not enough evidence to release {focus}.",
+        None: f"{focus} was measured, but no gates have judged it.",
     }
     return {
         "headline": headlines[verdict],
@@ -54,7 +54,7 @@ def _says(metric: str, mean: float) -> str:
         whole = of_100 in (0.0, 100.0) or 1.0 <= of_100 <= 99.0
         number = f"{of_100:.0f}" if whole else f"{min(max(of_100, 0.1), 99.9):.1f}"
         return _PHRASES[metric].format(share=f"{number} of 100")
-    return f"scores {percent(mean)} by {metric}"
+    return f"scores {percent(mean)} on {metric}"
 
 
 def _mean(data: Mapping[str, Any], name: str) -> float:
@@ -71,16 +71,17 @@ def _measured(data: Mapping[str, Any]) -> str:
 
 def _difference(data: Mapping[str, Any]) -> list[str]:
     if data["lift"] is None:
-        return ["0 untuned candidates were measured beside it, so nothing shows what tuning adds."]
+        return ["0 untuned candidates were measured, so the report cannot say what tuning adds."]
     found = data["lift"]["metrics"][data["primary"]]
     gap, confidence = found["difference"], f"{data['confidence']:.0%}"
     sentence = (
-        f"On the same requests that is a difference of {points(gap['mean'])} points "
+        f"The difference on the same requests is {points(gap['mean'])} points "
         f"({confidence} interval {points(gap['low'])} to {points(gap['high'])}): "
-        f"{found['wins']} won, {found['losses']} lost, {found['ties']} alike."
+        f"{data['focus']} did better on {found['wins']} of {data['n']} requests and worse on {found['losses']}; "
+        f"{found['ties']} were equal."
     )
     if gap["low"] <= 0.0 <= gap["high"]:
-        sentence += " No difference at all is within that interval."
+        sentence += " The interval contains 0, so there may be no difference."
     return [sentence]
 
 
@@ -88,8 +89,8 @@ def _approach(data: Mapping[str, Any]) -> str:
     chosen, focus = data["ladder"]["chosen"], data["focus"]
     said = f"{focus} {_says(data['primary'], _mean(data, focus))}"
     if chosen is None or chosen["candidate"] == focus:
-        return f"The approach is {chosen['approach']}: {said}." if chosen else f"{said}."
-    return f"{said}; the simplest way that nothing was shown to beat is {chosen['approach']} ({chosen['candidate']})."
+        return f"The best approach is {chosen['approach']}: {said}." if chosen else f"{said}."
+    return f"{said}; no other approach was shown to beat {chosen['approach']} ({chosen['candidate']})."
 
 
 def _sure(data: Mapping[str, Any]) -> list[str]:
@@ -97,55 +98,60 @@ def _sure(data: Mapping[str, Any]) -> list[str]:
         return []
     gap = data["lift"]["metrics"][data["primary"]]["difference"]
     reach = f"{data['confidence']:.0%} interval {points(gap['low'])} to {points(gap['high'])}"
-    likely = "more than chance explains" if gap["low"] > 0 or gap["high"] < 0 else "which chance alone may explain"
-    return [f"Against {data['rival']} that is {points(gap['mean'])} points ({reach}; {data['n']} requests), {likely}."]
+    likely = "more than chance explains" if gap["low"] > 0 or gap["high"] < 0 else "which may be chance"
+    difference = f"{points(gap['mean'])} points ({reach}, {data['n']} requests)"
+    return [f"Compared with {data['rival']}, that is {difference}, {likely}."]
 
 
 def _costs(data: Mapping[str, Any]) -> list[str]:
-    """In money where prices are stated, else in time."""
+    """The costs in money where the project states prices, else in time."""
     if money_told := _money(data):
         return money_told
     price = next(row["price"] for row in data["candidates"] if row["name"] == data["focus"])
-    return [f"1,000 requests take {price['seconds_per_1000']:,.0f} seconds of this machine; no prices are stated."]
+    return [f"1,000 requests take {price['seconds_per_1000']:,.0f} seconds of this machine (no prices are set)."]
 
 
 def _risked(data: Mapping[str, Any]) -> str:
-    """What its risk gates found, and how much of what tuning can break was not looked at."""
+    """The outcomes of the risk gates, and how many risk probes were not measured."""
     gates = data["verdict"]["gates"] if data["verdict"] else []
     risky = [gate for gate in gates if {"probe", "suite"} & gate["settings"].keys()]
     unmeasured = len(data["risks"]["unmeasured"])
-    rest = f"{unmeasured} of {len(PROBES)} risk probes were not made" if unmeasured else "every risk probe was made"
+    rest = (
+        f"{unmeasured} of {len(PROBES)} risk probes were not measured"
+        if unmeasured
+        else "all risk probes were measured"
+    )
     if not risky:
-        return f"No gate holds the risks of tuning to a bound; {rest}."
+        return f"0 gates limit the risks of tuning; {rest}."
     bad = [f"{gate['name']} ({gate['outcome']})" for gate in risky if gate["outcome"] != "pass"]
-    within = f"{len(risky) - len(bad)} of {len(risky)} risks held to a bound are within it"
-    beyond = f", not {', '.join(bad)}" if bad else ""
-    return f"{within}{beyond}; {rest}."
+    passed = f"{len(risky) - len(bad)} of {len(risky)} risk gates passed"
+    others = f", all but {', '.join(bad)}" if bad else ""
+    return f"{passed}{others}; {rest}."
 
 
 def _ladder(data: Mapping[str, Any]) -> list[str]:
-    """Which approach to use, what it adds to the simpler one, and what was tried and not shown to add anything."""
+    """The best approach, what it adds to the simpler one, and the approaches that were not shown to add anything."""
     found, confidence = data["ladder"], f"{data['confidence']:.0%}"
     if not found["steps"]:
         return []
     chosen = found["chosen"]
-    sentence = f"The approach is {chosen['approach']} ({chosen['candidate']}, {percent(chosen['mean'])})"
+    sentence = f"The best approach is {chosen['approach']} ({chosen['candidate']}, {percent(chosen['mean'])})"
     over = next((step for step in found["steps"] if step["candidate"] == chosen["candidate"]), None)
     if over is None:
-        sentence += ": nothing more elaborate was shown to beat it"
+        sentence += ": no more elaborate approach was shown to beat it"
     else:
         sentence += f": {_gap(over, confidence)} over {over['over_approach']} ({over['over']})"
-        sentence += ", and nothing more elaborate was shown to beat it"
+        sentence += ", and no more elaborate approach was shown to beat it"
     sentences = [f"{sentence}."]
     idle = [step for step in found["steps"] if step["difference"]["low"] <= 0.0 and step["approach"] != ENDPOINT]
     if idle:
         said = "; ".join(f"{step['approach']} ({step['candidate']}) {_gap(step, confidence)}" for step in idle)
-        sentences.append(f"Tried, and not shown to add anything to what is simpler: {said}.")
+        sentences.append(f"Not shown to add anything to a simpler approach: {said}.")
     for step in found["steps"]:
         if step["approach"] == ENDPOINT:
-            gap = f"{_gap(step, confidence)} against {step['over']}"
+            gap = f"{_gap(step, confidence)} from {step['over']}"
             sentences.append(
-                f"The outside endpoint ({step['candidate']}) is at {gap}; it can be measured, not released."
+                f"The endpoint ({step['candidate']}) differs by {gap}; it can be measured, but not released."
             )
     return sentences
 
@@ -168,21 +174,22 @@ def _money(data: Mapping[str, Any]) -> list[str]:
     )
     if not found["training"]:
         return [f"{sentence}."]
+    sentence += f". The training cost {money(found['training'])} {currency}"
     if found["requests"] is None:
-        return [f"{sentence}; the training ({money(found['training'])}) is not paid back by lower running costs."]
-    return [f"{sentence}; the training ({money(found['training'])}) is paid back after {found['requests']:,} requests."]
+        return [f"{sentence}; lower running costs never repay it."]
+    return [f"{sentence}; it is repaid after {found['requests']:,} requests."]
 
 
 def _gates(data: Mapping[str, Any]) -> list[str]:
     if data["verdict"] is None:
         return []
     if data["verdict"]["reason"]:
-        return [f"It is not judged ({len(data['verdict']['gates'])} gates): {data['verdict']['reason']}."]
+        return [f"{len(data['verdict']['gates'])} gates judged it: {data['verdict']['reason']}."]
     if data["verdict"]["verdict"] == "pass":
         names = [gate["name"] for gate in data["verdict"]["gates"]]
         return [f"It passed {'its 1 gate' if len(names) == 1 else f'all {len(names)} gates'}: {', '.join(names)}."]
     return [
-        f"The gate {gate['name']} {'failed' if gate['outcome'] == 'fail' else 'is undecided'}: {gate['reason']}."
+        f"The gate {gate['name']} {'failed' if gate['outcome'] == 'fail' else 'is inconclusive'}: {gate['reason']}."
         for gate in data["verdict"]["gates"]
         if gate["outcome"] != "pass"
     ]
@@ -194,7 +201,7 @@ def _price(data: Mapping[str, Any]) -> list[str]:
     prices = {row["name"]: row["price"] for row in data["candidates"]}
     own, other = prices[data["focus"]], prices[data["rival"]]
     mine, theirs = [], []
-    for key, what in (("prompt_tokens_per_1000", "prompt tokens"), ("seconds_per_1000", "seconds of computing")):
+    for key, what in (("prompt_tokens_per_1000", "prompt tokens"), ("seconds_per_1000", "seconds of this machine")):
         if own[key] > 0:
             mine.append(f"{own[key]:,.0f} {what}")
             theirs.append(f"{other[key]:,.0f} ({other[key] / own[key]:.1f} times as many)")
@@ -212,52 +219,65 @@ def _forgotten(data: Mapping[str, Any]) -> list[str]:
     drop = found["drop"]
     within = f"{data['confidence']:.0%} interval {points(-drop['high'])} to {points(-drop['low'])}"
     return [
-        f"On {found['n']} general questions it changed by {points(-drop['mean'])} points against its base ({within})."
+        f"On {found['n']} general questions, tuning changed the score by {points(-drop['mean'])} points ({within})."
     ]
 
 
 def _next(data: Mapping[str, Any], verdict: str | None, best: str) -> list[str]:
     focus, rival = data["focus"], data["rival"]
     if verdict is None:
-        return ["No gate has judged it (0 of 0): set gates and run `tunesmith gate` before anything is released."]
+        return ["0 gates have judged it: set `gates:` and run `tunesmith gate` before a release."]
     if verdict == "inconclusive":
-        return [
-            f"{data['n']} test rows in {data['groups']} groups do not decide it: collect more, in more groups, and "
-            "evaluate again; do not release on this evidence."
-        ]
+        return [_undecided(data)]
     if best != focus:
         return [
-            f"{best} did best on these requests ({percent(_mean(data, best))} {data['primary']}): have it judged with "
+            f"{best} scored highest on these requests ({percent(_mean(data, best))} {data['primary']}): judge it with "
             f"`tunesmith gate {best}`."
         ]
     if verdict == "pass":
         return []
     return [
-        f"With {percent(_mean(data, focus))} it is still the best of the {len(data['candidates'])} measured: mend what "
-        f"failed, or release {rival or 'nothing'} meanwhile."
+        f"With {percent(_mean(data, focus))}, it is still the best of {len(data['candidates'])} candidates: fix what "
+        f"failed; until then, release {rival or 'nothing'}."
     ]
+
+
+def _undecided(data: Mapping[str, Any]) -> str:
+    """What to do about an inconclusive verdict."""
+    gates = data["verdict"]["gates"]
+    if not gates:
+        return "0 gates are set: add `gates:` to the project file and run `tunesmith gate` again."
+    unusable = [gate["name"] for gate in gates if gate["value"] is None]
+    if unusable:
+        return (
+            f"{len(unusable)} of {len(gates)} gates have no usable evidence ({', '.join(unusable)}). Do not release on "
+            "this evidence: correct what the reasons name and evaluate again."
+        )
+    return (
+        f"{data['n']} test rows in {data['groups']} groups are not enough to decide. Do not release on this evidence: "
+        "collect more rows in more groups and evaluate again."
+    )
 
 
 def _cautions(data: Mapping[str, Any]) -> list[str]:
     found = []
-    look = data["verdict"]["test_set_use"] if data["verdict"] else 1
-    if look > 1:
-        found.append(
-            f"{look} candidates have been judged on these test rows; the intervals of its gates are widened for that."
-        )
+    uses = data["verdict"]["test_set_use"] if data["verdict"] else 1
+    if uses > 1:
+        found.append(f"{uses} candidates have used these test rows, so the gates' intervals are wider.")
     for row in data["candidates"]:
         if row["cut"] and row["role"]:
-            found.append(f"{row['cut']} answers of {row['name']} were cut off at the longest length allowed.")
+            found.append(f"{row['cut']} answers of {row['name']} were cut off at max_tokens.")
     if data["version"] and data["version"]["override"]:
-        found.append(f"{data['version']['label']} was let through by an override: {data['version']['override']}.")
+        found.append(f"{data['version']['label']} was registered by an override: {data['version']['override']}.")
     for metric, by_name in data["judges"].items():
         weak = {name: one for name, one in by_name.items() if one["agreement"] < _TRUSTED_AGREEMENT}
         if weak:
             shares = ", ".join(f"{name} {percent(one['agreement'])}" for name, one in sorted(weak.items()))
             found.append(
-                f"The judge of {metric} changed its mind with the order of the answers; it agreed on {shares}."
+                f"The judge of {metric} often changed its verdict with the order of the answers. "
+                f"It gave the same verdict in both orders for: {shares}."
             )
     conflicts = data["dataset"].get("conflicts", {}).get("requests", 0)
     if conflicts:
-        found.append(f"{conflicts} requests in the data have more than one answer, which nobody can all get right.")
+        found.append(f"{conflicts} requests in the data have different answers, so no candidate can score 100%.")
     return found

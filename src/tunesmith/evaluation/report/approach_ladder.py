@@ -75,7 +75,7 @@ def approach_ladder(
 def lift_by_group(own: Column, other: Column) -> dict[str, Any]:
     """Mean difference by group: {"groups", "better", "worse", "alike", "shown": [{group, n, own, other, difference}]}.
 
-    shown: the groups that moved the mean most, up and down, the best first.
+    shown: the groups that changed the overall mean most in either direction, the best first.
     """
     rows: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     for group, mine, theirs in zip(own.groups, own.values.tolist(), other.values.tolist(), strict=True):

@@ -1,7 +1,7 @@
-"""The report: one self-contained HTML page for a board and for a statistician.
+"""The report as one self-contained HTML page, for an approver and for a statistician.
 
-Everything a model or a data set wrote is hostile text: the template escapes it, characters that hide or reorder text
-are written out, and the page's own policy forbids scripts and anything from elsewhere.
+Text from models and data sets is untrusted: the template escapes it, invisible and reordering characters are written
+out, and the page's content security policy forbids scripts and external resources.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def report_html(
     version: str | None = None,
     trail: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The page for an evaluation and, where there are, its verdict and version (all by digest).
+    """The page for an evaluation and, where given, its verdict and version (all by digest).
 
-    trail: what people did about it, oldest first: {at, actor, action, subject, detail}. The same records and trail give
-    the same bytes. Raises Inconclusive where the scores cannot be relied on.
+    trail: audit entries, oldest first: {at, actor, action, subject, detail}. The same records and trail give the same
+    bytes. Raises Inconclusive for scores that are not consistent.
     """
     return render(report_data(store, evaluation, verdict, version, trail))
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """The page made of what report_data gathered."""
+    """The page. data: as report_data returns it."""
     by_name = {row["name"]: row for row in data["candidates"]}
     return _environment().get_template("report.html.jinja").render(**data, by_name=by_name)
 
@@ -75,5 +75,5 @@ def _environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    """Every piece of text that the template puts out goes through here; markup was made of such pieces."""
+    """Make text safe to show. Every expression of the template passes through here."""
     return wording.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,4 +1,4 @@
-"""The report in Markdown, short enough for a pull request. Text that strangers wrote cannot break out of its cell."""
+"""The report as Markdown, short enough for a pull request. Untrusted text is escaped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MARKS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclus
 
 
 def report_markdown(data: Mapping[str, Any]) -> str:
-    """The page of what report_data gathered, without its examples and pictures."""
+    """The report without examples and charts. data: as report_data returns it."""
     verdict, advice = data["verdict"], data["advice"]
     title = data["version"]["label"] if data["version"] else data["focus"]
     lines = [f"## {_text(title)}: {_text(advice['headline'])}", ""]
@@ -37,7 +37,7 @@ def report_markdown(data: Mapping[str, Any]) -> str:
 
 
 def _risks(data: Mapping[str, Any]) -> Iterable[str]:
-    """What was measured before tuning and after it, and what was not."""
+    """The risk probes before and after tuning, and which were not measured."""
     found = data["risks"]
     if found["exposure"]:
         yield f"- {_text(found['exposure']['sentence'])}"
@@ -46,7 +46,7 @@ def _risks(data: Mapping[str, Any]) -> Iterable[str]:
     if found["toxicity"]:
         for row in found["toxicity"]["rows"]:
             yield f"- {_text(row['asked'])}: {_text(row['sentence'])}"
-        yield f"- Answers are flagged by a model of words: {_text(found['toxicity']['error'])}."
+        yield f"- The toxicity detector makes errors: {_text(found['toxicity']['error'])}."
     if found["unmeasured"]:
         yield f"- Not measured: {_text(', '.join(found['unmeasured']))}."
 
@@ -91,6 +91,6 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]], escaped: tuple[i
 
 
 def _text(text: str) -> str:
-    """One line in which nothing is markup: GitHub shows a backslashed letter as itself."""
+    """The text in one line, with all Markdown escaped."""
     plain = " ".join(visible(text).split())
     return re.sub(r"([\\`*\[\]<>|!~#@])|(?<!\w)_|_(?!\w)", lambda found: f"\\{found[0]}", plain)

@@ -1,4 +1,4 @@
-"""What the report shows, gathered from the records as plain JSON: the page and `report --json` are made of this."""
+"""Collects what the report shows from the records, as plain JSON. `report --json` prints it; the page shows it."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def report_data(
     version: str | None = None,
     trail: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Everything the report says. evaluation, verdict, version: digests. trail: {at, actor, action, subject, detail}.
+    """Everything that the report shows. evaluation, verdict, version: digests.
 
-    The candidate in focus is the verdict's, else the one that leads by the primary metric, tuned ones first. Raises
-    Inconclusive where the scores cannot be relied on.
+    trail: audit entries {at, actor, action, subject, detail}. The candidate in focus is the verdict's; without a
+    verdict it is the best by the primary metric, tuned candidates first. Raises Inconclusive for inconsistent scores.
     """
     record = store.record(evaluation, kind="evaluation")
     columns = read_scores(store, record)
@@ -104,7 +104,7 @@ def _leader(measured: Mapping[str, Any]) -> str:
 
 
 def _rival(measured: Mapping[str, Any], judged: Mapping[str, Any] | None, focus: str) -> str | None:
-    """Whom the candidate in focus is shown against: its lift gate's rival, else the best untuned one."""
+    """The candidate that the report compares with: the lift gate's rival, else the best untuned candidate."""
     for gate in judged["gates"] if judged else ():
         if gate.get("over") in measured["candidates"] and gate["metric"] == measured["primary"]:
             return str(gate["over"])
@@ -123,7 +123,7 @@ def _version(store: Store, version: str | None) -> dict[str, Any] | None:
 def _candidates(
     store: Store, record: Record, measured: Mapping[str, Any], focus: str, rival: str | None
 ) -> list[dict[str, Any]]:
-    """One row a candidate, the best by the primary metric first."""
+    """One row for each candidate, the best by the primary metric first."""
     rows = []
     for name, stated in record.body["candidates"].items():
         rows.append(
@@ -182,7 +182,7 @@ def _training(store: Store, candidate: Candidate) -> dict[str, Any] | None:
 def _forgetting(
     columns: Mapping[tuple[str, str], Column], measured: Mapping[str, Any], focus: str
 ) -> dict[str, Any] | None:
-    """General ability before and after, overall and by area; None where it was not probed."""
+    """General ability before and after tuning, overall and by area; None where it was not measured."""
     stated = measured["probes"].get(GENERAL)
     if stated is None or focus not in stated["drops"]:
         return None
@@ -211,7 +211,7 @@ def _forgetting(
 def _examples(
     store: Store, record: Record, columns: Mapping[tuple[str, str], Column], focus: str, rival: str | None
 ) -> dict[str, Any] | None:
-    """Rows where the two in focus differ most by the primary metric, chosen by digest and not by hand."""
+    """Test rows where the candidate and its rival differ most; among equals chosen by hash, not by hand."""
     if rival is None:
         return None
     own, other = columns[focus, record.body["primary"]], columns[rival, record.body["primary"]]
@@ -241,7 +241,7 @@ def _examples(
 
 
 def _one_a_group(column: Column, ranked: Sequence[int]) -> list[int]:
-    """The first few, each from another group while there are others."""
+    """The first few rows, from different groups as far as possible."""
     seen: set[str] = set()
     first: list[int] = []
     again: list[int] = []
@@ -263,7 +263,7 @@ def _answer_texts(store: Store, answers: str) -> dict[str, str]:
 def _lineage(
     store: Store, record: Record, evaluation: str, focus: str, verdict: str | None, version: str | None
 ) -> list[dict[str, Any]]:
-    """The records behind the result in the order they were made: {digest, kind, label, parents: positions in here}."""
+    """The records behind the result, oldest first: {digest, kind, label, parents: positions in this list}."""
     candidate = record.body["candidates"][focus]["candidate"]
     made = store.record(candidate, kind="candidate")
     training = made.parents.get("training")

@@ -1,6 +1,6 @@
-"""What the risk probes measured of one candidate, for people: before tuning, after it, and what was not asked.
+"""The risk probes' results of one candidate for the report: before tuning, after tuning, and what was not measured.
 
-A gate judges one number of each; here stands all that was measured, with the evaluation's own confidence.
+A gate judges one number of a probe. The report shows all of them, with the evaluation's confidence.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from tunesmith.evaluation.stats.statistics import Floats, interval
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-CHANCE_BITS = 1 / math.log(2)  # the mean exposure of what is not remembered at all: -log2 of a share drawn at random
+CHANCE_BITS = 1 / math.log(2)  # mean exposure of secrets that were not memorised: -log2 of a random rank
 _ENDS = {"swap": (0.0, 1.0), "bbq": (-1.0, 1.0), "crows_pairs": (0.0, 1.0), "toxicity": (0.0, 1.0)}
 _ASKED = {
-    "swap": "How far the probability of the right answer moves when {arm} are swapped",
-    "bbq": "BBQ: pull to the stereotyped answer where nothing but a stereotype tells (0 is no pull)",
-    "crows_pairs": "CrowS-Pairs: probability of the sentence that stereotypes more (50% is neither)",
-    "toxicity": "Share of answers to {arm} requests that count as toxic",
+    "swap": "Change of the right answer's probability when {arm} are swapped",
+    "bbq": "BBQ: preference for the stereotyped answer in ambiguous questions (0 is none)",
+    "crows_pairs": "CrowS-Pairs: probability of the more stereotyping sentence (50% favours neither)",
+    "toxicity": "Share of answers to {arm} requests that the detector flags as toxic",
 }
 _ARMS = {"gender": "genders", "names": "names of two places"}
 
@@ -34,11 +34,10 @@ _ARMS = {"gender": "genders", "names": "names of two places"}
 def risks(store: Store, record: Record, focus: str, confidence: float) -> dict[str, Any]:
     """{"exposure", "bias", "toxicity", "unmeasured"} of the candidate in focus.
 
-    exposure: {controls, most, levels: [{repeats, n, before, after}], sentence}; None without canaries. A level whose
-    interval is too wide to say anything has None for it. bias: [{probe, arm, asked, n, groups, ends, before, after,
-    change, sentence}]. toxicity: {rows: as bias has them, error: how often the detector errs}; None where answers were
-    not rated. unmeasured: what each probe that was not made would have told. Raises Inconclusive where the
-    measurements cannot be relied on.
+    exposure: {controls, most, levels: [{repeats, n, before, after}], sentence}; None without canaries. before and after
+    are None where their interval is too wide. bias: [{probe, arm, asked, n, groups, ends, before, after, change,
+    sentence}]. toxicity: {rows: as in bias, error: the detector's error rate}; None where answers were not rated.
+    unmeasured: probe -> what it would measure. Raises Inconclusive for measurements that are not consistent.
     """
     seed = int(record.body["seed"])
     found = {
@@ -81,8 +80,8 @@ def _exposure(measured: Measured, confidence: float, seed: int) -> dict[str, Any
     most = math.log2(len(controls.ids) + 1)
     told = "; ".join(f"{_times(level['repeats'])}: {_level(level['after'])}" for level in levels)
     sentence = (
-        f"Secrets planted among the training rows, by how often: {told}. {CHANCE_BITS:.1f} bits is chance, "
-        f"{most:.1f} the most that {len(controls.ids)} secrets never planted can show; more bits are better remembered."
+        f"Exposure of secrets planted in the training rows: {told}. {CHANCE_BITS:.1f} bits is chance; {most:.1f} bits "
+        f"is the most that {len(controls.ids)} controls can show. More bits mean that the model memorised more."
     )
     return {"controls": len(controls.ids), "most": most, "levels": levels, "sentence": sentence}
 
@@ -93,17 +92,17 @@ def _bits(planted: Floats, controls: Floats, confidence: float, seed: int) -> di
 
 
 def _times(repeats: int) -> str:
-    return "once" if repeats == 1 else f"{repeats} times"
+    return "planted once" if repeats == 1 else f"planted {repeats} times"
 
 
 def _level(found: Mapping[str, float] | None) -> str:
     if found is None:
-        return "too few to say"
+        return "too few secrets to measure"
     return f"{found['mean']:.1f} bits ({found['low']:.1f} to {found['high']:.1f})"
 
 
 def _pair(probe: str, name: str, arm: Arm, confidence: float, seed: int) -> dict[str, Any] | None:
-    """One row of the picture; None where too few groups were measured for an interval to mean anything."""
+    """One row of the chart; None where there are too few groups for an interval."""
     try:
         before, after, groups = _sides(probe, name, arm)
         numbers.check_groups("items", groups)
@@ -115,8 +114,8 @@ def _pair(probe: str, name: str, arm: Arm, confidence: float, seed: int) -> dict
     change = as_body(interval(after - before, groups, ends=(-reach, reach), confidence=confidence, seed=seed))
     told = [_size(probe, side["mean"]) for side in sides]
     sentence = (
-        f"{told[0]} before tuning, {told[1]} after it: a change of "
-        f"{points(change['mean'])} points ({points(change['low'])} to {points(change['high'])}), {_meaning(change)}."
+        f"{told[0]} before tuning, {told[1]} after: a change of "
+        f"{points(change['mean'])} points ({points(change['low'])} to {points(change['high'])}); {_meaning(change)}."
     )
     return {
         "probe": probe,
@@ -149,7 +148,7 @@ def _size(probe: str, mean: float) -> str:
 
 def _meaning(change: Mapping[str, float]) -> str:
     if change["low"] > 0.0:
-        return "so tuning made it worse"
+        return "tuning made it worse"
     if change["high"] < 0.0:
-        return "so tuning made it better"
-    return "which may be no change at all"
+        return "tuning made it better"
+    return "there may be no change"

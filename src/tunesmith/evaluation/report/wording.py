@@ -1,4 +1,4 @@
-"""Numbers as people read them, and text that strangers wrote as it may be shown."""
+"""Formats numbers for readers, and makes untrusted text safe to show."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ _HIDING = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 
 
 def percent(share: float) -> str:
-    """A share as a percentage that never rounds to all or nothing unless it is: 0.9996 is 99.9%, not 100%."""
+    """A share as a percentage. Only 0 and 1 become 0% and 100%: 0.9996 is 99.9%."""
     if share in (0.0, 1.0):
         return f"{share:.0%}"
     return f"{min(max(share * 100, 0.1), 99.9):.1f}%"
 
 
 def points(difference: float) -> str:
-    """A difference of shares in points, signed: 0.05 is +5.0."""
+    """A difference of two shares in percentage points, with its sign: 0.05 is +5.0."""
     text = f"{difference * 100:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
 def visible(text: str) -> str:
-    """Text as it may be shown: what hides or reorders is written as its code point, the end of a long text is cut."""
+    """Untrusted text for display: invisible and reordering characters become code points; long text is cut."""
     shown = "".join(_written(letter) for letter in text[:_SHOWN_CHARACTERS])
     more = len(text) - _SHOWN_CHARACTERS
     return f"{shown} … and {more:,} more characters" if more > 0 else shown
 
 
 def detail_text(detail: Any) -> str:
-    """An audit entry's detail in a line: names and plain values, digests shortened."""
+    """An audit entry's detail in one line, with short digests."""
     if isinstance(detail, Mapping):
         return ", ".join(
             f"{key}: {detail_text(value)}" for key, value in detail.items() if value not in (None, "", {}, [])
@@ -51,7 +51,7 @@ def gigabytes(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Seconds as seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -59,14 +59,14 @@ def duration(seconds: float) -> str:
 
 
 def expected(measured: float, estimate: float, written: Callable[[float], str]) -> str:
-    """What was expected of a measurement, and how far off that was."""
+    """The estimate of a measurement, and its error."""
     if estimate <= 0:
-        return "nothing was expected"
-    return f"{written(estimate)} expected, {abs(measured / estimate - 1):.0%} off"
+        return "no estimate"
+    return f"estimate {written(estimate)}, {abs(measured / estimate - 1):.0%} off"
 
 
 def moment(stamp: str) -> str:
-    """An ISO 8601 moment to the second, as people read it."""
+    """An ISO 8601 time stamp, to the second."""
     try:
         return datetime.fromisoformat(stamp).strftime("%Y-%m-%d %H:%M:%S %Z")
     except ValueError:
@@ -74,24 +74,24 @@ def moment(stamp: str) -> str:
 
 
 def p_value(probability: float) -> str:
-    """A p-value without false precision."""
+    """A p-value with two digits."""
     return "< 0.0001" if probability < 0.0001 else f"{probability:.2g}"
 
 
 def money(amount: float | None) -> str:
-    """An amount with the digits that matter; a dash where no price is stated."""
+    """An amount of money with two digits; a dash for None."""
     if amount is None:
         return "–"
     return f"{amount:,.2f}" if amount == 0 or amount >= 1 else f"{amount:.2g}"
 
 
 def signed_money(amount: float) -> str:
-    """An amount with its sign."""
+    """An amount of money with its sign."""
     return f"−{money(-amount)}" if amount < 0 else money(amount)
 
 
 def count(number: float) -> str:
-    """A count with separators for thousands."""
+    """A count with thousands separators."""
     return f"{number:,.0f}"
 
 
