@@ -20,6 +20,7 @@ from safetensors.numpy import save
 from tunesmith.candidates.candidate import Candidate, Retrieve, put_candidate
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.messages import Message
+from tunesmith.core.scope import Scope
 from tunesmith.data.dataset import Example, encode_examples, encode_removed, example_id, load_dataset
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.probes.general import general_digest, general_questions
@@ -451,12 +452,12 @@ class Scene:
     base: str
     dataset: str
 
-    def version(self, seed: int | None, *, approved: bool = True, name: str = NAME, **scope: str) -> Version:
+    def version(self, seed: int | None, *, approved: bool = True, name: str = NAME, scope: Scope = Scope()) -> Version:
         """A registered version, approved by bob. seed: of the adapter's weights; None answers with the base alone."""
         facts: dict[str, Any] = {"name": "tuned", "prompt": "Answer as tuned.", "max_tokens": 32}
         facts |= {"base": self.base, "dataset": self.dataset, "tuned": seed is not None}
         verdict = put_chain(self.store, seed=seed or 0, **facts).verdict
-        version = register(self.store, name=name, verdict=verdict, actor=OWNER, **scope)
+        version = register(self.store, name=name, verdict=verdict, actor=OWNER, scope=scope)
         if approved:
             approve(self.store, version, approver=APPROVER, reason="looks right")
         return version

@@ -149,7 +149,7 @@ def open_store(directory: Path) -> Store:
     from tunesmith.store.store import Store
 
     for place in (directory / STORE, directory):
-        if (place / "records").is_dir():
+        if Store.is_in(place):
             return Store(place)
     if (directory / FILE).is_file():
         return Store(directory / STORE)

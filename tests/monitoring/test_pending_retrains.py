@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.fabricate import APPROVER, NAME, OPERATOR, STEWARD, Scene, approve, lamp, put_dataset
+from tunesmith.core.scope import Scope
 from tunesmith.data.dataset import load_dataset
 from tunesmith.monitoring.pending_retrains import PendingRetrain, list_pending_retrains
 from tunesmith.monitoring.recall import Cause, recall
@@ -17,8 +18,8 @@ def withdraw(scene: Scene, kind: str, value: str) -> None:
     recall(scene.store, Cause.model_validate({"kind": kind, "value": value}), reason="asked to", actor=STEWARD)
 
 
-def serve(scene: Scene, version: Version, **scope: str) -> None:
-    rollout = start(scene.store, name=NAME, version=version, steps=AT_ONCE, actor=OPERATOR, **scope)
+def serve(scene: Scene, version: Version, scope: Scope = Scope()) -> None:
+    rollout = start(scene.store, name=NAME, version=version, steps=AT_ONCE, actor=OPERATOR, scope=scope)
     while rollout.live:
         rollout = advance(scene.store, rollout.id)
     assert rollout.status == "promoted"
@@ -96,7 +97,7 @@ def test_what_never_served_leaves_nothing_due(scene: Scene, versions: dict[int, 
 
 def test_each_tenant_is_a_place_of_its_own(scene: Scene, versions: dict[int, Version]) -> None:
     serve(scene, versions[1])
-    serve(scene, versions[2], tenant="acme")
+    serve(scene, versions[2], scope=Scope("acme"))
     withdraw(scene, "licence", "Apache-2.0")
     assert [(one.tenant, one.version) for one in list_pending_retrains(scene.store)] == [
         ("", f"{NAME}@v1"),
@@ -104,5 +105,5 @@ def test_each_tenant_is_a_place_of_its_own(scene: Scene, versions: dict[int, Ver
     ]
     scene.dataset = put_dataset(scene.store, [lamp(1, licence="MIT")])
     new = scene.version(80)
-    serve(scene, new, tenant="acme")
+    serve(scene, new, scope=Scope("acme"))
     assert [one.tenant for one in list_pending_retrains(scene.store)] == [""]

@@ -103,7 +103,7 @@ def test_a_recall_is_one_audited_change_and_may_be_repeated(scene: Scene, versio
         entries = [row for row in audit.entries(session) if row.action == "recall.start"]
         assert len(entries) == 2
         assert entries[0].detail["reached"][0]["digest"] == versions[3].digest
-        assert audit.verify(session, scene.store.root) == []
+        assert audit.verify(session) == []
         assert session.query(RecallRow).count() == 4  # the version, its approval, its candidate and training
 
 

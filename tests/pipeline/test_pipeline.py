@@ -178,13 +178,12 @@ def test_a_control_trains_on_the_same_answers_dealt_round(finished: tuple[Path, 
 
 def test_a_stage_at_work_is_not_run_twice_at_once(project: Path) -> None:
     from tunesmith.core.errors import TunesmithError
-    from tunesmith.core.files import lock
 
     (project / "prompt.txt").write_text("Other.\n")
     walk = pipeline.PipelineContext(Project.load(project))
-    work = walk.project.store.root / "work"
+    store = walk.project.store
     pipeline.candidate(walk, "plain")
-    with pytest.raises(TunesmithError, match="another process"), lock(work / "x.lock", "a"), lock(work / "x.lock", "b"):
+    with pytest.raises(TunesmithError, match="another process"), store.lock("x", "a"), store.lock("x", "b"):
         pass
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +13,7 @@ from sqlalchemy import update
 from tests.fabricate import Chain, put_chain
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import ALIASES, Alias, get_alias, list_aliases, revision_of, set_alias
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.versions import Version, register
@@ -20,7 +22,7 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, RecallRow
 
 
-def point(store: Store, version: str | None, expected: int, **place: str) -> Alias:
+def point(store: Store, version: str | None, expected: int, **place: Any) -> Alias:
     where = {"name": "intents", "alias": "champion", **place}
     with store.change("olive", "test.point", "intents", {}) as session:
         return set_alias(session, version=version, expected=expected, actor="olive", **where)
@@ -58,16 +60,16 @@ def test_a_name_that_pointed_nowhere_in_between_is_not_mistaken_for_unchanged(st
 def test_only_a_version_of_that_name_tenant_and_region_can_be_meant(
     store: Store, version: Version, chain: Chain
 ) -> None:
-    theirs = register(store, name="intents", verdict=chain.verdict, actor="olive", tenant="acme", region="eu")
+    theirs = register(store, name="intents", verdict=chain.verdict, actor="olive", scope=Scope("acme", "eu"))
     others = register(store, name="others", verdict=chain.verdict, actor="olive")
     for digest in (theirs.digest, others.digest, chain.candidate, "", "sha256:" + "0" * 64):
         with pytest.raises(Refused, match="is not a version of intents"):
             point(store, digest, 0)
     with pytest.raises(Refused, match="is not a version of intents"):
-        point(store, theirs.digest, 0, tenant="acme", region="us")
-    point(store, theirs.digest, 0, tenant="acme", region="eu")
-    point(store, version.digest, 0, tenant="acme", region="us")  # a version of no tenant is everyone's
-    for place in ({"alias": "latest"}, {"alias": ""}, {"name": "../x"}, {"tenant": "A"}, {"region": "a/b"}):
+        point(store, theirs.digest, 0, scope=Scope("acme", "us"))
+    point(store, theirs.digest, 0, scope=Scope("acme", "eu"))
+    point(store, version.digest, 0, scope=Scope("acme", "us"))  # a version of no tenant is everyone's
+    for place in ({"alias": "latest"}, {"alias": ""}, {"name": "../x"}):
         with pytest.raises(UsageError):
             point(store, version.digest, 0, **place)
 
@@ -123,8 +125,8 @@ def test_any_sequence_of_changes_keeps_the_model(
     with database.reading(store.engine) as session:
         model = {
             (alias, tenant): (
-                revision_of(session, "intents", alias, tenant),
-                get_alias(session, "intents", alias, tenant),
+                revision_of(session, "intents", alias, Scope(tenant)),
+                get_alias(session, "intents", alias, Scope(tenant)),
             )
             for alias in ALIASES
             for tenant in ("", "acme")
@@ -134,12 +136,12 @@ def test_any_sequence_of_changes_keeps_the_model(
         revision, _ = state[alias, tenant]
         wanted = None if away else version.digest
         try:
-            point(store, wanted, revision + slip, alias=alias, tenant=tenant)
+            point(store, wanted, revision + slip, alias=alias, scope=Scope(tenant))
         except Refused:
             assert slip != 0
         else:
             assert slip == 0
             state[alias, tenant] = (revision + 1, wanted)
     for (alias, tenant), (_, wanted) in state.items():
-        found = get_alias(store, "intents", alias, tenant)
+        found = get_alias(store, "intents", alias, Scope(tenant))
         assert (found.version if found else None) == wanted

@@ -15,6 +15,7 @@ from tests.fabricate import Chain, approve, put_chain
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.scope import Scope
 from tunesmith.registry.approvals import prepare_approval, require_approved, sign, submit_approval
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing import keys
@@ -219,9 +220,9 @@ def test_a_role_taken_away_in_the_same_transaction_counts(store: Store, version:
 
 
 def test_an_approver_of_another_tenant_does_not_count(store: Store, chain: Chain) -> None:
-    version = register(store, name="intents", verdict=chain.verdict, actor="olive", tenant="acme", region="eu")
-    identities.add_user(store, "bob", ["approver"], actor="olive", tenant="other")
-    identities.add_user(store, "cat", ["approver"], actor="olive", tenant="acme", region="eu")
+    version = register(store, name="intents", verdict=chain.verdict, actor="olive", scope=Scope("acme", "eu"))
+    identities.add_user(store, "bob", ["approver"], actor="olive", scope=Scope("other"))
+    identities.add_user(store, "cat", ["approver"], actor="olive", scope=Scope("acme", "eu"))
     with pytest.raises(Refused, match="may act only within"):
         approve(store, version, approver="bob")
     statement = approval_by(store, "bob")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 
 from tests.fabricate import Chain, approve, put_chain
 from tunesmith.core.clock import now, stamp
 from tunesmith.core.errors import Refused
+from tunesmith.core.scope import Scope
 from tunesmith.registry.serving import GRANTED, Permission, may_load, may_serve
 from tunesmith.registry.signing import release
 from tunesmith.registry.signing.signatures import Expired, Untrusted
@@ -19,14 +21,14 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import RecallRow
 
 
-def asked(store: Store, version: Version, **how: str) -> Permission:
+def asked(store: Store, version: Version, **how: Any) -> Permission:
     with database.reading(store.engine) as session:
         return may_serve(session, version, **how)
 
 
-def loadable(store: Store, version: Version, **scope: str) -> Permission:
+def loadable(store: Store, version: Version, scope: Scope = Scope()) -> Permission:
     with database.reading(store.engine) as session:
-        return may_load(session, version, **scope)
+        return may_load(session, version, scope)
 
 
 def test_an_approved_version_may_serve(store: Store, version: Version) -> None:
@@ -34,7 +36,7 @@ def test_an_approved_version_may_serve(store: Store, version: Version) -> None:
     assert loadable(store, version) == GRANTED
     approve(store, version, approver="ann")
     assert asked(store, version) == GRANTED
-    assert asked(store, version, tenant="acme", region="eu").granted  # a version for no tenant is for every tenant
+    assert asked(store, version, scope=Scope("acme", "eu")).granted  # a version for no tenant is for every tenant
 
 
 def test_an_unknown_version_may_not_serve(store: Store, version: Version) -> None:
@@ -43,11 +45,11 @@ def test_an_unknown_version_may_not_serve(store: Store, version: Version) -> Non
 
 
 def test_another_tenants_version_may_not_serve(store: Store, chain: Chain) -> None:
-    theirs = register(store, name="intents", verdict=chain.verdict, actor="olive", tenant="acme", region="eu")
+    theirs = register(store, name="intents", verdict=chain.verdict, actor="olive", scope=Scope("acme", "eu"))
     approve(store, theirs, approver="ann")
-    assert asked(store, theirs, tenant="acme", region="eu") == GRANTED
-    for scope in ({}, {"tenant": "acme"}, {"tenant": "other", "region": "eu"}):
-        permission = asked(store, theirs, **scope)
+    assert asked(store, theirs, scope=Scope("acme", "eu")) == GRANTED
+    for scope in (Scope(), Scope("acme"), Scope("other", "eu")):
+        permission = asked(store, theirs, scope=scope)
         assert permission.reason == "wrong_scope"
         assert "is for tenant 'acme', region 'eu'" in permission.message
 
@@ -107,7 +109,7 @@ def test_the_files_of_an_approval_are_read_when_a_rollout_asks(store: Store, ver
     store.blob_path(record.blobs["envelope.json"]).unlink()
     assert asked(store, version) == GRANTED  # the database alone
     with database.reading(store.engine) as session, pytest.raises(Refused, match="is not approved"):
-        check_may_serve(session, store, version, tenant="", region="", override_by=None)
+        check_may_serve(session, store, version, Scope(), override_by=None)
 
 
 def test_a_failed_candidate_serves_once_approved(store: Store) -> None:

@@ -18,7 +18,8 @@ from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.history import verify_log
 from tunesmith.registry.signing import keys
 from tunesmith.registry.versions import Version, list_versions, register, verify_version
-from tunesmith.store import audit
+from tunesmith.store import audit, identities
+from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.store import Store
 
 # The calls that make a file durable or give it its name.
@@ -91,20 +92,21 @@ def check_whole(store: Store, chain: Chain) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "times"), [("signed aside", 3), ("in place", 1), ("before commit", 3), ("committed", 1)]
+    ("moment", "times"),
+    [("signed aside", 3), ("partly in place", 3), ("in place", 1), ("before commit", 3), ("committed", 1)],
 )
 def test_a_killed_registration_is_carried_on(store: Store, chain: Chain, moment: str, times: int) -> None:
     keys.ensure_key(store, "olive")  # it has an audit entry, at which the child must not be killed
     prepare = {
         "signed aside": lambda: die_after(versions, "sync_files"),
-        "in place": lambda: die_after(os, "rename"),
+        "partly in place": lambda: die_after(LocalBlobs, "put_file"),
+        "in place": lambda: die_after(Store, "put_version"),
         "before commit": lambda: setattr(audit, "append", die),
-        "committed": lambda: setattr(audit, "write_head", die),
+        "committed": lambda: setattr(identities, "publish_trust", die),
     }[moment]
     for _ in range(times):
         assert killed(store, prepare, lambda own: registered(own, chain))
-    folder = store.root / "versions" / "intents" / "v1"
-    assert folder.is_dir() == (moment != "signed aside")
+    assert bool(store.version_folders("intents")) == (moment not in ("signed aside", "partly in place"))
     assert len(list_versions(store)) == (1 if moment == "committed" else 0)
     check_whole(store, chain)
 

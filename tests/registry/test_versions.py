@@ -29,6 +29,7 @@ from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.scope import Scope
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.registry import versions
 from tunesmith.registry.aliases import set_alias
@@ -83,7 +84,7 @@ def test_the_same_verdict_again_is_the_same_version(store: Store, version: Versi
     assert register(store, name="intents", verdict=chain.verdict, actor="olive") == version
     assert actions(store) == before
     second = register(store, name="intents", verdict=put_chain(store, seed=1).verdict, actor="olive")
-    elsewhere = register(store, name="intents", verdict=chain.verdict, actor="olive", tenant="acme")
+    elsewhere = register(store, name="intents", verdict=chain.verdict, actor="olive", scope=Scope("acme"))
     assert [found.label for found in list_versions(store)] == ["intents@v1", "intents@v2", "intents@v3"]
     assert (second.number, elsewhere.number, elsewhere.tenant) == (2, 3, "acme")
 
@@ -123,11 +124,11 @@ def test_only_engineers_register(store: Store, chain: Chain) -> None:
 
 
 def test_an_engineer_of_one_tenant_registers_for_it_alone(store: Store, chain: Chain) -> None:
-    identities.add_user(store, "eve", ["engineer"], actor="olive", tenant="acme", region="eu")
+    identities.add_user(store, "eve", ["engineer"], actor="olive", scope=Scope("acme", "eu"))
     for tenant, region in (("", ""), ("other", "eu"), ("acme", "us")):
         with pytest.raises(Refused, match="may act only within acme/eu"):
-            register(store, name="intents", verdict=chain.verdict, actor="eve", tenant=tenant, region=region)
-    assert register(store, name="intents", verdict=chain.verdict, actor="eve", tenant="acme", region="eu").number == 1
+            register(store, name="intents", verdict=chain.verdict, actor="eve", scope=Scope(tenant, region))
+    assert register(store, name="intents", verdict=chain.verdict, actor="eve", scope=Scope("acme", "eu")).number == 1
 
 
 BAD_NAMES = ["", ".", "..", "../x", "/etc", "a/b", "a\0b", "a..b", "A", "Intents", "-a", "a\n", "a@v1", "a" * 64]
@@ -141,7 +142,7 @@ def test_names_that_look_or_lead_elsewhere_are_wrong_usage(store: Store, chain: 
     if name:
         for scope in ("tenant", "region"):
             with pytest.raises(UsageError):
-                register(store, name="intents", verdict=chain.verdict, actor="olive", **{scope: name})
+                register(store, name="intents", verdict=chain.verdict, actor="olive", scope=Scope(**{scope: name}))
     assert not (store.root / "versions").exists()
 
 
@@ -261,10 +262,17 @@ def test_a_version_is_found_by_label_alias_and_digest(store: Store, version: Ver
 
 
 def test_another_tenants_or_regions_version_answers_as_none_at_all(store: Store, chain: Chain) -> None:
-    version = register(store, name="intents", verdict=chain.verdict, actor="olive", tenant="acme", region="eu")
+    version = register(store, name="intents", verdict=chain.verdict, actor="olive", scope=Scope("acme", "eu"))
     with store.change("olive", "test.point", "intents", {}) as session:
-        place = {"name": "intents", "alias": "champion", "tenant": "acme", "region": "eu"}
-        set_alias(session, version=version.digest, expected=0, actor="olive", **place)
+        set_alias(
+            session,
+            name="intents",
+            alias="champion",
+            version=version.digest,
+            expected=0,
+            actor="olive",
+            scope=Scope("acme", "eu"),
+        )
     nothing = {
         "intents@v1": "intents@v9",
         "intents@champion": "intents@challenger",
@@ -272,12 +280,12 @@ def test_another_tenants_or_regions_version_answers_as_none_at_all(store: Store,
         version.digest[7:19]: "0" * 12,
     }
     for text, missing in nothing.items():
-        assert resolve(store, text, tenant="acme", region="eu") == version
+        assert resolve(store, text, scope=Scope("acme", "eu")) == version
         for tenant, region in (("", ""), ("other", "eu"), ("acme", "us"), ("acme", "")):
             answers = []
             for asked in (text, missing):
                 with pytest.raises(UsageError) as caught:
-                    resolve(store, asked, tenant=tenant, region=region)
+                    resolve(store, asked, scope=Scope(tenant, region))
                 answers.append(str(caught.value).replace(asked, "..."))
             assert answers[0] == answers[1]
 

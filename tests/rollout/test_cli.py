@@ -17,6 +17,7 @@ from tunesmith.data.dataset import load_dataset
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.controller import advance
 from tunesmith.store import database
+from tunesmith.store.store import Store
 from tunesmith.store.tables import RequestRow
 
 PROJECT = f"""
@@ -38,9 +39,9 @@ class Folder:
         for noun in (rollout, monitoring):
             noun.register(self.app)
         (root / "tunesmith.yaml").write_text(PROJECT)
+        scene.store.engine.dispose()
         scene.store.root.rename(root / ".tunesmith")
-        scene.store.root = root / ".tunesmith"
-        scene.store._url = f"sqlite:///{scene.store.root / 'tunesmith.db'}"
+        scene.store = Store(root / ".tunesmith")
 
     def run(self, *words: str, user: str = OPERATOR) -> tuple[int, Any]:
         """(exit code, the --json document). An error gives its own."""

@@ -148,7 +148,7 @@ class Machine(RuleBasedStateMachine):
                 assert one.canary not in self.recalled
         self.before = {one.id: one for one in rollouts}
         with database.reading(self.scene.store.engine) as session:
-            assert audit.verify(session, self.scene.store.root) == []
+            assert audit.verify(session) == []
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from tests.fabricate import NAME, OWNER
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import VALID
 from tunesmith.core.digests import short
+from tunesmith.core.scope import Scope
 from tunesmith.registry.versions import Version
 from tunesmith.store import database
 from tunesmith.store.identities import add_user, deactivate, issue_token
@@ -226,10 +227,10 @@ def test_any_other_name_is_the_same_404(shared: Served, model: str) -> None:
 
 def test_another_tenants_model_answers_like_one_that_does_not_exist(served: Served) -> None:
     store = served.scene.store
-    theirs = served.scene.version(21, name="theirs", tenant="acme")
-    served.begin(theirs, tenant="acme")
-    add_user(store, "al", ["operator"], actor=OWNER, tenant="acme")
-    add_user(store, "bo", ["operator"], actor=OWNER, tenant="umbra")
+    theirs = served.scene.version(21, name="theirs", scope=Scope("acme"))
+    served.begin(theirs, scope=Scope("acme"))
+    add_user(store, "al", ["operator"], actor=OWNER, scope=Scope("acme"))
+    add_user(store, "bo", ["operator"], actor=OWNER, scope=Scope("umbra"))
     tokens = {user: issue_token(store, user, actor=OWNER) for user in ("al", "bo")}
     for model in ("theirs", "theirs@champion", "theirs@v1"):
         assert served.client(tokens["al"]).chat.completions.create(model=model, messages=HELLO).model == "theirs@v1"
@@ -244,9 +245,9 @@ def test_another_tenants_model_answers_like_one_that_does_not_exist(served: Serv
 
 
 def test_a_version_for_one_region_is_not_served_in_another(scene: Any, engine: Any, versions: Versions) -> None:
-    eu = scene.version(22, name="euro", region="eu")
+    eu = scene.version(22, name="euro", scope=Scope(region="eu"))
     with running(scene, engine, region="us") as us:
-        us.begin(eu, region="eu")
+        us.begin(eu, scope=Scope(region="eu"))
         assert us.post(model="euro").json()["error"]["code"] == "model_not_found"
         assert us.post(model="euro@v1").json()["error"]["code"] == "model_not_found"
     with running(scene, engine, region="eu") as here:

@@ -10,6 +10,7 @@ import pytest
 from tests.fabricate import NAME, OPERATOR, OWNER, Scene
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import VALID, FakeEngine
+from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.controller import abort, resume, rollback
@@ -167,7 +168,7 @@ def test_feedback_is_given_once_and_never_replaces_what_was_measured(served: Ser
 
 def test_feedback_of_another_tenant_or_on_nothing_is_404(served: Served) -> None:
     answer = served.ask()
-    add_user(served.scene.store, "eve", ["operator"], actor=OWNER, tenant="acme")
+    add_user(served.scene.store, "eve", ["operator"], actor=OWNER, scope=Scope("acme"))
     eve = issue_token(served.scene.store, "eve", actor=OWNER)
     said = [
         give(served, eve, request_id=answer.id, expected="x"),
@@ -252,9 +253,9 @@ def test_rollouts_are_shown_with_what_the_analysis_would_say(served: Served, ver
 
 
 def test_another_tenants_rollout_is_404(served: Served) -> None:
-    theirs = served.scene.version(31, name="theirs", tenant="acme")
-    rollout = served.begin(theirs, tenant="acme")
-    add_user(served.scene.store, "bo", ["operator"], actor=OWNER, tenant="umbra")
+    theirs = served.scene.version(31, name="theirs", scope=Scope("acme"))
+    rollout = served.begin(theirs, scope=Scope("acme"))
+    add_user(served.scene.store, "bo", ["operator"], actor=OWNER, scope=Scope("umbra"))
     token = issue_token(served.scene.store, "bo", actor=OWNER)
     with served.http(token) as http:
         assert http.get(f"/api/rollouts/{rollout.id}").json() == {

@@ -15,7 +15,7 @@ from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.store import audit, database
 from tunesmith.store.audit import Head, Pin
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AuditRow, MemoRow
+from tunesmith.store.tables import AuditHeadRow, AuditRow, MemoRow
 
 
 def write(store: Store, count: int, actor: str = "olive") -> None:
@@ -26,7 +26,7 @@ def write(store: Store, count: int, actor: str = "olive") -> None:
 
 def problems(store: Store, *pins: Pin) -> list[str]:
     with database.reading(store.engine) as session:
-        return audit.verify(session, store.root, pins)
+        return audit.verify(session, pins)
 
 
 def execute(store: Store, statement: str) -> None:
@@ -46,12 +46,12 @@ def test_an_honest_log_is_whole(store: Store) -> None:
 def test_a_cut_tail_shows(store: Store) -> None:
     write(store, 5)
     execute(store, "delete from audit where seq > 3")
-    assert problems(store) == ["entry 5, which audit-head.json bears witness to, is missing: the tail was cut"]
+    assert problems(store) == ["entry 5, which the log's head names, is missing: the tail was cut"]
     execute(store, "delete from audit")
-    assert problems(store) == ["entry 5, which audit-head.json bears witness to, is missing: the tail was cut"]
+    assert problems(store) == ["entry 5, which the log's head names, is missing: the tail was cut"]
 
 
-def test_a_log_rewritten_wholesale_shows_by_its_head_file(store: Store) -> None:
+def test_a_log_rewritten_wholesale_shows_by_its_head(store: Store) -> None:
     write(store, 5)
     with database.writing(store.engine) as session:
         session.execute(delete(AuditRow))
@@ -59,7 +59,7 @@ def test_a_log_rewritten_wholesale_shows_by_its_head_file(store: Store) -> None:
         for number in range(5):
             audit.append(session, actor="olive", action="memo.keep", subject=f"key-{number}", detail={"forged": True})
     assert problems(store) == [
-        "entry 5 is not the one audit-head.json bears witness to: the log was rewritten",
+        "entry 5 is not the one that the log's head names: the log was rewritten",
     ]
 
 
@@ -105,47 +105,28 @@ def test_detail_that_is_not_even_json_is_reported_not_raised(store: Store) -> No
     assert found[0].startswith("an entry after 0 cannot be read")
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b'{"seq": 3}', b"[" * 100_000])
-def test_a_broken_head_file_is_reported_and_not_written_over(store: Store, content: bytes) -> None:
-    write(store, 3)
-    head = store.root / "audit-head.json"
-    head.write_bytes(content)
-    assert problems(store)[0].startswith("audit-head.json cannot be read")
+def test_a_missing_head_is_reported_and_stays_missing(store: Store) -> None:
+    write(store, 2)
+    execute(store, "delete from audit_head")
     write(store, 1, actor="ann")
-    assert head.read_bytes() == content
+    assert problems(store) == ["the log's head is missing, so a cut tail would not show"]
 
 
-def test_a_missing_head_file_is_reported(store: Store) -> None:
-    write(store, 2)
-    (store.root / "audit-head.json").unlink()
-    assert problems(store) == ["audit-head.json is missing, so a cut tail would not show"]
+def test_the_next_entry_does_not_hide_a_cut_tail(store: Store) -> None:
+    write(store, 5)
+    execute(store, "delete from audit where seq > 3")
+    write(store, 1, actor="ann")
+    assert problems(store) == ["entry 5, which the log's head names, is missing: the tail was cut"]
+    write(store, 1, actor="bob")
+    assert problems(store) == ["entry 5 is not the one that the log's head names: the log was rewritten"]
 
 
-def test_the_head_never_goes_back(store: Store) -> None:
+def test_a_changed_head_is_reported_and_not_moved(store: Store) -> None:
     write(store, 3)
-    whole = (store.root / "audit-head.json").read_bytes()
-    audit.write_head(store.root, Head(seq=2, digest="sha256:" + "0" * 64))
-    assert (store.root / "audit-head.json").read_bytes() == whole
-
-
-def test_a_crash_before_the_head_is_written_is_no_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(store, 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(audit, "write_head", lambda *_: None)
-        write(store, 1, actor="ann")
-    assert problems(store) == []
-
-
-def test_a_head_that_cannot_be_kept_says_that_the_change_stands(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    write(store, 1)
-    monkeypatch.setattr(audit, "write_atomic", full)
-    with pytest.raises(TunesmithError, match="entry 2 of the audit log is committed"):
-        write(store, 1, actor="ann")
-    with database.reading(store.engine) as session:
-        assert session.get(MemoRow, "key-ann-0") is not None
+    execute(store, "update audit_head set digest = 'x'")
+    assert problems(store) == ["entry 3 is not the one that the log's head names: the log was rewritten"]
+    write(store, 1, actor="ann")
+    assert problems(store) == ["entry 3 is not the one that the log's head names: the log was rewritten"]
 
 
 def test_a_pin_kept_elsewhere_is_a_witness(store: Store) -> None:
@@ -158,7 +139,7 @@ def test_a_pin_kept_elsewhere_is_a_witness(store: Store) -> None:
     )
     other = Head(seq=2, digest=head.digest)
     assert problems(store, Pin(witness="a note", head=other)) == [
-        "entry 2 is not the one a note bears witness to: the log was rewritten"
+        "entry 2 is not the one that a note names: the log was rewritten"
     ]
 
 
@@ -178,7 +159,7 @@ def test_two_processes_write_one_chain(store: Store) -> None:
     assert problems(store) == []
     with database.reading(store.engine) as session:
         assert audit.newest(session).seq == 21
-    assert f'"seq":{21}' in (store.root / "audit-head.json").read_text()
+        assert session.scalar(select(AuditHeadRow.seq)) == 21
 
 
 def test_many_threads_write_one_chain(store: Store) -> None:

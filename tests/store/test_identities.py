@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import select
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.scope import Scope
 from tunesmith.store import database, identities
 from tunesmith.store.identities import ACTIONS, ROLES
 from tunesmith.store.store import Store
@@ -119,11 +120,11 @@ def test_a_role_taken_away_inside_a_transaction_counts_at_once(team: Store) -> N
 
 
 def test_a_scope_limits_what_a_role_may(team: Store) -> None:
-    identities.add_user(team, "eve", ["engineer"], actor="olive", tenant="acme", region="eu")
-    identities.require(team, "eve", "version.register", tenant="acme", region="eu")
+    identities.add_user(team, "eve", ["engineer"], actor="olive", scope=Scope("acme", "eu"))
+    identities.require(team, "eve", "version.register", scope=Scope("acme", "eu"))
     for tenant, region in (("", ""), ("acme", ""), ("other", "eu"), ("acme", "us")):
         with pytest.raises(Refused, match="acme/eu"):
-            identities.require(team, "eve", "version.register", tenant=tenant, region=region)
+            identities.require(team, "eve", "version.register", scope=Scope(tenant, region))
 
 
 def test_only_admins_change_users(team: Store) -> None:

@@ -133,7 +133,7 @@ class Composer:
         from tunesmith.models.embedding import open_embedder
 
         embedder = open_embedder(digest)
-        return lambda texts: embedder.embed(texts, self._store.root / "work" / "vectors")
+        return lambda texts: embedder.embed(texts, self._store.local("work", "vectors"))
 
 
 def compose(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.terminal import HERE, As, Directory, Json, emit, say
+from tunesmith.core.scope import Scope
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +47,7 @@ def start(
     from tunesmith.services import rollouts
 
     project = open_project(directory)
-    started = rollouts.start(project, version, actor=actor, override=override, tenant=tenant, region=region)
+    started = rollouts.start(project, version, actor=actor, override=override, scope=Scope(tenant, region))
     emit(started, as_json, _draw)
     if started.live:
         say("a running `tunesmith serve` moves it on; `tunesmith rollout status` shows the progress")
@@ -112,7 +113,7 @@ def rollback(
     from tunesmith.services import rollouts
 
     store = open_store(directory)
-    undone = rollouts.rollback(store, name, reason=reason, actor=actor, tenant=tenant, region=region)
+    undone = rollouts.rollback(store, name, reason=reason, actor=actor, scope=Scope(tenant, region))
     emit(undone, as_json, _draw)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.terminal import HERE, As, Directory, Json, emit, printed, say
+from tunesmith.core.scope import Scope
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +61,7 @@ def add(
     from tunesmith.services import users
 
     store = open_store(directory)
-    user = users.add_user(store, name, role, actor=actor, tenant=tenant, region=region, public_key=public_key)
+    user = users.add_user(store, name, role, actor=actor, scope=Scope(tenant, region), public_key=public_key)
     emit(user, as_json, printed(f"{name} is {', '.join(user.roles)}"))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.cli.terminal import HERE, As, Directory, Json, Region, Tenant, Terminal, emit, say
+from tunesmith.core.scope import Scope
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,8 +80,7 @@ def register_version(
         actor=actor,
         override=override,
         expires_at=expires,
-        tenant=tenant,
-        region=region,
+        scope=Scope(tenant, region),
     )
     emit(version, as_json, _draw_registered)
 
@@ -99,7 +99,7 @@ def approve(
     from tunesmith.services import versions
 
     store = open_store(directory)
-    approved = versions.approve(store, version, reason=reason, actor=actor, tenant=tenant, region=region)
+    approved = versions.approve(store, version, reason=reason, actor=actor, scope=Scope(tenant, region))
     emit(approved, as_json, _draw_approved)
 
 
@@ -133,8 +133,7 @@ def verify(
         trust=trust,
         base=base,
         lineage_only=lineage_only,
-        tenant=tenant,
-        region=region,
+        scope=Scope(tenant, region),
     )
     emit(found, as_json, _draw_verification)
     raise typer.Exit(0 if found.ok else 3)
@@ -153,7 +152,7 @@ def show(
 
     store = open_store(directory)
     if what is not None:
-        emit(versions.show(store, what, tenant=tenant, region=region), as_json, _draw_lineage)
+        emit(versions.show(store, what, scope=Scope(tenant, region)), as_json, _draw_lineage)
         return
     found = versions.list_versions(store)
     if not found.versions and not as_json:
@@ -191,8 +190,7 @@ def export(
         form=form.value,
         dtype=dtype.value,
         actor=actor,
-        tenant=tenant,
-        region=region,
+        scope=Scope(tenant, region),
         progress=Terminal(),
     )
     emit(done, as_json, _draw_export)

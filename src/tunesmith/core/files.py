@@ -1,19 +1,16 @@
-"""Atomic, durable files and an exclusive lock between processes."""
+"""Files that survive a crash whole."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-
-from tunesmith.core.errors import TunesmithError
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write data beside path, fsync, rename over path, fsync the folder: after a crash the old file or the new one."""
+    """Write data to a new file, sync it and rename it over path: after a crash there is the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     try:
@@ -39,15 +36,9 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-@contextlib.contextmanager
-def lock(path: Path, purpose: str) -> Iterator[None]:
-    """Hold an exclusive lock on path, released by the kernel even after kill -9. Raises at once if another holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TunesmithError(
-                f"another process is at work here ({purpose})", where=str(path), fix="wait for it, or stop it"
-            ) from None
-        yield
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy a file's bytes and sync them to the disk."""
+    with source.open("rb") as reading, target.open("wb") as writing:
+        shutil.copyfileobj(reading, writing, 1 << 20)
+        writing.flush()
+        os.fsync(writing.fileno())

@@ -74,7 +74,7 @@ def resolve_base(store: Store, spec: str, root: Path, progress: Progress = SILEN
 
 def open_base(store: Store, digest: str) -> Base:
     """The base of a record, from the folder that resolve_base last found it in. Raises Refused where bytes changed."""
-    place = store.root / "bases" / f"{digest.removeprefix('sha256:')}.json"
+    place = store.local("bases", f"{digest.removeprefix('sha256:')}.json")
     if not place.is_file():
         raise Refused("the base's files are not known to this store", where=str(place), fix="run the project once")
     where = json.loads(place.read_bytes())
@@ -90,7 +90,7 @@ def open_base(store: Store, digest: str) -> Base:
 
 def known_folder(store: Store, digest: str) -> Path | None:
     """The folder that a base was last found in, where this store knows one and it is there. Nothing is checked."""
-    place = store.root / "bases" / f"{digest.removeprefix('sha256:')}.json"
+    place = store.local("bases", f"{digest.removeprefix('sha256:')}.json")
     if not place.is_file():
         return None
     folder = Path(json.loads(place.read_bytes())["folder"])
@@ -151,8 +151,8 @@ def _record_base(store: Store, folder: Path, spec: str) -> Base:
         "files": files,
     }
     record = Record(kind="base", body=body)
-    digest = record.digest if store.record_path(record.digest).is_file() else store.put_record(record)
-    place = store.root / "bases" / f"{digest.removeprefix('sha256:')}.json"
+    digest = record.digest if store.has_record(record.digest) else store.put_record(record)
+    place = store.local("bases", f"{digest.removeprefix('sha256:')}.json")
     write_atomic(place, json.dumps({"folder": str(folder.absolute()), "spec": spec}).encode())
     return Base(
         digest=digest,

@@ -14,13 +14,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.files import lock, write_atomic
+from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.data.settings import Split
 from tunesmith.store.identities import require
 from tunesmith.store.store import Store
 
-_FOLDER = "cases"
+_FOLDER = "cases/"
 
 
 class Case(BaseModel):
@@ -47,7 +47,7 @@ class Case(BaseModel):
 
 def put_case(store: Store, case: Case) -> None:
     """Store a case until it is added to a source or dropped."""
-    write_atomic(store.root / _FOLDER / f"{case.request}.json", case.model_dump_json().encode(), 0o600)
+    store.blobs.put(_key(case), case.model_dump_json().encode(), private=True)
 
 
 def list_cases(store: Store, *, everything: bool = False) -> list[Case]:
@@ -56,11 +56,11 @@ def list_cases(store: Store, *, everything: bool = False) -> list[Case]:
     Raises Refused for a damaged one.
     """
     found = []
-    for path in sorted((store.root / _FOLDER).glob("*.json")):
+    for key in store.blobs.keys(_FOLDER):
         try:
-            found.append(Case.model_validate_json(path.read_bytes()))
+            found.append(Case.model_validate_json(store.blobs.get(key)))
         except (ValidationError, ValueError) as error:
-            raise Refused("not a valid case", where=str(path), fix="delete the file") from error
+            raise Refused("not a valid case", where=str(store.blobs.path(key)), fix="delete the file") from error
     return sorted((case for case in found if everything or case.failed), key=lambda case: (case.at, case.request))
 
 
@@ -77,7 +77,7 @@ def add_cases(store: Store, cases: Sequence[Case], target: Path, *, licence: str
             "cases can only be added to a JSONL file", where=str(target), fix="name a file that ends in .jsonl"
         )
     require(store, actor, "data.build")
-    with lock(store.root / _FOLDER / "adding.lock", "adding cases"):
+    with store.lock("cases", "adding cases"):
         before = target.read_bytes() if target.is_file() else b""
         if before and not before.endswith(b"\n"):
             before += b"\n"
@@ -98,7 +98,11 @@ def add_cases(store: Store, cases: Sequence[Case], target: Path, *, licence: str
 def drop_cases(store: Store, cases: Sequence[Case]) -> None:
     """Delete stored cases and their texts."""
     for case in cases:
-        (store.root / _FOLDER / f"{case.request}.json").unlink(missing_ok=True)
+        store.blobs.delete(_key(case))
+
+
+def _key(case: Case) -> str:
+    return f"{_FOLDER}{case.request}.json"
 
 
 def _row(case: Case, licence: str, split: Split) -> bytes:

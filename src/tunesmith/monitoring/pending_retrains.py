@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused
+from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.signing.release import read_version
@@ -25,7 +26,7 @@ from tunesmith.store.recalls import causes
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, VersionRow
 
-_Place = tuple[str, str, str]  # name, tenant, region
+_Place = tuple[str, Scope]  # a name, and for whom
 
 
 class PendingRetrain(BaseModel):
@@ -69,7 +70,7 @@ def _champions(session: Session) -> dict[_Place, set[str]]:
     places: dict[_Place, set[str]] = {}
     for row in session.scalars(select(AuditRow).where(AuditRow.action == "alias.set").order_by(AuditRow.seq)):
         if row.detail["alias"] == "champion" and row.detail["version"]:
-            place = (row.detail["name"], row.detail["tenant"], row.detail["region"])
+            place = (row.detail["name"], Scope(row.detail["tenant"], row.detail["region"]))
             places.setdefault(place, set()).add(row.detail["version"])
     return places
 
@@ -77,13 +78,13 @@ def _champions(session: Session) -> dict[_Place, set[str]]:
 def _pending(
     store: Store, session: Session, place: _Place, champions: set[str], by_cause: dict[str, list[str]]
 ) -> PendingRetrain | None:
-    name, tenant, region = place
+    name, scope = place
     versions = [_read(store, digest) for digest in champions]
     recalled = [version for version in versions if not _untouched(store, session, version)]
     if not recalled:
         return None
     last = max(recalled, key=lambda version: version.number)
-    alias = get_alias(session, name, "champion", tenant, region)
+    alias = get_alias(session, name, "champion", scope)
     now = _read(store, alias.version) if alias is not None else None
     answers = now is not None and _untouched(store, session, now)
     if now is not None and answers and now.number > last.number:
@@ -91,16 +92,15 @@ def _pending(
     later = select(VersionRow).where(
         VersionRow.name == name,
         VersionRow.number > last.number,
-        VersionRow.tenant.in_(("", tenant)),
-        VersionRow.region.in_(("", region)),
+        VersionRow.tenant.in_(("", scope.tenant)),
+        VersionRow.region.in_(("", scope.region)),
     )
     newer = [_read(store, row.digest) for row in session.scalars(later.order_by(VersionRow.number.desc()))]
     replacement = next((version for version in newer if _untouched(store, session, version)), None)
     by = _causes(store, last, by_cause)
     return PendingRetrain(
         name=name,
-        tenant=tenant,
-        region=region,
+        **scope.fields(),
         version=last.label,
         causes=tuple(by),
         serves=now.label if now else "",
@@ -136,17 +136,16 @@ def _causes(store: Store, version: Version, by_cause: dict[str, list[str]]) -> l
 
 
 def _next(store: Store, session: Session, place: _Place, by: list[str], replacement: Version | None) -> list[str]:
-    name, tenant, region = place
+    name, scope = place
     if replacement is None:
         kinds = {cause.partition(" ")[0] for cause in by}
         change = "name another `base`" if "base" in kinds else "change the rows or settings"
         # The next build leaves recalled rows out. It does not replace a base, or what a recalled version was made from.
         return [*([f"{change} in tunesmith.yaml"] if kinds & {"base", "version"} else []), "tunesmith run"]
-    rollout = live_rollout(session, name, tenant, region)
+    rollout = live_rollout(session, name, scope)
     if rollout is not None and rollout.canary == replacement.digest:
         return ["tunesmith rollout status"]
-    scope = "".join(f" --{key} {value}" for key, value in (("tenant", tenant), ("region", region)) if value)
-    steps = [f"tunesmith rollout start {replacement.label}{scope}"]
+    steps = [f"tunesmith rollout start {replacement.label}{scope.options()}"]
     try:
         require_approved(store, replacement, session)
     except Refused:

@@ -64,7 +64,7 @@ def load_adapter(context: PipelineContext, trained: str | None) -> str | None:
         return None
     store = context.store
     record = store.record(trained, kind="training")
-    folder = store.root / "work" / f"adapter-{trained.removeprefix('sha256:')[:24]}"
+    folder = store.local("work", f"adapter-{trained.removeprefix('sha256:')[:24]}")
     for name, blob in record.blobs.items():
         write_atomic(folder / name, store.read_blob(blob))
     context.engine.load_adapter(trained, folder)

@@ -16,7 +16,6 @@ from typing import Any
 
 from tunesmith.core.digests import digest_of, short
 from tunesmith.core.errors import Refused
-from tunesmith.core.files import lock
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.project import Project
 from tunesmith.store import database
@@ -86,9 +85,9 @@ class Stages:
         key = digest_of({"stage": kind, "revision": REVISIONS[kind], **inputs})
         if (known := None if again else self._memo(name, key)) is not None:
             return known
-        work = store.root / "work" / f"{kind}-{key.removeprefix('sha256:')[:24]}"
-        with lock(store.root / "work" / f"{work.name}.lock", f"stage {name}"):
-            # Another process may have finished the stage while this one waited for the lock.
+        work = store.local("work", f"{kind}-{key.removeprefix('sha256:')[:24]}")
+        with store.lock(work.name, f"stage {name}"):
+            # Another process may have finished the stage before this one took the lock.
             if (known := None if again else self._memo(name, key)) is not None:
                 return known
             require(store, self.acting, ACTIONS[kind])

@@ -14,8 +14,9 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.names import check_name
+from tunesmith.core.scope import Scope
 from tunesmith.store import audit, database
-from tunesmith.store.names import check_name, check_scope
 from tunesmith.store.recalls import recalled
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, VersionRow
@@ -36,12 +37,12 @@ class Alias(BaseModel):
     revision: int
 
 
-def get_alias(where: Store | Session, name: str, alias: str, tenant: str = "", region: str = "") -> Alias | None:
-    """Where an alias points for exactly this tenant and region; None where it points nowhere."""
+def get_alias(where: Store | Session, name: str, alias: str, scope: Scope = Scope()) -> Alias | None:
+    """Where an alias points for exactly this scope; None where it points nowhere."""
     if not isinstance(where, Session):
         with database.reading(where.engine) as session:
-            return get_alias(session, name, alias, tenant, region)
-    row = where.get(AliasRow, (name, alias, tenant, region), populate_existing=True)
+            return get_alias(session, name, alias, scope)
+    row = where.get(AliasRow, (name, alias, scope.tenant, scope.region), populate_existing=True)
     return _alias(row) if row is not None and row.version else None
 
 
@@ -52,9 +53,9 @@ def list_aliases(store: Store, name: str | None = None) -> list[Alias]:
         return [_alias(row) for row in session.scalars(query) if name in (None, row.name)]
 
 
-def revision_of(session: Session, name: str, alias: str, tenant: str = "", region: str = "") -> int:
+def revision_of(session: Session, name: str, alias: str, scope: Scope = Scope()) -> int:
     """What set_alias expects: the alias's revision, 0 where it was never set."""
-    row = session.get(AliasRow, (name, alias, tenant, region), populate_existing=True)
+    row = session.get(AliasRow, (name, alias, scope.tenant, scope.region), populate_existing=True)
     return row.revision if row is not None else 0
 
 
@@ -66,8 +67,7 @@ def set_alias(
     version: str | None,
     expected: int,
     actor: str,
-    tenant: str = "",
-    region: str = "",
+    scope: Scope = Scope(),
 ) -> Alias:
     """Point an alias at a version's digest, or nowhere (None), if it is still at the revision the caller saw.
 
@@ -78,11 +78,9 @@ def set_alias(
     if alias not in ALIASES:
         raise UsageError(f"{alias[:80]!r} is not an alias", fix=f"aliases are {', '.join(ALIASES)}")
     check_name(name, "version name")
-    check_scope(tenant, "tenant")
-    check_scope(region, "region")
     if version is not None:
-        _check_version(session, name, version, tenant, region)
-    place: dict[str, Any] = {"name": name, "alias": alias, "tenant": tenant, "region": region}
+        _check_version(session, name, version, scope)
+    place: dict[str, Any] = {"name": name, "alias": alias, **scope.fields()}
     if expected == 0 and session.get(AliasRow, tuple(place.values())) is None:
         session.add(AliasRow(**place, version=version or "", revision=1))
         session.flush()
@@ -100,11 +98,11 @@ def set_alias(
     return after
 
 
-def _check_version(session: Session, name: str, version: str, tenant: str, region: str) -> None:
+def _check_version(session: Session, name: str, version: str, scope: Scope) -> None:
     row = session.scalars(select(VersionRow).where(VersionRow.digest == version)).first()
-    if row is None or row.name != name or row.tenant not in ("", tenant) or row.region not in ("", region):
+    if row is None or row.name != name or not Scope(row.tenant, row.region).covers(scope):
         raise Refused(
-            f"{short(version)} is not a version of {name} for tenant {tenant!r}, region {region!r}",
+            f"{short(version)} is not a version of {name} for {scope}",
             fix="register it for that tenant and region",
         )
     reason = recalled(session, version)

@@ -117,7 +117,7 @@ def submit_approval(store: Store, envelope: bytes) -> RecordedApproval:
             return recorded
     with store.change(key.user, "version.approve", version.digest, detail) as session:
         # In this transaction: a role that was taken away since then counts.
-        identities.require(session, key.user, "version.approve", tenant=version.tenant, region=version.region)
+        identities.require(session, key.user, "version.approve", scope=version.scope)
         _check_known(session, approval.audit)
         store.put_record(record, session)
         detail["approval"] = record.digest
@@ -145,7 +145,7 @@ def require_approved(store: Store, version: Version, session: Session | None = N
 
 def _check_approvable(store: Store, version: Version, actor: str, reason: str) -> TrustedKey:
     """The key that signed a version which actor may approve now. Raises as prepare_approval does."""
-    identities.require(store, actor, "version.approve", tenant=version.tenant, region=version.region)
+    identities.require(store, actor, "version.approve", scope=version.scope)
     if version.override is not None and not reason.strip():
         raise UsageError(
             f"the gates of {version.label} were overridden ({version.override}): an approval of it needs a reason",

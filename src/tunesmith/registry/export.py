@@ -19,7 +19,7 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import compose
 from tunesmith.core.digests import digest_file, short
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
-from tunesmith.core.files import lock, sync_folder
+from tunesmith.core.files import sync_folder
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import load_dataset
 from tunesmith.models.base import Base
@@ -73,7 +73,7 @@ def export_version(
     version is not approved, the form is not offered for its family, or a log-probability differs by more than the
     tolerance; Inconclusive where the adapter moves less than the tolerance, so that a lost one would not be seen.
     """
-    identities.require(store, actor, "version.export", tenant=version.tenant, region=version.region)
+    identities.require(store, actor, "version.export", scope=version.scope)
     require_approved(store, version)
     if not ours(base.family):
         raise Refused(
@@ -130,7 +130,7 @@ def _aside(store: Store, target: Path) -> Iterator[Path]:
     """A new folder beside target; removed with what is in it unless it was renamed, at the latest by the next export
     to the same place."""
     folder = target.parent / f".exporting-{target.name}"
-    with lock(store.root / "work" / "export.lock", "an export"):
+    with store.lock("export", "an export"):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:

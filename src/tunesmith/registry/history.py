@@ -37,7 +37,7 @@ def verify_log(store: Store, heads: Iterable[Head] = ()) -> list[str]:
         else:
             pins.append(Pin(witness=f"{kind} {short(digest)}", head=head))
     with database.reading(store.engine) as session:
-        problems += audit.verify(session, store.root, pins)
+        problems += audit.verify(session, pins)
         if not problems:
             problems += _differences(_replay(session), _actual(session))
     return problems
@@ -48,7 +48,7 @@ def _witnesses(store: Store) -> list[tuple[str, str]]:
 
     Whoever rewrites the log can take rows out of the index too; a version that is served needs its folder.
     """
-    versions = {digest_file(path) for path in (store.root / "versions").glob(f"*/v*/{RELEASE}")}
+    versions = {digest_file(store.version_folder(ref) / RELEASE) for ref in store.version_folders()}
     versions.update(store.records_of("version"))
     approvals = store.records_of("approval")
     return [("version", digest) for digest in sorted(versions)] + [("approval", digest) for digest in approvals]

@@ -29,7 +29,7 @@ def carried(records: Mapping[str, Record], candidate: str) -> dict[str, Any] | N
         seen.add(digest)
         record = records[digest]
         waiting += record.parents.values()
-        if record.kind == "dataset" and "duties" in record.body:
+        if record.kind == "dataset" and record.body.get("duties"):
             stated.append(record.body["duties"])
     if not stated:
         return None

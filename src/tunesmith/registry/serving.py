@@ -13,6 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import Refused
+from tunesmith.core.scope import Scope
 from tunesmith.registry.signing.attestations import check_approver
 from tunesmith.registry.signing.release import Version, check_expiry, check_signer
 from tunesmith.registry.signing.signatures import Expired, Untrusted
@@ -51,39 +52,38 @@ GRANTED = Permission()
 
 
 def may_serve(
-    session: Session, version: Version, *, tenant: str = "", region: str = "", override_by: str | None = None
+    session: Session, version: Version, *, scope: Scope = Scope(), override_by: str | None = None
 ) -> Permission:
-    """Whether a version may begin to serve a tenant and region now.
+    """Whether a version may begin to serve a scope now.
 
     All that may_load checks, and an approval by somebody who may approve this version today. override_by: the user who
     lets it serve without an approval; they must hold the permission rollout.override now.
     """
-    permission = may_load(session, version, tenant=tenant, region=region)
+    permission = may_load(session, version, scope)
     if not permission.granted:
         return permission
     if override_by is not None:
         try:
-            require(session, override_by, "rollout.override", tenant=tenant, region=region)
+            require(session, override_by, "rollout.override", scope=scope)
         except Refused as error:
             return Permission("override", f"is not approved, and the override does not count: {error.what}", error.fix)
         return GRANTED
     return _approved(session, version)
 
 
-def may_load(session: Session, version: Version, *, tenant: str = "", region: str = "") -> Permission:
-    """Whether a version may be loaded to answer a tenant and region, approved or not.
+def may_load(session: Session, version: Version, scope: Scope = Scope()) -> Permission:
+    """Whether a version may be loaded to answer a scope, approved or not.
 
-    It must be registered, made for this tenant and region, not recalled and not expired, and its signer must be allowed
+    It must be registered, made for this scope, not recalled and not expired, and its signer must be allowed
     to sign it today.
     """
     row = session.scalars(select(VersionRow).where(VersionRow.digest == version.digest)).first()
     if row is None:
         return Permission("unknown", "is not in the registry", "register it again: tunesmith register")
-    if row.tenant not in ("", tenant) or row.region not in ("", region):
+    if not (made_for := Scope(row.tenant, row.region)).covers(scope):
         return Permission(
             "wrong_scope",
-            f"is for tenant {row.tenant or 'any'!r}, region {row.region or 'any'!r}, "
-            f"not for tenant {tenant!r}, region {region!r}",
+            f"is for {made_for}, not for {scope}",
             "register it for that tenant and region",
         )
     reason = recalled(session, version.digest)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.core.version_ref import VersionRef
 from tunesmith.models.base import known_folder
 from tunesmith.registry.licence_duties import NOTICE, carried
 from tunesmith.registry.lineage import blobs_of
@@ -25,14 +26,12 @@ from tunesmith.registry.signing.release import (
     check_release,
     check_replay,
     marks_of,
-    parse_label,
-    version_folder,
     weight_blobs,
 )
 from tunesmith.registry.signing.signatures import RELEASE, private_copy
 from tunesmith.store.records import Record, decode
 from tunesmith.store.store import Store
-from tunesmith.store.trust import TRUST_FILE, TrustedKey, read_trust
+from tunesmith.store.trust import TRUST_KEY, TrustedKey, read_trust
 
 
 class Problem(BaseModel):
@@ -73,13 +72,13 @@ def verify_version(
     otherwise. whole_store: hold every other blob and record against its name as well. Raises UsageError for a label
     that is none; all else is a problem in the outcome. Recalls are the database's and are not looked at.
     """
-    name, number = parse_label(label)
+    ref = VersionRef.parse(label)
     look = _Look(root)
     release: Release | None = None
     known: Sequence[TrustedKey] = ()
-    folder = version_folder(root, name, number)
+    folder = look.store.version_folder(ref)
     try:
-        known = keys if keys is not None else read_trust(trust or root / TRUST_FILE)
+        known = keys if keys is not None else read_trust(trust or look.store.blobs.path(TRUST_KEY))
         with private_copy(folder) as copy:
             release = check_release(copy, known)
             look.checked += len(list(copy.iterdir()))
@@ -142,7 +141,7 @@ def _check_records(look: _Look, release: Release) -> dict[str, Record]:
         waiting += records[digest].parents.values()
     records.pop(release.version.digest, None)
     if not look.problems:
-        folder = version_folder(look.root, release.version.name, release.version.number)
+        folder = look.store.version_folder(release.version.ref)
         for odd in sorted(records.keys() ^ set(release.statement.records)):
             look.problem(folder / RELEASE, f"record {short(odd)} is in the lineage or in the release, not in both")
         for odd in sorted(blobs_of(records.values()) ^ set(release.statement.blobs)):
@@ -158,8 +157,10 @@ def _check_blobs(look: _Look, records: Mapping[str, Record]) -> None:
             path = look.store.blob_path(digest)
             actual, lines[digest] = _digest_and_lines(path)
         except (TunesmithError, OSError) as error:
-            where = look.root / "blobs" / digest[7:9] / digest[7:]
-            look.problem(where, error.what if isinstance(error, TunesmithError) else str(error))
+            look.problem(
+                error.where if isinstance(error, TunesmithError) and error.where else digest,
+                error.what if isinstance(error, TunesmithError) else str(error),
+            )
             continue
         look.checked += 1
         if actual == digest:
@@ -179,7 +180,7 @@ def _check_evidence(look: _Look, release: Release, records: Mapping[str, Record]
     version = release.version
     if not set(release.statement.records) <= records.keys():
         return  # what is missing is reported already
-    folder = version_folder(look.root, version.name, version.number)
+    folder = look.store.version_folder(version.ref)
     try:
         check_evidence(records, release.record.parents, version.override)
         weights = {name: digest for name, digest in release.record.blobs.items() if name != NOTICE}
@@ -230,9 +231,7 @@ def _sweep(look: _Look) -> list[Record]:
     """Every blob and record of the store that was not looked at yet, against its name; returns the approvals."""
     approvals: list[Record] = []
     for kind, suffix in (("blobs", ""), ("records", ".json")):
-        for path in sorted((look.root / kind).rglob("*")):
-            if path.is_dir() and not path.is_symlink():
-                continue
+        for path in map(look.store.blobs.path, look.store.blobs.keys(f"{kind}/")):
             if path.name.startswith(".writing-"):
                 look.notes.append(f"left over from a process that was stopped: {path.relative_to(look.root)}")
                 continue

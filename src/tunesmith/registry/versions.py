@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,9 @@ from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.clock import now, stamp
 from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.files import sync_folder
+from tunesmith.core.names import check_name
+from tunesmith.core.scope import Scope
+from tunesmith.core.version_ref import VersionRef
 from tunesmith.registry.aliases import ALIASES, get_alias
 from tunesmith.registry.licence_duties import NOTICE, carried, notice
 from tunesmith.registry.lineage import ancestors, blobs_of
@@ -32,19 +33,15 @@ from tunesmith.registry.signing.release import (
     check_evidence,
     check_release,
     check_replay,
-    check_scopes,
     has_weights,
     marks_of,
-    parse_label,
     read_version,
-    version_folder,
     weight_blobs,
 )
 from tunesmith.registry.signing.signatures import RELEASE, Expired, Untrusted, private_copy, sign_folder, sync_files
 from tunesmith.registry.verification import Verification, verify_version
 from tunesmith.store import audit, database, identities
 from tunesmith.store.identities import User
-from tunesmith.store.names import check_name
 from tunesmith.store.recalls import recalled
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -82,8 +79,7 @@ class _Plan:
     """Everything a version will state but its number, which is found inside the transaction."""
 
     name: str
-    tenant: str
-    region: str
+    scope: Scope
     override: str | None
     expires_at: str | None
     parents: Mapping[str, str]
@@ -102,8 +98,7 @@ def register(
     name: str,
     verdict: str,
     actor: str,
-    tenant: str = "",
-    region: str = "",
+    scope: Scope = Scope(),
     override: str | None = None,
     expires_at: str | None = None,
 ) -> Version:
@@ -114,11 +109,10 @@ def register(
     actor's roles do not allow it, UsageError for bad names. Killed at any moment, the next call carries on.
     """
     check_name(name, "version name")
-    check_scopes(tenant, region)
-    identities.require(store, actor, "version.register", tenant=tenant, region=region)
-    plan = _plan(store, name, verdict, tenant, region, _reason(override), _expiry(expires_at))
+    identities.require(store, actor, "version.register", scope=scope)
+    plan = _plan(store, name, verdict, scope, _reason(override), _expiry(expires_at))
     if plan.override is not None:
-        identities.require(store, actor, "version.override", tenant=tenant, region=region)
+        identities.require(store, actor, "version.override", scope=scope)
     signer: User | None = None
     while True:
         before = _rows(store, name)
@@ -136,46 +130,46 @@ def _register(store: Store, plan: _Plan, signer: User, before: set[int]) -> Vers
     """The one transaction. before: the name's numbers when it was seen that this verdict is not among them."""
     private_key = keys.signing_key(store, signer)
     detail: dict[str, Any] = {}
-    made: Path | None = None
+    made: int | None = None
     try:
         with store.change(signer.name, "version.register", plan.name, detail) as session:
             if _rows(session, plan.name) != before:  # another process registered something: look again
                 raise _Again
-            identities.require(session, signer.name, "version.register", tenant=plan.tenant, region=plan.region)
-            (store.root / "work").mkdir(exist_ok=True)
-            for leftover in (store.root / "work").glob(f"{_ASIDE}*"):  # writers take turns: whoever left it is gone
+            identities.require(session, signer.name, "version.register", scope=plan.scope)
+            for leftover in _work(store).glob(f"{_ASIDE}*"):  # writers take turns: the process that left it is gone
                 shutil.rmtree(leftover, ignore_errors=True)
             record = _carry_on(store, session, plan, signer)
             if record is None:
                 record, made = _make(store, session, plan, signer, private_key)
             version, _ = read_version(record, plan.name)
-            place = {"name": plan.name, "number": version.number, "tenant": plan.tenant, "region": plan.region}
+            place = {"name": plan.name, "number": version.number, **plan.scope.fields()}
             session.add(VersionRow(**place, digest=version.digest))
             detail |= {"version": {**place, "digest": version.digest}, "verdict": version.verdict}
             detail |= {"override": version.override, "expires_at": version.expires_at}
     except BaseException:
         # Not registered: nobody must find a signed folder that nobody answers for. After a commit the row is there.
-        if made is not None and int(made.name[1:]) not in _rows(store, plan.name):
-            shutil.rmtree(made, ignore_errors=True)
+        if made is not None and made not in _rows(store, plan.name):
+            store.drop_version(VersionRef(plan.name, made))
         raise
     return version
 
 
-def resolve(store: Store, text: str, *, tenant: str = "", region: str = "") -> Version:
+def resolve(store: Store, text: str, *, scope: Scope = Scope()) -> Version:
     """The version that text names: `name@v3`, `name@champion`, `name@challenger` or the start of a digest.
 
-    Seen from a tenant and region: a version of another one answers exactly as one that does not exist. Raises
+    scope: who looks. A version of another tenant or region is answered like one that does not exist. Raises
     UsageError where there is none, or several.
     """
-    check_scopes(tenant, region)
-    query = select(VersionRow.digest).where(VersionRow.tenant.in_(("", tenant)), VersionRow.region.in_(("", region)))
+    query = select(VersionRow.digest).where(
+        VersionRow.tenant.in_(("", scope.tenant)), VersionRow.region.in_(("", scope.region))
+    )
     name, _, rest = text.partition("@")
     if rest in ALIASES:
-        alias = get_alias(store, name, rest, tenant, region)
+        alias = get_alias(store, name, rest, scope)
         query = query.where(VersionRow.digest == (alias.version if alias else ""))
     elif rest:
-        name, number = parse_label(text)
-        query = query.where(VersionRow.name == name, VersionRow.number == number)
+        ref = VersionRef.parse(text)
+        query = query.where(VersionRow.name == ref.name, VersionRow.number == ref.number)
     else:
         start = text.removeprefix("sha256:").lower()
         if len(start) < 4 or not is_digest("sha256:" + start.ljust(64, "0")):
@@ -239,8 +233,8 @@ def open_release(store: Store, version: Version, session: Session | None = None)
     if registered != version:
         raise Refused("this is not the version of that digest", where=version.label, fix="resolve it again")
     with _reading(store, session) as reading:
-        may_load(reading, version, tenant=version.tenant, region=version.region).require(version.label)
-    with private_copy(version_folder(store.root, version.name, version.number)) as folder:
+        may_load(reading, version, version.scope).require(version.label)
+    with private_copy(store.version_folder(version.ref)) as folder:
         release = check_release(folder, identities.trusted_keys(session or store))
         if release.version != registered:
             raise Refused(f"the folder holds {release.version.label}, not {version.label}", where=str(folder), fix=_FIX)
@@ -268,9 +262,7 @@ def verified_copy(store: Store, version: Version) -> Iterator[LoadedVersion]:
         yield LoadedVersion(version, candidate, folder if candidate.tuned else None)
 
 
-def _plan(
-    store: Store, name: str, verdict: str, tenant: str, region: str, override: str | None, expires_at: str | None
-) -> _Plan:
+def _plan(store: Store, name: str, verdict: str, scope: Scope, override: str | None, expires_at: str | None) -> _Plan:
     judged = store.record(verdict, kind="verdict")
     parents = {role: judged.parents[role] for role in ("candidate", "evaluation")} | {"verdict": verdict}
     records = ancestors(store, parents.values())
@@ -285,8 +277,7 @@ def _plan(
     notices = {} if duties is None else {NOTICE: store.put_bytes(notice(name, duties))}
     return _Plan(
         name=name,
-        tenant=tenant,
-        region=region,
+        scope=scope,
         override=override,
         expires_at=expires_at,
         parents=parents,
@@ -299,7 +290,7 @@ def _plan(
 def _find_registered(store: Store, plan: _Plan) -> Version | None:
     """The version that this verdict already became, unless it expired or its signer has lost the standing to sign."""
     for version in list_versions(store, plan.name):
-        if (version.verdict, version.tenant, version.region) != (plan.parents["verdict"], plan.tenant, plan.region):
+        if (version.verdict, version.scope) != (plan.parents["verdict"], plan.scope):
             continue
         with contextlib.suppress(Untrusted, Expired), open_release(store, version):
             return version
@@ -310,7 +301,10 @@ def _carry_on(store: Store, session: Session, plan: _Plan, signer: User) -> Reco
     """The record of a signed folder that was left without its database row by a process that was stopped in between."""
     trusted = identities.trusted_keys(session)
     for number in sorted(_numbers(store, plan.name) - _rows(session, plan.name)):
-        with contextlib.suppress(TunesmithError), private_copy(version_folder(store.root, plan.name, number)) as folder:
+        with (
+            contextlib.suppress(TunesmithError),
+            private_copy(store.version_folder(VersionRef(plan.name, number))) as folder,
+        ):
             release = check_release(folder, trusted)
             if _states(release, plan, number, signer):
                 store.put_record(release.record, session)
@@ -323,21 +317,20 @@ def _states(release: Release, plan: _Plan, number: int, signer: User) -> bool:
     return (
         dict(release.record.parents) == dict(plan.parents)
         and dict(release.record.blobs) == dict(plan.blobs)
-        and (stated.name, stated.number, stated.tenant, stated.region) == (plan.name, number, plan.tenant, plan.region)
+        and (stated.name, stated.number, Scope(stated.tenant, stated.region)) == (plan.name, number, plan.scope)
         and (stated.override, stated.expires_at, stated.signer) == (plan.override, plan.expires_at, signer.name)
     )
 
 
-def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key: Path) -> tuple[Record, Path]:
-    """Build and sign the next version's folder aside, then rename it into place."""
+def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key: Path) -> tuple[Record, int]:
+    """Build and sign the next version's folder in a work folder, then move its files into the store."""
     # Never a number that a folder bears: an older backup of the database must not lead to overwriting a release.
     number = max({0, *_rows(session, plan.name), *_numbers(store, plan.name)}) + 1
     base = plan.records[plan.parents["candidate"]].parents["base"]
     statement = Statement(
         name=plan.name,
         number=number,
-        tenant=plan.tenant,
-        region=plan.region,
+        **plan.scope.fields(),
         base=base,
         fingerprint=plan.records[base].body["fingerprint"],
         signer=signer.name,
@@ -351,9 +344,8 @@ def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key
         marks=marks_of(plan.records, plan.parents["candidate"]),
     )
     record = Record(kind="version", parents=plan.parents, blobs=plan.blobs, body=statement.model_dump(mode="json"))
-    target = version_folder(store.root, plan.name, number)
-    with tempfile.TemporaryDirectory(dir=store.root / "work", prefix=_ASIDE) as aside:
-        folder = Path(aside) / target.name
+    with tempfile.TemporaryDirectory(dir=_work(store), prefix=_ASIDE) as aside:
+        folder = Path(aside) / f"v{number}"
         folder.mkdir()
         for file, digest in plan.blobs.items():
             shutil.copyfile(store.blob_path(digest), folder / file)
@@ -362,18 +354,20 @@ def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key
         sync_files(folder)
         with private_copy(folder) as copy:  # what cannot be verified is not handed on
             check_release(copy, identities.trusted_keys(session))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # The record first: a folder in place implies its record.
+        # The record first: a complete folder implies its record.
         store.put_record(record, session)
-        os.rename(folder, target)
-    sync_folder(target.parent)
-    sync_folder(target.parent.parent)
-    return record, target
+        store.put_version(VersionRef(plan.name, number), folder)
+    return record, number
+
+
+def _work(store: Store) -> Path:
+    folder = store.local("work")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _numbers(store: Store, name: str) -> set[int]:
-    folders = (store.root / "versions" / name).glob("v[1-9]*")
-    return {int(folder.name[1:]) for folder in folders if folder.name[1:].isdecimal()}
+    return {ref.number for ref in store.version_folders(name)}
 
 
 def _rows(where: Store | Session, name: str) -> set[int]:

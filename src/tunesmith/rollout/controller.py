@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
 from tunesmith.rollout import traffic
@@ -61,8 +62,7 @@ def start(
     steps: Sequence[Step],
     actor: str,
     override: str | None = None,
-    tenant: str = "",
-    region: str = "",
+    scope: Scope = Scope(),
     clock: Clock = now,
 ) -> Rollout:
     """Begin to move name's traffic to version; where nothing serves, make it champion at once.
@@ -71,26 +71,25 @@ def start(
     and is audited under that name. Raises Refused for a version that is unapproved, recalled, of another name, tenant
     or region, or champion already, and where a rollout of that name is still live.
     """
-    _check_scope(version, name, tenant, region)
+    _check_scope(version, name, scope)
     if override is not None and not override.strip():
         raise UsageError("an override needs a reason", fix='--override "why the approval shall not be waited for"')
-    scope = {"tenant": tenant, "region": region}
-    detail: dict[str, Any] = {"version": version.digest, "label": version.label, **scope}
+    detail: dict[str, Any] = {"version": version.digest, "label": version.label, **scope.fields()}
     with store.change(actor, "rollout.start", name, detail) as session:
         # Inside the transaction: a role or an approval taken away meanwhile counts.
-        require(session, actor, "rollout.start", **scope)
-        check_may_serve(session, store, version, **scope, override_by=None if override is None else actor)
-        running = live_rollout(session, name, tenant, region)
+        require(session, actor, "rollout.start", scope=scope)
+        check_may_serve(session, store, version, scope, override_by=None if override is None else actor)
+        running = live_rollout(session, name, scope)
         if running is not None:
             raise Refused(
                 f"rollout {running.id} of {name} is still {running.status}",
                 fix=f"wait for it, or end it: tunesmith rollout abort {running.id}",
             )
-        champion = get_alias(session, name, "champion", tenant, region)
+        champion = get_alias(session, name, "champion", scope)
         if champion is not None and champion.version == version.digest:
             raise Refused(f"{version.label} serves all of {name}'s traffic already")
         stable = champion.version if champion else ""
-        unopposed = _no_rival(session, store, stable, tenant, region)
+        unopposed = _no_rival(session, store, stable, scope)
         row = new_row(version, name, scope, stable, steps, actor, override, clock(), unopposed)
         session.add(row)
         session.flush()
@@ -132,7 +131,7 @@ def promote(store: Store, rollout: int, *, actor: str, override: str | None = No
                 fix='let it decide, or skip it: --override "why"',
             )
         if override is not None:
-            require(session, actor, "rollout.override", tenant=current.tenant, region=current.region)
+            require(session, actor, "rollout.override", scope=current.scope)
         return _promotion(current, {"skipped": skipped, "override": override})
 
     return _command(store, rollout, actor, "rollout.promote", decide, clock)
@@ -149,23 +148,22 @@ def abort(store: Store, rollout: int, *, actor: str, reason: str, clock: Clock =
 
 
 def rollback(
-    store: Store, *, name: str, actor: str, reason: str, tenant: str = "", region: str = "", clock: Clock = now
+    store: Store, *, name: str, actor: str, reason: str, scope: Scope = Scope(), clock: Clock = now
 ) -> Rollout:
     """Give name's traffic back to what served before; returns the rollout that was undone.
 
     A live rollout ends and the champion stays. Otherwise the champion becomes the version that the newest standing
     promotion replaced, or, where that was recalled or is gone, the one before it. Raises Refused where there is none.
     """
-    scope = {"tenant": tenant, "region": region}
-    detail: dict[str, Any] = {**scope, "reason": reason}
+    detail: dict[str, Any] = {**scope.fields(), "reason": reason}
     at = clock()
     with store.change(actor, "rollout.rollback", name, detail) as session:
-        require(session, actor, "rollout.change", **scope)
-        running = live_rollout(session, name, tenant, region)
+        require(session, actor, "rollout.change", scope=scope)
+        running = live_rollout(session, name, scope)
         undo = Move("rollout.rollback", {"status": "rolled_back", "weight": 0, "reason": reason})
         if running is not None:
             return apply(session, running, undo, at, detail)
-        promotions, target = promotions_to_undo(session, store, name, tenant, region)
+        promotions, target = promotions_to_undo(session, store, name, scope)
         point_champion(session, promotions[0], target, actor)
         undone = [apply(session, promotion, undo, at, {}) for promotion in promotions]
         detail |= {"rollout": undone[0].id, "undone": [one.id for one in undone], "champion": target}
@@ -296,28 +294,28 @@ def _command(
     current = get_rollout(store, rollout)
 
     def permitted(session: Session, found: Rollout) -> Move:
-        require(session, actor, "rollout.change", tenant=found.tenant, region=found.region)
+        require(session, actor, "rollout.change", scope=found.scope)
         return decide(session, found)
 
     return follow(store, current, actor, action, permitted, clock())
 
 
-def _check_scope(version: Version, name: str, tenant: str, region: str) -> None:
+def _check_scope(version: Version, name: str, scope: Scope) -> None:
     if version.name != name:
         raise UsageError(f"{version.label} is a version of {version.name}, not of {name}")
-    if version.tenant not in ("", tenant) or version.region not in ("", region):
+    if not version.scope.covers(scope):
         raise Refused(
-            f"{version.label} is for tenant {version.tenant or 'any'!r}, region {version.region or 'any'!r}",
-            where=f"tenant {tenant!r}, region {region!r}",
+            f"{version.label} is for {version.scope}",
+            where=str(scope),
             fix="register it for that tenant and region",
         )
 
 
-def _no_rival(session: Session, store: Store, stable: str, tenant: str, region: str) -> str | None:
+def _no_rival(session: Session, store: Store, stable: str, scope: Scope) -> str | None:
     """Why there is no champion to compare a canary with, None if there is one. stable: its digest, "" for none."""
     if not stable:
         return "nothing served before"
-    permission = arm_permission(session, store, stable, tenant, region)
+    permission = arm_permission(session, store, stable, scope)
     return None if permission.granted else f"the champion {permission.message}"
 
 

@@ -11,6 +11,7 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import Refused
+from tunesmith.core.scope import Scope
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.preconditions import broken_precondition, point_champion, promotion_problem
 from tunesmith.rollout.settings import Step
@@ -92,7 +93,7 @@ def apply(session: Session, found: Rollout, move: Move, at: datetime, detail: di
 def new_row(
     version: Version,
     name: str,
-    scope: Mapping[str, str],
+    scope: Scope,
     stable: str,
     steps: Sequence[Step],
     actor: str,
@@ -101,7 +102,9 @@ def new_row(
     unopposed: str | None,
 ) -> RolloutRow:
     """A rollout as it begins. unopposed: why there is no champion to compare with, and the version serves at once."""
-    row = RolloutRow(name=name, **scope, stable=stable, canary=version.digest, revision=0, started_at=written(at))
+    row = RolloutRow(
+        name=name, **scope.fields(), stable=stable, canary=version.digest, revision=0, started_at=written(at)
+    )
     row.status, row.step, row.weight = ("promoted", len(steps), 100) if unopposed else ("running", 0, 0)
     row.state = {
         "steps": [step.model_dump(mode="json", exclude_none=True) for step in steps],

@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import UsageError
+from tunesmith.core.scope import Scope
 from tunesmith.rollout.settings import Step
 from tunesmith.store import database
 from tunesmith.store.store import Store
@@ -47,6 +48,11 @@ class Rollout(BaseModel):
     history: tuple[dict[str, Any], ...]
     revision: int
     started_at: str
+
+    @property
+    def scope(self) -> Scope:
+        """Whose traffic it divides."""
+        return Scope(self.tenant, self.region)
 
     @property
     def live(self) -> bool:
@@ -92,16 +98,16 @@ def get_rollout(store: Store, rollout: int) -> Rollout:
         return from_row(row)
 
 
-def live_rollout(session: Session, name: str, tenant: str, region: str) -> Rollout | None:
+def live_rollout(session: Session, name: str, scope: Scope) -> Rollout | None:
     """The one rollout that divides a name's traffic now."""
-    query = select(RolloutRow).where(*_within(name, tenant, region), RolloutRow.status.in_(LIVE))
+    query = select(RolloutRow).where(*_within(name, scope), RolloutRow.status.in_(LIVE))
     row = session.scalars(query).first()
     return None if row is None else from_row(row)
 
 
-def promoted_rollouts(session: Session, name: str, tenant: str, region: str) -> list[Rollout]:
+def promoted_rollouts(session: Session, name: str, scope: Scope) -> list[Rollout]:
     """The promotions of a name that still stand, newest first: the way back."""
-    query = select(RolloutRow).where(*_within(name, tenant, region), RolloutRow.status == "promoted")
+    query = select(RolloutRow).where(*_within(name, scope), RolloutRow.status == "promoted")
     return [from_row(row) for row in session.scalars(query.order_by(RolloutRow.id.desc()))]
 
 
@@ -116,5 +122,5 @@ def list_rollouts(store: Store, *, name: str | None = None, live: bool = False) 
         return [from_row(row) for row in session.scalars(query)]
 
 
-def _within(name: str, tenant: str, region: str) -> tuple[ColumnElement[bool], ...]:
-    return RolloutRow.name == name, RolloutRow.tenant == tenant, RolloutRow.region == region
+def _within(name: str, scope: Scope) -> tuple[ColumnElement[bool], ...]:
+    return RolloutRow.name == name, RolloutRow.tenant == scope.tenant, RolloutRow.region == scope.region

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sqlalchemy import select
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.names import check_name
+from tunesmith.core.scope import Scope
+from tunesmith.core.version_ref import VersionRef
 from tunesmith.engines.protocol import Engine
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.approvals import require_approved
@@ -21,7 +23,6 @@ from tunesmith.rollout.traffic import goes_to_canary
 from tunesmith.server.errors import ApiError, no_such_model, not_available
 from tunesmith.store import database
 from tunesmith.store.identities import User
-from tunesmith.store.names import check_name
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, VersionRow
 
@@ -57,7 +58,7 @@ class Router:
             check_name(name, "version name")
             if rest in ("", "champion") and model.count("@") == bool(rest):
                 return self._champion(user, model, name, key)
-            version = resolve(self._store, model, tenant=user.tenant, region=self._region)
+            version = resolve(self._store, model, scope=Scope(user.tenant, self._region))
         except UsageError:
             raise no_such_model(model) from None
         except Refused as error:
@@ -79,7 +80,7 @@ class Router:
             names = sorted(session.scalars(aliases))
             versions = select(VersionRow).where(VersionRow.tenant.in_(tenants), VersionRow.region.in_(regions))
             rows = session.scalars(versions.order_by(VersionRow.name, VersionRow.number))
-            labels = [f"{row.name}@v{row.number}" for row in rows]
+            labels = [str(VersionRef(row.name, row.number)) for row in rows]
         found = []
         for model in [*(f"{name}{suffix}" for name in names for suffix in ("", "@champion")), *labels]:
             try:
@@ -89,10 +90,10 @@ class Router:
         return found
 
     def _champion(self, user: User, model: str, name: str, key: str) -> Route:
-        for tenant, region in _scopes(user.tenant, self._region):
+        for scope in Scope(user.tenant, self._region).covering():
             with database.reading(self._store.engine) as session:
-                alias = get_alias(session, name, "champion", tenant, region)
-                rollout = live_rollout(session, name, tenant, region) if alias is not None else None
+                alias = get_alias(session, name, "champion", scope)
+                rollout = live_rollout(session, name, scope) if alias is not None else None
             if alias is None:
                 continue
             stable = self._load(model, alias.version)
@@ -122,16 +123,16 @@ class Router:
     def _permission(self, user: User, version: Version) -> Permission:
         """Whether a version may be loaded for a user. The champion and a canary were approved when they began."""
         with database.reading(self._store.engine) as session:
-            return may_load(session, version, tenant=user.tenant, region=self._region)
+            return may_load(session, version, Scope(user.tenant, self._region))
 
     def _unapproved(self, user: User, version: Version) -> str | None:
         """Why a version may not be asked for by its number: nobody approved it, and no rollout serves it either."""
         if time.monotonic() < self._approved.get(version.digest, 0.0):
             return None
-        for tenant, region in _scopes(user.tenant, self._region):
+        for scope in Scope(user.tenant, self._region).covering():
             with database.reading(self._store.engine) as session:
-                alias = get_alias(session, version.name, "champion", tenant, region)
-                rollout = live_rollout(session, version.name, tenant, region)
+                alias = get_alias(session, version.name, "champion", scope)
+                rollout = live_rollout(session, version.name, scope)
             if version.digest in (alias and alias.version, rollout and rollout.canary):
                 return None
         try:
@@ -167,8 +168,3 @@ class ReadyVersions:
     def _held(self, answerer: Answerer) -> bool:
         """Whether the engine still has its weights: it lets those of models trained in full go."""
         return answerer.adapter is None or self._engine.holds(answerer.adapter)
-
-
-def _scopes(tenant: str, region: str) -> Iterator[tuple[str, str]]:
-    """Where a name's champion is looked up: the caller's own tenant and region first, then what is for all."""
-    yield from dict.fromkeys(((tenant, region), (tenant, ""), ("", region), ("", "")))

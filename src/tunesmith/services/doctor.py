@@ -107,7 +107,7 @@ def _store(directory: Path) -> Check:
     if not (project.root / STORE).is_dir():
         return _check("store", "not made yet; `tunesmith run` makes it")
     with database.reading(project.store.engine) as session:
-        problems = audit.verify(session, project.store.root)
+        problems = audit.verify(session)
     if problems:
         return _check("store", problems[0], ok=False, fix="`tunesmith audit verify` lists all problems")
     return _check("store", "the database opens and the audit log verifies")

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.engines.factory import engine_kind, open_engine
 from tunesmith.models.base import open_base
@@ -48,8 +49,7 @@ def export(
     form: Form,
     dtype: Dtype = "bf16",
     actor: str | None = None,
-    tenant: str = "",
-    region: str = "",
+    scope: Scope = Scope(),
     progress: Progress = SILENT,
 ) -> ExportedVersion:
     """Write an approved version's weights to a new folder, after comparing them with those that were measured.
@@ -58,7 +58,7 @@ def export(
     Raises Refused where log-probabilities differ by more than the tolerance.
     """
     store, settings = project.store, project.settings.engine
-    found = resolve(store, version, tenant=tenant, region=region)
+    found = resolve(store, version, scope=scope)
     base = open_base(store, load_candidate(store, found.candidate).base)
     if form == "gguf":
         check_offered(base.folder)  # before anything slow

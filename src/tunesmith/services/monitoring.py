@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 from tunesmith.core.errors import UsageError
+from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.monitoring import pending_retrains, recall_status
 from tunesmith.monitoring import recall as recalls
@@ -51,7 +52,7 @@ def monitor(
     settings = project.settings.monitoring
     if hours is not None:
         settings = settings.model_copy(update={"window_hours": hours})
-    version = resolve(project.store, which or f"{project.settings.name}@champion", tenant=tenant or "")
+    version = resolve(project.store, which or f"{project.settings.name}@champion", scope=Scope(tenant or ""))
     report = watch(
         project.store,
         settings,
@@ -108,8 +109,8 @@ def _next_steps(found: Recall) -> list[str]:
         return ["nothing was changed; without --dry-run it is withdrawn"]
     lines = []
     for champion in found.champions:
-        scope = "".join(f" --{key} {getattr(champion, key)}" for key in ("tenant", "region") if getattr(champion, key))
-        command = f"tunesmith rollout rollback {champion.name}{scope}"
+        scope = Scope(champion.tenant, champion.region)
+        command = f"tunesmith rollout rollback {champion.name}{scope.options()}"
         lines.append(f"{champion.name}@champion is withdrawn and no longer answers: {command}")
     kind, _, value = found.cause.partition(" ")
     if any(one.kind == "dataset" for one in found.reached):

@@ -7,6 +7,8 @@ from typing import Any
 from sqlalchemy import select
 
 from tunesmith.core.errors import UsageError
+from tunesmith.core.scope import Scope
+from tunesmith.core.version_ref import VersionRef
 from tunesmith.core.view import View
 from tunesmith.project import Project
 from tunesmith.registry.versions import resolve
@@ -80,14 +82,13 @@ def start(
     *,
     actor: str | None = None,
     override: str | None = None,
-    tenant: str = "",
-    region: str = "",
+    scope: Scope = Scope(),
 ) -> RolloutView:
     """Start to move traffic to an approved version in the project's steps. The first version of a name serves at once.
 
     version: NAME@v3, an alias or the start of a digest. override: a reason to start without an approval.
     """
-    found = resolve(project.store, version, tenant=tenant, region=region)
+    found = resolve(project.store, version, scope=scope)
     rollout = controller.start(
         project.store,
         name=found.name,
@@ -95,8 +96,7 @@ def start(
         steps=project.settings.rollout.steps,
         actor=project.actor(actor),
         override=override,
-        tenant=tenant,
-        region=region,
+        scope=scope,
     )
     return view_of(project.store, rollout)
 
@@ -112,7 +112,7 @@ def status(store: Store, which: str | None = None) -> RolloutList:
 
 def visible_to(store: Store, user: User) -> RolloutList:
     """The rollouts of the user's tenant and region."""
-    seen = [one for one in list_rollouts(store) if user.speaks_for(one.tenant, one.region)]
+    seen = [one for one in list_rollouts(store) if user.scope.covers(one.scope)]
     return RolloutList(rollouts=tuple(view_of(store, rollout) for rollout in seen))
 
 
@@ -132,13 +132,9 @@ def abort(store: Store, which: str, *, reason: str, actor: str | None = None) ->
     return view_of(store, controller.abort(store, _number(store, which), actor=acting(store, actor), reason=reason))
 
 
-def rollback(
-    store: Store, name: str, *, reason: str, actor: str | None = None, tenant: str = "", region: str = ""
-) -> RolloutView:
+def rollback(store: Store, name: str, *, reason: str, actor: str | None = None, scope: Scope = Scope()) -> RolloutView:
     """Give a name's traffic back to the version that served before."""
-    undone = controller.rollback(
-        store, name=name, actor=acting(store, actor), reason=reason, tenant=tenant, region=region
-    )
+    undone = controller.rollback(store, name=name, actor=acting(store, actor), reason=reason, scope=scope)
     return view_of(store, undone)
 
 
@@ -171,7 +167,7 @@ def _arm(store: Store, digest: str) -> Arm | None:
         return None
     with database.reading(store.engine) as session:
         row = session.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
-        return Arm(version=f"{row.name}@v{row.number}" if row else "", digest=digest)
+        return Arm(version=str(VersionRef(row.name, row.number)) if row else "", digest=digest)
 
 
 def _number(store: Store, which: str) -> int:
@@ -180,7 +176,7 @@ def _number(store: Store, which: str) -> int:
         return int(which)
     live = list_rollouts(store, name=which, live=True)
     if len(live) != 1:
-        places = ", ".join(f"{one.id} (tenant {one.tenant!r}, region {one.region!r})" for one in live)
+        places = ", ".join(f"{one.id} ({one.scope})" for one in live)
         raise UsageError(
             f"{which[:80]!r} has {len(live)} live rollouts{': ' if places else ''}{places}",
             fix="name one by its number" if live else "tunesmith rollout status lists those that have ended",

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from tunesmith.core.errors import TunesmithError
+from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.registry.signing import keys
 from tunesmith.registry.versions import list_versions
@@ -73,14 +74,13 @@ def add_user(
     roles: list[str],
     *,
     actor: str | None = None,
-    tenant: str = "",
-    region: str = "",
+    scope: Scope = Scope(),
     public_key: Path | None = None,
 ) -> UserView:
     """Add a user. public_key: their own key as a PEM file; without one, a key pair is made when they first sign."""
     by = acting(store, actor)
     pem = public_key.read_bytes() if public_key is not None else None
-    user = identities.add_user(store, name, roles, actor=by, tenant=tenant, region=region)
+    user = identities.add_user(store, name, roles, actor=by, scope=scope)
     if pem is not None:
         user = keys.enrol_public_key(store, name, pem, actor=by)
     return _view(user)

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from tunesmith.core.errors import UsageError
+from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.registry import approvals, versions
 from tunesmith.registry.aliases import Alias, list_aliases
@@ -52,8 +53,7 @@ def register(
     actor: str | None = None,
     override: str | None = None,
     expires_at: str | None = None,
-    tenant: str = "",
-    region: str = "",
+    scope: Scope = Scope(),
 ) -> RegisteredVersion:
     """Sign a judged candidate and keep it as the next version of a name.
 
@@ -72,8 +72,7 @@ def register(
         name=name,
         verdict=digest,
         actor=acting(store, actor),
-        tenant=tenant,
-        region=region,
+        scope=scope,
         override=override,
         expires_at=expires_at,
     )
@@ -81,11 +80,11 @@ def register(
 
 
 def approve(
-    store: Store, version: str, *, reason: str = "", actor: str | None = None, tenant: str = "", region: str = ""
+    store: Store, version: str, *, reason: str = "", actor: str | None = None, scope: Scope = Scope()
 ) -> ApprovedVersion:
     """Verify a version and approve it with the actor's signature. The one who registered it may not approve it."""
     approver = acting(store, actor)
-    found = resolve(store, version, tenant=tenant, region=region)
+    found = resolve(store, version, scope=scope)
     request = approvals.prepare_approval(store, found, approver, reason)
     user = keys.ensure_key(store, approver)
     recorded = approvals.submit_approval(store, approvals.sign(request, keys.load_signing_key(store, user)))
@@ -106,21 +105,20 @@ def verify(
     trust: Path | None = None,
     base: Path | None = None,
     lineage_only: bool = False,
-    tenant: str = "",
-    region: str = "",
+    scope: Scope = Scope(),
 ) -> Verification:
     """Recompute the digests and signatures of a version and of everything that it was made from.
 
     NAME@v3 is verified from files alone, without the database. trust: a list of trusted keys in place of the store's.
     base: the base model's folder, verified too. lineage_only: do not look at the rest of the store.
     """
-    label = version if "@v" in version else resolve(store, version, tenant=tenant, region=region).label
+    label = version if "@v" in version else resolve(store, version, scope=scope).label
     return versions.verify_version(store.root, label, trust=trust, base_folder=base, whole_store=not lineage_only)
 
 
-def show(store: Store, what: str, *, tenant: str = "", region: str = "") -> Node:
+def show(store: Store, what: str, *, scope: Scope = Scope()) -> Node:
     """The lineage of a version or of any record, named by the start of its digest."""
-    digest = resolve(store, what, tenant=tenant, region=region).digest if "@" in what else store.find_record(what)
+    digest = resolve(store, what, scope=scope).digest if "@" in what else store.find_record(what)
     return tree(store, digest)
 
 

@@ -1,30 +1,27 @@
-"""The audit log: a hash chain in the database, its newest link also kept in a file, so that a cut tail shows.
+"""The audit log: a hash chain in the database. The newest entry is also kept in a row of its own, the head.
 
-Someone who can write both the database and the file can write a whole new chain. What they cannot change is a head that
-was kept elsewhere: the registry signs the newest head into every version and approval, and `audit verify --head` takes
-one that a person wrote down.
+A changed, missing or reordered entry breaks the chain, and a log that was cut does not reach its head. Somebody who can
+write the whole database can write a new chain and a new head. They cannot change a head that was kept elsewhere: the
+registry signs the newest head into every version and approval, and `audit verify --head` takes one that a person wrote
+down.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from sqlalchemy import select
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import stamp
-from tunesmith.core.digests import canonical, digest_of
+from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.files import write_atomic
-from tunesmith.store.tables import AuditRow
+from tunesmith.store.tables import AuditHeadRow, AuditRow
 
 GENESIS = digest_of("tunesmith audit log")
-_HEAD_FILE = "audit-head.json"
+_ONLY_ROW = 1
 
 
 class Head(BaseModel):
@@ -37,7 +34,7 @@ class Head(BaseModel):
 
 
 class Pin(BaseModel):
-    """A head that something outside the log bears witness to. witness: what messages call it."""
+    """A head that was kept outside the log. witness: what messages call the place."""
 
     witness: str
     head: Head
@@ -58,7 +55,21 @@ def append(session: Session, *, actor: str, action: str, subject: str, detail: M
     row.digest = _digest(row)
     session.add(row)
     session.flush()
+    _move_head(session, previous, Head(seq=row.seq, digest=row.digest))
     return Head(seq=row.seq, digest=row.digest)
+
+
+def _move_head(session: Session, before: Head, after: Head) -> None:
+    """Move the head from one entry to the next.
+
+    A head that names another entry stays as it is: moving it would hide from `verify` that the log was cut.
+    """
+    if before.seq == 0 and session.get(AuditHeadRow, _ONLY_ROW) is None:
+        session.add(AuditHeadRow(id=_ONLY_ROW, **after.model_dump()))
+        session.flush()
+        return
+    here = AuditHeadRow.seq == before.seq, AuditHeadRow.digest == before.digest
+    session.execute(update(AuditHeadRow).where(*here).values(**after.model_dump()))
 
 
 def newest(session: Session) -> Head:
@@ -67,39 +78,15 @@ def newest(session: Session) -> Head:
     return Head(seq=found[0], digest=found[1]) if found else Head(seq=0, digest=GENESIS)
 
 
-def write_head(root: Path, head: Head) -> None:
-    """Keep the newest link outside the database. A crash before this leaves an older head, which is not an error.
-
-    Raises TunesmithError where the file cannot be written; the change itself is committed by then.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        # Two writers that committed in one order may arrive here in the other: the head must never go back.
-        with (root / f".{_HEAD_FILE}.lock").open("a") as turn:
-            fcntl.flock(turn, fcntl.LOCK_EX)
-            try:
-                current = _read_head(root)
-            except _Unreadable:
-                return  # writing over it would hide what `verify` must report
-            if current is None or current.seq < head.seq:
-                write_atomic(root / _HEAD_FILE, canonical(head.model_dump()))
-    except OSError as error:
-        raise TunesmithError(
-            f"entry {head.seq} of the audit log is committed, but its head could not be kept beside it: {error}",
-            where=str(root / _HEAD_FILE),
-            fix="free space or restore access; the next change writes the head again",
-        ) from error
-
-
 def entries(session: Session) -> list[AuditRow]:
     """All entries, oldest first."""
     return list(session.scalars(select(AuditRow).order_by(AuditRow.seq)))
 
 
-def verify(session: Session, root: Path, pins: Iterable[Pin] = ()) -> list[str]:
-    """What is wrong with the log, in sentences; empty where the chain is whole and reaches every head known elsewhere.
+def verify(session: Session, pins: Iterable[Pin] = ()) -> list[str]:
+    """What is wrong with the log, in sentences; empty where the chain is whole and holds every head kept elsewhere.
 
-    pins: heads beside the one in the file. A head that the chain does not hold means a cut tail or a rewritten past.
+    pins: heads beside the log's own. A head that the chain does not hold means a cut tail or a rewritten past.
     """
     problems: list[str] = []
     digests = {0: GENESIS}
@@ -111,22 +98,16 @@ def verify(session: Session, root: Path, pins: Iterable[Pin] = ()) -> list[str]:
             digests[row.seq] = row.digest
     except ValueError as error:
         problems.append(f"an entry after {previous.seq} cannot be read: {error}")
-    witnesses = list(pins)
-    try:
-        kept = _read_head(root)
-        if kept is not None:
-            witnesses.append(Pin(witness=_HEAD_FILE, head=kept))
-        elif len(digests) > 1:
-            problems.append(f"{_HEAD_FILE} is missing, so a cut tail would not show")
-    except _Unreadable as error:
-        problems.append(f"{_HEAD_FILE} cannot be read: {error}")
-    for pin in witnesses:
+    kept = session.get(AuditHeadRow, _ONLY_ROW)
+    if kept is not None:
+        pins = [Pin(witness="the log's head", head=Head(seq=kept.seq, digest=kept.digest)), *pins]
+    elif len(digests) > 1:
+        problems.append("the log's head is missing, so a cut tail would not show")
+    for pin in pins:
         if pin.head.seq not in digests:
-            problems.append(f"entry {pin.head.seq}, which {pin.witness} bears witness to, is missing: the tail was cut")
+            problems.append(f"entry {pin.head.seq}, which {pin.witness} names, is missing: the tail was cut")
         elif digests[pin.head.seq] != pin.head.digest:
-            problems.append(
-                f"entry {pin.head.seq} is not the one {pin.witness} bears witness to: the log was rewritten"
-            )
+            problems.append(f"entry {pin.head.seq} is not the one that {pin.witness} names: the log was rewritten")
     return problems
 
 
@@ -148,17 +129,3 @@ def _link_problems(row: AuditRow, previous: Head) -> list[str]:
 def _digest(row: AuditRow) -> str:
     fields = ("seq", "at", "actor", "action", "subject", "detail", "previous")
     return digest_of({field: getattr(row, field) for field in fields})
-
-
-def _read_head(root: Path) -> Head | None:
-    path = root / _HEAD_FILE
-    try:
-        return Head.model_validate(json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError, ValueError, RecursionError) as error:
-        raise _Unreadable(type(error).__name__) from error
-
-
-class _Unreadable(Exception):
-    pass

@@ -8,7 +8,6 @@ the command line; over HTTP a token does. What must hold against someone who can
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import hmac
 import os
@@ -24,8 +23,9 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.names import check_name
+from tunesmith.core.scope import Scope
 from tunesmith.store import database
-from tunesmith.store.names import check_name, check_scope
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, UserRow
 from tunesmith.store.trust import TrustedKey, write_trust
@@ -81,9 +81,10 @@ class User(BaseModel):
         """Whether a role of theirs permits an action now."""
         return self.active and not ACTIONS.get(action, frozenset()).isdisjoint(self.roles)
 
-    def speaks_for(self, tenant: str, region: str) -> bool:
-        """Whether a tenant and region are within their scope."""
-        return self.tenant in ("", tenant) and self.region in ("", region)
+    @property
+    def scope(self) -> Scope:
+        """What they may act for."""
+        return Scope(self.tenant, self.region)
 
 
 # Who acts
@@ -115,8 +116,8 @@ def ensure_owner(store: Store) -> User:
     return ensure_owner(store)
 
 
-def require(where: Store | Session, user: str, action: str, *, tenant: str = "", region: str = "") -> User:
-    """The user, if they may do this now, for this tenant and region. Raises Refused otherwise.
+def require(where: Store | Session, user: str, action: str, *, scope: Scope = Scope()) -> User:
+    """The user, if they may do this now, in this scope. Raises Refused otherwise.
 
     where: a session decides inside the caller's transaction, so that a role taken away meanwhile counts.
     """
@@ -136,11 +137,9 @@ def require(where: Store | Session, user: str, action: str, *, tenant: str = "",
             where=action,
             fix="act as a user who may (--as), or have an admin change their roles",
         )
-    if not found.speaks_for(tenant, region):
-        scope = "/".join(part or "*" for part in (found.tenant, found.region))
-        raise Refused(
-            f"{user} may act only within {scope}", where=action, fix="act as a user of that tenant and region"
-        )
+    if not found.scope.covers(scope):
+        own = "/".join(part or "*" for part in (found.tenant, found.region))
+        raise Refused(f"{user} may act only within {own}", where=action, fix="act as a user of that tenant and region")
     return found
 
 
@@ -162,16 +161,14 @@ def list_users(where: Store | Session) -> list[User]:
 # Changes
 
 
-def add_user(store: Store, name: str, roles: Iterable[str], *, actor: str, tenant: str = "", region: str = "") -> User:
+def add_user(store: Store, name: str, roles: Iterable[str], *, actor: str, scope: Scope = Scope()) -> User:
     """Add a user. Raises UsageError for a bad name, role or one that is there, Refused where actor may not."""
     check_name(name, "user name")
-    check_scope(tenant, "tenant")
-    check_scope(region, "region")
     given = _roles(roles)
     with _changing(store, actor, "user.add", name) as (session, detail):
         if session.get(UserRow, name) is not None:
             raise UsageError(f"there is already a user {name}", fix="tunesmith users roles changes theirs")
-        row = UserRow(name=name, roles=list(given), public_key="", tenant=tenant, region=region, active=True)
+        row = UserRow(name=name, roles=list(given), public_key="", **scope.fields(), active=True)
         session.add(row)
         detail["user"] = state(row)
     return get_user(store, name)
@@ -268,12 +265,10 @@ def trusted_keys(where: Store | Session) -> tuple[TrustedKey, ...]:
 
 
 def publish_trust(store: Store) -> None:
-    """Write the store's list of trusted keys as its users stand now."""
-    store.root.mkdir(parents=True, exist_ok=True)
-    # Whoever takes the turn last reads the newest users: the file never goes back to an older list.
-    with (store.root / ".trust.lock").open("a") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        write_trust(store.root, trusted_keys(store))
+    """Write the store's list of trusted keys from its users."""
+    # Writers of the database take turns, so the list never goes back to older users.
+    with database.writing(store.engine) as session:
+        write_trust(store.blobs, trusted_keys(session))
 
 
 def state(row: UserRow) -> dict[str, Any]:

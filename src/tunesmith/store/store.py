@@ -1,17 +1,17 @@
-"""The store: blobs and records on disk under their digests, and the database beside them.
+"""The store: blobs, records and version folders under keys, and the database beside them.
 
-Layout under the root: `blobs/ab/<hex>`, `records/ab/<hex>.json`, `tunesmith.db`, `audit-head.json`; other folders
-(`versions/`, `keys/`, `trust/`, `work/`) belong to the floors above. Everything but `work/` and `keys/` may be copied
-to another path and verified there.
+Keys: `blobs/ab/<hex>`, `records/ab/<hex>.json`, `versions/NAME/vN/<file>`, `trust/<file>`, `cases/<request>.json`.
+They are in a BlobStore, by default the folder `root`. The database is `root/tunesmith.db` by default. What belongs to
+this machine only (work folders, private keys, where bases were found) is in folders that `local` names.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,27 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_bytes, digest_file, is_digest, short
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.files import sync_folder, write_atomic
-from tunesmith.store import audit, database
+from tunesmith.core.files import copy_durably
+from tunesmith.core.version_ref import VersionRef
+from tunesmith.store import audit, database, locks
+from tunesmith.store.blobs import BlobStore
+from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.records import Record, decode
 from tunesmith.store.tables import EdgeRow, MemoRow, RecordRow
 
+# The file that makes a version's folder complete: it is written last.
+RELEASE = "release.json"
+
 
 class Store:
-    """Everything one installation remembers. Cheap to make; the database opens on first use."""
+    """Everything that one installation keeps. Cheap to create; the database opens on first use.
+
+    root: a local folder. url: the database's SQLAlchemy URL; by default $TUNESMITH_DATABASE_URL, else SQLite in root.
+    """
 
     def __init__(self, root: Path, url: str | None = None) -> None:
         self.root = root
+        self.blobs: BlobStore = LocalBlobs(root)
         self._url = url or os.environ.get("TUNESMITH_DATABASE_URL") or f"sqlite:///{root.absolute() / 'tunesmith.db'}"
 
     @cached_property
@@ -41,52 +51,55 @@ class Store:
         self.root.mkdir(parents=True, exist_ok=True)
         return database.connect(self._url)
 
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Whether a folder holds a store."""
+        return (folder / "records").is_dir()
+
+    def local(self, *parts: str) -> Path:
+        """A path for what belongs to this machine only: `work`, `keys`, `bases`. Work folders may be deleted."""
+        return self.root.joinpath(*parts)
+
+    def lock(self, name: str, purpose: str) -> AbstractContextManager[None]:
+        """Hold a lock between processes. Raises TunesmithError at once where another holds it."""
+        return locks.lock(self.engine, name, purpose)
+
     # Blobs
 
     def blob_path(self, digest: str) -> Path:
-        """Where the blob lies. Raises UsageError for what is not a digest, Refused where the file is missing."""
-        path = self.root / "blobs" / _place(digest)
-        if not path.is_file():
+        """A local file with the blob's bytes. Raises Refused where it is missing, UsageError for no digest."""
+        key = _blob_key(digest)
+        path = self.blobs.path(key)
+        if not self.blobs.exists(key):
             raise Refused(f"blob {short(digest)} is missing from the store", where=str(path), fix="restore the file")
         return path
 
     def put_bytes(self, data: bytes) -> str:
         """Keep bytes; returns their digest."""
         digest = digest_bytes(data)
-        path = self.root / "blobs" / _place(digest)
-        if not path.exists():
-            write_atomic(path, data, mode=0o444)
+        key = _blob_key(digest)
+        if not self.blobs.exists(key):
+            self.blobs.put(key, data)
         return digest
 
     def put_file(self, source: Path) -> str:
         """Copy a file in; returns the digest of the bytes that were copied, even if the source changes meanwhile."""
-        folder = self.root / "blobs"
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".writing-")
-        try:
-            with os.fdopen(handle, "wb") as target, source.open("rb") as stream:
-                shutil.copyfileobj(stream, target, 1 << 20)
-                target.flush()
-                os.fsync(target.fileno())
-            digest = digest_file(Path(name))
-            path = folder / _place(digest)
-            path.parent.mkdir(exist_ok=True)
-            os.chmod(name, 0o444)
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-            raise
-        sync_folder(path.parent)
+        work = self.local("work")
+        work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=work, prefix="incoming-") as folder:
+            copy = Path(folder) / "blob"
+            copy_durably(source, copy)
+            digest = digest_file(copy)
+            self.blobs.put_file(_blob_key(digest), copy)
         return digest
 
     def read_blob(self, digest: str) -> bytes:
-        """The blob's bytes, held against its name. Raises Refused where they differ."""
+        """The blob's bytes, compared with its digest. Raises Refused where they differ."""
         path = self.blob_path(digest)
-        data = path.read_bytes()
+        data = self.blobs.get(_blob_key(digest))
         if digest_bytes(data) != digest:
             raise Refused(
-                f"blob {short(digest)} does not hold the bytes its name promises",
+                f"the bytes of blob {short(digest)} do not have that digest",
                 where=str(path),
                 fix="restore the file from a backup",
             )
@@ -95,20 +108,24 @@ class Store:
     # Records
 
     def record_path(self, digest: str) -> Path:
-        """Where the record lies (whether or not it is there)."""
-        return self.root / "records" / f"{_place(digest)}.json"
+        """A local file with the record's bytes, whether or not the record exists."""
+        return self.blobs.path(_record_key(digest))
+
+    def has_record(self, digest: str) -> bool:
+        """Whether the store holds a record."""
+        return self.blobs.exists(_record_key(digest))
 
     def put_record(self, record: Record, session: Session | None = None) -> str:
-        """Keep a record and index it; returns its digest. Its parents and blobs must be there already.
+        """Keep a record and index it; returns its digest. Its parents and blobs must be in the store already.
 
         session: index it inside the caller's write transaction, with what else happens there.
         """
         for parent in record.parents.values():
-            if not self.record_path(parent).is_file():
+            if not self.has_record(parent):
                 raise Refused(f"parent record {short(parent)} is not in the store", where=f"{record.kind} record")
         for blob in record.blobs.values():
             self.blob_path(blob)
-        write_atomic(self.record_path(record.digest), record.encoded, mode=0o444)
+        self.blobs.put(_record_key(record.digest), record.encoded)
         if session is not None:
             _index(session, record)
         else:
@@ -117,24 +134,27 @@ class Store:
         return record.digest
 
     def record(self, digest: str, kind: str | None = None) -> Record:
-        """Read a record, held against its name and, where given, its kind."""
-        path = self.record_path(digest)
-        if not path.is_file():
-            raise Refused(f"record {short(digest)} is not in the store", where=str(path), fix="restore the file")
-        record = decode(path.read_bytes(), digest, str(path))
+        """Read a record, compared with its digest and, where given, its kind."""
+        where = str(self.record_path(digest))
+        try:
+            data = self.blobs.get(_record_key(digest))
+        except FileNotFoundError:
+            raise Refused(f"record {short(digest)} is not in the store", where=where, fix="restore the file") from None
+        record = decode(data, digest, where)
         if kind is not None and record.kind != kind:
             raise UsageError(f"record {short(digest)} is a {record.kind}, not a {kind}")
         return record
 
     def find_record(self, prefix: str) -> str:
-        """The one record whose hex digest starts with prefix (`sha256:` may stand before it)."""
+        """The one record whose hex digest starts with prefix, with or without `sha256:`."""
         prefix = prefix.removeprefix("sha256:").lower()
         if len(prefix) < 4 or any(letter not in "0123456789abcdef" for letter in prefix):
             raise UsageError(f"{prefix!r} is not the start of a digest", fix="give at least 4 hex digits")
-        found = [path.stem for path in (self.root / "records" / prefix[:2]).glob(f"{prefix}*.json")]
+        folder = f"records/{prefix[:2]}/"
+        found = [digest for key in self.blobs.keys(folder) if (digest := _digest_of_key(key))[7:].startswith(prefix)]
         if len(found) != 1:
             raise UsageError(f"{len(found)} records start with {prefix}", fix="give more digits" if found else None)
-        return "sha256:" + found[0]
+        return found[0]
 
     def children(self, digest: str) -> list[tuple[str, str, str]]:
         """(role, kind, digest) of every record that names this one as a parent."""
@@ -153,13 +173,42 @@ class Store:
             query = select(RecordRow.digest).where(RecordRow.kind == kind)
             return list(session.scalars(query.order_by(RecordRow.created_at, RecordRow.digest)))
 
-    # What a stage gave before
+    # Version folders
+
+    def version_folder(self, ref: VersionRef) -> Path:
+        """A local folder with a version's files, for reading."""
+        return self.blobs.folder(_version_key(ref))
+
+    def put_version(self, ref: VersionRef, folder: Path) -> None:
+        """Move the files of a finished folder in. A folder that a stopped process left incomplete is replaced."""
+        self.drop_version(ref)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == RELEASE):  # the release last
+            self.blobs.put_file(_version_key(ref) + path.name, path)
+
+    def drop_version(self, ref: VersionRef) -> None:
+        """Remove a version's files, its release first, so that no incomplete folder looks complete."""
+        keys = list(self.blobs.keys(_version_key(ref)))
+        for key in sorted(keys, key=lambda key: not key.endswith(f"/{RELEASE}")):
+            self.blobs.delete(key)
+
+    def version_folders(self, name: str = "") -> list[VersionRef]:
+        """The versions whose folder is complete, registered or not: of one name, or of all."""
+        prefix = f"versions/{name}/" if name else "versions/"
+        found = []
+        for key in self.blobs.keys(prefix):
+            parts = key.split("/")
+            if len(parts) == 4 and parts[3] == RELEASE:
+                with contextlib.suppress(UsageError):  # a folder that the store did not make
+                    found.append(VersionRef.parse(f"{parts[1]}@{parts[2]}"))
+        return found
+
+    # Memos: what a stage gave for the same inputs
 
     def recall_memo(self, key: str) -> str | None:
         """The record that was kept for a stage's key, if its file is still there."""
         with database.reading(self.engine) as session:
             digest = session.scalar(select(MemoRow.digest).where(MemoRow.key == key))
-        return digest if digest is not None and self.record_path(digest).is_file() else None
+        return digest if digest is not None and self.has_record(digest) else None
 
     def keep_memo(self, key: str, digest: str) -> None:
         """Remember which record a stage gave for a key."""
@@ -177,16 +226,16 @@ class Store:
         """
         with database.writing(self.engine) as session:
             yield session
-            head = audit.append(session, actor=actor, action=action, subject=subject, detail=detail)
-        audit.write_head(self.root, head)
+            audit.append(session, actor=actor, action=action, subject=subject, detail=detail)
 
     def reindex(self) -> int:
-        """Rebuild the index of records from the files; returns how many there are."""
-        paths = sorted((self.root / "records").glob("??/*.json"))
+        """Rebuild the index of records from the records themselves; returns how many there are."""
+        keys = list(self.blobs.keys("records/"))
         with database.writing(self.engine) as session:
-            for path in paths:
-                _index(session, decode(path.read_bytes(), "sha256:" + path.stem, str(path)))
-        return len(paths)
+            for key in keys:
+                where = str(self.blobs.path(key))
+                _index(session, decode(self.blobs.get(key), _digest_of_key(key), where))
+        return len(keys)
 
 
 def _index(session: Session, record: Record) -> None:
@@ -196,8 +245,23 @@ def _index(session: Session, record: Record) -> None:
     session.add_all(EdgeRow(child=record.digest, role=role, parent=parent) for role, parent in record.parents.items())
 
 
-def _place(digest: str) -> str:
+def _blob_key(digest: str) -> str:
+    return f"blobs/{_hex(digest)[:2]}/{_hex(digest)}"
+
+
+def _record_key(digest: str) -> str:
+    return f"records/{_hex(digest)[:2]}/{_hex(digest)}.json"
+
+
+def _version_key(ref: VersionRef) -> str:
+    return f"versions/{ref.name}/v{ref.number}/"
+
+
+def _digest_of_key(key: str) -> str:
+    return "sha256:" + key.rsplit("/", 1)[-1].removesuffix(".json")
+
+
+def _hex(digest: str) -> str:
     if not is_digest(digest):
         raise UsageError(f"{digest[:80]!r} is not a digest", fix="a digest is sha256: and 64 hex digits")
-    hexadecimal = digest.removeprefix("sha256:")
-    return f"{hexadecimal[:2]}/{hexadecimal}"
+    return digest.removeprefix("sha256:")

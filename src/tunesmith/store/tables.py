@@ -57,6 +57,28 @@ class AuditRow(Table):
     digest: Mapped[str] = mapped_column(String(71))
 
 
+class AuditHeadRow(Table):
+    """The newest entry of the audit log, in one row: a log whose tail was cut no longer reaches it."""
+
+    __tablename__ = "audit_head"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    seq: Mapped[int] = mapped_column(Integer)
+    digest: Mapped[str] = mapped_column(String(71))
+
+
+class LockRow(Table):
+    """A lock between processes. until: when the lease runs out, in seconds since 1970; started: the process's start."""
+
+    __tablename__ = "locks"
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)
+    owner: Mapped[str] = mapped_column(String(32))
+    purpose: Mapped[str] = mapped_column(String(256))
+    host: Mapped[str] = mapped_column(String(256))
+    pid: Mapped[int] = mapped_column(Integer)
+    started: Mapped[float] = mapped_column(Float)
+    until: Mapped[float] = mapped_column(Float)
+
+
 class UserRow(Table):
     """A person or a service. public_key is PEM; token_digest is the SHA-256 of a random 256-bit token.
 

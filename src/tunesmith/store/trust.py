@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused
-from tunesmith.core.files import write_atomic
+from tunesmith.core.scope import Scope
+from tunesmith.store.blobs import BlobStore
 
-TRUST_FILE = Path("trust") / "keys.json"
+TRUST_KEY = "trust/keys.json"
 
 
 class TrustedKey(BaseModel):
@@ -42,9 +43,10 @@ class TrustedKey(BaseModel):
             raise ValueError(f"the fingerprint of {self.user}'s key is not that of the key beside it")
         return self
 
-    def speaks_for(self, tenant: str, region: str) -> bool:
-        """Whether its owner's scope covers a tenant and region."""
-        return self.tenant in ("", tenant) and self.region in ("", region)
+    @property
+    def scope(self) -> Scope:
+        """What its owner may act for."""
+        return Scope(self.tenant, self.region)
 
 
 def read_trust(path: Path) -> tuple[TrustedKey, ...]:
@@ -67,16 +69,16 @@ def read_trust(path: Path) -> tuple[TrustedKey, ...]:
     return keys
 
 
-def write_trust(root: Path, keys: Iterable[TrustedKey]) -> None:
+def write_trust(blobs: BlobStore, keys: Iterable[TrustedKey]) -> None:
     """Write the list, and each active key as `trust/USER.pem` for tools that read PEM (model_signing, openssl)."""
     listed = sorted(keys, key=lambda key: key.user)
-    write_atomic(root / TRUST_FILE, canonical([key.model_dump(mode="json") for key in listed]))
+    blobs.put(TRUST_KEY, canonical([key.model_dump(mode="json") for key in listed]))
     for key in listed:
-        pem = root / TRUST_FILE.parent / f"{key.user}.pem"
+        pem = f"trust/{key.user}.pem"
         if key.active:
-            write_atomic(pem, key.public_key.encode())
+            blobs.put(pem, key.public_key.encode())
         else:
-            pem.unlink(missing_ok=True)
+            blobs.delete(pem)
 
 
 def find_key(keys: Iterable[TrustedKey], fingerprint: str) -> TrustedKey | None:

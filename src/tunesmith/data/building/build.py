@@ -75,7 +75,7 @@ def build_dataset(
     checked = count_tokens is not None and max_tokens is not None
     outside = read_outside(settings, root, answer_schema)
     special = tuple(filter(None, special_tokens))
-    folder = work or store.root / "work" / "build"
+    folder = work or store.local("work", "build")
     with contextlib.ExitStack() as undo:
         folder.mkdir(parents=True, exist_ok=True)
         planned = plan(settings, root, folder, undo)

@@ -150,9 +150,9 @@ def check_approver(version: Version, signer: TrustedKey, approver: TrustedKey) -
             where=version.label,
             fix="have a user with the role approver do it",
         )
-    if not approver.speaks_for(version.tenant, version.region):
+    if not approver.scope.covers(version.scope):
         raise Untrusted(
-            f"{approver.user} does not speak for tenant {version.tenant!r}, region {version.region!r}",
+            f"{approver.user} does not speak for {version.scope}",
             where=version.label,
             fix="have an approver of that tenant and region do it",
         )

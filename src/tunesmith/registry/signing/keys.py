@@ -18,16 +18,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import sync_folder, write_atomic
+from tunesmith.core.names import check_name
 from tunesmith.store import identities
 from tunesmith.store.identities import User
-from tunesmith.store.names import check_name
 from tunesmith.store.store import Store
 
 
 def keys_folder(store: Store) -> Path:
     """Where private keys are looked for."""
     given = os.environ.get("TUNESMITH_KEYS")
-    return Path(given) if given else store.root / "keys"
+    return Path(given) if given else store.local("keys")
 
 
 def private_key_path(store: Store, user: str) -> Path:

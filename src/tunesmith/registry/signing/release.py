@@ -7,7 +7,6 @@ what was signed, what was approved and what the lineage names are one thing.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,12 +18,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from tunesmith.core.clock import now
 from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.names import check_name
+from tunesmith.core.scope import Scope
+from tunesmith.core.version_ref import VersionRef
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, check_model_file, read_adapter_file
 from tunesmith.registry.licence_duties import NOTICE
 from tunesmith.registry.signing.signatures import RELEASE, SIGNATURE, Expired, Untrusted, verify_signature
 from tunesmith.store.audit import Head
 from tunesmith.store.identities import ACTIONS
-from tunesmith.store.names import check_name, check_scope
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.trust import TrustedKey
@@ -32,7 +33,6 @@ from tunesmith.store.trust import TrustedKey
 ADAPTER_FILES = frozenset((CONFIG_FILE, ADAPTER_FILE))
 _WHOLE_FILES = frozenset((MODEL_FILE,))
 _PARENTS = frozenset(("candidate", "evaluation", "verdict"))
-_LABEL = re.compile(r"(?P<name>[^@]+)@v(?P<number>[1-9][0-9]{0,8})")
 _FIX = "restore the version's folder from where it was signed, or register it again"
 
 
@@ -58,7 +58,7 @@ def _named(text: str) -> str:
 Digest = Annotated[str, AfterValidator(_digest)]
 Time = Annotated[str, AfterValidator(_time)]
 Name = Annotated[str, AfterValidator(_named)]
-Scope = Annotated[str, AfterValidator(lambda text: text and _named(text))]
+ScopeName = Annotated[str, AfterValidator(lambda text: text and _named(text))]
 CANARIES = "trained with canaries"  # a mark of a version
 
 
@@ -75,8 +75,8 @@ class Statement(BaseModel):
 
     name: Name
     number: Annotated[int, Field(ge=1)]
-    tenant: Scope
-    region: Scope
+    tenant: ScopeName
+    region: ScopeName
     base: Digest
     fingerprint: str
     signer: Name
@@ -111,9 +111,19 @@ class Version(BaseModel):
     marks: tuple[str, ...] = ()
 
     @property
+    def ref(self) -> VersionRef:
+        """Its name and number."""
+        return VersionRef(self.name, self.number)
+
+    @property
     def label(self) -> str:
         """`name@v3`."""
-        return f"{self.name}@v{self.number}"
+        return str(self.ref)
+
+    @property
+    def scope(self) -> Scope:
+        """For whom it is."""
+        return Scope(self.tenant, self.region)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,19 +139,6 @@ class Release:
 def has_weights(record: Record) -> bool:
     """Whether a version's record has weights of its own, an adapter's or whole ones."""
     return record.blobs.keys() >= ADAPTER_FILES or record.blobs.keys() >= _WHOLE_FILES
-
-
-def parse_label(label: str) -> tuple[str, int]:
-    """`name@v3` -> (name, 3). Raises UsageError for anything else."""
-    match = _LABEL.fullmatch(label)
-    if match is None:
-        raise UsageError(f"{label[:80]!r} is not a version", fix="write NAME@vNUMBER, such as home-intents@v1")
-    return check_name(match["name"], "version name"), int(match["number"])
-
-
-def version_folder(root: Path, name: str, number: int) -> Path:
-    """Where a version's files lie under a store's root."""
-    return root / "versions" / check_name(name, "version name") / f"v{number}"
 
 
 def read_version(record: Record, where: str) -> tuple[Version, Statement]:
@@ -201,9 +198,9 @@ def check_signer(version: Version, key: TrustedKey, where: str | None = None) ->
             where=where,
             fix="register it as a user with the role engineer",
         )
-    if not key.speaks_for(version.tenant, version.region):
+    if not key.scope.covers(version.scope):
         raise Untrusted(
-            f"{key.user}'s key does not speak for tenant {version.tenant!r}, region {version.region!r}",
+            f"{key.user}'s key does not speak for {version.scope}",
             where=where,
             fix="register it as a user of that tenant and region",
         )
@@ -286,12 +283,6 @@ def weight_blobs(records: Mapping[str, Record], candidate: str) -> dict[str, str
     if blobs.keys() not in (ADAPTER_FILES, _WHOLE_FILES):
         raise Refused("the training has neither an adapter nor whole weights", where=where, fix="train again")
     return blobs
-
-
-def check_scopes(tenant: str, region: str) -> None:
-    """Raises UsageError for a tenant or region that is not a name."""
-    check_scope(tenant, "tenant")
-    check_scope(region, "region")
 
 
 def _read_record(path: Path) -> Record:

@@ -33,6 +33,24 @@ def upgrade() -> None:
     op.create_index(op.f("ix_audit_action"), "audit", ["action"], unique=False)
     op.create_index(op.f("ix_audit_subject"), "audit", ["subject"], unique=False)
     op.create_table(
+        "audit_head",
+        sa.Column("id", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("seq", sa.Integer(), nullable=False),
+        sa.Column("digest", sa.String(length=71), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_table(
+        "locks",
+        sa.Column("name", sa.String(length=128), nullable=False),
+        sa.Column("owner", sa.String(length=32), nullable=False),
+        sa.Column("purpose", sa.String(length=256), nullable=False),
+        sa.Column("host", sa.String(length=256), nullable=False),
+        sa.Column("pid", sa.Integer(), nullable=False),
+        sa.Column("started", sa.Float(), nullable=False),
+        sa.Column("until", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("name"),
+    )
+    op.create_table(
         "edges",
         sa.Column("child", sa.String(length=71), nullable=False),
         sa.Column("role", sa.String(length=128), nullable=False),

@@ -16,8 +16,3 @@ def check_name(text: str, what: str) -> str:
     if not _NAME.fullmatch(text) or ".." in text:
         raise UsageError(f"{text[:80]!r} is not a {what}", fix=_RULE)
     return text
-
-
-def check_scope(text: str, what: str) -> str:
-    """A tenant or region: a name, or "" where the project has none."""
-    return text and check_name(text, what)

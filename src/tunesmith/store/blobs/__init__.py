@@ -1,0 +1,47 @@
+"""Where blobs, records and version folders are kept: the interface, and the local folder behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+
+class BlobStore(Protocol):
+    """Objects under keys such as `blobs/ab/HEX` or `versions/NAME/v1/release.json`.
+
+    An object is written whole or not at all, and a write that returned survives a power cut. Nothing else is promised:
+    no rename, no link and no lock, so that a store of objects over a network can implement it.
+    """
+
+    def put(self, key: str, data: bytes, *, private: bool = False) -> None:
+        """Write an object, in place of one that is there. private: only this user may read it."""
+        ...
+
+    def put_file(self, key: str, source: Path) -> None:
+        """Write an object from a local file without reading it into memory. The file is used up."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """An object's bytes. Raises FileNotFoundError."""
+        ...
+
+    def path(self, key: str) -> Path:
+        """A local file with an object's bytes, for reading. It need not exist where the object does not."""
+        ...
+
+    def folder(self, prefix: str) -> Path:
+        """A local folder with the objects under a prefix, for reading."""
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object under a key."""
+        ...
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """Keys that begin with a prefix, which ends in `/`, in alphabetical order."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object. One that is not there is no error."""
+        ...

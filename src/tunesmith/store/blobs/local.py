@@ -1,0 +1,56 @@
+"""Blobs in a local folder: a key is a path under its root."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from tunesmith.core.files import sync_folder, write_atomic
+
+READ_ONLY = 0o444
+_PRIVATE = 0o600
+
+
+class LocalBlobs:
+    """Implements BlobStore. Files are read-only, so that nobody edits one by accident."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def put(self, key: str, data: bytes, *, private: bool = False) -> None:
+        """Write an object, in place of one that is there."""
+        write_atomic(self.path(key), data, mode=_PRIVATE if private else READ_ONLY)
+
+    def put_file(self, key: str, source: Path) -> None:
+        """Move a file on the same disk in. The caller has synced its bytes."""
+        path = self.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.chmod(source, READ_ONLY)
+        os.replace(source, path)
+        sync_folder(path.parent)
+
+    def get(self, key: str) -> bytes:
+        """An object's bytes. Raises FileNotFoundError."""
+        return self.path(key).read_bytes()
+
+    def path(self, key: str) -> Path:
+        """The object's own file."""
+        return self._root / key
+
+    def folder(self, prefix: str) -> Path:
+        """The folder itself."""
+        return self._root / prefix
+
+    def exists(self, key: str) -> bool:
+        """Whether there is a file under a key."""
+        return self.path(key).is_file()
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """Keys under a prefix. Links and devices are listed as they are: who reads one must check it."""
+        found = (path for path in self.folder(prefix).rglob("*") if path.is_symlink() or not path.is_dir())
+        yield from sorted(path.relative_to(self._root).as_posix() for path in found)
+
+    def delete(self, key: str) -> None:
+        """Remove a file. Its folder stays, since another process may be about to write there."""
+        self.path(key).unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""Locks between processes: rows of the database, so that no shared folder is needed.
+
+A lock is a lease. Its owner renews it while it works. A lock whose owner is gone is taken over: on the same machine as
+soon as the owner's process has ended, from another machine when the lease has run out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+import psutil
+from sqlalchemy import Engine, delete, update
+from sqlalchemy.orm import Session
+
+from tunesmith.core.errors import TunesmithError
+from tunesmith.store import database
+from tunesmith.store.tables import LockRow
+
+LEASE_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def lock(engine: Engine, name: str, purpose: str) -> Iterator[None]:
+    """Hold the lock of a name. Raises TunesmithError at once where another process or thread holds it.
+
+    purpose: what the holder does, for the message.
+    """
+    owner = uuid.uuid4().hex
+    _take(engine, name, purpose, owner)
+    ended = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(engine, name, owner, ended), daemon=True)
+    renewing.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        renewing.join()
+        with database.writing(engine) as session:
+            session.execute(delete(LockRow).where(LockRow.name == name, LockRow.owner == owner))
+
+
+def _take(engine: Engine, name: str, purpose: str, owner: str) -> None:
+    with database.writing(engine) as session:
+        held = session.get(LockRow, name)
+        if held is not None and _alive(held):
+            raise TunesmithError(
+                f"another process is at work here ({held.purpose})",
+                where=f"process {held.pid} on {held.host}",
+                fix="wait for it, or stop it",
+            )
+        place = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+        session.merge(
+            LockRow(name=name, owner=owner, purpose=purpose, until=time.time() + LEASE_SECONDS, **place),
+        )
+
+
+def _alive(held: LockRow) -> bool:
+    """Whether a lock's owner still works."""
+    if held.host != socket.gethostname():
+        return held.until > time.time()
+    try:
+        # A process number may be given to another process later; the time when it started tells them apart.
+        return bool(abs(psutil.Process(held.pid).create_time() - held.started) < 1.0)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return held.until > time.time()
+
+
+def _renew(engine: Engine, name: str, owner: str, ended: threading.Event) -> None:
+    while not ended.wait(LEASE_SECONDS / 3):
+        # A database that is busy or away for a moment is asked again at the next turn.
+        with contextlib.suppress(TunesmithError), database.writing(engine) as session:
+            _extend(session, name, owner)
+
+
+def _extend(session: Session, name: str, owner: str) -> None:
+    mine = (LockRow.name == name, LockRow.owner == owner)
+    session.execute(update(LockRow).where(*mine).values(until=time.time() + LEASE_SECONDS))

@@ -1,0 +1,113 @@
+"""What every BlobStore does, and how the Store uses one. Add a store to STORES to test it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tunesmith.core.digests import digest_bytes
+from tunesmith.core.errors import Refused
+from tunesmith.core.version_ref import VersionRef
+from tunesmith.store.blobs import BlobStore
+from tunesmith.store.blobs.local import LocalBlobs
+from tunesmith.store.store import RELEASE, Store
+
+STORES: dict[str, Callable[[Path], BlobStore]] = {"local": LocalBlobs}
+
+
+@pytest.fixture(params=sorted(STORES))
+def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+    return STORES[request.param](tmp_path / "blobs")
+
+
+def test_an_object_is_read_as_it_was_written(blobs: BlobStore) -> None:
+    blobs.put("records/ab/x.json", b"one")
+    assert blobs.get("records/ab/x.json") == b"one"
+    assert blobs.path("records/ab/x.json").read_bytes() == b"one"
+    blobs.put("records/ab/x.json", b"two")
+    assert blobs.get("records/ab/x.json") == b"two"
+
+
+def test_a_file_is_moved_in(blobs: BlobStore, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"weights")
+    blobs.put_file("versions/a/v1/model.safetensors", source)
+    assert blobs.get("versions/a/v1/model.safetensors") == b"weights"
+    assert [path.name for path in blobs.folder("versions/a/v1/").iterdir()] == ["model.safetensors"]
+
+
+def test_a_missing_object_is_told_apart_from_an_empty_one(blobs: BlobStore) -> None:
+    blobs.put("a/empty", b"")
+    assert blobs.exists("a/empty")
+    assert not blobs.exists("a/missing")
+    assert not blobs.exists("a")
+    assert blobs.get("a/empty") == b""
+    with pytest.raises(FileNotFoundError):
+        blobs.get("a/missing")
+
+
+def test_keys_are_listed_by_prefix_in_order(blobs: BlobStore) -> None:
+    for key in ("b/2", "b/1", "b/c/3", "bb/4"):
+        blobs.put(key, b"")
+    assert list(blobs.keys("b/")) == ["b/1", "b/2", "b/c/3"]
+    assert list(blobs.keys("nothing/")) == []
+
+
+def test_deleting_twice_is_no_error(blobs: BlobStore) -> None:
+    blobs.put("a/x", b"")
+    blobs.delete("a/x")
+    blobs.delete("a/x")
+    assert not blobs.exists("a/x")
+
+
+def test_a_private_object_is_readable_by_its_owner_only(blobs: BlobStore) -> None:
+    blobs.put("cases/x.json", b"text", private=True)
+    assert blobs.path("cases/x.json").stat().st_mode & 0o077 == 0
+
+
+def test_bytes_and_files_get_the_same_digest(store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 3_000_000)
+    digest = store.put_file(source)
+    assert digest == store.put_bytes(source.read_bytes()) == digest_bytes(source.read_bytes())
+    assert source.is_file()
+    assert not list(store.local("work").iterdir())
+    assert store.read_blob(digest) == source.read_bytes()
+
+
+def test_a_changed_blob_is_refused(store: Store) -> None:
+    digest = store.put_bytes(b"one")
+    store.blob_path(digest).chmod(0o600)
+    store.blob_path(digest).write_bytes(b"two")
+    with pytest.raises(Refused, match="do not have that digest"):
+        store.read_blob(digest)
+    store.blob_path(digest).unlink()
+    with pytest.raises(Refused, match="is missing"):
+        store.read_blob(digest)
+
+
+def finished(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+
+def test_a_version_folder_is_complete_once_its_release_is_there(store: Store, tmp_path: Path) -> None:
+    ref = VersionRef("intents", 1)
+    store.blobs.put("versions/intents/v1/adapter.safetensors", b"from a process that was killed")
+    assert store.version_folders() == []
+    store.put_version(ref, finished(tmp_path / "new", RELEASE, "model.sig"))
+    assert store.version_folders() == store.version_folders("intents") == [ref]
+    assert store.version_folders("other") == []
+    assert sorted(path.name for path in store.version_folder(ref).iterdir()) == ["model.sig", RELEASE]
+    store.drop_version(ref)
+    assert store.version_folders() == []
+
+
+def test_a_folder_that_the_store_did_not_make_is_not_a_version(store: Store) -> None:
+    for key in ("versions/A b/v1/", "versions/a/v0/", "versions/a/v01/", "versions/a/", "versions/a/v1/deep/"):
+        store.blobs.put(key + RELEASE, b"{}")
+    assert store.version_folders() == []
