@@ -210,7 +210,6 @@ def put_dataset(
         "leakage": {"shared_groups": 0, "near_pairs": 0, "near_outside": 0, "threshold": 0.8, "method": "requests"},
         "decontaminated": [],
         "near_clusters": {"clusters": 0, "rows": 0, "largest": 0, "examples": []},
-        "duties": {},
         "privacy_scan": {},
         "licences": {"Apache-2.0": kept},
         "privacy": {"PERSON": 9, "PHONE_NUMBER": 3},

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,6 +26,7 @@ from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.server.app import create_app
 from tunesmith.server.settings import ServerSettings
 from tunesmith.server.work import Worker
+from tunesmith.services.served_scorers import served_scorers
 from tunesmith.store import database
 from tunesmith.store.identities import issue_token
 from tunesmith.store.tables import RequestRow
@@ -86,9 +88,10 @@ class Served:
 @contextlib.contextmanager
 def running(scene: Scene, engine: FakeEngine, **settings: Any) -> Iterator[Served]:
     """A server with these settings."""
-    schema, scorers = settings.pop("answer_schema", SCHEMA), settings.pop("scorers", ("json_valid", "exact_match"))
+    schema, root = settings.pop("answer_schema", SCHEMA), settings.pop("root", Path())
+    scorers = served_scorers(settings.pop("scorers", ("json_valid", "exact_match")), schema, root)
     bounds = ServerSettings.model_validate({"look_seconds": 0.05, **settings})
-    app = create_app(scene.store, engine, engine.count_tokens, bounds, answer_schema=schema, scorers=scorers)
+    app = create_app(scene.store, engine, engine.count_tokens, bounds, scorers=scorers)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))

@@ -36,6 +36,7 @@ def serve(
     from tunesmith.registry.aliases import list_aliases
     from tunesmith.server.app import create_app
     from tunesmith.server.settings import ServerSettings
+    from tunesmith.services.served_scorers import served_scorers
 
     project = open_project(directory)
     listening = _listen(host, port)
@@ -45,8 +46,7 @@ def serve(
         context.engine,
         context.renderer.count_prompt,
         ServerSettings(region=region),
-        answer_schema=project.schema,
-        scorers=project.settings.task.served,
+        scorers=served_scorers(project.settings.task.scorers, project.schema, project.root),
     )
     address, chosen = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address

@@ -19,7 +19,7 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, mo
 from tunesmith.core.errors import UsageError
 from tunesmith.core.settings import Settings
 from tunesmith.evaluation.metrics.declared import KNOWN, Declared, JudgeScorer, LabelScorer, known_scorer, metric_of
-from tunesmith.evaluation.metrics.scorers import SCORERS, nearest
+from tunesmith.evaluation.metrics.scorers import nearest
 
 BEST_UNTUNED = "best-untuned"
 # What each probe measures, and its unit. probes/suites.py says what is asked, probes/judging.py how it is judged.
@@ -101,11 +101,6 @@ class TaskSettings(Settings):
     def metrics(self) -> tuple[str, ...]:
         """The names of all metrics that the project measures: built-in and declared scorers."""
         return tuple(metric_of(scorer) for scorer in self.scorers)
-
-    @property
-    def served(self) -> tuple[str, ...]:
-        """The built-in metrics that a served answer and its reference are enough for."""
-        return tuple(scorer for scorer in self.scorers if isinstance(scorer, str) and scorer in SCORERS)
 
     @property
     def judges(self) -> tuple[JudgeScorer, ...]:

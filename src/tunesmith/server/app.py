@@ -1,11 +1,12 @@
-"""The application: its parts put together, its background controller, and its last line of defence against errors."""
+"""The HTTP application: its parts, the rollout controller in the background, and the handlers of errors."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,7 +17,7 @@ from tunesmith.core.messages import CountTokens
 from tunesmith.engines.protocol import Engine
 from tunesmith.rollout.controller import advance, give_up
 from tunesmith.rollout.state import list_rollouts
-from tunesmith.server import chat, control
+from tunesmith.server import chat, control, openapi
 from tunesmith.server.errors import ApiError
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.recording import LOG, Recorder
@@ -24,6 +25,7 @@ from tunesmith.server.routing import ReadyVersions, Router
 from tunesmith.server.serving import Serving
 from tunesmith.server.settings import ServerSettings
 from tunesmith.server.work import Worker
+from tunesmith.services.served_scorers import ServedScorers
 from tunesmith.store.store import Store
 
 
@@ -33,13 +35,12 @@ def create_app(
     count_tokens: CountTokens,
     settings: ServerSettings | None = None,
     *,
-    answer_schema: Mapping[str, Any] | None = None,
-    scorers: Sequence[str] = ("json_valid", "exact_match"),
+    scorers: ServedScorers = ServedScorers(),
 ) -> FastAPI:
     """A server over a store and an engine.
 
     count_tokens: tokens of a prompt, as `Renderer.count_prompt` of the base counts them.
-    answer_schema: the task's JSON Schema, which json_valid holds answers against. scorers: the task's metrics.
+    scorers: the task's, as `served_scorers` sorts them.
     """
     settings = settings or ServerSettings()
     metrics = Metrics()
@@ -47,7 +48,6 @@ def create_app(
         store,
         metrics,
         scorers=scorers,
-        answer_schema=answer_schema,
         kept_answers=settings.kept_answers,
         region=settings.region,
     )
@@ -56,15 +56,27 @@ def create_app(
     metrics.watch_queue(worker.waiting)
     serving = Serving(store, settings, metrics, Router(store, settings.region), recorder, worker)
 
-    # No pages of documentation: they load scripts from elsewhere.
+    # No pages of documentation: they load scripts from other servers.
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
     app.state.serving = serving
-    app.include_router(chat.routes)
-    app.include_router(control.routes)
+    _add_routes(app)
+    app.openapi = openapi_document  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unforeseen)
     return app
+
+
+def openapi_document() -> dict[str, Any]:
+    """The OpenAPI document of every route. Needs no running server."""
+    app = FastAPI()
+    _add_routes(app)
+    return openapi.document(app.routes, version("tunesmith"))
+
+
+def _add_routes(app: FastAPI) -> None:
+    app.include_router(chat.routes)
+    app.include_router(control.routes)
 
 
 @contextlib.asynccontextmanager
@@ -83,7 +95,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _control(serving: Serving) -> None:
-    """Advance every live rollout, again and again."""
+    """Advance every live rollout, at every look."""
     while True:
         try:
             for rollout in await asyncio.to_thread(list_rollouts, serving.store, live=True):
@@ -91,7 +103,7 @@ async def _control(serving: Serving) -> None:
                 if moved.revision != rollout.revision:
                     LOG.info("rollout %d of %s: %s, step %d", moved.id, moved.name, moved.status, moved.step)
             serving.looked = time.monotonic()
-        except Exception:  # noqa: BLE001 - a rollout must not be left alone because one look at it failed
+        except Exception:  # noqa: BLE001 - one failed look must not end the controller
             serving.metrics.controller_failures.inc()
             LOG.exception("a look at the rollouts failed")
         await asyncio.sleep(serving.settings.look_seconds)

@@ -3,52 +3,76 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel
 
 from tunesmith.core.clock import now
 from tunesmith.core.digests import short
 from tunesmith.engines.protocol import Completion, Scored, TokenScore
 from tunesmith.registry.versions import Version
 from tunesmith.server.body import read_body
+from tunesmith.server.chat_answer import (
+    Alternative,
+    AnswerMessage,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Choice,
+    ChunkChoice,
+    Delta,
+    Logprobs,
+    Model,
+    ModelList,
+    TokenLogprob,
+    Usage,
+)
 from tunesmith.server.chat_request import ChatRequest
 from tunesmith.server.errors import ApiError, no_such_model, timed_out
+from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.server.serving import Serving, caller
 from tunesmith.server.work import Event, Job
 
 ID_PREFIX = "chatcmpl-"
+_CHUNK: Final = "chat.completion.chunk"
 
 routes = APIRouter(prefix="/v1")
 
 
-@routes.get("/models")
+@routes.get("/models", response_model=ModelList, responses=errors(401, 403), openapi_extra=BEARER)
 async def models(request: Request) -> Response:
-    """What the caller may ask now."""
+    """The models that the caller may ask now."""
     user, serving = await caller(request)
     found = await asyncio.to_thread(serving.router.models, user)
-    return JSONResponse({"object": "list", "data": [_model(name, version) for name, version in found]})
+    return _answer(ModelList(object="list", data=[_model(name, version) for name, version in found]))
 
 
-@routes.get("/models/{model:path}")
+@routes.get("/models/{model:path}", response_model=Model, responses=errors(401, 403, 404), openapi_extra=BEARER)
 async def model(request: Request, model: str) -> Response:
-    """One of them."""
+    """One of the models that the caller may ask now."""
     user, serving = await caller(request)
     for name, version in await asyncio.to_thread(serving.router.models, user):
         if name == model:
-            return JSONResponse(_model(name, version))
+            return _answer(_model(name, version))
     raise no_such_model(model)
 
 
-@routes.post("/chat/completions")
+@routes.post(
+    "/chat/completions",
+    response_model=ChatCompletion,
+    responses={
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        **errors(400, 401, 403, 404, 408, 413, 429, 500, 503, 504),
+    },
+    openapi_extra=body(ChatRequest),
+)
 async def chat_completions(request: Request) -> Response:
-    """Answer a conversation, whole or as a stream of chunks."""
+    """Answer a conversation, whole or, with `stream`, as server-sent events of chat.completion.chunk objects."""
     user, serving = await caller(request)
     asked = await read_body(request, ChatRequest, serving.settings)
     identifier = uuid.uuid4().hex
@@ -64,7 +88,7 @@ async def chat_completions(request: Request) -> Response:
         raise
     shape = _Shape(job)
     if isinstance(first, Completion) and not asked.stream:
-        return JSONResponse(shape.whole(first), headers=shape.headers())
+        return _answer(shape.whole(first), shape.headers())
     return StreamingResponse(
         _chunks(job, shape, first, serving), media_type="text/event-stream", headers=shape.headers()
     )
@@ -105,20 +129,20 @@ async def _give_up_waiting(job: Job, serving: Serving) -> ApiError:
 async def _chunks(job: Job, shape: _Shape, first: Event, serving: Serving) -> AsyncIterator[str]:
     event = first
     try:
-        yield shape.chunk({"role": "assistant", "content": "", "refusal": None})
+        yield shape.chunk(Delta(role="assistant", content="", refusal=None))
         while True:
             if isinstance(event, str):
-                yield shape.chunk({"content": event})
+                yield shape.chunk(Delta(content=event))
             elif isinstance(event, Scored):
-                yield shape.chunk({"content": event.text}, scores=event.scores)
+                yield shape.chunk(Delta(content=event.text), scores=event.scores)
             elif isinstance(event, Completion):
-                yield shape.chunk({}, finish=event.finish)
+                yield shape.chunk(Delta(), finish=event.finish)
                 if job.request.include_usage:
                     yield shape.usage_chunk(event)
                 yield "data: [DONE]\n\n"
                 return
             else:
-                yield _data(event.document())
+                yield _event(event.document().model_dump_json())
                 return
             try:
                 async with asyncio.timeout(serving.settings.answer_seconds):
@@ -154,54 +178,63 @@ class _Shape:
             said["x-tunesmith-sources"] = ", ".join(quote(source, safe="/") for source in self._job.sources)
         return said
 
-    def whole(self, completion: Completion) -> dict[str, Any]:
-        """A chat.completion."""
-        message = {"role": "assistant", "content": completion.text, "refusal": None}
+    def whole(self, completion: Completion) -> ChatCompletion:
+        """The whole answer."""
         scores = completion.scores if self._job.request.logprobs else None
-        choice = {"index": 0, "message": message, "logprobs": _logprobs(scores), "finish_reason": completion.finish}
-        document = {**self._common, "object": "chat.completion", "choices": [choice], "usage": _usage(completion)}
-        return {**document, **self._metadata()}
+        message = AnswerMessage(role="assistant", content=completion.text, refusal=None)
+        choice = Choice(index=0, message=message, logprobs=_logprobs(scores), finish_reason=completion.finish)
+        return ChatCompletion(
+            **self._common,
+            object="chat.completion",
+            choices=[choice],
+            usage=_usage(completion),
+            **self._metadata(),
+        )
 
-    def chunk(
-        self, delta: dict[str, Any], finish: str | None = None, scores: Sequence[TokenScore] | None = None
-    ) -> str:
-        """A chat.completion.chunk as a server-sent event; the last one echoes the request's metadata."""
-        choice = {"index": 0, "delta": delta, "logprobs": _logprobs(scores), "finish_reason": finish}
-        document = {**self._common, "object": "chat.completion.chunk", "choices": [choice]}
-        if self._job.request.include_usage:
-            document["usage"] = None
-        return _data({**document, **(self._metadata() if finish else {})})
+    def chunk(self, delta: Delta, finish: str | None = None, scores: Sequence[TokenScore] | None = None) -> str:
+        """A chunk as a server-sent event; the last one repeats the request's metadata."""
+        choice = ChunkChoice(index=0, delta=delta, logprobs=_logprobs(scores), finish_reason=finish)
+        more: dict[str, Any] = {"usage": None} if self._job.request.include_usage else {}
+        more |= self._metadata() if finish else {}
+        return _event(ChatCompletionChunk(**self._common, object=_CHUNK, choices=[choice], **more).json_text())
 
     def usage_chunk(self, completion: Completion) -> str:
         """The chunk without choices that stream_options.include_usage asks for."""
-        document = {**self._common, "object": "chat.completion.chunk", "choices": [], "usage": _usage(completion)}
-        return _data(document)
+        return _event(
+            ChatCompletionChunk(**self._common, object=_CHUNK, choices=[], usage=_usage(completion)).json_text()
+        )
 
     def _metadata(self) -> dict[str, Any]:
         return {} if self._job.request.metadata is None else {"metadata": self._job.request.metadata}
 
 
-def _usage(completion: Completion) -> dict[str, int]:
+def _usage(completion: Completion) -> Usage:
     prompt, answer = completion.prompt_tokens, completion.completion_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    return Usage(prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer)
 
 
-def _logprobs(scores: Sequence[TokenScore] | None) -> dict[str, Any] | None:
-    """As OpenAI has them: every token with its bytes, since a character may be spread over several."""
+def _logprobs(scores: Sequence[TokenScore] | None) -> Logprobs | None:
     if scores is None:
         return None
 
     def one(score: TokenScore) -> dict[str, Any]:
         return {"token": score.token, "logprob": score.logprob, "bytes": list(score.data)}
 
-    content = [{**one(score), "top_logprobs": [one(other) for other in score.top]} for score in scores]
-    return {"content": content, "refusal": None}
+    content = [
+        TokenLogprob(**one(score), top_logprobs=[Alternative(**one(other)) for other in score.top]) for score in scores
+    ]
+    return Logprobs(content=content, refusal=None)
 
 
-def _data(document: dict[str, Any]) -> str:
-    return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"
+def _event(text: str) -> str:
+    return f"data: {text}\n\n"
 
 
-def _model(name: str, version: Version) -> dict[str, Any]:
+def _answer(answer: BaseModel, headers: Mapping[str, str] | None = None) -> Response:
+    content = answer.model_dump_json(exclude_unset=True)
+    return Response(content, media_type="application/json", headers=dict(headers or {}))
+
+
+def _model(name: str, version: Version) -> Model:
     created = int(datetime.fromisoformat(version.created_at).timestamp())
-    return {"id": name, "object": "model", "created": created, "owned_by": version.tenant or "tunesmith"}
+    return Model(id=name, object="model", created=created, owned_by=version.tenant or "tunesmith")

@@ -11,7 +11,9 @@ from tunesmith.core.messages import Message
 Number = Annotated[float, Field(strict=True)]
 
 
-class _Part(BaseModel):
+class TextPart(BaseModel):
+    """A part of a turn."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["text"]
@@ -24,7 +26,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[_Part]
+    content: str | list[TextPart]
 
     def plain(self) -> Message:
         """With the parts joined."""

@@ -1,4 +1,4 @@
-"""/api/feedback, /api/rollouts, and what watches over a server: /healthz, /readyz, /metrics."""
+"""/api/feedback, /api/rollouts, and the routes that watch a server: /healthz, /readyz, /metrics."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import time
 from typing import Annotated
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from tunesmith.core.view import View
 from tunesmith.server.body import read_body
 from tunesmith.server.chat import ID_PREFIX
 from tunesmith.server.errors import ApiError
+from tunesmith.server.openapi import BEARER, body, errors
+from tunesmith.server.recording import FeedbackResult
 from tunesmith.server.serving import caller, serving_of
 from tunesmith.services import rollouts as service
 from tunesmith.store import database
 from tunesmith.store.store import Store
 
-# Looks at the rollouts that may be missed before the server counts as not ready.
+# How many looks at the rollouts the controller may miss before the server is not ready.
 _MISSED = 10
 
 routes = APIRouter()
@@ -29,10 +32,10 @@ Score = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 
 
 class Feedback(BaseModel):
-    """What became of an answer: the text that was expected, or scores from elsewhere.
+    """The expected text of an answer, or scores that were given elsewhere.
 
     request_id: a completion's id (`chatcmpl-...`) or the x-request-id header. keep: store the texts of the request and
-    of what was expected, to become a test case; nothing else stores a text.
+    of the expected answer as a case; no other call stores a text.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,22 +50,42 @@ class Feedback(BaseModel):
         if (self.expected is None) == (self.score is None):
             raise ValueError("give either expected or score")
         if self.keep and self.expected is None:
-            raise ValueError("keep needs expected: a case without an answer tests nothing")
+            raise ValueError("keep needs expected: a case needs an answer")
         return self
 
 
-@routes.post("/api/feedback")
+class Health(View):
+    """The process answers."""
+
+    ok: bool
+
+
+class Readiness(View):
+    """Whether the server can answer: the database answers, the engine does not hang, the controller runs."""
+
+    ready: bool
+    database: bool
+    engine: bool
+    controller: bool
+
+
+@routes.post(
+    "/api/feedback",
+    response_model=FeedbackResult,
+    responses=errors(400, 401, 403, 404, 408, 409, 413),
+    openapi_extra=body(Feedback),
+)
 async def feedback(request: Request) -> Response:
-    """Score a request of the caller's tenant, once for each metric."""
+    """Score a request of the caller's tenant. Each metric can be scored once."""
     user, serving = await caller(request)
     given = await read_body(request, Feedback, serving.settings)
     identifier = given.request_id.removeprefix(ID_PREFIX)
     feedback_of = serving.recorder.feedback
-    added = await asyncio.to_thread(feedback_of, user, identifier, given.expected, given.score or {}, given.keep)
-    return JSONResponse({"request_id": identifier, "scores": added} | ({"kept": True} if given.keep else {}))
+    found = await asyncio.to_thread(feedback_of, user, identifier, given.expected, given.score or {}, given.keep)
+    return JSONResponse(found.document())
 
 
-@routes.get("/api/rollouts")
+@routes.get("/api/rollouts", response_model=service.RolloutList, responses=errors(401, 403), openapi_extra=BEARER)
 async def rollouts(request: Request) -> Response:
     """The rollouts of the caller's tenant and region, newest first."""
     user, serving = await caller(request)
@@ -70,7 +93,12 @@ async def rollouts(request: Request) -> Response:
     return JSONResponse(found.document())
 
 
-@routes.get("/api/rollouts/{number}")
+@routes.get(
+    "/api/rollouts/{number}",
+    response_model=service.RolloutView,
+    responses=errors(401, 403, 404),
+    openapi_extra=BEARER,
+)
 async def rollout(request: Request, number: str) -> Response:
     """One rollout. Another tenant's rollout is answered like one that does not exist."""
     user, serving = await caller(request)
@@ -81,15 +109,15 @@ async def rollout(request: Request, number: str) -> Response:
     raise ApiError(404, f"There is no rollout {number[:20]!r}.", code="rollout_not_found")
 
 
-@routes.get("/healthz")
+@routes.get("/healthz", response_model=Health)
 async def healthz() -> Response:
-    """The process answers."""
-    return JSONResponse({"ok": True})
+    """Say that the process answers."""
+    return JSONResponse(Health(ok=True).document())
 
 
-@routes.get("/readyz")
+@routes.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
 async def readyz(request: Request) -> Response:
-    """200 where the database answers, the engine does not hang and rollouts are looked after; else 503 and which."""
+    """Check the database, the engine and the rollout controller. 503 if one of them fails."""
     serving = serving_of(request)
     late = time.monotonic() - serving.looked > _MISSED * serving.settings.look_seconds + 5
     checks = {
@@ -97,12 +125,13 @@ async def readyz(request: Request) -> Response:
         "engine": not serving.worker.hanging(),
         "controller": not late,
     }
-    return JSONResponse({"ready": all(checks.values()), **checks}, status_code=200 if all(checks.values()) else 503)
+    found = Readiness(ready=all(checks.values()), **checks)
+    return JSONResponse(found.document(), status_code=200 if found.ready else 503)
 
 
-@routes.get("/metrics")
+@routes.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
-    """Prometheus's text format."""
+    """Metrics in Prometheus's text format."""
     return Response(serving_of(request).metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong. param: the field of the request that is at fault; code: for programs to read."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorDocument(BaseModel):
+    """The body of every answer other than success."""
+
+    error: ErrorDetail
 
 
 class ApiError(Exception):
@@ -24,18 +39,18 @@ class ApiError(Exception):
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = dict(headers or {})
 
-    def document(self) -> dict[str, Any]:
-        """The body: `{"error": {"message", "type", "param", "code"}}`."""
+    def document(self) -> ErrorDocument:
+        """The body."""
         kind = "invalid_request_error"
         if self.status >= 500:
             kind = "server_error"
         elif self.status == 429:
             kind = "rate_limit_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return ErrorDocument(error=ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code))
 
     def response(self) -> JSONResponse:
         """The answer."""
-        return JSONResponse(self.document(), status_code=self.status, headers=self.headers)
+        return JSONResponse(self.document().model_dump(), status_code=self.status, headers=self.headers)
 
 
 def unauthorised() -> ApiError:

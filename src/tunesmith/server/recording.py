@@ -1,5 +1,7 @@
-"""What is kept of each request: measurements in the database, never its text unless its
-caller asks for that; the last answers in memory alone."""
+"""Records of served requests: measurements in the database, the newest answers in memory only.
+
+The text of a request is stored only where its caller asks for that.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +15,23 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core.clock import stamp
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.messages import Message
+from tunesmith.core.view import Omitted, View
 from tunesmith.engines.protocol import Completion
-from tunesmith.evaluation.metrics.scorers import score
+from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
 from tunesmith.monitoring.cases import Case, put_case
 from tunesmith.rollout.traffic import STEP
 from tunesmith.server.errors import ApiError, bad_request
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.routing import Route
+from tunesmith.services.served_scorers import ServedScorers
 from tunesmith.store import database
 from tunesmith.store.identities import User
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RequestRow
 
 LOG = logging.getLogger("tunesmith.server")
-_VALID = "json_valid"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +52,38 @@ class Served:
     messages: tuple[Message, ...] = ()
 
 
+class FeedbackResult(View):
+    """The scores that feedback added. kept: the request was stored as a case.
+
+    not_scored: metric of the task -> why service cannot compute it from the expected text.
+    """
+
+    request_id: str
+    scores: dict[str, float]
+    kept: Omitted[bool] = None
+    not_scored: Omitted[dict[str, str]] = None
+
+
 class Recorder:
-    """Writes requests down. scorers: the task's metrics; json_valid is measured on every answer, the others where
-    feedback tells the expected text."""
+    """Records requests. scorers: the task's, some applied to every answer, others where feedback gives the expected
+    text. kept_answers: how many answers stay in memory for that."""
 
     def __init__(
         self,
         store: Store,
         metrics: Metrics,
         *,
-        scorers: Sequence[str],
-        answer_schema: Mapping[str, Any] | None,
+        scorers: ServedScorers,
         kept_answers: int,
         region: str,
     ) -> None:
         self._store, self._metrics, self._region = store, metrics, region
-        self._scorers, self._schema = tuple(scorers), answer_schema
+        self._scorers = scorers
         self._answers: OrderedDict[str, tuple[tuple[Message, ...], str]] = OrderedDict()
         self._most, self._lock = kept_answers, threading.Lock()
 
     def write(self, served: Sequence[Served]) -> None:
-        """Keep requests in one transaction. An answer is not withheld for want of a record; the loss is counted."""
+        """Record requests in one transaction. If that fails, the answers are still sent and the loss is counted."""
         for one in served:
             outcome = "failed" if one.completion is None else "answered" if one.whole else "left"
             self._metrics.request(one.route.arm, outcome, one.seconds, one.completion)
@@ -84,12 +98,12 @@ class Recorder:
 
     def feedback(
         self, user: User, request: str, expected: str | None, given: Mapping[str, float], keep: bool = False
-    ) -> dict[str, float]:
-        """Add scores to a request: of its kept answer against expected, or as given. Returns what was added.
+    ) -> FeedbackResult:
+        """Add scores to a request: those given, or its answer's scores against the expected text.
 
-        The first word counts: a score that is there is never replaced. Raises ApiError 404 for a request that the
-        user's tenant did not make, 409 where it was scored before or its answer is kept no more, 400 for an expected
-        text that a scorer cannot read. keep: store the request and what was expected as a case.
+        A score is never replaced. keep: store the request and the expected text as a case. Raises ApiError 404 for a
+        request that the user's tenant did not make, 409 where it was scored before or its answer is no longer in
+        memory, 400 for an expected text that a scorer cannot use.
         """
         with self._lock:
             held = self._answers.get(request)
@@ -105,7 +119,12 @@ class Recorder:
             row.features = {**row.features, "feedback_by": user.name}  # whom to ask about a poisoned score
             if keep and expected is not None and held is not None:
                 put_case(self._store, _case(row, user, held, expected))
-        return added
+        return FeedbackResult(
+            request_id=request,
+            scores=added,
+            kept=True if keep else None,
+            not_scored=(dict(self._scorers.unmeasured) or None) if expected is not None else None,
+        )
 
     def _scored(self, user: User, request: str, expected: str) -> dict[str, float]:
         with self._lock:
@@ -117,14 +136,14 @@ class Recorder:
                 raise _unknown(request)
             raise ApiError(
                 409,
-                "The text of this answer is kept no more (texts are held in memory only, the newest ones). "
+                "The text of this answer is no longer in memory (only the newest answers are). "
                 'Send {"score": {METRIC: 0..1}} instead of "expected".',
                 code="answer_gone",
             )
-        metrics = [metric for metric in self._scorers if metric != _VALID]
+        answered = Answered(held[1], expected, held[0])
         try:
-            return {metric: score(metric, held[1], expected, self._schema) for metric in metrics}
-        except UsageError as error:
+            return _scores(self._scorers.with_reference, answered, request)
+        except TunesmithError as error:
             raise bad_request(error.what, "expected") from error
 
     def _keep(self, request: str, messages: tuple[Message, ...], text: str) -> None:
@@ -135,9 +154,13 @@ class Recorder:
 
     def _row(self, served: Served) -> RequestRow:
         completion, scores = served.completion, dict[str, float]()
-        if _VALID in self._scorers and (completion is None or served.whole):
-            # A failed request gave no valid answer either.
-            scores[_VALID] = 0.0 if completion is None else score(_VALID, completion.text, "", self._schema)
+        if completion is None:  # a failed request gave no good answer either
+            scores = dict.fromkeys(self._scorers.every_answer, 0.0)
+        elif served.whole:
+            try:
+                scores = _scores(self._scorers.every_answer, Answered(completion.text, "", served.messages), served.id)
+            except TunesmithError as error:  # an answer without a score is recorded all the same
+                LOG.warning("request %s was not scored: %s", served.id, error)
         features: dict[str, Any] = dict(served.features)
         if served.route.step is not None:
             features[STEP] = served.route.step
@@ -157,6 +180,10 @@ class Recorder:
             scores=scores,
             features=features,
         )
+
+
+def _scores(scorers: Mapping[str, Scoring], answered: Answered, request: str) -> dict[str, float]:
+    return {metric: checked(scoring(answered), metric, f"request {request}") for metric, scoring in scorers.items()}
 
 
 def _case(row: RequestRow, user: User, held: tuple[tuple[Message, ...], str], expected: str) -> Case:

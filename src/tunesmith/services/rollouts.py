@@ -15,6 +15,7 @@ from tunesmith.registry.versions import resolve
 from tunesmith.rollout import controller
 from tunesmith.rollout.analysis import Outcome
 from tunesmith.rollout.state import LIVE, Rollout, Status, get_rollout, list_rollouts
+from tunesmith.services.served_scorers import check_analyses
 from tunesmith.store import database
 from tunesmith.store.identities import User, acting
 from tunesmith.store.store import Store
@@ -88,6 +89,7 @@ def start(
 
     version: NAME@v3, an alias or the start of a digest. override: a reason to start without an approval.
     """
+    check_analyses(project, project.settings.rollout.steps)
     found = resolve(project.store, version, scope=scope)
     rollout = controller.start(
         project.store,

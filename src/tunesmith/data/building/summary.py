@@ -90,7 +90,7 @@ class DatasetSummary(View):
     time: Omitted[dict[str, Any]] = None
     strata: Omitted[dict[str, Any]] = None
     licences: dict[str, int]
-    duties: dict[str, Any]
+    duties: Omitted[dict[str, Any]] = None
     privacy: dict[str, int]
     privacy_scan: dict[str, Any]
     ignored_keys: dict[str, int]

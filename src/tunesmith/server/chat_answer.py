@@ -1,0 +1,120 @@
+"""What a chat completion answers: OpenAI's objects."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    def json_text(self) -> str:
+        """The object as JSON, with the keys that were given."""
+        return self.model_dump_json(exclude_unset=True)
+
+
+class Model(_Answer):
+    """A model that the caller may ask. id: NAME@champion or NAME@v3. created: when its version was registered."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(_Answer):
+    """The models that the caller may ask now."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Alternative(_Answer):
+    """A token that was likely at a place. bytes: of its text, since a character may be spread over several tokens."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(Alternative):
+    """A token of the answer, and the likeliest tokens at its place."""
+
+    top_logprobs: list[Alternative]
+
+
+class Logprobs(_Answer):
+    """The log-probabilities of an answer's tokens."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class Usage(_Answer):
+    """Tokens of the prompt, with what the candidate puts before the request, and of the answer."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class AnswerMessage(_Answer):
+    """The answer. refusal: always null."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class Choice(_Answer):
+    """The one answer to a request. finish_reason: stop, or length where the longest length was reached."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: Logprobs | None
+    finish_reason: str
+
+
+class ChatCompletion(_Answer):
+    """A whole answer. model: the version that answered; system_fingerprint: the start of its digest."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[Choice]
+    usage: Usage
+    metadata: dict[str, str] | None = None
+
+
+class Delta(_Answer):
+    """The next piece of a streamed answer."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    refusal: None = None
+
+
+class ChunkChoice(_Answer):
+    """The one choice of a chunk. finish_reason: only in the last chunk."""
+
+    index: int
+    delta: Delta
+    logprobs: Logprobs | None
+    finish_reason: str | None
+
+
+class ChatCompletionChunk(_Answer):
+    """A piece of a streamed answer. usage: in a last chunk without choices, where stream_options ask for it."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+    metadata: dict[str, str] | None = None

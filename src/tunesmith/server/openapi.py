@@ -1,0 +1,58 @@
+"""What the routes share to describe themselves in the OpenAPI document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from starlette.routing import BaseRoute
+
+from tunesmith.server.errors import ErrorDocument
+
+_REFERENCE = "#/components/schemas/{model}"
+BEARER: dict[str, Any] = {"security": [{"bearer": []}]}
+_MEANINGS = {
+    400: "The request is not valid.",
+    401: "No valid token.",
+    403: "The user lacks the permission.",
+    404: "There is no such model, request or rollout for this user.",
+    408: "The body arrived too slowly.",
+    409: "The request was scored before, or its answer is no longer in memory.",
+    413: "The body is too large.",
+    429: "The queue is full.",
+    500: "The engine failed.",
+    503: "The server is shutting down.",
+    504: "No answer in time.",
+}
+_bodies: dict[str, type[BaseModel]] = {}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The error answers of a route."""
+    return {status: {"model": ErrorDocument, "description": _MEANINGS[status]} for status in statuses}
+
+
+def body(model: type[BaseModel]) -> dict[str, Any]:
+    """Describe a body that the route reads itself, within the server's bounds."""
+    _bodies[model.__name__] = model
+    schema = {"$ref": _REFERENCE.format(model=model.__name__)}
+    return {**BEARER, "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def document(routes: Iterable[BaseRoute], version: str) -> dict[str, Any]:
+    """The OpenAPI document of routes, as a JSON object."""
+    found = get_openapi(title="Tunesmith", version=version, routes=list(routes), separate_input_output_schemas=False)
+    components = found.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
+    for name, model in _bodies.items():
+        schema = model.model_json_schema(ref_template=_REFERENCE)
+        schemas.update(schema.pop("$defs", {}))
+        schemas[name] = schema
+    for operation in [each for path in found["paths"].values() for each in path.values()]:
+        operation["responses"].pop("422", None)  # FastAPI's own checks; the routes do theirs and answer 400
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    return found

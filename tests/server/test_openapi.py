@@ -1,0 +1,50 @@
+"""The OpenAPI document describes every route, and answers are as it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openapi_spec_validator
+import pytest
+from jsonschema import Draft202012Validator
+
+from tests.fabricate import NAME
+from tests.server.conftest import HELLO, Served
+from tunesmith.server.app import openapi_document
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    return openapi_document()
+
+
+def test_openapi_document_is_valid(document: dict[str, Any]) -> None:
+    openapi_spec_validator.validate(document)
+    assert document["paths"].keys() == {
+        "/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/api/feedback", "/api/rollouts",
+        "/api/rollouts/{number}", "/healthz", "/readyz", "/metrics",
+    }  # fmt: skip
+    bodies = [route["post"]["requestBody"] for route in document["paths"].values() if "post" in route]
+    names = [body["content"]["application/json"]["schema"]["$ref"].rsplit("/")[-1] for body in bodies]
+    assert names == ["ChatRequest", "Feedback"]
+
+
+def test_answers_match_the_openapi_document(document: dict[str, Any], served: Served) -> None:
+    def check(response: Any, path: str, method: str = "get") -> None:
+        stated = document["paths"][path][method]["responses"][str(response.status_code)]
+        schema = {**stated["content"]["application/json"]["schema"], "components": document["components"]}
+        Draft202012Validator(schema).validate(response.json())
+
+    with served.http() as http:
+        check(http.get("/v1/models"), "/v1/models")
+        check(http.get("/v1/models/nobody"), "/v1/models/{model}")
+        check(served.post(), "/v1/chat/completions", "post")
+        check(served.post(metadata={"a": "b"}), "/v1/chat/completions", "post")
+        check(served.post(temperature=9), "/v1/chat/completions", "post")
+        check(http.get("/api/rollouts"), "/api/rollouts")
+        check(http.get("/api/rollouts/1"), "/api/rollouts/{number}")
+        check(http.get("/api/rollouts/99"), "/api/rollouts/{number}")
+        check(http.get("/healthz"), "/healthz")
+        check(http.get("/readyz"), "/readyz")
+        answer = http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO}).json()["id"]
+        check(http.post("/api/feedback", json={"request_id": answer, "expected": "{}"}), "/api/feedback", "post")
