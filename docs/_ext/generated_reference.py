@@ -29,6 +29,7 @@ def write_all() -> None:
     for name, text in (
         ("settings.md", settings_page()),
         ("command-line.md", command_line_page()),
+        ("http.md", http_page()),
     ):
         path = FOLDER / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -216,9 +217,13 @@ def http_page() -> str:
                     "",
                     f"- `{parameter['name']}` ({parameter['in']}): {_one_line(parameter.get('description', ''))}",
                 ]
-            for title, content in _contents(route):
-                lines += ["", f"{title}: {_type(content)}"]
+            answers = list(_contents(route))
+            for title, content in answers:
                 used += _references(content)
+                if not title.startswith("Answer") or title < "Answer 4":
+                    lines += ["", f"{title}: {_type(content)}"]
+            if errors := [(title[7:], content) for title, content in answers if title >= "Answer 4" and title < "B"]:
+                lines += ["", f"Errors: {', '.join(status for status, _ in errors)}, each {_type(errors[0][1])}"]
     if used:
         lines += ["", "## Objects"]
     seen: list[str] = []
