@@ -1,4 +1,4 @@
-"""A conversation's turn: the one shape that every floor shares, and OpenAI's own."""
+"""A conversation's turn, in our own form and in OpenAI's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a long step tells of itself. Stages take a Progress; the command line draws it, tests and servers stay silent."""
+"""Progress reports of long steps. The command line draws them; tests and servers show nothing."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Protocol
 
 
 class Task(Protocol):
-    """One long step under way."""
+    """One long step that is running."""
 
     def advance(self, amount: float = 1.0) -> None:
-        """Say that amount more units are done."""
+        """Report that amount more units are done."""
 
     def note(self, text: str) -> None:
-        """Replace the short text beside the bar (loss, tokens/s)."""
+        """Replace the short text next to the bar (loss, tokens/s)."""
 
 
 class Progress(Protocol):
-    """Where stages report."""
+    """Where stages report their progress."""
 
     def task(self, title: str, total: float) -> AbstractContextManager[Task]:
         """Open a step of total units; closing it ends the display."""

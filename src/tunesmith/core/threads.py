@@ -1,4 +1,4 @@
-"""How many threads or processes the user lets a command compute with."""
+"""The number of threads or processes that a command may use."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from tunesmith.core.errors import UsageError
 
 
 def wanted_threads() -> int | None:
-    """$TUNESMITH_THREADS; None where it is not set or 0. Raises UsageError for what is no such number."""
+    """The value of $TUNESMITH_THREADS; None if it is unset or 0. Raises UsageError if it is not a whole number."""
     told = os.environ.get("TUNESMITH_THREADS") or "0"
     if not told.isdecimal():
         raise UsageError(
-            f"{told!r} is no number of threads", where="TUNESMITH_THREADS", fix="set a whole number, or none"
+            f"{told!r} is not a number of threads", where="TUNESMITH_THREADS", fix="set a whole number, or unset it"
         )
     return int(told) or None

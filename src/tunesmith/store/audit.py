@@ -1,4 +1,4 @@
-"""The audit log: a hash chain in the database. The newest entry is also kept in a row of its own, the head.
+"""The audit log: a hash chain in the database. A separate row, the head, also names the newest entry.
 
 A changed, missing or reordered entry breaks the chain, and a log that was cut does not reach its head. Somebody who can
 write the whole database can write a new chain and a new head. They cannot change a head that was kept elsewhere: the
@@ -86,7 +86,7 @@ def entries(session: Session) -> list[AuditRow]:
 def verify(session: Session, pins: Iterable[Pin] = ()) -> list[str]:
     """What is wrong with the log, in sentences; empty where the chain is whole and holds every head kept elsewhere.
 
-    pins: heads beside the log's own. A head that the chain does not hold means a cut tail or a rewritten past.
+    pins: heads that are kept elsewhere. A head that the chain does not hold means a cut tail or a rewritten past.
     """
     problems: list[str] = []
     digests = {0: GENESIS}

@@ -1,4 +1,4 @@
-"""Connections, migrations and transactions. SQLite by default; any SQLAlchemy URL otherwise."""
+"""Connections, migrations and transactions, on SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.store.tables import HEAD_REVISION
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
-# Any constant: one lock for every writer of the audit chain.
+# The number of the lock that all writers take; any constant will do.
 _WRITERS_LOCK = 7_283_019
 
 
 def connect(url: str) -> Engine:
-    """Open and, where it is behind, migrate the database at url. Raises TunesmithError where that fails."""
+    """Open the database at url and migrate it if needed. Raises TunesmithError if that fails."""
     engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
     if engine.dialect.name == "sqlite":
         _sqlite_transactions(engine)
@@ -30,7 +30,7 @@ def connect(url: str) -> Engine:
 
 
 def migrate(engine: Engine) -> None:
-    """Bring the tables to HEAD_REVISION. Alembic is imported only where there is something to do."""
+    """Bring the tables to HEAD_REVISION. Alembic is slow to import, so it is imported only if needed."""
     with engine.connect() as connection:
         known = inspect(connection).has_table("alembic_version")
         current = connection.execute(text("select version_num from alembic_version")).scalar() if known else None
@@ -38,9 +38,9 @@ def migrate(engine: Engine) -> None:
         return
     if current is not None and current > HEAD_REVISION:
         raise TunesmithError(
-            f"the database is at revision {current}, this tunesmith knows up to {HEAD_REVISION}",
+            f"the database is at revision {current}, this version of tunesmith knows revisions up to {HEAD_REVISION}",
             where=engine.url.render_as_string(hide_password=True),
-            fix="install the tunesmith that wrote it, or a newer one",
+            fix="install the version of tunesmith that wrote it, or a newer one",
         )
     from alembic import command
     from alembic.config import Config
@@ -72,14 +72,14 @@ def reading(engine: Engine) -> Iterator[Session]:
 
 @contextlib.contextmanager
 def _usable(engine: Engine) -> Iterator[None]:
-    """What a database that is full, locked, out of reach or not to be written raises, as an error with its place."""
+    """Raise TunesmithError, with the database's address, if it is full, locked, unreachable or read-only."""
     try:
         yield
     except OperationalError as error:
         raise TunesmithError(
             f"the database cannot be used: {error.orig}",
             where=engine.url.render_as_string(hide_password=True),
-            fix="make room, wait for other processes, or look at who may write there",
+            fix="free space, wait for other processes, or check the permissions",
         ) from error
 
 
@@ -91,7 +91,7 @@ def _sqlite_transactions(engine: Engine) -> None:
     """Real transactions on SQLite: WAL, full sync, and the write lock taken at the start of a write."""
 
     def on_connect(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # SQLAlchemy begins and commits; the driver must not.
+        connection.isolation_level = None  # SQLAlchemy begins and commits, so the driver must not.
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=20000"):
             connection.execute(f"PRAGMA {pragma}")
 

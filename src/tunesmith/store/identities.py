@@ -1,8 +1,8 @@
-"""Who may do what: users, their roles, their tokens. Every change is one transaction with its audit entry.
+"""Users, their roles and their tokens. Every change is one transaction with its audit entry.
 
-The first user of a store is its owner: the name of $TUNESMITH_USER, else of the operating system's user, with the roles
-admin and engineer. On a shared machine the operating system's permissions on the store decide who can act as whom on
-the command line; over HTTP a token does. What must hold against someone who can write the store is signed (registry/).
+The first user of a store is its owner, with the roles admin and engineer. The owner's name is $TUNESMITH_USER, else the
+name of the operating system's user. On the command line, everybody who may write the store's files can act as any user;
+over HTTP a token says who acts. Signatures protect against a person who can write the store (registry/).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from tunesmith.store.trust import TrustedKey, write_trust
 Role = Literal["engineer", "steward", "approver", "operator", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
-# action -> the roles that may. What is not listed nobody may. admin runs an installation but never approves: an admin
-# who also approves has given themself that role, and the log shows it.
+# Action -> the roles that permit it. An action that is not listed is permitted to nobody. An admin may not approve: an
+# admin who also approves took the role approver, and the audit log shows it.
 ACTIONS: Mapping[str, frozenset[Role]] = MappingProxyType(
     {
         "data.build": frozenset(("engineer", "steward")),
@@ -56,12 +56,12 @@ ACTIONS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "audit.read": frozenset(("steward", "approver", "operator", "admin")),
     }
 )
-# Lets secret scanners find a leaked token; the secret itself follows it.
+# Secret scanners recognise a leaked token by this prefix.
 _TOKEN_PREFIX = "tsk_"  # noqa: S105
 
 
 class User(BaseModel):
-    """A person or a service, as stored. tenant, region: what they may act for, "" is all."""
+    """A person or a service. tenant, region: what they may act for; "" means all."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -78,7 +78,7 @@ class User(BaseModel):
         return digest_bytes(self.public_key.encode()) if self.public_key else None
 
     def may(self, action: str) -> bool:
-        """Whether a role of theirs permits an action now."""
+        """Whether the user is active and one of their roles permits an action."""
         return self.active and not ACTIONS.get(action, frozenset()).isdisjoint(self.roles)
 
     @property
@@ -87,18 +87,18 @@ class User(BaseModel):
         return Scope(self.tenant, self.region)
 
 
-# Who acts
+# The acting user
 
 
 def acting(store: Store, name: str | None = None) -> str:
-    """Whose action this is: name, else $TUNESMITH_USER, else the owner (made on first use). UsageError if unknown."""
+    """The name of the acting user: name, else $TUNESMITH_USER, else the owner. Raises UsageError if unknown."""
     owner = ensure_owner(store)
     chosen = name or os.environ.get("TUNESMITH_USER") or owner.name
     return get_user(store, chosen).name
 
 
 def ensure_owner(store: Store) -> User:
-    """The store's first user, made where there is none."""
+    """The store's first user. Adds one to a store without users."""
     with database.reading(store.engine) as session:
         name = _first_user(session)
     if name is not None:
@@ -106,7 +106,7 @@ def ensure_owner(store: Store) -> User:
     name = _own_name()
     detail: dict[str, Any] = {}
     with contextlib.suppress(_AlreadyThere), store.change(name, "user.add", name, detail) as session:
-        if _first_user(session) is not None:  # another process was first
+        if _first_user(session) is not None:  # another process added one
             raise _AlreadyThere
         if session.scalars(select(UserRow).limit(1)).first() is not None:
             raise Refused("the store has users whom the audit log does not know", fix="run `tunesmith audit verify`")
@@ -117,9 +117,9 @@ def ensure_owner(store: Store) -> User:
 
 
 def require(where: Store | Session, user: str, action: str, *, scope: Scope = Scope()) -> User:
-    """The user, if they may do this now, in this scope. Raises Refused otherwise.
+    """The user, if they may do an action in a scope now. Raises Refused otherwise.
 
-    where: a session decides inside the caller's transaction, so that a role taken away meanwhile counts.
+    where: with a session, the caller's transaction decides, so that a role that was just taken away counts.
     """
     with _session(where) as session:
         row = session.get(UserRow, user)
@@ -153,7 +153,7 @@ def get_user(where: Store | Session, name: str) -> User:
 
 
 def list_users(where: Store | Session) -> list[User]:
-    """All users by name, deactivated ones too."""
+    """All users sorted by name, deactivated ones included."""
     with _session(where) as session:
         return [_user(row) for row in session.scalars(select(UserRow).order_by(UserRow.name))]
 
@@ -162,7 +162,7 @@ def list_users(where: Store | Session) -> list[User]:
 
 
 def add_user(store: Store, name: str, roles: Iterable[str], *, actor: str, scope: Scope = Scope()) -> User:
-    """Add a user. Raises UsageError for a bad name, role or one that is there, Refused where actor may not."""
+    """Add a user. Raises UsageError for a bad or used name or a bad role, Refused if actor may not add users."""
     check_name(name, "user name")
     given = _roles(roles)
     with _changing(store, actor, "user.add", name) as (session, detail):
@@ -175,7 +175,7 @@ def add_user(store: Store, name: str, roles: Iterable[str], *, actor: str, scope
 
 
 def set_roles(store: Store, name: str, roles: Iterable[str], *, actor: str) -> User:
-    """Replace a user's roles. Raises Refused for the last admin's own role, so that no store is left without one."""
+    """Replace a user's roles. Raises Refused if no admin would be left."""
     given = _roles(roles)
     with _changing(store, actor, "user.roles", name) as (session, detail):
         row = _row(session, name)
@@ -187,7 +187,7 @@ def set_roles(store: Store, name: str, roles: Iterable[str], *, actor: str) -> U
 
 
 def deactivate(store: Store, name: str, *, actor: str) -> User:
-    """Take a user out of service: their token, approvals and signatures count no more. Nobody is ever deleted."""
+    """Deactivate a user: their token, approvals and signatures no longer count. Users are never deleted."""
     with _changing(store, actor, "user.deactivate", name) as (session, detail):
         row = _row(session, name)
         row.active, row.token_digest = False, None
@@ -197,16 +197,16 @@ def deactivate(store: Store, name: str, *, actor: str) -> User:
 
 
 def enrol_key(store: Store, name: str, public_key: str, *, actor: str) -> User:
-    """Bind a public key (PEM) to a user, once. Users bind their own, admins anyone's.
+    """Bind a public key (PEM) to a user, once. Users bind their own key, admins anybody's.
 
-    Raises Refused where the user has a key already, or another user has this one: one key is one person.
+    Raises Refused if the user has a key already, or if another user has this one: a key stands for one person.
     """
     with _changing(store, actor, "user.key", name, own=True) as (session, detail):
         row = _row(session, name)
         if row.public_key:
             raise Refused(
                 f"{name} has a key already",
-                fix="what it signed must stay verifiable: add a user for the new key and deactivate this one",
+                fix="add a user for the new key and deactivate this one: what the old key signed must stay verifiable",
             )
         other = session.scalars(select(UserRow.name).where(UserRow.public_key == public_key)).first()
         if other is not None:
@@ -220,7 +220,10 @@ def enrol_key(store: Store, name: str, public_key: str, *, actor: str) -> User:
 
 
 def issue_token(store: Store, name: str, *, actor: str) -> str:
-    """A new token for the HTTP interface in place of any older one: 256 random bits. Shown here and never again."""
+    """Make a token for the HTTP interface and return it: 256 random bits, of which the store keeps only the digest.
+
+    A token that the user had before stops working.
+    """
     token = _TOKEN_PREFIX + secrets.token_urlsafe(32)
     with _changing(store, actor, "user.token", name, own=True) as (session, detail):
         row = _row(session, name)
@@ -232,9 +235,9 @@ def issue_token(store: Store, name: str, *, actor: str) -> str:
 
 
 def authenticate(store: Store, token: str) -> User | None:
-    """Whose token it is; None for any other text, and for a deactivated user's.
+    """The user whose token it is; None for any other text, or if the user is deactivated.
 
-    The look-up is by the token's SHA-256: how long it takes says nothing about how close a guess came.
+    The look-up uses the token's SHA-256, so its duration does not show how close a guess was.
     """
     digest = _token_digest(token)
     with database.reading(store.engine) as session:
@@ -244,11 +247,11 @@ def authenticate(store: Store, token: str) -> User | None:
     return _user(row) if row.active else None
 
 
-# Trust, and what the audit log keeps
+# Trusted keys, and what the audit log keeps
 
 
 def trusted_keys(where: Store | Session) -> tuple[TrustedKey, ...]:
-    """The key of every user who has one, as they stand now."""
+    """The keys of all users who have one, with their roles now."""
     return tuple(
         TrustedKey(
             user=user.name,
@@ -272,7 +275,7 @@ def publish_trust(store: Store) -> None:
 
 
 def state(row: UserRow) -> dict[str, Any]:
-    """What the audit log keeps of a user after a change: enough to notice a row that was changed behind its back."""
+    """What the audit log keeps of a user after a change, so that a row that was changed without it can be found."""
     token = digest_bytes(row.token_digest.encode()) if row.token_digest else None
     return {
         "name": row.name,
@@ -293,7 +296,7 @@ class _AlreadyThere(Exception):
 def _changing(
     store: Store, actor: str, action: str, name: str, *, own: bool = False
 ) -> Iterator[tuple[Session, dict[str, Any]]]:
-    """One audited change of a user by someone who may; with own, everyone may change themself."""
+    """One audited change of a user by an actor who may make it. own: every user may change themself."""
     detail: dict[str, Any] = {}
     with store.change(actor, action, name, detail) as session:
         if own and actor == name:
@@ -317,7 +320,7 @@ def _session(where: Store | Session) -> Iterator[Session]:
 def _user(row: UserRow) -> User:
     return User(
         name=row.name,
-        roles=tuple(row.roles),  # type: ignore[arg-type]  # pydantic holds them against Role
+        roles=tuple(row.roles),  # type: ignore[arg-type]  # pydantic checks them
         tenant=row.tenant,
         region=row.region,
         active=row.active,
@@ -333,7 +336,7 @@ def _row(session: Session, name: str) -> UserRow:
 
 
 def _shown(name: str) -> str:
-    """A user's name as messages may quote it: whoever pasted a token there must not find it in a log."""
+    """A name for a message. Text that is not a name is not repeated: it may be a token, pasted by mistake."""
     try:
         return check_name(name, "user name")
     except UsageError:
@@ -358,7 +361,7 @@ def _keep_an_admin(session: Session) -> None:
 
 
 def _first_user(session: Session) -> str | None:
-    # The log rather than the table: a table emptied by hand must not make the next comer the owner.
+    # From the log, not the table: if somebody empties the table, the next user must not become the owner.
     first = select(AuditRow.subject).where(AuditRow.action == "user.add").order_by(AuditRow.seq).limit(1)
     return session.scalars(first).first()
 
@@ -371,7 +374,7 @@ def _own_name() -> str:
         login = getpass.getuser()
     except (OSError, KeyError):  # a container whose user id has no name
         login = ""
-    # A login such as `DOMAIN\First Last` is brought to our spelling; the name is a suggestion, not a credential.
+    # A login such as `DOMAIN\First Last` is rewritten by our rule for names. The name is no credential.
     plain = re.sub(r"[^a-z0-9_-]+", "-", login.lower()).strip("-_")[:63]
     return plain or "owner"
 

@@ -75,7 +75,7 @@ def _alive(held: LockRow) -> bool:
 
 def _renew(engine: Engine, name: str, owner: str, ended: threading.Event) -> None:
     while not ended.wait(LEASE_SECONDS / 3):
-        # A database that is busy or away for a moment is asked again at the next turn.
+        # If the database cannot be reached for a moment, the next turn renews the lease.
         with contextlib.suppress(TunesmithError), database.writing(engine) as session:
             _extend(session, name, owner)
 

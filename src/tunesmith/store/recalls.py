@@ -1,4 +1,4 @@
-"""What was withdrawn and must not be served or built on any more."""
+"""Records that were recalled: they may no longer be served or used to build others."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from tunesmith.store.tables import RecallRow
 
 
 def recalled(session: Session, digest: str, *, as_evidence: bool = False) -> str | None:
-    """Why a record was withdrawn, or None where it was not. The oldest reason where there are several.
+    """Why a record was recalled, or None if it was not. The oldest reason if there are several.
 
-    as_evidence: for something that was merely measured beside it, the recall of a version is no reason: its weights
-    are not in what was measured against them.
+    as_evidence: ignore recalls of a version. A candidate that was only compared with that version does not contain its
+    weights.
     """
     query = select(RecallRow.reason).where(RecallRow.digest == digest).order_by(RecallRow.at, RecallRow.cause)
     if as_evidence:
@@ -21,7 +21,7 @@ def recalled(session: Session, digest: str, *, as_evidence: bool = False) -> str
 
 
 def causes(session: Session) -> dict[str, list[str]]:
-    """Cause (`licence CC-BY-NC-4.0`) -> digests of the records that it reached, in the order of the causes."""
+    """Cause, such as `licence CC-BY-NC-4.0` -> digests of the records that it reached. Sorted by cause."""
     found: dict[str, list[str]] = {}
     for cause, digest in session.execute(select(RecallRow.cause, RecallRow.digest).order_by(RecallRow.cause)):
         found.setdefault(cause, []).append(digest)

@@ -1,4 +1,4 @@
-"""A record: the small frozen statement that one stage of the chain made, named by its digest."""
+"""A record: what one stage of the chain states, as canonical JSON that never changes. Its digest is its name."""
 
 from __future__ import annotations
 
@@ -54,11 +54,9 @@ class Record(BaseModel):
 
 
 def decode(data: bytes, digest: str, where: str) -> Record:
-    """Read a record and hold it against its name. Raises Refused where the bytes are not the named record's."""
+    """Read a record's bytes. Raises Refused if they do not have the digest or are not a record."""
     if digest_bytes(data) != digest:
-        raise Refused(
-            "the record's bytes are not the ones its name promises", where=where, fix="restore it from a backup"
-        )
+        raise Refused("the record's bytes do not have its digest", where=where, fix="restore it from a backup")
     try:
         return Record.model_validate(json.loads(data))
     except (ValidationError, ValueError) as error:

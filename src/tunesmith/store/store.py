@@ -1,4 +1,4 @@
-"""The store: blobs, records and version folders under keys, and the database beside them.
+"""The store: blobs, records and version folders under keys, and the database.
 
 Keys: `blobs/ab/<hex>`, `records/ab/<hex>.json`, `versions/NAME/vN/<file>`, `trust/<file>`, `cases/<request>.json`.
 They are in a BlobStore, by default the folder `root`. The database is `root/tunesmith.db` by default. What belongs to

