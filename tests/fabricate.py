@@ -210,6 +210,7 @@ def put_dataset(
         "leakage": {"shared_groups": 0, "near_pairs": 0, "near_outside": 0, "threshold": 0.8, "method": "requests"},
         "decontaminated": [],
         "near_clusters": {"clusters": 0, "rows": 0, "largest": 0, "examples": []},
+        "duties": {"use": "commercial", "attribution": [], "share_alike": [], "unknown": []},
         "privacy_scan": {},
         "licences": {"Apache-2.0": kept},
         "privacy": {"PERSON": 9, "PHONE_NUMBER": 3},
@@ -227,7 +228,7 @@ def put_dataset(
             }
         ],
     }
-    return store.put_record(Record(kind="dataset", blobs=blobs, body=body))  # fmt: skip
+    return store.put_record(Record(kind="dataset", blobs=blobs, body=body))
 
 
 # Answers

@@ -203,7 +203,7 @@ def test_no_list_of_keys_is_no_trust(store: Store, version: Version) -> None:
 
 def test_a_dataset_whose_count_is_not_its_rows_is_found(store: Store, chain: Chain) -> None:
     record = store.record(chain.dataset)
-    lying = record.model_copy(update={"body": {"splits": {"train": 5, "validation": 2, "test": 4}}})
+    lying = record.model_copy(update={"body": {**record.body, "splits": {"train": 5, "validation": 2, "test": 4}}})
     digest = store.put_record(lying)
     candidate = store.record(chain.candidate)
     moved = store.put_record(candidate.model_copy(update={"parents": {**candidate.parents, "dataset": digest}}))

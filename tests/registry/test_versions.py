@@ -33,6 +33,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
 from tunesmith.registry import versions
 from tunesmith.registry.aliases import set_alias
+from tunesmith.registry.licence_duties import NOTICE
 from tunesmith.registry.signing import release
 from tunesmith.registry.signing import signatures as signing
 from tunesmith.registry.versions import (
@@ -59,7 +60,7 @@ def test_a_passing_candidate_becomes_a_signed_version(store: Store, chain: Chain
     version = register(store, name="intents", verdict=chain.verdict, actor="olive")
     assert (version.label, version.candidate, version.signer) == ("intents@v1", chain.candidate, "olive")
     folder = store.root / "versions" / "intents" / "v1"
-    assert {path.name for path in folder.iterdir()} == {CONFIG_FILE, ADAPTER_FILE, "release.json", "model.sig"}
+    assert {path.name for path in folder.iterdir()} == {CONFIG_FILE, ADAPTER_FILE, NOTICE, "release.json", "model.sig"}
     assert digest_bytes((folder / "release.json").read_bytes()) == version.digest
     assert (folder / "release.json").read_bytes() == store.record_path(version.digest).read_bytes()
     body = store.record(version.digest).body
@@ -71,6 +72,7 @@ def test_a_passing_candidate_becomes_a_signed_version(store: Store, chain: Chain
 def test_a_prompt_can_be_released_as_well(store: Store) -> None:
     version = register(store, name="intents", verdict=put_chain(store, tuned=False).verdict, actor="olive")
     assert {path.name for path in (store.root / "versions" / "intents" / "v1").iterdir()} == {
+        NOTICE,
         "release.json",
         "model.sig",
     }

@@ -18,7 +18,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias, set_alias
 from tunesmith.registry.versions import Version
-from tunesmith.rollout import controller, moves
+from tunesmith.rollout import controller, transitions
 from tunesmith.rollout.analysis import Arm
 from tunesmith.rollout.controller import abort, advance, give_up, look, promote, resume, rollback, start
 from tunesmith.rollout.settings import RolloutSettings, Step
@@ -293,7 +293,7 @@ def test_promote_skips_pauses_but_an_analysis_only_under_an_override(first: Scen
     assert champion(first) == versions[2].digest
 
     watched = begin(first, versions[3])
-    with pytest.raises(Refused, match="an analysis of this rollout is still to be passed"):
+    with pytest.raises(Refused, match="has an analysis that has not passed yet"):
         promote(first.store, watched.id, actor=OPERATOR)
     with pytest.raises(Refused, match="it takes admin"):
         promote(first.store, watched.id, actor=OPERATOR, override="it is fine")
@@ -313,7 +313,7 @@ def test_abort_gives_all_traffic_back(first: Scene, versions: Versions) -> None:
 
 def test_resume_where_nothing_waits_is_refused(first: Scene, versions: Versions) -> None:
     rollout = begin(first, versions[2])
-    with pytest.raises(Refused, match="waits for nobody"):
+    with pytest.raises(Refused, match="is not at a pause"):
         resume(first.store, rollout.id, actor=OPERATOR)
 
 
@@ -462,7 +462,7 @@ def test_a_clock_set_back_makes_a_pause_longer_and_never_shorter(first: Scene, v
 # Crashes and races
 
 
-@pytest.mark.parametrize("dies_in", ["moves.point_champion", "moves.apply", "audit.append", "store.change"])
+@pytest.mark.parametrize("dies_in", ["transitions.point_champion", "transitions.apply", "audit.append", "store.change"])
 @pytest.mark.parametrize("before", [True, False])
 def test_a_controller_killed_during_the_promotion_is_carried_on_by_the_next(
     first: Scene, versions: Versions, dies_in: str, before: bool
@@ -473,7 +473,7 @@ def test_a_controller_killed_during_the_promotion_is_carried_on_by_the_next(
     child = os.fork()
     if child == 0:
         place, name = dies_in.split(".")
-        module = {"moves": moves, "audit": audit, "store": Store}[place]
+        module = {"transitions": transitions, "audit": audit, "store": Store}[place]
         whole = getattr(module, name)
 
         def dying(*arguments: Any, **named: Any) -> None:

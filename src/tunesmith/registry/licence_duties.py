@@ -1,8 +1,7 @@
-"""What the licences of the rows ask of a version, and the notice that says so beside its weights.
+"""The duties that the licences of the rows put on a version, and the notice about them in the version's folder.
 
-A duty goes the way the rows went: from a row to its dataset's record, from there to whatever was trained on it or
-answers from it, and so into the version, which signs it. It can be followed back: the version's statement must ask for
-exactly what its lineage asks for.
+A dataset's record states the duties of its rows. A version that was trained on the dataset, or answers with its rows,
+states the same duties and signs them. Verification recomputes them from the version's lineage.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ NOTICE = "NOTICE.md"
 
 
 def carried(records: Mapping[str, Record], candidate: str) -> dict[str, Any] | None:
-    """The duties of every dataset that a candidate was trained on or answers from; None where there is none.
+    """The duties of all datasets that a candidate was trained on or answers with; None if there is no dataset.
 
-    records: the candidate and all that it came of. Datasets sealed before duties were recorded state none.
+    records: the candidate and every record that it was made from.
     """
     waiting, seen = [candidate], set()
     stated: list[Mapping[str, Any]] = []
@@ -29,7 +28,7 @@ def carried(records: Mapping[str, Record], candidate: str) -> dict[str, Any] | N
         seen.add(digest)
         record = records[digest]
         waiting += record.parents.values()
-        if record.kind == "dataset" and record.body.get("duties"):
+        if record.kind == "dataset":
             stated.append(record.body["duties"])
     if not stated:
         return None
@@ -44,19 +43,19 @@ def carried(records: Mapping[str, Record], candidate: str) -> dict[str, Any] | N
 
 def notice(name: str, duties: Mapping[str, Any]) -> bytes:
     """NOTICE.md of a version's folder. The same duties give the same bytes."""
-    lines = [f"# Notice to {name}", "", "What the licences of the examples behind this version ask of you.", ""]
+    lines = [f"# Notice for {name}", "", "What the licences of this version's training examples ask of you.", ""]
     if duties["use"] == "commercial":
-        lines += ["**Use.** Commercial use is allowed by all of them."]
+        lines += ["**Use.** All of them allow commercial use."]
     else:
-        lines += ["**Use.** Some of them allow no commercial use. Do not use this version commercially."]
+        lines += ["**Use.** Some of them do not allow commercial use. Do not use this version commercially."]
     if duties["share_alike"]:
         newest = duties["share_alike"][-1]
-        lines += ["", f"**Share alike.** Whoever passes this version on does so under {newest}."]
+        lines += ["", f"**Share alike.** If you pass this version on, do so under {newest}."]
     if duties["unknown"]:
         read = ", ".join(duties["unknown"])
-        lines += ["", f"**To be read.** What these ask is not known to Tunesmith: {read}."]
+        lines += ["", f"**To be read.** Tunesmith does not know these licences; read them: {read}."]
     if duties["attribution"]:
-        lines += ["", "**Attribution.** Name these sources and their licences wherever this version is passed on:", ""]
+        lines += ["", "**Attribution.** If you pass this version on, name these sources and their licences:", ""]
         lines += [
             f"- {one['credit'] or one['source']} ({one['licence']})".replace("\n", " ") for one in duties["attribution"]
         ]

@@ -88,7 +88,7 @@ def verify_version(
         look.problem(error.where or str(folder), error.what)
     if release is not None:
         records = _check_records(look, release)
-        _check_blobs(look, records)
+        _check_blobs(look, {**records, release.version.digest: release.record})
         _check_evidence(look, release, records)
         _check_base(look, records, release.statement.base, base_folder)
     if whole_store:

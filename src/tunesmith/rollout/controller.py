@@ -1,17 +1,16 @@
-"""The state machine that moves traffic to a version.
+"""The state machine of a rollout.
 
     running --setWeight, analysis passes--> running        running --pause--> paused --time, resume--> running
     running --past the last step, promote--> promoted      champion becomes the canary
-    running, paused --analysis fails or stays open too long, the ground is lost, abort--> aborted
-    running, paused, promoted --rollback--> rolled_back    champion is what it was before
+    running, paused --analysis fails or does not decide in time, a precondition breaks, abort--> aborted
+    running, paused, promoted --rollback--> rolled_back    champion becomes the version that served before
 
-Every arrow is one transaction: it compares the row's revision, changes row and alias together and writes the audit
-entry. A controller killed at any moment leaves the rollout before the arrow or after it; whoever calls `advance` next
-carries on, and any number of controllers may.
+Each transition is one transaction: it compares the row's revision, changes the row and the alias, and writes the audit
+entry. A controller that is killed leaves the rollout as it was before the transition or after it. The next call of
+`advance` carries on, in any process; several controllers may run at once.
 
-Where a name has no champion yet, or one that was recalled and answers no more, there is nothing to compare with:
-`start` makes the version champion at once (still an approved one, or under an override), and the rollout is promoted
-from its first moment.
+If a name has no champion, or one that may not be loaded any more, there is nothing to compare with. Then `start` makes
+the version champion at once, still only if it is approved or overridden, and the rollout is promoted from the start.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
 from tunesmith.rollout import traffic
 from tunesmith.rollout.analysis import Arm, Judgement, judge
-from tunesmith.rollout.moves import CONTROLLER, Move, Overtaken, apply, follow, new_row
 from tunesmith.rollout.preconditions import (
     arm_permission,
     broken_precondition,
@@ -40,12 +38,13 @@ from tunesmith.rollout.preconditions import (
 )
 from tunesmith.rollout.settings import Analysis, Pause, Step
 from tunesmith.rollout.state import Rollout, from_row, get_rollout, live_rollout
+from tunesmith.rollout.transitions import CONTROLLER, Overtaken, Transition, apply, make_transition, new_row
 from tunesmith.store import audit, database
 from tunesmith.store.identities import require
 from tunesmith.store.store import Store
 
-# A clock that was put back by less than this is only being corrected.
-_CORRECTION = 5.0
+# Seconds. A clock that is set back by less than this was only corrected.
+_CLOCK_CORRECTION = 5.0
 
 Clock = Callable[[], datetime]
 Measure = Callable[[Store, Rollout, str], tuple[Arm, Arm]]
@@ -65,18 +64,18 @@ def start(
     scope: Scope = Scope(),
     clock: Clock = now,
 ) -> Rollout:
-    """Begin to move name's traffic to version; where nothing serves, make it champion at once.
+    """Start to move a name's traffic to a version. If nothing serves yet, the version becomes champion at once.
 
-    steps: RolloutSettings.steps. override: a reason, in place of an approval: it takes the permission rollout.override
-    and is audited under that name. Raises Refused for a version that is unapproved, recalled, of another name, tenant
-    or region, or champion already, and where a rollout of that name is still live.
+    steps: RolloutSettings.steps. override: the reason to start without an approval; it needs the permission
+    rollout.override and has its own audit entry. Raises Refused if the version may not serve, is champion already, or
+    if a rollout of that name is live; UsageError for a version of another name.
     """
     _check_scope(version, name, scope)
     if override is not None and not override.strip():
-        raise UsageError("an override needs a reason", fix='--override "why the approval shall not be waited for"')
+        raise UsageError("an override needs a reason", fix='--override "why it need not be approved"')
     detail: dict[str, Any] = {"version": version.digest, "label": version.label, **scope.fields()}
     with store.change(actor, "rollout.start", name, detail) as session:
-        # Inside the transaction: a role or an approval taken away meanwhile counts.
+        # Inside the transaction, so that a role or an approval that was just taken away counts.
         require(session, actor, "rollout.start", scope=scope)
         check_may_serve(session, store, version, scope, override_by=None if override is None else actor)
         running = live_rollout(session, name, scope)
@@ -96,39 +95,39 @@ def start(
         if unopposed is not None:
             point_champion(session, from_row(row), version.digest, actor)
         if override is not None:
-            said = {"rollout": row.id, "version": version.digest, "label": version.label, "reason": override}
-            audit.append(session, actor=actor, action="rollout.override", subject=name, detail=said)
+            about = {"rollout": row.id, "version": version.digest, "label": version.label, "reason": override}
+            audit.append(session, actor=actor, action="rollout.override", subject=name, detail=about)
         detail.update(rollout=row.id, stable=row.stable, status=row.status, override=override)
         return from_row(row)
 
 
 def resume(store: Store, rollout: int, *, actor: str, clock: Clock = now) -> Rollout:
-    """Leave the pause a rollout stands at. Raises Refused where it stands at none."""
+    """End the pause of a rollout. Raises Refused if it is not at a pause."""
 
-    def decide(session: Session, current: Rollout) -> Move:
+    def decide(session: Session, current: Rollout) -> Transition:
         _refuse_ended(current)
         if current.current is None or current.current.pause is None:
-            raise Refused(f"rollout {rollout} waits for nobody: it is {current.status}", where=_place(current))
-        return Move("rollout.resume", {"status": "running", "step": current.step + 1})
+            raise Refused(f"rollout {rollout} is not at a pause: it is {current.status}", where=_place(current))
+        return Transition("rollout.resume", {"status": "running", "step": current.step + 1})
 
     return _command(store, rollout, actor, "rollout.resume", decide, clock)
 
 
 def promote(store: Store, rollout: int, *, actor: str, override: str | None = None, clock: Clock = now) -> Rollout:
-    """Make the canary champion now, without the steps that remain.
+    """Make the canary champion now, and skip the remaining steps.
 
-    Raises Refused where one of them is an analysis, unless override gives a reason (it takes rollout.override), and
-    where the canary may not be promoted: unapproved, recalled, or no longer facing the champion it set out against.
+    Raises Refused if a remaining step is an analysis, unless override gives a reason (it needs the permission
+    rollout.override); if the canary may not serve; or if the champion changed since the rollout started.
     """
 
-    def decide(session: Session, current: Rollout) -> Move:
+    def decide(session: Session, current: Rollout) -> Transition:
         _refuse_ended(current)
         skipped = [step.kind for step in current.steps[current.step :]]
         if "analysis" in skipped and override is None:
             raise Refused(
-                "an analysis of this rollout is still to be passed",
+                "this rollout has an analysis that has not passed yet",
                 where=_place(current),
-                fix='let it decide, or skip it: --override "why"',
+                fix='wait for it, or skip it: --override "why"',
             )
         if override is not None:
             require(session, actor, "rollout.override", scope=current.scope)
@@ -138,9 +137,9 @@ def promote(store: Store, rollout: int, *, actor: str, override: str | None = No
 
 
 def abort(store: Store, rollout: int, *, actor: str, reason: str, clock: Clock = now) -> Rollout:
-    """Send all traffic back to stable. Raises Refused where the rollout has ended already."""
+    """Send all traffic back to stable. Raises Refused if the rollout has ended already."""
 
-    def decide(_session: Session, current: Rollout) -> Move:
+    def decide(_session: Session, current: Rollout) -> Transition:
         _refuse_ended(current)
         return _abortion(reason)
 
@@ -150,17 +149,18 @@ def abort(store: Store, rollout: int, *, actor: str, reason: str, clock: Clock =
 def rollback(
     store: Store, *, name: str, actor: str, reason: str, scope: Scope = Scope(), clock: Clock = now
 ) -> Rollout:
-    """Give name's traffic back to what served before; returns the rollout that was undone.
+    """Give a name's traffic back to the version that served before; returns the rollout that was undone.
 
-    A live rollout ends and the champion stays. Otherwise the champion becomes the version that the newest standing
-    promotion replaced, or, where that was recalled or is gone, the one before it. Raises Refused where there is none.
+    If a rollout is live, it ends and the champion stays. Otherwise the champion becomes the version that the newest
+    promotion replaced. If that one may not be loaded any more, it becomes the one before it. Raises Refused if there is
+    none.
     """
     detail: dict[str, Any] = {**scope.fields(), "reason": reason}
     at = clock()
     with store.change(actor, "rollout.rollback", name, detail) as session:
         require(session, actor, "rollout.change", scope=scope)
         running = live_rollout(session, name, scope)
-        undo = Move("rollout.rollback", {"status": "rolled_back", "weight": 0, "reason": reason})
+        undo = Transition("rollout.rollback", {"status": "rolled_back", "weight": 0, "reason": reason})
         if running is not None:
             return apply(session, running, undo, at, detail)
         promotions, target = promotions_to_undo(session, store, name, scope)
@@ -174,29 +174,29 @@ def rollback(
 
 
 def advance(store: Store, rollout: int, *, clock: Clock = now, measure: Measure | None = None) -> Rollout:
-    """Follow at most one arrow, if time and requests allow it; returns the rollout as it then is.
+    """Make at most one transition that is due, and return the rollout after it.
 
-    Idempotent: called again with nothing new it changes nothing, and it never changes a rollout that has ended.
-    measure: (store, rollout, metric) -> (canary, stable); by default from the requests served here. What it raises is
-    no evidence, so the analysis stays open.
+    Without new requests and without enough time it changes nothing, and it never changes a rollout that has ended.
+    measure: (store, rollout, metric) -> (canary, stable), by default from the requests served here. If it raises, there
+    is no evidence, and the analysis does not decide.
     """
     current = get_rollout(store, rollout)
     if not current.live:
         return current
     at = clock()
-    move = _next_move(store, current, at, measure or measured_arms)
-    if move is None:
+    chosen = _next_transition(store, current, at, measure or measured_arms)
+    if chosen is None:
         return current
     try:
-        return _chosen(store, current, move, at)
-    except Refused as error:  # it may not be promoted: the approval, the champion or a role has changed
-        return _chosen(store, current, _abortion(error.what), at)
+        return _make_if_unchanged(store, current, chosen, at)
+    except Refused as error:  # it may not be promoted any more: the approval, the champion or a role has changed
+        return _make_if_unchanged(store, current, _abortion(error.what), at)
 
 
 def give_up(store: Store, rollout: int, reason: str, *, clock: Clock = now) -> Rollout:
-    """Abort because the canary cannot be served at all; for the server, which finds that out."""
+    """Abort a rollout whose canary cannot be served. The server calls this when it cannot load the canary."""
     current = get_rollout(store, rollout)
-    return _chosen(store, current, _abortion(reason), clock()) if current.live else current
+    return _make_if_unchanged(store, current, _abortion(reason), clock()) if current.live else current
 
 
 def measured_arms(store: Store, rollout: Rollout, metric: str) -> tuple[Arm, Arm]:
@@ -205,22 +205,22 @@ def measured_arms(store: Store, rollout: Rollout, metric: str) -> tuple[Arm, Arm
 
 
 def look(store: Store, rollout: Rollout, measure: Measure = measured_arms) -> Judgement | None:
-    """What the analysis a rollout stands at would say now; None where it stands at none."""
+    """The judgement that a rollout's analysis gives now; None if the rollout is not at an analysis."""
     analysis = rollout.current.analysis if rollout.live and rollout.current else None
     return None if analysis is None else _judge(store, rollout, analysis, measure)
 
 
-def _chosen(store: Store, current: Rollout, move: Move, at: datetime) -> Rollout:
-    """Follow an arrow that was chosen for current, unless something else happened to the rollout since."""
+def _make_if_unchanged(store: Store, current: Rollout, chosen: Transition, at: datetime) -> Rollout:
+    """Make a transition that was chosen for current, unless the rollout has changed since then."""
     try:
-        return follow(
-            store, current, CONTROLLER, move.action, lambda _session, _found: move, at, expected=current.revision
+        return make_transition(
+            store, current, CONTROLLER, chosen.action, lambda _session, _found: chosen, at, expected=current.revision
         )
     except Overtaken:
         return get_rollout(store, current.id)
 
 
-def _next_move(store: Store, rollout: Rollout, at: datetime, measure: Measure) -> Move | None:
+def _next_transition(store: Store, rollout: Rollout, at: datetime, measure: Measure) -> Transition | None:
     with database.reading(store.engine) as session:
         problem = broken_precondition(session, store, rollout)
     if problem is not None:
@@ -228,13 +228,13 @@ def _next_move(store: Store, rollout: Rollout, at: datetime, measure: Measure) -
     if rollout.current is None:
         return _promotion(rollout, {})
     waited = (at - datetime.fromisoformat(rollout.began_at)).total_seconds()
-    if waited < -_CORRECTION:
-        # The step's wait begins again: it may last too long, and never ends too early.
-        return Move("rollout.clock", {}, {"back_by_seconds": -waited})
+    if waited < -_CLOCK_CORRECTION:
+        # The step's wait starts again: it may take too long, but never ends too early.
+        return Transition("rollout.clock", {}, {"back_by_seconds": -waited})
     step = rollout.current
     if step.setWeight is not None:
         changes = {"weight": step.setWeight, "step": rollout.step + 1}
-        return Move("rollout.weight", changes, {"weight": step.setWeight})
+        return Transition("rollout.weight", changes, {"weight": step.setWeight})
     if step.pause is not None:
         return _at_pause(rollout, step.pause, waited)
     if step.analysis is not None:
@@ -242,19 +242,21 @@ def _next_move(store: Store, rollout: Rollout, at: datetime, measure: Measure) -
     return None
 
 
-def _at_pause(rollout: Rollout, pause: Pause, waited: float) -> Move | None:
+def _at_pause(rollout: Rollout, pause: Pause, waited: float) -> Transition | None:
     if rollout.status != "paused":
-        return Move("rollout.pause", {"status": "paused"}, {"seconds": pause.seconds})
+        return Transition("rollout.pause", {"status": "paused"}, {"seconds": pause.seconds})
     if pause.seconds is None or waited < pause.seconds:
         return None
-    return Move("rollout.resume", {"status": "running", "step": rollout.step + 1}, {"waited": waited})
+    return Transition("rollout.resume", {"status": "running", "step": rollout.step + 1}, {"waited": waited})
 
 
-def _at_analysis(store: Store, rollout: Rollout, analysis: Analysis, waited: float, measure: Measure) -> Move | None:
+def _at_analysis(
+    store: Store, rollout: Rollout, analysis: Analysis, waited: float, measure: Measure
+) -> Transition | None:
     judgement = _judge(store, rollout, analysis, measure)
     evidence = {"judgement": judgement.as_json()}
     if judgement.outcome == "pass":
-        return Move("rollout.pass", {"step": rollout.step + 1}, evidence)
+        return Transition("rollout.pass", {"step": rollout.step + 1}, evidence)
     if judgement.outcome == "fail":
         return _abortion(judgement.reason, evidence)
     if judgement.exhausted:
@@ -273,13 +275,13 @@ def _judge(store: Store, rollout: Rollout, analysis: Analysis, measure: Measure)
     return judge(analysis, canary, stable)
 
 
-def _promotion(rollout: Rollout, detail: Mapping[str, Any]) -> Move:
+def _promotion(rollout: Rollout, detail: Mapping[str, Any]) -> Transition:
     changes = {"status": "promoted", "step": len(rollout.steps), "weight": 100, "reason": ""}
-    return Move("rollout.promote", changes, {"version": rollout.canary, "replaced": rollout.stable, **detail})
+    return Transition("rollout.promote", changes, {"version": rollout.canary, "replaced": rollout.stable, **detail})
 
 
-def _abortion(reason: str, detail: Mapping[str, Any] | None = None) -> Move:
-    return Move("rollout.abort", {"status": "aborted", "weight": 0, "reason": reason}, detail or {})
+def _abortion(reason: str, detail: Mapping[str, Any] | None = None) -> Transition:
+    return Transition("rollout.abort", {"status": "aborted", "weight": 0, "reason": reason}, detail or {})
 
 
 def _command(
@@ -287,17 +289,17 @@ def _command(
     rollout: int,
     actor: str,
     action: str,
-    decide: Callable[[Session, Rollout], Move],
+    decide: Callable[[Session, Rollout], Transition],
     clock: Clock,
 ) -> Rollout:
-    """A person's arrow: decided on the row as the transaction finds it, so that it needs no second try."""
+    """A transition that a person asks for, decided inside the transaction, so that it never has to be repeated."""
     current = get_rollout(store, rollout)
 
-    def permitted(session: Session, found: Rollout) -> Move:
+    def permitted(session: Session, found: Rollout) -> Transition:
         require(session, actor, "rollout.change", scope=found.scope)
         return decide(session, found)
 
-    return follow(store, current, actor, action, permitted, clock())
+    return make_transition(store, current, actor, action, permitted, clock())
 
 
 def _check_scope(version: Version, name: str, scope: Scope) -> None:

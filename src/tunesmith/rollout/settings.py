@@ -1,4 +1,4 @@
-"""The steps of a rollout: how much traffic, when to wait, what to measure."""
+"""The steps of a rollout: how much traffic the canary gets, when to wait, and what to measure."""
 
 from __future__ import annotations
 
@@ -12,48 +12,50 @@ DAY = 86_400.0
 
 
 class Pause(Settings):
-    """Wait: for so many seconds, or, where none are given, until `rollout resume`."""
+    """Wait for a time, or until `rollout resume`."""
 
-    seconds: Annotated[float | None, Field(gt=0, description="how long; without it, until `rollout resume`")] = None
+    seconds: Annotated[
+        float | None, Field(gt=0, description="how long to wait; without it, until `rollout resume`")
+    ] = None
 
 
 class Analysis(Settings):
-    """Hold the canary's requests since this step began against the stable version's, and go on only where they pass."""
+    """Compare the canary's requests since this step began with stable's, and go on only if they pass."""
 
     metric: Annotated[
         str,
         Field(
             pattern=r"[a-z][a-z0-9_]*",
-            description="a score kept with requests: json_valid (measured on every answer), exact_match and other "
-            "scorers (once feedback arrives), success_rate, or error_rate",
+            description="the score to compare: json_valid (measured on every answer), exact_match or another scorer "
+            "(once feedback arrives), success_rate, or error_rate",
         ),
     ]
     worse_by_at_most: Annotated[
-        float, Field(ge=0, lt=1, description="how much worse than stable the canary's mean may be and still pass")
+        float, Field(ge=0, lt=1, description="how much worse than stable the canary's mean may be")
     ] = 0.05
     at_least: Annotated[
         float | None,
         Field(
             ge=0,
             le=1,
-            description="a floor under the canary's mean, besides the comparison; alone where stable has no traffic",
+            description="the least mean of the canary, in addition to the comparison; needed if stable has no traffic",
         ),
     ] = None
     min_requests: Annotated[
-        StrictInt, Field(ge=1, description="scored canary requests before it may pass; a failure does not wait")
+        StrictInt, Field(ge=1, description="scored canary requests that a pass needs; a failure may come earlier")
     ] = 50
     max_requests: Annotated[
-        StrictInt | None, Field(ge=1, description="scored canary requests after which an open question aborts")
+        StrictInt | None, Field(ge=1, description="abort if this many scored canary requests did not decide")
     ] = None
     confidence: Annotated[
-        float, Field(ge=0.5, lt=1, description="of each decision, over every look taken at the data together")
+        float, Field(ge=0.5, lt=1, description="confidence level of each decision, valid however often it is evaluated")
     ] = 0.95
-    timeout: Annotated[float, Field(gt=0, description="seconds after which an open question aborts")] = DAY
+    timeout: Annotated[float, Field(gt=0, description="abort if nothing was decided after this many seconds")] = DAY
 
     @model_validator(mode="after")
     def _decidable(self) -> Analysis:
         if self.metric == "error_rate" and self.at_least is not None:
-            raise ValueError("at_least is a floor, and error_rate is better low: write metric: success_rate")
+            raise ValueError("at_least needs a metric for which high is good: write metric: success_rate")
         if self.max_requests is not None and self.max_requests < self.min_requests:
             raise ValueError(
                 f"max_requests ({self.max_requests}) is below min_requests ({self.min_requests}): nothing could pass"
@@ -62,11 +64,11 @@ class Analysis(Settings):
 
 
 class Step(Settings):
-    """One step: exactly one of setWeight, pause, analysis."""
+    """One step: exactly one of setWeight, pause and analysis."""
 
     # Argo Rollouts' own spelling.
     setWeight: Annotated[  # noqa: N815
-        StrictInt | None, Field(ge=0, le=100, description="percentage of requests that go to the canary")
+        StrictInt | None, Field(ge=0, le=100, description="percentage of requests that the canary gets")
     ] = None
     pause: Annotated[Pause | None, Field(description="wait; `{}` waits for `rollout resume`")] = None
     analysis: Annotated[Analysis | None, Field(description="measure the canary against stable")] = None
@@ -74,7 +76,7 @@ class Step(Settings):
     @model_validator(mode="before")
     @classmethod
     def _pause_without_value(cls, value: Any) -> Any:
-        # YAML writes `- pause:` for a pause without settings.
+        # In YAML, `- pause:` is a pause without settings.
         return {"pause": {}} if value == {"pause": None} else value
 
     @model_validator(mode="after")
@@ -103,15 +105,19 @@ class RolloutSettings(Settings):
     """How a version takes over the traffic."""
 
     steps: Annotated[
-        tuple[Step, ...], Field(min_length=1, description="in order; the last setWeight is 100, then it is promoted")
+        tuple[Step, ...],
+        Field(
+            min_length=1,
+            description="the steps in order; the last setWeight must be 100",
+        ),
     ] = DEFAULT_STEPS
 
     @model_validator(mode="after")
     def _reaches_everyone(self) -> RolloutSettings:
         weights = [step.setWeight for step in self.steps if step.setWeight is not None]
         if not weights or weights[-1] != 100:
-            said = f"is {weights[-1]}" if weights else "is missing"
-            raise ValueError(f"the last setWeight must be 100, it {said}: the version would never take all traffic")
+            last = f"is {weights[-1]}" if weights else "is missing"
+            raise ValueError(f"the last setWeight must be 100, it {last}: the version would never get all traffic")
         seen = 0
         for number, step in enumerate(self.steps, start=1):
             if step.setWeight is not None:

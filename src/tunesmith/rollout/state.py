@@ -1,4 +1,4 @@
-"""A rollout as its row tells it, and reading rollouts."""
+"""Rollouts as the database keeps them, and how to read them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ FINAL: tuple[Final, ...] = get_args(Final)  # these never divide traffic again; 
 class Rollout(BaseModel):
     """A rollout at one moment.
 
-    stable, canary: version digests; stable is "" where nothing served before. weight: percent of requests that go to
-    the canary now. step: index into steps; len(steps) once they are done. began_at: when the current step began.
+    stable, canary: version digests; stable is "" if nothing served before. weight: percentage of requests that go to
+    the canary now. step: index into steps, len(steps) after the last one. began_at: when the current step began.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,23 +56,23 @@ class Rollout(BaseModel):
 
     @property
     def live(self) -> bool:
-        """Whether it still divides traffic."""
+        """Whether it divides traffic."""
         return self.status in LIVE
 
     @property
     def current(self) -> Step | None:
-        """The step it stands at; None when it is past the last."""
+        """The current step; None after the last one."""
         return self.steps[self.step] if self.step < len(self.steps) else None
 
 
 def state_of(rollout: Rollout) -> dict[str, Any]:
-    """What the row's state column keeps: the fields that have no column of their own."""
+    """The row's state column: the fields that have no own column."""
     document = rollout.model_dump(mode="json", exclude_none=True)
     return {key: document.get(key) for key in ("steps", "started_by", "override", "reason", "began_at", "history")}
 
 
 def from_row(row: RolloutRow) -> Rollout:
-    """Read a row."""
+    """The rollout of a row."""
     columns = (
         "id",
         "name",
@@ -90,7 +90,7 @@ def from_row(row: RolloutRow) -> Rollout:
 
 
 def get_rollout(store: Store, rollout: int) -> Rollout:
-    """A rollout by its number. Raises UsageError where there is none."""
+    """A rollout by its number. Raises UsageError if there is none."""
     with database.reading(store.engine) as session:
         row = session.get(RolloutRow, rollout)
         if row is None:
@@ -99,20 +99,20 @@ def get_rollout(store: Store, rollout: int) -> Rollout:
 
 
 def live_rollout(session: Session, name: str, scope: Scope) -> Rollout | None:
-    """The one rollout that divides a name's traffic now."""
+    """The rollout that divides a name's traffic now; None if there is none."""
     query = select(RolloutRow).where(*_within(name, scope), RolloutRow.status.in_(LIVE))
     row = session.scalars(query).first()
     return None if row is None else from_row(row)
 
 
 def promoted_rollouts(session: Session, name: str, scope: Scope) -> list[Rollout]:
-    """The promotions of a name that still stand, newest first: the way back."""
+    """A name's promotions that were not rolled back, newest first."""
     query = select(RolloutRow).where(*_within(name, scope), RolloutRow.status == "promoted")
     return [from_row(row) for row in session.scalars(query.order_by(RolloutRow.id.desc()))]
 
 
 def list_rollouts(store: Store, *, name: str | None = None, live: bool = False) -> list[Rollout]:
-    """Rollouts of every tenant and region, newest first; of one name, or the live ones alone."""
+    """Rollouts of every tenant and region, newest first. name: only of this name; live: only live ones."""
     query = select(RolloutRow).order_by(RolloutRow.id.desc())
     if name is not None:
         query = query.where(RolloutRow.name == name)

@@ -1,4 +1,4 @@
-"""Which requests go to the canary, and what each arm's requests showed."""
+"""Which requests go to the canary, and the scores of each arm's requests."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ STEP = "step"  # the key in a request's features that holds the step it was rout
 
 
 def goes_to_canary(rollout: int, weight: int, key: str) -> bool:
-    """Whether a request goes to the canary: the same answer for the same key, and never taken back as weight grows.
+    """Whether a request goes to the canary. The same key gets the same answer, and keeps the canary as weight grows.
 
-    weight: percent. key: the request's id, or its user's name so that they keep their arm.
+    weight: percentage. key: the request's id, or its user's name, so that a user keeps one arm.
     """
     hashed = hashlib.sha256(f"{rollout}:{key}".encode(errors="replace")).digest()
     return int.from_bytes(hashed[:8]) * 100 < weight << 64
 
 
 def arms(store: Store, rollout: int, step: int, metric: str) -> tuple[Arm, Arm]:
-    """(canary, stable): what the requests routed under a step of a rollout showed, with the metric's scores.
+    """(canary, stable): the requests that were routed during one step of a rollout, with their scores of a metric.
 
-    Requests are told apart by the step they were routed under and not by time, so that a clock set back mixes nothing.
+    Each request names its step, so that a clock that is set back does not mix the requests of two steps.
     """
     under_step = RequestRow.features[STEP].as_integer() == step
     query = select(RequestRow.arm, RequestRow.ok, RequestRow.scores).where(RequestRow.rollout == rollout, under_step)

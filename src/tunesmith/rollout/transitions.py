@@ -1,4 +1,4 @@
-"""One arrow of the state machine: a transaction over the rollout's row, the champion and the audit log."""
+"""One transition of a rollout: a transaction over its row, the champion and the audit log."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tunesmith.rollout.state import Rollout, from_row, state_of
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RolloutRow
 
-CONTROLLER = "controller"  # whom the audit log names where no person acts
+CONTROLLER = "controller"  # the actor in the audit log when no person acts
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """An arrow: the action's name in the audit log, the fields it changes, and what else the log shall say."""
+class Transition:
+    """A transition. action: its name in the audit log. changes: fields of the rollout. detail: more for the log."""
 
     action: str
     changes: Mapping[str, Any]
@@ -35,20 +35,20 @@ class Overtaken(Exception):
     """Another controller or command moved the rollout first."""
 
 
-def follow(
+def make_transition(
     store: Store,
     current: Rollout,
     actor: str,
     action: str,
-    decide: Callable[[Session, Rollout], Move],
+    decide: Callable[[Session, Rollout], Transition],
     at: datetime,
     expected: int | None = None,
 ) -> Rollout:
-    """Follow one arrow, with its audit entry.
+    """Make one transition, with its audit entry, and return the rollout after it.
 
-    decide: (session, the rollout as the transaction finds it) -> the arrow; what it raises undoes all. expected: the
-    revision for which the arrow was chosen beforehand. Raises Overtaken where the rollout is at another one, Refused
-    for a promotion of what may not be promoted now.
+    decide: (session, the rollout as the transaction finds it) -> the transition; if it raises, nothing changes.
+    expected: the revision that the transition was chosen for, if it was chosen before. Raises Overtaken if the rollout
+    is at another revision, Refused if the transition is a promotion and the canary may not be promoted now.
     """
     detail: dict[str, Any] = {}
     with store.change(actor, action, current.name, detail) as session:
@@ -56,29 +56,32 @@ def follow(
         found = current if row is None else from_row(row)
         if row is None or expected not in (None, found.revision):
             raise Overtaken
-        move = decide(session, found)
-        if move.changes.get("status") == "promoted":
+        transition = decide(session, found)
+        if transition.changes.get("status") == "promoted":
             problem = broken_precondition(session, store, found) or promotion_problem(session, store, found)
             if problem is not None:
                 fix = f"tunesmith rollout abort {found.id}"
                 raise Refused(problem, where=f"rollout {found.id} of {found.name}", fix=fix)
             point_champion(session, found, found.canary, actor)
-        return apply(session, found, move, at, detail)
+        return apply(session, found, transition, at, detail)
 
 
-def apply(session: Session, found: Rollout, move: Move, at: datetime, detail: dict[str, Any]) -> Rollout:
-    """Write a move into the row found, which must be at the revision it was read at, and say so in detail."""
-    said = {"rollout": found.id, "canary": found.canary, **move.detail}
-    if move.changes.get("reason"):
-        said["reason"] = move.changes["reason"]
-    detail.update(said)
-    event = {"at": written(at), "action": move.action, "step": found.step, **move.detail}
+def apply(session: Session, found: Rollout, transition: Transition, at: datetime, detail: dict[str, Any]) -> Rollout:
+    """Write a transition into a rollout's row and into an audit entry's detail.
+
+    Raises Overtaken if the row is not at the revision of found any more.
+    """
+    shared = {"rollout": found.id, "canary": found.canary, **transition.detail}
+    if transition.changes.get("reason"):
+        shared["reason"] = transition.changes["reason"]
+    detail.update(shared)
+    event = {"at": written(at), "action": transition.action, "step": found.step, **transition.detail}
     moved = found.model_copy(
         update={
-            **move.changes,
+            **transition.changes,
             "began_at": written(at),
-            # A clock set back time and again must not grow the row.
-            "history": (*found.history, event) if move.action != "rollout.clock" else found.history,
+            # A clock that is set back again and again must not make the row grow.
+            "history": (*found.history, event) if transition.action != "rollout.clock" else found.history,
             "revision": found.revision + 1,
         }
     )
@@ -101,7 +104,7 @@ def new_row(
     at: datetime,
     unopposed: str | None,
 ) -> RolloutRow:
-    """A rollout as it begins. unopposed: why there is no champion to compare with, and the version serves at once."""
+    """The row of a new rollout. unopposed: why there is no champion to compare with, so that it is promoted at once."""
     row = RolloutRow(
         name=name, **scope.fields(), stable=stable, canary=version.digest, revision=0, started_at=written(at)
     )
@@ -118,5 +121,5 @@ def new_row(
 
 
 def written(at: datetime) -> str:
-    """A moment as the row keeps it."""
+    """A time as the row keeps it."""
     return at.isoformat(timespec="microseconds")
