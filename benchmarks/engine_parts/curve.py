@@ -71,21 +71,27 @@ def held_out(told: Figures) -> Figures:
 
 
 def _answers(found: Any, folder: Path, rows: Sequence[Any]) -> list[str]:
-    from safetensors.torch import load_file
+    from safetensors.numpy import load_file
 
     from tunesmith.core.messages import Message
-    from tunesmith.engines.native.adapters.adapter import pack_adapter
     from tunesmith.engines.native.engine import NativeEngine
     from tunesmith.engines.protocol import Generation
+    from tunesmith.models.weight_files import save_adapter_file
 
     bound = folder / "bound"  # the engine answers with adapters of its own base alone
     bound.mkdir(exist_ok=True)
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
-    targets = config["target_modules"]
-    packed = pack_adapter(tensors, found, rank=RANK, alpha=config["lora_alpha"], root=False, targets=targets)
-    for name, data in packed.items():
-        (bound / name).write_bytes(data)
+    save_adapter_file(
+        bound,
+        tensors,
+        base=found.digest,
+        fingerprint=found.fingerprint,
+        rank=RANK,
+        alpha=config["lora_alpha"],
+        root=False,
+        targets=config["target_modules"],
+    )
     engine = NativeEngine(found)
     engine.load_adapter("trained", bound)
     requests = [Generation(tuple(Message(**turn) for turn in row[:-1]), max_tokens=2 * TOKENS) for row in rows]

@@ -39,7 +39,7 @@ def mixed(told: Figures) -> Figures:
     engine, _ = _ready(told["rows"])
     names: list[str | None] = [None, *map(str, range(told["adapters"]))]
     for name in names[1:]:
-        _, lora, _, _ = prepared(told["rows"][:1], 1, rank=RANK)
+        lora, _, _ = prepared(told["rows"][:1], 1, rank=RANK)
         with tempfile.TemporaryDirectory() as scratch:
             write(lora, str(Path(scratch) / "adapter"))
             engine.load_adapter(str(name), Path(scratch) / "adapter")

@@ -9,19 +9,18 @@ from typing import Any
 
 from engine_parts.processes import Figures
 from engine_parts.rows import base, rendered
-from engine_parts.training import RANK, RATE, prepared, write
+from engine_parts.training import RANK, RATE, fit, prepared, write
 
 
 def step(told: Figures) -> Figures:
     """told: rows of two steps, batch."""
-    from tunesmith.core.progress import SILENT
-    from tunesmith.training.trainer import fit, validation_loss
+    from tunesmith.training.objectives import CrossEntropy
+    from tunesmith.training.steps import validation_loss
 
-    network, lora, plan, settings = prepared(told["rows"], told["batch"], rank=RANK, learning_rate=RATE)
-    before = validation_loss(network, lora, plan[1])
-    with tempfile.TemporaryDirectory() as work:
-        fit(network, lora, plan[:1], [], settings, Path(work), {}, SILENT)
-    return {"before": before, "after": validation_loss(network, lora, plan[1])}
+    model, plan, settings = prepared(told["rows"], told["batch"], rank=RANK, learning_rate=RATE)
+    before = validation_loss(model, CrossEntropy(), plan[1])
+    fit(model, plan[:1], settings)
+    return {"before": before, "after": validation_loss(model, CrossEntropy(), plan[1])}
 
 
 def peft_step(told: Figures) -> Figures:
@@ -30,11 +29,11 @@ def peft_step(told: Figures) -> Figures:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    _, lora, _, _ = prepared(told["rows"], told["batch"], rank=RANK)
+    model_at_start, _, _ = prepared(told["rows"], told["batch"], rank=RANK)
     found, bits, batch = base(), told["bits"], told["batch"]
     with tempfile.TemporaryDirectory() as scratch:
         start = str(Path(scratch) / "start")
-        write(lora, start)
+        write(model_at_start, start)
         plain = AutoModelForCausalLM.from_pretrained(
             found.folder, dtype=torch.float32 if bits == 32 else torch.bfloat16
         )

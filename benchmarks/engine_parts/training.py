@@ -15,21 +15,28 @@ from engine_parts.rows import base, rendered
 RANK, RATE, FULL_RATE = 16, 2e-4, 2e-5
 
 
-def prepared(rows: Sequence[Any], batch: int, **own: Any) -> tuple[Any, Any, list[list[Any]], Any]:
-    """The network, what is trained of it, the steps in the rows' order, the settings."""
-    from tunesmith.engines.native import runtime
+def prepared(rows: Sequence[Any], batch: int, **own: Any) -> tuple[Any, list[list[Any]], Any]:
+    """A native trainable model, the steps in the rows' order, the settings."""
+    from tunesmith.engines.factory import load_model
     from tunesmith.training.batch_plan import lay_out_step
+    from tunesmith.training.estimate import state_bytes
     from tunesmith.training.settings import TrainSettings
-    from tunesmith.training.train import build_trainable
-    from tunesmith.training.trainable import open_network
 
-    runtime.prepare()
     found = base()
     settings = TrainSettings(schedule="linear", warmup=0.0, batch=batch, checkpoint_seconds=1e6, **own)
-    trained = build_trainable(open_network(found), found.folder, settings)
+    model = load_model(found).trainable(settings, seed=settings.seed, state_bytes=state_bytes(settings))
     ready = rendered(found.folder, rows)
     plan = [lay_out_step(ready[start : start + batch], settings.tokens) for start in range(0, len(ready), batch)]
-    return trained.network, trained, plan, settings
+    return model, plan, settings
+
+
+def fit(model: Any, plan: list[list[Any]], settings: Any) -> Any:
+    """Train over a plan without validation; the state at the end."""
+    from tunesmith.training.checkpoints import Checkpoints
+    from tunesmith.training.trainer import Trainer
+
+    with tempfile.TemporaryDirectory() as work:
+        return Trainer(model, plan, settings, Checkpoints(Path(work), {})).run()
 
 
 def adapter_settings(told: Figures) -> dict[str, Any]:
@@ -40,23 +47,22 @@ def adapter_settings(told: Figures) -> dict[str, Any]:
 def train(told: Figures) -> Figures:
     """told: rows, batch; full, rate, seed where they are not as usual; start and end: where the adapter is
     written before and after."""
-    from tunesmith.core.progress import SILENT
     from tunesmith.engines.native import runtime
-    from tunesmith.training.trainer import fit, trial_step
+    from tunesmith.training.estimate import trial_step
+    from tunesmith.training.objectives import CrossEntropy
 
     full = told.get("full", False)
     own: dict[str, Any] = {"method": "full", "learning_rate": FULL_RATE} if full else adapter_settings(told)
-    network, trained, plan, settings = prepared(told["rows"], told["batch"], **own)
-    write(trained, told.get("start"))
+    model, plan, settings = prepared(told["rows"], told["batch"], **own)
+    write(model, told.get("start"))
     runtime.reset_peak_memory()
-    trial_step(network, trained)(plan[0])
+    trial_step(model, CrossEntropy())(plan[0])
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as work:
-        course = fit(network, trained, plan, [], settings, Path(work), {}, SILENT)
+    state = fit(model, plan, settings)
     seconds = time.perf_counter() - began
-    write(trained, told.get("end"))
-    losses = [step["loss"] for step in course.curve]
-    tokens = sum(len(row.ids) for row in rendered(base().folder, told["rows"]))
+    write(model, told.get("end"))
+    losses = [step["loss"] for step in state.curve]
+    network, tokens = model.network, sum(len(row.ids) for row in rendered(base().folder, told["rows"]))
     return {
         "examples_per_second": len(told["rows"]) / seconds,
         "tokens_per_second": tokens / seconds,
@@ -69,12 +75,11 @@ def train(told: Figures) -> Figures:
     }
 
 
-def write(trained: Any, folder: str | None) -> None:
-    """An adapter's files, where a folder is named."""
+def write(model: Any, folder: str | None) -> None:
+    """Save a model's files, where a folder is named."""
     if folder is not None:
         Path(folder).mkdir(parents=True)
-        for name, data in trained.files(base()).items():
-            (Path(folder) / name).write_bytes(data)
+        model.save(Path(folder))
 
 
 def _bytes(product: Any) -> int:
@@ -92,7 +97,8 @@ def limit(told: Figures) -> Figures:
     """The same products and no more, weights laid out beforehand: the faster of ours and the tensor library's."""
     import torch
 
-    network, _, plan, _ = prepared(told["rows"], told["batch"], rank=RANK)
+    model, plan, _ = prepared(told["rows"], told["batch"], rank=RANK)
+    network = model.network
     steps = [part for step in plan for part in step][:4]
     products = list(network.layers[0].linear.values())
     weights = [product.weight for product in products]

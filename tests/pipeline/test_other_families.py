@@ -54,7 +54,7 @@ def test_it_learns_and_the_records_say_how_it_was_computed(released: Path) -> No
     trainings = [store.record(digest).body for digest in store.records_of("training")]
     assert len(trainings) == 2
     for body in trainings:
-        assert body["network"] == "transformers"
+        assert body["engine"] == "hf"
         assert "together" not in body
         assert body["curve"][-1]["loss"] < 0.95 * body["curve"][0]["loss"]
     answers = [store.record(digest).body for digest in store.records_of("answers")]

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from tests.tiny import row, write_model
+from tests.tiny import TILED, row, write_model
+from tests.trained import full_model, gradients, lora_model
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.threads import wanted_threads
-from tunesmith.engines.batch import lay_out
+from tunesmith.engines.batch import Batch, lay_out
 from tunesmith.engines.native import runtime
-from tunesmith.engines.native.adapters.full import Full
-from tunesmith.engines.native.adapters.lora import Lora
+from tunesmith.engines.native.adapters import costs
+from tunesmith.engines.native.adapters.lora import LoraModel
+from tunesmith.engines.native.adapters.trainable import NativeTrainable
 from tunesmith.engines.native.network.network import Network
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.rendering import Renderer
-from tunesmith.training.batch_plan import lay_out_step
-from tunesmith.training.estimate import Needs, check_disk, check_room, estimate, step_bytes
+from tunesmith.training.batch_plan import Step, lay_out_step
+from tunesmith.training.estimate import MemoryNeeds, check_disk, check_memory, estimate
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.speed import matrix_limit, step_flops
-from tunesmith.training.trainable import Trainable
-from tunesmith.training.trainer import Step, gradients
+from tunesmith.training.steps import drop_gradients
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +40,7 @@ def _step(folder: Path, more: int = 20) -> Step:
     )
 
 
-def _trained(network: Network, settings: TrainSettings, folder: Path) -> Trainable:
-    return Full(network, settings, folder) if settings.method == "full" else Lora(network, settings)
-
-
-def test_what_does_not_fit_is_refused_before_it_is_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_step_is_refused_before_it_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step, tried = _step(folder), 0
 
     def trial(_: Step) -> None:
@@ -51,7 +49,7 @@ def test_what_does_not_fit_is_refused_before_it_is_tried(folder: Path, monkeypat
 
     def free(count: int, later: int) -> None:
         monkeypatch.setattr(runtime, "available_memory", lambda: count)
-        estimate([step], 0, 1, trial, Needs(lambda part: 1000 * part.tokens, later, 0, "train.layers"))
+        estimate([step], 0, 1, trial, MemoryNeeds(lambda part: 1000 * part.tokens, later, 0, "train.layers"))
 
     needed = 1000 * step[0].tokens
     with pytest.raises(Refused, match=r"the largest part of a step \(\d+ tokens\) takes about") as refused:
@@ -64,57 +62,100 @@ def test_what_does_not_fit_is_refused_before_it_is_tried(folder: Path, monkeypat
     assert tried
 
 
-@pytest.mark.parametrize("settings", [{}, {"layers": 1}, {"method": "full"}])
-def test_the_prediction_is_near_what_the_backward_pass_keeps(folder: Path, settings: dict[str, Any]) -> None:
-    """Held against what autograd saves, told tensor by tensor, each storage once."""
-    network, train = load_network(folder, torch.float32), TrainSettings(**settings)
-    trained, (part,) = _trained(network, train, folder), _step(folder)
-    kept: dict[int, int] = {}
-    weights = {x.untyped_storage().data_ptr() for x in (*trained.masters, trained.network.embedding)}
-    if isinstance(trained, Full):
-        weights |= {copy.untyped_storage().data_ptr() for copy in trained._copies}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        if x.untyped_storage().data_ptr() not in weights:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        gradients(trained.network, trained, [part])
-    said = step_bytes(trained.network, trained, train, part) - sum(master.nbytes for master in trained.masters)
-    assert 0.6 * sum(kept.values()) < said < 1.7 * sum(kept.values())
+def _model(network: Network, settings: TrainSettings, folder: Path) -> NativeTrainable:
+    return full_model(network, settings, folder) if settings.method == "full" else lora_model(network, settings)
 
 
-def test_flops_are_six_for_a_number_and_token_less_what_frozen_weights_save(folder: Path) -> None:
-    network = load_network(folder, torch.float32)
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _existing(model: NativeTrainable, network: Network, batch: Batch) -> set[int]:
+    """Storages that are there before a forward pass: weights, copies of what is trained, the batch."""
+    found = [*model.masters, batch.ids, batch.predicts]
+    for each in (network, model.network):
+        found += [each.embedding, each.final_norm]
+        for layer in each.layers:
+            found += [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+            found += [product._forward for product in layer.linear.values()]
+    if isinstance(model, LoraModel) and model.dora is not None:
+        model.copies()
+        found += model.dora.row_scales.values()
+    return {_storage(tensor) for tensor in found}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mistral-window"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"layers": 1}, {"dora": True}, {"start": "pissa"}, {"method": "full"}, {"method": "full", "layers": 2}],
+)
+def test_kept_bytes_are_what_autograd_saves(
+    tmp_path: Path, settings: dict[str, Any], family: str, dtype: torch.dtype
+) -> None:
+    folder = write_model(tmp_path / "model", family, sizes=TILED)
+    network, train = load_network(folder, dtype), TrainSettings(**settings)
+    model, (batch,) = _model(network, train, folder), _step(folder)
+    existing, saved = _existing(model, network, batch), dict[int, int]()
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if _storage(tensor) not in existing:
+            saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        gradients(model, [batch])
+    assert costs.kept_bytes(model.network, batch, model.first, model.kept_numbers()) == sum(saved.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"layers": 1}, {"dora": True}, {"start": "pissa"}])
+def test_memory_estimate_covers_what_is_allocated(tmp_path: Path, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    folder = write_model(tmp_path / "model", sizes=TILED)
+    network = load_network(folder, dtype)
+    model, (batch,) = lora_model(network, TrainSettings(**settings)), _step(folder)
+    gradients(model, [batch])  # lays the weights out for gradients, which happens once
+    drop_gradients(model)
+    estimated = model.memory_estimate(batch)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        gradients(model, [batch])
+    events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
+    allocated = max(accumulate(each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())))
+    assert allocated <= estimated <= 1.1 * allocated
+
+
+def test_flops_count_forward_backward_and_trained_products(folder: Path) -> None:
+    network, batch = load_network(folder, torch.float32), _step(folder)[0]
     linear = [sum(product.numel() for product in layer.linear.values()) for layer in network.layers]
-    head = network.head.numel()
-    full = TrainSettings(method="full")
-    assert step_flops(network, 0, full, 10, 3) == 6 * (10 * sum(linear) + 3 * head)
-    assert step_flops(network, 7, TrainSettings(), 10, 3) == 10 * (4 * sum(linear) + 6 * 7) + 4 * 3 * head
-    last = TrainSettings(layers=1)
-    assert step_flops(network, 7, last, 10, 3) == 10 * (2 * sum(linear) + 2 * linear[-1] + 6 * 7) + 4 * 3 * head
-    assert matrix_limit(network, 100) == matrix_limit(network, 100), "measured once"
+    head, tokens, labels = network.head.numel(), batch.tokens, batch.labels.numel()
+    full = full_model(network, TrainSettings(method="full"), folder)
+    assert full.flops(batch) == 6 * (tokens * sum(linear) + labels * head)
+    lora = lora_model(network, TrainSettings())
+    assert lora.flops(batch) == tokens * (4 * sum(linear) + 6 * lora.trained_numbers) + 4 * labels * head
+    last = lora_model(network, TrainSettings(layers=1))
+    once = 2 * sum(linear) + 2 * linear[-1] + 6 * last.trained_numbers
+    assert last.flops(batch) == tokens * once + 4 * labels * head
+    assert lora.peak_flops(batch) == lora.peak_flops(batch), "measured once"
 
 
-def test_what_is_told_to_set_does_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advised_tokens_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     renderer = Renderer(folder)
     plan = [[lay_out([renderer.conversation(row("light", "on" * more))])] for more in (20, 40, 200)]
     sizes = [step[0].tokens for step in plan]
-    needs = Needs(lambda part: 1000 * part.tokens, 0, 0, "train.layers")
-    assert check_room(plan, needs).tokens == sizes[2]
+    needs = MemoryNeeds(lambda part: 1000 * part.tokens, 0, 0, "train.layers")
+    assert check_memory(plan, needs).tokens == sizes[2]
     monkeypatch.setattr(runtime, "available_memory", lambda: 1000 * sizes[1])
     with pytest.raises(Refused) as refused:
-        check_room(plan, needs)
+        check_memory(plan, needs)
     assert str(sizes[1]) in str(refused.value.fix)
-    check_room(plan[:2], needs)
+    check_memory(plan[:2], needs)
 
 
-def test_a_disk_without_room_for_checkpoints_is_told_before(tmp_path: Path) -> None:
+def test_full_disk_is_refused(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
-    check_disk(tmp_path / "work", Needs(lambda _: 0, 0, 1000, "train.layers"))
+    check_disk(tmp_path / "work", MemoryNeeds(lambda _: 0, 0, 1000, "train.layers"))
     with pytest.raises(Refused, match="2 checkpoints and the next one take") as refused:
-        check_disk(tmp_path / "work" / "not there", Needs(lambda _: 0, 0, 1 << 60, "train.layers"))
+        check_disk(tmp_path / "work" / "not there", MemoryNeeds(lambda _: 0, 0, 1 << 60, "train.layers"))
     assert "train.layers" in str(refused.value.fix)
 
 
@@ -137,7 +178,7 @@ _VERSION_1 = {
         ("0::/", "", {}, []),
     ],
 )
-def test_what_a_container_may_still_take(
+def test_memory_left_in_a_control_group(
     tmp_path: Path, told: str, place: str, files: dict[str, str], left: list[int]
 ) -> None:
     (tmp_path / "mount" / "a" / "b").mkdir(parents=True)
@@ -150,7 +191,7 @@ def test_what_a_container_may_still_take(
 
 
 @pytest.mark.parametrize("told", ["two", "-1", "1.5"])
-def test_a_number_of_threads_that_is_none(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
+def test_wrong_thread_count_is_refused(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
     monkeypatch.setenv("TUNESMITH_THREADS", told)
     with pytest.raises(UsageError, match="no number of threads") as refused:
         wanted_threads()

@@ -15,14 +15,15 @@ from typer.testing import CliRunner
 
 from tests.tiny import row, write_model
 from tests.tiny_project import write_project
+from tests.trained import full_model, lora_model
 from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import SILENT
-from tunesmith.engines.native.adapters.lora import Lora
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.rendering import Renderer
 from tunesmith.training import range_test as rate
 from tunesmith.training.batch_plan import lay_out_step
+from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
 
 TRAIN = {"rank": 2, "batch": 8}
@@ -51,7 +52,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-def test_twice_it_says_the_same_and_leaves_the_store_as_it_was(project: Path) -> None:
+def test_range_test_is_repeatable_and_keeps_nothing(project: Path) -> None:
     before = _files(project / ".tunesmith" / "records") | _files(project / ".tunesmith" / "blobs")
     one, other = (_run(project, "train", "tuned", "--find-rate", "--json").stdout for _ in range(2))
     assert one == other
@@ -69,7 +70,7 @@ def test_twice_it_says_the_same_and_leaves_the_store_as_it_was(project: Path) ->
     assert rates[smoothed.index(min(smoothed))] == pytest.approx(10 * found["suggestion"])
 
 
-def test_a_training_at_the_suggested_rate_learns_more_than_at_the_first_and_the_last(project: Path) -> None:
+def test_suggested_rate_learns_more_than_the_extremes(project: Path) -> None:
     found = json.loads(_run(project, "train", "--find-rate", "--json").stdout)
     losses = {}
     for each in (found["rates"][0], found["suggestion"], found["rates"][-1]):
@@ -79,7 +80,7 @@ def test_a_training_at_the_suggested_rate_learns_more_than_at_the_first_and_the_
     assert min(losses, key=lambda each: losses[each]) == found["suggestion"]
 
 
-def test_a_person_sees_a_curve_and_the_line_to_write(project: Path) -> None:
+def test_output_has_a_curve_and_the_setting_to_write(project: Path) -> None:
     shown = _run(project, "train", "--find-rate").stdout
     assert "smoothed loss by learning rate" in shown
     assert sum(line.count("*") for line in shown.splitlines() if "|" in line) <= rate.STEPS
@@ -87,40 +88,38 @@ def test_a_person_sees_a_curve_and_the_line_to_write(project: Path) -> None:
     assert rate.RULE in shown
 
 
-def test_it_is_refused_for_what_is_not_trained_and_with_restart(tmp_path: Path, project: Path) -> None:
-    with pytest.raises(UsageError, match="begun again"):
+def test_range_test_needs_a_training_and_no_restart(tmp_path: Path, project: Path) -> None:
+    with pytest.raises(UsageError, match="nothing that could be restarted"):
         _run(project, "train", "--find-rate", "--restart")
     with pytest.raises(UsageError, match="candidate 'plain' has no training"):
         _run(write_project(tmp_path / "p"), "train", "plain", "--find-rate")
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_it_ends_where_the_loss_runs_away(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith.engines.native.adapters.full import Full
-
+def test_range_test_ends_where_the_loss_diverges(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_model(tmp_path / "model")
     renderer, network = Renderer(folder), load_network(folder)
     settings = TrainSettings(method=method)
-    trained = Full(network, settings, folder) if method == "full" else Lora(network, settings)
+    model = full_model(network, settings, folder) if method == "full" else lora_model(network, settings)
     step = lay_out_step([renderer.conversation(row(f"turn on light {n}", f'{{"light":{n}}}')) for n in range(4)], 4096)
-    monkeypatch.setattr(rate, "_FROM", 1e-3)
-    monkeypatch.setattr(rate, "_TO", 1e3)
+    monkeypatch.setattr(rate, "_LOWEST", 1e-3)
+    monkeypatch.setattr(rate, "_HIGHEST", 1e3)
     monkeypatch.setattr(rate, "_DIVERGED", 1.05)  # a random model's loss has little room to fall
-    found = rate.range_test(trained.network, trained, [step] * 100, settings, SILENT)
+    found = rate.range_test(model, CrossEntropy(), [step] * 100, settings, SILENT)
     assert len(found.losses) < rate.STEPS
     assert found.smoothed[-1] > 1.05 * min(found.smoothed)
     assert all(each <= 1.05 * min(found.smoothed[: n + 1]) for n, each in enumerate(found.smoothed[:-1]))
     given = iter([3.0, 2.0, math.nan])
     monkeypatch.setattr(rate, "gradients", lambda *_: next(given))
     monkeypatch.setattr(rate, "update", lambda *_: 1.0)
-    assert rate.range_test(trained.network, trained, [step] * 100, settings, SILENT).losses == [3.0, 2.0]
+    assert rate.range_test(model, CrossEntropy(), [step] * 100, settings, SILENT).losses == [3.0, 2.0]
     monkeypatch.setattr(rate, "gradients", lambda *_: math.inf)
-    with pytest.raises(TunesmithError, match="no number before the first update"):
-        rate.range_test(trained.network, trained, [step] * 100, settings, SILENT)
+    with pytest.raises(TunesmithError, match="not finite before the first update"):
+        rate.range_test(model, CrossEntropy(), [step] * 100, settings, SILENT)
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=rate.STEPS))
-def test_smoothed_losses_stay_between_those_so_far_and_the_suggestion_within_the_range(losses: list[float]) -> None:
+def test_smoothed_losses_and_suggestion_stay_in_range(losses: list[float]) -> None:
     smoothed = rate.smooth(losses)
     assert smoothed[0] == pytest.approx(losses[0])
     for count, each in enumerate(smoothed, 1):

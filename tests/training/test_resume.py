@@ -1,4 +1,4 @@
-"""Stopping and carrying on: bit-identical after kill -9 at any moment, refused where something that matters changed."""
+"""Stop and resume: the same bytes after kill -9 at any moment; refused where the training or machine changed."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.tiny import row, write_model
-from tunesmith.core.digests import digest_bytes
+from tunesmith.core.digests import digest_bytes, digest_file
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.progress import SILENT, Progress, Silent, Task
 from tunesmith.engines.batch import label_count
+from tunesmith.engines.factory import load_model
 from tunesmith.engines.native import kernels as native
 from tunesmith.engines.native import runtime
 from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training import trainer as loop
 from tunesmith.training.batch_plan import lay_out_validation
+from tunesmith.training.rows import TrainingRow
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.train import TrainingRow, train
+from tunesmith.training.spec import TrainingResult
+from tunesmith.training.steps import validation_loss
+from tunesmith.training.train import make_spec, record_training, run_training, train
+from tunesmith.training.trainer import Trainer
 
 ROWS = [
     TrainingRow(f"r{n}", row(f"turn on light {n}", f'{{"n":{n},"even":{str(n % 2 == 0).lower()}}}')) for n in range(60)
@@ -102,34 +107,45 @@ def _steps(folder: Path) -> list[Path]:
     return sorted((folder / "work").glob("step-*"))
 
 
-def test_same_input_same_bytes(folder: Path, uninterrupted: str) -> None:
+def _newest(folder: Path) -> int:
+    """The step of the newest checkpoint; 0 where there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in _steps(folder)), default=0)
+
+
+def test_same_input_gives_the_same_bytes(folder: Path, uninterrupted: str) -> None:
     assert run(folder) == uninterrupted
 
 
-def test_killed_again_and_again_it_ends_in_the_same_bytes(folder: Path, uninterrupted: str) -> None:
-    killed = 0
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+
+
+def test_killed_during_steps_it_ends_in_the_same_bytes(folder: Path, uninterrupted: str) -> None:
+    """Killed as soon as a checkpoint is there: while the next step is computed or written."""
+    reached = []
     for wanted in (1, 12, 31):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
-        worker = subprocess.Popen([sys.executable, "-c", _SCRIPT, str(folder)], env=environment)
+        worker = subprocess.Popen([sys.executable, "-c", _SCRIPT, str(folder)], env=_environment())
         until = time.monotonic() + 90
         while worker.poll() is None and time.monotonic() < until:
-            steps = _steps(folder)
-            if steps and int(steps[-1].name.removeprefix("step-")) >= wanted:
+            if _newest(folder) >= wanted:
                 worker.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.001)
-        killed += worker.wait() == -signal.SIGKILL
-    assert killed == 3, "a run came to its end before it was killed: the test did not test"
+        assert worker.wait() == -signal.SIGKILL, "the training ended before it was killed"
+        reached.append(_newest(folder))
+        assert wanted <= reached[-1] < 60
+    assert reached == sorted(set(reached)), "each training went on from where the one before it was killed"
     assert run(folder) == uninterrupted
 
 
-# Where a run is killed, each as soon as it comes there (after: has been there), three at a checkpoint: between its two
-# files, before it gets its name, before older ones are removed.
+# Where a training is killed: as soon as it gets there, or right after ("after"). Three are within a checkpoint: between
+# its two files, before it gets its name, and before older ones are removed.
 _PHASES = {
     "estimate": "tunesmith.training.train.estimate",
-    "between the files": "tunesmith.training.checkpoints._write after",
+    "between the files": "tunesmith.training.checkpoints.write_tensors after",
     "before its name": "tunesmith.training.checkpoints.os.rename",
     "after its name": "tunesmith.training.checkpoints.sync_folder",
+    "saved": "tunesmith.training.train.record_training",
     "record": "tunesmith.training.train.Record",
 }
 _KILLED = """
@@ -142,30 +158,96 @@ where, _, after = sys.argv[2].partition(" ")
 place, _, name = where.rpartition(".")
 owner = os if place.endswith(".os") else import_module(place)
 inner = getattr(owner, name)
-def at(*given, **named):
+def kill(*given, **named):
     if after:
         inner(*given, **named)
-    if "store" not in str(given[:1]):
+    if "store" not in str(given[:1]) or name == "record_training":
+        print("reached", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     return inner(*given, **named)
-setattr(owner, name, at)
+setattr(owner, name, kill)
 run(Path(sys.argv[1]))
 """
 
 
-@pytest.mark.slow  # five processes, each of which imports torch
+@pytest.mark.slow  # a process for each phase, which imports torch
 def test_killed_in_every_phase_it_ends_in_the_same_bytes(folder: Path, uninterrupted: str) -> None:
     store = Store(folder / "store")
-    resolve_base(store, str(folder / "model"), folder)  # what is killed is the training, not what stands before it
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    resolve_base(store, str(folder / "model"), folder)  # so that only the training is killed
     for phase, place in _PHASES.items():
-        ended = subprocess.run([sys.executable, "-c", _KILLED, str(folder), place], env=environment, timeout=120)
-        assert ended.returncode == -signal.SIGKILL, phase
+        ended = subprocess.run(
+            [sys.executable, "-c", _KILLED, str(folder), place], env=_environment(), timeout=120, stdout=subprocess.PIPE
+        )
+        assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, b"reached\n"), phase
     assert run(folder) == uninterrupted
-    assert not list((folder / "work").glob(".writing-*")), "what a kill left half-written is cleared away"
+    assert not list((folder / "work").glob(".writing-*")), "half-written checkpoints are removed"
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(folder: Path, uninterrupted: str) -> None:
+_REBUILT = """
+import sys
+from pathlib import Path
+from tunesmith.training.spec import TrainingSpec
+from tunesmith.training.train import run_training
+spec = TrainingSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
+Path(sys.argv[2]).write_text(run_training(spec).model_dump_json())
+"""
+
+
+def test_another_process_rebuilds_a_training_from_its_spec(folder: Path, uninterrupted: str) -> None:
+    store = Store(folder / "store")
+    base = resolve_base(store, str(folder / "model"), folder)
+    dataset = store.put_record(Record(kind="dataset", body={"rows": 60}))
+    spec = make_spec(
+        base=base, dataset=dataset, rows=ROWS, validation=ROWS[:3], settings=SETTINGS, work=folder / "work"
+    )
+    (folder / "spec.json").write_text(spec.model_dump_json())
+    files = [str(folder / "spec.json"), str(folder / "result.json")]
+    subprocess.run([sys.executable, "-c", _REBUILT, *files], env=_environment(), timeout=120, check=True)
+    result = TrainingResult.model_validate_json((folder / "result.json").read_bytes())
+    assert {path.name for path in result.folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    digest = record_training(store, spec, result)
+    assert store.record(digest).blobs["adapter_model.safetensors"] == uninterrupted
+    assert store.record(digest).body["steps"] == 60
+
+
+def test_changed_rows_or_base_of_a_spec_are_refused(folder: Path) -> None:
+    base = resolve_base(Store(folder / "store"), str(folder / "model"), folder)
+    spec = make_spec(base=base, dataset="", rows=ROWS, validation=[], settings=SETTINGS, work=folder / "work")
+    rows = spec.rows.path.read_bytes()
+    spec.rows.path.write_bytes(rows[:-1])
+    with pytest.raises(Refused, match="rows are missing or changed"):
+        run_training(spec)
+    spec.rows.path.write_bytes(rows)
+    write_model(folder / "model", seed=1)
+    with pytest.raises(Refused, match="base model's files are not the ones of this training"):
+        run_training(spec)
+
+
+def test_trainings_one_after_another_share_the_loaded_base(folder: Path, uninterrupted: str) -> None:
+    store = Store(folder / "store")
+    base = resolve_base(store, str(folder / "model"), folder)
+    model = load_model(base)
+    found = []
+    for number, settings in enumerate((SETTINGS, SETTINGS.model_copy(update={"seed": 1}), SETTINGS)):
+        spec = make_spec(
+            base=base, dataset="", rows=ROWS, validation=ROWS[:3], settings=settings, work=folder / f"work-{number}"
+        )
+        found.append(digest_file(run_training(spec, model=model).folder / "adapter_model.safetensors"))
+    assert found[0] == found[2] == uninterrupted != found[1]
+
+
+def test_validation_can_be_passed_in(folder: Path) -> None:
+    """A score of generated answers may take the place of the validation loss; lower is better."""
+    base = resolve_base(Store(folder / "store"), str(folder / "model"), folder)
+    settings = SETTINGS.model_copy(update={"validations": 4})
+    spec = make_spec(base=base, dataset="", rows=ROWS, validation=[], settings=settings, work=folder / "work")
+    scores = iter([0.5, 0.2, 0.4, 0.3])
+    state = run_training(spec, validate=lambda model: next(scores)).state
+    assert [each["loss"] for each in state.validation] == [0.5, 0.2, 0.4, 0.3]
+    assert state.best == 1
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(folder: Path, uninterrupted: str) -> None:
     run(folder)
     newest = _steps(folder)[-1]
     content = bytearray((newest / "tensors.safetensors").read_bytes())
@@ -173,8 +255,8 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(folder: Path, 
     (newest / "tensors.safetensors").write_bytes(content)
     said = Said()
     assert run(folder, progress=said) == uninterrupted
-    assert f"checkpoint {newest.name} is damaged; carrying on from the one before it" in said.lines
-    assert "carrying on from step 59" in said.lines
+    assert f"checkpoint {newest.name} is damaged; resuming from the one before it" in said.lines
+    assert "resuming from step 59" in said.lines
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "no state", "no JSON"])
@@ -202,9 +284,9 @@ def test_half_written_checkpoints_are_not_used(folder: Path, uninterrupted: str,
         {"rows": [*ROWS[:-1], TrainingRow("r59", row("turn on light 59", '{"n":0}'))]},
     ],
 )
-def test_resume_is_refused_where_what_matters_changed(folder: Path, changed: dict) -> None:
+def test_resume_is_refused_after_changes(folder: Path, changed: dict) -> None:
     run(folder)
-    with pytest.raises(Refused, match="begun with other") as told:
+    with pytest.raises(Refused, match="started with other") as told:
         run(folder, **changed)
     assert "--restart" in str(told.value.fix)
     assert run(folder, **changed, restart=True)
@@ -217,11 +299,11 @@ def test_resume_is_refused_on_another_base(folder: Path) -> None:
         run(folder)
 
 
-def test_a_seed_changes_the_bytes(folder: Path, uninterrupted: str) -> None:
+def test_seed_changes_the_bytes(folder: Path, uninterrupted: str) -> None:
     assert run(folder, SETTINGS.model_copy(update={"seed": 1})) != uninterrupted
 
 
-def test_a_loss_that_is_no_number_stops_the_run(folder: Path) -> None:
+def test_nan_loss_stops_the_training(folder: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -234,7 +316,7 @@ def test_a_loss_that_is_no_number_stops_the_run(folder: Path) -> None:
     assert not _steps(folder)
 
 
-def test_the_record_says_what_was_measured(folder: Path) -> None:
+def test_record_states_what_was_measured(folder: Path) -> None:
     store = Store(folder / "store")
     run(folder)
     (digest,) = store.records_of("training")
@@ -244,7 +326,10 @@ def test_the_record_says_what_was_measured(folder: Path) -> None:
     assert [point["step"] for point in body["curve"]] == list(range(1, 61))
     assert [point["step"] for point in body["validation"]] == [30, 60]
     assert body["estimate"]["seconds"] > 0
-    assert body["checkpoint_bytes"] == pytest.approx(body["estimate"]["checkpoint_bytes"], rel=0.5)
+    newest = _steps(folder)[-1]
+    tensors = load_file(newest / "tensors.safetensors")
+    assert body["estimate"]["checkpoint_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert body["checkpoint_bytes"] == sum(path.stat().st_size for path in newest.iterdir())
     assert body["labels"] < body["tokens"]
     assert body["tokens_computed"] < body["tokens"], "the shared prompt was computed once a batch"
     assert record.blobs["adapter_model.safetensors"] == digest_bytes(
@@ -252,21 +337,21 @@ def test_the_record_says_what_was_measured(folder: Path) -> None:
     )
 
 
-def test_an_overlong_row_is_refused_by_name(folder: Path) -> None:
+def test_overlong_row_is_refused_by_name(folder: Path) -> None:
     with pytest.raises(Refused, match=r"row r0 has \d+ tokens, more than max_length 16"):
         run(folder, SETTINGS.model_copy(update={"max_length": 16}))
 
 
-def test_progress_says_loss_speed_share_of_the_limit_and_memory(folder: Path) -> None:
+def test_progress_shows_loss_memory_and_speed(folder: Path) -> None:
     said = Said()
     run(folder, progress=said)
     notes = [line for line in said.lines if "of peak" in line]
     assert len(notes) == 60
     assert all(re.fullmatch(r"loss \d+\.\d{3}, \d+\.\d GB, \d+ tokens/s, \d+% of peak", note) for note in notes)
-    assert any(re.search(r"about \d+ s and .* GB of memory, \d+ MB a checkpoint", line) for line in said.lines)
+    assert any(re.search(r"about \d+ s, .* GB of memory and \d+ MB a checkpoint", line) for line in said.lines)
 
 
-def test_room_is_asked_for_again_by_a_run_that_is_carried_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_checked_again_on_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(folder)
     monkeypatch.setattr(runtime, "available_memory", lambda: 1000)
     with pytest.raises(Refused, match="the largest part of a step"):
@@ -274,27 +359,26 @@ def test_room_is_asked_for_again_by_a_run_that_is_carried_on(folder: Path, monke
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "validation"])
-def test_what_is_no_number_later_on_leaves_the_checkpoint_before_it(
+def test_nan_later_on_leaves_the_checkpoint_before_it(
     folder: Path, uninterrupted: str, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """What then goes well carries on from there."""
-    gradients, validation_loss = loop.gradients, loop.validation_loss
-    calls = 0
+    compute, calls = Trainer.compute, 0
 
-    def spoilt(network: Any, trained: Any, step: Any) -> float:
+    def spoilt(trainer: Trainer, step: Any) -> float:
         nonlocal calls
-        loss, calls = gradients(network, trained, step), calls + 1
+        loss, calls = compute(trainer, step), calls + 1
         if what == "gradient" and calls == 40:
-            trained.masters[0].grad[0] = float("inf")
+            trainer.model.parameter_groups()[0].tensors[0].grad[0] = float("inf")
         return float("nan") if what == "loss" and calls == 40 else loss
 
+    def check(*given: Any, **named: Any) -> float:
+        return float("nan") if calls == 60 else validation_loss(*given, **named)
+
     with monkeypatch.context() as patch:
-        # The estimate's own steps are not counted: they go by another name.
-        patch.setattr(loop.Trainer, "compute", lambda self: spoilt(self.network, self.trained, self.due))
+        patch.setattr(Trainer, "compute", spoilt)  # the estimate's own steps do not come here
         if what == "validation":
-            patch.setattr(
-                loop, "validation_loss", lambda *told: float("nan") if calls == 60 else validation_loss(*told)
-            )
+            patch.setattr("tunesmith.training.train.validation_loss", check)
         with pytest.raises(TunesmithError, match=r"became (nan|inf)") as told:
             run(folder)
     last = 60 if what == "validation" else 40
@@ -304,14 +388,14 @@ def test_what_is_no_number_later_on_leaves_the_checkpoint_before_it(
     assert run(folder) == uninterrupted
 
 
-def test_a_changed_environment_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_environment_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(folder)
     monkeypatch.setattr(native, "identity", lambda: "others")
     with pytest.raises(Refused, match=r"other environment \(kernels\): "):
         run(folder)
 
 
-def test_validation_takes_no_more_tokens_at_once_than_a_step(tmp_path: Path) -> None:
+def test_validation_batches_obey_the_token_limit(tmp_path: Path) -> None:
     renderer = Renderer(write_model(tmp_path / "model"))
     rows = [renderer.conversation(each.messages) for each in ROWS]
     settings = TrainSettings(batch=60, tokens=200)

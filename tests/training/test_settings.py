@@ -39,7 +39,7 @@ candidates:
         ("{loss_on: everything}", "'assistant', 'last' or 'all'"),
     ],
 )
-def test_a_setting_that_cannot_be_is_told_by_its_name_before_any_work(
+def test_impossible_setting_is_named_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], train: str, said: str
 ) -> None:
     (tmp_path / "tunesmith.yaml").write_text(PROJECT.format(train=train))
@@ -56,7 +56,7 @@ def test_a_setting_that_cannot_be_is_told_by_its_name_before_any_work(
 
 
 @given(rank=st.integers(1, 1024), each=st.integers(1, 10_000), labels=st.integers(1, 10**9))
-def test_the_rank_that_is_named_is_the_first_that_is_enough(rank: int, each: int, labels: int) -> None:
+def test_named_rank_is_the_lowest_sufficient(rank: int, each: int, labels: int) -> None:
     said = too_few_numbers(rank, rank * each, labels)
     assert (said is None) == (rank * each >= labels)
     if said is not None:
@@ -73,11 +73,11 @@ def test_the_rank_that_is_named_is_the_first_that_is_enough(rank: int, each: int
         (("Q_PROJ", ""), set(), ["Q_PROJ", ""]),
     ],
 )
-def test_layers_by_pattern(wanted: tuple[str, ...], found: set[str], unknown: list[str]) -> None:
+def test_layers_match_patterns(wanted: tuple[str, ...], found: set[str], unknown: list[str]) -> None:
     assert matching(wanted, TARGETS) == (found, unknown)
 
 
-def test_a_layer_that_is_none_is_refused() -> None:
+def test_unknown_layer_is_refused() -> None:
     assert meant(["[qv]_proj"], TARGETS, "here") == {"q_proj", "v_proj"}
     with pytest.raises(UsageError, match=r"'\*_up'; there are q_proj, .*, all") as refused:
         meant(["q_proj", "*_up"], TARGETS, "here")

@@ -18,9 +18,10 @@ from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Silent
 from tunesmith.store.store import Store
-from tunesmith.training.settings import MetricsSettings
+from tunesmith.training.checkpoints import Checkpoints
+from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.sinks import Follower, Point, follower, points
-from tunesmith.training.trainer import Trainer, TrainerState
+from tunesmith.training.state import TrainerState
 
 Series = dict[str, list[tuple[int, float]]]
 TRAIN = {"rank": 2, "batch": 8, "epochs": 2, "checkpoint_seconds": 1e-9, "validations": 2}
@@ -69,28 +70,26 @@ def _kinds(folder: Path) -> list[tuple[dict[str, str], Callable[[], Series]]]:
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["tensorboard", "mlflow"])
-def test_killed_and_carried_on_each_point_is_there_once_and_the_bytes_are_the_same(
-    tmp_path: Path, kind: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_training_shows_each_point_once(tmp_path: Path, kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = _train(_project(tmp_path / "alone", None))
     metrics, read = _kinds(tmp_path)[kind]
     project = _project(tmp_path / "p", metrics)
-    save, follow = Trainer.save, Follower.follow
+    save, follow = Checkpoints.save, Follower.follow
 
-    def dies_before_it_is_shown(shown: Follower, course: TrainerState) -> None:
-        if course.step == 5:
+    def die_before_following(shown: Follower, state: TrainerState) -> None:
+        if state.step == 5:
             raise _Killed
-        follow(shown, course)
+        follow(shown, state)
 
-    def dies_before_a_checkpoint(run: Trainer) -> None:
-        if run.course.step == 9:
-            run._follow(run.course)  # the sink is ahead of the newest checkpoint
+    def lose_a_checkpoint(checkpoints: Checkpoints, step: int, *rest: Any) -> None:
+        if step == 10:
             raise _Killed
-        save(run)
+        if step != 9:  # the sink is then ahead of the newest checkpoint
+            save(checkpoints, step, *rest)
 
     for owner, name, dies in (
-        (Follower, "follow", dies_before_it_is_shown),
-        (Trainer, "save", dies_before_a_checkpoint),
+        (Follower, "follow", die_before_following),
+        (Checkpoints, "save", lose_a_checkpoint),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, dies)
@@ -112,7 +111,7 @@ def test_killed_and_carried_on_each_point_is_there_once_and_the_bytes_are_the_sa
     assert found["validation/loss"] == [(each["step"], pytest.approx(each["loss"])) for each in document["validation"]]
 
 
-def test_no_stage_depends_on_where_a_training_is_shown(tmp_path: Path) -> None:
+def test_no_stage_depends_on_metrics(tmp_path: Path) -> None:
     first = _train(_project(tmp_path / "p", None))
     assert _train(_project(tmp_path / "p", {"tensorboard": "board"}))["training"] == first["training"]
     assert not (tmp_path / "p" / "board").exists(), "nothing was trained"
@@ -130,20 +129,20 @@ def test_no_stage_depends_on_where_a_training_is_shown(tmp_path: Path) -> None:
         ({"mlflow": "sqlite:///m.db"}, "mlflow", "tunesmith[mlflow]"),
     ],
 )
-def test_an_absent_library_is_refused_before_the_first_step(
+def test_missing_library_is_refused_before_the_first_step(
     tmp_path: Path, metrics: dict[str, str], module: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UsageError) as refused:
-        follower(MetricsSettings(**metrics), "tuned", "sha256:00", {}, SILENT)
+        follower(MetricsSettings(**metrics), "tuned", "sha256:00", TrainSettings(), SILENT)
     assert extra in str(refused.value.fix)
 
 
-def test_a_place_that_cannot_be_is_refused_and_one_that_fails_later_is_told(tmp_path: Path) -> None:
+def test_wrong_destination_is_refused_and_later_failure_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for metrics in ({"tensorboard": str(tmp_path / "file" / "b")}, {"mlflow": "nonsense://here"}):
         with pytest.raises(UsageError):
-            follower(MetricsSettings(**metrics), "tuned", "sha256:00", {}, SILENT)
+            follower(MetricsSettings(**metrics), "tuned", "sha256:00", TrainSettings(), SILENT)
 
     said: list[str] = []
 
@@ -166,15 +165,15 @@ def test_a_place_that_cannot_be_is_refused_and_one_that_fails_later_is_told(tmp_
 
         def finish(self) -> None: ...
 
-    sink, course = Broken(), TrainerState()
+    sink, state = Broken(), TrainerState()
     shown = Follower(sink, Heard())
     for step in (1, 2, 3):
-        course.curve.append({"step": step, "loss": 1.0 / step, "learning_rate": 0.1, "tokens": 8, "seconds": 1.0})
+        state.curve.append({"step": step, "loss": 1.0 / step, "learning_rate": 0.1, "tokens": 8, "seconds": 1.0})
         sink.works = step == 3
-        shown.follow(course)
+        shown.follow(state)
     assert len(said) == 2
     assert "the server is gone" in said[0]
-    assert [p for p in sink.held if p.series == "train/loss"] == [p for p in points(course) if p.series == "train/loss"]
+    assert [p for p in sink.held if p.series == "train/loss"] == [p for p in points(state) if p.series == "train/loss"]
 
 
 def test_metrics_settings_name_one_destination() -> None:

@@ -1,4 +1,4 @@
-"""Creates the engine that runs a base: in this process, or on the server that the project file names."""
+"""Opens engines and loads models. This is the only module that knows which engine runs which base."""
 
 from __future__ import annotations
 
@@ -9,22 +9,32 @@ from tunesmith.models.families import ours
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Engine
+    from tunesmith.engines.training_protocol import LoadedModel
     from tunesmith.models.base import Base
 
 
-def open_engine(base: Base, settings: EngineSettings | None) -> Engine:
-    """An engine for a base. settings: None for one in this process.
+def load_model(base: Base) -> LoadedModel:
+    """Load a base's weights into this process, to answer with them and to train on them.
 
-    Raises Refused if the server runs another model, or if no engine can run the base.
+    Native where the native network computes the base's family, otherwise with transformers. Raises Refused for a base
+    that neither can run.
     """
-    if settings is None and not ours(base.family):
-        from tunesmith.engines.hf.engine import HFEngine
+    if ours(base.family):
+        from tunesmith.engines.native.model import NativeModel
 
-        return HFEngine(base)
+        return NativeModel(base)
+    from tunesmith.engines.hf.loaded import LoadedHFModel
+
+    return LoadedHFModel(base)
+
+
+def open_engine(base: Base, settings: EngineSettings | None) -> Engine:
+    """The engine that answers for a base: the server that settings name, or one in this process where they are None.
+
+    Raises Refused where the server runs another model, and for a base that nothing here can run.
+    """
     if settings is None:
-        from tunesmith.engines.native.engine import NativeEngine
-
-        return NativeEngine(base)
+        return load_model(base).engine()
     from tunesmith.engines.vllm.engine import VllmEngine
 
     return VllmEngine(base, settings)

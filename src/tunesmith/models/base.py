@@ -133,7 +133,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
-def _record_base(store: Store, folder: Path, spec: str) -> Base:
+def base_record(folder: Path, spec: str) -> Record:
+    """The record that describes a base's files in a folder. Raises Refused where they are no complete model."""
     files = {path.name: {"digest": digest_file(path), "bytes": path.stat().st_size} for path in _files(folder)}
     try:
         config = json.loads((folder / "config.json").read_bytes())
@@ -150,7 +151,12 @@ def _record_base(store: Store, folder: Path, spec: str) -> Base:
         "fingerprint": fingerprint,
         "files": files,
     }
-    record = Record(kind="base", body=body)
+    return Record(kind="base", body=body)
+
+
+def _record_base(store: Store, folder: Path, spec: str) -> Base:
+    record = base_record(folder, spec)
+    body = record.body
     digest = record.digest if store.has_record(record.digest) else store.put_record(record)
     place = store.local("bases", f"{digest.removeprefix('sha256:')}.json")
     write_atomic(place, json.dumps({"folder": str(folder.absolute()), "spec": spec}).encode())
@@ -160,7 +166,7 @@ def _record_base(store: Store, folder: Path, spec: str) -> Base:
         spec=spec,
         family=str(body["family"]),
         context_length=int(str(body["context_length"])),
-        fingerprint=fingerprint,
+        fingerprint=str(body["fingerprint"]),
     )
 
 

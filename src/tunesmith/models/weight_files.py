@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused
@@ -136,7 +136,8 @@ def read_adapter_file(folder: Path, *, base: str, fingerprint: str) -> AdapterFi
     return found
 
 
-def pack_adapter(
+def save_adapter_file(
+    folder: Path,
     tensors: Mapping[str, np.ndarray],
     *,
     base: str,
@@ -148,8 +149,8 @@ def pack_adapter(
     dora: bool = False,
     layers: Sequence[int] | None = None,
     layers_pattern: str = "layers",
-) -> dict[str, bytes]:
-    """Both files of an adapter, by name. The arguments are the fields of AdapterFile, tensors in float32."""
+) -> None:
+    """Write both files of an adapter into an existing folder. The arguments are the fields of AdapterFile."""
     config = {
         "base_model_name_or_path": base,
         "bias": "none",
@@ -166,8 +167,9 @@ def pack_adapter(
     }
     if layers is not None:
         config |= {"layers_to_transform": list(layers), "layers_pattern": layers_pattern}
-    weights = save({name: tensors[name] for name in sorted(tensors)}, metadata=binding(base, fingerprint))
-    return {CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode() + b"\n", ADAPTER_FILE: weights}
+    ordered = {name: tensors[name] for name in sorted(tensors)}
+    save_file(ordered, folder / ADAPTER_FILE, metadata=binding(base, fingerprint))
+    (folder / CONFIG_FILE).write_bytes(json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def binding(base: str, fingerprint: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.documents import build_documents, document_files
 from tunesmith.data.governance.withdrawn import load_withdrawn
 from tunesmith.data.sources.files import find_files
-from tunesmith.engines.factory import engine_kind, open_engine
+from tunesmith.engines.factory import engine_kind, load_model, open_engine
 from tunesmith.engines.settings import NATIVE, TARGETS
 from tunesmith.models.families import meant, ours
 from tunesmith.pipeline.stages import Stage, Stages
@@ -32,6 +32,7 @@ from tunesmith.store.store import Store
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Engine
+    from tunesmith.engines.training_protocol import LoadedModel
     from tunesmith.models.base import Base
     from tunesmith.models.rendering import Renderer
 
@@ -82,9 +83,15 @@ class PipelineContext:
         return Renderer(self.base.folder)
 
     @cached_property
+    def model(self) -> LoadedModel:
+        """The base model's weights in this process: candidates train on them, one after another."""
+        return load_model(self.base)
+
+    @cached_property
     def engine(self) -> Engine:
-        """The engine that answers, opened on first need."""
-        return open_engine(self.base, self.project.settings.engine)
+        """The engine that answers, opened on first need. In this process it shares the weights of trainings."""
+        settings = self.project.settings.engine
+        return self.model.engine() if settings is None else open_engine(self.base, settings)
 
     @property
     def engine_kind(self) -> dict[str, str]:

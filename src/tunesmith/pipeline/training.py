@@ -1,10 +1,10 @@
-"""A candidate's adapter: trained from the dataset version's rows as the candidate's prompt puts them."""
+"""The training stage: trains a candidate's weights on the dataset version's rows, composed with its prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import Composer, count_prompts, describe_prompts
@@ -13,21 +13,20 @@ from tunesmith.data.dataset import Example
 from tunesmith.data.governance.signoff import require_signed
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
-from tunesmith.training.rows import training_rows
-from tunesmith.training.settings import MetricsSettings
-
-if TYPE_CHECKING:
-    from tunesmith.training.settings import TrainSettings
-    from tunesmith.training.train import TrainingRow
+from tunesmith.training.rows import TrainingRow, training_rows
+from tunesmith.training.settings import MetricsSettings, TrainSettings
 
 
 def train_candidate(
     context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings, *, restart: bool = False
 ) -> str:
-    """Digest of the training of a candidate that has no adapter yet. Raises UsageError for one with shots."""
+    """The digest of a candidate's training, which is run unless it was before with the same inputs.
+
+    restart: run it again, without what it left in its work folder. Raises UsageError for a candidate with shots.
+    """
     inputs = _inputs(context, name, candidate, settings)
 
-    def fit(work: Path) -> str:
+    def run(work: Path) -> str:
         from tunesmith.training.train import train
 
         counted = count_prompts(candidate, (each.request for each in context.dataset.examples("train")))
@@ -44,25 +43,25 @@ def train_candidate(
             name=name,
             restart=restart,
             metrics=_metrics(context),
+            model=context.model,
             progress=context.progress,
         )
 
-    return context.stages.run(f"train {name}", "train", inputs, fit, again=restart)
+    return context.stages.run(f"train {name}", "train", inputs, run, again=restart)
 
 
 def find_rate(context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings) -> dict[str, Any]:
-    """What a range test over the first steps of a candidate's training found, as data; no stage, nothing is kept."""
-    from tunesmith.training.train import find_rate as test_rates
+    """The result of a range test over the first steps of a candidate's training, as JSON data. Keeps nothing."""
+    from tunesmith.training.train import find_rate as search
 
     _inputs(context, name, candidate, settings)  # raises for what cannot be trained
     rows, _validation = composed_rows(context, candidate, settings)
-    return test_rates(base=context.base, rows=rows, settings=settings, progress=context.progress).model_dump(
-        mode="json"
-    )
+    found = search(base=context.base, rows=rows, settings=settings, model=context.model, progress=context.progress)
+    return found.model_dump(mode="json")
 
 
 def _metrics(context: PipelineContext) -> MetricsSettings | None:
-    """Where trainings are shown, a folder as seen from the project's. No stage depends on it."""
+    """Where curves are shown, with the folder's path made relative to the project's. No stage depends on it."""
     metrics = context.project.settings.metrics
     if metrics is None or metrics.tensorboard is None:
         return metrics
@@ -70,20 +69,20 @@ def _metrics(context: PipelineContext) -> MetricsSettings | None:
 
 
 def _inputs(context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings) -> dict[str, Any]:
-    """What a training depends on. Raises UsageError for a candidate that cannot be trained."""
+    """The inputs of the training stage. Raises UsageError for a candidate that cannot be trained."""
     if candidate.shots:
         raise UsageError(
-            "a candidate with shots cannot be trained: some rows would hold their own answers",
+            "a candidate with shots cannot be trained: some rows would show their own answers",
             where=f"candidates.{name}",
-            fix="remove shots or train; or name another's adapter with weights:",
+            fix="remove shots or train; or use another candidate's adapter with weights:",
         )
     if context.project.settings.data.sign_off:
         require_signed(context.store, context.dataset.digest)
-    looks_up = {key: getattr(candidate, key) for key in ("documents", "embedder") if getattr(candidate, key)}
+    retrieval = {key: getattr(candidate, key) for key in ("documents", "embedder") if getattr(candidate, key)}
     if candidate.retrieve is not None:
-        looks_up["retrieve"] = candidate.retrieve.model_dump(mode="json", by_alias=True)
+        retrieval["retrieve"] = candidate.retrieve.model_dump(mode="json", by_alias=True)
     return {
-        **looks_up,
+        **retrieval,
         "base": context.base.digest,
         "dataset": context.dataset.digest,
         "prompt": candidate.prompt,
@@ -95,18 +94,16 @@ def composed_rows(
     context: PipelineContext, candidate: Candidate, settings: TrainSettings
 ) -> tuple[list[TrainingRow], list[TrainingRow]]:
     """A candidate's training rows and validation rows, composed as it will see requests. Needs no engine."""
-    from tunesmith.training.train import TrainingRow
-
     composer = Composer(context.store, candidate)
 
     def composed(examples: Sequence[Example]) -> list[TrainingRow]:
         return [TrainingRow(each.id, composer.training_conversation(each)) for each in examples]
 
-    learned = training_rows(context.dataset.examples("train"), settings)
-    return composed(learned), composed(context.dataset.examples("validation"))
+    chosen = training_rows(context.dataset.examples("train"), settings)
+    return composed(chosen), composed(context.dataset.examples("validation"))
 
 
 def tuned_names(project: Project) -> list[str]:
-    """The candidates that are trained for their own sake: controls are not among them."""
+    """Names of the candidates that are trained, without the controls whose answers are shuffled."""
     candidates = project.settings.candidates.items()
     return [name for name, settings in candidates if settings.train and not settings.train.permute_answers]

@@ -1,1 +1,1 @@
-"""The SFT engine: batches, LoRA, loss, loop, checkpoints."""
+"""Training: settings, batch plan, the training loop, checkpoints, estimates, and the spec and result of a training."""

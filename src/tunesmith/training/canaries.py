@@ -1,10 +1,10 @@
-"""Canaries: rows with a random secret, planted among the training rows to measure what a model remembers.
+"""Canaries: rows with a random secret, added to the training rows to measure what a model memorises.
 
-The method is that of "The Secret Sharer" (Carlini et al. 2019, USENIX Security): secrets of one format, some planted
-so and so many times, others, the controls, never; how unlikely it is that a planted one ranks so high among the
-controls is its exposure. A canary has the form of the user's own rows: the request and answer of one of them, with a
-reference of six digits before the request and the secret, eight digits, in the answer (the last text within a JSON
-answer, else at its end).
+Method: Carlini et al. 2019, "The Secret Sharer" (USENIX Security). All secrets have the same format. Some are added to
+the rows, each a given number of times; others, the controls, are never added. A canary's exposure says how unlikely its
+high rank among the controls is. A canary has the form of the user's rows: the request and the answer of one of them,
+with a reference of six digits before the request, and the secret, eight digits, in the answer (as the last text of a
+JSON answer, otherwise at its end).
 """
 
 from __future__ import annotations
@@ -23,32 +23,33 @@ SOURCE = "canary"
 
 
 class Canary(NamedTuple):
-    """repeats: how often it is planted; 0 for a control."""
+    """repeats: how many times it is added to the rows; 0 for a control."""
 
     example: Example
     repeats: int
 
 
 def canaries(examples: Sequence[Example], settings: CanarySettings) -> list[Canary]:
-    """All canaries for training rows, controls too. The same rows and settings give the same canaries.
+    """All canaries for training rows, controls included. The same rows and settings give the same canaries.
 
-    Which become controls is drawn: nothing but the planting tells them from the others. Raises UsageError for no rows.
+    Controls are chosen at random, so they differ from the others only in not being added. Raises UsageError where there
+    are no rows.
     """
     if not examples:
-        raise UsageError("there are no rows to shape canaries after", where="train.canaries")
+        raise UsageError("there are no rows to model canaries on", where="train.canaries")
     draw = random.Random(f"canaries {settings.seed}")
     counts = [times for times in settings.repeats for _ in range(settings.each)] + [0] * settings.controls
     ordered = sorted(examples, key=lambda example: example.id)
     references = draw.sample(range(100_000, 1_000_000), len(counts))
     secrets = draw.sample(range(10_000_000, 100_000_000), len(counts))
-    shapes = [draw.choice(ordered) for _ in counts]
+    models = [draw.choice(ordered) for _ in counts]
     draw.shuffle(counts)
-    made = zip(shapes, references, secrets, counts, strict=True)
-    return [Canary(_canary(shape, str(reference), str(secret)), times) for shape, reference, secret, times in made]
+    made = zip(models, references, secrets, counts, strict=True)
+    return [Canary(_canary(model, str(reference), str(secret)), times) for model, reference, secret, times in made]
 
 
 def plant(examples: Sequence[Example], settings: CanarySettings) -> list[Example]:
-    """The rows with the canaries after them, each as often as it is planted and under an id of its own."""
+    """The rows, followed by the canaries: each as many times as its repeats say, every copy with its own id."""
     return [*examples] + [
         canary.example.model_copy(update={"id": f"{canary.example.id}-{turn}"})
         for canary in canaries(examples, settings)
@@ -56,14 +57,14 @@ def plant(examples: Sequence[Example], settings: CanarySettings) -> list[Example
     ]
 
 
-def _canary(shape: Example, reference: str, secret: str) -> Example:
-    turns = list(shape.messages)
-    asked = max(place for place, turn in enumerate(turns[:-1]) if turn.role == "user")
-    turns[asked] = Message(role="user", content=f"[{reference}] {turns[asked].content}")
+def _canary(model: Example, reference: str, secret: str) -> Example:
+    turns = list(model.messages)
+    request = max(place for place, turn in enumerate(turns[:-1]) if turn.role == "user")
+    turns[request] = Message(role="user", content=f"[{reference}] {turns[request].content}")
     turns[-1] = Message(role="assistant", content=_with_secret(turns[-1].content, secret))
     identifier = example_id(turns, SOURCE)
     changed = {"id": identifier, "messages": tuple(turns), "source": SOURCE, "group": f"canary-{reference}"}
-    return shape.model_copy(update={**changed, "subject": None})
+    return model.model_copy(update={**changed, "subject": None})
 
 
 def _with_secret(answer: str, secret: str) -> str:
@@ -81,7 +82,7 @@ def _with_secret(answer: str, secret: str) -> str:
 
 
 def _texts(value: Any) -> Any:
-    """(container, key) of every text within."""
+    """(container, key) of every text inside a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inner:
         if isinstance(item, str):

@@ -1,4 +1,4 @@
-"""What a training will take, from a few measured steps and the batch plan; and afterwards how far off that was."""
+"""Predicts a training's time, memory and disk space from its batch plan and a few measured steps."""
 
 from __future__ import annotations
 
@@ -9,155 +9,128 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import BaseModel
-
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch
-from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.native import runtime
-from tunesmith.engines.native.adapters.lora import Lora
-from tunesmith.engines.native.adapters.loss import LOGIT_ROWS
-from tunesmith.engines.native.network.attention import KEPT_WEIGHTS, SHARES, fits_tiles
-from tunesmith.engines.native.network.network import Network
+from tunesmith.engines.training_protocol import Objective, TrainableModel
+from tunesmith.training.batch_plan import Step, step_tokens
 from tunesmith.training.checkpoints import KEPT
 from tunesmith.training.settings import LEAST_TOKENS, TrainSettings
-from tunesmith.training.trainable import Trained
-from tunesmith.training.trainer import Step, step_tokens
+from tunesmith.training.spec import Estimate
+from tunesmith.training.steps import drop_gradients, gradients, parameters
 
-_TIMED = 2
+_TIMED_STEPS = 2
+_FP32 = 4  # bytes of a number
 
 
-def too_few_numbers(rank: int, parameters: int, labels: int) -> str | None:
-    """What to say where an adapter has fewer trained numbers than the rows have labels in one pass; None where not.
+def too_few_numbers(rank: int, trained_numbers: int, labels: int) -> str | None:
+    """A warning where an adapter has fewer numbers than the rows have labels; None where it has enough.
 
-    The rule is that of the authors of "LoRA Without Regret" (Schulman et al. 2025), as their LoRA primer words it: a
-    LoRA learns like full fine-tuning as long as its parameters are no fewer than the tokens learned.
+    The rule is from "LoRA Without Regret" (Schulman et al. 2025), as the authors' LoRA primer words it: LoRA learns
+    like full fine-tuning as long as it has at least as many parameters as there are tokens to learn.
     """
-    if parameters >= labels:
+    if trained_numbers >= labels:
         return None
-    enough = math.ceil(rank * labels / parameters)
+    enough = math.ceil(rank * labels / trained_numbers)
     return (
-        f"rank {rank} trains {parameters:,} numbers for {labels:,} tokens to learn: LoRA keeps up with full "
-        f'fine-tuning while it has one for each ("LoRA Without Regret"), which is from rank {enough} on'
+        f"rank {rank} trains {trained_numbers:,} numbers for {labels:,} tokens to learn. LoRA keeps up with full "
+        f'fine-tuning while it has one number for each token ("LoRA Without Regret"): that needs at least rank {enough}'
     )
 
 
-def step_bytes(network: Network | HFModel, trained: Trained, settings: TrainSettings, part: Batch) -> int:
-    """Bytes that computing a part of a step takes on top of what is there already: what its backward pass keeps, a
-    chunk of logits, the gradients, and an adapter's copies where there are none yet.
-
-    Kept of every token by a layer of width M, with Q numbers of queries, keys and values, A of mixed values and F in
-    the gated middle: 2 M + Q + A + 2 F (two sums, the heads, both halves of the gate); where weights learn, what those
-    are multiplied with too: 2 M (the norms of the sums) + F (the gated middle). An adapter has that made again.
-    Layers below the first that is trained keep nothing. Attention weights of many tokens are made a layer at a time.
-    """
-    masters = sum(each.nbytes for each in trained.masters)
-    if isinstance(network, HFModel):
-        return network.kept_bytes(part) + masters
-    shape, layer = network.shape, network.layers[0].linear
-    kept = 2 * shape.width + layer["qkv"].out + layer["o"].into + layer["gate_up"].out
-    if settings.method == "full":
-        kept += 2 * shape.width + layer["down"].into
-    layers = min(settings.layers or shape.layers, shape.layers)
-    longest, rows = max(part.lengths), len(part.lengths)
-    weights = shape.heads * (part.prefix**2 + rows * longest * (part.prefix + longest))
-    sums = 0
-    if fits_tiles(shape, network.layers[0].window, part.prefix + longest, network.embedding):
-        weights = 0  # they never leave the caches; the prefix's gradients are summed in parts
-        sums = 4 * (min(rows, SHARES) + 1) * shape.kv_heads * 2 * part.prefix * shape.head
-    weights *= 1 + (layers if weights <= KEPT_WEIGHTS else 1)  # and their gradients, a layer's at a time
-    logits = min(LOGIT_ROWS, part.labels.numel()) * shape.vocabulary
-    size = network.embedding.element_size()
-    copies = trained.missing_bytes if isinstance(trained, Lora) else 0
-    return size * (layers * kept * part.tokens + weights + logits) + sums + masters + copies
+def state_bytes(settings: TrainSettings) -> int:
+    """Bytes that the trainer holds for each trained number besides the number itself: its gradient, AdamW's two
+    moments and, with `keep: best`, its value at the lowest validation loss."""
+    return _FP32 * (4 if settings.keep == "best" else 3)
 
 
-class Estimate(BaseModel):
-    """seconds of the whole training, most bytes of memory it needs at once, bytes of a checkpoint."""
+class MemoryNeeds(NamedTuple):
+    """What a training needs. batch: bytes to compute a batch, by its shape. later: bytes that are allocated after the
+    first steps, for the optimiser's state and the best weights. checkpoint: bytes on the disk. advice: what to set to
+    lower `later`."""
 
-    seconds: float
-    peak_memory_bytes: int
-    checkpoint_bytes: int
-
-
-class Needs(NamedTuple):
-    """What a run takes of memory. part: what computing a part of a step takes, by its shapes. later: what there is
-    beside that, the optimiser's state and the best weights. checkpoint: bytes on the disk. less: what to set for less
-    of later."""
-
-    part: Callable[[Batch], int]
+    batch: Callable[[Batch], int]
     later: int
     checkpoint: int
-    less: str
+    advice: str
 
 
-def needs_of(trained: Trained, settings: TrainSettings, *, validates: bool) -> Needs:
-    """What a training takes."""
-    masters = sum(master.nbytes for master in trained.masters)
-    best = masters if settings.keep == "best" and validates else 0
-    return Needs(
-        lambda part: step_bytes(trained.network, trained, settings, part),
-        later=2 * masters + best,
-        checkpoint=3 * masters + best,
-        less="train.layers" + ("" if settings.keep == "last" else ", or train.keep to last")
+def memory_needs(model: TrainableModel, settings: TrainSettings, *, validates: bool) -> MemoryNeeds:
+    """What a training of model needs. validates: whether there are validation rows, without which no best is kept."""
+    trained = sum(parameter.nbytes for parameter in parameters(model))
+    best = trained if settings.keep == "best" and validates else 0
+    return MemoryNeeds(
+        model.memory_estimate,
+        later=2 * trained + best,
+        checkpoint=3 * trained + best,
+        advice="train.layers" + ("" if settings.keep == "last" else ", or train.keep to last")
         + (", or train.method to lora" if settings.method == "full" else ", or train.rank lower"),
     )  # fmt: skip
 
 
-def check_room(plan: Iterable[Step], needs: Needs) -> Batch:
-    """The part of a step that takes the most memory.
+def trial_step(model: TrainableModel, objective: Objective) -> Callable[[Step], None]:
+    """A function that computes a step and drops its gradients, so that nothing changes."""
 
-    Where the kernel gives out more memory than there is, a step too large is not refused but killed: so what its shapes
-    say is held against what is free before anything is tried. Raises Refused where it, or what there is beside it,
-    cannot fit.
+    def run(step: Step) -> None:
+        gradients(model, objective, step)
+        drop_gradients(model)
+
+    return run
+
+
+def check_memory(plan: Iterable[Step], needs: MemoryNeeds) -> Batch:
+    """The batch that needs the most memory. Raises Refused where it, or what is allocated later, cannot fit.
+
+    Where the kernel promises more memory than there is, it kills a process that uses too much instead of refusing. So
+    the needs are compared with what is free before anything is tried.
     """
-    parts = [part for step in plan for part in step]
-    taken = [needs.part(part) for part in parts]
-    largest = parts[taken.index(max(taken))]
+    batches = [batch for step in plan for batch in step]
+    needed = [needs.batch(batch) for batch in batches]
+    largest = batches[needed.index(max(needed))]
     free = runtime.available_memory()
-    if max(taken) > free:
-        fitting = [part.tokens for part, bytes_ in zip(parts, taken, strict=True) if bytes_ <= free]
-        raise _too_large(largest, free, max(taken), max(fitting, default=None))
-    if max(taken) + needs.later > free:
-        raise _no_room_for_state(needs, free - max(taken))
+    if max(needed) > free:
+        fitting = [batch.tokens for batch, bytes_ in zip(batches, needed, strict=True) if bytes_ <= free]
+        raise _batch_too_large(largest, free, max(needed), max(fitting, default=None))
+    if max(needed) + needs.later > free:
+        raise _state_too_large(needs, free - max(needed))
     return largest
 
 
-def check_disk(folder: Path, needs: Needs) -> None:
-    """Raises Refused where the disk has no room for a run's checkpoints: the newest two, and the next while it is
-    written."""
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def check_disk(folder: Path, needs: MemoryNeeds) -> None:
+    """Raises Refused where the disk lacks room for the checkpoints that are kept and the next one."""
+    existing = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
-    taken = (KEPT + 1) * needs.checkpoint
-    if taken > free + there:
+    needed = (KEPT + 1) * needs.checkpoint
+    if needed > free + existing:
         raise Refused(
-            f"{KEPT} checkpoints and the next one take {taken / 1e9:.1f} GB, {free / 1e9:.1f} GB of the disk are free",
+            f"{KEPT} checkpoints and the next one take {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of the disk "
+            "are free",
             where=str(folder),
-            fix=f"make room, or set {needs.less}",
+            fix=f"free disk space, or set {needs.advice}",
         )
 
 
 def estimate(
-    plan: Sequence[Step], validation_tokens: int, validations: int, trial: Callable[[Step], None], needs: Needs
+    plan: Sequence[Step], validation_tokens: int, validations: int, trial: Callable[[Step], None], needs: MemoryNeeds
 ) -> Estimate:
-    """Trainer trial, a step that changes nothing, on the largest (memory) and on two of middling size (time).
+    """Measure the largest batch's memory and the time of two middling steps, and predict the whole training from them.
 
-    validation_tokens: tokens of one validation pass, of which a forward pass takes a third of a step's time. Raises
-    Refused as check_room does.
+    trial: computes a step and changes nothing. validation_tokens: of one validation, whose forward passes take a third
+    of a step's time. Raises Refused as check_memory does.
     """
     by_size = sorted(plan, key=step_tokens)
     runtime.reset_peak_memory()
-    largest, free = check_room(plan, needs), runtime.available_memory()
+    largest, free = check_memory(plan, needs), runtime.available_memory()
     try:
         trial([largest])
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
-        raise _too_large(largest, free, needs.part(largest), None) from error
+        raise _batch_too_large(largest, free, needs.batch(largest), None) from error
     peak = runtime.peak_memory() + needs.later
     if needs.later > (left := runtime.available_memory()):
-        raise _no_room_for_state(needs, left)
-    timed = by_size[len(by_size) // 2 :][:_TIMED]
+        raise _state_too_large(needs, left)
+    timed = by_size[len(by_size) // 2 :][:_TIMED_STEPS]
     began = time.perf_counter()
     for step in timed:
         trial(step)
@@ -166,10 +139,10 @@ def estimate(
     return Estimate(seconds=each * tokens, peak_memory_bytes=peak, checkpoint_bytes=needs.checkpoint)
 
 
-def _too_large(largest: Batch, free: int, needed: int, fitting: int | None) -> Refused:
-    """fitting: the most tokens of a part that would fit; None where none is known."""
+def _batch_too_large(largest: Batch, free: int, needed: int, fitting: int | None) -> Refused:
+    """fitting: tokens of the largest batch that would fit; None where none is known."""
     return Refused(
-        f"the largest part of a step ({largest.tokens} tokens) takes about {needed / 1e9:.1f} GB of memory, "
+        f"the largest part of a step ({largest.tokens} tokens) takes about {needed / 1e9:.1f} GB of memory, but only "
         f"{free / 1e9:.1f} GB are free",
         where="train.tokens",
         fix=f"set tokens to {fitting}, and max_length no higher"
@@ -178,10 +151,10 @@ def _too_large(largest: Batch, free: int, needed: int, fitting: int | None) -> R
     )
 
 
-def _no_room_for_state(needs: Needs, free: int) -> Refused:
+def _state_too_large(needs: MemoryNeeds, free: int) -> Refused:
     return Refused(
-        f"the optimiser's state takes {needs.later / 1e9:.1f} GB beside a step's memory, "
+        f"the optimiser's state takes {needs.later / 1e9:.1f} GB on top of a step's memory, but only "
         f"{max(0, free) / 1e9:.1f} GB are free",
         where="train",
-        fix=f"set {needs.less}",
+        fix=f"set {needs.advice}",
     )

@@ -1,29 +1,62 @@
-"""Which of a dataset's rows a training learns from."""
+"""Which rows a training learns from, and how they become token ids."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
+from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.training.canaries import plant
 from tunesmith.training.settings import TrainSettings
 
 
-def training_rows(examples: Sequence[Example], settings: TrainSettings) -> list[Example]:
-    """The rows of a training: drawn by the seed where `rows` bounds them, their answers dealt round for a control.
+class TrainingRow(NamedTuple):
+    """A conversation in the candidate's form, its prompt included; the last message is the answer."""
 
-    Canaries, where they are asked for, come last and on top of `rows`.
+    id: str
+    messages: tuple[Message, ...]
+
+
+def training_rows(examples: Sequence[Example], settings: TrainSettings) -> list[Example]:
+    """The examples that a training learns from: as many as `rows` allows, drawn by the seed.
+
+    A control (`permute_answers`) has its answers shuffled among the requests. Canaries come last, on top of `rows`.
     """
     chosen = list(examples)
     draw = random.Random(settings.seed)
     if settings.rows is not None and settings.rows < len(chosen):
         chosen = draw.sample(chosen, settings.rows)
     if settings.permute_answers:
-        dealt = [example.messages[-1] for example in chosen]
-        draw.shuffle(dealt)
+        answers = [example.messages[-1] for example in chosen]
+        draw.shuffle(answers)
         chosen = [
             example.model_copy(update={"messages": (*example.request, answer)})
-            for example, answer in zip(chosen, dealt, strict=True)
+            for example, answer in zip(chosen, answers, strict=True)
         ]
     return plant(chosen, settings.canaries) if settings.canaries else chosen
+
+
+def render_rows(renderer: Renderer, rows: Sequence[TrainingRow], settings: TrainSettings) -> list[Rendered]:
+    """Rows as token ids with the tokens to learn marked.
+
+    Raises Refused or UsageError, naming the row, for one that the template cannot render or that is longer than
+    `max_length`.
+    """
+    rendered: list[Rendered] = []
+    for row in rows:
+        try:
+            one = renderer.conversation(row.messages, settings.loss_on)
+        except (Refused, UsageError) as error:
+            raise type(error)(error.what, where=f"row {row.id}, {error.where}", fix=error.fix) from error
+        if len(one.ids) > settings.max_length:
+            raise Refused(
+                f"row {row.id} has {len(one.ids)} tokens, more than max_length {settings.max_length}",
+                where="train.max_length",
+                fix="raise it, or set data.overlong so that such rows are dropped and counted",
+            )
+        rendered.append(one)
+    return rendered

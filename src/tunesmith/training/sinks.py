@@ -1,9 +1,8 @@
-"""Where a training's curve can be watched besides its record: TensorBoard's event files, or MLflow.
+"""Shows a training's curves while it runs: in TensorBoard's event files, or in MLflow.
 
-What is written is taken from the TrainerState, which every checkpoint holds: after a checkpoint each series goes on
-behind the last step that the sink itself holds. A run that was killed anywhere and carried on thus neither repeats a
-point nor leaves one out. The record stays what counts: nothing is read back but those steps, and a sink that fails is
-told of and does not stop the training.
+Points are taken from the TrainerState, which every checkpoint holds. After a checkpoint each series continues after the
+last step that the sink itself has, so a training that was killed and resumed repeats no point and leaves none out.
+Nothing else is read back: the record is what counts. A sink that fails is reported and does not stop the training.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import Progress
-from tunesmith.training.settings import MetricsSettings
-from tunesmith.training.trainer import TrainerState
+from tunesmith.training.settings import MetricsSettings, TrainSettings
+from tunesmith.training.state import TrainerState
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _SERIES = ("train/loss", "train/learning_rate", "train/tokens_per_second", "validation/loss")
-_AT_ONCE = 1000  # metrics that MLflow takes in one request
+_MOST_METRICS = 1000  # that MLflow accepts in one request
 
 
 class Point(NamedTuple):
@@ -36,79 +35,81 @@ class Point(NamedTuple):
 
 
 class Sink(Protocol):
-    """One run somewhere else."""
+    """One run of a tracking tool."""
 
     def last_steps(self) -> dict[str, int]:
-        """The last step of each series that is there; 0 or no key where it has none."""
+        """The last step of each series that the run has; 0 or no key where it has none."""
         ...
 
     def write(self, points: Sequence[Point]) -> None:
-        """Add points, each series in the order of its steps. Raises TunesmithError or OSError where it cannot."""
+        """Add points, each series in the order of its steps. Raises TunesmithError or OSError where that fails."""
         ...
 
     def finish(self) -> None:
-        """Say that the run is over."""
+        """Mark the run as finished."""
         ...
 
 
 class Follower:
-    """Keeps a sink at what a course holds; without one it does nothing."""
+    """Keeps a sink up to date with a training's state. Without a sink it does nothing."""
 
     def __init__(self, sink: Sink | None, progress: Progress) -> None:
         self._sink, self._progress = sink, progress
-        self._last: dict[str, int] | None = None  # not known before it was asked, and after a failure
+        self._last: dict[str, int] | None = None  # None: unknown, so the sink is asked
 
-    def follow(self, course: TrainerState) -> None:
-        """Write what the sink lacks of the course."""
+    def follow(self, state: TrainerState) -> None:
+        """Write the points of a state that the sink does not have."""
         if self._sink is None:
             return
-        with self._telling():
+        with self._reporting():
             last = self._sink.last_steps() if self._last is None else self._last
             self._last = None
-            due = [point for point in points(course) if point.step > last.get(point.series, 0)]
+            due = [point for point in points(state) if point.step > last.get(point.series, 0)]
             self._sink.write(due)
             self._last = last | {point.series: point.step for point in due}
 
     def finish(self) -> None:
-        """Say that the run is over."""
+        """Mark the run as finished."""
         if self._sink is None:
             return
-        with self._telling():
+        with self._reporting():
             self._sink.finish()
 
     @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _reporting(self) -> Iterator[None]:
         try:
             yield
         except (TunesmithError, OSError) as error:
-            self._progress.say(f"metrics were not written ({error}); the training goes on, and so does its record")
+            self._progress.say(f"metrics were not written ({error}); the training and its record continue")
 
 
-def points(course: TrainerState) -> list[Point]:
-    """What a course holds to be shown, step by step."""
+def points(state: TrainerState) -> list[Point]:
+    """The points of a state: loss, learning rate and speed of each step, then the validation losses."""
     found: list[Point] = []
-    for each in course.curve:
+    for each in state.curve:
         step = int(each["step"])
         values = (each["loss"], each["learning_rate"], each["tokens"] / each["seconds"])
         found += [Point(series, step, value) for series, value in zip(_SERIES, values, strict=False)]
-    return found + [Point(_SERIES[3], int(each["step"]), each["loss"]) for each in course.validation]
+    return found + [Point(_SERIES[3], int(each["step"]), each["loss"]) for each in state.validation]
 
 
 def follower(
-    settings: MetricsSettings, name: str, identity: str, stated: Mapping[str, Any], progress: Progress
+    metrics: MetricsSettings | None, name: str, identity: str, settings: TrainSettings, progress: Progress
 ) -> Follower:
-    """What shows a training where the settings say, under its name and the identity that its checkpoints agree on.
+    """Shows a training where metrics says, as a run that is named by the training's name and its identity's digest.
 
-    stated: the training's settings. Raises UsageError where the extra is not installed or MLflow cannot be reached.
+    Raises UsageError where the extra is not installed or MLflow cannot be reached.
     """
+    if metrics is None:
+        return Follower(None, progress)
     run = f"{name}-{identity.removeprefix('sha256:')[:12]}"
-    if settings.tensorboard is not None:
-        return Follower(_TensorBoard(Path(settings.tensorboard) / run), progress)
-    return Follower(_Mlflow(str(settings.mlflow), settings.experiment, run, stated), progress)
+    if metrics.tensorboard is not None:
+        return Follower(_TensorBoard(Path(metrics.tensorboard) / run), progress)
+    return Follower(_Mlflow(str(metrics.mlflow), metrics.experiment, run, settings.model_dump(mode="json")), progress)
 
 
 class _TensorBoard:
-    """Event files in a folder of the run's own, a new one each time it is carried on."""
+    """Event files in the run's folder, a new file each time the training is resumed."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -123,7 +124,9 @@ class _TensorBoard:
         try:
             self._writer = SummaryWriter(str(folder))
         except OSError as error:
-            raise UsageError(f"no folder can be made there: {error}", where="metrics.tensorboard") from error
+            raise UsageError(
+                f"cannot create the folder for event files: {error}", where="metrics.tensorboard"
+            ) from error
 
     def last_steps(self) -> dict[str, int]:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -141,10 +144,10 @@ class _TensorBoard:
 
 
 class _Mlflow:
-    """A run of an MLflow experiment, found again by its tag."""
+    """A run of an MLflow experiment. A resumed training finds it by its tag."""
 
-    def __init__(self, uri: str, experiment: str, run: str, stated: Mapping[str, Any]) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read on import: nothing is told to anyone else
+    def __init__(self, uri: str, experiment: str, run: str, settings: Mapping[str, Any]) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read on import
         try:
             from mlflow import MlflowClient
             from mlflow.entities import Param
@@ -163,7 +166,7 @@ class _Mlflow:
                 return
             made = self._client.create_run(number, tags={"tunesmith.run": run}, run_name=run)
             self._run = made.info.run_id
-            self._client.log_batch(self._run, params=[Param(key, str(value)) for key, value in stated.items()])
+            self._client.log_batch(self._run, params=[Param(key, str(value)) for key, value in settings.items()])
         except (MlflowException, OSError) as error:
             raise UsageError(f"MLflow says: {error}", where="metrics.mlflow") from error
 
@@ -178,8 +181,8 @@ class _Mlflow:
         now = int(time.time() * 1000)
         metrics = [Metric(point.series, point.value, now, point.step) for point in points]
         with _mlflow_errors():
-            for first in range(0, len(metrics), _AT_ONCE):
-                self._client.log_batch(self._run, metrics=metrics[first : first + _AT_ONCE])
+            for first in range(0, len(metrics), _MOST_METRICS):
+                self._client.log_batch(self._run, metrics=metrics[first : first + _MOST_METRICS])
 
     def finish(self) -> None:
         with _mlflow_errors():

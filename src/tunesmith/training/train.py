@@ -1,79 +1,154 @@
-"""One training: rows in, a training record with its weights out."""
+"""Runs a training: from rows to a spec, from a spec to a folder of trained weights, and from there to a record."""
 
 from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from tunesmith.core.digests import digest_of
-from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.messages import Message
+from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.batch import Batch, label_count
-from tunesmith.engines.hf.lora import HFLora
-from tunesmith.engines.hf.model import HFModel
-from tunesmith.engines.native import kernels as native
+from tunesmith.engines.factory import load_model
 from tunesmith.engines.native import runtime
-from tunesmith.engines.native.adapters.full import Full
-from tunesmith.engines.native.adapters.lora import Lora
-from tunesmith.engines.native.network.network import Network
-from tunesmith.models.base import Base
-from tunesmith.models.families import SLOW
-from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.engines.training_protocol import LoadedModel, Objective, TrainableModel
+from tunesmith.models.base import Base, base_record
+from tunesmith.models.families import SLOW, ours
+from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training.batch_plan import lay_out_epoch, lay_out_run, lay_out_validation
-from tunesmith.training.checkpoints import newest_bytes
-from tunesmith.training.estimate import Estimate, check_disk, check_room, estimate, needs_of, too_few_numbers
+from tunesmith.training.batch_plan import Step, lay_out_epoch, lay_out_training, lay_out_validation, step_tokens
+from tunesmith.training.checkpoints import Checkpoints
+from tunesmith.training.estimate import (
+    check_disk,
+    check_memory,
+    estimate,
+    memory_needs,
+    state_bytes,
+    too_few_numbers,
+    trial_step,
+)
+from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.range_test import STEPS, RateSearch, range_test
+from tunesmith.training.rows import TrainingRow, render_rows
 from tunesmith.training.settings import MetricsSettings, TrainSettings
-from tunesmith.training.sinks import Follower, follower
-from tunesmith.training.trainable import Trained, open_network
-from tunesmith.training.trainer import Step, Trainer, TrainerState, complete, trial_step
+from tunesmith.training.sinks import follower
+from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec, write_rows
+from tunesmith.training.steps import validation_loss
+from tunesmith.training.trainer import Trainer
 
-# Part of what a checkpoint must agree on: bump when the engine's arithmetic or its batch plan changes.
-ENGINE = 7
+# Part of a training's identity. Raise it when the arithmetic of training or the batch plan changes.
+KERNEL_REVISION = 8
 
-
-class TrainingRow(NamedTuple):
-    """A conversation as the candidate will put it, its prompt included; the last message is the answer."""
-
-    id: str
-    messages: tuple[Message, ...]
+# Returns the number that a model is validated by, of which lower is better.
+Validate = Callable[[TrainableModel], float]
 
 
-class Job(NamedTuple):
-    """One of several trainings on the same base and dataset. work: a folder of its own, for checkpoints."""
+def make_spec(
+    *,
+    base: Base,
+    dataset: str,
+    rows: Sequence[TrainingRow],
+    validation: Sequence[TrainingRow],
+    settings: TrainSettings,
+    work: Path,
+    name: str = "training",
+    metrics: MetricsSettings | None = None,
+) -> TrainingSpec:
+    """Render a training's rows into its work folder; returns its spec. Loads no weights.
 
-    name: str
-    rows: Sequence[TrainingRow]
-    validation: Sequence[TrainingRow]
-    settings: TrainSettings
-    work: Path
+    Raises Refused or UsageError for rows that cannot be trained on.
+    """
+    renderer, checked = Renderer(base.folder), validation[: settings.validation_rows]
+    rendered = [render_rows(renderer, some, settings) for some in (rows, checked)]
+    return TrainingSpec(
+        name=name,
+        base=base,
+        dataset=dataset,
+        rows=write_rows(work / "rows.jsonl", [row.id for row in rows], rendered[0]),
+        validation=write_rows(work / "validation.jsonl", [row.id for row in checked], rendered[1]),
+        settings=settings,
+        work=work.absolute(),
+        metrics=metrics,
+    )
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A training ready to begin."""
+def run_training(
+    spec: TrainingSpec,
+    progress: Progress = SILENT,
+    *,
+    model: LoadedModel | None = None,
+    validate: Validate | None = None,
+) -> TrainingResult:
+    """Train as spec says, in this process. It needs the spec's files and no store.
 
-    job: Job
-    rendered: list[Rendered]
-    checked: list[Rendered]
-    trained: Trained
-    steps: list[Step]
-    validating: list[Batch]
-    identity: dict[str, Any]
-    expected: Estimate
-    notice: str | None
+    A training that was killed resumes from its work folder. model: the base's weights where they are loaded already.
+    validate: the validation loss where it is None. Raises Refused where the base's files are not the spec's, where
+    memory or disk do not suffice, and where the work folder holds another training; TunesmithError for a loss that is
+    not finite.
+    """
+    settings, objective = spec.settings, CrossEntropy()
+    rows, checked = spec.rows.read(), spec.validation.read()
+    loaded = _load_checked(spec.base) if model is None else model
+    trained = loaded.trainable(settings, seed=settings.seed, state_bytes=state_bytes(settings))
+    plan = lay_out_training(rows, settings, share=trained.shares_prefix)
+    if not plan:
+        raise TunesmithError("the training has no step", where="data", fix="give it more rows")
+    batches = lay_out_validation(checked, settings, share=trained.shares_prefix)
+    checkpoints = Checkpoints(spec.work, _identity(spec, trained))
+    expected = _estimate(plan, batches, trained, objective, spec)
+    labels = sum(map(label_count, rows))
+    notice = too_few_numbers(settings.rank, trained.trained_numbers, labels) if settings.method == "lora" else None
+    _announce(spec, len(rows), len(plan), expected, notice, progress)
+    runtime.reset_peak_memory()
+    curves = follower(spec.metrics, spec.name, digest_of(checkpoints.identity), settings, progress)
+    check = partial(validate or partial(validation_loss, objective=objective, batches=batches), trained)
+    trainer = Trainer(
+        trained,
+        plan,
+        settings,
+        checkpoints,
+        objective=objective,
+        validate=check if validate or batches else None,
+        on_checkpoint=curves.follow,
+        progress=progress,
+    )
+    state = trainer.run()
+    curves.finish()
+    return TrainingResult(
+        folder=_save(trained, spec.work / "result"),
+        engine=trained.engine_name,
+        environment=checkpoints.identity["environment"],
+        state=state,
+        estimate=expected,
+        notices=[notice] if notice else [],
+        steps=len(plan),
+        rows=len(rows),
+        tokens=sum(len(row.ids) for row in rows) * settings.epochs,
+        labels=labels * settings.epochs,
+        tokens_computed=sum(map(step_tokens, plan[: state.step])),
+        trained_numbers=trained.trained_numbers,
+        peak_memory_bytes=runtime.peak_memory(),
+        checkpoint_bytes=checkpoints.newest_bytes(),
+    )
+
+
+def record_training(store: Store, spec: TrainingSpec, result: TrainingResult) -> str:
+    """Keep a training's files and its record; returns the record's digest."""
+    blobs = {path.name: store.put_file(path) for path in sorted(result.folder.iterdir())}
+    parents = {"base": spec.base.digest, "dataset": spec.dataset}
+    return store.put_record(Record(kind="training", parents=parents, blobs=blobs, body=_body(spec, result)))
 
 
 def train(
@@ -88,200 +163,152 @@ def train(
     name: str = "training",
     restart: bool = False,
     metrics: MetricsSettings | None = None,
+    model: LoadedModel | None = None,
     progress: Progress = SILENT,
 ) -> str:
-    """Train base, or an adapter for it, on rows; returns the training record's digest.
+    """Train base on rows in this process and record it; returns the training record's digest.
 
-    dataset: digest of the record the rows come from. work: a folder of this training's own, for checkpoints; a run
-    killed at any moment carries on from there, restart throws that away. metrics: where it is shown, under its name,
-    while it runs. Raises Refused for rows that cannot be
-    trained on or do not fit the memory, TunesmithError for a loss that is not a number.
+    restart: discard what the work folder holds. For the rest, and for what is raised, see make_spec and run_training.
     """
-    runtime.prepare()
     if restart:
         shutil.rmtree(work, ignore_errors=True)
-    job = Job(name, rows, validation, settings, work)
-    network = open_network(base)
-    ready = _prepare(Renderer(base.folder), network, base, dataset, job)
-    if isinstance(ready.trained, HFLora):
-        progress.say(f"{base.spec} ({base.family}) {SLOW}")
-    progress.say(
-        f"training {len(rows)} rows in {len(ready.steps)} steps: about {ready.expected.seconds:.0f} s and "
-        f"{ready.expected.peak_memory_bytes / 1e9:.1f} GB of memory, {ready.expected.checkpoint_bytes / 1e6:.0f} MB a "
-        "checkpoint"
+    spec = make_spec(
+        base=base,
+        dataset=dataset,
+        rows=rows,
+        validation=validation,
+        settings=settings,
+        work=work,
+        name=name,
+        metrics=metrics,
     )
-    if ready.notice:
-        progress.say(ready.notice)
-    runtime.reset_peak_memory()
-    shown = _shown(ready, metrics, progress)
-    trainer = Trainer(
-        ready.trained.network,
-        ready.trained,
-        ready.steps,
-        ready.validating,
-        settings,
-        work,
-        ready.identity,
-        progress,
-        shown.follow,
-    )
-    course = complete(trainer)
-    shown.finish()
-    return _record(store, base, dataset, ready, course)
-
-
-def _shown(ready: _Prepared, metrics: MetricsSettings | None, progress: Progress) -> Follower:
-    if metrics is None:
-        return Follower(None, progress)
-    return follower(metrics, ready.job.name, digest_of(ready.identity), ready.identity["settings"], progress)
+    return record_training(store, spec, run_training(spec, progress, model=model))
 
 
 def find_rate(
-    *, base: Base, rows: Sequence[TrainingRow], settings: TrainSettings, progress: Progress = SILENT
+    *,
+    base: Base,
+    rows: Sequence[TrainingRow],
+    settings: TrainSettings,
+    model: LoadedModel | None = None,
+    progress: Progress = SILENT,
 ) -> RateSearch:
-    """A range test over a training's first steps, going on into further epochs where one has too few. Keeps nothing.
+    """A range test over a training's first steps, continued with further epochs where one has too few. Keeps nothing.
 
     Raises Refused for rows that cannot be trained on.
     """
-    runtime.prepare()
-    rendered = _render(Renderer(base.folder), rows, settings)
-    trained = build_trainable(open_network(base), base.folder, settings)
-    share = not isinstance(trained, HFLora)
-    every = (step for epoch in count() for (step,) in lay_out_epoch(rendered, settings, epoch, 1, share=share))
-    steps = list(islice(every, STEPS))
-    check_room(steps, needs_of(trained, settings, validates=False))
-    return range_test(trained.network, trained, steps, settings, progress)
-
-
-def _prepare(renderer: Renderer, network: Network | HFModel, base: Base, dataset: str, job: Job) -> _Prepared:
-    settings = job.settings
-    rendered = _render(renderer, job.rows, settings)
-    checked = _render(renderer, job.validation[: settings.validation_rows], settings)
-    trained = build_trainable(network, base.folder, settings)
-    share = not isinstance(trained, HFLora)  # which computes each row whole
-    dealt = lay_out_run(rendered, settings, 1, share=share)
-    steps: list[Step] = [[part for own in step for part in own] for step in dealt]
-    validating = lay_out_validation(checked, settings, share=share)
-    identity = {
-        "base": base.digest,
-        "dataset": dataset,
-        "rows": digest_of([row.id for row in job.rows]),
-        "tokens": digest_of([list(row.ids) for row in rendered]),
-        "validation": digest_of([list(row.ids) for row in checked]),
-        "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
-        "environment": environment(),
-    }
-    expected = _expect(steps, validating, settings, trained, job.work)
-    labels = sum(map(label_count, rendered))
-    notice = too_few_numbers(settings.rank, trained.parameters, labels) if settings.method == "lora" else None
-    return _Prepared(job, rendered, checked, trained, steps, validating, identity, expected, notice)
-
-
-def build_trainable(network: Network | HFModel, base: Path, settings: TrainSettings) -> Trained:
-    """The weights under training as they begin. base: the folder of the base's files."""
-    if isinstance(network, HFModel):
-        return HFLora(network, settings)
-    return Full(network, settings, base) if settings.method == "full" else Lora(network, settings)
-
-
-def _record(store: Store, base: Base, dataset: str, ready: _Prepared, course: TrainerState) -> str:
-    """Keep a training that is over."""
-    settings, steps = ready.job.settings, ready.steps
-    labels = sum(label_count(row) for row in ready.rendered) * settings.epochs
-    tokens = sum(len(row.ids) for row in ready.rendered) * settings.epochs
-    rows, environment = len(ready.job.rows), ready.identity["environment"]
-    body = {
-        "settings": settings.model_dump(mode="json"),
-        "rows": rows,
-        "tokens": tokens,
-        "tokens_computed": sum(part.tokens for step in steps[: course.step] for part in step),
-        "labels": labels,
-        "parameters": ready.trained.parameters,
-        "notices": [ready.notice] if ready.notice else [],
-        "fingerprint": base.fingerprint,
-        "threads": environment["threads"],
-        "environment": environment,
-        **_measured(course, rows * settings.epochs / len(steps), tokens / len(steps), ready.expected, settings.keep),
-        "peak_memory_bytes": runtime.peak_memory(),
-        "checkpoint_bytes": newest_bytes(ready.job.work),
-        **({"network": "transformers"} if isinstance(ready.trained, HFLora) else {}),
-    }
-    files = ready.trained.files(base)
-    blobs = {name: store.put_bytes(data) for name, data in files.items()}
-    return store.put_record(
-        Record(kind="training", parents={"base": base.digest, "dataset": dataset}, blobs=blobs, body=body)
+    rendered = render_rows(Renderer(base.folder), rows, settings)
+    loaded = load_model(base) if model is None else model
+    trained = loaded.trainable(settings, seed=settings.seed, state_bytes=state_bytes(settings))
+    every = (
+        step for epoch in count() for step in lay_out_epoch(rendered, settings, epoch, share=trained.shares_prefix)
     )
+    steps = list(islice(every, STEPS))
+    check_memory(steps, memory_needs(trained, settings, validates=False))
+    return range_test(trained, CrossEntropy(), steps, settings, progress)
 
 
-def _expect(
-    steps: Sequence[Step], validating: Sequence[Batch], settings: TrainSettings, trained: Trained, work: Path
-) -> Estimate:
-    """The estimate, taken once per training: a resumed run keeps the one it was begun with. Whether there is room is
-    asked each time."""
-    from tunesmith.core.files import write_atomic
-
-    needs, kept = needs_of(trained, settings, validates=bool(validating)), work / "estimate.json"
-    check_disk(work, needs)
-    if kept.is_file():
-        with suppress(ValueError):  # an estimate of another version
-            before = Estimate.model_validate_json(kept.read_bytes())
-            check_room(steps, needs)
-            return before
-    tokens = sum(batch.tokens for batch in validating)
-    made = estimate(steps, tokens, settings.validations, trial_step(trained.network, trained), needs)
-    if isinstance(trained, Lora):
-        trained.release_buffers()
-    write_atomic(kept, made.model_dump_json().encode())
-    return made
-
-
-def _render(renderer: Renderer, rows: Sequence[TrainingRow], settings: TrainSettings) -> list[Rendered]:
-    rendered: list[Rendered] = []
-    for row in rows:
-        try:
-            one = renderer.conversation(row.messages, settings.loss_on)
-        except (Refused, UsageError) as error:
-            raise type(error)(error.what, where=f"row {row.id}, {error.where}", fix=error.fix) from error
-        if len(one.ids) > settings.max_length:
-            raise Refused(
-                f"row {row.id} has {len(one.ids)} tokens, more than max_length {settings.max_length}",
-                where="train.max_length",
-                fix="raise it, or set data.overlong so that such rows are dropped and counted",
-            )
-        rendered.append(one)
-    return rendered
-
-
-def environment() -> dict[str, Any]:
-    """What a training's bytes depend on beside its input: versions, the machine, how the work was shared out."""
+def environment(model: TrainableModel) -> dict[str, Any]:
+    """What a training's bytes depend on besides its input: versions, the machine, the number of threads."""
     return {
-        "engine": ENGINE,
-        "kernels": native.identity(),
-        "threads": runtime.prepare(),
+        "kernel_revision": KERNEL_REVISION,
+        "threads": torch.get_num_threads(),
         "torch": version("torch"),
         "transformers": version("transformers"),
         "machine": platform.machine(),
         "processor": torch.backends.cpu.get_cpu_capability(),
+        **model.environment(),
     }
 
 
-def _measured(course: TrainerState, examples: float, tokens: float, expected: Estimate, keep: str) -> dict[str, Any]:
-    """examples, tokens: a step's, on average."""
-    if not course.curve:
-        raise TunesmithError("the training had no step", where="data", fix="give it more rows")
-    best = course.best
-    kept = course.step if keep == "last" or best is None else int(course.validation[best]["step"])
-    tail = course.curve[-max(1, len(course.curve) // 20) :]
+def _identity(spec: TrainingSpec, model: TrainableModel) -> dict[str, Any]:
     return {
-        "steps": course.step,
-        "seconds": course.seconds,
-        "examples_per_second": examples * course.step / course.seconds,
-        "tokens_per_second": tokens * course.step / course.seconds,
-        "estimate": expected.model_dump(),
+        "base": spec.base.digest,
+        "dataset": spec.dataset,
+        "rows": spec.rows.digest,
+        "validation": spec.validation.digest,
+        "settings": spec.settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
+        "environment": environment(model),
+    }
+
+
+def _load_checked(base: Base) -> LoadedModel:
+    if base_record(base.folder, base.spec).digest != base.digest:
+        raise Refused(
+            "the base model's files are not the ones of this training",
+            where=str(base.folder),
+            fix="restore them, or start the training again",
+        )
+    return load_model(base)
+
+
+def _estimate(
+    plan: Sequence[Step], batches: Sequence[Batch], model: TrainableModel, objective: Objective, spec: TrainingSpec
+) -> Estimate:
+    """The estimate, made once: a resumed training keeps its first one. Whether there is room is checked each time."""
+    settings = spec.settings
+    needs, kept = memory_needs(model, settings, validates=bool(batches)), spec.work / "estimate.json"
+    check_disk(spec.work, needs)
+    if kept.is_file():
+        with suppress(ValueError):  # damaged
+            before = Estimate.model_validate_json(kept.read_bytes())
+            check_memory(plan, needs)
+            return before
+    made = estimate(plan, step_tokens(batches), settings.validations, trial_step(model, objective), needs)
+    write_atomic(kept, made.model_dump_json().encode())
+    return made
+
+
+def _announce(
+    spec: TrainingSpec, rows: int, steps: int, expected: Estimate, notice: str | None, progress: Progress
+) -> None:
+    if not ours(spec.base.family):
+        progress.say(f"{spec.base.spec} ({spec.base.family}) {SLOW}")
+    progress.say(
+        f"training {rows} rows in {steps} steps: about {expected.seconds:.0f} s, "
+        f"{expected.peak_memory_bytes / 1e9:.1f} GB of memory and {expected.checkpoint_bytes / 1e6:.0f} MB a checkpoint"
+    )
+    if notice:
+        progress.say(notice)
+
+
+def _save(model: TrainableModel, folder: Path) -> Path:
+    """Write the model's files into a folder that holds nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model.save(folder)
+    return folder
+
+
+def _body(spec: TrainingSpec, result: TrainingResult) -> dict[str, Any]:
+    """What the training record states."""
+    state, keep = result.state, spec.settings.keep
+    kept = state.step if keep == "last" or state.best is None else int(state.validation[state.best]["step"])
+    tail = state.curve[-max(1, len(state.curve) // 20) :]
+    done = state.step / result.steps  # less than 1 where patience ended it
+    return {
+        "settings": spec.settings.model_dump(mode="json"),
+        "rows": result.rows,
+        "tokens": result.tokens,
+        "tokens_computed": result.tokens_computed,
+        "labels": result.labels,
+        "parameters": result.trained_numbers,
+        "notices": result.notices,
+        "fingerprint": spec.base.fingerprint,
+        "threads": result.environment["threads"],
+        "engine": result.engine,
+        "environment": result.environment,
+        "steps": state.step,
+        "seconds": state.seconds,
+        "examples_per_second": result.rows * spec.settings.epochs * done / state.seconds,
+        "tokens_per_second": result.tokens * done / state.seconds,
+        "estimate": result.estimate.model_dump(),
         "final_loss": sum(step["loss"] for step in tail) / len(tail),
-        "curve": asdict(course)["curve"],
-        "validation": course.validation,
-        "overfitting": course.overfitting,
+        "curve": asdict(state)["curve"],
+        "validation": state.validation,
+        "overfitting": state.overfitting,
         "kept": kept,
-        "ended": course.ended,
+        "ended": state.ended,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "checkpoint_bytes": result.checkpoint_bytes,
     }

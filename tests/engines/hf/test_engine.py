@@ -139,13 +139,12 @@ def test_an_answer_ends_with_the_context(gpt2: tuple[Base, HFEngine]) -> None:
 def test_adapters_are_asked_by_name_one_at_a_time(gpt2: tuple[Base, HFEngine], tmp_path: Path) -> None:
     base, engine = gpt2
     for seed, name in enumerate(("one", "two")):
-        lora = HFLora(HFModel(base), TrainSettings(rank=4))
+        lora = HFLora(HFModel(base), base, TrainSettings(rank=4), 0)
         with torch.no_grad():
             lora.masters[1].normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
         folder = tmp_path / name
         folder.mkdir()
-        for file, data in lora.files(base).items():
-            (folder / file).write_bytes(data)
+        lora.save(folder)
         engine.load_adapter(name, folder)
     asked = [Question(_requests()[0].messages, ("on",))]
     plain, one, two = (engine.choose(asked, name)[0][0] for name in (None, "one", "two"))

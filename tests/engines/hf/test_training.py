@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.hf_models import write_hf_model
 from tests.tiny import row
+from tests.trained import batch_loss, gradients, saved
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import label_count, lay_out
 from tunesmith.engines.hf.lora import HFLora
@@ -23,7 +24,6 @@ from tunesmith.models.rendering import LossOn, Rendered, Renderer
 from tunesmith.store.store import Store
 from tunesmith.training.batch_plan import lay_out_step
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.trainer import batch_loss, gradients
 
 FAMILIES = ("gpt2", "gpt_neox", "opt", "falcon", "phi3", "stablelm", "olmo2", "granite", "cohere")
 ROWS = [
@@ -53,11 +53,8 @@ def _reference_loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tenso
     return total / sum(label_count(one) for one in rows)
 
 
-def _save(folder: Path, files: dict[str, bytes]) -> Path:
-    folder.mkdir()
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return folder
+def _lora(network: HFModel, base: Base, settings: TrainSettings) -> HFLora:
+    return HFLora(network, base, settings, settings.seed)
 
 
 def _model(base: Base) -> torch.nn.Module:
@@ -69,8 +66,8 @@ def _model(base: Base) -> torch.nn.Module:
 def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> None:
     base = _base(tmp_path, family)
     rows = _rows(base)
-    lora = HFLora(HFModel(base), TrainSettings(rank=4))
-    start = _save(tmp_path / "start", lora.files(base))
+    lora = _lora(HFModel(base), base, TrainSettings(rank=4))
+    start = saved(lora, tmp_path / "start")
     names = json.loads((start / "adapter_config.json").read_text())["target_modules"]
     plain = _model(base)
     head = plain.get_output_embeddings()  # type: ignore[operator]
@@ -93,7 +90,7 @@ def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> Non
     for _ in range(3):
         expected = _reference_loss(reference, rows)
         expected.backward()
-        assert gradients(lora.network, lora, step) == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert gradients(lora, step) == pytest.approx(float(expected.detach()), rel=1e-5)
         ours = _gradients_by_name(lora)
         for name, parameter in theirs.items():
             assert parameter.grad is not None
@@ -102,7 +99,7 @@ def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> Non
         two.step()
         one.zero_grad()
         two.zero_grad()
-    end = load_file(_save(tmp_path / "end", lora.files(base)) / "adapter_model.safetensors")
+    end = load_file(saved(lora, tmp_path / "end") / "adapter_model.safetensors")
     assert set(end) == set(theirs)
     # Adam divides by the gradient's size: where a gradient is all but zero, rounding decides its sign.
     off = sum(int(((end[name] - parameter).abs() > 1e-4).sum()) for name, parameter in theirs.items())
@@ -124,10 +121,10 @@ def _gradients_by_name(lora: HFLora) -> dict[str, torch.Tensor]:
 def test_the_adapter_gives_peft_the_same_logits(tmp_path: Path, family: str) -> None:
     base = _base(tmp_path, family)
     network, rows = HFModel(base), _rows(base)
-    lora = HFLora(network, TrainSettings(rank=4, scaling="root"))
+    lora = _lora(network, base, TrainSettings(rank=4, scaling="root"))
     with torch.no_grad():
         lora.masters[1].normal_(std=0.05, generator=torch.Generator().manual_seed(1))
-    folder = _save(tmp_path / "adapter", lora.files(base))
+    folder = saved(lora, tmp_path / "adapter")
     model = PeftModel.from_pretrained(_model(base), str(folder)).eval()
     batch = lay_out(rows, share=False)
     with torch.no_grad():
@@ -146,9 +143,9 @@ def test_the_adapter_gives_peft_the_same_logits(tmp_path: Path, family: str) -> 
 def test_the_labels_are_those_of_the_setting(tmp_path: Path, loss_on: LossOn) -> None:
     base = _base(tmp_path, "gpt2")
     rows = _rows(base, loss_on)
-    lora = HFLora(HFModel(base), TrainSettings(rank=2))
+    lora = _lora(HFModel(base), base, TrainSettings(rank=2))
     for batch in (lay_out(rows), lay_out(rows, share=False)):
-        ours = float(batch_loss(lora.network, lora, batch, float(batch.labels.numel())).detach())
+        ours = float(batch_loss(lora, batch, float(batch.labels.numel())).detach())
         with torch.no_grad():
             assert ours == pytest.approx(float(_reference_loss(_model(base).eval(), rows)), rel=1e-5)
 
@@ -156,28 +153,33 @@ def test_the_labels_are_those_of_the_setting(tmp_path: Path, loss_on: LossOn) ->
 def test_named_layers_alone_are_adapted_and_the_seed_decides_the_start(tmp_path: Path) -> None:
     base = _base(tmp_path, "gpt2")
     network = HFModel(base)
-    lora = HFLora(network, TrainSettings(rank=2, targets=("c_attn",), seed=3))
+    lora = _lora(network, base, TrainSettings(rank=2, targets=("c_attn",), seed=3))
     assert set(lora.parts) == {f"transformer.h.{number}.attn.c_attn" for number in range(2)}
-    again = HFLora(network, TrainSettings(rank=2, targets=("c_attn",), seed=3))
-    assert lora.files(base) == again.files(base)
-    assert lora.files(base) != HFLora(network, TrainSettings(rank=2, targets=("c_attn",), seed=4)).files(base)
+    again = _lora(network, base, TrainSettings(rank=2, targets=("c_attn",), seed=3))
+    other = _lora(network, base, TrainSettings(rank=2, targets=("c_attn",), seed=4))
+    one, two, three = (
+        (saved(each, tmp_path / name) / "adapter_model.safetensors").read_bytes()
+        for name, each in (("one", lora), ("two", again), ("three", other))
+    )
+    assert one == two != three
     with pytest.raises(Refused, match="no linear layer that is called 'q_proj'"):
-        HFLora(network, TrainSettings(targets=("q_proj",)))
+        _lora(network, base, TrainSettings(targets=("q_proj",)))
 
 
 @pytest.mark.parametrize("asked", [{"method": "full"}, {"dora": True}, {"start": "pissa"}, {"layers": 1}])
 def test_what_is_not_written_for_it_is_refused(tmp_path: Path, asked: dict[str, object]) -> None:
-    network = HFModel(_base(tmp_path, "gpt2"))
+    base = _base(tmp_path, "gpt2")
+    network = HFModel(base)
     with pytest.raises(Refused, match=f"{next(iter(asked))}.* is written for the families of our own network"):
-        HFLora(network, TrainSettings.model_validate(asked))
+        _lora(network, base, TrainSettings.model_validate(asked))
 
 
 def test_layers_whose_weight_is_taken_past_them_are_refused(tmp_path: Path) -> None:
     base = _base(tmp_path, "mamba")
     with pytest.raises(Refused, match=r"does not run .*dt_proj as a layer"):
-        HFLora(HFModel(base), TrainSettings(rank=2))
-    lora = HFLora(HFModel(base), TrainSettings(rank=2, targets=("in_proj", "x_proj")))
-    folder = _save(tmp_path / "adapter", lora.files(base))
+        _lora(HFModel(base), base, TrainSettings(rank=2))
+    lora = _lora(HFModel(base), base, TrainSettings(rank=2, targets=("in_proj", "x_proj")))
+    folder = saved(lora, tmp_path / "adapter")
     assert PeftModel.from_pretrained(_model(base), str(folder))
 
 
@@ -187,8 +189,8 @@ def test_a_row_as_long_as_the_context_is_trained_on(tmp_path: Path) -> None:
     ids = tuple(3 + place % 7 for place in range(256))
     long = Rendered(ids, (False, *(True,) * 255))
     batch = lay_out([long, _rows(base)[0]], share=False)
-    lora = HFLora(HFModel(base), TrainSettings(rank=2))
-    assert torch.isfinite(batch_loss(lora.network, lora, batch, 1.0))
+    lora = _lora(HFModel(base), base, TrainSettings(rank=2))
+    assert torch.isfinite(batch_loss(lora, batch, 1.0))
 
 
 def _refused(tmp_path: Path, reason: str) -> None:
@@ -224,9 +226,8 @@ def test_an_adapter_that_lies_beside_the_base_is_not_applied(tmp_path: Path) -> 
     batch = lay_out(_rows(base), share=False)
     network = HFModel(base)
     before = network.scores(batch)
-    lora = HFLora(network, TrainSettings(rank=2))
+    lora = _lora(network, base, TrainSettings(rank=2))
     with torch.no_grad():
         lora.masters[1].fill_(0.1)
-    for name, data in lora.files(base).items():
-        (base.folder / name).write_bytes(data)
+    lora.save(base.folder)
     assert torch.equal(HFModel(base).scores(batch), before)

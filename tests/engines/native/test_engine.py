@@ -13,11 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import write_model
+from tests.trained import lora_model, saved
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.native import engine as embedded
-from tunesmith.engines.native.adapters.adapter import encode_adapter
-from tunesmith.engines.native.adapters.lora import Lora
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Completion, Generation, Question
@@ -142,14 +141,11 @@ def test_choices_score_the_same_in_smaller_pieces(engine: NativeEngine, monkeypa
 
 def _adapter(folder: Path, base: Base, seed: int) -> Path:
     network = load_network(base.folder, torch.float32)
-    lora = Lora(network, TrainSettings(rank=4, seed=seed))
+    lora = lora_model(network, TrainSettings(rank=4, seed=seed), base)
     with torch.no_grad():
         for master in lora.masters:
             master.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
-    folder.mkdir()
-    for name, data in encode_adapter(lora.adapter(), network, base).items():
-        (folder / name).write_bytes(data)
-    return folder
+    return saved(lora, folder)
 
 
 def test_adapters_answer_as_themselves(tmp_path: Path, base: Base, engine: NativeEngine) -> None:

@@ -12,22 +12,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from tests.tiny import FAMILIES, TILED, row, write_model
+from tests.trained import base_of, batch_loss, fit, gradients, lora_model, saved, set_low_rank
 from tunesmith.engines.batch import label_count, lay_out
 from tunesmith.engines.native import kernels as native
-from tunesmith.engines.native.adapters import dora as magnitudes
+from tunesmith.engines.native.adapters import dora as dora_module
 from tunesmith.engines.native.adapters import lora as lora_module
-from tunesmith.engines.native.adapters.adapter import encode_adapter, read_adapter
-from tunesmith.engines.native.adapters.lora import Lora
+from tunesmith.engines.native.adapters.adapter import read_adapter
 from tunesmith.engines.native.network import products
 from tunesmith.engines.native.network.network import frozen_linear
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.settings import TARGETS
-from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import LossOn, Rendered, Renderer
-from tunesmith.store.store import Store
 from tunesmith.training.batch_plan import plan
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.trainer import batch_loss, fit, gradients, rate_at
+from tunesmith.training.steps import learning_rate
 
 ROWS = [
     row("turn on the kitchen light", '{"intent":"on"}'),
@@ -58,16 +56,13 @@ def test_forward_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> 
     folder, rows = _setting(tmp_path, family)
     network = load_network(folder, torch.float32)
     settings = TrainSettings(rank=4, learning_rate=0.02, warmup=0.0, schedule="constant", clip=1.0)
-    lora = Lora(network, settings)
+    base = base_of(folder)
+    lora = lora_model(network, settings, base)
     reference = get_peft_model(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM"),
     )
-    base = resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
-    start = tmp_path / "start"
-    start.mkdir()
-    for name, data in encode_adapter(lora.adapter(), network, base).items():
-        (start / name).write_bytes(data)
+    start = saved(lora, tmp_path / "start")
     assert not reference.load_adapter(str(start), "default").unexpected_keys
     reference.train()
     trained = [p for p in reference.parameters() if p.requires_grad]
@@ -79,18 +74,18 @@ def test_forward_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> 
     for _ in range(4):
         expected = _reference_loss(reference, rows)
         expected.backward()
-        loss = batch_loss(network, lora, batch, float(batch.labels.numel()))
+        loss = batch_loss(lora, batch, float(batch.labels.numel()))
         loss.backward()
-        lora.take_gradients()
+        lora.collect_gradients()
         assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=2e-5)
         clipped = torch.nn.utils.clip_grad_norm_(lora.masters, 1.0)
         assert float(clipped) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)), rel=1e-3)
         ours.step()
         theirs.step()
-        lora.refresh_copies()
+        lora.parameters_changed()
         ours.zero_grad()
         theirs.zero_grad()
-    end = load_file(_save(tmp_path / "end", encode_adapter(lora.adapter(), network, base)))
+    end = load_file(saved(lora, tmp_path / "end") / "adapter_model.safetensors")
     state = {name.replace(".default", ""): value for name, value in reference.state_dict().items() if "lora_" in name}
     assert set(end) == set(state)
     # Adam divides by the gradient's size: where a gradient is all but zero, rounding decides its sign.
@@ -109,12 +104,9 @@ def test_in_bf16_gradients_are_as_near_to_fp32_as_the_portable_path(
 
     def gradient(dtype: torch.dtype) -> tuple[float, list[torch.Tensor]]:
         network = load_network(folder, dtype)
-        lora = Lora(network, TrainSettings(rank=4))
-        with torch.no_grad():
-            for master in lora.masters[:2]:
-                master.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-        lora.refresh_copies()
-        loss = gradients(network, lora, [batch])
+        lora = lora_model(network, TrainSettings(rank=4))
+        set_low_rank(lora, 0.1)
+        loss = gradients(lora, [batch])
         return loss, [master.grad for master in lora.masters if master.grad is not None]
 
     loss, wide = gradient(torch.float32)
@@ -148,11 +140,8 @@ def test_what_is_made_again_is_what_would_have_been_kept(
     network = load_network(folder)
 
     def step() -> tuple[list[torch.Tensor], int]:
-        trained = Lora(network, TrainSettings(rank=4, dora=dora))
-        with torch.no_grad():
-            for master in trained.masters[:2]:
-                master.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-        trained.refresh_copies()
+        trained = lora_model(network, TrainSettings(rank=4, dora=dora))
+        set_low_rank(trained, 0.1)
         kept: dict[int, int] = {}
 
         def keep(x: torch.Tensor) -> torch.Tensor:
@@ -160,11 +149,11 @@ def test_what_is_made_again_is_what_would_have_been_kept(
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            gradients(network, trained, [batch])
+            gradients(trained, [batch])
         return [master.grad for master in trained.masters if master.grad is not None], sum(kept.values())
 
     again, less = step()
-    for module in (lora_module, magnitudes):
+    for module in (lora_module, dora_module):
         monkeypatch.setattr(module, "recompute", lambda x: None)
     before, more = step()
     products._tile_library.cache_clear()
@@ -176,28 +165,18 @@ def test_what_is_made_again_is_what_would_have_been_kept(
     assert more - less == 2 * batch.tokens * made
 
 
-def _save(folder: Path, files: dict[str, bytes]) -> Path:
-    folder.mkdir()
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return folder / "adapter_model.safetensors"
-
-
 def test_our_adapter_answers_the_same_in_peft(tmp_path: Path) -> None:
     folder, rows = _setting(tmp_path, "llama")
+    base = base_of(folder)
     network = load_network(folder, torch.float32)
-    lora = Lora(network, TrainSettings(rank=4, targets=("q_proj", "v_proj", "down_proj")))
-    with torch.no_grad():
-        for master in lora.masters[:2]:
-            master.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
-    lora.refresh_copies()
-    base = resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
-    path = _save(tmp_path / "adapter", encode_adapter(lora.adapter(), network, base)).parent
+    lora = lora_model(network, TrainSettings(rank=4, targets=("q_proj", "v_proj", "down_proj")), base)
+    set_low_rank(lora, 0.2)
+    path = saved(lora, tmp_path / "adapter")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), str(path))
     batch = lay_out(rows)
     with torch.no_grad():
         expected = _reference_loss(model, rows)
-        assert float(batch_loss(network, lora, batch, batch.labels.numel())) == pytest.approx(float(expected), rel=1e-5)
+        assert float(batch_loss(lora, batch, batch.labels.numel())) == pytest.approx(float(expected), rel=1e-5)
         without = _reference_loss(model.unload(), rows)
     assert abs(float(without) - float(expected)) > 0.01, "the adapter changes something"
     again = read_adapter(path, network, base)
@@ -209,10 +188,10 @@ def test_our_adapter_answers_the_same_in_peft(tmp_path: Path) -> None:
 def test_a_batch_gives_the_mean_of_its_rows_whatever_the_company(tmp_path: Path) -> None:
     folder, rows = _setting(tmp_path, "qwen3")
     network = load_network(folder, torch.float32)
-    lora = Lora(network, TrainSettings(rank=2))
+    lora = lora_model(network, TrainSettings(rank=2))
     with torch.no_grad():
-        together = float(batch_loss(network, lora, lay_out(rows), 1.0))
-        alone = sum(float(batch_loss(network, lora, lay_out([one]), 1.0)) for one in rows)
+        together = float(batch_loss(lora, lay_out(rows), 1.0))
+        alone = sum(float(batch_loss(lora, lay_out([one]), 1.0)) for one in rows)
     assert together == pytest.approx(alone, rel=1e-5)
 
 
@@ -233,7 +212,7 @@ def test_the_loss_is_transformers_own_over_the_same_labels(tmp_path: Path, loss_
             total += float(model(ids, labels=wanted).loss) * count
             labels += count
         batch = lay_out(rows)
-        ours = float(batch_loss(network, Lora(network, TrainSettings(rank=2)), batch, float(labels)))
+        ours = float(batch_loss(lora_model(network, TrainSettings(rank=2)), batch, float(labels)))
     assert batch.labels.numel() == labels
     assert (labels == sum(len(one.ids) - 1 for one in rows)) == (loss_on == "all")
     assert ours == pytest.approx(total / labels, rel=1e-5)
@@ -261,7 +240,7 @@ def test_plan_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_schedule_rises_then_falls(schedule: str) -> None:
     settings = TrainSettings(learning_rate=0.5, warmup=0.2, schedule=schedule)  # type: ignore[arg-type]
-    rates = [rate_at(step, 20, settings) for step in range(20)]
+    rates = [learning_rate(step, 20, settings) for step in range(20)]
     assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5])
     assert max(rates) == 0.5
     assert all(math.isfinite(rate) and rate > 0 for rate in rates)
@@ -283,28 +262,27 @@ def test_rates_are_transformers_own(schedule: str, steps: int, warmup: float) ->
         optimizer.step()
         scheduler.step()
     wanted = [theirs[step + 1] if step < warm else theirs[step] for step in range(steps)]
-    assert [rate_at(step, steps, settings) for step in range(steps)] == pytest.approx(wanted, abs=1e-12)
+    assert [learning_rate(step, steps, settings) for step in range(steps)] == pytest.approx(wanted, abs=1e-12)
 
 
 @pytest.mark.parametrize("clip", [0.02, 100.0])
 def test_the_loop_is_torchs_adamw_with_its_clipping(tmp_path: Path, clip: float) -> None:
-    from tunesmith.core.progress import SILENT
 
     folder, rows = _setting(tmp_path, "llama")
     network = load_network(folder, torch.float32)
     settings = TrainSettings(rank=4, learning_rate=0.02, warmup=0.2, weight_decay=0.1, clip=clip, keep="last")
     plan = [[lay_out(rows[:2])], [lay_out(rows[2:])], [lay_out(rows)]] * 2
-    ours, theirs = Lora(network, settings), Lora(network, settings)
-    fit(network, ours, plan, [], settings, tmp_path / "w", {}, SILENT)
+    ours, theirs = lora_model(network, settings), lora_model(network, settings)
+    fit(ours, plan, [], settings, tmp_path / "w")
     optimizer = torch.optim.AdamW(theirs.masters, lr=1.0, weight_decay=0.1)
     norms = []
     for place, step in enumerate(plan):
-        gradients(network, theirs, step)
+        gradients(theirs, step)
         norms.append(float(torch.nn.utils.clip_grad_norm_(theirs.masters, clip)))
-        optimizer.param_groups[0]["lr"] = rate_at(place, len(plan), settings)
+        optimizer.param_groups[0]["lr"] = learning_rate(place, len(plan), settings)
         optimizer.step()
         optimizer.zero_grad()
-        theirs.refresh_copies()
+        theirs.parameters_changed()
     assert (max(norms) > clip) == (clip < 1)
     for one, other in zip(ours.masters, theirs.masters, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -318,12 +296,11 @@ def test_frozen_linear_knows_biases(tmp_path: Path) -> None:
 
 
 def test_fit_learns(tmp_path: Path) -> None:
-    from tunesmith.core.progress import SILENT
 
     folder, rows = _setting(tmp_path, "llama")
     network = load_network(folder, torch.float32)
     settings = TrainSettings(rank=8, learning_rate=0.02, warmup=0.1)
     steps = [[lay_out(rows)]] * 120
-    course = fit(network, Lora(network, settings), steps, steps[0], settings, tmp_path / "w", {}, SILENT)
+    course = fit(lora_model(network, settings), steps, steps[0], settings, tmp_path / "w")
     assert course.curve[-1]["loss"] < 0.5 * course.curve[0]["loss"]
     assert len(course.validation) == settings.validations

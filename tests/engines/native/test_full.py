@@ -8,32 +8,34 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.engines.native.test_engine_numerics import ROWS, _reference_loss
 from tests.tiny import FAMILIES, row, write_model
+from tests.trained import full_model, gradients, saved
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.native import runtime
-from tunesmith.engines.native.adapters.full import Full
+from tunesmith.engines.native.adapters.full import FullModel
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
+from tunesmith.training.rows import TrainingRow
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.train import TrainingRow, train
-from tunesmith.training.trainer import gradients
+from tunesmith.training.steps import make_optimizer
+from tunesmith.training.train import train
 
 # More labels than one chunk of the loss has, so that the head's gradient is a sum.
 MANY = [*ROWS, *(row(f"say {n}", f'{{"n":{n},"said":"{"na" * 40}"}}') for n in range(8))]
 RATE, DECAY = 0.003, 0.1
 
 
-def _full(folder: Path, **changes: object) -> Full:
+def _full(folder: Path, **changes: object) -> FullModel:
     settings = TrainSettings(method="full", **changes)  # type: ignore[arg-type]
-    return Full(load_network(folder, torch.float32), settings, folder)
+    return full_model(load_network(folder, torch.float32), settings, folder)
 
 
 def _rows(folder: Path) -> list[Rendered]:
@@ -48,9 +50,8 @@ def _reference(folder: Path) -> Any:
     return model
 
 
-def _weights(trained: Full, folder: Path, work: Path) -> dict[str, torch.Tensor]:
-    base = resolve_base(Store(work / "store"), str(folder), work)
-    return load(trained.files(base)["model.safetensors"])
+def _weights(trained: FullModel, work: Path) -> dict[str, torch.Tensor]:
+    return load_file(saved(trained, work / "saved") / "model.safetensors")
 
 
 @pytest.mark.parametrize("layers", [None, 2])
@@ -73,15 +74,13 @@ def test_gradients_and_steps_equal_transformers(tmp_path: Path, family: str, lay
         [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], RATE, weight_decay=DECAY
     )
     trained = _full(folder, layers=layers)
-    assert trained.parameters == sum(value.numel() for value in learns.values())
-    ours = torch.optim.AdamW(trained.groups(), RATE, weight_decay=DECAY)
+    assert trained.trained_numbers == sum(value.numel() for value in learns.values())
+    ours = make_optimizer(trained, TrainSettings(method="full", learning_rate=RATE, weight_decay=DECAY))
     step = [lay_out(rows[:4]), lay_out(rows[4:])]
     for turn in range(4):
         expected = _reference_loss(model, rows)
         expected.backward()
-        assert gradients(trained.network, trained, step) == pytest.approx(
-            float(expected.detach()), rel=1e-3 if turn else 2e-5
-        )
+        assert gradients(trained, step) == pytest.approx(float(expected.detach()), rel=1e-3 if turn else 2e-5)
         for master, kind in zip(trained.masters, (matrices, vectors), strict=True):
             assert master.grad is not None
             found, wanted = master.grad.norm(), torch.cat([value.grad.flatten() for value in kind]).norm()
@@ -91,8 +90,8 @@ def test_gradients_and_steps_equal_transformers(tmp_path: Path, family: str, lay
         for optimizer in (ours, theirs):
             optimizer.step()
             optimizer.zero_grad()
-        trained.refresh_copies()
-    end, state = _weights(trained, folder, tmp_path), model.state_dict()
+        trained.parameters_changed()
+    end, state = _weights(trained, tmp_path), model.state_dict()
     tied = model.config.tie_word_embeddings
     assert set(end) == set(state) - ({"lm_head.weight"} if tied else set())
     # Adam divides by the gradient's size: where a gradient is all but zero, rounding decides its sign.
@@ -109,12 +108,12 @@ def test_every_weight_has_its_own_gradient(tmp_path: Path, family: str) -> None:
     model = _reference(folder)
     _reference_loss(model, rows).backward()
     trained = _full(folder)
-    gradients(trained.network, trained, [lay_out(rows)])
+    gradients(trained, [lay_out(rows)])
     # Written into the masters, the gradients come out under the stored tensors' names.
     for master in trained.masters:
         assert master.grad is not None
         master.copy_(master.grad)
-    found = _weights(trained, folder, tmp_path)
+    found = _weights(trained, tmp_path)
     for name, value in model.named_parameters():
         scale = float(value.grad.abs().max())
         assert torch.allclose(found[name], value.grad, atol=1e-4 * scale), name
@@ -131,13 +130,13 @@ def test_the_sum_over_a_frequent_token_keeps_growing() -> None:
 
 def test_masters_are_the_stored_weights_whatever_they_are_computed_in(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
-    trained = Full(load_network(folder), TrainSettings(method="full"), folder)
+    trained = full_model(load_network(folder), TrainSettings(method="full"), folder)
     assert trained.network.dtype == torch.bfloat16
-    with pytest.raises(TunesmithError, match="no weight changed"):
-        _weights(trained, folder, tmp_path)
+    with pytest.raises(TunesmithError, match="no weight changed enough"):
+        _weights(trained, tmp_path)
     trained.masters[1][0] += 0.5
-    changed = _weights(trained, folder, tmp_path)
-    stored = load((folder / "model.safetensors").read_bytes())
+    changed = _weights(trained, tmp_path)
+    stored = load_file(folder / "model.safetensors")
     assert {name for name in changed if not torch.equal(changed[name], stored[name])} == {"model.norm.weight"}
     assert changed["model.norm.weight"].dtype == torch.float32
 
@@ -146,7 +145,7 @@ def test_what_memory_does_not_hold_is_refused_with_what_it_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_model(tmp_path / "m")
-    needed = 24 * _full(folder).parameters  # fp32 copies here
+    needed = 24 * _full(folder).trained_numbers  # fp32 copies here
     monkeypatch.setattr(runtime, "available_memory", lambda: needed - 1)
     with pytest.raises(Refused, match="in full takes") as told:
         _full(folder)

@@ -9,25 +9,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from safetensors.torch import load, save_file
+from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import row, write_model
+from tests.trained import base_of, fit, gradients, lora_model, saved, set_low_rank, validation_loss
 from tunesmith.core.errors import UsageError
-from tunesmith.core.progress import SILENT, Silent
+from tunesmith.core.progress import Silent
 from tunesmith.engines.batch import Batch, lay_out
-from tunesmith.engines.native.adapters.adapter import adapted_linear, encode_adapter, read_adapter
-from tunesmith.engines.native.adapters.lora import Lora
+from tunesmith.engines.native.adapters.adapter import adapted_linear, read_adapter
 from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import forward, logits
 from tunesmith.engines.native.network.weights import load_network
-from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weight_files import read_adapter_file
-from tunesmith.store.store import Store
 from tunesmith.training.batch_plan import lay_out_step
+from tunesmith.training.estimate import trial_step
+from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.trainer import TrainerState, fit, gradients, trial_step, validation_loss
+from tunesmith.training.state import TrainerState
 
 ROWS = [row(f"turn on light {n}", f'{{"intent":"on","slots":{{"light":{n}}}}}' + " and so on" * n) for n in range(6)]
 
@@ -54,21 +54,17 @@ def rows(folder: Path) -> list[Rendered]:
     ],
 )
 def test_peft_reads_each_kind_alike(tmp_path: Path, folder: Path, rows: list[Rendered], settings: dict) -> None:
-    network = load_network(folder, torch.float32)
-    lora = Lora(network, TrainSettings(rank=4, **settings))
+    network, base = load_network(folder, torch.float32), base_of(folder)
+    lora = lora_model(network, TrainSettings(rank=4, **settings), base)
     with torch.no_grad():
         for master in lora.masters[:2]:
             master.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
-        if lora.magnitudes is not None:
-            lora.magnitudes.master.mul_(1.0 + 0.3 * torch.rand(lora.magnitudes.master.shape))
-    lora.refresh_copies()
-    base = resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
-    path = tmp_path / "adapter"
-    path.mkdir()
-    for name, data in encode_adapter(lora.adapter(), network, base).items():
-        (path / name).write_bytes(data)
+        if lora.dora is not None:
+            lora.dora.master.mul_(1.0 + 0.3 * torch.rand(lora.dora.master.shape))
+    lora.parameters_changed()
+    path = saved(lora, tmp_path / "adapter")
     facts = read_adapter_file(path, base=base.digest, fingerprint=base.fingerprint)
-    assert facts.parameters == lora.parameters
+    assert facts.parameters == lora.trained_numbers
     batch = lay_out(rows[:1])
     with torch.no_grad():
         hidden = forward(network, batch.ids, lora.linear(), shared_prefix_attention(batch, network))
@@ -90,14 +86,11 @@ def test_a_step_in_parts_has_the_whole_steps_gradient(folder: Path, rows: list[R
     whole, parts = lay_out_step(rows, 100_000), lay_out_step(rows, 120)
     assert len(whole) == 1
     assert len(parts) > 2
-    lora = Lora(network, TrainSettings(rank=4))
-    with torch.no_grad():
-        for master in lora.masters[:2]:
-            master.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
-    lora.refresh_copies()
+    lora = lora_model(network, TrainSettings(rank=4))
+    set_low_rank(lora, 0.3)
     losses, found = [], []
     for step in (whole, parts):
-        losses.append(gradients(network, lora, step))
+        losses.append(gradients(lora, step))
         found.append([master.grad.clone() for master in lora.masters])
         for master in lora.masters:
             master.grad = None
@@ -126,9 +119,9 @@ def _labels(part) -> list[int]:
 
 def test_the_trial_changes_nothing(folder: Path, rows: list[Rendered]) -> None:
     network = load_network(folder, torch.float32)
-    lora = Lora(network, TrainSettings(rank=4))
+    lora = lora_model(network, TrainSettings(rank=4))
     before = [master.clone() for master in lora.masters]
-    trial_step(network, lora)(lay_out_step(rows, 120))
+    trial_step(lora, CrossEntropy())(lay_out_step(rows, 120))
     assert all(torch.equal(one, other) for one, other in zip(before, lora.masters, strict=True))
     assert all(master.grad is None for master in lora.masters)
 
@@ -146,10 +139,10 @@ def _over_trained(folder: Path, rows: list[Rendered], tmp_path: Path, **more: ob
     """A run whose held-out rows get worse from some step on."""
     network = load_network(folder, torch.float32)
     settings = TrainSettings(rank=8, learning_rate=0.03, warmup=0.1, schedule="constant", validations=20, **more)
-    lora = Lora(network, settings)
+    lora = lora_model(network, settings)
     held_out = [_contrary(folder)]
-    course = fit(network, lora, [[lay_out(rows[:3])]] * 60, held_out, settings, tmp_path / "w", {}, SILENT)
-    return course, validation_loss(network, lora, held_out), settings
+    course = fit(lora, [[lay_out(rows[:3])]] * 60, held_out, settings, tmp_path / "w")
+    return course, validation_loss(lora, held_out), settings
 
 
 def test_the_best_weights_are_kept(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
@@ -172,7 +165,7 @@ def test_overfitting_is_said_when_it_begins_and_stated(tmp_path: Path, folder: P
     network, said = load_network(folder, torch.float32), _Said()
     settings = TrainSettings(rank=8, learning_rate=0.03, warmup=0.1, schedule="constant", validations=20)
     plan = [[lay_out(rows[:3])]] * 60
-    course = fit(network, Lora(network, settings), plan, [_contrary(folder)], settings, tmp_path / "w", {}, said)
+    course = fit(lora_model(network, settings), plan, [_contrary(folder)], settings, tmp_path / "w", said)
     warned = [line for line in said.lines if line.startswith("overfitting at step")]
     best = course.best
     assert best is not None
@@ -203,7 +196,8 @@ def test_the_last_weights_are_kept_where_that_is_asked(tmp_path: Path, folder: P
 
 
 @pytest.mark.parametrize(
-    ("keep", "held"), [("best", {"master", "first", "second", "best"}), ("last", {"master", "first", "second"})]
+    ("keep", "held"),
+    [("best", {"parameter", "exp_avg", "exp_avg_sq", "best"}), ("last", {"parameter", "exp_avg", "exp_avg_sq"})],
 )
 def test_the_best_weights_are_held_where_they_are_to_be_kept(
     tmp_path: Path, folder: Path, rows: list[Rendered], keep: str, held: set[str]
@@ -219,10 +213,10 @@ def test_patience_ends_a_run_and_a_resume_keeps_to_it(tmp_path: Path, folder: Pa
     assert "2 validations" in str(course.ended)
     assert course.best == len(course.validation) - 3
     network = load_network(folder, torch.float32)
-    lora = Lora(network, settings)
-    again = fit(network, lora, [[lay_out(rows[:3])]] * 60, [_contrary(folder)], settings, tmp_path / "w", {}, SILENT)
+    lora = lora_model(network, settings)
+    again = fit(lora, [[lay_out(rows[:3])]] * 60, [_contrary(folder)], settings, tmp_path / "w")
     assert again.step == course.step, "nothing more is trained"
-    assert validation_loss(network, lora, [_contrary(folder)]) == pytest.approx(loss, rel=1e-6)
+    assert validation_loss(lora, [_contrary(folder)]) == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_higher_rate_for_b_moves_b_alone(folder: Path, rows: list[Rendered], tmp_path: Path) -> None:
@@ -230,9 +224,9 @@ def test_a_higher_rate_for_b_moves_b_alone(folder: Path, rows: list[Rendered], t
     moved = []
     for rate in (1.0, 4.0):
         settings = TrainSettings(rank=4, learning_rate=1e-3, warmup=0.0, b_rate=rate, clip=100.0, keep="last")
-        lora = Lora(network, settings)
+        lora = lora_model(network, settings)
         before = [master.clone() for master in lora.masters]
-        fit(network, lora, [[lay_out(rows)]], [], settings, tmp_path / f"{rate}", {}, SILENT)
+        fit(lora, [[lay_out(rows)]], [], settings, tmp_path / f"{rate}")
         moved.append([(new - old).abs().max() for new, old in zip(lora.masters, before, strict=True)])
     assert float(moved[1][1] / moved[0][1]) == pytest.approx(4.0, rel=1e-3)
     assert float(moved[1][0]) == pytest.approx(float(moved[0][0]), abs=1e-6)
@@ -246,8 +240,8 @@ def test_dora_on_a_weight_with_a_row_of_zeros(tmp_path: Path, folder: Path, rows
         tensors[name][:2] = 0.0
     save_file(tensors, path, metadata={"format": "pt"})
     network, settings = load_network(tmp_path / "m", torch.float32), TrainSettings(rank=4, dora=True)
-    lora = Lora(network, settings)
-    course = fit(network, lora, [[lay_out(rows[:3])]] * 8, [], settings, tmp_path / "w", {}, SILENT)
+    lora = lora_model(network, settings)
+    course = fit(lora, [[lay_out(rows[:3])]] * 8, [], settings, tmp_path / "w")
     assert course.curve[-1]["loss"] < course.curve[0]["loss"]
     assert all(bool(master.isfinite().all()) for master in lora.masters)
 
@@ -255,7 +249,7 @@ def test_dora_on_a_weight_with_a_row_of_zeros(tmp_path: Path, folder: Path, rows
 def test_a_layer_that_the_network_lacks_is_refused(folder: Path) -> None:
     for targets in (("c_attn",), ("q_proj", "c_attn")):
         with pytest.raises(UsageError, match="no linear layer is called 'c_attn'"):
-            Lora(load_network(folder, torch.float32), TrainSettings(targets=targets))
+            lora_model(load_network(folder, torch.float32), TrainSettings(targets=targets))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -265,12 +259,9 @@ def test_dora_learns_as_in_peft(tmp_path: Path, family: str) -> None:
     rows = [renderer.conversation(messages) for messages in ROWS[:3]]
     network = load_network(folder, torch.float32)
     settings = TrainSettings(rank=4, dora=True)
-    lora = Lora(network, settings)
-    base = resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
-    start = tmp_path / "start"
-    start.mkdir()
-    for name, data in encode_adapter(lora.adapter(), network, base).items():
-        (start / name).write_bytes(data)
+    base = base_of(folder)
+    lora = lora_model(network, settings, base)
+    start = saved(lora, tmp_path / "start")
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     reference = PeftModel.from_pretrained(plain, str(start), is_trainable=True)
     trained = {name: p for name, p in reference.named_parameters() if p.requires_grad}
@@ -279,13 +270,13 @@ def test_dora_learns_as_in_peft(tmp_path: Path, family: str) -> None:
     for _ in range(3):
         expected = _reference_loss(reference, rows)
         expected.backward()
-        assert gradients(network, lora, [lay_out(rows)]) == pytest.approx(float(expected.detach()), rel=1e-4)
+        assert gradients(lora, [lay_out(rows)]) == pytest.approx(float(expected.detach()), rel=1e-4)
         ours.step()
-        lora.refresh_copies()
+        lora.parameters_changed()
         theirs.step()
         ours.zero_grad()
         theirs.zero_grad()
-    end = load(encode_adapter(lora.adapter(), network, base)["adapter_model.safetensors"])
+    end = load_file(saved(lora, tmp_path / "end") / "adapter_model.safetensors")
     assert sum("magnitude" in name for name in end) == 21
     for name, parameter in trained.items():
         mine = end[name.replace(".default.weight", "" if "magnitude" in name else ".weight")]

@@ -10,25 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
-from safetensors.torch import load
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import row, write_model
+from tests.trained import base_of, gradients, lora_model, saved
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.batch import Batch, lay_out
-from tunesmith.engines.native.adapters.adapter import adapted_linear, encode_adapter, read_adapter
-from tunesmith.engines.native.adapters.lora import Lora
-from tunesmith.engines.native.adapters.pissa import principal
+from tunesmith.engines.native.adapters.adapter import adapted_linear, read_adapter
+from tunesmith.engines.native.adapters.lora import LoraModel
+from tunesmith.engines.native.adapters.pissa import principal_factors
 from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Network, forward, logits
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.settings import TARGETS
-from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.models.weight_files import read_adapter_file
-from tunesmith.store.store import Store
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.trainer import gradients
 
 ROWS = [row(f"turn on light {n}", f'{{"intent":"on","slots":{{"light":{n}}}}}' + " and so on" * n) for n in range(3)]
 
@@ -48,19 +45,19 @@ def rows(folder: Path) -> list[Rendered]:
 def test_the_start_is_the_nearest_of_its_rank_and_the_same_each_time(out: int, into: int, rank: int, seed: int) -> None:
     weight = torch.randn(out, into, generator=torch.Generator().manual_seed(seed))
     if rank > min(out, into):
-        with pytest.raises(UsageError, match=f"rank {rank} is more than"):
-            principal(weight, rank, 2.0)
+        with pytest.raises(UsageError, match=f"rank {rank} exceeds"):
+            principal_factors(weight, rank, 2.0)
         return
-    a, c = principal(weight, rank, 2.0)
+    a, c = principal_factors(weight, rank, 2.0)
     values = torch.linalg.svdvals(weight.double())
     left = torch.linalg.matrix_norm(weight.double() - 2.0 * c.double().t() @ a.double())
     assert float(left) == pytest.approx(float(values[rank:].square().sum().sqrt()), abs=1e-4)
-    assert all(torch.equal(one, other) for one, other in zip((a, c), principal(weight, rank, 2.0), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip((a, c), principal_factors(weight, rank, 2.0), strict=True))
     torch.testing.assert_close(a.norm(dim=1), c.norm(dim=1), rtol=1e-4, atol=1e-5)
 
 
 def test_a_weight_of_zeros_starts_at_zero() -> None:
-    a, c = principal(torch.zeros(4, 6), 2, 1.0)
+    a, c = principal_factors(torch.zeros(4, 6), 2, 1.0)
     assert torch.equal(c.t() @ a, torch.zeros(4, 6))
 
 
@@ -68,15 +65,15 @@ def test_a_weight_of_zeros_starts_at_zero() -> None:
 def test_it_starts_as_the_base_exactly(folder: Path, rows: list[Rendered], settings: dict) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         network = load_network(folder, dtype)
-        lora = Lora(network, TrainSettings(rank=4, start="pissa", **settings))
-        plain = Lora(network, TrainSettings(rank=4, **settings))
+        lora = lora_model(network, TrainSettings(rank=4, start="pissa", **settings))
+        plain = lora_model(network, TrainSettings(rank=4, **settings))
         batch = lay_out(rows)
         with torch.no_grad():
             assert torch.equal(_hidden(network, lora, batch), _hidden(network, plain, batch))
-        assert lora.parameters == plain.parameters
+        assert lora.trained_numbers == plain.trained_numbers
 
 
-def _hidden(network: Network, lora: Lora, batch: Batch) -> torch.Tensor:
+def _hidden(network: Network, lora: LoraModel, batch: Batch) -> torch.Tensor:
     return forward(network, batch.ids, lora.linear(), shared_prefix_attention(batch, network))
 
 
@@ -84,8 +81,10 @@ def _hidden(network: Network, lora: Lora, batch: Batch) -> torch.Tensor:
 def test_it_learns_as_in_peft_and_is_released_as_peft_converts_it(
     tmp_path: Path, folder: Path, rows: list[Rendered], root: bool
 ) -> None:
-    network = load_network(folder, torch.float32)
-    lora = Lora(network, TrainSettings(rank=4, alpha=6.0, start="pissa", scaling="root" if root else "rank"))
+    network, base = load_network(folder, torch.float32), base_of(folder)
+    lora = lora_model(
+        network, TrainSettings(rank=4, alpha=6.0, start="pissa", scaling="root" if root else "rank"), base
+    )
     config = LoraConfig(
         r=4,
         lora_alpha=6,
@@ -103,22 +102,21 @@ def test_it_learns_as_in_peft_and_is_released_as_peft_converts_it(
     for _ in range(4):
         expected = _loss(reference, rows)
         expected.backward()
-        assert gradients(network, lora, [lay_out(rows)]) == pytest.approx(float(expected.detach()), rel=1e-4)
+        assert gradients(lora, [lay_out(rows)]) == pytest.approx(float(expected.detach()), rel=1e-4)
         norms = [
             torch.linalg.vector_norm(torch.cat([x.flatten() for x in each]))
             for each in ([m.grad for m in lora.masters], [p.grad for p in trained])
         ]
         assert float(norms[0]) == pytest.approx(float(norms[1]), rel=1e-3)
         ours.step()
-        lora.refresh_copies()
+        lora.parameters_changed()
         theirs.step()
         ours.zero_grad()
         theirs.zero_grad()
     reference.save_pretrained(str(tmp_path / "end"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    base = resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
-    released = _write(tmp_path / "ours", lora, network, base)
+    released = saved(lora, tmp_path / "ours")
     facts = read_adapter_file(released, base=base.digest, fingerprint=base.fingerprint)
-    assert (facts.rank, facts.parameters) == (8, 2 * lora.parameters)
+    assert (facts.rank, facts.parameters) == (8, 2 * lora.trained_numbers)
     mine, converted = _changes(folder, released), _changes(folder, tmp_path / "end")
     assert mine.keys() == converted.keys()
     assert len(mine) == 21
@@ -131,15 +129,14 @@ def test_it_learns_as_in_peft_and_is_released_as_peft_converts_it(
 def test_peft_and_the_server_load_it_onto_the_base_unchanged(
     tmp_path: Path, folder: Path, rows: list[Rendered], settings: dict
 ) -> None:
-    network = load_network(folder, torch.float32)
-    lora = Lora(network, TrainSettings(rank=4, start="pissa", **settings))
+    network, base = load_network(folder, torch.float32), base_of(folder)
+    lora = lora_model(network, TrainSettings(rank=4, start="pissa", **settings), base)
     with torch.no_grad():
         for master in lora.masters[:2]:
             noise = torch.randn(master.shape, generator=torch.Generator().manual_seed(1))
             master.add_(0.2 * noise)
-    lora.refresh_copies()
-    base = resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
-    path = _write(tmp_path / "adapter", lora, network, base)
+    lora.parameters_changed()
+    path = saved(lora, tmp_path / "adapter")
     batch = lay_out(rows[:1])
     with torch.no_grad():
         hidden = _hidden(network, lora, batch)
@@ -158,24 +155,16 @@ def test_a_small_departure_is_not_rounded_away_in_bf16(folder: Path, rows: list[
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
         network = load_network(folder, dtype)
-        lora = Lora(network, TrainSettings(rank=4, start="pissa"))
+        lora = lora_model(network, TrainSettings(rank=4, start="pissa"))
         with torch.no_grad():
             for master in lora.masters[:2]:
                 master.mul_(1 + 1e-3)
-        lora.refresh_copies()
-        change = {place: pair.c.float().t() @ pair.a.float() for place, (pair, _, _) in lora._copies().items()}
+        lora.parameters_changed()
+        change = {place: factors.c.float().t() @ factors.a.float() for place, (factors, _, _) in lora.copies().items()}
         losses[dtype] = change
     for place, exact in losses[torch.float32].items():
         assert exact.norm() > 0
         assert (losses[torch.bfloat16][place] - exact).norm() < 0.02 * exact.norm()
-
-
-def _write(folder: Path, lora: Lora, network: Network, base: Base) -> Path:
-    folder.mkdir()
-    for name, data in encode_adapter(lora.adapter(), network, base).items():
-        (folder / name).write_bytes(data)
-    assert len(load((folder / "adapter_model.safetensors").read_bytes())) > 0
-    return folder
 
 
 def _changes(folder: Path, adapter: Path) -> dict[str, torch.Tensor]:

@@ -133,10 +133,6 @@ class HFModel:
         each = sum(map(sum, map(_sizes, self.linears.values())))
         return 4 * tokens * (each + 3 * self.vocabulary)
 
-    def loss(self, batch: Batch, divisor: float) -> Tensor:
-        """Summed negative log-likelihoods of a batch's labels over divisor, a scalar."""
-        return F.cross_entropy(self.scores(batch).float(), batch.labels, reduction="sum") / divisor
-
     def read_adapter(self, folder: Path, base: Base) -> dict[str, Low]:
         """The parts of a PEFT folder. Raises Refused where it is another base's, or does not fit its layers."""
         file = read_adapter_file(folder, base=base.digest, fingerprint=base.fingerprint)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
-from torch import Tensor
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
@@ -25,7 +24,7 @@ from tunesmith.engines.native.decoding.rows import Prefix, Row
 from tunesmith.engines.native.decoding.running_batch import RunningBatch
 from tunesmith.engines.native.decoding.scheduler import Scheduler
 from tunesmith.engines.native.network.attention import shared_prefix_attention
-from tunesmith.engines.native.network.network import forward, frozen_linear, logits
+from tunesmith.engines.native.network.network import Network, forward, frozen_linear, logits
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Completion, Generation, Question, Streamed, TokenScore
 from tunesmith.engines.sampling import Sampling, Score
@@ -44,12 +43,12 @@ _LEAST_PREFIX = 16  # tokens; computing a shorter prefix again costs less than k
 class NativeEngine:
     """Implements engines.protocol.Engine."""
 
-    def __init__(self, base: Base, weights: Mapping[str, Tensor] | None = None) -> None:
-        """weights: of a model that was trained in full, to use instead of the base's."""
+    def __init__(self, base: Base, network: Network | None = None) -> None:
+        """network: the one to answer with; the base's own is loaded where it is None."""
         runtime.prepare()
         self._base = base
         self._renderer = Renderer(base.folder)
-        self._network = load_network(base.folder) if weights is None else load_network(base.folder, weights=weights)
+        self._network = load_network(base.folder) if network is None else network
         self._adapters: dict[str, PackedAdapter] = {}
         self._whole: OrderedDict[str, NativeEngine] = OrderedDict()  # by name, most recently used last
         self._prefixes: OrderedDict[tuple[PackedAdapter | None, tuple[int, ...]], Prefix] = OrderedDict()
@@ -77,7 +76,8 @@ class NativeEngine:
         Of models trained in full, only the most recently used are kept.
         """
         if has_whole_model(folder):
-            engine = NativeEngine(self._base, read_whole(folder, self._base, self._network.tied))
+            weights = read_whole(folder, self._base, self._network.tied)
+            engine = NativeEngine(self._base, load_network(self._base.folder, weights=weights))
             with self._lock:
                 self._whole.pop(name, None)
                 self._whole[name] = engine

@@ -18,7 +18,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.engines.native.network.network import GROUPS, Linear, Network
 from tunesmith.engines.native.network.products import TILE, LowRankFactors
 from tunesmith.models.base import Base
-from tunesmith.models.weight_files import pack_adapter, read_adapter_file
+from tunesmith.models.weight_files import read_adapter_file, save_adapter_file
 
 Place = tuple[int, str]  # (layer, group)
 
@@ -126,8 +126,8 @@ def _factors(a: Tensor, b: Tensor, dtype: torch.dtype) -> LowRankFactors:
     )
 
 
-def encode_adapter(adapter: Adapter, network: Network, base: Base) -> dict[str, bytes]:
-    """The adapter's files in PEFT's layout, fp32; what it was trained on is bound into the weights' metadata."""
+def save_adapter(adapter: Adapter, network: Network, base: Base, folder: Path) -> None:
+    """Write the adapter of a base's network into an existing folder, in PEFT's layout and fp32."""
     tensors: dict[str, Tensor] = {}
     for (number, group), a in adapter.a.items():
         b = adapter.b[number, group]
@@ -138,7 +138,8 @@ def encode_adapter(adapter: Adapter, network: Network, base: Base) -> dict[str, 
             if adapter.m:
                 tensors[f"{prefix}.lora_magnitude_vector"] = adapter.m[number, group][rows].float().contiguous()
     layers = sorted({number for number, _ in adapter.a})
-    return pack_adapter(
+    save_adapter_file(
+        folder,
         {name: tensor.numpy() for name, tensor in tensors.items()},
         base=base.digest,
         fingerprint=base.fingerprint,

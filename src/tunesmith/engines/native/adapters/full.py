@@ -1,8 +1,8 @@
-"""Full fine-tuning: every weight of the base, or all of its last layers' weights.
+"""Full fine-tuning: every weight of the base, or all weights of its last layers.
 
-fp32 master weights and gradients, copies in the network's dtype to compute with (see lora.py for why): with AdamW's two
-moments 18 bytes a weight where it computes in bf16. Weights are multiplied as they lie: laying them out for their
-products anew after each step costs what it saves. The file that comes of it is models.whole's.
+fp32 master weights and gradients, and copies in the network's dtype to compute with (see lora.py for why): with AdamW's
+two moments 18 bytes a weight where the network computes in bf16. The copies are multiplied in their plain layout:
+packing them again after each step costs as much time as it saves. model_file.py writes the trained weights.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
+from tunesmith.engines.batch import Batch
 from tunesmith.engines.native import runtime
-from tunesmith.engines.native.adapters.lora import frozen
-from tunesmith.engines.native.adapters.loss import cross_entropy
-from tunesmith.engines.native.adapters.whole import encode_whole
+from tunesmith.engines.native.adapters.trainable import NativeTrainable, frozen
+from tunesmith.engines.native.adapters.whole import save_model
 from tunesmith.engines.native.network.network import GROUPS, Layer, Linear, Network
 from tunesmith.engines.native.network.products import PackedLinear
 from tunesmith.engines.native.network.weights import norm_names, read_weights
+from tunesmith.engines.settings import WeightSettings
+from tunesmith.engines.training_protocol import ParameterGroup
 from tunesmith.models.base import Base
 from tunesmith.models.weight_files import EMBEDDING, HEAD
-from tunesmith.training.settings import TrainSettings
 
 _NORM = "model.norm.weight"
-_STATES = 4 * 4  # bytes a trained weight: the master, its gradient, AdamW's two moments
-_BEST = 4  # and the weights of the lowest validation loss so far
+_FP32 = 4  # bytes of a number
 
 
 class _Place(NamedTuple):
-    """A weight that is trained: the stored tensors whose rows it stacks, by name, and its shape. decays: it is a
-    matrix, and AdamW's weight decay is for it; norms and biases are left out, as is usual."""
+    """A trained weight. names: the stored tensors whose rows it stacks. rows: of each of them. shape: of all together.
+    decays: whether weight decay applies to it: to matrices, not to norms and biases, as is usual."""
 
     names: tuple[str, ...]
     rows: tuple[int, ...]
@@ -43,25 +43,29 @@ class _Place(NamedTuple):
     decays: bool
 
 
-class Full:
-    """Masters of every trained weight, and a network of their copies.
+class FullModel(NativeTrainable):
+    """A network whose weights are trained. Implements engines.training_protocol.TrainableModel.
 
-    masters: all matrices, then all norms and biases, each a flat fp32 tensor.
+    masters: all trained matrices, then all trained norms and biases, each a flat fp32 tensor. network: over copies of
+    them in the base network's dtype.
     """
 
-    def __init__(self, network: Network, settings: TrainSettings, base: Path) -> None:
-        whole = settings.layers is None
-        self._first = 0 if settings.layers is None else max(0, network.shape.layers - settings.layers)
-        places = list(_places(network, self._first, whole))
-        _check_room(network, places, settings)
+    def __init__(self, base: Base, network: Network, settings: WeightSettings, state_bytes: int) -> None:
+        """state_bytes: bytes that the trainer holds for each trained number besides the number itself, its gradient
+        among them. Raises Refused where memory cannot hold the weights and that."""
+        self._base = base
+        self._every = settings.layers is None
+        self.first = 0 if settings.layers is None else max(0, network.shape.layers - settings.layers)
+        places = list(_places(network, self.first, every=self._every))
+        _check_memory(network, places, _FP32 + state_bytes + network.dtype.itemsize)
         kinds = [[place for place in places if place.decays is decays] for decays in (True, False)]
         sizes = [[_size(place) for place in kind] for kind in kinds]
         self.masters = [torch.empty(sum(each)) for each in sizes]
         self._copies = [torch.empty_like(master, dtype=network.dtype) for master in self.masters]
         self._gradients = [torch.empty_like(master) for master in self.masters]
-        self._values: dict[str, Tensor] = {}  # a stored tensor's name -> its master
+        self._values: dict[str, Tensor] = {}  # a stored tensor's name -> its part of the masters
         leaves: dict[str, Tensor] = {}  # a weight's first name -> its copy
-        stored = read_weights(base)
+        stored = read_weights(base.folder)
         for kind, each, master, copy, gradient in zip(
             kinds, sizes, self.masters, self._copies, self._gradients, strict=True
         ):
@@ -72,56 +76,66 @@ class Full:
                 leaf = own.view(place.shape).detach().requires_grad_()
                 leaf.register_post_accumulate_grad_hook(_moving(into.view(place.shape), master))
                 leaves[place.names[0]] = leaf
-        self.network = _rebuilt(network, leaves, self._first)
-        self.refresh_copies()
+        self.network = _rebuilt(network, leaves, self.first)
+        self.parameters_changed()
 
     @property
-    def parameters(self) -> int:
-        """Trained numbers."""
+    def trained_numbers(self) -> int:
+        """How many numbers are trained."""
         return sum(map(len, self.masters))
 
-    def groups(self) -> list[dict[str, Any]]:
-        """AdamW's groups: norms and biases do not decay."""
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Matrices, to which weight decay applies; norms and biases, to which it does not."""
         matrices, vectors = self.masters
-        return [
-            {"params": [matrices], "multiple": 1.0},
-            {"params": [vectors], "multiple": 1.0, "weight_decay": 0.0},
-        ]
+        return [ParameterGroup([matrices]), ParameterGroup([vectors], weight_decay=False)]
 
     def linear(self) -> Linear:
-        """The network's linear layers; gradients of the trained ones' weights come with autograd."""
+        """The network's linear layers; autograd gives the gradients of the trained ones' weights."""
 
         def apply(number: int, group: str, x: Tensor) -> Tensor:
             product = self.network.layers[number].linear[group]
-            return frozen(product, x) if number < self._first else F.linear(x, product.weight, product.bias)
+            return frozen(product, x) if number < self.first else F.linear(x, product.weight, product.bias)
 
         return apply
 
-    def loss(self, hidden: Tensor, labels: Tensor, share: Tensor) -> Tensor:
-        """The loss of labels under normed hidden states; the head learns where embeddings do."""
-        head = self.network.head
-        learns = self.network.embedding.requires_grad
-        weight = head.weight if learns else None
-        return cross_entropy(hidden, head, labels, share, weight, self.network.shape.logit_cap)
-
-    def take_gradients(self) -> None:
-        """Give the masters the gradients that the backward pass has summed up in fp32, weight by weight."""
+    def collect_gradients(self) -> None:
+        """Put the gradients, which the backward passes have summed in fp32 weight by weight, on the master weights."""
         for master, gradient in zip(self.masters, self._gradients, strict=True):
             master.grad = gradient
 
     @torch.no_grad()
-    def refresh_copies(self) -> None:
-        """Round the masters into the copies."""
+    def parameters_changed(self) -> None:
+        """Round the master weights into the copies."""
         for master, copy in zip(self.masters, self._copies, strict=True):
             copy.copy_(master)
 
-    def files(self, base: Base) -> dict[str, bytes]:
-        """All of the base's weights, the trained ones in their place."""
-        return encode_whole(self._values, base, self.network.tied)
+    def save(self, folder: Path) -> None:
+        """Write model.safetensors into an existing folder: the base's weights with the trained ones in their place.
+
+        Raises TunesmithError where no weight differs from the base's after rounding.
+        """
+        save_model(self._values, self._base, folder, tied=self.network.tied)
+
+    def kept_numbers(self) -> int:
+        """Numbers that trained linear layers keep of each token: their inputs, of which the network keeps only the
+        attention's output."""
+        each = (2 * self.network.shape.width + layer.linear["down"].into for layer in self.network.layers[self.first :])
+        return sum(each)
+
+    def missing_bytes(self) -> int:
+        """Nothing: the copies exist from the start."""
+        return 0
+
+    def trained_flops(self, batch: Batch) -> float:
+        """2 for the gradient of each trained weight and token; of the head's, for each label."""
+        sizes = [product.numel() for layer in self.network.layers[self.first :] for product in layer.linear.values()]
+        head = 2.0 * self.network.head.numel() * batch.labels.numel() if self._every else 0.0
+        return 2.0 * sum(sizes) * batch.tokens + head
 
 
 def _moving(into: Tensor, master: Tensor) -> Callable[[Tensor], None]:
-    """Moves a copy's gradient on, to what the step's earlier parts left there: the first part has none before it."""
+    """A hook that adds a copy's gradient to the fp32 sum of the step's batches, and frees it. The first batch of a step
+    is the one before which the master has no gradient."""
 
     def move(leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
@@ -134,9 +148,10 @@ def _moving(into: Tensor, master: Tensor) -> Callable[[Tensor], None]:
     return move
 
 
-def _places(network: Network, first: int, whole: bool) -> Iterator[_Place]:
+def _places(network: Network, first: int, *, every: bool) -> Iterator[_Place]:
+    """The trained weights: those of layers from first on, or every weight of the network."""
     shape = network.shape
-    if whole:
+    if every:
         table = (shape.vocabulary, shape.width)
         yield _matrix(EMBEDDING, table)
         if not network.tied:
@@ -178,7 +193,7 @@ def _size(place: _Place) -> int:
 
 
 def _rebuilt(network: Network, leaves: dict[str, Tensor], first: int) -> Network:
-    """The network over the trained copies; what is frozen stays as it is."""
+    """The network over the trained copies. Frozen weights stay as they are."""
 
     def layer(number: int, old: Layer) -> Layer:
         if number < first:
@@ -200,18 +215,17 @@ def _rebuilt(network: Network, leaves: dict[str, Tensor], first: int) -> Network
     return replace(network, layers=layers, embedding=embedding, head=head, final_norm=leaves[_NORM])
 
 
-def _check_room(network: Network, places: Sequence[_Place], settings: TrainSettings) -> None:
-    """Raises Refused where the masters and what goes with them cannot fit; says how many layers would."""
-    each = _STATES + (_BEST if settings.keep == "best" else 0) + network.embedding.element_size()
-    needed, free = each * sum(map(_size, places)), runtime.available_memory()
+def _check_memory(network: Network, places: Sequence[_Place], number_bytes: int) -> None:
+    """Raises Refused where the trained numbers and what belongs to them cannot fit; names how many layers would."""
+    needed, free = number_bytes * sum(map(_size, places)), runtime.available_memory()
     if needed <= free:
         return
     last = network.shape.layers - 1
-    a_layer = each * sum(map(_size, _places(network, last, whole=False)))
-    fitting = min(free // a_layer, last)
+    layer_bytes = number_bytes * sum(map(_size, _places(network, last, every=False)))
+    fitting = min(free // layer_bytes, last)
     smaller = f"set train.layers to {fitting} or fewer, or " if fitting else "set "
     raise Refused(
-        f"training these weights in full takes {needed / 1e9:.1f} GB of memory beside the activations, "
+        f"training these weights in full takes {needed / 1e9:.1f} GB of memory besides the activations, but only "
         f"{free / 1e9:.1f} GB are free",
         where="train.method",
         fix=f"{smaller}train.method to lora",

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.engines.native.adapters.adapter import adapted_linear, read_adapter
 from tunesmith.engines.native.network.network import Linear, Network, frozen_linear
 from tunesmith.engines.native.network.weights import load_network, read_weights
+from tunesmith.engines.tensor_files import write_tensors
 from tunesmith.models.base import Base
 from tunesmith.models.weight_files import HEAD, MODEL_FILE, binding, check_model_file, has_whole_model
 
@@ -36,10 +37,11 @@ def own_weights(base: Path, tied: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def encode_whole(trained: Mapping[str, Tensor], base: Base, tied: bool) -> dict[str, bytes]:
-    """The file of a base's weights with those that were trained in their place, each in the base's dtype.
+def save_model(trained: Mapping[str, Tensor], base: Base, folder: Path, *, tied: bool) -> None:
+    """Write model.safetensors into an existing folder: the base's weights, with the trained ones in their place.
 
-    Raises TunesmithError where none differs from the base's after rounding.
+    trained: by the base's names; each is rounded to the base's dtype. Raises TunesmithError where none of them differs
+    from the base's after that.
     """
     tensors = own_weights(base.folder, tied)
     changed = False
@@ -49,12 +51,12 @@ def encode_whole(trained: Mapping[str, Tensor], base: Base, tied: bool) -> dict[
         tensors[name] = rounded
     if not changed:
         raise TunesmithError(
-            f"no weight changed by as much as {base.spec} keeps of one",
+            f"no weight changed enough to show in the dtype that {base.spec} is stored in",
             where="train.learning_rate",
             fix="raise it, or train for more steps",
         )
-    metadata = binding(base.digest, base.fingerprint)
-    return {MODEL_FILE: save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata=metadata)}
+    ordered = {name: tensors[name] for name in sorted(tensors)}
+    write_tensors(folder / MODEL_FILE, ordered, binding(base.digest, base.fingerprint))
 
 
 def read_whole(folder: Path, base: Base, tied: bool) -> dict[str, Tensor]:

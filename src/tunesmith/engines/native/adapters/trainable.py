@@ -1,0 +1,123 @@
+"""What LoRA and full fine-tuning on the native network have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.engines.batch import Batch
+from tunesmith.engines.native import kernels
+from tunesmith.engines.native.adapters import costs
+from tunesmith.engines.native.adapters.loss import cross_entropy
+from tunesmith.engines.native.network.attention import shared_prefix_attention
+from tunesmith.engines.native.network.network import Linear, Network, final, forward
+from tunesmith.engines.native.network.products import PackedLinear
+from tunesmith.engines.settings import NATIVE
+from tunesmith.engines.training_protocol import Objective, ParameterGroup
+
+
+class NativeTrainable(ABC):
+    """Implements engines.training_protocol.TrainableModel, but for what depends on the method.
+
+    network: what the forward pass runs through. first: its first trained layer. masters: the trained numbers as fp32
+    master weights, flat tensors that the optimiser moves.
+    """
+
+    network: Network
+    first: int
+    masters: list[Tensor]
+
+    @property
+    def engine_name(self) -> str:
+        """The engine's name in records."""
+        return NATIVE
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Rows of a batch share their common beginning."""
+        return True
+
+    def environment(self) -> Mapping[str, str]:
+        """Which kernels compute: compiled ones, by the digest of their source and compiler, or portable ones."""
+        return {"kernels": kernels.identity()}
+
+    def loss(self, batch: Batch, objective: Objective, divisor: float) -> Tensor:
+        """The objective over a batch's labels: a scalar, with gradients unless autograd is off."""
+        network = self.network
+        hidden = forward(network, batch.ids, self.linear(), shared_prefix_attention(batch, network))
+        learned = network.head.weight if network.embedding.requires_grad else None
+        coefficients = objective.coefficients(batch, divisor)
+        predicting = final(network, hidden[batch.predicts])
+        return cross_entropy(predicting, network.head, batch.labels, coefficients, learned, network.shape.logit_cap)
+
+    def memory_estimate(self, batch: Batch) -> int:
+        """Bytes that loss, backward pass and collect_gradients() of a batch need on top of what is allocated now."""
+        gradients = sum(master.nbytes for master in self.masters)
+        kept = costs.kept_bytes(self.network, batch, self.first, self.kept_numbers())
+        return kept + costs.passing_bytes(self.network, batch) + gradients + self.missing_bytes()
+
+    def flops(self, batch: Batch) -> float:
+        """Floating-point operations of the matrix products in a batch's loss and backward pass."""
+        return costs.frozen_flops(self.network, batch, self.first) + self.trained_flops(batch)
+
+    def peak_flops(self, batch: Batch) -> float:
+        """Floating-point operations a second on the widest linear layer, for as many rows as a batch has tokens."""
+        return costs.peak_flops(self.network, batch.tokens)
+
+    @property
+    @abstractmethod
+    def trained_numbers(self) -> int:
+        """How many numbers are trained."""
+
+    @abstractmethod
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The master weights."""
+
+    @abstractmethod
+    def linear(self) -> Linear:
+        """The linear layers as trained; a backward pass leaves gradients for collect_gradients()."""
+
+    @abstractmethod
+    def collect_gradients(self) -> None:
+        """Add the last backward pass's gradients to those of the master weights."""
+
+    @abstractmethod
+    def parameters_changed(self) -> None:
+        """Round the master weights into the copies that the passes compute with."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the trained model's files into an existing folder."""
+
+    @abstractmethod
+    def kept_numbers(self) -> int:
+        """Numbers that the trained linear layers keep of each token for the backward pass."""
+
+    @abstractmethod
+    def missing_bytes(self) -> int:
+        """Bytes of copies that the next pass will make."""
+
+    @abstractmethod
+    def trained_flops(self, batch: Batch) -> float:
+        """Floating-point operations of a batch's products for what is trained."""
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, product: PackedLinear) -> Tensor:
+        ctx.product = product
+        return product(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.product.input_gradient(gradient), None
+
+
+def frozen(product: PackedLinear, x: Tensor) -> Tensor:
+    """A frozen linear layer that passes gradients on to x [T, in]."""
+    return _FrozenLinear.apply(x, product)  # type: ignore[no-any-return]

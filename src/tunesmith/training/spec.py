@@ -1,0 +1,119 @@
+"""What a training is given and what it returns: plain data, from which another process or machine can rebuild it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from tunesmith.core.digests import digest_file
+from tunesmith.core.errors import Refused
+from tunesmith.core.files import write_atomic
+from tunesmith.models.base import Base
+from tunesmith.models.rendering import Rendered
+from tunesmith.training.settings import MetricsSettings, TrainSettings
+from tunesmith.training.state import TrainerState
+
+
+class RowsFile(BaseModel):
+    """Rendered rows as JSON lines: each row's id, its token ids, and the ranges [start, end) of tokens to learn.
+
+    digest: of the file's bytes.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    digest: str
+
+    def read(self) -> list[Rendered]:
+        """The rows. Raises Refused where the file is missing or its bytes changed."""
+        if not self.path.is_file() or digest_file(self.path) != self.digest:
+            raise Refused(
+                "the training's rows are missing or changed", where=str(self.path), fix="start the training again"
+            )
+        with self.path.open("rb") as stream:
+            return [_decode(json.loads(line)) for line in stream]
+
+
+def write_rows(path: Path, ids: Sequence[str], rows: Sequence[Rendered]) -> RowsFile:
+    """Write rendered rows under their ids."""
+    lines = (
+        json.dumps({"id": each, "tokens": list(row.ids), "trained": list(_ranges(row.trained))})
+        for each, row in zip(ids, rows, strict=True)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+    return RowsFile(path=path, digest=digest_file(path))
+
+
+def _ranges(trained: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    start: int | None = None
+    for place, marked in enumerate((*trained, False)):
+        if marked and start is None:
+            start = place
+        elif not marked and start is not None:
+            yield start, place
+            start = None
+
+
+def _decode(line: dict[str, Any]) -> Rendered:
+    trained = [False] * len(line["tokens"])
+    for start, end in line["trained"]:
+        trained[start:end] = [True] * (end - start)
+    return Rendered(tuple(line["tokens"]), tuple(trained))
+
+
+class TrainingSpec(BaseModel):
+    """One training.
+
+    name: the candidate's, for messages and curves. base: the base model, with the folder of its files. dataset: digest
+    of the dataset version that the rows come from. work: the training's own folder, for rows, checkpoints and the
+    result. metrics: where its curves are shown.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    base: Base
+    dataset: str
+    rows: RowsFile
+    validation: RowsFile
+    settings: TrainSettings
+    work: Path
+    metrics: MetricsSettings | None = None
+
+
+class Estimate(BaseModel):
+    """Seconds of the whole training, the most bytes of memory it needs at once, and bytes of a checkpoint."""
+
+    seconds: float
+    peak_memory_bytes: int
+    checkpoint_bytes: int
+
+
+class TrainingResult(BaseModel):
+    """A training that has ended.
+
+    folder: holds the trained model's files and nothing else. engine: the name of the engine that trained it.
+    environment: what the bytes depend on besides the spec. steps: of the plan; state.step says how many were done.
+    rows: of one epoch. tokens, labels: of all epochs. tokens_computed: in the steps done, shared prefixes once.
+    """
+
+    folder: Path
+    engine: str
+    environment: dict[str, Any]
+    state: TrainerState
+    estimate: Estimate
+    notices: list[str]
+    steps: int
+    rows: int
+    tokens: int
+    labels: int
+    tokens_computed: int
+    trained_numbers: int
+    peak_memory_bytes: int
+    checkpoint_bytes: int

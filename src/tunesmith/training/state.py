@@ -1,0 +1,56 @@
+"""How a training has gone so far: what is shown, recorded and kept in each checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TrainerState:
+    """Progress of a training. Every checkpoint holds all of it.
+
+    step: steps done. seconds: without the time between a stop and its resume. curve: step, loss, learning_rate, tokens
+    and seconds of each step. validation: step and loss of each validation. ended: why the training stopped before the
+    end of its plan.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    validation: list[dict[str, float]] = field(default_factory=list)
+    ended: str | None = None
+
+    @property
+    def best(self) -> int | None:
+        """Index of the first validation with the lowest loss; None where there was none."""
+        losses = [each["loss"] for each in self.validation]
+        return losses.index(min(losses)) if losses else None
+
+    @property
+    def overfitting(self) -> list[dict[str, float]]:
+        """The validations with a higher loss than the lowest before them, although the training loss has fallen since.
+
+        The training loss of a validation is the mean over the steps since the validation before it.
+        """
+        found: list[dict[str, float]] = []
+        ends = [int(each["step"]) for each in self.validation]
+        means = [_mean_loss(self.curve[first:last]) for first, last in zip([0, *ends], ends, strict=False)]
+        for index, each in enumerate(self.validation):
+            lowest = min(range(index + 1), key=lambda before: self.validation[before]["loss"])
+            if each["loss"] > self.validation[lowest]["loss"] and means[index] < means[lowest]:
+                found.append(
+                    {
+                        "step": each["step"],
+                        "loss": each["loss"],
+                        "training_loss": means[index],
+                        "lowest_step": self.validation[lowest]["step"],
+                        "lowest_loss": self.validation[lowest]["loss"],
+                        "lowest_training_loss": means[lowest],
+                    }
+                )
+        return found
+
+
+def _mean_loss(curve: Sequence[Mapping[str, float]]) -> float:
+    return sum(point["loss"] for point in curve) / max(1, len(curve))

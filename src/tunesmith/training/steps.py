@@ -1,0 +1,83 @@
+"""The arithmetic of a step: gradients, learning rate, update, and the validation loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tunesmith.engines.batch import Batch
+from tunesmith.engines.training_protocol import Objective, TrainableModel
+from tunesmith.training.batch_plan import Step, step_labels
+from tunesmith.training.settings import TrainSettings
+
+
+def parameters(model: TrainableModel) -> list[Tensor]:
+    """The tensors that the optimiser moves, in the order of the model's groups."""
+    return [tensor for group in model.parameter_groups() for tensor in group.tensors]
+
+
+def gradients(model: TrainableModel, objective: Objective, step: Step) -> float:
+    """Leave a step's gradients on the model's parameters; returns its loss, the mean over all its labels."""
+    labels = step_labels(step)
+    losses = []
+    for batch in step:
+        loss = model.loss(batch, objective, labels)
+        loss.backward()
+        model.collect_gradients()
+        losses.append(loss.detach())
+    return sum(map(float, losses))
+
+
+def drop_gradients(model: TrainableModel) -> None:
+    """Forget the gradients on the model's parameters."""
+    for parameter in parameters(model):
+        parameter.grad = None
+
+
+@torch.no_grad()
+def validation_loss(model: TrainableModel, objective: Objective, batches: Sequence[Batch]) -> float:
+    """The mean loss over all labels of the batches."""
+    labels = step_labels(batches)
+    return sum(float(model.loss(batch, objective, labels)) for batch in batches)
+
+
+def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
+    """The learning rate of a step (from 0): a linear warm-up, then the schedule down towards zero."""
+    warm = math.ceil(settings.warmup * steps)
+    if step < warm:
+        return settings.learning_rate * (step + 1) / warm
+    done = (step - warm) / max(1, steps - warm)
+    if settings.schedule == "cosine":
+        return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return settings.learning_rate * (1 - done if settings.schedule == "linear" else 1.0)
+
+
+def make_optimizer(model: TrainableModel, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW over the model's parameters, before its first step."""
+    groups = [
+        {
+            "params": list(group.tensors),
+            "rate_multiple": group.rate_multiple,
+            "weight_decay": settings.weight_decay if group.weight_decay else 0.0,
+        }
+        for group in model.parameter_groups()
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.999), fused=True)
+
+
+def update(model: TrainableModel, optimizer: torch.optim.AdamW, rate: float, clip: float) -> float:
+    """Move the parameters by their gradients, and drop the gradients; returns the gradients' norm before clipping.
+
+    Where the norm is NaN or infinite nothing is moved: parameters that became NaN would never recover.
+    """
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters(model), clip))
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["rate_multiple"]
+        optimizer.step()
+        model.parameters_changed()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

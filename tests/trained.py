@@ -1,0 +1,86 @@
+"""Models under training, for tests: made without a store, trained without a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.engines.batch import Batch
+from tunesmith.engines.native.adapters.full import FullModel
+from tunesmith.engines.native.adapters.lora import LoraModel
+from tunesmith.engines.native.network.network import Network
+from tunesmith.engines.training_protocol import TrainableModel
+from tunesmith.models.base import Base, base_record
+from tunesmith.training import steps
+from tunesmith.training.batch_plan import Step
+from tunesmith.training.checkpoints import Checkpoints
+from tunesmith.training.estimate import state_bytes
+from tunesmith.training.objectives import CrossEntropy
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.state import TrainerState
+from tunesmith.training.trainer import Trainer
+
+NO_BASE = Base(digest="", folder=Path(), spec="", family="", context_length=0, fingerprint="")
+
+
+def base_of(folder: Path) -> Base:
+    """The base in a folder, as a store would describe it."""
+    record = base_record(folder, str(folder))
+    facts = {key: record.body[key] for key in ("family", "context_length", "fingerprint")}
+    return Base(digest=record.digest, folder=folder, spec=str(folder), **facts)
+
+
+def lora_model(network: Network, settings: TrainSettings, base: Base = NO_BASE) -> LoraModel:
+    """A LoRA model at its start. base: needed to save it."""
+    return LoraModel(base, network, settings, settings.seed)
+
+
+def full_model(network: Network, settings: TrainSettings, folder: Path) -> FullModel:
+    """A model whose weights are trained, at its start. folder: the base's."""
+    return FullModel(base_of(folder), network, settings, state_bytes(settings))
+
+
+def saved(model: TrainableModel, folder: Path) -> Path:
+    """A folder with the model's files."""
+    folder.mkdir(exist_ok=True)
+    model.save(folder)
+    return folder
+
+
+def set_low_rank(lora: LoraModel, std: float) -> None:
+    """Draw an adapter's low-rank factors from a normal distribution, always the same."""
+    with torch.no_grad():
+        for master in lora.masters[:2]:
+            master.normal_(std=std, generator=torch.Generator().manual_seed(1))
+    lora.parameters_changed()
+
+
+def batch_loss(model: TrainableModel, batch: Batch, divisor: float) -> torch.Tensor:
+    """The cross-entropy of a batch's labels over divisor."""
+    return model.loss(batch, CrossEntropy(), divisor)
+
+
+def gradients(model: TrainableModel, step: Step) -> float:
+    """Leave a step's gradients on the model's parameters; returns its mean loss."""
+    return steps.gradients(model, CrossEntropy(), step)
+
+
+def validation_loss(model: TrainableModel, batches: Sequence[Batch]) -> float:
+    """The mean loss over the labels of batches."""
+    return steps.validation_loss(model, CrossEntropy(), batches)
+
+
+def fit(
+    model: TrainableModel,
+    plan: Sequence[Step],
+    validation: Sequence[Batch],
+    settings: TrainSettings,
+    folder: Path,
+    progress: Progress = SILENT,
+) -> TrainerState:
+    """Train model over a plan, with checkpoints in folder."""
+    validate = (lambda: validation_loss(model, validation)) if validation else None
+    return Trainer(model, plan, settings, Checkpoints(folder, {}), validate=validate, progress=progress).run()
