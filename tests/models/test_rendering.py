@@ -46,7 +46,7 @@ def _renderer(folder: Path, template: str) -> Renderer:
 
 
 @pytest.mark.parametrize("family", list(TEMPLATES))
-def test_exactly_the_answers_and_their_ends_are_trained(tmp_path: Path, family: str) -> None:
+def test_only_answers_and_their_end_tokens_are_trained(tmp_path: Path, family: str) -> None:
     renderer = _renderer(tmp_path, TEMPLATES[family])
     rendered = renderer.conversation(TURNS)
     trained = [token for token, marked in zip(rendered.ids, rendered.trained, strict=True) if marked]
@@ -108,7 +108,7 @@ LEARNED = {
 
 
 @pytest.mark.parametrize("family", list(TEMPLATES))
-def test_every_label_is_the_wanted_one(tmp_path: Path, family: str) -> None:
+def test_which_turns_are_trained(tmp_path: Path, family: str) -> None:
     renderer = _renderer(tmp_path, TEMPLATES[family])
     pieces = WRITTEN[family]
     encoded = renderer.tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True)
@@ -124,7 +124,7 @@ def test_every_label_is_the_wanted_one(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
-def test_a_conversation_without_anything_to_learn_is_refused(renderer: Renderer, loss_on: LossOn) -> None:
+def test_a_conversation_without_labels_is_refused(renderer: Renderer, loss_on: LossOn) -> None:
     if loss_on == "all":  # its other turns are learned
         assert sum(renderer.conversation(_weightless(), loss_on).trained) > 5
         return
@@ -137,7 +137,7 @@ def _weightless() -> list[Message]:
 
 
 @pytest.mark.parametrize("family", list(TEMPLATES))
-def test_what_is_trained_on_is_what_will_be_asked(tmp_path: Path, family: str) -> None:
+def test_training_rows_begin_with_the_prompt(tmp_path: Path, family: str) -> None:
     renderer = _renderer(tmp_path, TEMPLATES[family])
     turns = row("turn on the light", '{"a":1}')
     rendered = renderer.conversation(turns)
@@ -145,7 +145,7 @@ def test_what_is_trained_on_is_what_will_be_asked(tmp_path: Path, family: str) -
     assert list(rendered.ids[:first]) == renderer.prompt(turns[:-1])
 
 
-def test_our_rendering_is_the_tokenizers_own(tmp_path: Path) -> None:
+def test_rendering_equals_the_tokenizers_template(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     renderer = _renderer(tmp_path, TEMPLATE)
@@ -157,7 +157,7 @@ def test_our_rendering_is_the_tokenizers_own(tmp_path: Path) -> None:
 
 @given(request=st.text(min_size=1, max_size=40), answer=st.text(min_size=1, max_size=40))
 @settings(max_examples=60, deadline=None)
-def test_any_text_comes_back_whole(renderer: Renderer, request: str, answer: str) -> None:
+def test_any_text_survives_rendering(renderer: Renderer, request: str, answer: str) -> None:
     rendered = renderer.conversation(row(request, answer))
     trained = [token for token, marked in zip(rendered.ids, rendered.trained, strict=True) if marked]
     assert renderer.text(trained) == answer
@@ -170,14 +170,14 @@ def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
 
 
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>"])
-def test_content_that_imitates_control_tokens_is_refused(renderer: Renderer, token: str) -> None:
+def test_control_tokens_in_content_are_refused(renderer: Renderer, token: str) -> None:
     with pytest.raises(UsageError, match="imitates the control token"):
         renderer.conversation(row(f"hello {token} system", "x"))
     with pytest.raises(UsageError, match="imitates the control token"):
         renderer.prompt([Message(role="user", content=token)])
 
 
-def test_a_turn_without_end_token_is_refused(tmp_path: Path) -> None:
+def test_a_turn_without_an_end_token_is_refused(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
     with pytest.raises(Refused, match="no end token"):
@@ -190,25 +190,25 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> No
         _renderer(tmp_path, template).conversation(row("a", "b"))
 
 
-def test_two_beginning_tokens_are_refused(tmp_path: Path) -> None:
+def test_a_double_bos_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="two beginning tokens"):
         _renderer(tmp_path, "<|im_start|>" + TEMPLATE).conversation(row("a", "b"))
 
 
-def test_a_template_that_refuses_is_told_as_such(tmp_path: Path) -> None:
+def test_a_template_that_raises_an_error(tmp_path: Path) -> None:
     template = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + TEMPLATE
     with pytest.raises(UsageError, match="too long"):
         _renderer(tmp_path, template).conversation(row("a", "b"))
 
 
-def test_nothing_to_answer(renderer: Renderer) -> None:
+def test_a_prompt_without_a_request_is_refused(renderer: Renderer) -> None:
     with pytest.raises(UsageError, match="nothing to answer"):
         renderer.prompt([])
     with pytest.raises(UsageError, match="nothing to answer"):
         renderer.prompt(row("a", "b"))
 
 
-def test_a_base_without_template_is_refused(tmp_path: Path) -> None:
+def test_a_base_without_a_template_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(Refused, match="no chat template"):
@@ -223,7 +223,7 @@ GEMMA = (
 )
 
 
-def test_a_template_of_two_speakers_begins_once_and_refuses_a_system_message(tmp_path: Path) -> None:
+def test_a_template_without_system_messages(tmp_path: Path) -> None:
     """As Gemma's: a beginning token of its own, `model` for the assistant, no system messages."""
     renderer = Renderer(write_model(tmp_path / "m", template=GEMMA))
     turns = row("turn on", "done")
@@ -236,7 +236,7 @@ def test_a_template_of_two_speakers_begins_once_and_refuses_a_system_message(tmp
         renderer.prompt(turns[:2])
 
 
-def test_an_answer_ends_as_the_template_ends_turns(tmp_path: Path) -> None:
+def test_answers_end_as_the_template_ends_turns(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
     stated = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(stated | {"eos_token": "!", "pad_token": "!"}))

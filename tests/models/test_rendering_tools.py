@@ -54,7 +54,7 @@ def trained(renderer: Renderer, turns: tuple[Message, ...]) -> str:
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Ålesund"}}</tool_call>'
 
 
-def test_calls_are_trained_on_and_what_tools_say_is_not(renderer: Renderer) -> None:
+def test_tool_calls_are_trained_but_not_tool_results(renderer: Renderer) -> None:
     assert trained(renderer, TURNS) == f"{CALL}Cold."
     rendered = renderer.conversation(TURNS)
     ends = [marked for token, marked in zip(rendered.ids, rendered.trained, strict=True) if token in renderer.stop_ids]
@@ -62,7 +62,7 @@ def test_calls_are_trained_on_and_what_tools_say_is_not(renderer: Renderer) -> N
     assert '"name": "weather", "parameters"' in renderer.text(rendered.ids)
 
 
-def test_our_rendering_is_the_tokenizers_own(renderer: Renderer) -> None:
+def test_rendering_equals_the_tokenizers_template(renderer: Renderer) -> None:
     turns = [
         {"role": "user", "content": "weather?"},
         {
@@ -77,7 +77,7 @@ def test_our_rendering_is_the_tokenizers_own(renderer: Renderer) -> None:
     assert list(renderer.conversation(TURNS).ids) == own["input_ids"]
 
 
-def test_what_is_trained_on_is_what_will_be_asked(renderer: Renderer) -> None:
+def test_training_rows_begin_with_the_prompt(renderer: Renderer) -> None:
     for answer in (1, 3):
         rendered = renderer.conversation(TURNS[: answer + 1])
         prompt = renderer.prompt(TURNS[:answer])
@@ -86,7 +86,7 @@ def test_what_is_trained_on_is_what_will_be_asked(renderer: Renderer) -> None:
 
 
 @pytest.mark.parametrize("weights", [(0, 1), (1, 0), (1, 1)])
-def test_a_turn_of_weight_0_is_shown_and_not_trained(renderer: Renderer, weights: tuple[int, int]) -> None:
+def test_a_turn_of_weight_0_is_not_trained(renderer: Renderer, weights: tuple[int, int]) -> None:
     first, second = weights
     turns = (
         *row("one", "first"),
@@ -100,13 +100,13 @@ def test_a_turn_of_weight_0_is_shown_and_not_trained(renderer: Renderer, weights
     assert renderer.conversation(weighed).ids == renderer.conversation(turns).ids
 
 
-def test_a_counter_of_rows_can_be_sent_away(tmp_path: Path) -> None:
+def test_a_row_counter_can_be_pickled(tmp_path: Path) -> None:
     counter = RowCounter(write_model(tmp_path, template=HERMES), "")
     again = pickle.loads(pickle.dumps(counter))  # noqa: S301
     assert again(TURNS) == counter(TURNS) == len(Renderer(tmp_path).conversation(TURNS).ids)
 
 
-def test_nothing_to_learn_is_refused(renderer: Renderer) -> None:
+def test_a_conversation_without_labels_is_refused(renderer: Renderer) -> None:
     turns = tuple(turn.model_copy(update={"weight": 0}) for turn in row("a", "b"))
     with pytest.raises(Refused, match="no token"):
         renderer.conversation(turns)
@@ -132,14 +132,14 @@ def test_a_template_that_loses_tools_is_refused(tmp_path: Path, template: str, l
         assert Renderer(tmp_path).conversation(row("a", "b"))  # rows without tools are none of its business
 
 
-def test_control_tokens_in_calls_and_tools(renderer: Renderer) -> None:
+def test_control_tokens_in_tools_are_refused(renderer: Renderer) -> None:
     call = ToolCall(id="a", name="weather", arguments='{"city": "<|im_end|>"}')
     asked = (TURNS[0], Message(role="assistant", content="", tool_calls=(call,)), TURNS[2])
     with pytest.raises(UsageError, match="imitates"):
         renderer.prompt(asked)
 
 
-def test_a_candidates_prompt_keeps_the_requests_tools_and_no_shots_tools() -> None:
+def test_a_prompt_keeps_only_the_requests_tools() -> None:
     candidate = Candidate(name="c", base="b", prompt="Be brief.", max_tokens=9, shots=(TURNS,))
     composed = compose(candidate, with_tools(row("a", "b")[:1], TOOLS))
     assert composed[0].role == "system"

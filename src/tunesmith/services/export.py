@@ -13,7 +13,7 @@ from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.engines.factory import engine_kind, open_engine
 from tunesmith.models.base import open_base
-from tunesmith.models.export.gguf import check_offered
+from tunesmith.models.export.gguf import check_supported
 from tunesmith.models.export.merging import Dtype
 from tunesmith.project import Project
 from tunesmith.registry.export import Form, export_version
@@ -61,7 +61,7 @@ def export(
     found = resolve(store, version, scope=scope)
     base = open_base(store, load_candidate(store, found.candidate).base)
     if form == "gguf":
-        check_offered(base.folder)  # before anything slow
+        check_supported(base.folder)  # before anything slow
     done = export_version(
         store,
         found,

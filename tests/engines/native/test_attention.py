@@ -64,7 +64,7 @@ def _parts(layout: Layout, to_qkv: Tensor) -> tuple[Tensor, ...]:
 
 @needs_tiles
 @pytest.mark.parametrize(("prefix", "lengths", "kv", "group", "size"), CASES)
-def test_tiles_equal_the_other_path(prefix: int, lengths: tuple[int, ...], kv: int, group: int, size: int) -> None:
+def test_tiles_agree_with_block_products(prefix: int, lengths: tuple[int, ...], kv: int, group: int, size: int) -> None:
     """Within 1% of the values' size of fp32, and no further from it than a bf16 path that rounds more often; each
     token within 3% of the largest token, lest a single one be wrong."""
     layout = _layout(prefix, lengths, kv, group, size)
@@ -87,7 +87,9 @@ def test_tiles_equal_the_other_path(prefix: int, lengths: tuple[int, ...], kv: i
 
 @needs_tiles
 @pytest.mark.parametrize(("prefix", "lengths", "kv", "group", "size"), CASES)
-def test_threads_change_no_bit(prefix: int, lengths: tuple[int, ...], kv: int, group: int, size: int) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(
+    prefix: int, lengths: tuple[int, ...], kv: int, group: int, size: int
+) -> None:
     layout = _layout(prefix, lengths, kv, group, size)
     before = torch.get_num_threads()
     found = []
@@ -102,7 +104,7 @@ def test_threads_change_no_bit(prefix: int, lengths: tuple[int, ...], kv: int, g
 
 
 @needs_tiles
-def test_a_row_is_the_same_whoever_is_beside_it() -> None:
+def test_a_row_does_not_depend_on_other_rows() -> None:
     """And nothing reaches a token from behind it, or from another row."""
     together, alone = _layout(20, (30, 41, 9), 2, 3, 64), _layout(20, (41,), 2, 3, 64)
     qkv, _ = _inputs(together)
@@ -114,7 +116,7 @@ def test_a_row_is_the_same_whoever_is_beside_it() -> None:
 
 
 @needs_tiles
-def test_steep_scores_and_what_is_no_number() -> None:
+def test_large_scores_and_nan() -> None:
     """Scores hundreds apart give weights of exactly 0 and 1; a NaN comes out as one, so that training sees it."""
     layout = _layout(10, (40, 33), 1, 2, 64, turning=0)  # else rounding the turned keys chooses other values
     qkv, gradient = _inputs(layout, 40.0)
@@ -132,7 +134,7 @@ def test_steep_scores_and_what_is_no_number() -> None:
 
 
 @needs_tiles
-def test_tiles_are_taken_where_they_compute_the_same() -> None:
+def test_when_tiles_are_used() -> None:
     one = (8, (12,), 1, 2, 32)
     qkv, _ = _inputs(_layout(*one))
     assert _layout(*one).on_tiles(qkv, 0)
@@ -145,7 +147,7 @@ def test_tiles_are_taken_where_they_compute_the_same() -> None:
 
 @pytest.mark.skipif(_library is None, reason="no C++ compiler here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_slots_behind_the_end_of_a_row_hold_zeros(dtype: torch.dtype) -> None:
+def test_slots_after_the_end_of_a_row_hold_zeros(dtype: torch.dtype) -> None:
     layout = _layout(4, (2, 5, 1), 2, 3, 8)
     qkv, gradient = (each.to(dtype) for each in _inputs(layout))
     torch.use_deterministic_algorithms(True)  # new memory is then full of NaN

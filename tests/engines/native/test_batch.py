@@ -21,7 +21,7 @@ def _batches(draw: st.DrawFn) -> list[Rendered]:
 
 
 @given(_batches())
-def test_every_label_is_predicted_from_its_own_rows_beginning(rows: list[Rendered]) -> None:
+def test_every_label_is_predicted_from_its_row(rows: list[Rendered]) -> None:
     batch = lay_out(rows)
     assert batch.tokens == computed_tokens(rows) == batch.prefix + sum(batch.lengths)
     start, seen = batch.prefix, 0

@@ -61,7 +61,7 @@ def _reference(base: Base, engine: NativeEngine, request: Generation) -> list[in
     return [token for token in given[0, ids.shape[1] :].tolist() if token not in engine._renderer.stop_ids]
 
 
-def test_greedy_answers_are_those_of_transformers(base: Base, engine: NativeEngine) -> None:
+def test_greedy_answers_equal_those_of_transformers(base: Base, engine: NativeEngine) -> None:
     for request, answer in zip(_requests(), engine.generate(_requests()), strict=True):
         expected = _reference(base, engine, request)
         assert answer.text == engine._renderer.text(expected)
@@ -69,14 +69,14 @@ def test_greedy_answers_are_those_of_transformers(base: Base, engine: NativeEngi
         assert answer.prompt_tokens == engine._renderer.count_prompt(request.messages)
 
 
-def test_company_does_not_change_an_answer(engine: NativeEngine) -> None:
+def test_an_answer_does_not_depend_on_other_requests(engine: NativeEngine) -> None:
     together = engine.generate(_requests())
     assert [engine.generate([request])[0] for request in _requests()] == together
     assert engine.generate(list(reversed(_requests()))) == list(reversed(together))
     assert len(engine._prefixes) >= 1, "the shared beginning was kept"
 
 
-def test_rows_of_different_length_end_on_their_own(engine: NativeEngine) -> None:
+def test_rows_of_different_lengths_end_separately(engine: NativeEngine) -> None:
     limits = [1, 7, 2, 12, 3]
     requests = [
         Generation(request.messages, max_tokens=limit) for request, limit in zip(_requests(), limits, strict=True)
@@ -86,14 +86,14 @@ def test_rows_of_different_length_end_on_their_own(engine: NativeEngine) -> None
     assert [answer.completion_tokens for answer in engine.generate(requests)] == limits
 
 
-def test_drawn_answers_repeat_with_their_seed(engine: NativeEngine) -> None:
+def test_sampled_answers_repeat_with_their_seed(engine: NativeEngine) -> None:
     first = engine.generate(_requests(temperature=1.5, seed=3))
     assert engine.generate(_requests(temperature=1.5, seed=3)) == first
     assert engine.generate(_requests(temperature=1.5, seed=4)) != first
     assert engine.generate(_requests(temperature=1.5, seed=3, top_p=1e-9)) == engine.generate(_requests())
 
 
-def test_a_stream_is_the_answer_in_pieces(engine: NativeEngine) -> None:
+def test_a_stream_yields_the_answer_in_pieces(engine: NativeEngine) -> None:
     for request, whole in zip(_requests(), engine.generate(_requests()), strict=True):
         *pieces, last = engine.stream(request)
         assert last == whole
@@ -101,7 +101,7 @@ def test_a_stream_is_the_answer_in_pieces(engine: NativeEngine) -> None:
         assert isinstance(last, Completion)
 
 
-def test_a_stop_text_ends_the_answer_and_is_left_out(engine: NativeEngine) -> None:
+def test_a_stop_text_ends_the_answer(engine: NativeEngine) -> None:
     free = engine.generate(_requests(max_tokens=30))
     place = max(range(len(free)), key=lambda one: len(free[one].text))
     stop = free[place].text[4:7]
@@ -127,7 +127,7 @@ def test_choices_score_as_in_transformers(base: Base, engine: NativeEngine) -> N
             assert score == pytest.approx(float(expected), abs=1e-3)
 
 
-def test_choices_score_the_same_in_smaller_pieces(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choices_score_the_same_in_smaller_batches(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     questions = [Question((Message(role="user", content=text),), ("yes", "no" * 9, "the light")) for text in TEXTS]
     whole = engine.choose(questions)
     monkeypatch.setattr(embedded, "_LOGIT_ROWS", 3)
@@ -148,7 +148,7 @@ def _adapter(folder: Path, base: Base, seed: int) -> Path:
     return saved(lora, folder)
 
 
-def test_adapters_answer_as_themselves(tmp_path: Path, base: Base, engine: NativeEngine) -> None:
+def test_adapters_answer_as_in_peft(tmp_path: Path, base: Base, engine: NativeEngine) -> None:
     from peft import PeftModel
 
     plain = engine.generate(_requests())
@@ -166,7 +166,7 @@ def test_adapters_answer_as_themselves(tmp_path: Path, base: Base, engine: Nativ
     assert answers["a"][1].text == engine._renderer.text(given.tolist())
 
 
-def test_an_unknown_or_foreign_adapter_is_refused(tmp_path: Path, base: Base, engine: NativeEngine) -> None:
+def test_an_unknown_adapter_and_another_bases_are_refused(tmp_path: Path, base: Base, engine: NativeEngine) -> None:
     with pytest.raises(Refused, match="not loaded"):
         engine.generate(_requests(), "nobody")
     write_model(tmp_path / "other", "qwen3", seed=5)
@@ -175,7 +175,7 @@ def test_an_unknown_or_foreign_adapter_is_refused(tmp_path: Path, base: Base, en
         engine.load_adapter("foreign", _adapter(tmp_path / "x", other, 1))
 
 
-def test_a_prompt_of_context_length_and_more_is_refused(engine: NativeEngine) -> None:
+def test_a_prompt_as_long_as_the_context_is_refused(engine: NativeEngine) -> None:
     room = engine.context_length - engine._renderer.count_prompt((Message(role="user", content=""),))
     fits = Generation((Message(role="user", content="!" * (room - 1)),), max_tokens=5)
     (answer,) = engine.generate([fits])
@@ -218,7 +218,7 @@ SCHEMA = {
 }
 
 
-def test_a_constrained_answer_fits_its_schema_whatever_the_weights_say(engine: NativeEngine) -> None:
+def test_a_constrained_answer_fits_its_schema(engine: NativeEngine) -> None:
     import json
 
     import jsonschema
@@ -250,7 +250,7 @@ def test_a_constrained_answer_fits_its_schema_whatever_the_weights_say(engine: N
         ('{"a": "on",\n"n": 1}', False),
     ],
 )
-def test_one_space_may_follow_a_comma_or_colon_and_no_other(engine: NativeEngine, text: str, fits: bool) -> None:
+def test_whitespace_of_constrained_answers(engine: NativeEngine, text: str, fits: bool) -> None:
     import json
 
     tokens = engine._renderer.answer(text)
@@ -260,12 +260,12 @@ def test_one_space_may_follow_a_comma_or_colon_and_no_other(engine: NativeEngine
     assert (guide.matcher.validate_tokens(tokens) == len(tokens)) is fits
 
 
-def test_a_schema_that_cannot_be_followed_is_told(engine: NativeEngine) -> None:
+def test_an_unsupported_schema_is_refused(engine: NativeEngine) -> None:
     with pytest.raises(UsageError, match="cannot be held to this schema"):
         engine.generate(_requests(schema='{"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}'))
 
 
-def test_nothing_decodes_any_more_when_the_process_ends(tmp_path: Path) -> None:
+def test_decoding_stops_before_the_process_ends(tmp_path: Path) -> None:
     script = f"""
 import atexit, threading, time
 

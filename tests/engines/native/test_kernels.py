@@ -71,7 +71,7 @@ def test_norms(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int) 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 15, 64])
-def test_gated_reaches_the_ends_of_the_scale(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int) -> None:
+def test_gated_with_large_values(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int) -> None:
     gate_up, gradient = _random(dtype, 4, 2 * width) * 30, _random(dtype, 4, width, seed=1)
 
     def run() -> list[Tensor]:
@@ -110,7 +110,7 @@ def test_softmax(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, prefix: in
 
 
 @needs_kernels
-def test_what_is_too_large_for_the_caches_is_the_same() -> None:
+def test_results_written_past_the_caches() -> None:
     """Over a megabyte: written past them."""
     gate_up, gradient = _random(torch.bfloat16, 700, 2 * 800), _random(torch.bfloat16, 700, 800, seed=1)
     there, (back, again) = ops.gated(gate_up), ops.gated_backward(gradient, gate_up, again=True)
@@ -128,7 +128,7 @@ def test_what_is_too_large_for_the_caches_is_the_same() -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("prefix", "lengths"), [(0, (3,)), (4, (2, 5, 1)), (3, (4, 4))])
-def test_tokens_go_into_blocks_and_back(
+def test_tokens_are_copied_to_blocks_and_back(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype, prefix: int, lengths: tuple[int, ...]
 ) -> None:
     network = load_network(write_model(tmp_path / "m"), dtype)
@@ -206,7 +206,7 @@ def test_a_decoding_step(
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_mixed_alike_in_any_company(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_decoding_a_row_does_not_depend_on_other_rows(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """To the last bit, by any number of threads, and whatever another row left behind it in its page."""
     rows, kv, group, size, page = 25, 2, 3, 64, 32
     q = _random(dtype, kv, rows, group, size)
@@ -241,7 +241,7 @@ def test_a_row_is_mixed_alike_in_any_company(monkeypatch: pytest.MonkeyPatch, dt
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_was_read_goes_into_pages(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_prefilled_keys_and_values_go_into_pages(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     kv, rows, longest, size, page = 2, 3, 20, 8, 16
     k, v = _random(dtype, kv, rows, longest, size), _random(dtype, kv, rows, longest, size, seed=1)
     lengths = (20, 3, 17)
@@ -264,7 +264,7 @@ def test_what_was_read_goes_into_pages(monkeypatch: pytest.MonkeyPatch, dtype: t
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_largest_is_the_first_of_equals(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_largest_is_the_first_of_equal_scores(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     scores = _random(dtype, 4, 100)
     scores[1] = 2.0
     scores[2, [7, 90]] = 50.0
@@ -276,7 +276,7 @@ def test_largest_is_the_first_of_equals(monkeypatch: pytest.MonkeyPatch, dtype: 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_allowed_is_forbidden(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_disallowed_tokens_are_masked(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     scores, rows = _random(dtype, 3, 75), torch.tensor([2, 0])
     bits = torch.tensor([[0b101, -1, 0], [-1, 1 << 31 - 1, 7]], dtype=torch.int32)
 
@@ -295,7 +295,7 @@ def test_what_is_not_allowed_is_forbidden(monkeypatch: pytest.MonkeyPatch, dtype
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("rows", [1, 31, 32, 77])
 @pytest.mark.parametrize(("out", "into"), [(32, 32), (96, 320), (256, 320), (64, 4160)])
-def test_products_with_and_without_a_pair(rows: int, out: int, into: int, plain: bool) -> None:
+def test_products_with_and_without_factors(rows: int, out: int, into: int, plain: bool) -> None:
     """On processors with tiles this is their test; elsewhere of their stand-in. 4160 is deeper than a group."""
     weight, bias = _random(torch.bfloat16, out, into) / into**0.5, _random(torch.bfloat16, out, seed=1)
     product = products.PackedLinear(weight, bias, plain=plain)
@@ -326,7 +326,7 @@ def test_the_gradient_of_a_factor(rows: int, rank: int, width: int) -> None:
 
 @needs_kernels
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
-def test_a_thread_that_rests_keeps_no_helpers() -> None:
+def test_release_threads_ends_the_workers() -> None:
     """Helpers of a thread that does not compute any more would keep those of another from waiting awake."""
     script = """
 import os, time, torch
@@ -349,7 +349,7 @@ print(during - before, after - before, count() - before)
 
 
 @needs_kernels
-def test_fewer_threads_than_were_asked_for_do_the_same() -> None:
+def test_a_limit_on_threads_changes_no_result() -> None:
     """OpenMP may give fewer; a deep product, summed group by group, keeps sums for every panel that a thread has."""
     script = """
 import hashlib, torch
@@ -370,7 +370,7 @@ print([hashlib.sha256(each.view(torch.int16).numpy().tobytes()).hexdigest() for 
     assert told(OMP_THREAD_LIMIT="1") == told()
 
 
-def test_what_the_kernels_are_made_with_is_named(tmp_path: Path) -> None:
+def test_the_identity_of_kernels(tmp_path: Path) -> None:
     script = "from tunesmith.engines.native import kernels as native; print(native.identity())"
 
     def told(**environment: str) -> str:
@@ -386,13 +386,13 @@ def test_what_the_kernels_are_made_with_is_named(tmp_path: Path) -> None:
     assert made == "portable" or [path.stem for path in (tmp_path / "kernels").iterdir()] == [made]
 
 
-def test_other_kernels_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_KERNELS", "fast")
     with pytest.raises(UsageError, match="fast"):
         native._built()
 
 
-def test_a_library_that_cannot_be_loaded_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_library_falls_back_to_portable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "damaged.so").write_bytes(b"no library")
     monkeypatch.setattr(native, "_built", lambda: tmp_path / "damaged.so")
     native._loaded.cache_clear()

@@ -69,7 +69,7 @@ def _given(network: Network, adapters: list[PackedAdapter | None]) -> list[list[
 
 
 @pytest.mark.parametrize("kind", ["the base", "one adapter", "several"])
-def test_a_whole_pass_is_its_kernels(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_native_pass_equals_its_kernels(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = load_network(folder)
     adapters: list[PackedAdapter | None] = [None]
     if kind != "the base":
@@ -87,7 +87,7 @@ def test_a_whole_pass_is_its_kernels(folder: Path, kind: str, monkeypatch: pytes
     assert not runs
 
 
-def test_it_is_for_networks_that_do_no_more_than_llama(tmp_path: Path) -> None:
+def test_native_passes_fit_networks_like_llama_only(tmp_path: Path) -> None:
     fits = {
         family: passes.fits(load_network(write_model(tmp_path / family, family, sizes=TILED)))
         for family in ("llama", "qwen2", "qwen3", "mistral-window", "gemma", "gemma2", "smollm3")

@@ -83,7 +83,7 @@ def _prompt(seed: int, length: int) -> list[int]:
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_rows_that_come_and_go_are_given_what_transformers_gives(tmp_path: Path, family: str) -> None:
+def test_rows_that_join_and_end_decode_as_in_transformers(tmp_path: Path, family: str) -> None:
     folder = write_model(tmp_path / family, family)
     network = load_network(folder, torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -110,7 +110,7 @@ def test_rows_that_come_and_go_are_given_what_transformers_gives(tmp_path: Path,
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_rows_of_several_adapters_are_given_what_each_gives_alone(tmp_path: Path, family: str) -> None:
+def test_rows_of_several_adapters_decode_as_alone(tmp_path: Path, family: str) -> None:
     network = load_network(write_model(tmp_path / family, family), torch.float32)
     adapters = _adapters(tmp_path, family, network, a={"rank": 4, "seed": 1}, b={"rank": 7, "seed": 2})
     a, b = adapters["a"], adapters["b"]
@@ -128,7 +128,7 @@ def test_rows_of_several_adapters_are_given_what_each_gives_alone(tmp_path: Path
     assert [told.tokens for told in heard] == expected
 
 
-def test_more_adapters_than_go_together_take_turns(tmp_path: Path, network: Network) -> None:
+def test_more_adapters_than_fit_a_batch_take_turns(tmp_path: Path, network: Network) -> None:
     few = PackedAdapter({}, {})
     several = [PackedAdapter(few.factors, few.row_scales) for _ in range(11)]
     heard = [Heard() for _ in several]
@@ -140,7 +140,7 @@ def test_more_adapters_than_go_together_take_turns(tmp_path: Path, network: Netw
     assert {tuple(told.tokens) for told in heard} == {tuple(_alone(network, _prompt(3, 4)))}
 
 
-def test_a_long_prompt_is_read_in_parts_while_others_go_on(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
+def test_a_long_prompt_is_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
     long, short = _prompt(1, 400), _prompt(2, 5)
     expected = _alone(network, long), _alone(network, short)
     prefixed = _alone(network, long[200:], prefix=Prefix(tuple(long[:200]), None))
@@ -159,7 +159,7 @@ def test_a_long_prompt_is_read_in_parts_while_others_go_on(monkeypatch: pytest.M
     assert _alone(network, long[200:], prefix=Prefix(tuple(long[:200]), None)) == expected[0]
 
 
-def test_log_probabilities_are_those_of_transformers(tmp_path: Path) -> None:
+def test_log_probabilities_equal_those_of_transformers(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
     network = load_network(folder, torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -179,7 +179,7 @@ def test_log_probabilities_are_those_of_transformers(tmp_path: Path) -> None:
         assert [value for _, value in score.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
 
 
-def test_a_row_larger_than_the_bound_is_decoded_alone_and_its_memory_let_go(network: Network) -> None:
+def test_a_row_larger_than_the_cache_is_decoded_alone(network: Network) -> None:
     bound = 4 * PageCache(network, 0).page_bytes
     batch = RunningBatch(network, frozenset({END}), cache_bytes=bound)
     heard = [Heard(), Heard(), Heard()]
@@ -195,7 +195,7 @@ def test_a_row_larger_than_the_bound_is_decoded_alone_and_its_memory_let_go(netw
     assert batch.cache.pages <= 4
 
 
-def test_pages_are_lent_within_the_bound_the_first_ones_first(network: Network) -> None:
+def test_pages_are_allocated_in_order_within_the_bound(network: Network) -> None:
     cache = PageCache(network, 100 * PageCache(network, 0).page_bytes)
     held = [cache.allocate(places) for places in (PAGE, PAGE + 1, 70 * PAGE)]
     assert held == [[0], [1, 2], list(range(3, 73))], "whole pages for each row"
@@ -206,9 +206,7 @@ def test_pages_are_lent_within_the_bound_the_first_ones_first(network: Network) 
     assert (cache.pages, cache.allocated) == (100, 100)
 
 
-def test_an_error_of_one_row_is_its_own_and_one_of_the_step_ends_all(
-    monkeypatch: pytest.MonkeyPatch, network: Network
-) -> None:
+def test_errors_end_one_row_or_the_whole_batch(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
     class Bad(Heard):
         def take(self, token: int, score: Score | None) -> bool:
             raise ValueError("mine alone")
@@ -228,9 +226,7 @@ def test_an_error_of_one_row_is_its_own_and_one_of_the_step_ends_all(
     assert (batch.cache.allocated, bool(batch)) == (0, False)
 
 
-def test_memory_that_is_not_to_be_had_is_told_to_the_row_that_needs_it(
-    monkeypatch: pytest.MonkeyPatch, network: Network
-) -> None:
+def test_a_row_fails_alone_if_there_is_no_memory_for_it(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
     page = PageCache(network, 0).page_bytes
     given = LargePages.zeros
 
@@ -255,7 +251,7 @@ def test_memory_that_is_not_to_be_had_is_told_to_the_row_that_needs_it(
     assert heard[2].tokens == _alone(network, _prompt(3, 9))
 
 
-def test_what_an_error_leaves_in_memory_harms_nobody(network: Network) -> None:
+def test_pages_are_cleared_after_an_error(network: Network) -> None:
     batch, told = RunningBatch(network, frozenset({END})), Heard()
     batch.waiting.append(_row(_prompt(1, 9), Heard()))
     batch.step()
@@ -350,7 +346,7 @@ TestSlots.settings = settings(max_examples=25, stateful_step_count=20, deadline=
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-40, 1e-300])
-def test_a_temperature_near_zero_gives_the_likeliest_and_harms_nobody(network: Network, temperature: float) -> None:
+def test_a_temperature_near_zero_is_greedy(network: Network, temperature: float) -> None:
     heard = [Heard(), Heard()]
     batch = RunningBatch(network, frozenset({END}))
     batch.waiting.append(_row(_prompt(1, 9), heard[0], sampling=Sampling(temperature)))
@@ -361,9 +357,7 @@ def test_a_temperature_near_zero_gives_the_likeliest_and_harms_nobody(network: N
     assert heard[0].tokens == heard[1].tokens
 
 
-def test_scores_that_cannot_be_drawn_from_end_their_row_alone(
-    network: Network, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_logits_end_only_their_row(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> int:
         raise RuntimeError("no probabilities")
 

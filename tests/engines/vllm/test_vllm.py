@@ -79,7 +79,9 @@ def engine(base: Base, url: str) -> VllmEngine:
     return VllmEngine(base, VllmSettings(kind="vllm", url=f"{url}/v1/", retries=2, concurrency=3))
 
 
-def test_it_answers_as_the_embedded_engine_does(base: Base, engine: VllmEngine, fake: FakeVllm, adapter: Path) -> None:
+def test_answers_equal_those_of_the_native_engine(
+    base: Base, engine: VllmEngine, fake: FakeVllm, adapter: Path
+) -> None:
     here = NativeEngine(base)
     for each in (here, engine):
         each.load_adapter("a", adapter)
@@ -98,13 +100,13 @@ def test_it_answers_as_the_embedded_engine_does(base: Base, engine: VllmEngine, 
     assert (engine.base, engine.context_length) == (here.base, here.context_length)
 
 
-def test_a_stop_text_ends_the_answer_and_is_left_out(base: Base, engine: VllmEngine) -> None:
+def test_a_stop_text_ends_the_answer(base: Base, engine: VllmEngine) -> None:
     whole = max(engine.generate(_requests(max_tokens=30)), key=lambda one: len(one.text)).text
     requests = _requests(max_tokens=30, stop=(whole[4:7],))
     assert engine.generate(requests) == NativeEngine(base).generate(requests)
 
 
-def test_nothing_is_left_to_the_servers_defaults(engine: VllmEngine, fake: FakeVllm) -> None:
+def test_requests_set_every_option(engine: VllmEngine, fake: FakeVllm) -> None:
     schema = {"type": "object", "properties": {"on": {"type": "boolean"}}}
     request = Generation(
         (Message(role="user", content="on"),), 7, 0.5, 0.9, seed=3, stop=("\n",), schema=json.dumps(schema)
@@ -135,7 +137,7 @@ def test_another_model_is_refused(base: Base, other: Path, tmp_path: Path) -> No
     refused(FakeVllm(shuffled), "tokenizer reads a fixed text differently")
 
 
-def test_a_server_told_to_hold_less_holds_less(base: Base) -> None:
+def test_a_server_with_a_shorter_context(base: Base) -> None:
     with serving(FakeVllm(base.folder, room=64)) as url:
         engine = VllmEngine(base, VllmSettings(kind="vllm", url=url))
         assert engine.context_length == 64
@@ -145,7 +147,7 @@ def test_a_server_told_to_hold_less_holds_less(base: Base) -> None:
         assert answer.prompt_tokens + answer.completion_tokens <= 64
 
 
-def test_an_adapter_is_loaded_by_its_bytes(
+def test_an_adapter_is_named_by_its_bytes(
     base: Base, engine: VllmEngine, fake: FakeVllm, adapter: Path, tmp_path: Path
 ) -> None:
     engine.load_adapter("a", adapter)
@@ -159,7 +161,7 @@ def test_an_adapter_is_loaded_by_its_bytes(
     assert fake.paths[there] == str(tmp_path / "cache" / "vllm" / there), "a name that came to mean other files"
 
 
-def test_what_the_server_does_not_take_is_told(
+def test_adapters_that_the_server_rejects(
     base: Base, engine: VllmEngine, fake: FakeVllm, adapter: Path, other: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Refused, match="not loaded"):
@@ -178,7 +180,7 @@ def test_what_the_server_does_not_take_is_told(
         engine.load_adapter("x", adapter)
 
 
-def test_a_folder_that_the_server_does_not_see_is_told(
+def test_a_folder_that_the_server_cannot_read(
     engine: VllmEngine, fake: FakeVllm, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = fake._adapter
@@ -187,7 +189,7 @@ def test_a_folder_that_the_server_does_not_see_is_told(
         engine.load_adapter("a", adapter)
 
 
-def test_a_server_that_is_busy_or_away_for_a_moment_is_asked_again(engine: VllmEngine, fake: FakeVllm) -> None:
+def test_a_busy_or_unreachable_server_is_tried_again(engine: VllmEngine, fake: FakeVllm) -> None:
     expected = engine.generate(_requests()[:1])
     for faults in (["busy", "busy"], ["drop"], ["drop", "busy"]):
         fake.faults = faults
@@ -195,9 +197,7 @@ def test_a_server_that_is_busy_or_away_for_a_moment_is_asked_again(engine: VllmE
         assert fake.faults == []
 
 
-def test_a_server_that_was_started_again_gets_its_adapters_again(
-    engine: VllmEngine, fake: FakeVllm, adapter: Path
-) -> None:
+def test_a_restarted_server_gets_its_adapters_again(engine: VllmEngine, fake: FakeVllm, adapter: Path) -> None:
     engine.load_adapter("a", adapter)
     expected = engine.generate(_requests(), "a")
     fake.restart()
@@ -207,7 +207,7 @@ def test_a_server_that_was_started_again_gets_its_adapters_again(
     assert last == expected[0]
 
 
-def test_a_server_that_came_back_as_another_is_refused(engine: VllmEngine, fake: FakeVllm, other: Path) -> None:
+def test_a_restarted_server_with_another_model_is_refused(engine: VllmEngine, fake: FakeVllm, other: Path) -> None:
     fake.restart(other)
     with pytest.raises(Refused, match="another model"):
         engine.generate(_requests())
@@ -226,7 +226,7 @@ def test_a_server_that_came_back_as_another_is_refused(engine: VllmEngine, fake:
         (["stall"], TunesmithError, "no answer within 0.3 s"),
     ],
 )
-def test_a_server_that_fails_is_told(
+def test_errors_of_the_server(
     faults: list[str], error: type[TunesmithError], match: str, base: Base, fake: FakeVllm, url: str
 ) -> None:
     engine = VllmEngine(base, VllmSettings(kind="vllm", url=url, retries=2, answer_seconds=0.3, concurrency=1))
@@ -236,13 +236,13 @@ def test_a_server_that_fails_is_told(
     assert caught.value.exit_code == 1
 
 
-def test_a_stream_that_breaks_off_is_told(engine: VllmEngine, fake: FakeVllm) -> None:
+def test_a_stream_that_breaks_off_raises_an_error(engine: VllmEngine, fake: FakeVllm) -> None:
     fake.faults = ["break"]
     with pytest.raises(TunesmithError, match="EngineCore died"):
         list(engine.stream(_requests()[0]))
 
 
-def test_the_key_is_sent_and_missed(base: Base, fake: FakeVllm, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_api_key_is_sent(base: Base, fake: FakeVllm, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.key = "k"
     with pytest.raises(Refused, match=r"does not accept the API key(.|\n)*engine.key_env"):
         VllmEngine(base, VllmSettings(kind="vllm", url=url))
@@ -253,6 +253,6 @@ def test_the_key_is_sent_and_missed(base: Base, fake: FakeVllm, url: str, monkey
     assert VllmEngine(base, named).generate(_requests()[:1])
 
 
-def test_a_server_that_is_none_is_told(base: Base) -> None:
+def test_an_unreachable_server_raises_an_error(base: Base) -> None:
     with pytest.raises(TunesmithError, match="cannot be reached"):
         VllmEngine(base, VllmSettings(kind="vllm", url="http://127.0.0.1:9", retries=0))

@@ -1,1 +1,1 @@
-"""A trained model in formats of other programs: merged weights, GGUF."""
+"""Writes a trained model in the formats of other programs: merged weights and GGUF."""

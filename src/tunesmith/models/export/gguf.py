@@ -1,7 +1,7 @@
-"""A merged model as one GGUF file for llama.cpp and what is built on it, tokenizer and chat template included.
+"""Writes a merged model as one GGUF file for llama.cpp, with tokenizer and chat template.
 
-The format's keys and tensor names come from the `gguf` package, llama.cpp's own. Which layout a family needs follows
-llama.cpp's convert_hf_to_gguf.py, to which whatever is not offered here is referred.
+Keys and tensor names come from llama.cpp's `gguf` package. Each family's layout follows llama.cpp's
+convert_hf_to_gguf.py. Error messages for unsupported models refer to that script.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ELSEWHERE = (
 )
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# How a byte-level tokenizer cuts text before it looks for merges, and llama.cpp's name of that.
+# How a byte-level tokenizer splits text before merging -> llama.cpp's name for it.
 _CUTS: Mapping[str, str] = {
     "ByteLevel": "gpt-2",
     "Digits,ByteLevel": "smollm",
@@ -35,15 +35,15 @@ _CUTS: Mapping[str, str] = {
 
 
 def write_gguf(base: Path, adapter: Path, target: Path, dtype: Dtype, name: str) -> None:
-    """Write model.gguf into target: base with the adapter folded in. The same inputs give the same bytes.
+    """Write model.gguf into target: the base with the adapter merged. The same inputs give the same bytes.
 
-    dtype: of the matrices; norms and biases are kept in fp32. name: what the file calls itself. Raises Refused for a
-    family, rotary variant or tokenizer that is not offered.
+    dtype: of matrices; norms and biases are fp32. name: the model's name in the file. Raises Refused for a family,
+    rotary variant or tokenizer that is not supported.
     """
     import gguf
 
     config: dict[str, Any] = json.loads((base / "config.json").read_bytes())
-    architecture = check_offered(base)
+    architecture = check_supported(base)
     writer = gguf.GGUFWriter(target / FILE, architecture)
     try:
         writer.add_type("model")
@@ -68,8 +68,8 @@ def write_gguf(base: Path, adapter: Path, target: Path, dtype: Dtype, name: str)
         writer.close()
 
 
-def check_offered(base: Path) -> str:
-    """GGUF's name for the base's architecture. Raises Refused where it, its positions or tokenizer are not offered."""
+def check_supported(base: Path) -> str:
+    """GGUF's name for the base's architecture. Raises Refused if write_gguf does not support the base."""
     config = json.loads((base / "config.json").read_bytes())
     family = config.get("model_type")
     if family not in _ARCHITECTURES:
@@ -121,7 +121,7 @@ def _add_tokenizer(writer: Any, base: Path, vocabulary: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = gguf.SpecialVocab(base, load_merges=True, n_vocab=vocabulary)
-    # The template writes every control token itself: a runtime that puts another beginning before it breaks the prompt.
+    # The template writes every control token. A BOS token that a runtime adds before it would break the prompt.
     special.add_special_token = {"bos": False, "eos": False}
     if (template := base / "chat_template.jinja").is_file():
         special.chat_template = template.read_text(encoding="utf-8")
@@ -129,7 +129,7 @@ def _add_tokenizer(writer: Any, base: Path, vocabulary: int) -> None:
 
 
 def _cut(base: Path) -> str:
-    """llama.cpp's name for how the tokenizer cuts text. Raises Refused for one it could get wrong."""
+    """llama.cpp's name for how the tokenizer splits text. Raises Refused for one that is not known to match."""
     tokenizer = json.loads((base / "tokenizer.json").read_bytes())
     model, steps = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
     if model["type"] != "BPE" or model.get("byte_fallback"):
@@ -137,7 +137,7 @@ def _cut(base: Path) -> str:
     steps = steps.get("pretokenizers", [steps])
     name = _CUTS.get(",".join(_step(step) for step in steps))
     if name is None:
-        raise _refusal(base, "llama.cpp's name for the way this tokenizer cuts text is not known here")
+        raise _refusal(base, "llama.cpp's name for how this tokenizer splits text is not known here")
     return name
 
 
@@ -154,7 +154,7 @@ def _step(step: Mapping[str, Any]) -> str:
 
 
 def _tensors(base: Path, adapter: Path, config: Mapping[str, Any], architecture: str) -> Iterator[tuple[str, Tensor]]:
-    """GGUF's names and tensors. What a tied model stores twice is written once."""
+    """GGUF names and tensors. The head of a tied model is left out."""
     import gguf
 
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -175,8 +175,10 @@ def _tensors(base: Path, adapter: Path, config: Mapping[str, Any], architecture:
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows [heads * D, ...] in the order of llama.cpp's rotation for this architecture, which turns neighbours (as the
-    original Llama does) where transformers turns the two halves."""
+    """Rows [heads * D, ...] in the order of llama.cpp's rotation for this architecture.
+
+    It rotates neighbouring numbers, as the original Llama does; transformers rotates the two halves of a head.
+    """
     halves = weight.unflatten(0, (heads, 2, -1))
     interleaved: Tensor = halves.transpose(1, 2).flatten(0, 2)
     return interleaved

@@ -1,8 +1,8 @@
-"""A base with its adapter folded in: W' = W + scale B A in fp32, as a complete folder that any library loads. Or with
-weights that were trained in full in place of its own.
+"""Merges an adapter into its base, W' = W + scale B A in fp32, and writes a complete Hugging Face folder.
 
-Works on the files alone, tensor by tensor, so it needs memory for one shard of the base and no network. Methods: Hu et
-al. 2021 (LoRA); Kalajdzievski 2023 (rank-stabilised scale); Liu et al. 2024 (DoRA), as PEFT's layout writes them.
+A model that was trained in full replaces the base's weights instead. Only files are read, one tensor at a time, so
+merging needs memory for one shard of the base. Methods: Hu et al. 2021 (LoRA); Kalajdzievski 2023 (rank-stabilised
+scale); Liu et al. 2024 (DoRA), in PEFT's file layout.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HALVES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter does to one weight [out, in]: a [r, in], b [out, r], and with DoRA the rows' lengths [out]."""
+    """An adapter's change of one weight [out, in]: a [r, in], b [out, r], and with DoRA the rows' magnitudes [out]."""
 
     a: Tensor
     b: Tensor
@@ -48,8 +48,10 @@ class Change:
 
 
 def read_changes(adapter: Path) -> dict[str, Change]:
-    """Name of a base's weight -> what the adapter in this PEFT folder does to it. Raises Refused for a layout that
-    cannot be folded in."""
+    """Name of a base's weight -> its change by the adapter in this PEFT folder.
+
+    Raises Refused for a tensor that cannot be merged, and for a weight whose tensors are incomplete.
+    """
     config: dict[str, Any] = json.loads((adapter / CONFIG_FILE).read_bytes())
     rank = int(config["r"])
     scale = float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -57,22 +59,22 @@ def read_changes(adapter: Path) -> dict[str, Change]:
     for name, tensor in _tensors(adapter / ADAPTER_FILE):
         half = next((each for each in _HALVES if name.endswith(each)), None)
         if half is None or not name.startswith(_PREFIX):
-            raise Refused(f"{name[:120]!r} cannot be folded into a weight", where=str(adapter / ADAPTER_FILE))
+            raise Refused(f"{name[:120]!r} cannot be merged into a weight", where=str(adapter / ADAPTER_FILE))
         parts.setdefault(name.removeprefix(_PREFIX).removesuffix(half) + ".weight", {})[half] = tensor.float()
     first, second, magnitude = _HALVES
     for weight, halves in parts.items():
         if not {first, second} <= halves.keys() or (magnitude in halves) != bool(config.get("use_dora")):
-            raise Refused(f"the adapter's parts for {weight} are not complete", where=str(adapter / ADAPTER_FILE))
+            raise Refused(f"the adapter's tensors for {weight} are incomplete", where=str(adapter / ADAPTER_FILE))
     return {
         weight: Change(halves[first], halves[second], scale, halves.get(magnitude)) for weight, halves in parts.items()
     }
 
 
 def merged_shards(base: Path, adapter: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each of the base's files of weights: its name and its tensors in fp32, the adapter folded in.
+    """The name of each of the base's weight files, and its tensors in fp32 with the adapter merged.
 
-    The adapter's own names decide: a weight that it does not name is the base's. Raises Refused where a change finds no
-    weight of its shape.
+    A weight that the adapter does not name stays the base's. Raises Refused if the base has no weight with a change's
+    name and shape.
     """
     if has_whole_model(adapter):
         yield from _replaced_shards(base, adapter)
@@ -91,23 +93,23 @@ def merged_shards(base: Path, adapter: Path) -> Iterator[tuple[str, dict[str, Te
 
 
 def _replaced_shards(base: Path, trained: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each of the base's files with the weights of a full training in place of its own."""
+    """The name of each of the base's weight files, and the tensors of a full training that replace the file's."""
     weights = dict(_tensors(trained / MODEL_FILE))
-    if HEAD not in weights:  # tied: a base that stores the embedding under both names keeps both
+    if HEAD not in weights:  # tied: the base may store the embedding under both names
         weights[HEAD] = weights[EMBEDDING]
     for path in sorted(base.glob("*.safetensors")):
         tensors: dict[str, Tensor] = {}
         for name, tensor in _tensors(path):
             if name not in weights or weights[name].shape != tensor.shape:
-                raise Refused(f"the weights do not fit {name} {list(tensor.shape)}", where=str(trained))
+                raise Refused(f"the trained weights do not fit {name} {list(tensor.shape)}", where=str(trained))
             tensors[name] = weights[name].float()
         yield path.name, tensors
 
 
 def write_merged(base: Path, adapter: Path, target: Path, dtype: Dtype) -> None:
-    """Write a complete Hugging Face folder into target: the base's files, its weights with the adapter folded in.
+    """Write a complete Hugging Face folder into target: the base's files, with the adapter merged into the weights.
 
-    The base's division into files is kept, and so are tied embeddings: what the base stores once is stored once. The
+    Weights are divided into files as the base's are. Tied embeddings are stored once if the base stores them once. The
     same inputs give the same bytes.
     """
     kind = DTYPES[dtype]
