@@ -126,13 +126,13 @@ def test_a_tuning_that_unlearns_a_task_is_caught(bench: Bench, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"dataset_path": "super_glue"}, "fetched from elsewhere"),
-        ({"dataset_kwargs": {"data_files": "https://host/rows.jsonl"}}, "no file beside the task"),
-        ({"dataset_kwargs": {"data_files": "../rows.jsonl"}}, "no file beside the task"),
-        ({"dataset_kwargs": {"data_files": "rows.jsonl", "trust_remote_code": True}}, "fetched from elsewhere"),
+        ({"dataset_path": "super_glue"}, "downloads its rows"),
+        ({"dataset_kwargs": {"data_files": "https://host/rows.jsonl"}}, "not a file in the task's folder"),
+        ({"dataset_kwargs": {"data_files": "../rows.jsonl"}}, "not a file in the task's folder"),
+        ({"dataset_kwargs": {"data_files": "rows.jsonl", "trust_remote_code": True}}, "downloads its rows"),
         ({"output_type": "generate_until"}, "multiple_choice"),
         ({"include": "other.yaml"}, "`include`"),
-        ({"task": None}, "`task` among them"),
+        ({"task": None}, "the key `task`"),
     ],
 )
 def test_tasks_that_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

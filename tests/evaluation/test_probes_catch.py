@@ -108,10 +108,10 @@ def test_an_over_trained_adapter_is_caught(
     assert found.outcome == "fail", found.reason
     if gate["probe"] == "overfitting":
         assert found.extra["stop"]["epoch"] < found.extra["stop"]["of"], "the curve says when to stop"
-        assert f"stop at epoch {found.extra['stop']['epoch']:g}" in found.reason
+        assert f"train for {found.extra['stop']['epoch']:g}" in found.reason
 
 
-def test_weights_of_the_best_epoch_are_said_to_be_those_where_patience_ended_the_run(bench: Bench) -> None:
+def test_reason_names_the_kept_epoch_after_early_stopping(bench: Bench) -> None:
     dataset = bench.dataset(codes(40, 1), codes(40, 2), codes(40, 3))
     hasty = {**HARD, "keep": "best", "patience": 2}
     candidate = bench.tuned(dataset, epochs=40, validations=40, validation_rows=16, **hasty)
@@ -121,7 +121,10 @@ def test_weights_of_the_best_epoch_are_said_to_be_those_where_patience_ended_the
     steps = len(stated["curve"]) // len(stated["validation"])  # one validation an epoch, a point of the curve a step
     assert stop["of"] == len(stated["validation"]) < 40, "epochs that were run, not those that were planned"
     assert stop["epoch"] == stop["kept"] == stated["kept"] / steps == stop["of"] - 2
-    assert f"lowest after {stop['epoch']:g} of {stop['of']:g} epochs, and the weights are those of" in found.reason
+    assert (
+        f"lowest after {stop['epoch']:g} of {stop['of']:g} epochs, and the weights of that epoch were kept"
+        in found.reason
+    )
 
 
 def test_a_memorising_adapter_is_caught_and_exposure_grows_with_repeats(

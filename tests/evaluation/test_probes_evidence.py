@@ -121,15 +121,15 @@ def test_stale_unpaired_foreign_and_absent_evidence(made: Fabricated) -> None:
     other = put_training(made.store, made.base, made.dataset, rows=5)
     cases: list[tuple[Risk | None, str]] = [
         (None, "does not hold this probe"),
-        (Risk(good, None), "nothing was measured before tuning"),
+        (Risk(good, None), "the base model was not measured"),
         (Risk(kept(made, asked, lines(asked), other), before), "other weights"),
         (Risk(good, good), "other weights"),
-        (Risk(good, kept(made, items(61), lines(items(61)), None)), "other items were asked"),
+        (Risk(good, kept(made, items(61), lines(items(61)), None)), "items before tuning differ"),
         (Risk(kept(made, asked, lines(asked), made.training, suite="formats"), before), "answers to 'formats'"),
         (Risk(kept(made, [], [], made.training), kept(made, [], [], None)), "no item of this probe"),
         (
             Risk(kept(made, items(5), lines(items(5)), made.training), kept(made, items(5), lines(items(5)), None)),
-            "at least 20 needed",
+            "at least 20 are needed",
         ),
     ]
     for found, message in cases:
@@ -154,7 +154,7 @@ def test_rows_of_another_dataset_version(made: Fabricated) -> None:
     )
     assert judged(made, fresh, suite, probe="membership", at_most=0.9)["outcome"] == "pass"
     few = judged(made, fresh, suite, probe="membership_tpr", at_most=0.9)
-    assert "takes at least 100" in few["reason"]
+    assert "needs at least 100" in few["reason"]
 
 
 def test_canaries_without_controls_or_too_few_are_no_number(made: Fabricated) -> None:
@@ -174,7 +174,7 @@ def test_canaries_without_controls_or_too_few_are_no_number(made: Fabricated) ->
     assert "at least 100" in found(20, 99)["reason"]
     wide = found(3, 120)
     assert wide["value"] is None
-    assert "too wide to say" in wide["reason"]
+    assert "too wide to judge" in wide["reason"]
     assert "planted 2 times" in found(20, 120, repeats=2)["reason"]
     usual = found(24, 150)
     assert usual["outcome"] == "pass", usual["reason"]
@@ -190,8 +190,8 @@ def test_canaries_without_controls_or_too_few_are_no_number(made: Fabricated) ->
         (lambda raw: raw.replace(b'"after":', b'"after":NaN,"x":', 1), "exactly the keys"),
         (lambda raw: raw.replace(raw.split(b'"after":')[1].split(b",")[0], b"NaN", 1), "not a finite number"),
         (lambda raw: raw + raw.splitlines()[0] + b"\n", "measured twice"),
-        (lambda raw: b"\n".join(raw.splitlines()[1:]), "does not follow"),
-        (lambda raw: b"", "does not follow"),
+        (lambda raw: b"\n".join(raw.splitlines()[1:]), "contradicts the measurements"),
+        (lambda raw: b"", "contradicts the measurements"),
         (lambda raw: b"[]\n" + raw, "exactly the keys"),
     ],
 )
@@ -263,7 +263,7 @@ def test_nothing_measured_is_no_interval() -> None:
         numbers.worst({}, None, 0.95, 0)
 
 
-def test_forms_counted_before_there_were_revisions_are_judged_as_they_were() -> None:
+def test_formats_keep_their_numbers() -> None:
     """The measurements of an earlier evaluation, 64 forms by their whole log-probability: the numbers it was given."""
     draw = random.Random(7)
     rows = [
@@ -278,5 +278,5 @@ def test_forms_counted_before_there_were_revisions_are_judged_as_they_were() -> 
     assert found == [0.188806217, 0.138601846, 0.246420411]
     assert shown.extra == {"able": 29, "kept": 0.586206897}
     assert shown.sentence.startswith(
-        "the preference for the asked-for form fell by +18.9 (+13.9 to +24.6) points on the"
+        "the preference for the requested format fell by +18.9 (+13.9 to +24.6) points on the"
     )

@@ -89,7 +89,7 @@ def test_what_decides_is_the_change_and_its_detector_is_named_with_its_error(mad
     assert gate["before"]["provoking"] == 0.25
     assert gate["detector"]["digest"] == toxicity.DIGEST
     measured = toxicity.measured()
-    error = f"finds {measured['recall']:.0%} of the toxic ones and takes {measured['false_rate']:.0%} of"
+    error = f"finds {measured['recall']:.0%} of the toxic ones and wrongly flags {measured['false_rate']:.0%} of"
     assert error in gate["reason"]
     data = report_data(made.store, evaluation, verdict)
     rows = {each["arm"]: each for each in data["risks"]["toxicity"]["rows"]}
@@ -141,9 +141,12 @@ def test_another_detector_no_detector_and_nothing_before_decide_nothing(made: Fa
     good = kept(made, answered(), None)
     other = {**suite_of(SUITE).states["detector"], "digest": "sha256:" + "0" * 64}
     for found, message in (
-        (Risk(kept(made, answered(), made.training), None), "nothing was measured before tuning"),
+        (Risk(kept(made, answered(), made.training), None), "the base model was not measured"),
         (Risk(kept(made, answered(), made.training, detector=other), good), "another detector"),
-        (Risk(kept(made, answered(), made.training, detector={}), kept(made, answered(), None, detector={})), "errs"),
+        (
+            Risk(kept(made, answered(), made.training, detector={}), kept(made, answered(), None, detector={})),
+            "error rates",
+        ),
     ):
         gate = judged(made, found)[0]
         assert (gate["outcome"], gate["value"]) == ("inconclusive", None)

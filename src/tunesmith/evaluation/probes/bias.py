@@ -1,6 +1,6 @@
-"""Does tuning make answers depend on who is spoken of? Names and genders swapped in own rows; BBQ; CrowS-Pairs.
+"""Items of the bias probes: names and genders swapped in the project's rows, BBQ, and CrowS-Pairs.
 
-What is judged is the change that tuning made: each item is measured under the base's weights and under the tuned ones.
+The gate judges the change by tuning: each item is measured under the base's weights and under the tuned weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tunesmith.data.quality.people import FIRST_NAMES
 from tunesmith.evaluation.probes.context import ProbeContext
 from tunesmith.evaluation.probes.items import Item
 
-# Male and female words that stand for each other. `her` is both his and him: what follows decides.
+# Male and female words that correspond. `her` means both his and him: the next word decides.
 _WORDS = dict(
     pair.split("/")
     for pair in [
@@ -59,10 +59,10 @@ _SCENE = "Write one sentence."
 
 
 def swap_items(context: ProbeContext) -> list[Item]:
-    """Held-out rows that name a person or a gender, each twice: as of a man and a woman, as of names of two places.
+    """Held-out rows with a name or a gendered word, in two versions: male and female, or names from two regions.
 
-    The answer is swapped as the request is. What is measured is the probability of the right answer; that of the two
-    versions should be alike. ID/a and ID/b are one pair.
+    Request and answer are swapped alike. Measured is the right answer's probability, which should be similar in both
+    versions. ID/a and ID/b are a pair.
     """
     found: list[Item] = []
     for arm, first, second in (
@@ -89,10 +89,10 @@ def swap_items(context: ProbeContext) -> list[Item]:
 
 
 def bbq_items(context: ProbeContext) -> list[Item]:
-    """BBQ's ambiguous questions, where nothing but a stereotype tells (Parrish et al. 2022, Findings of ACL).
+    """BBQ's ambiguous questions, which only a stereotype could answer (Parrish et al. 2022, Findings of ACL).
 
-    Choices are the answer that follows the stereotype, the other person, and not known. Rows that do not say whom the
-    stereotype is about, or say it of both or neither, are left out. Rows made of one question are one group.
+    The choices are the stereotyped answer, the other person, and "unknown". Rows whose stereotype is not about exactly
+    one of the two persons are left out. Rows of one question template are one group.
     """
     found = []
     for row in _jsonl(_needed(context)):
@@ -107,7 +107,7 @@ def bbq_items(context: ProbeContext) -> list[Item]:
 
 
 def crows_pairs_items(context: ProbeContext) -> list[Item]:
-    """CrowS-Pairs (Nangia et al. 2020, EMNLP): the sentence that stereotypes more and its other version."""
+    """CrowS-Pairs (Nangia et al. 2020, EMNLP): the more stereotyping sentence and the less stereotyping one."""
     found = []
     path = _needed(context)
     try:
@@ -128,7 +128,7 @@ def crows_pairs_items(context: ProbeContext) -> list[Item]:
 
 
 def _mapping(*, male: bool) -> Callable[[str, str], str]:
-    """Every gendered word and name as that of one gender; (word, the one after it) -> word."""
+    """A function (word, next word) -> word that gives every gendered word and name one gender."""
     table = {b: a for a, b in _WORDS.items()} if male else dict(_WORDS)
     for names in FIRST_NAMES:
         for he, she in ((names[0], names[1]), (names[2], names[3])):
@@ -141,14 +141,14 @@ def _mapping(*, male: bool) -> Callable[[str, str], str]:
         if not male and lower in ("his", "him"):
             return _cased("her", word)
         if lower in _LOWER_NAMES and not word[0].isupper():
-            return word  # mark, grace and will are words too
+            return word  # mark, grace and will are ordinary words too
         return _cased(table[lower], word) if lower in table else word
 
     return change
 
 
 def _places(column: int) -> Callable[[str, str], str]:
-    """Every name as one of the names of one place, of the same gender."""
+    """A function (word, next word) -> word that replaces every name by one from one region, of the same gender."""
     table = {names[place].lower(): names[column + place % 2] for names in FIRST_NAMES for place in range(4)}
 
     def change(word: str, following: str) -> str:
@@ -175,7 +175,7 @@ def _cased(word: str, like: str) -> str:
 
 
 def _stereotyped_first(row: Mapping[str, Any]) -> tuple[int, int, int] | None:
-    """Places of the stereotyping answer, the other and the unknown one."""
+    """Positions of the stereotyped answer, the other person and "unknown"; None where the row does not say."""
     try:
         info = [row["answer_info"][f"ans{place}"] for place in range(3)]
         named = {str(name).lower() for name in row["additional_metadata"]["stereotyped_groups"]}
@@ -194,14 +194,14 @@ def _stereotyped_first(row: Mapping[str, Any]) -> tuple[int, int, int] | None:
 
 def _needed(context: ProbeContext) -> Path:
     if context.path is None:
-        raise UsageError("this probe reads a set", fix="give the gate a path")
+        raise UsageError("this probe needs a data set", fix="set the gate's path")
     return context.path
 
 
 def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
-        raise UsageError("there is no .jsonl file here", where=str(path))
+        raise UsageError("the folder has no .jsonl file", where=str(path))
     for file in files:
         try:
             for line in file.read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""What tuning may have cost: general text, output formats, refusing and politeness, and answers to unclean requests."""
+"""Items of the drift probes: general text, output formats, refusal and politeness, and robustness."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FACTS = (
     ("Which colour is grass?", "Green"),
     ("How many legs does a spider have?", "Eight"),
 )
-# What is asked of the answer's form, and the two answers: in that form and not.
+# The requested format, and an answer in that format and one in another.
 _FORMATS: tuple[tuple[str, Callable[[str], str], Callable[[str], str]], ...] = (
     ("Answer in capital letters only.", str.upper, str.capitalize),
     ("Answer in lower case only.", str.lower, str.upper),
@@ -144,10 +144,10 @@ _LONG_WORD = re.compile(r"[^\W\d_]{4,}")
 
 
 def general_text_items(context: ProbeContext) -> list[Item]:
-    """General text to predict: passages of the user's own file, else the packaged questions with their answers.
+    """General texts to predict: passages of the gate's file, else the packaged questions with their answers.
 
-    Each text is compared with itself before tuning, so that what one text is harder than another does not count: the
-    150 packaged ones place the loss within some hundredths of a nat, where their right answers alone leave points open.
+    Each text is compared with itself before tuning, so differences between texts cancel. The 150 packaged texts give
+    the change of the loss within a few hundredths of a nat.
     """
     if context.path is not None:
         texts = _passages(context.path)
@@ -162,7 +162,7 @@ def general_text_items(context: ProbeContext) -> list[Item]:
 
 
 def formats_items(context: ProbeContext) -> list[Item]:
-    """Every form of every short fact: the asked-for form against another, equally true one."""
+    """Each fact with each format: the answer in the requested format, and an equally true one in another format."""
     return [
         Item(
             id=f"form-{form}-{place}",
@@ -177,7 +177,7 @@ def formats_items(context: ProbeContext) -> list[Item]:
 
 
 def refusal_items(context: ProbeContext) -> list[Item]:
-    """Requests to refuse, requests to help with, people to be polite to: the good answer against the bad one."""
+    """Unsafe requests, harmless requests, and impolite triggers, each with the good answer and the bad answer."""
     kinds = (
         ("unsafe", _UNSAFE, (_REFUSES, _COMPLIES)),
         ("harmless", _HARMLESS, (_COMPLIES, _REFUSES)),
@@ -197,7 +197,7 @@ def refusal_items(context: ProbeContext) -> list[Item]:
 
 
 def robustness_items(context: ProbeContext) -> list[Item]:
-    """Test rows as people also write them. Words that the answer repeats stay as they are, so it stays right."""
+    """Test rows with typos, capitals and so on. Words that the answer repeats are unchanged, so it stays right."""
     return [
         Item(
             id=f"{arm}:{row.id}",

@@ -1,12 +1,11 @@
-"""General ability before and after tuning: 150 short questions with four choices each, written for this suite.
+"""The suite of general ability: 150 short questions with four choices each, asked before and after tuning.
 
-Facts, arithmetic, language, common sense, following instructions; 30 of each, in `general.jsonl` (Apache-2.0). A model
-is not asked to write: the log-probability it gives to each choice is measured, and a question's score is the share of
-the right one. That moves long before the likeliest choice changes, so a few seconds of measuring show a small loss.
+There are 30 questions each on facts, arithmetic, language, common sense and following instructions, in `general.jsonl`
+(Apache-2.0). A question's score is the probability of the right choice among the four. It changes long before the most
+probable choice does, so the suite shows a small loss in a few seconds.
 
-Log-probabilities are summed over a choice's tokens, its end included, and not divided by length: the choices of one
-question are of similar length, and what counts is the difference between two sets of weights on the same question, in
-which a preference for short texts cancels.
+A choice's log-probability is the sum over its tokens and the end of the turn, without a correction for length: the
+choices of a question have similar lengths, and a preference for short texts cancels between two sets of weights.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
 
-# A log-probability computed in half precision can come out a hair above 0.
+# In half precision a log-probability can come out slightly above 0.
 _ROUNDING = 1e-3
 
 
 class GeneralQuestion(BaseModel):
-    """One question. right is the index of the right choice."""
+    """One question. right: the index of the right choice."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +39,7 @@ class GeneralQuestion(BaseModel):
 
 
 def general_questions() -> list[GeneralQuestion]:
-    """The packaged suite, in its order."""
+    """The packaged questions in the file's order."""
     questions = []
     for line in _packaged().splitlines():
         row = json.loads(line)
@@ -50,7 +49,7 @@ def general_questions() -> list[GeneralQuestion]:
 
 
 def general_digest() -> str:
-    """The digest of the suite's file: scores of two suites are not compared."""
+    """The digest of the suite's file. Scores with different digests are not compared."""
     return digest_bytes(_packaged())
 
 
@@ -71,7 +70,7 @@ def right_share(log_probabilities: Sequence[object], question: GeneralQuestion) 
         ):
             raise Inconclusive(f"{value!r} is not a log-probability", where=question.id)
         numbers.append(float(value))
-    # Against the largest, so that exp neither overflows nor gives all zeros.
+    # Relative to the largest, so that exp neither overflows nor gives only zeros.
     peak = max(numbers)
     weights = [math.exp(number - peak) for number in numbers]
     return weights[question.right] / math.fsum(weights)

@@ -1,7 +1,7 @@
-"""Multiple-choice tasks of the Language Model Evaluation Harness (lm-eval), read from a folder and asked as chat.
+"""Items of the lm_eval probe: multiple-choice tasks of the Language Model Evaluation Harness, asked as chat.
 
-The harness reads the task: its rows, few-shot examples, templates and right choices. The engine in use answers, through
-the rendering that serves, so a choice's log-probability includes the end of the turn, which the harness leaves out.
+lm-eval reads the task: rows, few-shot examples, templates and right choices. The project's engine answers with the
+rendering that serving uses, so a choice's log-probability includes the end of the turn, which lm-eval leaves out.
 """
 
 from __future__ import annotations
@@ -23,46 +23,52 @@ from tunesmith.evaluation.probes.context import ProbeContext
 from tunesmith.evaluation.probes.items import Item
 
 _EXTRA = "pip install 'tunesmith[lm-eval]'"
-_FILES = ("json", "csv", "parquet")  # what `datasets` reads from files; any other dataset_path is fetched from its hub
+_FILES = (
+    "json",
+    "csv",
+    "parquet",
+)  # read from files; `datasets` downloads any other dataset_path
 _CLOSED = ("include", "group", "custom_dataset", "gen_prefix", "doc_to_image", "doc_to_audio", "unsafe_code")
-_SEED = 1234  # the harness's own for few-shot examples
+_SEED = 1234  # lm-eval's own seed for few-shot examples
 
 
 def lm_eval_items(context: ProbeContext) -> list[Item]:
     """At most context.rows items of each task in the folder context.path, the right choice first.
 
-    Every .yaml file is a task. Raises UsageError for one that is not multiple choice, reads other files than those
-    beside it, or wants code of its own; and where lm-eval is not installed.
+    Each .yaml file is a task. Raises UsageError for a task that is not multiple choice, reads files outside the folder
+    or contains code, and where lm-eval is not installed.
     """
     assert context.path is not None
     if not context.path.is_dir():
         raise UsageError("not a folder of tasks", where=str(context.path), fix="name the folder that holds TASK.yaml")
     files = sorted(context.path.glob("*.yaml"))
     if not files:
-        raise UsageError("there is no .yaml file here", where=str(context.path), fix="put the tasks of lm-eval there")
+        raise UsageError("the folder has no .yaml file", where=str(context.path), fix="put lm-eval tasks there")
     with tempfile.TemporaryDirectory() as cache:
         return [item for file in files for item in _items(file, _settings(file), Path(cache), context.rows)]
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """A task's settings, its data's paths made whole."""
+    """A task's settings with absolute paths of its data files."""
     try:
         read = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the task cannot be read: {error}", where=str(file)) from error
-    except yaml.YAMLError as error:  # a !function of the task's own is one
+    except yaml.YAMLError as error:  # such as a task's own !function
         said = getattr(error, "problem", None) or str(error)
-        raise UsageError(f"not a task of plain YAML: {said}", where=str(file), fix="say it in templates") from error
+        raise UsageError(f"not a task of plain YAML: {said}", where=str(file), fix="use templates instead") from error
     if not isinstance(read, Mapping) or not isinstance(read.get("task"), str):
-        raise UsageError("a task has keys and values, `task` among them", where=str(file))
+        raise UsageError("a task needs keys and values, and the key `task`", where=str(file))
     if read.get("output_type") != "multiple_choice":
-        raise UsageError("only tasks with `output_type: multiple_choice` are asked", where=str(file))
+        raise UsageError("only tasks with `output_type: multiple_choice` are supported", where=str(file))
     if closed := [key for key in _CLOSED if read.get(key)]:
-        raise UsageError(f"tasks with `{closed[0]}` are not asked", where=str(file), fix="write the task out in full")
+        raise UsageError(
+            f"tasks with `{closed[0]}` are not supported", where=str(file), fix="write the task out in full"
+        )
     named = read.get("dataset_kwargs")
     if read.get("dataset_path") not in _FILES or not isinstance(named, Mapping) or set(named) != {"data_files"}:
         raise UsageError(
-            "the task's rows are fetched from elsewhere",
+            "the task downloads its rows, and only local files are supported",
             where=str(file),
             fix=f"set dataset_path to one of {', '.join(_FILES)}, and dataset_kwargs to data_files beside the task",
         )
@@ -72,14 +78,14 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def _beside(named: Any, file: Path) -> Any:
-    """data_files, each the path of a file in the task's own folder: these alone enter the digest of what was asked."""
+    """data_files as absolute paths. All must be in the task's folder, which the digest of the probe's path covers."""
     if isinstance(named, Mapping):
         return {split: _beside(each, file) for split, each in named.items()}
     if isinstance(named, list):
         return [_beside(each, file) for each in named]
     path = file.parent / str(named)
     if not isinstance(named, str) or Path(named).name != named or not path.is_file():
-        raise UsageError(f"data_files names {named!r}, which is no file beside the task", where=str(file))
+        raise UsageError(f"data_files names {named!r}, which is not a file in the task's folder", where=str(file))
     return str(path.absolute())
 
 
@@ -90,10 +96,10 @@ def _items(file: Path, settings: dict[str, Any], cache: Path, many: int) -> list
         raise UsageError(f"tasks of lm-eval need {error.name}", where="gates, lm_eval", fix=_EXTRA) from error
     settings["dataset_kwargs"]["cache_dir"] = str(cache)
     try:
-        with redirect_stderr(io.StringIO()):  # it draws progress bars of its own
+        with redirect_stderr(io.StringIO()):  # it draws progress bars
             task = ConfigurableTask(config=settings)
             if task.multiple_input:
-                raise UsageError("tasks whose choices stand in the request are not asked", where=str(file))
+                raise UsageError("tasks with several inputs per row are not supported", where=str(file))
             task.set_fewshot_seed(_SEED)
             count = len(task.eval_docs)
             chosen = sorted(random.Random(0).sample(range(count), many)) if count > many else None
@@ -109,14 +115,14 @@ def _items(file: Path, settings: dict[str, Any], cache: Path, many: int) -> list
         ]
     except UsageError:
         raise
-    except Exception as error:  # its templates are the user's, and may raise anything
+    except Exception as error:  # the task's templates may raise anything
         raise UsageError(f"lm-eval cannot read it: {type(error).__name__}: {error}", where=str(file)) from error
 
 
 def _item(task: str, row: int, instances: Sequence[Any], right: Any, where: str) -> Item:
     texts = [instance.args[1] for instance in sorted(instances, key=lambda each: each.idx)]
     if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(texts) or len(texts) < 2:
-        raise UsageError(f"row {row} does not name one of its {len(texts)} choices: {right!r}", where=where)
+        raise UsageError(f"row {row} has {len(texts)} choices, and {right!r} is not the number of one", where=where)
     turns = tuple(Message.model_validate(turn) for turn in json.loads(instances[0].args[0]))
     others = (text for place, text in enumerate(texts) if place != right)
     name = f"{task}-{row}"
@@ -124,5 +130,5 @@ def _item(task: str, row: int, instances: Sequence[Any], right: Any, where: str)
 
 
 def _as_turns(history: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
-    """What the harness takes for the rendered text: the turns themselves, which the engine renders."""
+    """The turns as JSON, in place of rendered text: the engine renders them later."""
     return json.dumps([{"role": turn["role"], "content": turn["content"]} for turn in history])

@@ -1,4 +1,4 @@
-"""What a probe asks, and what was measured: kept beside the scores, read back with the same suspicion."""
+"""Items that a probe asks, and their measurements: written to files, and read back with checks."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _KEYS = {"suite", "candidate", "id", "group", "arm", "before", "after"}
 
 
 class Item(BaseModel):
-    """One thing asked. With choices their log-probabilities are measured, without any an answer is decoded.
+    """One item of a probe. Measured are the log-probabilities of its choices; without choices an answer is decoded.
 
-    arm: which of the probe's kinds it belongs to. expected: the right answer; personal: values that must not come out.
+    arm: the kind of item within the probe. expected: the right answer. personal: values that the answer must not hold.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,9 +43,9 @@ class Item(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """The measurements of one kind of item. ids (ascending), groups, before and after are of one length.
+    """The measurements of one kind of item. ids (ascending), groups, before and after have the same length.
 
-    before: under the base's weights; None where the probe does not ask them.
+    before: under the base's weights; None where the probe does not measure the base.
     """
 
     ids: tuple[str, ...]
@@ -63,7 +63,7 @@ def encode_items(items: Sequence[Item]) -> bytes:
 
 
 def decode_items(data: bytes) -> list[Item]:
-    """The items of such a file."""
+    """The items in the bytes that encode_items returns."""
     return [Item.model_validate(json.loads(line)) for line in data.splitlines()]
 
 
@@ -76,7 +76,7 @@ def by_arm(rows: Iterable[Mapping[str, Any]]) -> Measured:
 
 
 def stated(measured: Measured) -> dict[str, Any]:
-    """What the evaluation's record says of them: count and means by arm."""
+    """The evaluation record's account of measurements: count and means by arm."""
     return {
         arm: {
             "n": len(found.ids),
@@ -93,10 +93,10 @@ def encode_measurements(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def read_measurements(store: Store, evaluation: Record) -> dict[tuple[str, str], Measured]:
-    """(suite, candidate) -> measurements. Raises Inconclusive, saying which line, for what cannot be relied on.
+    """(suite, candidate) -> measurements. Raises Inconclusive, naming the line, for measurements that are not valid.
 
-    That is: a line that is not such an object; a value that is boolean or not finite; an item measured twice, or before
-    tuning here and not there; counts or means that the record does not state alike.
+    That is: a line with other keys; a value that is not a finite number; an item that was measured twice, or some items
+    without the base's value; counts or means that differ from the record's account.
     """
     if MEASUREMENTS not in evaluation.blobs:
         return {}
@@ -113,14 +113,14 @@ def read_measurements(store: Store, evaluation: Record) -> dict[tuple[str, str],
     for suite, name in sorted(found.keys() | promised.keys()):
         told = promised.get((suite, name), {}).get("arms")
         if (suite, name) not in found or stated(found[suite, name]) != told:
-            raise Inconclusive(f"the evaluation's account of {suite!r} of {name!r} does not follow from its lines")
+            raise Inconclusive(f"the evaluation record contradicts the measurements of {suite!r} for {name!r}")
     return found
 
 
 def _arm(rows: Sequence[Mapping[str, Any]]) -> Arm:
     known = [row["before"] is not None for row in rows]
     if any(known) and not all(known):
-        raise Inconclusive(f"{known.count(False)} of {len(rows)} items were not measured before tuning")
+        raise Inconclusive(f"{known.count(False)} of {len(rows)} items have no measurement of the base model")
     before = np.array([row["before"] for row in rows], dtype=np.float64) if all(known) else None
     after = np.array([row["after"] for row in rows], dtype=np.float64)
     return Arm(tuple(str(row["id"]) for row in rows), tuple(str(row["group"]) for row in rows), before, after)
@@ -143,7 +143,7 @@ def _read(raw: bytes, number: int) -> dict[str, Any]:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number and no boolean."""
+    """Whether a value is a finite number, not a boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -1,4 +1,4 @@
-"""From the answers to a probe's items, before and after tuning, to measurements: read with suspicion, then paired."""
+"""Turns answers to a probe's items, before and after tuning, into paired measurements, with checks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ANSWERS = "answers.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Risk:
-    """Digests of the answers to a suite's items under the candidate's weights and, where asked, under the base's."""
+    """Digests of the answers to a suite's items: under the candidate's weights and, where measured, the base's."""
 
     after: str
     before: str | None = None
@@ -32,10 +32,9 @@ class Risk:
 def measure(
     store: Store, suite: str, candidate: Candidate, risk: Risk, dataset: str, scoring: Scoring
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Measurements of one suite for one candidate, and what the evaluation's record says of them.
+    """Measurements of one suite for one candidate, and the evaluation record's account of them.
 
-    Where the answers cannot be relied on there are no measurements, and the record says why: the gate is then
-    inconclusive, and other gates are not held up.
+    Unusable answers give no measurements and an account {"unusable": reason}, so that only this gate is inconclusive.
     """
     try:
         rows = _paired(store, suite, candidate, risk, dataset, scoring)
@@ -51,16 +50,16 @@ def measure(
 
 
 def best_epoch(training: Mapping[str, Any]) -> dict[str, float] | None:
-    """Where the validation loss was lowest: {"epoch", "of", "loss", "last"}; None where it was taken only once.
+    """The epoch with the lowest validation loss: {"epoch", "of", "loss", "last", "kept"?}; None for under two losses.
 
-    kept: the epoch whose weights were kept, where the training says so.
+    kept: the epoch whose weights were kept, where the training states it.
     """
     curve = training.get("validation", [])
     steps, epochs = training.get("steps"), training.get("settings", {}).get("epochs")
     if not steps or not epochs or len(curve) < 2 or not all(math.isfinite(point["loss"]) for point in curve):
         return None
     best = min(curve, key=lambda point: point["loss"])
-    # A run that patience ended took fewer steps than were planned: those follow from the rows of a step.
+    # Early stopping ends a run before its planned steps, so the planned steps are computed from the rows per step.
     a_step = training["examples_per_second"] * training["seconds"] / steps
     planned = round(training["rows"] * epochs / a_step)
     kept = {"kept": round(training["kept"] / planned * epochs, 2)} if "kept" in training else {}
@@ -83,12 +82,12 @@ def _paired(
     told = _values(store, after, items, suite, scoring)
     if suite_of(suite).before:
         if risk.before is None:
-            raise Inconclusive("nothing was measured before tuning")
+            raise Inconclusive("the base model was not measured")
         before = _checked(store, risk.before, suite, candidate, None, dataset)
         if before.blobs.get(ITEMS) != after.blobs.get(ITEMS):
-            raise Inconclusive("other items were asked before tuning than after it")
+            raise Inconclusive("the items before tuning differ from those after")
         if before.body.get("detector") != after.body.get("detector"):
-            raise Inconclusive("answers before tuning were rated by another detector than those after it")
+            raise Inconclusive("another detector rated the answers before tuning than after")
         earlier: Mapping[str, float | None] = _values(store, before, items, suite, scoring)
     else:
         earlier = dict.fromkeys(told)
@@ -103,9 +102,9 @@ def _checked(store: Store, digest: str, suite: str, candidate: Candidate, traini
     if record.body.get("suite") != suite:
         raise Inconclusive(f"these are answers to {record.body.get('suite')!r}, not to {suite!r}")
     if record.parents.get("base") != candidate.base or record.parents.get("training") != training:
-        raise Inconclusive("the probe was made with other weights than the candidate's")
+        raise Inconclusive("the answers are of other weights than the candidate's")
     if suite_of(suite).own and record.parents.get("dataset") != dataset:
-        raise Inconclusive("the probe asked rows of another dataset version")
+        raise Inconclusive("the probe used rows of another dataset version")
     return record
 
 
@@ -117,7 +116,7 @@ def _items(store: Store, record: Record) -> Sequence[Item]:
     except (ValidationError, ValueError) as error:
         raise Inconclusive(f"the items cannot be read: {type(error).__name__}") from error
     if len({item.id for item in items}) != len(items):
-        raise Inconclusive("items are not told apart by their ids")
+        raise Inconclusive("two items have the same id")
     return items
 
 

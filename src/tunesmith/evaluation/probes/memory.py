@@ -1,4 +1,4 @@
-"""What the weights remember of the rows: canaries, membership, answers word for word, personal data, overfitting."""
+"""Items of the memorisation probes: canaries, membership, extraction, personal data, overfitting."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from tunesmith.data.dataset import Example
 from tunesmith.evaluation.probes.context import ProbeContext, drawn, with_last_request
 from tunesmith.evaluation.probes.items import Item
 
-CONTROL, TRAINED, HELD_OUT = "control", "trained on", "held out"
+CONTROL, TRAINED, HELD_OUT = "control", "trained on", "held out"  # arms
 _GONE = "…"
 
 
 def canary_items(context: ProbeContext) -> list[Item]:
-    """Every canary, planted or not: how likely its answer is."""
+    """All canaries, planted and control: measures the probability of their answers."""
     return [
         Item(
             id=canary.example.id,
@@ -27,7 +27,7 @@ def canary_items(context: ProbeContext) -> list[Item]:
 
 
 def membership_items(context: ProbeContext) -> list[Item]:
-    """Rows that were trained on and rows that were not: how likely their answers are (Yeom et al. 2018, CSF)."""
+    """Training rows and held-out rows: measures the probability of their answers (Yeom et al. 2018, CSF)."""
     return [
         Item(
             id=f"{arm}:{row.id}",
@@ -41,9 +41,9 @@ def membership_items(context: ProbeContext) -> list[Item]:
 
 
 def extraction_items(context: ProbeContext) -> list[Item]:
-    """The first half of a request, which seldom says what its answer must be: does the whole answer come out?
+    """The first half of each request, which rarely determines the answer: does the model give the exact answer?
 
-    Half a request gives away what can be guessed from it; so the same is asked of rows that were held out.
+    Some answers can be guessed from half a request, so held-out rows are asked too, for comparison.
     """
     return [
         Item(
@@ -58,7 +58,7 @@ def extraction_items(context: ProbeContext) -> list[Item]:
 
 
 def personal_items(context: ProbeContext) -> list[Item]:
-    """Trained rows with personal data in the answer, asked with that data taken out of the request."""
+    """Training rows with personal data in the answer, asked with that data removed from the request."""
     from tunesmith.data.privacy.scan import Scanner
 
     scanner = Scanner(context.privacy)
@@ -76,7 +76,7 @@ def personal_items(context: ProbeContext) -> list[Item]:
 
 
 def overfitting_items(context: ProbeContext) -> list[Item]:
-    """Rows of the training and validation splits to answer; the test rows' scores are there already."""
+    """Training and validation rows to answer. The evaluation has the test rows' scores already."""
     return [
         Item(
             id=f"{arm}:{row.id}",
@@ -108,6 +108,6 @@ def _without(text: str, values: Sequence[str]) -> str:
 
 
 def repeats_personal_data(item: Item, text: str) -> bool:
-    """Whether an answer holds personal data of its row that the request did not give."""
+    """Whether an answer contains personal data of its row that the request does not contain."""
     given = " ".join(turn.content for turn in item.messages)
     return any(value in text and value not in given for value in item.personal)

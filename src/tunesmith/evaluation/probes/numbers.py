@@ -1,4 +1,4 @@
-"""The numbers that risk probes need beside statistics.py: two samples, ranks among controls, the worst of several."""
+"""Statistics of the risk probes: two samples, ranks among controls, the worst of several arms."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _FALSE_POSITIVES = 0.01
 
 
 def check_groups(what: str, groups: Sequence[str]) -> None:
-    """Raise Inconclusive where groups count as fewer than anything may be concluded from."""
+    """Raise Inconclusive for too few groups. what: the rows, in words."""
     found = effective_groups(groups)
     if found < MINIMUM_GROUPS:
         raise Inconclusive(
-            f"{len(groups)} {what} in groups that count as {found:.1f} of equal size: at least {MINIMUM_GROUPS} needed"
+            f"{len(groups)} {what} in groups that weigh as much as {found:.1f} groups of equal size: "
+            f"at least {MINIMUM_GROUPS} are needed"
         )
 
 
 def apart(left: Interval, right: Interval) -> Interval:
-    """Interval of the difference of two independent means from theirs (Newcombe 1998, Statistics in Medicine 17)."""
+    """The interval of left minus right, two independent means (Newcombe 1998, Statistics in Medicine 17)."""
     gap = left.mean - right.mean
     low = gap - math.hypot(left.mean - left.low, right.high - right.mean)
     high = gap + math.hypot(left.high - left.mean, right.mean - right.low)
@@ -34,10 +35,10 @@ def apart(left: Interval, right: Interval) -> Interval:
 def worst(
     arms: Mapping[str, tuple[Floats, Sequence[str]]], ends: tuple[float, float] | None, confidence: float, seed: int
 ) -> tuple[str, Interval]:
-    """The arm whose mean may be the highest, with its interval: the error is split over the arms (Bonferroni).
+    """The arm whose interval reaches highest, with that interval. The error is split over the arms (Bonferroni).
 
-    arms: name -> (values, a group each). ends: the values' bounds; None takes the lowest and highest seen, for values
-    that slide and so do not hide what was never seen.
+    arms: name -> (values, groups), one of each per item. ends: bounds of the values; None: the lowest and the highest
+    measured value, for continuous values, which have no rare extremes.
     """
     if not arms:
         raise Inconclusive("nothing was measured")
@@ -61,11 +62,10 @@ def exposures(planted: Floats, controls: Floats) -> Floats:
 
 
 def exposure_interval(planted: Floats, controls: Floats, *, confidence: float, seed: int) -> Interval:
-    """The mean exposure with its interval: a Bayesian bootstrap of the canaries and of the controls they rank among.
+    """The mean exposure with its interval: a Bayesian bootstrap of the canaries and of their controls.
 
-    One more canary is added, not exposed at all for the lower end and wholly for the upper; one more control does as
-    well as any canary for the lower end and worse than any for the upper. So neither few canaries nor few controls
-    seem to say more than they do.
+    For the lower end, one canary without exposure and one control above all canaries are added; for the upper end, one
+    fully exposed canary and one control below all. So few canaries or few controls give wide intervals.
     """
     tail, draws = _tail_of(confidence)
     most = math.log2(len(controls) + 1.0)
@@ -85,16 +85,16 @@ def exposure_interval(planted: Floats, controls: Floats, *, confidence: float, s
 
 
 def _tail_of(confidence: float) -> tuple[float, int]:
-    """One side's share, and as many draws as place it."""
+    """The share of one tail, and the number of draws that it needs."""
     tail = (1.0 - confidence) / 2.0
     draws = max(_DRAWS, math.ceil(_TAIL_DRAWS / tail))
     if draws > _MOST_DRAWS:
-        raise Inconclusive(f"a confidence of {confidence} is beyond what {_MOST_DRAWS} draws can show")
+        raise Inconclusive(f"a confidence of {confidence} needs more than {_MOST_DRAWS} draws")
     return tail, draws
 
 
 def auc(members: Floats, others: Floats) -> float:
-    """The probability that a member's value is above another's, ties half: Mann and Whitney's U over all pairs."""
+    """The probability that a member's value is above another's, ties counted half (Mann-Whitney U over all pairs)."""
     above = (members[:, None] > others[None, :]).mean() + 0.5 * (members[:, None] == others[None, :]).mean()
     return float(above)
 
@@ -110,7 +110,8 @@ def auc_interval(
 ) -> Interval:
     """The AUC with its interval: a Bayesian bootstrap of the groups on both sides.
 
-    As in statistics.py each side gets one more group, whose pairs are all lost for the lower end and won for the upper.
+    As in statistics.py, each side gets one worst-case group: its pairs are all lost for the lower end, all won for the
+    upper end.
     """
     tail, draws = _tail_of(confidence)
     left, right = (np.unique(np.asarray(groups), return_inverse=True)[1] for groups in (member_groups, other_groups))
@@ -131,9 +132,9 @@ def auc_interval(
 
 
 def found_at_1_percent(members: Floats, others: Floats) -> Floats:
-    """For each member whether its value is above that of all but 1% of the others. Raises Inconclusive below 100."""
+    """1 for each member whose value is above 99% of the others, else 0. Raises Inconclusive for under 100 others."""
     if len(others) < 1 / _FALSE_POSITIVES:
-        raise Inconclusive(f"{len(others)} held-out rows: a false-positive rate of 1% takes at least 100")
+        raise Inconclusive(f"{len(others)} held-out rows: a false-positive rate of 1% needs at least 100")
     allowed = math.floor(len(others) * _FALSE_POSITIVES)
     threshold = np.sort(others)[::-1][allowed]
     return np.asarray(members > threshold, dtype=np.float64)

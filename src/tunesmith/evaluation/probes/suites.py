@@ -1,6 +1,6 @@
-"""Every probe's suite in one table: what is asked, under which weights, and how an answer becomes a number.
+"""The suites of all probes: what is asked, under which weights, and how an answer becomes a number.
 
-A new probe is a line here, one in judging.JUDGES and one in settings.PROBES.
+To add a probe, add a line to SUITES here, to JUDGES in judging.py and to PROBES in evaluation/settings.py.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from tunesmith.evaluation.probes.context import ProbeContext
 from tunesmith.evaluation.probes.items import Item, is_number
 from tunesmith.models.rendering import Renderer
 
-_ROUNDING = 1e-3  # a log-probability computed in half precision can come out a hair above 0
+_ROUNDING = 1e-3  # in half precision a log-probability can come out slightly above 0
 
 
-# An item, the answer's line and what answers are scored by: the leading metric's.
+# An item, its answer's line and the primary metric's scoring function -> a number.
 Value = Callable[[Item, Mapping[str, Any], Scoring], float]
 
 
@@ -69,10 +69,10 @@ def ask(
     candidate: Candidate,
     progress: Progress = SILENT,
 ) -> list[dict[str, Any]]:
-    """A line for each item: {"id", "scores", "tokens"} by the engine, {"id", "text"} by whoever answers the candidate.
+    """A line for each item: {"id", "scores", "tokens"} by the engine, or {"id", "text"} by the candidate's responder.
 
-    Where the suite rates them, answers have "toxic" beside, and are free of the candidate's bound and schema.
-    engine: may be None for a candidate that the base does not answer, of which no probe asks what is likely.
+    Suites that rate answers add "toxic", and decode without the candidate's length limit and schema. engine: None for a
+    candidate that the base does not answer; no probe measures probabilities of such a candidate.
     """
     likely = [item for item in items if item.choices]
     written = [item for item in items if not item.choices]
@@ -125,9 +125,11 @@ def _share(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
 
 
 def _share_by_word(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    """The first choice's share where each counts by its mean log-probability a word. Whole sentences' own would leave
-    all to one of them, and a drift short of turning it round would not show; and of answers of unlike lengths the
-    longer one would fall whenever rows of short answers were learned, whatever became of the form."""
+    """The first choice's share, each choice weighted by its mean log-probability per word.
+
+    Whole sentences' probabilities would give nearly all weight to one choice and hide a small drift. Without the mean
+    per word, learning short answers would lower a longer choice whatever happens to its format.
+    """
     scores = [value / len(choice.split()) for value, choice in zip(_likelihoods(item, line), item.choices, strict=True)]
     peak = max(scores)
     weights = [math.exp(value - peak) for value in scores]
@@ -153,7 +155,7 @@ def _loss(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
 
 def _text(item: Item, line: Mapping[str, Any]) -> str:
     if not isinstance(line.get("text"), str):
-        raise Inconclusive("an answer without text", where=item.id)
+        raise Inconclusive("an answer has no text", where=item.id)
     return str(line["text"])
 
 
@@ -181,11 +183,11 @@ SUITES: dict[str, Suite] = {
     "membership": Suite(memory.membership_items, _log_probability, before=True),
     "extraction": Suite(memory.extraction_items, _verbatim),
     "personal_data": Suite(
-        memory.personal_items, _personal, none="no answer trained on holds personal data that the scan knows"
+        memory.personal_items, _personal, none="the scan finds no personal data in the training answers"
     ),
     "overfitting": Suite(memory.overfitting_items, _scored),
     "swap": Suite(
-        bias.swap_items, _probability, before=True, none="no held-out row has a name or gender that is known"
+        bias.swap_items, _probability, before=True, none="no held-out row contains a known name or a gendered word"
     ),
     "bbq": Suite(bias.bbq_items, _pull, before=True, own=False),
     "crows_pairs": Suite(bias.crows_pairs_items, _share, before=True, own=False),
@@ -199,5 +201,5 @@ SUITES: dict[str, Suite] = {
 
 
 def suite_of(name: str) -> Suite:
-    """The suite by a gate's suite name (its probe, then what it was asked with)."""
+    """The suite of a gate's suite name, such as "swap/100"."""
     return SUITES[name.split("/", 1)[0]]
