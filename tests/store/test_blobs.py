@@ -2,19 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import delete
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused
 from tunesmith.core.version_ref import VersionRef
+from tunesmith.store import database
 from tunesmith.store.blobs import BlobStore
 from tunesmith.store.blobs.local import LocalBlobs
+from tunesmith.store.records import Record
 from tunesmith.store.store import RELEASE, Store
+from tunesmith.store.tables import EdgeRow, RecordRow
 
-STORES: dict[str, Callable[[Path], BlobStore]] = {"local": LocalBlobs}
+
+class RemoteBlobs:
+    """Objects in a dictionary, copied to a local folder to be read, as a store over a network does."""
+
+    def __init__(self, cache: Path) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.cache = cache
+
+    def put(self, key: str, data: bytes, *, private: bool = False) -> None:
+        self.objects[key] = data
+
+    def put_file(self, key: str, source: Path) -> None:
+        self.objects[key] = source.read_bytes()
+        source.unlink()
+
+    def get(self, key: str) -> bytes:
+        if key not in self.objects:
+            raise FileNotFoundError(key)
+        return self.objects[key]
+
+    def path(self, key: str) -> Path:
+        path = self.cache / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if key in self.objects:
+            path.write_bytes(self.objects[key])
+            path.chmod(0o600)
+        return path
+
+    def folder(self, prefix: str) -> Path:
+        for key in self.keys(prefix):
+            self.path(key)
+        return self.cache / prefix
+
+    def exists(self, key: str) -> bool:
+        return key in self.objects
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        yield from sorted(key for key in self.objects if key.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        self.objects.pop(key, None)
+
+
+STORES: dict[str, Callable[[Path], BlobStore]] = {"local": LocalBlobs, "remote": RemoteBlobs}
 
 
 @pytest.fixture(params=sorted(STORES))
@@ -67,6 +114,12 @@ def test_a_private_object_is_readable_by_its_owner_only(blobs: BlobStore) -> Non
     assert blobs.path("cases/x.json").stat().st_mode & 0o077 == 0
 
 
+@pytest.fixture
+def store(store: Store, blobs: BlobStore) -> Store:
+    """The store of the other tests, over each BlobStore."""
+    return Store(store.root, blobs=blobs)
+
+
 def test_bytes_and_files_get_the_same_digest(store: Store, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"x" * 3_000_000)
@@ -79,11 +132,11 @@ def test_bytes_and_files_get_the_same_digest(store: Store, tmp_path: Path) -> No
 
 def test_a_changed_blob_is_refused(store: Store) -> None:
     digest = store.put_bytes(b"one")
-    store.blob_path(digest).chmod(0o600)
-    store.blob_path(digest).write_bytes(b"two")
+    (key,) = store.blobs.keys("blobs/")
+    store.blobs.put(key, b"two")
     with pytest.raises(Refused, match="do not have that digest"):
         store.read_blob(digest)
-    store.blob_path(digest).unlink()
+    store.blobs.delete(key)
     with pytest.raises(Refused, match="is missing"):
         store.read_blob(digest)
 
@@ -111,3 +164,15 @@ def test_a_folder_that_the_store_did_not_make_is_not_a_version(store: Store) -> 
     for key in ("versions/A b/v1/", "versions/a/v0/", "versions/a/v01/", "versions/a/", "versions/a/v1/deep/"):
         store.blobs.put(key + RELEASE, b"{}")
     assert store.version_folders() == []
+
+
+def test_records_are_found_and_indexed_again(store: Store) -> None:
+    first = store.put_record(Record(kind="base", body={"family": "llama"}))
+    second = store.put_record(Record(kind="dataset", parents={"base": first}))
+    assert store.record(second).parents == {"base": first}
+    assert store.find_record(second[7:19]) == second
+    with database.writing(store.engine) as session:
+        session.execute(delete(EdgeRow))
+        session.execute(delete(RecordRow))
+    assert store.reindex() == 2
+    assert store.children(first) == [("base", "dataset", second)]

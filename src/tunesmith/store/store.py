@@ -38,11 +38,12 @@ class Store:
     """Everything that one installation keeps. Cheap to create; the database opens on first use.
 
     root: a local folder. url: the database's SQLAlchemy URL; by default $TUNESMITH_DATABASE_URL, else SQLite in root.
+    blobs: by default the files in root.
     """
 
-    def __init__(self, root: Path, url: str | None = None) -> None:
+    def __init__(self, root: Path, url: str | None = None, blobs: BlobStore | None = None) -> None:
         self.root = root
-        self.blobs: BlobStore = LocalBlobs(root)
+        self.blobs = blobs or LocalBlobs(root)
         self._url = url or os.environ.get("TUNESMITH_DATABASE_URL") or f"sqlite:///{root.absolute() / 'tunesmith.db'}"
 
     @cached_property
