@@ -144,7 +144,7 @@ def test_cases_are_held_out_and_the_dataset_verifies(store: Store, tmp_path: Pat
     assert dataset.record.body["ignored_keys"] == {"case": 7}
     earlier = {row.id for row in load_dataset(store, before).examples("train")}
     assert {row.id for row in dataset.examples("train")} == earlier, "no earlier row moved"
-    assert verify_dataset(store, digest)["ok"], verify_dataset(store, digest)["problems"]
+    assert verify_dataset(store, digest).ok, verify_dataset(store, digest).problems
 
 
 def test_a_group_with_a_held_row_is_held_out_whole(store: Store, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_group_with_a_held_row_is_held_out_whole(store: Store, tmp_path: Path)
     dataset = load_dataset(store, digest)
     assert moved.id in {one.id for one in dataset.examples("test")}
     assert moved.group not in {one.group for one in dataset.examples("train")}
-    assert verify_dataset(store, digest)["ok"]
+    assert verify_dataset(store, digest).ok
 
 
 def _call(*arguments: str) -> tuple[int, str]:

@@ -1,44 +1,42 @@
-"""`tunesmith data`: make dataset versions, look into them, hold them against their records."""
+"""`tunesmith data`: build dataset versions, inspect them, verify them, sign them off."""
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli import data_versions
-from tunesmith.cli.terminal import HERE, Directory, Json, Terminal, emit
+from tunesmith.cli import data_tables
+from tunesmith.cli.terminal import HERE, As, Directory, Json, Terminal, emit, printed
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-    from tunesmith.store.store import Store
+    from tunesmith.services.data import ShownDataset
 
-_Digest = Annotated[str | None, typer.Argument(help="A dataset version's digest or its start; the newest without.")]
+_Newest = Annotated[str | None, typer.Argument(help="A dataset version's digest or its start; by default the newest.")]
+_Version = Annotated[str, typer.Argument(help="A dataset version's digest or its start.")]
+_Output = Annotated[Path | None, typer.Option(help="Write it to this file instead.")]
 
 
 def register(app: typer.Typer) -> None:
-    """Add the `data` verbs."""
-    data = typer.Typer(help="Make and inspect dataset versions.", no_args_is_help=True)
-    data.command()(build)
-    data.command()(show)
-    data.command()(verify)
-    data.command()(originals)
-    data_versions.register(data)
+    """Add the `data` commands."""
+    data = typer.Typer(help="Build and inspect dataset versions.", no_args_is_help=True)
+    for command in (build, show, verify, originals, diff, removed, datasheet, croissant, sign, quality):
+        data.command()(command)
     app.add_typer(data, name="data")
 
 
 def build(
-    engine: Annotated[str, typer.Option(help="Who reads the rows: local or ray; the dataset is the same.")] = "local",
+    engine: Annotated[str, typer.Option(help="What reads the rows: local or ray. The dataset is the same.")] = "local",
     directory: Directory = HERE,
     as_json: Json = False,
 ) -> None:
     """Read, check, clean, split and seal the project's sources."""
     from tunesmith.core.errors import UsageError
     from tunesmith.project import open_project
-    from tunesmith.services.data import build as build_dataset
+    from tunesmith.services import data
 
     if engine not in ("local", "ray"):
         raise UsageError(f"there is no engine {engine!r}", where="--engine", fix="local or ray")
@@ -47,189 +45,144 @@ def build(
         from tunesmith.data.building.ray_runner import RayRunner
 
         shards = RayRunner()
-    project = open_project(directory)
-    document = build_dataset(project, progress=Terminal(), shards=shards).document()
-    emit(document, as_json, lambda console, _: _show_account(document, console))
+    built = data.build(open_project(directory), progress=Terminal(), shards=shards)
+    emit(built, as_json, data_tables.draw_summary)
 
 
 def show(
-    dataset: _Digest = None,
+    dataset: _Newest = None,
     split: Annotated[str, typer.Option(help="train, validation, test or removed.")] = "train",
     limit: Annotated[int, typer.Option(min=0, help="Rows to show; 0 shows all.")] = 10,
     directory: Directory = HERE,
     as_json: Json = False,
 ) -> None:
-    """The account of a dataset version and its first rows."""
-    from tunesmith.data.building.summary import dataset_summary
-    from tunesmith.data.dataset import load_dataset
+    """Show the summary of a dataset version and its first rows."""
     from tunesmith.project import open_store
+    from tunesmith.services import data
 
-    store = open_store(directory)
-    digest = _find(store, dataset)
-    loaded = load_dataset(store, digest)
-    document = dataset_summary(store, digest).document()
-    rows: list[dict[str, Any]]
-    if split == "removed":
-        rows = [dict(row) for row in loaded.removed()]
-    else:
-        rows = [example.model_dump(mode="json") for example in loaded.examples(split)]
-    shown = rows[:limit] if limit else rows
-    document |= {"split": split, "examples": shown}
+    def draw(console: Console, found: ShownDataset) -> None:
+        data_tables.draw_summary(console, found)
+        data_tables.draw_rows(console, found)
 
-    def draw(console: Console, _: object) -> None:
-        _show_account(document, console)
-        _show_rows(split, shown, len(rows), console)
-
-    emit(document, as_json, draw)
+    emit(data.show(open_store(directory), dataset, split=split, limit=limit), as_json, draw)
 
 
-def verify(dataset: _Digest = None, directory: Directory = HERE, as_json: Json = False) -> None:
-    """Recompute a dataset version's digests, counts and leakage proof; exit 3 where anything differs."""
-    from tunesmith.core.digests import short
-    from tunesmith.data.building.verify import verify_dataset
+def verify(dataset: _Newest = None, directory: Directory = HERE, as_json: Json = False) -> None:
+    """Recompute a dataset version's digests, counts and leakage. Exit 3 on any difference from its record."""
     from tunesmith.project import open_store
+    from tunesmith.services import data
 
-    store = open_store(directory)
-    document = verify_dataset(store, _find(store, dataset))
-
-    def draw(console: Console, _: object) -> None:
-        for problem in document["problems"]:
-            console.print(f"{problem['path']}: {problem['reason']}", markup=False)
-        verdict = "is what its record says" if document["ok"] else f"has {len(document['problems'])} problems"
-        console.print(f"{short(document['dataset'])} {verdict} ({document['checked']} things checked)", markup=False)
-
-    emit(document, as_json, draw)
-    if not document["ok"]:
-        raise typer.Exit(3)
+    found = data.verify(open_store(directory), dataset)
+    emit(found, as_json, data_tables.draw_verification)
+    raise typer.Exit(0 if found.ok else 3)
 
 
 def originals(
-    row: Annotated[str | None, typer.Option("--row", metavar="ID", help="One example's alone.")] = None,
+    row: Annotated[str | None, typer.Option("--row", metavar="ID", help="Only those of one example.")] = None,
     new_key: Annotated[bool, typer.Option("--new-key", help="Print a key for $TUNESMITH_ORIGINALS_KEY.")] = False,
     directory: Directory = HERE,
     as_json: Json = False,
 ) -> None:
-    """What the pseudonyms stand for, where data.privacy.originals keeps it and you have the key."""
-    from tunesmith.core.errors import UsageError
+    """Show what pseudonyms stand for, if data.privacy.originals keeps it and you have the key."""
     from tunesmith.data.privacy.originals import new_key as make_key
-    from tunesmith.data.privacy.originals import read_originals
     from tunesmith.project import open_project
+    from tunesmith.services import data
 
     if new_key:
-        emit({"key": (made := make_key())}, as_json, lambda console, _: console.print(made, markup=False))
+        key = make_key()
+        emit({"key": key}, as_json, printed(key))
         return
-    project = open_project(directory)
-    place = project.settings.data.privacy.originals
-    if place is None:
-        raise UsageError("this project keeps no originals", where="data.privacy.originals")
-    known = read_originals(project.root / place)
-    if row is not None and row not in known:
-        raise UsageError(f"nothing was replaced in a row {row!r}", fix="tunesmith data show names the rows")
-    document = {"originals": known if row is None else {row: known[row]}}
-
-    def draw(console: Console, _: object) -> None:
-        for name, pairs in document["originals"].items():
-            for pseudonym, original in pairs.items():
-                console.print(f"{name}  {pseudonym}  {original}", markup=False)
-
-    emit(document, as_json, draw)
+    emit(data.originals(open_project(directory), row), as_json, data_tables.draw_originals)
 
 
-def _find(store: Store, prefix: str | None) -> str:
-    """A dataset record's digest: the one that starts so, or the newest."""
-    from tunesmith.core.errors import UsageError
+def diff(before: _Version, after: _Version, directory: Directory = HERE, as_json: Json = False) -> None:
+    """Show what changed between two dataset versions: rows, splits, licences, balance."""
+    from tunesmith.project import open_store
+    from tunesmith.services import data
 
-    if prefix is not None:
-        return store.find_record(prefix)
-    known = store.records_of("dataset")
-    if not known:
-        raise UsageError("there is no dataset version yet", where=str(store.root), fix="`tunesmith data build`")
-    return known[-1]
+    emit(data.difference(open_store(directory), before, after), as_json, data_tables.draw_difference)
 
 
-def _show_account(document: dict[str, Any], console: Console) -> None:
-    from rich.table import Table
+def removed(
+    dataset: _Version,
+    each: Annotated[int, typer.Option(min=1, help="Rows of each reason.")] = 5,
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """Show a sample of the rows that were left out, for each reason, read again from the sources."""
+    from tunesmith.project import open_store
+    from tunesmith.services import data
 
+    emit(data.removed(open_store(directory), dataset, directory, each), as_json, data_tables.draw_removed)
+
+
+def datasheet(dataset: _Version, output: _Output = None, directory: Directory = HERE, as_json: Json = False) -> None:
+    """Write a datasheet in Markdown."""
+    from tunesmith.project import open_store
+    from tunesmith.services import data
+
+    digest, text = data.datasheet(open_store(directory), dataset, directory.absolute().name)
+    _print_or_write(digest, "datasheet", text, output, as_json)
+
+
+def croissant(dataset: _Version, output: _Output = None, directory: Directory = HERE, as_json: Json = False) -> None:
+    """Write Croissant 1.0 metadata (JSON-LD)."""
+    from tunesmith.project import open_store
+    from tunesmith.services import data
+
+    digest, text = data.croissant(open_store(directory), dataset, directory.absolute().name)
+    _print_or_write(digest, "croissant", text, output, as_json)
+
+
+def sign(
+    dataset: _Version,
+    reason: Annotated[str, typer.Option(help="What was looked at.")],
+    directory: Directory = HERE,
+    as_json: Json = False,
+    actor: As = None,
+) -> None:
+    """Verify a dataset version and sign it off as its steward. The audit log records it."""
     from tunesmith.core.digests import short
+    from tunesmith.project import open_store
+    from tunesmith.services import data
 
-    rows, leakage = document["rows"], document["leakage"]
-    table = Table(title=f"Dataset version {short(document['dataset'])}", show_header=False, title_justify="left")
-    for source in document["sources"]:
-        how = "told" if source["format_told"] else "detected"  # --json states by what
-        held = ", held out" if source.get("split") == "test" else ""
-        table.add_row(f"source {source['path']}", f"{source['rows']} rows, format {source['format']} ({how}){held}")
-    for warning in document["warnings"]:
-        table.add_row("warning", warning)
-    table.add_row("read", str(rows["read"]))
-    table.add_row("kept", f"{rows['kept']} ({rows['changed']} changed)")
-    for reason, number in rows["removed"].items():
-        table.add_row(f"removed: {reason}", str(number))
-    for name, number in document["splits"].items():
-        table.add_row(name, f"{number} rows in {document['groups'][name]} groups")
-    table.add_row(
-        "leakage",
-        f"{leakage['shared_groups']} shared groups, {leakage['near_pairs']} near pairs at {leakage['threshold']}",
+    signed = data.sign(open_store(directory), dataset, reason=reason, actor=actor)
+    emit(signed, as_json, printed(f"{signed.steward} signed off {short(signed.dataset)}"))
+
+
+def quality(
+    dataset: _Version,
+    label_noise: Annotated[bool, typer.Option(help="Also look for wrong labels (extra: quality).")] = False,
+    language: Annotated[bool, typer.Option(help="Also look for other languages (extra: quality).")] = False,
+    toxicity: Annotated[bool, typer.Option(help="Also look for toxic turns (extra: toxicity).")] = False,
+    names: Annotated[bool, typer.Option(help="Count people's names, by the scan's model (extra: privacy).")] = False,
+    alike: Annotated[bool, typer.Option(help="Find requests that say the same, by MiniLM (downloaded once).")] = False,
+    limit: Annotated[int, typer.Option(min=0, help="Flags to show; 0 shows all.")] = 20,
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """Flag rows that a person should look at. Drops none. The store keeps the flags as a record."""
+    from tunesmith.project import open_store
+    from tunesmith.services import data
+
+    found = data.quality(
+        open_store(directory),
+        dataset,
+        label_noise=label_noise,
+        language=language,
+        toxicity=toxicity,
+        names=names,
+        alike=alike,
+        limit=limit,
+        progress=Terminal(),
     )
-    for name, number in leakage.get("shared", {}).items():
-        table.add_row(f"leakage by {name}", f"{number} stand in two splits")
-    _show_division(document, table)
-    for outside in document.get("decontaminated", ()):
-        table.add_row("held against", f"{outside['path']}, {outside['rows']} rows")
-    near = document.get("near_clusters", {"clusters": 0})
-    if near["clusters"]:
-        table.add_row(
-            "near, answers differ", f"{near['clusters']} clusters, {near['rows']} rows, the largest {near['largest']}"
-        )
-    for licence, number in document["licences"].items():
-        table.add_row(f"licence {licence}", str(number))
-    for entity, number in document["privacy"].items():
-        table.add_row(f"found: {entity}", str(number))
-    _show_scan(document.get("privacy_scan"), table)
-    for key, number in document["ignored_keys"].items():
-        table.add_row(f"key not read: {key}", f"in {number} rows")
-    if document["conflicts"]["requests"]:
-        conflicts = document["conflicts"]
-        table.add_row("conflicts", f"{conflicts['requests']} requests with different answers, {conflicts['rows']} rows")
-    console.print(table)
+    emit(found, as_json, data_tables.draw_quality)
 
 
-def _show_division(document: dict[str, Any], table: Table) -> None:
-    for name, (first, last) in document.get("time", {"spans": {}})["spans"].items():
-        table.add_row(f"time of {name}", f"{first[:19]} to {last[:19]} by {document['time']['key']}")
-    strata = document.get("strata", {"rows": {}})
-    bare = [kind for kind, rows in strata["rows"].items() if not rows["test"]]
-    if strata["rows"]:
-        without = f", {len(bare)} of them not in the test: {', '.join(bare[:5])}" if bare else ", all in the test"
-        table.add_row(f"kinds by {strata['key']}", f"{len(strata['rows'])}{without}")
+def _print_or_write(digest: str, what: str, text: str, output: Path | None, as_json: bool) -> None:
+    from tunesmith.core.files import write_atomic
 
-
-def _show_scan(scan: dict[str, Any] | None, table: Table) -> None:
-    if scan is None:  # a record of an older version
-        return
-    for role, found in scan["fields"].items():
-        table.add_row(f"found in: {role}", ", ".join(f"{entity} {number}" for entity, number in found.items()))
-    missed = {entity: one for entity, one in scan["planted"].items() if one["found"] < one["planted"]}
-    for entity, one in sorted(missed.items(), key=lambda pair: float(pair[1]["recall"]))[:3]:
-        table.add_row(
-            f"scan for {entity}",
-            f"finds {one['found']} of {one['planted']} planted here (at least {one['recall_at_least']:.0%})",
-        )
-    if whole := [one for entity, one in scan["planted"].items() if entity not in missed]:
-        least = min(float(one["recall_at_least"]) for one in whole)
-        table.add_row(f"scan for {len(whole)} kinds", f"finds all that was planted here (at least {least:.0%} of each)")
-    left = scan["left"]["at_most"]
-    if scan["planted"]:
-        table.add_row("probably left", "no bound" if left is None else f"at most {left:g} values (95%)")
-
-
-def _show_rows(split: str, rows: list[dict[str, Any]], total: int, console: Console) -> None:
-    console.print(f"\n{split}: {len(rows)} of {total} rows", markup=False)
-    for row in rows:
-        if "messages" not in row:
-            console.print(json.dumps(row, ensure_ascii=False), markup=False)
-            continue
-        console.print(f"\n{row['id']}  {row['group']}  {row['licence']}", style="dim", markup=False)
-        for turn in row["messages"]:
-            console.print(f"  {turn['role']}: {turn['content']}", markup=False)
-            for call in turn.get("tool_calls", ()):
-                console.print(f"    calls {call['name']} {call['arguments']}", markup=False)
+    if output is not None:
+        write_atomic(output, text.encode())
+    shown = text if output is None else str(output)
+    emit({"dataset": digest, what: shown}, as_json, printed(shown))

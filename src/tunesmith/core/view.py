@@ -25,3 +25,10 @@ class View(BaseModel):
     def document(self) -> dict[str, Any]:
         """The result as JSON values, under the keys that scripts rely on."""
         return self.model_dump(mode="json", by_alias=True)
+
+
+class Problem(View):
+    """What is wrong with a file, record or entry. path: where; relative to the store's root if the file is in it."""
+
+    path: str
+    reason: str

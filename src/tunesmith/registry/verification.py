@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.version_ref import VersionRef
+from tunesmith.core.view import Problem
 from tunesmith.models.base import known_folder
 from tunesmith.registry.licence_duties import NOTICE, carried
 from tunesmith.registry.lineage import blobs_of
@@ -32,15 +33,6 @@ from tunesmith.registry.signing.signatures import RELEASE, private_copy
 from tunesmith.store.records import Record, decode
 from tunesmith.store.store import Store
 from tunesmith.store.trust import TRUST_KEY, TrustedKey, read_trust
-
-
-class Problem(BaseModel):
-    """What is wrong with a file. path: relative to the store's root where the file lies under it."""
-
-    model_config = ConfigDict(frozen=True)
-
-    path: str
-    reason: str
 
 
 class Verification(BaseModel):

@@ -7,9 +7,8 @@ from typing import Any
 
 from tunesmith.core.digests import is_digest
 from tunesmith.core.errors import UsageError
-from tunesmith.core.view import View
+from tunesmith.core.view import Problem, View
 from tunesmith.registry.history import verify_log
-from tunesmith.registry.verification import Problem
 from tunesmith.store import audit, database
 from tunesmith.store.audit import Head
 from tunesmith.store.store import Store

@@ -84,7 +84,7 @@ def test_every_row_is_where_it_should_be(name: str, tmp_path: Path) -> None:
         here = json.dumps([turn["content"] for turn in turns]) in said
         assert here or number in left
     assert (body["leakage"]["shared_groups"], body["leakage"]["near_pairs"]) == (0, 0)
-    assert verify_dataset(Store(tmp_path / "store"), dataset.digest)["ok"]
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
 
 
 @pytest.mark.parametrize("name", ["snips", "banking77"])

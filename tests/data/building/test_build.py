@@ -361,7 +361,7 @@ def test_any_rows_add_up_and_verify(tmp_path: Path, drawn: list[tuple[str, str]]
     dataset = build(tmp_path)
     adds_up(dataset)
     store = Store(tmp_path / "store")
-    assert verify_dataset(store, dataset.digest)["problems"] == []
+    assert verify_dataset(store, dataset.digest).problems == ()
     assert dataset_summary(store, dataset.digest).rows.read == 40 + len(rows)
 
 
@@ -369,20 +369,20 @@ def test_verify_names_what_was_changed(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", many_rows(80))
     dataset = build(tmp_path)
     store = Store(tmp_path / "store")
-    assert verify_dataset(store, dataset.digest)["ok"]
+    assert verify_dataset(store, dataset.digest).ok
     blob = store.blob_path(dataset.record.blobs["test.jsonl"])
     blob.chmod(0o644)
     original = blob.read_bytes()
     blob.write_bytes(original.replace(b"answer", b"answre", 1))
     found = verify_dataset(store, dataset.digest)
-    assert not found["ok"]
-    assert found["problems"][0]["path"] == str(blob)
+    assert not found.ok
+    assert found.problems[0].path == str(blob)
     blob.unlink()
-    assert not verify_dataset(store, dataset.digest)["ok"]
+    assert not verify_dataset(store, dataset.digest).ok
     blob.write_bytes(original)
-    assert verify_dataset(store, dataset.digest)["ok"]
+    assert verify_dataset(store, dataset.digest).ok
     store.record_path(dataset.digest).unlink()
-    assert not verify_dataset(store, dataset.digest)["ok"]
+    assert not verify_dataset(store, dataset.digest).ok
 
 
 def test_verify_sees_a_record_that_lies(tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_verify_sees_a_record_that_lies(tmp_path: Path) -> None:
     leaked = store.read_blob(dataset.record.blobs["test.jsonl"]).splitlines(keepends=True)[0]
     blobs = {**dataset.record.blobs, "train.jsonl": store.put_bytes(train + leaked)}
     digest = store.put_record(dataset.record.model_copy(update={"blobs": blobs}))
-    reasons = {one["path"].split(",")[0]: one["reason"] for one in verify_dataset(store, digest)["problems"]}
+    reasons = {one.path.split(",")[0]: one.reason for one in verify_dataset(store, digest).problems}
     assert reasons.keys() >= {"train.jsonl", "splits", "rows kept", "rows read", "leakage.near_pairs", "leakage"}
 
 

@@ -52,16 +52,16 @@ def test_the_proof_is_made_again_without_the_files(contaminated: Path) -> None:
     dataset = build(contaminated, settings(**OUTSIDE))
     (contaminated / "benchmark.csv").unlink()
     store = Store(contaminated / "store")
-    assert verify_dataset(store, dataset.digest)["ok"]
+    assert verify_dataset(store, dataset.digest).ok
     clean = build(contaminated)
     body = dict(clean.record.body) | {"settings": settings(**OUTSIDE).model_dump(mode="json")}
     body["decontaminated"] = dataset.record.body["decontaminated"]
     blobs = {**clean.record.blobs, "outside.jsonl": dataset.record.blobs["outside.jsonl"]}
     claimed = store.put_record(Record(kind="dataset", blobs=blobs, body=body))
     found = verify_dataset(store, claimed)
-    assert not found["ok"]
-    assert {"path": "leakage.near_outside", "reason": "is 2, and must be 0"} in found["problems"]
-    assert any("worded as" in problem["reason"] for problem in found["problems"])
+    assert not found.ok
+    assert ("leakage.near_outside", "is 2, and must be 0") in [(one.path, one.reason) for one in found.problems]
+    assert any("worded as" in problem.reason for problem in found.problems)
 
 
 def test_a_dataset_without_its_outside_set_does_not_verify(contaminated: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_dataset_without_its_outside_set_does_not_verify(contaminated: Path) -
     store = Store(contaminated / "store")
     blobs = {name: digest for name, digest in dataset.record.blobs.items() if name != "outside.jsonl"}
     bare = store.put_record(Record(kind="dataset", blobs=blobs, body=dataset.record.body))
-    assert not verify_dataset(store, bare)["ok"]
+    assert not verify_dataset(store, bare).ok
 
 
 def test_an_outside_set_that_is_not_there(tmp_path: Path) -> None:

@@ -32,17 +32,17 @@ def two(tmp_path: Path) -> tuple[Store, Dataset, Dataset]:
 
 def test_rows_added_removed_and_changed(two: tuple[Store, Dataset, Dataset]) -> None:
     store, first, second = two
-    found = difference(store, first.digest, second.digest)
+    found = difference(store, first.digest, second.digest).document()
     assert found["rows"] == {"same": 78, "moved": 0, "added": 1, "removed": 1, "changed": 1}
     assert found["balance"]["licence"] == {"CC0-1.0": [0, 1], "MIT": [80, 79]}
-    again = difference(store, second.digest, second.digest)
+    again = difference(store, second.digest, second.digest).document()
     assert again["rows"] == {"same": 80, "moved": 0, "added": 0, "removed": 0, "changed": 0}
 
 
 def test_rows_that_moved_to_another_split(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", many_rows(80))
     first, second = build(tmp_path), build(tmp_path, settings(split={"seed": 1}))
-    found = difference(Store(tmp_path / "store"), first.digest, second.digest)
+    found = difference(Store(tmp_path / "store"), first.digest, second.digest).document()
     assert found["rows"]["moved"] > 0
     assert found["rows"]["moved"] + found["rows"]["same"] == 80
 
@@ -113,8 +113,7 @@ def test_an_earlier_record_verifies_by_the_method_it_states(two: tuple[Store, Da
     for key in ("decontaminated", "near_clusters"):
         del body[key]
     earlier = store.put_record(Record(kind="dataset", blobs=first.record.blobs, body=body))
-    assert verify_dataset(store, earlier)["problems"] == []
+    assert verify_dataset(store, earlier).problems == ()
     body["leakage"] = {**stated, "method": "looked at it"}
-    assert not verify_dataset(store, store.put_record(Record(kind="dataset", blobs=first.record.blobs, body=body)))[
-        "ok"
-    ]
+    other = store.put_record(Record(kind="dataset", blobs=first.record.blobs, body=body))
+    assert not verify_dataset(store, other).ok

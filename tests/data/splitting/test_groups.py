@@ -60,7 +60,7 @@ def test_authors_conversations_and_near_rows_stay_together(tmp_path: Path) -> No
     proof = dataset.record.body["leakage"]
     assert proof["shared"] == {"author": 0, "talk": 0, "wording": 0}
     assert (proof["shared_groups"], proof["near_pairs"]) == (0, 0)
-    assert verify_dataset(Store(tmp_path / "store"), dataset.digest)["ok"]
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
     rng.shuffle(rows)
     write_jsonl(tmp_path / "rows.jsonl", rows)
     assert build(tmp_path, chosen).record.blobs["train.jsonl"] == dataset.record.blobs["train.jsonl"]
@@ -145,7 +145,7 @@ def test_an_outside_row_of_another_name_is_the_same_template(tmp_path: Path) -> 
     more = {"decontaminate": [{"path": "bench.jsonl"}], "split": {"values": ["anna", "konstantinos"]}}
     dataset = build(tmp_path, settings(**more))
     assert dataset.record.body["rows"]["removed"] == {"worded as a row of an outside test set": 1}
-    assert verify_dataset(Store(tmp_path / "store"), dataset.digest)["ok"]
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
 
 
 def dated(count: int) -> list[dict[str, Any]]:
@@ -163,7 +163,7 @@ def test_the_newest_rows_are_the_test(tmp_path: Path) -> None:
     spans = body["time"]["spans"]
     assert spans["train"][1] < spans["validation"][0] <= spans["validation"][1] < spans["test"][0]
     assert body["leakage"]["not_older"] == 0
-    assert verify_dataset(Store(tmp_path / "store"), dataset.digest)["ok"]
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
 
 
 def test_rows_of_one_time_stay_together_and_older_ones_of_a_held_out_group_leave(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_split_holds_its_share_of_every_kind(tmp_path: Path, key: str) -> None
     kinds = dataset.record.body["strata"]["rows"]
     assert [kinds["rare"][name] for name in SPLITS] == [16, 2, 2]
     assert [kinds["often"][name] for name in SPLITS] == [304, 38, 38]
-    assert verify_dataset(Store(tmp_path / "store"), dataset.digest)["ok"]
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
 
 
 def test_what_is_no_kind_and_what_is_not_said(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_held_out_row_stands_for_its_copies_whatever_their_group(tmp_path: Pat
     assert dataset.record.body["splits"] == {"train": 40, "validation": 0, "test": 20}
     assert {one.source for one in dataset.examples("test")} == {"held.jsonl"}
     assert {(one["source"], one["reason"]) for one in dataset.removed()} == {("train.jsonl", EXACT)}
-    assert verify_dataset(Store(tmp_path / "store"), dataset.digest)["ok"]
+    assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
 
 
 @pytest.mark.parametrize("more", [{}, {"stratify": "kind", "group_by": "author"}])

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from tunesmith.core.errors import TunesmithError
+from tunesmith.core.view import Problem, View
 from tunesmith.data.building.build import counts, near_threshold
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, decode_outside
 from tunesmith.data.dataset import SPLITS, Dataset, Example, example_id, load_dataset
@@ -16,18 +17,24 @@ from tunesmith.data.splitting.leakage import Nearness, leakage, split_of
 from tunesmith.store.store import Store
 
 
-def verify_dataset(store: Store, digest: str) -> dict[str, Any]:
-    """Recompute digests, ids, splits, counts and the leakage proof.
+class DatasetVerification(View):
+    """Whether a dataset version is what its record says. checked: number of things that were compared."""
 
-    Returns {"dataset", "ok", "checked": number of things compared, "problems": [{"path", "reason"}]}.
-    """
+    dataset: str
+    ok: bool
+    checked: int
+    problems: tuple[Problem, ...]
+
+
+def verify_dataset(store: Store, digest: str) -> DatasetVerification:
+    """Recompute a dataset version's digests, ids, splits, counts and leakage, and compare them with its record."""
     problems: list[dict[str, str]] = []
     checked = 1
     try:
         dataset = load_dataset(store, digest)
         settings = DataSettings.model_validate(dataset.record.body["settings"])
     except (TunesmithError, KeyError, ValueError) as error:
-        return _document(digest, checked, [{"path": "record", "reason": str(error)}])
+        return _verification(digest, checked, [{"path": "record", "reason": str(error)}])
     splits: dict[str, list[Example]] = {}
     for name in SPLITS:
         checked += 1
@@ -41,17 +48,17 @@ def verify_dataset(store: Store, digest: str) -> dict[str, Any]:
     except (TunesmithError, KeyError) as error:
         problems.append({"path": "removed.jsonl", "reason": str(error)})
     if problems:  # nothing more can be said of rows that are not the ones that were sealed
-        return _document(digest, checked, problems)
+        return _verification(digest, checked, problems)
     try:
         outside = _outside(store, dataset, settings)
     except (TunesmithError, KeyError) as error:
-        return _document(digest, checked, [{"path": OUTSIDE, "reason": str(error)}])
+        return _verification(digest, checked, [{"path": OUTSIDE, "reason": str(error)}])
     problems.extend(_row_problems(splits, settings, frozenset(dataset.record.body.get("held_groups", ()))))
     problems.extend(_outside_problems(splits, outside))
     stated = {**_stated(dataset), "rows removed": dataset.record.body["rows"]["removed"]}
     method = str(stated["leakage"].get("method"))
     if method not in METHODS:
-        return _document(digest, checked, [{"path": "leakage", "reason": f"there is no method {method!r}"}])
+        return _verification(digest, checked, [{"path": "leakage", "reason": f"there is no method {method!r}"}])
     shared = leakage(splits, Nearness(splits, near_threshold(settings), outside.requests, method), settings.split)
     again = {
         **counts(splits),
@@ -65,7 +72,7 @@ def verify_dataset(store: Store, digest: str) -> dict[str, Any]:
             problems.append({"path": what, "reason": f"the record says {stated[what]}, the rows say {value}"})
     for what, number in shared.faults().items():
         problems.append({"path": f"leakage.{what}", "reason": f"is {number}, and must be 0"})
-    return _document(digest, checked + len(again) + sum(map(len, splits.values())), problems)
+    return _verification(digest, checked + len(again) + sum(map(len, splits.values())), problems)
 
 
 def _outside(store: Store, dataset: Dataset, settings: DataSettings) -> Outside:
@@ -113,5 +120,6 @@ def _row_problems(
     return problems
 
 
-def _document(digest: str, checked: int, problems: list[dict[str, str]]) -> dict[str, Any]:
-    return {"dataset": digest, "ok": not problems, "checked": checked, "problems": problems}
+def _verification(digest: str, checked: int, problems: list[dict[str, str]]) -> DatasetVerification:
+    found = tuple(Problem.model_validate(problem) for problem in problems)
+    return DatasetVerification(dataset=digest, ok=not found, checked=checked, problems=found)

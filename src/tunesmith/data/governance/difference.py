@@ -8,6 +8,7 @@ from typing import Any
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused
+from tunesmith.core.view import View
 from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources.files import find_files, open_source
@@ -17,13 +18,45 @@ from tunesmith.store.store import Store
 _BALANCED = ("licence", "source", "tenant", "region")
 
 
-def difference(store: Store, before: str, after: str) -> dict[str, Any]:
+class ChangedRow(View):
+    """A row of both versions with another answer. before, after: its ids."""
+
+    before: str
+    after: str
+
+
+class MovedRow(View):
+    """A row that is in another split. before, after: the splits."""
+
+    id: str
+    before: str
+    after: str
+
+
+class Difference(View):
+    """What changed from one dataset version to another. rows: how many are the same, moved, added, removed, changed.
+
+    added, removed: ids. splits: split -> rows before and after. balance: attribute -> value -> rows before and after.
+    removed_reasons: reason -> rows left out before and after.
+    """
+
+    before: str
+    after: str
+    rows: dict[str, int]
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: tuple[ChangedRow, ...]
+    moved: tuple[MovedRow, ...]
+    splits: dict[str, tuple[int, int]]
+    balance: dict[str, dict[str, tuple[int, int]]]
+    removed_reasons: dict[str, tuple[int, int]]
+
+
+def difference(store: Store, before: str, after: str) -> Difference:
     """Rows added, removed, changed and moved between splits, and how licences, sources, tenants and regions shifted.
 
     A row is the same by its id. Of the others, one of either version with the same source and request is a changed
     answer; with the same group and none of that, one was added and one removed.
-    Returns {"before", "after", "rows": {"same", "added", "removed", "changed", "moved"}, "added", "removed", "changed",
-    "moved": ids, "splits", "balance": {attribute: {value: [before, after]}}, "removed_reasons"}.
     """
     first, second = load_dataset(store, before), load_dataset(store, after)
     old, new = _placed(first), _placed(second)
@@ -34,28 +67,28 @@ def difference(store: Store, before: str, after: str) -> dict[str, Any]:
     removed = sorted(gone.keys() - {pair["before"] for pair in changed})
     both = old.keys() & new.keys()
     moved = [
-        {"id": name, "before": old[name][0], "after": new[name][0]}
+        MovedRow(id=name, before=old[name][0], after=new[name][0])
         for name in sorted(both)
         if old[name][0] != new[name][0]
     ]
-    return {
-        "before": before,
-        "after": after,
-        "rows": {
+    return Difference(
+        before=before,
+        after=after,
+        rows={
             "same": len(both) - len(moved),
             "moved": len(moved),
             "added": len(added),
             "removed": len(removed),
             "changed": len(changed),
         },
-        "added": added,
-        "removed": removed,
-        "changed": changed,
-        "moved": moved,
-        "splits": {name: [first.splits[name], second.splits[name]] for name in SPLITS},
-        "balance": {name: _shift(old, new, name) for name in _BALANCED},
-        "removed_reasons": _both(_reasons(first), _reasons(second)),
-    }
+        added=tuple(added),
+        removed=tuple(removed),
+        changed=tuple(ChangedRow(**pair) for pair in changed),
+        moved=tuple(moved),
+        splits={name: (first.splits[name], second.splits[name]) for name in SPLITS},
+        balance={name: _shift(old, new, name) for name in _BALANCED},
+        removed_reasons=_both(_reasons(first), _reasons(second)),
+    )
 
 
 def _placed(dataset: Dataset) -> dict[str, tuple[str, Example]]:
@@ -77,13 +110,13 @@ def _changed(gone: dict[str, Example], come: dict[str, Example]) -> list[dict[st
 
 def _shift(
     old: dict[str, tuple[str, Example]], new: dict[str, tuple[str, Example]], attribute: str
-) -> dict[str, list[int]]:
+) -> dict[str, tuple[int, int]]:
     counts = [Counter(str(getattr(one, attribute) or "") for _, one in rows.values()) for rows in (old, new)]
     return _both(*counts)
 
 
-def _both(before: Counter[str], after: Counter[str]) -> dict[str, list[int]]:
-    return {value: [before[value], after[value]] for value in sorted(before.keys() | after.keys())}
+def _both(before: Counter[str], after: Counter[str]) -> dict[str, tuple[int, int]]:
+    return {value: (before[value], after[value]) for value in sorted(before.keys() | after.keys())}
 
 
 def _reasons(dataset: Dataset) -> Counter[str]:

@@ -29,9 +29,9 @@ def sign_off(store: Store, digest: str, *, steward: str, reason: str) -> str:
     if not reason.strip():
         raise UsageError("a sign-off needs a reason", fix='--reason "what was looked at"')
     found = verify_dataset(store, digest)
-    if not found["ok"]:
-        first = found["problems"][0]
-        raise Refused(f"the dataset version does not verify: {first['reason']}", where=first["path"])
+    if not found.ok:
+        first = found.problems[0]
+        raise Refused(f"the dataset version does not verify: {first.reason}", where=first.path)
     detail: dict[str, Any] = {}
     with store.change(steward, ACTION, digest, detail) as session:
         identities.require(session, steward, ACTION)  # a role taken away meanwhile counts

@@ -1,0 +1,181 @@
+"""How dataset versions, their differences and their flags are drawn on a terminal."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tunesmith.data.building.summary import DatasetSummary
+    from tunesmith.data.building.verify import DatasetVerification
+    from tunesmith.data.governance.difference import Difference
+    from tunesmith.services.data import Originals, QualityReport, RemovedRows, ShownDataset
+
+
+def draw_summary(console: Console, found: DatasetSummary) -> None:
+    """A table of what a dataset version holds and what was left out."""
+    from rich.table import Table
+
+    from tunesmith.core.digests import short
+
+    table = Table(title=f"Dataset version {short(found.dataset)}", show_header=False, title_justify="left")
+    for source in found.sources:
+        how = "told" if source.format_told else "detected"  # --json has the evidence
+        held = ", held out" if source.split == "test" else ""
+        table.add_row(f"source {source.path}", f"{source.rows} rows, format {source.format} ({how}){held}")
+    for warning in found.warnings:
+        table.add_row("warning", warning)
+    table.add_row("read", str(found.rows.read))
+    table.add_row("kept", f"{found.rows.kept} ({found.rows.changed} changed)")
+    for reason, number in found.rows.removed.items():
+        table.add_row(f"removed: {reason}", str(number))
+    for name, number in found.splits.items():
+        table.add_row(name, f"{number} rows in {found.groups[name]} groups")
+    leakage = found.leakage
+    table.add_row(
+        "leakage", f"{leakage.shared_groups} shared groups, {leakage.near_pairs} near pairs at {leakage.threshold}"
+    )
+    for name, number in (leakage.shared or {}).items():
+        table.add_row(f"leakage by {name}", f"{number} in two splits")
+    _add_splitting(found, table)
+    for outside in found.decontaminated:
+        table.add_row("compared with", f"{outside['path']}, {outside['rows']} rows")
+    near = found.near_clusters
+    if near.clusters:
+        table.add_row("near, answers differ", f"{near.clusters} clusters, {near.rows} rows, the largest {near.largest}")
+    for licence, number in found.licences.items():
+        table.add_row(f"licence {licence}", str(number))
+    for entity, number in found.privacy.items():
+        table.add_row(f"found: {entity}", str(number))
+    _add_scan(found.privacy_scan, table)
+    for key, number in found.ignored_keys.items():
+        table.add_row(f"key not read: {key}", f"in {number} rows")
+    if conflicts := found.conflicts.requests:
+        table.add_row("conflicts", f"{conflicts} requests with different answers, {found.conflicts.rows} rows")
+    console.print(table)
+
+
+def draw_rows(console: Console, found: ShownDataset) -> None:
+    """The rows of a split, turn by turn."""
+    console.print(f"\n{found.split}: {len(found.examples)} of {found.total} rows", markup=False)
+    for row in found.examples:
+        if "messages" not in row:
+            console.print(json.dumps(row, ensure_ascii=False), markup=False)
+            continue
+        console.print(f"\n{row['id']}  {row['group']}  {row['licence']}", style="dim", markup=False)
+        for turn in row["messages"]:
+            console.print(f"  {turn['role']}: {turn['content']}", markup=False)
+            for call in turn.get("tool_calls", ()):
+                console.print(f"    calls {call['name']} {call['arguments']}", markup=False)
+
+
+def draw_verification(console: Console, found: DatasetVerification) -> None:
+    """The problems of a dataset version, and the outcome."""
+    from tunesmith.core.digests import short
+
+    for problem in found.problems:
+        console.print(f"{problem.path}: {problem.reason}", markup=False)
+    outcome = "is what its record says" if found.ok else f"has {len(found.problems)} problems"
+    console.print(f"{short(found.dataset)} {outcome} ({found.checked} things checked)", markup=False)
+
+
+def draw_originals(console: Console, found: Originals) -> None:
+    """One line for each pseudonym."""
+    for row, pairs in found.originals.items():
+        for pseudonym, original in pairs.items():
+            console.print(f"{row}  {pseudonym}  {original}", markup=False)
+
+
+def draw_difference(console: Console, found: Difference) -> None:
+    """A table of rows before and after."""
+    from rich.table import Table
+
+    table = Table("", "before", "after", title="From one dataset version to the other", title_justify="left")
+    for split, (before, after) in found.splits.items():
+        table.add_row(split, str(before), str(after))
+    shown = {name: values for name, values in found.balance.items() if set(values) != {""}}
+    for name, values in {**shown, "removed": found.removed_reasons}.items():
+        for value, (before, after) in values.items():
+            table.add_row(f"{name}: {value or '(none)'}", str(before), str(after))
+    console.print(table)
+    console.print(", ".join(f"{number} {what}" for what, number in found.rows.items()), markup=False)
+
+
+def draw_removed(console: Console, found: RemovedRows) -> None:
+    """The sampled rows under their reasons."""
+    for reason, rows in found.removed.items():
+        console.print(f"\n{reason}", style="bold", markup=False)
+        for row in rows:
+            fields = json.dumps(row.get("fields"), ensure_ascii=False)
+            console.print(f"  {row['source']}, row {row['row']}: {fields}", markup=False)
+
+
+def draw_quality(console: Console, found: QualityReport) -> None:
+    """The number of flagged rows, the balance of the rows, and the first flags."""
+    for what, rows in found.flagged.items():
+        console.print(f"{what}: {rows} of {found.rows} rows", markup=False)
+    if found.toxicity:
+        console.print(f"  {_detector_error(found.toxicity)}", markup=False)
+    for what, counts in found.balance.items():
+        if set(counts) not in (set(), {""}):
+            most = sorted(counts.items(), key=lambda pair: -pair[1])[:8]
+            shown = ", ".join(f"{value or '(none)'} {number}" for value, number in most)
+            console.print(f"balance by {what}: {shown}", markup=False)
+    _draw_names(console, found.names, found.rows)
+    for flag in found.examples:
+        console.print(f"  {flag['id']}  {flag['flag']}: {flag['detail']}", markup=False)
+
+
+def _add_splitting(found: DatasetSummary, table: Table) -> None:
+    if found.time:
+        for name, (first, last) in found.time["spans"].items():
+            table.add_row(f"time of {name}", f"{first[:19]} to {last[:19]} by {found.time['key']}")
+    if found.strata:
+        kinds = found.strata["rows"]
+        bare = [kind for kind, rows in kinds.items() if not rows["test"]]
+        missing = f", {len(bare)} of them not in the test: {', '.join(bare[:5])}" if bare else ", all in the test"
+        table.add_row(f"kinds by {found.strata['key']}", f"{len(kinds)}{missing}")
+
+
+def _add_scan(scan: dict[str, Any], table: Table) -> None:
+    """What the privacy scan found, and its recall on synthetic values inserted into these rows."""
+    for role, found in scan.get("fields", {}).items():
+        table.add_row(f"found in: {role}", ", ".join(f"{entity} {number}" for entity, number in found.items()))
+    measured = scan.get("planted", {})
+    missed = {entity: one for entity, one in measured.items() if one["found"] < one["planted"]}
+    for entity, one in sorted(missed.items(), key=lambda pair: float(pair[1]["recall"]))[:3]:
+        recall = f"recall at least {one['recall_at_least']:.0%}"
+        table.add_row(f"scan for {entity}", f"finds {one['found']} of {one['planted']} synthetic values ({recall})")
+    if whole := [one for entity, one in measured.items() if entity not in missed]:
+        least = min(float(one["recall_at_least"]) for one in whole)
+        table.add_row(f"scan for {len(whole)} kinds", f"finds all synthetic values (recall at least {least:.0%} each)")
+    if measured:
+        left = scan["left"]["at_most"]
+        table.add_row("probably left", "no bound" if left is None else f"at most {left:g} values (95%)")
+
+
+def _detector_error(found: dict[str, Any]) -> str:
+    measured = found["measured"]
+    roles = ", ".join(f"{role} {rows}" for role, rows in found["rows"].items()) or "none"
+    return (
+        f"toxic by role: {roles}. On {measured['sentences']} sentences, half of them toxic and half only similar, "
+        f"{found['package']} {found['version']} finds {measured['recall']:.0%} of the toxic ones "
+        f"and flags {measured['false_rate']:.0%} of the others (precision {measured['precision'] or 0:.0%})"
+    )
+
+
+def _draw_names(console: Console, names: dict[str, Any], rows: int) -> None:
+    if found := names.get("found"):
+        genders = ", ".join(f"{gender} {number}" for gender, number in found["genders"].items())
+        error = found["reference"]["entities"]["PERSON"] if found["reference"] else None
+        accuracy = f"; on annotated text recall {error['recall']}, precision {error['precision']}" if error else ""
+        console.print(
+            f"people named: in {found['rows']} of {rows} rows, {found['mentions']} mentions of {found['distinct']} "
+            f"names, the most frequent {found['most']} times; suggested: {genders} "
+            f"({found['model']['package']}{accuracy})",
+            markup=False,
+        )
+    console.print(f"  ({names['caveat']})", markup=False)
