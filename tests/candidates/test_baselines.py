@@ -62,9 +62,9 @@ def test_the_same_rows_give_the_same_answers() -> None:
 
 
 def test_answers_that_are_all_different_are_no_classification() -> None:
-    with pytest.raises(UsageError, match="no classification"):
+    with pytest.raises(UsageError, match="not a classification task"):
         make_baseline("classifier", [example(f"q {n}", f"a {n}", n) for n in range(6)])
-    with pytest.raises(UsageError, match="no classification"):
+    with pytest.raises(UsageError, match="not a classification task"):
         make_baseline("classifier", [example(f"q {n}", "a", n) for n in range(6)])
 
 

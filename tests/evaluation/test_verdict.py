@@ -228,9 +228,9 @@ def test_test_rows_changed_after_the_run_judge_nothing(tmp_path: Path) -> None:
     path = made.store.blob_path(record.blobs["test.jsonl"])
     path.chmod(0o600)
     path.write_bytes(easier)
-    with pytest.raises(Refused, match="does not hold the bytes"):
+    with pytest.raises(Refused, match="do not have that digest"):
         judge(made.store, evaluation=evaluation, candidate="tuned", gates=GATES.validate_python(STANDARD))
-    with pytest.raises(Refused, match="does not hold the bytes"):
+    with pytest.raises(Refused, match="do not have that digest"):
         again(made)
     made.store.engine.dispose()
 

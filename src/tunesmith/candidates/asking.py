@@ -1,4 +1,4 @@
-"""Asking a candidate many rows, so that a stop loses a handful at most, and what is kept of its answers."""
+"""Asks a candidate many rows in chunks, so that a stopped run loses one chunk at most, and stores the answers."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from tunesmith.engines.protocol import Completion
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-# Rows that are asked and kept at once: what kill -9 can undo. Several batches' worth, so that the batch stays full;
-# always the same rows together, so that a run that carries on gives the same bytes.
+# Rows per chunk: what kill -9 can lose. Several batches, so that batches stay full. A resumed run has the same chunks,
+# and therefore gives the same bytes.
 TOGETHER = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Answers to rows: a line each (id, text, finish, tokens), the seconds they took, and those expected at first."""
+    """Answers to rows. lines: one per row (id, text, finish, tokens). expected: estimated seconds."""
 
     lines: list[dict[str, Any]]
     seconds: float
     expected: float
 
     def body(self, suite: str) -> dict[str, Any]:
-        """What an answers record states. served_by: the models that an endpoint said had answered."""
+        """The body of an answers record. served_by: the models that an endpoint named in its answers."""
         served = sorted({line["served_by"] for line in self.lines if "served_by" in line})
         return {
             "suite": suite,
             "n": len(self.lines),
             "seconds": self.seconds,
-            "estimate": {"seconds": self.expected},  # from the first handful
+            "estimate": {"seconds": self.expected},
             "prompt_tokens": sum(line["prompt_tokens"] for line in self.lines),
             "completion_tokens": sum(line["completion_tokens"] for line in self.lines),
         } | ({"served_by": served} if served else {})
 
 
-# Conversations -> for each the log-probability of every label.
+# Conversations -> for each, label -> log-probability.
 Likelihoods = Callable[[Sequence[Sequence[Message]]], list[dict[str, float]]]
 
 
@@ -60,9 +60,9 @@ def ask_rows(
     progress: Progress = SILENT,
     likelihoods: Likelihoods | None = None,
 ) -> Asked:
-    """Answers to the examples' requests in order. work: a folder where they are kept, and found after a stop.
+    """Answers to the examples' requests, in their order. work: a folder for finished chunks, which a resumed run reads.
 
-    likelihoods: asked after the clock has stopped, to state how sure each answer is; an answer that is no label has 0.
+    likelihoods: gives each answer a confidence, which is 0 for an answer that is not a label. Its time does not count.
     """
     lines: list[dict[str, Any]] = []
     seconds, expected = 0.0, 0.0
@@ -94,7 +94,7 @@ def keep_answers(
     body: Mapping[str, Any],
     files: Mapping[str, bytes] | None = None,
 ) -> str:
-    """An answers record over lines, with further files beside them; returns its digest."""
+    """Store an answers record with its lines and further files; returns its digest."""
     whole = {"answers.jsonl": b"".join(canonical(dict(line)) + b"\n" for line in lines), **(files or {})}
     blobs = {name: store.put_bytes(content) for name, content in whole.items()}
     return store.put_record(Record(kind="answers", parents=parents, blobs=blobs, body=body))
@@ -121,7 +121,7 @@ def _line(answerer: Answerer, example: Example, completion: Completion) -> dict[
 
 
 def _confidence(text: str, sums: Mapping[str, float]) -> float:
-    """The answer's share of the labels' probability."""
+    """The answer's share of all labels' probability; 0 for an answer that is not a label."""
     if text not in sums:
         return 0.0
     largest = max(sums.values())

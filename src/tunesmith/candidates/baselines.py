@@ -1,4 +1,4 @@
-"""The floor: answers without a language model, which one has to beat to be worth its price."""
+"""Baselines that answer without a language model: nearest neighbour and classifier. A model must beat them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion, Generation
 
-# More distinct answers than this, or fewer than two examples of the usual one, is no classification.
+# With more distinct answers, or fewer than two examples per answer, the task is not a classification.
 MOST_ANSWERS = 200
 _UNBOUNDED = 1 << 30
-_TOKENS = r"(?u)\b\w+\b"  # scikit-learn's own leaves out words of one letter
+_TOKENS = r"(?u)\b\w+\b"  # scikit-learn's default drops words of one letter
 
 
 @dataclass(frozen=True, slots=True)
 class Confident(Completion):
-    """A completion with the probability (0 to 1) that its maker gave it."""
+    """A completion with the classifier's probability (0 to 1)."""
 
     confidence: float = 0.0
 
 
 class Baseline(ABC):
-    """Answers requests from the training examples. Costs no tokens."""
+    """Answers requests from the training examples. Uses no tokens."""
 
     context_length = _UNBOUNDED
 
@@ -39,7 +39,7 @@ class Baseline(ABC):
         """Answers in the order of requests."""
         del adapter, progress
         if any(request.top_logprobs is not None for request in requests):
-            raise UsageError("this answer has no log-probabilities: no language model gave it", where="logprobs")
+            raise UsageError("a baseline has no log-probabilities", where="logprobs")
         return self._answers([last_request(request.messages) for request in requests])
 
     def stream(self, request: Generation, adapter: str | None = None) -> Iterator[str | Completion]:
@@ -53,7 +53,7 @@ class Baseline(ABC):
 
 
 class Nearest(Baseline):
-    """The answer of the training example whose request BM25 finds most like."""
+    """Gives the answer of the training example with the most similar request, by BM25."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._answer = [example.answer for example in examples]
@@ -64,14 +64,14 @@ class Nearest(Baseline):
 
 
 class Classifier(Baseline):
-    """TF-IDF of words and pairs of words, and logistic regression over the distinct answers, by scikit-learn."""
+    """TF-IDF of words and word pairs, with logistic regression over the distinct answers, by scikit-learn."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         counted = Counter(example.answer for example in examples)
         if not 2 <= len(counted) <= MOST_ANSWERS or len(examples) < 2 * len(counted):
             raise UsageError(
-                f"{len(examples)} training rows with {len(counted)} distinct answers are no classification "
-                f"(2 to {MOST_ANSWERS} answers, two rows of each on average)",
+                f"{len(examples)} training rows with {len(counted)} distinct answers are not a classification task "
+                f"(it needs 2 to {MOST_ANSWERS} answers, with two rows each on average)",
                 where="method: classifier",
                 fix="use method: nearest",
             )
@@ -98,12 +98,12 @@ class Classifier(Baseline):
 
 
 def make_baseline(method: str, examples: Sequence[Example]) -> Baseline:
-    """The floor of that method, made from training examples. The same examples give the same answers."""
+    """The baseline of a method, built from training examples. The same examples give the same answers."""
     return Nearest(examples) if method == "nearest" else Classifier(examples)
 
 
 def last_request(messages: Sequence[Message]) -> str:
-    """What the user asked last. Raises UsageError where no user asked anything."""
+    """The last user message. Raises UsageError where there is none."""
     for message in reversed(messages):
         if message.role == "user":
             return message.content

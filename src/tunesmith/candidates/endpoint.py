@@ -1,4 +1,4 @@
-"""Asking a model behind an OpenAI-compatible URL: with retries, time limits, and no key anywhere but in the header."""
+"""Asks a model behind an OpenAI-compatible URL, with retries and time limits. The key is only in the header."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _UNBOUNDED = 1 << 30
 class RemoteCompletion(Completion):
     """A completion with the model's name as the endpoint reported it.
 
-    confidence: the probability (0 to 1) of the whole answer, from its tokens' log-probabilities; None where not asked.
+    confidence: the probability (0 to 1) of the whole answer, from its tokens' log-probabilities; None without logprobs.
     """
 
     served_by: str = ""
@@ -39,7 +39,7 @@ class RemoteCompletion(Completion):
 
 
 class Endpoint:
-    """Answers by asking elsewhere. Every request goes out once per try; nothing is streamed."""
+    """Answers by sending requests to an endpoint. Nothing is streamed."""
 
     context_length = _UNBOUNDED
 
@@ -52,7 +52,7 @@ class Endpoint:
     def generate(
         self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[Completion]:
-        """Answers in the order of requests. Raises TunesmithError where one cannot be had."""
+        """Answers in the order of requests. Raises TunesmithError where the endpoint gives no answer."""
         del adapter
         with progress.task("asking", len(requests)) as task, ThreadPoolExecutor(self._settings.parallel) as pool:
             given: list[Completion] = []
@@ -86,7 +86,7 @@ class Endpoint:
         return self._read(self._posted(body))
 
     def _posted(self, body: dict[str, Any]) -> Any:
-        """The endpoint's document, asked for again where it is busy or the connection breaks."""
+        """The endpoint's response. Retries where it is busy or the connection breaks."""
         reason = ""
         for turn in range(self._settings.retries + 1):
             wait = min(2.0**turn * 0.25, _LONGEST_WAIT)
@@ -103,16 +103,16 @@ class Endpoint:
                 wait = max(wait, _asked_wait(headers.get("retry-after")))
             if turn < self._settings.retries:
                 time.sleep(min(wait, _LONGEST_WAIT))
-        raise self._failed(reason, "look at the endpoint; answers that came are kept, and the same command carries on")
+        raise self._failed(reason, "check the endpoint, then run the same command again: finished answers are kept")
 
     def _once(self, body: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:
-        """One try: status, headers and the body's bytes, read no further than an answer may be long."""
+        """One attempt: status, headers and body. Raises TunesmithError for a body over the size limit."""
         with self._client.stream("POST", f"{self._settings.url}/chat/completions", json=body) as response:
             pieces, size = [], 0
             for piece in response.iter_bytes():
                 size += len(piece)
                 if size > _LARGEST_ANSWER:
-                    raise self._failed(f"its answer is larger than {_LARGEST_ANSWER} bytes", "look at the endpoint")
+                    raise self._failed(f"its answer is larger than {_LARGEST_ANSWER} bytes", "check the endpoint")
                 pieces.append(piece)
             return response.status_code, response.headers, b"".join(pieces)
 
@@ -125,7 +125,7 @@ class Endpoint:
             if not isinstance(text, str | None) or any(type(count) is not int or count < 0 for count in tokens):
                 raise TypeError("content is not a text or a token count is not a number")
             confidence = _probability(choice["logprobs"]["content"]) if self._settings.logprobs else None
-            # Half a character would break the record's bytes later on.
+            # A lone surrogate cannot be stored in a record.
             (text or "").encode()
         except (ValueError, RecursionError, KeyError, IndexError, TypeError) as error:
             raise self._failed(
@@ -142,7 +142,7 @@ class Endpoint:
         )
 
     def _shown(self, data: bytes) -> str:
-        """The start of an error's text, without the key should the endpoint repeat it."""
+        """The start of an error's text, with the key removed where the endpoint repeats it."""
         text = data[:2000].decode("utf-8", "replace")
         if self._key:
             text = text.replace(self._key, "[key]")
@@ -154,10 +154,10 @@ class Endpoint:
 
 
 def _probability(tokens: Any) -> float:
-    """The product of the tokens' probabilities. Raises TypeError for what is no list of log-probabilities."""
+    """The product of the tokens' probabilities. Raises TypeError for invalid log-probabilities."""
     sums = [token["logprob"] for token in tokens]
     if any(isinstance(each, bool) or not isinstance(each, int | float) or not each <= 1e-3 for each in sums):
-        raise TypeError("a log-probability is above 0 or no number")
+        raise TypeError("a log-probability is above 0 or not a number")
     return round(math.exp(min(math.fsum(sums), 0.0)), 6)
 
 
@@ -177,7 +177,7 @@ def _key(settings: EndpointSettings) -> str:
 
 
 def _asked_wait(header: str | None) -> float:
-    """Seconds that a Retry-After header asks for: a number or a date (RFC 9110)."""
+    """The seconds of a Retry-After header, a number or a date (RFC 9110); 0 for an invalid one."""
     if not header:
         return 0.0
     with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""Finding the texts most like a request: by words, by vectors, or by the ranks of both.
+"""Finds the texts most similar to a request: by words, by embeddings, or by the ranks of both.
 
 By words: BM25 (Robertson and Zaragoza 2009, as bm25s computes it). By vectors: cosine of MiniLM's sentence vectors.
 Fused: reciprocal rank fusion with k = 60 (Cormack, Clarke and Buettcher 2009).
@@ -23,7 +23,7 @@ Embed = Callable[[Sequence[str]], Vectors]  # texts -> rows of length 1
 
 
 class Index:
-    """Texts, found by place. embed, where there is one, makes the vectors that `dense` and `fused` compare."""
+    """An index of texts. embed: makes the embeddings for `dense` and `fused`."""
 
     def __init__(self, texts: Sequence[str], by: str = "bm25", embed: Embed | None = None) -> None:
         self._by, self._embed = by, embed
@@ -35,15 +35,15 @@ class Index:
         self._vectors = embed(texts) if embed is not None and by != "bm25" else None
 
     def nearest(self, text: str, k: int, skip: frozenset[int] = frozenset()) -> list[int]:
-        """Places of the k texts of the highest score, the best last: it stands next to the request in the prompt.
+        """Positions of the k texts with the highest scores, the best last, next to the request in the prompt.
 
-        skip: places that must not be found.
+        skip: positions to leave out.
         """
         order = [place for place in self._ranked(text, k + len(skip)) if place not in skip]
         return list(reversed(order[:k]))
 
     def similarity(self, text: str) -> float:
-        """Jaccard similarity (0 to 1) of a request's words to those of the text BM25 finds first."""
+        """Jaccard similarity (0 to 1) of a request's words to those of the best text by BM25."""
         asked = set(words(text))
         place = _best(self._by_word(text), 1)[0]
         union = asked | self._sets[place]
@@ -51,7 +51,7 @@ class Index:
 
     def _by_word(self, text: str) -> NDArray[np.floating]:
         known = [word for word in words(text) if word in self._known]
-        # bm25s fails on a text of which it knows no word.
+        # bm25s fails on a text without any known word.
         return self._index.get_scores(known) if known else np.zeros(len(self._words))
 
     def _ranked(self, text: str, k: int) -> list[int]:
@@ -59,7 +59,7 @@ class Index:
         if self._embed is None or self._vectors is None:
             assert by_words is not None
             return _best(by_words, k)
-        # Six decimals: a last bit that differs between machines must not reorder what is shown.
+        # Six decimals, so that rounding differences between machines do not change the order.
         by_vectors = np.round(self._vectors @ self._embed([text])[0], 6)
         if by_words is None:
             return _best(by_vectors, k)
@@ -76,7 +76,7 @@ def example_index(examples: Sequence[Example], by: str = "bm25", embed: Embed | 
 
 
 def request_text(example: Example) -> str:
-    """What the user asked last."""
+    """The last user message of an example."""
     return next(message.content for message in reversed(example.messages) if message.role == "user")
 
 
@@ -86,5 +86,5 @@ def words(text: str) -> list[str]:
 
 
 def _best(scores: NDArray[np.floating], k: int) -> list[int]:
-    # A stable sort: equal scores keep the texts' order, whatever the platform.
+    # A stable sort, so that equal scores keep the texts' order on every platform.
     return [int(place) for place in np.argsort(-scores, kind="stable")[:k]]

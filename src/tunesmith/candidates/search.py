@@ -1,4 +1,4 @@
-"""A small search for a better prompt and better shots, on validation rows alone, so that the rival is a strong one."""
+"""Searches for a better prompt and better shots on validation rows, so that prompting is a strong rival."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tunesmith.data.dataset import Dataset, Example
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-# What a tried candidate answered to rows (the lines that ask_rows keeps, in their order) -> a score a row.
+# A candidate, validation rows, and its answers' lines in the same order -> one score per row.
 Score = Callable[[Candidate, Sequence[Example], Sequence[Mapping[str, Any]]], list[float]]
 MakeAnswerer = Callable[[Candidate], Answerer]
 
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """One combination: a prompt's text, and shots chosen in a way and number (0: none)."""
+    """One combination: a prompt's text, the number of shots (0: none), and how they are chosen."""
 
     prompt: str
     count: int
@@ -38,10 +38,10 @@ class Try:
 
 
 def plan_tries(settings: Search, prompts: Sequence[str]) -> list[Try]:
-    """What is tried, settings.tries at most: every prompt with every number of shots fixed, then diverse, then drawn.
+    """At most settings.tries combinations: each prompt with each number of shots, fixed, then diverse, then drawn.
 
-    Earlier rounds are the likelier ones; where the budget ends within a round its combinations are taken in the order
-    of their hashed descriptions, so that no prompt is preferred for standing first.
+    Where the budget ends within a round, that round is ordered by hashed descriptions, so that the first prompt has no
+    advantage.
     """
     planned: list[Try] = []
     pairs = list(product(dict.fromkeys(prompts), dict.fromkeys(settings.shots)))
@@ -69,15 +69,15 @@ def search_prompts(
     work: Path,
     progress: Progress = SILENT,
 ) -> str:
-    """Try combinations on validation rows and keep a search record; returns its digest.
+    """Try combinations on validation rows and store a search record; returns its digest.
 
-    The best by the mean score wins; of equals the one with the fewer prompt tokens, then the one planned first. The
-    test rows are not read. Raises UsageError where there are no validation rows.
+    The best mean score wins; among equals the fewest prompt tokens, then the first planned. The test rows are not read.
+    Raises UsageError where there are no validation rows.
     """
     rows = _some(dataset.examples("validation"), settings)
     if not rows:
         raise UsageError(
-            "a search needs validation rows and there are none",
+            "a search needs validation rows, and the dataset has none",
             where=f"candidates.{candidate.name}.search",
             fix="raise data.split.validation",
         )
@@ -121,7 +121,7 @@ def search_prompts(
 
 
 def found_choice(store: Store, digest: str, dataset: Dataset) -> tuple[str, list[Example]]:
-    """The prompt and the shots that a search chose."""
+    """The prompt and the shots of a search's best combination."""
     body = store.record(digest, kind="search").body
     best = body["tries"][body["best"]]
     by_id = {example.id: example for example in dataset.examples("train")}
@@ -129,7 +129,7 @@ def found_choice(store: Store, digest: str, dataset: Dataset) -> tuple[str, list
 
 
 def with_choice(candidate: Candidate, prompt: str, shots: Sequence[Example]) -> Candidate:
-    """The candidate with another prompt and other shots."""
+    """A copy of the candidate with this prompt and these shots."""
     shown = tuple(turns_only(shot.messages) for shot in shots)
     return candidate.model_copy(update={"prompt": prompt, "shots": shown})
 
@@ -143,7 +143,7 @@ def _shots(train: Sequence[Example], one: Try, seed: int) -> list[Example]:
 
 
 def _some(validation: Sequence[Example], settings: Search) -> list[Example]:
-    """The first rows by a hash, in the order of their ids."""
+    """settings.rows rows, chosen by hash, in the order of their ids."""
     ordered = sorted(validation, key=lambda row: _mixed(settings.seed, row.id))
     return sorted(ordered[: settings.rows], key=lambda row: row.id)
 

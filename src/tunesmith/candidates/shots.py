@@ -1,4 +1,4 @@
-"""Choosing the examples that are shown before every request. Only training examples are ever chosen from."""
+"""Chooses the training examples that are shown before every request."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from tunesmith.data.dataset import Example
 def choose_shots(examples: Sequence[Example], count: int, choose: str = "fixed") -> list[Example]:
     """count training examples, in one of two ways.
 
-    fixed: one of each group before a second of any; groups and rows are taken in the order of their hashed names, so
-    that adding a row rarely changes the choice. diverse: the first of those, then again and again the example whose
-    request and answer share the fewest words with any chosen (farthest-first traversal, Gonzalez 1985, by Jaccard
-    distance).
+    fixed: one of each group before a second of any. Groups and rows are ordered by hashed names, so that a new row
+    rarely changes the choice. diverse: the first of those, then repeatedly the example whose request and answer share
+    the fewest words with those chosen (farthest-first traversal, Gonzalez 1985, by Jaccard distance).
     """
     if choose == "diverse":
         return _farthest_first(examples, count)
@@ -34,7 +33,7 @@ def choose_shots(examples: Sequence[Example], count: int, choose: str = "fixed")
 
 
 def draw_shots(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """count training examples by chance, the same for the same seed."""
+    """count random training examples. The same seed gives the same examples."""
     ordered = sorted(examples, key=lambda one: _order(one.id))
     return random.Random(seed).sample(ordered, min(count, len(ordered)))
 

@@ -1,4 +1,4 @@
-"""Answers as evidence: read with suspicion, held against the rows that were asked and against what was learned from."""
+"""Reads answers records and checks them against the test rows and against candidates' training rows."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 ANSWERS = "answers.jsonl"
-# Whose probe a name is when no candidate is meant but the weights before tuning.
+# The name, in probes, of the weights before tuning.
 BASE = "base"
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """One candidate's answers to the test rows: id -> line, and the seconds they took together."""
+    """One candidate's answers to the test rows. lines: row id -> line. seconds: for all rows together."""
 
     digest: str
     candidate_digest: str
@@ -37,7 +37,7 @@ class Answers:
 
 
 def read_answers(store: Store, digest: str, name: str, dataset: Dataset, test: Sequence[Example]) -> Answers:
-    """A candidate's answers to the test rows, one for each. Raises Inconclusive for anything else."""
+    """A candidate's answers, exactly one for each test row. Raises Inconclusive otherwise."""
     record = store.record(digest, kind="answers")
     if record.parents.get("dataset") != dataset.digest:
         answered = short(record.parents.get("dataset", "none"))
@@ -53,7 +53,7 @@ def read_answers(store: Store, digest: str, name: str, dataset: Dataset, test: S
     lines = _by_id(store, record, where, [example.id for example in test])
     for identifier, line in lines.items():
         if not isinstance(line.get("text"), str) or line.get("finish") not in ("stop", "length"):
-            raise Inconclusive("an answer without text or finish", where=f"{where}, {identifier}")
+            raise Inconclusive("an answer has no text or no finish reason", where=f"{where}, {identifier}")
         for key in ("prompt_tokens", "completion_tokens"):
             if not _is_number(line.get(key)) or line[key] != int(line[key]):
                 raise Inconclusive(f"{key} is {line.get(key)!r}, not a count", where=f"{where}, {identifier}")
@@ -67,14 +67,14 @@ def read_answers(store: Store, digest: str, name: str, dataset: Dataset, test: S
 
 
 def read_lines(store: Store, digest: str, suite: str, expected: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Answers to the rows of another split, id -> line, one for each expected id. Raises Inconclusive otherwise."""
+    """Answers to another split: id -> line, exactly one for each expected id. Raises Inconclusive otherwise."""
     record = store.record(digest, kind="answers")
     where = f"answers {short(digest)}"
     if record.body.get("suite") != suite:
         raise Inconclusive(f"these are answers to {record.body.get('suite')!r}, not to the {suite} rows", where=where)
     lines = _by_id(store, record, where, expected)
     if any(not isinstance(line.get("text"), str) for line in lines.values()):
-        raise Inconclusive("an answer without text", where=where)
+        raise Inconclusive("an answer has no text", where=where)
     return lines
 
 
@@ -85,9 +85,9 @@ def seen_answers(
     lines: Mapping[str, Mapping[str, Any]],
     examples: Sequence[Example],
 ) -> dict[str, Answered]:
-    """id -> the answer with what was asked and looked up for it, for examples of the dataset. lines: answers by id.
+    """Row id -> the answer as scorers see it, with the request and the retrieved texts. lines: answers by row id.
 
-    Raises Inconclusive where what was looked up is not there.
+    Raises Inconclusive where a retrieved text no longer exists.
     """
     names = {name for line in lines.values() for name in line.get("retrieved", ())}
     texts: dict[str, str] = {}
@@ -102,7 +102,7 @@ def seen_answers(
         }
     lost = sorted(names - texts.keys())
     if lost:
-        raise Inconclusive(f"{candidate.name!r} looked up {lost[0]!r}, which its sources do not hold")
+        raise Inconclusive(f"{candidate.name!r} retrieved {lost[0]!r}, which is not in its dataset or documents")
     return {
         example.id: Answered(
             text=lines[example.id]["text"],
@@ -115,7 +115,7 @@ def seen_answers(
 
 
 def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: str, candidate: Candidate) -> None:
-    """Refuse a candidate that learned from, or shows in its prompt, a row or a group of the test rows."""
+    """Raise Refused for a candidate that was trained on a test row or its group, or shows one in its prompt."""
     held_texts = {_texts(example.messages) for example in test}
     held_ids, held_groups = {example.id for example in test}, {example.group for example in test}
     if any(_texts(shot) in held_texts for shot in candidate.shots):
@@ -137,16 +137,16 @@ def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: s
 
 
 def _check_documents(store: Store, test: Sequence[Example], name: str, documents: str) -> None:
-    """Refuse documents of which a passage holds a test row's request and its answer, word for word."""
+    """Raise Refused where a passage contains a test row's request and its answer, word for word."""
     passages = [_flat(passage.text) for passage in Documents(store, documents).passages]
     together = "\0".join(passages)
     for example in test:
         asked, answer = _flat(example.request[-1].content), _flat(example.answer)
         if asked in together and any(asked in text and answer in text.replace(asked, "") for text in passages):
             raise Refused(
-                f"a passage that {name!r} looks things up in holds the test row {example.id!r} with its answer",
+                f"a passage that {name!r} retrieves contains the test row {example.id!r} with its answer",
                 where=f"documents {short(documents)}",
-                fix="take the document out, or the row",
+                fix="remove the document or the row",
             )
 
 
@@ -157,7 +157,7 @@ def _flat(text: str) -> str:
 def read_probe(
     store: Store, digest: str, name: str, questions: Mapping[str, GeneralQuestion], given: Mapping[str, Answers]
 ) -> Column:
-    """The share of the right choice for every question. name: BASE or a tuned candidate's. Raises Inconclusive."""
+    """The right choice's probability for each question. name: BASE or a tuned candidate. Raises Inconclusive."""
     record = store.record(digest, kind="answers")
     where = f"general probe of {name!r}"
     if record.body.get("suite") != GENERAL:
@@ -165,7 +165,7 @@ def read_probe(
     bases = {answers.candidate.base for answers in given.values()}
     training = None if name == BASE else given[name].candidate.training
     if {record.parents.get("base")} != bases or record.parents.get("training") != training:
-        raise Inconclusive("the probe was made with other weights than the candidates'", where=where, fix="probe again")
+        raise Inconclusive("the answers are of other weights than the candidate's", where=where, fix="evaluate again")
     lines = _by_id(store, record, where, questions)
     cells = {}
     for identifier, question in questions.items():
@@ -175,7 +175,7 @@ def read_probe(
 
 
 def _by_id(store: Store, record: Record, where: str, expected: Collection[str]) -> dict[str, dict[str, Any]]:
-    """The lines of answers.jsonl by id, exactly one for each expected id."""
+    """The lines of answers.jsonl by id. Raises Inconclusive unless there is exactly one for each expected id."""
     if ANSWERS not in record.blobs:
         raise Inconclusive("the record holds no answers", where=where)
     lines: dict[str, dict[str, Any]] = {}
@@ -184,7 +184,7 @@ def _by_id(store: Store, record: Record, where: str, expected: Collection[str]) 
             line = json.loads(raw)
             identifier = str(line["id"])
         except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise Inconclusive("not an answer with an id", where=f"{where}, line {number}") from error
+            raise Inconclusive("the line is not an answer with an id", where=f"{where}, line {number}") from error
         if identifier in lines:
             raise Inconclusive(f"row {identifier!r} is answered twice", where=where)
         lines[identifier] = line

@@ -1,4 +1,4 @@
-"""What a project's test rows will be able to show, gate by gate: said before anything is trained."""
+"""Plans gates: how large a difference the test rows can detect, computed before anything is trained."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from tunesmith.store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Assumed:
-    """What a plan rests on. differing: share of rows on which the two differ. differences, groups: of the validation
-    rows where it was measured there, for the correlation within groups; else rows of one group count as one.
+    """What a plan assumes. differing: the share of rows on which two candidates differ.
+
+    differences, groups: of the validation rows, where measured; they give the correlation within groups. Without them
+    the rows of a group count as one row.
     """
 
     differing: float = ASSUMED_DIFFERING
@@ -34,9 +36,8 @@ class Assumed:
 
 
 def measured_on_validation(store: Store, answers: Sequence[str], dataset: Dataset, scoring: Scoring) -> Assumed:
-    """What two candidates' answers (by digest) to the validation rows say. scoring: the leading metric's.
-
-    Raises Inconclusive for no rows.
+    """The assumptions that two candidates' answers to the validation rows give. answers: digests. scoring: the primary
+    metric's. Raises Inconclusive where there are no validation rows.
     """
     rows = dataset.examples("validation")
     if not rows:
@@ -48,7 +49,7 @@ def measured_on_validation(store: Store, answers: Sequence[str], dataset: Datase
         seen = seen_answers(store, dataset, candidate, lines, rows)
         scored.append(np.array([checked(scoring(seen[row.id]), "the leading metric", row.id) for row in rows]))
     differences = scored[1] - scored[0]
-    # One row more that differs: none of a few seen to differ does not mean that none will.
+    # One more differing row is added: if none of a few rows differ, some of many still may.
     differing = (float((differences != 0).sum()) + 1.0) / (len(rows) + 1.0)
     return Assumed(differing, differences, [row.group for row in rows])
 
@@ -133,12 +134,12 @@ def plan_gates(dataset: Dataset, gates: Gates, *, uses: int, assumed: Assumed, l
 
 
 def plan_sentence(plan: Plan, gate: GatePlan) -> str:
-    """One gate's plan in words."""
+    """One gate's plan in words, for a progress line."""
     rows = f"{plan.rows} test rows in {plan.groups} groups"
-    basis = f"if the two differ on {gate.differing:.0%} of rows"
+    basis = f"if the two candidates differ on {gate.differing:.0%} of rows"
     if gate.sees is None:
-        return f"gate {gate.name}: {rows} cannot pass it with {POWER:.0%} power, {basis}"
+        return f"gate {gate.name}: {rows} are too few to pass it with {POWER:.0%} power, {basis}"
     return (
-        f"gate {gate.name}: {rows} pass it with {POWER:.0%} power from a true difference of {points(gate.sees)} "
-        f"points in {gate.metric} on, {basis}"
+        f"gate {gate.name}: {rows} pass it with {POWER:.0%} power if the true difference is at least "
+        f"{points(gate.sees)} points of {gate.metric}, {basis}"
     )

@@ -1,4 +1,4 @@
-"""What answers cost, from measured runs and the prices that the project file states."""
+"""Computes costs from measured runs and the prices in the project file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tunesmith.evaluation.settings import PriceSettings
 def money_of(
     per_1000: Mapping[str, float], prices: PriceSettings | None, tokens: TokenPrice | None, *, remote: bool
 ) -> float | None:
-    """Money for 1,000 requests; None where its price is not stated.
+    """The cost of 1,000 requests; None without a price.
 
     per_1000: prompt_tokens_per_1000, completion_tokens_per_1000, seconds_per_1000. remote: an endpoint answers, which
-    is paid by the token and not by this machine's time.
+    charges by the token, not by this machine's time.
     """
     if remote:
         if tokens is None:

@@ -1,6 +1,6 @@
-"""Per-example scores: how they are kept (`scores.jsonl`), read back with suspicion, paired and compared.
+"""Scores per row: written to `scores.jsonl`, read back with checks, and compared in pairs.
 
-A line is {"candidate", "id", "group", "metric", "value"}. Everything a verdict says is computed from these lines.
+A line is {"candidate", "id", "group", "metric", "value"}. Verdicts are computed from these lines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 SCORES = "scores.jsonl"
-# The metric name of the general-ability suite: the probability given to the right choice.
+# The metric of the general suite: the right choice's probability.
 GENERAL = "general"
 _KEYS = {"candidate", "id", "group", "metric", "value"}
 _DECIMALS = 9
@@ -29,7 +29,7 @@ _DECIMALS = 9
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One candidate's scores by one metric. ids (ascending), groups and values are of one length, a row each."""
+    """One candidate's scores by one metric. ids (ascending), groups and values have one entry per row."""
 
     candidate: str
     metric: str
@@ -42,8 +42,8 @@ class Column:
 class Difference:
     """left minus right on the same rows.
 
-    values: a difference a row. wins, losses, ties: rows where left is above, below, equal. mcnemar is None where the
-    scores are not all 0 or 1.
+    wins, losses, ties: on how many rows left is above, below, equal. mcnemar: a p-value, None where some score is
+    neither 0 nor 1. sign_flip: a p-value.
     """
 
     interval: Interval
@@ -55,17 +55,17 @@ class Difference:
 
 
 def rounded(number: float) -> float:
-    """A number as records state it: 9 decimals, so that a last bit that differs between machines does not show."""
+    """A number with 9 decimals, so that records do not depend on rounding that differs between machines."""
     return round(number, _DECIMALS) + 0.0
 
 
 def as_body(measured: Interval) -> dict[str, float]:
-    """An interval as records state it."""
+    """An interval as a JSON object of a record."""
     return {"mean": rounded(measured.mean), "low": rounded(measured.low), "high": rounded(measured.high)}
 
 
 def encode_scores(columns: Iterable[Column]) -> bytes:
-    """The lines of scores.jsonl, in the order of columns and ids."""
+    """The bytes of scores.jsonl, in the order of columns and ids."""
     lines = []
     for column in columns:
         for identifier, group, value in zip(column.ids, column.groups, column.values.tolist(), strict=True):
@@ -83,11 +83,11 @@ def column(candidate: str, metric: str, rows: Mapping[str, tuple[str, float]]) -
 
 
 def read_scores(store: Store, evaluation: Record) -> dict[tuple[str, str], Column]:
-    """(candidate, metric) -> column. Raises Inconclusive, saying which line, for evidence that cannot be relied on.
+    """(candidate, metric) -> column. Raises Inconclusive, naming the line, for scores that are not valid.
 
-    That is: a line that is not such an object; a value that is boolean, missing, not finite or outside [0, 1]; a row
-    scored twice; candidates whose rows or groups differ; a candidate the record promises and the lines lack; a summary
-    in the record that does not follow from the lines.
+    That is: a line with other keys; a value that is not a number from 0 to 1; a row that was scored twice; candidates
+    with different rows or groups; a candidate of the record without scores; a mean in the record that differs from the
+    scores.
     """
     if SCORES not in evaluation.blobs:
         raise Inconclusive("the evaluation has no scores")
@@ -105,7 +105,7 @@ def read_scores(store: Store, evaluation: Record) -> dict[tuple[str, str], Colum
 
 
 def difference(left: Column, right: Column, *, confidence: float, seed: int) -> Difference:
-    """Compare two columns of one metric row by row. Raises Inconclusive where their rows are not the same."""
+    """Compare two columns of one metric row by row. Raises Inconclusive where their rows differ."""
     check_paired(left, right)
     gaps = left.values - right.values
     binary = bool(np.isin(np.concatenate([left.values, right.values]), (0.0, 1.0)).all())
@@ -121,10 +121,10 @@ def difference(left: Column, right: Column, *, confidence: float, seed: int) -> 
 
 
 def drop(before: Column, after: Column, *, confidence: float, seed: int) -> Interval:
-    """How much the mean probability of the right choice fell (positive is a loss), paired by question.
+    """How much the right choice's mean probability fell (positive is a loss), paired by question.
 
-    The interval's worst thinkable group is taken from the largest loss and gain seen, not from -1 and 1: a probability
-    slides, so unlike a right or wrong answer it does not hide a total loss on questions like those that were asked.
+    The interval's worst-case group has the largest measured loss or gain, not -1 or 1: a probability is continuous, so
+    unlike a right or wrong answer it does not hide rare total losses.
     """
     check_paired(before, after)
     losses: Floats = before.values - after.values
@@ -133,12 +133,12 @@ def drop(before: Column, after: Column, *, confidence: float, seed: int) -> Inte
 
 
 def check_paired(left: Column, right: Column) -> None:
-    """Raise Inconclusive where two columns do not hold the same rows in the same groups."""
+    """Raise Inconclusive where two columns have different rows or groups."""
     if left.ids != right.ids:
         only = sorted(set(left.ids) ^ set(right.ids))
         raise Inconclusive(
             f"{left.candidate!r} and {right.candidate!r} were not measured on the same rows: "
-            f"{len(only)} stand on one side only, the first is {only[0]!r}",
+            f"{len(only)} rows have a score of only one of them, such as {only[0]!r}",
             fix="evaluate both on the same dataset version",
         )
     if left.groups != right.groups:
@@ -164,7 +164,7 @@ def _read_line(raw: bytes, number: int) -> dict[str, Any]:
 
 
 def _check_pairing(columns: Mapping[tuple[str, str], Column]) -> None:
-    """Every candidate and metric on the same rows; the general suite on its own."""
+    """Raise Inconclusive unless all columns have the same rows; the general suite is checked separately."""
     for suite in (True, False):
         among = [item for (_, metric), item in columns.items() if (metric == GENERAL) is suite]
         for item in among[1:]:
@@ -172,7 +172,7 @@ def _check_pairing(columns: Mapping[tuple[str, str], Column]) -> None:
 
 
 def _check_summary(columns: Mapping[tuple[str, str], Column], body: Mapping[str, Any]) -> None:
-    """The record's own account must be that of its lines: nobody reads one and is judged by the other."""
+    """Raise Inconclusive where the record's means differ from the scores: readers see one, gates judge the other."""
     stated = body.get("candidates", {})
     if not stated:
         raise Inconclusive("the evaluation holds no candidates")
