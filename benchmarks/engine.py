@@ -1,10 +1,9 @@
-"""Speed, memory and loss of training, speed of decoding: beside peers in the same run, paired, as a table of goals.
+"""Compares training (speed, memory, loss) and decoding (speed) with peers in one run, as a table of goals.
 
     python benchmarks/engine.py [--install-peers] [--rounds 3] [--examples 64] [--only PART ...]
 
-Each measurement is a process of its own; every figure is a median over rounds in which the contenders take turns.
-Nothing else should be running. A peer that is not installed is named as such. benchmarks/README.md says what the parts
-measure and how long they take.
+Each measurement runs in a separate process. A figure is the median over rounds in which the contenders take turns.
+Nothing else should be running. The table says which peers are not installed. benchmarks/README.md describes the parts.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from engine_parts.report import Line, table
 MEASURES = {
     "train": training.train,
     "limit": training.limit,
-    "runs": training.runs,
     "trl": trl.train,
     "held-out": curve.held_out,
     "step": rounding.step,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sklearn.dummy import DummyClassifier
 
-from tunesmith.candidates.baselines import Confident, make_floor
+from tunesmith.candidates.baselines import Confident, make_baseline
 from tunesmith.candidates.retrieval import Index
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
@@ -59,7 +59,7 @@ def floors(folder: Path) -> None:
     print(f"\n{rows}; guessing is right on {chance:.1%}")
     for method in ("nearest", "classifier"):
         began = time.perf_counter()
-        floor = make_floor(method, train)
+        floor = make_baseline(method, train)
         made = time.perf_counter() - began
         given = floor.generate([Generation(messages=row.request) for row in test])
         answers = [each.text for each in given]

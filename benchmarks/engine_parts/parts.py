@@ -24,7 +24,6 @@ from engine_parts.rows import CORPUS, base, restaurants, snips_rows
 from engine_parts.training import RANK, RATE
 
 SHARED_BATCH, BATCH = 8, 16
-SEVERAL, SEVERAL_BATCH, SEVERAL_ROWS = 8, 2, 64
 BATCHES = (32, 64)
 SEEDS, CURVE_RATE, HELD = 3, 1e-3, 64
 _NO_CORPUS = f"no SNIPS in {CORPUS}"
