@@ -1,4 +1,4 @@
-"""Tiny random models of families that run in transformers' own modules, with the tests' tokenizer and template."""
+"""Tiny random models of families that the hf engine runs, with the tests' tokenizer and template."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from tests.tiny import TEMPLATE, write_tokenizer
+from tunesmith.engines.hf.trainable import HFTrainable
 
 _SIZES = {
     "hidden_size": 32,
@@ -31,7 +32,7 @@ _SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
 }
-# Dropout as the families have it: whoever trains or answers must have switched it off.
+# With the families' own dropout, which training and answering must switch off.
 FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
     "gpt2": lambda **k: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **k),
     "gpt_neox": lambda **k: GPTNeoXConfig(hidden_dropout=0.1, attention_dropout=0.1, **_SIZES, **k),
@@ -70,3 +71,11 @@ def write_hf_model(folder: Path, family: str = "gpt2", seed: int = 0, template: 
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def change_adapter(trainable: HFTrainable, *, seed: int = 0, std: float = 0.1) -> None:
+    """Give an adapter random B, so that it changes what the model computes."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in trainable.parameter_groups()[1].tensors:
+        tensor.normal_(std=std, generator=generator)

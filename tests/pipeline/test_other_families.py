@@ -1,7 +1,8 @@
-"""A base of another family goes the whole way: trained, asked, judged, registered, verified, served; export is not."""
+"""The whole pipeline with the hf engine: on a base of another family, and in 4 bits on one of a native family."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.hf_models import write_hf_model
+from tests.tiny import SIZES, write_model
 from tests.tiny_project import settings, write_project
 from tunesmith.api import Project
 from tunesmith.cli.main import app
@@ -49,13 +51,12 @@ def _run(folder: Path, *words: str) -> dict[str, Any]:
     return found
 
 
-def test_it_learns_and_the_records_say_how_it_was_computed(released: Path) -> None:
+def test_it_learns_and_records_name_the_engine(released: Path) -> None:
     store = Project.load(released).store
     trainings = [store.record(digest).body for digest in store.records_of("training")]
     assert len(trainings) == 2
     for body in trainings:
         assert body["engine"] == "hf"
-        assert "together" not in body
         assert body["curve"][-1]["loss"] < 0.95 * body["curve"][0]["loss"]
     answers = [store.record(digest).body for digest in store.records_of("answers")]
     assert {body.get("engine") for body in answers} == {"hf"}
@@ -82,9 +83,52 @@ def test_it_is_not_exported(released: Path, tmp_path: Path, form: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_misspelt_layer_of_our_own_families_is_told_before_any_work(tmp_path: Path) -> None:
+def test_a_misspelt_layer_is_refused_before_any_work(tmp_path: Path) -> None:
     train = {"prompt": "prompt.txt", "train": {"targets": ["q_porj"]}, "max_tokens": 8}
     folder = write_project(tmp_path / "p", candidates={"tuned": train})
-    with pytest.raises(UsageError, match="no linear layer is called 'q_porj'"):
+    with pytest.raises(UsageError, match="no linear layer called 'q_porj'"):
         Project.load(folder).run()
     assert not Project.load(folder).store.records_of("dataset")
+
+
+@pytest.mark.parametrize(
+    ("train", "where", "reason"),
+    [
+        ({"method": "full"}, "candidates.tuned.train.method", "only for families that the native engine runs"),
+        ({"quantize": "4bit"}, "candidates.tuned.train.quantize", "needs bitsandbytes, which is not installed"),
+    ],
+)
+def test_what_hf_cannot_do_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: dict[str, Any], where: str, reason: str
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        "tunesmith.engines.hf.support.find_spec", lambda name: None if name == "bitsandbytes" else real(name)
+    )
+    write_hf_model(tmp_path / "p" / "model", "gpt2")
+    candidates = {"tuned": {"prompt": "prompt.txt", "train": train, "max_tokens": 8}}
+    project = Project.load(write_project(tmp_path / "p", candidates=candidates))
+    with pytest.raises(TunesmithError, match=reason) as error:
+        project.run()
+    assert error.value.where == where
+    assert not project.store.records_of("dataset")
+
+
+def test_four_bits_of_a_native_family(tmp_path: Path) -> None:
+    """Trained by hf in 4 bits, answered by the native engine in full precision, and released."""
+    sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    write_model(tmp_path / "p" / "model", sizes=sizes)
+    train = {"rank": 2, "batch": 8, "quantize": "4bit", "learning_rate": 0.02}
+    tuned = {"prompt": "prompt.txt", "train": train, "max_tokens": 8}
+    held = settings()["candidates"]["held"]  # type: ignore[index]
+    folder = write_project(tmp_path / "p", candidates={"held": held, "tuned": tuned}, release="tuned")
+    project = Project.load(folder)
+    document = project.run().document()
+    body = project.store.record(document["train"]["tuned"]["training"]).body
+    assert body["settings"]["quantize"] == "4bit"
+    assert body["engine"] == "hf"
+    assert body["environment"]["quantized"].startswith("nf4")
+    assert body["final_loss"] < 0.95 * body["curve"][0]["loss"]
+    assert document["register"]["version"] == "tiny@v1"
+    answers = [project.store.record(digest).body for digest in project.store.records_of("answers")]
+    assert {answer.get("engine", "native") for answer in answers} == {"native"}

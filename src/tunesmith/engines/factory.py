@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tunesmith.engines.settings import HF, NATIVE, EngineSettings
-from tunesmith.models.families import ours
+from tunesmith.engines.settings import HF, NATIVE, TARGETS, EngineSettings, WeightSettings
+from tunesmith.models.families import is_native, match_layers
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Engine
@@ -19,7 +19,7 @@ def load_model(base: Base) -> LoadedModel:
     Native where the native network computes the base's family, otherwise with transformers. Raises Refused for a base
     that neither can run.
     """
-    if ours(base.family):
+    if is_native(base.family):
         from tunesmith.engines.native.model import NativeModel
 
         return NativeModel(base)
@@ -44,4 +44,17 @@ def engine_kind(base: Base, settings: EngineSettings | None) -> str:
     """The engine's name in records."""
     if settings is not None:
         return settings.kind
-    return NATIVE if ours(base.family) else HF
+    return NATIVE if is_native(base.family) else HF
+
+
+def check_weight_settings(family: str, settings: WeightSettings, where: str) -> None:
+    """Check, before anything is loaded, that the engine that trains a base of this family has these settings.
+
+    where: the settings' place in the project file. Raises UsageError or Refused.
+    """
+    if is_native(family):
+        match_layers(settings.targets, TARGETS, f"{where}.targets")
+    if not is_native(family) or settings.quantize is not None:
+        from tunesmith.engines.hf.support import check_supported
+
+        check_supported(settings, where)

@@ -66,6 +66,13 @@ class WeightSettings(Settings):
             "which suits high ranks"
         ),
     ] = "rank"
+    quantize: Annotated[
+        Literal["4bit"] | None,
+        Field(
+            description="4bit keeps the frozen base in 4 bits while an adapter is trained (QLoRA), with transformers "
+            "and bitsandbytes: less memory, more time. Needs `tunesmith[qlora]`. Default: full precision"
+        ),
+    ] = None
     start: Annotated[
         Literal["zero", "pissa"],
         Field(
@@ -86,6 +93,12 @@ class WeightSettings(Settings):
     def _check_method(self) -> WeightSettings:
         if self.method == "full" and (given := [key for key in _ADAPTER_SETTINGS if key in self.model_fields_set]):
             raise ValueError(f"{given[0]} applies to adapters only: leave it out with method: full")
+        others = {"method: full": self.method == "full", "start: pissa": self.start == "pissa", "dora": self.dora}
+        if self.quantize is not None and (other := next((name for name, given in others.items() if given), None)):
+            raise ValueError(
+                f"quantize: 4bit cannot be combined with {other}, which needs the base's own weights; leave one of the "
+                "two out"
+            )
         return self
 
     @model_serializer(mode="wrap")

@@ -1,38 +1,34 @@
-"""The families whose arithmetic is our own. Cheap to import: who only asks which way a base goes needs no torch."""
+"""Which model families the native engine computes, and how settings name linear layers. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from tunesmith.core.errors import UsageError
 
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", *GEMMAS)
-# What is said wherever a base goes the other way.
-SLOW = "is run by transformers' own modules, in fp32 on the processor: as correct, and slower than a family of our own"
+NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", *GEMMAS)
+# Shown wherever a base is of another family.
+SLOW = "is run by transformers' own modules, in fp32 on the CPU: as exact as the native engine, but slower"
 
 
-def ours(family: str) -> bool:
-    """Whether engines/native/network/network.py computes a family; any other runs in engines/hf/model.py."""
-    return family in FAMILIES
+def is_native(family: str) -> bool:
+    """Whether the native engine computes a family; the hf engine runs any other."""
+    return family in NATIVE_FAMILIES
 
 
-def matching(wanted: Iterable[str], names: Iterable[str]) -> tuple[set[str], list[str]]:
-    """The names of linear layers that are meant, and what means none of them. wanted: names or patterns as a shell's
-    (`*_proj`, `[qv]_proj`), and `all`."""
-    known, found, unknown = set(names), set[str](), []
+def match_layers(wanted: Iterable[str], names: Iterable[str], where: str) -> set[str]:
+    """The names that match wanted: names, shell patterns such as `*_proj` and `[qv]_proj`, or `all`.
+
+    where: the setting that wanted comes from. Raises UsageError for an entry that matches no name.
+    """
+    known, found = sorted(names), set[str]()
     for each in wanted:
-        meant = {name for name in known if each == "all" or fnmatchcase(name, each)}
-        found |= meant
-        if not meant:
-            unknown.append(each)
-    return found, unknown
-
-
-def meant(wanted: Iterable[str], names: Sequence[str], where: str) -> set[str]:
-    """The names that are meant. Raises UsageError, about the setting at where, for what means none of them."""
-    found, unknown = matching(wanted, names)
-    if unknown:
-        raise UsageError(f"no linear layer is called {unknown[0]!r}; there are {', '.join(names)}, all", where=where)
+        matches = {name for name in known if each == "all" or fnmatchcase(name, each)}
+        if not matches:
+            raise UsageError(
+                f"the base has no linear layer called {each!r}; it has {', '.join(known)}, or write all", where=where
+            )
+        found |= matches
     return found

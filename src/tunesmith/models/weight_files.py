@@ -92,6 +92,11 @@ class AdapterFile:
     tensors: Mapping[str, np.ndarray]
 
     @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
+
+    @property
     def parameters(self) -> int:
         """How many numbers the adapter has."""
         return sum(tensor.size for tensor in self.tensors.values())

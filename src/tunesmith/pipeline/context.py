@@ -23,9 +23,8 @@ from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.documents import build_documents, document_files
 from tunesmith.data.governance.withdrawn import load_withdrawn
 from tunesmith.data.sources.files import find_files
-from tunesmith.engines.factory import engine_kind, load_model, open_engine
-from tunesmith.engines.settings import NATIVE, TARGETS
-from tunesmith.models.families import meant, ours
+from tunesmith.engines.factory import check_weight_settings, engine_kind, load_model, open_engine
+from tunesmith.engines.settings import NATIVE
 from tunesmith.pipeline.stages import Stage, Stages
 from tunesmith.project import Project
 from tunesmith.store.store import Store
@@ -65,15 +64,10 @@ class PipelineContext:
         began = time.perf_counter()
         found = resolve_base(self.store, self.project.settings.base, self.project.root, self.progress)
         self.stages.done.append(Stage("base", time.perf_counter() - began, skipped=False))
-        if ours(found.family):
-            self._check_targets()
-        return found
-
-    def _check_targets(self) -> None:
-        """Raise UsageError for a target that no linear layer has, before any slow stage. Other families differ."""
         for name, settings in self.project.settings.candidates.items():
-            if settings.train:
-                meant(settings.train.targets, TARGETS, f"candidates.{name}.train.targets")
+            if settings.train:  # so that a wrong setting is reported before any slow stage
+                check_weight_settings(found.family, settings.train, f"candidates.{name}.train")
+        return found
 
     @cached_property
     def renderer(self) -> Renderer:

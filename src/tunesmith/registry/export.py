@@ -23,7 +23,7 @@ from tunesmith.core.files import sync_folder
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import load_dataset
 from tunesmith.models.base import Base
-from tunesmith.models.families import ours
+from tunesmith.models.families import is_native
 from tunesmith.models.weight_files import CONFIG_FILE
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.signing.release import ADAPTER_FILES, Version
@@ -75,7 +75,7 @@ def export_version(
     """
     identities.require(store, actor, "version.export", scope=version.scope)
     require_approved(store, version)
-    if not ours(base.family):
+    if not is_native(base.family):
         raise Refused(
             f"{version.label} stands on a base of family {base.family!r}: what is exported is compared on our "
             "own network, which does not compute it",

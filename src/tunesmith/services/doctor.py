@@ -90,14 +90,14 @@ def _project(directory: Path) -> Check:
 
 def _base(directory: Path) -> Check:
     """Which engine runs a base that lies in a folder. Downloads nothing."""
-    from tunesmith.models.families import SLOW, ours
+    from tunesmith.models.families import SLOW, is_native
 
     project = Project.load(directory)
     config = project.root / project.settings.base / "config.json"
     if not config.is_file():
         return _check("base", project.settings.base)
     family = str(json.loads(config.read_bytes()).get("model_type"))
-    return _check("base", f"{family}, on the native engine" if ours(family) else f"{family}, which {SLOW}")
+    return _check("base", f"{family}, on the native engine" if is_native(family) else f"{family}, which {SLOW}")
 
 
 def _store(directory: Path) -> Check:

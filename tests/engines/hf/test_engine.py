@@ -1,4 +1,4 @@
-"""The engine for other families, held against transformers' own generate: alone and in company, greedy and drawn."""
+"""Answers of the hf engine, compared with transformers' own generate: alone and together, greedy and sampled."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.hf_models import write_hf_model
+from tests.hf_models import change_adapter, write_hf_model
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.factory import engine_kind, open_engine
 from tunesmith.engines.hf.engine import HFEngine
-from tunesmith.engines.hf.lora import HFLora
-from tunesmith.engines.hf.model import HFModel
+from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.protocol import Completion, Generation, Question
+from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.store.store import Store
-from tunesmith.training.settings import TrainSettings
 
 FAMILIES = ("gpt2", "gpt_neox", "opt", "falcon", "phi3", "stablelm", "olmo2", "granite", "cohere", "mamba")
 SYSTEM = Message(role="system", content="Be brief.")
@@ -45,7 +45,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, HFEngine]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_those_of_transformers_in_any_company(tmp_path: Path, family: str) -> None:
+def test_greedy_answers_equal_transformers(tmp_path: Path, family: str) -> None:
     base, engine = _opened(tmp_path, family)
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
     together = engine.generate(_requests())
@@ -56,12 +56,12 @@ def test_greedy_answers_are_those_of_transformers_in_any_company(tmp_path: Path,
         assert answer.text == engine._renderer.text(expected)
         assert answer.prompt_tokens == ids.shape[1] == engine._renderer.count_prompt(request.messages)
     assert [engine.generate([request])[0] for request in _requests()] == together
-    assert engine._network.pads
-    engine._network.pads = False  # a family that cannot be filled up on the left is answered row by row
+    assert engine._model.pads
+    engine._model.pads = False  # a family that cannot be padded on the left is answered row by row
     assert engine.generate(_requests()) == together
 
 
-def test_drawn_answers_depend_on_their_seed_alone(gpt2: tuple[Base, HFEngine]) -> None:
+def test_sampled_answers_depend_on_the_seed_only(gpt2: tuple[Base, HFEngine]) -> None:
     _, engine = gpt2
     how = {"temperature": 1.0, "top_p": 0.9}
     one = engine.generate(_requests(**how, seed=1))
@@ -69,7 +69,7 @@ def test_drawn_answers_depend_on_their_seed_alone(gpt2: tuple[Base, HFEngine]) -
     assert engine.generate(_requests(**how, seed=2)) != one
 
 
-def test_limits_stops_and_schemas_hold(gpt2: tuple[Base, HFEngine]) -> None:
+def test_limits_stops_and_schemas(gpt2: tuple[Base, HFEngine]) -> None:
     _, engine = gpt2
     plain = engine.generate(_requests())
     longest = max(plain, key=lambda answer: len(answer.text))
@@ -95,7 +95,7 @@ def test_limits_stops_and_schemas_hold(gpt2: tuple[Base, HFEngine]) -> None:
         engine.generate([impossible])
 
 
-def test_a_stream_gives_the_pieces_of_the_same_answer(gpt2: tuple[Base, HFEngine]) -> None:
+def test_a_stream_gives_the_same_answer(gpt2: tuple[Base, HFEngine]) -> None:
     _, engine = gpt2
     for request in _requests(stop=("e",)):
         *pieces, last = list(engine.stream(request))
@@ -104,7 +104,7 @@ def test_a_stream_gives_the_pieces_of_the_same_answer(gpt2: tuple[Base, HFEngine
         assert "".join(map(str, pieces)) == last.text
     for _ in engine.stream(_requests(max_tokens=200)[0]):
         break
-    assert engine.generate(_requests()[:1]), "whoever left early holds nobody up"
+    assert engine.generate(_requests()[:1]), "a caller that left early does not block the next one"
 
 
 def test_log_probabilities_are_the_models_own(gpt2: tuple[Base, HFEngine]) -> None:
@@ -136,16 +136,18 @@ def test_an_answer_ends_with_the_context(gpt2: tuple[Base, HFEngine]) -> None:
         engine.generate([Generation((Message(role="user", content="turn on " * 400),))])
 
 
-def test_adapters_are_asked_by_name_one_at_a_time(gpt2: tuple[Base, HFEngine], tmp_path: Path) -> None:
+def _adapter(base: Base, folder: Path, *, seed: int = 0) -> Path:
+    trainable = LoadedHFModel(base).trainable(WeightSettings(rank=4), seed=seed, state_bytes=16)
+    change_adapter(trainable, seed=seed)
+    folder.mkdir()
+    trainable.save(folder)
+    return folder
+
+
+def test_adapters_answer_by_name(gpt2: tuple[Base, HFEngine], tmp_path: Path) -> None:
     base, engine = gpt2
     for seed, name in enumerate(("one", "two")):
-        lora = HFLora(HFModel(base), base, TrainSettings(rank=4), 0)
-        with torch.no_grad():
-            lora.masters[1].normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
-        folder = tmp_path / name
-        folder.mkdir()
-        lora.save(folder)
-        engine.load_adapter(name, folder)
+        engine.load_adapter(name, _adapter(base, tmp_path / name, seed=seed))
     asked = [Question(_requests()[0].messages, ("on",))]
     plain, one, two = (engine.choose(asked, name)[0][0] for name in (None, "one", "two"))
     assert len({plain, one, two}) == 3
@@ -158,3 +160,36 @@ def test_adapters_are_asked_by_name_one_at_a_time(gpt2: tuple[Base, HFEngine], t
     (tmp_path / "one" / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["c_attn"]}))
     with pytest.raises(Refused, match="not a LoRA tensor"):
         engine.load_adapter("one", tmp_path / "one")
+    engine.load_adapter("one", tmp_path / "two")
+    assert engine.choose(asked, "one")[0][0] == two, "loaded again under the name, it is replaced"
+
+
+def test_an_adapter_that_does_not_fit_is_refused(gpt2: tuple[Base, HFEngine], tmp_path: Path) -> None:
+    base, engine = gpt2
+    path = _adapter(base, tmp_path / "a") / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+
+    def refused(changed: dict[str, torch.Tensor], reason: str, **more: object) -> None:
+        bound = {"base": base.digest, "fingerprint": base.fingerprint}
+        save_file(changed, path, metadata={"tunesmith": json.dumps(bound)})
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, **more}))
+        with pytest.raises(Refused, match=reason):
+            engine.load_adapter("x", tmp_path / "a")
+        assert not engine.holds("x")
+
+    refused({**tensors, first: tensors[first][:, :-1].contiguous()}, "does not fit the base's layers: .*size mismatch")
+    refused({k: v for k, v in tensors.items() if "h.0.attn.c_attn" not in k}, "left over or missing: .*h.0.attn.c_attn")
+    refused(
+        {**tensors, **{k.replace("h.0", "h.7"): v.clone() for k, v in tensors.items()}}, "left over or missing: .*h.7"
+    )
+    refused({k.replace("c_attn", "q_proj"): v for k, v in tensors.items()}, "left over or missing: .*q_proj",
+            target_modules=[name.replace("c_attn", "q_proj") for name in config["target_modules"]])  # fmt: skip
+    refused({k.replace("c_proj", "ln_1"): v for k, v in tensors.items()}, "ln_1 is not a linear layer",
+            target_modules=[name.replace("c_proj", "ln_1") for name in config["target_modules"]])  # fmt: skip
+    other = resolve_base(Store(tmp_path / "store"), str(write_hf_model(tmp_path / "other", seed=3)), tmp_path)
+    with pytest.raises(Refused, match="another base"):
+        engine.load_adapter("x", _adapter(other, tmp_path / "b"))
+    before = engine.generate(_requests())
+    assert engine.generate(_requests()) == before

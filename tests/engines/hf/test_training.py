@@ -1,9 +1,10 @@
-"""LoRA in transformers' own modules against PEFT, number by number, on tiny random models of other families."""
+"""LoRA under training in transformers' modules, compared with PEFT and a plain torch loop, on tiny random models."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +13,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from tests.hf_models import write_hf_model
-from tests.tiny import row
-from tests.trained import batch_loss, gradients, saved
-from tunesmith.core.errors import Refused
-from tunesmith.engines.batch import label_count, lay_out
-from tunesmith.engines.hf.lora import HFLora
+from tests.hf_models import change_adapter, write_hf_model
+from tests.tiny import row, write_model
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.engines.batch import Batch, label_count, lay_out
+from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.hf.model import HFModel
+from tunesmith.engines.hf.trainable import HFTrainable
+from tunesmith.engines.protocol import Question
+from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import LossOn, Rendered, Renderer
+from tunesmith.models.weight_files import read_adapter_file
 from tunesmith.store.store import Store
-from tunesmith.training.batch_plan import lay_out_step
-from tunesmith.training.settings import TrainSettings
+from tunesmith.training.objectives import CrossEntropy
 
 FAMILIES = ("gpt2", "gpt_neox", "opt", "falcon", "phi3", "stablelm", "olmo2", "granite", "cohere")
 ROWS = [
@@ -37,13 +40,34 @@ def _base(tmp_path: Path, family: str) -> Base:
     return resolve_base(Store(tmp_path / "store"), str(write_hf_model(tmp_path / family, family)), tmp_path)
 
 
+def _trainable(base: Base, seed: int = 0, **settings: Any) -> HFTrainable:
+    weights = WeightSettings.model_validate({"rank": 4, **settings})
+    return LoadedHFModel(base).trainable(weights, seed=seed, state_bytes=16)
+
+
 def _rows(base: Base, loss_on: LossOn = "assistant") -> list[Rendered]:
     renderer = Renderer(base.folder)
     return [renderer.conversation(messages, loss_on) for messages in ROWS]
 
 
+def _step(trainable: HFTrainable, batches: list[Batch]) -> float:
+    """Leave the gradients of batches on the parameters; returns the loss."""
+    labels, total = float(sum(batch.labels.numel() for batch in batches)), 0.0
+    for batch in batches:
+        loss = trainable.loss(batch, CrossEntropy(), labels)
+        loss.backward()
+        trainable.collect_gradients()
+        total += float(loss.detach())
+    return total
+
+
+def _optimizer(trainable: HFTrainable) -> torch.optim.Optimizer:
+    tensors = [tensor for group in trainable.parameter_groups() for tensor in group.tensors]
+    return torch.optim.AdamW(tensors, lr=0.01, weight_decay=0.0)
+
+
 def _reference_loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tensor:
-    """Summed over rows one at a time, mean over all labels: no padding."""
+    """The mean loss over all labels, rows computed one at a time and so without padding."""
     total = torch.zeros(())
     for one in rows:
         ids = torch.tensor(one.ids)
@@ -53,8 +77,10 @@ def _reference_loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tenso
     return total / sum(label_count(one) for one in rows)
 
 
-def _lora(network: HFModel, base: Base, settings: TrainSettings) -> HFLora:
-    return HFLora(network, base, settings, settings.seed)
+def _save(trainable: HFTrainable, folder: Path) -> Path:
+    folder.mkdir()
+    trainable.save(folder)
+    return folder
 
 
 def _model(base: Base) -> torch.nn.Module:
@@ -62,12 +88,27 @@ def _model(base: Base) -> torch.nn.Module:
     return model
 
 
+def _logits(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tensor:
+    """Logits at the places of rows that predict a label, rows computed one at a time."""
+    found = []
+    with torch.no_grad():
+        for one in rows:
+            scores = model(torch.tensor([one.ids])).logits[0]
+            found.append(scores[[place - 1 for place, marked in enumerate(one.trained) if marked]])
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def _own_logits(trainable: HFTrainable, batch: Batch) -> torch.Tensor:
+    with trainable._model.using(trainable.adapter):
+        return trainable._model.logits(batch)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> None:
     base = _base(tmp_path, family)
-    rows = _rows(base)
-    lora = _lora(HFModel(base), base, TrainSettings(rank=4))
-    start = saved(lora, tmp_path / "start")
+    rows, ours = _rows(base), _trainable(base)
+    start = _save(ours, tmp_path / "start")
     names = json.loads((start / "adapter_config.json").read_text())["target_modules"]
     plain = _model(base)
     head = plain.get_output_embeddings()  # type: ignore[operator]
@@ -83,103 +124,164 @@ def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> Non
     reference.eval()  # gradients, without dropout
     theirs = {n.replace(".default", ""): p for n, p in reference.named_parameters() if p.requires_grad}
     assert len(theirs) == 2 * len(linear)
-    step = lay_out_step(rows, 60, share=False)
-    assert len(step) > 1, "computed in parts"
-    one = torch.optim.AdamW(lora.masters, lr=0.01, weight_decay=0.0)
-    two = torch.optim.AdamW(list(theirs.values()), lr=0.01, weight_decay=0.0)
+    assert ours.trained_numbers == sum(parameter.numel() for parameter in theirs.values())
+    batches = [lay_out(rows[:2], share=False), lay_out(rows[2:], share=False)]
+    one, two = _optimizer(ours), torch.optim.AdamW(list(theirs.values()), lr=0.01, weight_decay=0.0)
+    pairs = [
+        (tensor, theirs[f"base_model.model.{name.replace('.' + ours.adapter, '')}"])
+        for name, tensor in ours._parameters.items()
+    ]
     for _ in range(3):
         expected = _reference_loss(reference, rows)
         expected.backward()
-        assert gradients(lora, step) == pytest.approx(float(expected.detach()), rel=1e-5)
-        ours = _gradients_by_name(lora)
-        for name, parameter in theirs.items():
-            assert parameter.grad is not None
-            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
-        one.step()
-        two.step()
-        one.zero_grad()
-        two.zero_grad()
-    end = load_file(saved(lora, tmp_path / "end") / "adapter_model.safetensors")
-    assert set(end) == set(theirs)
-    # Adam divides by the gradient's size: where a gradient is all but zero, rounding decides its sign.
-    off = sum(int(((end[name] - parameter).abs() > 1e-4).sum()) for name, parameter in theirs.items())
-    assert off <= 0.01 * sum(value.numel() for value in end.values())
-
-
-def _gradients_by_name(lora: HFLora) -> dict[str, torch.Tensor]:
-    found = {}
-    for half, master in zip("AB", lora.masters, strict=True):
-        shapes = {name: getattr(part, half.lower()).shape for name, part in lora.parts.items()}
-        assert master.grad is not None
-        parts = master.grad.split([shape.numel() for shape in shapes.values()])
-        for (name, shape), part in zip(shapes.items(), parts, strict=True):
-            found[f"base_model.model.{name}.lora_{half}.weight"] = part.view(shape)
-    return found
+        assert _step(ours, batches) == pytest.approx(float(expected.detach()), rel=1e-5)
+        for tensor, parameter in pairs:
+            torch.testing.assert_close(tensor.grad, parameter.grad, rtol=1e-3, atol=1e-6)
+        for optimizer in (one, two):
+            optimizer.step()
+            optimizer.zero_grad()
+        ours.parameters_changed()
+        # Adam divides by the gradient's size: where a gradient is nearly zero, rounding decides its sign.
+        off = sum(int(((tensor - parameter).abs() > 1e-4).sum()) for tensor, parameter in pairs)
+        assert off <= 0.01 * ours.trained_numbers
+        with torch.no_grad():  # so that the next gradients are those of the same weights
+            for tensor, parameter in pairs:
+                parameter.copy_(tensor)
+    assert set(load_file(_save(ours, tmp_path / "end") / "adapter_model.safetensors")) == set(theirs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_adapter_gives_peft_the_same_logits(tmp_path: Path, family: str) -> None:
     base = _base(tmp_path, family)
-    network, rows = HFModel(base), _rows(base)
-    lora = _lora(network, base, TrainSettings(rank=4, scaling="root"))
-    with torch.no_grad():
-        lora.masters[1].normal_(std=0.05, generator=torch.Generator().manual_seed(1))
-    folder = saved(lora, tmp_path / "adapter")
-    model = PeftModel.from_pretrained(_model(base), str(folder)).eval()
+    rows, trainable = _rows(base), _trainable(base, scaling="root")
     batch = lay_out(rows, share=False)
-    with torch.no_grad():
-        ours, apart = network.scores(batch), []
-        for one in rows:
-            scores = model(torch.tensor([one.ids])).logits[0]
-            apart.append(scores[[place - 1 for place, marked in enumerate(one.trained) if marked]])
-        torch.testing.assert_close(ours, torch.cat(apart), rtol=1e-4, atol=1e-4)
-        network.parts = {}
-        assert (network.scores(batch) - ours).abs().max() > 0.05, "the adapter changes something"
-        network.parts = network.read_adapter(folder, base)
-        assert torch.equal(network.scores(batch), ours)
+    plain = _own_logits(trainable, batch)
+    change_adapter(trainable)
+    folder = _save(trainable, tmp_path / "adapter")
+    ours = _own_logits(trainable, batch)
+    assert (plain - ours).abs().max() > 0.05, "the adapter changes something"
+    model = PeftModel.from_pretrained(_model(base), str(folder)).eval()
+    torch.testing.assert_close(ours, _logits(model, rows), rtol=1e-4, atol=1e-4)
+    other = HFModel(base)
+    with other.using(other.load_adapter(folder)), torch.no_grad():
+        assert torch.equal(other.logits(batch), ours)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"dora": True},
+    {"layers": 1},
+    {"start": "pissa"},
+    {"start": "pissa", "scaling": "root", "alpha": 3.0},
+    {"start": "pissa", "dora": True, "layers": 1},
+]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "phi3"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_what_is_trained_is_what_peft_reads(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
+    """DoRA, PiSSA and the last layers: the released adapter gives the unchanged base the logits of the training."""
+    base = _base(tmp_path, family)
+    rows, trainable = _rows(base), _trainable(base, **settings)
+    batch = lay_out(rows, share=False)
+    before = _logits(_model(base).eval(), rows)
+    torch.testing.assert_close(_own_logits(trainable, batch), before, rtol=1e-3, atol=1e-3)
+    optimizer, losses = _optimizer(trainable), []
+    for _ in range(6):
+        losses.append(_step(trainable, [batch]))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    folder = _save(trainable, tmp_path / "adapter")
+    ours = _own_logits(trainable, batch)
+    assert (ours - before).abs().max() > 0.05
+    model = PeftModel.from_pretrained(_model(base), str(folder)).eval()
+    torch.testing.assert_close(_logits(model, rows), ours, rtol=1e-3, atol=1e-3)
+    file = read_adapter_file(folder, base=base.digest, fingerprint=base.fingerprint)
+    assert file.rank == (8 if settings.get("start") == "pissa" else 4)
+    assert file.layers == ((1,) if "layers" in settings else None)
+    engine = HFModel(base)
+    with engine.using(engine.load_adapter(folder)), torch.no_grad():
+        torch.testing.assert_close(engine.logits(batch), ours, rtol=1e-3, atol=1e-3)
+
+
+def test_losses_equal_a_plain_loop_on_a_native_family(tmp_path: Path) -> None:
+    """llama, which the native engine usually trains: the losses of six steps are those of PEFT and torch alone."""
+    base = resolve_base(Store(tmp_path / "store"), str(write_model(tmp_path / "llama")), tmp_path)
+    rows, ours = _rows(base), _trainable(base)
+    start = _save(ours, tmp_path / "start")
+    reference = PeftModel.from_pretrained(_model(base), str(start), is_trainable=True).eval()
+    one = _optimizer(ours)
+    two = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
+    curve = []
+    for _ in range(6):
+        loss = _reference_loss(reference, rows)
+        loss.backward()
+        curve.append(_step(ours, [lay_out(rows, share=False)]))
+        assert curve[-1] == pytest.approx(float(loss.detach()), rel=1e-4)
+        for optimizer in (one, two):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert curve[-1] < 0.9 * curve[0]
+
+
+def test_b_has_its_own_rate(tmp_path: Path) -> None:
+    groups = _trainable(_base(tmp_path, "gpt2"), b_rate=16.0, dora=True).parameter_groups()
+    assert [group.rate_multiple for group in groups] == [1.0, 16.0, 1.0]
+    assert [len(group.tensors) for group in groups] == [8, 8, 8]
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
 def test_the_labels_are_those_of_the_setting(tmp_path: Path, loss_on: LossOn) -> None:
     base = _base(tmp_path, "gpt2")
-    rows = _rows(base, loss_on)
-    lora = _lora(HFModel(base), base, TrainSettings(rank=2))
+    rows, trainable = _rows(base, loss_on), _trainable(base)
+    expected = float(_reference_loss(_model(base).eval(), rows).detach())
     for batch in (lay_out(rows), lay_out(rows, share=False)):
-        ours = float(batch_loss(lora, batch, float(batch.labels.numel())).detach())
-        with torch.no_grad():
-            assert ours == pytest.approx(float(_reference_loss(_model(base).eval(), rows)), rel=1e-5)
+        assert _step(trainable, [batch]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_named_layers_alone_are_adapted_and_the_seed_decides_the_start(tmp_path: Path) -> None:
+def test_targets_and_seed(tmp_path: Path) -> None:
     base = _base(tmp_path, "gpt2")
-    network = HFModel(base)
-    lora = _lora(network, base, TrainSettings(rank=2, targets=("c_attn",), seed=3))
-    assert set(lora.parts) == {f"transformer.h.{number}.attn.c_attn" for number in range(2)}
-    again = _lora(network, base, TrainSettings(rank=2, targets=("c_attn",), seed=3))
-    other = _lora(network, base, TrainSettings(rank=2, targets=("c_attn",), seed=4))
-    one, two, three = (
-        (saved(each, tmp_path / name) / "adapter_model.safetensors").read_bytes()
-        for name, each in (("one", lora), ("two", again), ("three", other))
-    )
-    assert one == two != three
-    with pytest.raises(Refused, match="no linear layer that is called 'q_proj'"):
-        _lora(network, base, TrainSettings(targets=("q_proj",)))
+    loaded = LoadedHFModel(base)
+
+    def made(seed: int, *targets: str) -> dict[str, torch.Tensor]:
+        trainable = loaded.trainable(WeightSettings(rank=2, targets=targets), seed=seed, state_bytes=16)
+        return {name.replace(f".{trainable.adapter}", ""): t for name, t in trainable._parameters.items()}
+
+    first, again, other = made(3, "c_attn"), made(3, "c_attn"), made(4, "c_attn")
+    assert {name.split(".lora_")[0] for name in first} == {f"transformer.h.{number}.attn.c_attn" for number in range(2)}
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    assert not all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+    with pytest.raises(UsageError, match="no linear layer called 'q_proj'"):
+        made(3, "q_proj")
 
 
-@pytest.mark.parametrize("asked", [{"method": "full"}, {"dora": True}, {"start": "pissa"}, {"layers": 1}])
-def test_what_is_not_written_for_it_is_refused(tmp_path: Path, asked: dict[str, object]) -> None:
+def test_an_adapter_leaves_the_model_with_its_training(tmp_path: Path) -> None:
+    loaded = LoadedHFModel(_base(tmp_path, "gpt2"))
+    kept = [name for name, _ in loaded._model.module.named_parameters()]
+    trainable = loaded.trainable(WeightSettings(rank=2), seed=0, state_bytes=16)
+    assert [name for name, _ in loaded._model.module.named_parameters() if "lora_" in name]
+    del trainable
+    assert [n.replace(".base_layer", "") for n, _ in loaded._model.module.named_parameters()] == kept
+    question = [Question(ROWS[0][:-1], ("on", "off"))]
+    before = loaded.engine().choose(question)
+    again = loaded.trainable(WeightSettings(rank=2), seed=0, state_bytes=16)
+    change_adapter(again)
+    assert loaded.engine().choose(question) == before, "the engine does not see the adapter under training"
+
+
+def test_full_training_and_high_pissa_ranks_are_refused(tmp_path: Path) -> None:
     base = _base(tmp_path, "gpt2")
-    network = HFModel(base)
-    with pytest.raises(Refused, match=f"{next(iter(asked))}.* is written for the families of our own network"):
-        _lora(network, base, TrainSettings.model_validate(asked))
+    with pytest.raises(Refused, match="method: full works only for families that the native engine runs"):
+        LoadedHFModel(base).trainable(WeightSettings(method="full"), seed=0, state_bytes=16)
+    with pytest.raises(UsageError, match="a weight has only 32"):
+        _trainable(base, rank=33, start="pissa")
 
 
-def test_layers_whose_weight_is_taken_past_them_are_refused(tmp_path: Path) -> None:
+def test_layers_that_the_model_does_not_call_are_refused(tmp_path: Path) -> None:
     base = _base(tmp_path, "mamba")
     with pytest.raises(Refused, match=r"does not run .*dt_proj as a layer"):
-        _lora(HFModel(base), base, TrainSettings(rank=2))
-    lora = _lora(HFModel(base), base, TrainSettings(rank=2, targets=("in_proj", "x_proj")))
-    folder = saved(lora, tmp_path / "adapter")
+        _trainable(base)
+    folder = _save(_trainable(base, targets=("in_proj", "x_proj")), tmp_path / "adapter")
     assert PeftModel.from_pretrained(_model(base), str(folder))
 
 
@@ -188,9 +290,10 @@ def test_a_row_as_long_as_the_context_is_trained_on(tmp_path: Path) -> None:
     base = _base(tmp_path, "gpt2")
     ids = tuple(3 + place % 7 for place in range(256))
     long = Rendered(ids, (False, *(True,) * 255))
-    batch = lay_out([long, _rows(base)[0]], share=False)
-    lora = _lora(HFModel(base), base, TrainSettings(rank=2))
-    assert torch.isfinite(batch_loss(lora, batch, 1.0))
+    trainable, batch = _trainable(base), lay_out([long, _rows(base)[0]], share=False)
+    assert torch.isfinite(trainable.loss(batch, CrossEntropy(), 1.0))
+    assert trainable.memory_estimate(batch) > 2 * 256 * 4 * trainable._model.vocabulary
+    assert trainable.flops(batch) > 0 < trainable.peak_flops(batch)
 
 
 def _refused(tmp_path: Path, reason: str) -> None:
@@ -214,20 +317,18 @@ def test_what_cannot_be_run_safely_is_refused(tmp_path: Path) -> None:
     change(quantization_config={"quant_method": "bitsandbytes"})
     _refused(tmp_path, "quantised")
     change(n_positions=0)
-    _refused(tmp_path, "how long a text")
+    _refused(tmp_path, "context length")
     change(n_layer=3)
     _refused(tmp_path, "missing keys")
     change(n_layer=1)
     _refused(tmp_path, "unexpected keys")
 
 
-def test_an_adapter_that_lies_beside_the_base_is_not_applied(tmp_path: Path) -> None:
+def test_an_adapter_in_the_bases_folder_is_not_applied(tmp_path: Path) -> None:
     base = _base(tmp_path, "gpt2")
-    batch = lay_out(_rows(base), share=False)
-    network = HFModel(base)
-    before = network.scores(batch)
-    lora = _lora(network, base, TrainSettings(rank=2))
+    trainable, batch = _trainable(base), lay_out(_rows(base), share=False)
+    before = _own_logits(trainable, batch)
+    change_adapter(trainable)
+    trainable.save(base.folder)
     with torch.no_grad():
-        lora.masters[1].fill_(0.1)
-    lora.save(base.folder)
-    assert torch.equal(HFModel(base).scores(batch), before)
+        assert torch.equal(HFModel(base).logits(batch), before)

@@ -248,7 +248,7 @@ def test_dora_on_a_weight_with_a_row_of_zeros(tmp_path: Path, folder: Path, rows
 
 def test_a_layer_that_the_network_lacks_is_refused(folder: Path) -> None:
     for targets in (("c_attn",), ("q_proj", "c_attn")):
-        with pytest.raises(UsageError, match="no linear layer is called 'c_attn'"):
+        with pytest.raises(UsageError, match="no linear layer called 'c_attn'"):
             lora_model(load_network(folder, torch.float32), TrainSettings(targets=targets))
 
 

@@ -1,25 +1,42 @@
-"""A base of another family in this process: transformers' module, to answer with and to train LoRA adapters in."""
+"""A base that transformers runs, loaded once into this process, to answer with it and to train adapters on it."""
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from tunesmith.engines.hf.engine import HFEngine
-from tunesmith.engines.hf.lora import HFLora
 from tunesmith.engines.hf.model import HFModel
+from tunesmith.engines.hf.support import check_supported
+from tunesmith.engines.hf.trainable import HFTrainable
+from tunesmith.engines.native import runtime
 from tunesmith.engines.settings import WeightSettings
-from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import Base
 
 
 class LoadedHFModel:
-    """Implements engines.training_protocol.LoadedModel. Engine and trainings each load the module for themselves."""
+    """Implements engines.training_protocol.LoadedModel."""
 
     def __init__(self, base: Base) -> None:
+        """The weights are read when they are first needed. A base in 4 bits is read apart from the one that answers."""
+        runtime.prepare()
         self._base = base
 
-    def engine(self) -> HFEngine:
-        """An engine that answers with the base's module."""
-        return HFEngine(self._base)
+    @cached_property
+    def _model(self) -> HFModel:
+        return HFModel(self._base)
 
-    def trainable(self, settings: WeightSettings, *, seed: int, state_bytes: int) -> TrainableModel:
-        """A new adapter in a module of its own. Raises Refused for settings that need the native network."""
-        return HFLora(HFModel(self._base), self._base, settings, seed)
+    def engine(self) -> HFEngine:
+        """The engine that answers with these weights."""
+        return HFEngine(self._model)
+
+    def trainable(self, settings: WeightSettings, *, seed: int, state_bytes: int) -> HFTrainable:
+        """A new adapter on these weights, at its start.
+
+        Raises Refused or UsageError for settings that this engine or base cannot honour.
+        """
+        check_supported(settings)
+        if settings.quantize is not None:
+            return HFTrainable(HFModel(self._base, quantized=True), settings, seed=seed)
+        # PiSSA takes its start out of the base's weights, so they are of no use to anything else.
+        model = HFModel(self._base) if settings.start == "pissa" else self._model
+        return HFTrainable(model, settings, seed=seed)

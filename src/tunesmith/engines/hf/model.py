@@ -1,112 +1,213 @@
-"""Any other causal language model of transformers', run by its own module: slow, and as correct as that module is.
-
-For families whose arithmetic network.py does not know (GPT-2, GPT-NeoX, OPT, Falcon, Phi-3, ...). Everything is fp32,
-without dropout. A low-rank part is added to what a linear layer gives by a hook, so no layer is taken out of the model,
-and its name is the one that PEFT knows.
-"""
+"""A causal language model as transformers' own module, in fp32 and without dropout, with PEFT's adapters in it."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+import threading
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch
+from tunesmith.engines.hf import four_bits, libraries
 from tunesmith.models.base import Base, base_files
-from tunesmith.models.families import matching
+from tunesmith.models.families import match_layers
 from tunesmith.models.weight_files import read_adapter_file
 
-# Families with a running state take this layer's weight past its forward; PEFT refuses it too.
+# Models with a running state use this layer's weight without calling the layer, and PEFT refuses to adapt it.
 _STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 _NOT_ADAPTED = {"out_proj"}
-_PROBE = (5, 9, 2, 7, 11, 3, 8, 6)  # any ids do
-
-
-class Low(NamedTuple):
-    """What is added to a linear layer: x a^T b^T times scale. a [r, in], b [out, r]."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
+_PROBE = (5, 9, 2, 7, 11, 3, 8, 6)  # token ids to test a model with; any would do
+_LAYER = re.compile(r"(?P<prefix>.*?)(?P<list>\w+)\.(?P<number>\d+)\.")
 
 
 class HFModel:
-    """A frozen model of another family. parts: the low-rank part of each adapted linear layer, by the layer's name;
-    whoever sets them decides under which adapter the model runs."""
+    """A frozen base model and any number of adapters, of which at most one is active at a time.
 
-    def __init__(self, base: Base) -> None:
-        """Raises Refused for a model that transformers cannot run, and for one whose tokens see later ones."""
-        self.folder = base.folder
+    module: transformers' module. linears: its linear layers except the head, by name. vocabulary: logits of a step.
+    """
+
+    def __init__(self, base: Base, *, quantized: bool = False) -> None:
+        """quantized: keep the linear layers in 4 bits. Raises Refused for a base that transformers cannot run without
+        code from its folder, for incomplete weights, and for a model whose tokens see later ones."""
+        self.base = base
         if base.context_length <= 0:
             raise Refused(
-                "the base's configuration does not say how long a text it takes",
+                "the base's configuration does not state its context length",
                 where=str(base.folder / "config.json"),
                 fix="add max_position_embeddings to it",
             )
-        self.module = _load(base.folder)
-        self.parts: Mapping[str, Low] = {}
-        self._called: set[str] = set()
-        head = self.module.get_output_embeddings()
-        self.linears = {
-            name: module for name, module in self.module.named_modules() if _is_linear(module) and module is not head
+        self.module = _load(base.folder, quantized=quantized)
+        self.head = self.module.get_output_embeddings()
+        self.linears: dict[str, nn.Module] = {
+            name: module
+            for name, module in self.module.named_modules()
+            if _is_linear(module) and module is not self.head
         }
-        for name, module in self.linears.items():
-            module.register_forward_hook(partial(self._add, name))
+        if quantized:
+            four_bits.prepare(self.linears)
+        self._others = [name for name, _ in self.module.named_modules() if name not in self.linears]
+        self._peft: Any = None  # PEFT's wrapper around the module, from the first adapter on
+        self._names = (f"adapter{number}" for number in count())
+        self._turn = threading.RLock()  # held while an adapter is active
         self.vocabulary = self._check_causal()
 
-    def _add(self, name: str, _module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
-        self._called.add(name)
-        part = self.parts.get(name)
-        return None if part is None else out + part.scale * F.linear(F.linear(given[0], part.a), part.b)
+    def targets(self, wanted: Sequence[str]) -> dict[str, nn.Module]:
+        """The linear layers that names or patterns match; `all` matches every one except the head.
 
-    def targets(self, wanted: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """The linear layers that names or patterns mean (`all`: every one but the head), each with its sizes (out, in).
-
-        Raises Refused for a name that no layer has, and for one by which PEFT would adapt more than these.
+        Raises UsageError for a name that no layer has, Refused for one that PEFT would also find elsewhere.
         """
         spared = _NOT_ADAPTED if self.module.config.model_type in _STATE_SPACE else set()
         known = {_last(name) for name in self.linears} - spared
-        names, unknown = matching(wanted, known)
-        if unknown:
+        names = match_layers(wanted, known, "train.targets")
+        if also := next((name for name in self._others if _last(name) in names), None):
             raise Refused(
-                f"the base has no linear layer that is called {unknown[0]!r}; there are {', '.join(sorted(known))}",
+                f"{also} is not a linear layer, but has the name of one: {_last(also)!r}",
                 where="train.targets",
+                fix="name the layers to adapt without it",
             )
-        for name, module in self.module.named_modules():
-            if _last(name) in names and name not in self.linears and not list(module.children()):
+        return {name: module for name, module in self.linears.items() if _last(name) in names}
+
+    def last_layers(self, number: int) -> tuple[str, list[int]]:
+        """The name of the module list that holds the decoder's layers, and the numbers of its last ones.
+
+        Raises Refused if the model does not keep its layers in one list.
+        """
+        lists: dict[str, set[int]] = {}
+        for name in self.linears:
+            if match := _LAYER.match(name):
+                lists.setdefault(match["prefix"] + match["list"], set()).add(int(match["number"]))
+        if len(lists) != 1:
+            raise Refused("the base does not have one list of layers", where="train.layers", fix="leave layers out")
+        ((path, numbers),) = lists.items()
+        return _last(path), sorted(numbers)[-number:]
+
+    def add_adapter(
+        self,
+        *,
+        rank: int,
+        alpha: float,
+        root: bool,
+        dora: bool,
+        targets: Iterable[str],
+        layers: Sequence[int] | None,
+        layers_pattern: str | None,
+        start: Literal["zero", "pissa"] = "zero",
+    ) -> str:
+        """Put a new adapter into the module, at PEFT's start weights; returns its name.
+
+        The arguments are those of models.weight_files.AdapterFile. Raises Refused for layers that PEFT does not find or
+        cannot adapt.
+        """
+        peft, name, targets = libraries.peft(), next(self._names), sorted(targets)
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            use_rslora=root,
+            use_dora=dora,
+            init_lora_weights="pissa" if start == "pissa" else True,
+            target_modules=targets,
+            layers_to_transform=None if layers is None else list(layers),
+            layers_pattern=None if layers is None else layers_pattern,
+            # Conv1D keeps its weight transposed.
+            fan_in_fan_out=any(
+                _last(name) in targets and not isinstance(layer, nn.Linear) for name, layer in self.linears.items()
+            ),
+            task_type="CAUSAL_LM",
+        )
+        with self._turn, warnings.catch_warnings(action="ignore"):
+            try:
+                if self._peft is None:
+                    self._peft = peft.PeftModel(self.module, config, adapter_name=name)
+                else:
+                    self._peft.add_adapter(name, config)
+            except ValueError as error:
                 raise Refused(
-                    f"the name {_last(name)!r} is also that of {name}, which cannot be adapted",
-                    where="train.targets",
-                    fix="name the layers without it",
-                )
-        return {name: _sizes(module) for name, module in self.linears.items() if _last(name) in names}
+                    f"PEFT cannot adapt {', '.join(targets)} of this base: {_line(error)}", where=str(self.base.folder)
+                ) from error
+        return name
 
-    @torch.no_grad()
-    def reached(self) -> set[str]:
-        """The linear layers that are called as layers: some models multiply a layer's weight themselves, and an adapter
-        does not come there."""
-        self._called.clear()
-        self.module(input_ids=torch.tensor([_PROBE]), use_cache=False)
-        return set(self._called)
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter out of the module."""
+        with self._turn:
+            self._peft.delete_adapter(name)
 
-    def scores(self, batch: Batch) -> Tensor:
+    def load_adapter(self, folder: Path) -> str:
+        """Read an adapter's folder into the module; returns its name.
+
+        Raises Refused for another base's adapter, and for one that does not fit this model's layers.
+        """
+        file = read_adapter_file(folder, base=self.base.digest, fingerprint=self.base.fingerprint)
+        if other := next((name for name in self._others if _last(name) in file.targets), None):
+            raise _misfit(folder, f"{other} is not a linear layer")  # PEFT would fail after it adapted some layers
+        peft = libraries.peft()
+        name = self.add_adapter(
+            rank=file.rank,
+            alpha=file.alpha,
+            root=file.root,
+            dora=file.dora,
+            targets=file.targets,
+            layers=file.layers,
+            layers_pattern=file.layers_pattern,
+        )
+        try:
+            tensors = {key: torch.from_numpy(value) for key, value in file.tensors.items()}
+            found = peft.set_peft_model_state_dict(self._peft, tensors, adapter_name=name)
+            missing = [key for key in found.missing_keys if f".{name}" in key]
+            if found.unexpected_keys or missing:
+                raise _misfit(folder, f"tensors left over or missing: {[*found.unexpected_keys, *missing][0]}")
+        except (RuntimeError, Refused) as error:  # PEFT raises RuntimeError for another shape
+            self.remove_adapter(name)
+            raise error if isinstance(error, Refused) else _misfit(folder, _line(error)) from error
+        return name
+
+    @contextmanager
+    def using(self, adapter: str | None) -> Iterator[None]:
+        """Have the module compute with one adapter, or with none, while other threads wait."""
+        with self._turn:
+            if self._peft is not None and adapter is None:
+                self._peft.base_model.disable_adapter_layers()
+            elif self._peft is not None:
+                self._peft.base_model.enable_adapter_layers()
+                self._peft.set_adapter(adapter)
+            yield
+
+    def adapter_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """An adapter's tensors, by their names in the module."""
+        return {name: tensor for name, tensor in self.module.named_parameters() if f".{adapter}." in f"{name}."}
+
+    def adapter_tensors(self, adapter: str) -> dict[str, Tensor]:
+        """An adapter's tensors, by their names in an adapter file."""
+        found: dict[str, Tensor] = libraries.peft().get_peft_model_state_dict(self._peft, adapter_name=adapter)
+        return found
+
+    def without_start(self, adapter: str, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What PEFT makes of an adapter that started at start (PiSSA): an adapter of twice the rank for the base."""
+        tensors = self.adapter_tensors(adapter)
+        converted = self._peft.base_model.subtract_mutated_init(tensors, adapter, {"state_dict": dict(start)})
+        return {**tensors, **converted}
+
+    def logits(self, batch: Batch) -> Tensor:
         """Logits [N, vocabulary] at the places of a batch that predict a label.
 
-        Rows are filled up on the right, where nothing that counts looks: no token sees a later one.
+        Rows are padded on the right. No padding mask is needed, because no token sees a later one.
         """
         starts = torch.tensor([0, *batch.lengths]).cumsum(0) + batch.prefix
         row_of = torch.bucketize(batch.predicts, starts, right=True) - 1
         place_of = batch.predicts - starts[row_of] + batch.prefix
-        # Up to the last place that predicts: what lies behind may exceed the positions that the model has.
+        # Only up to the last place that predicts: the filler behind it may exceed the positions that the model has.
         longest = int(place_of.max()) + 1
         ids = torch.zeros(len(batch.lengths), longest, dtype=torch.long)
         for row, (first, length) in enumerate(zip(starts.tolist(), batch.lengths, strict=False)):
@@ -115,134 +216,124 @@ class HFModel:
         logits: Tensor = self.module(input_ids=ids, use_cache=False).logits
         return logits[row_of, place_of]
 
-    @property
-    def multiplied(self) -> int:
-        """Numbers of the linear layers and the head."""
-        head = self.module.get_output_embeddings().weight.numel()
-        return int(head) + sum(out * into for out, into in map(_sizes, self.linears.values()))
-
-    @property
-    def widest(self) -> tuple[int, int]:
-        """(out, in) of the widest linear layer."""
-        return max(map(_sizes, self.linears.values()))
-
-    def kept_bytes(self, batch: Batch) -> int:
-        """Bytes that a batch takes at the least: what linear layers read and give, of every token, and its logits, with
-        their gradient and what the loss makes of them."""
-        tokens = len(batch.lengths) * (batch.prefix + max(batch.lengths))
-        each = sum(map(sum, map(_sizes, self.linears.values())))
-        return 4 * tokens * (each + 3 * self.vocabulary)
-
-    def read_adapter(self, folder: Path, base: Base) -> dict[str, Low]:
-        """The parts of a PEFT folder. Raises Refused where it is another base's, or does not fit its layers."""
-        file = read_adapter_file(folder, base=base.digest, fingerprint=base.fingerprint)
-        tensors = {name: torch.from_numpy(tensor) for name, tensor in file.tensors.items()}
-        rank = file.rank
-        scale = file.alpha / (rank**0.5 if file.root else rank)
-        found: dict[str, Low] = {}
-        for name, (out, into) in self.targets(sorted(file.targets)).items():
-            pair = [tensors.pop(f"base_model.model.{name}.lora_{half}.weight", None) for half in "AB"]
-            a, b = pair
-            if a is None or b is None or (a.shape, b.shape) != ((rank, into), (out, rank)):
-                raise Refused(f"the adapter does not fit the layer {name}", where=str(folder), fix="train it again")
-            found[name] = Low(a.float(), b.float(), scale)
-        if tensors:
-            raise Refused(
-                f"the adapter holds tensors no layer takes, such as {sorted(tensors)[0][:120]}", where=str(folder)
-            )
-        return found
-
-    @torch.no_grad()  # what a module keeps for later must be fit for training
+    @torch.no_grad()  # what a module caches on its first call must be usable in training
     def _check_causal(self) -> int:
-        """How many logits a step has. Raises Refused where a token's logits change with what follows it."""
+        """How many logits a step has. Raises Refused if a token's logits change with the token after it."""
         ids = torch.tensor([_PROBE])
         other = ids.clone()
         other[0, -1] += 1
         one, two = (self.module(input_ids=each, use_cache=False).logits for each in (ids, other))
         if not torch.allclose(one[:, :-1], two[:, :-1], rtol=1e-4, atol=1e-4):
             raise Refused(
-                "the base's tokens see later ones: it is no causal language model",
-                where=str(self.folder),
+                "the base's tokens see later ones: it is not a causal language model",
+                where=str(self.base.folder),
                 fix="use a base that writes text from left to right",
             )
         return int(one.shape[-1])
 
+    def uncalled(self, adapter: str) -> list[str]:
+        """The adapter's layers that the model does not call: some multiply with a layer's weight themselves, and then
+        the adapter has no effect."""
+        parameters = self.adapter_parameters(adapter)
+        with self.using(adapter), torch.enable_grad():
+            self.module(input_ids=torch.tensor([_PROBE]), use_cache=False).logits.sum().backward()
+        found = [name.split(".lora_B.")[0] for name, tensor in parameters.items() if tensor.grad is None]
+        for tensor in parameters.values():
+            tensor.grad = None
+        return [name for name in found if name in self.linears]
+
     @cached_property
     def pads(self) -> bool:
-        """Whether a row filled up on the left gives the logits it gives alone: models with a running state do not."""
-        alone, company = self._steps([_PROBE[:3]]), self._steps([_PROBE[:3], _PROBE])
-        return all(torch.allclose(a[0], b[0], rtol=1e-3, atol=1e-3) for a, b in zip(alone, company, strict=True))
+        """Whether a row that is padded on the left gives the same logits as alone: not so for every running state."""
+        with self.using(None):
+            alone, together = self._first_steps([_PROBE[:3]]), self._first_steps([_PROBE[:3], _PROBE])
+        return all(torch.allclose(a[0], b[0], rtol=1e-3, atol=1e-3) for a, b in zip(alone, together, strict=True))
 
-    def _steps(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-        """Logits [B, vocabulary] of the first steps behind rows."""
-        from transformers import GenerationConfig
-
+    @torch.no_grad()
+    def _first_steps(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+        """Logits [B, vocabulary] of the first three steps after rows."""
         ids, mask = left_padded(rows, 0)
-        how = GenerationConfig(
+        how = libraries.transformers().GenerationConfig(
             max_new_tokens=3, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
         )
-        given = self.module.generate(ids, attention_mask=mask, generation_config=how)
-        return tuple(given.logits)
+        return tuple(self.module.generate(ids, attention_mask=mask, generation_config=how).logits)
+
+
+def remove_with(owner: object, model: HFModel, adapter: str) -> None:
+    """Take an adapter out of the model as soon as its owner is gone."""
+    weakref.finalize(owner, model.remove_adapter, adapter).atexit = False
 
 
 def left_padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
-    """ids and attention mask [B, longest], rows ending side by side."""
+    """Token ids and attention mask [B, longest] of rows that end together."""
     longest = max(map(len, rows))
     ids = torch.tensor([[filler] * (longest - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
 
 
-def _load(folder: Path) -> Any:
-    """The module, from the base's own files and nothing that lies beside them (an adapter there would be applied)."""
-    os.environ.setdefault("USE_HUB_KERNELS", "0")  # transformers would fetch compiled code where it finds `kernels`
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-    from transformers.utils import logging
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    inputs, outputs = module.get_parameter("weight").shape  # transformers' Conv1D
+    return outputs, inputs
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+
+def _load(folder: Path, *, quantized: bool) -> Any:
+    """The module, from the base's own files only: transformers would apply an adapter that lies in the same folder."""
+    transformers = libraries.transformers()
     if "quantization_config" in json.loads((folder / "config.json").read_bytes()):
-        raise Refused("the base's weights are quantised", where=str(folder), fix="use the base they were made from")
+        raise Refused("the base's weights are quantised", where=str(folder), fix="use the model they were made from")
+    how: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    if quantized:
+        how |= {"quantization_config": four_bits.quantization(), "device_map": {"": "cpu"}}
     with tempfile.TemporaryDirectory() as scratch:
         for path in base_files(folder):
             os.symlink(path.resolve(), Path(scratch) / path.name)
         safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
-            config = AutoConfig.from_pretrained(scratch, **safe)
-            how: dict[str, Any] = {**safe, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-            loaded: Any = AutoModelForCausalLM.from_pretrained(scratch, config=config, **how)
-        except Exception as error:  # each architecture has its own ways to refuse a configuration
+            config = transformers.AutoConfig.from_pretrained(scratch, **safe)
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(scratch, config=config, **safe, **how)
+        except Exception as error:  # every architecture has its own way to refuse a configuration
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(scratch, str(folder))
             raise Refused(
                 f"transformers cannot run this base without code from its folder: {reason[:300]}",
                 where=str(folder),
-                fix="use a model that transformers knows by itself",
+                fix="use a model that transformers supports by itself",
             ) from error
     module, found = loaded
     wrong = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
     if wrong:
         kind, names = next(iter(wrong.items()))
         raise Refused(
-            f"the base's weights are not its architecture's: {kind.replace('_', ' ')} such as {names[0][:120]}",
+            f"the base's weights do not fit its architecture: {kind.replace('_', ' ')} such as {names[0][:120]}",
             where=str(folder),
             fix="use an unmodified, complete model",
         )
     if config.is_encoder_decoder:
-        raise Refused("the base has an encoder: it is no causal language model", where=str(folder))
-    module.generation_config = GenerationConfig()  # nothing that would change scores unseen
+        raise Refused("the base has an encoder: it is not a causal language model", where=str(folder))
+    module.generation_config = transformers.GenerationConfig()  # the folder's own could change scores unseen
     return module.eval().requires_grad_(requires_grad=False)
+
+
+def _misfit(folder: Path, reason: str) -> Refused:
+    return Refused(
+        f"the adapter does not fit the base's layers: {reason}",
+        where=str(folder),
+        fix="train it again",
+    )
+
+
+def _line(error: Exception) -> str:
+    """An error's message in one line."""
+    return " ".join(str(error).split())[:300]
 
 
 def _is_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)
-
-
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer; transformers' Conv1D keeps its weight the other way round."""
-    rows, columns = module.get_parameter("weight").shape
-    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
 
 
 def _last(name: str) -> str:

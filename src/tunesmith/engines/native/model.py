@@ -25,7 +25,12 @@ class NativeModel:
         return NativeEngine(self._base, self._network)
 
     def trainable(self, settings: WeightSettings, *, seed: int, state_bytes: int) -> TrainableModel:
-        """A new adapter on these weights, or a copy of them to be trained in full."""
+        """A new adapter on these weights, or a copy of them to be trained in full. Bases in 4 bits are trained by the
+        hf engine."""
+        if settings.quantize is not None:
+            from tunesmith.engines.hf.loaded import LoadedHFModel
+
+            return LoadedHFModel(self._base).trainable(settings, seed=seed, state_bytes=state_bytes)
         if settings.method == "full":
             return FullModel(self._base, self._network, settings, state_bytes)
         return LoraModel(self._base, self._network, settings, seed)

@@ -25,7 +25,7 @@ from tunesmith.engines.native.network.products import TILE, LowRankFactors, Pack
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.engines.training_protocol import ParameterGroup
 from tunesmith.models.base import Base
-from tunesmith.models.families import meant
+from tunesmith.models.families import match_layers
 
 
 class Adapted(NamedTuple):
@@ -56,7 +56,7 @@ class LoraModel(NativeTrainable):
         self._base, self.network, self.rank, self._b_rate = base, network, settings.rank, settings.b_rate
         self.alpha = float(settings.alpha if settings.alpha is not None else 2 * settings.rank)
         self.root = settings.scaling == "root"
-        self.targets = frozenset(meant(settings.targets, target_names(), "train.targets"))
+        self.targets = frozenset(match_layers(settings.targets, target_names(), "train.targets"))
         self.first = 0 if settings.layers is None else max(0, network.shape.layers - settings.layers)
         self.places: list[Place] = [
             (number, group)

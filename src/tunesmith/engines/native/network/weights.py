@@ -15,7 +15,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.engines.native.network.network import GROUPS, Layer, Network, Rotary, Shape
 from tunesmith.engines.native.network.products import PackedLinear
 from tunesmith.models.base import weight_files
-from tunesmith.models.families import FAMILIES, GEMMAS, ours
+from tunesmith.models.families import GEMMAS, NATIVE_FAMILIES, is_native
 
 # Rotary variants whose angles do not depend on the text's length.
 _ROPES = ("default", "linear", "llama3", "yarn")
@@ -65,7 +65,7 @@ def _configuration(folder: Path) -> Any:
     from transformers import AutoConfig
 
     family = json.loads((folder / "config.json").read_bytes()).get("model_type")
-    if not ours(str(family)):
+    if not is_native(str(family)):
         raise Refused(
             f"models of family {family!r} run in transformers' own modules, which this is not offered for",
             where=str(folder / "config.json"),
@@ -95,7 +95,7 @@ def _unsupported(config: Any) -> str | None:
 
 
 def _supported() -> str:
-    return f"use a model of one of {', '.join(FAMILIES)}, with its family's own activation and no MLP bias"
+    return f"use a model of one of {', '.join(NATIVE_FAMILIES)}, with its family's own activation and no MLP bias"
 
 
 def _head_size(config: Any) -> int:

@@ -1,0 +1,104 @@
+"""Decodes a batch of prompts with transformers' `generate`, which keeps the cache; every token is chosen here.
+
+So sampling, schemas, stop texts and limits are the same as in the native engine, and each row has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.engines.answers import Answer
+from tunesmith.engines.constraint import Guide, mask_disallowed_
+from tunesmith.engines.hf import libraries
+from tunesmith.engines.hf.model import left_padded
+from tunesmith.engines.sampling import Sampling, sample, score_of
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One answer to decode. ids: the prompt. limit: most tokens of the answer. top: how many of the likeliest tokens to
+    report at each step; None for no log-probabilities. guide: holds the answer to its schema."""
+
+    ids: Sequence[int]
+    limit: int
+    sampling: Sampling
+    answer: Answer
+    guide: Guide | None
+    top: int | None
+    generator: torch.Generator
+    given: list[int] = field(default_factory=list)
+
+
+class Decoding:
+    """Decodes rows together. Each row's answer receives its tokens, its end and any error."""
+
+    def __init__(self, rows: Sequence[Row], stop_ids: frozenset[int], cancelled: Callable[[], bool]) -> None:
+        """cancelled: whether the caller no longer waits for the answers."""
+        self._rows, self._stop_ids, self._cancelled = rows, stop_ids, cancelled
+        self._filler = min(stop_ids)
+        self._unfinished = dict.fromkeys(range(len(rows)))
+
+    def run(self, module: Any) -> None:
+        """Decode all rows to their ends."""
+        transformers = libraries.transformers()
+        ids, mask = left_padded([row.ids for row in self._rows], self._filler)
+        how = transformers.GenerationConfig(
+            do_sample=False, max_new_tokens=max(row.limit for row in self._rows), pad_token_id=self._filler
+        )
+        module.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=how,
+            logits_processor=transformers.LogitsProcessorList([self._choose]),
+            stopping_criteria=transformers.StoppingCriteriaList([self._finished]),
+        )
+
+    def end_all(self, error: BaseException | None = None) -> None:
+        """End the rows that are not finished yet."""
+        for place in list(self._unfinished):
+            self._end(place, stopped=False, error=error)
+
+    def _choose(self, _ids: Tensor, logits: Tensor) -> Tensor:
+        """A logits processor: leaves one token for each row of logits [B, vocabulary]."""
+        only = torch.full_like(logits, float("-inf"))
+        for place, row in enumerate(self._rows):
+            token = self._next_token(row, place, logits[place]) if place in self._unfinished else self._filler
+            only[place, token] = 0.0
+        return only
+
+    def _finished(self, ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+        """A stopping criterion: which rows need no more tokens."""
+        if self._cancelled():
+            self._unfinished.clear()
+        return torch.tensor([place not in self._unfinished for place in range(len(ids))])
+
+    def _end(self, place: int, *, stopped: bool, error: BaseException | None = None) -> None:
+        del self._unfinished[place]
+        self._rows[place].answer.end(stopped=stopped, error=error)
+
+    def _next_token(self, row: Row, place: int, logits: Tensor) -> int:
+        logprobs = None if row.top is None else logits.float().log_softmax(-1)
+        try:
+            mask_disallowed_(logits[None], [row.guide])
+            if row.sampling.temperature > 0:
+                token = sample(logits.float(), row.sampling, row.generator)
+            else:
+                token = int(logits.argmax())
+            row.given.append(token)
+            if token in self._stop_ids:
+                self._end(place, stopped=True)
+                return token
+            if row.guide is not None:
+                row.guide.follow(token)
+            ended = row.answer.take(token, None if logprobs is None else score_of(logprobs, token, row.top or 0))
+        except Exception as error:  # noqa: BLE001 - a bad schema ends this row only; its caller raises the error
+            self._end(place, stopped=False, error=error)
+            return self._filler
+        if ended or len(row.given) >= row.limit:
+            self._end(place, stopped=False)
+        return token

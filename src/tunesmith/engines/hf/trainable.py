@@ -1,0 +1,173 @@
+"""A LoRA adapter under training in transformers' module, by PEFT."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.engines.batch import Batch
+from tunesmith.engines.hf import four_bits
+from tunesmith.engines.hf.model import HFModel, remove_with, sizes
+from tunesmith.engines.hf.support import check_supported
+from tunesmith.engines.peak import MEASURED_ROWS, measured_flops
+from tunesmith.engines.settings import HF, WeightSettings
+from tunesmith.engines.training_protocol import Objective, ParameterGroup
+from tunesmith.models.weight_files import save_adapter_file
+
+_FLOAT = 4  # bytes
+
+
+class HFTrainable:
+    """Implements engines.training_protocol.TrainableModel. What is computed with is fp32, and so is what is trained, so
+    that the optimiser moves PEFT's own parameters."""
+
+    engine_name = HF
+    shares_prefix = False  # transformers' modules take each row whole
+
+    def __init__(self, model: HFModel, settings: WeightSettings, *, seed: int) -> None:
+        """The start weights are PEFT's, drawn with seed. Raises Refused for settings that PEFT or this base cannot
+        honour, and for layers that the model does not call."""
+        check_supported(settings)
+        self._model, self._settings = model, settings
+        self._alpha = float(settings.alpha if settings.alpha is not None else 2 * settings.rank)
+        targets = model.targets(settings.targets)
+        self._layers: list[int] | None = None
+        self._pattern = "layers"
+        if settings.layers is not None:
+            self._pattern, self._layers = model.last_layers(settings.layers)
+        _check_rank(targets, settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.adapter = model.add_adapter(
+                rank=settings.rank,
+                alpha=self._alpha,
+                root=settings.scaling == "root",
+                dora=settings.dora,
+                targets={name.rsplit(".", 1)[-1] for name in targets},
+                layers=self._layers,
+                layers_pattern=self._pattern,
+                start=settings.start,
+            )
+        remove_with(self, model, self.adapter)
+        self._parameters = model.adapter_parameters(self.adapter)
+        if uncalled := model.uncalled(self.adapter):
+            raise Refused(
+                f"the model does not run {uncalled[0]} as a layer, so an adapter there would have no effect",
+                where="train.targets",
+                fix="name the layers to adapt without it",
+            )
+        self._start = _copies(self._parameters) if settings.start == "pissa" else None
+
+    @property
+    def trained_numbers(self) -> int:
+        """How many numbers are trained."""
+        return sum(tensor.numel() for tensor in self._parameters.values())
+
+    def environment(self) -> Mapping[str, str]:
+        """The libraries' versions, and how the base is quantised."""
+        found = {"peft": version("peft")}
+        if self._settings.quantize is not None:
+            found["quantized"] = four_bits.description()
+        return found
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """A, B and DoRA's magnitudes. LoRA+ (Hayou et al. 2024): B has a higher learning rate than A."""
+        parts = {part: _named(self._parameters, part) for part in ("lora_A", "lora_B", "lora_magnitude_vector")}
+        rates = {"lora_B": self._settings.b_rate}
+        return [ParameterGroup(tensors, rates.get(part, 1.0)) for part, tensors in parts.items() if tensors]
+
+    def loss(self, batch: Batch, objective: Objective, divisor: float) -> Tensor:
+        """The objective over a batch's labels: a scalar, with gradients unless autograd is off."""
+        with self._model.using(self.adapter):
+            logits = self._model.logits(batch)
+        losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+        return (losses * objective.coefficients(batch, divisor)).sum()
+
+    def collect_gradients(self) -> None:
+        """Give zeros to a tensor that no token reached. Autograd added the other gradients already."""
+        for tensor in self._parameters.values():
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+
+    def parameters_changed(self) -> None:
+        """Nothing to do: the module computes with the parameters themselves."""
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter in PEFT's layout into an existing folder. One that started at PiSSA has twice the rank."""
+        model, rank, alpha = self._model, self._settings.rank, self._alpha
+        root = self._settings.scaling == "root"
+        tensors = model.adapter_tensors(self.adapter)
+        if self._start is not None:
+            tensors = model.without_start(self.adapter, self._start)
+            rank, alpha = 2 * rank, alpha * (math.sqrt(2) if root else 2)
+        save_adapter_file(
+            folder,
+            {name: tensor.detach().contiguous().numpy() for name, tensor in tensors.items()},
+            base=model.base.digest,
+            fingerprint=model.base.fingerprint,
+            rank=rank,
+            alpha=alpha,
+            root=root,
+            dora=self._settings.dora,
+            targets={name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors},
+            layers=self._layers,
+            layers_pattern=self._pattern,
+        )
+
+    def memory_estimate(self, batch: Batch) -> int:
+        """Bytes of a batch: what every linear layer reads and gives for every token, the logits with their gradient and
+        log-probabilities, and the adapter's gradients."""
+        widths = sum(sum(sizes(module)) for module in self._model.linears.values())
+        return _FLOAT * (_tokens(batch) * (widths + 3 * self._model.vocabulary) + self.trained_numbers)
+
+    def flops(self, batch: Batch) -> float:
+        """Floating-point operations of a batch's matrix products, forward and backward. Attention is left out.
+
+        For every token, the padding of short rows included: 4 for each frozen number (2 forward, 2 backward to the
+        inputs), 6 for each trained one.
+        """
+        frozen = sum(math.prod(sizes(module)) for module in [self._model.head, *self._model.linears.values()])
+        return float(_tokens(batch) * (4 * frozen + 6 * self.trained_numbers))
+
+    def peak_flops(self, batch: Batch) -> float:
+        """Floating-point operations a second that this machine reaches on the largest linear layer's product."""
+        outputs, inputs = max(map(sizes, self._model.linears.values()))
+        return _peak(min(_tokens(batch), MEASURED_ROWS), inputs, outputs)
+
+
+def _check_rank(targets: Mapping[str, nn.Module], settings: WeightSettings) -> None:
+    """PiSSA starts at singular vectors, of which a weight has no more than its smaller size."""
+    most = min(min(sizes(module)) for module in targets.values())
+    if settings.start == "pissa" and settings.rank > most:
+        raise UsageError(
+            f"start: pissa needs as many singular vectors as the rank, {settings.rank}, but a weight has only {most}",
+            where="train.rank, train.start",
+            fix=f"set rank to {most} or lower, or leave start out",
+        )
+
+
+def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {f"model.{name}": tensor.detach().clone() for name, tensor in parameters.items()}
+
+
+def _named(parameters: Mapping[str, nn.Parameter], part: str) -> list[Tensor]:
+    return [tensor for name, tensor in parameters.items() if f".{part}." in name]
+
+
+def _tokens(batch: Batch) -> int:
+    """Tokens that the module computes for a batch, the padding of short rows included."""
+    return len(batch.lengths) * (batch.prefix + max(batch.lengths))
+
+
+@cache
+def _peak(rows: int, inputs: int, outputs: int) -> float:
+    weight, x = torch.full((outputs, inputs), 0.01), torch.full((rows, inputs), 0.01)
+    return measured_flops(lambda: F.linear(x, weight), 2.0 * rows * inputs * outputs)
