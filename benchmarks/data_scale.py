@@ -66,7 +66,7 @@ def measure(path: Path, near: float | None, scan: bool, workers: int | None) -> 
     )
     store = Store(path.parent / "store")
     began = time.perf_counter()
-    digest = build_dataset(store, chosen, path.parent, engine=LocalRunner(workers))
+    digest = build_dataset(store, chosen, path.parent, runner=LocalRunner(workers))
     seconds = time.perf_counter() - began
     own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {

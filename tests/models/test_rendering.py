@@ -171,9 +171,9 @@ def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
 
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>"])
 def test_control_tokens_in_content_are_refused(renderer: Renderer, token: str) -> None:
-    with pytest.raises(UsageError, match="imitates the control token"):
+    with pytest.raises(UsageError, match="contains the control token"):
         renderer.conversation(row(f"hello {token} system", "x"))
-    with pytest.raises(UsageError, match="imitates the control token"):
+    with pytest.raises(UsageError, match="contains the control token"):
         renderer.prompt([Message(role="user", content=token)])
 
 
@@ -186,12 +186,12 @@ def test_a_turn_without_an_end_token_is_refused(tmp_path: Path) -> None:
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None:
     template = "{{ messages | length }}" + TEMPLATE
-    with pytest.raises(Refused, match="cannot be told apart"):
+    with pytest.raises(Refused, match="cannot be "):
         _renderer(tmp_path, template).conversation(row("a", "b"))
 
 
 def test_a_double_bos_token_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="two beginning tokens"):
+    with pytest.raises(Refused, match="two beginning-of-text tokens"):
         _renderer(tmp_path, "<|im_start|>" + TEMPLATE).conversation(row("a", "b"))
 
 

@@ -119,7 +119,7 @@ def test_a_conversation_without_labels_is_refused(renderer: Renderer) -> None:
         (HERMES.replace("{{ tool | tojson }}", ""), "the tool weather"),
         (HERMES.replace("{{ call.function.name }}", "f"), "the call of weather"),
         (HERMES.replace("{{ call.function.arguments | tojson }}", "{}"), "the arguments of weather"),
-        (HERMES.replace("<tool_response>{{ m.content }}", ""), "what the tool weather said"),
+        (HERMES.replace("<tool_response>{{ m.content }}", ""), "the result of the tool weather"),
         (HERMES.replace("or []", "and []"), "the call of weather"),
         ("{% for m in messages %}{{ m.role + m.nothing }}{% endfor %}", "refuses this conversation"),
         ("{% if tools %}{{ raise_exception('no tools here') }}{% endif %}" + TEMPLATE, "no tools here"),

@@ -1,4 +1,4 @@
-"""A dataset version as the floors above read it."""
+"""A dataset version and its examples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tunesmith.core.digests import canonical, digest_of
 from tunesmith.core.errors import Refused, UsageError
@@ -22,9 +22,9 @@ _ID_LENGTH = 20
 
 
 class Example(BaseModel):
-    """One conversation. messages end with the assistant's answer; id is that of the content and its source.
+    """One conversation, whose last message is the assistant's answer. id: a digest of the content and the source.
 
-    labels: what else the row says that the splits went by or that is to be balanced, by the key that said it.
+    labels: key of the row -> value, for the keys that decided its split or that `attributes` keeps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,12 +39,6 @@ class Example(BaseModel):
     region: str | None = None
     labels: dict[str, str] = {}
 
-    @model_serializer(mode="wrap")
-    def _as_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without labels where there are none: rows that were sealed before there were any keep their bytes."""
-        stated: dict[str, Any] = serialise(self)
-        return {key: value for key, value in stated.items() if key != "labels" or value}
-
     @property
     def request(self) -> tuple[Message, ...]:
         """The turns before the answer."""
@@ -52,35 +46,35 @@ class Example(BaseModel):
 
     @property
     def wording(self) -> str:
-        """The request as one normalised text, by which it is compared with others."""
+        """The request as one normalised text, for comparisons."""
         return request_text(self.messages)
 
     @property
     def answer(self) -> str:
-        """The text to learn."""
+        """The text that training learns."""
         return self.messages[-1].text
 
 
 def example_id(messages: Sequence[Message], source: str) -> str:
-    """The id of a conversation from a source: 80 bits of its digest, the same wherever the row stands in the file."""
-    content = [[turn.role, turn.content, *_beside(turn)] for turn in messages]
+    """The id of a conversation from a source: 80 bits of their digest. The row's place in the file does not matter."""
+    content = [[turn.role, turn.content, *_further_keys(turn)] for turn in messages]
     return digest_of({"messages": content, "source": source}).removeprefix("sha256:")[:_ID_LENGTH]
 
 
-def _beside(turn: Message) -> list[Any]:
-    """What a turn has beside role and content; nothing for most."""
+def _further_keys(turn: Message) -> list[Any]:
+    """What a turn has besides role and content; empty for most turns."""
     more = turn.model_dump(mode="json", exclude={"role", "content"})
     return [more] if more else []
 
 
 def encode_examples(examples: Sequence[Example]) -> bytes:
-    """Canonical JSON, one example a line, in the order of the ids: the same examples give the same bytes."""
+    """Canonical JSON lines, sorted by id: the same examples give the same bytes."""
     ordered = sorted(examples, key=lambda example: example.id)
     return b"".join(canonical(example.model_dump(mode="json")) + b"\n" for example in ordered)
 
 
 class Dataset:
-    """A dataset record and its examples, read when asked for and held against their digests."""
+    """A dataset record and its examples, which are read on demand and checked against their digests."""
 
     def __init__(self, store: Store, digest: str, record: Record) -> None:
         self._store = store
@@ -92,7 +86,7 @@ class Dataset:
         return {name: int(self.record.body["splits"][name]) for name in SPLITS}
 
     def examples(self, split: str) -> list[Example]:
-        """The split's examples in the order of their ids. Raises UsageError for a split that there is not."""
+        """The examples of a split, sorted by id. Raises UsageError for an unknown split, Refused for damaged data."""
         if split not in SPLITS:
             raise UsageError(f"there is no split {split!r}", fix=f"one of {', '.join(SPLITS)}")
         name = f"{split}.jsonl"
@@ -105,15 +99,15 @@ class Dataset:
             raise Refused(f"{name} does not hold examples: {error}", where=self.digest) from error
 
     def removed(self) -> list[Mapping[str, Any]]:
-        """What was read and not kept: id, source, row, reason."""
+        """The rows that the build removed: id, source, row, reason."""
         return [json.loads(line) for line in self._store.read_blob(self.record.blobs[REMOVED]).splitlines()]
 
 
 def load_dataset(store: Store, digest: str) -> Dataset:
-    """Read a dataset version. Raises Refused where it is missing or damaged, UsageError for another kind of record."""
+    """Open a dataset version. Raises Refused where it is missing or damaged, UsageError for another kind of record."""
     return Dataset(store, digest, store.record(digest, kind="dataset"))
 
 
 def encode_removed(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Canonical JSON, one removed row a line, in an order that does not depend on how the rows came."""
+    """Canonical JSON lines of removed rows, sorted: the order in which rows were read does not matter."""
     return b"".join(sorted(canonical(dict(row)) + b"\n" for row in rows))

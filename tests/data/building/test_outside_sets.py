@@ -40,7 +40,10 @@ def contaminated(tmp_path: Path) -> Path:
 def test_what_is_near_or_worded_alike_leaves(contaminated: Path) -> None:
     dataset = build(contaminated, settings(**OUTSIDE))
     rows = dataset.record.body["rows"]
-    assert rows["removed"] == {"near a row of an outside test set": 2, "worded as a row of an outside test set": 1}
+    assert rows["removed"] == {
+        "near a row of an outside test set": 2,
+        "same wording as a row of an outside test set": 1,
+    }
     assert rows["read"] == rows["kept"] + 3
     left = [one.request[0].content for name in SPLITS for one in dataset.examples(name)]
     assert "stop the music" in left

@@ -70,8 +70,8 @@ def test_the_same_digest_and_the_same_errors(tmp_path: Path, monkeypatch: pytest
     path = write_jsonl(tmp_path / "rows.jsonl", mixed(400))
     whole = build(tmp_path, settings(**CHOSEN))
     monkeypatch.setattr(shards, "SHARD_BYTES", 15_000)
-    assert build(tmp_path, settings(**CHOSEN), engine=RayRunner(2)).digest == whole.digest
+    assert build(tmp_path, settings(**CHOSEN), runner=RayRunner(2)).digest == whole.digest
     path.open("a").write("{\n")
     with pytest.raises(UsageError) as caught:
-        build(tmp_path, settings(**CHOSEN), engine=RayRunner(2))
+        build(tmp_path, settings(**CHOSEN), runner=RayRunner(2))
     assert caught.value.where.startswith("rows.jsonl, line")

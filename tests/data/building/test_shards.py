@@ -61,7 +61,7 @@ def test_the_same_dataset_whatever_the_shards_and_workers(
     assert len(whole.record.body["rows"]["removed"]) >= 3
     assert whole.record.body["conflicts"]["requests"] > 0
     monkeypatch.setattr(shards, "SHARD_BYTES", size)
-    cut = build(tmp_path, settings(**CHOSEN), engine=LocalRunner(workers), work=tmp_path / "w")
+    cut = build(tmp_path, settings(**CHOSEN), runner=LocalRunner(workers), work=tmp_path / "w")
     assert cut.digest == whole.digest
     assert not list((tmp_path / "w").iterdir())
 
@@ -74,7 +74,7 @@ def test_workers_leave_out_what_was_recalled_and_hand_back_the_originals(
     monkeypatch.setenv(KEY, new_key())
     chosen = settings(**CHOSEN | {"privacy": {**CHOSEN["privacy"], "originals": "back"}})
     recalled = Withdrawn({"subject": frozenset(["p3"])})
-    one, two = (build(tmp_path, chosen, engine=LocalRunner(workers), withdrawn=recalled) for workers in (1, 2))
+    one, two = (build(tmp_path, chosen, runner=LocalRunner(workers), withdrawn=recalled) for workers in (1, 2))
     assert one.digest == two.digest
     assert two.record.body["rows"]["removed"][WITHDRAWN] >= 3
     changed = [each.id for split in SPLITS for each in two.examples(split) if "person1@" in each.messages[0].content]
@@ -89,7 +89,7 @@ def test_workers_hold_rows_against_outside_test_sets(tmp_path: Path, monkeypatch
     whole = build(tmp_path, chosen)
     assert whole.record.body["rows"]["removed"][OUTSIDE_WORDING] >= 9
     monkeypatch.setattr(shards, "SHARD_BYTES", 5000)
-    assert build(tmp_path, chosen, engine=LocalRunner(2)).digest == whole.digest
+    assert build(tmp_path, chosen, runner=LocalRunner(2)).digest == whole.digest
 
 
 def test_every_type_of_file_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_every_type_of_file_in_shards(tmp_path: Path, monkeypatch: pytest.Monkey
     whole = build(tmp_path, settings("d/*"))
     assert whole.record.body["rows"]["read"] == 240
     monkeypatch.setattr(shards, "SHARD_BYTES", 1500)
-    assert build(tmp_path, settings("d/*"), engine=LocalRunner(2)).digest == whole.digest
+    assert build(tmp_path, settings("d/*"), runner=LocalRunner(2)).digest == whole.digest
 
 
 @given(
@@ -133,7 +133,7 @@ def test_the_first_bad_row_is_told_whoever_meets_one(tmp_path: Path, monkeypatch
     monkeypatch.setattr(shards, "SHARD_BYTES", 2000)
     for workers in (1, 2):
         with pytest.raises(UsageError) as caught:
-            build(tmp_path, engine=LocalRunner(workers), work=tmp_path / "w")
+            build(tmp_path, runner=LocalRunner(workers), work=tmp_path / "w")
         assert caught.value.where.startswith("rows.jsonl, line 401")
         assert not list((tmp_path / "w").iterdir())
 
@@ -176,7 +176,7 @@ KILLED = """
 
     shards.SHARD_BYTES = 4000
     slow = lambda messages: time.sleep(0.05) or 1
-    build(Path(sys.argv[1]), engine=shards.LocalRunner(2), count_tokens=slow, max_tokens=9)
+    build(Path(sys.argv[1]), runner=shards.LocalRunner(2), count_tokens=slow, max_tokens=9)
 """
 
 
@@ -202,4 +202,4 @@ def test_a_worker_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     write_jsonl(tmp_path / "rows.jsonl", many_rows(200))
     monkeypatch.setattr(shards, "SHARD_BYTES", 2000)
     with pytest.raises(TunesmithError, match="worker process died"):
-        build(tmp_path, engine=LocalRunner(2), count_tokens=lambda _messages: os._exit(9), max_tokens=9)
+        build(tmp_path, runner=LocalRunner(2), count_tokens=lambda _messages: os._exit(9), max_tokens=9)

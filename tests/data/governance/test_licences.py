@@ -33,7 +33,7 @@ def test_allowed(given: str, spelling: str) -> None:
         ("CC-BY-SA-4.0", "share-alike"),
         ("GPL-3.0-only", "share-alike"),
         ("CC-BY-ND-4.0", "nothing derived"),
-        ("SSPL-1.0", "not among those known"),
+        ("SSPL-1.0", "are not known"),
         ("Apache-2.0 WITH LLVM-exception", "not among"),
         ("LicenseRef-Our-Own", "no SPDX licence id"),
         ("free for all", "no"),

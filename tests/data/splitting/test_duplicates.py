@@ -108,7 +108,7 @@ def test_short_and_empty_texts() -> None:
 
 def test_requests_that_nothing_tells_apart_are_refused_instead_of_filling_the_memory() -> None:
     shared = "classify the sentiment of the following review as positive or negative and explain briefly: " * 3
-    with pytest.raises(Refused, match="so alike") as caught:
+    with pytest.raises(Refused, match="too similar") as caught:
         near_pairs([f"{shared}{n}" for n in range(600)], 0.8)
     assert "system turn" in str(caught.value.fix)
 

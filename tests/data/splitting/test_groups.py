@@ -144,7 +144,7 @@ def test_an_outside_row_of_another_name_is_the_same_template(tmp_path: Path) -> 
     write_jsonl(tmp_path / "bench.jsonl", [row("tell konstantinos that dinner is ready", "ok")])
     more = {"decontaminate": [{"path": "bench.jsonl"}], "split": {"values": ["anna", "konstantinos"]}}
     dataset = build(tmp_path, settings(**more))
-    assert dataset.record.body["rows"]["removed"] == {"worded as a row of an outside test set": 1}
+    assert dataset.record.body["rows"]["removed"] == {"same wording as a row of an outside test set": 1}
     assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
 
 

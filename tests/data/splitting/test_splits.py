@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.settings import Split
+from tunesmith.data.splitting.assignment import split_of
 from tunesmith.data.splitting.duplicates import jaccard, near_text, request_text, shingles
 from tunesmith.data.splitting.groups import wording_group
 from tunesmith.data.splitting.leakage import (
@@ -20,8 +21,7 @@ from tunesmith.data.splitting.leakage import (
     Leakage,
     Nearness,
     leakage,
-    leaving,
-    split_of,
+    rows_to_remove,
 )
 
 
@@ -89,7 +89,7 @@ def test_near_rows_leave_training_first() -> None:
         ],
     )
     splits = {"train": train, "validation": validation, "test": test}
-    gone = leaving(splits, 0.75)
+    gone = rows_to_remove(splits, 0.75)
     reasons = {one.request[0].content: gone[one.id] for some in splits.values() for one in some if one.id in gone}
     alike = [text for text, reason in reasons.items() if reason == NEAR_SAME_ANSWER]
     assert len(alike) == 2
@@ -115,7 +115,7 @@ def test_what_is_near_a_held_out_row_that_leaves_as_a_repeat_leaves_too() -> Non
     }
     one, other = (jaccard(trigrams(splits["test"][n]), trigrams(splits["train"][1 - n])) for n in (0, 1))
     assert max(one, other) < 0.8  # each training row is near one of the two alone
-    gone = leaving(splits, 0.8)
+    gone = rows_to_remove(splits, 0.8)
     assert [gone.get(row.id) for row in splits["train"]] == [NEAR_HELD_OUT] * 2
     assert sorted(gone.get(row.id, "") for row in splits["test"]) == ["", NEAR_SAME_ANSWER]
 
@@ -134,7 +134,7 @@ def test_after_leaving_nothing_is_near_across_splits(found: list[tuple[str, str,
     splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     for text, answer, split in found:
         splits[split].append(example(text, answer))
-    gone = leaving(splits, threshold)
+    gone = rows_to_remove(splits, threshold)
     staying = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
     assert leakage(staying, Nearness(staying, threshold)).near_pairs == 0
     # leakage counts what brute force counts

@@ -1,4 +1,4 @@
-"""The account of a build: where every row went."""
+"""Counts what happens to every row of a build, and names the reasons for which rows are removed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ PRIVATE: Final = "personal data or a secret"
 OVERLONG: Final = "overlong"
 OFF_SCHEMA: Final = "answer not valid under the schema"
 WITHDRAWN: Final = "withdrawn by a recall"
-OUTSIDE_WORDING: Final = "worded as a row of an outside test set"
-SPOILT: Final = "answer no longer valid under the schema with pseudonyms"
-SPOILT_CALL: Final = "tool call no longer JSON with pseudonyms"
+OUTSIDE_WORDING: Final = "same wording as a row of an outside test set"
+SPOILT: Final = "answer not valid under the schema after pseudonymisation"
+SPOILT_CALL: Final = "tool call not valid JSON after pseudonymisation"
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """An example on its way through the stages. row: its number in the file; changed: it is not as it was read."""
+    """An example that passed the checks. row: its number in the file; changed: whether it differs from what was
+    read."""
 
     example: Example
     row: int
@@ -30,9 +31,10 @@ class Kept:
 
 @dataclass
 class Account:
-    """What became of the rows so far: read = kept + removed. ignored: key -> rows that had it and were read without.
+    """Counts of the rows so far. read: kept and removed ones. ignored: key that no format reads -> rows that have it.
 
-    privacy: entity -> values found; fields: (turn's role, entity) -> findings; originals: example -> its scan's.
+    privacy: entity -> values found. fields: (turn's role, entity) -> findings. originals: example id -> pseudonym ->
+    original. longest: the most tokens of a row.
     """
 
     read: int = 0
@@ -44,16 +46,16 @@ class Account:
     longest: int = 0
 
     def enter_scan(self, scan: Scan) -> None:
-        """Count what a conversation's scan found."""
+        """Add what a conversation's scan found."""
         self.privacy.update(scan.found)
         self.fields.update(scan.fields)
 
     def remove(self, source: str, row: int, reason: str, example: str | None = None) -> None:
-        """Enter a row that goes no further. example: its id, where it got as far as having one."""
+        """Note a removed row. example: its id, where it was computed already."""
         self.removed.append({"id": example, "source": source, "row": row, "reason": reason})
 
     def merge(self, other: Account) -> None:
-        """Take in another's counts. What is a number adds up, but for the longest."""
+        """Add another account's counts; `longest` becomes the larger one."""
         for each in fields(self):
             own, more = getattr(self, each.name), getattr(other, each.name)
             if isinstance(own, int):
@@ -61,4 +63,4 @@ class Account:
             elif isinstance(own, list):
                 own.extend(more)
             else:
-                own.update(more)  # a Counter adds up
+                own.update(more)  # a Counter adds

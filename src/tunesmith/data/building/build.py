@@ -1,4 +1,4 @@
-"""From files of rows to a sealed dataset version."""
+"""Builds a dataset version from files of rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tunesmith.data.building.shards import (
     PlannedFile,
     RowRules,
     ShardRunner,
-    examined,
+    examined_rows,
     formats_of,
     plan,
 )
@@ -36,14 +36,14 @@ from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.settings import DataSettings, Split
 from tunesmith.data.splitting.assignment import OLDER, cuts, split_by_time, stratified
 from tunesmith.data.splitting.groups import joined_groups
-from tunesmith.data.splitting.leakage import NEAR_HELD_OUT, ComparedRow, Nearness, clusters, leakage, leaving
+from tunesmith.data.splitting.leakage import NEAR_HELD_OUT, ComparedRow, Nearness, clusters, leakage, rows_to_remove
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-# Losing more of the training rows than this to the held-out ones means that the measure, not the data, is at fault.
+# If more of the training rows than this are near held-out rows, the similarity setting is wrong, not the data.
 _MOST_MOVED_OUT = 0.5
 _SHOWN_CONFLICTS = 20
-_PLANTED_IN = 2000  # rows that the privacy scan is measured on
+_MEASURED_ROWS = 2000  # rows that detection recall is measured on
 
 
 def build_dataset(
@@ -57,18 +57,18 @@ def build_dataset(
     special_tokens: Sequence[str] = (),
     withdrawn: Withdrawn = Withdrawn(),
     work: Path | None = None,
-    engine: ShardRunner = LocalRunner(),
+    runner: ShardRunner = LocalRunner(),
     progress: Progress = SILENT,
 ) -> str:
-    """Read, check, clean, split and seal; returns the dataset record's digest. The same input gives the same digest.
+    """Read, check, clean and split the rows; returns the dataset record's digest. The same input gives the same digest.
 
-    root: where the sources' paths start. count_tokens and max_tokens: a conversation of more is overlong; where either
-    is None no length is checked, and the record says so. answer_schema: JSON Schema that every answer must fit.
-    special_tokens: the base's control tokens; a row whose text imitates one is refused. withdrawn: rows that were
-    recalled, and are left out. work: a folder for what does not fit the memory, `work/build` in the store by default.
-    engine: who does the work, which changes nothing else.
+    root: where the sources' paths start. count_tokens, max_tokens: the limit of a row's tokens; where either is None,
+    no length is checked, and the record says so. answer_schema: JSON Schema that every answer must satisfy.
+    special_tokens: the base's control tokens; a row that contains one is refused. withdrawn: recalled rows, which are
+    left out. work: a folder for temporary files, by default `work/build` in the store. runner: runs the shard workers;
+    it does not change the result.
 
-    Raises UsageError for input that is not well formed, Refused where a policy says no.
+    Raises UsageError for malformed input, Refused where a policy forbids a row.
     """
     check_originals(settings.privacy, root)
     account = Account()
@@ -79,83 +79,83 @@ def build_dataset(
     with contextlib.ExitStack() as undo:
         folder.mkdir(parents=True, exist_ok=True)
         planned = plan(settings, root, folder, undo)
-        rules = (count_tokens, max_tokens, answer_schema, special, withdrawn, outside.wordings)
-        job = RowRules(settings, *rules, formats_of(planned))
-        spill = undo.enter_context(StagingDatabase(folder))
+        limits = (count_tokens, max_tokens, answer_schema, special, withdrawn, outside.wordings)
+        rules = RowRules(settings, *limits, formats_of(planned))
+        staging = undo.enter_context(StagingDatabase(folder))
         held_out = {one.file.name for one in planned if one.file.source.split}
-        rows = _take_in(spill, account, examined(planned, job, engine, progress))
-        spill.drop_repeats(held_out)
-        conflicts = spill.conflicts(_SHOWN_CONFLICTS)
+        rows = _stage(staging, account, examined_rows(planned, rules, runner, progress))
+        staging.drop_repeats(held_out)
+        conflicts = staging.conflicts(_SHOWN_CONFLICTS)
         threshold = near_threshold(settings)
         progress.say(f"{account.read} rows read; looking for near ones across the splits")
-        divided, held = _divide(spill, settings, held_out)
-        splits = _split(spill, threshold, account, outside)
-        counted = spill.counts()
+        divided, held = _divide(staging, settings, held_out)
+        splits = _split(staging, threshold, account, outside)
+        counted = staging.counts()
         body = {
             "settings": settings.model_dump(mode="json", exclude={"sign_off"}),
-            "sources": [_described(one, job.formats[one.file.source.path], rows[one.file.name]) for one in planned],
+            "sources": [_described(one, rules.formats[one.file.source.path], rows[one.file.name]) for one in planned],
             "rows": {
                 "read": account.read,
                 "kept": sum(counted["splits"].values()),
-                "changed": spill.changed(),
-                "removed": spill.reasons(),
+                "changed": staging.changed(),
+                "removed": staging.reasons(),
             },
             **counted,
             **_nearness(splits, threshold, outside, settings.split),
-            **_divided(spill, settings.split, divided),
-            "duties": duties(_credits(spill, planned), settings.licences),
+            **_divided(staging, settings.split, divided),
+            "duties": duties(_credits(staging, planned), settings.licences),
             "privacy": dict(sorted(account.privacy.items())),
-            "privacy_scan": _scan_measured(spill, job, account),
+            "privacy_scan": _scan_measured(staging, rules, account),
             "ignored_keys": dict(sorted(account.ignored.items())),
             "conflicts": conflicts,
             "tokens": {"limit": max_tokens, "longest": account.longest} if checked else None,
             "answer_schema": None if answer_schema is None else digest_of(answer_schema),
         } | ({"held_groups": held} if held else {})
-        blobs = {f"{name}.jsonl": _sealed(store, folder, spill.lines(name)) for name in SPLITS}
-        blobs[REMOVED] = _sealed(store, folder, spill.removed_lines())
+        blobs = {f"{name}.jsonl": _sealed(store, folder, staging.lines(name)) for name in SPLITS}
+        blobs[REMOVED] = _sealed(store, folder, staging.removed_lines())
         if outside.files:
             blobs[OUTSIDE] = store.put_bytes(outside.encode())
-        keep_originals(settings.privacy, root, account, spill.ids())
+        keep_originals(settings.privacy, root, account.originals, staging.ids())
     return store.put_record(Record(kind="dataset", blobs=blobs, body=body))
 
 
-def _take_in(spill: StagingDatabase, account: Account, pieces: Iterable[ExaminedRows]) -> Counter[str]:
-    """StagingDatabase the rows, and add up their accounts; returns source file -> rows read."""
+def _stage(staging: StagingDatabase, account: Account, pieces: Iterable[ExaminedRows]) -> Counter[str]:
+    """Put the rows into the staging database, add up their accounts; returns source file -> rows read."""
     rows: Counter[str] = Counter()
     for piece in pieces:
-        spill.add(piece.kept, piece.removed)
+        staging.add(piece.kept, piece.removed)
         account.merge(piece.account)
         rows[piece.file] += piece.account.read
     return rows
 
 
-def _divide(spill: StagingDatabase, settings: DataSettings, held_out: Set[str]) -> tuple[dict[str, Any], list[str]]:
-    """Put the rows into splits; returns what the record says of how, and the groups that were held out as told.
+def _divide(staging: StagingDatabase, settings: DataSettings, held_out: Set[str]) -> tuple[dict[str, Any], list[str]]:
+    """Assign the rows to splits; returns what the record says about time, and the groups that sources hold out.
 
-    held_out: sources whose rows' groups are held out.
+    held_out: sources whose rows are held out with their groups.
     """
     split = settings.split
     if split.joined:
-        rows = [one for some in spill.traces().values() for one in some]
-        spill.regroup(joined_groups(rows, split, near_threshold(settings)), split)
-    held = spill.hold(held_out)
+        rows = [one for some in staging.compared_rows().values() for one in some]
+        staging.regroup(joined_groups(rows, split, near_threshold(settings)), split)
+    held = staging.hold_out(held_out)
     if split.stratify is not None:
-        spill.place_groups(stratified(spill.kinds(split.stratify), split, frozenset(held)))
+        staging.place_groups(stratified(staging.kinds(split.stratify), split, frozenset(held)))
     if split.time is None:
         return {}, held
-    found, beyond = cuts(spill.times(split.time), split)
-    spill.place_times(split.time, lambda time: split_by_time(time, found), OLDER)
+    found, beyond = cuts(staging.times(split.time), split)
+    staging.place_times(split.time, lambda time: split_by_time(time, found), OLDER)
     return {"key": split.time, "from": found, "rows_beyond_shares": beyond}, held
 
 
-def _divided(spill: StagingDatabase, split: Split, time: Mapping[str, Any]) -> dict[str, Any]:
-    """How the rows that are left are divided where it is not their group's hash that decides."""
+def _divided(staging: StagingDatabase, split: Split, time: Mapping[str, Any]) -> dict[str, Any]:
+    """How time or strata divide the remaining rows; empty where the groups' hash decides."""
     if split.time is not None:
-        return {"time": {**time, "spans": spill.span(split.time)}}
+        return {"time": {**time, "spans": staging.span(split.time)}}
     if split.stratify is None:
         return {}
     kinds: dict[str, dict[str, int]] = {}
-    for name, kind, rows in spill.kinds(split.stratify, by="split"):
+    for name, kind, rows in staging.kinds(split.stratify, by="split"):
         kinds.setdefault(kind, dict.fromkeys(SPLITS, 0))[name] = rows
     return {"strata": {"key": split.stratify, "rows": dict(sorted(kinds.items()))}}
 
@@ -171,10 +171,10 @@ def _nearness(
     }
 
 
-def _scan_measured(spill: StagingDatabase, job: RowRules, account: Account) -> dict[str, Any]:
-    talks = [example.messages for example in spill.sample(_PLANTED_IN)]
-    scanner = Scanner(job.settings.privacy, listed_values(job.answer_schema))
-    return privacy_evidence(scanner, job.settings.privacy, account, talks)
+def _scan_measured(staging: StagingDatabase, rules: RowRules, account: Account) -> dict[str, Any]:
+    talks = [example.messages for example in staging.sample(_MEASURED_ROWS)]
+    scanner = Scanner(rules.settings.privacy, listed_values(rules.answer_schema))
+    return privacy_evidence(scanner, rules.settings.privacy, account.privacy, account.fields, talks)
 
 
 def _described(one: PlannedFile, row_format: RowFormat, rows: int) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _described(one: PlannedFile, row_format: RowFormat, rows: int) -> dict[str, 
 
 
 def _sealed(store: Store, folder: Path, lines: Iterable[bytes]) -> str:
-    """Keep lines as a blob; returns its digest."""
+    """Store lines as a blob; returns its digest."""
     path = folder / "lines"
     try:
         with path.open("wb") as stream:
@@ -200,12 +200,12 @@ def _sealed(store: Store, folder: Path, lines: Iterable[bytes]) -> str:
 
 
 def near_threshold(settings: DataSettings) -> float:
-    """The similarity at which two requests are near; without one only the same request is."""
+    """The similarity from which two requests are near; 1.0, equal requests, where none is set."""
     return 1.0 if settings.duplicates.near is None else settings.duplicates.near
 
 
 def counts(splits: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, int]]:
-    """What can be counted again from the examples alone: rows and groups of each split, rows of each licence."""
+    """Counts that the examples alone determine: rows and groups of each split, rows of each licence."""
     licences = Counter(example.licence for examples in splits.values() for example in examples)
     return {
         "splits": {name: len(splits[name]) for name in SPLITS},
@@ -214,40 +214,40 @@ def counts(splits: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, int]]
     }
 
 
-def _credits(spill: StagingDatabase, planned: Sequence[PlannedFile]) -> set[Credit]:
-    """Whom the licences of the rows that are left want named."""
+def _credits(staging: StagingDatabase, planned: Sequence[PlannedFile]) -> set[Credit]:
+    """The credits that the licences of the remaining rows require."""
     credit = {one.file.name: one.file.source.attribution for one in planned}
-    return {Credit(source, licence, credit.get(source)) for source, licence in spill.licences()}
+    return {Credit(source, licence, credit.get(source)) for source, licence in staging.licences()}
 
 
 def _split(
-    spill: StagingDatabase, threshold: float, account: Account, outside: Outside
+    staging: StagingDatabase, threshold: float, account: Account, outside: Outside
 ) -> dict[str, list[ComparedRow]]:
-    """The splits, without the rows that nearness makes leave. Raises where that leaves too little."""
-    splits = spill.traces()
-    _require_rows(splits, spill, account)
-    gone = leaving(splits, threshold, outside.requests)
+    """The splits without near duplicates. Raises UsageError or Refused where too few rows remain."""
+    splits = staging.compared_rows()
+    _require_rows(splits, staging, account)
+    gone = rows_to_remove(splits, threshold, outside.requests)
     moved_out = sum(gone.get(one.id) == NEAR_HELD_OUT for one in splits["train"])
     if moved_out > _MOST_MOVED_OUT * len(splits["train"]):
         raise Refused(
             f"{moved_out} of {len(splits['train'])} training rows are near a held-out row (similarity {threshold})",
             where="data.duplicates.near",
-            fix="move the text that all requests share into a system turn, group the rows by what makes them alike "
+            fix="move the text that all requests share into a system turn, group the rows by what makes them similar "
             "(data.split.group_by), or raise near",
         )
-    spill.drop(gone)
+    staging.drop(gone)
     left = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
-    _require_rows(left, spill, account)
+    _require_rows(left, staging, account)
     return left
 
 
-def _require_rows(splits: Mapping[str, Sequence[ComparedRow]], spill: StagingDatabase, account: Account) -> None:
+def _require_rows(splits: Mapping[str, Sequence[ComparedRow]], staging: StagingDatabase, account: Account) -> None:
     for name in ("train", "test"):
         if not splits[name]:
             sizes = ", ".join(f"{split}: {len(rows)}" for split, rows in splits.items())
-            removed = "; ".join(f"{reason}: {n}" for reason, n in spill.reasons().items())
+            removed = "; ".join(f"{reason}: {n}" for reason, n in staging.reasons().items())
             raise UsageError(
                 f"no rows are left for {name} ({sizes}; read: {account.read}; removed: {removed or 'none'})",
                 where="data",
-                fix="give more rows or groups, raise data.split.test, or choose another data.split.seed",
+                fix="add rows or groups, raise data.split.test, or choose another data.split.seed",
             )

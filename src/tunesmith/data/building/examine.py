@@ -1,4 +1,4 @@
-"""One row at a time: from its fields to an example, or to an entry in the account of what was removed."""
+"""Examines rows: each becomes an example, or is removed with a reason."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tunesmith.data.splitting.groups import wording_group
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """Why a row goes no further. example: its id, where it got as far as having one."""
+    """Why a row is removed. example: its id, where it was computed already."""
 
     reason: str
     example: str | None = None
@@ -44,7 +44,7 @@ class Removed:
 
 @dataclass(frozen=True, slots=True)
 class _Fitting:
-    """A row that goes on to the privacy scan. original: as it was read; fitting: of the length that is allowed."""
+    """A row that waits for the privacy scan. original: as it was read; fitting: cut to the allowed length."""
 
     row: Row
     source: Source
@@ -56,11 +56,11 @@ class _Fitting:
 
 @dataclass
 class Examiner:
-    """The checks that a row passes in turn: row_format, licence, control tokens, length, privacy, answer.
+    """The checks of a row, in this order: format, licence, control tokens, length, privacy, answer.
 
-    count_tokens, max_tokens: where either is None no length is checked. answer_schema: JSON Schema of the answer's
-    text. special_tokens: texts that mean something to the base's tokenizer. withdrawn: rows that were recalled.
-    outside: wordings of outside test sets.
+    count_tokens, max_tokens: where either is None, no length is checked. answer_schema: JSON Schema of the answer's
+    text. special_tokens: control tokens of the base's tokenizer. withdrawn: recalled rows. outside: wordings of outside
+    test sets.
     """
 
     settings: DataSettings
@@ -74,7 +74,7 @@ class Examiner:
 
     @cached_property
     def scanner(self) -> Scanner:
-        """Loaded with the first row: the patterns take a second."""
+        """The privacy scanner, loaded for the first row: its patterns take a second."""
         return Scanner(self.settings.privacy, listed_values(self.answer_schema))
 
     @cached_property
@@ -83,7 +83,7 @@ class Examiner:
         return _answer_check(self.answer_schema)
 
     def examine(self, rows: Sequence[Row], source: Source, row_format: row_formats.RowFormat) -> list[Kept]:
-        """The rows' examples; those that were removed are in the account. Many at once: see Scanner.scan_many."""
+        """The examples of the rows; removed rows are noted in the account. Many rows at once make the scan faster."""
         judged = [(row, self._before_scan(row, source, row_format)) for row in rows]
         waiting = [one for _, one in judged if isinstance(one, _Fitting)]
         scans = iter(self.scanner.scan_many([one.fitting for one in waiting]))
@@ -165,13 +165,13 @@ class Examiner:
                     raise Refused(
                         f"the {turn.role} turn holds the control token {token}",
                         where=row.where,
-                        fix="remove or spell out the token: the model would take it for the conversation's own frame",
+                        fix="remove or spell out the token: the model would read it as the start or end of a turn",
                     )
 
     def _fit(self, messages: tuple[Message, ...], row: Row) -> tuple[Message, ...] | None:
-        """The messages, without their oldest exchanges where they may be truncated; None where they do not fit.
+        """The messages, without the oldest exchanges where truncation is allowed; None where they do not fit.
 
-        Neither a single turn nor the answer is ever cut: half an answer teaches to stop early.
+        A turn is never cut in two: half an answer would teach the model to stop early.
         """
         if self.count_tokens is None or self.max_tokens is None:
             return messages
@@ -186,7 +186,7 @@ class Examiner:
             return (*frame, *spoken)
         if self.settings.overlong == "refuse":
             raise Refused(
-                f"the conversation has {length} tokens and {self.max_tokens} fit",
+                f"the conversation has {length} tokens, and the limit is {self.max_tokens}",
                 where=row.where,
                 fix="shorten it, or set data.overlong to drop or truncate",
             )
@@ -194,20 +194,20 @@ class Examiner:
 
     @cached_property
     def _read_labels(self) -> frozenset[str | None]:
-        """The rows' keys that are read beside what the format asks for."""
+        """The keys that are read in addition to the format's keys."""
         split = self.settings.split
         return frozenset((*split.keys, *self.settings.attributes, split.time, split.stratify))
 
     @cached_property
     def _kept_labels(self) -> frozenset[str | None]:
-        """The labels that are sealed with a row. A group that depends on the row alone is sealed as such."""
+        """The labels that are kept with an example. A group that depends on its row only is kept as its group."""
         split = self.settings.split
         return frozenset(
             (*self.settings.attributes, split.time, split.stratify, *(split.groups if split.joined else ()))
         )
 
     def _templates(self, messages: Sequence[Message], scan: Scan) -> tuple[str, ...]:
-        """The row's template, and the one that can be told of it again without a scan."""
+        """The row's template, and the template without the scan's findings, which verification can recompute."""
         request, answer = request_text(messages), messages[-1].text
         names = [*self.settings.split.values, *scan.originals, *scan.originals.values()]
         return wording_group(request, answer, names), *((wording_group(request, answer),) if names else ())
@@ -215,7 +215,7 @@ class Examiner:
     def _labels(
         self, fields: Mapping[str, Any], row: Row, messages: Sequence[Message], template: str
     ) -> dict[str, str]:
-        """All that the row says of where it belongs. Raises UsageError where it does not say it."""
+        """The row's labels for groups, time, stratum and attributes. Raises UsageError where one is missing."""
         split = self.settings.split
         stated = ((key, _attribute(fields, key, row)) for key in self.settings.attributes)
         labels = {key: text for key, text in stated if text is not None}
@@ -228,30 +228,30 @@ class Examiner:
         for reserved in (WORDING, NEAR) if split.group_by is not None else ():
             if reserved in split.groups and reserved in fields:
                 raise UsageError(
-                    f"the row has a key {reserved!r}, which in data.split.group_by means something else",
+                    f"the row has a key {reserved!r}, which has another meaning in data.split.group_by",
                     where=row.where,
-                    fix="give the key another name: the source's rename does",
+                    fix="rename the key with the source's `rename`",
                 )
         return labels | {WORDING: template}
 
 
 def renamed(row: Row, names: Mapping[str, str]) -> Mapping[str, Any]:
-    """The row's fields with a source's renames. Raises UsageError where a new name is taken."""
+    """The row's fields after the source's renames. Raises UsageError where a new name exists already."""
     if not names:
         return row.fields
     fields = {names.get(key, key): value for key, value in row.fields.items()}
     if len(fields) != len(row.fields):
-        raise UsageError("two keys of the row have one name after renaming", where=row.where)
+        raise UsageError("two keys of the row have the same name after renaming", where=row.where)
     return fields
 
 
 def _licence_keys(source: Source) -> tuple[str, ...]:
-    """The default key is read in both spellings, so that no row's own licence goes unseen."""
+    """The keys for a row's licence: the default key in both spellings, so that none is missed."""
     return ("licence", "license") if source.licence_key == "licence" else (source.licence_key,)
 
 
 def _licence(row: Row, fields: Mapping[str, Any], source: Source) -> str | None:
-    """The row's own licence where it states one, else its source's."""
+    """The row's own licence, else its source's."""
     own = {_label(fields, key, row) for key in _licence_keys(source) if fields.get(key) is not None}
     if len(own) > 1:
         raise UsageError("the row states two licences", where=row.where, fix="join them: `A AND B`")
@@ -276,7 +276,7 @@ def _required(value: Any, key: str, for_what: str, row: Row) -> Any:
 
 
 def _attribute(fields: Mapping[str, Any], key: str, row: Row) -> str | None:
-    """The value of a key that is kept with a row: a list or an object as JSON."""
+    """The value of a kept key as text; lists and objects as JSON."""
     value = fields.get(key)
     if isinstance(value, str):
         return row_formats.text_of(fields, key, row.where)
@@ -284,7 +284,7 @@ def _attribute(fields: Mapping[str, Any], key: str, row: Row) -> str | None:
 
 
 def _kind(fields: Mapping[str, Any], answer: str, key: str, row: Row) -> str | None:
-    """What kind of row it is: by its own key, else by its answer, or that of its answer's keys."""
+    """The row's stratum: the value of its key, else of its JSON answer's key; for "answer" the whole answer."""
     if fields.get(key) is not None:
         return _attribute(fields, key, row)
     if key == "answer":
@@ -297,7 +297,7 @@ def _kind(fields: Mapping[str, Any], answer: str, key: str, row: Row) -> str | N
 
 
 def listed_values(schema: Any) -> set[str]:
-    """The texts that a schema lists as answers: the task's own words, whoever else may bear them."""
+    """The texts that a schema lists as answers. They are the task's own words, never personal data."""
     if isinstance(schema, Mapping):
         listed = schema.get("enum")
         own = [*(listed if isinstance(listed, list) else ()), schema.get("const")]
@@ -325,7 +325,7 @@ def _answer_check(schema: Mapping[str, Any] | None) -> Callable[[str], bool]:
         try:
             return bool(validator.is_valid(json.loads(text)))
         except Unresolvable as error:
-            raise UsageError(f"the schema refers to what it does not hold: {error}", where="task.schema") from error
+            raise UsageError(f"the schema refers to something outside itself: {error}", where="task.schema") from error
         except (ValueError, RecursionError):
             return False
 

@@ -1,4 +1,4 @@
-"""Test sets and benchmarks from elsewhere, which no dataset version may hold anything of."""
+"""Outside test sets and benchmarks, whose rows must not be in a dataset version."""
 
 from __future__ import annotations
 
@@ -29,21 +29,22 @@ _TOGETHER = 2000
 
 @dataclass(frozen=True)
 class Outside:
-    """What is held against every row. requests: near_text; wordings: wording_group; files: path, digest, rows."""
+    """What every row is compared with. requests: by near_text; wordings: by wording_group; files: path, digest,
+    rows."""
 
     requests: frozenset[str] = frozenset()
     wordings: frozenset[str] = frozenset()
     files: tuple[dict[str, Any], ...] = ()
 
     def encode(self) -> bytes:
-        """A line a request or wording, sorted: enough to make the proof again without the files."""
+        """Sorted lines of requests and wordings: enough to verify a dataset version without the files."""
         lines = [{"request": text} for text in sorted(self.requests)]
         lines += [{"wording": group} for group in sorted(self.wordings)]
         return b"".join(canonical(line) + b"\n" for line in lines)
 
 
 def decode_outside(data: bytes) -> Outside:
-    """What encode wrote. Raises Refused for anything else."""
+    """The Outside that `encode` wrote. Raises Refused for anything else."""
     try:
         lines = [json.loads(line) for line in data.splitlines()]
         return Outside(
@@ -55,10 +56,10 @@ def decode_outside(data: bytes) -> Outside:
 
 
 def read_outside(settings: DataSettings, root: Path, answer_schema: Mapping[str, Any] | None = None) -> Outside:
-    """Read the sets. A row needs a request; its answer, where it has one, tells which words of it are values, as do the
-    privacy scan and the settings.
+    """The requests and wordings of the outside sets that the settings name.
 
-    Raises UsageError for files and rows that are not well formed.
+    Which words of a request are values is decided by the row's answer, the privacy scan and the settings. Raises
+    UsageError for malformed files and rows.
     """
     if not settings.decontaminate:
         return Outside()
@@ -89,5 +90,5 @@ def _conversations(opened: OpenSource) -> Iterator[tuple[Message, ...]]:
 
 
 def outside_sources(sets: Sequence[Rows]) -> tuple[Source, ...]:
-    """The sets as sources of rows. They need no licence: nothing is learned from them."""
+    """The sets as sources of rows. They need no licence, since nothing is learned from them."""
     return tuple(Source(path=one.path, format=one.format, rename=one.rename) for one in sets)

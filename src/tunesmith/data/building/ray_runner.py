@@ -1,6 +1,7 @@
-"""Shards on a Ray cluster: the same ShardWorker over the same shards, by Ray Data, so that the dataset is the same.
+"""Examines shards on a Ray cluster with Ray Data. The dataset is the same as on one machine.
 
-Every node must see the sources under the same paths. Ray is an optional extra.
+Every node must see the sources under the same paths. Ray is an optional extra. Ray sends Python objects between its
+processes by pickle, and so do shards and results here. Nothing that comes from a source file is unpickled.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from tunesmith.data.building.shards import ExaminedRows, RowRules, Shard, ShardW
 
 @dataclass(frozen=True, slots=True)
 class RayRunner:
-    """workers: how many of the cluster's processors take part."""
+    """workers: the number of the cluster's processors to use."""
 
     workers: int = 2
 
-    def run(self, job: RowRules, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[ExaminedRows]]]:
-        """Every shard with its pieces, as they come. The cluster is $RAY_ADDRESS's, else one started here."""
+    def run(self, rules: RowRules, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[ExaminedRows]]]:
+        """Every shard with its examined rows, as they come. Uses $RAY_ADDRESS's cluster, or starts a local one."""
         try:
             import ray
         except ImportError as error:
@@ -30,7 +31,7 @@ class RayRunner:
             ray.init(log_to_driver=False, include_dashboard=False)
         items = [{"place": place, "shard": pickle.dumps(shard)} for place, shard in enumerate(shards)]
         done = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            _RayShardWorker, fn_constructor_args=(ray.put(job),), concurrency=self.workers
+            _RayShardWorker, fn_constructor_args=(ray.put(rules),), concurrency=self.workers
         )
         try:
             for row in done.iter_rows():
@@ -40,18 +41,16 @@ class RayRunner:
                 yield shards[row["place"]], found
         except ray.exceptions.RayError as error:
             said = str(error).splitlines()[-1][:200]
-            raise TunesmithError(
-                f"a shard failed on Ray: {said}", where="--engine", fix="look at Ray's logs"
-            ) from error
+            raise TunesmithError(f"a shard failed on Ray: {said}", where="--engine", fix="check Ray's logs") from error
 
 
 class _RayShardWorker:
-    """A ShardWorker that lives on a node of the cluster. What is wrong with a row comes back as it is told here."""
+    """A ShardWorker on a node of the cluster. It returns the errors of rows, to be raised on this machine."""
 
-    def __init__(self, job: Any) -> None:
+    def __init__(self, rules: Any) -> None:
         import ray
 
-        self._worker = ShardWorker(ray.get(job) if isinstance(job, ray.ObjectRef) else job)
+        self._worker = ShardWorker(ray.get(rules) if isinstance(rules, ray.ObjectRef) else rules)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         try:

@@ -1,7 +1,7 @@
-"""Sources in shards: what one worker does to a part of a file, and all of them done by as many processes as pay.
+"""Divides source files into shards and examines their rows, in this process or in several.
 
-A shard's result depends on nothing but the shard and the job, and what becomes of the results does not depend on their
-order, so a dataset is the same whatever the number of shards and workers.
+A shard's result depends only on the shard and the rules, and the order of the results does not matter. So the dataset
+is the same for any number of shards and workers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tunesmith.core.progress import Progress
 from tunesmith.core.threads import wanted_threads
 from tunesmith.data.building.account import Account
 from tunesmith.data.building.examine import Examiner, renamed
-from tunesmith.data.building.staging import Line, StagedRow, removed_line, staged_row
+from tunesmith.data.building.staging import RemovedLine, StagedRow, removed_line, staged_row
 from tunesmith.data.formats.row_formats import RowFormat, format_of
 from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.settings import DataSettings
@@ -34,15 +34,15 @@ from tunesmith.data.sources.row_readers import WHOLE, Part, Row
 
 SHARD_BYTES = 2 << 20
 _ROWS_TOGETHER = 2000
-_BYTES_TOGETHER = 8 << 20  # fewer rows where they are long
-# Starting processes costs more than they save on less.
+_BYTES_TOGETHER = 8 << 20  # long rows: fewer at once
+# For less data, starting processes takes longer than they save.
 _WORTH_WORKERS = 4 << 20
-_AHEAD = 2  # shards a worker may be ahead of what was taken in
+_AHEAD = 2  # shards per worker that may wait to be consumed
 
 
 @dataclass(frozen=True, slots=True)
 class RowRules:
-    """What is done to every row of a build: see Examiner. formats: a source's path -> the format of its rows."""
+    """The rules that every row of a build is examined by. formats: a source's path -> its row format."""
 
     settings: DataSettings
     count_tokens: CountTokens | None = None
@@ -56,7 +56,7 @@ class RowRules:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A part of a file. bytes: how much of the file it is, for progress."""
+    """A part of a file. bytes: its size, for progress."""
 
     file: SourceFile
     part: Part
@@ -65,17 +65,17 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class ExaminedRows:
-    """What came of some rows of a shard: those kept, those removed, and the account without them."""
+    """Some rows of a shard after the checks: kept rows, removed rows, and the account without the removed ones."""
 
     file: str
     kept: list[StagedRow]
-    removed: list[Line]
+    removed: list[RemovedLine]
     account: Account
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """A source file that is to be read. digest: of its bytes before any row was."""
+    """A source file to read. digest: of its bytes before the first row was read."""
 
     file: SourceFile
     digest: str
@@ -84,21 +84,22 @@ class PlannedFile:
 
 
 class ShardWorker:
-    """One process's way through its shards; made once, for the privacy scan's patterns take a second to load."""
+    """Examines shards in one process. Made once per process: the privacy scan's patterns take a second to load."""
 
-    def __init__(self, job: RowRules) -> None:
-        self._job = job
-        rules = (job.count_tokens, job.max_tokens, job.answer_schema, job.special_tokens, job.withdrawn, job.outside)
-        self._examiner = Examiner(job.settings, Account(), *rules)
+    def __init__(self, rules: RowRules) -> None:
+        self._rules = rules
+        limits = (rules.count_tokens, rules.max_tokens, rules.answer_schema)
+        content = (rules.special_tokens, rules.withdrawn, rules.outside)
+        self._examiner = Examiner(rules.settings, Account(), *limits, *content)
 
     def warm(self) -> ShardWorker:
-        """Load what the first row would."""
+        """Load now what the first row would load."""
         self._examiner.scanner.findings(["a text"])
         _ = self._examiner.valid_answer
         return self
 
     def pieces(self, shard: Shard) -> Iterator[ExaminedRows]:
-        """The shard's rows, examined, a few thousand at a time. Raises what the first bad row is refused with."""
+        """The shard's examined rows, a few thousand at a time. Raises the error of the first invalid row."""
         source = shard.file.source
         with open_source(shard.file, digested=False) as opened:
             rows: list[Row] = []
@@ -106,45 +107,47 @@ class ShardWorker:
             for row in opened.read(shard.part):
                 rows.append(row)
                 if len(rows) == _ROWS_TOGETHER or opened.position() - begun > _BYTES_TOGETHER:
-                    yield self._examined(shard, rows, self._job.formats[source.path])
+                    yield self._examined(shard, rows, self._rules.formats[source.path])
                     rows, begun = [], opened.position()
             if rows:
-                yield self._examined(shard, rows, self._job.formats[source.path])
+                yield self._examined(shard, rows, self._rules.formats[source.path])
 
     def __call__(self, shard: Shard) -> list[ExaminedRows]:
-        """All of a shard's pieces: for a shard that was cut to a size."""
+        """All examined rows of a shard of limited size."""
         return list(self.pieces(shard))
 
     def _examined(self, shard: Shard, rows: Sequence[Row], row_format: RowFormat) -> ExaminedRows:
         account = self._examiner.account = Account(read=len(rows))
         examined = self._examiner.examine(rows, shard.file.source, row_format)
-        kept = [staged_row(one, self._job.settings.split) for one in examined]
+        kept = [staged_row(one, self._rules.settings.split) for one in examined]
         removed = [removed_line(entry) for entry in account.removed]
         return ExaminedRows(shard.file.name, kept, removed, replace(account, removed=[]))
 
 
 class ShardRunner(Protocol):
-    """How shards are run: here, by processes, or by Ray."""
+    """Runs shard workers over shards: LocalRunner here, RayRunner on a cluster."""
 
-    def run(self, job: RowRules, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[ExaminedRows]]]:
-        """Every shard with its pieces, in the order of the shards."""
+    def run(self, rules: RowRules, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[ExaminedRows]]]:
+        """Every shard with its examined rows, in the order of the shards."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class LocalRunner:
-    """This machine. workers: how many processes; None: one a core ($TUNESMITH_THREADS bounds them) where it pays."""
+    """Processes of this machine. workers: their number; None: one per core ($TUNESMITH_THREADS is the limit) where
+    there is enough data.
+    """
 
     workers: int | None = None
 
-    def run(self, job: RowRules, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[ExaminedRows]]]:
-        """Every shard with its pieces, in the order of the shards."""
+    def run(self, rules: RowRules, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[ExaminedRows]]]:
+        """Every shard with its examined rows, in the order of the shards."""
         workers = self.workers or self._worth(shards)
-        here = ShardWorker(job)
+        here = ShardWorker(rules)
         if workers == 1:
             yield from ((shard, here.pieces(shard)) for shard in shards)
             return
-        # Forked, so that patterns, models and what counts tokens are loaded once; a worker needs none of our threads.
+        # Forked, so that patterns, models and the tokenizer are loaded once. A worker needs none of our threads.
         global _worker
         _worker = here.warm()
         context = multiprocessing.get_context("fork")
@@ -154,7 +157,7 @@ class LocalRunner:
             try:
                 while True:
                     while len(waiting) < _AHEAD * workers and (shard := next(todo, None)) is not None:
-                        # What could not be cut may be too large to be handed over whole: it is read here, in pieces.
+                        # A shard that could not be cut may be too large to send between processes: it is read here.
                         waiting.append((shard, pool.submit(_work, shard) if _cut(shard) else None))
                     if not waiting:
                         return
@@ -162,7 +165,9 @@ class LocalRunner:
                     yield shard, here.pieces(shard) if future is None else future.result()
             except BrokenProcessPool as error:
                 raise TunesmithError(
-                    "a worker process died", where="data", fix="look for a lack of memory, or set TUNESMITH_THREADS=1"
+                    "a worker process died",
+                    where="data",
+                    fix="check the memory, or set TUNESMITH_THREADS=1",
                 ) from error
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -179,11 +184,11 @@ def _cut(shard: Shard) -> bool:
     return shard.part != WHOLE or shard.bytes <= SHARD_BYTES
 
 
-_worker: ShardWorker | None = None  # set before the processes are forked, which share what it loaded
+_worker: ShardWorker | None = None  # set before the fork, so that the processes share what it loaded
 
 
 def _begin(parent: int) -> None:
-    """In a new worker: die with the parent even if that is killed, and leave ctrl-C to it."""
+    """Prepare a new worker process: it dies with its parent, and leaves ctrl-C to it."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
@@ -197,7 +202,7 @@ def _work(shard: Shard) -> list[ExaminedRows]:
 
 
 def plan(settings: DataSettings, root: Path, folder: Path, undo: contextlib.ExitStack) -> list[PlannedFile]:
-    """The sources' files, cut into shards. folder: where files from elsewhere lie for as long as undo is open."""
+    """The sources' files, cut into shards. folder: for copies of remote files, which exist until undo is closed."""
     planned = []
     for file in find_files(settings.sources, root):
         here = undo.enter_context(fetched(file, folder))
@@ -210,7 +215,7 @@ def plan(settings: DataSettings, root: Path, folder: Path, undo: contextlib.Exit
 
 
 def formats_of(planned: Sequence[PlannedFile]) -> dict[str, RowFormat]:
-    """Each source's format, as told or as the first row of its first file tells."""
+    """Each source's row format: as its settings say, or detected from the first row of its first file."""
     formats: dict[str, RowFormat] = {}
     for one in planned:
         source = one.file.source
@@ -223,14 +228,15 @@ def formats_of(planned: Sequence[PlannedFile]) -> dict[str, RowFormat]:
     return formats
 
 
-def examined(
-    planned: Sequence[PlannedFile], job: RowRules, engine: ShardRunner, progress: Progress
+def examined_rows(
+    planned: Sequence[PlannedFile], rules: RowRules, runner: ShardRunner, progress: Progress
 ) -> Iterator[ExaminedRows]:
-    """Every piece of every file. Raises UsageError for a file without rows, TunesmithError for one that changed."""
+    """The examined rows of all files. Raises UsageError for a file without rows, TunesmithError for one that
+    changed."""
     rows = dict.fromkeys((one.file.name for one in planned), 0)
     shards = [shard for one in planned for shard in one.shards]
     with progress.task("reading rows", sum(one.bytes for one in planned)) as task:
-        for shard, pieces in engine.run(job, shards):
+        for shard, pieces in runner.run(rules, shards):
             for piece in pieces:
                 rows[piece.file] += piece.account.read
                 yield piece

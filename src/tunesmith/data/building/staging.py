@@ -1,7 +1,6 @@
-"""The rows of a build on disk: what outgrows the memory is sorted, compared and written out from here.
+"""The staging database of a build: sorts, compares and writes out rows that may not fit into memory.
 
-A database of SQLite in the build's work folder, thrown away afterwards. Memory holds, for each row, no more than what
-nearness asks for.
+It is an SQLite file in the build's work folder, deleted afterwards. Memory holds only what comparing requests needs.
 """
 
 from __future__ import annotations
@@ -21,11 +20,12 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.data.building.account import EXACT, Kept
 from tunesmith.data.dataset import SPLITS, Example, encode_examples, encode_removed
 from tunesmith.data.settings import Split
+from tunesmith.data.splitting.assignment import split_of
 from tunesmith.data.splitting.duplicates import answer_key, request_key
-from tunesmith.data.splitting.leakage import ComparedRow, split_of
+from tunesmith.data.splitting.leakage import ComparedRow
 
 StagedRow = tuple[str, str, int, int, str, bytes, bytes, str, bytes, str, str, str, str, bytes]
-Line = tuple[bytes, str]
+RemovedLine = tuple[bytes, str]
 _NO_LABELS: Mapping[str, str] = MappingProxyType({})
 _COLUMNS = "id, tie, row, changed, source, key, request, wording, answer, grp, split, licence, labels, line"
 _INSERT = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)"
@@ -37,12 +37,12 @@ _TABLES = f"""
 
 
 def staged_row(one: Kept, split: Split) -> StagedRow:
-    """A kept row as it lies in the database.
+    """A kept row as the database stores it.
 
-    tie: orders rows of one id; key: what repeats of a row share; request: what rows with one request share.
+    tie: orders rows of one id. key: equal for exact duplicates. request: equal for rows with the same request.
     """
     example = one.example
-    asked, answer = _mark(request_key(example.request)), _mark(answer_key(example.answer))
+    asked, answer = _digest(request_key(example.request)), _digest(answer_key(example.answer))
     tie = example.model_dump_json(include={"licence", "group", "subject", "tenant", "region", "labels"})
     return (
         example.id, tie, one.row, one.changed, example.source, asked + answer, asked, example.wording, answer,
@@ -51,12 +51,12 @@ def staged_row(one: Kept, split: Split) -> StagedRow:
     )  # fmt: skip
 
 
-def removed_line(entry: Mapping[str, Any]) -> Line:
-    """An entry of what was removed, as it is written, and its reason."""
+def removed_line(entry: Mapping[str, Any]) -> RemovedLine:
+    """(the line of a removed row as it is written, its reason)."""
     return encode_removed([entry]), entry["reason"]
 
 
-def _mark(text: str) -> bytes:
+def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
@@ -65,7 +65,7 @@ def _with_group(line: bytes, group: str) -> bytes:
 
 
 class StagingDatabase:
-    """Rows on their way to a dataset. `with StagingDatabase(folder) as spill` makes the file and takes it away."""
+    """Rows that become a dataset. A context manager: the file exists within `with StagingDatabase(folder)`."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "rows.db"
@@ -73,57 +73,57 @@ class StagingDatabase:
     def __enter__(self) -> StagingDatabase:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.unlink(missing_ok=True)
-        self._base = sqlite3.connect(self._path, isolation_level=None)
-        self._base.create_function("label", 2, lambda labels, key: json.loads(labels)[key], deterministic=True)
-        self._base.executescript(_TABLES + "BEGIN;")
+        self._database = sqlite3.connect(self._path, isolation_level=None)
+        self._database.create_function("label", 2, lambda labels, key: json.loads(labels)[key], deterministic=True)
+        self._database.executescript(_TABLES + "BEGIN;")
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
-        self._base.close()
+        self._database.close()
         self._path.unlink(missing_ok=True)
         if isinstance(error, sqlite3.OperationalError) and any(said in str(error) for said in ("full", "disk I/O")):
             raise TunesmithError(
-                f"the disk is full, or fails ({error})",
+                f"the disk is full or failing ({error})",
                 where=str(self._path),
-                fix="make room: a build takes about three times its rows",
+                fix="free space: a build needs about three times the size of its rows",
             ) from error
 
-    def add(self, kept: Sequence[StagedRow], removed: Sequence[Line]) -> None:
-        """Take rows in, in any order."""
-        self._base.executemany(_INSERT, kept)
-        self._base.executemany("INSERT INTO removed VALUES (?, ?)", removed)
+    def add(self, kept: Sequence[StagedRow], removed: Sequence[RemovedLine]) -> None:
+        """Add rows, in any order."""
+        self._database.executemany(_INSERT, kept)
+        self._database.executemany("INSERT INTO removed VALUES (?, ?)", removed)
 
     def drop_repeats(self, held_out: Collection[str]) -> None:
-        """Keep one row of each request and answer. Which one does not depend on the order in which they came.
+        """Keep one of the rows with equal request and answer; the order in which rows were added does not matter.
 
-        held_out: sources whose rows stand for their repeats in others: a copy is no reason to train on one of them.
+        held_out: sources whose rows are kept rather than their copies in other sources, so that none is trained on.
         """
         marks = ", ".join("?" * len(held_out))
         order = f"key, source NOT IN ({marks}), id, tie, row"
         query = f"SELECT rowid, key, source, row, id FROM rows ORDER BY {order}"  # noqa: S608
-        found = self._base.execute(query, sorted(held_out))
+        found = self._database.execute(query, sorted(held_out))
         self._drop(
             (place, source, row, name, EXACT)
             for _, same in itertools.groupby(found, key=lambda one: one[1])
             for place, _, source, row, name in itertools.islice(same, 1, None)
         )
-        self._base.execute("CREATE INDEX by_id ON rows (id)")
+        self._database.execute("CREATE INDEX by_id ON rows (id)")
 
-    def hold(self, sources: Collection[str]) -> list[str]:
-        """Hold out the groups of these sources' rows, whatever else they hold; returns the groups.
+    def hold_out(self, sources: Collection[str]) -> list[str]:
+        """Assign the groups of these sources' rows to the test split; returns the groups.
 
-        Rows that went as repeats of one another count too, as far as their group is their own.
+        Rows that were removed as duplicates count too.
         """
         marks = ", ".join("?" * len(sources))
         query = f"SELECT DISTINCT grp FROM rows WHERE grp != '' AND source IN ({marks}) ORDER BY grp"  # noqa: S608
-        held = [group for (group,) in self._base.execute(query, sorted(sources))]
-        self._base.executemany("UPDATE rows SET split = 'test' WHERE grp = ?", ((group,) for group in held))
+        held = [group for (group,) in self._database.execute(query, sorted(sources))]
+        self._database.executemany("UPDATE rows SET split = 'test' WHERE grp = ?", ((group,) for group in held))
         return held
 
     def drop(self, gone: Mapping[str, str]) -> None:
-        """Let rows go: id -> reason."""
+        """Remove rows: id -> reason."""
         query = "SELECT rowid, source, row, id FROM rows WHERE id = ? AND gone IS NULL"
-        found = ((self._base.execute(query, (name,)).fetchone(), gone[name]) for name in sorted(gone))
+        found = ((self._database.execute(query, (name,)).fetchone(), gone[name]) for name in sorted(gone))
         self._drop((place, source, row, name, reason) for (place, source, row, name), reason in found)
 
     def _drop(self, rows: Iterable[tuple[int, str, int, str, str]]) -> None:
@@ -132,12 +132,12 @@ class StagingDatabase:
                 removed_line({"id": name, "source": source, "row": row, "reason": reason})
                 for _, source, row, name, reason in some
             ]
-            self._base.executemany("INSERT INTO removed VALUES (?, ?)", entries)
-            self._base.executemany("UPDATE rows SET gone = ? WHERE rowid = ?", [(one[4], one[0]) for one in some])
+            self._database.executemany("INSERT INTO removed VALUES (?, ?)", entries)
+            self._database.executemany("UPDATE rows SET gone = ? WHERE rowid = ?", [(one[4], one[0]) for one in some])
 
     def conflicts(self, shown: int) -> dict[str, Any]:
         """Requests with more than one answer: how many, their rows, and the ids of the first few."""
-        found = self._base.execute("SELECT request, id FROM rows WHERE gone IS NULL ORDER BY request, id")
+        found = self._database.execute("SELECT request, id FROM rows WHERE gone IS NULL ORDER BY request, id")
         requests = rows = 0
 
         def several() -> Iterator[list[str]]:
@@ -151,46 +151,46 @@ class StagingDatabase:
         first = heapq.nsmallest(shown, several())
         return {"requests": requests, "rows": rows, "examples": first}
 
-    def traces(self) -> dict[str, list[ComparedRow]]:
-        """What nearness is judged by, of every row that is left, by split and in the order of the ids."""
+    def compared_rows(self) -> dict[str, list[ComparedRow]]:
+        """The remaining rows as comparisons need them: split -> rows, sorted by id."""
         splits: dict[str, list[ComparedRow]] = {name: [] for name in SPLITS}
         query = "SELECT split, id, grp, wording, answer, labels FROM rows WHERE gone IS NULL ORDER BY id"
-        for split, name, group, wording, answer, labels in self._base.execute(query):
+        for split, name, group, wording, answer, labels in self._database.execute(query):
             said = json.loads(labels) if labels else _NO_LABELS
             splits[split].append(ComparedRow(name, group, wording, answer.hex(), said))
         return splits
 
     def regroup(self, groups: Iterable[tuple[str, str]], split: Split) -> None:
-        """Give rows the groups, (id, group), that could not be told before all of them were there."""
+        """Set the groups of rows, (id, group), that depend on all rows."""
         query = "SELECT rowid, line FROM rows WHERE id = ? AND gone IS NULL"
-        found = ((*self._base.execute(query, (name,)).fetchone(), group) for name, group in groups)
+        found = ((*self._database.execute(query, (name,)).fetchone(), group) for name, group in groups)
         for some in batches(found):
-            self._base.executemany(
+            self._database.executemany(
                 "UPDATE rows SET grp = ?, split = ?, line = ? WHERE rowid = ?",
                 [(group, split_of(group, split), _with_group(line, group), place) for place, line, group in some],
             )
 
     def times(self, key: str) -> dict[str, int]:
-        """Time -> rows that are left and have it. key: of the labels."""
+        """Time -> remaining rows of that time. key: the label with the time."""
         query = "SELECT label(labels, ?), COUNT(*) FROM rows WHERE gone IS NULL GROUP BY 1"
-        return dict(self._base.execute(query, (key,)))
+        return dict(self._database.execute(query, (key,)))
 
     def kinds(self, key: str, *, by: str = "grp") -> list[tuple[str, str, int]]:
-        """(group, kind, rows) of the rows that are left; or by split. key: of the labels."""
+        """(group or split, stratum, remaining rows). key: the label with the stratum."""
         query = f"SELECT {by}, label(labels, ?), COUNT(*) FROM rows WHERE gone IS NULL GROUP BY 1, 2 ORDER BY 1, 2"  # noqa: S608
-        return list(self._base.execute(query, (key,)))
+        return list(self._database.execute(query, (key,)))
 
     def place_groups(self, places: Mapping[str, str]) -> None:
-        """Put groups into splits: group -> split."""
-        self._base.execute("CREATE INDEX by_group ON rows (grp)")
+        """Assign groups to splits: group -> split."""
+        self._database.execute("CREATE INDEX by_group ON rows (grp)")
         pairs = ((split, group) for group, split in places.items())
-        self._base.executemany("UPDATE rows SET split = ? WHERE grp = ?", pairs)
+        self._database.executemany("UPDATE rows SET split = ? WHERE grp = ?", pairs)
 
     def place_times(self, key: str, places: Callable[[str], str], reason: str) -> None:
-        """Put rows into splits by their time; of a group that is then in several the rows of earlier splits go."""
-        self._base.create_function("place", 1, places, deterministic=True)
-        self._base.execute("UPDATE rows SET split = place(label(labels, ?)) WHERE gone IS NULL", (key,))
-        found = self._base.execute(
+        """Assign rows to splits by their time. Of a group in several splits, only the rows in the latest are kept."""
+        self._database.create_function("place", 1, places, deterministic=True)
+        self._database.execute("UPDATE rows SET split = place(label(labels, ?)) WHERE gone IS NULL", (key,))
+        found = self._database.execute(
             "SELECT rowid, source, row, id, grp, split FROM rows WHERE gone IS NULL AND grp IN "
             "(SELECT grp FROM rows WHERE gone IS NULL GROUP BY grp HAVING COUNT(DISTINCT split) > 1) ORDER BY grp"
         ).fetchall()
@@ -204,18 +204,18 @@ class StagingDatabase:
         )
 
     def span(self, key: str) -> dict[str, list[str]]:
-        """Split -> the earliest and the latest time of its rows that are left. key: of the labels."""
+        """Split -> the earliest and latest time of its remaining rows. key: the label with the time."""
         query = (
             "SELECT split, MIN(label(labels, ?1)), MAX(label(labels, ?1)) FROM rows WHERE gone IS NULL GROUP BY split"
         )
-        found = {split: [first, last] for split, first, last in self._base.execute(query, (key,))}
+        found = {split: [first, last] for split, first, last in self._database.execute(query, (key,))}
         return {name: found[name] for name in SPLITS if name in found}
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Rows and groups of each split, rows of each licence, as of the rows that are left."""
+        """Remaining rows and groups of each split, and remaining rows of each licence."""
         query = "SELECT split, COUNT(*), COUNT(DISTINCT grp) FROM rows WHERE gone IS NULL GROUP BY split"
-        found = {split: (rows, groups) for split, rows, groups in self._base.execute(query)}
-        licences = self._base.execute("SELECT licence, COUNT(*) FROM rows WHERE gone IS NULL GROUP BY licence")
+        found = {split: (rows, groups) for split, rows, groups in self._database.execute(query)}
+        licences = self._database.execute("SELECT licence, COUNT(*) FROM rows WHERE gone IS NULL GROUP BY licence")
         return {
             "splits": {name: found.get(name, (0, 0))[0] for name in SPLITS},
             "groups": {name: found.get(name, (0, 0))[1] for name in SPLITS},
@@ -223,42 +223,38 @@ class StagingDatabase:
         }
 
     def changed(self) -> int:
-        """Rows that are left and are not as they were read."""
-        return int(self._base.execute("SELECT COUNT(*) FROM rows WHERE gone IS NULL AND changed").fetchone()[0])
+        """The number of remaining rows that differ from what was read."""
+        return int(self._database.execute("SELECT COUNT(*) FROM rows WHERE gone IS NULL AND changed").fetchone()[0])
 
     def reasons(self) -> dict[str, int]:
-        """Reason -> number of rows that were removed for it."""
-        return dict(sorted(self._base.execute("SELECT reason, COUNT(*) FROM removed GROUP BY reason")))
+        """Reason -> removed rows."""
+        return dict(sorted(self._database.execute("SELECT reason, COUNT(*) FROM removed GROUP BY reason")))
 
     def lines(self, split: str) -> Iterator[bytes]:
-        """The split's rows as they are sealed: canonical JSON in the order of the ids."""
+        """The split's rows as canonical JSON lines, sorted by id."""
         query = "SELECT line FROM rows WHERE split = ? AND gone IS NULL ORDER BY id"
-        return (line for (line,) in self._base.execute(query, (split,)))
+        return (line for (line,) in self._database.execute(query, (split,)))
 
     def sample(self, count: int) -> list[Example]:
-        """Rows that are left, at most count. Those of the smallest ids: ids are digests, so the choice is no one's."""
+        """At most count remaining rows, those with the smallest ids; ids are digests, so nobody chooses them."""
         query = "SELECT line FROM rows WHERE gone IS NULL ORDER BY id LIMIT ?"
-        return [Example.model_validate_json(line) for (line,) in self._base.execute(query, (count,))]
+        return [Example.model_validate_json(line) for (line,) in self._database.execute(query, (count,))]
 
     def ids(self) -> Iterator[str]:
-        """The ids of the rows that are left."""
-        return (name for (name,) in self._base.execute("SELECT id FROM rows WHERE gone IS NULL"))
+        """The ids of the remaining rows."""
+        return (name for (name,) in self._database.execute("SELECT id FROM rows WHERE gone IS NULL"))
 
     def licences(self) -> list[tuple[str, str]]:
-        """The pairs of a source and a licence that the rows that are left have."""
-        return list(self._base.execute("SELECT DISTINCT source, licence FROM rows WHERE gone IS NULL"))
-
-    def examples(self, split: str) -> Iterator[Example]:
-        """The split's examples, read one by one."""
-        return (Example.model_validate_json(line) for line in self.lines(split))
+        """The distinct (source, licence) pairs of the remaining rows."""
+        return list(self._database.execute("SELECT DISTINCT source, licence FROM rows WHERE gone IS NULL"))
 
     def removed_lines(self) -> Iterator[bytes]:
-        """What was removed, in an order that does not depend on how the rows came."""
-        return (line for (line,) in self._base.execute("SELECT line FROM removed ORDER BY line"))
+        """The lines of removed rows, sorted."""
+        return (line for (line,) in self._database.execute("SELECT line FROM removed ORDER BY line"))
 
 
 def batches(rows: Iterable[Any], size: int = 10_000) -> Iterator[list[Any]]:
-    """Some rows at a time."""
+    """Lists of at most `size` rows."""
     left = iter(rows)
     while some := list(itertools.islice(left, size)):
         yield some

@@ -1,4 +1,4 @@
-"""A dataset version held against what its record says of it."""
+"""Verifies a dataset version: recomputes what its record states."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from tunesmith.data.building.build import counts, near_threshold
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, decode_outside
 from tunesmith.data.dataset import SPLITS, Dataset, Example, example_id, load_dataset
 from tunesmith.data.settings import DataSettings
-from tunesmith.data.splitting.duplicates import METHODS, request_text
+from tunesmith.data.splitting.assignment import split_of
+from tunesmith.data.splitting.duplicates import request_text
 from tunesmith.data.splitting.groups import wording_group
-from tunesmith.data.splitting.leakage import Nearness, leakage, split_of
+from tunesmith.data.splitting.leakage import Nearness, leakage
 from tunesmith.store.store import Store
 
 
 class DatasetVerification(View):
-    """Whether a dataset version is what its record says. checked: number of things that were compared."""
+    """Whether a dataset version is what its record says. checked: number of comparisons."""
 
     dataset: str
     ok: bool
@@ -47,7 +48,7 @@ def verify_dataset(store: Store, digest: str) -> DatasetVerification:
         removed = dataset.removed()
     except (TunesmithError, KeyError) as error:
         problems.append({"path": "removed.jsonl", "reason": str(error)})
-    if problems:  # nothing more can be said of rows that are not the ones that were sealed
+    if problems:  # damaged rows cannot be checked further
         return _verification(digest, checked, problems)
     try:
         outside = _outside(store, dataset, settings)
@@ -56,13 +57,10 @@ def verify_dataset(store: Store, digest: str) -> DatasetVerification:
     problems.extend(_row_problems(splits, settings, frozenset(dataset.record.body.get("held_groups", ()))))
     problems.extend(_outside_problems(splits, outside))
     stated = {**_stated(dataset), "rows removed": dataset.record.body["rows"]["removed"]}
-    method = str(stated["leakage"].get("method"))
-    if method not in METHODS:
-        return _verification(digest, checked, [{"path": "leakage", "reason": f"there is no method {method!r}"}])
-    shared = leakage(splits, Nearness(splits, near_threshold(settings), outside.requests, method), settings.split)
+    shared = leakage(splits, Nearness(splits, near_threshold(settings), outside.requests), settings.split)
     again = {
         **counts(splits),
-        "leakage": _same_keys(stated["leakage"], {**shared.as_json(near_threshold(settings)), "method": method}),
+        "leakage": shared.as_json(near_threshold(settings)),
         "rows kept": sum(map(len, splits.values())),
         "rows read": sum(map(len, splits.values())) + len(removed),
         "rows removed": dict(sorted(Counter(str(row["reason"]) for row in removed).items())),
@@ -81,18 +79,11 @@ def _outside(store: Store, dataset: Dataset, settings: DataSettings) -> Outside:
 
 def _outside_problems(splits: dict[str, list[Example]], outside: Outside) -> list[dict[str, str]]:
     return [
-        {"path": f"{name}.jsonl, {example.id}", "reason": "is worded as a row of an outside test set"}
+        {"path": f"{name}.jsonl, {example.id}", "reason": "has the wording of a row of an outside test set"}
         for name, examples in splits.items()
         for example in examples
         if outside.wordings and wording_group(request_text(example.messages), example.answer) in outside.wordings
     ]
-
-
-def _same_keys(stated: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
-    """What the record states, with the numbers found again: earlier ones state fewer, and more of the method."""
-    return {key: again.get(key, value) for key, value in stated.items()} | {
-        key: again[key] for key in ("shared_groups", "near_pairs", "threshold")
-    }
 
 
 def _stated(dataset: Dataset) -> dict[str, Any]:
@@ -111,9 +102,9 @@ def _row_problems(
         for example in examples:
             path = f"{name}.jsonl, {example.id}"
             if example.id != example_id(example.messages, example.source):
-                problems.append({"path": path, "reason": "the id is not that of the content"})
+                problems.append({"path": path, "reason": "the id does not match the content"})
             if example.id in seen:
-                problems.append({"path": path, "reason": "the id stands twice"})
+                problems.append({"path": path, "reason": "the id occurs twice"})
             if by_hash and split_of(example.group, settings.split, held) != name:
                 problems.append({"path": path, "reason": "the row's group belongs to another split"})
             seen.add(example.id)

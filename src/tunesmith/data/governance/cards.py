@@ -1,4 +1,4 @@
-"""What goes with a dataset version when it is handed on: a datasheet for people, Croissant metadata for machines."""
+"""Dataset cards: a datasheet for people and Croissant metadata for machines."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ _CONTEXT = {
 }
 _FIELDS = {
     "id": "The row's id: the digest of its content and source.",
-    "messages": "What was said in each turn of the conversation; the last one is the answer to learn.",
-    "licence": "The SPDX expression that the row stands under.",
+    "messages": "The texts of the conversation's turns; the last one is the answer to learn.",
+    "licence": "The SPDX expression of the row's licence.",
     "source": "The file that the row was read from.",
-    "group": "What the row belongs together with: no group stands in two splits.",
+    "group": "The group of related rows; all rows of a group are in one split.",
 }
 
 
 def croissant(dataset: Dataset, name: str) -> dict[str, Any]:
-    """The Croissant 1.0 description (JSON-LD): the splits' files with their SHA-256, and what a row holds."""
+    """The Croissant 1.0 description (JSON-LD): the splits' files with their SHA-256, and the fields of a row."""
     body = dataset.record.body
     splits = [split for split in SPLITS if dataset.splits[split]]
     return {
@@ -105,19 +105,19 @@ def _rows(split: str) -> dict[str, Any]:
 
 
 def _taken(field: str) -> dict[str, Any]:
-    """Of a list of turns, the text of each."""
+    """A transform that takes the text of each turn from a list of turns."""
     return {"transform": {"jsonPath": "$.content"}} if field == "messages" else {}
 
 
 def datasheet(dataset: Dataset, name: str, sign_offs: list[dict[str, Any]]) -> str:
-    """Markdown after the questions of Gebru et al., "Datasheets for Datasets" (CACM 64(12), 2021).
+    """A datasheet in Markdown, after Gebru et al., "Datasheets for Datasets" (CACM 64(12), 2021).
 
-    It answers what the record can answer; why the data was gathered only its owner can say.
+    It answers what the record can answer; only the owner can say why the data was collected.
     """
     body = dataset.record.body
     rows, leakage, conflicts = body["rows"], body["leakage"], body["conflicts"]
     parts = {
-        "Motivation": ["Why these rows were gathered, and by whom, is for their owner to say here."],
+        "Motivation": ["To be completed by the owner of the data: why these rows were collected, and by whom."],
         "Composition": [
             f"{rows['kept']} conversations of {rows['read']} rows read.",
             _table("split", "rows", {split: body["splits"][split] for split in SPLITS}),
@@ -133,10 +133,10 @@ def datasheet(dataset: Dataset, name: str, sign_offs: list[dict[str, Any]]) -> s
         "Uses": [
             f"Held out: whole groups. Groups in two splits: {leakage['shared_groups']}; near pairs across splits: "
             f"{leakage['near_pairs']} at a similarity of {leakage['threshold']} ({leakage['method']}).",
-            *(f"Held against {one['path']}, {one['rows']} rows." for one in body.get("decontaminated", ())),
+            *(f"Compared with {one['path']}, {one['rows']} rows." for one in body["decontaminated"]),
         ],
         "Maintenance": [f"Signed off by {one['steward']}, {one['at']}: {one['reason']}" for one in sign_offs]
-        or ["No steward has signed this version off."],
+        or ["No steward has signed off this version."],
     }
     text = "\n\n".join(f"## {title}\n\n" + "\n\n".join(filter(None, said)) for title, said in parts.items())
     return f"# Datasheet of {_plain(name)}, version {short(dataset.digest)}\n\n`{dataset.digest}`\n\n{text}\n"
@@ -150,5 +150,5 @@ def _table(what: str, number: str, counts: dict[str, int]) -> str:
 
 
 def _plain(text: str) -> str:
-    """A name from outside cannot end a table's cell or a line."""
+    """The text without characters that would end a table cell or a line."""
     return " ".join(text.replace("|", "\\|").split())

@@ -1,4 +1,4 @@
-"""What became of a dataset version from one to the next, and a look at what was left out of one."""
+"""Differences between two dataset versions, and a sample of the rows that a build removed."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class Difference(View):
 
 
 def difference(store: Store, before: str, after: str) -> Difference:
-    """Rows added, removed, changed and moved between splits, and how licences, sources, tenants and regions shifted.
+    """Rows that were added, removed, changed or moved between splits, and the shift of licences, sources and so on.
 
-    A row is the same by its id. Of the others, one of either version with the same source and request is a changed
-    answer; with the same group and none of that, one was added and one removed.
+    Rows with the same id are the same. Among the others, a row of each version with the same source and request count
+    as one row with a changed answer.
     """
     first, second = load_dataset(store, before), load_dataset(store, after)
     old, new = _placed(first), _placed(second)
@@ -96,7 +96,7 @@ def _placed(dataset: Dataset) -> dict[str, tuple[str, Example]]:
 
 
 def _changed(gone: dict[str, Example], come: dict[str, Example]) -> list[dict[str, str]]:
-    """Rows of one source and request with another answer, one of each version at a time."""
+    """Pairs of rows, one of each version, with the same source and request but another answer."""
     waiting: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for name in sorted(come, reverse=True):
         waiting[come[name].source, request_text(come[name].messages)].append(name)
@@ -124,10 +124,10 @@ def _reasons(dataset: Dataset) -> Counter[str]:
 
 
 def removed_sample(dataset: Dataset, root: Path, each: int) -> dict[str, list[dict[str, Any]]]:
-    """Reason -> at most `each` of the rows left out for it, as their files have them, for a person to look at.
+    """Reason -> at most `each` of the rows that were removed for it, as their files have them.
 
-    They are read from the sources again, for what was left out is not kept: it may have been private. Which ones is
-    decided by their hashes, so that nobody picks them. Raises Refused where a source is not what was read then.
+    The rows are read from the sources again, since removed rows are not stored: they may be private. Their hashes
+    decide which ones are shown, so nobody chooses them. Raises Refused where a source has changed since the build.
     """
     classes: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for entry in sorted(dataset.removed(), key=lambda entry: digest_of(dict(entry))):
@@ -145,7 +145,7 @@ def removed_sample(dataset: Dataset, root: Path, each: int) -> dict[str, list[di
         with open_source(file) as opened:
             if opened.digest != read.get(file.name):
                 raise Refused(
-                    "the file is not the one that was read", where=file.name, fix="restore it, or build the data again"
+                    "the file changed since the build", where=file.name, fix="restore it, or build the data again"
                 )
             for row in opened.rows():
                 if row.number in wanted[file.name]:

@@ -1,9 +1,9 @@
-"""Licences: SPDX expressions read by license-expression, what may be trained on for which use, and what that asks.
+"""Licences of rows: which may be trained on for which use, and what they require.
 
-The classes are the Data Provenance Initiative's (Longpre and others, 2023, arXiv:2310.16787): whether a licence lets
-its data be used commercially, and whether it asks for attribution and for the same licence on what is made from it. A
-licence that lets nothing derived be shared, and one that is not stated, allow no training. This is a reading of the
-licences' texts, not legal advice; `data.licences` overrules it by name.
+license-expression reads SPDX expressions. The classes follow the Data Provenance Initiative (Longpre and others, 2023,
+arXiv:2310.16787): whether a licence allows commercial use, requires attribution, and requires the same licence for
+derived works. Licences that forbid sharing derived works, and missing licences, allow no training. This is a reading of
+the licences' texts, not legal advice; `data.licences` overrides it by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Use = Literal["commercial", "non-commercial"]
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a licence allows and asks. use: the widest it allows; known: whether the table below has it."""
+    """What a licence allows and requires. use: the widest allowed use; known: whether _TERMS lists the licence."""
 
     use: Use = "commercial"
     attribution: bool = True
@@ -31,7 +31,7 @@ class Terms:
 
 
 class Credit(NamedTuple):
-    """Who is to be named: a source, the licence of its rows, and the words that the licence's owner asked for."""
+    """A required attribution: a source, the licence of its rows, and the credit line if one is given."""
 
     source: str
     licence: str
@@ -70,13 +70,13 @@ _TERMS: Mapping[str, Terms] = {
 
 
 def permitted(expression: str | None, policy: Licences, where: str) -> str:
-    """The licence expression in SPDX's own spelling. Raises Refused where there is none, or the policy says no.
+    """The licence expression in SPDX's spelling. Raises Refused for a missing or forbidden licence.
 
-    Of `A OR B` one must be allowed, of `A AND B` and `A WITH B` both: some exceptions restrict.
+    Of `A OR B` one must be allowed; of `A AND B` and `A WITH B` both must, since some exceptions restrict.
     """
     if expression is None or not expression.strip():
         raise Refused(
-            "rows without a licence are not trained on",
+            "a row without a licence must not be trained on",
             where=where,
             fix="state the source's licence, for example `licence: Apache-2.0`, or one in each row",
         )
@@ -85,17 +85,17 @@ def permitted(expression: str | None, policy: Licences, where: str) -> str:
         raise Refused(
             f"licence {expression!r}: {problem}",
             where=where,
-            fix="leave these rows out, or allow it under data.licences",
+            fix="remove these rows, or accept the licence under data.licences",
         )
     return normal
 
 
 def duties(credits_: Iterable[Credit], policy: Licences) -> dict[str, Any]:
-    """What the licences of a dataset's rows ask of whoever passes on what was made from it.
+    """What the licences of a dataset's rows require of those who distribute a model trained on them.
 
-    {"use": the widest that all allow, "attribution": [{"source", "licence", "credit"}], "share_alike": [ids],
-    "unknown": ids whose terms are not known here}. Raises Refused where two share-alike licences would bind one
-    adapter: it can be passed on under neither.
+    {"use": the widest use that all allow, "attribution": [{"source", "licence", "credit"}], "share_alike": [ids],
+    "unknown": ids whose terms are not known}. Raises Refused where two incompatible share-alike licences would bind one
+    model, which then could be distributed under neither.
     """
     used: dict[str, Terms] = {}
     named = []
@@ -109,9 +109,9 @@ def duties(credits_: Iterable[Credit], policy: Licences) -> dict[str, Any]:
     clash = [name for name in shared if not _goes_into(name, shared)]
     if clash:
         raise Refused(
-            f"rows under {' and '.join(shared)} bind what is made from them to different licences",
+            f"{' and '.join(shared)} require different licences for one model",
             where="data.sources",
-            fix="leave out the sources of all but one",
+            fix="keep the sources of one of them only",
         )
     commercial = all(terms.use == "commercial" for terms in used.values())
     return {
@@ -123,7 +123,7 @@ def duties(credits_: Iterable[Credit], policy: Licences) -> dict[str, Any]:
 
 
 def _goes_into(name: str, shared: list[str]) -> bool:
-    """Whether what is under it may be passed on under the newest of them: of one family, later versions may (CC)."""
+    """Whether all share-alike licences are versions of one family, whose newest version then applies."""
     family = name.rpartition("-")[0]
     return all(other.rpartition("-")[0] == family for other in shared)
 
@@ -132,7 +132,7 @@ def _goes_into(name: str, shared: list[str]) -> bool:
 def _judge(
     expression: str, use: Use, share_alike: bool, allow: tuple[str, ...], refuse: tuple[str, ...]
 ) -> tuple[str, str | None, tuple[str, ...]]:
-    """(SPDX's spelling, why it may not be used, the licences relied on)."""
+    """(SPDX's spelling, why the licence must not be used or None, the licences relied on)."""
     from license_expression import ExpressionError, ExpressionParseError
 
     try:
@@ -141,7 +141,7 @@ def _judge(
         return expression, f"not an SPDX expression ({error})", ()
     unknown = [key for key in _spdx().unknown_license_keys(parsed) if key not in allow]
     if unknown:
-        return expression, f"{', '.join(unknown)} is no SPDX licence id", ()
+        return expression, f"{', '.join(unknown)} is not an SPDX licence id", ()
 
     def objection(key: str) -> str | None:
         terms = _TERMS.get(key)
@@ -150,13 +150,13 @@ def _judge(
         if key in allow:
             return None
         if terms is None:
-            return f"the terms of {key} are not among those known here"
+            return f"the terms of {key} are not known"
         if not terms.derivatives:
-            return f"{key} lets nothing derived be passed on"
+            return f"{key} forbids sharing derived works"
         if terms.use == "non-commercial" and use == "commercial":
             return f"{key} is non-commercial, and data.licences.use is commercial"
         if terms.share_alike and not share_alike:
-            return f"{key} is share-alike: it binds what is trained on it, and data.licences.share_alike is false"
+            return f"{key} is share-alike and would bind the model, and data.licences.share_alike is false"
         return None
 
     problem, ids = _relied_on(parsed, objection)
@@ -164,14 +164,14 @@ def _judge(
 
 
 def _relied_on(node: Any, objection: Any) -> tuple[str | None, tuple[str, ...]]:
-    """(the objection to a part of an expression, else None; the licences that it is used under)."""
+    """(why a part of an expression must not be used, or None; the licences relied on)."""
     kind = type(node).__name__
     if kind in ("OR", "AND"):
         parts = [_relied_on(part, objection) for part in node.args]
         if kind == "AND":
             problem = next((problem for problem, _ in parts if problem is not None), None)
             return problem, tuple(dict.fromkeys(name for _, ids in parts for name in ids))
-        # Of a choice, the alternative that asks for least.
+        # Of several alternatives, the one with the fewest requirements.
         open_ = sorted((ids for problem, ids in parts if problem is None), key=_burden)
         return (None, open_[0]) if open_ else parts[0]
     keys = (node.license_symbol.key, node.exception_symbol.key) if hasattr(node, "exception_symbol") else (node.key,)

@@ -1,4 +1,4 @@
-"""A steward's sign-off: who looked at a dataset version and stands behind it, in the audit log and as a record."""
+"""Stewards' sign-offs of dataset versions, kept as records and in the audit log."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ ACTION = "data.sign"
 
 
 def sign_off(store: Store, digest: str, *, steward: str, reason: str) -> str:
-    """Enter that a steward stands behind a dataset version; returns the sign-off record's digest.
+    """Record a steward's sign-off of a dataset version, which is verified first; returns the record's digest.
 
-    The version is verified first. Raises Refused where it does not verify or the user may not, UsageError without a
-    reason: what was looked at is what a sign-off is worth.
+    Raises Refused where the version does not verify or the user is not allowed to sign, UsageError without a reason.
     """
     identities.require(store, steward, ACTION)
     if not reason.strip():
-        raise UsageError("a sign-off needs a reason", fix='--reason "what was looked at"')
+        raise UsageError("a sign-off needs a reason", fix='--reason "what was checked"')
     found = verify_dataset(store, digest)
     if not found.ok:
         first = found.problems[0]
         raise Refused(f"the dataset version does not verify: {first.reason}", where=first.path)
     detail: dict[str, Any] = {}
     with store.change(steward, ACTION, digest, detail) as session:
-        identities.require(session, steward, ACTION)  # a role taken away meanwhile counts
+        identities.require(session, steward, ACTION)  # the role may have been revoked meanwhile
         body = {"steward": steward, "reason": reason.strip(), "at": stamp()}
         record = Record(kind="signoff", parents={"dataset": digest}, blobs={}, body=body)
         store.put_record(record, session)
@@ -43,21 +42,21 @@ def sign_off(store: Store, digest: str, *, steward: str, reason: str) -> str:
 
 
 def sign_offs(store: Store, digest: str) -> list[dict[str, Any]]:
-    """The sign-offs that count now: [{"signoff", "steward", "reason", "at"}], oldest first.
+    """The valid sign-offs: [{"signoff", "steward", "reason", "at"}], oldest first.
 
-    One counts while the log holds it, its record says the same, and its steward is still one.
+    A sign-off is valid while the audit log has it, its record agrees, and the user who signed is still a steward.
     """
     with database.reading(store.engine) as session:
-        return [found for row in _entries(session, digest) if (found := _standing(store, session, digest, row))]
+        return [found for row in _entries(session, digest) if (found := _valid_sign_off(store, session, digest, row))]
 
 
 def require_signed(store: Store, digest: str) -> None:
-    """Raises Refused where no sign-off of a dataset version counts now."""
+    """Raise Refused where a dataset version has no valid sign-off."""
     if not sign_offs(store, digest):
         raise Refused(
-            f"no steward stands behind dataset version {short(digest)}",
+            f"no steward has signed off dataset version {short(digest)}",
             where="data.sign_off",
-            fix=f'have a steward run: tunesmith data sign {short(digest)} --reason "what was looked at" --as NAME',
+            fix=f'have a steward run: tunesmith data sign {short(digest)} --reason "what was checked" --as NAME',
         )
 
 
@@ -66,7 +65,7 @@ def _entries(session: Session, digest: str) -> list[AuditRow]:
     return list(session.scalars(query))
 
 
-def _standing(store: Store, session: Session, digest: str, entry: AuditRow) -> dict[str, Any] | None:
+def _valid_sign_off(store: Store, session: Session, digest: str, entry: AuditRow) -> dict[str, Any] | None:
     try:
         record = store.record(str(entry.detail.get("signoff")), kind="signoff")
         identities.require(session, entry.actor, ACTION)

@@ -1,7 +1,6 @@
-"""Rows that were recalled: a build leaves them out, whatever the sources still hold.
+"""Recalled rows, which a build leaves out even where the sources still have them.
 
-A row is known again by what it says, not by where it stands: else the copy of it in another file, left out as its
-duplicate until then, would take its place.
+A row is recognised by its content and not by its place, so that no copy in another file takes its place.
 """
 
 from __future__ import annotations
@@ -21,30 +20,30 @@ from tunesmith.store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
-    """values: `source`, `licence`, `subject` or `row` -> what was withdrawn; contents: of the rows, source left out."""
+    """values: `source`, `licence`, `subject` or `row` -> what was recalled. contents: content keys of recalled rows."""
 
     values: Mapping[str, frozenset[str]] = field(default_factory=dict)
     contents: frozenset[str] = frozenset()
 
     def holds(self, example: Example) -> bool:
-        """Whether an example is among what was withdrawn."""
+        """Whether an example was recalled."""
         of = {"row": example.id, "source": example.source, "licence": example.licence, "subject": example.subject}
         if any(of[kind] in values for kind, values in self.values.items()):
             return True
         return bool(self.contents) and content_key(example) in self.contents
 
     def as_json(self) -> dict[str, Any]:
-        """What a build depends on."""
+        """The values and contents as JSON, which a build's memo depends on."""
         return {kind: sorted(values) for kind, values in self.values.items()} | {"contents": sorted(self.contents)}
 
 
 def content_key(example: Example) -> str:
-    """The same for two rows that a build takes for exact duplicates."""
+    """A key that is equal for two rows that are exact duplicates."""
     return digest_of([request_key(example.request), answer_key(example.answer)])
 
 
 def load_withdrawn(store: Store) -> Withdrawn:
-    """What was recalled from a store's rows until now."""
+    """Everything that was recalled from a store's rows so far."""
     with database.reading(store.engine) as session:
         recalled = causes(session)
     values: defaultdict[str, set[str]] = defaultdict(set)
@@ -59,7 +58,7 @@ def load_withdrawn(store: Store) -> Withdrawn:
 
 
 def _contents(store: Store, digests: list[str], row: str) -> set[str]:
-    """What the row says, from the recalled dataset versions that hold it."""
+    """The content keys of a row in the recalled dataset versions that contain it."""
     datasets = [digest for digest in digests if store.record(digest).kind == "dataset"]
     return {
         content_key(example)

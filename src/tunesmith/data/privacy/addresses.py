@@ -1,7 +1,7 @@
-"""Street addresses by their form: a number and a street's word, a unit, a post box, and the lines that follow them.
+"""Finds street addresses by patterns: a number and a street name, a unit, a post box, and the lines that follow.
 
-A form alone is a guess ("Line 12"), so each has a score, as presidio's patterns do: what holds a word that names a
-street or a unit stands by itself, a name and a number count only after words that speak of an address.
+A pattern may match by chance ("Line 12"), so each has a score, as presidio's have. Patterns with a word for a street or
+a unit are sure; a name with a number counts only after words that announce an address.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator
 
 SURE, LIKELY, GUESS = 0.85, 0.6, 0.3
-_NEAR = 60  # characters before it that may speak of an address
+_NEAR = 60  # characters before a match that may announce an address
 _BOOST = 0.35
 
-# Words that end a street's name. These say so in any case; the second list only where they are written as names.
+# Words that end a street's name, in any case; those of the second list only where they are capitalised.
 _STREET = (
     "street|st|avenue|ave|road|rd|lane|drive|dr|boulevard|blvd|parkway|pkwy|highway|hwy|crescent|terrace|turnpike"
     "|expressway|freeway|str"
@@ -29,12 +29,12 @@ _STREET_NAMES = (
     "|Dam|Dale|Curve|Creek|Coves?|Courts|Corners?|Common|Cliffs?|Clubs?|Centers?|Causeway|Canyon|Camp|Bypass|Burgs?"
     "|Brooks?|Bridge|Bluffs?|Bend|Beach|Bayou|Avenues"
 )
-# Words that begin one: French, Italian, Spanish, Portuguese, Polish, Norwegian.
+# Words that begin a street's name: French, Italian, Spanish, Portuguese, Polish, Norwegian.
 _FIRST = (
     "rue|avenue|boulevard|allée|impasse|chemin|quai|viale|piazza|corso|calle|avenida|avda|paseo|rua|travessa|carrer"
     "|ul|ulica|aleja|strada|trg|c/"
 )
-# Ends of one word: German, Dutch, Danish, Swedish, Norwegian, Finnish, Estonian.
+# Endings of a street's name: German, Dutch, Danish, Swedish, Norwegian, Finnish, Estonian.
 _ENDS = (
     "straße|strasse|gasse|weg|platz|allee|damm|ufer|straat|laan|plein|kade|gracht|dijk|singel|vej|gade|stræde|gata"
     "|gatan|vägen|väg|gränd|stigen|veien|vegen|gaten|katu|tie|polku|kuja|tänav"
@@ -53,7 +53,7 @@ _UNIT = r"(?i:apt|apartment|suite|ste|unit|flat|room)\b\.? ?#?\d{1,5}(?i:[a-z])?
 _BOX = r"(?i:p\.? ?o\.? ?box|postbox) \d{1,6}\b"
 _MILITARY = r"(?i:(?:unit|psc) \d{3,5},? box \d{3,5}\s*[,\n]\s*(?:apo|fpo|dpo) (?:aa|ae|ap) \d{5})\b"
 
-# What may follow: units, then lines or parts that are a place, a postal code, or both.
+# What may follow: units, then lines or parts with a place, a postal code or both.
 _CODE = r"(?:(?:[A-Z]{1,2}-)?\d{3,5}(?:[- ]\d{2,4}| ?[A-Z]{2})?|[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}|\d{2})\b"
 _STATE = r"[A-Z]{2,3}\b"
 _PLACE = (
@@ -65,9 +65,9 @@ _TAIL = (
     rf"(?:(?:\s*[,\n]\s*|\.? ){_UNIT}|(?:\s*[,\n]\s*| ){_BOX})*"
     rf"(?:\s*[,\n][,\s]*{_PART}(?=\s*(?:[,\n.?!]|$| [a-z]))){{0,4}}"
 )
-# Written small, a place counts only before a postal code, after a comma or on a line of its own.
+# A place in lower case counts only before a postal code, after a comma or on its own line.
 _SMALL_TAIL = r"(?:\s*[,\n]\s*[^\W\d_]{2,20}(?: [^\W\d_]{2,20})?,? (?:[a-z]{2,3} )?\d{5}\b)?"
-_LINE = rf"(?:\s+{_PLACE})?"  # after a unit a place may follow without a comma
+_LINE = rf"(?:\s+{_PLACE})?"  # a place may follow a unit without a comma
 
 
 @functools.cache
@@ -104,7 +104,7 @@ def _patterns() -> tuple[tuple[float, re.Pattern[str]], ...]:
     return tuple((score, re.compile(form + _SMALL_TAIL + _TAIL)) for score, form in forms)
 
 
-# What speaks of an address, in the few words before it.
+# Words that announce an address.
 _SPEAKS = (
     r"\b(?:address(?:es)?:?|lives? (?:at|on)|living (?:at|on)|located (?:at|on)|meet(?:ing)? (?:me |you )?(?:at|on)"
     r"|taxi to|return(?:ed)? to|sen[dt] (?:it |one |this |a new one )?to|sent to|ship(?:ped)? (?:it )?to"
@@ -117,9 +117,9 @@ _DIGIT = re.compile(r"\d")
 
 
 def find_addresses(text: str) -> Iterator[tuple[int, int, float]]:
-    """(start, end, score) of what has an address's form. Spans may overlap."""
+    """(start, end, score) of matches that look like addresses. Spans may overlap."""
     if not _DIGIT.search(text) and not _CONTEXT_WORDS.search(text):
-        return  # without a number it takes words that speak of an address
+        return  # without a digit, only announced addresses are found
     for score, pattern in _patterns():
         for match in pattern.finditer(text):
             near = text[max(0, match.start() - _NEAR) : match.start()]

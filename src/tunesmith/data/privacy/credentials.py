@@ -1,8 +1,8 @@
-"""Secrets in sentences: tokens with a form of their own, and values that the words before them call a secret.
+"""Finds secrets in prose: tokens of known formats, and values that follow a word such as "password".
 
-detect-secrets' token patterns, and those it lacks, from the issuers' documentation of their tokens' prefixes. Its
-entropy and keyword detectors are made for source code and call half of ordinary prose a secret: here a keyword counts
-only with a value after it that no person would say or type as a word.
+The token patterns are those of detect-secrets, plus missing ones from the issuers' documentation. detect-secrets'
+entropy and keyword detectors are made for source code and flag half of ordinary prose. Here a keyword counts only
+before a value that does not look like a word.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DETECTORS = {
     "twilio": "TwilioKeyDetector",
 }
 _FORMS = (
-    # The whole key, not its first line alone.
+    # The whole key, not only its first line.
     r"(?s)-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)",
     r"github_pat_[A-Za-z0-9_]{36,255}",
     r"gl(?:pat|dt|ptt|rt|ft|cbt|oas|soat)-[A-Za-z0-9_\-.]{20,255}",
@@ -70,12 +70,12 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 _AWS_SECRET = re.compile(r"(?i:aws|secret|access)[^\n]{0,40}?(?<![A-Za-z0-9+/])([A-Za-z0-9+/]{40})(?![A-Za-z0-9+/=])")
-# Cheap to look for; a text without any of these holds no secret that the patterns know.
+# A fast test: a text without any of these contains no secret that the patterns find.
 _MAY_HOLD = re.compile(
     r"[A-Za-z0-9+/_=.-]{18}|://|pass|pwd|secret|token|credential|key|bearer|pin code|recovery", re.IGNORECASE
 )
 _SHORTEST = 6
-# What stands where a value would in documentation and scripts.
+# Placeholders of documentation and scripts.
 _PLACEHOLDER = re.compile(
     r"^(?:\$|%|\*+|\.\.\.|x{4,}$|<|your|my[_-]|example|placeholder|changeme|dummy|env|os\.|process\.|self\.|get|none"
     r"|null|true|false|--?[a-z]|/|~|\.{1,2}/|https?:|secretsmanager|vault|\w+\.(?:txt|json|ya?ml|pem|key|env|sh|py|cfg|ini)$)",
@@ -100,7 +100,7 @@ def find_secrets(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_value(value: str, *, quoted: bool) -> bool:
-    """Whether a value that is called a secret is one: not a word, a name, a path, a variable or a placeholder."""
+    """Whether a value after a keyword is a secret: not a word, name, path, variable or placeholder."""
     if len(value) < _SHORTEST or _PLACEHOLDER.search(value):
         return False
     kinds = _kinds(value)
@@ -110,7 +110,7 @@ def _is_value(value: str, *, quoted: bool) -> bool:
     digits = sum(letter.isdigit() for letter in value)
     if not letters or "/" in value.strip("/") or "=" in value.rstrip("="):
         return False
-    # A hyphenated or dotted word, a name with a number at its end ("step-2", "v1.2.3", "oauth2") is said, not typed.
+    # Hyphenated or dotted words and names with a number ("step-2", "v1.2.3", "oauth2") are ordinary words.
     if re.fullmatch(r"[A-Za-z]+(?:[-_.][A-Za-z0-9]+)*|v?\d+(?:\.\d+)*\w*|[a-z]{2,}\d{1,2}s?", value) and not (
         digits >= 3 and kinds >= 3
     ):
@@ -119,7 +119,7 @@ def _is_value(value: str, *, quoted: bool) -> bool:
 
 
 def _kinds(value: str) -> int:
-    """How many of: small letters, capitals, digits, signs."""
+    """How many kinds of characters it has: lower case, upper case, digits, others."""
     return sum(
         any(test(letter) for letter in value)
         for test in (str.islower, str.isupper, str.isdigit, lambda letter: not letter.isalnum())
@@ -127,14 +127,14 @@ def _kinds(value: str) -> int:
 
 
 def _looks_random(value: str) -> bool:
-    """At least 3.5 bits a character (Shannon), with letters and digits: as keys are, and words are not."""
+    """Whether it has at least 3.5 bits per character (Shannon), with digits: keys have, words do not."""
     counts = Counter(value)
     bits = -sum(n / len(value) * math.log2(n / len(value)) for n in counts.values())
     return bits >= 3.5 and _kinds(value) >= 2 and any(letter.isdigit() for letter in value)
 
 
 def _span(match: re.Match[str]) -> tuple[int, int]:
-    """The secret within its match: the one group of `password: (...)` patterns, else all of it."""
+    """The span of the secret: the group of a pattern such as `password: (...)`, else the whole match."""
     if match.re.groups == 1 and match[1] is not None and len(match[1]) >= _SHORTEST:
         return match.span(1)
     return match.span()

@@ -1,8 +1,9 @@
-"""How much a privacy scan finds: made-up values planted into the dataset's own rows, and a bound on what is left.
+"""Detection recall of the privacy scan, measured with synthetic values, and a bound on the values that remain.
 
-A scan's word that it found n values says nothing of those it missed. So values whose truth is known are put into the
-rows' own texts, at a place and in a case that fit them, and scanned for. That measures recall on this text; from it and
-from n follows how many are probably left. The made-up values are seeded: the same rows give the same figures.
+The number of values that a scan finds says nothing about those it misses. So synthetic values are inserted ("planted")
+into the dataset's own texts, at fitting places and in fitting case, and the scan runs over them. This measures recall
+on these texts; recall and the number of findings bound how many values remain. The values are seeded, so the same rows
+give the same figures.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tunesmith.data.privacy.synthetic_pii import MAKERS
 from tunesmith.data.settings import Privacy
 
 CONFIDENCE = 0.95
-# Half stand bare in the text, half behind words that speak of them.
+# Half of the values are inserted alone, half after words that announce them.
 _CARRIERS: Mapping[str, tuple[str, ...]] = {
     "EMAIL_ADDRESS": ("my email is {}", "write to {}"),
     "PHONE_NUMBER": ("my phone number is {}", "call me at {}"),
@@ -32,14 +33,14 @@ _CARRIERS: Mapping[str, tuple[str, ...]] = {
     "SECRET": ("use the token {}", "my key is {}"),
 }
 _ANY_CARRIER = ("here it is: {}", "this one: {}")
-_CASED = frozenset(("PERSON", "LOCATION", "STREET_ADDRESS", "ORGANIZATION"))  # written small where the text is small
+_CASED = frozenset(("PERSON", "LOCATION", "STREET_ADDRESS", "ORGANIZATION"))  # in lower case where the text is
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of one entity's planted values: how many there were, how many were found whole, and the characters behind that.
+    """The planted values of one entity: their number, those found whole, their characters, and the characters found.
 
-    new: characters found that were not found before the planting; right: those of them within a planted value.
+    new: characters that were found only after planting. right: those of them within a planted value.
     """
 
     planted: int
@@ -56,11 +57,11 @@ class _Plant:
     text: str
     start: int
     end: int
-    cut: tuple[int, int]  # what of `before` the insertion replaced
+    cut: tuple[int, int]  # the span of `before` that the value replaced
 
 
 def measure(scanner: Scanner, settings: Privacy, conversations: Sequence[Sequence[Message]]) -> dict[str, Measured]:
-    """Plant settings.planted values of each entity that can be made up into the conversations' texts, and look."""
+    """Detection recall by entity: plants settings.planted values of each into the conversations and scans them."""
     makers = _makers(settings)
     if not settings.planted or not conversations:
         return {}
@@ -90,11 +91,11 @@ def _plant(
     conversations: Sequence[Sequence[Message]],
 ) -> _Plant:
     texts = [text for _, text in texts_of(chance.choice(conversations))]
-    text = chance.choice([text for text in texts if " " in text.strip()] or texts)  # sentences, where there are any
+    text = chance.choice([text for text in texts if " " in text.strip()] or texts)  # sentences, if there are any
     value = make(chance)
     if entity in _CASED and text.islower():
         value = value.lower()
-    if " " not in text.strip():  # a key, a value of JSON, a single word: the planted one stands in its place
+    if " " not in text.strip():  # a key or value of JSON, or a single word: replace it
         return _Plant(text, value, 0, len(value), (0, len(text)))
     carrier = chance.choice(("{}", chance.choice(_CARRIERS.get(entity, _ANY_CARRIER))))
     place = chance.choice([0, *(at for at, letter in enumerate(text) if letter == " "), len(text)])
@@ -122,7 +123,7 @@ def _look(scanner: Scanner, plants: Sequence[_Plant]) -> Measured:
 
 
 def as_json(measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
-    """For a record: counts, recall of whole values with its 95% lower bound, recall and precision by character."""
+    """The measurements for a record: counts, recall of whole values with its 95% lower bound, and by character."""
     return {
         entity: {
             "planted": one.planted,
@@ -137,20 +138,21 @@ def as_json(measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
 
 
 def recall_at_least(found: int, planted: int, alpha: float) -> float:
-    """Clopper and Pearson's one-sided lower bound of a share, at confidence 1 - alpha."""
+    """The one-sided Clopper-Pearson lower bound of recall, at confidence 1 - alpha."""
     from scipy.stats import beta
 
     return float(beta.ppf(alpha, found, planted - found + 1)) if found else 0.0
 
 
 def probably_remaining(found: Mapping[str, int], measured: Mapping[str, Measured]) -> float | None:
-    """How many values of the measured entities the scan probably missed, at most, at 95% confidence.
+    """A 95% upper bound on the number of values that the scan missed, over the measured entities.
 
-    found: entity -> values found. None where nothing that was planted of one was found: then nothing bounds it.
+    found: entity -> values found. Returns None where no planted value of an entity was found: then there is no bound.
 
-    Half of the 5% goes to the recalls, shared among the entities (Bonferroni): each is taken at its Clopper-Pearson
-    lower bound. Given its recall r and n found, the number missed of an entity has the negative binomial distribution
-    NB(n + 1, r) if any total is as likely as another; the other half is the upper tail of these numbers' sum.
+    Half of the 5% is spent on the recalls, divided among the entities (Bonferroni): each enters with its
+    Clopper-Pearson lower bound. With recall r and n values found, the number missed of an entity has the negative
+    binomial distribution NB(n + 1, r), if all totals are equally likely. The other half of the 5% is the upper tail of
+    the sum of these numbers.
     """
     import numpy as np
     from scipy.stats import nbinom
@@ -170,9 +172,9 @@ def probably_remaining(found: Mapping[str, int], measured: Mapping[str, Measured
 def remaining_values(
     settings: Privacy, found: Mapping[str, int], measured: Mapping[str, Measured], entities: Sequence[str]
 ) -> dict[str, Any]:
-    """What a record says of what is left: {"at_most", "confidence", "found_and_kept", "unmeasured"}.
+    """The bound on remaining values, for a record: {"at_most", "confidence", "found_and_kept", "unmeasured"}.
 
-    at_most counts the values that were found and kept too, where the action is to report alone.
+    Under the action `report`, at_most includes the values that were found and kept.
     """
     kept = sum(found.values()) if settings.action == "report" else 0
     missed = probably_remaining(found, measured) if measured else None
@@ -185,21 +187,21 @@ def remaining_values(
 
 
 def require_few_remaining(settings: Privacy, left: Mapping[str, Any]) -> None:
-    """Raises Refused where more is probably left than data.privacy.left_at_most, or nothing bounds it."""
+    """Raise Refused where more values may remain than data.privacy.left_at_most, or there is no bound."""
     limit = settings.left_at_most
     if limit is None:
         return
     where = "data.privacy.left_at_most"
     if left["unmeasured"]:
         raise Refused(
-            f"nothing measures how much of {', '.join(left['unmeasured'])} the scan finds",
+            f"detection recall is not measured for {', '.join(left['unmeasured'])}",
             where=where,
-            fix="leave it out of data.privacy.entities, or give a recogniser of your own `examples`",
+            fix="remove it from data.privacy.entities, or give your own recogniser `examples`",
         )
     if left["at_most"] is None or left["at_most"] > limit:
-        bound = "any number of values may be" if left["at_most"] is None else f"up to {left['at_most']:g} values are"
+        bound = "any number of" if left["at_most"] is None else f"up to {left['at_most']:g}"
         raise Refused(
-            f"{bound} probably left in the rows ({CONFIDENCE:.0%} bound), and {limit:g} are allowed",
+            f"{bound} values may remain in the rows ({CONFIDENCE:.0%} bound), and {limit:g} are allowed",
             where=where,
             fix="clean the sources, set data.privacy.model, or add recognisers for what is missed",
         )

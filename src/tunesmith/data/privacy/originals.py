@@ -1,21 +1,20 @@
-"""The way back from pseudonyms: kept only where it was asked for, encrypted, outside the store.
+"""The encrypted map from pseudonyms to originals, kept outside the store and only where the settings ask for it.
 
-Whoever has the file and the key can undo the pseudonyms; the store, its copies and everything made from the dataset
-cannot. AES-128-CBC with HMAC-SHA256 (Fernet). The key is read from the environment and kept nowhere.
+The map is encrypted with Fernet (AES-128-CBC with HMAC-SHA256). The key comes from the environment and is not stored.
+File and key together undo the pseudonyms; the store and everything made from the dataset cannot.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import write_atomic
-from tunesmith.data.building.account import Account
 from tunesmith.data.settings import Privacy
 
 if TYPE_CHECKING:
@@ -26,29 +25,31 @@ _STORE = ".tunesmith"
 
 
 def check_originals(settings: Privacy, root: Path) -> None:
-    """Before a row is read. Raises UsageError where the map could not be kept: no key, or a place in the store."""
+    """Check before a build that the map can be kept. Raises UsageError without a key, or for a path in the store."""
     if settings.originals is None:
         return
     path = (root / settings.originals).absolute()
     if _STORE in path.parts:
         raise UsageError(
-            "the map back lies apart from what it undoes, so not in the store",
+            "the map from pseudonyms to originals must not be in the store",
             where="data.privacy.originals",
-            fix="name a place that the store's copies do not reach",
+            fix="name a file outside .tunesmith",
         )
     _fernet()
 
 
-def keep_originals(settings: Privacy, root: Path, account: Account, kept: Iterable[str]) -> None:
-    """Write {example id: {pseudonym: original}} of the rows that were kept, readable by this user alone."""
+def keep_originals(
+    settings: Privacy, root: Path, originals: Mapping[str, Mapping[str, str]], kept: Iterable[str]
+) -> None:
+    """Write {example id: {pseudonym: original}} of the kept examples, readable by this user only."""
     if settings.originals is None:
         return
-    known = {name: account.originals[name] for name in kept if name in account.originals}
+    known = {name: dict(originals[name]) for name in kept if name in originals}
     write_atomic(root / settings.originals, _fernet().encrypt(canonical(known)), mode=0o600)
 
 
 def read_originals(path: Path) -> dict[str, dict[str, str]]:
-    """Example id -> pseudonym -> original. Raises UsageError without the file, Refused where the key is not its own."""
+    """Example id -> pseudonym -> original. Raises UsageError without the file, Refused for a wrong key."""
     from cryptography.fernet import InvalidToken
 
     try:
@@ -63,7 +64,7 @@ def read_originals(path: Path) -> dict[str, dict[str, str]]:
 
 
 def new_key() -> str:
-    """A key for the environment variable."""
+    """A new key for the environment variable."""
     from cryptography.fernet import Fernet
 
     return Fernet.generate_key().decode()

@@ -1,7 +1,7 @@
-"""What stands for a value: the same for every spelling of it in a conversation, and of the form it had.
+"""Pseudonyms: one per value and conversation, for every spelling of it, in the value's own format.
 
-Where a range is reserved for examples it is used (RFC 2606, RFC 5737, RFC 7042, the 555-01xx telephone numbers); other
-numbers keep their layout with made-up digits, so that texts stay plausible and answers valid under a schema.
+Ranges that are reserved for examples are used where they exist (RFC 2606, RFC 5737, RFC 7042, 555-01xx telephone
+numbers). Other numbers keep their layout with other digits, so that texts stay plausible and answers valid.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _MADE: dict[str, Callable[[int], str]] = {
     "ORGANIZATION": lambda n: f"Example Company {n}",
     "STREET_ADDRESS": lambda n: f"{n} Example Street",
 }
-# Written with digits in a layout that is kept; letters before the first digit are kept where they say the kind alone.
+# Numbers whose layout is kept.
 _LAID_OUT = frozenset(
     ("CREDIT_CARD", "PHONE_NUMBER", "US_SSN", "US_ITIN", "UK_NHS", "PL_PESEL", "US_PASSPORT", "IBAN_CODE", "UK_NINO",
      "ES_NIF", "US_DRIVER_LICENSE", "MEDICAL_LICENSE", "ZIP_CODE", "AGE", "IT_FISCAL_CODE")
 )  # fmt: skip
-_NAMED = frozenset(("LOCATION", "ORGANIZATION", "STREET_ADDRESS"))  # written in the case of what they stand for
+_NAMED = frozenset(("LOCATION", "ORGANIZATION", "STREET_ADDRESS"))  # written in the case of the value
 _SPELT_EXACTLY = ("SECRET", "CRYPTO")
 _CASELESS = ("EMAIL_ADDRESS", "URL", "MAC_ADDRESS")
 
 
 class Pseudonyms:
-    """Of one conversation. own: the project's own entities, whose numbers keep their layout too."""
+    """The pseudonyms of one conversation. own: the project's own entities, whose numbers keep their layout."""
 
     def __init__(self, own: Iterable[str] = ()) -> None:
         self._own = frozenset(own)
@@ -56,7 +56,7 @@ class Pseudonyms:
         self._people: list[tuple[str, ...]] = []
 
     def add(self, entity: str, value: str) -> bool:
-        """Whether the value is one that was not met yet. People: give the longest names first."""
+        """Add a value; returns whether it is new. Add the longest names of people first."""
         if entity == "PERSON":
             if self._person(value) is not None:
                 return False
@@ -69,7 +69,7 @@ class Pseudonyms:
         return True
 
     def of(self, entity: str, value: str) -> str:
-        """What stands for a value that was added, spelt as it is."""
+        """The pseudonym of an added value, in the value's case and layout."""
         if entity == "PERSON":
             number = self._person(value)
             parts = _parts(value)
@@ -86,7 +86,7 @@ class Pseudonyms:
         return _cased(made(n), value) if entity in _NAMED else made(n)
 
     def _person(self, value: str) -> int | None:
-        """The number of the person whose name this is, or a part of."""
+        """The number of the person with this name, or with a name that contains it."""
         parts = _parts(value)
         for number, whole in enumerate(self._people):
             if set(parts) <= set(whole):
@@ -95,7 +95,7 @@ class Pseudonyms:
 
 
 def same_value(entity: str, value: str) -> str:
-    """What two spellings of one value share: numbers their digits and letters, addresses all but their case."""
+    """A key that all spellings of a value share: only letters and digits count, or only case is ignored."""
     if entity in _SPELT_EXACTLY:
         return value
     if entity in _CASELESS:
@@ -104,7 +104,7 @@ def same_value(entity: str, value: str) -> str:
 
 
 def laid_out(entity: str, value: str, n: int, *, keep_prefix: bool) -> str:
-    """The value with other digits, the last of which say n, and X for its letters; a name where it has too few."""
+    """The value with its digits replaced by n (zero-padded) and its letters by X; `entity_n` where n does not fit."""
     places = sum(letter.isdecimal() for letter in value)
     number = f"{int(_TELEPHONE) + n}" if entity == "PHONE_NUMBER" else str(n)
     if places < len(str(n)) or places == 0:
@@ -123,7 +123,7 @@ def _other(letter: str, entity: str) -> str:
 
 
 def _person(number: int) -> tuple[str, str]:
-    # Two lists of lengths without a common factor: 750 names before one comes again.
+    # 150 different names before one repeats.
     return _GIVEN[number % len(_GIVEN)], _FAMILY[(number * 7) % len(_FAMILY)]
 
 

@@ -1,7 +1,7 @@
-"""Personal data and secrets in conversations: found, counted by field, and replaced by pseudonyms where asked.
+"""Scans conversations for personal data and secrets, counts them by field, and replaces them by pseudonyms.
 
-What a text holds is `entities.py`'s to say; here a conversation is taken apart into its texts and put together again,
-so that one value has one pseudonym wherever it stands, and JSON stays JSON.
+entities.py finds the entities of a text. This module takes a conversation apart into texts and puts it together again,
+so that a value has the same pseudonym everywhere and JSON stays JSON.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from tunesmith.data.privacy.names import NAME_ENTITIES
 from tunesmith.data.privacy.pseudonyms import Pseudonyms
 from tunesmith.data.settings import Privacy
 
-CALL, TOOLS = "call", "tools"  # where a finding was that stands in no turn's content
-# Replaced only where they were found: the number of an age or a year stands for other things elsewhere.
+CALL, TOOLS = "call", "tools"  # roles of texts outside a turn's content
+# Replaced only where they were found: elsewhere the same number may mean something else.
 _IN_PLACE = frozenset(("AGE", "DATE_TIME", "TITLE", "ZIP_CODE"))
-# Replaced as whole words; the letters of an identifier are replaced even within a longer word, so that none is left.
+# Replaced as whole words only; identifiers are replaced within longer words too.
 _WORDS = frozenset((*NAME_ENTITIES, "STREET_ADDRESS")) - _IN_PLACE
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What was found in a conversation.
+    """What a scan found in a conversation.
 
-    messages: with pseudonyms; None where a call or the tools would be JSON no longer. found: entity -> number of
-    distinct values. fields: (role of the text, entity) -> number of findings, see texts_of. originals: pseudonym -> the
-    value it stands for.
+    messages: with pseudonyms; None where a call or the tools would no longer be JSON. found: entity -> number of
+    distinct values. fields: (role of the text, entity) -> number of findings, see texts_of. originals: pseudonym ->
+    original value.
     """
 
     messages: tuple[Message, ...] | None
@@ -43,9 +43,9 @@ class Scan:
 
 
 class Scanner:
-    """Finds personal data and secrets in conversations. Made once a build: the patterns take a second to load.
+    """Finds personal data and secrets in conversations. Made once per build: the patterns take a second to load.
 
-    keep: values that are no personal data here, such as those that the answer's schema lists.
+    keep: values that are not personal data in this task, such as those that the answer's schema lists.
     """
 
     def __init__(self, settings: Privacy, keep: Collection[str] = ()) -> None:
@@ -54,18 +54,18 @@ class Scanner:
         self._keep = frozenset(value.casefold() for value in keep)
 
     def scan(self, messages: Sequence[Message]) -> Scan:
-        """Look through one conversation."""
+        """The scan of one conversation."""
         return self.scan_many([messages])[0]
 
     def scan_many(self, conversations: Sequence[Sequence[Message]]) -> list[Scan]:
-        """Look through every turn of each; together, since a model of names is quicker over many texts."""
+        """The scans of conversations; together, because a model of names is faster over many texts."""
         texts = {text for messages in conversations for _, text in texts_of(messages)}
         ordered = sorted(texts)
         found = {text: list(map(tuple, spans)) for text, spans in zip(ordered, self.findings(ordered), strict=True)}
         return [self._scan(messages, found) for messages in conversations]
 
     def findings(self, texts: Sequence[str]) -> list[list[Finding]]:
-        """What each text holds, without the values to keep."""
+        """The findings of each text, without the values to keep."""
         return [
             [one for one in found if text[one.start : one.end].casefold() not in self._keep]
             for text, found in zip(texts, self.finder.find(texts), strict=True)
@@ -78,7 +78,7 @@ class Scanner:
         names = Pseudonyms(self._own)
         counts: Counter[str] = Counter()
         values = self._values(messages, findings)
-        # The longest names of people first: "Ann" is then known for a part of "Ann Lee".
+        # The longest names of people first, so that "Ann" is recognised as a part of "Ann Lee".
         for entity, value in sorted(values, key=lambda pair: -len(pair[1].split()) if pair[0] == "PERSON" else 0):
             counts[entity] += names.add(entity, value)
         replace = _Replacer(names, values, findings)
@@ -93,7 +93,7 @@ class Scanner:
         return Scan(changed, counts, fields, originals)
 
     def values(self, messages: Sequence[Message]) -> list[tuple[str, str]]:
-        """(entity, value) of everything found in the messages, as it stands there."""
+        """(entity, value) of everything found in the messages, as written there."""
         ordered = sorted({text for _, text in texts_of(messages)})
         found = {text: list(map(tuple, spans)) for text, spans in zip(ordered, self.findings(ordered), strict=True)}
         return self._values(messages, found)
@@ -104,9 +104,9 @@ class Scanner:
 
 
 def texts_of(messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
-    """(role, text) of all that a conversation says; of JSON the strings and numbers, so that escapes hide nothing.
+    """(role, text) of all texts of a conversation; of JSON its strings and numbers, so that escapes hide nothing.
 
-    The role is the turn's, CALL for what a call says, and TOOLS for the functions that may be called.
+    The role is the turn's, CALL for a call's name and arguments, and TOOLS for the declared functions.
     """
     for message in messages:
         for role, text in _parts(message):
@@ -139,7 +139,7 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _json_in(text: str) -> Any:
-    """The object or list that a text is; None for prose."""
+    """The JSON object or list of a text; None for prose."""
     if not text.lstrip().startswith(("{", "[")):
         return None
     try:
@@ -165,7 +165,7 @@ class _Replacer:
     ) -> None:
         self._names, self._findings = names, findings
         self._spellings: dict[str, str] = {}
-        self._whole: dict[str, tuple[str, str]] = {}  # a text that is nothing but a name, in whatever case
+        self._whole: dict[str, tuple[str, str]] = {}  # for texts that consist of a name only, in any case
         patterns: dict[str, str] = {}
         for entity, value in values:
             if entity in _IN_PLACE:
@@ -196,7 +196,7 @@ class _Replacer:
 
 
 def _replaced(message: Message, replace: _Replacer) -> Message:
-    """The message with pseudonyms. Raises ValueError where a call or the tools are JSON no longer."""
+    """The message with pseudonyms. Raises ValueError where a call or the tools would no longer be JSON."""
     changed: dict[str, Any] = {"content": _text_replaced(message.content, replace)}
     if message.tool_calls:
         changed["tool_calls"] = tuple(_call_replaced(call, replace) for call in message.tool_calls)
@@ -210,18 +210,18 @@ def _replaced(message: Message, replace: _Replacer) -> Message:
 def _call_replaced(call: ToolCall, replace: _Replacer) -> ToolCall:
     arguments = _text_replaced(call.arguments, replace)
     if not isinstance(json.loads(arguments), dict):
-        raise ValueError("arguments are no object")
+        raise ValueError("arguments are not an object")
     return call.model_copy(update={"name": _text_replaced(call.name, replace), "arguments": arguments})
 
 
 def _text_replaced(text: str, replace: _Replacer) -> str:
-    """The text with pseudonyms; JSON stays JSON, in the spacing it had."""
+    """The text with pseudonyms. JSON stays JSON and keeps its spacing."""
     value = _json_in(text)
     if value is None:
         return replace(text)
     try:
         changed = _replace_leaves(value, replace)
-    except ValueError:  # two keys that become one: the text is replaced as it stands
+    except ValueError:  # two keys would become equal: replace in the text instead
         return replace(text)
     if changed == value:
         return text
@@ -230,7 +230,7 @@ def _text_replaced(text: str, replace: _Replacer) -> str:
     said = json.dumps(changed, ensure_ascii=False, separators=separators)
     try:
         said.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which only an escape can say: it stays one
+    except UnicodeEncodeError:  # half a surrogate pair can only be written as an escape
         return json.dumps(changed, separators=separators)
     return said
 

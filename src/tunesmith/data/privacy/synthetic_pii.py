@@ -1,4 +1,4 @@
-"""Made-up values of each kind of personal data, valid where it has a checksum. Drawn by lot, so nobody's."""
+"""Synthetic values of each kind of personal data, with valid checksums. They are random, so they belong to nobody."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def phone(chance: Random) -> str:
 
 
 def credit_card(chance: Random) -> str:
-    """Sixteen digits that pass Luhn's check, in fours or in one."""
+    """Sixteen digits that pass the Luhn check, with or without spaces."""
     body = chance.choice(("4", "51", "55")) + _digits(chance, 14)
     body = body[:15]
     total = sum(int(digit) if place % 2 else sum(divmod(2 * int(digit), 10)) for place, digit in enumerate(body))
@@ -92,7 +92,7 @@ def credit_card(chance: Random) -> str:
 
 
 def iban(chance: Random) -> str:
-    """A British one whose check digits fit (ISO 13616)."""
+    """A British IBAN with valid check digits (ISO 13616)."""
     bban = _chars(chance, 4, string.ascii_uppercase) + _digits(chance, 14)
     number = int("".join(str(int(letter, 36)) for letter in f"{bban}GB00"))
     return f"GB{98 - number % 97:02d}{bban}"
@@ -148,7 +148,7 @@ def fiscal_code(chance: Random) -> str:
 
 
 def ssn(chance: Random) -> str:
-    """Of the area numbers in use."""
+    """With an area number that is in use."""
     return f"{chance.randint(100, 665)}-{chance.randint(10, 99)}-{chance.randint(1000, 9999)}"
 
 
@@ -175,7 +175,7 @@ def mac(chance: Random) -> str:
 
 
 def url(chance: Random) -> str:
-    """A page of somebody's own."""
+    """A personal web page."""
     name = chance.choice(_FAMILY).encode("ascii", "ignore").decode().lower()
     return f"https://www.{name}-{_chars(chance, 4, string.ascii_lowercase)}.org/{_chars(chance, 6)}"
 
@@ -215,7 +215,7 @@ def _password(chance: Random) -> str:
     return _chars(chance, 8) + chance.choice("!#%&*") + _digits(chance, 2)
 
 
-# Kind of secret -> one of it. `password` is nothing by itself: it takes the words before it.
+# Kind of secret -> a maker. A `password` is recognised only after words that announce it.
 SECRETS: dict[str, Callable[[Random], str]] = {
     "aws access key": _token("AKIA", 16, string.ascii_uppercase + "234567"),
     "github": _github,
@@ -234,7 +234,7 @@ SECRETS: dict[str, Callable[[Random], str]] = {
 
 
 def secret(chance: Random) -> str:
-    """One of the kinds that are secrets wherever they stand."""
+    """A secret of a kind that is recognised without context."""
     kind = chance.choice(sorted(SECRETS.keys() - {"password", "url with password"}))
     return SECRETS[kind](chance)
 

@@ -1,4 +1,4 @@
-"""Rows that a person should look at, with the reason. None is dropped for it: a flag is a question, not a verdict."""
+"""Flags rows that a person should look at, with the reason. No row is removed because of a flag."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import SPLITS, Dataset, Example
 from tunesmith.data.quality import toxicity
+from tunesmith.data.quality.languages import other_languages
 from tunesmith.data.quality.people import CAVEAT, balance_of_names, found_people
-from tunesmith.data.quality.similar_requests import Embed, alike, foreign
+from tunesmith.data.quality.similar_requests import Embed, alike
 from tunesmith.data.splitting.duplicates import answer_key, request_text
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -22,11 +23,11 @@ FLAGS = "flags.jsonl"
 REFUSING = "refusing answer"
 LONG = "answer much longer than the others"
 LONG_REQUEST = "request much longer than the others"
-NOISE = "label that the other rows speak against"
+NOISE = "label that the other rows contradict"
 
 LANGUAGE = "another language than the others"
-ALIKE = "says what another request says"
-TOXIC = "insults, threatens or demeans, by its words"
+ALIKE = "same meaning as another request"
+TOXIC = "may insult, threaten or demean"
 
 _GENDERED = {
     "he": frozenset(("he", "him", "his", "himself", "mr", "man", "men", "boy", "father", "son", "brother", "husband")),
@@ -42,8 +43,8 @@ _REFUSAL = re.compile(
     r"|i (?:cannot|can['’]?t|can not|won['’]?t|do not|don['’]t) (?:help|assist|do that|provide|answer|comply|fulfil))",
     re.IGNORECASE,
 )
-_TIMES = 10  # that many times the median is much longer
-_LEAST_LONG = 200  # characters: a short text is not long beside a shorter one
+_TIMES = 10  # much longer: this many times the median
+_LEAST_LONG = 200  # characters; shorter texts are never flagged as long
 _ROWS_A_LABEL = 5  # as many folds as the cross-validation has
 _MOST_LABELS = 1000
 _FOLDS = 5
@@ -61,12 +62,12 @@ def examine_quality(
 ) -> str:
     """Flag a dataset version's rows; returns the digest of a record of kind "quality" with the dataset as its parent.
 
-    label_noise: also look for wrong labels, where the task is classification: confident learning (Northcutt, Jiang,
-    Chuang, JAIR 70, 2021) by cleanlab, on out-of-fold probabilities of a linear model of the requests' words.
-    language: also look for texts in another language than the others. toxic: also look for turns that insult,
-    threaten or demean, with the detector's error (data/quality/toxicity.py) beside the count. names: also count
-    the people that the privacy scan's model finds. embed: makes vectors of texts, to find requests that say the same.
-    Raises UsageError where the extra that a look needs is not installed or the answers are no labels.
+    label_noise: also look for wrong labels of a classification task, by confident learning (Northcutt, Jiang, Chuang,
+    JAIR 70, 2021) with cleanlab, on out-of-fold probabilities of a linear model of the requests' words. language: also
+    look for texts in another language than the others. toxic: also look for toxic turns; the record states the
+    detector's error (toxicity.py). names: also count the people that the privacy scan's model finds. embed: texts ->
+    vectors, to find requests with the same meaning. Raises UsageError where a needed extra is not installed or the
+    answers are not labels.
     """
     rows = [(name, example) for name in SPLITS for example in dataset.examples(name)]
     flags = [*_plain_flags(rows), *(_noisy(rows) if label_noise else ())]
@@ -98,7 +99,7 @@ def examine_quality(
 
 
 def _gendered(rows: Sequence[tuple[str, Example]]) -> dict[str, int]:
-    """Rows that hold such a word in any turn. It counts words: of whom they speak it does not know."""
+    """Rows with a gendered word in any turn. It counts words and does not know whom they refer to."""
     counts = dict.fromkeys(_GENDERED, 0)
     for _, example in rows:
         words = set(re.findall(r"\w+", " ".join(turn.text for turn in example.messages).casefold()))
@@ -108,19 +109,19 @@ def _gendered(rows: Sequence[tuple[str, Example]]) -> dict[str, int]:
 
 
 def _languages(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Flags requests and answers in prose that are in another language; returns how many are in each."""
+    """Flag requests and prose answers in another language; returns {"request" or "answer": language -> texts}."""
     found = {}
     for what, texts in (
         ("request", [request_text(example.messages) for _, example in rows]),
         ("answer", [example.answer if _prose(example.answer) else "" for _, example in rows]),
     ):
-        other, found[what] = foreign(texts)
+        other, found[what] = other_languages(texts)
         flags += [_flag(*rows[place], LANGUAGE, f"the {what} is in {code}") for place, code in other.items()]
     return found
 
 
 def _toxic(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]]) -> dict[str, Any]:
-    """Flags rows with a toxic turn, by the worst of them; returns the detector, and rows by role of any such turn."""
+    """Flag rows by their most toxic turn; returns the detector, and role -> rows with a toxic turn of that role."""
     texts = sorted({turn.text for _, one in rows for turn in one.messages})
     told = dict(zip(texts, toxicity.worst(texts), strict=True))
     roles: Counter[str] = Counter()
@@ -139,7 +140,7 @@ def _prose(answer: str) -> bool:
 
 
 def _alike(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]], embed: Embed) -> list[list[str]]:
-    """Flags rows whose requests say the same as another's; returns the clusters' ids. The same request is no other."""
+    """Flag rows whose request means the same as another one; returns the clusters' ids. Equal requests count once."""
     places: dict[str, int] = {}
     for place, (_, example) in enumerate(rows):
         places.setdefault(request_text(example.messages), place)
@@ -182,7 +183,7 @@ def _noisy(rows: Sequence[tuple[str, Example]]) -> Iterator[dict[str, Any]]:
         ) from error
     keys = [answer_key(example.answer) for _, example in rows]
     many = Counter(keys)
-    # A label of fewer rows than folds cannot be told by the others.
+    # A label with fewer rows than folds cannot be cross-validated.
     judged = [place for place, key in enumerate(keys) if many[key] >= _ROWS_A_LABEL]
     names = sorted({keys[place] for place in judged})
     if not 2 <= len(names) <= _MOST_LABELS or len(judged) < len(rows) / 2:

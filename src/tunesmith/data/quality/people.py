@@ -1,7 +1,7 @@
-"""People named in rows, and the gender that a name suggests: what a balance can count, and no more.
+"""Counts the people named in rows, and the gender that their names suggest.
 
-A name is no statement of anybody's gender: it says how names are mostly given. Where neither a title nor the short list
-tells, nothing is guessed. Only counts leave this module, and of names only the list's own: a record is kept for good.
+A name does not state a person's gender; it only shows to whom a name is mostly given. Without a title or a listed name,
+nothing is guessed. Records are permanent, so this module returns counts only, and of names only those of its own list.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tunesmith.data.privacy.names import RECOMMENDED
 from tunesmith.data.privacy.scan import texts_of
 from tunesmith.data.settings import Privacy
 
-# Of two regions a row: a name mostly given to men and one mostly given to women, then the same of elsewhere. The probe
-# that swaps names (evaluation/probes/bias.py) puts those of a row in each other's place.
+# Each line: a man's and a woman's name of one region, then of another. The probe that swaps names
+# (evaluation/probes/bias.py) exchanges the names of a line.
 FIRST_NAMES = tuple(
     row.split()
     for row in (
@@ -44,8 +44,8 @@ FIRST_NAMES = tuple(
     )
 )
 CAVEAT = (
-    "counts of names, not of people: a name is mostly given to one gender in some place and time, the list is short, "
-    "and names that the privacy scan replaced are gone"
+    "these are counts of names, not of people: which gender a name suggests depends on place and time, the list is "
+    "short, and names that the privacy scan replaced are not counted"
 )
 HE, SHE, UNTOLD = "he", "she", "not told"
 
@@ -58,14 +58,14 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 
 def listed_names(text: str) -> set[str]:
-    """The list's names that a text holds: written as names, or in any case where the text has no capital letter."""
+    """The listed names in a text: capitalised, or in lower case where the text has no capital letter."""
     if any(map(str.isupper, text)):
         return {word for word in _WORD.findall(text) if word in _SUGGESTS}
     return {_IN_ANY_CASE[word] for word in _WORD.findall(text) if word in _IN_ANY_CASE}
 
 
 def balance_of_names(conversations: Sequence[Sequence[Message]]) -> dict[str, dict[str, int]]:
-    """Conversations that hold each name of the list, and that hold one of either kind."""
+    """Number of conversations that contain each listed name, and that contain a name of either gender."""
     names: Counter[str] = Counter()
     genders = Counter({HE: 0, SHE: 0})
     for messages in conversations:
@@ -76,9 +76,9 @@ def balance_of_names(conversations: Sequence[Sequence[Message]]) -> dict[str, di
 
 
 def found_people(conversations: Sequence[Sequence[Message]]) -> dict[str, Any]:
-    """What the privacy scan's model takes for people: {"model": package and digest, "reference": its error on annotated
-    text, "rows": with any, "mentions", "distinct": different names, "most": mentions of the most frequent one,
-    "genders": mentions by what a title or the list suggests}.
+    """People that the privacy scan's model finds: {"model": package and digest, "reference": its error on annotated
+    text, "rows": rows with a person, "mentions", "distinct": different names, "most": mentions of the most frequent
+    name, "genders": mentions by the gender that a title or the list suggests}.
 
     Raises UsageError where the extra `privacy` is not installed.
     """
@@ -105,7 +105,7 @@ def found_people(conversations: Sequence[Sequence[Message]]) -> dict[str, Any]:
 
 
 def _suggested(text: str, start: int, end: int) -> str:
-    """By the title before the name or in it, else by the first name."""
+    """The gender that a title before or in the name suggests, else the first name."""
     words = [*_WORD.findall(text[max(0, start - 12) : start])[-1:], *_WORD.findall(text[start:end])]
     for word in words:
         if word.lower() in _TITLES:

@@ -1,10 +1,10 @@
-"""How likely a text insults, threatens or demeans: a linear model of its words, with its error measured beside it.
+"""Toxicity detector: the probability that a text insults, threatens or demeans, with the detector's measured error.
 
 The model is that of the package alt-profanity-check: TF-IDF of single words and a calibrated linear SVM, trained on
-200,000 annotated comments in English. It knows words and not who speaks of whom: it fires on the quoted and on the
-denied insult, and misses what is said in clean words. So a score is a reason to look, and the figures of `measured`
-belong beside every count. Its files are pickles, which its own package loads: whoever installs a package lets it run
-its code, and here no other bytes than the pinned ones are loaded.
+200,000 annotated comments in English. It knows words, not who speaks of whom. So it also flags quoted and denied
+insults, and misses insults in clean words. A score is a reason to look at a row; every count is shown with the figures
+of `measured`. The model's files are pickles, which the package itself loads. They are loaded only where their digest is
+the pinned one.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from itertools import islice
 from typing import Any
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.data.pinned_packages import folder_digest, hold, package_folders
+from tunesmith.data.pinned_packages import folder_digest, package_folders, require_digest
 
 PACKAGE = "alt-profanity-check"
 VERSION = "1.9.1"  # of the package and of the scikit-learn that its model was made with
 DIGEST = "sha256:cf0bbab57143e140ddc260a30108b06b24214413a12cf0b987b2008399baaee2"
-AT_LEAST = 0.5  # a text of this score counts as toxic
+AT_LEAST = 0.5  # a text with this score or more counts as toxic
 
 _FOLDER = "profanity_check"
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|[\r\n]+")
@@ -33,7 +33,7 @@ _TOGETHER = 8192
 
 
 def scores(texts: Sequence[str]) -> list[float]:
-    """For each text a number in [0, 1]: that of its worst sentence. AT_LEAST and above counts as toxic.
+    """For each text the score of its worst sentence, in [0, 1]. AT_LEAST and above counts as toxic.
 
     Raises UsageError where the extra `toxicity` is not installed, Refused where its files are not the pinned ones.
     """
@@ -41,7 +41,7 @@ def scores(texts: Sequence[str]) -> list[float]:
 
 
 def worst(texts: Sequence[str]) -> list[tuple[float, str]]:
-    """For each text the score of its worst sentence, and that sentence: one insult is lost among many good words."""
+    """For each text (score, sentence) of its worst sentence: in a whole text one insult would be averaged away."""
     rate = _rate()
     best = [(0.0, "")] * len(texts)
     sentences = _sentences(texts)
@@ -52,7 +52,7 @@ def worst(texts: Sequence[str]) -> list[tuple[float, str]]:
 
 
 def detector() -> dict[str, Any]:
-    """What found it, for a record: {"package", "version", "digest", "at_least", "measured": see `measured`}."""
+    """The detector, for a record: {"package", "version", "digest", "at_least", "measured": see `measured`}."""
     return {
         "package": PACKAGE,
         "version": VERSION,
@@ -64,11 +64,11 @@ def detector() -> dict[str, Any]:
 
 @functools.cache
 def measured() -> dict[str, Any]:
-    """The error on the packaged sentences, of which half are toxic and the others look it, computed here and now.
+    """The detector's error on the packaged sentences, half of which are toxic; the others look toxic.
 
     {"sentences", "toxic", "found": toxic and flagged, "flagged": toxic or not, "recall", "precision", "false_rate": the
-    share of the others that is flagged, "kinds": {kind: {"sentences", "flagged"}}}. Where less than half is toxic
-    precision is another: it follows from recall, false_rate and that share.
+    share of the others that is flagged, "kinds": {kind: {"sentences", "flagged"}}}. On data with another share of
+    toxic texts the precision differs; it follows from recall, false_rate and that share.
     """
     rows = reference()
     flagged = [score >= AT_LEAST for score in scores([row["text"] for row in rows])]
@@ -92,7 +92,7 @@ def measured() -> dict[str, Any]:
 
 @functools.cache
 def reference() -> tuple[dict[str, Any], ...]:
-    """The annotated sentences, none of them chosen or changed for its score: {"text", "toxic", "kind"}."""
+    """The annotated sentences {"text", "toxic", "kind"}; none was chosen or changed for its score."""
     lines = (files("tunesmith.data.quality") / "toxicity_reference.jsonl").read_text(encoding="utf-8").splitlines()
     return tuple(json.loads(line) for line in lines)
 
@@ -109,7 +109,7 @@ def _rate() -> Callable[[Sequence[str]], Sequence[float]]:
     folders = package_folders(_FOLDER)
     if not folders:
         raise UsageError(f"looking for toxic texts needs {PACKAGE}", fix='pip install "tunesmith[toxicity]"')
-    hold(folders[0], folder_digest(folders[0]), DIGEST, f"the package {PACKAGE} {VERSION}")
+    require_digest(folders[0], folder_digest(folders[0]), DIGEST, f"the package {PACKAGE} {VERSION}")
     from sklearn.exceptions import InconsistentVersionWarning
 
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Which split a row goes to where it is not its group's hash that decides: by time, or in like shares of each kind."""
+"""Assigns rows to splits: by a hash of their group, by time, or in equal shares of each stratum."""
 
 from __future__ import annotations
 
@@ -12,16 +12,29 @@ from typing import Any, Final
 from tunesmith.core.errors import UsageError
 from tunesmith.data.settings import Split
 
-OLDER: Final = "older row of a group that is held out"
+OLDER: Final = "older row of a group that is held out"  # why a row is removed
 MOST_STRATA = 1000
-_MILLISECONDS = 10**11  # seconds up to the year 5138; what is larger was counted in milliseconds
+_MILLISECONDS = 10**11  # larger numbers are milliseconds; as seconds they would be after the year 5138
+
+
+def split_of(group: str, split: Split, held: Container[str] = ()) -> str:
+    """The split of a group by its hash with the seed, a number in [0, 1): test first, then validation, then train.
+
+    Only the group and the settings decide, so added rows do not move earlier ones. held: groups that are always test.
+    """
+    if group in held:
+        return "test"
+    number = int.from_bytes(hashlib.sha256(f"{split.seed}\0{group}".encode()).digest()[:8], "big") / 2**64
+    if number < split.test:
+        return "test"
+    return "validation" if number < split.test + split.validation else "train"
 
 
 def time_of(value: Any, where: str) -> str:
-    """A row's time as text that sorts by time, in UTC to the microsecond: 2024-05-01T12:00:00.000000Z.
+    """A row's time in UTC, as text that sorts by time: 2024-05-01T12:00:00.000000Z.
 
-    value: ISO 8601, without a zone in UTC; a number of seconds or milliseconds since 1970, as text too; or what Parquet
-    holds. Raises UsageError for anything else.
+    value: ISO 8601 (UTC where it names no zone), seconds or milliseconds since 1970 as a number or text, or a datetime
+    as Parquet holds it. Raises UsageError for anything else.
     """
     try:
         found = _time(value)
@@ -29,7 +42,7 @@ def time_of(value: Any, where: str) -> str:
         found = None
     if found is None:
         raise UsageError(
-            f"{str(value)[:60]!r} is no time",
+            f"{str(value)[:60]!r} is not a time",
             where=where,
             fix="write it as 2024-05-01T12:00:00Z, or in seconds since 1970",
         )
@@ -53,10 +66,10 @@ def _time(value: Any) -> datetime | None:
 
 
 def cuts(times: Mapping[str, int], split: Split) -> tuple[dict[str, str], int]:
-    """From when on a row is of the test and of validation, and how many rows that is beyond their shares.
+    """(split -> the earliest time of its rows, number of rows beyond the shares) for the test and validation splits.
 
-    times: time -> rows. Rows of one time stay together, so a split may get more than its share; one whose share is 0
-    has no cut, and neither has one for which no time is left.
+    times: time -> rows. Rows of one time stay together, so a split may get more than its share. A split without a
+    share, or for which no row is left, has no entry.
     """
     total = sum(times.values())
     shares = {"test": split.test, "validation": split.test + split.validation}
@@ -75,19 +88,19 @@ def cuts(times: Mapping[str, int], split: Split) -> tuple[dict[str, str], int]:
 
 
 def split_by_time(time: str, found: Mapping[str, str]) -> str:
-    """The split of a row of that time, with what cuts found."""
+    """The split of a row of that time. found: what `cuts` returned."""
     return next((name for name in ("test", "validation") if name in found and time >= found[name]), "train")
 
 
 def stratified(counts: Iterable[tuple[str, str, int]], split: Split, held: Container[str] = ()) -> dict[str, str]:
-    """Group -> split, so that each split has like shares of the rows of every kind. counts: (group, kind, rows).
+    """Group -> split, such that each split has about the same share of every stratum. counts: (group, stratum, rows).
 
-    Whole groups, the largest first, each to the split whose shares it brings nearest to what is wanted, in the sense of
-    chi-squared: the greedy way of Sechidis, Tsoumakas, Vlahavas, "On the Stratification of Multi-Label Data" (ECML
-    2011) and of scikit-learn's StratifiedGroupKFold. Groups of one size go in the order of their hash with the seed:
-    the order of the rows changes nothing. held: groups that are test whatever they hold.
+    The greedy method of Sechidis, Tsoumakas, Vlahavas, "On the Stratification of Multi-Label Data" (ECML 2011) and of
+    scikit-learn's StratifiedGroupKFold: the largest group comes first, and each goes to the split that its rows bring
+    closest to the wanted shares, by chi-squared. Groups of one size are ordered by their hash with the seed, so the
+    order of the rows does not matter. held: groups that are assigned to test.
 
-    Raises UsageError where there are so many kinds that none is a kind.
+    Raises UsageError for too many strata.
     """
     groups: defaultdict[str, dict[str, int]] = defaultdict(dict)
     totals: Counter[str] = Counter()
@@ -96,7 +109,7 @@ def stratified(counts: Iterable[tuple[str, str, int]], split: Split, held: Conta
         totals[kind] += rows
     if len(totals) > min(MOST_STRATA, max(2, sum(totals.values()) // 2)):
         raise UsageError(
-            f"{split.stratify} has {len(totals)} values in {sum(totals.values())} rows, which are no kinds of rows",
+            f"{split.stratify} has {len(totals)} values in {sum(totals.values())} rows, too many to stratify by",
             where="data.split.stratify",
             fix="name a key with fewer values",
         )

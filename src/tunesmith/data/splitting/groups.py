@@ -1,7 +1,7 @@
-"""What keeps rows together: a template, a key's value, nearness, or any of several.
+"""Groups of rows that must be in the same split: rows of one template, of one key's value, or near each other.
 
-A group by one key or by the template alone is a function of the row. Where several things keep rows together, or
-nearness does, groups are the connected components of all rows: a later row may join two of them.
+A group by one key or by the template depends on its row only. Groups by several things, or by nearness, are the
+connected components of all rows, so that an added row may join two of them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _SHORTEST_VALUE = 2
 
 
 def wording_group(request: str, answer: str, names: Collection[str] = ()) -> str:
-    """The template of a request: its wording with its values taken out.
+    """The group of a request by its template: its wording with the values taken out.
 
-    request: normalised text. Values are numbers, quoted texts, names, and where the answer is JSON the texts in it that
-    the request holds too: "play yesterday in the kitchen" and "play hallelujah in the hall" are one. names: what
-    the privacy scan found and the settings declare: "call ann" and "call bob" are one too.
+    request: normalised text. Values are numbers, quoted texts, `names`, and texts of a JSON answer that the request
+    contains too: "play yesterday in the kitchen" and "play hallelujah in the hall" have one template. names: what the
+    privacy scan found and the settings declare, so that "call ann" and "call bob" have one template.
     """
     values = _values(answer)
     values.update(value for name in names if len(value := normalise(name)) >= _SHORTEST_VALUE)
     for value in sorted(values, key=lambda value: (-len(value), value)):
-        if value not in request:  # most are not, and to compile a pattern for each takes longer than all the rest
+        if value not in request:  # checked first, because compiling a pattern for each value is slow
             continue
         request = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "\0", request)
     bare = _NUMBER.sub("\0", _QUOTED.sub("\0", request))
@@ -57,7 +57,7 @@ def _values(answer: str) -> set[str]:
 
 
 class Member(Protocol):
-    """A row that is to be put with others. labels: what it says of each of the split's groups but nearness."""
+    """A row that is to be grouped. labels: its value for each of the split's groups except nearness."""
 
     @property
     def id(self) -> str: ...
@@ -68,10 +68,10 @@ class Member(Protocol):
 
 
 def joined_groups(rows: Sequence[Member], split: Split, threshold: float) -> Iterator[tuple[str, str]]:
-    """(id, group) of every row, where rows that share any of split.groups are of one group, directly or through others.
+    """(id, group) of every row. Rows that share any of split.groups, directly or through other rows, are one group.
 
-    A group is named by the smallest of what its rows share, so its name does not depend on the order of the rows.
-    threshold: at which two requests are near.
+    A group is named after the smallest value that its rows share, so the order of the rows does not matter. threshold:
+    the similarity from which two requests are near.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components

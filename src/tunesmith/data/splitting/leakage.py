@@ -1,10 +1,9 @@
-"""Which rows are held out, and the proof that nothing held out was near anything trained on."""
+"""Near duplicates across splits: removes them, and counts again that none is left."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.dataset import SPLITS
 from tunesmith.data.settings import NEAR, Split
-from tunesmith.data.splitting.duplicates import METHOD, METHODS, answer_key, near_ends
+from tunesmith.data.splitting.duplicates import METHOD, answer_key, near_ends, near_text
 
 NEAR_HELD_OUT = "near a held-out row"
 NEAR_SAME_ANSWER = "near duplicate with the same answer"
@@ -22,11 +21,11 @@ NEAR_OUTSIDE = "near a row of an outside test set"
 
 @dataclass(frozen=True, slots=True)
 class Leakage:
-    """What splits share. All numbers are zero in a sound dataset version.
+    """What two splits share. All numbers are 0 in a sound dataset version.
 
-    near_outside: rows near a row of the outside test sets. shared: of what may keep rows together, how many values
-    stand in two splits; told where there are several. not_older: rows of train and validation that are not older than
-    every row of the splits after them; None where time does not decide.
+    near_outside: rows near a row of an outside test set. shared: for each thing that groups are made by, the number of
+    values in two splits; empty where only one thing makes groups. not_older: rows of train and validation that are not
+    older than every row of the splits after them; None where time does not assign rows.
     """
 
     shared_groups: int
@@ -36,7 +35,7 @@ class Leakage:
     not_older: int | None = None
 
     def as_json(self, threshold: float) -> dict[str, Any]:
-        """For the record: the numbers and how they were found."""
+        """The numbers and the method, for the record."""
         return {
             "shared_groups": self.shared_groups,
             "near_pairs": self.near_pairs,
@@ -48,7 +47,7 @@ class Leakage:
         }
 
     def faults(self) -> dict[str, int]:
-        """What is not zero and must be, by its name in the record."""
+        """The numbers that are not 0, by their name in the record."""
         found = {"shared_groups": self.shared_groups, "near_pairs": self.near_pairs, "near_outside": self.near_outside}
         found |= {f"shared.{name}": number for name, number in self.shared.items()}
         found["not_older"] = self.not_older or 0
@@ -56,7 +55,7 @@ class Leakage:
 
 
 class Comparable(Protocol):
-    """What nearness is judged by. wording: the request, normalised; answer: its text, or what stands for it."""
+    """A row as it is compared. wording: the normalised request; answer: the answer, or its digest."""
 
     @property
     def id(self) -> str: ...
@@ -72,7 +71,7 @@ class Comparable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ComparedRow:
-    """Of an example no more than nearness is judged by. answer: the digest of its answer_key."""
+    """The parts of an example that comparisons need. answer: the digest of its `answer_key`."""
 
     id: str
     group: str
@@ -81,29 +80,15 @@ class ComparedRow:
     labels: Mapping[str, str]
 
 
-def split_of(group: str, split: Split, held: Container[str] = ()) -> str:
-    """The split of a group: its hash with the seed as a number in [0, 1), test first, then validation, then train.
-
-    Nothing but the group and the settings decides, so rows that come later move no earlier one; but held groups are
-    test, whatever their hash.
-    """
-    if group in held:
-        return "test"
-    number = int.from_bytes(hashlib.sha256(f"{split.seed}\0{group}".encode()).digest()[:8], "big") / 2**64
-    if number < split.test:
-        return "test"
-    return "validation" if number < split.test + split.validation else "train"
-
-
-def leaving(
+def rows_to_remove(
     splits: Mapping[str, Sequence[Comparable]], threshold: float, outside: Iterable[str] = ()
 ) -> dict[str, str]:
-    """Example id -> why it has to leave its split: nearness to a held-out row, or a repeated row within the split.
+    """Example id -> why the row is removed: it is near a held-out row, or a near duplicate within its split.
 
-    outside: near_text of requests that no split may hold; what is near one leaves whatever split it is in. Of two near
-    rows in different splits the test's stays, then the validation's. Of two near rows in one split with the same answer
-    the one with the smaller id stays; with different answers both do, for the difference is what is to be learned. A
-    held-out row that leaves as a repeat stood in the test as it was given: what is near it leaves all the same.
+    outside: near_text of requests that no split may hold; rows near one are removed from any split. Of two near rows in
+    different splits, the test row is kept, otherwise the validation row. Of two near rows in one split with the same
+    answer, the one with the smaller id is kept; with different answers both are kept, since training should learn the
+    difference. Rows near a held-out row are removed even where that row is itself removed as a near duplicate.
     """
     rank = {name: place for place, name in enumerate(reversed(SPLITS))}  # test 0, validation 1, train 2
     near = Nearness(splits, threshold, outside)
@@ -132,11 +117,11 @@ def leaving(
 
 
 def leakage(splits: Mapping[str, Sequence[Comparable]], near: Nearness, split: Split = Split()) -> Leakage:
-    """Groups that stand in more than one split, and near pairs of requests across splits, counted afresh.
+    """Counts what two splits share: groups, near pairs of requests, and what `split` adds.
 
-    near: of these splits, made for this. split: says what else the splits may not share, and whether they go by time.
+    near: the nearness of these splits. split: what else splits must not share, and whether time assigns rows.
     """
-    counts = near.counts  # of a pair of texts, rows of either are across where they are in different splits
+    counts = near.counts  # rows of each text in each split
     everywhere = counts.sum(axis=1)
     left, right = near.pairs.T
     across = (everywhere[left] * everywhere[right] - (counts[left] * counts[right]).sum(axis=1)).sum()
@@ -153,7 +138,7 @@ def leakage(splits: Mapping[str, Sequence[Comparable]], near: Nearness, split: S
 
 
 def _in_several(found: Iterable[tuple[int, str]]) -> int:
-    """How many values stand in more than one split. found: (split, value) of every row."""
+    """The number of values that occur in more than one split. found: (split, value) of every row."""
     first: dict[str, int] = {}
     return len({value for split, value in found if first.setdefault(value, split) != split})
 
@@ -170,9 +155,9 @@ def _not_older(splits: Mapping[str, Sequence[Comparable]], key: str | None) -> i
 
 
 def clusters(splits: Mapping[str, Sequence[Comparable]], near: Nearness, shown: int) -> dict[str, Any]:
-    """Rows of a split that are near each other, directly or through others, and were kept since their answers differ.
+    """Clusters of rows of one split that are near each other, directly or through others; their answers differ.
 
-    near: of these splits. {"clusters", "rows", "largest", "examples": the ids of the largest `shown`}.
+    Returns {"clusters", "rows", "largest", "examples": the ids of the `shown` largest}. near: the nearness of splits.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -197,12 +182,11 @@ def clusters(splits: Mapping[str, Sequence[Comparable]], near: Nearness, shown: 
 
 
 class Nearness:
-    """Which requests of the splits are the same or near.
+    """Which requests of the splits are equal or near.
 
-    Works on distinct texts, by number: a request that stands a thousand times is one. counts: rows of each text in each
-    split, int64[texts, splits]; pairs: texts that are near, left < right, int64[pairs, 2]; outside: those of requests
-    that no split may hold, given as near_text. method: one of METHODS, as an earlier record may state another than
-    today's.
+    Distinct texts are numbered, so a request that occurs a thousand times is compared once. counts: rows of each text
+    in each split, int64[texts, splits]. pairs: texts that are near, left < right, int64[pairs, 2]. outside: texts of
+    requests that no split may hold, given as near_text.
     """
 
     def __init__(
@@ -210,13 +194,12 @@ class Nearness:
         splits: Mapping[str, Sequence[Comparable]],
         threshold: float,
         outside: Iterable[str] = (),
-        method: str = METHOD,
     ) -> None:
         places: dict[str, int] = {}
         self._of: dict[str, int] = {}
         numbers = []
         for examples in splits.values():
-            those = [places.setdefault(METHODS[method](example.wording), len(places)) for example in examples]
+            those = [places.setdefault(near_text(example.wording), len(places)) for example in examples]
             self._of.update(zip((example.id for example in examples), those, strict=True))
             numbers.append(those)
         self.outside = frozenset(places.setdefault(text, len(places)) for text in outside)
@@ -232,17 +215,17 @@ class Nearness:
         self._alone[list(self.outside)] = False
 
     def text(self, example: Comparable) -> int:
-        """The number of the example's request among the distinct ones."""
+        """The number of the example's request among the distinct texts."""
         return self._of[example.id]
 
     def texts_around(self, text: int) -> set[int]:
-        """The distinct requests near this one, itself among them."""
+        """The texts near this one, and itself."""
         return {text, *self._others[self._start[text] : self._start[text + 1]].tolist()}
 
     def alone(self, text: int) -> bool:
-        """Whether nothing is near the text, no second row has it, and it is no outside one."""
+        """Whether no other text is near, only one row has the text, and it is not an outside one."""
         return bool(self._alone[text])
 
     def touching(self) -> NDArray[np.int64]:
-        """The texts that are outside ones or near one."""
+        """The texts that are outside ones or near one, sorted."""
         return np.array(sorted(set().union(*map(self.texts_around, self.outside))), dtype=np.int64)
