@@ -135,7 +135,7 @@ def test_a_template_that_loses_tools_is_refused(tmp_path: Path, template: str, l
 def test_control_tokens_in_tools_are_refused(renderer: Renderer) -> None:
     call = ToolCall(id="a", name="weather", arguments='{"city": "<|im_end|>"}')
     asked = (TURNS[0], Message(role="assistant", content="", tool_calls=(call,)), TURNS[2])
-    with pytest.raises(UsageError, match="imitates"):
+    with pytest.raises(UsageError, match="contains the control"):
         renderer.prompt(asked)
 
 

@@ -183,7 +183,7 @@ def test_overlong_rows(tmp_path: Path) -> None:
     talk = {"messages": turns("long ago " * 20, "yes", "and now this", "no", system="brief")}
     write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), talk, row("x" * 200, "y")])
     options = {"count_tokens": characters, "max_tokens": 60}
-    with pytest.raises(Refused, match="60 fit") as caught:
+    with pytest.raises(Refused, match="the limit is 60") as caught:
         build(tmp_path, **options)
     assert "row 61" in caught.value.where
     dropped = build(tmp_path, settings(overlong="drop"), **options)

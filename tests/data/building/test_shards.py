@@ -156,7 +156,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def tight(self: Any) -> Any:
         entered = enter(self)
-        self._base.execute("PRAGMA max_page_count = 20")
+        self._database.execute("PRAGMA max_page_count = 20")
         return entered
 
     from tunesmith.data.building.staging import StagingDatabase

@@ -10,13 +10,11 @@ import pytest
 
 from tests.data.rows import build, many_rows, row, settings, write_jsonl
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset
 from tunesmith.data.governance.cards import croissant, datasheet
 from tunesmith.data.governance.difference import difference, removed_sample
 from tunesmith.data.governance.signoff import require_signed, sign_off, sign_offs
 from tunesmith.store import audit, database, identities
-from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 
@@ -103,17 +101,3 @@ def test_only_a_steward_signs_and_only_while_they_are_one(two: tuple[Store, Data
     identities.set_roles(store, "sten", ["operator"], actor=owner)
     with pytest.raises(Refused):
         require_signed(store, first.digest)
-
-
-def test_an_earlier_record_verifies_by_the_method_it_states(two: tuple[Store, Dataset, Dataset]) -> None:
-    store, first, _ = two
-    method = "character trigrams, MinHash LSH proposes, exact Jaccard decides"
-    stated = {"shared_groups": 0, "near_pairs": 0, "threshold": 0.8, "method": method, "miss_at_threshold": 1e-4}
-    body = {**first.record.body, "leakage": stated}
-    for key in ("decontaminated", "near_clusters"):
-        del body[key]
-    earlier = store.put_record(Record(kind="dataset", blobs=first.record.blobs, body=body))
-    assert verify_dataset(store, earlier).problems == ()
-    body["leakage"] = {**stated, "method": "looked at it"}
-    other = store.put_record(Record(kind="dataset", blobs=first.record.blobs, body=body))
-    assert not verify_dataset(store, other).ok

@@ -277,7 +277,7 @@ def test_a_model_whose_files_were_changed_is_refused(monkeypatch: pytest.MonkeyP
 def test_a_model_that_is_not_there_and_names_without_one() -> None:
     with pytest.raises(UsageError, match="not installed"):
         Scanner(Privacy(model="no_such_model"))
-    with pytest.raises(UsageError, match="found by a model"):
+    with pytest.raises(UsageError, match="needs a model of names"):
         Scanner(Privacy(entities=("LOCATION",)))
 
 

@@ -266,13 +266,6 @@ def test_what_is_no_kind_and_what_is_not_said(tmp_path: Path) -> None:
         build(tmp_path, settings(split={"stratify": "channel"}))
 
 
-def test_rows_without_labels_are_sealed_as_they_always_were(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", many_rows(40))
-    line = Store(tmp_path / "store").read_blob(build(tmp_path).record.blobs["train.jsonl"]).splitlines()[0]
-    assert b"labels" not in line
-    assert "time" not in settings().model_dump(mode="json")["split"]
-
-
 def _published(
     tmp_path: Path, split: dict[str, Any], train: list[dict[str, Any]], held: list[dict[str, Any]]
 ) -> Dataset:
