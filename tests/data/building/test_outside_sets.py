@@ -64,7 +64,7 @@ def test_the_proof_is_made_again_without_the_files(contaminated: Path) -> None:
     found = verify_dataset(store, claimed)
     assert not found.ok
     assert ("leakage.near_outside", "is 2, and must be 0") in [(one.path, one.reason) for one in found.problems]
-    assert any("worded as" in problem.reason for problem in found.problems)
+    assert any("has the wording of a row" in problem.reason for problem in found.problems)
 
 
 def test_a_dataset_without_its_outside_set_does_not_verify(contaminated: Path) -> None:
