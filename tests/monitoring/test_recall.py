@@ -1,4 +1,4 @@
-"""A recall reaches everything that came of its cause, and nothing else."""
+"""A recall reaches everything that was made from its cause, and nothing else."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_an_alias_points_at_one_version_and_knows_its_revision(store: Store, ver
 def test_a_decision_on_an_older_state_is_refused(store: Store, version: Version) -> None:
     point(store, version.digest, 0)
     for expected in (0, 2):
-        with pytest.raises(Refused, match="changed meanwhile"):
+        with pytest.raises(Refused, match="was changed by somebody else"):
             point(store, version.digest, expected)
     assert point(store, version.digest, 1).revision == 2
 
@@ -52,7 +52,7 @@ def test_a_name_that_pointed_nowhere_in_between_is_not_mistaken_for_unchanged(st
     assert get_alias(store, "intents", "champion") is None
     assert list_aliases(store) == []
     for expected in (0, 1):
-        with pytest.raises(Refused, match="changed meanwhile"):
+        with pytest.raises(Refused, match="was changed by somebody else"):
             point(store, version.digest, expected)
     assert point(store, version.digest, 2).revision == 3
 
@@ -109,7 +109,7 @@ def test_an_alias_changed_behind_the_logs_back_shows(store: Store, version: Vers
     point(store, version.digest, 0)
     with database.writing(store.engine) as session:
         session.execute(update(AliasRow).values(version=other.digest))
-    assert verify_log(store) == ["alias intents@champion for / differs from what the log says of it: version"]
+    assert verify_log(store) == ["alias intents@champion for / differs between the log and the database: version"]
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -143,7 +143,7 @@ def test_what_nobody_approved_is_not_exported(released: Path, tmp_path: Path) ->
 
 def test_what_is_there_is_not_overwritten(approved: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(UsageError, match="something already"):
+    with pytest.raises(UsageError, match="exists already"):
         _run(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
 
 
@@ -176,7 +176,7 @@ def test_an_adapter_too_small_to_be_missed_decides_nothing(
     from tunesmith.engines.native import export_check as equality
 
     monkeypatch.setattr(equality, "TOLERANCE", {"bf16": {"max": 1e6, "mean": 1e6}})
-    with pytest.raises(Inconclusive, match="a lost adapter would not be seen"):
+    with pytest.raises(Inconclusive, match="a missing one would not be noticed"):
         _run(approved, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")
     assert list(tmp_path.iterdir()) == []
 
@@ -188,5 +188,5 @@ def test_an_untuned_version_has_nothing_to_export(tmp_path: Path) -> None:
     project.run()
     identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
     _run(folder, "approve", "tiny@v1", "--as", "ann")
-    with pytest.raises(UsageError, match="no weights of its own"):
+    with pytest.raises(UsageError, match="has no weights to export"):
         _run(folder, "export", "tiny@v1", str(tmp_path / "out"), "--as", "merged")

@@ -219,7 +219,7 @@ def test_the_bases_files_are_checked_where_they_are_at_hand(store: Store, versio
     (folder / "config.json").write_bytes(b"{}")
     absent = verify_version(store.root, version.label)
     assert absent.ok
-    assert any("not at hand" in note for note in absent.notes)
+    assert any("were not found and not checked" in note for note in absent.notes)
     assert verify_version(store.root, version.label, base_folder=folder).checked == absent.checked + 1
     (folder / "config.json").write_bytes(b"[]")
     [problem] = verify_version(store.root, version.label, base_folder=folder).problems

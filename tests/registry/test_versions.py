@@ -105,7 +105,7 @@ def test_what_did_not_pass_is_refused_unless_an_admin_overrides_it(store: Store,
     assert version.override == "a drill"
     found = verify_version(store.root, version.label)
     assert found.ok
-    assert any("let through: a drill" in note for note in found.notes)
+    assert any("was overridden: a drill" in note for note in found.notes)
     with database.reading(store.engine) as session:
         newest = session.scalars(select(AuditRow).order_by(AuditRow.seq.desc())).first()
     assert newest is not None
@@ -226,13 +226,13 @@ def test_damaged_evidence_is_not_signed(store: Store, chain: Chain) -> None:
     path = store.blob_path(store.record(chain.evaluation).blobs["scores.jsonl"])
     path.chmod(0o644)
     path.write_bytes(path.read_bytes() + b"\n")
-    with pytest.raises(Refused, match="not the ones its name promises"):
+    with pytest.raises(Refused, match="do not match its digest"):
         register(store, name="intents", verdict=chain.verdict, actor="olive")
 
 
 def test_a_version_expires(store: Store, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("2001-01-01T00:00:00Z", "2100-01-01T00:00:00", "tomorrow", ""):
-        with pytest.raises(UsageError, match="not a moment to come"):
+        with pytest.raises(UsageError, match="not a time in the future"):
             register(store, name="intents", verdict=chain.verdict, actor="olive", expires_at=text)
     until = "2100-01-01T00:00:00Z"
     version = register(store, name="intents", verdict=chain.verdict, actor="olive", expires_at=until)
@@ -295,7 +295,7 @@ def test_another_tenants_or_regions_version_answers_as_none_at_all(store: Store,
 def test_a_row_that_was_pointed_elsewhere_is_noticed(store: Store, version: Version) -> None:
     with database.writing(store.engine) as session:
         session.execute(update(VersionRow).values(number=7))
-    with pytest.raises(Refused, match="the register says intents@v7"):
+    with pytest.raises(Refused, match="the database says intents@v7"):
         load_version(store, version.digest)
     with database.writing(store.engine) as session:
         session.execute(delete(VersionRow))
@@ -360,7 +360,7 @@ def test_a_candidates_record_is_held_against_its_digest_when_opened(store: Store
     path = store.record_path(version.candidate)
     path.chmod(0o644)
     path.write_bytes(path.read_bytes().replace(b"Answer.", b"Obey me"))
-    with pytest.raises(Refused, match="not the ones its name promises"), verified_copy(store, version):
+    with pytest.raises(Refused, match="do not have its digest"), verified_copy(store, version):
         pass
 
 

@@ -1,1 +1,1 @@
-"""Versions, aliases, approvals, signing."""
+"""The registry: versions, aliases, approvals, signatures, verification and export."""

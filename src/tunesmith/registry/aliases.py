@@ -1,7 +1,7 @@
-"""champion and challenger: which version a name means now, for a tenant and region.
+"""Aliases, champion and challenger: the version that a name means now, for a tenant and region.
 
-An alias changes by compare-and-set on its revision, inside the caller's transaction, and writes its own entry of the
-audit log there: its history is the log's.
+An alias changes by compare-and-set on its revision, inside the caller's transaction. Each change writes an audit entry,
+so the audit log is the alias's history.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ALIASES = ("champion", "challenger")
 
 
 class Alias(BaseModel):
-    """Where an alias points. version: the version record's digest. revision: what compare-and-set compares."""
+    """Where an alias points. version: the version record's digest. revision: grows with each change."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -47,14 +47,14 @@ def get_alias(where: Store | Session, name: str, alias: str, scope: Scope = Scop
 
 
 def list_aliases(store: Store, name: str | None = None) -> list[Alias]:
-    """Every alias that points somewhere."""
+    """Every alias that points at a version; name: only of this name."""
     query = select(AliasRow).where(AliasRow.version != "").order_by(AliasRow.name, AliasRow.alias)
     with database.reading(store.engine) as session:
         return [_alias(row) for row in session.scalars(query) if name in (None, row.name)]
 
 
 def revision_of(session: Session, name: str, alias: str, scope: Scope = Scope()) -> int:
-    """What set_alias expects: the alias's revision, 0 where it was never set."""
+    """The alias's revision, which set_alias expects; 0 if it was never set."""
     row = session.get(AliasRow, (name, alias, scope.tenant, scope.region), populate_existing=True)
     return row.revision if row is not None else 0
 
@@ -69,7 +69,7 @@ def set_alias(
     actor: str,
     scope: Scope = Scope(),
 ) -> Alias:
-    """Point an alias at a version's digest, or nowhere (None), if it is still at the revision the caller saw.
+    """Point an alias at a version's digest, or nowhere (None), if its revision is still the expected one.
 
     session: a write transaction (Store.change). expected: revision_of when the caller decided. Raises Refused where
     another change came first, or the version is another name's, tenant's or region's, or recalled. Approval is the
@@ -89,9 +89,9 @@ def set_alias(
         changed = session.execute(query.values(version=version or "", revision=expected + 1))
         if changed.rowcount != 1:  # type: ignore[attr-defined]
             raise Refused(
-                f"{name}@{alias} was changed meanwhile",
+                f"{name}@{alias} was changed by somebody else",
                 where=f"revision {expected}",
-                fix="look again, then decide again",
+                fix="read the alias again, then decide again",
             )
     after = Alias(**place, version=version or "", revision=expected + 1)
     audit.append(session, actor=actor, action="alias.set", subject=f"{name}@{alias}", detail=after.model_dump())

@@ -1,7 +1,7 @@
-"""A released version's weights as files for other programs, and the proof that they are what was measured.
+"""Export: a released version's weights as files for other programs, compared with what was measured.
 
-The files are made aside and compared there with the adapter as it was trained and as it is served; only what agrees is
-given its name. The figures are kept as a record of the kind `export`, also where they do not agree.
+The files are written to a temporary folder and compared there with the adapter as trained and as served. Only files
+that agree get their final name. The figures are kept as a record of the kind `export`, also if they disagree.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _FIX = "keep the record as evidence; nothing was exported"
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What came of it. record: digest of the export record. folder: where the files are."""
+    """A finished export. record: digest of the export record. folder: where the files are."""
 
     record: str
     folder: Path
@@ -66,35 +66,35 @@ def export_version(
     actor: str,
     progress: Progress = SILENT,
 ) -> Exported:
-    """Write an approved version's weights into target, a folder that is not there yet.
+    """Write an approved version's weights into target, a folder that must not exist yet.
 
     form: peft, the adapter's files as they were signed; merged, a complete Hugging Face folder; gguf, one file for
-    llama.cpp. dtype: of merged weights. engine: the one that serves, of the version's base. Raises Refused where the
-    version is not approved, the form is not offered for its family, or a log-probability differs by more than the
-    tolerance; Inconclusive where the adapter moves less than the tolerance, so that a lost one would not be seen.
+    llama.cpp. dtype: of merged weights. engine: the one that serves, with the version's base. Raises Refused if the
+    version is not approved, if its family cannot be exported, or if a log-probability differs by more than the
+    tolerance; Inconclusive if the adapter changes less than the tolerance, so that a missing one would not be noticed.
     """
     identities.require(store, actor, "version.export", scope=version.scope)
     require_approved(store, version)
     if not is_native(base.family):
         raise Refused(
-            f"{version.label} stands on a base of family {base.family!r}: what is exported is compared on our "
-            "own network, which does not compute it",
+            f"{version.label} has a base of family {base.family!r}, which the native engine does not compute: its "
+            "export could not be compared",
             where=version.label,
-            fix="its version's folder holds the adapter in PEFT's layout, as it was verified",
+            fix="use the adapter in the version's folder: it is in PEFT's layout and verified",
         )
     if target.exists():
-        raise UsageError("there is something already", where=str(target), fix="name a folder that is not there yet")
+        raise UsageError("the folder exists already", where=str(target), fix="name a folder that does not exist")
     target.parent.mkdir(parents=True, exist_ok=True)
     with verified_copy(store, version) as loaded, _aside(store, target) as folder:
         candidate, adapter = loaded.candidate, loaded.adapter
         if adapter is None or candidate.training is None:
             raise UsageError(
-                f"{version.label} answers with the base alone: it has no weights of its own",
+                f"{version.label} answers with the base model and has no weights to export",
                 where=version.label,
                 fix="use the base model itself",
             )
         if candidate.base != base.digest or engine.base != base.digest:
-            raise UsageError(f"{version.label} stands on another base than the engine runs", where=version.label)
+            raise UsageError(f"{version.label} has another base than the engine", where=version.label)
         _write(form, dtype, base, adapter, folder, version)
         provenance = _provenance(version, candidate, base, form, dtype)
         (folder / PROVENANCE).write_bytes(json.dumps(provenance, indent=2, ensure_ascii=False).encode() + b"\n")
@@ -127,8 +127,8 @@ def export_version(
 
 @contextlib.contextmanager
 def _aside(store: Store, target: Path) -> Iterator[Path]:
-    """A new folder beside target; removed with what is in it unless it was renamed, at the latest by the next export
-    to the same place."""
+    """A new temporary folder next to target. It is removed unless it was renamed; the next export to the same target
+    removes what a killed one left."""
     folder = target.parent / f".exporting-{target.name}"
     with store.lock("export", "an export"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -160,7 +160,7 @@ def _write(form: Form, dtype: Dtype, base: Base, adapter: Path, folder: Path, ve
 
 
 def _provenance(version: Version, candidate: Candidate, base: Base, form: Form, dtype: Dtype) -> dict[str, Any]:
-    """What the folder says of itself. Nothing in it depends on the machine or the day."""
+    """The content of the folder's tunesmith.json. It depends neither on the machine nor on the day."""
     return {
         "version": version.label,
         "digest": version.digest,
@@ -172,7 +172,7 @@ def _provenance(version: Version, candidate: Candidate, base: Base, form: Form, 
         "evaluation": version.evaluation,
         "verdict": version.verdict,
         "expires_at": version.expires_at,
-        # What was measured is the weights behind this prompt.
+        # The evaluation measured the weights with this prompt.
         "system": candidate.prompt,
         "answer_schema": None if candidate.answer_schema is None else json.loads(candidate.answer_schema),
     }
@@ -192,7 +192,7 @@ def _compare(
     from tunesmith.engines.native.export_check import Probe, answer_probes, compare
 
     if candidate.dataset is None or candidate.training is None:
-        raise Refused(f"candidate {candidate.name} names no dataset whose held-out requests could be asked")
+        raise Refused(f"candidate {candidate.name} names no dataset with held-out requests to compare on")
     held_out = load_dataset(store, candidate.dataset).examples("test")[:_PROBES]
     if not held_out:
         raise Inconclusive("the dataset has no held-out rows to compare on", fix="set data.split.test")
@@ -213,7 +213,7 @@ def _compare(
 
 
 def _judge(equality: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:
-    """outcome (pass, fail, inconclusive), reason and the tolerances it rests on. A figure that is no number fails."""
+    """The outcome (pass, fail, inconclusive), its reason and the tolerances. A missing figure fails."""
     from tunesmith.engines.native.export_check import SERVED_TOLERANCE, TOLERANCE
 
     tolerance = {"export": dict(TOLERANCE[dtype]), "served": {"max": SERVED_TOLERANCE}}
@@ -226,8 +226,8 @@ def _judge(equality: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:
     moves, allowed = equality["adapter_moves"]["mean_difference"], tolerance["export"]["mean"]
     if moves is not None and moves <= allowed:
         reason = (
-            f"the adapter moves log-probabilities by {moves} nats in the mean, {allowed} are allowed: a lost adapter "
-            "would not be seen"
+            f"the adapter moves log-probabilities by {moves} nats in the mean, {allowed} are allowed: a missing one "
+            "would not be noticed"
         )
         return {"tolerance": tolerance, "outcome": "inconclusive", "reason": reason}
     return {"tolerance": tolerance, "outcome": "pass", "reason": ""}

@@ -1,4 +1,4 @@
-"""The audit log held against what it speaks of: heads that were signed elsewhere, and the state it led to."""
+"""Verification of the audit log: against heads that were signed or kept elsewhere, and against the database's state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ State = dict[tuple[str, ...], Mapping[str, Any]]
 
 
 def verify_log(store: Store, heads: Iterable[Head] = ()) -> list[str]:
-    """What is wrong with the audit log, in sentences; empty where nothing is.
+    """The problems of the audit log, one sentence each; empty if there are none.
 
     The chain must be whole; it must hold the head kept beside the database, the head that each version and approval
     was signed with, and heads (which the caller kept elsewhere); and replaying it must give the users, versions and
@@ -28,12 +28,12 @@ def verify_log(store: Store, heads: Iterable[Head] = ()) -> list[str]:
     """
     pins = [Pin(witness="the head you gave", head=head) for head in heads]
     problems: list[str] = []
-    for kind, digest in _witnesses(store):
+    for kind, digest in _signed_with_head(store):
         try:
             head = Head.model_validate(store.record(digest, kind=kind).body["audit"])
         except (TunesmithError, ValueError, KeyError) as error:
-            what = error.what if isinstance(error, TunesmithError) else "it bears no head of the log"
-            problems.append(f"{kind} {short(digest)} cannot bear witness: {what}")
+            what = error.what if isinstance(error, TunesmithError) else "it names no head of the log"
+            problems.append(f"{kind} {short(digest)} cannot be compared with the log: {what}")
         else:
             pins.append(Pin(witness=f"{kind} {short(digest)}", head=head))
     with database.reading(store.engine) as session:
@@ -43,10 +43,10 @@ def verify_log(store: Store, heads: Iterable[Head] = ()) -> list[str]:
     return problems
 
 
-def _witnesses(store: Store) -> list[tuple[str, str]]:
-    """(kind, digest) of all that was signed with a head of the log: by the index, and by the versions' own folders.
+def _signed_with_head(store: Store) -> list[tuple[str, str]]:
+    """(kind, digest) of every record that was signed with a head of the log, by the index and by the version folders.
 
-    Whoever rewrites the log can take rows out of the index too; a version that is served needs its folder.
+    An attacker who rewrites the log can also remove rows from the index, but a version that is served needs its folder.
     """
     versions = {digest_file(store.version_folder(ref) / RELEASE) for ref in store.version_folders()}
     versions.update(store.records_of("version"))
@@ -55,7 +55,7 @@ def _witnesses(store: Store) -> list[tuple[str, str]]:
 
 
 def _replay(session: Session) -> State:
-    """The users, versions and aliases that the log's entries lead to."""
+    """The users, versions and aliases that result from the log's entries."""
     found: State = {}
     for row in audit.entries(session):
         detail = row.detail
@@ -71,7 +71,7 @@ def _replay(session: Session) -> State:
 
 
 def _actual(session: Session) -> State:
-    """The same out of the tables."""
+    """The users, versions and aliases in the tables."""
     found: State = {}
     for user in session.scalars(select(UserRow)):
         found["user", user.name] = identities.state(user)
@@ -100,10 +100,10 @@ def _differences(logged: State, actual: State) -> list[str]:
     for key in sorted(logged.keys() | actual.keys()):
         kind, name = key
         if key not in logged:
-            problems.append(f"{kind} {name} is in the database, and the log knows nothing of it")
+            problems.append(f"{kind} {name} is in the database but not in the log")
         elif key not in actual:
-            problems.append(f"{kind} {name} is in the log and not in the database")
+            problems.append(f"{kind} {name} is in the log but not in the database")
         elif logged[key] != actual[key]:
             parts = sorted(part for part in logged[key] if logged[key].get(part) != actual[key].get(part))
-            problems.append(f"{kind} {name} differs from what the log says of it: {', '.join(parts)}")
+            problems.append(f"{kind} {name} differs between the log and the database: {', '.join(parts)}")
     return problems

@@ -44,7 +44,7 @@ class Board(View):
 
     @property
     def title(self) -> str:
-        """One line for people."""
+        """A board's title, one line."""
         return f"{self.name}: {self.metric} on {self.n} held-out requests of dataset {short(self.dataset)}"
 
 
@@ -97,7 +97,7 @@ def _row(store: Store, version: Version, metric: str, alias: str | None) -> Boar
 
 
 def _behind(store: Store, version: Version, best: Version, metric: str) -> MetricInterval | None:
-    """version minus best on the same rows; None where their scores cannot be paired."""
+    """The paired difference, version minus best, on the same rows; None if their scores cannot be paired."""
     sides = [side_of_digest(store, one.evaluation, one.candidate, one.label) for one in (best, version)]
     try:
         return compare(store, *sides).metrics[metric].difference

@@ -1,4 +1,4 @@
-"""The graph of records: what a record came of, and what came of it."""
+"""Lineage: the records that a record was made from (ancestors), and those that were made from it (descendants)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tunesmith.core.view import Omitted, View
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-# One line that tells a record from its siblings, by kind.
+# kind -> one line that tells a record from others of its kind.
 _SAYS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "base": lambda body: str(body.get("spec", "")),
     "dataset": lambda body: ", ".join(f"{name} {count}" for name, count in body.get("splits", {}).items()),
@@ -28,9 +28,9 @@ _SAYS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def ancestors(store: Store, digests: Iterable[str]) -> dict[str, Record]:
-    """The named records and everything they came of, each read and held against its name. Needs no database.
+    """Digest -> record, for the given records and all their ancestors, each verified against its digest.
 
-    Raises Refused where one is missing or damaged.
+    Needs no database. Raises Refused if one is missing or damaged.
     """
     found: dict[str, Record] = {}
     waiting = list(digests)
@@ -43,20 +43,20 @@ def ancestors(store: Store, digests: Iterable[str]) -> dict[str, Record]:
 
 
 def blobs_of(records: Iterable[Record]) -> set[str]:
-    """Digests of every blob that records name."""
+    """The digests of every blob that the records name."""
     return {digest for record in records for digest in record.blobs.values()}
 
 
 def tells(record: Record) -> str:
-    """One line that tells a record from its siblings."""
+    """One line that tells a record from others of its kind."""
     return str(_SAYS.get(record.kind, lambda _: "")(record.body))
 
 
 class Node(View):
-    """A record in a lineage. role: what the record below it calls it; says: one line that tells it from its siblings.
+    """A record in a lineage. role: what the record below it calls it; says: one line that tells it from others.
 
     parents or children: the records further up or down; the first node has both, and body and blobs as well. seen:
-    the record stands elsewhere in the tree too, and its own parents or children only there.
+    the record also appears elsewhere in the tree, and its parents or children are listed only there.
     """
 
     role: str

@@ -1,6 +1,7 @@
-"""Offline verification: a version and all it came of, recomputed from files. No database, no network, no private key.
+"""Offline verification: recompute a version and everything it was made from, using only files.
 
-What is believed is the list of trusted keys: the store's own `trust/keys.json`, or a verifier's copy of it.
+It needs no database, no network and no private key. It trusts a list of keys: the store's own `trust/keys.json`, or a
+verifier's copy of it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from tunesmith.store.trust import TRUST_KEY, TrustedKey, read_trust
 
 
 class Verification(BaseModel):
-    """The outcome. checked: files held against a digest or signature. notes: what was, or could not be, looked at."""
+    """The result. checked: how many files were verified. notes: what else was or was not checked."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -65,40 +66,40 @@ def verify_version(
     that is none; all else is a problem in the outcome. Recalls are the database's and are not looked at.
     """
     ref = VersionRef.parse(label)
-    look = _Look(root)
+    findings = _Findings(root)
     release: Release | None = None
     known: Sequence[TrustedKey] = ()
-    folder = look.store.version_folder(ref)
+    folder = findings.store.version_folder(ref)
     try:
-        known = keys if keys is not None else read_trust(trust or look.store.blobs.path(TRUST_KEY))
+        known = keys if keys is not None else read_trust(trust or findings.store.blobs.path(TRUST_KEY))
         with private_copy(folder) as copy:
             release = check_release(copy, known)
-            look.checked += len(list(copy.iterdir()))
+            findings.checked += len(list(copy.iterdir()))
         if release.version.label != label:
             raise Refused(f"this is {release.version.label} under another name", where=str(folder / RELEASE))
     except TunesmithError as error:
-        look.problem(error.where or str(folder), error.what)
+        findings.problem(error.where or str(folder), error.what)
     if release is not None:
-        records = _check_records(look, release)
-        _check_blobs(look, {**records, release.version.digest: release.record})
-        _check_evidence(look, release, records)
-        _check_base(look, records, release.statement.base, base_folder)
+        records = _check_records(findings, release)
+        _check_blobs(findings, {**records, release.version.digest: release.record})
+        _check_evidence(findings, release, records)
+        _check_base(findings, records, release.statement.base, base_folder)
     if whole_store:
-        approvals = _sweep(look)
+        approvals = _sweep(findings)
         if release is not None:
-            _check_approvals(look, release, approvals, known)
+            _check_approvals(findings, release, approvals, known)
     return Verification(
         version=label,
-        ok=not look.problems,
+        ok=not findings.problems,
         digest=release.version.digest if release else None,
-        checked=look.checked,
-        problems=look.problems,
-        notes=look.notes,
+        checked=findings.checked,
+        problems=findings.problems,
+        notes=findings.notes,
     )
 
 
-class _Look:
-    """What was found so far. seen: digests whose files were read and found right."""
+class _Findings:
+    """The findings so far. seen: digests whose files were read and are right."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.store = root, Store(root)
@@ -115,8 +116,8 @@ class _Look:
             self.problems.append(found)
 
 
-def _check_records(look: _Look, release: Release) -> dict[str, Record]:
-    """The version's own record and every record it came of: each its name's, and together exactly those it states."""
+def _check_records(findings: _Findings, release: Release) -> dict[str, Record]:
+    """The version's ancestors, each verified against its digest. They must be exactly those that the version states."""
     records: dict[str, Record] = {}
     waiting = [release.version.digest]
     while waiting:
@@ -124,119 +125,125 @@ def _check_records(look: _Look, release: Release) -> dict[str, Record]:
         if digest in records:
             continue
         try:
-            records[digest] = look.store.record(digest)
+            records[digest] = findings.store.record(digest)
         except TunesmithError as error:
-            look.problem(look.store.record_path(digest), error.what)
+            findings.problem(findings.store.record_path(digest), error.what)
             continue
-        look.checked += 1
-        look.seen.add(digest)
+        findings.checked += 1
+        findings.seen.add(digest)
         waiting += records[digest].parents.values()
     records.pop(release.version.digest, None)
-    if not look.problems:
-        folder = look.store.version_folder(release.version.ref)
+    if not findings.problems:
+        folder = findings.store.version_folder(release.version.ref)
         for odd in sorted(records.keys() ^ set(release.statement.records)):
-            look.problem(folder / RELEASE, f"record {short(odd)} is in the lineage or in the release, not in both")
+            findings.problem(
+                folder / RELEASE, f"record {short(odd)} is in the lineage or in the release, but not in both"
+            )
         for odd in sorted(blobs_of(records.values()) ^ set(release.statement.blobs)):
-            look.problem(folder / RELEASE, f"blob {short(odd)} is in the lineage or in the release, not in both")
+            findings.problem(
+                folder / RELEASE, f"blob {short(odd)} is in the lineage or in the release, but not in both"
+            )
     return records
 
 
-def _check_blobs(look: _Look, records: Mapping[str, Record]) -> None:
-    """Every blob against its name, and the rows of datasets against what their records count."""
+def _check_blobs(findings: _Findings, records: Mapping[str, Record]) -> None:
+    """Verify every blob against its digest, and the row counts of datasets against their records."""
     lines: dict[str, int] = {}
     for digest in sorted(blobs_of(records.values())):
         try:
-            path = look.store.blob_path(digest)
+            path = findings.store.blob_path(digest)
             actual, lines[digest] = _digest_and_lines(path)
         except (TunesmithError, OSError) as error:
-            look.problem(
+            findings.problem(
                 error.where if isinstance(error, TunesmithError) and error.where else digest,
                 error.what if isinstance(error, TunesmithError) else str(error),
             )
             continue
-        look.checked += 1
+        findings.checked += 1
         if actual == digest:
-            look.seen.add(digest)
+            findings.seen.add(digest)
         else:
-            look.problem(path, "its bytes are not the ones its name promises")
+            findings.problem(path, "its bytes do not match its digest")
     for name, record in records.items():
         if record.kind == "dataset":
             for split, count in record.body.get("splits", {}).items():
                 found = lines.get(record.blobs.get(f"{split}.jsonl", ""))
                 if found is not None and found != count:
-                    look.problem(look.store.record_path(name), f"says {count} rows in {split}, there are {found}")
+                    findings.problem(
+                        findings.store.record_path(name), f"says {count} rows in {split}, there are {found}"
+                    )
 
 
-def _check_evidence(look: _Look, release: Release, records: Mapping[str, Record]) -> None:
-    """That the verdict passes this candidate, on the evaluation that measured it, with the adapter it was given."""
+def _check_evidence(findings: _Findings, release: Release, records: Mapping[str, Record]) -> None:
+    """Verify that the verdict passes this candidate, on the evaluation that measured it, and with its adapter."""
     version = release.version
     if not set(release.statement.records) <= records.keys():
-        return  # what is missing is reported already
-    folder = look.store.version_folder(version.ref)
+        return  # the missing records are reported already
+    folder = findings.store.version_folder(version.ref)
     try:
         check_evidence(records, release.record.parents, version.override)
         weights = {name: digest for name, digest in release.record.blobs.items() if name != NOTICE}
         if release.statement.duties != carried(records, version.candidate):
-            raise Refused("its duties are not those of the rows' licences that it came of")
+            raise Refused("its duties are not those of its rows' licences")
         if weight_blobs(records, version.candidate) != weights:
-            raise Refused("the adapter is not the one that the candidate was trained to")
+            raise Refused("the adapter is not the candidate's")
         base = records[version.candidate].parents["base"]
         stated = (release.statement.base, release.statement.fingerprint)
         if stated != (base, records[base].body.get("fingerprint")):
             raise Refused("the release states another base or rendering than the candidate's")
         if list(version.marks) != marks_of(records, version.candidate):
-            raise Refused("the release does not bear the marks that its training asks for")
+            raise Refused("the release does not state the marks of its training")
     except (TunesmithError, KeyError) as error:
-        look.problem(folder / RELEASE, error.what if isinstance(error, TunesmithError) else f"no record {error}")
-    if version.evaluation in look.seen and not look.problems:  # damaged scores are reported already
+        findings.problem(folder / RELEASE, error.what if isinstance(error, TunesmithError) else f"no record {error}")
+    if version.evaluation in findings.seen and not findings.problems:  # damaged scores are reported already
         try:
-            check_replay(look.store, version.verdict)
+            check_replay(findings.store, version.verdict)
         except Refused as error:
-            look.problem(error.where or str(folder), error.what)
-    look.notes.extend(f"it was {mark}" for mark in version.marks)
+            findings.problem(error.where or str(folder), error.what)
+    findings.notes.extend(f"it was {mark}" for mark in version.marks)
     if version.override is not None:
-        look.notes.append(f"its verdict is not a pass; it was let through: {version.override}")
+        findings.notes.append(f"its verdict is not a pass; it was overridden: {version.override}")
 
 
-def _check_base(look: _Look, records: Mapping[str, Record], digest: str, folder: Path | None) -> None:
-    """The base model's files, which lie outside the store."""
+def _check_base(findings: _Findings, records: Mapping[str, Record], digest: str, folder: Path | None) -> None:
+    """Verify the base model's files, which are outside the store."""
     if digest not in records:
         return
-    folder = folder or known_folder(look.store, digest)
+    folder = folder or known_folder(findings.store, digest)
     if folder is None or not folder.is_dir():
-        look.notes.append("the base model's files were not at hand and not checked (--base FOLDER)")
+        findings.notes.append("the base model's files were not found and not checked (--base FOLDER)")
         return
     for name, facts in records[digest].body.get("files", {}).items():
         path = folder / name
         try:
             whole = digest_file(path) == facts["digest"]
         except OSError as error:
-            look.problem(path, f"cannot be read: {error.strerror}")
+            findings.problem(path, f"cannot be read: {error.strerror}")
             continue
-        look.checked += 1
+        findings.checked += 1
         if not whole:
-            look.problem(path, "its bytes are not the base model's that this version was evaluated on")
-    look.notes.append(f"the base model's files were checked in {folder}")
+            findings.problem(path, "its bytes differ from the base model that this version was evaluated on")
+    findings.notes.append(f"the base model's files were checked in {folder}")
 
 
-def _sweep(look: _Look) -> list[Record]:
-    """Every blob and record of the store that was not looked at yet, against its name; returns the approvals."""
+def _sweep(findings: _Findings) -> list[Record]:
+    """Verify every other blob and record of the store against its digest; returns the approvals."""
     approvals: list[Record] = []
     for kind, suffix in (("blobs", ""), ("records", ".json")):
-        for path in map(look.store.blobs.path, look.store.blobs.keys(f"{kind}/")):
+        for path in map(findings.store.blobs.path, findings.store.blobs.keys(f"{kind}/")):
             if path.name.startswith(".writing-"):
-                look.notes.append(f"left over from a process that was stopped: {path.relative_to(look.root)}")
+                findings.notes.append(f"left over from a process that was killed: {path.relative_to(findings.root)}")
                 continue
             digest = f"sha256:{path.name.removesuffix(suffix)}"
             if not is_digest(digest) or path.parent.name != digest[7:9] or not path.name.endswith(suffix):
-                look.problem(path, "not a file that a store keeps here")
+                findings.problem(path, "not a file that belongs here")
                 continue
-            if digest not in look.seen:
-                _sweep_file(look, path, digest, approvals if kind == "records" else None)
+            if digest not in findings.seen:
+                _sweep_file(findings, path, digest, approvals if kind == "records" else None)
     return approvals
 
 
-def _sweep_file(look: _Look, path: Path, digest: str, approvals: list[Record] | None) -> None:
+def _sweep_file(findings: _Findings, path: Path, digest: str, approvals: list[Record] | None) -> None:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Refused("not a regular file")
@@ -245,29 +252,31 @@ def _sweep_file(look: _Look, path: Path, digest: str, approvals: list[Record] | 
             if record.kind == "approval":
                 approvals.append(record)
         elif digest_file(path) != digest:
-            raise Refused("its bytes are not the ones its name promises")
+            raise Refused("its bytes do not match its digest")
     except (TunesmithError, OSError) as error:
-        look.problem(path, error.what if isinstance(error, TunesmithError) else f"cannot be read: {error}")
+        findings.problem(path, error.what if isinstance(error, TunesmithError) else f"cannot be read: {error}")
     else:
-        look.checked += 1
+        findings.checked += 1
 
 
-def _check_approvals(look: _Look, release: Release, approvals: Sequence[Record], keys: Sequence[TrustedKey]) -> None:
-    """Say who approved this version. That nobody did is not a problem of its files."""
+def _check_approvals(
+    findings: _Findings, release: Release, approvals: Sequence[Record], keys: Sequence[TrustedKey]
+) -> None:
+    """Add notes about who approved this version. A version without approval is not a problem of its files."""
     counted = 0
     for record in approvals:
         if record.parents.get("version") != release.version.digest:
             continue
         try:
-            envelope = look.store.read_blob(record.blobs.get(ENVELOPE, ""))
+            envelope = findings.store.read_blob(record.blobs.get(ENVELOPE, ""))
             approval = read_approval(record, envelope, release.version, release.signer, keys)
         except TunesmithError as error:
-            look.notes.append(f"an approval does not count: {error.what}")
+            findings.notes.append(f"an approval does not count: {error.what}")
             continue
         counted += 1
-        look.notes.append(f"approved by {approval.approver} on {approval.at}")
+        findings.notes.append(f"approved by {approval.approver} on {approval.at}")
     if not counted:
-        look.notes.append("no approval in this store counts")
+        findings.notes.append("no approval in this store counts")
 
 
 def _digest_and_lines(path: Path) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Registering, finding and opening versions."""
+"""Versions: register, find and open them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class LoadedVersion:
-    """A verified version. adapter: a private folder of its weights to load from; None where the base answers alone."""
+    """A verified version. adapter: a private folder to load its weights from; None if it has no weights."""
 
     version: Version
     candidate: Candidate
@@ -76,7 +76,7 @@ class LoadedVersion:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Everything a version will state but its number, which is found inside the transaction."""
+    """Everything that a version will state except its number, which the transaction chooses."""
 
     name: str
     scope: Scope
@@ -102,11 +102,11 @@ def register(
     override: str | None = None,
     expires_at: str | None = None,
 ) -> Version:
-    """Sign a judged candidate and keep it as the next version of name. The same verdict again gives the same version.
+    """Sign a judged candidate as the next version of a name. The same verdict again gives the same version.
 
-    verdict: a verdict record's digest. override: why a verdict that is not a pass shall not stop it (admins only; the
-    version bears it). expires_at: ISO 8601 with a time zone. Raises Refused where the evidence, the adapter or the
-    actor's roles do not allow it, UsageError for bad names. Killed at any moment, the next call carries on.
+    verdict: a verdict record's digest. override: the reason to register it although it did not pass (admins only;
+    the version states it). expires_at: ISO 8601 with a time zone. Raises Refused if the evidence, the adapter or the
+    actor's roles do not allow it, UsageError for bad names. If the call is killed, the next one carries on.
     """
     check_name(name, "version name")
     identities.require(store, actor, "version.register", scope=scope)
@@ -127,16 +127,18 @@ def register(
 
 
 def _register(store: Store, plan: _Plan, signer: User, before: set[int]) -> Version:
-    """The one transaction. before: the name's numbers when it was seen that this verdict is not among them."""
+    """Register in one transaction. before: the name's numbers when this verdict was found not to be registered."""
     private_key = keys.signing_key(store, signer)
     detail: dict[str, Any] = {}
     made: int | None = None
     try:
         with store.change(signer.name, "version.register", plan.name, detail) as session:
-            if _rows(session, plan.name) != before:  # another process registered something: look again
+            if _rows(session, plan.name) != before:  # another process registered a version: search again
                 raise _Again
             identities.require(session, signer.name, "version.register", scope=plan.scope)
-            for leftover in _work(store).glob(f"{_ASIDE}*"):  # writers take turns: the process that left it is gone
+            for leftover in _work(store).glob(
+                f"{_ASIDE}*"
+            ):  # writers take turns, so the process that left it has ended
                 shutil.rmtree(leftover, ignore_errors=True)
             record = _carry_on(store, session, plan, signer)
             if record is None:
@@ -147,7 +149,7 @@ def _register(store: Store, plan: _Plan, signer: User, before: set[int]) -> Vers
             detail |= {"version": {**place, "digest": version.digest}, "verdict": version.verdict}
             detail |= {"override": version.override, "expires_at": version.expires_at}
     except BaseException:
-        # Not registered: nobody must find a signed folder that nobody answers for. After a commit the row is there.
+        # Without a row, the signed folder must not stay. After a commit the row exists.
         if made is not None and made not in _rows(store, plan.name):
             store.drop_version(VersionRef(plan.name, made))
         raise
@@ -157,7 +159,7 @@ def _register(store: Store, plan: _Plan, signer: User, before: set[int]) -> Vers
 def resolve(store: Store, text: str, *, scope: Scope = Scope()) -> Version:
     """The version that text names: `name@v3`, `name@champion`, `name@challenger` or the start of a digest.
 
-    scope: who looks. A version of another tenant or region is answered like one that does not exist. Raises
+    scope: the caller's. A version of another tenant or region is treated like one that does not exist. Raises
     UsageError where there is none, or several.
     """
     query = select(VersionRow.digest).where(
@@ -178,7 +180,7 @@ def resolve(store: Store, text: str, *, scope: Scope = Scope()) -> Version:
     with database.reading(store.engine) as session:
         found = list(session.scalars(query.limit(2)))
     if not found:
-        raise UsageError(f"there is no version {text[:80]!r}", fix="tunesmith show lists what is registered")
+        raise UsageError(f"there is no version {text[:80]!r}", fix="tunesmith show lists all versions")
     if len(found) > 1:
         raise UsageError(f"several versions start with {text[:80]!r}", fix="give more digits")
     return load_version(store, found[0])
@@ -194,7 +196,7 @@ def load_version(store: Store, digest: str, session: Session | None = None) -> V
     stated = (version.name, version.number, version.tenant, version.region)
     if stated != (row.name, row.number, row.tenant, row.region):
         raise Refused(
-            f"the register says {row.name}@v{row.number}, the version's own record {version.label}",
+            f"the database says {row.name}@v{row.number}, the version's record says {version.label}",
             where="database, table versions",
             fix="run `tunesmith audit verify`",
         )
@@ -210,14 +212,14 @@ def list_versions(store: Store, name: str | None = None) -> list[Version]:
 
 
 def check_not_recalled(session: Session, version: Version, statement: Statement) -> None:
-    """Raises Refused where the version, or anything it came of, was withdrawn."""
+    """Raise Refused if the version, or a record or blob that it was made from, was recalled."""
     for digest in (version.digest, *statement.records, *statement.blobs):
         reason = recalled(session, digest, as_evidence=digest not in (version.digest, version.candidate))
         if reason is not None:
             raise Refused(
                 f"{version.label} was recalled: {reason}",
-                where=f"{short(digest)}, which it came of" if digest != version.digest else version.label,
-                fix="use a version that does not rest on it",
+                where=f"{short(digest)}, which it was made from" if digest != version.digest else version.label,
+                fix="use a version that was made without it",
             )
 
 
@@ -249,16 +251,11 @@ def _reading(store: Store, session: Session | None) -> contextlib.AbstractContex
 
 @contextlib.contextmanager
 def verified_copy(store: Store, version: Version) -> Iterator[LoadedVersion]:
-    """Open a version for use: its files are copied aside, verified there, and to be loaded from there.
-
-    Raises Refused as open_release does.
-    """
+    """Open a version for use: a verified private copy of its files, to load them from. Raises as open_release does."""
     with open_release(store, version) as (folder, release):
         candidate = load_candidate(store, version.candidate)
         if candidate.tuned != has_weights(release.record):
-            raise Refused(
-                "the candidate and its release disagree on whether it has weights of its own", where=str(folder)
-            )
+            raise Refused("only one of the candidate and its release has weights", where=str(folder))
         yield LoadedVersion(version, candidate, folder if candidate.tuned else None)
 
 
@@ -268,10 +265,10 @@ def _plan(store: Store, name: str, verdict: str, scope: Scope, override: str | N
     records = ancestors(store, parents.values())
     check_evidence(records, parents, override)
     if override is not None and judged.body["verdict"] == "pass":
-        raise UsageError("the verdict is a pass: there is nothing to override", fix="leave --override out")
+        raise UsageError("the verdict is a pass, so there is nothing to override", fix="leave --override out")
     for digest in sorted(blobs_of(records.values())):
         if digest_file(path := store.blob_path(digest)) != digest:
-            raise Refused("the blob's bytes are not the ones its name promises", where=str(path), fix=_RESTORE)
+            raise Refused("the blob's bytes do not match its digest", where=str(path), fix=_RESTORE)
     check_replay(store, verdict)
     duties = carried(records, parents["candidate"])
     notices = {} if duties is None else {NOTICE: store.put_bytes(notice(name, duties))}
@@ -288,7 +285,7 @@ def _plan(store: Store, name: str, verdict: str, scope: Scope, override: str | N
 
 
 def _find_registered(store: Store, plan: _Plan) -> Version | None:
-    """The version that this verdict already became, unless it expired or its signer has lost the standing to sign."""
+    """The version already made from this verdict, unless it expired or its signer may not sign it any more."""
     for version in list_versions(store, plan.name):
         if (version.verdict, version.scope) != (plan.parents["verdict"], plan.scope):
             continue
@@ -298,7 +295,7 @@ def _find_registered(store: Store, plan: _Plan) -> Version | None:
 
 
 def _carry_on(store: Store, session: Session, plan: _Plan, signer: User) -> Record | None:
-    """The record of a signed folder that was left without its database row by a process that was stopped in between."""
+    """The record of a signed folder without a database row, which a killed process left."""
     trusted = identities.trusted_keys(session)
     for number in sorted(_numbers(store, plan.name) - _rows(session, plan.name)):
         with (
@@ -324,7 +321,7 @@ def _states(release: Release, plan: _Plan, number: int, signer: User) -> bool:
 
 def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key: Path) -> tuple[Record, int]:
     """Build and sign the next version's folder in a work folder, then move its files into the store."""
-    # Never a number that a folder bears: an older backup of the database must not lead to overwriting a release.
+    # Never the number of an existing folder: a restored older database must not overwrite a release.
     number = max({0, *_rows(session, plan.name), *_numbers(store, plan.name)}) + 1
     base = plan.records[plan.parents["candidate"]].parents["base"]
     statement = Statement(
@@ -352,7 +349,7 @@ def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key
         (folder / RELEASE).write_bytes(record.encoded)
         sign_folder(folder, private_key)
         sync_files(folder)
-        with private_copy(folder) as copy:  # what cannot be verified is not handed on
+        with private_copy(folder) as copy:  # a version that does not verify is not registered
             check_release(copy, identities.trusted_keys(session))
         # The record first: a complete folder implies its record.
         store.put_record(record, session)
@@ -379,7 +376,7 @@ def _rows(where: Store | Session, name: str) -> set[int]:
 
 def _reason(override: str | None) -> str | None:
     if override is not None and not override.strip():
-        raise UsageError("an override needs a reason", fix='--override "why this shall not stop it"')
+        raise UsageError("an override needs a reason", fix='--override "why to register it although it did not pass"')
     return override.strip() if override is not None else None
 
 
@@ -391,5 +388,5 @@ def _expiry(text: str | None) -> str | None:
     except ValueError:
         moment = None
     if moment is None or moment.tzinfo is None or moment <= now():
-        raise UsageError(f"{text[:80]!r} is not a moment to come", fix="write it as 2030-01-31T00:00:00Z")
+        raise UsageError(f"{text[:80]!r} is not a time in the future", fix="write it as 2030-01-31T00:00:00Z")
     return text

@@ -1,8 +1,8 @@
-"""Signing keys: one EC P-256 pair a user. The private half is a file only its owner should be able to read.
+"""Signing keys: one EC P-256 key pair for each user. The private key is a file that only its owner should read.
 
-Private keys lie in $TUNESMITH_KEYS, else in the store's `keys/`. Where all of a team's keys lie in one folder, whoever
-reads it can sign as anyone: people who must not be able to act for each other keep their own folder and hand in the
-public half alone (`tunesmith keys enrol`).
+Private keys are in $TUNESMITH_KEYS, else in the store's `keys/`. A person who can read a folder with all keys of a team
+can sign as anyone in it. People who must not act for each other keep their own folders, and enrol only their public
+keys (`tunesmith keys enrol`).
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from tunesmith.store.store import Store
 
 
 def keys_folder(store: Store) -> Path:
-    """Where private keys are looked for."""
+    """The folder with private keys."""
     given = os.environ.get("TUNESMITH_KEYS")
     return Path(given) if given else store.local("keys")
 
 
 def private_key_path(store: Store, user: str) -> Path:
-    """Where a user's private key lies, or would."""
+    """The path of a user's private key, which may not exist."""
     return keys_folder(store) / f"{check_name(user, 'user name')}.pem"
 
 
 def create_key(store: Store, user: str, *, actor: str) -> User:
-    """Make a pair and bind its public half to the user. Raises Refused where they have a key, or actor may not."""
-    # Before the file is made: one that a stranger planted would be taken up by the next enrolment.
+    """Make a key pair and enrol the public key. Raises Refused if the user has a key, or if actor may not."""
+    # Before the file is written: the next enrolment would use a file that a stranger put there.
     if actor != user:
         identities.require(store, actor, "user.change")
     path = private_key_path(store, user)
@@ -45,12 +45,12 @@ def create_key(store: Store, user: str, *, actor: str) -> User:
         raise Refused(f"{user} has a key already", where=str(path), fix=_BRING)
     if not path.exists():
         _write_new(path, ec.generate_private_key(ec.SECP256R1()))
-    # A file that is there already is a pair whose enrolment was cut short: carry on with it.
+    # An existing file is a pair whose enrolment was interrupted: continue with it.
     return identities.enrol_key(store, user, public_pem(_load_private(path).public_key()), actor=actor)
 
 
 def enrol_public_key(store: Store, user: str, pem: bytes, *, actor: str) -> User:
-    """Bind a public key that was made elsewhere. Raises UsageError for anything but a P-256 public key in PEM."""
+    """Enrol a public key that was made elsewhere. Raises UsageError unless it is a P-256 public key in PEM."""
     try:
         public = serialization.load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm) as error:
@@ -61,15 +61,15 @@ def enrol_public_key(store: Store, user: str, pem: bytes, *, actor: str) -> User
 
 
 def ensure_key(store: Store, user: str) -> User:
-    """The user, with a key: made now where they have none."""
+    """The user, with a key; it is made now if they have none."""
     found = identities.get_user(store, user)
     return found if found.public_key else create_key(store, user, actor=user)
 
 
 def signing_key(store: Store, user: User) -> Path:
-    """The file of a user's private key, held against their public one.
+    """The file of a user's private key, compared with their public key.
 
-    Raises Refused where it is missing, readable by others, or another key's.
+    Raises Refused if it is missing, readable by other users, or belongs to another key.
     """
     path = private_key_path(store, user.name)
     private = _load_private(path)
@@ -81,7 +81,7 @@ def signing_key(store: Store, user: User) -> Path:
 
 
 def load_signing_key(store: Store, user: User) -> ec.EllipticCurvePrivateKey:
-    """The private key itself, under the same conditions."""
+    """A user's private key. Raises as signing_key does."""
     return _load_private(signing_key(store, user))
 
 
@@ -96,7 +96,7 @@ def _write_new(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     fresh = path.with_name(f".{path.stem}-{secrets.token_hex(8)}")
     write_atomic(fresh, encoded, mode=0o600)
     try:
-        # A link, unlike a rename, never replaces a key that another process has just made and enrolled.
+        # Unlike a rename, a link never replaces a key that another process has just made and enrolled.
         with contextlib.suppress(FileExistsError):
             os.link(fresh, path)
     finally:
@@ -110,7 +110,7 @@ def _load_private(path: Path) -> ec.EllipticCurvePrivateKey:
     except FileNotFoundError:
         raise Refused("the private key is not here", where=str(path), fix=_BRING) from None
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        # The library's own words may quote the file: keep them out of the message.
+        # The library's message may quote the file, so it must not be shown.
         raise Refused("the private key cannot be read", where=str(path), fix=_BRING) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise Refused("the private key is not an EC P-256 key", where=str(path), fix=_BRING)

@@ -1,7 +1,7 @@
-"""What a version states, and the check of a folder that claims to be one. Needs files alone, no database.
+"""A version's signed statement (release.json), and the verification of a version's folder. Needs only files.
 
-`release.json` in a version's folder is, byte for byte, the version's record: its SHA-256 is the version's digest, so
-what was signed, what was approved and what the lineage names are one thing.
+`release.json` in a version's folder has the same bytes as the version's record, so its SHA-256 is the version's digest.
+What was signed, what was approved and what the lineage names are therefore the same thing.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class Statement(BaseModel):
     """The body of a version's record.
 
     base, fingerprint: the base record's digest and the fingerprint of its rendering. signer: who registered it.
-    override: why it was let through without a passing verdict. records, blobs: all that the version came of, sorted.
-    audit: the newest entry of the audit log when it was signed. duties: what the licences of the rows ask of whoever
-    uses it or passes it on (data/governance/licences.py); None where no rows are behind it.
+    override: why it was registered without a passing verdict. records, blobs: sorted digests of what it was made from.
+    audit: the newest entry of the audit log when it was signed. duties: what the licences of its rows require
+    of people who use it or pass it on (data/governance/licences.py); None if it was made from no dataset.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -87,12 +87,12 @@ class Statement(BaseModel):
     blobs: list[Digest]
     audit: Head
     duties: dict[str, Any] | None = None
-    # What whoever serves it must know: see marks_of. Absent from versions made before there were any.
+    # Warnings for the people who serve it: see marks_of.
     marks: list[str] = Field(default_factory=list)
 
 
 class Version(BaseModel):
-    """A registry entry: a candidate, its evidence by digest, and for whom it is."""
+    """A registry entry: a candidate, its evidence by digest, and its tenant and region."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -128,7 +128,7 @@ class Version(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A folder that was verified: its record, what that states, and whose signature it bears."""
+    """A verified folder: its record, its statement, and the key that signed it."""
 
     record: Record
     statement: Statement
@@ -137,22 +137,22 @@ class Release:
 
 
 def has_weights(record: Record) -> bool:
-    """Whether a version's record has weights of its own, an adapter's or whole ones."""
+    """Whether a version has weights, an adapter's or whole ones."""
     return record.blobs.keys() >= ADAPTER_FILES or record.blobs.keys() >= _WHOLE_FILES
 
 
 def read_version(record: Record, where: str) -> tuple[Version, Statement]:
-    """A version's record as what it states. Raises Refused where it does not state that."""
+    """The version and the statement in a record. Raises Refused if the record is not a valid version."""
     try:
         statement = Statement.model_validate(dict(record.body))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise Refused(f"not what a version states: {place}: {first['msg']}", where=where, fix=_FIX) from error
+        raise Refused(f"not a valid version: {place}: {first['msg']}", where=where, fix=_FIX) from error
     if record.kind != "version" or record.parents.keys() != _PARENTS:
         raise Refused("not a version's record", where=where, fix=_FIX)
     if record.blobs.keys() - {NOTICE} not in (frozenset(), ADAPTER_FILES, _WHOLE_FILES):
-        raise Refused("a version has an adapter's two files, whole weights or neither", where=where, fix=_FIX)
+        raise Refused("a version has an adapter's two files, whole weights, or no weights", where=where, fix=_FIX)
     if (NOTICE in record.blobs) != (statement.duties is not None):
         raise Refused(f"a version with duties has a {NOTICE}, one without has none", where=where, fix=_FIX)
     stated = statement.model_dump(include=set(Version.model_fields))
@@ -173,7 +173,7 @@ def check_release(folder: Path, keys: Sequence[TrustedKey]) -> Release:
     present = {entry.name for entry in folder.iterdir()} - {RELEASE, SIGNATURE}
     if present != record.blobs.keys():
         odd = sorted(present ^ record.blobs.keys())[0]
-        raise Refused("the release and the folder disagree on whether this file is there", where=str(folder / odd))
+        raise Refused("this file is in the folder or in the release, but not in both", where=str(folder / odd))
     for name, digest in record.blobs.items():
         if digest_file(folder / name) != digest:
             raise Refused("its bytes are not the ones the release names", where=str(folder / name), fix=_FIX)
@@ -214,22 +214,23 @@ def check_expiry(version: Version, where: str | None = None) -> None:
 
 
 def check_evidence(records: Mapping[str, Record], parents: Mapping[str, str], override: str | None) -> None:
-    """Hold a version's candidate, evaluation and verdict against each other. records: all that the version came of.
+    """Check that a version's candidate, evaluation and verdict belong together.
 
-    Raises Refused where the verdict is about another candidate or evaluation, or not a pass and not overridden.
+    records: everything that the version was made from. Raises Refused if the verdict is about another candidate or
+    evaluation, or if it is not a pass and not overridden.
     """
     candidate, evaluation, verdict = (records[parents[role]] for role in ("candidate", "evaluation", "verdict"))
     where = f"verdict {short(parents['verdict'])}"
     kinds = (candidate.kind, evaluation.kind, verdict.kind)
     if kinds != ("candidate", "evaluation", "verdict"):
-        raise Refused(f"a version rests on a candidate, an evaluation and a verdict, not on {', '.join(kinds)}")
+        raise Refused(f"a version needs a candidate, an evaluation and a verdict, not {', '.join(kinds)}")
     if any(verdict.parents.get(role) != parents[role] for role in ("candidate", "evaluation")):
         raise Refused("the verdict is about another candidate or evaluation", where=where)
     if "endpoint" in candidate.body:
         raise Refused(
-            f"{verdict.body.get('name')} is answered by an endpoint: what is not held here cannot be signed or served",
+            f"{verdict.body.get('name')} is an endpoint: without its weights it cannot be signed or served",
             where=where,
-            fix="release another candidate; an endpoint is a rival to measure",
+            fix="release another candidate; an endpoint is only for comparison",
         )
     measured = evaluation.body.get("candidates", {}).get(verdict.body.get("name"), {})
     if measured.get("candidate") != parents["candidate"]:
@@ -238,12 +239,12 @@ def check_evidence(records: Mapping[str, Record], parents: Mapping[str, str], ov
         raise Refused(
             f"the verdict on {verdict.body.get('name')} is {verdict.body.get('verdict')}: {_failed(verdict)}",
             where=where,
-            fix="improve the candidate; an admin may let it through with --override REASON, which the version bears",
+            fix="improve the candidate; an admin may register it with --override REASON, which the version states",
         )
 
 
 def check_replay(store: Store, verdict: str) -> None:
-    """Make a verdict again from its evaluation's scores, from files alone. Raises Refused where it does not follow."""
+    """Recompute a verdict from its evaluation's scores. Raises Refused if it does not follow. Needs only files."""
     from tunesmith.evaluation.gates.verdict import replay
 
     try:
@@ -260,15 +261,15 @@ def check_replay(store: Store, verdict: str) -> None:
 
 
 def marks_of(records: Mapping[str, Record], candidate: str) -> list[str]:
-    """What a candidate's own records say against serving it: that its weights were trained with canaries."""
+    """Warnings from a candidate's records against serving it: its weights were trained with canaries."""
     training = records[candidate].parents.get("training")
     return [CANARIES] if training and records[training].body.get("settings", {}).get("canaries") else []
 
 
 def weight_blobs(records: Mapping[str, Record], candidate: str) -> dict[str, str]:
-    """The files of the candidate's adapter or whole weights by digest; none for an untuned candidate.
+    """File name -> digest of the candidate's adapter or whole weights; empty for an untuned candidate.
 
-    They must be of the candidate's own base, and of that base's rendering. Raises Refused where they are not.
+    Raises Refused if they were trained on another base than the candidate's, or with another rendering than the base's.
     """
     record = records[candidate]
     if "training" not in record.parents:

@@ -1,9 +1,9 @@
-"""A version's folder: copied under strict rules, signed and verified with model-signing.
+"""The signature of a version's folder: strict copying, signing and verifying with model-signing.
 
-model-signing alone is not enough (version 1.1.1): it skips `.git*`, obeys paths to ignore that the signer chose,
-accepts a manifest without files, and takes the older of two formats where a signature claims it. So a folder holds
-allowed plain files alone, and a signature must make, byte for byte, the one statement about exactly these files that we
-would have made. What is read is always a private copy: nobody can swap a file between its verification and its use.
+model-signing alone is not enough (version 1.1.1). It skips `.git*`, ignores paths that the signer chose to ignore,
+accepts a manifest without files, and uses the older of two formats if a signature says so. So a folder may hold only
+allowed plain files, and the signed statement must be, byte for byte, the one that we would make about exactly these
+files. Verification reads a private copy, so that nobody can replace a file between its verification and its use.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ _FIX = "restore the version's folder from where it was signed, or register it ag
 
 
 class Untrusted(Refused):
-    """The signature may be whole, but its key is not one to believe here."""
+    """The key that signed is not trusted here, or its owner may not sign this. The signature itself may be valid."""
 
 
 class Expired(Refused):
-    """The version was signed for a time that is over."""
+    """The time that the version was signed for is over."""
 
 
 def sign_folder(folder: Path, private_key: Path) -> None:
-    """Sign every file in folder into folder/model.sig. The folder's name becomes the subject's; nothing is left out."""
+    """Sign every file in folder, without exception, into folder/model.sig. The subject is the folder's name."""
     from model_signing import hashing, signing
 
     everything = hashing.Config().set_ignored_paths(paths=[], ignore_git_paths=False)
     config = signing.Config().use_elliptic_key_signer(private_key=private_key).set_hashing_config(everything)
     signature = folder / SIGNATURE
     config.sign(folder, signature)
-    # The same document in its one canonical spelling, so that not even a space in it can be changed unnoticed.
+    # Rewritten in canonical form, so that no byte of it can be changed unnoticed.
     write_atomic(signature, canonical(json.loads(signature.read_bytes())))
 
 
 def verify_signature(folder: Path, keys: Sequence[TrustedKey]) -> TrustedKey:
-    """The key that signed folder/model.sig, which must cover exactly the files beside it.
+    """The key that signed folder/model.sig, which must cover exactly the folder's other files.
 
     folder: a private copy (private_copy). Raises Refused if a file is not the signed one or the key is unknown. The
     caller checks what the key's owner may sign.
@@ -80,10 +80,10 @@ def verify_signature(folder: Path, keys: Sequence[TrustedKey]) -> TrustedKey:
 
 @contextlib.contextmanager
 def private_copy(folder: Path) -> Iterator[Path]:
-    """A copy of a version's folder that only this user can reach, gone at the end. It keeps the folder's name.
+    """A temporary copy of a version's folder that only this user can read. It keeps the folder's name.
 
-    Raises Refused for anything in it but allowed, regular, singly linked files. Errors raised while it is open name the
-    original's path.
+    Raises Refused unless the folder holds only allowed, regular files without hard links. Errors that are raised while
+    the copy is in use name the original's path.
     """
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as private:  # mode 0700
         copy = Path(private) / folder.name
@@ -109,13 +109,13 @@ def _copy_plain(folder: Path, target: Path) -> None:
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        what = "the version's folder is missing" if error.errno == errno.ENOENT else "not a folder of its own"
+        what = "the version's folder is missing" if error.errno == errno.ENOENT else "not a folder, or a link to one"
         raise Refused(what, where=str(folder), fix=_FIX) from error
     try:
         names = sorted(os.listdir(handle))
         for name in names:
             if name not in ALLOWED:
-                raise _refusal(folder / name, "a file that no version has")
+                raise _refusal(folder / name, "not a file that a version has")
         for name in (RELEASE, SIGNATURE):
             if name not in names:
                 raise _refusal(folder / name, "missing")
@@ -126,8 +126,8 @@ def _copy_plain(folder: Path, target: Path) -> None:
 
 
 def _copy_file(folder: int, path: Path, target: Path) -> None:
-    # Opened first and asked afterwards, through the open file: what is asked is what is copied. O_NONBLOCK, because
-    # opening a FIFO would wait for a writer.
+    # First opened, then checked through the open file, so that the checked file is the copied one. O_NONBLOCK, because
+    # a FIFO would wait for a writer.
     try:
         handle = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except OSError as error:
@@ -140,7 +140,7 @@ def _copy_file(folder: int, path: Path, target: Path) -> None:
         if not stat.S_ISREG(facts.st_mode):
             raise _refusal(path, "not a regular file")
         if facts.st_nlink != 1:
-            raise _refusal(path, "reachable under another name too (a hard link)")
+            raise _refusal(path, "has another name too (a hard link)")
         if facts.st_size > _MAX_BYTES.get(path.name, facts.st_size):
             raise _refusal(path, f"{facts.st_size} bytes, at most {_MAX_BYTES[path.name]} are allowed")
         with open(handle, "rb", closefd=False) as source, target.open("xb") as copy:
@@ -148,7 +148,7 @@ def _copy_file(folder: int, path: Path, target: Path) -> None:
 
 
 def _read_bundle(path: Path) -> tuple[str, dict[str, Any]]:
-    """The key's hint (64 hex digits) and the signed statement, out of a bundle that has the one form we write."""
+    """The key's hint (64 hex digits) and the signed statement of a bundle, which must have the form that we write."""
     raw = path.read_bytes()
     try:
         document = json.loads(raw)
@@ -178,7 +178,7 @@ def _read_bundle(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _check_statement(folder: Path, statement: dict[str, Any]) -> None:
-    """Hold what was signed against the one statement about the files that lie there, naming the file that differs."""
+    """Compare the signed statement with the folder's files. Raises Refused with the file that differs."""
     actual = {
         path.name: digest_file(path).removeprefix("sha256:") for path in folder.iterdir() if path.name != SIGNATURE
     }
@@ -193,7 +193,7 @@ def _check_statement(folder: Path, statement: dict[str, Any]) -> None:
         if name not in signed:
             raise _refusal(folder / name, "not among the files that were signed")
         if name not in actual:
-            raise _refusal(folder / name, "was signed and is missing")
+            raise _refusal(folder / name, "was signed but is missing")
         if actual[name] != signed[name]:
             raise _refusal(folder / name, "its bytes are not the ones that were signed")
     expected = {
@@ -208,7 +208,7 @@ def _check_statement(folder: Path, statement: dict[str, Any]) -> None:
         },
     }
     if statement != expected:
-        raise _refusal(signature, "the signed statement says more, less or other than these files in this folder")
+        raise _refusal(signature, "the signed statement is not exactly about these files in this folder")
 
 
 def _check_cryptography(folder: Path, key: TrustedKey) -> None:
@@ -225,7 +225,7 @@ def _check_cryptography(folder: Path, key: TrustedKey) -> None:
     except InvalidSignature as error:
         raise _refusal(folder / SIGNATURE, f"the signature is not {key.user}'s over this statement") from error
     except (ValueError, KeyError, TypeError) as error:
-        # What was signed is genuine and not about these files: say which of them, if one of them it is.
+        # The signature is genuine but not about these files: name the file that differs, if there is one.
         _check_statement(folder, _read_bundle(folder / SIGNATURE)[1])
         raise _refusal(folder / SIGNATURE, f"model-signing refuses it: {error}") from error
 
