@@ -11,7 +11,7 @@ __all__ = ["Project"]
 
 
 def __getattr__(name: str) -> Any:
-    """`tunesmith.Project`, imported when asked for: `import tunesmith` alone costs nothing."""
+    """Import `tunesmith.Project` only on first use, so that `import tunesmith` is fast."""
     if name == "Project":
         from tunesmith.api import Project
 

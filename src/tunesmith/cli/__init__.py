@@ -1,1 +1,1 @@
-"""Commands, one file a noun; thin; heavy imports inside commands."""
+"""Commands: parse arguments, call a service, print its result. They import heavy modules only when they run."""

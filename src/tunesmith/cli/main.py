@@ -1,4 +1,4 @@
-"""The `tunesmith` command: its verbs, and how an error ends it."""
+"""The `tunesmith` command: its subcommands, and the exit codes of errors."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from tunesmith.cli import chat, data, evaluation, monitoring, pipeline, project, rollout, serve, users, versions
+from tunesmith.cli import data, evaluation, monitoring, pipeline, project, rollout, serve, users, versions
 from tunesmith.core.errors import TunesmithError, UsageError
 
+_HELP = "From a task's examples to a released model behaviour that was measured, approved and signed."
 app = typer.Typer(
     name="tunesmith",
-    help="From a task's examples to a released model behaviour that was measured, approved and signed.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (project, pipeline, data, evaluation, versions, users, rollout, serve, monitoring, chat):
+for commands in (project, pipeline, data, evaluation, versions, users, rollout, serve, monitoring):
     commands.register(app)
 
 _STOPPED = 130
+_STOPPED_TEXT = "\nstopped; the same command continues from here"
 
 
-@app.callback()
+@app.callback(help=_HELP)
 def options(
     context: typer.Context,
     directory: Annotated[
@@ -39,32 +40,32 @@ def options(
 
 
 def main() -> None:
-    """Run a command line; every expected error ends in its exit code and a message, never in a traceback."""
+    """Run a command. An expected error ends with its exit code and a message, not with a traceback."""
     try:
         code = app(standalone_mode=False)
     except TunesmithError as error:
-        _tell(error)
+        _print_error(error)
         sys.exit(error.exit_code)
     except TyperException as error:
-        said = error.format_message() if hasattr(error, "format_message") else str(error)
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "tunesmith"
-        _tell(UsageError(said, fix=f"`{command} --help` shows how"))
+        _print_error(UsageError(message, fix=f"`{command} --help` shows how"))
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        print("\nstopped; the same command carries on from here", file=sys.stderr)
+        print(_STOPPED_TEXT, file=sys.stderr)
         sys.exit(_STOPPED)
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:
-        _tell(TunesmithError(f"{error.strerror or error}", where=error.filename and str(error.filename)))
+        _print_error(TunesmithError(f"{error.strerror or error}", where=error.filename and str(error.filename)))
         sys.exit(1)
-    if code == _STOPPED:  # typer turns ctrl-C into this by itself
-        print("\nstopped; the same command carries on from here", file=sys.stderr)
+    if code == _STOPPED:  # typer's own answer to ctrl-C
+        print(_STOPPED_TEXT, file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _tell(error: TunesmithError) -> None:
+def _print_error(error: TunesmithError) -> None:
     if "--json" in sys.argv:
         print(json.dumps(error.as_json(), ensure_ascii=False))
     print(f"error: {error}", file=sys.stderr)

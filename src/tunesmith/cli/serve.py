@@ -1,7 +1,9 @@
-"""`serve`: an OpenAI-compatible endpoint over what was released here; it also moves live rollouts on."""
+"""`serve` and `chat`: answer OpenAI clients over HTTP, or one person on the terminal."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,20 +15,26 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from tunesmith.candidates.answering import Answerer
+    from tunesmith.services.chat import ChatAnswer
+
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
+    """Add the commands."""
     app.command()(serve)
+    app.command()(chat)
 
 
 def serve(
     directory: Directory = HERE,
     as_json: Json = False,
-    host: Annotated[str, typer.Option("--host", help="Where to listen; this machine alone by default.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Where to listen; by default for this machine only.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
     region: Annotated[str, typer.Option("--region", help="The region whose versions are served.")] = "",
 ) -> None:
-    """Answer OpenAI clients with the champion (and, in a rollout, the canary) until stopped; look after rollouts."""
+    """Answer OpenAI clients with the champion, and in a rollout with the canary too. Moves rollouts on."""
     import logging
 
     import uvicorn
@@ -52,9 +60,9 @@ def serve(
     shown = f"[{address}]" if ":" in address else address
     names = sorted({alias.name for alias in list_aliases(project.store) if alias.alias == "champion"})
     document = {"url": f"http://{shown}:{chosen}/v1", "models": [f"{name}@champion" for name in names]}
-    emit(document, as_json, lambda console, _: _tell(console, document))
+    emit(document, as_json, _draw_serving)
     if address not in ("127.0.0.1", "::1"):
-        say("it can be reached from other machines, and speaks plain HTTP: put a proxy with TLS before it")
+        say("other machines can reach it, and it speaks plain HTTP: put a proxy with TLS in front of it")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     config = uvicorn.Config(
         app,
@@ -67,8 +75,48 @@ def serve(
     uvicorn.Server(config).run(sockets=[listening])
 
 
+def chat(
+    who: Annotated[str, typer.Argument(help="A candidate's name, NAME@v1, NAME@champion or a version's digest.")],
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Ask only this, then exit.")] = None,
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """Talk to a candidate of the project, or to a registered version (verified before it is loaded)."""
+    from tunesmith.core.errors import UsageError
+    from tunesmith.project import open_project
+    from tunesmith.services.chat import ask, opened
+
+    if as_json and message is None:
+        raise UsageError("--json needs --message", fix="ask one question with -m")
+    with opened(open_project(directory), who, progress=Terminal()) as answerer:
+        if message is not None:
+            emit(ask(answerer, message), as_json, _draw_answer)
+            return
+        say(f"talking to {answerer.name}; an empty line or ctrl-D ends")
+        with contextlib.suppress(EOFError):
+            _converse(answerer)
+
+
+def _converse(answerer: Answerer) -> None:
+    """Read turns from the terminal and print the answers as they come, until an empty line."""
+    from tunesmith.core.messages import Message
+    from tunesmith.engines.protocol import Completion
+
+    turns: list[Message] = []
+    while text := input("> ").strip():
+        turns.append(Message(role="user", content=text))
+        for piece in answerer.responder.stream(answerer.generation(turns), answerer.adapter):
+            if isinstance(piece, Completion):
+                print()
+                if sources := answerer.composer.retrieved(turns).sources:
+                    print(f"(from {', '.join(sources)})")
+                turns.append(Message(role="assistant", content=piece.text))
+            else:
+                print(piece, end="", flush=True)
+
+
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket, before anything slow is loaded. Raises UsageError where the address cannot be had."""
+    """A bound socket, made before anything slow is loaded. Raises UsageError where the address is taken."""
     import socket
 
     from tunesmith.core.errors import UsageError
@@ -86,7 +134,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _tell(console: Console, document: dict[str, Any]) -> None:
+def _draw_serving(console: Console, document: Mapping[str, Any]) -> None:
     models = document["models"]
     model = models[0] if models else "NAME@champion"
     lines = [
@@ -100,3 +148,9 @@ def _tell(console: Console, document: dict[str, Any]) -> None:
     ]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _draw_answer(console: Console, found: ChatAnswer) -> None:
+    console.print(found.answer, markup=False)
+    if found.sources:
+        console.print(f"(from {', '.join(found.sources)})", markup=False, style="dim")

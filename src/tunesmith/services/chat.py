@@ -1,0 +1,53 @@
+"""Ask a candidate or a version directly, without a server."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from tunesmith.candidates.answering import Answerer
+from tunesmith.candidates.candidate import load_candidate
+from tunesmith.core.digests import is_digest
+from tunesmith.core.messages import Message
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.view import View
+from tunesmith.pipeline.candidates import answerer, candidate
+from tunesmith.pipeline.context import PipelineContext
+from tunesmith.project import Project
+from tunesmith.registry.versions import resolve, verified_copy
+
+
+class ChatAnswer(View):
+    """One answer. finish: stop, or length where the longest length was reached; sources: texts that were retrieved."""
+
+    answer: str
+    finish: str
+    candidate: str
+    sources: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def opened(project: Project, who: str, *, progress: Progress = SILENT) -> Iterator[Answerer]:
+    """A candidate of the project, or a registered version, ready to answer. A version is verified first.
+
+    who: a candidate's name, NAME@v1, an alias or the start of a digest. Raises UsageError where there is none.
+    """
+    context = PipelineContext(project, progress)
+    if who in project.settings.candidates:
+        yield answerer(context, load_candidate(project.store, candidate(context, who)))
+        return
+    if "@" not in who and not is_digest("sha256:" + who.removeprefix("sha256:").ljust(64, "0")):
+        context.settings_of(who)  # raises an error that lists the candidates
+    with verified_copy(project.store, resolve(project.store, who)) as loaded:
+        if loaded.adapter is not None and loaded.candidate.training is not None:
+            context.engine.load_adapter(loaded.candidate.training, loaded.adapter)
+        engine = context.engine if loaded.candidate.asks_base else None
+        yield Answerer(project.store, engine, loaded.candidate)
+
+
+def ask(to: Answerer, message: str) -> ChatAnswer:
+    """The answer to one message."""
+    turn = [Message(role="user", content=message)]
+    found = to.responder.generate([to.generation(turn)], to.adapter)[0]
+    sources = tuple(to.composer.retrieved(turn).sources)
+    return ChatAnswer(answer=found.text, finish=found.finish, candidate=to.name, sources=sources)
