@@ -14,7 +14,7 @@ from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import compose, count_prompts, describe_prompts, prompt_used
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.evaluation.report.report_data import report_data
+from tunesmith.evaluation.report.data import report_data
 from tunesmith.services import evaluation
 from tunesmith.store.records import Record
 

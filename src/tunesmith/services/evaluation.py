@@ -54,7 +54,7 @@ def compare_candidates(project: Project, first: str, second: str) -> Comparison:
 
 def report(project: Project, version: str | None = None) -> dict[str, Any]:
     """The evidence for a version, by default for the newest evaluation: what the report page shows."""
-    from tunesmith.evaluation.report.report_data import release_trail, report_data
+    from tunesmith.evaluation.report.data import release_trail, report_data
 
     measured, judged, digest = _reported(project, version)
     name = project.store.record(digest).body["name"] if digest else project.settings.name

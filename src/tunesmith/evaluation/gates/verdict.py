@@ -12,7 +12,7 @@ from typing import Any
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, UsageError
-from tunesmith.evaluation.gates.gates import Evidence, Finding, Outcome, judge_gate, not_judged
+from tunesmith.evaluation.gates.judging import Evidence, Finding, Outcome, judge_gate, not_judged
 from tunesmith.evaluation.gates.test_set_uses import use_test_set
 from tunesmith.evaluation.metrics.labels import read_labels
 from tunesmith.evaluation.metrics.scorers import nearest

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from tunesmith.core.digests import short
 from tunesmith.evaluation.report import evidence_plots, plots, risk_plots, wording
-from tunesmith.evaluation.report.report_data import report_data
+from tunesmith.evaluation.report.data import report_data
 from tunesmith.store.store import Store
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.chat_server import chat_server, completion
-from tests.evaluation.test_report import check_whole, verdict_of
+from tests.evaluation.report.test_report import check_whole, verdict_of
 from tests.fabricate import SCHEMA, Fabricated, add, fabricate, flawed
 from tunesmith.candidates.candidate import Candidate, RemoteModel
 from tunesmith.candidates.settings import TokenPrice
@@ -17,9 +17,9 @@ from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.evaluate import Costs, evaluate
 from tunesmith.evaluation.metrics.judging import judge_answers
 from tunesmith.evaluation.prices import break_even
+from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
-from tunesmith.evaluation.report.report_data import report_data
 from tunesmith.evaluation.settings import GATES, PriceSettings, TaskSettings
 
 

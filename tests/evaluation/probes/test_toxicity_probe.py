@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.evaluation.conftest import TASK
+from tests.evaluation.probes.test_probes_catch import HARD, commands
 from tests.evaluation.probing import Bench, row
-from tests.evaluation.test_probes_catch import HARD, commands
 from tests.fabricate import SCHEMA, Fabricated, fabricate
 from tunesmith.core.digests import canonical
 from tunesmith.data.quality import toxicity
@@ -20,9 +20,9 @@ from tunesmith.evaluation.probes.items import ITEMS, encode_items
 from tunesmith.evaluation.probes.measuring import Risk
 from tunesmith.evaluation.probes.suites import suite_of
 from tunesmith.evaluation.probes.toxic import rated, toxicity_items
+from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
-from tunesmith.evaluation.report.report_data import report_data
 from tunesmith.evaluation.settings import GATES
 from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.store.records import Record

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
+from tests.evaluation.probes.test_probe_items import context
 from tests.evaluation.probing import Bench, row
-from tests.evaluation.test_probe_items import context
 from tunesmith.core.errors import UsageError
 from tunesmith.engines.native import engine as embedded
 from tunesmith.engines.native.engine import NativeEngine

@@ -15,7 +15,7 @@ from tunesmith.evaluation.probes.drift import PERTURBATIONS, general_text_items,
 from tunesmith.evaluation.probes.items import Item
 from tunesmith.evaluation.probes.memory import extraction_items, personal_items
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = Path(__file__).parents[4] / "shared" / "data"
 
 
 def context(

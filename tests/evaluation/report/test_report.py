@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from tests.evaluation.conftest import TASK
-from tests.evaluation.test_verdict import STANDARD
+from tests.evaluation.gates.test_verdict import STANDARD
 from tests.fabricate import SCHEMA, Fabricated, add, answer_lines, fabricate, put_answers
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.report import plots
+from tunesmith.evaluation.report.data import release_trail, report_data
 from tunesmith.evaluation.report.html import render, report_html
-from tunesmith.evaluation.report.report_data import release_trail, report_data
 from tunesmith.evaluation.report.wording import detail_text, expected, percent, points, visible
 from tunesmith.evaluation.settings import GATES
 from tunesmith.store.records import Record
