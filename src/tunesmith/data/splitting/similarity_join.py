@@ -1,17 +1,16 @@
-"""All pairs of texts whose trigrams are alike, none missed and none made up: a set-similarity join.
+"""An exact set-similarity join: finds all pairs of texts with similar sets of trigrams.
 
-Rows are compared by size, since two sets whose Jaccard similarity is at least t differ in size by a factor of 1/t at
-most. Which pairs of a class of sizes are compared is decided by one of two ways, whichever leaves fewer:
+Rows are grouped into classes of similar size, since two sets with a Jaccard similarity of at least t differ in size by
+a factor of 1/t at most. For each class, the cheaper of two methods proposes the pairs to compare:
 
 - The partition of Deng, Li, Wen, Feng, "An Efficient Partition Based Method for Exact Set Similarity Joins" (PVLDB
-  9(4), 2015), section 3. Two sets of sizes s <= l that are near differ in at most d = s(1 - t)/t elements; cut the
-  universe of elements into d + 1 parts, and in at least one part the two hold the very same elements. Short rows seldom
-  do.
-- All with all, for long rows, which nearly always agree in some part.
+  9(4), 2015), section 3. Two near sets of sizes s <= l differ in at most d = s(1 - t)/t elements. If the universe of
+  elements is cut into d + 1 parts, the two sets are equal in at least one part. Short rows rarely are by chance.
+- All pairs, for long rows, which nearly always agree in some part.
 
 Bitmaps rule out most pairs: sets whose bitmaps differ in b bits differ in at least b elements (Sandes, Teodoro, Melo,
-"Bitmap Filter: Speeding up Exact Set Similarity Joins with Bitwise Operations", Information Systems 88, 2020). What is
-left is counted out, element by element.
+"Bitmap Filter: Speeding up Exact Set Similarity Joins with Bitwise Operations", Information Systems 88, 2020). The
+elements of the remaining pairs are counted.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ Integers = NDArray[np.int64]
 Bits = NDArray[np.uint64]
 Numbers = NDArray[np.uint32]
 
-_CELLS = 1 << 22  # numbers worked on at once: bounds the memory
-_PAIRS = 1 << 17  # pairs compared at once: small enough for the processor's cache
-_CLASS = 1.12  # sizes of one class differ by no more than this factor: one number of parts does for all of them
-_COARSE = 4  # words of the fine bitmap to one of the coarse, and bits of the fine one to an element
-_GATHERED = 4  # comparing a pair found by a shared part costs as much as comparing this many pairs in order
-_MARGIN = 1e-9  # against rounding in bounds that only rule out; what decides is counted and divided once
+_CELLS = 1 << 22  # numbers processed at once, which limits the memory
+_PAIRS = 1 << 17  # pairs compared at once; they fit into the processor's cache
+_CLASS = 1.12  # the sizes of a class differ by this factor at most, so one number of parts fits all
+_COARSE = 4  # words of the fine bitmap per word of the coarse one, and bits of the fine one per element
+_GATHERED = 4  # comparing one pair found by a part costs as much as comparing this many pairs in order
+_MARGIN = 1e-9  # against rounding in the bounds that rule pairs out; the final test is exact
 
 
 class TooMany(Exception):
-    """More pairs than the caller wants to hold."""
+    """There are more pairs than the caller allows."""
 
 
 @dataclass(frozen=True)
 class _Sets:
-    """n rows in the order of their sizes, m trigrams in all of them.
+    """n rows sorted by size, with m trigrams in total.
 
-    start, size: int64[n]; grams: the numbers of the trigrams, sorted within a row, uint32[m]; mixed: by its number each
-    trigram scattered over 64 bits.
+    start, size: int64[n]; grams: the numbers of the trigrams, sorted within a row, uint32[m]; mixed: a 64-bit hash
+    of each trigram, by its number.
     """
 
     start: Integers
@@ -52,17 +51,18 @@ class _Sets:
     mixed: Bits
 
     def range_of(self, low: int, high: int) -> slice:
-        """Where the trigrams of some rows stand."""
+        """The slice of `grams` with the trigrams of rows low to high."""
         last = self.start[high] if high < len(self.start) else len(self.grams)
         return slice(int(self.start[low]), int(last))
 
 
 @dataclass(frozen=True)
 class _Class:
-    """Rows low to high. The smaller of a pair is among the first `small` of them. Rows are counted from low on.
+    """Rows of similar size, numbered from `low`. The smaller row of a pair is among the first `small` rows.
 
-    size: int64[rows]; marks: what a row holds in each part of the universe, uint64[rows, parts]; reach: int64[small],
-    how many rows from low on are not too large for it; coarse, fine: bitmaps, uint64[rows, words].
+    size: int64[rows]; marks: a hash of a row's elements in each part of the universe, uint64[rows, parts]; reach:
+    int64[small], the number of rows from `low` that are not too large to be near; coarse, fine: bitmaps, uint64[rows,
+    words].
     """
 
     low: int
@@ -84,8 +84,8 @@ class _Class:
 def similar_pairs(texts: Sequence[str], threshold: float, most: int) -> Integers:
     """Index pairs (i < j) of texts whose trigrams have a Jaccard similarity of at least threshold: int64[pairs, 2].
 
-    Sorted. A text of fewer than three characters is a trigram of its own. threshold: in (0, 1]. Raises TooMany where
-    there are more than `most`.
+    Sorted. A text of fewer than three characters counts as one trigram. threshold: in (0, 1]. Raises TooMany for more
+    than `most` pairs.
     """
     if len(texts) < 2:
         return np.empty((0, 2), dtype=np.int64)
@@ -113,7 +113,7 @@ def similar_pairs(texts: Sequence[str], threshold: float, most: int) -> Integers
 
 
 def _apart(threshold: float) -> float:
-    """In what share of their elements, counted in both, near sets differ at most."""
+    """The largest share of their elements, counted over both, in which near sets differ."""
     return (1 - threshold) / (1 + threshold)
 
 
@@ -165,7 +165,7 @@ def _numbered(points: Numbers, whole: NDArray[np.bool_]) -> tuple[Bits, Integers
 
 
 def _distinct(values: Integers) -> Integers:
-    """Sorted, each once. numpy's unique hashes first, which takes ten times as long on these."""
+    """The distinct values, sorted. numpy's unique hashes first, which is ten times slower here."""
     values = np.sort(values)
     first: Integers = values[np.diff(values, prepend=-1) != 0]
     return first
@@ -294,7 +294,8 @@ def _pairs_of_groups(after: Integers) -> Iterator[tuple[Integers, Integers]]:
 def _all_with_all(kind: _Class) -> Iterator[tuple[Integers, Integers]]:
     """Each smaller row with every later one in its reach that the coarse bitmap does not rule out.
 
-    Where it rules out too few, the fine one is held against it at once: in order that costs less than pair by pair.
+    Where the coarse bitmap rules out too few, the fine one is applied at once: in order it is cheaper than pair by
+    pair.
     """
     bitmaps = [np.ascontiguousarray(bitmap.T) for bitmap in (kind.coarse, kind.fine)]
     allowed = kind.size * _apart(kind.threshold) + _MARGIN / 2
