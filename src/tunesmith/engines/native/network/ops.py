@@ -73,8 +73,7 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of the RMSNorm's input x, plus sum_gradient, the gradient that reaches x without passing the norm.
 
-    again: also return the norm's output, computed again and equal to the bit.
-    """
+    again: also return the norm's output, computed again and equal to the bit."""
     width = x.shape[-1]
     kernel = kernel_for("norm_backward", x)
     if kernel is None:
@@ -261,11 +260,11 @@ class PrefixPages(NamedTuple):
 def page_shapes(kv: int, page: int, size: int, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The layout of K heads' keys and values in a page: keys [K, D / c, page, c] and values [K, page / c, D, c].
 
-    c numbers make up 32 bits. So the keys of neighbouring places are read next to each other, and so are the values of
-    neighbouring dimensions.
+    c numbers (packing) make up 32 bits. So the keys of neighbouring places are next to each other in memory, and so are
+    the values of neighbouring dimensions.
     """
-    pair = 4 // dtype.itemsize
-    return (kv, size // pair, page, pair), (kv, page // pair, size, pair)
+    packing = 4 // dtype.itemsize
+    return (kv, size // packing, page, packing), (kv, page // packing, size, packing)
 
 
 def places_of(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,24 +274,21 @@ def places_of(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def in_pages(k: Tensor, v: Tensor, page: int) -> PrefixPages:
     """Keys and values [K, P, D] copied to new pages, the last one filled up with zeros."""
-    length, pair = k.shape[1], 4 // k.dtype.itemsize
+    length, packing = k.shape[1], 4 // k.dtype.itemsize
     k, v = (F.pad(x, (0, 0, 0, -length % page)).unflatten(1, (-1, page)).transpose(0, 1) for x in (k, v))
-    keys = k.unflatten(3, (-1, pair)).permute(0, 1, 3, 2, 4)
-    return PrefixPages(keys.contiguous(), v.unflatten(2, (-1, pair)).transpose(3, 4).contiguous(), length)
+    keys = k.unflatten(3, (-1, packing)).permute(0, 1, 3, 2, 4)
+    return PrefixPages(keys.contiguous(), v.unflatten(2, (-1, packing)).transpose(3, 4).contiguous(), length)
 
 
 def decode_keep(
     k: Tensor, v: Tensor, row: Tensor, place: Tensor, pages: Tensor, within: Tensor, keys: Tensor, values: Tensor
 ) -> None:
-    """Copy the keys and values [K, B, L, D] of T tokens to pages.
-
-    Token t is at place[t] of row[t] in k and v, and goes to place within[t] of page pages[t].
-    """
+    """Copy T tokens' keys and values from place[t] of row[t] in k and v [K, B, L, D] to place within[t] of pages[t]."""
     kernel = kernel_for("decode_keep", k)
-    pair = keys.shape[4]
+    packing = keys.shape[4]
     if kernel is None:
-        keys[pages, :, :, within] = k[:, row, place].transpose(0, 1).unflatten(2, (-1, pair))
-        values[pages, :, within // pair, :, within % pair] = v[:, row, place].transpose(0, 1)
+        keys[pages, :, :, within] = k[:, row, place].transpose(0, 1).unflatten(2, (-1, packing))
+        values[pages, :, within // packing, :, within % packing] = v[:, row, place].transpose(0, 1)
         return
     kv, rows, longest, size = k.shape
     layout = native.RowPages(0, kv, 1, size, keys.shape[3], 0, 0, keys.stride(0))
@@ -303,10 +299,7 @@ def decode_keep(
 
 
 def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Places) -> Tensor:
-    """Write the rotated keys and the values of B tokens, qkv [B, (H + 2 K) * D], to place lengths[b] of their pages.
-
-    Returns the rotated queries [K, B, G, D].
-    """
+    """The rotated queries [K, B, G, D] of B tokens, qkv [B, (H + 2 K) * D], whose keys and values go to their pages."""
     rows, kv, group, size = len(qkv), keys.shape[1], places.group, values.shape[3]
     kernel = kernel_for("decode_split", qkv)
     if kernel is None:
@@ -390,8 +383,7 @@ def largest(scores: Tensor) -> Tensor:
 def forbid_(scores: Tensor, rows: Tensor, bits: Tensor) -> None:
     """Set the scores [N, V] of tokens that are not allowed in some rows to minus infinity, in place.
 
-    bits: int32 [len(rows), V / 32 rounded up], a bit for each token, the lowest bit first; 1: allowed.
-    """
+    bits: int32 [len(rows), V / 32 rounded up], a bit for each token, the lowest bit first; 1: allowed."""
     kernel = kernel_for("forbid", scores)
     if kernel is None:
         places = torch.arange(scores.shape[1])
