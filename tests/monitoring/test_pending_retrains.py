@@ -62,7 +62,7 @@ def test_it_is_due_until_a_version_without_the_row_serves(scene: Scene, versions
     assert list_pending_retrains(scene.store) == []
 
 
-def test_while_an_earlier_version_serves_again_it_stays_due(scene: Scene, versions: dict[int, Version]) -> None:
+def test_a_retrain_stays_pending_after_a_rollback(scene: Scene, versions: dict[int, Version]) -> None:
     serve(scene, versions[1])
     scene.dataset = put_dataset(scene.store, [lamp(900, source="b.jsonl")])
     second = scene.version(60)
@@ -80,7 +80,7 @@ def test_while_an_earlier_version_serves_again_it_stays_due(scene: Scene, versio
     assert list_pending_retrains(scene.store) == []
 
 
-def test_a_withdrawn_version_or_base_asks_for_a_change_first(scene: Scene, versions: dict[int, Version]) -> None:
+def test_a_recalled_version_or_base_asks_for_a_change(scene: Scene, versions: dict[int, Version]) -> None:
     serve(scene, versions[3])
     withdraw(scene, "version", versions[4].digest)
     withdraw(scene, "version", versions[3].digest)

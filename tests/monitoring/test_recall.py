@@ -45,7 +45,7 @@ def test_a_row_is_followed_to_everything_that_rests_on_it(
             pass
 
 
-def test_a_row_of_the_test_split_counts_too_and_the_split_is_named(scene: Scene) -> None:
+def test_a_recalled_test_row_counts_and_names_its_split(scene: Scene) -> None:
     row = load_dataset(scene.store, scene.dataset).examples("test")[0]
     found = recall(scene.store, Cause(kind="row", value=row.id), reason="asked to", actor=STEWARD)
     assert found.reached[0].rows == {"train": 0, "validation": 0, "test": 1}
@@ -61,9 +61,7 @@ def test_what_does_not_come_of_it_is_left_alone(scene: Scene, versions: dict[int
     assert why(scene, scene.base) is None
 
 
-def test_a_version_with_its_training_and_a_base_with_all_its_children(
-    scene: Scene, versions: dict[int, Version]
-) -> None:
+def test_recalls_of_a_version_and_of_a_base(scene: Scene, versions: dict[int, Version]) -> None:
     assert withdraw(scene, "version", versions[2].digest) == {"version", "approval", "candidate", "training"}
     training = scene.store.record(versions[2].candidate).parents["training"]
     assert why(scene, training) == "asked to"
@@ -85,9 +83,7 @@ def test_a_dry_run_tells_the_same_and_changes_nothing(scene: Scene, versions: di
         assert [row.action for row in audit.entries(session)].count("recall.start") == 0
 
 
-def test_a_champion_and_a_live_rollout_are_named_and_the_rollout_aborts(
-    scene: Scene, versions: dict[int, Version]
-) -> None:
+def test_a_recall_names_champions_and_aborts_rollouts(scene: Scene, versions: dict[int, Version]) -> None:
     for number in (1, 2):
         rollout = start(scene.store, name=NAME, version=versions[number], steps=PLAN, actor=OPERATOR)
     found = recall(scene.store, Cause(kind="version", value=versions[1].digest), reason="wrong", actor=STEWARD)
@@ -151,9 +147,7 @@ def test_the_tenants_it_answered_are_named(scene: Scene, versions: dict[int, Ver
     assert found.tenants == ("", "acme", "zenith")
 
 
-def test_it_is_not_gone_while_a_champion_means_it_or_something_came_of_it_since(
-    scene: Scene, versions: dict[int, Version]
-) -> None:
+def test_a_recall_is_not_gone_while_something_uses_it(scene: Scene, versions: dict[int, Version]) -> None:
     cause = Cause(kind="version", value=versions[1].digest)
     with pytest.raises(UsageError, match="never recalled"):
         recall_status(scene.store, cause)

@@ -46,7 +46,7 @@ def test_a_decision_on_an_older_state_is_refused(store: Store, version: Version)
     assert point(store, version.digest, 1).revision == 2
 
 
-def test_a_name_that_pointed_nowhere_in_between_is_not_mistaken_for_unchanged(store: Store, version: Version) -> None:
+def test_an_alias_cleared_in_between_counts_as_changed(store: Store, version: Version) -> None:
     point(store, version.digest, 0)
     point(store, None, 1)
     assert get_alias(store, "intents", "champion") is None
@@ -57,9 +57,7 @@ def test_a_name_that_pointed_nowhere_in_between_is_not_mistaken_for_unchanged(st
     assert point(store, version.digest, 2).revision == 3
 
 
-def test_only_a_version_of_that_name_tenant_and_region_can_be_meant(
-    store: Store, version: Version, chain: Chain
-) -> None:
+def test_an_alias_needs_a_version_of_its_name_and_scope(store: Store, version: Version, chain: Chain) -> None:
     theirs = register(store, name="intents", verdict=chain.verdict, actor="olive", scope=Scope("acme", "eu"))
     others = register(store, name="others", verdict=chain.verdict, actor="olive")
     for digest in (theirs.digest, others.digest, chain.candidate, "", "sha256:" + "0" * 64):

@@ -163,7 +163,7 @@ def test_a_second_person_approves_and_once_is_enough(store: Store, version: Vers
     assert verify_log(store) == []
 
 
-def test_the_proposer_cannot_approve_whatever_roles_they_hold(store: Store, version: Version) -> None:
+def test_the_one_who_registered_cannot_approve(store: Store, version: Version) -> None:
     identities.set_roles(store, "olive", ["admin", "approver", "engineer"], actor="olive")
     with pytest.raises(Refused, match="olive registered intents@v1"):
         approve(store, version, approver="olive")
@@ -244,7 +244,7 @@ def test_an_approval_of_one_digest_is_none_of_another(store: Store, version: Ver
         require_approved(store, version.model_copy(update={"digest": other.digest}))
 
 
-def test_an_approval_replayed_under_another_version_does_not_count(store: Store, version: Version) -> None:
+def test_a_replayed_approval_does_not_count(store: Store, version: Version) -> None:
     given = store.record(approve(store, version, approver="ann"))
     other = register(store, name="intents", verdict=put_chain(store, seed=1).verdict, actor="olive")
     body = Approval.model_validate(dict(given.body))
@@ -290,7 +290,7 @@ def test_an_envelope_that_is_none_does_not_count(store: Store, version: Version,
         require_approved(store, version)
 
 
-def test_an_approval_that_the_log_does_not_know_does_not_count(store: Store, version: Version) -> None:
+def test_an_approval_without_audit_entry_does_not_count(store: Store, version: Version) -> None:
     approval = approval_by(store, "ann")
     put_approval(store, version, approval, sealed(store, "ann", statement_of(version, approval)), logged=False)
     with pytest.raises(Refused, match="the audit log has no entry"):
@@ -299,9 +299,7 @@ def test_an_approval_that_the_log_does_not_know_does_not_count(store: Store, ver
     assert require_approved(store, version).approver == "ann"
 
 
-def test_an_audit_entry_that_cannot_be_written_undoes_the_approval(
-    store: Store, version: Version, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_approval_without_its_audit_entry(store: Store, version: Version, monkeypatch: pytest.MonkeyPatch) -> None:
     keys.ensure_key(store, "ann")
 
     def full(*_: object, **__: object) -> None:
@@ -318,7 +316,7 @@ def test_an_audit_entry_that_cannot_be_written_undoes_the_approval(
     assert require_approved(store, version).approver == "ann"
 
 
-def test_an_overridden_version_is_approved_with_a_reason_that_knows_it(store: Store) -> None:
+def test_approving_an_overridden_version_needs_a_reason(store: Store) -> None:
     verdict = put_chain(store, verdict="fail").verdict
     version = register(store, name="intents", verdict=verdict, actor="olive", override="a drill")
     with pytest.raises(UsageError, match=r"were overridden \(a drill\): an approval of it needs a reason"):
@@ -345,7 +343,7 @@ def test_what_does_not_verify_is_not_approved(store: Store, version: Version, ch
         approve(store, version, approver="ann")
 
 
-def test_a_version_recalled_or_damaged_after_its_approval_is_approved_no_more(store: Store, version: Version) -> None:
+def test_a_recall_or_damage_ends_an_approval(store: Store, version: Version) -> None:
     approve(store, version, approver="ann")
     with database.writing(store.engine) as session:
         session.add(RecallRow(digest=version.digest, cause="x", reason="withdrawn", at=stamp()))

@@ -122,7 +122,7 @@ def test_users_and_tokens(store: Store) -> None:
         run(store, "users", "add", "eve", "--role", "admin", "--as", "ann")
 
 
-def test_taking_a_signer_out_of_service_says_what_stops_verifying(store: Store, version: Version) -> None:
+def test_deactivating_a_signer_names_what_stops_verifying(store: Store, version: Version) -> None:
     identities.add_user(store, "bob", ["admin"], actor="olive")
     result = run(store, "users", "deactivate", "olive", "--as", "bob")
     assert "no longer valid: intents@v1" in result.stderr

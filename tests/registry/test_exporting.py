@@ -109,9 +109,7 @@ def test_an_export_is_compared_recorded_and_shown(name: str, approved: Path, tmp
     assert _run(approved, "verify", "tiny@v1")["ok"]
 
 
-def test_peft_and_transformers_load_the_adapter_and_agree_with_the_merged_folder(
-    approved: Path, tmp_path: Path
-) -> None:
+def test_peft_and_transformers_agree_with_the_merged_export(approved: Path, tmp_path: Path) -> None:
     _run(approved, "export", "tiny@v1", str(tmp_path / "a"), "--as", "peft")
     _run(approved, "export", "tiny@v1", str(tmp_path / "m"), "--as", "merged", "--dtype", "fp32")
     signed = approved / ".tunesmith" / "versions" / "tiny" / "v1"

@@ -35,14 +35,14 @@ def test_an_honest_log_is_whole(store: Store, version: Version) -> None:
     assert verify_log(store) == []
 
 
-def test_a_log_rewritten_wholesale_contradicts_what_versions_were_signed_with(store: Store, version: Version) -> None:
+def test_a_rewritten_log_contradicts_signed_heads(store: Store, version: Version) -> None:
     rewrite(store, {2: {"actor": "someone-else"}})
     with database.reading(store.engine) as session:
         assert audit.verify(session) == []  # it is whole and reaches its head: the trap
     assert any("the log was rewritten" in problem and "version" in problem for problem in verify_log(store))
 
 
-def test_a_version_taken_out_of_the_index_still_bears_witness(store: Store, version: Version) -> None:
+def test_a_version_outside_the_index_still_checks_the_log(store: Store, version: Version) -> None:
     rewrite(store, {2: {"actor": "someone-else"}})
     with database.writing(store.engine) as session:
         session.execute(delete(RecordRow))
@@ -56,7 +56,7 @@ def test_a_tail_cut_with_its_head_contradicts_an_approval(store: Store, version:
     assert any("the tail was cut" in problem or "was rewritten" in problem for problem in problems)
 
 
-def test_a_head_kept_elsewhere_shows_even_the_newest_entry_missing(store: Store, version: Version) -> None:
+def test_a_head_kept_elsewhere_shows_a_missing_newest_entry(store: Store, version: Version) -> None:
     with database.reading(store.engine) as session:
         head = audit.newest(session)
     assert verify_log(store, [head]) == []
@@ -94,9 +94,7 @@ def test_rows_slipped_in_or_taken_out_show(store: Store, version: Version) -> No
     ]
 
 
-def test_an_emptied_users_table_does_not_make_the_next_comer_the_owner(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_emptied_users_table_makes_nobody_owner(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with database.writing(store.engine) as session:
         session.execute(delete(UserRow))
     monkeypatch.setenv("TUNESMITH_USER", "mallory")

@@ -23,7 +23,7 @@ def pem(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
     return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def test_a_pair_is_made_once_readable_by_its_owner_alone_and_published(store: Store) -> None:
+def test_a_key_pair_is_made_once_and_published(store: Store) -> None:
     user = keys.create_key(store, "ann", actor="ann")
     path = store.root / "keys" / "ann.pem"
     assert path.stat().st_mode & 0o777 == 0o600
@@ -45,7 +45,7 @@ def test_nobody_but_an_admin_makes_a_key_for_another(store: Store) -> None:
     keys.create_key(store, "ann", actor="olive")
 
 
-def test_an_enrolment_cut_short_is_carried_on_with_the_same_key(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_enrolment_continues_with_its_key(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -110,7 +110,7 @@ def test_the_folder_of_private_keys_can_be_ones_own(
     assert not (store.root / "keys").exists()
 
 
-def test_a_pair_that_openssl_made_signs_without_its_private_half_ever_lying_in_the_store(
+def test_an_openssl_key_signs_from_outside_the_store(
     store: Store, version: Version, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = ec.generate_private_key(ec.SECP256R1())

@@ -27,7 +27,7 @@ def test_everything_a_version_came_of_is_found_from_files(store: Store, version:
         ancestors(store, [version.digest])
 
 
-def test_a_tree_goes_up_and_down_and_spells_each_record_out_once(store: Store, version: Version, chain: Chain) -> None:
+def test_a_tree_shows_each_record_in_full_once(store: Store, version: Version, chain: Chain) -> None:
     approve(store, version, approver="ann")
     node = tree(store, chain.training or "").document()
     assert kinds(node["parents"], "parents") == {"base", "dataset"}

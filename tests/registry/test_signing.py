@@ -125,7 +125,7 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_a_trusted_signers_statement_about_something_else_is_refused(store: Store, folder: Path, name: str) -> None:
+def test_a_signed_statement_about_other_files_is_refused(store: Store, folder: Path, name: str) -> None:
     statement = statement_in(folder)
     EDITS[name](statement)
     sign_statement(store, folder, statement)
@@ -140,7 +140,7 @@ def test_a_signature_over_no_statement_is_refused(store: Store, folder: Path, st
         check(store, folder)
 
 
-def test_another_users_signature_under_this_ones_hint_is_refused(store: Store, folder: Path) -> None:
+def test_a_signature_under_another_users_hint_is_refused(store: Store, folder: Path) -> None:
     keys.ensure_key(store, "ann")
     sign_statement(store, folder, statement_in(folder), user="ann")
     bundle = json.loads((folder / "model.sig").read_bytes())

@@ -54,7 +54,7 @@ def test_a_copy_on_another_path_verifies_without_a_database(store: Store, versio
     assert not (copy / "tunesmith.db").exists()
 
 
-def test_one_flipped_byte_in_any_file_is_found_and_the_file_named(store: Store, version: Version) -> None:
+def test_a_flipped_byte_in_any_file_is_found(store: Store, version: Version) -> None:
     put_chain(store, seed=1)  # what another version rests on counts too: the whole store is held against its names
     approve(store, version, approver="ann")
     files = [path for kind in ("blobs", "records", "versions") for path in (store.root / kind).rglob("*")]
@@ -162,9 +162,7 @@ def test_a_key_that_is_not_trusted_is_refused(store: Store, version: Version, tm
     assert "not trusted here" in problem.reason
 
 
-def test_a_list_of_keys_that_the_verifier_brought_is_not_overruled_by_the_stores(
-    store: Store, version: Version, tmp_path: Path
-) -> None:
+def test_the_verifiers_own_key_list_counts(store: Store, version: Version, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs.json"
     theirs.write_bytes((store.root / "trust" / "keys.json").read_bytes())
     # An attacker with the whole store makes everything anew with a key of their own, under the same names.
@@ -213,7 +211,7 @@ def test_a_dataset_whose_count_is_not_its_rows_is_found(store: Store, chain: Cha
     assert "says 5 rows in train, there are 6" in problem.reason
 
 
-def test_the_bases_files_are_checked_where_they_are_at_hand(store: Store, version: Version, tmp_path: Path) -> None:
+def test_base_files_are_checked_if_they_are_found(store: Store, version: Version, tmp_path: Path) -> None:
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "config.json").write_bytes(b"{}")

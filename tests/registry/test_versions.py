@@ -92,7 +92,7 @@ def test_the_same_verdict_again_is_the_same_version(store: Store, version: Versi
 
 
 @pytest.mark.parametrize("outcome", ["fail", "inconclusive"])
-def test_what_did_not_pass_is_refused_unless_an_admin_overrides_it(store: Store, outcome: str) -> None:
+def test_a_failed_candidate_needs_an_admins_override(store: Store, outcome: str) -> None:
     verdict = put_chain(store, verdict=outcome).verdict
     with pytest.raises(Refused, match=rf"{outcome}: valid \({outcome}\)"):
         register(store, name="intents", verdict=verdict, actor="olive")
@@ -153,7 +153,7 @@ def forge_verdict(store: Store, chain: Chain, **parents: str) -> str:
     return store.put_record(record.model_copy(update={"parents": {**record.parents, **parents}}))
 
 
-def test_evidence_about_another_candidate_or_typed_in_by_hand_is_refused(store: Store, chain: Chain) -> None:
+def test_evidence_of_another_candidate_or_forged_is_refused(store: Store, chain: Chain) -> None:
     other = put_chain(store, seed=1)
     for parents in ({"candidate": other.candidate}, {"evaluation": other.evaluation}):
         with pytest.raises(Refused, match="did not measure this candidate"):
@@ -263,7 +263,7 @@ def test_a_version_is_found_by_label_alias_and_digest(store: Store, version: Ver
             resolve(store, text)
 
 
-def test_another_tenants_or_regions_version_answers_as_none_at_all(store: Store, chain: Chain) -> None:
+def test_a_version_of_another_scope_does_not_exist(store: Store, chain: Chain) -> None:
     version = register(store, name="intents", verdict=chain.verdict, actor="olive", scope=Scope("acme", "eu"))
     with store.change("olive", "test.point", "intents", {}) as session:
         set_alias(
@@ -314,7 +314,7 @@ def test_what_is_opened_is_a_private_verified_copy(store: Store, version: Versio
         assert loaded.candidate.tuned
 
 
-def test_files_swapped_after_the_verification_have_no_effect(store: Store, version: Version) -> None:
+def test_files_swapped_after_verification_have_no_effect(store: Store, version: Version) -> None:
     folder = store.root / "versions" / "intents" / "v1"
     good = (folder / ADAPTER_FILE).read_bytes()
     with verified_copy(store, version) as loaded:
@@ -327,7 +327,7 @@ def test_files_swapped_after_the_verification_have_no_effect(store: Store, versi
         pass
 
 
-def test_a_file_swapped_between_its_copy_and_its_verification_is_not_believed(
+def test_a_file_swapped_before_verification_is_refused(
     store: Store, version: Version, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = store.root / "versions" / "intents" / "v1"
@@ -344,7 +344,7 @@ def test_a_file_swapped_between_its_copy_and_its_verification_is_not_believed(
         assert (loaded.adapter / ADAPTER_FILE).read_bytes() == good
 
 
-def test_another_versions_whole_folder_is_not_served_in_its_place(store: Store, version: Version) -> None:
+def test_another_versions_folder_is_not_served_instead(store: Store, version: Version) -> None:
     other = register(store, name="intents", verdict=put_chain(store, seed=1).verdict, actor="olive")
     folder = store.root / "versions" / "intents"
     shutil.rmtree(folder / "v2")
@@ -356,7 +356,7 @@ def test_another_versions_whole_folder_is_not_served_in_its_place(store: Store, 
         pass
 
 
-def test_a_candidates_record_is_held_against_its_digest_when_opened(store: Store, version: Version) -> None:
+def test_opening_checks_the_candidates_digest(store: Store, version: Version) -> None:
     path = store.record_path(version.candidate)
     path.chmod(0o644)
     path.write_bytes(path.read_bytes().replace(b"Answer.", b"Obey me"))
@@ -364,9 +364,7 @@ def test_a_candidates_record_is_held_against_its_digest_when_opened(store: Store
         pass
 
 
-def test_a_recalled_version_or_one_that_rests_on_a_recalled_record_is_not_opened(
-    store: Store, version: Version, chain: Chain
-) -> None:
+def test_recalled_versions_or_parents_are_not_opened(store: Store, version: Version, chain: Chain) -> None:
     for digest in (version.digest, chain.dataset, store.record(chain.dataset).blobs["train.jsonl"]):
         with database.writing(store.engine) as session:
             session.add(RecallRow(digest=digest, cause="row x", reason="consent withdrawn", at=stamp()))
@@ -378,9 +376,7 @@ def test_a_recalled_version_or_one_that_rests_on_a_recalled_record_is_not_opened
             session.execute(delete(RecallRow))
 
 
-def test_a_signer_who_lost_the_standing_is_not_believed_and_a_colleague_can_sign_anew(
-    store: Store, chain: Chain
-) -> None:
+def test_a_colleague_can_sign_for_a_signer_without_role(store: Store, chain: Chain) -> None:
     identities.add_user(store, "eve", ["engineer"], actor="olive")
     version = register(store, name="intents", verdict=chain.verdict, actor="eve")
     identities.deactivate(store, "eve", actor="olive")
@@ -391,9 +387,7 @@ def test_a_signer_who_lost_the_standing_is_not_believed_and_a_colleague_can_sign
     assert (again.label, again.signer) == ("intents@v2", "olive")
 
 
-def test_a_damaged_version_is_not_papered_over_by_registering_again(
-    store: Store, version: Version, chain: Chain
-) -> None:
+def test_registering_again_does_not_hide_damage(store: Store, version: Version, chain: Chain) -> None:
     (store.root / "versions" / "intents" / "v1" / ADAPTER_FILE).write_bytes(b"x")
     with pytest.raises(Refused, match="not the ones that were signed"):
         register(store, name="intents", verdict=chain.verdict, actor="olive")
@@ -403,7 +397,7 @@ def test_a_damaged_version_is_not_papered_over_by_registering_again(
 # Cut short, and at once
 
 
-def test_two_who_register_the_same_verdict_at_once_get_one_version(store: Store, chain: Chain) -> None:
+def test_registering_a_verdict_twice_at_once_gives_one_version(store: Store, chain: Chain) -> None:
     found: list[str] = []
     gate = threading.Barrier(3)
 
@@ -423,9 +417,7 @@ def test_two_who_register_the_same_verdict_at_once_get_one_version(store: Store,
     assert [path.name for path in (store.root / "versions" / "intents").iterdir()] == ["v1"]
 
 
-def test_an_audit_entry_that_cannot_be_written_undoes_the_registration(
-    store: Store, chain: Chain, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_registration_without_its_audit_entry(store: Store, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     versions.keys.ensure_key(store, "olive")
 
     def full(*_: object, **__: object) -> None:

@@ -18,15 +18,15 @@ def arm(ones: int, total: int, failed: int = 0) -> Arm:
     return Arm(scores=[1.0] * ones + [0.0] * (total - ones), requests=total + failed, failed=failed)
 
 
-def test_a_canary_that_is_much_worse_fails_within_40_requests_at_a_tenth_of_the_traffic() -> None:
+def test_a_bad_canary_fails_within_40_requests_at_10_percent() -> None:
     assert judge(Analysis(metric="exact_match"), arm(0, 40), arm(108, 360)).outcome == "fail"
 
 
-def test_a_canary_that_is_much_worse_fails_within_45_requests_at_half_the_traffic() -> None:
+def test_a_bad_canary_fails_within_45_requests_at_50_percent() -> None:
     assert judge(Analysis(metric="exact_match"), arm(0, 45), arm(14, 45)).outcome == "fail"
 
 
-def test_a_canary_that_is_much_better_passes_within_40_requests() -> None:
+def test_a_much_better_canary_passes_within_40_requests() -> None:
     few = Analysis(metric="exact_match", min_requests=10)
     assert judge(few, arm(26, 40), arm(10, 40)).outcome == "pass"
     assert judge(few, arm(24, 40), arm(100, 360)).outcome == "pass"
@@ -42,7 +42,7 @@ def test_a_pass_waits_for_min_requests_and_a_failure_does_not() -> None:
     assert judge(Analysis(metric="exact_match", min_requests=500), arm(0, 60), arm(400, 400)).outcome == "fail"
 
 
-def test_equal_arms_without_a_margin_stay_open_and_exhaust_max_requests() -> None:
+def test_equal_arms_without_margin_exhaust_max_requests() -> None:
     open_question = Analysis(metric="exact_match", worse_by_at_most=0.0, max_requests=100)
     before, after = judge(open_question, arm(30, 99), arm(30, 99)), judge(open_question, arm(30, 100), arm(30, 100))
     assert (before.outcome, before.exhausted) == ("inconclusive", False)
@@ -81,7 +81,7 @@ def test_only_errors_fail_whatever_the_metric() -> None:
         assert judgement.outcome == "fail", metric
 
 
-def test_good_scores_do_not_pass_while_more_requests_fail_than_stable_has() -> None:
+def test_good_scores_do_not_pass_with_more_failures() -> None:
     good = Analysis(metric="exact_match")
     assert judge(good, arm(60, 60), arm(10, 60)).outcome == "pass"
     failing = judge(good, arm(60, 60, failed=5), arm(10, 60))
@@ -122,7 +122,7 @@ scores = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(0, 1), max_
 
 @settings(max_examples=60, deadline=None)
 @given(scores, scores, st.sampled_from([0.0, 0.05, 0.5, 0.99]))
-def test_evidence_is_finite_and_never_for_both_sides_and_blind_to_order(
+def test_evidence_is_finite_one_sided_and_ignores_order(
     canary: list[float], stable: list[float], margin: float
 ) -> None:
     ours, theirs = np.array(canary), np.array(stable)
@@ -154,7 +154,7 @@ def looks_until(fires: Any, rng: np.random.Generator, canary: float, stable: flo
 
 
 @pytest.mark.parametrize(("mean", "share"), [(0.3, 0.5), (0.95, 0.1)])
-def test_equal_arms_peeked_at_after_every_request_rarely_raise_a_false_alarm(mean: float, share: float) -> None:
+def test_peeking_at_equal_arms_rarely_raises_an_alarm(mean: float, share: float) -> None:
     rng = np.random.default_rng(7)
     alarms = sum(
         looks_until(lambda ours, theirs: evidence_worse(ours, theirs, 0.0) >= 10, rng, mean, mean, share, 120)
@@ -164,7 +164,7 @@ def test_equal_arms_peeked_at_after_every_request_rarely_raise_a_false_alarm(mea
     assert alarms <= 8
 
 
-def test_a_canary_worse_than_the_margin_rarely_passes_under_peeking() -> None:
+def test_peeking_rarely_passes_a_worse_canary() -> None:
     rng = np.random.default_rng(8)
     passes = sum(
         looks_until(lambda ours, theirs: evidence_not_worse(ours, theirs, 0.1) >= 10, rng, 0.4, 0.5, 0.5, 120)

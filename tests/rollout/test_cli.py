@@ -141,7 +141,7 @@ def serve_rows(folder: Folder, version: Version, lengths: list[int]) -> None:
             )  # fmt: skip
 
 
-def test_recall_names_what_it_reaches_and_ends_live_rollouts(folder: Folder) -> None:
+def test_recall_lists_what_it_reaches_and_ends_rollouts(folder: Folder) -> None:
     folder.run("rollout", "start", f"{NAME}@v1")
     folder.run("rollout", "start", f"{NAME}@v2")
     code, planned = folder.run("recall", "--version", f"{NAME}@v1", "--reason", "wrong", "--dry-run", user=STEWARD)

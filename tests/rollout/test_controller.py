@@ -158,7 +158,7 @@ def test_advance_without_news_writes_nothing(first: Scene, versions: Versions) -
     assert (get_rollout(first.store, rollout.id), actions(first)) == before
 
 
-def test_a_worse_canary_is_aborted_with_its_numbers_and_the_champion_stays(first: Scene, versions: Versions) -> None:
+def test_a_worse_canary_is_aborted_with_its_numbers(first: Scene, versions: Versions) -> None:
     rollout = begin(first, versions[2])
     advance(first.store, rollout.id, clock=Time())
     ended = advance(first.store, rollout.id, clock=Time(), measure=BAD)
@@ -178,9 +178,7 @@ def test_a_worse_canary_is_aborted_with_its_numbers_and_the_champion_stays(first
         ),
     ],
 )
-def test_an_open_question_never_promotes_and_aborts_at_its_timeout(
-    first: Scene, versions: Versions, measure: Any, says: str
-) -> None:
+def test_an_undecided_analysis_aborts_at_its_timeout(first: Scene, versions: Versions, measure: Any, says: str) -> None:
     time = Time()
     rollout = begin(first, versions[2], clock=time)
     advance(first.store, rollout.id, clock=time)
@@ -219,14 +217,14 @@ def test_max_requests_without_a_decision_abort(first: Scene, versions: Versions)
 # What start refuses
 
 
-def test_an_unapproved_version_is_refused_and_nothing_is_left(first: Scene, versions: Versions) -> None:
+def test_an_unapproved_version_is_refused(first: Scene, versions: Versions) -> None:
     with pytest.raises(Refused, match="is not approved"):
         begin(first, versions[4])
     assert list_rollouts(first.store, live=True) == []
     assert actions(first) == ["alias.set", "rollout.start"]
 
 
-def test_an_override_needs_its_role_and_a_reason_and_is_audited_as_one(first: Scene, versions: Versions) -> None:
+def test_an_override_needs_role_and_reason_and_is_audited(first: Scene, versions: Versions) -> None:
     with pytest.raises(Refused, match="olga may not do this: it takes admin"):
         begin(first, versions[4], override="hurry")
     with pytest.raises(UsageError, match="needs a reason"):
@@ -286,7 +284,7 @@ def test_a_version_of_another_name_or_region_is_refused(first: Scene, versions: 
 # Commands
 
 
-def test_promote_skips_pauses_but_an_analysis_only_under_an_override(first: Scene, versions: Versions) -> None:
+def test_promote_skips_an_analysis_only_with_an_override(first: Scene, versions: Versions) -> None:
     rollout = begin(first, versions[2], {"setWeight": 5}, {"pause": {}}, {"setWeight": 100})
     advance(first.store, rollout.id, clock=Time())
     assert promote(first.store, rollout.id, actor=OPERATOR).status == "promoted"
@@ -351,7 +349,7 @@ def test_rollback_goes_back_one_promotion_at_a_time(first: Scene, versions: Vers
     assert champion(first) == versions[1].digest
 
 
-def test_rollback_during_a_rollout_ends_it_and_keeps_the_champion(first: Scene, versions: Versions) -> None:
+def test_rollback_ends_a_live_rollout_and_keeps_the_champion(first: Scene, versions: Versions) -> None:
     rollout = begin(first, versions[2])
     advance(first.store, rollout.id, clock=Time())
     undone = rollback(first.store, name=NAME, actor=OPERATOR, reason="stop")
@@ -368,9 +366,7 @@ def test_rollback_passes_over_a_version_that_was_recalled(first: Scene, versions
     assert [one.status for one in list_rollouts(first.store)] == ["rolled_back", "rolled_back", "promoted"]
 
 
-def test_what_replaces_a_recalled_champion_serves_at_once_and_is_taken_back_past_it(
-    first: Scene, versions: Versions
-) -> None:
+def test_rollback_skips_a_recalled_champion(first: Scene, versions: Versions) -> None:
     promoted(first, versions[2])
     recall(first, versions[2])
     with pytest.raises(Refused, match="not approved"):
@@ -383,14 +379,14 @@ def test_what_replaces_a_recalled_champion_serves_at_once_and_is_taken_back_past
     assert champion(first) == versions[1].digest
 
 
-def test_rollback_from_a_champion_that_was_set_by_hand_is_refused(first: Scene, versions: Versions) -> None:
+def test_rollback_of_a_champion_set_by_hand_is_refused(first: Scene, versions: Versions) -> None:
     promoted(first, versions[2])
     point(first, versions[3])
     with pytest.raises(Refused, match="no rollout promoted the champion"):
         rollback(first.store, name=NAME, actor=OPERATOR, reason="complaints")
 
 
-# The ground moves
+# A precondition breaks
 
 
 def test_a_champion_changed_under_the_rollout_aborts_it(first: Scene, versions: Versions) -> None:
@@ -435,7 +431,7 @@ def test_a_role_revoked_mid_flight_stops_the_promotion(first: Scene, versions: V
     assert champion(first) == versions[1].digest
 
 
-def test_an_override_whose_giver_lost_the_role_does_not_promote(first: Scene, versions: Versions) -> None:
+def test_an_override_without_its_role_does_not_promote(first: Scene, versions: Versions) -> None:
     add_user(first.store, "zoe", ["admin"], actor=OWNER)
     rollout = begin(first, versions[4], {"setWeight": 100}, actor="zoe", override="a drill")
     advance(first.store, rollout.id, clock=Time())
@@ -443,7 +439,7 @@ def test_an_override_whose_giver_lost_the_role_does_not_promote(first: Scene, ve
     assert "zoe may not do this" in advance(first.store, rollout.id, clock=Time()).reason
 
 
-def test_a_clock_set_back_makes_a_pause_longer_and_never_shorter(first: Scene, versions: Versions) -> None:
+def test_a_clock_set_back_never_shortens_a_pause(first: Scene, versions: Versions) -> None:
     time = Time()
     rollout = begin(first, versions[2], {"setWeight": 5}, {"pause": {"seconds": 60}}, {"setWeight": 100}, clock=time)
     advance(first.store, rollout.id, clock=time)
@@ -464,9 +460,7 @@ def test_a_clock_set_back_makes_a_pause_longer_and_never_shorter(first: Scene, v
 
 @pytest.mark.parametrize("dies_in", ["transitions.point_champion", "transitions.apply", "audit.append", "store.change"])
 @pytest.mark.parametrize("before", [True, False])
-def test_a_controller_killed_during_the_promotion_is_carried_on_by_the_next(
-    first: Scene, versions: Versions, dies_in: str, before: bool
-) -> None:
+def test_a_killed_promotion_is_carried_on(first: Scene, versions: Versions, dies_in: str, before: bool) -> None:
     rollout = begin(first, versions[2], {"setWeight": 100})
     standing = advance(first.store, rollout.id, clock=Time())
     first.store.engine.dispose()
@@ -528,7 +522,7 @@ def test_a_rollback_during_a_promotion_ends_with_the_old_champion(first: Scene, 
     assert champion(first) == versions[1].digest
 
 
-def test_an_arrow_chosen_for_an_older_revision_is_not_followed(first: Scene, versions: Versions) -> None:
+def test_a_transition_for_an_older_revision_is_dropped(first: Scene, versions: Versions) -> None:
     rollout = begin(first, versions[2])
 
     def meanwhile_aborted(*_: Any) -> tuple[Arm, Arm]:

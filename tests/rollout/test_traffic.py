@@ -54,8 +54,6 @@ def test_the_share_of_the_canary_is_the_weight() -> None:
 
 
 @given(st.text(), st.integers(0, 100), st.integers(0, 100), st.integers(1, 99))
-def test_a_user_who_went_to_the_canary_stays_there_as_the_weight_grows(
-    key: str, one: int, other: int, rollout: int
-) -> None:
+def test_a_user_keeps_the_canary_as_the_weight_grows(key: str, one: int, other: int, rollout: int) -> None:
     low, high = sorted((one, other))
     assert goes_to_canary(rollout, high, key) or not goes_to_canary(rollout, low, key)

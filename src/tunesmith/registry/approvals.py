@@ -90,8 +90,8 @@ def sign(request: ApprovalRequest, key: ec.EllipticCurvePrivateKey) -> bytes:
 def submit_approval(store: Store, envelope: bytes) -> RecordedApproval:
     """Check a signed approval and record it. Submitted twice by one approver, the first one stays.
 
-    Whoever signed it is the actor: no other identity is needed. Everything that prepare_approval checks is checked
-    again, and the signature, and that the store's audit log holds the entry which the statement names as its newest.
+    The actor is the user whose key signed it. It repeats every check of prepare_approval. It also checks the signature,
+    and that this store's audit log holds the entry that the statement names as the newest one.
     Raises as prepare_approval does, and Refused for an envelope that is not an approval by a trusted key.
     """
     statement, key = open_envelope(envelope, identities.trusted_keys(store), "the approval's envelope")
@@ -186,7 +186,7 @@ def _counting(
         .where(EdgeRow.parent == version.digest, EdgeRow.role == "version", RecordRow.kind == "approval")
         .order_by(RecordRow.created_at, RecordRow.digest)
     )
-    # A record whose transaction was killed lies on disk without an audit entry: it does not count.
+    # A record whose transaction was killed is in the store without an audit entry: it does not count.
     entries = select(AuditRow).where(AuditRow.action == "version.approve", AuditRow.subject == version.digest)
     logged = {row.detail.get("approval") for row in session.scalars(entries)}
     trusted = identities.trusted_keys(session)
