@@ -9,13 +9,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from tests.tiny import FAMILIES, write_model
+from tests.trained import base_of
 from tunesmith.core.errors import Refused
 from tunesmith.models.export.gguf import FILE, check_supported, write_gguf
 from tunesmith.models.export.merging import write_merged
+from tunesmith.models.weight_files import save_adapter_file
 
 IDS = torch.randint(0, 290, (2, 19), generator=torch.Generator().manual_seed(0))
 NOT_AS_GGUF = {
@@ -46,8 +48,26 @@ def _adapter(base: Path, folder: Path, **settings: object) -> torch.Tensor:
         if "magnitude" in name:  # at its start it is the rows' own length, and DoRA changes nothing
             parameter.data.mul_(1 + 0.2 * torch.rand_like(parameter))
     model.save_pretrained(folder)
+    _bind(base, folder)
     with torch.no_grad():
         return model.merge_and_unload().eval()(IDS).logits
+
+
+def _bind(base: Path, folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Write PEFT's adapter again as training does, bound to the base. tensors: in place of its own."""
+    config, of = json.loads((folder / "adapter_config.json").read_text()), base_of(base)
+    tensors = load_file(folder / "adapter_model.safetensors") if tensors is None else tensors
+    save_adapter_file(
+        folder,
+        {name: tensor.numpy() for name, tensor in tensors.items()},
+        base=of.digest,
+        fingerprint=of.fingerprint,
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        root=config["use_rslora"],
+        dora=config["use_dora"],
+        targets=config["target_modules"],
+    )
 
 
 def _logits(folder: Path, **how: object) -> torch.Tensor:
@@ -69,7 +89,7 @@ def base(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_merged_weights_equal_those_of_peft(base: Path, kind: str, tmp_path: Path) -> None:
     expected = _adapter(base, tmp_path / "a", **KINDS[kind])
     (tmp_path / "m").mkdir()
-    write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
+    write_merged(base_of(base), tmp_path / "a", tmp_path / "m", "fp32")
     assert torch.allclose(_logits(tmp_path / "m"), expected, atol=1e-5)
     assert not torch.allclose(_logits(base), expected, atol=1e-2), "an adapter that changes nothing shows nothing"
 
@@ -78,7 +98,7 @@ def test_a_merged_folder_is_complete(base: Path, tmp_path: Path) -> None:
     _adapter(base, tmp_path / "a")
     for name in ("m", "again"):
         (tmp_path / name).mkdir()
-        write_merged(base, tmp_path / "a", tmp_path / name, "bf16")
+        write_merged(base_of(base), tmp_path / "a", tmp_path / name, "bf16")
     assert {path.name for path in (tmp_path / "m").iterdir()} == {path.name for path in base.iterdir()}
     for path in (tmp_path / "m").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
@@ -99,8 +119,9 @@ def test_a_sharded_base_stays_sharded(tmp_path: Path) -> None:
     (base / "model.safetensors").unlink(missing_ok=True)
     shards = sorted(path.name for path in base.glob("*.safetensors"))
     assert len(shards) > 1
+    _bind(base, tmp_path / "a")  # these files are another base
     (tmp_path / "m").mkdir()
-    write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
+    write_merged(base_of(base), tmp_path / "a", tmp_path / "m", "fp32")
     assert sorted(path.name for path in (tmp_path / "m").glob("*.safetensors")) == shards
     assert torch.allclose(_logits(tmp_path / "m"), expected, atol=1e-5)
 
@@ -108,22 +129,22 @@ def test_a_sharded_base_stays_sharded(tmp_path: Path) -> None:
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     base = write_model(tmp_path / "b")
     _adapter(base, tmp_path / "a")
-    file = tmp_path / "a" / "adapter_model.safetensors"
-    tensors = load_file(file)
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     (tmp_path / "m").mkdir()
     name = sorted(tensors)[0]
-    save_file({key: value for key, value in tensors.items() if key != name}, file)
-    with pytest.raises(Refused, match="incomplete"):
-        write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
-    save_file({key.replace("layers.2.", "layers.3."): value for key, value in tensors.items()}, file)
+    _bind(base, tmp_path / "a", {key: value for key, value in tensors.items() if key != name})
+    with pytest.raises(Refused, match=r"has lora_B.weight, expected lora_A.weight, lora_B.weight"):
+        write_merged(base_of(base), tmp_path / "a", tmp_path / "m", "fp32")
+    _bind(base, tmp_path / "a", {key.replace("layers.2.", "layers.3."): value for key, value in tensors.items()})
     with pytest.raises(Refused, match="has no weight"):
-        write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
-    save_file({key: value[:, :-1].contiguous() for key, value in tensors.items()}, file)
+        write_merged(base_of(base), tmp_path / "a", tmp_path / "m", "fp32")
+    cut = {key: value[:, :-1].contiguous() if "lora_A" in key else value for key, value in tensors.items()}
+    _bind(base, tmp_path / "a", cut)
     with pytest.raises(Refused, match="does not fit"):
-        write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
-    save_file({**tensors, "base_model.model.lm_head.weight": torch.zeros(2)}, file)
-    with pytest.raises(Refused, match="cannot be merged"):
-        write_merged(base, tmp_path / "a", tmp_path / "m", "fp32")
+        write_merged(base_of(base), tmp_path / "a", tmp_path / "m", "fp32")
+    _bind(base, tmp_path / "a", {**tensors, "base_model.model.lm_head.weight": torch.zeros(2, 2)})
+    with pytest.raises(Refused, match="not a LoRA tensor"):
+        write_merged(base_of(base), tmp_path / "a", tmp_path / "m", "fp32")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -133,10 +154,10 @@ def test_a_gguf_can_be_read_by_transformers(base: Path, family: str, dtype: str,
         (tmp_path / name).mkdir()
     if family in NOT_AS_GGUF:
         with pytest.raises(Refused, match=rf"{NOT_AS_GGUF[family]}(.|\n)*convert_hf_to_gguf.py"):
-            write_gguf(base, tmp_path / "a", tmp_path / "g", "fp32", "n")
+            write_gguf(base_of(base), tmp_path / "a", tmp_path / "g", "fp32", "n")
         return
     for name in ("g", "again"):
-        write_gguf(base, tmp_path / "a", tmp_path / name, dtype, "n")  # type: ignore[arg-type]
+        write_gguf(base_of(base), tmp_path / "a", tmp_path / name, dtype, "n")  # type: ignore[arg-type]
     assert (tmp_path / "g" / FILE).read_bytes() == (tmp_path / "again" / FILE).read_bytes()
     config = AutoConfig.from_pretrained(tmp_path / "g", gguf_file=FILE)
     config.head_dim = 8  # transformers does not read it for every architecture
@@ -146,7 +167,7 @@ def test_a_gguf_can_be_read_by_transformers(base: Path, family: str, dtype: str,
         assert torch.allclose(found, expected, atol=1e-5)
     else:
         (tmp_path / "m").mkdir()
-        write_merged(base, tmp_path / "a", tmp_path / "m", "bf16")
+        write_merged(base_of(base), tmp_path / "a", tmp_path / "m", "bf16")
         merged = _logits(tmp_path / "m")
         assert (found - expected).abs().max() < 2 * (merged - expected).abs().max(), "rounding, no more"
     theirs = AutoTokenizer.from_pretrained(tmp_path / "g", gguf_file=FILE)

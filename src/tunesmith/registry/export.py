@@ -152,11 +152,11 @@ def _write(form: Form, dtype: Dtype, base: Base, adapter: Path, folder: Path, ve
     elif form == "merged":
         from tunesmith.models.export.merging import write_merged
 
-        write_merged(base.folder, adapter, folder, dtype)
+        write_merged(base, adapter, folder, dtype)
     else:
         from tunesmith.models.export.gguf import write_gguf
 
-        write_gguf(base.folder, adapter, folder, dtype, version.label)
+        write_gguf(base, adapter, folder, dtype, version.label)
 
 
 def _provenance(version: Version, candidate: Candidate, base: Base, form: Form, dtype: Dtype) -> dict[str, Any]:

@@ -278,7 +278,7 @@ def _load(form: str, exported: Path, base: Base, trained: Path) -> Any:
             exported, gguf_file=GGUF, config=config, quantization_config=given, **plain
         )
     model = AutoModelForCausalLM.from_pretrained(base.folder, **plain)
-    for _, tensors in merged_shards(base.folder, exported):
+    for _, tensors in merged_shards(base, exported):
         model.load_state_dict(tensors, strict=False)
     return model
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
+from tunesmith.models.base import Base
 from tunesmith.models.export.merging import DTYPES, Dtype, merged_shards
 
 FILE = "model.gguf"
@@ -34,7 +35,7 @@ _CUTS: Mapping[str, str] = {
 }
 
 
-def write_gguf(base: Path, adapter: Path, target: Path, dtype: Dtype, name: str) -> None:
+def write_gguf(base: Base, adapter: Path, target: Path, dtype: Dtype, name: str) -> None:
     """Write model.gguf into target: the base with the adapter merged. The same inputs give the same bytes.
 
     dtype: of matrices; norms and biases are fp32. name: the model's name in the file. Raises Refused for a family,
@@ -42,15 +43,15 @@ def write_gguf(base: Path, adapter: Path, target: Path, dtype: Dtype, name: str)
     """
     import gguf
 
-    config: dict[str, Any] = json.loads((base / "config.json").read_bytes())
-    architecture = check_supported(base)
+    config: dict[str, Any] = json.loads((base.folder / "config.json").read_bytes())
+    architecture = check_supported(base.folder)
     writer = gguf.GGUFWriter(target / FILE, architecture)
     try:
         writer.add_type("model")
         writer.add_name(name)
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if dtype == "bf16" else gguf.LlamaFileType.ALL_F32)
         _add_sizes(writer, config)
-        _add_tokenizer(writer, base, int(config["vocab_size"]))
+        _add_tokenizer(writer, base.folder, int(config["vocab_size"]))
         for key, tensor in _tensors(base, adapter, config, architecture):
             kind = torch.float32 if tensor.ndim == 1 else DTYPES[dtype]
             if kind == torch.float32:
@@ -153,7 +154,7 @@ def _step(step: Mapping[str, Any]) -> str:
             return f"unknown {other}"
 
 
-def _tensors(base: Path, adapter: Path, config: Mapping[str, Any], architecture: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(base: Base, adapter: Path, config: Mapping[str, Any], architecture: str) -> Iterator[tuple[str, Tensor]]:
     """GGUF names and tensors. The head of a tied model is left out."""
     import gguf
 
@@ -167,7 +168,7 @@ def _tensors(base: Path, adapter: Path, config: Mapping[str, Any], architecture:
                 continue
             key = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if key is None:
-                raise _refusal(base, f"there is no GGUF tensor for {name}")
+                raise _refusal(base.folder, f"there is no GGUF tensor for {name}")
             part = name.split(".")[-2]
             if architecture == "llama" and part in groups:
                 tensor = _interleaved(tensor, groups[part])

@@ -8,7 +8,6 @@ scale); Liu et al. 2024 (DoRA), in PEFT's file layout.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,13 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
-from tunesmith.models.base import INDEX, base_files
-from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, EMBEDDING, HEAD, MODEL_FILE, has_whole_model
+from tunesmith.models.base import INDEX, Base, base_files
+from tunesmith.models.weight_files import EMBEDDING, HEAD, MODEL_FILE, has_whole_model, read_adapter_file
 
 Dtype = Literal["bf16", "fp32"]
 DTYPES: Mapping[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_PREFIX = "base_model.model."
-_HALVES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 
 
 @dataclass(frozen=True)
@@ -47,40 +44,30 @@ class Change:
         return merged
 
 
-def read_changes(adapter: Path) -> dict[str, Change]:
-    """Name of a base's weight -> its change by the adapter in this PEFT folder.
-
-    Raises Refused for a tensor that cannot be merged, and for a weight whose tensors are incomplete.
-    """
-    config: dict[str, Any] = json.loads((adapter / CONFIG_FILE).read_bytes())
-    rank = int(config["r"])
-    scale = float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _read_changes(base: Base, adapter: Path) -> dict[str, Change]:
+    """What an adapter changes, by the name of the base's weight."""
+    file = read_adapter_file(adapter, base=base.digest, fingerprint=base.fingerprint)
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _tensors(adapter / ADAPTER_FILE):
-        half = next((each for each in _HALVES if name.endswith(each)), None)
-        if half is None or not name.startswith(_PREFIX):
-            raise Refused(f"{name[:120]!r} cannot be merged into a weight", where=str(adapter / ADAPTER_FILE))
-        parts.setdefault(name.removeprefix(_PREFIX).removesuffix(half) + ".weight", {})[half] = tensor.float()
-    first, second, magnitude = _HALVES
-    for weight, halves in parts.items():
-        if not {first, second} <= halves.keys() or (magnitude in halves) != bool(config.get("use_dora")):
-            raise Refused(f"the adapter's tensors for {weight} are incomplete", where=str(adapter / ADAPTER_FILE))
+    for name, tensor in file.tensors.items():
+        layer, part = name.removeprefix("base_model.model.").split(".lora_")
+        parts.setdefault(f"{layer}.weight", {})[part] = torch.from_numpy(tensor)
     return {
-        weight: Change(halves[first], halves[second], scale, halves.get(magnitude)) for weight, halves in parts.items()
+        weight: Change(found["A.weight"], found["B.weight"], file.scale, found.get("magnitude_vector"))
+        for weight, found in parts.items()
     }
 
 
-def merged_shards(base: Path, adapter: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def merged_shards(base: Base, adapter: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The name of each of the base's weight files, and its tensors in fp32 with the adapter merged.
 
     A weight that the adapter does not name stays the base's. Raises Refused if the base has no weight with a change's
     name and shape.
     """
     if has_whole_model(adapter):
-        yield from _replaced_shards(base, adapter)
+        yield from _replaced_shards(base.folder, adapter)
         return
-    changes = read_changes(adapter)
-    for path in sorted(base.glob("*.safetensors")):
+    changes = _read_changes(base, adapter)
+    for path in sorted(base.folder.glob("*.safetensors")):
         tensors: dict[str, Tensor] = {}
         for name, tensor in _tensors(path):
             change = changes.pop(name, None)
@@ -106,7 +93,7 @@ def _replaced_shards(base: Path, trained: Path) -> Iterator[tuple[str, dict[str,
         yield path.name, tensors
 
 
-def write_merged(base: Path, adapter: Path, target: Path, dtype: Dtype) -> None:
+def write_merged(base: Base, adapter: Path, target: Path, dtype: Dtype) -> None:
     """Write a complete Hugging Face folder into target: the base's files, with the adapter merged into the weights.
 
     Weights are divided into files as the base's are. Tied embeddings are stored once if the base stores them once. The
@@ -116,16 +103,16 @@ def write_merged(base: Path, adapter: Path, target: Path, dtype: Dtype) -> None:
     for shard, tensors in merged_shards(base, adapter):
         rounded = {name: tensors[name].to(kind).contiguous() for name in sorted(tensors)}
         save_file(rounded, target / shard, metadata={"format": "pt"})
-    for path in base_files(base):
+    for path in base_files(base.folder):
         if path.suffix != ".safetensors" and path.name not in (INDEX, "config.json"):
             shutil.copyfile(path, target / path.name)
-    config = json.loads((base / "config.json").read_bytes())
+    config = json.loads((base.folder / "config.json").read_bytes())
     for name in ("_name_or_path", "torch_dtype", "quantization_config"):
         config.pop(name, None)
     config["dtype"] = str(kind).removeprefix("torch.")
     _write_json(target / "config.json", config)
-    if (base / INDEX).is_file():
-        index = json.loads((base / INDEX).read_bytes())
+    if (base.folder / INDEX).is_file():
+        index = json.loads((base.folder / INDEX).read_bytes())
         _write_json(target / INDEX, {**index, "metadata": {"total_size": _weights_bytes(target)}})
 
 
