@@ -184,9 +184,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_is_told_with_its_place_and_leaves_nothing(
-    project: Callable[..., Path], ask: Ask, name: str
-) -> None:
+def test_bad_input_is_refused_with_its_place(project: Callable[..., Path], ask: Ask, name: str) -> None:
     bad = REFUSED[name]
     root = project({"rows.jsonl": bad.content}, **bad.data)
     ended = ask(root)
@@ -244,9 +242,7 @@ def said(root: Path, *splits: str) -> set[str]:
     return {one.request[-1].text for name in splits or dataset.splits for one in dataset.examples(name)}
 
 
-def test_rows_that_differ_in_the_answer_alone_are_told_and_stay_on_one_side(
-    project: Callable[..., Path], ask: Ask
-) -> None:
+def test_rows_with_equal_requests_stay_in_one_split(project: Callable[..., Path], ask: Ask) -> None:
     root = project({"rows.jsonl": lines(*GOOD, row(GOOD[0]["messages"][0]["content"], "another answer"))})
     ended = ask(root)
     assert ended.document is not None

@@ -45,7 +45,7 @@ def test_enough_rows_and_one_answer_an_utterance(rows: list[dict]) -> None:
     assert len(requests) == len(set(requests))
 
 
-def test_every_answer_is_compact_sorted_and_valid_under_the_schema(rows: list[dict]) -> None:
+def test_answers_are_compact_sorted_and_valid(rows: list[dict]) -> None:
     schema = json.loads((EXAMPLE / "intent.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)

@@ -312,7 +312,7 @@ def test_renamed_columns(tmp_path: Path) -> None:
     assert dataset.record.body["sources"][0]["format"] == "prompt-completion"
 
 
-def test_mixed_shapes_in_one_source_are_refused_and_in_two_are_not(tmp_path: Path) -> None:
+def test_mixed_formats_need_separate_sources(tmp_path: Path) -> None:
     rows = many_rows(80)
     plain = [{"prompt": one["messages"][0]["content"], "completion": "ok"} for one in rows[40:]]
     write_jsonl(tmp_path / "rows.jsonl", [*rows[:40], *plain])
@@ -333,7 +333,7 @@ def test_one_row_is_too_few_and_says_so(tmp_path: Path) -> None:
         build(tmp_path)
 
 
-def test_rows_that_share_most_of_their_text_are_not_silently_lost(tmp_path: Path) -> None:
+def test_rows_with_shared_text_are_not_lost_silently(tmp_path: Path) -> None:
     shared = "classify the tone of this message for the support team, and name the one word that shows it best: "
     rows = [{**row(f"{shared}{WORDS[n % 16]}{n}", "x"), "part": n} for n in range(80)]
     write_jsonl(tmp_path / "rows.jsonl", rows)

@@ -37,7 +37,7 @@ def contaminated(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_is_near_or_worded_alike_leaves(contaminated: Path) -> None:
+def test_near_rows_and_equal_wordings_are_removed(contaminated: Path) -> None:
     dataset = build(contaminated, settings(**OUTSIDE))
     rows = dataset.record.body["rows"]
     assert rows["removed"] == {
@@ -51,7 +51,7 @@ def test_what_is_near_or_worded_alike_leaves(contaminated: Path) -> None:
     assert [one["rows"] for one in dataset.record.body["decontaminated"]] == [3]
 
 
-def test_the_proof_is_made_again_without_the_files(contaminated: Path) -> None:
+def test_verification_needs_no_outside_files(contaminated: Path) -> None:
     dataset = build(contaminated, settings(**OUTSIDE))
     (contaminated / "benchmark.csv").unlink()
     store = Store(contaminated / "store")
@@ -81,7 +81,7 @@ def test_an_outside_set_that_is_not_there(tmp_path: Path) -> None:
         build(tmp_path, settings(**OUTSIDE))
 
 
-def test_a_conversation_with_system_turn_is_compared_by_what_is_said(tmp_path: Path) -> None:
+def test_system_turns_are_ignored_in_comparisons(tmp_path: Path) -> None:
     said = {"messages": turns("switch the lamp in the attic off now", "ok", system="one")}
     write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), said])
     write_jsonl(tmp_path / "more.jsonl", [{"messages": turns("switch the lamp in the attic off now", "no")}])

@@ -66,9 +66,7 @@ def test_the_same_dataset_whatever_the_shards_and_workers(
     assert not list((tmp_path / "w").iterdir())
 
 
-def test_workers_leave_out_what_was_recalled_and_hand_back_the_originals(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_apply_recalls_and_return_originals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{**one, "subject": one["part"]} for one in mixed(400)])
     monkeypatch.setattr(shards, "SHARD_BYTES", 5000)
     monkeypatch.setenv(KEY, new_key())

@@ -152,7 +152,7 @@ said = st.sampled_from(["", " ", "hi", "yo"])
     ],
 )
 @pytest.mark.parametrize("name", ["auto", "messages", "openai"])
-def test_preferences_are_told_and_not_imitated(row: dict[str, Any], name: str) -> None:
+def test_preference_rows_are_refused(row: dict[str, Any], name: str) -> None:
     assert "preferences" in error(row, name).what
 
 

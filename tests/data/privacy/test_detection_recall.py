@@ -114,9 +114,7 @@ def test_a_gate_needs_every_kind_to_be_measured(tmp_path: Path) -> None:
         Privacy(left_at_most=5, planted=0)
 
 
-def test_the_map_back_is_encrypted_apart_and_only_where_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_map_of_originals_is_encrypted_and_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = tmp_path / "project"
     write_jsonl(project / "rows.jsonl", [*many_rows(60), row("mail jane@acme.org about amber", "ok")])
     chosen = settings(privacy={**PRIVATE, "originals": "../vault/originals.bin"})

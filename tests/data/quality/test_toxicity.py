@@ -65,7 +65,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert "tunesmith[toxicity]" in str(caught.value.fix)
 
 
-def test_rows_are_flagged_by_role_with_the_error_beside_the_count(tmp_path: Path) -> None:
+def test_toxic_rows_are_flagged_by_role(tmp_path: Path) -> None:
     odd = [
         row("you are a pathetic moron", "Please stay polite."),
         row("where is my parcel", "It is on its way. Only an idiot would ask."),

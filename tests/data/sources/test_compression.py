@@ -66,7 +66,7 @@ def test_a_compressed_file_has_the_rows_it_had(tmp_path: Path, ending: str) -> N
 
 
 @pytest.mark.parametrize("ending", PACKERS)
-def test_cut_off_damaged_and_empty(tmp_path: Path, ending: str) -> None:
+def test_truncated_damaged_and_empty_files(tmp_path: Path, ending: str) -> None:
     whole = PACKERS[ending](LINES)
     name = f"a.jsonl{ending}"
     assert "truncated" in failure(tmp_path, name, whole[: len(whole) // 2]).what
@@ -126,7 +126,7 @@ def _tar() -> bytes:
         ("a.gz", gzip.compress(LINES), "rows cannot be read from a file without a suffix"),
     ],
 )
-def test_a_name_that_lies_about_its_content(tmp_path: Path, name: str, data: bytes, said: str) -> None:
+def test_a_wrong_suffix_is_refused(tmp_path: Path, name: str, data: bytes, said: str) -> None:
     assert said in failure(tmp_path, name, data).what
 
 
@@ -141,7 +141,7 @@ def test_json_of_the_other_kind_is_told(tmp_path: Path) -> None:
     assert "name the file .json" in failure(tmp_path, "a.jsonl", b'[\n{"a": 1}\n]').fix
 
 
-def test_a_dataset_from_packed_rows_is_the_same_but_for_its_source(tmp_path: Path) -> None:
+def test_compressed_rows_give_the_same_dataset(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", many_rows(120))
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes(), mtime=0))
     plain, packed = build(tmp_path), build(tmp_path, settings("rows.jsonl.gz"))

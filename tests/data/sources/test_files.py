@@ -40,7 +40,7 @@ def failure(root: Path, name: str, data: bytes) -> UsageError:
     return caught.value
 
 
-def test_jsonl_rows_have_their_line_numbers_and_blank_lines_are_none(tmp_path: Path) -> None:
+def test_jsonl_rows_have_line_numbers(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f"{GOOD}\n\n  \n{GOOD}\n")
     assert [(one.source, one.number) for one in read(tmp_path, "a.jsonl")] == [("a.jsonl", 1), ("a.jsonl", 4)]
 

@@ -171,7 +171,7 @@ def test_a_file_url_is_a_path_and_held_to_its_rules(tmp_path: Path) -> None:
     assert "a link" in failure(tmp_path, f"file://{tmp_path}/link.jsonl").what
 
 
-def test_urls_that_lead_nowhere(tmp_path: Path, bucket: Any) -> None:
+def test_wrong_urls_are_refused(tmp_path: Path, bucket: Any) -> None:
     put(bucket, "/b/empty.jsonl", b"")
     put(bucket, "/b/rows.jsonl", lines(ROWS[:3]))
     assert "no file matches" in failure(tmp_path, "memory://b/none.jsonl").what

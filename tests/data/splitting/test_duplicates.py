@@ -106,7 +106,7 @@ def test_short_and_empty_texts() -> None:
     assert near_pairs(["", "a", "ab", "abc", "abcd"], 0.8) == []
 
 
-def test_requests_that_nothing_tells_apart_are_refused_instead_of_filling_the_memory() -> None:
+def test_too_many_near_pairs_are_refused() -> None:
     shared = "classify the sentiment of the following review as positive or negative and explain briefly: " * 3
     with pytest.raises(Refused, match="too similar") as caught:
         near_pairs([f"{shared}{n}" for n in range(600)], 0.8)

@@ -166,7 +166,7 @@ def test_the_newest_rows_are_the_test(tmp_path: Path) -> None:
     assert verify_dataset(Store(tmp_path / "store"), dataset.digest).ok
 
 
-def test_rows_of_one_time_stay_together_and_older_ones_of_a_held_out_group_leave(tmp_path: Path) -> None:
+def test_split_by_time_with_equal_times_and_groups(tmp_path: Path) -> None:
     rows = dated(60)
     for one in rows[-9:]:
         one["at"] = "2030-01-01"  # nine rows of one time, six wanted
@@ -278,7 +278,7 @@ def _published(
 
 
 @pytest.mark.parametrize("group_by", ["author", ["author", "wording"]])
-def test_a_held_out_row_stands_for_its_copies_whatever_their_group(tmp_path: Path, group_by: Any) -> None:
+def test_a_held_out_row_is_kept_rather_than_its_copies(tmp_path: Path, group_by: Any) -> None:
     """A copy of a published test row in training is dropped, not the test row: ids decide nothing here."""
     rows = many_rows(60)
     train = [{**one, "author": f"t{n % 7}"} for n, one in enumerate(rows)]

@@ -104,7 +104,7 @@ def test_near_rows_leave_training_first() -> None:
     assert leakage(staying, Nearness(staying, 0.75)) == Leakage(shared_groups=1, near_pairs=0)  # all stand in group "g"
 
 
-def test_what_is_near_a_held_out_row_that_leaves_as_a_repeat_leaves_too() -> None:
+def test_rows_near_a_removed_held_out_row_are_removed() -> None:
     """Of a published test set every row counts, whichever of two that say the same stays in ours."""
     said = ["book a table for two people at the harbour", "book a table for two people at the harbour tonight"]
     reworded = [f"please do {said[0]}", f"{said[1]} please"]
