@@ -1,4 +1,4 @@
-"""Reading a request's body within bounds of size, time and depth, and holding it against what is honoured."""
+"""Read and validate a request's body, within limits of size, time and depth."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 async def read_body(request: Request, model: type[Body], settings: ServerSettings) -> Body:
-    """The body as model. Raises ApiError: 413 too large, 408 too slow, 400 not JSON, nested too deep, or not a model.
+    """The body as a model. Raises ApiError: 413 too large, 408 too slow, 400 not JSON, nested too deep or not valid.
 
-    JSON is read strictly: a key that stands twice, NaN or a lone surrogate is an error, and so is a field that model
-    does not know, named in the error.
+    JSON is read strictly: a repeated key, NaN, a lone surrogate and a field that the model does not have are errors.
     """
     data = await _read(request, settings)
     try:
@@ -63,7 +62,7 @@ async def _read(request: Request, settings: ServerSettings) -> bytes:
 
 
 def _told(error: ValidationError) -> ApiError:
-    """The first of pydantic's findings, naming the field as OpenAI's errors do: messages[0].content."""
+    """The first of pydantic's errors, with the field named as OpenAI does: messages[0].content."""
     found = error.errors(include_url=False, include_context=False)
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     path = _path(first["loc"])
@@ -76,7 +75,7 @@ def _told(error: ValidationError) -> ApiError:
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
-    """Without the names pydantic gives to the parts of a union."""
+    """The field's path, without the names that pydantic gives to the members of a union."""
     path = ""
     for part in loc:
         if isinstance(part, int):

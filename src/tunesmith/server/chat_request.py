@@ -1,4 +1,4 @@
-"""What a chat completion request may say: OpenAI's fields that are honoured here, and no others."""
+"""The body of a chat completion request: those of OpenAI's fields that are supported, and no others."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class StreamOptions(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """Text alone: a format that the decoder does not enforce is refused rather than promised."""
+    """Only text: a format that the decoder does not enforce is refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,7 +58,10 @@ class ResponseFormat(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """temperature is 0 where left out: a released behaviour answers the same way twice. null is as good as left out."""
+    """A chat completion request. temperature is 0 by default, so that equal requests get equal answers.
+
+    null means the default.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,4 +1,4 @@
-"""Errors in the shape that OpenAI's clients read."""
+"""Errors in the form that OpenAI's clients read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ErrorDocument(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer other than success. param: the request's field that is at fault. code: what programs read."""
+    """An answer other than success. param: the request's invalid field. code: for programs to read."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class ApiError(Exception):
 
 
 def unauthorised() -> ApiError:
-    """No token, or none that is known. The same whatever was sent."""
+    """No valid token. The answer is the same for a missing and a wrong one."""
     return ApiError(
         401,
         "No valid token was given. Send `Authorization: Bearer TOKEN`; `tunesmith users token NAME` makes one.",
@@ -75,13 +75,13 @@ def no_such_model(model: str) -> ApiError:
 
 
 def not_available(model: str, why: str) -> ApiError:
-    """A model that the caller may know of, and that must not answer."""
+    """A model that the caller may know about but that must not answer, and why."""
     message = f"The model {model[:120]!r} is not available: {why}."
     return ApiError(404, message, code="model_not_available", param="model")
 
 
 def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
-    """A request that is not well formed."""
+    """A request that is not valid."""
     return ApiError(400, message, code=code, param=param)
 
 
@@ -91,7 +91,7 @@ def busy() -> ApiError:
 
 
 def failed() -> ApiError:
-    """The engine raised. What it said is in the server's log and not in the answer."""
+    """The engine failed. The server's log has the error; the answer has not."""
     return ApiError(500, "The engine failed on this request.", code="engine_error")
 
 

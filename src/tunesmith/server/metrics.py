@@ -1,4 +1,4 @@
-"""Prometheus metrics of one server. No names of models, tenants or users: /metrics needs no token."""
+"""Prometheus metrics of one server. /metrics needs no token, so they name no model, tenant or user."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Metrics:
-    """What /metrics shows."""
+    """The counters, gauges and histograms of one server."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -47,10 +47,10 @@ class Metrics:
             self._tokens.labels(arm, "completion").inc(completion.completion_tokens)
 
     def watch_queue(self, length: Callable[[], int]) -> None:
-        """Show a length that is asked for at each scrape."""
+        """Show the length of the queue, read at each scrape."""
         gauge = Gauge("tunesmith_waiting_requests", "Requests that wait for the engine.", registry=self._registry)
         gauge.set_function(length)
 
     def exposition(self) -> bytes:
-        """The text format."""
+        """The metrics in Prometheus's text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""What the routes share: the parts of a running server, and who calls."""
+"""What the routes share: the parts of a running server, and the authentication of callers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tunesmith.store.store import Store
 
 @dataclass(slots=True)
 class Serving:
-    """One server's parts. looked: monotonic time of the controller's last whole look at the rollouts."""
+    """One server's parts. looked: monotonic time of the controller's last complete look at the rollouts."""
 
     store: Store
     settings: ServerSettings
@@ -31,14 +31,14 @@ class Serving:
 
 
 def serving_of(request: Request) -> Serving:
-    """The server that a request reached."""
+    """The server that received a request."""
     found = request.app.state.serving
     assert isinstance(found, Serving)
     return found
 
 
 async def caller(request: Request) -> tuple[User, Serving]:
-    """Who calls, by their bearer token. Raises ApiError 401 without a valid one, 403 where they may not use models."""
+    """The caller, by bearer token. Raises ApiError 401 without a valid token, 403 where they may not use models."""
     serving = serving_of(request)
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     user = None
