@@ -47,7 +47,7 @@ def adapter_settings(told: Figures) -> dict[str, Any]:
 def train(told: Figures) -> Figures:
     """told: rows, batch; full, rate, seed where they are not as usual; start and end: where the adapter is
     written before and after."""
-    from tunesmith.engines.native import runtime
+    from tunesmith.core import memory
     from tunesmith.training.estimate import trial_step
     from tunesmith.training.objectives import CrossEntropy
 
@@ -55,7 +55,7 @@ def train(told: Figures) -> Figures:
     own: dict[str, Any] = {"method": "full", "learning_rate": FULL_RATE} if full else adapter_settings(told)
     model, plan, settings = prepared(told["rows"], told["batch"], **own)
     write(model, told.get("start"))
-    runtime.reset_peak_memory()
+    memory.reset_peak_memory()
     trial_step(model, CrossEntropy())(plan[0])
     began = time.perf_counter()
     state = fit(model, plan, settings)
@@ -66,7 +66,7 @@ def train(told: Figures) -> Figures:
     return {
         "examples_per_second": len(told["rows"]) / seconds,
         "tokens_per_second": tokens / seconds,
-        "peak_gb": runtime.peak_memory() / 1e9,
+        "peak_gb": memory.peak_memory() / 1e9,
         "weights_gb": sum(_bytes(each) for layer in network.layers for each in layer.linear.values()) / 1e9,
         "first": losses[0],
         "last": losses[-1],

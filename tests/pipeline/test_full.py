@@ -164,11 +164,15 @@ def test_weights_that_are_not_the_bases_are_refused(released: Path, tmp_path: Pa
     cases: list[tuple[dict[str, torch.Tensor], dict[str, str], str]] = [
         (weights, _bound(other), "another base"),
         (weights, _bound(base, fingerprint="sha256:0"), "another tokenizer"),
-        ({**weights, name: weights[name][:-1].clone()}, _bound(base), r"float32 \[47, 32\], the base's is"),
+        ({**weights, name: weights[name][:-1].clone()}, _bound(base), r"float32 \[47, 32\], but the base's is"),
         ({**weights, name: weights[name].bfloat16()}, _bound(base), "is bfloat16"),
-        ({**weights, "model.layers.9.mlp.up_proj.weight": weights[name].clone()}, _bound(base), "the base has not"),
+        (
+            {**weights, "model.layers.9.mlp.up_proj.weight": weights[name].clone()},
+            _bound(base),
+            "the base does not have",
+        ),
         ({key: weight for key, weight in weights.items() if key != name}, _bound(base), f"lack {name}"),
-        (load_file(base.folder / WHOLE), _bound(base), "the base's own"),
+        (load_file(base.folder / WHOLE), _bound(base), "the weights equal the base's"),
     ]
     for number, (tensors, metadata, reason) in enumerate(cases):
         folder = tmp_path / str(number)

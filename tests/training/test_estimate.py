@@ -12,10 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.tiny import TILED, row, write_model
 from tests.trained import full_model, gradients, lora_model
+from tunesmith.core import memory
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.threads import wanted_threads
 from tunesmith.engines.batch import Batch, lay_out
-from tunesmith.engines.native import runtime
 from tunesmith.engines.native.adapters import costs
 from tunesmith.engines.native.adapters.lora import LoraModel
 from tunesmith.engines.native.adapters.trainable import NativeTrainable
@@ -48,7 +48,7 @@ def test_too_large_step_is_refused_before_it_runs(folder: Path, monkeypatch: pyt
         tried += 1
 
     def free(count: int, later: int) -> None:
-        monkeypatch.setattr(runtime, "available_memory", lambda: count)
+        monkeypatch.setattr(memory, "available_memory", lambda: count)
         estimate([step], 0, 1, trial, MemoryNeeds(lambda part: 1000 * part.tokens, later, 0, "train.layers"))
 
     needed = 1000 * step[0].tokens
@@ -144,7 +144,7 @@ def test_advised_tokens_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     sizes = [step[0].tokens for step in plan]
     needs = MemoryNeeds(lambda part: 1000 * part.tokens, 0, 0, "train.layers")
     assert check_memory(plan, needs).tokens == sizes[2]
-    monkeypatch.setattr(runtime, "available_memory", lambda: 1000 * sizes[1])
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000 * sizes[1])
     with pytest.raises(Refused) as refused:
         check_memory(plan, needs)
     assert str(sizes[1]) in str(refused.value.fix)
@@ -186,8 +186,8 @@ def test_memory_left_in_a_control_group(
     (tmp_path / "cgroup").write_text(told + "\n")
     for name, text in files.items():
         (tmp_path / "mount" / place / name).write_text(text)
-    assert runtime._group_memory(tmp_path / "cgroup", tmp_path / "mount") == left
-    assert runtime._group_memory(tmp_path / "none", tmp_path / "mount") == []
+    assert memory._group_memory(tmp_path / "cgroup", tmp_path / "mount") == left
+    assert memory._group_memory(tmp_path / "none", tmp_path / "mount") == []
 
 
 @pytest.mark.parametrize("told", ["two", "-1", "1.5"])

@@ -17,13 +17,13 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.tiny import row, write_model
+from tunesmith.core import memory
 from tunesmith.core.digests import digest_bytes, digest_file
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.progress import SILENT, Progress, Silent, Task
 from tunesmith.engines.batch import label_count
 from tunesmith.engines.factory import load_model
 from tunesmith.engines.native import kernels as native
-from tunesmith.engines.native import runtime
 from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
@@ -353,7 +353,7 @@ def test_progress_shows_loss_memory_and_speed(folder: Path) -> None:
 
 def test_memory_is_checked_again_on_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(folder)
-    monkeypatch.setattr(runtime, "available_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(Refused, match="the largest part of a step"):
         run(folder)
 

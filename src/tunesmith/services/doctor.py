@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tunesmith.core import memory
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.threads import wanted_threads
 from tunesmith.core.view import View
@@ -64,9 +65,7 @@ def _processor(_directory: Path) -> Check:
 
 
 def _memory(_directory: Path) -> Check:
-    from tunesmith.engines.native import runtime
-
-    free = runtime.available_memory()
+    free = memory.available_memory()
     return _check("memory", f"{free / 1e9:.1f} GB free", free > 3 << 30, "training a 135M model takes 3 GB")
 
 

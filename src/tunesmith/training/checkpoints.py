@@ -23,7 +23,7 @@ _TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 
 class Checkpoints:
-    """The checkpoints of one training, in a folder of their own.
+    """The checkpoints of one training, in one folder.
 
     identity: everything that must be equal for a resumed training to end in the same bytes.
     """

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tunesmith.core import memory
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch
-from tunesmith.engines.native import runtime
 from tunesmith.engines.training_protocol import Objective, TrainableModel
 from tunesmith.training.batch_plan import Step, step_tokens
 from tunesmith.training.checkpoints import KEPT
@@ -87,7 +87,7 @@ def check_memory(plan: Iterable[Step], needs: MemoryNeeds) -> Batch:
     batches = [batch for step in plan for batch in step]
     needed = [needs.batch(batch) for batch in batches]
     largest = batches[needed.index(max(needed))]
-    free = runtime.available_memory()
+    free = memory.available_memory()
     if max(needed) > free:
         fitting = [batch.tokens for batch, bytes_ in zip(batches, needed, strict=True) if bytes_ <= free]
         raise _batch_too_large(largest, free, max(needed), max(fitting, default=None))
@@ -119,16 +119,16 @@ def estimate(
     of a step's time. Raises Refused as check_memory does.
     """
     by_size = sorted(plan, key=step_tokens)
-    runtime.reset_peak_memory()
-    largest, free = check_memory(plan, needs), runtime.available_memory()
+    memory.reset_peak_memory()
+    largest, free = check_memory(plan, needs), memory.available_memory()
     try:
         trial([largest])
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
         raise _batch_too_large(largest, free, needs.batch(largest), None) from error
-    peak = runtime.peak_memory() + needs.later
-    if needs.later > (left := runtime.available_memory()):
+    peak = memory.peak_memory() + needs.later
+    if needs.later > (left := memory.available_memory()):
         raise _state_too_large(needs, left)
     timed = by_size[len(by_size) // 2 :][:_TIMED_STEPS]
     began = time.perf_counter()

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
+from tunesmith.core import memory
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.batch import Batch, label_count
 from tunesmith.engines.factory import load_model
-from tunesmith.engines.native import runtime
 from tunesmith.engines.settings import HF
 from tunesmith.engines.training_protocol import LoadedModel, Objective, TrainableModel
 from tunesmith.models.base import Base, base_record
@@ -112,7 +112,7 @@ def run_training(
     labels = sum(map(label_count, rows))
     notice = too_few_numbers(settings.rank, trained.trained_numbers, labels) if settings.method == "lora" else None
     _announce(spec, trained.engine_name, len(rows), len(plan), expected, notice, progress)
-    runtime.reset_peak_memory()
+    memory.reset_peak_memory()
     curves = follower(spec.metrics, spec.name, digest_of(checkpoints.identity), settings, progress)
     check = partial(validate or partial(validation_loss, objective=objective, batches=batches), trained)
     trainer = Trainer(
@@ -140,7 +140,7 @@ def run_training(
         labels=labels * settings.epochs,
         tokens_computed=sum(map(step_tokens, plan[: state.step])),
         trained_numbers=trained.trained_numbers,
-        peak_memory_bytes=runtime.peak_memory(),
+        peak_memory_bytes=memory.peak_memory(),
         checkpoint_bytes=checkpoints.newest_bytes(),
     )
 

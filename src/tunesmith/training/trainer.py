@@ -10,9 +10,9 @@ from dataclasses import asdict, fields
 import torch
 from torch import Tensor
 
+from tunesmith.core import memory
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Progress, Task
-from tunesmith.engines.native import runtime
 from tunesmith.engines.training_protocol import Objective, TrainableModel
 from tunesmith.training.batch_plan import Step, step_tokens
 from tunesmith.training.checkpoints import Checkpoints
@@ -126,8 +126,8 @@ class Trainer:
             self._peak_flops = self.model.peak_flops(max(self.plan[0], key=lambda batch: batch.tokens))
         tokens, seconds = int(point["tokens"]), point["seconds"]
         share = sum(map(self.model.flops, step)) / seconds / self._peak_flops
-        memory = runtime.peak_memory() / 1e9
-        return f"loss {point['loss']:.3f}, {memory:.1f} GB, {tokens / seconds:.0f} tokens/s, {share:.0%} of peak"
+        gigabytes = memory.peak_memory() / 1e9
+        return f"loss {point['loss']:.3f}, {gigabytes:.1f} GB, {tokens / seconds:.0f} tokens/s, {share:.0%} of peak"
 
     def _validate_now(self) -> None:
         """Validate; keep a copy of the best weights if they are wanted; stop early where patience is exhausted."""

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from tests.engines.native.test_engine_numerics import ROWS, _reference_loss
 from tests.tiny import FAMILIES, row, write_model
 from tests.trained import full_model, gradients, saved
+from tunesmith.core import memory
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.engines.batch import lay_out
-from tunesmith.engines.native import runtime
 from tunesmith.engines.native.adapters.full import FullModel
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.base import resolve_base
@@ -146,13 +146,13 @@ def test_what_memory_does_not_hold_is_refused_with_what_it_would(
 ) -> None:
     folder = write_model(tmp_path / "m")
     needed = 24 * _full(folder).trained_numbers  # fp32 copies here
-    monkeypatch.setattr(runtime, "available_memory", lambda: needed - 1)
+    monkeypatch.setattr(memory, "available_memory", lambda: needed - 1)
     with pytest.raises(Refused, match="in full takes") as told:
         _full(folder)
     assert told.value.fix == "set train.layers to 2 or fewer, or train.method to lora"
     _full(folder, layers=2)
     _full(folder, keep="last")
-    monkeypatch.setattr(runtime, "available_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(Refused) as told:
         _full(folder, layers=1)
     assert told.value.fix == "set train.method to lora"

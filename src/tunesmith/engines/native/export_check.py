@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.core import memory
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.batch import lay_out
-from tunesmith.engines.native import runtime
 from tunesmith.engines.native.adapters.whole import tuned
 from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Linear, Network, forward, frozen_linear, logits
@@ -287,7 +287,7 @@ def _check_memory(base: Base, models: int) -> None:
     weights = sum(path.stat().st_size for path in base.folder.glob("*.safetensors"))
     stored = json.loads((base.folder / "config.json").read_bytes()).get("dtype", "float32")
     wanted = int(models * weights * (1.2 if stored == "float32" else 2.4))
-    free = runtime.available_memory()
+    free = memory.available_memory()
     if wanted > free:
         raise Refused(
             f"comparing the export in fp32 needs {wanted / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free",

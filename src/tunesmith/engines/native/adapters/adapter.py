@@ -1,4 +1,4 @@
-"""LoRA adapters: low-rank changes of linear layers, in PEFT's file layout on disk and fused by group in memory.
+"""LoRA adapters: low-rank changes of linear layers, in PEFT's layout on disk and packed by group in memory.
 
 Method: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
 """
@@ -25,11 +25,11 @@ Place = tuple[int, str]  # (layer, group)
 
 @dataclass(frozen=True)
 class Adapter:
-    """A group's parts share one product: a [n * r, in] stacks their A, b [out, n * r] holds their B on its diagonal.
+    """An adapter by place. The n adapted layers of a group share one product.
 
-    targets: names of the adapted linear layers (`q_proj`, ...). scale multiplies what the adapter adds. root: it is
-    alpha over the square root of the rank (Kalajdzievski 2023, rsLoRA). m: with DoRA (Liu et al. 2024), the
-    length of each of a group's rows [out]; else empty.
+    a: [n r, in], their A one under another. b: [out, n r], their B on its diagonal. m: with DoRA (Liu et al. 2024) the
+    magnitude of each row of the group [out], otherwise empty. targets: names of the adapted linear layers, such as
+    q_proj. root: the scale is alpha over the square root of the rank (rsLoRA, Kalajdzievski 2023).
     """
 
     rank: int
@@ -42,17 +42,17 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """alpha / rank, or alpha / sqrt(rank)."""
+        """The factor of what the adapter adds: alpha / rank, or alpha / sqrt(rank)."""
         return self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
 
 
 def target_names() -> tuple[str, ...]:
-    """Every linear layer an adapter can change."""
+    """Names of the linear layers that an adapter can change."""
     return tuple(part.rsplit(".", 1)[-1] for parts in GROUPS.values() for part in parts)
 
 
 def blocks(network: Network, group: str, rank: int, targets: frozenset[str]) -> list[tuple[str, slice, slice]]:
-    """For each adapted part of a group: its name, its rows of b, its columns of b (and rows of a)."""
+    """For each adapted layer of a group: its name, its rows of b, and its columns of b, which are its rows of a."""
     found: list[tuple[str, slice, slice]] = []
     row = 0
     for part, size in zip(GROUPS[group], network.parts(group), strict=True):
@@ -65,21 +65,21 @@ def blocks(network: Network, group: str, rank: int, targets: frozenset[str]) -> 
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """An adapter as products take it, scaled and in the network's dtype. row_scales: DoRA's [out], by place."""
+    """An adapter laid out for products, scaled and in the network's dtype. row_scales: DoRA's [out], by place."""
 
     factors: Mapping[Place, LowRankFactors]
     row_scales: Mapping[Place, Tensor]
 
     @property
     def plain_factors(self) -> Callable[[Place], tuple[LowRankFactors, None] | None] | None:
-        """Each place's pair, whose low values are every row's own; None where there is more to an adapter."""
+        """Each place's low-rank factors, which apply to every row; None where an adapter has row scales too."""
         if self.row_scales:
             return None
         return lambda place: (self.factors[place], None) if place in self.factors else None
 
 
 def pack(network: Network, adapter: Adapter) -> PackedAdapter:
-    """Lay an adapter out for products without gradients."""
+    """The adapter laid out for products without gradients."""
     return PackedAdapter(
         {place: _factors(adapter.a[place], adapter.b[place] * adapter.scale, network.dtype) for place in adapter.a},
         {place: _row_scales(network, adapter, place).to(network.dtype) for place in adapter.m},
@@ -102,12 +102,12 @@ def adapted_linear(network: Network, adapter: Adapter | PackedAdapter) -> Linear
 
 
 def scale_rows(y: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """DoRA's last step: what a weight gave, its rows brought to their length."""
+    """DoRA's last step: the output y [T, out] without its bias, times scales [out], plus the bias."""
     return y * scales if bias is None else (y - bias) * scales + bias
 
 
 def _row_scales(network: Network, adapter: Adapter, place: Place) -> Tensor:
-    """What DoRA multiplies each row of W + scale B A with, so that it has the length m; 1 for rows not adapted."""
+    """The factors [out] that give each row of W + scale B A the norm m; 1 for rows that are not adapted."""
     number, group = place
     weight = network.layers[number].linear[group].weight.float()
     changed = adapter.b[place].float() @ adapter.a[place].float() * adapter.scale
@@ -119,7 +119,7 @@ def _row_scales(network: Network, adapter: Adapter, place: Place) -> Tensor:
 
 
 def _factors(a: Tensor, b: Tensor, dtype: torch.dtype) -> LowRankFactors:
-    """a [r, in] and b [out, r], with rows of zeros up to what tiles multiply."""
+    """Low-rank factors of a [r, in] and b [out, r], with rows of zeros up to a multiple of TILE."""
     missing = -len(a) % TILE
     return LowRankFactors(
         F.pad(a, (0, 0, 0, missing)).to(dtype), F.pad(b.t(), (0, 0, 0, missing)).contiguous().to(dtype)
@@ -153,7 +153,7 @@ def save_adapter(adapter: Adapter, network: Network, base: Base, folder: Path) -
 
 
 def read_adapter(folder: Path, network: Network, base: Base) -> Adapter:
-    """Read a PEFT folder for a base. Raises Refused where it is another base's, or a tensor is missing or left over."""
+    """The adapter of a base in a PEFT folder. Raises Refused where it does not fit the base."""
     where = str(folder)
     file = read_adapter_file(folder, base=base.digest, fingerprint=base.fingerprint)
     tensors = {name: torch.from_numpy(tensor) for name, tensor in file.tensors.items()}

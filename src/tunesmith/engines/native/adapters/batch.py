@@ -1,8 +1,8 @@
-"""Rows of several adapters in one product: the frozen weight is multiplied once, each row gets its own adapter's part.
+"""Rows of several adapters in one product: the frozen weight is multiplied once, and each row gets its own adapter.
 
-The adapters' factors stand side by side in one pair, and a row's low values are zeroed where they are not its own
-adapter's, so that what it gets is the sum it would get alone: the rest adds zeros. (Punica, Chen et al. 2023, gathers
-instead; on a CPU the dense product of some dozens of rows costs less than a call for each adapter.)
+The low-rank factors of all adapters form one wide pair of factors. A row's low-rank values are set to zero where they
+belong to another adapter, so its sum is the one it would get alone. Punica (Chen et al. 2023) gathers rows instead; on
+a CPU one dense product of a few dozen rows costs less than a call for each adapter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tunesmith.engines.native.network.products import LowRankFactors
 
 
 class AdapterBatch:
-    """Adapters of one network side by side."""
+    """Several adapters of one network, used in one pass."""
 
     def __init__(self, network: Network, adapters: Sequence[PackedAdapter]) -> None:
         self._network = network
@@ -33,8 +33,10 @@ class AdapterBatch:
         }
 
     def factors(self, owners: Tensor) -> FactorsAt | None:
-        """What each place has for rows [T] of these adapters, by their number in the stack; -1: the base alone. None
-        where more than a pair is needed."""
+        """The low-rank factors of each place, with the values that are not a row's own.
+
+        owners: [T], the number of each row's adapter; -1 for the base alone. None where an adapter has row scales.
+        """
         if any(self._row_scales.values()):
             return None
         others = _Others(owners)
@@ -46,7 +48,7 @@ class AdapterBatch:
         return at
 
     def linear(self, owners: Tensor) -> Linear:
-        """Linear layers for the same rows."""
+        """Linear layers for rows [T] with these owners."""
         others = _Others(owners)
         rows = {number: (owners == number).nonzero()[:, 0] for each in self._row_scales.values() for number, _ in each}
 
@@ -65,7 +67,7 @@ class AdapterBatch:
 
 
 class _Others:
-    """For a division of columns among adapters: which are not a row's own [T, R]."""
+    """Which low-rank columns do not belong to a row's adapter [T, R], for each way to divide columns among adapters."""
 
     def __init__(self, owners: Tensor) -> None:
         self._owners = owners
@@ -79,7 +81,7 @@ class _Others:
 
 
 def _stacked(pairs: Sequence[LowRankFactors | None]) -> tuple[LowRankFactors, tuple[int, ...]]:
-    """One pair of all that are there, and how many of its columns are each one's."""
+    """The factors of all adapters as one, and how many of its columns belong to each adapter."""
     there = [pair for pair in pairs if pair is not None]
     both = LowRankFactors(torch.cat([pair.a for pair in there]), torch.cat([pair.c for pair in there]))
     return both, tuple(0 if pair is None else len(pair.a) for pair in pairs)

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.core import memory
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch
-from tunesmith.engines.native import runtime
 from tunesmith.engines.native.adapters.trainable import NativeTrainable, frozen
 from tunesmith.engines.native.adapters.whole import save_model
 from tunesmith.engines.native.network.network import GROUPS, Layer, Linear, Network
@@ -217,7 +217,7 @@ def _rebuilt(network: Network, leaves: dict[str, Tensor], first: int) -> Network
 
 def _check_memory(network: Network, places: Sequence[_Place], number_bytes: int) -> None:
     """Raises Refused where the trained numbers and what belongs to them cannot fit; names how many layers would."""
-    needed, free = number_bytes * sum(map(_size, places)), runtime.available_memory()
+    needed, free = number_bytes * sum(map(_size, places)), memory.available_memory()
     if needed <= free:
         return
     last = network.shape.layers - 1

@@ -1,4 +1,4 @@
-"""A base's weights trained as a whole: one file of all its tensors, by its names, in its dtypes, bound to it."""
+"""Files of fully fine-tuned models: all tensors of the base, by its names and in its dtypes, bound to the base."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tunesmith.models.weight_files import HEAD, MODEL_FILE, binding, check_model
 
 
 def tuned(folder: Path, network: Network, base: Base) -> tuple[Network, Linear]:
-    """What answers with a training's files: the base's network with the adapter on top, or one of its own.
+    """The network and linear layers that a training's folder describes: the base's with an adapter, or a new network.
 
-    Raises Refused where they are not of this base.
+    Raises Refused where the files belong to another base.
     """
     if not has_whole_model(folder):
         return network, adapted_linear(network, read_adapter(folder, network, base))
@@ -30,7 +30,7 @@ def tuned(folder: Path, network: Network, base: Base) -> tuple[Network, Linear]:
 
 
 def own_weights(base: Path, tied: bool) -> dict[str, Tensor]:
-    """The base's tensors as it stores them, without a copy of tied embeddings under the head's name."""
+    """The base's tensors as stored, without the head's where it is tied to the embedding."""
     tensors = read_weights(base)
     if tied:
         tensors.pop(HEAD, None)
@@ -60,26 +60,26 @@ def save_model(trained: Mapping[str, Tensor], base: Base, folder: Path, *, tied:
 
 
 def read_whole(folder: Path, base: Base, tied: bool) -> dict[str, Tensor]:
-    """The weights of a training's folder, for the base they were trained on.
+    """The weights in a training's folder, for the base they were trained on.
 
-    Raises Refused where they are another base's, where a tensor is missing, left over or of another shape or dtype, and
-    where they are the base's own: it would answer in their name.
+    Raises Refused for weights of another base, for missing or unknown tensors, other shapes or dtypes, and for weights
+    equal to the base's: the base would answer under the model's name.
     """
     path = folder / MODEL_FILE
     check_model_file(folder, base=base.digest, fingerprint=base.fingerprint)
     tensors = load_file(path)
     stored = own_weights(base.folder, tied)
     for name in sorted(stored.keys() ^ tensors.keys()):
-        what = "lack" if name in stored else "hold a tensor that the base has not:"
+        what = "lack" if name in stored else "hold a tensor that the base does not have:"
         raise Refused(f"the weights {what} {name[:120]}", where=str(path), fix="train them again")
     for name, tensor in tensors.items():
         own = stored[name]
         if (tensor.shape, tensor.dtype) != (own.shape, own.dtype):
             raise Refused(
-                f"{name} is {_kind(tensor)}, the base's is {_kind(own)}", where=str(path), fix="train them again"
+                f"{name} is {_kind(tensor)}, but the base's is {_kind(own)}", where=str(path), fix="train them again"
             )
     if all(torch.equal(tensor, stored[name]) for name, tensor in tensors.items()):
-        raise Refused("the weights are the base's own", where=str(path), fix="train them again")
+        raise Refused("the weights equal the base's", where=str(path), fix="train them again")
     return tensors
 
 
