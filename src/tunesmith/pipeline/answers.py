@@ -1,4 +1,4 @@
-"""Candidates' answers to the held-out rows, what a judge says of them, and what the rows will be able to show."""
+"""The stages `answer` and `judge`: answers to held-out rows, and judgements of them. Also plans the gates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_LABELS = 64
 
 
 def answers(context: PipelineContext, name: str, split: str = "test") -> str:
-    """Digest of a candidate's answers to the test rows, or to those of another split."""
+    """Digest of a candidate's answers to the rows of a split."""
     digest, dataset, choices = candidate(context, name), context.dataset, _choices(context)
     inputs = {"candidate": digest, "dataset": dataset.digest, "together": TOGETHER, **context.engine_of(digest)}
     inputs |= {"choices": list(choices)} if choices else {}
@@ -39,13 +39,13 @@ def answers(context: PipelineContext, name: str, split: str = "test") -> str:
 
 
 def judged(context: PipelineContext, name: str, given: str, scorer: JudgeScorer) -> str:
-    """Digest of what a judge said of a candidate's answers, which are named by digest."""
+    """Digest of a judge's judgements of a candidate's answers. given: digest of the answers."""
     dataset = context.dataset
     question = {"model": scorer.judge.model, "url": scorer.judge.url, "question": scorer.question}
     inputs = {"answers": given, "metric": scorer.name, **question}
 
     def ask_judge(work: Path) -> str:
-        context.progress.say(f"{scorer.name}: held-out rows and answers are sent to {scorer.judge.url}")
+        context.progress.say(f"{scorer.name}: sending held-out rows and answers to {scorer.judge.url}")
         test = dataset.examples("test")
         return judge_answers(context.store, scorer, given, dataset.digest, test, work, context.progress)
 
@@ -74,12 +74,11 @@ def _show_plan(context: PipelineContext) -> None:
 
 
 def _ask(context: PipelineContext, name: str, digest: str, split: str, work: Path) -> str:
-    """Ask a candidate every row of a split, keeping what is there after each handful."""
+    """Ask a candidate all rows of a split; store its answers."""
     asked, dataset = load_candidate(context.store, digest), context.dataset
     rows = dataset.examples(split)
     if asked.endpoint is not None:
-        sent = f"the requests of {len(rows)} held-out rows, with all that stands before them"
-        context.progress.say(f"{name}: {sent}, are sent to {asked.endpoint.url}")
+        context.progress.say(f"{name}: sending {len(rows)} held-out requests with prompts to {asked.endpoint.url}")
     counted = count_prompts(asked, (row.request for row in rows))
     context.progress.say(f"{name}: system prompt: {describe_prompts(counted)}")
     title = f"{name} answers {len(rows)} rows"
@@ -89,13 +88,13 @@ def _ask(context: PipelineContext, name: str, digest: str, split: str, work: Pat
 
 
 def _choices(context: PipelineContext) -> tuple[str, ...]:
-    """The labels whose likelihood is asked for beside every answer; none where no scorer wants that."""
+    """The labels whose probabilities are measured for each answer; empty where no scorer calibrates."""
     if not any(scorer.calibrate for scorer in context.project.settings.task.labels):
         return ()
     found = sorted({example.answer for example in context.dataset.examples("train")})
     if len(found) > _MOST_LABELS:
         raise UsageError(
-            f"{len(found)} distinct answers are too many to ask the likelihood of each (at most {_MOST_LABELS})",
+            f"calibrate measures at most {_MOST_LABELS} labels, and the training rows have {len(found)}",
             where="task.scorers, calibrate",
             fix="leave calibrate out",
         )

@@ -1,4 +1,4 @@
-"""What tuning may have broken: answers to the general questions and to the items of risk probes."""
+"""The stages `probe` and `risk`: answers to the general questions and to the items of risk probes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tunesmith.pipeline.context import PipelineContext
 
 
 def general(context: PipelineContext, names: Sequence[str]) -> dict[str, str]:
-    """The general suite's scores where a gate asks for them: "base" and tuned candidates' names -> digests."""
+    """The general suite's answers where a gate needs them: "base" and the names of tuned candidates -> digests."""
     settings = context.project.settings
     if not any(isinstance(gate, Forgetting) for gate in settings.gates.values()):
         return {}
@@ -32,7 +32,7 @@ def general(context: PipelineContext, names: Sequence[str]) -> dict[str, str]:
 
 
 def probe(context: PipelineContext, name: str | None) -> str:
-    """Digest of the general suite's scores under a candidate's weights, or the base's for None."""
+    """Digest of the answers to the general suite under a candidate's weights. name: None for the base's weights."""
     trained = None if name is None else training(context, name)
     inputs = {"base": context.base.digest, "training": trained, "suite": general_digest(), **context.engine_kind}
 
@@ -52,7 +52,7 @@ def probe(context: PipelineContext, name: str | None) -> str:
 
 
 def check_probes(context: PipelineContext) -> None:
-    """Raise UsageError or Refused where a probe lacks its file or its detector: before a training, not after it."""
+    """Raise UsageError or Refused for a probe without its file or detector, before any slow training."""
     for gate in context.project.settings.gates.values():
         if isinstance(gate, Probe):
             if gate.path is not None:
@@ -61,7 +61,7 @@ def check_probes(context: PipelineContext) -> None:
 
 
 def risks(context: PipelineContext, names: Sequence[str]) -> dict[str, dict[str, Risk]]:
-    """Answers to the risk probes that gates ask for: suite -> candidate's name -> digests."""
+    """Answers to the risk probes of all gates: suite -> candidate -> digests."""
     settings = context.project.settings
     found: dict[str, dict[str, Risk]] = {}
     for gate in settings.gates.values():
@@ -75,7 +75,7 @@ def risks(context: PipelineContext, names: Sequence[str]) -> dict[str, dict[str,
 
 
 def risk(context: PipelineContext, gate: Probe, name: str, *, before: bool = False) -> str:
-    """Digest of a candidate's answers to a probe's items; before: under the base's weights."""
+    """Digest of a candidate's answers to a probe's items. before: answer with the base's weights instead."""
     store, suite, dataset = context.store, suite_of(gate.suite), context.dataset
     digest = candidate(context, name)
     asked = load_candidate(store, digest)
@@ -112,7 +112,7 @@ def risk(context: PipelineContext, gate: Probe, name: str, *, before: bool = Fal
 
 
 def _has_risk(context: PipelineContext, settings: CandidateSettings, suite: Suite) -> bool:
-    """Whether a suite says something of a candidate. An endpoint cannot be released, so no more is sent to it."""
+    """Whether a suite applies to a candidate. Endpoints cannot be released, so no probe is sent to them."""
     weights = context.project.settings.candidates[settings.weights] if settings.weights else settings
     if settings.endpoint is not None:
         return False

@@ -1,4 +1,4 @@
-"""How many test rows a lift takes to be seen, said before a run: the power of the lift gate itself, no other test's.
+"""The power of the lift gate: how many test rows are needed to detect a lift, computed before a run.
 
 A row is won with probability p+, lost with p-, else alike; p+ + p- is the share on which the two differ, p+ - p- the
 lift. Given counts of wins, losses and ties the gate's lower end (statistics.py) is a quantile of a ratio of gamma
@@ -34,9 +34,9 @@ _TENTH_OF_A_POINT = 0.001
 
 @dataclass(frozen=True, slots=True)
 class Grouping:
-    """How test rows hang together. size: rows a group, as the average row sees it; correlation: of their differences.
+    """How test rows depend on each other. size: mean group size, weighted by rows; correlation: within groups.
 
-    Without a measured correlation it is 1: rows of one group then count as one.
+    Without a measured correlation it is 1, so the rows of one group count as one row.
     """
 
     size: float = 1.0
@@ -44,7 +44,7 @@ class Grouping:
 
     @property
     def effect(self) -> float:
-        """Kish's design effect: how many rows are worth one that stands apart."""
+        """Kish's design effect: how many rows weigh as much as one independent row."""
         return 1.0 + (self.size - 1.0) * self.correlation
 
 

@@ -1,15 +1,15 @@
-"""Intervals and tests for scores of the same rows, where rows of one group stand or fall together.
+"""Intervals and tests for scores of rows, where the rows of one group are not independent.
 
-The interval is a Bayesian bootstrap over groups (Rubin 1981, Annals of Statistics 9) to which the worst thinkable group
-is added: for the lower end one whose rows all score the lowest possible value, for the upper end one whose rows all
-score the highest. That is Gaffke's bound for the mean of a bounded variable (Gaffke 2005, Mathematical Methods of
+The interval is a Bayesian bootstrap over groups (Rubin 1981, Annals of Statistics 9) with one worst-case group added:
+for the lower end a group whose rows all have the lowest possible score, for the upper end one whose rows all have the
+highest. That is Gaffke's bound for the mean of a bounded variable (Gaffke 2005, Mathematical Methods of
 Statistics 14; Learned-Miller and Thomas 2019, arXiv:1905.06208), with groups in place of single observations. Where
 every group is one row and scores are 0 or 1 it is the exact Clopper-Pearson interval.
 
-Why not the percentile or BCa bootstrap: with rare differences both resample what was seen and conclude too much. Five
-wins of five give them the interval [1, 1], two candidates that never differ give [0, 0], and for equal candidates that
-differ on 4% of 50 rows the percentile interval lies at or above zero in 37% of simulated evaluations where 2.5% are
-allowed. This interval stays at or below 2.5% there and with unequal groups, and is 4-15% wider where both are sound.
+The percentile and BCa bootstraps are too narrow when differences are rare, since they resample only what was observed.
+Five wins of five give the interval [1, 1]; two candidates that never differ give [0, 0]. For equal candidates that
+differ on 4% of 50 rows, the percentile interval is at or above zero in 37% of simulated evaluations, where 2.5% are
+allowed. This interval stays at or below 2.5% there and with unequal groups. It is 4-15% wider where both are valid.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from tunesmith.core.errors import Inconclusive
 
 Floats = NDArray[np.float64]
 
-# Fewer independent groups than this do not stand for the traffic to come, however clear their scores.
+# Fewer independent groups than this do not represent future traffic, however clear their scores are.
 MINIMUM_GROUPS = 20
 _DRAWS = 20_000
 _MOST_DRAWS = 200_000
-_TAIL_DRAWS = 250  # so many draws are to lie beyond an interval's end, which places it within 6% of its tail
-_SMALLEST_TAIL = 10 / _MOST_DRAWS  # with fewer than ten beyond it, an end is noise
-_CHUNK = 2_000_000  # weights in memory at a time
+_TAIL_DRAWS = 250  # draws beyond an interval's end; this many place the end within 6% of its tail
+_SMALLEST_TAIL = 10 / _MOST_DRAWS  # with fewer than ten draws beyond it, an end is noise
+_CHUNK = 2_000_000  # weights in memory at the same time
 _PERMUTATIONS = 9_999
-_LARGEST_EXACT = 20_000  # of a sum of whole differences: a hundredth of a second
+_LARGEST_EXACT = 20_000  # of a sum of whole differences; takes about 0.01 s
 
 
 @dataclass(frozen=True, slots=True)
