@@ -1,4 +1,4 @@
-"""What a training may be told, and what it is told before it starts."""
+"""Settings of a training: their checks and messages."""
 
 from __future__ import annotations
 

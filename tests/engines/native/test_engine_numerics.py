@@ -94,7 +94,7 @@ def test_forward_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> 
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-def test_in_bf16_gradients_are_as_near_to_fp32_as_the_portable_path(
+def test_bf16_gradients_are_as_exact_as_portable_ones(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sizes that tiles multiply: on a processor with tiles the whole step goes through them."""
@@ -127,7 +127,7 @@ def test_in_bf16_gradients_are_as_near_to_fp32_as_the_portable_path(
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("portable", [False, True])
-def test_what_is_made_again_is_what_would_have_been_kept(
+def test_recomputed_activations_equal_kept_ones(
     tmp_path: Path, family: str, dora: bool, portable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, and it is not kept beside: a layer's norms and its gated middle, once each."""
@@ -165,7 +165,7 @@ def test_what_is_made_again_is_what_would_have_been_kept(
     assert more - less == 2 * batch.tokens * made
 
 
-def test_our_adapter_answers_the_same_in_peft(tmp_path: Path) -> None:
+def test_adapter_gives_the_same_loss_in_peft(tmp_path: Path) -> None:
     folder, rows = _setting(tmp_path, "llama")
     base = base_of(folder)
     network = load_network(folder, torch.float32)
@@ -185,7 +185,7 @@ def test_our_adapter_answers_the_same_in_peft(tmp_path: Path) -> None:
         assert torch.equal(again.b[place], lora.adapter().b[place])
 
 
-def test_a_batch_gives_the_mean_of_its_rows_whatever_the_company(tmp_path: Path) -> None:
+def test_batch_loss_is_the_sum_over_its_rows(tmp_path: Path) -> None:
     folder, rows = _setting(tmp_path, "qwen3")
     network = load_network(folder, torch.float32)
     lora = lora_model(network, TrainSettings(rank=2))
@@ -196,7 +196,7 @@ def test_a_batch_gives_the_mean_of_its_rows_whatever_the_company(tmp_path: Path)
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
-def test_the_loss_is_transformers_own_over_the_same_labels(tmp_path: Path, loss_on: LossOn) -> None:
+def test_loss_equals_transformers_over_the_same_labels(tmp_path: Path, loss_on: LossOn) -> None:
     folder = write_model(tmp_path / "m")
     renderer = Renderer(folder)
     turns = [(*ROWS[0], *row("and the hall", "yes")[1:]), ROWS[1], ROWS[2]]
@@ -249,7 +249,7 @@ def test_schedule_rises_then_falls(schedule: str) -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize(("steps", "warmup"), [(20, 0.2), (7, 0.05), (100, 0.0), (4, 0.25)])
-def test_rates_are_transformers_own(schedule: str, steps: int, warmup: float) -> None:
+def test_learning_rates_equal_transformers(schedule: str, steps: int, warmup: float) -> None:
     """But for the warm-up's start: transformers' first step has a rate of zero and learns nothing, ours goes first."""
     settings = TrainSettings(learning_rate=0.5, warmup=warmup, schedule=schedule)  # type: ignore[arg-type]
     warm = math.ceil(warmup * steps)
@@ -266,7 +266,7 @@ def test_rates_are_transformers_own(schedule: str, steps: int, warmup: float) ->
 
 
 @pytest.mark.parametrize("clip", [0.02, 100.0])
-def test_the_loop_is_torchs_adamw_with_its_clipping(tmp_path: Path, clip: float) -> None:
+def test_trainer_equals_torch_adamw_with_clipping(tmp_path: Path, clip: float) -> None:
 
     folder, rows = _setting(tmp_path, "llama")
     network = load_network(folder, torch.float32)
@@ -288,14 +288,14 @@ def test_the_loop_is_torchs_adamw_with_its_clipping(tmp_path: Path, clip: float)
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_frozen_linear_knows_biases(tmp_path: Path) -> None:
+def test_frozen_linear_adds_biases(tmp_path: Path) -> None:
     network = load_network(write_model(tmp_path / "m", "qwen2"), torch.float32)
     assert {group for group, product in network.layers[0].linear.items() if product.bias is not None} == {"qkv"}
     zero = frozen_linear(network)(0, "qkv", torch.zeros(1, 32))
     assert torch.equal(zero[0], network.layers[0].linear["qkv"].bias)
 
 
-def test_fit_learns(tmp_path: Path) -> None:
+def test_trainer_lowers_the_loss(tmp_path: Path) -> None:
 
     folder, rows = _setting(tmp_path, "llama")
     network = load_network(folder, torch.float32)

@@ -119,7 +119,7 @@ def test_every_weight_has_its_own_gradient(tmp_path: Path, family: str) -> None:
         assert torch.allclose(found[name], value.grad, atol=1e-4 * scale), name
 
 
-def test_the_sum_over_a_frequent_token_keeps_growing() -> None:
+def test_embedding_gradient_sums_in_fp32() -> None:
     from tunesmith.engines.native.network.network import embed
 
     weight = torch.zeros(3, 2, dtype=torch.bfloat16, requires_grad=True)
@@ -128,7 +128,7 @@ def test_the_sum_over_a_frequent_token_keeps_growing() -> None:
     assert float(weight.grad[0, 0]) == pytest.approx(3000, rel=0.01)  # added up in bf16 it ends at 256
 
 
-def test_masters_are_the_stored_weights_whatever_they_are_computed_in(tmp_path: Path) -> None:
+def test_masters_start_as_the_stored_weights(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
     trained = full_model(load_network(folder), TrainSettings(method="full"), folder)
     assert trained.network.dtype == torch.bfloat16
@@ -141,9 +141,7 @@ def test_masters_are_the_stored_weights_whatever_they_are_computed_in(tmp_path: 
     assert changed["model.norm.weight"].dtype == torch.float32
 
 
-def test_what_memory_does_not_hold_is_refused_with_what_it_would(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_memory_is_refused_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_model(tmp_path / "m")
     needed = 24 * _full(folder).trained_numbers  # fp32 copies here
     monkeypatch.setattr(memory, "available_memory", lambda: needed - 1)
@@ -159,20 +157,20 @@ def test_what_memory_does_not_hold_is_refused_with_what_it_would(
 
 
 @pytest.mark.parametrize("key", [{"rank": 16}, {"alpha": 2}, {"dora": False}, {"b_rate": 1}, {"targets": ["all"]}])
-def test_settings_of_adapters_are_refused(key: dict) -> None:
+def test_adapter_settings_are_refused_with_full(key: dict) -> None:
     (name,) = key
     with pytest.raises(ValueError, match=f"{name} applies to adapters only"):
         TrainSettings(method="full", **key)
 
 
-def test_the_learning_rate_left_out_is_a_tenth_of_an_adapters() -> None:
+def test_default_rate_is_a_tenth_of_lora() -> None:
     full = TrainSettings(method="full")
     assert TrainSettings().learning_rate == pytest.approx(10 * full.learning_rate)
     assert TrainSettings(method="full", learning_rate=0.5).learning_rate == 0.5
     assert TrainSettings.model_validate(full.model_dump(mode="json")) == full
 
 
-def test_a_run_that_was_stopped_ends_in_the_same_bytes(tmp_path: Path) -> None:
+def test_resumed_training_ends_in_the_same_bytes(tmp_path: Path) -> None:
     settings = TrainSettings(method="full", batch=4, epochs=2, learning_rate=0.01, checkpoint_seconds=1e-9)
     rows = [TrainingRow(str(n), row(f"turn on light {n}", f'{{"n":{n}}}')) for n in range(16)]
 

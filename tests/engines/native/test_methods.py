@@ -1,4 +1,4 @@
-"""Kinds of LoRA, steps in parts, the best weights and the early end; numbers held against PEFT where it has them."""
+"""Kinds of LoRA, gradient accumulation, best weights and early stopping; compared with PEFT where it has them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def rows(folder: Path) -> list[Rendered]:
         {"layers": 2, "targets": ("v_proj", "down_proj"), "scaling": "root", "alpha": 3.0},
     ],
 )
-def test_peft_reads_each_kind_alike(tmp_path: Path, folder: Path, rows: list[Rendered], settings: dict) -> None:
+def test_peft_reads_every_kind_of_adapter(tmp_path: Path, folder: Path, rows: list[Rendered], settings: dict) -> None:
     network, base = load_network(folder, torch.float32), base_of(folder)
     lora = lora_model(network, TrainSettings(rank=4, **settings), base)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_peft_reads_each_kind_alike(tmp_path: Path, folder: Path, rows: list[Ren
     assert again.scale == made.scale
 
 
-def test_a_step_in_parts_has_the_whole_steps_gradient(folder: Path, rows: list[Rendered]) -> None:
+def test_accumulated_gradients_equal_the_whole_steps(folder: Path, rows: list[Rendered]) -> None:
     network = load_network(folder, torch.float32)
     whole, parts = lay_out_step(rows, 100_000), lay_out_step(rows, 120)
     assert len(whole) == 1
@@ -100,7 +100,7 @@ def test_a_step_in_parts_has_the_whole_steps_gradient(folder: Path, rows: list[R
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(64, 200))
-def test_parts_hold_every_row_once_and_keep_their_bound(lengths: list[int], tokens: int) -> None:
+def test_batches_hold_every_row_once_within_the_limit(lengths: list[int], tokens: int) -> None:
     rows = [Rendered((7, 8, 9, *range(100, 100 + n)), (False,) * 3 + (True,) * n) for n in lengths]
     parts = lay_out_step(rows, tokens)
     assert sorted(n for part in parts for n in _labels(part)) == sorted(lengths)
@@ -117,7 +117,7 @@ def _labels(part) -> list[int]:
     ]
 
 
-def test_the_trial_changes_nothing(folder: Path, rows: list[Rendered]) -> None:
+def test_trial_step_changes_nothing(folder: Path, rows: list[Rendered]) -> None:
     network = load_network(folder, torch.float32)
     lora = lora_model(network, TrainSettings(rank=4))
     before = [master.clone() for master in lora.masters]
@@ -145,7 +145,7 @@ def _over_trained(folder: Path, rows: list[Rendered], tmp_path: Path, **more: ob
     return course, validation_loss(lora, held_out), settings
 
 
-def test_the_best_weights_are_kept(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
+def test_best_weights_are_kept(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
     course, loss, _ = _over_trained(folder, rows, tmp_path)
     losses = [each["loss"] for each in course.validation]
     assert course.step == 60
@@ -161,7 +161,7 @@ class _Said(Silent):
         self.lines.append(text)
 
 
-def test_overfitting_is_said_when_it_begins_and_stated(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
+def test_overfitting_is_reported_and_recorded(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
     network, said = load_network(folder, torch.float32), _Said()
     settings = TrainSettings(rank=8, learning_rate=0.03, warmup=0.1, schedule="constant", validations=20)
     plan = [[lay_out(rows[:3])]] * 60
@@ -179,7 +179,7 @@ def test_overfitting_is_said_when_it_begins_and_stated(tmp_path: Path, folder: P
     assert last["training_loss"] < last["lowest_training_loss"]
 
 
-def test_a_loss_that_rises_with_the_training_loss_is_not_overfitting() -> None:
+def test_rise_with_the_training_loss_is_not_overfitting() -> None:
     def course(training: list[float], validation: list[float]) -> TrainerState:
         curve = [{"step": n + 1.0, "loss": loss} for n, loss in enumerate(training)]
         return TrainerState(len(training), 1.0, curve, [{"step": n + 1.0, "loss": x} for n, x in enumerate(validation)])
@@ -190,7 +190,7 @@ def test_a_loss_that_rises_with_the_training_loss_is_not_overfitting() -> None:
     assert not course([], []).overfitting
 
 
-def test_the_last_weights_are_kept_where_that_is_asked(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
+def test_last_weights_are_kept_on_request(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
     course, loss, _ = _over_trained(folder, rows, tmp_path, keep="last")
     assert loss == pytest.approx(course.validation[-1]["loss"], rel=1e-6)
 
@@ -199,7 +199,7 @@ def test_the_last_weights_are_kept_where_that_is_asked(tmp_path: Path, folder: P
     ("keep", "held"),
     [("best", {"parameter", "exp_avg", "exp_avg_sq", "best"}), ("last", {"parameter", "exp_avg", "exp_avg_sq"})],
 )
-def test_the_best_weights_are_held_where_they_are_to_be_kept(
+def test_checkpoints_hold_best_weights_only_if_kept(
     tmp_path: Path, folder: Path, rows: list[Rendered], keep: str, held: set[str]
 ) -> None:
     _over_trained(folder, rows, tmp_path, keep=keep, checkpoint_seconds=1e-9)
@@ -207,7 +207,7 @@ def test_the_best_weights_are_held_where_they_are_to_be_kept(
     assert {name.partition(".")[2] for name in written} == held
 
 
-def test_patience_ends_a_run_and_a_resume_keeps_to_it(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
+def test_patience_ends_a_training_and_its_resume(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
     course, loss, settings = _over_trained(folder, rows, tmp_path, patience=2)
     assert course.step < 60
     assert "2 validations" in str(course.ended)
@@ -219,7 +219,7 @@ def test_patience_ends_a_run_and_a_resume_keeps_to_it(tmp_path: Path, folder: Pa
     assert validation_loss(lora, [_contrary(folder)]) == pytest.approx(loss, rel=1e-6)
 
 
-def test_a_higher_rate_for_b_moves_b_alone(folder: Path, rows: list[Rendered], tmp_path: Path) -> None:
+def test_b_rate_moves_b_only(folder: Path, rows: list[Rendered], tmp_path: Path) -> None:
     network = load_network(folder, torch.float32)
     moved = []
     for rate in (1.0, 4.0):
@@ -246,7 +246,7 @@ def test_dora_on_a_weight_with_a_row_of_zeros(tmp_path: Path, folder: Path, rows
     assert all(bool(master.isfinite().all()) for master in lora.masters)
 
 
-def test_a_layer_that_the_network_lacks_is_refused(folder: Path) -> None:
+def test_unknown_target_is_refused(folder: Path) -> None:
     for targets in (("c_attn",), ("q_proj", "c_attn")):
         with pytest.raises(UsageError, match="no linear layer called 'c_attn'"):
             lora_model(load_network(folder, torch.float32), TrainSettings(targets=targets))

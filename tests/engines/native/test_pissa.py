@@ -1,4 +1,4 @@
-"""PiSSA: the start, each step and what is released, held against PEFT's own."""
+"""PiSSA: its start, its steps and the saved adapter, compared with PEFT's."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rows(folder: Path) -> list[Rendered]:
 
 
 @given(out=st.integers(1, 24), into=st.integers(1, 24), rank=st.integers(1, 8), seed=st.integers(0, 9))
-def test_the_start_is_the_nearest_of_its_rank_and_the_same_each_time(out: int, into: int, rank: int, seed: int) -> None:
+def test_start_is_the_best_approximation_of_its_rank(out: int, into: int, rank: int, seed: int) -> None:
     weight = torch.randn(out, into, generator=torch.Generator().manual_seed(seed))
     if rank > min(out, into):
         with pytest.raises(UsageError, match=f"rank {rank} exceeds"):
@@ -56,13 +56,13 @@ def test_the_start_is_the_nearest_of_its_rank_and_the_same_each_time(out: int, i
     torch.testing.assert_close(a.norm(dim=1), c.norm(dim=1), rtol=1e-4, atol=1e-5)
 
 
-def test_a_weight_of_zeros_starts_at_zero() -> None:
+def test_zero_weight_starts_at_zero() -> None:
     a, c = principal_factors(torch.zeros(4, 6), 2, 1.0)
     assert torch.equal(c.t() @ a, torch.zeros(4, 6))
 
 
 @pytest.mark.parametrize("settings", [{}, {"dora": True}, {"scaling": "root", "targets": ("q_proj", "down_proj")}])
-def test_it_starts_as_the_base_exactly(folder: Path, rows: list[Rendered], settings: dict) -> None:
+def test_start_equals_the_base_exactly(folder: Path, rows: list[Rendered], settings: dict) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         network = load_network(folder, dtype)
         lora = lora_model(network, TrainSettings(rank=4, start="pissa", **settings))
@@ -78,9 +78,7 @@ def _hidden(network: Network, lora: LoraModel, batch: Batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("root", [False, True])
-def test_it_learns_as_in_peft_and_is_released_as_peft_converts_it(
-    tmp_path: Path, folder: Path, rows: list[Rendered], root: bool
-) -> None:
+def test_learns_and_saves_as_peft_does(tmp_path: Path, folder: Path, rows: list[Rendered], root: bool) -> None:
     network, base = load_network(folder, torch.float32), base_of(folder)
     lora = lora_model(
         network, TrainSettings(rank=4, alpha=6.0, start="pissa", scaling="root" if root else "rank"), base
@@ -126,7 +124,7 @@ def test_it_learns_as_in_peft_and_is_released_as_peft_converts_it(
 
 
 @pytest.mark.parametrize("settings", [{}, {"dora": True}, {"scaling": "root", "layers": 1, "targets": ("k_proj",)}])
-def test_peft_and_the_server_load_it_onto_the_base_unchanged(
+def test_peft_and_engine_load_it_onto_the_base(
     tmp_path: Path, folder: Path, rows: list[Rendered], settings: dict
 ) -> None:
     network, base = load_network(folder, torch.float32), base_of(folder)
@@ -150,7 +148,7 @@ def test_peft_and_the_server_load_it_onto_the_base_unchanged(
     assert (expected - without).abs().max() > 0.02
 
 
-def test_a_small_departure_is_not_rounded_away_in_bf16(folder: Path, rows: list[Rendered]) -> None:
+def test_small_change_survives_bf16(folder: Path, rows: list[Rendered]) -> None:
     """bf16 copies of A and A0 that are subtracted would lose a change of a thousandth."""
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
