@@ -13,7 +13,6 @@ from tests.tiny_project import write_project
 from tunesmith.api import Project
 from tunesmith.core.clock import stamp
 from tunesmith.core.errors import Refused
-from tunesmith.pipeline import stages
 from tunesmith.pipeline.stages import Stages
 from tunesmith.store import database
 from tunesmith.store.records import Record
@@ -39,14 +38,14 @@ def _run_two(project: Project, monkeypatch: pytest.MonkeyPatch, *, recall: bool)
     working, waiting, exclusive = threading.Event(), threading.Event(), threading.Lock()
 
     @contextmanager
-    def waiting_lock(path: Path, purpose: str) -> Iterator[None]:
+    def waiting_lock(name: str, purpose: str) -> Iterator[None]:
         if working.is_set():
             waiting.set()
         with exclusive:
             yield
 
-    monkeypatch.setattr(stages, "lock", waiting_lock)
     store = project.store
+    monkeypatch.setattr(store, "lock", waiting_lock)
 
     def make(_work: Path) -> str:
         working.set()
