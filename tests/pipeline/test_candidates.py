@@ -23,7 +23,7 @@ from tunesmith.data.dataset import load_dataset
 from tunesmith.data.documents import Documents
 from tunesmith.project import parse_settings
 from tunesmith.registry.leaderboard import leaderboard
-from tunesmith.registry.versions import verified_copy, verify_version
+from tunesmith.registry.versions import load_version, verified_copy, verify_version
 from tunesmith.server.routing import ReadyVersions
 from tunesmith.services import evaluation, versions
 
@@ -174,7 +174,7 @@ def test_prices_and_time_limits_do_not_ask_an_endpoint_again(project: Project, s
 
 def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
     verdict = evaluation.gate(project, name="rival").digest
-    with pytest.raises(Refused, match="answered by an endpoint"):
+    with pytest.raises(Refused, match="rival is an endpoint"):
         versions.register(project.store, verdict, name=project.settings.name)
     text = (project.root / "tunesmith.yaml").read_text() + "release: rival\n"
     with pytest.raises(UsageError, match="cannot be released"):
@@ -183,7 +183,9 @@ def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
 
 @pytest.mark.parametrize("name", ["nearest", "docs", "searched", "held"])
 def test_the_others_can_be_released_and_verified(project: Project, name: str) -> None:
-    version = versions.register(project.store, evaluation.gate(project, name=name).digest, name=project.settings.name)
+    verdict = evaluation.gate(project, name=name).digest
+    registered = versions.register(project.store, verdict, name=project.settings.name)
+    version = load_version(project.store, registered.digest)
     found = verify_version(project.store.root, version.label)
     assert found.ok, found.problems
     with verified_copy(project.store, version) as loaded:
@@ -216,7 +218,7 @@ def test_documents_that_hold_the_test_are_refused(project: Project) -> None:
     leak = project.root / "leak.md"
     leak.write_text(f"Q: {test.request[-1].content}\nA: {test.answer}\n")
     try:
-        with pytest.raises(Refused, match="holds the test row"):
+        with pytest.raises(Refused, match="contains the test row"):
             evaluation.evaluate(project, names=["docs"])
     finally:
         leak.unlink()
