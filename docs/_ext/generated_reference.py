@@ -55,31 +55,40 @@ def settings_page() -> str:
         "",
         *_table(schema, "the project file"),
     ]
-    for name in _in_order(schema, groups):
+    placed = _in_order(schema, groups)
+    for name, path in placed.items():
         group = groups[name]
-        lines += ["", f"({_anchor(name)})=", f"## {_title(name)}", ""]
-        if text := group.get("description"):
-            lines += [_one_line(text), ""]
+        one_of = f": {_title(name).lower()}" if list(placed.values()).count(path) > 1 else ""
+        lines += ["", f"({_anchor(name)})=", f"## `{path}`{one_of}", "", _one_line(group.get("description", "")), ""]
         if "enum" in group:
             lines += ["One of: " + ", ".join(f"`{value}`" for value in group["enum"]) + "."]
         else:
-            lines += _table(group, name)
+            lines += _table(group, path)
     return "\n".join(lines) + "\n"
 
 
-def _in_order(schema: Mapping[str, Any], groups: Mapping[str, Any]) -> list[str]:
-    """Names of the groups in the order in which a reader of the page meets them."""
-    found: list[str] = []
-    queue = list(_references(schema.get("properties", {})))
+def _in_order(schema: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> path of each group of keys, in the order in which a reader of the page meets them."""
+    found: dict[str, str] = {}
+    queue = list(_placed(schema, ""))
     while queue:
-        name = queue.pop(0)
+        name, path = queue.pop(0)
         if name not in found:
-            found.append(name)
-            queue = [*_references(groups[name]), *queue]
+            found[name] = path
+            queue = [*_placed(groups[name], f"{path}."), *queue]
     return found
 
 
+def _placed(schema: Mapping[str, Any], before: str) -> Iterator[tuple[str, str]]:
+    """Name and path of the groups that a group's keys hold."""
+    for key, value in schema.get("properties", {}).items():
+        mark = ".NAME" if isinstance(value.get("additionalProperties"), Mapping) else ""
+        for name in _references(value):
+            yield name, f"{before}{key}{mark}"
+
+
 def _references(value: Any) -> Iterator[str]:
+    """Names of the schemas that a schema refers to."""
     if isinstance(value, Mapping):
         if isinstance(value.get("$ref"), str):
             yield value["$ref"].rsplit("/", 1)[-1]
@@ -105,7 +114,7 @@ def _default(value: Mapping[str, Any]) -> str:
     if "default" not in value or value["default"] is None:
         return ""
     text = json.dumps(value["default"], ensure_ascii=False)
-    return f"`{_cell(text)}`" if len(text) <= 60 else "that group's defaults"
+    return f"`{_cell(text)}`" if len(text) <= 60 else ""
 
 
 def _type(value: Mapping[str, Any]) -> str:
