@@ -30,6 +30,7 @@ def write_all() -> None:
         ("settings.md", settings_page()),
         ("command-line.md", command_line_page()),
         ("http.md", http_page()),
+        ("records.md", records_page()),
     ):
         path = FOLDER / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -266,6 +267,28 @@ def _fields(schema: Mapping[str, Any]) -> list[str]:
         needed = "required" if key in required else ""
         lines.append(f"| `{key}` | {_type(value)} | {needed} | {_cell(value.get('description', ''))} |")
     return lines
+
+
+# Records
+
+
+def records_page() -> str:
+    """Every kind of record."""
+    from tunesmith.store.records import KINDS
+
+    lines = [
+        "# Records",
+        "",
+        "A record is what one stage states: canonical JSON (RFC 8785) with `kind`, `parents` (role to digest), `blobs`",
+        "(file name to digest) and `body`. Its SHA-256 is its name. A record never changes.",
+        "",
+        "| kind | made by | parents | blobs | states |",
+        "|---|---|---|---|---|",
+    ]
+    for name, kind in KINDS.items():
+        parents, blobs = (", ".join(f"`{each}`" for each in names) for names in (kind.parents, kind.blobs))
+        lines.append(f"| `{name}` | `{kind.made_by}` | {parents} | {blobs} | {_cell(kind.states)} |")
+    return "\n".join(lines) + "\n"
 
 
 # Text

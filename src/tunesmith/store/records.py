@@ -5,33 +5,113 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused
 
-KINDS = (
-    "base",
-    "dataset",
-    "documents",
-    "training",
-    "search",
-    "candidate",
-    "answers",
-    "evaluation",
-    "verdict",
-    "version",
-    "approval",
-    "export",
-)
+_WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "model.safetensors")
+
+
+class RecordKind(NamedTuple):
+    """What a kind of record may hold.
+
+    made_by: the module that makes it. parents: roles; `answers:NAME` stands for every role that begins with `answers:`.
+    blobs: file names. states: what the body says.
+    """
+
+    made_by: str
+    parents: tuple[str, ...]
+    blobs: tuple[str, ...]
+    states: str
+
+
+# Every kind of record. A record with another kind, role or file name is refused; the documentation is made from this.
+KINDS: Mapping[str, RecordKind] = {
+    "base": RecordKind(
+        "models/base.py",
+        (),
+        (),
+        "family, context length, digest of every file, fingerprint of tokenizer and template; the files stay in place",
+    ),
+    "dataset": RecordKind(
+        "data/building/build.py",
+        (),
+        ("train.jsonl", "validation.jsonl", "test.jsonl", "removed.jsonl", "outside.jsonl"),
+        "settings, digests of the sources, what happened to every row, splits, proof that nothing leaks, duties of the "
+        "licences, the privacy scan with its measured detection recall",
+    ),
+    "signoff": RecordKind("data/governance/signoff.py", ("dataset",), (), "steward, reason, time"),
+    "quality": RecordKind("data/quality/flags.py", ("dataset",), ("flags.jsonl",), "flagged rows by reason; balance"),
+    "documents": RecordKind(
+        "data/documents.py", (), ("passages.jsonl",), "settings, digests of the files, passages, personal data found"
+    ),
+    "training": RecordKind(
+        "training/train.py",
+        ("base", "dataset"),
+        _WEIGHTS,
+        "settings, curve, time and memory as estimated and as measured, environment",
+    ),
+    "search": RecordKind(
+        "candidates/search.py",
+        ("base", "dataset"),
+        ("answers.jsonl",),
+        "every prompt and choice of shots that was tried on validation rows, its mean, the budget, the best",
+    ),
+    "candidate": RecordKind(
+        "candidates/candidate.py",
+        ("base", "dataset", "training", "documents", "search"),
+        (),
+        "prompt and where it comes from, shots, retrieval, output schema, max_tokens; a baseline's method; an "
+        "endpoint's URL and model",
+    ),
+    "answers": RecordKind(
+        "candidates/asking.py",
+        ("candidate", "dataset", "base", "training", "answers"),
+        ("answers.jsonl", "items.jsonl"),
+        "suite, number of answers, seconds, tokens, engine, who an endpoint said had answered",
+    ),
+    "evaluation": RecordKind(
+        "evaluation/evaluate.py",
+        ("dataset", "answers:NAME", "probe:NAME", "risk:SUITE:NAME", "before:SUITE:NAME", "judged:METRIC:NAME"),
+        ("scores.jsonl", "measurements.jsonl", "labels.jsonl"),
+        "means with intervals, prices, changes of general ability, risks, macro-F1, calibration, a judge's agreement, "
+        "digests of scorer functions",
+    ),
+    "verdict": RecordKind(
+        "evaluation/gates/verdict.py",
+        ("evaluation", "candidate"),
+        (),
+        "every gate with settings, numbers and reason; how often these test rows were used; the outcome",
+    ),
+    "version": RecordKind(
+        "registry/versions.py",
+        ("candidate", "evaluation", "verdict"),
+        (*_WEIGHTS, "NOTICE.md"),
+        "name, number, tenant, region, signer, override, expiry, everything it was made from, duties of the licences, "
+        "newest entry of the audit log",
+    ),
+    "export": RecordKind(
+        "registry/export.py",
+        ("version",),
+        (),
+        "format, digest of every file, differences of log-probabilities, tolerance, outcome",
+    ),
+    "approval": RecordKind(
+        "registry/approvals.py",
+        ("version",),
+        ("envelope.json",),
+        "approver, role, reason, newest entry of the audit log",
+    ),
+}
 
 
 class Record(BaseModel):
     """One stage's result.
 
-    kind: one of KINDS. parents: role -> digest of another record. blobs: file name -> digest of its bytes.
+    kind: a key of KINDS. parents: role -> digest of another record. blobs: file name -> digest of its bytes.
     body: what the stage states, JSON. The record's digest is that of its canonical JSON.
     """
 
@@ -41,6 +121,20 @@ class Record(BaseModel):
     parents: Mapping[str, str] = {}
     blobs: Mapping[str, str] = {}
     body: Mapping[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> Record:
+        kind = KINDS.get(self.kind)
+        if kind is None:
+            raise ValueError(f"{self.kind!r} is not a kind of record")
+        roles = {role.split(":")[0] + ":" * (":" in role) for role in kind.parents}
+        for role in self.parents:
+            if role not in roles and role.split(":")[0] + ":" not in roles:
+                raise ValueError(f"a {self.kind} record has no parent in the role {role!r}")
+        for name in self.blobs:
+            if name not in kind.blobs:
+                raise ValueError(f"a {self.kind} record has no file {name!r}")
+        return self
 
     @cached_property
     def encoded(self) -> bytes:
