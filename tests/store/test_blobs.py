@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from sqlalchemy import delete
 
 from tunesmith.core.digests import digest_bytes
@@ -17,6 +19,8 @@ from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.records import Record
 from tunesmith.store.store import RELEASE, Store
 from tunesmith.store.tables import EdgeRow, RecordRow
+
+DIGEST = digest_bytes(b"")
 
 
 class RemoteBlobs:
@@ -168,11 +172,29 @@ def test_a_folder_that_the_store_did_not_make_is_not_a_version(store: Store) -> 
 
 def test_records_are_found_and_indexed_again(store: Store) -> None:
     first = store.put_record(Record(kind="base", body={"family": "llama"}))
-    second = store.put_record(Record(kind="dataset", parents={"base": first}))
+    second = store.put_record(Record(kind="search", parents={"base": first}))
     assert store.record(second).parents == {"base": first}
     assert store.find_record(second[7:19]) == second
     with database.writing(store.engine) as session:
         session.execute(delete(EdgeRow))
         session.execute(delete(RecordRow))
     assert store.reindex() == 2
-    assert store.children(first) == [("base", "dataset", second)]
+    assert store.children(first) == [("base", "search", second)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"kind": "guess"}, "'guess' is not a kind of record"),
+        ({"kind": "base", "parents": {"dataset": DIGEST}}, "no parent in the role 'dataset'"),
+        ({"kind": "evaluation", "parents": {"candidate:a": DIGEST}}, "no parent in the role 'candidate:a'"),
+        ({"kind": "verdict", "blobs": {"x.jsonl": DIGEST}}, "no file 'x.jsonl'"),
+    ],
+)
+def test_records_of_unknown_shape_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Record.model_validate(wrong)
+
+
+def test_a_parent_role_may_hold_a_name() -> None:
+    assert Record(kind="evaluation", parents={"answers:a": DIGEST, "risk:swap:a": DIGEST}).parents
