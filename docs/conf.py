@@ -19,7 +19,6 @@ autodoc_typehints = "description"
 autodoc_preserve_defaults = True
 html_theme = "furo"
 html_title = "Tunesmith"
-html_static_path = ["_static"]
 html_show_copyright = False
 html_show_sphinx = False
 # Nothing is loaded from another host: the pages read the same on a machine without a network.
