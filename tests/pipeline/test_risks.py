@@ -18,7 +18,7 @@ from tunesmith.pipeline.probes import risk
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions
 from tunesmith.services import versions
-from tunesmith.services.run import run
+from tunesmith.services.training import run
 
 GATES = {
     "plants": {"probe": "canaries", "at_most": 9.0},

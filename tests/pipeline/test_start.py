@@ -46,7 +46,9 @@ def test_text_answers_make_a_project_without_schema(tmp_path: Path) -> None:
     made = make_project(tmp_path / "p", data=data, licence="MIT", name="texts", base="model")
     assert not made.json_answers
     assert "answer.schema.json" not in made.files
-    assert Project.load(tmp_path / "p").settings.task.scorers == ("exact_match",)
+    settings = Project.load(tmp_path / "p").settings
+    assert settings.task.scorers == ("exact_match",)
+    assert [step.analysis.metric for step in settings.rollout.steps if step.analysis] == ["success_rate"] * 2
 
 
 def test_keys_of_rows_are_renamed(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ PROJECT = f"""
 name: {NAME}
 base: ./nowhere
 data: {{sources: [{{path: rows.jsonl, licence: Apache-2.0}}]}}
+task: {{scorers: [json_valid, exact_match]}}
 candidates: {{plain: {{prompt: prompt.txt}}}}
 rollout: {{steps: [{{setWeight: 10}}, {{analysis: {{metric: json_valid}}}}, {{pause: }}, {{setWeight: 100}}]}}
 monitoring: {{min_requests: 20}}

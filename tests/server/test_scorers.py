@@ -58,3 +58,12 @@ def test_rollout_refuses_a_metric_that_service_cannot_measure(tmp_path: Path) ->
     project = Project.load(write_project(tmp_path, task=task, gates={}, rollout={"steps": steps}))
     with pytest.raises(UsageError, match="step 2 analyses groundedness, which service does not measure"):
         rollouts.start(project, "tiny@v1")
+
+
+def test_default_rollout_needs_json_valid_among_the_scorers(tmp_path: Path) -> None:
+    task = {**settings()["task"], "scorers": ["exact_match"]}  # type: ignore[dict-item]
+    project = Project.load(write_project(tmp_path, task=task, gates={}))
+    with pytest.raises(UsageError, match=r"step 2 analyses json_valid.*task\.scorers does not list it") as caught:
+        rollouts.start(project, "tiny@v1")
+    assert "rollout.steps" in str(caught.value.where)
+    assert "success_rate" in str(caught.value.fix)

@@ -11,8 +11,8 @@ from tunesmith.cli.terminal import HERE, As, Directory, Json, Terminal, emit
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.run import RunSummary
-    from tunesmith.services.training import LearningRates, TrainingSummary
+    from tunesmith.services.training import RunSummary, TrainingSummary
+    from tunesmith.training.range_test import RateSearch
 
 _HEIGHT = 9  # lines of a curve
 
@@ -27,9 +27,9 @@ def run(directory: Directory = HERE, as_json: Json = False, actor: As = None) ->
     """Run every stage up to a registered version. Skips what is unchanged and continues what was stopped."""
     from tunesmith.cli.evaluation import EXITS
     from tunesmith.project import open_project
-    from tunesmith.services.run import run as run_stages
+    from tunesmith.services import training
 
-    done = run_stages(open_project(directory), progress=Terminal(), actor=actor)
+    done = training.run(open_project(directory), progress=Terminal(), actor=actor)
     emit(done, as_json, _draw_run)
     raise typer.Exit(EXITS[done.gate.verdict])
 
@@ -78,7 +78,7 @@ def _draw_training(console: Console, done: TrainingSummary) -> None:
     console.print(table)
 
 
-def _draw_rates(console: Console, found: LearningRates) -> None:
+def _draw_rates(console: Console, found: RateSearch) -> None:
     high, low = max(found.smoothed), min(found.smoothed)
     # A column for each step: its mark is in the line of its loss, the highest loss at the top.
     lines = [round((high - loss) / ((high - low) or 1.0) * (_HEIGHT - 1)) for loss in found.smoothed]

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, RemoteModel, load_candidate, put_candidate
@@ -20,6 +20,9 @@ from tunesmith.evaluation.answers import seen_answers
 from tunesmith.evaluation.metrics.declared import Scoring, checked, make_scoring, metric_of
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.training import find_rate, train_candidate
+
+if TYPE_CHECKING:
+    from tunesmith.training.range_test import RateSearch
 
 
 def candidate(context: PipelineContext, name: str, restart: bool = False) -> str:
@@ -42,7 +45,7 @@ def training(context: PipelineContext, name: str, restart: bool = False) -> str:
     return found
 
 
-def learning_rates(context: PipelineContext, name: str) -> dict[str, Any]:
+def learning_rates(context: PipelineContext, name: str) -> RateSearch:
     """A range test of a candidate's learning rate. Raises UsageError for a candidate that is not trained."""
     settings = context.settings_of(name)
     if settings.train is None:

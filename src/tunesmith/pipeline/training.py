@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import Composer, count_prompts, describe_prompts
@@ -15,6 +15,9 @@ from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.training.rows import TrainingRow, training_rows
 from tunesmith.training.settings import MetricsSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from tunesmith.training.range_test import RateSearch
 
 
 def train_candidate(
@@ -50,14 +53,13 @@ def train_candidate(
     return context.stages.run(f"train {name}", "train", inputs, run, again=restart)
 
 
-def find_rate(context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings) -> dict[str, Any]:
-    """The result of a range test over the first steps of a candidate's training, as JSON data. Keeps nothing."""
+def find_rate(context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings) -> RateSearch:
+    """The result of a range test over the first steps of a candidate's training. Keeps nothing."""
     from tunesmith.training.train import find_rate as search
 
     _inputs(context, name, candidate, settings)  # raises for what cannot be trained
     rows, _validation = composed_rows(context, candidate, settings)
-    found = search(base=context.base, rows=rows, settings=settings, model=context.model, progress=context.progress)
-    return found.model_dump(mode="json")
+    return search(base=context.base, rows=rows, settings=settings, model=context.model, progress=context.progress)
 
 
 def _metrics(context: PipelineContext) -> MetricsSettings | None:

@@ -26,8 +26,8 @@ class Analysis(Settings):
         str,
         Field(
             pattern=r"[a-z][a-z0-9_]*",
-            description="the score to compare: json_valid (measured on every answer), exact_match or another scorer "
-            "(once feedback arrives), success_rate, or error_rate",
+            description="the score to compare: json_valid (measured on every answer if task.scorers lists it), "
+            "exact_match or another scorer (once feedback arrives), success_rate, or error_rate",
         ),
     ]
     worse_by_at_most: Annotated[

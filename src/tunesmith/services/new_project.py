@@ -165,6 +165,11 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
         },
         "gates": gates,
     }
+    if not is_json:  # the default steps measure json_valid, which means nothing for text
+        analysis = {"analysis": {"metric": "success_rate"}}
+        settings["rollout"] = {
+            "steps": [{"setWeight": 10}, analysis, {"setWeight": 50}, dict(analysis), {"setWeight": 100}]
+        }
     return settings, files
 
 

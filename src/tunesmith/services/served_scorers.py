@@ -51,15 +51,19 @@ def served_scorers(scorers: Sequence[str | DeclaredScorer], schema: Schema, root
 
 
 def check_analyses(project: Project, steps: Sequence[Step]) -> None:
-    """Raise UsageError where an analysis of a rollout needs a metric of the task that service does not measure."""
-    reasons = {metric_of(each): reason for each in project.settings.task.scorers if (reason := _unmeasured(each))}
+    """Raise UsageError where an analysis of a rollout needs a metric that service does not measure."""
+    scorers = project.settings.task.scorers
+    reasons = {metric_of(each): reason for each in scorers if (reason := _unmeasured(each))}
+    if "json_valid" not in map(metric_of, scorers):
+        reasons["json_valid"] = "task.scorers does not list it"
     for number, step in enumerate(steps, start=1):
         if step.analysis is not None and step.analysis.metric in reasons:
             metric = step.analysis.metric
             raise UsageError(
                 f"step {number} analyses {metric}, which service does not measure: {reasons[metric]}",
                 where="rollout.steps",
-                fix="name another metric of task.scorers, or error_rate",
+                fix="write rollout.steps with a metric that is measured: success_rate (whether requests are answered), "
+                "or one of task.scorers that feedback can score",
             )
 
 

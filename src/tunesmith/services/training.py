@@ -1,17 +1,28 @@
-"""Train candidates, and test learning rates."""
+"""Run the whole pipeline, train candidates, and test learning rates."""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.view import View
+from tunesmith.core.view import Omitted, View
+from tunesmith.data.building.summary import DatasetSummary, dataset_summary
+from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, evaluation_summary, verdict_summary
 from tunesmith.pipeline.candidates import learning_rates, training
 from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.stages import Stage
 from tunesmith.pipeline.training import tuned_names
+from tunesmith.pipeline.verdicts import verdict
 from tunesmith.project import Project
+from tunesmith.registry.versions import register
 from tunesmith.store.store import Store
+
+if TYPE_CHECKING:
+    from tunesmith.training.range_test import RateSearch
 
 
 class ExpectedCost(View):
@@ -49,14 +60,30 @@ class TrainingSummary(View):
     overfitting: Any
 
 
-class LearningRates(View):
-    """A range test: the loss at rising learning rates. suggestion: by rule; None where no rate made the loss fall."""
+class StageRun(View):
+    """One stage. seconds: 0 where it was skipped because its inputs did not change."""
 
-    rates: tuple[float, ...]
-    losses: tuple[float, ...]
-    smoothed: tuple[float, ...]
-    suggestion: float | None
-    rule: str
+    name: str
+    seconds: float
+    skipped: bool
+
+
+class RunVersion(View):
+    """The version that the run registered. version: its label, NAME@v3."""
+
+    version: str
+    digest: str
+
+
+class RunSummary(View):
+    """What a run did, by stage. registered: only where the gates passed; gate says why they did not."""
+
+    data: DatasetSummary
+    train: dict[str, TrainingSummary]
+    evaluate: EvaluationSummary
+    gate: VerdictSummary
+    registered: Annotated[Omitted[RunVersion], Field(alias="register")] = None
+    stages: tuple[StageRun, ...]
 
 
 def train(
@@ -70,10 +97,36 @@ def train(
     return training_summary(project.store, training(context, name or _only_tuned(project), restart))
 
 
-def find_rate(project: Project, name: str | None = None, *, progress: Progress = SILENT) -> LearningRates:
+def find_rate(project: Project, name: str | None = None, *, progress: Progress = SILENT) -> RateSearch:
     """Run a few steps at rising learning rates. Keeps nothing."""
-    found = learning_rates(PipelineContext(project, progress), name or _only_tuned(project))
-    return LearningRates.model_validate(found)
+    return learning_rates(PipelineContext(project, progress), name or _only_tuned(project))
+
+
+def run(project: Project, *, progress: Progress = SILENT, actor: str | None = None) -> RunSummary:
+    """Run every stage up to a registered version. Skips what is unchanged and continues what was stopped."""
+    store, signer = project.store, project.actor(actor)
+    context = PipelineContext(project, progress, signer)
+    decided = verdict(context)
+    gate = verdict_summary(store, decided)
+    trained = {
+        name: training_summary(store, training(context, name))
+        for name, settings in project.settings.candidates.items()
+        if settings.train
+    }
+    registered = None
+    if gate.verdict == "pass":
+        began = time.perf_counter()
+        version = register(store, name=project.settings.name, verdict=decided, actor=signer)
+        registered = RunVersion(version=version.label, digest=version.digest)
+        context.stages.done.append(Stage("register", time.perf_counter() - began, skipped=False))
+    return RunSummary(
+        data=dataset_summary(store, context.dataset.digest),
+        train=trained,
+        evaluate=evaluation_summary(store, gate.evaluation),
+        gate=gate,
+        registered=registered,
+        stages=tuple(StageRun(**vars(stage)) for stage in context.stages.done),
+    )
 
 
 def training_summary(store: Store, digest: str) -> TrainingSummary:

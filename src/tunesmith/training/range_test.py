@@ -13,10 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from pydantic import BaseModel
-
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import Progress
+from tunesmith.core.view import View
 from tunesmith.engines.training_protocol import Objective, TrainableModel
 from tunesmith.training.batch_plan import Step
 from tunesmith.training.settings import TrainSettings
@@ -29,7 +28,7 @@ _SMOOTHING = 0.8  # fastai's 0.98 would lag half of 40 steps behind
 _DIVERGED = 4.0  # times the lowest smoothed loss
 
 
-class RateSearch(BaseModel):
+class RateSearch(View):
     """Result of a range test: the rate, the loss and the smoothed loss of each step, up to where the loss diverged.
 
     suggestion: by the rule; None where the loss was lowest within the first decade of rates, so that no rate lowered
