@@ -53,7 +53,7 @@ def twin_cosines(rows: list[Row], vectors: np.ndarray) -> np.ndarray:
     for place, (request, _) in enumerate(rows):
         texts.setdefault(words(request), place)
     places = list(texts.values())
-    pairs = [(places[one], places[other]) for one, other in near_pairs(list(texts), NEAR)]
+    pairs = [(places[one], places[other]) for one, other in near_pairs(list(texts), NEAR).tolist()]
     kept = [(one, other) for one, other in pairs if rows[one][1] == rows[other][1]]
     return np.array([vectors[one] @ vectors[other] for one, other in kept], dtype=np.float32)
 

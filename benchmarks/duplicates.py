@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 from scipy import sparse
+from tests.data.trigrams import shingles
 
-from tunesmith.data.splitting.duplicates import near_text, normalise, shingles
+from tunesmith.data.splitting.duplicates import near_text, normalise
 from tunesmith.data.splitting.similarity_join import similar_pairs
 
 FOLDER = Path(__file__).parents[2] / "shared" / "data" / "snips"

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.data.trigrams import jaccard, shingles
+
 from tunesmith.data.splitting.duplicates import near_pairs, near_text, normalise
 from tunesmith.data.splitting.groups import wording_group
 
@@ -66,7 +68,7 @@ def twins(train: list[Row], held: list[Row]) -> dict[int, list[int]]:
             places[words(request)][side].append(number)
     texts = list(places)
     found: defaultdict[int, list[int]] = defaultdict(list)
-    for left, right in [*((place, place) for place in range(len(texts))), *near_pairs(texts, NEAR)]:
+    for left, right in [*((place, place) for place in range(len(texts))), *near_pairs(texts, NEAR).tolist()]:
         for one, other in {(left, right), (right, left)}:
             for number in places[texts[other]][1]:
                 found[number].extend(places[texts[one]][0])
@@ -105,8 +107,6 @@ def other_label(train: list[Row], held: list[Row], near: Mapping[int, list[int]]
 
 
 def _alike(one: str, other: str) -> float:
-    from tunesmith.data.splitting.duplicates import jaccard, shingles
-
     return jaccard(shingles(words(one)), shingles(words(other)))
 
 

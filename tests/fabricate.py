@@ -21,7 +21,7 @@ from tunesmith.candidates.candidate import Candidate, Retrieve, put_candidate
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.messages import Message
 from tunesmith.core.scope import Scope
-from tunesmith.data.dataset import Example, encode_examples, encode_removed, example_id, load_dataset
+from tunesmith.data.dataset import Example, encode_examples, example_id, load_dataset
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.probes.general import general_digest, general_questions
 from tunesmith.evaluation.settings import GATES
@@ -201,7 +201,7 @@ def put_dataset(
         {"id": None, "source": "data/commands.jsonl", "row": row, "reason": reason}
         for row, reason in enumerate(reason for reason, times in reasons.items() for _ in range(times))
     ]
-    blobs["removed.jsonl"] = store.put_bytes(encode_removed(removed))
+    blobs["removed.jsonl"] = store.put_bytes(b"".join(sorted(canonical(dict(entry)) + b"\n" for entry in removed)))
     kept = sum(map(len, splits.values()))
     body = {
         "rows": {"read": kept + len(removed), "kept": kept, "changed": 12, "removed": reasons},

@@ -106,8 +106,3 @@ class Dataset:
 def load_dataset(store: Store, digest: str) -> Dataset:
     """Open a dataset version. Raises Refused where it is missing or damaged, UsageError for another kind of record."""
     return Dataset(store, digest, store.record(digest, kind="dataset"))
-
-
-def encode_removed(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Canonical JSON lines of removed rows, sorted: the order in which rows were read does not matter."""
-    return b"".join(sorted(canonical(dict(row)) + b"\n" for row in rows))

@@ -13,12 +13,17 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from tests.data.trigrams import jaccard, shingles
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.data.splitting import similarity_join as join
-from tunesmith.data.splitting.duplicates import answer_key, jaccard, near_pairs, normalise, request_text, shingles
+from tunesmith.data.splitting.duplicates import answer_key, near_pairs, normalise, request_text
 
 SNIPS = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[4] / "shared" / "data")) / "snips"
+
+
+def pairs(texts: list[str], threshold: float) -> list[tuple[int, int]]:
+    return [(left, right) for left, right in near_pairs(texts, threshold).tolist()]
 
 
 def brute_force(texts: list[str], threshold: float) -> list[tuple[int, int]]:
@@ -40,7 +45,7 @@ def test_the_system_turn_makes_no_two_requests_alike() -> None:
     long = "You are a helpful assistant that answers every question at great length. " * 5
     one, other = ([Message(role="system", content=long), Message(role="user", content=text)] for text in ("go", "stop"))
     answer = Message(role="assistant", content="ok")
-    assert not near_pairs([request_text([*one, answer]), request_text([*other, answer])], 0.8)
+    assert not pairs([request_text([*one, answer]), request_text([*other, answer])], 0.8)
 
 
 word = st.sampled_from("turn switch on off the a light lamp lights in kitchen bedroom please now".split())  # noqa: SIM905
@@ -52,18 +57,18 @@ thresholds = st.sampled_from([0.5, 0.6, 0.75, 0.8, 0.9, 1.0])
 @given(st.lists(st.lists(word, min_size=1, max_size=7).map(" ".join), unique=True, max_size=25), thresholds)
 @examples(max_examples=80, deadline=None)
 def test_near_pairs_are_those_of_brute_force(texts: list[str], threshold: float) -> None:
-    assert near_pairs(texts, threshold) == brute_force(texts, threshold)
+    assert pairs(texts, threshold) == brute_force(texts, threshold)
 
 
 def test_a_short_text_is_not_what_it_would_be_padded_with() -> None:
     texts = ["", "\0", "\0\0", "\0\0\0", " ", "a", "a\0", "a ", "ab", "ab\0", "ab "]
-    assert near_pairs(texts, 0.5) == brute_force(texts, 0.5) == []
+    assert pairs(texts, 0.5) == brute_force(texts, 0.5) == []
 
 
 @given(st.lists(st.text(max_size=12), unique=True, max_size=12), thresholds)
 @examples(max_examples=80, deadline=None)
 def test_any_text_at_all(texts: list[str], threshold: float) -> None:
-    assert near_pairs(texts, threshold) == brute_force(texts, threshold)
+    assert pairs(texts, threshold) == brute_force(texts, threshold)
 
 
 @pytest.mark.parametrize("words", [6, 40, 300])
@@ -78,38 +83,38 @@ def test_short_and_long_rows_of_many_sizes(words: int, threshold: float) -> None
         text[rng.randrange(len(text))] = "changed"
         texts.append(" ".join(text))
     texts = list(dict.fromkeys(texts))
-    assert near_pairs(texts, threshold) == brute_force(texts, threshold)
+    assert pairs(texts, threshold) == brute_force(texts, threshold)
 
 
 def test_long_rows_that_are_all_rather_alike() -> None:
-    """The coarse bitmap rules out few of their pairs, so the fine one is held against every pair."""
+    """The coarse bitmap rules out few of their pairs, so the fine one is compared for every pair."""
     rng = random.Random(7)
     words = ["".join(rng.choices("abcdefghiklmnopqrst", k=5)) for _ in range(120)]
     texts = [" ".join(rng.sample(words, 90)) for _ in range(120)]
     near = brute_force(texts, 0.55)
     assert 100 < len(near) < len(texts) * (len(texts) - 1) / 2 - 100
-    assert near_pairs(texts, 0.55) == near
+    assert pairs(texts, 0.55) == near
 
 
 @pytest.mark.parametrize("limit", ["_CELLS", "_PAIRS"])
 def test_what_is_worked_on_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     rng = random.Random(0)
     texts = list({" ".join(rng.choice(["lamp", "light", "on", "off", "hall"]) for _ in range(6)) for _ in range(200)})
-    whole = near_pairs(texts, 0.7)
+    whole = pairs(texts, 0.7)
     monkeypatch.setattr(join, limit, 256)
-    assert near_pairs(texts, 0.7) == whole == brute_force(texts, 0.7)
+    assert pairs(texts, 0.7) == whole == brute_force(texts, 0.7)
 
 
 def test_short_and_empty_texts() -> None:
-    assert near_pairs([], 0.8) == []
-    assert near_pairs(["a"], 0.8) == []
-    assert near_pairs(["", "a", "ab", "abc", "abcd"], 0.8) == []
+    assert pairs([], 0.8) == []
+    assert pairs(["a"], 0.8) == []
+    assert pairs(["", "a", "ab", "abc", "abcd"], 0.8) == []
 
 
 def test_too_many_near_pairs_are_refused() -> None:
     shared = "classify the sentiment of the following review as positive or negative and explain briefly: " * 3
     with pytest.raises(Refused, match="too similar") as caught:
-        near_pairs([f"{shared}{n}" for n in range(600)], 0.8)
+        pairs([f"{shared}{n}" for n in range(600)], 0.8)
     assert "system turn" in str(caught.value.fix)
 
 
@@ -122,7 +127,7 @@ def test_nothing_is_missed_or_made_up_on_real_requests() -> None:
     texts = sorted(set(texts))[:7000]
     true = _by_matrix(texts, 0.8)
     assert len(true) > 100
-    assert set(near_pairs(texts, 0.8)) == true
+    assert set(pairs(texts, 0.8)) == true
 
 
 def _by_matrix(texts: list[str], threshold: float) -> set[tuple[int, int]]:

@@ -15,13 +15,14 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from tests.data.rows import build, many_rows, row, settings, write_jsonl
+from tests.data.trigrams import jaccard, shingles
 from tunesmith.core.errors import UsageError
 from tunesmith.data.building.account import EXACT
 from tunesmith.data.building.verify import verify_dataset
 from tunesmith.data.dataset import SPLITS, Dataset, Example
 from tunesmith.data.settings import DataSettings, Split
 from tunesmith.data.splitting.assignment import OLDER, cuts, split_by_time, stratified, time_of
-from tunesmith.data.splitting.duplicates import jaccard, near_text, shingles
+from tunesmith.data.splitting.duplicates import near_text
 from tunesmith.data.splitting.groups import joined_groups, wording_group
 from tunesmith.data.splitting.leakage import NEAR_HELD_OUT, ComparedRow, Leakage, Nearness, leakage
 from tunesmith.store.store import Store
@@ -95,7 +96,7 @@ def test_groups_are_the_components_of_what_rows_share(
 
 def test_leakage_counts_what_is_shared_by_any_of_them() -> None:
     def trace(name: str, author: str, talk: str) -> ComparedRow:
-        return ComparedRow(name, name, f"{name} of its own", "", {"author": author, "talk": talk})
+        return ComparedRow(name, name, f"{name} alone", "", {"author": author, "talk": talk})
 
     splits = {
         "train": [trace("1", "ann", "x")],
@@ -103,7 +104,9 @@ def test_leakage_counts_what_is_shared_by_any_of_them() -> None:
         "test": [trace("3", "ann", "z")],
     }
     found = leakage(splits, Nearness(splits, 0.8), Split(group_by=("author", "talk")))
-    assert found == Leakage(0, 0, 0, {"author": 1, "talk": 0})
+    assert found == Leakage(
+        shared_groups=0, near_pairs=0, near_outside=0, threshold=0.8, shared={"author": 1, "talk": 0}
+    )
     assert found.faults() == {"shared.author": 1}
 
 

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from tests.data.trigrams import jaccard, shingles
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.settings import Split
 from tunesmith.data.splitting.assignment import split_of
-from tunesmith.data.splitting.duplicates import jaccard, near_text, request_text, shingles
+from tunesmith.data.splitting.duplicates import near_text, request_text
 from tunesmith.data.splitting.groups import wording_group
 from tunesmith.data.splitting.leakage import (
     NEAR_HELD_OUT,
@@ -101,7 +102,9 @@ def test_near_rows_leave_training_first() -> None:
     ]
     staying = {name: [one for one in some if one.id not in gone] for name, some in splits.items()}
     assert leakage(splits, Nearness(splits, 0.75)).near_pairs > 0
-    assert leakage(staying, Nearness(staying, 0.75)) == Leakage(shared_groups=1, near_pairs=0)  # all stand in group "g"
+    assert leakage(staying, Nearness(staying, 0.75)) == Leakage(
+        shared_groups=1, near_pairs=0, near_outside=0, threshold=0.75
+    )  # all are in group "g"
 
 
 def test_rows_near_a_removed_held_out_row_are_removed() -> None:

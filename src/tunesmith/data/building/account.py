@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Final
 
 from tunesmith.data.dataset import Example
-from tunesmith.data.privacy.scan import Scan
 
 EXACT: Final = "exact duplicate"
 PRIVATE: Final = "personal data or a secret"
@@ -31,36 +30,24 @@ class Kept:
 
 @dataclass
 class Account:
-    """Counts of the rows so far. read: kept and removed ones. ignored: key that no format reads -> rows that have it.
+    """Counts of some rows. read: kept and removed ones. ignored: key that no format reads -> rows that have it.
 
     privacy: entity -> values found. fields: (turn's role, entity) -> findings. originals: example id -> pseudonym ->
     original. longest: the most tokens of a row.
     """
 
     read: int = 0
-    removed: list[dict[str, Any]] = field(default_factory=list)
     privacy: Counter[str] = field(default_factory=Counter)
     fields: Counter[tuple[str, str]] = field(default_factory=Counter)
     originals: dict[str, dict[str, str]] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
     longest: int = 0
 
-    def enter_scan(self, scan: Scan) -> None:
-        """Add what a conversation's scan found."""
-        self.privacy.update(scan.found)
-        self.fields.update(scan.fields)
-
-    def remove(self, source: str, row: int, reason: str, example: str | None = None) -> None:
-        """Note a removed row. example: its id, where it was computed already."""
-        self.removed.append({"id": example, "source": source, "row": row, "reason": reason})
-
     def merge(self, other: Account) -> None:
         """Add another account's counts; `longest` becomes the larger one."""
-        for each in fields(self):
-            own, more = getattr(self, each.name), getattr(other, each.name)
-            if isinstance(own, int):
-                setattr(self, each.name, max(own, more) if each.name == "longest" else own + more)
-            elif isinstance(own, list):
-                own.extend(more)
-            else:
-                own.update(more)  # a Counter adds
+        self.read += other.read
+        self.longest = max(self.longest, other.longest)
+        self.privacy.update(other.privacy)
+        self.fields.update(other.fields)
+        self.originals.update(other.originals)
+        self.ignored.update(other.ignored)

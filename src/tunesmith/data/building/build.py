@@ -13,13 +13,12 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import CountTokens
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.building.account import Account
-from tunesmith.data.building.examine import listed_values
+from tunesmith.data.building.examine import RowRules, listed_values
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, read_outside
 from tunesmith.data.building.shards import (
     ExaminedRows,
     LocalRunner,
     PlannedFile,
-    RowRules,
     ShardRunner,
     examined_rows,
     formats_of,
@@ -165,7 +164,7 @@ def _nearness(
 ) -> dict[str, Any]:
     near = Nearness(splits, threshold, outside.requests)
     return {
-        "leakage": leakage(splits, near, split).as_json(threshold),
+        "leakage": leakage(splits, near, split).document(),
         "decontaminated": list(outside.files),
         "near_clusters": clusters(splits, near, _SHOWN_CONFLICTS),
     }

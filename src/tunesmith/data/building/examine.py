@@ -21,6 +21,7 @@ from tunesmith.data.building.account import (
     Account,
     Kept,
 )
+from tunesmith.data.building.staging import RemovedLine, removed_line
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.formats import row_formats
 from tunesmith.data.formats.turns import AFTER_THE_LAST, conversation, ends_unlearned, objection
@@ -35,7 +36,26 @@ from tunesmith.data.splitting.groups import wording_group
 
 
 @dataclass(frozen=True, slots=True)
-class Removed:
+class RowRules:
+    """The rules that every row of a build is examined by.
+
+    count_tokens, max_tokens: where either is None, no length is checked. answer_schema: JSON Schema of the answer's
+    text. special_tokens: control tokens of the base's tokenizer. withdrawn: recalled rows. outside: wordings of outside
+    test sets. formats: a source's path -> its row format.
+    """
+
+    settings: DataSettings
+    count_tokens: CountTokens | None = None
+    max_tokens: int | None = None
+    answer_schema: Mapping[str, Any] | None = None
+    special_tokens: tuple[str, ...] = ()
+    withdrawn: Withdrawn = field(default_factory=Withdrawn)
+    outside: Set[str] = frozenset()
+    formats: Mapping[str, row_formats.RowFormat] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Removed:
     """Why a row is removed. example: its id, where it was computed already."""
 
     reason: str
@@ -54,66 +74,60 @@ class _Fitting:
     fitting: tuple[Message, ...]
 
 
-@dataclass
 class Examiner:
     """The checks of a row, in this order: format, licence, control tokens, length, privacy, answer.
 
-    count_tokens, max_tokens: where either is None, no length is checked. answer_schema: JSON Schema of the answer's
-    text. special_tokens: control tokens of the base's tokenizer. withdrawn: recalled rows. outside: wordings of outside
-    test sets.
+    account: the counts of the rows that were examined last.
     """
 
-    settings: DataSettings
-    account: Account
-    count_tokens: CountTokens | None = None
-    max_tokens: int | None = None
-    answer_schema: Mapping[str, Any] | None = None
-    special_tokens: Sequence[str] = ()
-    withdrawn: Withdrawn = field(default_factory=Withdrawn)
-    outside: Set[str] = frozenset()
+    def __init__(self, rules: RowRules) -> None:
+        self.rules, self.settings, self.account = rules, rules.settings, Account()
 
     @cached_property
     def scanner(self) -> Scanner:
         """The privacy scanner, loaded for the first row: its patterns take a second."""
-        return Scanner(self.settings.privacy, listed_values(self.answer_schema))
+        return Scanner(self.settings.privacy, listed_values(self.rules.answer_schema))
 
     @cached_property
     def valid_answer(self) -> Callable[[str], bool]:
         """Whether an answer's text is JSON under the schema."""
-        return _answer_check(self.answer_schema)
+        return _answer_check(self.rules.answer_schema)
 
-    def examine(self, rows: Sequence[Row], source: Source, row_format: row_formats.RowFormat) -> list[Kept]:
-        """The examples of the rows; removed rows are noted in the account. Many rows at once make the scan faster."""
+    def examine(self, rows: Sequence[Row], source: Source) -> tuple[list[Kept], list[RemovedLine]]:
+        """(examples, removed rows), counted in a new account. Many rows at once make the scan faster."""
+        self.account = Account(read=len(rows))
+        row_format = self.rules.formats[source.path]
         judged = [(row, self._before_scan(row, source, row_format)) for row in rows]
         waiting = [one for _, one in judged if isinstance(one, _Fitting)]
         scans = iter(self.scanner.scan_many([one.fitting for one in waiting]))
-        kept = []
+        kept, removed = [], []
         for row, one in judged:
             found = self._after_scan(one, next(scans)) if isinstance(one, _Fitting) else one
             if isinstance(found, Kept):
                 kept.append(found)
             else:
-                self.account.remove(row.source, row.number, found.reason, found.example)
-        return kept
+                removed.append(removed_line(found.example, row.source, row.number, found.reason))
+        return kept, removed
 
-    def _before_scan(self, row: Row, source: Source, row_format: row_formats.RowFormat) -> _Fitting | Removed:
+    def _before_scan(self, row: Row, source: Source, row_format: row_formats.RowFormat) -> _Fitting | _Removed:
         fields = renamed(row, source.rename)
         turns = row_formats.read_turns(Row(row.source, row.number, fields), row_format, self.account.ignored)
         self._count_ignored(fields, source, row_format)
         if (reason := objection(turns)) is not None:
-            return Removed(reason)
+            return _Removed(reason)
         licence = permitted(_licence(row, fields, source), self.settings.licences, row.where)
         original = conversation(turns)
         self.account.ignored.update([AFTER_THE_LAST] if ends_unlearned(turns) else ())
         self._refuse_control_tokens(original, row)
         fitting = self._fit(original, row)
         if fitting is None:
-            return Removed(OVERLONG)
+            return _Removed(OVERLONG)
         return _Fitting(row, source, fields, licence, original, fitting)
 
-    def _after_scan(self, one: _Fitting, scan: Scan) -> Kept | Removed:
+    def _after_scan(self, one: _Fitting, scan: Scan) -> Kept | _Removed:
         row, fields, source, fitting = one.row, one.fields, one.source, one.fitting
-        self.account.enter_scan(scan)
+        self.account.privacy.update(scan.found)
+        self.account.fields.update(scan.fields)
         action = self.settings.privacy.action
         messages = fitting if action == "report" else scan.messages
         if scan.found and action == "refuse":
@@ -123,17 +137,17 @@ class Examiner:
                 fix="clean the source, or set data.privacy.action to pseudonymise or remove",
             )
         if messages is None:
-            return Removed(PRIVATE if action == "remove" else SPOILT_CALL)
+            return _Removed(PRIVATE if action == "remove" else SPOILT_CALL)
         name = example_id(messages, row.source)
         if scan.found and action == "remove":
-            return Removed(PRIVATE, name)
+            return _Removed(PRIVATE, name)
         if messages != fitting and (self._fit(messages, row) != messages):
-            return Removed(OVERLONG, name)
+            return _Removed(OVERLONG, name)
         if not self.valid_answer(messages[-1].text):
-            return Removed(SPOILT if self.valid_answer(fitting[-1].text) else OFF_SCHEMA, name)
+            return _Removed(SPOILT if self.valid_answer(fitting[-1].text) else OFF_SCHEMA, name)
         templates = self._templates(messages, scan)
-        if not self.outside.isdisjoint(templates):
-            return Removed(OUTSIDE_WORDING, name)
+        if not self.rules.outside.isdisjoint(templates):
+            return _Removed(OUTSIDE_WORDING, name)
         labels = self._labels(fields, row, messages, templates[0])
         example = Example(
             id=name,
@@ -146,8 +160,8 @@ class Examiner:
             region=_label(fields, source.region_key, row),
             labels={key: value for key, value in labels.items() if key in self._kept_labels},
         )
-        if self.withdrawn.holds(example):
-            return Removed(WITHDRAWN, name)
+        if self.rules.withdrawn.holds(example):
+            return _Removed(WITHDRAWN, name)
         if scan.originals and self.settings.privacy.originals is not None:
             self.account.originals[name] = dict(scan.originals)
         return Kept(example, row.number, messages != one.original)
@@ -158,9 +172,9 @@ class Examiner:
         self.account.ignored.update(fields.keys() - read)
 
     def _refuse_control_tokens(self, messages: Sequence[Message], row: Row) -> None:
-        for turn in messages if self.special_tokens else ():
+        for turn in messages if self.rules.special_tokens else ():
             texts = list(turn.texts())
-            for token in self.special_tokens:
+            for token in self.rules.special_tokens:
                 if any(token in text for text in texts):
                     raise Refused(
                         f"the {turn.role} turn holds the control token {token}",
@@ -173,20 +187,20 @@ class Examiner:
 
         A turn is never cut in two: half an answer would teach the model to stop early.
         """
-        if self.count_tokens is None or self.max_tokens is None:
+        if self.rules.count_tokens is None or self.rules.max_tokens is None:
             return messages
-        length = self.count_tokens(messages)
+        length = self.rules.count_tokens(messages)
         frame = messages[:1] if messages[0].role == "system" else ()
         spoken = messages[len(frame) :]
-        while length > self.max_tokens and self.settings.overlong == "truncate" and len(spoken) > 2:
+        while length > self.rules.max_tokens and self.settings.overlong == "truncate" and len(spoken) > 2:
             spoken = spoken[2:]
-            length = self.count_tokens((*frame, *spoken))
-        if length <= self.max_tokens:
+            length = self.rules.count_tokens((*frame, *spoken))
+        if length <= self.rules.max_tokens:
             self.account.longest = max(self.account.longest, length)
             return (*frame, *spoken)
         if self.settings.overlong == "refuse":
             raise Refused(
-                f"the conversation has {length} tokens, and the limit is {self.max_tokens}",
+                f"the conversation has {length} tokens, and the limit is {self.rules.max_tokens}",
                 where=row.where,
                 fix="shorten it, or set data.overlong to drop or truncate",
             )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.data.building.shards import ExaminedRows, RowRules, Shard, ShardWorker
+from tunesmith.data.building.examine import RowRules
+from tunesmith.data.building.shards import ExaminedRows, Shard, ShardWorker
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,22 +12,20 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.core.messages import CountTokens
 from tunesmith.core.progress import Progress
 from tunesmith.core.threads import wanted_threads
 from tunesmith.data.building.account import Account
-from tunesmith.data.building.examine import Examiner, renamed
-from tunesmith.data.building.staging import RemovedLine, StagedRow, removed_line, staged_row
+from tunesmith.data.building.examine import Examiner, RowRules, renamed
+from tunesmith.data.building.staging import RemovedLine, StagedRow, staged_row
 from tunesmith.data.formats.row_formats import RowFormat, format_of
-from tunesmith.data.governance.withdrawn import Withdrawn
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources.files import SourceFile, fetched, find_files, open_source
 from tunesmith.data.sources.row_readers import WHOLE, Part, Row
@@ -41,20 +39,6 @@ _AHEAD = 2  # shards per worker that may wait to be consumed
 
 
 @dataclass(frozen=True, slots=True)
-class RowRules:
-    """The rules that every row of a build is examined by. formats: a source's path -> its row format."""
-
-    settings: DataSettings
-    count_tokens: CountTokens | None = None
-    max_tokens: int | None = None
-    answer_schema: Mapping[str, Any] | None = None
-    special_tokens: tuple[str, ...] = ()
-    withdrawn: Withdrawn = field(default_factory=Withdrawn)
-    outside: Set[str] = frozenset()
-    formats: Mapping[str, RowFormat] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class Shard:
     """A part of a file. bytes: its size, for progress."""
 
@@ -65,7 +49,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class ExaminedRows:
-    """Some rows of a shard after the checks: kept rows, removed rows, and the account without the removed ones."""
+    """Some rows of a shard after the checks: kept rows, removed rows, and their account."""
 
     file: str
     kept: list[StagedRow]
@@ -87,10 +71,7 @@ class ShardWorker:
     """Examines shards in one process. Made once per process: the privacy scan's patterns take a second to load."""
 
     def __init__(self, rules: RowRules) -> None:
-        self._rules = rules
-        limits = (rules.count_tokens, rules.max_tokens, rules.answer_schema)
-        content = (rules.special_tokens, rules.withdrawn, rules.outside)
-        self._examiner = Examiner(rules.settings, Account(), *limits, *content)
+        self._examiner = Examiner(rules)
 
     def warm(self) -> ShardWorker:
         """Load now what the first row would load."""
@@ -100,28 +81,25 @@ class ShardWorker:
 
     def pieces(self, shard: Shard) -> Iterator[ExaminedRows]:
         """The shard's examined rows, a few thousand at a time. Raises the error of the first invalid row."""
-        source = shard.file.source
         with open_source(shard.file, digested=False) as opened:
             rows: list[Row] = []
             begun = opened.position()
             for row in opened.read(shard.part):
                 rows.append(row)
                 if len(rows) == _ROWS_TOGETHER or opened.position() - begun > _BYTES_TOGETHER:
-                    yield self._examined(shard, rows, self._rules.formats[source.path])
+                    yield self._examined(shard, rows)
                     rows, begun = [], opened.position()
             if rows:
-                yield self._examined(shard, rows, self._rules.formats[source.path])
+                yield self._examined(shard, rows)
 
     def __call__(self, shard: Shard) -> list[ExaminedRows]:
         """All examined rows of a shard of limited size."""
         return list(self.pieces(shard))
 
-    def _examined(self, shard: Shard, rows: Sequence[Row], row_format: RowFormat) -> ExaminedRows:
-        account = self._examiner.account = Account(read=len(rows))
-        examined = self._examiner.examine(rows, shard.file.source, row_format)
-        kept = [staged_row(one, self._rules.settings.split) for one in examined]
-        removed = [removed_line(entry) for entry in account.removed]
-        return ExaminedRows(shard.file.name, kept, removed, replace(account, removed=[]))
+    def _examined(self, shard: Shard, rows: Sequence[Row]) -> ExaminedRows:
+        kept, removed = self._examiner.examine(rows, shard.file.source)
+        staged = [staged_row(one, self._examiner.settings.split) for one in kept]
+        return ExaminedRows(shard.file.name, staged, removed, self._examiner.account)
 
 
 class ShardRunner(Protocol):

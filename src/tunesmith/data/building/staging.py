@@ -18,7 +18,7 @@ from typing import Any
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import TunesmithError
 from tunesmith.data.building.account import EXACT, Kept
-from tunesmith.data.dataset import SPLITS, Example, encode_examples, encode_removed
+from tunesmith.data.dataset import SPLITS, Example, encode_examples
 from tunesmith.data.settings import Split
 from tunesmith.data.splitting.assignment import split_of
 from tunesmith.data.splitting.duplicates import answer_key, request_key
@@ -51,9 +51,9 @@ def staged_row(one: Kept, split: Split) -> StagedRow:
     )  # fmt: skip
 
 
-def removed_line(entry: Mapping[str, Any]) -> RemovedLine:
-    """(the line of a removed row as it is written, its reason)."""
-    return encode_removed([entry]), entry["reason"]
+def removed_line(name: str | None, source: str, row: int, reason: str) -> RemovedLine:
+    """(the line of a removed row as it is written, its reason). name: its id, where it was computed already."""
+    return canonical({"id": name, "source": source, "row": row, "reason": reason}) + b"\n", reason
 
 
 def _digest(text: str) -> bytes:
@@ -128,10 +128,7 @@ class StagingDatabase:
 
     def _drop(self, rows: Iterable[tuple[int, str, int, str, str]]) -> None:
         for some in batches(rows):
-            entries = [
-                removed_line({"id": name, "source": source, "row": row, "reason": reason})
-                for _, source, row, name, reason in some
-            ]
+            entries = [removed_line(name, source, row, reason) for _, source, row, name, reason in some]
             self._database.executemany("INSERT INTO removed VALUES (?, ?)", entries)
             self._database.executemany("UPDATE rows SET gone = ? WHERE rowid = ?", [(one[4], one[0]) for one in some])
 

@@ -7,6 +7,7 @@ from typing import Any
 from tunesmith.core.view import Omitted, View
 from tunesmith.data.formats.openai_rules import too_few
 from tunesmith.data.formats.row_formats import OPENAI, format_evidence
+from tunesmith.data.splitting.leakage import Leakage
 from tunesmith.store.store import Store
 
 
@@ -17,22 +18,6 @@ class RowCounts(View):
     kept: int
     changed: int
     removed: dict[str, int]
-
-
-class LeakageSummary(View):
-    """Requests that two splits share. All counts must be 0. near_pairs: pairs at least as similar as threshold.
-
-    near_outside: training rows near a row of an outside test set. shared: key of `data.split` -> values that two
-    splits share. not_older: rows that are newer than the split after theirs.
-    """
-
-    shared_groups: int
-    near_pairs: int
-    near_outside: int
-    threshold: float
-    method: str
-    shared: Omitted[dict[str, int]] = None
-    not_older: Omitted[int] = None
 
 
 class SourceSummary(View):
@@ -84,7 +69,7 @@ class DatasetSummary(View):
     rows: RowCounts
     splits: dict[str, int]
     groups: dict[str, int]
-    leakage: LeakageSummary
+    leakage: Leakage
     decontaminated: tuple[dict[str, Any], ...]
     near_clusters: NearClusters
     time: Omitted[dict[str, Any]] = None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.view import Problem, View
 from tunesmith.data.building.build import counts, near_threshold
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, decode_outside
-from tunesmith.data.dataset import SPLITS, Dataset, Example, example_id, load_dataset
+from tunesmith.data.dataset import REMOVED, SPLITS, Dataset, Example, example_id, load_dataset
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.splitting.assignment import split_of
 from tunesmith.data.splitting.duplicates import request_text
@@ -29,88 +31,78 @@ class DatasetVerification(View):
 
 def verify_dataset(store: Store, digest: str) -> DatasetVerification:
     """Recompute a dataset version's digests, ids, splits, counts and leakage, and compare them with its record."""
-    problems: list[dict[str, str]] = []
-    checked = 1
-    try:
+    problems: list[Problem] = []
+    checked = _check(store, digest, problems)
+    return DatasetVerification(dataset=digest, ok=not problems, checked=checked, problems=tuple(problems))
+
+
+def _check(store: Store, digest: str, problems: list[Problem]) -> int:
+    """Add what is wrong with a dataset version to problems; returns the number of comparisons."""
+    with _noted(problems, "record"):
         dataset = load_dataset(store, digest)
         settings = DataSettings.model_validate(dataset.record.body["settings"])
-    except (TunesmithError, KeyError, ValueError) as error:
-        return _verification(digest, checked, [{"path": "record", "reason": str(error)}])
+    if problems:
+        return 1
     splits: dict[str, list[Example]] = {}
     for name in SPLITS:
-        checked += 1
-        try:
+        with _noted(problems, f"{name}.jsonl"):
             splits[name] = dataset.examples(name)
-        except TunesmithError as error:
-            problems.append({"path": error.where or f"{name}.jsonl", "reason": error.what})
-    try:
-        checked += 1
+    with _noted(problems, REMOVED):
         removed = dataset.removed()
-    except (TunesmithError, KeyError) as error:
-        problems.append({"path": "removed.jsonl", "reason": str(error)})
+    outside = Outside()
+    if settings.decontaminate:
+        with _noted(problems, OUTSIDE):
+            outside = decode_outside(store.read_blob(dataset.record.blobs[OUTSIDE]))
+    checked = 2 + len(SPLITS)
     if problems:  # damaged rows cannot be checked further
-        return _verification(digest, checked, problems)
-    try:
-        outside = _outside(store, dataset, settings)
-    except (TunesmithError, KeyError) as error:
-        return _verification(digest, checked, [{"path": OUTSIDE, "reason": str(error)}])
-    problems.extend(_row_problems(splits, settings, frozenset(dataset.record.body.get("held_groups", ()))))
-    problems.extend(_outside_problems(splits, outside))
-    stated = {**_stated(dataset), "rows removed": dataset.record.body["rows"]["removed"]}
+        return checked
+    problems.extend(_row_problems(dataset, splits, settings, outside))
     shared = leakage(splits, Nearness(splits, near_threshold(settings), outside.requests), settings.split)
-    again = {
+    kept = sum(map(len, splits.values()))
+    body = dataset.record.body
+    stated = {key: body[key] for key in ("splits", "groups", "licences", "leakage")}
+    stated |= {f"rows {key}": body["rows"][key] for key in ("read", "kept", "removed")}
+    again: dict[str, Any] = {
         **counts(splits),
-        "leakage": shared.as_json(near_threshold(settings)),
-        "rows kept": sum(map(len, splits.values())),
-        "rows read": sum(map(len, splits.values())) + len(removed),
-        "rows removed": dict(sorted(Counter(str(row["reason"]) for row in removed).items())),
+        "leakage": shared.document(),
+        "rows kept": kept,
+        "rows read": kept + len(removed),
+        "rows removed": dict(Counter(str(row["reason"]) for row in removed)),
     }
     for what, value in again.items():
         if stated[what] != value:
-            problems.append({"path": what, "reason": f"the record says {stated[what]}, the rows say {value}"})
+            problems.append(Problem(path=what, reason=f"the record says {stated[what]}, the rows say {value}"))
     for what, number in shared.faults().items():
-        problems.append({"path": f"leakage.{what}", "reason": f"is {number}, and must be 0"})
-    return _verification(digest, checked + len(again) + sum(map(len, splits.values())), problems)
+        problems.append(Problem(path=f"leakage.{what}", reason=f"is {number}, and must be 0"))
+    return checked + len(again) + kept
 
 
-def _outside(store: Store, dataset: Dataset, settings: DataSettings) -> Outside:
-    return decode_outside(store.read_blob(dataset.record.blobs[OUTSIDE])) if settings.decontaminate else Outside()
-
-
-def _outside_problems(splits: dict[str, list[Example]], outside: Outside) -> list[dict[str, str]]:
-    return [
-        {"path": f"{name}.jsonl, {example.id}", "reason": "has the wording of a row of an outside test set"}
-        for name, examples in splits.items()
-        for example in examples
-        if outside.wordings and wording_group(request_text(example.messages), example.answer) in outside.wordings
-    ]
-
-
-def _stated(dataset: Dataset) -> dict[str, Any]:
-    body = dataset.record.body
-    rows = {f"rows {key}": body["rows"][key] for key in ("read", "kept")}
-    return {**{key: body[key] for key in ("splits", "groups", "licences", "leakage")}, **rows}
+@contextlib.contextmanager
+def _noted(problems: list[Problem], path: str) -> Iterator[None]:
+    """Add an error in the block to problems. path: of the problem where the error names none."""
+    try:
+        yield
+    except TunesmithError as error:
+        problems.append(Problem(path=error.where or path, reason=error.what))
+    except (KeyError, ValueError) as error:
+        problems.append(Problem(path=path, reason=str(error)))
 
 
 def _row_problems(
-    splits: dict[str, list[Example]], settings: DataSettings, held: frozenset[str]
-) -> list[dict[str, str]]:
-    problems = []
+    dataset: Dataset, splits: Mapping[str, Sequence[Example]], settings: DataSettings, outside: Outside
+) -> Iterator[Problem]:
     by_hash = settings.split.time is None and settings.split.stratify is None
+    held = frozenset(dataset.record.body.get("held_groups", ()))
     seen: set[str] = set()
     for name, examples in splits.items():
         for example in examples:
             path = f"{name}.jsonl, {example.id}"
             if example.id != example_id(example.messages, example.source):
-                problems.append({"path": path, "reason": "the id does not match the content"})
+                yield Problem(path=path, reason="the id does not match the content")
             if example.id in seen:
-                problems.append({"path": path, "reason": "the id occurs twice"})
+                yield Problem(path=path, reason="the id occurs twice")
             if by_hash and split_of(example.group, settings.split, held) != name:
-                problems.append({"path": path, "reason": "the row's group belongs to another split"})
+                yield Problem(path=path, reason="the row's group belongs to another split")
+            if outside.wordings and wording_group(request_text(example.messages), example.answer) in outside.wordings:
+                yield Problem(path=path, reason="has the wording of a row of an outside test set")
             seen.add(example.id)
-    return problems
-
-
-def _verification(digest: str, checked: int, problems: list[dict[str, str]]) -> DatasetVerification:
-    found = tuple(Problem.model_validate(problem) for problem in problems)
-    return DatasetVerification(dataset=digest, ok=not found, checked=checked, problems=found)

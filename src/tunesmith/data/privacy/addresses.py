@@ -23,7 +23,7 @@ _STREET_NAMES = (
     "Ln|Court|Ct|Way|Close|Place|Pl|Square|Sq|Circle|Alley|Loop|Trail|Mews|Grove|Gardens?|Row|Quay|Isle|Pass|Plaza|Walk"
     "|Rise|Path|Ridge|Points?|Crossing|Branch|Estates?|Extensions?|Junctions?|Landing|Manors?|Meadows?|Mission"
     "|Mountains?|Orchard|Oval|Overpass|Parks?|Passage|Pike|Pines?|Plains?|Ports?|Prairie|Ramp|Ranch|Rapids?|Rest|Roads"
-    "|Route|Run|Shoals?|Shores?|Skyway|Springs?|Spurs?|Station|Stream|Streets|Summit|Throughway|ComparedRow|Tracks?|Tunnel"
+    "|Route|Run|Shoals?|Shores?|Skyway|Springs?|Spurs?|Station|Stream|Streets|Summit|Throughway|Trace|Tracks?|Tunnel"
     "|Underpass|Unions?|Valleys?|Via|Viaduct|Views?|Villages?|Ville|Vista|Wall|Wells|Knolls?|Keys?|Inlet|Islands?"
     "|Hollow|Hills?|Heights|Harbors?|Greens?|Glens?|Gateway|Forks?|Forges?|Fords?|Forest|Flats?|Ferry|Falls|Fields?"
     "|Dam|Dale|Curve|Creek|Coves?|Courts|Corners?|Common|Cliffs?|Clubs?|Centers?|Causeway|Canyon|Camp|Bypass|Burgs?"

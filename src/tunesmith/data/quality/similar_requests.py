@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.splitting.groups import connected
+
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 
 # Cosine of two MiniLM vectors. Measured by `benchmarks/alike.py` on 6,000 requests each of CLINC150 and BANKING77: of
@@ -47,12 +49,7 @@ def _merged(
     labels: NDArray[np.int64], pairs: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
 ) -> NDArray[np.int64]:
     """The cluster number of each text after the clusters of each pair are merged: int64[texts]."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     if not pairs:
         return labels
-    size = len(labels)
-    ends = tuple(labels[np.concatenate(side)] for side in zip(*pairs, strict=True))
-    _, merged = connected_components(coo_array((np.ones(len(ends[0]), bool), ends), shape=(size, size)), directed=False)
-    return merged[labels].astype(np.int64)  # type: ignore[no-any-return]
+    left, right = (labels[np.concatenate(side)] for side in zip(*pairs, strict=True))
+    return connected(left, right, len(labels))[labels].astype(np.int64)

@@ -56,17 +56,6 @@ def near_text(request: str) -> str:
     return "\n".join(f" {' '.join(_WORD.findall(turn)) or turn} " for turn in request.split("\n"))
 
 
-def shingles(text: str) -> frozenset[str]:
-    """The character trigrams of a text; the text itself where it is shorter."""
-    return frozenset(text[start : start + 3] for start in range(max(1, len(text) - 2)))
-
-
-def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
-    """Jaccard similarity in [0, 1]: shared elements over all elements."""
-    shared = len(left & right)
-    return shared / (len(left) + len(right) - shared)
-
-
 def answer_key(answer: str) -> str:
     """A key that equal answers share: canonical JSON, or the text of prose without outer spaces."""
     try:
@@ -75,12 +64,7 @@ def answer_key(answer: str) -> str:
         return answer.strip()
 
 
-def near_pairs(texts: Sequence[str], threshold: float) -> list[tuple[int, int]]:
-    """`near_ends` as a list, for few pairs."""
-    return [(left, right) for left, right in near_ends(texts, threshold).tolist()]
-
-
-def near_ends(texts: Sequence[str], threshold: float) -> NDArray[np.int64]:
+def near_pairs(texts: Sequence[str], threshold: float) -> NDArray[np.int64]:
     """All pairs (i < j) of texts whose trigrams have a Jaccard similarity of at least threshold: int64[pairs, 2],
     sorted.
 

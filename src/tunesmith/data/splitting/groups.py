@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from tunesmith.core.digests import digest_of
 from tunesmith.data.settings import NEAR, Split
 from tunesmith.data.splitting.duplicates import folded, near_pairs, near_text, normalise
+
+if TYPE_CHECKING:
+    from tunesmith.data.splitting.leakage import Comparable
 
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 _QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|«[^»]*»")
@@ -56,26 +62,12 @@ def _values(answer: str) -> set[str]:
     return found
 
 
-class Member(Protocol):
-    """A row that is to be grouped. labels: its value for each of the split's groups except nearness."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def wording(self) -> str: ...
-    @property
-    def labels(self) -> Mapping[str, str]: ...
-
-
-def joined_groups(rows: Sequence[Member], split: Split, threshold: float) -> Iterator[tuple[str, str]]:
+def joined_groups(rows: Sequence[Comparable], split: Split, threshold: float) -> Iterator[tuple[str, str]]:
     """(id, group) of every row. Rows that share any of split.groups, directly or through other rows, are one group.
 
-    A group is named after the smallest value that its rows share, so the order of the rows does not matter. threshold:
-    the similarity from which two requests are near.
+    A group is named after the smallest value that its rows share, so the order of the rows does not matter. rows: each
+    with a label for each of split.groups except nearness. threshold: the similarity from which two requests are near.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     nodes: dict[tuple[str, str], int] = {}
     links: list[tuple[int, int]] = []
     first: list[int] = []
@@ -86,20 +78,29 @@ def joined_groups(rows: Sequence[Member], split: Split, threshold: float) -> Ite
     if NEAR in split.groups:
         texts = [text for kind, text in nodes if kind == NEAR]
         numbers = [nodes[NEAR, text] for text in texts]
-        links.extend((numbers[left], numbers[right]) for left, right in near_pairs(texts, threshold))
-    ends = tuple(zip(*links, strict=True)) or ((), ())
-    size = len(nodes)
-    _, component = connected_components(coo_array(([True] * len(links), ends), shape=(size, size)), directed=False)
+        links.extend((numbers[left], numbers[right]) for left, right in near_pairs(texts, threshold).tolist())
+    left_ends, right_ends = zip(*links, strict=True) if links else ((), ())
+    component = connected(left_ends, right_ends, len(nodes)).tolist()
     names: dict[int, str] = {}
     for (kind, value), place in nodes.items():
         if kind != NEAR or split.groups == (NEAR,):
-            name, known = _named(kind, value), names.get(int(component[place]))
-            names[int(component[place])] = name if known is None else min(name, known)
+            name = _named(kind, value)
+            names[component[place]] = min(name, names.get(component[place], name))
     for row, place in zip(rows, first, strict=True):
-        yield row.id, names[int(component[place])]
+        yield row.id, names[component[place]]
 
 
-def _shared(row: Member, groups: Iterable[str]) -> list[tuple[str, str]]:
+def connected(left: ArrayLike, right: ArrayLike, size: int) -> NDArray[np.int32]:
+    """The number of each node's connected component, int32[size]. left, right: the ends of the links."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    links = coo_array((np.ones(np.size(left), dtype=np.bool_), (left, right)), shape=(size, size))
+    component: NDArray[np.int32] = connected_components(links, directed=False)[1]
+    return component
+
+
+def _shared(row: Comparable, groups: Iterable[str]) -> list[tuple[str, str]]:
     return [(name, near_text(row.wording) if name == NEAR else row.labels[name]) for name in groups]
 
 

@@ -4,69 +4,46 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.dataset import SPLITS
+from tunesmith.core.view import Omitted, View
+from tunesmith.data.dataset import SPLITS, Example
 from tunesmith.data.settings import NEAR, Split
-from tunesmith.data.splitting.duplicates import METHOD, answer_key, near_ends, near_text
+from tunesmith.data.splitting.duplicates import METHOD, answer_key, near_pairs, near_text
+from tunesmith.data.splitting.groups import connected
 
 NEAR_HELD_OUT = "near a held-out row"
 NEAR_SAME_ANSWER = "near duplicate with the same answer"
 NEAR_OUTSIDE = "near a row of an outside test set"
 
 
-@dataclass(frozen=True, slots=True)
-class Leakage:
-    """What two splits share. All numbers are 0 in a sound dataset version.
+class Leakage(View):
+    """What two splits share. All counts are 0 in a sound dataset version.
 
-    near_outside: rows near a row of an outside test set. shared: for each thing that groups are made by, the number of
-    values in two splits; empty where only one thing makes groups. not_older: rows of train and validation that are not
-    older than every row of the splits after them; None where time does not assign rows.
+    near_pairs: pairs of requests at least as similar as threshold. near_outside: rows near a row of an outside test
+    set. shared: for each thing that groups are made by, the number of values in two splits; None where only one thing
+    makes groups. not_older: rows of train and validation that are not older than every row of the splits after them;
+    None where time does not assign rows.
     """
 
     shared_groups: int
     near_pairs: int
-    near_outside: int = 0
-    shared: Mapping[str, int] = field(default_factory=dict)
-    not_older: int | None = None
-
-    def as_json(self, threshold: float) -> dict[str, Any]:
-        """The numbers and the method, for the record."""
-        return {
-            "shared_groups": self.shared_groups,
-            "near_pairs": self.near_pairs,
-            "near_outside": self.near_outside,
-            "threshold": threshold,
-            "method": METHOD,
-            **({"shared": dict(self.shared)} if self.shared else {}),
-            **({} if self.not_older is None else {"not_older": self.not_older}),
-        }
+    near_outside: int
+    threshold: float
+    method: str = METHOD
+    shared: Omitted[dict[str, int]] = None
+    not_older: Omitted[int] = None
 
     def faults(self) -> dict[str, int]:
-        """The numbers that are not 0, by their name in the record."""
+        """The counts that are not 0, by their name in the record."""
         found = {"shared_groups": self.shared_groups, "near_pairs": self.near_pairs, "near_outside": self.near_outside}
-        found |= {f"shared.{name}": number for name, number in self.shared.items()}
+        found |= {f"shared.{name}": number for name, number in (self.shared or {}).items()}
         found["not_older"] = self.not_older or 0
         return {name: number for name, number in found.items() if number}
-
-
-class Comparable(Protocol):
-    """A row as it is compared. wording: the normalised request; answer: the answer, or its digest."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def group(self) -> str: ...
-    @property
-    def wording(self) -> str: ...
-    @property
-    def answer(self) -> str: ...
-    @property
-    def labels(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +55,9 @@ class ComparedRow:
     wording: str
     answer: str
     labels: Mapping[str, str]
+
+
+Comparable = Example | ComparedRow
 
 
 def rows_to_remove(
@@ -134,7 +114,14 @@ def leakage(splits: Mapping[str, Sequence[Comparable]], near: Nearness, split: S
         for name in (split.groups if split.joined else ())
         if name != NEAR  # near pairs are counted as such
     }
-    return Leakage(shared, int(across), int(touching), labels, _not_older(splits, split.time))
+    return Leakage(
+        shared_groups=shared,
+        near_pairs=int(across),
+        near_outside=int(touching),
+        threshold=near.threshold,
+        shared=labels or None,
+        not_older=_not_older(splits, split.time),
+    )
 
 
 def _in_several(found: Iterable[tuple[int, str]]) -> int:
@@ -159,16 +146,11 @@ def clusters(splits: Mapping[str, Sequence[Comparable]], near: Nearness, shown: 
 
     Returns {"clusters", "rows", "largest", "examples": the ids of the `shown` largest}. near: the nearness of splits.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     found: list[list[str]] = []
-    size = len(near.counts)
     for place, examples in enumerate(splits.values()):
         here = near.counts[:, place]
         left, right = near.pairs[(here[near.pairs] > 0).all(axis=1)].T
-        links = coo_array((np.ones(len(left), dtype=np.bool_), (left, right)), shape=(size, size))
-        _, component = connected_components(links, directed=False)
+        component = connected(left, right, len(near.counts))
         several = np.bincount(component, weights=here)[component] > 1
         together: defaultdict[int, list[str]] = defaultdict(list)
         for example in examples:
@@ -190,11 +172,9 @@ class Nearness:
     """
 
     def __init__(
-        self,
-        splits: Mapping[str, Sequence[Comparable]],
-        threshold: float,
-        outside: Iterable[str] = (),
+        self, splits: Mapping[str, Sequence[Comparable]], threshold: float, outside: Iterable[str] = ()
     ) -> None:
+        self.threshold = threshold
         places: dict[str, int] = {}
         self._of: dict[str, int] = {}
         numbers = []
@@ -206,7 +186,7 @@ class Nearness:
         self.counts = np.stack(
             [np.bincount(np.array(those, dtype=np.int64), minlength=len(places)) for those in numbers], axis=1
         )
-        self.pairs = near_ends(list(places), threshold)
+        self.pairs = near_pairs(list(places), threshold)
         ends = np.concatenate((self.pairs, self.pairs[:, ::-1]))
         ends = ends[np.argsort(ends[:, 0], kind="stable")]
         self._others = np.ascontiguousarray(ends[:, 1])
