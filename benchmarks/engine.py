@@ -50,8 +50,9 @@ def main() -> None:
         return
     from tunesmith.engines.native import kernels as native
     from tunesmith.engines.native import runtime
+    from tunesmith.engines.process import prepare_process
 
-    threads = runtime.prepare()
+    threads = prepare_process()
     for peer in (LLAMAFACTORY, VLLM):
         if told.install_peers:
             try:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tunesmith.engines.native import kernels as native
 from tunesmith.engines.native import runtime
 from tunesmith.engines.native.network.products import PackedLinear
+from tunesmith.engines.process import prepare_process
 
 FORMATS = ((960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576))  # out, in
 ROUNDS = 7
@@ -28,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 928], help="rows of activations")
     told = parser.parse_args()
-    threads = runtime.prepare()
+    threads = prepare_process()
     print(f"{runtime.describe()} ({native.identity()}), {threads} threads, torch {torch.__version__}")
     print("  rows  weight         ours  ours, gradient  the library's")
     for rows in told.rows:

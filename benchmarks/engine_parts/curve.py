@@ -76,7 +76,7 @@ def _answers(found: Any, folder: Path, rows: Sequence[Any]) -> list[str]:
     from tunesmith.core.messages import Message
     from tunesmith.engines.native.engine import NativeEngine
     from tunesmith.engines.protocol import Generation
-    from tunesmith.models.weight_files import save_adapter_file
+    from tunesmith.models.weight_files import AdapterConfig, save_adapter_file
 
     bound = folder / "bound"  # the engine answers with adapters of its own base alone
     bound.mkdir(exist_ok=True)
@@ -84,13 +84,10 @@ def _answers(found: Any, folder: Path, rows: Sequence[Any]) -> list[str]:
     tensors = load_file(folder / "adapter_model.safetensors")
     save_adapter_file(
         bound,
+        AdapterConfig(rank=RANK, alpha=config["lora_alpha"], targets=frozenset(config["target_modules"])),
         tensors,
         base=found.digest,
         fingerprint=found.fingerprint,
-        rank=RANK,
-        alpha=config["lora_alpha"],
-        root=False,
-        targets=config["target_modules"],
     )
     engine = NativeEngine(found)
     engine.load_adapter("trained", bound)

@@ -17,7 +17,7 @@ from tests.trained import base_of
 from tunesmith.core.errors import Refused
 from tunesmith.models.export.gguf import FILE, check_supported, write_gguf
 from tunesmith.models.export.merging import write_merged
-from tunesmith.models.weight_files import save_adapter_file
+from tunesmith.models.weight_files import AdapterConfig, save_adapter_file
 
 IDS = torch.randint(0, 290, (2, 19), generator=torch.Generator().manual_seed(0))
 NOT_AS_GGUF = {
@@ -59,14 +59,16 @@ def _bind(base: Path, folder: Path, tensors: dict[str, torch.Tensor] | None = No
     tensors = load_file(folder / "adapter_model.safetensors") if tensors is None else tensors
     save_adapter_file(
         folder,
+        AdapterConfig(
+            rank=config["r"],
+            alpha=config["lora_alpha"],
+            root=config["use_rslora"],
+            dora=config["use_dora"],
+            targets=frozenset(config["target_modules"]),
+        ),
         {name: tensor.numpy() for name, tensor in tensors.items()},
         base=of.digest,
         fingerprint=of.fingerprint,
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        root=config["use_rslora"],
-        dora=config["use_dora"],
-        targets=config["target_modules"],
     )
 
 

@@ -35,7 +35,8 @@ def check(folder: Path) -> AdapterFile:
 
 def test_what_training_writes_is_taken(tmp_path: Path) -> None:
     found = check(write(tmp_path))
-    assert (found.rank, found.targets, found.layers) == (RANK, {"q_proj", "v_proj"}, None)
+    config = found.config
+    assert (config.rank, config.targets, config.layers) == (RANK, {"q_proj", "v_proj"}, None)
     assert found.tensors.keys() == adapter_tensors().keys()
     assert found.parameters == 6 * RANK * WIDTH
 

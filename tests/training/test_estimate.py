@@ -193,6 +193,6 @@ def test_memory_left_in_a_control_group(
 @pytest.mark.parametrize("told", ["two", "-1", "1.5"])
 def test_wrong_thread_count_is_refused(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
     monkeypatch.setenv("TUNESMITH_THREADS", told)
-    with pytest.raises(UsageError, match="no number of threads") as refused:
+    with pytest.raises(UsageError, match="not a number of threads") as refused:
         wanted_threads()
     assert refused.value.where == "TUNESMITH_THREADS"

@@ -89,6 +89,10 @@ class WeightSettings(Settings):
         Field(ge=1, le=64, description="learning rate of B as a multiple of A's (LoRA+; its authors recommend 16)"),
     ] = 1.0
 
+    def adapter_alpha(self) -> float:
+        """LoRA's alpha, with its default."""
+        return float(2 * self.rank if self.alpha is None else self.alpha)
+
     @model_validator(mode="after")
     def _check_method(self) -> WeightSettings:
         if self.method == "full" and (given := [key for key in _ADAPTER_SETTINGS if key in self.model_fields_set]):

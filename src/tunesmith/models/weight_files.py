@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,28 +73,40 @@ _SOME_LAYERS: Mapping[str, Callable[[Any], bool]] = {
 _BINDING = "tunesmith"
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterFile:
-    """A checked LoRA adapter. root: the scale is alpha / sqrt(rank) instead of alpha / rank (rsLoRA).
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """How an adapter changes a base. root: the scale is alpha / sqrt(rank) instead of alpha / rank (rsLoRA).
 
     targets: last names of the adapted layers, such as q_proj. layers: numbers of the adapted decoder layers, which lie
-    in the module list called layers_pattern; None if all are adapted. tensors: float32 arrays by PEFT's names: A
-    [rank, in], B [out, rank] and, with DoRA, the magnitude [out] of each adapted layer.
+    in the module list called layers_pattern; None if all are adapted.
     """
 
     rank: int
     alpha: float
-    root: bool
-    dora: bool
     targets: frozenset[str]
-    layers: tuple[int, ...] | None
-    layers_pattern: str | None
-    tensors: Mapping[str, np.ndarray]
+    root: bool = False
+    dora: bool = False
+    layers: tuple[int, ...] | None = None
+    layers_pattern: str = "layers"
 
     @property
     def scale(self) -> float:
         """What B A is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
+
+    def of_twice_the_rank(self) -> AdapterConfig:
+        """The configuration of an adapter of twice the rank and the same scale."""
+        alpha = self.alpha * (math.sqrt(2) if self.root else 2)
+        return replace(self, rank=2 * self.rank, alpha=alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFile:
+    """A checked LoRA adapter. tensors: float32 arrays by PEFT's names: A [rank, in], B [out, rank] and, with DoRA, the
+    magnitude [out] of each adapted layer."""
+
+    config: AdapterConfig
+    tensors: Mapping[str, np.ndarray]
 
     @property
     def parameters(self) -> int:
@@ -127,51 +139,39 @@ def read_adapter_file(folder: Path, *, base: str, fingerprint: str) -> AdapterFi
             tensors = {name: _read_tensor(path, file, name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise refusal(path, f"not readable as safetensors: {error}") from error
-    found = AdapterFile(
+    adapter = AdapterConfig(
         rank=config["r"],
         alpha=float(config["lora_alpha"]),
+        targets=frozenset(config["target_modules"]),
         root=config["use_rslora"],
         dora=config["use_dora"],
-        targets=frozenset(config["target_modules"]),
         layers=tuple(config["layers_to_transform"]) if "layers_to_transform" in config else None,
-        layers_pattern=config.get("layers_pattern"),
-        tensors=tensors,
+        layers_pattern=config.get("layers_pattern", "layers"),
     )
-    _check_layers(path, found)
-    return found
+    _check_layers(path, adapter, tensors)
+    return AdapterFile(config=adapter, tensors=tensors)
 
 
 def save_adapter_file(
-    folder: Path,
-    tensors: Mapping[str, np.ndarray],
-    *,
-    base: str,
-    fingerprint: str,
-    rank: int,
-    alpha: float,
-    root: bool,
-    targets: Iterable[str],
-    dora: bool = False,
-    layers: Sequence[int] | None = None,
-    layers_pattern: str = "layers",
+    folder: Path, adapter: AdapterConfig, tensors: Mapping[str, np.ndarray], *, base: str, fingerprint: str
 ) -> None:
-    """Write both files of an adapter into an existing folder. The arguments are the fields of AdapterFile."""
+    """Write both files of an adapter into an existing folder. tensors: see AdapterFile."""
     config = {
         "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "lora_alpha": alpha,
+        "lora_alpha": adapter.alpha,
         "lora_dropout": 0.0,
         "peft_type": "LORA",
-        "r": rank,
-        "target_modules": sorted(targets),
+        "r": adapter.rank,
+        "target_modules": sorted(adapter.targets),
         "task_type": "CAUSAL_LM",
-        "use_dora": dora,
-        "use_rslora": root,
+        "use_dora": adapter.dora,
+        "use_rslora": adapter.root,
     }
-    if layers is not None:
-        config |= {"layers_to_transform": list(layers), "layers_pattern": layers_pattern}
+    if adapter.layers is not None:
+        config |= {"layers_to_transform": list(adapter.layers), "layers_pattern": adapter.layers_pattern}
     ordered = {name: tensors[name] for name in sorted(tensors)}
     save_file(ordered, folder / ADAPTER_FILE, metadata=binding(base, fingerprint))
     (folder / CONFIG_FILE).write_bytes(json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
@@ -259,11 +259,11 @@ def _read_tensor(path: Path, file: Any, name: str) -> np.ndarray:
     return tensor
 
 
-def _check_layers(path: Path, adapter: AdapterFile) -> None:
+def _check_layers(path: Path, adapter: AdapterConfig, tensors: Mapping[str, np.ndarray]) -> None:
     """Check that the tensors are exactly those that the configuration promises, and that they change something."""
     expected = {"lora_A.weight", "lora_B.weight"} | ({"lora_magnitude_vector"} if adapter.dora else set())
     layers: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in adapter.tensors.items():
+    for name, tensor in tensors.items():
         match = _ADAPTER_TENSOR.fullmatch(name)
         if match is None or match["layer"].rsplit(".", 1)[-1] not in adapter.targets:
             raise refusal(path, f"{name[:120]!r} is not a LoRA tensor of a target module")

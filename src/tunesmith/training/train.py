@@ -22,10 +22,9 @@ from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.batch import Batch, label_count
 from tunesmith.engines.factory import load_model
-from tunesmith.engines.settings import HF
 from tunesmith.engines.training_protocol import LoadedModel, Objective, TrainableModel
 from tunesmith.models.base import Base, base_record
-from tunesmith.models.families import SLOW
+from tunesmith.models.families import SLOW, is_native
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -111,7 +110,7 @@ def run_training(
     expected = _estimate(plan, batches, trained, objective, spec)
     labels = sum(map(label_count, rows))
     notice = too_few_numbers(settings.rank, trained.trained_numbers, labels) if settings.method == "lora" else None
-    _announce(spec, trained.engine_name, len(rows), len(plan), expected, notice, progress)
+    _announce(spec, len(rows), len(plan), expected, notice, progress)
     memory.reset_peak_memory()
     curves = follower(spec.metrics, spec.name, digest_of(checkpoints.identity), settings, progress)
     check = partial(validate or partial(validation_loss, objective=objective, batches=batches), trained)
@@ -262,14 +261,13 @@ def _estimate(
 
 def _announce(
     spec: TrainingSpec,
-    engine: str,
     rows: int,
     steps: int,
     expected: Estimate,
     notice: str | None,
     progress: Progress,
 ) -> None:
-    if engine == HF:
+    if not is_native(spec.base.family):
         progress.say(f"{spec.base.spec} ({spec.base.family}) {SLOW}")
     progress.say(
         f"training {rows} rows in {steps} steps: about {expected.seconds:.0f} s, "

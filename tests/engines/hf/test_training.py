@@ -197,8 +197,8 @@ def test_what_is_trained_is_what_peft_reads(tmp_path: Path, family: str, setting
     model = PeftModel.from_pretrained(_model(base), str(folder)).eval()
     torch.testing.assert_close(_logits(model, rows), ours, rtol=1e-3, atol=1e-3)
     file = read_adapter_file(folder, base=base.digest, fingerprint=base.fingerprint)
-    assert file.rank == (8 if settings.get("start") == "pissa" else 4)
-    assert file.layers == ((1,) if "layers" in settings else None)
+    assert file.config.rank == (8 if settings.get("start") == "pissa" else 4)
+    assert file.config.layers == ((1,) if "layers" in settings else None)
     engine = HFModel(base)
     with engine.using(engine.load_adapter(folder)), torch.no_grad():
         torch.testing.assert_close(engine.logits(batch), ours, rtol=1e-3, atol=1e-3)

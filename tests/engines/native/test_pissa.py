@@ -114,7 +114,7 @@ def test_learns_and_saves_as_peft_does(tmp_path: Path, folder: Path, rows: list[
     reference.save_pretrained(str(tmp_path / "end"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     released = saved(lora, tmp_path / "ours")
     facts = read_adapter_file(released, base=base.digest, fingerprint=base.fingerprint)
-    assert (facts.rank, facts.parameters) == (8, 2 * lora.trained_numbers)
+    assert (facts.config.rank, facts.parameters) == (8, 2 * lora.trained_numbers)
     mine, converted = _changes(folder, released), _changes(folder, tmp_path / "end")
     assert mine.keys() == converted.keys()
     assert len(mine) == 21

@@ -8,7 +8,7 @@ from tunesmith.engines.hf.engine import HFEngine
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.support import check_supported
 from tunesmith.engines.hf.trainable import HFTrainable
-from tunesmith.engines.native import runtime
+from tunesmith.engines.process import prepare_process
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import Base
 
@@ -18,7 +18,7 @@ class LoadedHFModel:
 
     def __init__(self, base: Base) -> None:
         """The weights are read when they are first needed. A base in 4 bits is read apart from the one that answers."""
-        runtime.prepare()
+        prepare_process()
         self._base = base
 
     @cached_property

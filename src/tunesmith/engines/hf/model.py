@@ -9,7 +9,7 @@ import tempfile
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
@@ -24,7 +24,7 @@ from tunesmith.engines.batch import Batch
 from tunesmith.engines.hf import four_bits, libraries
 from tunesmith.models.base import Base, base_files
 from tunesmith.models.families import match_layers
-from tunesmith.models.weight_files import read_adapter_file
+from tunesmith.models.weight_files import AdapterConfig, read_adapter_file
 
 # Models with a running state use this layer's weight without calling the layer, and PEFT refuses to adapt it.
 _STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
@@ -80,7 +80,7 @@ class HFModel:
             )
         return {name: module for name, module in self.linears.items() if _last(name) in names}
 
-    def last_layers(self, number: int) -> tuple[str, list[int]]:
+    def last_layers(self, number: int) -> tuple[str, tuple[int, ...]]:
         """The name of the module list that holds the decoder's layers, and the numbers of its last ones.
 
         Raises Refused if the model does not keep its layers in one list.
@@ -92,35 +92,23 @@ class HFModel:
         if len(lists) != 1:
             raise Refused("the base does not have one list of layers", where="train.layers", fix="leave layers out")
         ((path, numbers),) = lists.items()
-        return _last(path), sorted(numbers)[-number:]
+        return _last(path), tuple(sorted(numbers)[-number:])
 
-    def add_adapter(
-        self,
-        *,
-        rank: int,
-        alpha: float,
-        root: bool,
-        dora: bool,
-        targets: Iterable[str],
-        layers: Sequence[int] | None,
-        layers_pattern: str | None,
-        start: Literal["zero", "pissa"] = "zero",
-    ) -> str:
+    def add_adapter(self, adapter: AdapterConfig, start: Literal["zero", "pissa"] = "zero") -> str:
         """Put a new adapter into the module, at PEFT's start weights; returns its name.
 
-        The arguments are those of models.weight_files.AdapterFile. Raises Refused for layers that PEFT does not find or
-        cannot adapt.
+        Raises Refused for layers that PEFT does not find or cannot adapt.
         """
-        peft, name, targets = libraries.peft(), next(self._names), sorted(targets)
+        peft, name, targets = libraries.peft(), next(self._names), sorted(adapter.targets)
         config = peft.LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            use_rslora=root,
-            use_dora=dora,
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            use_rslora=adapter.root,
+            use_dora=adapter.dora,
             init_lora_weights="pissa" if start == "pissa" else True,
             target_modules=targets,
-            layers_to_transform=None if layers is None else list(layers),
-            layers_pattern=None if layers is None else layers_pattern,
+            layers_to_transform=None if adapter.layers is None else list(adapter.layers),
+            layers_pattern=None if adapter.layers is None else adapter.layers_pattern,
             # Conv1D keeps its weight transposed.
             fan_in_fan_out=any(
                 _last(name) in targets and not isinstance(layer, nn.Linear) for name, layer in self.linears.items()
@@ -150,18 +138,10 @@ class HFModel:
         Raises Refused for another base's adapter, and for one that does not fit this model's layers.
         """
         file = read_adapter_file(folder, base=self.base.digest, fingerprint=self.base.fingerprint)
-        if other := next((name for name in self._others if _last(name) in file.targets), None):
+        if other := next((name for name in self._others if _last(name) in file.config.targets), None):
             raise _misfit(folder, f"{other} is not a linear layer")  # PEFT would fail after it adapted some layers
         peft = libraries.peft()
-        name = self.add_adapter(
-            rank=file.rank,
-            alpha=file.alpha,
-            root=file.root,
-            dora=file.dora,
-            targets=file.targets,
-            layers=file.layers,
-            layers_pattern=file.layers_pattern,
-        )
+        name = self.add_adapter(file.config)
         try:
             tensors = {key: torch.from_numpy(value) for key, value in file.tensors.items()}
             found = peft.set_peft_model_state_dict(self._peft, tensors, adapter_name=name)

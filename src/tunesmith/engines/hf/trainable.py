@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +17,10 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.hf import four_bits
 from tunesmith.engines.hf.model import HFModel, remove_with, sizes
-from tunesmith.engines.hf.support import check_supported
 from tunesmith.engines.peak import MEASURED_ROWS, measured_flops
 from tunesmith.engines.settings import HF, WeightSettings
 from tunesmith.engines.training_protocol import Objective, ParameterGroup
-from tunesmith.models.weight_files import save_adapter_file
+from tunesmith.models.weight_files import AdapterConfig, save_adapter_file
 
 _FLOAT = 4  # bytes
 
@@ -35,27 +35,22 @@ class HFTrainable:
     def __init__(self, model: HFModel, settings: WeightSettings, *, seed: int) -> None:
         """The start weights are PEFT's, drawn with seed. Raises Refused for settings that PEFT or this base cannot
         honour, and for layers that the model does not call."""
-        check_supported(settings)
         self._model, self._settings = model, settings
-        self._alpha = float(settings.alpha if settings.alpha is not None else 2 * settings.rank)
         targets = model.targets(settings.targets)
-        self._layers: list[int] | None = None
-        self._pattern = "layers"
-        if settings.layers is not None:
-            self._pattern, self._layers = model.last_layers(settings.layers)
         _check_rank(targets, settings)
+        pattern, layers = ("layers", None) if settings.layers is None else model.last_layers(settings.layers)
+        self._config = AdapterConfig(
+            rank=settings.rank,
+            alpha=settings.adapter_alpha(),
+            targets=frozenset(name.rsplit(".", 1)[-1] for name in targets),
+            root=settings.scaling == "root",
+            dora=settings.dora,
+            layers=layers,
+            layers_pattern=pattern,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.adapter = model.add_adapter(
-                rank=settings.rank,
-                alpha=self._alpha,
-                root=settings.scaling == "root",
-                dora=settings.dora,
-                targets={name.rsplit(".", 1)[-1] for name in targets},
-                layers=self._layers,
-                layers_pattern=self._pattern,
-                start=settings.start,
-            )
+            self.adapter = model.add_adapter(self._config, settings.start)
         remove_with(self, model, self.adapter)
         self._parameters = model.adapter_parameters(self.adapter)
         if uncalled := model.uncalled(self.adapter):
@@ -102,24 +97,16 @@ class HFTrainable:
 
     def save(self, folder: Path) -> None:
         """Write the adapter in PEFT's layout into an existing folder. One that started at PiSSA has twice the rank."""
-        model, rank, alpha = self._model, self._settings.rank, self._alpha
-        root = self._settings.scaling == "root"
-        tensors = model.adapter_tensors(self.adapter)
+        model, config, tensors = self._model, self._config, self._model.adapter_tensors(self.adapter)
         if self._start is not None:
-            tensors = model.without_start(self.adapter, self._start)
-            rank, alpha = 2 * rank, alpha * (math.sqrt(2) if root else 2)
+            tensors, config = model.without_start(self.adapter, self._start), config.of_twice_the_rank()
+        targets = frozenset(name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors)
         save_adapter_file(
             folder,
+            replace(config, targets=targets),
             {name: tensor.detach().contiguous().numpy() for name, tensor in tensors.items()},
             base=model.base.digest,
             fingerprint=model.base.fingerprint,
-            rank=rank,
-            alpha=alpha,
-            root=root,
-            dora=self._settings.dora,
-            targets={name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors},
-            layers=self._layers,
-            layers_pattern=self._pattern,
         )
 
     def memory_estimate(self, batch: Batch) -> int:

@@ -19,13 +19,14 @@ from tunesmith.engines.batch import common_prefix, label_count, lay_out
 from tunesmith.engines.constraint import Constraints
 from tunesmith.engines.native import runtime
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, adapted_linear, pack, read_adapter
-from tunesmith.engines.native.adapters.whole import read_whole
+from tunesmith.engines.native.adapters.model_file import read_model_file
 from tunesmith.engines.native.decoding.rows import Prefix, Row
 from tunesmith.engines.native.decoding.running_batch import RunningBatch
 from tunesmith.engines.native.decoding.scheduler import Scheduler
 from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Network, forward, frozen_linear, logits
 from tunesmith.engines.native.network.weights import load_network
+from tunesmith.engines.process import prepare_process
 from tunesmith.engines.protocol import Completion, Generation, Question, Streamed, TokenScore
 from tunesmith.engines.sampling import Sampling, Score
 from tunesmith.models.base import Base
@@ -45,7 +46,7 @@ class NativeEngine:
 
     def __init__(self, base: Base, network: Network | None = None) -> None:
         """network: the one to answer with; the base's own is loaded where it is None."""
-        runtime.prepare()
+        prepare_process()
         self._base = base
         self._renderer = Renderer(base.folder)
         self._network = load_network(base.folder) if network is None else network
@@ -76,7 +77,7 @@ class NativeEngine:
         Of models trained in full, only the most recently used are kept.
         """
         if has_whole_model(folder):
-            weights = read_whole(folder, self._base, self._network.tied)
+            weights = read_model_file(folder, self._base, self._network.tied)
             engine = NativeEngine(self._base, load_network(self._base.folder, weights=weights))
             with self._lock:
                 self._whole.pop(name, None)

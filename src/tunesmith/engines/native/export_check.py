@@ -23,7 +23,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.batch import lay_out
-from tunesmith.engines.native.adapters.whole import tuned
+from tunesmith.engines.native.adapters.model_file import tuned
 from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Linear, Network, forward, frozen_linear, logits
 from tunesmith.engines.native.network.weights import load_network

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tunesmith.engines.native import runtime
 from tunesmith.engines.native.adapters.full import FullModel
 from tunesmith.engines.native.adapters.lora import LoraModel
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.native.network.weights import load_network
+from tunesmith.engines.process import prepare_process
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import Base
@@ -17,7 +17,7 @@ class NativeModel:
 
     def __init__(self, base: Base) -> None:
         """Load the base's weights. Raises Refused for a variant of its family that the network does not compute."""
-        runtime.prepare()
+        prepare_process()
         self._base, self._network = base, load_network(base.folder)
 
     def engine(self) -> NativeEngine:

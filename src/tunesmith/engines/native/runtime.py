@@ -1,44 +1,19 @@
-"""Threads and memory of this process: how many threads compute, large pages, peak and available memory."""
+"""Threads and memory of the native engine: idle threads, large pages, and a description of the machine."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import mmap
 import os
-import platform
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from tunesmith.core.threads import wanted_threads
 from tunesmith.engines.native import kernels
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE_PAGE, _BLOCK = 2 << 20, 32 << 20  # bytes
-
-
-@cache
-def prepare() -> int:
-    """Set the number of threads and the memory options of this process, once; returns the number of threads.
-
-    That number is $TUNESMITH_THREADS, else the cores that this process may use, divided by torchrun's processes here.
-    On glibc, freed pages are kept: a training step allocates and frees the same large buffers every time, and the
-    operating system would zero them each time. oneDNN keeps the programs of 64 products instead of 1,024. A program
-    takes 0.3 MB, and a step needs fewer than 64 (see engines/batch.py).
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's
-    threads = wanted_threads() or max(1, len(os.sched_getaffinity(0)) // processes)
-    torch.set_num_threads(threads)
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-    return threads
 
 
 def release_threads() -> None:

@@ -5,7 +5,6 @@ Method: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.engines.native.network.network import GROUPS, Linear, Network
 from tunesmith.engines.native.network.products import TILE, LowRankFactors
 from tunesmith.models.base import Base
-from tunesmith.models.weight_files import read_adapter_file, save_adapter_file
+from tunesmith.models.weight_files import AdapterConfig, read_adapter_file, save_adapter_file
 
 Place = tuple[int, str]  # (layer, group)
 
@@ -27,38 +26,24 @@ Place = tuple[int, str]  # (layer, group)
 class Adapter:
     """An adapter by place. The n adapted layers of a group share one product.
 
-    a: [n r, in], their A one under another. b: [out, n r], their B on its diagonal. m: with DoRA (Liu et al. 2024) the
-    magnitude of each row of the group [out], otherwise empty. targets: names of the adapted linear layers, such as
-    q_proj. root: the scale is alpha over the square root of the rank (rsLoRA, Kalajdzievski 2023).
+    a: [n r, in], the A of these layers concatenated by rows. b: [out, n r], their B on its diagonal. m: with DoRA (Liu
+    et al. 2024) the magnitude of each row of the group [out], otherwise empty.
     """
 
-    rank: int
-    alpha: float
-    root: bool
-    targets: frozenset[str]
+    config: AdapterConfig
     a: Mapping[Place, Tensor]
     b: Mapping[Place, Tensor]
     m: Mapping[Place, Tensor]
 
-    @property
-    def scale(self) -> float:
-        """The factor of what the adapter adds: alpha / rank, or alpha / sqrt(rank)."""
-        return self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
 
-
-def target_names() -> tuple[str, ...]:
-    """Names of the linear layers that an adapter can change."""
-    return tuple(part.rsplit(".", 1)[-1] for parts in GROUPS.values() for part in parts)
-
-
-def blocks(network: Network, group: str, rank: int, targets: frozenset[str]) -> list[tuple[str, slice, slice]]:
+def blocks(network: Network, group: str, config: AdapterConfig) -> list[tuple[str, slice, slice]]:
     """For each adapted layer of a group: its name, its rows of b, and its columns of b, which are its rows of a."""
     found: list[tuple[str, slice, slice]] = []
     row = 0
     for part, size in zip(GROUPS[group], network.parts(group), strict=True):
-        if part.rsplit(".", 1)[-1] in targets:
-            column = len(found) * rank
-            found.append((part, slice(row, row + size), slice(column, column + rank)))
+        if part.rsplit(".", 1)[-1] in config.targets:
+            column = len(found) * config.rank
+            found.append((part, slice(row, row + size), slice(column, column + config.rank)))
         row += size
     return found
 
@@ -81,7 +66,10 @@ class PackedAdapter:
 def pack(network: Network, adapter: Adapter) -> PackedAdapter:
     """The adapter laid out for products without gradients."""
     return PackedAdapter(
-        {place: _factors(adapter.a[place], adapter.b[place] * adapter.scale, network.dtype) for place in adapter.a},
+        {
+            place: _factors(adapter.a[place], adapter.b[place] * adapter.config.scale, network.dtype)
+            for place in adapter.a
+        },
         {place: _row_scales(network, adapter, place).to(network.dtype) for place in adapter.m},
     )
 
@@ -110,10 +98,10 @@ def _row_scales(network: Network, adapter: Adapter, place: Place) -> Tensor:
     """The factors [out] that give each row of W + scale B A the norm m; 1 for rows that are not adapted."""
     number, group = place
     weight = network.layers[number].linear[group].weight.float()
-    changed = adapter.b[place].float() @ adapter.a[place].float() * adapter.scale
+    changed = adapter.b[place].float() @ adapter.a[place].float() * adapter.config.scale
     factor = adapter.m[place] / torch.linalg.vector_norm(weight + changed, dim=1)
     adapted = torch.zeros(len(factor), dtype=torch.bool)
-    for _, rows, _ in blocks(network, group, adapter.rank, adapter.targets):
+    for _, rows, _ in blocks(network, group, adapter.config):
         adapted[rows] = True
     return torch.where(adapted, factor, 1.0)
 
@@ -131,25 +119,14 @@ def save_adapter(adapter: Adapter, network: Network, base: Base, folder: Path) -
     tensors: dict[str, Tensor] = {}
     for (number, group), a in adapter.a.items():
         b = adapter.b[number, group]
-        for part, rows, columns in blocks(network, group, adapter.rank, adapter.targets):
+        for part, rows, columns in blocks(network, group, adapter.config):
             prefix = f"base_model.model.model.layers.{number}.{part}"
             tensors[f"{prefix}.lora_A.weight"] = a[columns].float().contiguous()
             tensors[f"{prefix}.lora_B.weight"] = b[rows, columns].float().contiguous()
             if adapter.m:
                 tensors[f"{prefix}.lora_magnitude_vector"] = adapter.m[number, group][rows].float().contiguous()
-    layers = sorted({number for number, _ in adapter.a})
-    save_adapter_file(
-        folder,
-        {name: tensor.numpy() for name, tensor in tensors.items()},
-        base=base.digest,
-        fingerprint=base.fingerprint,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        root=adapter.root,
-        targets=adapter.targets,
-        dora=bool(adapter.m),
-        layers=layers if len(layers) < network.shape.layers else None,
-    )
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    save_adapter_file(folder, adapter.config, arrays, base=base.digest, fingerprint=base.fingerprint)
 
 
 def read_adapter(folder: Path, network: Network, base: Base) -> Adapter:
@@ -157,25 +134,25 @@ def read_adapter(folder: Path, network: Network, base: Base) -> Adapter:
     where = str(folder)
     file = read_adapter_file(folder, base=base.digest, fingerprint=base.fingerprint)
     tensors = {name: torch.from_numpy(tensor) for name, tensor in file.tensors.items()}
-    rank, targets = file.rank, file.targets
+    config = file.config
     a: dict[Place, Tensor] = {}
     b: dict[Place, Tensor] = {}
     m: dict[Place, Tensor] = {}
-    adapted = range(network.shape.layers) if file.layers is None else file.layers
+    adapted = range(network.shape.layers) if config.layers is None else config.layers
     for number, layer in enumerate(network.layers):
         for group in GROUPS:
-            found = blocks(network, group, rank, targets)
+            found = blocks(network, group, config)
             if not found or number not in adapted:
                 continue
             out, into = layer.linear[group].out, layer.linear[group].into
-            a[number, group] = torch.zeros(len(found) * rank, into)
-            b[number, group] = torch.zeros(out, len(found) * rank)
-            if file.dora:
+            a[number, group] = torch.zeros(len(found) * config.rank, into)
+            b[number, group] = torch.zeros(out, len(found) * config.rank)
+            if config.dora:
                 m[number, group] = torch.ones(out)
             for part, rows, columns in found:
                 prefix = f"base_model.model.model.layers.{number}.{part}"
                 try:
-                    if file.dora:
+                    if config.dora:
                         m[number, group][rows] = tensors.pop(f"{prefix}.lora_magnitude_vector")
                     a[number, group][columns] = tensors.pop(f"{prefix}.lora_A.weight")
                     b[number, group][rows, columns] = tensors.pop(f"{prefix}.lora_B.weight")
@@ -183,4 +160,4 @@ def read_adapter(folder: Path, network: Network, base: Base) -> Adapter:
                     raise Refused(f"the adapter does not fit {prefix}: {error}", where=where) from error
     if tensors:
         raise Refused(f"the adapter holds tensors no layer takes, such as {sorted(tensors)[0]}", where=where)
-    return Adapter(rank=rank, alpha=file.alpha, root=file.root, targets=targets, a=a, b=b, m=m)
+    return Adapter(config, a, b, m)

@@ -1,8 +1,8 @@
 """Rows of several adapters in one product: the frozen weight is multiplied once, and each row gets its own adapter.
 
-The low-rank factors of all adapters form one wide pair of factors. A row's low-rank values are set to zero where they
-belong to another adapter, so its sum is the one it would get alone. Punica (Chen et al. 2023) gathers rows instead; on
-a CPU one dense product of a few dozen rows costs less than a call for each adapter.
+The low-rank factors of all adapters are concatenated. A row's low-rank values are set to zero where they belong to
+another adapter, so the row gets the same result as with its own adapter alone. Punica (Chen et al. 2023) gathers rows
+instead. On a CPU, one dense product of a few dozen rows costs less than a call for each adapter.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tunesmith.engines.native.network.products import LowRankFactors
 
 
 class AdapterBatch:
-    """Several adapters of one network, used in one pass."""
+    """Several adapters of one network, for one forward pass over rows of all of them."""
 
     def __init__(self, network: Network, adapters: Sequence[PackedAdapter]) -> None:
         self._network = network
         self._places = {
-            place: _stacked([adapter.factors.get(place) for adapter in adapters])
+            place: _concatenated([adapter.factors.get(place) for adapter in adapters])
             for place in sorted({place for adapter in adapters for place in adapter.factors})
         }
         self._row_scales = {
@@ -33,7 +33,7 @@ class AdapterBatch:
         }
 
     def factors(self, owners: Tensor) -> FactorsAt | None:
-        """The low-rank factors of each place, with the values that are not a row's own.
+        """The low-rank factors of each place, with a mask of the low-rank values that belong to other adapters.
 
         owners: [T], the number of each row's adapter; -1 for the base alone. None where an adapter has row scales.
         """
@@ -48,7 +48,7 @@ class AdapterBatch:
         return at
 
     def linear(self, owners: Tensor) -> Linear:
-        """Linear layers for rows [T] with these owners."""
+        """The linear layers for rows whose adapters are owners [T]."""
         others = _Others(owners)
         rows = {number: (owners == number).nonzero()[:, 0] for each in self._row_scales.values() for number, _ in each}
 
@@ -67,7 +67,9 @@ class AdapterBatch:
 
 
 class _Others:
-    """Which low-rank columns do not belong to a row's adapter [T, R], for each way to divide columns among adapters."""
+    """Masks [T, R] of the low-rank columns that do not belong to a row's adapter.
+
+    There is one mask for each way in which columns are divided among the adapters."""
 
     def __init__(self, owners: Tensor) -> None:
         self._owners = owners
@@ -80,8 +82,8 @@ class _Others:
         return self._found[widths]
 
 
-def _stacked(pairs: Sequence[LowRankFactors | None]) -> tuple[LowRankFactors, tuple[int, ...]]:
+def _concatenated(factors: Sequence[LowRankFactors | None]) -> tuple[LowRankFactors, tuple[int, ...]]:
     """The factors of all adapters as one, and how many of its columns belong to each adapter."""
-    there = [pair for pair in pairs if pair is not None]
-    both = LowRankFactors(torch.cat([pair.a for pair in there]), torch.cat([pair.c for pair in there]))
-    return both, tuple(0 if pair is None else len(pair.a) for pair in pairs)
+    present = [each for each in factors if each is not None]
+    together = LowRankFactors(torch.cat([each.a for each in present]), torch.cat([each.c for each in present]))
+    return together, tuple(0 if each is None else len(each.a) for each in factors)

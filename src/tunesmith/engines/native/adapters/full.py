@@ -19,8 +19,8 @@ from torch import Tensor
 from tunesmith.core import memory
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch
+from tunesmith.engines.native.adapters.model_file import save_model
 from tunesmith.engines.native.adapters.trainable import NativeTrainable, frozen
-from tunesmith.engines.native.adapters.whole import save_model
 from tunesmith.engines.native.network.network import GROUPS, Layer, Linear, Network
 from tunesmith.engines.native.network.products import PackedLinear
 from tunesmith.engines.native.network.weights import norm_names, read_weights

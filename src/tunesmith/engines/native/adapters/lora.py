@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from tunesmith.engines.batch import Batch
-from tunesmith.engines.native.adapters.adapter import Adapter, Place, blocks, save_adapter, target_names
+from tunesmith.engines.native.adapters.adapter import Adapter, Place, blocks, save_adapter
 from tunesmith.engines.native.adapters.dora import Dora, dora_linear
 from tunesmith.engines.native.adapters.pissa import Pissa, principal_factors
 from tunesmith.engines.native.adapters.trainable import NativeTrainable, frozen
 from tunesmith.engines.native.network.network import GROUPS, Linear, Network, recompute
 from tunesmith.engines.native.network.products import TILE, LowRankFactors, PackedLinear, outer
-from tunesmith.engines.settings import WeightSettings
+from tunesmith.engines.settings import TARGETS, WeightSettings
 from tunesmith.engines.training_protocol import ParameterGroup
 from tunesmith.models.base import Base
 from tunesmith.models.families import match_layers
+from tunesmith.models.weight_files import AdapterConfig
 
 
 class Adapted(NamedTuple):
@@ -40,7 +41,7 @@ class LoraModel(NativeTrainable):
     """A network with a LoRA adapter under training. Implements engines.training_protocol.TrainableModel.
 
     A place is a layer and a group of linear layers that read the same input. Its a [n r, in] holds the A of its n
-    adapted layers one under another, its c [r, out of those layers] their B transposed, side by side.
+    adapted layers concatenated by rows, its c [r, out of those layers] their transposed B concatenated by columns.
 
     masters: flat fp32 tensors: every a, every c and, with DoRA, every magnitude. Copies are as products take them: a
     [R, in] and c [R, out], where R is n r rounded up to what tiles multiply. Each layer's c has rows of its own there,
@@ -53,19 +54,25 @@ class LoraModel(NativeTrainable):
 
     def __init__(self, base: Base, network: Network, settings: WeightSettings, seed: int) -> None:
         """Raises UsageError for targets that the network does not have, and for a rank too high for PiSSA."""
-        self._base, self.network, self.rank, self._b_rate = base, network, settings.rank, settings.b_rate
-        self.alpha = float(settings.alpha if settings.alpha is not None else 2 * settings.rank)
-        self.root = settings.scaling == "root"
-        self.targets = frozenset(match_layers(settings.targets, target_names(), "train.targets"))
-        self.first = 0 if settings.layers is None else max(0, network.shape.layers - settings.layers)
+        self._base, self.network, self._b_rate = base, network, settings.b_rate
+        layers = network.shape.layers
+        self.first = 0 if settings.layers is None else max(0, layers - settings.layers)
+        self.config = AdapterConfig(
+            rank=settings.rank,
+            alpha=settings.adapter_alpha(),
+            targets=frozenset(match_layers(settings.targets, TARGETS, "train.targets")),
+            root=settings.scaling == "root",
+            dora=settings.dora,
+            layers=tuple(range(self.first, layers)) if self.first else None,
+        )
         self.places: list[Place] = [
             (number, group)
-            for number in range(self.first, network.shape.layers)
+            for number in range(self.first, layers)
             for group in GROUPS
-            if blocks(network, group, self.rank, self.targets)
+            if blocks(network, group, self.config)
         ]
         # Where each layer's c lies in its place's master and copy.
-        self._parts = {group: list(self._side_by_side(group)) for group in {group for _, group in self.places}}
+        self._parts = {group: list(self._c_places(group)) for group in {group for _, group in self.places}}
         shapes = list(zip(*(self._shapes(number, group) for number, group in self.places), strict=True))
         self.masters = [torch.zeros(sum(rows * columns for rows, columns in each)) for each in shapes]
         self._a, self._c = (_views(master, each) for master, each in zip(self.masters, shapes, strict=True))
@@ -80,11 +87,6 @@ class LoraModel(NativeTrainable):
         if settings.dora:
             self.dora = Dora(network, {place: self._adapted_rows(*place) for place in self.places})
             self.masters.append(self.dora.master)
-
-    @property
-    def scale(self) -> float:
-        """The factor of what the adapter adds."""
-        return self.alpha / (math.sqrt(self.rank) if self.root else self.rank)
 
     @property
     def trained_numbers(self) -> int:
@@ -125,7 +127,7 @@ class LoraModel(NativeTrainable):
             into_a.copy_(ga[: len(into_a)])
             for mine, columns, rows in self._parts[group]:
                 into_c[:, mine].copy_(gc[columns, rows])
-        found[1].mul_(self.scale)
+        found[1].mul_(self.config.scale)
         if self.dora is not None:
             found.append(self.dora.master_gradient())
         for master, gradient in zip(self.masters, found, strict=True):
@@ -165,17 +167,13 @@ class LoraModel(NativeTrainable):
 
     def adapter(self) -> Adapter:
         """The master weights as an adapter of the base; one that started by PiSSA has twice the rank."""
-        rank, a = self.rank, self._a
+        config, a = self.config, self._a
         c = [self._spread(place) for place in range(len(self.places))]
         if self._pissa is not None:
-            a, c = self._pissa.adapter(a, c, rank)
-            rank = 2 * rank
-        more = rank / self.rank
+            a, c = self._pissa.adapter(a, c, config.rank)
+            config = config.of_twice_the_rank()
         return Adapter(
-            rank=rank,
-            alpha=self.alpha * (math.sqrt(more) if self.root else more),
-            root=self.root,
-            targets=self.targets,
+            config,
             a=dict(zip(self.places, a, strict=True)),
             b={place: each.t() for place, each in zip(self.places, c, strict=True)},
             m={} if self.dora is None else self.dora.values,
@@ -210,30 +208,30 @@ class LoraModel(NativeTrainable):
     def _round(self, place: int, a: Tensor, c: Tensor) -> None:
         """Write a place's master weights into its copies."""
         if self._pissa is not None:
-            self._pissa.refresh(place, self._a[place], self._spread(place), self.scale, a, c)
+            self._pissa.refresh(place, self._a[place], self._spread(place), self.config.scale, a, c)
             return
         size = len(self._a[place])
         a[:size].copy_(self._a[place])
         a[size:].zero_()
         c.zero_()
         for mine, columns, rows in self._parts[self.places[place][1]]:
-            torch.mul(self._c[place][:, mine], self.scale, out=c[columns, rows])
+            torch.mul(self._c[place][:, mine], self.config.scale, out=c[columns, rows])
 
     def _copied_rows(self, group: str) -> int:
         return -(-self._columns(group) // TILE) * TILE * (2 if self._pissa else 1)
 
     def _columns(self, group: str) -> int:
-        return len(blocks(self.network, group, self.rank, self.targets)) * self.rank
+        return len(blocks(self.network, group, self.config)) * self.config.rank
 
-    def _side_by_side(self, group: str) -> Iterator[tuple[slice, slice, slice]]:
+    def _c_places(self, group: str) -> Iterator[tuple[slice, slice, slice]]:
         """For each adapted layer of a group: its columns in c's master, its rows and its columns in c's copy."""
         first = 0
-        for _, rows, columns in blocks(self.network, group, self.rank, self.targets):
+        for _, rows, columns in blocks(self.network, group, self.config):
             yield slice(first, first := first + rows.stop - rows.start), columns, rows
 
     def _shapes(self, number: int, group: str) -> tuple[tuple[int, int], tuple[int, int]]:
         product = self.network.layers[number].linear[group]
-        return (self._columns(group), product.into), (self.rank, self._parts[group][-1][0].stop)
+        return (self._columns(group), product.into), (self.config.rank, self._parts[group][-1][0].stop)
 
     def _adapted_rows(self, number: int, group: str) -> Tensor:
         """Which rows [out] of a place's weight have an adapter."""
@@ -262,7 +260,7 @@ class LoraModel(NativeTrainable):
         for (number, group), a, c in zip(self.places, self._a, self._c, strict=True):
             weight = self.network.layers[number].linear[group].weight.float()
             for mine, columns, rows in self._parts[group]:
-                a[columns], c[:, mine] = principal_factors(weight[rows], self.rank, self.scale)
+                a[columns], c[:, mine] = principal_factors(weight[rows], self.config.rank, self.config.scale)
 
 
 def _views(flat: Tensor, shapes: Iterable[tuple[int, int]]) -> list[Tensor]:

@@ -14,6 +14,7 @@ import torch
 from tunesmith.engines.native import runtime
 from tunesmith.engines.native.decoding.rows import Row
 from tunesmith.engines.native.decoding.running_batch import RunningBatch
+from tunesmith.engines.process import prepare_process
 
 Result = TypeVar("Result")
 _SCHEDULERS: weakref.WeakSet[Scheduler] = weakref.WeakSet()
@@ -83,7 +84,7 @@ class Scheduler:
             raise
 
     def _decode_all(self) -> None:
-        torch.set_num_threads(runtime.prepare())
+        torch.set_num_threads(prepare_process())
         while True:
             with self._changed:
                 if not self._changed.wait_for(self._has_work, _IDLE_SECONDS) or self._stopping:

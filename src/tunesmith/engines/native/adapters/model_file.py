@@ -25,7 +25,7 @@ def tuned(folder: Path, network: Network, base: Base) -> tuple[Network, Linear]:
     """
     if not has_whole_model(folder):
         return network, adapted_linear(network, read_adapter(folder, network, base))
-    own = load_network(base.folder, network.dtype, read_whole(folder, base, network.tied))
+    own = load_network(base.folder, network.dtype, read_model_file(folder, base, network.tied))
     return own, frozen_linear(own)
 
 
@@ -59,7 +59,7 @@ def save_model(trained: Mapping[str, Tensor], base: Base, folder: Path, *, tied:
     write_tensors(folder / MODEL_FILE, ordered, binding(base.digest, base.fingerprint))
 
 
-def read_whole(folder: Path, base: Base, tied: bool) -> dict[str, Tensor]:
+def read_model_file(folder: Path, base: Base, tied: bool) -> dict[str, Tensor]:
     """The weights in a training's folder, for the base they were trained on.
 
     Raises Refused for weights of another base, for missing or unknown tensors, other shapes or dtypes, and for weights
