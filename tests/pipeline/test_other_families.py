@@ -59,7 +59,7 @@ def test_it_learns_and_records_name_the_engine(released: Path) -> None:
         assert body["engine"] == "hf"
         assert body["curve"][-1]["loss"] < 0.95 * body["curve"][0]["loss"]
     answers = [store.record(digest).body for digest in store.records_of("answers")]
-    assert {body.get("engine") for body in answers} == {"hf"}
+    assert {body["engine"] for body in answers} == {"hf"}
 
 
 def test_the_version_verifies_and_answers(released: Path) -> None:
@@ -131,4 +131,4 @@ def test_four_bits_of_a_native_family(tmp_path: Path) -> None:
     assert body["final_loss"] < 0.95 * body["curve"][0]["loss"]
     assert document["register"]["version"] == "tiny@v1"
     answers = [project.store.record(digest).body for digest in project.store.records_of("answers")]
-    assert {answer.get("engine", "native") for answer in answers} == {"native"}
+    assert {answer["engine"] for answer in answers} == {"native"}

@@ -45,7 +45,8 @@ class Asked:
             "estimate": {"seconds": self.expected},
             "prompt_tokens": sum(line["prompt_tokens"] for line in self.lines),
             "completion_tokens": sum(line["completion_tokens"] for line in self.lines),
-        } | ({"served_by": served} if served else {})
+            "served_by": served,
+        }
 
 
 # Conversations -> for each, label -> log-probability.

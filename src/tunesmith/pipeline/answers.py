@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tunesmith.candidates.asking import TOGETHER, Likelihoods, ask_rows, keep_answers
@@ -23,19 +23,26 @@ _MOST_LABELS = 64
 
 def answers(context: PipelineContext, name: str, split: str = "test") -> str:
     """Digest of a candidate's answers to the rows of a split."""
-    digest, dataset, choices = candidate(context, name), context.dataset, _choices(context)
-    inputs = {"candidate": digest, "dataset": dataset.digest, "together": TOGETHER, **context.engine_of(digest)}
-    inputs |= {"choices": list(choices)} if choices else {}
-    endpoint = context.settings_of(name).endpoint
-    inputs |= {"logprobs": True} if endpoint is not None and endpoint.logprobs else {}
-    other = {} if split == "test" else {"split": split}
+    digest, endpoint = candidate(context, name), context.settings_of(name).endpoint
+    asked = load_candidate(context.store, digest)
+    choices = _choices(context) if asked.asks_base else ()
+    parents = {"candidate": digest, "dataset": context.dataset.digest}
+    inputs = {
+        **parents,
+        "split": split,
+        "together": TOGETHER,
+        "engine": context.engine_of(asked),
+        "choices": list(choices),
+        "logprobs": endpoint is not None and endpoint.logprobs,
+    }
 
     def answer(work: Path) -> str:
         if split == "test":
             _show_plan(context)
-        return _ask(context, name, digest, split, work)
+        return _ask(context, asked, parents, split, choices, work)
 
-    return context.stages.run(" ".join(["answer", name, *other.values()]), "answer", {**inputs, **other}, answer)
+    title = f"answer {name}" if split == "test" else f"answer {name} {split}"
+    return context.stages.run(title, "answer", inputs, answer)
 
 
 def judged(context: PipelineContext, name: str, given: str, scorer: JudgeScorer) -> str:
@@ -73,18 +80,25 @@ def _show_plan(context: PipelineContext) -> None:
             context.progress.say(plan_sentence(found, gate))
 
 
-def _ask(context: PipelineContext, name: str, digest: str, split: str, work: Path) -> str:
-    """Ask a candidate all rows of a split; store its answers."""
-    asked, dataset = load_candidate(context.store, digest), context.dataset
-    rows = dataset.examples(split)
+def _ask(
+    context: PipelineContext,
+    asked: Candidate,
+    parents: Mapping[str, str],
+    split: str,
+    choices: Sequence[str],
+    work: Path,
+) -> str:
+    """Ask a candidate all rows of a split; returns the digest of its answers."""
+    name, rows = asked.name, context.dataset.examples(split)
     if asked.endpoint is not None:
         context.progress.say(f"{name}: sending {len(rows)} held-out requests with prompts to {asked.endpoint.url}")
     counted = count_prompts(asked, (row.request for row in rows))
     context.progress.say(f"{name}: system prompt: {describe_prompts(counted)}")
     title = f"{name} answers {len(rows)} rows"
-    found = ask_rows(answerer(context, asked), rows, work, title, context.progress, _likelihoods(context, asked))
-    parents = {"candidate": digest, "dataset": dataset.digest}
-    return keep_answers(context.store, parents, found.lines, found.body(split) | context.engine_of(digest))
+    likelihoods = _likelihoods(context, asked, choices) if choices else None
+    found = ask_rows(answerer(context, asked), rows, work, title, context.progress, likelihoods)
+    body = found.body(split) | {"engine": context.engine_of(asked)}
+    return keep_answers(context.store, parents, found.lines, body)
 
 
 def _choices(context: PipelineContext) -> tuple[str, ...]:
@@ -101,14 +115,12 @@ def _choices(context: PipelineContext) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _likelihoods(context: PipelineContext, asked: Candidate) -> Likelihoods | None:
-    choices = _choices(context)
-    if not choices or not asked.asks_base:
-        return None
+def _likelihoods(context: PipelineContext, asked: Candidate, choices: Sequence[str]) -> Likelihoods:
+    """A function that gives, for each conversation, the log-probability of each choice as its answer."""
     engine = context.engine
 
     def likelihoods(conversations: Sequence[Sequence[Message]]) -> list[dict[str, float]]:
-        questions = [Question(tuple(turns), choices) for turns in conversations]
+        questions = [Question(tuple(turns), tuple(choices)) for turns in conversations]
         return [dict(zip(choices, each, strict=True)) for each in engine.choose(questions, asked.training)]
 
     return likelihoods

@@ -150,7 +150,7 @@ def _searched(context: PipelineContext, bare: Candidate, settings: Search) -> Ca
         "settings": settings.model_dump(mode="json"),
         "metric": metric,
         "schema": context.project.schema,
-        **(context.engine_kind if bare.asks_base else {}),
+        "engine": context.engine_of(bare),
     }
 
     def find(work: Path) -> str:

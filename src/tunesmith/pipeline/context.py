@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.candidates.candidate import load_candidate
+from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
@@ -24,7 +24,6 @@ from tunesmith.data.documents import build_documents, document_files
 from tunesmith.data.governance.withdrawn import load_withdrawn
 from tunesmith.data.sources.files import find_files
 from tunesmith.engines.factory import check_weight_settings, engine_kind, load_model, open_engine
-from tunesmith.engines.settings import NATIVE
 from tunesmith.pipeline.stages import Stage, Stages
 from tunesmith.project import Project
 from tunesmith.store.store import Store
@@ -88,14 +87,13 @@ class PipelineContext:
         return self.model.engine() if settings is None else open_engine(self.base, settings)
 
     @property
-    def engine_kind(self) -> dict[str, str]:
-        """The engine as an input of stages: {"engine": kind}, or {} for the native engine."""
-        kind = engine_kind(self.base, self.project.settings.engine)
-        return {} if kind == NATIVE else {"engine": kind}
+    def engine_kind(self) -> str:
+        """The engine's name in records and in the inputs of stages."""
+        return engine_kind(self.base, self.project.settings.engine)
 
-    def engine_of(self, candidate: str) -> dict[str, str]:
-        """engine_kind for one candidate, by digest: {} for baselines and endpoints, which use no engine."""
-        return self.engine_kind if load_candidate(self.store, candidate).asks_base else {}
+    def engine_of(self, candidate: Candidate) -> str | None:
+        """The name of the engine that answers for a candidate; None for baselines and endpoints."""
+        return self.engine_kind if candidate.asks_base else None
 
     @cached_property
     def dataset(self) -> Dataset:

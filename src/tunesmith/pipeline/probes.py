@@ -34,7 +34,12 @@ def general(context: PipelineContext, names: Sequence[str]) -> dict[str, str]:
 def probe(context: PipelineContext, name: str | None) -> str:
     """Digest of the answers to the general suite under a candidate's weights. name: None for the base's weights."""
     trained = None if name is None else training(context, name)
-    inputs = {"base": context.base.digest, "training": trained, "suite": general_digest(), **context.engine_kind}
+    inputs = {
+        "base": context.base.digest,
+        "training": trained,
+        "suite": general_digest(),
+        "engine": context.engine_kind,
+    }
 
     def measure(_work: Path) -> str:
         adapter = load_adapter(context, trained)
@@ -45,7 +50,7 @@ def probe(context: PipelineContext, name: str | None) -> str:
         seconds = time.perf_counter() - began
         lines = [{"id": question.id, "scores": each} for question, each in zip(questions, scores, strict=True)]
         parents = {"base": context.base.digest} | ({"training": trained} if trained else {})
-        stated = {"suite": GENERAL, "n": len(lines), "seconds": seconds, **context.engine_kind}
+        stated = {"suite": GENERAL, "n": len(lines), "seconds": seconds, "engine": context.engine_kind}
         return keep_answers(context.store, parents, lines, stated)
 
     return context.stages.run(f"probe {name or BASE}", "probe", inputs, measure)
@@ -57,7 +62,7 @@ def check_probes(context: PipelineContext) -> None:
         if isinstance(gate, Probe):
             if gate.path is not None:
                 digest_path(context.project.root / gate.path)
-            suite_of(gate.suite).states  # noqa: B018 - to name the detector is to hold its files against their digest
+            suite_of(gate.suite).states  # noqa: B018 - reading it checks the detector's files
 
 
 def risks(context: PipelineContext, names: Sequence[str]) -> dict[str, dict[str, Risk]]:
@@ -82,30 +87,27 @@ def risk(context: PipelineContext, gate: Probe, name: str, *, before: bool = Fal
     path = None if gate.path is None else context.project.root / gate.path
     parents = {"base": context.base.digest} | ({"dataset": dataset.digest} if suite.own else {})
     trained = None if before else asked.training
-    engine = context.engine_of(digest)
+    engine = context.engine_of(asked)
     inputs = {
         "suite": gate.suite,
         "parents": parents,
         "training": trained,
         "candidate": digest if suite.own else None,
         "file": None if path is None else digest_path(path),
-        **engine,
+        "engine": engine,
         **suite.depends_on,
     }
 
     def measure(_work: Path) -> str:
         ready = answerer(context, asked)
-        asked_of = probe_context(
-            store, dataset, asked, ready.composer, gate.rows, path, context.project.settings.data.privacy
-        )
-        items = suite.items(asked_of)
+        privacy = context.project.settings.data.privacy
+        items = suite.items(probe_context(store, dataset, asked, ready.composer, gate.rows, path, privacy))
         began = time.perf_counter()
         scorer = context.engine if asked.asks_base else None
         lines = ask(suite, ready.responder, scorer, context.renderer, trained, items, asked, context.progress)
-        body = {"suite": gate.suite, **engine, "n": len(items), "seconds": time.perf_counter() - began}
-        body |= suite.states
+        body = {"suite": gate.suite, "engine": engine, "n": len(items), "seconds": time.perf_counter() - began}
         made = parents | ({"training": trained} if trained else {})
-        return keep_answers(store, made, lines, body, {ITEMS: encode_items(items)})
+        return keep_answers(store, made, lines, body | suite.states, {ITEMS: encode_items(items)})
 
     when = "before" if before else "after"
     return context.stages.run(f"risk {gate.probe} {name} {when}", "risk", inputs, measure)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 def train_candidate(
     context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings, *, restart: bool = False
 ) -> str:
-    """The digest of a candidate's training, which is run unless it was before with the same inputs.
+    """Digest of a candidate's training.
 
-    restart: run it again, without what it left in its work folder. Raises UsageError for a candidate with shots.
+    restart: train again, and ignore earlier results and checkpoints. Raises UsageError for a candidate with shots.
     """
     inputs = _inputs(context, name, candidate, settings)
 
@@ -80,11 +80,8 @@ def _inputs(context: PipelineContext, name: str, candidate: Candidate, settings:
         )
     if context.project.settings.data.sign_off:
         require_signed(context.store, context.dataset.digest)
-    retrieval = {key: getattr(candidate, key) for key in ("documents", "embedder") if getattr(candidate, key)}
-    if candidate.retrieve is not None:
-        retrieval["retrieve"] = candidate.retrieve.model_dump(mode="json", by_alias=True)
     return {
-        **retrieval,
+        **candidate.model_dump(mode="json", by_alias=True, include={"retrieve", "documents", "embedder"}),
         "base": context.base.digest,
         "dataset": context.dataset.digest,
         "prompt": candidate.prompt,
