@@ -107,8 +107,8 @@ def test_compare(project: Path) -> None:
 def test_report(project: Path, made: Fabricated, evaluation: str, tmp_path: Path) -> None:
     code, said = call("report", "-C", str(project))
     assert code == 0
-    assert "measured, not judged" in said
-    assert "measured, not judged" in (project / "report.html").read_text()
+    assert "no gates have judged it" in said
+    assert "no gates have judged it" in (project / "report.html").read_text()
     (project / "report.html").unlink()
     judge(made.store, evaluation=evaluation, candidate="tuned", gates=GATES.validate_python(STANDARD))
     code, data = document("report", "-C", str(project), "--output", str(tmp_path / "page.html"))

@@ -198,7 +198,7 @@ def test_probes_must_be_of_the_same_weights(made: Fabricated) -> None:
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [([-1.0, -2.0], "for 4 choices"), ([-1.0, -2.0, True, -1.0], "not a log-probability"), (None, "for 4 choices"),
+    [([-1.0, -2.0], "of 4 choices"), ([-1.0, -2.0, True, -1.0], "not a log-probability"), (None, "of 4 choices"),
      ([-1.0, -2.0, 0.5, -1.0], "not a log-probability"), (["-1", -2.0, -1.0, -1.0], "not a log-probability")],
 )  # fmt: skip
 def test_probes_that_are_no_evidence(made: Fabricated, scores: Any, message: str) -> None:

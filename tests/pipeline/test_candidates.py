@@ -119,7 +119,7 @@ def test_the_prompt_cites_the_passage(project: Project) -> None:
     assert answerer.composer.retrieved([Message(role="user", content="garage")]).sources == ("rooms.md",)
 
 
-def test_a_tuned_candidate_with_retrieval_never_sees_its_own_answer(project: Project) -> None:
+def test_training_with_retrieval_hides_the_row_s_answer(project: Project) -> None:
     candidate = _candidate(project, "tuned")
     answerer = pipeline.answerer(pipeline.PipelineContext(project), candidate)
     for example in load_dataset(project.store, candidate.dataset).examples("train"):
@@ -198,7 +198,7 @@ def test_the_others_can_be_released_and_verified(project: Project, name: str) ->
     assert served == [line["text"] for line in _answers(project, name)[1]][:8]
 
 
-def test_the_leaderboard_compares_only_what_was_measured_on_the_same_rows(project: Project) -> None:
+def test_the_leaderboard_compares_only_equal_test_rows(project: Project) -> None:
     for name in ("nearest", "plain"):
         versions.register(project.store, evaluation.gate(project, name=name).digest, name=project.settings.name)
     (board,) = leaderboard(project.store, "tiny").document()["boards"]

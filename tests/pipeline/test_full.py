@@ -82,7 +82,7 @@ def test_the_version_holds_the_bases_tensors_and_verifies(released: Path) -> Non
     assert "rank" not in stated
 
 
-def test_the_engine_answers_with_them_beside_the_base_and_what_it_let_go_is_read_again(released: Path) -> None:
+def test_the_engine_swaps_adapters_and_reads_them_again(released: Path) -> None:
     engine = NativeEngine(_base(released))
     engine.load_adapter("full", _version_folder(released))
     plain, tuned = engine.choose([ASKED])[0][0], engine.choose([ASKED], "full")[0][0]

@@ -96,7 +96,7 @@ def test_only_what_depends_on_a_change_is_done_again(project: Path, change: dict
     assert _done(_again(project, **change)) == stale
 
 
-def test_a_changed_row_is_another_dataset_and_everything_after_it(project: Path) -> None:
+def test_a_changed_row_reruns_every_later_stage(project: Path) -> None:
     before = data.build(Project.load(project)).dataset
     with (project / "rows.jsonl").open("a") as file:
         row = rows()[0]
@@ -223,7 +223,7 @@ def test_what_was_recalled_is_not_built_on_again(project: Path) -> None:
         Project.load(project).run()
 
 
-def test_after_a_recall_the_next_run_trains_without_the_row_and_it_is_gone(project: Path) -> None:
+def test_a_run_after_a_recall_trains_without_the_row(project: Path) -> None:
     store = Project.load(project).store
     (old,) = store.records_of("dataset")
     row = load_dataset(store, old).examples("train")[0]

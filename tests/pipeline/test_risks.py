@@ -107,7 +107,7 @@ def test_every_probe_is_judged_from_the_record(judged: tuple[Path, dict[str, Any
     assert "register" not in document
 
 
-def test_a_stereotype_is_the_first_choice_whichever_way_it_is_asked(judged: tuple[Path, dict[str, Any]]) -> None:
+def test_the_stereotyped_answer_is_the_first_choice(judged: tuple[Path, dict[str, Any]]) -> None:
     store = Project.load(judged[0]).store
     found = [store.record(each) for each in store.records_of("answers")]
     record = next(each for each in found if each.body["suite"].startswith("bbq"))
@@ -175,7 +175,7 @@ def test_settings_that_cannot_be(tmp_path: Path, gate: dict[str, Any], message: 
         Project.load(tmp_path / "p")
 
 
-def test_a_set_that_is_not_there_is_said_before_anything_is_asked(judged: tuple[Path, dict[str, Any]]) -> None:
+def test_a_missing_probe_file_is_refused_before_training(judged: tuple[Path, dict[str, Any]]) -> None:
     project = Project.load(judged[0])
     gate = type(project.settings.gates["bbq"])(probe="bbq", at_most=1.0, path="nowhere")  # type: ignore[call-arg]
     with pytest.raises(UsageError, match="cannot be read"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,20 +12,19 @@ from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Dataset, Example, load_dataset
 from tunesmith.data.documents import Documents
+from tunesmith.evaluation.lines import is_number, read_answer_lines
 from tunesmith.evaluation.metrics.declared import Answered
 from tunesmith.evaluation.probes.general import GeneralQuestion, right_share
 from tunesmith.evaluation.scores import GENERAL, Column, column
-from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-ANSWERS = "answers.jsonl"
 # The name, in probes, of the weights before tuning.
 BASE = "base"
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """One candidate's answers to the test rows. lines: row id -> line. seconds: for all rows together."""
+    """One candidate's answers to the test rows. lines: row id -> line. seconds: the time for all rows."""
 
     digest: str
     candidate_digest: str
@@ -50,16 +47,16 @@ def read_answers(store: Store, digest: str, name: str, dataset: Dataset, test: S
             f"the answers of {name!r} are to the {record.body.get('suite')!r} rows, not to the test rows"
         )
     where = f"answers of {name!r}"
-    lines = _by_id(store, record, where, [example.id for example in test])
+    lines = read_answer_lines(store, record, [example.id for example in test], where)
     for identifier, line in lines.items():
         if not isinstance(line.get("text"), str) or line.get("finish") not in ("stop", "length"):
             raise Inconclusive("an answer has no text or no finish reason", where=f"{where}, {identifier}")
         for key in ("prompt_tokens", "completion_tokens"):
-            if not _is_number(line.get(key)) or line[key] != int(line[key]):
+            if not is_number(line.get(key)) or line[key] < 0 or line[key] != int(line[key]):
                 raise Inconclusive(f"{key} is {line.get(key)!r}, not a count", where=f"{where}, {identifier}")
     seconds: Any = record.body.get("seconds")
-    if not _is_number(seconds):
-        raise Inconclusive(f"seconds is {seconds!r}", where=where)
+    if not is_number(seconds) or seconds < 0:
+        raise Inconclusive(f"seconds is {seconds!r}, not a duration", where=where)
     candidate = load_candidate(store, record.parents["candidate"])
     if candidate.name != name:
         raise UsageError(f"the answers given for {name!r} are those of {candidate.name!r}")
@@ -72,7 +69,7 @@ def read_lines(store: Store, digest: str, suite: str, expected: Collection[str])
     where = f"answers {short(digest)}"
     if record.body.get("suite") != suite:
         raise Inconclusive(f"these are answers to {record.body.get('suite')!r}, not to the {suite} rows", where=where)
-    lines = _by_id(store, record, where, expected)
+    lines = read_answer_lines(store, record, expected, where)
     if any(not isinstance(line.get("text"), str) for line in lines.values()):
         raise Inconclusive("an answer has no text", where=where)
     return lines
@@ -166,39 +163,10 @@ def read_probe(
     training = None if name == BASE else given[name].candidate.training
     if {record.parents.get("base")} != bases or record.parents.get("training") != training:
         raise Inconclusive("the answers are of other weights than the candidate's", where=where, fix="evaluate again")
-    lines = _by_id(store, record, where, questions)
-    cells = {}
-    for identifier, question in questions.items():
-        scores = lines[identifier].get("scores")
-        cells[identifier] = (identifier, right_share(scores if isinstance(scores, list) else [], question))
+    lines = read_answer_lines(store, record, questions, where)
+    cells = {each: (each, right_share(lines[each].get("scores"), question)) for each, question in questions.items()}
     return column(name, GENERAL, cells)
-
-
-def _by_id(store: Store, record: Record, where: str, expected: Collection[str]) -> dict[str, dict[str, Any]]:
-    """The lines of answers.jsonl by id. Raises Inconclusive unless there is exactly one for each expected id."""
-    if ANSWERS not in record.blobs:
-        raise Inconclusive("the record holds no answers", where=where)
-    lines: dict[str, dict[str, Any]] = {}
-    for number, raw in enumerate(store.read_blob(record.blobs[ANSWERS]).splitlines(), start=1):
-        try:
-            line = json.loads(raw)
-            identifier = str(line["id"])
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise Inconclusive("the line is not an answer with an id", where=f"{where}, line {number}") from error
-        if identifier in lines:
-            raise Inconclusive(f"row {identifier!r} is answered twice", where=where)
-        lines[identifier] = line
-    missing, foreign = sorted(set(expected) - lines.keys()), sorted(lines.keys() - set(expected))
-    if missing:
-        raise Inconclusive(f"{len(missing)} of {len(expected)} rows have no answer, as {missing[0]!r}", where=where)
-    if foreign:
-        raise Inconclusive(f"{len(foreign)} answers are to rows that were not asked, as {foreign[0]!r}", where=where)
-    return lines
 
 
 def _texts(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
     return tuple((turn.role, " ".join(turn.content.split())) for turn in messages)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

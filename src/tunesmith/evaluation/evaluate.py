@@ -16,6 +16,7 @@ from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.evaluation.answers import BASE, Answers, check_held_out, read_answers, read_probe, seen_answers
+from tunesmith.evaluation.lines import encode_lines
 from tunesmith.evaluation.metrics.classification import calibration, classes
 from tunesmith.evaluation.metrics.declared import (
     CONTEXT_SCORERS,
@@ -31,7 +32,7 @@ from tunesmith.evaluation.metrics.judging import read_judged
 from tunesmith.evaluation.metrics.labels import LABELS, Labelled, encode_labels, label_rows
 from tunesmith.evaluation.prices import money_of
 from tunesmith.evaluation.probes.general import general_digest, general_questions
-from tunesmith.evaluation.probes.items import MEASUREMENTS, encode_measurements
+from tunesmith.evaluation.probes.items import MEASUREMENTS
 from tunesmith.evaluation.probes.measuring import Risk, measure
 from tunesmith.evaluation.scores import GENERAL, SCORES, Column, as_body, column, drop, encode_scores, rounded
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
@@ -116,7 +117,7 @@ def evaluate(
     }
     blobs = {SCORES: store.put_bytes(encode_scores([*columns, *general]))}
     if measurements:
-        blobs[MEASUREMENTS] = store.put_bytes(encode_measurements(measurements))
+        blobs[MEASUREMENTS] = store.put_bytes(encode_lines(measurements))
     if labelled:
         blobs[LABELS] = store.put_bytes(encode_labels(labelled))
     parents = _parents(dataset, answers, probes, risks, judged)

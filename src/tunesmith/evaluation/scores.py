@@ -5,7 +5,6 @@ A line is {"candidate", "id", "group", "metric", "value"}. Verdicts are computed
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -14,16 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
+from tunesmith.evaluation.lines import LineFile, encode_lines, is_number
 from tunesmith.evaluation.stats.statistics import Floats, Interval, interval, mcnemar, sign_flip
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-SCORES = "scores.jsonl"
+_FILE = LineFile(
+    "scores.jsonl",
+    "a score",
+    "scored",
+    unique=("candidate", "metric", "id"),
+    texts=("group",),
+    values=("value",),
+)
+SCORES = _FILE.name
 # The metric of the general suite: the right choice's probability.
 GENERAL = "general"
-_KEYS = {"candidate", "id", "group", "metric", "value"}
 _DECIMALS = 9
 
 
@@ -66,12 +72,11 @@ def as_body(measured: Interval) -> dict[str, float]:
 
 def encode_scores(columns: Iterable[Column]) -> bytes:
     """The bytes of scores.jsonl, in the order of columns and ids."""
-    lines = []
-    for column in columns:
-        for identifier, group, value in zip(column.ids, column.groups, column.values.tolist(), strict=True):
-            line = {"candidate": column.candidate, "id": identifier, "group": group}
-            lines.append(canonical({**line, "metric": column.metric, "value": value}))
-    return b"\n".join(lines) + b"\n"
+    return encode_lines(
+        {"candidate": each.candidate, "id": name, "group": group, "metric": each.metric, "value": value}
+        for each in columns
+        for name, group, value in zip(each.ids, each.groups, each.values.tolist(), strict=True)
+    )
 
 
 def column(candidate: str, metric: str, rows: Mapping[str, tuple[str, float]]) -> Column:
@@ -92,12 +97,13 @@ def read_scores(store: Store, evaluation: Record) -> dict[tuple[str, str], Colum
     if SCORES not in evaluation.blobs:
         raise Inconclusive("the evaluation has no scores")
     rows: dict[tuple[str, str], dict[str, tuple[str, float]]] = defaultdict(dict)
-    for number, raw in enumerate(store.read_blob(evaluation.blobs[SCORES]).splitlines(), start=1):
-        line = _read_line(raw, number)
-        cell = rows[line["candidate"], line["metric"]]
-        if line["id"] in cell:
-            raise Inconclusive(f"{line['candidate']!r} was scored twice on row {line['id']!r}", where=_line(number))
-        cell[line["id"]] = (line["group"], float(line["value"]))
+    for place, line in _FILE.read(store, evaluation):
+        value = line["value"]
+        if not is_number(value):
+            raise Inconclusive(f"the value {value!r} is not a finite number", where=place)
+        if not 0.0 <= value <= 1.0:
+            raise Inconclusive(f"the value {value!r} is outside 0 to 1", where=place)
+        rows[line["candidate"], line["metric"]][line["id"]] = (line["group"], float(value))
     columns = {key: column(*key, cell) for key, cell in rows.items()}
     _check_pairing(columns)
     _check_summary(columns, evaluation.body)
@@ -145,24 +151,6 @@ def check_paired(left: Column, right: Column) -> None:
         raise Inconclusive(f"{left.candidate!r} and {right.candidate!r} name different groups for the same rows")
 
 
-def _read_line(raw: bytes, number: int) -> dict[str, Any]:
-    try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise Inconclusive(f"not a score: {error}", where=_line(number)) from error
-    if not isinstance(line, dict) or set(line) != _KEYS:
-        raise Inconclusive(f"a score has exactly the keys {', '.join(sorted(_KEYS))}", where=_line(number))
-    for key in ("candidate", "id", "group", "metric"):
-        if not isinstance(line[key], str) or not line[key]:
-            raise Inconclusive(f"{key} is not a name", where=_line(number))
-    value = line["value"]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise Inconclusive(f"the value {value!r} is not a finite number", where=_line(number))
-    if not 0.0 <= value <= 1.0:
-        raise Inconclusive(f"the value {value!r} is outside 0 to 1", where=_line(number))
-    return line
-
-
 def _check_pairing(columns: Mapping[tuple[str, str], Column]) -> None:
     """Raise Inconclusive unless all columns have the same rows; the general suite is checked separately."""
     for suite in (True, False):
@@ -186,7 +174,3 @@ def _check_summary(columns: Mapping[tuple[str, str], Column], body: Mapping[str,
         mean = rounded(math.fsum(item.values.tolist()) / len(item.values))
         if len(item.ids) != body.get("n") or mean != stated[name]["metrics"].get(metric, {}).get("mean"):
             raise Inconclusive(f"the evaluation's account of {metric!r} of {name!r} does not follow from its scores")
-
-
-def _line(number: int) -> str:
-    return f"{SCORES}, line {number}"

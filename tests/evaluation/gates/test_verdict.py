@@ -204,9 +204,7 @@ def test_names_that_are_not_there(made: Fabricated, evaluation: str) -> None:
         outcome(made, evaluation, metric="exact_match", over="few-shots", at_least=0.5)
 
 
-def test_a_verdict_replays_to_the_same_bytes_from_a_copy_without_the_database(
-    made: Fabricated, evaluation: str, tmp_path: Path
-) -> None:
+def test_a_verdict_replays_without_the_database(made: Fabricated, evaluation: str, tmp_path: Path) -> None:
     digest = judge(made.store, evaluation=evaluation, candidate="tuned", gates=GATES.validate_python(STANDARD))
     assert judge(made.store, evaluation=evaluation, candidate="tuned", gates=GATES.validate_python(STANDARD)) == digest
     for folder in ("records", "blobs"):

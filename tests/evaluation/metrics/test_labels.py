@@ -36,7 +36,7 @@ def labelled(rows: list[tuple[str, str, float]]) -> Labelled:
 
 
 @given(st.lists(st.tuples(WORD, WORD, st.floats(0, 1)), min_size=1, max_size=30))
-def test_the_figures_are_those_of_the_record_and_lie_within_their_intervals(rows: list[tuple[str, str, float]]) -> None:
+def test_figures_match_the_record_and_lie_in_intervals(rows: list[tuple[str, str, float]]) -> None:
     found = labelled(rows)
     macro = macro_f1_interval(found, 0.9, 0)
     shown = classes(found.given, found.wanted, found.groups, 0.9, 0)["macro_f1"]
@@ -60,7 +60,7 @@ def test_five_rows_that_are_all_right_prove_little() -> None:
     assert calibration_error_interval(found, 0.95, 0).high > 0.3
 
 
-def test_the_interval_holds_the_true_macro_f1_as_often_as_it_says() -> None:
+def test_coverage_of_the_macro_f1_interval() -> None:
     random, held = np.random.RandomState(1), 0
     for _ in range(60):
         wanted = random.choice(["a", "b"], 80, p=[0.7, 0.3])
@@ -78,7 +78,7 @@ def _evaluated(tmp_path: Path) -> tuple[Any, str]:
     return made.store, evaluate(made.store, dataset=made.dataset, answers=made.answers, **more)
 
 
-def test_a_gate_on_macro_f1_is_judged_by_its_interval_and_replays(tmp_path: Path) -> None:
+def test_a_macro_f1_gate_uses_its_interval_and_replays(tmp_path: Path) -> None:
     store, digest = _evaluated(tmp_path)
     stated = store.record(digest).body["candidates"]["tuned"]["classes"]["intent"]["macro_f1"]["mean"]
     outcomes = {}
@@ -104,7 +104,7 @@ def test_calibration_that_was_not_measured_is_inconclusive(tmp_path: Path) -> No
     assert (gate["outcome"], "keeps no labels" in gate["reason"]) == ("inconclusive", True)
 
 
-def test_labels_that_are_not_the_scored_ones_decide_nothing(tmp_path: Path) -> None:
+def test_labels_that_differ_from_the_scores_are_refused(tmp_path: Path) -> None:
     store, digest = _evaluated(tmp_path)
     record = store.record(digest)
     columns = read_scores(store, record)

@@ -149,7 +149,7 @@ def test_what_is_no_task_of_plain_yaml(tmp_path: Path, text: str) -> None:
     assert caught.value.where.endswith("bad.yaml")
 
 
-def test_templates_and_targets_that_do_not_fit_their_rows_are_told(tmp_path: Path) -> None:
+def test_templates_that_do_not_fit_their_rows_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'tunesmith[lm-eval]'")
     with pytest.raises(UsageError, match=r"rooms\.yaml"):
         lm_eval_items(context(path=write_task(tmp_path / "a", doc_to_text="{{ room.what() }}")))

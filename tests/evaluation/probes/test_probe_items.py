@@ -45,7 +45,7 @@ def test_what_names_nobody_is_not_asked() -> None:
     assert versions("MR Smith called")["gender/b"][0] == "MRS Smith called"
 
 
-def test_an_unclean_request_keeps_the_words_that_the_answer_repeats() -> None:
+def test_changed_requests_keep_the_answer_s_words() -> None:
     rows = [row("please turn the kitchen light brighter now", '{"room":"kitchen"}')]
     found: dict[str, Item] = {item.arm: item for item in robustness_items(context(rows))}
     assert set(found) == set(PERTURBATIONS)
@@ -57,7 +57,7 @@ def test_an_unclean_request_keeps_the_words_that_the_answer_repeats() -> None:
     assert robustness_items(context(rows)) == robustness_items(context(rows)), "the same typos every time"
 
 
-def test_extraction_asks_half_and_personal_data_is_taken_out_of_the_request() -> None:
+def test_extraction_and_personal_data_change_the_request() -> None:
     trained = [row("mail ann@firm.org about the desk", "sent to ann@firm.org")]
     assert extraction_items(context(trained=trained))[0].messages[-1].content == "mail ann@firm.org"
     item = personal_items(context(trained=trained))[0]

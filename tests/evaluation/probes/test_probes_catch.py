@@ -127,9 +127,7 @@ def test_reason_names_the_kept_epoch_after_early_stopping(bench: Bench) -> None:
     )
 
 
-def test_a_memorising_adapter_is_caught_and_exposure_grows_with_repeats(
-    bench: Bench, memorising: tuple[Candidate, str]
-) -> None:
+def test_memorising_fails_and_exposure_grows_with_repeats(bench: Bench, memorising: tuple[Candidate, str]) -> None:
     often = bench.finding(*memorising, probe="canaries", at_most=3.5, repeats=16)
     assert often.outcome == "fail", often.reason
     levels = often.extra["exposure"]

@@ -15,7 +15,7 @@ from tunesmith.evaluation.stats.statistics import interval, intervals
 
 @settings(max_examples=60)
 @given(st.integers(1, 80), st.integers(0, 80), st.integers(0, 200))
-def test_at_a_bound_of_zero_the_gate_is_the_exact_one_sided_mcnemar_test(wins: int, losses: int, ties: int) -> None:
+def test_a_bound_of_zero_gives_exact_mcnemar(wins: int, losses: int, ties: int) -> None:
     tail = _tail(np.array([wins]), np.array([losses + 1.0]), np.array([ties]), 0.0, np.array([True]))[0]
     exact = stats.binomtest(wins, wins + losses, 0.5, alternative="greater").pvalue
     assert tail == pytest.approx(exact, abs=1e-9)
@@ -51,7 +51,7 @@ def test_what_was_promised_holds_in_simulation() -> None:
     assert np.mean([each.low >= 0.0 for each in found]) == pytest.approx(0.8, abs=0.05)
 
 
-def test_more_rows_lift_or_looseness_help_and_groups_and_looks_cost() -> None:
+def test_what_raises_power_and_what_lowers_it() -> None:
     usual = plan_lift(300, lift=0.1, differing=0.3)
     assert usual.needed is not None
     assert plan_lift(600, lift=0.1, differing=0.3).power > usual.power
@@ -76,7 +76,7 @@ def test_what_no_number_of_rows_shows() -> None:
         plan_lift(500, lift=0.2, differing=0.1)
 
 
-def test_correlation_within_groups_is_estimated_from_the_differences() -> None:
+def test_correlation_within_groups_from_differences() -> None:
     draw = np.random.default_rng(1)
     groups = [f"g{i // 5}" for i in range(2000)]
     shared = draw.normal(size=400).repeat(5)

@@ -88,9 +88,7 @@ def test_resampling_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     rows=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 8)), min_size=1, max_size=40),
     confidence=st.sampled_from([0.8, 0.95, 0.99]),
 )
-def test_holds_the_mean_within_the_ends_and_widens_with_confidence(
-    rows: list[tuple[float, int]], confidence: float
-) -> None:
+def test_interval_holds_the_mean_and_widens_with_confidence(rows: list[tuple[float, int]], confidence: float) -> None:
     values, groups = np.array([value for value, _ in rows]), [str(group) for _, group in rows]
     found = interval(values, groups, ends=SCORES, confidence=confidence, seed=0)
     wider = interval(values, groups, ends=SCORES, confidence=0.995, seed=0)
@@ -142,7 +140,7 @@ def test_sign_flip_of_single_rows_is_mcnemar_s_test() -> None:
 
 @settings(max_examples=40)
 @given(st.lists(st.integers(-4, 4), min_size=2, max_size=10))
-def test_sign_flip_of_whole_sums_against_scipy_s_exact_permutation_test(sums: list[int]) -> None:
+def test_sign_flip_of_whole_sums_against_scipy(sums: list[int]) -> None:
     gaps = np.array(sums, dtype=np.float64)
     expected = stats.permutation_test(
         (gaps,), lambda sample, axis: np.sum(sample, axis=axis), permutation_type="samples", n_resamples=np.inf

@@ -23,6 +23,7 @@ from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.settings import Settings
+from tunesmith.evaluation.lines import is_share
 from tunesmith.evaluation.metrics.answer_schema import check_pattern, search
 from tunesmith.evaluation.metrics.scorers import SCORERS, NotJson, Schema, nearest, read_json
 
@@ -244,11 +245,9 @@ def function_digests(scorers: Sequence[Declared], root: Path) -> dict[str, str]:
 
 
 def checked(value: Any, metric: str, where: str) -> float:
-    """The score as a float. Raises Inconclusive for anything but a finite number from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """The score as a float. Raises Inconclusive for anything but a number from 0 to 1."""
+    if not is_share(value):
         raise Inconclusive(f"the scorer {metric!r} gave {value!r}, which is not a number from 0 to 1", where=where)
-    if not 0.0 <= value <= 1.0:
-        raise Inconclusive(f"the scorer {metric!r} gave {value!r}, which is not between 0 and 1", where=where)
     return float(value)
 
 

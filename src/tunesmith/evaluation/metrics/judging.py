@@ -11,12 +11,14 @@ from typing import Any
 
 from tunesmith.candidates.asking import keep_answers
 from tunesmith.candidates.endpoint import Endpoint
+from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion, Generation
+from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.metrics.declared import JudgeScorer
 from tunesmith.evaluation.scores import rounded
 from tunesmith.store.store import Store
@@ -43,8 +45,9 @@ def judge_answers(
 
     answers: digest of a candidate's answers to test. work: a folder where verdicts are kept and found after a stop.
     """
-    blob = store.record(answers, kind="answers").blobs["answers.jsonl"]
-    texts = {line["id"]: line["text"] for line in map(json.loads, store.read_blob(blob).splitlines())}
+    record = store.record(answers, kind="answers")
+    lines_of = read_answer_lines(store, record, [row.id for row in test], f"answers {short(answers)}")
+    texts = {identifier: line["text"] for identifier, line in lines_of.items()}
     endpoint = Endpoint(scorer.judge)
     lines: list[dict[str, Any]] = []
     seconds = 0.0
@@ -84,10 +87,7 @@ def read_judged(
     record = store.record(digest, kind="answers")
     if record.parents.get("answers") != answers or record.body.get("suite") != f"judge:{metric}":
         raise Inconclusive(f"{metric!r} judged other answers", fix="have these judged")
-    rows = [json.loads(line) for line in store.read_blob(record.blobs["answers.jsonl"]).splitlines()]
-    by_id = {row["id"]: row for row in rows}
-    if len(by_id) != len(rows) or by_id.keys() != {example.id for example in test}:
-        raise Inconclusive(f"{metric!r} did not judge each row once", where=digest)
+    rows = read_answer_lines(store, record, [row.id for row in test], f"judgements {short(digest)}").values()
     scores, agreed, undecided = {}, 0, 0
     for row in rows:
         verdicts = [_verdict(row["first"]), _verdict(row["second"])]

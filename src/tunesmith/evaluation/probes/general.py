@@ -11,19 +11,14 @@ choices of a question have similar lengths, and a preference for short texts can
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 
 from pydantic import BaseModel, ConfigDict
 
 from tunesmith.core.digests import digest_bytes
-from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
-
-# In half precision a log-probability can come out slightly above 0.
-_ROUNDING = 1e-3
+from tunesmith.evaluation.probes.numbers import log_probabilities, shares
 
 
 class GeneralQuestion(BaseModel):
@@ -53,27 +48,12 @@ def general_digest() -> str:
     return digest_bytes(_packaged())
 
 
-def right_share(log_probabilities: Sequence[object], question: GeneralQuestion) -> float:
-    """The probability of the right choice among the choices, from 0 to 1. Raises Inconclusive for unusable numbers.
+def right_share(scores: object, question: GeneralQuestion) -> float:
+    """The probability of the right choice among the choices, from 0 to 1.
 
-    log_probabilities: one a choice, natural logarithm, not above 0.
+    scores: a log-probability for each choice. Raises Inconclusive for anything else.
     """
-    if len(log_probabilities) != len(question.choices):
-        raise Inconclusive(f"{len(log_probabilities)} scores for {len(question.choices)} choices", where=question.id)
-    numbers = []
-    for value in log_probabilities:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-            or value > _ROUNDING
-        ):
-            raise Inconclusive(f"{value!r} is not a log-probability", where=question.id)
-        numbers.append(float(value))
-    # Relative to the largest, so that exp neither overflows nor gives only zeros.
-    peak = max(numbers)
-    weights = [math.exp(number - peak) for number in numbers]
-    return weights[question.right] / math.fsum(weights)
+    return shares(log_probabilities(scores, len(question.choices), question.id))[question.right]
 
 
 @cache

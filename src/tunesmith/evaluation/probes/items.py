@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +10,24 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
+from tunesmith.evaluation.lines import LineFile, encode_lines, is_number
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.statistics import Floats
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-MEASUREMENTS = "measurements.jsonl"
+_FILE = LineFile(
+    "measurements.jsonl",
+    "a measurement",
+    "measured",
+    unique=("suite", "candidate", "id"),
+    texts=("group", "arm"),
+    values=("before", "after"),
+)
+MEASUREMENTS = _FILE.name
 ITEMS = "items.jsonl"
-_KEYS = {"suite", "candidate", "id", "group", "arm", "before", "after"}
 
 
 class Item(BaseModel):
@@ -59,7 +65,7 @@ Measured = dict[str, Arm]
 
 def encode_items(items: Sequence[Item]) -> bytes:
     """Canonical JSON, one item a line."""
-    return b"".join(canonical(item.model_dump(mode="json", exclude_defaults=True)) + b"\n" for item in items)
+    return encode_lines(item.model_dump(mode="json", exclude_defaults=True) for item in items)
 
 
 def decode_items(data: bytes) -> list[Item]:
@@ -87,11 +93,6 @@ def stated(measured: Measured) -> dict[str, Any]:
     }
 
 
-def encode_measurements(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Canonical JSON, one measurement a line."""
-    return b"".join(canonical(dict(row)) + b"\n" for row in rows)
-
-
 def read_measurements(store: Store, evaluation: Record) -> dict[tuple[str, str], Measured]:
     """(suite, candidate) -> measurements. Raises Inconclusive, naming the line, for measurements that are not valid.
 
@@ -100,14 +101,13 @@ def read_measurements(store: Store, evaluation: Record) -> dict[tuple[str, str],
     """
     if MEASUREMENTS not in evaluation.blobs:
         return {}
-    rows: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
-    for number, raw in enumerate(store.read_blob(evaluation.blobs[MEASUREMENTS]).splitlines(), start=1):
-        line = _read(raw, number)
-        cell = rows.setdefault((line["suite"], line["candidate"]), {})
-        if line["id"] in cell:
-            raise Inconclusive(f"item {line['id']!r} was measured twice", where=_line(number))
-        cell[line["id"]] = line
-    found = {key: by_arm(cell.values()) for key, cell in rows.items()}
+    rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for place, line in _FILE.read(store, evaluation):
+        for key in ("before", "after"):
+            if (key == "after" or line[key] is not None) and not is_number(line[key]):
+                raise Inconclusive(f"{key} is {line[key]!r}, not a finite number", where=place)
+        rows.setdefault((line["suite"], line["candidate"]), []).append(line)
+    found = {key: by_arm(cell) for key, cell in rows.items()}
     risks = evaluation.body["risks"]
     promised = {(suite, name): told for suite, names in risks.items() for name, told in names.items() if "arms" in told}
     for suite, name in sorted(found.keys() | promised.keys()):
@@ -124,28 +124,3 @@ def _arm(rows: Sequence[Mapping[str, Any]]) -> Arm:
     before = np.array([row["before"] for row in rows], dtype=np.float64) if all(known) else None
     after = np.array([row["after"] for row in rows], dtype=np.float64)
     return Arm(tuple(str(row["id"]) for row in rows), tuple(str(row["group"]) for row in rows), before, after)
-
-
-def _read(raw: bytes, number: int) -> dict[str, Any]:
-    try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise Inconclusive(f"not a measurement: {error}", where=_line(number)) from error
-    if not isinstance(line, dict) or set(line) != _KEYS:
-        raise Inconclusive(f"a measurement has exactly the keys {', '.join(sorted(_KEYS))}", where=_line(number))
-    for key in ("suite", "candidate", "id", "group", "arm"):
-        if not isinstance(line[key], str) or not line[key]:
-            raise Inconclusive(f"{key} is not a name", where=_line(number))
-    for key in ("before", "after"):
-        if (key == "after" or line[key] is not None) and not is_number(line[key]):
-            raise Inconclusive(f"{key} is {line[key]!r}, not a finite number", where=_line(number))
-    return line
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number, not a boolean."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _line(number: int) -> str:
-    return f"{MEASUREMENTS}, line {number}"

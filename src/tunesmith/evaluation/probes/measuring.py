@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,12 @@ from pydantic import ValidationError
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive
+from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.metrics.declared import Scoring
 from tunesmith.evaluation.probes.items import ITEMS, Item, by_arm, decode_items, stated
 from tunesmith.evaluation.probes.suites import suite_of
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-
-ANSWERS = "answers.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +107,8 @@ def _checked(store: Store, digest: str, suite: str, candidate: Candidate, traini
 
 
 def _items(store: Store, record: Record) -> Sequence[Item]:
-    if ITEMS not in record.blobs or ANSWERS not in record.blobs:
-        raise Inconclusive("the record holds no items with answers")
+    if ITEMS not in record.blobs:
+        raise Inconclusive("the record holds no items")
     try:
         items = decode_items(store.read_blob(record.blobs[ITEMS]))
     except (ValidationError, ValueError) as error:
@@ -121,20 +119,6 @@ def _items(store: Store, record: Record) -> Sequence[Item]:
 
 
 def _values(store: Store, record: Record, items: Sequence[Item], suite: str, scoring: Scoring) -> dict[str, float]:
-    lines: dict[str, Mapping[str, Any]] = {}
-    for number, raw in enumerate(store.read_blob(record.blobs[ANSWERS]).splitlines(), start=1):
-        try:
-            line = json.loads(raw)
-            identifier = str(line["id"])
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise Inconclusive("not an answer with an id", where=f"{suite}, line {number}") from error
-        if identifier in lines:
-            raise Inconclusive(f"item {identifier!r} is answered twice")
-        lines[identifier] = line
-    asked = {item.id for item in items}
-    if missing := sorted(asked - lines.keys()):
-        raise Inconclusive(f"{len(missing)} of {len(asked)} items have no answer, as {missing[0]!r}")
-    if foreign := sorted(lines.keys() - asked):
-        raise Inconclusive(f"{len(foreign)} answers are to items that were not asked, as {foreign[0]!r}")
+    lines = read_answer_lines(store, record, [item.id for item in items], f"answers to {suite}", "items")
     value = suite_of(suite).value
     return {item.id: value(item, lines[item.id], scoring) for item in items}

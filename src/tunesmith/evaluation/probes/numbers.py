@@ -8,10 +8,33 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tunesmith.core.errors import Inconclusive
+from tunesmith.evaluation.lines import is_number
 from tunesmith.evaluation.stats.statistics import MINIMUM_GROUPS, Floats, Interval, effective_groups, interval
 
 _DRAWS, _MOST_DRAWS, _TAIL_DRAWS = 4_000, 40_000, 50
 _FALSE_POSITIVES = 0.01
+_ROUNDING = 1e-3  # in half precision a log-probability can come out slightly above 0
+
+
+def log_probabilities(scores: object, choices: int, where: str) -> list[float]:
+    """The natural logarithms of the choices' probabilities, as floats.
+
+    Raises Inconclusive unless scores is a list with one finite number of at most 0 for each choice.
+    """
+    if not isinstance(scores, list) or len(scores) != choices:
+        raise Inconclusive(f"no log-probability for each of {choices} choices", where=where)
+    for value in scores:
+        if not is_number(value) or value > _ROUNDING:
+            raise Inconclusive(f"{value!r} is not a log-probability", where=where)
+    return [float(value) for value in scores]
+
+
+def shares(scores: Sequence[float]) -> list[float]:
+    """Each choice's share (0 to 1) of all choices' probability. scores: natural logarithms."""
+    peak = max(scores)  # relative to the largest, so that exp neither overflows nor gives only zeros
+    weights = [math.exp(value - peak) for value in scores]
+    whole = math.fsum(weights)
+    return [weight / whole for weight in weights]
 
 
 def check_groups(what: str, groups: Sequence[str]) -> None:

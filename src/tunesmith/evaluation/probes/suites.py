@@ -15,14 +15,12 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.protocol import Engine, Generation, Question
+from tunesmith.evaluation.lines import is_number
 from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
-from tunesmith.evaluation.probes import bias, drift, harness, memory, toxic
+from tunesmith.evaluation.probes import bias, drift, harness, memory, numbers, toxic
 from tunesmith.evaluation.probes.context import ProbeContext
-from tunesmith.evaluation.probes.items import Item, is_number
+from tunesmith.evaluation.probes.items import Item
 from tunesmith.models.rendering import Renderer
-
-_ROUNDING = 1e-3  # in half precision a log-probability can come out slightly above 0
-
 
 # An item, its answer's line and the primary metric's scoring function -> a number.
 Value = Callable[[Item, Mapping[str, Any], Scoring], float]
@@ -96,13 +94,7 @@ def _tokens(renderer: Renderer, item: Item) -> int:
 
 
 def _likelihoods(item: Item, line: Mapping[str, Any]) -> list[float]:
-    scores = line.get("scores")
-    if not isinstance(scores, list) or len(scores) != len(item.choices):
-        raise Inconclusive(f"no log-probability for each of {len(item.choices)} choices", where=item.id)
-    for value in scores:
-        if not is_number(value) or value > _ROUNDING:
-            raise Inconclusive(f"{value!r} is not a log-probability", where=item.id)
-    return [float(value) for value in scores]
+    return numbers.log_probabilities(line.get("scores"), len(item.choices), item.id)
 
 
 def _log_probability(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
@@ -113,15 +105,8 @@ def _probability(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float
     return min(1.0, math.exp(_likelihoods(item, line)[0]))
 
 
-def _shares(item: Item, line: Mapping[str, Any]) -> list[float]:
-    scores = _likelihoods(item, line)
-    peak = max(scores)
-    weights = [math.exp(value - peak) for value in scores]
-    return [weight / math.fsum(weights) for weight in weights]
-
-
 def _share(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    return _shares(item, line)[0]
+    return numbers.shares(_likelihoods(item, line))[0]
 
 
 def _share_by_word(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
@@ -131,9 +116,7 @@ def _share_by_word(item: Item, line: Mapping[str, Any], scoring: Scoring) -> flo
     per word, learning short answers would lower a longer choice whatever happens to its format.
     """
     scores = [value / len(choice.split()) for value, choice in zip(_likelihoods(item, line), item.choices, strict=True)]
-    peak = max(scores)
-    weights = [math.exp(value - peak) for value in scores]
-    return weights[0] / math.fsum(weights)
+    return numbers.shares(scores)[0]
 
 
 def _likeliest(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
@@ -142,15 +125,15 @@ def _likeliest(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
 
 
 def _pull(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
-    first, second = _shares(item, line)[:2]
+    first, second = numbers.shares(_likelihoods(item, line))[:2]
     return first - second
 
 
 def _loss(item: Item, line: Mapping[str, Any], scoring: Scoring) -> float:
     tokens = line.get("tokens")
-    if not is_number(tokens) or tokens < 1:  # type: ignore[operator]
+    if not is_number(tokens) or tokens < 1:
         raise Inconclusive(f"tokens is {tokens!r}, not a count", where=item.id)
-    return -_likelihoods(item, line)[0] / float(tokens)  # type: ignore[arg-type]
+    return -_likelihoods(item, line)[0] / float(tokens)
 
 
 def _text(item: Item, line: Mapping[str, Any]) -> str:

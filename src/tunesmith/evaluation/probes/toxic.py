@@ -13,8 +13,9 @@ from typing import Any
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
 from tunesmith.data.quality import toxicity
+from tunesmith.evaluation.lines import is_share
 from tunesmith.evaluation.probes.context import ProbeContext
-from tunesmith.evaluation.probes.items import Item, is_number
+from tunesmith.evaluation.probes.items import Item
 from tunesmith.evaluation.scores import rounded
 
 ROOM = 40  # tokens of an answer: two or three sentences
@@ -143,9 +144,9 @@ def rated_by() -> dict[str, Any]:
 def flagged(item: Item, line: Mapping[str, Any]) -> float:
     """1 for a toxic answer, else 0. Raises Inconclusive for an answer without a rating."""
     score = line.get("toxic")
-    if not isinstance(line.get("text"), str) or not is_number(score) or not 0.0 <= float(score) <= 1.0:  # type: ignore[arg-type]
+    if not isinstance(line.get("text"), str) or not is_share(score):
         raise Inconclusive(f"toxic is {score!r}, not a rating of an answer", where=item.id)
-    return float(score >= toxicity.AT_LEAST)  # type: ignore[operator]
+    return float(score >= toxicity.AT_LEAST)
 
 
 def error_told(told: Mapping[str, Any]) -> str:

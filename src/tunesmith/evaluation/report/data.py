@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +11,9 @@ from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import describe_prompts
 from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.dataset import load_dataset
-from tunesmith.evaluation.answers import ANSWERS, BASE
+from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.compare import compare, side_of_candidate
+from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.approach_ladder import approach_ladder, lift_by_group
@@ -215,7 +215,10 @@ def _examples(
     if rival is None:
         return None
     own, other = columns[focus, record.body["primary"]], columns[rival, record.body["primary"]]
-    texts = {name: _answer_texts(store, record.parents[f"answers:{name}"]) for name in (focus, rival)}
+    lines = {
+        name: read_answer_lines(store, store.record(record.parents[f"answers:{name}"]), own.ids, f"answers of {name!r}")
+        for name in (focus, rival)
+    }
     rows = {row.id: row for row in load_dataset(store, record.parents["dataset"]).examples("test")}
     gaps = own.values - other.values
     found: dict[str, Any] = {"metric": record.body["primary"]}
@@ -231,8 +234,8 @@ def _examples(
                     "turns": len(rows[own.ids[i]].messages),
                     "request": rows[own.ids[i]].messages[-2].content,
                     "reference": rows[own.ids[i]].answer,
-                    "rival": {"text": texts[rival][own.ids[i]], "score": float(other.values[i])},
-                    "focus": {"text": texts[focus][own.ids[i]], "score": float(own.values[i])},
+                    "rival": {"text": lines[rival][own.ids[i]]["text"], "score": float(other.values[i])},
+                    "focus": {"text": lines[focus][own.ids[i]]["text"], "score": float(own.values[i])},
                 }
                 for i in chosen
             ],
@@ -253,11 +256,6 @@ def _one_a_group(column: Column, ranked: Sequence[int]) -> list[int]:
 
 def _mixed(identifier: str) -> str:
     return hashlib.sha256(identifier.encode()).hexdigest()
-
-
-def _answer_texts(store: Store, answers: str) -> dict[str, str]:
-    blob = store.record(answers, kind="answers").blobs[ANSWERS]
-    return {line["id"]: line["text"] for line in map(json.loads, store.read_blob(blob).splitlines())}
 
 
 def _lineage(
