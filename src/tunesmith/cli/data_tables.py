@@ -144,11 +144,11 @@ def _add_scan(scan: dict[str, Any], table: Table) -> None:
     """What the privacy scan found, and its recall on synthetic values inserted into these rows."""
     for role, found in scan.get("fields", {}).items():
         table.add_row(f"found in: {role}", ", ".join(f"{entity} {number}" for entity, number in found.items()))
-    measured = scan.get("planted", {})
-    missed = {entity: one for entity, one in measured.items() if one["found"] < one["planted"]}
+    measured = scan.get("synthetic", {})
+    missed = {entity: one for entity, one in measured.items() if one["found"] < one["inserted"]}
     for entity, one in sorted(missed.items(), key=lambda pair: float(pair[1]["recall"]))[:3]:
         recall = f"recall at least {one['recall_at_least']:.0%}"
-        table.add_row(f"scan for {entity}", f"finds {one['found']} of {one['planted']} synthetic values ({recall})")
+        table.add_row(f"scan for {entity}", f"finds {one['found']} of {one['inserted']} synthetic values ({recall})")
     if whole := [one for entity, one in measured.items() if entity not in missed]:
         least = min(float(one["recall_at_least"]) for one in whole)
         table.add_row(f"scan for {len(whole)} kinds", f"finds all synthetic values (recall at least {least:.0%} each)")

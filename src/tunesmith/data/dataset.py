@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from tunesmith.core.digests import canonical, digest_of
 from tunesmith.core.errors import Refused, UsageError
@@ -94,8 +94,8 @@ class Dataset:
             raise Refused(f"the dataset record has no {name}", where=self.digest, fix="build the dataset again")
         data = self._store.read_blob(self.record.blobs[name])
         try:
-            return [Example.model_validate(json.loads(line)) for line in data.splitlines()]
-        except (ValidationError, ValueError) as error:
+            return [Example.model_validate_json(line) for line in data.splitlines()]
+        except ValueError as error:
             raise Refused(f"{name} does not hold examples: {error}", where=self.digest) from error
 
     def removed(self) -> list[Mapping[str, Any]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.core.digests import canonical, digest_of
 from tunesmith.core.errors import Refused, UsageError
@@ -61,8 +60,8 @@ class Documents:
         """All passages, in the order of the files and their text. Raises Refused where the record is damaged."""
         data = self._store.read_blob(self.record.blobs[PASSAGES])
         try:
-            return [Passage.model_validate(json.loads(line)) for line in data.splitlines()]
-        except (ValidationError, ValueError) as error:
+            return [Passage.model_validate_json(line) for line in data.splitlines()]
+        except ValueError as error:
             raise Refused(f"{PASSAGES} does not hold passages: {error}", where=self.digest) from error
 
 
@@ -72,7 +71,7 @@ def document_files(settings: DocumentSettings, root: Path) -> list[SourceFile]:
     for file in files:
         if file.path is None:
             raise UsageError("documents must be local files", where=file.name, fix="download it first")
-        if _suffix(file.name) not in DOCUMENT_FILES:
+        if Path(file.name).suffix.lower() not in DOCUMENT_FILES:
             known = ", ".join(sorted(DOCUMENT_FILES))
             raise UsageError("documents of this type cannot be read", where=file.name, fix=f"use one of {known}")
     return files
@@ -172,7 +171,3 @@ def _read(opened: OpenSource) -> Iterator[tuple[str, str]]:
         plain = " ".join(text.encode("utf-8", "ignore").decode().replace("\0", " ").split())
         if plain:
             yield title, plain
-
-
-def _suffix(name: str) -> str:
-    return Path(name).suffix.lower()

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from tunesmith.core.settings import Settings
 from tunesmith.data.formats.row_formats import AUTO, FORMATS
@@ -56,17 +51,11 @@ class Rows(Settings):
 
     path: Annotated[
         str,
-        Field(
-            min_length=1,
-            description="a file, a saved folder of Hugging Face datasets, a glob such as data/*.jsonl, or a URL",
-        ),
+        Field(min_length=1, description="file, folder saved by Hugging Face datasets, glob like data/*.jsonl, or URL"),
     ]
     format: Annotated[
         Format,
-        Field(
-            description="the rows' format; auto: detected from the first row's keys; openai: messages under "
-            "OpenAI's rules"
-        ),
+        Field(description="rows' format; auto: detected by the first row's keys; openai: messages by OpenAI's rules"),
     ] = "auto"
     rename: Annotated[dict[str, str], Field(description="a row's key -> the key that the format expects")] = {}  # noqa: RUF012
 
@@ -83,9 +72,8 @@ class Source(Rows):
     split: Annotated[
         Literal["test"] | None,
         Field(
-            description="test: all rows of this source and of their groups go to the test split, in addition "
-            "to the share "
-            "split.test of the other rows; null: the group decides"
+            description="test: all rows of this source and of their groups go to the test split, in addition to the "
+            "share split.test of the other rows; null: the group decides"
         ),
     ] = None
 
@@ -109,11 +97,7 @@ class Recogniser(Settings):
 
     regex: Annotated[
         str,
-        Field(
-            min_length=1,
-            description="regular expression that matches it; the group (?P<value>...), if any, marks the value "
-            "in the match",
-        ),
+        Field(min_length=1, description="regular expression; a group (?P<value>...) marks the value in the match"),
     ]
     context: Annotated[
         tuple[str, ...], Field(description="lower-case words that raise the score where they come shortly before it")
@@ -132,16 +116,11 @@ class Privacy(Settings):
 
     action: Annotated[
         Action,
-        Field(
-            description="report: count them; pseudonymise: replace them; remove: leave the row out; refuse: "
-            "stop the build"
-        ),
+        Field(description="report: count them; pseudonymise: replace; remove: leave out the row; refuse: stop"),
     ] = "pseudonymise"
     entities: Annotated[
         tuple[str, ...] | None,
-        Field(
-            description="kinds to look for; null: identifiers and secrets, and with a model also names and addresses"
-        ),
+        Field(description="kinds to look for; null: identifiers, secrets, and with a model also names and addresses"),
     ] = None
     model: Annotated[
         str | None,
@@ -157,7 +136,7 @@ class Privacy(Settings):
         Field(description="project-specific kinds, by name; always looked for"),
     ] = {}  # noqa: RUF012
     minimum_score: Annotated[float, Field(gt=0, le=1, description="findings with a lower score are ignored")] = 0.4
-    planted: Annotated[
+    synthetic_values: Annotated[
         int,
         Field(
             ge=0,
@@ -171,10 +150,7 @@ class Privacy(Settings):
     ] = None
     originals: Annotated[
         str | None,
-        Field(
-            description="file outside the store for the encrypted map from pseudonyms to originals; null: no "
-            "map is kept"
-        ),
+        Field(description="file outside the store for the encrypted map from pseudonyms to originals; null: no map"),
     ] = None
 
     @property
@@ -187,8 +163,8 @@ class Privacy(Settings):
 
     @model_validator(mode="after")
     def _measures_what_it_gates(self) -> Privacy:
-        if self.left_at_most is not None and self.planted < 20:
-            raise ValueError("left_at_most needs planted: 20 or more, because fewer values give no useful bound")
+        if self.left_at_most is not None and self.synthetic_values < 20:
+            raise ValueError("left_at_most needs synthetic_values: 20 or more; fewer values give no useful bound")
         if self.originals is not None and self.action != "pseudonymise":
             raise ValueError(f"originals needs action: pseudonymise, and the action is {self.action}")
         return self
@@ -223,9 +199,8 @@ class Split(Settings):
     group_by: Annotated[
         str | Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None,
         Field(
-            description="what the rows of a group share. A key of the row, such as its author or conversation; "
-            "wording: the "
-            "request without its values; near: near duplicates; a list: any of these; null: wording"
+            description="what the rows of a group share. A key of the row, such as its author; wording: the request "
+            "without its values; near: near duplicates; a list: any of these; null: wording"
         ),
     ] = None
     time: Annotated[
@@ -240,17 +215,13 @@ class Split(Settings):
         str | None,
         Field(
             min_length=1,
-            description="a key of the row or of its JSON answer (answer: the whole answer) whose values get "
-            "equal shares in "
-            "every split; shares then count rows, and added rows may move others to another split",
+            description="a key of the row or of its JSON answer (answer: the whole answer) whose values get equal "
+            "shares in every split; shares then count rows, and added rows may move others to another split",
         ),
     ] = None
     values: Annotated[
         tuple[Annotated[str, Field(min_length=2)], ...],
-        Field(
-            description="names of people, rooms and so on that count as values: requests that differ only in "
-            "them are one group"
-        ),
+        Field(description="names of people, rooms and so on; requests that differ only in these are one group"),
     ] = ()
     seed: Annotated[int, Field(ge=0, description="each seed holds out other groups")] = 0
 
@@ -273,7 +244,7 @@ class Split(Settings):
     @model_validator(mode="after")
     def _leaves_rows_to_train_on(self) -> Split:
         if self.validation + self.test >= 1:
-            raise ValueError("validation and test together must be less than 1")
+            raise ValueError("the sum of validation and test must be less than 1")
         if {self.time, self.stratify} & {WORDING, NEAR}:
             raise ValueError(f"{WORDING} and {NEAR} cannot be keys of rows here: rename the rows' key")
         if self.time is not None and self.stratify is not None:
@@ -292,9 +263,8 @@ class DataSettings(Settings):
     decontaminate: Annotated[
         tuple[Rows, ...],
         Field(
-            description="outside test sets and benchmarks: rows that are near one of theirs, or have the same "
-            "wording apart "
-            "from values, are removed"
+            description="outside test sets and benchmarks: rows that are near one of theirs, or have the same wording "
+            "apart from values, are removed"
         ),
     ] = ()
     sign_off: Annotated[

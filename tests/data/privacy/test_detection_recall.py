@@ -20,11 +20,11 @@ from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.privacy.synthetic_pii import MAKERS, SECRETS
 from tunesmith.data.settings import ENTITIES, MODEL_ENTITIES, Privacy
 
-PRIVATE = {"entities": ["EMAIL_ADDRESS", "SECRET"], "planted": 20}
+PRIVATE = {"entities": ["EMAIL_ADDRESS", "SECRET"], "synthetic_values": 20}
 
 
-def whole(planted: int, found: int) -> Measured:
-    return Measured(planted, found, planted, found, found, found)
+def whole(inserted: int, found: int) -> Measured:
+    return Measured(inserted, found, inserted, found, found, found)
 
 
 def test_every_default_entity_can_be_made_up_and_measured() -> None:
@@ -44,13 +44,13 @@ def test_what_cannot_be_found_is_measured_as_lost() -> None:
     chosen = Privacy.model_validate(
         {
             "entities": [],
-            "planted": 30,
+            "synthetic_values": 30,
             "recognisers": {"BADGE": {"regex": r"B-\d{4}", "score": 0.9, "examples": ["B-1234", "badge 77"]}},
         }
     )
     talk = [[Message(role="user", content="let me in please"), Message(role="assistant", content="ok then")]]
     measured = measure(Scanner(chosen), chosen, talk)["BADGE"]
-    assert measured.planted == 30
+    assert measured.inserted == 30
     assert 5 < measured.found < 25  # of the two examples one does not fit the pattern
     assert measured.right == measured.new
 
@@ -74,8 +74,8 @@ def test_the_bound_holds_as_often_as_it_says() -> None:
         chance = Random(n)
         recall, total = chance.uniform(0.6, 0.95), chance.randint(0, 60)
         found = sum(chance.random() < recall for _ in range(total))
-        planted = sum(chance.random() < recall for _ in range(60))
-        bound = probably_remaining({"A": found}, {"A": whole(60, planted)})
+        seen = sum(chance.random() < recall for _ in range(60))
+        bound = probably_remaining({"A": found}, {"A": whole(60, seen)})
         held += bound is not None and total - found <= bound
     assert held / 300 >= 0.95
 
@@ -86,9 +86,9 @@ def test_the_record_carries_fields_measured_error_and_bound(tmp_path: Path) -> N
     dataset = build(tmp_path, settings(privacy=PRIVATE))
     scan = dataset.record.body["privacy_scan"]
     assert scan["fields"] == {"assistant": {"EMAIL_ADDRESS": 1}, "user": {"EMAIL_ADDRESS": 1}}
-    planted = scan["planted"]["EMAIL_ADDRESS"]
-    assert (planted["planted"], planted["found"], planted["precision_by_character"]) == (20, 20, 1.0)
-    assert 0.8 < planted["recall_at_least"] < planted["recall"]
+    measured = scan["synthetic"]["EMAIL_ADDRESS"]
+    assert (measured["inserted"], measured["found"], measured["precision_by_character"]) == (20, 20, 1.0)
+    assert 0.8 < measured["recall_at_least"] < measured["recall"]
     assert scan["left"]["unmeasured"] == []
     assert 0 < scan["left"]["at_most"] < 5
     assert scan["reference"]["entities"]["EMAIL_ADDRESS"]["recall"] == 1.0
@@ -103,7 +103,7 @@ def test_a_gate_on_what_is_probably_left(tmp_path: Path) -> None:
     assert caught.value.exit_code == 3
     # What is only reported is left for certain.
     with pytest.raises(Refused, match="may remain"):
-        build(tmp_path, settings(privacy={**PRIVATE, "planted": 300, "left_at_most": 0, "action": "report"}))
+        build(tmp_path, settings(privacy={**PRIVATE, "synthetic_values": 300, "left_at_most": 0, "action": "report"}))
 
 
 def test_a_gate_needs_every_kind_to_be_measured(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_gate_needs_every_kind_to_be_measured(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="US_PASSPORT"):
         build(tmp_path, settings(privacy={"entities": ["US_PASSPORT"], "left_at_most": 5}))
     with pytest.raises(ValueError, match="20 or more"):
-        Privacy(left_at_most=5, planted=0)
+        Privacy(left_at_most=5, synthetic_values=0)
 
 
 def test_the_map_of_originals_is_encrypted_and_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,7 @@ def test_names_alone_make_no_other_template(tmp_path: Path) -> None:
     mails = [row(f"write to {name}@corp.net that it rains in the town", f"mail:{n}") for n, name in enumerate(names)]
     write_jsonl(tmp_path / "rows.jsonl", [*many_rows(60), *calls, *mails])
     for action in ("report", "pseudonymise"):
-        privacy = {"entities": ["EMAIL_ADDRESS"], "planted": 0, "action": action}
+        privacy = {"entities": ["EMAIL_ADDRESS"], "synthetic_values": 0, "action": action}
         dataset = build(tmp_path, settings(privacy=privacy, split={"values": names}, duplicates={"near": None}))
         found = [(one.wording, one.group) for _, one in rows_of(dataset)]
         assert len({group for text, group in found if text.startswith("call")}) == 1

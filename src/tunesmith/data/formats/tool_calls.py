@@ -1,7 +1,7 @@
 """Reads the tools and tool calls of a row, in the spellings that are in use.
 
-These are OpenAI's `tools` and `tool_calls` (arguments as text), its older `functions` and `function_call`, Hugging
-Face's (arguments as an object, the whole list as text), and ShareGPT's `function_call` and `observation` turns.
+OpenAI has `tools` and `tool_calls` (arguments as text), earlier `functions` and `function_call`. Hugging Face has
+arguments as an object, or the whole list as text. ShareGPT has `function_call` and `observation` turns.
 """
 
 from __future__ import annotations

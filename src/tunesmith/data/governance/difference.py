@@ -63,8 +63,8 @@ def difference(store: Store, before: str, after: str) -> Difference:
     gone = {name: old[name][1] for name in old.keys() - new.keys()}
     come = {name: new[name][1] for name in new.keys() - old.keys()}
     changed = _changed(gone, come)
-    added = sorted(come.keys() - {pair["after"] for pair in changed})
-    removed = sorted(gone.keys() - {pair["before"] for pair in changed})
+    added = sorted(come.keys() - {pair.after for pair in changed})
+    removed = sorted(gone.keys() - {pair.before for pair in changed})
     both = old.keys() & new.keys()
     moved = [
         MovedRow(id=name, before=old[name][0], after=new[name][0])
@@ -83,7 +83,7 @@ def difference(store: Store, before: str, after: str) -> Difference:
         },
         added=tuple(added),
         removed=tuple(removed),
-        changed=tuple(ChangedRow(**pair) for pair in changed),
+        changed=tuple(changed),
         moved=tuple(moved),
         splits={name: (first.splits[name], second.splits[name]) for name in SPLITS},
         balance={name: _shift(old, new, name) for name in _BALANCED},
@@ -95,7 +95,7 @@ def _placed(dataset: Dataset) -> dict[str, tuple[str, Example]]:
     return {example.id: (name, example) for name in SPLITS for example in dataset.examples(name)}
 
 
-def _changed(gone: dict[str, Example], come: dict[str, Example]) -> list[dict[str, str]]:
+def _changed(gone: dict[str, Example], come: dict[str, Example]) -> list[ChangedRow]:
     """Pairs of rows, one of each version, with the same source and request but another answer."""
     waiting: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for name in sorted(come, reverse=True):
@@ -104,7 +104,7 @@ def _changed(gone: dict[str, Example], come: dict[str, Example]) -> list[dict[st
     for name in sorted(gone):
         same = waiting[gone[name].source, request_text(gone[name].messages)]
         if same:
-            pairs.append({"before": name, "after": same.pop()})
+            pairs.append(ChangedRow(before=name, after=same.pop()))
     return pairs
 
 

@@ -56,15 +56,15 @@ _TERMS: Mapping[str, Terms] = {
          "LGPL-3.0-only", "LGPL-3.0-or-later", "MPL-2.0", "EUPL-1.2", "ODbL-1.0"),
         _SAME,
     ),
-    **{f"CC-BY-NC-{version}": Terms(use="non-commercial") for version in ("1.0", "2.0", "2.5", "3.0", "4.0")},
     **{
-        f"CC-BY-NC-SA-{version}": Terms(use="non-commercial", share_alike=True)
+        f"CC-BY-{kind}-{version}": terms
         for version in ("1.0", "2.0", "2.5", "3.0", "4.0")
-    },
-    **{f"CC-BY-ND-{version}": Terms(derivatives=False) for version in ("1.0", "2.0", "2.5", "3.0", "4.0")},
-    **{
-        f"CC-BY-NC-ND-{version}": Terms(use="non-commercial", derivatives=False)
-        for version in ("1.0", "2.0", "2.5", "3.0", "4.0")
+        for kind, terms in (
+            ("NC", Terms(use="non-commercial")),
+            ("NC-SA", Terms(use="non-commercial", share_alike=True)),
+            ("ND", Terms(derivatives=False)),
+            ("NC-ND", Terms(use="non-commercial", derivatives=False)),
+        )
     },
 }  # fmt: skip
 
@@ -80,7 +80,7 @@ def permitted(expression: str | None, policy: Licences, where: str) -> str:
             where=where,
             fix="state the source's licence, for example `licence: Apache-2.0`, or one in each row",
         )
-    normal, problem, _ = _judge(expression, policy.use, policy.share_alike, policy.allow, policy.refuse)
+    normal, problem, _ = _judge(expression, policy)
     if problem is not None:
         raise Refused(
             f"licence {expression!r}: {problem}",
@@ -100,14 +100,13 @@ def duties(credits_: Iterable[Credit], policy: Licences) -> dict[str, Any]:
     used: dict[str, Terms] = {}
     named = []
     for one in sorted(set(credits_), key=lambda one: (one.source, one.licence)):
-        _, _, ids = _judge(one.licence, policy.use, policy.share_alike, policy.allow, policy.refuse)
+        _, _, ids = _judge(one.licence, policy)
         terms = {name: _TERMS.get(name, _UNKNOWN) for name in ids}
         used |= terms
         if any(each.attribution for each in terms.values()):
             named.append(one._asdict())
     shared = sorted(name for name, terms in used.items() if terms.share_alike)
-    clash = [name for name in shared if not _goes_into(name, shared)]
-    if clash:
+    if len({name.rpartition("-")[0] for name in shared}) > 1:  # of one family's versions, the newest applies
         raise Refused(
             f"{' and '.join(shared)} require different licences for one model",
             where="data.sources",
@@ -122,16 +121,8 @@ def duties(credits_: Iterable[Credit], policy: Licences) -> dict[str, Any]:
     }
 
 
-def _goes_into(name: str, shared: list[str]) -> bool:
-    """Whether all share-alike licences are versions of one family, whose newest version then applies."""
-    family = name.rpartition("-")[0]
-    return all(other.rpartition("-")[0] == family for other in shared)
-
-
 @functools.lru_cache(maxsize=4096)
-def _judge(
-    expression: str, use: Use, share_alike: bool, allow: tuple[str, ...], refuse: tuple[str, ...]
-) -> tuple[str, str | None, tuple[str, ...]]:
+def _judge(expression: str, policy: Licences) -> tuple[str, str | None, tuple[str, ...]]:
     """(SPDX's spelling, why the licence must not be used or None, the licences relied on)."""
     from license_expression import ExpressionError, ExpressionParseError
 
@@ -139,23 +130,23 @@ def _judge(
         parsed = _spdx().parse(expression, validate=False, strict=True)
     except (ExpressionError, ExpressionParseError) as error:
         return expression, f"not an SPDX expression ({error})", ()
-    unknown = [key for key in _spdx().unknown_license_keys(parsed) if key not in allow]
+    unknown = [key for key in _spdx().unknown_license_keys(parsed) if key not in policy.allow]
     if unknown:
         return expression, f"{', '.join(unknown)} is not an SPDX licence id", ()
 
     def objection(key: str) -> str | None:
         terms = _TERMS.get(key)
-        if key in refuse:
+        if key in policy.refuse:
             return f"{key} is refused by data.licences.refuse"
-        if key in allow:
+        if key in policy.allow:
             return None
         if terms is None:
             return f"the terms of {key} are not known"
         if not terms.derivatives:
             return f"{key} forbids sharing derived works"
-        if terms.use == "non-commercial" and use == "commercial":
+        if terms.use == "non-commercial" and policy.use == "commercial":
             return f"{key} is non-commercial, and data.licences.use is commercial"
-        if terms.share_alike and not share_alike:
+        if terms.share_alike and not policy.share_alike:
             return f"{key} is share-alike and would bind the model, and data.licences.share_alike is false"
         return None
 

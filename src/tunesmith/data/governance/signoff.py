@@ -46,8 +46,10 @@ def sign_offs(store: Store, digest: str) -> list[dict[str, Any]]:
 
     A sign-off is valid while the audit log has it, its record agrees, and the user who signed is still a steward.
     """
+    query = select(AuditRow).where(AuditRow.action == ACTION, AuditRow.subject == digest).order_by(AuditRow.seq)
     with database.reading(store.engine) as session:
-        return [found for row in _entries(session, digest) if (found := _valid_sign_off(store, session, digest, row))]
+        entries = session.scalars(query)
+        return [found for row in entries if (found := _valid_sign_off(store, session, digest, row))]
 
 
 def require_signed(store: Store, digest: str) -> None:
@@ -58,11 +60,6 @@ def require_signed(store: Store, digest: str) -> None:
             where="data.sign_off",
             fix=f'have a steward run: tunesmith data sign {short(digest)} --reason "what was checked" --as NAME',
         )
-
-
-def _entries(session: Session, digest: str) -> list[AuditRow]:
-    query = select(AuditRow).where(AuditRow.action == ACTION, AuditRow.subject == digest).order_by(AuditRow.seq)
-    return list(session.scalars(query))
 
 
 def _valid_sign_off(store: Store, session: Session, digest: str, entry: AuditRow) -> dict[str, Any] | None:

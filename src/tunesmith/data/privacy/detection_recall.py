@@ -1,9 +1,9 @@
 """Detection recall of the privacy scan, measured with synthetic values, and a bound on the values that remain.
 
-The number of values that a scan finds says nothing about those it misses. So synthetic values are inserted ("planted")
-into the dataset's own texts, at fitting places and in fitting case, and the scan runs over them. This measures recall
-on these texts; recall and the number of findings bound how many values remain. The values are seeded, so the same rows
-give the same figures.
+The number of values that a scan finds says nothing about those it misses. So synthetic values are inserted
+into copies of the dataset's texts, at fitting places and in fitting case, and the scan runs over them. This measures
+recall on these texts; recall and the number of findings bound how many values remain. The values are seeded, so the
+same rows give the same figures.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _CASED = frozenset(("PERSON", "LOCATION", "STREET_ADDRESS", "ORGANIZATION"))  # 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The planted values of one entity: their number, those found whole, their characters, and the characters found.
+    """The synthetic values of one entity: their number, those found whole, their characters, the characters found.
 
-    new: characters that were found only after planting. right: those of them within a planted value.
+    new: characters that were found only after the insertion. right: those of them within a synthetic value.
     """
 
-    planted: int
+    inserted: int
     found: int
     characters: int
     covered: int
@@ -52,7 +52,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plant:
+class _Insertion:
     before: str
     text: str
     start: int
@@ -61,18 +61,18 @@ class _Plant:
 
 
 def measure(scanner: Scanner, settings: Privacy, conversations: Sequence[Sequence[Message]]) -> dict[str, Measured]:
-    """Detection recall by entity: plants settings.planted values of each into the conversations and scans them."""
+    """Detection recall by entity. Inserts settings.synthetic_values of each into the conversations and scans them."""
     makers = _makers(settings)
-    if not settings.planted or not conversations:
+    if not settings.synthetic_values or not conversations:
         return {}
     measured = {}
     for entity in scanner.finder.entities:
         if entity in makers:
-            plants = [
-                _plant(random.Random(f"{entity} {number}"), entity, makers[entity], conversations)
-                for number in range(settings.planted)
+            insertions = [
+                _insert(random.Random(f"{entity} {number}"), entity, makers[entity], conversations)
+                for number in range(settings.synthetic_values)
             ]
-            measured[entity] = _look(scanner, plants)
+            measured[entity] = _scanned(scanner, insertions)
     return measured
 
 
@@ -84,52 +84,52 @@ def _makers(settings: Privacy) -> dict[str, Callable[[random.Random], str]]:
     return {**MAKERS, **own}
 
 
-def _plant(
+def _insert(
     chance: random.Random,
     entity: str,
     make: Callable[[random.Random], str],
     conversations: Sequence[Sequence[Message]],
-) -> _Plant:
+) -> _Insertion:
     texts = [text for _, text in texts_of(chance.choice(conversations))]
     text = chance.choice([text for text in texts if " " in text.strip()] or texts)  # sentences, if there are any
     value = make(chance)
     if entity in _CASED and text.islower():
         value = value.lower()
     if " " not in text.strip():  # a key or value of JSON, or a single word: replace it
-        return _Plant(text, value, 0, len(value), (0, len(text)))
+        return _Insertion(text, value, 0, len(value), (0, len(text)))
     carrier = chance.choice(("{}", chance.choice(_CARRIERS.get(entity, _ANY_CARRIER))))
     place = chance.choice([0, *(at for at, letter in enumerate(text) if letter == " "), len(text)])
     before, after = text[:place], text[place:]
     lead = before + (" " if before and not before.endswith(" ") else "") + carrier[: carrier.index("{}")]
     tail = "" if not after or after.startswith(" ") else " "
-    return _Plant(text, lead + value + tail + after, len(lead), len(lead) + len(value), (place, place))
+    return _Insertion(text, lead + value + tail + after, len(lead), len(lead) + len(value), (place, place))
 
 
-def _look(scanner: Scanner, plants: Sequence[_Plant]) -> Measured:
-    before = scanner.findings([plant.before for plant in plants])
-    after = scanner.findings([plant.text for plant in plants])
+def _scanned(scanner: Scanner, insertions: Sequence[_Insertion]) -> Measured:
+    before = scanner.findings([one.before for one in insertions])
+    after = scanner.findings([one.text for one in insertions])
     whole = covered = new = right = 0
-    for plant, old, found in zip(plants, before, after, strict=True):
+    for insertion, old, found in zip(insertions, before, after, strict=True):
         known = {place for one in old for place in range(one.start, one.end)}
         seen = {place for one in found for place in range(one.start, one.end)}
-        inside = sum(plant.start <= place < plant.end for place in seen)
+        inside = sum(insertion.start <= place < insertion.end for place in seen)
         covered += inside
         right += inside
-        whole += inside == plant.end - plant.start
-        shift = len(plant.text) - len(plant.before)
-        outside = [place for place in seen if not plant.start <= place < plant.end]
-        new += inside + sum((place if place < plant.cut[0] else place - shift) not in known for place in outside)
-    return Measured(len(plants), whole, sum(plant.end - plant.start for plant in plants), covered, new, right)
+        whole += inside == insertion.end - insertion.start
+        shift = len(insertion.text) - len(insertion.before)
+        outside = [place for place in seen if not insertion.start <= place < insertion.end]
+        new += inside + sum((place if place < insertion.cut[0] else place - shift) not in known for place in outside)
+    return Measured(len(insertions), whole, sum(one.end - one.start for one in insertions), covered, new, right)
 
 
 def as_json(measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
     """The measurements for a record: counts, recall of whole values with its 95% lower bound, and by character."""
     return {
         entity: {
-            "planted": one.planted,
+            "inserted": one.inserted,
             "found": one.found,
-            "recall": one.found / one.planted,
-            "recall_at_least": recall_at_least(one.found, one.planted, 1 - CONFIDENCE),
+            "recall": one.found / one.inserted,
+            "recall_at_least": recall_at_least(one.found, one.inserted, 1 - CONFIDENCE),
             "recall_by_character": one.covered / one.characters,
             "precision_by_character": one.right / one.new if one.new else None,
         }
@@ -137,17 +137,17 @@ def as_json(measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
     }
 
 
-def recall_at_least(found: int, planted: int, alpha: float) -> float:
+def recall_at_least(found: int, inserted: int, alpha: float) -> float:
     """The one-sided Clopper-Pearson lower bound of recall, at confidence 1 - alpha."""
     from scipy.stats import beta
 
-    return float(beta.ppf(alpha, found, planted - found + 1)) if found else 0.0
+    return float(beta.ppf(alpha, found, inserted - found + 1)) if found else 0.0
 
 
 def probably_remaining(found: Mapping[str, int], measured: Mapping[str, Measured]) -> float | None:
     """A 95% upper bound on the number of values that the scan missed, over the measured entities.
 
-    found: entity -> values found. Returns None where no planted value of an entity was found: then there is no bound.
+    found: entity -> values found. Returns None where no synthetic value of an entity was found: then there is no bound.
 
     Half of the 5% is spent on the recalls, divided among the entities (Bonferroni): each enters with its
     Clopper-Pearson lower bound. With recall r and n values found, the number missed of an entity has the negative
@@ -160,7 +160,7 @@ def probably_remaining(found: Mapping[str, int], measured: Mapping[str, Measured
     share = (1 - CONFIDENCE) / 2
     total = np.ones(1)
     for entity, one in measured.items():
-        recall = recall_at_least(one.found, one.planted, share / len(measured))
+        recall = recall_at_least(one.found, one.inserted, share / len(measured))
         if recall == 0:
             return None
         missed = nbinom(found.get(entity, 0) + 1, recall)

@@ -86,7 +86,8 @@ _WINDOW, _OVERLAP = 32_768, 4096  # characters; a longer text is searched in ove
 _SLOWEST = 1.0  # seconds that a project's pattern may take for one text
 # Of overlapping findings, the one with the lower rank is kept, then the longer, then the one with the higher score.
 _RANKS = {SECRET: 0, "EMAIL_ADDRESS": 1, "URL": 2, "IBAN_CODE": 2, "CREDIT_CARD": 2, STREET_ADDRESS: 4}
-_OTHER, _LAST = 3, {**dict.fromkeys(NAME_ENTITIES, 6), "ZIP_CODE": 7, "DATE_TIME": 8}
+_RANKS |= {**dict.fromkeys(NAME_ENTITIES, 6), "ZIP_CODE": 7, "DATE_TIME": 8}
+_OTHER_RANK = 3
 _JOINED = (STREET_ADDRESS, "PERSON", "LOCATION")  # overlapping findings of one of these are merged
 
 
@@ -187,7 +188,7 @@ def _reconciled(spans: Iterable[Finding], length: int) -> list[Finding]:
         else:
             last[span.entity] = len(joined)
             joined.append(span)
-    joined.sort(key=lambda one: (_rank(one.entity), one.start - one.end, -one.score, one))
+    joined.sort(key=lambda one: (_RANKS.get(one.entity, _OTHER_RANK), one.start - one.end, -one.score, one))
     taken: list[Finding] = []
     mask = bytearray(length)  # 1 where a character belongs to a finding
     for span in joined:
@@ -197,10 +198,6 @@ def _reconciled(spans: Iterable[Finding], length: int) -> list[Finding]:
                 taken.append(Finding(start, end, span.entity, span.score))
                 mask[start:end] = b"\1" * (end - start)
     return sorted(taken)
-
-
-def _rank(entity: str) -> int:
-    return _RANKS.get(entity, _LAST.get(entity, _OTHER))
 
 
 def _free(mask: bytearray, start: int, end: int) -> list[tuple[int, int]]:

@@ -31,7 +31,7 @@ def privacy_evidence(
     which synthetic values are inserted. Raises Refused where more values may remain than the settings allow.
 
     {"entities", "model", "fields": {role: {entity: findings}}, "reference": recall and precision on annotated text,
-    "planted": the same on synthetic values in these rows, "left": a bound on the missed values}.
+    "synthetic": the same on synthetic values in these rows, "left": a bound on the missed values}.
     """
     by_role: dict[str, dict[str, int]] = {}
     for (role, entity), number in sorted(fields.items()):
@@ -44,7 +44,7 @@ def privacy_evidence(
         **setup,
         "fields": by_role,
         "reference": reference(setup["model"]["package"] if setup["model"] else None, setup["entities"]),
-        "planted": as_json(measured),
+        "synthetic": as_json(measured),
         "left": left,
     }
 

@@ -1,7 +1,7 @@
 """The encrypted map from pseudonyms to originals, kept outside the store and only where the settings ask for it.
 
 The map is encrypted with Fernet (AES-128-CBC with HMAC-SHA256). The key comes from the environment and is not stored.
-File and key together undo the pseudonyms; the store and everything made from the dataset cannot.
+A person with both the file and the key can undo the pseudonyms; the store and everything made from the dataset cannot.
 """
 
 from __future__ import annotations

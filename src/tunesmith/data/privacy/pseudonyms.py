@@ -9,22 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-_GIVEN_WORDS = (
+_GIVEN = (  # noqa: SIM905  shorter than a name a line
     "Alex|Robin|Sam|Jordan|Casey|Morgan|Taylor|Jamie|Riley|Avery|Quinn|Rowan|Skyler|Emery|Finley|Harper|"
     "Kendall|Logan|Marlow|Noel|Oakley|Parker|Reese|Sage|Tatum|Arden|Blake|Corey|Devon|Ellis"
-)
-_GIVEN = tuple(_GIVEN_WORDS.split("|"))
-_FAMILY_WORDS = (
+).split("|")
+_FAMILY = (  # noqa: SIM905  shorter than a name a line
     "Ashdown|Birchall|Calloway|Denholm|Eastwick|Fenwright|Garrowby|Hollins|Inglesby|Jessop|Kestrel|Larkham|"
     "Millbrook|Northcott|Oakhurst|Pemberly|Quennell|Rosedale|Silverton|Thornbury|Underhay|Varley|Westerby|"
     "Yarrow|Zellner"
-)
-_FAMILY = tuple(_FAMILY_WORDS.split("|"))
-_PLACES_WORDS = (
+).split("|")
+_PLACES = (  # noqa: SIM905  shorter than a name a line
     "Arborvale|Brindleton|Cloverfield|Dunmere|Elmswick|Foxhollow|Greyport|Hazelmoor|Ivybridge|Juniper|"
     "Kingsmere|Lindale|Maplewick|Norwell|Oldhaven|Pinecrest|Quarryton|Rivermead|Stonebeck|Tarnfield"
-)
-_PLACES = tuple(_PLACES_WORDS.split("|"))
+).split("|")
 _TELEPHONE = "12025550100"
 
 _MADE: dict[str, Callable[[int], str]] = {

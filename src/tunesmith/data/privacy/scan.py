@@ -1,6 +1,6 @@
 """Scans conversations for personal data and secrets, counts them by field, and replaces them by pseudonyms.
 
-entities.py finds the entities of a text. This module takes a conversation apart into texts and puts it together again,
+entities.py finds the entities of a text. This module divides a conversation into texts and writes the pseudonyms back,
 so that a value has the same pseudonym everywhere and JSON stays JSON.
 """
 
@@ -58,11 +58,14 @@ class Scanner:
         return self.scan_many([messages])[0]
 
     def scan_many(self, conversations: Sequence[Sequence[Message]]) -> list[Scan]:
-        """The scans of conversations; together, because a model of names is faster over many texts."""
-        texts = {text for messages in conversations for _, text in texts_of(messages)}
-        ordered = sorted(texts)
-        found = {text: list(map(tuple, spans)) for text, spans in zip(ordered, self.findings(ordered), strict=True)}
+        """The scans of conversations. A model of names is faster over many texts at once."""
+        found = self._found(conversations)
         return [self._scan(messages, found) for messages in conversations]
+
+    def _found(self, conversations: Sequence[Sequence[Message]]) -> dict[str, list[Finding]]:
+        """Text -> its findings, for all texts of the conversations."""
+        texts = sorted({text for messages in conversations for _, text in texts_of(messages)})
+        return dict(zip(texts, self.findings(texts), strict=True))
 
     def findings(self, texts: Sequence[str]) -> list[list[Finding]]:
         """The findings of each text, without the values to keep."""
@@ -71,7 +74,7 @@ class Scanner:
             for text, found in zip(texts, self.finder.find(texts), strict=True)
         ]
 
-    def _scan(self, messages: Sequence[Message], findings: Mapping[str, Sequence[Any]]) -> Scan:
+    def _scan(self, messages: Sequence[Message], findings: Mapping[str, Sequence[Finding]]) -> Scan:
         fields = Counter((role, entity) for role, text in texts_of(messages) for _, _, entity, _ in findings[text])
         if not fields:
             return Scan(tuple(messages))
@@ -94,12 +97,10 @@ class Scanner:
 
     def values(self, messages: Sequence[Message]) -> list[tuple[str, str]]:
         """(entity, value) of everything found in the messages, as written there."""
-        ordered = sorted({text for _, text in texts_of(messages)})
-        found = {text: list(map(tuple, spans)) for text, spans in zip(ordered, self.findings(ordered), strict=True)}
-        return self._values(messages, found)
+        return self._values(messages, self._found([messages]))
 
     @staticmethod
-    def _values(messages: Sequence[Message], findings: Mapping[str, Sequence[Any]]) -> list[tuple[str, str]]:
+    def _values(messages: Sequence[Message], findings: Mapping[str, Sequence[Finding]]) -> list[tuple[str, str]]:
         return [(entity, text[start:end]) for _, text in texts_of(messages) for start, end, entity, _ in findings[text]]
 
 
@@ -153,7 +154,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object; one with a key twice is read as prose, since as an object it would lose the first."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     return fields
 
 
@@ -161,7 +162,7 @@ class _Replacer:
     """Puts pseudonyms into a conversation's texts."""
 
     def __init__(
-        self, names: Pseudonyms, values: Sequence[tuple[str, str]], findings: Mapping[str, Sequence[Any]]
+        self, names: Pseudonyms, values: Sequence[tuple[str, str]], findings: Mapping[str, Sequence[Finding]]
     ) -> None:
         self._names, self._findings = names, findings
         self._spellings: dict[str, str] = {}

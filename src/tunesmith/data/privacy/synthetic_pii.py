@@ -9,33 +9,30 @@ import zlib
 from collections.abc import Callable
 from random import Random
 
-_GIVEN_WORDS = (
+_GIVEN = (  # noqa: SIM905  shorter than a name a line
     "Amelia|Oliver|Priya|Mateusz|Sofía|Hiroshi|Fatima|Jan|Ingrid|Kwame|Chloé|Luca|Nadia|Viktor|Aisha|Tomás|"
     "Leila|Björn|Grace|Dmitri|Yuki|Carlos|Hannah|Omar|Elena|Patrick|Mei|Samuel|Zoë|Rajesh|Greta|Ahmed|Isabel|"
     "Petra|Daniel|Nkechi|Julia|Marco|Helga|Ivan|Rosa|George|Linh|Anna|Pavel|Maria|James|Noor|Emma|William"
-)
-_GIVEN = tuple(_GIVEN_WORDS.split("|"))
-_FAMILY_WORDS = (
+).split("|")
+_FAMILY = (  # noqa: SIM905  shorter than a name a line
     "Novak|Patel|Kowalski|García|Tanaka|Haddad|Müller|Lindqvist|Mensah|Dubois|Rossi|Petrov|Khan|Silva|"
     "Johansson|Murphy|Sokolov|Nakamura|Reyes|Cohen|Farouk|Popescu|Byrne|Chen|Goldberg|Laurent|Iyer|Schneider|"
     "Hassan|Moreno|Horvat|Park|Okafor|Lehmann|Bianchi|Olsen|Ivanova|Torres|Whitfield|Nguyen|Svoboda|Costa|"
     "Harris|Aziz|Thompson|Bergström|Abbott|Fischer|Walsh|Greenberg"
-)
-_FAMILY = tuple(_FAMILY_WORDS.split("|"))
-_PLACES_WORDS = (
+).split("|")
+_PLACES = (  # noqa: SIM905  shorter than a name a line
     "Lisbon|Kraków|Nairobi|Toronto|Gothenburg|Osaka|Valparaíso|Leeds|Marseille|Tallinn|Pune|Adelaide|"
     "Porto Alegre|San Antonio|Tbilisi|Hanoi|Cape Town|Bergen|Utrecht|Ghent|Nuremberg|Seville|Bologna|Gdańsk|"
     "Brno|Debrecen|Izmir|Amman|Accra|Kigali|Lima|Quito|Montevideo|Calgary|Portland|Tucson|Galway|Aberdeen|"
     "Norway|Bolivia|Vietnam|Kenya"
-)
-_PLACES = tuple(_PLACES_WORDS.split("|"))
-_COMPANIES_WORDS = (
+).split("|")
+_COMPANIES = (  # noqa: SIM905  shorter than a name a line
     "Halvorsen Shipping|Brightwater Labs|Kessler & Sons|Northgate Insurance|Mirador Foods|Tessera Analytics|"
     "Oakline Partners|Zephyr Logistics Ltd|Redmond Steel Inc|Alder Health"
-)
-_COMPANIES = tuple(_COMPANIES_WORDS.split("|"))
-_STREETS_WORDS = "Maple|Church|Station|Victoria|Mill|Elm|Harbour|Lincoln|Chestnut|Windsor|Orchard|Juniper"
-_STREETS = tuple(_STREETS_WORDS.split("|"))
+).split("|")
+_STREETS = (  # noqa: SIM905  shorter than a name a line
+    "Maple|Church|Station|Victoria|Mill|Elm|Harbour|Lincoln|Chestnut|Windsor|Orchard|Juniper"
+).split("|")
 _KINDS = ["Street", "Road", "Avenue", "Lane", "Drive", "Boulevard", "Court", "Way", "St", "Ave"]
 _DOMAINS = ("proton.me", "fastmail.com", "web.de", "orange.fr", "uni-hamburg.de", "acme.co.uk", "mailbox.org")
 _ALNUM = string.ascii_letters + string.digits

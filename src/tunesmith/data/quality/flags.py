@@ -62,12 +62,12 @@ def examine_quality(
 ) -> str:
     """Flag a dataset version's rows; returns the digest of a record of kind "quality" with the dataset as its parent.
 
-    label_noise: also look for wrong labels of a classification task, by confident learning (Northcutt, Jiang, Chuang,
-    JAIR 70, 2021) with cleanlab, on out-of-fold probabilities of a linear model of the requests' words. language: also
-    look for texts in another language than the others. toxic: also look for toxic turns; the record states the
-    detector's error (toxicity.py). names: also count the people that the privacy scan's model finds. embed: texts ->
-    vectors, to find requests with the same meaning. Raises UsageError where a needed extra is not installed or the
-    answers are not labels.
+    label_noise: also look for wrong labels of a classification task, by cleanlab's confident learning (Northcutt,
+    Jiang, Chuang, JAIR 70, 2021). It uses out-of-fold probabilities of a linear model of the requests' words.
+    language: also look for texts in another language than the others. toxic: also look for toxic turns; the record
+    states the detector's error (toxicity.py). names: also count the people that the privacy scan's model finds. embed:
+    texts -> vectors, to find requests with the same meaning. Raises UsageError where a needed extra is not installed or
+    the answers are not labels.
     """
     rows = [(name, example) for name in SPLITS for example in dataset.examples(name)]
     flags = [*_plain_flags(rows), *(_noisy(rows) if label_noise else ())]

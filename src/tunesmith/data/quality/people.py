@@ -1,7 +1,7 @@
 """Counts the people named in rows, and the gender that their names suggest.
 
 A name does not state a person's gender; it only shows to whom a name is mostly given. Without a title or a listed name,
-nothing is guessed. Records are permanent, so this module returns counts only, and of names only those of its own list.
+nothing is guessed. Records are permanent, so this module returns counts only, and names only from its list.
 """
 
 from __future__ import annotations

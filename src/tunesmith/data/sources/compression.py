@@ -1,7 +1,7 @@
 """Compressed source files, and files whose content is not what their name says.
 
-Python's own modules read gzip, bzip2 and xz; Arrow's codec reads Zstandard. A file that unpacks to far more than its
-size is refused while it is read, so that a small file cannot fill the memory or keep a build busy for days.
+Python's modules read gzip, bzip2 and xz; Arrow's codec reads Zstandard. A file that unpacks to far more than its size
+is refused during reading. Otherwise a small file could fill the memory or keep a build busy for days.
 """
 
 from __future__ import annotations

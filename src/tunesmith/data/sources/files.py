@@ -123,13 +123,13 @@ class OpenSource:
         """Bytes read so far, for progress."""
         return self._stream.tell()
 
-    def rows(self, part: Part = WHOLE) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row]:
         """The rows in order. Raises UsageError for a file without rows, TunesmithError if it changes meanwhile.
 
         Raises UsageError at the first row that cannot be read.
         """
         count = 0
-        for row in self.read(part):
+        for row in self.read(WHOLE):
             count += 1
             yield row
         if count == 0:

@@ -68,7 +68,7 @@ def _time(value: Any) -> datetime | None:
 def cuts(times: Mapping[str, int], split: Split) -> tuple[dict[str, str], int]:
     """(split -> the earliest time of its rows, number of rows beyond the shares) for the test and validation splits.
 
-    times: time -> rows. Rows of one time stay together, so a split may get more than its share. A split without a
+    times: time -> rows. Rows of one time are in one split, so a split may get more than its share. A split without a
     share, or for which no row is left, has no entry.
     """
     total = sum(times.values())

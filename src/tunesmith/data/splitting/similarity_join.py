@@ -118,10 +118,10 @@ def _apart(threshold: float) -> float:
 
 
 def _trigrams(texts: Sequence[str]) -> tuple[Integers, Numbers, Bits]:
-    """Sizes of the sets, int64[n]; their elements one set after the other, each set sorted, uint32[m]; their trigrams.
+    """(size of each set, int64[n]; elements, uint32[m]; distinct trigrams, sorted, uint64[t]).
 
-    An element is the place of its trigram among all that occur, sorted: uint64, its three code points, each and one
-    more, in 63 bits, so that no two are taken for one.
+    The elements of the sets follow each other, sorted within a set. An element is the index of its trigram. A trigram
+    holds its three code points, each plus one, in 63 bits, so that different trigrams have different numbers.
     """
     padded = [text if len(text) > 2 else text.ljust(3) for text in texts]
     missing = np.fromiter((max(0, 3 - len(text)) for text in texts), dtype=np.int64, count=len(texts))
@@ -129,7 +129,7 @@ def _trigrams(texts: Sequence[str]) -> tuple[Integers, Numbers, Bits]:
     sizes, blocks = [], []
     for first, last in _blocks(ends, _CELLS):
         points = np.frombuffer("".join(padded[first:last]).encode("utf-32-le", "surrogatepass"), dtype=np.uint32) + 1
-        for place in (1, 2, 3):  # 0 stands for what a short text lacks: no character of a text is it
+        for place in (1, 2, 3):  # 0 fills up short texts; no character has it
             lacks = np.flatnonzero(missing[first:last] >= place) + first
             points[ends[lacks] - (ends[first] - len(padded[first])) - place] = 0
         row = np.repeat(np.arange(last - first), np.diff(ends[first:last], prepend=ends[first] - len(padded[first])))
@@ -145,9 +145,10 @@ def _trigrams(texts: Sequence[str]) -> tuple[Integers, Numbers, Bits]:
 
 
 def _numbered(points: Numbers, whole: NDArray[np.bool_]) -> tuple[Bits, Integers]:
-    """The trigrams of some code points, sorted, each once, and the place of each that is whole among them.
+    """(the distinct trigrams of the code points, sorted; for each whole trigram its index among them).
 
-    With few letters, as in most scripts, a table of all that could be takes the place of sorting all that there are.
+    whole: which trigrams lie within one text. For few distinct letters, as in most scripts, a table of all possible
+    trigrams is used, which is faster than sorting.
     """
     letters, spelt = np.unique(points), np.zeros(int(points.max()) + 1, dtype=np.int64)
     spelt[letters] = np.arange(len(letters))
@@ -172,7 +173,7 @@ def _distinct(values: Integers) -> Integers:
 
 
 def _blocks(ends: Integers, most: int) -> Iterator[tuple[int, int]]:
-    """Runs (first, last) of rows whose parts, by their running total, come to at most `most`, or single rows."""
+    """Ranges [first, last) of rows whose sizes add up to at most `most`, or of one row. ends: the running sum."""
     first, before = 0, 0
     while first < len(ends):
         last = max(first + 1, int(np.searchsorted(ends, before + most, side="right")))
@@ -181,7 +182,7 @@ def _blocks(ends: Integers, most: int) -> Iterator[tuple[int, int]]:
 
 
 def _arranged(size: Integers, grams: Numbers, order: Integers, mixed: Bits) -> _Sets:
-    """The sets in the order given. Some at a time: what tells where an element goes is larger than the element."""
+    """The sets in the given order, block by block: the index of an element takes more memory than the element."""
     ordered = size[order]
     ends = np.cumsum(ordered)
     start, before = ends - ordered, (np.cumsum(size) - size)[order]
@@ -194,7 +195,7 @@ def _arranged(size: Integers, grams: Numbers, order: Integers, mixed: Bits) -> _
 
 
 def _mix(values: Bits) -> Bits:
-    """The finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014): a bit of the input moves half of the output's."""
+    """A 64-bit hash: the finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -204,7 +205,7 @@ def _candidates(sets: _Sets, threshold: float) -> Iterator[tuple[Integers, Integ
     """Pairs (smaller, larger) of rows that may be near, some of them several times; every near pair is among them."""
     low = 0
     while low < len(sets.size):
-        largest = int(int(sets.size[low]) * _CLASS)  # of the smaller of a pair
+        largest = int(int(sets.size[low]) * _CLASS)  # size of the smaller set of a pair
         kind = _class(sets, low, largest, threshold)
         for left, right in _compared(kind):
             fits = kind.near(left, right, kind.fine)
@@ -240,9 +241,9 @@ def _class(sets: _Sets, low: int, largest: int, threshold: float) -> _Class:
 
 
 def _marks(own: Integers, mixed: Bits, shape: tuple[int, int]) -> Bits:
-    """What stands for the elements that a row holds in each part, uint64[rows, parts]. own: the row of each element.
+    """A hash of the elements that a row has in each part, uint64[rows, parts]. own: the row of each element.
 
-    Sums in the order of the sorted elements: the same elements give the same sum, to the last bit.
+    The elements are summed in sorted order, so equal elements give exactly the same sum.
     """
     rows, parts = shape
     part = ((mixed & np.uint64((1 << 32) - 1)) % np.uint64(parts)).astype(np.int64)
@@ -253,7 +254,7 @@ def _marks(own: Integers, mixed: Bits, shape: tuple[int, int]) -> Bits:
 
 
 def _compared(kind: _Class) -> Iterator[tuple[Integers, Integers]]:
-    """The pairs of a class that the coarse bitmap does not rule out, by whichever way compares fewer."""
+    """The pairs of a class that the coarse bitmap does not rule out, by the method that compares fewer pairs."""
     every = int((kind.reach - np.arange(1, kind.small + 1)).sum())
     parts = kind.marks.shape[1]
     width = min(parts, max(1, _CELLS // len(kind.size)))
@@ -269,9 +270,10 @@ def _compared(kind: _Class) -> Iterator[tuple[Integers, Integers]]:
 
 
 def _sharing(kind: _Class, first: int, last: int) -> tuple[Integers, Integers]:
-    """Rows by what they hold in some of the parts: (owner, after); `after` places that follow one hold the same.
+    """(owner, after) for the rows sorted by their marks in parts first to last.
 
-    0 for a row that is not the smaller of any pair.
+    owner: the row at each place. after: how many of the following places have the same mark; 0 for a row that is not
+    the smaller one of any pair.
     """
     marks = kind.marks[:, first:last].ravel()
     order = np.argsort(marks, kind="stable")
@@ -283,7 +285,7 @@ def _sharing(kind: _Class, first: int, last: int) -> tuple[Integers, Integers]:
 
 
 def _pairs_of_groups(after: Integers) -> Iterator[tuple[Integers, Integers]]:
-    """Each place with each of the `after` places that follow it, some _PAIRS at a time."""
+    """Pairs of each place with each of the `after` places that follow it, about _PAIRS at a time."""
     places = np.flatnonzero(after)
     for first, last in _blocks(np.cumsum(after[places]), _PAIRS):
         some, many = places[first:last], after[places[first:last]]
@@ -292,10 +294,9 @@ def _pairs_of_groups(after: Integers) -> Iterator[tuple[Integers, Integers]]:
 
 
 def _all_with_all(kind: _Class) -> Iterator[tuple[Integers, Integers]]:
-    """Each smaller row with every later one in its reach that the coarse bitmap does not rule out.
+    """Pairs of each smaller row with the later rows in its reach that the coarse bitmap does not rule out.
 
-    Where the coarse bitmap rules out too few, the fine one is applied at once: in order it is cheaper than pair by
-    pair.
+    Where the coarse bitmap rules out few pairs, the fine one is applied to all: that is faster than pair by pair.
     """
     bitmaps = [np.ascontiguousarray(bitmap.T) for bitmap in (kind.coarse, kind.fine)]
     allowed = kind.size * _apart(kind.threshold) + _MARGIN / 2
@@ -317,9 +318,9 @@ def _all_with_all(kind: _Class) -> Iterator[tuple[Integers, Integers]]:
 
 
 def _near(sets: _Sets, pairs: Integers, threshold: float) -> Integers:
-    """Those of the pairs (left row * n + right row) that are near, each once: shared elements are counted one by one.
+    """The distinct pairs (left row * n + right row) that are near. Their shared elements are counted.
 
-    The Jaccard similarity is shared over all.
+    The Jaccard similarity is the number of shared elements divided by the number of all elements.
     """
     pairs = _distinct(pairs)
     left, right = pairs // len(sets.size), pairs % len(sets.size)
@@ -329,7 +330,7 @@ def _near(sets: _Sets, pairs: Integers, threshold: float) -> Integers:
         many = sets.size[both]
         elements = np.repeat(sets.start[both] - (np.cumsum(many) - many), many) + np.arange(int(many.sum()))
         pair = np.repeat(np.tile(np.arange(last - first), 2), many)
-        cells = np.sort(pair * len(sets.mixed) + sets.grams[elements])  # an element that both have stands twice
+        cells = np.sort(pair * len(sets.mixed) + sets.grams[elements])  # a shared element occurs twice
         shared = np.bincount(cells[:-1][cells[1:] == cells[:-1]] // len(sets.mixed), minlength=last - first)
         near[first:last] = shared / (many[: last - first] + many[last - first :] - shared) >= threshold
     return pairs[near]
