@@ -1,7 +1,7 @@
 """Write the reference pages that follow from the code: settings, command line, HTTP and records.
 
 The pages are written into `docs/reference/generated/` before Sphinx reads its sources. The build fails where a setting,
-a command, an option, a route or a field has no description.
+a command, an option or a route has no description.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def command_line_page() -> str:
     lines = [
         "# Command line",
         "",
-        "Every command takes `-h`. `--json` prints one JSON document on standard output. Messages: standard error.",
+        "Every command takes `-h`. `-C DIR` may come before the command too. With `--json`, standard output is one",
+        "JSON document. Messages go to standard error.",
         "",
         "| exit code | meaning |",
         "|---|---|",
@@ -195,9 +196,17 @@ def _command(path: str, command: Any, level: str) -> list[str]:
             raise ExtensionError(f"`{path}`: {parameter.name} has no help text")
         option = any(name.startswith("-") for name in parameter.opts)
         names = [*parameter.opts, *parameter.secondary_opts] if option else [parameter.name.upper()]
-        needed = "required" if parameter.required else ""
+        needed = "required" if parameter.required else _option_default(parameter)
         rows.append(f"| {', '.join(f'`{name}`' for name in names)} | {_cell(parameter.help)} | {needed} |")
-    return [*lines, "", "| argument or option | meaning | |", "|---|---|---|", *rows] if rows else lines
+    return [*lines, "", "| argument or option | meaning | default |", "|---|---|---|", *rows] if rows else lines
+
+
+def _option_default(parameter: Any) -> str:
+    """The default of an option; nothing for a flag that is off, an empty text, the current folder and None."""
+    default = parameter.default
+    if default in (None, False, "", (), []) or callable(default) or str(default) == ".":
+        return ""
+    return f"`{_cell(str(getattr(default, 'value', default)))}`"
 
 
 # HTTP
@@ -213,7 +222,9 @@ def http_page() -> str:
         "# HTTP",
         "",
         "Routes under `/v1` are OpenAI's; routes under `/api` are Tunesmith's own. Callers send",
-        '`Authorization: Bearer TOKEN`. Errors have OpenAI\'s form: `{"error": {"message", "type", "code"}}`.',
+        "`Authorization: Bearer TOKEN`. Errors have OpenAI's form:",
+        '`{"error": {"message", "type", "param", "code"}}`.',
+        "[For the application developer](../../how-to/application-developer.md) explains the headers of an answer.",
     ]
     used: list[str] = []
     for path, methods in document["paths"].items():
@@ -223,10 +234,8 @@ def http_page() -> str:
                 raise ExtensionError(f"the route {method.upper()} {path} has no docstring")
             lines += ["", f"## {method.upper()} `{path}`", "", _prose(summary)]
             for parameter in route.get("parameters", ()):
-                lines += [
-                    "",
-                    f"- `{parameter['name']}` ({parameter['in']}): {_one_line(parameter.get('description', ''))}",
-                ]
+                said = _one_line(parameter.get("description", ""))
+                lines += ["", f"- `{parameter['name']}` ({parameter['in']})" + (f": {said}" if said else "")]
             answers = list(_contents(route))
             for title, content in answers:
                 used += _references(content)
