@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.cli import data_tables
-from tunesmith.cli.terminal import HERE, As, Directory, Json, Terminal, emit, printed
+from tunesmith.cli.terminal import Acting, Here, Terminal, add_commands, printed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,19 +23,16 @@ _Output = Annotated[Path | None, typer.Option(help="Write it to this file instea
 def register(app: typer.Typer) -> None:
     """Add the `data` commands."""
     data = typer.Typer(help="Build and inspect dataset versions.", no_args_is_help=True)
-    for command in (build, show, verify, originals, diff, removed, datasheet, croissant, sign, quality):
-        data.command()(command)
+    add_commands(data, build, show, verify, originals, diff, removed, datasheet, croissant, sign, quality)
     app.add_typer(data, name="data")
 
 
 def build(
+    here: Here,
     engine: Annotated[str, typer.Option(help="What reads the rows: local or ray. The dataset is the same.")] = "local",
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Read, check, clean, split and seal the project's sources."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.project import open_project
     from tunesmith.services import data
 
     if engine not in ("local", "ray"):
@@ -45,112 +42,94 @@ def build(
         from tunesmith.data.building.ray_runner import RayRunner
 
         shards = RayRunner()
-    built = data.build(open_project(directory), progress=Terminal(), shards=shards)
-    emit(built, as_json, data_tables.draw_summary)
+    built = data.build(here.project, progress=Terminal(), shards=shards)
+    here.emit(built, data_tables.draw_summary)
 
 
 def show(
+    here: Here,
     dataset: _Newest = None,
     split: Annotated[str, typer.Option(help="train, validation, test or removed.")] = "train",
     limit: Annotated[int, typer.Option(min=0, help="Rows to show; 0 shows all.")] = 10,
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Show the summary of a dataset version and its first rows."""
-    from tunesmith.project import open_store
     from tunesmith.services import data
 
     def draw(console: Console, found: ShownDataset) -> None:
         data_tables.draw_summary(console, found)
         data_tables.draw_rows(console, found)
 
-    emit(data.show(open_store(directory), dataset, split=split, limit=limit), as_json, draw)
+    here.emit(data.show(here.store, dataset, split=split, limit=limit), draw)
 
 
-def verify(dataset: _Newest = None, directory: Directory = HERE, as_json: Json = False) -> None:
+def verify(here: Here, dataset: _Newest = None) -> None:
     """Recompute a dataset version's digests, counts and leakage. Exit 3 on any difference from its record."""
-    from tunesmith.project import open_store
     from tunesmith.services import data
 
-    found = data.verify(open_store(directory), dataset)
-    emit(found, as_json, data_tables.draw_verification)
+    found = data.verify(here.store, dataset)
+    here.emit(found, data_tables.draw_verification)
     raise typer.Exit(0 if found.ok else 3)
 
 
 def originals(
+    here: Here,
     row: Annotated[str | None, typer.Option("--row", metavar="ID", help="Only those of one example.")] = None,
     new_key: Annotated[bool, typer.Option("--new-key", help="Print a key for $TUNESMITH_ORIGINALS_KEY.")] = False,
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Show what pseudonyms stand for, if data.privacy.originals keeps it and you have the key."""
     from tunesmith.data.privacy.originals import new_key as make_key
-    from tunesmith.project import open_project
     from tunesmith.services import data
 
     if new_key:
         key = make_key()
-        emit({"key": key}, as_json, printed(key))
+        here.emit({"key": key}, printed(key))
         return
-    emit(data.originals(open_project(directory), row), as_json, data_tables.draw_originals)
+    here.emit(data.originals(here.project, row), data_tables.draw_originals)
 
 
-def diff(before: _Version, after: _Version, directory: Directory = HERE, as_json: Json = False) -> None:
+def diff(here: Here, before: _Version, after: _Version) -> None:
     """Show what changed between two dataset versions: rows, splits, licences, balance."""
-    from tunesmith.project import open_store
     from tunesmith.services import data
 
-    emit(data.difference(open_store(directory), before, after), as_json, data_tables.draw_difference)
+    here.emit(data.difference(here.store, before, after), data_tables.draw_difference)
 
 
 def removed(
-    dataset: _Version,
-    each: Annotated[int, typer.Option(min=1, help="Rows of each reason.")] = 5,
-    directory: Directory = HERE,
-    as_json: Json = False,
+    here: Here, dataset: _Version, each: Annotated[int, typer.Option(min=1, help="Rows of each reason.")] = 5
 ) -> None:
     """Show a sample of the rows that were left out, for each reason, read again from the sources."""
-    from tunesmith.project import open_store
     from tunesmith.services import data
 
-    emit(data.removed(open_store(directory), dataset, directory, each), as_json, data_tables.draw_removed)
+    here.emit(data.removed(here.store, dataset, here.directory, each), data_tables.draw_removed)
 
 
-def datasheet(dataset: _Version, output: _Output = None, directory: Directory = HERE, as_json: Json = False) -> None:
+def datasheet(here: Here, dataset: _Version, output: _Output = None) -> None:
     """Write a datasheet in Markdown."""
-    from tunesmith.project import open_store
     from tunesmith.services import data
 
-    digest, text = data.datasheet(open_store(directory), dataset, directory.absolute().name)
-    _print_or_write(digest, "datasheet", text, output, as_json)
+    digest, text = data.datasheet(here.store, dataset, here.directory.absolute().name)
+    _print_or_write(here, digest, "datasheet", text, output)
 
 
-def croissant(dataset: _Version, output: _Output = None, directory: Directory = HERE, as_json: Json = False) -> None:
+def croissant(here: Here, dataset: _Version, output: _Output = None) -> None:
     """Write Croissant 1.0 metadata (JSON-LD)."""
-    from tunesmith.project import open_store
     from tunesmith.services import data
 
-    digest, text = data.croissant(open_store(directory), dataset, directory.absolute().name)
-    _print_or_write(digest, "croissant", text, output, as_json)
+    digest, text = data.croissant(here.store, dataset, here.directory.absolute().name)
+    _print_or_write(here, digest, "croissant", text, output)
 
 
-def sign(
-    dataset: _Version,
-    reason: Annotated[str, typer.Option(help="What was looked at.")],
-    directory: Directory = HERE,
-    as_json: Json = False,
-    actor: As = None,
-) -> None:
+def sign(here: Acting, dataset: _Version, reason: Annotated[str, typer.Option(help="What was looked at.")]) -> None:
     """Verify a dataset version and sign it off as its steward. The audit log records it."""
     from tunesmith.core.digests import short
-    from tunesmith.project import open_store
     from tunesmith.services import data
 
-    signed = data.sign(open_store(directory), dataset, reason=reason, actor=actor)
-    emit(signed, as_json, printed(f"{signed.steward} signed off {short(signed.dataset)}"))
+    signed = data.sign(here.store, dataset, reason=reason, actor=here.actor)
+    here.emit(signed, printed(f"{signed.steward} signed off {short(signed.dataset)}"))
 
 
 def quality(
+    here: Here,
     dataset: _Version,
     label_noise: Annotated[bool, typer.Option(help="Also look for wrong labels (extra: quality).")] = False,
     language: Annotated[bool, typer.Option(help="Also look for other languages (extra: quality).")] = False,
@@ -158,15 +137,12 @@ def quality(
     names: Annotated[bool, typer.Option(help="Count people's names, by the scan's model (extra: privacy).")] = False,
     alike: Annotated[bool, typer.Option(help="Find requests that say the same, by MiniLM (downloaded once).")] = False,
     limit: Annotated[int, typer.Option(min=0, help="Flags to show; 0 shows all.")] = 20,
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Flag rows that a person should look at. Drops none. The store keeps the flags as a record."""
-    from tunesmith.project import open_store
     from tunesmith.services import data
 
     found = data.quality(
-        open_store(directory),
+        here.store,
         dataset,
         label_noise=label_noise,
         language=language,
@@ -176,13 +152,13 @@ def quality(
         limit=limit,
         progress=Terminal(),
     )
-    emit(found, as_json, data_tables.draw_quality)
+    here.emit(found, data_tables.draw_quality)
 
 
-def _print_or_write(digest: str, what: str, text: str, output: Path | None, as_json: bool) -> None:
+def _print_or_write(here: Here, digest: str, what: str, text: str, output: Path | None) -> None:
     from tunesmith.core.files import write_atomic
 
     if output is not None:
         write_atomic(output, text.encode())
     shown = text if output is None else str(output)
-    emit({"dataset": digest, what: shown}, as_json, printed(shown))
+    here.emit({"dataset": digest, what: shown}, printed(shown))

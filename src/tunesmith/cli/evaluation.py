@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.terminal import HERE, Directory, Json, Terminal, emit
+from tunesmith.cli.terminal import Here, Terminal, add_commands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,11 +24,11 @@ _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (plan, evaluate, gate, compare, leaderboard, report):
-        app.command()(command)
+    add_commands(app, plan, evaluate, gate, compare, leaderboard, report)
 
 
 def plan(
+    here: Here,
     lift: Annotated[
         float | None,
         typer.Option(help="The true lift hoped for; 0.1 is ten points. By default five points above each bound."),
@@ -40,72 +40,58 @@ def plan(
         tuple[str, str] | None,
         typer.Option(metavar="NAME NAME", help="Measure that share on the validation rows, with these candidates."),
     ] = None,
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Show before a run what the test rows can show, and how many rows it takes to detect a lift."""
-    from tunesmith.project import open_project
     from tunesmith.services import evaluation
 
-    found = evaluation.plan(
-        open_project(directory), lift=lift, differing=differing, between=between or (), progress=Terminal()
-    )
-    emit(found, as_json, _draw_plan)
+    found = evaluation.plan(here.project, lift=lift, differing=differing, between=between or (), progress=Terminal())
+    here.emit(found, _draw_plan)
 
 
 def evaluate(
-    names: Annotated[list[str] | None, typer.Argument(help="Candidates; by default all of them.")] = None,
-    directory: Directory = HERE,
-    as_json: Json = False,
+    here: Here, names: Annotated[list[str] | None, typer.Argument(help="Candidates; by default all of them.")] = None
 ) -> None:
     """Measure candidates on the same held-out rows."""
-    from tunesmith.project import open_project
     from tunesmith.services import evaluation
 
-    found = evaluation.evaluate(open_project(directory), names or None, progress=Terminal())
-    emit(found, as_json, draw_evaluation)
+    found = evaluation.evaluate(here.project, names or None, progress=Terminal())
+    here.emit(found, draw_evaluation)
 
 
 def gate(
+    here: Here,
     name: Annotated[str | None, typer.Argument(help="The candidate; by default the one meant for release.")] = None,
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Apply the gates to a candidate. Exits with 0 for pass, 3 for fail, 4 for inconclusive."""
-    from tunesmith.project import open_project
     from tunesmith.services import evaluation
 
-    found = evaluation.gate(open_project(directory), name, progress=Terminal())
-    emit(found, as_json, draw_verdict)
+    found = evaluation.gate(here.project, name, progress=Terminal())
+    here.emit(found, draw_verdict)
     raise typer.Exit(EXITS[found.verdict])
 
 
 def compare(
+    here: Here,
     first: Annotated[str, typer.Argument(help="A candidate's name, or a version: NAME@v1, NAME@champion, a digest.")],
     second: Annotated[str, typer.Argument(help="Another one; differences are second minus first.")],
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Compare two candidates or versions, request by request."""
-    from tunesmith.project import open_project
     from tunesmith.services import evaluation
 
-    emit(evaluation.compare_candidates(open_project(directory), first, second), as_json, _draw_comparison)
+    here.emit(evaluation.compare_candidates(here.project, first, second), _draw_comparison)
 
 
 def leaderboard(
-    name: Annotated[str | None, typer.Argument(help="A version's name; by default all names.")] = None,
-    directory: Directory = HERE,
-    as_json: Json = False,
+    here: Here, name: Annotated[str | None, typer.Argument(help="A version's name; by default all names.")] = None
 ) -> None:
     """Rank registered versions among those that were measured on the same held-out rows."""
-    from tunesmith.project import open_store
     from tunesmith.registry.leaderboard import leaderboard as rank
 
-    emit(rank(open_store(directory), name), as_json, _draw_leaderboard)
+    here.emit(rank(here.store, name), _draw_leaderboard)
 
 
 def report(
+    here: Here,
     version: Annotated[
         str | None, typer.Argument(help="NAME@v1, NAME@champion or a digest; by default the newest evaluation.")
     ] = None,
@@ -115,19 +101,16 @@ def report(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print Markdown for a pull request, or write it to --output.")
     ] = False,
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Write the evidence as one HTML page. With --json, print its data, and write a page only to --output."""
     from tunesmith.core.errors import UsageError
     from tunesmith.core.files import write_atomic
     from tunesmith.evaluation.report.markdown import report_markdown
-    from tunesmith.project import open_project
     from tunesmith.services import evaluation
 
-    if markdown and as_json:
+    if markdown and here.as_json:
         raise UsageError("--markdown and --json both write to stdout", fix="choose one of them")
-    data = evaluation.report(open_project(directory), version)
+    data = evaluation.report(here.project, version)
     if markdown:
         text = report_markdown(data)
         if output is not None:
@@ -135,10 +118,10 @@ def report(
         else:
             print(text, end="")
         return
-    page = output if output is not None or as_json else directory / "report.html"
+    page = output if output is not None or here.as_json else here.directory / "report.html"
     if page is not None:
         evaluation.report_page(data, page)
-    emit(data, as_json, lambda console, shown: _draw_report(console, shown, page))
+    here.emit(data, lambda console, shown: _draw_report(console, shown, page))
 
 
 def draw_evaluation(console: Console, found: EvaluationSummary) -> None:

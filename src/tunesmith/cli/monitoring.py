@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.terminal import HERE, As, Directory, Json, emit, printed, say
+from tunesmith.cli.terminal import Acting, Here, add_commands, printed, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,22 +26,18 @@ _EXITS = {"stable": 0, "drift": 3, "inconclusive": 4}
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command()(monitor)
-    app.command()(recall)
+    add_commands(app, monitor, recall)
     cases = typer.Typer(help="Turn requests that failed in service into test rows.", no_args_is_help=True)
-    cases.command("show")(show_cases)
-    cases.command("add")(add_cases)
-    cases.command("drop")(drop_cases)
+    add_commands(cases, show=show_cases, add=add_cases, drop=drop_cases)
     app.add_typer(cases, name="cases")
 
 
 def monitor(
+    here: Here,
     which: Annotated[
         str | None,
         typer.Argument(metavar="[VERSION]", help="NAME@champion or NAME@v3; by default the project's champion."),
     ] = None,
-    directory: Directory = HERE,
-    as_json: Json = False,
     hours: Annotated[
         float | None, typer.Option("--hours", min=0.001, help="The window; by default the project's.")
     ] = None,
@@ -51,20 +47,20 @@ def monitor(
 
     Also lists the retrains that recalls left pending (`recall --pending`); they do not change the exit code.
     """
-    from tunesmith.project import open_project
     from tunesmith.services import monitoring
 
-    found, label = monitoring.monitor(open_project(directory), which, hours=hours, tenant=tenant)
+    found, label = monitoring.monitor(here.project, which, hours=hours, tenant=tenant)
 
     def draw(console: Console, result: monitoring.Monitored) -> None:
         _draw_report(console, label, result)
         _draw_pending(console, result.pending_retrains)
 
-    emit(found, as_json, draw)
+    here.emit(found, draw)
     raise typer.Exit(_EXITS[found.verdict])
 
 
 def recall(
+    here: Acting,
     reason: Annotated[str, typer.Option("--reason", help="Why; kept in the audit log and shown by refusals.")] = "",
     row: Annotated[str | None, typer.Option("--row", metavar="ID", help="An example's id.")] = None,
     source: Annotated[str | None, typer.Option("--source", help="A source, as `data show` names it.")] = None,
@@ -79,16 +75,12 @@ def recall(
     pending: Annotated[
         bool, typer.Option("--pending", help="List names whose recalled version is not replaced yet (exit 3: some).")
     ] = False,
-    directory: Directory = HERE,
-    as_json: Json = False,
-    actor: As = None,
 ) -> None:
     """Withdraw something and everything made from it, so that it is no longer served or built on.
 
     The next `tunesmith run` builds, trains and measures again without the rows, even if the sources still hold them.
     """
     from tunesmith.core.errors import UsageError
-    from tunesmith.project import open_store
     from tunesmith.services import monitoring
 
     given = {"row": row, "source": source, "licence": licence, "subject": subject, "version": version, "base": base}
@@ -96,57 +88,49 @@ def recall(
     if pending:
         if named or dry_run or check or reason:
             raise UsageError("--pending only lists, and takes no other options", fix="tunesmith recall --pending")
-        listed = monitoring.list_pending_retrains(open_store(directory))
-        emit(listed, as_json, _draw_pending_list)
+        listed = monitoring.list_pending_retrains(here.store)
+        here.emit(listed, _draw_pending_list)
         raise typer.Exit(3 if listed.pending_retrains else 0)
-    store = open_store(directory)
+    store = here.store
     cause = monitoring.cause_of(store, named)
     if check:
         status = monitoring.recall_status_of(store, cause)
-        emit(status, as_json, _draw_status)
+        here.emit(status, _draw_status)
         raise typer.Exit(0 if status.gone else 3)
-    found = monitoring.recall(store, cause, reason=reason, actor=actor, dry_run=dry_run)
-    emit(found, as_json, _draw_recall)
+    found = monitoring.recall(store, cause, reason=reason, actor=here.actor, dry_run=dry_run)
+    here.emit(found, _draw_recall)
     for line in found.next:
         say(line)
 
 
-def show_cases(everything: _All = False, directory: Directory = HERE, as_json: Json = False) -> None:
+def show_cases(here: Here, everything: _All = False) -> None:
     """Show the cases that wait: feedback with `expected` and `keep`."""
-    from tunesmith.project import open_project
     from tunesmith.services import cases
 
-    emit(cases.list_cases(open_project(directory).store, everything=everything), as_json, _draw_cases)
+    here.emit(cases.list_cases(here.project.store, everything=everything), _draw_cases)
 
 
 def add_cases(
+    here: Acting,
     target: Annotated[Path, typer.Argument(help="A JSONL source of the project; created if it does not exist.")],
     licence: Annotated[str, typer.Option("--licence", help="SPDX expression of the requests' licence.")],
     everything: _All = False,
-    directory: Directory = HERE,
-    as_json: Json = False,
-    actor: As = None,
 ) -> None:
     """Append the cases to a source file, each with its origin; `data build` then reads them."""
-    from tunesmith.project import open_project
     from tunesmith.services import cases
 
-    added = cases.add_cases(open_project(directory), target, licence=licence, everything=everything, actor=actor)
-    emit(added, as_json, _draw_added)
+    added = cases.add_cases(here.project, target, licence=licence, everything=everything, actor=here.actor)
+    here.emit(added, _draw_added)
 
 
 def drop_cases(
-    requests: Annotated[list[str], typer.Argument(help="Ids of requests, as `cases show` lists them.")],
-    directory: Directory = HERE,
-    as_json: Json = False,
-    actor: As = None,
+    here: Acting, requests: Annotated[list[str], typer.Argument(help="Ids of requests, as `cases show` lists them.")]
 ) -> None:
     """Delete cases, with their texts."""
-    from tunesmith.project import open_project
     from tunesmith.services import cases
 
-    dropped = cases.drop_cases(open_project(directory), requests, actor=actor)
-    emit(dropped, as_json, printed(f"{dropped.dropped} dropped"))
+    dropped = cases.drop_cases(here.project, requests, actor=here.actor)
+    here.emit(dropped, printed(f"{dropped.dropped} dropped"))
 
 
 def _draw_report(console: Console, label: str, report: Report) -> None:

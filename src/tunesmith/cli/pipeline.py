@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.terminal import HERE, As, Directory, Json, Terminal, emit
+from tunesmith.cli.terminal import Acting, Here, Terminal, add_commands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,42 +19,38 @@ _HEIGHT = 9  # lines of a curve
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command()(run)
-    app.command()(train)
+    add_commands(app, run, train)
 
 
-def run(directory: Directory = HERE, as_json: Json = False, actor: As = None) -> None:
+def run(here: Acting) -> None:
     """Run every stage up to a registered version. Skips what is unchanged and continues what was stopped."""
     from tunesmith.cli.evaluation import EXITS
-    from tunesmith.project import open_project
     from tunesmith.services import training
 
-    done = training.run(open_project(directory), progress=Terminal(), actor=actor)
-    emit(done, as_json, _draw_run)
+    done = training.run(here.project, progress=Terminal(), actor=here.actor)
+    here.emit(done, _draw_run)
     raise typer.Exit(EXITS[done.gate.verdict])
 
 
 def train(
+    here: Here,
     candidate: Annotated[str | None, typer.Argument(help="Its name; by default the only one that is trained.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Train again from the start.")] = False,
     find_rate: Annotated[
         bool, typer.Option("--find-rate", help="Only try 40 steps at rising learning rates, and suggest one.")
     ] = False,
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Train a candidate's adapter. Continues from the newest complete checkpoint."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.project import open_project
     from tunesmith.services import training
 
     if find_rate and restart:
         raise UsageError("--find-rate keeps nothing that could be restarted", fix="leave --restart out")
-    project = open_project(directory)
+    project = here.project
     if find_rate:
-        emit(training.find_rate(project, candidate, progress=Terminal()), as_json, _draw_rates)
+        here.emit(training.find_rate(project, candidate, progress=Terminal()), _draw_rates)
         return
-    emit(training.train(project, candidate, restart=restart, progress=Terminal()), as_json, _draw_training)
+    here.emit(training.train(project, candidate, restart=restart, progress=Terminal()), _draw_training)
 
 
 def _draw_training(console: Console, done: TrainingSummary) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.terminal import HERE, Directory, Json, emit
+from tunesmith.cli.terminal import Here, Json, add_commands, printed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (init, schema, doctor):
-        app.command()(command)
+    add_commands(app, init, schema, doctor)
 
 
 def init(
+    here: Here,
     data: Annotated[Path, typer.Option("--data", help="Your rows: JSONL, JSON, CSV or Parquet.")],
     licence: Annotated[str, typer.Option("--licence", help="Their licence as an SPDX expression, as CC0-1.0.")],
     name: Annotated[str | None, typer.Option("--name", help="The versions' name; by default the folder's.")] = None,
@@ -33,8 +33,6 @@ def init(
         list[str] | None,
         typer.Option("--rename", metavar="KEY=NAME", help="A key of your rows and its name in a format: text=prompt."),
     ] = None,
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Start a project from your own rows: write tunesmith.yaml, a schema and prompts."""
     from tunesmith.core.errors import UsageError
@@ -46,27 +44,24 @@ def init(
         if not key or not known or key in names:
             raise UsageError(f"--rename {one!r} does not name a key and its new name", fix="--rename text=prompt")
         names[key] = known
-    made = make_project(directory, data=data, licence=licence, name=name, base=base, rename=names)
-    emit(made, as_json, _draw_project)
+    made = make_project(here.directory, data=data, licence=licence, name=name, base=base, rename=names)
+    here.emit(made, _draw_project)
 
 
 def schema(as_json: Json = False) -> None:
     """List every setting of tunesmith.yaml with its meaning and default."""
     from tunesmith.project import settings_schema
 
-    emit(
-        settings_schema(),
-        as_json,
-        lambda console, document: console.print(settings_text(document), markup=False, soft_wrap=True),
-    )
+    document = settings_schema()
+    Here(as_json=as_json).emit(document, printed(settings_text(document)))
 
 
-def doctor(directory: Directory = HERE, as_json: Json = False) -> None:
+def doctor(here: Here) -> None:
     """Check this machine and the project, and say how to fix what is missing."""
     from tunesmith.services.doctor import examine
 
-    found = examine(directory)
-    emit(found, as_json, _draw_checks)
+    found = examine(here.directory)
+    here.emit(found, _draw_checks)
     raise typer.Exit(0 if found.ok else 1)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.terminal import HERE, As, Directory, Json, emit, say
+from tunesmith.cli.terminal import Acting, Here, add_commands, say
 from tunesmith.core.scope import Scope
 
 if TYPE_CHECKING:
@@ -28,93 +28,73 @@ Reason = Annotated[str, typer.Option("--reason", help="Why; the audit log keeps 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(no_args_is_help=True, help="Move traffic to a version step by step, or back at once.")
-    for command in (start, status, resume, promote, abort, rollback):
-        group.command()(command)
+    add_commands(group, start, status, resume, promote, abort, rollback)
     app.add_typer(group, name="rollout")
 
 
 def start(
+    here: Acting,
     version: Annotated[str, typer.Argument(help="NAME@v3, or the start of a version's digest.")],
-    directory: Directory = HERE,
-    as_json: Json = False,
-    actor: As = None,
     override: Override = None,
     tenant: Tenant = "",
     region: Region = "",
 ) -> None:
     """Start to move traffic to an approved version, in the project's steps. The first version serves at once."""
-    from tunesmith.project import open_project
     from tunesmith.services import rollouts
 
-    project = open_project(directory)
-    started = rollouts.start(project, version, actor=actor, override=override, scope=Scope(tenant, region))
-    emit(started, as_json, _draw)
+    project = here.project
+    started = rollouts.start(project, version, actor=here.actor, override=override, scope=Scope(tenant, region))
+    here.emit(started, _draw)
     if started.live:
         say("a running `tunesmith serve` moves it on; `tunesmith rollout status` shows the progress")
 
 
 def status(
+    here: Here,
     which: Annotated[
         str | None, typer.Argument(metavar="[ROLLOUT]", help="A number or a name; all by default.")
     ] = None,
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Show rollouts, and what a running analysis would decide now."""
-    from tunesmith.project import open_store
     from tunesmith.services import rollouts
 
-    emit(rollouts.status(open_store(directory), which), as_json, _draw_all)
+    here.emit(rollouts.status(here.store, which), _draw_all)
 
 
-def resume(which: Which, directory: Directory = HERE, as_json: Json = False, actor: As = None) -> None:
+def resume(here: Acting, which: Which) -> None:
     """End the pause of a rollout."""
-    from tunesmith.project import open_store
     from tunesmith.services import rollouts
 
-    emit(rollouts.resume(open_store(directory), which, actor=actor), as_json, _draw)
+    here.emit(rollouts.resume(here.store, which, actor=here.actor), _draw)
 
 
-def promote(
-    which: Which, directory: Directory = HERE, as_json: Json = False, actor: As = None, override: Override = None
-) -> None:
+def promote(here: Acting, which: Which, override: Override = None) -> None:
     """Give the canary all traffic now, without the remaining steps. Only --override skips an analysis."""
-    from tunesmith.project import open_store
     from tunesmith.services import rollouts
 
-    emit(rollouts.promote(open_store(directory), which, actor=actor, override=override), as_json, _draw)
+    here.emit(rollouts.promote(here.store, which, actor=here.actor, override=override), _draw)
 
 
-def abort(
-    which: Which,
-    directory: Directory = HERE,
-    as_json: Json = False,
-    actor: As = None,
-    reason: Reason = "aborted by hand",
-) -> None:
+def abort(here: Acting, which: Which, reason: Reason = "aborted by hand") -> None:
     """Give all traffic back to the champion and end the rollout."""
-    from tunesmith.project import open_store
     from tunesmith.services import rollouts
 
-    emit(rollouts.abort(open_store(directory), which, reason=reason, actor=actor), as_json, _draw)
+    here.emit(rollouts.abort(here.store, which, reason=reason, actor=here.actor), _draw)
 
 
 def rollback(
+    here: Acting,
     name: Annotated[str, typer.Argument(help="The name that versions share, as in NAME@champion.")],
-    directory: Directory = HERE,
-    as_json: Json = False,
-    actor: As = None,
     reason: Reason = "rolled back by hand",
     tenant: Tenant = "",
     region: Region = "",
 ) -> None:
     """Give a name's traffic back to the previous version: end a live rollout, or undo the newest promotion."""
-    from tunesmith.project import open_store
     from tunesmith.services import rollouts
 
-    store = open_store(directory)
-    undone = rollouts.rollback(store, name, reason=reason, actor=actor, scope=Scope(tenant, region))
-    emit(undone, as_json, _draw)
+    store = here.store
+    undone = rollouts.rollback(store, name, reason=reason, actor=here.actor, scope=Scope(tenant, region))
+    here.emit(undone, _draw)
 
 
 def _draw_all(console: Console, found: RolloutList) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.terminal import HERE, Directory, Json, Terminal, emit, say
+from tunesmith.cli.terminal import Here, Terminal, add_commands, say
 
 if TYPE_CHECKING:
     import socket
@@ -21,13 +21,11 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command()(serve)
-    app.command()(chat)
+    add_commands(app, serve, chat)
 
 
 def serve(
-    directory: Directory = HERE,
-    as_json: Json = False,
+    here: Here,
     host: Annotated[
         str, typer.Option("--host", help="Where to listen; by default for this machine only.")
     ] = "127.0.0.1",
@@ -40,13 +38,12 @@ def serve(
     import uvicorn
 
     from tunesmith.pipeline import PipelineContext
-    from tunesmith.project import open_project
     from tunesmith.registry.aliases import list_aliases
     from tunesmith.server.app import create_app
     from tunesmith.server.settings import ServerSettings
     from tunesmith.services.served_scorers import served_scorers
 
-    project = open_project(directory)
+    project = here.project
     listening = _listen(host, port)
     context = PipelineContext(project, Terminal())
     app = create_app(
@@ -60,7 +57,7 @@ def serve(
     shown = f"[{address}]" if ":" in address else address
     names = sorted({alias.name for alias in list_aliases(project.store) if alias.alias == "champion"})
     document = {"url": f"http://{shown}:{chosen}/v1", "models": [f"{name}@champion" for name in names]}
-    emit(document, as_json, _draw_serving)
+    here.emit(document, _draw_serving)
     if address not in ("127.0.0.1", "::1"):
         say("other machines can reach it, and it speaks plain HTTP: put a proxy with TLS in front of it")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -76,21 +73,19 @@ def serve(
 
 
 def chat(
+    here: Here,
     who: Annotated[str, typer.Argument(help="A candidate's name, NAME@v1, NAME@champion or a version's digest.")],
     message: Annotated[str | None, typer.Option("--message", "-m", help="Ask only this, then exit.")] = None,
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Talk to a candidate of the project, or to a registered version (verified before it is loaded)."""
     from tunesmith.core.errors import UsageError
-    from tunesmith.project import open_project
     from tunesmith.services.chat import ask, opened
 
-    if as_json and message is None:
+    if here.as_json and message is None:
         raise UsageError("--json needs --message", fix="ask one question with -m")
-    with opened(open_project(directory), who, progress=Terminal()) as answerer:
+    with opened(here.project, who, progress=Terminal()) as answerer:
         if message is not None:
-            emit(ask(answerer, message), as_json, _draw_answer)
+            here.emit(ask(answerer, message), _draw_answer)
             return
         say(f"talking to {answerer.name}; an empty line or ctrl-D ends")
         with contextlib.suppress(EOFError):

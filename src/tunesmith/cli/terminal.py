@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -18,6 +21,9 @@ from tunesmith.core.progress import Task
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console
+
+    from tunesmith.project import Project
+    from tunesmith.store.store import Store
 
     Result = TypeVar("Result", bound=BaseModel | Mapping[str, Any])
 
@@ -34,15 +40,8 @@ def _folder(context: typer.Context, folder: Path) -> Path:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-Directory = Annotated[
-    Path, typer.Option("-C", "--directory", metavar="DIR", help="The project's folder.", callback=_folder)
-]
-As = Annotated[
-    str | None, typer.Option("--as", metavar="USER", help="Who acts; by default $TUNESMITH_USER, else the owner.")
-]
 Tenant = Annotated[str, typer.Option("--tenant", help="The tenant it is for; none by default.")]
 Region = Annotated[str, typer.Option("--region", help="The region it is for; none by default.")]
-HERE = Path()
 
 
 def say(text: str = "") -> None:
@@ -50,15 +49,76 @@ def say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def emit(result: Result, as_json: bool, draw: Callable[[Console, Result], None]) -> None:
-    """Print a command's result on stdout: as JSON, or drawn for a person."""
-    if as_json:
-        document = result if isinstance(result, Mapping) else result.model_dump(mode="json", by_alias=True)
-        print(json.dumps(document, ensure_ascii=False, allow_nan=False), flush=True)
-        return
-    from rich.console import Console
+@dataclass(frozen=True)
+class Here:
+    """The options that commands share: the project's folder, and whether the result is printed as JSON."""
 
-    draw(Console(highlight=False, soft_wrap=False), result)
+    directory: Annotated[
+        Path, typer.Option("-C", "--directory", metavar="DIR", help="The project's folder.", callback=_folder)
+    ] = Path()
+    as_json: Json = False
+
+    @property
+    def project(self) -> Project:
+        """The project in the folder."""
+        from tunesmith.project import open_project
+
+        return open_project(self.directory)
+
+    @property
+    def store(self) -> Store:
+        """The store of the project, or the folder itself where it is a store."""
+        from tunesmith.project import open_store
+
+        return open_store(self.directory)
+
+    def emit(self, result: Result, draw: Callable[[Console, Result], None]) -> None:
+        """Print a command's result on stdout: as JSON, or drawn for a person."""
+        if self.as_json:
+            document = result if isinstance(result, Mapping) else result.model_dump(mode="json", by_alias=True)
+            print(json.dumps(document, ensure_ascii=False, allow_nan=False), flush=True)
+            return
+        from rich.console import Console
+
+        draw(Console(highlight=False, soft_wrap=False), result)
+
+
+@dataclass(frozen=True)
+class Acting(Here):
+    """The options of a command that changes something: also who acts."""
+
+    actor: Annotated[
+        str | None, typer.Option("--as", metavar="USER", help="Who acts; by default $TUNESMITH_USER, else the owner.")
+    ] = None
+
+
+def add_commands(app: typer.Typer, *functions: Callable[..., None], **renamed: Callable[..., None]) -> None:
+    """Add functions as commands, under their own names or under a keyword's name.
+
+    A function's parameter `here` (Here or Acting) becomes the options that this class has as fields.
+    """
+    for function in functions:
+        app.command()(_with_options(function))
+    for name, function in renamed.items():
+        app.command(name)(_with_options(function))
+
+
+def _with_options(function: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(function, eval_str=True)
+    if "here" not in signature.parameters:
+        return function
+    shared = signature.parameters["here"].annotation
+    options = inspect.signature(shared, eval_str=True).parameters
+    parameters = [each for name, each in signature.parameters.items() if name != "here"]
+
+    @functools.wraps(function)
+    def command(**given: Any) -> None:
+        function(here=shared(**{name: given.pop(name) for name in options}), **given)
+
+    parameters += options.values()
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    return command
 
 
 def printed(line: str) -> Callable[[Console, Any], None]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.terminal import HERE, As, Directory, Json, emit, printed, say
+from tunesmith.cli.terminal import Acting, Here, add_commands, printed, say
 from tunesmith.core.scope import Scope
 
 if TYPE_CHECKING:
@@ -23,28 +23,24 @@ Roles = Annotated[list[str], typer.Option("--role", help="engineer, steward, app
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     users = typer.Typer(help="Who may do what.", no_args_is_help=True)
-    users.command("list")(list_users)
-    for command in (add, roles, deactivate, token):
-        users.command()(command)
+    add_commands(users, add, roles, deactivate, token, list=list_users)
     app.add_typer(users, name="users")
     keys = typer.Typer(help="The keys that versions and approvals are signed with.", no_args_is_help=True)
-    keys.command("list")(list_keys)
-    keys.command()(create)
-    keys.command()(enrol)
+    add_commands(keys, create, enrol, list=list_keys)
     app.add_typer(keys, name="keys")
 
 
-def list_users(directory: Directory = HERE, as_json: Json = False) -> None:
+def list_users(here: Here) -> None:
     """List every user with their roles, deactivated ones included."""
-    from tunesmith.project import open_store
     from tunesmith.services import users
 
-    found = users.list_users(open_store(directory))
+    found = users.list_users(here.store)
     columns = ("user", "roles", "tenant", "region", "active")
-    emit(found, as_json, lambda console, result: _table(console, result.document()["users"], columns))
+    here.emit(found, lambda console, result: _table(console, result.document()["users"], columns))
 
 
 def add(
+    here: Acting,
     name: Name,
     role: Roles,
     tenant: Annotated[str, typer.Option("--tenant", help="They may act for this tenant only.")] = "",
@@ -52,87 +48,71 @@ def add(
     public_key: Annotated[
         Path | None, typer.Option("--public-key", metavar="FILE", help="Their own public key, PEM, EC P-256.")
     ] = None,
-    directory: Directory = HERE,
-    as_json: Json = False,
-    actor: As = None,
 ) -> None:
     """Add a user. Without --public-key, a key pair is made here when they first sign."""
-    from tunesmith.project import open_store
     from tunesmith.services import users
 
-    store = open_store(directory)
-    user = users.add_user(store, name, role, actor=actor, scope=Scope(tenant, region), public_key=public_key)
-    emit(user, as_json, printed(f"{name} is {', '.join(user.roles)}"))
+    store = here.store
+    user = users.add_user(store, name, role, actor=here.actor, scope=Scope(tenant, region), public_key=public_key)
+    here.emit(user, printed(f"{name} is {', '.join(user.roles)}"))
 
 
-def roles(name: Name, role: Roles, directory: Directory = HERE, as_json: Json = False, actor: As = None) -> None:
+def roles(here: Acting, name: Name, role: Roles) -> None:
     """Replace a user's roles with the given ones."""
-    from tunesmith.project import open_store
     from tunesmith.services import users
 
-    user = users.set_roles(open_store(directory), name, role, actor=actor)
+    user = users.set_roles(here.store, name, role, actor=here.actor)
     _warn(user)
-    emit(user, as_json, printed(f"{name} is {', '.join(user.roles)}"))
+    here.emit(user, printed(f"{name} is {', '.join(user.roles)}"))
 
 
-def deactivate(name: Name, directory: Directory = HERE, as_json: Json = False, actor: As = None) -> None:
+def deactivate(here: Acting, name: Name) -> None:
     """Deactivate a user: their token, approvals and signatures no longer count."""
-    from tunesmith.project import open_store
     from tunesmith.services import users
 
-    user = users.deactivate(open_store(directory), name, actor=actor)
+    user = users.deactivate(here.store, name, actor=here.actor)
     _warn(user)
-    emit(user, as_json, printed(f"{name} is deactivated"))
+    here.emit(user, printed(f"{name} is deactivated"))
 
 
-def token(name: Name, directory: Directory = HERE, as_json: Json = False, actor: As = None) -> None:
+def token(here: Acting, name: Name) -> None:
     """Make a new token for the HTTP interface; an older one stops working. The token is shown only once."""
-    from tunesmith.project import open_store
     from tunesmith.services import users
 
-    issued = users.issue_token(open_store(directory), name, actor=actor)
+    issued = users.issue_token(here.store, name, actor=here.actor)
     say(f"the token of {name}, shown only once; an older one no longer works:")
-    emit(issued, as_json, printed(issued.token))
+    here.emit(issued, printed(issued.token))
 
 
-def list_keys(directory: Directory = HERE, as_json: Json = False) -> None:
+def list_keys(here: Here) -> None:
     """List every enrolled key, and whether its private half is on this machine."""
-    from tunesmith.project import open_store
     from tunesmith.services import users
 
     columns = ("user", "fingerprint", "active", "private")
-    found = users.list_keys(open_store(directory))
-    emit(found, as_json, lambda console, result: _table(console, result.document()["keys"], columns))
+    found = users.list_keys(here.store)
+    here.emit(found, lambda console, result: _table(console, result.document()["keys"], columns))
 
 
 def create(
+    here: Acting,
     name: Annotated[str | None, typer.Argument(metavar="[USER]", help="Whose key; by default your own.")] = None,
-    directory: Directory = HERE,
-    as_json: Json = False,
-    actor: As = None,
 ) -> None:
     """Make a key pair. The private half stays in $TUNESMITH_KEYS, or else in the store's keys folder."""
-    from tunesmith.project import open_store
     from tunesmith.services import users
 
-    user, private_key = users.create_key(open_store(directory), name, actor=actor)
+    user, private_key = users.create_key(here.store, name, actor=here.actor)
     say(f"the private key is {private_key}; keep it secret and keep a copy")
-    emit(user, as_json, printed(f"{user.user} signs with {user.fingerprint}"))
+    here.emit(user, printed(f"{user.user} signs with {user.fingerprint}"))
 
 
 def enrol(
-    name: Name,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A public key, PEM, EC P-256.")],
-    directory: Directory = HERE,
-    as_json: Json = False,
-    actor: As = None,
+    here: Acting, name: Name, file: Annotated[Path, typer.Argument(metavar="FILE", help="A public key, PEM, EC P-256.")]
 ) -> None:
     """Bind a public key that was made elsewhere to a user, so that only its owner can sign as that user."""
-    from tunesmith.project import open_store
     from tunesmith.services import users
 
-    user = users.enrol_key(open_store(directory), name, file, actor=actor)
-    emit(user, as_json, printed(f"{name} signs with {user.fingerprint}"))
+    user = users.enrol_key(here.store, name, file, actor=here.actor)
+    here.emit(user, printed(f"{name} signs with {user.fingerprint}"))
 
 
 def _table(console: Console, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:

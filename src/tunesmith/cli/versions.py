@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.terminal import HERE, As, Directory, Json, Region, Tenant, Terminal, emit, say
+from tunesmith.cli.terminal import Acting, Here, Region, Tenant, Terminal, add_commands, say
 from tunesmith.core.scope import Scope
 
 if TYPE_CHECKING:
@@ -40,16 +40,14 @@ class Dtype(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command("register")(register_version)
-    for command in (approve, verify, show, export):
-        app.command()(command)
+    add_commands(app, approve, verify, show, export, register=register_version)
     audit = typer.Typer(help="The log of every change.", no_args_is_help=True)
-    audit.command("verify")(verify_audit)
-    audit.command("show")(show_audit)
+    add_commands(audit, verify=verify_audit, show=show_audit)
     app.add_typer(audit, name="audit")
 
 
 def register_version(
+    here: Acting,
     verdict: Annotated[
         str | None, typer.Argument(help="A verdict's digest or its start; by default the newest.")
     ] = None,
@@ -65,45 +63,39 @@ def register_version(
     ] = None,
     tenant: Tenant = "",
     region: Region = "",
-    directory: Directory = HERE,
-    as_json: Json = False,
-    actor: As = None,
 ) -> None:
     """Sign a judged candidate and keep it as the next version of its name."""
-    from tunesmith.project import open_project, open_store
     from tunesmith.services import versions
 
     version = versions.register(
-        open_store(directory),
+        here.store,
         verdict,
-        name=name or open_project(directory).settings.name,
-        actor=actor,
+        name=name or here.project.settings.name,
+        actor=here.actor,
         override=override,
         expires_at=expires,
         scope=Scope(tenant, region),
     )
-    emit(version, as_json, _draw_registered)
+    here.emit(version, _draw_registered)
 
 
 def approve(
+    here: Acting,
     version: Annotated[str, typer.Argument(help="NAME@v3, NAME@challenger, or the start of a version's digest.")],
     reason: Annotated[str, typer.Option("--reason", help="Why; required where the gates were overridden.")] = "",
     tenant: Tenant = "",
     region: Region = "",
-    directory: Directory = HERE,
-    as_json: Json = False,
-    actor: As = None,
 ) -> None:
     """Verify a version and approve it with your signature. You may not approve a version that you registered."""
-    from tunesmith.project import open_store
     from tunesmith.services import versions
 
-    store = open_store(directory)
-    approved = versions.approve(store, version, reason=reason, actor=actor, scope=Scope(tenant, region))
-    emit(approved, as_json, _draw_approved)
+    store = here.store
+    approved = versions.approve(store, version, reason=reason, actor=here.actor, scope=Scope(tenant, region))
+    here.emit(approved, _draw_approved)
 
 
 def verify(
+    here: Here,
     version: Annotated[str, typer.Argument(help="NAME@v3 (reads files only), NAME@champion or a digest.")],
     trust: Annotated[
         Path | None, typer.Option("--trust", metavar="FILE", help="Your own list of keys instead of the store's.")
@@ -116,51 +108,47 @@ def verify(
     ] = False,
     tenant: Tenant = "",
     region: Region = "",
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Verify a version offline: its signature, and every record and blob it was made from. Exit 3 on any difference.
 
     The trusted keys are those in the store's trust/keys.json. A person who can write that file decides what verifies:
     bring your own copy with --trust if you do not trust the store.
     """
-    from tunesmith.project import open_store
     from tunesmith.services import versions
 
     found = versions.verify(
-        open_store(directory),
+        here.store,
         version,
         trust=trust,
         base=base,
         lineage_only=lineage_only,
         scope=Scope(tenant, region),
     )
-    emit(found, as_json, _draw_verification)
+    here.emit(found, _draw_verification)
     raise typer.Exit(0 if found.ok else 3)
 
 
 def show(
+    here: Here,
     what: Annotated[str | None, typer.Argument(help="A version, or any record's digest or its start.")] = None,
     tenant: Tenant = "",
     region: Region = "",
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Show what a record was made from and what was made from it; without an argument, list versions and aliases."""
-    from tunesmith.project import open_store
     from tunesmith.services import versions
 
-    store = open_store(directory)
+    store = here.store
     if what is not None:
-        emit(versions.show(store, what, scope=Scope(tenant, region)), as_json, _draw_lineage)
+        here.emit(versions.show(store, what, scope=Scope(tenant, region)), _draw_lineage)
         return
     found = versions.list_versions(store)
-    if not found.versions and not as_json:
+    if not found.versions and not here.as_json:
         say("nothing is registered yet: tunesmith run, or tunesmith register")
-    emit(found, as_json, _draw_versions)
+    here.emit(found, _draw_versions)
 
 
 def export(
+    here: Here,
     version: Annotated[str, typer.Argument(help="NAME@v3, NAME@champion, or the start of a version's digest.")],
     target: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write; it must not exist yet.")],
     form: Annotated[
@@ -169,8 +157,6 @@ def export(
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Of merged weights; an adapter stays as it is.")] = Dtype.bf16,
     tenant: Tenant = "",
     region: Region = "",
-    directory: Directory = HERE,
-    as_json: Json = False,
     actor: Annotated[
         str | None, typer.Option("--by", metavar="USER", help="Who acts; by default $TUNESMITH_USER, else the owner.")
     ] = None,
@@ -180,11 +166,10 @@ def export(
     The same held-out requests go through the adapter as trained, as served and as exported. Exit 3 if their
     log-probabilities differ by more than the tolerance. The store keeps the figures: `tunesmith show VERSION`.
     """
-    from tunesmith.project import open_project
     from tunesmith.services.export import export as export_version
 
     done = export_version(
-        open_project(directory),
+        here.project,
         version,
         target,
         form=form.value,
@@ -193,39 +178,35 @@ def export(
         scope=Scope(tenant, region),
         progress=Terminal(),
     )
-    emit(done, as_json, _draw_export)
+    here.emit(done, _draw_export)
 
 
 def verify_audit(
+    here: Here,
     head: Annotated[
         list[str] | None,
         typer.Option("--head", metavar="NUMBER:DIGEST", help="A newest entry that you kept elsewhere; repeatable."),
     ] = None,
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Compare the audit log with itself, with signed records and with the current state. Exit 3 on any difference."""
-    from tunesmith.project import open_store
     from tunesmith.services import audit
 
-    found = audit.verify_audit(open_store(directory), head or ())
-    emit(found, as_json, _draw_audit_verification)
+    found = audit.verify_audit(here.store, head or ())
+    here.emit(found, _draw_audit_verification)
     raise typer.Exit(0 if found.ok else 3)
 
 
 def show_audit(
+    here: Here,
     subject: Annotated[str | None, typer.Argument(help="Only entries about this name or digest.")] = None,
     action: Annotated[str | None, typer.Option("--action", help="Only this action, such as version.approve.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Newest entries to show; 0 shows all.")] = 50,
-    directory: Directory = HERE,
-    as_json: Json = False,
 ) -> None:
     """Show who did what, and when."""
-    from tunesmith.project import open_store
     from tunesmith.services import audit
 
-    store = open_store(directory)
-    emit(audit.show_audit(store, subject=subject, action=action, limit=limit), as_json, _draw_audit)
+    store = here.store
+    here.emit(audit.show_audit(store, subject=subject, action=action, limit=limit), _draw_audit)
 
 
 def _draw_registered(console: Console, version: RegisteredVersion) -> None:
