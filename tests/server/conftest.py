@@ -90,7 +90,7 @@ def running(scene: Scene, engine: FakeEngine, **settings: Any) -> Iterator[Serve
     """A server with these settings."""
     schema, root = settings.pop("answer_schema", SCHEMA), settings.pop("root", Path())
     scorers = served_scorers(settings.pop("scorers", ("json_valid", "exact_match")), schema, root)
-    bounds = ServerSettings.model_validate({"look_seconds": 0.05, **settings})
+    bounds = ServerSettings.model_validate({"check_seconds": 0.05, **settings})
     app = create_app(scene.store, engine, engine.count_tokens, bounds, scorers=scorers)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))

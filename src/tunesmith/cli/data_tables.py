@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from tunesmith.cli.terminal import draw_table
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from tunesmith.data.building.summary import DatasetSummary
     from tunesmith.data.building.verify import DatasetVerification
@@ -17,45 +19,9 @@ if TYPE_CHECKING:
 
 def draw_summary(console: Console, found: DatasetSummary) -> None:
     """A table of what a dataset version holds and what was left out."""
-    from rich.table import Table
-
     from tunesmith.core.digests import short
 
-    table = Table(title=f"Dataset version {short(found.dataset)}", show_header=False, title_justify="left")
-    for source in found.sources:
-        how = "told" if source.format_told else "detected"  # --json has the evidence
-        held = ", held out" if source.split == "test" else ""
-        table.add_row(f"source {source.path}", f"{source.rows} rows, format {source.format} ({how}){held}")
-    for warning in found.warnings:
-        table.add_row("warning", warning)
-    table.add_row("read", str(found.rows.read))
-    table.add_row("kept", f"{found.rows.kept} ({found.rows.changed} changed)")
-    for reason, number in found.rows.removed.items():
-        table.add_row(f"removed: {reason}", str(number))
-    for name, number in found.splits.items():
-        table.add_row(name, f"{number} rows in {found.groups[name]} groups")
-    leakage = found.leakage
-    table.add_row(
-        "leakage", f"{leakage.shared_groups} shared groups, {leakage.near_pairs} near pairs at {leakage.threshold}"
-    )
-    for name, number in (leakage.shared or {}).items():
-        table.add_row(f"leakage by {name}", f"{number} in two splits")
-    _add_splitting(found, table)
-    for outside in found.decontaminated:
-        table.add_row("compared with", f"{outside['path']}, {outside['rows']} rows")
-    near = found.near_clusters
-    if near.clusters:
-        table.add_row("near, answers differ", f"{near.clusters} clusters, {near.rows} rows, the largest {near.largest}")
-    for licence, number in found.licences.items():
-        table.add_row(f"licence {licence}", str(number))
-    for entity, number in found.privacy.items():
-        table.add_row(f"found: {entity}", str(number))
-    _add_scan(found.privacy_scan, table)
-    for key, number in found.ignored_keys.items():
-        table.add_row(f"key not read: {key}", f"in {number} rows")
-    if conflicts := found.conflicts.requests:
-        table.add_row("conflicts", f"{conflicts} requests with different answers, {found.conflicts.rows} rows")
-    console.print(table)
+    draw_table(console, _summary_rows(found), title=f"Dataset version {short(found.dataset)}")
 
 
 def draw_rows(console: Console, found: ShownDataset) -> None:
@@ -91,16 +57,11 @@ def draw_originals(console: Console, found: Originals) -> None:
 
 def draw_difference(console: Console, found: Difference) -> None:
     """A table of rows before and after."""
-    from rich.table import Table
-
-    table = Table("", "before", "after", title="From one dataset version to the other", title_justify="left")
-    for split, (before, after) in found.splits.items():
-        table.add_row(split, str(before), str(after))
+    rows = [(split, *counts) for split, counts in found.splits.items()]
     shown = {name: values for name, values in found.balance.items() if set(values) != {""}}
     for name, values in {**shown, "removed": found.removed_reasons}.items():
-        for value, (before, after) in values.items():
-            table.add_row(f"{name}: {value or '(none)'}", str(before), str(after))
-    console.print(table)
+        rows += [(f"{name}: {value or '(none)'}", *counts) for value, counts in values.items()]
+    draw_table(console, rows, "", "before", "after", title="From one dataset version to the other")
     console.print(", ".join(f"{number} {what}" for what, number in found.rows.items()), markup=False)
 
 
@@ -129,32 +90,66 @@ def draw_quality(console: Console, found: QualityReport) -> None:
         console.print(f"  {flag['id']}  {flag['flag']}: {flag['detail']}", markup=False)
 
 
-def _add_splitting(found: DatasetSummary, table: Table) -> None:
+def _summary_rows(found: DatasetSummary) -> Iterator[tuple[str, str]]:
+    for source in found.sources:
+        how = "told" if source.format_told else "detected"  # --json has the evidence
+        held = ", held out" if source.split == "test" else ""
+        yield f"source {source.path}", f"{source.rows} rows, format {source.format} ({how}){held}"
+    for warning in found.warnings:
+        yield "warning", warning
+    yield "read", str(found.rows.read)
+    yield "kept", f"{found.rows.kept} ({found.rows.changed} changed)"
+    for reason, number in found.rows.removed.items():
+        yield f"removed: {reason}", str(number)
+    for name, number in found.splits.items():
+        yield name, f"{number} rows in {found.groups[name]} groups"
+    leakage = found.leakage
+    yield "leakage", f"{leakage.shared_groups} shared groups, {leakage.near_pairs} near pairs at {leakage.threshold}"
+    for name, number in (leakage.shared or {}).items():
+        yield f"leakage by {name}", f"{number} in two splits"
+    yield from _splitting_rows(found)
+    for outside in found.decontaminated:
+        yield "compared with", f"{outside['path']}, {outside['rows']} rows"
+    near = found.near_clusters
+    if near.clusters:
+        yield "near, answers differ", f"{near.clusters} clusters, {near.rows} rows, the largest {near.largest}"
+    for licence, number in found.licences.items():
+        yield f"licence {licence}", str(number)
+    for entity, number in found.privacy.items():
+        yield f"found: {entity}", str(number)
+    yield from _scan_rows(found.privacy_scan)
+    for key, number in found.ignored_keys.items():
+        yield f"key not read: {key}", f"in {number} rows"
+    if conflicts := found.conflicts.requests:
+        yield "conflicts", f"{conflicts} requests with different answers, {found.conflicts.rows} rows"
+
+
+def _splitting_rows(found: DatasetSummary) -> Iterator[tuple[str, str]]:
     if found.time:
         for name, (first, last) in found.time["spans"].items():
-            table.add_row(f"time of {name}", f"{first[:19]} to {last[:19]} by {found.time['key']}")
+            yield f"time of {name}", f"{first[:19]} to {last[:19]} by {found.time['key']}"
     if found.strata:
         kinds = found.strata["rows"]
         bare = [kind for kind, rows in kinds.items() if not rows["test"]]
         missing = f", {len(bare)} of them not in the test: {', '.join(bare[:5])}" if bare else ", all in the test"
-        table.add_row(f"kinds by {found.strata['key']}", f"{len(kinds)}{missing}")
+        yield f"kinds by {found.strata['key']}", f"{len(kinds)}{missing}"
 
 
-def _add_scan(scan: dict[str, Any], table: Table) -> None:
+def _scan_rows(scan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What the privacy scan found, and its recall on synthetic values inserted into these rows."""
     for role, found in scan.get("fields", {}).items():
-        table.add_row(f"found in: {role}", ", ".join(f"{entity} {number}" for entity, number in found.items()))
+        yield f"found in: {role}", ", ".join(f"{entity} {number}" for entity, number in found.items())
     measured = scan.get("synthetic", {})
     missed = {entity: one for entity, one in measured.items() if one["found"] < one["inserted"]}
     for entity, one in sorted(missed.items(), key=lambda pair: float(pair[1]["recall"]))[:3]:
         recall = f"recall at least {one['recall_at_least']:.0%}"
-        table.add_row(f"scan for {entity}", f"finds {one['found']} of {one['inserted']} synthetic values ({recall})")
+        yield f"scan for {entity}", f"finds {one['found']} of {one['inserted']} synthetic values ({recall})"
     if whole := [one for entity, one in measured.items() if entity not in missed]:
         least = min(float(one["recall_at_least"]) for one in whole)
-        table.add_row(f"scan for {len(whole)} kinds", f"finds all synthetic values (recall at least {least:.0%} each)")
+        yield f"scan for {len(whole)} kinds", f"finds all synthetic values (recall at least {least:.0%} each)"
     if measured:
         left = scan["left"]["at_most"]
-        table.add_row("probably left", "no bound" if left is None else f"at most {left:g} values (95%)")
+        yield "probably left", "no bound" if left is None else f"at most {left:g} values (95%)"
 
 
 def _detector_error(found: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.terminal import Acting, Here, Terminal, add_commands
+from tunesmith.cli.terminal import Acting, Here, Terminal, add_commands, draw_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,13 +54,10 @@ def train(
 
 
 def _draw_training(console: Console, done: TrainingSummary) -> None:
-    from rich.table import Table
-
     expected = done.estimate
     memory, expected_memory = done.peak_memory_bytes / 1e9, expected.peak_memory_bytes / 1e9
     checkpoint, expected_checkpoint = done.checkpoint_bytes / 1e6, expected.checkpoint_bytes / 1e6
-    table = Table(title="training", show_header=False)
-    for name, value in (
+    rows = (
         ("rows, steps", f"{done.rows}, {done.steps}"),
         ("final loss", f"{done.final_loss:.4f}"),
         ("took", f"{done.seconds:.0f} s (expected {expected.seconds:.0f} s)"),
@@ -69,9 +66,8 @@ def _draw_training(console: Console, done: TrainingSummary) -> None:
         ("checkpoint", f"{checkpoint:.0f} MB (expected {expected_checkpoint:.0f} MB)"),
         ("adapter", done.adapter),
         ("record", done.training),
-    ):
-        table.add_row(name, value)
-    console.print(table)
+    )
+    draw_table(console, rows, title="training")
 
 
 def _draw_rates(console: Console, found: RateSearch) -> None:

@@ -8,7 +8,7 @@ import inspect
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -124,6 +124,17 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
 def printed(line: str) -> Callable[[Console, Any], None]:
     """A draw function that prints one line."""
     return lambda console, _result: console.print(line, markup=False, soft_wrap=True)
+
+
+def draw_table(console: Console, rows: Iterable[Sequence[object]], *headings: str, title: str | None = None) -> None:
+    """Draw rows as a table. Cells are shown as they are: square brackets in them are not rich's markup."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*headings, title=title, title_justify="left", show_header=bool(headings))
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    console.print(table)
 
 
 class Terminal:

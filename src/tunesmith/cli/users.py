@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.terminal import Acting, Here, add_commands, printed, say
+from tunesmith.cli.terminal import Acting, Here, add_commands, draw_table, printed, say
 from tunesmith.core.scope import Scope
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.users import UserView
+    from tunesmith.services.users import KeyList, UserList, UserView
 
 Name = Annotated[str, typer.Argument(metavar="USER", help="The user's name.")]
 Roles = Annotated[list[str], typer.Option("--role", help="engineer, steward, approver, operator or admin; repeatable.")]
@@ -34,9 +33,7 @@ def list_users(here: Here) -> None:
     """List every user with their roles, deactivated ones included."""
     from tunesmith.services import users
 
-    found = users.list_users(here.store)
-    columns = ("user", "roles", "tenant", "region", "active")
-    here.emit(found, lambda console, result: _table(console, result.document()["users"], columns))
+    here.emit(users.list_users(here.store), _draw_users)
 
 
 def add(
@@ -88,9 +85,7 @@ def list_keys(here: Here) -> None:
     """List every enrolled key, and whether its private half is on this machine."""
     from tunesmith.services import users
 
-    columns = ("user", "fingerprint", "active", "private")
-    found = users.list_keys(here.store)
-    here.emit(found, lambda console, result: _table(console, result.document()["keys"], columns))
+    here.emit(users.list_keys(here.store), _draw_keys)
 
 
 def create(
@@ -115,18 +110,17 @@ def enrol(
     here.emit(user, printed(f"{name} signs with {user.fingerprint}"))
 
 
-def _table(console: Console, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*columns)
-    for row in rows:
-        cells = [row[column] for column in columns]
-        table.add_row(*(Text(", ".join(cell) if isinstance(cell, list) else str(cell)) for cell in cells))
-    console.print(table)
-
-
 def _warn(user: UserView) -> None:
     if user.invalidated:
         say(f"signed by {user.user} and no longer valid: {', '.join(user.invalidated)}")
         say("`tunesmith register` as another engineer signs the same verdict under the next number")
+
+
+def _draw_users(console: Console, found: UserList) -> None:
+    rows = ((user.user, ", ".join(user.roles), user.tenant, user.region, user.active) for user in found.users)
+    draw_table(console, rows, "user", "roles", "tenant", "region", "active")
+
+
+def _draw_keys(console: Console, found: KeyList) -> None:
+    rows = ((key.user, key.fingerprint, key.active, key.private) for key in found.keys)
+    draw_table(console, rows, "user", "fingerprint", "active", "private")

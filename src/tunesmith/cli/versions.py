@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.terminal import Acting, Here, Region, Tenant, Terminal, add_commands, say
+from tunesmith.cli.terminal import Acting, Here, Region, Tenant, Terminal, add_commands, draw_table, say
 from tunesmith.core.scope import Scope
 
 if TYPE_CHECKING:
@@ -262,10 +262,9 @@ def _grow(trunk: Tree, nodes: Sequence[Node]) -> None:
 
 
 def _draw_versions(console: Console, found: VersionList) -> None:
-    from rich.table import Table
-    from rich.text import Text
+    from tunesmith.core.digests import short
 
-    table = Table("version", "digest", "signed by", "for", "aliases")
+    rows = []
     for version in found.versions:
         pointing = ", ".join(
             "/".join(part for part in (alias.alias, alias.tenant, alias.region) if part)
@@ -275,10 +274,9 @@ def _draw_versions(console: Console, found: VersionList) -> None:
         scope = "/".join(part for part in (version.tenant, version.region) if part)
         notes = [*(["gates overridden"] if version.override else []), *version.marks]
         marked = version.label + (f" ({', '.join(notes)})" if notes else "")
-        cells = (marked, version.digest.removeprefix("sha256:")[:12], version.signer, scope, pointing)
-        table.add_row(*map(Text, cells))
-    if found.versions:
-        console.print(table)
+        rows.append((marked, short(version.digest), version.signer, scope, pointing))
+    if rows:
+        draw_table(console, rows, "version", "digest", "signed by", "for", "aliases")
 
 
 def _draw_export(console: Console, done: ExportedVersion) -> None:
@@ -298,16 +296,14 @@ def _draw_audit_verification(console: Console, found: AuditVerification) -> None
 
 
 def _draw_audit(console: Console, log: AuditLog) -> None:
-    from rich.table import Table
-    from rich.text import Text
+    from tunesmith.core.digests import short
 
-    table = Table("entry", "at", "who", "action", "about")
+    rows = []
     for entry in log.entries:
-        digest = entry.subject.startswith("sha256:")
-        about = entry.subject.removeprefix("sha256:")[:12] if digest else entry.subject
+        about = short(entry.subject) if entry.subject.startswith("sha256:") else entry.subject
         at = f"{entry.at[:19]}Z"  # to the second; --json has all of it
-        table.add_row(str(entry.seq), at, Text(entry.actor), Text(entry.action), Text(about))
-    console.print(table)
+        rows.append((entry.seq, at, entry.actor, entry.action, about))
+    draw_table(console, rows, "entry", "at", "who", "action", "about")
     if len(log.entries) < log.total:
         shown = f"the newest {len(log.entries)} of {log.total}; --limit 0 shows all"
         console.print(shown, style="dim", markup=False)

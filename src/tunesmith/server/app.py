@@ -83,7 +83,7 @@ def _add_routes(app: FastAPI) -> None:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     serving: Serving = app.state.serving
     serving.worker.start()
-    serving.looked = time.monotonic()
+    serving.checked_at = time.monotonic()
     controller = asyncio.create_task(_control(serving))
     try:
         yield
@@ -95,18 +95,18 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _control(serving: Serving) -> None:
-    """Advance every live rollout, at every look."""
+    """Advance every live rollout, every check_seconds."""
     while True:
         try:
             for rollout in await asyncio.to_thread(list_rollouts, serving.store, live=True):
                 moved = await asyncio.to_thread(advance, serving.store, rollout.id)
                 if moved.revision != rollout.revision:
                     LOG.info("rollout %d of %s: %s, step %d", moved.id, moved.name, moved.status, moved.step)
-            serving.looked = time.monotonic()
-        except Exception:  # noqa: BLE001 - one failed look must not end the controller
+            serving.checked_at = time.monotonic()
+        except Exception:  # noqa: BLE001 - one failed check must not end the controller
             serving.metrics.controller_failures.inc()
-            LOG.exception("a look at the rollouts failed")
-        await asyncio.sleep(serving.settings.look_seconds)
+            LOG.exception("checking the rollouts failed")
+        await asyncio.sleep(serving.settings.check_seconds)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

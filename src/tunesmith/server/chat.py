@@ -1,4 +1,4 @@
-"""/v1/models and /v1/chat/completions, as OpenAI's clients know them."""
+"""/v1/models and /v1/chat/completions, compatible with OpenAI's clients."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ routes = APIRouter(prefix="/v1")
 
 @routes.get("/models", response_model=ModelList, responses=errors(401, 403), openapi_extra=BEARER)
 async def models(request: Request) -> Response:
-    """The models that the caller may ask now."""
+    """The models that the caller may use now."""
     user, serving = await caller(request)
     found = await asyncio.to_thread(serving.router.models, user)
     return _answer(ModelList(object="list", data=[_model(name, version) for name, version in found]))
@@ -54,7 +54,7 @@ async def models(request: Request) -> Response:
 
 @routes.get("/models/{model:path}", response_model=Model, responses=errors(401, 403, 404), openapi_extra=BEARER)
 async def model(request: Request, model: str) -> Response:
-    """One of the models that the caller may ask now."""
+    """One of the models that the caller may use now."""
     user, serving = await caller(request)
     for name, version in await asyncio.to_thread(serving.router.models, user):
         if name == model:
@@ -74,10 +74,10 @@ async def model(request: Request, model: str) -> Response:
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation, whole or, with `stream`, as server-sent events of chat.completion.chunk objects."""
     user, serving = await caller(request)
-    asked = await read_body(request, ChatRequest, serving.settings)
+    given = await read_body(request, ChatRequest, serving.settings)
     identifier = uuid.uuid4().hex
-    route = await asyncio.to_thread(serving.router.route, user, asked.model, asked.user or identifier)
-    job = Job(id=identifier, user=user, request=asked, route=route)
+    route = await asyncio.to_thread(serving.router.route, user, given.model, given.user or identifier)
+    job = Job(id=identifier, user=user, request=given, route=route)
     serving.worker.submit(job)
     try:
         first = await _first_event(job, request, serving)
@@ -86,16 +86,16 @@ async def chat_completions(request: Request) -> Response:
     except BaseException:
         job.leave()
         raise
-    shape = _Shape(job)
-    if isinstance(first, Completion) and not asked.stream:
-        return _answer(shape.whole(first), shape.headers())
+    build = _ResponseBuilder(job)
+    if isinstance(first, Completion) and not given.stream:
+        return _answer(build.whole(first), build.headers())
     return StreamingResponse(
-        _chunks(job, shape, first, serving), media_type="text/event-stream", headers=shape.headers()
+        _chunks(job, build, first, serving), media_type="text/event-stream", headers=build.headers()
     )
 
 
 async def _first_event(job: Job, request: Request, serving: Serving) -> Event:
-    """The job's first event; a client that leaves before it is not answered for."""
+    """The job's first event, or an ApiError if the client left or the time is over."""
     gone = asyncio.ensure_future(_gone(request))
     arrived = asyncio.ensure_future(job.events.get())
     try:
@@ -119,26 +119,26 @@ async def _gone(request: Request) -> None:
 
 
 async def _give_up_waiting(job: Job, serving: Serving) -> ApiError:
-    """Answer in place of an engine that hangs; a request that it had begun counts as failed."""
+    """The error for a request without an answer in time. If it had begun, it is recorded as failed."""
     job.leave()
     if job.claim() and job.begun:
         await asyncio.to_thread(serving.recorder.write, [job.served(None)])
     return timed_out()
 
 
-async def _chunks(job: Job, shape: _Shape, first: Event, serving: Serving) -> AsyncIterator[str]:
+async def _chunks(job: Job, build: _ResponseBuilder, first: Event, serving: Serving) -> AsyncIterator[str]:
     event = first
     try:
-        yield shape.chunk(Delta(role="assistant", content="", refusal=None))
+        yield build.chunk(Delta(role="assistant", content="", refusal=None))
         while True:
             if isinstance(event, str):
-                yield shape.chunk(Delta(content=event))
+                yield build.chunk(Delta(content=event))
             elif isinstance(event, Scored):
-                yield shape.chunk(Delta(content=event.text), scores=event.scores)
+                yield build.chunk(Delta(content=event.text), scores=event.scores)
             elif isinstance(event, Completion):
-                yield shape.chunk(Delta(), finish=event.finish)
+                yield build.chunk(Delta(), finish=event.finish)
                 if job.request.include_usage:
-                    yield shape.usage_chunk(event)
+                    yield build.usage_chunk(event)
                 yield "data: [DONE]\n\n"
                 return
             else:
@@ -150,12 +150,12 @@ async def _chunks(job: Job, shape: _Shape, first: Event, serving: Serving) -> As
             except TimeoutError:
                 event = await _give_up_waiting(job, serving)
     finally:
-        # Reached too when the client leaves: the engine stops at its next token.
+        # Also reached when the client leaves: the engine then stops at its next token.
         job.leave()
 
 
-class _Shape:
-    """The documents of one answer."""
+class _ResponseBuilder:
+    """Builds the response objects of one job."""
 
     def __init__(self, job: Job) -> None:
         self._job, self._version = job, job.route.version
@@ -167,19 +167,19 @@ class _Shape:
         }
 
     def headers(self) -> dict[str, str]:
-        """What says which version and arm answered, and what was looked up for it (percent-encoded names)."""
-        said = {
+        """The response headers: the version, its arm, and the retrieved sources (percent-encoded names)."""
+        headers = {
             "x-request-id": self._job.id,
             "x-tunesmith-version": self._version.label,
             "x-tunesmith-arm": self._job.route.arm,
             "x-tunesmith-system-prompt": self._job.prompt_used,
         }
         if self._job.sources:
-            said["x-tunesmith-sources"] = ", ".join(quote(source, safe="/") for source in self._job.sources)
-        return said
+            headers["x-tunesmith-sources"] = ", ".join(quote(source, safe="/") for source in self._job.sources)
+        return headers
 
     def whole(self, completion: Completion) -> ChatCompletion:
-        """The whole answer."""
+        """The answer as one object."""
         scores = completion.scores if self._job.request.logprobs else None
         message = AnswerMessage(role="assistant", content=completion.text, refusal=None)
         choice = Choice(index=0, message=message, logprobs=_logprobs(scores), finish_reason=completion.finish)
@@ -192,7 +192,7 @@ class _Shape:
         )
 
     def chunk(self, delta: Delta, finish: str | None = None, scores: Sequence[TokenScore] | None = None) -> str:
-        """A chunk as a server-sent event; the last one repeats the request's metadata."""
+        """A chunk as a server-sent event. The last one has the request's metadata."""
         choice = ChunkChoice(index=0, delta=delta, logprobs=_logprobs(scores), finish_reason=finish)
         more: dict[str, Any] = {"usage": None} if self._job.request.include_usage else {}
         more |= self._metadata() if finish else {}

@@ -1,4 +1,4 @@
-"""What a chat completion answers: OpenAI's objects."""
+"""The response objects of the chat completions API, as OpenAI defines them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Answer(BaseModel):
 
 
 class Model(_Answer):
-    """A model that the caller may ask. id: NAME@champion or NAME@v3. created: when its version was registered."""
+    """A model that the caller may use. id: NAME@champion or NAME@v3. created: when its version was registered."""
 
     id: str
     object: Literal["model"]
@@ -25,14 +25,14 @@ class Model(_Answer):
 
 
 class ModelList(_Answer):
-    """The models that the caller may ask now."""
+    """The models that the caller may use now."""
 
     object: Literal["list"]
     data: list[Model]
 
 
 class Alternative(_Answer):
-    """A token that was likely at a place. bytes: of its text, since a character may be spread over several tokens."""
+    """A likely token at one position. bytes: of its text, because one character may span several tokens."""
 
     token: str
     logprob: float
@@ -40,7 +40,7 @@ class Alternative(_Answer):
 
 
 class TokenLogprob(Alternative):
-    """A token of the answer, and the likeliest tokens at its place."""
+    """A token of the answer, and the likeliest tokens at its position."""
 
     top_logprobs: list[Alternative]
 
@@ -53,7 +53,7 @@ class Logprobs(_Answer):
 
 
 class Usage(_Answer):
-    """Tokens of the prompt, with what the candidate puts before the request, and of the answer."""
+    """Number of tokens of the prompt, including what the candidate adds to the request, and of the answer."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -69,7 +69,7 @@ class AnswerMessage(_Answer):
 
 
 class Choice(_Answer):
-    """The one answer to a request. finish_reason: stop, or length where the longest length was reached."""
+    """The one answer to a request. finish_reason: stop, or length if it reached max_tokens."""
 
     index: int
     message: AnswerMessage
@@ -108,7 +108,7 @@ class ChunkChoice(_Answer):
 
 
 class ChatCompletionChunk(_Answer):
-    """A piece of a streamed answer. usage: in a last chunk without choices, where stream_options ask for it."""
+    """A piece of a streamed answer. usage: in a last chunk without choices, if stream_options.include_usage is set."""
 
     id: str
     object: Literal["chat.completion.chunk"]

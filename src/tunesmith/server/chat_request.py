@@ -1,4 +1,4 @@
-"""The body of a chat completion request: those of OpenAI's fields that are supported, and no others."""
+"""The body of a chat completion request: the fields of OpenAI's API that the server supports. It refuses others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Number = Annotated[float, Field(strict=True)]
 
 
 class TextPart(BaseModel):
-    """A part of a turn."""
+    """A text part of a message."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -21,7 +21,7 @@ class TextPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """A turn. content: text, or OpenAI's list of text parts."""
+    """One message. content: text, or a list of text parts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,13 +29,13 @@ class ChatMessage(BaseModel):
     content: str | list[TextPart]
 
     def plain(self) -> Message:
-        """With the parts joined."""
+        """The message with its parts joined."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return Message(role=self.role, content=text)
 
 
 class StreamOptions(BaseModel):
-    """include_usage: a last chunk with the token counts."""
+    """Options of a stream. include_usage: send a last chunk with the token counts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,7 +43,7 @@ class StreamOptions(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """Only text: a format that the decoder does not enforce is refused."""
+    """The format of the answer: only text, because the decoder does not enforce others on request."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,16 +51,16 @@ class ResponseFormat(BaseModel):
 
     @field_validator("type")
     @classmethod
-    def _honoured(cls, value: str) -> str:
+    def _supported(cls, value: str) -> str:
         if value != "text":
-            raise ValueError(f"only 'text' is honoured, not {value[:40]!r}")
+            raise ValueError(f"only 'text' is supported, not {value[:40]!r}")
         return value
 
 
 class ChatRequest(BaseModel):
-    """A chat completion request. temperature is 0 by default, so that equal requests get equal answers.
+    """A chat completion request. A field that is null has its default.
 
-    null means the default.
+    temperature is 0 by default, so that equal requests get equal answers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,7 +84,7 @@ class ChatRequest(BaseModel):
 
     @field_validator("messages")
     @classmethod
-    def _asks_something(cls, value: list[ChatMessage]) -> list[ChatMessage]:
+    def _has_user_message(cls, value: list[ChatMessage]) -> list[ChatMessage]:
         if not any(message.role == "user" for message in value):
             raise ValueError("there is no user message to answer")
         return value
@@ -123,7 +123,7 @@ class ChatRequest(BaseModel):
 
     @property
     def conversation(self) -> tuple[Message, ...]:
-        """The turns."""
+        """The messages, with their parts joined."""
         return tuple(message.plain() for message in self.messages)
 
     @property
@@ -133,7 +133,7 @@ class ChatRequest(BaseModel):
 
     @property
     def scored(self) -> int | None:
-        """How many of the likeliest tokens are named with their log-probabilities; None: no log-probabilities."""
+        """Number of likeliest tokens to return for each position; None without log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property

@@ -23,8 +23,8 @@ from tunesmith.services import rollouts as service
 from tunesmith.store import database
 from tunesmith.store.store import Store
 
-# How many looks at the rollouts the controller may miss before the server is not ready.
-_MISSED = 10
+# The number of rollout checks that the controller may miss before the server is not ready.
+_MISSED_CHECKS = 10
 
 routes = APIRouter()
 Metric = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
@@ -119,7 +119,7 @@ async def healthz() -> Response:
 async def readyz(request: Request) -> Response:
     """Check the database, the engine and the rollout controller. 503 if one of them fails."""
     serving = serving_of(request)
-    late = time.monotonic() - serving.looked > _MISSED * serving.settings.look_seconds + 5
+    late = time.monotonic() - serving.checked_at > _MISSED_CHECKS * serving.settings.check_seconds + 5
     checks = {
         "database": await asyncio.to_thread(_database_answers, serving.store),
         "engine": not serving.worker.hanging(),

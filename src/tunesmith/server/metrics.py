@@ -35,7 +35,7 @@ class Metrics:
             "tunesmith_unrecorded_requests", "Answers whose record was lost.", registry=self._registry
         )
         self.controller_failures = Counter(
-            "tunesmith_controller_failures", "Looks at a rollout that raised.", registry=self._registry
+            "tunesmith_controller_failures", "Rollout checks that failed.", registry=self._registry
         )
 
     def request(self, arm: str, outcome: str, seconds: float, completion: Completion | None) -> None:

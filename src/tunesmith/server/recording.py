@@ -36,10 +36,10 @@ LOG = logging.getLogger("tunesmith.server")
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A request that was answered, or failed (completion None).
+    """A request that was answered, or that failed (completion None).
 
-    whole: the answer was decoded to its end and not left by its client, so that it can be scored. messages: what was
-    asked, held in memory with the answer and no longer.
+    whole: the answer was decoded to its end, so it can be scored; False if the client left earlier. messages: the
+    conversation, which stays in memory only.
     """
 
     id: str
@@ -55,7 +55,7 @@ class Served:
 class FeedbackResult(View):
     """The scores that feedback added. kept: the request was stored as a case.
 
-    not_scored: metric of the task -> why service cannot compute it from the expected text.
+    not_scored: metric of the task -> why the server cannot compute it from the expected text.
     """
 
     request_id: str
@@ -65,8 +65,11 @@ class FeedbackResult(View):
 
 
 class Recorder:
-    """Records requests. scorers: the task's, some applied to every answer, others where feedback gives the expected
-    text. kept_answers: how many answers stay in memory for that."""
+    """Records requests and their scores.
+
+    scorers: some apply to every answer, others need the expected text, which feedback gives. kept_answers: number of
+    answers kept in memory for feedback.
+    """
 
     def __init__(
         self,
@@ -83,7 +86,7 @@ class Recorder:
         self._most, self._lock = kept_answers, threading.Lock()
 
     def write(self, served: Sequence[Served]) -> None:
-        """Record requests in one transaction. If that fails, the answers are still sent and the loss is counted."""
+        """Record requests in one transaction. If it fails, answers are still sent, and a metric counts the loss."""
         for one in served:
             outcome = "failed" if one.completion is None else "answered" if one.whole else "left"
             self._metrics.request(one.route.arm, outcome, one.seconds, one.completion)
@@ -99,11 +102,11 @@ class Recorder:
     def feedback(
         self, user: User, request: str, expected: str | None, given: Mapping[str, float], keep: bool = False
     ) -> FeedbackResult:
-        """Add scores to a request: those given, or its answer's scores against the expected text.
+        """Add scores to a request: the given ones, or scores of its answer against the expected text.
 
         A score is never replaced. keep: store the request and the expected text as a case. Raises ApiError 404 for a
-        request that the user's tenant did not make, 409 where it was scored before or its answer is no longer in
-        memory, 400 for an expected text that a scorer cannot use.
+        request that the user's tenant did not make, 409 if it was scored before or its answer is no longer in memory,
+        400 for an expected text that a scorer cannot use.
         """
         with self._lock:
             held = self._answers.get(request)
@@ -114,9 +117,9 @@ class Recorder:
                 raise _unknown(request)
             again = sorted(added.keys() & row.scores.keys())
             if again:
-                raise ApiError(409, f"This request has a {again[0]} already.", code="already_scored")
+                raise ApiError(409, f"This request already has a score for {again[0]}.", code="already_scored")
             row.scores = {**row.scores, **added}
-            row.features = {**row.features, "feedback_by": user.name}  # whom to ask about a poisoned score
+            row.features = {**row.features, "feedback_by": user.name}  # to trace a manipulated score to its user
             if keep and expected is not None and held is not None:
                 put_case(self._store, _case(row, user, held, expected))
         return FeedbackResult(
@@ -154,12 +157,12 @@ class Recorder:
 
     def _row(self, served: Served) -> RequestRow:
         completion, scores = served.completion, dict[str, float]()
-        if completion is None:  # a failed request gave no good answer either
+        if completion is None:  # a failed request counts as a bad answer
             scores = dict.fromkeys(self._scorers.every_answer, 0.0)
         elif served.whole:
             try:
                 scores = _scores(self._scorers.every_answer, Answered(completion.text, "", served.messages), served.id)
-            except TunesmithError as error:  # an answer without a score is recorded all the same
+            except TunesmithError as error:  # it is still recorded, without a score
                 LOG.warning("request %s was not scored: %s", served.id, error)
         features: dict[str, Any] = dict(served.features)
         if served.route.step is not None:

@@ -1,4 +1,4 @@
-"""From a model's name, for a caller, to the version that answers; and versions made ready to answer."""
+"""Finds the version that answers a caller's request for a model, and loads versions into the engine."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ from tunesmith.store.identities import User
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, VersionRow
 
-# How long an approval that was checked for a pinned version is taken to stand: its signature takes 20 ms to check.
-_STANDS_SECONDS = 5.0
+# For how long a checked approval of a pinned version is not checked again: one check of its signature takes 20 ms.
+_APPROVED_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Which version answers a request. arm: stable, canary or pinned. stable: what answers if the canary cannot."""
+    """The version that answers a request. arm: stable, canary or pinned.
+
+    stable: the version that answers if the canary cannot be loaded; None unless arm is canary.
+    """
 
     name: str
     version: Version
@@ -43,14 +46,14 @@ class Route:
 
 
 class Router:
-    """Names to versions, as the database has them at this moment: a rollback counts from the next request on."""
+    """Maps model names to versions. Reads the database for each request, so a rollback takes effect at once."""
 
     def __init__(self, store: Store, region: str) -> None:
         self._store, self._region = store, region
         self._approved: dict[str, float] = {}
 
     def route(self, user: User, model: str, key: str) -> Route:
-        """The version for a request. key: what keeps its arm. Raises ApiError 404."""
+        """The version for a request. key: requests with equal keys get the same arm. Raises ApiError 404."""
         if user.region not in ("", self._region):
             raise no_such_model(model)
         name, _, rest = model.partition("@")
@@ -70,7 +73,7 @@ class Router:
         return route
 
     def models(self, user: User) -> list[tuple[str, Version]]:
-        """(model name, version) of everything that the user could ask now."""
+        """(model name, version) of every model that the user may use now."""
         if user.region not in ("", self._region):
             return []
         tenants, regions = {"", user.tenant}, {"", self._region}
@@ -102,7 +105,7 @@ class Router:
             to_stable = Route(name=name, version=stable, arm="stable", rollout=rollout.id, step=rollout.step)
             if goes_to_canary(rollout.id, rollout.weight, key):
                 canary = self._load(model, rollout.canary)
-                # The controller is about to abort a canary that may not be loaded; its traffic goes to stable already.
+                # The controller will abort a canary that may not be loaded. Until then stable answers its requests.
                 if self._permission(user, canary).granted:
                     return replace(to_stable, version=canary, arm="canary", stable=stable)
             return self._checked(user, model, to_stable)
@@ -121,12 +124,12 @@ class Router:
         return route
 
     def _permission(self, user: User, version: Version) -> Permission:
-        """Whether a version may be loaded for a user. The champion and a canary were approved when they began."""
+        """Whether a version may be loaded for a user. The rollout checked the approval of champion and canary."""
         with database.reading(self._store.engine) as session:
             return may_load(session, version, Scope(user.tenant, self._region))
 
     def _unapproved(self, user: User, version: Version) -> str | None:
-        """Why a version may not be asked for by its number: nobody approved it, and no rollout serves it either."""
+        """Why a version may not be used by its number: not approved, nor champion or canary. None if it may."""
         if time.monotonic() < self._approved.get(version.digest, 0.0):
             return None
         for scope in Scope(user.tenant, self._region).covering():
@@ -139,12 +142,12 @@ class Router:
             require_approved(self._store, version)
         except TunesmithError as error:
             return error.what
-        self._approved[version.digest] = time.monotonic() + _STANDS_SECONDS
+        self._approved[version.digest] = time.monotonic() + _APPROVED_SECONDS
         return None
 
 
 class ReadyVersions:
-    """Versions that were verified and whose weights the engine has, by digest. Thread-safe: opened one at a time."""
+    """The versions that are verified and loaded into the engine. Thread-safe: loads one at a time."""
 
     def __init__(self, store: Store, engine: Engine) -> None:
         self._store, self._engine = store, engine
@@ -152,7 +155,7 @@ class ReadyVersions:
         self._opening = threading.Lock()
 
     def answerer(self, version: Version) -> Answerer:
-        """What turns a request into what the engine is asked. Raises TunesmithError where it must not be served."""
+        """The version's answerer, after verifying and loading it. Raises TunesmithError if it does not verify."""
         ready = self._ready.get(version.digest)
         if ready is not None and self._held(ready):
             return ready
@@ -166,5 +169,5 @@ class ReadyVersions:
             return self._ready[version.digest]
 
     def _held(self, answerer: Answerer) -> bool:
-        """Whether the engine still has its weights: it lets those of models trained in full go."""
+        """Whether the engine still has its weights. The engine unloads fully trained models to free memory."""
         return answerer.adapter is None or self._engine.holds(answerer.adapter)

@@ -19,7 +19,7 @@ from tunesmith.store.store import Store
 
 @dataclass(slots=True)
 class Serving:
-    """One server's parts. looked: monotonic time of the controller's last complete look at the rollouts."""
+    """One server's parts. checked_at: monotonic time of the controller's last complete check."""
 
     store: Store
     settings: ServerSettings
@@ -27,7 +27,7 @@ class Serving:
     router: Router
     recorder: Recorder
     worker: Worker
-    looked: float = 0.0
+    checked_at: float = 0.0
 
 
 def serving_of(request: Request) -> Serving:

@@ -1,4 +1,4 @@
-"""Limits of the server: of one request, and of all requests together."""
+"""Limits of the server, for each request and for all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ServerSettings(Settings):
     body_bytes: Annotated[int, Field(ge=1024, description="largest request body")] = 1 << 20
     body_seconds: Annotated[float, Field(gt=0, description="longest a client may take to send its body")] = 15.0
     waiting: Annotated[int, Field(ge=1, description="requests that wait for the engine; more are answered 429")] = 256
-    together: Annotated[int, Field(ge=1, le=256, description="requests decoded together as one batch")] = 32
+    together: Annotated[int, Field(ge=1, le=256, description="requests decoded as one batch")] = 32
     answer_seconds: Annotated[
         float, Field(gt=0, description="longest time for an answer, including its wait in the queue")
     ] = 300.0
@@ -24,4 +24,4 @@ class ServerSettings(Settings):
         int,
         Field(ge=0, description="newest answers kept in memory, to be scored by feedback"),
     ] = 10_000
-    look_seconds: Annotated[float, Field(gt=0, description="time between two looks at the live rollouts")] = 1.0
+    check_seconds: Annotated[float, Field(gt=0, description="time between two checks of the live rollouts")] = 1.0

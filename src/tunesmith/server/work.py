@@ -1,9 +1,10 @@
-"""The threads that ask the engine, and the bounded queue before them.
+"""The threads that send requests to the engine, and the bounded queue in front of them.
 
-Each thread answers one request at a time; the engine decodes what they ask together, so a request joins those under
-way as soon as a thread is free, and requests begin in the order in which they came. Each request that was begun is
-recorded exactly once, before its last word leaves: by its thread, or, where the engine hangs, by whoever gave up
-waiting.
+Each thread answers one request at a time, in the order of arrival. The engine decodes the requests of all threads as
+one batch, so a request joins the batch as soon as a thread is free.
+
+Each request that a thread started is recorded exactly once, before the end of its answer is sent. Its thread records
+it, or, if the engine hangs, the coroutine that waited for it.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ Event = Streamed | ApiError
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request on its way. route may change from canary to stable before the first event, never after.
+    """One request while it waits or is answered. route may change from canary to stable, but only before an event.
 
-    events: what the client is to see, in order: pieces of text (of a stream), then a Completion or an ApiError.
-    sources: what the answer was looked up in.
+    events: what the client receives, in order: pieces of text (if it streams), then a Completion or an ApiError.
+    sources: the retrieved texts that the prompt contains. begun: a thread has started to answer it.
     """
 
     id: str
@@ -55,27 +56,27 @@ class Job:
     _claim: threading.Lock = field(default_factory=threading.Lock)
 
     def leave(self) -> None:
-        """Nobody waits for it any more."""
+        """Note that the client no longer waits, so that the engine can stop."""
         self._left.set()
 
     @property
     def left(self) -> bool:
-        """Whether its client is gone."""
+        """Whether the client no longer waits."""
         return self._left.is_set()
 
     def claim(self) -> bool:
-        """True for the first who asks: they record it."""
+        """True for the first caller only, which must then record the request."""
         return self._claim.acquire(blocking=False)
 
     def send(self, event: Event) -> None:
-        """Hand an event to the client's coroutine, from any thread."""
+        """Pass an event to the client's coroutine. May be called from any thread."""
         try:
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:  # the loop is closed: the server has stopped and nobody listens
+        except RuntimeError:  # the loop is closed: the server has stopped
             self.leave()
 
     def served(self, completion: Completion | None, *, whole: bool = True) -> Served:
-        """Its record."""
+        """What to record about it. completion: None if it failed; whole: the answer was decoded to its end."""
         return Served(
             id=self.id,
             user=self.user,
@@ -89,8 +90,11 @@ class Job:
 
 
 class Worker:
-    """Answers as many jobs at once as settings.together says. give_up: (rollout, reason), called where a canary cannot
-    be made ready. count_tokens: tokens of a prompt under the base's chat template."""
+    """Answers up to settings.together jobs at once.
+
+    give_up: called with (rollout, reason) if a canary cannot be loaded. count_tokens: number of tokens of a prompt
+    under the base's chat template.
+    """
 
     def __init__(
         self,
@@ -113,12 +117,12 @@ class Worker:
         ]
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the threads."""
         for thread in self._threads:
             thread.start()
 
     def stop(self, seconds: float = 10.0) -> None:
-        """Answer what waits with 503 and let what is under way end, for so long at most."""
+        """Answer waiting jobs with 503, and wait up to this many seconds for those that have begun."""
         with self._change:
             self._stopping = True
             waiting, self._waiting = self._waiting, deque()
@@ -130,7 +134,7 @@ class Worker:
             thread.join(max(0.0, until - time.monotonic()))
 
     def submit(self, job: Job) -> None:
-        """Let a job wait its turn. Raises ApiError 429 where too many wait."""
+        """Add a job to the queue. Raises ApiError 429 if the queue is full, 503 if the server stops."""
         with self._change:
             if self._stopping:
                 raise stopping()
@@ -140,11 +144,11 @@ class Worker:
             self._change.notify_all()
 
     def waiting(self) -> int:
-        """How many jobs wait."""
+        """The number of jobs in the queue."""
         return len(self._waiting)
 
     def hanging(self) -> bool:
-        """Whether a job under way has taken longer than any answer may, or a thread is gone."""
+        """Whether a job has run for longer than answer_seconds, or a thread has died."""
         begun = min(list(self._busy_since.values()), default=None)
         late = begun is not None and time.monotonic() - begun > self._settings.answer_seconds
         return late or not all(thread.is_alive() for thread in self._threads)
@@ -154,14 +158,14 @@ class Worker:
             self._busy_since[job] = time.monotonic()
             try:
                 self._answer(job)
-            except Exception:  # noqa: BLE001 - whatever it was, the next job must be answered
-                LOG.exception("request %s met an error that nothing accounts for", job.id)
+            except Exception:  # noqa: BLE001 - no error may keep the thread from the next job
+                LOG.exception("request %s raised an unexpected error", job.id)
                 self._fail(job, failed())
             finally:
                 del self._busy_since[job]
 
     def _next(self) -> Job | None:
-        """The oldest job; None when the server stops."""
+        """The oldest waiting job, or None when the server stops. Waits for one."""
         with self._change:
             while not self._waiting:
                 if self._stopping:
@@ -183,19 +187,19 @@ class Worker:
         except ApiError as error:
             self._refuse(job, error)
         except Exception as error:  # noqa: BLE001 - tokeniser, index or engine: this request alone fails
-            if isinstance(error, UsageError) and error.where == "logprobs":  # what this version's engine does not tell
+            if isinstance(error, UsageError) and error.where == "logprobs":  # this version's engine has none
                 self._refuse(job, bad_request(error.what, "logprobs"))
                 return
             LOG.exception("the engine failed on request %s", job.id)
             self._fail(job, failed())
 
     def _ready(self, job: Job) -> Answerer:
-        """The route's answerer; a canary that cannot be made ready ends its rollout, and stable answers."""
+        """The answerer of the job's version. If a canary cannot be loaded, ends its rollout and returns stable's."""
         route = job.route
         try:
             return self._versions.answerer(route.version)
         except (TunesmithError, OSError) as error:
-            LOG.exception("%s could not be made ready", route.version.label)
+            LOG.exception("%s could not be loaded", route.version.label)
             if route.stable is None or route.rollout is None:
                 raise not_available(job.request.model, f"{route.version.label} could not be loaded") from error
             what = error.what if isinstance(error, TunesmithError) else str(error)
@@ -204,12 +208,12 @@ class Worker:
             return self._ready(job)
 
     def _generation(self, job: Job, answerer: Answerer) -> Generation:
-        """What the engine is asked. Raises ApiError 400 for a prompt that leaves no room for an answer."""
+        """The engine's input. Raises ApiError 400 for a prompt that leaves no room for an answer."""
         request = job.request
         messages = request.conversation
         try:
             job.features = request_features(messages, answerer.composer.nearest)
-        except UsageError:  # the candidate names no dataset
+        except UsageError:  # the candidate has no dataset to compare the request with
             job.features = request_features(messages, None)
         try:
             generation = answerer.generation(
@@ -229,15 +233,15 @@ class Worker:
         room = answerer.responder.context_length
         if tokens >= room:
             raise bad_request(
-                f"This model's maximum context length is {room} tokens, but the prompt, with "
-                f"what the released behaviour puts before it, has {tokens} and leaves no room for an answer.",
+                f"This model's maximum context length is {room} tokens. The prompt has {tokens}, including what the "
+                "released version adds to it, and leaves no room for an answer.",
                 "messages",
                 code="context_length_exceeded",
             )
         return generation
 
     def _generate(self, job: Job, answerer: Answerer, generation: Generation) -> None:
-        # As a stream, so that a client that leaves frees its place in the batch at the next token.
+        # Streamed, so that decoding stops at the next token when the client leaves.
         for event in answerer.responder.stream(generation, answerer.adapter):
             if isinstance(event, Completion) and job.claim():
                 self._recorder.write([job.served(event)])
@@ -258,7 +262,7 @@ class Worker:
             if job.left:
                 break
         if job.left and job.claim():
-            # How many tokens a piece is, only the engine knows: one at least.
+            # Only the engine knows the number of tokens in a piece. It is at least one.
             seen = Completion("".join(pieces), "stop", job.prompt_tokens, len(pieces))
             self._recorder.write([job.served(seen, whole=False)])
         elif not job.left:
@@ -271,6 +275,6 @@ class Worker:
             job.send(error)
 
     def _refuse(self, job: Job, error: ApiError) -> None:
-        """The request's own fault, or a version's that nobody should count as an arm's failure."""
+        """Send an error that is not the arm's failure, so the request is not recorded."""
         if job.claim():
             job.send(error)
