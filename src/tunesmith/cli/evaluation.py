@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.planning import Plan
     from tunesmith.evaluation.summary import EvaluationSummary, MetricInterval, VerdictSummary
     from tunesmith.registry.leaderboard import Leaderboard
+    from tunesmith.services.evaluation import EvidenceReport
 
 EXITS = {"pass": 0, "fail": 3, "inconclusive": 4}
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
@@ -110,9 +110,9 @@ def report(
 
     if markdown and here.as_json:
         raise UsageError("--markdown and --json both write to stdout", fix="choose one of them")
-    data = evaluation.report(here.project, version)
+    found = evaluation.report(here.project, version)
     if markdown:
-        text = report_markdown(data)
+        text = report_markdown(found.document())
         if output is not None:
             write_atomic(output, text.encode())
         else:
@@ -120,8 +120,8 @@ def report(
         return
     page = output if output is not None or here.as_json else here.directory / "report.html"
     if page is not None:
-        evaluation.report_page(data, page)
-    here.emit(data, lambda console, shown: _draw_report(console, shown, page))
+        evaluation.report_page(found, page)
+    here.emit(found, lambda console, shown: _draw_report(console, shown, page))
 
 
 def draw_evaluation(console: Console, found: EvaluationSummary) -> None:
@@ -248,11 +248,10 @@ def _gap(found: MetricInterval) -> str:
     return f"{found.mean * 100:+.1f}\n[dim]\\[{found.low * 100:+.1f}, {found.high * 100:+.1f}][/]"
 
 
-def _draw_report(console: Console, data: Mapping[str, Any], page: Path | None) -> None:
-    advice = data["advice"]
-    console.print(advice["headline"], style="bold", markup=False)
-    for sentence in advice["reasons"]:
+def _draw_report(console: Console, found: EvidenceReport, page: Path | None) -> None:
+    console.print(found.advice.headline, style="bold", markup=False)
+    for sentence in found.advice.reasons:
         console.print(f"- {sentence}", markup=False)
-    for sentence in advice["cautions"]:
+    for sentence in found.advice.cautions:
         console.print(f"! {sentence}", markup=False, style="yellow")
     console.print(f"written to {page}", markup=False)

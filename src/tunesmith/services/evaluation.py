@@ -9,14 +9,97 @@ from typing import Any
 from tunesmith.core.errors import UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.view import View
+from tunesmith.data.building.summary import DatasetSummary
 from tunesmith.evaluation.compare import Comparison, Side, compare, side_of_candidate, side_of_digest
 from tunesmith.evaluation.planning import Plan
-from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, evaluation_summary, verdict_summary
+from tunesmith.evaluation.summary import (
+    AnswerPrice,
+    EvaluationSummary,
+    MetricInterval,
+    VerdictSummary,
+    evaluation_summary,
+    verdict_summary,
+)
 from tunesmith.pipeline.answers import plan as plan_gates
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.verdicts import evaluation, verdict
 from tunesmith.project import Project
 from tunesmith.registry.versions import resolve
+
+
+class ReportedCandidate(View):
+    """One row of the report's table. how: how it answers, in words; role: focus, rival or empty; cut: answers cut off.
+
+    candidate: its record's digest. system_prompts: system prompt that was used -> rows.
+    """
+
+    name: str
+    how: str
+    system_prompts: dict[str, int]
+    role: str
+    tuned: bool
+    candidate: str
+    metrics: dict[str, MetricInterval]
+    price: AnswerPrice
+    cut: int
+
+
+class LineageNode(View):
+    """One record behind the result. parents: positions in the report's lineage."""
+
+    kind: str
+    digest: str
+    label: str
+    parents: tuple[int, ...]
+
+
+class Advice(View):
+    """What to do. release: the candidate that passed, or None. reasons, cautions: sentences."""
+
+    headline: str
+    release: str | None
+    summary: str
+    reasons: tuple[str, ...]
+    cautions: tuple[str, ...]
+
+
+class EvidenceReport(View):
+    """The evidence for one candidate, the focus. rival: the candidate it is compared with; lift: that comparison.
+
+    evaluation: its record's digest; n, groups: its held-out rows. ladder: what each approach adds; by_group: the lift
+    by group of rows; break_even: when the focus becomes cheaper; examples: rows where the two differ; trail: entries
+    of the audit log, oldest first.
+    """
+
+    evaluation: str
+    verdict: VerdictSummary | None
+    version: dict[str, Any] | None
+    n: int
+    groups: int
+    confidence: float
+    seed: int
+    primary: str
+    metrics: tuple[str, ...]
+    focus: str
+    rival: str | None
+    candidates: tuple[ReportedCandidate, ...]
+    lift: Comparison | None
+    training: dict[str, Any] | None
+    currency: str | None
+    break_even: dict[str, Any] | None
+    ladder: dict[str, Any]
+    by_group: dict[str, Any] | None
+    classes: dict[str, dict[str, Any]]
+    calibration: dict[str, dict[str, Any]]
+    judges: dict[str, dict[str, Any]]
+    forgetting: dict[str, Any] | None
+    risks: dict[str, Any]
+    dataset: DatasetSummary
+    examples: dict[str, Any] | None
+    lineage: tuple[LineageNode, ...]
+    trail: tuple[dict[str, Any], ...]
+    advice: Advice
 
 
 def plan(
@@ -52,20 +135,21 @@ def compare_candidates(project: Project, first: str, second: str) -> Comparison:
     return compare(project.store, _side(project, first), _side(project, second))
 
 
-def report(project: Project, version: str | None = None) -> dict[str, Any]:
+def report(project: Project, version: str | None = None) -> EvidenceReport:
     """The evidence for a version, by default for the newest evaluation: what the report page shows."""
     from tunesmith.evaluation.report.data import release_trail, report_data
 
     measured, judged, digest = _reported(project, version)
     name = project.store.record(digest).body["name"] if digest else project.settings.name
-    return report_data(project.store, measured, judged, digest, release_trail(project.store, name, digest))
+    data = report_data(project.store, measured, judged, digest, release_trail(project.store, name, digest))
+    return EvidenceReport.model_validate(data)
 
 
-def report_page(data: dict[str, Any], path: Path) -> None:
+def report_page(found: EvidenceReport, path: Path) -> None:
     """Write a report as one HTML page."""
     from tunesmith.evaluation.report.html import render
 
-    write_atomic(path, render(data).encode())
+    write_atomic(path, render(found.document()).encode())
 
 
 def latest_evaluation(project: Project) -> str:

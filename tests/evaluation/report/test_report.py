@@ -22,6 +22,7 @@ from tunesmith.evaluation.report.data import release_trail, report_data
 from tunesmith.evaluation.report.html import render, report_html
 from tunesmith.evaluation.report.wording import detail_text, expected, percent, points, visible
 from tunesmith.evaluation.settings import GATES
+from tunesmith.services.evaluation import EvidenceReport
 from tunesmith.store.records import Record
 
 HOSTILE = (
@@ -95,6 +96,7 @@ def test_the_page_of_a_released_version(made: Fabricated, evaluation: str) -> No
     page = check_whole(html)
     text = re.sub(r"\s+", " ", " ".join(page.text))
     data = report_data(made.store, evaluation, verdict, version, trail)
+    assert EvidenceReport.model_validate(data).document() == json.loads(json.dumps(data)), "the typed report is whole"
     tuned = data["candidates"][0]
     for part in (
         "Release tuned.", "home@v3", percent(tuned["metrics"]["exact_match"]["mean"]), "passed all 3 gates",
