@@ -12,8 +12,8 @@ characters that are marked. Times are of the processor (one thread), since other
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from collections import Counter
 from importlib.metadata import version
@@ -85,7 +85,11 @@ def main() -> None:
     import logging
 
     logging.disable(logging.ERROR)  # presidio's e-mail recogniser asks the network and complains that there is none
-    path = Path(sys.argv[1]) / "data_synth_dataset_v2.json"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder that holds data_synth_dataset_v2.json")
+    parser.add_argument("--write", action="store_true", help="put our figures into the package")
+    told = parser.parse_args()
+    path = told.folder / "data_synth_dataset_v2.json"
     rows = [row for row in json.loads(path.read_text()) if row["template_id"] % 2]
     texts = [row["full_text"] for row in rows]
     peer = presidio()
@@ -110,7 +114,7 @@ def main() -> None:
     print(f"rows a second, ours with the model over presidio's: {theirs_ms / ms:.1f}")
     for name, one in setups[RECOMMENDED]["entities"].items():
         print(f"  {name:20} {one['recall']:.3f} of {one['characters']} characters")
-    if "--write" in sys.argv:
+    if told.write:
         libraries = ("presidio-analyzer", "spacy", "phonenumbers", "detect-secrets")
         document = {
             "text": f"presidio-research synth_dataset_v2 (MIT), {len(rows)} texts of templates with an odd number",

@@ -10,9 +10,9 @@ guessing (DummyClassifier).
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -90,7 +90,8 @@ def _rows(path: Path) -> list[Example]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    retrieval(Path(sys.argv[1]))
-    floors(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of the published data sets")
+    folder = parser.parse_args().folder
+    retrieval(folder)
+    floors(folder)

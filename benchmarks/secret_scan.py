@@ -10,6 +10,7 @@ its plugins as it comes, and credsweeper where it is installed (group `bench`).
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import random
@@ -156,7 +157,9 @@ def ours(texts: list[str]) -> list[list[str]]:
 
 def main() -> None:
     """Print recall by kind and false rows by source, for each tool."""
-    texts = clean(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="folder of the published data sets")
+    texts = clean(parser.parse_args().folder)
     rows = planted()
     tools = {"ours": ours, "detect-secrets": detect_secrets, "credsweeper": credsweeper()}
     print(f"{len(rows)} planted tokens of {len(SECRETS)} kinds; {sum(map(len, texts.values()))} clean rows: ", end="")

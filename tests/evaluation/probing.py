@@ -40,7 +40,7 @@ from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.training.rows import TrainingRow, training_rows
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.train import train
+from tunesmith.training.train import make_spec, train
 
 METRIC = "exact_match"
 
@@ -98,8 +98,7 @@ class Bench:
             asked = [(*compose(untrained, each.request), each.messages[-1]) for each in examples]
             return [TrainingRow(each.id, messages) for each, messages in zip(examples, asked, strict=True)]
 
-        training = train(
-            self.store,
+        spec = make_spec(
             base=self.base,
             dataset=dataset,
             rows=put(training_rows(rows.examples("train"), chosen)),
@@ -107,6 +106,7 @@ class Bench:
             settings=chosen,
             work=self.folder / "work",
         )
+        training = train(self.store, spec)
         shutil.rmtree(self.folder / "work")
         for name, blob in self.store.record(training).blobs.items():
             write_atomic(self.folder / "adapter" / name, self.store.read_blob(blob))

@@ -76,8 +76,7 @@ def run(
     store = Store(folder / "store")
     base = resolve_base(store, str(folder / "model"), folder)
     dataset = store.put_record(Record(kind="dataset", body={"rows": 60}))
-    digest = train(
-        store,
+    spec = make_spec(
         base=base,
         dataset=dataset,
         rows=rows,
@@ -85,8 +84,8 @@ def run(
         settings=settings,
         work=folder / "work",
         restart=restart,
-        progress=progress,
     )
+    digest = train(store, spec, progress=progress)
     return store.record(digest).blobs["adapter_model.safetensors"]
 
 

@@ -1,4 +1,4 @@
-"""What the engines in this process share: a request's prompt, an answer in progress, multiple choices as rows."""
+"""A request's prompt, an answer in progress, and multiple choices as rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 from tunesmith.core.errors import UsageError
-from tunesmith.engines.constraint import Constraints
 from tunesmith.engines.protocol import Completion, Generation, Question, Scored, Streamed, TokenScore
 from tunesmith.engines.sampling import Score
 from tunesmith.models.rendering import Rendered, Renderer
@@ -34,16 +33,6 @@ def choice_rows(renderer: Renderer, questions: Sequence[Question]) -> list[Rende
             answer = renderer.answer(choice)
             rows.append(Rendered((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer)))
     return rows
-
-
-def token_score(constraints: Constraints, token: int, score: Score) -> TokenScore:
-    """A score with the texts and bytes of its tokens."""
-
-    def spelled(token: int, logprob: float, top: tuple[TokenScore, ...] = ()) -> TokenScore:
-        data = constraints.token_bytes(token)
-        return TokenScore(data.decode(errors="replace"), data, logprob, top)
-
-    return spelled(token, score.logprob, tuple(spelled(*each) for each in score.top))
 
 
 class Answer:

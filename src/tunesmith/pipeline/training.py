@@ -30,13 +30,12 @@ def train_candidate(
     inputs = _inputs(context, name, candidate, settings)
 
     def run(work: Path) -> str:
-        from tunesmith.training.train import train
+        from tunesmith.training.train import make_spec, train
 
         counted = count_prompts(candidate, (each.request for each in context.dataset.examples("train")))
         context.progress.say(f"{name}: system prompt in training: {describe_prompts(counted)}")
         rows, validation = composed_rows(context, candidate, settings)
-        return train(
-            context.store,
+        spec = make_spec(
             base=context.base,
             dataset=context.dataset.digest,
             rows=rows,
@@ -46,9 +45,8 @@ def train_candidate(
             name=name,
             restart=restart,
             metrics=_metrics(context),
-            model=context.model,
-            progress=context.progress,
         )
+        return train(context.store, spec, model=context.model, progress=context.progress)
 
     return context.stages.run(f"train {name}", "train", inputs, run, again=restart)
 

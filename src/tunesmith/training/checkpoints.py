@@ -63,7 +63,7 @@ class Checkpoints:
             state = _read_state(path)
             if state is None:
                 damaged.append(path.name)
-                shutil.rmtree(path)  # the training will reach this step again and write it anew
+                shutil.rmtree(path)  # the training will reach this step and write it again
                 continue
             changed = _changed(state["identity"], self.identity)
             if changed:

@@ -64,12 +64,16 @@ def make_spec(
     settings: TrainSettings,
     work: Path,
     name: str = "training",
+    restart: bool = False,
     metrics: MetricsSettings | None = None,
 ) -> TrainingSpec:
     """Render a training's rows into its work folder; returns its spec. Loads no weights.
 
+    restart: first delete what the work folder holds, so that the training does not resume.
     Raises Refused or UsageError for rows that cannot be trained on.
     """
+    if restart:
+        shutil.rmtree(work, ignore_errors=True)
     renderer, checked = Renderer(base.folder), validation[: settings.validation_rows]
     rendered = [render_rows(renderer, some, settings) for some in (rows, checked)]
     return TrainingSpec(
@@ -151,37 +155,11 @@ def record_training(store: Store, spec: TrainingSpec, result: TrainingResult) ->
     return store.put_record(Record(kind="training", parents=parents, blobs=blobs, body=_body(spec, result)))
 
 
-def train(
-    store: Store,
-    *,
-    base: Base,
-    dataset: str,
-    rows: Sequence[TrainingRow],
-    validation: Sequence[TrainingRow],
-    settings: TrainSettings,
-    work: Path,
-    name: str = "training",
-    restart: bool = False,
-    metrics: MetricsSettings | None = None,
-    model: LoadedModel | None = None,
-    progress: Progress = SILENT,
-) -> str:
-    """Train base on rows in this process and record it; returns the training record's digest.
+def train(store: Store, spec: TrainingSpec, *, model: LoadedModel | None = None, progress: Progress = SILENT) -> str:
+    """Train as spec says, in this process, and record it; returns the training record's digest.
 
-    restart: discard what the work folder holds. For the rest, and for what is raised, see make_spec and run_training.
+    Raises what run_training raises.
     """
-    if restart:
-        shutil.rmtree(work, ignore_errors=True)
-    spec = make_spec(
-        base=base,
-        dataset=dataset,
-        rows=rows,
-        validation=validation,
-        settings=settings,
-        work=work,
-        name=name,
-        metrics=metrics,
-    )
     return record_training(store, spec, run_training(spec, progress, model=model))
 
 

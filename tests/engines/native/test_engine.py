@@ -132,9 +132,9 @@ def test_choices_score_the_same_in_smaller_batches(engine: NativeEngine, monkeyp
     whole = engine.choose(questions)
     monkeypatch.setattr(embedded, "_LOGIT_ROWS", 3)
     for together in (2, 64):
-        monkeypatch.setattr(embedded, "_CHOICE_ROWS", together)
+        monkeypatch.setattr(NativeEngine, "choice_rows", together)
         for tokens in (1, 100):
-            monkeypatch.setattr(embedded, "_CHOICE_TOKENS", tokens)
+            monkeypatch.setattr(NativeEngine, "choice_tokens", tokens)
             for found, expected in zip(engine.choose(questions), whole, strict=True):
                 assert found == pytest.approx(expected, abs=1e-4)
 

@@ -26,7 +26,7 @@ from tunesmith.store.store import Store
 from tunesmith.training.rows import TrainingRow
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import make_optimizer
-from tunesmith.training.train import train
+from tunesmith.training.train import make_spec, train
 
 # More labels than one chunk of the loss has, so that the head's gradient is a sum.
 MANY = [*ROWS, *(row(f"say {n}", f'{{"n":{n},"said":"{"na" * 40}"}}') for n in range(8))]
@@ -180,7 +180,8 @@ def test_resumed_training_ends_in_the_same_bytes(tmp_path: Path) -> None:
         base = resolve_base(store, str(write_model(folder / "model")), folder)
         dataset = store.put_record(Record(kind="dataset", body={"rows": 16}))
         given = {"rows": rows, "validation": rows[:3], "settings": settings, "work": folder / "work"}
-        return store.record(train(store, base=base, dataset=dataset, **given)).blobs["model.safetensors"]  # type: ignore[arg-type]
+        spec = make_spec(base=base, dataset=dataset, **given)  # type: ignore[arg-type]
+        return store.record(train(store, spec)).blobs["model.safetensors"]
 
     whole = run("a")
     assert run("b") == whole

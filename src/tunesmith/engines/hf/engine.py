@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -12,41 +12,30 @@ import torch
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.engines.answers import Answer, choice_rows, prompt_ids, token_score
+from tunesmith.engines.answers import Answer, prompt_ids
 from tunesmith.engines.batch import label_count, lay_out
-from tunesmith.engines.constraint import Constraints
 from tunesmith.engines.hf.generation import Decoding, Row
 from tunesmith.engines.hf.model import HFModel
-from tunesmith.engines.protocol import Completion, Generation, Question, Streamed, TokenScore
-from tunesmith.engines.sampling import Sampling, Score
-from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.engines.in_process import InProcessEngine
+from tunesmith.engines.protocol import Completion, Generation, Streamed
+from tunesmith.engines.sampling import Sampling
+from tunesmith.models.rendering import Rendered
 from tunesmith.models.weight_files import has_whole_model
 
 _MOST_ROWS = 16  # answers decoded together
-_SCORED_TOGETHER = 8  # rows of multiple-choice questions in one forward pass
 
 
-class HFEngine:
-    """Implements engines.protocol.Engine. Requests of several threads are answered one after another."""
+class HFEngine(InProcessEngine[str]):
+    """Implements engines.protocol.Engine. Requests of several threads are answered one after another.
+
+    An adapter is known by its name in the model.
+    """
+
+    choice_rows, choice_tokens = 8, sys.maxsize
 
     def __init__(self, model: HFModel) -> None:
-        self._model, self._base = model, model.base
-        self._renderer = Renderer(model.base.folder)
-        self._adapters: dict[str, str] = {}  # the caller's name -> the name in the model
-
-    @cached_property
-    def _constraints(self) -> Constraints:
-        return Constraints(self._renderer.tokenizer, self._model.vocabulary)
-
-    @property
-    def base(self) -> str:
-        """Digest of the base record."""
-        return self._base.digest
-
-    @property
-    def context_length(self) -> int:
-        """Most tokens that a prompt and its answer may have together."""
-        return self._base.context_length
+        super().__init__(model.base, model.vocabulary)
+        self._model = model
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load a training's folder, so that it can answer under this name; an adapter of the same name is replaced.
@@ -74,7 +63,7 @@ class HFEngine:
         """Answers in the order of requests."""
         events: SimpleQueue[Streamed | None] = SimpleQueue()
         loaded = self._loaded(adapter)
-        answers = [Answer(self._renderer, request, self._token_score, events, streams=False) for request in requests]
+        answers = [self._answer(request, events, streams=False) for request in requests]
         rows = [self._row(request, answer) for request, answer in zip(requests, answers, strict=True)]
         with progress.task("answering", len(rows)) as task:
             for batch in self._batches(rows):
@@ -88,7 +77,7 @@ class HFEngine:
         """Pieces of the answer's text as they are decoded; the last item is the whole Completion."""
         events: SimpleQueue[Streamed | None] = SimpleQueue()
         loaded = self._loaded(adapter)
-        answer = Answer(self._renderer, request, self._token_score, events, streams=True)
+        answer = self._answer(request, events, streams=True)
         row, cancelled = self._row(request, answer), threading.Event()
         threading.Thread(target=self._decode, args=([row], loaded, cancelled.is_set), daemon=True).start()
         try:
@@ -99,42 +88,12 @@ class HFEngine:
             cancelled.set()
         yield answer.completion()
 
-    def choose(
-        self, questions: Sequence[Question], adapter: str | None = None, progress: Progress = SILENT
-    ) -> list[list[float]]:
-        """For each question the log-probability of each choice, summed over its tokens (end token included)."""
-        loaded = self._loaded(adapter)
-        rows = choice_rows(self._renderer, questions)
-        order = sorted(range(len(rows)), key=lambda place: len(rows[place].ids))
-        sums = [0.0] * len(rows)
-        with progress.task("scoring choices", len(rows)) as task:
-            for start in range(0, len(order), _SCORED_TOGETHER):
-                chosen = order[start : start + _SCORED_TOGETHER]
-                totals = self._log_probabilities([rows[place] for place in chosen], loaded)
-                for place, total in zip(chosen, totals, strict=True):
-                    sums[place] = total
-                task.advance(len(chosen))
-        every = iter(sums)
-        return [[next(every) for _ in question.choices] for question in questions]
-
-    def _log_probabilities(self, rows: Sequence[Rendered], loaded: str | None) -> list[float]:
-        """The log-probability of each row's labels, summed."""
+    def _log_probabilities(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
         batch = lay_out(rows, share=False)
-        with self._model.using(loaded), torch.inference_mode():
+        with self._model.using(self._loaded(adapter)), torch.inference_mode():
             logprobs = self._model.logits(batch).float().log_softmax(-1)
         each = logprobs.gather(1, batch.labels[:, None])[:, 0]
         return [float(part.sum()) for part in each.split([label_count(row) for row in rows])]
-
-    def _loaded(self, adapter: str | None) -> str | None:
-        """The adapter's name in the model; None for the base."""
-        if adapter is None:
-            return None
-        if adapter not in self._adapters:
-            raise Refused(f"adapter {adapter} is not loaded", fix="load it first")
-        return self._adapters[adapter]
-
-    def _token_score(self, token: int, score: Score) -> TokenScore:
-        return token_score(self._constraints, token, score)
 
     def _row(self, request: Generation, answer: Answer) -> Row:
         prompt = prompt_ids(self._renderer, request, self.context_length)

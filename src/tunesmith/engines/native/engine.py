@@ -6,17 +6,15 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
 
-from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.engines.answers import Answer, choice_rows, prompt_ids, token_score
+from tunesmith.engines.answers import Answer, prompt_ids
 from tunesmith.engines.batch import common_prefix, label_count, lay_out
-from tunesmith.engines.constraint import Constraints
+from tunesmith.engines.in_process import InProcessEngine
 from tunesmith.engines.native import runtime
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, adapted_linear, pack, read_adapter
 from tunesmith.engines.native.adapters.model_file import read_model_file
@@ -27,49 +25,33 @@ from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Network, forward, frozen_linear, logits
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.process import prepare_process
-from tunesmith.engines.protocol import Completion, Generation, Question, Streamed, TokenScore
-from tunesmith.engines.sampling import Sampling, Score
+from tunesmith.engines.protocol import Completion, Generation, Question, Streamed
+from tunesmith.engines.sampling import Sampling
 from tunesmith.models.base import Base
-from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.models.rendering import Rendered
 from tunesmith.models.weight_files import has_whole_model
 
-_CHOICE_ROWS = 64  # most rows of multiple-choice questions in a forward pass
-_CHOICE_TOKENS = 1 << 15  # most tokens in a forward pass of several rows
 _LOGIT_ROWS = 512  # labels whose logits over the whole vocabulary are in memory at once
 _PREFIXES_KEPT = 8
 _WHOLE_KEPT = 3  # models trained in full: a champion, its canary, one more
 _LEAST_PREFIX = 16  # tokens; computing a shorter prefix again costs less than keeping it
 
 
-class NativeEngine:
+class NativeEngine(InProcessEngine[PackedAdapter]):
     """Implements engines.protocol.Engine."""
+
+    choice_rows, choice_tokens = 64, 1 << 15
 
     def __init__(self, base: Base, network: Network | None = None) -> None:
         """network: the one to answer with; the base's own is loaded where it is None."""
         prepare_process()
-        self._base = base
-        self._renderer = Renderer(base.folder)
         self._network = load_network(base.folder) if network is None else network
-        self._adapters: dict[str, PackedAdapter] = {}
+        super().__init__(base, self._network.shape.vocabulary)
         self._whole: OrderedDict[str, NativeEngine] = OrderedDict()  # by name, most recently used last
         self._prefixes: OrderedDict[tuple[PackedAdapter | None, tuple[int, ...]], Prefix] = OrderedDict()
         self._last: dict[PackedAdapter | None, list[int]] = {}
         self._scheduler = Scheduler(RunningBatch(self._network, self._renderer.stop_ids))
         self._lock = threading.Lock()  # guards the dictionaries above; only the scheduler's thread computes
-
-    @cached_property
-    def _constraints(self) -> Constraints:
-        return Constraints(self._renderer.tokenizer, self._network.shape.vocabulary)
-
-    @property
-    def base(self) -> str:
-        """Digest of the base record."""
-        return self._base.digest
-
-    @property
-    def context_length(self) -> int:
-        """Most tokens a prompt and its answer may have together."""
-        return self._base.context_length
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load a training's folder under name. Loading a name again replaces it for later requests.
@@ -114,7 +96,7 @@ class NativeEngine:
         if (whole := self._whole_engine(adapter)) is not None:
             return whole.generate(requests, progress=progress)
         events: SimpleQueue[Streamed | None] = SimpleQueue()
-        answers = [Answer(self._renderer, request, self._token_score, events, streams=False) for request in requests]
+        answers = [self._answer(request, events, streams=False) for request in requests]
         rows = self._rows(requests, answers, adapter)
         with progress.task("answering", len(requests)) as task, self._decoding(rows):
             for _ in requests:
@@ -130,7 +112,7 @@ class NativeEngine:
             yield from whole.stream(request)
             return
         events: SimpleQueue[Streamed | None] = SimpleQueue()
-        answer = Answer(self._renderer, request, self._token_score, events, streams=True)
+        answer = self._answer(request, events, streams=True)
         with self._decoding(self._rows([request], [answer], adapter)):
             while (piece := events.get()) is not None:
                 yield piece
@@ -143,24 +125,14 @@ class NativeEngine:
         """For each question the log-probability of each choice, summed over its tokens (end token included)."""
         if (whole := self._whole_engine(adapter)) is not None:
             return whole.choose(questions, progress=progress)
-        rows = choice_rows(self._renderer, questions)
-        order = sorted(range(len(rows)), key=lambda place: len(rows[place].ids))
-        sums = [0.0] * len(rows)
-        with progress.task("scoring choices", len(rows)) as task:
-            for chosen in _choice_batches(order, [len(row.ids) for row in rows]):
-                scored = self._scheduler.run(
-                    lambda batch=[rows[place] for place in chosen]: self._choice_logprobs(batch, adapter)  # type: ignore[misc]
-                )
-                for place, total in zip(chosen, scored, strict=True):
-                    sums[place] = total
-                task.advance(len(chosen))
-        every = iter(sums)
-        return [[next(every) for _ in question.choices] for question in questions]
+        return super().choose(questions, adapter, progress)
+
+    def _log_probabilities(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
+        return self._scheduler.run(lambda: self._compute_log_probabilities(rows, adapter))
 
     @torch.inference_mode()
-    def _choice_logprobs(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
-        """The summed log-probability of each row's labels."""
-        network, packed = self._network, self._packed_adapter(adapter)
+    def _compute_log_probabilities(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
+        network, packed = self._network, self._loaded(adapter)
         batch = lay_out(rows)
         linear = frozen_linear(network) if packed is None else adapted_linear(network, packed)
         hidden = forward(network, batch.ids, linear, shared_prefix_attention(batch, network))
@@ -185,7 +157,7 @@ class NativeEngine:
     def _rows(self, requests: Sequence[Generation], answers: Sequence[Answer], adapter: str | None) -> list[Row]:
         prompts = [prompt_ids(self._renderer, request, self.context_length) for request in requests]
         with self._lock:
-            packed = self._packed_adapter(adapter)
+            packed = self._loaded(adapter)
             prefix = self._shared_prefix(prompts, packed)
         shared = 0 if prefix is None else len(prefix.ids)
         rows = []
@@ -235,25 +207,3 @@ class NativeEngine:
         while len(self._prefixes) > _PREFIXES_KEPT:
             self._prefixes.popitem(last=False)
         return self._prefixes[key]
-
-    def _token_score(self, token: int, score: Score) -> TokenScore:
-        return token_score(self._constraints, token, score)
-
-    def _packed_adapter(self, adapter: str | None) -> PackedAdapter | None:
-        if adapter is None:
-            return None
-        if adapter not in self._adapters:
-            raise Refused(f"adapter {adapter} is not loaded", fix="load it first")
-        return self._adapters[adapter]
-
-
-def _choice_batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of rows in batches for one forward pass each. order: indices, shortest row first."""
-    batch: list[int] = []
-    for place in order:
-        if batch and (len(batch) == _CHOICE_ROWS or lengths[place] * (len(batch) + 1) > _CHOICE_TOKENS):
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch

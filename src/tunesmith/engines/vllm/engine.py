@@ -7,7 +7,6 @@ if the adapter's log-probabilities differ from the base's.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
@@ -21,6 +20,8 @@ from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.engines.answers import choice_rows, prompt_ids
+from tunesmith.engines.constraint import restricted
 from tunesmith.engines.protocol import Completion, Generation, Question
 from tunesmith.engines.settings import VllmSettings
 from tunesmith.engines.vllm.fingerprint import TEXT, TOLERANCE, expected_scores, mean_difference, places, text_ids
@@ -34,9 +35,6 @@ Result = TypeVar("Result")
 _COMPLETIONS = "/v1/completions"
 # The server takes options that a request leaves out from the model's generation_config.json, so leave none out.
 _NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-# With this key, llguidance allows one space after a comma or colon and no other whitespace, so that a model cannot go
-# on with it forever. xgrammar, the server's default, ignores the key.
-_JSON = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}}
 
 
 class VllmEngine:
@@ -120,16 +118,15 @@ class VllmEngine:
         self, questions: Sequence[Question], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[list[float]]:
         """For each question the log-probability of each choice, summed over its tokens (end token included)."""
-        asked: list[tuple[list[int], int]] = []  # ids so far, the id that follows
-        lengths: list[int] = []
-        for question in questions:
-            prompt = self._renderer.prompt(question.messages)
-            for choice in question.choices:
-                answer = self._renderer.answer(choice)
-                asked += [([*prompt, *answer[:place]], token) for place, token in enumerate(answer)]
-                lengths.append(len(answer))
+        rows = choice_rows(self._renderer, questions)
+        lengths = [sum(row.trained) for row in rows]
+        asked = [
+            (row.ids[:place], row.ids[place])  # ids so far, the id that follows
+            for row, length in zip(rows, lengths, strict=True)
+            for place in range(len(row.ids) - length, len(row.ids))
+        ]
 
-        def score(place: tuple[list[int], int]) -> float:
+        def score(place: tuple[Sequence[int], int]) -> float:
             return self._score(self._ask(_scoring(*place), adapter), place[1])
 
         scored = iter(self._concurrently(score, asked, "scoring choices", progress))
@@ -141,14 +138,7 @@ class VllmEngine:
     def _body(self, request: Generation) -> dict[str, Any]:
         if request.top_logprobs is not None:
             raise UsageError("the vLLM engine reports no log-probabilities", where="logprobs")
-        prompt = self._renderer.prompt(request.messages)
-        if len(prompt) >= self.context_length:
-            raise UsageError(
-                f"the prompt has {len(prompt)} tokens and leaves no room for an answer: the model's context length is "
-                f"{self.context_length}",
-                where="messages",
-                fix="shorten the request, or give fewer shots or retrieved examples",
-            )
+        prompt = prompt_ids(self._renderer, request, self.context_length)
         body: dict[str, Any] = {
             "prompt": prompt,
             "max_tokens": max(1, min(request.max_tokens, self.context_length - len(prompt))),
@@ -161,7 +151,7 @@ class VllmEngine:
             **_NEUTRAL,
         }
         if request.schema is not None:
-            body["structured_outputs"] = {"json": json.loads(request.schema) | _JSON}
+            body["structured_outputs"] = {"json": restricted(request.schema)}
         return body
 
     def _completion(self, text: str, finish: str | None, body: Mapping[str, Any], ids: Sequence[int]) -> Completion:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tunesmith.engines.native.adapters.adapter import Place
+from tunesmith.engines.native.adapters.trainable import write_factor_gradients
 from tunesmith.engines.native.network.network import Network, recompute
-from tunesmith.engines.native.network.products import LowRankFactors, PackedLinear, outer
+from tunesmith.engines.native.network.products import LowRankFactors, PackedLinear
 
 
 class Dora:
@@ -80,16 +81,9 @@ class _DoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         low, plain, scales, x = ctx.saved_tensors
-        (product, low_rank), (ga, gc, gm) = ctx.products, ctx.into
+        ga, gc, gm = ctx.into
         torch.sum(gradient.float() * plain.float(), 0, out=gm)
-        gradient = gradient * scales
-        low_gradient = low_rank.low_gradient(gradient)
-        if ctx.recompute is None:
-            outer(low_gradient, x, ga)
-        else:
-            ctx.recompute.ask(lambda again: outer(low_gradient, again, ga))
-        outer(low, gradient, gc)
-        gx = product.input_gradient(gradient, low_gradient, low_rank) if ctx.needs_input_grad[0] else None
+        gx = write_factor_gradients(ctx, low, x, gradient * scales, (ga, gc))
         return gx, None, None, None, None, None
 
 

@@ -19,9 +19,9 @@ from tunesmith.engines.batch import Batch
 from tunesmith.engines.native.adapters.adapter import Adapter, Place, blocks, save_adapter
 from tunesmith.engines.native.adapters.dora import Dora, dora_linear
 from tunesmith.engines.native.adapters.pissa import Pissa, principal_factors
-from tunesmith.engines.native.adapters.trainable import NativeTrainable, frozen
+from tunesmith.engines.native.adapters.trainable import NativeTrainable, frozen, write_factor_gradients
 from tunesmith.engines.native.network.network import GROUPS, Linear, Network, recompute
-from tunesmith.engines.native.network.products import TILE, LowRankFactors, PackedLinear, outer
+from tunesmith.engines.native.network.products import TILE, LowRankFactors, PackedLinear
 from tunesmith.engines.settings import TARGETS, WeightSettings
 from tunesmith.engines.training_protocol import ParameterGroup
 from tunesmith.models.base import Base
@@ -292,13 +292,5 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         low, x = ctx.saved_tensors
-        product, factors = ctx.products
-        ga, gc = ctx.into
-        low_gradient = factors.low_gradient(gradient)
-        if ctx.recompute is None:
-            outer(low_gradient, x, ga)
-        else:
-            ctx.recompute.ask(lambda again: outer(low_gradient, again, ga))
-        outer(low, gradient, gc)
-        gx = product.input_gradient(gradient, low_gradient, factors) if ctx.needs_input_grad[0] else None
+        gx = write_factor_gradients(ctx, low, x, gradient, ctx.into)
         return gx, None, None, None, None, None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,31 +15,23 @@ from tunesmith.engines.native.adapters import costs
 from tunesmith.engines.native.adapters.loss import cross_entropy
 from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Linear, Network, final, forward
-from tunesmith.engines.native.network.products import PackedLinear
+from tunesmith.engines.native.network.products import PackedLinear, outer
 from tunesmith.engines.settings import NATIVE
-from tunesmith.engines.training_protocol import Objective, ParameterGroup
+from tunesmith.engines.training_protocol import Objective, TrainableModel
 
 
-class NativeTrainable(ABC):
-    """Implements engines.training_protocol.TrainableModel, but for what depends on the method.
+class NativeTrainable(TrainableModel):
+    """The methods of a trainable model that do not depend on which weights are trained.
 
     network: what the forward pass runs through. first: its first trained layer. masters: the trained numbers as fp32
     master weights, flat tensors that the optimiser moves.
     """
 
+    engine_name = NATIVE
+    shares_prefix = True
     network: Network
     first: int
     masters: list[Tensor]
-
-    @property
-    def engine_name(self) -> str:
-        """The engine's name in records."""
-        return NATIVE
-
-    @property
-    def shares_prefix(self) -> bool:
-        """Rows of a batch share their common beginning."""
-        return True
 
     def environment(self) -> Mapping[str, str]:
         """Which kernels compute: compiled ones, by the digest of their source and compiler, or portable ones."""
@@ -69,30 +60,9 @@ class NativeTrainable(ABC):
         """Floating-point operations a second on the widest linear layer, for as many rows as a batch has tokens."""
         return costs.peak_flops(self.network, batch.tokens)
 
-    @property
-    @abstractmethod
-    def trained_numbers(self) -> int:
-        """How many numbers are trained."""
-
-    @abstractmethod
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """The master weights."""
-
     @abstractmethod
     def linear(self) -> Linear:
         """The linear layers as trained; a backward pass leaves gradients for collect_gradients()."""
-
-    @abstractmethod
-    def collect_gradients(self) -> None:
-        """Add the last backward pass's gradients to those of the master weights."""
-
-    @abstractmethod
-    def parameters_changed(self) -> None:
-        """Round the master weights into the copies that the passes compute with."""
-
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write the trained model's files into an existing folder."""
 
     @abstractmethod
     def kept_numbers(self) -> int:
@@ -121,3 +91,18 @@ class _FrozenLinear(torch.autograd.Function):
 def frozen(product: PackedLinear, x: Tensor) -> Tensor:
     """A frozen linear layer that passes gradients on to x [T, in]."""
     return _FrozenLinear.apply(x, product)  # type: ignore[no-any-return]
+
+
+def write_factor_gradients(ctx: Any, low: Tensor, x: Tensor, gradient: Tensor, into: tuple[Tensor, Tensor]) -> Any:
+    """Write the gradients of the low-rank factors a and c; returns that of the input x, None if it needs none.
+
+    low: x A^T. gradient: of x W^T + x A^T C. x is None where it is computed again.
+    """
+    (product, factors), (a_gradient, c_gradient) = ctx.products, into
+    low_gradient = factors.low_gradient(gradient)
+    if ctx.recompute is None:
+        outer(low_gradient, x, a_gradient)
+    else:
+        ctx.recompute.ask(lambda again: outer(low_gradient, again, a_gradient))
+    outer(low, gradient, c_gradient)
+    return product.input_gradient(gradient, low_gradient, factors) if ctx.needs_input_grad[0] else None
