@@ -127,7 +127,7 @@ class Project:
     @property
     def schema(self) -> dict[str, Any] | None:
         """The answer's JSON Schema, where the task has one. Raises UsageError where it is none."""
-        from tunesmith.evaluation.metrics.answer_schema import load_answer_schema
+        from tunesmith.core.answer_schema import load_answer_schema
 
         path = self.settings.task.schema_path
         return None if path is None else load_answer_schema(self.root / path)

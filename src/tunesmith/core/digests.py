@@ -50,3 +50,17 @@ def is_digest(text: str) -> bool:
 def short(digest: str) -> str:
     """The 12 hex digits that people read."""
     return digest.removeprefix("sha256:")[:12]
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for json.loads. Raises ValueError for a key that occurs twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return found
+
+
+def refuse_constant(text: str) -> Any:
+    """Raise ValueError for NaN and infinities, as parse_constant of json.loads."""
+    raise ValueError(f"{text} is not JSON")

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from tunesmith.core.digests import canonical
+from tunesmith.core.digests import canonical, unique_keys
 from tunesmith.core.errors import Inconclusive
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -57,7 +57,7 @@ class LineFile:
     def _parsed(self, raw: bytes, place: str) -> dict[str, Any]:
         texts = (*self.unique, *self.texts)
         try:
-            line = json.loads(raw, object_pairs_hook=_object)
+            line = json.loads(raw, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise Inconclusive(f"not {self.what}: {error}", where=place) from error
         if self.values is None:
@@ -105,10 +105,3 @@ def is_number(value: object) -> TypeGuard[int | float]:
 def is_share(value: object) -> TypeGuard[int | float]:
     """Whether a value is a number from 0 to 1."""
     return is_number(value) and 0.0 <= value <= 1.0
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    line = dict(pairs)
-    if len(line) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return line

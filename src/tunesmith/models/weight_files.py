@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tunesmith.core.digests import canonical
+from tunesmith.core.digests import canonical, unique_keys
 from tunesmith.core.errors import Refused
 
 CONFIG_FILE = "adapter_config.json"
@@ -317,14 +317,6 @@ def _are_modules(value: Any) -> bool:
     if not isinstance(value, list) or not value or len(set(map(str, value))) != len(value):
         return False
     return all(isinstance(name, str) and _MODULE.fullmatch(name) is not None for name in value)
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs, for json.loads. Raises ValueError for a key that occurs twice."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
 
 
 def refusal(path: Path, what: str) -> Refused:

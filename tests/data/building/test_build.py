@@ -223,7 +223,7 @@ def test_schemas_that_are_none_or_reach_out(tmp_path: Path, schema: dict[str, An
     write_jsonl(tmp_path / "rows.jsonl", json_rows(10))
     with pytest.raises(UsageError) as caught:
         build(tmp_path, answer_schema=schema)
-    assert caught.value.where == "task.schema"
+    assert str(caught.value.where).startswith("task.schema")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from tunesmith.core.answer_schema import check_answer_schema
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import CountTokens
@@ -70,6 +71,8 @@ def build_dataset(
     Raises UsageError for malformed input, Refused where a policy forbids a row.
     """
     check_originals(settings.privacy, root)
+    if answer_schema is not None:
+        check_answer_schema(answer_schema, "task.schema")
     account = Account()
     checked = count_tokens is not None and max_tokens is not None
     outside = read_outside(settings, root, answer_schema)

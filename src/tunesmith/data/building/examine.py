@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from tunesmith.core.answer_schema import satisfies
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import CountTokens, Message
 from tunesmith.data.building.account import (
@@ -88,10 +89,13 @@ class Examiner:
         """The privacy scanner, loaded for the first row: its patterns take a second."""
         return Scanner(self.settings.privacy, listed_values(self.rules.answer_schema))
 
-    @cached_property
-    def valid_answer(self) -> Callable[[str], bool]:
-        """Whether an answer's text is JSON under the schema."""
-        return _answer_check(self.rules.answer_schema)
+    def valid_answer(self, text: str) -> bool:
+        """Whether an answer's text is JSON under the schema; True without one."""
+        schema = self.rules.answer_schema
+        try:
+            return schema is None or satisfies(json.loads(text), schema)
+        except (ValueError, RecursionError):
+            return False
 
     def examine(self, rows: Sequence[Row], source: Source) -> tuple[list[Kept], list[RemovedLine]]:
         """(examples, removed rows), counted in a new account. Many rows at once make the scan faster."""
@@ -318,29 +322,3 @@ def listed_values(schema: Any) -> set[str]:
         inner = set().union(*(listed_values(value) for value in schema.values()))
         return {value for value in own if isinstance(value, str)} | inner
     return set().union(*(listed_values(value) for value in schema)) if isinstance(schema, list) else set()
-
-
-def _answer_check(schema: Mapping[str, Any] | None) -> Callable[[str], bool]:
-    if schema is None:
-        return lambda _text: True
-    from jsonschema import SchemaError
-    from jsonschema.validators import validator_for
-    from referencing import Registry
-    from referencing.exceptions import Unresolvable
-
-    kind = validator_for(schema)
-    try:
-        kind.check_schema(schema)
-    except SchemaError as error:
-        raise UsageError(f"not a JSON Schema: {error.message}", where="task.schema") from error
-    validator = kind(schema, registry=Registry())  # nothing is fetched
-
-    def check(text: str) -> bool:
-        try:
-            return bool(validator.is_valid(json.loads(text)))
-        except Unresolvable as error:
-            raise UsageError(f"the schema refers to something outside itself: {error}", where="task.schema") from error
-        except (ValueError, RecursionError):
-            return False
-
-    return check

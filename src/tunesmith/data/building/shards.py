@@ -76,7 +76,6 @@ class ShardWorker:
     def warm(self) -> ShardWorker:
         """Load now what the first row would load."""
         self._examiner.scanner.findings(["a text"])
-        _ = self._examiner.valid_answer
         return self
 
     def pieces(self, shard: Shard) -> Iterator[ExaminedRows]:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tunesmith.core.digests import refuse_constant
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import ToolCall
 
@@ -80,10 +81,6 @@ def _name(function: Mapping[str, Any], where: str) -> str:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_constant)
+        return json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"broken JSON: {error}", where=where, fix="correct the row") from None
-
-
-def _constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")

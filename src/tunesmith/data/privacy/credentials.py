@@ -12,31 +12,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
-_DETECTORS = {
-    "artifactory": "ArtifactoryDetector",
-    "aws": "AWSKeyDetector",
-    "azure_storage_key": "AzureStorageKeyDetector",
-    "basic_auth": "BasicAuthDetector",
-    "cloudant": "CloudantDetector",
-    "discord": "DiscordBotTokenDetector",
-    "github_token": "GitHubTokenDetector",
-    "gitlab_token": "GitLabTokenDetector",
-    "ibm_cloud_iam": "IbmCloudIamDetector",
-    "ibm_cos_hmac": "IbmCosHmacDetector",
-    "jwt": "JwtTokenDetector",
-    "mailchimp": "MailchimpDetector",
-    "npm": "NpmDetector",
-    "openai": "OpenAIDetector",
-    "pypi_token": "PypiTokenDetector",
-    "sendgrid": "SendGridDetector",
-    "slack": "SlackDetector",
-    "softlayer": "SoftlayerDetector",
-    "square_oauth": "SquareOAuthDetector",
-    "stripe": "StripeDetector",
-    "telegram_token": "TelegramBotTokenDetector",
-    "twilio": "TwilioKeyDetector",
-}
+# Regex detectors of detect-secrets that are not used: addresses are no secrets, and _FORMS has the whole private key.
+_UNUSED = ("IPPublicDetector", "PrivateKeyDetector")
 _FORMS = (
     # The whole key, not only its first line.
     r"(?s)-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)",
@@ -142,9 +121,12 @@ def _span(match: re.Match[str]) -> tuple[int, int]:
 
 @functools.cache
 def _patterns() -> tuple[re.Pattern[str], ...]:
-    from importlib import import_module
+    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+    from detect_secrets.plugins.base import RegexBasedDetector
 
     patterns = [re.compile(form) for form in _FORMS]
-    for module, detector in _DETECTORS.items():
-        patterns.extend(getattr(import_module(f"detect_secrets.plugins.{module}"), detector).denylist)
+    detectors: dict[str, Any] = get_mapping_from_secret_type_to_class()
+    for detector in detectors.values():
+        if issubclass(detector, RegexBasedDetector) and detector.__name__ not in _UNUSED:
+            patterns.extend(detector.denylist)
     return tuple(patterns)

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith.core.digests import unique_keys
 from tunesmith.core.messages import Message, ToolCall
 from tunesmith.data.privacy.entities import Finder, Finding
 from tunesmith.data.privacy.names import NAME_ENTITIES
@@ -140,22 +141,14 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _json_in(text: str) -> Any:
-    """The JSON object or list of a text; None for prose."""
+    """The JSON object or list of a text; None for prose, and for objects with a key twice: a value would be lost."""
     if not text.lstrip().startswith(("{", "[")):
         return None
     try:
-        value = json.loads(text, object_pairs_hook=_pairs)
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict | list) else None
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; one with a key twice is read as prose, since as an object it would lose the first."""
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return fields
 
 
 class _Replacer:
@@ -238,7 +231,7 @@ def _text_replaced(text: str, replace: _Replacer) -> str:
 
 def _replace_leaves(value: Any, replace: _Replacer) -> Any:
     if isinstance(value, dict):
-        return _pairs([(replace(key), _replace_leaves(inner, replace)) for key, inner in value.items()])
+        return unique_keys([(replace(key), _replace_leaves(inner, replace)) for key, inner in value.items()])
     if isinstance(value, list):
         return [_replace_leaves(inner, replace) for inner in value]
     if isinstance(value, str):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
+from tunesmith.core.digests import refuse_constant, unique_keys
 from tunesmith.core.errors import UsageError
 
 # These limits keep a wrong or hostile file from filling the memory.
@@ -221,7 +222,7 @@ def _decode(data: bytes, where: str, *, first: bool) -> str:
 def _parse(text: str, where: str) -> Any:
     """The value of strict JSON: repeated keys, NaN and infinities raise UsageError."""
     try:
-        return json.loads(text, object_pairs_hook=_pairs, parse_constant=_constant)
+        return json.loads(text, object_pairs_hook=_pairs, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         fix = "correct the row"
@@ -237,18 +238,11 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    fields = unique_keys(pairs)
     for key in fields:
         if not key.isascii() and any("\ud800" <= letter <= "\udfff" for letter in key):
             raise ValueError(f"the key {key!r} holds half a surrogate pair")
     return fields
-
-
-def _constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _as_fields(row: Any, where: str) -> Mapping[str, Any]:

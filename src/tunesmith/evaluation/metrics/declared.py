@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union
 from pydantic import Discriminator, Field, Tag, field_validator
 
 from tunesmith.candidates.settings import EndpointSettings
+from tunesmith.core.answer_schema import check_pattern, search
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.settings import Settings
 from tunesmith.evaluation.lines import is_share
-from tunesmith.evaluation.metrics.answer_schema import check_pattern, search
 from tunesmith.evaluation.metrics.scorers import SCORERS, NotJson, Schema, nearest, read_json
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$", description="what the metric is called")]

@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+from tunesmith.core.answer_schema import satisfies
+from tunesmith.core.digests import refuse_constant, unique_keys
 from tunesmith.core.errors import UsageError
-from tunesmith.evaluation.metrics.answer_schema import satisfies
 from tunesmith.evaluation.metrics.text_scorers import TEXT_SCORERS
 
 Schema = Mapping[str, Any] | None
@@ -30,7 +31,7 @@ def read_json(text: str) -> Any:
     overflows to one, no lone surrogate, and no more than 64 levels.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant, parse_float=_finite)
         text.encode()
         json.dumps(value, ensure_ascii=False).encode()
         _bound_depth(value)
@@ -127,13 +128,6 @@ def _fields(scorer: str, answer: str, reference: str) -> tuple[int, int, int]:
     return sum(path in wanted and _same(value, wanted[path]) for path, value in given), len(given), len(expected)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("an object has a key twice")
-    return value
-
-
 def _bound_depth(value: Any) -> None:
     level = [value]
     for _ in range(_DEEPEST):
@@ -144,10 +138,6 @@ def _bound_depth(value: Any) -> None:
 
 def _inside(value: Any) -> Collection[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _finite(text: str) -> float:

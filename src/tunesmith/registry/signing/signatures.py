@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.digests import canonical, digest_file
+from tunesmith.core.digests import canonical, digest_file, unique_keys
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.files import sync_folder, write_atomic
-from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, unique_keys
+from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE
 from tunesmith.registry.licence_duties import NOTICE
 from tunesmith.store.trust import TrustedKey, find_key
 

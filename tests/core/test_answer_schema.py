@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.fabricate import SCHEMA
+from tunesmith.core.answer_schema import check_answer_schema, load_answer_schema, satisfies
 from tunesmith.core.errors import UsageError
-from tunesmith.evaluation.metrics.answer_schema import check_answer_schema, load_answer_schema, satisfies
 
 
 @pytest.mark.parametrize(
