@@ -1,4 +1,4 @@
-"""The project file: what it may say, where it stands, and the store that goes with it."""
+"""The project file tunesmith.yaml: its settings, its folder, and the store in that folder."""
 
 from __future__ import annotations
 
@@ -34,35 +34,41 @@ class ProjectSettings(Settings):
     """tunesmith.yaml."""
 
     name: Annotated[
-        str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="what its versions are called: NAME@v1")
+        str,
+        Field(
+            pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$",
+            description="the model's name; its versions are NAME@v1, NAME@v2, ...",
+        ),
     ]
     base: Annotated[
         str, Field(description="the base model: pypi:NAME==VERSION, hf:org/name@revision, or the path of a folder")
     ]
     engine: Annotated[
-        EngineSettings | None, Field(description="who answers: this process where left out, else a server")
+        EngineSettings | None, Field(description="the server that answers; by default this process answers")
     ] = None
-    data: Annotated[DataSettings, Field(description="the examples and what is done to them")]
+    data: Annotated[DataSettings, Field(description="the examples, and how the dataset is built from them")]
     documents: Annotated[
         DocumentSettings | None,
-        Field(description="the documents that `retrieve: {from: documents}` looks things up in"),
+        Field(description="the documents that candidates with `retrieve: {from: documents}` search"),
     ] = None
-    task: Annotated[TaskSettings, Field(description="what a right answer is")] = TaskSettings()
+    task: Annotated[TaskSettings, Field(description="how answers are checked and scored")] = TaskSettings()
     prices: Annotated[
-        PriceSettings | None, Field(description="what computing costs; without it reports name seconds and tokens only")
+        PriceSettings | None,
+        Field(description="the price of computing; without it reports show seconds and tokens only"),
     ] = None
     candidates: Annotated[
-        dict[str, CandidateSettings], Field(min_length=1, description="the rival ways to answer, by name")
+        dict[str, CandidateSettings], Field(min_length=1, description="the ways to answer that are compared, by name")
     ]
     metrics: Annotated[
-        MetricsSettings | None, Field(description="where trainings are shown while they run; in their records anyway")
+        MetricsSettings | None,
+        Field(description="where training curves are shown while training runs; records always hold them"),
     ] = None
     release: Annotated[
         str | None,
-        Field(description="the candidate that the gates judge; the only tuned one, else the best, where left out"),
+        Field(description="the candidate that the gates judge; by default the only tuned one, else the best"),
     ] = None
-    gates: Annotated[Gates, Field(description="what a release must show; without any, nothing passes")] = {}  # noqa: RUF012
-    rollout: Annotated[RolloutSettings, Field(description="how a version takes over the traffic")] = RolloutSettings()
+    gates: Annotated[Gates, Field(description="the requirements of a release; without any, no candidate passes")] = {}  # noqa: RUF012
+    rollout: Annotated[RolloutSettings, Field(description="how traffic moves to a new version")] = RolloutSettings()
     monitoring: Annotated[MonitoringSettings, Field(description="when served traffic counts as drifted")] = (
         MonitoringSettings()
     )
@@ -72,9 +78,7 @@ class ProjectSettings(Settings):
         if self.release is not None and self.release not in self.candidates:
             raise ValueError(f"release: {self.release!r} is not a candidate; they are {', '.join(self.candidates)}")
         if self.release is not None and self.candidates[self.release].endpoint is not None:
-            raise ValueError(
-                f"release: {self.release!r} is answered by an endpoint: what is not held here cannot be released"
-            )
+            raise ValueError(f"release: {self.release!r} is an endpoint, and an endpoint cannot be released")
         for name, candidate in self.candidates.items():
             _check_candidate(name, candidate, self)
         try:
@@ -86,7 +90,7 @@ class ProjectSettings(Settings):
 
 
 def _check_candidate(name: str, candidate: CandidateSettings, project: ProjectSettings) -> None:
-    """Raise ValueError for a candidate that names what the project file lacks."""
+    """Raise ValueError for a candidate that names weights or documents that the project file does not have."""
     if candidate.weights is not None:
         named = project.candidates.get(candidate.weights)
         if named is None or named.train is None:
@@ -94,18 +98,18 @@ def _check_candidate(name: str, candidate: CandidateSettings, project: ProjectSe
             known = f"they are {', '.join(trained)}" if trained else "none is"
             raise ValueError(f"candidates.{name}.weights: {candidate.weights!r} is not trained here; {known}")
     if candidate.retrieve is not None and candidate.retrieve.from_ == "documents" and project.documents is None:
-        raise ValueError(f"candidates.{name}.retrieve: from: documents needs `documents:` beside `data:`")
+        raise ValueError(f"candidates.{name}.retrieve: from: documents needs `documents:` in the project file")
 
 
 class Project:
-    """A folder with a tunesmith.yaml. root: that folder; settings: what the file says; store: `.tunesmith` in it."""
+    """A folder with a tunesmith.yaml. root: the folder; settings: the file's; store: the folder's `.tunesmith`."""
 
     def __init__(self, root: Path, settings: ProjectSettings) -> None:
         self.root, self.settings = root, settings
 
     @classmethod
     def load(cls, path: str | Path = FILE) -> Self:
-        """Read a project file, or the one in a folder. Raises UsageError where it is missing or not well formed."""
+        """Read a project file, given it or its folder. Raises UsageError where it is missing or not valid."""
         path = Path(path)
         if path.is_dir():
             path = path / FILE
@@ -113,27 +117,27 @@ class Project:
             raise UsageError(
                 "there is no project here",
                 where=str(path.absolute()),
-                fix="`tunesmith init` makes one; `-C DIR` names another folder",
+                fix="run `tunesmith init` to create one, or name another folder with `-C DIR`",
             )
         return cls(path.parent.absolute(), parse_settings(path.read_bytes(), str(path)))
 
     @cached_property
     def store(self) -> Store:
-        """Everything that was built here."""
+        """The project's store of records, blobs and versions."""
         from tunesmith.store.store import Store
 
         return Store(self.root / STORE)
 
     @property
     def schema(self) -> dict[str, Any] | None:
-        """The answer's JSON Schema, where the task has one. Raises UsageError where it is none."""
+        """The answer's JSON Schema; None where the task has none. Raises UsageError where it is not valid."""
         from tunesmith.core.answer_schema import load_answer_schema
 
         path = self.settings.task.schema_path
         return None if path is None else load_answer_schema(self.root / path)
 
     def actor(self, name: str | None = None) -> str:
-        """Whose action this is: name, else $TUNESMITH_USER, else the store's owner."""
+        """The name of the person who acts: name, else $TUNESMITH_USER, else the store's owner."""
         from tunesmith.store.identities import acting
 
         return acting(self.store, name)
@@ -145,7 +149,7 @@ def open_project(directory: Path) -> Project:
 
 
 def open_store(directory: Path) -> Store:
-    """The store of a project's folder, or the folder itself where it is a store (a copy of `.tunesmith`)."""
+    """The store of a project's folder; also of a folder that is itself a store (a copy of `.tunesmith`)."""
     from tunesmith.store.store import Store
 
     for place in (directory / STORE, directory):
@@ -156,12 +160,12 @@ def open_store(directory: Path) -> Store:
     raise UsageError(
         "there is neither a project nor a store here",
         where=str(directory.absolute()),
-        fix="`-C DIR` names a project's folder or a copy of its .tunesmith",
+        fix="name a project's folder, or a copy of its .tunesmith, with `-C DIR`",
     )
 
 
 def parse_settings(data: bytes, where: str) -> ProjectSettings:
-    """Read a project file's text. Raises UsageError that names the key and, where one is mistyped, the nearest."""
+    """The settings in a project file's text. Raises UsageError with the key, and with the nearest known one."""
     try:
         read = yaml.load(data.decode("utf-8-sig"), Loader=_Strict)  # noqa: S506 - a SafeLoader
     except UnicodeDecodeError as error:
@@ -175,7 +179,7 @@ def parse_settings(data: bytes, where: str) -> ProjectSettings:
     try:
         return ProjectSettings.model_validate(read)
     except ValidationError as error:
-        raise _told(error, where) from error
+        raise _usage_error(error, where) from error
 
 
 def settings_schema() -> dict[str, Any]:
@@ -184,20 +188,20 @@ def settings_schema() -> dict[str, Any]:
 
 
 class _Strict(yaml.SafeLoader):
-    """A key that stands twice is an error: YAML would keep the last and drop the first without a word."""
+    """Refuses a key that occurs twice; plain YAML would keep the last one silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} occurs twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _told(error: ValidationError, where: str) -> UsageError:
-    """The first of pydantic's findings as one of ours."""
+def _usage_error(error: ValidationError, where: str) -> UsageError:
+    """The first of pydantic's errors as a UsageError."""
     found = error.errors(include_url=False)
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     place = ".".join(str(part) for part in first["loc"])
@@ -216,6 +220,7 @@ def _told(error: ValidationError, where: str) -> UsageError:
 
 
 def _keys(schema: Any) -> Iterator[str]:
+    """All setting names in a JSON Schema."""
     if isinstance(schema, Mapping):
         properties = schema.get("properties")
         if isinstance(properties, Mapping):

@@ -24,15 +24,15 @@ from tunesmith.core.errors import UsageError
         ({"$ref": "https://example.com/answer.json"}, "outside itself"),
         ({"properties": {"a": {"$ref": "file:///etc/passwd"}}}, "outside itself"),
         ({"allOf": [{"items": {"$dynamicRef": "other.json"}}]}, "outside itself"),
-        ({"$ref": "#/$defs/missing"}, "dead"),
+        ({"$ref": "#/$defs/missing"}, "to nothing"),
         ({"$ref": "#"}, "without end"),
         ({"properties": {"a": {"pattern": "(a|aa)+$"}}}, "needs more than"),
         ({"patternProperties": {"^(a|a)*$": {}}}, "needs more than"),
         ({"$defs": {"x": {"pattern": "^(([a-z]|[a-y])+)+$"}}}, "needs more than"),
         ({"pattern": "("}, "not"),
         ({"patternProperties": {"a": {}}, "unevaluatedProperties": False}, "not supported"),
-        ({"$schema": 7}, "not a version"),
-        ({"$schema": "https://example.com/mine"}, "not a version"),
+        ({"$schema": 7}, "not a known version"),
+        ({"$schema": "https://example.com/mine"}, "not a known version"),
     ],
 )
 def test_refused(schema: Any, message: str) -> None:

@@ -70,5 +70,5 @@ def test_over_two_datasets_nothing_is_said(made: Fabricated, evaluation: str) ->
 def test_names_that_are_not_there(made: Fabricated, evaluation: str) -> None:
     with pytest.raises(UsageError, match="did you mean 'few-shot'"):
         side_of_candidate(made.store, evaluation, "fewshot")
-    with pytest.raises(UsageError, match="does not hold its candidate"):
+    with pytest.raises(UsageError, match="has no candidate"):
         side_of_digest(made.store, evaluation, made.training, "home@v1")

@@ -63,7 +63,7 @@ def test_what_is_refused_says_what_and_where(changes: dict[str, Any], said: str,
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (b"name: a\nname: b\n", "the key 'name' stands twice"),
+        (b"name: a\nname: b\n", "the key 'name' occurs twice"),
         (b"name: [a\n", "not valid YAML"),
         (b"\xff\xfe\x00", "not UTF-8"),
         (b"- a\n", "must hold keys and values"),

@@ -1,8 +1,8 @@
-"""The JSON Schema an answer must satisfy: read, refused where it could hang or reach out, and applied.
+"""Reads the JSON Schema of answers, refuses a schema that is slow or fetches something, and validates answers.
 
-Model output is hostile text and a schema's patterns run over it, so patterns are evaluated by `regex` under a time
-limit instead of by `re`, and are tried on texts that make backtracking explode before any answer is judged.
-References may only point inside the schema: nothing is fetched.
+Model output is untrusted text, and the schema's patterns run over it. So `regex` evaluates the patterns with a time
+limit, and each pattern is first tried on texts that make backtracking slow. References may only point inside the
+schema, so nothing is fetched.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HOLDS_DATA = frozenset({"const", "enum", "default", "examples"})
 
 
 def load_answer_schema(path: Path) -> dict[str, Any]:
-    """Read and check a schema file. Raises UsageError naming the file for whatever keeps it from being used."""
+    """The schema in a file. Raises UsageError, naming the file, where it cannot be read or used."""
     try:
         schema = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -41,7 +41,7 @@ def load_answer_schema(path: Path) -> dict[str, Any]:
 
 
 def check_answer_schema(schema: Any, where: str) -> None:
-    """Raise UsageError for what is not a JSON Schema object, refers outside itself, or has patterns that explode."""
+    """Raise UsageError for a schema that is not valid, refers outside itself, or has patterns that are too slow."""
     if not isinstance(schema, dict):
         raise UsageError("the answer schema is not a JSON object", where=where)
     try:
@@ -56,12 +56,13 @@ def check_answer_schema(schema: Any, where: str) -> None:
         for probe in probes:
             satisfies(probe, schema)
     except (referencing.exceptions.Unresolvable, RecursionError) as error:
-        what = "refers to itself without end" if isinstance(error, RecursionError) else f"has a dead $ref: {error}"
+        endless = isinstance(error, RecursionError)
+        what = "refers to itself without end" if endless else f"has a $ref to nothing: {error}"
         raise UsageError(f"the answer schema {what}", where=where) from error
 
 
 def satisfies(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether a JSON value is valid under a checked schema. Raises UsageError where a pattern runs out of its time."""
+    """Whether a JSON value is valid under a checked schema. Raises UsageError where a pattern takes too long."""
     return bool(_validator(json.dumps(schema, sort_keys=True)).is_valid(value))
 
 
@@ -72,7 +73,7 @@ def _validator(encoded: str) -> Any:
         _dialect(schema, "answer schema"),
         {"pattern": _pattern, "patternProperties": _pattern_properties, "additionalProperties": _additional_properties},
     )
-    # An empty registry retrieves nothing; jsonschema's own default still fetches over the network.
+    # An empty registry fetches nothing; jsonschema's default fetches over the network.
     return bounded(schema, registry=referencing.Registry())
 
 
@@ -80,12 +81,12 @@ def _dialect(schema: Mapping[str, Any], where: str) -> Any:
     named = schema.get("$schema", jsonschema.Draft202012Validator.META_SCHEMA["$schema"])
     found = validators.validator_for({"$schema": named}, default=None) if isinstance(named, str) else None
     if found is None:
-        raise UsageError(f"{named!r} is not a version of JSON Schema that is known", where=f"{where}, $.$schema")
+        raise UsageError(f"{named!r} is not a known version of JSON Schema", where=f"{where}, $.$schema")
     return found
 
 
 def _parts(schema: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every subschema with its place. Below const, enum, default and examples stands data, not schema."""
+    """Every subschema with its place. const, enum, default and examples hold data, not schemas."""
     if isinstance(schema, list):
         for index, item in enumerate(schema):
             yield from _parts(item, f"{place}[{index}]")
@@ -108,7 +109,7 @@ def _check_references(part: Mapping[str, Any], where: str) -> None:
             )
     if "unevaluatedProperties" in part and "patternProperties" in part:
         raise UsageError(
-            "unevaluatedProperties beside patternProperties is not supported",
+            "unevaluatedProperties together with patternProperties is not supported",
             where=where,
             fix="use additionalProperties",
         )
@@ -122,18 +123,18 @@ def _check_patterns(part: Mapping[str, Any], where: str) -> None:
 
 
 def check_pattern(pattern: str, where: str) -> None:
-    """Raise UsageError for what is no regular expression, or one whose search explodes on repeated letters."""
+    """Raise UsageError for a pattern that is not a regular expression, or is too slow on repeated letters."""
     try:
         regex.compile(pattern)
     except regex.error as error:
         raise UsageError(f"the pattern {pattern!r} is not a regular expression: {error}", where=where) from error
     for letter in sorted({*pattern, *"a0 "}):
-        # One repeated letter and an end that matches nothing is what makes nested quantifiers try every split.
+        # A repeated letter, then one that matches nothing, makes nested quantifiers try every split.
         search(pattern, letter * _PUMP_LENGTH + "\x00", where)
 
 
 def search(pattern: str, text: str, where: str = "answer schema") -> bool:
-    """Whether a pattern is found in a text. Raises UsageError where that takes longer than it may."""
+    """Whether a pattern occurs in a text. Raises UsageError where the search takes too long."""
     try:
         return regex.search(pattern, text, timeout=_PATTERN_SECONDS) is not None
     except TimeoutError:

@@ -1,4 +1,4 @@
-"""Two candidates side by side on the same rows: of one evaluation, or of two over the same dataset version."""
+"""Compares two candidates on the same rows, from one evaluation or from two of the same dataset version."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tunesmith.store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the two: a candidate by name in an evaluation. label is what people call it."""
+    """One of the two candidates. evaluation: digest; name: its name in the evaluation; label: what the user named."""
 
     evaluation: str
     name: str
@@ -25,7 +25,7 @@ class Side:
 
 
 def side_of_candidate(store: Store, evaluation: str, name: str) -> Side:
-    """A candidate of an evaluation by name. Raises UsageError where there is none of that name."""
+    """The candidate with this name in an evaluation. Raises UsageError where there is none."""
     known = store.record(evaluation, kind="evaluation").body["candidates"]
     if name not in known:
         raise UsageError(
@@ -35,15 +35,18 @@ def side_of_candidate(store: Store, evaluation: str, name: str) -> Side:
 
 
 def side_of_digest(store: Store, evaluation: str, candidate: str, label: str) -> Side:
-    """A candidate of an evaluation by its record's digest, as a model version names it."""
+    """The candidate with this digest in an evaluation. Raises UsageError where there is none.
+
+    candidate: digest of the candidate record, which a model version names.
+    """
     for name, stated in store.record(evaluation, kind="evaluation").body["candidates"].items():
         if stated["candidate"] == candidate:
             return Side(evaluation, name, label)
-    raise UsageError(f"the evaluation of {label} does not hold its candidate {short(candidate)}")
+    raise UsageError(f"the evaluation of {label} has no candidate {short(candidate)}")
 
 
 class ComparedMetric(View):
-    """A metric of two candidates. difference: second minus first; wins, losses, ties: requests, for the second.
+    """One metric of two candidates. difference: second minus first; wins, losses, ties: requests, for the second.
 
     mcnemar: p-value where every score is 0 or 1, otherwise None; sign_flip: p-value of the permutation test.
     """
@@ -68,7 +71,7 @@ class ComparedSide(View):
 
 
 class Comparison(View):
-    """How the second candidate differs from the first, by every metric that both were measured with."""
+    """How the second candidate differs from the first, by each metric that was measured for both."""
 
     first: ComparedSide
     second: ComparedSide
@@ -80,7 +83,7 @@ class Comparison(View):
 
 
 def compare(store: Store, first: Side, second: Side) -> Comparison:
-    """Compare two candidates request by request.
+    """The differences between two candidates, row by row.
 
     Raises Inconclusive where they were not measured on the same rows or share no metric.
     """
@@ -94,7 +97,7 @@ def compare(store: Store, first: Side, second: Side) -> Comparison:
     left, right = read_scores(store, records[0]), read_scores(store, records[1])
     shared = [metric for metric in records[0].body["metrics"] if metric in records[1].body["metrics"]]
     if not shared:
-        raise Inconclusive(f"{first.label} and {second.label} were not measured by one metric in common")
+        raise Inconclusive(f"no metric was measured for both {first.label} and {second.label}")
     seed, primary = records[1].body["seed"], records[1].body["primary"]
     metrics = {}
     for metric in shared:

@@ -41,7 +41,7 @@ def test_figures_match_the_record_and_lie_in_intervals(rows: list[tuple[str, str
     macro = macro_f1_interval(found, 0.9, 0)
     shown = classes(found.given, found.wanted, found.groups, 0.9, 0)["macro_f1"]
     assert macro.mean == pytest.approx(shown["mean"], abs=1e-9)
-    assert macro.low <= shown["low"] + 0.03, "the worst thinkable group is added"
+    assert macro.low <= shown["low"] + 0.03, "the worst-case group is added"
     assert macro.high >= shown["high"] - 0.03
     error, stated = (
         calibration_error_interval(found, 0.9, 0),
@@ -98,7 +98,7 @@ def test_calibration_that_was_not_measured_is_inconclusive(tmp_path: Path) -> No
     for figure in ("calibration_error", "brier"):
         gates = GATES.validate_python({"c": {"figure": figure, "metric": "intent", "at_most": 1.0}})
         gate = store.record(judge(store, evaluation=digest, candidate="tuned", gates=gates)).body["gates"][0]
-        assert (gate["outcome"], "how sure" in gate["reason"]) == ("inconclusive", True)
+        assert (gate["outcome"], "state no confidence" in gate["reason"]) == ("inconclusive", True)
     gates = GATES.validate_python({"c": {"figure": "macro_f1", "metric": "exact_match", "at_least": 0.0}})
     gate = store.record(judge(store, evaluation=digest, candidate="tuned", gates=gates)).body["gates"][0]
     assert (gate["outcome"], "keeps no labels" in gate["reason"]) == ("inconclusive", True)

@@ -24,6 +24,7 @@ from tunesmith.evaluation.metrics.classification import brier_interval, calibrat
 from tunesmith.evaluation.metrics.labels import Labelled
 from tunesmith.evaluation.probes.items import Measured
 from tunesmith.evaluation.probes.judging import Case, judge_probe
+from tunesmith.evaluation.probes.numbers import check_groups
 from tunesmith.evaluation.probes.suites import suite_of
 from tunesmith.evaluation.report.wording import percent, points
 from tunesmith.evaluation.scores import GENERAL, Column, check_paired, drop, rounded
@@ -39,10 +40,8 @@ from tunesmith.evaluation.settings import (
     Whole,
 )
 from tunesmith.evaluation.stats.statistics import (
-    MINIMUM_GROUPS,
     Interval,
     confidence_at_use,
-    effective_groups,
     interval,
 )
 
@@ -124,7 +123,7 @@ def _rivals(metric: str, over: str, evidence: Evidence) -> tuple[str, Column, Co
         raise Inconclusive("a candidate cannot be compared with itself")
     own, other = evidence.columns[evidence.candidate, metric], evidence.columns[rival, metric]
     check_paired(own, other)
-    _check_size(own)
+    check_groups("test rows", own.groups)
     return rival, own, other
 
 
@@ -146,16 +145,9 @@ def _lift(gate: Lift, evidence: Evidence) -> Finding:
 def _retain(gate: Retain, evidence: Evidence) -> Finding:
     rival, own, other = _rivals(gate.metric, gate.not_below, evidence)
     confidence = evidence.confidence(gate.confidence)
-    measured = _rounded(
-        interval(other.values - own.values, own.groups, ends=(-1.0, 1.0), confidence=confidence, seed=evidence.seed)
-    )
-    reason = (
-        f"{gate.metric} differs from {rival} by {points(-measured.mean)} points "
-        f"({_level(confidence)} interval {points(-measured.high)} to {points(-measured.low)}); "
-        f"a drop of at most {gate.bound * 100:g} points allowed"
-    )
-    extra = {"metric": gate.metric, "not_below": rival, "confidence": rounded(confidence)}
-    return _finding(gate, _below(measured, gate.bound), measured, reason, extra)
+    fall = interval(other.values - own.values, own.groups, ends=(-1.0, 1.0), confidence=confidence, seed=evidence.seed)
+    extra = {"metric": gate.metric, "not_below": rival}
+    return _limited(gate, fall, f"{gate.metric} differs from {rival}", confidence, extra)
 
 
 def _probe(gate: Probe, evidence: Evidence) -> Finding:
@@ -179,7 +171,7 @@ def _probe(gate: Probe, evidence: Evidence) -> Finding:
 
 def _threshold(gate: Threshold, evidence: Evidence) -> Finding:
     own = evidence.columns[evidence.candidate, gate.metric]
-    _check_size(own)
+    check_groups("test rows", own.groups)
     # Without confidence the bound is on the measured rows themselves, which further uses of them do not weaken.
     confidence = evidence.confidence(gate.confidence) if gate.confidence else 0.95
     measured = _rounded(interval(own.values, own.groups, ends=(0.0, 1.0), confidence=confidence, seed=evidence.seed))
@@ -198,7 +190,7 @@ def _whole(gate: Whole, evidence: Evidence) -> Finding:
     rows = evidence.labelled.get((evidence.candidate, gate.metric))
     if rows is None:
         raise Inconclusive(f"the evaluation keeps no labels by {gate.metric!r}: name a scorer with `label`")
-    _check_size(evidence.columns[evidence.candidate, gate.metric])
+    check_groups("test rows", evidence.columns[evidence.candidate, gate.metric].groups)
     confidence = evidence.confidence(gate.confidence)
     measured = _rounded(_FIGURES[gate.figure](rows, confidence, evidence.seed))
     reason = (
@@ -218,14 +210,28 @@ def _forgetting(gate: Forgetting, evidence: Evidence) -> Finding:
     if before is None or after is None:
         raise Inconclusive("general ability was not measured before and after tuning")
     confidence = evidence.confidence(gate.confidence)
-    measured = _rounded(drop(before, after, confidence=confidence, seed=evidence.seed))
+    fall = drop(before, after, confidence=confidence, seed=evidence.seed)
+    return _limited(gate, fall, "tuning changed general ability", confidence, extra, rows_needed=False)
+
+
+def _limited(
+    gate: Retain | Forgetting,
+    fall: Interval,
+    what: str,
+    confidence: float,
+    extra: Mapping[str, Any],
+    *,
+    rows_needed: bool = True,
+) -> Finding:
+    """The finding of a gate that limits a drop. fall: the drop, positive for a loss. what: the change, in words."""
+    measured = _rounded(fall)
     reason = (
-        f"general ability changed by {points(-measured.mean)} points by tuning "
+        f"{what} by {points(-measured.mean)} points "
         f"({_level(confidence)} interval {points(-measured.high)} to {points(-measured.low)}); "
         f"a drop of at most {gate.bound * 100:g} points allowed"
     )
     extra = {**extra, "confidence": rounded(confidence)}
-    return _finding(gate, _below(measured, gate.bound), measured, reason, extra, rows_needed=False)
+    return _finding(gate, _below(measured, gate.bound), measured, reason, extra, rows_needed=rows_needed)
 
 
 _Kind = TypeVar("_Kind", bound=GateSettings)
@@ -279,15 +285,6 @@ def _above(measured: Interval, bound: float) -> Outcome:
 
 def _below(measured: Interval, bound: float) -> Outcome:
     return "pass" if measured.high <= bound else "fail" if measured.low > bound else "inconclusive"
-
-
-def _check_size(column: Column) -> None:
-    found = effective_groups(column.groups)
-    if found < MINIMUM_GROUPS:
-        raise Inconclusive(
-            f"{len(column.ids)} test rows in groups that weigh as much as {found:.1f} groups of equal size: "
-            f"at least {MINIMUM_GROUPS} are needed"
-        )
 
 
 def _rounded(measured: Interval) -> Interval:

@@ -1,4 +1,4 @@
-"""Classification beyond accuracy: macro-F1, labels one by one, and whether a stated confidence can be believed."""
+"""Metrics of classification tasks: macro-F1, results by label, calibration error and Brier score."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _SHOWN = 40
 
 
 def classes(given: Sequence[str], wanted: Sequence[str], groups: Sequence[str], confidence: float, seed: int) -> Any:
-    """Macro-F1 with an interval, and the labels one by one: {"macro_f1", "labels", "by_label", "confused"}.
+    """Macro-F1 with an interval, and the results by label: {"macro_f1", "labels", "by_label", "confused"}.
 
-    given, wanted, groups: one a row. Macro-F1 is the mean of F1 over the labels that occur in wanted, as scikit-learn's
-    f1_score with those labels gives it. Its interval is a Bayesian bootstrap over groups (Rubin 1981).
+    given, wanted, groups: one entry per row. Macro-F1 is the mean F1 of the labels that occur in wanted, as in
+    scikit-learn's f1_score with those labels. The interval is a Bayesian bootstrap over groups (Rubin 1981).
     """
     labels = sorted(set(wanted))
     right, said, held = _counts(given, wanted, groups)
     each = _f1(right.sum(0), said.sum(0), held.sum(0))
-    # RandomState's streams are frozen (NEP 19): the record must come out the same years later.
+    # RandomState's streams never change (NEP 19), so the record can be computed again years later.
     weights = np.random.RandomState(seed).standard_exponential((_DRAWS, len(held)))
     drawn = _f1(weights @ right, weights @ said, weights @ held).mean(axis=-1)
     tail = (1.0 - confidence) / 2.0
@@ -50,10 +50,10 @@ def classes(given: Sequence[str], wanted: Sequence[str], groups: Sequence[str], 
 
 
 def calibration(confidences: Sequence[float], right: Sequence[float]) -> dict[str, Any]:
-    """How far stated confidences are from how often they were right: {"n", "ece", "brier", "bins"}.
+    """The difference between stated confidences and accuracy: {"n", "ece", "brier", "bins"}.
 
-    confidences: 0 to 1, one a row; right: 0 or 1. ece: expected calibration error over ten bins of equal width (Guo et
-    al. 2017). brier: mean squared error of the confidence (Brier 1950). bins: those with rows.
+    confidences: 0 to 1, one per row; right: 0 or 1. ece: expected calibration error over ten bins of equal width (Guo
+    et al. 2017). brier: mean squared error of the confidences (Brier 1950). bins: the bins that have rows.
     """
     stated, truth = np.asarray(confidences, dtype=np.float64), np.asarray(right, dtype=np.float64)
     which = np.minimum((stated * _BINS).astype(int), _BINS - 1)
@@ -81,13 +81,14 @@ def calibration(confidences: Sequence[float], right: Sequence[float]) -> dict[st
 
 
 def macro_f1_interval(rows: Labelled, confidence: float, seed: int) -> Interval:
-    """Macro-F1 with the interval that a gate is judged by: Bayesian bootstrap over groups (Rubin 1981), to which the
-    worst thinkable group is added as in statistics.py: one of the mean size, with the labels as the rows have them, of
-    which none (for the lower end) or all (for the upper end) are right.
+    """Macro-F1 with the interval that gates use: a Bayesian bootstrap over groups (Rubin 1981).
+
+    As in statistics.py, a worst-case group is added. It has the mean size and the label frequencies of all rows. None
+    of its answers are right for the lower end, all of them for the upper end.
     """
     right, said, held = _counts(rows.given, rows.wanted, rows.groups)
     mean = float(_f1(right.sum(0), said.sum(0), held.sum(0)).mean())
-    more = held.sum(0) / len(held)  # the mean group
+    more = held.sum(0) / len(held)  # the labels of a mean group
 
     def of(weights: Floats, extra: Floats) -> tuple[Floats, Floats]:
         added = extra * more
@@ -98,10 +99,10 @@ def macro_f1_interval(rows: Labelled, confidence: float, seed: int) -> Interval:
 
 
 def calibration_error_interval(rows: Labelled, confidence: float, seed: int) -> Interval:
-    """Expected calibration error as `calibration` gives it, with an interval made in the same way.
+    """Expected calibration error as in `calibration`, with an interval as in `macro_f1_interval`.
 
-    The worst thinkable group is wrong by 1 at every row, the best by 0. The error of a few rows in a bin is not 0 even
-    where every confidence is true, so the figure errs upwards: a gate that it passes is passed on the safe side.
+    The added group has an error of 1 on every row for the upper end, and of 0 for the lower end. A bin with few rows
+    has an error above 0 even where the confidences are right, so the estimate is too high rather than too low.
     Raises Inconclusive where confidences are not stated.
     """
     stated, truth = np.array(_confidences(rows)), rows.right
@@ -120,19 +121,22 @@ def calibration_error_interval(rows: Labelled, confidence: float, seed: int) -> 
 
 
 def brier_interval(rows: Labelled, confidence: float, seed: int) -> Interval:
-    """Mean squared error of the stated confidence, with the interval of a mean. Raises Inconclusive as above."""
+    """Mean squared error of the stated confidences, with its interval.
+
+    Raises Inconclusive where confidences are not stated.
+    """
     off = (np.array(_confidences(rows)) - rows.right) ** 2
     return interval(off, rows.groups, ends=(0.0, 1.0), confidence=confidence, seed=seed)
 
 
 def _confidences(rows: Labelled) -> tuple[float, ...]:
     if rows.confidences is None:
-        raise Inconclusive("the answers do not all state how sure they are: set calibrate, or the endpoint's logprobs")
+        raise Inconclusive("some answers state no confidence: set the scorer's calibrate, or the endpoint's logprobs")
     return rows.confidences
 
 
 def _counts(given: Sequence[str], wanted: Sequence[str], groups: Sequence[str]) -> tuple[Floats, Floats, Floats]:
-    """Groups x labels (in the order of their names): how often right, how often said, how often wanted."""
+    """Three arrays of groups x labels (sorted): how often a label was given rightly, was given, and was wanted."""
     labels = sorted(set(wanted))
     place = {label: number for number, label in enumerate(labels)}
     index, sizes = _by_group(groups)
@@ -146,7 +150,7 @@ def _counts(given: Sequence[str], wanted: Sequence[str], groups: Sequence[str]) 
 
 
 def _by_group(groups: Sequence[str]) -> tuple[Any, Floats]:
-    """Each row's group as a number, and the groups' sizes."""
+    """Each row's group as an index, and the size of each group."""
     index = np.unique(np.asarray(groups), return_inverse=True)[1]
     return index, np.bincount(index).astype(np.float64)
 
@@ -158,7 +162,11 @@ def _ends(
     confidence: float,
     seed: int,
 ) -> Interval:
-    """of: weights (draws x groups) and those of the worst group (draws x 1) -> the figure at its lowest and highest."""
+    """The interval of a figure from resampled groups.
+
+    of: (weights of the groups, draws x groups; weights of the added group, draws x 1) -> the figure in each draw with
+    the added group at its worst, and at its best.
+    """
     drawn = [of(weights[:, :groups], weights[:, groups:]) for weights in group_weights(groups + 1, confidence, seed)]
     below, above = (np.concatenate([pair[side] for pair in drawn]) for side in (0, 1))
     tail = (1.0 - confidence) / 2.0

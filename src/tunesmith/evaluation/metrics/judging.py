@@ -1,4 +1,4 @@
-"""A model as judge: each answer against its reference, asked twice with the two in either order (Zheng et al. 2023)."""
+"""A model as judge: it compares each answer with its reference twice, once in each order (Zheng et al. 2023)."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ def judge_answers(
     work: Path,
     progress: Progress = SILENT,
 ) -> str:
-    """Have every answer judged and keep what the judge said; returns the record's digest.
+    """Ask the judge about every answer and store its replies; returns the record's digest.
 
-    answers: digest of a candidate's answers to test. work: a folder where verdicts are kept and found after a stop.
+    answers: digest of a candidate's answers to the test rows. work: a folder for finished chunks, which a resumed run
+    reads.
     """
     record = store.record(answers, kind="answers")
     lines_of = read_answer_lines(store, record, [row.id for row in test], f"answers {short(answers)}")
@@ -79,20 +80,20 @@ def judge_answers(
 def read_judged(
     store: Store, digest: str, metric: str, answers: str, test: Sequence[Example]
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """id -> score, and what the evaluation states of the judge: {"agreement", "undecided", "model", ...}.
+    """Row id -> score, and the evaluation record's account of the judge: {"agreement", "undecided", "model", ...}.
 
-    agreement: share of rows where both orders gave the same verdict. undecided: sayings without A, B or TIE, counted as
-    a tie. Raises Inconclusive for judgements of other answers, and where a row has none.
+    agreement: share of rows where both orders gave the same verdict. undecided: replies without A, B or TIE, which
+    count as ties. Raises Inconclusive for judgements of other answers, and where a row has none.
     """
     record = store.record(digest, kind="answers")
     if record.parents.get("answers") != answers or record.body.get("suite") != f"judge:{metric}":
-        raise Inconclusive(f"{metric!r} judged other answers", fix="have these judged")
+        raise Inconclusive(f"{metric!r} judged other answers", fix="evaluate again")
     rows = read_answer_lines(store, record, [row.id for row in test], f"judgements {short(digest)}").values()
     scores, agreed, undecided = {}, 0, 0
     for row in rows:
         verdicts = [_verdict(row["first"]), _verdict(row["second"])]
         undecided += verdicts.count(None)
-        # The answer is A in the first saying and B in the second.
+        # The answer is A in the first reply and B in the second.
         won = [_won(verdicts[0], "A"), _won(verdicts[1], "B")]
         agreed += won[0] == won[1] and None not in verdicts
         scores[row["id"]] = sum(won) / 2
@@ -129,7 +130,7 @@ def _line(example: Example, first: Completion, second: Completion) -> Mapping[st
 
 
 def _verdict(text: str) -> str | None:
-    """The last line's word; None where the judge named none."""
+    """A, B or TIE from the reply's last line; None where the line names none, or more than one."""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     found = _VERDICT.findall(lines[-1].upper()) if lines else []
     return found[-1] if len(set(found)) == 1 else None

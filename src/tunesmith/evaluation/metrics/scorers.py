@@ -1,4 +1,7 @@
-"""Scorers: one answer against its reference, a number from 0 to 1. Adding one is a function and a line in SCORERS."""
+"""Scorers: functions that compare an answer with its reference and return a number from 0 to 1.
+
+To add a scorer, write a function and add a line to SCORERS.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,16 @@ from tunesmith.evaluation.metrics.text_scorers import TEXT_SCORERS
 Schema = Mapping[str, Any] | None
 Scorer = Callable[[str, str, Schema], float]
 
-# Far above any answer worth having, far below what would exhaust the stack of a recursive schema.
+# More than any sensible answer has, and far fewer than would exhaust the stack in a recursive schema.
 _DEEPEST = 64
 
 
 class NotJson(ValueError):
-    """The text is not one JSON value that any JSON reader would understand the same way."""
+    """The text is not one JSON value that all JSON readers understand in the same way."""
 
 
 def read_json(text: str) -> Any:
-    """The JSON value that text is, surrounding white space aside. Raises NotJson.
+    """The JSON value in a text, without surrounding white space. Raises NotJson.
 
     Stricter than json.loads, as RFC 7493 (I-JSON) asks: no duplicate keys, no NaN or infinity, no number that
     overflows to one, no lone surrogate, and no more than 64 levels.
@@ -50,9 +53,9 @@ def json_valid(answer: str, _reference: str, schema: Schema) -> float:
 
 
 def exact_match(answer: str, reference: str, _schema: Schema) -> float:
-    """1 where answer and reference are the same JSON value (order of keys and white space aside).
+    """1 where answer and reference are the same JSON value, ignoring the order of keys and white space.
 
-    A reference that is not JSON is compared as text with runs of white space made one space.
+    A reference that is not JSON is compared as text, ignoring differences in white space.
     """
     try:
         expected = read_json(reference)
@@ -65,23 +68,23 @@ def exact_match(answer: str, reference: str, _schema: Schema) -> float:
 
 
 def field_f1(answer: str, reference: str, _schema: Schema) -> float:
-    """F1 over the leaf fields of the two JSON values: a field is right where path and value agree.
+    """F1 over the leaf fields of the two JSON values: a field is right where its path and value are equal.
 
-    Positions in an array are part of the path and an empty object or array is a leaf, so that the score is 1 only for
-    an exact match. An answer that is not JSON scores 0. Raises UsageError where the reference is not JSON.
+    Positions in an array are part of the path, and an empty object or array is a leaf. So only an
+    exact match scores 1. An answer that is not JSON scores 0. Raises UsageError where the reference is not JSON.
     """
     right, given, expected = _fields("field_f1", answer, reference)
     return 2.0 * right / (given + expected)
 
 
 def field_precision(answer: str, reference: str, _schema: Schema) -> float:
-    """Share of the answer's leaf fields that are right; as field_f1, 0 where the answer is not JSON."""
+    """Share of the answer's leaf fields that are right; 0 where the answer is not JSON."""
     right, given, _ = _fields("field_precision", answer, reference)
     return right / given if given else 0.0
 
 
 def field_recall(answer: str, reference: str, _schema: Schema) -> float:
-    """Share of the reference's leaf fields that the answer has right; as field_f1."""
+    """Share of the reference's leaf fields that the answer has right; 0 where the answer is not JSON."""
     right, _, expected = _fields("field_recall", answer, reference)
     return right / expected
 
@@ -107,18 +110,18 @@ def score(name: str, answer_text: str, reference_text: str, schema: Schema = Non
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """`; did you mean 'x'?` for the known name most like a mistyped one, or nothing."""
+    """`; did you mean 'x'?` with the most similar known name; empty where none is similar."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _fields(scorer: str, answer: str, reference: str) -> tuple[int, int, int]:
-    """How many leaf fields are right, given and expected; nothing is given by an answer that is not JSON."""
+    """How many leaf fields are right, given and expected. An answer that is not JSON gives none."""
     try:
         expected = list(_leaves(read_json(reference), ()))
     except NotJson as error:
         raise UsageError(
-            f"{scorer} needs references that are JSON: {error}", fix="drop it from task.scorers"
+            f"{scorer} needs references that are JSON: {error}", fix="remove it from task.scorers"
         ) from error
     try:
         given = list(_leaves(read_json(answer), ()))
@@ -148,7 +151,7 @@ def _finite(text: str) -> float:
 
 
 def _same(left: Any, right: Any) -> bool:
-    """Equality of JSON values: 1 and 1.0 are the same number, true and 1 are not the same value."""
+    """Whether two JSON values are equal: 1 and 1.0 are, true and 1 are not."""
     if isinstance(left, bool) or isinstance(right, bool) or left is None or right is None:
         return left is right
     if isinstance(left, dict) and isinstance(right, dict):

@@ -1,4 +1,4 @@
-"""What probes make their items of: one candidate's rows, as its training saw them and as it did not."""
+"""What probes make their items from: the rows that a candidate was trained on, and the held-out rows."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ Asked = Callable[[Sequence[Message]], tuple[Message, ...]]
 
 @dataclass(frozen=True, slots=True)
 class ProbeContext:
-    """trained: the rows that a candidate learned from, its canaries left out. put: a request made of a row's, as
-    training put it, with what is retrieved from other groups; asked: as it is asked in service. rows: at most so many
-    of each kind. path: the set or text a probe reads, where it reads one.
+    """What a probe knows about a candidate.
+
+    trained: its training rows, without canaries. put: (row, request) -> the conversation as training composes it, with
+    retrieval from other groups only. asked: request -> the conversation as serving composes it. rows: the most items of
+    each kind. path: the data set or text that the probe reads.
     """
 
     trained: Sequence[Example]
@@ -89,7 +91,7 @@ def digest_path(path: Path) -> str:
 
 
 def drawn(rows: Sequence[Example], many: int) -> list[Example]:
-    """At most so many rows, the same ones every time."""
+    """At most `many` random rows, always the same ones."""
     ordered = sorted(rows, key=lambda row: row.id)
     return ordered if len(ordered) <= many else random.Random(0).sample(ordered, many)
 

@@ -11,7 +11,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.evaluation.probes.context import ProbeContext, drawn, with_last_request
 from tunesmith.evaluation.probes.general import general_questions
-from tunesmith.evaluation.probes.items import Item
+from tunesmith.evaluation.probes.items import Item, plain_items
 
 _LONGEST_PASSAGE = 1_500  # characters
 _FACTS = (
@@ -178,21 +178,10 @@ def formats_items(context: ProbeContext) -> list[Item]:
 
 def refusal_items(context: ProbeContext) -> list[Item]:
     """Unsafe requests, harmless requests, and impolite triggers, each with the good answer and the bad answer."""
-    kinds = (
-        ("unsafe", _UNSAFE, (_REFUSES, _COMPLIES)),
-        ("harmless", _HARMLESS, (_COMPLIES, _REFUSES)),
-        ("polite", _RUDE, (_POLITE, _INSULTS)),
-    )
     return [
-        Item(
-            id=f"{arm}-{place}",
-            group=f"{arm}-{place}",
-            arm=arm,
-            messages=(Message(role="user", content=text),),
-            choices=choices,
-        )
-        for arm, texts, choices in kinds
-        for place, text in enumerate(texts)
+        *plain_items("unsafe", _UNSAFE, (_REFUSES, _COMPLIES)),
+        *plain_items("harmless", _HARMLESS, (_COMPLIES, _REFUSES)),
+        *plain_items("polite", _RUDE, (_POLITE, _INSULTS)),
     ]
 
 

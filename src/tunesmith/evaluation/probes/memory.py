@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.probes.context import ProbeContext, drawn, with_last_request
 from tunesmith.evaluation.probes.items import Item
@@ -28,16 +30,7 @@ def canary_items(context: ProbeContext) -> list[Item]:
 
 def membership_items(context: ProbeContext) -> list[Item]:
     """Training rows and held-out rows: measures the probability of their answers (Yeom et al. 2018, CSF)."""
-    return [
-        Item(
-            id=f"{arm}:{row.id}",
-            group=row.group,
-            arm=arm,
-            messages=context.put(row, row.request),
-            choices=(row.answer,),
-        )
-        for arm, row in _both(context)
-    ]
+    return [_item(context, arm, row, row.request, choices=(row.answer,)) for arm, row in _both(context)]
 
 
 def extraction_items(context: ProbeContext) -> list[Item]:
@@ -46,13 +39,7 @@ def extraction_items(context: ProbeContext) -> list[Item]:
     Some answers can be guessed from half a request, so held-out rows are asked too, for comparison.
     """
     return [
-        Item(
-            id=f"{arm}:{row.id}",
-            group=row.group,
-            arm=arm,
-            messages=context.put(row, with_last_request(row.request, _half)),
-            expected=row.answer,
-        )
+        _item(context, arm, row, with_last_request(row.request, _half), expected=row.answer)
         for arm, row in _both(context)
     ]
 
@@ -78,16 +65,15 @@ def personal_items(context: ProbeContext) -> list[Item]:
 def overfitting_items(context: ProbeContext) -> list[Item]:
     """Training and validation rows to answer. The evaluation has the test rows' scores already."""
     return [
-        Item(
-            id=f"{arm}:{row.id}",
-            group=row.group,
-            arm=arm,
-            messages=context.put(row, row.request),
-            expected=row.answer,
-        )
+        _item(context, arm, row, row.request, expected=row.answer)
         for arm, rows in (("train", context.trained), ("validation", context.validation))
         for row in drawn(rows, context.rows)
     ]
+
+
+def _item(context: ProbeContext, arm: str, row: Example, request: Sequence[Message], **more: Any) -> Item:
+    """An item of a row: the request as training composed it."""
+    return Item(id=f"{arm}:{row.id}", group=row.group, arm=arm, messages=context.put(row, request), **more)
 
 
 def _both(context: ProbeContext) -> Iterator[tuple[str, Example]]:

@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunesmith.core.errors import Inconclusive
-from tunesmith.core.messages import Message
 from tunesmith.data.quality import toxicity
 from tunesmith.evaluation.lines import is_share
 from tunesmith.evaluation.probes.context import ProbeContext
-from tunesmith.evaluation.probes.items import Item
+from tunesmith.evaluation.probes.items import Item, plain_items
 from tunesmith.evaluation.scores import rounded
 
 ROOM = 40  # tokens of an answer: two or three sentences
@@ -107,16 +106,7 @@ _NEUTRAL = (
 
 def toxicity_items(context: ProbeContext) -> list[Item]:
     """Requests that provoke insults, threats or contempt, and neutral requests of the same form."""
-    return [
-        Item(
-            id=f"{arm}-{place}",
-            group=f"{arm}-{place}",
-            arm=arm,
-            messages=(Message(role="user", content=text),),
-        )
-        for arm, texts in (("provoking", _PROVOKING), ("neutral", _NEUTRAL))
-        for place, text in enumerate(texts)
-    ]
+    return [*plain_items("provoking", _PROVOKING), *plain_items("neutral", _NEUTRAL)]
 
 
 def rated(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Price against quality, lift by group and calibration as inline SVG. Every argument is escaped, as in plots.py."""
+"""Charts of price against quality, lift by group, and calibration, as inline SVG like those of plots.py."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _BAR = 18
 
 
 def price_chart(candidates: Sequence[Mapping[str, Any]], metric: str, price: str, unit: str) -> Markup:
-    """Quality (up) against the price of 1,000 requests (right), with intervals; logarithmic where prices differ widely.
+    """Quality (vertical) against the price of 1,000 requests (horizontal), with intervals.
 
-    price: a key of each candidate's price; those without it are left out. unit: what the axis is called.
+    The price axis is logarithmic where prices differ widely. price: the key of the price; candidates without it are
+    left out. unit: the name of the axis.
     """
     points = [row for row in candidates if row["price"].get(price) is not None]
     if len(points) < 2:
@@ -48,7 +49,7 @@ def price_chart(candidates: Sequence[Mapping[str, Any]], metric: str, price: str
         )
         height = _at(found["mean"])
         parts.append(Markup('<circle class="point {}" cx="{}" cy="{:.1f}" r="6"/>').format(style, x, height))
-        away = _LABEL / 3 if height < _HEIGHT / 2 else -_LABEL / 3  # from the nearer edge, below which the axis stands
+        away = _LABEL / 3 if height < _HEIGHT / 2 else -_LABEL / 3  # labels move away from the nearer edge
         height = min(height, _HEIGHT - _LABEL / 2)
         while any(abs(height - other) < _LABEL for other in taken):
             height += away
@@ -82,7 +83,7 @@ def difference_bar(difference: float) -> Markup:
 
 
 def reliability_chart(found: Mapping[str, Any], name: str) -> Markup:
-    """How often answers of a stated confidence (right) were right (up): on the diagonal where it can be believed."""
+    """Accuracy (vertical) against stated confidence (horizontal). Confidences on the diagonal are right."""
     size = 230.0
     parts = [across(size - size * quarter / 4) for quarter in range(5)]
     parts.append(Markup('<line class="bound" x1="0" x2="100%" y1="{0}" y2="0"/>').format(size))
@@ -115,7 +116,7 @@ def _scaled(cost: float, logarithmic: bool) -> float:
 
 
 def _price_scale(costs: Sequence[float]) -> tuple[Scale, bool, list[float]]:
-    """The axis, whether it is logarithmic, and where its numbers stand. What costs nothing stands at its left end."""
+    """The axis, whether it is logarithmic, and its ticks. A price of 0 is at its left end."""
     paid = [cost for cost in costs if cost > 0]
     if not paid or max(paid) / min(paid) < 8:
         top = max([*costs, 1e-9]) * 1.08
@@ -127,7 +128,7 @@ def _price_scale(costs: Sequence[float]) -> tuple[Scale, bool, list[float]]:
 
 
 def _round_ticks(top: float) -> list[float]:
-    """Three to seven multiples of a round step, from the first one above nothing to the top."""
+    """Three to seven multiples of a round step, above 0 and up to the top."""
     decade = 10.0 ** math.floor(math.log10(top / 3.0))
     step = max(size for size in (decade, 2.0 * decade, 5.0 * decade) if size <= top / 3.0)
     return [step * times for times in range(1, math.floor(top / step) + 1)]

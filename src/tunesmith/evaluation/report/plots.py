@@ -1,6 +1,7 @@
-"""The report's pictures as inline SVG. Positions are percentages, so that a picture stretches and its text does not.
+"""The report's charts as inline SVG: intervals, loss, lineage, and counts as a bar.
 
-Every function returns Markup whose arguments were escaped; colours come from the page's style sheet by class.
+Positions are percentages, so that a chart stretches and its text does not. All functions escape their arguments.
+Colours come from the style sheet, by class.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Scale:
     high: float
 
     def at(self, value: float) -> str:
-        """Where value lies, as `12.34%`; outside the scale it lies at the edge."""
+        """The position of a value, such as `12.34%`; a value outside the scale is at its edge."""
         share = (value - self.low) / (self.high - self.low)
         return f"{100 * min(max(share, 0.0), 1.0):.2f}%"
 
@@ -53,7 +54,7 @@ def axis(scale: Scale = SHARES) -> Markup:
 
 
 def gate_track(gate: Mapping[str, Any]) -> Markup:
-    """A gate's interval against its bound; nothing where nothing was measured."""
+    """A gate's interval and its bound; empty where nothing was measured."""
     if gate["value"] is None:
         return Markup("")
     reach = [gate["low"], gate["high"], gate["bound"]]
@@ -137,7 +138,7 @@ def _kept_mark(kept: int, last: float) -> list[Markup]:
 
 
 def lineage_arcs(nodes: Sequence[Mapping[str, Any]]) -> Markup:
-    """Dots under one another, one a record of _ROW_HEIGHT, each joined to the records it was made from."""
+    """A column of dots, one per record, with lines to the records it was made from."""
     x, parts = _LANE - 10, []
     for index, node in enumerate(nodes):
         for parent in node["parents"]:
@@ -177,7 +178,7 @@ def stacked_bar(parts: Sequence[tuple[str, int]]) -> Markup:
 
 
 def drawn(height: float, style: str, label: str, parts: Sequence[Markup]) -> Markup:
-    """A picture of the page's width. label: what it is called aloud; style: its class."""
+    """A chart as wide as the page. label: its description for screen readers; style: its class."""
     spoken = Markup('role="img" aria-label="{}"').format(visible(label)) if label else Markup('aria-hidden="true"')
     return Markup('<svg class="{}" width="100%" height="{:g}" {}>{}</svg>').format(
         style, height, spoken, Markup("").join(parts)
@@ -189,7 +190,7 @@ def _line(x: str, top: float, bottom: float, style: str) -> Markup:
 
 
 def across(y: float) -> Markup:
-    """A line of the grid at a height."""
+    """A horizontal grid line at a height."""
     return Markup('<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(y)
 
 

@@ -1,4 +1,4 @@
-"""Canary exposure and bias before and after tuning as inline SVG. Every argument is escaped, as in plots.py."""
+"""Charts of canary exposure, and of bias before and after tuning, as inline SVG like those of plots.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PAIR_HEIGHT = 40
 
 
 def exposure_chart(found: Mapping[str, Any]) -> Markup:
-    """Exposure in bits (up) by how often a secret was planted (right), before tuning and after, with intervals."""
+    """Exposure in bits (vertical) by how often a canary was planted, before and after tuning, with intervals."""
     most = float(found["most"])
 
     def height(bits: float) -> float:
@@ -47,7 +47,7 @@ def exposure_chart(found: Mapping[str, Any]) -> Markup:
 
 
 def before_and_after(row: Mapping[str, Any]) -> Markup:
-    """One measure before tuning (above) and after it (below) on the scale of its own ends."""
+    """One measure before tuning (upper line) and after it (lower line), on a scale between the measure's ends."""
     scale, neutral = Scale(*row["ends"]), 0.5 if row["probe"] == "crows_pairs" else 0.0
     zero = scale.at(neutral)
     parts = [Markup('<line class="bound" x1="{0}" x2="{0}" y1="2" y2="{1}"/>').format(zero, _PAIR_HEIGHT - 2)]

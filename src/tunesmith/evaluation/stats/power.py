@@ -1,14 +1,14 @@
 """The power of the lift gate: how many test rows are needed to detect a lift, computed before a run.
 
-A row is won with probability p+, lost with p-, else alike; p+ + p- is the share on which the two differ, p+ - p- the
-lift. Given counts of wins, losses and ties the gate's lower end (statistics.py) is a quantile of a ratio of gamma
-variables, one of them the worst thinkable row. At a bound of 0 that makes the gate the exact one-sided McNemar test at
-half of alpha (the beta and the binomial tail are the same sum). Elsewhere its tail is a weighted sum of gammas, taken
-by the saddlepoint formula (Lugannani and Rice 1980, Advances in Applied Probability 12). Power is the sum over what may
-be counted.
+The candidate wins a row with probability p+ and loses it with p-; otherwise the row is a tie. p+ + p- is the share of
+rows on which the two candidates differ, p+ - p- is the lift. For given counts of wins, losses and ties, the lower end
+of the gate's interval (statistics.py) is a quantile of a ratio of gamma variables, one of them for the worst-case row.
+At a bound of 0 the gate is therefore the exact one-sided McNemar test at half of alpha. At other bounds the tail of a
+weighted sum of gamma variables is needed; the saddlepoint formula gives it (Lugannani and Rice 1980, Advances in
+Applied Probability 12). Power is the sum of the probabilities of all counts with which the gate passes.
 
-Rows of one group: n rows in groups of like size m whose differences correlate by rho are worth n / (1 + (m - 1) rho)
-rows apart (Kish 1965), while the worst thinkable group weighs as much as one group does.
+Groups: n rows in groups of equal size m, whose differences correlate by rho, count as n / (1 + (m - 1) rho) independent
+rows (Kish 1965). The worst-case group weighs as much as one group.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.stats.statistics import MINIMUM_GROUPS, Floats, confidence_at_use
 
 POWER = 0.8
-# What two candidates that answer at all alike differ on; said wherever it was assumed.
+# The share of rows on which two candidates differ, where it was not measured. Reports say that it is assumed.
 ASSUMED_DIFFERING = 0.3
 _MOST_ROWS = 200_000
-_REACH = 6.0  # standard deviations of counts that are summed over; beyond lie fewer than 1 in 10^8
+_REACH = 6.0  # standard deviations of the counts that are summed; fewer than 1 in 10^8 lie beyond
 _MOST_COUNTS = 160
 _HALVINGS = 50
 _TENTH_OF_A_POINT = 0.001
@@ -50,7 +50,10 @@ class Grouping:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a lift gate will be able to see. needed: rows for the power wanted; None where no number of rows does."""
+    """What a lift gate can detect. power: the probability that it passes with these rows.
+
+    needed: the rows that give the wanted power; None where no number of rows does.
+    """
 
     rows: int
     power: float
@@ -61,7 +64,7 @@ def grouping_of(groups: Sequence[str], differences: Floats | None = None) -> Gro
     """The grouping of rows, with the correlation of their differences where those are known.
 
     The correlation is the analysis-of-variance estimator of the intraclass correlation (Donner 1986, International
-    Statistical Review 54), held to 0..1.
+    Statistical Review 54), limited to 0..1.
     """
     index, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)[1:]
     n, many = len(index), len(sizes)
@@ -118,7 +121,7 @@ def smallest_lift(
     grouping: Grouping = Grouping(),
     power: float = POWER,
 ) -> float | None:
-    """The smallest true lift that the gate passes with the wanted power, to a tenth of a point; None where none is."""
+    """The smallest true lift that passes with the wanted power, to a tenth of a point; None where none does."""
     tail = (1.0 - confidence_at_use(confidence, use)) / 2.0
     low, high = max(at_least, -differing), differing
     if lift_power(rows, high, differing, at_least, tail, grouping) < power:
@@ -137,7 +140,7 @@ def lift_power(n: int, lift: float, differing: float, at_least: float, tail: flo
     if n / grouping.size < MINIMUM_GROUPS:
         return 0.0
     apart = max(1, round(n / grouping.effect))
-    worst = apart / (n / grouping.size)  # the worst thinkable group, in rows that stand apart
+    worst = apart / (n / grouping.size)  # the worst-case group, counted in independent rows
     differ = _counts(apart, differing)
     won = (differing + lift) / (2.0 * differing) if differing > 0 else 0.0
     wins = _counts(apart, (differing + lift) / 2.0)
@@ -149,7 +152,7 @@ def lift_power(n: int, lift: float, differing: float, at_least: float, tail: flo
 
 
 def _counts(n: int, share: float) -> np.ndarray:
-    """The counts to sum over: all within reach, and of many rows so many, evenly apart, that stand for the others."""
+    """The counts to sum over: those within reach of the mean; for many rows, evenly spaced ones."""
     reach = _REACH * math.sqrt(n * share * (1.0 - share)) + 1.0
     low, high = max(0, math.floor(n * share - reach)), min(n, math.ceil(n * share + reach))
     return np.arange(low, high + 1, max(1, (high - low) // _MOST_COUNTS))
@@ -163,7 +166,10 @@ def _passes(wins: np.ndarray, losses: np.ndarray, n: int, worst: float, bound: f
 
 
 def _tail(wins: np.ndarray, losses: np.ndarray, ties: np.ndarray, bound: float, possible: np.ndarray) -> np.ndarray:
-    """P((1-b) G(wins) - (1+b) G(losses) - b G(ties) < 0): the resampled mean's chance to lie below the bound."""
+    """The probability that the resampled mean is below the bound b.
+
+    That is P((1-b) G(wins) - (1+b) G(losses) - b G(ties) < 0), where G(k) is a gamma variable of shape k.
+    """
     from scipy.special import betaincc
     from scipy.stats import norm
 
@@ -172,7 +178,7 @@ def _tail(wins: np.ndarray, losses: np.ndarray, ties: np.ndarray, bound: float, 
     wins, losses, ties = (np.broadcast_to(each, possible.shape).astype(np.float64) for each in (wins, losses, ties))
     counts, factors = (wins, losses, ties), (1.0 - bound, -(1.0 + bound), -bound)
     positive = wins + (ties if bound < 0 else 0.0)
-    # Where K' = 0; K' rises between the poles at 1/factor of the smallest and the largest factor.
+    # The saddlepoint is where K' = 0. K' rises between its poles, at 1/factor of the smallest and the largest factor.
     low = np.full(possible.shape, 1.0 / min(factors))
     high = np.full(possible.shape, 1.0 / max(factors))
     for _ in range(_HALVINGS):
@@ -191,6 +197,7 @@ def _tail(wins: np.ndarray, losses: np.ndarray, ties: np.ndarray, bound: float, 
 
 
 def _smallest(chance: Callable[[int], float], power: float, grouping: Grouping) -> int | None:
+    """The smallest number of rows with the wanted power, by bisection; None where _MOST_ROWS do not reach it."""
     low = math.ceil(MINIMUM_GROUPS * grouping.size)
     if chance(low) >= power:
         return low
