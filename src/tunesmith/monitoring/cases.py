@@ -67,7 +67,7 @@ def list_cases(store: Store, *, everything: bool = False) -> list[Case]:
 def add_cases(store: Store, cases: Sequence[Case], target: Path, *, licence: str, split: Split, actor: str) -> int:
     """Append cases to a JSONL source, one row each with its origin, and return how many were new.
 
-    split: names the keys that a row needs. Each case gets a group of its own and the time of its request. Afterwards
+    split: names the keys that a row needs. Each case gets its own group and the time of its request. Afterwards
     the cases are dropped from the store, and the audit log says who added them where. If the call is killed, the next
     one adds the rest; no case is in the file twice. Raises UsageError if target is not a JSONL file, Refused if actor
     may not build data.

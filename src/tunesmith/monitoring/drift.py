@@ -206,12 +206,12 @@ def _compare_valid(
     if len(scores) < settings.min_requests:
         return Finding(outcome="inconclusive", reason=f"only {len(scores)} answers were scored", **facts)
     mean, low, high = measured
-    now_ = float(scores.mean())
+    served_mean = float(scores.mean())
     wilson = binomtest(int(scores.sum()), len(scores)).proportion_ci(settings.confidence, method="wilson")
-    drop = mean - now_
-    least = drop - math.hypot(mean - low, wilson.high - now_)
-    most = drop + math.hypot(high - mean, now_ - wilson.low)
-    reason = f"valid JSON {mean:.3f} before, {now_:.3f} now: a drop of {drop:.3f} [{least:.3f}, {most:.3f}]"
+    drop = mean - served_mean
+    least = drop - math.hypot(mean - low, wilson.high - served_mean)
+    most = drop + math.hypot(high - mean, served_mean - wilson.low)
+    reason = f"valid JSON {mean:.3f} before, {served_mean:.3f} now: a drop of {drop:.3f} [{least:.3f}, {most:.3f}]"
     outcome = _outcome(least, most, settings.valid_drop_at_most)
     return Finding(outcome=outcome, reason=reason, effect=drop, low=least, high=most, **facts)
 

@@ -127,8 +127,10 @@ def export_version(
 
 @contextlib.contextmanager
 def _aside(store: Store, target: Path) -> Iterator[Path]:
-    """A new temporary folder next to target. It is removed unless it was renamed; the next export to the same target
-    removes what a killed one left."""
+    """A new temporary folder next to target, which is removed unless it was renamed.
+
+    After a killed export, the next one to the same target removes it.
+    """
     folder = target.parent / f".exporting-{target.name}"
     with store.lock("export", "an export"):
         shutil.rmtree(folder, ignore_errors=True)

@@ -22,9 +22,9 @@ State = dict[tuple[str, ...], Mapping[str, Any]]
 def verify_log(store: Store, heads: Iterable[Head] = ()) -> list[str]:
     """The problems of the audit log, one sentence each; empty if there are none.
 
-    The chain must be whole; it must hold the head kept beside the database, the head that each version and approval
-    was signed with, and heads (which the caller kept elsewhere); and replaying it must give the users, versions and
-    aliases that the database has, so that a row changed behind its back shows.
+    The chain must be whole. It must contain its own head, the head that each version and approval was signed with, and
+    heads, which the caller kept elsewhere. Replaying it must give the users, versions and aliases of the database, so
+    that a row that was changed without an entry is found.
     """
     pins = [Pin(witness="the head you gave", head=head) for head in heads]
     problems: list[str] = []

@@ -10,7 +10,7 @@ from tunesmith.core.view import Omitted, View
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
-# kind -> one line that tells a record from others of its kind.
+# kind -> one line that distinguishes a record from others of its kind.
 _SAYS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "base": lambda body: str(body.get("spec", "")),
     "dataset": lambda body: ", ".join(f"{name} {count}" for name, count in body.get("splits", {}).items()),
@@ -47,13 +47,13 @@ def blobs_of(records: Iterable[Record]) -> set[str]:
     return {digest for record in records for digest in record.blobs.values()}
 
 
-def tells(record: Record) -> str:
-    """One line that tells a record from others of its kind."""
+def summary_line(record: Record) -> str:
+    """One line that distinguishes a record from others of its kind."""
     return str(_SAYS.get(record.kind, lambda _: "")(record.body))
 
 
 class Node(View):
-    """A record in a lineage. role: what the record below it calls it; says: one line that tells it from others.
+    """A record in a lineage. role: its role as a parent of the record below it; says: summary_line of the record.
 
     parents or children: the records further up or down; the first node has both, and body and blobs as well. seen:
     the record also appears elsewhere in the tree, and its parents or children are listed only there.
@@ -106,7 +106,7 @@ def _down(store: Store, digest: str, seen: set[str]) -> tuple[Node, ...]:
 
 
 def _node(role: str, digest: str, record: Record, **more: Any) -> Node:
-    return Node(role=role, kind=record.kind, digest=digest, short=short(digest), says=tells(record), **more)
+    return Node(role=role, kind=record.kind, digest=digest, short=short(digest), says=summary_line(record), **more)
 
 
 def _export(body: Mapping[str, Any]) -> str:

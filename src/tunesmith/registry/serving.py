@@ -1,7 +1,7 @@
-"""Whether a version may serve, by what the database knows: cheap enough to ask for every request.
+"""Whether a version may serve, decided from the database only: cheap enough for every request.
 
-What only files can show is checked when a version is opened: its signature, its weights and its evidence by
-`versions.open_release`, the signatures of its approvals by `approvals.require_approved`. Both ask this module first.
+Files are checked when a version is opened: `versions.open_release` checks its signature, weights and evidence, and
+`approvals.require_approved` the signatures of its approvals. Both call this module first.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def may_serve(
 ) -> Permission:
     """Whether a version may begin to serve a scope now.
 
-    All that may_load checks, and an approval by somebody who may approve this version today. override_by: the user who
-    lets it serve without an approval; they must hold the permission rollout.override now.
+    Checks what may_load checks, and that a user who may approve this version today has approved it. override_by: the
+    user who lets it serve without an approval; they must hold the permission rollout.override now.
     """
     permission = may_load(session, version, scope)
     if not permission.granted:
@@ -72,7 +72,7 @@ def may_serve(
 
 
 def may_load(session: Session, version: Version, scope: Scope = Scope()) -> Permission:
-    """Whether a version may be loaded to answer a scope, approved or not.
+    """Whether a version may be loaded to answer requests of a scope, approved or not.
 
     It must be registered, made for this scope, not recalled and not expired, and its signer must be allowed
     to sign it today.

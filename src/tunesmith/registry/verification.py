@@ -60,10 +60,11 @@ def verify_version(
 ) -> Verification:
     """Verify `name@v3` from the files under a store's root.
 
-    trust: the verifier's own list of keys; the store's otherwise. keys: the list itself, where the caller has it.
-    base_folder: where the base model's files lie, to be held against the lineage too; where the store last found them
-    otherwise. whole_store: hold every other blob and record against its name as well. Raises UsageError for a label
-    that is none; all else is a problem in the outcome. Recalls are the database's and are not looked at.
+    trust: file with the verifier's own list of keys, by default the store's. keys: the list itself, instead of a file.
+    base_folder: the base model's files, to be verified too; by default the folder where the store last found them.
+    whole_store: also verify every other blob and record of the store. Raises UsageError for a label that is not
+    `name@v3`; everything else that is wrong becomes a problem of the result. Does not check recalls, which only the
+    database knows.
     """
     ref = VersionRef.parse(label)
     findings = _Findings(root)

@@ -136,9 +136,7 @@ def _register(store: Store, plan: _Plan, signer: User, before: set[int]) -> Vers
             if _rows(session, plan.name) != before:  # another process registered a version: search again
                 raise _Again
             identities.require(session, signer.name, "version.register", scope=plan.scope)
-            for leftover in _work(store).glob(
-                f"{_ASIDE}*"
-            ):  # writers take turns, so the process that left it has ended
+            for leftover in _work(store).glob(f"{_ASIDE}*"):  # only of ended processes: writers take turns
                 shutil.rmtree(leftover, ignore_errors=True)
             record = _carry_on(store, session, plan, signer)
             if record is None:
@@ -295,7 +293,7 @@ def _find_registered(store: Store, plan: _Plan) -> Version | None:
 
 
 def _carry_on(store: Store, session: Session, plan: _Plan, signer: User) -> Record | None:
-    """The record of a signed folder without a database row, which a killed process left."""
+    """The record of a signed folder that has no database row because its process was killed."""
     trusted = identities.trusted_keys(session)
     for number in sorted(_numbers(store, plan.name) - _rows(session, plan.name)):
         with (

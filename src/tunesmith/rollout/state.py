@@ -21,6 +21,8 @@ Status = Live | Final
 LIVE: tuple[Live, ...] = get_args(Live)  # these divide traffic
 FINAL: tuple[Final, ...] = get_args(Final)  # these never divide traffic again; a rollback may still undo a promotion
 
+_IN_STATE = frozenset(("steps", "started_by", "override", "reason", "began_at", "history"))
+
 
 class Rollout(BaseModel):
     """A rollout at one moment.
@@ -68,24 +70,12 @@ class Rollout(BaseModel):
 def state_of(rollout: Rollout) -> dict[str, Any]:
     """The row's state column: the fields that have no own column."""
     document = rollout.model_dump(mode="json", exclude_none=True)
-    return {key: document.get(key) for key in ("steps", "started_by", "override", "reason", "began_at", "history")}
+    return {key: document.get(key) for key in _IN_STATE}
 
 
 def from_row(row: RolloutRow) -> Rollout:
     """The rollout of a row."""
-    columns = (
-        "id",
-        "name",
-        "tenant",
-        "region",
-        "stable",
-        "canary",
-        "status",
-        "step",
-        "weight",
-        "revision",
-        "started_at",
-    )
+    columns = Rollout.model_fields.keys() - _IN_STATE
     return Rollout.model_validate({**row.state, **{column: getattr(row, column) for column in columns}})
 
 

@@ -11,7 +11,6 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
-from pydantic import BaseModel
 
 from tunesmith.core.clock import now
 from tunesmith.core.digests import short
@@ -21,6 +20,7 @@ from tunesmith.server.body import read_body
 from tunesmith.server.chat_answer import (
     Alternative,
     AnswerMessage,
+    ApiObject,
     ChatCompletion,
     ChatCompletionChunk,
     Choice,
@@ -230,9 +230,8 @@ def _event(text: str) -> str:
     return f"data: {text}\n\n"
 
 
-def _answer(answer: BaseModel, headers: Mapping[str, str] | None = None) -> Response:
-    content = answer.model_dump_json(exclude_unset=True)
-    return Response(content, media_type="application/json", headers=dict(headers or {}))
+def _answer(answer: ApiObject, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(answer.json_text(), media_type="application/json", headers=dict(headers or {}))
 
 
 def _model(name: str, version: Version) -> Model:

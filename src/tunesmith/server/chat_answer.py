@@ -7,7 +7,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 
-class _Answer(BaseModel):
+class ApiObject(BaseModel):
+    """An object of the API."""
+
     model_config = ConfigDict(frozen=True)
 
     def json_text(self) -> str:
@@ -15,7 +17,7 @@ class _Answer(BaseModel):
         return self.model_dump_json(exclude_unset=True)
 
 
-class Model(_Answer):
+class Model(ApiObject):
     """A model that the caller may use. id: NAME@champion or NAME@v3. created: when its version was registered."""
 
     id: str
@@ -24,14 +26,14 @@ class Model(_Answer):
     owned_by: str
 
 
-class ModelList(_Answer):
+class ModelList(ApiObject):
     """The models that the caller may use now."""
 
     object: Literal["list"]
     data: list[Model]
 
 
-class Alternative(_Answer):
+class Alternative(ApiObject):
     """A likely token at one position. bytes: of its text, because one character may span several tokens."""
 
     token: str
@@ -45,14 +47,14 @@ class TokenLogprob(Alternative):
     top_logprobs: list[Alternative]
 
 
-class Logprobs(_Answer):
+class Logprobs(ApiObject):
     """The log-probabilities of an answer's tokens."""
 
     content: list[TokenLogprob]
     refusal: None
 
 
-class Usage(_Answer):
+class Usage(ApiObject):
     """Number of tokens of the prompt, including what the candidate adds to the request, and of the answer."""
 
     prompt_tokens: int
@@ -60,7 +62,7 @@ class Usage(_Answer):
     total_tokens: int
 
 
-class AnswerMessage(_Answer):
+class AnswerMessage(ApiObject):
     """The answer. refusal: always null."""
 
     role: Literal["assistant"]
@@ -68,7 +70,7 @@ class AnswerMessage(_Answer):
     refusal: None
 
 
-class Choice(_Answer):
+class Choice(ApiObject):
     """The one answer to a request. finish_reason: stop, or length if it reached max_tokens."""
 
     index: int
@@ -77,7 +79,7 @@ class Choice(_Answer):
     finish_reason: str
 
 
-class ChatCompletion(_Answer):
+class ChatCompletion(ApiObject):
     """A whole answer. model: the version that answered; system_fingerprint: the start of its digest."""
 
     id: str
@@ -90,7 +92,7 @@ class ChatCompletion(_Answer):
     metadata: dict[str, str] | None = None
 
 
-class Delta(_Answer):
+class Delta(ApiObject):
     """The next piece of a streamed answer."""
 
     role: Literal["assistant"] | None = None
@@ -98,7 +100,7 @@ class Delta(_Answer):
     refusal: None = None
 
 
-class ChunkChoice(_Answer):
+class ChunkChoice(ApiObject):
     """The one choice of a chunk. finish_reason: only in the last chunk."""
 
     index: int
@@ -107,7 +109,7 @@ class ChunkChoice(_Answer):
     finish_reason: str | None
 
 
-class ChatCompletionChunk(_Answer):
+class ChatCompletionChunk(ApiObject):
     """A piece of a streamed answer. usage: in a last chunk without choices, if stream_options.include_usage is set."""
 
     id: str

@@ -139,7 +139,7 @@ def croissant(store: Store, dataset: str, name: str) -> tuple[str, str]:
 
 
 def sign(store: Store, dataset: str, *, reason: str, actor: str | None = None) -> SignedDataset:
-    """Verify a dataset version and sign it off as its steward. reason: what was looked at."""
+    """Verify a dataset version and sign it off as its steward. reason: what the steward checked."""
     digest, steward = store.find_record(dataset), acting(store, actor)
     return SignedDataset(
         dataset=digest, steward=steward, signoff=sign_off(store, digest, steward=steward, reason=reason)

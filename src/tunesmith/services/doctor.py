@@ -88,7 +88,7 @@ def _project(directory: Path) -> Check:
 
 
 def _base(directory: Path) -> Check:
-    """Which engine runs a base that lies in a folder. Downloads nothing."""
+    """Which engine runs a base in a local folder. Downloads nothing."""
     from tunesmith.models.families import SLOW, is_native
 
     project = Project.load(directory)

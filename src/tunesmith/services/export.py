@@ -17,7 +17,7 @@ from tunesmith.models.export.gguf import check_supported
 from tunesmith.models.export.merging import Dtype
 from tunesmith.project import Project
 from tunesmith.registry.export import Form, export_version
-from tunesmith.registry.lineage import tells
+from tunesmith.registry.lineage import summary_line
 from tunesmith.registry.versions import resolve
 
 
@@ -78,6 +78,6 @@ def export(
         export=done.record,
         folder=str(done.folder),
         version=found.label,
-        summary=tells(store.record(done.record)),
+        summary=summary_line(store.record(done.record)),
         **done.body,
     )

@@ -36,7 +36,7 @@ class PendingRetrains(View):
 
 
 class Recalled(Recall):
-    """What a recall reached. aborted_rollouts: rollouts that it ended; next: what is left for a person to do."""
+    """What a recall reached. aborted_rollouts: rollouts that it ended; next: what a person has to do."""
 
     aborted_rollouts: tuple[int, ...]
     next: tuple[str, ...]
@@ -47,7 +47,7 @@ def monitor(
 ) -> tuple[Monitored, str]:
     """The drift report of a version, by default of the project's champion, and the version's label.
 
-    hours: the window, by default the project's. tenant: look only at this tenant's requests.
+    hours: the window, by default the project's. tenant: consider only this tenant's requests.
     """
     settings = project.settings.monitoring
     if hours is not None:
@@ -100,7 +100,7 @@ def recall(store: Store, cause: Cause, *, reason: str, actor: str | None = None,
 
 
 def recall_status_of(store: Store, cause: Cause) -> RecallStatus:
-    """Whether what was recalled is gone everywhere. Raises UsageError where it was never recalled."""
+    """Whether nothing uses what was recalled any more. Raises UsageError if it was never recalled."""
     return recall_status.recall_status(store, cause)
 
 

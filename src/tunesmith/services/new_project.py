@@ -1,4 +1,4 @@
-"""A new project from a user's rows: look at them, then write the project file, a schema and prompts."""
+"""Makes a project from a user's rows: examines them, then writes the project file, a schema and prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rollouts: start them, move them, look at them."""
+"""Start, change and show rollouts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tunesmith.store.tables import VersionRow
 
 
 class Arm(View):
-    """One of the two versions that share the traffic. version: its label, empty if it is gone from the registry."""
+    """One of the two versions that share the traffic. version: its label, empty if the registry no longer has it."""
 
     version: str
     digest: str
 
 
 class AnalysisView(View):
-    """What the analysis step says now. canary, stable: counts and means; evidence: e-values, and the one needed."""
+    """The current result of the analysis. canary, stable: counts and means; evidence: e-values, and the one needed."""
 
     outcome: Outcome
     reason: str

@@ -110,7 +110,7 @@ def verify(
     """Recompute the digests and signatures of a version and of everything that it was made from.
 
     NAME@v3 is verified from files alone, without the database. trust: a list of trusted keys in place of the store's.
-    base: the base model's folder, verified too. lineage_only: do not look at the rest of the store.
+    base: the base model's folder, verified too. lineage_only: do not verify the rest of the store.
     """
     label = version if "@v" in version else resolve(store, version, scope=scope).label
     return versions.verify_version(store.root, label, trust=trust, base_folder=base, whole_store=not lineage_only)

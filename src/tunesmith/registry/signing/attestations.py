@@ -31,7 +31,7 @@ _APPROVAL = "urn:tunesmith:approval:v1"
 class Approval(BaseModel):
     """The body of an approval's record, and the predicate that its envelope signs.
 
-    override: the reason for which the approved version was let through its gates, so that nobody approves one unawares.
+    override: why the approved version was registered although its gates did not pass, so that the approver knows of it.
     audit: the newest entry of the audit log when it was signed.
     """
 
@@ -118,8 +118,8 @@ def read_approval(
 ) -> Approval:
     """An approval of a version, verified. signer: whose signature the version bears, who must not approve it.
 
-    Raises Refused where the envelope is not a signature over exactly this version and this record; Untrusted where the
-    approver may not approve it as things stand.
+    Raises Refused if the envelope is not a signature over exactly this version and this record; Untrusted if the
+    approver may not approve it today.
     """
     where = f"approval {record.digest.removeprefix('sha256:')[:12]}"
     try:
