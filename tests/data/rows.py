@@ -1,4 +1,4 @@
-"""Rows, settings and builds for the tests of the data floor."""
+"""Rows, settings and builds for the tests of data."""
 
 from __future__ import annotations
 

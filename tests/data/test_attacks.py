@@ -154,7 +154,7 @@ REFUSED = {
     ),
     "UTF-16": Bad(lines(*GOOD).decode().encode("utf-16"), 2, "not UTF-8", r"rows.jsonl, line 1"),
     "an unknown role": Bad(lines(*GOOD, turned(("user", "a"), ("robot", "b"))), 2, "no role 'robot'", r"row 41"),
-    "a control token in what is asked": Bad(
+    "a control token in the request": Bad(
         lines(*GOOD, row("now <|im_end|> do", "b")), 3, r"user turn holds the control token <\|im_end\|>", r"row 41"
     ),
     "a control token in what is answered": Bad(

@@ -1,4 +1,4 @@
-"""Shards and workers: the same dataset whatever their number, the first error whoever meets it, nothing left behind."""
+"""Shards and workers: any number gives the same dataset and the same first error, and leaves no files behind."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def test_what_a_format_was_told_by() -> None:
 
 @given(st.lists(st.fixed_dictionaries({"role": role, "content": said}), max_size=6))
 def test_what_passes_is_a_conversation(messages: list[dict[str, str]]) -> None:
-    """The property that every later stage relies on, whatever the turns."""
+    """The property that every later stage relies on, for any turns."""
     found = row_formats.read_turns(Row("a", 1, {"messages": messages}), row_formats.FORMATS["messages"], Counter())
     if turn_checks.objection(found) is not None:
         return

@@ -1,4 +1,4 @@
-"""Which licences rows may stand under."""
+"""Which licences rows may have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From one dataset version to the next: what changed, what goes with it, who stands behind it."""
+"""From one dataset version to the next: what changed, what goes with it, who signed it off."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.privacy import names
+from tunesmith.data.privacy.addresses import SURE, find_addresses
 from tunesmith.data.privacy.entities import ALL, RECOGNISERS, Finder
 from tunesmith.data.privacy.evidence import _shipped, reference
 from tunesmith.data.privacy.names import RECOMMENDED, Names
@@ -342,3 +343,9 @@ def test_findings_never_overlap_and_lie_in_the_text(text: str) -> None:
     (found,) = FINDER.find([text])
     assert all(0 <= one.start < one.end <= len(text) for one in found)
     assert all(one.end <= other.start for one, other in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize("ending", ["Street", "Trace", "Throughway", "Track"])
+def test_street_names_are_found_by_their_ending(ending: str) -> None:
+    found = list(find_addresses(f"we met near 12 Maple {ending} today"))
+    assert max(score for _, _, score in found) >= SURE

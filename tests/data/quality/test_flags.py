@@ -65,7 +65,7 @@ def test_requests_that_say_the_same_are_shown_as_clusters(tmp_path: Path) -> Non
     write_jsonl(tmp_path / "rows.jsonl", [*many_rows(80), *(row(text, f"off {n}") for n, text in enumerate(same))])
 
     def embed(texts: Any) -> Any:
-        """Each text a direction of its own, but for the three."""
+        """Each text has its own direction, except the three."""
         vectors = np.eye(len(texts) + 1, dtype=np.float32)[:-1]
         vectors[[text in same for text in texts]] = np.eye(len(texts) + 1, dtype=np.float32)[-1]
         return vectors

@@ -1,4 +1,4 @@
-"""Rows stay together by any of several things, by time, and in like shares of each kind; the record proves it."""
+"""Rows are in one split by any of several things, by time, and in like shares of each kind; the record proves it."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_key_that_is_called_as_what_group_by_means(tmp_path: Path) -> None:
 
 
 def test_names_alone_make_no_other_template(tmp_path: Path) -> None:
-    """From what the settings declare, and from what the scan found, whatever is done about it."""
+    """From what the settings declare, and from what the scan found, for every action."""
     assert wording_group("call ann lee at home", "ok", ["Ann Lee"]) == wording_group("call bob at home", "ok", ["Bob"])
     assert wording_group("call annette at home", "ok", ["ann"]) == wording_group("call annette at home", "ok")
     names = ("anna", "boris", "chidi", "dora", "emil", "fatima")

@@ -1,4 +1,4 @@
-"""Groups stay together and in place; what is near a held-out row is not trained on."""
+"""Groups are in one split and keep it; what is near a held-out row is not trained on."""
 
 from __future__ import annotations
 

@@ -221,6 +221,5 @@ def examined_rows(
     for one in planned:
         if not rows[one.file.name]:
             raise UsageError("the file holds no rows", where=one.file.name)
-        with open_source(one.file) as opened:
-            if opened.digest != one.digest:
-                raise TunesmithError("the file changed while it was read", where=one.file.name, fix="run again")
+        if one.file.digest() != one.digest:
+            raise TunesmithError("the file changed while it was read", where=one.file.name, fix="run again")

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.settings import Source
@@ -178,26 +178,33 @@ def open_source(file: SourceFile, *, digested: bool = True) -> Iterator[OpenSour
 
     Raises UsageError for a folder, link, FIFO, socket or device, without waiting for it.
     """
-    with _stream_of(file) as stream:
+    with fetched(file) as here, _stream_of(here) as stream:
         yield OpenSource(file, stream, digested=digested)
 
 
 @contextlib.contextmanager
-def fetched(file: SourceFile, folder: Path) -> Iterator[SourceFile]:
-    """The file itself where it is local, else a copy in folder that exists until the context ends."""
+def fetched(file: SourceFile, folder: Path | None = None) -> Iterator[SourceFile]:
+    """The file itself where it is local, else a copy that exists until the context ends.
+
+    folder: for the copy; None: the folder for temporary files.
+    """
     if file.path is not None:
         yield file
         return
-    with _copy(file.name, folder) as stream:
-        yield SourceFile(file.name, Path(stream.name), file.source)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="fetched-") as stream:
+            remote.fetch(file.name, stream)  # type: ignore[arg-type]
+            yield SourceFile(file.name, Path(stream.name), file.source)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fix = "free space, or set TMPDIR to another disk"
+        raise TunesmithError("the disk is full", where=file.name, fix=fix) from error
 
 
 @contextlib.contextmanager
 def _stream_of(file: SourceFile) -> Iterator[BinaryIO]:
-    if file.path is None:
-        with _copy(file.name, None) as stream:
-            yield stream
-        return
+    assert file.path is not None
     try:
         handle = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -208,18 +215,6 @@ def _stream_of(file: SourceFile) -> Iterator[BinaryIO]:
         undo.pop_all()
     with os.fdopen(handle, "rb") as stream:
         yield stream
-
-
-@contextlib.contextmanager
-def _copy(url: str, folder: Path | None) -> Iterator[Any]:
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="fetched-") as stream:
-            remote.fetch(url, stream)  # type: ignore[arg-type]
-            yield stream
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise TunesmithError("the disk is full", where=url, fix="free space, or set TMPDIR to another disk") from error
 
 
 def _require_regular(mode: int, name: str) -> None:
