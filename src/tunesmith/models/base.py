@@ -77,7 +77,7 @@ def resolve_base(store: Store, spec: str, root: Path, progress: Progress = SILEN
 
 def open_base(store: Store, digest: str) -> Base:
     """The base of a record, in the folder where resolve_base last found it. Raises Refused if its files changed."""
-    place = store.local("bases", f"{digest.removeprefix('sha256:')}.json")
+    place = _place(store, digest)
     if not place.is_file():
         raise Refused("the base's files are not known to this store", where=str(place), fix="run the project once")
     where = json.loads(place.read_bytes())
@@ -93,11 +93,16 @@ def open_base(store: Store, digest: str) -> Base:
 
 def known_folder(store: Store, digest: str) -> Path | None:
     """The folder where resolve_base last found a base, unchecked. None if it is unknown or gone."""
-    place = store.local("bases", f"{digest.removeprefix('sha256:')}.json")
+    place = _place(store, digest)
     if not place.is_file():
         return None
     folder = Path(json.loads(place.read_bytes())["folder"])
     return folder if folder.is_dir() else None
+
+
+def _place(store: Store, digest: str) -> Path:
+    """The file that says where a base was found last, and by which spec."""
+    return store.local("bases", f"{digest.removeprefix('sha256:')}.json")
 
 
 def base_files(folder: Path) -> list[Path]:
@@ -161,7 +166,7 @@ def _record_base(store: Store, folder: Path, spec: str) -> Base:
     record = base_record(folder, spec)
     body = record.body
     digest = record.digest if store.has_record(record.digest) else store.put_record(record)
-    place = store.local("bases", f"{digest.removeprefix('sha256:')}.json")
+    place = _place(store, digest)
     write_atomic(place, json.dumps({"folder": str(folder.absolute()), "spec": spec}).encode())
     return Base(
         digest=digest,

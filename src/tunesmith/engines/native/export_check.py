@@ -132,7 +132,7 @@ def compare(
         untuned = _figures(answered, reference, score(_native(network, frozen_linear(network))))
         del network
         gc.collect()
-        export = _figures(answered, reference, score(_transformers(form, exported, base, trained)))
+        export = _figures(answered, reference, score(_transformers(form, exported, base)))
     gc.collect()
     return {
         "probes": len(answered),
@@ -245,9 +245,9 @@ def _native(network: Network, linear: Linear) -> Scorer:
     return score
 
 
-def _transformers(form: str, exported: Path, base: Base, trained: Path) -> Scorer:
+def _transformers(form: str, exported: Path, base: Base) -> Scorer:
     """Scores by the export, run by transformers in fp32. An adapter is merged into transformers' model of the base."""
-    model = _load(form, exported, base, trained).eval()
+    model = _load(form, exported, base).eval()
 
     @torch.inference_mode()
     def score(ids: Sequence[int], answer: int) -> Tensor:
@@ -257,7 +257,7 @@ def _transformers(form: str, exported: Path, base: Base, trained: Path) -> Score
     return score
 
 
-def _load(form: str, exported: Path, base: Base, trained: Path) -> Any:
+def _load(form: str, exported: Path, base: Base) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
     from transformers.utils import logging
 

@@ -245,7 +245,7 @@ class VllmEngine:
                 "tokens"
             ]
         except NotThere as error:
-            raise Refused("the server does not speak vLLM's API", where=where, fix="name a vLLM server") from error
+            raise self._no_vllm() from error
         if theirs != ids:
             raise self._other_model("its tokenizer reads a fixed text differently")
         difference = mean_difference(self._fixed_scores(self._model), expected_scores(self._base, ids))
@@ -273,9 +273,10 @@ class VllmEngine:
         try:
             return list(self._server.ask("/v1/models")["data"])
         except (NotThere, KeyError, TypeError) as error:
-            raise Refused(
-                "the server does not speak vLLM's API", where=self._settings.url, fix="name a vLLM server"
-            ) from error
+            raise self._no_vllm() from error
+
+    def _no_vllm(self) -> Refused:
+        return Refused("the server does not speak vLLM's API", where=self._settings.url, fix="name a vLLM server")
 
     def _register(self, there: str) -> None:
         """Make the server load the adapter if it has not yet, and check that it answers differently from the base."""
