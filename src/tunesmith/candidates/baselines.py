@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.candidates.retrieval import Index, example_index, request_text
+from tunesmith.candidates.retrieval import Index, example_index, last_request
 from tunesmith.core.errors import UsageError
-from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion, Generation
@@ -87,7 +86,9 @@ class Classifier(Baseline):
             ) from error
         vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_TOKENS)
         self._model: Any = make_pipeline(vectors, LogisticRegression(C=10.0, max_iter=1000))
-        self._model.fit([request_text(example) for example in examples], [example.answer for example in examples])
+        self._model.fit(
+            [last_request(example.messages) for example in examples], [example.answer for example in examples]
+        )
 
     def _answers(self, texts: Sequence[str]) -> list[Completion]:
         given: list[Completion] = []
@@ -100,11 +101,3 @@ class Classifier(Baseline):
 def make_baseline(method: str, examples: Sequence[Example]) -> Baseline:
     """The baseline of a method, built from training examples. The same examples give the same answers."""
     return Nearest(examples) if method == "nearest" else Classifier(examples)
-
-
-def last_request(messages: Sequence[Message]) -> str:
-    """The last user message. Raises UsageError where there is none."""
-    for message in reversed(messages):
-        if message.role == "user":
-            return message.content
-    raise UsageError("there is no user message to answer", where="messages")

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from tunesmith.candidates.baselines import last_request
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.candidates.retrieval import Embed, Index, example_index
+from tunesmith.candidates.retrieval import Embed, Index, example_index, last_request
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message, tools_of, with_tools
 from tunesmith.data.dataset import Example, load_dataset

@@ -13,6 +13,8 @@ import bm25s
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.core.errors import UsageError
+from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
 
 _WORD = re.compile(r"\w+")
@@ -72,12 +74,15 @@ class Index:
 
 def example_index(examples: Sequence[Example], by: str = "bm25", embed: Embed | None = None) -> Index:
     """An index of training examples by the words of their requests."""
-    return Index([request_text(example) for example in examples], by, embed)
+    return Index([last_request(example.messages) for example in examples], by, embed)
 
 
-def request_text(example: Example) -> str:
-    """The last user message of an example."""
-    return next(message.content for message in reversed(example.messages) if message.role == "user")
+def last_request(messages: Sequence[Message]) -> str:
+    """The last user message. Raises UsageError where there is none."""
+    for message in reversed(messages):
+        if message.role == "user":
+            return message.content
+    raise UsageError("there is no user message to answer", where="messages")
 
 
 def words(text: str) -> list[str]:

@@ -7,7 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 
-from tunesmith.candidates.retrieval import request_text, words
+from tunesmith.candidates.retrieval import last_request, words
 from tunesmith.data.dataset import Example
 
 
@@ -40,7 +40,7 @@ def draw_shots(examples: Sequence[Example], count: int, seed: int) -> list[Examp
 
 def _farthest_first(examples: Sequence[Example], count: int) -> list[Example]:
     ordered = sorted(examples, key=lambda one: _order(one.id))
-    sets = [frozenset(words(f"{request_text(one)} {one.answer}")) for one in ordered]
+    sets = [frozenset(words(f"{last_request(one.messages)} {one.answer}")) for one in ordered]
     if not ordered or count < 1:
         return []
     chosen = [0]

@@ -17,7 +17,7 @@ from tunesmith.evaluation.metrics.declared import Scoring, checked
 from tunesmith.evaluation.report.wording import points
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.settings import Gates, Lift, Retain
-from tunesmith.evaluation.stats.power import ASSUMED_DIFFERING, POWER, grouping_of, plan_lift, smallest_lift
+from tunesmith.evaluation.stats.power import ASSUMED_DIFFERING, POWER, Grouping, grouping_of, plan_lift, smallest_lift
 from tunesmith.evaluation.stats.statistics import Floats, effective_groups
 from tunesmith.store.store import Store
 
@@ -98,7 +98,7 @@ def plan_gates(dataset: Dataset, gates: Gates, *, uses: int, assumed: Assumed, l
     own = grouping_of(groups)
     if assumed.differences is not None:
         correlation = grouping_of(assumed.groups, assumed.differences).correlation
-        own = type(own)(own.size, correlation)
+        own = Grouping(own.size, correlation)
     found = []
     for name, gate in gates.items():
         if not isinstance(gate, Lift | Retain):

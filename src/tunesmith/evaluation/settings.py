@@ -135,8 +135,9 @@ class GateSettings(Settings):
 
     @property
     def bound(self) -> float:
-        """The number that the gate's value is compared with."""
-        raise NotImplementedError
+        """The number that the gate's value is compared with: at_least, at_most or drop_at_most."""
+        bounds = (getattr(self, name, None) for name in ("at_least", "at_most", "drop_at_most"))
+        return next(float(bound) for bound in bounds if bound is not None)
 
     @property
     def judged_metric(self) -> str | None:
@@ -145,8 +146,8 @@ class GateSettings(Settings):
 
     @property
     def rival(self) -> str | None:
-        """The candidate that the gate compares with, where it compares."""
-        return None
+        """The candidate that the gate compares with: over or not_below, where it has one."""
+        return getattr(self, "over", None) or getattr(self, "not_below", None)
 
 
 class Lift(GateSettings):
@@ -163,14 +164,6 @@ class Lift(GateSettings):
     ]
     confidence: _Confidence = 0.95
 
-    @property
-    def bound(self) -> float:
-        return self.at_least
-
-    @property
-    def rival(self) -> str:
-        return self.over
-
 
 class Retain(GateSettings):
     """The candidate is not worse than a rival by more than `drop_at_most` on the same rows (non-inferiority test).
@@ -184,14 +177,6 @@ class Retain(GateSettings):
     drop_at_most: Annotated[_Score, Field(description="largest drop that passes; 0.02 is two points")]
     confidence: _Confidence = 0.95
 
-    @property
-    def bound(self) -> float:
-        return self.drop_at_most
-
-    @property
-    def rival(self) -> str:
-        return self.not_below
-
 
 class _OneBound(GateSettings):
     """A gate with a lower or an upper bound."""
@@ -204,12 +189,6 @@ class _OneBound(GateSettings):
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError("give at_least or at_most, one of them")
         return self
-
-    @property
-    def bound(self) -> float:
-        bound = self.at_least if self.at_least is not None else self.at_most
-        assert bound is not None
-        return bound
 
 
 class Threshold(_OneBound):
@@ -250,10 +229,6 @@ class Forgetting(GateSettings):
         float, Field(ge=0.0, le=1.0, description="largest fall of the right choice's mean probability that passes")
     ]
     confidence: _Confidence = 0.95
-
-    @property
-    def bound(self) -> float:
-        return self.drop_at_most
 
 
 class Probe(GateSettings):
@@ -297,10 +272,6 @@ class Probe(GateSettings):
         if self.repeats is not None and self.probe != "canaries":
             raise ValueError("repeats belongs to the probe canaries")
         return self
-
-    @property
-    def bound(self) -> float:
-        return self.at_most
 
     @property
     def suite(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tunesmith.evaluation.report.plots import Scale, across, drawn
+from tunesmith.evaluation.report.plots import Scale, across, drawn, point, reach, text
 from tunesmith.evaluation.report.wording import money, visible
 
 _HEIGHT = 300
@@ -28,40 +28,23 @@ def price_chart(candidates: Sequence[Mapping[str, Any]], metric: str, price: str
     costs = [float(row["price"][price]) for row in points]
     scale, logarithmic, ticks = _price_scale(costs)
     parts = [across(_at(quarter / 4)) for quarter in range(5)]
-    parts += [
-        Markup('<text class="tick" x="0" y="{:.1f}">{:.0f}%</text>').format(_at(quarter / 4) - 4, quarter * 25)
-        for quarter in range(5)
-    ]
-    for tick in ticks:
-        parts.append(
-            Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-                scale.at(_scaled(tick, logarithmic)), _HEIGHT + 16, money(tick)
-            )
-        )
+    parts += [text("0", _at(quarter / 4) - 4, f"{quarter * 25}%") for quarter in range(5)]
+    parts += [text(scale.at(_scaled(tick, logarithmic)), _HEIGHT + 16, money(tick), anchor="middle") for tick in ticks]
     taken: list[float] = []
     for row, cost in sorted(zip(points, costs, strict=True), key=lambda pair: -pair[0]["metrics"][metric]["mean"]):
         found, x = row["metrics"][metric], scale.at(_scaled(cost, logarithmic))
         style = "tuned" if row["tuned"] else "untuned"
-        parts.append(
-            Markup('<line class="reach {0}" x1="{1}" x2="{1}" y1="{2:.1f}" y2="{3:.1f}"/>').format(
-                style, x, _at(found["low"]), _at(found["high"])
-            )
-        )
         height = _at(found["mean"])
-        parts.append(Markup('<circle class="point {}" cx="{}" cy="{:.1f}" r="6"/>').format(style, x, height))
+        parts += [reach((x, x), (_at(found["low"]), _at(found["high"])), style), point(x, height, style, 6)]
         away = _LABEL / 3 if height < _HEIGHT / 2 else -_LABEL / 3  # labels move away from the nearer edge
         height = min(height, _HEIGHT - _LABEL / 2)
         while any(abs(height - other) < _LABEL for other in taken):
             height += away
         taken.append(height)
-        side = ("end", "-10") if float(x.rstrip("%")) > 72 else ("start", "10")
-        parts.append(
-            Markup('<text class="named" x="{}" y="{:.1f}" dx="{}" dy="4" text-anchor="{}">{}</text>').format(
-                x, height, side[1], side[0], visible(row["name"])
-            )
-        )
+        side, shift = ("end", -10) if float(x.rstrip("%")) > 72 else ("start", 10)
+        parts.append(text(x, height + 4, visible(row["name"]), anchor=side, style="named", shift=shift))
     foot = f"{unit} per 1,000 requests{', logarithmic' if logarithmic else ''}"
-    parts.append(Markup('<text class="tick" x="100%" y="{}" text-anchor="end">{}</text>').format(_HEIGHT + 34, foot))
+    parts.append(text("100%", _HEIGHT + 34, foot, anchor="end"))
     said = "; ".join(
         f"{row['name']} {row['metrics'][metric]['mean'] * 100:.1f}% at {money(cost)}"
         for row, cost in zip(points, costs, strict=True)
@@ -98,11 +81,7 @@ def reliability_chart(found: Mapping[str, Any], name: str) -> Markup:
         )
     for share in (0.0, 0.5, 1.0):
         anchor = "start" if share == 0 else "end" if share == 1 else "middle"
-        parts.append(
-            Markup('<text class="tick" x="{:.0f}%" y="{}" text-anchor="{}">{:.0f}% sure</text>').format(
-                share * 100, size + 16, anchor, share * 100
-            )
-        )
+        parts.append(text(f"{share:.0%}", size + 16, f"{share:.0%} sure", anchor=anchor))
     said = "; ".join(f"{each['confidence']:.0%} sure, {each['right']:.0%} right" for each in found["bins"])
     return drawn(size + 22, "chart square", f"Calibration of {name}: {said}", parts)
 

@@ -101,7 +101,7 @@ def loss_chart(
     grid = []
     for tick in ticks:
         grid.append(across(height(tick)))
-        grid.append(Markup('<text class="tick" x="0" y="{:.1f}">{:g}</text>').format(height(tick) - 4, tick))
+        grid.append(text("0", height(tick) - 4, f"{tick:g}"))
     inner = Markup(
         '<svg width="100%" height="{0}" viewBox="0 0 1000 {0}" preserveAspectRatio="none">'
         '<path class="raw" d="{1}"/><path class="smooth" d="{2}"/>{3}</svg>'
@@ -115,11 +115,10 @@ def loss_chart(
         Markup('<circle class="held-out" cx="{:.2f}%" cy="{:.1f}" r="4"/>').format(100 * step / last, height(loss))
         for step, loss in held_out
     ]
+    axis_note = ", logarithmic loss axis" if logarithmic else ""
     foot = [
-        Markup('<text class="tick" x="0" y="{}">step 0</text>').format(_CHART_HEIGHT + 18),
-        Markup('<text class="tick" x="100%" y="{}" text-anchor="end">step {:,.0f}{}</text>').format(
-            _CHART_HEIGHT + 18, last, ", logarithmic loss axis" if logarithmic else ""
-        ),
+        text("0", _CHART_HEIGHT + 18, "step 0"),
+        text("100%", _CHART_HEIGHT + 18, f"step {last:,.0f}{axis_note}", anchor="end"),
     ]
     label = f"Loss by training step, from {training[0][1]:.3g} to {training[-1][1]:.3g}"
     if held_out:
@@ -133,8 +132,8 @@ def loss_chart(
 def _kept_mark(kept: int, last: float) -> list[Markup]:
     x = f"{100 * kept / last:.2f}%"
     side, shift = ("end", -6) if kept > last / 2 else ("start", 6)
-    said = Markup('<text class="named" x="{}" y="12" dx="{}" text-anchor="{}">kept: step {:,}</text>')
-    return [_line(x, 0, _CHART_HEIGHT, "bound"), said.format(x, shift, side, kept)]
+    label = text(x, 12, f"kept: step {kept:,}", anchor=side, style="named", shift=shift)
+    return [_line(x, 0, _CHART_HEIGHT, "bound"), label]
 
 
 def lineage_arcs(nodes: Sequence[Mapping[str, Any]]) -> Markup:
@@ -189,6 +188,23 @@ def _line(x: str, top: float, bottom: float, style: str) -> Markup:
     return Markup('<line class="{}" x1="{}" x2="{}" y1="{:g}" y2="{:g}"/>').format(style, x, x, top, bottom)
 
 
+def text(x: str, y: float, words: str, *, anchor: str = "start", style: str = "tick", shift: float = 0) -> Markup:
+    """Words at a place. x: a percentage; y: pixels from the top; shift: pixels to the right of x."""
+    return Markup('<text class="{}" x="{}" y="{:.1f}" dx="{:g}" text-anchor="{}">{}</text>').format(
+        style, x, y, shift, anchor, words
+    )
+
+
+def point(x: str, y: float, style: str, radius: float = 5.5) -> Markup:
+    """A measured value as a dot."""
+    return Markup('<circle class="point {}" cx="{}" cy="{:.1f}" r="{:.1f}"/>').format(style, x, y, radius)
+
+
+def reach(x: tuple[str, str], y: tuple[float, float], style: str) -> Markup:
+    """A line from one end of an interval to the other."""
+    return Markup('<line class="reach {}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(style, *x, *y)
+
+
 def across(y: float) -> Markup:
     """A horizontal grid line at a height."""
     return Markup('<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(y)
@@ -197,12 +213,10 @@ def across(y: float) -> Markup:
 def _interval(mean: float, low: float, high: float, scale: Scale, style: str) -> list[Markup]:
     middle = _TRACK_HEIGHT / 2
     return [
-        Markup('<line class="reach {}" x1="{}" x2="{}" y1="{:g}" y2="{:g}"/>').format(
-            style, scale.at(low), scale.at(high), middle, middle
-        ),
+        reach((scale.at(low), scale.at(high)), (middle, middle), style),
         _line(scale.at(low), middle - 5, middle + 5, f"reach {style}"),
         _line(scale.at(high), middle - 5, middle + 5, f"reach {style}"),
-        Markup('<circle class="point {}" cx="{}" cy="{:g}" r="5.5"/>').format(style, scale.at(mean), middle),
+        point(scale.at(mean), middle, style),
     ]
 
 

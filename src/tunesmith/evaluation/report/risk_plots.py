@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tunesmith.evaluation.report.plots import Scale, across, drawn
+from tunesmith.evaluation.report.plots import Scale, across, drawn, point, reach, text
 from tunesmith.evaluation.report.risks import CHANCE_BITS
 
 _HEIGHT = 220
@@ -26,10 +26,10 @@ def exposure_chart(found: Mapping[str, Any]) -> Markup:
     parts = []
     for bits in range(0, int(most) + 1, 2):
         parts.append(across(height(bits)))
-        parts.append(Markup('<text class="tick" x="0" y="{:.1f}">{} bits</text>').format(height(bits) - 4, bits))
+        parts.append(text("0", height(bits) - 4, f"{bits} bits"))
     chance = height(CHANCE_BITS)
     parts.append(Markup('<line class="bound" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(chance))
-    parts.append(Markup('<text class="tick" x="100%" y="{:.1f}" text-anchor="end">chance</text>').format(chance - 4))
+    parts.append(text("100%", chance - 4, "chance", anchor="end"))
     levels, spoken = found["levels"], []
     for place, level in enumerate(levels):
         middle = _LEFT + (100.0 - _LEFT) * (place + 0.5) / len(levels)
@@ -53,14 +53,8 @@ def before_and_after(row: Mapping[str, Any]) -> Markup:
     parts = [Markup('<line class="bound" x1="{0}" x2="{0}" y1="2" y2="{1}"/>').format(zero, _PAIR_HEIGHT - 2)]
     for side, style, y in (("before", "untuned", 11.0), ("after", "tuned", 29.0)):
         found = row[side]
-        parts.append(
-            Markup('<line class="reach {0}" x1="{1}" x2="{2}" y1="{3}" y2="{3}"/>').format(
-                style, scale.at(found["low"]), scale.at(found["high"]), y
-            )
-        )
-        parts.append(
-            Markup('<circle class="point {}" cx="{}" cy="{}" r="5.5"/>').format(style, scale.at(found["mean"]), y)
-        )
+        parts.append(reach((scale.at(found["low"]), scale.at(found["high"])), (y, y), style))
+        parts.append(point(scale.at(found["mean"]), y, style))
     return drawn(_PAIR_HEIGHT, "track", f"{row['asked']}: {row['sentence']}", parts)
 
 
@@ -78,13 +72,10 @@ def ends_axis(ends: Sequence[float]) -> Markup:
 def _upright(found: Mapping[str, float] | None, x: float, height: Callable[[float], float], style: str) -> list[Markup]:
     if found is None:
         return []
-    return [
-        Markup('<line class="reach {0}" x1="{1:.2f}%" x2="{1:.2f}%" y1="{2:.1f}" y2="{3:.1f}"/>').format(
-            style, x, height(found["low"]), height(found["high"])
-        ),
-        Markup('<circle class="point {}" cx="{:.2f}%" cy="{:.1f}" r="5.5"/>').format(style, x, height(found["mean"])),
-    ]
+    place = f"{x:.2f}%"
+    ends = height(found["low"]), height(found["high"])
+    return [reach((place, place), ends, style), point(place, height(found["mean"]), style)]
 
 
-def _centred(x: float, y: float, text: str) -> Markup:
-    return Markup('<text class="tick" x="{:.2f}%" y="{:.1f}" text-anchor="middle">{}</text>').format(x, y, text)
+def _centred(x: float, y: float, words: str) -> Markup:
+    return text(f"{x:.2f}%", y, words, anchor="middle")
