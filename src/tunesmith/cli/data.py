@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -29,14 +29,13 @@ def register(app: typer.Typer) -> None:
 
 def build(
     here: Here,
-    engine: Annotated[str, typer.Option(help="What reads the rows: local or ray. The dataset is the same.")] = "local",
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="What reads the rows. The dataset is the same.")
+    ] = "local",
 ) -> None:
     """Read, check, clean, split and seal the project's sources."""
-    from tunesmith.core.errors import UsageError
     from tunesmith.services import data
 
-    if engine not in ("local", "ray"):
-        raise UsageError(f"there is no engine {engine!r}", where="--engine", fix="local or ray")
     shards = None
     if engine == "ray":
         from tunesmith.data.building.ray_runner import RayRunner

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,21 +20,6 @@ if TYPE_CHECKING:
     from tunesmith.services.audit import AuditLog, AuditVerification
     from tunesmith.services.export import ExportedVersion
     from tunesmith.services.versions import ApprovedVersion, RegisteredVersion, VersionList
-
-
-class Form(StrEnum):
-    """What an export writes."""
-
-    peft = "peft"
-    merged = "merged"
-    gguf = "gguf"
-
-
-class Dtype(StrEnum):
-    """The type of merged weights."""
-
-    bf16 = "bf16"
-    fp32 = "fp32"
 
 
 def register(app: typer.Typer) -> None:
@@ -152,9 +136,12 @@ def export(
     version: Annotated[str, typer.Argument(help="NAME@v3, NAME@champion, or the start of a version's digest.")],
     target: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write; it must not exist yet.")],
     form: Annotated[
-        Form, typer.Option("--as", help="peft: the adapter alone; merged: a Hugging Face folder; gguf: for llama.cpp.")
+        Literal["peft", "merged", "gguf"],
+        typer.Option("--as", help="peft: the adapter alone; merged: a Hugging Face folder; gguf: for llama.cpp."),
     ],
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of merged weights; an adapter stays as it is.")] = Dtype.bf16,
+    dtype: Annotated[
+        Literal["bf16", "fp32"], typer.Option("--dtype", help="Of merged weights; an adapter stays as it is.")
+    ] = "bf16",
     tenant: Tenant = "",
     region: Region = "",
     actor: Annotated[
@@ -172,8 +159,8 @@ def export(
         here.project,
         version,
         target,
-        form=form.value,
-        dtype=dtype.value,
+        form=form,
+        dtype=dtype,
         actor=actor,
         scope=Scope(tenant, region),
         progress=Terminal(),

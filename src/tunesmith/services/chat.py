@@ -18,7 +18,7 @@ from tunesmith.registry.versions import resolve, verified_copy
 
 
 class ChatAnswer(View):
-    """One answer. finish: stop, or length where the longest length was reached; sources: texts that were retrieved."""
+    """One answer. finish: stop, or length if it reached max_tokens; sources: the retrieved texts."""
 
     answer: str
     finish: str
