@@ -1,4 +1,4 @@
-"""Writes tensors as a safetensors file straight from where they lie in memory."""
+"""Writes tensors as a safetensors file without copying them in memory first."""
 
 from __future__ import annotations
 

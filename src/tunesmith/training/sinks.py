@@ -55,7 +55,7 @@ class Follower:
 
     def __init__(self, sink: Sink | None, progress: Progress) -> None:
         self._sink, self._progress = sink, progress
-        self._last: dict[str, int] | None = None  # None: unknown, so the sink is asked
+        self._last: dict[str, int] | None = None  # None: unknown, so read it from the sink
 
     def follow(self, state: TrainerState) -> None:
         """Write the points of a state that the sink does not have."""

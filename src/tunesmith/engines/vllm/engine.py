@@ -71,7 +71,7 @@ class VllmEngine:
             raise Refused(
                 "the vLLM server runs the base with adapters, and this model was trained in full",
                 where=self._settings.url,
-                fix="leave engine out; or export it as merged, and have a server of its own run that",
+                fix="leave engine out; or export it as merged, and start another server with that folder",
             )
         read_adapter_file(folder, base=self._base.digest, fingerprint=self._base.fingerprint)
         there = "tunesmith-" + digest_of([digest_file(folder / file) for file in (CONFIG_FILE, ADAPTER_FILE)])[7:39]

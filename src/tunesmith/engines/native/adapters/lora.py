@@ -44,12 +44,13 @@ class LoraModel(NativeTrainable):
     adapted layers concatenated by rows, its c [r, out of those layers] their transposed B concatenated by columns.
 
     masters: flat fp32 tensors: every a, every c and, with DoRA, every magnitude. Copies are as products take them: a
-    [R, in] and c [R, out], where R is n r rounded up to what tiles multiply. Each layer's c has rows of its own there,
-    times the adapter's scale.
+    [R, in] and c [R, out], where R is n r rounded up to what tiles multiply. There, each layer's c is scaled and
+    has separate rows.
 
-    An adapter of N numbers takes 12 N bytes while it is trained (master weights and AdamW's moments), 4 N more during
-    an update (gradients) and, for its copies, 2 bytes a number with the zeros between them, twice that where tiles
-    multiply them. With rank 16 on every layer of a 135M model, N is 4.9M and a copy has 9.6M numbers: 59, 20 and 57 MB.
+    An adapter of N numbers takes 12 N bytes while it is trained (master weights and AdamW's moments), and 4 N more
+    during an update (gradients). Its copies take 2 bytes a number, the zeros between them included, and twice that
+    where tiles multiply them. With rank 16 on every layer of a 135M model, N is 4.9M and a copy has 9.6M numbers: 59,
+    20 and 57 MB.
     """
 
     def __init__(self, base: Base, network: Network, settings: WeightSettings, seed: int) -> None:
