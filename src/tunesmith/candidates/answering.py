@@ -79,8 +79,8 @@ class Answerer:
             if self._endpoint is None:
                 url = self._candidate.endpoint.url
                 raise UsageError(
-                    f"{self._candidate.name} is answered by {url}, which is not asked from here",
-                    fix="an endpoint is a rival to measure; release another candidate",
+                    f"{self._candidate.name} is the endpoint {url}, which only evaluations ask",
+                    fix="release another candidate: an endpoint can be measured only",
                 )
             return Endpoint(self._endpoint)
         assert self._engine is not None

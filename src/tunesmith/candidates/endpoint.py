@@ -22,7 +22,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.protocol import Completion, Generation
 
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-_LONGEST_WAIT = 30.0  # seconds between two tries, whatever the endpoint asks for
+_LONGEST_WAIT = 30.0  # seconds between two tries, also where the endpoint asks for more
 _LARGEST_ANSWER = 16 << 20
 _UNBOUNDED = 1 << 30
 

@@ -77,8 +77,8 @@ def evaluate(
     root: the project's folder, for the files of function scorers.
     judged: (candidate, metric) -> digest of the judge's record.
 
-    Raises Inconclusive for answers that do not match the test rows, Refused where a candidate was trained on test rows
-    or shows them in its prompt, UsageError for names that do not match.
+    Raises Inconclusive for answers that do not match the test rows, and UsageError for names that do not match.
+    Raises Refused where a candidate was trained on test rows or shows them in its prompt.
     """
     judged, risks, costs = judged or {}, risks or {}, costs or Costs()
     test, given, seen = _answered(store, dataset, answers)

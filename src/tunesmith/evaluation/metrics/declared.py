@@ -1,4 +1,4 @@
-"""Scorers with settings of their own, declared in the project file, and the scorers that need retrieved texts.
+"""Scorers that have settings in the project file, and scorers that need retrieved texts.
 
 To add a declared scorer, write a subclass of `DeclaredScorer` and list it in `DECLARED`. To add a scorer without
 settings, write a function and list it in `SCORERS` (scorers.py), or in `CONTEXT_SCORERS` where it needs the request or
@@ -126,7 +126,7 @@ class FunctionScorer(DeclaredScorer):
 
 
 class JudgeScorer(DeclaredScorer):
-    """A model says whether the answer or the reference is better. It is asked twice, with the two in either order.
+    """A model says whether the answer or the reference is better. It compares them twice, once in each order.
 
     1 where the answer wins both times, 0 where the reference does, 0.5 for a tie or where the order decided.
     """
