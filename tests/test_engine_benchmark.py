@@ -20,7 +20,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del sys.modules[name]
 
 
-def test_a_line_says_whether_its_goal_is_reached_and_what_is_missing() -> None:
+def test_a_line_says_whether_its_goal_is_reached() -> None:
     from engine_parts.report import Line, table
 
     lines = [

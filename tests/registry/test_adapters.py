@@ -202,7 +202,7 @@ def test_bfloat16_is_refused_by_name(tmp_path: Path) -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_damage_anywhere_is_refused_or_harmless_and_never_a_crash(tmp_path: Path, data: st.DataObject) -> None:
+def test_damage_anywhere_is_refused_or_harmless(tmp_path: Path, data: st.DataObject) -> None:
     whole = bytearray(encode(adapter_tensors(), BASE))
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))

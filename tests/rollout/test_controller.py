@@ -510,7 +510,7 @@ def test_two_promoters_at_once_promote_once(first: Scene, versions: Versions) ->
     assert champion(first) == versions[2].digest
 
 
-def test_a_rollback_during_a_promotion_ends_with_the_old_champion(first: Scene, versions: Versions) -> None:
+def test_rollback_during_promotion_keeps_the_old_champion(first: Scene, versions: Versions) -> None:
     rollout = begin(first, versions[2], {"setWeight": 100})
     advance(first.store, rollout.id)
     together(

@@ -144,7 +144,7 @@ def test_what_is_not_honoured_is_refused_by_name(
     assert shared.engine.seen == []
 
 
-def test_a_prompt_of_context_length_is_refused_and_one_token_less_is_answered(served: Served) -> None:
+def test_prompt_of_context_length_is_refused(served: Served) -> None:
     # The fake engine counts words and one more for each turn: `Answer as tuned.` is 4 tokens.
     room = served.engine.context_length - 4 - 1
 
@@ -165,7 +165,7 @@ def test_a_prompt_of_context_length_is_refused_and_one_token_less_is_answered(se
 
 
 @pytest.mark.parametrize("token", ["", "wrong", "tsk_" + "A" * 43])
-def test_without_a_valid_token_the_answer_is_401_and_says_nothing_of_it(served: Served, token: str) -> None:
+def test_an_invalid_token_is_401_and_not_repeated(served: Served, token: str) -> None:
     with served.http() as http:
         for header in (f"Bearer {token}".strip(), f"Basic {token}".strip(), ""):
             headers = {"Authorization": header}
@@ -225,7 +225,7 @@ def test_any_other_name_is_the_same_404(shared: Served, model: str) -> None:
     }
 
 
-def test_another_tenants_model_answers_like_one_that_does_not_exist(served: Served) -> None:
+def test_another_tenants_model_looks_nonexistent(served: Served) -> None:
     store = served.scene.store
     theirs = served.scene.version(21, name="theirs", scope=Scope("acme"))
     served.begin(theirs, scope=Scope("acme"))
@@ -254,7 +254,7 @@ def test_a_version_for_one_region_is_not_served_in_another(scene: Any, engine: A
         assert here.post(model="euro").headers["x-tunesmith-version"] == "euro@v1"
 
 
-def test_a_recalled_version_is_not_served_from_the_next_request_on(served: Served, versions: Versions) -> None:
+def test_a_recall_stops_serving_at_the_next_request(served: Served, versions: Versions) -> None:
     assert served.post().status_code == 200
     with database.writing(served.scene.store.engine) as session:
         session.add(

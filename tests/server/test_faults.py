@@ -124,7 +124,7 @@ def test_half_a_request_and_a_slow_body_cost_only_themselves(
         slow.close()
 
 
-def test_200_parallel_requests_are_answered_together_or_told_to_come_back(
+def test_200_parallel_requests_get_an_answer_or_429(
     scene: Scene, engine: FakeEngine, versions: dict[int, Version]
 ) -> None:
     with running(scene, engine, waiting=64, together=16) as served:
@@ -162,7 +162,7 @@ def test_200_parallel_requests_are_answered_together_or_told_to_come_back(
         assert served.client(retries=2).chat.completions.create(model=NAME, messages=HELLO).choices
 
 
-def test_a_client_that_leaves_mid_stream_stops_the_engine_and_is_recorded(served: Served) -> None:
+def test_client_leaving_mid_stream_stops_the_engine(served: Served) -> None:
     decoded = []
 
     def slow(_request: Any, _adapter: Any) -> Any:
@@ -187,7 +187,7 @@ def test_a_client_that_leaves_mid_stream_stops_the_engine_and_is_recorded(served
     assert served.ask().choices
 
 
-def test_a_client_that_leaves_frees_the_place_of_its_whole_answer_too(served: Served) -> None:
+def test_client_leaving_frees_its_place_without_stream(served: Served) -> None:
     decoded = []
 
     def slow(_request: Any, _adapter: Any) -> Any:
@@ -206,7 +206,7 @@ def test_a_client_that_leaves_frees_the_place_of_its_whole_answer_too(served: Se
     assert len(decoded) < 1000
 
 
-def test_a_request_joins_those_under_way_and_none_waits_for_a_long_one(served: Served) -> None:
+def test_no_request_waits_for_a_long_one(served: Served) -> None:
     release = threading.Event()
 
     def answer(request: Any, _adapter: Any) -> str:
@@ -223,7 +223,7 @@ def test_a_request_joins_those_under_way_and_none_waits_for_a_long_one(served: S
         assert long.result().status_code == 200
 
 
-def test_clients_that_leave_while_they_wait_cost_the_engine_nothing(
+def test_clients_leaving_the_queue_cost_no_decoding(
     scene: Scene, engine: FakeEngine, versions: dict[int, Version]
 ) -> None:
     with running(scene, engine, together=1) as served:
@@ -257,7 +257,7 @@ def crash(_request: Any, _adapter: Any) -> str:
     raise RuntimeError("CUDA error: secret path /srv/models/x")
 
 
-def test_an_engine_that_raises_is_500_and_a_failed_row_and_says_nothing_of_itself(served: Served) -> None:
+def test_an_engine_error_is_500_without_its_details(served: Served) -> None:
     served.engine.answer = crash
     for more in ({}, {"stream": True}):
         response = served.post(**more)
@@ -286,7 +286,7 @@ def test_one_bad_request_of_a_batch_does_not_fail_the_others(served: Served) -> 
         assert [call.result().status_code for call in calls] == [200, 500, 200, 200, 500]
 
 
-def test_an_engine_that_fails_mid_stream_ends_the_stream_with_an_error(served: Served) -> None:
+def test_an_engine_error_mid_stream_ends_the_stream(served: Served) -> None:
     def breaking(_request: Any, _adapter: Any) -> Any:
         yield "one"
         raise RuntimeError("died")
@@ -297,7 +297,7 @@ def test_an_engine_that_fails_mid_stream_ends_the_stream_with_an_error(served: S
     assert [row.ok for row in served.rows()] == [False]
 
 
-def test_an_engine_that_hangs_is_answered_for_in_time_and_shows_as_not_ready(
+def test_a_hanging_engine_times_out_and_is_not_ready(
     scene: Scene, engine: FakeEngine, versions: dict[int, Version]
 ) -> None:
     with running(scene, engine, answer_seconds=2, waiting=2, together=2) as served, served.http() as http:

@@ -37,7 +37,7 @@ def ask_until(served: Served, done: Any, most: int = 600) -> int:
     return most
 
 
-def test_traffic_is_divided_by_weight_and_a_user_keeps_their_arm(served: Served, versions: Versions) -> None:
+def test_traffic_follows_weights_and_users_keep_their_arm(served: Served, versions: Versions) -> None:
     rollout = served.begin(versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
     served.until(rollout, lambda now: now.status == "paused")
     arms = [served.post().headers["x-tunesmith-arm"] for _ in range(60)]
@@ -60,7 +60,7 @@ def test_a_good_canary_is_promoted_by_its_own_traffic(served: Served, versions: 
     assert served.post().headers["x-tunesmith-version"] == f"{NAME}@v1"
 
 
-def test_a_bad_canary_forced_in_under_an_override_is_rolled_back_by_the_analysis(
+def test_analysis_rolls_back_a_bad_overridden_canary(
     served: Served, versions: Versions
 ) -> None:
     good_only_in(served, versions[1])
@@ -98,7 +98,7 @@ def test_a_canary_that_only_fails_is_aborted(served: Served, versions: Versions)
     assert "failed" in ended.reason
 
 
-def test_a_canary_that_cannot_be_loaded_ends_its_rollout_and_stable_answers(served: Served, versions: Versions) -> None:
+def test_unloadable_canary_ends_its_rollout(served: Served, versions: Versions) -> None:
     served.engine.broken.add(served.scene.store.record(versions[2].candidate).parents["training"])
     rollout = served.begin(versions[2], {"setWeight": 100}, {"pause": {}}, {"setWeight": 100})
     served.until(rollout, lambda now: now.status == "paused")
@@ -156,7 +156,7 @@ def test_feedback_scores_the_kept_answer_against_the_expected_text(served: Serve
     ]  # fmt: skip
 
 
-def test_feedback_is_given_once_and_never_replaces_what_was_measured(served: Served) -> None:
+def test_feedback_never_replaces_a_measured_score(served: Served) -> None:
     answer = served.ask()
     assert give(served, request_id=answer.id, score={"thumbs": 1.0})[0] == 200
     for again in ({"score": {"thumbs": 0.0}}, {"score": {"json_valid": 0.0}}, {"score": {"new": 1.0, "thumbs": 0.0}}):
@@ -180,7 +180,7 @@ def test_feedback_of_another_tenant_or_on_nothing_is_404(served: Served) -> None
     assert served.rows()[0].scores == {"json_valid": 1.0}
 
 
-def test_an_answer_that_left_the_memory_can_be_scored_by_number_alone(
+def test_a_forgotten_answer_is_scored_by_number(
     scene: Scene, engine: FakeEngine, versions: Versions
 ) -> None:
     with running(scene, engine, kept_answers=1) as served:
@@ -238,7 +238,7 @@ def test_exact_match_through_feedback_decides_a_rollout(served: Served, versions
 # Control
 
 
-def test_rollouts_are_shown_with_what_the_analysis_would_say(served: Served, versions: Versions) -> None:
+def test_rollouts_are_shown_with_the_analysis_so_far(served: Served, versions: Versions) -> None:
     rollout = served.begin(versions[2], {"setWeight": 50}, ANALYSIS, {"setWeight": 100})
     served.until(rollout, lambda now: now.step == 1)
     with served.http() as http:
@@ -267,7 +267,7 @@ def test_another_tenants_rollout_is_404(served: Served) -> None:
         assert http.get("/api/rollouts").json() == {"rollouts": []}
 
 
-def test_health_readiness_and_metrics_need_no_token_and_name_nobody(served: Served) -> None:
+def test_health_and_metrics_need_no_token(served: Served) -> None:
     served.ask()
     with served.http() as http:
         for path in ("/healthz", "/readyz", "/metrics"):

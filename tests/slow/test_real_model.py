@@ -114,7 +114,7 @@ def test_the_estimate_was_of_use(released: Path) -> None:
     assert training["estimate"]["peak_memory_bytes"] / training["peak_memory_bytes"] == pytest.approx(1.0, abs=0.5)
 
 
-def test_a_copy_of_the_store_verifies_and_one_changed_byte_does_not(released: Path, tmp_path: Path) -> None:
+def test_a_copied_store_verifies_unless_a_byte_changed(released: Path, tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere"
     shutil.copytree(released / ".tunesmith", copy)
     (copy / "tunesmith.db").unlink()

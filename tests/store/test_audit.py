@@ -89,7 +89,7 @@ def test_every_column_is_covered(store: Store, change: str) -> None:
     assert problems(store) == ["entry 2 was changed after it was written"]
 
 
-def test_an_entry_changed_with_its_digest_breaks_the_link_to_the_next(store: Store) -> None:
+def test_an_entry_changed_with_its_digest_breaks_the_chain(store: Store) -> None:
     write(store, 3)
     with database.writing(store.engine) as session:
         row = session.get_one(AuditRow, 2)

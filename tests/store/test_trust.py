@@ -43,7 +43,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     ],
     ids=["empty", "object", "null", "bytes", "deep", "parts", "other fingerprint", "more", "user twice", "key twice"],
 )
-def test_a_list_that_is_broken_or_gives_one_key_to_two_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_broken_or_ambiguous_key_list_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "keys.json"
     path.write_bytes(content)
     with pytest.raises(Refused) as caught:

@@ -157,7 +157,7 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
         "data": {"sources": [source.model_dump(mode="json", exclude_defaults=True)], "split": split},
         "task": ({"schema": "answer.schema.json"} if is_json else {}) | {"scorers": scorers},
         "candidates": {
-            "floor": {"method": "nearest"},
+            "nearest": {"method": "nearest"},
             "zero-shot": {"prompt": "prompts/long.txt", **answer},
             "few-shot": {"prompt": "prompts/long.txt", "shots": 6, **answer},
             "rag": {"prompt": "prompts/long.txt", "retrieve": {"from": "train", "k": 4}, **answer},
