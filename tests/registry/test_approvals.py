@@ -75,7 +75,7 @@ def test_prepare_states_what_is_signed_and_changes_nothing(store: Store, version
     assert not (store.root / "keys" / "ann.pem").exists()
 
 
-def test_a_signature_made_elsewhere_over_the_payload_is_accepted(store: Store, version: Version) -> None:
+def test_a_signature_made_elsewhere_is_accepted(store: Store, version: Version) -> None:
     user = keys.ensure_key(store, "ann")
     private = keys.load_signing_key(store, user)
     request = prepare_approval(store, version, "ann")

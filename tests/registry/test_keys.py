@@ -86,7 +86,7 @@ def test_a_broken_private_key_is_refused_without_quoting_it(store: Store, conten
     assert "secret" not in str(caught.value)
 
 
-def test_a_public_key_made_elsewhere_is_enrolled_in_one_spelling(store: Store) -> None:
+def test_a_public_key_is_enrolled_in_one_spelling(store: Store) -> None:
     public = pem(ec.generate_private_key(ec.SECP256R1()))
     user = keys.enrol_public_key(store, "ann", b"a comment\n" + public.replace(b"\n", b"\r\n"), actor="ann")
     assert user.public_key.encode() == public

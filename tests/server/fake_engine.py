@@ -15,7 +15,7 @@ VALID = '{"intent": "on"}'
 
 
 class FakeEngine:
-    """Implements inference.engine.Engine. answer: (request, adapter) -> text; by default VALID.
+    """Implements engines.protocol.Engine. answer: (request, adapter) -> text; by default VALID.
 
     gate: while it is cleared every call waits. calls: how many there were; busiest: how many at once at most. broken:
     adapters it refuses.

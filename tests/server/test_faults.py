@@ -353,7 +353,7 @@ def test_stopping_answers_what_waits(scene: Scene, engine: FakeEngine, versions:
             assert served.post().status_code == 503
 
 
-def test_nothing_of_a_request_or_an_answer_is_kept_in_the_database(served: Served) -> None:
+def test_the_database_keeps_no_request_or_answer_text(served: Served) -> None:
     served.engine.answer = lambda _request, _adapter: '{"intent": "zebra-answer"}'
     served.ask(
         messages=[{"role": "user", "content": "giraffe-question"}], user="hippo-user", metadata={"k": "okapi-note"}

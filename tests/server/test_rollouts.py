@@ -60,9 +60,7 @@ def test_a_good_canary_is_promoted_by_its_own_traffic(served: Served, versions: 
     assert served.post().headers["x-tunesmith-version"] == f"{NAME}@v1"
 
 
-def test_analysis_rolls_back_a_bad_overridden_canary(
-    served: Served, versions: Versions
-) -> None:
+def test_analysis_rolls_back_a_bad_overridden_canary(served: Served, versions: Versions) -> None:
     good_only_in(served, versions[1])
     rollout = served.begin(
         versions[4], {"setWeight": 30}, ANALYSIS, {"setWeight": 100}, actor=OWNER, override="a drill"
@@ -145,7 +143,7 @@ def give(served: Served, token: str | None = None, **body: Any) -> tuple[int, An
         return response.status_code, response.json()
 
 
-def test_feedback_scores_the_kept_answer_against_the_expected_text(served: Served) -> None:
+def test_feedback_scores_the_kept_answer(served: Served) -> None:
     right, wrong = served.ask(), served.ask()
     assert give(served, request_id=right.id, expected='{ "intent":"on" }') == (
         200, {"request_id": right.id.removeprefix("chatcmpl-"), "scores": {"exact_match": 1.0}},
@@ -180,9 +178,7 @@ def test_feedback_of_another_tenant_or_on_nothing_is_404(served: Served) -> None
     assert served.rows()[0].scores == {"json_valid": 1.0}
 
 
-def test_a_forgotten_answer_is_scored_by_number(
-    scene: Scene, engine: FakeEngine, versions: Versions
-) -> None:
+def test_a_forgotten_answer_is_scored_by_number(scene: Scene, engine: FakeEngine, versions: Versions) -> None:
     with running(scene, engine, kept_answers=1) as served:
         served.begin(versions[1])
         old, new = served.ask(), served.ask()

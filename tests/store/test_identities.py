@@ -209,7 +209,7 @@ def test_other_texts_are_nobodys_token(team: Store, guess: str) -> None:
     assert identities.authenticate(team, guess) is None
 
 
-def test_neither_the_stored_digest_nor_a_piece_of_a_token_is_one(team: Store) -> None:
+def test_a_digest_or_a_piece_of_a_token_is_no_token(team: Store) -> None:
     token = identities.issue_token(team, "the-engineer", actor="olive")
     with database.reading(team.engine) as session:
         digest = session.get_one(UserRow, "the-engineer").token_digest

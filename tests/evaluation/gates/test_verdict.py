@@ -166,7 +166,7 @@ def test_what_must_not_drop(made: Fabricated, evaluation: str) -> None:
         outcome(made, evaluation, metric="exact_match", not_below="rags", drop_at_most=0.1)
 
 
-def test_one_failure_among_many_gates_must_hold_for_their_number(made: Fabricated, evaluation: str) -> None:
+def test_a_failure_holds_for_the_number_of_gates(made: Fabricated, evaluation: str) -> None:
     """A bound just above the interval fails a gate that stands alone, not one of ten (Holm); a clear failure does."""
     high = outcome(made, evaluation, "rag", metric="exact_match", at_least=0.9, confidence=0.95)[1]["high"]
     near = {"metric": "exact_match", "at_least": high + 0.005, "confidence": 0.95}

@@ -168,7 +168,7 @@ def test_a_biased_adapter_is_caught_and_a_fair_one_passes(bench: Bench) -> None:
     assert outcomes[False].extra["kind"] == "gender"
 
 
-def test_a_forgetting_adapter_is_caught_and_a_careful_one_passes(knowing: Bench) -> None:
+def test_a_forgetting_adapter_is_caught(knowing: Bench) -> None:
     rows = [row(f"turn on the light {place}", '{"on":true}') for place in range(64)]
     dataset = knowing.dataset(rows, commands(30, 2))
     careful = knowing.tuned(dataset, epochs=1, learning_rate=3e-4)
