@@ -186,7 +186,7 @@ def test_the_others_can_be_released_and_verified(project: Project, name: str) ->
     verdict = evaluation.gate(project, name=name).digest
     registered = versions.register(project.store, verdict, name=project.settings.name)
     version = load_version(project.store, registered.digest)
-    found = verify_version(project.store.root, version.label)
+    found = verify_version(project.store, version.label)
     assert found.ok, found.problems
     with verified_copy(project.store, version) as loaded:
         assert loaded.candidate.name == name

@@ -17,6 +17,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.data.dataset import load_dataset
 from tunesmith.registry.versions import load_version, open_release, verify_version
 from tunesmith.services.data import build
+from tunesmith.store.store import Store
 
 CREDIT = "Rooms corpus by Ada Example, CC BY-SA 4.0"
 ATTRIBUTION = [
@@ -64,7 +65,7 @@ def test_from_the_row_to_the_notice(finished: Path) -> None:
     assert "under CC-BY-SA-4.0" in notice
     assert f"- {CREDIT} (CC-BY-SA-4.0)" in notice
     assert "- b.jsonl (MIT)" in notice
-    assert verify_version(store.root, "tiny@v1").ok
+    assert verify_version(store, "tiny@v1").ok
 
 
 @pytest.mark.parametrize("attack", ["gone", "changed"])
@@ -77,7 +78,7 @@ def test_a_notice_that_was_dropped_or_changed_fails(finished: Path, tmp_path: Pa
         notice.unlink()
     else:
         notice.write_text(notice.read_text().replace("CC-BY-SA-4.0", "CC0-1.0"))
-    found = verify_version(copy, "tiny@v1")
+    found = verify_version(Store(copy), "tiny@v1")
     assert not found.ok
     store = type(Project.load(finished).store)(copy)
     with (

@@ -132,7 +132,7 @@ def test_killed_at_any_moment_the_next_run_carries_on(tmp_path: Path, finished: 
     expected = finished[1]
     assert document["data"] == expected["data"]
     assert document["evaluate"]["candidates"] == expected["evaluate"]["candidates"]
-    assert verify_version(Project.load(folder).store.root, document["register"]["version"]).ok
+    assert verify_version(Project.load(folder).store, document["register"]["version"]).ok
 
 
 def test_gates_that_do_not_pass_register_nothing(project: Path) -> None:

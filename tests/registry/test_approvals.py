@@ -251,7 +251,7 @@ def test_a_replayed_approval_does_not_count(store: Store, version: Version) -> N
     put_approval(store, other, body, store.read_blob(given.blobs[ENVELOPE]))
     with pytest.raises(Refused, match="not about this version"):
         require_approved(store, other)
-    notes = verify_version(store.root, other.label).notes
+    notes = verify_version(store, other.label).notes
     assert any("does not count" in note for note in notes)
 
 

@@ -79,7 +79,7 @@ def check_registered(store: Store, chain: Chain) -> Version:
     version = registered(store, chain)
     assert version.label == "intents@v1"
     assert list_versions(store) == [version]
-    assert verify_version(store.root, version.label).ok
+    assert verify_version(store, version.label).ok
     assert list((store.root / "work").iterdir()) == []
     return version
 

@@ -28,7 +28,7 @@ def flip(path: Path, offset: int) -> None:
 
 
 def problems(root: Path, label: str = "intents@v1") -> dict[str, str]:
-    return {problem.path: problem.reason for problem in verify_version(root, label).problems}
+    return {problem.path: problem.reason for problem in verify_version(Store(root), label).problems}
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def folder(store: Store, version: Version) -> Path:
 
 def test_a_whole_store_verifies_and_says_what_it_looked_at(store: Store, version: Version) -> None:
     approve(store, version, approver="ann")
-    found = verify_version(store.root, version.label)
+    found = verify_version(store, version.label)
     files = [path for kind in ("blobs", "records", "versions") for path in (store.root / kind).rglob("*")]
     assert (found.ok, found.problems, found.digest) == (True, [], version.digest)
     assert found.checked == len([path for path in files if path.is_file()])
@@ -50,7 +50,7 @@ def test_a_copy_on_another_path_verifies_without_a_database(store: Store, versio
     copy.mkdir(parents=True)
     for kind in ("blobs", "records", "versions", "trust"):
         shutil.copytree(store.root / kind, copy / kind)
-    assert verify_version(copy, version.label).ok
+    assert verify_version(Store(copy), version.label).ok
     assert not (copy / "tunesmith.db").exists()
 
 
@@ -74,9 +74,7 @@ def test_no_byte_of_a_signature_is_free(store: Store, folder: Path) -> None:
     whole = path.read_bytes()
     for offset in range(0, len(whole), 7):
         flip(path, offset)
-        assert not verify_version(store.root, "intents@v1", whole_store=False).ok, (
-            f"byte {offset}: {whole[offset:][:1]!r}"
-        )
+        assert not verify_version(store, "intents@v1", whole_store=False).ok, f"byte {offset}: {whole[offset:][:1]!r}"
         path.write_bytes(whole)
 
 
@@ -148,7 +146,7 @@ def test_a_copy_under_another_name_or_number_is_refused(store: Store, folder: Pa
     target.parent.mkdir(exist_ok=True)
     shutil.copytree(folder, target)
     name, number = place.split("/")
-    found = verify_version(store.root, f"{name}@{number}")
+    found = verify_version(store, f"{name}@{number}")
     assert not found.ok
     assert found.problems[0].path.startswith(f"versions/{place}")
 
@@ -157,8 +155,8 @@ def test_a_key_that_is_not_trusted_is_refused(store: Store, version: Version, tm
     mine = tmp_path / "mine.json"
     listed = json.loads((store.root / "trust" / "keys.json").read_bytes())
     mine.write_bytes(canonical([key for key in listed if key["user"] != "olive"]))
-    assert verify_version(store.root, version.label, trust=store.root / "trust" / "keys.json").ok
-    [problem] = verify_version(store.root, version.label, trust=mine).problems
+    assert verify_version(store, version.label, trust=store.root / "trust" / "keys.json").ok
+    [problem] = verify_version(store, version.label, trust=mine).problems
     assert "not trusted here" in problem.reason
 
 
@@ -169,8 +167,8 @@ def test_the_verifiers_own_key_list_counts(store: Store, version: Version, tmp_p
     other = Store(tmp_path / "forged")
     identities.ensure_owner(other)
     forged = register(other, name="intents", verdict=put_chain(other).verdict, actor="olive")
-    assert verify_version(other.root, forged.label).ok
-    assert not verify_version(other.root, forged.label, trust=theirs).ok
+    assert verify_version(other, forged.label).ok
+    assert not verify_version(other, forged.label, trust=theirs).ok
 
 
 @pytest.mark.parametrize(
@@ -189,13 +187,13 @@ def test_a_valid_key_counts_only_for_what_it_is_trusted_for(
     path = store.root / "trust" / "keys.json"
     listed = json.loads(path.read_bytes())
     path.write_bytes(canonical([{**key, **change} if key["user"] == "olive" else key for key in listed]))
-    [problem] = verify_version(store.root, version.label).problems
+    [problem] = verify_version(store, version.label).problems
     assert reason in problem.reason
 
 
 def test_no_list_of_keys_is_no_trust(store: Store, version: Version) -> None:
     (store.root / "trust" / "keys.json").unlink()
-    found = verify_version(store.root, version.label)
+    found = verify_version(store, version.label)
     assert [problem.path for problem in found.problems] == ["trust/keys.json"]
 
 
@@ -207,7 +205,7 @@ def test_a_dataset_whose_count_is_not_its_rows_is_found(store: Store, chain: Cha
     moved = store.put_record(candidate.model_copy(update={"parents": {**candidate.parents, "dataset": digest}}))
     _, verdict = put_verdict(store, name="tuned", candidate=moved, tuned=True, dataset=digest)
     version = register(store, name="intents", verdict=verdict, actor="olive")
-    [problem] = verify_version(store.root, version.label).problems
+    [problem] = verify_version(store, version.label).problems
     assert "says 5 rows in train, there are 6" in problem.reason
 
 
@@ -215,15 +213,15 @@ def test_base_files_are_checked_if_they_are_found(store: Store, version: Version
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "config.json").write_bytes(b"{}")
-    absent = verify_version(store.root, version.label)
+    absent = verify_version(store, version.label)
     assert absent.ok
     assert any("were not found and not checked" in note for note in absent.notes)
-    assert verify_version(store.root, version.label, base_folder=folder).checked == absent.checked + 1
+    assert verify_version(store, version.label, base_folder=folder).checked == absent.checked + 1
     (folder / "config.json").write_bytes(b"[]")
-    [problem] = verify_version(store.root, version.label, base_folder=folder).problems
+    [problem] = verify_version(store, version.label, base_folder=folder).problems
     assert problem.path == str(folder / "config.json")
     (folder / "config.json").unlink()
-    assert not verify_version(store.root, version.label, base_folder=folder).ok
+    assert not verify_version(store, version.label, base_folder=folder).ok
 
 
 def test_what_does_not_belong_into_a_store_is_named(store: Store, version: Version) -> None:
@@ -233,7 +231,7 @@ def test_what_does_not_belong_into_a_store_is_named(store: Store, version: Versi
     misplaced = store.root / "blobs" / "00" / digest_bytes(data).removeprefix("sha256:")
     misplaced.write_bytes(data)
     (store.root / "blobs" / ".writing-left").write_text("half")
-    found = verify_version(store.root, version.label)
+    found = verify_version(store, version.label)
     assert {problem.path for problem in found.problems} == {"blobs/notes.txt", str(misplaced.relative_to(store.root))}
     assert any(".writing-left" in note for note in found.notes)
 
@@ -244,4 +242,4 @@ def test_what_does_not_belong_into_a_store_is_named(store: Store, version: Versi
 )
 def test_a_label_that_is_none_is_wrong_usage(store: Store, label: str) -> None:
     with pytest.raises(UsageError):
-        verify_version(store.root, label)
+        verify_version(store, label)

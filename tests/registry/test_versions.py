@@ -78,7 +78,7 @@ def test_a_prompt_can_be_released_as_well(store: Store) -> None:
     }
     with verified_copy(store, version) as loaded:
         assert (loaded.candidate.name, loaded.adapter) == ("few-shot", None)
-    assert verify_version(store.root, version.label).ok
+    assert verify_version(store, version.label).ok
 
 
 def test_the_same_verdict_again_is_the_same_version(store: Store, version: Version, chain: Chain) -> None:
@@ -103,7 +103,7 @@ def test_a_failed_candidate_needs_an_admins_override(store: Store, outcome: str)
         register(store, name="intents", verdict=verdict, actor="olive", override="  ")
     version = register(store, name="intents", verdict=verdict, actor="olive", override="a drill")
     assert version.override == "a drill"
-    found = verify_version(store.root, version.label)
+    found = verify_version(store, version.label)
     assert found.ok
     assert any("was overridden: a drill" in note for note in found.notes)
     with database.reading(store.engine) as session:
@@ -236,11 +236,11 @@ def test_a_version_expires(store: Store, chain: Chain, monkeypatch: pytest.Monke
             register(store, name="intents", verdict=chain.verdict, actor="olive", expires_at=text)
     until = "2100-01-01T00:00:00Z"
     version = register(store, name="intents", verdict=chain.verdict, actor="olive", expires_at=until)
-    assert verify_version(store.root, version.label).ok
+    assert verify_version(store, version.label).ok
     later = release.datetime.fromisoformat("2100-01-01T00:00:01Z")
     monkeypatch.setattr(release, "now", lambda: later)
     monkeypatch.setattr(versions, "now", lambda: later)
-    assert "expired" in verify_version(store.root, version.label).problems[0].reason
+    assert "expired" in verify_version(store, version.label).problems[0].reason
     with pytest.raises(Refused, match="expired"), verified_copy(store, version):
         pass
     again = register(store, name="intents", verdict=chain.verdict, actor="olive")
@@ -382,7 +382,7 @@ def test_a_colleague_can_sign_for_a_signer_without_role(store: Store, chain: Cha
     identities.deactivate(store, "eve", actor="olive")
     with pytest.raises(Refused, match="eve, who is deactivated"), verified_copy(store, version):
         pass
-    assert not verify_version(store.root, version.label).ok  # both ways of asking give the same answer
+    assert not verify_version(store, version.label).ok  # both ways of asking give the same answer
     again = register(store, name="intents", verdict=chain.verdict, actor="olive")
     assert (again.label, again.signer) == ("intents@v2", "olive")
 
@@ -428,7 +428,7 @@ def test_no_registration_without_its_audit_entry(store: Store, chain: Chain, mon
         with pytest.raises(OSError, match="No space"):
             register(store, name="intents", verdict=chain.verdict, actor="olive")
     assert list_versions(store) == []
-    assert not verify_version(store.root, "intents@v1").ok
+    assert not verify_version(store, "intents@v1").ok
     assert register(store, name="intents", verdict=chain.verdict, actor="olive").label == "intents@v1"
 
 
@@ -437,7 +437,7 @@ def test_a_number_that_a_folder_bears_is_never_given_again(store: Store, version
         session.execute(delete(VersionRow))
     other = register(store, name="intents", verdict=put_chain(store, seed=1).verdict, actor="olive")
     assert other.label == "intents@v2"
-    assert verify_version(store.root, version.label).ok
+    assert verify_version(store, version.label).ok
     assert register(store, name="intents", verdict=version.verdict, actor="olive") == version
 
 

@@ -154,7 +154,7 @@ def _check_approvable(store: Store, version: Version, actor: str, reason: str) -
     check_not_signer(version, actor)
     with open_release(store, version) as (_, release):
         signer = release.signer
-    found = verify_version(store.root, version.label, keys=identities.trusted_keys(store), whole_store=False)
+    found = verify_version(store, version.label, keys=identities.trusted_keys(store), whole_store=False)
     if found.problems:
         first = found.problems[0]
         raise Refused(

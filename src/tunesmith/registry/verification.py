@@ -50,7 +50,7 @@ class Verification(BaseModel):
 
 
 def verify_version(
-    root: Path,
+    store: Store,
     label: str,
     *,
     trust: Path | None = None,
@@ -58,7 +58,7 @@ def verify_version(
     base_folder: Path | None = None,
     whole_store: bool = True,
 ) -> Verification:
-    """Verify `name@v3` from the files under a store's root.
+    """Verify `name@v3` from a store's files, without its database.
 
     trust: file with the verifier's own list of keys, by default the store's. keys: the list itself, instead of a file.
     base_folder: the base model's files, to be verified too; by default the folder where the store last found them.
@@ -67,7 +67,7 @@ def verify_version(
     database knows.
     """
     ref = VersionRef.parse(label)
-    findings = _Findings(root)
+    findings = _Findings(store)
     release: Release | None = None
     known: Sequence[TrustedKey] = ()
     folder = findings.store.version_folder(ref)
@@ -102,8 +102,8 @@ def verify_version(
 class _Findings:
     """The findings so far. seen: digests whose files were read and are right."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.store = root, Store(root)
+    def __init__(self, store: Store) -> None:
+        self.root, self.store = store.root, store
         self.checked = 0
         self.seen: set[str] = set()
         self.problems: list[Problem] = []

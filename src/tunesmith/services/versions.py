@@ -113,7 +113,7 @@ def verify(
     base: the base model's folder, verified too. lineage_only: do not verify the rest of the store.
     """
     label = version if "@v" in version else resolve(store, version, scope=scope).label
-    return versions.verify_version(store.root, label, trust=trust, base_folder=base, whole_store=not lineage_only)
+    return versions.verify_version(store, label, trust=trust, base_folder=base, whole_store=not lineage_only)
 
 
 def show(store: Store, what: str, *, scope: Scope = Scope()) -> Node:

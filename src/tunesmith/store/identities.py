@@ -45,15 +45,12 @@ ACTIONS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "version.override": frozenset(("admin",)),
         "version.approve": frozenset(("approver",)),
         "version.export": frozenset(("operator", "engineer", "admin")),
-        "alias.set": frozenset(("operator", "engineer", "admin")),
         "rollout.start": frozenset(("operator", "engineer", "admin")),
         "rollout.change": frozenset(("operator", "engineer", "admin")),
         "rollout.override": frozenset(("admin",)),
-        "monitor.change": frozenset(("operator", "steward", "admin")),
         "recall.start": frozenset(("steward", "admin")),
         "model.use": frozenset(ROLES),
         "user.change": frozenset(("admin",)),
-        "audit.read": frozenset(("steward", "approver", "operator", "admin")),
     }
 )
 # Secret scanners recognise a leaked token by this prefix.
