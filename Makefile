@@ -22,7 +22,7 @@ check: $(READY)          ## lint, types, import contracts and the documentation
 	$(BIN)/lint-imports
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
 
-unit: $(READY)           ## the tests that need no real model
+unit: $(READY)           ## the fast tests, without the real model
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 bench: $(READY)          ## measurements, as ratios to other tools and to this machine's limit

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 from scipy import sparse
-from tests.data.trigrams import shingles
 
 from tunesmith.data.splitting.duplicates import near_text, normalise
 from tunesmith.data.splitting.similarity_join import similar_pairs
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.data.trigrams import shingles
 
 FOLDER = Path(__file__).parents[2] / "shared" / "data" / "snips"
 Pairs = set[tuple[int, int]]

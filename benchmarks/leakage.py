@@ -13,15 +13,17 @@ import argparse
 import csv
 import json
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.data.trigrams import jaccard, shingles
-
 from tunesmith.data.splitting.duplicates import near_pairs, near_text, normalise
 from tunesmith.data.splitting.groups import wording_group
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.data.trigrams import jaccard, shingles
 
 FOLDER = Path(__file__).parents[2] / "shared" / "data"
 NEAR = 0.8

@@ -194,6 +194,7 @@ def test_bad_input_is_refused_with_its_place(project: Callable[..., Path], ask: 
     require_nothing_left(root)
 
 
+@pytest.mark.slow
 def test_a_row_of_ten_megabytes(project: Callable[..., Path], ask: Ask) -> None:
     root = project(
         {"rows.jsonl": lines(*GOOD, row("word " * 2_000_000, "b"), {**many_rows(41)[40], "note": "x" * 10**7})}
@@ -404,6 +405,7 @@ TIGHT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", TIGHT)
 @pytest.mark.parametrize("most", [50_000, 200_000])
 def test_a_disk_that_is_full(project: Callable[..., Path], most: int, how: str) -> None:

@@ -19,6 +19,8 @@ from tunesmith.models.export.gguf import FILE, check_supported, write_gguf
 from tunesmith.models.export.merging import write_merged
 from tunesmith.models.weight_files import AdapterConfig, save_adapter_file
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(0, 290, (2, 19), generator=torch.Generator().manual_seed(0))
 NOT_AS_GGUF = {
     "llama-rope3": "rotary",

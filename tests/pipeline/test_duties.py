@@ -88,6 +88,7 @@ def test_a_notice_that_was_dropped_or_changed_fails(finished: Path, tmp_path: Pa
         pass
 
 
+@pytest.mark.slow
 def test_no_licence_or_one_that_the_policy_refuses_is_exit_3(tmp_path: Path) -> None:
     folder = write(tmp_path / "p")
     with pytest.raises(Refused, match="share-alike") as caught:

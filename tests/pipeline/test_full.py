@@ -27,6 +27,8 @@ from tunesmith.registry.versions import list_versions
 from tunesmith.server.routing import ReadyVersions
 from tunesmith.store import identities
 
+pytestmark = pytest.mark.slow
+
 WHOLE = "model.safetensors"
 TRAIN = {"method": "full", "batch": 8, "learning_rate": 0.01}
 ASKED = Question((Message(role="user", content="turn on hall fan"),), ('{"on":true}',))

@@ -24,6 +24,8 @@ from tunesmith.registry.versions import list_versions
 from tunesmith.server.routing import ReadyVersions
 from tunesmith.store import identities
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> Path:

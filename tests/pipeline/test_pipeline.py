@@ -114,6 +114,7 @@ def test_an_untouched_timestamp_changes_nothing(project: Path) -> None:
     assert _done(_again(project)) == set()
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_next_run_carries_on(tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
     folder = write_project(tmp_path / "p")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -223,6 +224,7 @@ def test_what_was_recalled_is_not_built_on_again(project: Path) -> None:
         Project.load(project).run()
 
 
+@pytest.mark.slow
 def test_a_run_after_a_recall_trains_without_the_row(project: Path) -> None:
     store = Project.load(project).store
     (old,) = store.records_of("dataset")

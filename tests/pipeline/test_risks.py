@@ -20,6 +20,8 @@ from tunesmith.registry.versions import list_versions
 from tunesmith.services import versions
 from tunesmith.services.training import run
 
+pytestmark = pytest.mark.slow
+
 GATES = {
     "plants": {"probe": "canaries", "at_most": 9.0},
     "members": {"probe": "membership", "at_most": 1.0, "rows": 30},

@@ -89,6 +89,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=4), min_size=1, max_size=12))
 def test_answers_fit_the_schema_inferred_from_them(answers: list[dict[str, object]]) -> None:
     schema = infer_schema([json.dumps(answer) for answer in answers])
@@ -132,6 +133,7 @@ def test_errors_on_the_command_line(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["error"]["exit"] == 2
 
 
+@pytest.mark.slow
 def test_the_folder_may_be_named_before_the_command(tmp_path: Path) -> None:
     found = [_cli(*words, "--json") for words in (["-C", str(tmp_path), "doctor"], ["doctor", "-C", str(tmp_path)])]
     first, second = (json.loads(done.stdout)["checks"] for done in found)

@@ -22,6 +22,8 @@ from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageEr
 from tunesmith.models.export import merging
 from tunesmith.store import audit, database, identities
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(0, 290, (1, 21), generator=torch.Generator().manual_seed(0))
 
 

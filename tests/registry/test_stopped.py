@@ -22,6 +22,8 @@ from tunesmith.store import audit, identities
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.store import Store
 
+pytestmark = pytest.mark.slow
+
 # The calls that make a file durable or give it its name.
 WRITES = ("fsync", "rename", "replace", "link")
 

@@ -158,6 +158,7 @@ def machine(made: Scene, monkeypatch: pytest.MonkeyPatch) -> type[Machine]:
     return Machine
 
 
+@pytest.mark.slow
 def test_the_state_machine_holds_under_any_order_of_events(machine: type[Machine]) -> None:
     run_state_machine_as_test(
         machine,

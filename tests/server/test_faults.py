@@ -124,6 +124,7 @@ def test_half_a_request_and_a_slow_body_cost_only_themselves(
         slow.close()
 
 
+@pytest.mark.slow
 def test_200_parallel_requests_get_an_answer_or_429(
     scene: Scene, engine: FakeEngine, versions: dict[int, Version]
 ) -> None:
@@ -162,6 +163,7 @@ def test_200_parallel_requests_get_an_answer_or_429(
         assert served.client(retries=2).chat.completions.create(model=NAME, messages=HELLO).choices
 
 
+@pytest.mark.slow
 def test_client_leaving_mid_stream_stops_the_engine(served: Served) -> None:
     decoded = []
 
@@ -297,6 +299,7 @@ def test_an_engine_error_mid_stream_ends_the_stream(served: Served) -> None:
     assert [row.ok for row in served.rows()] == [False]
 
 
+@pytest.mark.slow
 def test_a_hanging_engine_times_out_and_is_not_ready(
     scene: Scene, engine: FakeEngine, versions: dict[int, Version]
 ) -> None:

@@ -50,6 +50,7 @@ def test_traffic_follows_weights_and_users_keep_their_arm(served: Served, versio
     assert {row.version for row in rows if row.arm == "stable"} == {versions[1].digest}
 
 
+@pytest.mark.slow
 def test_a_good_canary_is_promoted_by_its_own_traffic(served: Served, versions: Versions) -> None:
     analysis = {"analysis": {"metric": "json_valid", "worse_by_at_most": 0.15}}
     rollout = served.begin(versions[2], {"setWeight": 50}, analysis, {"setWeight": 100})

@@ -21,6 +21,8 @@ from tunesmith.rollout.controller import start
 from tunesmith.rollout.settings import DEFAULT_STEPS
 from tunesmith.store.identities import issue_token
 
+pytestmark = pytest.mark.slow
+
 PROJECT = f"""
 name: {NAME}
 base: ./model

@@ -36,5 +36,5 @@ def test_meaning_is_found_where_no_word_is_shared(embedder: Embedder) -> None:
 
 
 def test_another_model_than_the_one_evaluated_is_refused() -> None:
-    with pytest.raises(Refused, match="not the one"):
+    with pytest.raises(Refused, match="differs from the one"):
         open_embedder("sha256:" + "0" * 64)

@@ -119,6 +119,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
 
 
+@pytest.mark.slow
 def test_killed_during_steps_it_ends_in_the_same_bytes(folder: Path, uninterrupted: str) -> None:
     """Killed as soon as a checkpoint is there: while the next step is computed or written."""
     reached = []
@@ -192,6 +193,7 @@ Path(sys.argv[2]).write_text(run_training(spec).model_dump_json())
 """
 
 
+@pytest.mark.slow
 def test_another_process_rebuilds_a_training_from_its_spec(folder: Path, uninterrupted: str) -> None:
     store = Store(folder / "store")
     base = resolve_base(store, str(folder / "model"), folder)

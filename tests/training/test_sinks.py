@@ -69,6 +69,7 @@ def _kinds(folder: Path) -> list[tuple[dict[str, str], Callable[[], Series]]]:
     return [({"tensorboard": "board"}, board), ({"mlflow": uri, "experiment": "ours"}, lambda: _mlflow(uri))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [0, 1], ids=["tensorboard", "mlflow"])
 def test_killed_training_shows_each_point_once(tmp_path: Path, kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = _train(_project(tmp_path / "alone", None))

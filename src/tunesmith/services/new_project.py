@@ -227,7 +227,7 @@ def _infer(values: Sequence[Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds}
     objects = [value for value in values if isinstance(value, dict)]
     if objects:
-        keys = sorted({key for value in objects for key in value})
+        keys = list(dict.fromkeys(key for value in objects for key in value))  # an answer is decoded in this order
         found["properties"] = {key: _infer([value[key] for value in objects if key in value]) for key in keys}
         found["required"] = [key for key in keys if all(key in value for value in objects)]
         found["additionalProperties"] = False

@@ -19,6 +19,8 @@ from tunesmith.data.dataset import SPLITS
 from tunesmith.data.settings import Source
 from tunesmith.store.store import Store
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 DATA = Path(os.environ.get("TUNESMITH_TEST_DATA", ROOT.parent / "shared" / "data"))
 

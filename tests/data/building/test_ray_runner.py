@@ -19,6 +19,8 @@ from tunesmith.core.errors import UsageError
 from tunesmith.data.building import shards
 from tunesmith.data.building.ray_runner import RayRunner
 
+pytestmark = pytest.mark.slow
+
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
 

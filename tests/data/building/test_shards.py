@@ -178,6 +178,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_killed_it_leaves_no_worker_and_the_next_build_is_whole(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", many_rows(400))
     running = subprocess.Popen(

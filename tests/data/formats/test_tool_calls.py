@@ -163,6 +163,7 @@ messages_with_tools = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(messages_with_tools)
 def test_a_conversation_survives_being_written(messages: list[Message]) -> None:
     assert [Message.model_validate_json(one.model_dump_json()) for one in messages] == messages

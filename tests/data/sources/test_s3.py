@@ -21,6 +21,8 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.data.sources.remote import fetch
 
+pytestmark = pytest.mark.slow
+
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed (extra: s3)")
 pytest.importorskip("moto", reason="moto is not installed")
 

@@ -26,6 +26,7 @@ def bench() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "snips").is_dir(), reason="the snips requests are not here ($TUNESMITH_TEST_DATA)")
 def test_templates_of_snips_that_stand_in_training(bench: ModuleType) -> None:
     (train, train_marked), (held, held_marked) = (bench.snips(DATA / "snips", part) for part in ("train", "validate"))

@@ -127,6 +127,7 @@ def test_a_missing_library_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "tunesmith[qlora]" in str(error.value.fix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["bitsandbytes", "peft"])
 def test_importing_the_libraries_downloads_no_code(tmp_path: Path, library: str) -> None:
     """bitsandbytes asks the package `kernels` for code from a hub, on processors that multiply bf16."""
@@ -142,6 +143,7 @@ def test_importing_the_libraries_downloads_no_code(tmp_path: Path, library: str)
     assert (done.stdout, done.stderr) == ("kernels\n", "")
 
 
+@pytest.mark.slow
 def test_reading_settings_and_opening_an_engine_import_no_peft() -> None:
     code = (
         "import sys, tunesmith.engines.factory, tunesmith.engines.hf.loaded; "

@@ -27,6 +27,8 @@ from tunesmith.store.store import Store
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.objectives import CrossEntropy
 
+pytestmark = pytest.mark.slow
+
 WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 CHANGES: list[dict[str, Any]] = [{"dora": True, "b_rate": 4.0}, {"start": "pissa"}, {"quantize": "4bit"}]
 

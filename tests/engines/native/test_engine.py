@@ -265,6 +265,7 @@ def test_an_unsupported_schema_is_refused(engine: NativeEngine) -> None:
         engine.generate(_requests(schema='{"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}'))
 
 
+@pytest.mark.slow
 def test_decoding_stops_before_the_process_ends(tmp_path: Path) -> None:
     script = f"""
 import atexit, threading, time

@@ -348,6 +348,7 @@ print(during - before, after - before, count() - before)
     assert done.stdout.split() == ["2", "0", "2"]
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_a_limit_on_threads_changes_no_result() -> None:
     """OpenMP may give fewer; a deep product, summed group by group, keeps sums for every panel that a thread has."""
@@ -370,6 +371,7 @@ print([hashlib.sha256(each.view(torch.int16).numpy().tobytes()).hexdigest() for 
     assert told(OMP_THREAD_LIMIT="1") == told()
 
 
+@pytest.mark.slow
 def test_the_identity_of_kernels(tmp_path: Path) -> None:
     script = "from tunesmith.engines.native import kernels as native; print(native.identity())"
 

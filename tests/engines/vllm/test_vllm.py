@@ -147,6 +147,7 @@ def test_a_server_with_a_shorter_context(base: Base) -> None:
         assert answer.prompt_tokens + answer.completion_tokens <= 64
 
 
+@pytest.mark.slow
 def test_an_adapter_is_named_by_its_bytes(
     base: Base, engine: VllmEngine, fake: FakeVllm, adapter: Path, tmp_path: Path
 ) -> None:
@@ -197,6 +198,7 @@ def test_a_busy_or_unreachable_server_is_tried_again(engine: VllmEngine, fake: F
         assert fake.faults == []
 
 
+@pytest.mark.slow
 def test_a_restarted_server_gets_its_adapters_again(engine: VllmEngine, fake: FakeVllm, adapter: Path) -> None:
     engine.load_adapter("a", adapter)
     expected = engine.generate(_requests(), "a")

@@ -18,6 +18,8 @@ from tunesmith.training.canaries import SOURCE, canaries, plant
 from tunesmith.training.rows import training_rows
 from tunesmith.training.settings import CanarySettings, TrainSettings
 
+pytestmark = pytest.mark.slow
+
 HARD = {"keep": "last", "learning_rate": 1e-2}
 
 

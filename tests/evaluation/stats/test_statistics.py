@@ -148,6 +148,7 @@ def test_sign_flip_of_whole_sums_against_scipy(sums: list[int]) -> None:
     assert sign_flip(gaps, alone(len(sums)), seed=0) == pytest.approx(min(1.0, expected.pvalue), abs=1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.lists(st.floats(0, 0.2), min_size=1, max_size=12))
 def test_stepping_down_is_holm_s_procedure_by_statsmodels(p_values: list[float]) -> None:
