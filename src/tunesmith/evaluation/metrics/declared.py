@@ -200,18 +200,6 @@ def make_scoring(scorer: Declared, schema: Schema, root: Path) -> Scoring:
     return lambda answered: by_text(answered.text, answered.reference, schema)
 
 
-def served_scoring(scorers: Sequence[Declared], schema: Schema, root: Path) -> dict[str, Scoring]:
-    """Metric name -> scoring function, for all metrics that a served answer and its reference are enough for.
-
-    Left out are judges and the scorers that need retrieved texts.
-    """
-    return {
-        metric_of(scorer): make_scoring(scorer, schema, root)
-        for scorer in scorers
-        if not isinstance(scorer, JudgeScorer) and scorer not in CONTEXT_SCORERS
-    }
-
-
 def label_of(text: str, scorer: LabelScorer, reference: bool = False) -> str:
     """The label in a text; "" for an answer without one. Raises UsageError for a reference without one."""
     if not scorer.label:
