@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # What the demo needs; tests, lint and documentation need more.
 DEMO   := $(VENV)/.ready-demo
 
-.PHONY: demo test check unit docs bench clean
+.PHONY: demo test check unit attack docs bench clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO)            ## the whole chain on real input, from raw rows to a signed version in service
@@ -24,6 +24,9 @@ check: $(READY)          ## lint, types, import contracts and the documentation
 
 unit: $(READY)           ## the fast tests, without the real model
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow"
+
+attack: $(READY)         ## the tests that attack: a table of what was tried and what happened
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m attack
 
 bench: $(READY)          ## measurements, as ratios to other tools and to this machine's limit
 	$(BIN)/python -m pip install --quiet --group bench

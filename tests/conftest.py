@@ -6,6 +6,8 @@ import os
 
 from hypothesis import settings
 
+pytest_plugins = ["tests.attack_table"]
+
 # Tiny models gain nothing from a second thread, and spinning threads of several test processes would fight for cores.
 os.environ.setdefault("TUNESMITH_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
