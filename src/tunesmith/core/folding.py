@@ -1,0 +1,153 @@
+"""Forms of a text for comparison, in which spellings that look alike to a reader are equal.
+
+`visible` keeps every difference that a reader can see except case, width and spacing. `fold` also removes accents and
+replaces look-alike letters, so it is for grouping and searching: it makes some different words equal, "résumé" and
+"resume" for example. Neither is for showing or training.
+
+Unicode's data: default-ignorable characters and scripts from `regex`, decompositions from `unicodedata`, look-alikes
+(confusables.txt, UTS 39) from `confusable_homoglyphs`.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
+
+import regex
+
+# Not shown: default-ignorable and control characters, marks of interlinear notes, and the Greek iota below a letter,
+# which case folding would turn into a letter.
+_HIDDEN = regex.compile(r"[[\p{DI}\p{Cc}\uFFF9-\uFFFB\u0345]--\s\x1c-\x1f]", regex.V1)
+_BLANK = "\u2800"  # the empty Braille pattern: looks like a space, but is a symbol
+# Accents of the general blocks are removed from all letters: no script but Latin, Greek and Cyrillic spells with them.
+# Other scripts' marks (vowels, tones, points, voicing) make other words: they are removed where they stand on a Latin,
+# Greek or Cyrillic letter only. After a mathematical sign an accent is a negation.
+_ACCENTS = r"\u0300-\u036F\u1AB0-\u1AFF\u1DC0-\u1DFF\u20D0-\u20FF\uFE20-\uFE2F"
+_MARKS = regex.compile(
+    rf"(?<=[\p{{Latin}}\p{{Greek}}\p{{Cyrillic}}&&\p{{L}}])\p{{M}}+|(?<!\p{{Sm}}\p{{M}}*)[{_ACCENTS}]+", regex.V1
+)
+# Letters of these scripts are forged into words of another. Scripts without capital letters are left alone: Arabic alef
+# looks like l and Hebrew samekh like o, but nobody mixes up the words. Nor are currencies and CJK marks letters.
+_FORGED_WITH = regex.compile(
+    r"[[\p{Latin}\p{Greek}\p{Cyrillic}\p{Armenian}\p{Cherokee}\p{Coptic}\p{Lisu}\p{Deseret}\p{Common}]"
+    r"--\p{Sc}--[\u3000-\u31FF]]",
+    regex.V1,
+)
+_LATIN = regex.compile(r"\p{Latin}")
+_STYLED = regex.compile(r"(?:LATIN (?:CAPITAL |SMALL )?LETTER (?:SMALL CAPITAL )?|SYMBOL LETTER )([A-Z])$")
+
+
+def visible(text: str) -> str:
+    """The text in one Unicode form (NFKC), lower case, with single spaces and without characters that are not shown."""
+    if text.isascii():
+        return _ascii(text)
+    return _spaced(unicodedata.normalize("NFC", text.translate(_VISIBLE)))
+
+
+def fold(text: str) -> str:
+    """The visible text without accents, with look-alike letters and digits of other scripts as ASCII ones.
+
+    fold(fold(text)) == fold(text).
+    """
+    if text.isascii():
+        return _ascii(text)
+    return _spaced(unicodedata.normalize("NFC", _MARKS.sub("", text.translate(_FOLDED))))
+
+
+def fold_with_offsets(text: str) -> tuple[str, Sequence[int]]:
+    """(fold(text), offsets): the place in the text that each folded character comes from, and len(text) at the end.
+
+    What folded[i:j] comes from lies in text[offsets[i]:offsets[j]], with the hidden characters and spaces after it.
+    """
+    if text.isascii() and len(folded := _ascii(text)) == len(text):
+        return folded, range(len(text) + 1)
+    spellings = [_FOLDED[point] for point in map(ord, text)]
+    spelt = "".join(spellings)
+    places = [place for place, spelling in enumerate(spellings) for _ in spelling]
+    for found in reversed(list(_MARKS.finditer(spelt))):
+        del places[found.start() : found.end()]
+    spelt = _MARKS.sub("", spelt)
+    if not unicodedata.is_normalized("NFC", spelt):
+        parts = [(found.start(), unicodedata.normalize("NFC", found[0])) for found in _COMPOSED.finditer(spelt)]
+        places = [places[start] for start, part in parts for _ in part]
+        spelt = "".join(part for _, part in parts)
+    words = list(_WORD.finditer(spelt))
+    offsets = [place for word in words for place in places[word.start() : word.end() + 1]]
+    if words and words[-1].end() < len(spelt):  # the space after the last word is not kept
+        offsets.pop()
+    return " ".join(word[0] for word in words), [*offsets, len(text)]
+
+
+# What composition may join: a character with the marks, or the Hangul parts, that follow it.
+_COMPOSED = regex.compile(r"\X", regex.V1)
+_WORD = regex.compile(r"[^\s\x1c-\x1f]+", regex.V1)
+_CONTROLS = dict.fromkeys(point for point in (*range(32), 127) if not chr(point).isspace())
+
+
+def _ascii(text: str) -> str:
+    return _spaced((text if text.isprintable() else text.translate(_CONTROLS)).lower())
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+class _Visible(dict[int, str]):
+    """Code point -> what stands for the character before composition. Characters are worked out when first seen."""
+
+    def __missing__(self, point: int) -> str:
+        self[point] = found = self.spelling(chr(point))
+        return found
+
+    def spelling(self, letter: str) -> str:
+        for _ in range(2):  # a decomposition may hold capitals, and a lower-case letter may have a decomposition
+            letter = unicodedata.normalize("NFKD", letter).casefold()
+        shown: str = _HIDDEN.sub("", unicodedata.normalize("NFKD", letter))
+        return shown.replace(_BLANK, " ")
+
+
+class _Folded(_Visible):
+    def spelling(self, letter: str) -> str:
+        return "".join(_plain(one) for one in super().spelling(letter))
+
+
+def _plain(letter: str) -> str:
+    """The ASCII letter or digit that a character looks like or counts as; otherwise the character."""
+    if letter.isascii():
+        return letter
+    value = unicodedata.decimal(letter, None)
+    if value is not None:
+        return str(value)
+    styled = _STYLED.search(unicodedata.name(letter, ""))  # small capitals, and letters in boxes, circles and flags
+    return styled[1].lower() if styled else _lookalikes().get(letter, letter)
+
+
+@cache
+def _lookalikes() -> dict[str, str]:
+    """Character in lower case -> the ASCII text that it looks like, or that its capital letter looks like.
+
+    Only Latin letters stand for several letters or lose a stroke: in other scripts such letters are others.
+    """
+    from confusable_homoglyphs.confusables import confusables_data
+
+    found: dict[str, str] = {}
+    for letter, others in confusables_data.items():
+        name = _VISIBLE.spelling(letter)
+        if len(name) != 1 or name.isascii() or not _FORGED_WITH.fullmatch(name):
+            continue
+        for other in others:
+            text = _VISIBLE.spelling(other["c"])
+            if _LATIN.match(name):
+                text = _MARKS.sub("", text)
+            single = len(text) == 1 and not text.isdigit() and not text.isspace()
+            if not text.isascii() or not (single or (_LATIN.match(name) and text.isalpha())):
+                continue
+            if letter == name:
+                found[name] = text
+            else:  # a capital: only where the small letter looks like nothing
+                found.setdefault(name, text)
+    return found
+
+
+_VISIBLE, _FOLDED = _Visible(), _Folded()
