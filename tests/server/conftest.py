@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import threading
 import time
@@ -14,7 +15,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from tests.fabricate import NAME, OPERATOR, Scene
 from tests.rollout.conftest import copied, made, scene, versions
@@ -24,6 +24,7 @@ from tunesmith.rollout.controller import start
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.server.app import create_app
+from tunesmith.server.draining import DrainingServer
 from tunesmith.server.settings import ServerSettings
 from tunesmith.server.work import Worker
 from tunesmith.services.served_scorers import served_scorers
@@ -46,6 +47,7 @@ class Served:
     scene: Scene
     engine: FakeEngine
     worker: Worker
+    stop: Callable[[], None]
 
     def client(self, token: str | None = None, retries: int = 0) -> openai.OpenAI:
         """The official client."""
@@ -90,24 +92,31 @@ def running(scene: Scene, engine: FakeEngine, **settings: Any) -> Iterator[Serve
     """A server with these settings."""
     schema, root = settings.pop("answer_schema", SCHEMA), settings.pop("root", Path())
     scorers = served_scorers(settings.pop("scorers", ("json_valid", "exact_match")), schema, root)
-    bounds = ServerSettings.model_validate({"check_seconds": 0.05, **settings})
+    bounds = ServerSettings.model_validate({"check_seconds": 0.05, "grace_seconds": 2, **settings})
     app = create_app(scene.store, engine, engine.count_tokens, bounds, scorers=scorers)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    server = DrainingServer(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive(), "the server did not start"
         time.sleep(0.005)
+
+    def stop() -> None:
+        """Do what SIGTERM does, and wait for the end."""
+        if not server.should_exit:
+            server.handle_exit(signal.SIGTERM, None)
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not stop"
+
     token = issue_token(scene.store, OPERATOR, actor=OPERATOR)
     try:
-        yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", token, scene, engine, app.state.serving.worker)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield Served(url, token, scene, engine, app.state.serving.worker, stop)
     finally:
         engine.gate.set()
-        server.should_exit = True
-        thread.join(15)
-        assert not thread.is_alive(), "the server did not stop"
+        stop()
 
 
 @pytest.fixture

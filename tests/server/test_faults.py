@@ -350,7 +350,7 @@ def test_stopping_answers_what_waits(scene: Scene, engine: FakeEngine, versions:
             waiting = pool.submit(served.post, model=f"{NAME}@v2")
             until(lambda: served.worker.waiting() == 1)
             threading.Timer(0.3, engine.gate.set).start()
-            served.worker.stop()
+            served.worker.stop(30)
             assert blocked.result().status_code == 200
             assert (waiting.result().status_code, waiting.result().json()["error"]["code"]) == (503, "stopping")
             assert served.post().status_code == 503

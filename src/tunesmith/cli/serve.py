@@ -31,15 +31,18 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
     region: Annotated[str, typer.Option("--region", help="The region whose versions are served.")] = "",
+    grace: Annotated[
+        float,
+        typer.Option("--grace", min=0.1, help="Seconds that requests under way may take after SIGTERM or ctrl-C."),
+    ] = 30.0,
 ) -> None:
     """Answer OpenAI clients with the champion, and in a rollout with the canary too. Moves rollouts on."""
     import logging
 
-    import uvicorn
-
     from tunesmith.pipeline import PipelineContext
     from tunesmith.registry.aliases import list_aliases
     from tunesmith.server.app import create_app
+    from tunesmith.server.draining import DrainingServer
     from tunesmith.server.settings import ServerSettings
     from tunesmith.services.served_scorers import served_scorers
 
@@ -50,7 +53,7 @@ def serve(
         project.store,
         context.engine,
         context.renderer.count_prompt,
-        ServerSettings(region=region),
+        ServerSettings(region=region, grace_seconds=grace),
         scorers=served_scorers(project.settings.task.scorers, project.schema, project.root),
     )
     address, chosen = listening.getsockname()[:2]
@@ -61,15 +64,7 @@ def serve(
     if address not in ("127.0.0.1", "::1"):
         say("other machines can reach it, and it speaks plain HTTP: put a proxy with TLS in front of it")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=10,
-    )
-    uvicorn.Server(config).run(sockets=[listening])
+    DrainingServer(app).run(sockets=[listening])
 
 
 def chat(
@@ -139,7 +134,7 @@ def _draw_serving(console: Console, document: Mapping[str, Any]) -> None:
         f'  try    curl {document["url"]}/chat/completions -H "Authorization: Bearer $TOKEN" \\',
         f"""           -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "..."}}]}}'""",
         f'  python openai.OpenAI(base_url="{document["url"]}", api_key=TOKEN)',
-        "ctrl-C stops it",
+        "ctrl-C stops it after the requests under way, a second one at once",
     ]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)

@@ -18,6 +18,7 @@ from tunesmith.engines.protocol import Engine
 from tunesmith.rollout.controller import advance, give_up
 from tunesmith.rollout.state import list_rollouts
 from tunesmith.server import chat, control, openapi
+from tunesmith.server.draining import DrainMiddleware, drain
 from tunesmith.server.errors import ApiError
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.recording import LOG, Recorder
@@ -59,6 +60,7 @@ def create_app(
     # No pages of documentation: they load scripts from other servers.
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
     app.state.serving = serving
+    app.add_middleware(DrainMiddleware, drain=serving.drain)
     _add_routes(app)
     app.openapi = openapi_document  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, _api_error)
@@ -91,7 +93,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         controller.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await controller
-        await asyncio.to_thread(serving.worker.stop)
+        if not serving.drain.begun:
+            await drain(serving)
 
 
 async def _control(serving: Serving) -> None:

@@ -55,15 +55,20 @@ class Feedback(BaseModel):
 
 
 class Health(View):
-    """The process answers."""
+    """The process answers. draining: it was told to stop, finishes the requests under way and takes no new ones."""
 
     ok: bool
+    draining: bool
 
 
 class Readiness(View):
-    """Whether the server can answer: the database answers, the engine does not hang, the controller runs."""
+    """Whether the server can answer: the database answers, the engine does not hang, the controller runs.
+
+    draining: it was told to stop and takes no new requests.
+    """
 
     ready: bool
+    draining: bool
     database: bool
     engine: bool
     controller: bool
@@ -110,14 +115,14 @@ async def rollout(request: Request, number: str) -> Response:
 
 
 @routes.get("/healthz", response_model=Health)
-async def healthz() -> Response:
-    """Say that the process answers."""
-    return JSONResponse(Health(ok=True).document())
+async def healthz(request: Request) -> Response:
+    """Say that the process answers, and whether it stops."""
+    return JSONResponse(Health(ok=True, draining=serving_of(request).drain.begun).document())
 
 
 @routes.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
 async def readyz(request: Request) -> Response:
-    """Check the database, the engine and the rollout controller. 503 if one of them fails."""
+    """Check the database, the engine and the rollout controller. 503 if one of them fails or the server drains."""
     serving = serving_of(request)
     late = time.monotonic() - serving.checked_at > _MISSED_CHECKS * serving.settings.check_seconds + 5
     checks = {
@@ -125,7 +130,8 @@ async def readyz(request: Request) -> Response:
         "engine": not serving.worker.hanging(),
         "controller": not late,
     }
-    found = Readiness(ready=all(checks.values()), **checks)
+    draining = serving.drain.begun
+    found = Readiness(ready=all(checks.values()) and not draining, draining=draining, **checks)
     return JSONResponse(found.document(), status_code=200 if found.ready else 503)
 
 

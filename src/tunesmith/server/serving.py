@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import Request
 
+from tunesmith.server.draining import Drain
 from tunesmith.server.errors import forbidden, unauthorised
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.recording import Recorder
@@ -27,6 +28,7 @@ class Serving:
     router: Router
     recorder: Recorder
     worker: Worker
+    drain: Drain = field(default_factory=Drain)
     checked_at: float = 0.0
 
 

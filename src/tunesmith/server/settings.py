@@ -20,6 +20,9 @@ class ServerSettings(Settings):
     answer_seconds: Annotated[
         float, Field(gt=0, description="longest time for an answer, including its wait in the queue")
     ] = 300.0
+    grace_seconds: Annotated[
+        float, Field(gt=0, description="after SIGTERM, longest time for the requests under way to finish")
+    ] = 30.0
     kept_answers: Annotated[
         int,
         Field(ge=0, description="newest answers kept in memory, to be scored by feedback"),

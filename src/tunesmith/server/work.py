@@ -121,7 +121,7 @@ class Worker:
         for thread in self._threads:
             thread.start()
 
-    def stop(self, seconds: float = 10.0) -> None:
+    def stop(self, seconds: float) -> None:
         """Answer waiting jobs with 503, and wait up to this many seconds for those that have begun."""
         with self._change:
             self._stopping = True
@@ -132,6 +132,16 @@ class Worker:
         until = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
+
+    def abandon(self) -> None:
+        """Answer the jobs that have begun with 503, and let the engine stop."""
+        for job in list(self._busy_since):
+            self._refuse(job, stopping())
+            job.leave()
+
+    def answering(self) -> int:
+        """The number of jobs that have begun."""
+        return len(self._busy_since)
 
     def submit(self, job: Job) -> None:
         """Add a job to the queue. Raises ApiError 429 if the queue is full, 503 if the server stops."""

@@ -1,0 +1,230 @@
+"""SIGTERM under load: every request gets a whole answer or an API error, and the process ends cleanly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.attack_table import Happened
+from tests.fabricate import NAME, Scene
+from tests.server.conftest import HELLO, Served, engine, made, running, scene, versions
+from tests.server.fake_engine import FakeEngine
+from tests.server.test_faults import until
+from tests.server.test_serve_command import command, folder
+from tunesmith.registry.versions import Version
+from tunesmith.store import audit, database
+from tunesmith.store.store import Store
+
+__all__ = ["engine", "folder", "made", "scene", "versions"]
+
+GRACE = 10.0
+BODY = json.dumps({"model": NAME, "messages": HELLO}).encode()
+
+
+def outcome(status: int, body: str, *, stream: bool = False) -> str:
+    """What an answer is. Raises AssertionError for one that is neither whole nor an API error."""
+    if status == 200 and stream:
+        *events, end = [part.removeprefix("data: ") for part in body.strip().split("\n\n")]
+        if end == "[DONE]":
+            assert json.loads(events[-1])["choices"][0]["finish_reason"]
+            return "answered"
+        status, body = 503, end
+    document = json.loads(body)
+    if status == 200:
+        assert document["choices"][0]["finish_reason"]
+        return "answered"
+    assert status == 503, (status, body)
+    assert document["error"]["code"] == "stopping"
+    assert document["error"]["type"] == "server_error"
+    return "503"
+
+
+def ready(url: str) -> bool:
+    try:
+        return httpx.get(url.replace("/v1", "/readyz")).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str, dict[str, str]]]:
+    """(process, URL, headers) of a `tunesmith serve`. It is killed at the end if it still runs."""
+    process = command(folder, "--port", "0", *options)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.stderr and process.stderr.read()
+        url = json.loads(line)["url"]
+        until(lambda: ready(url))
+        yield process, url, {"Authorization": f"Bearer {(folder / 'token').read_text()}"}
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def half_sent(url: str, headers: dict[str, str]) -> socket.socket:
+    """A connection that has sent its headers and the start of its body."""
+    port = int(url.rsplit(":", 1)[1].split("/")[0])
+    connection = socket.create_connection(("127.0.0.1", port), timeout=60)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {headers['Authorization']}\r\n"
+    connection.sendall(
+        f"{head}Content-Type: application/json\r\nContent-Length: {len(BODY)}\r\n\r\n".encode() + BODY[:9]
+    )
+    return connection
+
+
+def received(connection: socket.socket) -> tuple[int, str]:
+    """(status, body) of the one answer on a connection that the server then closes."""
+    data = b""
+    while piece := connection.recv(65536):
+        data += piece
+    head, _, body = data.decode().partition("\r\n\r\n")
+    assert "retry-after" in head.lower()
+    return int(head.split()[1]), body
+
+
+@pytest.mark.slow
+@pytest.mark.attack("serving", "SIGTERM under 60 clients with waiting and streamed requests")
+def test_every_request_is_answered_when_the_process_is_stopped(folder: Path, happened: Happened) -> None:
+    with serving(folder, "--grace", str(GRACE)) as (process, url, headers):
+        outcomes: Counter[str] = Counter()
+        answered, guard = threading.Event(), threading.Lock()
+
+        def client(number: int) -> None:
+            stream = number % 2 == 0
+            body = {"model": NAME, "messages": HELLO, "max_tokens": 400, "temperature": 1.0, "stream": stream}
+            with httpx.Client(headers=headers, timeout=60) as http:
+                for seed in range(10_000):
+                    try:
+                        answer = http.post(f"{url}/chat/completions", json={**body, "seed": seed})
+                    except httpx.ConnectError:  # the process has ended
+                        return
+                    found = outcome(answer.status_code, answer.text, stream=stream)
+                    with guard:
+                        outcomes[found] += 1
+                    answered.set()
+                    if answer.status_code == 503:
+                        assert answer.headers["retry-after"]
+                    if found == "503":
+                        return
+
+        with ThreadPoolExecutor(60) as pool:
+            clients = [pool.submit(client, number) for number in range(60)]
+            assert answered.wait(60)
+            halves = [half_sent(url, headers) for _ in range(4)]
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            for one in clients:
+                one.result(60)
+            for half in halves:
+                outcomes[outcome(*received(half))] += 1
+        out, err = process.communicate(timeout=60)
+        assert time.monotonic() - began < GRACE + 5
+        assert process.returncode == 0, err
+        assert (out, "Traceback" in err) == ("", False), err
+    happened("answered whole", outcomes["answered"])
+    happened("503 with Retry-After, or an error event", outcomes["503"])
+    assert outcomes["503"] >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.attack("crash", "a second SIGTERM, or kill -9 after it, under load")
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGKILL])
+def test_a_second_signal_ends_at_once_and_the_store_is_sound(
+    folder: Path, second: signal.Signals, happened: Happened
+) -> None:
+    with serving(folder, "--grace", "60") as (process, url, headers), ThreadPoolExecutor(8) as pool:
+
+        def ask() -> None:
+            body = {"model": NAME, "messages": HELLO, "max_tokens": 400, "temperature": 1.0}
+            with contextlib.suppress(httpx.TransportError):
+                while httpx.post(f"{url}/chat/completions", json=body, headers=headers, timeout=60).status_code == 200:
+                    pass
+
+        asking = [pool.submit(ask) for _ in range(8)]
+        half = half_sent(url, headers)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: not ready(url))
+        process.send_signal(second)
+        _, err = process.communicate(timeout=20)
+        half.close()
+        for one in asking:
+            one.result(60)
+        assert process.returncode == -second
+        assert "Traceback" not in err
+        with database.reading(Store(folder / ".tunesmith").engine) as session:
+            assert audit.verify(session) == []
+    happened("ends at once, the store verifies")
+
+
+@pytest.mark.attack("serving", "requests that are under way when the server stops")
+def test_under_way_may_finish_and_the_rest_is_refused(
+    scene: Scene, engine: FakeEngine, versions: dict[int, Version], happened: Happened
+) -> None:
+    with running(scene, engine, together=2, grace_seconds=20) as served, ThreadPoolExecutor(8) as pool:
+        whole, streamed, waiting, half = occupied(served, versions, pool)
+        stopped = threading.Thread(target=served.stop)
+        stopped.start()
+        assert waiting.result(30).status_code == 503
+        assert waiting.result().headers["retry-after"]
+        refused = served.post()
+        assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+        with served.http() as http:
+            assert http.get("/healthz").json() == {"ok": True, "draining": True}
+            assert (http.get("/readyz").status_code, http.get("/readyz").json()["draining"]) == (503, True)
+            assert "tunesmith_waiting_requests 0.0" in http.get("/metrics").text
+        half.sendall(BODY[9:])
+        assert outcome(*received(half)) == "503"
+        engine.gate.set()
+        assert outcome(whole.result(30).status_code, whole.result().text) == "answered"
+        assert outcome(200, streamed.result(30).text, stream=True) == "answered"
+        stopped.join(30)
+        assert not stopped.is_alive()
+        assert len(served.rows()) == 2
+    happened("answered whole", 2)
+    happened("503 with Retry-After", 3)
+
+
+@pytest.mark.attack("serving", "requests that outlast the grace time")
+def test_what_outlasts_the_grace_time_gets_an_api_error(
+    scene: Scene, engine: FakeEngine, versions: dict[int, Version], happened: Happened
+) -> None:
+    with running(scene, engine, together=2, grace_seconds=1) as served, ThreadPoolExecutor(8) as pool:
+        whole, streamed, waiting, half = occupied(served, versions, pool)
+        began = time.monotonic()
+        served.stop()
+        assert time.monotonic() - began < 10
+        found = [outcome(each.result(30).status_code, each.result().text) for each in (whole, waiting)]
+        found += [outcome(200, streamed.result(30).text, stream=True), outcome(*received(half))]
+        assert found == ["503"] * 4
+        engine.gate.set()
+        assert [row for row in served.rows() if not row.ok] == []
+    happened("API error", 4)
+
+
+def occupied(served: Served, versions: dict[int, Version], pool: ThreadPoolExecutor) -> tuple:
+    """(answered whole, streamed, waiting, half-sent): four requests while the engine's gate is closed."""
+    served.begin(versions[1])
+    served.engine.answer = lambda _request, _adapter: "one two three"
+    served.engine.gate.clear()
+    whole, streamed = pool.submit(served.post), pool.submit(served.post, stream=True)
+    until(lambda: served.engine.calls == 2)
+    waiting = pool.submit(served.post)
+    until(lambda: served.worker.waiting() == 1)
+    half = half_sent(served.url + "/v1", {"Authorization": f"Bearer {served.token}"})
+    time.sleep(0.2)
+    return whole, streamed, waiting, half
