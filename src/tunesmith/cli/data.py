@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tunesmith.cli import data_tables
-from tunesmith.cli.terminal import Acting, Here, Terminal, add_commands, printed
+from tunesmith.cli.terminal import Acting, Here, Terminal, add_commands, printed, printed_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -160,4 +160,4 @@ def _print_or_write(here: Here, digest: str, what: str, text: str, output: Path 
     if output is not None:
         write_atomic(output, text.encode())
     shown = text if output is None else str(output)
-    here.emit({"dataset": digest, what: shown}, printed(shown))
+    here.emit({"dataset": digest, what: shown}, printed_text(shown))

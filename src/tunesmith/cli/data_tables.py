@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.terminal import draw_table
+from tunesmith.core.display import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,16 +26,16 @@ def draw_summary(console: Console, found: DatasetSummary) -> None:
 
 def draw_rows(console: Console, found: ShownDataset) -> None:
     """The rows of a split, turn by turn."""
-    console.print(f"\n{found.split}: {len(found.examples)} of {found.total} rows", markup=False)
+    console.print(f"\n{found.split}: {len(found.examples)} of {found.total} rows")
     for row in found.examples:
         if "messages" not in row:
-            console.print(json.dumps(row, ensure_ascii=False), markup=False)
+            console.print(json_text(row))
             continue
-        console.print(f"\n{row['id']}  {row['group']}  {row['licence']}", style="dim", markup=False)
+        console.print(f"\n{row['id']}  {row['group']}  {row['licence']}", style="dim")
         for turn in row["messages"]:
-            console.print(f"  {turn['role']}: {turn['content']}", markup=False)
+            console.print(f"  {turn['role']}: {turn['content']}")
             for call in turn.get("tool_calls", ()):
-                console.print(f"    calls {call['name']} {call['arguments']}", markup=False)
+                console.print(f"    calls {call['name']} {call['arguments']}")
 
 
 def draw_verification(console: Console, found: DatasetVerification) -> None:
@@ -43,16 +43,16 @@ def draw_verification(console: Console, found: DatasetVerification) -> None:
     from tunesmith.core.digests import short
 
     for problem in found.problems:
-        console.print(f"{problem.path}: {problem.reason}", markup=False)
+        console.print(f"{problem.path}: {problem.reason}")
     outcome = "is what its record says" if found.ok else f"has {len(found.problems)} problems"
-    console.print(f"{short(found.dataset)} {outcome} ({found.checked} things checked)", markup=False)
+    console.print(f"{short(found.dataset)} {outcome} ({found.checked} things checked)")
 
 
 def draw_originals(console: Console, found: Originals) -> None:
     """One line for each pseudonym."""
     for row, pairs in found.originals.items():
         for pseudonym, original in pairs.items():
-            console.print(f"{row}  {pseudonym}  {original}", markup=False)
+            console.print(f"{row}  {pseudonym}  {original}")
 
 
 def draw_difference(console: Console, found: Difference) -> None:
@@ -62,32 +62,32 @@ def draw_difference(console: Console, found: Difference) -> None:
     for name, values in {**shown, "removed": found.removed_reasons}.items():
         rows += [(f"{name}: {value or '(none)'}", *counts) for value, counts in values.items()]
     draw_table(console, rows, "", "before", "after", title="From one dataset version to the other")
-    console.print(", ".join(f"{number} {what}" for what, number in found.rows.items()), markup=False)
+    console.print(", ".join(f"{number} {what}" for what, number in found.rows.items()))
 
 
 def draw_removed(console: Console, found: RemovedRows) -> None:
     """The sampled rows under their reasons."""
     for reason, rows in found.removed.items():
-        console.print(f"\n{reason}", style="bold", markup=False)
+        console.print(f"\n{reason}", style="bold")
         for row in rows:
-            fields = json.dumps(row.get("fields"), ensure_ascii=False)
-            console.print(f"  {row['source']}, row {row['row']}: {fields}", markup=False)
+            fields = json_text(row.get("fields"))
+            console.print(f"  {row['source']}, row {row['row']}: {fields}")
 
 
 def draw_quality(console: Console, found: QualityReport) -> None:
     """The number of flagged rows, the balance of the rows, and the first flags."""
     for what, rows in found.flagged.items():
-        console.print(f"{what}: {rows} of {found.rows} rows", markup=False)
+        console.print(f"{what}: {rows} of {found.rows} rows")
     if found.toxicity:
-        console.print(f"  {_detector_error(found.toxicity)}", markup=False)
+        console.print(f"  {_detector_error(found.toxicity)}")
     for what, counts in found.balance.items():
         if set(counts) not in (set(), {""}):
             most = sorted(counts.items(), key=lambda pair: -pair[1])[:8]
             shown = ", ".join(f"{value or '(none)'} {number}" for value, number in most)
-            console.print(f"balance by {what}: {shown}", markup=False)
+            console.print(f"balance by {what}: {shown}")
     _draw_names(console, found.names, found.rows)
     for flag in found.examples:
-        console.print(f"  {flag['id']}  {flag['flag']}: {flag['detail']}", markup=False)
+        console.print(f"  {flag['id']}  {flag['flag']}: {flag['detail']}")
 
 
 def _summary_rows(found: DatasetSummary) -> Iterator[tuple[str, str]]:
@@ -171,6 +171,5 @@ def _draw_names(console: Console, names: dict[str, Any], rows: int) -> None:
             f"people named: in {found['rows']} of {rows} rows, {found['mentions']} mentions of {found['distinct']} "
             f"names, the most frequent {found['most']} times; suggested: {genders} "
             f"({found['model']['package']}{accuracy})",
-            markup=False,
         )
-    console.print(f"  ({names['caveat']})", markup=False)
+    console.print(f"  ({names['caveat']})")

@@ -11,6 +11,7 @@ from tunesmith.cli.terminal import Here, Terminal, add_commands
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from tunesmith.evaluation.compare import Comparison
     from tunesmith.evaluation.planning import Plan
@@ -103,6 +104,7 @@ def report(
     ] = False,
 ) -> None:
     """Write the evidence as one HTML page. With --json, print its data, and write a page only to --output."""
+    from tunesmith.core.display import printable
     from tunesmith.core.errors import UsageError
     from tunesmith.core.files import write_atomic
     from tunesmith.evaluation.report.markdown import report_markdown
@@ -116,7 +118,7 @@ def report(
         if output is not None:
             write_atomic(output, text.encode())
         else:
-            print(text, end="")
+            print(printable(text), end="")
         return
     page = output if output is not None or here.as_json else here.directory / "report.html"
     if page is not None:
@@ -126,8 +128,8 @@ def report(
 
 def draw_evaluation(console: Console, found: EvaluationSummary) -> None:
     """The candidates with their intervals and prices, the best by the primary metric first."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from tunesmith.evaluation.report.wording import money
 
@@ -141,7 +143,7 @@ def draw_evaluation(console: Console, found: EvaluationSummary) -> None:
     for name in sorted(found.candidates, key=lambda name: (-found.candidates[name][found.primary].mean, name)):
         price = found.prices[name]
         table.add_row(
-            f"[bold]{escape(name)}[/]" if found.tuned[name] else escape(name),
+            Text(name, "bold" if found.tuned[name] else ""),
             *(_measured(found.candidates[name][metric]) for metric in metrics),
             f"{price.prompt_tokens_per_1000:,.0f}",
             f"{price.completion_tokens_per_1000:,.0f}",
@@ -151,27 +153,27 @@ def draw_evaluation(console: Console, found: EvaluationSummary) -> None:
     console.print(table)
     for name, cut in found.cut.items():
         if cut:
-            console.print(f"{cut} answers of {name} were cut off at the longest length allowed", markup=False)
+            console.print(f"{cut} answers of {name} were cut off at the longest length allowed")
     for name, drop in found.probes.get("general", {}).get("drops", {}).items():
         change = f"{-drop['mean'] * 100:+.1f} points [{-drop['high'] * 100:+.1f}, {-drop['low'] * 100:+.1f}]"
-        console.print(f"general ability of {name} compared with its base: {change}", markup=False)
+        console.print(f"general ability of {name} compared with its base: {change}")
     console.print(f"intervals are {found.confidence:.0%} confidence intervals over groups", style="dim")
 
 
 def draw_verdict(console: Console, found: VerdictSummary) -> None:
     """The gates with their outcomes, and the verdict."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"gates for {found.candidate}", title_justify="left")
     for heading in ("gate", "outcome", "why"):
         table.add_column(heading, overflow="fold")
     for gate in found.gates:
-        table.add_row(escape(gate.name), f"[{_COLOURS[gate.outcome]}]{gate.outcome}[/]", escape(gate.reason))
+        table.add_row(gate.name, Text(gate.outcome, _COLOURS[gate.outcome]), gate.reason)
     if found.gates:
         console.print(table)
-    console.print(f"verdict: [bold {_COLOURS[found.verdict]}]{found.verdict}[/]", end="")
-    console.print(f" ({found.reason})" if found.reason else "", markup=False)
+    outcome = Text(found.verdict, f"bold {_COLOURS[found.verdict]}")
+    console.print("verdict:", outcome, *([f"({found.reason})"] if found.reason else []))
     if found.test_set_use > 1:
         console.print(
             f"{found.test_set_use} candidates have used these test rows, which widens the intervals", style="dim"
@@ -183,21 +185,19 @@ def _draw_plan(console: Console, found: Plan) -> None:
     from tunesmith.evaluation.report.wording import points
 
     for gate in found.gates:
-        console.print(plan_sentence(found, gate), markup=False)
+        console.print(plan_sentence(found, gate))
         needed = f"{gate.needed:,} rows" if gate.needed else "no number of rows"
         console.print(
             f"  a true difference of {points(gate.lift)} points passes with {gate.power:.0%}; "
             f"{needed} in groups of this size would pass it with {found.wanted_power:.0%}",
-            markup=False,
         )
     if not found.gates:
-        console.print("no gate compares two candidates, so there is nothing to plan", markup=False)
+        console.print("no gate compares two candidates, so there is nothing to plan")
     basis = "measured on the validation rows" if found.measured else "assumed: --between measures it"
     console.print(
         f"how the two differ is {basis}; rows of one group correlate by {found.correlation:.2f}; "
         f"{found.test_set_uses} candidates have been judged on these test rows",
         style="dim",
-        markup=False,
     )
 
 
@@ -240,18 +240,24 @@ def _draw_leaderboard(console: Console, found: Leaderboard) -> None:
         console.print("no version is registered yet; `tunesmith run` registers what passes its gates")
 
 
-def _measured(found: MetricInterval) -> str:
-    return f"{found.mean:.1%}\n[dim]\\[{found.low * 100:.1f}, {found.high * 100:.1f}][/]"
+def _measured(found: MetricInterval) -> Text:
+    return _two_lines(f"{found.mean:.1%}", f"[{found.low * 100:.1f}, {found.high * 100:.1f}]")
 
 
-def _gap(found: MetricInterval) -> str:
-    return f"{found.mean * 100:+.1f}\n[dim]\\[{found.low * 100:+.1f}, {found.high * 100:+.1f}][/]"
+def _gap(found: MetricInterval) -> Text:
+    return _two_lines(f"{found.mean * 100:+.1f}", f"[{found.low * 100:+.1f}, {found.high * 100:+.1f}]")
+
+
+def _two_lines(number: str, interval: str) -> Text:
+    from rich.text import Text
+
+    return Text.assemble(number, "\n", (interval, "dim"))
 
 
 def _draw_report(console: Console, found: EvidenceReport, page: Path | None) -> None:
-    console.print(found.advice.headline, style="bold", markup=False)
+    console.print(found.advice.headline, style="bold")
     for sentence in found.advice.reasons:
-        console.print(f"- {sentence}", markup=False)
+        console.print(f"- {sentence}")
     for sentence in found.advice.cautions:
-        console.print(f"! {sentence}", markup=False, style="yellow")
-    console.print(f"written to {page}", markup=False)
+        console.print(f"! {sentence}", style="yellow")
+    console.print(f"written to {page}")

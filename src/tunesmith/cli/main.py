@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,8 @@ import typer
 from typer.exceptions import TyperException
 
 from tunesmith.cli import data, evaluation, monitoring, pipeline, project, rollout, serve, users, versions
+from tunesmith.cli.terminal import say
+from tunesmith.core.display import json_text
 from tunesmith.core.errors import TunesmithError, UsageError
 
 _HELP = "From a task's examples to a released model behaviour that was measured, approved and signed."
@@ -67,5 +68,8 @@ def main() -> None:
 
 def _print_error(error: TunesmithError) -> None:
     if "--json" in sys.argv:
-        print(json.dumps(error.as_json(), ensure_ascii=False))
-    print(f"error: {error}", file=sys.stderr)
+        print(json_text(error.as_json()))
+    say(f"error: {error.what}")
+    for label, text in (("where", error.where), ("fix", error.fix)):
+        if text:
+            say(f"  {label}: {text}")

@@ -134,15 +134,15 @@ def drop_cases(
 
 
 def _draw_report(console: Console, label: str, report: Report) -> None:
-    console.print(f"{label}: {report.verdict} ({report.reason})", markup=False)
-    console.print(f"  {report.requests} requests, {report.since} to {report.until}", markup=False)
+    console.print(f"{label}: {report.verdict} ({report.reason})")
+    console.print(f"  {report.requests} requests, {report.since} to {report.until}")
     for tenant, count in report.capped.items():
-        console.print(f"  {count} requests of tenant {tenant!r} left out: more than the allowed share", markup=False)
+        console.print(f"  {count} requests of tenant {tenant!r} left out: more than the allowed share")
     for finding in report.findings:
         p_value = "" if finding.p_value is None else f" (KS p = {finding.p_value:.2g})"
-        console.print(f"  {finding.outcome:<12} {finding.reason}{p_value}", markup=False)
+        console.print(f"  {finding.outcome:<12} {finding.reason}{p_value}")
     if report.recommendation:
-        console.print(f"  {report.recommendation}", markup=False)
+        console.print(f"  {report.recommendation}")
 
 
 def _draw_pending_list(console: Console, found: PendingRetrains) -> None:
@@ -156,36 +156,36 @@ def _draw_pending(console: Console, pending: Sequence[PendingRetrain]) -> None:
         scope = "".join(f", {key} {value}" for key, value in (("tenant", one.tenant), ("region", one.region)) if value)
         serves = f"{one.serves} serves" if one.answers else "nothing serves"
         made = f"{one.replacement} was made without it" if one.replacement else "a new version is needed"
-        console.print(f"retrain pending: {one.name}{scope}: {one.version} was recalled, {made}; {serves}", markup=False)
-        console.print(f"  by {', '.join(one.causes)}", markup=False)
+        console.print(f"retrain pending: {one.name}{scope}: {one.version} was recalled, {made}; {serves}")
+        console.print(f"  by {', '.join(one.causes)}")
         for step in one.next:
-            console.print(f"  next: {step}", markup=False)
+            console.print(f"  next: {step}")
 
 
 def _draw_status(console: Console, status: RecallStatus) -> None:
-    console.print(f"{status.cause}: {'gone' if status.gone else 'not gone'}", markup=False)
+    console.print(f"{status.cause}: {'gone' if status.gone else 'not gone'}")
     for line in status.left:
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}")
     for name, label in status.replaced.items():
-        console.print(f"  {name}: {label} does not contain it", markup=False)
+        console.print(f"  {name}: {label} does not contain it")
     for name in status.retrain:
-        console.print(f"  {name}: nothing replaces it yet: `tunesmith run`", markup=False)
+        console.print(f"  {name}: nothing replaces it yet: `tunesmith run`")
 
 
 def _draw_recall(console: Console, found: Recall) -> None:
     verb = "withdrew" if found.done else "would withdraw"
-    console.print(f"{verb} {found.cause} ({found.reason}); {len(found.reached)} records:", markup=False)
+    console.print(f"{verb} {found.cause} ({found.reason}); {len(found.reached)} records:")
     for one in found.reached:
         rows = ", ".join(f"{count} in {split}" for split, count in one.rows.items() if count)
-        console.print(f"  {one.kind:<11} {one.label}{f': {rows}' if rows else ''}", markup=False)
+        console.print(f"  {one.kind:<11} {one.label}{f': {rows}' if rows else ''}")
     for alias in found.aliases:
         scope = " ".join(filter(None, (alias.tenant and f"tenant {alias.tenant}", alias.region)))
-        console.print(f"  alias       {alias.name}@{alias.alias} {scope}".rstrip(), markup=False)
+        console.print(f"  alias       {alias.name}@{alias.alias} {scope}".rstrip())
     for served in found.served:
         tenant = f"tenant {served.tenant}" if served.tenant else "no tenant"
-        console.print(f"  answered    {served.requests} requests of {tenant}, the last {served.last}", markup=False)
+        console.print(f"  answered    {served.requests} requests of {tenant}, the last {served.last}")
     for number in found.rollouts:
-        console.print(f"  rollout     {number}: {'aborted' if found.done else 'would be aborted'}", markup=False)
+        console.print(f"  rollout     {number}: {'aborted' if found.done else 'would be aborted'}")
 
 
 def _draw_cases(console: Console, found: CaseList) -> None:
@@ -193,17 +193,17 @@ def _draw_cases(console: Console, found: CaseList) -> None:
 
     for case in found.cases:
         scores = ", ".join(f"{metric} {value:.2f}" for metric, value in case.scores.items())
-        console.print(f"{case.request}  {case.at}  {case.by}  {scores}", style="dim", markup=False)
-        console.print(f"  asked: {visible(case.messages[-1].content)}", markup=False)
-        console.print(f"  answered: {visible(case.answer)}", markup=False)
-        console.print(f"  expected: {visible(case.expected)}", markup=False)
+        console.print(f"{case.request}  {case.at}  {case.by}  {scores}", style="dim")
+        console.print(f"  asked: {visible(case.messages[-1].content)}")
+        console.print(f"  answered: {visible(case.answer)}")
+        console.print(f"  expected: {visible(case.expected)}")
     if not found.cases:
         console.print('no cases; feedback with "expected" and "keep": true makes one')
 
 
 def _draw_added(console: Console, added: AddedCases) -> None:
-    console.print(f"{added.added} cases added to {added.source}", markup=False)
+    console.print(f"{added.added} cases added to {added.source}")
     if not added.named:
         console.print("add the file to tunesmith.yaml, under data.sources, so that its rows are held out:")
-        console.print(f"  - {{path: {added.source}, split: test}}", markup=False)
+        console.print(f"  - {{path: {added.source}, split: test}}")
     console.print("then run `tunesmith data build`; existing measurements still refer to the earlier rows")

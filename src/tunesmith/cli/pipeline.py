@@ -77,12 +77,12 @@ def _draw_rates(console: Console, found: RateSearch) -> None:
     console.print("smoothed loss by learning rate")
     for line in range(_HEIGHT):
         marks = "".join("*" if place == line else " " for place in lines)
-        console.print(f"{high - (high - low) * line / (_HEIGHT - 1):8.3f} |{marks}".rstrip(), markup=False)
+        console.print(f"{high - (high - low) * line / (_HEIGHT - 1):8.3f} |{marks}".rstrip())
     console.print(f"{'':9}{found.rates[0]:.0e}{f'{found.rates[-1]:.0e}':>{max(6, len(found.rates) - 4)}}\n")
     if found.suggestion is None:
         console.print("no rate made the loss fall: look at the rows (`tunesmith data`), not at the rate")
         return
-    console.print(f"train.learning_rate: {found.suggestion:.1e}   ({found.rule})", markup=False)
+    console.print(f"train.learning_rate: {found.suggestion:.1e}   ({found.rule})")
 
 
 def _draw_run(console: Console, done: RunSummary) -> None:
@@ -104,4 +104,4 @@ def _draw_run(console: Console, done: RunSummary) -> None:
         (f"tunesmith rollout start {label}", "move traffic to it step by step"),
         ("tunesmith serve", "an OpenAI-compatible endpoint"),
     ):
-        console.print(f"  {command:<52} {why}", soft_wrap=True, markup=False)
+        console.print(f"  {command:<52} {why}", soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.terminal import Here, Json, add_commands, printed
+from tunesmith.cli.terminal import Here, Json, add_commands, printed_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +53,7 @@ def schema(as_json: Json = False) -> None:
     from tunesmith.project import settings_schema
 
     document = settings_schema()
-    Here(as_json=as_json).emit(document, printed(settings_text(document)))
+    Here(as_json=as_json).emit(document, printed_text(settings_text(document)))
 
 
 def doctor(here: Here) -> None:
@@ -75,15 +75,16 @@ def _draw_project(console: Console, made: NewProject) -> None:
         "next: read the prompts (tuning is compared with them, so make them good), then",
         f"  tunesmith run{place}",
     ]
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def _draw_checks(console: Console, found: Checks) -> None:
     for check in found.checks:
         line = f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}"
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
         if check.fix:
-            console.print(f"     {check.fix}", markup=False, soft_wrap=True)
+            console.print(f"     {check.fix}", soft_wrap=True)
 
 
 def settings_text(schema: Mapping[str, Any]) -> str:

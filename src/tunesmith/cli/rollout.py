@@ -106,7 +106,7 @@ def _draw_all(console: Console, found: RolloutList) -> None:
 
 def _draw(console: Console, rollout: RolloutView) -> None:
     for line in _lines(rollout):
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def _lines(rollout: RolloutView) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.terminal import Here, Terminal, add_commands, say
+from tunesmith.cli.terminal import Here, Terminal, add_commands, printed_text, say
 
 if TYPE_CHECKING:
     import socket
@@ -39,6 +39,7 @@ def serve(
     """Answer OpenAI clients with the champion, and in a rollout with the canary too. Moves rollouts on."""
     import logging
 
+    from tunesmith.core.display import LogFormatter
     from tunesmith.pipeline import PipelineContext
     from tunesmith.registry.aliases import list_aliases
     from tunesmith.server.app import create_app
@@ -63,7 +64,9 @@ def serve(
     here.emit(document, _draw_serving)
     if address not in ("127.0.0.1", "::1"):
         say("other machines can reach it, and it speaks plain HTTP: put a proxy with TLS in front of it")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logs = logging.StreamHandler()
+    logs.setFormatter(LogFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[logs])
     DrainingServer(app).run(sockets=[listening])
 
 
@@ -89,8 +92,9 @@ def chat(
 
 def _converse(answerer: Answerer) -> None:
     """Read turns from the terminal and print the answers as they come, until an empty line."""
+    from tunesmith.core.display import printable, printable_line
     from tunesmith.core.messages import Message
-    from tunesmith.engines.protocol import Completion
+    from tunesmith.engines.protocol import Completion, Scored
 
     turns: list[Message] = []
     while text := input("> ").strip():
@@ -99,10 +103,10 @@ def _converse(answerer: Answerer) -> None:
             if isinstance(piece, Completion):
                 print()
                 if sources := answerer.composer.retrieved(turns).sources:
-                    print(f"(from {', '.join(sources)})")
+                    print(printable_line(f"(from {', '.join(sources)})"))
                 turns.append(Message(role="assistant", content=piece.text))
             else:
-                print(piece, end="", flush=True)
+                print(printable(piece.text if isinstance(piece, Scored) else piece), end="", flush=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -137,10 +141,10 @@ def _draw_serving(console: Console, document: Mapping[str, Any]) -> None:
         "ctrl-C stops it after the requests under way, a second one at once",
     ]
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _draw_answer(console: Console, found: ChatAnswer) -> None:
-    console.print(found.answer, markup=False)
+    printed_text(found.answer)(console, found)
     if found.sources:
-        console.print(f"(from {', '.join(found.sources)})", markup=False, style="dim")
+        console.print(f"(from {', '.join(found.sources)})", style="dim")

@@ -1,11 +1,13 @@
-"""What all commands share: common options, messages on stderr, one result on stdout, progress bars."""
+"""What all commands share: common options, messages on stderr, one result on stdout, progress bars.
+
+Whatever a command prints goes through here, so that text of strangers cannot control the terminal: `core/display.py`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import inspect
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from tunesmith.core.display import json_text, printable, printable_line
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import Task
 
@@ -45,8 +48,8 @@ Region = Annotated[str, typer.Option("--region", help="The region it is for; non
 
 
 def say(text: str = "") -> None:
-    """Print a line for a person."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a line for a person, on stderr."""
+    print(printable_line(text), file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,11 @@ class Here:
         """Print a command's result on stdout: as JSON, or drawn for a person."""
         if self.as_json:
             document = result if isinstance(result, Mapping) else result.model_dump(mode="json", by_alias=True)
-            print(json.dumps(document, ensure_ascii=False, allow_nan=False), flush=True)
+            print(json_text(document), flush=True)
             return
-        from rich.console import Console
+        from tunesmith.cli.console import PlainConsole
 
-        draw(Console(highlight=False, soft_wrap=False), result)
+        draw(PlainConsole(), result)
 
 
 @dataclass(frozen=True)
@@ -123,17 +126,23 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
 
 def printed(line: str) -> Callable[[Console, Any], None]:
     """A draw function that prints one line."""
-    return lambda console, _result: console.print(line, markup=False, soft_wrap=True)
+    return lambda console, _result: console.print(line, soft_wrap=True)
+
+
+def printed_text(text: str) -> Callable[[Console, Any], None]:
+    """A draw function that prints a text of several lines as it is."""
+    from rich.text import Text
+
+    return lambda console, _result: console.print(Text(text.removesuffix("\n")), soft_wrap=True)
 
 
 def draw_table(console: Console, rows: Iterable[Sequence[object]], *headings: str, title: str | None = None) -> None:
-    """Draw rows as a table. Cells are shown as they are: square brackets in them are not rich's markup."""
+    """Draw rows as a table."""
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(*headings, title=title, title_justify="left", show_header=bool(headings))
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(printable(str(cell)) for cell in row))
     console.print(table)
 
 
@@ -156,20 +165,21 @@ class Terminal:
             plain.finish()
             return
         from rich import progress as bars
-        from rich.console import Console
         from rich.table import Column
 
+        from tunesmith.cli.console import PlainConsole
+
         columns = (
-            bars.TextColumn("{task.description}"),
+            bars.TextColumn("{task.description}", markup=False),
             bars.BarColumn(bar_width=28),
             bars.TaskProgressColumn(),
             bars.TimeElapsedColumn(Column(min_width=7)),
             bars.TextColumn("left"),
             bars.TimeRemainingColumn(elapsed_when_finished=False, table_column=Column(min_width=7)),
-            bars.TextColumn("{task.fields[note]}"),
+            bars.TextColumn("{task.fields[note]}", markup=False),
         )
-        with bars.Progress(*columns, console=Console(stderr=True)) as display:
-            yield _RichTask(display, display.add_task(title, total=total, note=""))
+        with bars.Progress(*columns, console=PlainConsole(stderr=True)) as display:
+            yield _RichTask(display, display.add_task(printable(title), total=total, note=""))
 
 
 class _RichTask:
@@ -180,7 +190,7 @@ class _RichTask:
         self._display.advance(self._identifier, amount)
 
     def note(self, text: str) -> None:
-        self._display.update(self._identifier, note=text)
+        self._display.update(self._identifier, note=printable(text))
 
 
 class _PlainTask:

@@ -197,39 +197,39 @@ def show_audit(
 
 
 def _draw_registered(console: Console, version: RegisteredVersion) -> None:
-    console.print(f"{version.label} is registered and signed by {version.signer}", markup=False)
+    console.print(f"{version.label} is registered and signed by {version.signer}")
     if version.override is not None:
-        console.print(f"its gates were overridden: {version.override}", style="bold red", markup=False)
+        console.print(f"its gates were overridden: {version.override}", style="bold red")
     for mark in version.marks:
-        console.print(f"it was {mark}: not meant for service", style="bold red", markup=False)
-    console.print(f"next: tunesmith approve {version.label} --as SOMEBODY-ELSE", markup=False)
+        console.print(f"it was {mark}: not meant for service", style="bold red")
+    console.print(f"next: tunesmith approve {version.label} --as SOMEBODY-ELSE")
 
 
 def _draw_approved(console: Console, approved: ApprovedVersion) -> None:
-    console.print(f"{approved.version} is approved by {approved.approver}", markup=False)
+    console.print(f"{approved.version} is approved by {approved.approver}")
     if approved.override:
-        console.print(f"although its gates were overridden: {approved.override}", style="bold red", markup=False)
+        console.print(f"although its gates were overridden: {approved.override}", style="bold red")
     for mark in approved.marks:
-        console.print(f"although it was {mark}: not meant for service", style="bold red", markup=False)
-    console.print(f"next: tunesmith rollout start {approved.version}", markup=False)
+        console.print(f"although it was {mark}: not meant for service", style="bold red")
+    console.print(f"next: tunesmith rollout start {approved.version}")
 
 
 def _draw_verification(console: Console, found: Verification) -> None:
     for problem in found.problems:
-        console.print(f"{problem.path}: {problem.reason}", style="red", markup=False, soft_wrap=True)
+        console.print(f"{problem.path}: {problem.reason}", style="red", soft_wrap=True)
     for note in found.notes:
-        console.print(note, style="dim", markup=False)
+        console.print(note, style="dim")
     outcome = "verifies" if found.ok else f"does not verify: {len(found.problems)} problems"
-    console.print(f"{found.version} {outcome} ({found.checked} files checked)", markup=False)
+    console.print(f"{found.version} {outcome} ({found.checked} files checked)")
 
 
 def _draw_lineage(console: Console, node: Node) -> None:
     from rich.tree import Tree
 
-    console.print(f"{node.kind} {node.says}", style="bold", markup=False)
-    console.print(node.digest, markup=False)
+    console.print(f"{node.kind} {node.says}", style="bold")
+    console.print(node.digest)
     for name, blob in sorted((node.blobs or {}).items()):
-        console.print(f"  {name}  {blob}", style="dim", markup=False, soft_wrap=True)
+        console.print(f"  {name}  {blob}", style="dim", soft_wrap=True)
     for title, nodes in (("made from", node.parents), ("used for", node.children)):
         if nodes:
             trunk = Tree(title)
@@ -267,19 +267,19 @@ def _draw_versions(console: Console, found: VersionList) -> None:
 
 
 def _draw_export(console: Console, done: ExportedVersion) -> None:
-    console.print(f"{done.version} is exported to {done.folder}", markup=False, soft_wrap=True)
-    console.print(done.summary, markup=False)
+    console.print(f"{done.version} is exported to {done.folder}", soft_wrap=True)
+    console.print(done.summary)
     for name, facts in done.files.items():
-        console.print(f"  {name}  {facts['bytes']:,} bytes", style="dim", markup=False)
+        console.print(f"  {name}  {facts['bytes']:,} bytes", style="dim")
 
 
 def _draw_audit_verification(console: Console, found: AuditVerification) -> None:
     for problem in found.problems:
-        console.print(problem.reason, style="red", markup=False, soft_wrap=True)
+        console.print(problem.reason, style="red", soft_wrap=True)
     outcome = "verifies" if found.ok else f"does not verify: {len(found.problems)} problems"
-    console.print(f"the log of {found.checked} entries {outcome}", markup=False)
+    console.print(f"the log of {found.checked} entries {outcome}")
     newest = f"{found.head.seq}:{found.head.digest}"
-    console.print(f"its newest entry, to be kept elsewhere: {newest}", style="dim", markup=False)
+    console.print(f"its newest entry, to be kept elsewhere: {newest}", style="dim")
 
 
 def _draw_audit(console: Console, log: AuditLog) -> None:
@@ -293,4 +293,4 @@ def _draw_audit(console: Console, log: AuditLog) -> None:
     draw_table(console, rows, "entry", "at", "who", "action", "about")
     if len(log.entries) < log.total:
         shown = f"the newest {len(log.entries)} of {log.total}; --limit 0 shows all"
-        console.print(shown, style="dim", markup=False)
+        console.print(shown, style="dim")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from tunesmith.core.display import json_text
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.view import Omitted, View
@@ -135,7 +136,7 @@ def croissant(store: Store, dataset: str, name: str) -> tuple[str, str]:
     """The digest of a dataset version, and its Croissant 1.0 metadata (JSON-LD)."""
     digest = store.find_record(dataset)
     described = cards.croissant(load_dataset(store, digest), name)
-    return digest, json.dumps(described, indent=2, ensure_ascii=False) + "\n"
+    return digest, json_text(described, indent=2) + "\n"
 
 
 def sign(store: Store, dataset: str, *, reason: str, actor: str | None = None) -> SignedDataset:

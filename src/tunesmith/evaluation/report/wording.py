@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
 from tunesmith.core.digests import is_digest, short
+from tunesmith.core.display import printable
 
 _SHOWN_CHARACTERS = 900
-_HIDING = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 
 
 def percent(share: float) -> str:
@@ -28,7 +27,7 @@ def points(difference: float) -> str:
 
 def visible(text: str) -> str:
     """Untrusted text for display: invisible and reordering characters become code points; long text is cut."""
-    shown = "".join(_written(letter) for letter in text[:_SHOWN_CHARACTERS])
+    shown = printable(text[:_SHOWN_CHARACTERS])
     more = len(text) - _SHOWN_CHARACTERS
     return f"{shown} … and {more:,} more characters" if more > 0 else shown
 
@@ -93,9 +92,3 @@ def signed_money(amount: float) -> str:
 def count(number: float) -> str:
     """A count with thousands separators."""
     return f"{number:,.0f}"
-
-
-def _written(letter: str) -> str:
-    if letter in "\n\t" or unicodedata.category(letter) not in _HIDING:
-        return letter
-    return f"⟨U+{ord(letter):04X}⟩"

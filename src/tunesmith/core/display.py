@@ -1,0 +1,55 @@
+"""Text of strangers for a terminal, a log or a page: rows, names, reasons, file names, answers of models.
+
+Escape sequences, marks that reorder a line and characters that nobody sees become code points: ⟨U+202E⟩. So a text
+cannot clear the screen, imitate another line, or look like something that it is not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import regex
+
+# Control, format, private, unassigned and lone surrogate characters (C), line and paragraph separators (Zl, Zp), and
+# whatever else Unicode lets a renderer ignore (DI). Line feeds, tabs and the selector of a coloured emoji stay.
+_HIDDEN = regex.compile(
+    r"[[\p{C}\p{Zl}\p{Zp}\p{DI}\u2800]--[\n\t\uFE0F]]|(?<!\p{Extended_Pictographic})\uFE0F", regex.V1
+)
+
+
+def printable(text: str) -> str:
+    """The text with hidden, controlling and reordering characters as code points. Line feeds and tabs stay."""
+    return str(_HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text))
+
+
+def printable_line(text: str) -> str:
+    """The printable text for a place of one line: what follows a line feed inside it is indented.
+
+    So a name or a reason with line feeds cannot imitate a line of its own. Line feeds at either end stay.
+    """
+    inner = text.strip("\n")
+    start = text.index(inner)
+    lines = printable(inner).replace("\n", "\n    ")
+    return text[:start] + lines + text[start + len(inner) :]
+
+
+class LogFormatter(logging.Formatter):
+    """Formats a log record so that each begins a line of its own, and nothing else does: names can hold line feeds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record, with its message and traceback printable and indented."""
+        return printable_line(super().format(record))
+
+
+def json_text(document: Any, **options: Any) -> str:
+    """The document as JSON that is safe to show: hidden characters are escaped, other letters stay readable.
+
+    It reads back as the same document. Raises ValueError for NaN. options: for json.dumps.
+    """
+    return str(_HIDDEN.sub(_escaped, json.dumps(document, ensure_ascii=False, allow_nan=False, **options)))
+
+
+def _escaped(found: Any) -> str:
+    return json.dumps(found[0])[1:-1] if found[0] != "\x7f" else "\\u007f"

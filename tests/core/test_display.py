@@ -1,0 +1,47 @@
+"""Text of strangers on terminals, in logs and in JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from tests.attack_table import Happened
+from tunesmith.core.display import LogFormatter, json_text, printable, printable_line
+
+# Sequences that a terminal obeys, marks that reorder, and characters that nobody sees.
+HOSTILE = [
+    "\x1b[2J", "\x1b]0;title\x07", "\x9b31m", "\r", "\x08", "\x00", "\x7f", "\x85", "\u202e", "\u2066", "\u2069",
+    "\u200f", "\u061c", "\u200b", "\u2060", "\ufeff", "\u00ad", "\u034f", "\u180e", "\u3164", "\u115f", "\ufe0f",
+    "\U000e0041", "\U000e0100", "\u2028", "\u2029", "\ud800", "\ue000", "\u2800",
+]  # fmt: skip
+SEEN = ["naïve café", "日本語", "ไทย", "हिन्दी", "שלום", "مرحبا", "👍", "⚠️", "a\tb\nc", "[red]x[/]", ":smile:"]
+
+
+@pytest.mark.attack("terminal", "escape sequences, overrides and hidden characters")
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hidden_characters_are_shown_as_code_points(hostile: str, happened: Happened) -> None:
+    shown = printable(f"a{hostile}b")
+    assert all(letter not in shown for letter in hostile if not letter.isprintable())
+    assert f"⟨U+{ord(hostile[0]):04X}⟩" in shown
+    written = json_text({"text": hostile})
+    assert json.loads(written) == {"text": hostile}
+    assert written.isprintable()
+    assert written.isascii()
+    happened("shown as code points", 2)
+
+
+@pytest.mark.parametrize("text", SEEN)
+def test_what_people_write_stays_as_it_is(text: str) -> None:
+    assert printable(text) == text
+    assert json.loads(json_text(text)) == text
+
+
+@pytest.mark.attack("terminal", "line feeds that imitate a line")
+def test_a_name_with_line_feeds_stays_one_entry(happened: Happened) -> None:
+    assert printable_line("\nreason: x\nhome@v1 verifies\n") == "\nreason: x\n    home@v1 verifies\n"
+    assert printable_line("\n\n") == "\n\n"
+    record = logging.LogRecord("tunesmith", logging.INFO, "", 0, "no model %s", ("x\r\n2026 INFO promoted",), None)
+    assert LogFormatter("%(levelname)s %(message)s").format(record) == "INFO no model x⟨U+000D⟩\n    2026 INFO promoted"
+    happened("indented", 2)
