@@ -135,10 +135,10 @@ def _type(value: Mapping[str, Any]) -> str:
     if kind == "array":
         parts = value.get("prefixItems")
         inside = ", ".join(map(_type, parts)) if parts else _type(value.get("items", {}))
-        return f"list of {inside}"
+        return f"list of {inside}{_bounds(value)}"
     if kind == "object":
         inside = value.get("additionalProperties")
-        return f"map of names to {_type(inside)}" if isinstance(inside, Mapping) else "map"
+        return (f"map of names to {_type(inside)}" if isinstance(inside, Mapping) else "map") + _bounds(value)
     return {"string": "text", "integer": "whole number", "boolean": "true or false"}.get(kind, str(kind)) + _bounds(
         value
     )
@@ -147,6 +147,8 @@ def _type(value: Mapping[str, Any]) -> str:
 def _bounds(value: Mapping[str, Any]) -> str:
     words = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
     found = [f"{said} {value[key]}" for key, said in words.items() if key in value]
+    counted = {"maxLength": "characters", "maxItems": "items", "maxProperties": "keys"}
+    found += [f"at most {value[key]:,} {what}" for key, what in counted.items() if key in value]
     return f" ({', '.join(found)})" if found else ""
 
 

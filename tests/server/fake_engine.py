@@ -42,7 +42,7 @@ class FakeEngine:
     def holds(self, name: str) -> bool:
         return name in self.adapters
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
+    def count_tokens(self, messages: Sequence[Message], _most: int | None = None) -> int:
         return sum(len(message.content.split()) + 1 for message in messages)
 
     def generate(

@@ -19,6 +19,7 @@ from tunesmith.data.dataset import Example
 
 _WORD = re.compile(r"\w+")
 _FUSION = 60
+_COUNTED_WORDS = 4096
 
 Vectors = NDArray[np.float32]
 Embed = Callable[[Sequence[str]], Vectors]  # texts -> rows of length 1
@@ -53,6 +54,8 @@ class Index:
 
     def _by_word(self, text: str) -> NDArray[np.floating]:
         known = [word for word in words(text) if word in self._known]
+        if len(known) > _COUNTED_WORDS:  # each then counts once: a word costs as much as there are texts with it
+            known = list(dict.fromkeys(known))
         # bm25s fails on a text without any known word.
         return self._index.get_scores(known) if known else np.zeros(len(self._words))
 

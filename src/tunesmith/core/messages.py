@@ -64,8 +64,8 @@ class Message(BaseModel):
 
 
 Conversation = Sequence[Message]
-# Messages -> the number of tokens they render to.
-CountTokens = Callable[[Sequence[Message]], int]
+# (messages, most) -> the number of tokens they render to; where there are more than `most`, some number above it.
+CountTokens = Callable[[Sequence[Message], int], int]
 
 
 def tools_of(messages: Conversation) -> list[Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
@@ -13,10 +14,11 @@ from tunesmith.models.rendering import Rendered, Renderer
 
 def prompt_ids(renderer: Renderer, request: Generation, context_length: int) -> list[int]:
     """The token ids of a request's prompt. Raises UsageError if they leave no room for an answer."""
-    prompt = renderer.prompt(request.messages)
-    if len(prompt) >= context_length:
+    least = renderer.least_tokens(request.messages)
+    prompt = renderer.prompt(request.messages) if least < context_length else []
+    if (tokens := max(least, len(prompt))) >= context_length:
         raise UsageError(
-            f"the prompt has {len(prompt)} tokens and leaves no room for an answer: the model's context length is "
+            f"the prompt has {tokens} tokens or more and leaves no room for an answer: the model's context length is "
             f"{context_length}",
             where="messages",
             fix="shorten the request, or give fewer shots or retrieved examples",
@@ -51,7 +53,8 @@ class Answer:
         *,
         streams: bool,
     ) -> None:
-        self._renderer, self._stops, self._token_score, self._events = renderer, request.stop, token_score, events
+        self._renderer, self._token_score, self._events = renderer, token_score, events
+        self._stops = [_StopText(stop) for stop in request.stop]
         self._streams, self._scored = streams, request.top_logprobs is not None
         self.prompt_tokens = 0
         self._read = renderer.reader()
@@ -66,14 +69,13 @@ class Answer:
 
     def take(self, token: int, score: Score | None) -> bool:
         """Add the next token; returns whether a stop text ends the answer."""
-        start = len(self._text)
+        start, piece = len(self._text), self._read(token)
         self._ids.append(token)
-        self._text += self._read(token)
+        self._text += piece
         if score is not None:
             self._starts.append(start)
             self._scores.append(self._token_score(token, score))
-        found = [self._text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stops]
-        self._cut = min((place for place in found if place >= 0), default=None)
+        self._cut = min((place for stop in self._stops if (place := stop.find(piece)) is not None), default=None)
         if self._streams:
             self._send(self._settled())
         return self._cut is not None
@@ -103,17 +105,41 @@ class Answer:
         """Length of the text that no later token can change."""
         if self._cut is not None:
             return self._cut
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        possible_stop = max(
-            (length for stop in self._stops for length in range(1, longest + 1) if self._text.endswith(stop[:length])),
-            default=0,
-        )
-        return len(self._text) - possible_stop
+        return len(self._text) - max((stop.matched for stop in self._stops), default=0)
 
     def _send(self, end: int) -> None:
-        begun = sum(start < end for start in self._starts[self._sent_scores :])
+        begun = bisect_left(self._starts, end, self._sent_scores) - self._sent_scores
         scores = tuple(self._scores[self._sent_scores : self._sent_scores + begun])
         text = self._text[self._sent : end]
         self._sent, self._sent_scores = max(self._sent, end), self._sent_scores + begun
         if text or scores:
             self._events.put(Scored(text, scores) if self._scored else text)
+
+
+class _StopText:
+    """Looks for a stop text in an answer that arrives in pieces, by Knuth, Morris and Pratt (1977).
+
+    Each letter costs the same on average, whatever the stop text: matched, the length of the longest beginning of it
+    in which the text so far ends, only grows by one a letter.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self._stop, self._read, self.matched = stop, 0, 0
+        # Where a letter does not fit after `n` that did, the next shorter beginning to try has the length fallback[n].
+        self._fallback = [0, 0]
+        for letter in stop[1:]:
+            self._fallback.append(self._after(self._fallback[-1], letter))
+
+    def find(self, piece: str) -> int | None:
+        """Read the next piece; the place in the whole text where the stop text begins, once it has come."""
+        for letter in piece:
+            self.matched = self._after(self.matched, letter)
+            self._read += 1
+            if self.matched == len(self._stop):
+                return self._read - self.matched
+        return None
+
+    def _after(self, matched: int, letter: str) -> int:
+        while matched and self._stop[matched] != letter:
+            matched = self._fallback[matched]
+        return matched + (self._stop[matched] == letter)

@@ -41,16 +41,17 @@ class Listener(Protocol):
 
 def score_of(logprobs: Tensor, token: int, top: int) -> Score:
     """The score of a token among logprobs [vocabulary], with the top likeliest tokens."""
-    values, tokens = logprobs.topk(top)
+    values, tokens = logprobs.topk(min(top, logprobs.numel()))
     return Score(float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
 
 
 def sample(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """A token drawn by its logits from the smallest set of probability top_p (Holtzman et al. 2019)."""
+    """A token drawn by its logits from the smallest set of probability top_p (Holtzman et al. 2019), never empty."""
     # Subtract the maximum first: divided by a temperature near zero, other logits could become infinite.
     probabilities = torch.softmax((scores - scores.max()) / max(sampling.temperature, _COLDEST), -1)
     if sampling.top_p >= 1.0:
         return int(torch.multinomial(probabilities, 1, generator=generator))
     probabilities, tokens = probabilities.sort(descending=True)
-    probabilities[probabilities.cumsum(-1) - probabilities >= sampling.top_p] = 0.0
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities[1:][before[1:] >= sampling.top_p] = 0.0  # the first stays: top_p may be 0 in 32 bits
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])

@@ -42,9 +42,9 @@ class RowCounter:
     folder: Path
     fingerprint: str  # of the base's tokenizer and template: a changed template is loaded again
 
-    def __call__(self, messages: Sequence[Message]) -> int:
-        """Tokens of a row, its answer included."""
-        return _renderer(self.folder, self.fingerprint).count_row(messages)
+    def __call__(self, messages: Sequence[Message], most: int | None = None) -> int:
+        """Tokens of a row, its answer included. most: as `Renderer.count_row` has it."""
+        return _renderer(self.folder, self.fingerprint).count_row(messages, most)
 
 
 @lru_cache(maxsize=2)
@@ -89,6 +89,19 @@ class Renderer:
         """The tokenizer's control tokens as text; no row and no request may contain them."""
         return tuple(sorted({str(token) for token in self.tokenizer.all_special_tokens} - {""}))
 
+    @cached_property
+    def _longest_token(self) -> int:
+        """The most characters of text that one token stands for."""
+        return max(map(len, self.tokenizer.get_vocab()), default=1)
+
+    def least_tokens(self, messages: Sequence[Message]) -> int:
+        """A number of tokens that the messages have at least, without tokenising them, which takes seconds a megabyte.
+
+        Every turn has a token, and no token stands for more characters than the vocabulary's longest.
+        """
+        letters = sum(len(text) for message in messages for text in message.texts())
+        return max(len(messages), -(-letters // self._longest_token))
+
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a request, with the assistant's opening. Raises UsageError for messages that cannot be answered."""
         if not messages or messages[-1].role == "assistant":
@@ -104,7 +117,10 @@ class Renderer:
         tokens.
         """
         text = self._text(messages, opening=False)
-        encoded = self._encode(text)
+        return self._labelled(messages, text, self._encode(text), loss_on)
+
+    def _labelled(self, messages: Sequence[Message], text: str, encoded: Any, loss_on: LossOn) -> Rendered:
+        """A conversation that was laid out as text and encoded, as `conversation` returns it."""
         ids: list[int] = encoded.ids
         trained = [loss_on == "all" and place > 0 for place in range(len(ids))]
         for place, learned in _turns(messages, loss_on).items():
@@ -116,13 +132,28 @@ class Renderer:
             raise Refused("the conversation begins with two beginning-of-text tokens", where="chat_template")
         return Rendered(tuple(ids), tuple(trained))
 
-    def count_prompt(self, messages: Sequence[Message]) -> int:
-        """Tokens of a request, with the assistant's opening."""
-        return len(self.prompt(messages))
+    def count_prompt(self, messages: Sequence[Message], most: int | None = None) -> int:
+        """Tokens of a request, with the assistant's opening.
 
-    def count_row(self, messages: Sequence[Message]) -> int:
-        """Tokens of a training row, with its answer. Raises what `conversation` raises."""
-        return len(self.conversation(messages).ids)
+        most: where there are more, a number above it may be returned that there are at least. Text that cannot have so
+        few tokens is then not tokenised.
+        """
+        least = self.least_tokens(messages)
+        return least if most is not None and least > most else len(self.prompt(messages))
+
+    def count_row(self, messages: Sequence[Message], most: int | None = None) -> int:
+        """Tokens of a training row, with its answer. most: as in `count_prompt`.
+
+        Raises what `conversation` raises for a row of at most so many tokens.
+        """
+        least = self.least_tokens(messages)
+        if most is not None and least > most:
+            return least
+        text = self._text(messages, opening=False)
+        encoded = self._encode(text)
+        if most is None or len(encoded.ids) <= most:  # a row of many turns is laid out once for each of them
+            self._labelled(messages, text, encoded, "assistant")
+        return len(encoded.ids)
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer as the model would generate it, with the end token."""

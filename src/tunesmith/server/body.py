@@ -10,10 +10,13 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from tunesmith.evaluation.metrics.scorers import NotJson, read_json
+from tunesmith.server import limits
 from tunesmith.server.errors import ApiError, bad_request
 from tunesmith.server.settings import ServerSettings
 
 Body = TypeVar("Body", bound=BaseModel)
+# Of several errors, what a person should read first: others follow from these, such as "not text" for a long list.
+_TOLD_FIRST = {"extra_forbidden": 0, "too_long": 1, "string_too_long": 1}
 
 
 async def read_body(request: Request, model: type[Body], settings: ServerSettings) -> Body:
@@ -21,17 +24,33 @@ async def read_body(request: Request, model: type[Body], settings: ServerSetting
 
     JSON is read strictly: a repeated key, NaN, a lone surrogate and a field that the model does not have are errors.
     """
-    data = await _read(request, settings)
+    # In a thread, so that a large body does not keep the server from other requests' bytes.
+    return await asyncio.to_thread(_parsed, await _read(request, settings), model)
+
+
+def _parsed(data: bytes, model: type[Body]) -> Body:
     try:
         value = read_json(data.decode())
     except (NotJson, UnicodeDecodeError) as error:
         raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from error
+    if _more_values_than(limits.VALUES, value):
+        raise bad_request(f"The body has more than {limits.VALUES} JSON values.", code="too_many_values")
     if not isinstance(value, dict):
         raise bad_request("The body must be a JSON object.", code="invalid_json")
     try:
         return model.model_validate(value)
     except ValidationError as error:
         raise _told(error) from error
+
+
+def _more_values_than(most: int, value: Any) -> bool:
+    waiting, seen = [value], 1
+    while waiting and seen <= most:
+        one = waiting.pop()
+        inside = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        seen += len(inside)
+        waiting += inside if seen <= most else ()
+    return seen > most
 
 
 async def _read(request: Request, settings: ServerSettings) -> bytes:
@@ -64,14 +83,14 @@ async def _read(request: Request, settings: ServerSettings) -> bytes:
 def _told(error: ValidationError) -> ApiError:
     """The first of pydantic's errors, with the field named as OpenAI does: messages[0].content."""
     found = error.errors(include_url=False, include_context=False)
-    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    first = min(found, key=lambda one: _TOLD_FIRST.get(one["type"], len(_TOLD_FIRST)))
     path = _path(first["loc"])
     if first["type"] == "extra_forbidden":
         return bad_request(f"Unrecognized request argument supplied: {path}", path, code="unknown_parameter")
     if first["type"] == "missing":
         return bad_request(f"Missing required parameter: {path!r}.", path, code="missing_required_parameter")
-    said: Any = first["msg"].removeprefix("Value error, ")
-    return bad_request(f"Invalid {path!r}: {said}" if path else str(said), path or None)
+    said = first["msg"].removeprefix("Value error, ")
+    return bad_request(f"Invalid {path!r}: {said}" if path else said, path or None)
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
@@ -82,4 +101,4 @@ def _path(loc: tuple[int | str, ...]) -> str:
             path += f"[{part}]"
         elif part.isidentifier() and part not in ("str", "list"):
             path += f".{part}" if path else part
-    return path
+    return path[: limits.SHOWN]

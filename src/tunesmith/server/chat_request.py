@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
 
 from tunesmith.core.messages import Message
+from tunesmith.server import limits
 
-Number = Annotated[float, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Stop = Annotated[str, Field(min_length=1, max_length=limits.STOP)]
+MetadataKey = Annotated[str, Field(max_length=limits.METADATA_KEY)]
+MetadataText = Annotated[str, Field(max_length=limits.METADATA_TEXT)]
 
 
 class TextPart(BaseModel):
@@ -26,7 +30,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=limits.PARTS)]
 
     def plain(self) -> Message:
         """The message with its parts joined."""
@@ -65,8 +69,8 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Annotated[str, Field(min_length=1, max_length=200)]
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    model: Annotated[str, Field(min_length=1, max_length=limits.MODEL)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=limits.MESSAGES)]
     max_tokens: Annotated[StrictInt | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[StrictInt | None, Field(ge=1)] = None
     temperature: Annotated[Number | None, Field(ge=0, le=2)] = None
@@ -74,12 +78,12 @@ class ChatRequest(BaseModel):
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt | None, Field(ge=0, le=20)] = None
     seed: Annotated[StrictInt | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=limits.STOPS)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     n: StrictInt | None = None
-    user: Annotated[str | None, Field(max_length=512)] = None
-    metadata: dict[str, str] | None = None
+    user: Annotated[str | None, Field(max_length=limits.USER)] = None
+    metadata: Annotated[dict[MetadataKey, MetadataText], Field(max_length=limits.METADATA)] | None = None
     response_format: ResponseFormat | None = None
 
     @field_validator("messages")
@@ -89,12 +93,14 @@ class ChatRequest(BaseModel):
             raise ValueError("there is no user message to answer")
         return value
 
-    @field_validator("stop")
+    @field_validator("stop", mode="before")
     @classmethod
-    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
-        given = [value] if isinstance(value, str) else value or []
-        if len(given) > 4 or not all(given):
-            raise ValueError("at most 4 texts, none of them empty")
+    def _few_stops(cls, value: Any) -> Any:
+        """Refuse what pydantic would name by its union's members, and before it reads each item of a long list."""
+        given = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        few = len(given) <= limits.STOPS
+        if not few or not all(isinstance(one, str) and 0 < len(one) <= limits.STOP for one in given):
+            raise ValueError(f"at most {limits.STOPS} texts, each of 1 to {limits.STOP} characters")
         return value
 
     @field_validator("n")
@@ -104,11 +110,11 @@ class ChatRequest(BaseModel):
             raise ValueError("only one answer is given")
         return value
 
-    @field_validator("metadata")
+    @field_validator("metadata", mode="before")
     @classmethod
-    def _small(cls, value: dict[str, str] | None) -> dict[str, str] | None:
-        if value and (len(value) > 16 or any(len(key) > 64 or len(text) > 512 for key, text in value.items())):
-            raise ValueError("at most 16 pairs, keys of 64 and values of 512 characters")
+    def _small(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > limits.METADATA:
+            raise ValueError(f"at most {limits.METADATA} pairs")
         return value
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core.view import View
+from tunesmith.server import limits
 from tunesmith.server.body import read_body
 from tunesmith.server.chat import ID_PREFIX
 from tunesmith.server.errors import ApiError
@@ -40,10 +41,10 @@ class Feedback(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    request_id: Annotated[str, Field(min_length=1, max_length=80)]
-    expected: str | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=limits.REQUEST_ID)]
+    expected: Annotated[str, Field(max_length=limits.EXPECTED)] | None = None
     keep: bool = False
-    score: Annotated[dict[Metric, Score] | None, Field(min_length=1, max_length=16)] = None
+    score: Annotated[dict[Metric, Score] | None, Field(min_length=1, max_length=limits.SCORES)] = None
 
     @model_validator(mode="after")
     def _one_of(self) -> Feedback:

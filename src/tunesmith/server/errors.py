@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from tunesmith.server import limits
+
 
 class ErrorDetail(BaseModel):
     """What is wrong. param: the field of the request that is at fault; code: for programs to read."""
@@ -70,13 +72,13 @@ def forbidden(what: str) -> ApiError:
 
 def no_such_model(model: str) -> ApiError:
     """The same answer for a model that does not exist and one of another tenant or region."""
-    message = f"The model {model[:120]!r} does not exist or you do not have access to it."
+    message = f"The model {model[: limits.SHOWN]!r} does not exist or you do not have access to it."
     return ApiError(404, message, code="model_not_found", param="model")
 
 
 def not_available(model: str, why: str) -> ApiError:
     """A model that the caller may know about but that must not answer, and why."""
-    message = f"The model {model[:120]!r} is not available: {why}."
+    message = f"The model {model[: limits.SHOWN]!r} is not available: {why}."
     return ApiError(404, message, code="model_not_available", param="model")
 
 

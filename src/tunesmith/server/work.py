@@ -10,16 +10,17 @@ it, or, if the engine hangs, the coroutine that waited for it.
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.composing import PromptUsed
 from tunesmith.core.errors import TunesmithError, UsageError
-from tunesmith.core.messages import CountTokens
+from tunesmith.core.messages import CountTokens, Message
 from tunesmith.engines.protocol import Completion, Generation, Scored, Streamed
 from tunesmith.monitoring.features import request_features
 from tunesmith.server.chat_request import ChatRequest
@@ -30,6 +31,7 @@ from tunesmith.server.settings import ServerSettings
 from tunesmith.store.identities import User
 
 Event = Streamed | ApiError
+_CHARACTERS_A_TOKEN = 4  # a request with more has hardly ever so few tokens that it fits the context
 
 
 @dataclass(eq=False, slots=True)
@@ -197,8 +199,8 @@ class Worker:
         except ApiError as error:
             self._refuse(job, error)
         except Exception as error:  # noqa: BLE001 - tokeniser, index or engine: this request alone fails
-            if isinstance(error, UsageError) and error.where == "logprobs":  # this version's engine has none
-                self._refuse(job, bad_request(error.what, "logprobs"))
+            if (own := _own_fault(error)) is not None:
+                self._refuse(job, own)
                 return
             LOG.exception("the engine failed on request %s", job.id)
             self._fail(job, failed())
@@ -221,34 +223,38 @@ class Worker:
         """The engine's input. Raises ApiError 400 for a prompt that leaves no room for an answer."""
         request = job.request
         messages = request.conversation
+        room = answerer.responder.context_length
+        if answerer.asks_base and sum(len(message.content) for message in messages) > _CHARACTERS_A_TOKEN * room:
+            self._require_room(messages, room)  # before anything else reads so much text
+        generation = answerer.generation(
+            messages,
+            max_tokens=request.max_completion_tokens or request.max_tokens,
+            temperature=request.temperature or 0.0,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            seed=request.seed or 0,
+            stop=request.stops,
+            top_logprobs=request.scored,
+        )
+        job.prompt_tokens = self._require_room(generation.messages, room) if answerer.asks_base else 0
+        job.sources = answerer.composer.retrieved(messages).sources
+        job.prompt_used = answerer.composer.prompt_used(messages)
         try:
             job.features = request_features(messages, answerer.composer.nearest)
         except UsageError:  # the candidate has no dataset to compare the request with
             job.features = request_features(messages, None)
-        try:
-            generation = answerer.generation(
-                messages,
-                max_tokens=request.max_completion_tokens or request.max_tokens,
-                temperature=request.temperature or 0.0,
-                top_p=1.0 if request.top_p is None else request.top_p,
-                seed=request.seed or 0,
-                stop=request.stops,
-                top_logprobs=request.scored,
-            )
-            job.sources = answerer.composer.retrieved(messages).sources
-            job.prompt_used = answerer.composer.prompt_used(messages)
-            tokens = job.prompt_tokens = self._count_tokens(generation.messages) if answerer.asks_base else 0
-        except UsageError as error:
-            raise bad_request(error.what, "messages") from error
-        room = answerer.responder.context_length
-        if tokens >= room:
-            raise bad_request(
-                f"This model's maximum context length is {room} tokens. The prompt has {tokens}, including what the "
-                "released version adds to it, and leaves no room for an answer.",
-                "messages",
-                code="context_length_exceeded",
-            )
         return generation
+
+    def _require_room(self, messages: Sequence[Message], room: int) -> int:
+        """The prompt's tokens. Raises ApiError 400 where they leave no room for an answer."""
+        tokens = self._count_tokens(messages, room)
+        if tokens < room:
+            return tokens
+        raise bad_request(
+            f"This model's maximum context length is {room} tokens. The prompt has {tokens} or more, including what "
+            "the released version adds to it, and leaves no room for an answer.",
+            "messages",
+            code="context_length_exceeded",
+        )
 
     def _generate(self, job: Job, answerer: Answerer, generation: Generation) -> None:
         # Streamed, so that decoding stops at the next token when the client leaves.
@@ -288,3 +294,15 @@ class Worker:
         """Send an error that is not the arm's failure, so the request is not recorded."""
         if job.claim():
             job.send(error)
+
+
+def _own_fault(error: Exception) -> ApiError | None:
+    """The answer to an error that the request caused, whichever version answers it: it counts against no arm.
+
+    None for every other error, such as one of the version's schema.
+    """
+    field = re.match(r"\w+", error.where or "") if isinstance(error, UsageError) else None
+    if field is None or field[0] not in ChatRequest.model_fields:
+        return None
+    assert isinstance(error, UsageError)
+    return bad_request(error.what, error.where)

@@ -173,7 +173,7 @@ KILLED = """
     from tunesmith.data.building import shards
 
     shards.SHARD_BYTES = 4000
-    slow = lambda messages: time.sleep(0.05) or 1
+    slow = lambda messages, most: time.sleep(0.05) or 1
     build(Path(sys.argv[1]), runner=shards.LocalRunner(2), count_tokens=slow, max_tokens=9)
 """
 
@@ -201,4 +201,4 @@ def test_a_worker_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     write_jsonl(tmp_path / "rows.jsonl", many_rows(200))
     monkeypatch.setattr(shards, "SHARD_BYTES", 2000)
     with pytest.raises(TunesmithError, match="worker process died"):
-        build(tmp_path, runner=LocalRunner(2), count_tokens=lambda _messages: os._exit(9), max_tokens=9)
+        build(tmp_path, runner=LocalRunner(2), count_tokens=lambda _messages, _most: os._exit(9), max_tokens=9)

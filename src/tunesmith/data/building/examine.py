@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -193,18 +194,22 @@ class Examiner:
         """
         if self.rules.count_tokens is None or self.rules.max_tokens is None:
             return messages
-        length = self.rules.count_tokens(messages)
+        count, most = self.rules.count_tokens, self.rules.max_tokens
         frame = messages[:1] if messages[0].role == "system" else ()
         spoken = messages[len(frame) :]
-        while length > self.rules.max_tokens and self.settings.overlong == "truncate" and len(spoken) > 2:
-            spoken = spoken[2:]
-            length = self.rules.count_tokens((*frame, *spoken))
-        if length <= self.rules.max_tokens:
+        length = count(messages, most)
+        if length > most and self.settings.overlong == "truncate":
+            # Without more exchanges there are fewer tokens, so a search by halves finds how many must go.
+            exchanges = range((len(spoken) - 1) // 2 + 1)
+            gone = bisect_left(exchanges, True, lo=1, key=lambda n: count((*frame, *spoken[2 * n :]), most) <= most)
+            spoken = spoken[2 * min(gone, exchanges[-1]) :]
+            length = count((*frame, *spoken), most)
+        if length <= most:
             self.account.longest = max(self.account.longest, length)
             return (*frame, *spoken)
         if self.settings.overlong == "refuse":
             raise Refused(
-                f"the conversation has {length} tokens, and the limit is {self.rules.max_tokens}",
+                f"the conversation has {length} tokens or more, and the limit is {most}",
                 where=row.where,
                 fix="shorten it, or set data.overlong to drop or truncate",
             )

@@ -1,0 +1,19 @@
+"""The largest values of a request's fields. A larger one is refused with the field's name and the limit.
+
+They bound what one request costs, whatever it says. `ServerSettings` bounds the body as a whole.
+"""
+
+from __future__ import annotations
+
+VALUES = 20_000  # JSON values in one body: objects, lists, texts, numbers
+MODEL = 200  # characters of a model's name
+MESSAGES = 2048
+PARTS = 2048  # text parts of one message
+STOPS = 4  # as OpenAI's
+STOP = 256  # characters of one stop text
+USER = 512
+METADATA, METADATA_KEY, METADATA_TEXT = 16, 64, 512  # as OpenAI's
+EXPECTED = 16_384  # characters of an expected answer: some scorers compare each of its words with each of the answer's
+REQUEST_ID = 80
+SCORES = 16
+SHOWN = 120  # characters of a caller's own text that an error message repeats

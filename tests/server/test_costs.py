@@ -1,0 +1,231 @@
+"""What one request may cost: every field has a limit, and other callers are answered meanwhile."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.attack_table import Happened
+from tests.fabricate import NAME, OWNER, Scene
+from tests.server.conftest import HELLO, Served, running
+from tests.server.tiny_engine import TinyEngine
+from tunesmith.core.errors import UsageError
+from tunesmith.core.scope import Scope
+from tunesmith.registry.versions import Version
+from tunesmith.server import limits
+from tunesmith.store.identities import add_user, issue_token
+
+MIB = 1 << 20
+SECONDS = 8  # for an honest request meanwhile; without limits some of these hold it up for minutes
+
+
+@pytest.fixture
+def tiny(scene: Scene, versions: dict[int, Version], tmp_path: Path) -> Iterator[Served]:
+    """A server whose champion is answered by a tiny model."""
+    engine: Any = TinyEngine(scene.base, tmp_path / "tiny")
+    engine.gate = threading.Event()
+    with running(scene, engine) as server:
+        server.begin(versions[1])
+        server.ask()
+        yield server
+
+
+def neighbour(served: Served) -> str:
+    """The token of another tenant's user."""
+    store = served.scene.store
+    add_user(store, "neighbour", ["engineer"], actor=OWNER, scope=Scope("acme"))
+    return issue_token(store, "neighbour", actor=OWNER)
+
+
+def meanwhile(served: Served, attacks: list[Callable[[], httpx.Response]]) -> tuple[list[httpx.Response], float]:
+    """(answers to attacks sent together, the longest that another tenant's request took until they were answered)."""
+    token, worst = neighbour(served), 0.0
+    with ThreadPoolExecutor(len(attacks)) as pool, served.http(token) as http:
+        sent = [pool.submit(attack) for attack in attacks]
+        while True:
+            over = all(one.done() for one in sent)
+            began = time.monotonic()
+            body = {"model": NAME, "messages": HELLO, "max_tokens": 2}
+            assert http.post("/v1/chat/completions", json=body).status_code == 200
+            worst = max(worst, time.monotonic() - began)
+            if over:
+                return [one.result() for one in sent], worst
+
+
+def posting(served: Served, content: str, path: str = "/v1/chat/completions") -> Callable[[], httpx.Response]:
+    def post() -> httpx.Response:
+        with served.http() as http:
+            return http.post(path, content=content.encode())
+
+    return post
+
+
+def many(item: str, size: int = MIB - 4096) -> str:
+    """A JSON list of as many items as fit."""
+    return "[" + ",".join([item] * (size // (len(item) + 1))) + "]"
+
+
+def keys(size: int) -> str:
+    """An object with many keys, the last of which comes twice."""
+    return "{" + ",".join(f'"k{number}":1' for number in range(size)) + f',"k{size - 1}":1}}'
+
+
+def with_fields(**fields: Any) -> str:
+    return json.dumps({"model": NAME, "messages": HELLO, **fields})
+
+
+MESSAGES = '{"model": "home", "messages": %s}'
+PARTS = '{"model": "home", "messages": [{"role": "user", "content": %s}]}'
+# what is tried -> (body, what the refusal names)
+BODIES = {
+    "empty messages": (MESSAGES % many("{}"), "20000 JSON values"),
+    "wrong messages": (MESSAGES % many('{"role":1,"content":[1]}', 100_000), "at most 2048 items"),
+    "too many messages": (with_fields(messages=HELLO * (limits.MESSAGES + 1)), "at most 2048 items"),
+    "too many parts": (PARTS % many('{"type":"text","text":""}', 60_000), "at most 2048 items"),
+    "empty parts": (PARTS % many("{}"), "20000 JSON values"),
+    "lists in lists": (f'{{"a": {many("[" * 60 + "]" * 60)}}}', "20000 JSON values"),
+    "keys twice": (keys(90_000), "appears twice"),
+    "unknown keys": ("{" + ",".join(f'"k{n}":1' for n in range(19_000)) + "}", "Unrecognized request argument"),
+    "a long key": ('{"%s": 1}' % ("k" * (MIB - 99)), "Unrecognized request argument"),
+    "deep": ("[" * (MIB - 99), "not valid JSON"),
+    "a long number": ('{"seed": %s}' % ("9" * (MIB - 99)), "not valid JSON"),
+    "long stops": (with_fields(stop=["a" * 240_000] * 4), "at most 4 texts, each of 1 to 256 characters"),
+    "stop too long": (with_fields(stop="a" * 257), "at most 4 texts, each of 1 to 256 characters"),
+    "many stops": (with_fields(stop=["a"] * 200_000), "20000 JSON values"),
+    "stops": (with_fields(stop=["a"] * 5), "at most 4 texts"),
+    "a long model": (with_fields(model="m" * 201), "at most 200 characters"),
+    "a long user": (with_fields(user="u" * 513), "at most 512 characters"),
+    "many metadata": (with_fields(metadata={str(number): "" for number in range(17)}), "at most 16 pairs"),
+    "a long metadata key": (with_fields(metadata={"k" * 65: ""}), "at most 64 characters"),
+    "a long metadata text": (with_fields(metadata={"k": "t" * 513}), "at most 512 characters"),
+    "logprobs": (with_fields(logprobs=True, top_logprobs=21), "less than or equal to 20"),
+    "logit bias": (with_fields(logit_bias={str(number): 1 for number in range(9000)}), "Unrecognized"),
+    "a schema": (with_fields(response_format={"type": "json_schema", "json_schema": {}}), "Unrecognized"),
+}
+
+
+@pytest.mark.attack("serving", "fields whose cost grows faster than their size")
+@pytest.mark.parametrize("tried", BODIES)
+def test_each_field_has_a_limit_that_its_refusal_names(shared: Served, tried: str, happened: Happened) -> None:
+    content, named = BODIES[tried]
+    began = time.monotonic()
+    response = posting(shared, content)()
+    error = response.json()["error"]
+    assert (response.status_code, error["type"]) == (400, "invalid_request_error")
+    assert named in error["message"]
+    assert len(response.content) < 1000
+    assert time.monotonic() - began < 20
+    happened("refused, 400, with the limit")
+
+
+@pytest.mark.slow
+@pytest.mark.attack("serving", "hostile bodies sent together, next to another tenant")
+def test_hostile_bodies_do_not_hold_up_another_tenant(served: Served, happened: Happened) -> None:
+    attacks = [posting(served, content) for content, _ in BODIES.values()]
+    refused, worst = meanwhile(served, attacks)
+    assert {response.status_code for response in refused} == {400}
+    assert worst < SECONDS
+    happened("the other tenant answered within seconds", len(attacks))
+
+
+@pytest.mark.slow
+@pytest.mark.attack("serving", "stop texts and prompts at the limit, tiny model")
+def test_costly_requests_to_a_model_do_not_hold_up_another_tenant(tiny: Served, happened: Happened) -> None:
+    stops = ["a" * 255 + letter for letter in "abcd"]
+    long = [{"role": "user", "content": "x" * (MIB - 4096)}]
+    spaces = [{"role": "user", "content": " é" * (MIB // 8)}]
+    turns = [{"role": "user", "content": ""}] * limits.MESSAGES
+    within = [posting(tiny, with_fields(stop=stops, temperature=2.0, seed=seed)) for seed in range(4)]
+    beyond = [posting(tiny, with_fields(messages=one)) for one in (long, spaces, turns) for _ in range(4)]
+    answers, worst = meanwhile(tiny, [*within, *beyond])
+    assert [response.status_code for response in answers] == [200] * 4 + [400] * 12
+    assert {response.json()["error"]["code"] for response in answers[4:]} == {"context_length_exceeded"}
+    assert worst < SECONDS
+    assert {row.ok for row in tiny.rows()} == {True}
+    happened("answered or refused; the other tenant in seconds", len(answers))
+
+
+@pytest.mark.attack("serving", "a prompt of 1 MiB: refused before it is tokenised")
+def test_text_that_cannot_fit_is_not_tokenised(tiny: Served, monkeypatch: Any, happened: Happened) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("tokenised")
+
+    engine: Any = tiny.engine
+    monkeypatch.setattr(engine.native._renderer, "_encode", never)
+    response = tiny.post(messages=[{"role": "user", "content": "x" * (MIB - 4096)}])
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
+    happened("refused, 400")
+
+
+@pytest.mark.attack("serving", "an expected answer that scorers would take long over")
+def test_feedback_texts_have_a_limit(served: Served, happened: Happened) -> None:
+    identifier = served.ask().id
+    body = {"request_id": identifier, "expected": "a " * (limits.EXPECTED // 2) + "b"}
+    response = posting(served, json.dumps(body), "/api/feedback")()
+    assert response.status_code == 400
+    assert f"at most {limits.EXPECTED} characters" in response.json()["error"]["message"]
+    happened("refused, 400, with the limit")
+
+
+# Parameters at their ends
+
+
+ENDS: list[dict[str, Any]] = [
+    *({"temperature": 1.0, "top_p": top_p} for top_p in (1e-300, 5e-324, 1e-45, 1e-7, 0.999999999999, 1.0)),
+    *({"temperature": temperature} for temperature in (5e-324, 1e-310, 1e-45, 1e-9, 2.0)),
+    *({"temperature": 1.0, "seed": seed} for seed in (-(2**63), -1, 2**63 - 1)),
+    *({"max_tokens": most} for most in (1, 2**31, 2**63, 10**300)),
+    {"logprobs": True, "top_logprobs": 20, "temperature": 2.0, "top_p": 5e-324},
+]
+REFUSED = (
+    '"top_p": 0', '"top_p": -1e-300', '"top_p": 1.0000001', '"top_p": NaN', '"top_p": Infinity', '"top_p": 1e999',
+    '"temperature": NaN', '"temperature": -Infinity', '"temperature": 1e400', '"temperature": -5e-324',
+    '"seed": 9223372036854775808', '"seed": -9223372036854775809', '"seed": 1.5', '"seed": 1e30',
+    '"max_tokens": 0', '"max_tokens": -1', '"max_tokens": 1e3', '"logit_bias": {"1": 1e300}',
+    '"top_logprobs": 1e300',
+)  # fmt: skip
+
+
+@pytest.mark.attack("rollout", "parameters that make the engine fail, against an arm")
+def test_parameters_at_their_ends_are_answered(tiny: Served, happened: Happened) -> None:
+    for end in ENDS:
+        response = tiny.post(**{"max_tokens": 3, **end})
+        assert response.status_code == 200, (end, response.text)
+    assert {row.ok for row in tiny.rows()} == {True}
+    happened("answered", len(ENDS))
+
+
+@pytest.mark.attack("rollout", "parameters that make the engine fail, against an arm")
+def test_requests_own_errors_count_against_no_arm(tiny: Served, happened: Happened) -> None:
+    before = len(tiny.rows())
+    control = tiny.engine.native._renderer.special_tokens[0]  # type: ignore[attr-defined]
+    own = [
+        with_fields(messages=[*HELLO, {"role": "assistant", "content": "on"}]),
+        with_fields(messages=[{"role": "user", "content": f"x{control}y"}]),
+        with_fields(messages=[{"role": "user", "content": "turn on " * 2000}]),
+        *(f"{with_fields()[:-1]}, {field}}}" for field in REFUSED),
+    ]
+    for content in own:
+        for more in ('"stream": false', '"stream": true'):
+            response = posting(tiny, content[:-1] + f", {more}}}")()
+            assert response.status_code == 400, content[:200]
+            assert response.json()["error"]["type"] == "invalid_request_error"
+    assert len(tiny.rows()) == before
+    happened("refused, 400, and not recorded", 2 * len(own))
+
+
+def test_a_versions_own_error_counts_against_its_arm(served: Served) -> None:
+    def unsupported(_request: Any, _adapter: Any) -> str:
+        raise UsageError("answers cannot be held to this schema", where="task.schema")
+
+    served.engine.answer = unsupported
+    assert served.post().status_code == 500
+    assert [row.ok for row in served.rows()] == [False]

@@ -1,0 +1,32 @@
+"""The native engine on a tiny random model, in the place of the fabricated base whose adapters a scene releases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.tiny import write_model
+from tunesmith.engines.native.engine import NativeEngine
+from tunesmith.engines.protocol import Generation, Streamed
+from tunesmith.models.base import resolve_base
+from tunesmith.store.store import Store
+
+
+class TinyEngine:
+    """Implements what a server needs of engines.protocol.Engine. base: the digest it says it runs."""
+
+    def __init__(self, base: str, folder: Path) -> None:
+        write_model(folder / "m")
+        self.native = NativeEngine(resolve_base(Store(folder / "store"), "m", folder))
+        self.base, self.context_length = base, self.native.context_length
+        self.count_tokens = self.native._renderer.count_prompt
+        self._loaded: set[str] = set()
+
+    def load_adapter(self, name: str, _folder: Path) -> None:
+        self._loaded.add(name)
+
+    def holds(self, name: str) -> bool:
+        return name in self._loaded
+
+    def stream(self, request: Generation, _adapter: str | None = None) -> Iterator[Streamed]:
+        return self.native.stream(request)
