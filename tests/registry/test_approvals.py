@@ -26,7 +26,8 @@ from tunesmith.store import audit, database, identities
 from tunesmith.store.audit import Head
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AuditRow, RecallRow, UserRow
+from tunesmith.store.tables import AuditRow, KeyRow, RecallRow, UserRow
+from tunesmith.store.trust import signature_entry
 
 
 def put_approval(store: Store, version: Version, approval: Approval, envelope: bytes, *, logged: bool = True) -> str:
@@ -37,9 +38,10 @@ def put_approval(store: Store, version: Version, approval: Approval, envelope: b
         blobs={ENVELOPE: store.put_bytes(envelope)},
         body=approval.model_dump(mode="json"),
     )
-    detail = {"approval": record.digest}
     if not logged:
         return store.put_record(record)
+    key = identities.get_user(store, approval.approver).fingerprint or ""
+    detail = signature_entry(key, record.digest)
     with store.change(approval.approver, "version.approve", version.digest, detail) as session:
         return store.put_record(record, session)
 
@@ -185,16 +187,16 @@ def test_without_the_role_nobody_approves(store: Store, version: Version) -> Non
 
 
 def test_one_person_with_two_accounts_cannot_use_one_key(store: Store, version: Version) -> None:
+    public = identities.get_user(store, "olive").keys[0].public_key
     with pytest.raises(Refused, match="this key is olive's"):
-        keys.enrol_public_key(store, "ann", identities.get_user(store, "olive").public_key.encode(), actor="ann")
-    # Nor by writing the users table: the key that signed is compared, not only the name.
+        keys.enrol_public_key(store, "ann", public.encode(), actor="ann")
+    # Nor by writing the table of keys: the owner that the release states is compared.
     with database.writing(store.engine) as session:
-        public = identities.get_user(store, "olive").public_key
-        session.execute(update(UserRow).where(UserRow.name == "ann").values(public_key=public))
+        session.execute(update(KeyRow).values(user="ann"))
     os.link(store.root / "keys" / "olive.pem", store.root / "keys" / "ann.pem")
     with pytest.raises(Refused):
         approve(store, version, approver="ann")
-    assert any("user ann differs" in problem for problem in verify_log(store))
+    assert any("user ann differs" in problem and "keys" in problem for problem in verify_log(store))
 
 
 def test_a_role_taken_away_takes_the_approval_with_it(store: Store, version: Version) -> None:

@@ -134,9 +134,13 @@ def test_keys_are_made_enrolled_and_listed(store: Store, tmp_path: Path) -> None
     assert document(store, "keys", "list")["keys"] == [
         {
             "user": "olive",
+            "label": "key-1",
             "fingerprint": made["fingerprint"],
             "roles": ["admin", "engineer"],
             "active": True,
+            "status": "active",
+            "enrolled": 4,
+            "until": None,
             "private": True,
         }
     ]

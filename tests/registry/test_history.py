@@ -69,7 +69,6 @@ def test_a_head_kept_elsewhere_shows_a_missing_newest_entry(store: Store, versio
     [
         ({"roles": ["admin", "approver"]}, "roles"),
         ({"token_digest": "sha256:" + "0" * 64}, "token"),
-        ({"public_key": "mine"}, "fingerprint"),
         ({"tenant": "acme"}, "tenant"),
         ({"active": False}, "active"),
     ],
@@ -84,8 +83,8 @@ def test_a_user_changed_behind_the_logs_back_shows(
 
 def test_rows_slipped_in_or_taken_out_show(store: Store, version: Version) -> None:
     with database.writing(store.engine) as session:
-        session.add(UserRow(name="mallory", roles=["admin"], public_key="", tenant="", region="", active=True))
-        session.add(VersionRow(name="intents", number=9, digest="sha256:" + "0" * 64, tenant="", region=""))
+        session.add(UserRow(name="mallory", roles=["admin"], tenant="", region="", active=True))
+        session.add(VersionRow(name="intents", number=9, digest="sha256:" + "0" * 64, key=""))
         session.execute(delete(UserRow).where(UserRow.name == "ann"))
     assert verify_log(store) == [
         "user ann is in the log but not in the database",

@@ -8,12 +8,16 @@ import threading
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from sqlalchemy import select
 
+from tests.attack_table import Happened
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.store import database, identities
-from tunesmith.store.identities import ACTIONS, ROLES
+from tunesmith.services import users
+from tunesmith.store import database, identities, user_keys
+from tunesmith.store.roles import ACTIONS, ROLES
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, UserRow
 
@@ -158,7 +162,7 @@ def test_a_deactivated_user_does_nothing_any_more(team: Store) -> None:
         lambda: identities.require(team, "the-operator", "model.use"),
         lambda: identities.issue_token(team, "the-operator", actor="the-operator"),
         lambda: identities.issue_token(team, "the-operator", actor="olive"),
-        lambda: identities.enrol_key(team, "the-operator", "key", actor="the-operator"),
+        lambda: user_keys.enrol_key(team, "the-operator", "key", actor="the-operator"),
     ):
         with pytest.raises(Refused, match="deactivated"):
             change()
@@ -230,7 +234,7 @@ def test_no_error_quotes_a_token(team: Store) -> None:
 
 def test_the_list_of_trusted_keys_follows_every_change(team: Store) -> None:
     path = team.root / "trust" / "keys.json"
-    identities.enrol_key(team, "the-approver", "-----BEGIN PUBLIC KEY-----\n", actor="olive")
+    user_keys.enrol_key(team, "the-approver", "-----BEGIN PUBLIC KEY-----\n", actor="olive")
     identities.set_roles(team, "the-approver", ["approver", "steward"], actor="olive")
     [listed] = json.loads(path.read_bytes())
     assert (listed["user"], listed["roles"], listed["active"]) == ("the-approver", ["approver", "steward"], True)
@@ -242,9 +246,65 @@ def test_the_list_of_trusted_keys_follows_every_change(team: Store) -> None:
 
 
 def test_a_published_list_that_was_lost_is_written_again(team: Store, tmp_path: Path) -> None:
-    identities.enrol_key(team, "the-approver", "key", actor="olive")
+    user_keys.enrol_key(team, "the-approver", "key", actor="olive")
     path = team.root / "trust" / "keys.json"
     whole = path.read_bytes()
     path.unlink()
     identities.publish_trust(team)
     assert path.read_bytes() == whole
+
+
+@pytest.mark.attack("people", "a user takes a name that stands for the system")
+def test_names_of_automatic_actors_are_reserved(team: Store, happened: Happened) -> None:
+    names = ("controller", "contr0ller", "control1er", "con-troller", "rollout_controller", "system", "sy.stem",
+             "tunesrnith", "tunesmith", "server")  # fmt: skip
+    for name in names:
+        with pytest.raises(UsageError, match="is reserved"):
+            identities.add_user(team, name, ["engineer"], actor="olive")
+    happened("refused", len(names))
+
+
+@pytest.mark.attack("people", "a user takes a name that looks like another's")
+def test_twins_of_a_users_name_are_refused(team: Store, happened: Happened) -> None:
+    identities.add_user(team, "wilma", ["engineer"], actor="olive")
+    twins = ("0live", "o1ive", "ol.ive", "olive-", "vvilma", "wilrna", "the_admin", "theadmin")
+    others = ("Olive", "OLIVE", "оlive", "ｏlive", "oli\u200bve", "olivé", "the\u2010admin", "ﬁsh", "olıve")
+    for name in (*twins, *others):
+        with pytest.raises(UsageError, match="looks like the user" if name in twins else "is not a user name"):
+            identities.add_user(team, name, ["engineer"], actor="olive")
+    happened("refused", len(twins) + len(others))
+
+
+@pytest.mark.parametrize("login", ["controller", "SYSTEM"])
+def test_an_operating_systems_name_that_is_reserved_is_not_the_owners(
+    store: Store, monkeypatch: pytest.MonkeyPatch, login: str
+) -> None:
+    monkeypatch.setattr(getpass, "getuser", lambda: login)
+    monkeypatch.setenv("TUNESMITH_USER", login.lower())
+    with pytest.raises(UsageError, match="reserved"):
+        identities.ensure_owner(store)
+    monkeypatch.delenv("TUNESMITH_USER")
+    assert identities.ensure_owner(store).name == "owner"
+
+
+@pytest.mark.attack("people", "a user is added with a key that is refused")
+def test_a_refused_key_leaves_no_user_behind(team: Store, tmp_path: Path, happened: Happened) -> None:
+    users.enrol_key(team, "the-approver", public_key(tmp_path / "a.pem"), actor="olive")
+    (tmp_path / "b.pem").write_text("no key")
+    before = details(team)
+    for file, error in (("a.pem", Refused), ("b.pem", UsageError)):
+        with pytest.raises(error):
+            users.add_user(team, "eve", ["engineer"], actor="olive", public_key=tmp_path / file)
+    assert details(team) == before
+    with pytest.raises(UsageError, match="no user eve"):
+        identities.get_user(team, "eve")
+    happened("no user, no entry", 2)
+    added = users.add_user(team, "eve", ["engineer"], actor="olive", public_key=public_key(tmp_path / "c.pem"))
+    assert added.fingerprint is not None
+    assert (team.root / "trust" / "eve.pem").read_text() == (tmp_path / "c.pem").read_text()
+
+
+def public_key(path: Path) -> Path:
+    public = ec.generate_private_key(ec.SECP256R1()).public_key()
+    path.write_bytes(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return path

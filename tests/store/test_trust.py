@@ -41,7 +41,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         canonical([key("ann").model_dump(mode="json"), key("ann", "x").model_dump(mode="json")]),
         canonical([key("ann", "x").model_dump(mode="json"), key("bob", "x").model_dump(mode="json")]),
     ],
-    ids=["empty", "object", "null", "bytes", "deep", "parts", "other fingerprint", "more", "user twice", "key twice"],
+    ids=["empty", "object", "null", "bytes", "deep", "parts", "other fingerprint", "more", "label twice", "key twice"],
 )
 def test_a_broken_or_ambiguous_key_list_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "keys.json"

@@ -13,10 +13,12 @@ from tunesmith.core.scope import Scope
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.users import KeyList, UserList, UserView
+    from tunesmith.services.users import EndedKey, EnrolledKey, KeyList, UserList, UserView
 
 Name = Annotated[str, typer.Argument(metavar="USER", help="The user's name.")]
 Roles = Annotated[list[str], typer.Option("--role", help="engineer, steward, approver, operator or admin; repeatable.")]
+Label = Annotated[str | None, typer.Option("--label", help="The new key's name; by default key-1, key-2 and so on.")]
+Given = Annotated[str, typer.Argument(metavar="LABEL", help="The key's name, as `tunesmith keys list` shows it.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +27,7 @@ def register(app: typer.Typer) -> None:
     add_commands(users, add, roles, deactivate, token, list=list_users)
     app.add_typer(users, name="users")
     keys = typer.Typer(help="The keys that versions and approvals are signed with.", no_args_is_help=True)
-    add_commands(keys, create, enrol, list=list_keys)
+    add_commands(keys, create, enrol, retire, revoke, list=list_keys)
     app.add_typer(keys, name="keys")
 
 
@@ -82,7 +84,7 @@ def token(here: Acting, name: Name) -> None:
 
 
 def list_keys(here: Here) -> None:
-    """List every enrolled key, and whether its private half is on this machine."""
+    """List every key, retired and revoked ones included, and whether its private half is on this machine."""
     from tunesmith.services import users
 
     here.emit(users.list_keys(here.store), _draw_keys)
@@ -91,23 +93,74 @@ def list_keys(here: Here) -> None:
 def create(
     here: Acting,
     name: Annotated[str | None, typer.Argument(metavar="[USER]", help="Whose key; by default your own.")] = None,
+    label: Label = None,
 ) -> None:
-    """Make a key pair. The private half stays in $TUNESMITH_KEYS, or else in the store's keys folder."""
+    """Make a key pair. The private half stays in $TUNESMITH_KEYS, or else in the store's keys folder.
+
+    A second key replaces the first one: retire the old one afterwards. You need an old private key, or an admin.
+    """
     from tunesmith.services import users
 
-    user, private_key = users.create_key(here.store, name, actor=here.actor)
-    say(f"the private key is {private_key}; keep it secret and keep a copy")
-    here.emit(user, printed(f"{user.user} signs with {user.fingerprint}"))
+    made = users.create_key(here.store, name, label=label, actor=here.actor)
+    say(f"the private key is {made.path}; keep it secret and keep a copy")
+    here.emit(made, _print_enrolled)
 
 
 def enrol(
-    here: Acting, name: Name, file: Annotated[Path, typer.Argument(metavar="FILE", help="A public key, PEM, EC P-256.")]
+    here: Acting,
+    name: Name,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A public key, PEM, EC P-256.")],
+    label: Label = None,
 ) -> None:
     """Bind a public key that was made elsewhere to a user, so that only its owner can sign as that user."""
     from tunesmith.services import users
 
-    user = users.enrol_key(here.store, name, file, actor=here.actor)
-    here.emit(user, printed(f"{name} signs with {user.fingerprint}"))
+    here.emit(users.enrol_key(here.store, name, file, label=label, actor=here.actor), _print_enrolled)
+
+
+def retire(here: Acting, name: Name, label: Given) -> None:
+    """End the use of a key. What it signed before keeps counting; what it signs from now on does not."""
+    from tunesmith.services import users
+
+    here.emit(users.retire_key(here.store, name, label, actor=here.actor), _print_ended)
+
+
+def revoke(
+    here: Acting,
+    name: Name,
+    label: Given,
+    since: Annotated[
+        str,
+        typer.Option(
+            "--since",
+            metavar="TIME|ENTRY",
+            help="Since when it may be stolen: ISO 8601 with a time zone, or the number of an entry of the audit log.",
+        ),
+    ],
+) -> None:
+    """Revoke a stolen key. What the audit log recorded of it since then does not count. Only an admin may."""
+    from tunesmith.services import users
+
+    here.emit(users.revoke_key(here.store, name, label, since=since, actor=here.actor), _print_ended)
+
+
+def _print_enrolled(console: Console, made: EnrolledKey) -> None:
+    printed(f"{made.user} signs with {made.label}: {made.fingerprint}")(console, made)
+
+
+def _print_ended(console: Console, ended: EndedKey) -> None:
+    printed(f"the key {ended.label} of {ended.user} is {ended.status} from audit entry {ended.until} on")(
+        console, ended
+    )
+    for what, labels in (
+        ("revoked too, as it was enrolled with a stolen key", ended.also_revoked),
+        ("no longer signed", ended.invalidated),
+        ("an approval no longer counts", ended.unapproved),
+    ):
+        if labels:
+            say(f"{what}: {', '.join(labels)}")
+    if ended.invalidated or ended.unapproved:
+        say("`tunesmith register` and `tunesmith approve` with an active key sign them again")
 
 
 def _warn(user: UserView) -> None:
@@ -122,5 +175,5 @@ def _draw_users(console: Console, found: UserList) -> None:
 
 
 def _draw_keys(console: Console, found: KeyList) -> None:
-    rows = ((key.user, key.fingerprint, key.active, key.private) for key in found.keys)
-    draw_table(console, rows, "user", "fingerprint", "active", "private")
+    rows = ((key.user, key.label, key.fingerprint, key.status, key.until or "", key.private) for key in found.keys)
+    draw_table(console, rows, "user", "label", "fingerprint", "status", "until entry", "private")

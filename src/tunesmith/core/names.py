@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from tunesmith.core.errors import UsageError
 
@@ -16,3 +17,36 @@ def check_name(text: str, what: str) -> str:
     if not _NAME.fullmatch(text) or ".." in text:
         raise UsageError(f"{text[:80]!r} is not a {what}", fix=_RULE)
     return text
+
+
+# The rollout's controller acts under this name in the audit log when no person does.
+CONTROLLER = "controller"
+# Names that no user may have: a reader of the log would take a person for the system.
+_AUTOMATIC = (CONTROLLER, "rollout-controller", "tunesmith", "system", "server", "scheduler", "automatic")
+_ALIKE = (("rn", "m"), ("vv", "w"))
+
+
+def check_new_name(name: str, taken: Iterable[str]) -> str:
+    """The name as given, for a new user. Raises UsageError if it is reserved or looks like one that is taken.
+
+    Letters that are not ASCII are refused by check_name. This refuses what is left: `0` for `o`, `1` for `l`, `rn` for
+    `m`, and names that differ only in separators.
+    """
+    for other in _AUTOMATIC:
+        if _looks(name) == _looks(other):
+            raise UsageError(f"{name} is reserved: {other} stands for the system in the audit log", fix=_OTHER)
+    for other in taken:
+        if _looks(name) == _looks(other):
+            raise UsageError(f"{name} looks like the user {other}", fix=_OTHER)
+    return name
+
+
+_OTHER = "choose another name"
+
+
+def _looks(name: str) -> str:
+    """The same text for names that a person may confuse (after Unicode's confusables, for the characters allowed)."""
+    plain = re.sub(r"[._-]", "", name).translate(str.maketrans("01", "ol"))
+    for pair, letter in _ALIKE:
+        plain = plain.replace(pair, letter)
+    return plain

@@ -35,7 +35,7 @@ from tunesmith.store.audit import Head
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, EdgeRow, RecordRow
-from tunesmith.store.trust import TrustedKey
+from tunesmith.store.trust import TrustedKey, signature_entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +118,10 @@ def submit_approval(store: Store, envelope: bytes) -> RecordedApproval:
     with store.change(key.user, "version.approve", version.digest, detail) as session:
         # In this transaction: a role that was taken away since then counts.
         identities.require(session, key.user, "version.approve", scope=version.scope)
+        read_approval(record, envelope, version, signer, identities.trusted_keys(session))
         _check_known(session, approval.audit)
         store.put_record(record, session)
-        detail["approval"] = record.digest
+        detail |= signature_entry(key.fingerprint, record.digest)
     return RecordedApproval(record.digest, approval)
 
 
@@ -188,7 +189,7 @@ def _counting(
     )
     # A record whose transaction was killed is in the store without an audit entry: it does not count.
     entries = select(AuditRow).where(AuditRow.action == "version.approve", AuditRow.subject == version.digest)
-    logged = {row.detail.get("approval") for row in session.scalars(entries)}
+    logged = {row.detail.get("signature", {}).get("digest") for row in session.scalars(entries)}
     trusted = identities.trusted_keys(session)
     counting, reasons = [], []
     for digest in session.scalars(query):

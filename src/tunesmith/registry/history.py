@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_file, short
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.registry.signing.attestations import key_statement, open_envelope
 from tunesmith.registry.signing.signatures import RELEASE
 from tunesmith.store import audit, database, identities
 from tunesmith.store.audit import Head, Pin
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, UserRow, VersionRow
+from tunesmith.store.tables import AliasRow, AuditRow, UserRow, VersionRow
 
 State = dict[tuple[str, ...], Mapping[str, Any]]
 
@@ -40,7 +41,27 @@ def verify_log(store: Store, heads: Iterable[Head] = ()) -> list[str]:
         problems += audit.verify(session, pins)
         if not problems:
             problems += _differences(_replay(session), _actual(session))
+            problems += _unproven(session)
     return problems
+
+
+def lost_signatures(store: Store, fingerprints: Collection[str]) -> tuple[list[str], list[str]]:
+    """Labels of the versions that were signed, and of those approved, with one of these keys after its end."""
+    with database.reading(store.engine) as session:
+        keys = {key.fingerprint: key for key in identities.trusted_keys(session) if key.fingerprint in fingerprints}
+        entries = select(AuditRow).where(AuditRow.action.in_(("version.register", "version.approve")))
+        labels: dict[str, str] = {}
+        lost: dict[str, list[str]] = {"version.register": [], "version.approve": []}
+        for row in session.scalars(entries.order_by(AuditRow.seq)):
+            signature = row.detail.get("signature", {})
+            if row.action == "version.register":
+                version = row.detail["version"]
+                labels[version["digest"]] = f"{version['name']}@v{version['number']}"
+            key = keys.get(signature.get("key"))
+            if key is not None and not key.counts_for(signature["digest"]):
+                subject = signature["digest"] if row.action == "version.register" else row.subject
+                lost[row.action].append(labels.get(subject, subject))
+    return lost["version.register"], lost["version.approve"]
 
 
 def _signed_with_head(store: Store) -> list[tuple[str, str]]:
@@ -52,6 +73,26 @@ def _signed_with_head(store: Store) -> list[tuple[str, str]]:
     versions.update(store.records_of("version"))
     approvals = store.records_of("approval")
     return [("version", digest) for digest in sorted(versions)] + [("approval", digest) for digest in approvals]
+
+
+def _unproven(session: Session) -> list[str]:
+    """The changes of keys whose proof is not a signature by another key of that user."""
+    keys = identities.trusted_keys(session)
+    problems = []
+    changes = select(AuditRow).where(AuditRow.action.in_(("user.key", "user.key.retire"))).order_by(AuditRow.seq)
+    for row in session.scalars(changes):
+        detail = row.detail
+        if "proof" not in detail:
+            continue
+        try:
+            statement, key = open_envelope(str(detail["proof"]).encode(), keys, f"entry {row.seq}")
+        except Refused as error:
+            problems.append(f"the proof in entry {row.seq} does not hold: {error.what}")
+            continue
+        expected = key_statement(row.subject, row.action, str(detail.get("label")), str(detail.get("key")))
+        if key.user != row.subject or statement != expected:
+            problems.append(f"the proof in entry {row.seq} is not of this change of a key of {row.subject}")
+    return problems
 
 
 def _replay(session: Session) -> State:
@@ -82,6 +123,7 @@ def _actual(session: Session) -> State:
             "tenant": version.tenant,
             "region": version.region,
             "digest": version.digest,
+            "key": version.key,
         }
     for alias in session.scalars(select(AliasRow)):
         found["alias", f"{alias.name}@{alias.alias} for {alias.tenant}/{alias.region}"] = {

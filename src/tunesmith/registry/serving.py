@@ -6,6 +6,7 @@ Files are checked when a version is opened: `versions.open_release` checks its s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,11 +17,11 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
 from tunesmith.registry.signing.attestations import check_approver
 from tunesmith.registry.signing.release import Version, check_expiry, check_signer
-from tunesmith.registry.signing.signatures import Expired, Untrusted
+from tunesmith.registry.signing.signatures import Expired, Untrusted, check_in_time
 from tunesmith.store.identities import require, trusted_keys
 from tunesmith.store.recalls import recalled
 from tunesmith.store.tables import AuditRow, VersionRow
-from tunesmith.store.trust import TrustedKey
+from tunesmith.store.trust import TrustedKey, find_key
 
 Reason = Literal["unknown", "wrong_scope", "recalled", "expired", "signer", "not_approved", "override"]
 
@@ -94,7 +95,7 @@ def may_load(session: Session, version: Version, scope: Scope = Scope()) -> Perm
     except Refused as error:
         return Permission("expired", error.what, error.fix)
     try:
-        check_signer(version, _key_of(session, version.signer))
+        check_signer(version, _key(trusted_keys(session), row.key, version.signer))
     except Refused as error:
         return Permission("signer", f"has no trusted signature: {error.what}", error.fix)
     return GRANTED
@@ -102,24 +103,29 @@ def may_load(session: Session, version: Version, scope: Scope = Scope()) -> Perm
 
 def _approved(session: Session, version: Version) -> Permission:
     """Whether the audit log has an approval of the version by a user who may approve it today."""
-    signer = _key_of(session, version.signer)
-    entries = select(AuditRow.actor).where(AuditRow.subject == version.digest, AuditRow.action == "version.approve")
+    keys = trusted_keys(session)
+    signed_with = select(VersionRow.key).where(VersionRow.digest == version.digest)
+    signer = _key(keys, session.scalars(signed_with).one(), version.signer)
+    entries = select(AuditRow).where(AuditRow.subject == version.digest, AuditRow.action == "version.approve")
     problems = []
-    for approver in session.scalars(entries.distinct().order_by(AuditRow.actor)):
+    for entry in session.scalars(entries.order_by(AuditRow.seq)):
+        signature = entry.detail.get("signature", {})
         try:
-            check_approver(version, signer, _key_of(session, approver))
+            approver = _key(keys, signature.get("key", ""), entry.actor)
+            check_approver(version, signer, approver)
+            check_in_time(approver, signature["digest"], version.label)
         except Untrusted as error:
             problems.append(error.what)
         else:
             return GRANTED
-    message = "is not approved" + (f": {'; '.join(problems)}" if problems else "")
+    message = "is not approved" + (f": {'; '.join(dict.fromkeys(problems))}" if problems else "")
     return Permission(
         "not_approved", message, f"ask a second person to run: tunesmith approve {version.label} --as NAME"
     )
 
 
-def _key_of(session: Session, user: str) -> TrustedKey:
-    for key in trusted_keys(session):
-        if key.user == user:
-            return key
-    raise Untrusted(f"{user} has no key", fix="run `tunesmith audit verify`")
+def _key(keys: Sequence[TrustedKey], fingerprint: str, user: str) -> TrustedKey:
+    key = find_key(keys, fingerprint)
+    if key is None or key.user != user:
+        raise Untrusted(f"{user} does not have the key that signed", fix="run `tunesmith audit verify`")
+    return key

@@ -46,6 +46,7 @@ from tunesmith.store.recalls import recalled
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 from tunesmith.store.tables import VersionRow
+from tunesmith.store.trust import signature_entry
 
 _ASIDE = "registering-"
 _RESTORE = "restore the file from a backup"
@@ -138,13 +139,15 @@ def _register(store: Store, plan: _Plan, signer: User, before: set[int]) -> Vers
             identities.require(session, signer.name, "version.register", scope=plan.scope)
             for leftover in _work(store).glob(f"{_ASIDE}*"):  # only of ended processes: writers take turns
                 shutil.rmtree(leftover, ignore_errors=True)
-            record = _carry_on(store, session, plan, signer)
-            if record is None:
-                record, made = _make(store, session, plan, signer, private_key)
-            version, _ = read_version(record, plan.name)
-            place = {"name": plan.name, "number": version.number, **plan.scope.fields()}
-            session.add(VersionRow(**place, digest=version.digest))
-            detail |= {"version": {**place, "digest": version.digest}, "verdict": version.verdict}
+            release = _carry_on(store, session, plan, signer)
+            if release is None:
+                release = _make(store, session, plan, signer, private_key)
+                made = release.version.number
+            version, key = release.version, release.signer.fingerprint
+            row = {"name": plan.name, "number": version.number, **plan.scope.fields(), "digest": version.digest}
+            row["key"] = key
+            session.add(VersionRow(**row))
+            detail |= {"version": row, "verdict": version.verdict, **signature_entry(key, version.digest)}
             detail |= {"override": version.override, "expires_at": version.expires_at}
     except BaseException:
         # Without a row, the signed folder must not stay. After a commit the row exists.
@@ -292,8 +295,8 @@ def _find_registered(store: Store, plan: _Plan) -> Version | None:
     return None
 
 
-def _carry_on(store: Store, session: Session, plan: _Plan, signer: User) -> Record | None:
-    """The record of a signed folder that has no database row because its process was killed."""
+def _carry_on(store: Store, session: Session, plan: _Plan, signer: User) -> Release | None:
+    """The release in a signed folder that has no database row because its process was killed."""
     trusted = identities.trusted_keys(session)
     for number in sorted(_numbers(store, plan.name) - _rows(session, plan.name)):
         with (
@@ -303,7 +306,7 @@ def _carry_on(store: Store, session: Session, plan: _Plan, signer: User) -> Reco
             release = check_release(folder, trusted)
             if _states(release, plan, number, signer):
                 store.put_record(release.record, session)
-                return release.record
+                return release
     return None
 
 
@@ -317,7 +320,7 @@ def _states(release: Release, plan: _Plan, number: int, signer: User) -> bool:
     )
 
 
-def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key: Path) -> tuple[Record, int]:
+def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key: Path) -> Release:
     """Build and sign the next version's folder in a work folder, then move its files into the store."""
     # Never the number of an existing folder: a restored older database must not overwrite a release.
     number = max({0, *_rows(session, plan.name), *_numbers(store, plan.name)}) + 1
@@ -348,11 +351,11 @@ def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key
         sign_folder(folder, private_key)
         sync_files(folder)
         with private_copy(folder) as copy:  # a version that does not verify is not registered
-            check_release(copy, identities.trusted_keys(session))
+            release = check_release(copy, identities.trusted_keys(session))
         # The record first: a complete folder implies its record.
         store.put_record(record, session)
         store.put_version(VersionRef(plan.name, number), folder)
-    return record, number
+    return release
 
 
 def _work(store: Store) -> Path:

@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.names import CONTROLLER
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version
@@ -38,7 +39,7 @@ from tunesmith.rollout.preconditions import (
 )
 from tunesmith.rollout.settings import Analysis, Pause, Step
 from tunesmith.rollout.state import Rollout, from_row, get_rollout, live_rollout
-from tunesmith.rollout.transitions import CONTROLLER, Overtaken, Transition, apply, make_transition, new_row
+from tunesmith.rollout.transitions import Overtaken, Transition, apply, make_transition, new_row
 from tunesmith.store import audit, database
 from tunesmith.store.identities import require
 from tunesmith.store.store import Store

@@ -19,8 +19,6 @@ from tunesmith.rollout.state import Rollout, from_row, state_of
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RolloutRow
 
-CONTROLLER = "controller"  # the actor in the audit log when no person acts
-
 
 @dataclass(frozen=True, slots=True)
 class Transition:

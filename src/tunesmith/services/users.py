@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
+from tunesmith.registry.history import lost_signatures
 from tunesmith.registry.signing import keys
 from tunesmith.registry.versions import list_versions
-from tunesmith.store import identities
+from tunesmith.store import identities, user_keys
 from tunesmith.store.identities import User, acting
 from tunesmith.store.store import Store
+from tunesmith.store.trust import KeyStatus
 
 
 class UserView(View):
-    """One user. fingerprint: of their public key, None without a key.
+    """One user. fingerprint: of their newest active key, None without one.
 
     invalidated: labels of the versions that they signed and that no longer verify after this change.
     """
@@ -40,12 +43,20 @@ class UserList(View):
 
 
 class KeyView(View):
-    """One enrolled public key. private: whether this machine holds its private half."""
+    """One enrolled public key. private: whether this machine holds its private half. active: whether its owner is.
+
+    status: active, retired or revoked. until: the number of the audit entry from which on its signatures do not count,
+    None while the key is active.
+    """
 
     user: str
+    label: str
     fingerprint: str
     roles: tuple[str, ...]
     active: bool
+    status: KeyStatus
+    enrolled: int
+    until: int | None
     private: bool
 
 
@@ -53,6 +64,33 @@ class KeyList(View):
     """Every enrolled key."""
 
     keys: tuple[KeyView, ...]
+
+
+class EnrolledKey(View):
+    """A new key. path: the file of its private half, where it was made here."""
+
+    user: str
+    label: str
+    fingerprint: str
+    path: Annotated[Path | None, Field(exclude=True)] = None
+
+
+class EndedKey(View):
+    """A key that was retired or revoked. until: the audit entry from which on its signatures do not count.
+
+    also_revoked: labels of keys that were revoked with it, because their enrolment was proved with a stolen key.
+    invalidated: labels of the versions whose signature does not count any more. unapproved: labels of the versions with
+    an approval that does not count any more.
+    """
+
+    user: str
+    label: str
+    fingerprint: str
+    status: KeyStatus
+    until: int | None
+    also_revoked: tuple[str, ...] = ()
+    invalidated: tuple[str, ...] = ()
+    unapproved: tuple[str, ...] = ()
 
 
 class IssuedToken(View):
@@ -78,12 +116,9 @@ def add_user(
     public_key: Path | None = None,
 ) -> UserView:
     """Add a user. public_key: their own key as a PEM file; without one, a key pair is made when they first sign."""
+    pem = keys.read_public_key(public_key.read_bytes()) if public_key is not None else ""
     by = acting(store, actor)
-    pem = public_key.read_bytes() if public_key is not None else None
-    user = identities.add_user(store, name, roles, actor=by, scope=scope)
-    if pem is not None:
-        user = keys.enrol_public_key(store, name, pem, actor=by)
-    return _view(user)
+    return _view(identities.add_user(store, name, roles, actor=by, scope=scope, public_key=pem))
 
 
 def set_roles(store: Store, name: str, roles: list[str], *, actor: str | None = None) -> UserView:
@@ -102,31 +137,94 @@ def issue_token(store: Store, name: str, *, actor: str | None = None) -> IssuedT
 
 
 def list_keys(store: Store) -> KeyList:
-    """Every enrolled key."""
+    """Every enrolled key, retired and revoked ones included."""
     return KeyList(
         keys=tuple(
             KeyView(
-                user=key.user,
+                user=user.name,
+                label=key.label,
                 fingerprint=key.fingerprint,
-                roles=key.roles,
-                active=key.active,
-                private=keys.private_key_path(store, key.user).is_file(),
+                roles=user.roles,
+                active=user.active,
+                status=key.status,
+                enrolled=key.enrolled,
+                until=key.until,
+                private=key.fingerprint in keys.private_keys(store, user),
             )
-            for key in identities.trusted_keys(store)
+            for user in identities.list_users(store)
+            for key in user.keys
         )
     )
 
 
-def create_key(store: Store, name: str | None = None, *, actor: str | None = None) -> tuple[UserView, Path]:
-    """Make a key pair for a user, by default for the caller; returns the user and the path of the private key."""
+def create_key(
+    store: Store, name: str | None = None, *, label: str | None = None, actor: str | None = None
+) -> EnrolledKey:
+    """Make a key pair for a user, by default for the caller.
+
+    A user who has a key needs an active private key here, or an admin to act.
+    """
     by = acting(store, actor)
-    user = keys.create_key(store, name or by, actor=by)
-    return _view(user), keys.private_key_path(store, user.name)
+    user = name or by
+    key = keys.create_key(store, user, actor=by, label=label)
+    path = keys.private_key_path(store, user, key.label)
+    return EnrolledKey(user=user, label=key.label, fingerprint=key.fingerprint, path=path)
 
 
-def enrol_key(store: Store, name: str, file: Path, *, actor: str | None = None) -> UserView:
-    """Bind a public key that was made elsewhere to a user."""
-    return _view(keys.enrol_public_key(store, name, file.read_bytes(), actor=acting(store, actor)))
+def enrol_key(
+    store: Store, name: str, file: Path, *, label: str | None = None, actor: str | None = None
+) -> EnrolledKey:
+    """Bind a public key that was made elsewhere to a user. Needs what create_key needs."""
+    key = keys.enrol_public_key(store, name, file.read_bytes(), actor=acting(store, actor), label=label)
+    return EnrolledKey(user=name, label=key.label, fingerprint=key.fingerprint)
+
+
+def retire_key(store: Store, name: str, label: str, *, actor: str | None = None) -> EndedKey:
+    """End a key's use: what was recorded before keeps counting, what it signs from now on does not."""
+    return _ended(store, keys.retire_key(store, name, label, actor=acting(store, actor)), [label])
+
+
+def revoke_key(store: Store, name: str, label: str, *, since: str, actor: str | None = None) -> EndedKey:
+    """End a stolen key's use from a moment of the past on.
+
+    since: ISO 8601 with a time zone, or the number of an audit entry. What the audit log recorded from then on does not
+    count. Only an admin may.
+    """
+    user, revoked = user_keys.revoke_key(store, name, label, since=_moment(since), actor=acting(store, actor))
+    return _ended(store, user, revoked)
+
+
+def _moment(text: str) -> datetime | int:
+    if text.isascii() and text.isdigit() and len(text) < 16:
+        return int(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise UsageError(
+            f"{text[:80]!r} is neither a time nor the number of an audit entry",
+            fix="write 2030-01-31T00:00:00Z, or a number that `tunesmith audit show` lists",
+        )
+    return moment
+
+
+def _ended(store: Store, user: User, labels: list[str]) -> EndedKey:
+    """The first key of labels, with what no longer counts because of all of them."""
+    ended = {key.label: key for key in user.keys if key.label in labels}
+    prints = {key.fingerprint for key in ended.values()}
+    invalidated, unapproved = lost_signatures(store, prints)
+    key = ended[labels[0]]
+    return EndedKey(
+        user=user.name,
+        label=key.label,
+        fingerprint=key.fingerprint,
+        status=key.status,
+        until=key.until,
+        also_revoked=tuple(labels[1:]),
+        invalidated=tuple(invalidated),
+        unapproved=tuple(unapproved),
+    )
 
 
 def _view(user: User, invalidated: tuple[str, ...] = ()) -> UserView:

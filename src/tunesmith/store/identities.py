@@ -13,9 +13,8 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
-from types import MappingProxyType
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
@@ -23,42 +22,37 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.names import check_name
+from tunesmith.core.names import check_name, check_new_name
 from tunesmith.core.scope import Scope
-from tunesmith.store import database
+from tunesmith.store import audit, database
+from tunesmith.store.roles import ACTIONS, ROLES, Role
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AuditRow, UserRow
-from tunesmith.store.trust import TrustedKey, write_trust
+from tunesmith.store.tables import AuditRow, KeyRow, UserRow
+from tunesmith.store.trust import FIRST_LABEL, KeyStatus, TrustedKey, keys_of_users, write_trust
 
-Role = Literal["engineer", "steward", "approver", "operator", "admin"]
-ROLES: tuple[Role, ...] = get_args(Role)
-
-# Action -> the roles that permit it. An action that is not listed is permitted to nobody. An admin may not approve: an
-# admin who also approves took the role approver, and the audit log shows it.
-ACTIONS: Mapping[str, frozenset[Role]] = MappingProxyType(
-    {
-        "data.build": frozenset(("engineer", "steward")),
-        "data.sign": frozenset(("steward",)),
-        "training.run": frozenset(("engineer",)),
-        "evaluation.run": frozenset(("engineer",)),
-        "version.register": frozenset(("engineer",)),
-        "version.override": frozenset(("admin",)),
-        "version.approve": frozenset(("approver",)),
-        "version.export": frozenset(("operator", "engineer", "admin")),
-        "rollout.start": frozenset(("operator", "engineer", "admin")),
-        "rollout.change": frozenset(("operator", "engineer", "admin")),
-        "rollout.override": frozenset(("admin",)),
-        "recall.start": frozenset(("steward", "admin")),
-        "model.use": frozenset(ROLES),
-        "user.change": frozenset(("admin",)),
-    }
-)
 # Secret scanners recognise a leaked token by this prefix.
 _TOKEN_PREFIX = "tsk_"  # noqa: S105
 
 
+class UserKey(BaseModel):
+    """A user's public key in PEM. until: the first audit entry that no longer records a signature by it, once it ended.
+
+    proven_by: the fingerprint of the older key that proved the enrolment, "" without such a proof.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    label: str
+    fingerprint: str
+    public_key: str
+    status: KeyStatus
+    enrolled: int
+    proven_by: str = ""
+    until: int | None = None
+
+
 class User(BaseModel):
-    """A person or a service. tenant, region: what they may act for; "" means all."""
+    """A person or a service. tenant, region: what they may act for; "" means all. keys: all they had, oldest first."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -67,12 +61,17 @@ class User(BaseModel):
     tenant: str = ""
     region: str = ""
     active: bool = True
-    public_key: str = ""
+    keys: tuple[UserKey, ...] = ()
+
+    @property
+    def active_keys(self) -> tuple[UserKey, ...]:
+        """The keys whose new signatures count, newest first."""
+        return tuple(key for key in reversed(self.keys) if key.status == "active")
 
     @property
     def fingerprint(self) -> str | None:
-        """The digest of their public key's PEM text; None without a key."""
-        return digest_bytes(self.public_key.encode()) if self.public_key else None
+        """The fingerprint of their newest active key; None without one."""
+        return self.active_keys[0].fingerprint if self.active_keys else None
 
     def may(self, action: str) -> bool:
         """Whether the user is active and one of their roles permits an action."""
@@ -107,7 +106,7 @@ def ensure_owner(store: Store) -> User:
             raise _AlreadyThere
         if session.scalars(select(UserRow).limit(1)).first() is not None:
             raise Refused("the store has users whom the audit log does not know", fix="run `tunesmith audit verify`")
-        row = UserRow(name=name, roles=["admin", "engineer"], public_key="", tenant="", region="", active=True)
+        row = UserRow(name=name, roles=["admin", "engineer"], tenant="", region="", active=True)
         session.add(row)
         detail["user"] = state(row)
     return ensure_owner(store)
@@ -158,15 +157,24 @@ def list_users(where: Store | Session) -> list[User]:
 # Changes
 
 
-def add_user(store: Store, name: str, roles: Iterable[str], *, actor: str, scope: Scope = Scope()) -> User:
-    """Add a user. Raises UsageError for a bad or used name or a bad role, Refused if actor may not add users."""
+def add_user(
+    store: Store, name: str, roles: Iterable[str], *, actor: str, scope: Scope = Scope(), public_key: str = ""
+) -> User:
+    """Add a user, with a public key (PEM) or without.
+
+    Raises UsageError for a bad, reserved or used name, one that looks like another user's, or a bad role; Refused if
+    actor may not add users or if the key was enrolled before. Then there is no new user.
+    """
     check_name(name, "user name")
     given = _roles(roles)
-    with _changing(store, actor, "user.add", name) as (session, detail):
+    with changing(store, actor, "user.add", name) as (session, detail):
         if session.get(UserRow, name) is not None:
             raise UsageError(f"there is already a user {name}", fix="tunesmith users roles changes theirs")
-        row = UserRow(name=name, roles=list(given), public_key="", **scope.fields(), active=True)
+        check_new_name(name, session.scalars(select(UserRow.name)))
+        row = UserRow(name=name, roles=list(given), **scope.fields(), active=True)
         session.add(row)
+        if public_key:
+            add_key(session, row, public_key, FIRST_LABEL)
         detail["user"] = state(row)
     return get_user(store, name)
 
@@ -174,8 +182,8 @@ def add_user(store: Store, name: str, roles: Iterable[str], *, actor: str, scope
 def set_roles(store: Store, name: str, roles: Iterable[str], *, actor: str) -> User:
     """Replace a user's roles. Raises Refused if no admin would be left."""
     given = _roles(roles)
-    with _changing(store, actor, "user.roles", name) as (session, detail):
-        row = _row(session, name)
+    with changing(store, actor, "user.roles", name) as (session, detail):
+        row = user_row(session, name)
         detail["before"] = list(row.roles)
         row.roles = list(given)
         _keep_an_admin(session)
@@ -185,32 +193,34 @@ def set_roles(store: Store, name: str, roles: Iterable[str], *, actor: str) -> U
 
 def deactivate(store: Store, name: str, *, actor: str) -> User:
     """Deactivate a user: their token, approvals and signatures no longer count. Users are never deleted."""
-    with _changing(store, actor, "user.deactivate", name) as (session, detail):
-        row = _row(session, name)
+    with changing(store, actor, "user.deactivate", name) as (session, detail):
+        row = user_row(session, name)
         row.active, row.token_digest = False, None
         _keep_an_admin(session)
         detail["user"] = state(row)
     return get_user(store, name)
 
 
-def enrol_key(store: Store, name: str, public_key: str, *, actor: str) -> User:
-    """Bind a public key (PEM) to a user, once. Users bind their own key, admins anybody's.
-
-    Raises Refused if the user has a key already, or if another user has this one: a key stands for one person.
-    """
-    with _changing(store, actor, "user.key", name, own=True) as (session, detail):
-        row = _row(session, name)
-        if row.public_key:
-            raise Refused(
-                f"{name} has a key already",
-                fix="add a user for the new key and deactivate this one: what the old key signed must stay verifiable",
-            )
-        other = session.scalars(select(UserRow.name).where(UserRow.public_key == public_key)).first()
-        if other is not None:
-            raise Refused(f"this key is {other}'s", fix="make one of your own: tunesmith keys create")
-        row.public_key = public_key
-        detail["user"] = state(row)
-    return get_user(store, name)
+def add_key(session: Session, row: UserRow, public_key: str, label: str, proven_by: str = "") -> None:
+    """Give a user a key, inside the caller's change. Raises Refused if it was enrolled before, by anybody."""
+    fingerprint = digest_bytes(public_key.encode())
+    known = session.get(KeyRow, fingerprint)
+    if known is not None:
+        whose = f"this key is {known.user}'s" + ("" if known.status == "active" else f" and was {known.status}")
+        raise Refused(whose, where=row.name, fix="make another one: tunesmith keys create")
+    enrolled = audit.newest(session).seq + 1
+    row.keys.append(
+        KeyRow(
+            fingerprint=fingerprint,
+            user=row.name,
+            label=label,
+            public_key=public_key,
+            status="active",
+            enrolled=enrolled,
+            proven_by=proven_by,
+        )
+    )
+    session.flush()
 
 
 # Tokens
@@ -222,8 +232,8 @@ def issue_token(store: Store, name: str, *, actor: str) -> str:
     A token that the user had before stops working.
     """
     token = _TOKEN_PREFIX + secrets.token_urlsafe(32)
-    with _changing(store, actor, "user.token", name, own=True) as (session, detail):
-        row = _row(session, name)
+    with changing(store, actor, "user.token", name, own=True) as (session, detail):
+        row = user_row(session, name)
         if not row.active:
             raise Refused(f"{name} is deactivated", fix="add a new user")
         row.token_digest = _token_digest(token)
@@ -248,20 +258,9 @@ def authenticate(store: Store, token: str) -> User | None:
 
 
 def trusted_keys(where: Store | Session) -> tuple[TrustedKey, ...]:
-    """The keys of all users who have one, with their roles now."""
-    return tuple(
-        TrustedKey(
-            user=user.name,
-            roles=user.roles,
-            tenant=user.tenant,
-            region=user.region,
-            active=user.active,
-            public_key=user.public_key,
-            fingerprint=digest_bytes(user.public_key.encode()),
-        )
-        for user in list_users(where)
-        if user.public_key
-    )
+    """The keys of all users, retired and revoked ones included, with their owners' roles now."""
+    with _session(where) as session:
+        return keys_of_users(session)
 
 
 def publish_trust(store: Store) -> None:
@@ -280,7 +279,17 @@ def state(row: UserRow) -> dict[str, Any]:
         "tenant": row.tenant,
         "region": row.region,
         "active": row.active,
-        "fingerprint": digest_bytes(row.public_key.encode()) if row.public_key else None,
+        "keys": [
+            {
+                "label": key.label,
+                "fingerprint": digest_bytes(key.public_key.encode()),
+                "status": key.status,
+                "enrolled": key.enrolled,
+                "proven_by": key.proven_by,
+                "until": key.until,
+            }
+            for key in row.keys
+        ],
         "token": token,
     }
 
@@ -290,14 +299,14 @@ class _AlreadyThere(Exception):
 
 
 @contextlib.contextmanager
-def _changing(
+def changing(
     store: Store, actor: str, action: str, name: str, *, own: bool = False
 ) -> Iterator[tuple[Session, dict[str, Any]]]:
     """One audited change of a user by an actor who may make it. own: every user may change themself."""
     detail: dict[str, Any] = {}
     with store.change(actor, action, name, detail) as session:
         if own and actor == name:
-            if not _user(_row(session, name)).active:
+            if not user_row(session, name).active:
                 raise Refused(f"{name} is deactivated", where=action, fix="ask an admin")
         else:
             require(session, actor, "user.change")
@@ -321,11 +330,12 @@ def _user(row: UserRow) -> User:
         tenant=row.tenant,
         region=row.region,
         active=row.active,
-        public_key=row.public_key,
+        keys=tuple(UserKey.model_validate(key, from_attributes=True) for key in row.keys),
     )
 
 
-def _row(session: Session, name: str) -> UserRow:
+def user_row(session: Session, name: str) -> UserRow:
+    """A user's row, to be changed inside `changing`. Raises UsageError where there is none."""
     row = session.get(UserRow, name)
     if row is None:
         raise UsageError(f"there is no user {_shown(name)}", fix="tunesmith users list, tunesmith users add")
@@ -366,14 +376,17 @@ def _first_user(session: Session) -> str | None:
 def _own_name() -> str:
     given = os.environ.get("TUNESMITH_USER")
     if given:
-        return check_name(given, "user name")
+        return check_new_name(check_name(given, "user name"), ())
     try:
         login = getpass.getuser()
     except (OSError, KeyError):  # a container whose user id has no name
         login = ""
     # A login such as `DOMAIN\First Last` is rewritten by our rule for names. The name is no credential.
     plain = re.sub(r"[^a-z0-9_-]+", "-", login.lower()).strip("-_")[:63]
-    return plain or "owner"
+    try:
+        return check_new_name(plain or "owner", ())
+    except UsageError:
+        return "owner"
 
 
 def _token_digest(token: str) -> str:

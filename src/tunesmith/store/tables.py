@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import JSON, Boolean, Float, Index, Integer, String, Text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 # Raise it with each new file in migrations/versions.
 HEAD_REVISION = "0001"
@@ -80,7 +80,7 @@ class LockRow(Table):
 
 
 class UserRow(Table):
-    """A person or a service. public_key is PEM; token_digest is the SHA-256 of a random 256-bit token.
+    """A person or a service. token_digest is the SHA-256 of a random 256-bit token.
 
     tenant, region: what the user may act for; "" means all.
     """
@@ -88,15 +88,37 @@ class UserRow(Table):
     __tablename__ = "users"
     name: Mapped[str] = mapped_column(String(128), primary_key=True)
     roles: Mapped[list[str]] = mapped_column()
-    public_key: Mapped[str] = mapped_column(Text)
     token_digest: Mapped[str | None] = mapped_column(String(71), unique=True, default=None)
     tenant: Mapped[str] = mapped_column(String(64), default="")
     region: Mapped[str] = mapped_column(String(64), default="")
     active: Mapped[bool] = mapped_column(Boolean, default=True)
+    # Without a constraint in the database: a key whose user's row was deleted must stay known.
+    keys: Mapped[list[KeyRow]] = relationship(
+        primaryjoin="UserRow.name == foreign(KeyRow.user)", order_by="KeyRow.enrolled", lazy="selectin"
+    )
+
+
+class KeyRow(Table):
+    """A public key (PEM) of a user. Never deleted, so that nobody can enrol it again.
+
+    status: active, retired or revoked. enrolled: the number of the audit entry that enrolled it. proven_by: the
+    fingerprint of the user's older key that proved the enrolment, "" without such a proof. until: the number of the
+    first audit entry that no longer records a signature by it; None while it is active.
+    """
+
+    __tablename__ = "keys"
+    fingerprint: Mapped[str] = mapped_column(String(71), primary_key=True)
+    user: Mapped[str] = mapped_column(String(128), index=True)
+    label: Mapped[str] = mapped_column(String(64))
+    public_key: Mapped[str] = mapped_column(Text)
+    status: Mapped[str] = mapped_column(String(16), default="active")
+    enrolled: Mapped[int] = mapped_column(Integer)
+    proven_by: Mapped[str] = mapped_column(String(71), default="")
+    until: Mapped[int | None] = mapped_column(Integer, default=None)
 
 
 class VersionRow(Table):
-    """The version record of NAME@vNUMBER. Never updated.
+    """The version record of NAME@vNUMBER. Never updated. key: the fingerprint of the key that signed it.
 
     tenant and region repeat the record's, so that one query gives the same answer for another tenant's version and for
     none.
@@ -106,6 +128,7 @@ class VersionRow(Table):
     name: Mapped[str] = mapped_column(String(128), primary_key=True)
     number: Mapped[int] = mapped_column(Integer, primary_key=True)
     digest: Mapped[str] = mapped_column(String(71), unique=True)
+    key: Mapped[str] = mapped_column(String(71))
     tenant: Mapped[str] = mapped_column(String(64), default="")
     region: Mapped[str] = mapped_column(String(64), default="")
 

@@ -2,6 +2,10 @@
 
 A person who can write this file decides what verifies. A verifier who does not trust the store keeps a copy from a time
 when they did, and uses it with `verify --trust FILE`.
+
+A signature counts if its key was active when the audit log recorded it: the number of that entry decides, not a clock
+and nothing that the signer states. The list names what a retired or revoked key signed in time, so that a verifier
+without the log gives the same answer.
 """
 
 from __future__ import annotations
@@ -9,31 +13,44 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
 from tunesmith.store.blobs import BlobStore
+from tunesmith.store.tables import AuditRow, KeyRow, UserRow
 
 TRUST_KEY = "trust/keys.json"
+FIRST_LABEL = "key-1"
+KeyStatus = Literal["active", "retired", "revoked"]
+# The actions whose audit entries record a signature, under the key of `signature_entry`.
+_SIGNING = ("version.register", "version.approve")
 
 
 class TrustedKey(BaseModel):
     """A user's public key with their roles and scope.
 
-    tenant, region: "" means all. active: an inactive key stays in the list, so that a refusal can name its owner.
-    fingerprint: SHA-256 of the PEM text, the same number that model-signing puts into a signature as its hint.
+    tenant, region: "" means all. active: whether the user is; a deactivated user's keys stay in the list, so that a
+    refusal can name their owner. status: the key's own; signed: the digests of the versions and approvals that a
+    retired or revoked key signed in time. fingerprint: SHA-256 of the PEM text, the same number that model-signing puts
+    into a signature as its hint.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     user: str
+    label: str = FIRST_LABEL
     roles: tuple[str, ...]
     tenant: str = ""
     region: str = ""
     active: bool = True
+    status: KeyStatus = "active"
+    signed: tuple[str, ...] = ()
     public_key: str
     fingerprint: str
 
@@ -47,6 +64,37 @@ class TrustedKey(BaseModel):
     def scope(self) -> Scope:
         """What its owner may act for."""
         return Scope(self.tenant, self.region)
+
+    def counts_for(self, digest: str) -> bool:
+        """Whether its signature over the version or approval with a digest counts."""
+        return self.status == "active" or digest in self.signed
+
+
+def signature_entry(key: str, digest: str) -> dict[str, Any]:
+    """What an audit entry states of the signature that it records. key: a fingerprint; digest: what was signed."""
+    return {"signature": {"key": key, "digest": digest}}
+
+
+def keys_of_users(session: Session) -> tuple[TrustedKey, ...]:
+    """The keys of all users, with the roles that their owners have now. Sorted by user, then by age."""
+    users = list(session.scalars(select(UserRow).order_by(UserRow.name)))
+    signed = _signed_in_time(session, [key for user in users for key in user.keys if key.status != "active"])
+    return tuple(
+        TrustedKey(
+            user=user.name,
+            label=key.label,
+            roles=tuple(user.roles),
+            tenant=user.tenant,
+            region=user.region,
+            active=user.active,
+            status=key.status,  # type: ignore[arg-type]  # pydantic checks it
+            signed=tuple(sorted(signed.get(key.fingerprint, ()))),
+            public_key=key.public_key,
+            fingerprint=key.fingerprint,
+        )
+        for user in users
+        for key in user.keys
+    )
 
 
 def read_trust(path: Path) -> tuple[TrustedKey, ...]:
@@ -63,24 +111,48 @@ def read_trust(path: Path) -> tuple[TrustedKey, ...]:
         ) from None
     except (OSError, ValidationError, ValueError, RecursionError) as error:
         raise Refused(f"the list of trusted keys cannot be read: {error}", where=str(path), fix=fix) from error
-    for of in ("user", "fingerprint"):
-        if len({getattr(key, of) for key in keys}) != len(keys):
-            raise Refused(f"the list of trusted keys names one {of} twice", where=str(path), fix=fix)
+    for what, named in (
+        ("key", {key.fingerprint for key in keys}),
+        ("label of a user", {(key.user, key.label) for key in keys}),
+    ):
+        if len(named) != len(keys):
+            raise Refused(f"the list of trusted keys names one {what} twice", where=str(path), fix=fix)
     return keys
 
 
 def write_trust(blobs: BlobStore, keys: Iterable[TrustedKey]) -> None:
     """Write the list, and each active key as `trust/USER.pem` for tools that read PEM (model_signing, openssl)."""
-    listed = sorted(keys, key=lambda key: key.user)
+    listed = sorted(keys, key=lambda key: (key.user, key.label))
     blobs.put(TRUST_KEY, canonical([key.model_dump(mode="json") for key in listed]))
     for key in listed:
-        pem = f"trust/{key.user}.pem"
-        if key.active:
+        pem = f"trust/{key_file(key.user, key.label)}"
+        if key.active and key.status == "active":
             blobs.put(pem, key.public_key.encode())
         else:
             blobs.delete(pem)
 
 
+def key_file(user: str, label: str) -> str:
+    """The name of a key's file: USER.pem for a user's first key, USER@LABEL.pem for later ones."""
+    return f"{user}.pem" if label == FIRST_LABEL else f"{user}@{label}.pem"
+
+
 def find_key(keys: Iterable[TrustedKey], fingerprint: str) -> TrustedKey | None:
     """The key with a fingerprint; None if it is not in the list."""
     return next((key for key in keys if key.fingerprint == fingerprint), None)
+
+
+def _signed_in_time(session: Session, ended: list[KeyRow]) -> dict[str, set[str]]:
+    """Fingerprint -> digests whose signature by that key the log recorded before the key was retired or revoked."""
+    until = {key.fingerprint: key.until or 0 for key in ended}
+    found: dict[str, set[str]] = {}
+    if not until:
+        return found
+    entries = select(AuditRow.seq, AuditRow.detail).where(
+        AuditRow.action.in_(_SIGNING), AuditRow.seq < max(until.values())
+    )
+    for seq, detail in session.execute(entries):
+        signature = detail.get("signature")
+        if isinstance(signature, dict) and seq < until.get(str(signature.get("key")), 0):
+            found.setdefault(signature["key"], set()).add(str(signature.get("digest")))
+    return found

@@ -8,24 +8,25 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tunesmith.core.digests import canonical, digest_bytes
-from tunesmith.core.errors import Refused, TunesmithError
-from tunesmith.registry.signing.keys import public_pem
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.registry.signing.release import Version
-from tunesmith.registry.signing.signatures import Untrusted
+from tunesmith.registry.signing.signatures import Untrusted, check_in_time
 from tunesmith.store.audit import Head
-from tunesmith.store.identities import ACTIONS
 from tunesmith.store.records import Record
+from tunesmith.store.roles import ACTIONS
 from tunesmith.store.trust import TrustedKey, find_key
 
 ENVELOPE = "envelope.json"
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _STATEMENT = "https://in-toto.io/Statement/v1"
 _APPROVAL = "urn:tunesmith:approval:v1"
+_KEY_CHANGE = "urn:tunesmith:key-change:v1"
 
 
 class Approval(BaseModel):
@@ -55,6 +56,24 @@ def statement_of(version: Version, approval: Approval) -> dict[str, Any]:
         "predicateType": _APPROVAL,
         "predicate": approval.model_dump(mode="json"),
     }
+
+
+def key_statement(user: str, action: str, label: str, fingerprint: str) -> dict[str, Any]:
+    """The in-toto statement by which a user changes a key of theirs. action: user.key or user.key.retire."""
+    return {
+        "_type": _STATEMENT,
+        "subject": [{"name": label, "digest": {"sha256": fingerprint.removeprefix("sha256:")}}],
+        "predicateType": _KEY_CHANGE,
+        "predicate": {"user": user, "action": action},
+    }
+
+
+def public_pem(key: object) -> str:
+    """A P-256 public key as PEM text, always spelled alike: the key's fingerprint is the digest of this text."""
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise UsageError("the public key is not an EC P-256 key", fix="openssl ecparam -name prime256v1 -genkey")
+    encoded = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return encoded.decode("ascii")
 
 
 def signed_bytes(statement: Mapping[str, Any]) -> bytes:
@@ -134,6 +153,7 @@ def read_approval(
     if key.user != approval.approver:
         raise Refused(f"the record says {approval.approver}, the key is {key.user}'s", where=where)
     check_approver(version, signer, key)
+    check_in_time(key, record.digest, where)
     return approval
 
 

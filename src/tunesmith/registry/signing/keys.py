@@ -1,4 +1,4 @@
-"""Signing keys: one EC P-256 key pair for each user. The private key is a file that only its owner should read.
+"""Signing keys: EC P-256 key pairs of one user each. A private key is a file that only its owner should read.
 
 Private keys are in $TUNESMITH_KEYS, else in the store's `keys/`. A person who can read a folder with all keys of a team
 can sign as anyone in it. People who must not act for each other keep their own folders, and enrol only their public
@@ -16,12 +16,16 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import sync_folder, write_atomic
 from tunesmith.core.names import check_name
-from tunesmith.store import identities
-from tunesmith.store.identities import User
+from tunesmith.registry.signing.attestations import key_statement, public_pem, seal
+from tunesmith.store import identities, user_keys
+from tunesmith.store.identities import User, UserKey
 from tunesmith.store.store import Store
+from tunesmith.store.trust import FIRST_LABEL, key_file
+from tunesmith.store.user_keys import Proof
 
 
 def keys_folder(store: Store) -> Path:
@@ -30,54 +34,101 @@ def keys_folder(store: Store) -> Path:
     return Path(given) if given else store.local("keys")
 
 
-def private_key_path(store: Store, user: str) -> Path:
-    """The path of a user's private key, which may not exist."""
-    return keys_folder(store) / f"{check_name(user, 'user name')}.pem"
+def private_key_path(store: Store, user: str, label: str = FIRST_LABEL) -> Path:
+    """The path where a key pair of a user is made. It may not exist."""
+    return keys_folder(store) / key_file(check_name(user, "user name"), check_name(label, "key label"))
 
 
-def create_key(store: Store, user: str, *, actor: str) -> User:
-    """Make a key pair and enrol the public key. Raises Refused if the user has a key, or if actor may not."""
+def private_keys(store: Store, user: User) -> dict[str, Path]:
+    """Fingerprint -> file of every private key here that can be read: USER.pem and USER@LABEL.pem."""
+    found = {}
+    for path in _private_files(store, user.name):
+        with contextlib.suppress(Refused):
+            found[_fingerprint(_load_private(path))] = path
+    return found
+
+
+def create_key(store: Store, user: str, *, actor: str, label: str | None = None) -> UserKey:
+    """Make a key pair and enrol the public key. label: by default key-1, key-2 and so on.
+
+    Raises as user_keys.enrol_key does; actor may be the user themself, with an active key here, or an admin.
+    """
     # Before the file is written: the next enrolment would use a file that a stranger put there.
     if actor != user:
         identities.require(store, actor, "user.change")
-    path = private_key_path(store, user)
-    if identities.get_user(store, user).public_key:
-        raise Refused(f"{user} has a key already", where=str(path), fix=_BRING)
+    owner = identities.get_user(store, user)
+    label = label or user_keys.next_label(owner)
+    if label in {key.label for key in owner.keys}:
+        raise UsageError(f"{user} has a key {label} already", where=user, fix="give the new key another --label")
+    path = private_key_path(store, user, label)
+    proven = _Prover(store, owner, actor)
     if not path.exists():
         _write_new(path, ec.generate_private_key(ec.SECP256R1()))
     # An existing file is a pair whose enrolment was interrupted: continue with it.
-    return identities.enrol_key(store, user, public_pem(_load_private(path).public_key()), actor=actor)
+    return _enrol(store, user, public_pem(_load_private(path).public_key()), actor, label, proven)
 
 
-def enrol_public_key(store: Store, user: str, pem: bytes, *, actor: str) -> User:
+def enrol_public_key(store: Store, user: str, pem: bytes, *, actor: str, label: str | None = None) -> UserKey:
     """Enrol a public key that was made elsewhere. Raises UsageError unless it is a P-256 public key in PEM."""
+    owner = identities.get_user(store, user)
+    label = label or user_keys.next_label(owner)
+    return _enrol(store, user, read_public_key(pem), actor, label, _Prover(store, owner, actor))
+
+
+def retire_key(store: Store, user: str, label: str, *, actor: str) -> User:
+    """End a key's use from now on. Raises as user_keys.retire_key does."""
+    owner = identities.get_user(store, user)
+    prover = _Prover(store, owner, actor)
+    known = {key.label: key.fingerprint for key in owner.keys}
+    proof = prover.prove("user.key.retire", label, known[label]) if label in known else None
+    return user_keys.retire_key(store, user, label, actor=actor, proof=proof)
+
+
+def read_public_key(pem: bytes) -> str:
+    """A public key in our spelling. Raises UsageError unless it is a P-256 public key in PEM."""
     try:
-        public = serialization.load_pem_public_key(pem)
+        return public_pem(serialization.load_pem_public_key(pem))
     except (ValueError, UnsupportedAlgorithm) as error:
         raise UsageError(
             f"not a public key in PEM: {error}", fix="give the file that `openssl ec -pubout` writes"
         ) from error
-    return identities.enrol_key(store, user, public_pem(public), actor=actor)
 
 
 def ensure_key(store: Store, user: str) -> User:
-    """The user, with a key; it is made now if they have none."""
+    """The user, with an active key; it is made now if they never had one. Raises Refused if all were ended."""
     found = identities.get_user(store, user)
-    return found if found.public_key else create_key(store, user, actor=user)
+    if not found.keys:
+        create_key(store, user, actor=user)
+        return identities.get_user(store, user)
+    if not found.active_keys:
+        raise Refused(
+            f"all keys of {user} were retired or revoked",
+            where=user,
+            fix=f"have an admin run: tunesmith keys create {user}",
+        )
+    return found
 
 
 def signing_key(store: Store, user: User) -> Path:
-    """The file of a user's private key, compared with their public key.
+    """The private key of the user's newest active key that is here.
 
-    Raises Refused if it is missing, readable by other users, or belongs to another key.
+    Raises Refused if there is none, or if other users can read it.
     """
-    path = private_key_path(store, user.name)
-    private = _load_private(path)
-    if path.stat().st_mode & 0o077:
-        raise Refused(f"{user.name}'s private key is open to other users", where=str(path), fix=f"chmod 600 {path}")
-    if public_pem(private.public_key()) != user.public_key:
+    files = _private_files(store, user.name)
+    here = private_keys(store, user)
+    for key in user.active_keys:
+        if path := here.get(key.fingerprint):
+            if path.stat().st_mode & 0o077:
+                fix = f"chmod 600 {path}"
+                raise Refused(f"{user.name}'s private key is open to other users", where=str(path), fix=fix)
+            return path
+    for key in user.keys:
+        if path := here.get(key.fingerprint):
+            raise Refused(f"{user.name}'s key {key.label} was {key.status}", where=str(path), fix=_BRING)
+    for path in files:
+        _load_private(path)  # raises if it cannot be read
         raise Refused(f"this private key is not the one of {user.name}'s public key", where=str(path), fix=_BRING)
-    return path
+    raise Refused("the private key is not here", where=str(private_key_path(store, user.name)), fix=_BRING)
 
 
 def load_signing_key(store: Store, user: User) -> ec.EllipticCurvePrivateKey:
@@ -86,6 +137,42 @@ def load_signing_key(store: Store, user: User) -> ec.EllipticCurvePrivateKey:
 
 
 _BRING = "put the right file there, or point $TUNESMITH_KEYS at the folder that holds it"
+
+
+class _Prover:
+    """Signs a user's changes of their own keys with an active key of theirs. An admin without a key here needs none."""
+
+    def __init__(self, store: Store, owner: User, actor: str) -> None:
+        self._user, self._key = owner.name, None
+        if actor == owner.name and owner.keys:
+            try:
+                self._key = load_signing_key(store, owner)
+            except Refused:
+                if not owner.may("user.change"):
+                    raise
+
+    def prove(self, action: str, label: str, fingerprint: str) -> Proof | None:
+        """The proof for one change; None for an actor who needs none."""
+        if self._key is None:
+            return None
+        envelope = seal(key_statement(self._user, action, label, fingerprint), self._key)
+        return Proof(_fingerprint(self._key), envelope.decode())
+
+
+def _enrol(store: Store, user: str, pem: str, actor: str, label: str, prover: _Prover) -> UserKey:
+    proof = prover.prove("user.key", label, digest_bytes(pem.encode()))
+    enrolled = user_keys.enrol_key(store, user, pem, actor=actor, label=label, proof=proof)
+    return next(key for key in enrolled.keys if key.label == label)
+
+
+def _private_files(store: Store, user: str) -> list[Path]:
+    first = private_key_path(store, user)
+    later = sorted(first.parent.glob(f"{user}@*.pem"))
+    return [path for path in (first, *later) if path.is_file()]
+
+
+def _fingerprint(key: ec.EllipticCurvePrivateKey) -> str:
+    return digest_bytes(public_pem(key.public_key()).encode())
 
 
 def _write_new(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
@@ -115,11 +202,3 @@ def _load_private(path: Path) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise Refused("the private key is not an EC P-256 key", where=str(path), fix=_BRING)
     return key
-
-
-def public_pem(key: object) -> str:
-    """A P-256 public key as PEM text, always spelled alike: the key's fingerprint is the digest of this text."""
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise UsageError("the public key is not an EC P-256 key", fix="openssl ecparam -name prime256v1 -genkey")
-    encoded = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return encoded.decode("ascii")

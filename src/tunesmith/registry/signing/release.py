@@ -23,10 +23,17 @@ from tunesmith.core.scope import Scope
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, check_model_file, read_adapter_file
 from tunesmith.registry.licence_duties import NOTICE
-from tunesmith.registry.signing.signatures import RELEASE, SIGNATURE, Expired, Untrusted, verify_signature
+from tunesmith.registry.signing.signatures import (
+    RELEASE,
+    SIGNATURE,
+    Expired,
+    Untrusted,
+    check_in_time,
+    verify_signature,
+)
 from tunesmith.store.audit import Head
-from tunesmith.store.identities import ACTIONS
 from tunesmith.store.records import Record
+from tunesmith.store.roles import ACTIONS
 from tunesmith.store.store import Store
 from tunesmith.store.trust import TrustedKey
 
@@ -188,8 +195,12 @@ def check_release(folder: Path, keys: Sequence[TrustedKey]) -> Release:
 
 
 def check_signer(version: Version, key: TrustedKey, where: str | None = None) -> None:
-    """Raise Untrusted unless the owner of a key may sign this version today. key: the one that signed it."""
+    """Raise Untrusted unless the owner of a key may sign this version today and the key did so while it was active.
+
+    key: the one that signed it.
+    """
     where = where or version.label
+    check_in_time(key, version.digest, where)
     if not key.active:
         raise Untrusted(f"signed by {key.user}, who is deactivated", where=where, fix="register it as an active user")
     if ACTIONS["version.register"].isdisjoint(key.roles):

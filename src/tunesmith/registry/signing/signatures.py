@@ -78,6 +78,16 @@ def verify_signature(folder: Path, keys: Sequence[TrustedKey]) -> TrustedKey:
     return key
 
 
+def check_in_time(key: TrustedKey, digest: str, where: str) -> None:
+    """Raise Untrusted unless the audit log recorded a key's signature over a digest while the key was active."""
+    if not key.counts_for(digest):
+        raise Untrusted(
+            f"signed with {key.user}'s key {key.label}, which was {key.status} before",
+            where=where,
+            fix="sign it again with an active key: tunesmith register, tunesmith approve",
+        )
+
+
 @contextlib.contextmanager
 def private_copy(folder: Path) -> Iterator[Path]:
     """A temporary copy of a version's folder that only this user can read. It keeps the folder's name.

@@ -121,10 +121,22 @@ def upgrade() -> None:
     op.create_index(op.f("ix_rollouts_name"), "rollouts", ["name"], unique=False)
     op.create_index(op.f("ix_rollouts_status"), "rollouts", ["status"], unique=False)
     op.create_table(
+        "keys",
+        sa.Column("fingerprint", sa.String(length=71), nullable=False),
+        sa.Column("user", sa.String(length=128), nullable=False),
+        sa.Column("label", sa.String(length=64), nullable=False),
+        sa.Column("public_key", sa.Text(), nullable=False),
+        sa.Column("status", sa.String(length=16), nullable=False),
+        sa.Column("enrolled", sa.Integer(), nullable=False),
+        sa.Column("proven_by", sa.String(length=71), nullable=False),
+        sa.Column("until", sa.Integer(), nullable=True),
+        sa.PrimaryKeyConstraint("fingerprint"),
+    )
+    op.create_index(op.f("ix_keys_user"), "keys", ["user"], unique=False)
+    op.create_table(
         "users",
         sa.Column("name", sa.String(length=128), nullable=False),
         sa.Column("roles", sa.JSON(), nullable=False),
-        sa.Column("public_key", sa.Text(), nullable=False),
         sa.Column("token_digest", sa.String(length=71), nullable=True),
         sa.Column("tenant", sa.String(length=64), nullable=False),
         sa.Column("region", sa.String(length=64), nullable=False),
@@ -137,6 +149,7 @@ def upgrade() -> None:
         sa.Column("name", sa.String(length=128), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
         sa.Column("digest", sa.String(length=71), nullable=False),
+        sa.Column("key", sa.String(length=71), nullable=False),
         sa.Column("tenant", sa.String(length=64), nullable=False),
         sa.Column("region", sa.String(length=64), nullable=False),
         sa.PrimaryKeyConstraint("name", "number"),

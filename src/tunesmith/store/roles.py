@@ -1,0 +1,31 @@
+"""Which role permits which action."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, get_args
+
+Role = Literal["engineer", "steward", "approver", "operator", "admin"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+# Action -> the roles that permit it. An action that is not listed is permitted to nobody. An admin may not approve: an
+# admin who also approves took the role approver, and the audit log shows it.
+ACTIONS: Mapping[str, frozenset[Role]] = MappingProxyType(
+    {
+        "data.build": frozenset(("engineer", "steward")),
+        "data.sign": frozenset(("steward",)),
+        "training.run": frozenset(("engineer",)),
+        "evaluation.run": frozenset(("engineer",)),
+        "version.register": frozenset(("engineer",)),
+        "version.override": frozenset(("admin",)),
+        "version.approve": frozenset(("approver",)),
+        "version.export": frozenset(("operator", "engineer", "admin")),
+        "rollout.start": frozenset(("operator", "engineer", "admin")),
+        "rollout.change": frozenset(("operator", "engineer", "admin")),
+        "rollout.override": frozenset(("admin",)),
+        "recall.start": frozenset(("steward", "admin")),
+        "model.use": frozenset(ROLES),
+        "user.change": frozenset(("admin",)),
+    }
+)
