@@ -252,7 +252,9 @@ def test_a_version_expires(store: Store, chain: Chain, monkeypatch: pytest.Monke
 
 def test_a_version_is_found_by_label_alias_and_digest(store: Store, version: Version) -> None:
     with store.change("olive", "test.point", "intents", {}) as session:
-        set_alias(session, name="intents", alias="champion", version=version.digest, expected=0, actor="olive")
+        set_alias(
+            session, name="intents", alias="champion", version=version, expected=0, actor="olive", override_by="olive"
+        )
     for text in ("intents@v1", "intents@champion", version.digest, version.digest[7:15], version.digest[:15]):
         assert resolve(store, text) == version
     for text in ("intents@v2", "others@v1", "intents@challenger", "f" * 64):
@@ -270,9 +272,10 @@ def test_a_version_of_another_scope_does_not_exist(store: Store, chain: Chain) -
             session,
             name="intents",
             alias="champion",
-            version=version.digest,
+            version=version,
             expected=0,
             actor="olive",
+            override_by="olive",
             scope=Scope("acme", "eu"),
         )
     nothing = {

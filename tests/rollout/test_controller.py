@@ -543,9 +543,7 @@ def point(scene: Scene, version: Version | None) -> None:
     current = get_alias(scene.store, NAME, "champion")
     with scene.store.change(OWNER, "test", NAME, {}) as session:
         expected = current.revision if current else 0
-        set_alias(
-            session, name=NAME, alias="champion", version=version and version.digest, expected=expected, actor=OWNER
-        )
+        set_alias(session, name=NAME, alias="champion", version=version, expected=expected, actor=OWNER)
 
 
 def together(*calls: Callable[[], str]) -> list[str]:

@@ -8,15 +8,14 @@ from typing import Any
 import openai
 import pytest
 
-from tests.fabricate import NAME, OWNER
+from tests.fabricate import NAME, OWNER, STEWARD
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import VALID
 from tunesmith.core.digests import short
 from tunesmith.core.scope import Scope
+from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry.versions import Version
-from tunesmith.store import database
 from tunesmith.store.identities import add_user, deactivate, issue_token
-from tunesmith.store.tables import RecallRow
 
 Versions = dict[int, Version]
 
@@ -256,10 +255,8 @@ def test_a_version_for_one_region_is_not_served_in_another(scene: Any, engine: A
 
 def test_a_recall_stops_serving_at_the_next_request(served: Served, versions: Versions) -> None:
     assert served.post().status_code == 200
-    with database.writing(served.scene.store.engine) as session:
-        session.add(
-            RecallRow(digest=versions[1].digest, cause="licence X", reason="a licence was withdrawn", at="2026")
-        )
+    cause = Cause(kind="version", value=versions[1].digest)
+    recall(served.scene.store, cause, reason="a licence was withdrawn", actor=STEWARD)
     for model in (NAME, f"{NAME}@v1"):
         response = served.post(model=model)
         error = response.json()["error"]

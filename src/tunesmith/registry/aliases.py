@@ -12,20 +12,23 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.names import check_name
 from tunesmith.core.scope import Scope
+from tunesmith.registry.serving import may_load, may_serve
+from tunesmith.registry.signing.release import Version
 from tunesmith.store import audit, database
-from tunesmith.store.recalls import recalled
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, VersionRow
+from tunesmith.store.tables import AliasRow
 
 ALIASES = ("champion", "challenger")
 
 
 class Alias(BaseModel):
-    """Where an alias points. version: the version record's digest. revision: grows with each change."""
+    """Where an alias points. version: the version record's digest. revision: grows with each change.
+
+    override_by: the user who lets the version serve without an approval, "" where nobody does.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,6 +37,7 @@ class Alias(BaseModel):
     tenant: str
     region: str
     version: str
+    override_by: str = ""
     revision: int
 
 
@@ -64,50 +68,46 @@ def set_alias(
     *,
     name: str,
     alias: str,
-    version: str | None,
+    version: Version | None,
     expected: int,
     actor: str,
     scope: Scope = Scope(),
+    override_by: str | None = None,
 ) -> Alias:
-    """Point an alias at a version's digest, or nowhere (None), if its revision is still the expected one.
+    """Point an alias at a version, or nowhere (None), if its revision is still the expected one.
 
-    session: a write transaction (Store.change). expected: revision_of when the caller decided. Raises Refused where
-    another change came first, or the version is another name's, tenant's or region's, or recalled. Approval is the
-    caller's to require (approvals.require_approved with the same session).
+    session: a write transaction (Store.change). expected: revision_of when the caller decided. override_by: the user
+    who lets a champion serve without an approval. Raises Refused where another change came first, where the version is
+    another name's, or where it may not be loaded for this scope or, as champion, may not serve it (serving.py).
     """
     if alias not in ALIASES:
         raise UsageError(f"{alias[:80]!r} is not an alias", fix=f"aliases are {', '.join(ALIASES)}")
     check_name(name, "version name")
     if version is not None:
-        _check_version(session, name, version, scope)
+        if version.name != name:
+            raise Refused(f"{version.label} is not a version of {name}", fix="register it under that name")
+        if alias == "champion":
+            permission = may_serve(session, version, scope=scope, override_by=override_by)
+        else:  # what a challenger is compared for may be its approval
+            permission = may_load(session, version, scope)
+        permission.require(version.label)
+    points: dict[str, Any] = {"version": version.digest if version else "", "override_by": override_by or ""}
     place: dict[str, Any] = {"name": name, "alias": alias, **scope.fields()}
     if expected == 0 and session.get(AliasRow, tuple(place.values())) is None:
-        session.add(AliasRow(**place, version=version or "", revision=1))
+        session.add(AliasRow(**place, **points, revision=1))
         session.flush()
     else:
         query = update(AliasRow).filter_by(**place).where(AliasRow.revision == expected)
-        changed = session.execute(query.values(version=version or "", revision=expected + 1))
+        changed = session.execute(query.values(**points, revision=expected + 1))
         if changed.rowcount != 1:  # type: ignore[attr-defined]
             raise Refused(
                 f"{name}@{alias} was changed by somebody else",
                 where=f"revision {expected}",
                 fix="read the alias again, then decide again",
             )
-    after = Alias(**place, version=version or "", revision=expected + 1)
+    after = Alias(**place, **points, revision=expected + 1)
     audit.append(session, actor=actor, action="alias.set", subject=f"{name}@{alias}", detail=after.model_dump())
     return after
-
-
-def _check_version(session: Session, name: str, version: str, scope: Scope) -> None:
-    row = session.scalars(select(VersionRow).where(VersionRow.digest == version)).first()
-    if row is None or row.name != name or not Scope(row.tenant, row.region).covers(scope):
-        raise Refused(
-            f"{short(version)} is not a version of {name} for {scope}",
-            fix="register it for that tenant and region",
-        )
-    reason = recalled(session, version)
-    if reason is not None:
-        raise Refused(f"{name}@v{row.number} was recalled: {reason}", fix="use another version")
 
 
 def _alias(row: AliasRow) -> Alias:
@@ -117,5 +117,6 @@ def _alias(row: AliasRow) -> Alias:
         tenant=row.tenant,
         region=row.region,
         version=row.version,
+        override_by=row.override_by,
         revision=row.revision,
     )

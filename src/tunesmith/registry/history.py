@@ -132,6 +132,7 @@ def _actual(session: Session) -> State:
             "tenant": alias.tenant,
             "region": alias.region,
             "version": alias.version,
+            "override_by": alias.override_by,
             "revision": alias.revision,
         }
     return found

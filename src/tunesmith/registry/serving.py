@@ -61,15 +61,16 @@ def may_serve(
     user who lets it serve without an approval; they must hold the permission rollout.override now.
     """
     permission = may_load(session, version, scope)
-    if not permission.granted:
-        return permission
-    if override_by is not None:
-        try:
-            require(session, override_by, "rollout.override", scope=scope)
-        except Refused as error:
-            return Permission("override", f"is not approved, and the override does not count: {error.what}", error.fix)
-        return GRANTED
-    return _approved(session, version)
+    if permission.granted:
+        permission = _approved(session, version)
+        if not permission.granted and override_by is not None:
+            try:
+                require(session, override_by, "rollout.override", scope=scope)
+            except Refused as error:
+                message = f"is not approved, and the override does not count: {error.what}"
+                return Permission("override", message, error.fix)
+            return GRANTED
+    return permission
 
 
 def may_load(session: Session, version: Version, scope: Scope = Scope()) -> Permission:
@@ -90,14 +91,21 @@ def may_load(session: Session, version: Version, scope: Scope = Scope()) -> Perm
     reason = recalled(session, version.digest)
     if reason is not None:
         return Permission("recalled", f"was recalled: {reason}", "use another version")
-    try:
-        check_expiry(version)
-    except Refused as error:
-        return Permission("expired", error.what, error.fix)
+    if not (unexpired := still_valid(version)).granted:
+        return unexpired
     try:
         check_signer(version, _key(trusted_keys(session), row.key, version.signer))
     except Refused as error:
         return Permission("signer", f"has no trusted signature: {error.what}", error.fix)
+    return GRANTED
+
+
+def still_valid(version: Version) -> Permission:
+    """Whether a version's time is not over: the only condition that changes without an entry in the audit log."""
+    try:
+        check_expiry(version)
+    except Refused as error:
+        return Permission("expired", error.what, error.fix)
     return GRANTED
 
 

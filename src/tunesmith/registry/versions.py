@@ -157,18 +157,18 @@ def _register(store: Store, plan: _Plan, signer: User, before: set[int]) -> Vers
     return version
 
 
-def resolve(store: Store, text: str, *, scope: Scope = Scope()) -> Version:
+def resolve(store: Store, text: str, *, scope: Scope = Scope(), session: Session | None = None) -> Version:
     """The version that text names: `name@v3`, `name@champion`, `name@challenger` or the start of a digest.
 
-    scope: the caller's. A version of another tenant or region is treated like one that does not exist. Raises
-    UsageError where there is none, or several.
+    scope: the caller's. A version of another tenant or region is treated like one that does not exist. session: read
+    through the caller's. Raises UsageError where there is none, or several.
     """
     query = select(VersionRow.digest).where(
         VersionRow.tenant.in_(("", scope.tenant)), VersionRow.region.in_(("", scope.region))
     )
     name, _, rest = text.partition("@")
     if rest in ALIASES:
-        alias = get_alias(store, name, rest, scope)
+        alias = get_alias(session or store, name, rest, scope)
         query = query.where(VersionRow.digest == (alias.version if alias else ""))
     elif rest:
         ref = VersionRef.parse(text)
@@ -178,13 +178,13 @@ def resolve(store: Store, text: str, *, scope: Scope = Scope()) -> Version:
         if len(start) < 4 or not is_digest("sha256:" + start.ljust(64, "0")):
             raise UsageError(f"{text[:80]!r} is not a version", fix="write NAME@vNUMBER, NAME@champion or a digest")
         query = query.where(VersionRow.digest.startswith(f"sha256:{start}"))
-    with database.reading(store.engine) as session:
-        found = list(session.scalars(query.limit(2)))
+    with _reading(store, session) as reading:
+        found = list(reading.scalars(query.limit(2)))
     if not found:
         raise UsageError(f"there is no version {text[:80]!r}", fix="tunesmith show lists all versions")
     if len(found) > 1:
         raise UsageError(f"several versions start with {text[:80]!r}", fix="give more digits")
-    return load_version(store, found[0])
+    return load_version(store, found[0], session)
 
 
 def load_version(store: Store, digest: str, session: Session | None = None) -> Version:
@@ -232,7 +232,7 @@ def open_release(store: Store, version: Version, session: Session | None = None)
     sees. Raises Refused if the version may not be loaded (serving.may_load), if its folder or signature is damaged, or
     if a record that it was made from was recalled.
     """
-    registered = load_version(store, version.digest)
+    registered = load_version(store, version.digest, session)
     if registered != version:
         raise Refused("this is not the version of that digest", where=version.label, fix="resolve it again")
     with _reading(store, session) as reading:

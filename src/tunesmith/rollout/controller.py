@@ -9,13 +9,18 @@ Each transition is one transaction: it compares the row's revision, changes the 
 entry. A controller that is killed leaves the rollout as it was before the transition or after it. The next call of
 `advance` carries on, in any process; several controllers may run at once.
 
-If a name has no champion, or one that may not be loaded any more, there is nothing to compare with. Then `start` makes
-the version champion at once, still only if it is approved or overridden, and the rollout is promoted from the start.
+If a name has no champion, or one that may not serve any more, there is nothing to compare with. Then `start` makes the
+version champion at once, still only if it is approved or overridden, and the rollout is promoted from the start.
+
+Every version that gets traffic may serve at that moment (`registry/serving.py`), decided inside the transition's
+transaction. Aborting never needs that: traffic always leaves the canary. If the champion may not serve either, then
+nothing serves, and the transition's entry says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -26,18 +31,18 @@ from tunesmith.core.clock import now
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.names import CONTROLLER
 from tunesmith.core.scope import Scope
-from tunesmith.registry.aliases import get_alias
+from tunesmith.registry.aliases import Alias, get_alias
 from tunesmith.registry.versions import Version
 from tunesmith.rollout import traffic
 from tunesmith.rollout.analysis import Arm, Judgement, judge
 from tunesmith.rollout.preconditions import (
-    arm_permission,
     broken_precondition,
     check_may_serve,
     point_champion,
     promotions_to_undo,
 )
 from tunesmith.rollout.settings import Analysis, Pause, Step
+from tunesmith.rollout.standing import CONTROLLER, champion_of, standing_of
 from tunesmith.rollout.state import Rollout, from_row, get_rollout, live_rollout
 from tunesmith.rollout.transitions import Overtaken, Transition, apply, make_transition, new_row
 from tunesmith.store import audit, database
@@ -68,17 +73,17 @@ def start(
     """Start to move a name's traffic to a version. If nothing serves yet, the version becomes champion at once.
 
     steps: RolloutSettings.steps. override: the reason to start without an approval; it needs the permission
-    rollout.override and has its own audit entry. Raises Refused if the version may not serve, is champion already, or
-    if a rollout of that name is live; UsageError for a version of another name.
+    rollout.override and has its own audit entry. Raises Refused if the version may not serve, serves already, or if a
+    rollout of that name is live; UsageError for a version of another name.
     """
     _check_scope(version, name, scope)
-    if override is not None and not override.strip():
-        raise UsageError("an override needs a reason", fix='--override "why it need not be approved"')
+    _check_reason(override)
+    override_by = None if override is None else actor
     detail: dict[str, Any] = {"version": version.digest, "label": version.label, **scope.fields()}
     with store.change(actor, "rollout.start", name, detail) as session:
         # Inside the transaction, so that a role or an approval that was just taken away counts.
         require(session, actor, "rollout.start", scope=scope)
-        check_may_serve(session, store, version, scope, override_by=None if override is None else actor)
+        check_may_serve(session, store, version, scope, override_by=override_by)
         running = live_rollout(session, name, scope)
         if running is not None:
             raise Refused(
@@ -86,18 +91,16 @@ def start(
                 fix=f"wait for it, or end it: tunesmith rollout abort {running.id}",
             )
         champion = get_alias(session, name, "champion", scope)
-        if champion is not None and champion.version == version.digest:
+        unopposed = _no_rival(session, store, champion, scope)
+        if champion is not None and champion.version == version.digest and unopposed is None:
             raise Refused(f"{version.label} serves all of {name}'s traffic already")
-        stable = champion.version if champion else ""
-        unopposed = _no_rival(session, store, stable, scope)
-        row = new_row(version, name, scope, stable, steps, actor, override, clock(), unopposed)
+        row = new_row(version, name, scope, champion, steps, actor, override, clock(), unopposed)
         session.add(row)
         session.flush()
         if unopposed is not None:
-            point_champion(session, from_row(row), version.digest, actor)
+            point_champion(session, store, from_row(row), version.digest, actor, override_by)
         if override is not None:
-            about = {"rollout": row.id, "version": version.digest, "label": version.label, "reason": override}
-            audit.append(session, actor=actor, action="rollout.override", subject=name, detail=about)
+            _note_override(session, actor, override, from_row(row), version.digest)
         detail.update(rollout=row.id, stable=row.stable, status=row.status, override=override)
         return from_row(row)
 
@@ -117,9 +120,12 @@ def resume(store: Store, rollout: int, *, actor: str, clock: Clock = now) -> Rol
 def promote(store: Store, rollout: int, *, actor: str, override: str | None = None, clock: Clock = now) -> Rollout:
     """Make the canary champion now, and skip the remaining steps.
 
-    Raises Refused if a remaining step is an analysis, unless override gives a reason (it needs the permission
-    rollout.override); if the canary may not serve; or if the champion changed since the rollout started.
+    override: the reason to promote without what is missing, an analysis or an approval; it needs the permission
+    rollout.override and has its own audit entry. Raises Refused if a remaining step is an analysis or the canary is not
+    approved, unless override gives a reason; if the canary may not be loaded; or if the champion changed since the
+    rollout started.
     """
+    _check_reason(override)
 
     def decide(session: Session, current: Rollout) -> Transition:
         _refuse_ended(current)
@@ -130,15 +136,19 @@ def promote(store: Store, rollout: int, *, actor: str, override: str | None = No
                 where=_place(current),
                 fix='wait for it, or skip it: --override "why"',
             )
-        if override is not None:
-            require(session, actor, "rollout.override", scope=current.scope)
-        return _promotion(current, {"skipped": skipped, "override": override})
+        if override is None:
+            return _promotion(current, {"skipped": skipped, "override": None})
+        require(session, actor, "rollout.override", scope=current.scope)
+        _note_override(session, actor, override, current, current.canary)
+        # The override replaces the approval only where there is none: an approved canary serves by its approval.
+        approved = standing_of(session, store, current.canary, current.scope).granted
+        return _promotion(current, {"skipped": skipped, "override": override}, None if approved else actor)
 
     return _command(store, rollout, actor, "rollout.promote", decide, clock)
 
 
 def abort(store: Store, rollout: int, *, actor: str, reason: str, clock: Clock = now) -> Rollout:
-    """Send all traffic back to stable. Raises Refused if the rollout has ended already."""
+    """Send all traffic back to stable, which serves if it may. Raises Refused if the rollout has ended already."""
 
     def decide(_session: Session, current: Rollout) -> Transition:
         _refuse_ended(current)
@@ -148,24 +158,40 @@ def abort(store: Store, rollout: int, *, actor: str, reason: str, clock: Clock =
 
 
 def rollback(
-    store: Store, *, name: str, actor: str, reason: str, scope: Scope = Scope(), clock: Clock = now
+    store: Store,
+    *,
+    name: str,
+    actor: str,
+    reason: str,
+    override: str | None = None,
+    scope: Scope = Scope(),
+    clock: Clock = now,
 ) -> Rollout:
     """Give a name's traffic back to the version that served before; returns the rollout that was undone.
 
     If a rollout is live, it ends and the champion stays. Otherwise the champion becomes the version that the newest
-    promotion replaced. If that one may not be loaded any more, it becomes the one before it. Raises Refused if there is
-    none.
+    promotion replaced. If that one may not serve any more, it becomes the one before it. override: the reason to go
+    back to a version that is not approved; it needs the permission rollout.override and has its own audit entry.
+    Raises Refused, with the versions that could serve now, if none that served before may serve.
     """
+    _check_reason(override)
     detail: dict[str, Any] = {**scope.fields(), "reason": reason}
     at = clock()
     with store.change(actor, "rollout.rollback", name, detail) as session:
         require(session, actor, "rollout.change", scope=scope)
         running = live_rollout(session, name, scope)
         undo = Transition("rollout.rollback", {"status": "rolled_back", "weight": 0, "reason": reason})
+        by = None if override is None else actor
+        if by is not None:
+            require(session, by, "rollout.override", scope=scope)
         if running is not None:
-            return apply(session, running, undo, at, detail)
-        promotions, target = promotions_to_undo(session, store, name, scope)
-        point_champion(session, promotions[0], target, actor)
+            if override is not None:
+                _let_champion_serve(session, store, running, actor, override)
+            return apply(session, running, _with_champion(session, store, running, undo), at, detail)
+        promotions, target, override_by = promotions_to_undo(session, store, name, scope, by)
+        point_champion(session, store, promotions[0], target, actor, override_by)
+        if override is not None:
+            _note_override(session, actor, override, promotions[0], target)
         undone = [apply(session, promotion, undo, at, {}) for promotion in promotions]
         detail |= {"rollout": undone[0].id, "undone": [one.id for one in undone], "champion": target}
         return undone[0]
@@ -215,7 +241,13 @@ def _make_if_unchanged(store: Store, current: Rollout, chosen: Transition, at: d
     """Make a transition that was chosen for current, unless the rollout has changed since then."""
     try:
         return make_transition(
-            store, current, CONTROLLER, chosen.action, lambda _session, _found: chosen, at, expected=current.revision
+            store,
+            current,
+            CONTROLLER,
+            chosen.action,
+            lambda session, found: _with_champion(session, store, found, chosen),
+            at,
+            expected=current.revision,
         )
     except Overtaken:
         return get_rollout(store, current.id)
@@ -276,13 +308,44 @@ def _judge(store: Store, rollout: Rollout, analysis: Analysis, measure: Measure)
     return judge(analysis, canary, stable)
 
 
-def _promotion(rollout: Rollout, detail: Mapping[str, Any]) -> Transition:
+def _promotion(rollout: Rollout, detail: Mapping[str, Any], override_by: str | None = None) -> Transition:
     changes = {"status": "promoted", "step": len(rollout.steps), "weight": 100, "reason": ""}
-    return Transition("rollout.promote", changes, {"version": rollout.canary, "replaced": rollout.stable, **detail})
+    about = {"version": rollout.canary, "replaced": rollout.stable, **detail}
+    return Transition("rollout.promote", changes, about, override_by)
 
 
 def _abortion(reason: str, detail: Mapping[str, Any] | None = None) -> Transition:
     return Transition("rollout.abort", {"status": "aborted", "weight": 0, "reason": reason}, detail or {})
+
+
+def _with_champion(session: Session, store: Store, rollout: Rollout, transition: Transition) -> Transition:
+    """The transition. Its detail says so if it gives traffic back to a champion that may not serve."""
+    if transition.changes.get("status") not in ("aborted", "rolled_back"):
+        return transition
+    champion = champion_of(session, store, rollout.name, rollout.scope)
+    if champion is None or champion.refused is None:
+        return transition
+    return replace(transition, detail={**transition.detail, "nothing_serves": champion.warning})
+
+
+def _let_champion_serve(session: Session, store: Store, rollout: Rollout, actor: str, reason: str) -> None:
+    """Let the champion of a rollout's name serve by an override, where it has no standing of its own."""
+    champion = get_alias(session, rollout.name, "champion", rollout.scope)
+    if champion is not None:
+        approved = standing_of(session, store, champion.version, rollout.scope).granted
+        by = champion.override_by or None if approved else actor
+        point_champion(session, store, rollout, champion.version, actor, by)
+        _note_override(session, actor, reason, rollout, champion.version)
+
+
+def _note_override(session: Session, actor: str, reason: str, rollout: Rollout, version: str) -> None:
+    about = {"rollout": rollout.id, "version": version, "reason": reason}
+    audit.append(session, actor=actor, action="rollout.override", subject=rollout.name, detail=about)
+
+
+def _check_reason(override: str | None) -> None:
+    if override is not None and not override.strip():
+        raise UsageError("an override needs a reason", fix='--override "why it need not be approved"')
 
 
 def _command(
@@ -298,7 +361,7 @@ def _command(
 
     def permitted(session: Session, found: Rollout) -> Transition:
         require(session, actor, "rollout.change", scope=found.scope)
-        return decide(session, found)
+        return _with_champion(session, store, found, decide(session, found))
 
     return make_transition(store, current, actor, action, permitted, clock())
 
@@ -314,11 +377,11 @@ def _check_scope(version: Version, name: str, scope: Scope) -> None:
         )
 
 
-def _no_rival(session: Session, store: Store, stable: str, scope: Scope) -> str | None:
-    """Why there is no champion to compare a canary with, None if there is one. stable: its digest, "" for none."""
-    if not stable:
+def _no_rival(session: Session, store: Store, champion: Alias | None, scope: Scope) -> str | None:
+    """Why there is no champion to compare a canary with, None if there is one."""
+    if champion is None:
         return "nothing served before"
-    permission = arm_permission(session, store, stable, scope)
+    permission = standing_of(session, store, champion.version, scope)
     return None if permission.granted else f"the champion {permission.message}"
 
 

@@ -9,17 +9,21 @@ from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias, revision_of, set_alias
 from tunesmith.registry.approvals import require_approved
-from tunesmith.registry.serving import Permission, may_load, may_serve
+from tunesmith.registry.serving import may_serve
 from tunesmith.registry.versions import Version, load_version
+from tunesmith.rollout.standing import advice, could_serve, standing_of
 from tunesmith.rollout.state import Rollout, promoted_rollouts
 from tunesmith.store.identities import require
 from tunesmith.store.store import Store
 
 
-def broken_precondition(session: Session, store: Store, rollout: Rollout) -> str | None:
-    """Why a live rollout cannot go on, None if it can: an arm may not be loaded any more, or the champion changed."""
-    for arm, digest in (("canary", rollout.canary), ("champion", rollout.stable)):
-        permission = arm_permission(session, store, digest, rollout.scope)
+def broken_precondition(session: Session, store: Store, rollout: Rollout, override_by: str | None = None) -> str | None:
+    """Why a live rollout cannot go on, None if it can: an arm may not serve any more, or the champion changed.
+
+    override_by: a user who lets the canary serve without an approval.
+    """
+    for arm, digest, by in (("canary", rollout.canary, override_by), ("champion", rollout.stable, None)):
+        permission = standing_of(session, store, digest, rollout.scope, override_by=by)
         if not permission.granted:
             return f"the {arm} {permission.message}"
     champion = get_alias(session, rollout.name, "champion", rollout.scope)
@@ -30,25 +34,15 @@ def broken_precondition(session: Session, store: Store, rollout: Rollout) -> str
     return None
 
 
-def arm_permission(session: Session, store: Store, digest: str, scope: Scope) -> Permission:
-    """Whether a version, given by its digest, may be loaded to answer a scope."""
-    try:
-        version = load_version(store, digest, session)
-    except Refused:
-        return Permission("unknown", "is not in the registry")
-    return may_load(session, version, scope)
-
-
-def promotion_problem(session: Session, store: Store, rollout: Rollout) -> str | None:
+def promotion_problem(session: Session, store: Store, rollout: Rollout, override_by: str | None) -> str | None:
     """Why the canary may not become champion now, None if it may.
 
-    The user who started the rollout must still be allowed to, and the canary may serve: by an approval, or by that
-    user's override.
+    The user who started the rollout must still be allowed to, and the canary may serve: by an approval, or by an
+    override of the user override_by.
     """
     try:
         require(session, rollout.started_by, "rollout.start", scope=rollout.scope)
         canary = load_version(store, rollout.canary, session)
-        override_by = rollout.started_by if rollout.override else None
         check_may_serve(session, store, canary, rollout.scope, override_by=override_by)
     except TunesmithError as error:
         return error.what
@@ -65,25 +59,35 @@ def check_may_serve(session: Session, store: Store, version: Version, scope: Sco
         require_approved(store, version, session)
 
 
-def point_champion(session: Session, rollout: Rollout, version: str, actor: str) -> None:
-    """Make a version (its digest) the champion of a rollout's name, tenant and region."""
+def point_champion(
+    session: Session, store: Store, rollout: Rollout, version: str, actor: str, override_by: str | None
+) -> None:
+    """Make a version (its digest) the champion of a rollout's name, tenant and region.
+
+    override_by: the user who lets it serve without an approval. Raises Refused if it may not serve.
+    """
     expected = revision_of(session, rollout.name, "champion", rollout.scope)
     set_alias(
         session,
         name=rollout.name,
         alias="champion",
-        version=version,
+        version=load_version(store, version, session),
         expected=expected,
         actor=actor,
         scope=rollout.scope,
+        override_by=override_by,
     )
 
 
-def promotions_to_undo(session: Session, store: Store, name: str, scope: Scope) -> tuple[list[Rollout], str]:
-    """The promotions that a rollback undoes, newest first, and the digest of the version that served before them.
+def promotions_to_undo(
+    session: Session, store: Store, name: str, scope: Scope, override_by: str | None = None
+) -> tuple[list[Rollout], str, str | None]:
+    """The promotions that a rollback undoes, newest first, the digest of the version that served before them, and the
+    user by whose override it serves.
 
-    There are several if the version that the newest one replaced may not be loaded any more. Raises Refused if nothing
-    served before, or if a person set the champion by hand.
+    There are several if the version that the newest one replaced may not serve any more. override_by: a user who lets
+    it serve without an approval. Raises Refused, with the versions that could serve now, if no version that served
+    before may serve, or if a person set the champion by hand.
     """
     champion = get_alias(session, name, "champion", scope)
     current, undone = champion.version if champion else "", list[Rollout]()
@@ -93,14 +97,21 @@ def promotions_to_undo(session: Session, store: Store, name: str, scope: Scope) 
             break  # set by hand: no rollout knows what it replaced
         undone.append(promotion)
         if not promotion.stable:
-            problem = "nothing served before it"
+            problem = problem or "nothing served before it"
             break
-        permission = arm_permission(session, store, promotion.stable, scope)
-        if permission.granted:
-            return undone, promotion.stable
-        problem = f"the version that served before, {short(promotion.stable)}, {permission.message}"
+        if promotion.stable == promotion.canary:  # the champion was started again, under an override
+            continue
+        # An explicit override counts only where the version has no standing of its own.
+        for by in dict.fromkeys((promotion.stable_override_by or None, override_by or promotion.stable_override_by)):
+            try:
+                before = load_version(store, promotion.stable, session)
+                check_may_serve(session, store, before, scope, override_by=by)
+                return undone, promotion.stable, by
+            except TunesmithError as error:
+                problem = problem or f"the version that served before may not serve now: {error.what}"
     raise Refused(
         problem or f"no rollout promoted the champion of {name}, so it is not known what served before",
         where=f"champion {short(current)}" if current else None,
-        fix=f"tunesmith rollout start moves traffic to any approved version of {name}",
+        fix=advice(could_serve(session, store, name, scope), scope)
+        + ("; an admin may go back to a version that is only not approved: --override REASON" if undone else ""),
     )

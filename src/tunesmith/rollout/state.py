@@ -21,7 +21,7 @@ Status = Live | Final
 LIVE: tuple[Live, ...] = get_args(Live)  # these divide traffic
 FINAL: tuple[Final, ...] = get_args(Final)  # these never divide traffic again; a rollback may still undo a promotion
 
-_IN_STATE = frozenset(("steps", "started_by", "override", "reason", "began_at", "history"))
+_IN_STATE = frozenset(("steps", "started_by", "override", "stable_override_by", "reason", "began_at", "history"))
 
 
 class Rollout(BaseModel):
@@ -29,6 +29,8 @@ class Rollout(BaseModel):
 
     stable, canary: version digests; stable is "" if nothing served before. weight: percentage of requests that go to
     the canary now. step: index into steps, len(steps) after the last one. began_at: when the current step began.
+    override: why the canary needs no approval, by started_by. stable_override_by: the user by whose override stable
+    served without an approval, "" if nobody's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +47,7 @@ class Rollout(BaseModel):
     steps: tuple[Step, ...]
     started_by: str
     override: str | None
+    stable_override_by: str = ""
     reason: str
     began_at: str
     history: tuple[dict[str, Any], ...]

@@ -12,9 +12,11 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.scope import Scope
+from tunesmith.registry.aliases import Alias
 from tunesmith.registry.versions import Version
 from tunesmith.rollout.preconditions import broken_precondition, point_champion, promotion_problem
 from tunesmith.rollout.settings import Step
+from tunesmith.rollout.standing import advice, could_serve
 from tunesmith.rollout.state import Rollout, from_row, state_of
 from tunesmith.store.store import Store
 from tunesmith.store.tables import RolloutRow
@@ -22,11 +24,15 @@ from tunesmith.store.tables import RolloutRow
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """A transition. action: its name in the audit log. changes: fields of the rollout. detail: more for the log."""
+    """A transition. action: its name in the audit log. changes: fields of the rollout. detail: more for the log.
+
+    override_by: of a promotion, the user who lets the canary serve without an approval.
+    """
 
     action: str
     changes: Mapping[str, Any]
     detail: Mapping[str, Any] = field(default_factory=dict)
+    override_by: str | None = None
 
 
 class Overtaken(Exception):
@@ -56,11 +62,14 @@ def make_transition(
             raise Overtaken
         transition = decide(session, found)
         if transition.changes.get("status") == "promoted":
-            problem = broken_precondition(session, store, found) or promotion_problem(session, store, found)
+            override_by = transition.override_by or (found.started_by if found.override is not None else None)
+            problem = broken_precondition(session, store, found, override_by)
+            problem = problem or promotion_problem(session, store, found, override_by)
             if problem is not None:
-                fix = f"tunesmith rollout abort {found.id}"
+                can = advice(could_serve(session, store, found.name, found.scope), found.scope)
+                fix = f"tunesmith rollout abort {found.id}; {can}"
                 raise Refused(problem, where=f"rollout {found.id} of {found.name}", fix=fix)
-            point_champion(session, found, found.canary, actor)
+            point_champion(session, store, found, found.canary, actor, override_by)
         return apply(session, found, transition, at, detail)
 
 
@@ -95,22 +104,31 @@ def new_row(
     version: Version,
     name: str,
     scope: Scope,
-    stable: str,
+    stable: Alias | None,
     steps: Sequence[Step],
     actor: str,
     override: str | None,
     at: datetime,
     unopposed: str | None,
 ) -> RolloutRow:
-    """The row of a new rollout. unopposed: why there is no champion to compare with, so that it is promoted at once."""
+    """The row of a new rollout. stable: the champion.
+
+    unopposed: why there is no champion to compare with, so that it is promoted at once.
+    """
     row = RolloutRow(
-        name=name, **scope.fields(), stable=stable, canary=version.digest, revision=0, started_at=written(at)
+        name=name,
+        **scope.fields(),
+        stable=stable.version if stable else "",
+        canary=version.digest,
+        revision=0,
+        started_at=written(at),
     )
     row.status, row.step, row.weight = ("promoted", len(steps), 100) if unopposed else ("running", 0, 0)
     row.state = {
         "steps": [step.model_dump(mode="json", exclude_none=True) for step in steps],
         "started_by": actor,
         "override": override,
+        "stable_override_by": stable.override_by if stable else "",
         "reason": unopposed or "",
         "began_at": written(at),
         "history": [],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from starlette.exceptions import HTTPException
 from tunesmith.core.messages import CountTokens
 from tunesmith.engines.protocol import Engine
 from tunesmith.rollout.controller import advance, give_up
+from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.rollout.state import list_rollouts
 from tunesmith.server import chat, control, openapi
 from tunesmith.server.draining import DrainMiddleware, drain
@@ -53,9 +55,10 @@ def create_app(
         region=settings.region,
     )
     versions = ReadyVersions(store, engine)
-    worker = Worker(versions, recorder, settings, lambda rollout, why: give_up(store, rollout, why), count_tokens)
+    router = Router(store, settings.region, versions)
+    worker = Worker(versions, router, recorder, settings, functools.partial(give_up, store), count_tokens)
     metrics.watch_queue(worker.waiting)
-    serving = Serving(store, settings, metrics, Router(store, settings.region), recorder, worker)
+    serving = Serving(store, settings, metrics, router, recorder, worker)
 
     # No pages of documentation: they load scripts from other servers.
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
@@ -98,13 +101,16 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _control(serving: Serving) -> None:
-    """Advance every live rollout, every check_seconds."""
+    """Advance every live rollout, and tell of champions that may not serve, every check_seconds."""
+    watch = ChampionWatch(serving.store)
     while True:
         try:
             for rollout in await asyncio.to_thread(list_rollouts, serving.store, live=True):
                 moved = await asyncio.to_thread(advance, serving.store, rollout.id)
                 if moved.revision != rollout.revision:
                     LOG.info("rollout %d of %s: %s, step %d", moved.id, moved.name, moved.status, moved.step)
+            refused = await asyncio.to_thread(watch.refused)
+            serving.metrics.champions_refused.set(len(refused))
             serving.checked_at = time.monotonic()
         except Exception:  # noqa: BLE001 - one failed check must not end the controller
             serving.metrics.controller_failures.inc()

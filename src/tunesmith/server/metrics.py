@@ -37,6 +37,11 @@ class Metrics:
         self.controller_failures = Counter(
             "tunesmith_controller_failures", "Rollout checks that failed.", registry=self._registry
         )
+        self.champions_refused = Gauge(
+            "tunesmith_champions_refused",
+            "Champions that may not serve now: expired, recalled, not approved or not validly signed.",
+            registry=self._registry,
+        )
 
     def request(self, arm: str, outcome: str, seconds: float, completion: Completion | None) -> None:
         """Count one request."""

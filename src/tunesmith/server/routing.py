@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
@@ -16,18 +18,25 @@ from tunesmith.core.version_ref import VersionRef
 from tunesmith.engines.protocol import Engine
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.approvals import require_approved
-from tunesmith.registry.serving import Permission, may_load
+from tunesmith.registry.serving import Permission, still_valid
 from tunesmith.registry.versions import Version, load_version, resolve, verified_copy
-from tunesmith.rollout.state import live_rollout
+from tunesmith.rollout.standing import override_in_force, standing
+from tunesmith.rollout.state import Rollout, live_rollout
 from tunesmith.rollout.traffic import goes_to_canary
 from tunesmith.server.errors import ApiError, no_such_model, not_available
 from tunesmith.store import database
 from tunesmith.store.identities import User
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, VersionRow
+from tunesmith.store.until_changed import UntilChanged
 
-# For how long a checked approval of a pinned version is not checked again: one check of its signature takes 20 ms.
-_APPROVED_SECONDS = 5.0
+_LOG = logging.getLogger("tunesmith.server")
+# What a caller reads about a version that may not serve. Names of signers and approvers are for the operator only.
+_FOR_CALLERS = {
+    "signer": "has no trusted signature",
+    "not_approved": "is not approved",
+    "override": "is not approved",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,35 +54,65 @@ class Route:
     stable: Version | None = None
 
 
-class Router:
-    """Maps model names to versions. Reads the database for each request, so a rollback takes effect at once."""
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What a model's name means to a tenant until the store changes. permission: whether the version may serve.
 
-    def __init__(self, store: Store, region: str) -> None:
-        self._store, self._region = store, region
-        self._approved: dict[str, float] = {}
+    rollout, canary: a live rollout that divides the name's traffic, and its canary if that may serve.
+    """
+
+    version: Version
+    permission: Permission
+    pinned: bool
+    rollout: Rollout | None = None
+    canary: Version | None = None
+
+    def holds(self) -> bool:
+        """Whether no version that may serve has expired since."""
+        versions = [self.version] if self.permission.granted else []
+        versions += [self.canary] if self.canary is not None else []
+        return all(still_valid(version).granted for version in versions)
+
+
+class Router:
+    """Maps model names to versions, and refuses those that may not serve now.
+
+    Asks the database before each request whether anything changed. If so, or if a version expired, it decides anew
+    (rollout/standing.py). So a change by any process counts from the next request on.
+    """
+
+    def __init__(self, store: Store, region: str, versions: ReadyVersions) -> None:
+        self._store, self._region, self._versions = store, region, versions
+        self._choices = UntilChanged[_Choice](store)
 
     def route(self, user: User, model: str, key: str) -> Route:
-        """The version for a request. key: requests with equal keys get the same arm. Raises ApiError 404."""
-        if user.region not in ("", self._region):
-            raise no_such_model(model)
-        name, _, rest = model.partition("@")
-        try:
-            check_name(name, "version name")
-            if rest in ("", "champion") and model.count("@") == bool(rest):
-                return self._champion(user, model, name, key)
-            version = resolve(self._store, model, scope=Scope(user.tenant, self._region))
-        except UsageError:
-            raise no_such_model(model) from None
-        except Refused as error:
-            raise not_available(model, error.what) from error
-        route = self._checked(user, model, Route(name=version.name, version=version, arm="pinned"))
-        problem = self._unapproved(user, version)
-        if problem is not None:
-            raise not_available(model, problem)
-        return route
+        """The version for a request. key: requests with equal keys get the same arm.
+
+        Raises ApiError 404: model_not_found, or model_not_available for a version that the caller may know of but that
+        may not serve.
+        """
+        choice = self._choice(user, model)
+        version, rollout = choice.version, choice.rollout
+        if not choice.permission.granted:
+            raise _not_serving(model, version, choice.permission)
+        if choice.pinned:
+            return Route(name=version.name, version=version, arm="pinned")
+        if rollout is None:
+            return Route(name=version.name, version=version, arm="stable")
+        to_canary = choice.canary is not None and goes_to_canary(rollout.id, rollout.weight, key)
+        return Route(
+            name=version.name,
+            version=choice.canary if choice.canary is not None and to_canary else version,
+            arm="canary" if to_canary else "stable",
+            rollout=rollout.id,
+            step=rollout.step,
+            stable=version if to_canary else None,
+        )
 
     def models(self, user: User) -> list[tuple[str, Version]]:
-        """(model name, version) of every model that the user may use now."""
+        """(model name, version) of every model that would answer the user now. A version that could not be loaded when
+        it was last needed is left out.
+        """
         if user.region not in ("", self._region):
             return []
         tenants, regions = {"", user.tenant}, {"", self._region}
@@ -87,70 +126,78 @@ class Router:
         found = []
         for model in [*(f"{name}{suffix}" for name in names for suffix in ("", "@champion")), *labels]:
             try:
-                found.append((model, self.route(user, model, "").version))
+                choice = self._choice(user, model)
             except ApiError:
                 continue
+            if choice.permission.granted and choice.version.digest not in self._versions.failed:
+                found.append((model, choice.version))
         return found
 
-    def _champion(self, user: User, model: str, name: str, key: str) -> Route:
-        for scope in Scope(user.tenant, self._region).covering():
-            with database.reading(self._store.engine) as session:
-                alias = get_alias(session, name, "champion", scope)
-                rollout = live_rollout(session, name, scope) if alias is not None else None
+    def _choice(self, user: User, model: str) -> _Choice:
+        if user.region not in ("", self._region):
+            raise no_such_model(model)
+        scope = Scope(user.tenant, self._region)
+
+        def decide(session: Session) -> _Choice:
+            name, _, rest = model.partition("@")
+            try:
+                check_name(name, "version name")
+                if rest in ("", "champion") and model.count("@") == bool(rest):
+                    return self._champion(session, model, name, scope)
+                return self._pinned(session, resolve(self._store, model, scope=scope, session=session), scope)
+            except UsageError:
+                raise no_such_model(model) from None
+            except Refused as error:
+                _LOG.error("%s cannot be read: %s", model[:120], error)
+                raise not_available(model, "its version cannot be read") from error
+
+        return self._choices.get((user.tenant, model), decide, _Choice.holds)
+
+    def _champion(self, session: Session, model: str, name: str, scope: Scope) -> _Choice:
+        for covering in scope.covering():
+            alias = get_alias(session, name, "champion", covering)
             if alias is None:
                 continue
-            stable = self._load(model, alias.version)
+            stable = load_version(self._store, alias.version, session)
+            permission = standing(session, stable, scope)
+            rollout = live_rollout(session, name, covering)
             if rollout is None or rollout.stable != stable.digest:
-                return self._checked(user, model, Route(name=name, version=stable, arm="stable"))
-            to_stable = Route(name=name, version=stable, arm="stable", rollout=rollout.id, step=rollout.step)
-            if goes_to_canary(rollout.id, rollout.weight, key):
-                canary = self._load(model, rollout.canary)
-                # The controller will abort a canary that may not be loaded. Until then stable answers its requests.
-                if self._permission(user, canary).granted:
-                    return replace(to_stable, version=canary, arm="canary", stable=stable)
-            return self._checked(user, model, to_stable)
+                return _Choice(stable, permission, pinned=False)
+            # The controller will abort a canary that may not serve. Until then stable answers its requests.
+            canary = None
+            with contextlib.suppress(Refused):
+                loaded = load_version(self._store, rollout.canary, session)
+                canary = loaded if standing(session, loaded, scope).granted else None
+            return _Choice(stable, permission, pinned=False, rollout=rollout, canary=canary)
         raise no_such_model(model)
 
-    def _load(self, model: str, digest: str) -> Version:
-        try:
-            return load_version(self._store, digest)
-        except Refused as error:
-            raise not_available(model, error.what) from error
+    def _pinned(self, session: Session, version: Version, scope: Scope) -> _Choice:
+        permission = standing(session, version, scope)
+        if permission.granted and override_in_force(session, version, scope) is None:
+            try:  # the files of the approval, which a rollout reads before it starts
+                require_approved(self._store, version, session)
+            except TunesmithError as error:
+                permission = Permission("not_approved", error.what, error.fix)
+        return _Choice(version, permission, pinned=True)
 
-    def _checked(self, user: User, model: str, route: Route) -> Route:
-        permission = self._permission(user, route.version)
-        if not permission.granted:
-            raise not_available(model, f"{route.version.label} {permission.message}")
-        return route
 
-    def _permission(self, user: User, version: Version) -> Permission:
-        """Whether a version may be loaded for a user. The rollout checked the approval of champion and canary."""
-        with database.reading(self._store.engine) as session:
-            return may_load(session, version, Scope(user.tenant, self._region))
-
-    def _unapproved(self, user: User, version: Version) -> str | None:
-        """Why a version may not be used by its number: not approved, nor champion or canary. None if it may."""
-        if time.monotonic() < self._approved.get(version.digest, 0.0):
-            return None
-        for scope in Scope(user.tenant, self._region).covering():
-            with database.reading(self._store.engine) as session:
-                alias = get_alias(session, version.name, "champion", scope)
-                rollout = live_rollout(session, version.name, scope)
-            if version.digest in (alias and alias.version, rollout and rollout.canary):
-                return None
-        try:
-            require_approved(self._store, version)
-        except TunesmithError as error:
-            return error.what
-        self._approved[version.digest] = time.monotonic() + _APPROVED_SECONDS
-        return None
+def _not_serving(model: str, version: Version, permission: Permission) -> ApiError:
+    if permission.reason in ("unknown", "wrong_scope"):
+        return no_such_model(model)
+    why = _FOR_CALLERS.get(str(permission.reason), permission.message)
+    return not_available(model, f"{version.label} {why}")
 
 
 class ReadyVersions:
-    """The versions that are verified and loaded into the engine. Thread-safe: loads one at a time."""
+    """The versions that are verified and loaded into the engine. Thread-safe: loads one at a time.
+
+    Whether they may serve is the Router's to decide, for every request. failed: digests of those that could not be
+    verified and loaded when they were last needed.
+    """
 
     def __init__(self, store: Store, engine: Engine) -> None:
         self._store, self._engine = store, engine
+        self.failed: set[str] = set()
         self._ready: dict[str, Answerer] = {}
         self._opening = threading.Lock()
 
@@ -161,12 +208,20 @@ class ReadyVersions:
             return ready
         with self._opening:
             if version.digest not in self._ready or not self._held(self._ready[version.digest]):
-                with verified_copy(self._store, version) as loaded:
-                    answerer = Answerer(self._store, self._engine, loaded.candidate)
-                    if loaded.adapter is not None and answerer.adapter is not None:
-                        self._engine.load_adapter(answerer.adapter, loaded.adapter)
-                self._ready[version.digest] = answerer
+                try:
+                    self._ready[version.digest] = self._open(version)
+                except BaseException:
+                    self.failed.add(version.digest)
+                    raise
+                self.failed.discard(version.digest)
             return self._ready[version.digest]
+
+    def _open(self, version: Version) -> Answerer:
+        with verified_copy(self._store, version) as loaded:
+            answerer = Answerer(self._store, self._engine, loaded.candidate)
+            if loaded.adapter is not None and answerer.adapter is not None:
+                self._engine.load_adapter(answerer.adapter, loaded.adapter)
+        return answerer
 
     def _held(self, answerer: Answerer) -> bool:
         """Whether the engine still has its weights. The engine unloads fully trained models to free memory."""

@@ -26,7 +26,7 @@ from tunesmith.monitoring.features import request_features
 from tunesmith.server.chat_request import ChatRequest
 from tunesmith.server.errors import ApiError, bad_request, busy, failed, not_available, stopping
 from tunesmith.server.recording import LOG, Recorder, Served
-from tunesmith.server.routing import ReadyVersions, Route
+from tunesmith.server.routing import ReadyVersions, Route, Router
 from tunesmith.server.settings import ServerSettings
 from tunesmith.store.identities import User
 
@@ -94,20 +94,22 @@ class Job:
 class Worker:
     """Answers up to settings.together jobs at once.
 
-    give_up: called with (rollout, reason) if a canary cannot be loaded. count_tokens: number of tokens of a prompt
-    under the base's chat template.
+    router: chooses a job's version once more when its turn comes, since standing may be lost while it waits. give_up:
+    called with (rollout, reason) if a canary cannot be loaded. count_tokens: number of tokens of a prompt under the
+    base's chat template.
     """
 
     def __init__(
         self,
         versions: ReadyVersions,
+        router: Router,
         recorder: Recorder,
         settings: ServerSettings,
         give_up: Callable[[int, str], object],
         count_tokens: CountTokens,
     ) -> None:
         self._count_tokens = count_tokens
-        self._versions, self._recorder = versions, recorder
+        self._versions, self._router, self._recorder = versions, router, recorder
         self._settings, self._give_up = settings, give_up
         self._waiting: deque[Job] = deque()
         self._change = threading.Condition()
@@ -190,6 +192,7 @@ class Worker:
             return
         job.begun = True
         try:
+            job.route = self._router.route(job.user, job.request.model, job.request.user or job.id)
             answerer = self._ready(job)
             generation = self._generation(job, answerer)
             if job.request.stream:

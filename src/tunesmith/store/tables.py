@@ -136,7 +136,8 @@ class VersionRow(Table):
 class AliasRow(Table):
     """The version that NAME@ALIAS means for a tenant and region. revision: for compare-and-set.
 
-    tenant and region are "" in a project without them.
+    tenant and region are "" in a project without them. override_by: the user who lets the version serve without an
+    approval, "" where nobody does.
     """
 
     __tablename__ = "aliases"
@@ -145,6 +146,7 @@ class AliasRow(Table):
     tenant: Mapped[str] = mapped_column(String(64), primary_key=True, default="")
     region: Mapped[str] = mapped_column(String(64), primary_key=True, default="")
     version: Mapped[str] = mapped_column(String(71))
+    override_by: Mapped[str] = mapped_column(String(128), default="")
     revision: Mapped[int] = mapped_column(Integer)
 
 

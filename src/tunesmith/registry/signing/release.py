@@ -219,9 +219,14 @@ def check_signer(version: Version, key: TrustedKey, where: str | None = None) ->
 
 def check_expiry(version: Version, where: str | None = None) -> None:
     """Raise Expired if the version was signed for a time that is over."""
-    if version.expires_at is not None and datetime.fromisoformat(version.expires_at) <= now():
+    if is_over(version.expires_at):
         fix = "register it again with a later date: tunesmith register --expires TIME"
         raise Expired(f"expired on {version.expires_at}", where=where or version.label, fix=fix)
+
+
+def is_over(expires_at: str | None) -> bool:
+    """Whether a version's time is over. None: it has no end."""
+    return expires_at is not None and datetime.fromisoformat(expires_at) <= now()
 
 
 def check_evidence(records: Mapping[str, Record], parents: Mapping[str, str], override: str | None) -> None:

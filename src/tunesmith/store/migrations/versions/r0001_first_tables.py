@@ -15,6 +15,7 @@ def upgrade() -> None:
         sa.Column("tenant", sa.String(length=64), nullable=False),
         sa.Column("region", sa.String(length=64), nullable=False),
         sa.Column("version", sa.String(length=71), nullable=False),
+        sa.Column("override_by", sa.String(length=128), nullable=False),
         sa.Column("revision", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("name", "alias", "tenant", "region"),
     )

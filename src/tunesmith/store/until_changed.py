@@ -1,0 +1,47 @@
+"""Values computed from the database, kept until its state changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+from sqlalchemy.orm import Session
+
+from tunesmith.store import audit, database
+from tunesmith.store.audit import Head
+from tunesmith.store.store import Store
+
+Value = TypeVar("Value")
+
+
+class UntilChanged(Generic[Value]):
+    """Values by key, each kept until the audit log has a new entry. Thread-safe.
+
+    Every change of state writes an audit entry in its transaction (`Store.change`). So the newest entry's number and
+    digest are the revision of users, keys, approvals, recalls, aliases and rollouts, whichever process changes them.
+    most: how many values are kept.
+    """
+
+    def __init__(self, store: Store, most: int = 4096) -> None:
+        self._store, self._most = store, most
+        self._kept: dict[Hashable, tuple[Head, Value]] = {}
+
+    def get(
+        self, key: Hashable, compute: Callable[[Session], Value], holds: Callable[[Value], bool] = lambda _value: True
+    ) -> Value:
+        """The value of a key, computed if there is none for the newest entry or it does not hold any more.
+
+        compute: reads what it needs through the session that it is given. holds: for what changes without an entry,
+        such as the time. What compute raises is raised, and not kept.
+        """
+        with database.reading(self._store.engine) as session:
+            # Before the value is computed: a change in between gives the next call another head.
+            head = audit.newest(session)
+            kept = self._kept.get(key)
+            if kept is not None and kept[0] == head and holds(kept[1]):
+                return kept[1]
+            value = compute(session)
+        if len(self._kept) >= self._most:
+            self._kept = {}
+        self._kept[key] = head, value
+        return value

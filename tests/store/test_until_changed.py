@@ -1,0 +1,56 @@
+"""Values are kept until any process changes the store."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from tunesmith.store import database
+from tunesmith.store.identities import add_user, ensure_owner
+from tunesmith.store.store import Store
+from tunesmith.store.until_changed import UntilChanged
+
+
+def test_a_value_is_kept_until_another_process_changes_the_store(tmp_path: Path) -> None:
+    store, other = Store(tmp_path / "store"), Store(tmp_path / "store")
+    owner = ensure_owner(store).name
+    values, numbers = UntilChanged[int](store), itertools.count()
+
+    def asked(key: str = "a") -> int:
+        return values.get(key, lambda _session: next(numbers))
+
+    assert [asked(), asked(), asked("b"), asked("b"), asked()] == [0, 0, 1, 1, 0]
+    add_user(other, "ann", ["approver"], actor=owner)
+    assert [asked(), asked(), asked("b")] == [2, 2, 3]
+    with database.writing(store.engine):  # changes nothing
+        pass
+    assert asked() == 2
+
+
+def test_a_value_that_does_not_hold_is_computed_again(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    ensure_owner(store)
+    values, numbers = UntilChanged[int](store), itertools.count()
+    assert [values.get("a", lambda _session: next(numbers), lambda value: value > 1) for _ in range(4)] == [0, 1, 2, 2]
+
+
+def test_no_more_values_are_kept_than_allowed(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    ensure_owner(store)
+    values = UntilChanged[int](store, most=3)
+    for number in range(10):
+        values.get(number, lambda _session: 0)
+        assert len(values._kept) <= 3
+
+
+def test_what_a_computation_raises_is_not_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    ensure_owner(store)
+    values, answers = UntilChanged[float](store), iter([0, 4])
+    outcomes = []
+    for _ in range(2):
+        try:
+            outcomes.append(values.get("a", lambda _session: 1 / next(answers)))
+        except ZeroDivisionError:
+            outcomes.append(None)
+    assert outcomes == [None, 0.25]
