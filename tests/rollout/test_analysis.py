@@ -126,11 +126,11 @@ def test_evidence_is_finite_one_sided_and_ignores_order(
     canary: list[float], stable: list[float], margin: float
 ) -> None:
     ours, theirs = np.array(canary), np.array(stable)
-    better, worse = evidence_not_worse(ours, theirs, margin), evidence_worse(ours, theirs, margin)
+    better, worse = evidence_not_worse([ours], [theirs], margin)[0], evidence_worse([ours], [theirs], margin)[0]
     assert math.isfinite(better)
     assert math.isfinite(worse)
     assert not (better >= 20 and worse >= 20)
-    assert evidence_worse(ours[::-1], theirs[::-1], margin) == pytest.approx(worse, rel=1e-6)
+    assert evidence_worse([ours[::-1]], [theirs[::-1]], margin)[0] == pytest.approx(worse, rel=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -157,7 +157,7 @@ def looks_until(fires: Any, rng: np.random.Generator, canary: float, stable: flo
 def test_peeking_at_equal_arms_rarely_raises_an_alarm(mean: float, share: float) -> None:
     rng = np.random.default_rng(7)
     alarms = sum(
-        looks_until(lambda ours, theirs: evidence_worse(ours, theirs, 0.0) >= 10, rng, mean, mean, share, 120)
+        looks_until(lambda ours, theirs: evidence_worse([ours], [theirs], 0.0)[0] >= 10, rng, mean, mean, share, 120)
         for _ in range(40)
     )
     # At most 1 in 10 by the theorem: 9 or more of 40 would then have a probability of 0.02 at most.
@@ -167,7 +167,7 @@ def test_peeking_at_equal_arms_rarely_raises_an_alarm(mean: float, share: float)
 def test_peeking_rarely_passes_a_worse_canary() -> None:
     rng = np.random.default_rng(8)
     passes = sum(
-        looks_until(lambda ours, theirs: evidence_not_worse(ours, theirs, 0.1) >= 10, rng, 0.4, 0.5, 0.5, 120)
+        looks_until(lambda ours, theirs: evidence_not_worse([ours], [theirs], 0.1)[0] >= 10, rng, 0.4, 0.5, 0.5, 120)
         for _ in range(40)
     )
     assert passes <= 8

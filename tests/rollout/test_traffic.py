@@ -33,14 +33,14 @@ def test_only_the_requests_of_this_rollout_and_step_count(scene: Scene) -> None:
     served(scene, "d", "canary", step=2, rollout=7, json_valid=0.5)
     served(scene, "e", "stable", step=2, rollout=None, json_valid=0.5)
     served(scene, "f", "canary", step=2, ok=False)
-    canary, stable = arms(scene.store, 1, 2, "json_valid")
+    canary, stable = arms(scene.store, 1, 2, "json_valid", None)
     assert (canary.scores, canary.requests, canary.failed) == ([1.0], 2, 1)
     assert (stable.scores, stable.requests, stable.failed) == ([0.0], 1, 0)
 
 
 def test_nan_in_the_table_is_handed_on_and_not_dropped(scene: Scene) -> None:
     served(scene, "a", "canary", step=0, exact_match=math.nan)
-    canary, _ = arms(scene.store, 1, 0, "exact_match")
+    canary, _ = arms(scene.store, 1, 0, "exact_match", None)
     assert len(canary.scores) == 1
     assert math.isnan(canary.scores[0])
 

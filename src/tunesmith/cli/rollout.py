@@ -122,6 +122,9 @@ def _lines(rollout: RolloutView) -> Iterator[str]:
         mark = ">" if rollout.live and number == rollout.step else "x" if number < rollout.step else " "
         (kind, value), *_ = step.items()
         yield f"  {mark} {kind} {_settings(value)}".rstrip()
+    if rollout.live:
+        callers = ", ".join(rollout.main_callers or ()) or "all callers"
+        yield f"  evidence: the requests of {callers}"
     if rollout.override:
         yield f"  under an override: {rollout.override}"
     if rollout.analysis:

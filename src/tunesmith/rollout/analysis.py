@@ -19,12 +19,18 @@ The e-process against "not worse" swaps the signs.
 Half of the gamblers bet on both arms, and a quarter on each arm alone. So an arm without information (all scores 1,
 say) costs a factor of 2 instead of the square root of its n. The test assumes that requests are independent and
 assigned at random. Many requests of a few sticky users carry less information than their number suggests.
+
+One caller may break both assumptions: it can choose its arm, and what its requests score. So the requests are divided
+into groups by caller, and a decision must hold without any one group. Each of these e-values but those with the hostile
+caller's group is computed from honest requests only, and the smallest of all is at most as large. So the error rate
+stays below alpha whatever one caller does, with any share of the traffic. What one caller can do is to withhold a
+decision. That ends in an abort at the timeout, as all missing evidence does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +41,7 @@ from tunesmith.rollout.settings import Analysis
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 Array = NDArray[np.float64]
+Parts = Sequence[Array]  # scores by group of callers
 
 # The stakes: midpoint rule of the arcsine law on (0, 1). The means: ends of the intervals of m.
 _STAKES = np.sin(np.pi * (np.arange(24) + 0.5) / 48) ** 2
@@ -46,20 +53,23 @@ _LARGEST = 1e12  # larger e-values are shown, and kept as JSON, as this one
 class Arm:
     """The requests of one version since the step began. scores: as recorded, unusable ones too.
 
-    requests, failed: counts of all requests, scored or not.
+    requests, failed: counts of all requests, scored or not. groups: the same requests by group of callers; empty where
+    callers are unknown, and then none is left out. uncounted: requests of callers that are no evidence in this rollout.
     """
 
     scores: Sequence[Any] = ()
     requests: int = 0
     failed: int = 0
+    groups: Mapping[str, Arm] = field(default_factory=dict)
+    uncounted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """The result of one evaluation. not_worse, worse: e-values; one decides once it reaches needed.
 
-    needed: 1 / (1 - confidence). canary, stable: the counts and means of the arms. exhausted: max_requests are used up
-    without a decision.
+    Both are the smallest that remain when one group of callers is left out. needed: 1 / (1 - confidence). canary,
+    stable: the counts and means of the arms. exhausted: max_requests are used up without a decision.
     """
 
     outcome: Outcome
@@ -88,60 +98,76 @@ def judge(analysis: Analysis, canary: Arm, stable: Arm) -> Judgement:
     Fail: the canary is worse than stable, below at_least, or fails more often than stable, at the given confidence.
     Otherwise inconclusive. A score that is not a number in [0, 1] counts against a pass.
     """
-    ours, ours_unusable = _scores(analysis.metric, canary)
-    theirs, theirs_unusable = _scores(analysis.metric, stable)
-    # For a pass, an unusable score counts as the worst case: 0 for the canary, 1 for stable.
-    worst, best = np.append(ours, np.zeros(ours_unusable)), np.append(theirs, np.ones(theirs_unusable))
+    margin, groups = analysis.worse_by_at_most, sorted(canary.groups.keys() | stable.groups.keys())
+    ours, theirs = _parts(analysis.metric, canary, groups), _parts(analysis.metric, stable, groups)
+    # Row 0 keeps every group, and each other row leaves one out.
+    keep = np.vstack([np.ones(len(ours)), 1 - np.eye(len(groups))]) if groups else np.ones((1, 1))
+    our_scores, their_scores = [part.scores for part in ours], [part.scores for part in theirs]
     compared = stable.requests > 0
-    passes = [evidence_not_worse(worst, best, analysis.worse_by_at_most)] if compared else []
-    fails = [evidence_worse(ours, theirs, analysis.worse_by_at_most)] if compared else []
+    passes, fails = list[Array](), list[Array]()
+    # For a pass, an unusable score counts as the worst case: 0 for the canary, 1 for stable.
+    worst = [np.append(part.scores, np.zeros(part.unusable)) for part in ours]
+    if compared:
+        best = [np.append(part.scores, np.ones(part.unusable)) for part in theirs]
+        passes.append(evidence_not_worse(worst, best, margin, keep))
+        fails.append(evidence_worse(our_scores, their_scores, margin, keep))
     if compared and not _is_rate(analysis.metric):
-        fails.append(evidence_worse(_answered(canary), _answered(stable), analysis.worse_by_at_most))
+        fails.append(evidence_worse([_answered(p) for p in ours], [_answered(p) for p in theirs], margin, keep))
     if analysis.at_least is not None:
-        passes.append(_capital_at(worst, analysis.at_least, above=True))
-        fails.append(_capital_at(ours, analysis.at_least, above=False))
+        passes.append(_capital_at(worst, analysis.at_least, keep, above=True))
+        fails.append(_capital_at(our_scores, analysis.at_least, keep, above=False))
     # A pass needs every requirement, so the weakest evidence counts. One failure is enough to fail, and the average of
     # e-processes is an e-process for all their hypotheses.
-    not_worse = min(passes, default=1.0)
-    worse = sum(fails) / len(fails) if fails else 1.0
+    not_worse = np.min(passes, axis=0) if passes else np.ones(len(keep))
+    worse = np.mean(fails, axis=0) if fails else np.ones(len(keep))
 
     needed = 1 / (1 - analysis.confidence)
-    exhausted = analysis.max_requests is not None and len(ours) >= analysis.max_requests
+    scored = keep @ [len(part.scores) for part in ours]
+    passing = (not_worse >= needed) & (scored >= analysis.min_requests) & ~_fails_more(ours, theirs, margin, keep)
     outcome: Outcome = "inconclusive"
-    if worse >= needed:
+    if worse.min() >= needed:
         outcome = "fail"
-    elif not_worse >= needed and len(ours) >= analysis.min_requests and not _fails_more(canary, stable, analysis):
+    elif passing.all():
         outcome = "pass"
-    ours_shown = _summary(analysis, canary, ours, ours_unusable)
-    theirs_shown = _summary(analysis, stable, theirs, theirs_unusable)
+    rests_on = None
+    if outcome == "inconclusive" and (worse[0] >= needed or passing[0]):
+        undecided = ~passing if passing[0] else worse < needed
+        rests_on = groups[int(np.argmax(undecided)) - 1]
+    ours_shown, theirs_shown = _summary(analysis, canary), _summary(analysis, stable)
+    exhausted = analysis.max_requests is not None and scored.min() >= analysis.max_requests
     return Judgement(
         outcome=outcome,
-        reason=_reason(analysis, outcome, ours_shown, theirs_shown),
+        reason=_reason(analysis, outcome, ours_shown, theirs_shown, rests_on),
         metric=analysis.metric,
         canary=ours_shown,
         stable=theirs_shown,
-        not_worse=min(not_worse, _LARGEST),
-        worse=min(worse, _LARGEST),
+        not_worse=min(float(not_worse.min()), _LARGEST),
+        worse=min(float(worse.min()), _LARGEST),
         needed=needed,
         exhausted=exhausted and outcome == "inconclusive",
     )
 
 
-def evidence_not_worse(canary: Array, stable: Array, margin: float) -> float:
-    """E-value against "the canary's mean is below stable's minus margin". Scores in [0, 1], any order and number."""
+def evidence_not_worse(canary: Parts, stable: Parts, margin: float, keep: Array | None = None) -> Array:
+    """E-values against "the canary's mean is below stable's minus margin". Scores in [0, 1], any order and number.
+
+    canary, stable: the scores of each group of callers. keep: shape (rows, groups), 1 for the groups that a row keeps;
+    by default one row that keeps all. Returns one e-value for each row.
+    """
     lower, upper = _MEANS[:-1], _MEANS[1:]
     possible = upper > margin
     # On [lower, upper] one factor falls with m and the other rises, so the interval's ends bound their product.
-    return _smallest(_log_above(canary, upper[possible] - margin), _log_below(stable, lower[possible]))
+    return _smallest(_log_above(canary, upper[possible] - margin, keep), _log_below(stable, lower[possible], keep))
 
 
-def evidence_worse(canary: Array, stable: Array, margin: float) -> float:
-    """E-value against "the canary's mean is at least stable's minus margin"."""
+def evidence_worse(canary: Parts, stable: Parts, margin: float, keep: Array | None = None) -> Array:
+    """E-values against "the canary's mean is at least stable's minus margin". Arguments as for evidence_not_worse."""
     lower, upper = _MEANS[:-1], _MEANS[1:]
-    canary_part = np.zeros(len(lower))  # no mean is below 0: nothing to bet on
+    against_stable = _log_above(stable, upper, keep)
+    against_canary = np.zeros_like(against_stable)  # no mean is below 0: nothing to bet on
     bounded = lower > margin
-    canary_part[bounded] = _log_below(canary, lower[bounded] - margin)
-    return _smallest(canary_part, _log_above(stable, upper))
+    against_canary[:, bounded] = _log_below(canary, lower[bounded] - margin, keep)
+    return _smallest(against_canary, against_stable)
 
 
 def interval(scores: Array, confidence: float) -> tuple[float, float]:
@@ -151,55 +177,74 @@ def interval(scores: Array, confidence: float) -> tuple[float, float]:
     """
     needed = math.log(2 / (1 - confidence))
     inner = _MEANS[1:-1]
-    above, below = _log_above(scores, inner) >= needed, _log_below(scores, inner) >= needed
+    above, below = _log_above([scores], inner)[0] >= needed, _log_below([scores], inner)[0] >= needed
     low = float(inner[above].max()) if above.any() else 0.0
     high = float(inner[below].min()) if below.any() else 1.0
     return low, high
 
 
-def _smallest(canary: Array, stable: Array) -> float:
-    """The smallest capital over all means: half bet on both arms, a quarter on each alone. Arguments are logarithms."""
+def _smallest(canary: Array, stable: Array) -> Array:
+    """Each row's smallest capital over all means: half bet on both arms, a quarter on each alone. Takes logarithms."""
     both = np.logaddexp(math.log(0.5) + canary + stable, math.log(0.25) + np.logaddexp(canary, stable))
-    return math.exp(min(float(np.min(both)), math.log(_LARGEST)))
+    return np.asarray(np.exp(np.minimum(both.min(axis=1), math.log(_LARGEST))))
 
 
-def _log_above(scores: Array, means: Array) -> Array:
-    """log K+ for each of means (all > 0), against "the mean is at most m"; falls with m. Has the shape of means."""
-    values, counts = np.unique(scores, return_counts=True)
-    total = np.zeros((len(means), len(_STAKES)))
-    for value, count in zip(values, counts, strict=True):
-        total += count * np.log1p(_STAKES[None, :] * (value / means[:, None] - 1))
-    largest = total.max(axis=1)
-    return np.asarray(largest + np.log(np.exp(total - largest[:, None]).mean(axis=1)))
+def _log_above(parts: Parts, means: Array, keep: Array | None = None) -> Array:
+    """log K+ for each of means (all > 0), against "the mean is at most m"; falls with m. Shape (rows, means)."""
+    gains = np.zeros((len(parts), len(means), len(_STAKES)))
+    for part, gain in zip(parts, gains, strict=True):
+        values, counts = np.unique(part, return_counts=True)
+        for value, count in zip(values, counts, strict=True):
+            gain += count * np.log1p(_STAKES[None, :] * (value / means[:, None] - 1))
+    total = np.tensordot(np.ones((1, len(parts))) if keep is None else keep, gains, axes=1)
+    largest = total.max(axis=2, keepdims=True)
+    return np.asarray(largest[:, :, 0] + np.log(np.exp(total - largest).mean(axis=2)))
 
 
-def _log_below(scores: Array, means: Array) -> Array:
-    """log K- for each of means (all < 1), against "the mean is at least m"; rises with m."""
-    return _log_above(1 - scores, 1 - means)
+def _log_below(parts: Parts, means: Array, keep: Array | None = None) -> Array:
+    """log K- for each of means (all < 1), against "the mean is at least m"; rises with m. Shape (rows, means)."""
+    return _log_above([1 - part for part in parts], 1 - means, keep)
 
 
-def _capital_at(scores: Array, mean: float, *, above: bool) -> float:
-    """E-value against "the mean is at most this one" (above) or "at least this one" (not above)."""
+def _capital_at(parts: Parts, mean: float, keep: Array, *, above: bool) -> Array:
+    """E-values of each row against "the mean is at most this one" (above) or "at least this one" (not above)."""
     if not above:
-        scores, mean = 1 - scores, 1 - mean
+        parts, mean = [1 - part for part in parts], 1 - mean
     if mean >= 1:  # the hypothesis is always true
-        return 1.0
+        return np.ones(len(keep))
     # For 0, the limit from above: one score above 0 refutes it.
-    capital = float(_log_above(scores, np.array([max(mean, 1e-9)]))[0])
-    return math.exp(min(capital, math.log(_LARGEST)))
+    capital = _log_above(parts, np.array([max(mean, 1e-9)]), keep)[:, 0]
+    return np.exp(np.minimum(capital, math.log(_LARGEST)))
 
 
-def _fails_more(canary: Arm, stable: Arm, analysis: Analysis) -> bool:
-    """Whether the canary's share of failed requests is larger than allowed. Failed requests have no scores."""
-    allowed = stable.failed / stable.requests if stable.requests else 0.0
-    return canary.failed > (allowed + analysis.worse_by_at_most) * canary.requests
+def _fails_more(canary: Sequence[_Part], stable: Sequence[_Part], margin: float, keep: Array) -> NDArray[np.bool_]:
+    """Whether each row's canary has a larger share of failed requests than allowed. Failed requests have no scores."""
+    ours, theirs = keep @ [part.requests for part in canary], keep @ [part.requests for part in stable]
+    allowed = (keep @ [part.failed for part in stable]) / np.maximum(theirs, 1)
+    return np.asarray(keep @ [part.failed for part in canary] > (allowed + margin) * ours)
 
 
 def _is_rate(metric: str) -> bool:
     return metric in ("error_rate", "success_rate")
 
 
-def _answered(arm: Arm) -> Array:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One group's requests in one arm. scores: the usable ones, higher is better."""
+
+    scores: Array
+    unusable: int
+    requests: int
+    failed: int
+
+
+def _parts(metric: str, arm: Arm, groups: Sequence[str]) -> list[_Part]:
+    """The arm's requests by group; all of them as one part where there are no groups."""
+    arms = [arm.groups.get(group, Arm()) for group in groups] or [arm]
+    return [_Part(*_scores(metric, one), requests=one.requests, failed=one.failed) for one in arms]
+
+
+def _answered(arm: Arm | _Part) -> Array:
     """1 for an answered request, 0 for a failed one. Shape (requests,)."""
     return np.concatenate([np.zeros(arm.failed), np.ones(arm.requests - arm.failed)])
 
@@ -216,8 +261,9 @@ def _scores(metric: str, arm: Arm) -> tuple[Array, int]:
     return np.array(usable, dtype=np.float64), len(arm.scores) - len(usable)
 
 
-def _summary(analysis: Analysis, arm: Arm, scores: Array, unusable: int) -> dict[str, float | int | None]:
+def _summary(analysis: Analysis, arm: Arm) -> dict[str, float | int | None]:
     """Counts, and the mean with its confidence sequence, in the metric's own direction (low is good for error_rate)."""
+    scores, unusable = _scores(analysis.metric, arm)
     mean: float | None = None
     low, high = interval(scores, analysis.confidence)
     if len(scores):
@@ -233,11 +279,16 @@ def _summary(analysis: Analysis, arm: Arm, scores: Array, unusable: int) -> dict
         "requests": arm.requests,
         "failed": arm.failed,
         "unusable": unusable,
+        "uncounted": arm.uncounted,
     }
 
 
 def _reason(
-    analysis: Analysis, outcome: Outcome, canary: dict[str, float | int | None], stable: dict[str, float | int | None]
+    analysis: Analysis,
+    outcome: Outcome,
+    canary: dict[str, float | int | None],
+    stable: dict[str, float | int | None],
+    rests_on: str | None,
 ) -> str:
     def shown(arm: dict[str, float | int | None]) -> str:
         if arm["mean"] is None:
@@ -251,7 +302,9 @@ def _reason(
         return f"not worse; {numbers}; {bound}"
     if outcome == "fail":
         return f"worse; {numbers}; {bound}"
-    if not canary["requests"]:
+    if rests_on is not None:
+        why = f"not decided yet: without {rests_on} the evidence is too weak, and no one caller may decide"
+    elif not canary["requests"]:
         why = "the canary had no traffic"
     elif not canary["n"]:
         why = "no usable score yet" if canary["unusable"] else "no scored request yet"

@@ -46,7 +46,7 @@ from tunesmith.rollout.standing import CONTROLLER, champion_of, standing_of
 from tunesmith.rollout.state import Rollout, from_row, get_rollout, live_rollout
 from tunesmith.rollout.transitions import Overtaken, Transition, apply, make_transition, new_row
 from tunesmith.store import audit, database
-from tunesmith.store.identities import require
+from tunesmith.store.identities import get_user, require
 from tunesmith.store.store import Store
 
 # Seconds. A clock that is set back by less than this was only corrected.
@@ -66,15 +66,16 @@ def start(
     version: Version,
     steps: Sequence[Step],
     actor: str,
+    main_callers: Sequence[str] | None = None,
     override: str | None = None,
     scope: Scope = Scope(),
     clock: Clock = now,
 ) -> Rollout:
     """Start to move a name's traffic to a version. If nothing serves yet, the version becomes champion at once.
 
-    steps: RolloutSettings.steps. override: the reason to start without an approval; it needs the permission
+    steps, main_callers: of RolloutSettings. override: the reason to start without an approval; it needs the permission
     rollout.override and has its own audit entry. Raises Refused if the version may not serve, serves already, or if a
-    rollout of that name is live; UsageError for a version of another name.
+    rollout of that name is live; UsageError for a version of another name or an unknown caller.
     """
     _check_scope(version, name, scope)
     _check_reason(override)
@@ -94,14 +95,20 @@ def start(
         unopposed = _no_rival(session, store, champion, scope)
         if champion is not None and champion.version == version.digest and unopposed is None:
             raise Refused(f"{version.label} serves all of {name}'s traffic already")
-        row = new_row(version, name, scope, champion, steps, actor, override, clock(), unopposed)
+        at = clock()
+        if main_callers is None:
+            main_callers = traffic.usual_callers(session, name, scope, at)
+        else:
+            main_callers = [get_user(session, caller).name for caller in main_callers]
+        row = new_row(version, name, scope, champion, steps, actor, main_callers, override, at, unopposed)
         session.add(row)
         session.flush()
         if unopposed is not None:
             point_champion(session, store, from_row(row), version.digest, actor, override_by)
         if override is not None:
             _note_override(session, actor, override, from_row(row), version.digest)
-        detail.update(rollout=row.id, stable=row.stable, status=row.status, override=override)
+        callers = None if main_callers is None else list(main_callers)
+        detail.update(rollout=row.id, stable=row.stable, status=row.status, override=override, main_callers=callers)
         return from_row(row)
 
 
@@ -228,7 +235,7 @@ def give_up(store: Store, rollout: int, reason: str, *, clock: Clock = now) -> R
 
 def measured_arms(store: Store, rollout: Rollout, metric: str) -> tuple[Arm, Arm]:
     """(canary, stable) of the current step, from the requests that this installation served."""
-    return traffic.arms(store, rollout.id, rollout.step, metric)
+    return traffic.arms(store, rollout.id, rollout.step, metric, rollout.main_callers)
 
 
 def look(store: Store, rollout: Rollout, measure: Measure = measured_arms) -> Judgement | None:

@@ -111,6 +111,14 @@ class RolloutSettings(Settings):
             description="the steps in order; the last setWeight must be 100",
         ),
     ] = DEFAULT_STEPS
+    main_callers: Annotated[
+        tuple[str, ...] | None,
+        Field(
+            description="the users whose requests are evidence, such as your application's; [] for everybody's. "
+            "By default the user that made at least 80% of the requests of the last seven days, else everybody. "
+            "No other caller can influence a verdict, and no single end user of theirs can decide one",
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _reaches_everyone(self) -> RolloutSettings:

@@ -21,7 +21,9 @@ Status = Live | Final
 LIVE: tuple[Live, ...] = get_args(Live)  # these divide traffic
 FINAL: tuple[Final, ...] = get_args(Final)  # these never divide traffic again; a rollback may still undo a promotion
 
-_IN_STATE = frozenset(("steps", "started_by", "override", "stable_override_by", "reason", "began_at", "history"))
+_IN_STATE = frozenset(
+    ("steps", "started_by", "main_callers", "override", "stable_override_by", "reason", "began_at", "history")
+)
 
 
 class Rollout(BaseModel):
@@ -29,6 +31,7 @@ class Rollout(BaseModel):
 
     stable, canary: version digests; stable is "" if nothing served before. weight: percentage of requests that go to
     the canary now. step: index into steps, len(steps) after the last one. began_at: when the current step began.
+    main_callers: whose requests are evidence; () for everybody's, None if nobody called before it started.
     override: why the canary needs no approval, by started_by. stable_override_by: the user by whose override stable
     served without an approval, "" if nobody's.
     """
@@ -46,6 +49,7 @@ class Rollout(BaseModel):
     weight: int
     steps: tuple[Step, ...]
     started_by: str
+    main_callers: tuple[str, ...] | None
     override: str | None
     stable_override_by: str = ""
     reason: str

@@ -107,6 +107,7 @@ def new_row(
     stable: Alias | None,
     steps: Sequence[Step],
     actor: str,
+    main_callers: Sequence[str] | None,
     override: str | None,
     at: datetime,
     unopposed: str | None,
@@ -127,6 +128,7 @@ def new_row(
     row.state = {
         "steps": [step.model_dump(mode="json", exclude_none=True) for step in steps],
         "started_by": actor,
+        "main_callers": None if main_callers is None else list(main_callers),
         "override": override,
         "stable_override_by": stable.override_by if stable else "",
         "reason": unopposed or "",

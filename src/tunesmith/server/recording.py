@@ -21,7 +21,7 @@ from tunesmith.core.view import Omitted, View
 from tunesmith.engines.protocol import Completion
 from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
 from tunesmith.monitoring.cases import Case, put_case
-from tunesmith.rollout.traffic import STEP
+from tunesmith.rollout.traffic import STEP, end_user
 from tunesmith.server.errors import ApiError, bad_request
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.routing import Route
@@ -39,7 +39,7 @@ class Served:
     """A request that was answered, or that failed (completion None).
 
     whole: the answer was decoded to its end, so it can be scored; False if the client left earlier. messages: the
-    conversation, which stays in memory only.
+    conversation, which stays in memory only. end_user: the request's `user`, "" without one.
     """
 
     id: str
@@ -50,6 +50,7 @@ class Served:
     completion: Completion | None
     whole: bool = True
     messages: tuple[Message, ...] = ()
+    end_user: str = ""
 
 
 class FeedbackResult(View):
@@ -173,6 +174,8 @@ class Recorder:
             name=served.route.name,
             tenant=served.user.tenant,
             region=self._region,
+            caller=served.user.name,
+            end_user=_end_user(served),
             version=served.route.version.digest,
             rollout=served.route.rollout,
             arm=served.route.arm,
@@ -187,6 +190,12 @@ class Recorder:
 
 def _scores(scorers: Mapping[str, Scoring], answered: Answered, request: str) -> dict[str, float]:
     return {metric: checked(scoring(answered), metric, f"request {request}") for metric, scoring in scorers.items()}
+
+
+def _end_user(served: Served) -> str:
+    if served.route.rollout is None or not served.end_user:
+        return ""
+    return end_user(served.route.rollout, served.user.name, served.end_user)
 
 
 def _case(row: RequestRow, user: User, held: tuple[tuple[Message, ...], str], expected: str) -> Case:

@@ -88,6 +88,7 @@ class Job:
             completion=completion,
             whole=whole,
             messages=self.request.conversation,
+            end_user=self.request.user or "",
         )
 
 

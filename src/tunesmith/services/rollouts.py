@@ -44,7 +44,8 @@ class RolloutView(View):
     """One rollout. weight: percent of requests that go to the canary. step: index into steps.
 
     steps: as the project file writes them, each with one of setWeight, pause and analysis. stable: None where nothing
-    served before. analysis: only at an analysis step.
+    served before. main_callers: whose requests are evidence; [] for everybody's, None if nobody called before it.
+    analysis: only at an analysis step.
     """
 
     rollout: int
@@ -58,6 +59,7 @@ class RolloutView(View):
     stable: Arm | None
     canary: Arm | None
     started_by: str
+    main_callers: tuple[str, ...] | None
     started_at: str
     step_began_at: str
     override: str | None
@@ -96,6 +98,7 @@ def start(
         name=found.name,
         version=found,
         steps=project.settings.rollout.steps,
+        main_callers=project.settings.rollout.main_callers,
         actor=project.actor(actor),
         override=override,
         scope=scope,
@@ -155,6 +158,7 @@ def view_of(store: Store, rollout: Rollout) -> RolloutView:
         stable=_arm(store, rollout.stable),
         canary=_arm(store, rollout.canary),
         started_by=rollout.started_by,
+        main_callers=rollout.main_callers,
         started_at=rollout.started_at,
         step_began_at=rollout.began_at,
         override=rollout.override,

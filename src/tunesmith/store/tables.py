@@ -169,7 +169,10 @@ class RolloutRow(Table):
 
 
 class RequestRow(Table):
-    """One served request: measurements, never its text."""
+    """One served request: measurements, never its text.
+
+    caller: the user whose token it came with. end_user: a hash of the request's `user`, while a rollout is live.
+    """
 
     __tablename__ = "requests"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -177,6 +180,8 @@ class RequestRow(Table):
     name: Mapped[str] = mapped_column(String(128))
     tenant: Mapped[str] = mapped_column(String(64), default="")
     region: Mapped[str] = mapped_column(String(64), default="")
+    caller: Mapped[str] = mapped_column(String(128), default="")
+    end_user: Mapped[str] = mapped_column(String(16), default="")
     version: Mapped[str] = mapped_column(String(71), index=True)
     rollout: Mapped[int | None] = mapped_column(Integer, index=True, default=None)
     arm: Mapped[str] = mapped_column(String(8))

@@ -88,6 +88,8 @@ def upgrade() -> None:
         sa.Column("name", sa.String(length=128), nullable=False),
         sa.Column("tenant", sa.String(length=64), nullable=False),
         sa.Column("region", sa.String(length=64), nullable=False),
+        sa.Column("caller", sa.String(length=128), nullable=False),
+        sa.Column("end_user", sa.String(length=16), nullable=False),
         sa.Column("version", sa.String(length=71), nullable=False),
         sa.Column("rollout", sa.Integer(), nullable=True),
         sa.Column("arm", sa.String(length=8), nullable=False),

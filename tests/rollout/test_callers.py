@@ -1,0 +1,219 @@
+"""What one caller can do to a verdict: it cannot decide it, whatever its share and whichever arm it chooses."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+
+from tests.attack_table import Happened
+from tests.fabricate import NAME, OPERATOR, OWNER, Scene
+from tunesmith.core.errors import UsageError
+from tunesmith.core.scope import Scope
+from tunesmith.registry.versions import Version
+from tunesmith.rollout.analysis import Arm, Judgement, judge
+from tunesmith.rollout.controller import look, start
+from tunesmith.rollout.settings import Analysis, RolloutSettings
+from tunesmith.rollout.traffic import END_USER_GROUPS, STEP, arms, end_user, usual_callers
+from tunesmith.store import audit, database
+from tunesmith.store.tables import RequestRow
+
+AT = datetime(2026, 1, 10, tzinfo=UTC)
+METRIC = "exact_match"
+
+
+def requests(
+    caller: str,
+    arm: str,
+    scores: list[float],
+    *,
+    user: str = "",
+    users: int = 0,
+    rollout: int | None = 1,
+    at: datetime = AT,
+) -> list[RequestRow]:
+    """Rows of one caller: one for each score. users: by so many end users, in turn."""
+    rows = []
+    for number, score in enumerate(scores):
+        named = user or (f"user-{number % users}" if users else "")
+        rows.append(
+            RequestRow(
+                id=f"{caller}-{arm}-{user}-{number}-{at.isoformat()}-{len(scores)}", at=at.isoformat(), name=NAME,
+                version="sha256:" + "0" * 64, rollout=rollout, arm=arm, ok=True, seconds=0.1, scores={METRIC: score},
+                features={STEP: 0}, caller=caller, end_user=end_user(1, caller, named) if named else "",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def judged(scene: Scene, rows: list[RequestRow], main: tuple[str, ...] | None = None) -> Judgement:
+    with database.writing(scene.store.engine) as session:
+        session.add_all(rows)
+    return judge(Analysis(metric=METRIC), *arms(scene.store, 1, 0, METRIC, main))
+
+
+def mixed(ones: int, total: int) -> list[float]:
+    return [1.0] * ones + [0.0] * (total - ones)
+
+
+def team(canary: int, stable: int, callers: int = 5) -> list[RequestRow]:
+    """60 requests to each arm of each caller. canary, stable: how many of them score 1."""
+    return [
+        row
+        for number in range(callers)
+        for arm, ones in (("canary", canary), ("stable", stable))
+        for row in requests(f"app-{number}", arm, mixed(ones, 60))
+    ]
+
+
+@pytest.mark.attack("rollout", "one caller sends bad requests to a good canary")
+@pytest.mark.parametrize("flood", [100, 300, 5000])
+def test_one_caller_cannot_abort_a_good_canary(scene: Scene, flood: int, happened: Happened) -> None:
+    hostile = requests("mallory", "canary", [0.0] * flood)
+    pooled = Arm([1.0] * 300 + [0.0] * flood, 300 + flood), Arm([1.0] * 300, 300)
+    assert judge(Analysis(metric=METRIC), *pooled).outcome == "fail"  # what it did to all requests together
+    found = judged(scene, [*team(60, 60), *hostile])
+    assert found.outcome == "inconclusive"
+    assert "without the requests of mallory the evidence is too weak" in found.reason
+    happened("no verdict by one caller")
+
+
+@pytest.mark.attack("rollout", "one caller helps a bad canary by both arms")
+@pytest.mark.parametrize("flood", [300, 5000])
+def test_one_caller_cannot_pass_a_bad_canary(scene: Scene, flood: int, happened: Happened) -> None:
+    hostile = [*requests("mallory", "canary", [1.0] * flood), *requests("mallory", "stable", [0.0] * flood)]
+    found = judged(scene, [*team(30, 60), *hostile])
+    assert (found.outcome, found.canary["uncounted"]) == ("inconclusive", 0)
+    happened("no verdict by one caller")
+
+
+@pytest.mark.attack("rollout", "an end user of the only application spoils an arm")
+def test_one_end_user_of_an_application_cannot_decide(scene: Scene, happened: Happened) -> None:
+    honest = [
+        *requests("app", "canary", [1.0] * 300, users=100), *requests("app", "stable", [1.0] * 300, users=100)
+    ]  # fmt: skip
+    found = judged(scene, [*honest, *requests("app", "canary", [0.0] * 3000, user="mallory")])
+    assert found.outcome == "inconclusive"
+    assert "without end users" in found.reason
+    happened("no verdict by one end user")
+
+
+@pytest.mark.attack("rollout", "a caller floods beside an application's traffic")
+@pytest.mark.parametrize(("canary", "outcome"), [(300, "pass"), (150, "fail")])
+def test_other_callers_do_not_count_beside_main_callers(
+    scene: Scene, canary: int, outcome: str, happened: Happened
+) -> None:
+    rows = [*requests("app", "canary", mixed(canary, 300), users=100), *requests("app", "stable", [1.0] * 300)]
+    rows += [*requests("mallory", "canary", [0.0] * 2000), *requests("mallory", "stable", [0.0] * 2000)]
+    found = judged(scene, rows, ("app",))
+    assert (found.outcome, found.canary["n"], found.canary["uncounted"]) == (outcome, 300, 2000)
+    happened("not counted", 4000)
+
+
+def test_a_single_token_reaches_a_verdict_with_and_without_end_users(scene: Scene) -> None:
+    rows = [*requests("app", "canary", [1.0] * 150), *requests("app", "stable", [1.0] * 150, users=40)]
+    assert judged(scene, rows).outcome == "pass"
+    canary, stable = arms(scene.store, 1, 0, METRIC, None)
+    assert len(canary.groups) <= END_USER_GROUPS
+    assert sum(part.requests for part in [*canary.groups.values(), *stable.groups.values()]) == 300
+    # The same caller alone, where several called before: a second one has to confirm it.
+    assert judge(Analysis(metric=METRIC), *arms(scene.store, 1, 0, METRIC, ())).outcome == "inconclusive"
+
+
+def test_several_tokens_reach_a_verdict(scene: Scene) -> None:
+    assert judged(scene, team(60, 60)).outcome == "pass"
+    assert judged(scene, requests("app-9", "canary", [0.0] * 5)).outcome == "inconclusive"
+
+
+def test_a_worse_canary_fails_whoever_is_left_out(scene: Scene) -> None:
+    assert judged(scene, team(20, 55)).outcome == "fail"
+
+
+@pytest.mark.attack("rollout", "one caller uses up max_requests")
+def test_one_caller_cannot_exhaust_max_requests(scene: Scene, happened: Happened) -> None:
+    judged(scene, [*team(60, 60, callers=2), *requests("mallory", "canary", [0.0] * 2000)])
+    canary, stable = arms(scene.store, 1, 0, METRIC, None)
+    assert not judge(Analysis(metric=METRIC, max_requests=500), canary, stable).exhausted
+    assert judge(Analysis(metric=METRIC, max_requests=120), canary, stable).exhausted
+    happened("not exhausted")
+
+
+@pytest.mark.attack("rollout", "failures at stable hide those of the canary")
+def test_failures_of_one_caller_at_stable_do_not_allow_more(scene: Scene, happened: Happened) -> None:
+    rows = team(60, 30)
+    for row in rows[:30]:  # of app-0's canary requests
+        row.ok, row.scores = False, {}
+    for row in (spoilt := requests("mallory", "stable", [0.0] * 300)):
+        row.ok, row.scores = False, {}
+    found = judged(scene, [*rows, *spoilt])
+    assert found.outcome == "inconclusive"
+    happened("no pass")
+
+
+def test_the_evidence_is_the_smallest_of_all_and_of_all_but_one_group() -> None:
+    rng = np.random.default_rng(5)
+    arms_by_group = [{str(group): rng.random(40).tolist() for group in range(4)} for _ in range(2)]
+
+    def without(out: str | None) -> Judgement:
+        kept = [[one for key, part in arm.items() if key != out for one in part] for arm in arms_by_group]
+        return judge(analysis, *(Arm(scores, len(scores)) for scores in kept))
+
+    analysis = Analysis(metric=METRIC, at_least=0.2)
+    grouped = [
+        Arm([one for part in arm.values() for one in part], 160, groups={k: Arm(v, len(v)) for k, v in arm.items()})
+        for arm in arms_by_group
+    ]
+    found, apart = judge(analysis, *grouped), [without(out) for out in (None, "0", "1", "2", "3")]
+    assert found.worse == pytest.approx(min(one.worse for one in apart))
+    assert found.not_worse == pytest.approx(min(one.not_worse for one in apart))
+
+
+# Who the main caller is
+
+
+def kept(scene: Scene, *rows: RequestRow) -> tuple[str, ...] | None:
+    with database.writing(scene.store.engine) as session:
+        session.add_all(rows)
+        session.flush()
+        return usual_callers(session, NAME, Scope(), AT)
+
+
+def day(caller: str, count: int, ago: int) -> list[RequestRow]:
+    return requests(caller, "stable", [1.0] * count, rollout=None, at=AT - timedelta(days=ago, hours=-1))
+
+
+def test_the_usual_caller_makes_most_of_the_traffic(scene: Scene) -> None:
+    assert kept(scene) is None
+    assert kept(scene, *day("app", 90, 1), *day("other", 10, 1), *day("old", 900, 30)) == ("app",)
+    assert kept(scene, *day("other", 100, 2)) == ()
+
+
+@pytest.mark.attack("rollout", "a flood before the rollout, to become main caller")
+def test_a_flood_on_one_day_counts_as_one_day(scene: Scene, happened: Happened) -> None:
+    usual = [row for ago in range(1, 7) for row in day("app", 10, ago)]
+    assert kept(scene, *usual, *day("mallory", 5000, 1)) == ("app",)
+    happened("the usual caller stays", 5000)
+
+
+def test_a_rollout_keeps_its_main_callers_and_the_audit_log_names_them(
+    scene: Scene, versions: dict[int, Version]
+) -> None:
+    steps = RolloutSettings.model_validate({"steps": [{"setWeight": 50}, {"pause": {}}, {"setWeight": 100}]}).steps
+    common = {"name": NAME, "actor": OPERATOR, "steps": steps, "clock": lambda: AT}
+    first = start(scene.store, version=versions[1], **common)
+    assert first.main_callers is None
+    kept(scene, *day("app", 9, 1))
+    second = start(scene.store, version=versions[2], **common)
+    assert (second.main_callers, look(scene.store, second)) == (("app",), None)
+    with database.reading(scene.store.engine) as session:
+        entry = audit.entries(session)[-1]
+    assert (entry.action, entry.detail["main_callers"]) == ("rollout.start", ["app"])
+
+
+def test_named_main_callers_must_be_users(scene: Scene, versions: dict[int, Version]) -> None:
+    steps = RolloutSettings().steps
+    common = {"name": NAME, "actor": OPERATOR, "steps": steps, "version": versions[1]}
+    with pytest.raises(UsageError, match="there is no user nobody"):
+        start(scene.store, main_callers=["nobody"], **common)
+    assert start(scene.store, main_callers=[OWNER], **common).main_callers == (OWNER,)
