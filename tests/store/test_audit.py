@@ -139,7 +139,7 @@ def test_a_pin_kept_elsewhere_is_a_witness(store: Store) -> None:
     )
     other = Head(seq=2, digest=head.digest)
     assert problems(store, Pin(witness="a note", head=other)) == [
-        "entry 2 is not the one that a note names: the log was rewritten"
+        "entry 2 is not the one that a note names: the log was rewritten, or an old copy was put back and used"
     ]
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tunesmith.registry.lineage import Node
     from tunesmith.registry.verification import Verification
-    from tunesmith.services.audit import AuditLog, AuditVerification
+    from tunesmith.services.audit import Anchored, AuditLog, AuditVerification
     from tunesmith.services.export import ExportedVersion
     from tunesmith.services.versions import ApprovedVersion, RegisteredVersion, VersionList
 
@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     add_commands(app, approve, verify, show, export, register=register_version)
     audit = typer.Typer(help="The log of every change.", no_args_is_help=True)
-    add_commands(audit, verify=verify_audit, show=show_audit)
+    add_commands(audit, verify=verify_audit, anchor=anchor_audit, show=show_audit)
     app.add_typer(audit, name="audit")
 
 
@@ -168,17 +168,49 @@ def export(
     here.emit(done, _draw_export)
 
 
+TsaRoots = Annotated[
+    Path | None,
+    typer.Option("--tsa-roots", metavar="FILE", help="Root certificates (PEM) of the time-stamping authority."),
+]
+
+
+def anchor_audit(
+    here: Acting,
+    place: Annotated[str, typer.Argument(help="A file, or s3://BUCKET/FOLDER in a bucket with Object Lock.")],
+    keep_days: Annotated[
+        float, typer.Option(min=1, max=36500, help="How long nobody can remove it from the bucket, in days.")
+    ] = 3650,
+    time_stamp: Annotated[
+        str | None,
+        typer.Option("--time-stamp", metavar="URL", help="A time-stamping authority (RFC 3161) that signs the anchor."),
+    ] = None,
+    tsa_roots: TsaRoots = None,
+) -> None:
+    """Write the newest entry of the log to a place outside the store, to notice an old store that is put back."""
+    from tunesmith.services import audit
+
+    done = audit.anchor_audit(
+        here.store, place, actor=here.actor, keep_days=keep_days, time_stamp=time_stamp, tsa_roots=tsa_roots
+    )
+    here.emit(done, _draw_anchored)
+
+
 def verify_audit(
     here: Here,
     head: Annotated[
         list[str] | None,
         typer.Option("--head", metavar="NUMBER:DIGEST", help="A newest entry that you kept elsewhere; repeatable."),
     ] = None,
+    anchor: Annotated[
+        list[str] | None,
+        typer.Option("--anchor", metavar="PLACE", help="A place that `audit anchor` wrote to; repeatable."),
+    ] = None,
+    tsa_roots: TsaRoots = None,
 ) -> None:
     """Compare the audit log with itself, with signed records and with the current state. Exit 3 on any difference."""
     from tunesmith.services import audit
 
-    found = audit.verify_audit(here.store, head or ())
+    found = audit.verify_audit(here.store, head or (), anchor or (), tsa_roots)
     here.emit(found, _draw_audit_verification)
     raise typer.Exit(0 if found.ok else 3)
 
@@ -273,9 +305,20 @@ def _draw_export(console: Console, done: ExportedVersion) -> None:
         console.print(f"  {name}  {facts['bytes']:,} bytes", style="dim")
 
 
+def _draw_anchored(console: Console, done: Anchored) -> None:
+    what = "is written to" if done.written else "needs no new anchor: nothing happened since the last one in"
+    console.print(f"entry {done.head.seq} {what} {done.place}", soft_wrap=True)
+    if done.kept_until is not None:
+        console.print(f"nobody can remove it before {done.kept_until[:10]}")
+    if done.stamped_at is not None:
+        console.print(f"time-stamped at {done.stamped_at}")
+
+
 def _draw_audit_verification(console: Console, found: AuditVerification) -> None:
     for problem in found.problems:
         console.print(problem.reason, style="red", soft_wrap=True)
+    for note in found.notes:
+        console.print(note, style="dim", soft_wrap=True)
     outcome = "verifies" if found.ok else f"does not verify: {len(found.problems)} problems"
     console.print(f"the log of {found.checked} entries {outcome}")
     newest = f"{found.head.seq}:{found.head.digest}"

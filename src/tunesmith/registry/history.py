@@ -20,14 +20,14 @@ from tunesmith.store.tables import AliasRow, AuditRow, UserRow, VersionRow
 State = dict[tuple[str, ...], Mapping[str, Any]]
 
 
-def verify_log(store: Store, heads: Iterable[Head] = ()) -> list[str]:
+def verify_log(store: Store, kept: Iterable[Pin] = ()) -> list[str]:
     """The problems of the audit log, one sentence each; empty if there are none.
 
     The chain must be whole. It must contain its own head, the head that each version and approval was signed with, and
-    heads, which the caller kept elsewhere. Replaying it must give the users, versions and aliases of the database, so
-    that a row that was changed without an entry is found.
+    the heads of kept, which the caller has from elsewhere. Replaying it must give the users, versions and aliases of
+    the database, so that a row that was changed without an entry is found.
     """
-    pins = [Pin(witness="the head you gave", head=head) for head in heads]
+    pins = list(kept)
     problems: list[str] = []
     for kind, digest in _signed_with_head(store):
         try:

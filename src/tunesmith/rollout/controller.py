@@ -42,7 +42,7 @@ from tunesmith.rollout.preconditions import (
     promotions_to_undo,
 )
 from tunesmith.rollout.settings import Analysis, Pause, Step
-from tunesmith.rollout.standing import CONTROLLER, champion_of, standing_of
+from tunesmith.rollout.standing import champion_of, standing_of
 from tunesmith.rollout.state import Rollout, from_row, get_rollout, live_rollout
 from tunesmith.rollout.transitions import Overtaken, Transition, apply, make_transition, new_row
 from tunesmith.store import audit, database

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused
+from tunesmith.core.names import CONTROLLER
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
 from tunesmith.registry.aliases import get_alias
@@ -24,7 +25,6 @@ from tunesmith.store.tables import AliasRow, AuditRow, VersionRow
 from tunesmith.store.until_changed import UntilChanged
 
 _LOG = logging.getLogger("tunesmith.rollout")
-CONTROLLER = "controller"  # the actor in the audit log when no person acts
 _REFUSED, _RESTORED = "champion.refused", "champion.restored"
 
 

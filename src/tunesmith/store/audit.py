@@ -2,8 +2,8 @@
 
 A changed, missing or reordered entry breaks the chain, and a log that was cut does not reach its head. Somebody who can
 write the whole database can write a new chain and a new head. They cannot change a head that was kept elsewhere: the
-registry signs the newest head into every version and approval, and `audit verify --head` takes one that a person wrote
-down.
+registry signs the newest head into every version and approval, `audit anchor` writes it to a place outside, and
+`audit verify --head` takes one that a person wrote down.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ class Head(BaseModel):
 
 
 class Pin(BaseModel):
-    """A head that was kept outside the log. witness: what messages call the place."""
+    """A head that was kept outside the log. witness: what messages call the place. outside: not in the database."""
 
     witness: str
     head: Head
+    outside: bool = True
 
 
 def append(session: Session, *, actor: str, action: str, subject: str, detail: Mapping[str, Any]) -> Head:
@@ -100,14 +101,16 @@ def verify(session: Session, pins: Iterable[Pin] = ()) -> list[str]:
         problems.append(f"an entry after {previous.seq} cannot be read: {error}")
     kept = session.get(AuditHeadRow, _ONLY_ROW)
     if kept is not None:
-        pins = [Pin(witness="the log's head", head=Head(seq=kept.seq, digest=kept.digest)), *pins]
+        pins = [Pin(witness="the log's head", head=Head(seq=kept.seq, digest=kept.digest), outside=False), *pins]
     elif len(digests) > 1:
         problems.append("the log's head is missing, so a cut tail would not show")
     for pin in pins:
         if pin.head.seq not in digests:
-            problems.append(f"entry {pin.head.seq}, which {pin.witness} names, is missing: the tail was cut")
+            cause = f"the tail was cut{', or an old copy of the store was put back' if pin.outside else ''}"
+            problems.append(f"entry {pin.head.seq}, which {pin.witness} names, is missing: {cause}")
         elif digests[pin.head.seq] != pin.head.digest:
-            problems.append(f"entry {pin.head.seq} is not the one that {pin.witness} names: the log was rewritten")
+            cause = f"the log was rewritten{', or an old copy was put back and used' if pin.outside else ''}"
+            problems.append(f"entry {pin.head.seq} is not the one that {pin.witness} names: {cause}")
     return problems
 
 
