@@ -50,6 +50,20 @@ def test_traffic_follows_weights_and_users_keep_their_arm(served: Served, versio
     assert {row.version for row in rows if row.arm == "stable"} == {versions[1].digest}
 
 
+def test_requests_record_their_caller_and_a_hash_of_the_end_user(served: Served, versions: Versions) -> None:
+    served.post(user="ada@example.org")
+    rollout = served.begin(versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
+    assert rollout.main_callers == (OPERATOR,)  # it made all requests so far
+    for user in ("ada@example.org", "ada@example.org", "bea"):
+        served.post(user=user)
+    served.post()
+    before, *during = served.rows()
+    assert {row.caller for row in (before, *during)} == {OPERATOR}
+    first, again, other, nobody = (row.end_user for row in during)
+    assert (before.end_user, nobody, len(first)) == ("", "", 16)
+    assert first == again != other
+
+
 @pytest.mark.slow
 def test_a_good_canary_is_promoted_by_its_own_traffic(served: Served, versions: Versions) -> None:
     analysis = {"analysis": {"metric": "json_valid", "worse_by_at_most": 0.15}}
