@@ -14,9 +14,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from tunesmith.store.identities import TOKEN_FORM
+
 # Regex detectors of detect-secrets that are not used: addresses are no secrets, and _FORMS has the whole private key.
 _UNUSED = ("IPPublicDetector", "PrivateKeyDetector")
 _FORMS = (
+    TOKEN_FORM,  # of our own HTTP interface
     # The whole key, not only its first line.
     r"(?s)-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)",
     r"github_pat_[A-Za-z0-9_]{36,255}",

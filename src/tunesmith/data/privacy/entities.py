@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tunesmith.core.errors import UsageError
 from tunesmith.data.privacy.addresses import find_addresses
+from tunesmith.data.privacy.check_digits import find_cards, find_ibans
 from tunesmith.data.privacy.credentials import find_secrets
 from tunesmith.data.privacy.names import NAME_ENTITIES, Names
+from tunesmith.data.privacy.views import views_of
 from tunesmith.data.settings import Privacy, Recogniser
 
 # Entity -> the presidio class that recognises it.
@@ -39,6 +41,8 @@ RECOGNISERS = {
     "PL_PESEL": "PlPeselRecognizer",
     "MEDICAL_LICENSE": "MedicalLicenseRecognizer",
 }
+# Numbers that check digits tell from others, in any spacing.
+_CHECKED = {"CREDIT_CARD": find_cards, "IBAN_CODE": find_ibans}
 SECRET = "SECRET"  # noqa: S105  an entity's name
 STREET_ADDRESS = "STREET_ADDRESS"
 # Patterns that presidio lacks; context: words that must come before a weak pattern.
@@ -92,12 +96,13 @@ _JOINED = (STREET_ADDRESS, "PERSON", "LOCATION")  # overlapping findings of one 
 
 
 class Finding(NamedTuple):
-    """text[start:end] is an entity."""
+    """text[start:end] is an entity. plain: the value, where the text has it in another spelling (views.py)."""
 
     start: int
     end: int
     entity: str
     score: float
+    plain: str = ""
 
 
 class Finder:
@@ -126,21 +131,44 @@ class Finder:
         self._own = tuple((name.strip(), _compiled(name, one), one) for name, one in (ours | dict(own)).items())
 
     def find(self, texts: Sequence[str]) -> list[list[Finding]]:
-        """For each text its findings, in order and without overlaps."""
+        """For each text its findings, in order and without overlaps.
+
+        The forms are searched in the text and in its views: in what obfuscated values look like in plain spelling.
+        """
         pieces = [
             (number, start, text[start : start + _WINDOW])
             for number, text in enumerate(texts)
             for start in _starts(text)
         ]
-        named: Iterable[list[tuple[int, int, str, float]]] = [[] for _ in pieces]
-        if self.names is not None:
-            named = self.names.find([piece for _, _, piece in pieces])
+        views = [(number, start, view) for number, start, piece in pieces for view in views_of(piece)]
+        searched = self._searched([piece for *_, piece in pieces] + [view.text for *_, view in views])
         found: list[set[Finding]] = [set() for _ in texts]
-        for (number, offset, piece), names in zip(pieces, named, strict=True):
-            spans = [Finding(*span) for span in names if span[2] in self.entities]
-            spans.extend(span for span in self._forms(piece) if span.score >= self._minimum)
-            found[number].update(Finding(one.start + offset, one.end + offset, *one[2:]) for one in spans)
+        for (number, offset, _), spans in zip(pieces, searched, strict=False):
+            found[number].update(_shifted(one, offset) for one in spans)
+        disguised: dict[int, list[Finding]] = {}
+        for (number, offset, view), spans in zip(views, searched[len(pieces) :], strict=True):
+            for one in _reconciled(spans, len(view.text)):
+                seen = one._replace(plain=view.text[one.start : one.end])
+                start, end = view.span(one.start, one.end)
+                seen = _shifted(seen._replace(start=start, end=end), offset)
+                if seen.plain == texts[number][seen.start : seen.end]:
+                    found[number].add(seen._replace(plain=""))
+                else:
+                    disguised.setdefault(number, []).append(seen)
+        for number, hidden in disguised.items():
+            found[number] = _united(found[number], hidden)
         return [_reconciled(spans, len(text)) for text, spans in zip(texts, found, strict=True)]
+
+    def _searched(self, texts: Sequence[str]) -> list[list[Finding]]:
+        """For each text the findings of all recognisers, which may overlap."""
+        named: Iterable[list[tuple[int, int, str, float]]] = [[] for _ in texts]
+        if self.names is not None:
+            named = self.names.find(texts)
+        return [
+            [Finding(*span) for span in names if span[2] in self.entities]
+            + [span for span in self._forms(text) if span.score >= self._minimum]
+            for text, names in zip(texts, named, strict=True)
+        ]
 
     def _forms(self, text: str) -> Iterator[Finding]:
         if SECRET in self.entities:
@@ -153,12 +181,60 @@ class Finder:
             yield from (Finding(start, end, STREET_ADDRESS, score) for start, end, score in find_addresses(text))
         if not _MAY_IDENTIFY.search(text):
             return
+        for name, find in _CHECKED.items():
+            if name in self.entities:
+                yield from (Finding(start, end, name, 1.0) for start, end in find(text))
         for name, recogniser in self._presidio:
             if name in _MAY_BE and not _MAY_BE[name].search(text):
                 continue
             for result in recogniser.analyze(text, [name], None):
                 score = _in_context(text, result.start, result.score, recogniser.context or ())
                 yield Finding(result.start, result.end, name, score)
+
+
+def _shifted(one: Finding, offset: int) -> Finding:
+    return one._replace(start=one.start + offset, end=one.end + offset)
+
+
+def _united(plain: Collection[Finding], disguised: Iterable[Finding]) -> set[Finding]:
+    """Findings of a text and of its views: a value that is plain only in a view is one finding, with all its parts.
+
+    Views find a value in several stages of decoding, and the text's recognisers may find a part of it.
+    """
+    joined: list[Finding] = []
+    for one in sorted(disguised):
+        if joined and one.start < joined[-1].end:
+            joined[-1] = _wider(joined[-1], one)
+        else:
+            joined.append(one)
+    united = set(plain)
+    waiting = sorted(plain, reverse=True)
+    near: list[Finding] = []  # may overlap with the next one
+    for one in joined:
+        while waiting and waiting[-1].start < one.end:
+            near.append(waiting.pop())
+        near = [other for other in near if other.end > one.start]
+        whole, hidden = one, True
+        for other in near:
+            contains = other.start <= one.start and one.end <= other.end
+            if contains and _rank(other) <= _rank(one):
+                hidden = False
+            elif not contains and (other.entity not in _JOINED or (one.start <= other.start and other.end <= one.end)):
+                united.discard(other)
+                whole = whole._replace(start=min(whole.start, other.start), end=max(whole.end, other.end))
+        if hidden:
+            united.add(whole)
+    return united
+
+
+def _wider(one: Finding, other: Finding) -> Finding:
+    """Both findings as one, of the entity that ranks first and, of equal ones, of the longer value."""
+    best = min(one, other, key=lambda each: (_rank(each), each.start - each.end))
+    return best._replace(start=min(one.start, other.start), end=max(one.end, other.end))
+
+
+def _rank(one: Finding) -> int:
+    return _RANKS.get(one.entity, _OTHER_RANK)
 
 
 def _in_context(text: str, start: int, score: float, words: Sequence[str]) -> float:
@@ -183,19 +259,19 @@ def _reconciled(spans: Iterable[Finding], length: int) -> list[Finding]:
     for span in sorted(spans):
         before = joined[last[span.entity]] if span.entity in last else None
         if before is not None and span.entity in _JOINED and before.end > span.start:
-            wider = Finding(before.start, max(before.end, span.end), span.entity, max(before.score, span.score))
-            joined[last[span.entity]] = wider
+            wider = max(before.end, span.end)
+            joined[last[span.entity]] = before._replace(end=wider, score=max(before.score, span.score))
         else:
             last[span.entity] = len(joined)
             joined.append(span)
-    joined.sort(key=lambda one: (_RANKS.get(one.entity, _OTHER_RANK), one.start - one.end, -one.score, one))
+    joined.sort(key=lambda one: (_rank(one), one.start - one.end, -one.score, one))
     taken: list[Finding] = []
     mask = bytearray(length)  # 1 where a character belongs to a finding
     for span in joined:
         # The rest of a long finding still counts: a name inside an address must not hide the address.
         for start, end in _free(mask, span.start, span.end):
             if (start, end) == (span.start, span.end) or (span.entity in _JOINED and end - start > _SHORTEST_REST):
-                taken.append(Finding(start, end, span.entity, span.score))
+                taken.append(span._replace(start=start, end=end))
                 mask[start:end] = b"\1" * (end - start)
     return sorted(taken)
 

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith.core.digests import unique_keys
 from tunesmith.core.messages import Message, ToolCall
@@ -71,20 +71,24 @@ class Scanner:
     def findings(self, texts: Sequence[str]) -> list[list[Finding]]:
         """The findings of each text, without the values to keep."""
         return [
-            [one for one in found if text[one.start : one.end].casefold() not in self._keep]
+            [
+                one
+                for one in found
+                if self._keep.isdisjoint((text[one.start : one.end].casefold(), one.plain.casefold()))
+            ]
             for text, found in zip(texts, self.finder.find(texts), strict=True)
         ]
 
     def _scan(self, messages: Sequence[Message], findings: Mapping[str, Sequence[Finding]]) -> Scan:
-        fields = Counter((role, entity) for role, text in texts_of(messages) for _, _, entity, _ in findings[text])
+        fields = Counter((role, one.entity) for role, text in texts_of(messages) for one in findings[text])
         if not fields:
             return Scan(tuple(messages))
         names = Pseudonyms(self._own)
         counts: Counter[str] = Counter()
         values = self._values(messages, findings)
         # The longest names of people first, so that "Ann" is recognised as a part of "Ann Lee".
-        for entity, value in sorted(values, key=lambda pair: -len(pair[1].split()) if pair[0] == "PERSON" else 0):
-            counts[entity] += names.add(entity, value)
+        for one in sorted(values, key=lambda one: -len(one.plain.split()) if one.entity == "PERSON" else 0):
+            counts[one.entity] += names.add(one.entity, one.plain)
         replace = _Replacer(names, values, findings)
         changed: tuple[Message, ...] | None
         try:
@@ -92,17 +96,30 @@ class Scanner:
         except ValueError:
             changed = None
         originals: dict[str, str] = {}
-        for entity, value in values:
-            originals.setdefault(names.of(entity, value), value)
+        for one in values:
+            originals.setdefault(names.of(one.entity, one.plain), one.spelled)
         return Scan(changed, counts, fields, originals)
 
-    def values(self, messages: Sequence[Message]) -> list[tuple[str, str]]:
-        """(entity, value) of everything found in the messages, as written there."""
-        return self._values(messages, self._found([messages]))
+    def values(self, messages: Sequence[Message]) -> list[str]:
+        """Everything found in the messages, as written there and, where that is another spelling, plainly."""
+        found = self._values(messages, self._found([messages]))
+        return list(dict.fromkeys(value for one in found for value in (one.spelled, one.plain)))
 
     @staticmethod
-    def _values(messages: Sequence[Message], findings: Mapping[str, Sequence[Finding]]) -> list[tuple[str, str]]:
-        return [(entity, text[start:end]) for _, text in texts_of(messages) for start, end, entity, _ in findings[text]]
+    def _values(messages: Sequence[Message], findings: Mapping[str, Sequence[Finding]]) -> list[_Value]:
+        return [
+            _Value(one.entity, text[one.start : one.end], one.plain or text[one.start : one.end])
+            for _, text in texts_of(messages)
+            for one in findings[text]
+        ]
+
+
+class _Value(NamedTuple):
+    """A value as the text spells it, and plainly: "jane (at) acme.org" and "jane@acme.org"."""
+
+    entity: str
+    spelled: str
+    plain: str
 
 
 def texts_of(messages: Sequence[Message]) -> Iterator[tuple[str, str]]:
@@ -154,33 +171,32 @@ def _json_in(text: str) -> Any:
 class _Replacer:
     """Puts pseudonyms into a conversation's texts."""
 
-    def __init__(
-        self, names: Pseudonyms, values: Sequence[tuple[str, str]], findings: Mapping[str, Sequence[Finding]]
-    ) -> None:
+    def __init__(self, names: Pseudonyms, values: Sequence[_Value], findings: Mapping[str, Sequence[Finding]]) -> None:
         self._names, self._findings = names, findings
         self._spellings: dict[str, str] = {}
-        self._whole: dict[str, tuple[str, str]] = {}  # for texts that consist of a name only, in any case
+        self._whole: dict[str, _Value] = {}  # for texts that consist of a name only, in any case
         patterns: dict[str, str] = {}
-        for entity, value in values:
+        for one in values:
+            entity, value = one.entity, one.spelled
             if entity in _IN_PLACE:
                 continue
-            self._spellings.setdefault(value, names.of(entity, value))
+            self._spellings.setdefault(value, names.of(entity, one.plain))
             patterns.setdefault(value, rf"(?<!\w){re.escape(value)}(?!\w)" if entity in _WORDS else re.escape(value))
             if entity in _WORDS:
-                self._whole.setdefault(value.casefold(), (entity, value))
+                self._whole.setdefault(value.casefold(), one)
         ordered = sorted(patterns, key=lambda value: (-len(value), value))
         self._pattern = re.compile("|".join(patterns[value] for value in ordered)) if ordered else None
 
     def __call__(self, text: str) -> str:
         known = self._whole.get(text.casefold())
         if known is not None:
-            entity, _ = known
-            return self._names.of(entity, text)
+            return self._names.of(known.entity, text if known.plain == known.spelled else known.plain)
         pieces, done = [], 0
-        for start, end, entity, _ in self._findings.get(text, ()):
-            if entity in _IN_PLACE:
-                pieces += [self._swept(text[done:start]), self._names.of(entity, text[start:end])]
-                done = end
+        for one in self._findings.get(text, ()):
+            if one.entity in _IN_PLACE:
+                value = one.plain or text[one.start : one.end]
+                pieces += [self._swept(text[done : one.start]), self._names.of(one.entity, value)]
+                done = one.end
         return "".join((*pieces, self._swept(text[done:])))
 
     def _swept(self, text: str) -> str:

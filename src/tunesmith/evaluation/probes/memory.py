@@ -51,7 +51,7 @@ def personal_items(context: ProbeContext) -> list[Item]:
     scanner = Scanner(context.privacy)
     found = []
     for row in sorted(context.trained, key=lambda row: row.id):
-        values = tuple(value for _, value in scanner.values([row.messages[-1]]))
+        values = tuple(scanner.values([row.messages[-1]]))
         if values:
             request = [turn.model_copy(update={"content": _without(turn.content, values)}) for turn in row.request]
             found.append(
