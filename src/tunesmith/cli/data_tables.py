@@ -148,6 +148,9 @@ def _scan_rows(scan: dict[str, Any]) -> Iterator[tuple[str, str]]:
         least = min(float(one["recall_at_least"]) for one in whole)
         yield f"scan for {len(whole)} kinds", f"finds all synthetic values (recall at least {least:.0%} each)"
     if measured:
+        hidden = [one["obfuscated"] for one in measured.values()]
+        inserted, seen = (sum(one[key] for one in hidden) for key in ("inserted", "found"))
+        yield "obfuscated values", f"finds {seen} of {inserted} synthetic values that are spelled to hide them"
         left = scan["left"]["at_most"]
         yield "probably left", "no bound" if left is None else f"at most {left:g} values (95%)"
 
