@@ -12,12 +12,14 @@ import contextlib
 import signal
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tunesmith.server.connections import BoundedConnection, allow_open_files
 from tunesmith.server.errors import stopping
 from tunesmith.server.recording import LOG
 
@@ -100,9 +102,13 @@ class DrainingServer(uvicorn.Server):
     """A uvicorn server that drains its application at the first SIGTERM or SIGINT, and ends at once at the second."""
 
     def __init__(self, app: FastAPI) -> None:
+        self._serving: Serving = app.state.serving
+        allow_open_files()
         super().__init__(
             uvicorn.Config(
                 app,
+                http=partial(BoundedConnection, settings=self._serving.settings),  # type: ignore[arg-type]
+                ws="none",
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,
@@ -110,7 +116,6 @@ class DrainingServer(uvicorn.Server):
                 timeout_graceful_shutdown=1,
             )
         )
-        self._serving: Serving = app.state.serving
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take no new requests from now on. The work that is left is waited for in `shutdown`."""

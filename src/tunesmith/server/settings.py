@@ -15,6 +15,15 @@ class ServerSettings(Settings):
     region: Annotated[str, Field(description='the region whose versions it serves, "" where there are none')] = ""
     body_bytes: Annotated[int, Field(ge=1024, description="largest request body")] = 1 << 20
     body_seconds: Annotated[float, Field(gt=0, description="longest a client may take to send its body")] = 15.0
+    headers_seconds: Annotated[
+        float, Field(gt=0, description="longest a client may take to send the headers of a request")
+    ] = 15.0
+    unread_seconds: Annotated[
+        float, Field(gt=0, description="longest a client may read nothing of an answer that waits for it")
+    ] = 30.0
+    idle_connections: Annotated[
+        int, Field(ge=1, description="connections without a request; with more, the oldest is closed")
+    ] = 512
     waiting: Annotated[int, Field(ge=1, description="requests that wait for the engine; more are answered 429")] = 256
     together: Annotated[int, Field(ge=1, le=256, description="requests decoded as one batch")] = 32
     answer_seconds: Annotated[

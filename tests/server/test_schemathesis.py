@@ -1,0 +1,63 @@
+"""Schemathesis sends what the OpenAPI document allows, and what it does not, to every route of a running server."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from tests.attack_table import Happened
+from tests.fabricate import NAME
+from tests.server.conftest import Served
+from tunesmith.server.app import openapi_document
+
+OPERATIONS = [found.ok() for found in schemathesis.openapi.from_dict(openapi_document()).get_all_operations()]
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+UNCHECKED = list(HealthCheck)
+
+
+@pytest.mark.slow
+@pytest.mark.attack("input", "what schemathesis makes of the OpenAPI document")
+@pytest.mark.parametrize("mode", GenerationMode, ids=lambda mode: mode.value)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
+def test_every_route_answers_as_documented(
+    shared: Served, operation: Any, mode: GenerationMode, happened: Happened
+) -> None:
+    tokens = [f"Bearer {shared.token}"] * 6 + ["Bearer tsk_nobody", "Basic x", "Bearer", ""]
+    sent: Counter[int] = Counter()
+
+    @settings(
+        max_examples=60, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=UNCHECKED
+    )
+    @given(case=operation.as_strategy(generation_mode=mode), token=st.sampled_from(tokens))
+    def answers(case: Any, token: str) -> None:
+        case.headers = {key: value for key, value in case.headers.items() if key.lower() != "authorization"}
+        if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+            case.body = {**case.body, "model": NAME}
+        response = case.call_and_validate(base_url=shared.url, headers={"Authorization": token}, checks=CHECKS)
+        sent[response.status_code] += 1
+
+    with contextlib.suppress(Unsatisfiable):  # nothing that is not allowed can be sent to some routes
+        answers()
+    for status, count in sent.items():
+        happened(f"{status}, as documented", count)
