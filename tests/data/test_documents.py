@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.attack_table import Happened
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.documents import Documents, DocumentSettings, build_documents, cut
 from tunesmith.data.settings import Privacy
@@ -113,6 +114,15 @@ def test_personal_data_is_treated_as_in_the_rows(folder: Path, action: str) -> N
     assert held is (action == "report")
     assert built.record.body["privacy"]["found"] == {"EMAIL_ADDRESS": 1}
     assert built.record.body["removed"] == (1 if action == "remove" else 0)
+
+
+@pytest.mark.attack("privacy", "personal data in the headings of documents")
+def test_headings_are_scanned_too(folder: Path, happened: Happened) -> None:
+    (folder / "docs" / "mail.md").write_text("# Write to jane&#64;acme.org\n\nThe desk answers within a day or two.\n")
+    built = _built(folder, Privacy(action="pseudonymise", entities=("EMAIL_ADDRESS",)))
+    (title,) = [one.title for one in built.passages if one.source.endswith("mail.md")]
+    assert title == "Write to person1@example.com"
+    happened("replaced")
 
 
 def test_documents_that_cannot_be_read(folder: Path) -> None:

@@ -99,7 +99,7 @@ def build_documents(
         _refuse_control_tokens(file.name, blocks, special_tokens)
         kept = 0
         for title, text in cut(blocks, settings.words, settings.overlap):
-            scan = scanner.scan([Message(role="user", content=text)])
+            scan = scanner.scan([Message(role="system", content=title), Message(role="user", content=text)])
             found.update(scan.found)
             if scan.found and privacy.action == "refuse":
                 raise Refused(
@@ -110,7 +110,8 @@ def build_documents(
             if (scan.found and privacy.action == "remove") or scan.messages is None:
                 removed += 1
                 continue
-            text = scan.messages[0].content if privacy.action == "pseudonymise" else text
+            if privacy.action == "pseudonymise":
+                title, text = (message.content for message in scan.messages)
             name = digest_of({"source": file.name, "title": title, "text": text}).removeprefix("sha256:")[:20]
             passages.setdefault(name, Passage(id=name, source=file.name, title=title, text=text))
             kept += 1

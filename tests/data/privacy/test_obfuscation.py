@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import time
 from pathlib import Path
 from random import Random
@@ -13,7 +14,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from tests.attack_table import Happened
-from tunesmith.core.messages import Message
+from tunesmith.core.messages import Message, ToolCall
 from tunesmith.data.privacy.check_digits import find_cards, find_ibans
 from tunesmith.data.privacy.obfuscation import FOR, FOR_OTHERS, TRICKS
 from tunesmith.data.privacy.scan import Scan, Scanner
@@ -156,6 +157,26 @@ def test_one_pseudonym_for_all_spellings() -> None:
     found = scan("write to jane@acme.org", '{"to": "jane (at) acme.org", "copy": "jane&#64;acme.org"}')
     assert found.messages[1].content == '{"to": "person1@example.com", "copy": "person1@example.com"}'
     assert found.found == {"EMAIL_ADDRESS": 1}
+
+
+@pytest.mark.attack("privacy", "obfuscated values outside the user's text")
+def test_system_turns_calls_and_keys_of_json(happened: Happened) -> None:
+    spelled = "jane.doe (at) acme.org"
+    call = ToolCall(id="c1", name="send", arguments=json.dumps({spelled: [{"to": b64(MAIL)}], "n": 4111111111111111}))
+    turns = [
+        Message(role="system", content=f"you answer for {spelled}"),
+        Message(role="user", content=f'see {{"to": "jane.doe\\u0040acme.org", "{spelled}": 1}} please'),
+        Message(role="assistant", content="", tool_calls=(call,)),
+        Message(role="assistant", content=json.dumps({spelled: {"key": "jane.doe%40acme.org"}})),
+    ]
+    found = SCANNER.scan(turns)
+    assert found.messages is not None
+    assert found.found == {"EMAIL_ADDRESS": 1, "CREDIT_CARD": 1}
+    text = " ".join(text for turn in found.messages for text in turn.texts())
+    assert text.count("person1@example.com") == 7
+    assert "acme" not in text
+    assert "4111" not in text
+    happened("replaced", 7)
 
 
 @pytest.mark.attack("privacy", "a token of our own server in a row")
