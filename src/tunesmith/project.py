@@ -9,12 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.core.errors import UsageError
 from tunesmith.core.settings import Settings
+from tunesmith.core.strict_yaml import read_yaml
+from tunesmith.core.text_files import read_text_file
 from tunesmith.data.documents import DocumentSettings
 from tunesmith.data.settings import DataSettings
 from tunesmith.engines.settings import EngineSettings
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 FILE = "tunesmith.yaml"
 STORE = ".tunesmith"
+_LARGEST = 1 << 20
 
 
 class ProjectSettings(Settings):
@@ -113,13 +115,15 @@ class Project:
         path = Path(path)
         if path.is_dir():
             path = path / FILE
-        if not path.is_file():
+        if not path.exists():
             raise UsageError(
                 "there is no project here",
                 where=str(path.absolute()),
                 fix="run `tunesmith init` to create one, or name another folder with `-C DIR`",
             )
-        return cls(path.parent.absolute(), parse_settings(path.read_bytes(), str(path)))
+        return cls(
+            path.parent.absolute(), parse_settings(read_text_file(path, "the project file", _LARGEST), str(path))
+        )
 
     @cached_property
     def store(self) -> Store:
@@ -164,16 +168,9 @@ def open_store(directory: Path) -> Store:
     )
 
 
-def parse_settings(data: bytes, where: str) -> ProjectSettings:
+def parse_settings(text: str, where: str) -> ProjectSettings:
     """The settings in a project file's text. Raises UsageError with the key, and with the nearest known one."""
-    try:
-        read = yaml.load(data.decode("utf-8-sig"), Loader=_Strict)  # noqa: S506 - a SafeLoader
-    except UnicodeDecodeError as error:
-        raise UsageError(f"not UTF-8: {error.reason} at byte {error.start}", where=where) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise UsageError(f"not valid YAML: {getattr(error, 'problem', error)}", where=f"{where}{line}") from error
+    read = read_yaml(text, where)
     if not isinstance(read, Mapping):
         raise UsageError("the project file must hold keys and values", where=where, fix="see `tunesmith schema`")
     try:
@@ -185,19 +182,6 @@ def parse_settings(data: bytes, where: str) -> ProjectSettings:
 def settings_schema() -> dict[str, Any]:
     """JSON Schema of the project file, each key with its description and default."""
     return ProjectSettings.model_json_schema(by_alias=True)
-
-
-class _Strict(yaml.SafeLoader):
-    """Refuses a key that occurs twice; plain YAML would keep the last one silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} occurs twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def _usage_error(error: ValidationError, where: str) -> UsageError:

@@ -42,7 +42,7 @@ def test_settings_shown_are_valid(block: str) -> None:
         known["candidates"]["shown"] = {"prompt": "prompt.txt", "train": shown.pop("train")}
     if "data" in shown:  # a part of `data:`
         shown["data"] = {**known["data"], **shown["data"]}
-    assert parse_settings(yaml.safe_dump({**known, **shown}).encode(), "page").candidates
+    assert parse_settings(yaml.safe_dump({**known, **shown}), "page").candidates
 
 
 def test_readme_is_short() -> None:

@@ -178,7 +178,7 @@ def test_an_endpoint_is_a_rival_and_never_a_release(project: Project) -> None:
         versions.register(project.store, verdict, name=project.settings.name)
     text = (project.root / "tunesmith.yaml").read_text() + "release: rival\n"
     with pytest.raises(UsageError, match="cannot be released"):
-        parse_settings(text.encode(), "x")
+        parse_settings(text, "x")
 
 
 @pytest.mark.parametrize("name", ["nearest", "docs", "searched", "held"])
@@ -234,7 +234,7 @@ def test_documents_that_hold_the_test_are_refused(project: Project) -> None:
 def test_what_the_project_file_lacks(candidates: dict[str, Any], said: str) -> None:
     text = yaml.safe_dump({**settings(), "candidates": candidates, "gates": {}})
     with pytest.raises(UsageError, match=said):
-        parse_settings(text.encode(), "x")
+        parse_settings(text, "x")
 
 
 def test_labels_are_calibrated_where_probabilities_are_there(tmp_path: Path) -> None:

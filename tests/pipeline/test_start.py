@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.attack_table import Happened
 from tests.tiny import write_model
 from tests.tiny_project import rows
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.services.doctor import examine
-from tunesmith.services.new_project import infer_schema, make_project
+from tunesmith.services.new_project import infer_schema, json_objects, make_project
 
 
 def _rows(path: Path, count: int = 120) -> Path:
@@ -92,16 +93,37 @@ VALUES = st.recursive(
 @pytest.mark.slow
 @given(st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=4), min_size=1, max_size=12))
 def test_answers_fit_the_schema_inferred_from_them(answers: list[dict[str, object]]) -> None:
-    schema = infer_schema([json.dumps(answer) for answer in answers])
-    assert schema is not None
+    schema = infer_schema(answers)
     jsonschema.Draft202012Validator.check_schema(schema)
     for answer in answers:
         jsonschema.validate(answer, schema)
 
 
 def test_answers_that_are_not_all_objects_have_no_schema() -> None:
-    assert infer_schema(['{"a":1}', "text"]) is None
-    assert infer_schema(["[1]", "2"]) is None
+    assert json_objects(['{"a":1}', "text"]) == ([], 0)
+    assert json_objects(["[1]", "2"]) == ([], 0)
+    assert json_objects(["{name} is here", '{"a":1}', "{x}"]) == ([], 0)
+
+
+@pytest.mark.attack("input", "init: a few answers are broken JSON")
+def test_broken_answers_are_counted_and_do_not_hide_the_schema(happened: Happened) -> None:
+    bad = [
+        '{"a":1,"a":2}',
+        '{"a":NaN}',
+        '{"a":"\\ud800"}',
+        '{"a":1e999}',
+        '{"a":' + "9" * 200_000 + "}",
+        '{"a":' * 5000,
+    ]
+    values, broken = json_objects(['{"a":1}'] * 10 + bad)
+    assert (len(values), broken) == (10, len(bad))
+    assert infer_schema(values)["properties"] == {"a": {"type": "integer"}}
+    happened("counted, the schema is that of the sound ones", len(bad))
+
+
+def test_a_table_of_many_keys_has_no_properties() -> None:
+    schema = infer_schema([{f"k{n}-{m}": n for n in range(50)} for m in range(2000)])
+    assert "properties" not in schema
 
 
 def test_doctor_says_how_to_fix_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

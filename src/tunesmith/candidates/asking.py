@@ -17,6 +17,7 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.strict_json import parse_json
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion
 from tunesmith.store.records import Record
@@ -80,7 +81,7 @@ def ask_rows(
                     for line, sums in zip(told, likelihoods([one.messages for one in asked]), strict=True):
                         line["confidence"] = _confidence(line["text"], sums)
                 write_atomic(kept, json.dumps({"seconds": spent, "lines": told}).encode())
-            part = json.loads(kept.read_bytes())
+            part = parse_json(kept.read_bytes())
             lines += part["lines"]
             seconds += part["seconds"]
             expected = expected or seconds * len(examples) / len(chunk)

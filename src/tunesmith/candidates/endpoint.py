@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -19,6 +18,7 @@ from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.clock import now
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.strict_json import parse_json
 from tunesmith.engines.protocol import Completion, Generation
 
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -81,7 +81,7 @@ class Endpoint:
         if self._settings.logprobs:
             body["logprobs"] = True
         if request.schema is not None:
-            held = {"name": "answer", "schema": json.loads(request.schema), "strict": True}
+            held = {"name": "answer", "schema": parse_json(request.schema), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": held}
         return self._read(self._posted(body))
 
@@ -118,7 +118,7 @@ class Endpoint:
 
     def _read(self, data: bytes) -> Completion:
         try:
-            document = json.loads(data)
+            document = parse_json(data)
             choice, usage = document["choices"][0], document["usage"]
             text = choice["message"]["content"]
             tokens = [usage["prompt_tokens"], usage["completion_tokens"]]
@@ -127,7 +127,7 @@ class Endpoint:
             confidence = _probability(choice["logprobs"]["content"]) if self._settings.logprobs else None
             # A lone surrogate cannot be stored in a record.
             (text or "").encode()
-        except (ValueError, RecursionError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError) as error:
             raise self._failed(
                 f"its answer is not a chat completion with usage ({type(error).__name__}: {error})",
                 "the endpoint must speak OpenAI's chat completions and report usage",

@@ -70,6 +70,7 @@ def _draw_project(console: Console, made: NewProject) -> None:
     place = "" if made.root == Path.cwd() else f" -C {made.root}"
     lines = [
         f"{made.rows} rows, with answers in {kind}; {made.unusable} rows hold no usable conversation",
+        *([f"{made.broken} answers are broken JSON: `data build` will remove their rows"] if made.broken else []),
         *(f"wrote {made.root / name}" for name in made.files),
         "",
         "next: read the prompts (tuning is compared with them, so make them good), then",

@@ -1,87 +1,132 @@
-"""Reads the JSON Schema of answers, refuses a schema that is slow or fetches something, and validates answers.
+"""Reads the JSON Schema of answers, refuses a schema that is costly or fetches something, and validates answers.
 
-Model output is untrusted text, and the schema's patterns run over it. So `regex` evaluates the patterns with a time
-limit, and each pattern is first tried on texts that make backtracking slow. References may only point inside the
-schema, so nothing is fetched.
+This is the only validator: build, evaluation, serving and monitoring all use `satisfies`. Model output is untrusted, so
+its work is bounded: patterns run in linear time (patterns.py), and a check ends after a number of steps, which is the
+same on every machine. References may only point inside the schema, so nothing is fetched.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import attrs
 import jsonschema
+import jsonschema_specifications
 import referencing
-import regex
+import referencing.jsonschema
 from jsonschema import validators
 
 from tunesmith.core.errors import UsageError
+from tunesmith.core.patterns import check_pattern, search
+from tunesmith.core.strict_json import NotJson, parse_json
+from tunesmith.core.text_files import read_text_file
 
-_PATTERN_SECONDS = 0.25
-_PUMP_LENGTH = 64
-_HOLDS_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-_HOLDS_DATA = frozenset({"const", "enum", "default", "examples"})
+# A keyword applied to a value is a step, with more for long lists. So many take one or two seconds.
+_STEPS: Final = 50_000
+_STEPS_OF_A_SCHEMA: Final = 1_000_000  # to check the schema itself
+_LARGEST: Final = 1 << 20
+_KEPT: Final = 16
+_HOLDS_SCHEMAS: Final = frozenset(
+    {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"}
+)
+_HOLDS_DATA: Final = frozenset({"const", "enum", "default", "examples"})
+_REFERENCES: Final = ("$ref", "$dynamicRef", "$recursiveRef")
+_NUMBERS: Final = (int, float)
+
+Keyword = Callable[[Any, Any, Any, Any], Iterator[jsonschema.ValidationError] | None]
+
+
+class _TooCostly(Exception):
+    """A check takes more steps than it may."""
+
+
+class _Left(threading.local):
+    """The steps that this thread's check may still take."""
+
+    steps = 0
+
+
+_left = _Left()
 
 
 def load_answer_schema(path: Path) -> dict[str, Any]:
     """The schema in a file. Raises UsageError, naming the file, where it cannot be read or used."""
+    text = read_text_file(path, "the answer schema", _LARGEST)
     try:
-        schema = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UsageError("the answer schema does not exist", where=str(path), fix="correct task.schema") from None
-    except OSError as error:
-        raise UsageError(f"the answer schema cannot be read: {error.strerror}", where=str(path)) from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"the answer schema is not JSON: {error}", where=str(path)) from error
+        schema = parse_json(text)
+    except NotJson as error:
+        raise UsageError(f"the answer schema is not JSON: {error}", where=str(path), fix="correct the file") from error
     check_answer_schema(schema, str(path))
     return schema  # type: ignore[no-any-return]
 
 
 def check_answer_schema(schema: Any, where: str) -> None:
-    """Raise UsageError for a schema that is not valid, refers outside itself, or has patterns that are too slow."""
+    """Raise UsageError for a schema that is not valid, refers outside itself, or is too costly to check."""
     if not isinstance(schema, dict):
         raise UsageError("the answer schema is not a JSON object", where=where)
     try:
-        _dialect(schema, where).check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise UsageError(f"not valid JSON Schema: {error.message}", where=f"{where}, {error.json_path}") from error
-    for place, part in _parts(schema, "$"):
-        _check_references(part, f"{where}, {place}")
-        _check_patterns(part, f"{where}, {place}")
-    try:
+        dialect = _dialect(schema, where)
+        meta = _bounded(dialect)(dialect.META_SCHEMA, registry=jsonschema_specifications.REGISTRY)
+        _left.steps = _STEPS_OF_A_SCHEMA
+        if (error := next(meta.iter_errors(schema), None)) is not None:
+            raise UsageError(f"not valid JSON Schema: {error.message[:300]}", where=f"{where}, {error.json_path}")
+        parts = dict(_parts(schema, "$"))
+        for place, part in parts.items():
+            _check_part(part, f"{where}, {place}", parts)
+        _check_references(schema, dialect, {id(part) for part in parts.values()})
         probes: tuple[Any, ...] = (None, True, 0, "", [], {}, [{}], {"a": {}})
         for probe in probes:
-            satisfies(probe, schema)
-    except (referencing.exceptions.Unresolvable, RecursionError) as error:
+            _check(probe, schema)
+    except referencing.exceptions.Unresolvable as error:
+        raise UsageError(
+            f"the answer schema has a $ref to nothing: {str(error)[:200]}", where=where, fix="correct the $ref"
+        ) from error
+    except (_TooCostly, RecursionError) as error:
         endless = isinstance(error, RecursionError)
-        what = "refers to itself without end" if endless else f"has a $ref to nothing: {error}"
-        raise UsageError(f"the answer schema {what}", where=where) from error
+        what = "refers to itself without end" if endless else "needs too many steps, even for small answers"
+        fix = "let each $ref that leads back stand under properties or items, and use fewer alternatives"
+        raise UsageError(f"the answer schema {what}", where=where, fix=fix) from error
 
 
 def satisfies(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether a JSON value is valid under a checked schema. Raises UsageError where a pattern takes too long."""
-    return bool(_validator(json.dumps(schema, sort_keys=True)).is_valid(value))
+    """Whether a JSON value is valid under a checked schema.
+
+    A value whose check takes more than 50,000 steps (keywords applied to values) counts as not valid.
+    """
+    try:
+        return _check(value, schema)
+    except (_TooCostly, RecursionError):
+        return False
 
 
-@lru_cache(maxsize=16)
-def _validator(encoded: str) -> Any:
-    schema = json.loads(encoded)
-    bounded = validators.extend(
-        _dialect(schema, "answer schema"),
-        {"pattern": _pattern, "patternProperties": _pattern_properties, "additionalProperties": _additional_properties},
-    )
-    # An empty registry fetches nothing; jsonschema's default fetches over the network.
-    return bounded(schema, registry=referencing.Registry())
+def _check(value: Any, schema: Mapping[str, Any]) -> bool:
+    _left.steps = _STEPS
+    return next(_validator(schema).iter_errors(value), None) is None
+
+
+_validators: dict[int, tuple[Mapping[str, Any], Any]] = {}
+
+
+def _validator(schema: Mapping[str, Any]) -> Any:
+    """The schema's validator, kept for the schemas used last. The kept schema's id stays taken, so it names it."""
+    kept = _validators.get(id(schema))
+    if kept is None:
+        # An empty registry fetches nothing; jsonschema's default fetches over the network.
+        kept = schema, _bounded(_dialect(schema, "answer schema"))(schema, registry=referencing.Registry())
+        while len(_validators) >= _KEPT:
+            _validators.pop(next(iter(_validators), 0), None)
+        _validators[id(schema)] = kept
+    return kept[1]
 
 
 def _dialect(schema: Mapping[str, Any], where: str) -> Any:
     named = schema.get("$schema", jsonschema.Draft202012Validator.META_SCHEMA["$schema"])
     found = validators.validator_for({"$schema": named}, default=None) if isinstance(named, str) else None
     if found is None:
-        raise UsageError(f"{named!r} is not a known version of JSON Schema", where=f"{where}, $.$schema")
+        raise UsageError(f"{str(named)[:200]!r} is not a known version of JSON Schema", where=f"{where}, $.$schema")
     return found
 
 
@@ -100,59 +145,87 @@ def _parts(schema: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield from _parts(value, f"{place}.{key}")
 
 
-def _check_references(part: Mapping[str, Any], where: str) -> None:
-    for key in ("$ref", "$dynamicRef", "$recursiveRef"):
+def _check_part(part: Mapping[str, Any], where: str, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    for key in _REFERENCES:
         target = part.get(key)
         if isinstance(target, str) and not target.startswith("#"):
             raise UsageError(
-                f"the answer schema refers outside itself: {target!r}", where=where, fix="copy that schema into $defs"
+                f"the answer schema refers outside itself: {target[:200]!r}",
+                where=where,
+                fix="copy that schema into $defs",
             )
-    if "unevaluatedProperties" in part and "patternProperties" in part:
+    if isinstance(part.get("$schema"), str) and part is not parts["$"]:
+        raise UsageError("only the whole schema may name its $schema", where=where, fix="remove it here")
+    if "unevaluatedProperties" in part and any("patternProperties" in other for other in parts.values()):
         raise UsageError(
             "unevaluatedProperties together with patternProperties is not supported",
             where=where,
             fix="use additionalProperties",
         )
-
-
-def _check_patterns(part: Mapping[str, Any], where: str) -> None:
-    named = part.get("patternProperties")
-    own = part.get("pattern")
+    named, own = part.get("patternProperties"), part.get("pattern")
     for pattern in [*(named if isinstance(named, dict) else ()), *([own] if isinstance(own, str) else ())]:
         check_pattern(pattern, where)
 
 
-def check_pattern(pattern: str, where: str) -> None:
-    """Raise UsageError for a pattern that is not a regular expression, or is too slow on repeated letters."""
-    try:
-        regex.compile(pattern)
-    except regex.error as error:
-        raise UsageError(f"the pattern {pattern!r} is not a regular expression: {error}", where=where) from error
-    for letter in sorted({*pattern, *"a0 "}):
-        # A repeated letter, then one that matches nothing, makes nested quantifiers try every split.
-        search(pattern, letter * _PUMP_LENGTH + "\x00", where)
+def _check_references(schema: Mapping[str, Any], dialect: Any, parts: set[int]) -> None:
+    """Raise Unresolvable for a reference to something that is not a part of the schema."""
+    specification = referencing.jsonschema.specification_with(dialect.META_SCHEMA.get("$schema"))
+    whole: Any = specification.create_resource(schema)
+    root: Any = referencing.Registry().resolver_with_root(whole)
+    waiting = [(whole, root)]
+    while waiting:
+        resource, resolver = waiting.pop()
+        contents = resource.contents if isinstance(resource.contents, dict) else {}
+        for key in _REFERENCES:
+            if isinstance(target := contents.get(key), str):
+                found = resolver.lookup(target).contents
+                if not isinstance(found, bool) and id(found) not in parts:
+                    raise referencing.exceptions.Unresolvable(target)
+        waiting += [(inner, resolver.in_subresource(inner)) for inner in resource.subresources()]
 
 
-def search(pattern: str, text: str, where: str = "answer schema") -> bool:
-    """Whether a pattern occurs in a text. Raises UsageError where the search takes too long."""
-    try:
-        return regex.search(pattern, text, timeout=_PATTERN_SECONDS) is not None
-    except TimeoutError:
-        raise UsageError(
-            f"the pattern {pattern!r} needs more than {_PATTERN_SECONDS} s for a text of {len(text)} letters",
-            where=where,
-            fix="rewrite it without repetitions inside repetitions or alternatives that overlap",
-        ) from None
+def _spend(steps: int) -> None:
+    _left.steps -= steps
+    if _left.steps < 0:
+        raise _TooCostly
+
+
+def _counted(keyword: Keyword) -> Keyword:
+    """The keyword's function, which also counts its steps."""
+
+    def counted(validator: Any, setting: Any, value: Any, schema: Any) -> Iterator[jsonschema.ValidationError] | None:
+        lengths = sum(len(each) for each in (setting, value) if isinstance(each, dict | list))
+        _spend(1 + lengths // 16)
+        return keyword(validator, setting, value, schema)
+
+    return counted
+
+
+def _bounded(dialect: Any) -> Any:
+    """The dialect's validator, with bounded work. Subschemas never bring a validator of their own."""
+    own: dict[str, Keyword] = {
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": _additional_properties,
+        "uniqueItems": _unique_items,
+        "enum": _enum,
+    }
+    known = {name: own.get(name, keyword) for name, keyword in dialect.VALIDATORS.items()}
+    bounded = validators.extend(dialect, {name: _counted(keyword) for name, keyword in known.items()})
+    # jsonschema would choose the class again wherever a part names a $schema: one without these bounds.
+    bounded.evolve = attrs.evolve
+    return bounded
 
 
 def _pattern(validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[jsonschema.ValidationError]:
     if validator.is_type(value, "string") and not search(pattern, value):
-        yield jsonschema.ValidationError(f"{value!r} does not match {pattern!r}")
+        yield jsonschema.ValidationError(f"the text does not match {pattern!r}")
 
 
 def _pattern_properties(validator: Any, patterns: Any, value: Any, _schema: Any) -> Iterator[Any]:
     if validator.is_type(value, "object"):
         for pattern, part in patterns.items():
+            _spend(len(value) // 4)
             for key in value:
                 if search(pattern, key):
                     yield from validator.descend(value[key], part, path=key, schema_path=pattern)
@@ -161,12 +234,33 @@ def _pattern_properties(validator: Any, patterns: Any, value: Any, _schema: Any)
 def _additional_properties(validator: Any, part: Any, value: Any, schema: Any) -> Iterator[Any]:
     if not validator.is_type(value, "object"):
         return
-    patterns = schema.get("patternProperties", {})
-    extras = [
-        key for key in value if key not in schema.get("properties", {}) and not any(search(p, key) for p in patterns)
-    ]
-    for key in extras:
+    patterns, known = schema.get("patternProperties", {}), schema.get("properties", {})
+    _spend(len(value) * len(patterns) // 4)
+    for key in value:
+        if key in known or any(search(pattern, key) for pattern in patterns):
+            continue
         if part is False:
             yield jsonschema.ValidationError(f"{key!r} is not a known key")
         elif isinstance(part, dict):
             yield from validator.descend(value[key], part, path=key)
+
+
+def _unique_items(validator: Any, unique: Any, value: Any, _schema: Any) -> Iterator[jsonschema.ValidationError]:
+    if unique and validator.is_type(value, "array") and len({_hashable(each) for each in value}) < len(value):
+        yield jsonschema.ValidationError("two items are equal")
+
+
+def _enum(_validator: Any, listed: Any, value: Any, _schema: Any) -> Iterator[jsonschema.ValidationError]:
+    # A text equals texts only, and `in` is fast for the tens of thousands of labels that a list may have.
+    wanted = _hashable(value)
+    if not (value in listed if isinstance(value, str) else any(wanted == _hashable(each) for each in listed)):
+        yield jsonschema.ValidationError("the value is not one of those listed")
+
+
+def _hashable(value: Any) -> Any:
+    """A value that is equal for equal JSON values: 1 and 1.0 are equal, 1 and true are not."""
+    if isinstance(value, dict):
+        return "object", frozenset((key, _hashable(inner)) for key, inner in value.items())
+    if isinstance(value, list):
+        return "array", tuple(map(_hashable, value))
+    return ("number", value) if isinstance(value, _NUMBERS) and not isinstance(value, bool) else (type(value), value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +50,3 @@ def is_digest(text: str) -> bool:
 def short(digest: str) -> str:
     """The 12 hex digits that people read."""
     return digest.removeprefix("sha256:")[:12]
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs, for json.loads. Raises ValueError for a key that occurs twice."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice[:80]!r} appears twice")
-    return found
-
-
-def refuse_constant(text: str) -> Any:
-    """Raise ValueError for NaN and infinities, as parse_constant of json.loads."""
-    raise ValueError(f"{text} is not JSON")

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
+from tunesmith.core.strict_json import parse_json
+
 Role = Literal["system", "user", "assistant", "tool"]
 
 
@@ -70,7 +72,7 @@ CountTokens = Callable[[Sequence[Message], int], int]
 
 def tools_of(messages: Conversation) -> list[Mapping[str, Any]]:
     """The functions that may be called in a conversation, as OpenAI's `tools`."""
-    return [tool for message in messages if message.tools is not None for tool in json.loads(message.tools)]
+    return [tool for message in messages if message.tools is not None for tool in parse_json(message.tools)]
 
 
 def with_tools(messages: Conversation, tools: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:

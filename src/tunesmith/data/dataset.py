@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from tunesmith.core.digests import canonical, digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.strict_json import parse_json
 from tunesmith.data.splitting.duplicates import request_text
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -100,7 +100,7 @@ class Dataset:
 
     def removed(self) -> list[Mapping[str, Any]]:
         """The rows that the build removed: id, source, row, reason."""
-        return [json.loads(line) for line in self._store.read_blob(self.record.blobs[REMOVED]).splitlines()]
+        return [parse_json(line) for line in self._store.read_blob(self.record.blobs[REMOVED]).splitlines()]
 
 
 def load_dataset(store: Store, digest: str) -> Dataset:

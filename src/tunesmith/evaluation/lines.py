@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from tunesmith.core.digests import canonical, unique_keys
+from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
+from tunesmith.core.strict_json import parse_json
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -57,8 +57,8 @@ class LineFile:
     def _parsed(self, raw: bytes, place: str) -> dict[str, Any]:
         texts = (*self.unique, *self.texts)
         try:
-            line = json.loads(raw, object_pairs_hook=unique_keys)
-        except (ValueError, RecursionError) as error:
+            line = parse_json(raw)
+        except ValueError as error:
             raise Inconclusive(f"not {self.what}: {error}", where=place) from error
         if self.values is None:
             if not isinstance(line, dict) or not line.keys() >= set(texts):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunesmith.core.messages import Message
+from tunesmith.core.strict_json import parse_json
 
 
 def tool_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -20,7 +20,7 @@ def tool_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 {
                     "id": call.id,
                     "type": "function",
-                    "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+                    "function": {"name": call.name, "arguments": parse_json(call.arguments)},
                 }
                 for call in message.tool_calls
             ]

@@ -20,8 +20,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tunesmith.core.digests import canonical, unique_keys
+from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused
+from tunesmith.core.strict_json import parse_json
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -199,7 +200,7 @@ def check_model_file(folder: Path, *, base: str, fingerprint: str) -> None:
                 raise refusal(path, "the file holds no tensor")
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
         data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length)
         for name in sorted(header.keys() - {"__metadata__"}):
             _check_model_tensor(path, name, header[name], data)
@@ -211,8 +212,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise refusal(path, f"larger than {_MAX_CONFIG_BYTES} bytes")
-        config = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
-    except (OSError, ValueError, RecursionError) as error:
+        config = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise refusal(path, f"not readable as JSON: {error}") from error
     if not isinstance(config, dict):
         raise refusal(path, "not a JSON object")
@@ -233,8 +234,8 @@ def _check_binding(path: Path, metadata: Mapping[str, str], base: str, fingerpri
     if unknown:
         raise refusal(path, f"the metadata has an unknown key {unknown[0][:80]!r}")
     try:
-        bound = json.loads(metadata.get(_BINDING, ""))
-    except (ValueError, RecursionError):
+        bound = parse_json(metadata.get(_BINDING, ""))
+    except ValueError:
         bound = None
     if not isinstance(bound, dict) or bound.keys() != {"base", "fingerprint"}:
         raise refusal(path, "the metadata does not say which base the weights were trained on")

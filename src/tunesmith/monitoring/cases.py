@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
+from tunesmith.core.strict_json import parse_json
 from tunesmith.data.settings import Split
 from tunesmith.store.identities import require
 from tunesmith.store.store import Store
@@ -118,7 +119,7 @@ def _requests(data: bytes, target: Path) -> set[str]:
     found = set()
     for number, line in enumerate(data.splitlines(), start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             found.add(str(row.get("case", {}).get("request")))
         except (ValueError, AttributeError) as error:
             where = f"{target}, line {number}"

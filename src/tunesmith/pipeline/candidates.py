@@ -15,6 +15,7 @@ from tunesmith.candidates.settings import CandidateSettings, Search
 from tunesmith.candidates.shots import choose_shots
 from tunesmith.core.errors import UsageError
 from tunesmith.core.files import write_atomic
+from tunesmith.core.text_files import read_text_file
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.answers import seen_answers
 from tunesmith.evaluation.metrics.declared import Scoring, checked, make_scoring, metric_of
@@ -129,10 +130,7 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
 def _prompt(context: PipelineContext, name: str, file: str) -> str:
     """The text of a prompt file. Raises UsageError where it cannot be read or is empty."""
     path, where = context.project.root / file, f"candidates.{name}.prompt"
-    try:
-        prompt = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the prompt cannot be read: {error}", where=where, fix=f"write {path}") from error
+    prompt = read_text_file(path, f"the prompt of candidate {name}").strip()
     if not prompt:
         raise UsageError(
             f"the prompt file {path} is empty", where=where, fix="leave prompt out to use each row's own system turn"

@@ -24,6 +24,7 @@ from tunesmith.data.documents import build_documents, document_files
 from tunesmith.data.governance.withdrawn import load_withdrawn
 from tunesmith.data.sources.files import find_files
 from tunesmith.engines.factory import check_weight_settings, engine_kind, load_model, open_engine
+from tunesmith.evaluation.metrics.references import References
 from tunesmith.pipeline.stages import Stage, Stages
 from tunesmith.project import Project
 from tunesmith.store.store import Store
@@ -105,12 +106,14 @@ class PipelineContext:
             *find_files(outside_sources(data.decontaminate), project.root),
         ]
         schema = project.schema
+        references = References.of(project.settings.task.scorers)
         withdrawn = load_withdrawn(project.store)
         inputs = {
             "withdrawn": withdrawn.as_json(),
             "settings": data.model_dump(mode="json", exclude={"sign_off"}),
             "files": {file.name: file.digest() for file in sources},
             "schema": schema,
+            "references": references.as_json(),
             "rendering": self.base.fingerprint,
             "room": self._row_tokens,
         }
@@ -125,6 +128,7 @@ class PipelineContext:
                 count_tokens=RowCounter(self.base.folder, self.base.fingerprint),
                 max_tokens=self._row_tokens,
                 answer_schema=schema,
+                unscorable=references,
                 special_tokens=self.renderer.special_tokens,
                 withdrawn=withdrawn,
                 work=work,

@@ -33,7 +33,7 @@ REVISIONS = {
     "judge": 1,
     "probe": 1,
     "risk": 2,
-    "evaluate": 2,
+    "evaluate": 3,
     "gate": 2,
 }
 # The permission that running a stage needs.

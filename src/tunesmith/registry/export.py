@@ -21,6 +21,7 @@ from tunesmith.core.digests import digest_file, short
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.files import sync_folder
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.strict_json import parse_json
 from tunesmith.data.dataset import load_dataset
 from tunesmith.models.base import Base
 from tunesmith.models.families import is_native
@@ -176,7 +177,7 @@ def _provenance(version: Version, candidate: Candidate, base: Base, form: Form, 
         "expires_at": version.expires_at,
         # The evaluation measured the weights with this prompt.
         "system": candidate.prompt,
-        "answer_schema": None if candidate.answer_schema is None else json.loads(candidate.answer_schema),
+        "answer_schema": None if candidate.answer_schema is None else parse_json(candidate.answer_schema),
     }
 
 

@@ -9,7 +9,7 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from tunesmith.evaluation.metrics.scorers import NotJson, read_json
+from tunesmith.core.strict_json import NotJson, parse_json
 from tunesmith.server import limits
 from tunesmith.server.errors import ApiError, bad_request
 from tunesmith.server.settings import ServerSettings
@@ -30,8 +30,8 @@ async def read_body(request: Request, model: type[Body], settings: ServerSetting
 
 def _parsed(data: bytes, model: type[Body]) -> Body:
     try:
-        value = read_json(data.decode())
-    except (NotJson, UnicodeDecodeError) as error:
+        value = parse_json(data)
+    except NotJson as error:
         raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from error
     if _more_values_than(limits.VALUES, value):
         raise bad_request(f"The body has more than {limits.VALUES} JSON values.", code="too_many_values")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ from pydantic import Field
 from tunesmith.core.display import json_text
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.strict_json import parse_json
 from tunesmith.core.view import Omitted, View
 from tunesmith.data.building.shards import LocalRunner, ShardRunner
 from tunesmith.data.building.summary import DatasetSummary, dataset_summary
@@ -173,7 +173,7 @@ def quality(
         embed = find_embedder(progress).embed
     options = {"label_noise": label_noise, "language": language, "toxic": toxicity, "names": names}
     record = store.record(examine_quality(store, load_dataset(store, digest), embed=embed, **options))
-    flags = [json.loads(line) for line in store.read_blob(record.blobs[FLAGS]).splitlines()]
+    flags = [parse_json(line) for line in store.read_blob(record.blobs[FLAGS]).splitlines()]
     flagged = {what: len({flag["id"] for flag in flags if flag["flag"] == what}) for what in record.body["looked_for"]}
     examples = tuple(flags[:limit] if limit else flags)
     return QualityReport(dataset=digest, quality=record.digest, **record.body, examples=examples, flagged=flagged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pydantic import Field
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.files import write_atomic
+from tunesmith.core.strict_json import NotJson, parse_json
 from tunesmith.core.view import View
 from tunesmith.data.building.examine import renamed
 from tunesmith.data.formats.row_formats import format_of, read_turns
@@ -26,23 +28,28 @@ from tunesmith.data.sources.files import find_files, open_source
 from tunesmith.data.sources.row_readers import Row
 from tunesmith.project import FILE, STORE, Project
 
+_FEWEST = 20
 _TEST_ROWS, _VALIDATION_ROWS = 300, 100
 _GROUP_KEYS = ("template", "group", "conversation_id")
 # A first run should end within minutes on a laptop; the project file says how to train on all rows.
 _FIRST_ROWS = 3000
 _ENUM_VALUES = 60
+# An object with more keys than this is a table of values, not a record with fields.
+_MOST_KEYS = 200
 
 
 class NewProject(View):
     """A project that was just written. rows: that can be used; unusable: rows without a usable conversation.
 
-    project: path of the project file. json_answers: whether the answers are JSON, so that a schema was inferred.
-    files: what was written, from the project's folder.
+    broken: rows whose answers are meant as JSON but are not: `data build` will remove them. project: path of the
+    project file. json_answers: whether the answers are JSON, so that a schema was inferred. files: what was written,
+    from the project's folder.
     """
 
     project: str
     rows: int
     unusable: int
+    broken: int
     json_answers: bool
     files: tuple[str, ...]
     root: Annotated[Path, Field(exclude=True)]
@@ -86,6 +93,7 @@ def make_project(
         project=str(root / FILE),
         rows=looked.rows,
         unusable=looked.unusable,
+        broken=looked.broken,
         json_answers=looked.schema is not None,
         files=tuple(files),
         root=root,
@@ -101,6 +109,7 @@ _HEADER = """\
 class _Looked:
     rows: int
     unusable: int
+    broken: int
     longest_answer: int
     schema: dict[str, Any] | None
     group_by: str | None
@@ -122,12 +131,16 @@ def _look(root: Path, source: Source) -> _Looked:
                     answers.append(conversation(turns)[-1].text)
                 else:
                     unusable += 1
-    if len(answers) < 20:
+    values, broken = json_objects(answers)
+    if len(answers) - broken < _FEWEST:
         raise UsageError(
-            f"{len(answers)} usable rows are too few to train on and test", where=source.path, fix="give at least 20"
+            f"{len(answers) - broken} usable rows are too few to train on and test ({broken} answers are broken JSON)",
+            where=source.path,
+            fix=f"give at least {_FEWEST}",
         )
     group_by = next((key for key in _GROUP_KEYS if keys[key] == len(answers) + unusable), None)
-    return _Looked(len(answers), unusable, max(map(len, answers)), infer_schema(answers), group_by)
+    schema = infer_schema(values) if values else None
+    return _Looked(len(answers) - broken, unusable, broken, max(map(len, answers)), schema, group_by)
 
 
 def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dict[str, Any], dict[str, str]]:
@@ -207,16 +220,23 @@ def _short_prompt(is_json: bool) -> str:
     return "Answer with one JSON object.\n" if is_json else "Answer as in the examples.\n"
 
 
-def infer_schema(answers: Sequence[str]) -> dict[str, Any] | None:
-    """A JSON Schema that all answers satisfy; None unless all of them are JSON objects."""
+def json_objects(answers: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+    """The answers as JSON objects, and how many are broken JSON; ([], 0) unless all begin as an object does.
+
+    Answers of which more are broken than sound are taken as text, too.
+    """
+    if not all(answer.lstrip().startswith("{") for answer in answers):
+        return [], 0
     values = []
     for answer in answers:
-        try:
-            values.append(json.loads(answer))
-        except (ValueError, RecursionError):
-            return None
-    if not all(isinstance(value, dict) for value in values):
-        return None
+        with contextlib.suppress(NotJson):
+            values.append(parse_json(answer))
+    broken = len(answers) - len(values)
+    return (values, broken) if len(values) > broken else ([], 0)
+
+
+def infer_schema(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A JSON Schema that all these answers satisfy."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_infer(values)}
 
 
@@ -228,6 +248,7 @@ def _infer(values: Sequence[Any]) -> dict[str, Any]:
     objects = [value for value in values if isinstance(value, dict)]
     if objects:
         keys = list(dict.fromkeys(key for value in objects for key in value))  # an answer is decoded in this order
+    if objects and len(keys) <= _MOST_KEYS:
         found["properties"] = {key: _infer([value[key] for value in objects if key in value]) for key in keys}
         found["required"] = [key for key in keys if all(key in value for value in objects)]
         found["additionalProperties"] = False

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.scope import Scope
+from tunesmith.core.text_files import read_text_file
 from tunesmith.core.view import View
 from tunesmith.registry.history import lost_signatures
 from tunesmith.registry.signing import keys
@@ -116,7 +117,7 @@ def add_user(
     public_key: Path | None = None,
 ) -> UserView:
     """Add a user. public_key: their own key as a PEM file; without one, a key pair is made when they first sign."""
-    pem = keys.read_public_key(public_key.read_bytes()) if public_key is not None else ""
+    pem = keys.read_public_key(_read_key(public_key)) if public_key is not None else ""
     by = acting(store, actor)
     return _view(identities.add_user(store, name, roles, actor=by, scope=scope, public_key=pem))
 
@@ -175,7 +176,7 @@ def enrol_key(
     store: Store, name: str, file: Path, *, label: str | None = None, actor: str | None = None
 ) -> EnrolledKey:
     """Bind a public key that was made elsewhere to a user. Needs what create_key needs."""
-    key = keys.enrol_public_key(store, name, file.read_bytes(), actor=acting(store, actor), label=label)
+    key = keys.enrol_public_key(store, name, _read_key(file), actor=acting(store, actor), label=label)
     return EnrolledKey(user=name, label=key.label, fingerprint=key.fingerprint)
 
 
@@ -192,6 +193,10 @@ def revoke_key(store: Store, name: str, label: str, *, since: str, actor: str | 
     """
     user, revoked = user_keys.revoke_key(store, name, label, since=_moment(since), actor=acting(store, actor))
     return _ended(store, user, revoked)
+
+
+def _read_key(file: Path) -> bytes:
+    return read_text_file(file, "the public key").encode()
 
 
 def _moment(text: str) -> datetime | int:

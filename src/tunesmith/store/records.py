@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused
+from tunesmith.core.strict_json import parse_json
 
 _WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "model.safetensors")
 
@@ -152,6 +152,6 @@ def decode(data: bytes, digest: str, where: str) -> Record:
     if digest_bytes(data) != digest:
         raise Refused("the record's bytes do not have its digest", where=where, fix="restore it from a backup")
     try:
-        return Record.model_validate(json.loads(data))
+        return Record.model_validate(parse_json(data))
     except (ValidationError, ValueError) as error:
         raise Refused(f"not a record: {error}", where=where, fix="restore it from a backup") from error

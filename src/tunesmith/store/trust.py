@@ -10,18 +10,19 @@ without the log gives the same answer.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import canonical, digest_bytes
-from tunesmith.core.errors import Refused
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.scope import Scope
+from tunesmith.core.strict_json import parse_json
+from tunesmith.core.text_files import read_text_file
 from tunesmith.store.blobs import BlobStore
 from tunesmith.store.tables import AuditRow, KeyRow, UserRow
 
@@ -101,16 +102,16 @@ def read_trust(path: Path) -> tuple[TrustedKey, ...]:
     """Read a list of keys. Raises Refused if it is missing, damaged or gives one key to two users."""
     fix = "restore it, or give your own copy with --trust FILE"
     try:
-        items = json.loads(path.read_bytes())
+        items = parse_json(read_text_file(path, "the list"))
         if not isinstance(items, list):
             raise ValueError("not a list of keys")
         keys = tuple(TrustedKey.model_validate(item) for item in items)
-    except FileNotFoundError:
-        raise Refused(
-            "there is no list of trusted keys, so no signature can be believed", where=str(path), fix=fix
-        ) from None
-    except (OSError, ValidationError, ValueError, RecursionError) as error:
-        raise Refused(f"the list of trusted keys cannot be read: {error}", where=str(path), fix=fix) from error
+    except (UsageError, ValueError) as error:
+        if not path.exists():
+            what = "there is no list of trusted keys, so no signature can be believed"
+        else:
+            what = f"the list of trusted keys cannot be read: {error.what if isinstance(error, UsageError) else error}"
+        raise Refused(what, where=str(path), fix=fix) from error
     for what, named in (
         ("key", {key.fingerprint for key in keys}),
         ("label of a user", {(key.user, key.label) for key in keys}),

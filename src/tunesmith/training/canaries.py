@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.strict_json import parse_json
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.training.settings import CanarySettings
 
@@ -69,8 +70,8 @@ def _canary(model: Example, reference: str, secret: str) -> Example:
 
 def _with_secret(answer: str, secret: str) -> str:
     try:
-        value = json.loads(answer)
-    except (ValueError, RecursionError):
+        value = parse_json(answer)
+    except ValueError:
         return f"{answer} {secret}"
     places = list(_texts(value))
     if not places:

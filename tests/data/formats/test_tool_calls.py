@@ -214,8 +214,9 @@ def test_private_data_and_control_tokens_in_calls_are_seen(tmp_path: Path) -> No
 @pytest.mark.parametrize(("action", "reason"), [("pseudonymise", SPOILT_CALL), ("remove", PRIVATE)])
 def test_a_call_that_pseudonyms_would_break_is_left_out(tmp_path: Path, action: str, reason: str) -> None:
     rows = tool_rows(40)
-    # A key that stands twice makes it prose, in which the number's pseudonym is no number.
-    rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"ip": "10.1.2.3", "ip": 4111111111111111}'
+    # Two spellings of one address become the same key.
+    given = '{"ada@lovelace.org": 1, "ADA@lovelace.org": 2}'
+    rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] = given
     write_jsonl(tmp_path / "rows.jsonl", rows)
     dataset = build(tmp_path, settings(privacy={"action": action}))
     assert dataset.record.body["rows"]["removed"][reason] == 1

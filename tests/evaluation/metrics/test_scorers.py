@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.fabricate import SCHEMA
 from tunesmith.core.errors import UsageError
-from tunesmith.evaluation.metrics.scorers import SCORERS, NotJson, read_json, score
+from tunesmith.core.strict_json import NotJson, parse_json
+from tunesmith.evaluation.metrics.scorers import SCORERS, score
 
 NUMBERS = st.integers(-(2**40), 2**40) | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
@@ -45,7 +46,7 @@ JSON = st.recursive(
 )
 def test_what_readers_would_not_agree_on_is_not_json(text: str) -> None:
     with pytest.raises(NotJson):
-        read_json(text)
+        parse_json(text)
     assert score("json_valid", text, "{}") == 0.0
     assert score("exact_match", text, '{"a": 1}') == 0.0
     assert score("field_f1", text, '{"a": 1}') == 0.0

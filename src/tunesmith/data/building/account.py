@@ -14,7 +14,7 @@ OVERLONG: Final = "overlong"
 OFF_SCHEMA: Final = "answer not valid under the schema"
 WITHDRAWN: Final = "withdrawn by a recall"
 OUTSIDE_WORDING: Final = "same wording as a row of an outside test set"
-SPOILT: Final = "answer not valid under the schema after pseudonymisation"
+SPOILT: Final = "after pseudonymisation"  # follows the reason
 SPOILT_CALL: Final = "tool call not valid JSON after pseudonymisation"
 
 

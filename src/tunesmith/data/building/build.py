@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def build_dataset(
     count_tokens: CountTokens | None = None,
     max_tokens: int | None = None,
     answer_schema: Mapping[str, Any] | None = None,
+    unscorable: Callable[[str], str | None] | None = None,
     special_tokens: Sequence[str] = (),
     withdrawn: Withdrawn = Withdrawn(),
     work: Path | None = None,
@@ -64,6 +65,7 @@ def build_dataset(
 
     root: where the sources' paths start. count_tokens, max_tokens: the limit of a row's tokens; where either is None,
     no length is checked, and the record says so. answer_schema: JSON Schema that every answer must satisfy.
+    unscorable: answer -> why the task's scorers cannot score against it, or None; such rows are removed and counted.
     special_tokens: the base's control tokens; a row that contains one is refused. withdrawn: recalled rows, which are
     left out. work: a folder for temporary files, by default `work/build` in the store. runner: runs the shard workers;
     it does not change the result.
@@ -82,7 +84,7 @@ def build_dataset(
         folder.mkdir(parents=True, exist_ok=True)
         planned = plan(settings, root, folder, undo)
         limits = (count_tokens, max_tokens, answer_schema, special, withdrawn, outside.wordings)
-        rules = RowRules(settings, *limits, formats_of(planned))
+        rules = RowRules(settings, *limits, formats_of(planned), unscorable)
         staging = undo.enter_context(StagingDatabase(folder))
         held_out = {one.file.name for one in planned if one.file.source.split}
         rows = _stage(staging, account, examined_rows(planned, rules, runner, progress))

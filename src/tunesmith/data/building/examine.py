@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from tunesmith.core.answer_schema import satisfies
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import CountTokens, Message
+from tunesmith.core.strict_json import NotJson, parse_json
 from tunesmith.data.building.account import (
     OFF_SCHEMA,
     OUTSIDE_WORDING,
@@ -43,7 +44,8 @@ class RowRules:
 
     count_tokens, max_tokens: where either is None, no length is checked. answer_schema: JSON Schema of the answer's
     text. special_tokens: control tokens of the base's tokenizer. withdrawn: recalled rows. outside: wordings of outside
-    test sets. formats: a source's path -> its row format.
+    test sets. formats: a source's path -> its row format. unscorable: answer -> why the task's scorers cannot score
+    against it, or None.
     """
 
     settings: DataSettings
@@ -54,6 +56,7 @@ class RowRules:
     withdrawn: Withdrawn = field(default_factory=Withdrawn)
     outside: Set[str] = frozenset()
     formats: Mapping[str, row_formats.RowFormat] = field(default_factory=dict)
+    unscorable: Callable[[str], str | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +93,15 @@ class Examiner:
         """The privacy scanner, loaded for the first row: its patterns take a second."""
         return Scanner(self.settings.privacy, listed_values(self.rules.answer_schema))
 
-    def valid_answer(self, text: str) -> bool:
-        """Whether an answer's text is JSON under the schema; True without one."""
+    def answer_objection(self, text: str) -> str | None:
+        """Why an answer cannot be learned or scored: not JSON under the schema, or no scorer's reference."""
         schema = self.rules.answer_schema
         try:
-            return schema is None or satisfies(json.loads(text), schema)
-        except (ValueError, RecursionError):
-            return False
+            if schema is not None and not satisfies(parse_json(text), schema):
+                return OFF_SCHEMA
+        except NotJson:
+            return OFF_SCHEMA
+        return None if self.rules.unscorable is None else self.rules.unscorable(text)
 
     def examine(self, rows: Sequence[Row], source: Source) -> tuple[list[Kept], list[RemovedLine]]:
         """(examples, removed rows), counted in a new account. Many rows at once make the scan faster."""
@@ -148,8 +153,8 @@ class Examiner:
             return _Removed(PRIVATE, name)
         if messages != fitting and (self._fit(messages, row) != messages):
             return _Removed(OVERLONG, name)
-        if not self.valid_answer(messages[-1].text):
-            return _Removed(SPOILT if self.valid_answer(fitting[-1].text) else OFF_SCHEMA, name)
+        if (reason := self.answer_objection(messages[-1].text)) is not None:
+            return _Removed(reason if self.answer_objection(fitting[-1].text) else f"{reason} {SPOILT}", name)
         templates = self._templates(messages, scan)
         if not self.rules.outside.isdisjoint(templates):
             return _Removed(OUTSIDE_WORDING, name)
@@ -313,8 +318,8 @@ def _kind(fields: Mapping[str, Any], answer: str, key: str, row: Row) -> str | N
     if key == "answer":
         return answer_key(answer)
     try:
-        told = json.loads(answer) if answer.lstrip().startswith("{") else {}
-    except (ValueError, RecursionError):
+        told = parse_json(answer) if answer.lstrip().startswith("{") else {}
+    except NotJson:
         told = {}
     return _attribute(told, key, row)
 

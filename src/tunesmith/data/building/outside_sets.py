@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
+from tunesmith.core.strict_json import parse_json
 from tunesmith.data.building.examine import listed_values, renamed
 from tunesmith.data.building.staging import batches
 from tunesmith.data.formats import row_formats
@@ -46,7 +46,7 @@ class Outside:
 def decode_outside(data: bytes) -> Outside:
     """The Outside that `encode` wrote. Raises Refused for anything else."""
     try:
-        lines = [json.loads(line) for line in data.splitlines()]
+        lines = [parse_json(line) for line in data.splitlines()]
         return Outside(
             frozenset(line["request"] for line in lines if "request" in line),
             frozenset(line["wording"] for line in lines if "request" not in line),

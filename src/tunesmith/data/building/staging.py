@@ -17,6 +17,7 @@ from typing import Any
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import TunesmithError
+from tunesmith.core.strict_json import parse_json
 from tunesmith.data.building.account import EXACT, Kept
 from tunesmith.data.dataset import SPLITS, Example, encode_examples
 from tunesmith.data.settings import Split
@@ -61,7 +62,7 @@ def _digest(text: str) -> bytes:
 
 
 def _with_group(line: bytes, group: str) -> bytes:
-    return canonical({**json.loads(line), "group": group}) + b"\n"
+    return canonical({**parse_json(line), "group": group}) + b"\n"
 
 
 class StagingDatabase:
@@ -74,7 +75,7 @@ class StagingDatabase:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.unlink(missing_ok=True)
         self._database = sqlite3.connect(self._path, isolation_level=None)
-        self._database.create_function("label", 2, lambda labels, key: json.loads(labels)[key], deterministic=True)
+        self._database.create_function("label", 2, lambda labels, key: parse_json(labels)[key], deterministic=True)
         self._database.executescript(_TABLES + "BEGIN;")
         return self
 
@@ -153,7 +154,7 @@ class StagingDatabase:
         splits: dict[str, list[ComparedRow]] = {name: [] for name in SPLITS}
         query = "SELECT split, id, grp, wording, answer, labels FROM rows WHERE gone IS NULL ORDER BY id"
         for split, name, group, wording, answer, labels in self._database.execute(query):
-            said = json.loads(labels) if labels else _NO_LABELS
+            said = parse_json(labels) if labels else _NO_LABELS
             splits[split].append(ComparedRow(name, group, wording, answer.hex(), said))
         return splits
 

@@ -6,7 +6,6 @@ that names the place. A row that fits but holds no usable conversation is remove
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any, Final, Literal
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import ToolCall
+from tunesmith.core.strict_json import parse_json
 from tunesmith.data.formats.openai_rules import require_openai
 from tunesmith.data.formats.tool_calls import made_id, read_call, read_calls, read_tools
 from tunesmith.data.formats.turns import Turn
@@ -210,8 +210,8 @@ def _sharegpt(fields: Mapping[str, Any], where: str, ignored: Counter[str]) -> l
 def _spoken_calls(text: str, where: str, first: int) -> tuple[ToolCall, ...]:
     """The calls in a turn's text: a JSON object, or a list of them."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise UsageError(f"the call is broken JSON: {error}", where=where, fix="correct the row") from None
     return read_calls(value if isinstance(value, list) else [value], where, _sound, first)
 

@@ -10,9 +10,9 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tunesmith.core.digests import refuse_constant
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import ToolCall
+from tunesmith.core.strict_json import parse_json
 
 Sound = Callable[[str, str], str]  # a text and its place -> the text; raises for damaged characters
 
@@ -81,6 +81,6 @@ def _name(function: Mapping[str, Any], where: str) -> str:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise UsageError(f"broken JSON: {error}", where=where, fix="correct the row") from None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
 from tunesmith.core.messages import Message
+from tunesmith.core.strict_json import parse_json
 from tunesmith.data.privacy.detection_recall import as_json, measure, remaining_values, require_few_remaining
 from tunesmith.data.privacy.entities import described
 from tunesmith.data.privacy.scan import Scanner
@@ -62,5 +62,5 @@ def reference(model: str | None, entities: Sequence[str]) -> dict[str, Any] | No
 @functools.cache
 def _shipped() -> dict[str, Any]:
     path = files("tunesmith.data.privacy") / "reference.json"
-    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    read: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     return read

@@ -6,7 +6,6 @@ A person with both the file and the key can undo the pseudonyms; the store and e
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import write_atomic
+from tunesmith.core.strict_json import parse_json
 from tunesmith.data.settings import Privacy
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def read_originals(path: Path) -> dict[str, dict[str, str]]:
     except OSError as error:
         raise UsageError(f"the map cannot be read: {error.strerror}", where=str(path)) from error
     try:
-        read: dict[str, dict[str, str]] = json.loads(_fernet().decrypt(data))
+        read: dict[str, dict[str, str]] = parse_json(_fernet().decrypt(data))
     except InvalidToken as error:
         raise Refused(f"${KEY} is not the key of this file, or the file was changed", where=str(path)) from error
     return read

@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tunesmith.core.digests import unique_keys
 from tunesmith.core.messages import Message, ToolCall
+from tunesmith.core.strict_json import parse_json, unique_keys
 from tunesmith.data.privacy.entities import Finder, Finding
 from tunesmith.data.privacy.names import NAME_ENTITIES
 from tunesmith.data.privacy.pseudonyms import Pseudonyms
@@ -162,8 +162,8 @@ def _json_in(text: str) -> Any:
     if not text.lstrip().startswith(("{", "[")):
         return None
     try:
-        value = json.loads(text, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         return None
     return value if isinstance(value, dict | list) else None
 
@@ -212,14 +212,14 @@ def _replaced(message: Message, replace: _Replacer) -> Message:
         changed["tool_calls"] = tuple(_call_replaced(call, replace) for call in message.tool_calls)
     if message.tools is not None:
         changed["tools"] = _text_replaced(message.tools, replace)
-        json.loads(changed["tools"])
+        parse_json(changed["tools"])
     same = all(getattr(message, key) == value for key, value in changed.items())
     return message if same else message.model_copy(update=changed)
 
 
 def _call_replaced(call: ToolCall, replace: _Replacer) -> ToolCall:
     arguments = _text_replaced(call.arguments, replace)
-    if not isinstance(json.loads(arguments), dict):
+    if not isinstance(parse_json(arguments), dict):
         raise ValueError("arguments are not an object")
     return call.model_copy(update={"name": _text_replaced(call.name, replace), "arguments": arguments})
 
@@ -237,12 +237,7 @@ def _text_replaced(text: str, replace: _Replacer) -> str:
         return text
     compact = json.dumps(value, ensure_ascii=False, separators=(",", ":")) == text
     separators = (",", ":") if compact else None
-    said = json.dumps(changed, ensure_ascii=False, separators=separators)
-    try:
-        said.encode()
-    except UnicodeEncodeError:  # half a surrogate pair can only be written as an escape
-        return json.dumps(changed, separators=separators)
-    return said
+    return json.dumps(changed, ensure_ascii=False, separators=separators)
 
 
 def _replace_leaves(value: Any, replace: _Replacer) -> Any:

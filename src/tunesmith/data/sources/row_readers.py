@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
-from tunesmith.core.digests import refuse_constant, unique_keys
 from tunesmith.core.errors import UsageError
+from tunesmith.core.strict_json import NotJson, parse_json
 
 # These limits keep a wrong or hostile file from filling the memory.
 LONGEST_ROW = 64 << 20
@@ -220,29 +219,19 @@ def _decode(data: bytes, where: str, *, first: bool) -> str:
 
 
 def _parse(text: str, where: str) -> Any:
-    """The value of strict JSON: repeated keys, NaN and infinities raise UsageError."""
+    """The value of strict JSON. Raises UsageError with the place."""
     try:
-        return json.loads(text, object_pairs_hook=_pairs, parse_constant=refuse_constant)
-    except json.JSONDecodeError as error:
-        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        return parse_json(text)
+    except NotJson as error:
         fix = "correct the row"
-        if error.msg == "Extra data" and where.endswith(".json"):
+        if error.what == "Extra data" and where.endswith(".json"):
             fix = "one row a line is JSONL: name the file .jsonl"
         elif text in ("[", "[{", "{"):
             fix = "a list over several lines is JSON: name the file .json"
-        raise UsageError(f"broken JSON: {error.msg}", where=f"{where}, {place}", fix=fix) from None
-    except RecursionError:
-        raise UsageError("the JSON is nested too deeply", where=where) from None
-    except ValueError as error:
-        raise UsageError(f"broken JSON: {error}", where=where, fix="correct the row") from None
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = unique_keys(pairs)
-    for key in fields:
-        if not key.isascii() and any("\ud800" <= letter <= "\udfff" for letter in key):
-            raise ValueError(f"the key {key!r} holds half a surrogate pair")
-    return fields
+        place = "" if error.line is None else f", column {error.column}"
+        if error.line is not None and error.line > 1:
+            place = f", line {error.line}{place}"
+        raise UsageError(f"broken JSON: {error.what}", where=f"{where}{place}", fix=fix) from None
 
 
 def _as_fields(row: Any, where: str) -> Mapping[str, Any]:

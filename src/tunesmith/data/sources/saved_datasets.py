@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import UsageError
+from tunesmith.core.strict_json import parse_json
+from tunesmith.core.text_files import read_text_file
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 
@@ -57,8 +58,8 @@ def _plain(entry: Any, folder: Path, where: str) -> str:
 
 def _read(path: Path, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(read_text_file(path, "the file"))
+    except ValueError as error:
         raise UsageError(f"cannot be read: {error}", where=where, fix="save the dataset again") from error
     if not isinstance(value, dict):
         raise UsageError("is not a JSON object", where=where, fix="save the dataset again")

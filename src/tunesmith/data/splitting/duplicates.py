@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.strict_json import parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,8 +60,8 @@ def near_text(request: str) -> str:
 def answer_key(answer: str) -> str:
     """A key that equal answers share: canonical JSON, or the text of prose without outer spaces."""
     try:
-        return canonical(json.loads(answer)).decode() if answer.lstrip().startswith(("{", "[")) else answer.strip()
-    except (ValueError, RecursionError, UsageError):
+        return canonical(parse_json(answer)).decode() if answer.lstrip().startswith(("{", "[")) else answer.strip()
+    except (ValueError, UsageError):
         return answer.strip()
 
 

@@ -6,7 +6,6 @@ connected components of all rows, so that an added row may join two of them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tunesmith.core.digests import digest_of
+from tunesmith.core.strict_json import parse_json
 from tunesmith.data.settings import NEAR, Split
 from tunesmith.data.splitting.duplicates import folded, near_pairs, near_text, normalise
 
@@ -48,8 +48,8 @@ def _values(answer: str) -> set[str]:
         return set()
     found: set[str] = set()
     try:
-        pending = [json.loads(answer)]
-    except (ValueError, RecursionError):
+        pending = [parse_json(answer)]
+    except ValueError:
         return set()
     while pending:
         value = pending.pop()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import httpx
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.strict_json import parse_json
 from tunesmith.engines.settings import VllmSettings
 
 _BUSY = frozenset((429, 502, 503, 504))
@@ -60,7 +60,7 @@ class Server:
         with self._open("GET" if body is None else "POST", path, body, returned) as response:
             text = response.read()
         try:
-            return json.loads(text)
+            return parse_json(text)
         except ValueError:
             return text.decode(errors="replace")
 
@@ -73,7 +73,7 @@ class Server:
                 for line in response.iter_lines():
                     data = line.removeprefix("data:").strip()
                     if line.startswith("data:") and data != "[DONE]":
-                        event = json.loads(data)
+                        event = parse_json(data)
                         if "error" in event:
                             raise self._failed(str(event["error"].get("message", event["error"])))
                         yield event
@@ -119,7 +119,7 @@ class Server:
         text = response.read().decode(errors="replace")
         message, kind = text[:500], ""
         with contextlib.suppress(ValueError, AttributeError, TypeError):
-            parsed = json.loads(text)
+            parsed = parse_json(text)
             error = parsed.get("error", parsed)
             message = str(error.get("message") or error.get("detail") or message)[:500]
             kind = str(error.get("type", ""))

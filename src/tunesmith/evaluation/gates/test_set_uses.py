@@ -14,13 +14,13 @@ Hardt 2015, ICML).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 
 from sqlalchemy import select
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Inconclusive, Refused
+from tunesmith.core.strict_json import parse_json
 from tunesmith.data.dataset import load_dataset
 from tunesmith.store import database
 from tunesmith.store.store import Store
@@ -93,7 +93,7 @@ def _texts(lines: Iterable[bytes]) -> frozenset[str]:
     """A digest of each request; the row's id and answer do not count."""
     found = set()
     for line in lines:
-        turns = json.loads(line)["messages"][:-1]
+        turns = parse_json(line)["messages"][:-1]
         found.add(digest_of([[turn["role"], " ".join(turn["content"].split())] for turn in turns]))
     return frozenset(found)
 

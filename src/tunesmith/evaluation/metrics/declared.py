@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union
 from pydantic import Discriminator, Field, Tag, field_validator
 
 from tunesmith.candidates.settings import EndpointSettings
-from tunesmith.core.answer_schema import check_pattern, search
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.patterns import check_pattern, search
 from tunesmith.core.settings import Settings
+from tunesmith.core.strict_json import NotJson, parse_json
 from tunesmith.evaluation.lines import is_share
-from tunesmith.evaluation.metrics.scorers import SCORERS, NotJson, Schema, nearest, read_json
+from tunesmith.evaluation.metrics.scorers import SCORERS, Schema, nearest
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$", description="what the metric is called")]
 
@@ -59,6 +60,10 @@ class DeclaredScorer(Settings, ABC):
     def check(self) -> None:
         """Raise ValueError for settings that do not fit together."""
 
+    def suits(self, reference: str) -> bool:
+        """Whether answers can be scored against a reference. The build removes rows for which this is False."""
+        return True
+
 
 class PatternScorer(DeclaredScorer):
     """1 where the answer contains a match of a regular expression, else 0."""
@@ -76,7 +81,7 @@ class PatternScorer(DeclaredScorer):
         return pattern
 
     def scoring(self, root: Path) -> Scoring:
-        return lambda answered: float(search(self.pattern, answered.text, f"task.scorers, {self.name}"))
+        return lambda answered: float(search(self.pattern, answered.text))
 
 
 class NumberScorer(DeclaredScorer):
@@ -88,6 +93,9 @@ class NumberScorer(DeclaredScorer):
 
     def scoring(self, root: Path) -> Scoring:
         return lambda answered: _near(answered, self)
+
+    def suits(self, reference: str) -> bool:
+        return _last_number(reference) is not None
 
 
 class LabelScorer(DeclaredScorer):
@@ -107,6 +115,13 @@ class LabelScorer(DeclaredScorer):
 
     def scoring(self, root: Path) -> Scoring:
         return lambda answered: float(label_of(answered.text, self) == label_of(answered.reference, self, True))
+
+    def suits(self, reference: str) -> bool:
+        try:
+            label_of(reference, self, reference=True)
+        except UsageError:
+            return False
+        return True
 
     def check(self) -> None:
         if self.calibrate and self.label:
@@ -205,7 +220,7 @@ def label_of(text: str, scorer: LabelScorer, reference: bool = False) -> str:
     if not scorer.label:
         return " ".join(text.split()).casefold()
     try:
-        value = read_json(text)
+        value = parse_json(text)
         for key in scorer.label.split("."):
             value = value[key]
     except (NotJson, KeyError, TypeError) as error:

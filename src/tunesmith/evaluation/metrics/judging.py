@@ -16,6 +16,7 @@ from tunesmith.core.errors import Inconclusive
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.strict_json import parse_json
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.evaluation.lines import read_answer_lines
@@ -62,7 +63,7 @@ def judge_answers(
                 said = endpoint.generate(asked)
                 told = [_line(each, *said[2 * n : 2 * n + 2]) for n, each in enumerate(chunk)]
                 write_atomic(kept, json.dumps({"seconds": time.perf_counter() - began, "lines": told}).encode())
-            part = json.loads(kept.read_bytes())
+            part = parse_json(kept.read_bytes())
             lines += part["lines"]
             seconds += part["seconds"]
             task.advance(len(chunk))

@@ -6,47 +6,22 @@ To add a scorer, write a function and add a line to SCORERS.
 from __future__ import annotations
 
 import difflib
-import json
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from tunesmith.core.answer_schema import satisfies
-from tunesmith.core.digests import refuse_constant, unique_keys
 from tunesmith.core.errors import UsageError
+from tunesmith.core.strict_json import NotJson, parse_json
 from tunesmith.evaluation.metrics.text_scorers import TEXT_SCORERS
 
 Schema = Mapping[str, Any] | None
 Scorer = Callable[[str, str, Schema], float]
 
-# More than any sensible answer has, and far fewer than would exhaust the stack in a recursive schema.
-_DEEPEST = 64
-
-
-class NotJson(ValueError):
-    """The text is not one JSON value that all JSON readers understand in the same way."""
-
-
-def read_json(text: str) -> Any:
-    """The JSON value in a text, without surrounding white space. Raises NotJson.
-
-    Stricter than json.loads, as RFC 7493 (I-JSON) asks: no duplicate keys, no NaN or infinity, no number that
-    overflows to one, no lone surrogate, and no more than 64 levels.
-    """
-    try:
-        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant, parse_float=_finite)
-        text.encode()
-        json.dumps(value, ensure_ascii=False).encode()
-        _bound_depth(value)
-    except (ValueError, RecursionError) as error:
-        raise NotJson(str(error)) from error
-    return value
-
 
 def json_valid(answer: str, _reference: str, schema: Schema) -> float:
     """1 where the answer is one JSON value, valid under the schema if there is one."""
     try:
-        value = read_json(answer)
+        value = parse_json(answer)
     except NotJson:
         return 0.0
     return float(schema is None or satisfies(value, schema))
@@ -58,11 +33,11 @@ def exact_match(answer: str, reference: str, _schema: Schema) -> float:
     A reference that is not JSON is compared as text, ignoring differences in white space.
     """
     try:
-        expected = read_json(reference)
+        expected = parse_json(reference)
     except NotJson:
         return float(answer.split() == reference.split())
     try:
-        return float(_same(read_json(answer), expected))
+        return float(_same(parse_json(answer), expected))
     except NotJson:
         return 0.0
 
@@ -97,6 +72,8 @@ SCORERS: dict[str, Scorer] = {
     "field_f1": field_f1,
     **TEXT_SCORERS,
 }
+# Scorers that an answer which is not JSON cannot be the reference of.
+NEED_JSON = frozenset({"json_valid", "field_precision", "field_recall", "field_f1"})
 
 
 def score(name: str, answer_text: str, reference_text: str, schema: Schema = None) -> float:
@@ -118,36 +95,17 @@ def nearest(name: str, known: Collection[str]) -> str:
 def _fields(scorer: str, answer: str, reference: str) -> tuple[int, int, int]:
     """How many leaf fields are right, given and expected. An answer that is not JSON gives none."""
     try:
-        expected = list(_leaves(read_json(reference), ()))
+        expected = list(_leaves(parse_json(reference), ()))
     except NotJson as error:
         raise UsageError(
             f"{scorer} needs references that are JSON: {error}", fix="remove it from task.scorers"
         ) from error
     try:
-        given = list(_leaves(read_json(answer), ()))
+        given = list(_leaves(parse_json(answer), ()))
     except NotJson:
         return 0, 0, len(expected)
     wanted = dict(expected)
     return sum(path in wanted and _same(value, wanted[path]) for path, value in given), len(given), len(expected)
-
-
-def _bound_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(_DEEPEST):
-        level = [part for item in level for part in _inside(item)]
-    if any(_inside(item) for item in level):
-        raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
-
-
-def _inside(value: Any) -> Collection[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError("a number is too large")
-    return number
 
 
 def _same(left: Any, right: Any) -> bool:

@@ -6,7 +6,7 @@ The gate judges the change by tuning: each item is measured under the base's wei
 from __future__ import annotations
 
 import csv
-import json
+import io
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +15,8 @@ from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.strict_json import NotJson, parse_json
+from tunesmith.core.text_files import LARGEST_DATA, read_text_file
 from tunesmith.data.quality.people import FIRST_NAMES
 from tunesmith.evaluation.probes.context import ProbeContext
 from tunesmith.evaluation.probes.items import Item
@@ -111,18 +113,17 @@ def crows_pairs_items(context: ProbeContext) -> list[Item]:
     found = []
     path = _needed(context)
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            for place, row in enumerate(csv.DictReader(stream)):
-                found.append(
-                    Item(
-                        id=f"{row['bias_type']}-{place}",
-                        group=str(place),
-                        arm="pairs",
-                        messages=(Message(role="user", content=_SCENE),),
-                        choices=(row["sent_more"], row["sent_less"]),
-                    )
+        for place, row in enumerate(csv.DictReader(io.StringIO(read_text_file(path, "CrowS-Pairs", LARGEST_DATA)))):
+            found.append(
+                Item(
+                    id=f"{row['bias_type']}-{place}",
+                    group=str(place),
+                    arm="pairs",
+                    messages=(Message(role="user", content=_SCENE),),
+                    choices=(row["sent_more"], row["sent_less"]),
                 )
-    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
+            )
+    except (KeyError, ValueError, csv.Error) as error:
         raise UsageError(f"not CrowS-Pairs: {error}", where=str(path), fix="give crows_pairs_anonymized.csv") from error
     return _some(found, context.rows)
 
@@ -203,11 +204,14 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
     if not files:
         raise UsageError("the folder has no .jsonl file", where=str(path))
     for file in files:
-        try:
-            for line in file.read_text(encoding="utf-8").splitlines():
-                yield json.loads(line)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"not BBQ's JSONL: {error}", where=str(file), fix="give its .jsonl files") from error
+        for number, line in enumerate(read_text_file(file, "BBQ", LARGEST_DATA).split("\n"), start=1):
+            try:
+                row = parse_json(line) if line.strip() else None
+            except NotJson as error:
+                where = f"{file}, line {number}"
+                raise UsageError(f"not BBQ's JSONL: {error}", where=where, fix="give its .jsonl files") from error
+            if row is not None:
+                yield row
 
 
 def _some(items: list[Item], many: int) -> list[Item]:

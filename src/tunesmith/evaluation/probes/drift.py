@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.text_files import LARGEST_DATA, read_text_file
 from tunesmith.evaluation.probes.context import ProbeContext, drawn, with_last_request
 from tunesmith.evaluation.probes.general import general_questions
 from tunesmith.evaluation.probes.items import Item, plain_items
@@ -235,8 +235,5 @@ PERTURBATIONS: dict[str, Callable[[str, str], str]] = {
 
 
 def _passages(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the text cannot be read: {error}", where=str(path), fix="give a UTF-8 text file") from error
+    lines = read_text_file(path, "the text", LARGEST_DATA).splitlines()
     return [line.strip()[:_LONGEST_PASSAGE] for line in lines if line.strip()]

@@ -15,10 +15,11 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.strict_json import parse_json
+from tunesmith.core.strict_yaml import read_yaml
+from tunesmith.core.text_files import read_text_file
 from tunesmith.evaluation.probes.context import ProbeContext
 from tunesmith.evaluation.probes.items import Item
 
@@ -50,13 +51,7 @@ def lm_eval_items(context: ProbeContext) -> list[Item]:
 
 def _settings(file: Path) -> dict[str, Any]:
     """A task's settings with absolute paths of its data files."""
-    try:
-        read = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the task cannot be read: {error}", where=str(file)) from error
-    except yaml.YAMLError as error:  # such as a task's own !function
-        said = getattr(error, "problem", None) or str(error)
-        raise UsageError(f"not a task of plain YAML: {said}", where=str(file), fix="use templates instead") from error
+    read = read_yaml(read_text_file(file, "the task"), str(file))
     if not isinstance(read, Mapping) or not isinstance(read.get("task"), str):
         raise UsageError("a task needs keys and values, and the key `task`", where=str(file))
     if read.get("output_type") != "multiple_choice":
@@ -123,7 +118,7 @@ def _item(task: str, row: int, instances: Sequence[Any], right: Any, where: str)
     texts = [instance.args[1] for instance in sorted(instances, key=lambda each: each.idx)]
     if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(texts) or len(texts) < 2:
         raise UsageError(f"row {row} has {len(texts)} choices, and {right!r} is not the number of one", where=where)
-    turns = tuple(Message.model_validate(turn) for turn in json.loads(instances[0].args[0]))
+    turns = tuple(Message.model_validate(turn) for turn in parse_json(instances[0].args[0]))
     others = (text for place, text in enumerate(texts) if place != right)
     name = f"{task}-{row}"
     return Item(id=name, group=name, arm=task, messages=turns, choices=(texts[right], *others))

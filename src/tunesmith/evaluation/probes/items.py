@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
+from tunesmith.core.strict_json import parse_json
 from tunesmith.evaluation.lines import LineFile, encode_lines, is_number
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.statistics import Floats
@@ -84,7 +84,7 @@ def encode_items(items: Sequence[Item]) -> bytes:
 
 def decode_items(data: bytes) -> list[Item]:
     """The items in the bytes that encode_items returns."""
-    return [Item.model_validate(json.loads(line)) for line in data.splitlines()]
+    return [Item.model_validate(parse_json(line)) for line in data.splitlines()]
 
 
 def by_arm(rows: Iterable[Mapping[str, Any]]) -> Measured:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.strict_json import parse_json
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.signing.signatures import Untrusted, check_in_time
 from tunesmith.store.audit import Head
@@ -104,7 +104,7 @@ def open_envelope(raw: bytes, keys: Sequence[TrustedKey], where: str) -> tuple[A
     from securesystemslib.signer import SSlibKey  # type: ignore[attr-defined]
 
     try:
-        document = json.loads(raw)
+        document = parse_json(raw)
         keyid = document["signatures"][0]["keyid"]
         payload, signature = document["payload"], document["signatures"][0]["sig"]
         expected = {
@@ -118,8 +118,8 @@ def open_envelope(raw: bytes, keys: Sequence[TrustedKey], where: str) -> tuple[A
             if base64.b64encode(base64.b64decode(text, validate=True)).decode() != text:
                 raise ValueError("base64 with stray bits")
         envelope = Envelope.from_dict(document)
-        statement = json.loads(envelope.payload)
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError, binascii.Error, TunesmithError) as error:
+        statement = parse_json(envelope.payload)
+    except (ValueError, KeyError, IndexError, TypeError, binascii.Error, TunesmithError) as error:
         raise Refused(f"not an envelope: {type(error).__name__}", where=where) from error
     key = find_key(keys, f"sha256:{keyid}")
     if key is None:

@@ -6,7 +6,6 @@ What was signed, what was approved and what the lineage names are therefore the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,6 +19,7 @@ from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.names import check_name
 from tunesmith.core.scope import Scope
+from tunesmith.core.strict_json import parse_json
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE, check_model_file, read_adapter_file
 from tunesmith.registry.licence_duties import NOTICE
@@ -305,8 +305,8 @@ def weight_blobs(records: Mapping[str, Record], candidate: str) -> dict[str, str
 def _read_record(path: Path) -> Record:
     try:
         raw = path.read_bytes()
-        record = Record.model_validate(json.loads(raw))
-    except (ValidationError, ValueError, RecursionError) as error:
+        record = Record.model_validate(parse_json(raw))
+    except (ValidationError, ValueError) as error:
         raise Refused(f"not a record: {type(error).__name__}", where=str(path), fix=_FIX) from error
     if record.encoded != raw:
         raise Refused("not in canonical form", where=str(path), fix=_FIX)

@@ -12,7 +12,6 @@ import base64
 import binascii
 import contextlib
 import errno
-import json
 import os
 import shutil
 import stat
@@ -21,9 +20,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.digests import canonical, digest_file, unique_keys
+from tunesmith.core.digests import canonical, digest_file
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.files import sync_folder, write_atomic
+from tunesmith.core.strict_json import parse_json
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE
 from tunesmith.registry.licence_duties import NOTICE
 from tunesmith.store.trust import TrustedKey, find_key
@@ -55,7 +55,7 @@ def sign_folder(folder: Path, private_key: Path) -> None:
     signature = folder / SIGNATURE
     config.sign(folder, signature)
     # Rewritten in canonical form, so that no byte of it can be changed unnoticed.
-    write_atomic(signature, canonical(json.loads(signature.read_bytes())))
+    write_atomic(signature, canonical(parse_json(signature.read_bytes())))
 
 
 def verify_signature(folder: Path, keys: Sequence[TrustedKey]) -> TrustedKey:
@@ -161,7 +161,7 @@ def _read_bundle(path: Path) -> tuple[str, dict[str, Any]]:
     """The key's hint (64 hex digits) and the signed statement of a bundle, which must have the form that we write."""
     raw = path.read_bytes()
     try:
-        document = json.loads(raw)
+        document = parse_json(raw)
         envelope = document["dsseEnvelope"]
         hint = document["verificationMaterial"]["publicKey"]["hint"]
         payload, signature = envelope["payload"], envelope["signatures"][0]["sig"]
@@ -179,10 +179,10 @@ def _read_bundle(path: Path) -> tuple[str, dict[str, Any]]:
         for text in (payload, signature):
             if base64.b64encode(base64.b64decode(text, validate=True)).decode() != text:
                 raise ValueError("base64 with stray bits")
-        statement = json.loads(base64.b64decode(payload), object_pairs_hook=unique_keys)
+        statement = parse_json(base64.b64decode(payload))
         if not isinstance(hint, str) or not isinstance(statement, dict):
             raise ValueError("not a statement by a key")
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError, binascii.Error, TunesmithError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, binascii.Error, TunesmithError) as error:
         raise _refusal(path, f"not a signature: {type(error).__name__} {str(error)[:120]}") from error
     return hint, statement
 

@@ -1,0 +1,45 @@
+"""Regular expressions that settings and schemas name, run over texts of strangers.
+
+RE2 runs them: its time grows linearly with the text, so no pattern and no answer can make a search hang, and a score
+never depends on how busy the machine is. The price is that lookarounds and back references do not exist.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any, Final
+
+import re2
+
+from tunesmith.core.errors import UsageError
+
+_SHOWN: Final = 120
+_ESCAPE: Final = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
+_OPTIONS: Final = re2.Options()
+_OPTIONS.log_errors = False
+
+
+def check_pattern(pattern: str, where: str) -> None:
+    """Raise UsageError for a pattern that RE2 does not support."""
+    try:
+        _compiled(pattern)
+    except (re2.error, UnicodeError) as error:
+        said = error.args[0].decode(errors="replace") if isinstance(error, re2.error) else "half of a surrogate pair"
+        raise UsageError(
+            f"the pattern {pattern[:_SHOWN]!r} is not a regular expression that is supported: {said[:_SHOWN]}",
+            where=where,
+            fix="patterns run in linear time, by RE2: without lookarounds, back references and counts above 1000",
+        ) from None
+
+
+def search(pattern: str, text: str) -> bool:
+    """Whether a pattern that check_pattern let through occurs in a text; `$` is the text's end. Linear in the text."""
+    return _compiled(pattern).search(text.encode(errors="replace").decode()) is not None
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> Any:
+    # RE2 writes ECMAScript's \uXXXX as \x{XXXX}.
+    said = _ESCAPE.sub(lambda escape: f"\\x{{{escape[1]}}}" if escape[1] else escape[0], pattern)
+    return re2.compile(said, _OPTIONS)
