@@ -23,6 +23,7 @@ from tunesmith.store.store import Store
 
 PASSAGES = "passages.jsonl"
 _LARGEST = 64 << 20
+_LONGEST_WORD = 1000  # characters: a file without spaces would be one passage
 
 
 class DocumentSettings(Settings):
@@ -144,20 +145,23 @@ def cut(blocks: Sequence[tuple[str, str]], words: int, overlap: int) -> Iterator
     """(title, text) passages of at most `words` words, cut from (title, paragraph) blocks.
 
     Paragraphs under one heading are joined while they fit. A longer paragraph is cut, and each piece repeats the last
-    `overlap` words of the piece before.
+    `overlap` words of the piece before. A word of more than _LONGEST_WORD characters is cut too.
     """
     overlap = min(overlap, words // 2)
     title, held = "", list[str]()
     for heading, paragraph in [*blocks, ("", "")]:
-        pieces = paragraph.split()
+        pieces = [
+            word[at : at + _LONGEST_WORD] for word in paragraph.split() for at in range(0, len(word), _LONGEST_WORD)
+        ]
         if held and (heading != title or len(held) + len(pieces) > words):
             yield title, " ".join(held)
             held = []
         title = heading
-        while len(pieces) > words:
-            yield title, " ".join(pieces[:words])
-            pieces = pieces[words - overlap :]
-        held += pieces
+        start = 0
+        while len(pieces) - start > words:
+            yield title, " ".join(pieces[start : start + words])
+            start += words - overlap
+        held += pieces[start:]
     if held:
         yield title, " ".join(held)
 
