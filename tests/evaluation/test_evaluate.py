@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.attack_table import Happened
+from tests.attacks.twins import MADE
 from tests.evaluation.conftest import TASK
 from tests.fabricate import (
     PROMPT,
@@ -24,6 +26,9 @@ from tests.fabricate import (
 from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
+from tunesmith.data.dataset import load_dataset
+from tunesmith.data.documents import PASSAGES, Passage
+from tunesmith.evaluation.answers import check_held_out
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.settings import TaskSettings
@@ -176,6 +181,31 @@ def test_a_test_row_shown_in_the_prompt(made: Fabricated) -> None:
     )
     with pytest.raises(Refused, match="shows a test row"):
         run(made)
+
+
+@pytest.mark.attack("leakage", "twins of test rows in shots, training rows, passages")
+@pytest.mark.parametrize("place", ["shots", "rows", "passages"])
+def test_twins_of_test_rows_that_a_candidate_saw(made: Fabricated, place: str, happened: Happened) -> None:
+    rows = made.test[:5]
+    plain = Candidate(name="rag", base=made.base, max_tokens=9)
+    for make in MADE.values():
+        for row in rows:
+            asked = tuple(turn.model_copy(update={"content": make(turn.content)}) for turn in row.request)
+            seen = (*asked, row.messages[-1])
+            if place == "shots":
+                candidate = plain.model_copy(update={"shots": (seen,)})
+            elif place == "rows":
+                twin = row.model_copy(update={"id": "other", "group": "other", "messages": seen})
+                candidate = plain.model_copy(update={"dataset": put_dataset(made.store, [twin])})
+            else:
+                text = f"Notes. {asked[-1].content} The answer is {make(row.answer)}."
+                passage = Passage(id="p", source="notes.txt", title="", text=text).model_dump_json().encode()
+                blobs = {PASSAGES: made.store.put_bytes(passage)}
+                documents = made.store.put_record(Record(kind="documents", blobs=blobs, body={}))
+                candidate = plain.model_copy(update={"documents": documents})
+            with pytest.raises(Refused, match="test row"):
+                check_held_out(made.store, load_dataset(made.store, made.dataset), rows, "rag", candidate)
+    happened("refused", len(MADE) * len(rows))
 
 
 def test_names_must_be_the_candidates_own(made: Fabricated) -> None:

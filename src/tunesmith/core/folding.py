@@ -23,7 +23,7 @@ _BLANK = "\u2800"  # the empty Braille pattern: looks like a space, but is a sym
 # Accents of the general blocks are removed from all letters: no script but Latin, Greek and Cyrillic spells with them.
 # Other scripts' marks (vowels, tones, points, voicing) make other words: they are removed where they stand on a Latin,
 # Greek or Cyrillic letter only. After a mathematical sign an accent is a negation.
-_ACCENTS = r"\u0300-\u036F\u1AB0-\u1AFF\u1DC0-\u1DFF\u20D0-\u20FF\uFE20-\uFE2F"
+_ACCENTS = r"\u0300-\u036F\u0483-\u0489\u1AB0-\u1AFF\u1DC0-\u1DFF\u20D0-\u20FF\uFE20-\uFE2F"
 _MARKS = regex.compile(
     rf"(?<=[\p{{Latin}}\p{{Greek}}\p{{Cyrillic}}&&\p{{L}}])\p{{M}}+|(?<!\p{{Sm}}\p{{M}}*)[{_ACCENTS}]+", regex.V1
 )

@@ -179,7 +179,7 @@ class Duplicates(Settings):
             ge=0.5,
             le=1,
             description="two requests are near duplicates from this Jaccard similarity of their character trigrams on; "
-            "null: only equal requests are",
+            "null: only equal requests are, and of the rows of one split only exact duplicates are removed",
         ),
     ] = 0.8
 

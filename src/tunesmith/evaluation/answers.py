@@ -9,9 +9,11 @@ from typing import Any
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
+from tunesmith.core.folding import fold
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Dataset, Example, load_dataset
 from tunesmith.data.documents import Documents
+from tunesmith.data.splitting.duplicates import answer_key, request_text
 from tunesmith.evaluation.lines import is_number, read_answer_lines
 from tunesmith.evaluation.metrics.declared import Answered
 from tunesmith.evaluation.probes.general import GeneralQuestion, right_share
@@ -112,10 +114,13 @@ def seen_answers(
 
 
 def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: str, candidate: Candidate) -> None:
-    """Raise Refused for a candidate that was trained on a test row or its group, or shows one in its prompt."""
-    held_texts = {_texts(example.messages) for example in test}
+    """Raise Refused for a candidate that was trained on a test row or its group, or shows one in its prompt.
+
+    Texts are compared folded and without system turns.
+    """
+    held_texts = {_folded(example.messages) for example in test}
     held_ids, held_groups = {example.id for example in test}, {example.group for example in test}
-    if any(_texts(shot) in held_texts for shot in candidate.shots):
+    if any(_folded(shot) in held_texts for shot in candidate.shots):
         raise Refused(f"{name!r} shows a test row in its prompt", fix="choose shots among the training rows")
     if candidate.documents is not None:
         _check_documents(store, test, name, candidate.documents)
@@ -125,7 +130,7 @@ def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: s
     for digest in sorted(str(each) for each in learned):
         source = rows if digest == rows.digest else load_dataset(store, digest)
         for example in source.examples("train"):
-            if example.id in held_ids or example.group in held_groups or _texts(example.messages) in held_texts:
+            if example.id in held_ids or example.group in held_groups or _folded(example.messages) in held_texts:
                 raise Refused(
                     f"{name!r} learned from the training row {example.id!r}, which is a test row or shares its group",
                     where=f"dataset {short(digest)}",
@@ -134,21 +139,19 @@ def check_held_out(store: Store, rows: Dataset, test: Sequence[Example], name: s
 
 
 def _check_documents(store: Store, test: Sequence[Example], name: str, documents: str) -> None:
-    """Raise Refused where a passage contains a test row's request and its answer, word for word."""
-    passages = [_flat(passage.text) for passage in Documents(store, documents).passages]
+    """Raise Refused where a passage contains a test row's request and its answer, both folded."""
+    passages = [fold(passage.text) for passage in Documents(store, documents).passages]
     together = "\0".join(passages)
     for example in test:
-        asked, answer = _flat(example.request[-1].content), _flat(example.answer)
-        if asked in together and any(asked in text and answer in text.replace(asked, "") for text in passages):
+        asked, answer = fold(example.request[-1].content), fold(example.answer)
+        if not asked or asked not in together:
+            continue
+        if any(asked in text and answer in text.replace(asked, "") for text in passages):
             raise Refused(
                 f"a passage that {name!r} retrieves contains the test row {example.id!r} with its answer",
                 where=f"documents {short(documents)}",
                 fix="remove the document or the row",
             )
-
-
-def _flat(text: str) -> str:
-    return " ".join(text.split())
 
 
 def read_probe(
@@ -168,5 +171,5 @@ def read_probe(
     return column(name, GENERAL, cells)
 
 
-def _texts(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
-    return tuple((turn.role, " ".join(turn.content.split())) for turn in messages)
+def _folded(messages: Sequence[Message]) -> tuple[str, str]:
+    return request_text(messages), fold(answer_key(messages[-1].text))

@@ -36,7 +36,15 @@ from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.settings import DataSettings, Split
 from tunesmith.data.splitting.assignment import OLDER, cuts, split_by_time, stratified
 from tunesmith.data.splitting.groups import joined_groups
-from tunesmith.data.splitting.leakage import NEAR_HELD_OUT, ComparedRow, Nearness, clusters, leakage, rows_to_remove
+from tunesmith.data.splitting.leakage import (
+    NEAR_HELD_OUT,
+    NEAR_SAME_ANSWER,
+    ComparedRow,
+    Nearness,
+    clusters,
+    leakage,
+    rows_to_remove,
+)
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -93,7 +101,7 @@ def build_dataset(
         threshold = near_threshold(settings)
         progress.say(f"{account.read} rows read; looking for near ones across the splits")
         divided, held = _divide(staging, settings, held_out)
-        splits = _split(staging, threshold, account, outside)
+        splits = _split(staging, settings, account, outside)
         counted = staging.counts()
         body = {
             "settings": settings.model_dump(mode="json", exclude={"sign_off"}),
@@ -225,12 +233,14 @@ def _credits(staging: StagingDatabase, planned: Sequence[PlannedFile]) -> set[Cr
 
 
 def _split(
-    staging: StagingDatabase, threshold: float, account: Account, outside: Outside
+    staging: StagingDatabase, settings: DataSettings, account: Account, outside: Outside
 ) -> dict[str, list[ComparedRow]]:
     """The splits without near duplicates. Raises UsageError or Refused where too few rows remain."""
-    splits = staging.compared_rows()
+    splits, threshold = staging.compared_rows(), near_threshold(settings)
     _require_rows(splits, staging, account)
     gone = rows_to_remove(splits, threshold, outside.requests)
+    if settings.duplicates.near is None:  # rows that are equal only when folded may say different things
+        gone = {name: reason for name, reason in gone.items() if reason != NEAR_SAME_ANSWER}
     moved_out = sum(gone.get(one.id) == NEAR_HELD_OUT for one in splits["train"])
     if moved_out > _MOST_MOVED_OUT * len(splits["train"]):
         raise Refused(

@@ -8,6 +8,7 @@ from typing import Any
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused
+from tunesmith.core.folding import visible
 from tunesmith.core.view import View
 from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
 from tunesmith.data.settings import DataSettings
@@ -99,10 +100,10 @@ def _changed(gone: dict[str, Example], come: dict[str, Example]) -> list[Changed
     """Pairs of rows, one of each version, with the same source and request but another answer."""
     waiting: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for name in sorted(come, reverse=True):
-        waiting[come[name].source, request_text(come[name].messages)].append(name)
+        waiting[come[name].source, request_text(come[name].messages, visible)].append(name)
     pairs = []
     for name in sorted(gone):
-        same = waiting[gone[name].source, request_text(gone[name].messages)]
+        same = waiting[gone[name].source, request_text(gone[name].messages, visible)]
         if same:
             pairs.append(ChangedRow(before=name, after=same.pop()))
     return pairs

@@ -1,6 +1,7 @@
 """Recalled rows, which a build leaves out even where the sources still have them.
 
-A row is recognised by its content and not by its place, so that no copy in another file takes its place.
+A row is recognised by its folded content and not by its place, so that no copy in another file takes its place, nor one
+with hidden characters, accents or look-alike letters.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.core.digests import digest_of
+from tunesmith.core.folding import fold
 from tunesmith.data.dataset import SPLITS, Example, load_dataset
 from tunesmith.data.splitting.duplicates import answer_key, request_key
 from tunesmith.store import database
@@ -38,8 +40,8 @@ class Withdrawn:
 
 
 def content_key(example: Example) -> str:
-    """A key that is equal for two rows that are exact duplicates."""
-    return digest_of([request_key(example.request), answer_key(example.answer)])
+    """A key that is equal for two rows with the same folded request and answer."""
+    return digest_of([request_key(example.request, fold), fold(answer_key(example.answer))])
 
 
 def load_withdrawn(store: Store) -> Withdrawn:

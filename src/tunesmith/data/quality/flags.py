@@ -10,6 +10,7 @@ from typing import Any
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import UsageError
+from tunesmith.core.folding import visible
 from tunesmith.data.dataset import SPLITS, Dataset, Example
 from tunesmith.data.quality import toxicity
 from tunesmith.data.quality.languages import other_languages
@@ -112,7 +113,7 @@ def _languages(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]])
     """Flag requests and prose answers in another language; returns {"request" or "answer": language -> texts}."""
     found = {}
     for what, texts in (
-        ("request", [request_text(example.messages) for _, example in rows]),
+        ("request", [request_text(example.messages, visible) for _, example in rows]),
         ("answer", [example.answer if _prose(example.answer) else "" for _, example in rows]),
     ):
         other, found[what] = other_languages(texts)
@@ -143,7 +144,7 @@ def _alike(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]], emb
     """Flag rows whose request means the same as another one; returns the clusters' ids. Equal requests count once."""
     places: dict[str, int] = {}
     for place, (_, example) in enumerate(rows):
-        places.setdefault(request_text(example.messages), place)
+        places.setdefault(request_text(example.messages, visible), place)
     texts = list(places)
     clusters = [[rows[places[texts[one]]] for one in some] for some in alike(texts, embed)]
     for number, some in enumerate(clusters, start=1):
@@ -155,7 +156,7 @@ def _alike(rows: Sequence[tuple[str, Example]], flags: list[dict[str, Any]], emb
 
 def _plain_flags(rows: Sequence[tuple[str, Example]]) -> Iterator[dict[str, Any]]:
     answers = [len(example.answer) for _, example in rows]
-    requests = [len(request_text(example.messages)) for _, example in rows]
+    requests = [len(request_text(example.messages, visible)) for _, example in rows]
     longest = [max(_LEAST_LONG, _TIMES * median(lengths)) for lengths in (answers, requests)]
     for (split, example), answer, request in zip(rows, answers, requests, strict=True):
         if _REFUSAL.match(example.answer):
@@ -193,7 +194,7 @@ def _noisy(rows: Sequence[tuple[str, Example]]) -> Iterator[dict[str, Any]]:
         )
     number = {name: place for place, name in enumerate(names)}
     labels = [number[keys[place]] for place in judged]
-    texts = [request_text(rows[place][1].messages) for place in judged]
+    texts = [request_text(rows[place][1].messages, visible) for place in judged]
     model = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=300)
     )

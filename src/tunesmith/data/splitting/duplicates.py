@@ -1,19 +1,24 @@
 """Keys and similarity by which rows are compared: exact duplicates and near duplicates.
 
-Exact duplicates are equal after normalisation. Near duplicates have a high Jaccard similarity of character trigrams,
-which also work on requests of a few words. An exact similarity join finds every near pair.
+Exact duplicates have the same answer and, apart from case, spaces, and punctuation at the ends, requests of the same
+visible characters (`visible`). Groups, near duplicates and leakage compare folded requests (`fold`), which also lack
+accents and look-alike letters: folding makes some different words equal, so it alone makes no exact duplicate.
+
+Near duplicates have a high Jaccard similarity of character trigrams, which also work on requests of a few words. An
+exact similarity join finds every near pair.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+import regex
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.folding import fold, visible
 from tunesmith.core.messages import Message
 from tunesmith.core.strict_json import parse_json
 
@@ -23,29 +28,24 @@ if TYPE_CHECKING:
 
 METHOD = "character trigrams of the words, exact set-similarity join"
 _PAIRS_EACH = 100
-_WORD = re.compile(r"\w+")
+_WORD = regex.compile(r"\w+")  # unlike those of `re`, its words keep the vowel signs of Thai and Hindi
 _SENTENCE_MARKS = " .,;:!?\u2026¿¡\"'\u201c\u201d\u2018\u2019«»"
 
 
-def folded(text: str) -> str:
-    """The text in one Unicode form (NFKC), lower case and single spaces."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def normalise(text: str) -> str:
-    """The folded text without punctuation at its ends."""
-    text = folded(text)
+def normalise(text: str, form: Callable[[str], str] = fold) -> str:
+    """The folded text without punctuation at its ends. form: `fold` or `visible`."""
+    text = form(text)
     return text.strip(_SENTENCE_MARKS) or text
 
 
-def request_text(messages: Sequence[Message]) -> str:
+def request_text(messages: Sequence[Message], form: Callable[[str], str] = fold) -> str:
     """The turns before the answer as one normalised text, without the system turn, which many rows share."""
-    return "\n".join(normalise(turn.text) for turn in messages[:-1] if turn.role != "system")
+    return "\n".join(normalise(turn.text, form) for turn in messages[:-1] if turn.role != "system")
 
 
-def request_key(messages: Sequence[Message]) -> str:
+def request_key(messages: Sequence[Message], form: Callable[[str], str] = visible) -> str:
     """A key that equal requests share: roles, normalised texts and offered tools, turn by turn."""
-    return json.dumps([[turn.role, normalise(turn.text), turn.tools or ""] for turn in messages])
+    return json.dumps([[turn.role, normalise(turn.text, form), turn.tools or ""] for turn in messages])
 
 
 def near_text(request: str) -> str:

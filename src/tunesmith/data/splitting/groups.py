@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tunesmith.core.digests import digest_of
+from tunesmith.core.folding import fold
 from tunesmith.core.strict_json import parse_json
 from tunesmith.data.settings import NEAR, Split
-from tunesmith.data.splitting.duplicates import folded, near_pairs, near_text, normalise
+from tunesmith.data.splitting.duplicates import near_pairs, near_text, normalise
 
 if TYPE_CHECKING:
     from tunesmith.data.splitting.leakage import Comparable
@@ -58,7 +59,7 @@ def _values(answer: str) -> set[str]:
         elif isinstance(value, list):
             pending.extend(value)
         elif isinstance(value, str):
-            found.update(one for one in (normalise(value), folded(value)) if len(one) >= _SHORTEST_VALUE)
+            found.update(one for one in (normalise(value), fold(value)) if len(one) >= _SHORTEST_VALUE)
     return found
 
 
