@@ -70,7 +70,7 @@ def test_general_text_of_one_s_own(tmp_path: Path) -> None:
     path.write_text("One passage.\n\n  Another.  \n")
     assert [item.choices[0] for item in general_text_items(context(path=path))] == ["One passage.", "Another."]
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="not UTF-8"):
         general_text_items(context(path=path))
     with pytest.raises(UsageError, match="cannot be read"):
         digest_path(tmp_path / "nowhere")

@@ -92,7 +92,7 @@ def changed(place: int, **keys: Any) -> Callable[[list[Any]], list[Any]]:
         (lambda given: given[1:], "1 of 60 items have no answer"),
         (lambda given: [*given, given[0]], "answered twice"),
         (lambda given: [*given, {**given[0], "id": "else"}], "not asked"),
-        (lambda given: [b'{"id":"i0","scores":[NaN],"tokens":9}', *given[1:]], "not a log-probability"),
+        (lambda given: [b'{"id":"i0","scores":[NaN],"tokens":9}', *given[1:]], "NaN is not JSON"),
         (lambda given: [b"{", *given[1:]], "not an answer with an id"),
         (changed(3, scores=[True]), "not a log-probability"),
         (changed(3, scores=[0.5]), "not a log-probability"),
@@ -187,8 +187,8 @@ def test_canaries_without_controls_or_too_few_are_no_number(made: Fabricated) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw.replace(b'"after":', b'"after":NaN,"x":', 1), "exactly the keys"),
-        (lambda raw: raw.replace(raw.split(b'"after":')[1].split(b",")[0], b"NaN", 1), "not a finite number"),
+        (lambda raw: raw.replace(b'"after":', b'"after":0,"x":', 1), "exactly the keys"),
+        (lambda raw: raw.replace(raw.split(b'"after":')[1].split(b",")[0], b"NaN", 1), "NaN is not JSON"),
         (lambda raw: raw + raw.splitlines()[0] + b"\n", "measured twice"),
         (lambda raw: b"\n".join(raw.splitlines()[1:]), "contradicts the measurements"),
         (lambda raw: b"", "contradicts the measurements"),

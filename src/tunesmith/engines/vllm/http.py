@@ -74,8 +74,11 @@ class Server:
                     data = line.removeprefix("data:").strip()
                     if line.startswith("data:") and data != "[DONE]":
                         event = parse_json(data)
+                        if not isinstance(event, dict):
+                            raise ValueError("an event is not a JSON object")
                         if "error" in event:
-                            raise self._failed(str(event["error"].get("message", event["error"])))
+                            told = event["error"]
+                            raise self._failed(str(told.get("message", told) if isinstance(told, dict) else told))
                         yield event
             except httpx.TimeoutException as error:
                 raise self._timed_out() from error
