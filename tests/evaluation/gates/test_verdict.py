@@ -271,8 +271,8 @@ def tampered(made: Fabricated, evaluation: str, lines: Sequence[Any], **body: An
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (b"NaN", "not a finite number"),
-        (b"Infinity", "not a finite number"),
+        (b"NaN", "NaN is not JSON"),
+        (b"Infinity", "Infinity is not JSON"),
         (b"true", "not a finite number"),
         (b"null", "not a finite number"),
         (b'"1"', "not a finite number"),

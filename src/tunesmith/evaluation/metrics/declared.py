@@ -69,7 +69,9 @@ class PatternScorer(DeclaredScorer):
     """1 where the answer contains a match of a regular expression, else 0."""
 
     key = "pattern"
-    pattern: Annotated[str, Field(min_length=1, description="regular expression in RE2's syntax; matches anywhere unless anchored")]
+    pattern: Annotated[
+        str, Field(min_length=1, description="regular expression (RE2's syntax); matches anywhere unless anchored")
+    ]
 
     @field_validator("pattern")
     @classmethod
