@@ -237,17 +237,6 @@ def test_trainings_one_after_another_share_the_loaded_base(folder: Path, uninter
     assert found[0] == found[2] == uninterrupted != found[1]
 
 
-def test_validation_can_be_passed_in(folder: Path) -> None:
-    """A score of generated answers may take the place of the validation loss; lower is better."""
-    base = resolve_base(Store(folder / "store"), str(folder / "model"), folder)
-    settings = SETTINGS.model_copy(update={"validations": 4})
-    spec = make_spec(base=base, dataset="", rows=ROWS, validation=[], settings=settings, work=folder / "work")
-    scores = iter([0.5, 0.2, 0.4, 0.3])
-    state = run_training(spec, validate=lambda model: next(scores)).state
-    assert [each["loss"] for each in state.validation] == [0.5, 0.2, 0.4, 0.3]
-    assert state.best == 1
-
-
 def test_damaged_checkpoint_falls_back_to_the_one_before(folder: Path, uninterrupted: str) -> None:
     run(folder)
     newest = _steps(folder)[-1]
@@ -379,7 +368,7 @@ def test_nan_later_on_leaves_the_checkpoint_before_it(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "compute", spoilt)  # the estimate's own steps do not come here
         if what == "validation":
-            patch.setattr("tunesmith.training.train.validation_loss", check)
+            patch.setattr("tunesmith.training.scoring.validation_loss", check)
         with pytest.raises(TunesmithError, match=r"became (nan|inf)") as told:
             run(folder)
     last = 60 if what == "validation" else 40

@@ -11,7 +11,7 @@ from tunesmith.cli.terminal import Acting, Here, Terminal, add_commands, draw_ta
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.services.training import RunSummary, TrainingSummary
+    from tunesmith.services.training import Repeated, RunSummary, TrainingSummary
     from tunesmith.training.range_test import RateSearch
 
 _HEIGHT = 9  # lines of a curve
@@ -39,14 +39,22 @@ def train(
     find_rate: Annotated[
         bool, typer.Option("--find-rate", help="Only try 40 steps at rising learning rates, and suggest one.")
     ] = False,
+    repeat: Annotated[
+        bool, typer.Option("--repeat", help="Only train again as its record says, and compare the weights' bytes.")
+    ] = False,
 ) -> None:
     """Train a candidate's adapter. Continues from the newest complete checkpoint."""
     from tunesmith.core.errors import UsageError
     from tunesmith.services import training
 
-    if find_rate and restart:
-        raise UsageError("--find-rate keeps nothing that could be restarted", fix="leave --restart out")
+    if restart and (find_rate or repeat):
+        which = "--find-rate" if find_rate else "--repeat"
+        raise UsageError(f"{which} keeps nothing that could be restarted", fix="leave --restart out")
     project = here.project
+    if repeat:
+        done = training.repeat(project, candidate, progress=Terminal())
+        here.emit(done, _draw_repeated)
+        raise typer.Exit(0 if done.same else 1)
     if find_rate:
         here.emit(training.find_rate(project, candidate, progress=Terminal()), _draw_rates)
         return
@@ -58,8 +66,9 @@ def _draw_training(console: Console, done: TrainingSummary) -> None:
     memory, expected_memory = done.peak_memory_bytes / 1e9, expected.peak_memory_bytes / 1e9
     checkpoint, expected_checkpoint = done.checkpoint_bytes / 1e6, expected.checkpoint_bytes / 1e6
     rows = (
-        ("rows, steps", f"{done.rows}, {done.steps}"),
+        ("rows, epochs, steps", f"{done.rows}, {done.epochs:.2f}, {done.steps}"),
         ("final loss", f"{done.final_loss:.4f}"),
+        *_validated(done),
         ("took", f"{done.seconds:.0f} s (expected {expected.seconds:.0f} s)"),
         ("speed", f"{done.examples_per_second:.1f} examples/s, {done.tokens_per_second:.0f} tokens/s"),
         ("peak memory", f"{memory:.2f} GB (expected {expected_memory:.2f} GB)"),
@@ -68,6 +77,23 @@ def _draw_training(console: Console, done: TrainingSummary) -> None:
         ("record", done.training),
     )
     draw_table(console, rows, title="training")
+
+
+def _validated(done: TrainingSummary) -> list[tuple[str, str]]:
+    """The kept weights' score on validation rows, and why the training ended where it did."""
+    found = []
+    if done.score is not None:
+        kept = next((each for each in done.validation if each["step"] == done.kept), None)
+        value = "none" if kept is None else f"{kept['score']:.1%}"
+        found.append((f"validation {done.score['metric']}", f"{value} over {done.score['rows']} rows"))
+    if done.decisions is not None and done.decisions["decays"]:
+        found.append(("ended because", done.decisions["decays"][-1]["reason"]))
+    return found
+
+
+def _draw_repeated(console: Console, done: Repeated) -> None:
+    said = "the same bytes" if done.same else "other bytes: another machine, library or number of threads?"
+    draw_table(console, (("steps", str(done.steps)), ("weights", said), ("record", done.training)), title="repeated")
 
 
 def _draw_rates(console: Console, found: RateSearch) -> None:

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+_UNITS = {"h": 3600, "m": 60, "s": 1}
 
 
 class Settings(BaseModel):
     """A part of the project file. Unknown keys are errors; NaN and infinities are errors; values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+def _seconds(given: Any) -> Any:
+    """Seconds of a duration such as 1h30m, 20m or 45s; other values as they are."""
+    if not isinstance(given, str):
+        return given
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", given)
+    if not parts or "".join(number + unit for number, unit in parts) != given.replace(" ", ""):
+        raise ValueError("write a duration such as 20m, 1h30m or 45s")
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+# Seconds. A project file may say 20m or 1h30m instead.
+Duration = Annotated[float, BeforeValidator(_seconds)]

@@ -15,8 +15,9 @@ from tunesmith.evaluation.gates.test_set_uses import count_test_set_uses
 from tunesmith.evaluation.metrics.declared import JudgeScorer
 from tunesmith.evaluation.metrics.judging import judge_answers
 from tunesmith.evaluation.planning import Assumed, Plan, measured_on_validation, plan_gates, plan_sentence
-from tunesmith.pipeline.candidates import answerer, candidate, leading_scoring
+from tunesmith.pipeline.candidates import answerer, candidate
 from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.training import leading_scoring
 
 _MOST_LABELS = 64
 

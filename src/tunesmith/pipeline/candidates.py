@@ -18,9 +18,15 @@ from tunesmith.core.files import write_atomic
 from tunesmith.core.text_files import read_text_file
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.answers import seen_answers
-from tunesmith.evaluation.metrics.declared import Scoring, checked, make_scoring, metric_of
+from tunesmith.evaluation.metrics.declared import checked
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.training import find_rate, train_candidate
+from tunesmith.pipeline.training import (
+    RepeatedTraining,
+    find_rate,
+    leading_scoring,
+    repeat_decided,
+    train_candidate,
+)
 
 if TYPE_CHECKING:
     from tunesmith.training.range_test import RateSearch
@@ -54,6 +60,13 @@ def learning_rates(context: PipelineContext, name: str) -> RateSearch:
     return find_rate(context, name, untrained_candidate(context, name, settings), settings.train)
 
 
+def repeat_training(context: PipelineContext, name: str, digest: str) -> RepeatedTraining:
+    """Train a candidate again as its finished training decided. Keeps nothing."""
+    settings = context.settings_of(name)
+    assert settings.train is not None
+    return repeat_decided(context, name, untrained_candidate(context, name, settings), settings.train, digest)
+
+
 def answerer(context: PipelineContext, asked: Candidate) -> Answerer:
     """A candidate that is ready to answer, with its adapter loaded."""
     settings = context.project.settings.candidates.get(asked.name)
@@ -74,13 +87,6 @@ def load_adapter(context: PipelineContext, trained: str | None) -> str | None:
     context.engine.load_adapter(trained, folder)
     shutil.rmtree(folder)
     return trained
-
-
-def leading_scoring(context: PipelineContext) -> Scoring:
-    """The scoring function of the primary metric. Raises UsageError where that is a judge."""
-    task = context.project.settings.task
-    leading = next(scorer for scorer in task.scorers if metric_of(scorer) == task.leading)
-    return make_scoring(leading, context.project.schema, context.project.root)
 
 
 def _no_training(context: PipelineContext, name: str) -> UsageError:

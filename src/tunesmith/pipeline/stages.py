@@ -27,7 +27,7 @@ from tunesmith.store.recalls import recalled
 REVISIONS = {
     "data": 8,
     "documents": 2,
-    "train": 2,
+    "train": 3,
     "search": 1,
     "answer": 1,
     "judge": 1,

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import Composer, count_prompts, describe_prompts
+from tunesmith.core.digests import digest_file, short
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.data.governance.signoff import require_signed
+from tunesmith.evaluation.answers import seen_answers
+from tunesmith.evaluation.metrics.declared import Scoring, checked, make_scoring, metric_of
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
 from tunesmith.training.rows import TrainingRow, training_rows
-from tunesmith.training.settings import MetricsSettings, TrainSettings
+from tunesmith.training.settings import LEAST_SCORED, MetricsSettings, TrainSettings
 
 if TYPE_CHECKING:
+    from tunesmith.engines.training_protocol import TrainableModel
     from tunesmith.training.range_test import RateSearch
+    from tunesmith.training.schedule import Decisions
+    from tunesmith.training.scoring import AnswerScore
+    from tunesmith.training.spec import TrainingSpec
 
 
 def train_candidate(
@@ -30,25 +41,119 @@ def train_candidate(
     inputs = _inputs(context, name, candidate, settings)
 
     def run(work: Path) -> str:
-        from tunesmith.training.train import make_spec, train
+        from tunesmith.training.train import train
 
         counted = count_prompts(candidate, (each.request for each in context.dataset.examples("train")))
         context.progress.say(f"{name}: system prompt in training: {describe_prompts(counted)}")
-        rows, validation = composed_rows(context, candidate, settings)
-        spec = make_spec(
-            base=context.base,
-            dataset=context.dataset.digest,
-            rows=rows,
-            validation=validation,
-            settings=settings,
-            work=work / "checkpoints",
-            name=name,
-            restart=restart,
-            metrics=_metrics(context),
-        )
-        return train(context.store, spec, model=context.model, progress=context.progress)
+        spec = _spec(context, name, candidate, settings, work, restart=restart)
+        score = _answer_score(context, candidate, settings, work)
+        return train(context.store, spec, model=context.model, score=score, progress=context.progress)
 
     return context.stages.run(f"train {name}", "train", inputs, run, again=restart)
+
+
+@dataclass(frozen=True)
+class RepeatedTraining:
+    """What a repeated training made. weights: its files' digests by name."""
+
+    weights: dict[str, str]
+    steps: int
+    seconds: float
+
+
+def repeat_decided(
+    context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings, digest: str
+) -> RepeatedTraining:
+    """Train again with the decisions of a finished training. digest: its record. Keeps nothing."""
+    from tunesmith.training.schedule import recorded_decisions
+    from tunesmith.training.train import run_training
+
+    decisions = recorded_decisions(context.store.record(digest, kind="training").body)
+    work = context.store.local("work", f"repeat-{short(digest)}")
+    with context.store.lock(work.name, f"repeating {name}"):
+        try:
+            spec = _spec(context, name, candidate, settings, work, decisions=decisions)
+            score = _answer_score(context, candidate, settings, work)
+            done = run_training(spec, context.progress, model=context.model, score=score)
+            weights = {path.name: digest_file(path) for path in sorted(done.folder.iterdir())}
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return RepeatedTraining(weights, done.state.step, done.state.seconds)
+
+
+def _spec(
+    context: PipelineContext,
+    name: str,
+    candidate: Candidate,
+    settings: TrainSettings,
+    work: Path,
+    *,
+    restart: bool = False,
+    decisions: Decisions | None = None,
+) -> TrainingSpec:
+    from tunesmith.training.train import make_spec
+
+    rows, validation = composed_rows(context, candidate, settings)
+    return make_spec(
+        base=context.base,
+        dataset=context.dataset.digest,
+        rows=rows,
+        validation=validation,
+        settings=settings,
+        work=work / "checkpoints",
+        name=name,
+        restart=restart,
+        metrics=_metrics(context) if decisions is None else None,
+        decisions=decisions,
+    )
+
+
+def _answer_score(
+    context: PipelineContext, candidate: Candidate, settings: TrainSettings, work: Path
+) -> AnswerScore | None:
+    """Scores a candidate's answers to validation rows while it is trained, as its evaluation will; None where
+    validation has to go by the loss, after saying why."""
+    from tunesmith.training.scoring import AnswerScore
+
+    rows, reason = _scored_rows(context, settings)
+    if reason is not None:
+        context.progress.say(f"{candidate.name}: validating by the loss: {reason}")
+    if not rows:
+        return None
+    metric, scoring = context.project.settings.task.leading, leading_scoring(context)
+    engine = context.model.engine()
+    answerer = Answerer(context.store, engine, candidate)
+    asked = [answerer.generation(row.request) for row in rows]
+    retrieved = [list(answerer.composer.retrieved(row.request).ids) for row in rows]
+
+    def mean(model: TrainableModel | None, count: int) -> float:
+        name = None
+        if model is not None:
+            folder, name = work / "validated", "validated"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            model.save(folder)
+            engine.load_adapter(name, folder)
+            shutil.rmtree(folder)
+        given = engine.generate(asked[:count], name)
+        lines = {
+            row.id: {"text": answer.text, "retrieved": ids}
+            for row, answer, ids in zip(rows[:count], given, retrieved[:count], strict=True)
+        }
+        seen = seen_answers(context.store, context.dataset, candidate, lines, rows[:count])
+        return (
+            math.fsum(checked(scoring(seen[row.id]), metric, f"validation row {row.id}") for row in rows[:count])
+            / count
+        )
+
+    return AnswerScore(metric, len(rows), mean)
+
+
+def leading_scoring(context: PipelineContext) -> Scoring:
+    """The scoring function of the primary metric. Raises UsageError where that is a judge."""
+    task = context.project.settings.task
+    leading = next(scorer for scorer in task.scorers if metric_of(scorer) == task.leading)
+    return make_scoring(leading, context.project.schema, context.project.root)
 
 
 def find_rate(context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings) -> RateSearch:
@@ -84,6 +189,36 @@ def _inputs(context: PipelineContext, name: str, candidate: Candidate, settings:
         "dataset": context.dataset.digest,
         "prompt": candidate.prompt,
         "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
+        "validation": _validated_by(context, candidate, settings),
+    }
+
+
+def _scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[list[Example], str | None]:
+    """The validation rows whose answers are scored in training. Where there are none, the reason is given, unless the
+    settings or the data say so already."""
+    rows = context.dataset.examples("validation")[: settings.validation_rows]
+    if settings.validate_by == "loss" or not rows:
+        return [], None
+    if len(rows) < LEAST_SCORED:
+        return [], f"{len(rows)} validation rows are too few to choose by {context.project.settings.task.leading}"
+    try:
+        leading_scoring(context)
+    except UsageError as error:
+        return [], error.what
+    return list(rows), None
+
+
+def _validated_by(context: PipelineContext, candidate: Candidate, settings: TrainSettings) -> dict[str, Any] | None:
+    """What scores of validation rows depend on besides the training; None where they are not scored."""
+    if not _scored_rows(context, settings)[0]:
+        return None
+    task = context.project.settings.task
+    scorer = next(each for each in task.scorers if metric_of(each) == task.leading)
+    return {
+        "scorer": scorer if isinstance(scorer, str) else scorer.model_dump(mode="json"),
+        "schema": context.project.schema,
+        "max_tokens": candidate.max_tokens,
+        "constrained": candidate.answer_schema is not None,
     }
 
 

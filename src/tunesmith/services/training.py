@@ -12,7 +12,7 @@ from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.view import Omitted, View
 from tunesmith.data.building.summary import DatasetSummary, dataset_summary
 from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, evaluation_summary, verdict_summary
-from tunesmith.pipeline.candidates import learning_rates, training
+from tunesmith.pipeline.candidates import learning_rates, repeat_training, training
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.stages import Stage
 from tunesmith.pipeline.training import tuned_names
@@ -29,6 +29,7 @@ class ExpectedCost(View):
     """The estimate that was made before the training."""
 
     seconds: float
+    step_seconds: float
     peak_memory_bytes: int
     checkpoint_bytes: int
 
@@ -36,8 +37,11 @@ class ExpectedCost(View):
 class TrainingSummary(View):
     """A finished training. training: its record's digest; adapter: path of its weights.
 
-    tokens: of the rows; tokens_computed: with padding; labels: tokens that the loss counts; parameters: trained
-    numbers. validation: loss after each epoch or part of one. overfitting: where the validation loss rose again.
+    epochs: done, a fraction where the last one was not. tokens: of the rows; tokens_computed: with padding; labels:
+    tokens that the loss counts; parameters: trained numbers. validation: step and loss of each validation, and the
+    score where answers were scored. score: which metric, over how many rows; null where validation went by the loss.
+    kept: the step whose weights were kept. decisions: what a schedule decided while it ran; null where it was planned.
+    overfitting: where the validation loss rose again.
     """
 
     training: str
@@ -50,14 +54,27 @@ class TrainingSummary(View):
     estimate: ExpectedCost
     final_loss: float
     rows: int
+    epochs: float
     steps: int
+    kept: int
     tokens: int
     tokens_computed: int
     labels: int
     parameters: int
     validation: tuple[dict[str, Any], ...]
+    score: dict[str, Any] | None
+    decisions: dict[str, Any] | None
     notices: tuple[str, ...]
     overfitting: Any
+
+
+class Repeated(View):
+    """A training that was repeated from its record. same: whether its weights have the same bytes."""
+
+    training: str
+    same: bool
+    steps: int
+    seconds: float
 
 
 class StageRun(View):
@@ -95,6 +112,14 @@ def train(
     """
     context = PipelineContext(project, progress)
     return training_summary(project.store, training(context, name or _only_tuned(project), restart))
+
+
+def repeat(project: Project, name: str | None = None, *, progress: Progress = SILENT) -> Repeated:
+    """Train a candidate again with the decisions of its finished training, and compare the weights. Keeps nothing."""
+    context, name = PipelineContext(project, progress), name or _only_tuned(project)
+    digest = training(context, name)
+    record, found = project.store.record(digest, kind="training"), repeat_training(context, name, digest)
+    return Repeated(training=digest, same=found.weights == dict(record.blobs), steps=found.steps, seconds=found.seconds)
 
 
 def find_rate(project: Project, name: str | None = None, *, progress: Progress = SILENT) -> RateSearch:

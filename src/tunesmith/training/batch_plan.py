@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import overload
 
 import torch
 
@@ -52,10 +53,35 @@ def lay_out_epoch(
         yield lay_out_step([rows[row] for row in step], settings.tokens, share=share)
 
 
-def lay_out_training(rows: Sequence[Rendered], settings: TrainSettings, *, share: bool = True) -> list[list[Batch]]:
-    """All steps of a training, in order."""
-    epochs = (lay_out_epoch(rows, settings, epoch, share=share) for epoch in range(settings.epochs))
-    return [step for epoch in epochs for step in epoch]
+class TrainingPlan(Sequence[Step]):
+    """All steps of a training, in order. An epoch is laid out when one of its steps is asked for: a training with a
+    budget ends before most of them."""
+
+    def __init__(self, rows: Sequence[Rendered], settings: TrainSettings, *, share: bool = True) -> None:
+        self._rows, self._settings, self._share = rows, settings, share
+        self._epochs: dict[int, list[list[Batch]]] = {}
+        self.epoch_steps = len(plan(rows, settings.batch, settings.seed, 0))
+
+    def epoch(self, number: int) -> list[list[Batch]]:
+        """The steps of one epoch."""
+        if number not in self._epochs:
+            self._epochs.pop(number - 2, None)
+            self._epochs[number] = list(lay_out_epoch(self._rows, self._settings, number, share=self._share))
+        return self._epochs[number]
+
+    def __len__(self) -> int:
+        return self.epoch_steps * self._settings.epochs
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Step]: ...
+    def __getitem__(self, index: int | slice) -> Step | list[Step]:
+        if isinstance(index, slice):
+            return [self[step] for step in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.epoch(index // self.epoch_steps)[index % self.epoch_steps]
 
 
 def lay_out_validation(rows: Sequence[Rendered], settings: TrainSettings, *, share: bool = True) -> list[Batch]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tunesmith.core.settings import Settings
+from tunesmith.core.settings import Duration, Settings
 from tunesmith.engines.settings import WeightSettings
 
 LEAST_TOKENS = 64  # lowest bound on the tokens computed at once
+# With fewer validation rows than this a score says too little to choose by: one row is more than three points.
+LEAST_SCORED = 30
+MOST_EPOCHS = 40  # within a budget
+# Defaults of trainings that have a budget.
+_WITH_BUDGET = {"epochs": MOST_EPOCHS, "schedule": "wsd", "validations": 16, "patience": 4}
 _RATES = {"lora": 1e-3, "full": 1e-4}
 
 
@@ -82,7 +87,23 @@ class TrainSettings(WeightSettings):
         CanarySettings | None,
         Field(description="add canary rows for the probe `canaries`; versions of such a training are marked"),
     ] = None
-    epochs: Annotated[int, Field(ge=1, le=100, description="passes over the training rows")] = 1
+    budget: Annotated[
+        Duration | None,
+        Field(
+            gt=0,
+            description="train for at most this long, such as 20m or 1h30m, instead of a number of epochs: until "
+            "validation no longer improves or the time is used, then the learning rate falls to zero. It counts steps "
+            "and validations, not loading",
+        ),
+    ] = None
+    epochs: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=100,
+            description=f"passes over the training rows; not with a budget, which makes at most {MOST_EPOCHS}",
+        ),
+    ] = 1
     batch: Annotated[int, Field(ge=1, le=4096, description="rows per step")] = 16
     tokens: Annotated[
         int,
@@ -95,8 +116,15 @@ class TrainSettings(WeightSettings):
         0.05
     )
     schedule: Annotated[
-        Literal["cosine", "linear", "constant"], Field(description="learning rate schedule after the warm-up")
+        Literal["cosine", "linear", "constant", "wsd"],
+        Field(
+            description="learning rate schedule after the warm-up. wsd (warm-up, stable, decay) stays constant, then "
+            "falls linearly to zero; it is the only one that fits a budget, and the default there"
+        ),
     ] = "cosine"
+    decay: Annotated[
+        float, Field(gt=0, lt=1, description="share of the steps in which the learning rate falls; wsd only")
+    ] = 0.25
     weight_decay: Annotated[
         float, Field(ge=0, lt=1, description="weight decay of AdamW; norms and biases are exempt")
     ] = 0.0
@@ -105,17 +133,48 @@ class TrainSettings(WeightSettings):
         int, Field(ge=0, lt=2**31, description="seed of the adapter's start, the chosen rows and their order")
     ] = 0
     max_length: Annotated[int, Field(ge=16, description="most tokens of a training row, prompt included")] = 1024
-    validations: Annotated[int, Field(ge=1, le=100, description="how many times the validation loss is computed")] = 4
+    validate_by: Annotated[
+        Literal["score", "loss"],
+        Field(
+            description="what better means for keep and patience. score: the task's leading metric over generated "
+            "answers to the validation rows, and the loss among equals. loss: the validation loss alone, which is "
+            "also used where the validation rows are too few or the metric is a judge's"
+        ),
+    ] = "score"
+    validations: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=100,
+            description=f"how many times to validate. Default with a budget: at most {_WITH_BUDGET['validations']}",
+        ),
+    ] = 4
     patience: Annotated[
         int | None,
-        Field(ge=1, description="stop after this many validations without a lower loss. Default: never stop early"),
+        Field(
+            ge=1,
+            description="stop after this many validations that are no better than the best one before; with schedule "
+            f"wsd the learning rate begins to fall then. Default: never stop early, or {_WITH_BUDGET['patience']} with "
+            "a budget",
+        ),
     ] = None
     keep: Annotated[
         Literal["best", "last"],
-        Field(description="keep the weights with the lowest validation loss, or those of the last step"),
+        Field(description="keep the weights of the best validation, or those of the last step"),
     ] = "best"
-    validation_rows: Annotated[int, Field(ge=1, description="use at most this many rows for the validation loss")] = 64
+    validation_rows: Annotated[int, Field(ge=1, description="use at most this many rows to validate")] = 200
     checkpoint_seconds: Annotated[
         float,
         Field(gt=0, description="least seconds between checkpoints; a killed training repeats the work since the last"),
     ] = 30.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("budget") is not None:
+            if given.get("epochs") is not None and given["epochs"] != MOST_EPOCHS:
+                raise ValueError("set either budget or epochs")
+            if given.get("schedule", "wsd") != "wsd":
+                raise ValueError("a budget needs schedule: wsd, which can end at any step: leave schedule out")
+            return {**_WITH_BUDGET, **given}
+        return given

@@ -22,7 +22,8 @@ from tunesmith.training.state import TrainerState
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_SERIES = ("train/loss", "train/learning_rate", "train/tokens_per_second", "validation/loss")
+_STEP_SERIES = ("train/loss", "train/learning_rate", "train/tokens_per_second")
+_VALIDATION_SERIES = ("validation/loss", "validation/score")
 _MOST_METRICS = 1000  # that MLflow accepts in one request
 
 
@@ -84,13 +85,16 @@ class Follower:
 
 
 def points(state: TrainerState) -> list[Point]:
-    """The points of a state: loss, learning rate and speed of each step, then the validation losses."""
+    """The points of a state: loss, learning rate and speed of each step, then the validations' losses and scores."""
     found: list[Point] = []
     for each in state.curve:
         step = int(each["step"])
         values = (each["loss"], each["learning_rate"], each["tokens"] / each["seconds"])
-        found += [Point(series, step, value) for series, value in zip(_SERIES, values, strict=False)]
-    return found + [Point(_SERIES[3], int(each["step"]), each["loss"]) for each in state.validation]
+        found += [Point(series, step, value) for series, value in zip(_STEP_SERIES, values, strict=True)]
+    for series in _VALIDATION_SERIES:
+        name = series.rpartition("/")[2]
+        found += [Point(series, int(each["step"]), each[name]) for each in state.validation if name in each]
+    return found
 
 
 def follower(
@@ -172,7 +176,10 @@ class _Mlflow:
 
     def last_steps(self) -> dict[str, int]:
         with _mlflow_errors():
-            histories = {series: self._client.get_metric_history(self._run, series) for series in _SERIES}
+            histories = {
+                series: self._client.get_metric_history(self._run, series)
+                for series in (*_STEP_SERIES, *_VALIDATION_SERIES)
+            }
         return {series: max((each.step for each in held), default=0) for series, held in histories.items()}
 
     def write(self, points: Sequence[Point]) -> None:

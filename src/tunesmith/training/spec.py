@@ -14,6 +14,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.files import write_atomic
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
+from tunesmith.training.schedule import Decisions
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.state import TrainerState
 
@@ -72,7 +73,7 @@ class TrainingSpec(BaseModel):
 
     name: the candidate's, for messages and curves. base: the base model, with the folder of its files. dataset: digest
     of the dataset version that the rows come from. work: the training's own folder, for rows, checkpoints and the
-    result. metrics: where its curves are shown.
+    result. metrics: where its curves are shown. decisions: those of an earlier training, which this one repeats.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -85,12 +86,14 @@ class TrainingSpec(BaseModel):
     settings: TrainSettings
     work: Path
     metrics: MetricsSettings | None = None
+    decisions: Decisions | None = None
 
 
 class Estimate(BaseModel):
-    """Seconds of the whole training, the most bytes of memory it needs at once, and bytes of a checkpoint."""
+    """Seconds of the whole training and of a step, the most bytes of memory needed at once, bytes of a checkpoint."""
 
     seconds: float
+    step_seconds: float = 0.0
     peak_memory_bytes: int
     checkpoint_bytes: int
 
@@ -99,8 +102,10 @@ class TrainingResult(BaseModel):
     """A training that has ended.
 
     folder: holds the trained model's files and nothing else. engine: the name of the engine that trained it.
-    environment: what the bytes depend on besides the spec. steps: of the plan; state.step says how many were done.
-    rows: of one epoch. tokens, labels: of all epochs. tokens_computed: in the steps done, shared prefixes once.
+    environment: what the bytes depend on besides the spec. decisions: what a schedule decided while it ran, None where
+    it was planned. score: the metric and the number of rows of validation scores, None where validation went by the
+    loss. epochs: done, a fraction where the last one was not. rows: of one epoch. tokens, labels: of the epochs done.
+    tokens_computed: in the steps done, shared prefixes once.
     """
 
     folder: Path
@@ -109,7 +114,9 @@ class TrainingResult(BaseModel):
     state: TrainerState
     estimate: Estimate
     notices: list[str]
-    steps: int
+    decisions: Decisions | None
+    score: dict[str, Any] | None
+    epochs: float
     rows: int
     tokens: int
     labels: int

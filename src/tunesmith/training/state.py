@@ -11,8 +11,8 @@ class TrainerState:
     """Progress of a training. Every checkpoint holds all of it.
 
     step: steps done. seconds: without the time between a stop and its resume. curve: step, loss, learning_rate, tokens
-    and seconds of each step. validation: step and loss of each validation. ended: why the training stopped before the
-    end of its plan.
+    and seconds of each step. validation: step and loss of each validation, and the score where answers are scored.
+    ended: why the training stopped before the end of its plan.
     """
 
     step: int = 0
@@ -23,9 +23,17 @@ class TrainerState:
 
     @property
     def best(self) -> int | None:
-        """Index of the first validation with the lowest loss; None where there was none."""
-        losses = [each["loss"] for each in self.validation]
-        return losses.index(min(losses)) if losses else None
+        """Index of the first validation with the highest score and, among equals or without scores, the lowest loss;
+        None where there was none."""
+        ranks = [(-each.get("score", 0.0), each["loss"]) for each in self.validation]
+        return ranks.index(min(ranks)) if ranks else None
+
+    def exhausted(self, patience: int | None) -> str | None:
+        """Why validation says to stop: none of the last `patience` validations was better. None where it does not."""
+        if patience is None or self.best is None or len(self.validation) - 1 - self.best < patience:
+            return None
+        what = "higher score" if "score" in self.validation[-1] else "lower validation loss"
+        return f"no {what} in {patience} validations"
 
     @property
     def overfitting(self) -> list[dict[str, float]]:

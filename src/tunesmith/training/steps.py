@@ -1,4 +1,4 @@
-"""The arithmetic of a step: gradients, learning rate, update, and the validation loss."""
+"""The arithmetic of a step: gradients, update, and the validation loss."""
 
 from __future__ import annotations
 
@@ -42,17 +42,6 @@ def validation_loss(model: TrainableModel, objective: Objective, batches: Sequen
     """The mean loss over all labels of the batches."""
     labels = step_labels(batches)
     return sum(float(model.loss(batch, objective, labels)) for batch in batches)
-
-
-def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
-    """The learning rate of a step (from 0): a linear warm-up, then the schedule down towards zero."""
-    warm = math.ceil(settings.warmup * steps)
-    if step < warm:
-        return settings.learning_rate * (step + 1) / warm
-    done = (step - warm) / max(1, steps - warm)
-    if settings.schedule == "cosine":
-        return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-    return settings.learning_rate * (1 - done if settings.schedule == "linear" else 1.0)
 
 
 def make_optimizer(model: TrainableModel, settings: TrainSettings) -> torch.optim.AdamW:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from tunesmith.models.families import SLOW, is_native
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training.batch_plan import Step, lay_out_epoch, lay_out_training, lay_out_validation, step_tokens
+from tunesmith.training.batch_plan import Step, TrainingPlan, lay_out_epoch, lay_out_validation, step_tokens
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.estimate import (
     check_disk,
@@ -42,17 +42,15 @@ from tunesmith.training.estimate import (
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.range_test import STEPS, RateSearch, range_test
 from tunesmith.training.rows import TrainingRow, render_rows
+from tunesmith.training.schedule import Annealed, Decisions, Planned, Schedule
+from tunesmith.training.scoring import AnswerScore, Validation, decide_beforehand
 from tunesmith.training.settings import MetricsSettings, TrainSettings
 from tunesmith.training.sinks import follower
 from tunesmith.training.spec import Estimate, TrainingResult, TrainingSpec, write_rows
-from tunesmith.training.steps import validation_loss
 from tunesmith.training.trainer import Trainer
 
 # Part of a training's identity. Raise it when the arithmetic of training or the batch plan changes.
 KERNEL_REVISION = 8
-
-# Returns the number that a model is validated by, of which lower is better.
-Validate = Callable[[TrainableModel], float]
 
 
 def make_spec(
@@ -66,10 +64,11 @@ def make_spec(
     name: str = "training",
     restart: bool = False,
     metrics: MetricsSettings | None = None,
+    decisions: Decisions | None = None,
 ) -> TrainingSpec:
     """Render a training's rows into its work folder; returns its spec. Loads no weights.
 
-    restart: first delete what the work folder holds, so that the training does not resume.
+    restart: first delete what the work folder holds, so that the training does not resume. decisions: to repeat.
     Raises Refused or UsageError for rows that cannot be trained on.
     """
     if restart:
@@ -85,6 +84,7 @@ def make_spec(
         settings=settings,
         work=work.absolute(),
         metrics=metrics,
+        decisions=decisions,
     )
 
 
@@ -93,43 +93,49 @@ def run_training(
     progress: Progress = SILENT,
     *,
     model: LoadedModel | None = None,
-    validate: Validate | None = None,
+    score: AnswerScore | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> TrainingResult:
     """Train as spec says, in this process. It needs the spec's files and no store.
 
     A training that was killed resumes from its work folder. model: the base's weights where they are loaded already.
-    validate: the validation loss where it is None. Raises Refused where the base's files are not the spec's, where
-    memory or disk do not suffice, and where the work folder holds another training; TunesmithError for a loss that is
-    not finite.
+    score: scores generated answers to validation rows; validation goes by the loss where it is None. clock: seconds
+    since some moment. Raises Refused where the base's files are not the spec's, where memory or disk do not suffice,
+    where a budget is too short for a step and a validation, and where the work folder holds another training;
+    TunesmithError for a loss that is not finite.
     """
     settings, objective = spec.settings, CrossEntropy()
     rows, checked = spec.rows.read(), spec.validation.read()
     loaded = _load_checked(spec.base) if model is None else model
     trained = loaded.trainable(settings, seed=settings.seed, state_bytes=state_bytes(settings))
-    plan = lay_out_training(rows, settings, share=trained.shares_prefix)
-    if not plan:
+    plan = TrainingPlan(rows, settings, share=trained.shares_prefix)
+    if not len(plan):
         raise TunesmithError("the training has no step", where="data", fix="give it more rows")
     batches = lay_out_validation(checked, settings, share=trained.shares_prefix)
     checkpoints = Checkpoints(spec.work, _identity(spec, trained))
     expected = _estimate(plan, batches, trained, objective, spec)
     labels = sum(map(label_count, rows))
     notice = too_few_numbers(settings.rank, trained.trained_numbers, labels) if settings.method == "lora" else None
-    _announce(spec, len(rows), len(plan), expected, notice, progress)
+    _announce(spec, len(rows), plan, expected, notice, progress)
     memory.reset_peak_memory()
+    validation = Validation(trained, objective, batches, score if batches else None)
+    schedule = _schedule(spec, plan, expected, validation, progress)
     curves = follower(spec.metrics, spec.name, digest_of(checkpoints.identity), settings, progress)
-    check = partial(validate or partial(validation_loss, objective=objective, batches=batches), trained)
     trainer = Trainer(
         trained,
         plan,
         settings,
         checkpoints,
+        schedule=schedule,
         objective=objective,
-        validate=check if validate or batches else None,
+        validate=validation.measure if batches else None,
         on_checkpoint=curves.follow,
         progress=progress,
+        clock=clock,
     )
     state = trainer.run()
     curves.finish()
+    epochs = state.step / plan.epoch_steps
     return TrainingResult(
         folder=_save(trained, spec.work / "result"),
         engine=trained.engine_name,
@@ -137,11 +143,13 @@ def run_training(
         state=state,
         estimate=expected,
         notices=[notice] if notice else [],
-        steps=len(plan),
+        decisions=schedule.decisions if isinstance(schedule, Annealed) else None,
+        score=validation.described(),
+        epochs=epochs,
         rows=len(rows),
-        tokens=sum(len(row.ids) for row in rows) * settings.epochs,
-        labels=labels * settings.epochs,
-        tokens_computed=sum(map(step_tokens, plan[: state.step])),
+        tokens=round(sum(len(row.ids) for row in rows) * epochs),
+        labels=round(labels * epochs),
+        tokens_computed=sum(int(step["tokens"]) for step in state.curve),
         trained_numbers=trained.trained_numbers,
         peak_memory_bytes=memory.peak_memory(),
         checkpoint_bytes=checkpoints.newest_bytes(),
@@ -155,12 +163,19 @@ def record_training(store: Store, spec: TrainingSpec, result: TrainingResult) ->
     return store.put_record(Record(kind="training", parents=parents, blobs=blobs, body=_body(spec, result)))
 
 
-def train(store: Store, spec: TrainingSpec, *, model: LoadedModel | None = None, progress: Progress = SILENT) -> str:
+def train(
+    store: Store,
+    spec: TrainingSpec,
+    *,
+    model: LoadedModel | None = None,
+    score: AnswerScore | None = None,
+    progress: Progress = SILENT,
+) -> str:
     """Train as spec says, in this process, and record it; returns the training record's digest.
 
     Raises what run_training raises.
     """
-    return record_training(store, spec, run_training(spec, progress, model=model))
+    return record_training(store, spec, run_training(spec, progress, model=model, score=score))
 
 
 def find_rate(
@@ -220,19 +235,36 @@ def _load_checked(base: Base) -> LoadedModel:
     return load_model(base)
 
 
+def _schedule(
+    spec: TrainingSpec, plan: TrainingPlan, expected: Estimate, validation: Validation, progress: Progress
+) -> Schedule:
+    """The schedule of a training. One that decides while it runs goes on from the decisions in the work folder."""
+    settings, kept = spec.settings, spec.work / "decisions.json"
+    if settings.schedule != "wsd":
+        return Planned(len(plan), settings)
+    decisions = spec.decisions or decide_beforehand(settings, plan, expected, validation, kept, progress)
+    validation.rows = decisions.scored_rows
+    return Annealed(len(plan), settings, decisions, kept, budget=None if spec.decisions else settings.budget)
+
+
 def _estimate(
-    plan: Sequence[Step], batches: Sequence[Batch], model: TrainableModel, objective: Objective, spec: TrainingSpec
+    plan: TrainingPlan, batches: Sequence[Batch], model: TrainableModel, objective: Objective, spec: TrainingSpec
 ) -> Estimate:
     """The estimate, made once: a resumed training keeps its first one. Whether there is room is checked each time."""
     settings = spec.settings
     needs, kept = memory_needs(model, settings, validates=bool(batches)), spec.work / "estimate.json"
     check_disk(spec.work, needs)
+    # A budget usually ends before later epochs, whose steps are alike.
+    steps: Sequence[Step] = plan if settings.budget is None else plan.epoch(0)
     if kept.is_file():
         with suppress(ValueError):  # damaged
             before = Estimate.model_validate_json(kept.read_bytes())
-            check_memory(plan, needs)
+            check_memory(steps, needs)
             return before
-    made = estimate(plan, step_tokens(batches), settings.validations, trial_step(model, objective), needs)
+    made = estimate(steps, step_tokens(batches), settings.validations, trial_step(model, objective), needs)
+    made = made.model_copy(update={"step_seconds": made.seconds / len(steps)})
+    if settings.budget is not None:
+        made = made.model_copy(update={"seconds": min(settings.budget, made.seconds * settings.epochs)})
     write_atomic(kept, made.model_dump_json().encode())
     return made
 
@@ -240,15 +272,17 @@ def _estimate(
 def _announce(
     spec: TrainingSpec,
     rows: int,
-    steps: int,
+    plan: TrainingPlan,
     expected: Estimate,
     notice: str | None,
     progress: Progress,
 ) -> None:
     if not is_native(spec.base.family):
         progress.say(f"{spec.base.spec} ({spec.base.family}) {SLOW}")
+    budget = spec.settings.budget
+    length = f"{len(plan)} steps" if budget is None else f"steps of {expected.step_seconds:.2g} s within its budget"
     progress.say(
-        f"training {rows} rows in {steps} steps: about {expected.seconds:.0f} s, "
+        f"training {rows} rows in {length}: about {expected.seconds:.0f} s, "
         f"{expected.peak_memory_bytes / 1e9:.1f} GB of memory and {expected.checkpoint_bytes / 1e6:.0f} MB a checkpoint"
     )
     if notice:
@@ -268,7 +302,6 @@ def _body(spec: TrainingSpec, result: TrainingResult) -> dict[str, Any]:
     state, keep = result.state, spec.settings.keep
     kept = state.step if keep == "last" or state.best is None else int(state.validation[state.best]["step"])
     tail = state.curve[-max(1, len(state.curve) // 20) :]
-    done = state.step / result.steps  # less than 1 where patience ended it
     return {
         "settings": spec.settings.model_dump(mode="json"),
         "rows": result.rows,
@@ -283,12 +316,15 @@ def _body(spec: TrainingSpec, result: TrainingResult) -> dict[str, Any]:
         "environment": result.environment,
         "steps": state.step,
         "seconds": state.seconds,
-        "examples_per_second": result.rows * spec.settings.epochs * done / state.seconds,
-        "tokens_per_second": result.tokens * done / state.seconds,
+        "epochs": result.epochs,
+        "examples_per_second": result.rows * result.epochs / state.seconds,
+        "tokens_per_second": result.tokens / state.seconds,
         "estimate": result.estimate.model_dump(),
         "final_loss": sum(step["loss"] for step in tail) / len(tail),
         "curve": asdict(state)["curve"],
         "validation": state.validation,
+        "score": result.score,
+        "decisions": None if result.decisions is None else result.decisions.model_dump(mode="json"),
         "overfitting": state.overfitting,
         "kept": kept,
         "ended": state.ended,

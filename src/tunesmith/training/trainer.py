@@ -17,9 +17,10 @@ from tunesmith.engines.training_protocol import Objective, TrainableModel
 from tunesmith.training.batch_plan import Step, step_tokens
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.objectives import CrossEntropy
+from tunesmith.training.schedule import Planned, Schedule
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.state import TrainerState
-from tunesmith.training.steps import gradients, learning_rate, make_optimizer, parameters, update
+from tunesmith.training.steps import gradients, make_optimizer, parameters, update
 
 
 def _ignore(_: TrainerState) -> None:
@@ -37,23 +38,26 @@ class Trainer:
         settings: TrainSettings,
         checkpoints: Checkpoints,
         *,
+        schedule: Schedule | None = None,
         objective: Objective | None = None,
-        validate: Callable[[], float] | None = None,
+        validate: Callable[[], Mapping[str, float]] | None = None,
         on_checkpoint: Callable[[TrainerState], None] = _ignore,
         progress: Progress = SILENT,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Continues from the newest complete checkpoint, if there is one.
 
-        objective: cross-entropy where it is None. validate: returns a finite number for the model as it is now, of
-        which lower is better; it is called settings.validations times. on_checkpoint: called with the state after each
-        checkpoint, and once at the start of a resumed training. Raises Refused where the checkpoints belong to another
-        training.
+        schedule: the planned one of settings where it is None. objective: cross-entropy where it is None. validate:
+        returns finite numbers for the model as it is now: a `loss`, of which lower is better, and where answers are
+        scored a `score`, of which higher is better; called when the schedule says so. on_checkpoint: called with the
+        state after each checkpoint, and once at the start of a resumed training. clock: seconds since some moment.
+        Raises Refused where the checkpoints belong to another training.
         """
         self.model, self.plan, self.settings, self.progress = model, plan, settings, progress
+        self._schedule = Planned(len(plan), settings) if schedule is None else schedule
         self._objective = CrossEntropy() if objective is None else objective
         self._validate, self._checkpoints, self._on_checkpoint = validate, checkpoints, on_checkpoint
-        steps, times = len(plan), settings.validations
-        self._validated_at = {math.ceil(steps * turn / times) for turn in range(1, times + 1)} if validate else set()
+        self._clock = clock
         self._parameters = parameters(model)
         self._optimizer = make_optimizer(model, settings)
         self._best: list[Tensor] | None = None
@@ -61,7 +65,7 @@ class Trainer:
         self.state = self._resume()
         if self.state.step:
             on_checkpoint(self.state)  # the training may have been killed between a checkpoint and this call
-        self._saved = time.perf_counter()
+        self._saved = clock()
 
     @property
     def finished(self) -> bool:
@@ -73,9 +77,16 @@ class Trainer:
 
         Raises TunesmithError where a loss or a gradient is not finite; the checkpoint before that stays.
         """
-        with self.progress.task("training", sum(map(step_tokens, self.plan))) as task:
-            task.advance(sum(map(step_tokens, self.plan[: self.state.step])))
-            while not self.finished:
+        budget = self.settings.budget
+        total = sum(map(step_tokens, self.plan)) if budget is None else round(budget)
+        with self.progress.task("training", total) as task:
+            done = 0
+            while True:
+                now = self.state.seconds if budget else sum(step["tokens"] for step in self.state.curve)
+                task.advance(min(total, int(now)) - done)
+                done = min(total, int(now))
+                if self.finished:
+                    break
                 self._step(task)
         self._restore_best()
         return self.state
@@ -89,30 +100,32 @@ class Trainer:
 
         Raises TunesmithError, and changes nothing, where the loss or the gradient is not finite.
         """
-        state, began = self.state, time.perf_counter()
+        state, began = self.state, self._clock()
         step = self.plan[state.step]
         loss = self.compute(step)
-        rate, tokens = learning_rate(state.step, len(self.plan), self.settings), step_tokens(step)
+        rate, tokens = self._schedule.rate(state.step), step_tokens(step)
         if not math.isfinite(loss):
             raise self._not_finite(f"the loss became {loss}", state.step + 1)
         norm = update(self.model, self._optimizer, rate, self.settings.clip)
         if not math.isfinite(norm):
             raise self._not_finite(f"the gradient's norm became {norm}", state.step + 1)
         state.step += 1
-        if state.step in self._validated_at:
+        validates = self._validate is not None and self._schedule.validates(state.step)
+        if validates:
             self._validate_now()
-        seconds = time.perf_counter() - began
+        seconds = self._clock() - began
         state.seconds += seconds
         state.curve.append(
             {"step": state.step, "loss": loss, "learning_rate": rate, "tokens": tokens, "seconds": seconds}
         )
-        if state.step in self._validated_at:
+        if validates:
             self._warn_of_overfitting()
+        if (decided := self._schedule.decide(state)) is not None:
+            self.progress.say(decided)
         task.note(self._note(state.curve[-1], step))
-        task.advance(tokens)
-        if self.finished or time.perf_counter() - self._saved > self.settings.checkpoint_seconds:
+        if self.finished or self._clock() - self._saved > self.settings.checkpoint_seconds:
             self._save()
-            self._saved = time.perf_counter()
+            self._saved = self._clock()
 
     def _not_finite(self, what: str, step: int) -> TunesmithError:
         message = f"{what} at step {step} of {len(self.plan)}"
@@ -130,19 +143,17 @@ class Trainer:
         return f"loss {point['loss']:.3f}, {gigabytes:.1f} GB, {tokens / seconds:.0f} tokens/s, {share:.0%} of peak"
 
     def _validate_now(self) -> None:
-        """Validate; keep a copy of the best weights if they are wanted; stop early where patience is exhausted."""
-        state, patience = self.state, self.settings.patience
+        """Validate, and keep a copy of the best weights if they are wanted."""
+        state = self.state
         assert self._validate is not None
-        loss = self._validate()
-        if not math.isfinite(loss):
-            raise self._not_finite(f"the validation loss became {loss}", state.step)
-        state.validation.append({"step": state.step, "loss": loss})
-        best = state.best
-        if best == len(state.validation) - 1 and self.settings.keep == "best":
+        found = self._validate()
+        if not math.isfinite(found["loss"]):
+            raise self._not_finite(f"the validation loss became {found['loss']}", state.step)
+        state.validation.append({"step": state.step, **found})
+        if "score" in found:
+            self.progress.say(f"step {state.step}: validation score {found['score']:.1%}, loss {found['loss']:.4f}")
+        if state.best == len(state.validation) - 1 and self.settings.keep == "best":
             self._best = [parameter.detach().clone() for parameter in self._parameters]
-        elif best is not None and patience is not None and len(state.validation) - 1 - best >= patience:
-            state.ended = f"no lower validation loss in {patience} validations"
-            self.progress.say(f"stopping at step {state.step}: {state.ended}")
 
     def _warn_of_overfitting(self) -> None:
         """Say that overfitting begins, at the first validation after the lowest that shows it."""

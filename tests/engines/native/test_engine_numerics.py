@@ -24,8 +24,8 @@ from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.settings import TARGETS
 from tunesmith.models.rendering import LossOn, Rendered, Renderer
 from tunesmith.training.batch_plan import plan
+from tunesmith.training.schedule import learning_rate
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.steps import learning_rate
 
 ROWS = [
     row("turn on the kitchen light", '{"intent":"on"}'),

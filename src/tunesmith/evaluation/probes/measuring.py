@@ -53,17 +53,14 @@ def best_epoch(training: Mapping[str, Any]) -> dict[str, float] | None:
     kept: the epoch whose weights were kept, where the training states it.
     """
     curve = training.get("validation", [])
-    steps, epochs = training.get("steps"), training.get("settings", {}).get("epochs")
+    steps, epochs = training.get("steps"), training.get("epochs")
     if not steps or not epochs or len(curve) < 2 or not all(math.isfinite(point["loss"]) for point in curve):
         return None
     best = min(curve, key=lambda point: point["loss"])
-    # Early stopping ends a run before its planned steps, so the planned steps are computed from the rows per step.
-    a_step = training["examples_per_second"] * training["seconds"] / steps
-    planned = round(training["rows"] * epochs / a_step)
-    kept = {"kept": round(training["kept"] / planned * epochs, 2)} if "kept" in training else {}
+    kept = {"kept": round(training["kept"] / steps * epochs, 2)} if "kept" in training else {}
     return {
-        "epoch": round(best["step"] / planned * epochs, 2),
-        "of": round(steps / planned * epochs, 2),
+        "epoch": round(best["step"] / steps * epochs, 2),
+        "of": round(epochs, 2),
         "loss": float(best["loss"]),
         "last": float(curve[-1]["loss"]),
         **kept,

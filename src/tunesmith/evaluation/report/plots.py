@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from markupsafe import Markup
@@ -124,14 +125,51 @@ def loss_chart(
     if held_out:
         label += f"; held-out validation from {held_out[0][1]:.3g} to {held_out[-1][1]:.3g}"
     if kept is not None and 0 < kept <= last:
-        foot += _kept_mark(kept, last)
+        foot += _kept_mark(kept, 100 * kept / last)
         label += f"; the weights of step {kept} were kept"
     return drawn(_CHART_HEIGHT + 24, "chart", label, [*grid, inner, *dots, *foot])
 
 
-def _kept_mark(kept: int, last: float) -> list[Markup]:
-    x = f"{100 * kept / last:.2f}%"
-    side, shift = ("end", -6) if kept > last / 2 else ("start", 6)
+def score_chart(
+    curve: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], kept: int | None = None
+) -> Markup:
+    """The score of generated answers to validation rows, from 0 to 100%, by seconds of training; empty where answers
+    were not scored. kept: the step whose weights were kept, marked where it is known."""
+    seconds = [0.0, *accumulate(float(point["seconds"]) for point in curve)]
+    scored = [each for each in validation if "score" in each and each["step"] < len(seconds)]
+    places = [(seconds[int(each["step"])], float(each["score"])) for each in scored]
+    if len(places) < 2:
+        return Markup("")
+    last = seconds[-1]
+    grid = []
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        grid.append(across(_CHART_HEIGHT * (1 - tick)))
+        grid.append(text("0", _CHART_HEIGHT * (1 - tick) - 4, f"{tick:.0%}"))
+    line = "M" + " L".join(f"{1000 * at / last:.1f} {_CHART_HEIGHT * (1 - score):.1f}" for at, score in places)
+    inner = Markup(
+        '<svg width="100%" height="{0}" viewBox="0 0 1000 {0}" preserveAspectRatio="none">'
+        '<path class="held-out" d="{1}"/></svg>'
+    ).format(_CHART_HEIGHT, line)
+    dots = [
+        Markup('<circle class="held-out" cx="{:.2f}%" cy="{:.1f}" r="4"/>').format(
+            100 * at / last, _CHART_HEIGHT * (1 - score)
+        )
+        for at, score in places
+    ]
+    foot = [
+        text("0", _CHART_HEIGHT + 18, "0 min"),
+        text("100%", _CHART_HEIGHT + 18, f"{last / 60:.1f} min", anchor="end"),
+    ]
+    label = f"Validation score by minutes of training, from {places[0][1]:.1%} to {places[-1][1]:.1%}"
+    if kept is not None and 0 < kept < len(seconds):
+        foot += _kept_mark(kept, 100 * seconds[kept] / last)
+    return drawn(_CHART_HEIGHT + 24, "chart", label, [*grid, inner, *dots, *foot])
+
+
+def _kept_mark(kept: int, place: float) -> list[Markup]:
+    """A line at a place, in percent, that names the step whose weights were kept."""
+    x = f"{place:.2f}%"
+    side, shift = ("end", -6) if place > 50 else ("start", 6)
     label = text(x, 12, f"kept: step {kept:,}", anchor=side, style="named", shift=shift)
     return [_line(x, 0, _CHART_HEIGHT, "bound"), label]
 

@@ -1,0 +1,195 @@
+"""When the learning rate rises and falls, when a training validates, and when it ends.
+
+`Planned` knows the number of steps from the start. `Annealed` keeps the rate constant until it decides that the rate
+should fall: the steps or the time run out, or validation no longer improves. The schedule is warm-up, stable, decay
+(Hu et al. 2024, "MiniCPM", section 4; Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed
+Training Durations"), with a linear fall to zero. A decision that depends on a clock is written to disk before it acts,
+so that a training that is killed and resumed takes the same steps, and a finished one can be repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tunesmith.core.files import write_atomic
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.state import TrainerState
+
+_OVERRUN = 0.05  # a fall that the budget no longer holds is shortened to this share of the budget
+
+
+class Decay(BaseModel):
+    """The learning rate falls from step `start` to zero at step `stop`, where the training ends."""
+
+    model_config = ConfigDict(frozen=True)
+
+    start: int = Field(ge=0)
+    stop: int = Field(ge=1)
+    reason: str
+
+
+class Decisions(BaseModel):
+    """What a training decided while it ran, in steps.
+
+    warmup: steps in which the rate rises. validate_every: steps from one validation to the next. scored_rows:
+    validation rows that are answered and scored each time; 0: validation goes by the loss. seconds: what measuring
+    before the first step took. decays: each replaces the one before it from its start on.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    warmup: int = Field(ge=0)
+    validate_every: int = Field(ge=1)
+    scored_rows: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    decays: tuple[Decay, ...] = ()
+
+
+class Schedule(Protocol):
+    """What the trainer asks before and after each step. Steps count from 0."""
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        ...
+
+    def validates(self, step: int) -> bool:
+        """Whether to validate after so many steps."""
+        ...
+
+    def decide(self, state: TrainerState) -> str | None:
+        """Decide after a step and its validation what follows; returns what to tell the user. Sets state.ended where
+        the training ends."""
+        ...
+
+
+class Planned:
+    """A schedule whose number of steps is known: warm-up, then cosine, linear or constant."""
+
+    def __init__(self, steps: int, settings: TrainSettings) -> None:
+        self._steps, self._settings = steps, settings
+        times = settings.validations
+        self._validated = {math.ceil(steps * turn / times) for turn in range(1, times + 1)}
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate(step, self._steps, self._settings)
+
+    def validates(self, step: int) -> bool:
+        """Whether to validate after so many steps."""
+        return step in self._validated
+
+    def decide(self, state: TrainerState) -> str | None:
+        """End the training where patience is exhausted."""
+        if not self.validates(state.step) or (reason := state.exhausted(self._settings.patience)) is None:
+            return None
+        state.ended = reason
+        return f"stopping at step {state.step}: {reason}"
+
+
+class Annealed:
+    """A schedule that decides while the training runs when the learning rate begins to fall."""
+
+    def __init__(
+        self, steps: int, settings: TrainSettings, decisions: Decisions, kept: Path, *, budget: float | None
+    ) -> None:
+        """steps: the most there are. kept: file that the decisions are kept in. budget: seconds; None: no clock is
+        read, and decisions that were made before are followed."""
+        self._steps, self._settings, self._budget, self._kept = steps, settings, budget, kept
+        self.decisions = decisions
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self._settings.learning_rate * self._share(step, len(self.decisions.decays))
+
+    def _share(self, step: int, decays: int) -> float:
+        """The rate of a step as a share of the highest, by the first so many decays."""
+        if not decays:
+            return min(1.0, (step + 1) / max(1, self.decisions.warmup))
+        last = self.decisions.decays[decays - 1]
+        if step < last.start:
+            return self._share(step, decays - 1)
+        return self._share(last.start, decays - 1) * (last.stop - step) / (last.stop - last.start)
+
+    def validates(self, step: int) -> bool:
+        """Whether to validate after so many steps."""
+        return step % self.decisions.validate_every == 0 or step == self._stop
+
+    @property
+    def _stop(self) -> int:
+        return self.decisions.decays[-1].stop if self.decisions.decays else self._steps
+
+    def decide(self, state: TrainerState) -> str | None:
+        """Let the rate fall where it is time for that; end the training where it has fallen."""
+        step, last = state.step, self.decisions.decays[-1] if self.decisions.decays else None
+        if last is not None and step >= last.stop:
+            state.ended = last.reason
+            return None
+        if last is not None and step < last.start:
+            return None  # resumed, and decided before: the clock of this run counts for nothing until then
+        if last is None:
+            reason = self._due(state)
+            return None if reason is None else self._fall(step, step + self._falling_steps(step), reason)
+        left = self._affordable(state)
+        if left is None or 2 * left >= last.stop - step:
+            return None
+        return self._fall(step, step + left, f"{last.reason}; the fall was shortened, since steps became slower")
+
+    def _falling_steps(self, step: int) -> int:
+        share = self._settings.decay
+        return max(1, round(step * share / (1 - share)))
+
+    def _due(self, state: TrainerState) -> str | None:
+        """Why the rate should begin to fall; None while it should not."""
+        if state.step + self._falling_steps(state.step) >= self._steps:
+            return "all epochs are done"
+        if self._budget is not None and self._spent(state) >= (1 - self._settings.decay) * self._budget:
+            return "the budget is used"
+        return state.exhausted(self._settings.patience) if self.validates(state.step) else None
+
+    def _spent(self, state: TrainerState) -> float:
+        return state.seconds + self.decisions.seconds
+
+    def _affordable(self, state: TrainerState) -> int | None:
+        """Steps left once the budget is overrun; None before that."""
+        if self._budget is None or self._spent(state) <= self._budget:
+            return None
+        return max(1, math.floor(_OVERRUN * self._budget * state.step / max(state.seconds, 1e-9)))
+
+    def _fall(self, start: int, stop: int, reason: str) -> str:
+        """Write the decision down, then act by it."""
+        decay = Decay(start=start, stop=min(stop, self._steps), reason=reason)
+        self.decisions = self.decisions.model_copy(update={"decays": (*self.decisions.decays, decay)})
+        keep_decisions(self._kept, self.decisions)
+        return f"the learning rate falls from step {decay.start} to the end at step {decay.stop}: {reason}"
+
+
+def keep_decisions(path: Path, decisions: Decisions) -> None:
+    """Write decisions so that they survive a crash."""
+    write_atomic(path, decisions.model_dump_json().encode())
+
+
+def read_decisions(path: Path) -> Decisions | None:
+    """The decisions that were kept; None where there are none. Raises ValueError for a damaged file."""
+    return Decisions.model_validate_json(path.read_bytes()) if path.is_file() else None
+
+
+def recorded_decisions(training: Mapping[str, Any]) -> Decisions | None:
+    """The decisions in the body of a training's record; None where its schedule took none."""
+    stated = training.get("decisions")
+    return None if stated is None else Decisions.model_validate(stated)
+
+
+def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
+    """The learning rate of a step (from 0) of so many: a linear warm-up, then the schedule down towards zero."""
+    warm = math.ceil(settings.warmup * steps)
+    if step < warm:
+        return settings.learning_rate * (step + 1) / warm
+    done = (step - warm) / max(1, steps - warm)
+    if settings.schedule == "cosine":
+        return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return settings.learning_rate * (1 - done if settings.schedule == "linear" else 1.0)

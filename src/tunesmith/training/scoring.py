@@ -1,0 +1,142 @@
+"""Validation while a training runs: the loss of validation rows, and the score of generated answers to them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import Refused
+from tunesmith.core.progress import Progress
+from tunesmith.engines.batch import Batch
+from tunesmith.engines.training_protocol import Objective, TrainableModel
+from tunesmith.training.batch_plan import TrainingPlan
+from tunesmith.training.schedule import Decisions, keep_decisions, read_decisions
+from tunesmith.training.settings import LEAST_SCORED, TrainSettings
+from tunesmith.training.spec import Estimate
+from tunesmith.training.steps import validation_loss
+
+_TIMED = 32  # rows whose answers are timed before the first step
+_ONE_SHARE = 0.025  # of the budget, for the answers of one validation
+_ALL_SHARE = 0.15  # of the budget, for all validations
+_MOST_WARMUP = 100  # steps, since most trainings end long before their budget's most steps
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """Scores generated answers to validation rows.
+
+    metric: the score's name. rows: how many there are. mean: the mean score of a model's answers to the first so many
+    rows, from 0 to 1; None asks the untrained base. Raises TunesmithError where answers cannot be scored.
+    """
+
+    metric: str
+    rows: int
+    mean: Callable[[TrainableModel | None, int], float]
+
+
+class Validation:
+    """Validates the model that is being trained."""
+
+    def __init__(
+        self, model: TrainableModel, objective: Objective, batches: Sequence[Batch], score: AnswerScore | None
+    ) -> None:
+        """The answers to `rows` rows are scored, at first all; 0: validation goes by the loss alone."""
+        self._model, self._objective, self._batches, self.score = model, objective, batches, score
+        self.rows = 0 if score is None else score.rows
+
+    def measure(self) -> Mapping[str, float]:
+        """The validation loss, and the score where answers are scored."""
+        found = {"loss": validation_loss(self._model, self._objective, self._batches)}
+        if self.score is not None and self.rows:
+            found["score"] = self.score.mean(self._model, self.rows)
+        return found
+
+    def described(self) -> dict[str, Any] | None:
+        """The metric and the number of rows of the score, for the record; None where there is no score."""
+        return {"metric": self.score.metric, "rows": self.rows} if self.score is not None and self.rows else None
+
+    def seconds(self) -> tuple[float, float]:
+        """Measured seconds of a validation loss, and of a row's answer by the untrained base."""
+        began = time.perf_counter()
+        if self._batches:
+            validation_loss(self._model, self._objective, self._batches)
+        between = time.perf_counter()
+        if self.score is None:
+            return between - began, 0.0
+        timed = min(_TIMED, self.score.rows)
+        self.score.mean(None, timed)
+        return between - began, (time.perf_counter() - between) / timed
+
+
+def decide_beforehand(
+    settings: TrainSettings,
+    plan: TrainingPlan,
+    expected: Estimate,
+    validation: Validation,
+    kept: Path,
+    progress: Progress,
+) -> Decisions:
+    """What is decided before the first step; what an earlier run of this training decided is taken from `kept`.
+
+    Raises Refused for a budget that holds no step and validation.
+    """
+    try:
+        before = read_decisions(kept)
+    except ValueError as error:
+        raise Refused(
+            "what this training decided before it was stopped cannot be read",
+            where=str(kept),
+            fix="train again from the start: tunesmith train NAME --restart",
+        ) from error
+    if before is not None:
+        return before
+    if settings.budget is None:
+        every, steps = max(1, math.ceil(len(plan) / settings.validations)), len(plan)
+        made = Decisions(
+            warmup=math.ceil(settings.warmup * steps), validate_every=every, scored_rows=validation.rows, seconds=0.0
+        )
+    else:
+        made = _within(settings.budget, settings, plan, expected, validation, progress)
+    keep_decisions(kept, made)
+    return made
+
+
+def _within(
+    budget: float,
+    settings: TrainSettings,
+    plan: TrainingPlan,
+    expected: Estimate,
+    validation: Validation,
+    progress: Progress,
+) -> Decisions:
+    began = time.perf_counter()
+    loss, answer = validation.seconds()
+    measured = time.perf_counter() - began
+    if (least := measured + 4 * expected.step_seconds + loss) > budget:
+        raise Refused(
+            f"the budget of {budget:.0f} s is too short: measuring, four steps and one validation take {least:.0f} s",
+            where="train.budget",
+            fix=f"set budget to {math.ceil(10 * least)}s or more, or lower validation_rows",
+        )
+    rows = 0
+    if validation.score is not None:
+        rows = min(validation.score.rows, int(_ONE_SHARE * budget / max(answer, 1e-9)))
+        if rows < LEAST_SCORED:
+            progress.say(
+                f"validating by the loss: within this budget {rows} answers of {answer:.2g} s could be scored each "
+                f"time, and fewer than {LEAST_SCORED} say too little"
+            )
+            rows = 0
+    each = loss + rows * answer
+    apart = max(budget / settings.validations, each / _ALL_SHARE)
+    steps = min(len(plan), budget / max(expected.step_seconds, 1e-9))
+    return Decisions(
+        warmup=min(_MOST_WARMUP, math.ceil(settings.warmup * steps)),
+        validate_every=max(1, min(len(plan), round(apart / max(expected.step_seconds, 1e-9)))),
+        scored_rows=rows,
+        seconds=measured,
+    )

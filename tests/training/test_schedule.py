@@ -1,0 +1,292 @@
+"""Trainings with a budget: the rate's course, what is decided when, and the same bytes again by the same decisions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tests.tiny import write_model
+from tests.training.test_resume import ROWS, Said
+from tunesmith.core.digests import digest_file
+from tunesmith.core.errors import Refused
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.engines.training_protocol import TrainableModel
+from tunesmith.models.base import resolve_base
+from tunesmith.store.store import Store
+from tunesmith.training.schedule import Annealed, Decay, Decisions, keep_decisions, read_decisions
+from tunesmith.training.scoring import AnswerScore
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.spec import TrainingResult, TrainingSpec
+from tunesmith.training.state import TrainerState
+from tunesmith.training.train import make_spec, run_training
+
+SETTINGS = TrainSettings(rank=4, batch=4, budget="100s", learning_rate=0.01, checkpoint_seconds=1e-9)  # type: ignore[arg-type]
+BEFORE = Decisions(warmup=2, validate_every=5, scored_rows=0, seconds=0.0)
+
+
+def ticking(seconds: float) -> Callable[[], float]:
+    """A clock that goes on by so much each time it is read."""
+    ticks = itertools.count()
+    return lambda: next(ticks) * seconds
+
+
+def spec(folder: Path, settings: TrainSettings = SETTINGS, work: str = "work", **more: Any) -> TrainingSpec:
+    if not (folder / "model").exists():
+        write_model(folder / "model")
+    base = resolve_base(Store(folder / "store"), str(folder / "model"), folder)
+    return make_spec(
+        base=base, dataset="", rows=ROWS, validation=ROWS[:3], settings=settings, work=folder / work, **more
+    )
+
+
+def train(
+    made: TrainingSpec,
+    clock: Callable[[], float],
+    *,
+    before: Decisions | None = BEFORE,
+    score: AnswerScore | None = None,
+    progress: Progress = SILENT,
+) -> TrainingResult:
+    kept = made.work / "decisions.json"
+    if before is not None and not kept.exists():
+        keep_decisions(kept, before)
+    return run_training(made, progress, score=score, clock=clock)
+
+
+def weights(result: TrainingResult) -> str:
+    return digest_file(result.folder / "adapter_model.safetensors")
+
+
+def test_rate_falls_when_the_budget_ends(tmp_path: Path) -> None:
+    # The clock is read four times a step: when it begins, when it ends, and for the checkpoint. A step takes 1 s.
+    done = train(spec(tmp_path), ticking(1.0))
+    assert done.decisions is not None
+    (decay,) = done.decisions.decays
+    assert (decay.start, decay.stop, decay.reason) == (75, 100, "the budget is used")
+    rates = [each["learning_rate"] for each in done.state.curve]
+    assert rates[:2] == [0.005, 0.01]
+    assert set(rates[1:76]) == {0.01}
+    assert rates[75:] == pytest.approx([0.01 * left / 25 for left in range(25, 0, -1)])
+    assert done.state.step == 100
+    assert done.state.ended == "the budget is used"
+    assert [each["step"] for each in done.state.validation] == list(range(5, 101, 5))
+    assert done.epochs == pytest.approx(100 / 15)
+
+
+class Stopped(Exception):
+    """What stops a training in the middle."""
+
+
+def stopping(clock: Callable[[], float], reads: int) -> Callable[[], float]:
+    left = iter(range(reads))
+
+    def read() -> float:
+        if next(left, None) is None:
+            raise Stopped
+        return clock()
+
+    return read
+
+
+@pytest.mark.parametrize("stops", [(40,), (299,), (301, 10), (370,), (100, 60, 40)])
+def test_resumed_by_the_same_decisions_it_ends_in_the_same_bytes(tmp_path: Path, stops: tuple[int, ...]) -> None:
+    """A training is stopped, its machine becomes slower and faster, and its record repeats it without a clock."""
+    made = spec(tmp_path)
+    for number, reads in enumerate(stops):
+        with pytest.raises(Stopped):
+            train(made, stopping(ticking((1.0, 3.0, 0.2)[number]), reads))
+    done = train(made, ticking(0.7))
+    repeated = train(spec(tmp_path, work="again", decisions=done.decisions), ticking(1e9), before=None)
+    assert weights(repeated) == weights(done)
+    assert repeated.decisions == done.decisions
+    assert repeated.state.step == done.state.step
+
+
+def test_decision_made_before_a_kill_stands_when_the_machine_is_faster(tmp_path: Path) -> None:
+    made = spec(tmp_path)
+    with pytest.raises(Stopped):
+        train(made, stopping(ticking(1.0), 4 * 75 + 20))
+    decided = read_decisions(made.work / "decisions.json")
+    assert decided is not None
+    assert [each.start for each in decided.decays] == [75]
+    done = train(made, ticking(0.001))
+    assert done.decisions == decided
+    assert done.state.step == 100
+
+
+def test_fall_is_shortened_when_the_machine_becomes_slow(tmp_path: Path) -> None:
+    made = spec(tmp_path)
+    with pytest.raises(Stopped):
+        train(made, stopping(ticking(1.0), 4 * 80))
+    done = train(made, ticking(20.0))
+    assert done.decisions is not None
+    first, second, *_ = done.decisions.decays
+    assert second.start < second.stop < first.stop == 100
+    assert done.state.step == done.decisions.decays[-1].stop
+    rates = [each["learning_rate"] for each in done.state.curve]
+    assert rates[-1] < rates[second.start] < rates[first.start]
+
+
+def _scores(values: Iterator[float]) -> AnswerScore:
+    return AnswerScore("exact_match", 40, lambda model, rows: next(values))
+
+
+def test_rate_falls_when_the_score_rises_no_more(tmp_path: Path) -> None:
+    values = itertools.chain([0.1, 0.5, 0.7, 0.6, 0.7, 0.65, 0.7], itertools.repeat(0.9))
+    said = Said()
+    before = BEFORE.model_copy(update={"scored_rows": 40})
+    done = train(spec(tmp_path), ticking(0.1), before=before, score=_scores(values), progress=said)
+    assert done.decisions is not None
+    # Equal scores are ranked by the loss, which falls here: 0.7 at step 25 is better than 0.7 at step 15.
+    (decay,) = done.decisions.decays
+    assert decay.reason == "no higher score in 4 validations"
+    best = [each["score"] for each in done.state.validation].index(0.9)
+    assert done.state.best is not None
+    assert done.state.best >= best
+    assert any("validation score 70.0%" in line for line in said.lines)
+    assert done.score == {"metric": "exact_match", "rows": 40}
+
+
+def test_flat_score_goes_by_the_loss(tmp_path: Path) -> None:
+    """A metric that is 0 or 100% from the start decides nothing: among equal scores the loss does."""
+    before = BEFORE.model_copy(update={"scored_rows": 40})
+    for flat in (0.0, 1.0):
+        score = _scores(itertools.repeat(flat))
+        done = train(spec(tmp_path, work=f"work-{flat}"), ticking(1.0), before=before, score=score)
+        losses = [each["loss"] for each in done.state.validation]
+        assert done.state.best == losses.index(min(losses))
+
+
+def test_all_epochs_end_a_budget_that_is_longer(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"budget": 1e6, "patience": None, "epochs": 4})
+    done = train(spec(tmp_path, settings), ticking(1.0))
+    assert done.state.step == 60
+    assert done.state.ended == "all epochs are done"
+
+
+def test_epochs_with_wsd_read_no_clock(tmp_path: Path) -> None:
+    settings = TrainSettings(rank=4, batch=4, epochs=4, schedule="wsd", learning_rate=0.01)
+    one, other = (
+        train(spec(tmp_path, settings, work=name), ticking(speed), before=None)
+        for name, speed in (("one", 1.0), ("other", 1e6))
+    )
+    assert weights(one) == weights(other)
+    assert one.state.step == 60
+    assert one.decisions is not None
+    assert [(each.start, each.stop) for each in one.decisions.decays] == [(45, 60)]
+    assert len(one.state.validation) == 4
+
+
+def test_budget_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"budget": 1e-3})
+    with pytest.raises(Refused, match="too short: measuring, four steps and one validation take") as refused:
+        train(spec(tmp_path, settings), ticking(1.0), before=None)
+    assert refused.value.where == "train.budget"
+    assert "set budget to" in str(refused.value.fix)
+
+
+def test_slow_answers_leave_validation_to_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of scored rows is what fits the budget, and is kept for a resumed run."""
+    made, said = spec(tmp_path, SETTINGS.model_copy(update={"budget": 20.0})), Said()
+    monkeypatch.setattr("tunesmith.training.scoring.Validation.seconds", lambda _: (0.001, 0.1))
+    done = train(made, ticking(0.2), before=None, score=_scores(itertools.repeat(0.5)), progress=said)
+    assert any("validating by the loss: within this budget 5 answers" in line for line in said.lines)
+    assert done.score is None
+    assert all("score" not in each for each in done.state.validation)
+
+
+def test_measuring_asks_the_untrained_base(tmp_path: Path) -> None:
+    asked: list[tuple[bool, int]] = []
+
+    def mean(model: TrainableModel | None, rows: int) -> float:
+        asked.append((model is not None, rows))
+        return 0.5
+
+    done = train(spec(tmp_path), ticking(1.0), before=None, score=AnswerScore("exact_match", 40, mean))
+    assert asked[0] == (False, 32)
+    assert asked[1:]
+    assert set(asked[1:]) == {(True, 40)}
+    assert done.decisions is not None
+    assert done.decisions.scored_rows == 40
+
+
+def test_damaged_decisions_are_refused(tmp_path: Path) -> None:
+    made = spec(tmp_path)
+    (made.work / "decisions.json").write_text("{")
+    with pytest.raises(Refused, match="cannot be read") as refused:
+        train(made, ticking(1.0))
+    assert "--restart" in str(refused.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"budget": "20x"}, "write a duration such as 20m"),
+        ({"budget": "20 minutes"}, "write a duration such as 20m"),
+        ({"budget": "0s"}, "greater than 0"),
+        ({"budget": "-5m"}, "write a duration such as 20m"),
+        ({"budget": math.nan}, "finite number|greater than 0"),
+        ({"budget": "5m", "epochs": 2}, "set either budget or epochs"),
+        ({"budget": "5m", "schedule": "cosine"}, "a budget needs schedule: wsd"),
+    ],
+)
+def test_wrong_budgets_are_named(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said) as refused:
+        TrainSettings(**given)
+    assert refused.value.error_count() == 1
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("1.5h", 5400), (7, 7)])
+def test_durations(text: Any, seconds: float) -> None:
+    settings = TrainSettings(budget=text)
+    assert settings.budget == seconds
+    assert TrainSettings(**settings.model_dump()) == settings
+
+
+@given(
+    st.lists(st.floats(0, 3), min_size=1, max_size=200),
+    st.lists(st.sampled_from([0.0, 0.2, 0.5]), min_size=1, max_size=200),
+    st.integers(1, 9),
+    st.floats(0.05, 0.9),
+)
+def test_any_course_ends_annealed(speeds: list[float], scores: list[float], every: int, share: float) -> None:
+    """Whatever the clock and the scores do: it ends, the rate never rises after it fell, and the last is near zero."""
+    settings = TrainSettings(budget=20.0, decay=share, learning_rate=0.01)
+    kept = Path("/nowhere")
+    schedule = Annealed(500, settings, BEFORE.model_copy(update={"validate_every": every}), kept, budget=20.0)
+    schedule._fall = _in_memory(schedule)  # type: ignore[method-assign]
+    state, rates = TrainerState(), []
+    while state.ended is None:
+        assert state.step < 500
+        rates.append(schedule.rate(state.step))
+        state.step += 1
+        state.seconds += speeds[state.step % len(speeds)] + 0.01
+        if schedule.validates(state.step):
+            score = scores[len(state.validation) % len(scores)]
+            state.validation.append({"step": state.step, "loss": 1.0, "score": score})
+        schedule.decide(state)
+    start = schedule.decisions.decays[0].start
+    assert all(later <= before for before, later in itertools.pairwise(rates[start:]))
+    assert all(rate > 0 for rate in rates)
+    assert (
+        rates[-1]
+        <= max(rates) / max(1, schedule.decisions.decays[-1].stop - schedule.decisions.decays[-1].start) + 1e-12
+    )
+    assert state.validation[-1]["step"] == state.step, "the last weights are validated"
+
+
+def _in_memory(schedule: Annealed) -> Callable[[int, int, str], str]:
+    def fall(start: int, stop: int, reason: str) -> str:
+        decay = Decay(start=start, stop=min(stop, 500), reason=reason)
+        schedule.decisions = schedule.decisions.model_copy(update={"decays": (*schedule.decisions.decays, decay)})
+        return reason
+
+    return fall
