@@ -36,6 +36,10 @@ def test_a_project_made_from_rows_runs(tmp_path: Path) -> None:
     project = Project.load(tmp_path / "p")
     assert project.settings.name == "p"
     assert project.settings.data.split.group_by == "template"
+    tuned = project.settings.candidates["tuned"]
+    assert tuned.constrain, "answers cannot have keys or labels that no row has"
+    assert tuned.train is not None
+    assert tuned.train.budget == 900
     document = project.run().document()
     assert document["gate"]["verdict"] in ("fail", "inconclusive"), "random weights do not pass"
     assert document["data"]["rows"]["kept"] > 100

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
+from llguidance import LLMatcher
 from pydantic import Field
 
 from tunesmith.core.errors import UsageError
@@ -29,10 +30,9 @@ from tunesmith.data.sources.row_readers import Row
 from tunesmith.project import FILE, STORE, Project
 
 _FEWEST = 20
-_TEST_ROWS, _VALIDATION_ROWS = 300, 100
+_TEST_ROWS, _VALIDATION_ROWS = 300, 200
 _GROUP_KEYS = ("template", "group", "conversation_id")
-# A first run should end within minutes on a laptop; the project file says how to train on all rows.
-_FIRST_ROWS = 3000
+_BUDGET = "15m"  # a first run should end within half an hour on a laptop
 _ENUM_VALUES = 60
 # An object with more keys than this is a table of values, not a record with fields.
 _MOST_KEYS = 200
@@ -154,11 +154,11 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
     }
     if looked.group_by:
         split["group_by"] = looked.group_by
-    train: dict[str, Any] = {"method": "lora", "rank": 16, "epochs": 1}
-    if looked.rows > _FIRST_ROWS:
-        train["rows"] = _FIRST_ROWS
+    train: dict[str, Any] = {"method": "lora", "rank": 16, "budget": _BUDGET}
     # Two characters a token is more than any tokenizer needs for this kind of text.
-    answer = {"max_tokens": max(16, -(-(looked.longest_answer // 2 + 8) // 16) * 16)}
+    answer: dict[str, Any] = {"max_tokens": max(16, -(-(looked.longest_answer // 2 + 8) // 16) * 16)}
+    if looked.schema is not None and _constrainable(looked.schema):
+        answer["constrain"] = True
     scorers = ["json_valid", "exact_match", "field_f1"] if is_json else ["exact_match"]
     gates: dict[str, Any] = {"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.02}}
     if is_json:
@@ -184,6 +184,11 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
             "steps": [{"setWeight": 10}, analysis, {"setWeight": 50}, dict(analysis), {"setWeight": 100}]
         }
     return settings, files
+
+
+def _constrainable(schema: Mapping[str, Any]) -> bool:
+    """Whether decoding can be held to a schema."""
+    return not LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(dict(schema)))
 
 
 def _long_prompt(schema: Mapping[str, Any] | None) -> str:
