@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tunesmith.api import Project
 
 __all__ = ["Project"]
+
+# How often an OpenMP thread looks for work before it sleeps; libgomp reads it when torch is imported. Its own default is
+# milliseconds of looking: where other processes want the cores, threads that look keep those that compute from running.
+if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
 def __getattr__(name: str) -> Any:
