@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Project"]
 
-# How often an OpenMP thread looks for work before it sleeps; libgomp reads it when torch is imported. Its own default is
-# milliseconds of looking: where other processes want the cores, threads that look keep those that compute from running.
+# How often an OpenMP thread looks for work before it sleeps; libgomp reads it when torch is imported. By default a
+# thread looks for milliseconds, and where other processes want the cores too, it keeps others from computing.
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
