@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 
+import regex
+from confusable_homoglyphs.confusables import confusables_data
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -48,3 +50,29 @@ def test_a_match_maps_back_to_the_hidden_spelling() -> None:
     folded, offsets = fold_with_offsets(text)
     start = folded.index("ann@example.org")
     assert text[offsets[start] : offsets[start + 15]] == "a\u00adn\u200bn＠ｅxаmple\u0301.org\u200b"
+
+
+def test_how_many_look_alikes_of_latin_letters_are_folded() -> None:
+    """The numbers in docs/how-to/data-steward.md."""
+    passed = []
+    pairs = 0
+    for letter, others in confusables_data.items():
+        plain = letter.replace("\u200e", "")
+        alike = {other["c"].replace("\u200e", "") for other in others}
+        latin = [one for one in alike if len(one) == 1 and one.isascii() and one.isalpha()]
+        if len(plain) == 1 and not plain.isascii() and latin:
+            pairs += 1
+            passed += [plain] if fold(plain) != fold(latin[0]) else []
+    assert (pairs, len(passed)) == (1260, 229)
+    assert sum(bool(regex.match(r"[\p{Arabic}\p{Hebrew}]", one)) for one in passed if not one.isnumeric()) == 29
+    assert sum(bool(regex.match(r"\p{N}", one)) for one in passed) == 44
+
+
+def test_languages_keep_their_words() -> None:
+    kept = ["เสือ เสื้อ", "कि की", "كَتَبَ كُتُب", "סֵפֶר סַפָּר", "불 뿔", "かき がき", "ー 一"]
+    for left, right in map(str.split, kept):
+        assert fold(left) != fold(right)
+        assert fold(unicodedata.normalize("NFD", left)) == fold(left) == visible(left)
+    alike = ["má mà", "sınır sinir", "İstanbul istanbul", "Straße STRASSE", "đường duong", "łódź Lodz", "pêché peche"]
+    for left, right in map(str.split, alike):
+        assert fold(left) == fold(right)
