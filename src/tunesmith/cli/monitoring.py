@@ -45,7 +45,8 @@ def monitor(
 ) -> None:
     """Compare served requests with the test split. Exit code 3: they drifted; 4: too few requests to say.
 
-    Also lists the retrains that recalls left pending (`recall --pending`); they do not change the exit code.
+    Also lists champions that may not serve, and the retrains that recalls left pending (`recall --pending`). These do
+    not change the exit code.
     """
     from tunesmith.services import monitoring
 
@@ -53,6 +54,8 @@ def monitor(
 
     def draw(console: Console, result: monitoring.Monitored) -> None:
         _draw_report(console, label, result)
+        for champion in result.refused_champions:
+            console.print(champion.warning, markup=False, style="bold red")
         _draw_pending(console, result.pending_retrains)
 
     here.emit(found, draw)

@@ -69,32 +69,45 @@ def resume(here: Acting, which: Which) -> None:
 
 
 def promote(here: Acting, which: Which, override: Override = None) -> None:
-    """Give the canary all traffic now, without the remaining steps. Only --override skips an analysis."""
+    """Give the canary all traffic now, without the remaining steps. Only --override skips an analysis or approval."""
     from tunesmith.services import rollouts
 
     here.emit(rollouts.promote(here.store, which, actor=here.actor, override=override), _draw)
 
 
 def abort(here: Acting, which: Which, reason: Reason = "aborted by hand") -> None:
-    """Give all traffic back to the champion and end the rollout."""
+    """Give all traffic back to the champion and end the rollout. Exit code 3: done, but the champion may not serve."""
     from tunesmith.services import rollouts
 
-    here.emit(rollouts.abort(here.store, which, reason=reason, actor=here.actor), _draw)
+    _emit_ended(here, rollouts.abort(here.store, which, reason=reason, actor=here.actor))
 
 
 def rollback(
     here: Acting,
     name: Annotated[str, typer.Argument(help="The name that versions share, as in NAME@champion.")],
     reason: Reason = "rolled back by hand",
+    override: Override = None,
     tenant: Tenant = "",
     region: Region = "",
 ) -> None:
-    """Give a name's traffic back to the previous version: end a live rollout, or undo the newest promotion."""
+    """Give a name's traffic back to the previous version: end a live rollout, or undo the newest promotion.
+
+    The previous version is the newest one that served before and may serve now. Exit code 3: no such version, or a live
+    rollout was ended and the champion may not serve.
+    """
     from tunesmith.services import rollouts
 
-    store = here.store
-    undone = rollouts.rollback(store, name, reason=reason, actor=here.actor, scope=Scope(tenant, region))
-    here.emit(undone, _draw)
+    scope = Scope(tenant, region)
+    _emit_ended(
+        here, rollouts.rollback(here.store, name, reason=reason, override=override, actor=here.actor, scope=scope)
+    )
+
+
+def _emit_ended(here: Acting, ended: RolloutView) -> None:
+    here.emit(ended, _draw)
+    if ended.champion is not None and ended.champion.warning is not None:
+        say(ended.champion.warning)
+        raise typer.Exit(3)
 
 
 def _draw_all(console: Console, found: RolloutList) -> None:
@@ -102,6 +115,9 @@ def _draw_all(console: Console, found: RolloutList) -> None:
         console.print("no rollouts yet; `tunesmith rollout start VERSION` starts one")
     for rollout in found.rollouts:
         _draw(console, rollout)
+    for warning in dict.fromkeys(one.champion.warning for one in found.rollouts if one.champion):
+        if warning is not None:
+            console.print(warning, markup=False, style="bold red")
 
 
 def _draw(console: Console, rollout: RolloutView) -> None:

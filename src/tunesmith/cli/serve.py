@@ -40,11 +40,13 @@ def serve(
     import logging
 
     from tunesmith.core.display import LogFormatter
+    from tunesmith.core.scope import Scope
     from tunesmith.pipeline import PipelineContext
     from tunesmith.registry.aliases import list_aliases
     from tunesmith.server.app import create_app
     from tunesmith.server.draining import DrainingServer
     from tunesmith.server.settings import ServerSettings
+    from tunesmith.services.rollouts import refused_champions
     from tunesmith.services.served_scorers import served_scorers
 
     project = here.project
@@ -59,9 +61,13 @@ def serve(
     )
     address, chosen = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    names = sorted({alias.name for alias in list_aliases(project.store) if alias.alias == "champion"})
+    refused = {(one.name, one.scope): one.warning for one in refused_champions(project.store)}
+    champions = [alias for alias in list_aliases(project.store) if alias.alias == "champion"]
+    names = sorted({one.name for one in champions if (one.name, Scope(one.tenant, one.region)) not in refused})
     document = {"url": f"http://{shown}:{chosen}/v1", "models": [f"{name}@champion" for name in names]}
     here.emit(document, _draw_serving)
+    for warning in refused.values():
+        say(str(warning))
     if address not in ("127.0.0.1", "::1"):
         say("other machines can reach it, and it speaks plain HTTP: put a proxy with TLS in front of it")
     logs = logging.StreamHandler()

@@ -61,7 +61,7 @@ def roles(here: Acting, name: Name, role: Roles) -> None:
     from tunesmith.services import users
 
     user = users.set_roles(here.store, name, role, actor=here.actor)
-    _warn(user)
+    _warn(here, user)
     here.emit(user, printed(f"{name} is {', '.join(user.roles)}"))
 
 
@@ -70,7 +70,7 @@ def deactivate(here: Acting, name: Name) -> None:
     from tunesmith.services import users
 
     user = users.deactivate(here.store, name, actor=here.actor)
-    _warn(user)
+    _warn(here, user)
     here.emit(user, printed(f"{name} is deactivated"))
 
 
@@ -141,7 +141,9 @@ def revoke(
     """Revoke a stolen key. What the audit log recorded of it since then does not count. Only an admin may."""
     from tunesmith.services import users
 
-    here.emit(users.revoke_key(here.store, name, label, since=since, actor=here.actor), _print_ended)
+    ended = users.revoke_key(here.store, name, label, since=since, actor=here.actor)
+    _warn_of_champions(here)
+    here.emit(ended, _print_ended)
 
 
 def _print_enrolled(console: Console, made: EnrolledKey) -> None:
@@ -163,7 +165,16 @@ def _print_ended(console: Console, ended: EndedKey) -> None:
         say("`tunesmith register` and `tunesmith approve` with an active key sign them again")
 
 
-def _warn(user: UserView) -> None:
+def _warn_of_champions(here: Acting) -> None:
+    """Say which champions may not serve after a change."""
+    from tunesmith.services.rollouts import refused_champions
+
+    for champion in refused_champions(here.store):
+        say(str(champion.warning))
+
+
+def _warn(here: Acting, user: UserView) -> None:
+    _warn_of_champions(here)
     if user.invalidated:
         say(f"signed by {user.user} and no longer valid: {', '.join(user.invalidated)}")
         say("`tunesmith register` as another engineer signs the same verdict under the next number")

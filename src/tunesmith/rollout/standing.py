@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
-from tunesmith.core.errors import Refused
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.names import CONTROLLER
 from tunesmith.core.scope import Scope
 from tunesmith.core.view import View
@@ -75,7 +75,7 @@ def standing_of(
     """The standing of a version given by its digest. override_by: a user whose override counts, if none is in force."""
     try:
         version = load_version(store, digest, session)
-    except Refused:
+    except TunesmithError:
         return Permission("unknown", "is not in the registry", "tunesmith audit verify")
     by = override_in_force(session, version, scope) or override_by
     return may_serve(session, version, scope=scope, override_by=by)
@@ -98,7 +98,7 @@ def could_serve(session: Session, store: Store, name: str, scope: Scope) -> tupl
     query = select(VersionRow.digest).where(VersionRow.name == name).order_by(VersionRow.number.desc())
     found = []
     for digest in session.scalars(query):
-        with contextlib.suppress(Refused):  # a record that cannot be read
+        with contextlib.suppress(TunesmithError):  # a record that cannot be read
             version = load_version(store, digest, session)
             if standing(session, version, scope).granted:
                 found.append(version.label)
@@ -118,7 +118,7 @@ def champion_of(session: Session, store: Store, name: str, scope: Scope) -> Cham
     if alias is None:
         return None
     label, expires_at = "", None
-    with contextlib.suppress(Refused):
+    with contextlib.suppress(TunesmithError):
         version = load_version(store, alias.version, session)
         label, expires_at = version.label, version.expires_at
     permission = standing_of(session, store, alias.version, scope)

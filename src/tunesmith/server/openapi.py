@@ -17,7 +17,8 @@ _MEANINGS = {
     400: "The request is not valid.",
     401: "No valid token.",
     403: "The user lacks the permission.",
-    404: "There is no such model, request or rollout for this user.",
+    404: "There is no such model, request or rollout for this user (model_not_found, request_not_found, "
+    "rollout_not_found), or no version of the model may serve now (model_not_available).",
     408: "The body arrived too slowly.",
     409: "The request was scored before, or its answer is no longer in memory.",
     413: "The body is too large.",

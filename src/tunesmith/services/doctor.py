@@ -33,8 +33,8 @@ class Checks(View):
 
 
 def examine(directory: Path) -> Checks:
-    """Check the interpreter, the processor, memory, disk, the cache, the project, its base, its store and audit log."""
-    checks = (_python, _processor, _memory, _cache, _disk, _project, _base, _store)
+    """Check this machine, the project, its base, its store, its audit log, and whether its champions may serve."""
+    checks = (_python, _processor, _memory, _cache, _disk, _project, _base, _store, _champions)
     found = tuple(_checked(check, directory) for check in checks)
     return Checks(ok=all(check.ok for check in found), checks=found)
 
@@ -110,3 +110,12 @@ def _store(directory: Path) -> Check:
     if problems:
         return _check("store", problems[0], ok=False, fix="`tunesmith audit verify` lists all problems")
     return _check("store", "the database opens and the audit log verifies")
+
+
+def _champions(directory: Path) -> Check:
+    from tunesmith.services.rollouts import refused_champions
+
+    project = Project.load(directory)
+    refused = refused_champions(project.store) if (project.root / STORE).is_dir() else []
+    warnings = "; ".join(str(champion.warning) for champion in refused)
+    return _check("champions", warnings or "all may serve", not refused, "`tunesmith rollout status` shows them")

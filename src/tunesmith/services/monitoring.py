@@ -19,13 +19,16 @@ from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.project import Project
 from tunesmith.registry.versions import list_versions, resolve
 from tunesmith.rollout.controller import give_up
+from tunesmith.rollout.standing import Champion
+from tunesmith.services.rollouts import refused_champions
 from tunesmith.store.identities import acting
 from tunesmith.store.store import Store
 
 
 class Monitored(Report):
-    """The drift report of a version, and the retrains that recalls left pending for its name."""
+    """The drift report of a version; the retrains that recalls left pending, and the champions refused, of its name."""
 
+    refused_champions: tuple[Champion, ...]
     pending_retrains: tuple[PendingRetrain, ...]
 
 
@@ -62,7 +65,8 @@ def monitor(
         tenant=tenant,
     )
     pending = tuple(pending_retrains.list_pending_retrains(project.store, version.name))
-    return Monitored(**dict(report), pending_retrains=pending), version.label
+    refused = tuple(refused_champions(project.store, version.name))
+    return Monitored(**dict(report), pending_retrains=pending, refused_champions=refused), version.label
 
 
 def list_pending_retrains(store: Store) -> PendingRetrains:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import select
@@ -14,6 +15,7 @@ from tunesmith.project import Project
 from tunesmith.registry.versions import resolve
 from tunesmith.rollout import controller
 from tunesmith.rollout.analysis import Outcome
+from tunesmith.rollout.standing import Champion, list_champions
 from tunesmith.rollout.state import LIVE, Rollout, Status, get_rollout, list_rollouts
 from tunesmith.services.served_scorers import check_analyses
 from tunesmith.store import database
@@ -45,7 +47,8 @@ class RolloutView(View):
 
     steps: as the project file writes them, each with one of setWeight, pause and analysis. stable: None where nothing
     served before. main_callers: whose requests are evidence; [] for everybody's, None if nobody called before it.
-    analysis: only at an analysis step.
+    analysis: only at an analysis step. champion: what the name means now, and why that may not serve if so; None where
+    there is no champion.
     """
 
     rollout: int
@@ -65,6 +68,7 @@ class RolloutView(View):
     override: str | None
     reason: str
     analysis: AnalysisView | None
+    champion: Champion | None
     history: tuple[dict[str, Any], ...]
 
     @property
@@ -112,13 +116,19 @@ def status(store: Store, which: str | None = None) -> RolloutList:
         rollouts = [get_rollout(store, int(which))]
     else:
         rollouts = list_rollouts(store, name=which)
-    return RolloutList(rollouts=tuple(view_of(store, rollout) for rollout in rollouts))
+    return _list(store, rollouts)
+
+
+def refused_champions(store: Store, name: str | None = None) -> list[Champion]:
+    """The champions that may not serve now, of one name or of all."""
+    with database.reading(store.engine) as session:
+        return [one for one in list_champions(session, store, name) if one.refused is not None]
 
 
 def visible_to(store: Store, user: User) -> RolloutList:
     """The rollouts of the user's tenant and region."""
     seen = [one for one in list_rollouts(store) if user.scope.covers(one.scope)]
-    return RolloutList(rollouts=tuple(view_of(store, rollout) for rollout in seen))
+    return _list(store, seen)
 
 
 def resume(store: Store, which: str, *, actor: str | None = None) -> RolloutView:
@@ -137,14 +147,28 @@ def abort(store: Store, which: str, *, reason: str, actor: str | None = None) ->
     return view_of(store, controller.abort(store, _number(store, which), actor=acting(store, actor), reason=reason))
 
 
-def rollback(store: Store, name: str, *, reason: str, actor: str | None = None, scope: Scope = Scope()) -> RolloutView:
-    """Give a name's traffic back to the version that served before."""
-    undone = controller.rollback(store, name=name, actor=acting(store, actor), reason=reason, scope=scope)
-    return view_of(store, undone)
+def rollback(
+    store: Store,
+    name: str,
+    *,
+    reason: str,
+    override: str | None = None,
+    actor: str | None = None,
+    scope: Scope = Scope(),
+) -> RolloutView:
+    """Give a name's traffic back to the version that served before. override: a reason to do so unapproved."""
+    by = acting(store, actor)
+    return view_of(
+        store, controller.rollback(store, name=name, actor=by, reason=reason, override=override, scope=scope)
+    )
 
 
-def view_of(store: Store, rollout: Rollout) -> RolloutView:
-    """A rollout with what its analysis, if it is at one, would decide now."""
+def view_of(store: Store, rollout: Rollout, champions: Iterable[Champion] | None = None) -> RolloutView:
+    """A rollout with what its analysis, if it is at one, would decide now. champions: if they are known already."""
+    if champions is None:
+        with database.reading(store.engine) as session:
+            champions = list_champions(session, store, rollout.name)
+    champion = next((one for one in champions if (one.name, one.scope) == (rollout.name, rollout.scope)), None)
     judgement = controller.look(store, rollout)
     return RolloutView(
         rollout=rollout.id,
@@ -164,8 +188,15 @@ def view_of(store: Store, rollout: Rollout) -> RolloutView:
         override=rollout.override,
         reason=rollout.reason,
         analysis=None if judgement is None else AnalysisView.model_validate(judgement.as_json()),
+        champion=champion,
         history=rollout.history,
     )
+
+
+def _list(store: Store, rollouts: Sequence[Rollout]) -> RolloutList:
+    with database.reading(store.engine) as session:
+        champions = list_champions(session, store)
+    return RolloutList(rollouts=tuple(view_of(store, rollout, champions) for rollout in rollouts))
 
 
 def _arm(store: Store, digest: str) -> Arm | None:

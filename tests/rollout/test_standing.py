@@ -1,0 +1,275 @@
+"""Promotions, rollbacks and aborts where a version has lost its standing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.attack_table import Happened
+from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, STEWARD, Scene, approve
+from tests.rollout.test_cli import Folder
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.monitoring.recall import Cause, recall
+from tunesmith.registry.aliases import get_alias
+from tunesmith.registry.history import verify_log
+from tunesmith.registry.signing import release
+from tunesmith.registry.versions import Version
+from tunesmith.rollout import controller, preconditions
+from tunesmith.rollout.controller import abort, advance, promote, rollback, start
+from tunesmith.rollout.settings import RolloutSettings
+from tunesmith.rollout.standing import list_champions
+from tunesmith.rollout.state import Rollout
+from tunesmith.store import audit, database
+from tunesmith.store.identities import add_user, deactivate, set_roles
+from tunesmith.store.store import Store
+
+Versions = dict[int, Version]
+NO_APPROVER = "bob, who is deactivated"
+
+
+def begin(scene: Scene, version: Version, *steps: dict[str, Any], **more: Any) -> Rollout:
+    plan = RolloutSettings.model_validate({"steps": list(steps) or [{"setWeight": 100}]}).steps
+    return start(scene.store, name=NAME, version=version, steps=plan, **{"actor": OPERATOR, **more})
+
+
+def serve(scene: Scene, *several: Version, **more: Any) -> None:
+    """Promote versions one after another."""
+    for version in several:
+        rollout = begin(scene, version, **more)
+        while rollout.live:
+            rollout = advance(scene.store, rollout.id)
+        assert rollout.status == "promoted", rollout.reason
+
+
+def champion(scene: Scene) -> str:
+    alias = get_alias(scene.store, NAME, "champion")
+    return alias.version if alias else ""
+
+
+def logged(scene: Scene, action: str) -> list[dict[str, Any]]:
+    with database.reading(scene.store.engine) as session:
+        return [dict(entry.detail) for entry in audit.entries(session) if entry.action == action]
+
+
+def approved_by_cat(scene: Scene, version: Version) -> None:
+    add_user(scene.store, "cat", ["approver"], actor=OWNER)
+    approve(scene.store, version, approver="cat")
+
+
+@pytest.mark.attack("rollout", "rollback to a version without standing approval")
+def test_rollback_needs_an_approval_that_counts(scene: Scene, versions: Versions, happened: Happened) -> None:
+    serve(scene, versions[1], versions[2])
+    approved_by_cat(scene, versions[3])
+    deactivate(scene.store, APPROVER, actor=OWNER)
+    with pytest.raises(Refused, match=NO_APPROVER) as refused:
+        rollback(scene.store, name=NAME, actor=OPERATOR, reason="bad")
+    assert f"could serve now: {NAME}@v3 (tunesmith rollout start {NAME}@v3)" in str(refused.value.fix)
+    assert champion(scene) == versions[2].digest
+    happened("refused, with the versions that could serve")
+
+
+@pytest.mark.attack("rollout", "rollback skips a version that lost its approval")
+def test_rollback_goes_to_the_newest_that_may_serve(scene: Scene, versions: Versions, happened: Happened) -> None:
+    approved_by_cat(scene, versions[1])
+    serve(scene, versions[1], versions[2])
+    approve(scene.store, versions[3], approver="cat")
+    serve(scene, versions[3])
+    deactivate(scene.store, APPROVER, actor=OWNER)
+    undone = rollback(scene.store, name=NAME, actor=OPERATOR, reason="bad")
+    assert champion(scene) == versions[1].digest
+    assert logged(scene, "rollout.rollback")[-1]["undone"] == [undone.id, undone.id - 1]
+    happened("goes to the newest that may serve")
+
+
+@pytest.mark.attack("rollout", "rollback under an override")
+def test_an_override_of_a_rollback_is_an_admins_and_audited(
+    scene: Scene, versions: Versions, happened: Happened
+) -> None:
+    serve(scene, versions[1], versions[2])
+    add_user(scene.store, "ada", ["admin"], actor=OWNER)
+    deactivate(scene.store, APPROVER, actor=OWNER)
+    with pytest.raises(Refused, match="olga may not do this"):
+        rollback(scene.store, name=NAME, actor=OPERATOR, reason="bad", override="now")
+    with pytest.raises(UsageError, match="needs a reason"):
+        rollback(scene.store, name=NAME, actor="ada", reason="bad", override=" ")
+    rollback(scene.store, name=NAME, actor="ada", reason="bad", override="worse otherwise")
+    alias = get_alias(scene.store, NAME, "champion")
+    assert alias is not None
+    assert (alias.version, alias.override_by) == (versions[1].digest, "ada")
+    assert logged(scene, "rollout.override")[-1]["reason"] == "worse otherwise"
+    assert verify_log(scene.store) == []
+    happened("an admin may, and it is audited", 1)
+    happened("refused", 2)
+    with database.reading(scene.store.engine) as session:
+        assert [one.refused for one in list_champions(session, scene.store)] == [None]
+    set_roles(scene.store, "ada", ["operator"], actor=OWNER)
+    with database.reading(scene.store.engine) as session:
+        (one,) = list_champions(session, scene.store)
+    assert "the override does not count: ada may not do this" in str(one.refused)
+
+
+@pytest.mark.attack("rollout", "an override for a recalled, expired or unsigned version")
+@pytest.mark.parametrize("lost", ["recalled", "expired", "signer"])
+def test_no_override_lets_these_through(
+    scene: Scene, versions: Versions, lost: str, monkeypatch: pytest.MonkeyPatch, happened: Happened
+) -> None:
+    add_user(scene.store, "ada", ["admin"], actor=OWNER)
+    serve(scene, versions[1], versions[2])
+    live = begin(scene, versions[3], {"setWeight": 10}, {"pause": {}}, {"setWeight": 100})
+    if lost == "recalled":
+        for number in (1, 3):
+            cause = Cause(kind="version", value=versions[number].digest)
+            recall(scene.store, cause, reason="a licence ended", actor=STEWARD)
+    elif lost == "expired":
+        monkeypatch.setattr(release, "is_over", lambda _expires_at: True)
+    else:
+        set_roles(scene.store, OWNER, ["admin"], actor="ada")
+    with pytest.raises(Refused):
+        promote(scene.store, live.id, actor="ada", override="it must")
+    abort(scene.store, live.id, actor="ada", reason="stop")
+    with pytest.raises(Refused):
+        rollback(scene.store, name=NAME, actor="ada", reason="bad", override="it must")
+    with pytest.raises(Refused):
+        begin(scene, versions[3], actor="ada", override="it must")
+    assert champion(scene) == versions[2].digest
+    assert logged(scene, "rollout.override") == []
+    happened("refused", 3)
+
+
+def test_a_promotion_under_an_override_serves_by_it(scene: Scene, versions: Versions) -> None:
+    approved_by_cat(scene, versions[1])
+    serve(scene, versions[1])
+    approve(scene.store, versions[4], approver=APPROVER)
+    rollout = begin(scene, versions[4], {"pause": {}}, {"setWeight": 100})
+    deactivate(scene.store, APPROVER, actor=OWNER)
+    with pytest.raises(Refused, match=NO_APPROVER) as refused:
+        promote(scene.store, rollout.id, actor=OWNER)
+    assert f"could serve now: {NAME}@v1" in str(refused.value.fix)
+    promoted = promote(scene.store, rollout.id, actor=OWNER, override="urgent")
+    alias = get_alias(scene.store, NAME, "champion")
+    assert alias is not None
+    assert (promoted.status, alias.version, alias.override_by) == ("promoted", versions[4].digest, OWNER)
+    assert len(logged(scene, "rollout.override")) == 1
+
+
+def test_an_override_is_kept_for_the_way_back(scene: Scene, versions: Versions) -> None:
+    serve(scene, versions[4], actor=OWNER, override="a drill")
+    serve(scene, versions[1])
+    rollback(scene.store, name=NAME, actor=OPERATOR, reason="bad")
+    alias = get_alias(scene.store, NAME, "champion")
+    assert alias is not None
+    assert (alias.version, alias.override_by) == (versions[4].digest, OWNER)
+
+
+def test_a_champion_that_lost_its_approval_is_started_again_under_an_override(scene: Scene, versions: Versions) -> None:
+    serve(scene, versions[1], versions[2])
+    with pytest.raises(Refused, match="serves all of home's traffic already"):
+        begin(scene, versions[2], actor=OWNER, override="again")
+    deactivate(scene.store, APPROVER, actor=OWNER)
+    assert begin(scene, versions[2], actor=OWNER, override="again").status == "promoted"
+    alias = get_alias(scene.store, NAME, "champion")
+    assert alias is not None
+    assert (alias.version, alias.override_by) == (versions[2].digest, OWNER)
+    rollback(scene.store, name=NAME, actor=OWNER, reason="bad", override="one before")
+    assert champion(scene) == versions[1].digest
+
+
+@pytest.mark.attack("rollout", "abort onto a champion that lost its standing")
+def test_an_abort_leaves_the_canary_and_says_that_nothing_serves(
+    scene: Scene, versions: Versions, tmp_path: Path, happened: Happened
+) -> None:
+    serve(scene, versions[1])
+    approved_by_cat(scene, versions[2])
+    by_hand = begin(scene, versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
+    deactivate(scene.store, APPROVER, actor=OWNER)
+    (tmp_path / "project").mkdir()
+    folder = Folder(tmp_path / "project", scene)
+    code, ended = folder.run("rollout", "abort", str(by_hand.id))
+    assert (code, ended["status"], ended["weight"]) == (3, "aborted", 0)
+    assert NO_APPROVER in ended["champion"]["refused"]
+    assert ended["champion"]["could_serve"] == [f"{NAME}@v2"]
+    (entry,) = logged(scene, "rollout.abort")
+    assert entry["nothing_serves"].startswith(f"nothing serves {NAME}: {NAME}@v1 is not approved")
+    assert "nothing serves home: home@v1" in " ".join(folder.told("rollout", "status").split())
+    happened("traffic leaves the canary; exit 3; the entry says that nothing serves")
+    # The next one serves at once: there is no champion to compare it with.
+    code, started = folder.run("rollout", "start", f"{NAME}@v2")
+    assert (code, started["status"], started["champion"]["refused"]) == (0, "promoted", None)
+    code, undone = folder.run("rollout", "rollback", NAME)
+    assert (code, f"could serve now: {NAME}@v2" in undone) == (3, True)
+
+
+@pytest.mark.attack("rollout", "the controller with an arm that lost its standing")
+@pytest.mark.parametrize("arm", ["canary", "champion"])
+def test_the_controller_aborts_and_records_why(scene: Scene, versions: Versions, arm: str, happened: Happened) -> None:
+    lost, other = (versions[2], versions[1]) if arm == "canary" else (versions[1], versions[2])
+    approved_by_cat(scene, other)
+    serve(scene, versions[1])
+    rollout = begin(scene, versions[2], {"setWeight": 50}, {"setWeight": 100})
+    advance(scene.store, rollout.id)
+    deactivate(scene.store, APPROVER, actor=OWNER)
+    ended = advance(scene.store, rollout.id)
+    assert (ended.status, ended.weight) == ("aborted", 0)
+    assert ended.reason.startswith(f"the {arm} is not approved")
+    (entry,) = logged(scene, "rollout.abort")
+    assert (entry["reason"], "nothing_serves" in entry) == (ended.reason, lost is versions[1])
+    assert champion(scene) == versions[1].digest
+    happened("aborted, with the reason")
+
+
+@pytest.mark.attack("rollout", "the approver is deactivated between check and promotion")
+def test_standing_is_decided_in_the_transaction_of_the_promotion(
+    scene: Scene, versions: Versions, monkeypatch: pytest.MonkeyPatch, happened: Happened
+) -> None:
+    approved_by_cat(scene, versions[1])
+    serve(scene, versions[1])
+    rollout = begin(scene, versions[2])
+    advance(scene.store, rollout.id)
+    whole, seen = controller.broken_precondition, list[str]()
+
+    def checked_then_deactivated(session: Any, store: Store, current: Rollout) -> str | None:
+        found = whole(session, store, current)
+        if not seen:
+            seen.append("checked")
+            session.rollback()
+            deactivate(Store(store.root), APPROVER, actor=OWNER)
+        return found
+
+    monkeypatch.setattr(controller, "broken_precondition", checked_then_deactivated)
+    ended = advance(scene.store, rollout.id)
+    assert (seen, ended.status) == (["checked"], "aborted")
+    assert NO_APPROVER in ended.reason
+    assert champion(scene) == versions[1].digest
+    happened("the promotion is refused, and the rollout aborts")
+
+
+@pytest.mark.attack("rollout", "the approver is deactivated while a rollback commits")
+def test_a_deactivation_waits_for_a_rollback(
+    scene: Scene, versions: Versions, monkeypatch: pytest.MonkeyPatch, happened: Happened
+) -> None:
+    serve(scene, versions[1], versions[2])
+    whole, order = preconditions.check_may_serve, list[str]()
+    import threading
+
+    def deactivating() -> None:
+        deactivate(Store(scene.store.root), APPROVER, actor=OWNER)
+        order.append("deactivated")
+
+    thread = threading.Thread(target=deactivating)
+
+    def checked(*arguments: Any, **named: Any) -> None:
+        whole(*arguments, **named)
+        thread.start()
+        thread.join(0.5)  # it waits for this transaction
+        order.append("checked")
+
+    monkeypatch.setattr(preconditions, "check_may_serve", checked)
+    rollback(scene.store, name=NAME, actor=OPERATOR, reason="bad")
+    thread.join()
+    assert order == ["checked", "deactivated"]
+    with database.reading(scene.store.engine) as session:
+        (one,) = list_champions(session, scene.store)
+    assert (one.version, NO_APPROVER in str(one.refused)) == (f"{NAME}@v1", True)
+    happened("it comes after the rollback, and the champion is refused then")
