@@ -28,7 +28,7 @@ from tunesmith.store import audit, database
 from tunesmith.store.roles import ACTIONS, ROLES, Role
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditRow, KeyRow, UserRow
-from tunesmith.store.trust import FIRST_LABEL, KeyStatus, TrustedKey, keys_of_users, write_trust
+from tunesmith.store.trust import FIRST_LABEL, KeyStatus, TrustedKey, in_both, is_written, keys_of_users, write_trust
 
 # Secret scanners, and the privacy scan of rows, recognise a leaked token by its prefix and length.
 _TOKEN_PREFIX, _TOKEN_BYTES = "tsk_", 32
@@ -95,9 +95,15 @@ def acting(store: Store, name: str | None = None) -> str:
 
 
 def ensure_owner(store: Store) -> User:
-    """The store's first user. Adds one to a store without users."""
+    """The store's first user. Adds one to a store without users.
+
+    Also writes the list of trusted keys where a command that changed users was killed before it did.
+    """
     with database.reading(store.engine) as session:
         name = _first_user(session)
+        published = is_written(store.blobs, keys_of_users(session))
+    if not published:
+        publish_trust(store)
     if name is not None:
         return get_user(store, name)
     name = _own_name()
@@ -303,7 +309,11 @@ class _AlreadyThere(Exception):
 def changing(
     store: Store, actor: str, action: str, name: str, *, own: bool = False
 ) -> Iterator[tuple[Session, dict[str, Any]]]:
-    """One audited change of a user by an actor who may make it. own: every user may change themself."""
+    """One audited change of a user by an actor who may make it. own: every user may change themself.
+
+    What the list of trusted keys loses is taken from it before the commit, and what it gains is added afterwards: a
+    command that is killed leaves a list that trusts less than the database, never more.
+    """
     detail: dict[str, Any] = {}
     with store.change(actor, action, name, detail) as session:
         if own and actor == name:
@@ -311,7 +321,10 @@ def changing(
                 raise Refused(f"{name} is deactivated", where=action, fix="ask an admin")
         else:
             require(session, actor, "user.change")
+        before = keys_of_users(session)
         yield session, detail
+        session.flush()
+        write_trust(store.blobs, in_both(before, keys_of_users(session)))
     publish_trust(store)
 
 

@@ -10,7 +10,7 @@ without the log gives the same answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,16 +121,31 @@ def read_trust(path: Path) -> tuple[TrustedKey, ...]:
     return keys
 
 
-def write_trust(blobs: BlobStore, keys: Iterable[TrustedKey]) -> None:
+def write_trust(blobs: BlobStore, keys: Collection[TrustedKey]) -> None:
     """Write the list, and each active key as `trust/USER.pem` for tools that read PEM (model_signing, openssl)."""
-    listed = sorted(keys, key=lambda key: (key.user, key.label))
-    blobs.put(TRUST_KEY, canonical([key.model_dump(mode="json") for key in listed]))
-    for key in listed:
+    for key in keys:
         pem = f"trust/{key_file(key.user, key.label)}"
         if key.active and key.status == "active":
-            blobs.put(pem, key.public_key.encode())
+            _put_changed(blobs, pem, key.public_key.encode())
         else:
             blobs.delete(pem)
+    # Last, so that `is_written` sees a call that was killed.
+    _put_changed(blobs, TRUST_KEY, _encoded(keys))
+
+
+def in_both(before: Iterable[TrustedKey], after: Iterable[TrustedKey]) -> list[TrustedKey]:
+    """The keys as they are after a change, without what the change added: new keys, and new roles of their owners."""
+    known = {key.fingerprint: frozenset(key.roles) for key in before}
+    return [
+        key.model_copy(update={"roles": tuple(role for role in key.roles if role in known[key.fingerprint])})
+        for key in after
+        if key.fingerprint in known
+    ]
+
+
+def is_written(blobs: BlobStore, keys: Collection[TrustedKey]) -> bool:
+    """Whether the list is as write_trust writes it."""
+    return blobs.get(TRUST_KEY) == _encoded(keys) if blobs.exists(TRUST_KEY) else not keys
 
 
 def key_file(user: str, label: str) -> str:
@@ -141,6 +156,15 @@ def key_file(user: str, label: str) -> str:
 def find_key(keys: Iterable[TrustedKey], fingerprint: str) -> TrustedKey | None:
     """The key with a fingerprint; None if it is not in the list."""
     return next((key for key in keys if key.fingerprint == fingerprint), None)
+
+
+def _encoded(keys: Collection[TrustedKey]) -> bytes:
+    return canonical([key.model_dump(mode="json") for key in sorted(keys, key=lambda key: (key.user, key.label))])
+
+
+def _put_changed(blobs: BlobStore, key: str, data: bytes) -> None:
+    if not blobs.exists(key) or blobs.get(key) != data:
+        blobs.put(key, data)
 
 
 def _signed_in_time(session: Session, ended: list[KeyRow]) -> dict[str, set[str]]:

@@ -57,6 +57,8 @@ def create_key(store: Store, user: str, *, actor: str, label: str | None = None)
     if actor != user:
         identities.require(store, actor, "user.change")
     owner = identities.get_user(store, user)
+    if not owner.active:
+        raise Refused(f"{user} is deactivated", where=user, fix="add a new user")
     label = label or user_keys.next_label(owner)
     if label in {key.label for key in owner.keys}:
         raise UsageError(f"{user} has a key {label} already", where=user, fix="give the new key another --label")
