@@ -96,7 +96,8 @@ class _Watch:
 
     def _changing(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def change(target: Any, *rest: Any, **named: Any) -> Any:
-            path = str(target) if named.get("dir_fd") is not None else self.inside(target)
+            folder = named.get("dir_fd")
+            path = self.inside(target if folder is None else f"{os.readlink(f'/proc/self/fd/{folder}')}/{target}")
             if path is None:
                 return real(target, *rest, **named)
             run = (lambda: None) if name == "fsync" else lambda: real(target, *rest, **named)

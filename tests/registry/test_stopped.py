@@ -1,13 +1,13 @@
-"""A registration or approval that is killed while it writes: the store stays whole, and the next call carries on."""
+"""A registration that is killed at its steps, several times in a row: the next call carries on.
+
+Every single write of every change is in tests/attacks/test_kill_points.py.
+"""
 
 from __future__ import annotations
 
-import itertools
 import os
-import shutil
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,9 +23,6 @@ from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.store import Store
 
 pytestmark = pytest.mark.slow
-
-# The calls that make a file durable or give it its name.
-WRITES = ("fsync", "rename", "replace", "link")
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -57,20 +54,6 @@ def killed(store: Store, prepare: Callable[[], None], work: Callable[[Store], ob
     status = os.waitpid(child, 0)[1]
     assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
     return status != 0
-
-
-def die_at_write(number: int) -> None:
-    """Kill this process instead of its write with this number."""
-    writes = itertools.count()
-    for name in WRITES:
-        real = getattr(os, name)
-
-        def counted(*given: Any, real: Any = real, **named: Any) -> Any:
-            if next(writes) == number:
-                die()
-            return real(*given, **named)
-
-        setattr(os, name, counted)
 
 
 def registered(store: Store, chain: Chain) -> Version:
@@ -111,32 +94,3 @@ def test_a_killed_registration_is_carried_on(store: Store, chain: Chain, moment:
     assert bool(store.version_folders("intents")) == (moment not in ("signed aside", "partly in place"))
     assert len(list_versions(store)) == (1 if moment == "committed" else 0)
     check_whole(store, chain)
-
-
-def copies(store: Store, folder: Path) -> Any:
-    for number in itertools.count():
-        shutil.copytree(store.root, folder / str(number))
-        yield number, Store(folder / str(number))
-
-
-def test_a_registration_killed_at_each_write_is_carried_on(store: Store, chain: Chain, tmp_path: Path) -> None:
-    keys.ensure_key(store, "olive")
-    store.engine.dispose()
-    for number, copy in copies(store, tmp_path / "copies"):
-        if not killed(copy, lambda n=number: die_at_write(n), lambda own: registered(own, chain)):
-            break
-        assert len(list_versions(copy)) <= 1
-        check_registered(copy, chain)
-    assert number > 5, "the registration made fewer writes than it has files: the test did not test"
-
-
-def test_an_approval_killed_at_each_write_is_carried_on(store: Store, version: Version, tmp_path: Path) -> None:
-    keys.ensure_key(store, "ann")
-    store.engine.dispose()
-    for number, copy in copies(store, tmp_path / "copies"):
-        if not killed(copy, lambda n=number: die_at_write(n), lambda own: approve(own, version, approver="ann")):
-            break
-        approve(copy, version, approver="ann")
-        assert require_approved(copy, version).approver == "ann"
-        assert verify_log(copy) == []
-    assert number > 2, "the approval made fewer writes than it has files: the test did not test"

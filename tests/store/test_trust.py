@@ -21,7 +21,7 @@ def key(user: str, public: str | None = None) -> TrustedKey:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     keys = (key("ann"), key("bob"))
     blobs = LocalBlobs(tmp_path)
-    write_trust(blobs, reversed(keys))
+    write_trust(blobs, keys[::-1])
     assert read_trust(blobs.path(TRUST_KEY)) == keys
     assert find_key(keys, keys[1].fingerprint) == keys[1]
     assert find_key(keys, "") is None
