@@ -41,8 +41,8 @@ pytestmark = pytest.mark.slow
 LEAST: Mapping[str, int] = {
     "register, with a first key": 95,
     "approve": 20,
-    "start: champion at once": 13,
-    "promote": 15,
+    "start: champion at once": 8,
+    "promote": 8,
     "abort": 5,
     "roll back a live rollout": 5,
     "roll back a promotion": 8,
