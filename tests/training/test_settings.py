@@ -50,7 +50,7 @@ def test_impossible_setting_is_named_before_any_work(
     out, err = capsys.readouterr()
     error = json.loads(out)["error"]
     assert said in error["what"]
-    assert "tunesmith.yaml, line 6" in error["where"] if said == "finite" else "candidates.tuned.train" in error["where"]
+    assert ("tunesmith.yaml, line 6" if said == "finite" else "candidates.tuned.train") in error["where"]
     assert "Traceback" not in err
     assert not (tmp_path / ".tunesmith").exists()
 
