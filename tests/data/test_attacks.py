@@ -23,6 +23,7 @@ import tunesmith
 from tests.data.rows import many_rows, row
 from tunesmith.cli.main import main
 from tunesmith.core.errors import TunesmithError
+from tunesmith.core.scratch import SCRATCH
 from tunesmith.data.dataset import load_dataset
 from tunesmith.services.data import build
 from tunesmith.store.store import Store
@@ -111,7 +112,7 @@ def require_nothing_left(root: Path) -> None:
     store = Store(root / ".tunesmith")
     assert not store.root.is_dir() or store.records_of("dataset") == []
     held = [path for path in store.root.rglob("*") if path.is_file()]
-    assert not [path for path in held if "blobs" in path.parts or path.name.startswith((".writing-", "rows.db"))]
+    assert not [path for path in held if "blobs" in path.parts or path.name.startswith((SCRATCH, "rows.db"))]
     assert not [path for path in (store.root / "work").rglob("*") if path.is_file() and path.stat().st_size]
 
 

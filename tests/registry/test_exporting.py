@@ -92,6 +92,7 @@ def test_an_export_is_compared_recorded_and_shown(name: str, approved: Path, tmp
     assert set(given["files"]) >= case.files | {"tunesmith.json"}
     for file, facts in given["files"].items():
         assert facts == {"digest": digest_file(folder / file), "bytes": (folder / file).stat().st_size}
+        assert (folder / file).stat().st_mode & 0o777 == folder.stat().st_mode & 0o666, "the umask decides who reads it"
     equality = given["equality"]
     assert equality["export"]["max_difference"] < case.largest
     assert equality["adapter_moves"]["max_difference"] > 10 * equality["export"]["max_difference"]

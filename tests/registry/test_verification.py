@@ -13,6 +13,7 @@ import pytest
 from tests.fabricate import Chain, approve, put_chain, put_verdict
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import UsageError
+from tunesmith.core.scratch import SCRATCH
 from tunesmith.registry.verification import verify_version
 from tunesmith.registry.versions import Version, register
 from tunesmith.store import identities
@@ -230,10 +231,10 @@ def test_what_does_not_belong_into_a_store_is_named(store: Store, version: Versi
     (store.root / "blobs" / "00").mkdir(exist_ok=True)
     misplaced = store.root / "blobs" / "00" / digest_bytes(data).removeprefix("sha256:")
     misplaced.write_bytes(data)
-    (store.root / "blobs" / ".writing-left").write_text("half")
+    (store.root / "blobs" / f"{SCRATCH}left").write_text("half")
     found = verify_version(store, version.label)
     assert {problem.path for problem in found.problems} == {"blobs/notes.txt", str(misplaced.relative_to(store.root))}
-    assert any(".writing-left" in note for note in found.notes)
+    assert any(f"{SCRATCH}left" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from tunesmith.core import memory
 from tunesmith.core.digests import digest_bytes, digest_file
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.progress import SILENT, Progress, Silent, Task
+from tunesmith.core.scratch import SCRATCH
 from tunesmith.engines.batch import label_count
 from tunesmith.engines.factory import load_model
 from tunesmith.engines.native import kernels as native
@@ -180,7 +181,7 @@ def test_killed_in_every_phase_it_ends_in_the_same_bytes(folder: Path, uninterru
         )
         assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, b"reached\n"), phase
     assert run(folder) == uninterrupted
-    assert not list((folder / "work").glob(".writing-*")), "half-written checkpoints are removed"
+    assert not list((folder / "work").glob(f"{SCRATCH}*")), "half-written checkpoints are removed"
 
 
 _REBUILT = """

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +16,7 @@ from tunesmith.cli import data, evaluation, monitoring, pipeline, project, rollo
 from tunesmith.cli.terminal import say
 from tunesmith.core.display import json_text
 from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.files import disk_full, is_disk_full
 
 _HELP = "From a task's examples to a released model behaviour that was measured, approved and signed."
 app = typer.Typer(
@@ -58,12 +62,31 @@ def main() -> None:
         sys.exit(_STOPPED)
     except BrokenPipeError:
         sys.exit(1)
-    except OSError as error:
-        _print_error(TunesmithError(f"{error.strerror or error}", where=error.filename and str(error.filename)))
-        sys.exit(1)
+    except Exception as error:
+        if not (told := _told(error)):
+            raise
+        _print_error(told)
+        sys.exit(told.exit_code)
     if code == _STOPPED:  # typer's own answer to ctrl-C
         print(_STOPPED_TEXT, file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _told(error: Exception) -> TunesmithError | None:
+    """What to say about an error of the system: a file that cannot be used, a disk that is full. None for a bug."""
+    if isinstance(error, OSError) and not is_disk_full(error):
+        return TunesmithError(str(error.strerror or error), where=error.filename and os.fsdecode(error.filename))
+    if isinstance(error, OSError) and error.filename:
+        return disk_full(Path(os.fsdecode(error.filename)))
+    return disk_full(_fullest()) if is_disk_full(error) else None
+
+
+def _fullest() -> Path:
+    """Of the disks that a command writes to, the fullest."""
+    from tunesmith.models.base import cache_folder
+
+    places = [place for place in (Path(), Path(tempfile.gettempdir()), cache_folder()) if place.exists()]
+    return min(places, key=lambda place: shutil.disk_usage(place).free)
 
 
 def _print_error(error: TunesmithError) -> None:

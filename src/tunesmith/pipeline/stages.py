@@ -16,6 +16,7 @@ from typing import Any
 
 from tunesmith.core.digests import digest_of, short
 from tunesmith.core.errors import Refused
+from tunesmith.core.files import room_for
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.project import Project
 from tunesmith.store import database
@@ -93,7 +94,8 @@ class Stages:
             require(store, self.acting, ACTIONS[kind])
             work.mkdir(parents=True, exist_ok=True)
             began = time.perf_counter()
-            digest = make(work)
+            with room_for(work):
+                digest = make(work)
             self._refuse_recalled(name, digest)
             store.keep_memo(key, digest)
             shutil.rmtree(work, ignore_errors=True)

@@ -19,7 +19,7 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import compose
 from tunesmith.core.digests import digest_file, short
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
-from tunesmith.core.files import sync_folder
+from tunesmith.core.files import room_for, sync_folder
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.strict_json import parse_json
 from tunesmith.data.dataset import load_dataset
@@ -117,6 +117,8 @@ def export_version(
             store.put_record(record)
             kind = Refused if body["outcome"] == "fail" else Inconclusive
             raise kind(str(body["reason"]), where=f"export record {short(record.digest)}", fix=_FIX)
+        for path in folder.iterdir():  # the writers' libraries make private files; the umask decides
+            path.chmod(folder.stat().st_mode & 0o666)
         sync_files(folder)
         detail = {"version": version.label, "form": form, "record": record.digest, "files": body["files"]}
         with store.change(actor, "version.export", version.digest, detail) as session:
@@ -137,7 +139,8 @@ def _aside(store: Store, target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:
-            yield folder
+            with room_for(folder):
+                yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.core.scratch import SCRATCH
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.core.view import Problem
 from tunesmith.models.base import known_folder
@@ -232,7 +233,7 @@ def _sweep(findings: _Findings) -> list[Record]:
     approvals: list[Record] = []
     for kind, suffix in (("blobs", ""), ("records", ".json")):
         for path in map(findings.store.blobs.path, findings.store.blobs.keys(f"{kind}/")):
-            if path.name.startswith(".writing-"):
+            if path.name.startswith(SCRATCH):
                 findings.notes.append(f"left over from a process that was killed: {path.relative_to(findings.root)}")
                 continue
             digest = f"sha256:{path.name.removesuffix(suffix)}"

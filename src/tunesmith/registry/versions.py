@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -48,7 +47,6 @@ from tunesmith.store.store import Store
 from tunesmith.store.tables import VersionRow
 from tunesmith.store.trust import signature_entry
 
-_ASIDE = "registering-"
 _RESTORE = "restore the file from a backup"
 _FIX = "restore the version's folder from where it was signed, or register it again"
 
@@ -137,8 +135,6 @@ def _register(store: Store, plan: _Plan, signer: User, before: set[int]) -> Vers
             if _rows(session, plan.name) != before:  # another process registered a version: search again
                 raise _Again
             identities.require(session, signer.name, "version.register", scope=plan.scope)
-            for leftover in _work(store).glob(f"{_ASIDE}*"):  # only of ended processes: writers take turns
-                shutil.rmtree(leftover, ignore_errors=True)
             release = _carry_on(store, session, plan, signer)
             if release is None:
                 release = _make(store, session, plan, signer, private_key)
@@ -342,8 +338,8 @@ def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key
         marks=marks_of(plan.records, plan.parents["candidate"]),
     )
     record = Record(kind="version", parents=plan.parents, blobs=plan.blobs, body=statement.model_dump(mode="json"))
-    with tempfile.TemporaryDirectory(dir=_work(store), prefix=_ASIDE) as aside:
-        folder = Path(aside) / f"v{number}"
+    with store.scratch() as aside:
+        folder = aside / f"v{number}"
         folder.mkdir()
         for file, digest in plan.blobs.items():
             shutil.copyfile(store.blob_path(digest), folder / file)
@@ -356,12 +352,6 @@ def _make(store: Store, session: Session, plan: _Plan, signer: User, private_key
         store.put_record(record, session)
         store.put_version(VersionRef(plan.name, number), folder)
     return release
-
-
-def _work(store: Store) -> Path:
-    folder = store.local("work")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _numbers(store: Store, name: str) -> set[int]:

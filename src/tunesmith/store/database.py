@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import TunesmithError
+from tunesmith.core.files import disk_full, is_disk_full
 from tunesmith.store.tables import HEAD_REVISION
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # The number of the lock that all writers take; any constant will do.
 _WRITERS_LOCK = 7_283_019
+# Bytes: less than SQLite's log and shared memory need.
+_LITTLE = 1 << 20
 
 
 def connect(url: str) -> Engine:
@@ -76,11 +80,20 @@ def _usable(engine: Engine) -> Iterator[None]:
     try:
         yield
     except OperationalError as error:
+        file = Path(engine.url.database or "")
+        if engine.dialect.name == "sqlite" and (is_disk_full(error) or _found_no_room(error, file)):
+            raise disk_full(file) from error
         raise TunesmithError(
             f"the database cannot be used: {error.orig}",
             where=engine.url.render_as_string(hide_password=True),
             fix="free space, wait for other processes, or check the permissions",
         ) from error
+
+
+def _found_no_room(error: OperationalError, file: Path) -> bool:
+    """Whether SQLite's "disk I/O error" comes from a full disk: its shared memory beside the file found no room."""
+    name = getattr(error.orig, "sqlite_errorname", "")
+    return name.startswith("SQLITE_IOERR") and shutil.disk_usage(file.parent).free < _LITTLE
 
 
 def _writing(engine: Engine) -> Engine:

@@ -22,7 +22,8 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import digest_bytes, digest_file, is_digest, short
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.files import copy_durably
+from tunesmith.core.files import copy_durably, room_for
+from tunesmith.core.scratch import remove_leftovers, scratch_folder
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.store import audit, database, locks
 from tunesmith.store.blobs import BlobStore
@@ -50,7 +51,17 @@ class Store:
     def engine(self) -> Engine:
         """The database, migrated."""
         self.root.mkdir(parents=True, exist_ok=True)
+        for folder in (self.local("work"), Path(tempfile.gettempdir())):
+            remove_leftovers(folder)
         return database.connect(self._url)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A temporary folder on the store's disk, so that a file can be renamed from it into the store."""
+        work = self.local("work")
+        work.mkdir(parents=True, exist_ok=True)
+        with room_for(work), scratch_folder(work) as folder:
+            yield folder
 
     @staticmethod
     def is_in(folder: Path) -> bool:
@@ -85,10 +96,8 @@ class Store:
 
     def put_file(self, source: Path) -> str:
         """Copy a file in; returns the digest of the bytes that were copied, even if the source changes meanwhile."""
-        work = self.local("work")
-        work.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=work, prefix="incoming-") as folder:
-            copy = Path(folder) / "blob"
+        with self.scratch() as folder:
+            copy = folder / "blob"
             copy_durably(source, copy)
             digest = digest_file(copy)
             self.blobs.put_file(_blob_key(digest), copy)

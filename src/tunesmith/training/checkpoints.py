@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused
 from tunesmith.core.files import sync_folder
+from tunesmith.core.scratch import remove_leftovers, scratch_folder
 from tunesmith.engines.tensor_files import write_tensors
 
 KEPT = 2  # the newest, and the one before it in case the newest is damaged
@@ -34,18 +34,16 @@ class Checkpoints:
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write a step's checkpoint: a folder that appears complete or not at all. Removes older ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=self.folder, prefix=".writing-"))
-        try:
-            digest = write_tensors(scratch / _TENSORS, tensors)
-            with (scratch / _STATE).open("wb") as stream:
+        with scratch_folder(self.folder) as scratch:
+            written = scratch / "step"
+            written.mkdir()
+            digest = write_tensors(written / _TENSORS, tensors)
+            with (written / _STATE).open("wb") as stream:
                 stated = {**state, "identity": self.identity, "step": step, "tensors": digest}
                 stream.write(json.dumps(stated).encode())
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.rename(scratch, self.folder / f"step-{step:08d}")
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
+            os.rename(written, self.folder / f"step-{step:08d}")
         sync_folder(self.folder)
         for old in sorted(self.folder.glob("step-*"))[:-KEPT]:
             shutil.rmtree(old)
@@ -56,8 +54,7 @@ class Checkpoints:
 
         Raises Refused where the training's identity differs from the checkpoint's.
         """
-        for scratch in self.folder.glob(".writing-*"):  # left by a kill during a write
-            shutil.rmtree(scratch, ignore_errors=True)
+        remove_leftovers(self.folder)  # of a process that was killed during a write
         damaged: list[str] = []
         for path in sorted(self.folder.glob("step-*"), reverse=True):
             state = _read_state(path)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import hashlib
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.files import room_for
+from tunesmith.core.scratch import scratch_folder
 from tunesmith.data.settings import Source
 from tunesmith.data.sources import remote
 from tunesmith.data.sources.compression import require_content, suffixes_of, unpacked
@@ -191,15 +191,11 @@ def fetched(file: SourceFile, folder: Path | None = None) -> Iterator[SourceFile
     if file.path is not None:
         yield file
         return
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="fetched-") as stream:
-            remote.fetch(file.name, stream)  # type: ignore[arg-type]
-            yield SourceFile(file.name, Path(stream.name), file.source)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        fix = "free space, or set TMPDIR to another disk"
-        raise TunesmithError("the disk is full", where=file.name, fix=fix) from error
+    with scratch_folder(folder) as scratch:
+        copy = scratch / "fetched"
+        with room_for(copy), copy.open("wb") as stream:
+            remote.fetch(file.name, stream)
+        yield SourceFile(file.name, copy, file.source)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import threading
 import warnings
 import weakref
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.core.errors import Refused
+from tunesmith.core.scratch import scratch_folder
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.hf import four_bits, libraries
 from tunesmith.models.base import Base, base_files
@@ -268,15 +268,15 @@ def _load(folder: Path, *, quantized: bool) -> Any:
     how: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     if quantized:
         how |= {"quantization_config": four_bits.quantization(), "device_map": {"": "cpu"}}
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         for path in base_files(folder):
-            os.symlink(path.resolve(), Path(scratch) / path.name)
+            os.symlink(path.resolve(), scratch / path.name)
         safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             config = transformers.AutoConfig.from_pretrained(scratch, **safe)
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(scratch, config=config, **safe, **how)
         except Exception as error:  # every architecture has its own way to refuse a configuration
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(scratch, str(folder))
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(str(scratch), str(folder))
             raise Refused(
                 f"transformers cannot run this base without code from its folder: {reason[:300]}",
                 where=str(folder),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.scratch import scratch_folder
 from tunesmith.core.strict_json import parse_json
 from tunesmith.core.strict_yaml import read_yaml
 from tunesmith.core.text_files import read_text_file
@@ -45,8 +45,8 @@ def lm_eval_items(context: ProbeContext) -> list[Item]:
     files = sorted(context.path.glob("*.yaml"))
     if not files:
         raise UsageError("the folder has no .yaml file", where=str(context.path), fix="put lm-eval tasks there")
-    with tempfile.TemporaryDirectory() as cache:
-        return [item for file in files for item in _items(file, _settings(file), Path(cache), context.rows)]
+    with scratch_folder() as cache:
+        return [item for file in files for item in _items(file, _settings(file), cache, context.rows)]
 
 
 def _settings(file: Path) -> dict[str, Any]:

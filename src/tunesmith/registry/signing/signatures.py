@@ -15,14 +15,14 @@ import errno
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tunesmith.core.digests import canonical, digest_file
 from tunesmith.core.errors import Refused, TunesmithError
-from tunesmith.core.files import sync_folder, write_atomic
+from tunesmith.core.files import room_for, sync_folder, write_atomic
+from tunesmith.core.scratch import scratch_folder
 from tunesmith.core.strict_json import parse_json
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE, MODEL_FILE
 from tunesmith.registry.licence_duties import NOTICE
@@ -95,10 +95,11 @@ def private_copy(folder: Path) -> Iterator[Path]:
     Raises Refused unless the folder holds only allowed, regular files without hard links. Errors that are raised while
     the copy is in use name the original's path.
     """
-    with tempfile.TemporaryDirectory(prefix="tunesmith-") as private:  # mode 0700
-        copy = Path(private) / folder.name
+    with scratch_folder() as private:
+        copy = private / folder.name
         copy.mkdir(mode=0o700)
-        _copy_plain(folder, copy)
+        with room_for(copy):
+            _copy_plain(folder, copy)
         try:
             yield copy
         except TunesmithError as error:

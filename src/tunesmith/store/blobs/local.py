@@ -26,7 +26,7 @@ class LocalBlobs:
         """Move a file on the same disk in. The caller has synced its bytes."""
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.chmod(source, READ_ONLY)
+        os.chmod(source, source.stat().st_mode & READ_ONLY)
         os.replace(source, path)
         sync_folder(path.parent)
 

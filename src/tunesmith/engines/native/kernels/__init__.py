@@ -13,12 +13,12 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import UsageError
+from tunesmith.core.scratch import scratch_folder
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
@@ -102,14 +102,11 @@ def _compile(compiler: str, version: bytes) -> Path:
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".so")
-    os.close(handle)
-    try:
-        command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", scratch]
+    with scratch_folder(path.parent) as scratch:
+        made = scratch / path.name
+        command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)]
         subprocess.run(command, capture_output=True, check=True, timeout=300)
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+        os.replace(made, path)
     return path
 
 

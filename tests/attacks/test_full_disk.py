@@ -1,0 +1,156 @@
+"""A disk that is full: the error says where and what to do, nothing half written stays, and the command works later."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.attack_table import Happened
+from tests.fabricate import OWNER, build_scene
+from tests.tiny import write_model
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.files import copy_durably, disk_full, is_disk_full, write_atomic
+from tunesmith.core.scratch import SCRATCH
+from tunesmith.project import Project
+from tunesmith.registry.verification import verify_version
+from tunesmith.registry.versions import list_versions
+from tunesmith.services.data import build
+from tunesmith.store import audit, database
+from tunesmith.store.identities import add_user
+from tunesmith.store.store import Store
+
+Leave = Callable[[int], None]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(folder)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def leave(disk: Path) -> Leave:
+    """Fills the disk up to so many free bytes."""
+
+    def fill(free: int) -> None:
+        filler = disk / "filler"
+        filler.unlink(missing_ok=True)
+        have = shutil.disk_usage(disk).free
+        with filler.open("wb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, max(1, have - free))
+
+    return fill
+
+
+def sound(store: Store) -> None:
+    """The audit log verifies, and nothing half written is there."""
+    with database.reading(store.engine) as session:
+        assert audit.verify(session) == []
+    assert [path for path in store.root.rglob("*") if path.name.startswith((SCRATCH, "rows.db"))] == []
+
+
+def told(error: TunesmithError, disk: Path) -> None:
+    """It says where, how much was free, and what to do."""
+    assert "disk is full" in error.what
+    assert "MB are free" in error.what
+    assert str(disk) in (error.where or "")
+    assert "free space" in (error.fix or "")
+
+
+@pytest.mark.attack("crash", "a full disk at many points of a build")
+def test_a_build_on_a_full_disk(
+    disk: Path, leave: Leave, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happened: Happened
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    write_model(tmp_path / "model")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=7)) for _ in range(3000)]
+    rows = [{"prompt": " ".join(draw.choices(words, k=12)), "completion": draw.choice(words)} for _ in range(2000)]
+    (disk / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"sources": [{"path": "rows.jsonl", "licence": "MIT"}], "privacy": {"entities": []}}
+    settings = {"name": "demo", "base": str(tmp_path / "model"), "data": data, "candidates": {"zero": {"prompt": "p"}}}
+    (disk / "p").write_text("answer")
+    (disk / "tunesmith.yaml").write_text(json.dumps(settings))
+    store = Project.load(disk).store
+    store.engine.dispose()
+    refused = 0
+    for free in (0, 60_000, 150_000, 300_000, 600_000, 1_000_000):
+        leave(free)
+        try:
+            build(Project.load(disk))
+        except TunesmithError as error:
+            told(error, disk)
+            refused += 1
+        else:
+            break
+        (disk / "filler").unlink()
+        sound(store)
+        assert store.records_of("dataset") == []
+    assert refused >= 3
+    assert build(Project.load(disk)).rows.kept > 0
+    happened("refused: says where and how much is free; nothing left", refused)
+
+
+@pytest.mark.attack("crash", "a full disk while users, versions and approvals are kept")
+def test_changes_on_a_full_disk(disk: Path, leave: Leave, monkeypatch: pytest.MonkeyPatch, happened: Happened) -> None:
+    monkeypatch.setenv("TUNESMITH_USER", OWNER)
+    scene = build_scene(disk / "store")
+    refused = 0
+    for number, free in enumerate(range(0, 120_000, 12_000)):
+        for change in (
+            lambda number=number: add_user(scene.store, f"user{number}", ["operator"], actor=OWNER),
+            lambda number=number: scene.version(number),
+        ):
+            leave(free)
+            try:
+                change()
+            except TunesmithError as error:
+                told(error, disk)
+                refused += 1
+            (disk / "filler").unlink()
+            sound(scene.store)
+    for version in list_versions(scene.store):
+        assert verify_version(scene.store, version.label).ok
+    assert refused >= 5
+    happened("refused: says where and how much is free; nothing left", refused)
+
+
+@pytest.mark.attack("crash", "writes that find no room")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_write_without_room(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happened: Happened) -> None:
+    def fsync(_handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "old").write_text("old")
+    monkeypatch.setattr(os, "fsync", fsync)
+    for write in (
+        lambda: write_atomic(tmp_path / "old", b"new"),
+        lambda: copy_durably(tmp_path / "old", tmp_path / "copy"),
+    ):
+        with pytest.raises(TunesmithError) as refused:
+            write()
+        told(refused.value, tmp_path)
+    assert (tmp_path / "old").read_text() == "old"
+    happened("refused", 2)
+
+
+def test_errors_of_libraries_are_recognised(tmp_path: Path) -> None:
+    assert is_disk_full(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert is_disk_full(ValueError("x")) is False
+    assert disk_full(tmp_path / "not" / "there").where == str(tmp_path / "not" / "there")

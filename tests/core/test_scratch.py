@@ -1,0 +1,88 @@
+"""Temporary folders and files of processes that were killed, and of those that live."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.attack_table import Happened
+from tunesmith.core.files import write_atomic
+from tunesmith.core.scratch import SCRATCH, remove_leftovers, scratch_file, scratch_folder
+
+HELD = """
+import sys, time
+from pathlib import Path
+from tunesmith.core.scratch import scratch_file, scratch_folder
+with scratch_folder(Path(sys.argv[1])) as folder, scratch_file(Path(sys.argv[1]), 0o600) as (path, stream):
+    (folder / "weights").write_text("private")
+    stream.write(b"private")
+    stream.flush()
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.attack("crash", "kill -9 while private copies exist")
+def test_leftovers_go_and_a_living_process_keeps_its_own(tmp_path: Path, happened: Happened) -> None:
+    held = [subprocess.Popen([sys.executable, "-c", HELD, str(tmp_path)], stdout=subprocess.PIPE) for _ in range(3)]
+    try:
+        for process in held:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"held\n"
+        assert len(list(tmp_path.iterdir())) == 6
+        held[0].send_signal(signal.SIGKILL)
+        held[1].send_signal(signal.SIGKILL)
+        held[0].wait(), held[1].wait()
+        with scratch_folder(tmp_path) as mine:
+            assert mine.stat().st_mode & 0o777 == 0o700
+            remove_leftovers(tmp_path)
+            left = set(tmp_path.iterdir()) - {mine}
+            assert len(left) == 2
+            assert all(path.read_text() == "private" for path in tmp_path.glob("*/weights"))
+    finally:
+        for process in held:
+            process.kill()
+            process.communicate()
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    happened("removed at the next start", 6)
+    happened("kept: its process lives", 2)
+
+
+@pytest.mark.attack("crash", "links and folders that look like leftovers")
+def test_only_leftovers_are_removed(tmp_path: Path, happened: Happened) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").write_text("x")
+    (tmp_path / f"{SCRATCH}link").symlink_to(kept)
+    (tmp_path / f"{SCRATCH}file").symlink_to(kept / "file")
+    (tmp_path / ".tunesmith-old").mkdir()
+    os.mkfifo(tmp_path / f"{SCRATCH}fifo")
+    remove_leftovers(tmp_path)
+    assert (kept / "file").read_text() == "x"
+    assert (tmp_path / ".tunesmith-old").is_dir()
+    remove_leftovers(tmp_path / "nowhere")
+    happened("kept", 3)
+
+
+def test_the_umask_decides_who_reads_a_file(tmp_path: Path) -> None:
+    kept = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "open", b"x")
+        write_atomic(tmp_path / "private", b"x", mode=0o600)
+    finally:
+        os.umask(kept)
+    assert (tmp_path / "open").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_that_was_renamed_stays(tmp_path: Path) -> None:
+    with scratch_file(tmp_path, 0o666) as (path, stream):
+        stream.write(b"x")
+        path.rename(tmp_path / "done")
+    assert [each.name for each in tmp_path.iterdir()] == ["done"]
