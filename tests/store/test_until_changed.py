@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 from tunesmith.store import database
 from tunesmith.store.identities import add_user, ensure_owner
@@ -11,8 +10,8 @@ from tunesmith.store.store import Store
 from tunesmith.store.until_changed import UntilChanged
 
 
-def test_a_value_is_kept_until_another_process_changes_the_store(tmp_path: Path) -> None:
-    store, other = Store(tmp_path / "store"), Store(tmp_path / "store")
+def test_a_value_is_kept_until_another_process_changes_the_store(store: Store) -> None:
+    other = Store(store.root)
     owner = ensure_owner(store).name
     values, numbers = UntilChanged[int](store), itertools.count()
 
@@ -27,15 +26,13 @@ def test_a_value_is_kept_until_another_process_changes_the_store(tmp_path: Path)
     assert asked() == 2
 
 
-def test_a_value_that_does_not_hold_is_computed_again(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
+def test_a_value_that_does_not_hold_is_computed_again(store: Store) -> None:
     ensure_owner(store)
     values, numbers = UntilChanged[int](store), itertools.count()
     assert [values.get("a", lambda _session: next(numbers), lambda value: value > 1) for _ in range(4)] == [0, 1, 2, 2]
 
 
-def test_no_more_values_are_kept_than_allowed(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
+def test_no_more_values_are_kept_than_allowed(store: Store) -> None:
     ensure_owner(store)
     values = UntilChanged[int](store, most=3)
     for number in range(10):
@@ -43,8 +40,7 @@ def test_no_more_values_are_kept_than_allowed(tmp_path: Path) -> None:
         assert len(values._kept) <= 3
 
 
-def test_what_a_computation_raises_is_not_kept(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
+def test_what_a_computation_raises_is_not_kept(store: Store) -> None:
     ensure_owner(store)
     values, answers = UntilChanged[float](store), iter([0, 4])
     outcomes = []
