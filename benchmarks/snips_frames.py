@@ -29,7 +29,7 @@ from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.models.base import resolve_base
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training.rows import TrainingRow
+from tunesmith.training.batches.rows import TrainingRow
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.train import make_spec, train
 

@@ -15,7 +15,7 @@ from tunesmith.engines.native.network.network import Network
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import Base, base_record
 from tunesmith.training import steps
-from tunesmith.training.batch_plan import Step
+from tunesmith.training.batches.batch_plan import Step
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.estimate import state_bytes
 from tunesmith.training.objectives import CrossEntropy

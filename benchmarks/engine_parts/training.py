@@ -18,7 +18,7 @@ RANK, RATE, FULL_RATE = 16, 2e-4, 2e-5
 def prepared(rows: Sequence[Any], batch: int, **own: Any) -> tuple[Any, list[list[Any]], Any]:
     """A native trainable model, the steps in the rows' order, the settings."""
     from tunesmith.engines.factory import load_model
-    from tunesmith.training.batch_plan import lay_out_step
+    from tunesmith.training.batches.batch_plan import lay_out_step
     from tunesmith.training.estimate import state_bytes
     from tunesmith.training.settings import TrainSettings
 

@@ -13,9 +13,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.core.errors import UsageError
+from tunesmith.core.reading.strict_yaml import read_yaml
+from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.settings import Settings
-from tunesmith.core.strict_yaml import read_yaml
-from tunesmith.core.text_files import read_text_file
 from tunesmith.data.documents import DocumentSettings
 from tunesmith.data.settings import DataSettings
 from tunesmith.engines.settings import EngineSettings
@@ -135,7 +135,7 @@ class Project:
     @property
     def schema(self) -> dict[str, Any] | None:
         """The answer's JSON Schema; None where the task has none. Raises UsageError where it is not valid."""
-        from tunesmith.core.answer_schema import load_answer_schema
+        from tunesmith.core.reading.answer_schema import load_answer_schema
 
         path = self.settings.task.schema_path
         return None if path is None else load_answer_schema(self.root / path)

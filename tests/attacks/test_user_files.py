@@ -18,7 +18,7 @@ from tests.attack_table import Happened
 from tests.tiny_project import write_project
 from tunesmith.cli.main import main
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.text_files import read_text_file
+from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.services import users
 from tunesmith.store.store import Store
 from tunesmith.store.trust import read_trust

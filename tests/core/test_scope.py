@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.names import check_name
 from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import check_name
 from tunesmith.core.version_ref import VersionRef
 
 

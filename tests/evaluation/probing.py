@@ -38,7 +38,7 @@ from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training.rows import TrainingRow, training_rows
+from tunesmith.training.batches.rows import TrainingRow, training_rows
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.train import make_spec, train
 

@@ -24,7 +24,7 @@ from tunesmith.registry.versions import verify_version
 from tunesmith.services import data, evaluation, training
 from tunesmith.store import identities
 from tunesmith.store.records import Record
-from tunesmith.training.rows import training_rows
+from tunesmith.training.batches.rows import training_rows
 from tunesmith.training.settings import TrainSettings
 
 

@@ -24,7 +24,7 @@ from tunesmith.rollout.controller import start
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.server.app import create_app
-from tunesmith.server.draining import DrainingServer
+from tunesmith.server.intake.draining import DrainingServer
 from tunesmith.server.settings import ServerSettings
 from tunesmith.server.work import Worker
 from tunesmith.services.served_scorers import served_scorers

@@ -20,7 +20,7 @@ from tests.server.tiny_engine import TinyEngine
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.versions import Version
-from tunesmith.server import limits
+from tunesmith.server.intake import limits
 from tunesmith.store.identities import add_user, issue_token
 
 MIB = 1 << 20

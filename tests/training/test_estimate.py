@@ -22,7 +22,7 @@ from tunesmith.engines.native.adapters.trainable import NativeTrainable
 from tunesmith.engines.native.network.network import Network
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.models.rendering import Renderer
-from tunesmith.training.batch_plan import Step, lay_out_step
+from tunesmith.training.batches.batch_plan import Step, lay_out_step
 from tunesmith.training.estimate import MemoryNeeds, check_disk, check_memory, estimate
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import drop_gradients

@@ -29,8 +29,8 @@ from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training.batch_plan import lay_out_validation
-from tunesmith.training.rows import TrainingRow
+from tunesmith.training.batches.batch_plan import lay_out_validation
+from tunesmith.training.batches.rows import TrainingRow
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingResult
 from tunesmith.training.steps import validation_loss

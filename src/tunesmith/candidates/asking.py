@@ -17,7 +17,7 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion
 from tunesmith.store.records import Record

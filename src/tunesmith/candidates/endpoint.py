@@ -18,7 +18,7 @@ from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.clock import now
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.engines.protocol import Completion, Generation
 
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
 
-from tunesmith.core.display import printable, printable_line
+from tunesmith.core.text.display import printable, printable_line
 
 
 class PlainConsole(Console):

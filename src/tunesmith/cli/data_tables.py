@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.terminal import draw_table
-from tunesmith.core.display import json_text
+from tunesmith.core.text.display import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -104,9 +104,9 @@ def report(
     ] = False,
 ) -> None:
     """Write the evidence as one HTML page. With --json, print its data, and write a page only to --output."""
-    from tunesmith.core.display import printable
     from tunesmith.core.errors import UsageError
     from tunesmith.core.files import write_atomic
+    from tunesmith.core.text.display import printable
     from tunesmith.evaluation.report.markdown import report_markdown
     from tunesmith.services import evaluation
 

@@ -14,9 +14,9 @@ from typer.exceptions import TyperException
 
 from tunesmith.cli import data, evaluation, monitoring, pipeline, project, rollout, serve, users, versions
 from tunesmith.cli.terminal import say
-from tunesmith.core.display import json_text
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.files import disk_full, is_disk_full
+from tunesmith.core.text.display import json_text
 
 _HELP = "From a task's examples to a released model behaviour that was measured, approved and signed."
 app = typer.Typer(

@@ -39,12 +39,12 @@ def serve(
     """Answer OpenAI clients with the champion, and in a rollout with the canary too. Moves rollouts on."""
     import logging
 
-    from tunesmith.core.display import LogFormatter
     from tunesmith.core.scope import Scope
+    from tunesmith.core.text.display import LogFormatter
     from tunesmith.pipeline import PipelineContext
     from tunesmith.registry.aliases import list_aliases
     from tunesmith.server.app import create_app
-    from tunesmith.server.draining import DrainingServer
+    from tunesmith.server.intake.draining import DrainingServer
     from tunesmith.server.settings import ServerSettings
     from tunesmith.services.rollouts import refused_champions
     from tunesmith.services.served_scorers import served_scorers
@@ -98,8 +98,8 @@ def chat(
 
 def _converse(answerer: Answerer) -> None:
     """Read turns from the terminal and print the answers as they come, until an empty line."""
-    from tunesmith.core.display import printable, printable_line
     from tunesmith.core.messages import Message
+    from tunesmith.core.text.display import printable, printable_line
     from tunesmith.engines.protocol import Completion, Scored
 
     turns: list[Message] = []

@@ -1,6 +1,7 @@
 """What all commands share: common options, messages on stderr, one result on stdout, progress bars.
 
-Whatever a command prints goes through here, so that text of strangers cannot control the terminal: `core/display.py`.
+Whatever a command prints goes through here, so that text of strangers cannot control the terminal (see
+`core/text/display.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from tunesmith.core.display import json_text, printable, printable_line
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import Task
+from tunesmith.core.text.display import json_text, printable, printable_line
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from tunesmith.core.names import check_name
+from tunesmith.core.text.names import check_name
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.names import check_name
+from tunesmith.core.text.names import check_name
 
 _TEXT = re.compile(r"(?P<name>[^@]+)@v(?P<number>[1-9][0-9]{0,8})")
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from tunesmith.core.digests import canonical, digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.splitting.duplicates import request_text
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store

@@ -9,8 +9,8 @@ from typing import Any
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
-from tunesmith.core.folding import fold
 from tunesmith.core.messages import Message
+from tunesmith.core.text.folding import fold
 from tunesmith.data.dataset import Dataset, Example, load_dataset
 from tunesmith.data.documents import Documents
 from tunesmith.data.splitting.duplicates import answer_key, request_text

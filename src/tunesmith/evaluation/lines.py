@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunesmith.core.messages import Message
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 
 
 def tool_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.settings import Split
 from tunesmith.store.identities import require
 from tunesmith.store.store import Store

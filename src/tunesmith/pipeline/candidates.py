@@ -15,7 +15,7 @@ from tunesmith.candidates.settings import CandidateSettings, Search
 from tunesmith.candidates.shots import choose_shots
 from tunesmith.core.errors import UsageError
 from tunesmith.core.files import write_atomic
-from tunesmith.core.text_files import read_text_file
+from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.answers import seen_answers
 from tunesmith.evaluation.metrics.declared import checked

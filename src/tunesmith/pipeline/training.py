@@ -20,7 +20,7 @@ from tunesmith.evaluation.answers import seen_answers
 from tunesmith.evaluation.metrics.declared import Scoring, checked, make_scoring, metric_of
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
-from tunesmith.training.rows import TrainingRow, training_rows
+from tunesmith.training.batches.rows import TrainingRow, training_rows
 from tunesmith.training.settings import LEAST_SCORED, MetricsSettings, TrainSettings
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.names import check_name
 from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import check_name
 from tunesmith.registry.serving import may_load, may_serve
 from tunesmith.registry.signing.release import Version
 from tunesmith.store import audit, database

@@ -21,7 +21,7 @@ from tunesmith.core.digests import digest_file, short
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.core.files import room_for, sync_folder
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.dataset import load_dataset
 from tunesmith.models.base import Base
 from tunesmith.models.families import is_native

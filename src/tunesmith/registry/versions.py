@@ -17,8 +17,8 @@ from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.core.clock import now, stamp
 from tunesmith.core.digests import digest_file, is_digest, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.names import check_name
 from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import check_name
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.registry.aliases import ALIASES, get_alias
 from tunesmith.registry.licence_duties import NOTICE, carried, notice

@@ -29,8 +29,8 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.names import CONTROLLER
 from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import CONTROLLER
 from tunesmith.registry.aliases import Alias, get_alias
 from tunesmith.registry.versions import Version
 from tunesmith.rollout import traffic

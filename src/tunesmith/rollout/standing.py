@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import short
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.names import CONTROLLER
 from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import CONTROLLER
 from tunesmith.core.view import View
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.serving import Permission, may_serve

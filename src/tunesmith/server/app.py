@@ -19,9 +19,10 @@ from tunesmith.engines.protocol import Engine
 from tunesmith.rollout.controller import advance, give_up
 from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.rollout.state import list_rollouts
-from tunesmith.server import chat, control, openapi
-from tunesmith.server.draining import DrainMiddleware, drain
+from tunesmith.server import control, openapi
+from tunesmith.server.chat import routes as chat
 from tunesmith.server.errors import ApiError
+from tunesmith.server.intake.draining import DrainMiddleware, drain
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.recording import LOG, Recorder
 from tunesmith.server.routing import ReadyVersions, Router

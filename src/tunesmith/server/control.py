@@ -13,10 +13,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core.view import View
-from tunesmith.server import limits
-from tunesmith.server.body import read_body
-from tunesmith.server.chat import ID_PREFIX
+from tunesmith.server.chat.routes import ID_PREFIX
 from tunesmith.server.errors import ApiError
+from tunesmith.server.intake import limits
+from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.server.recording import FeedbackResult
 from tunesmith.server.serving import caller, serving_of

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from tunesmith.server import limits
+from tunesmith.server.intake import limits
 
 
 class ErrorDetail(BaseModel):

@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.names import check_name
 from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import check_name
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.engines.protocol import Engine
 from tunesmith.registry.aliases import get_alias

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
-from tunesmith.server.draining import Drain
 from tunesmith.server.errors import forbidden, unauthorised
+from tunesmith.server.intake.draining import Drain
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.recording import Recorder
 from tunesmith.server.routing import Router

@@ -23,7 +23,7 @@ from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.messages import CountTokens, Message
 from tunesmith.engines.protocol import Completion, Generation, Scored, Streamed
 from tunesmith.monitoring.features import request_features
-from tunesmith.server.chat_request import ChatRequest
+from tunesmith.server.chat.request import ChatRequest
 from tunesmith.server.errors import ApiError, bad_request, busy, failed, not_available, stopping
 from tunesmith.server.recording import LOG, Recorder, Served
 from tunesmith.server.routing import ReadyVersions, Route, Router

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tunesmith.core.display import json_text
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.text.display import json_text
 from tunesmith.core.view import Omitted, View
 from tunesmith.data.building.shards import LocalRunner, ShardRunner
 from tunesmith.data.building.summary import DatasetSummary, dataset_summary

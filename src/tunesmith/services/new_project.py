@@ -18,7 +18,7 @@ from pydantic import Field
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.files import write_atomic
-from tunesmith.core.strict_json import NotJson, parse_json
+from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.view import View
 from tunesmith.data.building.examine import renamed
 from tunesmith.data.formats.row_formats import format_of, read_turns

@@ -10,8 +10,8 @@ from typing import Annotated
 from pydantic import Field
 
 from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.scope import Scope
-from tunesmith.core.text_files import read_text_file
 from tunesmith.core.view import View
 from tunesmith.registry.history import lost_signatures
 from tunesmith.registry.signing import keys

@@ -22,8 +22,8 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.names import check_name, check_new_name
 from tunesmith.core.scope import Scope
+from tunesmith.core.text.names import check_name, check_new_name
 from tunesmith.store import audit, database
 from tunesmith.store.roles import ACTIONS, ROLES, Role
 from tunesmith.store.store import Store

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 
 _WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "model.safetensors")
 

@@ -20,9 +20,9 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.scope import Scope
-from tunesmith.core.strict_json import parse_json
-from tunesmith.core.text_files import read_text_file
 from tunesmith.store.blobs import BlobStore
 from tunesmith.store.tables import AuditRow, KeyRow, UserRow
 

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.clock import now
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.names import check_name
+from tunesmith.core.text.names import check_name
 from tunesmith.store import audit
 from tunesmith.store.identities import User, add_key, changing, get_user, state, user_row
 from tunesmith.store.roles import ACTIONS

@@ -13,7 +13,7 @@ from tunesmith.core import memory
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.training_protocol import Objective, TrainableModel
-from tunesmith.training.batch_plan import Step, step_tokens
+from tunesmith.training.batches.batch_plan import Step, step_tokens
 from tunesmith.training.checkpoints import KEPT
 from tunesmith.training.settings import LEAST_TOKENS, TrainSettings
 from tunesmith.training.spec import Estimate

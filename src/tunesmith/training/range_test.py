@@ -17,7 +17,7 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import Progress
 from tunesmith.core.view import View
 from tunesmith.engines.training_protocol import Objective, TrainableModel
-from tunesmith.training.batch_plan import Step
+from tunesmith.training.batches.batch_plan import Step
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import gradients, make_optimizer, update
 

@@ -13,7 +13,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.progress import Progress
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.training_protocol import Objective, TrainableModel
-from tunesmith.training.batch_plan import TrainingPlan
+from tunesmith.training.batches.batch_plan import TrainingPlan
 from tunesmith.training.schedule import Decisions, keep_decisions, read_decisions
 from tunesmith.training.settings import LEAST_SCORED, TrainSettings
 from tunesmith.training.spec import Estimate

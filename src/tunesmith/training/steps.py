@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.training_protocol import Objective, TrainableModel
-from tunesmith.training.batch_plan import Step, step_labels
+from tunesmith.training.batches.batch_plan import Step, step_labels
 from tunesmith.training.settings import TrainSettings
 
 

@@ -28,7 +28,8 @@ from tunesmith.models.families import SLOW, is_native
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training.batch_plan import Step, TrainingPlan, lay_out_epoch, lay_out_validation, step_tokens
+from tunesmith.training.batches.batch_plan import Step, TrainingPlan, lay_out_epoch, lay_out_validation, step_tokens
+from tunesmith.training.batches.rows import TrainingRow, render_rows
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.estimate import (
     check_disk,
@@ -41,7 +42,6 @@ from tunesmith.training.estimate import (
 )
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.range_test import STEPS, RateSearch, range_test
-from tunesmith.training.rows import TrainingRow, render_rows
 from tunesmith.training.schedule import Annealed, Decisions, Planned, Schedule
 from tunesmith.training.scoring import AnswerScore, Validation, decide_beforehand
 from tunesmith.training.settings import MetricsSettings, TrainSettings

@@ -14,7 +14,7 @@ from tunesmith.core import memory
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Progress, Task
 from tunesmith.engines.training_protocol import Objective, TrainableModel
-from tunesmith.training.batch_plan import Step, step_tokens
+from tunesmith.training.batches.batch_plan import Step, step_tokens
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.schedule import Planned, Schedule

@@ -23,7 +23,7 @@ from tunesmith.engines.native.network.network import frozen_linear
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.settings import TARGETS
 from tunesmith.models.rendering import LossOn, Rendered, Renderer
-from tunesmith.training.batch_plan import plan
+from tunesmith.training.batches.batch_plan import plan
 from tunesmith.training.schedule import learning_rate
 from tunesmith.training.settings import TrainSettings
 

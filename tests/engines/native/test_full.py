@@ -23,7 +23,7 @@ from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Rendered, Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
-from tunesmith.training.rows import TrainingRow
+from tunesmith.training.batches.rows import TrainingRow
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import make_optimizer
 from tunesmith.training.train import make_spec, train

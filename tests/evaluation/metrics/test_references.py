@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.attack_table import Happened
 from tests.data.rows import build, many_rows, write_jsonl
-from tunesmith.core.answer_schema import check_answer_schema
+from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.data.building.account import OFF_SCHEMA
 from tunesmith.data.building.examine import Examiner, RowRules
 from tunesmith.data.settings import DataSettings

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.fabricate import SCHEMA
 from tunesmith.core.errors import UsageError
-from tunesmith.core.strict_json import NotJson, parse_json
+from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.evaluation.metrics.scorers import SCORERS, score
 
 NUMBERS = st.integers(-(2**40), 2**40) | st.floats(allow_nan=False, allow_infinity=False)

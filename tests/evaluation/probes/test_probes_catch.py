@@ -14,8 +14,8 @@ from tunesmith.data.dataset import Example, load_dataset
 from tunesmith.engines.protocol import Question
 from tunesmith.evaluation.probes.general import general_questions
 from tunesmith.evaluation.probes.numbers import exposure_interval
-from tunesmith.training.canaries import SOURCE, canaries, plant
-from tunesmith.training.rows import training_rows
+from tunesmith.training.batches.canaries import SOURCE, canaries, plant
+from tunesmith.training.batches.rows import training_rows
 from tunesmith.training.settings import CanarySettings, TrainSettings
 
 pytestmark = pytest.mark.slow

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.answer_schema import check_answer_schema
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import CountTokens
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.data.building.account import Account
 from tunesmith.data.building.examine import RowRules, listed_values
 from tunesmith.data.building.outside_sets import OUTSIDE, Outside, read_outside

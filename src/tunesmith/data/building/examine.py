@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from tunesmith.core.answer_schema import satisfies
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import CountTokens, Message
-from tunesmith.core.strict_json import NotJson, parse_json
+from tunesmith.core.reading.answer_schema import satisfies
+from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.data.building.account import (
     OFF_SCHEMA,
     OUTSIDE_WORDING,

@@ -11,7 +11,7 @@ from typing import Any
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.building.examine import listed_values, renamed
 from tunesmith.data.building.staging import batches
 from tunesmith.data.formats import row_formats

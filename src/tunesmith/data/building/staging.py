@@ -17,7 +17,7 @@ from typing import Any
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.building.account import EXACT, Kept
 from tunesmith.data.dataset import SPLITS, Example, encode_examples
 from tunesmith.data.settings import Split

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import ToolCall
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.formats.openai_rules import require_openai
 from tunesmith.data.formats.tool_calls import made_id, read_call, read_calls, read_tools
 from tunesmith.data.formats.turns import Turn

@@ -12,7 +12,7 @@ from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import ToolCall
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 
 Sound = Callable[[str, str], str]  # a text and its place -> the text; raises for damaged characters
 

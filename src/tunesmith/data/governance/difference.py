@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused
-from tunesmith.core.folding import visible
+from tunesmith.core.text.folding import visible
 from tunesmith.core.view import View
 from tunesmith.data.dataset import SPLITS, Dataset, Example, load_dataset
 from tunesmith.data.settings import DataSettings

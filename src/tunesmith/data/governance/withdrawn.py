@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.core.digests import digest_of
-from tunesmith.core.folding import fold
+from tunesmith.core.text.folding import fold
 from tunesmith.data.dataset import SPLITS, Example, load_dataset
 from tunesmith.data.splitting.duplicates import answer_key, request_key
 from tunesmith.store import database

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from tunesmith.core.messages import Message
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.privacy.detection_recall import as_json, measure, remaining_values, require_few_remaining
 from tunesmith.data.privacy.entities import described
 from tunesmith.data.privacy.scan import Scanner

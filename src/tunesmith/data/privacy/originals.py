@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import write_atomic
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.settings import Privacy
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tunesmith.core.messages import Message, ToolCall
-from tunesmith.core.strict_json import parse_json, unique_keys
+from tunesmith.core.reading.strict_json import parse_json, unique_keys
 from tunesmith.data.privacy.entities import Finder, Finding
 from tunesmith.data.privacy.names import NAME_ENTITIES
 from tunesmith.data.privacy.pseudonyms import Pseudonyms

@@ -1,6 +1,6 @@
 """Other readings of a text in which obfuscated values are plain, with offsets into the text.
 
-A view is the text folded (core/folding.py), decoded (entities, escapes, percent, base64, hex), or with separators that
+A view is the text folded (core/text/), decoded (entities, escapes, percent, base64, hex), or with separators that
 people spell out. The scan searches views as it searches the text. A finding in one covers the characters of the text
 that it was made from. Most texts have no views: each is made only where a fast test says that it can differ.
 """
@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tunesmith.core.folding import fold
+from tunesmith.core.text.folding import fold
 
 _LEAST_DECODED = 6  # characters
 _LEAST_FOREIGN = 24  # characters, where not all are ASCII

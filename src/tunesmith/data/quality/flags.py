@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import UsageError
-from tunesmith.core.folding import visible
+from tunesmith.core.text.folding import visible
 from tunesmith.data.dataset import SPLITS, Dataset, Example
 from tunesmith.data.quality import toxicity
 from tunesmith.data.quality.languages import other_languages

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.strict_json import NotJson, parse_json
+from tunesmith.core.reading.strict_json import NotJson, parse_json
 
 # These limits keep a wrong or hostile file from filling the memory.
 LONGEST_ROW = 64 << 20

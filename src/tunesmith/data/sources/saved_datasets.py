@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.strict_json import parse_json
-from tunesmith.core.text_files import read_text_file
+from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.reading.text_files import read_text_file
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 

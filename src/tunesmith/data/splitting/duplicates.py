@@ -18,9 +18,9 @@ import regex
 
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.core.folding import fold, visible
 from tunesmith.core.messages import Message
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.text.folding import fold, visible
 
 if TYPE_CHECKING:
     import numpy as np

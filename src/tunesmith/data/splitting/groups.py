@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tunesmith.core.digests import digest_of
-from tunesmith.core.folding import fold
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.core.text.folding import fold
 from tunesmith.data.settings import NEAR, Split
 from tunesmith.data.splitting.duplicates import near_pairs, near_text, normalise
 

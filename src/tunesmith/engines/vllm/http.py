@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.engines.settings import VllmSettings
 
 _BUSY = frozenset((429, 502, 503, 504))

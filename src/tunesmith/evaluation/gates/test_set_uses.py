@@ -20,7 +20,7 @@ from sqlalchemy import select
 
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Inconclusive, Refused
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.dataset import load_dataset
 from tunesmith.store import database
 from tunesmith.store.store import Store

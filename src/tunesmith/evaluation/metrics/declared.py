@@ -22,9 +22,9 @@ from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.patterns import check_pattern, search
+from tunesmith.core.reading.patterns import check_pattern, search
+from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.settings import Settings
-from tunesmith.core.strict_json import NotJson, parse_json
 from tunesmith.evaluation.lines import is_share
 from tunesmith.evaluation.metrics.scorers import SCORERS, Schema, nearest
 

@@ -16,7 +16,7 @@ from tunesmith.core.errors import Inconclusive
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.evaluation.lines import read_answer_lines

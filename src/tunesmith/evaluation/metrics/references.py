@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from tunesmith.core.strict_json import NotJson, parse_json
+from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.evaluation.metrics.declared import Declared, LabelScorer, NumberScorer, metric_of
 from tunesmith.evaluation.metrics.scorers import NEED_JSON
 

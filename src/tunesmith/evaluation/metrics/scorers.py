@@ -9,9 +9,9 @@ import difflib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from tunesmith.core.answer_schema import satisfies
 from tunesmith.core.errors import UsageError
-from tunesmith.core.strict_json import NotJson, parse_json
+from tunesmith.core.reading.answer_schema import satisfies
+from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.evaluation.metrics.text_scorers import TEXT_SCORERS
 
 Schema = Mapping[str, Any] | None

@@ -15,8 +15,8 @@ from typing import Any
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.strict_json import NotJson, parse_json
-from tunesmith.core.text_files import LARGEST_DATA, read_text_file
+from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.reading.text_files import LARGEST_DATA, read_text_file
 from tunesmith.data.quality.people import FIRST_NAMES
 from tunesmith.evaluation.probes.context import ProbeContext
 from tunesmith.evaluation.probes.items import Item

@@ -15,8 +15,8 @@ from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Dataset, Example
 from tunesmith.data.settings import Privacy
 from tunesmith.store.store import Store
-from tunesmith.training.canaries import Canary, canaries
-from tunesmith.training.rows import training_rows
+from tunesmith.training.batches.canaries import Canary, canaries
+from tunesmith.training.batches.rows import training_rows
 from tunesmith.training.settings import TrainSettings
 
 Put = Callable[[Example, Sequence[Message]], tuple[Message, ...]]

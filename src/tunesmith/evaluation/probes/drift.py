@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tunesmith.core.messages import Message
-from tunesmith.core.text_files import LARGEST_DATA, read_text_file
+from tunesmith.core.reading.text_files import LARGEST_DATA, read_text_file
 from tunesmith.evaluation.probes.context import ProbeContext, drawn, with_last_request
 from tunesmith.evaluation.probes.general import general_questions
 from tunesmith.evaluation.probes.items import Item, plain_items

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.evaluation.lines import LineFile, encode_lines, is_number
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.stats.statistics import Floats

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tunesmith.core.folding import fold
 from tunesmith.core.messages import Message
+from tunesmith.core.text.folding import fold
 from tunesmith.data.dataset import Example
 from tunesmith.evaluation.probes.context import ProbeContext, drawn, with_last_request
 from tunesmith.evaluation.probes.items import Item

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from tunesmith.core.digests import is_digest, short
-from tunesmith.core.display import printable
+from tunesmith.core.text.display import printable
 
 _SHOWN_CHARACTERS = 900
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tunesmith.core.digests import canonical, digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.signing.signatures import Untrusted, check_in_time
 from tunesmith.store.audit import Head

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import sync_folder, write_atomic
-from tunesmith.core.names import check_name
+from tunesmith.core.text.names import check_name
 from tunesmith.registry.signing.attestations import key_statement, public_pem, seal
 from tunesmith.store import identities, user_keys
 from tunesmith.store.identities import User, UserKey

@@ -20,9 +20,9 @@ import referencing.jsonschema
 from jsonschema import validators
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.patterns import check_pattern, search
-from tunesmith.core.strict_json import NotJson, parse_json
-from tunesmith.core.text_files import read_text_file
+from tunesmith.core.reading.patterns import check_pattern, search
+from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.reading.text_files import read_text_file
 
 # A keyword applied to a value is a step, with more for long lists. So many take one or two seconds.
 _STEPS: Final = 50_000

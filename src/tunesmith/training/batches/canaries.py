@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
-from tunesmith.core.strict_json import parse_json
+from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.training.settings import CanarySettings
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.attack_table import Happened
 from tunesmith.core.errors import UsageError
-from tunesmith.core.strict_yaml import read_yaml
+from tunesmith.core.reading.strict_yaml import read_yaml
 
 LAUGHS = "\n".join(
     ["a: &a [x,x,x,x,x,x,x,x,x,x]"]

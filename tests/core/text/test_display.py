@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from tests.attack_table import Happened
-from tunesmith.core.display import LogFormatter, json_text, printable, printable_line
+from tunesmith.core.text.display import LogFormatter, json_text, printable, printable_line
 
 # Sequences that a terminal obeys, marks that reorder, and characters that nobody sees.
 HOSTILE = [

@@ -9,7 +9,7 @@ from typing import Any, Final
 import yaml
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.strict_json import DEEPEST
+from tunesmith.core.reading.strict_json import DEEPEST
 
 _MOST_NODES: Final = 100_000  # with each alias counted as large as what it stands for
 _LONGEST_NUMBER: Final = 40

@@ -9,7 +9,7 @@ from confusable_homoglyphs.confusables import confusables_data
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tunesmith.core.folding import fold, fold_with_offsets, visible
+from tunesmith.core.text.folding import fold, fold_with_offsets, visible
 
 _ANY = st.text(st.characters(codec=None, categories=None), max_size=12) | st.text(
     st.sampled_from(

@@ -16,8 +16,7 @@ from tunesmith.core.clock import now
 from tunesmith.core.digests import short
 from tunesmith.engines.protocol import Completion, Scored, TokenScore
 from tunesmith.registry.versions import Version
-from tunesmith.server.body import read_body
-from tunesmith.server.chat_answer import (
+from tunesmith.server.chat.answer import (
     Alternative,
     AnswerMessage,
     ApiObject,
@@ -32,8 +31,9 @@ from tunesmith.server.chat_answer import (
     TokenLogprob,
     Usage,
 )
-from tunesmith.server.chat_request import ChatRequest
+from tunesmith.server.chat.request import ChatRequest
 from tunesmith.server.errors import ApiError, no_such_model, timed_out
+from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
 from tunesmith.server.serving import Serving, caller
 from tunesmith.server.work import Event, Job

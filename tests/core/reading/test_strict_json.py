@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.attack_table import Happened
-from tunesmith.core.strict_json import DEEPEST, NotJson, parse_json
+from tunesmith.core.reading.strict_json import DEEPEST, NotJson, parse_json
 
 
 @pytest.mark.attack("input", "JSON that readers disagree about, or that hangs one")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
 
 from tunesmith.core.messages import Message
-from tunesmith.server import limits
+from tunesmith.server.intake import limits
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=limits.STOP)]

@@ -10,7 +10,7 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
 from tunesmith.models.rendering import Rendered, Renderer
-from tunesmith.training.canaries import plant
+from tunesmith.training.batches.canaries import plant
 from tunesmith.training.settings import TrainSettings
 
 

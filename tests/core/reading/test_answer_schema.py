@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from tests.attack_table import Happened
 from tests.fabricate import SCHEMA
-from tunesmith.core.answer_schema import check_answer_schema, load_answer_schema, satisfies
 from tunesmith.core.errors import UsageError
+from tunesmith.core.reading.answer_schema import check_answer_schema, load_answer_schema, satisfies
 
 
 def nested(key: str, depth: int, inner: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Strict, bounded readers of what others wrote: JSON, YAML, text files, patterns, JSON Schemas."""

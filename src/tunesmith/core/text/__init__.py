@@ -1,0 +1,1 @@
+"""Texts of strangers: how they are compared, shown and accepted as names."""

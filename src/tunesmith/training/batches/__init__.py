@@ -1,0 +1,1 @@
+"""From rows to the batches of each step: rendering, canaries, the order of rows."""
