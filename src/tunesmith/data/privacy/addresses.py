@@ -51,7 +51,7 @@ _NAME = rf"(?!(?i:{_NOT_NAMES})\b)[^\W\d_a-zß-öø-ÿ][\w'’.\-]{{0,30}}"
 _NUMBER = r"\d{1,5}(?i:[a-z])?(?:[-/]\d{1,4}(?i:[a-z])?)?\b"
 _UNIT = r"(?i:apt|apartment|suite|ste|unit|flat|room)\b\.? ?#?\d{1,5}(?i:[a-z])?\b"
 _BOX = r"(?i:p\.? ?o\.? ?box|postbox) \d{1,6}\b"
-_MILITARY = r"(?i:(?:unit|psc) \d{3,5},? box \d{3,5}\s*[,\n]\s*(?:apo|fpo|dpo) (?:aa|ae|ap) \d{5})\b"
+_MILITARY = r"(?i:(?:unit|psc) \d{3,5},? box \d{3,5}\s{0,8}[,\n]\s{0,8}(?:apo|fpo|dpo) (?:aa|ae|ap) \d{5})\b"
 
 # What may follow: units, then lines or parts with a place, a postal code or both.
 _CODE = r"(?:(?:[A-Z]{1,2}-)?\d{3,5}(?:[- ]\d{2,4}| ?[A-Z]{2})?|[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}|\d{2})\b"
@@ -61,13 +61,14 @@ _PLACE = (
     rf"|\({_NAME}\))){{0,5}}"
 )
 _PART = rf"(?:{_PLACE},? (?:{_STATE} )?{_CODE}|{_STATE} {_CODE}|{_CODE} {_PLACE}|{_CODE}|{_PLACE}|{_STATE})"
+_CUT = r"\s{0,8}[,\n]\s{0,8}"
 _TAIL = (
-    rf"(?:(?:\s*[,\n]\s*|\.? ){_UNIT}|(?:\s*[,\n]\s*| ){_BOX})*"
-    rf"(?:\s*[,\n][,\s]*{_PART}(?=\s*(?:[,\n.?!]|$| [a-z]))){{0,4}}"
+    rf"(?:(?:{_CUT}|\.? ){_UNIT}|(?:{_CUT}| ){_BOX}){{0,4}}"
+    rf"(?:\s{{0,8}}[,\n][,\s]{{0,8}}{_PART}(?=\s{{0,8}}(?:[,\n.?!]|$| [a-z]))){{0,4}}"
 )
 # A place in lower case counts only before a postal code, after a comma or on its own line.
-_SMALL_TAIL = r"(?:\s*[,\n]\s*[^\W\d_]{2,20}(?: [^\W\d_]{2,20})?,? (?:[a-z]{2,3} )?\d{5}\b)?"
-_LINE = rf"(?:\s+{_PLACE})?"  # a place may follow a unit without a comma
+_SMALL_TAIL = rf"(?:{_CUT}[^\W\d_]{{2,20}}(?: [^\W\d_]{{2,20}})?,? (?:[a-z]{{2,3}} )?\d{{5}}\b)?"
+_LINE = rf"(?:\s{{1,8}}{_PLACE})?"  # a place may follow a unit without a comma
 
 
 @functools.cache
@@ -87,7 +88,7 @@ def _patterns() -> tuple[tuple[float, re.Pattern[str]], ...]:
         # 1317 Kimberly Way Laidlaw Green, Apt. 962; 0605 Πεντέλης 210 apt. 999
         (SURE, rf"\b{_NUMBER} (?:{_WORD} ){{1,5}}(?:{_NUMBER} )?(?:{_UNIT}|{_BOX}){_LINE}"),
         (SURE, rf"\b(?:{_NUMBER} )?{_BOX}"),
-        (LIKELY, rf"\b{_UNIT}(?=\s*[,\n])"),
+        (LIKELY, rf"\b{_UNIT}(?=\s{{0,8}}[,\n])"),
         # 2407 Tawastintie 6, Sé, Portugal: a number before and after
         (LIKELY, rf"\b\d{{2,5}} (?:{_NAME} ){{1,4}}{_NUMBER}"),
         (GUESS, rf"\b\d{{2,5}} (?:{_WORD} ){{1,3}}{_NUMBER}"),

@@ -17,11 +17,19 @@ from typing import Any
 from tunesmith.store.identities import TOKEN_FORM
 
 # Regex detectors of detect-secrets that are not used: addresses are no secrets, and _FORMS has the whole private key.
-_UNUSED = ("IPPublicDetector", "PrivateKeyDetector")
+# The others take quadratic or cubic time over texts such as many slashes or spaces; _FORMS has what they find.
+_UNUSED = (
+    "IPPublicDetector",
+    "PrivateKeyDetector",
+    *("CloudantDetector", "IbmCloudIamDetector", "IbmCosHmacDetector", "SoftlayerDetector"),
+    *("JwtTokenDetector", "NpmDetector", "OpenAIDetector"),
+)
+# Every repetition is bounded, or begins only where no other can have begun, so that time is linear in the text.
+_JOIN = r"""["']?\]?(?: {0,8}(?:=>|:=|::|[:=]) {0,8}| {1,8})["']?"""
 _FORMS = (
     TOKEN_FORM,  # of our own HTTP interface
     # The whole key, not only its first line.
-    r"(?s)-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)",
+    r"(?s)-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,20}-----.*?(?:-----END [A-Z0-9 ]{0,60}-----|\Z)",
     r"github_pat_[A-Za-z0-9_]{36,255}",
     r"gl(?:pat|dt|ptt|rt|ft|cbt|oas|soat)-[A-Za-z0-9_\-.]{20,255}",
     r"xox[abeoprs]-[A-Za-z0-9-]{10,255}",
@@ -40,6 +48,16 @@ _FORMS = (
     r"\bAccountKey=[A-Za-z0-9+/]{86}==",
     r"\bAGE-SECRET-KEY-1[A-Z0-9]{58}",
     r"\beyJ[A-Za-z0-9_-]{8,4096}\.eyJ[A-Za-z0-9_-]{8,8192}\.[A-Za-z0-9_-]{8,4096}",
+    # A token of two or more parts of which only the first is JSON, as encrypted ones are.
+    r"(?<![A-Za-z0-9_=-])(?=[A-Za-z0-9_=-]++\.[A-Za-z0-9_=-])[A-Za-z0-9_=-]*?(eyJ[A-Za-z0-9_=-]+\.[A-Za-z0-9_=-]+)",
+    r"sk-[A-Za-z0-9_-]{20,200}?T3BlbkFJ[A-Za-z0-9]{20}",
+    r"/:_authToken=\s{0,8}(npm_\S{1,255}|[A-Fa-f0-9-]{36})",
+    rf"(?i)(?<!\w)(?:cloudant|clou|cl)[_-]?(?:api)?(?:key|pwd|pw|password|pass|token){_JOIN}([0-9a-f]{{64}}|[a-z]{{24}})",
+    rf"(?i)(?<!\w)(?:softlayer|sl)[_-]?(?:api)?[_-]?(?:key|pwd|password|pass|token){_JOIN}([a-z0-9]{{64}})",
+    r"https?://api\.softlayer\.com/soap/v3(?:\.1)?/([a-z0-9]{64})",
+    rf"(?i)(?<!\w)(?:ibm[_-]?)?(?:cloud[_-]?)?(?:iam[_-]?)?(?:api[_-]?)?(?:key|pwd|password|pass|token){_JOIN}"
+    r"([\w-]{44})(?![\w-])",
+    rf"(?i)(?<!\w)(?:(?:ibm)?[_-]?cos[_-]?(?:hmac)?)?[_-]?secret[_-]?(?:access)?[_-]?key{_JOIN}([a-f0-9]{{48}})(?![a-f0-9])",
     r"https://hooks\.slack\.com/(?:services|workflows)/[A-Za-z0-9/]{30,100}",
     r"https://discord(?:app)?\.com/api/webhooks/\d{15,22}/[A-Za-z0-9_-]{40,100}",
 )
@@ -47,7 +65,8 @@ _FORMS = (
 _NAMED = re.compile(
     r"(?:pass(?:word|phrase|wd|code)?|pwd|secret|token|credentials?|(?:api|access|secret|private|auth|account|encryption"
     r"|signing|storage|client)[ _-]?(?:access[ _-]?)?(?:key|secret|token)|bearer|pin code|recovery code)s?"
-    r"(?:[\"'`]?\s*(?::=|=>|[:=])\s*|\s+(?:is|was|are|to|as|be|of|it's|changed to|set to|now|for \w+ is)\s*:?\s+|\s+)"
+    r"(?:[\"'`]?\s{0,8}(?::=|=>|[:=])\s{0,8}"
+    r"|\s{1,8}(?:is|was|are|to|as|be|of|it's|changed to|set to|now|for \w{1,40} is)\s{0,8}:?\s{1,8}|\s{1,8})"
     r"(?P<open>[\"'`]?)(?P<value>[^\s\"'`,;<>{}()\[\]]{6,512})",
     re.IGNORECASE,
 )

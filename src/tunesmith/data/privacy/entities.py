@@ -54,8 +54,8 @@ _OWN = {
         score=0.3,
     ),
     "PERSON": Recogniser(
-        regex=r"(?i:\bnames? (?:is|was|to)|\bname:|\bcalls? me|\bi am called|\bmr\.?|\bmrs\.?|\bms\.?|\bdr\.?)\s+"
-        r"(?P<value>[^\W\d_][\w'’\-]+(?: (?:[^\W\d_]\.? )?[^\W\d_][\w'’\-]+)?)(?=\s*(?:[.,;:!?\n]|$))",
+        regex=r"(?i:\bnames? (?:is|was|to)|\bname:|\bcalls? me|\bi am called|\bmr\.?|\bmrs\.?|\bms\.?|\bdr\.?)\s{1,8}"
+        r"(?P<value>[^\W\d_][\w'’\-]{1,60}(?: (?:[^\W\d_]\.? )?[^\W\d_][\w'’\-]{1,60})?)(?=\s{0,8}(?:[.,;:!?\n]|$))",
         score=0.6,
     ),
     "CREDIT_CARD": Recogniser(
@@ -324,8 +324,27 @@ def _presidio(entities: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
         # By default this recogniser downloads the current list of domain endings, so its results would vary.
         if entity == "EMAIL_ADDRESS":
             kind = type(kind.__name__, (kind,), {"validate_result": lambda _self, text: _known_domain(text)})
-        recognisers.append((entity, kind()))
+        recognisers.append((entity, kind(patterns=_url_patterns(kind)) if entity == "URL" else kind()))
     return tuple(recognisers)
+
+
+def _url_patterns(kind: Any) -> list[Any]:
+    """presidio's patterns of URLs, but a run of letters, digits, dots and hyphens is tried at its start only.
+
+    Otherwise each place of the run would try every ending of domains at each dot that follows.
+    """
+    from presidio_analyzer import Pattern
+
+    return [
+        Pattern(
+            one.name,
+            one.regex.replace("(?i)", r"(?i)(?<![a-z0-9.\-])", 1).replace("{1,253}", "+")
+            if one.name == "Non schema URL"
+            else one.regex,
+            one.score,
+        )
+        for one in kind.PATTERNS
+    ]
 
 
 def _known_domain(text: str) -> bool:
