@@ -175,7 +175,7 @@ def test_a_second_signal_ends_at_once_and_the_store_is_sound(
 def test_under_way_may_finish_and_the_rest_is_refused(
     scene: Scene, engine: FakeEngine, versions: dict[int, Version], happened: Happened
 ) -> None:
-    with running(scene, engine, together=2, grace_seconds=20) as served, ThreadPoolExecutor(8) as pool:
+    with running(scene, engine, together=3, grace_seconds=20) as served, ThreadPoolExecutor(8) as pool:
         whole, streamed, waiting, half = occupied(served, versions, pool)
         stopped = threading.Thread(target=served.stop)
         stopped.start()
@@ -203,7 +203,7 @@ def test_under_way_may_finish_and_the_rest_is_refused(
 def test_what_outlasts_the_grace_time_gets_an_api_error(
     scene: Scene, engine: FakeEngine, versions: dict[int, Version], happened: Happened
 ) -> None:
-    with running(scene, engine, together=2, grace_seconds=1) as served, ThreadPoolExecutor(8) as pool:
+    with running(scene, engine, together=3, grace_seconds=1) as served, ThreadPoolExecutor(8) as pool:
         whole, streamed, waiting, half = occupied(served, versions, pool)
         began = time.monotonic()
         served.stop()

@@ -157,7 +157,7 @@ def test_200_parallel_requests_get_an_answer_or_429(
         turned_away = next(response for response in responses if response.status_code == 429)
         assert turned_away.headers["retry-after"] == "1"
         assert turned_away.json()["error"]["code"] == "queue_full"
-        assert engine.busiest == 16
+        assert engine.busiest == 14  # of 16: two are kept for other users
         assert len({response.json()["id"] for response in responses if response.status_code == 200}) == said[200]
         assert len(served.rows()) == said[200] + 1
         assert served.client(retries=2).chat.completions.create(model=NAME, messages=HELLO).choices
@@ -244,7 +244,7 @@ def _leave_while_waiting(served: Served) -> None:
     until(lambda: served.worker.waiting() == 20)
     for connection in waiting:
         connection.close()
-    until(lambda: all(job.left for job in list(served.worker._waiting)))
+    until(lambda: all(job.left for job in served.worker._turns.waiting()))
     served.engine.gate.set()
     first.join()
     served.ask()

@@ -35,6 +35,10 @@ def serve(
         float,
         typer.Option("--grace", min=0.1, help="Seconds that requests under way may take after SIGTERM or ctrl-C."),
     ] = 30.0,
+    per_user: Annotated[
+        int,
+        typer.Option("--per-user", min=1, help="Requests that one user may have waiting or being answered."),
+    ] = 128,
 ) -> None:
     """Answer OpenAI clients with the champion, and in a rollout with the canary too. Moves rollouts on."""
     import logging
@@ -56,7 +60,7 @@ def serve(
         project.store,
         context.engine,
         context.renderer.count_prompt,
-        ServerSettings(region=region, grace_seconds=grace),
+        ServerSettings(region=region, grace_seconds=grace, per_user=per_user),
         scorers=served_scorers(project.settings.task.scorers, project.schema, project.root),
     )
     address, chosen = listening.getsockname()[:2]

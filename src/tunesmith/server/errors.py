@@ -92,6 +92,12 @@ def busy() -> ApiError:
     return ApiError(429, "The queue is full. Try again shortly.", code="queue_full", headers={"Retry-After": "1"})
 
 
+def busy_for_user(most: int) -> ApiError:
+    """The user has as many requests under way as one user may have."""
+    message = f"You have {most} requests waiting or being answered. Wait for some of them, then try again."
+    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
+
+
 def failed() -> ApiError:
     """The engine failed. The server's log has the error; the answer has not."""
     return ApiError(500, "The engine failed on this request.", code="engine_error")

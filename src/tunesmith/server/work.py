@@ -1,7 +1,7 @@
 """The threads that send requests to the engine, and the bounded queue in front of them.
 
-Each thread answers one request at a time, in the order of arrival. The engine decodes the requests of all threads as
-one batch, so a request joins the batch as soon as a thread is free.
+Each thread answers one request at a time. Users take turns, so that no caller keeps the others waiting (turns.py). The
+engine decodes the requests of all threads as one batch, so a request joins the batch as soon as a thread is free.
 
 Each request that a thread started is recorded exactly once, before the end of its answer is sent. Its thread records
 it, or, if the engine hangs, the coroutine that waited for it.
@@ -13,7 +13,6 @@ import asyncio
 import re
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -24,10 +23,11 @@ from tunesmith.core.messages import CountTokens, Message
 from tunesmith.engines.protocol import Completion, Generation, Scored, Streamed
 from tunesmith.monitoring.features import request_features
 from tunesmith.server.chat.request import ChatRequest
-from tunesmith.server.errors import ApiError, bad_request, busy, failed, not_available, stopping
+from tunesmith.server.errors import ApiError, bad_request, busy, busy_for_user, failed, not_available, stopping
 from tunesmith.server.recording import LOG, Recorder, Served
 from tunesmith.server.routing import ReadyVersions, Route, Router
 from tunesmith.server.settings import ServerSettings
+from tunesmith.server.turns import Turns
 from tunesmith.store.identities import User
 
 Event = Streamed | ApiError
@@ -112,7 +112,7 @@ class Worker:
         self._count_tokens = count_tokens
         self._versions, self._router, self._recorder = versions, router, recorder
         self._settings, self._give_up = settings, give_up
-        self._waiting: deque[Job] = deque()
+        self._turns: Turns[Job] = Turns(settings.together)
         self._change = threading.Condition()
         self._stopping = False
         self._busy_since: dict[Job, float] = {}
@@ -130,7 +130,8 @@ class Worker:
         """Answer waiting jobs with 503, and wait up to this many seconds for those that have begun."""
         with self._change:
             self._stopping = True
-            waiting, self._waiting = self._waiting, deque()
+            waiting = self._turns.waiting()
+            self._turns.drop(waiting.__contains__)
             self._change.notify_all()
         for job in waiting:
             job.send(stopping())
@@ -149,18 +150,24 @@ class Worker:
         return len(self._busy_since)
 
     def submit(self, job: Job) -> None:
-        """Add a job to the queue. Raises ApiError 429 if the queue is full, 503 if the server stops."""
+        """Add a job to the queue. Raises ApiError 429 if the queue or the user's share of it is full, 503 if the server
+        stops."""
         with self._change:
             if self._stopping:
                 raise stopping()
-            if len(self._waiting) >= self._settings.waiting:
+            # Before the queue's bound: who left no longer waits, whichever bound was reached.
+            self._turns.drop(lambda waiting: waiting.left)
+            if self._turns.held_by(job.user.name) >= self._settings.per_user:
+                raise busy_for_user(self._settings.per_user)
+            if len(self._turns) >= self._settings.waiting:
                 raise busy()
-            self._waiting.append(job)
+            self._turns.add(job.user.name, job)
             self._change.notify_all()
 
     def waiting(self) -> int:
         """The number of jobs in the queue."""
-        return len(self._waiting)
+        with self._change:
+            return len(self._turns)
 
     def hanging(self) -> bool:
         """Whether a job has run for longer than answer_seconds, or a thread has died."""
@@ -178,15 +185,18 @@ class Worker:
                 self._fail(job, failed())
             finally:
                 del self._busy_since[job]
+                with self._change:
+                    self._turns.end(job.user.name)
+                    self._change.notify_all()
 
     def _next(self) -> Job | None:
-        """The oldest waiting job, or None when the server stops. Waits for one."""
+        """The job whose turn it is, or None when the server stops. Waits for one."""
         with self._change:
-            while not self._waiting:
+            while (job := self._turns.begin()) is None:
                 if self._stopping:
                     return None
                 self._change.wait()
-            return self._waiting.popleft()
+            return job
 
     def _answer(self, job: Job) -> None:
         if job.left:
