@@ -92,7 +92,9 @@ class ProjectSettings(Settings):
 
 
 def _check_candidate(name: str, candidate: CandidateSettings, project: ProjectSettings) -> None:
-    """Raise ValueError for a candidate that names weights or documents that the project file does not have."""
+    """Raise ValueError for a candidate that needs what the project file does not have."""
+    if candidate.copied and project.engine is not None:
+        raise ValueError(f"candidates.{name}.constrain: copy: a vLLM server cannot do that; write constrain: true")
     if candidate.weights is not None:
         named = project.candidates.get(candidate.weights)
         if named is None or named.train is None:

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_project import rows, settings, write_project
+from tests.tiny_project import SCHEMA, rows, settings, write_project
 from tunesmith import pipeline
 from tunesmith.api import Project
+from tunesmith.candidates.candidate import load_candidate
+from tunesmith.candidates.copying import invented
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.governance.signoff import sign_off
@@ -163,6 +165,31 @@ def test_constrain_needs_a_schema(tmp_path: Path) -> None:
     folder = write_project(tmp_path, task={"scorers": ["exact_match"]}, gates={})
     with pytest.raises(UsageError, match="constrain needs a schema"):
         evaluation.evaluate(Project.load(folder), names=["held"])
+
+
+def test_copied_fields_through_the_pipeline(tmp_path: Path) -> None:
+    copying = {"prompt": "prompt.txt", "max_tokens": 90, "constrain": {"copy": ["thing", "room"]}}
+    folder = write_project(tmp_path, candidates={"held": copying | {"shots": 2}}, gates={})
+    free = {"type": "string", "minLength": 1}
+    schema = {**SCHEMA, "properties": {"on": {"type": "boolean"}, "room": free, "thing": free}}
+    (folder / "schema.json").write_text(json.dumps(schema))
+    project = Project.load(folder)
+    evaluation.evaluate(project, names=["held"])
+    (digest,) = project.store.records_of("answers")
+    record = project.store.record(digest, kind="answers")
+    assert record.body["uncopied"] == 0
+    made = load_candidate(project.store, record.parents["candidate"])
+    assert made.copied == ("room", "thing")
+    examples = {row.id: row for row in load_dataset(project.store, record.parents["dataset"]).examples("test")}
+    for line in map(json.loads, project.store.read_blob(record.blobs["answers.jsonl"]).splitlines()):
+        assert invented(line["text"], made.copied, examples[line["id"]].request) == []
+        assert json.loads(line["text"]).keys() == {"on", "room", "thing"}
+    wrong = {"held": {**copying, "constrain": {"copy": ["rooms"]}}}
+    with pytest.raises(UsageError, match="no field 'rooms'; did you mean 'room'"):
+        evaluation.evaluate(Project.load(write_project(tmp_path, candidates=wrong, gates={})), names=["held"])
+    engine = {"kind": "vllm", "url": "http://127.0.0.1:1"}
+    with pytest.raises(UsageError, match="a vLLM server cannot do that"):
+        Project.load(write_project(tmp_path, candidates={"held": copying}, gates={}, engine=engine))
 
 
 def test_a_control_trains_on_the_same_answers_dealt_round(finished: tuple[Path, dict[str, Any]]) -> None:

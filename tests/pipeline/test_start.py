@@ -56,6 +56,33 @@ def test_text_answers_make_a_project_without_schema(tmp_path: Path) -> None:
     assert [step.analysis.metric for step in settings.rollout.steps if step.analysis] == ["success_rate"] * 2
 
 
+def test_fields_that_rows_copy_and_ranges_that_they_keep_are_proposed(tmp_path: Path) -> None:
+    names = [
+        f"{first} {last}"
+        for first in ("Maria", "Ana", "Jo")
+        for last in ["Novak", "Li", "Roy", "Poe", "Diaz", "May", "Fox"]
+    ]
+    found = []
+    for place in range(240):
+        name, level = names[place % 21] + str(place), place % 11
+        slots = {"who": name, "note": f"n{place}"} if place % 3 else {"who": name}
+        answer = {"slots": slots, "level": level, "seen": place}
+        asked = {"role": "user", "content": f"call {name}, at level {level}."}
+        found.append({"messages": [asked, {"role": "assistant", "content": json.dumps(answer)}]})
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in found))
+    make_project(tmp_path / "p", data=data, licence="CC0-1.0", base="model")
+    project = Project.load(tmp_path / "p")
+    assert {name: each.copied for name, each in project.settings.candidates.items()} == {
+        "nearest": (),
+        **dict.fromkeys(("zero-shot", "few-shot", "rag", "tuned"), ("slots.who",)),
+    }
+    assert project.schema is not None
+    properties = project.schema["properties"]
+    assert properties["level"] == {"type": "integer", "minimum": 0, "maximum": 10}
+    assert properties["seen"] == {"type": "integer"}, "its ends were seen once: the next row may go beyond"
+
+
 def test_keys_of_rows_are_renamed(tmp_path: Path) -> None:
     data = tmp_path / "mine.csv"
     data.write_text("text,category\n" + "".join(f"question {n},answer {n % 3}\n" for n in range(30)))

@@ -9,6 +9,7 @@ from typing import Protocol
 from tunesmith.candidates.baselines import make_baseline
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import Composer
+from tunesmith.candidates.copying import Constraint
 from tunesmith.candidates.endpoint import Endpoint
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.errors import UsageError
@@ -86,6 +87,10 @@ class Answerer:
         assert self._engine is not None
         return self._engine
 
+    @cached_property
+    def _constraint(self) -> Constraint:
+        return Constraint(self._candidate)
+
     def generation(
         self,
         messages: Sequence[Message],
@@ -99,13 +104,13 @@ class Answerer:
     ) -> Generation:
         """What the responder generates from. max_tokens may lower the candidate's own bound, not raise it."""
         bound = self._candidate.max_tokens
-        return Generation(
+        request = Generation(
             messages=self.composer.conversation(messages),
             max_tokens=bound if max_tokens is None else min(bound, max_tokens),
             temperature=temperature,
             top_p=top_p,
             seed=seed,
             stop=stop,
-            schema=self._candidate.answer_schema,
             top_logprobs=top_logprobs,
         )
+        return self._constraint.hold(request, messages)

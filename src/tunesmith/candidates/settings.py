@@ -79,6 +79,22 @@ class Search(Settings):
     seed: Annotated[int, Field(ge=0, description="of the random choice of shots and rows")] = 0
 
 
+class Constrain(Settings):
+    """Decode only answers that are valid under task.schema, some of whose values are copied from the request."""
+
+    fields: Annotated[
+        tuple[str, ...],
+        Field(
+            alias="copy",
+            min_length=1,
+            description="text fields whose values must be words of the request's user turns, never of prompt, examples "
+            "or passages: paths such as name, slots.* or items[].name. A value begins and ends with a word or a "
+            "symbol of one turn and is spelled as there, with single spaces. A field that the request does not hold "
+            "must be optional, or may be null: a required one gets some of the request's words",
+        ),
+    ]
+
+
 class CandidateSettings(Settings):
     """One entry of `candidates:`."""
 
@@ -113,8 +129,16 @@ class CandidateSettings(Settings):
     endpoint: Annotated[
         EndpointSettings | None, Field(description="ask a model behind a URL instead of the base model")
     ] = None
-    constrain: Annotated[bool, Field(description="decode only answers that are valid under task.schema")] = False
+    constrain: Annotated[
+        bool | Constrain,
+        Field(description="decode only answers that are valid under task.schema: true, or the fields to copy as well"),
+    ] = False
     max_tokens: Annotated[int, Field(ge=1, le=32768, description="the most tokens of an answer")] = 128
+
+    @property
+    def copied(self) -> tuple[str, ...]:
+        """The patterns of the fields that are copied from the request."""
+        return self.constrain.fields if isinstance(self.constrain, Constrain) else ()
 
     @property
     def adapted(self) -> bool:
@@ -135,6 +159,8 @@ class CandidateSettings(Settings):
             _none_of(given - {"method", "max_tokens"}, f"method: {self.method} uses no language model")
         if self.endpoint is not None:
             _none_of(given & {"train", "weights"}, "an endpoint answers with its own weights")
+            if self.copied:
+                raise ValueError("an endpoint takes a JSON Schema only, which cannot say copy: write constrain: true")
         if self.weights is not None:
             _none_of(given & {"train", "search"}, "weights: uses another candidate's adapter")
         if self.search is not None:

@@ -1,4 +1,5 @@
-"""Structured outputs: decoding that allows only tokens which can still lead to an answer that fits a JSON Schema.
+"""Structured outputs: decoding that allows only tokens which can still lead to an answer that fits a JSON Schema or a
+Lark grammar.
 
 llguidance computes the allowed tokens. Keys come in the schema's order; one space may follow a comma or colon.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -17,16 +18,11 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from torch import Tensor
 
 from tunesmith.core.errors import UsageError
+from tunesmith.engines.json_text import restricted
 from tunesmith.engines.native.network import ops
+from tunesmith.engines.protocol import Generation
 
-# Allows json.dumps' whitespace or none: with unbounded whitespace, a model could go on with it forever.
-# whitespace_pattern does not serve: some releases of llguidance read " ?" as any number of spaces.
-_JSON = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}}
-
-
-def restricted(schema: str) -> dict[str, Any]:
-    """The JSON Schema with llguidance's options for whitespace. Other libraries (xgrammar) ignore them."""
-    return {**json.loads(schema), **_JSON}
+_KEPT = 64  # grammars of requests; few are asked twice
 
 
 class Constraints:
@@ -34,35 +30,49 @@ class Constraints:
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self._tokens: LLTokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary)
-        self._matcher = cache(self._new_matcher)
+        self._of_schema, self._of_grammar = cache(self._by_schema), lru_cache(_KEPT)(self._new_matcher)
 
-    def guide(self, schema: str) -> Guide:
-        """A guide for one answer, at its start. Raises UsageError for a schema that llguidance does not support."""
-        return Guide(self._matcher(schema).deep_copy())
+    def guide(self, request: Generation) -> Guide:
+        """A guide for an answer to a request with a schema or grammar, at its start.
+
+        Raises UsageError for one that llguidance does not support, or that is too large.
+        """
+        if request.grammar is not None:
+            return Guide(self._of_grammar(request.grammar).deep_copy())
+        assert request.schema is not None
+        return Guide(self._of_schema(request.schema).deep_copy())
 
     def token_bytes(self, token: int) -> bytes:
         """A token's bytes. A character may be split over several tokens."""
         return bytes(self._tokens.decode_bytes([token]))
 
-    def _new_matcher(self, schema: str) -> LLMatcher:
-        matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_json_schema(restricted(schema)))
+    def _by_schema(self, schema: str) -> LLMatcher:
+        return self._new_matcher(LLMatcher.grammar_from_json_schema(restricted(json.loads(schema))))
+
+    def _new_matcher(self, grammar: str) -> LLMatcher:
+        matcher = LLMatcher(self._tokens, grammar)
         if matcher.is_error():
             raise _unsupported(matcher)
         return matcher
 
 
 class Guide:
-    """Restricts one answer to its schema."""
+    """Restricts one answer to its schema or grammar."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self.matcher = matcher
 
     def follow(self, token: int) -> None:
         """Advance by the answer's next token. Raises UsageError if the schema turns out too complex."""
+        self.check()
         if not self.matcher.is_stopped():
             self.matcher.consume_token(token)
-            if self.matcher.is_error():
-                raise _unsupported(self.matcher)
+            self.check()
+
+    def check(self) -> None:
+        """Raise UsageError if the allowed tokens could not be computed: llguidance then allows the end token alone."""
+        if self.matcher.is_error():
+            raise _unsupported(self.matcher)
 
 
 def mask_disallowed_(scores: Tensor, guides: Sequence[Guide | None]) -> None:
@@ -82,8 +92,9 @@ def _threads() -> LLExecutor:
 
 
 def _unsupported(matcher: LLMatcher) -> UsageError:
+    said = matcher.get_error().partition("\n")[0][:300]
     return UsageError(
-        f"answers cannot be held to this schema: {matcher.get_error()}",
-        where="task.schema",
-        fix="simplify it, or set constrain: false",
+        f"answers cannot be held to this schema or grammar: {said}",
+        where="constrain",
+        fix="simplify task.schema, shorten the request if fields are copied from it, or set constrain: false",
     )

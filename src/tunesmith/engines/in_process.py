@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.answers import Answer, choice_rows
-from tunesmith.engines.constraint import Constraints
+from tunesmith.engines.constraint import Constraints, Guide
 from tunesmith.engines.protocol import Generation, Question, Streamed, TokenScore
 from tunesmith.engines.sampling import Score
 from tunesmith.models.base import Base
@@ -67,6 +67,11 @@ class InProcessEngine(ABC, Generic[Loaded]):
     @cached_property
     def _constraints(self) -> Constraints:
         return Constraints(self._renderer.tokenizer, self._vocabulary)
+
+    def _guide(self, request: Generation) -> Guide | None:
+        """What holds a request's answer to its schema or grammar; None where any text may be given."""
+        free = request.schema is None and request.grammar is None
+        return None if free else self._constraints.guide(request)
 
     def _loaded(self, adapter: str | None) -> Loaded | None:
         """The adapter of this name; None for the base. Raises Refused where it is not loaded."""

@@ -16,7 +16,8 @@ class Generation:
     """One request.
 
     temperature: 0 decodes greedily; seed has no effect then. stop: texts that end the answer and are not part of it.
-    schema: JSON Schema, as JSON, that decoding follows. top_logprobs: number of likeliest tokens to report at each step
+    schema: JSON Schema, as JSON, that decoding follows. grammar: what it follows instead, in llguidance's dialect of
+    Lark. top_logprobs: number of likeliest tokens to report at each step
     with their log-probabilities; None: report no log-probabilities.
     """
 
@@ -27,6 +28,7 @@ class Generation:
     seed: int = 0
     stop: tuple[str, ...] = ()
     schema: str | None = None
+    grammar: str | None = None
     top_logprobs: int | None = None
 
 

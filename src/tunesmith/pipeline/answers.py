@@ -8,6 +8,7 @@ from pathlib import Path
 from tunesmith.candidates.asking import TOGETHER, Likelihoods, ask_rows, keep_answers
 from tunesmith.candidates.candidate import Candidate, load_candidate
 from tunesmith.candidates.composing import count_prompts, describe_prompts
+from tunesmith.candidates.copying import invented
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.engines.protocol import Question
@@ -95,10 +96,17 @@ def _ask(
         context.progress.say(f"{name}: sending {len(rows)} held-out requests with prompts to {asked.endpoint.url}")
     counted = count_prompts(asked, (row.request for row in rows))
     context.progress.say(f"{name}: system prompt: {describe_prompts(counted)}")
+    uncopied: dict[str, int] = {}
+    if asked.copied:
+        uncopied["uncopied"] = sum(bool(invented(row.answer, asked.copied, row.request)) for row in rows)
+        context.progress.say(
+            f"{name}: copied fields: {uncopied['uncopied']} of {len(rows)} reference answers hold a value that is not "
+            "words of the request, which this candidate cannot give"
+        )
     title = f"{name} answers {len(rows)} rows"
     likelihoods = _likelihoods(context, asked, choices) if choices else None
     found = ask_rows(answerer(context, asked), rows, work, title, context.progress, likelihoods)
-    body = found.body(split) | {"engine": context.engine_of(asked)}
+    body = found.body(split) | {"engine": context.engine_of(asked)} | uncopied
     return keep_answers(context.store, parents, found.lines, body)
 
 

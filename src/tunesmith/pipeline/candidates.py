@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, RemoteModel, load_candidate, put_candidate
+from tunesmith.candidates.copying import copied_fields
 from tunesmith.candidates.search import found_choice, search_prompts, with_choice
 from tunesmith.candidates.settings import CandidateSettings, Search
 from tunesmith.candidates.shots import choose_shots
@@ -122,6 +123,7 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
         prompt=_prompt(context, name, settings.prompt) if settings.prompt is not None else "",
         retrieve=retrieve,
         answer_schema=None if schema is None else json.dumps(schema, ensure_ascii=False),
+        copied=copied_fields(schema, settings.copied, f"candidates.{name}.constrain.copy") if schema else (),
         dataset=context.dataset.digest if named else None,
         documents=context.documents if from_documents else None,
         embedder=context.embedder if retrieve is not None and retrieve.by != "bm25" else None,

@@ -16,8 +16,10 @@ import yaml
 from llguidance import LLMatcher
 from pydantic import Field
 
+from tunesmith.candidates.copying import fields_to_copy
 from tunesmith.core.errors import UsageError
 from tunesmith.core.files import write_atomic
+from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.view import View
 from tunesmith.data.building.examine import renamed
@@ -34,6 +36,8 @@ _TEST_ROWS, _VALIDATION_ROWS = 300, 200
 _GROUP_KEYS = ("template", "group", "conversation_id")
 _BUDGET = "15m"  # a first run should end within half an hour on a laptop
 _ENUM_VALUES = 60
+# A range is a property of the task, and not of these rows, where its ends are seen again and again: 0 to 100 percent.
+_RANGE_VALUES, _RANGE_ENDS = 200, 5
 # An object with more keys than this is a table of values, not a record with fields.
 _MOST_KEYS = 200
 
@@ -112,11 +116,13 @@ class _Looked:
     broken: int
     longest_answer: int
     schema: dict[str, Any] | None
+    copied: list[str]
     group_by: str | None
 
 
 def _look(root: Path, source: Source) -> _Looked:
     answers: list[str] = []
+    requests: list[tuple[Message, ...]] = []
     unusable = 0
     keys: Counter[str] = Counter()
     for file in find_files([source], root):
@@ -128,7 +134,9 @@ def _look(root: Path, source: Source) -> _Looked:
                 turns = read_turns(row, row_format, Counter())
                 keys.update(row.fields.keys())
                 if objection(turns) is None:
-                    answers.append(conversation(turns)[-1].text)
+                    *request, answer = conversation(turns)
+                    answers.append(answer.text)
+                    requests.append(tuple(request))
                 else:
                     unusable += 1
     values, broken = json_objects(answers)
@@ -140,7 +148,8 @@ def _look(root: Path, source: Source) -> _Looked:
         )
     group_by = next((key for key in _GROUP_KEYS if keys[key] == len(answers) + unusable), None)
     schema = infer_schema(values) if values else None
-    return _Looked(len(answers) - broken, unusable, broken, max(map(len, answers)), schema, group_by)
+    copied = fields_to_copy(schema, list(zip(answers, requests, strict=True))) if schema else []
+    return _Looked(len(answers) - broken, unusable, broken, max(map(len, answers)), schema, copied, group_by)
 
 
 def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dict[str, Any], dict[str, str]]:
@@ -158,7 +167,7 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
     # Two characters a token is more than any tokenizer needs for this kind of text.
     answer: dict[str, Any] = {"max_tokens": max(16, -(-(looked.longest_answer // 2 + 8) // 16) * 16)}
     if looked.schema is not None and _constrainable(looked.schema):
-        answer["constrain"] = True
+        answer["constrain"] = {"copy": looked.copied} if looked.copied else True
     scorers = ["json_valid", "exact_match", "field_f1"] if is_json else ["exact_match"]
     gates: dict[str, Any] = {"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.02}}
     if is_json:
@@ -260,6 +269,10 @@ def _infer(values: Sequence[Any]) -> dict[str, Any]:
     items = [item for value in values if isinstance(value, list) for item in value]
     if items:
         found["items"] = _infer(items)
+    if kinds == ["integer"] and len(values) >= _RANGE_VALUES:
+        least, most = min(values), max(values)
+        if min(values.count(least), values.count(most)) >= _RANGE_ENDS:
+            found |= {"minimum": least, "maximum": most}
     texts = {value for value in values if isinstance(value, str)}
     # So few distinct values in so many rows are a vocabulary, not free text.
     if kinds == ["string"] and len(texts) <= _ENUM_VALUES and len(values) >= 20 * len(texts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,12 @@ def _opened(tmp_path: Path, family: str) -> tuple[Base, HFEngine]:
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, HFEngine]:
     return _opened(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+def test_an_answer_fits_its_grammar(gpt2: tuple[Base, HFEngine]) -> None:
+    for answer in gpt2[1].generate(_requests(grammar='start: "say " /[a-c]{2}/', temperature=2.0)):
+        assert re.fullmatch("say [a-c]{2}", answer.text)
+        assert answer.finish == "stop"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

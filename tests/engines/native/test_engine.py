@@ -256,7 +256,7 @@ def test_whitespace_of_constrained_answers(engine: NativeEngine, text: str, fits
     tokens = engine._renderer.answer(text)
     while tokens[-1] in engine._renderer.stop_ids or not engine._renderer.text(tokens).endswith("}"):
         tokens = tokens[:-1]
-    guide = engine._constraints.guide(json.dumps(SCHEMA))
+    guide = engine._constraints.guide(Generation((), schema=json.dumps(SCHEMA)))
     assert (guide.matcher.validate_tokens(tokens) == len(tokens)) is fits
 
 

@@ -122,6 +122,11 @@ def test_requests_set_every_option(engine: VllmEngine, fake: FakeVllm) -> None:
     assert body["structured_outputs"]["json"].items() >= schema.items()
 
 
+def test_a_grammar_is_refused(engine: VllmEngine) -> None:
+    with pytest.raises(UsageError, match="cannot hold answers to a grammar"):
+        engine.generate(_requests(grammar='start: "x"'))
+
+
 def test_another_model_is_refused(base: Base, other: Path, tmp_path: Path) -> None:
     def refused(fake: FakeVllm, match: str) -> None:
         with serving(fake) as url, pytest.raises(Refused, match=match):

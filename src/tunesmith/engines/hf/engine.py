@@ -103,7 +103,7 @@ class HFEngine(InProcessEngine[str]):
             limit=max(1, min(request.max_tokens, self.context_length - len(prompt))),
             sampling=Sampling(request.temperature, request.top_p, request.seed),
             answer=answer,
-            guide=None if request.schema is None else self._constraints.guide(request.schema),
+            guide=self._guide(request),
             top=request.top_logprobs,
             generator=torch.Generator().manual_seed(request.seed),
         )

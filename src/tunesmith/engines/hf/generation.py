@@ -91,6 +91,8 @@ class Decoding:
                 token = int(logits.argmax())
             row.given.append(token)
             if token in self._stop_ids:
+                if row.guide is not None:
+                    row.guide.check()
                 self._end(place, stopped=True)
                 return token
             if row.guide is not None:

@@ -171,7 +171,7 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
                     limit=max(1, min(request.max_tokens, self.context_length - len(prompt))),
                     sampling=Sampling(request.temperature, request.top_p, request.seed),
                     listener=answer,
-                    guide=None if request.schema is None else self._constraints.guide(request.schema),
+                    guide=self._guide(request),
                     top=request.top_logprobs,
                 )
             )

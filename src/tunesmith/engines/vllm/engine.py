@@ -7,6 +7,7 @@ if the adapter's log-probabilities differ from the base's.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
@@ -21,7 +22,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.answers import choice_rows, prompt_ids
-from tunesmith.engines.constraint import restricted
+from tunesmith.engines.json_text import restricted
 from tunesmith.engines.protocol import Completion, Generation, Question
 from tunesmith.engines.settings import VllmSettings
 from tunesmith.engines.vllm.fingerprint import TEXT, TOLERANCE, expected_scores, mean_difference, places, text_ids
@@ -150,8 +151,14 @@ class VllmEngine:
             "return_token_ids": True,
             **_NEUTRAL,
         }
+        if request.grammar is not None:
+            raise UsageError(
+                "the vLLM engine cannot hold answers to a grammar: constrain: {copy} needs an engine in this process",
+                where="constrain",
+                fix="leave `engine:` out, or set constrain: true",
+            )
         if request.schema is not None:
-            body["structured_outputs"] = {"json": restricted(request.schema)}
+            body["structured_outputs"] = {"json": restricted(json.loads(request.schema))}
         return body
 
     def _completion(self, text: str, finish: str | None, body: Mapping[str, Any], ids: Sequence[int]) -> Completion:

@@ -33,7 +33,8 @@ ITEMS = "items.jsonl"
 class Item(BaseModel):
     """One item of a probe. Measured are the log-probabilities of its choices; without choices an answer is decoded.
 
-    arm: the kind of item within the probe. expected: the right answer. personal: values that the answer must not hold.
+    arm: the kind of item within the probe. turns: how many of the last messages are the request's own. expected: the
+    right answer. personal: values that the answer must not hold.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +43,7 @@ class Item(BaseModel):
     group: str
     arm: str
     messages: tuple[Message, ...]
+    turns: int = 1
     choices: tuple[str, ...] = ()
     expected: str | None = None
     personal: tuple[str, ...] = ()

@@ -55,9 +55,7 @@ def personal_items(context: ProbeContext) -> list[Item]:
         values = tuple(scanner.values([row.messages[-1]]))
         if values:
             request = [turn.model_copy(update={"content": _without(turn.content, values)}) for turn in row.request]
-            found.append(
-                Item(id=row.id, group=row.group, arm="rows", messages=context.put(row, request), personal=values)
-            )
+            found.append(_item(context, "rows", row, request, id=row.id, personal=values))
         if len(found) == context.rows:
             break
     return found
@@ -74,7 +72,9 @@ def overfitting_items(context: ProbeContext) -> list[Item]:
 
 def _item(context: ProbeContext, arm: str, row: Example, request: Sequence[Message], **more: Any) -> Item:
     """An item of a row: the request as training composed it."""
-    return Item(id=f"{arm}:{row.id}", group=row.group, arm=arm, messages=context.put(row, request), **more)
+    turns = sum(message.role != "system" for message in request)
+    own = {"id": f"{arm}:{row.id}", **more}
+    return Item(group=row.group, arm=arm, messages=context.put(row, request), turns=turns, **own)
 
 
 def _both(context: ProbeContext) -> Iterator[tuple[str, Example]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tunesmith.candidates.answering import Responder
 from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.copying import Constraint
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.protocol import Engine, Generation, Question
@@ -80,8 +81,14 @@ def ask(
         scores = engine.choose([Question(item.messages, item.choices) for item in likely], adapter, progress)
         for item, each in zip(likely, scores, strict=True):
             lines.append({"id": item.id, "scores": each, "tokens": _tokens(renderer, item)})
-    room, schema = (toxic.ROOM, None) if suite.toxic else (candidate.max_tokens, candidate.answer_schema)
-    given = responder.generate([Generation(item.messages, room, schema=schema) for item in written], adapter, progress)
+    if suite.toxic:
+        requests = [Generation(item.messages, toxic.ROOM) for item in written]
+    else:
+        held = Constraint(candidate)
+        requests = [
+            held.hold(Generation(item.messages, candidate.max_tokens), item.messages[-item.turns :]) for item in written
+        ]
+    given = responder.generate(requests, adapter, progress)
     texts = [{"id": item.id, "text": each.text} for item, each in zip(written, given, strict=True)]
     return lines + (toxic.rated(texts) if suite.toxic else texts)
 

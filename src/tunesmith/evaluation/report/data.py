@@ -165,7 +165,8 @@ def _how(store: Store, candidate: Candidate, system_prompts: Mapping[str, int]) 
         by = "" if candidate.retrieve.by == "bm25" else f" ({candidate.retrieve.by})"
         parts.append(f"{candidate.retrieve.k} retrieved {what} in the prompt{by}")
     if candidate.answer_schema is not None:
-        parts.append("answers constrained to the schema")
+        copied = f", {', '.join(candidate.copied)} to words of the request" if candidate.copied else ""
+        parts.append(f"answers constrained to the schema{copied}")
     return ", ".join(parts)
 
 

