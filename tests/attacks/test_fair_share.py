@@ -102,6 +102,43 @@ def test_who_leaves_holds_no_place(
 
 
 @pytest.mark.slow
+@pytest.mark.attack("serving", "feedback that takes seconds to score")
+def test_feedback_on_long_answers_holds_up_nobody_else(
+    scene: Scene, engine: FakeEngine, versions: dict[int, Version], happened: Happened
+) -> None:
+    pytest.importorskip("rouge_score")
+    engine.answer = lambda _request, _adapter: "a\nb\n" * 700  # one fake token
+    with running(scene, engine, scorers=("rougeL",)) as served, ThreadPoolExecutor(20) as pool:
+        served.begin(versions[1])
+        asked = [served.ask().id for _ in range(20)]
+        expected = "b\nc\n" * 700
+
+        def feedback(identifier: str) -> httpx.Response:
+            with served.http() as http:
+                return http.post("/api/feedback", json={"request_id": identifier, "expected": expected})
+
+        given, worst, token = [pool.submit(feedback, one) for one in asked], 0.0, neighbour(served)
+        with served.http(token) as http:
+            while not all(one.done() for one in given):
+                began = time.monotonic()
+                assert http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO}).status_code == 200
+                worst = max(worst, time.monotonic() - began)
+        statuses = [one.result().status_code for one in given]
+        print(f"{statuses.count(200)} scored; another tenant's request took at most {worst:.3f} s")
+        assert set(statuses) <= {200, 429}
+        assert statuses.count(200) >= 8
+        assert worst < SECONDS
+        too_long = "b\nc\n" * 2500
+        engine.answer = lambda _request, _adapter: "a\nb\n" * 2500
+        with served.http() as http:
+            body = {"request_id": served.ask().id, "expected": too_long}
+            refused = http.post("/api/feedback", json=body)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "expected")
+    happened("scored or 429; the other tenant in seconds", 20)
+    happened("refused, 400, with the way out")
+
+
+@pytest.mark.slow
 @pytest.mark.attack("serving", "256 long requests of one caller, tiny model")
 def test_a_short_request_next_to_256_long_ones(
     scene: Scene, versions: dict[int, Version], tmp_path: Path, happened: Happened

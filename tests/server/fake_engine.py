@@ -76,11 +76,14 @@ class FakeEngine:
 
     def _completion(self, request: Generation, adapter: str | None) -> Completion:
         text = self.answer(request, adapter)
+        places = [place for stop in request.stop if (place := text.find(stop)) >= 0]
+        text = text[: min(places, default=len(text))]
         words = text.split(" ")[: request.max_tokens]
         asked = request.top_logprobs is not None
         scores = tuple(self._score(f" {word}" if n else word, request) for n, word in enumerate(words)) if asked else ()
         finish = "stop" if len(words) == len(text.split(" ")) else "length"
-        return Completion(" ".join(words), finish, self.count_tokens(request.messages), len(words), scores=scores)  # type: ignore[arg-type]
+        ended = {"by_stop_text": bool(places) and finish == "stop", "scores": scores}
+        return Completion(" ".join(words), finish, self.count_tokens(request.messages), len(words), **ended)  # type: ignore[arg-type]
 
     def _score(self, text: str, request: Generation) -> TokenScore:
         top = tuple(TokenScore(other, other.encode(), -1.0) for other in "abc"[: request.top_logprobs or 0])

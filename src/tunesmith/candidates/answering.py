@@ -67,6 +67,11 @@ class Answerer:
         return self._candidate.training
 
     @property
+    def max_tokens(self) -> int:
+        """The most tokens of an answer, if the request does not lower it."""
+        return self._candidate.max_tokens
+
+    @property
     def asks_base(self) -> bool:
         """Whether the engine answers, and not a baseline or an endpoint."""
         return self._candidate.asks_base

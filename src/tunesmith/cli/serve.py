@@ -39,6 +39,16 @@ def serve(
         int,
         typer.Option("--per-user", min=1, help="Requests that one user may have waiting or being answered."),
     ] = 128,
+    unread: Annotated[
+        float,
+        typer.Option("--unread", min=1, help="Seconds that a client may read nothing of an answer that waits for it."),
+    ] = 30.0,
+    idle_connections: Annotated[
+        int,
+        typer.Option(
+            "--idle-connections", min=1, help="Connections kept without a request; with more, the oldest is closed."
+        ),
+    ] = 512,
 ) -> None:
     """Answer OpenAI clients with the champion, and in a rollout with the canary too. Moves rollouts on."""
     import logging
@@ -60,7 +70,13 @@ def serve(
         project.store,
         context.engine,
         context.renderer.count_prompt,
-        ServerSettings(region=region, grace_seconds=grace, per_user=per_user),
+        ServerSettings(
+            region=region,
+            grace_seconds=grace,
+            per_user=per_user,
+            unread_seconds=unread,
+            idle_connections=idle_connections,
+        ),
         scorers=served_scorers(project.settings.task.scorers, project.schema, project.root),
     )
     address, chosen = listening.getsockname()[:2]

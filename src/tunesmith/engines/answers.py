@@ -98,8 +98,14 @@ class Answer:
         """The whole answer."""
         end = len(self._text) if self._cut is None else self._cut
         scores = [score for score, start in zip(self._scores, self._starts, strict=True) if start < max(end, 1)]
-        finish = "stop" if self._stopped else "length"
-        return Completion(self._text[:end], finish, self.prompt_tokens, len(self._ids), scores=tuple(scores))  # type: ignore[arg-type]
+        return Completion(
+            self._text[:end],
+            "stop" if self._stopped else "length",
+            self.prompt_tokens,
+            len(self._ids),
+            by_stop_text=self._cut is not None,
+            scores=tuple(scores),
+        )
 
     def _settled(self) -> int:
         """Length of the text that no later token can change."""

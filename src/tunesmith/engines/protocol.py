@@ -54,12 +54,14 @@ class Scored:
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One answer. finish is "stop" at the end token or a stop text, "length" at max_tokens or the context's end.
-    scores: of the text's tokens, where the request asks for log-probabilities."""
+    by_stop_text: one of the request's stop texts ended it. scores: of the text's tokens, where the request asks for
+    log-probabilities."""
 
     text: str
     finish: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
+    by_stop_text: bool = field(default=False, kw_only=True)
     scores: tuple[TokenScore, ...] = field(default=(), kw_only=True)
 
 

@@ -53,13 +53,15 @@ _LARGEST = 1e12  # larger e-values are shown, and kept as JSON, as this one
 class Arm:
     """The requests of one version since the step began. scores: as recorded, unusable ones too.
 
-    requests, failed: counts of all requests, scored or not. groups: the same requests by group of callers; empty where
+    requests, failed: counts of all requests, scored or not. cut: answers that the request's own max_tokens or stop text
+    ended; they have no scores. groups: the same requests by group of callers; empty where
     callers are unknown, and then none is left out. uncounted: requests of callers that are no evidence in this rollout.
     """
 
     scores: Sequence[Any] = ()
     requests: int = 0
     failed: int = 0
+    cut: int = 0
     groups: Mapping[str, Arm] = field(default_factory=dict)
     uncounted: int = 0
 
@@ -93,8 +95,9 @@ def judge(analysis: Analysis, canary: Arm, stable: Arm) -> Judgement:
     """Compare the canary with stable.
 
     Pass: all of these hold. The canary is not worse than stable by more than worse_by_at_most, and above at_least if
-    that is set, both at the given confidence. At least min_requests of its requests are scored. Its share of failed
-    requests is not larger than stable's by more than worse_by_at_most.
+    that is set, both at the given confidence. At least min_requests of its requests are scored. Its shares of failed
+    requests, and of answers that the requests' own parameters cut, are not larger than stable's by more than
+    worse_by_at_most: without the latter, a canary that never ends its answers would be judged by the few that it ends.
     Fail: the canary is worse than stable, below at_least, or fails more often than stable, at the given confidence.
     Otherwise inconclusive. A score that is not a number in [0, 1] counts against a pass.
     """
@@ -123,7 +126,10 @@ def judge(analysis: Analysis, canary: Arm, stable: Arm) -> Judgement:
 
     needed = 1 / (1 - analysis.confidence)
     scored = keep @ [len(part.scores) for part in ours]
-    passing = (not_worse >= needed) & (scored >= analysis.min_requests) & ~_fails_more(ours, theirs, margin, keep)
+    passing = (not_worse >= needed) & (scored >= analysis.min_requests)
+    passing &= ~_more_often("failed", ours, theirs, margin, keep)
+    if not _is_rate(analysis.metric):
+        passing &= ~_more_often("cut", ours, theirs, margin, keep)
     outcome: Outcome = "inconclusive"
     if worse.min() >= needed:
         outcome = "fail"
@@ -217,11 +223,13 @@ def _capital_at(parts: Parts, mean: float, keep: Array, *, above: bool) -> Array
     return np.exp(np.minimum(capital, math.log(_LARGEST)))
 
 
-def _fails_more(canary: Sequence[_Part], stable: Sequence[_Part], margin: float, keep: Array) -> NDArray[np.bool_]:
-    """Whether each row's canary has a larger share of failed requests than allowed. Failed requests have no scores."""
+def _more_often(
+    what: Literal["failed", "cut"], canary: Sequence[_Part], stable: Sequence[_Part], margin: float, keep: Array
+) -> NDArray[np.bool_]:
+    """Whether each row's canary has a larger share of failed or cut requests than allowed. They have no scores."""
     ours, theirs = keep @ [part.requests for part in canary], keep @ [part.requests for part in stable]
-    allowed = (keep @ [part.failed for part in stable]) / np.maximum(theirs, 1)
-    return np.asarray(keep @ [part.failed for part in canary] > (allowed + margin) * ours)
+    allowed = (keep @ [getattr(part, what) for part in stable]) / np.maximum(theirs, 1)
+    return np.asarray(keep @ [getattr(part, what) for part in canary] > (allowed + margin) * ours)
 
 
 def _is_rate(metric: str) -> bool:
@@ -236,12 +244,13 @@ class _Part:
     unusable: int
     requests: int
     failed: int
+    cut: int
 
 
 def _parts(metric: str, arm: Arm, groups: Sequence[str]) -> list[_Part]:
     """The arm's requests by group; all of them as one part where there are no groups."""
     arms = [arm.groups.get(group, Arm()) for group in groups] or [arm]
-    return [_Part(*_scores(metric, one), requests=one.requests, failed=one.failed) for one in arms]
+    return [_Part(*_scores(metric, one), requests=one.requests, failed=one.failed, cut=one.cut) for one in arms]
 
 
 def _answered(arm: Arm | _Part) -> Array:
@@ -278,6 +287,7 @@ def _summary(analysis: Analysis, arm: Arm) -> dict[str, float | int | None]:
         "high": round(high, 6),
         "requests": arm.requests,
         "failed": arm.failed,
+        "cut": arm.cut,
         "unusable": unusable,
         "uncounted": arm.uncounted,
     }
@@ -312,6 +322,13 @@ def _reason(
         why = "stable has no traffic to compare with, and at_least is not set"
     elif canary["failed"] and (canary["failed"] / canary["requests"]) > analysis.worse_by_at_most:
         why = f"{canary['failed']} of {canary['requests']} canary requests failed, too many for a pass"
+    elif (cut := canary["cut"] or 0) / (canary["requests"] or 1) > analysis.worse_by_at_most + (
+        (stable["cut"] or 0) / (stable["requests"] or 1)
+    ):
+        why = (
+            f"{cut} of {canary['requests']} canary answers were cut by the requests' own max_tokens or stop texts, "
+            "too many more than of stable's for a pass"
+        )
     elif canary["unusable"]:
         why = f"{canary['unusable']} scores are not numbers in [0, 1] and count against a pass"
     else:

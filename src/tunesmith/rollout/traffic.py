@@ -76,7 +76,13 @@ def arms(store: Store, rollout: int, step: int, metric: str, main_callers: Seque
     """
     under_step = RequestRow.features[STEP].as_integer() == step
     query = select(
-        RequestRow.id, RequestRow.arm, RequestRow.ok, RequestRow.scores, RequestRow.caller, RequestRow.end_user
+        RequestRow.id,
+        RequestRow.arm,
+        RequestRow.ok,
+        RequestRow.cut,
+        RequestRow.scores,
+        RequestRow.caller,
+        RequestRow.end_user,
     ).where(RequestRow.rollout == rollout, under_step)
     with database.reading(store.engine) as session:
         rows = session.execute(query).all()
@@ -103,9 +109,10 @@ def arms(store: Store, rollout: int, step: int, metric: str, main_callers: Seque
 
 def _counts(rows: Sequence[Row], metric: str) -> dict:
     return {
-        "scores": [row.scores[metric] for row in rows if metric in row.scores],
+        "scores": [row.scores[metric] for row in rows if metric in row.scores and not row.cut],
         "requests": len(rows),
         "failed": sum(not row.ok for row in rows),
+        "cut": sum(row.cut for row in rows),
     }
 
 

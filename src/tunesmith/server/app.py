@@ -99,6 +99,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await controller
         if not serving.drain.begun:
             await drain(serving)
+        serving.feedback.shutdown(wait=False, cancel_futures=True)
 
 
 async def _control(serving: Serving) -> None:

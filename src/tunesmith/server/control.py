@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Request
@@ -14,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.core.view import View
 from tunesmith.server.chat.routes import ID_PREFIX
-from tunesmith.server.errors import ApiError
+from tunesmith.server.errors import ApiError, busy_for_user
 from tunesmith.server.intake import limits
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
@@ -78,7 +79,7 @@ class Readiness(View):
 @routes.post(
     "/api/feedback",
     response_model=FeedbackResult,
-    responses=errors(400, 401, 403, 404, 408, 409, 413),
+    responses=errors(400, 401, 403, 404, 408, 409, 413, 429),
     openapi_extra=body(Feedback),
 )
 async def feedback(request: Request) -> Response:
@@ -86,8 +87,14 @@ async def feedback(request: Request) -> Response:
     user, serving = await caller(request)
     given = await read_body(request, Feedback, serving.settings)
     identifier = given.request_id.removeprefix(ID_PREFIX)
-    feedback_of = serving.recorder.feedback
-    found = await asyncio.to_thread(feedback_of, user, identifier, given.expected, given.score or {}, given.keep)
+    if serving.scoring[user.name] >= limits.FEEDBACK:
+        raise busy_for_user(limits.FEEDBACK, "calls of feedback")
+    score = partial(serving.recorder.feedback, user, identifier, given.expected, given.score or {}, given.keep)
+    serving.scoring[user.name] += 1
+    try:
+        found = await asyncio.get_running_loop().run_in_executor(serving.feedback, score)
+    finally:
+        serving.scoring[user.name] -= 1
     return JSONResponse(found.document())
 
 

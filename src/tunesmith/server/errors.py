@@ -92,9 +92,9 @@ def busy() -> ApiError:
     return ApiError(429, "The queue is full. Try again shortly.", code="queue_full", headers={"Retry-After": "1"})
 
 
-def busy_for_user(most: int) -> ApiError:
+def busy_for_user(most: int, what: str = "requests") -> ApiError:
     """The user has as many requests under way as one user may have."""
-    message = f"You have {most} requests waiting or being answered. Wait for some of them, then try again."
+    message = f"You have {most} {what} waiting or being answered. Wait for some of them, then try again."
     return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
 
 

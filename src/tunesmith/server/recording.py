@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -23,6 +23,7 @@ from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
 from tunesmith.monitoring.cases import Case, put_case
 from tunesmith.rollout.traffic import STEP, end_user
 from tunesmith.server.errors import ApiError, bad_request
+from tunesmith.server.intake import limits
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.routing import Route
 from tunesmith.services.served_scorers import ServedScorers
@@ -38,8 +39,9 @@ LOG = logging.getLogger("tunesmith.server")
 class Served:
     """A request that was answered, or that failed (completion None).
 
-    whole: the answer was decoded to its end, so it can be scored; False if the client left earlier. messages: the
-    conversation, which stays in memory only. end_user: the request's `user`, "" without one.
+    whole: the answer was decoded to its end, so it can be scored; False if the client left earlier. cut: the request's
+    own max_tokens or stop text ended the answer, which says nothing about the version, so it is not scored. messages:
+    the conversation, which stays in memory only. end_user: the request's `user`, "" without one.
     """
 
     id: str
@@ -49,8 +51,20 @@ class Served:
     features: Mapping[str, float]
     completion: Completion | None
     whole: bool = True
+    cut: bool = False
     messages: tuple[Message, ...] = ()
     end_user: str = ""
+
+
+class _Kept(NamedTuple):
+    """An answer that feedback may score. cut: see Served."""
+
+    messages: tuple[Message, ...]
+    text: str
+    cut: bool
+
+
+_CUT = "the request's own max_tokens or stop text ended the answer, so it says nothing about the version"
 
 
 class FeedbackResult(View):
@@ -83,16 +97,16 @@ class Recorder:
     ) -> None:
         self._store, self._metrics, self._region = store, metrics, region
         self._scorers = scorers
-        self._answers: OrderedDict[str, tuple[tuple[Message, ...], str]] = OrderedDict()
+        self._answers: OrderedDict[str, _Kept] = OrderedDict()
         self._most, self._lock = kept_answers, threading.Lock()
 
     def write(self, served: Sequence[Served]) -> None:
         """Record requests in one transaction. If it fails, answers are still sent, and a metric counts the loss."""
         for one in served:
-            outcome = "failed" if one.completion is None else "answered" if one.whole else "left"
+            outcome = "failed" if one.completion is None else _answered(one)
             self._metrics.request(one.route.arm, outcome, one.seconds, one.completion)
             if one.completion is not None and one.whole:
-                self._keep(one.id, one.messages, one.completion.text)
+                self._keep(one.id, _Kept(one.messages, one.completion.text, one.cut))
         try:
             with database.writing(self._store.engine) as session:
                 session.add_all(self._row(one) for one in served)
@@ -127,8 +141,13 @@ class Recorder:
             request_id=request,
             scores=added,
             kept=True if keep else None,
-            not_scored=(dict(self._scorers.unmeasured) or None) if expected is not None else None,
+            not_scored=self._not_scored(cut=held is not None and held.cut) if expected is not None else None,
         )
+
+    def _not_scored(self, *, cut: bool) -> dict[str, str] | None:
+        """Metric -> why feedback did not score it."""
+        reasons = dict.fromkeys((*self._scorers.every_answer, *self._scorers.with_reference), _CUT) if cut else {}
+        return {**reasons, **self._scorers.unmeasured} or None
 
     def _scored(self, user: User, request: str, expected: str) -> dict[str, float]:
         with self._lock:
@@ -144,15 +163,23 @@ class Recorder:
                 'Send {"score": {METRIC: 0..1}} instead of "expected".',
                 code="answer_gone",
             )
-        answered = Answered(held[1], expected, held[0])
+        if held.cut:
+            return {}
+        if len(expected) * len(held.text) > limits.EXPECTED_BY_ANSWER:
+            raise bad_request(
+                f"The expected text ({len(expected)} characters) and the answer ({len(held.text)}) are too long to be "
+                'compared here. Send {"score": {METRIC: 0..1}} instead of "expected".',
+                "expected",
+            )
+        answered = Answered(held.text, expected, held.messages)
         try:
             return _scores(self._scorers.with_reference, answered, request)
         except TunesmithError as error:
             raise bad_request(error.what, "expected") from error
 
-    def _keep(self, request: str, messages: tuple[Message, ...], text: str) -> None:
+    def _keep(self, request: str, kept: _Kept) -> None:
         with self._lock:
-            self._answers[request] = (messages, text)
+            self._answers[request] = kept
             while len(self._answers) > self._most:
                 self._answers.popitem(last=False)
 
@@ -160,7 +187,7 @@ class Recorder:
         completion, scores = served.completion, dict[str, float]()
         if completion is None:  # a failed request counts as a bad answer
             scores = dict.fromkeys(self._scorers.every_answer, 0.0)
-        elif served.whole:
+        elif served.whole and not served.cut:
             try:
                 scores = _scores(self._scorers.every_answer, Answered(completion.text, "", served.messages), served.id)
             except TunesmithError as error:  # it is still recorded, without a score
@@ -180,6 +207,7 @@ class Recorder:
             rollout=served.route.rollout,
             arm=served.route.arm,
             ok=completion is not None,
+            cut=served.cut,
             seconds=served.seconds,
             prompt_tokens=completion.prompt_tokens if completion else 0,
             completion_tokens=completion.completion_tokens if completion else 0,
@@ -192,18 +220,25 @@ def _scores(scorers: Mapping[str, Scoring], answered: Answered, request: str) ->
     return {metric: checked(scoring(answered), metric, f"request {request}") for metric, scoring in scorers.items()}
 
 
+def _answered(served: Served) -> str:
+    """The outcome of a request that did not fail."""
+    if not served.whole:
+        return "left"
+    return "cut" if served.cut else "answered"
+
+
 def _end_user(served: Served) -> str:
     if served.route.rollout is None or not served.end_user:
         return ""
     return end_user(served.route.rollout, served.user.name, served.end_user)
 
 
-def _case(row: RequestRow, user: User, held: tuple[tuple[Message, ...], str], expected: str) -> Case:
+def _case(row: RequestRow, user: User, held: _Kept, expected: str) -> Case:
     return Case(
         request=row.id,
-        messages=held[0],
+        messages=held.messages,
         expected=expected,
-        answer=held[1],
+        answer=held.text,
         version=row.version,
         scores=dict(row.scores),
         by=user.name,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -20,7 +22,11 @@ from tunesmith.store.store import Store
 
 @dataclass(slots=True)
 class Serving:
-    """One server's parts. checked_at: monotonic time of the controller's last complete check."""
+    """One server's parts. checked_at: monotonic time of the controller's last complete check.
+
+    feedback: the one thread that scores feedback. Some scorers take seconds over long texts, and would hold up
+    everybody in the threads that all requests share. scoring: the number of calls under way, by user.
+    """
 
     store: Store
     settings: ServerSettings
@@ -30,6 +36,8 @@ class Serving:
     worker: Worker
     drain: Drain = field(default_factory=Drain)
     checked_at: float = 0.0
+    feedback: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tunesmith-feedback"))
+    scoring: Counter[str] = field(default_factory=Counter)
 
 
 def serving_of(request: Request) -> Serving:

@@ -39,7 +39,8 @@ class Job:
     """One request while it waits or is answered. route may change from canary to stable, but only before an event.
 
     events: what the client receives, in order: pieces of text (if it streams), then a Completion or an ApiError.
-    sources: the retrieved texts that the prompt contains. begun: a thread has started to answer it.
+    most_tokens: the request's own max_tokens where it is lower than the candidate's. sources: the retrieved texts that
+    the prompt contains. begun: a thread has started to answer it.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Job:
     sources: tuple[str, ...] = ()
     prompt_used: PromptUsed = "none"
     prompt_tokens: int = 0
+    most_tokens: int | None = None
     begun: bool = False
     _left: threading.Event = field(default_factory=threading.Event)
     _claim: threading.Lock = field(default_factory=threading.Lock)
@@ -87,9 +89,16 @@ class Job:
             features=self.features,
             completion=completion,
             whole=whole,
+            cut=completion is not None and self._cut(completion),
             messages=self.request.conversation,
             end_user=self.request.user or "",
         )
+
+    def _cut(self, completion: Completion) -> bool:
+        """Whether the request's own max_tokens or stop text ended the answer, and not the version."""
+        most = self.most_tokens
+        reached = most is not None and completion.finish == "length" and completion.completion_tokens >= most
+        return reached or completion.by_stop_text
 
 
 class Worker:
@@ -249,6 +258,8 @@ class Worker:
             stop=request.stops,
             top_logprobs=request.scored,
         )
+        if generation.max_tokens < answerer.max_tokens:
+            job.most_tokens = generation.max_tokens
         job.prompt_tokens = self._require_room(generation.messages, room) if answerer.asks_base else 0
         job.sources = answerer.composer.retrieved(messages).sources
         job.prompt_used = answerer.composer.prompt_used(messages)

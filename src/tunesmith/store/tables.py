@@ -171,7 +171,8 @@ class RolloutRow(Table):
 class RequestRow(Table):
     """One served request: measurements, never its text.
 
-    caller: the user whose token it came with. end_user: a hash of the request's `user`, while a rollout is live.
+    caller: the user whose token it came with. end_user: a hash of the request's `user`, while a rollout is live. cut:
+    the request's own max_tokens or stop text ended the answer, so it is not scored.
     """
 
     __tablename__ = "requests"
@@ -186,6 +187,7 @@ class RequestRow(Table):
     rollout: Mapped[int | None] = mapped_column(Integer, index=True, default=None)
     arm: Mapped[str] = mapped_column(String(8))
     ok: Mapped[bool] = mapped_column(Boolean)
+    cut: Mapped[bool] = mapped_column(Boolean, default=False)
     seconds: Mapped[float] = mapped_column(Float)
     prompt_tokens: Mapped[int] = mapped_column(Integer, default=0)
     completion_tokens: Mapped[int] = mapped_column(Integer, default=0)

@@ -108,16 +108,18 @@ class FakeVllm:
 
     def _complete(self, body: Any) -> dict[str, Any]:
         ids: list[int] = []
-        finish = "length"
+        finish, reason = "length", None
         while len(ids) < body["max_tokens"]:
             ids.append(int(self._next(body["model"], [*body["prompt"], *ids]).argmax()))
             text = self.tokenizer.decode(ids, skip_special_tokens=body.get("skip_special_tokens", True))
             stops = [text.index(stop) for stop in body["stop"] if stop in text]
             if ids[-1] in body["stop_token_ids"] or stops:
                 text, finish = text[: min(stops, default=len(text))], "stop"
+                reason = body["stop"][0] if stops else ids[-1]
                 break
         found: dict[str, Any] = copy.deepcopy(RECORDED["complete"]["body"])
         found["choices"][0] |= {"text": text, "finish_reason": finish, "token_ids": ids, "prompt_token_ids": None}
+        found["choices"][0]["stop_reason"] = reason
         return found
 
     def events(self, body: Any) -> Iterator[str]:
@@ -135,7 +137,7 @@ class FakeVllm:
             yield f"data: {json.dumps(event)}\n\n"
         event = json.loads(last.removeprefix("data: "))
         event["choices"][0] |= {"text": whole["text"][len(told) :], "finish_reason": whole["finish_reason"]}
-        event["choices"][0]["token_ids"] = []
+        event["choices"][0] |= {"token_ids": [], "stop_reason": whole["stop_reason"]}
         yield f"data: {json.dumps(event)}\n\n"
         yield f"{done}\n\n"
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
@@ -97,23 +97,23 @@ class VllmEngine:
         def answer(body: Mapping[str, Any]) -> Completion:
             given = self._ask(body, adapter)
             choice = given["choices"][0]
-            return self._completion(choice["text"], choice["finish_reason"], body, choice["token_ids"])
+            return self._completion(choice["text"], choice, body, choice["token_ids"])
 
         return self._concurrently(answer, bodies, "answering", progress)
 
     def stream(self, request: Generation, adapter: str | None = None) -> Iterator[str | Completion]:
         """Pieces of the answer's text as they arrive; the last item is the whole Completion."""
         body = self._body(request)
-        text, finish = "", None
+        text, last = "", dict[str, Any]()
         ids: list[int] = []
         for event in self._events({**body, "stream": True}, adapter):
             for choice in event.get("choices", ()):
                 ids += choice.get("token_ids") or ()
-                finish = choice["finish_reason"] or finish
+                last = choice if choice["finish_reason"] else last
                 if choice["text"]:
                     text += choice["text"]
                     yield choice["text"]
-        yield self._completion(text, finish, body, ids)
+        yield self._completion(text, last, body, ids)
 
     def choose(
         self, questions: Sequence[Question], adapter: str | None = None, progress: Progress = SILENT
@@ -161,7 +161,11 @@ class VllmEngine:
             body["structured_outputs"] = {"json": restricted(json.loads(request.schema))}
         return body
 
-    def _completion(self, text: str, finish: str | None, body: Mapping[str, Any], ids: Sequence[int]) -> Completion:
+    def _completion(
+        self, text: str, last: Mapping[str, Any], body: Mapping[str, Any], ids: Sequence[int]
+    ) -> Completion:
+        """The answer. last: the choice with its finish_reason, and with the stop text or the token that ended it."""
+        finish = last.get("finish_reason")
         if finish not in ("stop", "length"):
             raise TunesmithError(
                 f"the vLLM server ended an answer as {finish!r}",
@@ -169,7 +173,9 @@ class VllmEngine:
                 fix="look at the server's own log",
             )
         tokens = len(ids) - (1 if ids and ids[-1] in self._renderer.stop_ids else 0)
-        return Completion(text, "stop" if finish == "stop" else "length", len(body["prompt"]), tokens)
+        by_stop_text = isinstance(last.get("stop_reason"), str)
+        ended: Literal["stop", "length"] = "stop" if finish == "stop" else "length"
+        return Completion(text, ended, len(body["prompt"]), tokens, by_stop_text=by_stop_text)
 
     def _score(self, given: Mapping[str, Any], token: int) -> float:
         """A token's log-probability in the answer to _scoring."""

@@ -94,6 +94,7 @@ def upgrade() -> None:
         sa.Column("rollout", sa.Integer(), nullable=True),
         sa.Column("arm", sa.String(length=8), nullable=False),
         sa.Column("ok", sa.Boolean(), nullable=False),
+        sa.Column("cut", sa.Boolean(), nullable=False),
         sa.Column("seconds", sa.Float(), nullable=False),
         sa.Column("prompt_tokens", sa.Integer(), nullable=False),
         sa.Column("completion_tokens", sa.Integer(), nullable=False),

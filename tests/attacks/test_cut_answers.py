@@ -1,0 +1,110 @@
+"""A caller makes answers bad by its own parameters: they count for no arm of a rollout."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.attack_table import Happened
+from tests.fabricate import Scene
+from tests.server.conftest import Served, engine, made, running, scene, served, versions
+from tests.server.fake_engine import VALID
+from tests.server.tiny_engine import TinyEngine
+from tunesmith.registry.versions import Version
+from tunesmith.rollout.analysis import Arm, judge
+from tunesmith.rollout.settings import Analysis
+from tunesmith.rollout.traffic import arms
+
+__all__ = ["engine", "made", "scene", "served", "versions"]
+
+# Parameters that cut VALID, whose fake tokens are its two words.
+CUTS: list[dict[str, Any]] = [
+    {"max_tokens": 1},
+    {"max_completion_tokens": 1},
+    {"max_tokens": 1, "stream": True},
+    {"stop": ["{"]},
+    {"stop": "}"},
+    {"stop": ["never", " "], "max_tokens": 2},
+]
+WHOLE: list[dict[str, Any]] = [{}, {"max_tokens": 1000}, {"max_tokens": 2}, {"stop": ["never"]}, {"temperature": 2.0}]
+
+
+@pytest.mark.attack("rollout", "max_tokens and stop texts that make answers invalid")
+def test_answers_that_the_request_cut_are_not_scored(served: Served, happened: Happened) -> None:
+    for parameters in CUTS:
+        answer = served.ask(**parameters)
+        assert (list(answer)[-1] if parameters.get("stream") else answer).choices[0].finish_reason
+    for parameters in WHOLE:
+        assert served.ask(**parameters).choices[0].message.content == VALID
+    rows = served.rows()
+    assert [(row.ok, row.cut, row.scores) for row in rows[: len(CUTS)]] == [(True, True, {})] * len(CUTS)
+    assert [(row.cut, row.scores) for row in rows[len(CUTS) :]] == [(False, {"json_valid": 1.0})] * len(WHOLE)
+    with served.http() as http:
+        assert f'outcome="cut"}} {len(CUTS)}.0' in http.get("/metrics").text
+        for row in rows[: len(CUTS)]:
+            found = http.post("/api/feedback", json={"request_id": row.id, "expected": VALID}).json()
+            assert found["scores"] == {}
+            assert set(found["not_scored"]) == {"json_valid", "exact_match"}
+            assert "max_tokens or stop text" in found["not_scored"]["exact_match"]
+    happened("recorded, not scored", 2 * len(CUTS))
+
+
+@pytest.mark.attack("rollout", "max_tokens and stop texts that make answers invalid")
+def test_scores_given_for_cut_answers_count_for_no_arm(
+    served: Served, versions: dict[int, Version], happened: Happened
+) -> None:
+    rollout = served.begin(versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
+    for number in range(10):
+        answer = served.ask(max_tokens=1, user=f"user {number}")
+        with served.http() as http:
+            given = {"request_id": answer.id, "score": {"exact_match": 0.0}}
+            assert http.post("/api/feedback", json=given).status_code == 200
+    steps = {row.features["step"] for row in served.rows() if row.rollout == rollout.id}
+    found = [arm for step in steps for arm in arms(served.scene.store, rollout.id, step, "exact_match", None)]
+    assert [list(arm.scores) for arm in found] == [[]] * len(found)
+    assert sum(arm.cut for arm in found) == sum(arm.requests for arm in found) == 10
+    happened("counted as cut", 10)
+
+
+@pytest.mark.attack("rollout", "max_tokens and stop texts, native engine")
+def test_the_native_engine_says_what_ended_an_answer(
+    scene: Scene, versions: dict[int, Version], tmp_path: Path, happened: Happened
+) -> None:
+    tiny: Any = TinyEngine(scene.base, tmp_path / "tiny")
+    tiny.gate = threading.Event()
+    with running(scene, tiny) as served:
+        served.begin(versions[1])
+        text = served.ask(temperature=1.0, seed=3).choices[0].message.content
+        served.ask(temperature=1.0, seed=3, max_tokens=2)
+        served.ask(temperature=1.0, seed=3, stop=[text[1]])
+        served.ask(temperature=1.0, seed=3, max_tokens=100_000)
+        assert [row.cut for row in served.rows()] == [False, True, True, False]
+    happened("recorded, not scored", 2)
+
+
+def test_a_canary_whose_answers_are_cut_more_often_does_not_pass() -> None:
+    analysis = Analysis(metric="json_valid", worse_by_at_most=0.1)
+    ones = np.ones(400).tolist()
+    stable = Arm(ones, requests=500, cut=100)
+    assert judge(analysis, Arm(ones, requests=500, cut=100), stable).outcome == "pass"
+    assert judge(analysis, Arm(ones, requests=540, cut=140), stable).outcome == "pass"
+    rambling = judge(analysis, Arm(ones, requests=800, cut=400), stable)
+    assert (rambling.outcome, rambling.canary["cut"]) == ("inconclusive", 400)
+    assert "400 of 800 canary answers were cut" in rambling.reason
+    rates = Analysis(metric="success_rate", worse_by_at_most=0.1)
+    assert judge(rates, Arm(ones, requests=800, cut=400), stable).outcome == "pass"
+
+
+def test_a_caller_that_cuts_all_its_answers_cannot_fail_a_canary() -> None:
+    groups = {
+        "the requests of a": Arm([1.0] * 300, requests=300),
+        "the requests of b": Arm([1.0] * 300, requests=300),
+        "the requests of c": Arm([], requests=5000, cut=5000),
+    }
+    canary = Arm([1.0] * 600, requests=5600, cut=5000, groups=groups)
+    stable = Arm([1.0] * 600, requests=600, groups={key: groups[key] for key in list(groups)[:2]})
+    assert judge(Analysis(metric="json_valid"), canary, stable).outcome == "inconclusive"
