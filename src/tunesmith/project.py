@@ -95,6 +95,11 @@ def _check_candidate(name: str, candidate: CandidateSettings, project: ProjectSe
     """Raise ValueError for a candidate that needs what the project file does not have."""
     if candidate.copied and project.engine is not None:
         raise ValueError(f"candidates.{name}.constrain: copy: a vLLM server cannot do that; write constrain: true")
+    if candidate.constrain and project.task.has_grammar:
+        if project.engine is not None or candidate.endpoint is not None:
+            raise ValueError(f"candidates.{name}.constrain: a server takes a JSON Schema only: leave constrain out")
+        if candidate.copied:
+            raise ValueError(f"candidates.{name}.constrain: copy needs task.schema: write constrain: true")
     if candidate.weights is not None:
         named = project.candidates.get(candidate.weights)
         if named is None or named.train is None:
@@ -123,9 +128,9 @@ class Project:
                 where=str(path.absolute()),
                 fix="run `tunesmith init` to create one, or name another folder with `-C DIR`",
             )
-        return cls(
-            path.parent.absolute(), parse_settings(read_text_file(path, "the project file", _LARGEST), str(path))
-        )
+        root = path.parent.absolute()
+        settings = parse_settings(read_text_file(path, "the project file", _LARGEST), str(path))
+        return cls(root, settings.model_copy(update={"task": settings.task.loaded(root)}))
 
     @cached_property
     def store(self) -> Store:

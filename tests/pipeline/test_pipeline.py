@@ -20,6 +20,7 @@ from tunesmith.api import Project
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.candidates.copying import invented
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.reading.answer_grammar import matches
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.governance.signoff import sign_off
 from tunesmith.registry.versions import verify_version
@@ -165,6 +166,63 @@ def test_constrain_needs_a_schema(tmp_path: Path) -> None:
     folder = write_project(tmp_path, task={"scorers": ["exact_match"]}, gates={})
     with pytest.raises(UsageError, match="constrain needs a schema"):
         evaluation.evaluate(Project.load(folder), names=["held"])
+
+
+@pytest.mark.parametrize("form", ["pattern", "grammar"])
+def test_answers_of_a_pattern_or_a_grammar(tmp_path: Path, form: str) -> None:
+    """One file gives the scorer, the gate, the constraint and the check of the rows."""
+    pattern = "(on|off) [a-z]{1,8} (light|fan|heater|radio|blind|lamp)"
+    task = {"pattern": pattern} if form == "pattern" else {"grammar": "answers.lark"}
+    held = {"prompt": "prompt.txt", "max_tokens": 60, "constrain": True}
+    gates = {"valid": {"metric": "valid", "at_least": 0.5}}
+    folder = write_project(tmp_path, task=task, candidates={"held": held}, gates=gates)
+    (folder / "answers.lark").write_text(
+        'start: ("on" | "off") " " ROOM " " THING\nROOM: /[a-z]{1,8}/\nTHING: /[a-z]{1,8}/\n'
+    )
+    lines = []
+    for row in rows():
+        request = row["messages"][0]["content"]
+        answer = {"role": "assistant", "content": request.removeprefix("turn ")}
+        lines.append(json.dumps({**row, "messages": [row["messages"][0], answer]}))
+    broken = lines[0].replace('"content": "on ', '"content": "ON ')
+    assert broken != lines[0]
+    (folder / "rows.jsonl").write_text("\n".join([broken, *lines[1:]]) + "\n")
+    project = Project.load(folder)
+    assert project.settings.task.metrics == ("exact_match", "valid")
+    evaluation.evaluate(project, names=["held"])
+    store = project.store
+    (digest,) = store.records_of("answers")
+    record = store.record(digest, kind="answers")
+    texts = [json.loads(line)["text"] for line in store.read_blob(record.blobs["answers.jsonl"]).splitlines()]
+    assert texts
+    assert all(matches(project.settings.task.lark or "", text) for text in texts)
+    removed = store.record(record.parents["dataset"], kind="dataset").body["rows"]["removed"]
+    assert removed == {"answer that valid cannot score": 1}
+    evaluated = store.record(store.records_of("evaluation")[0], kind="evaluation")
+    assert evaluated.body["metrics"] == ["exact_match", "valid"]
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "said"),
+    [
+        ({"pattern": "a", "schema": "schema.json"}, {}, "one of schema, pattern and grammar"),
+        ({"scorers": ["valid"]}, {}, "valid needs pattern or grammar"),
+        ({"pattern": "a", "scorers": [{"name": "valid", "pattern": "b"}]}, {}, "give your own another name"),
+        ({"pattern": "("}, {}, "not a grammar of answers"),
+        ({"grammar": "nowhere.lark"}, {}, "does not exist"),
+        ({"pattern": "a"}, {"candidates": {"c": {"constrain": {"copy": ["a"]}}}}, "copy needs task.schema"),
+        (
+            {"pattern": "a"},
+            {"candidates": {"c": {"constrain": True}}, "engine": {"kind": "vllm", "url": "http://127.0.0.1:1"}},
+            "a server takes a JSON Schema only",
+        ),
+    ],
+)
+def test_forms_of_answers_that_do_not_fit_are_refused(
+    tmp_path: Path, task: dict[str, Any], more: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        Project.load(write_project(tmp_path, task=task, gates={}, **more))
 
 
 def test_copied_fields_through_the_pipeline(tmp_path: Path) -> None:

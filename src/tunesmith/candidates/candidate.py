@@ -51,6 +51,7 @@ class Candidate(Settings):
     retrieve: Retrieve | None = None
     # JSON Schema as text, since answers must have its keys in this order. None: answers are not constrained.
     answer_schema: str | None = None
+    answer_grammar: str | None = None  # Lark, instead of a schema
     copied: tuple[str, ...] = ()  # paths of the fields whose values are words of the request's user turns
     dataset: str | None = None  # of the shots and retrieved examples
     training: str | None = None  # of the adapter; None: the base model alone

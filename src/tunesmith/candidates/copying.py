@@ -47,10 +47,10 @@ VALUE: RUN & /[^{SPACE}\n]([^\n]*[^{SPACE}\n])?/
 
 
 class Constraint:
-    """What holds a candidate's answers: nothing, its schema, or the schema with copied fields."""
+    """What holds a candidate's answers: nothing, its grammar, its schema, or the schema with copied fields."""
 
     def __init__(self, candidate: Candidate) -> None:
-        self._schema = candidate.answer_schema
+        self._schema, self._grammar = candidate.answer_schema, candidate.answer_grammar
         copies = self._schema is not None and candidate.copied
         self._grammars = CopyGrammars(self._schema or "", candidate.copied) if copies else None
 
@@ -60,7 +60,7 @@ class Constraint:
         Raises UsageError where they hold no words and a required field is copied.
         """
         if self._grammars is None:
-            return replace(request, schema=self._schema)
+            return replace(request, schema=self._schema, grammar=self._grammar)
         return replace(request, grammar=self._grammars.grammar(_user_texts(own)))
 
 

@@ -17,8 +17,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
 
 from tunesmith.core.errors import UsageError
+from tunesmith.core.reading.answer_grammar import load_answer_grammar, pattern_grammar
 from tunesmith.core.settings import Settings
-from tunesmith.evaluation.metrics.declared import KNOWN, Declared, JudgeScorer, LabelScorer, known_scorer, metric_of
+from tunesmith.evaluation.metrics.declared import (
+    KNOWN,
+    Declared,
+    GrammarScorer,
+    JudgeScorer,
+    LabelScorer,
+    known_scorer,
+    metric_of,
+)
 from tunesmith.evaluation.metrics.scorers import nearest
 
 BEST_UNTUNED = "best-untuned"
@@ -48,6 +57,7 @@ FIGURES = {
     "brier": "mean squared error of the stated confidences",
 }
 _PREFERRED_PRIMARY = "exact_match"
+VALID = "valid"  # the metric of task.pattern and task.grammar
 
 _Confidence = Annotated[float, Field(gt=0.5, lt=1.0, description="two-sided confidence of the interval, as 0.95")]
 _Score = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -59,6 +69,19 @@ class TaskSettings(Settings):
     schema_path: Annotated[
         Path | None,
         Field(alias="schema", description="file with the JSON Schema of an answer"),
+    ] = None
+    pattern: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="regular expression (Rust's syntax) of a whole answer, where answers are not JSON. The "
+            "metric `valid` measures it, the build removes rows whose answer does not match, and `constrain: true` "
+            "decodes only what matches",
+        ),
+    ] = None
+    grammar: Annotated[
+        Path | None,
+        Field(description="file with a Lark grammar (llguidance's dialect) of a whole answer, used as a pattern is"),
     ] = None
     scorers: Annotated[
         tuple[Declared, ...],
@@ -72,6 +95,17 @@ class TaskSettings(Settings):
         Field(description="the primary metric; by default exact_match if measured, else the first scorer"),
     ] = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_valid(cls, given: Any) -> Any:
+        """The settings with the scorer `valid`, where answers have a pattern or a grammar."""
+        if not isinstance(given, dict) or (given.get("pattern") is None and given.get("grammar") is None):
+            return given
+        scorers = given.get("scorers", [_PREFERRED_PRIMARY])
+        if not isinstance(scorers, list | tuple) or any(_is_valid(scorer) for scorer in scorers):
+            return given
+        return given | {"scorers": [*scorers, VALID]}
+
     @field_validator("scorers")
     @classmethod
     def _scorers_known(cls, scorers: tuple[Declared, ...]) -> tuple[Declared, ...]:
@@ -80,6 +114,8 @@ class TaskSettings(Settings):
         if twice:
             raise ValueError(f"the scorer {twice[0]!r} is listed twice")
         for scorer in scorers:
+            if scorer == VALID:
+                continue
             if isinstance(scorer, str):
                 known_scorer(scorer)
             elif scorer.name in KNOWN:
@@ -87,6 +123,18 @@ class TaskSettings(Settings):
             else:
                 scorer.check()
         return scorers
+
+    @model_validator(mode="after")
+    def _one_form(self) -> TaskSettings:
+        given = [key for key in ("schema_path", "pattern", "grammar") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError("give one of schema, pattern and grammar: an answer has one form")
+        if VALID in self.scorers and not self.has_grammar:
+            raise ValueError("the scorer valid needs pattern or grammar; for a schema list json_valid")
+        own = [each for each in self.scorers if _is_valid(each) and not isinstance(each, str | GrammarScorer)]
+        if own and self.has_grammar:
+            raise ValueError("valid is the scorer of pattern and grammar: give your own another name")
+        return self
 
     @model_validator(mode="after")
     def _primary_measured(self) -> TaskSettings:
@@ -101,6 +149,31 @@ class TaskSettings(Settings):
     def metrics(self) -> tuple[str, ...]:
         """The names of all metrics that the project measures: built-in and declared scorers."""
         return tuple(metric_of(scorer) for scorer in self.scorers)
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether answers have a pattern or a grammar."""
+        return self.pattern is not None or self.grammar is not None
+
+    @property
+    def lark(self) -> str | None:
+        """The Lark grammar of answers, once `loaded`."""
+        found = (each.lark for each in self.scorers if isinstance(each, GrammarScorer) and _is_valid(each))
+        return next(found, None) if self.has_grammar else None
+
+    def loaded(self, root: Path) -> TaskSettings:
+        """The settings with pattern or grammar read into the scorer `valid`. root: the project's folder.
+
+        Raises UsageError where the file cannot be read, or where they cannot be used.
+        """
+        if self.pattern is not None:
+            lark = pattern_grammar(self.pattern, "task.pattern")
+        elif self.grammar is not None:
+            lark = load_answer_grammar(root / self.grammar)
+        else:
+            return self
+        valid = GrammarScorer(name=VALID, lark=lark)
+        return self.model_copy(update={"scorers": tuple(valid if _is_valid(each) else each for each in self.scorers)})
 
     @property
     def judges(self) -> tuple[JudgeScorer, ...]:
@@ -118,6 +191,11 @@ class TaskSettings(Settings):
         if self.primary is not None:
             return self.primary
         return _PREFERRED_PRIMARY if _PREFERRED_PRIMARY in self.metrics else self.metrics[0]
+
+
+def _is_valid(scorer: Any) -> bool:
+    name = scorer.get("name") if isinstance(scorer, dict) else getattr(scorer, "name", scorer)
+    return bool(name == VALID)
 
 
 class PriceSettings(Settings):

@@ -106,11 +106,12 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
         dataset = context.dataset.digest
         return Candidate(name=name, base=base, max_tokens=most, method=settings.method, dataset=dataset)
     schema = context.project.schema if settings.constrain else None
-    if settings.constrain and schema is None:
+    lark = context.project.settings.task.lark if settings.constrain else None
+    if settings.constrain and schema is None and lark is None:
         raise UsageError(
-            "constrain needs a schema, and the task has none",
+            "constrain needs a schema, a pattern or a grammar, and the task has none",
             where=f"candidates.{name}.constrain",
-            fix="set task.schema",
+            fix="set task.schema, task.pattern or task.grammar",
         )
     retrieve, shots, endpoint = settings.retrieve, settings.wanted_shots, settings.endpoint
     from_documents = retrieve is not None and retrieve.from_ == "documents"
@@ -123,6 +124,7 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
         prompt=_prompt(context, name, settings.prompt) if settings.prompt is not None else "",
         retrieve=retrieve,
         answer_schema=None if schema is None else json.dumps(schema, ensure_ascii=False),
+        answer_grammar=lark,
         copied=copied_fields(schema, settings.copied, f"candidates.{name}.constrain.copy") if schema else (),
         dataset=context.dataset.digest if named else None,
         documents=context.documents if from_documents else None,

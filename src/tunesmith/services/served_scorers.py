@@ -10,6 +10,7 @@ from tunesmith.core.errors import UsageError
 from tunesmith.evaluation.metrics.declared import (
     CONTEXT_SCORERS,
     DeclaredScorer,
+    GrammarScorer,
     JudgeScorer,
     PatternScorer,
     Scoring,
@@ -19,6 +20,8 @@ from tunesmith.evaluation.metrics.declared import (
 from tunesmith.evaluation.metrics.scorers import Schema
 from tunesmith.project import Project
 from tunesmith.rollout.settings import Step
+
+_FREE = PatternScorer | GrammarScorer  # need no reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ def served_scorers(scorers: Sequence[str | DeclaredScorer], schema: Schema, root
     """
     reasons = {metric_of(scorer): reason for scorer in scorers if (reason := _unmeasured(scorer)) is not None}
     known = {metric_of(scorer): scorer for scorer in scorers if metric_of(scorer) not in reasons}
-    free = {metric for metric, scorer in known.items() if metric == "json_valid" or isinstance(scorer, PatternScorer)}
+    free = {metric for metric, scorer in known.items() if metric == "json_valid" or isinstance(scorer, _FREE)}
     scoring = {metric: make_scoring(scorer, schema, root) for metric, scorer in known.items()}
     return ServedScorers(
         every_answer={metric: scoring[metric] for metric in scoring if metric in free},

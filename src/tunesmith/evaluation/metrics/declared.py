@@ -22,6 +22,7 @@ from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.reading.answer_grammar import check_answer_grammar, matches
 from tunesmith.core.reading.patterns import check_pattern, search
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.settings import Settings
@@ -84,6 +85,28 @@ class PatternScorer(DeclaredScorer):
 
     def scoring(self, root: Path) -> Scoring:
         return lambda answered: float(search(self.pattern, answered.text))
+
+
+class GrammarScorer(DeclaredScorer):
+    """1 where the whole answer matches a Lark grammar, else 0. task.pattern and task.grammar become one, `valid`."""
+
+    key = "lark"
+    lark: Annotated[str, Field(min_length=1, description="Lark grammar of the whole answer, in llguidance's dialect")]
+
+    @field_validator("lark")
+    @classmethod
+    def _sound(cls, lark: str) -> str:
+        try:
+            check_answer_grammar(lark, "lark")
+        except UsageError as error:
+            raise ValueError(error.what) from error
+        return lark
+
+    def scoring(self, root: Path) -> Scoring:
+        return lambda answered: float(matches(self.lark, answered.text))
+
+    def suits(self, reference: str) -> bool:
+        return matches(self.lark, reference)
 
 
 class NumberScorer(DeclaredScorer):
@@ -158,7 +181,14 @@ class JudgeScorer(DeclaredScorer):
         raise UsageError(f"{self.name} is a judge: a model scores it, not a function")
 
 
-DECLARED: tuple[type[DeclaredScorer], ...] = (PatternScorer, NumberScorer, LabelScorer, FunctionScorer, JudgeScorer)
+DECLARED: tuple[type[DeclaredScorer], ...] = (
+    PatternScorer,
+    GrammarScorer,
+    NumberScorer,
+    LabelScorer,
+    FunctionScorer,
+    JudgeScorer,
+)
 
 
 def _key_of(value: Any) -> str:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from tunesmith.core.reading.strict_json import NotJson, parse_json
-from tunesmith.evaluation.metrics.declared import Declared, LabelScorer, NumberScorer, metric_of
+from tunesmith.evaluation.metrics.declared import Declared, GrammarScorer, LabelScorer, NumberScorer, metric_of
 from tunesmith.evaluation.metrics.scorers import NEED_JSON
 
+_PICKY = GrammarScorer | LabelScorer | NumberScorer
 _BY_NAME: tuple[Declared, ...] = tuple(sorted(NEED_JSON))
 
 
@@ -21,8 +22,8 @@ class References:
 
     @classmethod
     def of(cls, scorers: Sequence[Declared]) -> Self:
-        """The check by those of a task's scorers that need JSON, a label or a number."""
-        return cls(tuple(one for one in scorers if isinstance(one, LabelScorer | NumberScorer) or one in _BY_NAME))
+        """The check by those of a task's scorers that need JSON, a label, a number or a grammar's text."""
+        return cls(tuple(one for one in scorers if isinstance(one, _PICKY) or one in _BY_NAME))
 
     def __call__(self, answer: str) -> str | None:
         """Why an answer cannot be a reference, in a few words; None where every scorer can score against it."""

@@ -164,6 +164,8 @@ def _how(store: Store, candidate: Candidate, system_prompts: Mapping[str, int]) 
         what = "passages of documents" if candidate.documents is not None else "examples"
         by = "" if candidate.retrieve.by == "bm25" else f" ({candidate.retrieve.by})"
         parts.append(f"{candidate.retrieve.k} retrieved {what} in the prompt{by}")
+    if candidate.answer_grammar is not None:
+        parts.append("answers constrained to the grammar")
     if candidate.answer_schema is not None:
         copied = f", {', '.join(candidate.copied)} to words of the request" if candidate.copied else ""
         parts.append(f"answers constrained to the schema{copied}")
