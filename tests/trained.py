@@ -82,5 +82,5 @@ def fit(
     progress: Progress = SILENT,
 ) -> TrainerState:
     """Train model over a plan, with checkpoints in folder."""
-    validate = (lambda: validation_loss(model, validation)) if validation else None
+    validate = (lambda: {"loss": validation_loss(model, validation)}) if validation else None
     return Trainer(model, plan, settings, Checkpoints(folder, {}), validate=validate, progress=progress).run()
