@@ -66,16 +66,17 @@ def test_fields_that_rows_copy_and_ranges_that_they_keep_are_proposed(tmp_path: 
     for place in range(240):
         name, level = names[place % 21] + str(place), place % 11
         slots = {"who": name, "note": f"n{place}"} if place % 3 else {"who": name}
-        answer = {"slots": slots, "level": level, "seen": place}
-        asked = {"role": "user", "content": f"call {name}, at level {level}."}
+        answer = {"slots": slots, "level": level, "seen": place, "all": {"n": f"{level} {place}", "who": name}}
+        asked = {"role": "user", "content": f"call {name}, at level {level} {place}."}
         found.append({"messages": [asked, {"role": "assistant", "content": json.dumps(answer)}]})
     data = tmp_path / "mine.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in found))
     make_project(tmp_path / "p", data=data, licence="CC0-1.0", base="model")
+    assert "*id" not in (tmp_path / "p" / "tunesmith.yaml").read_text()
     project = Project.load(tmp_path / "p")
     assert {name: each.copied for name, each in project.settings.candidates.items()} == {
         "nearest": (),
-        **dict.fromkeys(("zero-shot", "few-shot", "rag", "tuned"), ("slots.who",)),
+        **dict.fromkeys(("zero-shot", "few-shot", "rag", "tuned"), ("slots.who", "all.*")),
     }
     assert project.schema is not None
     properties = project.schema["properties"]

@@ -161,7 +161,8 @@ def invented(answer: str, fields: Sequence[str], own: Sequence[Message]) -> list
 
 
 def fields_to_copy(schema: Mapping[str, Any], rows: Sequence[tuple[str, Sequence[Message]]]) -> list[str]:
-    """The text fields whose values are words of the request in nearly all rows that have them.
+    """The text fields whose values are words of the request in nearly all rows that have them; `slots.*` for all of
+    an object's.
 
     rows: answers, each with its request. At least 98% of the values, and 20 of them, must be copied.
     """
@@ -172,7 +173,10 @@ def fields_to_copy(schema: Mapping[str, Any], rows: Sequence[tuple[str, Sequence
         with suppress(NotJson):
             found.update(path for path, _ in texts_of(parse_json(answer)))
         beyond.update(invented(answer, fields, own))
-    return [path for path in fields if found[path] >= _FEWEST and beyond[path] <= _BEYOND * found[path]]
+    chosen = [path for path in fields if found[path] >= _FEWEST and beyond[path] <= _BEYOND * found[path]]
+    together = {path: re.sub(r"[^.\[\]]+$", "*", path) for path in chosen}
+    whole = {each for each in together.values() if {path for path in fields if _matches(each, path)} <= set(chosen)}
+    return list(dict.fromkeys(together[path] if together[path] in whole else path for path in chosen))
 
 
 def _user_texts(own: Sequence[Message]) -> list[str]:

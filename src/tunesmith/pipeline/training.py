@@ -219,6 +219,8 @@ def _validated_by(context: PipelineContext, candidate: Candidate, settings: Trai
         "schema": context.project.schema,
         "max_tokens": candidate.max_tokens,
         "constrained": candidate.answer_schema is not None,
+        "copied": list(candidate.copied),
+        "grammar": candidate.answer_grammar,
     }
 
 

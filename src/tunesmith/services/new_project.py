@@ -86,7 +86,8 @@ def make_project(
     name = name or re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()).strip("-._") or "project"
     settings, files = _compose(name, base, source, looked)
     files[".gitignore"] = f"{STORE}/\n"  # the store holds private keys
-    files[FILE] = _HEADER + yaml.safe_dump(settings, sort_keys=False, width=110, default_flow_style=None)
+    plain = json.loads(json.dumps(settings))  # what candidates share would be written as an alias
+    files[FILE] = _HEADER + yaml.safe_dump(plain, sort_keys=False, width=110, default_flow_style=None)
     for relative in files:
         if (root / relative).exists():
             raise UsageError("this file is there already", where=str(root / relative), fix="move it, or use -C")
