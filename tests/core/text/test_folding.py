@@ -39,7 +39,10 @@ def test_offsets_point_into_the_text(text: str) -> None:
     assert list(offsets) == sorted(offsets)
 
 
+@settings(max_examples=1000)
 @given(_ANY, _ANY)
+@example("\u0368\u06e0\u05c1", "")  # a mark that stands for a letter, and marks that are put in order
+@example("\u1125\u0309\u1de1", "\U000111ca")
 def test_canonically_equal_texts_are_folded_alike(left: str, right: str) -> None:
     for form in ("NFC", "NFD", "NFKC", "NFKD"):
         assert fold(unicodedata.normalize(form, left + right)) == fold(left + right)
@@ -63,7 +66,7 @@ def test_how_many_look_alikes_of_latin_letters_are_folded() -> None:
         if len(plain) == 1 and not plain.isascii() and latin:
             pairs += 1
             passed += [plain] if fold(plain) != fold(latin[0]) else []
-    assert (pairs, len(passed)) == (1260, 229)
+    assert (pairs, len(passed)) == (1260, 230)
     assert sum(bool(regex.match(r"[\p{Arabic}\p{Hebrew}]", one)) for one in passed if not one.isnumeric()) == 29
     assert sum(bool(regex.match(r"\p{N}", one)) for one in passed) == 44
 

@@ -25,7 +25,8 @@ _BLANK = "\u2800"  # the empty Braille pattern: looks like a space, but is a sym
 # Greek or Cyrillic letter only. After a mathematical sign an accent is a negation.
 _ACCENTS = r"\u0300-\u036F\u0483-\u0489\u1AB0-\u1AFF\u1DC0-\u1DFF\u20D0-\u20FF\uFE20-\uFE2F"
 _MARKS = regex.compile(
-    rf"(?<=[\p{{Latin}}\p{{Greek}}\p{{Cyrillic}}&&\p{{L}}])\p{{M}}+|(?<!\p{{Sm}}\p{{M}}*)[{_ACCENTS}]+", regex.V1
+    rf"(?<=[\p{{Latin}}\p{{Greek}}\p{{Cyrillic}}&&\p{{L}}])[\p{{M}}{_ACCENTS}]+|(?<!\p{{Sm}}\p{{M}}*)[{_ACCENTS}]+",
+    regex.V1,
 )
 # Letters of these scripts are forged into words of another. Scripts without capital letters are left alone: Arabic alef
 # looks like l and Hebrew samekh like o, but nobody mixes up the words. Nor are currencies and CJK marks letters.
@@ -102,7 +103,7 @@ class _Visible(dict[int, str]):
 
     def spelling(self, letter: str) -> str:
         for _ in range(2):  # a decomposition may hold capitals, and a lower-case letter may have a decomposition
-            letter = unicodedata.normalize("NFKD", letter).casefold()
+            letter = _HIDDEN.sub("", unicodedata.normalize("NFKD", letter)).casefold()
         shown: str = _HIDDEN.sub("", unicodedata.normalize("NFKD", letter))
         return shown.replace(_BLANK, " ")
 
@@ -113,8 +114,9 @@ class _Folded(_Visible):
 
 
 def _plain(letter: str) -> str:
-    """The ASCII letter or digit that a character looks like or counts as; otherwise the character."""
-    if letter.isascii():
+    """The ASCII letter or digit that a character looks like or counts as; otherwise the character. Marks stay: which
+    marks are removed depends on the letters that they stand on."""
+    if letter.isascii() or unicodedata.category(letter).startswith("M"):
         return letter
     value = unicodedata.decimal(letter, None)
     if value is not None:
