@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.view import View
 from tunesmith.server.chat.routes import ID_PREFIX
 from tunesmith.server.errors import ApiError, busy_for_user
@@ -153,6 +154,6 @@ def _database_answers(store: Store) -> bool:
     try:
         with database.reading(store.engine) as session:
             session.execute(text("select 1"))
-    except (SQLAlchemyError, OSError):
+    except (TunesmithError, SQLAlchemyError, OSError):
         return False
     return True

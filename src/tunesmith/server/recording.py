@@ -110,7 +110,7 @@ class Recorder:
         try:
             with database.writing(self._store.engine) as session:
                 session.add_all(self._row(one) for one in served)
-        except (SQLAlchemyError, OSError):
+        except (TunesmithError, SQLAlchemyError, OSError):
             self._metrics.unrecorded.inc(len(served))
             LOG.exception("%d requests could not be recorded", len(served))
 

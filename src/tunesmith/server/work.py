@@ -285,8 +285,7 @@ class Worker:
         # Streamed, so that decoding stops at the next token when the client leaves.
         for event in answerer.responder.stream(generation, answerer.adapter):
             if isinstance(event, Completion) and job.claim():
-                self._recorder.write([job.served(event)])
-                job.send(event)
+                self._end(job, job.served(event), event)
             if job.left:
                 return
 
@@ -295,8 +294,7 @@ class Worker:
         for event in answerer.responder.stream(generation, answerer.adapter):
             if isinstance(event, Completion):
                 if job.claim():
-                    self._recorder.write([job.served(event)])
-                    job.send(event)
+                    self._end(job, job.served(event), event)
                 return
             pieces.append(event.text if isinstance(event, Scored) else event)
             job.send(event)
@@ -312,8 +310,14 @@ class Worker:
 
     def _fail(self, job: Job, error: ApiError) -> None:
         if job.claim():
-            self._recorder.write([job.served(None)])
-            job.send(error)
+            self._end(job, job.served(None), error)
+
+    def _end(self, job: Job, served: Served, event: Event) -> None:
+        """Record a claimed request and send its last event, which an error of the record must not withhold."""
+        try:
+            self._recorder.write([served])
+        finally:
+            job.send(event)
 
     def _refuse(self, job: Job, error: ApiError) -> None:
         """Send an error that is not the arm's failure, so the request is not recorded."""

@@ -1,0 +1,102 @@
+"""A server whose database is full, locked or gone: answers are sent all the same, and /readyz says what is wrong."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+
+from tests.attack_table import Happened
+from tests.fabricate import Scene
+from tests.server.conftest import Served, engine, made, scene, served, versions
+from tunesmith.server.recording import Recorder
+from tunesmith.store import database
+
+__all__ = ["engine", "made", "scene", "served", "versions"]
+
+SECONDS = 20  # for an answer; withheld ones took answer_seconds, 300
+
+
+def fill(scene: Scene) -> None:
+    """Let the database have no more pages than it has now."""
+    with database.reading(scene.store.engine) as session:
+        pages = session.execute(text("PRAGMA page_count")).scalar()
+    scene.store.engine.dispose()
+    event.listen(scene.store.engine, "connect", lambda made, _: made.execute(f"PRAGMA max_page_count={pages}"))
+
+
+def unrecorded(served: Served) -> float:
+    with served.http() as http:
+        lines = http.get("/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("tunesmith_unrecorded_requests_total"))
+
+
+@pytest.mark.attack("crash", "the server's database is full")
+def test_a_full_database_withholds_no_answer(served: Served, happened: Happened) -> None:
+    served.ask()
+    fill(served.scene)
+    began = time.monotonic()
+    sent = 0
+    while not unrecorded(served):
+        assert served.post().status_code == 200
+        sent += 1
+        assert sent < 300, "the database never became full"
+    assert served.post(stream=True).text.endswith("data: [DONE]\n\n")
+    assert unrecorded(served) >= 2
+    assert time.monotonic() - began < SECONDS
+    assert not served.worker.answering()
+    happened("answered, and counted as not recorded", sent + 1)
+
+
+@pytest.mark.attack("crash", "another process locks the server's database")
+def test_a_locked_database_withholds_no_answer(served: Served, happened: Happened) -> None:
+    served.ask()
+    store = served.scene.store
+    store.engine.dispose()
+    event.listen(store.engine, "connect", lambda made, _: made.execute("PRAGMA busy_timeout=100"))
+    other = sqlite3.connect(store.root / "tunesmith.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        began = time.monotonic()
+        assert served.post().status_code == 200
+        assert served.post(stream=True).text.endswith("data: [DONE]\n\n")
+        assert time.monotonic() - began < SECONDS
+    finally:
+        other.execute("ROLLBACK")
+        other.close()
+    assert unrecorded(served) == 2
+    happened("answered, and counted as not recorded", 2)
+
+
+@pytest.mark.attack("crash", "the record of a request fails in a way that nobody foresaw")
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_error_of_the_record_withholds_an_answer(
+    served: Served, monkeypatch: pytest.MonkeyPatch, happened: Happened, stream: bool
+) -> None:
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Recorder, "write", fails)
+    began = time.monotonic()
+    assert served.post(stream=stream).status_code == 200
+    served.engine.answer = fails
+    assert served.post(stream=stream).status_code == 500
+    assert time.monotonic() - began < SECONDS
+    happened("answered, 200 and 500", 2)
+
+
+@pytest.mark.attack("crash", "the server's database is gone")
+def test_readyz_says_that_the_database_is_gone(served: Served, happened: Happened) -> None:
+    root = served.scene.store.root
+    served.scene.store.engine.dispose()
+    moved = root.rename(root.with_name("moved"))
+    try:
+        with served.http() as http:
+            answer = http.get("/readyz")
+    finally:
+        moved.rename(root)
+    assert (answer.status_code, answer.json()["database"]) == (503, False)
+    happened("503, database: false")
