@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
+from tests.attack_table import Happened
 from tests.tiny import write_model
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.copying import Constraint, CopyGrammars, copied_fields, invented, texts_of
@@ -47,6 +50,7 @@ SLOTS: Schema = {
     "additionalProperties": False,
 }
 FIELDS = ("slots.who", "slots.when", "slots.tags[]")
+KEY = base64.b32encode(b"".join(hashlib.sha256(bytes([number])).digest() for number in range(30))).decode()
 MARIA = "Call Maria Novak, don't wait: 7pm."
 
 
@@ -264,6 +268,7 @@ def _ask(engine: NativeEngine, texts: Sequence[str], **how: Any) -> str:
 )
 @example(["a a a a a"], 1)
 @example(['"\\" \\n \x00\x1f\x7f \u2028'], 2)
+@example(["a" * 99 + "\u0301" * 2 + "b" * 99 + "3,5" * 40], 3)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_weights_invent_nothing(engine: NativeEngine, texts: list[str], seed: int) -> None:
     texts = [text.encode(errors="replace").decode() for text in texts]
@@ -275,16 +280,30 @@ def test_random_weights_invent_nothing(engine: NativeEngine, texts: list[str], s
 
 def test_a_request_that_is_too_long_to_copy_from_is_refused(engine: NativeEngine) -> None:
     grammar = CopyGrammars(json.dumps(SLOTS), FIELDS).grammar(["word " + " ".join(map(str, range(80_000)))])
-    with pytest.raises(UsageError, match="cannot be held to this schema or grammar") as caught:
-        engine.generate([Generation((Message(role="user", content="x"),), grammar=grammar)])
-    assert "shorten the request" in str(caught.value.fix)
+    with pytest.raises(UsageError, match="cannot be held to the words of this request") as caught:
+        engine.generate([Generation((Message(role="user", content="x"),), grammar=grammar, own_grammar=True)])
+    assert caught.value.where == "messages", "the request is at fault, not the version"
 
 
 def test_an_answer_whose_tokens_cannot_be_computed_fails(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     # A matcher that has failed allows the end token alone, so the answer would seem to be complete.
     monkeypatch.setattr(Guide, "follow", lambda guide, _token: guide.matcher.consume_token(5))
-    with pytest.raises(UsageError, match="cannot be held to this schema or grammar"):
+    with pytest.raises(UsageError, match="cannot be held to the words of this request") as caught:
         _ask(engine, ["call Maria"])
+    assert caught.value.where == "messages"
+
+
+@pytest.mark.attack("serving", "a user turn with one very long word, copied fields")
+@pytest.mark.parametrize("word", ["a" * 1500, KEY, "\u043f" * 3000, "7" * 1500], ids=["a", "key", "cyrillic", "digits"])
+def test_a_pasted_key_gets_an_answer(engine: NativeEngine, word: str, happened: Happened) -> None:
+    candidate = Candidate(name="c", base="b", max_tokens=9, answer_schema=json.dumps(SLOTS), copied=FIELDS)
+    own = (Message(role="user", content=f"my key is {word}"),)
+    grammar = Constraint(candidate).hold(Generation(own), own).grammar
+    question = (Message(role="user", content="x"),)  # the tiny model's context has no room for the whole request
+    engine.generate([Generation(question, max_tokens=100, grammar=grammar, temperature=3.0, seed=5)])
+    assert is_copied(word, pieces([word]))
+    assert held(f"my key is {word}", {"who": word}), "it can be copied as a whole"
+    happened("an answer")
 
 
 @pytest.mark.slow
@@ -308,5 +327,3 @@ def test_the_packaged_base_invents_nothing(tmp_path: Path) -> None:
     # Odd spellings are split over many tokens.
     for text in ('"\\ \u00fc\u0301', "\U0001f44d\U0001f3fd 北京", "x\ty\x1b"):
         assert is_copied(ask(text), pieces([text]))
-    with pytest.raises(UsageError, match="cannot be held"):
-        ask("a" * 6_000)

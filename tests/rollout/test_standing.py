@@ -110,6 +110,30 @@ def test_an_override_of_a_rollback_is_an_admins_and_audited(
     assert "the override does not count: ada may not do this" in str(one.refused)
 
 
+@pytest.mark.attack("rollout", "rollback under an override, champion recalled or expired")
+@pytest.mark.parametrize("lost", ["recalled", "expired", "signer"])
+def test_a_rollback_takes_the_canary_out_whatever_the_champion_lost(
+    scene: Scene, versions: Versions, lost: str, monkeypatch: pytest.MonkeyPatch, happened: Happened
+) -> None:
+    add_user(scene.store, "ada", ["admin"], actor=OWNER)
+    serve(scene, versions[1])
+    live = begin(scene, versions[2], {"setWeight": 50}, {"pause": {}}, {"setWeight": 100})
+    advance(scene.store, live.id)
+    if lost == "recalled":
+        cause = Cause(kind="version", value=versions[1].digest)
+        recall(scene.store, cause, reason="a licence ended", actor=STEWARD)
+    elif lost == "expired":
+        monkeypatch.setattr(release, "is_over", lambda _expires_at: True)
+    else:
+        set_roles(scene.store, OWNER, ["admin"], actor="ada")
+    undone = rollback(scene.store, name=NAME, actor="ada", reason="bad", override="whatever it takes")
+    assert (undone.status, undone.weight) == ("rolled_back", 0)
+    assert champion(scene) == versions[1].digest
+    assert logged(scene, "rollout.override") == []
+    assert "nothing serves" in logged(scene, "rollout.rollback")[-1]["nothing_serves"]
+    happened("the canary is out, and the entry says that nothing serves")
+
+
 @pytest.mark.attack("rollout", "an override for a recalled, expired or unsigned version")
 @pytest.mark.parametrize("lost", ["recalled", "expired", "signer"])
 def test_no_override_lets_these_through(

@@ -154,6 +154,19 @@ def test_the_last_admin_stays(team: Store) -> None:
     assert identities.get_user(team, "olive").active
 
 
+@pytest.mark.attack("people", "the last admin goes, but for one of a tenant or region")
+@pytest.mark.parametrize("scope", [Scope("acme"), Scope("", "eu")])
+def test_an_admin_of_a_part_does_not_count_as_the_last(team: Store, scope: Scope, happened: Happened) -> None:
+    identities.add_user(team, "part", ["admin"], actor="olive", scope=scope)
+    identities.deactivate(team, "the-admin", actor="olive")
+    with pytest.raises(Refused, match="without an admin of all"):
+        identities.set_roles(team, "olive", ["engineer"], actor="olive")
+    with pytest.raises(Refused, match="without an admin of all"):
+        identities.deactivate(team, "olive", actor="olive")
+    assert identities.require(team, "olive", "user.change").active
+    happened("refused", 2)
+
+
 def test_a_deactivated_user_does_nothing_any_more(team: Store) -> None:
     token = identities.issue_token(team, "the-operator", actor="the-operator")
     identities.deactivate(team, "the-operator", actor="olive")

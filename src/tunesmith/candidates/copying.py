@@ -61,7 +61,7 @@ class Constraint:
         """
         if self._grammars is None:
             return replace(request, schema=self._schema, grammar=self._grammar)
-        return replace(request, grammar=self._grammars.grammar(_user_texts(own)))
+        return replace(request, grammar=self._grammars.grammar(_user_texts(own)), own_grammar=True)
 
 
 class CopyGrammars:

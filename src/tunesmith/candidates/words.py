@@ -2,7 +2,8 @@
 
 A piece is a word (letters and digits, with their accents), or one symbol. Decimals, thousands and times of day are one
 piece (5.5, 1,000, 10:30), so a number is never cut. In scripts that put no spaces between words, such as Chinese or
-Thai, each letter is a piece.
+Thai, each letter is a piece. What is longer than any word, such as a pasted key, is cut into several pieces: the
+automaton of a grammar cannot hold a piece of a thousand characters.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _PIECES: Final = regex.compile(
     regex.V1 | regex.DOTALL,
 )
 SPACE: Final = " "
+_LONGEST: Final = 100  # characters of a piece
 END: Final = "\n"  # between turns, and in place of half of a surrogate pair: no value goes across
 
 
@@ -30,7 +32,8 @@ def pieces(texts: Iterable[str]) -> list[str]:
     found: list[str] = []
     for text in texts:
         for match in _PIECES.finditer(text):
-            found.append(SPACE if match["space"] else END if match["half"] else match[0])
+            piece = SPACE if match["space"] else END if match["half"] else match[0]
+            found += [piece[at : at + _LONGEST] for at in range(0, len(piece), _LONGEST)]
         found.append(END)
     return found
 
@@ -40,7 +43,16 @@ def is_copied(value: str, given: Sequence[str]) -> bool:
 
     Whitespace between its pieces must be single spaces, whatever stands there in the text.
     """
-    wanted = pieces([value])[:-1]
-    if not wanted or "".join(wanted) != value or SPACE in (wanted[0], wanted[-1]):
+    if not value or SPACE in (value[0], value[-1]):
         return False
-    return any(given[start : start + len(wanted)] == wanted for start in range(len(given) - len(wanted) + 1))
+    return any(_is_run(value, given, start) for start in range(len(given)))
+
+
+def _is_run(value: str, given: Sequence[str], start: int) -> bool:
+    """Whether a value is a run of the given pieces that begins with the piece at start."""
+    read = 0
+    while read < len(value):
+        if start == len(given) or given[start] == END or not value.startswith(given[start], read):
+            return False
+        read, start = read + len(given[start]), start + 1
+    return True

@@ -38,7 +38,7 @@ class Constraints:
         Raises UsageError for one that llguidance does not support, or that is too large.
         """
         if request.grammar is not None:
-            return Guide(self._of_grammar(request.grammar).deep_copy())
+            return Guide(self._of_grammar(request.grammar, request.own_grammar).deep_copy(), request.own_grammar)
         assert request.schema is not None
         return Guide(self._of_schema(request.schema).deep_copy())
 
@@ -49,18 +49,18 @@ class Constraints:
     def _by_schema(self, schema: str) -> LLMatcher:
         return self._new_matcher(LLMatcher.grammar_from_json_schema(restricted(json.loads(schema))))
 
-    def _new_matcher(self, grammar: str) -> LLMatcher:
+    def _new_matcher(self, grammar: str, own: bool = False) -> LLMatcher:
         matcher = LLMatcher(self._tokens, grammar)
         if matcher.is_error():
-            raise _unsupported(matcher)
+            raise _unsupported(matcher, own)
         return matcher
 
 
 class Guide:
-    """Restricts one answer to its schema or grammar."""
+    """Restricts one answer to its schema or grammar. own: whether the grammar was made from the request's messages."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self.matcher = matcher
+    def __init__(self, matcher: LLMatcher, own: bool = False) -> None:
+        self.matcher, self._own = matcher, own
 
     def follow(self, token: int) -> None:
         """Advance by the answer's next token. Raises UsageError if the schema turns out too complex."""
@@ -72,7 +72,7 @@ class Guide:
     def check(self) -> None:
         """Raise UsageError if the allowed tokens could not be computed: llguidance then allows the end token alone."""
         if self.matcher.is_error():
-            raise _unsupported(self.matcher)
+            raise _unsupported(self.matcher, self._own)
 
 
 def mask_disallowed_(scores: Tensor, guides: Sequence[Guide | None]) -> None:
@@ -91,10 +91,16 @@ def _threads() -> LLExecutor:
     return LLExecutor(torch.get_num_threads())
 
 
-def _unsupported(matcher: LLMatcher) -> UsageError:
+def _unsupported(matcher: LLMatcher, own: bool) -> UsageError:
     said = matcher.get_error().partition("\n")[0][:300]
+    if own:
+        return UsageError(
+            f"answers cannot be held to the words of this request: {said}",
+            where="messages",
+            fix="shorten the user turns, from which fields of the answer are copied",
+        )
     return UsageError(
         f"answers cannot be held to this schema or grammar: {said}",
         where="constrain",
-        fix="simplify task.schema, shorten the request if fields are copied from it, or set constrain: false",
+        fix="simplify task.schema or task.grammar, or set constrain: false",
     )

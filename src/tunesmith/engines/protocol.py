@@ -17,8 +17,9 @@ class Generation:
 
     temperature: 0 decodes greedily; seed has no effect then. stop: texts that end the answer and are not part of it.
     schema: JSON Schema, as JSON, that decoding follows. grammar: what it follows instead, in llguidance's dialect of
-    Lark. top_logprobs: number of likeliest tokens to report at each step
-    with their log-probabilities; None: report no log-probabilities.
+    Lark. own_grammar: whether the grammar was made from the request's messages, so that they are at fault where it
+    cannot be followed. top_logprobs: number of likeliest tokens to report at each step with their log-probabilities;
+    None: report no log-probabilities.
     """
 
     messages: tuple[Message, ...]
@@ -29,6 +30,7 @@ class Generation:
     stop: tuple[str, ...] = ()
     schema: str | None = None
     grammar: str | None = None
+    own_grammar: bool = False
     top_logprobs: int | None = None
 
 

@@ -32,7 +32,7 @@ from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import CONTROLLER
 from tunesmith.registry.aliases import Alias, get_alias
-from tunesmith.registry.versions import Version
+from tunesmith.registry.versions import Version, load_version
 from tunesmith.rollout import traffic
 from tunesmith.rollout.analysis import Arm, Judgement, judge
 from tunesmith.rollout.preconditions import (
@@ -336,13 +336,22 @@ def _with_champion(session: Session, store: Store, rollout: Rollout, transition:
 
 
 def _let_champion_serve(session: Session, store: Store, rollout: Rollout, actor: str, reason: str) -> None:
-    """Let the champion of a rollout's name serve by an override, where it has no standing of its own."""
+    """Let the champion of a rollout's name serve by an override, where it has no standing of its own.
+
+    Leaves alone a champion that no override lets serve, such as a recalled one: the rollout must end all the same.
+    """
     champion = get_alias(session, rollout.name, "champion", rollout.scope)
-    if champion is not None:
-        approved = standing_of(session, store, champion.version, rollout.scope).granted
-        by = champion.override_by or None if approved else actor
-        point_champion(session, store, rollout, champion.version, actor, by)
-        _note_override(session, actor, reason, rollout, champion.version)
+    if champion is None:
+        return
+    approved = standing_of(session, store, champion.version, rollout.scope).granted
+    by = champion.override_by or None if approved else actor
+    try:
+        version = load_version(store, champion.version, session)
+        check_may_serve(session, store, version, rollout.scope, override_by=by)
+    except TunesmithError:
+        return
+    point_champion(session, store, rollout, champion.version, actor, by)
+    _note_override(session, actor, reason, rollout, champion.version)
 
 
 def _note_override(session: Session, actor: str, reason: str, rollout: Rollout, version: str) -> None:

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import now, stamp
 from tunesmith.core.digests import is_digest
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.text.numbers import is_number
 from tunesmith.core.view import Omitted, Problem, View
 from tunesmith.registry.history import verify_log
 from tunesmith.store import audit, database, time_stamps
@@ -177,7 +178,7 @@ def show_audit(store: Store, *, subject: str | None = None, action: str | None =
 
 def _head(text: str) -> Head:
     number, _, digest = text.partition(":")
-    if not number.isdecimal() or not is_digest(digest):
+    if not is_number(number) or not is_digest(digest):
         raise UsageError(f"{text[:100]!r} is not an entry", fix="write 12:sha256:..., as `audit verify` prints it")
     return Head(seq=int(number), digest=digest)
 

@@ -9,6 +9,7 @@ from sqlalchemy import select
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
+from tunesmith.core.text.numbers import is_number
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.core.view import View
 from tunesmith.project import Project
@@ -112,7 +113,7 @@ def start(
 
 def status(store: Store, which: str | None = None) -> RolloutList:
     """Rollouts as they are now: one by its number, those of a name, or all."""
-    if which is not None and which.isdecimal():
+    if which is not None and is_number(which):
         rollouts = [get_rollout(store, int(which))]
     else:
         rollouts = list_rollouts(store, name=which)
@@ -209,7 +210,7 @@ def _arm(store: Store, digest: str) -> Arm | None:
 
 def _number(store: Store, which: str) -> int:
     """A rollout's number, given it or a name. Raises UsageError where the name has no live rollout, or several."""
-    if which.isdecimal():
+    if is_number(which):
         return int(which)
     live = list_rollouts(store, name=which, live=True)
     if len(live) != 1:

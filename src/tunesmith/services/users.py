@@ -12,6 +12,7 @@ from pydantic import Field
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.scope import Scope
+from tunesmith.core.text.numbers import is_number
 from tunesmith.core.view import View
 from tunesmith.registry.history import lost_signatures
 from tunesmith.registry.signing import keys
@@ -200,7 +201,7 @@ def _read_key(file: Path) -> bytes:
 
 
 def _moment(text: str) -> datetime | int:
-    if text.isascii() and text.isdigit() and len(text) < 16:
+    if is_number(text):
         return int(text)
     try:
         moment = datetime.fromisoformat(text)

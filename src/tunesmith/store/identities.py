@@ -377,8 +377,12 @@ def _roles(roles: Iterable[str]) -> list[str]:
 
 def _keep_an_admin(session: Session) -> None:
     session.flush()
-    if not any(row.active and "admin" in row.roles for row in session.scalars(select(UserRow))):
-        raise Refused("this would leave the store without an admin", fix="give another user that role first")
+    # An admin of one tenant or region may not change users, so could not name another.
+    if not any(user.may("user.change") and user.scope == Scope() for user in list_users(session)):
+        raise Refused(
+            "this would leave the store without an admin of all tenants and regions",
+            fix="give another user without --tenant and --region that role first",
+        )
 
 
 def _first_user(session: Session) -> str | None:
