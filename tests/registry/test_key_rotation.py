@@ -239,6 +239,31 @@ def test_a_key_enrolled_by_a_thief_falls_with_the_stolen_one(
     happened("revoked too", 2)
 
 
+@pytest.mark.attack("people", "a thief enrols keys as an admin whose key was stolen")
+def test_keys_that_a_thief_gave_as_an_admin_are_named(store: Store, happened: Happened) -> None:
+    def pem() -> str:
+        public = ec.generate_private_key(ec.SECP256R1()).public_key()
+        form = serialization.PublicFormat.SubjectPublicKeyInfo
+        return public.public_bytes(serialization.Encoding.PEM, form).decode()
+
+    keys.ensure_key(store, "olive")
+    user_keys.enrol_key(store, "ann", pem(), actor="olive", label="before")
+    entry = head(store) + 1
+    keys.create_key(store, "olive", actor="olive", label="proven")
+    user_keys.enrol_key(store, "olive", pem(), actor="olive", label="own")
+    user_keys.enrol_key(store, "ann", pem(), actor="olive", label="hers")
+    identities.add_user(store, "eve", ["approver"], actor="olive", public_key=pem())
+    identities.add_user(store, "zoe", ["approver"], actor="olive")
+    ended = users.revoke_key(store, "olive", "key-1", since=str(entry))
+    assert ended.also_revoked == ("proven",)
+    assert ended.to_look_at == tuple(
+        f"{key} (entry {entry + number})"
+        for number, key in enumerate(("own of olive", "hers of ann", "key-1 of eve"), 1)
+    )
+    assert identities.get_user(store, "eve").active_keys, "named, not revoked"
+    happened("named", 3)
+
+
 @pytest.mark.attack("people", "somebody changes a user's keys without holding one")
 def test_only_a_holder_of_an_active_key_or_an_admin_changes_keys(
     store: Store, monkeypatch: pytest.MonkeyPatch, happened: Happened

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from tests.fabricate import NAME, Scene
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import VALID, FakeEngine
+from tunesmith.core.errors import UsageError
 from tunesmith.engines.protocol import Completion
 from tunesmith.registry.versions import Version
 from tunesmith.store import database
@@ -286,6 +287,16 @@ def test_one_bad_request_of_a_batch_does_not_fail_the_others(served: Served) -> 
         served.engine.gate.set()
         assert blocker.result().status_code == 200
         assert [call.result().status_code for call in calls] == [200, 500, 200, 200, 500]
+
+
+def test_a_request_that_its_own_words_break_counts_against_no_arm(served: Served) -> None:
+    def refuse(_request: Any, _adapter: Any) -> str:
+        raise UsageError("answers cannot be held to the words of this request", where="messages")
+
+    served.engine.answer = refuse
+    response = served.post()
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
+    assert served.rows() == []
 
 
 def test_an_engine_error_mid_stream_ends_the_stream(served: Served) -> None:

@@ -156,6 +156,7 @@ def _print_ended(console: Console, ended: EndedKey) -> None:
     )
     for what, labels in (
         ("revoked too, as it was enrolled with a stolen key", ended.also_revoked),
+        (f"given by {ended.user} since then; look whether a thief did", ended.to_look_at),
         ("no longer signed", ended.invalidated),
         ("an approval no longer counts", ended.unapproved),
     ):

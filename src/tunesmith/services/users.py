@@ -81,6 +81,7 @@ class EndedKey(View):
     """A key that was retired or revoked. until: the audit entry from which on its signatures do not count.
 
     also_revoked: labels of keys that were revoked with it, because their enrolment was proved with a stolen key.
+    to_look_at: other keys that its user gave to anybody since then, which may be the thief's. They still count.
     invalidated: labels of the versions whose signature does not count any more. unapproved: labels of the versions with
     an approval that does not count any more.
     """
@@ -91,6 +92,7 @@ class EndedKey(View):
     status: KeyStatus
     until: int | None
     also_revoked: tuple[str, ...] = ()
+    to_look_at: tuple[str, ...] = ()
     invalidated: tuple[str, ...] = ()
     unapproved: tuple[str, ...] = ()
 
@@ -190,10 +192,14 @@ def revoke_key(store: Store, name: str, label: str, *, since: str, actor: str | 
     """End a stolen key's use from a moment of the past on.
 
     since: ISO 8601 with a time zone, or the number of an audit entry. What the audit log recorded from then on does not
-    count. Only an admin may.
+    count. Only an admin may. Keys that the thief gave to others, where the user is an admin, are named, not revoked.
     """
     user, revoked = user_keys.revoke_key(store, name, label, since=_moment(since), actor=acting(store, actor))
-    return _ended(store, user, revoked)
+    ended = _ended(store, user, revoked)
+    known = {key.fingerprint for key in user.keys if key.status == "revoked"}
+    given = user_keys.enrolled_by(store, user.name, ended.until or 0)
+    others = tuple(what for fingerprint, what in given.items() if fingerprint not in known)
+    return ended.model_copy(update={"to_look_at": others})
 
 
 def _read_key(file: Path) -> bytes:

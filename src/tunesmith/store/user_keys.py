@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import now
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.text.names import check_name
-from tunesmith.store import audit
+from tunesmith.store import audit, database
 from tunesmith.store.identities import User, add_key, changing, get_user, state, user_row
 from tunesmith.store.roles import ACTIONS
 from tunesmith.store.store import Store
@@ -103,6 +103,23 @@ def revoke_key(store: Store, name: str, label: str, *, since: datetime | int, ac
         detail |= {"key": key.fingerprint, "label": label, "since": told, "until": key.until}
         detail |= {"revoked": revoked, "user": state(row)}
     return get_user(store, name), revoked
+
+
+def enrolled_by(store: Store, actor: str, since: int) -> dict[str, str]:
+    """The keys that a user gave to anybody from an audit entry on: fingerprint -> what to call it, in the log's order.
+
+    Includes those that were ended since.
+    """
+    entries = select(AuditRow).where(
+        AuditRow.actor == actor, AuditRow.action.in_(("user.add", "user.key")), AuditRow.seq >= since
+    )
+    found: dict[str, str] = {}
+    with database.reading(store.engine) as session:
+        for row in session.scalars(entries.order_by(AuditRow.seq)):
+            for key in row.detail["user"]["keys"]:
+                if key["enrolled"] == row.seq:
+                    found[key["fingerprint"]] = f"{key['label']} of {row.subject} (entry {row.seq})"
+    return found
 
 
 def find_label(row: UserRow, label: str) -> KeyRow:
