@@ -25,6 +25,7 @@ from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.rollout.state import Rollout, get_rollout
 from tunesmith.server.app import create_app
 from tunesmith.server.intake.draining import DrainingServer
+from tunesmith.server.serving import Serving
 from tunesmith.server.settings import ServerSettings
 from tunesmith.server.work import Worker
 from tunesmith.services.served_scorers import served_scorers
@@ -47,6 +48,7 @@ class Served:
     scene: Scene
     engine: FakeEngine
     worker: Worker
+    serving: Serving
     stop: Callable[[], None]
 
     def client(self, token: str | None = None, retries: int = 0) -> openai.OpenAI:
@@ -113,7 +115,7 @@ def running(scene: Scene, engine: FakeEngine, **settings: Any) -> Iterator[Serve
     token = issue_token(scene.store, OPERATOR, actor=OPERATOR)
     try:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        yield Served(url, token, scene, engine, app.state.serving.worker, stop)
+        yield Served(url, token, scene, engine, app.state.serving.worker, app.state.serving, stop)
     finally:
         engine.gate.set()
         stop()

@@ -18,6 +18,7 @@ from tests.attack_table import Happened
 from tests.fabricate import NAME, Scene
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import FakeEngine
+from tests.server.test_costs import neighbour
 from tests.server.test_faults import head, raw, until
 from tunesmith.engines.protocol import Completion
 from tunesmith.registry.versions import Version
@@ -111,13 +112,14 @@ def test_a_thousand_half_requests_stop_nobody(quick: Served, happened: Happened)
         head(quick, 500) + b'{"model": ',
         head(quick, 500).replace(b"Bearer", b"Basic") + b'{"model": ',
     )
-    with contextlib.ExitStack() as stack:
+    body = {"model": NAME, "messages": HELLO}
+    with contextlib.ExitStack() as stack, quick.http(neighbour(quick)) as http:
         half = []
         for number in range(1000):
             half.append(stack.enter_context(raw(quick, parts[number % len(parts)])))
             if number % 100 == 99:
                 began = time.monotonic()
-                assert quick.ask().choices
+                assert http.post("/v1/chat/completions", json=body).status_code == 200
                 assert time.monotonic() - began < 10
         until(lambda: all(closed(connection) for connection in half), 60)
     assert quick.ask().choices

@@ -22,6 +22,7 @@ from tunesmith.rollout.state import list_rollouts
 from tunesmith.server import control, openapi
 from tunesmith.server.chat import routes as chat
 from tunesmith.server.errors import ApiError
+from tunesmith.server.intake.arriving import Arriving
 from tunesmith.server.intake.draining import DrainMiddleware, drain
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.recording import LOG, Recorder
@@ -59,7 +60,7 @@ def create_app(
     router = Router(store, settings.region, versions)
     worker = Worker(versions, router, recorder, settings, functools.partial(give_up, store), count_tokens)
     metrics.watch_queue(worker.waiting)
-    serving = Serving(store, settings, metrics, router, recorder, worker)
+    serving = Serving(store, settings, metrics, router, recorder, worker, Arriving(settings))
 
     # No pages of documentation: they load scripts from other servers.
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
@@ -99,7 +100,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await controller
         if not serving.drain.begun:
             await drain(serving)
-        serving.feedback.shutdown(wait=False, cancel_futures=True)
+        for threads in (serving.scoring, serving.noting, serving.listing):
+            threads.stop()
 
 
 async def _control(serving: Serving) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from functools import partial
 from typing import Annotated
@@ -16,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.view import View
 from tunesmith.server.chat.routes import ID_PREFIX
-from tunesmith.server.errors import ApiError, busy_for_user
+from tunesmith.server.errors import ApiError
 from tunesmith.server.intake import limits
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
@@ -86,41 +87,38 @@ class Readiness(View):
 async def feedback(request: Request) -> Response:
     """Score a request of the caller's tenant. Each metric can be scored once."""
     user, serving = await caller(request)
-    given = await read_body(request, Feedback, serving.settings)
+    with serving.arrives(user) as count:
+        given = await read_body(request, Feedback, serving.settings, count)
     identifier = given.request_id.removeprefix(ID_PREFIX)
-    if serving.scoring[user.name] >= limits.FEEDBACK:
-        raise busy_for_user(limits.FEEDBACK, "calls of feedback")
     score = partial(serving.recorder.feedback, user, identifier, given.expected, given.score or {}, given.keep)
-    serving.scoring[user.name] += 1
-    try:
-        found = await asyncio.get_running_loop().run_in_executor(serving.feedback, score)
-    finally:
-        serving.scoring[user.name] -= 1
+    threads = serving.noting if given.expected is None else serving.scoring
+    found = await threads.run(user.name, score)
     return JSONResponse(found.document())
 
 
-@routes.get("/api/rollouts", response_model=service.RolloutList, responses=errors(401, 403), openapi_extra=BEARER)
+@routes.get("/api/rollouts", response_model=service.RolloutList, responses=errors(401, 403, 429), openapi_extra=BEARER)
 async def rollouts(request: Request) -> Response:
     """The rollouts of the caller's tenant and region, newest first."""
     user, serving = await caller(request)
-    found = await asyncio.to_thread(service.visible_to, serving.store, user)
+    found = await serving.listing.run(user.name, partial(service.visible_to, serving.store, user))
     return JSONResponse(found.document())
 
 
 @routes.get(
     "/api/rollouts/{number}",
     response_model=service.RolloutView,
-    responses=errors(401, 403, 404),
+    responses=errors(401, 403, 404, 429),
     openapi_extra=BEARER,
 )
 async def rollout(request: Request, number: str) -> Response:
     """One rollout. Another tenant's rollout is answered like one that does not exist."""
     user, serving = await caller(request)
-    found = await asyncio.to_thread(service.visible_to, serving.store, user)
-    for one in found.rollouts:
-        if str(one.rollout) == number:
-            return JSONResponse(one.document())
-    raise ApiError(404, f"There is no rollout {number[:20]!r}.", code="rollout_not_found")
+    found = None
+    if re.fullmatch("[1-9][0-9]{0,17}", number):
+        found = await serving.listing.run(user.name, partial(service.one_visible_to, serving.store, user, int(number)))
+    if found is None:
+        raise ApiError(404, f"There is no rollout {number[:20]!r}.", code="rollout_not_found")
+    return JSONResponse(found.document())
 
 
 @routes.get("/healthz", response_model=Health)

@@ -22,7 +22,7 @@ _MEANINGS = {
     408: "The body arrived too slowly.",
     409: "The request was scored before, or its answer is no longer in memory.",
     413: "The body is too large.",
-    429: "The queue is full.",
+    429: "The queue is full, or the user has too many requests at once.",
     500: "The engine failed.",
     503: "The server is shutting down.",
     504: "No answer in time.",

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from fastapi import Request
 
 from tunesmith.server.errors import forbidden, unauthorised
+from tunesmith.server.intake import limits
+from tunesmith.server.intake.arriving import Arriving
 from tunesmith.server.intake.draining import Drain
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.recording import Recorder
 from tunesmith.server.routing import Router
 from tunesmith.server.settings import ServerSettings
+from tunesmith.server.shared_threads import SharedThreads
 from tunesmith.server.work import Worker
 from tunesmith.store.identities import User, authenticate
 from tunesmith.store.store import Store
+
+_FEEDBACK = "calls of feedback"
 
 
 @dataclass(slots=True)
 class Serving:
     """One server's parts. checked_at: monotonic time of the controller's last complete check.
 
-    feedback: the one thread that scores feedback. Some scorers take seconds over long texts, and would hold up
-    everybody in the threads that all requests share. scoring: the number of calls under way, by user.
+    scoring: the one thread that compares answers with expected texts, which takes some scorers seconds. noting: the
+    threads for feedback that brings its own scores. listing: those for lists of models and rollouts.
     """
 
     store: Store
@@ -34,10 +39,16 @@ class Serving:
     router: Router
     recorder: Recorder
     worker: Worker
+    arriving: Arriving
     drain: Drain = field(default_factory=Drain)
     checked_at: float = 0.0
-    feedback: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tunesmith-feedback"))
-    scoring: Counter[str] = field(default_factory=Counter)
+    scoring: SharedThreads = field(default_factory=lambda: SharedThreads("scoring", 1, limits.FEEDBACK, _FEEDBACK))
+    noting: SharedThreads = field(default_factory=lambda: SharedThreads("noting", 2, limits.FEEDBACK, _FEEDBACK))
+    listing: SharedThreads = field(default_factory=lambda: SharedThreads("listing", 2, limits.LISTS, "lists"))
+
+    def arrives(self, user: User) -> AbstractContextManager[Callable[[int], None]]:
+        """Count a request of the user while its body is read (`Arriving.one`)."""
+        return self.arriving.one(user.name, self.worker.held_by(user.name))
 
 
 def serving_of(request: Request) -> Serving:

@@ -26,7 +26,7 @@ class ServerSettings(Settings):
     ] = 512
     waiting: Annotated[int, Field(ge=1, description="requests that wait for the engine; more are answered 429")] = 256
     per_user: Annotated[
-        int, Field(ge=1, description="requests of one user that wait or are answered; more are answered 429")
+        int, Field(ge=1, description="requests of one user that are sent, wait or are answered; more are answered 429")
     ] = 128
     together: Annotated[int, Field(ge=1, le=256, description="requests decoded as one batch")] = 32
     answer_seconds: Annotated[

@@ -173,6 +173,12 @@ class Worker:
             self._turns.add(job.user.name, job)
             self._change.notify_all()
 
+    def held_by(self, user: str) -> int:
+        """How many of the user's requests wait or are answered."""
+        with self._change:
+            self._turns.drop(lambda waiting: waiting.left)
+            return self._turns.held_by(user)
+
     def waiting(self) -> int:
         """The number of jobs in the queue."""
         with self._change:

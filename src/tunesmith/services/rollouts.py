@@ -132,6 +132,15 @@ def visible_to(store: Store, user: User) -> RolloutList:
     return _list(store, seen)
 
 
+def one_visible_to(store: Store, user: User, number: int) -> RolloutView | None:
+    """A rollout of the user's tenant and region; None for any other number."""
+    try:
+        found = get_rollout(store, number)
+    except UsageError:
+        return None
+    return view_of(store, found) if user.scope.covers(found.scope) else None
+
+
 def resume(store: Store, which: str, *, actor: str | None = None) -> RolloutView:
     """End the pause of a rollout. which: its number, or a name with one live rollout."""
     return view_of(store, controller.resume(store, _number(store, which), actor=acting(store, actor)))

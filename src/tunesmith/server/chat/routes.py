@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -44,19 +45,19 @@ _CHUNK: Final = "chat.completion.chunk"
 routes = APIRouter(prefix="/v1")
 
 
-@routes.get("/models", response_model=ModelList, responses=errors(401, 403), openapi_extra=BEARER)
+@routes.get("/models", response_model=ModelList, responses=errors(401, 403, 429), openapi_extra=BEARER)
 async def models(request: Request) -> Response:
     """The models that the caller may use now."""
     user, serving = await caller(request)
-    found = await asyncio.to_thread(serving.router.models, user)
+    found = await serving.listing.run(user.name, partial(serving.router.models, user))
     return _answer(ModelList(object="list", data=[_model(name, version) for name, version in found]))
 
 
-@routes.get("/models/{model:path}", response_model=Model, responses=errors(401, 403, 404), openapi_extra=BEARER)
+@routes.get("/models/{model:path}", response_model=Model, responses=errors(401, 403, 404, 429), openapi_extra=BEARER)
 async def model(request: Request, model: str) -> Response:
     """One of the models that the caller may use now."""
     user, serving = await caller(request)
-    for name, version in await asyncio.to_thread(serving.router.models, user):
+    for name, version in await serving.listing.run(user.name, partial(serving.router.models, user)):
         if name == model:
             return _answer(_model(name, version))
     raise no_such_model(model)
@@ -74,11 +75,12 @@ async def model(request: Request, model: str) -> Response:
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation, whole or, with `stream`, as server-sent events of chat.completion.chunk objects."""
     user, serving = await caller(request)
-    given = await read_body(request, ChatRequest, serving.settings)
-    identifier = uuid.uuid4().hex
-    route = await asyncio.to_thread(serving.router.route, user, given.model, given.user or identifier)
-    job = Job(id=identifier, user=user, request=given, route=route)
-    serving.worker.submit(job)
+    with serving.arrives(user) as count:
+        given = await read_body(request, ChatRequest, serving.settings, count)
+        identifier = uuid.uuid4().hex
+        route = await asyncio.to_thread(serving.router.route, user, given.model, given.user or identifier)
+        job = Job(id=identifier, user=user, request=given, route=route)
+        serving.worker.submit(job)
     try:
         first = await _first_event(job, request, serving)
         if isinstance(first, ApiError):

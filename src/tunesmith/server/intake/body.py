@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -19,13 +20,16 @@ Body = TypeVar("Body", bound=BaseModel)
 _TOLD_FIRST = {"extra_forbidden": 0, "too_long": 1, "string_too_long": 1}
 
 
-async def read_body(request: Request, model: type[Body], settings: ServerSettings) -> Body:
+async def read_body(
+    request: Request, model: type[Body], settings: ServerSettings, count: Callable[[int], None]
+) -> Body:
     """The body as a model. Raises ApiError: 413 too large, 408 too slow, 400 not JSON, nested too deep or not valid.
 
+    count: called with the size of each piece (`Arriving.one`).
     JSON is read strictly: a repeated key, NaN, a lone surrogate and a field that the model does not have are errors.
     """
     # In a thread, so that a large body does not keep the server from other requests' bytes.
-    return await asyncio.to_thread(_parsed, await _read(request, settings), model)
+    return await asyncio.to_thread(_parsed, await _read(request, settings, count), model)
 
 
 def _parsed(data: bytes, model: type[Body]) -> Body:
@@ -53,7 +57,7 @@ def _more_values_than(most: int, value: Any) -> bool:
     return seen > most
 
 
-async def _read(request: Request, settings: ServerSettings) -> bytes:
+async def _read(request: Request, settings: ServerSettings, count: Callable[[int], None]) -> bytes:
     too_large = ApiError(
         413,
         f"The body is larger than {settings.body_bytes} bytes.",
@@ -67,6 +71,7 @@ async def _read(request: Request, settings: ServerSettings) -> bytes:
     try:
         async with asyncio.timeout(settings.body_seconds):
             async for piece in request.stream():
+                count(len(piece))
                 data += piece
                 if len(data) > settings.body_bytes:
                     raise too_large
