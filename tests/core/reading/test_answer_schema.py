@@ -17,6 +17,8 @@ from tests.fabricate import SCHEMA
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.answer_schema import check_answer_schema, load_answer_schema, satisfies
 
+DRAFT_3 = "http://json-schema.org/draft-03/schema#"
+
 
 def nested(key: str, depth: int, inner: Any) -> Any:
     """An object inside an object, `depth` times."""
@@ -66,6 +68,16 @@ def doubling(depth: int) -> dict[str, Any]:
         ({"patternProperties": {"a": {}}, "unevaluatedProperties": False}, "not supported"),
         ({"$schema": 7}, "not a known version"),
         ({"$schema": "https://example.com/mine"}, "not a known version"),
+        (
+            {"$ref": "#/shapes", "shapes": {"properties": {"room": {"$ref": "#/nothing"}}}},
+            "to nothing",
+        ),
+        ({"$ref": "#/a/b", "a": {"b": {"$ref": "#/c"}}, "c": {"items": {"$ref": "#/nothing"}}}, "to nothing"),
+        ({"$schema": DRAFT_3, "properties": {"room": {"type": "foo"}}}, "draft-03"),
+        ({"$schema": DRAFT_3, "properties": {"room": {"type": [{"$ref": "#/nothing"}]}}}, "draft-03"),
+        ({"$schema": DRAFT_3, "properties": {"room": {"disallow": [{"$ref": "#/nothing"}]}}}, "draft-03"),
+        ({"properties": {"a": {"pattern": "(.?){900}b"}}}, "too large"),
+        ({"patternProperties": {"(x.{0,900})y": {}}}, "too large"),
     ],
 )
 def test_refused(schema: Any, message: str, happened: Happened) -> None:
@@ -108,6 +120,31 @@ def test_patterns_are_linear_in_the_answer(pattern: str, keyword: str, happened:
         assert satisfies(value, schema) is (keyword == "patternProperties")
     assert time.process_time() - began < 20
     happened("answered in linear time", 5)
+
+
+@pytest.mark.attack("input", "a long answer to a pattern of many instructions")
+def test_a_search_costs_steps_by_the_pattern_and_the_text(happened: Happened) -> None:
+    pattern = "(a?){900}b"
+    schemas: list[tuple[Any, Any]] = [
+        ({"pattern": pattern}, "a" * 10_000_000),
+        ({"items": {"pattern": pattern}}, ["a" * 20_000] * 1000),
+        ({"patternProperties": {pattern: False}}, {"a" * 2000 + str(n): 1 for n in range(4000)}),
+        ({"propertyNames": {"pattern": pattern}}, {"b" + "a" * 20_000 + str(n): 1 for n in range(4000)}),
+    ]
+    began = time.process_time()
+    for schema, value in schemas:
+        check_answer_schema(schema, "x")
+        assert not satisfies(value, schema)
+    assert satisfies("a" * 1000 + "b", {"pattern": pattern})
+    assert satisfies(["room 12"] * 5000, {"items": {"pattern": "^[a-z]{1,64} [0-9]{1,3}$"}})
+    assert time.process_time() - began < 60
+    happened("ended after its steps, not valid", len(schemas))
+
+
+def test_a_schema_that_was_not_checked_ends_in_an_error_of_ours() -> None:
+    for part in ({"$ref": "#/nothing"}, {"type": "foo"}):
+        with pytest.raises(UsageError, match="cannot be followed"):
+            satisfies({"room": 1}, {"properties": {"room": part}})
 
 
 @pytest.mark.attack("input", "an answer that makes a schema's check explode")

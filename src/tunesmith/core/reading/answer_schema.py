@@ -20,12 +20,13 @@ import referencing.jsonschema
 from jsonschema import validators
 
 from tunesmith.core.errors import UsageError
-from tunesmith.core.reading.patterns import check_pattern, search
+from tunesmith.core.reading.patterns import check_pattern, search, work
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.reading.text_files import read_text_file
 
-# A keyword applied to a value is a step, with more for long lists. So many take one or two seconds.
+# A keyword applied to a value is a step, with more for long lists and for searches. So many take one or two seconds.
 _STEPS: Final = 50_000
+_WORK_OF_A_STEP: Final = 2048  # of a pattern's search
 _STEPS_OF_A_SCHEMA: Final = 1_000_000  # to check the schema itself
 _LARGEST: Final = 1 << 20
 _KEPT: Final = 16
@@ -94,12 +95,17 @@ def check_answer_schema(schema: Any, where: str) -> None:
 def satisfies(value: Any, schema: Mapping[str, Any]) -> bool:
     """Whether a JSON value is valid under a checked schema.
 
-    A value whose check takes more than 50,000 steps (keywords applied to values) counts as not valid.
+    A value whose check takes more than 50,000 steps (keywords applied to values) counts as not valid. Raises
+    UsageError where the schema itself cannot be followed: check_answer_schema refuses all such schemas that it sees.
     """
     try:
         return _check(value, schema)
     except (_TooCostly, RecursionError):
         return False
+    except (referencing.exceptions.Unresolvable, jsonschema.exceptions.UnknownType) as error:
+        raise UsageError(
+            f"the answer schema cannot be followed: {str(error)[:200]}", where="answer schema", fix="correct the schema"
+        ) from error
 
 
 def _check(value: Any, schema: Mapping[str, Any]) -> bool:
@@ -127,6 +133,12 @@ def _dialect(schema: Mapping[str, Any], where: str) -> Any:
     found = validators.validator_for({"$schema": named}, default=None) if isinstance(named, str) else None
     if found is None:
         raise UsageError(f"{str(named)[:200]!r} is not a known version of JSON Schema", where=f"{where}, $.$schema")
+    if found is jsonschema.Draft3Validator:  # its types may be schemas, and of any name
+        raise UsageError(
+            "draft-03 of JSON Schema is not supported",
+            where=f"{where}, $.$schema",
+            fix="write the schema in draft-04 or later, best in draft 2020-12",
+        )
     return found
 
 
@@ -172,15 +184,19 @@ def _check_references(schema: Mapping[str, Any], dialect: Any, parts: set[int]) 
     specification = referencing.jsonschema.specification_with(dialect.META_SCHEMA.get("$schema"))
     whole: Any = specification.create_resource(schema)
     root: Any = referencing.Registry().resolver_with_root(whole)
-    waiting = [(whole, root)]
+    waiting, seen = [(whole, root)], {id(schema)}
     while waiting:
         resource, resolver = waiting.pop()
         contents = resource.contents if isinstance(resource.contents, dict) else {}
         for key in _REFERENCES:
             if isinstance(target := contents.get(key), str):
-                found = resolver.lookup(target).contents
+                resolved = resolver.lookup(target)
+                found = resolved.contents
                 if not isinstance(found, bool) and id(found) not in parts:
                     raise referencing.exceptions.Unresolvable(target)
+                if id(found) not in seen:  # it may stand under a keyword that is not known, so walk it from here
+                    seen.add(id(found))
+                    waiting.append((specification.create_resource(found), resolved.resolver))
         waiting += [(inner, resolver.in_subresource(inner)) for inner in resource.subresources()]
 
 
@@ -217,8 +233,13 @@ def _bounded(dialect: Any) -> Any:
     return bounded
 
 
+def _found(pattern: str, text: str) -> bool:
+    _spend(work(pattern, text) // _WORK_OF_A_STEP)
+    return search(pattern, text)
+
+
 def _pattern(validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[jsonschema.ValidationError]:
-    if validator.is_type(value, "string") and not search(pattern, value):
+    if validator.is_type(value, "string") and not _found(pattern, value):
         yield jsonschema.ValidationError(f"the text does not match {pattern!r}")
 
 
@@ -227,7 +248,7 @@ def _pattern_properties(validator: Any, patterns: Any, value: Any, _schema: Any)
         for pattern, part in patterns.items():
             _spend(len(value) // 4)
             for key in value:
-                if search(pattern, key):
+                if _found(pattern, key):
                     yield from validator.descend(value[key], part, path=key, schema_path=pattern)
 
 
@@ -237,7 +258,7 @@ def _additional_properties(validator: Any, part: Any, value: Any, schema: Any) -
     patterns, known = schema.get("patternProperties", {}), schema.get("properties", {})
     _spend(len(value) * len(patterns) // 4)
     for key in value:
-        if key in known or any(search(pattern, key) for pattern in patterns):
+        if key in known or any(_found(pattern, key) for pattern in patterns):
             continue
         if part is False:
             yield jsonschema.ValidationError(f"{key!r} is not a known key")
