@@ -184,3 +184,29 @@ def test_a_stream_that_nobody_reads_is_closed(quick: Served, happened: Happened)
         until(lambda: not quick.worker._busy_since, 30)
     assert quick.ask().choices
     happened("closed in time")
+
+
+@pytest.mark.attack("serving", "a large answer that is read slowly but steadily")
+@pytest.mark.parametrize("connection", ["keep-alive", "close"])
+def test_a_steady_reader_gets_the_whole_answer(
+    scene: Scene, engine: FakeEngine, versions: dict[int, Version], happened: Happened, connection: str
+) -> None:
+    engine.answer = lambda _request, _adapter: "x" * (24 * LIMIT)
+    with running(scene, engine, unread_seconds=0.6) as served:
+        served.begin(versions[1])
+        body = json.dumps({"model": NAME, "messages": HELLO}).encode()
+        start = head(served, len(body)).replace(b"\r\n\r\n", b"\r\nConnection: %s\r\n\r\n" % connection.encode())
+        steady = socket.socket()
+        steady.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 262_144)
+        host, port = served.url.removeprefix("http://").split(":")
+        got = 0
+        with steady:
+            steady.connect((host, int(port)))
+            steady.sendall(start + body)
+            steady.settimeout(30)
+            while got < 24 * LIMIT:
+                piece = steady.recv(1 << 20)
+                assert piece, f"cut after {got} bytes"
+                got += len(piece)
+                time.sleep(0.03)
+    happened("read to its end")

@@ -11,6 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tunesmith.candidates.answering import Answerer
+from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.core.text.names import check_name
@@ -23,9 +24,9 @@ from tunesmith.registry.versions import Version, load_version, resolve, verified
 from tunesmith.rollout.standing import override_in_force, standing
 from tunesmith.rollout.state import Rollout, live_rollout
 from tunesmith.rollout.traffic import goes_to_canary
-from tunesmith.server.errors import ApiError, no_such_model, not_available
+from tunesmith.server.errors import ApiError, forbidden, no_such_model, not_available, unauthorised
 from tunesmith.store import database
-from tunesmith.store.identities import User
+from tunesmith.store.identities import User, authenticate
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AliasRow, VersionRow
 from tunesmith.store.until_changed import UntilChanged
@@ -84,6 +85,20 @@ class Router:
     def __init__(self, store: Store, region: str, versions: ReadyVersions) -> None:
         self._store, self._region, self._versions = store, region, versions
         self._choices = UntilChanged[_Choice](store)
+        self._callers = UntilChanged[User](store)
+
+    def caller(self, token: str) -> User:
+        """The user whose token it is now. Raises ApiError 401 for no valid token, 403 if they may not use models."""
+
+        def decide(session: Session) -> User:
+            user = authenticate(session, token)
+            if user is None:
+                raise unauthorised()
+            if not user.may("model.use"):
+                raise forbidden(f"{user.name} may not use models.")
+            return user
+
+        return self._callers.get(digest_bytes(token.encode()), decide)
 
     def route(self, user: User, model: str, key: str) -> Route:
         """The version for a request. key: requests with equal keys get the same arm.

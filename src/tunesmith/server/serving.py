@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
-from tunesmith.server.errors import forbidden, unauthorised
+from tunesmith.server.errors import unauthorised
 from tunesmith.server.intake import limits
 from tunesmith.server.intake.arriving import Arriving
 from tunesmith.server.intake.draining import Drain
@@ -19,7 +19,7 @@ from tunesmith.server.routing import Router
 from tunesmith.server.settings import ServerSettings
 from tunesmith.server.shared_threads import SharedThreads
 from tunesmith.server.work import Worker
-from tunesmith.store.identities import User, authenticate
+from tunesmith.store.identities import User
 from tunesmith.store.store import Store
 
 _FEEDBACK = "calls of feedback"
@@ -58,15 +58,15 @@ def serving_of(request: Request) -> Serving:
     return found
 
 
+def bearer(request: Request) -> str:
+    """The request's bearer token. Raises ApiError 401 without one."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token.strip():
+        raise unauthorised()
+    return token.strip()
+
+
 async def caller(request: Request) -> tuple[User, Serving]:
     """The caller, by bearer token. Raises ApiError 401 without a valid token, 403 where they may not use models."""
     serving = serving_of(request)
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    user = None
-    if scheme.lower() == "bearer" and token.strip():
-        user = await asyncio.to_thread(authenticate, serving.store, token.strip())
-    if user is None:
-        raise unauthorised()
-    if not user.may("model.use"):
-        raise forbidden(f"{user.name} may not use models.")
-    return user, serving
+    return await asyncio.to_thread(serving.router.caller, bearer(request)), serving

@@ -38,12 +38,14 @@ _CHARACTERS_A_TOKEN = 4  # a request with more has hardly ever so few tokens tha
 class Job:
     """One request while it waits or is answered. route may change from canary to stable, but only before an event.
 
+    token: the caller's, with which user is read again when the request's turn comes.
     events: what the client receives, in order: pieces of text (if it streams), then a Completion or an ApiError.
     most_tokens: the request's own max_tokens where it is lower than the candidate's. sources: the retrieved texts that
     the prompt contains. begun: a thread has started to answer it.
     """
 
     id: str
+    token: str = field(repr=False)
     user: User
     request: ChatRequest
     route: Route
@@ -104,9 +106,9 @@ class Job:
 class Worker:
     """Answers up to settings.together jobs at once.
 
-    router: chooses a job's version once more when its turn comes, since standing may be lost while it waits. give_up:
-    called with (rollout, reason) if a canary cannot be loaded. count_tokens: number of tokens of a prompt under the
-    base's chat template.
+    router: checks a job's caller and chooses its version once more when its turn comes, since both may have changed.
+    give_up: called with (rollout, reason) if a canary cannot be loaded. count_tokens: number of tokens of a prompt
+    under the base's chat template.
     """
 
     def __init__(
@@ -218,6 +220,7 @@ class Worker:
             return
         job.begun = True
         try:
+            job.user = self._router.caller(job.token)
             job.route = self._router.route(job.user, job.request.model, job.request.user or job.id)
             answerer = self._ready(job)
             generation = self._generation(job, answerer)

@@ -248,13 +248,13 @@ def issue_token(store: Store, name: str, *, actor: str) -> str:
     return token
 
 
-def authenticate(store: Store, token: str) -> User | None:
+def authenticate(where: Store | Session, token: str) -> User | None:
     """The user whose token it is; None for any other text, or if the user is deactivated.
 
     The look-up uses the token's SHA-256, so its duration does not show how close a guess was.
     """
     digest = _token_digest(token)
-    with database.reading(store.engine) as session:
+    with _session(where) as session:
         row = session.scalars(select(UserRow).where(UserRow.token_digest == digest)).first()
     if row is None or row.token_digest is None or not hmac.compare_digest(row.token_digest, digest):
         return None

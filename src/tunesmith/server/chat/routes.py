@@ -36,7 +36,7 @@ from tunesmith.server.chat.request import ChatRequest
 from tunesmith.server.errors import ApiError, no_such_model, timed_out
 from tunesmith.server.intake.body import read_body
 from tunesmith.server.openapi import BEARER, body, errors
-from tunesmith.server.serving import Serving, caller
+from tunesmith.server.serving import Serving, bearer, caller
 from tunesmith.server.work import Event, Job
 
 ID_PREFIX = "chatcmpl-"
@@ -79,7 +79,7 @@ async def chat_completions(request: Request) -> Response:
         given = await read_body(request, ChatRequest, serving.settings, count)
         identifier = uuid.uuid4().hex
         route = await asyncio.to_thread(serving.router.route, user, given.model, given.user or identifier)
-        job = Job(id=identifier, user=user, request=given, route=route)
+        job = Job(id=identifier, token=bearer(request), user=user, request=given, route=route)
         serving.worker.submit(job)
     try:
         first = await _first_event(job, request, serving)

@@ -56,13 +56,27 @@ class BoundedConnection(H11Protocol):
     def pause_writing(self) -> None:
         """Begin to wait for a client that reads too slowly."""
         super().pause_writing()
-        self._unread = self.loop.call_later(self._settings.unread_seconds, self.transport.abort)
+        self.limit_unread()
 
     def resume_writing(self) -> None:
-        """The client has read."""
-        if self._unread is not None:
+        """The client has read. After the last answer, the rest of it still has to be read in time."""
+        if self._unread is not None and not self.transport.is_closing():
             self._unread.cancel()
         super().resume_writing()
+
+    def limit_unread(self) -> None:
+        """Abort if the client reads nothing of what waits for it for `unread_seconds`, now or later."""
+        if self._unread is not None:
+            self._unread.cancel()
+        self._unread = self.loop.call_later(
+            self._settings.unread_seconds, self._still_read, self.transport.get_write_buffer_size()
+        )
+
+    def _still_read(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self.limit_unread()
+        else:
+            self.transport.abort()
 
     def _limit_head(self) -> None:
         if not self.idle and self._head is not None:
@@ -94,14 +108,13 @@ class _GentleTransport:
         if self.is_closing():
             return
         self._closing = True
-        within = self._settings.unread_seconds
         if self._connection.conn.their_state in (h11.SEND_BODY, h11.ERROR) and self._transport.can_write_eof():
-            within = self._settings.body_seconds
             self._transport.write_eof()
             self._transport.resume_reading()
+            self._connection.loop.call_later(self._settings.body_seconds, self._transport.abort)
         else:
             self._transport.close()
-        self._connection.loop.call_later(within, self._transport.abort)
+            self._connection.limit_unread()
 
 
 def allow_open_files() -> None:
