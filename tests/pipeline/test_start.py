@@ -115,6 +115,74 @@ def test_init_overwrites_nothing_and_checks_licences(tmp_path: Path) -> None:
         make_project(tmp_path / "p", data=data, licence="MIT", name=None, base="model")
 
 
+def _asked(path: Path, answers: list[object], **more: object) -> Path:
+    """Rows with these answers, in which each request has a wording of its own."""
+    texts = [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers]
+    words = ("red", "blue", "grey", "pink", "teal")
+    found = [
+        {"prompt": f"call {words[n % 5]} {'very ' * (n // 5)}now", "completion": text, **more}
+        for n, text in enumerate(texts)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+def _deep(depth: int, inner: object) -> object:
+    for _ in range(depth):
+        inner = {"a": inner}
+    return inner
+
+
+@pytest.mark.attack("input", "init: rows of which a strange project would follow")
+@pytest.mark.parametrize(
+    ("answers", "more"),
+    [
+        ([_deep(50, n) for n in range(60)], {}),
+        ([{"k": "a\0b" if n % 2 else "c\n\u202e", "n\0\n": n} for n in range(60)], {}),
+        ([{"n": 10**300 + n % 2} for n in range(250)], {}),
+        ([{"n": "word " * (1 if n else 60_000)} for n in range(60)], {}),
+        ([{"n": "x" * 400_000 + str(n % 3)} for n in range(60)], {}),
+        ([{"n": n} for n in range(60)], {"group": None}),
+        ([{"n": n} for n in range(60)], {"template": ["a"], "group": "", "conversation_id": True}),
+        ([{"n": n} for n in range(60)], {"template": "the only one"}),
+        (['{"n": 1}'] * 59 + ['{"n": ' + "9" * 100_000], {}),
+    ],
+    ids=["deep", "control", "large", "long", "long-labels", "null-group", "odd-groups", "one-group", "broken"],
+)
+def test_strange_rows_make_a_project_that_loads(
+    tmp_path: Path, answers: list[object], more: dict[str, object], happened: Happened
+) -> None:
+    folder = tmp_path / ("p" * 100)
+    make_project(folder, data=_asked(tmp_path / "rows.jsonl", answers, **more), licence="MIT", base="model")
+    project = Project.load(folder)
+    assert project.settings.name == "p" * 63
+    assert project.schema is not None
+    assert project.settings.data.split.group_by is None
+    assert len(json.dumps(project.schema)) < 20_000
+    assert project.settings.candidates["tuned"].max_tokens <= (32 if isinstance(answers[0], str) else 32_768)
+    prompt = (folder / "prompts" / "long.txt").read_text()
+    assert all(line.isprintable() for line in prompt.split("\n"))
+    happened("a project that loads")
+
+
+def test_whole_numbers_beyond_all_readers_get_no_range() -> None:
+    schema = infer_schema([{"n": 10**300 + n % 2, "m": n % 2} for n in range(250)])
+    assert schema["properties"]["n"] == {"type": "integer"}
+    assert schema["properties"]["m"] == {"type": "integer", "minimum": 0, "maximum": 1}
+
+
+@pytest.mark.parametrize("name", ["Not a name", "n" * 64, ""])
+def test_a_refused_project_leaves_nothing_behind(tmp_path: Path, name: str) -> None:
+    data = _asked(tmp_path / "rows.jsonl", [{"n": n} for n in range(60)])
+    with pytest.raises(UsageError, match="name"):
+        make_project(tmp_path / "new" / "p", data=data, licence="MIT", name=name, base="model")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with pytest.raises(UsageError):
+        make_project(tmp_path / "old", data=data, licence="MIT", name=name, base="model")
+    assert not list((tmp_path / "old").iterdir())
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-100, 100) | st.floats(-1, 1) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),

@@ -17,9 +17,10 @@ from llguidance import LLMatcher
 from pydantic import Field
 
 from tunesmith.candidates.copying import fields_to_copy
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
+from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.view import View
 from tunesmith.data.building.examine import renamed
@@ -29,17 +30,23 @@ from tunesmith.data.governance.licences import permitted
 from tunesmith.data.settings import Licences, Source
 from tunesmith.data.sources.files import find_files, open_source
 from tunesmith.data.sources.row_readers import Row
-from tunesmith.project import FILE, STORE, Project
+from tunesmith.project import FILE, STORE, Project, parse_settings
 
 _FEWEST = 20
 _TEST_ROWS, _VALIDATION_ROWS = 300, 200
 _GROUP_KEYS = ("template", "group", "conversation_id")
+_FEWEST_GROUPS = 3  # one for each split
+_LONGEST_NAME = 63
+_MOST_TOKENS = 32_768
 _BUDGET = "15m"  # a first run should end within half an hour on a laptop
-_ENUM_VALUES = 60
+_ENUM_VALUES, _ENUM_CHARACTERS = 60, 20_000
 # A range is a property of the task, and not of these rows, where its ends are seen again and again: 0 to 100 percent.
 _RANGE_VALUES, _RANGE_ENDS = 200, 5
+_LARGEST_RANGE = 1 << 53  # beyond, not every reader of JSON tells whole numbers apart
 # An object with more keys than this is a table of values, not a record with fields.
 _MOST_KEYS = 200
+# Below so many levels the schema says the kind of a value only: a check of the schema itself goes only so deep.
+_DEEPEST = 24
 
 
 class NewProject(View):
@@ -68,7 +75,7 @@ def make_project(
     base: str,
     rename: Mapping[str, str] | None = None,
 ) -> NewProject:
-    """Write a project around a file of rows. Overwrites nothing.
+    """Write a project around a file of rows. Overwrites nothing, and leaves nothing behind where it is refused.
 
     name: of the versions, by default the folder's. rename: a key of the rows -> the key that a format knows.
     Raises UsageError where there is a project already or the rows cannot be read, Refused for a licence that the
@@ -78,16 +85,31 @@ def make_project(
     if (root / FILE).exists():
         raise UsageError("there is a project here already", where=str(root / FILE), fix="choose another folder with -C")
     permitted(licence, Licences(), "--licence")
-    root.mkdir(parents=True, exist_ok=True)  # os.path.relpath below needs a folder that exists
-    source = Source(path=os.path.relpath(data.absolute(), root), licence=licence, rename=dict(rename or {}))
+    new = [folder for folder in (root, *root.parents) if not folder.exists()]
+    root.mkdir(parents=True, exist_ok=True)  # the rows are found from there
+    try:
+        return _make(root, data, licence, name, base, dict(rename or {}))
+    except TunesmithError:
+        with contextlib.suppress(OSError):
+            for folder in new:
+                folder.rmdir()
+        raise
+
+
+def _make(root: Path, data: Path, licence: str, name: str | None, base: str, rename: dict[str, str]) -> NewProject:
+    source = Source(path=os.path.relpath(data.absolute(), root), licence=licence, rename=rename)
     looked = _look(root, source)
     if not base.startswith(("pypi:", "hf:")):
         base = os.path.relpath(Path(base).expanduser().absolute(), root)  # the user gave it from the current folder
-    name = name or re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()).strip("-._") or "project"
+    if name is None:
+        name = re.sub(r"[^a-z0-9._-]+", "-", root.name.lower()).strip("-._")[:_LONGEST_NAME] or "project"
     settings, files = _compose(name, base, source, looked)
     files[".gitignore"] = f"{STORE}/\n"  # the store holds private keys
     plain = json.loads(json.dumps(settings))  # what candidates share would be written as an alias
     files[FILE] = _HEADER + yaml.safe_dump(plain, sort_keys=False, width=110, default_flow_style=None)
+    parse_settings(files[FILE], str(root / FILE))
+    if looked.schema is not None:
+        check_answer_schema(looked.schema, "the schema that is inferred from the answers")
     for relative in files:
         if (root / relative).exists():
             raise UsageError("this file is there already", where=str(root / relative), fix="move it, or use -C")
@@ -125,7 +147,7 @@ def _look(root: Path, source: Source) -> _Looked:
     answers: list[str] = []
     requests: list[tuple[Message, ...]] = []
     unusable = 0
-    keys: Counter[str] = Counter()
+    groups: dict[str, set[str] | None] = {key: set() for key in _GROUP_KEYS}  # None: not a group of every row
     for file in find_files([source], root):
         with open_source(file) as opened:
             row_format = None
@@ -133,7 +155,13 @@ def _look(root: Path, source: Source) -> _Looked:
                 row = Row(read.source, read.number, renamed(read, source.rename))
                 row_format = row_format or format_of("auto", row)
                 turns = read_turns(row, row_format, Counter())
-                keys.update(row.fields.keys())
+                for key, known in groups.items():
+                    value = row.fields.get(key)
+                    sound = isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+                    if known is None or not sound:
+                        groups[key] = None
+                    elif len(known) < _FEWEST_GROUPS:
+                        known.add(str(value))
                 if objection(turns) is None:
                     *request, answer = conversation(turns)
                     answers.append(answer.text)
@@ -147,10 +175,11 @@ def _look(root: Path, source: Source) -> _Looked:
             where=source.path,
             fix=f"give at least {_FEWEST}",
         )
-    group_by = next((key for key in _GROUP_KEYS if keys[key] == len(answers) + unusable), None)
+    group_by = next((key for key, known in groups.items() if known and len(known) == _FEWEST_GROUPS), None)
     schema = infer_schema(values) if values else None
     copied = fields_to_copy(schema, list(zip(answers, requests, strict=True))) if schema else []
-    return _Looked(len(answers) - broken, unusable, broken, max(map(len, answers)), schema, copied, group_by)
+    longest = max(len(answer) for answer in answers if schema is None or _is_json(answer))
+    return _Looked(len(answers) - broken, unusable, broken, longest, schema, copied, group_by)
 
 
 def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dict[str, Any], dict[str, str]]:
@@ -166,7 +195,7 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
         split["group_by"] = looked.group_by
     train: dict[str, Any] = {"method": "lora", "rank": 16, "budget": _BUDGET}
     # Two characters a token is more than any tokenizer needs for this kind of text.
-    answer: dict[str, Any] = {"max_tokens": max(16, -(-(looked.longest_answer // 2 + 8) // 16) * 16)}
+    answer: dict[str, Any] = {"max_tokens": min(max(16, -(-(looked.longest_answer // 2 + 8) // 16) * 16), _MOST_TOKENS)}
     if looked.schema is not None and _constrainable(looked.schema):
         answer["constrain"] = {"copy": looked.copied} if looked.copied else True
     scorers = ["json_valid", "exact_match", "field_f1"] if is_json else ["exact_match"]
@@ -198,7 +227,10 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
 
 def _constrainable(schema: Mapping[str, Any]) -> bool:
     """Whether decoding can be held to a schema."""
-    return not LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(dict(schema)))
+    try:
+        return not LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(dict(schema)))
+    except ValueError:  # it holds a number that llguidance cannot
+        return False
 
 
 def _long_prompt(schema: Mapping[str, Any] | None) -> str:
@@ -214,15 +246,21 @@ def _long_prompt(schema: Mapping[str, Any] | None) -> str:
 def _described(schema: Mapping[str, Any], path: str = "") -> str:
     lines = []
     for key, value in schema.get("properties", {}).items():
-        place = f"{path}.{key}" if path else key
+        place = f"{path}.{_quoted(key)}" if path else _quoted(key)
         if "properties" in value:
-            inside = [f"{name} ({_type(each)})" for name, each in value["properties"].items()]
+            inside = [f"{_quoted(name)} ({_type(each)})" for name, each in value["properties"].items()]
             lines.append(f"{place}: an object with any of {', '.join(inside)}")
         elif "enum" in value:
-            lines.append(f"{place}: one of {', '.join(map(str, value['enum']))}")
+            lines.append(f"{place}: one of {', '.join(map(_quoted, value['enum']))}")
         else:
             lines.append(f"{place}: {_type(value)}")
     return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    """A text as a JSON string on one line, with escapes for what cannot be seen."""
+    written = json.dumps(text, ensure_ascii=False)
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in written)
 
 
 def _type(schema: Mapping[str, Any]) -> str:
@@ -233,6 +271,14 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 def _short_prompt(is_json: bool) -> str:
     return "Answer with one JSON object.\n" if is_json else "Answer as in the examples.\n"
+
+
+def _is_json(answer: str) -> bool:
+    try:
+        parse_json(answer)
+    except NotJson:
+        return False
+    return True
 
 
 def json_objects(answers: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
@@ -252,31 +298,37 @@ def json_objects(answers: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
 
 def infer_schema(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A JSON Schema that all these answers satisfy."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_infer(values)}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_infer(values, 0)}
 
 
-def _infer(values: Sequence[Any]) -> dict[str, Any]:
+def _infer(values: Sequence[Any], level: int) -> dict[str, Any]:
     kinds = sorted({_kind(value) for value in values})
     if kinds == ["integer", "number"]:
         kinds = ["number"]
     found: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds}
+    if level >= _DEEPEST:
+        return found
     objects = [value for value in values if isinstance(value, dict)]
     if objects:
         keys = list(dict.fromkeys(key for value in objects for key in value))  # an answer is decoded in this order
     if objects and len(keys) <= _MOST_KEYS:
-        found["properties"] = {key: _infer([value[key] for value in objects if key in value]) for key in keys}
+        found["properties"] = {
+            key: _infer([value[key] for value in objects if key in value], level + 1) for key in keys
+        }
         found["required"] = [key for key in keys if all(key in value for value in objects)]
         found["additionalProperties"] = False
     items = [item for value in values if isinstance(value, list) for item in value]
     if items:
-        found["items"] = _infer(items)
+        found["items"] = _infer(items, level + 1)
     if kinds == ["integer"] and len(values) >= _RANGE_VALUES:
         least, most = min(values), max(values)
-        if min(values.count(least), values.count(most)) >= _RANGE_ENDS:
+        large = max(-least, most) > _LARGEST_RANGE
+        if not large and min(values.count(least), values.count(most)) >= _RANGE_ENDS:
             found |= {"minimum": least, "maximum": most}
     texts = {value for value in values if isinstance(value, str)}
     # So few distinct values in so many rows are a vocabulary, not free text.
-    if kinds == ["string"] and len(texts) <= _ENUM_VALUES and len(values) >= 20 * len(texts):
+    few = len(texts) <= _ENUM_VALUES and sum(map(len, texts)) <= _ENUM_CHARACTERS
+    if kinds == ["string"] and few and len(values) >= 20 * len(texts):
         found["enum"] = sorted(texts)
     return found
 

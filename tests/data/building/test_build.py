@@ -327,6 +327,15 @@ def test_mixed_formats_need_separate_sources(tmp_path: Path) -> None:
     adds_up(build(tmp_path, both))
 
 
+def test_rows_of_one_wording_are_one_group_and_the_error_says_so(tmp_path: Path) -> None:
+    rows = [{"prompt": f"set level {n}", "completion": json.dumps({"level": n})} for n in range(60)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UsageError, match="all 60 rows are one group") as caught:
+        build(tmp_path)
+    assert caught.value.where == "data.split.group_by"
+    assert "other wordings" in str(caught.value.fix)
+
+
 def test_one_row_is_too_few_and_says_so(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", many_rows(1))
     with pytest.raises(UsageError, match=r"no rows are left for (train|test).*read: 1"):

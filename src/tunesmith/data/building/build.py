@@ -260,6 +260,15 @@ def _require_rows(splits: Mapping[str, Sequence[ComparedRow]], staging: StagingD
         if not splits[name]:
             sizes = ", ".join(f"{split}: {len(rows)}" for split, rows in splits.items())
             removed = "; ".join(f"{reason}: {n}" for reason, n in staging.reasons().items())
+            found = [row.group for some in splits.values() for row in some]
+            if len(found) > 1 and len(set(found)) == 1:
+                raise UsageError(
+                    f"no rows are left for {name}: all {len(found)} rows are one group, and a group is never divided"
+                    f" ({sizes}; removed: {removed or 'none'})",
+                    where="data.split.group_by",
+                    fix="without group_by, requests that differ in their values only are one group: add requests of "
+                    "other wordings, or name a key of the rows that tells kinds of requests apart in group_by",
+                )
             raise UsageError(
                 f"no rows are left for {name} ({sizes}; read: {account.read}; removed: {removed or 'none'})",
                 where="data",
