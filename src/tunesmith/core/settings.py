@@ -18,6 +18,8 @@ class Settings(BaseModel):
 
 def _seconds(given: Any) -> Any:
     """Seconds of a duration such as 1h30m, 20m or 45s; other values as they are."""
+    if isinstance(given, bool):
+        raise ValueError("write a duration such as 20m, 1h30m or 45s, not true or false")
     if not isinstance(given, str):
         return given
     parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", given)

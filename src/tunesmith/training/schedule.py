@@ -137,7 +137,7 @@ class Annealed:
         left = self._affordable(state)
         if left is None or 2 * left >= last.stop - step:
             return None
-        return self._fall(step, step + left, f"{last.reason}; the fall was shortened, since steps became slower")
+        return self._fall(step, step + left, "the budget was used before the learning rate had fallen as planned")
 
     def _falling_steps(self, step: int) -> int:
         share = self._settings.decay

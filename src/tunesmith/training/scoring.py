@@ -118,7 +118,7 @@ def _within(
     measured = time.perf_counter() - began
     if (least := measured + 4 * expected.step_seconds + loss) > budget:
         raise Refused(
-            f"the budget of {budget:.0f} s is too short: measuring, four steps and one validation take {least:.0f} s",
+            f"the budget of {budget:.2g} s is too short: measuring, four steps and one validation take {least:.2g} s",
             where="train.budget",
             fix=f"set budget to {math.ceil(10 * least)}s or more, or lower validation_rows",
         )
