@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
+import pytest
 import regex
 from confusable_homoglyphs.confusables import confusables_data
 from hypothesis import example, given, settings
@@ -11,12 +12,21 @@ from hypothesis import strategies as st
 
 from tunesmith.core.text.folding import fold, fold_with_offsets, visible
 
-_ANY = st.text(st.characters(codec=None, categories=None), max_size=12) | st.text(
-    st.sampled_from(
-        "aAéßıİ\u0345\u0301\u0338\u0307=≠ 1٣\u200b\u200d\u00ad\ufe0f\u115f가\u1100\u1161\u11a8かガ\u3099\u05d0"
-        "\u05b8\u0e01\u0e48\u0928\u093fаΣςᾳꭰ\u2800\u3000\n\x00\x1c\u0600\U000e0041\ud800ﬁ"
-    ),
-    max_size=8,
+TAGS = tuple(
+    "".join(chr(0xE0000 + ord(letter)) for letter in f"{name}\x7f") for name in ("gbeng", "gbsct", "gbwls", "x")
+)
+_ANY = (
+    st.text(st.characters(codec=None, categories=None), max_size=12)
+    | st.text(
+        st.sampled_from(
+            "aAéßıİ\u0345\u0301\u0338\u0307=≠ 1٣\u200b\u200d\u00ad\ufe0f\u115f가\u1100\u1161\u11a8かガ\u3099\u05d0"
+            "\u05b8\u0e01\u0e48\u0928\u093fаΣςᾳꭰ\u2800\u3000\n\x00\x1c\u0600\U000e0041\ud800ﬁ²ª₂½㎠™"
+        ),
+        max_size=8,
+    )
+    | st.lists(
+        st.sampled_from(("\U0001f3f4", *(f"\U0001f3f4{tags}" for tags in TAGS), *TAGS, "a", "\u200b")), max_size=4
+    ).map("".join)
 )
 
 
@@ -79,3 +89,25 @@ def test_languages_keep_their_words() -> None:
     alike = ["má mà", "sınır sinir", "İstanbul istanbul", "Straße STRASSE", "đường duong", "łódź Lodz", "pêché peche"]
     for left, right in map(str.split, alike):
         assert fold(left) == fold(right)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("What is 2⁵?", "What is 25?"),
+        ("5 m²", "5 m2"),
+        ("5 ㎠", "5 cm2"),
+        ("H₂O", "H2O"),
+        ("1½ cups", "11⁄2 cups"),
+        ("10⁻³", "10−3"),
+        (f"\U0001f3f4{TAGS[0]}", f"\U0001f3f4{TAGS[1]}"),
+        (f"\U0001f3f4{TAGS[2]}", "\U0001f3f4"),
+    ],
+)
+def test_what_a_reader_tells_apart_stays_apart(left: str, right: str) -> None:
+    assert visible(left) != visible(right)
+    assert fold(left) == fold(right)
+
+
+def test_hidden_tags_that_choose_no_flag_are_not_visible() -> None:
+    assert visible(f"\U0001f3f4{TAGS[3]} a{TAGS[0]}") == "\U0001f3f4 a"

@@ -68,6 +68,18 @@ SPELLED = (
     "jane.doe%u0040acme.org",
     "jane.doe=40acme.org",
     "jane.doe&amp;#64;acme.org",
+    "jane.doe\\\\u0040acme.org",
+    "jane.doe\\\\\\\\x40acme.org",
+    "jane.doe&#0000000064;acme.org",
+    "jane.doe&#x0000000040;acme.org",
+    "jane.doe(a)acme.org",
+    "jane.doe*at*acme*dot*org",
+    "jane.doe'at'acme'dot'org",
+    "jane.doe**@**acme.org",
+    "jane.doe<b>@</b>acme.org",
+    "jane@acme . org",
+    "jane at acme dot org",
+    "jane.doe at acme dot it",
     "jane.doe [at] acme.org",
     "jane.doe(at)acme(dot)org",
     "jane.doe {at} acme {dot} org",
@@ -112,6 +124,7 @@ SPELLED = (
     "&#52;111111111111111",
     "%34111111111111111",
     IBAN.lower(),
+    f"IBAN{IBAN}",
     "gb82 west 1234 5698 7654 32",
     "GB82-WEST-1234-5698-7654-32",
     "GB82.WEST.1234.5698.7654.32",
@@ -145,7 +158,7 @@ def test_nothing_of_an_obfuscated_value_is_left(spelled: str, happened: Happened
     assert found.messages is not None
     (entity,) = found.found
     left = found.messages[0].content.removeprefix("so: ").removesuffix(" , and thanks")
-    left = left.removeprefix("data:text/plain;base64,").strip("\"'")
+    left = left.removeprefix("data:text/plain;base64,").removeprefix("IBAN").strip("\"'")
     assert left in ("person1@example.com", "secret_1", "192.0.2.1") or {*left} <= {
         *"GBgb0123456789Xx -.–+()/\n\uff0b\u200b"
     }, left
@@ -199,6 +212,19 @@ the café in Zürich sells crème brûlée for 5 €
 数据集的版本 is 3。ok
 https://example.com/a%20b?q=c%2Fd&lang=en&amp;x=1
 git checkout 9fceb02d0ae598e95dc970b74767f19372d61af8
+Python x[::2] and y[:, 100::2], ratio 1::2, a:b:c:d:e:f:a:b
+at dad::beef with add::bad::cafe and std::a::b and a::before
+numbers[1::2] or rows[::-1] or f(x)[100::20]
+turn left at main dot to
+Play songs at random dot in loop
+She works at acme dot com.
+lunch @ cafe . it was good
+Tom @ Home . Me and you
+train @ station . no delay
+meeting @ office . be there
+party @ club.no thanks
+I am @ work. me too
+see (a) example.org, (b) the rest
 docker pull alpine@sha256:4bcff63911fcb4448bd4fdacec207030997caf25e9bea4045fa6c8c44de311d1
 uuid 6ba7b810-9dad-11d1-80b4-00c04fd430c8 was not found
 internationalisation and PostgreSQLDatabase and InstantResales
@@ -213,6 +239,15 @@ SELECT * FROM t WHERE a = 'x' AND b = 'y' -- \\d+ \\w
 @pytest.mark.parametrize("text", ORDINARY)
 def test_ordinary_texts_hold_nothing(text: str) -> None:
     assert not scan(text).found
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["2001:db8::1", "fe80::1%eth0", "::ffff:192.0.2.1", "2a02:8109:9a00::1", "2001:db8:1:2:3:4:5:6", "[2001:db8::7]"],
+)
+def test_addresses_of_computers_are_found(address: str) -> None:
+    assert scan(f"ping {address} now").found == {"IP_ADDRESS": 1}
+    assert scan(f"hosts[{address.strip('[]')}]").found == ({} if address[0] == "f" else {"IP_ADDRESS": 1})
 
 
 def test_numbers_without_valid_check_digits() -> None:
@@ -291,6 +326,13 @@ def test_masking_covers_exactly_the_value(before: list[str], trick: str, seed: i
         "'  ",
         "@a.",
         "(",
+        "\\",
+        "&#0",
+        "0",
+        "a**@**",
+        "x @ y . it ",
+        "a@",
+        "1::2 ",
         "\u00a0",
     ],
 )

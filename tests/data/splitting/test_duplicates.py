@@ -17,7 +17,7 @@ from tests.data.trigrams import jaccard, shingles
 from tunesmith.core.errors import Refused
 from tunesmith.core.messages import Message
 from tunesmith.data.splitting import similarity_join as join
-from tunesmith.data.splitting.duplicates import answer_key, near_pairs, normalise, request_text
+from tunesmith.data.splitting.duplicates import answer_key, near_pairs, normalise, request_key, request_text
 
 SNIPS = Path(os.environ.get("TUNESMITH_TEST_DATA", Path(__file__).parents[4] / "shared" / "data")) / "snips"
 
@@ -37,6 +37,10 @@ def test_what_is_the_same() -> None:
     assert normalise("?!") == "?!"
     assert normalise("c++") != normalise("c")
     assert answer_key('{"b": 1, "a": "x"}') == answer_key('{"a":"x","b":1.0}')
+    answer = Message(role="assistant", content="ok")
+    for left, right in (("a flat of 5 m²", "a flat of 5 m2"), ("what is 2⁵", "what is 25"), ("1½ cups", "1 1/2 cups")):
+        keys = {request_key([Message(role="user", content=text), answer]) for text in (left, right)}
+        assert len(keys) == 2
     assert answer_key("Yes ") == answer_key("Yes") != answer_key("yes")
     assert answer_key('{"a": NaN}') == '{"a": NaN}'
 

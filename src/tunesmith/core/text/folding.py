@@ -1,8 +1,8 @@
 """Forms of a text for comparison, in which spellings that look alike to a reader are equal.
 
-`visible` keeps every difference that a reader can see except case, width and spacing. `fold` also removes accents and
-replaces look-alike letters, so it is for grouping and searching: it makes some different words equal, "résumé" and
-"resume" for example. Neither is for showing or training.
+`visible` keeps every difference that a reader can see except case, width and spacing: 2⁵ is not 25. `fold` also
+removes accents and replaces look-alike letters, so it is for grouping and searching: it makes some different words
+equal, "résumé" and "resume" for example. Neither is for showing or training.
 
 Unicode's data: default-ignorable characters and scripts from `regex`, decompositions from `unicodedata`, look-alikes
 (confusables.txt, UTS 39) from `confusable_homoglyphs`.
@@ -36,14 +36,25 @@ _FORGED_WITH = regex.compile(
     regex.V1,
 )
 _LATIN = regex.compile(r"\p{Latin}")
+# England, Scotland and Wales: a black flag and hidden letters, which choose the flag that is shown.
+_FLAG = regex.compile(
+    "(\U0001f3f4\U000e0067\U000e0062(?:\U000e0065\U000e006e\U000e0067|\U000e0073\U000e0063\U000e0074"
+    "|\U000e0077\U000e006c\U000e0073)\U000e007f)"
+)
+_RAISED = ("<super>", "<sub>", "<fraction>")  # decompositions that change what a reader sees
 _STYLED = regex.compile(r"(?:LATIN (?:CAPITAL |SMALL )?LETTER (?:SMALL CAPITAL )?|SYMBOL LETTER )([A-Z])$")
 
 
 def visible(text: str) -> str:
-    """The text in one Unicode form (NFKC), lower case, with single spaces and without characters that are not shown."""
+    """The text in one Unicode form, lower case, with single spaces and without characters that are not shown.
+
+    The form is NFKC, except that raised and lowered characters and fractions stay as they are.
+    """
     if text.isascii():
         return _ascii(text)
-    return _spaced(unicodedata.normalize("NFC", text.translate(_VISIBLE)))
+    parts = _FLAG.split(text)
+    parts[::2] = [part.translate(_VISIBLE) for part in parts[::2]]
+    return _spaced(unicodedata.normalize("NFC", "".join(parts)))
 
 
 def fold(text: str) -> str:
@@ -94,7 +105,7 @@ def _spaced(text: str) -> str:
     return " ".join(text.split())
 
 
-class _Visible(dict[int, str]):
+class _Compatible(dict[int, str]):
     """Code point -> what stands for the character before composition. Characters are worked out when first seen."""
 
     def __missing__(self, point: int) -> str:
@@ -103,12 +114,24 @@ class _Visible(dict[int, str]):
 
     def spelling(self, letter: str) -> str:
         for _ in range(2):  # a decomposition may hold capitals, and a lower-case letter may have a decomposition
-            letter = _HIDDEN.sub("", unicodedata.normalize("NFKD", letter)).casefold()
-        shown: str = _HIDDEN.sub("", unicodedata.normalize("NFKD", letter))
+            letter = _HIDDEN.sub("", self.decomposed(letter)).casefold()
+        shown: str = _HIDDEN.sub("", self.decomposed(letter))
         return shown.replace(_BLANK, " ")
 
+    def decomposed(self, text: str) -> str:
+        return unicodedata.normalize("NFKD", text)
 
-class _Folded(_Visible):
+
+class _Visible(_Compatible):
+    def decomposed(self, text: str) -> str:
+        return "".join(map(self._seen, unicodedata.normalize("NFD", text)))
+
+    def _seen(self, letter: str) -> str:
+        kind, *points = unicodedata.decomposition(letter).split() or [""]
+        return letter if kind in ("", *_RAISED) else self.decomposed("".join(chr(int(one, 16)) for one in points))
+
+
+class _Folded(_Compatible):
     def spelling(self, letter: str) -> str:
         return "".join(_plain(one) for one in super().spelling(letter))
 
@@ -135,11 +158,11 @@ def _lookalikes() -> dict[str, str]:
 
     found: dict[str, str] = {}
     for letter, others in confusables_data.items():
-        name = _VISIBLE.spelling(letter)
+        name = _COMPATIBLE.spelling(letter)
         if len(name) != 1 or name.isascii() or not _FORGED_WITH.fullmatch(name):
             continue
         for other in others:
-            text = _VISIBLE.spelling(other["c"])
+            text = _COMPATIBLE.spelling(other["c"])
             if _LATIN.match(name):
                 text = _MARKS.sub("", text)
             single = len(text) == 1 and not text.isdigit() and not text.isspace()
@@ -152,4 +175,4 @@ def _lookalikes() -> dict[str, str]:
     return found
 
 
-_VISIBLE, _FOLDED = _Visible(), _Folded()
+_COMPATIBLE, _VISIBLE, _FOLDED = _Compatible(), _Visible(), _Folded()

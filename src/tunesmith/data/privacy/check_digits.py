@@ -27,8 +27,8 @@ _GROUPS = frozenset(
 )
 
 _CHECK = re.compile(rf"\d{_GAP}\d(?=(?:{_GAP}[A-Za-z0-9]){{11}})")
-_COUNTRY = re.compile(rf"(?<![^\W_])[A-Za-z]{_GAP}[A-Za-z]{_GAP}$")
-_BEFORE = 9  # characters that hold the country
+_COUNTRY = re.compile(rf"(?:(?<![^\W_])|(?<=(?i:iban)))[A-Za-z]{_GAP}[A-Za-z]{_GAP}$")
+_BEFORE = 12  # characters that hold the country, and the word IBAN before it
 _LETTER = re.compile(r"[A-Za-z0-9]")
 _LONGEST, _WIDEST = 34 * 4, 4  # characters of an IBAN; from one letter to the next
 

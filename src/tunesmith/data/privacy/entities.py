@@ -87,6 +87,7 @@ _BOOST = 0.35  # the same as presidio's
 _LEAST_IN_CONTEXT = 0.4
 _SHORTEST_REST = 2
 _WINDOW, _OVERLAP = 32_768, 4096  # characters; a longer text is searched in overlapping windows
+_LEAST_GROUPS, _LONG_GROUP = 3, 3  # of an IPv6 address with "::"; digits of a group of a shorter one
 _SLOWEST = 1.0  # seconds that a project's pattern may take for one text
 # Of overlapping findings, the one with the lower rank is kept, then the longer, then the one with the higher score.
 _RANKS = {SECRET: 0, "EMAIL_ADDRESS": 1, "URL": 2, "IBAN_CODE": 2, "CREDIT_CARD": 2, STREET_ADDRESS: 4}
@@ -188,8 +189,27 @@ class Finder:
             if name in _MAY_BE and not _MAY_BE[name].search(text):
                 continue
             for result in recogniser.analyze(text, [name], None):
+                if name == "IP_ADDRESS" and not _address_not_code(text, result.start, result.end):
+                    continue
                 score = _in_context(text, result.start, result.score, recogniser.context or ())
                 yield Finding(result.start, result.end, name, score)
+
+
+_INDEX = re.compile(r"[\w)\]]\[[^\[\]\n]{0,40}\Z")
+
+
+def _address_not_code(text: str, start: int, end: int) -> bool:
+    """Whether the form of an IP address is one, and no slice (x[::2]), ratio (1::2), name (a::b) or list of letters."""
+    value = text[start:end].partition("/")[0].partition("%")[0]
+    if ":" not in value:
+        return True
+    if not any(letter.isdigit() for letter in value) or text[start - 1 : start].isalnum():
+        return False
+    groups = [group for group in re.split("[:.]", value) if group]
+    if "::" not in value or len(groups) >= _LEAST_GROUPS:
+        return True
+    long = any(len(group) >= _LONG_GROUP and any(letter.isdigit() for letter in group) for group in groups)
+    return long and _INDEX.search(text, max(0, start - 42), start) is None
 
 
 def _shifted(one: Finding, offset: int) -> Finding:

@@ -156,9 +156,10 @@ def _rewritten(view: View, pattern: re.Pattern[str], read: Callable[[re.Match[st
 # Decoding
 
 _ESCAPED = re.compile(
-    r"&(?:\#\d{1,8};?|\#[xX][0-9A-Fa-f]{1,6};?|[A-Za-z][A-Za-z0-9]{1,31};)"  # &#64; &commat;
-    r"|(?:\\u[0-9A-Fa-f]{4})+|(?:%u[0-9A-Fa-f]{4})+|\\[uU]\{?[0-9A-Fa-f]{1,8}\}?"  # \u0040 %u0040 \u{40}
-    r"|(?:\\x[0-9A-Fa-f]{2})+|(?:\\[0-3][0-7]{2})+"  # \x40 \100
+    r"&(?:\#0{0,99}\d{1,8};?|\#[xX]0{0,99}[0-9A-Fa-f]{1,6};?|[A-Za-z][A-Za-z0-9]{1,31};)"  # &#64; &commat;
+    # \u0040 %u0040 \u{40}, also with the backslash escaped
+    r"|(?:\\{1,8}u[0-9A-Fa-f]{4})+|(?:%u[0-9A-Fa-f]{4})+|\\{1,8}[uU]\{?[0-9A-Fa-f]{1,8}\}?"
+    r"|(?:\\{1,8}x[0-9A-Fa-f]{2})+|(?:\\{1,8}[0-3][0-7]{2})+"  # \x40 \100
     r"|(?:%[0-9A-Fa-f]{2})+"
     r"|(?:=[0-9A-F]{2})+|=\r?\n"  # quoted-printable
 )
@@ -167,6 +168,7 @@ _ENCODED = re.compile(
     r"(?<![0-9A-Za-z])(?:0x)?[0-9A-Fa-f]{2}(?:[ :,-]?(?:0x)?[0-9A-Fa-f]{2}){7,}(?![0-9A-Za-z])"
     r"|(?<![A-Za-z0-9+/_-])(?:(?:[A-Za-z0-9+/]{60,76}\r?\n)+[A-Za-z0-9+/]{2,}|[A-Za-z0-9+/_-]{12,})={0,6}"
 )
+_BACKSLASHES = re.compile(r"\\+")
 _PAIRS = re.compile(r"[2-7][0-9A-Fa-f][ :,-](?:0x)?[2-7][0-9A-Fa-f][ :,-]")
 _PART = re.compile(r"[A-Za-z0-9]{12,}={0,2}")
 _HEX = re.compile(r"(?:0x|[ :,-])?([0-9A-Fa-f]{2})")
@@ -188,7 +190,7 @@ def _may_be_encoded(text: str) -> bool:
 
 def _characters(match: re.Match[str]) -> str | None:
     """The characters that escapes stand for; None for what is none."""
-    run = match[0]
+    run = _BACKSLASHES.sub(r"\\", match[0])
     plain: str | None
     if run[0] == "&":
         plain = html.unescape(run)
@@ -304,13 +306,16 @@ _NO_LOCAL_PART = frozenset(
         "am are ask available be book bought buy check click find found get go going help here i in is it later look "
         "looked looking me meet meeting more not now off on online only open or order ordered page pay price see sell "
         "shop shopping site sold start stay store that them there this today up us visit was watch we website were "
-        "work working you"
+        "work works working you"
     ).split()
 )
+# Marks of Markdown and HTML around a sign.
+_BEGIN, _END = r"(?:[*`]{1,3}|_{1,2}|<[a-z]{1,10}>)", r"(?:[*`]{1,3}|_{1,2}|</[a-z]{1,10}>)"
 _JOINS = re.compile(
     rf"(?P<at>(?:(?<=\w)\s{{1,3}})?{_OPEN}\s?{_AT}\s?{_CLOSE}\s{{0,3}}"
-    r"|(?<=\w)\s{1,3}@\s{0,3}(?=\w)|(?<=\w)@\s{1,3}(?=\w))"
-    rf"|(?P<dot>(?:(?<=\w)\s{{1,3}})?{_OPEN}\s?{_DOT}\s?{_CLOSE}\s{{0,3}})"
+    rf"|(?<=\w)(?:\(a\)|(?P<mark>[*'\"])at(?P=mark)|{_BEGIN}@{_END})(?=\w))"
+    r"|(?P<spaced>(?<=\w)\s{1,3}@\s{0,3}(?=\w)|(?<=\w)@\s{1,3}(?=\w))"
+    rf"|(?P<dot>(?:(?<=\w)\s{{1,3}})?{_OPEN}\s?{_DOT}\s?{_CLOSE}\s{{0,3}}|(?<=\w)(?P<quote>[*'\"])dot(?P=quote)(?=\w))"
     rf"|{_SPOKEN}"
     # A token or an address that goes on in the next line, or in the next string.
     r"|(?P<broken>(?<=[\w/+=.-]{16})\\?\r?\n[ \t>|#*]{0,8}(?=[\w/+=.-]{0,200}\d)(?=[\w/+=.-]{4})"
@@ -318,9 +323,31 @@ _JOINS = re.compile(
     r"""|["']\s{0,3}[+.]?\s{0,3}\\?\n?\s{0,3}["'](?=\w))""",
     re.IGNORECASE,
 )
+# Endings of domains that are words of a sentence, as in "lunch @ cafe . it was good" and "a table at main dot to".
+_ENDINGS_THAT_ARE_WORDS = frozenset(
+    (  # noqa: SIM905  shorter than a word a line
+        "able ad ai all am app are art as at bar be best bet bid bike bingo boats boo book box build buy by cab "
+        "cafe call cam camp car care cars case cash cat chat cheap city click cloud coach codes cool dad dance "
+        "data date day deal deals diet dish do docs dog dot drive earth eat fail faith fan fans farm fast film "
+        "fire fish fit fly food forum free fun fund gal game games gap gay gift gifts gives glass go gold golf "
+        "got green group guide guru hair help here homes horse host hot house how id if in ink is it jobs jot joy "
+        "kids kim kiwi la land law lease legal life like link live loan loans lol love ma man map me media meet "
+        "men menu mint mom money moto mov movie mr ms my name navy new news next ninja no now of off on one ong "
+        "onion online open or pa page paris party pay pet phone photo pics pin pink pizza place play plus pm "
+        "poker porn post press promo pub quest radio read red rent rest rich rip rocks room run safe sale salon "
+        "save sc school seat see seek seven sex sh shoes shop show silk site skin sky smart smile so song spa "
+        "space sport spot store study style sucks surf talk tax taxi team tech tennis tips tires to today tools "
+        "top tours town toys trade trust tube tv us vet video vote voyage watch wed win wine work works world wow "
+        "you zero zip zone"
+    ).split()
+)
+_LOCAL = re.compile(r"[\w.+-]{1,64}\Z")
+_DOMAIN = re.compile(rf"[\w-]{{1,63}}(?:(?:\s{{1,3}}{_DOT}\s{{1,3}}|\.)[\w-]{{1,63}}){{0,5}}", re.IGNORECASE)
+_DOT_OF_DOMAIN = re.compile(rf"\s{{1,3}}{_DOT}\s{{1,3}}|[ _-]{{1,3}}(?:dot|punkt|punto)[ _-]{{1,3}}|\.", re.IGNORECASE)
 _DOTS_OF_DOMAIN = re.compile(rf"(?<=@)[\w-]+(?:\.[\w-]+)*(?:\s{{1,3}}{_DOT}\s{{1,3}}[\w-]+)+", re.IGNORECASE)
 _SPACED_DOT = re.compile(rf"\s{{1,3}}{_DOT}\s{{1,3}}", re.IGNORECASE)
-_WORDS = ("dot", "punkt", "punto", "arroba", " @", "@ ", "\n")
+_WORDS = ("dot", "punkt", "punto", "arroba", " @", "@ ", " . ", "\n")
+_MARKED = ("(a)", *(f"{mark}{word}{mark}" for mark in "*'\"" for word in ("at", "dot")), "*@", "`@", "_@", ">@")
 _BRACKETED = ("at]", "at)", "at}", "at>", "@]", "@)", "@}", "@>", ".]", ".)", ".}", " ]", " )", " }")
 _STRINGS = ('" +', "' +", '"+', "'+", '" "', '""', "' '")
 _MAY_BE_SPACED = re.compile(r" \S \S \S \S \S")
@@ -329,7 +356,7 @@ _SPACED, _SPACE = re.compile(r"(?<!\S)\S(?:[ \t]\S){7,}(?!\S)"), re.compile(r"[ 
 
 def _may_be_joined(text: str) -> bool:
     small = text.lower()
-    if any(word in small for word in _WORDS) or _MAY_BE_SPACED.search(text) is not None:
+    if any(word in small for word in (*_WORDS, *_MARKED)) or _MAY_BE_SPACED.search(text) is not None:
         return True
     if any(bracket in small for bracket in "[({<") and any(sign in small for sign in _BRACKETED):
         return True
@@ -340,18 +367,38 @@ def _joined(view: View) -> View | None:
     gaps = {place for run in _SPACED.finditer(view.text) for place in range(run.start() + 1, run.end(), 2)}
     joined = _rewritten(view, _SPACE, lambda match: "" if match.start() in gaps else None) if gaps else None
     joined = _rewritten(joined or view, _JOINS, _join) or joined or view
-    joined = _rewritten(joined, _DOTS_OF_DOMAIN, lambda match: _SPACED_DOT.sub(".", match[0])) or joined
+    joined = _rewritten(joined, _DOTS_OF_DOMAIN, _dots_joined) or joined
     return None if joined is view else joined
 
 
 def _join(match: re.Match[str]) -> str | None:
     if match["at"]:
         return "@"
+    if match["spaced"]:
+        text, (start, end) = match.string, match.span()
+        local, domain = _LOCAL.search(text, max(0, start - 64), start), _DOMAIN.match(text, end)
+        return None if local and domain and _may_be_a_sentence(local[0], domain[0]) else "@"
     if match["dot"]:
         return "."
     if match["local"]:
         if match["local"].lower() in _NO_LOCAL_PART:
             return None
+        if " " in match[0] and _may_be_a_sentence(match["local"], match["domain"]):
+            return None
         plain = re.compile(r"[ _-]+(?:dot|punkt|punto)[ _-]+", re.IGNORECASE)
         return f"{plain.sub('.', match['local'])}@{plain.sub('.', match['domain'])}"
     return ""
+
+
+def _dots_joined(match: re.Match[str]) -> str | None:
+    """A domain after @ with its dots; None where "jane@acme . it" may be the end of a sentence and the next one."""
+    local = _LOCAL.search(match.string, max(0, match.start() - 65), match.start() - 1)
+    if " . " in match[0] and local and _may_be_a_sentence(local[0], match[0]):
+        return None
+    return _SPACED_DOT.sub(".", match[0])
+
+
+def _may_be_a_sentence(local: str, domain: str) -> bool:
+    """Whether a spaced address may be prose: letters only before the @, and a common word after each dot."""
+    endings = _DOT_OF_DOMAIN.split(domain)[1:]
+    return local.isalpha() and bool(endings) and all(one.lower() in _ENDINGS_THAT_ARE_WORDS for one in endings)
