@@ -55,7 +55,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     candidates = settings["candidates"]
     for name in ("few-shot", "rag"):
         del candidates[name]
-    candidates["tuned"]["train"]["rows"] = 320
+    candidates["tuned"]["train"] = {"method": "lora", "rank": 16, "rows": 320}  # without the budget: one epoch
     candidates["control"]["train"]["rows"] = 48
     settings["gates"] = {
         "lift": {"metric": "field_f1", "over": "best-untuned", "at_least": 0.05},
