@@ -85,6 +85,7 @@ def serve(
     champions = [alias for alias in list_aliases(project.store) if alias.alias == "champion"]
     names = sorted({one.name for one in champions if (one.name, Scope(one.tenant, one.region)) not in refused})
     document = {"url": f"http://{shown}:{chosen}/v1", "models": [f"{name}@champion" for name in names]}
+    listening.listen(_BACKLOG)  # before the URL is told: who calls it at once waits, and is not refused
     here.emit(document, _draw_serving)
     for warning in refused.values():
         say(str(warning))
@@ -133,6 +134,9 @@ def _converse(answerer: Answerer) -> None:
                 turns.append(Message(role="assistant", content=piece.text))
             else:
                 print(printable(piece.text if isinstance(piece, Scored) else piece), end="", flush=True)
+
+
+_BACKLOG = 2048  # connections that may wait to be accepted, as uvicorn has it
 
 
 def _listen(host: str, port: int) -> socket.socket:
