@@ -65,7 +65,7 @@ def check_registered(store: Store, chain: Chain) -> Version:
     assert version.label == "intents@v1"
     assert list_versions(store) == [version]
     assert verify_version(store, version.label).ok
-    Store(store.root)  # opening it, as each command does, removes what the killed process left
+    Store(store.root).engine.dispose()  # opening it, as each command does, removes what the killed process left
     assert list((store.root / "work").iterdir()) == []
     return version
 
