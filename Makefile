@@ -31,6 +31,7 @@ attack: $(READY)         ## the tests that attack: a table of what was tried and
 bench: $(READY)          ## measurements, as ratios to other tools and to this machine's limit
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python benchmarks/engine.py --install-peers
+	$(BIN)/python benchmarks/shared_cores.py
 	$(BIN)/python benchmarks/canary_false_alarms.py
 	$(BIN)/python benchmarks/data_scale.py --near 0.8 --scan
 	$(BIN)/python benchmarks/secret_scan.py

@@ -6,11 +6,8 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +18,7 @@ from sqlalchemy import delete
 from typer.testing import CliRunner
 
 from tests.attack_table import Happened
+from tests.s3_server import s3_environment, s3_server
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.services.audit import anchor_audit, verify_audit
@@ -28,8 +26,6 @@ from tunesmith.store import audit, database
 from tunesmith.store.identities import add_user, ensure_owner
 from tunesmith.store.store import Store
 from tunesmith.store.tables import AuditHeadRow, AuditRow
-
-KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @pytest.fixture
@@ -339,18 +335,8 @@ def test_roots_that_are_no_certificates(store: Store, tmp_path: Path) -> None:
 def s3() -> Iterator[str]:
     pytest.importorskip("s3fs", reason="s3fs is not installed (extra: s3)")
     pytest.importorskip("moto", reason="moto is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
-        try:
-            while socket.socket().connect_ex(("127.0.0.1", port)):
-                assert running.poll() is None, "the S3 server did not start"
-                time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            running.terminate()
+    with s3_server() as url:
+        yield url
 
 
 @pytest.fixture
@@ -359,7 +345,7 @@ def client(s3: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     import boto3
     import s3fs
 
-    for name, value in {**KEYS, "AWS_ENDPOINT_URL": s3, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+    for name, value in s3_environment(s3).items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     client = boto3.client("s3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -15,10 +16,12 @@ import pytest
 
 from tests.fabricate import NAME, OPERATOR, OWNER, build_scene
 from tests.tiny import write_model
+from tunesmith.cli import serve as cli_serve
 from tunesmith.pipeline import PipelineContext
 from tunesmith.project import Project
 from tunesmith.rollout.controller import start
 from tunesmith.rollout.settings import DEFAULT_STEPS
+from tunesmith.server.settings import ServerSettings
 from tunesmith.store.identities import issue_token
 
 pytestmark = pytest.mark.slow
@@ -85,3 +88,15 @@ def test_a_port_that_is_taken_is_a_usage_error(folder: Path) -> None:
     assert process.returncode == 2
     assert "cannot listen there" in json.loads(out)["error"]["what"]
     assert "choose another --port" in err
+
+
+def test_defaults_of_options_are_those_of_the_settings() -> None:
+    """They are written twice, so that the command line starts without pydantic."""
+    options = inspect.signature(cli_serve.serve).parameters
+    for option, setting in (
+        ("grace", "grace_seconds"),
+        ("per_user", "per_user"),
+        ("unread", "unread_seconds"),
+        ("idle_connections", "idle_connections"),
+    ):
+        assert options[option].default == ServerSettings.model_fields[setting].default

@@ -55,7 +55,7 @@ def monitor(
     def draw(console: Console, result: monitoring.Monitored) -> None:
         _draw_report(console, label, result)
         for champion in result.refused_champions:
-            console.print(champion.warning, markup=False, style="bold red")
+            console.print(champion.warning, style="bold red")
         _draw_pending(console, result.pending_retrains)
 
     here.emit(found, draw)

@@ -117,7 +117,7 @@ def _draw_all(console: Console, found: RolloutList) -> None:
         _draw(console, rollout)
     for warning in dict.fromkeys(one.champion.warning for one in found.rollouts if one.champion):
         if warning is not None:
-            console.print(warning, markup=False, style="bold red")
+            console.print(warning, style="bold red")
 
 
 def _draw(console: Console, rollout: RolloutView) -> None:

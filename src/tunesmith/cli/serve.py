@@ -85,7 +85,7 @@ def serve(
     champions = [alias for alias in list_aliases(project.store) if alias.alias == "champion"]
     names = sorted({one.name for one in champions if (one.name, Scope(one.tenant, one.region)) not in refused})
     document = {"url": f"http://{shown}:{chosen}/v1", "models": [f"{name}@champion" for name in names]}
-    listening.listen(_BACKLOG)  # before the URL is told: who calls it at once waits, and is not refused
+    listening.listen(_BACKLOG)  # before the URL is printed, so that a client that connects at once is not refused
     here.emit(document, _draw_serving)
     for warning in refused.values():
         say(str(warning))

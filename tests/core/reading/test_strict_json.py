@@ -69,13 +69,18 @@ def test_brackets_inside_texts_are_not_depth() -> None:
     assert parse_json(json.dumps([[{}] * 50] * 50)) == [[{}] * 50] * 50
 
 
-def test_a_deep_stack_is_no_traceback() -> None:
-    def at(depth: int) -> Any:
-        return at(depth - 1) if depth else parse_json("[" * 60 + "]" * 60)
+def test_in_a_deep_stack_a_value_is_whole_or_refused() -> None:
+    nested = "[" * 60 + "]" * 60
 
+    def at(depth: int) -> Any:
+        return at(depth - 1) if depth else parse_json(nested)
+
+    whole = 0
     for depth in range(0, sys.getrecursionlimit(), 20):
         with contextlib.suppress(NotJson, RecursionError):
-            at(depth)
+            assert json.dumps(at(depth)) == nested
+            whole += 1
+    assert whole > 10
 
 
 JSON = st.recursive(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.data.rows import build, many_rows, settings
+from tests.s3_server import s3_environment, s3_server
 from tests.tiny import write_model
 from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import TunesmithError, UsageError
@@ -27,29 +26,18 @@ s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed (extra: s3)")
 pytest.importorskip("moto", reason="moto is not installed")
 
 ROWS = "".join(json.dumps(one) + "\n" for one in many_rows(120)).encode()
-KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
-        try:
-            while socket.socket().connect_ex(("127.0.0.1", port)):
-                assert running.poll() is None, "the S3 server did not start"
-                time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            running.terminate()
+    with s3_server() as url:
+        yield url
 
 
 @pytest.fixture
 def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An s3fs file system with the bucket `rows`."""
-    for name, value in {**KEYS, "AWS_ENDPOINT_URL": server, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+    for name, value in s3_environment(server).items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     system = s3fs.S3FileSystem()
@@ -91,7 +79,7 @@ def test_an_object_that_changes_while_it_is_fetched(bucket: Any) -> None:
     [
         ("s3://rows/a.jsonl", (), 0, ""),
         ("s3://nobucket/a.jsonl", (), 2, "no file matches this source"),
-        ("s3://rows/a.jsonl", tuple(KEYS), 1, "credentials"),
+        ("s3://rows/a.jsonl", ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"), 1, "credentials"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(
