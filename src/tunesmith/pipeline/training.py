@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ def train_candidate(
 
     restart: train again, and ignore earlier results and checkpoints. Raises UsageError for a candidate with shots.
     """
-    inputs = _inputs(context, name, candidate, settings)
+    inputs = training_inputs(context, name, candidate, settings)
 
     def run(work: Path) -> str:
         from tunesmith.training.train import train
@@ -115,18 +115,31 @@ def _answer_score(
     validation has to go by the loss, after saying why."""
     from tunesmith.training.scoring import AnswerScore
 
-    rows, reason = _scored_rows(context, settings)
+    rows, reason = scored_rows(context, settings)
     if reason is not None:
         context.progress.say(f"{candidate.name}: validating by the loss: {reason}")
     if not rows:
         return None
+    scores = row_scores(context, candidate, rows, work)
+
+    def mean(model: TrainableModel | None, count: int) -> float:
+        return math.fsum(scores(model, count)) / count
+
+    return AnswerScore(context.project.settings.task.leading, len(rows), mean)
+
+
+def row_scores(
+    context: PipelineContext, candidate: Candidate, rows: Sequence[Example], work: Path
+) -> Callable[[TrainableModel | None, int], list[float]]:
+    """A function that scores a model's answers to the first so many rows as the candidate's evaluation will; None
+    stands for the untrained base. work: a folder for the model's files."""
     metric, scoring = context.project.settings.task.leading, leading_scoring(context)
     engine = context.model.engine()
     answerer = Answerer(context.store, engine, candidate)
     asked = [answerer.generation(row.request) for row in rows]
     retrieved = [list(answerer.composer.retrieved(row.request).ids) for row in rows]
 
-    def mean(model: TrainableModel | None, count: int) -> float:
+    def scores(model: TrainableModel | None, count: int) -> list[float]:
         name = None
         if model is not None:
             folder, name = work / "validated", "validated"
@@ -141,12 +154,9 @@ def _answer_score(
             for row, answer, ids in zip(rows[:count], given, retrieved[:count], strict=True)
         }
         seen = seen_answers(context.store, context.dataset, candidate, lines, rows[:count])
-        return (
-            math.fsum(checked(scoring(seen[row.id]), metric, f"validation row {row.id}") for row in rows[:count])
-            / count
-        )
+        return [checked(scoring(seen[row.id]), metric, f"validation row {row.id}") for row in rows[:count]]
 
-    return AnswerScore(metric, len(rows), mean)
+    return scores
 
 
 def leading_scoring(context: PipelineContext) -> Scoring:
@@ -160,7 +170,7 @@ def find_rate(context: PipelineContext, name: str, candidate: Candidate, setting
     """The result of a range test over the first steps of a candidate's training. Keeps nothing."""
     from tunesmith.training.train import find_rate as search
 
-    _inputs(context, name, candidate, settings)  # raises for what cannot be trained
+    training_inputs(context, name, candidate, settings)  # raises for what cannot be trained
     rows, _validation = composed_rows(context, candidate, settings)
     return search(base=context.base, rows=rows, settings=settings, model=context.model, progress=context.progress)
 
@@ -173,7 +183,9 @@ def _metrics(context: PipelineContext) -> MetricsSettings | None:
     return metrics.model_copy(update={"tensorboard": str(context.project.root / metrics.tensorboard)})
 
 
-def _inputs(context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings) -> dict[str, Any]:
+def training_inputs(
+    context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings
+) -> dict[str, Any]:
     """The inputs of the training stage. Raises UsageError for a candidate that cannot be trained."""
     if candidate.shots:
         raise UsageError(
@@ -193,7 +205,7 @@ def _inputs(context: PipelineContext, name: str, candidate: Candidate, settings:
     }
 
 
-def _scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[list[Example], str | None]:
+def scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[list[Example], str | None]:
     """The validation rows whose answers are scored in training. Where there are none, the reason is given, unless the
     settings or the data say so already."""
     rows = context.dataset.examples("validation")[: settings.validation_rows]
@@ -210,7 +222,7 @@ def _scored_rows(context: PipelineContext, settings: TrainSettings) -> tuple[lis
 
 def _validated_by(context: PipelineContext, candidate: Candidate, settings: TrainSettings) -> dict[str, Any] | None:
     """What scores of validation rows depend on besides the training; None where they are not scored."""
-    if not _scored_rows(context, settings)[0]:
+    if not scored_rows(context, settings)[0]:
         return None
     task = context.project.settings.task
     scorer = next(each for each in task.scorers if metric_of(each) == task.leading)
