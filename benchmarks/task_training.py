@@ -1,0 +1,131 @@
+"""Trains a task (tasks.py) in this process, and scores answers to its rows by the task's metric."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from leakage import Row
+from tasks import BASE, Split, Task
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.copying import Constraint, copied_fields
+from tunesmith.core.digests import digest_of
+from tunesmith.core.messages import Message
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.engines.factory import load_model
+from tunesmith.engines.protocol import Generation
+from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
+from tunesmith.evaluation.metrics.scorers import score
+from tunesmith.models.base import Base, resolve_base
+from tunesmith.store.store import Store
+from tunesmith.training.batches.rows import TrainingRow
+from tunesmith.training.scoring import AnswerScore
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.spec import TrainingResult
+from tunesmith.training.train import make_spec, run_training
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The base and its weights, loaded once for any number of trainings."""
+
+    base: Base
+    model: LoadedModel
+
+
+def load(scratch: Path, base: str = BASE) -> Loaded:
+    """Load the base. scratch: a folder for what it is unpacked from."""
+    found = resolve_base(Store(scratch / "store"), base, scratch)
+    return Loaded(found, load_model(found))
+
+
+def train_task(
+    loaded: Loaded,
+    task: Task,
+    split: Split,
+    settings: TrainSettings,
+    work: Path,
+    *,
+    progress: Progress = SILENT,
+    constrain: bool = True,
+) -> TrainingResult:
+    """Train on split.train, validating on split.held by the task's metric, in a work folder that it resumes from.
+
+    The adapter's files are in the result's folder. `settings.validation_rows` bounds the rows that are validated on.
+    """
+    validated = split.held[: settings.validation_rows]
+    spec = make_spec(
+        base=loaded.base,
+        dataset=digest_of({"task": task.digest}),
+        rows=_training_rows(task, split.train),
+        validation=_training_rows(task, validated),
+        settings=settings,
+        work=work,
+        name=task.name,
+    )
+
+    def mean(model: TrainableModel | None, count: int) -> float:
+        folder = None
+        if model is not None:
+            folder = work / "validated"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            model.save(folder)
+        texts = answers(loaded, task, validated[:count], folder, constrain=constrain)
+        return mean_score(task, validated[:count], texts)
+
+    scored = AnswerScore(task.metric, len(validated), mean) if settings.validate_by == "score" else None
+    return run_training(spec, progress, model=loaded.model, score=scored)
+
+
+def answers(
+    loaded: Loaded, task: Task, rows: Sequence[Row], folder: Path | None, *, constrain: bool = True
+) -> list[str]:
+    """Greedy answers to the rows' requests. folder: of the adapter; None: the base's own. constrain: as the task is."""
+    engine, name = loaded.model.engine(), None
+    if folder is not None:
+        name = "answering"
+        engine.load_adapter(name, folder)
+    hold = _constraint(loaded, task if constrain else None)
+    asked = [
+        hold.hold(
+            Generation(task.messages(request), max_tokens=task.max_tokens), [Message(role="user", content=request)]
+        )
+        for request, _ in rows
+    ]
+    return [one.text for one in engine.generate(asked, name)]
+
+
+def scores(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
+    """The score of each answer by the task's metric."""
+    return [score(task.metric, text, wanted, task.schema) for text, (_, wanted) in zip(texts, rows, strict=True)]
+
+
+def mean_score(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> float:
+    """Their mean."""
+    return math.fsum(scores(task, rows, texts)) / len(rows)
+
+
+def _constraint(loaded: Loaded, task: Task | None) -> Constraint:
+    schema: Mapping[str, object] | None = task.schema if task is not None and task.constrain else None
+    copied = task.constrain if task is not None and isinstance(task.constrain, tuple) else ()
+    return Constraint(
+        Candidate(
+            name="tuned",
+            base=loaded.base.digest,
+            max_tokens=1,
+            answer_schema=None if schema is None else json.dumps(schema, ensure_ascii=False),
+            copied=() if schema is None else copied_fields(schema, copied, "constrain"),
+        )
+    )
+
+
+def _training_rows(task: Task, rows: Sequence[Row]) -> list[TrainingRow]:
+    return [
+        TrainingRow(f"row-{place}", (*task.messages(request), Message(role="assistant", content=answer)))
+        for place, (request, answer) in enumerate(rows)
+    ]
