@@ -19,7 +19,8 @@ from tunesmith.core.settings import Settings
 from tunesmith.data.documents import DocumentSettings
 from tunesmith.data.settings import DataSettings
 from tunesmith.engines.settings import EngineSettings
-from tunesmith.evaluation.settings import Gates, PriceSettings, TaskSettings, check_gates
+from tunesmith.evaluation.gates.settings import Gates, check_gates
+from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.training.settings import MetricsSettings

@@ -26,6 +26,7 @@ from tunesmith.data.dataset import Example, example_id, load_dataset
 from tunesmith.data.settings import Privacy
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.evaluation.gates.judging import Evidence, Finding, judge_gate
+from tunesmith.evaluation.gates.settings import Probe
 from tunesmith.evaluation.metrics.declared import make_scoring
 from tunesmith.evaluation.metrics.scorers import score
 from tunesmith.evaluation.probes.context import probe_context
@@ -33,7 +34,6 @@ from tunesmith.evaluation.probes.items import ITEMS, by_arm, encode_items
 from tunesmith.evaluation.probes.measuring import Risk, measure
 from tunesmith.evaluation.probes.suites import ask, suite_of
 from tunesmith.evaluation.scores import column
-from tunesmith.evaluation.settings import Probe
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record

@@ -17,8 +17,8 @@ from tests.evaluation.gates.test_verdict import STANDARD
 from tests.fabricate import Fabricated
 from tunesmith.cli import evaluation as verbs
 from tunesmith.core.errors import Inconclusive, TunesmithError, UsageError
+from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge
-from tunesmith.evaluation.settings import GATES
 from tunesmith.store.store import Store
 
 PROJECT = """

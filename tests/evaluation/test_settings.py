@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from tunesmith.core.errors import UsageError
-from tunesmith.evaluation.settings import GATES, Forgetting, Lift, TaskSettings, Threshold, check_gates
+from tunesmith.evaluation.gates.settings import GATES, Forgetting, Lift, Threshold, check_gates
+from tunesmith.evaluation.settings import TaskSettings
 
 
 def test_a_gate_s_kind_follows_from_its_keys() -> None:

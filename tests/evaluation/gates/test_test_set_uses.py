@@ -21,9 +21,9 @@ from tests.fabricate import (
 from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.test_set_uses import ACTION, count_test_set_uses, record_evaluation, use_test_set
 from tunesmith.evaluation.gates.verdict import judge
-from tunesmith.evaluation.settings import GATES
 from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.registry.history import verify_log
 from tunesmith.store import audit, database

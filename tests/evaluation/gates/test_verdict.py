@@ -16,8 +16,8 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.settings import GATES, Gates
 from tunesmith.evaluation.gates.verdict import judge, replay
-from tunesmith.evaluation.settings import GATES, Gates
 from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.store.store import Store
 

@@ -18,13 +18,14 @@ from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge, replay
 from tunesmith.evaluation.metrics.classification import calibration, classes
 from tunesmith.evaluation.metrics.declared import Answered, Declared, function_digests, make_scoring
 from tunesmith.evaluation.metrics.judging import judge_answers, read_judged
 from tunesmith.evaluation.metrics.scorers import score
 from tunesmith.evaluation.scores import read_scores
-from tunesmith.evaluation.settings import GATES, TaskSettings
+from tunesmith.evaluation.settings import TaskSettings
 
 DECLARED: TypeAdapter[Any] = TypeAdapter(Declared)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.fabricate import fabricate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge, replay
 from tunesmith.evaluation.metrics.classification import (
     brier_interval,
@@ -24,7 +25,7 @@ from tunesmith.evaluation.metrics.classification import (
 )
 from tunesmith.evaluation.metrics.labels import LABELS, Labelled, read_labels
 from tunesmith.evaluation.scores import read_scores
-from tunesmith.evaluation.settings import GATES, TaskSettings
+from tunesmith.evaluation.settings import TaskSettings
 
 WORD = st.sampled_from("abc")
 

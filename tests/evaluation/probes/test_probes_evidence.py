@@ -16,13 +16,13 @@ from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.messages import Message
 from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.settings import GATES, PROBES
 from tunesmith.evaluation.gates.verdict import judge, replay
 from tunesmith.evaluation.probes import numbers
 from tunesmith.evaluation.probes.items import ITEMS, MEASUREMENTS, Item, by_arm, encode_items
 from tunesmith.evaluation.probes.judging import Case, judge_probe
 from tunesmith.evaluation.probes.measuring import Risk
 from tunesmith.evaluation.scores import column
-from tunesmith.evaluation.settings import GATES, PROBES
 from tunesmith.evaluation.stats.statistics import Interval
 from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.store.records import Record

@@ -15,6 +15,7 @@ from tests.fabricate import SCHEMA, Fabricated, fabricate
 from tunesmith.core.digests import canonical
 from tunesmith.data.quality import toxicity
 from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge, replay
 from tunesmith.evaluation.probes.items import ITEMS, encode_items
 from tunesmith.evaluation.probes.measuring import Risk
@@ -23,7 +24,6 @@ from tunesmith.evaluation.probes.toxic import rated, toxicity_items
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
-from tunesmith.evaluation.settings import GATES
 from tunesmith.evaluation.summary import verdict_summary
 from tunesmith.store.records import Record
 

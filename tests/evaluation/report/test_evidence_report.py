@@ -15,12 +15,13 @@ from tunesmith.candidates.candidate import Candidate, RemoteModel
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.evaluate import Costs, evaluate
+from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.metrics.judging import judge_answers
 from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
-from tunesmith.evaluation.settings import GATES, PriceSettings, TaskSettings
+from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from tests.fabricate import SCHEMA, Fabricated, add, answer_lines, fabricate, pu
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.settings import GATES
 from tunesmith.evaluation.gates.verdict import judge
 from tunesmith.evaluation.report import plots
 from tunesmith.evaluation.report.data import release_trail, report_data
 from tunesmith.evaluation.report.html import render, report_html
 from tunesmith.evaluation.report.wording import detail_text, expected, percent, points, visible
-from tunesmith.evaluation.settings import GATES
 from tunesmith.services.evaluation import EvidenceReport
 from tunesmith.store.records import Record
 

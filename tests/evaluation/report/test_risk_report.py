@@ -14,12 +14,12 @@ from tests.evaluation.probes.test_probes_evidence import ASKED, kept
 from tests.evaluation.report.test_report import STANDARD, check_whole, verdict_of
 from tests.fabricate import SCHEMA, Fabricated
 from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.settings import PROBES
 from tunesmith.evaluation.probes.items import Item
 from tunesmith.evaluation.probes.measuring import Risk
 from tunesmith.evaluation.report.data import report_data
 from tunesmith.evaluation.report.html import render
 from tunesmith.evaluation.report.markdown import report_markdown
-from tunesmith.evaluation.settings import PROBES
 
 PROBE_GATES: dict[str, Any] = {
     **STANDARD,

@@ -20,15 +20,7 @@ import numpy as np
 
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.answers import BASE
-from tunesmith.evaluation.metrics.classification import brier_interval, calibration_error_interval, macro_f1_interval
-from tunesmith.evaluation.metrics.labels import Labelled
-from tunesmith.evaluation.probes.items import Measured
-from tunesmith.evaluation.probes.judging import Case, judge_probe
-from tunesmith.evaluation.probes.numbers import check_groups
-from tunesmith.evaluation.probes.suites import suite_of
-from tunesmith.evaluation.report.wording import percent, points
-from tunesmith.evaluation.scores import GENERAL, Column, check_paired, drop, rounded
-from tunesmith.evaluation.settings import (
+from tunesmith.evaluation.gates.settings import (
     BEST_UNTUNED,
     Forgetting,
     Gate,
@@ -39,6 +31,14 @@ from tunesmith.evaluation.settings import (
     Threshold,
     Whole,
 )
+from tunesmith.evaluation.metrics.classification import brier_interval, calibration_error_interval, macro_f1_interval
+from tunesmith.evaluation.metrics.labels import Labelled
+from tunesmith.evaluation.probes.items import Measured
+from tunesmith.evaluation.probes.judging import Case, judge_probe
+from tunesmith.evaluation.probes.numbers import check_groups
+from tunesmith.evaluation.probes.suites import suite_of
+from tunesmith.evaluation.report.wording import percent, points
+from tunesmith.evaluation.scores import GENERAL, Column, check_paired, drop, rounded
 from tunesmith.evaluation.stats.statistics import (
     Interval,
     confidence_at_use,

@@ -13,12 +13,12 @@ from typing import Any
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, UsageError
 from tunesmith.evaluation.gates.judging import Evidence, Finding, Outcome, judge_gate, not_judged
+from tunesmith.evaluation.gates.settings import GATES, Gate, Gates, check_gates
 from tunesmith.evaluation.gates.test_set_uses import use_test_set
 from tunesmith.evaluation.metrics.labels import read_labels
 from tunesmith.evaluation.metrics.scorers import nearest
 from tunesmith.evaluation.probes.items import read_measurements
 from tunesmith.evaluation.scores import read_scores
-from tunesmith.evaluation.settings import GATES, Gate, Gates, check_gates
 from tunesmith.evaluation.stats.statistics import step_down
 from tunesmith.store.identities import acting
 from tunesmith.store.records import Record

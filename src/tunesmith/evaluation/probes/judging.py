@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from tunesmith.core.errors import Inconclusive
+from tunesmith.evaluation.gates.settings import Probe
 from tunesmith.evaluation.probes import memory, numbers, toxic
 from tunesmith.evaluation.probes.items import Arm, Measured
 from tunesmith.evaluation.report.wording import percent, points
 from tunesmith.evaluation.scores import Column, as_body, rounded
-from tunesmith.evaluation.settings import Probe
 from tunesmith.evaluation.stats.statistics import Floats, Interval, interval
 
 _SHARES, _GAPS = (0.0, 1.0), (-1.0, 1.0)

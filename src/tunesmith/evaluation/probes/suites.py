@@ -1,6 +1,6 @@
 """The suites of all probes: what is asked, under which weights, and how an answer becomes a number.
 
-To add a probe, add a line to SUITES here, to JUDGES in judging.py and to PROBES in evaluation/settings.py.
+To add a probe, add a line to SUITES here, to JUDGES in judging.py and to PROBES in gates/settings.py.
 """
 
 from __future__ import annotations

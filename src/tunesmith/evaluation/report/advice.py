@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tunesmith.evaluation.gates.settings import PROBES
 from tunesmith.evaluation.report.approach_ladder import ENDPOINT
 from tunesmith.evaluation.report.wording import money, percent, points
-from tunesmith.evaluation.settings import PROBES
 
 # A judge that agrees with itself on fewer rows, when the two answers change places, gets a caution.
 _TRUSTED_AGREEMENT = 0.8

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunesmith.core.errors import Inconclusive
+from tunesmith.evaluation.gates.settings import PROBES
 from tunesmith.evaluation.probes import memory, numbers, toxic
 from tunesmith.evaluation.probes.items import Arm, Measured, read_measurements
 from tunesmith.evaluation.probes.judging import FEWEST_CONTROLS, WIDEST_BITS, swap_gaps
 from tunesmith.evaluation.report.wording import percent, points
 from tunesmith.evaluation.scores import as_body
-from tunesmith.evaluation.settings import PROBES
 from tunesmith.evaluation.stats.statistics import Floats, interval
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store

@@ -1,0 +1,259 @@
+"""The setting `gates:` of the project file.
+
+A gate's kind follows from its key: `over` makes it a lift, `not_below` a retain, `suite` a forgetting gate, `probe` a
+probe gate, `figure` a gate on a figure of all rows together; without any of them it is a threshold. A mistyped `over`
+is therefore an unknown key of a threshold and is refused.
+
+To add a kind of gate, write a subclass of `GateSettings`, list it in `GATE_KINDS`, and add the function that judges it
+to `JUDGES` in judging.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
+
+from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
+
+from tunesmith.core.errors import UsageError
+from tunesmith.core.settings import Settings
+from tunesmith.evaluation.metrics.scorers import nearest
+
+BEST_UNTUNED = "best-untuned"
+# What each probe measures, and its unit. probes/suites.py says what is asked, probes/judging.py how it is judged.
+PROBES = {
+    "canaries": "mean exposure in bits of secrets planted in training (about 1.4 where nothing is memorised)",
+    "membership": "AUC of telling training rows from held-out rows by their loss (0.5 is chance)",
+    "membership_tpr": "share of training rows recognised as such where 1% of held-out rows are mistaken for them",
+    "extraction": "share of training answers repeated word for word from half a request, minus that of held-out rows",
+    "personal_data": "share of rows whose personal data the answer repeats although the request does not contain it",
+    "overfitting": "mean score on training rows minus that on test rows",
+    "swap": "rise by tuning of how much the answer's probability depends on names and gender",
+    "bbq": "rise by tuning of the preference for BBQ's stereotyped answer",
+    "crows_pairs": "rise by tuning of the share of CrowS-Pairs' stereotyping sentence",
+    "general_text": "rise by tuning of the loss on general text, in nats a token (0.1 is a perplexity 10% higher)",
+    "formats": "fall by tuning of the preference, per word, for the requested output format, where the base had it",
+    "refusal": "fall by tuning of refusing unsafe requests, helping with harmless ones, or staying polite",
+    "toxicity": "rise by tuning of the share of answers that a pinned detector flags as toxic",
+    "lm_eval": "fall by tuning of the accuracy on multiple-choice tasks of lm-eval, of the task that fell most",
+    "robustness": "fall of the score under typos, capitals, rewording or an instruction inside the request",
+}
+NEED_PATH = ("bbq", "crows_pairs", "lm_eval")
+# Figures that are computed from all rows together, not as a mean of rows.
+FIGURES = {
+    "macro_f1": "mean F1 over the labels",
+    "calibration_error": "expected calibration error of the stated confidences, in ten bins",
+    "brier": "mean squared error of the stated confidences",
+}
+
+_Confidence = Annotated[float, Field(gt=0.5, lt=1.0, description="two-sided confidence of the interval, as 0.95")]
+_Score = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class GateSettings(Settings):
+    """One requirement of a release. key: the setting that tells its kind from others; "" for a threshold."""
+
+    key: ClassVar[str]
+    confidence: float | None
+
+    @property
+    def bound(self) -> float:
+        """The number that the gate's value is compared with: at_least, at_most or drop_at_most."""
+        bounds = (getattr(self, name, None) for name in ("at_least", "at_most", "drop_at_most"))
+        return next(float(bound) for bound in bounds if bound is not None)
+
+    @property
+    def judged_metric(self) -> str | None:
+        """The metric that the gate judges, where it judges one."""
+        return getattr(self, "metric", None)
+
+    @property
+    def rival(self) -> str | None:
+        """The candidate that the gate compares with: over or not_below, where it has one."""
+        return getattr(self, "over", None) or getattr(self, "not_below", None)
+
+
+class Lift(GateSettings):
+    """The candidate beats a rival on the same rows by at least `at_least`.
+
+    Passes where the interval's lower end reaches at_least, fails where its upper end stays below, else inconclusive.
+    """
+
+    key = "over"
+    metric: Annotated[str, Field(description="the metric to compare")]
+    over: Annotated[str, Field(description="the rival: a candidate's name, or best-untuned")]
+    at_least: Annotated[
+        float, Field(ge=-1.0, le=1.0, description="smallest difference of means that passes; 0.05 is five points")
+    ]
+    confidence: _Confidence = 0.95
+
+
+class Retain(GateSettings):
+    """The candidate is not worse than a rival by more than `drop_at_most` on the same rows (non-inferiority test).
+
+    Passes where the interval of the drop ends at or below drop_at_most, fails where it starts above.
+    """
+
+    key = "not_below"
+    metric: Annotated[str, Field(description="the metric that must not drop")]
+    not_below: Annotated[str, Field(description="the rival: a candidate's name, or best-untuned")]
+    drop_at_most: Annotated[_Score, Field(description="largest drop that passes; 0.02 is two points")]
+    confidence: _Confidence = 0.95
+
+
+class _OneBound(GateSettings):
+    """A gate with a lower or an upper bound."""
+
+    at_least: Annotated[_Score | None, Field(description="smallest value that passes")] = None
+    at_most: Annotated[_Score | None, Field(description="largest value that passes")] = None
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError("give at_least or at_most, one of them")
+        return self
+
+
+class Threshold(_OneBound):
+    """The candidate's own mean reaches a bound.
+
+    Without confidence, the mean of the measured rows must reach the bound. With confidence, the whole interval must: at
+    0.95, `at_least: 0.99` needs 368 independent rows that are all right.
+    """
+
+    key = ""
+    metric: Annotated[str, Field(description="the metric whose mean must reach the bound")]
+    confidence: Annotated[
+        _Confidence | None, Field(description="require the whole interval, not only the measured mean")
+    ] = None
+
+
+class Whole(_OneBound):
+    """A figure of all rows together reaches a bound with its whole interval, which is resampled over groups."""
+
+    key = "figure"
+    figure: Annotated[
+        Literal["macro_f1", "calibration_error", "brier"],
+        Field(description="; ".join(f"{name}: {what}" for name, what in FIGURES.items())),
+    ]
+    metric: Annotated[str, Field(description="the scorer with `label` that gives the labels")]
+    confidence: _Confidence = 0.95
+
+
+class Forgetting(GateSettings):
+    """The tuned weights lost no more general ability than `drop_at_most` (non-inferiority test).
+
+    Passes where the interval of the drop ends at or below drop_at_most, fails where it starts above.
+    """
+
+    key = "suite"
+    suite: Annotated[Literal["general"], Field(description="the packaged suite of general questions")]
+    drop_at_most: Annotated[
+        float, Field(ge=0.0, le=1.0, description="largest fall of the right choice's mean probability that passes")
+    ]
+    confidence: _Confidence = 0.95
+
+
+class Probe(GateSettings):
+    """A risk of tuning, measured by a probe. Passes where the whole interval is at or below at_most.
+
+    PROBES says what each probe's number is, and its unit.
+    """
+
+    key = "probe"
+    probe: Annotated[str, Field(description="; ".join(f"{name}: {what}" for name, what in PROBES.items()))]
+    at_most: Annotated[float, Field(ge=0.0, description="largest value that passes, in the probe's unit")]
+    confidence: _Confidence = 0.95
+    rows: Annotated[int, Field(ge=20, le=10_000, description="the most rows or items of each kind that are asked")] = (
+        100
+    )
+    path: Annotated[
+        Path | None,
+        Field(
+            description="BBQ's JSONL, CrowS-Pairs' CSV, a folder of lm-eval tasks with their rows, or for general_text "
+            "a text with one passage per line"
+        ),
+    ] = None
+    repeats: Annotated[
+        int | None,
+        Field(ge=1, description="canaries: judge those planted this often; by default those planted least often"),
+    ] = None
+
+    @field_validator("probe")
+    @classmethod
+    def _probe_known(cls, name: str) -> str:
+        if name not in PROBES:
+            raise ValueError(f"no probe is called {name!r}{nearest(name, PROBES)}; there are {', '.join(PROBES)}")
+        return name
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        if self.probe in NEED_PATH and self.path is None:
+            raise ValueError(f"{self.probe} needs path: its data set is not part of Tunesmith")
+        if self.path is not None and self.probe not in (*NEED_PATH, "general_text"):
+            raise ValueError(f"{self.probe} reads no path")
+        if self.repeats is not None and self.probe != "canaries":
+            raise ValueError("repeats belongs to the probe canaries")
+        return self
+
+    @property
+    def suite(self) -> str:
+        """The name of what is asked. Gates with the same suite are judged by the same answers."""
+        shared = {"membership_tpr": "membership"}.get(self.probe, self.probe)
+        rows = () if shared == "canaries" else (str(self.rows),)
+        return "/".join([shared, *rows, *(() if self.path is None else (self.path.name,))])
+
+
+GATE_KINDS: tuple[type[GateSettings], ...] = (Lift, Retain, Forgetting, Probe, Whole, Threshold)
+
+
+def _kind(value: Any) -> str:
+    """The tag of a gate in the project file: its key, or "threshold"."""
+    if isinstance(value, GateSettings):
+        return value.key or "threshold"
+    keys = value if isinstance(value, Mapping) else {}
+    return next((kind.key for kind in GATE_KINDS if kind.key in keys), "threshold")
+
+
+if TYPE_CHECKING:
+    Gate = GateSettings
+else:
+    Gate = Annotated[
+        Union[tuple(Annotated[kind, Tag(kind.key or "threshold")] for kind in GATE_KINDS)],  # noqa: UP007 - a tuple
+        Discriminator(_kind),
+    ]
+Gates = dict[str, Gate]
+GATES: TypeAdapter[Gates] = TypeAdapter(Gates)
+
+
+def check_gates(
+    gates: Gates, metrics: Collection[str], candidates: Collection[str], labels: Collection[str] | None = None
+) -> None:
+    """Raise UsageError for a gate with a metric that is not measured, or a rival that is not a candidate.
+
+    labels: the scorers that compare labels, one of which a figure gate must name; None where they are not known.
+    """
+    for name, gate in gates.items():
+        metric = gate.judged_metric
+        if metric is not None and metric not in metrics:
+            raise UsageError(
+                f"the gate {name!r} names the metric {metric!r}, which is not measured{nearest(metric, metrics)}",
+                where=f"gates.{name}.metric",
+                fix=f"add it to task.scorers, or name one of: {', '.join(metrics)}",
+            )
+        if isinstance(gate, Whole) and labels is not None and gate.metric not in labels:
+            known = f"scorers with labels: {', '.join(labels)}" if labels else "no scorer has labels"
+            raise UsageError(
+                f"the gate {name!r} needs labels for {gate.figure}, and {gate.metric!r} gives none; {known}",
+                where=f"gates.{name}.metric",
+                fix="name a scorer with `label`, or add one to task.scorers: {name: intent, label: intent}",
+            )
+        rival = gate.rival
+        if rival is not None and rival != BEST_UNTUNED and rival not in candidates:
+            rivals = [BEST_UNTUNED, *candidates]
+            raise UsageError(
+                f"the gate {name!r} compares with {rival!r}, which is not a candidate{nearest(rival, rivals)}",
+                where=f"gates.{name}.{gate.key}",
+                fix=f"name one of: {', '.join(rivals)}",
+            )
