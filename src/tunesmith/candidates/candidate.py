@@ -49,7 +49,7 @@ class Candidate(Settings):
     prompt: str = ""
     shots: tuple[tuple[Message, ...], ...] = ()
     retrieve: Retrieve | None = None
-    # JSON Schema as text, since answers must have its keys in this order. None: answers are not constrained.
+    # JSON Schema as text: some engines write keys in its order. None: answers are not constrained.
     answer_schema: str | None = None
     answer_grammar: str | None = None  # Lark, instead of a schema
     copied: tuple[str, ...] = ()  # paths of the fields whose values are words of the request's user turns

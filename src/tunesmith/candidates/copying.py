@@ -18,28 +18,16 @@ from functools import lru_cache
 from typing import Any, Final
 
 from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.schema_rules import ARRAY, FIX, NOTES, OBJECT, SchemaRules, orders_keys, resolved, types_of
 from tunesmith.candidates.words import END, SPACE, is_copied, pieces
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.reading.strict_json import NotJson, parse_json
-from tunesmith.engines.json_text import ITEM_SEPARATOR, KEY_SEPARATOR, restricted
 from tunesmith.engines.protocol import Generation
 
 _GRAMMARS_KEPT: Final = 64
 _FEWEST, _BEYOND = 20, 0.02  # values that a proposal to copy needs, and the share that may not be copied
 _REFERENCES: Final = 2  # how often one $ref is followed on the way to a field
-_NOTES: Final = frozenset(
-    {"title", "description", "default", "examples", "$comment", "$schema", "$id", "$defs", "definitions", "deprecated"}
-)
-_OBJECT: Final = frozenset({"properties", "required", "additionalProperties"})
-_ARRAY: Final = frozenset({"items", "minItems", "maxItems"})
-_FIX: Final = "simplify the schema there, or leave the field out of copy"
-# A name has one spelling only: by \\u0062, a listed name could be written a second time, with another value.
-_TERMINALS: Final = rf"""
-ITEM: /{ITEM_SEPARATOR}/
-KEY: /{KEY_SEPARATOR}/
-NAME: /"(\\[\"\\bfnrt]|[^\"\\\x00-\x1F\x7F])*"/
-"""
 # A value begins and ends with a piece, not with whitespace.
 _COPIED: Final = rf"""COPIED: "\"" VALUE "\""
 VALUE: RUN & /[^{SPACE}\n]([^\n]*[^{SPACE}\n])?/
@@ -51,8 +39,11 @@ class Constraint:
 
     def __init__(self, candidate: Candidate) -> None:
         self._schema, self._grammar = candidate.answer_schema, candidate.answer_grammar
-        copies = self._schema is not None and candidate.copied
-        self._grammars = CopyGrammars(self._schema or "", candidate.copied) if copies else None
+        self._grammars: CopyGrammars | None = None
+        if self._schema is not None and candidate.copied:
+            self._grammars = CopyGrammars(self._schema, candidate.copied)
+        elif self._schema is not None and orders_keys(root := json.loads(self._schema)):
+            self._grammar = SchemaRules(root).write()
 
     def hold(self, request: Generation, own: Sequence[Message]) -> Generation:
         """The request with its schema or grammar. own: its own turns, without prompt, shots and passages.
@@ -72,7 +63,7 @@ class CopyGrammars:
 
     def __init__(self, schema: str, fields: Sequence[str]) -> None:
         root = json.loads(schema)
-        self._rules = {words: _Rules(root, frozenset(fields), words).write() for words in (True, False)}
+        self._rules = {words: SchemaRules(root, fields, words).write() for words in (True, False)}
         self._grammar = lru_cache(_GRAMMARS_KEPT)(self._write)
 
     def grammar(self, texts: Sequence[str]) -> str:
@@ -122,13 +113,13 @@ def copied_fields(schema: Mapping[str, Any], patterns: Sequence[str], where: str
         # A wildcard skips what is not free text. But other keys with any value would let an invented one in.
         barred = [path for path in matching if known[path] and (not free or path == pattern or path.endswith("*"))]
         if barred:
-            raise UsageError(f"{barred[0]!r} cannot be copied: {known[barred[0]]}", where=where, fix=_FIX)
+            raise UsageError(f"{barred[0]!r} cannot be copied: {known[barred[0]]}", where=where, fix=FIX)
         wanted.update(dict.fromkeys(free))
     fields = tuple(path for path in known if path in wanted)
     try:
         CopyGrammars(json.dumps(schema, ensure_ascii=False), fields)
     except UsageError as error:
-        raise UsageError(error.what, where=where, fix=_FIX) from error
+        raise UsageError(error.what, where=where, fix=FIX) from error
     return fields
 
 
@@ -204,13 +195,13 @@ def _fields(root: Mapping[str, Any], schema: Any, path: str, followed: tuple[str
         return
     if (reference := schema.get("$ref")) is not None:
         if followed.count(reference) < _REFERENCES:
-            yield from _fields(root, _resolved(root, reference, path), path, (*followed, reference))
+            yield from _fields(root, resolved(root, reference, path), path, (*followed, reference))
         return
     for part in schema.get("anyOf", ()):
         yield from _fields(root, part, path, followed)
     for key, part in schema.get("properties", {}).items():
         yield from _fields(root, part, f"{path}.{key}" if path else key, followed)
-    if (further := schema.get("additionalProperties", "object" in _types(schema))) is not False:
+    if (further := schema.get("additionalProperties", "object" in types_of(schema))) is not False:
         yield from _fields(root, further, f"{path}.*" if path else "*", followed)
     if "items" in schema:
         yield from _fields(root, schema["items"], f"{path}[]", followed)
@@ -220,142 +211,11 @@ def _fields(root: Mapping[str, Any], schema: Any, path: str, followed: tuple[str
 
 def _not_copied(schema: Mapping[str, Any]) -> str:
     """Why the values of a schema cannot be copied; "" where they can."""
-    types = _types(schema)
+    types = types_of(schema)
     if types == ["array"]:
         return "it is a list: name its items, with []"
     if "string" not in types or set(types) - {"string", "null"}:
         return f"it is not a text but {' or '.join(types) or 'any value'}"
-    if further := sorted(schema.keys() - _NOTES - {"type", "minLength"} - _OBJECT - _ARRAY):
+    if further := sorted(schema.keys() - NOTES - {"type", "minLength"} - OBJECT - ARRAY):
         return f"the schema limits it by {further[0]} already"
     return "it must have several letters" if schema.get("minLength", 0) > 1 else ""
-
-
-def _types(schema: Mapping[str, Any]) -> list[str]:
-    found = schema.get("type", [])
-    return [found] if isinstance(found, str) else list(found)
-
-
-def _resolved(root: Mapping[str, Any], reference: str, path: str) -> Any:
-    found: Any = root
-    try:
-        for part in reference.removeprefix("#").split("/")[1:]:
-            part = part.replace("~1", "/").replace("~0", "~")
-            found = found[int(part)] if isinstance(found, list) else found[part]
-    except (KeyError, ValueError, IndexError, TypeError):
-        raise _unsupported(f"$ref: {reference}", path) from None
-    return found
-
-
-def _unsupported(what: str, path: str) -> UsageError:
-    return UsageError(f"{path or 'the answer'}: {what} is not supported on the way to a copied field", fix=_FIX)
-
-
-class _Rules:
-    """Writes the rules of a schema. words: whether the request holds any. A value that is not possible is None."""
-
-    def __init__(self, root: Mapping[str, Any], fields: frozenset[str], words: bool) -> None:
-        self._root, self._fields, self._words = root, fields, words
-        self._written: list[str] = []
-
-    def write(self) -> str | None:
-        """The rules, without the terminal COPIED; None where no answer is possible."""
-        start = self._value(self._root, "")
-        if start is None:
-            return None
-        return f"start: {start}\n{''.join(self._written)}{_TERMINALS}"
-
-    def _rule(self, body: str) -> str:
-        name = f"r{len(self._written)}"
-        self._written.append(f"{name}: {body}\n")
-        return name
-
-    def _value(self, schema: Any, path: str) -> str | None:
-        inside = tuple(field for field in self._fields if field.startswith((f"{path}.", f"{path}[")) or not path)
-        if not isinstance(schema, dict) or (path not in self._fields and not inside):
-            return self._plain(schema, path)
-        if "$ref" in schema:
-            self._only(schema, {"$ref"}, path)
-            return self._value(_resolved(self._root, schema["$ref"], path), path)
-        if "anyOf" in schema:
-            self._only(schema, {"anyOf"}, path)
-            return self._any([self._value(part, path) for part in schema["anyOf"]])
-        return self._any([self._typed(schema, kind, path) for kind in self._kinds(schema, path)])
-
-    def _kinds(self, schema: Mapping[str, Any], path: str) -> list[str]:
-        if not (found := _types(schema)):
-            raise _unsupported("a schema without type", path)
-        return found
-
-    def _typed(self, schema: Mapping[str, Any], kind: str, path: str) -> str | None:
-        if kind == "object":
-            self._only(schema, _OBJECT | _ARRAY | {"type"}, path)
-            return self._object(schema, path)
-        if kind == "array":
-            self._only(schema, _OBJECT | _ARRAY | {"type"}, path)
-            return self._array(schema, path)
-        if kind == "string" and path in self._fields:
-            return "COPIED" if self._words else None
-        return self._plain({**schema, "type": kind}, path)
-
-    def _object(self, schema: Mapping[str, Any], path: str) -> str | None:
-        properties, required = schema.get("properties", {}), schema.get("required", ())
-        further = schema.get("additionalProperties", True)
-        members: list[tuple[str, bool]] = []
-        for key in dict.fromkeys([*properties, *required]):
-            value = self._value(properties.get(key, further), f"{path}.{key}" if path else key)
-            if value is None and key in required:
-                return None
-            if value is not None:
-                members.append((f"{self._plain({'const': key}, path)} KEY {value}", key in required))
-        other = self._value(further, f"{path}.*" if path else "*")
-        pair = "" if other is None else f"{self._name(properties)} KEY {other}"
-        # From the last member back: what may follow where no member is written yet, and where one is.
-        first = self._rule(f"({pair} (ITEM {pair})*)?" if pair else '""')
-        later = self._rule(f"(ITEM {pair})*" if pair else '""')
-        for member, needed in reversed(members):
-            first = self._rule(f"{member} {later}" + ("" if needed else f" | {first}"))
-            later = self._rule(f"ITEM {member} {later}" + ("" if needed else f" | {later}"))
-        return self._rule(f'"{{" {first} "}}"')
-
-    def _name(self, properties: Mapping[str, Any]) -> str:
-        """A terminal for the keys that the schema does not list."""
-        listed = [json.dumps(json.dumps(key, ensure_ascii=False), ensure_ascii=False) for key in properties]
-        if not listed:
-            return "NAME"
-        name = f"NAME_{len(self._written)}"
-        self._written.append(f"{name}: NAME & ~({' | '.join(listed)})\n")
-        return name
-
-    def _array(self, schema: Mapping[str, Any], path: str) -> str | None:
-        least, most = int(schema.get("minItems", 0)), schema.get("maxItems")
-        item = None if most == 0 else self._value(schema.get("items", True), f"{path}[]")
-        if item is None:
-            return self._rule('"[" "]"') if least == 0 else None
-        more = f"{max(0, least - 1)},{'' if most is None else int(most) - 1}"
-        several = f"{item} (ITEM {item}){{{more}}}"
-        return self._rule(f'"[" {several} "]"' if least else f'"[" ({several})? "]"')
-
-    def _plain(self, schema: Any, path: str) -> str | None:
-        """A schema with no copied field in it."""
-        if schema is False:
-            return None
-        own: dict[str, Any] = {} if schema is True else dict(schema)
-        referred = json.dumps(own)
-        if '"$ref"' in referred:
-            targets = re.findall(r'"\$ref": "([^"]*)"', referred)
-            if outside := [each for each in targets if not each.startswith(("#/$defs/", "#/definitions/"))]:
-                raise _unsupported(f"$ref: {outside[0]}", path)
-            own |= {key: self._root[key] for key in ("$defs", "definitions") if key in self._root}
-        if "$schema" in self._root:
-            own["$schema"] = self._root["$schema"]
-        return self._rule(f"%json {json.dumps(restricted(own), ensure_ascii=False)}")
-
-    def _any(self, found: Sequence[str | None]) -> str | None:
-        possible = list(dict.fromkeys(each for each in found if each is not None))
-        if len(possible) > 1:
-            return self._rule(" | ".join(possible))
-        return possible[0] if possible else None
-
-    def _only(self, schema: Mapping[str, Any], known: frozenset[str] | set[str], path: str) -> None:
-        if further := sorted(schema.keys() - known - _NOTES):
-            raise _unsupported(further[0], path)

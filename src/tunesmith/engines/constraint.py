@@ -1,7 +1,7 @@
 """Structured outputs: decoding that allows only tokens which can still lead to an answer that fits a JSON Schema or a
 Lark grammar.
 
-llguidance computes the allowed tokens. Keys come in the schema's order; one space may follow a comma or colon.
+llguidance computes the allowed tokens. With a schema, keys come in its order; one space may follow a comma or colon.
 """
 
 from __future__ import annotations

@@ -16,10 +16,11 @@ class Generation:
     """One request.
 
     temperature: 0 decodes greedily; seed has no effect then. stop: texts that end the answer and are not part of it.
-    schema: JSON Schema, as JSON, that decoding follows. grammar: what it follows instead, in llguidance's dialect of
-    Lark. own_grammar: whether the grammar was made from the request's messages, so that they are at fault where it
-    cannot be followed. top_logprobs: number of likeliest tokens to report at each step with their log-probabilities;
-    None: report no log-probabilities.
+    schema: JSON Schema, as JSON, that decoding follows, with keys in the schema's order. grammar: what it follows
+    instead, in llguidance's dialect of Lark; an engine without grammars follows the schema where both are given.
+    own_grammar: whether the grammar was made from the request's messages, so that they are at fault where it cannot be
+    followed. top_logprobs: number of likeliest tokens to report at each step with their log-probabilities; None: report
+    no log-probabilities.
     """
 
     messages: tuple[Message, ...]

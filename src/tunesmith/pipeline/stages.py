@@ -28,9 +28,9 @@ from tunesmith.store.recalls import recalled
 REVISIONS = {
     "data": 9,
     "documents": 2,
-    "train": 3,
-    "search": 1,
-    "answer": 1,
+    "train": 4,
+    "search": 2,
+    "answer": 2,
     "judge": 1,
     "probe": 1,
     "risk": 3,

@@ -151,7 +151,7 @@ class VllmEngine:
             "return_token_ids": True,
             **_NEUTRAL,
         }
-        if request.grammar is not None:
+        if request.grammar is not None and request.schema is None:
             raise UsageError(
                 "the vLLM engine cannot hold answers to a grammar: constrain: {copy} needs an engine in this process",
                 where="constrain",

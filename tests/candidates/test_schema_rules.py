@@ -1,0 +1,138 @@
+"""Schemas as grammars: the same answers as the schema allows, with keys in any order."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.candidates.test_copying import fits
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.candidates.copying import Constraint
+from tunesmith.candidates.schema_rules import SchemaRules, orders_keys
+from tunesmith.core.messages import Message
+from tunesmith.core.reading.answer_schema import satisfies
+from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.engines.protocol import Generation
+
+Schema = dict[str, Any]
+INNER: Schema = {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"enum": ["a", "b"]}}}
+KEYS = ("k0", 'a "b"\\', "é", "inner", "list", "maybe")
+PARTS: tuple[Schema, ...] = (
+    {"type": "string"},
+    {"type": "integer", "minimum": 0, "maximum": 9},
+    {"enum": ["one", "two"]},
+    {**INNER, "required": ["y"], "additionalProperties": False},
+    {"type": "array", "items": {**INNER, "additionalProperties": False}, "maxItems": 2},
+    {"type": ["object", "null"], "properties": {"x": {}, "y": {}}, "additionalProperties": False},
+)
+VALUES: tuple[Any, ...] = (
+    "one",
+    "",
+    3,
+    12,
+    None,
+    {},
+    {"y": "a"},
+    {"y": "b", "x": 1},
+    {"x": 1},
+    [{"y": "b", "x": 2}],
+    [],
+)
+
+
+@given(
+    required=st.sets(st.sampled_from(KEYS)),
+    further=st.sampled_from([False, {"type": "string"}]),
+    members=st.lists(st.tuples(st.sampled_from([*KEYS, "other"]), st.sampled_from(VALUES)), max_size=7),
+)
+@settings(max_examples=120, deadline=None)
+def test_the_grammar_allows_what_the_schema_allows(required: set[str], further: Any, members: list[Any]) -> None:
+    schema: Schema = {
+        "type": "object",
+        "properties": dict(zip(KEYS, PARTS, strict=True)),
+        "required": sorted(required),
+        "additionalProperties": further,
+    }
+    grammar = SchemaRules(schema).write()
+    assert grammar is not None
+    written = "{" + ", ".join(f"{_written(key)}: {_written(value)}" for key, value in members) + "}"
+    try:
+        expected = satisfies(parse_json(written), schema)
+    except NotJson:  # a key twice
+        twice = [key for key, _ in members]
+        expected = False
+        if all(twice.count(key) == 1 for key in KEYS if key in twice):
+            return  # only keys that the schema does not list may come twice: no grammar can count those
+    assert fits(grammar, written) is expected
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def test_every_key_once_in_any_order() -> None:
+    schema = {"type": "object", "properties": {f"k{n}": {"type": "null"} for n in range(64)}}
+    schema |= {"required": [f"k{n}" for n in range(0, 64, 2)], "additionalProperties": False}
+    grammar = SchemaRules(schema).write()
+    assert grammar is not None
+    keys = list(schema["properties"])
+    random.Random(0).shuffle(keys)
+    assert fits(grammar, json.dumps(dict.fromkeys(keys)))
+    assert not fits(grammar, json.dumps(dict.fromkeys(key for key in keys if key != "k2"))), "k2 is required"
+    assert not fits(grammar, json.dumps(dict.fromkeys(keys))[:-1] + ', "k1": null}')
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        (INNER, True),
+        ({"type": "array", "items": INNER}, True),
+        ({"type": ["null", "object"], "properties": {"a": INNER}}, True),
+        ({"type": "object", "properties": {"a": {"type": "string"}}}, False),
+        ({"type": "object", "properties": {f"k{n}": {} for n in range(65)}}, False),
+        ({**INNER, "minProperties": 1}, False),
+        ({"$ref": "#/$defs/a", "$defs": {"a": INNER}}, False),
+        ({"type": "string"}, False),
+        (True, False),
+    ],
+)
+def test_which_schemas_have_keys_to_order(schema: Any, expected: bool) -> None:
+    assert orders_keys(schema) is expected
+
+
+def test_what_the_rules_cannot_say_stays_json_schema() -> None:
+    schema: Schema = {
+        "type": "object",
+        "properties": {
+            "a": {"$ref": "#/$defs/a"},
+            "b": {**INNER, "required": ["x", "y"], "minProperties": 2},
+            "c": {"type": "null"},
+        },
+        "additionalProperties": False,
+        "$defs": {"a": {**INNER, "additionalProperties": False}},
+    }
+    grammar = SchemaRules(schema).write()
+    assert grammar is not None
+    assert fits(grammar, '{"c": null, "b": {"x": 1, "y": "a"}, "a": {"x": 1, "y": "a"}}')
+    assert not fits(grammar, '{"b": {"x": 1}}')
+    assert not fits(grammar, '{"a": {"z": 1}}')
+
+
+def test_a_constrained_candidate_may_write_keys_in_any_order() -> None:
+    own = (Message(role="user", content="x"),)
+
+    def held(schema: Schema) -> Generation:
+        candidate = Candidate(name="c", base="b", max_tokens=9, answer_schema=json.dumps(schema))
+        return Constraint(candidate).hold(Generation(own), own)
+
+    request = held(INNER)
+    assert request.schema == json.dumps(INNER), "for engines without grammars"
+    assert request.grammar is not None
+    assert fits(request.grammar, '{"y": "a", "x": 1}')
+    assert not request.own_grammar
+    assert held({"type": "string"}).grammar is None
