@@ -313,7 +313,7 @@ def _instructions(folder: Path) -> list[Task]:
             one = json.loads(line)
             given = one["instances"][0]
             request = one["instruction"] + (f"\n\n{given['input']}" if given["input"] else "")
-            if len(request) + len(given["output"]) <= 1600:
+            if len(request) <= 1200 and len(given["output"]) <= 300:
                 rows.append(Grouped(request, given["output"].strip(), one["id"]))
     prompt = "Do what the user asks."
     return [_task("instructions", "free text", prompt, rows, test=100, metric="rougeL", licence="Apache-2.0")]

@@ -1,0 +1,273 @@
+"""What recipe fits the rows: trainings of many settings on tasks of different kinds, scored by each task's metric.
+
+    python benchmarks/study.py --minutes 30        # goes on where the last run stopped; safe to kill at any moment
+    python benchmarks/study.py --table             # what is known so far
+    python benchmarks/study.py --plan              # the trials that are left, in order
+
+A trial trains an adapter on some rows of a task (tasks.py) and answers rows that were held out of the training rows;
+test requests are not read. Each finished trial is a line of results/study.jsonl, so that short runs add up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from task_training import Loaded, answers, load, scores, train_task
+from tasks import FOLDER, Task, tasks
+from tunesmith.core.digests import digest_of
+from tunesmith.training.settings import TrainSettings
+
+RESULTS = Path(__file__).parent / "results" / "study.jsonl"
+REVISION = 1  # raise it where a trial of the same settings would give another score: earlier lines then no longer count
+ANSWERED = 100  # held-out rows that are answered
+WORK = Path(tempfile.gettempdir()) / "tunesmith-study"
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training. Everything that is not named here is the same in all trials: see `settings`."""
+
+    task: str
+    rows: int
+    epochs: int
+    rate: float = 1e-3
+    rank: int = 16
+    batch: int = 16
+    decay: float = 0.25
+    alpha: float = 2.0  # as a multiple of the rank
+    weight_decay: float = 0.0
+    b_rate: float = 1.0
+    loss_on: str = "assistant"
+    start: str = "zero"
+    seed: int = 0
+
+    def settings(self) -> TrainSettings:
+        """As a candidate would have them: warm-up, stable, decay; the weights of the last step."""
+        return TrainSettings.model_validate(
+            {
+                "epochs": self.epochs,
+                "learning_rate": self.rate,
+                "rank": self.rank,
+                "alpha": self.alpha * self.rank,
+                "batch": self.batch,
+                "schedule": "wsd",
+                "decay": self.decay,
+                "weight_decay": self.weight_decay,
+                "b_rate": self.b_rate,
+                "loss_on": self.loss_on,
+                "start": self.start,
+                "seed": self.seed,
+                "warmup": 0.05,
+                "validations": 1,
+                "validate_by": "loss",
+                "validation_rows": ANSWERED,
+                "keep": "last",
+                "max_length": 2048,
+            }
+        )
+
+    @property
+    def recipe(self) -> Trial:
+        """The trial without its task and seed."""
+        return replace(self, task="", seed=0)
+
+
+GRID = ("snips", "banking77", "wording", "personal", "calls")  # one of each kind
+GRID_ROWS = 200
+RATES = (3e-4, 1e-3, 3e-3)
+RANKS = (32, 8)
+
+
+def plan() -> Iterator[Trial]:
+    """Every trial, the most informative first."""
+    for rank in RANKS:
+        for epochs in (3, 10, 1):
+            for rate in (1e-3, 3e-3, 3e-4):
+                for task in GRID:
+                    yield Trial(task, GRID_ROWS, epochs, rate, rank)
+
+
+def key_of(trial: Trial, task: Task) -> str:
+    """Names a trial with everything that its score depends on, apart from the machine."""
+    return digest_of({"revision": REVISION, "answered": ANSWERED, "task": task.digest, **asdict(trial)})
+
+
+def read() -> dict[str, Line]:
+    """The finished trials by key. A line that a killed run left half-written is skipped."""
+    found = {}
+    for line in RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else ():
+        try:
+            one = json.loads(line)
+        except ValueError:
+            print(f"{RESULTS}: skipping a line that is not whole", file=sys.stderr)
+            continue
+        found[one["key"]] = one
+    return found
+
+
+def append(line: Line) -> None:
+    """Add a line, durable before this returns."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("ab+") as stream:
+        stream.seek(0, os.SEEK_END)
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                stream.write(b"\n")
+        stream.write(json.dumps(line, sort_keys=True).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def run(trial: Trial, task: Task, loaded: Loaded, key: str) -> Line:
+    """Train, answer and score. A trial that was killed goes on from its checkpoints."""
+    import torch
+
+    split, work = task.split(trial.rows, trial.seed), WORK / key.removeprefix("sha256:")[:16]
+    asked = split.held[:ANSWERED]
+    result = train_task(loaded, task, split, trial.settings(), work)
+    began = time.perf_counter()
+    found = scores(task, asked, answers(loaded, task, asked, result.folder))
+    answering = time.perf_counter() - began
+    shutil.rmtree(work)
+    return {
+        "key": key,
+        "revision": REVISION,
+        "trial": asdict(trial),
+        "task": task.digest,
+        "trained": len(split.train),
+        "score": round(statistics.fmean(found), 5),
+        "scores": [round(each, 3) for each in found],
+        "loss": round(result.state.validation[-1]["loss"], 5),
+        "training_loss": round(statistics.fmean(step["loss"] for step in result.state.curve[-5:]), 5),
+        "steps": result.state.step,
+        "seconds": round(result.state.seconds, 1),
+        "answering_seconds": round(answering, 1),
+        "machine": f"{_processor()}, {torch.get_num_threads()} threads",
+        "kernel_revision": result.environment["kernel_revision"],
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    amx = " with AMX" if any("amx_bf16" in line for line in lines) else ""
+    return (names[0] if names else platform.machine()) + amx
+
+
+def work(minutes: float) -> None:
+    """Run trials until the time is used. The last one is begun only where it is likely to end in time."""
+    known, every = read(), tasks(FOLDER)
+    left = [(trial, key) for trial, key in _keyed(plan(), every) if key not in known]
+    until = time.monotonic() + 60 * minutes
+    print(f"{len(left)} trials left", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        loaded = load(Path(scratch))
+        for trial, key in left:
+            if time.monotonic() > until:
+                break
+            if key in read():  # by another run at the same time
+                continue
+            line = run(trial, every[trial.task], loaded, key)
+            append(line)
+            print(
+                f"{trial.task:<12} {_told(trial.recipe)}: score {line['score']:.3f}, loss {line['loss']:.3f}, "
+                f"{line['seconds']:.0f} s and {line['answering_seconds']:.0f} s",
+                flush=True,
+            )
+
+
+def _keyed(trials: Iterator[Trial], every: Mapping[str, Task]) -> Iterator[tuple[Trial, str]]:
+    for trial in trials:
+        if trial.task in every:
+            yield trial, key_of(trial, every[trial.task])
+
+
+def _told(recipe: Trial) -> str:
+    """A recipe in words: rows, epochs, and what differs from the defaults of Trial."""
+    usual = Trial("", 0, 0)
+    parts = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+             for name, value in asdict(recipe).items()
+             if name in ("rows", "epochs", "rate", "rank", "batch") or value != getattr(usual, name)]  # fmt: skip
+    return ", ".join(part for part in parts if not part.startswith("task"))
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Mean scores in percent by recipe and task, with the mean over the tasks that all recipes of so many rows have."""
+    cells: defaultdict[Trial, defaultdict[str, list[Line]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        trial = Trial(**line["trial"])
+        cells[trial.recipe][trial.task].append(line)
+    shown = []
+    for rows in sorted({recipe.rows for recipe in cells}):
+        recipes = {recipe: by_task for recipe, by_task in cells.items() if recipe.rows == rows}
+        names = sorted({name for by_task in recipes.values() for name in by_task})
+        shown.append(f"\n{rows} rows: percent, and the validation loss in brackets\n" + " " * 58 + "mean      "
+                     + "".join(f"{name:<15}" for name in names))  # fmt: skip
+        for recipe, by_task in sorted(recipes.items(), key=lambda item: astuple_key(item[0])):
+            cell = {name: by_task[name] for name in names if name in by_task}
+            told = _told(recipe).partition(", ")[2]
+            mean = _mean(cell.values()) if len(cell) == len(names) else "-"
+            shown.append(f"{told:<58}{mean:<10}" + "".join(f"{_cell(cell.get(name)):<15}" for name in names))
+    return "\n".join(shown)
+
+
+def astuple_key(recipe: Trial) -> tuple[Any, ...]:
+    return tuple(asdict(recipe).values())
+
+
+def _mean(cells: Any) -> str:
+    """The mean over tasks, with its standard error from the rows that were answered."""
+    every = list(cells)
+    means = [statistics.fmean(line["score"] for line in lines) for lines in every]
+    variance = sum(
+        statistics.pvariance([score for line in lines for score in line["scores"]])
+        / sum(len(line["scores"]) for line in lines)
+        for lines in every
+    )
+    return f"{100 * statistics.fmean(means):.1f}±{100 * math.sqrt(variance) / len(every):.1f}"
+
+
+def _cell(lines: Sequence[Line] | None) -> str:
+    if not lines:
+        return "-"
+    score, loss = (statistics.fmean(line[what] for line in lines) for what in ("score", "loss"))
+    return f"{100 * score:.1f} ({loss:.2f})" + (f" x{len(lines)}" if len(lines) > 1 else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30, help="begin no trial after so many minutes")
+    parser.add_argument("--table", action="store_true", help="print what is known and end")
+    parser.add_argument("--plan", action="store_true", help="print the trials that are left and end")
+    given = parser.parse_args()
+    if given.table:
+        print(table([line for line in read().values() if line["revision"] == REVISION]))
+    elif given.plan:
+        known = read()
+        for trial, key in _keyed(plan(), tasks(FOLDER)):
+            if key not in known:
+                print(f"{trial.task:<12} {_told(trial.recipe)}, seed {trial.seed}")
+    else:
+        work(given.minutes)
+
+
+if __name__ == "__main__":
+    main()
