@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from sqlalchemy import event
 
+from tests.forked import run_forked
 from tunesmith.store.store import Store
 
 # The functions of os that change a file or a folder. The first argument is a path or an open file.
@@ -180,11 +181,7 @@ def run_killed(root: Path, operation: Operation, number: int, moment: Moment) ->
 
 
 def _forked(root: Path, operation: Operation, watch: _Watch, then: Callable[[_Watch], None]) -> int:
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
-    code = 1  # os._exit, so that the child does not go on with the parent's tests
-    try:
+    def work() -> None:
         private = root.parent / f"{root.name}-temporary"
         private.mkdir(exist_ok=True)
         tempfile.tempdir = str(private)
@@ -195,6 +192,5 @@ def _forked(root: Path, operation: Operation, watch: _Watch, then: Callable[[_Wa
         watch.number, watch.root = None, "nowhere"
         if number is None:
             then(watch)
-        code = 0
-    finally:
-        os._exit(code)
+
+    return run_forked(work)

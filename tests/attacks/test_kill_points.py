@@ -2,246 +2,34 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
-import shutil
-import tempfile
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from sqlalchemy import select
 
 from tests.attack_table import Happened
-from tests.attacks.kill_points import Moment, Operation, Point, record, run_killed
-from tests.fabricate import APPROVER, OWNER, STEWARD, build_scene, put_chain
-from tunesmith.core.errors import TunesmithError
-from tunesmith.monitoring.recall import Cause, recall
-from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
-from tunesmith.registry.history import verify_log
-from tunesmith.registry.signing import keys
-from tunesmith.registry.versions import register, verify_version
-from tunesmith.rollout import controller
-from tunesmith.rollout.settings import Step
-from tunesmith.services import users
-from tunesmith.store import database, identities
-from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, AuditRow, KeyRow, RecallRow, RolloutRow, UserRow, VersionRow
-from tunesmith.store.trust import TRUST_KEY, is_written, read_trust
+from tests.attacks.killed_changes import LEAST
+from tests.fabricate import OWNER
 
 pytestmark = pytest.mark.slow
 
-# How many writes each operation has, at least: fewer would mean that the harness does not see all of them.
-LEAST: Mapping[str, int] = {
-    "register, with a first key": 95,
-    "approve": 20,
-    "start: champion at once": 8,
-    "promote": 8,
-    "abort": 5,
-    "roll back a live rollout": 5,
-    "roll back a promotion": 8,
-    "recall": 8,
-    "users add, with a key": 22,
-    "users roles": 21,
-    "users deactivate": 16,
-    "users token": 7,
-    "keys create": 32,
-    "keys enrol": 21,
-    "keys retire": 16,
-    "keys revoke": 16,
-}
-WORKERS = 2
-
-
-@dataclass(frozen=True)
-class Made:
-    """The store that each run copies, and the digests that the operations need."""
-
-    root: Path
-    operations: Mapping[str, Operation]
-
-
-@pytest.fixture(scope="module")
-def made() -> Iterator[Made]:
-    # In memory where that is possible: SIGKILL loses nothing of what was written, so the disk adds only time.
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="kill-points-", dir=memory) as folder:
-        yield make(Path(folder))
-
-
-def make(folder: Path) -> Made:
-    """The store that each run copies, and the operations."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TUNESMITH_USER", OWNER)
-        patch.delenv("TUNESMITH_KEYS", raising=False)
-        scene = build_scene(folder / "made")
-        store = scene.store
-        for name, role in (("eve", "engineer"), ("ivy", "approver")):
-            identities.add_user(store, name, [role], actor=OWNER)
-        first, third = scene.version(1), scene.version(3)
-        waiting = scene.version(None, name="fresh")
-        unapproved = scene.version(None, name="new", approved=False)
-        keys.create_key(store, "ivy", actor="ivy")
-        steps = [Step(setWeight=10), Step(setWeight=100)]
-        for name, version in (("home", first), ("other", scene.version(4, name="other"))):
-            controller.start(store, name=name, version=version, steps=steps, actor=OWNER)
-        undo = controller.start(store, name="other", version=scene.version(5, name="other"), steps=steps, actor=OWNER)
-        controller.promote(store, undo.id, actor=OWNER)
-        live = controller.start(store, name="home", version=third, steps=steps, actor=OWNER)
-        verdict = put_chain(store, seed=7, base=scene.base, dataset=scene.dataset).verdict
-        request = prepare_approval(store, unapproved, "ivy")
-        envelope = sign(request, keys.load_signing_key(store, identities.get_user(store, "ivy")))
-        pem = folder / "public.pem"
-        public = ec.generate_private_key(ec.SECP256R1()).public_key()
-        pem.write_bytes(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-        store.engine.dispose()
-    operations: dict[str, Operation] = {
-        "register, with a first key": lambda s: register(s, name="home", verdict=verdict, actor="eve"),
-        "approve": lambda s: submit_approval(s, envelope),
-        "start: champion at once": lambda s: controller.start(
-            s, name="fresh", version=waiting, steps=steps, actor=OWNER
-        ),
-        "promote": lambda s: controller.promote(s, live.id, actor=OWNER),
-        "abort": lambda s: controller.abort(s, live.id, actor=OWNER, reason="no"),
-        "roll back a live rollout": lambda s: controller.rollback(s, name="home", actor=OWNER, reason="no"),
-        "roll back a promotion": lambda s: controller.rollback(s, name="other", actor=OWNER, reason="no"),
-        "recall": lambda s: recall(s, Cause(kind="version", value=third.digest), reason="no", actor=STEWARD),
-        "users add, with a key": lambda s: users.add_user(s, "zoe", ["approver"], public_key=pem),
-        "users roles": lambda s: users.set_roles(s, "ivy", ["steward"]),
-        "users deactivate": lambda s: users.deactivate(s, APPROVER),
-        "users token": lambda s: users.issue_token(s, "eve"),
-        "keys create": lambda s: users.create_key(s, "ivy", label="second", actor="ivy"),
-        "keys enrol": lambda s: users.enrol_key(s, "ivy", pem, label="card", actor="ivy"),
-        "keys retire": lambda s: users.retire_key(s, APPROVER, "key-1", actor=APPROVER),
-        "keys revoke": lambda s: users.revoke_key(s, APPROVER, "key-1", since="10"),
-    }
-    return Made(folder / "made", operations)
-
-
-def snapshot(store: Store) -> Any:
-    """What the store says, without what differs from run to run."""
-    with database.reading(store.engine) as session:
-        tables = {
-            "log": session.execute(select(AuditRow.actor, AuditRow.action).order_by(AuditRow.seq)),
-            "versions": session.execute(select(VersionRow.name, VersionRow.number)),
-            "aliases": session.execute(select(AliasRow.name, AliasRow.alias, AliasRow.version, AliasRow.revision)),
-            "rollouts": session.execute(
-                select(RolloutRow.id, RolloutRow.status, RolloutRow.step, RolloutRow.weight, RolloutRow.revision)
-            ),
-            "recalls": session.execute(select(RecallRow.digest, RecallRow.cause)),
-            "keys": session.execute(select(KeyRow.user, KeyRow.label, KeyRow.status, KeyRow.until)),
-            "users": session.execute(
-                select(UserRow.name, UserRow.roles, UserRow.active, UserRow.token_digest.is_not(None))
-            ),
-        }
-        return {
-            name: sorted(map(repr, rows)) if name != "log" else list(map(repr, rows)) for name, rows in tables.items()
-        }
-
-
-def check_killed(store: Store, states: list[Any]) -> None:
-    """Raise AssertionError unless a killed change left one of these states, whole."""
-    assert snapshot(store) in states, "half a state"
-    assert verify_log(store) == []
-    check_trust(store)
-    newest = max(ref.number for ref in store.version_folders("home"))
-    found = verify_version(store, f"home@v{newest}")
-    assert found.ok, found.problems
-
-
-def check_trust(store: Store) -> None:
-    """The list of keys must not trust more than the database does."""
-    now = {key.fingerprint: key for key in identities.trusted_keys(store)}
-    for listed in read_trust(store.blobs.path(TRUST_KEY)):
-        key = now[listed.fingerprint]
-        assert listed.active <= key.active
-        assert set(listed.roles) <= set(key.roles)
-        assert key.status == "active" or listed.status != "active"
-
-
-def check_goes_on(store: Store, operation: Operation, states: list[Any]) -> None:
-    """Run the operation again: it must complete, or refuse because it is complete already."""
-    complete = snapshot(store) == states[-1]
-    identities.ensure_owner(store)  # what every command begins with
-    assert is_written(store.blobs, identities.trusted_keys(store))
-    try:
-        operation(store)
-    except TunesmithError:
-        assert complete
-    if not complete:
-        assert snapshot(store) == states[-1]
-    assert verify_log(store) == []
-    assert is_written(store.blobs, identities.trusted_keys(store))
-
-
-def states_of(made: Made, folder: Path, operation: Operation, points: list[Point]) -> list[Any]:
-    """The states before the operation and after each of its transactions."""
-    states = []
-    for number in (None, *(point.number for point in points if point.what == "commit")):
-        root = folder / f"state-{number}"
-        shutil.copytree(made.root, root)
-        if number is not None:
-            run_killed(root, operation, number, "after")
-        store = Store(root, url=f"sqlite:///{root / 'tunesmith.db'}")
-        state = snapshot(store)
-        store.engine.dispose()
-        if not states or state != states[-1]:
-            states.append(state)
-    return states
-
-
-_SHARED: list[Made] = []
-
-
-def run_all(name: str) -> Counter[str]:
-    """Kill an operation at each of its points; returns how often at which moment, and how many writes it has."""
-    made = _SHARED[-1]
-    operation = made.operations[name]
-    folder = made.root.parent / name.replace(" ", "-")
-    folder.mkdir()
-    whole = folder / "whole"
-    shutil.copytree(made.root, whole)
-    points = record(whole, operation)
-    states = states_of(made, folder, operation, points)
-    moments: list[tuple[Point, Moment]] = [(point, "before") for point in points]
-    moments += [(point, "half") for point in points if point.half]
-    moments.append((points[-1], "after"))  # after any other point is before the next one
-    for point, moment in moments:
-        root = folder / f"{point.number}-{moment}"
-        shutil.copytree(made.root, root)
-        run_killed(root, operation, point.number, moment)
-        store = Store(root, url=f"sqlite:///{root / 'tunesmith.db'}")
-        try:
-            check_killed(store, states)
-            check_goes_on(store, operation, states)
-        except BaseException as error:
-            raise AssertionError(f"{name}, killed {moment} {point.what} (number {point.number}): {error}") from error
-        store.engine.dispose()
-        shutil.rmtree(root)
-    return Counter(moment for _, moment in moments) + Counter(writes=len(points))
-
 
 @pytest.mark.attack("crash", "kill -9 at every write of a change")
-def test_a_change_killed_at_any_write_leaves_a_whole_state(
-    made: Made, monkeypatch: pytest.MonkeyPatch, happened: Happened
-) -> None:
-    monkeypatch.setenv("TUNESMITH_USER", OWNER)
-    monkeypatch.delenv("TUNESMITH_KEYS", raising=False)
-    assert made.operations.keys() == LEAST.keys()
-    names = sorted(LEAST, key=lambda name: -LEAST[name])
-    # A forked worker knows `made`, whose functions cannot be sent to it.
-    forked = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(WORKERS, mp_context=forked, initializer=_SHARED.append, initargs=(made,)) as pool:
-        runs = {name: pool.submit(run_all, name) for name in names}
-        found = {name: run.result() for name, run in runs.items()}
+def test_a_change_killed_at_any_write_leaves_a_whole_state(happened: Happened) -> None:
+    environment = {**os.environ, "TUNESMITH_USER": OWNER, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TUNESMITH_KEYS", None)
+    command = [sys.executable, "-m", "tests.attacks.killed_changes"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, timeout=900)
+    assert done.returncode == 0
+    found = {name: Counter(counts) for name, counts in json.loads(done.stdout).items()}
+    assert found.keys() == LEAST.keys()
     for name, counts in found.items():
         assert counts["writes"] >= LEAST[name], name
-    total = sum(found.values(), Counter())
+    total = sum(found.values(), Counter[str]())
     assert total["before"] + total["half"] + total["after"] >= 300
     happened("whole, and the next command ran", total["before"] + total["half"] + total["after"])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.fabricate import Chain, approve
+from tests.forked import run_forked
 from tunesmith.registry import versions
 from tunesmith.registry.approvals import require_approved
 from tunesmith.registry.history import verify_log
@@ -41,17 +42,13 @@ def die_after(module: Any, name: str) -> None:
 
 def killed(store: Store, prepare: Callable[[], None], work: Callable[[Store], object]) -> bool:
     """Whether a forked child that does prepare() and then the work was killed; it has everything imported already."""
+
+    def both() -> None:
+        prepare()
+        work(Store(store.root))
+
     store.engine.dispose()
-    child = os.fork()
-    if child == 0:
-        code = 1  # os._exit, so that the child does not go on with the parent's tests
-        try:
-            prepare()
-            work(Store(store.root))
-            code = 0
-        finally:
-            os._exit(code)
-    status = os.waitpid(child, 0)[1]
+    status = run_forked(both)
     assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
     return status != 0
 

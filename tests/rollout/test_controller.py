@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import delete
 
 from tests.fabricate import APPROVER, NAME, OPERATOR, OWNER, Scene
+from tests.forked import run_forked
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.scope import Scope
 from tunesmith.registry.aliases import get_alias, set_alias
@@ -464,8 +465,8 @@ def test_a_killed_promotion_is_carried_on(first: Scene, versions: Versions, dies
     rollout = begin(first, versions[2], {"setWeight": 100})
     standing = advance(first.store, rollout.id, clock=Time())
     first.store.engine.dispose()
-    child = os.fork()
-    if child == 0:
+
+    def promoting() -> None:
         place, name = dies_in.split(".")
         module = {"transitions": transitions, "audit": audit, "store": Store}[place]
         whole = getattr(module, name)
@@ -485,8 +486,8 @@ def test_a_killed_promotion_is_carried_on(first: Scene, versions: Versions, dies
 
         setattr(module, name, dying_at_an_end if place == "store" else dying)
         advance(first.store, rollout.id, clock=Time())
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+    assert os.WTERMSIG(run_forked(promoting)) == signal.SIGKILL
     committed = dies_in == "store.change" and not before
     left = get_rollout(first.store, rollout.id)
     assert left.status == ("promoted" if committed else "running")

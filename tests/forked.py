@@ -1,0 +1,40 @@
+"""Runs work in a forked child, which has everything imported already."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import traceback
+from collections.abc import Callable
+
+_SECONDS = 120.0  # a child that a lock of another thread stops never ends by itself
+
+
+def run_forked(work: Callable[[], object]) -> int:
+    """The status of a child that did the work, as os.waitpid gives it: 0, 256 after an error, or the signal.
+
+    The child never goes on with the parent's tests. Raises AssertionError where it does not end in time.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:  # noqa: BLE001 - it ends with the child
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    handle = os.pidfd_open(child)
+    try:
+        waiting = select.poll()
+        waiting.register(handle, select.POLLIN)
+        ended = bool(waiting.poll(_SECONDS * 1000))
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+    finally:
+        os.close(handle)
+    assert ended, f"the child did not end within {_SECONDS:.0f} s"
+    return status
