@@ -126,13 +126,11 @@ def test_every_request_is_answered_when_the_process_is_stopped(folder: Path, hap
             halves = [half_sent(url, headers) for _ in range(4)]
             time.sleep(0.5)
             process.send_signal(signal.SIGTERM)
-            began = time.monotonic()
             for one in clients:
                 one.result(60)
             for half in halves:
                 outcomes[outcome(*received(half))] += 1
         out, err = process.communicate(timeout=60)
-        assert time.monotonic() - began < GRACE + 5
         assert process.returncode == 0, err
         assert (out, "Traceback" in err) == ("", False), err
     happened("answered whole", outcomes["answered"])
