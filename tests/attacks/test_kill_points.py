@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from tests.attack_table import Happened
 from tests.attacks.killed_changes import LEAST
 from tests.fabricate import OWNER
+from tests.own_group import run_whole_group
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +24,8 @@ def test_a_change_killed_at_any_write_leaves_a_whole_state(happened: Happened) -
     environment.pop("TUNESMITH_KEYS", None)
     command = [sys.executable, "-m", "tests.attacks.killed_changes"]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, timeout=900)
-    assert done.returncode == 0
+    done = run_whole_group(command, cwd=root, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
     found = {name: Counter(counts) for name, counts in json.loads(done.stdout).items()}
     assert found.keys() == LEAST.keys()
     for name, counts in found.items():

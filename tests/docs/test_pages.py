@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.own_group import run_whole_group
 from tests.tiny_project import settings
 from tunesmith.project import parse_settings
 
@@ -76,7 +76,5 @@ def check_commands(page: str, tmp_path: Path) -> None:
     path = os.pathsep.join([str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(sys.path), "TUNESMITH_THREADS": "1"}
     environment.pop("TUNESMITH_USER", None)
-    done = subprocess.run(
-        ["bash", "-c", "\n".join(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1000
-    )
+    done = run_whole_group(["bash", "-c", "\n".join(script)], cwd=tmp_path, env=environment, timeout=1000)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

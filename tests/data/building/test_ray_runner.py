@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.own_group import run_whole_group
+
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
-_SECONDS = 600
 # A crowded machine starts a cluster slowly. Ray's own limits are made for machines that do nothing else.
 _PATIENT = {
     "RAY_raylet_start_wait_time_s": "180",
@@ -24,23 +23,14 @@ _PATIENT = {
 }
 
 
-def test_the_same_digests_and_the_same_errors(tmp_path: Path) -> None:
+def test_the_same_digests_and_the_same_errors() -> None:
     """By a process of its own, which may end with its cluster."""
     root = Path(__file__).parents[3]
     environment = {**os.environ, **_PATIENT, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "tests.data.building.build_on_ray"]
-    said = tmp_path / "said.txt"
-    with said.open("w") as errors:
-        running = subprocess.Popen(
-            command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
-        )
-        try:
-            printed = running.communicate(timeout=_SECONDS)[0]
-        finally:
-            if running.poll() is None:
-                os.killpg(running.pid, signal.SIGKILL)
-    assert running.returncode == 0, said.read_text()[-3000:]
-    found = json.loads(printed)
+    done = run_whole_group(command, cwd=root, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
     assert found["by_command"][0] == found["by_command"][1]
     assert found["in_process"][0] == found["in_process"][1]
     assert found["error"].startswith("rows.jsonl, line")
