@@ -13,7 +13,7 @@ demo: $(DEMO)            ## the whole chain on real input, from raw rows to a si
 	$(BIN)/python examples/home_intents/demo.py
 
 test: check              ## everything CI runs: lint, types, contracts, documentation, unit tests, slow tests on the real model
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)          ## lint, types, import contracts and the documentation
 	$(BIN)/ruff check .
@@ -23,10 +23,10 @@ check: $(READY)          ## lint, types, import contracts and the documentation
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
 
 unit: $(READY)           ## the fast tests, without the real model
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 attack: $(READY)         ## the tests that attack: a table of what was tried and what happened
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m attack
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m attack
 
 bench: $(READY)          ## measurements, as ratios to other tools and to this machine's limit
 	$(BIN)/python -m pip install --quiet --group bench

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 pytest_plugins = ["tests.attack_table"]
@@ -16,3 +18,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
+
+# Files that take minutes run first, so that no worker is left with one of them at the end.
+_LONGEST = (
+    "docs/test_tutorial.py",
+    "docs/test_pages.py",
+    "slow/test_real_model.py",
+    "slow/test_real_risks.py",
+    "attacks/test_kill_points.py",
+    "data/building/test_ray_runner.py",
+    "training/test_resume.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    place = {str(folder / name): number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(str(item.path), len(place)))
