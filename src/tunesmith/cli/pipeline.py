@@ -80,7 +80,7 @@ def _draw_training(console: Console, done: TrainingSummary) -> None:
 
 
 def _validated(done: TrainingSummary) -> list[tuple[str, str]]:
-    """The kept weights' score on validation rows, and why the training ended where it did."""
+    """The kept weights' score on validation rows, why the training ended where it did, what more time would bring."""
     found = []
     if done.score is not None:
         kept = next((each for each in done.validation if each["step"] == done.kept), None)
@@ -88,6 +88,8 @@ def _validated(done: TrainingSummary) -> list[tuple[str, str]]:
         found.append((f"validation {done.score['metric']}", f"{value} over {done.score['rows']} rows"))
     if done.decisions is not None and done.decisions["decays"]:
         found.append(("ended because", done.decisions["decays"][-1]["reason"]))
+    if done.more_time is not None:
+        found.append(("more time", done.more_time["text"]))
     return found
 
 

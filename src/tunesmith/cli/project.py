@@ -71,6 +71,10 @@ def _draw_project(console: Console, made: NewProject) -> None:
     lines = [
         f"{made.rows} rows, with answers in {kind}; {made.unusable} rows hold no usable conversation",
         *([f"{made.broken} answers are broken JSON: `data build` will remove their rows"] if made.broken else []),
+        *(
+            [f"`data build` will put the keys of {made.reordered} answers in the order of the request"]
+            * bool(made.reordered)
+        ),
         *(f"wrote {made.root / name}" for name in made.files),
         "",
         "next: read the prompts (tuning is compared with them, so make them good), then",

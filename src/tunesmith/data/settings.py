@@ -270,6 +270,13 @@ class DataSettings(Settings):
     sign_off: Annotated[
         bool, Field(description="require a steward's sign-off of the dataset version before training")
     ] = False
+    key_order: Annotated[
+        Literal["rows", "request"],
+        Field(
+            description="order of the keys in answers that are JSON objects. request: as the request mentions their "
+            "values, from which a model learns more; rows: as the rows have it"
+        ),
+    ] = "rows"
     attributes: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
         Field(description="further keys to keep with each row; `data quality` counts their values"),

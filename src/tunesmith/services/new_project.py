@@ -24,6 +24,7 @@ from tunesmith.core.reading.answer_schema import check_answer_schema
 from tunesmith.core.reading.strict_json import NotJson, parse_json
 from tunesmith.core.view import View
 from tunesmith.data.building.examine import renamed
+from tunesmith.data.formats.key_order import in_request_order
 from tunesmith.data.formats.row_formats import format_of, read_turns
 from tunesmith.data.formats.turns import conversation, objection
 from tunesmith.data.governance.licences import permitted
@@ -52,15 +53,16 @@ _DEEPEST = 24
 class NewProject(View):
     """A project that was just written. rows: that can be used; unusable: rows without a usable conversation.
 
-    broken: rows whose answers are meant as JSON but are not: `data build` will remove them. project: path of the
-    project file. json_answers: whether the answers are JSON, so that a schema was inferred. files: what was written,
-    from the project's folder.
+    broken: rows whose answers are meant as JSON but are not: `data build` will remove them. reordered: rows in whose
+    answers `data build` will put the keys in the order of the request. project: path of the project file. json_answers:
+    whether the answers are JSON, so that a schema was inferred. files: what was written, from the project's folder.
     """
 
     project: str
     rows: int
     unusable: int
     broken: int
+    reordered: int
     json_answers: bool
     files: tuple[str, ...]
     root: Annotated[Path, Field(exclude=True)]
@@ -121,6 +123,7 @@ def _make(root: Path, data: Path, licence: str, name: str | None, base: str, ren
         rows=looked.rows,
         unusable=looked.unusable,
         broken=looked.broken,
+        reordered=looked.reordered,
         json_answers=looked.schema is not None,
         files=tuple(files),
         root=root,
@@ -137,6 +140,7 @@ class _Looked:
     rows: int
     unusable: int
     broken: int
+    reordered: int
     longest_answer: int
     schema: dict[str, Any] | None
     copied: list[str]
@@ -146,6 +150,7 @@ class _Looked:
 def _look(root: Path, source: Source) -> _Looked:
     answers: list[str] = []
     requests: list[tuple[Message, ...]] = []
+    reordered = 0
     unusable = 0
     groups: dict[str, set[str] | None] = {key: set() for key in _GROUP_KEYS}  # None: not a group of every row
     for file in find_files([source], root):
@@ -165,6 +170,7 @@ def _look(root: Path, source: Source) -> _Looked:
                 if objection(turns) is None:
                     *request, answer = conversation(turns)
                     answers.append(answer.text)
+                    reordered += in_request_order((*request, answer))[-1] != answer
                     requests.append(tuple(request))
                 else:
                     unusable += 1
@@ -179,7 +185,8 @@ def _look(root: Path, source: Source) -> _Looked:
     schema = infer_schema(values) if values else None
     copied = fields_to_copy(schema, list(zip(answers, requests, strict=True))) if schema else []
     longest = max(len(answer) for answer in answers if schema is None or _is_json(answer))
-    return _Looked(len(answers) - broken, unusable, broken, longest, schema, copied, group_by)
+    reordered = reordered if schema else 0
+    return _Looked(len(answers) - broken, unusable, broken, reordered, longest, schema, copied, group_by)
 
 
 def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dict[str, Any], dict[str, str]]:
@@ -206,7 +213,11 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
     settings = {
         "name": name,
         "base": base,
-        "data": {"sources": [source.model_dump(mode="json", exclude_defaults=True)], "split": split},
+        "data": {
+            "sources": [source.model_dump(mode="json", exclude_defaults=True)],
+            **({"key_order": "request"} if looked.reordered else {}),
+            "split": split,
+        },
         "task": ({"schema": "answer.schema.json"} if is_json else {}) | {"scorers": scorers},
         "candidates": {
             "nearest": {"method": "nearest"},

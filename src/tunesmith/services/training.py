@@ -20,6 +20,7 @@ from tunesmith.pipeline.verdicts import verdict
 from tunesmith.project import Project
 from tunesmith.registry.versions import register
 from tunesmith.store.store import Store
+from tunesmith.training.more_time import more_time
 
 if TYPE_CHECKING:
     from tunesmith.training.range_test import RateSearch
@@ -41,7 +42,8 @@ class TrainingSummary(View):
     tokens that the loss counts; parameters: trained numbers. validation: step and loss of each validation, and the
     score where answers were scored. score: which metric, over how many rows; null where validation went by the loss.
     kept: the step whose weights were kept. decisions: what a schedule decided while it ran; null where it was planned.
-    overfitting: where the validation loss rose again.
+    overfitting: where the validation loss rose again. more_time: what twice the time would bring, by the slope of the
+    validations; null where nothing was validated.
     """
 
     training: str
@@ -66,6 +68,7 @@ class TrainingSummary(View):
     decisions: dict[str, Any] | None
     notices: tuple[str, ...]
     overfitting: Any
+    more_time: dict[str, Any] | None
 
 
 class Repeated(View):
@@ -159,7 +162,9 @@ def training_summary(store: Store, digest: str) -> TrainingSummary:
     record = store.record(digest, kind="training")
     (weights,) = (blob for name, blob in record.blobs.items() if name.endswith(".safetensors"))
     stated = {key: value for key, value in record.body.items() if key in TrainingSummary.model_fields}
-    return TrainingSummary(training=digest, adapter=str(store.blob_path(weights)), **stated)
+    return TrainingSummary(
+        training=digest, adapter=str(store.blob_path(weights)), more_time=more_time(record.body), **stated
+    )
 
 
 def _only_tuned(project: Project) -> str:

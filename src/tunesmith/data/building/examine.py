@@ -27,6 +27,7 @@ from tunesmith.data.building.account import (
 from tunesmith.data.building.staging import RemovedLine, removed_line
 from tunesmith.data.dataset import Example, example_id
 from tunesmith.data.formats import row_formats
+from tunesmith.data.formats.key_order import in_request_order
 from tunesmith.data.formats.turns import AFTER_THE_LAST, conversation, ends_unlearned, objection
 from tunesmith.data.governance.licences import permitted
 from tunesmith.data.governance.withdrawn import Withdrawn
@@ -148,6 +149,8 @@ class Examiner:
             )
         if messages is None:
             return _Removed(PRIVATE if action == "remove" else SPOILT_CALL)
+        if self.settings.key_order == "request":
+            messages = in_request_order(messages)
         name = example_id(messages, row.source)
         if scan.found and action == "remove":
             return _Removed(PRIVATE, name)

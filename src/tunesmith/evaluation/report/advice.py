@@ -277,6 +277,9 @@ def _cautions(data: Mapping[str, Any]) -> list[str]:
                 f"The judge of {metric} often changed its verdict with the order of the answers. "
                 f"It gave the same verdict in both orders for: {shares}."
             )
+    more = (data["training"] or {}).get("more_time")
+    if more is not None and more["gain"] is not None and more["gain"]["low"] > 0:
+        found.append(f"{data['focus']} was not trained to the end. {more['text']}")
     conflicts = data["dataset"].get("conflicts", {}).get("requests", 0)
     if conflicts:
         found.append(f"{conflicts} requests in the data have different answers, so no candidate can score 100%.")

@@ -23,6 +23,7 @@ from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
 from tunesmith.store import audit, database
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
+from tunesmith.training.more_time import more_time
 
 _SHOWN_EXAMPLES = 6
 _SHOWN_TRAIL = 40
@@ -179,7 +180,8 @@ def _training(store: Store, candidate: Candidate) -> dict[str, Any] | None:
     shown = ("settings", "rows", "tokens", "labels", "steps", "seconds", "examples_per_second",
              "tokens_per_second", "peak_memory_bytes", "estimate", "final_loss", "curve",
              "validation", "overfitting", "kept", "threads", "epochs", "score", "decisions")  # fmt: skip
-    return {"training": candidate.training, **{key: body[key] for key in shown if key in body}}
+    told = {"training": candidate.training, **{key: body[key] for key in shown if key in body}}
+    return told | {"more_time": more_time(body)}
 
 
 def _forgetting(

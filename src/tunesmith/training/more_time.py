@@ -1,0 +1,97 @@
+"""What more time would bring a training whose budget or epochs ended before validation stopped improving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_FEWEST = 5  # validations that a slope is read from: with fewer, its interval says nothing
+_LATER = 2 / 3  # share of the training that the slope is read from: early gains say little about later ones
+_LEVEL = 0.9
+
+
+def more_time(training: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What twice the time would bring, from the body of a training's record; None where nothing was validated.
+
+    Scores rise about in proportion to the logarithm of time, so the gain of doubling it is read from the slope of the
+    later validations before the learning rate fell. Returns {"text", "gain": {mean, low, high} in the score's unit with
+    a 90% interval, or None where there is none, "validations": number it was read from}.
+    """
+    validation = training["validation"]
+    if not validation:
+        return None
+    if (stopped := _stopped(training)) is not None:
+        return _said(f"Validation stopped the training ({stopped}), so more time is not expected to bring more.")
+    if "score" not in validation[-1]:
+        return _said(_by_loss(validation))
+    points = _later(training)
+    if len(points) < _FEWEST:
+        return _said(
+            f"{len(points)} of the validations at a constant learning rate count, too few to say what more time would "
+            "bring."
+        )
+    best = max(each["score"] for each in validation)
+    if best == 1.0:
+        return _said("Every validation row was right, so more time is not expected to bring more.")
+    gain = _gain(points, training["score"]["rows"], room=1.0 - best)
+    low, mean, high = (100 * gain[key] for key in ("low", "mean", "high"))
+    read = f"read from {len(points)} validations, 90% interval {low:+.1f} to {high:+.1f}"
+    if gain["low"] > 0:
+        text = f"Validation was still improving: twice the time would bring about {mean:+.1f} points ({read})."
+    else:
+        text = f"Whether more time would help is not clear: twice the time would bring {mean:+.1f} points ({read})."
+    return _said(text, gain, len(points))
+
+
+def _said(text: str, gain: dict[str, float] | None = None, validations: int = 0) -> dict[str, Any]:
+    return {"text": text, "gain": gain, "validations": validations}
+
+
+def _stopped(training: Mapping[str, Any]) -> str | None:
+    """Why validation ended the training; None where its budget or its epochs did."""
+    decays = (training.get("decisions") or {}).get("decays") or ()
+    reason = decays[0]["reason"] if decays else training.get("ended")
+    return reason if reason is not None and reason.startswith("no ") else None
+
+
+def _by_loss(validation: Sequence[Mapping[str, float]]) -> str:
+    losses = [each["loss"] for each in validation]
+    if len(losses) < 2 or min(losses[:-1]) <= losses[-1]:
+        return "The validation loss no longer fell at the end, so more time is not expected to bring more."
+    return (
+        f"The validation loss still fell at the end, from {losses[-2]:.3f} to {losses[-1]:.3f}; how many points of the "
+        "metric more time would bring, a loss does not say."
+    )
+
+
+def _later(training: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Logarithm of the seconds, and score, of the later validations before the learning rate fell."""
+    decays = (training.get("decisions") or {}).get("decays") or ()
+    last = decays[0]["start"] if decays else training["validation"][-1]["step"]
+    seconds = np.cumsum([step["seconds"] for step in training["curve"]])
+    steady = [each for each in training["validation"] if "score" in each and each["step"] <= last]
+    first = (1 - _LATER) * last
+    return [(math.log(seconds[int(each["step"]) - 1]), each["score"]) for each in steady if each["step"] >= first]
+
+
+def _gain(points: Sequence[tuple[float, float]], rows: int, room: float) -> dict[str, float]:
+    """The gain of doubling the time by the least-squares line through (log seconds, score), at most `room`.
+
+    rows: that each score is the mean of. A score is not known better than to one of them.
+    """
+    from scipy.stats import t
+
+    x, y = np.array(points).T
+    x = x - x.mean()
+    slope = float(x @ y / (x @ x))
+    residuals = y - y.mean() - slope * x
+    noise = max(float(residuals @ residuals) / (len(points) - 2), rows**-2)
+    error = math.sqrt(noise / float(x @ x))
+    reach = float(t.ppf(0.5 + _LEVEL / 2, len(points) - 2)) * error
+    return {
+        key: min(room, math.log(2) * value)
+        for key, value in (("mean", slope), ("low", slope - reach), ("high", slope + reach))
+    }

@@ -1,0 +1,106 @@
+"""What more time would bring, read from a training's validations."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+
+from tunesmith.training.more_time import more_time
+
+ROWS = 200
+
+
+def _training(scores: list[float], *, reason: str = "the budget is used", seconds: float = 1.0) -> dict[str, Any]:
+    """A training that validated after every tenth step; its learning rate fell over the last two validations."""
+    steps = 10 * len(scores)
+    return {
+        "validation": [{"step": 10 * (n + 1), "loss": 1 / (n + 1), "score": s} for n, s in enumerate(scores)],
+        "curve": [{"step": n + 1, "seconds": seconds} for n in range(steps)],
+        "decisions": {"decays": [{"start": steps - 20, "stop": steps, "reason": reason}]},
+        "score": {"metric": "exact_match", "rows": ROWS},
+        "ended": reason,
+    }
+
+
+def _rising(gain: float, noise: float = 0.0, seed: int = 0, count: int = 16) -> list[float]:
+    """Scores that rise by `gain` with each doubling of the time, until the learning rate falls."""
+    draw = random.Random(seed)
+    rising = [0.4 + gain * math.log2(n + 1) + draw.gauss(0, noise) for n in range(count - 2)]
+    return [*rising, rising[-1] + 0.02, rising[-1] + 0.03]
+
+
+def test_the_gain_of_twice_the_time_is_the_slope() -> None:
+    found = more_time(_training(_rising(0.05)))
+    assert found is not None
+    assert found["gain"]["mean"] == pytest.approx(0.05)
+    assert found["gain"]["low"] > 0
+    assert found["text"].startswith("Validation was still improving: twice the time would bring about +5.0 points")
+
+
+def test_steps_of_any_length_give_the_same() -> None:
+    slow, fast = more_time(_training(_rising(0.05), seconds=7.5)), more_time(_training(_rising(0.05)))
+    assert slow is not None
+    assert fast is not None
+    assert slow["gain"] == pytest.approx(fast["gain"])
+
+
+def test_the_interval_holds_the_gain_as_often_as_it_says() -> None:
+    held = 0
+    for seed in range(200):
+        found = more_time(_training(_rising(0.03, 0.02, seed)))
+        assert found is not None
+        held += found["gain"]["low"] <= 0.03 <= found["gain"]["high"]
+    assert 165 <= held <= 195
+
+
+def test_noise_alone_is_no_gain() -> None:
+    found = [more_time(_training(_rising(0.0, 0.02, seed))) for seed in range(100)]
+    unclear = [one for one in found if one is not None and one["gain"]["low"] <= 0]
+    assert len(unclear) >= 88
+    assert all("is not clear" in one["text"] for one in unclear)
+
+
+def test_a_gain_is_never_more_than_what_is_missing() -> None:
+    scores = [0.85, 0.87, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.985, 0.99]
+    found = more_time(_training(scores))
+    assert found is not None
+    assert found["gain"]["high"] <= 0.01 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        (_training(_rising(0.05), reason="no higher score in 4 validations"), "Validation stopped the training"),
+        (_training([0.5, 0.6, 0.7]), "too few to say"),
+        (_training([1.0] * 12), "Every validation row was right"),
+        (_training([0.5] * 12), "not clear: twice the time would bring +0.0 points"),
+    ],
+)
+def test_what_else_is_said(training: dict[str, Any], said: str) -> None:
+    found = more_time(training)
+    assert found is not None
+    assert said in found["text"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([2.0, 1.0, 0.9], "still fell at the end, from 1.000 to 0.900"),
+        ([2.0, 0.9, 1.0], "no longer fell"),
+        ([1.0], "no longer"),
+    ],
+)
+def test_a_loss_says_no_points(losses: list[float], said: str) -> None:
+    training = _training([0.0] * len(losses))
+    training["validation"] = [{"step": 10 * (n + 1), "loss": loss} for n, loss in enumerate(losses)]
+    found = more_time(training)
+    assert found is not None
+    assert said in found["text"]
+    assert found["gain"] is None
+
+
+def test_nothing_is_said_without_validation() -> None:
+    assert more_time(_training([])) is None
