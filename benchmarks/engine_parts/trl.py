@@ -55,9 +55,10 @@ def fastest(rows: list[Any], batch: int) -> dict[str, Any]:
 
 
 def train(told: Figures) -> Figures:
-    """told: rows, batch; full, rate, packing, padding_free, attention where they are not as documented; start: folder
-    of the adapter to begin with; end: where to save it; labels: learn the tokens that we learn (by itself it learns
-    also the line feed that the template has behind an answer)."""
+    """told: rows, batch; full, rate, packing, padding_free, attention where they are not as documented; rank, alpha,
+    dropout, epochs, sampling where a recipe has others than one pass in order; start: folder of the adapter to begin
+    with; end: where to save it; labels: learn the tokens that we learn (by itself it learns also the line feed that the
+    template has behind an answer)."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
@@ -76,7 +77,14 @@ def train(told: Figures) -> Figures:
     options: dict[str, Any] = {"dtype": "float32"} if full else {}
     if told.get("attention"):
         options["attn_implementation"] = told["attention"]
-    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    rank, epochs = told.get("rank", RANK), told.get("epochs", 1)
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=told.get("alpha", 2 * rank),
+        target_modules="all-linear",
+        lora_dropout=told.get("dropout", 0.0),
+        task_type="CAUSAL_LM",
+    )
     model: Any = str(folder)
     if told.get("start"):
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16", **options)
@@ -91,7 +99,7 @@ def train(told: Figures) -> Figures:
             padding_free=told.get("padding_free", False),
             bf16=True,
             use_cpu=True,
-            num_train_epochs=1,
+            num_train_epochs=epochs,
             learning_rate=told.get("rate", FULL_RATE if full else RATE),
             model_init_kwargs=options or None,
             lr_scheduler_type="linear",
@@ -101,7 +109,7 @@ def train(told: Figures) -> Figures:
             completion_only_loss=True,
             gradient_checkpointing=False,
             dataloader_pin_memory=False,
-            train_sampling_strategy="sequential",
+            train_sampling_strategy=told.get("sampling", "sequential"),
             seed=0,
         )
         trainer = SFTTrainer(
@@ -111,15 +119,17 @@ def train(told: Figures) -> Figures:
             peft_config=None if full or told.get("start") else lora,
             processing_class=AutoTokenizer.from_pretrained(folder),
         )
-        began = time.perf_counter()
+        began, computed = time.perf_counter(), time.process_time()
         trainer.train()
-        seconds = time.perf_counter() - began
+        seconds, computed = time.perf_counter() - began, time.process_time() - computed
         if told.get("end"):
             trainer.model.save_pretrained(Path(told["end"]))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "examples_per_second": len(rows) / seconds,
-        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "cpu_seconds": computed,
+        "examples_per_second": epochs * len(rows) / seconds,
+        "tokens_per_second": epochs * tokens / seconds,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "first": losses[0],
         "last": losses[-1],

@@ -1,0 +1,58 @@
+"""How good a model gets in the time given, compared with peers, as a table of goals.
+
+    python benchmarks/learning.py [--minutes 30] [--only PART ...]    # goes on where the last run stopped
+    python benchmarks/learning.py --minutes 0                          # the table from what is known; measures nothing
+
+Each measurement is a line of results/learning.jsonl, named by all that it depends on and by the machine, so that short
+runs add up; all of it takes about ten hours on two cores. benchmarks/README.md describes the parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engine_parts.processes import Failed
+from engine_parts.report import Line, table
+from learning_parts.kept import Kept
+from learning_parts.ours import Bench
+from learning_parts.parts import PARTS
+from tasks import FOLDER, ROOT, tasks
+from tunesmith.engines.process import prepare_process
+
+RESULTS = Path(__file__).parent / "results" / "learning.jsonl"
+WORK = Path(tempfile.gettempdir()) / "tunesmith-learning"
+
+
+def main() -> None:
+    """Measure what is not known yet, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30, help="begin no measurement after so many minutes")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--corpora", type=Path, default=FOLDER, help="folder of the public corpora")
+    parser.add_argument("--demo", type=Path, default=ROOT / "examples" / "home_intents", help="a finished demo")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for what a killed measurement goes on from")
+    given = parser.parse_args()
+    kept = Kept(RESULTS, given.minutes, prepare_process())
+    bench = Bench(kept, tasks(given.corpora), given.corpora, given.work, given.demo)
+    print(kept.machine, flush=True)
+    lines: list[Line] = []
+    for name in given.only:
+        began = time.perf_counter()
+        try:
+            lines += PARTS[name](bench)
+        except Failed as failure:
+            lines.append(Line(name, lacks=f"it failed: {str(failure).strip().splitlines()[-1][:200]}"))
+            print(f"{name} failed: {failure}", file=sys.stderr, flush=True)
+        print(f"  [{name}: {time.perf_counter() - began:.0f} s]", flush=True)
+    print(f"\n{table(lines)}")
+    if kept.left:
+        print("\nnot measured yet:\n  " + "\n  ".join(kept.left))
+
+
+if __name__ == "__main__":
+    main()

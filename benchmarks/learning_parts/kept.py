@@ -1,0 +1,91 @@
+"""Figures that are kept between runs: JSON lines, each named by the digest of its settings and by the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.digests import digest_of
+
+Figures = dict[str, Any]
+
+
+class Kept:
+    """Figures by name and settings. New ones are measured while there is time."""
+
+    def __init__(self, path: Path, minutes: float, threads: int) -> None:
+        """path: of the file, which grows. minutes: no measurement begins after so many. threads: that compute."""
+        self._path, self._until, self.machine = path, time.monotonic() + 60 * minutes, machine(threads)
+        self._known = self._read()
+        self.left: list[str] = []  # what was asked for and is neither known nor measured
+
+    def figures(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        minutes: float,
+        measure: Callable[[], Figures],
+        lacks: str | None = None,
+    ) -> Figures | None:
+        """What is known under the name and settings, or what measure() finds, which is kept; None where the time is up.
+
+        settings: all that the figures depend on, apart from the machine. minutes: how long measuring takes, about.
+        lacks: why it cannot be measured now.
+        """
+        key = digest_of({"name": name, **settings})
+        if (key, self.machine) in self._known:
+            return self._known[key, self.machine]
+        if lacks or time.monotonic() > self._until:
+            self.left.append(f"{name}: {lacks or f'about {minutes:.0f} min'}")
+            return None
+        print(f"measuring {name}, about {minutes:.0f} min", flush=True)
+        found = measure()
+        line = {
+            "key": key,
+            "name": name,
+            "machine": self.machine,
+            "at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+            "settings": dict(settings),
+            "found": found,
+        }
+        self._append(json.dumps(line, sort_keys=True, ensure_ascii=False))
+        self._known[key, self.machine] = found
+        return found
+
+    def _read(self) -> dict[tuple[str, str], Figures]:
+        known = {}
+        for number, line in enumerate(self._path.read_text("utf-8").splitlines() if self._path.exists() else (), 1):
+            try:
+                one = json.loads(line)
+            except ValueError:
+                print(f"{self._path}, line {number} is not whole and is skipped", file=sys.stderr)
+                continue
+            known[one["key"], one["machine"]] = one["found"]
+        return known
+
+    def _append(self, line: str) -> None:
+        """Add a line, durable before this returns. A killed run may have left half a line before it."""
+        self._path.parent.mkdir(exist_ok=True)
+        with self._path.open("ab+") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
+            before = b"" if stream.read(1) in (b"", b"\n") else b"\n"
+            stream.write(before + line.encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def machine(threads: int) -> str:
+    """The processor and the number of threads that compute."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = " ".join(line for line in lines if line.startswith("flags"))
+    units = next((said for flag, said in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16")) if flag in flags), "")
+    return f"{names[0] if names else platform.machine()}{units and f' with {units}'}, threads: {threads}"

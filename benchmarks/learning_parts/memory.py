@@ -1,0 +1,106 @@
+"""What a model keeps of its rows and forgets of the rest: at one epoch, at the defaults, and after ten epochs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from engine_parts.report import Line
+from learning_parts.kept import Figures
+from learning_parts.ours import Bench, defaults
+from tasks import write_project
+
+TASK, ROWS = "home", 300
+CANARIES = {"each": 20, "repeats": [1, 4], "controls": 128}
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "one": {"epochs": 1},
+    "defaults": defaults("15m"),
+    "ten": {"epochs": 10, "keep": "last"},
+}
+# As the guide for engineers has them. A canary was added once; four times is shown by the report.
+GATES: Mapping[str, Mapping[str, Any]] = {
+    "canaries": {"probe": "canaries", "at_most": 3.0, "repeats": 1},
+    "membership": {"probe": "membership", "at_most": 0.65},
+    "extraction": {"probe": "extraction", "at_most": 0.10},
+    "overfitting": {"probe": "overfitting", "at_most": 0.35},
+    "general_text": {"probe": "general_text", "at_most": 0.10},
+    "forgetting": {"suite": "general", "drop_at_most": 0.10},
+}
+UNITS = {
+    "canaries": "bits of exposure, added once",
+    "membership": "AUC",
+    "extraction": "share of rows",
+    "overfitting": "nats a token",
+    "general_text": "nats a token",
+    "forgetting": "share of questions",
+}
+
+
+def memory(bench: Bench) -> list[Line]:
+    """A line for each probe, and what the recipes score."""
+    if TASK not in bench.tasks:
+        return [Line("memorisation and forgetting", lacks=f"the task {TASK} is missing")]
+    found = {name: _measured(bench, name, train) for name, train in RECIPES.items()}
+    usual = found["defaults"]
+    lines = []
+    for probe in GATES:
+        what = f"{probe} at the defaults ({UNITS[probe]})"
+        bound = next(value for key, value in GATES[probe].items() if key.endswith("at_most"))
+        if usual is None:
+            lines.append(Line(what, against="one epoch; ten", wanted=f"<= {bound:g}", lacks="see below"))
+            continue
+        others = "; ".join(_told(found[name], probe) for name in ("one", "ten"))
+        reached = usual["gates"][probe]["outcome"] == "pass"
+        lines.append(Line(what, _told(usual, probe), "one epoch; ten", others, wanted=f"<= {bound:g}", reached=reached))
+    if usual is not None:
+        one, own, ten = (f"{each['mean']:.1%}" if each else "-" for each in found.values())
+        lines.append(Line(f"exactly right with these recipes, {ROWS} rows", own, "one epoch; ten", f"{one}; {ten}"))
+    return lines
+
+
+def _told(found: Figures | None, probe: str) -> str:
+    gate = found["gates"][probe] if found else None
+    if gate is None or gate["value"] is None:
+        return "-"
+    outcome = "" if gate["outcome"] == "pass" else f" {gate['outcome']}"
+    return f"{gate['value']:.2f} [{gate['low']:.2f}, {gate['high']:.2f}]{outcome}"
+
+
+def _measured(bench: Bench, name: str, train: Mapping[str, Any]) -> Figures | None:
+    """The gates of a candidate that was trained with canaries among its rows, and its score."""
+    task = bench.tasks[TASK]
+    stated = {"task": task.digest, "rows": ROWS, "train": dict(train), "canaries": CANARIES, "gates": dict(GATES)}
+    folder = bench.work / f"memory-{name}"
+
+    def run(*arguments: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "tunesmith", *arguments, "-C", str(folder), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode not in (0, 3, 4):
+            raise SystemExit(f"tunesmith {' '.join(arguments)} ended with {done.returncode}\n{done.stderr[-2000:]}")
+        return dict(json.loads(done.stdout))
+
+    def measure() -> Figures:
+        if not (folder / "tunesmith.yaml").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            write_project(folder, task, ROWS, {**train, "canaries": CANARIES})
+            settings = json.loads((folder / "tunesmith.yaml").read_text(encoding="utf-8"))
+            settings["gates"] = dict(GATES)
+            (folder / "tunesmith.yaml").write_text(json.dumps(settings), encoding="utf-8")
+        gates = run("gate", "tuned")["gates"]
+        evaluation = run("evaluate", "tuned")
+        training = run("train", "tuned")
+        shutil.rmtree(folder)
+        kept = ("outcome", "value", "low", "high")
+        return {
+            "mean": round(evaluation["candidates"]["tuned"][task.metric]["mean"], 4),
+            "n": evaluation["n"],
+            "epochs": training["epochs"],
+            "seconds": training["seconds"],
+            "gates": {gate["name"]: {key: gate[key] for key in kept} for gate in gates},
+        }
+
+    return bench.kept.figures(f"memory {name}", stated, 15, measure)

@@ -1,0 +1,130 @@
+"""Our own trainings: a task as `init` would train it, and a whole project by the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from leakage import Row
+from learning_parts.kept import Figures, Kept
+from task_training import Loaded, answers, load, scores, train_task
+from tasks import Split, Task
+from tunesmith.core.errors import Refused
+from tunesmith.training.settings import TrainSettings
+
+VALIDATED = 100  # rows that a training is validated on
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What parts share. folder: of the corpora; work: for what a killed measurement goes on from."""
+
+    kept: Kept
+    tasks: Mapping[str, Task]
+    folder: Path
+    work: Path
+    demo: Path
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The base, loaded when the first measurement needs it."""
+        return load(self.work / "base")
+
+
+def defaults(budget: float | str) -> dict[str, Any]:
+    """The settings that `init` writes for a training."""
+    return {"method": "lora", "rank": 16, "budget": budget}
+
+
+def trained(bench: Bench, name: str, task: Task, split: Split, train: Mapping[str, Any]) -> Figures | None:
+    """Train on split.train, validate on rows of split.held, answer the test requests, constrained as `init` does it.
+
+    Figures: score; scores of the test requests; held: score of the validation rows; seconds: of steps, validations and
+    what is measured before them; cpu_seconds: of all of it; epochs; ended: why it ended. For a budget that is refused:
+    refused.
+    """
+    settings = TrainSettings.model_validate({**train, "validation_rows": VALIDATED})
+    stated = {"task": task.digest, "rows": len(split.train), "train": settings.model_dump(mode="json")}
+    minutes = (settings.budget or 600 * settings.epochs) / 60 + 1
+
+    def measure() -> Figures:
+        work = bench.work / name.replace(" ", "-")
+        began = time.process_time()
+        try:
+            result = train_task(bench.loaded, task, split, settings, work)
+        except Refused as refused:
+            return {"refused": refused.what}
+        cpu = time.process_time() - began
+        state, decisions = result.state, result.decisions
+        found = {
+            "seconds": round(state.seconds + (decisions.seconds if decisions else 0.0), 1),
+            "cpu_seconds": round(cpu, 1),
+            "epochs": round(result.epochs, 2),
+            "ended": state.ended,
+            "validation": [{key: round(value, 4) for key, value in each.items()} for each in state.validation],
+            **scored(bench, task, split.held[:VALIDATED], result.folder),
+        }
+        shutil.rmtree(work)
+        return found
+
+    return bench.kept.figures(name, stated, minutes, measure)
+
+
+def scored(bench: Bench, task: Task, held: Sequence[Row], adapter: Path) -> Figures:
+    """The scores of an adapter's answers: of the test requests each, their mean, and the mean of the held-out rows."""
+    test = scores(task, task.test, answers(bench.loaded, task, task.test, adapter))
+    chosen = scores(task, held, answers(bench.loaded, task, held, adapter))
+    return {
+        "score": round(statistics.fmean(test), 5),
+        "held": round(statistics.fmean(chosen), 5),
+        "scores": [round(each, 3) for each in test],
+    }
+
+
+def project(
+    bench: Bench, name: str, rows: Sequence[Row], change: Callable[[dict[str, Any]], None], stated: Mapping[str, Any]
+) -> Figures | None:
+    """What the candidate `tuned` reaches in a project that `tunesmith init` makes of these rows, by the command line.
+
+    change: edits the project's settings. stated: what the figures depend on. A killed measurement goes on from its
+    project.
+    """
+
+    def run(*arguments: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "tunesmith", *arguments, "-C", str(folder), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"tunesmith {' '.join(arguments)} ended with {done.returncode}\n{done.stderr[-2000:]}")
+        return dict(json.loads(done.stdout))
+
+    def measure() -> Figures:
+        file = folder / "tunesmith.yaml"
+        if not file.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            lines = (json.dumps({"prompt": asked, "completion": said}, ensure_ascii=False) for asked, said in rows)
+            (folder / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            run("init", "--data", str(folder / "rows.jsonl"), "--licence", "CC0-1.0")
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+            change(settings)
+            file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        training = run("train", "tuned")
+        evaluation = run("evaluate", "tuned")
+        found = {key: training[key] for key in ("seconds", "epochs", "validation", "kept", "notices")}
+        exact = evaluation["candidates"]["tuned"]["exact_match"]
+        shutil.rmtree(folder)
+        return found | {"n": evaluation["n"], **{key: round(exact[key], 4) for key in ("mean", "low", "high")}}
+
+    folder = bench.work / name.replace(" ", "-")
+    return bench.kept.figures(name, stated, stated["minutes"], measure)
