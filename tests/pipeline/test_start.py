@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import jsonschema
@@ -17,6 +18,8 @@ from tests.tiny import write_model
 from tests.tiny_project import rows
 from tunesmith.api import Project
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.data.building.summary import dataset_summary
+from tunesmith.pipeline.context import PipelineContext
 from tunesmith.services.doctor import examine
 from tunesmith.services.new_project import infer_schema, json_objects, make_project
 
@@ -82,6 +85,27 @@ def test_fields_that_rows_copy_and_ranges_that_they_keep_are_proposed(tmp_path: 
     properties = project.schema["properties"]
     assert properties["level"] == {"type": "integer", "minimum": 0, "maximum": 10}
     assert properties["seen"] == {"type": "integer"}, "its ends were seen once: the next row may go beyond"
+
+
+def test_the_build_orders_keys_where_rows_have_another_order(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    verbs = ("call", "ring", "phone", "meet", "wake", "ask", "remind", "text")
+    openings = ("please", "later on", "do", "kindly", "today")
+    found = [
+        {"prompt": f"{opening} at {n} {verb} Ana{n}", "completion": json.dumps({"who": f"Ana{n}", "at": n})}
+        for n, (opening, verb) in enumerate(product(openings, verbs))
+    ]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in found))
+    made = make_project(tmp_path / "p", data=data, licence="CC0-1.0", base=str(tmp_path / "model"))
+    assert made.reordered == 40
+    project = Project.load(tmp_path / "p")
+    assert project.settings.data.key_order == "request"
+    context = PipelineContext(project)
+    splits = ("train", "validation", "test")
+    answers = [json.loads(example.answer) for split in splits for example in context.dataset.examples(split)]
+    assert {tuple(answer) for answer in answers} == {("at", "who")}
+    assert dataset_summary(project.store, context.dataset.digest).rows.changed == len(answers)
 
 
 def test_keys_of_rows_are_renamed(tmp_path: Path) -> None:
