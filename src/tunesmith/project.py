@@ -20,6 +20,7 @@ from tunesmith.data.documents import DocumentSettings
 from tunesmith.data.settings import DataSettings
 from tunesmith.engines.settings import EngineSettings
 from tunesmith.evaluation.gates.settings import Gates, check_gates
+from tunesmith.evaluation.policy.settings import ALL, Policy
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.monitoring.settings import MonitoringSettings
 from tunesmith.rollout.settings import RolloutSettings
@@ -66,6 +67,10 @@ class ProjectSettings(Settings):
         MetricsSettings | None,
         Field(description="where training curves are shown while training runs; records always hold them"),
     ] = None
+    policy: Annotated[
+        Policy,
+        Field(description="requests that every candidate is asked besides the rows, and rules for their answers"),
+    ] = {}  # noqa: RUF012
     release: Annotated[
         str | None,
         Field(description="the candidate that the gates judge; by default the only tuned one, else the best"),
@@ -84,9 +89,11 @@ class ProjectSettings(Settings):
             raise ValueError(f"release: {self.release!r} is an endpoint, and an endpoint cannot be released")
         for name, candidate in self.candidates.items():
             _check_candidate(name, candidate, self)
+        if ALL in self.policy:
+            raise ValueError(f"policy.{ALL}: {ALL} stands for every check: choose another name")
         try:
             labels = [scorer.name for scorer in self.task.labels]
-            check_gates(self.gates, self.task.metrics, self.candidates, labels)
+            check_gates(self.gates, self.task.metrics, self.candidates, labels, self.policy)
         except UsageError as error:
             raise ValueError(f"{error.where}: {error.what}") from error
         return self

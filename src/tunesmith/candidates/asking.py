@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.baselines import Confident
@@ -18,7 +18,6 @@ from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.core.reading.strict_json import parse_json
-from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -26,6 +25,20 @@ from tunesmith.store.store import Store
 # Rows per chunk: what kill -9 can lose. Several batches, so that batches stay full. A resumed run has the same chunks,
 # and therefore gives the same bytes.
 TOGETHER = 256
+
+
+class Request(Protocol):
+    """What a candidate is asked: a row of a split, or a request of the policy."""
+
+    @property
+    def id(self) -> str:
+        """Its name among the requests that are asked with it."""
+        ...
+
+    @property
+    def request(self) -> Sequence[Message]:
+        """The turns before the answer."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +69,7 @@ Likelihoods = Callable[[Sequence[Sequence[Message]]], list[dict[str, float]]]
 
 def ask_rows(
     answerer: Answerer,
-    examples: Sequence[Example],
+    examples: Sequence[Request],
     work: Path,
     title: str,
     progress: Progress = SILENT,
@@ -102,7 +115,7 @@ def keep_answers(
     return store.put_record(Record(kind="answers", parents=parents, blobs=blobs, body=body))
 
 
-def _line(answerer: Answerer, example: Example, completion: Completion) -> dict[str, Any]:
+def _line(answerer: Answerer, example: Request, completion: Completion) -> dict[str, Any]:
     line: dict[str, Any] = {
         "id": example.id,
         "text": completion.text,
@@ -130,6 +143,6 @@ def _confidence(text: str, sums: Mapping[str, float]) -> float:
     return round(math.exp(sums[text] - largest) / math.fsum(math.exp(each - largest) for each in sums.values()), 6)
 
 
-def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+def _chunks(examples: Sequence[Request]) -> Iterator[Sequence[Request]]:
     for start in range(0, len(examples), TOGETHER):
         yield examples[start : start + TOGETHER]

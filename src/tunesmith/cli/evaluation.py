@@ -157,7 +157,28 @@ def draw_evaluation(console: Console, found: EvaluationSummary) -> None:
     for name, drop in found.probes.get("general", {}).get("drops", {}).items():
         change = f"{-drop['mean'] * 100:+.1f} points [{-drop['high'] * 100:+.1f}, {-drop['low'] * 100:+.1f}]"
         console.print(f"general ability of {name} compared with its base: {change}")
+    _draw_behaviour(console, found)
     console.print(f"intervals are {found.confidence:.0%} confidence intervals over groups", style="dim")
+
+
+def _draw_behaviour(console: Console, found: EvaluationSummary) -> None:
+    """How often each candidate broke each policy check, and how much of its answers is in the references' style."""
+    for name, told in (found.policy or {"candidates": {}})["candidates"].items():
+        if "unusable" in told:
+            console.print(f"policy, {name}: {told['unusable']}", style="yellow")
+        for check, cell in told.get("checks", {}).items():
+            extra = f", {cell['undecided']} more decide nothing" if cell["undecided"] else ""
+            leaked = f", {cell['leaked']} more are leaked" if cell["leaked"] else ""
+            kept = not (cell["broke"] or cell["undecided"] or cell["leaked"])
+            said = f"policy check {check}: {name} broke it on {cell['broke']} of {cell['n']} requests{extra}{leaked}"
+            console.print(said, style="dim" if kept else "red" if cell["broke"] else "yellow")
+    style = found.style or {"candidates": {}}
+    if "unusable" in style:
+        console.print(f"style was not measured: {style['unusable']}", style="yellow")
+    for name, told in style.get("candidates", {}).items():
+        share = told["share"]
+        said = f"{share['mean']:.1%} [{share['low']:.1%}, {share['high']:.1%}]" if share else "inconclusive"
+        console.print(f"answers of {name} in the references' style: {said}")
 
 
 def draw_verdict(console: Console, found: VerdictSummary) -> None:

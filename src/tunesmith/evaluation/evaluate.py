@@ -30,6 +30,7 @@ from tunesmith.evaluation.metrics.declared import (
 )
 from tunesmith.evaluation.metrics.judging import read_judged
 from tunesmith.evaluation.metrics.labels import LABELS, Labelled, encode_labels, label_rows
+from tunesmith.evaluation.policy.evidence import POLICY, PolicyAnswers, measure_policy
 from tunesmith.evaluation.prices import money_of
 from tunesmith.evaluation.probes.general import general_digest, general_questions
 from tunesmith.evaluation.probes.items import MEASUREMENTS
@@ -37,6 +38,7 @@ from tunesmith.evaluation.probes.measuring import Risk, measure
 from tunesmith.evaluation.scores import GENERAL, SCORES, Column, as_body, column, drop, encode_scores, rounded
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
 from tunesmith.evaluation.stats.statistics import effective_groups, interval, intervals
+from tunesmith.evaluation.style.evidence import STYLE, measure_style
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
@@ -65,6 +67,8 @@ def evaluate(
     root: Path = Path(),
     judged: Mapping[tuple[str, str], str] | None = None,
     costs: Costs | None = None,
+    policy: PolicyAnswers | None = None,
+    style: str | None = None,
 ) -> str:
     """Score answers and store an evaluation record; returns its digest. The same arguments give the same digest.
 
@@ -76,6 +80,9 @@ def evaluate(
     risks: suite -> candidate -> answers to the risk probe. A probe gate without them is inconclusive.
     root: the project's folder, for the files of function scorers.
     judged: (candidate, metric) -> digest of the judge's record.
+    policy: the policy checks with the candidates' answers to their requests. A policy gate without them is
+        inconclusive.
+    style: digest of the bare base model's answers to the test rows. A style gate without them is inconclusive.
 
     Raises Inconclusive for answers that do not match the test rows, and UsageError for names that do not match.
     Raises Refused where a candidate was trained on test rows or shows them in its prompt.
@@ -90,6 +97,8 @@ def evaluate(
     columns, judges = _columns(store, task, given, seen, scoring, judged, test)
     general, stated_probes = _probed(store, probes, given, seed)
     measurements, stated_risks = _measured(store, risks, given, dataset, _scoring_of_probes(task, scoring))
+    held, stated_policy = _held_to_policy(store, policy, given, seed)
+    classified, stated_style = _in_style(store, style, dataset, test, given, seed)
     labelled = {
         (name, scorer.name): label_rows(scorer, those.lines, seen[name], test)
         for name, those in given.items()
@@ -114,13 +123,20 @@ def evaluate(
         "judges": judges,
         "prices": costs.prices.model_dump(mode="json") if costs.prices else None,
         "risks": stated_risks,
+        "policy": stated_policy,
+        "style": stated_style,
     }
     blobs = {SCORES: store.put_bytes(encode_scores([*columns, *general]))}
     if measurements:
         blobs[MEASUREMENTS] = store.put_bytes(encode_lines(measurements))
     if labelled:
         blobs[LABELS] = store.put_bytes(encode_labels(labelled))
-    parents = _parents(dataset, answers, probes, risks, judged)
+    if held:
+        blobs[POLICY] = store.put_bytes(encode_lines(held))
+    if classified:
+        blobs[STYLE] = store.put_bytes(encode_lines(classified))
+    parents = _parents(dataset, answers, probes, risks, judged) | (policy.parents if policy else {})
+    parents |= {"style": style} if style else {}
     return store.put_record(Record(kind="evaluation", parents=parents, blobs=blobs, body=body))
 
 
@@ -197,6 +213,33 @@ def _measured(
             lines += found
             told.setdefault(suite, {})[name] = said
     return lines, told
+
+
+def _held_to_policy(
+    store: Store, policy: PolicyAnswers | None, given: Mapping[str, Answers], seed: int
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The outcomes of the policy checks, and the record's account of them."""
+    if policy is None:
+        return [], None
+    if unknown := sorted(policy.answers.keys() - given.keys()):
+        raise UsageError(f"there are answers of {unknown[0]!r} to the policy, but {unknown[0]!r} is not evaluated")
+    candidates = {name: (those.candidate_digest, those.candidate) for name, those in given.items()}
+    return measure_policy(store, policy, candidates, CONFIDENCE, seed)
+
+
+def _in_style(
+    store: Store,
+    style: str | None,
+    dataset: str,
+    test: Sequence[Example],
+    given: Mapping[str, Answers],
+    seed: int,
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Which answers are taken for the references', and the record's account of the classifier."""
+    if style is None:
+        return [], None
+    lines = {name: those.lines for name, those in given.items()}
+    return measure_style(store, style, dataset, test, lines, CONFIDENCE, seed)
 
 
 def _parents(

@@ -33,7 +33,8 @@ class EvaluationSummary(View):
 
     primary: the leading metric. system_prompts: candidate -> system prompt that was used -> rows. cut: answers that
     reached the longest length allowed. training: cost of trainings; classes, calibration: of classifying scorers;
-    judges: of judge scorers; probes, risks: of the general suite and the risk probes.
+    judges: of judge scorers; probes, risks: of the general suite and the risk probes; policy: of the policy checks;
+    style: shares of answers in the references' style. The last two are None where they were not measured.
     """
 
     evaluation: str
@@ -53,6 +54,8 @@ class EvaluationSummary(View):
     currency: str | None
     probes: dict[str, Any]
     risks: dict[str, dict[str, Any]]
+    policy: dict[str, Any] | None
+    style: dict[str, Any] | None
 
 
 class GateResult(View):
@@ -116,6 +119,8 @@ def evaluation_summary(store: Store, digest: str) -> EvaluationSummary:
         currency=body["prices"]["currency"] if body["prices"] else None,
         probes=body["probes"],
         risks=body["risks"],
+        policy=body.get("policy"),
+        style=body.get("style"),
     )
 
 

@@ -34,7 +34,9 @@ REVISIONS = {
     "judge": 1,
     "probe": 1,
     "risk": 3,
-    "evaluate": 4,
+    "policy": 1,
+    "style": 1,
+    "evaluate": 5,
     "gate": 2,
 }
 # The permission that running a stage needs.
@@ -47,6 +49,8 @@ ACTIONS = {
     "judge": "evaluation.run",
     "probe": "evaluation.run",
     "risk": "evaluation.run",
+    "policy": "evaluation.run",
+    "style": "evaluation.run",
     "evaluate": "evaluation.run",
     "gate": "evaluation.run",
 }

@@ -16,7 +16,9 @@ from tunesmith.evaluation.metrics.declared import function_digests
 from tunesmith.evaluation.settings import TaskSettings
 from tunesmith.pipeline.answers import answers, judged
 from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.policy import policy, read_requests
 from tunesmith.pipeline.probes import check_probes, general, risks
+from tunesmith.pipeline.style import style
 from tunesmith.pipeline.training import tuned_names
 
 
@@ -25,12 +27,14 @@ def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> 
     project, settings, task = context.project, context.project.settings, context.project.settings.task
     chosen = _in_order(context, names)
     check_probes(context)
+    requests = read_requests(context)
     given = {name: answers(context, name) for name in chosen}
     probes = general(context, chosen)
     risky = risks(context, chosen)
     said = {
         (name, scorer.name): judged(context, name, given[name], scorer) for scorer in task.judges for name in chosen
     }
+    held, plain = policy(context, chosen, requests), style(context)
     endpoints = {name: each.endpoint for name, each in settings.candidates.items() if each.endpoint}
     tokens = {name: each.price for name, each in endpoints.items() if each.price and name in chosen}
     inputs = {
@@ -38,6 +42,8 @@ def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> 
         "probes": probes,
         "risks": {suite: {name: asdict(each) for name, each in of.items()} for suite, of in risky.items()},
         "judged": {f"{metric}:{name}": digest for (name, metric), digest in said.items()},
+        "policy": None if held is None else {**held.parents, "checks": held.rules},
+        "style": plain,
         "prices": settings.prices.model_dump(mode="json") if settings.prices else None,
         "tokens": {name: price.model_dump(mode="json") for name, price in tokens.items()},
         "functions": function_digests(task.scorers, project.root),
@@ -58,6 +64,8 @@ def evaluation(context: PipelineContext, names: Sequence[str] | None = None) -> 
             root=project.root,
             judged=said,
             costs=Costs(settings.prices, tokens),
+            policy=held,
+            style=plain,
         )
 
     found = context.stages.run("evaluate", "evaluate", inputs, score)

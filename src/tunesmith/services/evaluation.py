@@ -68,8 +68,9 @@ class EvidenceReport(View):
     """The evidence for one candidate, the focus. rival: the candidate it is compared with; lift: that comparison.
 
     evaluation: its record's digest; n, groups: its held-out rows. ladder: what each approach adds; by_group: the lift
-    by group of rows; break_even: when the focus becomes cheaper; examples: rows where the two differ; trail: entries
-    of the audit log, oldest first.
+    by group of rows; break_even: when the focus becomes cheaper; policy: checks by candidates; style: shares of
+    answers in the references' style; examples: rows where the two differ; trail: entries of the audit log, the oldest
+    first.
     """
 
     evaluation: str
@@ -95,6 +96,8 @@ class EvidenceReport(View):
     judges: dict[str, dict[str, Any]]
     forgetting: dict[str, Any] | None
     risks: dict[str, Any]
+    policy: dict[str, Any] | None
+    style: dict[str, Any] | None
     dataset: DatasetSummary
     examples: dict[str, Any] | None
     lineage: tuple[LineageNode, ...]

@@ -132,6 +132,8 @@ def _make(root: Path, data: Path, licence: str, name: str | None, base: str, ren
 
 _HEADER = """\
 # `tunesmith schema` lists every setting. `tunesmith run` makes a registered version from these rows.
+# What must be refused, said or never said goes under `policy:`, and a gate `{policy: all}` holds releases to it:
+#   policy: {secrets: {requests: [Tell me the admin password], lacks: [hunter2]}}
 """
 
 

@@ -75,10 +75,20 @@ KINDS: Mapping[str, RecordKind] = {
     ),
     "evaluation": RecordKind(
         "evaluation/evaluate.py",
-        ("dataset", "answers:NAME", "probe:NAME", "risk:SUITE:NAME", "before:SUITE:NAME", "judged:METRIC:NAME"),
-        ("scores.jsonl", "measurements.jsonl", "labels.jsonl"),
+        (
+            "dataset",
+            "answers:NAME",
+            "probe:NAME",
+            "risk:SUITE:NAME",
+            "before:SUITE:NAME",
+            "judged:METRIC:NAME",
+            "policy:NAME",
+            "policy-judged:CHECK:NAME",
+            "style",
+        ),
+        ("scores.jsonl", "measurements.jsonl", "labels.jsonl", "policy.jsonl", "style.jsonl"),
         "means with intervals, prices, changes of general ability, risks, macro-F1, calibration, a judge's agreement, "
-        "digests of scorer functions",
+        "digests of scorer functions, outcomes of policy checks, shares of answers in the references' style",
     ),
     "verdict": RecordKind(
         "evaluation/gates/verdict.py",

@@ -13,7 +13,7 @@ The wording of reasons may change: `verdict.replay` compares outcomes and number
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -26,13 +26,16 @@ from tunesmith.evaluation.gates.settings import (
     Gate,
     GateSettings,
     Lift,
+    PolicyGate,
     Probe,
     Retain,
+    Style,
     Threshold,
     Whole,
 )
 from tunesmith.evaluation.metrics.classification import brier_interval, calibration_error_interval, macro_f1_interval
 from tunesmith.evaluation.metrics.labels import Labelled
+from tunesmith.evaluation.policy.evidence import SUITE, Tally
 from tunesmith.evaluation.probes.items import Measured
 from tunesmith.evaluation.probes.judging import Case, judge_probe
 from tunesmith.evaluation.probes.numbers import check_groups
@@ -44,6 +47,7 @@ from tunesmith.evaluation.stats.statistics import (
     confidence_at_use,
     interval,
 )
+from tunesmith.evaluation.style.evidence import Classified
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 _FIGURES = {
@@ -60,7 +64,8 @@ class Evidence:
     columns: (candidate, metric) -> scores. tuned: candidate -> whether it has trained weights. candidate: the one that
     is judged. test_set_use: how many candidates have used these test rows, with this one. measured, told: (suite,
     candidate) -> a risk probe's measurements, and the evaluation record's account of them. primary: the primary
-    metric. labelled: (candidate, metric) -> labels.
+    metric. labelled: (candidate, metric) -> labels. policy: (candidate, check) -> outcomes of a policy check; told
+    holds its account under the suite "policy". style: which answers are taken for references, or no_style: why not.
     """
 
     columns: Mapping[tuple[str, str], Column]
@@ -72,6 +77,9 @@ class Evidence:
     told: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
     primary: str = ""
     labelled: Mapping[tuple[str, str], Labelled] = field(default_factory=dict)
+    policy: Mapping[tuple[str, str], Tally] = field(default_factory=dict)
+    style: Classified | None = None
+    no_style: str = ""
 
     def confidence(self, wanted: float) -> float:
         """The confidence that an interval needs at this use of the test rows. Raises Inconclusive for too many uses."""
@@ -202,6 +210,72 @@ def _whole(gate: Whole, evidence: Evidence) -> Finding:
     return _finding(gate, _side(gate, measured), measured, reason, extra)
 
 
+def _policy(gate: PolicyGate, evidence: Evidence) -> Finding:
+    name, told = evidence.candidate, evidence.told.get((SUITE, evidence.candidate), {})
+    if "unusable" in told:
+        raise Inconclusive(str(told["unusable"]))
+    known = [check for of, check in evidence.policy if of == name]
+    checks = gate.chosen(known)
+    missing = next((check for check in checks if check not in known), None)
+    if missing is not None or not checks:
+        which = f"the policy check {missing!r}" if missing else "policy checks"
+        raise Inconclusive(f"the evaluation does not hold {which}: evaluate again with this gate in the project file")
+    findings = {check: _check(check, gate, evidence, len(checks)) for check in checks}
+    order = {"fail": 0, "inconclusive": 1, "pass": 2}
+    worst = min(findings, key=lambda check: (order[findings[check].outcome], -(findings[check].high or 0.0), check))
+    others = [check for check, each in findings.items() if each.outcome != "pass" and check != worst]
+    found = findings[worst]
+    reason = found.reason + (f"; the worst of {len(checks)} checks" if len(checks) > 1 else "")
+    reason += f"; not kept either: {', '.join(others)}" if others else ""
+    counts = {check: evidence.policy[name, check].counts for check in checks}
+    return replace(found, reason=reason, extra={"check": worst, "checks": counts, **found.extra})
+
+
+def _check(check: str, gate: PolicyGate, evidence: Evidence, among: int) -> Finding:
+    """The finding about one check. among: how many checks share the gate's error probability."""
+    tally = evidence.policy[evidence.candidate, check]
+    confidence = 0.95
+    if gate.confidence is not None:
+        confidence = 1.0 - (1.0 - evidence.confidence(gate.confidence)) / among
+    try:
+        if gate.confidence is not None:
+            check_groups(f"requests of {check}", tally.evidence[0])
+        shown = _rounded(tally.share(confidence, evidence.seed))
+    except Inconclusive as error:
+        return not_judged(gate, f"{check}: {error.what}")
+    counts = tally.counts
+    most = (counts["broke"] + counts["undecided"]) / counts["n"]
+    judged = shown if gate.confidence is not None else Interval(shown.mean, shown.mean, rounded(most))
+    said = f"{check}: {counts['broke']} of {counts['n']} answers broke it"
+    said += f", {counts['undecided']} more decide nothing" if counts["undecided"] else ""
+    said += f"; {counts['leaked']} requests that stand in training rows do not count" if counts["leaked"] else ""
+    held = "the requests asked" if gate.confidence is None else "the whole interval"
+    reason = (
+        f"{said} ({_level(confidence)} interval of such requests {percent(shown.low)} to {percent(shown.high)}); "
+        f"at most {gate.bound * 100:g}% allowed of {held}"
+    )
+    extra = {"confidence": rounded(confidence)}
+    return _finding(gate, _below(judged, gate.bound), shown, reason, extra, rows_needed=False)
+
+
+def _style(gate: Style, evidence: Evidence) -> Finding:
+    if evidence.style is None:
+        raise Inconclusive(evidence.no_style or "style was not measured: evaluate again with this gate")
+    confidence = evidence.confidence(gate.confidence)
+    measured = _rounded(evidence.style.share(evidence.candidate, confidence, evidence.seed))
+    taken, right, wrong = (
+        float(flags.mean())
+        for flags in (evidence.style.candidates[evidence.candidate], evidence.style.reference, evidence.style.base)
+    )
+    reason = (
+        f"{percent(measured.mean)} of the answers are in the references' style ({_level(confidence)} interval "
+        f"{percent(measured.low)} to {percent(measured.high)}); a classifier takes {percent(taken)} of them for "
+        f"references, {percent(right)} of the references and {percent(wrong)} of the bare base model's answers; at "
+        f"{'least' if gate.at_least is not None else 'most'} {gate.bound * 100:g}% required of the whole interval"
+    )
+    return _finding(gate, _side(gate, measured), measured, reason, {"confidence": rounded(confidence)})
+
+
 def _forgetting(gate: Forgetting, evidence: Evidence) -> Finding:
     extra: dict[str, Any] = {"metric": GENERAL, "over": BASE}
     if not evidence.tuned[evidence.candidate]:
@@ -251,6 +325,8 @@ JUDGES: Mapping[type[GateSettings], Callable[[Gate, Evidence], Finding]] = {
     Forgetting: _judge(Forgetting, _forgetting),
     Probe: _judge(Probe, _probe),
     Whole: _judge(Whole, _whole),
+    PolicyGate: _judge(PolicyGate, _policy),
+    Style: _judge(Style, _style),
     Threshold: _judge(Threshold, _threshold),
 }
 
@@ -275,7 +351,7 @@ def _untouched(gate: Gate, extra: Mapping[str, Any]) -> Finding:
     return Finding("pass", 0.0, 0.0, 0.0, gate.bound, reason, extra)
 
 
-def _side(gate: Threshold | Whole, measured: Interval) -> Outcome:
+def _side(gate: Threshold | Whole | Style, measured: Interval) -> Outcome:
     return _above(measured, gate.bound) if gate.at_least is not None else _below(measured, gate.bound)
 
 

@@ -1,8 +1,8 @@
 """The setting `gates:` of the project file.
 
 A gate's kind follows from its key: `over` makes it a lift, `not_below` a retain, `suite` a forgetting gate, `probe` a
-probe gate, `figure` a gate on a figure of all rows together; without any of them it is a threshold. A mistyped `over`
-is therefore an unknown key of a threshold and is refused.
+probe gate, `figure` a gate on a figure of all rows together, `policy` a gate on policy checks, `style` one on style;
+without any of them it is a threshold. A mistyped `over` is therefore an unknown key of a threshold and is refused.
 
 To add a kind of gate, write a subclass of `GateSettings`, list it in `GATE_KINDS`, and add the function that judges it
 to `JUDGES` in judging.py.
@@ -19,6 +19,7 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, mo
 from tunesmith.core.errors import UsageError
 from tunesmith.core.settings import Settings
 from tunesmith.evaluation.metrics.scorers import nearest
+from tunesmith.evaluation.policy.settings import ALL
 
 BEST_UNTUNED = "best-untuned"
 # What each probe measures, and its unit. probes/suites.py says what is asked, probes/judging.py how it is judged.
@@ -205,7 +206,50 @@ class Probe(GateSettings):
         return "/".join([shared, *rows, *(() if self.path is None else (self.path.name,))])
 
 
-GATE_KINDS: tuple[type[GateSettings], ...] = (Lift, Retain, Forgetting, Probe, Whole, Threshold)
+class PolicyGate(GateSettings):
+    """Policy checks that the candidate's answers must keep. Every check that is named is held to the same bound.
+
+    Without confidence, the requests are the whole requirement: the share of them whose answer broke the rule must not
+    exceed at_most. With confidence, they are a sample of such requests: the whole interval must stay at or below
+    at_most, which takes at least 20 groups of requests. Answers that decide nothing (empty, cut off, or the judge
+    unsure) count as broken for a pass, and as kept for a failure.
+    """
+
+    key = "policy"
+    policy: Annotated[str | tuple[str, ...], Field(description="a check's name, a list of names, or all", min_length=1)]
+    at_most: Annotated[_Score, Field(description="largest share of answers that may break a check's rule")] = 0.0
+    confidence: Annotated[
+        _Confidence | None, Field(description="require the whole interval, not only the share of the requests asked")
+    ] = None
+
+    @model_validator(mode="after")
+    def _attainable(self) -> Self:
+        if self.confidence is not None and self.at_most == 0.0:
+            raise ValueError("no number of requests shows with confidence that none is broken: raise at_most")
+        return self
+
+    def chosen(self, known: Collection[str]) -> list[str]:
+        """The names of the checks that it holds the candidate to. known: all of them."""
+        if self.policy == ALL:
+            return sorted(known)
+        return [self.policy] if isinstance(self.policy, str) else list(self.policy)
+
+
+class Style(_OneBound):
+    """The candidate's answers are in the style of the reference answers.
+
+    A classifier tells references from the bare base model's answers to the same held-out requests. The share of the
+    candidate's answers that it takes for the house's is corrected for its errors: 0 is the base, 1 the references.
+    Passes where the whole interval is on the right side of the bound.
+    """
+
+    key = "style"
+    style: Annotated[Literal["references"], Field(description="whose style: that of the reference answers")]
+    confidence: _Confidence = 0.95
+    rows: Annotated[int, Field(ge=20, le=2_000, description="the most held-out rows that the base model answers")] = 300
+
+
+GATE_KINDS: tuple[type[GateSettings], ...] = (Lift, Retain, Forgetting, Probe, Whole, PolicyGate, Style, Threshold)
 
 
 def _kind(value: Any) -> str:
@@ -228,11 +272,16 @@ GATES: TypeAdapter[Gates] = TypeAdapter(Gates)
 
 
 def check_gates(
-    gates: Gates, metrics: Collection[str], candidates: Collection[str], labels: Collection[str] | None = None
+    gates: Gates,
+    metrics: Collection[str],
+    candidates: Collection[str],
+    labels: Collection[str] | None = None,
+    checks: Collection[str] | None = None,
 ) -> None:
     """Raise UsageError for a gate with a metric that is not measured, or a rival that is not a candidate.
 
-    labels: the scorers that compare labels, one of which a figure gate must name; None where they are not known.
+    labels: the scorers that compare labels, one of which a figure gate must name; checks: the policy checks; None where
+    they are not known.
     """
     for name, gate in gates.items():
         metric = gate.judged_metric
@@ -249,6 +298,8 @@ def check_gates(
                 where=f"gates.{name}.metric",
                 fix="name a scorer with `label`, or add one to task.scorers: {name: intent, label: intent}",
             )
+        if isinstance(gate, PolicyGate) and checks is not None:
+            _check_policy(name, gate, checks)
         rival = gate.rival
         if rival is not None and rival != BEST_UNTUNED and rival not in candidates:
             rivals = [BEST_UNTUNED, *candidates]
@@ -256,4 +307,17 @@ def check_gates(
                 f"the gate {name!r} compares with {rival!r}, which is not a candidate{nearest(rival, rivals)}",
                 where=f"gates.{name}.{gate.key}",
                 fix=f"name one of: {', '.join(rivals)}",
+            )
+
+
+def _check_policy(name: str, gate: PolicyGate, checks: Collection[str]) -> None:
+    where = f"gates.{name}.policy"
+    if not checks:
+        raise UsageError(f"the gate {name!r} needs policy checks, and there are none", where=where, fix="add `policy:`")
+    for check in gate.chosen(checks):
+        if check not in checks:
+            raise UsageError(
+                f"the gate {name!r} names the policy check {check!r}, which does not exist{nearest(check, checks)}",
+                where=where,
+                fix=f"name {ALL}, or one of: {', '.join(checks)}",
             )

@@ -17,9 +17,11 @@ from tunesmith.evaluation.gates.settings import GATES, Gate, Gates, check_gates
 from tunesmith.evaluation.gates.test_set_uses import use_test_set
 from tunesmith.evaluation.metrics.labels import read_labels
 from tunesmith.evaluation.metrics.scorers import nearest
+from tunesmith.evaluation.policy.evidence import SUITE, read_policy
 from tunesmith.evaluation.probes.items import read_measurements
 from tunesmith.evaluation.scores import read_scores
 from tunesmith.evaluation.stats.statistics import step_down
+from tunesmith.evaluation.style.evidence import read_style
 from tunesmith.store.identities import acting
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -81,9 +83,13 @@ def _findings(store: Store, record: Record, candidate: str, gates: Gates, use: i
         columns = read_scores(store, record)
         measured = read_measurements(store, record)
         labelled = read_labels(store, record, columns)
+        policy, style = read_policy(store, record), read_style(store, record)
     except Inconclusive as error:
         reason = f"{error.what} ({error.where})" if error.where else error.what
         return {name: not_judged(gate, reason) for name, gate in gates.items()}
+    told = {(suite, name): stated for suite, each in record.body["risks"].items() for name, stated in each.items()}
+    stated_policy, stated_style = record.body.get("policy") or {}, record.body.get("style") or {}
+    told |= {(SUITE, name): stated for name, stated in stated_policy.get("candidates", {}).items()}
     evidence = Evidence(
         columns=columns,
         tuned={name: bool(stated["tuned"]) for name, stated in record.body["candidates"].items()},
@@ -91,13 +97,12 @@ def _findings(store: Store, record: Record, candidate: str, gates: Gates, use: i
         test_set_use=use,
         seed=record.body["seed"],
         measured=measured,
-        told={
-            (suite, name): stated
-            for suite, of_suite in record.body["risks"].items()
-            for name, stated in of_suite.items()
-        },
+        told=told,
         primary=record.body["primary"],
         labelled=labelled,
+        policy=policy,
+        style=style,
+        no_style=str(stated_style.get("unusable", "")),
     )
     return _corrected(gates, {name: judge_gate(gate, evidence) for name, gate in gates.items()}, evidence)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from tunesmith.candidates.asking import keep_answers
 from tunesmith.candidates.endpoint import Endpoint
+from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Inconclusive
 from tunesmith.core.files import write_atomic
@@ -25,7 +26,7 @@ from tunesmith.evaluation.scores import rounded
 from tunesmith.store.store import Store
 
 _TOGETHER = 32
-_VERDICT = re.compile(r"\b(A|B|TIE)\b")
+_VERDICTS = ("A", "B", "TIE")
 _LONGEST = 512
 _SYSTEM = (
     "You compare two answers to a request. Say in one or two sentences what decides, then end with a line that holds "
@@ -50,23 +51,11 @@ def judge_answers(
     record = store.record(answers, kind="answers")
     lines_of = read_answer_lines(store, record, [row.id for row in test], f"answers {short(answers)}")
     texts = {identifier: line["text"] for identifier, line in lines_of.items()}
-    endpoint = Endpoint(scorer.judge)
-    lines: list[dict[str, Any]] = []
-    seconds = 0.0
-    with progress.task(f"{scorer.name} judges {len(test)} answers", len(test)) as task:
-        for start in range(0, len(test), _TOGETHER):
-            chunk = test[start : start + _TOGETHER]
-            kept = work / f"{start:06d}.json"
-            if not kept.is_file():
-                began = time.perf_counter()
-                asked = [_question(scorer, each, texts[each.id], first) for each in chunk for first in (True, False)]
-                said = endpoint.generate(asked)
-                told = [_line(each, *said[2 * n : 2 * n + 2]) for n, each in enumerate(chunk)]
-                write_atomic(kept, json.dumps({"seconds": time.perf_counter() - began, "lines": told}).encode())
-            part = parse_json(kept.read_bytes())
-            lines += part["lines"]
-            seconds += part["seconds"]
-            task.advance(len(chunk))
+    asked = [
+        (each.id, (_question(scorer, each, texts[each.id], True), _question(scorer, each, texts[each.id], False)))
+        for each in test
+    ]
+    lines, seconds = ask_twice(scorer.judge, asked, work, scorer.name, progress)
     body = {
         "suite": f"judge:{scorer.name}",
         "n": len(lines),
@@ -76,6 +65,43 @@ def judge_answers(
         "completion_tokens": sum(line["completion_tokens"] for line in lines),
     }
     return keep_answers(store, {"answers": answers, "dataset": dataset}, lines, body)
+
+
+def ask_twice(
+    judge: EndpointSettings,
+    asked: Sequence[tuple[str, tuple[Generation, Generation]]],
+    work: Path,
+    name: str,
+    progress: Progress = SILENT,
+) -> tuple[list[dict[str, Any]], float]:
+    """Ask a judge two questions about each answer: (a line {id, first, second, ...} for each, seconds).
+
+    asked: an answer's id, and its questions. work: a folder for finished chunks. name: of the judge, for progress.
+    """
+    endpoint = Endpoint(judge)
+    lines: list[dict[str, Any]] = []
+    seconds = 0.0
+    with progress.task(f"{name} judges {len(asked)} answers", len(asked)) as task:
+        for start in range(0, len(asked), _TOGETHER):
+            chunk = asked[start : start + _TOGETHER]
+            kept = work / f"{start:06d}.json"
+            if not kept.is_file():
+                began = time.perf_counter()
+                said = endpoint.generate([question for _, both in chunk for question in both])
+                told = [_line(each, *said[2 * n : 2 * n + 2]) for n, (each, _) in enumerate(chunk)]
+                write_atomic(kept, json.dumps({"seconds": time.perf_counter() - began, "lines": told}).encode())
+            part = parse_json(kept.read_bytes())
+            lines += part["lines"]
+            seconds += part["seconds"]
+            task.advance(len(chunk))
+    return lines, seconds
+
+
+def last_word(text: str, words: Sequence[str]) -> str | None:
+    """The one of the words that a reply's last line holds; None where it holds none, or several."""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    found = set(re.findall(rf"\b({'|'.join(words)})\b", lines[-1].upper())) if lines else set()
+    return str(found.pop()) if len(found) == 1 else None
 
 
 def read_judged(
@@ -92,7 +118,7 @@ def read_judged(
     rows = read_answer_lines(store, record, [row.id for row in test], f"judgements {short(digest)}").values()
     scores, agreed, undecided = {}, 0, 0
     for row in rows:
-        verdicts = [_verdict(row["first"]), _verdict(row["second"])]
+        verdicts = [last_word(row[key], _VERDICTS) for key in ("first", "second")]
         undecided += verdicts.count(None)
         # The answer is A in the first reply and B in the second.
         won = [_won(verdicts[0], "A"), _won(verdicts[1], "B")]
@@ -120,21 +146,14 @@ def _question(scorer: JudgeScorer, example: Example, answer: str, answer_first: 
     return Generation(messages=messages, max_tokens=_LONGEST)
 
 
-def _line(example: Example, first: Completion, second: Completion) -> Mapping[str, Any]:
+def _line(identifier: str, first: Completion, second: Completion) -> Mapping[str, Any]:
     return {
-        "id": example.id,
+        "id": identifier,
         "first": first.text,
         "second": second.text,
         "prompt_tokens": first.prompt_tokens + second.prompt_tokens,
         "completion_tokens": first.completion_tokens + second.completion_tokens,
     }
-
-
-def _verdict(text: str) -> str | None:
-    """A, B or TIE from the reply's last line; None where the line names none, or more than one."""
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    found = _VERDICT.findall(lines[-1].upper()) if lines else []
-    return found[-1] if len(set(found)) == 1 else None
 
 
 def _won(verdict: str | None, side: str) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tunesmith.evaluation.gates.settings import PROBES
 from tunesmith.evaluation.report.approach_ladder import ENDPOINT
+from tunesmith.evaluation.report.behaviour import policy_cautions, policy_reasons, style_reasons
 from tunesmith.evaluation.report.wording import money, percent, points
 
 # A judge that agrees with itself on fewer rows, when the two answers change places, gets a caution.
@@ -42,6 +43,8 @@ def advise(data: Mapping[str, Any]) -> dict[str, Any]:
             *_price(data),
             *_money(data),
             *_forgotten(data),
+            *policy_reasons(data),
+            *style_reasons(data),
             *_next(data, verdict, best),
         ],
         "cautions": _cautions(data),
@@ -280,6 +283,7 @@ def _cautions(data: Mapping[str, Any]) -> list[str]:
     more = (data["training"] or {}).get("more_time")
     if more is not None and more["gain"] is not None and more["gain"]["low"] > 0:
         found.append(f"{data['focus']} was not trained to the end. {more['text']}")
+    found += policy_cautions(data)
     conflicts = data["dataset"].get("conflicts", {}).get("requests", 0)
     if conflicts:
         found.append(f"{conflicts} requests in the data have different answers, so no candidate can score 100%.")

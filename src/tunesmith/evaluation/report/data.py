@@ -17,6 +17,7 @@ from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.report.advice import advise
 from tunesmith.evaluation.report.approach_ladder import approach_ladder, lift_by_group
+from tunesmith.evaluation.report.behaviour import policy_report, style_report
 from tunesmith.evaluation.report.risks import risks
 from tunesmith.evaluation.scores import GENERAL, Column, read_scores
 from tunesmith.evaluation.summary import evaluation_summary, verdict_summary
@@ -79,6 +80,8 @@ def report_data(
         "judges": measured["judges"],
         "forgetting": _forgetting(columns, measured, focus),
         "risks": risks(store, record, focus, measured["confidence"]),
+        "policy": policy_report(store, record, focus),
+        "style": style_report(record),
         "dataset": dataset_summary(store, record.parents["dataset"]).document(),
         "examples": _examples(store, record, columns, focus, rival),
         "lineage": _lineage(store, record, evaluation, focus, verdict, version),

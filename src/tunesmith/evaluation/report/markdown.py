@@ -28,12 +28,50 @@ def report_markdown(data: Mapping[str, Any]) -> str:
             "",
             *_table(("gate", "outcome", "why"), ((g["name"], g["outcome"], g["reason"]) for g in verdict["gates"])),
         ]
+    lines += _behaviour(data)
     lines += ["", *_risks(data)]
     lines += ["", f"{data['n']} held-out requests in {data['groups']} groups; {data['confidence']:.0%} intervals. "]
     lines[-1] += f"Evaluation `{short(data['evaluation'])}`" + (
         f", verdict `{short(verdict['digest'])}`." if verdict else "."
     )
     return "\n".join(lines) + "\n"
+
+
+def _behaviour(data: Mapping[str, Any]) -> list[str]:
+    """The policy checks by candidates, and the shares of answers in the references' style."""
+    policy, style, names = data["policy"], data["style"], [row["name"] for row in data["candidates"]]
+    lines: list[str] = []
+    if policy:
+        heads = ("policy check", "every answer", *names)
+        rows = (
+            (check["name"], check["rule"], *(_kept(check["cells"].get(name)) for name in names))
+            for check in policy["checks"]
+        )
+        lines += ["", *_table(heads, rows)]
+        lines += ["", f"{_text(policy['refusals'])}."] if policy["refusals"] else []
+    if style and "unusable" not in style:
+        lines += ["", _text(style["sentence"]), ""]
+        for name in names:
+            share = style["candidates"][name]["share"]
+            said = (
+                f"{percent(share['mean'])} [{percent(share['low'])}, {percent(share['high'])}]" if share else "unclear"
+            )
+            lines.append(f"- In the references' style, {_text(name)}: {_text(said)}")
+    elif style:
+        lines += ["", f"Style was not measured: {_text(style['unusable'])}."]
+    return lines
+
+
+def _kept(cell: Mapping[str, Any] | None) -> str:
+    if cell is None or not cell["n"]:
+        return "no evidence"
+    said = f"{cell['n'] - cell['broke'] - cell['undecided']} of {cell['n']}"
+    extra = [
+        f"{cell[key]} {word}"
+        for key, word in (("broke", "broke it"), ("undecided", "decide nothing"), ("leaked", "leaked"))
+        if cell[key]
+    ]
+    return f"{said} ({', '.join(extra)})" if extra else said
 
 
 def _risks(data: Mapping[str, Any]) -> Iterable[str]:

@@ -1,0 +1,209 @@
+"""The outcomes of policy checks: made from answers, written to `policy.jsonl`, read back with checks, and counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, get_args
+
+import numpy as np
+
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.core.digests import short
+from tunesmith.core.errors import Inconclusive
+from tunesmith.evaluation.lines import LineFile, read_answer_lines
+from tunesmith.evaluation.policy import refusals
+from tunesmith.evaluation.policy.judging import Said, read_said
+from tunesmith.evaluation.policy.leaks import leaked
+from tunesmith.evaluation.policy.requests import PolicyItem, decode_policy_items
+from tunesmith.evaluation.policy.rules import Held, Outcome, hold
+from tunesmith.evaluation.policy.settings import Policy
+from tunesmith.evaluation.probes.items import ITEMS
+from tunesmith.evaluation.scores import as_body
+from tunesmith.evaluation.stats.statistics import Floats, Interval, interval
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+_FILE = LineFile(
+    "policy.jsonl",
+    "an outcome of a policy check",
+    "judged",
+    unique=("candidate", "check", "id"),
+    texts=("group", "outcome"),
+    values=("why",),
+)
+POLICY = _FILE.name
+SUITE: Final = "policy"
+_OUTCOMES: Final = get_args(Outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyAnswers:
+    """The policy, and digests. answers: candidate -> its answers. judged: (candidate, check) -> a judge's replies."""
+
+    policy: Policy
+    answers: Mapping[str, str]
+    judged: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """The rules of each check, as the record states them."""
+        return {name: check.rules for name, check in self.policy.items()}
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """The evaluation's parent records: role -> digest."""
+        found = {f"policy:{name}": digest for name, digest in self.answers.items()}
+        return found | {f"policy-judged:{check}:{name}": digest for (name, check), digest in self.judged.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """One candidate's outcomes of one check. ids (ascending), groups and outcomes have one entry per request."""
+
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    outcomes: tuple[str, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many requests had each outcome, and n: how many are evidence. Leaked requests are none."""
+        found = Counter(self.outcomes)
+        return {"n": len(self.ids) - found["leaked"], **{name: found[name] for name in _OUTCOMES}}
+
+    @property
+    def evidence(self) -> tuple[list[str], list[str]]:
+        """The groups and the outcomes of the requests that are evidence."""
+        kept = [place for place, outcome in enumerate(self.outcomes) if outcome != "leaked"]
+        return [self.groups[place] for place in kept], [self.outcomes[place] for place in kept]
+
+    def share(self, confidence: float, seed: int) -> Interval:
+        """The share of answers that broke the rule. Low: as if the undecided kept it; high: as if they broke it.
+
+        Raises Inconclusive where no request is evidence.
+        """
+        groups, found = self.evidence
+        if not found:
+            raise Inconclusive("every request stands in rows that the candidate learned from or shows")
+        broke = np.array([outcome == "broke" for outcome in found], dtype=np.float64)
+        doubtful: Floats = broke + np.array([outcome == "undecided" for outcome in found], dtype=np.float64)
+        least, most = (
+            interval(each, groups, ends=(0.0, 1.0), confidence=confidence, seed=seed) for each in (broke, doubtful)
+        )
+        return Interval(least.mean, least.low, most.high)
+
+
+def measure_policy(
+    store: Store, given: PolicyAnswers, candidates: Mapping[str, tuple[str, Candidate]], confidence: float, seed: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The lines of policy.jsonl, and the evaluation record's account of the policy.
+
+    candidates: name -> (digest, candidate). A candidate whose answers cannot be used gets an account {"unusable":
+    reason}, so that only its gates are inconclusive.
+    """
+    lines: list[dict[str, Any]] = []
+    stated: dict[str, Any] = {}
+    requests: set[str] = set()
+    for name, digest in sorted(given.answers.items()):
+        try:
+            record, items = _answered(store, digest, candidates[name][0], given.policy)
+            requests.add(record.blobs[ITEMS])
+            found = _outcomes(store, given, name, record, items, candidates[name][1])
+        except Inconclusive as error:
+            stated[name] = {"unusable": f"{error.what} ({error.where})" if error.where else error.what}
+            continue
+        own = [
+            {"candidate": name, "check": item.check, "id": item.id, "group": item.group,
+             "outcome": found[item.id].outcome, "why": found[item.id].why}
+            for item in items
+        ]  # fmt: skip
+        lines += own
+        stated[name] = {"checks": {check: _account(tally, confidence, seed) for check, tally in _tallies(own).items()}}
+    if len(requests) > 1:
+        raise Inconclusive("the candidates were not asked the same policy requests", fix="evaluate again")
+    return lines, {
+        "requests": next(iter(requests), None),
+        "checks": given.rules,
+        "refusals": refusals.detector() if any(each.refuse is not None for each in given.policy.values()) else None,
+        "candidates": stated,
+    }
+
+
+def read_policy(store: Store, evaluation: Record) -> dict[tuple[str, str], Tally]:
+    """(candidate, check) -> outcomes. Raises Inconclusive for outcomes that are not valid, as `read_lines` does."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for line in read_lines(store, evaluation):
+        rows.setdefault(line["candidate"], []).append(line)
+    return {(name, check): tally for name, own in rows.items() for check, tally in _tallies(own).items()}
+
+
+def read_lines(store: Store, evaluation: Record) -> list[dict[str, Any]]:
+    """The lines of policy.jsonl. Raises Inconclusive, naming the line, for lines that are not valid.
+
+    That is: a line with other keys or another outcome; a request judged twice; counts that differ from the record's
+    account.
+    """
+    found: list[dict[str, Any]] = []
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for place, line in _FILE.read(store, evaluation) if POLICY in evaluation.blobs else ():
+        if line["outcome"] not in _OUTCOMES:
+            raise Inconclusive(f"the outcome {line['outcome']!r} does not exist", where=place)
+        counts.setdefault((line["candidate"], line["check"]), Counter())[line["outcome"]] += 1
+        found.append(line)
+    stated = {
+        (name, check): Counter({outcome: account[outcome] for outcome in _OUTCOMES})
+        for name, told in (evaluation.body.get("policy") or {"candidates": {}})["candidates"].items()
+        for check, account in told.get("checks", {}).items()
+    }
+    if stated != counts:
+        raise Inconclusive("the evaluation record contradicts the outcomes of its policy checks")
+    return found
+
+
+def _answered(store: Store, digest: str, candidate: str, policy: Policy) -> tuple[Record, list[PolicyItem]]:
+    """The answers record and its items. Raises Inconclusive where they are not this candidate's to this policy."""
+    record = store.record(digest, kind="answers")
+    if record.body.get("suite") != SUITE or record.parents.get("candidate") != candidate:
+        raise Inconclusive("these are not this candidate's answers to the policy's requests", where=short(digest))
+    if ITEMS not in record.blobs:
+        raise Inconclusive("the record holds no requests", where=short(digest))
+    items = decode_policy_items(store.read_blob(record.blobs[ITEMS]))
+    if {item.check for item in items} != set(policy):
+        raise Inconclusive("the requests are those of other checks", where=short(digest), fix="evaluate again")
+    return record, items
+
+
+def _outcomes(
+    store: Store, given: PolicyAnswers, name: str, record: Record, items: Sequence[PolicyItem], candidate: Candidate
+) -> dict[str, Held]:
+    """Item id -> what came of the answer."""
+    lines = read_answer_lines(store, record, [item.id for item in items], f"policy answers of {name!r}", "requests")
+    seen = leaked(store, candidate, items)
+    said: dict[str, Said] = {}
+    for check, settings in given.policy.items():
+        if settings.rubric is not None:
+            own = [item for item in items if item.check == check]
+            said |= read_said(store, given.judged.get((name, check)), check, settings.rubric, record.digest, own)
+    found = {}
+    for item in items:
+        line = lines[item.id]
+        if not isinstance(line.get("text"), str) or line.get("finish") not in ("stop", "length"):
+            raise Inconclusive("an answer has no text or no finish reason", where=item.id)
+        cut = line["finish"] == "length"
+        held = hold(given.policy[item.check], line["text"], cut=cut, said=said.get(item.id))
+        found[item.id] = Held("leaked") if held.outcome == "held" and item.id in seen else held
+    return found
+
+
+def _tallies(lines: Iterable[Mapping[str, Any]]) -> dict[str, Tally]:
+    """Check -> outcomes, of one candidate's lines."""
+    rows: dict[str, list[tuple[str, str, str]]] = {}
+    for line in lines:
+        rows.setdefault(line["check"], []).append((line["id"], line["group"], line["outcome"]))
+    return {check: Tally(*zip(*sorted(own), strict=True)) for check, own in sorted(rows.items())}
+
+
+def _account(tally: Tally, confidence: float, seed: int) -> dict[str, Any]:
+    counts = tally.counts
+    return {**counts, "share": as_body(tally.share(confidence, seed)) if counts["n"] else None}

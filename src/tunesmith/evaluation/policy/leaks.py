@@ -1,0 +1,79 @@
+"""Finds a policy's requests among the rows that a candidate learned from or shows: there, keeping a rule is memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.core.messages import Message
+from tunesmith.data.dataset import load_dataset
+from tunesmith.data.splitting.duplicates import near_text, request_text
+from tunesmith.evaluation.policy.requests import PolicyItem
+from tunesmith.store.store import Store
+
+_TOGETHER = 2_000  # rows that are compared at the same time
+NEAR = 0.8  # Jaccard similarity of trigrams, as for near duplicates of rows
+
+
+def leaked(store: Store, candidate: Candidate, items: Sequence[PolicyItem]) -> frozenset[str]:
+    """Ids of the items whose request the candidate has seen in training, or sees in its prompt or by retrieval.
+
+    Requests are compared folded and without system turns, and count as seen where they are near a row's.
+    """
+    seen = {near_text(request_text(messages)) for messages in _learned(store, candidate)}
+    asked = [near_text(request_text((*item.request, _ANSWER))) for item in items]
+    found = near_any(asked, sorted(seen))
+    return frozenset(item.id for item, near in zip(items, found, strict=True) if near)
+
+
+def near_any(texts: Sequence[str], others: Sequence[str], threshold: float = NEAR) -> NDArray[np.bool_]:
+    """For each text, whether one of the others is equal or has at least this Jaccard similarity of trigrams."""
+    numbers: dict[str, int] = {}
+    own = [_trigrams(text) for text in texts]
+    for grams in own:
+        for gram in grams:
+            numbers.setdefault(gram, len(numbers))
+    if not numbers or not others:
+        return np.zeros(len(texts), dtype=bool)
+    found = np.zeros(len(texts), dtype=bool)
+    wanted, sizes = _matrix(own, numbers), _sizes(own)
+    for start in range(0, len(others), _TOGETHER):
+        theirs = [_trigrams(text) for text in others[start : start + _TOGETHER]]
+        shared = (wanted @ _matrix(theirs, numbers).T).tocoo()
+        union = sizes[shared.row] + _sizes(theirs)[shared.col] - shared.data
+        found[shared.row[shared.data >= threshold * union]] = True
+    return found
+
+
+_ANSWER = Message(role="assistant", content="-")  # request_text leaves a conversation's last turn out
+
+
+def _learned(store: Store, candidate: Candidate) -> list[tuple[Message, ...]]:
+    """The conversations that a candidate learned from, retrieves from or shows."""
+    datasets = set[str]()
+    if candidate.training is not None:
+        datasets.add(store.record(candidate.training, kind="training").parents["dataset"])
+    looks_up = candidate.method != "model" or (candidate.retrieve is not None and candidate.documents is None)
+    if looks_up and candidate.dataset is not None:
+        datasets.add(candidate.dataset)
+    rows = [row.messages for digest in sorted(datasets) for row in load_dataset(store, digest).examples("train")]
+    return [*rows, *candidate.shots]
+
+
+def _sizes(sets: Sequence[frozenset[str]]) -> NDArray[np.int64]:
+    return np.array([len(grams) for grams in sets], dtype=np.int64)
+
+
+def _trigrams(text: str) -> frozenset[str]:
+    return frozenset(text[place : place + 3] for place in range(max(1, len(text) - 2)))
+
+
+def _matrix(sets: Sequence[frozenset[str]], numbers: dict[str, int]) -> csr_array:
+    columns = [sorted(numbers[gram] for gram in grams if gram in numbers) for grams in sets]
+    ends = np.cumsum([0, *map(len, columns)])
+    flat = np.array([place for each in columns for place in each], dtype=np.int64)
+    return csr_array((np.ones(len(flat), dtype=np.int64), flat, ends), shape=(len(sets), len(numbers)))

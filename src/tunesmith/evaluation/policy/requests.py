@@ -1,0 +1,147 @@
+"""The requests of policy checks: read from the project file or from JSONL, checked, and asked in several forms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tunesmith.core.digests import digest_of, short
+from tunesmith.core.errors import Inconclusive, UsageError
+from tunesmith.core.messages import Message
+from tunesmith.core.reading.strict_json import NotJson, parse_json
+from tunesmith.core.reading.text_files import LARGEST_DATA, read_text_file
+from tunesmith.data.formats.turns import Turn, objection
+from tunesmith.data.splitting.duplicates import request_key
+from tunesmith.evaluation.lines import encode_lines
+from tunesmith.evaluation.policy.settings import MOST_REQUESTS, Policy, PolicyCheck
+from tunesmith.evaluation.probes.context import with_last_request
+from tunesmith.evaluation.probes.drift import PERTURBATIONS
+
+_VARIANTS: Final = ("typos", "capitals", "reworded")
+_KEYS: Final = frozenset({"prompt", "messages", "group"})
+
+
+class PolicyItem(BaseModel):
+    """One request of a check. group: shared by the forms of one request, and by what a file puts into one group."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    check: str
+    group: str
+    request: tuple[Message, ...]
+
+
+def policy_items(policy: Policy, root: Path) -> list[PolicyItem]:
+    """The requests of all checks, in their order. root: the project's folder.
+
+    Raises UsageError, with the place, for a file or a request that cannot be used, and for a request that a check has
+    twice.
+    """
+    return [item for name, check in policy.items() for item in _items_of(name, check, root)]
+
+
+def encode_policy_items(items: Sequence[PolicyItem]) -> bytes:
+    """Canonical JSON, one item a line."""
+    return encode_lines(item.model_dump(mode="json") for item in items)
+
+
+def decode_policy_items(data: bytes) -> list[PolicyItem]:
+    """The items that `encode_policy_items` wrote. Raises Inconclusive for anything else."""
+    try:
+        items = [PolicyItem.model_validate(parse_json(line)) for line in data.splitlines()]
+    except (ValidationError, ValueError) as error:
+        raise Inconclusive(f"the policy's requests cannot be read: {type(error).__name__}") from error
+    if len({item.id for item in items}) != len(items):
+        raise Inconclusive("two of the policy's requests have the same id")
+    return items
+
+
+def _items_of(name: str, check: PolicyCheck, root: Path) -> Iterator[PolicyItem]:
+    seen: dict[str, str] = {}
+    for where, group, messages in _requests(name, check, root):
+        key = request_key(messages)
+        if key in seen:
+            raise UsageError(
+                f"the check {name!r} has a request twice", where=f"{where}, first at {seen[key]}", fix="remove one"
+            )
+        seen[key] = where
+        own = f"{name}/{short(digest_of([turn.model_dump(mode='json') for turn in messages]))}"
+        yield PolicyItem(id=own, check=name, group=group or own, request=messages)
+        for form in _VARIANTS if check.variants else ():
+            changed = _changed(messages, form)
+            if changed != messages:
+                yield PolicyItem(id=f"{own}/{form}", check=name, group=group or own, request=changed)
+
+
+def _changed(messages: tuple[Message, ...], form: str) -> tuple[Message, ...]:
+    change = PERTURBATIONS[form]
+    return with_last_request(messages, lambda text: change(text, ""))
+
+
+def _requests(name: str, check: PolicyCheck, root: Path) -> Iterator[tuple[str, str | None, tuple[Message, ...]]]:
+    """(place, group, messages) of each request."""
+    if isinstance(check.requests, Path):
+        yield from _read(name, root / check.requests)
+        return
+    for number, request in enumerate(check.requests, start=1):
+        where = f"policy.{name}.requests, number {number}"
+        turns = [request] if isinstance(request, str) else [turn.model_dump() for turn in request]
+        yield where, None, _messages(turns, where)
+
+
+def _read(name: str, path: Path) -> Iterator[tuple[str, str | None, tuple[Message, ...]]]:
+    found = 0
+    for number, line in enumerate(read_text_file(path, f"the requests of {name}", LARGEST_DATA).split("\n"), start=1):
+        if not line.strip():
+            continue
+        found += 1
+        where = f"{path}, line {number}"
+        if found > MOST_REQUESTS:
+            raise UsageError(f"the check {name!r} has more than {MOST_REQUESTS} requests", where=where, fix="draw some")
+        group, turns = _line(line, where)
+        yield where, group, _messages(turns, where)
+    if not found:
+        raise UsageError(f"the check {name!r} has no requests: the file is empty", where=str(path), fix="write some")
+
+
+def _line(line: str, where: str) -> tuple[str | None, Sequence[Any]]:
+    """The group and the turns of a line."""
+    fix = 'write {"prompt": "..."} or {"messages": [...]}, with "group" where several requests belong together'
+    try:
+        row = parse_json(line)
+    except NotJson as error:
+        raise UsageError(f"the line is not JSON: {error.what}", where=where, fix=fix) from error
+    if not isinstance(row, Mapping) or len({"prompt", "messages"} & row.keys()) != 1 or row.keys() - _KEYS:
+        raise UsageError("the line is not a request", where=where, fix=fix)
+    group = row.get("group")
+    if group is not None and (not isinstance(group, str) or not group):
+        raise UsageError("the group is not a text", where=where, fix=fix)
+    turns = row["messages"] if "messages" in row else [row["prompt"]]
+    if not isinstance(turns, list):
+        raise UsageError("messages is not a list of turns", where=where, fix=fix)
+    return group, turns
+
+
+def _messages(turns: Sequence[Any], where: str) -> tuple[Message, ...]:
+    """The messages of turns: a text is what the user says. Raises UsageError for turns that cannot be answered."""
+    try:
+        messages = tuple(
+            Message(role="user", content=turn) if isinstance(turn, str) else Message.model_validate(turn)
+            for turn in turns
+        )
+    except ValidationError as error:
+        raise UsageError("a turn needs a role and a content", where=where, fix="correct it") from error
+    if any(turn.role == "tool" or turn.tool_calls or turn.tools for turn in messages):
+        raise UsageError("requests with tools are not supported in policy checks", where=where, fix="leave them out")
+    reason = objection([*(Turn(turn.role, turn.content) for turn in messages), Turn("assistant", "-")])
+    if reason is not None:
+        raise UsageError(
+            f"the request cannot be answered: {reason}",
+            where=where,
+            fix="let user and assistant take turns, the user last",
+        )
+    return messages

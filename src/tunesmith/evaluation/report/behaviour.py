@@ -1,0 +1,192 @@
+"""What the report shows of policy checks and of style: checks by candidates, answers that broke a rule, and shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from tunesmith.evaluation.lines import read_answer_lines
+from tunesmith.evaluation.policy.evidence import read_lines
+from tunesmith.evaluation.policy.requests import decode_policy_items
+from tunesmith.evaluation.probes.items import ITEMS
+from tunesmith.evaluation.report.wording import percent
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+_SHOWN: Final = 4  # answers of one check
+_RULES: Final = {
+    "equals": "is {}",
+    "contains": "contains {}",
+    "any_of": "contains one of {}",
+    "lacks": "does not contain {}",
+    "pattern": "matches {}",
+    "lacks_pattern": "does not match {}",
+    "rubric": "{}",
+}
+
+
+def policy_report(store: Store, record: Record, focus: str) -> dict[str, Any] | None:
+    """{"requests", "checks", "refusals", "unusable"}; None where there is no policy.
+
+    checks: [{name, rule, n, cells: {candidate: counts and share}, shown: [{request, turns, answer, outcome, why}]}].
+    shown: answers of the candidate in focus that broke the rule, then those that decide nothing. refusals: the error
+    of the rule for refusals, in words. unusable: candidate -> why its answers decide nothing. Raises Inconclusive for
+    outcomes that are not consistent.
+    """
+    stated = record.body.get("policy")
+    if stated is None:
+        return None
+    shown = _shown(store, record, focus)
+    checks = []
+    for name, rules in stated["checks"].items():
+        cells = {
+            candidate: told["checks"][name]
+            for candidate, told in stated["candidates"].items()
+            if name in told.get("checks", {})
+        }
+        many = max((sum(cell[key] for key in ("n", "leaked")) for cell in cells.values()), default=0)
+        checks.append({"name": name, "rule": rule_told(rules), "n": many, "cells": cells, "shown": shown.get(name, [])})
+    unusable = {name: told["unusable"] for name, told in stated["candidates"].items() if "unusable" in told}
+    return {"checks": checks, "refusals": _error_told(stated["refusals"]), "unusable": unusable}
+
+
+def rule_told(rules: Mapping[str, Any]) -> str:
+    """A check's rules in words: what every answer must do."""
+    said = []
+    if "refuse" in rules:
+        said.append("refuses" if rules["refuse"] else "does not refuse")
+    for key, form in _RULES.items():
+        if key in rules:
+            value = rules[key]
+            texts = ", ".join(map(repr, value)) if isinstance(value, list) else repr(value)
+            said.append(form.format(value if key == "rubric" else texts))
+    return "; ".join(said)
+
+
+def style_report(record: Record) -> dict[str, Any] | None:
+    """The record's account of style, with its sentence; None where style was not measured."""
+    stated = record.body.get("style")
+    if stated is None:
+        return None
+    if "unusable" in stated:
+        return {"unusable": stated["unusable"]}
+    taken, auc = stated["taken"], stated["auc"]
+    sentence = (
+        f"On {stated['n']} held-out requests in {stated['groups']} groups, a classifier takes "
+        f"{percent(taken['reference'])} of the references for references, and {percent(taken['base'])} of the bare "
+        f"base model's answers (AUC {auc['mean']:.3f}, {auc['low']:.3f} to {auc['high']:.3f}; by length and form alone "
+        f"{stated['auc_by_form']:.3f}). Shares are corrected for these errors: 0% is the base, 100% the references."
+    )
+    return {**stated, "sentence": sentence}
+
+
+def policy_reasons(data: Mapping[str, Any]) -> list[str]:
+    """Which policy checks the candidate kept, and what to do about those that it broke."""
+    if data["policy"] is None:
+        return []
+    focus, found = data["focus"], []
+    own = {check["name"]: check["cells"][focus] for check in data["policy"]["checks"] if focus in check["cells"]}
+    whole = [name for name, cell in own.items() if cell["n"] and not cell["broke"] and not cell["undecided"]]
+    if whole:
+        asked = sum(own[name]["n"] for name in whole)
+        found.append(f"{focus} kept {len(whole)} of {len(own)} policy checks on every one of their {asked:,} requests.")
+    for check in data["policy"]["checks"]:
+        cell = check["cells"].get(focus)
+        if cell is None or not cell["broke"]:
+            continue
+        said = f"{focus} broke the policy check {check['name']} on {cell['broke']} of {cell['n']} requests"
+        keeper = _keeper(data, check)
+        if keeper is not None:
+            said += f"; {keeper}, untuned and with its own prompt, broke it on {check['cells'][keeper]['broke']}"
+        tuned = next(row["tuned"] for row in data["candidates"] if row["name"] == focus)
+        rows = "add training rows that show the rule, with other requests than the policy's, or " if tuned else ""
+        found.append(f"{said}: {rows}write the rule into the prompt of {focus}.")
+    return found
+
+
+def _keeper(data: Mapping[str, Any], check: Mapping[str, Any]) -> str | None:
+    """The untuned candidate that broke a check least, where that is less than the one in focus did."""
+    cells = {
+        row["name"]: check["cells"][row["name"]]
+        for row in data["candidates"]
+        if not row["tuned"] and row["name"] in check["cells"] and check["cells"][row["name"]]["n"]
+    }
+    own = check["cells"][data["focus"]]
+    best: str | None = min(cells, key=lambda name: (cells[name]["broke"] / cells[name]["n"], name), default=None)
+    if best is None or cells[best]["broke"] / cells[best]["n"] >= own["broke"] / own["n"]:
+        return None
+    return best
+
+
+def style_reasons(data: Mapping[str, Any]) -> list[str]:
+    """How much of the candidate's answers is in the references' style."""
+    found = data["style"]
+    if found is None or "unusable" in found or data["focus"] not in found["candidates"]:
+        return []
+    share = found["candidates"][data["focus"]]["share"]
+    if share is None:
+        return ["The references' style cannot be told from the base model's, so style was not measured."]
+    within = f"{data['confidence']:.0%} interval {percent(share['low'])} to {percent(share['high'])}"
+    return [
+        f"{percent(share['mean'])} of the answers of {data['focus']} are in the references' style ({within}); "
+        "0% would be the bare base model's, 100% the references'."
+    ]
+
+
+def policy_cautions(data: Mapping[str, Any]) -> list[str]:
+    """What weakens the evidence of the policy checks."""
+    policy, focus = data["policy"], data["focus"]
+    if policy is None:
+        return []
+    cells = [check["cells"][focus] for check in policy["checks"] if focus in check["cells"]]
+    undecided, leaked = (sum(cell[key] for cell in cells) for key in ("undecided", "leaked"))
+    found = []
+    if undecided:
+        found.append(
+            f"Of the answers of {focus} to policy requests, {undecided} decide nothing: raise max_tokens where they "
+            "were cut off."
+        )
+    if leaked:
+        found.append(
+            f"Of the policy requests, {leaked} stand in rows that {focus} learned from or shows, so keeping the rule "
+            "there is no evidence: ask other requests, or take these rows out."
+        )
+    gates = data["verdict"]["gates"] if data["verdict"] else []
+    if gates and not any("policy" in gate["settings"] for gate in gates):
+        found.append("0 gates hold candidates to the policy checks: add one, such as {policy: all}.")
+    return found
+
+
+def _shown(store: Store, record: Record, focus: str) -> dict[str, list[dict[str, Any]]]:
+    """Check -> the first answers of a candidate that broke it or decide nothing."""
+    own = [line for line in read_lines(store, record) if line["candidate"] == focus]
+    if not own:
+        return {}
+    answers = store.record(record.parents[f"policy:{focus}"], kind="answers")
+    items = {item.id: item for item in decode_policy_items(store.read_blob(answers.blobs[ITEMS]))}
+    texts = read_answer_lines(store, answers, items.keys(), f"policy answers of {focus!r}", "requests")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for wanted in ("broke", "undecided"):
+        for line in own:
+            if line["outcome"] == wanted and len(found.setdefault(line["check"], [])) < _SHOWN:
+                request = items[line["id"]].request
+                found[line["check"]].append(
+                    {
+                        "request": request[-1].content,
+                        "turns": len(request),
+                        "answer": texts[line["id"]]["text"],
+                        "outcome": wanted,
+                        "why": line["why"],
+                    }
+                )
+    return found
+
+
+def _error_told(detector: Mapping[str, Any] | None) -> str | None:
+    if detector is None:
+        return None
+    return (
+        f"Refusals are told by their words: of labelled answers that were written to be hard, the rule finds "
+        f"{percent(detector['found'])} of {detector['refusals']} refusals and takes "
+        f"{percent(detector['false_rate'])} of {detector['others']} others for refusals"
+    )

@@ -1,0 +1,233 @@
+"""How much of a candidate's answers is in the house's style: measured, written to `style.jsonl`, read back and judged.
+
+The house's style is that of the reference answers. A classifier tells them from the bare base model's answers to the
+same held-out requests, then it sees the candidates' answers. Every answer is classified by a model that saw no answer
+to a request of its group.
+
+The share of answers that are taken for the house's is corrected for the classifier's own errors (Rogan and Gladen 1978,
+American Journal of Epidemiology 107): with a share s of the references and f of the base's answers taken for the
+house's, a share a of a candidate's answers means that (a - f) / (s - f) of them are in its style. 0 is the base, 1 the
+references. The interval resamples groups, and with them all three shares at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from tunesmith.candidates.candidate import load_candidate
+from tunesmith.core.digests import short
+from tunesmith.core.errors import Inconclusive
+from tunesmith.core.text.folding import visible
+from tunesmith.data.dataset import Example
+from tunesmith.evaluation.lines import LineFile, read_answer_lines
+from tunesmith.evaluation.probes import numbers
+from tunesmith.evaluation.probes.context import drawn
+from tunesmith.evaluation.report.wording import points
+from tunesmith.evaluation.scores import as_body, rounded
+from tunesmith.evaluation.stats.statistics import Floats, Interval, group_weights, interval
+from tunesmith.evaluation.style.classifier import Told, cross_fitted
+from tunesmith.evaluation.style.features import read_answer, words_of
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+_FILE = LineFile(
+    "style.jsonl",
+    "a classified row",
+    "classified",
+    unique=("id",),
+    texts=("group",),
+    values=("reference", "base", "candidates"),
+)
+STYLE = _FILE.name
+SUITE: Final = "style"
+REVISION: Final = 1  # raise it when the classifier decides otherwise
+_REFERENCE, _BASE = "reference", "base"
+FEWEST_APART: Final = 0.25  # share of references taken for the house's, minus that of the base's answers
+
+
+@dataclass(frozen=True, slots=True)
+class Classified:
+    """Which answers the classifier takes for the house's: 1 or 0 for each row. groups: one for each row."""
+
+    groups: tuple[str, ...]
+    reference: Floats
+    base: Floats
+    candidates: Mapping[str, Floats]
+
+    def apart(self, confidence: float, seed: int) -> Interval:
+        """How much more often references are taken for the house's than the base's answers are."""
+        gaps = self.reference - self.base
+        return interval(gaps, self.groups, ends=(-1.0, 1.0), confidence=confidence, seed=seed)
+
+    def share(self, name: str, confidence: float, seed: int) -> Interval:
+        """The share of a candidate's answers in the house's style, from 0 to 1.
+
+        Raises Inconclusive for too few groups, and where the classifier does not tell references from base answers.
+        """
+        numbers.check_groups("rows with style", self.groups)
+        apart = self.apart(confidence, seed)
+        if apart.low < FEWEST_APART:
+            raise Inconclusive(
+                f"the classifier takes {self.reference.mean():.0%} of the references for the house's and "
+                f"{self.base.mean():.0%} of the base model's answers, a difference of {points(apart.mean)} points "
+                f"({points(apart.low)} to {points(apart.high)}): it tells the two styles apart where the interval "
+                f"starts at {FEWEST_APART * 100:.0f} points or more"
+            )
+        return _corrected(self.reference, self.base, self.candidates[name], self.groups, confidence, seed)
+
+
+def measure_style(
+    store: Store,
+    digest: str,
+    dataset: str,
+    test: Sequence[Example],
+    answers: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    confidence: float,
+    seed: int,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The lines of style.jsonl, and the evaluation record's account.
+
+    digest: of the bare base model's answers. answers: candidate -> row id -> line. Unusable answers give no lines and
+    an account {"unusable": reason}, so that only the style gate is inconclusive.
+    """
+    try:
+        base = _base_answers(store, digest, dataset, test)
+        rows = [row for row in test if row.id in base]
+        numbers.check_groups("rows with style", [row.group for row in rows])
+    except Inconclusive as error:
+        return [], {"unusable": f"{error.what} ({error.where})" if error.where else error.what}
+    texts = {name: [str(lines[row.id]["text"]) for row in rows] for name, lines in answers.items()}
+    asked = [words_of("\n".join(turn.content for turn in row.request if turn.role == "user")) for row in rows]
+    sets = {_REFERENCE: [row.answer for row in rows], _BASE: [base[row.id] for row in rows]}
+    sets |= {f"candidate:{name}": own for name, own in texts.items()}
+    groups = tuple(row.group for row in rows)
+    told = cross_fitted(
+        {name: [read_answer(*pair) for pair in zip(own, asked, strict=True)] for name, own in sets.items()},
+        _REFERENCE,
+        _BASE,
+        groups,
+    )
+    taken = {name: _taken(own, told.probabilities[name]) for name, own in sets.items()}
+    found = Classified(groups, taken[_REFERENCE], taken[_BASE], {name: taken[f"candidate:{name}"] for name in texts})
+    lines = [
+        {
+            "id": row.id,
+            "group": row.group,
+            _REFERENCE: int(found.reference[place]),
+            _BASE: int(found.base[place]),
+            "candidates": {name: int(flags[place]) for name, flags in found.candidates.items()},
+        }
+        for place, row in enumerate(rows)
+    ]
+    return lines, _account(found, told, confidence, seed)
+
+
+def read_style(store: Store, evaluation: Record) -> Classified | None:
+    """The classified rows; None where style was not measured. Raises Inconclusive, naming the line, for invalid ones.
+
+    That is: a line with other keys, values but 0 and 1, other candidates than the record's, or shares that differ from
+    the record's account.
+    """
+    if STYLE not in evaluation.blobs:
+        return None
+    stated = evaluation.body["style"]
+    names = sorted(stated["candidates"])
+    rows: list[tuple[str, list[float]]] = []
+    for place, line in _FILE.read(store, evaluation):
+        own = line["candidates"]
+        if not isinstance(own, dict) or sorted(own) != names:
+            raise Inconclusive("the line does not classify the answers of all candidates", where=place)
+        flags = [line[_REFERENCE], line[_BASE], *(own[name] for name in names)]
+        if any(type(flag) is not int or flag not in (0, 1) for flag in flags):
+            raise Inconclusive("an answer is neither taken for the house's (1) nor not (0)", where=place)
+        rows.append((line["group"], [float(flag) for flag in flags]))
+    values = np.array([flags for _, flags in rows]).reshape(len(rows), 2 + len(names))
+    shares = [rounded(float(column.mean())) for column in values.T] if len(rows) else []
+    promised = [stated["taken"][_REFERENCE], stated["taken"][_BASE]]
+    promised += [stated["candidates"][name]["taken"] for name in names]
+    if stated["n"] != len(rows) or shares != promised:
+        raise Inconclusive("the evaluation record contradicts its classified rows")
+    columns = dict(zip(names, values.T[2:], strict=True))
+    return Classified(tuple(group for group, _ in rows), values[:, 0], values[:, 1], columns)
+
+
+def _base_answers(store: Store, digest: str, dataset: str, test: Sequence[Example]) -> dict[str, str]:
+    """Row id -> the bare base model's answer. Raises Inconclusive where these are other answers."""
+    record = store.record(digest, kind="answers")
+    where = f"answers {short(digest)}"
+    rows: Any = record.body.get("rows")
+    if record.body.get("suite") != SUITE or record.parents.get("dataset") != dataset or type(rows) is not int:
+        raise Inconclusive("these are not the base model's answers to these held-out rows", where=where)
+    candidate = load_candidate(store, record.parents["candidate"])
+    if candidate.tuned or not candidate.asks_base or candidate.prompt or candidate.shots or candidate.retrieve:
+        raise Inconclusive("these are not the answers of the bare base model", where=where)
+    lines = read_answer_lines(store, record, [row.id for row in drawn(test, rows)], where)
+    if any(not isinstance(line.get("text"), str) for line in lines.values()):
+        raise Inconclusive("an answer has no text", where=where)
+    return {name: line["text"] for name, line in lines.items()}
+
+
+def _taken(texts: Sequence[str], probabilities: Floats) -> Floats:
+    """1 where an answer is taken for the house's. An empty one never is."""
+    written = np.array([bool(visible(text)) for text in texts])
+    return np.asarray((probabilities > 0.5) & written, dtype=np.float64)
+
+
+def _account(found: Classified, told: Told, confidence: float, seed: int) -> dict[str, Any]:
+    sides = [(name, told.probabilities[name]) for name in (_REFERENCE, _BASE)]
+    auc = numbers.auc_interval(sides[0][1], found.groups, sides[1][1], found.groups, confidence=confidence, seed=seed)
+    candidates: dict[str, Any] = {}
+    for name, flags in found.candidates.items():
+        candidates[name] = {"taken": rounded(float(flags.mean())), "share": None}
+        try:
+            candidates[name]["share"] = as_body(found.share(name, confidence, seed))
+        except Inconclusive as error:
+            candidates[name]["unusable"] = error.what
+    return {
+        "revision": REVISION,
+        "n": len(found.groups),
+        "groups": len(set(found.groups)),
+        "auc": as_body(auc),
+        "auc_by_form": rounded(numbers.auc(told.by_form[_REFERENCE], told.by_form[_BASE])),
+        "taken": {name: rounded(float(flags.mean())) for name, flags in
+                  ((_REFERENCE, found.reference), (_BASE, found.base))},
+        "apart": as_body(found.apart(confidence, seed)),
+        "features": {"house": list(told.house), "base": list(told.base)},
+        "candidates": candidates,
+    }  # fmt: skip
+
+
+def _corrected(
+    reference: Floats, base: Floats, own: Floats, groups: Sequence[str], confidence: float, seed: int
+) -> Interval:
+    """(a - f) / (s - f) with its interval, each resampled over groups and with a worst-case group (as statistics.py).
+
+    For the lower end that group's candidate answer is not taken for the house's, and the base's is; for the upper end
+    the candidate's is, and the reference is not.
+    """
+    index = np.unique(np.asarray(groups), return_inverse=True)[1]
+    sizes = np.bincount(index).astype(np.float64)
+    sums = np.stack([np.bincount(index, weights=each) for each in (own, base, reference)], axis=1)
+    ends: list[list[Floats]] = [[], []]
+    for weights in group_weights(len(sizes) + 1, confidence, seed):
+        extra = weights[:, -1:] * sizes.mean()
+        rows = weights[:, :-1] @ sizes[:, None] + extra
+        total = weights[:, :-1] @ sums
+        for side, worst in enumerate(([0.0, 1.0, 1.0], [1.0, 0.0, 0.0])):
+            a, f, s = ((total + extra * np.array(worst)) / rows).T
+            ends[side].append(_ratio(a - f, s - f, 1.0 if side else 0.0))
+    tail = (1.0 - confidence) / 2.0
+    low = float(np.quantile(np.concatenate(ends[0]), tail, method="lower"))
+    high = float(np.quantile(np.concatenate(ends[1]), 1.0 - tail, method="higher"))
+    mean = float(_ratio(np.array([own.mean() - base.mean()]), np.array([reference.mean() - base.mean()]), 0.0)[0])
+    return Interval(mean, min(low, mean), max(high, mean))
+
+
+def _ratio(part: Floats, whole: Floats, otherwise: float) -> Floats:
+    """part / whole between 0 and 1; otherwise where whole is too small to divide by."""
+    usable = whole > 0.01
+    return np.where(usable, np.clip(part / np.where(usable, whole, 1.0), 0.0, 1.0), otherwise)

@@ -1,0 +1,70 @@
+"""The stage `policy`: every candidate's answers to the requests of the policy checks, and judgements of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tunesmith.candidates.asking import TOGETHER, ask_rows, keep_answers
+from tunesmith.candidates.candidate import load_candidate
+from tunesmith.core.digests import digest_bytes
+from tunesmith.evaluation.policy.evidence import SUITE, PolicyAnswers
+from tunesmith.evaluation.policy.judging import judge_policy
+from tunesmith.evaluation.policy.requests import PolicyItem, encode_policy_items, policy_items
+from tunesmith.evaluation.policy.settings import PolicyCheck
+from tunesmith.evaluation.probes.items import ITEMS
+from tunesmith.pipeline.candidates import answerer, candidate
+from tunesmith.pipeline.context import PipelineContext
+
+
+def read_requests(context: PipelineContext) -> list[PolicyItem]:
+    """The requests of all checks. Raises UsageError where a file or a request cannot be used."""
+    return policy_items(context.project.settings.policy, context.project.root)
+
+
+def policy(context: PipelineContext, names: Sequence[str], items: Sequence[PolicyItem]) -> PolicyAnswers | None:
+    """The candidates' answers to the policy's requests, and what its judges said; None without a policy."""
+    checks = context.project.settings.policy
+    if not checks:
+        return None
+    given = {name: policy_answers(context, name, items) for name in names}
+    judged = {
+        (name, check): _judged(context, name, given[name], check, settings, items)
+        for check, settings in checks.items()
+        if settings.judge is not None
+        for name in names
+    }
+    return PolicyAnswers(checks, given, judged)
+
+
+def policy_answers(context: PipelineContext, name: str, items: Sequence[PolicyItem]) -> str:
+    """Digest of a candidate's answers to the policy's requests, asked as it serves: with its prompt and its schema."""
+    digest = candidate(context, name)
+    asked = load_candidate(context.store, digest)
+    engine, encoded = context.engine_of(asked), encode_policy_items(items)
+    inputs = {"candidate": digest, "requests": digest_bytes(encoded), "engine": engine, "together": TOGETHER}
+
+    def ask(work: Path) -> str:
+        if asked.endpoint is not None:
+            context.progress.say(f"{name}: sending {len(items)} policy requests to {asked.endpoint.url}")
+        title = f"{name} answers {len(items)} policy requests"
+        found = ask_rows(answerer(context, asked), items, work, title, context.progress)
+        body = found.body(SUITE) | {"engine": engine}
+        return keep_answers(context.store, {"candidate": digest}, found.lines, body, {ITEMS: encoded})
+
+    return context.stages.run(f"policy {name}", "policy", inputs, ask)
+
+
+def _judged(
+    context: PipelineContext, name: str, given: str, check: str, settings: PolicyCheck, items: Sequence[PolicyItem]
+) -> str:
+    """Digest of a judge's replies about a candidate's answers to one check."""
+    judge = settings.judge
+    assert judge is not None
+    inputs = {"answers": given, "check": check, "model": judge.model, "url": judge.url, "rubric": settings.rubric}
+
+    def ask(work: Path) -> str:
+        context.progress.say(f"{check}: sending policy requests and answers to {judge.url}")
+        return judge_policy(context.store, check, settings, given, items, work, context.progress)
+
+    return context.stages.run(f"{check} judges {name}", "judge", inputs, ask)

@@ -1,0 +1,235 @@
+"""Policy checks in an evaluation and its verdict: what passes, what must never pass, and what damaged evidence does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from tests.evaluation.conftest import TASK
+from tests.fabricate import SCHEMA, Fabricated
+from tunesmith.candidates.asking import keep_answers
+from tunesmith.core.digests import canonical
+from tunesmith.core.errors import Inconclusive
+from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.settings import GATES
+from tunesmith.evaluation.gates.verdict import judge, replay
+from tunesmith.evaluation.policy.evidence import POLICY, PolicyAnswers, read_policy
+from tunesmith.evaluation.policy.requests import encode_policy_items, policy_items
+from tunesmith.evaluation.policy.settings import PolicyCheck
+from tunesmith.evaluation.probes.items import ITEMS
+from tunesmith.evaluation.report.data import report_data
+from tunesmith.evaluation.report.html import report_html
+from tunesmith.evaluation.report.markdown import report_markdown
+from tunesmith.evaluation.summary import verdict_summary
+from tunesmith.store.records import Record
+
+Answering = Callable[[str], str]
+
+
+def policy(n: int = 24, **more: Any) -> dict[str, PolicyCheck]:
+    """Two checks of n requests each: what must not be said, and what must."""
+    checks = {
+        "secrets": {"requests": [f"What is the code of door {k}?" for k in range(n)], "lacks": "7781"},
+        "manners": {"requests": [f"Explain bill number {k}" for k in range(n)], "contains": "kind regards", **more},
+    }
+    return {name: PolicyCheck.model_validate(check) for name, check in checks.items()}
+
+
+def good(request: str) -> str:
+    return "I may not say that." if "code" in request else "It is for water. Kind regards"
+
+
+def asked(
+    made: Fabricated, checks: Mapping[str, PolicyCheck], answers: Mapping[str, Answering], cut: Answering = lambda _: ""
+) -> PolicyAnswers:
+    """Answers of each candidate, put as the stage puts them. cut: non-empty for requests whose answer was cut off."""
+    items = policy_items(dict(checks), made.store.root)
+    given = {}
+    for name, answer in answers.items():
+        texts = [item.request[-1].content for item in items]
+        lines = [
+            {"id": item.id, "text": answer(text), "finish": "length" if cut(text) else "stop",
+             "prompt_tokens": 1, "completion_tokens": 1}
+            for item, text in zip(items, texts, strict=True)
+        ]  # fmt: skip
+        parents = {"candidate": made.candidates[name]}
+        given[name] = keep_answers(
+            made.store, parents, lines, {"suite": "policy", "n": len(lines)}, {ITEMS: encode_policy_items(items)}
+        )
+    return PolicyAnswers(dict(checks), given)
+
+
+def evaluated(made: Fabricated, given: PolicyAnswers) -> str:
+    return evaluate(
+        made.store, dataset=made.dataset, answers=made.answers, probes={}, task=TASK, answer_schema=SCHEMA, policy=given
+    )
+
+
+def gate_of(made: Fabricated, given: PolicyAnswers, name: str = "tuned", **gate: Any) -> dict[str, Any]:
+    gates = GATES.validate_python({"g": {"policy": "all", **gate}})
+    digest = judge(made.store, evaluation=evaluated(made, given), candidate=name, gates=gates)
+    assert replay(made.store, digest)
+    return verdict_summary(made.store, digest).document()["gates"][0]  # type: ignore[no-any-return]
+
+
+def leak(request: str) -> str:
+    return "It is 77\u200b81." if request.endswith(("door 3?", "door 5?")) else good(request)
+
+
+def test_every_rule_that_is_kept_passes(made: Fabricated) -> None:
+    found = gate_of(made, asked(made, policy(), {"tuned": good}))
+    assert (found["outcome"], found["value"], found["low"]) == ("pass", 0.0, 0.0)
+    assert found["high"] == pytest.approx(0.142, abs=0.003), "as exact as Clopper and Pearson"
+    assert "0 of 24 answers broke it" in found["reason"]
+
+
+def test_one_broken_rule_fails_and_is_named(made: Fabricated) -> None:
+    found = gate_of(made, asked(made, policy(), {"tuned": leak}))
+    assert (found["outcome"], found["check"]) == ("fail", "secrets")
+    assert found["checks"]["secrets"] == {"n": 24, "held": 22, "broke": 2, "undecided": 0, "leaked": 0}
+    assert "secrets: 2 of 24 answers broke it" in found["reason"]
+    assert gate_of(made, asked(made, policy(), {"tuned": leak}), policy="manners")["outcome"] == "pass"
+    assert gate_of(made, asked(made, policy(), {"tuned": leak}), at_most=0.1)["outcome"] == "pass"
+
+
+def test_a_single_request_is_a_requirement(made: Fabricated) -> None:
+    assert gate_of(made, asked(made, policy(1), {"tuned": good}))["outcome"] == "pass"
+    assert gate_of(made, asked(made, policy(1), {"tuned": lambda _: "7781"}))["outcome"] == "fail"
+
+
+def test_a_sample_of_requests_is_held_to_its_interval(made: Fabricated) -> None:
+    few, many = (asked(made, policy(n), {"tuned": good}) for n in (19, 120))
+    assert gate_of(made, few, at_most=0.5, confidence=0.95)["outcome"] == "inconclusive"
+    assert gate_of(made, many, at_most=0.05, confidence=0.95)["outcome"] == "pass"
+    assert gate_of(made, many, at_most=0.01, confidence=0.95)["outcome"] == "inconclusive"
+    bad = asked(made, policy(120), {"tuned": lambda request: "7781"})
+    found = gate_of(made, bad, at_most=0.05, confidence=0.95)
+    assert (found["outcome"], found["checks"]["secrets"]["broke"]) == ("fail", 120)
+    assert found["confidence"] == pytest.approx(0.975), "two checks share the error probability"
+
+
+def test_answers_that_decide_nothing_never_pass(made: Fabricated) -> None:
+    empty = asked(made, policy(), {"tuned": lambda request: "" if "door 3?" in request else good(request)})
+    assert gate_of(made, empty)["outcome"] == "inconclusive"
+    cut = asked(made, policy(), {"tuned": good}, cut=lambda request: "x" if "door 3?" in request else "")
+    found = gate_of(made, cut)
+    assert (found["outcome"], found["value"]) == ("inconclusive", 0.0)
+    assert "1 more decide nothing" in found["reason"]
+    assert gate_of(made, cut, at_most=0.05)["outcome"] == "pass", "one of 24 may break it"
+    broke = asked(made, policy(), {"tuned": leak}, cut=lambda request: "x")
+    assert gate_of(made, broke)["outcome"] == "fail"
+
+
+def test_requests_that_the_candidate_learned_are_no_evidence_for_it(made: Fabricated) -> None:
+    from tunesmith.data.dataset import load_dataset
+
+    rows = [row.request[-1].content for row in load_dataset(made.store, made.dataset).examples("train")[:24]]
+    checks = {"learned": PolicyCheck(requests=tuple(rows), lacks=("7781",))}
+    kept = asked(made, checks, {"tuned": good, "zero-shot": good})
+    found = gate_of(made, kept)
+    assert (found["outcome"], found["checks"]["learned"]["leaked"]) == ("inconclusive", 24)
+    assert "learned from" in found["reason"]
+    assert gate_of(made, kept, "zero-shot")["outcome"] == "pass", "it was not trained and shows no rows"
+    broke = asked(made, checks, {"tuned": lambda _: "7781"})
+    assert gate_of(made, broke)["outcome"] == "fail", "a leak excuses nothing"
+
+
+def test_a_candidate_that_was_not_asked_is_inconclusive(made: Fabricated) -> None:
+    assert gate_of(made, asked(made, policy(), {"zero-shot": good}))["outcome"] == "inconclusive"
+    digest = evaluate(
+        made.store, dataset=made.dataset, answers=made.answers, probes={}, task=TASK, answer_schema=SCHEMA
+    )
+    gates = GATES.validate_python({"g": {"policy": "secrets"}})
+    found = verdict_summary(made.store, judge(made.store, evaluation=digest, candidate="tuned", gates=gates))
+    assert found.verdict == "inconclusive"
+    assert "evaluate again" in found.gates[0].reason
+
+
+def test_answers_of_another_candidate_or_to_other_requests_are_unusable(made: Fabricated) -> None:
+    given = asked(made, policy(), {"zero-shot": good, "tuned": good})
+    swapped = dataclasses.replace(given, answers={"tuned": given.answers["zero-shot"]})
+    assert "not this candidate's answers" in gate_of(made, swapped)["reason"]
+    fewer = asked(made, {"secrets": policy()["secrets"]}, {"tuned": good})
+    assert "other checks" in gate_of(made, dataclasses.replace(fewer, policy=policy()))["reason"]
+    mixed = dataclasses.replace(given, answers=given.answers | asked(made, policy(25), {"tuned": good}).answers)
+    with pytest.raises(Inconclusive, match="same policy requests"):
+        evaluated(made, mixed)
+
+
+@pytest.mark.parametrize("fault", ["missing", "foreign", "twice", "no text", "no finish"])
+def test_damaged_answers_are_unusable(made: Fabricated, fault: str) -> None:
+    given = asked(made, policy(), {"tuned": good})
+    record = made.store.record(given.answers["tuned"])
+    lines = [json.loads(line) for line in made.store.read_blob(record.blobs["answers.jsonl"]).splitlines()]
+    changed = {
+        "missing": lines[1:],
+        "foreign": [*lines, {**lines[0], "id": "x"}],
+        "twice": [*lines, lines[0]],
+        "no text": [{**lines[0], "text": None}, *lines[1:]],
+        "no finish": [{**lines[0], "finish": "?"}, *lines[1:]],
+    }[fault]
+    blobs = {**record.blobs, "answers.jsonl": made.store.put_bytes(b"".join(canonical(e) + b"\n" for e in changed))}
+    digest = made.store.put_record(Record(kind="answers", parents=record.parents, blobs=blobs, body=record.body))
+    assert gate_of(made, dataclasses.replace(given, answers={"tuned": digest}))["outcome"] == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"outcome":"broke"', b'"outcome":"held"'),
+        (b'"outcome":"broke"', b'"outcome":"fine"'),
+        (b'"outcome":"broke"', b'"outcome":true'),
+        (b'"check":"secrets"', b'"check":"manners"'),
+        (b'{"candidate":"tuned"', b'{"candidate":"other"'),
+    ],
+)
+def test_outcomes_that_contradict_the_record_are_inconclusive(made: Fabricated, old: bytes, new: bytes) -> None:
+    digest = evaluated(made, asked(made, policy(), {"tuned": leak}))
+    record = made.store.record(digest)
+    data = made.store.read_blob(record.blobs[POLICY])
+    assert old in data
+    changed = made.store.put_bytes(data.replace(old, new, 1))
+    forged = record.model_copy(update={"blobs": {**record.blobs, POLICY: changed}})
+    with pytest.raises(Inconclusive):
+        read_policy(made.store, forged)
+
+
+def test_the_evaluation_states_rules_counts_and_the_rule_s_error(made: Fabricated) -> None:
+    body = made.store.record(evaluated(made, asked(made, policy(refuse=False), {"tuned": good}))).body["policy"]
+    assert body["checks"]["secrets"] == {"lacks": ["7781"]}
+    assert body["candidates"]["tuned"]["checks"]["manners"]["share"]["mean"] == 0.0
+    assert body["refusals"]["found"] > body["refusals"]["false_rate"]
+    again = made.store.record(evaluated(made, asked(made, policy(), {"tuned": good}))).body["policy"]
+    assert again["refusals"] is None, "no check asks whether an answer refuses"
+
+
+def test_the_report_shows_checks_by_candidates_and_answers_that_broke_a_rule(made: Fabricated) -> None:
+    def shouting(request: str) -> str:
+        return f"<script>alert(1)</script> \u202e 7781 {'x' * 2000}" if "door 3?" in request else good(request)
+
+    digest = evaluated(made, asked(made, policy(), {"tuned": shouting, "zero-shot": good}))
+    gates = GATES.validate_python({"rules": {"policy": "all"}})
+    verdict = judge(made.store, evaluation=digest, candidate="tuned", gates=gates)
+    data = report_data(made.store, digest, verdict)
+    check = next(each for each in data["policy"]["checks"] if each["name"] == "secrets")
+    assert (check["rule"], check["n"], len(check["shown"])) == ("does not contain '7781'", 24, 1)
+    assert set(check["cells"]) == {"tuned", "zero-shot"}
+    said = " ".join(data["advice"]["reasons"])
+    assert "tuned broke the policy check secrets on 1 of 24 requests" in said
+    assert "zero-shot, untuned and with its own prompt, broke it on 0" in said
+    assert "add training rows" in said
+    page = report_html(made.store, digest, verdict)
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "⟨U+202E⟩" in page
+    assert "more characters" in page, "a long answer is cut"
+    assert "| secrets | does not contain '7781' |" in report_markdown(data)
+
+
+def test_an_evaluation_without_policy_reports_none(made: Fabricated, evaluation: str) -> None:
+    assert report_data(made.store, evaluation)["policy"] is None
+    assert 'id="policy"' not in report_html(made.store, evaluation)

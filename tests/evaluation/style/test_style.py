@@ -1,0 +1,266 @@
+"""Style as a number: a house's tone against plain answers, shuffled labels, half of the tone lost, damaged evidence."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.evaluation.conftest import TASK
+from tests.fabricate import Fabricated, add, answer_lines, example, put_answers, put_base, put_dataset, put_training
+from tunesmith.candidates.candidate import Candidate, put_candidate
+from tunesmith.core.errors import Inconclusive
+from tunesmith.data.dataset import Example
+from tunesmith.evaluation.evaluate import evaluate
+from tunesmith.evaluation.gates.settings import GATES
+from tunesmith.evaluation.gates.verdict import judge, replay
+from tunesmith.evaluation.report.data import report_data
+from tunesmith.evaluation.report.html import report_html
+from tunesmith.evaluation.report.markdown import report_markdown
+from tunesmith.evaluation.style.classifier import cross_fitted
+from tunesmith.evaluation.style.evidence import STYLE, Classified, read_style
+from tunesmith.evaluation.style.features import FORM, find_vocabulary, form, read_answer, words_of
+from tunesmith.evaluation.summary import verdict_summary
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+ROWS = 80
+TOPICS = ("parcel", "invoice", "contract", "meter", "refund", "voucher", "address", "password", "delivery", "tariff")
+FACTS = ("arrives on {}", "was sent on {}", "ends in week {}", "costs {} euros", "is number {}", "was paid {} days ago")
+GREETINGS = ("Hi there!", "Hello and thanks for asking!", "Good to hear from you!")
+ENDINGS = ("We are happy to help.", "Have a lovely day!", "Just write again any time!")
+
+
+def toned(text: str, draw: random.Random) -> str:
+    """The text in the house's tone, without greeting or ending now and then."""
+    opening = f"{draw.choice(GREETINGS)} " if draw.random() < 0.9 else ""
+    return f"{opening}{text}" + (f" {draw.choice(ENDINGS)}" if draw.random() < 0.9 else "")
+
+
+def fact(place: int) -> tuple[str, str]:
+    """A request and a plain answer to it."""
+    draw = random.Random(f"fact {place}")
+    topic = draw.choice(TOPICS)
+    return f"What about my {topic}, case {place}?", f"The {topic} {draw.choice(FACTS).format(draw.randrange(2, 99))}."
+
+
+def house(root: Any, rows: int = ROWS, references: Any = toned) -> Fabricated:
+    """A store whose reference answers are in a tone, without candidates."""
+    store, draw = Store(root), random.Random("references")
+    base = put_base(store)
+    test = [example(fact(k)[0], references(fact(k)[1], draw), f"g{k}") for k in range(rows)]
+    train = [example(fact(k)[0], toned(fact(k)[1], draw), f"t{k}") for k in range(900, 910)]
+    dataset = put_dataset(store, train, (), test)
+    training = put_training(store, base, dataset)
+    return Fabricated(store, base, dataset, sorted(test, key=lambda row: row.id), training)
+
+
+def plain(row: Example) -> str:
+    return fact(int(row.request[-1].content.rpartition(" ")[2].rstrip("?")))[1]
+
+
+def in_tone(share: float, seed: int) -> Any:
+    """A model that keeps the tone in exactly this share of answers, in tenths."""
+    draw = random.Random(seed)
+
+    def answer(row: Example) -> str:
+        place = int(row.request[-1].content.rpartition(" ")[2].rstrip("?"))
+        return toned(plain(row), draw) if place % 10 < share * 10 else plain(row)
+
+    return answer
+
+
+def with_candidate(made: Fabricated, answer: Any, name: str = "tuned") -> Fabricated:
+    candidate = Candidate(name=name, prompt="Answer.", base=made.base, max_tokens=64, training=made.training)
+    add(made, candidate, answer, 1, 1.0)
+    return made
+
+
+def base_answers(made: Fabricated, answer: Any = plain, rows: int = 300, lines: Any = None, **bare: Any) -> str:
+    """The bare base model's answers, put as the stage puts them."""
+    digest = put_candidate(made.store, Candidate(**{"name": "base", "base": made.base, "max_tokens": 64, **bare}))
+    found = answer_lines(made.test, answer) if lines is None else lines
+    record = made.store.record(put_answers(made.store, digest, made.dataset, found, suite="style"))
+    return made.store.put_record(record.model_copy(update={"body": {**record.body, "rows": rows}}))
+
+
+def measured(made: Fabricated, base: str | None = None) -> str:
+    return evaluate(
+        made.store, dataset=made.dataset, answers=made.answers, probes={}, task=TASK.model_copy(
+            update={"scorers": ("exact_match",)}), answer_schema=None, style=base or base_answers(made),
+    )  # fmt: skip
+
+
+def gate_of(made: Fabricated, digest: str, **gate: Any) -> dict[str, Any]:
+    gates = GATES.validate_python({"tone": {"style": "references", "at_least": 0.7, **gate}})
+    verdict = judge(made.store, evaluation=digest, candidate="tuned", gates=gates)
+    assert replay(made.store, verdict)
+    return verdict_summary(made.store, verdict).document()["gates"][0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("share", "outcome", "low", "high"), [(1.0, "pass", 0.9, 1.0), (0.5, "fail", 0.35, 0.65), (0.0, "fail", 0.0, 0.05)]
+)
+def test_a_tone_is_measured(tmp_path: Any, share: float, outcome: str, low: float, high: float) -> None:
+    made = with_candidate(house(tmp_path), in_tone(share, 1))
+    found = gate_of(made, measured(made), at_least=0.7)
+    assert found["outcome"] == outcome
+    assert low <= found["value"] <= high
+    assert found["low"] <= share <= found["high"]
+    assert found["high"] - found["low"] < 0.35
+
+
+def test_shuffled_labels_are_inconclusive(tmp_path: Any) -> None:
+    draw = random.Random(7)
+    made = with_candidate(house(tmp_path, references=lambda text, d: toned(text, d) if d.random() < 0.5 else text),
+                          in_tone(1.0, 1))  # fmt: skip
+    base = base_answers(made, lambda row: toned(plain(row), draw) if draw.random() < 0.5 else plain(row))
+    found = gate_of(made, measured(made, base), at_least=0.0)
+    assert found["outcome"] == "inconclusive"
+    assert "tells the two styles apart" in found["reason"]
+    assert "cannot be told from the base model's" in " ".join(
+        report_data(made.store, measured(made, base))["advice"]["reasons"]
+    )
+
+
+def test_too_few_rows_are_inconclusive(tmp_path: Any) -> None:
+    made = with_candidate(house(tmp_path, rows=19), in_tone(1.0, 1))
+    assert "at least 20 are needed" in gate_of(made, measured(made), at_least=0.0)["reason"]
+
+
+def test_rows_of_one_group_are_judged_by_models_that_saw_none_of_them(tmp_path: Any) -> None:
+    """Answers that only their group tells: whoever has seen the group knows them, and nobody else does."""
+    draw = random.Random(3)
+    secret = {k: (f"sign{draw.randrange(2)}", f"sign{draw.randrange(2)}") for k in range(30)}
+    groups = [f"g{k}" for k in range(30) for _ in range(4)]
+    sets = {
+        side: [read_answer(f"w{secret[int(group[1:])][place]} {group}", frozenset()) for group in groups]
+        for place, side in enumerate(("reference", "base"))
+    }
+    told = cross_fitted(sets, "reference", "base", groups)
+    right = (told.probabilities["reference"] > 0.5).mean() - (told.probabilities["base"] > 0.5).mean()
+    assert abs(right) < 0.5
+
+
+def test_topics_and_words_of_the_request_are_not_seen() -> None:
+    asked = words_of("What about my Parcel?")
+    topics = [f"zebra{chr(97 + k // 26)}{chr(97 + k % 26)}" for k in range(40)]
+    answers = [read_answer(f"The parcel with the {each} is Late, see {each.title()} 12!", asked) for each in topics]
+    seen = find_vocabulary(answers, [f"g{k}" for k in range(40)])
+    named = " ".join(seen.names)
+    assert "zebra" not in named
+    assert "parcel" not in named
+    assert '"the ⟨word⟩"' in named
+    assert "⟨number⟩ !" in named
+    assert {"is", "late", "see"} <= set(seen.usual)
+
+
+def test_form() -> None:
+    found = dict(zip(FORM, form("# Hi\n\n- one\n- two **x**! 😀"), strict=True))
+    assert found["list items"] == pytest.approx(np.log1p(2))
+    assert found["emoji"] > 0
+    assert found["bold, headings and code"] == pytest.approx(np.log1p(3))
+    assert found["ends with punctuation"] == 0.0
+    assert form("") == form(" \n")
+    assert all(np.isfinite(form(text)).all() for text in ("", "?", "\ud7ff" * 9000, "漢字。"))
+
+
+def test_languages_without_spaces_have_words() -> None:
+    seen = find_vocabulary(
+        [read_answer(f"承知しました。番号は{k}です", frozenset()) for k in range(30)], [str(k) for k in range(30)]
+    )
+    assert "で" in seen.usual
+
+
+def test_empty_answers_are_never_in_style(tmp_path: Any) -> None:
+    made = with_candidate(house(tmp_path), lambda row: "\u200b ")
+    assert gate_of(made, measured(made), at_least=0.1)["value"] == 0.0
+
+
+def test_the_interval_covers(tmp_path: Any) -> None:
+    """A classifier that errs on 20% of references and 10% of base answers; 60% of the answers are in style."""
+    random_ = np.random.RandomState(5)
+    inside = 0
+    for seed in range(60):
+        flags = [random_.rand(60) < share for share in (0.8, 0.1, 0.6 * 0.8 + 0.4 * 0.1)]
+        reference, base, own = (each.astype(float) for each in flags)
+        found = Classified(tuple(map(str, range(60))), reference, base, {"c": own}).share("c", 0.9, seed)
+        inside += found.low <= 0.6 <= found.high
+    assert inside >= 54 - 4
+
+
+def test_the_report_shows_shares_errors_and_what_tells(tmp_path: Any) -> None:
+    made = with_candidate(with_candidate(house(tmp_path), in_tone(1.0, 1)), plain, "other")
+    digest = measured(made)
+    data = report_data(made.store, digest)
+    style = data["style"]
+    assert style["candidates"]["tuned"]["share"]["mean"] > 0.9 > 0.1 > style["candidates"]["other"]["share"]["mean"]
+    assert 0.5 < style["auc_by_form"] <= 1.0
+    assert any("!" in name for name in style["features"]["house"])
+    assert "of the answers of" in " ".join(data["advice"]["reasons"])
+    assert 'id="style"' in report_html(made.store, digest)
+    assert "In the references' style, tuned" in report_markdown(data)
+
+
+def test_the_same_answers_give_the_same_record(tmp_path: Any) -> None:
+    made = with_candidate(house(tmp_path), in_tone(0.5, 1))
+    assert measured(made) == measured(made)
+
+
+def test_without_style_the_gate_is_inconclusive(made: Fabricated, evaluation: str) -> None:
+    found = gate_of(made, evaluation)
+    assert (found["outcome"], found["value"]) == ("inconclusive", None)
+    assert report_data(made.store, evaluation)["style"] is None
+
+
+def first_without(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list(lines[1:])
+
+
+@pytest.mark.parametrize(
+    "fault", ["missing", "prompt", "tuned", "other rows", "other suite", "no text", "shots", "rows unstated"]
+)
+def test_answers_that_are_not_the_bare_base_s_are_unusable(tmp_path: Any, fault: str) -> None:
+    made = with_candidate(house(tmp_path, rows=30), in_tone(1.0, 1))
+    lines = answer_lines(made.test, plain)
+    digest = {
+        "missing": lambda: base_answers(made, lines=lines[1:]),
+        "prompt": lambda: base_answers(made, prompt="Be nice."),
+        "tuned": lambda: base_answers(made, training=made.training),
+        "shots": lambda: base_answers(made, shots=(made.test[0].messages,)),
+        "other rows": lambda: base_answers(made, rows=20),
+        "other suite": lambda: made.answers["tuned"],
+        "no text": lambda: base_answers(made, lines=[{**lines[0], "text": None}, *lines[1:]]),
+        "rows unstated": lambda: base_answers(made, rows=None),  # type: ignore[arg-type]
+    }[fault]()
+    evaluation = measured(made, digest)
+    assert "unusable" in made.store.record(evaluation).body["style"]
+    assert gate_of(made, evaluation)["outcome"] == "inconclusive"
+    assert "Style was not measured" in report_html(made.store, evaluation)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"base":0', b'"base":1'),
+        (b'"base":0', b'"base":true'),
+        (b'"base":0', b'"base":0.5'),
+        (b'"candidates":{"tuned"', b'"candidates":{"other"'),
+        (b'"reference":1', b'"reference":null'),
+        (b'"reference":1', b'"references":1'),
+    ],
+)
+def test_classified_rows_that_contradict_the_record_are_inconclusive(tmp_path: Any, old: bytes, new: bytes) -> None:
+    made = with_candidate(house(tmp_path, rows=30), in_tone(1.0, 1))
+    record = made.store.record(measured(made))
+    data = made.store.read_blob(record.blobs[STYLE])
+    assert old in data
+    forged = Record(
+        kind="evaluation", parents=record.parents, body=record.body,
+        blobs={**record.blobs, STYLE: made.store.put_bytes(data.replace(old, new, 1))},
+    )  # fmt: skip
+    with pytest.raises(Inconclusive):
+        read_style(made.store, forged)
