@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from engine_parts.decoding import TOKENS
 from engine_parts.processes import Figures
 from engine_parts.rows import base, rendered
-from engine_parts.training import RANK
 
 
 class Compared(NamedTuple):
@@ -70,27 +69,33 @@ def held_out(told: Figures) -> Figures:
     }
 
 
-def _answers(found: Any, folder: Path, rows: Sequence[Any]) -> list[str]:
+def bind(found: Any, folder: Path) -> Path:
+    """A folder with the same adapter, bound to the base: the engine answers with adapters of its own base alone."""
     from safetensors.numpy import load_file
 
-    from tunesmith.core.messages import Message
-    from tunesmith.engines.native.engine import NativeEngine
-    from tunesmith.engines.protocol import Generation
     from tunesmith.models.weight_files import AdapterConfig, save_adapter_file
 
-    bound = folder / "bound"  # the engine answers with adapters of its own base alone
+    bound = folder / "bound"
     bound.mkdir(exist_ok=True)
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     save_adapter_file(
         bound,
-        AdapterConfig(rank=RANK, alpha=config["lora_alpha"], targets=frozenset(config["target_modules"])),
+        AdapterConfig(rank=config["r"], alpha=config["lora_alpha"], targets=frozenset(config["target_modules"])),
         tensors,
         base=found.digest,
         fingerprint=found.fingerprint,
     )
+    return bound
+
+
+def _answers(found: Any, folder: Path, rows: Sequence[Any]) -> list[str]:
+    from tunesmith.core.messages import Message
+    from tunesmith.engines.native.engine import NativeEngine
+    from tunesmith.engines.protocol import Generation
+
     engine = NativeEngine(found)
-    engine.load_adapter("trained", bound)
+    engine.load_adapter("trained", bind(found, folder))
     requests = [Generation(tuple(Message(**turn) for turn in row[:-1]), max_tokens=2 * TOKENS) for row in rows]
     return [answer.text for answer in engine.generate(requests, "trained")]
 

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from engine_parts.curve import bind
 from engine_parts.environments import HERE, LLAMAFACTORY, python
 from engine_parts.processes import KEEP_PAGES, installed, measured, run
 from engine_parts.rows import base
@@ -53,7 +54,7 @@ def peer(bench: Bench, who: str, name: str, task: Task, split: Split, **changes:
         ]  # fmt: skip
         found = _train(who, {**recipe, "rows": rows, "end": str(adapter)})
         timed = {key: round(found[key], 1) for key in ("seconds", "cpu_seconds")}
-        return {**timed, **scored(bench, task, split.held[:VALIDATED], adapter)}
+        return {**timed, **scored(bench, task, split.held[:VALIDATED], bind(bench.loaded.base, adapter))}
 
     return bench.kept.figures(name, stated, minutes, measure, _absent(who))
 

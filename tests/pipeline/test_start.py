@@ -92,7 +92,7 @@ def test_the_build_orders_keys_where_rows_have_another_order(tmp_path: Path) -> 
     verbs = ("call", "ring", "phone", "meet", "wake", "ask", "remind", "text")
     openings = ("please", "later on", "do", "kindly", "today")
     found = [
-        {"prompt": f"{opening} at {n} {verb} Ana{n}", "completion": json.dumps({"who": f"Ana{n}", "at": n})}
+        {"prompt": f"{opening} at {n}pm {verb} Ana{n}", "completion": json.dumps({"who": f"Ana{n}", "at": f"{n}pm"})}
         for n, (opening, verb) in enumerate(product(openings, verbs))
     ]
     data = tmp_path / "mine.jsonl"

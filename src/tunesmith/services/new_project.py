@@ -16,7 +16,7 @@ import yaml
 from llguidance import LLMatcher
 from pydantic import Field
 
-from tunesmith.candidates.copying import fields_to_copy
+from tunesmith.candidates.copying import copied_fields, fields_to_copy
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
@@ -187,7 +187,9 @@ def _look(root: Path, source: Source) -> _Looked:
     schema = infer_schema(values) if values else None
     copied = fields_to_copy(schema, list(zip(answers, requests, strict=True))) if schema else []
     longest = max(len(answer) for answer in answers if schema is None or _is_json(answer))
-    reordered = reordered if schema else 0
+    # Where less is copied, values also stand in the request by chance, and their order there says little.
+    ordered = schema is not None and len(copied_fields(schema, copied, "constrain.copy")) > 1
+    reordered = reordered if ordered else 0
     return _Looked(len(answers) - broken, unusable, broken, reordered, longest, schema, copied, group_by)
 
 
