@@ -167,8 +167,8 @@ def _draw_behaviour(console: Console, found: EvaluationSummary) -> None:
         if "unusable" in told:
             console.print(f"policy, {name}: {told['unusable']}", style="yellow")
         for check, cell in told.get("checks", {}).items():
-            extra = f", {cell['undecided']} more decide nothing" if cell["undecided"] else ""
-            leaked = f", {cell['leaked']} more are leaked" if cell["leaked"] else ""
+            extra = f", {cell['undecided']} decide nothing" if cell["undecided"] else ""
+            leaked = f", {cell['leaked']} leaked" if cell["leaked"] else ""
             kept = not (cell["broke"] or cell["undecided"] or cell["leaked"])
             said = f"policy check {check}: {name} broke it on {cell['broke']} of {cell['n']} requests{extra}{leaked}"
             console.print(said, style="dim" if kept else "red" if cell["broke"] else "yellow")

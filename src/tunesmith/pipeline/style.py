@@ -17,7 +17,8 @@ from tunesmith.pipeline.context import PipelineContext
 def style(context: PipelineContext) -> str | None:
     """Digest of the bare base model's answers to held-out rows, at most as many as the gates ask; None without a gate.
 
-    Bare: without a candidate's prompt, shots, retrieval or constraint, with the longest answers of all candidates.
+    Bare: without a candidate's prompt, shots, retrieval or constraint, with the longest answers of all candidates. A
+    row's own system turn stays.
     """
     settings = context.project.settings
     gates = [gate for gate in settings.gates.values() if isinstance(gate, Style)]

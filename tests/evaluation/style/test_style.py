@@ -120,7 +120,7 @@ def test_shuffled_labels_are_inconclusive(tmp_path: Any) -> None:
     base = base_answers(made, lambda row: toned(plain(row), draw) if draw.random() < 0.5 else plain(row))
     found = gate_of(made, measured(made, base), at_least=0.0)
     assert found["outcome"] == "inconclusive"
-    assert "tells the two styles apart" in found["reason"]
+    assert "too little to tell the two styles apart" in found["reason"]
     assert "cannot be told from the base model's" in " ".join(
         report_data(made.store, measured(made, base))["advice"]["reasons"]
     )

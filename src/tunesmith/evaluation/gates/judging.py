@@ -247,7 +247,7 @@ def _check(check: str, gate: PolicyGate, evidence: Evidence, among: int) -> Find
     most = (counts["broke"] + counts["undecided"]) / counts["n"]
     judged = shown if gate.confidence is not None else Interval(shown.mean, shown.mean, rounded(most))
     said = f"{check}: {counts['broke']} of {counts['n']} answers broke it"
-    said += f", {counts['undecided']} more decide nothing" if counts["undecided"] else ""
+    said += f", {counts['undecided']} decide nothing" if counts["undecided"] else ""
     said += f"; {counts['leaked']} requests that stand in training rows do not count" if counts["leaked"] else ""
     held = "the requests asked" if gate.confidence is None else "the whole interval"
     reason = (

@@ -74,8 +74,8 @@ class Classified:
             raise Inconclusive(
                 f"the classifier takes {self.reference.mean():.0%} of the references for the house's and "
                 f"{self.base.mean():.0%} of the base model's answers, a difference of {points(apart.mean)} points "
-                f"({points(apart.low)} to {points(apart.high)}): it tells the two styles apart where the interval "
-                f"starts at {FEWEST_APART * 100:.0f} points or more"
+                f"({points(apart.low)} to {points(apart.high)}): too little to tell the two styles apart, since the "
+                f"interval must start at {FEWEST_APART * 100:.0f} points or more"
             )
         return _corrected(self.reference, self.base, self.candidates[name], self.groups, confidence, seed)
 
@@ -111,15 +111,15 @@ def measure_style(
         _BASE,
         groups,
     )
-    taken = {name: _taken(own, told.probabilities[name]) for name, own in sets.items()}
-    found = Classified(groups, taken[_REFERENCE], taken[_BASE], {name: taken[f"candidate:{name}"] for name in texts})
+    flags = {name: taken(own, told.probabilities[name]) for name, own in sets.items()}
+    found = Classified(groups, flags[_REFERENCE], flags[_BASE], {name: flags[f"candidate:{name}"] for name in texts})
     lines = [
         {
             "id": row.id,
             "group": row.group,
             _REFERENCE: int(found.reference[place]),
             _BASE: int(found.base[place]),
-            "candidates": {name: int(flags[place]) for name, flags in found.candidates.items()},
+            "candidates": {name: int(own[place]) for name, own in found.candidates.items()},
         }
         for place, row in enumerate(rows)
     ]
@@ -171,7 +171,7 @@ def _base_answers(store: Store, digest: str, dataset: str, test: Sequence[Exampl
     return {name: line["text"] for name, line in lines.items()}
 
 
-def _taken(texts: Sequence[str], probabilities: Floats) -> Floats:
+def taken(texts: Sequence[str], probabilities: Floats) -> Floats:
     """1 where an answer is taken for the house's. An empty one never is."""
     written = np.array([bool(visible(text)) for text in texts])
     return np.asarray((probabilities > 0.5) & written, dtype=np.float64)
