@@ -8,13 +8,14 @@ from typing import Protocol
 
 from tunesmith.candidates.baselines import make_baseline
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.candidates.composing import Composer
+from tunesmith.candidates.composing import Composer, compose
 from tunesmith.candidates.copying import Constraint
 from tunesmith.candidates.endpoint import Endpoint
 from tunesmith.candidates.settings import EndpointSettings
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.data.dataset import Example
 from tunesmith.engines.protocol import Completion, Engine, Generation, Streamed
 from tunesmith.store.store import Store
 
@@ -119,3 +120,9 @@ class Answerer:
             top_logprobs=top_logprobs,
         )
         return self._constraint.hold(request, messages)
+
+    def generation_without_group(self, example: Example) -> Generation:
+        """What the responder generates from for a row that may be a training row: its own group is not retrieved."""
+        composed = compose(self._candidate, example.request, self.composer.retrieved_without_group(example))
+        request = Generation(messages=composed, max_tokens=self._candidate.max_tokens)
+        return self._constraint.hold(request, example.request)

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from tunesmith.core.errors import UsageError
+
 _UNITS = {"h": 3600, "m": 60, "s": 1}
 
 
@@ -26,6 +28,17 @@ def _seconds(given: Any) -> Any:
     if not parts or "".join(number + unit for number, unit in parts) != given.replace(" ", ""):
         raise ValueError("write a duration such as 20m, 1h30m or 45s")
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def duration_of(text: str, where: str) -> float:
+    """Seconds of a duration that a user typed. Raises UsageError for anything else, and for nothing or less."""
+    try:
+        seconds = float(_seconds(text))
+    except ValueError as error:
+        raise UsageError(str(error), where=where) from error
+    if not seconds > 0:
+        raise UsageError("a duration is more than zero", where=where)
+    return seconds
 
 
 # Seconds. A project file may say 20m or 1h30m instead.

@@ -19,6 +19,10 @@ _SAYS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "candidate": lambda body: str(body.get("name", "")),
     "training": lambda body: f"{body.get('steps', '?')} steps, loss {body.get('final_loss', '?')}",
     "answers": lambda body: f"{body.get('suite', '?')}, {body.get('n', '?')} answers",
+    "curve": lambda body: (
+        f"{body.get('name', '?')} on {', '.join(str(one['rows']) for one in body.get('subsets', []))} rows"
+    ),
+    "forecast": lambda body: f"{body.get('name', '?')}: {body.get('decision') or 'no decision'}",
     "evaluation": lambda body: f"{body.get('n', '?')} examples, {', '.join(sorted(body.get('candidates', {})))}",
     "verdict": lambda body: f"{body.get('name', '?')}: {body.get('verdict', '?')}",
     "version": lambda body: f"{body.get('name', '?')}@v{body.get('number', '?')}",

@@ -68,9 +68,9 @@ class EvidenceReport(View):
     """The evidence for one candidate, the focus. rival: the candidate it is compared with; lift: that comparison.
 
     evaluation: its record's digest; n, groups: its held-out rows. ladder: what each approach adds; by_group: the lift
-    by group of rows; break_even: when the focus becomes cheaper; policy: checks by candidates; style: shares of
-    answers in the references' style; examples: rows where the two differ; trail: entries of the audit log, the oldest
-    first.
+    by group of rows; forecast: of the training of the focus, forecast_outcome: what came of it; break_even: when the
+    focus becomes cheaper; policy: checks by candidates; style: shares of answers in the references' style; examples:
+    rows where the two differ; trail: entries of the audit log, the oldest first.
     """
 
     evaluation: str
@@ -87,6 +87,8 @@ class EvidenceReport(View):
     candidates: tuple[ReportedCandidate, ...]
     lift: Comparison | None
     training: dict[str, Any] | None
+    forecast: dict[str, Any] | None
+    forecast_outcome: dict[str, Any] | None
     currency: str | None
     break_even: dict[str, Any] | None
     ladder: dict[str, Any]

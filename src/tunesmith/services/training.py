@@ -114,12 +114,12 @@ def train(
     restart: train again from the start.
     """
     context = PipelineContext(project, progress)
-    return training_summary(project.store, training(context, name or _only_tuned(project), restart))
+    return training_summary(project.store, training(context, name or only_tuned(project), restart))
 
 
 def repeat(project: Project, name: str | None = None, *, progress: Progress = SILENT) -> Repeated:
     """Train a candidate again with the decisions of its finished training, and compare the weights. Keeps nothing."""
-    context, name = PipelineContext(project, progress), name or _only_tuned(project)
+    context, name = PipelineContext(project, progress), name or only_tuned(project)
     digest = training(context, name)
     record, found = project.store.record(digest, kind="training"), repeat_training(context, name, digest)
     return Repeated(training=digest, same=found.weights == dict(record.blobs), steps=found.steps, seconds=found.seconds)
@@ -127,7 +127,7 @@ def repeat(project: Project, name: str | None = None, *, progress: Progress = SI
 
 def find_rate(project: Project, name: str | None = None, *, progress: Progress = SILENT) -> RateSearch:
     """Run a few steps at rising learning rates. Keeps nothing."""
-    return learning_rates(PipelineContext(project, progress), name or _only_tuned(project))
+    return learning_rates(PipelineContext(project, progress), name or only_tuned(project))
 
 
 def run(project: Project, *, progress: Progress = SILENT, actor: str | None = None) -> RunSummary:
@@ -167,7 +167,8 @@ def training_summary(store: Store, digest: str) -> TrainingSummary:
     )
 
 
-def _only_tuned(project: Project) -> str:
+def only_tuned(project: Project) -> str:
+    """The name of the only candidate that is trained. Raises UsageError where there is none, or more than one."""
     tuned = tuned_names(project)
     if len(tuned) != 1:
         raise UsageError(f"{len(tuned)} candidates are trained", fix=f"name one: {', '.join(tuned) or 'none is'}")

@@ -73,6 +73,20 @@ KINDS: Mapping[str, RecordKind] = {
         ("answers.jsonl", "items.jsonl"),
         "suite, number of answers, seconds, tokens, engine, who an endpoint said had answered",
     ),
+    "curve": RecordKind(
+        "pipeline/forecast.py",
+        ("base", "dataset", "candidate:NAME"),
+        ("scores.jsonl",),
+        "trainings on nested subsets of the training rows, the held-out rows that were asked, each one's mean score, "
+        "tokens and seconds",
+    ),
+    "forecast": RecordKind(
+        "pipeline/forecast.py",
+        ("curve",),
+        (),
+        "score and lift that all rows are expected to give, each with its interval; the decision; rows that the goal "
+        "takes; time, price and the requests a day from which it pays",
+    ),
     "evaluation": RecordKind(
         "evaluation/evaluate.py",
         (

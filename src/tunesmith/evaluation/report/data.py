@@ -13,6 +13,7 @@ from tunesmith.data.building.summary import dataset_summary
 from tunesmith.data.dataset import load_dataset
 from tunesmith.evaluation.answers import BASE
 from tunesmith.evaluation.compare import compare, side_of_candidate
+from tunesmith.evaluation.forecasting.outcome import find_forecast, outcome
 from tunesmith.evaluation.lines import read_answer_lines
 from tunesmith.evaluation.prices import break_even
 from tunesmith.evaluation.report.advice import advise
@@ -87,7 +88,7 @@ def report_data(
         "lineage": _lineage(store, record, evaluation, focus, verdict, version),
         "trail": [dict(entry) for entry in trail],
     }
-    return {**data, "advice": advise(data)}
+    return {**data, **_forecast(store, record, data), "advice": advise(data)}
 
 
 def release_trail(store: Store, name: str, version: str | None) -> list[dict[str, Any]]:
@@ -185,6 +186,19 @@ def _training(store: Store, candidate: Candidate) -> dict[str, Any] | None:
              "validation", "overfitting", "kept", "threads", "epochs", "score", "decisions")  # fmt: skip
     told = {"training": candidate.training, **{key: body[key] for key in shown if key in body}}
     return told | {"more_time": more_time(body)}
+
+
+def _forecast(store: Store, record: Record, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The forecast of the training in focus and what came of it; both None where none was made."""
+    training, focus = data["training"], data["focus"]
+    found = None
+    if training is not None and "settings" in training:
+        found = find_forecast(store, record.parents["dataset"], focus, training["settings"])
+    if found is None or found["metric"] != data["primary"]:
+        return {"forecast": None, "forecast_outcome": None}
+    score = record.body["candidates"][focus]["metrics"][data["primary"]]
+    lift = None if data["lift"] is None else data["lift"]["metrics"][data["primary"]]["difference"]
+    return {"forecast": found, "forecast_outcome": outcome(found, score, lift, training["seconds"])}
 
 
 def _forgetting(

@@ -29,6 +29,9 @@ def report_markdown(data: Mapping[str, Any]) -> str:
             *_table(("gate", "outcome", "why"), ((g["name"], g["outcome"], g["reason"]) for g in verdict["gates"])),
         ]
     lines += _behaviour(data)
+    if data["forecast"]:
+        said = " ".join(data["forecast_outcome"]["sentences"])
+        lines += ["", f"Forecast before the training: {_text(data['forecast']['headline'])} {_text(said)}"]
     lines += ["", *_risks(data)]
     lines += ["", f"{data['n']} held-out requests in {data['groups']} groups; {data['confidence']:.0%} intervals. "]
     lines[-1] += f"Evaluation `{short(data['evaluation'])}`" + (

@@ -1,0 +1,442 @@
+"""How right forecasts are (`tunesmith forecast`), on tasks of public corpora at several sizes.
+
+    python benchmarks/forecast.py [--minutes 10]       # trains what is missing; every finished part is kept
+    python benchmarks/forecast.py --table              # the forecasts of what was trained so far, against what came
+
+For each task of tasks.py, and for versions of them where tuning cannot pay (shuffled or partly wrong answers, test
+requests that are near copies of training rows), models are trained on nested subsets that double in size. A case is a
+task with N rows: its forecast sees the subsets up to N/2 and the held-out rows, and what came is the training on all N
+rows, scored on test requests that the forecast never reads. Untuned candidates are the base with the task's prompt, the
+nearest training row and, for labels, a classifier. Results are lines of results/forecast.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from leakage import FOLDER, Row
+from task_training import Loaded, answers, load, scores
+from tasks import Task, tasks
+from tunesmith.candidates.baselines import make_baseline
+from tunesmith.core.digests import digest_of
+from tunesmith.core.messages import Message
+from tunesmith.data.dataset import Example
+from tunesmith.engines.protocol import Generation
+from tunesmith.evaluation.forecasting.extrapolate import CONFIDENCE, Whole, extrapolate, worth
+from tunesmith.evaluation.stats.learning_curve import SPREAD, Spread, Subsets
+from tunesmith.training.batches.rows import TrainingRow
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.subsets import subset_settings
+from tunesmith.training.train import make_spec, run_training
+
+GOAL = 0.05  # the lift from which tuning pays
+NOISES = (0.06, 0.09, 0.12, 0.16)  # tried by --calibrate
+STRAYS = (0.0, 0.05, 0.10, 0.15)
+CORPUS = {"intents": "snips", "music": "snips", "wording": "snips", "snips": "snips", "home": "home",
+          "banking77": "banking77", "clinc150": "clinc150", "choices": "bbq", "relevance": "bfcl", "calls": "bfcl",
+          "masking": "presidio", "personal": "presidio", "xquad": "xquad"}  # fmt: skip
+RESULTS = Path(__file__).parent / "results" / "forecast.jsonl"
+EPOCHS = 3
+LONG = 10  # epochs of a second training on all rows of the smallest case
+HELD = 300  # rows held out of all trainings, at most
+TEST = 600  # test requests, at most
+BATCH = 16  # of the training on 800 rows; the others' are as subset_settings has them, so that cases share trainings
+SMALLEST = 12  # rows of the smallest subset; each further one has twice as many
+RATIO = 2  # rows of a case, and of its largest subset
+SUBSETS = 3
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Trainings of one task on ever more rows. top: the most; change: what was done to the task."""
+
+    task: Task
+    change: str
+    top: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.name} {self.change}".strip()
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each training, ascending."""
+        found = [self.top]
+        while found[0] // 2 >= SMALLEST:
+            found.insert(0, found[0] // 2)
+        return found
+
+    @property
+    def cases(self) -> list[int]:
+        """Rows of the cases."""
+        return [size for size in self.sizes if size >= 200]
+
+
+def ladders(folder: Path) -> list[Ladder]:
+    """What is trained, in the order in which it is."""
+    known = tasks(folder)
+    plan = [
+        ("intents", "", 400), ("home", "", 400), ("banking77", "", 400), ("music", "", 400),
+        ("intents", "shuffled", 400), ("clinc150", "", 800), ("snips", "", 400), ("home", "copies", 400),
+        ("choices", "", 400), ("banking77", "half wrong", 400), ("wording", "", 400), ("masking", "", 400),
+        ("home", "shuffled", 400), ("relevance", "", 400), ("music", "copies", 400), ("clinc150", "shuffled", 400),
+        ("personal", "", 200), ("calls", "", 200), ("xquad", "", 200),
+    ]  # fmt: skip
+    return [Ladder(_changed(known[name], change), change, top) for name, change, top in plan if name in known]
+
+
+def _changed(task: Task, change: str) -> Task:
+    """The task with other answers, and with at most TEST test requests."""
+    draw = random.Random(f"forecast {task.name} {change}")
+    rows, test = list(task.rows), list(task.test)
+    draw.shuffle(test)
+    test = test[:TEST]
+    if change in ("shuffled", "half wrong"):
+        share = 1.0 if change == "shuffled" else 0.5
+        rows, test = _wrong(rows, share, draw), _wrong(test, share, draw)
+    return replace(task, rows=tuple(rows), test=tuple(test))
+
+
+def _wrong(rows: Sequence[Row], share: float, draw: random.Random) -> list[Row]:
+    """Rows of which so many have the answers of others."""
+    chosen = [place for place in range(len(rows)) if draw.random() < share]
+    moved = chosen[:]
+    draw.shuffle(moved)
+    found = list(rows)
+    for place, other in zip(chosen, moved, strict=True):
+        found[place] = (rows[place][0], rows[other][1])
+    return found
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a ladder. train: in the order in which subsets grow. held, test: what the models are asked."""
+
+    train: tuple[Row, ...]
+    held: tuple[Row, ...]
+    test: tuple[Row, ...]
+
+
+def rows_of(ladder: Ladder) -> Rows:
+    """A ladder's rows. In `copies`, held-out and test requests are training rows with other capitals and an end."""
+    task = ladder.task
+    split = task.split(ladder.top, held=HELD)
+    groups = dict(zip(task.rows, task.groups, strict=True))
+    order = sorted({groups[row] for row in split.train})
+    random.Random(f"forecast {ladder.name}").shuffle(order)
+    place = {group: number for number, group in enumerate(order)}
+    train = tuple(sorted(split.train, key=lambda row: place[groups[row]]))
+    if ladder.change != "copies":
+        return Rows(train, split.held, task.test)
+    draw = random.Random("forecast copies")
+    # Copies of the first rows only, so that every case's training rows hold them.
+    first = [(f"please {request.lower()}", answer) for request, answer in train[: min(ladder.cases)]]
+    draw.shuffle(first)
+    return Rows(train, tuple(first[::2]), tuple(first[1::2]))
+
+
+def parts(ladder: Ladder) -> Iterator[dict[str, Any]]:
+    """What is to be trained and asked for a ladder, as the keys of result lines."""
+    common = {"task": ladder.name, "digest": ladder.task.digest, "settings": _settings().model_dump(mode="json"),
+              "top": ladder.top, "held": HELD}  # fmt: skip
+    yield {**common, "who": "start", "rows": 0, "epochs": 0}
+    for size in ladder.sizes:
+        yield {**common, "who": "tuned", "rows": size, "epochs": EPOCHS}
+    yield {**common, "who": "tuned", "rows": ladder.cases[0], "epochs": LONG}
+    train = rows_of(ladder).train
+    for size in ladder.cases:
+        yield {**common, "who": "nearest", "rows": size, "epochs": 0}
+        if ladder.task.kind == "labels" and 2 * len({answer for _, answer in train[:size]}) <= size:
+            yield {**common, "who": "classifier", "rows": size, "epochs": 0}
+
+
+def _settings() -> TrainSettings:
+    return TrainSettings(method="lora", rank=16, batch=BATCH)
+
+
+def measure(loaded: Loaded, ladder: Ladder, part: dict[str, Any]) -> dict[str, Any]:
+    """Train and ask one part; returns its result line."""
+    rows, task, size = rows_of(ladder), ladder.task, part["rows"]
+    asked = {"held": rows.held, "test": rows.test if size in (0, *ladder.cases) else ()}
+    began, passes = time.perf_counter(), 0
+    if part["who"] in ("nearest", "classifier"):
+        given = {split: _baseline(part["who"], rows.train[:size], some) for split, some in asked.items()}
+    else:
+        with tempfile.TemporaryDirectory() as work:
+            folder = None
+            if size:
+                folder, passes = (
+                    _train(loaded, task, rows.train[:size], part["epochs"], Path(work)),
+                    size * part["epochs"],
+                )
+            trained = time.perf_counter() - began
+            given = {split: answers(loaded, task, some, folder) if some else [] for split, some in asked.items()}
+    found = {split: scores(task, some, given[split]) for split, some in asked.items()}
+    line = {"key": digest_of(part), **part, "seconds": round(time.perf_counter() - began, 2), "passes": passes}
+    line |= {"training_seconds": round(trained, 2)} if passes else {}
+    return {**line, "scores": {split: _packed(values) for split, values in found.items()}}
+
+
+def _train(loaded: Loaded, task: Task, rows: Sequence[Row], epochs: int, work: Path) -> Path:
+    settings = subset_settings(_settings(), len(rows), 800, epochs)
+    told = [
+        TrainingRow(f"row-{place}", (*task.messages(request), Message(role="assistant", content=answer)))
+        for place, (request, answer) in enumerate(rows)
+    ]
+    dataset = digest_of({"task": task.digest})
+    spec = make_spec(base=loaded.base, dataset=dataset, rows=told, validation=[], settings=settings, work=work)
+    return run_training(spec, model=loaded.model).folder
+
+
+def _baseline(method: str, train: Sequence[Row], asked: Sequence[Row]) -> list[str]:
+    examples = []
+    for place, (request, answer) in enumerate(train):
+        turns = (Message(role="user", content=request), Message(role="assistant", content=answer))
+        examples.append(Example(id=str(place), messages=turns, source="", licence="", group=str(place)))
+    if not asked:
+        return []
+    answering = make_baseline(method, examples)
+    requests = [Generation((Message(role="user", content=request),), max_tokens=1) for request, _ in asked]
+    return [one.text for one in answering.generate(requests)]
+
+
+def _packed(values: Sequence[float]) -> str | list[float]:
+    """Scores, as a text of 0 and 1 where they are nothing else."""
+    if all(value in (0.0, 1.0) for value in values):
+        return "".join(str(int(value)) for value in values)
+    return [round(value, 4) for value in values]
+
+
+def collected() -> dict[str, dict[str, Any]]:
+    """Result lines by key."""
+    if not RESULTS.exists():
+        return {}
+    lines = (json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines())
+    return {line["key"]: line for line in lines}
+
+
+def collect(plan: Sequence[Ladder], minutes: float) -> None:
+    """Train and ask what is missing, for so long."""
+    ends = time.monotonic() + 60 * minutes
+    known = collected()
+    due = [(ladder, part) for ladder in plan for part in parts(ladder) if digest_of(part) not in known]
+    print(f"{len(due)} parts are missing")
+    if not due:
+        return
+    RESULTS.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        loaded = load(Path(scratch))
+        for ladder, part in due:
+            if time.monotonic() > ends:
+                return
+            line = measure(loaded, ladder, part)
+            with RESULTS.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            means = {split: round(_mean(values), 3) for split, values in line["scores"].items() if values}
+            print(
+                f"{ladder.name} {part['who']} {part['rows']} x {part['epochs']}: {means} in {line['seconds']} s",
+                flush=True,
+            )
+
+
+def unpacked(values: str | list[float]) -> list[float]:
+    """Scores of a result line."""
+    return [float(value) for value in values]
+
+
+def _mean(values: str | list[float]) -> float:
+    return sum(unpacked(values)) / len(values)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task with so many rows. measured: what its forecast sees. score, lift: what came, on the test requests."""
+
+    ladder: Ladder
+    rows: int
+    epochs: int
+    measured: Subsets
+    test: int
+    score: float
+    lift: float
+    rival: str
+
+    @property
+    def corpus(self) -> str:
+        """Cases of one corpus are not independent."""
+        return CORPUS[self.ladder.task.name]
+
+    @property
+    def pays(self) -> bool:
+        return self.lift >= GOAL
+
+
+def finished(plan: Sequence[Ladder]) -> list[Case]:
+    """The cases of which every part was measured."""
+    known = collected()
+    found = []
+    for ladder in plan:
+        lines = {(part["who"], part["rows"], part["epochs"]): known.get(digest_of(part)) for part in parts(ladder)}
+        wholes = [*((size, EPOCHS) for size in ladder.cases), (ladder.cases[0], LONG)]
+        found += [case for size, epochs in wholes if (case := _case(ladder, size, epochs, lines)) is not None]
+    return found
+
+
+def _case(
+    ladder: Ladder, size: int, epochs: int, lines: Mapping[tuple[str, int, int], dict[str, Any] | None]
+) -> Case | None:
+    smaller = [each for each in ladder.sizes if each * RATIO <= size]
+    sizes = sorted({smaller[0], *smaller[-SUBSETS:]})
+    untuned = {"base": ("start", 0, 0), **{key[0]: key for key in lines if key[1] == size and key[0] != "tuned"}}
+    subsets = [("tuned", each, EPOCHS) for each in sizes]
+    whole = ("tuned", size, epochs)
+    if any(lines[key] is None for key in (whole, *subsets, *untuned.values())):
+        return None
+
+    def scored(key: tuple[str, int, int], split: str) -> list[float]:
+        line = lines[key]
+        assert line is not None
+        return unpacked(line["scores"][split])
+
+    held = {name: scored(key, "held") for name, key in untuned.items()}
+    test = {name: scored(key, "test") for name, key in untuned.items()}
+    rival = max(test, key=lambda name: sum(test[name]))
+    came = scored(whole, "test")
+    score = sum(came) / len(came)
+    measured = Subsets(
+        sizes=tuple(worth(each, EPOCHS) for each in sizes),
+        scores=np.array([scored(key, "held") for key in subsets]).T,
+        start=np.array(held["base"]),
+        untuned=np.array(list(held.values())).T,
+        groups=_groups(ladder),
+    )
+    return Case(ladder, size, epochs, measured, len(came), score, score - sum(test[rival]) / len(came), rival)
+
+
+def _groups(ladder: Ladder) -> list[str]:
+    known = dict(zip(ladder.task.rows, ladder.task.groups, strict=True))
+    return [known.get(row, f"row {place}") for place, row in enumerate(rows_of(ladder).held)]
+
+
+def forecast_case(case: Case, spread: Spread) -> dict[str, Any]:
+    """The forecast of a case."""
+    whole = Whole(case.rows, lambda _rows: case.epochs, [str(place) for place in range(case.test)])
+    return extrapolate(case.measured, whole, GOAL, spread=spread)
+
+
+def inside(found: Mapping[str, float], came: float) -> bool:
+    """Whether an interval holds what came."""
+    return found["low"] <= came <= found["high"]
+
+
+def table(cases: Sequence[Case], spread: Spread = SPREAD) -> None:
+    """Print every case's forecast next to what came, and the sums."""
+    if not cases:
+        print("no case is finished yet")
+        return
+    heads = ("case", "rows, epochs", "score", "forecast", "lift", "forecast", "likely")
+    print("{:<24}{:>12}{:>8}{:>25}{:>8}{:>25}{:>8} decision".format(*heads))
+    told = []
+    for case in cases:
+        found = forecast_case(case, spread)
+        told.append(found)
+        right = {"train": case.pays, "don't": not case.pays}.get(found["decision"])
+        wrong = "" if right is None or right else " WRONG"
+        cells = (f"{case.rows} x {case.epochs}", f"{case.score:.1%}", _span(found["score"], case.score),
+                 f"{100 * case.lift:+.1f}", _span(found["lift"], case.lift), f"{found['likely']:.0%}")  # fmt: skip
+        print("{:<24}{:>12}{:>8}{:>25}{:>8}{:>25}{:>8} ".format(case.ladder.name, *cells), end="")
+        print(f"{found['decision']}{wrong} ({case.rival})")
+    print(summary(cases, told))
+
+
+def _span(found: Mapping[str, float], came: float) -> str:
+    mark = " " if inside(found, came) else "!"
+    return f"{100 * found['median']:>6.1f} [{100 * found['low']:>6.1f},{100 * found['high']:>6.1f}]{mark}"
+
+
+def summary(cases: Sequence[Case], told: Sequence[Mapping[str, Any]]) -> str:
+    """Coverage, widths and decisions of the forecasts of some cases."""
+    lines = []
+    for what in ("score", "lift"):
+        hits = [inside(found[what], getattr(case, what)) for case, found in zip(cases, told, strict=True)]
+        halves = [100 * (found[what]["high"] - found[what]["low"]) / 2 for found in told]
+        errors = [
+            100 * abs(found[what]["median"] - getattr(case, what)) for case, found in zip(cases, told, strict=True)
+        ]
+        lines.append(
+            f"{what}: {sum(hits)} of {len(hits)} intervals ({CONFIDENCE:.0%}) hold what came, median half-width "
+            f"{np.median(halves):.1f} points, median error {np.median(errors):.1f}"
+        )
+    pays = sum(case.pays for case in cases)
+    decided = [(case, found["decision"]) for case, found in zip(cases, told, strict=True)]
+    right = sum({"train": case.pays, "don't": not case.pays}.get(decision, False) for case, decision in decided)
+    open_ = sum(decision == "undecided" for _, decision in decided)
+    lean = sum((found["likely"] >= 0.5) == case.pays for case, found in zip(cases, told, strict=True))
+    lines.append(
+        f"decisions: tuning pays (lift of {GOAL:.0%} or more) in {pays} of {len(cases)} cases; {right} decisions are "
+        f"right, {len(cases) - right - open_} wrong, {open_} undecided; the likelier side is right in {lean}; "
+        f"a constant guess is right in {max(pays, len(cases) - pays)}"
+    )
+    return "\n".join(lines)
+
+
+def calibrate(cases: Sequence[Case]) -> None:
+    """Find the spread with which intervals hold what came as often as they say, leaving out one corpus at a time."""
+    grid = [Spread(noise, stray) for noise in NOISES for stray in STRAYS]
+    told = {spread: [forecast_case(case, spread) for case in cases] for spread in grid}
+
+    def best(among: Sequence[int]) -> Spread:
+        return min(grid, key=lambda spread: sum(_loss(cases[place], told[spread][place]) for place in among))
+
+    for spread in grid:
+        print(
+            f"noise {spread.noise:.2f}, stray {spread.stray:.2f}: "
+            + summary(cases, told[spread]).replace("\n", "\n    ")
+        )
+    left_out: list[Mapping[str, Any]] = []
+    for case in cases:
+        chosen = best([place for place, other in enumerate(cases) if other.corpus != case.corpus])
+        left_out.append(told[chosen][cases.index(case)])
+    print(f"best over all: {best(range(len(cases)))}")
+    print("each corpus by the spread that is best over the others:\n" + summary(cases, left_out))
+
+
+def _loss(case: Case, found: Mapping[str, Any]) -> float:
+    """The interval scores of both intervals (Gneiting and Raftery 2007, equation 43): width, and distance outside."""
+    alpha, total = 1.0 - CONFIDENCE, 0.0
+    for what in ("score", "lift"):
+        came, low, high = getattr(case, what), found[what]["low"], found[what]["high"]
+        total += high - low + 2.0 / alpha * (max(0.0, low - came) + max(0.0, came - high))
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long to train")
+    parser.add_argument("--table", action="store_true", help="only show what was collected")
+    parser.add_argument("--calibrate", action="store_true", help="find the constants of the forecast's spread")
+    chosen = parser.parse_args()
+    plan = ladders(chosen.folder)
+    if chosen.calibrate:
+        calibrate(finished(plan))
+        return
+    if not chosen.table:
+        collect(plan, chosen.minutes)
+    table(finished(plan))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""`forecast`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunesmith.cli.terminal import Here, Terminal, add_commands, draw_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tunesmith.services.forecast import Forecast
+
+EXITS = {"train": 0, "don't": 3, "undecided": 4, None: 4}
+_COLOURS = {"train": "green", "don't": "red", "undecided": "yellow", None: "yellow"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    add_commands(app, forecast)
+
+
+def forecast(
+    here: Here,
+    candidate: Annotated[str | None, typer.Argument(help="Its name; by default the only one that is trained.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="How long it may take, as 90s or 5m; by default a tenth of the training's budget."
+        ),
+    ] = None,
+    goal: Annotated[
+        float | None,
+        typer.Option(min=-1.0, max=1.0, help="The lift from which tuning pays; by default the lift gate's bound."),
+    ] = None,
+    days: Annotated[
+        float, typer.Option(min=1.0, max=3650.0, help="Days in which lower running costs have to repay the training.")
+    ] = 30.0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write it as an HTML page with the plot.")
+    ] = None,
+) -> None:
+    """Forecast before a training whether it will pay. Exits with 0 for train, 3 for don't, 4 for undecided."""
+    from tunesmith.core.settings import duration_of
+    from tunesmith.services import forecast as services
+
+    seconds = None if budget is None else duration_of(budget, "--budget")
+    found = services.forecast(here.project, candidate, budget=seconds, goal=goal, days=days, progress=Terminal())
+    if output is not None:
+        services.forecast_page(found, output)
+    here.emit(found, _draw)
+    raise typer.Exit(EXITS[found.decision])
+
+
+def _draw(console: Console, found: Forecast) -> None:
+    from rich.text import Text
+
+    rows = [("before training", f"{found.start:.1%}", "")]
+    rows += [(f"trained on {each.rows:,} rows", f"{each.mean:.1%}", "") for each in found.subsets]
+    rows += [(name, f"{mean:.1%}", "") for name, mean in sorted(found.rivals.items(), key=lambda one: one[1])]
+    score = found.score
+    rows.append(
+        (f"forecast for all {found.rows:,} rows", f"{score.median:.1%}", f"{score.low:.1%} to {score.high:.1%}")
+    )
+    held = sum(found.held.values())
+    draw_table(console, rows, "", found.metric, f"{found.confidence:.0%} interval", title=f"{held} held-out rows")
+    console.print(Text(found.headline, f"bold {_COLOURS[found.decision]}"))
+    for sentence in found.reasons:
+        console.print(f"- {sentence}")

@@ -1,0 +1,125 @@
+"""From the scores of subsets to the forecast: the decision, what it takes to reach the goal, and what it costs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tunesmith.candidates.settings import TokenPrice
+from tunesmith.core.errors import Inconclusive
+from tunesmith.evaluation.forecasting.extrapolate import CONFIDENCE, Whole, extrapolate, worth
+from tunesmith.evaluation.forecasting.plan import START, epochs_of
+from tunesmith.evaluation.lines import LineFile, is_share
+from tunesmith.evaluation.prices import money_of
+from tunesmith.evaluation.scores import rounded
+from tunesmith.evaluation.settings import PriceSettings
+from tunesmith.evaluation.stats.learning_curve import Subsets
+from tunesmith.store.records import Record
+from tunesmith.store.store import Store
+
+_SCORES = LineFile(
+    "scores.jsonl", "a score", "scored", unique=("candidate", "metric", "id"), texts=("group",), values=("value",)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a forecast is asked. goal: the lift from which tuning pays; over: the untuned candidate that it is measured
+    against, None for the best. days: in which savings have to repay the training. tokens: prices of endpoints."""
+
+    goal: float
+    over: str | None
+    days: float
+    prices: PriceSettings | None
+    tokens: Mapping[str, TokenPrice]
+
+
+def conclude(store: Store, curve: str, test_groups: Sequence[str], wanted: Wanted) -> dict[str, Any]:
+    """The body of a forecast record. curve: digest. test_groups: of the rows that will measure the training."""
+    record = store.record(curve, kind="curve")
+    body, settings = record.body, record.body["settings"]
+
+    def epochs(rows: float) -> float:
+        return epochs_of(rows, seconds=body["row_seconds"], budget=settings["budget"], epochs=settings["epochs"])
+
+    measured = _subsets(store, record, wanted.over)
+    whole = Whole(body["rows"], epochs, test_groups)
+    found = extrapolate(measured, whole, wanted.goal, body["seed"])
+    rivals = {name: each["mean"] for name, each in body["untuned"].items() if wanted.over in (None, name)}
+    rival = max(sorted(rivals), key=lambda name: rivals[name], default=None)
+    stated = {
+        **{key: body[key] for key in ("name", "metric", "rows", "held", "test", "budget", "seconds")},
+        "confidence": CONFIDENCE,
+        "goal": wanted.goal,
+        "rival": rival,
+        "rivals": rivals,
+        "start": body["start"]["mean"],
+        "subsets": [{key: each[key] for key in ("rows", "epochs", "mean")} for each in body["subsets"]],
+        **found,
+        "training": _training(body, body["rows"], epochs(body["rows"]), wanted.prices),
+        "pays": None if rival is None else _pays(body, rival, epochs(body["rows"]), wanted),
+    }
+    for end, rows in (found["needed"] or {}).items():
+        if end in ("low", "median", "high") and rows is not None:
+            stated["needed"][end] = {"rows": rows, **_training(body, rows, epochs(rows), wanted.prices)}
+    return stated
+
+
+def _subsets(store: Store, record: Record, over: str | None) -> Subsets:
+    """The scores of a curve record. Raises Inconclusive where they are not those that it states."""
+    body = record.body
+    rows: defaultdict[str, dict[str, tuple[str, float]]] = defaultdict(dict)
+    for place, line in _SCORES.read(store, record):
+        if not is_share(line["value"]):
+            raise Inconclusive(f"the value {line['value']!r} is not a number from 0 to 1", where=place)
+        rows[line["candidate"]][line["id"]] = (line["group"], float(line["value"]))
+    subsets = [f"{each['rows']} rows" for each in body["subsets"]]
+    untuned = [name for name in body["untuned"] if over in (None, name)]
+    # Rows that the base was asked before the training come first.
+    ids = sorted(rows[subsets[0]], key=lambda each: (each not in rows[START], each))
+    same = all(rows[name].keys() == set(ids) for name in (*subsets, *untuned))
+    if not rows[START] or not same or not rows[START].keys() <= set(ids):
+        raise Inconclusive("the forecast's scores are not of the same rows for everyone", where="scores.jsonl")
+
+    def values(name: str) -> list[float]:
+        return [rows[name][each][1] for each in ids]
+
+    return Subsets(
+        sizes=tuple(worth(each["rows"], each["epochs"]) for each in body["subsets"]),
+        scores=np.array([values(name) for name in subsets]).T,
+        start=np.array([rows[START][each][1] for each in ids[: len(rows[START])]]),
+        untuned=np.array([values(name) for name in untuned]).T.reshape(len(ids), len(untuned)),
+        groups=[rows[subsets[0]][each][0] for each in ids],
+    )
+
+
+def _training(body: Mapping[str, Any], rows: float, epochs: float, prices: PriceSettings | None) -> dict[str, Any]:
+    """{"seconds", "epochs", "money"} of a training on so many rows; money is None without a price."""
+    seconds = rows * epochs * body["row_seconds"]
+    money = None if prices is None else rounded(seconds / 3600.0 * prices.machine_hour)
+    return {"seconds": rounded(seconds), "epochs": rounded(epochs), "money": money}
+
+
+def _pays(body: Mapping[str, Any], rival: str, epochs: float, wanted: Wanted) -> dict[str, Any]:
+    """From how many requests a day lower running costs repay the training within `days`.
+
+    {"unit": "money" or "seconds", "days", "training", "tuned_per_1000", "rival_per_1000", "requests_a_day"}. Seconds of
+    this machine are compared where a price is missing; rival_per_1000 is None where they cannot be compared either, as
+    with an endpoint. requests_a_day is None where a request costs no less than the rival's.
+    """
+    own, other = body["subsets"][-1]["price"], body["untuned"][rival]["price"]
+    training = _training(body, body["rows"], epochs, wanted.prices)
+    remote = rival in body["endpoints"]
+    mine = money_of(own, wanted.prices, None, remote=False)
+    theirs = money_of(other, wanted.prices, wanted.tokens.get(rival), remote=remote)
+    unit, spent = "money", training["money"]
+    if mine is None or theirs is None:
+        unit, spent = "seconds", training["seconds"]
+        mine, theirs = own["seconds_per_1000"], None if remote else other["seconds_per_1000"]
+    found = {"unit": unit, "days": wanted.days, "training": spent, "tuned_per_1000": mine, "rival_per_1000": theirs}
+    saved = 0.0 if theirs is None else rounded(theirs - mine)
+    return {**found, "requests_a_day": rounded(spent / saved * 1000.0 / wanted.days) if saved > 0 else None}

@@ -1,0 +1,85 @@
+"""Says a forecast in sentences. Each rests on numbers that the forecast states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tunesmith.evaluation.report.wording import duration, money, percent, points
+
+
+def headline(found: Mapping[str, Any]) -> str:
+    """The decision in one sentence."""
+    if found["decision"] is None:
+        return f"{found['name']}: there is no untuned candidate to compare with, so nothing says whether it pays."
+    return {
+        "train": f"Train {found['name']}: it is likely to pay.",
+        "don't": f"Don't train {found['name']} on these rows: it is unlikely to pay.",
+        "undecided": f"Undecided: {found['name']} may pay or not.",
+    }[found["decision"]]
+
+
+def reasons(found: Mapping[str, Any]) -> list[str]:
+    """Why, what it takes, and what it costs: one sentence each."""
+    score, level = found["score"], f"{found['confidence']:.0%}"
+    said = [
+        f"With all {found['rows']:,} training rows, {found['metric']} on the test rows will be about "
+        f"{percent(score['median'])} ({level} interval {percent(score['low'])} to {percent(score['high'])}); "
+        f"before training it is {percent(found['start'])}."
+    ]
+    if found["lift"] is not None:
+        lift = found["lift"]
+        said.append(
+            f"That is {points(lift['median'])} points ({level} interval {points(lift['low'])} to "
+            f"{points(lift['high'])}) from {found['rival']}, the best untuned candidate on the held-out rows "
+            f"({percent(found['rivals'][found['rival']])}). A lift of at least {points(found['goal'])} points is "
+            f"{percent(found['likely'])} likely."
+        )
+        said.append(_needed(found))
+    said.append(_training(found))
+    if found["pays"] is not None:
+        said.append(_pays(found["pays"], found["rival"]))
+    if found["decision"] == "undecided":
+        said.append(
+            f"This forecast took {duration(found['seconds'])}. A larger budget (--budget) trains larger subsets and "
+            "asks more rows, which narrows it."
+        )
+    return said
+
+
+def _needed(found: Mapping[str, Any]) -> str:
+    needed, goal = found["needed"], f"A lift of {points(found['goal'])} points"
+    low, middle, high = (needed[name] and needed[name]["rows"] for name in ("low", "median", "high"))
+    if middle is None:
+        most = f"; at best it takes {low:,}" if low else ""
+        return f"{goal} is out of reach of more rows of this kind with {percent(needed['never'])} probability{most}."
+    upper = f"{high:,}" if high is not None else f"no number of rows ({percent(needed['never'])} likely)"
+    more = max(0, middle - found["rows"])
+    further = f", {more:,} more than there are" if more else ""
+    return (
+        f"{goal} takes about {middle:,} rows ({found['confidence']:.0%} interval {low:,} to {upper}){further}. "
+        f"Training on {middle:,} rows takes {_cost(needed['median'])}."
+    )
+
+
+def _training(found: Mapping[str, Any]) -> str:
+    training = found["training"]
+    return f"Training on all rows takes at most {_cost(training)}: {training['epochs']:.1f} epochs."
+
+
+def _cost(training: Mapping[str, Any]) -> str:
+    price = "" if training["money"] is None else f" and {money(training['money'])}"
+    return f"{duration(training['seconds'])}{price}"
+
+
+def _pays(pays: Mapping[str, Any], rival: str) -> str:
+    if pays["rival_per_1000"] is None:
+        return f"What 1,000 requests cost with {rival} is not known, so nothing says when the training is repaid."
+    written = money if pays["unit"] == "money" else duration
+    each = f"1,000 requests cost {written(pays['tuned_per_1000'])}, with {rival} {written(pays['rival_per_1000'])}"
+    if pays["requests_a_day"] is None:
+        return f"{each}: lower running costs never repay the training."
+    return (
+        f"{each}: lower running costs repay the training within {pays['days']:g} days from "
+        f"{pays['requests_a_day']:,.0f} requests a day on."
+    )

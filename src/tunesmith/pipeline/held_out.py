@@ -1,0 +1,94 @@
+"""Asks candidates rows that were held out of short trainings, as an evaluation asks them test rows, and scores them."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.candidates.answering import Answerer
+from tunesmith.candidates.baselines import make_baseline
+from tunesmith.candidates.candidate import Candidate
+from tunesmith.core.files import write_atomic
+from tunesmith.core.reading.strict_json import parse_json
+from tunesmith.data.dataset import Example
+from tunesmith.engines.protocol import Completion, Generation
+from tunesmith.evaluation.answers import seen_answers
+from tunesmith.evaluation.metrics.declared import checked
+from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.training import leading_scoring
+
+_FOLDS = 5  # that a baseline is built anew for, each time without the rows that it is asked
+
+
+def ask_held_out(
+    context: PipelineContext,
+    answerer: Answerer,
+    candidate: Candidate,
+    rows: Sequence[Example],
+    adapter: str | None = None,
+) -> dict[str, Any]:
+    """{"scores": by the primary metric in the order of rows, "prompt_tokens", "completion_tokens", "seconds"}.
+
+    A row that is a training row is asked as one that is not: no row of its group is retrieved or was learned. Raises
+    Inconclusive where the metric gives anything but a number from 0 to 1.
+    """
+    answerer.composer.retrieved_without_group(rows[0])  # builds the index, as loading does: once, and not timed
+    began = time.perf_counter()
+    asked = [answerer.generation_without_group(row) for row in rows]
+    if candidate.method != "model":
+        given = _baseline_answers(candidate, answerer.composer.examples, rows, asked)
+    else:
+        given = answerer.responder.generate(asked, adapter)
+    seconds = time.perf_counter() - began
+    metric, scoring = context.project.settings.task.leading, leading_scoring(context)
+    lines = {
+        row.id: {"text": answer.text, "retrieved": list(answerer.composer.retrieved_without_group(row).ids)}
+        for row, answer in zip(rows, given, strict=True)
+    }
+    seen = seen_answers(context.store, context.dataset, candidate, lines, rows)
+    return {
+        "scores": [checked(scoring(seen[row.id]), metric, f"held-out row {row.id}") for row in rows],
+        "prompt_tokens": sum(answer.prompt_tokens for answer in given),
+        "completion_tokens": sum(answer.completion_tokens for answer in given),
+        "seconds": seconds,
+    }
+
+
+def together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Answers to some rows and to the rows after them, as if asked at once."""
+    found: dict[str, Any] = {"scores": [score for part in parts for score in part["scores"]]}
+    return found | {key: sum(part[key] for part in parts) for key in ("prompt_tokens", "completion_tokens", "seconds")}
+
+
+def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds from a run that was stopped; otherwise what make returns, written there."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(make()).encode())
+    found: dict[str, Any] = parse_json(path.read_bytes())
+    return found
+
+
+def mean(scores: Sequence[float]) -> float:
+    """The mean of scores."""
+    return math.fsum(scores) / len(scores)
+
+
+def _baseline_answers(
+    candidate: Candidate, train: Sequence[Example], rows: Sequence[Example], asked: Sequence[Generation]
+) -> list[Completion]:
+    """A baseline's answers. One that is built from training rows is built anew without the groups that it is asked."""
+    learned = {row.group for row in train}
+    groups = sorted({row.group for row in rows} & learned)
+    fold_of = {group: 1 + place % _FOLDS for place, group in enumerate(groups)}
+    given: dict[int, Completion] = {}
+    for fold in sorted({fold_of.get(row.group, 0) for row in rows}):
+        places = [place for place, row in enumerate(rows) if fold_of.get(row.group, 0) == fold]
+        left = [row for row in train if fold_of.get(row.group) != fold]  # fold 0: rows that are no training rows
+        answers = make_baseline(candidate.method, left).generate([asked[place] for place in places])
+        given |= dict(zip(places, answers, strict=True))
+    return [given[place] for place in range(len(rows))]

@@ -1,0 +1,89 @@
+"""What the scores of subsets say about a whole training."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tunesmith.evaluation.forecasting.extrapolate import Whole, decide, extrapolate, worth
+from tunesmith.evaluation.stats.learning_curve import Subsets
+
+SIZES = (12, 50, 100, 200)
+
+
+def _measured(means: list[float], untuned: float | None, start: float = 0.02, rows: int = 240) -> Subsets:
+    hard = np.random.RandomState(0).permutation((np.arange(rows) + 0.5) / rows)
+    others = np.empty((rows, 0)) if untuned is None else (hard < untuned).astype(float)[:, None]
+    scores = np.stack([hard < mean for mean in means], axis=1).astype(float)
+    return Subsets(
+        tuple(map(float, SIZES)), scores, (hard < start).astype(float), others, [str(n) for n in range(rows)]
+    )
+
+
+def _whole(rows: int = 800, test: int = 300) -> Whole:
+    return Whole(rows, lambda _rows: 1.0, [str(place) for place in range(test)])
+
+
+def test_a_clear_lift_a_clear_loss_and_neither() -> None:
+    rising = [0.3, 0.7, 0.8, 0.85]
+    assert extrapolate(_measured(rising, 0.3), _whole(), 0.05)["decision"] == "train"
+    assert extrapolate(_measured(rising, 0.99), _whole(), 0.05)["decision"] == "don't"
+    close = extrapolate(_measured([0.3, 0.6, 0.68, 0.72], 0.75), _whole(), 0.02)
+    assert close["decision"] == "undecided"
+    assert close["lift"]["low"] < 0.02 < close["lift"]["high"]
+
+
+def test_an_untuned_candidate_that_is_always_right_leaves_nothing_to_gain() -> None:
+    found = extrapolate(_measured([0.9, 1.0, 1.0, 1.0], 1.0, start=1.0), _whole(), 0.02)
+    assert found["decision"] == "don't"
+    assert found["needed"]["median"] is None
+    assert found["needed"]["never"] > 0.9
+
+
+def test_rows_that_the_goal_takes() -> None:
+    measured = _measured([0.1, 0.3, 0.4, 0.5], 0.6)
+    found = extrapolate(measured, _whole(400), 0.05)["needed"]
+    assert found["low"] <= found["median"]
+    assert found["median"] > 400, "at 200 rows it is 15 points below the goal"
+    further = extrapolate(measured, _whole(400), 0.15)["needed"]["median"]
+    assert further is None or further > found["median"]
+
+
+def test_fewer_test_rows_or_groups_widen_the_interval() -> None:
+    measured = _measured([0.3, 0.6, 0.7, 0.75], 0.5)
+
+    def width(whole: Whole) -> float:
+        score = extrapolate(measured, whole, 0.05)["score"]
+        return float(score["high"] - score["low"])
+
+    assert width(_whole(test=30)) > 1.05 * width(_whole(test=3000))
+    grouped = Whole(800, lambda _rows: 1.0, [str(place // 30) for place in range(300)])
+    rows_of_groups = Subsets(
+        measured.sizes, measured.scores[np.argsort(-measured.scores.sum(axis=1))],
+        measured.start, measured.untuned, [str(place // 30) for place in range(240)],
+    )  # fmt: skip
+    alone = extrapolate(rows_of_groups, _whole(), 0.05)["score"]
+    together = extrapolate(rows_of_groups, grouped, 0.05)["score"]
+    assert together["high"] - together["low"] > alone["high"] - alone["low"]
+
+
+def test_without_an_untuned_candidate_there_is_a_score_and_no_decision() -> None:
+    found = extrapolate(_measured([0.3, 0.6, 0.7, 0.75], None), _whole(), 0.05)
+    assert found["score"]["low"] < found["score"]["median"] < found["score"]["high"]
+    assert [found[key] for key in ("lift", "decision", "likely", "needed")] == [None] * 4
+    json.dumps(found, allow_nan=False)
+
+
+def test_more_epochs_are_worth_more_rows_ever_less_so() -> None:
+    assert worth(100, 0.5) == 50
+    assert worth(100, 1.0) == 100
+    gains = [worth(100, epochs + 1) - worth(100, epochs) for epochs in range(1, 10)]
+    assert gains == sorted(gains, reverse=True)
+    assert 100 > gains[0] > gains[-1] > 0
+    assert worth(200, 3) == pytest.approx(2 * worth(100, 3))
+
+
+def test_decisions_are_as_sure_as_the_interval() -> None:
+    assert [decide(likely) for likely in (0.0, 0.1, 0.5, 0.9, 1.0)] == ["don't", "don't", "undecided", "train", "train"]

@@ -1,0 +1,216 @@
+"""`tunesmith forecast` on a tiny project: what it asks, what it says, and what stops it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_project import rows, settings, write_project
+from tunesmith.api import Project
+from tunesmith.core.errors import Inconclusive, Refused, UsageError
+from tunesmith.pipeline import held_out
+from tunesmith.pipeline.context import PipelineContext
+from tunesmith.pipeline.forecast import curve
+from tunesmith.services.evaluation import report, report_page
+from tunesmith.services.forecast import Forecast, forecast, forecast_page
+from tunesmith.store.store import Store
+
+BUDGET = 600.0  # ample: a tiny model takes seconds, on a machine that is busy too
+SCORER = """
+def score(answer, reference, request):
+    return VALUE
+"""
+
+
+def _write(folder: Path, *, value: str | None = None, copies: int = 2, **changes: Any) -> Project:
+    """A project of a few hundred rows. value: what its scorer says of every answer."""
+    told = settings()
+    told["data"] = {**told["data"], "split": {"validation": 0.1, "test": 0.2, "group_by": "template"}}  # type: ignore[dict-item]
+    tuned = {"prompt": "prompt.txt", "train": {"rank": 2, "epochs": 2}, "max_tokens": 8}
+    told["candidates"] = {
+        "nearest": {"method": "nearest"},
+        "plain": {"prompt": "prompt.txt", "max_tokens": 8},
+        "tuned": tuned,
+    }
+    told["gates"] = {"lift": {"metric": "exact_match", "over": "best-untuned", "at_least": 0.05}}
+    told["prices"] = {"machine_hour": 3.6}
+    if value is not None:
+        (folder / "scorer.py").parent.mkdir(parents=True, exist_ok=True)
+        (folder / "scorer.py").write_text(SCORER.replace("VALUE", value))
+        told["task"] = {"scorers": [{"name": "own", "function": "scorer.py:score"}]}
+        told["gates"] = {}
+    write_project(folder, **{**told, **changes})
+    more = [
+        {"messages": [{"role": "user", "content": f"{word} {row['messages'][0]['content']}"}, row["messages"][1]],
+         "template": f"{word} {row['template']}"}
+        for word in ("please", "now", "again")[:copies]
+        for row in rows()
+    ]  # fmt: skip
+    with (folder / "rows.jsonl").open("a") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in more)
+    return Project.load(folder)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return _write(tmp_path_factory.mktemp("forecast") / "p")
+
+
+@pytest.fixture(scope="module")
+def found(project: Project) -> Forecast:
+    return forecast(project, budget=BUDGET)
+
+
+def test_every_number_has_an_interval(found: Forecast) -> None:
+    assert found.score.low <= found.score.median <= found.score.high
+    assert found.score.low < found.score.high
+    assert found.lift is not None
+    assert found.lift.low < found.lift.high
+    assert found.confidence == 0.9
+    assert found.rival == "nearest", "a tiny random model answers nothing right, the nearest row does"
+    assert found.decision == "don't"
+    assert found.goal == 0.05, "the lift gate's bound"
+    assert next(each.rows for each in found.subsets) == 12
+    assert 3 <= len(found.subsets) <= 4
+    assert found.subsets[-1].rows <= found.rows // 2
+    assert found.headline.startswith("Don't train")
+
+
+def test_costs_follow_from_what_was_measured(found: Forecast) -> None:
+    assert found.training.epochs == 2.0
+    assert found.training.money == pytest.approx(found.training.seconds / 1000, rel=1e-6), "3.6 an hour"
+    assert found.pays is not None
+    assert found.pays.unit == "money"
+    assert found.pays.requests_a_day is None, "the nearest row costs less than any model"
+
+
+def test_test_rows_are_counted_and_not_read(
+    project: Project, found: Forecast, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = project.store
+    record = store.record(store.record(found.forecast).parents["curve"], kind="curve")
+    dataset = PipelineContext(project).dataset
+    asked = {json.loads(line)["id"] for line in store.read_blob(record.blobs["scores.jsonl"]).splitlines()}
+    assert record.body["held"] == found.held
+    assert found.held["test"] == 0
+    assert found.held["validation"] == dataset.splits["validation"]
+    assert sum(found.held.values()) == len(asked)
+    assert not asked & {row.id for row in dataset.examples("test")}
+    assert {row.id for row in dataset.examples("validation")} <= asked
+
+
+def test_another_goal_trains_nothing(project: Project, found: Forecast, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr("tunesmith.pipeline.forecast.ask_held_out", fail)
+    again = forecast(project, budget=BUDGET, goal=-0.99, days=7)
+    assert again.decision == "train"
+    assert again.goal == -0.99
+    assert again.subsets == found.subsets
+    assert forecast(project, budget=BUDGET) == found
+
+
+def test_a_stopped_forecast_goes_on_with_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = _write(tmp_path / "p")
+    asked: list[str] = []
+    ask = held_out.ask_held_out
+
+    def counted(*given: Any) -> dict[str, Any]:
+        asked.append(given[2].name)
+        if len(asked) == 7:  # base, nearest and plain, the last two once more, the first subset, and then the second
+            raise KeyboardInterrupt
+        return ask(*given)
+
+    monkeypatch.setattr("tunesmith.pipeline.forecast.ask_held_out", counted)
+    with pytest.raises(KeyboardInterrupt):
+        forecast(project, budget=BUDGET)
+    found = forecast(project, budget=BUDGET)
+    assert len(asked) == 7 + len(found.subsets) - 1
+    whole = _write(tmp_path / "q")
+    unbroken = forecast(whole, budget=BUDGET)
+    assert (unbroken.score, unbroken.lift, unbroken.subsets) == (found.score, found.lift, found.subsets)
+
+
+def test_the_report_shows_the_forecast_next_to_what_came(project: Project, found: Forecast, tmp_path: Path) -> None:
+    project.run()
+    shown = report(project)
+    assert shown.forecast is not None
+    assert shown.forecast["forecast"] == found.forecast or shown.forecast["goal"] == -0.99
+    outcome = shown.forecast_outcome
+    assert outcome is not None
+    came = next(row for row in shown.candidates if row.name == "tuned").metrics["exact_match"].mean
+    assert outcome["score_error"] == pytest.approx(came - found.score.median, abs=1e-6)
+    assert outcome["seconds"] > 0
+    report_page(shown, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert 'id="forecast"' in page
+    assert "points from the forecast" in page
+    forecast_page(found, tmp_path / "forecast.html")
+    assert "<svg" in (tmp_path / "forecast.html").read_text()
+
+
+def _command(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, "-m", "tunesmith", "forecast", "-C", str(folder), "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_exit_codes_say_the_decision(project: Project, found: Forecast) -> None:
+    code, document = _command(project.root, "--budget", "10m")
+    assert (code, document["decision"]) == (3, "don't")
+    assert document == found.document()
+    code, document = _command(project.root, "--budget", "never")
+    assert (code, document["error"]["where"]) == (2, "--budget")
+
+
+def test_too_few_rows_are_inconclusive(tmp_path: Path) -> None:
+    code, document = _command(_write(tmp_path / "p", copies=0).root)
+    assert code == 4
+    assert "too few" in document["error"]["what"]
+
+
+def test_a_budget_that_is_too_short_is_refused_with_what_is_needed(project: Project) -> None:
+    with pytest.raises(Refused, match="too short") as caught:
+        forecast(project, budget=0.05)
+    assert "set it to" in str(caught.value.fix)
+
+
+def test_a_score_that_is_no_number_is_inconclusive(tmp_path: Path) -> None:
+    project = _write(tmp_path / "p", value="float('nan')")
+    with pytest.raises(Inconclusive, match="nan"):
+        forecast(project, budget=BUDGET)
+    assert not project.store.records_of("forecast")
+
+
+def test_a_score_of_one_from_the_start_leaves_nothing_to_gain(tmp_path: Path) -> None:
+    found = forecast(_write(tmp_path / "p", value="1.0"), budget=BUDGET, goal=0.02)
+    assert found.start == 1.0
+    assert found.decision == "don't"
+    assert found.needed is not None
+    assert found.needed.median is None
+    assert found.score.low < found.score.high
+
+
+def test_a_flat_score_has_an_interval_and_is_not_expected_to_pay(tmp_path: Path) -> None:
+    found = forecast(_write(tmp_path / "p", value="0.5"), budget=BUDGET, goal=0.2)
+    assert found.score.low < 0.5 < found.score.high
+    assert found.decision != "train"
+
+
+def test_only_a_trained_candidate_is_forecast(project: Project) -> None:
+    for name, what in (("nearest", "nothing to forecast"), ("missing", "no candidate")):
+        with pytest.raises(UsageError, match=what):
+            forecast(project, name, budget=BUDGET)
+
+
+def test_a_row_is_asked_of_a_baseline_that_did_not_learn_its_group(project: Project) -> None:
+    context = PipelineContext(project)
+    store: Store = project.store
+    body = store.record(curve(context, "tuned", BUDGET)).body
+    assert body["untuned"]["nearest"]["mean"] < 0.95, "it would find the row itself"
