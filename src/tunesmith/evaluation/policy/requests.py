@@ -95,7 +95,9 @@ def _requests(name: str, check: PolicyCheck, root: Path) -> Iterator[tuple[str, 
 
 def _read(name: str, path: Path) -> Iterator[tuple[str, str | None, tuple[Message, ...]]]:
     found = 0
-    for number, line in enumerate(read_text_file(path, f"the requests of {name}", LARGEST_DATA).split("\n"), start=1):
+    for number, line in enumerate(
+        read_text_file(path, f"the file of requests of {name}", LARGEST_DATA).split("\n"), start=1
+    ):
         if not line.strip():
             continue
         found += 1
