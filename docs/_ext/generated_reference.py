@@ -83,7 +83,7 @@ def _in_order(schema: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str,
 def _placed(schema: Mapping[str, Any], before: str) -> Iterator[tuple[str, str]]:
     """Name and path of the groups that a group's keys hold."""
     for key, value in schema.get("properties", {}).items():
-        mark = ".NAME" if isinstance(value.get("additionalProperties"), Mapping) else ""
+        mark = ".NAME" if _named(value) is not None else ""
         for name in _references(value):
             yield name, f"{before}{key}{mark}"
 
@@ -137,11 +137,17 @@ def _type(value: Mapping[str, Any]) -> str:
         inside = ", ".join(map(_type, parts)) if parts else _type(value.get("items", {}))
         return f"list of {inside}{_bounds(value)}"
     if kind == "object":
-        inside = value.get("additionalProperties")
-        return (f"map of names to {_type(inside)}" if isinstance(inside, Mapping) else "map") + _bounds(value)
+        inside = _named(value)
+        return ("map" if inside is None else f"map of names to {_type(inside)}") + _bounds(value)
     return {"string": "text", "integer": "whole number", "boolean": "true or false"}.get(kind, str(kind)) + _bounds(
         value
     )
+
+
+def _named(value: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the names of a map lead to, whether any name may stand there or names of a form."""
+    inside = [value.get("additionalProperties"), *value.get("patternProperties", {}).values()]
+    return next((each for each in inside if isinstance(each, Mapping)), None)
 
 
 def _bounds(value: Mapping[str, Any]) -> str:
