@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.services.training import Repeated, RunSummary, TrainingSummary
+    from tunesmith.services.training_search import SettingsSearch, Trial
     from tunesmith.training.range_test import RateSearch
 
 _HEIGHT = 9  # lines of a curve
@@ -42,15 +43,22 @@ def train(
     repeat: Annotated[
         bool, typer.Option("--repeat", help="Only train again as its record says, and compare the weights' bytes.")
     ] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Only search for better training settings on validation rows.")
+    ] = False,
+    within: Annotated[
+        str | None, typer.Option("--within", metavar="TIME", help="How long --search may take; 20m by default.")
+    ] = None,
 ) -> None:
     """Train a candidate's adapter. Continues from the newest complete checkpoint."""
-    from tunesmith.core.errors import UsageError
-    from tunesmith.services import training
+    from tunesmith.services import training, training_search
 
-    if restart and (find_rate or repeat):
-        which = "--find-rate" if find_rate else "--repeat"
-        raise UsageError(f"{which} keeps nothing that could be restarted", fix="leave --restart out")
+    _check_train_options(restart=restart, find_rate=find_rate, repeat=repeat, search=search, within=within)
     project = here.project
+    if search:
+        found = training_search.search_settings(project, candidate, within=within or "20m", progress=Terminal())
+        here.emit(found, _draw_search)
+        return
     if repeat:
         done = training.repeat(project, candidate, progress=Terminal())
         here.emit(done, _draw_repeated)
@@ -59,6 +67,24 @@ def train(
         here.emit(training.find_rate(project, candidate, progress=Terminal()), _draw_rates)
         return
     here.emit(training.train(project, candidate, restart=restart, progress=Terminal()), _draw_training)
+
+
+def _check_train_options(*, restart: bool, find_rate: bool, repeat: bool, search: bool, within: str | None) -> None:
+    """Raise UsageError for options of `train` that exclude each other."""
+    from tunesmith.core.errors import UsageError
+
+    only = [name for name, given in (("--search", search), ("--find-rate", find_rate), ("--repeat", repeat)) if given]
+    if len(only) > 1:
+        raise UsageError(f"{only[0]} and {only[1]} exclude each other", fix=f"run one after the other: {only[0]} first")
+    if within is not None and not search:
+        raise UsageError("--within says how long --search may take", fix="add --search, or leave --within out")
+    if restart and search:
+        raise UsageError(
+            "a search cannot be restarted: a finished one is looked up, a stopped one goes on",
+            fix="leave --restart out; another --within searches again",
+        )
+    if restart and only:
+        raise UsageError(f"{only[0]} keeps nothing that could be restarted", fix="leave --restart out")
 
 
 def _draw_training(console: Console, done: TrainingSummary) -> None:
@@ -111,6 +137,56 @@ def _draw_rates(console: Console, found: RateSearch) -> None:
         console.print("no rate made the loss fall: look at the rows (`tunesmith data`), not at the rate")
         return
     console.print(f"train.learning_rate: {found.suggestion:.1e}   ({found.rule})")
+
+
+def _draw_search(console: Console, found: SettingsSearch) -> None:
+    import yaml
+
+    keys = list(found.trials[0].settings)
+    scored = found.scored_rows > 0
+    headings = ("", *keys, "rows", *([found.metric] if scored else []), "loss", "")
+    # The trials that got furthest first, then those with the better score and the lower loss.
+    ordered = sorted(found.trials, key=lambda trial: _reached(trial))
+    rows = [_trial_row(found, trial, keys, scored) for trial in ordered]
+    draw_table(
+        console, rows, *headings, title=f"settings of {found.candidate}, on {found.validation_rows} validation rows"
+    )
+    console.print(f"compared by the {found.by}: {found.why}" if found.by else found.why, soft_wrap=True)
+    console.print(f"{found.seconds:.0f} of {found.within:.0f} s; ended because {found.ended}", soft_wrap=True)
+    if found.failed or found.not_run:
+        console.print(f"{found.failed} trials failed, {found.not_run} were not run", soft_wrap=True)
+    console.print(f"record {found.search}\n", soft_wrap=True)
+    console.print(found.conclusion, soft_wrap=True)
+    if found.suggestion is not None:
+        text = yaml.safe_dump({"train": found.suggestion}, sort_keys=False, default_flow_style=None)
+        console.print(
+            f"\ncandidates.{found.candidate} in tunesmith.yaml, beside its other settings:\n{text}", soft_wrap=True
+        )
+
+
+def _reached(trial: Trial) -> tuple[float, ...]:
+    if not trial.runs:
+        return (1, trial.failed is None, 0, trial.trial)
+    last = trial.runs[-1]
+    return (-last.rung, -(last.score.mean if last.score else 0.0), last.loss, trial.trial)
+
+
+def _trial_row(found: SettingsSearch, trial: Trial, keys: list[str], scored: bool) -> list[str]:
+    """A trial's line: its settings, and how it did in the last rung that it was in."""
+    marks = [word for word, holds in (("present", trial.trial == 0), ("best", trial.trial == found.best)) if holds]
+    values = [f"{trial.settings[key]:g}" for key in keys]
+    if not trial.runs:
+        return [", ".join(marks), *values, "", *([""] if scored else []), "", trial.failed or "not run"]
+    last = trial.runs[-1]
+    score = f"{last.score.mean:.1%} [{100 * last.score.low:.1f}, {100 * last.score.high:.1f}]" if last.score else ""
+    return [
+        ", ".join(marks),
+        *values,
+        str(last.rows),
+        *([score] if scored else []),
+        f"{last.loss:.4f}",
+        trial.failed or "",
+    ]
 
 
 def _draw_run(console: Console, done: RunSummary) -> None:

@@ -76,9 +76,14 @@ def encode_examples(examples: Sequence[Example]) -> bytes:
 class Dataset:
     """A dataset record and its examples, which are read on demand and checked against their digests."""
 
-    def __init__(self, store: Store, digest: str, record: Record) -> None:
-        self._store = store
+    def __init__(self, store: Store, digest: str, record: Record, readable: Sequence[str] = SPLITS) -> None:
+        """readable: splits whose examples may be read."""
+        self._store, self.readable = store, tuple(readable)
         self.digest, self.record = digest, record
+
+    def without_test_rows(self) -> Dataset:
+        """The same dataset version, whose test rows cannot be read: for what chooses by other rows."""
+        return Dataset(self._store, self.digest, self.record, [name for name in self.readable if name != "test"])
 
     @cached_property
     def splits(self) -> dict[str, int]:
@@ -86,9 +91,12 @@ class Dataset:
         return {name: int(self.record.body["splits"][name]) for name in SPLITS}
 
     def examples(self, split: str) -> list[Example]:
-        """The examples of a split, sorted by id. Raises UsageError for an unknown split, Refused for damaged data."""
+        """The examples of a split, sorted by id. Raises UsageError for an unknown split, Refused for damaged data and
+        for a split that may not be read here."""
         if split not in SPLITS:
             raise UsageError(f"there is no split {split!r}", fix=f"one of {', '.join(SPLITS)}")
+        if split not in self.readable:
+            raise Refused(f"the {split} rows may not be read here", where=self.digest, fix="report this as a fault")
         name = f"{split}.jsonl"
         if name not in self.record.blobs:
             raise Refused(f"the dataset record has no {name}", where=self.digest, fix="build the dataset again")

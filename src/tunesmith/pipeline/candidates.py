@@ -28,6 +28,7 @@ from tunesmith.pipeline.training import (
     repeat_decided,
     train_candidate,
 )
+from tunesmith.pipeline.training_search import search_settings
 
 if TYPE_CHECKING:
     from tunesmith.training.range_test import RateSearch
@@ -59,6 +60,15 @@ def learning_rates(context: PipelineContext, name: str) -> RateSearch:
     if settings.train is None:
         raise _no_training(context, name)
     return find_rate(context, name, untrained_candidate(context, name, settings), settings.train)
+
+
+def better_settings(context: PipelineContext, name: str, within: float) -> str:
+    """Digest of a search for better training settings of a candidate. Raises UsageError for one that is not trained."""
+    settings = context.settings_of(name)
+    if settings.train is None:
+        raise _no_training(context, name)
+    found = untrained_candidate(context, name, settings)
+    return search_settings(context, name, found, settings.train, within)
 
 
 def repeat_training(context: PipelineContext, name: str, digest: str) -> RepeatedTraining:

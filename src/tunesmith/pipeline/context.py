@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import time
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -137,6 +138,12 @@ class PipelineContext:
             )
 
         return load_dataset(project.store, self.stages.run("data", "data", inputs, build))
+
+    def without_test_rows(self) -> PipelineContext:
+        """This context, with a dataset whose test rows cannot be read."""
+        made = copy(self)
+        made.dataset = self.dataset.without_test_rows()
+        return made
 
     @property
     def _row_tokens(self) -> int:

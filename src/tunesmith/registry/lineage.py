@@ -16,6 +16,7 @@ _SAYS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "dataset": lambda body: ", ".join(f"{name} {count}" for name, count in body.get("splits", {}).items()),
     "documents": lambda body: f"{body.get('passages', '?')} passages of {len(body.get('files', []))} documents",
     "search": lambda body: f"{len(body.get('tries', []))} tries of {body.get('rows', '?')} validation rows",
+    "training_search": lambda body: f"{len(body.get('trials', []))} settings on {body.get('validation_rows')} rows",
     "candidate": lambda body: str(body.get("name", "")),
     "training": lambda body: f"{body.get('steps', '?')} steps, loss {body.get('final_loss', '?')}",
     "answers": lambda body: f"{body.get('suite', '?')}, {body.get('n', '?')} answers",

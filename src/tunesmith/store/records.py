@@ -60,6 +60,13 @@ KINDS: Mapping[str, RecordKind] = {
         ("answers.jsonl",),
         "every prompt and choice of shots that was tried on validation rows, its mean, the budget, the best",
     ),
+    "training_search": RecordKind(
+        "pipeline/training_search.py",
+        ("base", "dataset"),
+        ("trials.jsonl",),
+        "training settings that were tried on validation rows: each trial's score, loss, time and memory, what was "
+        "decided when, how the best differs from the present ones",
+    ),
     "candidate": RecordKind(
         "candidates/candidate.py",
         ("base", "dataset", "training", "documents", "search"),

@@ -13,7 +13,7 @@ LEAST_TOKENS = 64  # lowest bound on the tokens computed at once
 # With fewer validation rows than this a score says too little to choose by: one row is more than three points.
 LEAST_SCORED = 30
 MOST_EPOCHS = 40  # within a budget
-_LONGEST = 30 * 24 * 3600  # seconds
+LONGEST_BUDGET = 30 * 24 * 3600  # seconds
 # Defaults of trainings that have a budget.
 _WITH_BUDGET = {"epochs": MOST_EPOCHS, "schedule": "wsd", "validations": 16, "patience": 4}
 _RATES = {"lora": 1e-3, "full": 1e-4}
@@ -92,7 +92,7 @@ class TrainSettings(WeightSettings):
         Duration | None,
         Field(
             gt=0,
-            le=_LONGEST,
+            le=LONGEST_BUDGET,
             description="train for at most this long, such as 20m or 1h30m, instead of a number of epochs: until "
             "validation no longer improves or the time is used, then the learning rate falls to zero. It counts steps "
             "and validations, not loading",

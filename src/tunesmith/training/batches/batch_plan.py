@@ -55,10 +55,12 @@ def lay_out_epoch(
 
 class TrainingPlan(Sequence[Step]):
     """All steps of a training, in order. An epoch is laid out when one of its steps is asked for: a training with a
-    budget ends before most of them."""
+    budget ends before most of them. most: leaves out the steps after so many."""
 
-    def __init__(self, rows: Sequence[Rendered], settings: TrainSettings, *, share: bool = True) -> None:
-        self._rows, self._settings, self._share = rows, settings, share
+    def __init__(
+        self, rows: Sequence[Rendered], settings: TrainSettings, *, share: bool = True, most: int | None = None
+    ) -> None:
+        self._rows, self._settings, self._share, self._most = rows, settings, share, most
         self._epochs: dict[int, list[list[Batch]]] = {}
         self.epoch_steps = len(plan(rows, settings.batch, settings.seed, 0))
 
@@ -70,7 +72,8 @@ class TrainingPlan(Sequence[Step]):
         return self._epochs[number]
 
     def __len__(self) -> int:
-        return self.epoch_steps * self._settings.epochs
+        steps = self.epoch_steps * self._settings.epochs
+        return steps if self._most is None else min(steps, self._most)
 
     @overload
     def __getitem__(self, index: int) -> Step: ...

@@ -1,0 +1,308 @@
+"""A search over a tiny model: it finds the good rate, leaves out what cannot be trained, and goes on after a kill."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import write_model
+from tests.training.test_resume import ROWS, Said, _environment
+from tests.training.test_schedule import ticking
+from tunesmith.core import memory
+from tunesmith.core.errors import Inconclusive, Refused
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.engines.training_protocol import TrainableModel
+from tunesmith.models.base import resolve_base
+from tunesmith.store.store import Store
+from tunesmith.training import halving, search
+from tunesmith.training.halving import Measured, ranking
+from tunesmith.training.search import SearchOutcome
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.state import TrainerState
+
+HOPELESS = TrainSettings(rank=4, batch=4, epochs=2, learning_rate=1e-7)
+
+
+@pytest.fixture(autouse=True)
+def few_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing depends on the machine."""
+    _shorten(monkeypatch)
+
+
+def _shorten(patch: pytest.MonkeyPatch) -> None:
+    """Three other settings at most, trials of a few steps, and no measuring."""
+    patch.setattr(halving, "_OTHERS", (3,))
+    patch.setattr(halving, "LEAST_STEPS", 3)
+    measured = Measured(row=1.8, loss=1.0, answer=0.01, total=1.0)
+    patch.setattr(search, "_measure", lambda *_: measured)
+
+
+def find(
+    folder: Path,
+    settings: TrainSettings = HOPELESS,
+    work: str = "work",
+    scores: search.RowScores | None = None,
+    progress: Progress = SILENT,
+    clock: Callable[[], float] | None = None,
+) -> SearchOutcome:
+    if not (folder / "model").exists():
+        write_model(folder / "model")
+    base = resolve_base(Store(folder / "store"), str(folder / "model"), folder)
+    return search.search(
+        base=base,
+        rows=ROWS[:40],
+        validation=ROWS[50:],
+        settings=settings,
+        within=300.0,
+        work=folder / work,
+        scorable=len(ROWS[50:]) if scores else 0,
+        scores=scores,
+        progress=progress,
+        clock=clock or ticking(0.5),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SearchOutcome]:
+    """A folder with a model, and an uninterrupted search in it."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        _shorten(patch)
+        return folder, find(folder)
+
+
+def comparable(outcome: SearchOutcome) -> list[dict[str, Any]]:
+    """What must not depend on the clock or on memory."""
+    machine = {"seconds", "checking", "expected_bytes", "peak_bytes"}
+    return [each.model_dump(exclude=machine) for each in outcome.results]
+
+
+def test_it_finds_the_good_rate_among_hopeless_ones(whole: tuple[Path, SearchOutcome]) -> None:
+    _, done = whole
+    rates = [each["learning_rate"] for each in done.trials]
+    assert rates == [1e-7, 1e-3, 3e-7, 3.3e-8]
+    best = ranking(halving.final_results(done.results))[0]
+    assert rates[best] == 1e-3
+    losses = {each.trial: each.loss for each in done.results if each.rung == 0}
+    assert max(losses.values()) - losses[0] < 1e-3 < losses[0] - losses[best]  # type: ignore[operator, type-var]
+    assert [len(rung.trials) for rung in done.decisions.rungs] == [4, 2]
+    for each in done.results:
+        batch = done.trials[each.trial]["batch"]
+        assert each.steps == math.ceil(done.decisions.rungs[each.rung].rows / batch)
+        assert each.rows == each.steps * batch
+        assert len(each.losses) == 10
+        assert each.expected_bytes is not None
+        assert each.peak_bytes is not None
+        assert each.peak_bytes <= 1.1 * each.expected_bytes
+
+
+def test_same_decisions_give_the_same_trials(whole: tuple[Path, SearchOutcome]) -> None:
+    """The second search finds the first one's decisions, and none of its results; its clock runs otherwise."""
+    folder, one = whole
+    copied = folder / "again"
+    copied.mkdir()
+    shutil.copy(folder / "work" / "search.json", copied)
+    again = find(folder, work="again", clock=ticking(0.01))
+    assert comparable(again) == comparable(one)
+    assert again.decisions == one.decisions
+
+
+@pytest.mark.parametrize("given", [{"epochs": 3}, {"epochs": 3, "schedule": "linear"}, {"budget": "60s"}])
+def test_trials_are_annealed(given: dict[str, Any]) -> None:
+    """A trial ends with a low rate, however many steps it has, and takes no decision of its own."""
+    settings = TrainSettings(learning_rate=0.01, warmup=0.1, **given)
+    for steps in (1, 2, 20, 500):
+        schedule, state = search._schedule(settings, steps, Path("/nowhere")), TrainerState()
+        rates = []
+        while state.ended is None and state.step < steps:
+            rates.append(schedule.rate(state.step))
+            state.step += 1
+            state.seconds += 1e9
+            schedule.decide(state)
+        assert len(rates) == steps
+        assert max(rates) <= 0.01
+        assert steps < 20 or (rates[0] < max(rates) > 0.0099 and rates[-1] < 0.003)
+
+
+def test_scores_come_before_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def scores(model: TrainableModel | None, count: int) -> list[float]:
+        asked.append(count)
+        return [1.0] * 5 + [0.0] * (count - 5) if len(asked) in (3, 6) else [0.0] * count
+
+    assert find(tmp_path, scores=scores).decisions.scored_rows == 0, "10 rows are too few to choose by"
+    assert not asked
+    monkeypatch.setattr(halving, "LEAST_SCORED", 10)
+    done = find(tmp_path, scores=scores, work="other")
+    assert asked == [10] * 6
+    assert [each.score for each in done.results] == [0.0, 0.0, 0.5, 0.0, 0.0, 0.5]
+    assert ranking(halving.final_results(done.results)) == [2, 0], "although the loss of trial 1 is far lower"
+
+
+def test_what_exceeds_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial with twice the present rank does not fit; it is counted with the reason, and never tried again."""
+    needs: dict[int, int] = {}
+    real = search.memory_needs
+
+    def watched(model: TrainableModel, settings: TrainSettings, *, validates: bool) -> Any:
+        found = real(model, settings, validates=validates)
+        needs[settings.rank] = found.later
+        room = 10**12 if settings.rank <= HOPELESS.rank else found.later // 2
+        monkeypatch.setattr(memory, "available_memory", lambda: room)
+        return found
+
+    monkeypatch.setattr(search, "memory_needs", watched)
+    settings = next(
+        each
+        for each in (HOPELESS.model_copy(update={"seed": seed}) for seed in range(20))
+        if any(trial["rank"] == 8 for trial in search.draw_trials(each, 40)[1:4])
+    )
+    said = Said()
+    done = find(tmp_path, settings, progress=said)
+    large = [number for number, each in enumerate(done.trials) if each["rank"] == 8]
+    assert large
+    for each in done.results:
+        assert (each.failed is not None) == (each.trial in large)
+        assert each.rung == 0 or each.trial not in large
+    assert any("left out: the largest part of a step" in line for line in said.lines)
+
+
+def test_a_trial_that_diverges_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = search._row_losses
+    calls: list[int] = []
+
+    def losses(*given: Any) -> list[float]:
+        calls.append(1)
+        return [math.nan] * 10 if len(calls) == 2 else real(*given)
+
+    monkeypatch.setattr(search, "_row_losses", losses)
+    done = find(tmp_path)
+    assert [each.failed for each in done.results[:3]] == [None, "the validation loss became nan", None]
+    assert 1 not in {each.trial for each in done.results[4:]}
+    assert ranking(halving.final_results(done.results))[0] != 1
+
+
+def test_a_metric_without_a_number_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scores(model: TrainableModel | None, count: int) -> list[float]:
+        raise Inconclusive("the scorer 'own' gave nan", where="validation row r41")
+
+    monkeypatch.setattr(halving, "LEAST_SCORED", 10)
+    with pytest.raises(Inconclusive, match="gave nan"):
+        find(tmp_path, scores=scores)
+
+
+class Stopped(Exception):
+    """What stops a search in the middle."""
+
+
+@pytest.mark.parametrize("stops", [(0, 1, 1, 2), (3, 1)])
+def test_stopped_it_goes_on(
+    whole: tuple[Path, SearchOutcome], monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...]
+) -> None:
+    folder, uninterrupted = whole
+    work = f"stopped-{len(stops)}"
+    real, left = search._train_and_check, [0]
+    trained: list[tuple[int, int]] = []
+
+    def stopping(shared: Any, settings: Any, scored: int, result: Any, folder: Path) -> Any:
+        if left[0] == 0:
+            raise Stopped
+        left[0] -= 1
+        trained.append((result.rung, result.trial))
+        return real(shared, settings, scored, result, folder)
+
+    monkeypatch.setattr(search, "_train_and_check", stopping)
+    for stop in stops:
+        left[0] = stop
+        with pytest.raises(Stopped):
+            find(folder, work=work)
+    left[0] = 99
+    done = find(folder, work=work)
+    assert comparable(done) == comparable(uninterrupted)
+    assert done.decisions == uninterrupted.decisions
+    assert sorted(set(trained)) == sorted(trained), "no finished trial is repeated"
+
+
+def _ran(said: Said) -> int:
+    """How many trials ran."""
+    return sum(line.startswith("rung ") and " steps (" in line for line in said.lines)
+
+
+def test_damaged_results_run_again(whole: tuple[Path, SearchOutcome]) -> None:
+    folder, uninterrupted = whole
+    shutil.copytree(folder / "work", folder / "damaged")
+    (folder / "damaged" / "rung-0-trial-2.json").write_text("{")
+    said = Said()
+    assert comparable(find(folder, work="damaged", progress=said)) == comparable(uninterrupted)
+    assert any("rung-0-trial-2.json is damaged" in line for line in said.lines)
+    assert _ran(said) == 1
+
+
+@pytest.mark.parametrize("change", ["damaged", "environment"])
+def test_what_cannot_be_compared_starts_over(whole: tuple[Path, SearchOutcome], change: str) -> None:
+    folder, uninterrupted = whole
+    work = folder / f"over-{change}"
+    shutil.copytree(folder / "work", work)
+    kept = uninterrupted.decisions.model_copy(update={"environment": {"threads": 64}}).model_dump_json()
+    (work / "search.json").write_text(kept if change == "environment" else kept[:-1])
+    said = Said()
+    assert comparable(find(folder, work=work.name, progress=said)) == comparable(uninterrupted)
+    assert any("in another environment, or is damaged: starting over" in line for line in said.lines)
+    assert _ran(said) == 6
+
+
+def test_present_settings_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # measures
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    with pytest.raises(Refused, match="the largest part of a step"):
+        find(tmp_path)
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tunesmith.training import halving, search
+from tests.training import test_search as test
+halving._OTHERS, halving.LEAST_STEPS = (3,), 3
+search._measure = lambda *_: halving.Measured(row=1.8, loss=1.0, answer=0.01, total=1.0)
+left = int(sys.argv[2])
+real = search.Trainer._step
+def step(trainer, task):
+    global left
+    left -= 1
+    if left < 0:
+        print("reached", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(trainer, task)
+search.Trainer._step = step
+test.find(Path(sys.argv[1]), work="killed")
+"""
+
+
+@pytest.mark.slow  # processes that import torch
+def test_killed_it_goes_on(whole: tuple[Path, SearchOutcome]) -> None:
+    """kill -9 between two steps of the first trial, and of a later one."""
+    folder, uninterrupted = whole
+    for steps in (3, 20):
+        ended = subprocess.run(
+            [sys.executable, "-c", _KILLED, str(folder), str(steps)],
+            env=_environment(),
+            timeout=120,
+            stdout=subprocess.PIPE,
+            check=False,
+        )
+        assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, b"reached\n")
+    said = Said()
+    done = find(folder, work="killed", progress=said)
+    assert 0 < _ran(said) < 6, "finished trials are not repeated"
+    assert comparable(done) == comparable(uninterrupted)
+    assert done.decisions == uninterrupted.decisions
