@@ -49,7 +49,8 @@ class Spread(NamedTuple):
     stray: float
 
 
-# Found by `python benchmarks/forecast.py --calibrate`.
+# Preliminary: chosen on 13 cases of four corpora with an earlier recipe of the subsets. `python benchmarks/forecast.py
+# --calibrate` finds them once enough cases are collected.
 SPREAD = Spread(noise=0.06, stray=0.05)
 
 
