@@ -355,7 +355,8 @@ def table(cases: Sequence[Case], spread: Spread = SPREAD) -> None:
         right = {"train": case.pays, "don't": not case.pays}.get(found["decision"])
         wrong = "" if right is None or right else " WRONG"
         cells = (f"{case.rows} x {case.epochs}", f"{case.score:.1%}", _span(found["score"], case.score),
-                 f"{100 * case.lift:+.1f}", _span(found["lift"], case.lift), f"{found['likely']:.0%}")  # fmt: skip
+                 f"{100 * case.lift:+.1f}", _span(found["lift"], case.lift),
+                 "-" if found["likely"] is None else f"{found['likely']:.0%}")  # fmt: skip
         print("{:<24}{:>12}{:>8}{:>25}{:>8}{:>25}{:>8} ".format(case.ladder.name, *cells), end="")
         print(f"{found['decision']}{wrong} ({case.rival})")
     print(summary(cases, told))
@@ -383,7 +384,7 @@ def summary(cases: Sequence[Case], told: Sequence[Mapping[str, Any]]) -> str:
     decided = [(case, found["decision"]) for case, found in zip(cases, told, strict=True)]
     right = sum({"train": case.pays, "don't": not case.pays}.get(decision, False) for case, decision in decided)
     open_ = sum(decision == "undecided" for _, decision in decided)
-    lean = sum((found["likely"] >= 0.5) == case.pays for case, found in zip(cases, told, strict=True))
+    lean = sum(((found["likely"] or 0.5) >= 0.5) == case.pays for case, found in zip(cases, told, strict=True))
     lines.append(
         f"decisions: tuning pays (lift of {GOAL:.0%} or more) in {pays} of {len(cases)} cases; {right} decisions are "
         f"right, {len(cases) - right - open_} wrong, {open_} undecided; the likelier side is right in {lean}; "

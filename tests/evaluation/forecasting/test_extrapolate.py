@@ -42,6 +42,17 @@ def test_an_untuned_candidate_that_is_always_right_leaves_nothing_to_gain() -> N
     assert found["needed"]["never"] > 0.9
 
 
+def test_scores_that_have_not_begun_to_rise_decide_nothing() -> None:
+    found = extrapolate(_measured([0.0, 0.0, 0.0, 0.02], 0.4, start=0.0), _whole(2900), 0.05)
+    assert found["decision"] == "undecided"
+    assert (found["likely"], found["needed"], found["score"]["high"]) == (None, None, 1.0)
+    assert found["lift"]["high"] == pytest.approx(0.6)
+    begun = extrapolate(_measured([0.0, 0.04, 0.07, 0.08], 0.9, start=0.0), _whole(250), 0.05)
+    assert begun["decision"] == "don't"
+    hopeless = extrapolate(_measured([0.0, 0.0, 0.0, 0.0], 0.98, start=0.0), _whole(2900), 0.05)
+    assert hopeless["decision"] == "don't", "not even a score of 1 reaches the goal"
+
+
 def test_rows_that_the_goal_takes() -> None:
     measured = _measured([0.1, 0.3, 0.4, 0.5], 0.6)
     found = extrapolate(measured, _whole(400), 0.05)["needed"]

@@ -32,10 +32,16 @@ def reasons(found: Mapping[str, Any]) -> list[str]:
         said.append(
             f"That is {points(lift['median'])} points ({level} interval {points(lift['low'])} to "
             f"{points(lift['high'])}) from {found['rival']}, the best untuned candidate on the held-out rows "
-            f"({percent(found['rivals'][found['rival']])}). A lift of at least {points(found['goal'])} points is "
-            f"{percent(found['likely'])} likely."
+            f"({percent(found['rivals'][found['rival']])})."
         )
-        said.append(_needed(found))
+        if found["likely"] is None:
+            said.append(
+                f"No subset of up to {found['subsets'][-1]['rows']:,} rows scored enough to say where the score begins "
+                "to rise: it may still rise far."
+            )
+        else:
+            said.append(f"A lift of at least {points(found['goal'])} points is {percent(found['likely'])} likely.")
+            said.append(_needed(found))
     said.append(_training(found))
     if found["pays"] is not None:
         said.append(_pays(found["pays"], found["rival"]))
