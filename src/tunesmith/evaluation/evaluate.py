@@ -89,21 +89,13 @@ def evaluate(
     """
     judged, risks, costs = judged or {}, risks or {}, costs or Costs()
     test, given, seen = _answered(store, dataset, answers)
-    scoring = {
-        metric_of(scorer): make_scoring(scorer, answer_schema, root)
-        for scorer in task.scorers
-        if not isinstance(scorer, JudgeScorer)
-    }
+    scoring = _scoring(task, answer_schema, root)
     columns, judges = _columns(store, task, given, seen, scoring, judged, test)
     general, stated_probes = _probed(store, probes, given, seed)
     measurements, stated_risks = _measured(store, risks, given, dataset, _scoring_of_probes(task, scoring))
     held, stated_policy = _held_to_policy(store, policy, given, seed)
     classified, stated_style = _in_style(store, style, dataset, test, given, seed)
-    labelled = {
-        (name, scorer.name): label_rows(scorer, those.lines, seen[name], test)
-        for name, those in given.items()
-        for scorer in task.labels
-    }
+    labelled = _labelled(task, given, seen, test)
     stated = _stated(store, given, columns, test, seed, costs)
     for (name, metric), rows in labelled.items():
         for key, found in _classified(rows, seed).items():
@@ -127,17 +119,36 @@ def evaluate(
         "style": stated_style,
     }
     blobs = {SCORES: store.put_bytes(encode_scores([*columns, *general]))}
-    if measurements:
-        blobs[MEASUREMENTS] = store.put_bytes(encode_lines(measurements))
+    kept = {MEASUREMENTS: measurements, POLICY: held, STYLE: classified}
+    blobs |= {name: store.put_bytes(encode_lines(lines)) for name, lines in kept.items() if lines}
     if labelled:
         blobs[LABELS] = store.put_bytes(encode_labels(labelled))
-    if held:
-        blobs[POLICY] = store.put_bytes(encode_lines(held))
-    if classified:
-        blobs[STYLE] = store.put_bytes(encode_lines(classified))
     parents = _parents(dataset, answers, probes, risks, judged) | (policy.parents if policy else {})
     parents |= {"style": style} if style else {}
     return store.put_record(Record(kind="evaluation", parents=parents, blobs=blobs, body=body))
+
+
+def _scoring(task: TaskSettings, answer_schema: dict[str, Any] | None, root: Path) -> dict[str, Scoring]:
+    """Metric -> its scoring function, without judges."""
+    return {
+        metric_of(scorer): make_scoring(scorer, answer_schema, root)
+        for scorer in task.scorers
+        if not isinstance(scorer, JudgeScorer)
+    }
+
+
+def _labelled(
+    task: TaskSettings,
+    given: Mapping[str, Answers],
+    seen: Mapping[str, Mapping[str, Answered]],
+    test: Sequence[Example],
+) -> dict[tuple[str, str], Labelled]:
+    """(candidate, metric) -> the labels in its answers, for each scorer that compares labels."""
+    return {
+        (name, scorer.name): label_rows(scorer, those.lines, seen[name], test)
+        for name, those in given.items()
+        for scorer in task.labels
+    }
 
 
 def _answered(
