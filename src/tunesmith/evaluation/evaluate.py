@@ -100,11 +100,8 @@ def evaluate(
     for (name, metric), rows in labelled.items():
         for key, found in _classified(rows, seed).items():
             stated[name].setdefault(key, {})[metric] = found
-    groups = tuple(example.group for example in test)
     body: dict[str, Any] = {
-        "n": len(test),
-        "groups": len(set(groups)),
-        "effective_groups": rounded(effective_groups(groups)),
+        **_size(test),
         "primary": task.leading,
         "metrics": list(task.metrics),
         "confidence": CONFIDENCE,
@@ -123,9 +120,15 @@ def evaluate(
     blobs |= {name: store.put_bytes(encode_lines(lines)) for name, lines in kept.items() if lines}
     if labelled:
         blobs[LABELS] = store.put_bytes(encode_labels(labelled))
-    parents = _parents(dataset, answers, probes, risks, judged) | (policy.parents if policy else {})
-    parents |= {"style": style} if style else {}
+    parents = _parents(dataset, answers, probes, risks, judged)
+    parents |= {**(policy.parents if policy else {}), **({"style": style} if style else {})}
     return store.put_record(Record(kind="evaluation", parents=parents, blobs=blobs, body=body))
+
+
+def _size(test: Sequence[Example]) -> dict[str, Any]:
+    """The numbers of test rows, of their groups, and of groups of equal weight."""
+    groups = tuple(example.group for example in test)
+    return {"n": len(test), "groups": len(set(groups)), "effective_groups": rounded(effective_groups(groups))}
 
 
 def _scoring(task: TaskSettings, answer_schema: dict[str, Any] | None, root: Path) -> dict[str, Scoring]:
