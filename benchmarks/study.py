@@ -5,12 +5,14 @@
     python benchmarks/study.py --plan              # the trials that are left, in order
 
 A trial trains an adapter on some rows of a task (tasks.py) and answers rows that were held out of the training rows;
-test requests are not read. Each finished trial is a line of results/study.jsonl, so that short runs add up.
+test requests are not read. Each finished trial is a line of results/study.jsonl, so that short runs add up. Several may
+run at the same time: one for each core, with OMP_NUM_THREADS=1, gets most done.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,15 +97,22 @@ RATES = (1e-3, 3e-3, 3e-4)
 
 def plan() -> Iterator[Trial]:
     """Every trial, the most informative for their time first."""
-    for epochs, batch, rate in (
-        *((10, 16, 1e-3), (10, 16, 3e-3), (10, 4, 1e-3), (30, 16, 1e-3), (30, 4, 1e-3), (30, 4, 3e-4)),
-        *((10, 4, 3e-4), (10, 16, 3e-4)),
-    ):
-        yield from (Trial(task, 50, epochs, rate, batch=batch) for task in KINDS)
-    for epochs in (3, 1, 10):
-        for rank in (32, 8):
-            for rate in RATES:
-                yield from (Trial(task, 200, epochs, rate, rank) for task in KINDS)
+    for rows, epochs, batch, rate, rank in _recipes():
+        yield from (Trial(task, rows, epochs, rate, rank, batch) for task in KINDS)
+
+
+def _recipes() -> Iterator[tuple[int, int, int, float, int]]:
+    """Rows, epochs, batch, rate and rank."""
+    for epochs, batch in ((10, 16), (10, 4), (3, 16), (3, 4), (1, 16), (1, 4)):
+        yield from ((200, epochs, batch, rate, 16) for rate in RATES)
+        if (epochs, batch) == (10, 4):
+            yield from ((200, 10, 16, 1e-3, rank) for rank in (64, 4))
+            yield from ((1000, 3, batch, rate, 16) for batch, rate in ((16, 1e-3), (4, 1e-3), (16, 3e-3), (4, 3e-4)))
+            yield from ((50, epochs, batch, rate, 16) for epochs, batch, rate in _FEW)
+    yield from ((200, epochs, 16, rate, 64) for epochs in (3, 1, 10) for rate in RATES)
+
+
+_FEW = ((10, 16, 1e-3), (10, 16, 3e-3), (10, 4, 1e-3), (30, 16, 1e-3), (30, 4, 1e-3), (30, 4, 3e-4), (10, 4, 3e-4))
 
 
 def key_of(trial: Trial, task: Task) -> str:
@@ -141,7 +151,7 @@ def run(trial: Trial, task: Task, loaded: Loaded, key: str) -> Line:
     """Train, answer and score. A trial that was killed goes on from its checkpoints."""
     import torch
 
-    split, work = task.split(trial.rows, trial.seed), WORK / key.removeprefix("sha256:")[:16]
+    split, work = task.split(trial.rows, trial.seed), WORK / _short(key)
     asked = split.held[:ANSWERED]
     result = train_task(loaded, task, split, trial.settings(), work)
     began = time.perf_counter()
@@ -185,15 +195,33 @@ def work(minutes: float) -> None:
         for trial, key in left:
             if time.monotonic() > until:
                 break
-            if key in read():  # by another run at the same time
-                continue
-            line = run(trial, every[trial.task], loaded, key)
-            append(line)
+            with _claimed(key) as ours:
+                if not ours or key in read():  # another run has it, or had it
+                    continue
+                line = run(trial, every[trial.task], loaded, key)
+                append(line)
             print(
                 f"{trial.task:<12} {_told(trial.recipe)}: score {line['score']:.3f}, loss {line['loss']:.3f}, "
                 f"{line['seconds']:.0f} s and {line['answering_seconds']:.0f} s",
                 flush=True,
             )
+
+
+@contextmanager
+def _claimed(key: str) -> Iterator[bool]:
+    """Whether no other run has this trial; it is this one's until the end of the block, or of the process."""
+    WORK.mkdir(exist_ok=True)
+    with (WORK / f"{_short(key)}.lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("sha256:")[:16]
 
 
 def _keyed(trials: Iterator[Trial], every: Mapping[str, Task]) -> Iterator[tuple[Trial, str]]:
