@@ -97,18 +97,20 @@ RATES = (1e-3, 3e-3, 3e-4)
 
 def plan() -> Iterator[Trial]:
     """Every trial, the most informative for their time first."""
-    for rows, epochs, batch, rate, rank in _recipes():
+    for rows, epochs, batch, rate, rank in dict.fromkeys(_recipes()):
         yield from (Trial(task, rows, epochs, rate, rank, batch) for task in KINDS)
 
 
 def _recipes() -> Iterator[tuple[int, int, int, float, int]]:
     """Rows, epochs, batch, rate and rank."""
-    for epochs, batch in ((10, 16), (10, 4), (3, 16), (3, 4), (1, 16), (1, 4)):
+    for batch, rate in ((16, 1e-3), (4, 1e-3), (16, 3e-3), (4, 3e-4)):
+        yield 200, 10, batch, rate, 16
+    for batch, rate in ((16, 1e-3), (4, 1e-3), (16, 3e-3), (4, 3e-4)):
+        yield 1000, 3, batch, rate, 16
+    yield from ((200, 10, 16, 1e-3, rank) for rank in (64, 4))
+    yield from ((50, epochs, batch, rate, 16) for epochs, batch, rate in _FEW)
+    for epochs, batch in ((3, 16), (3, 4), (1, 16), (1, 4), (10, 16), (10, 4)):
         yield from ((200, epochs, batch, rate, 16) for rate in RATES)
-        if (epochs, batch) == (10, 4):
-            yield from ((200, 10, 16, 1e-3, rank) for rank in (64, 4))
-            yield from ((1000, 3, batch, rate, 16) for batch, rate in ((16, 1e-3), (4, 1e-3), (16, 3e-3), (4, 3e-4)))
-            yield from ((50, epochs, batch, rate, 16) for epochs, batch, rate in _FEW)
     yield from ((200, epochs, 16, rate, 64) for epochs in (3, 1, 10) for rate in RATES)
 
 
