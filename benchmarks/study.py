@@ -104,8 +104,15 @@ def plan() -> Iterator[Trial]:
 
 def _recipes() -> Iterator[tuple[int, int, int, float, int]]:
     """Rows, epochs, batch, rate and rank."""
-    for batch, rate in ((16, 1e-3), (4, 1e-3), (16, 3e-3), (4, 3e-4)):
-        yield 200, 10, batch, rate, 16
+    for epochs, batch, rate in (
+        (10, 16, 1e-3),
+        (10, 4, 1e-3),
+        (3, 16, 1e-3),
+        (1, 16, 1e-3),
+        (10, 16, 3e-3),
+        (3, 4, 1e-3),
+    ):
+        yield 200, epochs, batch, rate, 16
     for batch, rate in ((16, 1e-3), (4, 1e-3), (16, 3e-3), (4, 3e-4)):
         yield 1000, 3, batch, rate, 16
     yield from ((200, 10, 16, 1e-3, rank) for rank in (64, 4))
