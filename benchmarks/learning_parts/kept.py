@@ -25,6 +25,7 @@ class Kept:
         self._path, self._until, self.machine = path, time.monotonic() + 60 * minutes, machine(threads)
         self._known = self._read()
         self.left: list[str] = []  # what was asked for and is neither known nor measured
+        self.command = ""  # measures what is measured now, and is kept with it
 
     def figures(
         self,
@@ -43,7 +44,9 @@ class Kept:
         if (key, self.machine) in self._known:
             return self._known[key, self.machine]
         if lacks or time.monotonic() > self._until:
-            self.left.append(f"{name}: {lacks or f'about {minutes:.0f} min'}")
+            left = f"{name}: {lacks or f'about {minutes:.0f} min'}"
+            if left not in self.left:
+                self.left.append(left)
             return None
         print(f"measuring {name}, about {minutes:.0f} min", flush=True)
         found = measure()
@@ -51,6 +54,7 @@ class Kept:
             "key": key,
             "name": name,
             "machine": self.machine,
+            "command": self.command,
             "at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
             "settings": dict(settings),
             "found": found,

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import numpy as np
 
 import shared_cores
 from engine_parts.report import Line
 from learning_parts.demo import demo
+from learning_parts.few import few, few_trl
 from learning_parts.kept import Figures
+from learning_parts.keys import keys
 from learning_parts.memory import memory
-from learning_parts.ours import Bench, defaults, project, trained
+from learning_parts.ours import Bench, defaults, project, short_tasks, trained
 from learning_parts.peers import RECIPES, peer
+from learning_parts.shown import NOT_YET, mean_of
 from tasks import Task
-from tunesmith.evaluation.stats.statistics import interval
 
-SHORT_TASKS = ("music", "banking77", "wording")  # of three kinds, with short rows: peers are slow
 QUALITY_ROWS = 300
 BUDGETS = (15, 30, 60, 120, 240, 480, 960)  # seconds: ours is trained with each until it reaches the peers' scores
-FEW = {100: "100 rows", 1000: "1,000 rows"}
-TRL_RATES = (2e-4, 6e-4, 2e-3)  # the documented one, and two higher ones: LoRA learns little in few steps otherwise
 INIT_ROWS = 8000
 SNIPS_BUDGET = "80m"
-NOT_YET = "see below"
 
 
 def init(bench: Bench) -> list[Line]:
@@ -72,12 +67,12 @@ def snips(bench: Bench) -> list[Line]:
     if found is None:
         return [Line(what, against="encoders", peer="93.0 to 93.6%", wanted=wanted, lacks=NOT_YET)]
     reached = found["score"] >= 0.92
-    return [Line(what, _mean(found["scores"]), "encoders", "93.0 to 93.6%", wanted=wanted, reached=reached)]
+    return [Line(what, mean_of(found["scores"]), "encoders", "93.0 to 93.6%", wanted=wanted, reached=reached)]
 
 
 def quality(bench: Bench) -> list[Line]:
     """Minutes, validation included, until the score that each peer reaches with its documented recipe."""
-    return [_time_to(bench, who, name, task) for who in RECIPES for name, task in _tasks(bench, SHORT_TASKS)]
+    return [_time_to(bench, who, name, task) for who in RECIPES for name, task in short_tasks(bench)]
 
 
 def _time_to(bench: Bench, who: str, name: str, task: Task) -> Line:
@@ -106,83 +101,43 @@ def _time_to(bench: Bench, who: str, name: str, task: Task) -> Line:
     return Line(what, mine, who, told, wanted="<= 0.2x", reached=False)
 
 
-def few(bench: Bench) -> list[Line]:
-    """Mean score over three tasks from few rows: ours with defaults, TRL with the best of three rates."""
-    lines = []
-    for rows, told in FEW.items():
-        what = f"learning from {told}: mean score of {', '.join(SHORT_TASKS)}"
-        pairs: list[tuple[Figures, Figures]] = []
-        for name, task in _tasks(bench, SHORT_TASKS):
-            split = task.split(rows)
-            ours = trained(bench, f"ours {name} {rows}", task, split, defaults("15m"))
-            theirs = [
-                peer(bench, "TRL", f"TRL {name} {rows} rate {rate:g}", task, split, rate=rate) for rate in TRL_RATES
-            ]
-            known = [each for each in theirs if each is not None]
-            if ours is not None and len(known) == len(TRL_RATES):
-                pairs.append((ours, max(known, key=lambda each: each["held"])))
-        if len(pairs) < len(SHORT_TASKS):
-            lines.append(Line(what, against="TRL, best of three rates", wanted=">= TRL's", lacks=NOT_YET))
-            continue
-        mine, other = (statistics.fmean(pair[place]["score"] for pair in pairs) for place in (0, 1))
-        spread = _spread([np.subtract(ours["scores"], theirs["scores"]) for ours, theirs in pairs])
-        lines.append(
-            Line(
-                what,
-                f"{mine:.1%}",
-                "TRL, best of three rates",
-                f"{other:.1%}",
-                shown=f"{100 * (mine - other):+.1f} ± {100 * spread:.1f}",
-                wanted=">= TRL's",
-                reached=mine >= other,
-            )
-        )
-    return lines
-
-
-def _tasks(bench: Bench, names: Sequence[str]) -> Iterator[tuple[str, Task]]:
-    for name in names:
-        if name in bench.tasks:
-            yield name, bench.tasks[name]
-
-
 def _percent(found: Figures) -> str:
     return f"{found['mean']:.1%} [{found['low']:.1%}, {found['high']:.1%}], n {found['n']}"
 
 
-def _mean(scores: Sequence[float]) -> str:
-    """A mean with its 95% interval."""
-    found = interval(np.array(scores), [str(place) for place in range(len(scores))], confidence=0.95, seed=0)
-    return f"{found.mean:.1%} [{found.low:.1%}, {found.high:.1%}]"
-
-
-def _spread(differences: Sequence[Any]) -> float:
-    """Half of a 95% interval of the mean over tasks of mean differences: the noise of the test requests alone."""
-    variance = sum(float(np.var(each)) / len(each) for each in differences)
-    return 1.96 * variance**0.5 / len(differences)
-
-
 def shared(bench: Bench) -> list[Line]:
-    """Two trainings at once, as a share of what one alone gets done. Nothing else should be running."""
-    what, wanted = "two trainings at once, share of one alone's examples/s", ">= 85%"
+    """Two processes that compute at once, as a share of what one alone gets done. Nothing else should be running."""
+    lines, seconds = [], 20.0
+    for what, kinds in {
+        "two trainings at once": ("training", "training"),
+        "a training while a server decodes": ("training", "decoding"),
+    }.items():
 
-    def measure() -> Figures:
-        alone, both = (sum(shared_cores.at_once("training", None, count, 20.0)) for count in (1, 2))
-        return {"alone": round(alone, 2), "both": round(both, 2)}
+        def measure(kinds: tuple[str, ...] = kinds) -> Figures:
+            return shared_cores.compared(kinds, None, seconds)._asdict()
 
-    found = bench.kept.figures("two trainings at once", {"seconds": 20}, 3, measure)
-    if found is None:
-        return [Line(what, wanted=wanted, lacks=NOT_YET)]
-    share, told = found["both"] / found["alone"], f"{found['both']:.1f} of {found['alone']:.1f}"
-    return [Line(what, told, shown=f"{share:.0%}", wanted=wanted, reached=share >= 0.85)]
+        found = bench.kept.figures(what, {"seconds": seconds, "kinds": kinds}, 3, measure)
+        told, wanted = f"{what}: together, share of one alone", ">= 85%"
+        if found is None:
+            lines.append(Line(told, wanted=wanted, lacks=NOT_YET))
+            continue
+        share = shared_cores.Compared(**found).share
+        ours = " and ".join(
+            f"{together:.1f} of {alone:.1f} {shared_cores.WORK[kind]}"
+            for kind, alone, together in zip(kinds, found["alone"], found["together"], strict=True)
+        )
+        lines.append(Line(told, ours, shown=f"{share:.0%}", wanted=wanted, reached=share >= 0.85))
+    return lines
 
 
 PARTS: Mapping[str, Callable[[Bench], list[Line]]] = {
     "demo": demo,
     "init": init,
     "snips": snips,
+    "keys": keys,
     "quality": quality,
     "few": few,
     "memory": memory,
     "shared": shared,
+    "few-trl": few_trl,
 }

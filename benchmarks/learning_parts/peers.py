@@ -17,7 +17,7 @@ from engine_parts.environments import HERE, LLAMAFACTORY, python
 from engine_parts.processes import KEEP_PAGES, installed, measured, run
 from engine_parts.rows import base
 from learning_parts.kept import Figures
-from learning_parts.ours import VALIDATED, Bench, scored
+from learning_parts.ours import VALIDATED, Bench, scored, trained
 from tasks import Split, Task
 
 # https://huggingface.co/docs/trl/peft_integration, with the defaults of SFTConfig.
@@ -57,6 +57,19 @@ def peer(bench: Bench, who: str, name: str, task: Task, split: Split, **changes:
         return {**timed, **scored(bench, task, split.held[:VALIDATED], bind(bench.loaded.base, adapter))}
 
     return bench.kept.figures(name, stated, minutes, measure, _absent(who))
+
+
+def stand_in(bench: Bench, name: str, task: Task, split: Split, rate: float) -> Figures | None:
+    """TRL's recipe with another rate, trained by our engine: the same rank, alpha, epochs, batch and schedule.
+
+    What differs: no dropout, which our engine has not; our order of the rows; no line feed learned after an answer.
+    """
+    recipe = {
+        "method": "lora", "rank": TRL["rank"], "alpha": TRL["alpha"], "epochs": TRL["epochs"], "batch": TRL["batch"],
+        "learning_rate": rate, "schedule": "linear", "warmup": 0.0, "validations": 1, "validate_by": "loss",
+        "keep": "last",
+    }  # fmt: skip
+    return trained(bench, name, task, split, recipe)
 
 
 def _absent(who: str) -> str | None:

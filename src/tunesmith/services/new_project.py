@@ -204,7 +204,6 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
     }
     if looked.group_by:
         split["group_by"] = looked.group_by
-    train: dict[str, Any] = {"method": "lora", "rank": 16, "budget": _BUDGET}
     # Two characters a token is more than any tokenizer needs for this kind of text.
     answer: dict[str, Any] = {"max_tokens": min(max(16, -(-(looked.longest_answer // 2 + 8) // 16) * 16), _MOST_TOKENS)}
     if looked.schema is not None and _constrainable(looked.schema):
@@ -228,7 +227,7 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
             "zero-shot": {"prompt": "prompts/long.txt", **answer},
             "few-shot": {"prompt": "prompts/long.txt", "shots": 6, **answer},
             "rag": {"prompt": "prompts/long.txt", "retrieve": {"from": "train", "k": 4}, **answer},
-            "tuned": {"prompt": "prompts/short.txt", "train": train, **answer},
+            "tuned": {"prompt": "prompts/short.txt", "train": default_training(), **answer},
         },
         "gates": gates,
     }
@@ -238,6 +237,11 @@ def _compose(name: str, base: str, source: Source, looked: _Looked) -> tuple[dic
             "steps": [{"setWeight": 10}, analysis, {"setWeight": 50}, dict(analysis), {"setWeight": 100}]
         }
     return settings, files
+
+
+def default_training() -> dict[str, Any]:
+    """The `train:` settings of a new project's candidate `tuned`."""
+    return {"method": "lora", "rank": 16, "budget": _BUDGET}
 
 
 def _constrainable(schema: Mapping[str, Any]) -> bool:
