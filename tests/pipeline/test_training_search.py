@@ -91,6 +91,27 @@ def test_the_record_holds_every_trial_and_no_test_row(project: Path) -> None:
     assert all(line["score"] == 0.0 for line in lines)
 
 
+def test_a_search_whose_time_is_used_by_one_trial_decides_nothing() -> None:
+    def result(trial: int, **more: Any) -> TrialResult:
+        return TrialResult(rung=0, trial=trial, rows=8, steps=2, seconds=1.0, **more)
+
+    measured = Measured(row=0.1, loss=0.1, answer=0.1, total=1.0)
+    rungs = (Rung(rows=16, trials=(0, 1), not_run=2),)
+    made = SearchDecisions(
+        environment={}, measured=measured, others=3, scored_rows=0, longest=99, rungs=rungs, ended="the time was used"
+    )
+    trials: list[dict[str, Any]] = [{"learning_rate": rate} for rate in (0.1, 0.2, 0.3, 0.4)]
+    results = [result(0, loss=1.0, losses=(1.0,)), result(1, cut="ended at step 2 of 4: the time was used")]
+    for found, cut in ((results, 1), (results[:1], 0), ([results[1]], 1)):
+        body = training_search.search_body(SearchOutcome(made, trials, found), [], None)
+        assert (body["by"], body["best"], body["suggestion"]) == (None, None, None)
+        assert "before another setting could be compared" in body["why"]
+        assert (body["failed"], body["cut"], body["not_run"]) == (0, cut, 4 - len(found))
+    first, second = (result(trial, loss=loss, losses=(loss,) * len(ROWS)) for trial, loss in ((0, 1.0), (2, 0.5)))
+    body = training_search.search_body(SearchOutcome(made, trials, [first, second, results[1]]), ROWS, "by loss")
+    assert (body["best"], body["cut"], body["trials"][1]["cut"]) == (2, 1, results[1].cut)
+
+
 def test_a_finished_search_is_looked_up_and_shown(project: Path) -> None:
     before = (project / "tunesmith.yaml").read_bytes()
     document = json.loads(train(project, "tuned", *WITHIN, "--json"))

@@ -45,22 +45,25 @@ class World:
         self.runs: list[tuple[int, int]] = []
         self.stops_after: int | None = None
 
-    def run(self, rung: int, trial: int, rows: int) -> TrialResult:
+    def run(self, rung: int, trial: int, rows: int, seconds: float) -> TrialResult:
         assert self.kept is not None
         assert self.kept.rungs[rung].rows == rows, "the decision is on the disk before it acts"
         if self.stops_after is not None and len(self.runs) == self.stops_after:
             raise KeyboardInterrupt
         self.runs.append((rung, trial))
-        loss = self.loss(trial, rows)
+        row = self.row(len(self.runs))
+        done = min(rows, math.floor(seconds / row) + 1)
+        loss = self.loss(trial, rows) if done == rows else None
         result = TrialResult(
             rung=rung,
             trial=trial,
-            rows=rows,
-            steps=math.ceil(rows / 8),
-            seconds=rows * self.row(len(self.runs)),
-            checking=1.0,
+            rows=done,
+            steps=math.ceil(done / 8),
+            seconds=done * row,
+            checking=1.0 if done == rows else 0.0,
             loss=loss,
-            failed="the loss became nan" if loss is None else None,
+            failed="the loss became nan" if loss is None and done == rows else None,
+            cut="the time was used" if done < rows else None,
         )
         self.disk[rung, trial] = result
         return result
@@ -122,9 +125,31 @@ def test_a_machine_that_becomes_slow_ends_the_search_in_time() -> None:
     assert done.ended == "the time was used before all trials of the last rung had run"
     assert done.rungs[-1].not_run == 28 - len(done.rungs[-1].trials) > 0
     assert world.kept == done
-    longest = max(each.seconds for each in results)
-    assert spent(done, results) <= 1.05 * 4000 + longest
+    assert spent(done, results) <= 1.05 * 4000 + 2.0, "by one row"
+    assert {each.cut for each in results} == {None}, "no trial is begun that would be ended"
     assert ranking(final_results(results))[0] == PRESENT
+
+
+def test_a_trial_that_is_far_slower_than_expected_is_ended() -> None:
+    """The last two trials are begun as expected; the second is so slow that the time is used, and says nothing."""
+    speeds = {0: 0.1, 1: 0.1, 2: 0.1, 3: 0.1, 4: 0.1, 5: 90.0}
+    world = World(lambda trial, rows: 10.0 - trial, lambda run: speeds[run - 1])
+    done, results = world.search(decided(400), 400)
+    assert [each.cut for each in results] == [None] * 5 + ["the time was used"]
+    assert 400 < spent(done, results) <= 1.05 * 400 + 90.0
+    assert done.ended == "the time was used before all trials of the last rung had run"
+    assert [(each.rung, each.trial) for each in final_results(results)] == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert ranking(final_results(results))[0] == 3, "what it showed in the first rung stands"
+
+
+def test_a_slow_trial_is_planned_with_its_own_speed() -> None:
+    """Trial 3 takes twice as long for a row: the last rung, which it is in, is shorter and fits."""
+    world = World(lambda trial, rows: 10.0 - trial)
+    world.row = lambda _: 0.2 if world.runs[-1][1] == 3 else 0.1  # type: ignore[method-assign]
+    done, results = world.search(decided(400), 400)
+    assert done.ended == "one of the other settings is left"
+    assert [each.trial for each in results if each.rung == 1] == [0, 3]
+    assert 300 < spent(done, results) <= 400
 
 
 def test_trials_that_fail_never_win() -> None:
@@ -192,6 +217,7 @@ def test_stopped_anywhere_it_ends_the_same(
     assert len(set(whole.runs)) == len(whole.runs)
     rows = [rung.rows for rung in expected[0].rungs]
     assert rows == sorted(set(rows))
+    assert spent(*expected) <= 1.05 * within + max(speeds) + 1.0, "one row and one check later at most"
 
 
 @given(

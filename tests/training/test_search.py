@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny import write_model
 from tests.training.test_resume import ROWS, Said, _environment
@@ -24,6 +25,7 @@ from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store
 from tunesmith.training import halving, search
 from tunesmith.training.halving import Measured, ranking
+from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.search import SearchOutcome
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.state import TrainerState
@@ -191,6 +193,47 @@ def test_a_trial_that_diverges_is_left_out(tmp_path: Path, monkeypatch: pytest.M
     assert ranking(halving.final_results(done.results))[0] != 1
 
 
+def test_a_trial_is_ended_where_the_time_is_used(tmp_path: Path) -> None:
+    """From the fifth trial on, which is in the last rung, the clock runs a hundred times as fast."""
+    said, now = Said(), [0.0]
+
+    def clock() -> float:
+        now[0] += 50.0 if _ran(said) >= 4 else 0.5
+        return now[0]
+
+    done = find(tmp_path, progress=said, clock=clock)
+    last = done.results[-1]
+    assert last.cut is not None
+    planned = math.ceil(done.decisions.rungs[1].rows / done.trials[last.trial]["batch"])
+    assert last.cut == f"ended at step {last.steps} of {planned}: the time of the search was used"
+    assert 0 < last.steps < planned
+    assert (last.loss, last.failed, last.losses) == (None, None, ())
+    assert {each.rung for each in halving.final_results(done.results)} == {0}
+    assert last.cut in said.lines[-1]
+    again = find(tmp_path, clock=ticking(0.01))
+    assert again == done, "it is on the disk, and not trained for longer"
+
+
+def test_losses_in_batches_are_those_of_each_row_alone(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    base = resolve_base(Store(tmp_path / "store"), str(tmp_path / "model"), tmp_path)
+    settings = TrainSettings(rank=4, batch=8)
+    model = search.load_model(base).trainable(settings, seed=0, state_bytes=0)
+    rows = search.render_rows(search.Renderer(base.folder), ROWS[:21], settings)
+    whole, alone = (search._row_losses(model, some, settings) for some in (rows, rows[:1]))
+    one_by_one = [search._row_losses(model, [row], settings)[0] for row in rows]
+    assert whole == pytest.approx(one_by_one, rel=1e-2), "the rounding of bf16 depends on the batch"
+    assert len({round(each, 2) for each in one_by_one}) > 10, "or a wrong order would not be seen"
+    assert alone == one_by_one[:1]
+    batches = search.validation_parts(rows, settings)
+    with torch.no_grad():
+        total = sum(
+            float(model.loss(search.lay_out([rows[row] for row in part]), CrossEntropy(), 1.0)) for part in batches
+        )
+    assert sum(whole) == pytest.approx(total, rel=1e-5)
+    assert len(batches) == 3
+
+
 def test_a_metric_without_a_number_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def scores(model: TrainableModel | None, count: int) -> list[float]:
         raise Inconclusive("the scorer 'own' gave nan", where="validation row r41")
@@ -213,12 +256,12 @@ def test_stopped_it_goes_on(
     real, left = search._train_and_check, [0]
     trained: list[tuple[int, int]] = []
 
-    def stopping(shared: Any, settings: Any, scored: int, result: Any, folder: Path) -> Any:
+    def stopping(shared: Any, settings: Any, scored: int, result: Any, seconds: float, folder: Path) -> Any:
         if left[0] == 0:
             raise Stopped
         left[0] -= 1
         trained.append((result.rung, result.trial))
-        return real(shared, settings, scored, result, folder)
+        return real(shared, settings, scored, result, seconds, folder)
 
     monkeypatch.setattr(search, "_train_and_check", stopping)
     for stop in stops:

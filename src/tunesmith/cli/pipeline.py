@@ -153,8 +153,9 @@ def _draw_search(console: Console, found: SettingsSearch) -> None:
     )
     console.print(f"compared by the {found.by}: {found.why}" if found.by else found.why, soft_wrap=True)
     console.print(f"{found.seconds:.0f} of {found.within:.0f} s; ended because {found.ended}", soft_wrap=True)
-    if found.failed or found.not_run:
-        console.print(f"{found.failed} trials failed, {found.not_run} were not run", soft_wrap=True)
+    if found.failed or found.cut or found.not_run:
+        told = f"{found.failed} trials failed, {found.cut} were ended early, {found.not_run} were not run"
+        console.print(told, soft_wrap=True)
     console.print(f"record {found.search}\n", soft_wrap=True)
     console.print(found.conclusion, soft_wrap=True)
     if found.suggestion is not None:
@@ -176,7 +177,7 @@ def _trial_row(found: SettingsSearch, trial: Trial, keys: list[str], scored: boo
     marks = [word for word, holds in (("present", trial.trial == 0), ("best", trial.trial == found.best)) if holds]
     values = [f"{trial.settings[key]:g}" for key in keys]
     if not trial.runs:
-        return [", ".join(marks), *values, "", *([""] if scored else []), "", trial.failed or "not run"]
+        return [", ".join(marks), *values, "", *([""] if scored else []), "", trial.failed or trial.cut or "not run"]
     last = trial.runs[-1]
     score = f"{last.score.mean:.1%} [{100 * last.score.low:.1f}, {100 * last.score.high:.1f}]" if last.score else ""
     return [
@@ -185,7 +186,7 @@ def _trial_row(found: SettingsSearch, trial: Trial, keys: list[str], scored: boo
         str(last.rows),
         *([score] if scored else []),
         f"{last.loss:.4f}",
-        trial.failed or "",
+        trial.failed or trial.cut or "",
     ]
 
 

@@ -80,6 +80,10 @@ class TrainableModel(Protocol):
         """
         ...
 
+    def label_losses(self, batch: Batch) -> Tensor:
+        """The negative log-likelihood of each label [N] of a batch, fp32, without gradients."""
+        ...
+
     def collect_gradients(self) -> None:
         """After a backward pass: add its gradients to `.grad` of the tensors in parameter_groups()."""
         ...

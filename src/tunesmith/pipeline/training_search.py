@@ -92,7 +92,8 @@ def search_body(outcome: SearchOutcome, rows: Sequence[Example], unscored: str |
     decisions, final = outcome.decisions, final_results(outcome.results)
     if unscored is None and not decisions.scored_rows:
         unscored = f"the time is too short to score {LEAST_SCORED} answers of each trial"
-    by, why = _compared_by(final, unscored)
+    late = any(rung.not_run for rung in decisions.rungs) or any(each.cut is not None for each in outcome.results)
+    by, why = _compared_by(final, unscored, late)
     best = ranking(final)[0] if by is not None else None
     found: dict[str, Any] = {"by": by, "why": why, "best": best, "difference": None, "suggestion": None}
     present = next((each for each in final if each.trial == PRESENT), None)
@@ -109,14 +110,20 @@ def search_body(outcome: SearchOutcome, rows: Sequence[Example], unscored: str |
         "decisions": decisions.model_dump(mode="json"),
         "trials": trials,
         "failed": sum(each["failed"] is not None for each in trials),
-        "not_run": sum(not each["runs"] and each["failed"] is None for each in trials),
+        "cut": sum(each["cut"] is not None for each in trials),
+        "not_run": sum(not each["runs"] and each["failed"] is None and each["cut"] is None for each in trials),
         "final_rung": final[0].rung if final else None,
         **found,
     }
 
 
-def _compared_by(final: Sequence[TrialResult], unscored: str | None) -> tuple[str | None, str]:
-    """What the last rung is compared by, `score` or `loss`, and why; None where nothing tells its trials apart."""
+def _compared_by(final: Sequence[TrialResult], unscored: str | None, late: bool) -> tuple[str | None, str]:
+    """What the last rung is compared by, `score` or `loss`, and why; None where nothing tells its trials apart.
+
+    late: whether the time was used before all trials of the last rung had run.
+    """
+    if late and [each.trial for each in final] in ([], [0]):
+        return None, "the time was used before another setting could be compared with the present ones"
     scores = {each.score for each in final}
     if len(scores) > 1:
         return "score", "the task's leading metric over generated answers"
@@ -155,13 +162,14 @@ def _difference(
 
 
 def _trials(outcome: SearchOutcome, rows: Sequence[Example]) -> list[dict[str, Any]]:
-    """Each trial with its settings, its runs in the rungs, and why it was left out."""
+    """Each trial with its settings, its runs in the rungs, and why it was left out or ended early."""
     found = []
     for number, values in enumerate(outcome.trials):
         results = [each for each in outcome.results if each.trial == number]
-        runs = [_run(each, rows) for each in results if each.failed is None]
+        runs = [_run(each, rows) for each in results if each.loss is not None]
         failed = next((each.failed for each in results if each.failed is not None), None)
-        found.append({"trial": number, "settings": values, "runs": runs, "failed": failed})
+        cut = next((each.cut for each in results if each.cut is not None), None)
+        found.append({"trial": number, "settings": values, "runs": runs, "failed": failed, "cut": cut})
     return found
 
 
@@ -171,7 +179,7 @@ def _run(result: TrialResult, rows: Sequence[Example]) -> dict[str, Any]:
         groups, values = [row.group for row in rows[: len(result.scores)]], np.asarray(result.scores)[:, None]
         (each,) = intervals(values, groups, ends=(0.0, 1.0), confidence=CONFIDENCE, seed=0)
         scored = {"mean": each.mean, "low": each.low, "high": each.high}
-    facts = result.model_dump(mode="json", exclude={"trial", "losses", "scores", "failed"})
+    facts = result.model_dump(mode="json", exclude={"trial", "losses", "scores", "failed", "cut"})
     return {**facts, "score": scored}
 
 

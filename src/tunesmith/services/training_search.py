@@ -47,12 +47,13 @@ class TrialRun(View):
 
 class Trial(View):
     """Settings that were tried; trial 0 has the present ones. runs: none where it failed at once or was not run.
-    failed: why it could not be trained."""
+    failed: why it could not be trained. cut: why and at which step its last run was ended."""
 
     trial: int
     settings: dict[str, Any]
     runs: tuple[TrialRun, ...]
     failed: str | None
+    cut: str | None
 
 
 class Difference(View):
@@ -88,6 +89,7 @@ class SettingsSearch(View):
     ended: str
     trials: tuple[Trial, ...]
     failed: int
+    cut: int
     not_run: int
     final_rung: int | None
     by: str | None

@@ -32,7 +32,7 @@ _OTHERS = (27, 18, 9, 6, 3)  # how many other settings a search may try; as many
 _SHARE = 3  # one in so many goes on
 _SCORED_SHARE = 0.4  # of a first trial's time, for answers
 _PLANNED = 0.9  # of the time; the rest is for trials that take longer than the mean
-_OVERRUN = 0.05  # of the time: a trial that is expected to go further beyond is not run
+_OVERRUN = 0.05  # of the time: a trial that goes further beyond is ended
 
 
 class Measured(BaseModel):
@@ -81,8 +81,9 @@ class TrialResult(BaseModel):
     """A trial in a rung. rows: trained on, with repetitions. seconds: of the training; checking: of what follows.
 
     loss: mean over all labels of the validation rows; losses: of each row, the sum over its labels. scores: of each
-    answered row. failed: why it could not be trained; there is no loss then. expected_bytes, peak_bytes: memory of the
-    process during the training, as estimated and as measured.
+    answered row. failed: why it could not be trained. cut: why it was ended before its steps were done. There is no
+    loss in either case. expected_bytes, peak_bytes: memory of the process during the training, as estimated and as
+    measured.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -97,6 +98,7 @@ class TrialResult(BaseModel):
     losses: tuple[float, ...] = ()
     scores: tuple[float, ...] = ()
     failed: str | None = None
+    cut: str | None = None
     expected_bytes: int | None = None
     peak_bytes: int | None = None
 
@@ -156,21 +158,17 @@ def decide_search(
 
 
 def ranking(results: Sequence[TrialResult]) -> list[int]:
-    """The numbers of a rung's trials that could be trained, the best first: by score and, among equals or without
+    """The numbers of a rung's trials that were checked, the best first: by score and, among equals or without
     scores, by the loss. Of two that are equal in both the one that was planned first comes first."""
-    keyed = [
-        (-(each.score or 0.0), each.loss, each.trial)
-        for each in results
-        if each.failed is None and each.loss is not None
-    ]
+    keyed = [(-(each.score or 0.0), each.loss, each.trial) for each in results if each.loss is not None]
     return [trial for _, _, trial in sorted(keyed)]
 
 
 def final_results(results: Sequence[TrialResult]) -> list[TrialResult]:
-    """The results that a search's outcome follows from: those of the last rung in which two trials or more could be
-    trained, or one where there is no such rung; without trials that failed in any rung."""
+    """The results that a search's outcome follows from: those of the last rung in which two trials or more were
+    checked, or one where there is no such rung; without trials that failed in any rung."""
     failed = {each.trial for each in results if each.failed is not None}
-    sound = [each for each in results if each.trial not in failed]
+    sound = [each for each in results if each.trial not in failed and each.cut is None]
     by_rung = [[each for each in sound if each.rung == rung] for rung in sorted({each.rung for each in sound})]
     several = [found for found in by_rung if len(found) > 1]
     return (several or by_rung or [[]])[-1]
@@ -197,18 +195,20 @@ def next_rung(decisions: SearchDecisions, results: Sequence[TrialResult], within
             return _ended(decisions, "the trials were as long as the training itself")
         present = () if any(each.failed for each in last if each.trial == PRESENT) else (PRESENT,)
         trials = (*present, *ranked[: math.ceil(others / _SHARE)])
-    row, check = _costs(decisions, results)
     rungs = len(rung_sizes(sum(trial != PRESENT for trial in trials)))
-    each = _PLANNED * (within - spent(decisions, results)) / rungs / len(trials)
-    rows = min(decisions.longest, max(1, int((each - check) / row)))
+    costs = [_costs(decisions, results, trial) for trial in trials]
+    row, check = (math.fsum(cost[part] for cost in costs) for part in (0, 1))
+    rows = int((_PLANNED * (within - spent(decisions, results)) / rungs - check) / row)
+    rows = min(decisions.longest, max(1, rows))
     if before is not None and rows <= before.rows:
         return _ended(decisions, "the time does not allow longer trials")
     return decisions.model_copy(update={"rungs": (*decisions.rungs, Rung(rows=rows, trials=trials))})
 
 
-def _costs(decisions: SearchDecisions, results: Sequence[TrialResult]) -> tuple[float, float]:
-    """Seconds to train a row, and to check a trial, as far as is known."""
-    done = [each for each in results if each.failed is None]
+def _costs(decisions: SearchDecisions, results: Sequence[TrialResult], trial: int) -> tuple[float, float]:
+    """Seconds to train a row, and to check: of the trial's own last run, else of the mean trial, as far as is known."""
+    done = [each for each in results if each.loss is not None]
+    done = [each for each in done if each.trial == trial][-1:] or done
     if not done:
         measured = decisions.measured
         return measured.row, measured.loss + decisions.scored_rows * measured.answer
@@ -218,10 +218,15 @@ def _costs(decisions: SearchDecisions, results: Sequence[TrialResult]) -> tuple[
     )
 
 
-def _affordable(decisions: SearchDecisions, results: Sequence[TrialResult], rung: int, within: float) -> bool:
-    """Whether there is time for another trial of a rung. Two are run in any case: one says nothing."""
-    done = [each.seconds + each.checking for each in results if each.rung == rung and each.failed is None]
-    return len(done) < 2 or spent(decisions, results) + math.fsum(done) / len(done) <= (1 + _OVERRUN) * within
+def _allowed(
+    decisions: SearchDecisions, results: Sequence[TrialResult], rung: int, trial: int, within: float
+) -> float | None:
+    """Seconds after which a trial's training is ended; None where there is no time to begin it."""
+    row, check = _costs(decisions, results, trial)
+    used = spent(decisions, results) + check
+    if used + row * decisions.rungs[rung].rows > within:
+        return None
+    return (1 + _OVERRUN) * within - used
 
 
 def _ended(decisions: SearchDecisions, reason: str) -> SearchDecisions:
@@ -242,13 +247,13 @@ def successive_halving(
     *,
     keep: Callable[[SearchDecisions], None],
     finished: Callable[[int, int], TrialResult | None],
-    run: Callable[[int, int, int], TrialResult],
+    run: Callable[[int, int, int, float], TrialResult],
 ) -> tuple[SearchDecisions, list[TrialResult]]:
     """Run a search to its end; returns what was decided and the results in the order in which they were made.
 
     decisions: the first ones, or those of a search that was stopped. keep: puts decisions on the disk. finished: the
     result of a trial (by rung and number) that ran before the search was stopped. run: trains a trial (by rung and
-    number) on so many rows, and puts its result on the disk.
+    number) on so many rows, ends it after so many seconds of training, and puts its result on the disk.
     """
     results: list[TrialResult] = []
     rung = 0
@@ -261,11 +266,16 @@ def successive_halving(
         for place, trial in enumerate(decisions.rungs[rung].trials):
             result = finished(rung, trial)
             if result is None:
-                if decisions.ended is None and not _affordable(decisions, results, rung, within):
+                seconds = _allowed(decisions, results, rung, trial, within)
+                if seconds is None:
                     keep(decisions := _cut(decisions, place))
                     break
-                result = run(rung, trial, decisions.rungs[rung].rows)
+                result = run(rung, trial, decisions.rungs[rung].rows, seconds)
             results.append(result)
+            if result.cut is not None:
+                if decisions.ended is None:
+                    keep(decisions := _cut(decisions, place + 1))
+                break
         rung += 1
 
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tunesmith.core import memory
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.files import write_atomic
@@ -26,7 +24,7 @@ from tunesmith.engines.factory import load_model
 from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered, Renderer
-from tunesmith.training.batches.batch_plan import TrainingPlan
+from tunesmith.training.batches.batch_plan import TrainingPlan, validation_parts
 from tunesmith.training.batches.rows import TrainingRow, render_rows
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.estimate import check_disk, check_memory, estimate, memory_needs, state_bytes, trial_step
@@ -42,6 +40,7 @@ from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.schedule import Annealed, Decay, Decisions, Planned, Schedule
 from tunesmith.training.search_space import draw_trials, with_values
 from tunesmith.training.settings import LEAST_SCORED, MOST_EPOCHS, TrainSettings
+from tunesmith.training.state import TrainerState
 from tunesmith.training.train import environment
 from tunesmith.training.trainer import Trainer
 
@@ -112,8 +111,8 @@ def search(
         progress.say(f"comparing by the loss: the time is too short to score {LEAST_SCORED} answers of each trial")
     with progress.task("searching", within) as task:
 
-        def run(rung: int, trial: int, count: int) -> TrialResult:
-            result = _run_trial(shared, decisions.scored_rows, rung, trial, count, work)
+        def run(rung: int, trial: int, count: int, seconds: float) -> TrialResult:
+            result = _run_trial(shared, decisions.scored_rows, rung, trial, count, seconds, work)
             write_atomic(_file(work, rung, trial), result.model_dump_json().encode())
             task.advance(result.seconds + result.checking)
             progress.say(f"rung {rung + 1}, {_described(shared.trials[trial])}: {_outcome(result)}")
@@ -177,7 +176,7 @@ def _measure(shared: _Search, model: TrainableModel) -> Measured:
     expected = estimate(steps, 0, 0, trial_step(model, CrossEntropy()), needs)
     some = shared.validation[:_TIMED]
     checking = time.perf_counter()
-    _row_losses(model, some)
+    _row_losses(model, some, shared.settings)
     answering = time.perf_counter()
     answer = 0.0
     if shared.scores is not None:
@@ -191,15 +190,17 @@ def _measure(shared: _Search, model: TrainableModel) -> Measured:
     )
 
 
-def _run_trial(shared: _Search, scored: int, rung: int, trial: int, count: int, work: Path) -> TrialResult:
-    """Train a trial on about so many rows and check it. A trial that its own settings keep from being trained (too
-    little memory, a loss that is not finite) has failed; other errors are raised."""
+def _run_trial(
+    shared: _Search, scored: int, rung: int, trial: int, count: int, seconds: float, work: Path
+) -> TrialResult:
+    """Train a trial on about so many rows, for at most so many seconds, and check it. A trial that its own settings
+    keep from being trained (too little memory, a loss that is not finite) has failed; other errors are raised."""
     settings = with_values(shared.settings, shared.trials[trial])
     steps = math.ceil(count / settings.batch)
     result = TrialResult(rung=rung, trial=trial, rows=steps * settings.batch, steps=steps, seconds=0.0)
     folder, began = work / f"rung-{rung}-trial-{trial}", shared.clock()
     try:
-        done = _train_and_check(shared, settings, scored, result, folder)
+        done = _train_and_check(shared, settings, scored, result, seconds, folder)
     except TunesmithError as error:
         if error.where is None or not f"{error.where}.".startswith("train."):
             raise
@@ -209,8 +210,9 @@ def _run_trial(shared: _Search, scored: int, rung: int, trial: int, count: int, 
 
 
 def _train_and_check(
-    shared: _Search, settings: TrainSettings, scored: int, result: TrialResult, folder: Path
+    shared: _Search, settings: TrainSettings, scored: int, result: TrialResult, seconds: float, folder: Path
 ) -> TrialResult:
+    began = shared.clock()
     model = shared.trainable(settings)
     repeated = settings.model_copy(update={"budget": None, "epochs": math.ceil(result.rows / len(shared.rows)) + 1})
     plan = TrainingPlan(shared.rows, repeated, share=model.shares_prefix, most=result.steps)
@@ -220,31 +222,45 @@ def _train_and_check(
     largest = check_memory(plan.epoch(0), needs)
     expected = memory.peak_memory() + needs.batch(largest) + needs.later
     identity = {"trial": shared.trials[result.trial], "steps": result.steps}
-    state = Trainer(
-        model,
-        plan,
-        repeated,
-        Checkpoints(folder, identity),
-        schedule=_schedule(repeated, result.steps, folder),
-        clock=shared.clock,
-    ).run()
-    peak, checking = memory.peak_memory(), shared.clock()
-    losses = _row_losses(model, shared.validation)
+    checkpoints = Checkpoints(folder, identity)
+    before = shared.clock() - began
+    schedule = _Bounded(_schedule(repeated, result.steps, folder), result.steps, seconds - before)
+    state = Trainer(model, plan, repeated, checkpoints, schedule=schedule, clock=shared.clock).run()
+    result = result.model_copy(
+        update={"seconds": before + state.seconds, "expected_bytes": expected, "peak_bytes": memory.peak_memory()}
+    )
+    if state.step < result.steps:
+        done = {"steps": state.step, "rows": state.step * settings.batch}
+        return result.model_copy(update={**done, "cut": f"ended at step {state.step} of {result.steps}: {state.ended}"})
+    checking = shared.clock()
+    losses = _row_losses(model, shared.validation, shared.settings)
     loss = math.fsum(losses) / sum(map(label_count, shared.validation))
     if not math.isfinite(loss):
         raise TunesmithError(f"the validation loss became {loss}", where="train.learning_rate")
     scores = shared.scores(model, scored) if shared.scores is not None and scored else []
     return result.model_copy(
         update={
-            "seconds": state.seconds,
             "checking": shared.clock() - checking,
             "loss": loss,
             "losses": tuple(losses),
             "scores": tuple(scores),
-            "expected_bytes": expected,
-            "peak_bytes": peak,
         }
     )
+
+
+class _Bounded:
+    """A trial's schedule, which ends the trial where it has taken its seconds and steps are left."""
+
+    def __init__(self, inner: Schedule, steps: int, seconds: float) -> None:
+        self._inner, self._steps, self._seconds = inner, steps, seconds
+        self.rate, self.validates = inner.rate, inner.validates
+
+    def decide(self, state: TrainerState) -> str | None:
+        """Decide as the schedule does; end the trial where its time is used."""
+        said = self._inner.decide(state)
+        if state.ended is None and state.step < self._steps and state.seconds > self._seconds:
+            state.ended = "the time of the search was used"
+        return said
 
 
 def _schedule(settings: TrainSettings, steps: int, folder: Path) -> Schedule:
@@ -258,10 +274,18 @@ def _schedule(settings: TrainSettings, steps: int, folder: Path) -> Schedule:
     return Annealed(steps, settings, decisions, folder / "decisions.json", budget=None)
 
 
-@torch.no_grad()
-def _row_losses(model: TrainableModel, rows: Sequence[Rendered]) -> list[float]:
-    """The sum of each row's losses over its labels."""
-    return [float(model.loss(lay_out([row], share=model.shares_prefix), CrossEntropy(), 1.0)) for row in rows]
+def _row_losses(model: TrainableModel, rows: Sequence[Rendered], settings: TrainSettings) -> list[float]:
+    """The sum of each row's losses over its labels, computed in batches of the settings' size.
+
+    All trials are checked in the same batches: one that learned nothing then has exactly the loss of another one.
+    """
+    found = [0.0] * len(rows)
+    for part in validation_parts(rows, settings, share=model.shares_prefix):
+        some = [rows[row] for row in part]
+        losses = model.label_losses(lay_out(some, share=model.shares_prefix))
+        for row, own in zip(part, losses.split([label_count(each) for each in some]), strict=True):
+            found[row] = math.fsum(own.tolist())
+    return found
 
 
 def _file(work: Path, rung: int, trial: int) -> Path:
@@ -287,5 +311,7 @@ def _described(values: dict[str, Any]) -> str:
 def _outcome(result: TrialResult) -> str:
     if result.failed is not None:
         return f"left out: {result.failed}"
+    if result.cut is not None:
+        return result.cut
     score = "" if result.score is None else f"score {result.score:.1%}, "
     return f"{score}loss {result.loss:.4f} after {result.steps} steps ({result.seconds + result.checking:.0f} s)"

@@ -81,10 +81,17 @@ class HFTrainable:
 
     def loss(self, batch: Batch, objective: Objective, divisor: float) -> Tensor:
         """The objective over a batch's labels: a scalar, with gradients unless autograd is off."""
+        return (self._label_losses(batch) * objective.coefficients(batch, divisor)).sum()
+
+    @torch.no_grad()
+    def label_losses(self, batch: Batch) -> Tensor:
+        """The negative log-likelihood of each label [N] of a batch, fp32, without gradients."""
+        return self._label_losses(batch)
+
+    def _label_losses(self, batch: Batch) -> Tensor:
         with self._model.using(self.adapter):
             logits = self._model.logits(batch)
-        losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
-        return (losses * objective.coefficients(batch, divisor)).sum()
+        return F.cross_entropy(logits.float(), batch.labels, reduction="none")
 
     def collect_gradients(self) -> None:
         """Give zeros to a tensor that no token reached. Autograd added the other gradients already."""

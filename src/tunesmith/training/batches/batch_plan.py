@@ -37,12 +37,18 @@ def lay_out_step(rows: Sequence[Rendered], tokens: int, *, share: bool = True) -
     Only the rows of one batch share their common prefix, so there are as few and as full batches as possible. share:
     false where the engine shares no prefix.
     """
-    batches: list[list[Rendered]] = [[]]
-    for row in sorted(rows, key=lambda row: len(row.ids)):
-        if batches[-1] and computed_tokens([*batches[-1], row], share=share) > tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return [lay_out(batch, share=share) for batch in batches]
+    parts = _parts(rows, range(len(rows)), tokens, share)
+    return [lay_out([rows[row] for row in part], share=share) for part in parts]
+
+
+def _parts(rows: Sequence[Rendered], step: Sequence[int], tokens: int, share: bool) -> list[list[int]]:
+    """The rows of each batch of a step, by index."""
+    parts: list[list[int]] = [[]]
+    for row in sorted(step, key=lambda row: len(rows[row].ids)):
+        if parts[-1] and computed_tokens([rows[each] for each in [*parts[-1], row]], share=share) > tokens:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
 
 
 def lay_out_epoch(
@@ -89,11 +95,14 @@ class TrainingPlan(Sequence[Step]):
 
 def lay_out_validation(rows: Sequence[Rendered], settings: TrainSettings, *, share: bool = True) -> list[Batch]:
     """The batches of the validation loss, of no more tokens than a step's."""
-    return [
-        batch
-        for step in plan(rows, settings.batch, 0, 0)
-        for batch in lay_out_step([rows[row] for row in step], settings.tokens, share=share)
-    ]
+    parts = validation_parts(rows, settings, share=share)
+    return [lay_out([rows[row] for row in part], share=share) for part in parts]
+
+
+def validation_parts(rows: Sequence[Rendered], settings: TrainSettings, *, share: bool = True) -> list[list[int]]:
+    """The rows of each batch of the validation loss, by index. A batch's labels are in the order of its rows."""
+    steps = plan(rows, settings.batch, 0, 0)
+    return [part for step in steps for part in _parts(rows, step, settings.tokens, share)]
 
 
 def step_tokens(step: Step) -> int:

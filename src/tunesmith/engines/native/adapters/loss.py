@@ -78,6 +78,16 @@ def cross_entropy(
     )
 
 
+def label_losses(hidden: Tensor, head: PackedLinear, labels: Tensor, cap: float | None = None) -> Tensor:
+    """Each label's negative log-likelihood [N], fp32, without gradients. The arguments are those of cross_entropy."""
+    count = hidden.shape[0]
+    hidden, labels = F.pad(hidden, (0, 0, 0, -count % GRAIN)), F.pad(labels, (0, -count % GRAIN))
+    losses = torch.empty(hidden.shape[0])
+    for chunk in _chunks(hidden.shape[0], LOGIT_ROWS):
+        losses[chunk] = ops.cross_entropy_(ops.cap_(head(hidden[chunk]), cap), labels[chunk], None)
+    return losses[:count]
+
+
 def _chunks(rows: int, most: int) -> list[slice]:
     """Rows in as few chunks of at most so many as possible, of about equal size: each chunk reads the head's weight."""
     count = -(-rows // most)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.native import kernels
 from tunesmith.engines.native.adapters import costs
-from tunesmith.engines.native.adapters.loss import cross_entropy
+from tunesmith.engines.native.adapters.loss import cross_entropy, label_losses
 from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Linear, Network, final, forward
 from tunesmith.engines.native.network.products import PackedLinear, outer
@@ -39,12 +39,22 @@ class NativeTrainable(TrainableModel):
 
     def loss(self, batch: Batch, objective: Objective, divisor: float) -> Tensor:
         """The objective over a batch's labels: a scalar, with gradients unless autograd is off."""
-        network = self.network
-        hidden = forward(network, batch.ids, self.linear(), shared_prefix_attention(batch, network))
+        network, predicting = self.network, self._predicting(batch)
         learned = network.head.weight if network.embedding.requires_grad else None
         coefficients = objective.coefficients(batch, divisor)
-        predicting = final(network, hidden[batch.predicts])
         return cross_entropy(predicting, network.head, batch.labels, coefficients, learned, network.shape.logit_cap)
+
+    @torch.no_grad()
+    def label_losses(self, batch: Batch) -> Tensor:
+        """The negative log-likelihood of each label [N] of a batch, fp32, without gradients."""
+        network = self.network
+        return label_losses(self._predicting(batch), network.head, batch.labels, network.shape.logit_cap)
+
+    def _predicting(self, batch: Batch) -> Tensor:
+        """The hidden states [N, M] that predict a batch's labels, behind the final norm."""
+        network = self.network
+        hidden = forward(network, batch.ids, self.linear(), shared_prefix_attention(batch, network))
+        return final(network, hidden[batch.predicts])
 
     def memory_estimate(self, batch: Batch) -> int:
         """Bytes that loss, backward pass and collect_gradients() of a batch need on top of what is allocated now."""
