@@ -16,13 +16,15 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import event
 
 from tests.fabricate import NAME, Scene
 from tests.server.conftest import HELLO, Served, running
 from tests.server.fake_engine import VALID, FakeEngine
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.engines.protocol import Completion
 from tunesmith.registry.versions import Version
+from tunesmith.server.intake import limits
 from tunesmith.store import database
 
 
@@ -348,6 +350,58 @@ def test_an_answer_is_not_withheld_when_it_cannot_be_recorded(served: Served, mo
     assert len(served.rows()) == 1
     with served.http() as http:
         assert "tunesmith_unrecorded_requests_total 1.0" in http.get("/metrics").text
+
+
+def test_feedback_on_a_full_database_says_so_and_stores_nothing(served: Served) -> None:
+    """A SQLite file that may not grow by one more page."""
+    number = served.ask().id
+    engine = served.scene.store.engine
+    with engine.connect() as connection:
+        connection.exec_driver_sql("COMMIT")  # VACUUM leaves no free pages inside the file
+        connection.exec_driver_sql("VACUUM")
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+
+    def stays(connection: Any, _record: Any) -> None:
+        connection.execute(f"PRAGMA max_page_count={pages}")
+
+    def scores(turn: int) -> dict[str, float]:
+        return {f"{'m' * 58}_{turn:02}_{place:02}": 0.5 for place in range(limits.SCORES)}
+
+    with served.http() as http:
+
+        def add(turn: int) -> httpx.Response:
+            return http.post("/api/feedback", json={"request_id": number, "score": scores(turn)})
+
+        event.listen(engine, "connect", stays)
+        engine.dispose()
+        answers = [add(turn) for turn in range(10)]  # the first ones may fit into the row's page
+        event.remove(engine, "connect", stays)
+        engine.dispose()
+        fitted = [turn for turn, answer in enumerate(answers) if answer.status_code == 200]
+        full = answers[len(fitted)]
+        assert (full.status_code, len(fitted) < 8) == (507, True)
+        error = full.json()["error"]
+        assert (error["type"], error["code"]) == ("server_error", "storage_full")
+        assert "operator must free space" in error["message"]
+        kept = set(served.rows()[0].scores)
+        assert kept >= {name for turn in fitted for name in scores(turn)}
+        assert not kept & scores(len(fitted)).keys(), "nothing was stored"
+        assert add(len(fitted)).status_code == 200
+
+
+def test_feedback_without_a_database_may_be_sent_again(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = served.ask().id
+
+    def locked(*_: Any) -> Any:
+        raise TunesmithError("the database cannot be used: database is locked")
+
+    with served.http() as http:
+        with monkeypatch.context() as patch:
+            patch.setattr(database, "writing", locked)
+            answer = http.post("/api/feedback", json={"request_id": number, "score": {"m": 0.5}})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert answer.json()["error"]["code"] == "storage_failed"
+        assert http.post("/api/feedback", json={"request_id": number, "score": {"m": 0.5}}).status_code == 200
 
 
 def test_stopping_answers_what_waits(scene: Scene, engine: FakeEngine, versions: dict[int, Version]) -> None:

@@ -81,7 +81,7 @@ class Readiness(View):
 @routes.post(
     "/api/feedback",
     response_model=FeedbackResult,
-    responses=errors(400, 401, 403, 404, 408, 409, 413, 429),
+    responses=errors(400, 401, 403, 404, 408, 409, 413, 429, 503, 507),
     openapi_extra=body(Feedback),
 )
 async def feedback(request: Request) -> Response:

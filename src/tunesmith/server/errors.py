@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from tunesmith.core.files import is_disk_full
 from tunesmith.server.intake import limits
 
 
@@ -96,6 +97,17 @@ def busy_for_user(most: int, what: str = "requests") -> ApiError:
     """The user has as many requests under way as one user may have."""
     message = f"You have {most} {what} waiting or being answered. Wait for some of them, then try again."
     return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
+
+
+def not_stored(error: Exception) -> ApiError:
+    """The database took nothing: it is full, or locked, unreachable or read-only. error: why."""
+    again = "Nothing was stored, so the same request can be sent again."
+    if is_disk_full(error):
+        return ApiError(
+            507, f"The server's disk or database is full. Its operator must free space. {again}", code="storage_full"
+        )
+    headers = {"Retry-After": "5"}
+    return ApiError(503, f"The server's database cannot be used now. {again}", code="storage_failed", headers=headers)
 
 
 def failed() -> ApiError:

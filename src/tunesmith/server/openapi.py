@@ -24,8 +24,9 @@ _MEANINGS = {
     413: "The body is too large.",
     429: "The queue is full, or the user has too many requests at once.",
     500: "The engine failed.",
-    503: "The server is shutting down.",
+    503: "The server is shutting down, or its database cannot be used (storage_failed).",
     504: "No answer in time.",
+    507: "The server's disk or database is full.",
 }
 _bodies: dict[str, type[BaseModel]] = {}
 

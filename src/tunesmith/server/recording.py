@@ -22,7 +22,7 @@ from tunesmith.engines.protocol import Completion
 from tunesmith.evaluation.metrics.declared import Answered, Scoring, checked
 from tunesmith.monitoring.cases import Case, put_case
 from tunesmith.rollout.traffic import STEP, end_user
-from tunesmith.server.errors import ApiError, bad_request
+from tunesmith.server.errors import ApiError, bad_request, not_stored
 from tunesmith.server.intake import limits
 from tunesmith.server.metrics import Metrics
 from tunesmith.server.routing import Route
@@ -121,11 +121,27 @@ class Recorder:
 
         A score is never replaced. keep: store the request and the expected text as a case. Raises ApiError 404 for a
         request that the user's tenant did not make, 409 if it was scored before or its answer is no longer in memory,
-        400 for an expected text that a scorer cannot use.
+        400 for an expected text that a scorer cannot use, 507 or 503 where the database is full or cannot be used.
         """
         with self._lock:
             held = self._answers.get(request)
         added = dict(given) if expected is None else self._scored(user, request, expected)
+        try:
+            self._add(user, request, added, held if keep else None, expected)
+        except (TunesmithError, SQLAlchemyError, OSError) as error:
+            LOG.exception("feedback to request %s could not be stored", request)
+            raise not_stored(error) from error
+        return FeedbackResult(
+            request_id=request,
+            scores=added,
+            kept=True if keep else None,
+            not_scored=self._not_scored(cut=held is not None and held.cut) if expected is not None else None,
+        )
+
+    def _add(
+        self, user: User, request: str, added: Mapping[str, float], held: _Kept | None, expected: str | None
+    ) -> None:
+        """Store added scores. held: an answer that becomes a case with the expected text."""
         with database.writing(self._store.engine) as session:
             row = session.get(RequestRow, request)
             if row is None or row.tenant != user.tenant:
@@ -135,14 +151,8 @@ class Recorder:
                 raise ApiError(409, f"This request already has a score for {again[0]}.", code="already_scored")
             row.scores = {**row.scores, **added}
             row.features = {**row.features, "feedback_by": user.name}  # to trace a manipulated score to its user
-            if keep and expected is not None and held is not None:
+            if held is not None and expected is not None:
                 put_case(self._store, _case(row, user, held, expected))
-        return FeedbackResult(
-            request_id=request,
-            scores=added,
-            kept=True if keep else None,
-            not_scored=self._not_scored(cut=held is not None and held.cut) if expected is not None else None,
-        )
 
     def _not_scored(self, *, cut: bool) -> dict[str, str] | None:
         """Metric -> why feedback did not score it."""
