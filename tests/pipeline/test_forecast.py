@@ -13,6 +13,7 @@ import pytest
 from tests.tiny_project import rows, settings, write_project
 from tunesmith.api import Project
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
+from tunesmith.pipeline import forecast as pipeline_forecast
 from tunesmith.pipeline import held_out
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.forecast import curve
@@ -116,6 +117,24 @@ def test_another_goal_trains_nothing(project: Project, found: Forecast, monkeypa
     assert again.goal == -0.99
     assert again.subsets == found.subsets
     assert forecast(project, budget=BUDGET) == found
+
+
+def test_another_rule_makes_the_forecast_again_of_the_same_curve(
+    project: Project, found: Forecast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    concluded: list[str] = []
+    real = pipeline_forecast.conclude
+
+    def conclude(store: Store, curve: str, *given: Any) -> dict[str, Any]:
+        concluded.append(curve)
+        return {**real(store, curve, *given), "decision": "don't"}
+
+    monkeypatch.setattr(pipeline_forecast, "conclude", conclude)
+    assert forecast(project, budget=BUDGET).decision == found.decision == "undecided"
+    assert not concluded
+    monkeypatch.setattr(pipeline_forecast, "RULE", pipeline_forecast.RULE + 1)
+    assert forecast(project, budget=BUDGET).decision == "don't"
+    assert concluded == [project.store.record(found.forecast).parents["curve"]]
 
 
 def test_a_stopped_forecast_goes_on_with_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ REVISIONS = {
     "documents": 2,
     "train": 4,
     "search": 2,
-    "training_search": 1,
+    "training_search": 2,
     "curve": 1,
     "forecast": 1,
     "answer": 2,
