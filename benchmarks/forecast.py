@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+from claims import claimed
 from leakage import FOLDER, Row
-from task_training import Loaded, answers, load, scores
+from task_training import Loaded, answer_losses, answers, load, scores
 from tasks import Task, tasks
 from tunesmith.candidates.baselines import make_baseline
 from tunesmith.core.digests import digest_of
@@ -48,14 +49,16 @@ CORPUS = {"intents": "snips", "music": "snips", "wording": "snips", "snips": "sn
           "banking77": "banking77", "clinc150": "clinc150", "choices": "bbq", "relevance": "bfcl", "calls": "bfcl",
           "masking": "presidio", "personal": "presidio", "xquad": "xquad"}  # fmt: skip
 RESULTS = Path(__file__).parent / "results" / "forecast.jsonl"
+CLAIMS = Path(tempfile.gettempdir()) / "tunesmith-forecast"
 EPOCHS = 3
 LONG = 10  # epochs of a second training on all rows of the smallest case
-HELD = 300  # rows held out of all trainings, at most
-TEST = 600  # test requests, at most
+HELD = 200  # rows held out of all trainings, at most
+TEST = 400  # test requests, at most
 BATCH = 16  # of the training on 800 rows; the others' are as subset_settings has them, so that cases share trainings
 SMALLEST = 12  # rows of the smallest subset; each further one has twice as many
-RATIO = 2  # rows of a case, and of its largest subset
-SUBSETS = 3
+RATIOS = (2, 4, 8)  # rows of a case, as a multiple of its largest subset's
+SUBSETS = 3  # besides the smallest
+LEAST_SUBSETS = 3  # of a case
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,8 @@ def ladders(folder: Path) -> list[Ladder]:
     """What is trained, in the order in which it is."""
     known = tasks(folder)
     plan = [
-        ("intents", "", 400), ("home", "", 400), ("banking77", "", 400), ("music", "", 400),
-        ("intents", "shuffled", 400), ("clinc150", "", 800), ("snips", "", 400), ("home", "copies", 400),
+        ("home", "", 400), ("snips", "", 400), ("banking77", "", 400), ("home", "copies", 400), ("intents", "", 400),
+        ("music", "", 400), ("intents", "shuffled", 400), ("clinc150", "", 800),
         ("choices", "", 400), ("banking77", "half wrong", 400), ("wording", "", 400), ("masking", "", 400),
         ("home", "shuffled", 400), ("relevance", "", 400), ("music", "copies", 400), ("clinc150", "shuffled", 400),
         ("personal", "", 200), ("calls", "", 200), ("xquad", "", 200),
@@ -150,7 +153,7 @@ def rows_of(ladder: Ladder) -> Rows:
 def parts(ladder: Ladder) -> Iterator[dict[str, Any]]:
     """What is to be trained and asked for a ladder, as the keys of result lines."""
     common = {"task": ladder.name, "digest": ladder.task.digest, "settings": _settings().model_dump(mode="json"),
-              "top": ladder.top, "held": HELD}  # fmt: skip
+              "top": ladder.top, "held": HELD, "revision": 3}  # fmt: skip
     yield {**common, "who": "start", "rows": 0, "epochs": 0}
     for size in ladder.sizes:
         yield {**common, "who": "tuned", "rows": size, "epochs": EPOCHS}
@@ -170,7 +173,7 @@ def measure(loaded: Loaded, ladder: Ladder, part: dict[str, Any]) -> dict[str, A
     """Train and ask one part; returns its result line."""
     rows, task, size = rows_of(ladder), ladder.task, part["rows"]
     asked = {"held": rows.held, "test": rows.test if size in (0, *ladder.cases) else ()}
-    began, passes = time.perf_counter(), 0
+    began, passes, losses = time.perf_counter(), 0, {}
     if part["who"] in ("nearest", "classifier"):
         given = {split: _baseline(part["who"], rows.train[:size], some) for split, some in asked.items()}
     else:
@@ -183,10 +186,11 @@ def measure(loaded: Loaded, ladder: Ladder, part: dict[str, Any]) -> dict[str, A
                 )
             trained = time.perf_counter() - began
             given = {split: answers(loaded, task, some, folder) if some else [] for split, some in asked.items()}
+            losses = {"losses": [round(each, 4) for each in answer_losses(loaded, task, rows.held, folder)]}
     found = {split: scores(task, some, given[split]) for split, some in asked.items()}
     line = {"key": digest_of(part), **part, "seconds": round(time.perf_counter() - began, 2), "passes": passes}
     line |= {"training_seconds": round(trained, 2)} if passes else {}
-    return {**line, "scores": {split: _packed(values) for split, values in found.items()}}
+    return {**line, **losses, "scores": {split: _packed(values) for split, values in found.items()}}
 
 
 def _train(loaded: Loaded, task: Task, rows: Sequence[Row], epochs: int, work: Path) -> Path:
@@ -241,9 +245,13 @@ def collect(plan: Sequence[Ladder], minutes: float) -> None:
         for ladder, part in due:
             if time.monotonic() > ends:
                 return
-            line = measure(loaded, ladder, part)
-            with RESULTS.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            key = digest_of(part)
+            with claimed(CLAIMS, key) as ours:
+                if not ours or key in collected():
+                    continue
+                line = measure(loaded, ladder, part)
+                with RESULTS.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(line, ensure_ascii=False) + "\n")
             means = {split: round(_mean(values), 3) for split, values in line["scores"].items() if values}
             print(
                 f"{ladder.name} {part['who']} {part['rows']} x {part['epochs']}: {means} in {line['seconds']} s",
@@ -262,11 +270,15 @@ def _mean(values: str | list[float]) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """A task with so many rows. measured: what its forecast sees. score, lift: what came, on the test requests."""
+    """A task with so many rows, `ratio` times the largest subset's or more.
+
+    measured: what its forecast sees. score, lift: what came, on the test requests.
+    """
 
     ladder: Ladder
     rows: int
     epochs: int
+    ratio: int
     measured: Subsets
     test: int
     score: float
@@ -290,14 +302,17 @@ def finished(plan: Sequence[Ladder]) -> list[Case]:
     for ladder in plan:
         lines = {(part["who"], part["rows"], part["epochs"]): known.get(digest_of(part)) for part in parts(ladder)}
         wholes = [*((size, EPOCHS) for size in ladder.cases), (ladder.cases[0], LONG)]
-        found += [case for size, epochs in wholes if (case := _case(ladder, size, epochs, lines)) is not None]
+        every = (_case(ladder, size, epochs, ratio, lines) for size, epochs in wholes for ratio in RATIOS)
+        found += [case for case in every if case is not None]
     return found
 
 
 def _case(
-    ladder: Ladder, size: int, epochs: int, lines: Mapping[tuple[str, int, int], dict[str, Any] | None]
+    ladder: Ladder, size: int, epochs: int, ratio: int, lines: Mapping[tuple[str, int, int], dict[str, Any] | None]
 ) -> Case | None:
-    smaller = [each for each in ladder.sizes if each * RATIO <= size]
+    smaller = [each for each in ladder.sizes if each * ratio <= size]
+    if len(smaller) < LEAST_SUBSETS:
+        return None
     sizes = sorted({smaller[0], *smaller[-SUBSETS:]})
     untuned = {"base": ("start", 0, 0), **{key[0]: key for key in lines if key[1] == size and key[0] != "tuned"}}
     subsets = [("tuned", each, EPOCHS) for each in sizes]
@@ -315,14 +330,15 @@ def _case(
     rival = max(test, key=lambda name: sum(test[name]))
     came = scored(whole, "test")
     score = sum(came) / len(came)
+    trained = [("start", 0, 0), *subsets]
     measured = Subsets(
         sizes=tuple(worth(each, EPOCHS) for each in sizes),
-        scores=np.array([scored(key, "held") for key in subsets]).T,
-        start=np.array(held["base"]),
+        losses=np.array([lines[key]["losses"] for key in trained]).T,
+        scores=np.array([scored(key, "held") for key in trained]).T,
         untuned=np.array(list(held.values())).T,
         groups=_groups(ladder),
     )
-    return Case(ladder, size, epochs, measured, len(came), score, score - sum(test[rival]) / len(came), rival)
+    return Case(ladder, size, epochs, ratio, measured, len(came), score, score - sum(test[rival]) / len(came), rival)
 
 
 def _groups(ladder: Ladder) -> list[str]:
@@ -354,7 +370,7 @@ def table(cases: Sequence[Case], spread: Spread = SPREAD) -> None:
         told.append(found)
         right = {"train": case.pays, "don't": not case.pays}.get(found["decision"])
         wrong = "" if right is None or right else " WRONG"
-        cells = (f"{case.rows} x {case.epochs}", f"{case.score:.1%}", _span(found["score"], case.score),
+        cells = (f"{case.rows} x {case.epochs} /{case.ratio}", f"{case.score:.1%}", _span(found["score"], case.score),
                  f"{100 * case.lift:+.1f}", _span(found["lift"], case.lift),
                  "-" if found["likely"] is None else f"{found['likely']:.0%}")  # fmt: skip
         print("{:<24}{:>12}{:>8}{:>25}{:>8}{:>25}{:>8} ".format(case.ladder.name, *cells), end="")

@@ -19,7 +19,7 @@ from tunesmith.candidates.composing import Composer
 from tunesmith.core.errors import UsageError
 from tunesmith.data.dataset import Example
 from tunesmith.data.splitting.duplicates import request_text
-from tunesmith.evaluation.forecasting.conclude import Wanted, conclude
+from tunesmith.evaluation.forecasting.conclude import LOSS, Wanted, conclude
 from tunesmith.evaluation.forecasting.plan import (
     MOST_EPOCHS,
     SMALLEST,
@@ -34,7 +34,7 @@ from tunesmith.evaluation.gates.settings import Gates, Lift
 from tunesmith.evaluation.scores import column, encode_scores, rounded
 from tunesmith.pipeline.candidates import answerer, candidate, untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
-from tunesmith.pipeline.held_out import ask_held_out, kept, mean, together
+from tunesmith.pipeline.held_out import ask_held_out, ask_losses, kept, mean, together
 from tunesmith.pipeline.training import training_inputs
 from tunesmith.store.records import Record
 from tunesmith.training.batches.rows import TrainingRow, training_rows
@@ -151,6 +151,8 @@ def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
     for who, each in everyone.items():
         pairs = zip(made.rows.held[: len(each["scores"])], each["scores"], strict=True)
         columns.append(column(who, metric, {one.id: (one.group, score) for one, score in pairs}))
+        pairs = zip(made.rows.held, each.get("losses", ()), strict=False)
+        columns.append(column(who, LOSS, {one.id: (one.group, loss) for one, loss in pairs}))
     own = min(asked, made.rows.validation)
     body = {
         "name": made.name,
@@ -158,7 +160,7 @@ def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
         "settings": settings.model_dump(mode="json"),
         "seed": settings.seed,
         "budget": made.budget,
-        "seconds": rounded(sum(each["seconds"] + each.get("spent", 0.0) for each in everyone.values())),
+        "seconds": rounded(sum(_spent(each) for each in everyone.values())),
         "rows": made.rows.whole,
         "held": {"validation": own, "train": asked - own, "test": 0},
         "test": made.context.dataset.splits["test"],
@@ -181,8 +183,9 @@ def _train_subsets(made: _Forecast, answered: Mapping[str, Mapping[str, Any]], a
         row = first["row_seconds"]
         reads = epochs_of(whole, seconds=row, budget=settings.budget, epochs=settings.epochs)
         epochs = max(1, min(MOST_EPOCHS, round(reads)))
-        spent = sum(each["seconds"] for each in answered.values()) + first["spent"] + first["seconds"]
-        sizes = subset_sizes(whole, len(pool), made.budget, spent, row=row, answers=first["seconds"], epochs=epochs)
+        spent = sum(_spent(each) for each in (*answered.values(), first))
+        asking = first["seconds"] + first["losses_seconds"]
+        sizes = subset_sizes(whole, len(pool), made.budget, spent, row=row, answers=asking, epochs=epochs)
         return {"sizes": sizes, "epochs": epochs}
 
     plan = kept(made.work / "sizes.json", decided)
@@ -204,6 +207,9 @@ def _ask_untuned(made: _Forecast) -> tuple[dict[str, dict[str, Any]], int]:
         file = work / f"{part}-{list(asking).index(who):03d}.json"
         return kept(file, lambda: ask_held_out(context, *asking[who], some))
 
+    def start() -> dict[str, Any]:
+        return ask_losses(context.model.engine(), asking[START][0], rows[:TIMED])
+
     timed = {who: ask(who, "timed", rows[:TIMED]) for who in asking}
 
     def decided() -> dict[str, Any]:
@@ -213,7 +219,7 @@ def _ask_untuned(made: _Forecast) -> tuple[dict[str, dict[str, Any]], int]:
     many = kept(work / "held.json", decided)["rows"]
     context.progress.say(f"{made.name}: asking {many} rows that are held out of the subsets")
     found = {who: together([timed[who], ask(who, "rest", rows[TIMED:many])]) for who in made.untuned}
-    return {START: timed[START], **found}, many
+    return {START: {**timed[START], **kept(work / "start-losses.json", start)}, **found}, many
 
 
 def _subset(made: _Forecast, rows: Sequence[Example], epochs: int, asked: int) -> dict[str, Any]:
@@ -241,10 +247,16 @@ def _subset(made: _Forecast, rows: Sequence[Example], epochs: int, asked: int) -
         engine.load_adapter(name, trained.folder)
         answering = Answerer(context.store, engine, made.tuned)
         given = ask_held_out(context, answering, made.tuned, made.rows.held[:asked], name)
+        given |= ask_losses(engine, answering, made.rows.held[:asked], name)
         row = trained.state.seconds / (len(rows) * epochs)
         return {"rows": len(rows), "epochs": epochs, "spent": spent, "row_seconds": row, **given}
 
     return kept(made.work / f"{name}.json", run)
+
+
+def _spent(given: Mapping[str, Any]) -> float:
+    """Seconds that went into answers, losses and the training before them."""
+    return float(sum(given.get(key, 0.0) for key in ("seconds", "losses_seconds", "spent")))
 
 
 def _stated(given: Mapping[str, Any]) -> dict[str, Any]:

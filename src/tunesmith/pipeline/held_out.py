@@ -15,7 +15,7 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.core.files import write_atomic
 from tunesmith.core.reading.strict_json import parse_json
 from tunesmith.data.dataset import Example
-from tunesmith.engines.protocol import Completion, Generation
+from tunesmith.engines.protocol import Completion, Engine, Generation, Question
 from tunesmith.evaluation.answers import seen_answers
 from tunesmith.evaluation.metrics.declared import checked
 from tunesmith.pipeline.context import PipelineContext
@@ -56,6 +56,16 @@ def ask_held_out(
         "completion_tokens": sum(answer.completion_tokens for answer in given),
         "seconds": seconds,
     }
+
+
+def ask_losses(
+    engine: Engine, answerer: Answerer, rows: Sequence[Example], adapter: str | None = None
+) -> dict[str, Any]:
+    """{"losses": of each row's expected answer, summed over its tokens, in nats; "losses_seconds"}."""
+    began = time.perf_counter()
+    asked = [Question(answerer.generation_without_group(row).messages, (row.answer,)) for row in rows]
+    losses = [-found[0] for found in engine.choose(asked, adapter)]
+    return {"losses": losses, "losses_seconds": time.perf_counter() - began}
 
 
 def together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.evaluation.made_up_subsets import made_up
 from tunesmith.evaluation.forecasting.extrapolate import Whole, decide, extrapolate, worth
 from tunesmith.evaluation.stats.learning_curve import Subsets
 
-SIZES = (12, 50, 100, 200)
+SIZES = (12.0, 50.0, 100.0, 200.0)
 
 
-def _measured(means: list[float], untuned: float | None, start: float = 0.02, rows: int = 240) -> Subsets:
-    hard = np.random.RandomState(0).permutation((np.arange(rows) + 0.5) / rows)
-    others = np.empty((rows, 0)) if untuned is None else (hard < untuned).astype(float)[:, None]
-    scores = np.stack([hard < mean for mean in means], axis=1).astype(float)
-    return Subsets(
-        tuple(map(float, SIZES)), scores, (hard < start).astype(float), others, [str(n) for n in range(rows)]
-    )
+def _measured(means: list[float], untuned: float | None, **changes: Any) -> Subsets:
+    return made_up(SIZES, means, untuned=untuned, **changes)
 
 
 def _whole(rows: int = 800, test: int = 300) -> Whole:
@@ -42,15 +40,19 @@ def test_an_untuned_candidate_that_is_always_right_leaves_nothing_to_gain() -> N
     assert found["needed"]["never"] > 0.9
 
 
-def test_scores_that_have_not_begun_to_rise_decide_nothing() -> None:
-    found = extrapolate(_measured([0.0, 0.0, 0.0, 0.02], 0.4, start=0.0), _whole(2900), 0.05)
-    assert found["decision"] == "undecided"
-    assert (found["likely"], found["needed"], found["score"]["high"]) == (None, None, 1.0)
-    assert found["lift"]["high"] == pytest.approx(0.6)
-    begun = extrapolate(_measured([0.0, 0.04, 0.07, 0.08], 0.9, start=0.0), _whole(250), 0.05)
-    assert begun["decision"] == "don't"
-    hopeless = extrapolate(_measured([0.0, 0.0, 0.0, 0.0], 0.98, start=0.0), _whole(2900), 0.05)
-    assert hopeless["decision"] == "don't", "not even a score of 1 reaches the goal"
+def test_scores_of_nought_are_forecast_from_the_losses() -> None:
+    def after(logs: list[float], rows: int) -> dict[str, Any]:
+        measured = _measured([0.0] * 4, 0.4, start=0.0)
+        means = np.array([4.4, *logs])
+        return extrapolate(
+            replace(measured, losses=np.exp(np.log(measured.losses[:, :1]) * 0.1 + means)), _whole(rows), 0.05
+        )
+
+    falling, still = after([3.6, 2.9, 2.3, 1.7], 2900), after([3.6, 3.5, 3.48, 3.47], 2900)
+    assert falling["score"]["high"] > 0.4
+    assert falling["decision"] != "don't"
+    assert still["score"]["median"] < 0.1
+    assert still["decision"] == "don't"
 
 
 def test_rows_that_the_goal_takes() -> None:
@@ -71,10 +73,7 @@ def test_fewer_test_rows_or_groups_widen_the_interval() -> None:
 
     assert width(_whole(test=30)) > 1.05 * width(_whole(test=3000))
     grouped = Whole(800, lambda _rows: 1.0, [str(place // 30) for place in range(300)])
-    rows_of_groups = Subsets(
-        measured.sizes, measured.scores[np.argsort(-measured.scores.sum(axis=1))],
-        measured.start, measured.untuned, [str(place // 30) for place in range(240)],
-    )  # fmt: skip
+    rows_of_groups = _measured([0.3, 0.6, 0.7, 0.75], 0.5, each=30)
     alone = extrapolate(rows_of_groups, _whole(), 0.05)["score"]
     together = extrapolate(rows_of_groups, grouped, 0.05)["score"]
     assert together["high"] - together["low"] > alone["high"] - alone["low"]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
+from tests.evaluation.made_up_subsets import made_up
 from tunesmith.evaluation.stats.learning_curve import Drawn, Floats, Subsets, draw_curves, from_angle, to_angle
 
 SIZES = (12.0, 50.0, 100.0, 200.0)
 
 
-def _subsets(
-    means: list[float], *, start: float = 0.02, untuned: float = 0.4, rows: int = 240, each: int = 1, seed: int = 0
-) -> Subsets:
-    """Right and wrong answers of these expected shares; the rows of a group are all as hard."""
-    draw = np.random.RandomState(seed)
-    hard = np.repeat(draw.random_sample(-(-rows // each)), each)[:rows]
-    groups = [str(place // each) for place in range(rows)]
-    scores = np.stack([hard < mean for mean in means], axis=1).astype(float)
-    other = (draw.random_sample(rows) < untuned).astype(float)[:, None]
-    return Subsets(SIZES, scores, (draw.random_sample(rows) < start).astype(float), other, groups)
+def _subsets(means: list[float], **changes: Any) -> Subsets:
+    return made_up(SIZES, means, **changes)
 
 
 def _ends(values: Floats) -> tuple[float, float]:
@@ -90,14 +86,12 @@ def test_the_best_of_equal_untuned_candidates_is_taken_anew_for_each_choice_of_r
     measured = _subsets([0.2, 0.5, 0.6, 0.7])
     draw = np.random.RandomState(5)
     two = np.stack([draw.random_sample(240) < 0.4 for _ in range(8)], axis=1).astype(float)
-    many = Subsets(measured.sizes, measured.scores, measured.start, two, measured.groups)
+    many = replace(measured, untuned=two)
     assert draw_curves(many).untuned.mean() > two.mean(axis=0).max(), "rows on which another is best exist as well"
 
 
 def test_without_an_untuned_candidate_there_is_no_lift() -> None:
-    measured = _subsets([0.2, 0.5, 0.6, 0.7])
-    alone = Subsets(measured.sizes, measured.scores, measured.start, np.empty((240, 0)), measured.groups)
-    assert np.isnan(draw_curves(alone).lifts(800.0)).all()
+    assert np.isnan(draw_curves(_subsets([0.2, 0.5, 0.6, 0.7], untuned=None)).lifts(800.0)).all()
 
 
 @pytest.mark.parametrize("score", [0.0, 0.2, 0.5, 1.0])

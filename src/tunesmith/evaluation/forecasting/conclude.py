@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.forecasting.extrapolate import CONFIDENCE, Whole, extrapolate, worth
 from tunesmith.evaluation.forecasting.plan import START, epochs_of
-from tunesmith.evaluation.lines import LineFile, is_share
+from tunesmith.evaluation.lines import LineFile, is_number, is_share
 from tunesmith.evaluation.prices import money_of
 from tunesmith.evaluation.scores import rounded
 from tunesmith.evaluation.settings import PriceSettings
 from tunesmith.evaluation.stats.learning_curve import Subsets
+from tunesmith.evaluation.stats.statistics import Floats
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
+LOSS = "loss of the expected answer"  # beside the metric's name in the scores; in nats
 _SCORES = LineFile(
     "scores.jsonl", "a score", "scored", unique=("candidate", "metric", "id"), texts=("group",), values=("value",)
 )
@@ -70,30 +73,35 @@ def conclude(store: Store, curve: str, test_groups: Sequence[str], wanted: Wante
 
 
 def _subsets(store: Store, record: Record, over: str | None) -> Subsets:
-    """The scores of a curve record. Raises Inconclusive where they are not those that it states."""
+    """The scores and losses of a curve record. Raises Inconclusive where they are not those that it states."""
     body = record.body
-    rows: defaultdict[str, dict[str, tuple[str, float]]] = defaultdict(dict)
+    groups: dict[str, str] = {}
+    rows: defaultdict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for place, line in _SCORES.read(store, record):
-        if not is_share(line["value"]):
-            raise Inconclusive(f"the value {line['value']!r} is not a number from 0 to 1", where=place)
-        rows[line["candidate"]][line["id"]] = (line["group"], float(line["value"]))
-    subsets = [f"{each['rows']} rows" for each in body["subsets"]]
+        value, loss = line["value"], line["metric"] == LOSS
+        if not (is_number(value) and value >= 0.0 if loss else is_share(value)):
+            raise Inconclusive(f"{value!r} is no {'loss' if loss else 'number from 0 to 1'}", where=place)
+        rows[line["candidate"], line["metric"]][line["id"]] = float(value)
+        groups[line["id"]] = line["group"]
+    trained = [START, *(f"{each['rows']} rows" for each in body["subsets"])]
     untuned = [name for name in body["untuned"] if over in (None, name)]
     # Rows that the base was asked before the training come first.
-    ids = sorted(rows[subsets[0]], key=lambda each: (each not in rows[START], each))
-    same = all(rows[name].keys() == set(ids) for name in (*subsets, *untuned))
-    if not rows[START] or not same or not rows[START].keys() <= set(ids):
+    ids = sorted(groups, key=lambda each: (each not in rows[START, body["metric"]], each))
+    wanted = [(name, metric) for name in trained for metric in (body["metric"], LOSS)]
+    wanted += [(name, body["metric"]) for name in untuned]
+    if not all(rows[key] and (key[0] == START or len(rows[key]) == len(ids)) for key in wanted):
         raise Inconclusive("the forecast's scores are not of the same rows for everyone", where="scores.jsonl")
 
-    def values(name: str) -> list[float]:
-        return [rows[name][each][1] for each in ids]
+    def columns(names: Sequence[str], metric: str) -> Floats:
+        found = [[rows[name, metric].get(each, math.nan) for each in ids] for name in names]
+        return np.array(found).T.reshape(len(ids), len(names))
 
     return Subsets(
         sizes=tuple(worth(each["rows"], each["epochs"]) for each in body["subsets"]),
-        scores=np.array([values(name) for name in subsets]).T,
-        start=np.array([rows[START][each][1] for each in ids[: len(rows[START])]]),
-        untuned=np.array([values(name) for name in untuned]).T.reshape(len(ids), len(untuned)),
-        groups=[rows[subsets[0]][each][0] for each in ids],
+        losses=columns(trained, LOSS),
+        scores=columns(trained, body["metric"]),
+        untuned=columns(untuned, body["metric"]),
+        groups=[groups[each] for each in ids],
     )
 
 

@@ -20,10 +20,7 @@ CONFIDENCE = 0.9  # two-sided, of every interval of a forecast
 LIKELY, UNLIKELY = 0.9, 0.1  # probabilities of reaching the goal from which, and up to which, a forecast decides
 # Rows that are read again teach less: after e epochs n rows are worth n * (1 + WORTH * (1 - exp(-(e - 1) / WORTH)))
 # (the form of Muennighoff et al. 2023, "Scaling Data-Constrained Language Models", equation 5).
-WORTH = 3.0
-# Up to this score of the base and of every subset, nothing says where the score begins to rise: an answer of many parts
-# is wholly right only once nearly every part is.
-_NOT_BEGUN = 0.05
+WORTH = 10.0
 _FARTHEST = 100.0  # times the rows: a goal beyond that is out of reach
 _STEPS = 60  # numbers of rows at which a curve is looked at
 _DRAWN = 25  # of them in the plot, up to _SHOWN times the rows
@@ -59,8 +56,7 @@ def extrapolate(measured: Subsets, whole: Whole, goal: float, seed: int = 0, spr
     measured: its sizes are what the subsets' rows are worth. goal: the lift from which tuning pays. score, lift:
     intervals as the test rows would measure them. likely: probability that the lift reaches the goal. needed: rows that
     reach it. curve: the expected score by rows. Without an untuned candidate lift, decision, likely and needed are
-    None. Where no subset's score has begun to rise, likely and needed are None too, the intervals end at a score of 1,
-    and the decision is "undecided" unless even that score misses the goal.
+    None.
     """
     drawn = draw_curves(measured, seed, spread)
     random = np.random.RandomState(seed + 1)
@@ -76,20 +72,7 @@ def extrapolate(measured: Subsets, whole: Whole, goal: float, seed: int = 0, spr
         likely = float((seen >= goal).mean())
         found |= {"lift": _interval(seen), "likely": rounded(likely), "decision": decide(likely)}
         found["needed"] = _needed(drawn, whole, goal)
-        if found["decision"] != "train" and not _has_begun(measured) and 1.0 - float(best.mean()) >= goal:
-            found |= {"likely": None, "decision": "undecided", "needed": None}
-            found["lift"]["high"] = rounded(1.0 - float(best.mean()))
-    if not _has_begun(measured):
-        found["score"]["high"] = 1.0
-        for point in found["curve"]:
-            if point["rows"] > max(measured.sizes):
-                point["high"] = 1.0
     return found
-
-
-def _has_begun(measured: Subsets) -> bool:
-    """Whether the score of the base or of a subset is high enough to say how it goes on."""
-    return bool(max(measured.start.mean(), measured.scores.mean(axis=0).max()) > _NOT_BEGUN)
 
 
 def decide(likely: float) -> Decision:

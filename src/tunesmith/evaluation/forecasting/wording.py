@@ -34,14 +34,8 @@ def reasons(found: Mapping[str, Any]) -> list[str]:
             f"{points(lift['high'])}) from {found['rival']}, the best untuned candidate on the held-out rows "
             f"({percent(found['rivals'][found['rival']])})."
         )
-        if found["likely"] is None:
-            said.append(
-                f"No subset of up to {found['subsets'][-1]['rows']:,} rows scored enough to say where the score begins "
-                "to rise: it may still rise far."
-            )
-        else:
-            said.append(f"A lift of at least {points(found['goal'])} points is {percent(found['likely'])} likely.")
-            said.append(_needed(found))
+        said.append(f"A lift of at least {points(found['goal'])} points is {percent(found['likely'])} likely.")
+        said.append(_needed(found))
     said.append(_training(found))
     if found["pays"] is not None:
         said.append(_pays(found["pays"], found["rival"]))

@@ -1,23 +1,25 @@
 """Extrapolates a learning curve: what a score will be after a training on more rows, as draws from its distribution.
 
-The mean score after a training on n rows follows
+What is extrapolated is the loss of the expected answers, since it falls evenly with the rows long before any answer is
+wholly right: scores such as exact matches stay at zero for a while and then rise steeply (Schaeffer et al. 2023, "Are
+Emergent Abilities of Large Language Models a Mirage?"). The mean over rows of the logarithm of an answer's loss follows
 
-    top - (top - start) * (1 + (n / half) ** sharp) ** (-tail / sharp)
+    log(floor + (start - floor) * (1 + (n / half) ** sharp) ** (-tail / sharp))
 
-from `start`, the score before training, to `top`: no change at first, then a rise around `half` rows, then a power law
-with exponent `tail` towards `top`. With sharp = 1 this is the power law with an asymptote (Hestness et al. 2017, "Deep
-Learning Scaling is Predictable, Empirically"; Rosenfeld et al. 2020, "A Constructive Prediction of the Generalization
-Error Across Scales"), with sharp = tail the sigmoid of Morgan, Mercer and Flodin. Both are among the curves that
-extrapolate best (Viering and Loog 2021, "The Shape of Learning Curves: a Review"). Exact answers need the slow start
-(Jain et al. 2023, "A Meta-Learning Approach to Predicting Performance and Data Requirements").
+after a training on n rows: from `start`, the loss before training, little change at first, then a power law with
+exponent `tail` towards `floor` (Hestness et al. 2017, "Deep Learning Scaling is Predictable, Empirically"; Rosenfeld et
+al. 2020, "A Constructive Prediction of the Generalization Error Across Scales"). A logistic curve says how the score of
+an answer depends on its loss; it is fitted to the answers of all subsets (two steps as in Grattafiori et al. 2024, "The
+Llama 3 Herd of Models", section 3.2.1).
 
-A few points do not determine five numbers, so no curve is fitted. Many curves are drawn from broad priors and weighted
-by how well they explain the measured scores; a forecast is what those curves say. Its spread holds
+A few points do not determine four numbers, so no curve is fitted to the losses. Many curves are drawn from broad priors
+and weighted by how well they explain what was measured; a forecast is what those curves say. Its spread holds
 
-- which rows were held out: the scores are resampled by group (a Bayesian bootstrap), those of the untuned candidates
-  with the same weights;
-- what another seed of the training would change, and
-- how far real curves stray from the family, more with every doubling of the rows beyond the largest subset.
+- which rows were held out: they are resampled by group (a Bayesian bootstrap), those of the untuned candidates with
+  the same weights;
+- what another seed of the training would change;
+- how far real curves stray from the family and from the logistic curve, more with every doubling of the rows beyond
+  the largest subset.
 """
 
 from __future__ import annotations
@@ -36,35 +38,40 @@ _RESAMPLED = 120
 _KEPT = 25  # curves kept for each resampling
 DRAWS = _RESAMPLED * _KEPT
 _FREEDOM = 5.0  # of Student's t: one odd subset does not rule out every curve
+_LEAST_LOSS = 0.02  # nats: below it a greedy answer is right
+_CHANGES = np.linspace(-9.0, 3.0, 121)  # of the logarithm of a loss, at which mean scores are computed
+# The logistic curve before any answer was seen: its middle (a logarithm of a loss) and its slope, as means and standard
+# deviations. An answer is as often right as wrong at a loss of one or two nats.
+_MIDDLE, _SLOPE = (0.5, 0.7), (2.5, 1.0)
 
 
 class Spread(NamedTuple):
-    """How far a measured score is from its curve, as standard deviations of angles (see `to_angle`).
+    """How far what is measured is from its curve, as standard deviations.
 
-    noise: of a training, by its seed and by the curve that is closest. stray: for each doubling of the rows beyond the
-    largest subset.
+    noise: of a mean logarithm of losses, by the seed of the training and by the curve that is closest. stray: of a
+    score, as an angle (see `to_angle`), for the first doubling of the rows beyond the largest subset; it grows with the
+    square root of the doublings.
     """
 
     noise: float
     stray: float
 
 
-# Preliminary: chosen on 13 cases of four corpora with an earlier recipe of the subsets. `python benchmarks/forecast.py
-# --calibrate` finds them once enough cases are collected.
-SPREAD = Spread(noise=0.06, stray=0.05)
+SPREAD = Spread(noise=0.06, stray=0.10)
 
 
 @dataclass(frozen=True, slots=True)
 class Subsets:
-    """What was measured. sizes: rows of each training, ascending; scores: held-out rows x sizes.
+    """What was measured. sizes: rows of each training, ascending.
 
-    start: scores before training, of the first held-out rows at least. untuned: held-out rows x untuned candidates.
-    groups: one name for each held-out row.
+    losses, scores: of the expected and the given answers, held-out rows x (before training, each size). The first
+    column may be NaN for the last rows, which were not asked before training. untuned: scores, held-out rows x untuned
+    candidates. groups: one name for each held-out row.
     """
 
     sizes: tuple[float, ...]
+    losses: Floats
     scores: Floats
-    start: Floats
     untuned: Floats
     groups: Sequence[str]
 
@@ -73,47 +80,58 @@ class Subsets:
 class Drawn:
     """Curves drawn for what was measured, with the untuned candidate's score that each is compared with.
 
-    curves: draws x (start, top, half, sharp, tail). strays: a standard normal number for each draw. largest: rows of
-    the largest subset. untuned: draws; NaN where there is no untuned candidate.
+    largest: rows of the largest subset. curves: resamplings x curves x (start, floor, half, sharp, tail), start and
+    floor as logarithms. means: resamplings x _CHANGES, the mean score where every logarithm of a loss after the largest
+    subset changes by so much. strays: resamplings x curves, standard normal. untuned: resamplings; NaN where there is
+    no untuned candidate.
     """
 
-    curves: Floats
-    strays: Floats
     largest: float
+    curves: Floats
+    means: Floats
+    strays: Floats
     untuned: Floats
     spread: Spread
 
     def scores(self, rows: float) -> Floats:
         """The mean score after a training on so many rows: one for each draw."""
-        angle = to_angle(_mean(self.curves, rows))
-        beyond = max(0.0, float(np.log2(max(rows, 1e-9) / self.largest)))
-        return from_angle(angle + self.strays * np.hypot(self.spread.noise, self.spread.stray * beyond))
+        change = _log_loss(self.curves, rows) - _log_loss(self.curves, self.largest)
+        found = np.stack([np.interp(moved, _CHANGES, mean) for moved, mean in zip(change, self.means, strict=True)])
+        doublings = max(0.0, float(np.log2(max(rows, 1e-9) / self.largest)))
+        angles = to_angle(found) + self.strays * self.spread.stray * np.sqrt(doublings)
+        return np.asarray(from_angle(angles).ravel())
 
     def lifts(self, rows: float) -> Floats:
         """The same minus the score of the untuned candidate."""
-        return self.scores(rows) - self.untuned
+        return self.scores(rows) - np.repeat(self.untuned, self.curves.shape[1])
 
 
 def draw_curves(measured: Subsets, seed: int = 0, spread: Spread = SPREAD) -> Drawn:
     """Curves that explain what was measured. The same input gives the same draws."""
     # RandomState's streams are frozen for good (NEP 19): a forecast can be computed again from its record.
     random = np.random.RandomState(seed)
-    shapes = _shapes(random)
     weights = _row_weights(measured.groups, random)
-    early = weights[:, : len(measured.start)]
-    scores, starts = weights @ measured.scores, early @ measured.start / early.sum(axis=1)
-    untuned = (weights @ measured.untuned).max(axis=1) if measured.untuned.shape[1] else np.full(len(weights), np.nan)
-    left = np.stack([_left(shapes, size) for size in measured.sizes], axis=1)
-    top, found, rivals = shapes[:, :1], [], []
-    for seen, start, rival in zip(scores, starts, untuned, strict=True):
-        misfit = ((to_angle(top - (top - start) * left) - to_angle(seen)) / spread.noise) ** 2
+    logs = np.log(np.maximum(measured.losses, _LEAST_LOSS))
+    asked = ~np.isnan(measured.losses[:, 0])
+    means = weights @ logs[:, 1:]
+    fell = weights[:, asked] @ (logs[asked, 0] - logs[asked, -1]) / weights[:, asked].sum(axis=1)
+    starts = means[:, -1] + fell
+    shapes = _shapes(random)
+    left = np.stack([_left(shapes[:, 1:], size) for size in measured.sizes], axis=1)
+    curves = np.empty((_RESAMPLED, _KEPT, 5))
+    for place, (seen, start) in enumerate(zip(means, starts, strict=True)):
+        expected = start + np.log(shapes[:, :1] + (1.0 - shapes[:, :1]) * left)
+        misfit = ((expected - seen) / spread.noise) ** 2
         log_chance = (-(_FREEDOM + 1) / 2 * np.log1p(misfit / _FREEDOM)).sum(axis=1)
         chance = np.exp(log_chance - log_chance.max())
         chosen = shapes[random.choice(len(shapes), _KEPT, p=chance / chance.sum())]
-        found.append(np.concatenate([np.full((_KEPT, 1), start), chosen], axis=1))
-        rivals.append(np.full(_KEPT, rival))
-    curves = np.concatenate(found)
-    return Drawn(curves, random.standard_normal(len(curves)), max(measured.sizes), np.concatenate(rivals), spread)
+        curves[place] = np.column_stack([np.full(_KEPT, start), start + np.log(chosen[:, 0]), chosen[:, 1:]])
+    untuned = (weights @ measured.untuned).max(axis=1) if measured.untuned.shape[1] else np.full(len(weights), np.nan)
+    links = _links(logs, measured.scores, weights, random)
+    moved = logs[:, -1:] + _CHANGES  # held-out rows x changes
+    expected = np.stack([weight @ _score(moved, link) for weight, link in zip(weights, links, strict=True)])
+    strays = random.standard_normal(curves.shape[:2])
+    return Drawn(max(measured.sizes), curves, expected, strays, untuned, spread)
 
 
 def to_angle(score: Floats) -> Floats:
@@ -126,26 +144,28 @@ def from_angle(angle: Floats) -> Floats:
     return np.sin(np.clip(angle, 0.0, np.pi) / 2.0) ** 2
 
 
-def _mean(curves: Floats, rows: float) -> Floats:
-    start, top = curves[:, 0], curves[:, 1]
-    return top - (top - start) * _left(curves[:, 1:], rows)
+def _log_loss(curves: Floats, rows: float) -> Floats:
+    """The mean logarithm of the losses after so many rows: resamplings x curves."""
+    start, floor = curves[..., 0], curves[..., 1]
+    found: Floats = np.log(np.exp(floor) + (np.exp(start) - np.exp(floor)) * _left(curves[..., 2:], rows))
+    return found
 
 
 def _left(shapes: Floats, rows: float) -> Floats:
-    """The share of the way from start to top that is still left after so many rows."""
-    _, half, sharp, tail = shapes.T
+    """The share of the way from start to floor that is still left after so many rows."""
+    half, sharp, tail = np.moveaxis(shapes, -1, 0)
     left: Floats = (1.0 + (rows / half) ** sharp) ** (-tail / sharp)
     return left
 
 
 def _shapes(random: np.random.RandomState) -> Floats:
-    """Draws of (top, half, sharp, tail) from the priors."""
+    """Draws of (floor as a share of start, half, sharp, tail) from the priors."""
     many = _CURVES
-    top = np.where(random.random_sample(many) < 0.5, random.beta(6.0, 1.2, many), random.random_sample(many))
-    half = np.exp(random.normal(np.log(60.0), 1.3, many))
+    floor = 10.0 ** -random.uniform(0.05, 4.0, many)
+    half = np.exp(random.normal(np.log(12.0), 1.3, many))
     sharp = np.exp(random.uniform(np.log(0.7), np.log(2.0), many))
-    tail = np.exp(random.normal(np.log(0.9), 0.6, many))
-    return np.stack([top, half, sharp, tail], axis=1)
+    tail = np.exp(random.normal(np.log(0.6), 0.6, many))
+    return np.stack([floor, half, sharp, tail], axis=1)
 
 
 def _row_weights(groups: Sequence[str], random: np.random.RandomState) -> NDArray[np.float64]:
@@ -153,3 +173,42 @@ def _row_weights(groups: Sequence[str], random: np.random.RandomState) -> NDArra
     index = np.unique(np.asarray(groups), return_inverse=True)[1]
     drawn = random.standard_exponential((_RESAMPLED, int(index.max()) + 1))[:, index]
     return np.asarray(drawn / drawn.sum(axis=1, keepdims=True))
+
+
+def _score(logs: Floats, link: Floats) -> Floats:
+    """The expected scores of answers whose losses have these logarithms. link: (intercept, slope) of the logit."""
+    found: Floats = 1.0 / (1.0 + np.exp(np.clip(link[1] * logs - link[0], -40.0, 40.0)))
+    return found
+
+
+def _links(logs: Floats, scores: Floats, weights: Floats, random: np.random.RandomState) -> Floats:
+    """The logistic curve of each resampling (intercept, slope), drawn around its fit to the answers after training."""
+    seen, given = logs[:, 1:].ravel(), scores[:, 1:].ravel()
+    found = np.empty((len(weights), 2))
+    for place, weight in enumerate(weights):
+        counted = np.repeat(weight, logs.shape[1] - 1) * len(weight)
+        link, covariance = _fit_link(seen, given, counted)
+        found[place] = link + np.linalg.cholesky(covariance) @ random.standard_normal(2)
+    found[:, 1] = np.maximum(found[:, 1], 0.0)  # a score does not fall where the loss does
+    return found
+
+
+def _fit_link(logs: Floats, scores: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """The likeliest (intercept, slope) by Newton's method, and their covariance (Laplace's approximation)."""
+    (middle, middle_deviation), (slope, slope_deviation) = _MIDDLE, _SLOPE
+    prior = np.array([slope * middle, slope])  # the intercept is the product of slope and middle
+    shared = middle * slope_deviation**2
+    spread = [[(slope * middle_deviation) ** 2 + middle * shared, shared], [shared, slope_deviation**2]]
+    precision = np.linalg.inv(np.array(spread))
+    inputs = np.stack([np.ones_like(logs), -logs], axis=1)
+    link = prior
+    for _ in range(50):
+        expected = _score(logs, link)
+        gradient = inputs.T @ (weights * (scores - expected)) - precision @ (link - prior)
+        curvature = (inputs * (weights * expected * (1.0 - expected))[:, None]).T @ inputs + precision
+        step = np.linalg.solve(curvature, gradient)
+        step *= min(1.0, 1.0 / max(float(np.abs(step).max()), 1e-12))
+        link = link + step
+        if float(np.abs(step).max()) < 1e-6:
+            break
+    return link, np.linalg.inv(curvature)
