@@ -201,7 +201,7 @@ def _fit_link(logs: Floats, scores: Floats, weights: Floats) -> tuple[Floats, Fl
     spread = [[(slope * middle_deviation) ** 2 + middle * shared, shared], [shared, slope_deviation**2]]
     precision = np.linalg.inv(np.array(spread))
     inputs = np.stack([np.ones_like(logs), -logs], axis=1)
-    link = prior
+    link: Floats = prior
     for _ in range(50):
         expected = _score(logs, link)
         gradient = inputs.T @ (weights * (scores - expected)) - precision @ (link - prior)
@@ -211,4 +211,5 @@ def _fit_link(logs: Floats, scores: Floats, weights: Floats) -> tuple[Floats, Fl
         link = link + step
         if float(np.abs(step).max()) < 1e-6:
             break
-    return link, np.linalg.inv(curvature)
+    covariance: Floats = np.asarray(np.linalg.inv(curvature), dtype=np.float64)
+    return link, covariance
