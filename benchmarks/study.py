@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import math
-import os
-import platform
 import shutil
 import statistics
 import sys
@@ -30,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from learning_parts.kept import append_line, machine, read_lines
 from task_training import Loaded, answers, load, scores, train_task
 from tasks import FOLDER, Task, tasks
 from tunesmith.core.digests import digest_of
@@ -131,30 +129,8 @@ def key_of(trial: Trial, task: Task) -> str:
 
 
 def read() -> dict[str, Line]:
-    """The finished trials by key. A line that a killed run left half-written is skipped."""
-    found = {}
-    for line in RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else ():
-        try:
-            one = json.loads(line)
-        except ValueError:
-            print(f"{RESULTS}: skipping a line that is not whole", file=sys.stderr)
-            continue
-        found[one["key"]] = one
-    return found
-
-
-def append(line: Line) -> None:
-    """Add a line, durable before this returns."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("ab+") as stream:
-        stream.seek(0, os.SEEK_END)
-        if stream.tell():
-            stream.seek(-1, os.SEEK_END)
-            if stream.read(1) != b"\n":
-                stream.write(b"\n")
-        stream.write(json.dumps(line, sort_keys=True).encode() + b"\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    """The finished trials by key."""
+    return {line["key"]: line for line in read_lines(RESULTS)}
 
 
 def run(trial: Trial, task: Task, loaded: Loaded, key: str) -> Line:
@@ -181,17 +157,9 @@ def run(trial: Trial, task: Task, loaded: Loaded, key: str) -> Line:
         "steps": result.state.step,
         "seconds": round(result.state.seconds, 1),
         "answering_seconds": round(answering, 1),
-        "machine": f"{_processor()}, {torch.get_num_threads()} threads",
+        "machine": machine(torch.get_num_threads()),
         "kernel_revision": result.environment["kernel_revision"],
     }
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    amx = " with AMX" if any("amx_bf16" in line for line in lines) else ""
-    return (names[0] if names else platform.machine()) + amx
 
 
 def work(minutes: float) -> None:
@@ -209,7 +177,7 @@ def work(minutes: float) -> None:
                 if not ours or key in read():  # another run has it, or had it
                     continue
                 line = run(trial, every[trial.task], loaded, key)
-                append(line)
+                append_line(RESULTS, line)
             print(
                 f"{trial.task:<12} {_told(trial.recipe)}: score {line['score']:.3f}, loss {line['loss']:.3f}, "
                 f"{line['seconds']:.0f} s and {line['answering_seconds']:.0f} s",

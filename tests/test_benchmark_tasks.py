@@ -12,7 +12,8 @@ import pytest
 from tunesmith.project import Project
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from tasks import Grouped, Task, _task, write_project
+from task_projects import write_project
+from tasks import Grouped, Task, _task
 
 
 def _rows(seed: int, groups: int = 60) -> list[Grouped]:

@@ -1,4 +1,4 @@
-"""Figures that are kept between runs: JSON lines, each named by the digest of its settings and by the machine."""
+"""What benchmarks keep between runs: JSON lines, and figures named by the digest of their settings and the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ class Kept:
     def __init__(self, path: Path, minutes: float, threads: int) -> None:
         """path: of the file, which grows. minutes: no measurement begins after so many. threads: that compute."""
         self._path, self._until, self.machine = path, time.monotonic() + 60 * minutes, machine(threads)
-        self._known = self._read()
+        self._known: dict[tuple[str, str], Figures] = {
+            (line["key"], line["machine"]): line["found"] for line in read_lines(path)
+        }
         self.left: list[str] = []  # what was asked for and is neither known nor measured
         self.command = ""  # measures what is measured now, and is kept with it
 
@@ -59,30 +61,31 @@ class Kept:
             "settings": dict(settings),
             "found": found,
         }
-        self._append(json.dumps(line, sort_keys=True, ensure_ascii=False))
+        append_line(self._path, line)
         self._known[key, self.machine] = found
         return found
 
-    def _read(self) -> dict[tuple[str, str], Figures]:
-        known = {}
-        for number, line in enumerate(self._path.read_text("utf-8").splitlines() if self._path.exists() else (), 1):
-            try:
-                one = json.loads(line)
-            except ValueError:
-                print(f"{self._path}, line {number} is not whole and is skipped", file=sys.stderr)
-                continue
-            known[one["key"], one["machine"]] = one["found"]
-        return known
 
-    def _append(self, line: str) -> None:
-        """Add a line, durable before this returns. A killed run may have left half a line before it."""
-        self._path.parent.mkdir(exist_ok=True)
-        with self._path.open("ab+") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
-            before = b"" if stream.read(1) in (b"", b"\n") else b"\n"
-            stream.write(before + line.encode() + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file, none where it does not exist. A line that a killed run left half-written is skipped."""
+    found = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else (), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            print(f"{path}, line {number} is not whole and is skipped", file=sys.stderr)
+    return found
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Add a JSON line, durable before this returns. A killed run may have left half a line before it."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("ab+") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
+        before = b"" if stream.read(1) in (b"", b"\n") else b"\n"
+        stream.write(before + json.dumps(line, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def machine(threads: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from engine_parts.report import Line
 from learning_parts.kept import Figures
 from learning_parts.ours import Bench, defaults
-from tasks import write_project
+from task_projects import write_project
 
 TASK, ROWS = "home", 300
 CANARIES = {"each": 20, "repeats": [1, 4], "controls": 128}
