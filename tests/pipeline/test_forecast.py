@@ -17,6 +17,7 @@ from tunesmith.pipeline import forecast as pipeline_forecast
 from tunesmith.pipeline import held_out
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.forecast import curve
+from tunesmith.pipeline.stages import REVISIONS
 from tunesmith.services.evaluation import report, report_page
 from tunesmith.services.forecast import Forecast, forecast, forecast_page
 from tunesmith.store.store import Store
@@ -128,13 +129,13 @@ def test_another_rule_makes_the_forecast_again_of_the_same_curve(
 
     def conclude(store: Store, curve: str, *given: Any) -> dict[str, Any]:
         concluded.append(curve)
-        return {**real(store, curve, *given), "decision": "don't"}
+        return {**real(store, curve, *given), "decision": "train"}
 
     monkeypatch.setattr(pipeline_forecast, "conclude", conclude)
-    assert forecast(project, budget=BUDGET).decision == found.decision == "undecided"
+    assert forecast(project, budget=BUDGET).decision == found.decision == "don't"
     assert not concluded
-    monkeypatch.setattr(pipeline_forecast, "RULE", pipeline_forecast.RULE + 1)
-    assert forecast(project, budget=BUDGET).decision == "don't"
+    monkeypatch.setitem(REVISIONS, "forecast", REVISIONS["forecast"] + 1)
+    assert forecast(project, budget=BUDGET).decision == "train"
     assert concluded == [project.store.record(found.forecast).parents["curve"]]
 
 

@@ -41,10 +41,6 @@ from tunesmith.training.batches.rows import TrainingRow, training_rows
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.subsets import nested, subset_settings
 
-# The rule in evaluation/forecasting that makes a forecast of a curve. Raise it when the rule says something else of the
-# same curve: a forecast that is known is then made again, without training again.
-RULE = 2
-
 
 @dataclass(frozen=True)
 class _Forecast:
@@ -112,7 +108,6 @@ def forecast(context: PipelineContext, name: str, *, budget: float, goal: float 
         tokens={each: endpoint.price for each, endpoint in endpoints.items() if endpoint.price},
     )
     inputs = {
-        "rule": RULE,
         "curve": measured,
         "goal": wanted.goal,
         "over": wanted.over,
