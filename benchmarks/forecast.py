@@ -3,11 +3,11 @@
     python benchmarks/forecast.py [--minutes 10]       # trains what is missing; every finished part is kept
     python benchmarks/forecast.py --table              # the forecasts of what was trained so far, against what came
 
-For each task of tasks.py, and for versions of them where tuning cannot pay (shuffled or partly wrong answers, test
-requests that are near copies of training rows), models are trained on nested subsets that double in size. A case is a
-task with N rows: its forecast sees the subsets up to N/2 and the held-out rows, and what came is the training on all N
-rows, scored on test requests that the forecast never reads. Untuned candidates are the base with the task's prompt, the
-nearest training row and, for labels, a classifier. Results are lines of results/forecast.jsonl.
+For each task of tasks.py, and for versions of them where tuning cannot pay (shuffled or partly wrong answers), models
+are trained on nested subsets that double in size. A case is a task with N rows: its forecast sees subsets of up to N/2,
+N/4 or N/8 rows and the held-out rows, and what came is the training on all N rows, scored on test requests that the
+forecast never reads. Untuned candidates are the base with the task's prompt, the nearest training row and, for labels,
+a classifier. Results are lines of results/forecast.jsonl.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ def ladders(folder: Path) -> list[Ladder]:
     """What is trained, in the order in which it is."""
     known = tasks(folder)
     plan = [
-        ("home", "", 400), ("snips", "", 400), ("banking77", "", 400), ("home", "copies", 400), ("intents", "", 400),
-        ("music", "", 400), ("intents", "shuffled", 400), ("clinc150", "", 800),
-        ("choices", "", 400), ("banking77", "half wrong", 400), ("wording", "", 400), ("masking", "", 400),
-        ("home", "shuffled", 400), ("relevance", "", 400), ("music", "copies", 400), ("clinc150", "shuffled", 400),
-        ("personal", "", 200), ("calls", "", 200), ("xquad", "", 200),
+        ("home", "", 400), ("snips", "", 400), ("banking77", "", 400), ("intents", "", 400),
+        ("intents", "shuffled", 400), ("music", "", 400), ("banking77", "half wrong", 400), ("choices", "", 400),
+        ("wording", "", 400), ("home", "shuffled", 400), ("clinc150", "", 400), ("relevance", "", 400),
+        ("masking", "", 400), ("clinc150", "shuffled", 400), ("personal", "", 200), ("xquad", "", 200),
+        ("calls", "", 200),
     ]  # fmt: skip
     return [Ladder(_changed(known[name], change), change, top) for name, change, top in plan if name in known]
 
@@ -133,7 +133,7 @@ class Rows:
 
 
 def rows_of(ladder: Ladder) -> Rows:
-    """A ladder's rows. In `copies`, held-out and test requests are training rows with other capitals and an end."""
+    """A ladder's rows."""
     task = ladder.task
     split = task.split(ladder.top, held=HELD)
     groups = dict(zip(task.rows, task.groups, strict=True))
@@ -141,13 +141,7 @@ def rows_of(ladder: Ladder) -> Rows:
     random.Random(f"forecast {ladder.name}").shuffle(order)
     place = {group: number for number, group in enumerate(order)}
     train = tuple(sorted(split.train, key=lambda row: place[groups[row]]))
-    if ladder.change != "copies":
-        return Rows(train, split.held, task.test)
-    draw = random.Random("forecast copies")
-    # Copies of the first rows only, so that every case's training rows hold them.
-    first = [(f"please {request.lower()}", answer) for request, answer in train[: min(ladder.cases)]]
-    draw.shuffle(first)
-    return Rows(train, tuple(first[::2]), tuple(first[1::2]))
+    return Rows(train, split.held, task.test)
 
 
 def parts(ladder: Ladder) -> Iterator[dict[str, Any]]:
@@ -330,11 +324,10 @@ def _case(
     rival = max(test, key=lambda name: sum(test[name]))
     came = scored(whole, "test")
     score = sum(came) / len(came)
-    trained = [("start", 0, 0), *subsets]
     measured = Subsets(
         sizes=tuple(worth(each, EPOCHS) for each in sizes),
-        losses=np.array([lines[key]["losses"] for key in trained]).T,
-        scores=np.array([scored(key, "held") for key in trained]).T,
+        losses=np.array([lines[key]["losses"] for key in subsets]).T,
+        scores=np.array([scored(key, "held") for key in subsets]).T,
         untuned=np.array(list(held.values())).T,
         groups=_groups(ladder),
     )

@@ -16,7 +16,6 @@ def made_up(
     sizes: tuple[float, ...],
     means: list[float],
     *,
-    start: float = 0.002,
     untuned: float | None = 0.4,
     rows: int = 240,
     each: int = 1,
@@ -24,15 +23,15 @@ def made_up(
 ) -> Subsets:
     """Answers of which these shares are right, with losses that fit them; the rows of a group are all as hard.
 
-    start: the share before training. untuned: the share of an untuned candidate, None for none. each: rows of a group.
+    untuned: the share of an untuned candidate, None for none. each: rows of a group.
     """
     draw = np.random.RandomState(seed)
     hard = np.repeat(draw.permutation((np.arange(-(-rows // each)) + 0.5) / -(-rows // each)), each)[:rows]
     normal = NormalDist()
     deviations = np.array([normal.inv_cdf(float(one)) for one in hard])
-    shifts = np.array([normal.inv_cdf(min(0.998, max(0.002, mean))) for mean in (start, *means)])
+    shifts = np.array([normal.inv_cdf(min(0.998, max(0.002, mean))) for mean in means])
     logs = _MIDDLE + _SPREAD * (deviations[:, None] - shifts) + 0.2 * draw.standard_normal((rows, len(shifts)))
-    scores = (hard[:, None] < np.array([start, *means])).astype(float)
+    scores = (hard[:, None] < np.array(means)).astype(float)
     others: Floats = np.empty((rows, 0))
     if untuned is not None:
         others = (draw.random_sample(rows) < untuned).astype(float)[:, None]

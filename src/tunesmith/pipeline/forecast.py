@@ -202,9 +202,6 @@ def _ask_untuned(made: _Forecast) -> tuple[dict[str, dict[str, Any]], int]:
         file = work / f"{part}-{list(asking).index(who):03d}.json"
         return kept(file, lambda: ask_held_out(context, *asking[who], some))
 
-    def start() -> dict[str, Any]:
-        return ask_losses(context.model.engine(), asking[START][0], rows[:TIMED])
-
     timed = {who: ask(who, "timed", rows[:TIMED]) for who in asking}
 
     def decided() -> dict[str, Any]:
@@ -214,7 +211,7 @@ def _ask_untuned(made: _Forecast) -> tuple[dict[str, dict[str, Any]], int]:
     many = kept(work / "held.json", decided)["rows"]
     context.progress.say(f"{made.name}: asking {many} rows that are held out of the subsets")
     found = {who: together([timed[who], ask(who, "rest", rows[TIMED:many])]) for who in made.untuned}
-    return {START: {**timed[START], **kept(work / "start-losses.json", start)}, **found}, many
+    return {START: timed[START], **found}, many
 
 
 def _subset(made: _Forecast, rows: Sequence[Example], epochs: int, asked: int) -> dict[str, Any]:

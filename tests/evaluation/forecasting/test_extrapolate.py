@@ -34,7 +34,7 @@ def test_a_clear_lift_a_clear_loss_and_neither() -> None:
 
 
 def test_an_untuned_candidate_that_is_always_right_leaves_nothing_to_gain() -> None:
-    found = extrapolate(_measured([0.9, 1.0, 1.0, 1.0], 1.0, start=1.0), _whole(), 0.02)
+    found = extrapolate(_measured([0.9, 1.0, 1.0, 1.0], 1.0), _whole(), 0.02)
     assert found["decision"] == "don't"
     assert found["needed"]["median"] is None
     assert found["needed"]["never"] > 0.9
@@ -42,11 +42,9 @@ def test_an_untuned_candidate_that_is_always_right_leaves_nothing_to_gain() -> N
 
 def test_scores_of_nought_are_forecast_from_the_losses() -> None:
     def after(logs: list[float], rows: int) -> dict[str, Any]:
-        measured = _measured([0.0] * 4, 0.4, start=0.0)
-        means = np.array([4.4, *logs])
-        return extrapolate(
-            replace(measured, losses=np.exp(np.log(measured.losses[:, :1]) * 0.1 + means)), _whole(rows), 0.05
-        )
+        measured = _measured([0.0] * 4, 0.4)
+        spread = np.log(measured.losses) - np.log(measured.losses).mean(axis=0)
+        return extrapolate(replace(measured, losses=np.exp(0.3 * spread + np.array(logs))), _whole(rows), 0.05)
 
     falling, still = after([3.6, 2.9, 2.3, 1.7], 2900), after([3.6, 3.5, 3.48, 3.47], 2900)
     assert falling["score"]["high"] > 0.4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from tunesmith.candidates.settings import TokenPrice
 from tunesmith.core.errors import Inconclusive
 from tunesmith.evaluation.forecasting.extrapolate import CONFIDENCE, Whole, extrapolate, worth
-from tunesmith.evaluation.forecasting.plan import START, epochs_of
+from tunesmith.evaluation.forecasting.plan import epochs_of
 from tunesmith.evaluation.lines import LineFile, is_number, is_share
 from tunesmith.evaluation.prices import money_of
 from tunesmith.evaluation.scores import rounded
@@ -83,23 +82,22 @@ def _subsets(store: Store, record: Record, over: str | None) -> Subsets:
             raise Inconclusive(f"{value!r} is no {'loss' if loss else 'number from 0 to 1'}", where=place)
         rows[line["candidate"], line["metric"]][line["id"]] = float(value)
         groups[line["id"]] = line["group"]
-    trained = [START, *(f"{each['rows']} rows" for each in body["subsets"])]
+    subsets = [f"{each['rows']} rows" for each in body["subsets"]]
     untuned = [name for name in body["untuned"] if over in (None, name)]
-    # Rows that the base was asked before the training come first.
-    ids = sorted(groups, key=lambda each: (each not in rows[START, body["metric"]], each))
-    wanted = [(name, metric) for name in trained for metric in (body["metric"], LOSS)]
+    ids = sorted(rows[subsets[0], LOSS])
+    wanted = [(name, metric) for name in subsets for metric in (body["metric"], LOSS)]
     wanted += [(name, body["metric"]) for name in untuned]
-    if not all(rows[key] and (key[0] == START or len(rows[key]) == len(ids)) for key in wanted):
+    if not ids or not all(rows[key].keys() == set(ids) for key in wanted):
         raise Inconclusive("the forecast's scores are not of the same rows for everyone", where="scores.jsonl")
 
     def columns(names: Sequence[str], metric: str) -> Floats:
-        found = [[rows[name, metric].get(each, math.nan) for each in ids] for name in names]
+        found = [[rows[name, metric][each] for each in ids] for name in names]
         return np.array(found).T.reshape(len(ids), len(names))
 
     return Subsets(
         sizes=tuple(worth(each["rows"], each["epochs"]) for each in body["subsets"]),
-        losses=columns(trained, LOSS),
-        scores=columns(trained, body["metric"]),
+        losses=columns(subsets, LOSS),
+        scores=columns(subsets, body["metric"]),
         untuned=columns(untuned, body["metric"]),
         groups=[groups[each] for each in ids],
     )

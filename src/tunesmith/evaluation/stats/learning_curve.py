@@ -4,10 +4,10 @@ What is extrapolated is the loss of the expected answers, since it falls evenly 
 wholly right: scores such as exact matches stay at zero for a while and then rise steeply (Schaeffer et al. 2023, "Are
 Emergent Abilities of Large Language Models a Mirage?"). The mean over rows of the logarithm of an answer's loss follows
 
-    log(floor + (start - floor) * (1 + (n / half) ** sharp) ** (-tail / sharp))
+    log(most * (floor + (1 - floor) * (1 + (n / half) ** sharp) ** (-tail / sharp)))
 
-after a training on n rows: from `start`, the loss before training, little change at first, then a power law with
-exponent `tail` towards `floor` (Hestness et al. 2017, "Deep Learning Scaling is Predictable, Empirically"; Rosenfeld et
+after a training on n rows: little change at first, once the form of the answers is learned, then a power law with
+exponent `tail` towards a floor (Hestness et al. 2017, "Deep Learning Scaling is Predictable, Empirically"; Rosenfeld et
 al. 2020, "A Constructive Prediction of the Generalization Error Across Scales"). A logistic curve says how the score of
 an answer depends on its loss; it is fitted to the answers of all subsets (two steps as in Grattafiori et al. 2024, "The
 Llama 3 Herd of Models", section 3.2.1).
@@ -64,9 +64,8 @@ SPREAD = Spread(noise=0.06, stray=0.10)
 class Subsets:
     """What was measured. sizes: rows of each training, ascending.
 
-    losses, scores: of the expected and the given answers, held-out rows x (before training, each size). The first
-    column may be NaN for the last rows, which were not asked before training. untuned: scores, held-out rows x untuned
-    candidates. groups: one name for each held-out row.
+    losses, scores: of the expected and the given answers, held-out rows x sizes. untuned: scores, held-out rows x
+    untuned candidates. groups: one name for each held-out row.
     """
 
     sizes: tuple[float, ...]
@@ -80,10 +79,9 @@ class Subsets:
 class Drawn:
     """Curves drawn for what was measured, with the untuned candidate's score that each is compared with.
 
-    largest: rows of the largest subset. curves: resamplings x curves x (start, floor, half, sharp, tail), start and
-    floor as logarithms. means: resamplings x _CHANGES, the mean score where every logarithm of a loss after the largest
-    subset changes by so much. strays: resamplings x curves, standard normal. untuned: resamplings; NaN where there is
-    no untuned candidate.
+    largest: rows of the largest subset. curves: resamplings x curves x (floor, half, sharp, tail). means: resamplings x
+    _CHANGES, the mean score where every logarithm of a loss after the largest subset changes by so much. strays:
+    resamplings x curves, standard normal. untuned: resamplings; NaN where there is no untuned candidate.
     """
 
     largest: float
@@ -95,7 +93,7 @@ class Drawn:
 
     def scores(self, rows: float) -> Floats:
         """The mean score after a training on so many rows: one for each draw."""
-        change = _log_loss(self.curves, rows) - _log_loss(self.curves, self.largest)
+        change = _log_share(self.curves, rows) - _log_share(self.curves, self.largest)
         found = np.stack([np.interp(moved, _CHANGES, mean) for moved, mean in zip(change, self.means, strict=True)])
         doublings = max(0.0, float(np.log2(max(rows, 1e-9) / self.largest)))
         angles = to_angle(found) + self.strays * self.spread.stray * np.sqrt(doublings)
@@ -112,20 +110,15 @@ def draw_curves(measured: Subsets, seed: int = 0, spread: Spread = SPREAD) -> Dr
     random = np.random.RandomState(seed)
     weights = _row_weights(measured.groups, random)
     logs = np.log(np.maximum(measured.losses, _LEAST_LOSS))
-    asked = ~np.isnan(measured.losses[:, 0])
-    means = weights @ logs[:, 1:]
-    fell = weights[:, asked] @ (logs[asked, 0] - logs[asked, -1]) / weights[:, asked].sum(axis=1)
-    starts = means[:, -1] + fell
-    shapes = _shapes(random)
-    left = np.stack([_left(shapes[:, 1:], size) for size in measured.sizes], axis=1)
-    curves = np.empty((_RESAMPLED, _KEPT, 5))
-    for place, (seen, start) in enumerate(zip(means, starts, strict=True)):
-        expected = start + np.log(shapes[:, :1] + (1.0 - shapes[:, :1]) * left)
-        misfit = ((expected - seen) / spread.noise) ** 2
+    means, shapes = weights @ logs, _shapes(random)
+    shares = np.stack([_log_share(shapes, size) for size in measured.sizes], axis=1)
+    curves = np.empty((_RESAMPLED, _KEPT, shapes.shape[1]))
+    for place, seen in enumerate(means):
+        misfit = seen - shares
+        misfit = ((misfit - misfit.mean(axis=1, keepdims=True)) / spread.noise) ** 2
         log_chance = (-(_FREEDOM + 1) / 2 * np.log1p(misfit / _FREEDOM)).sum(axis=1)
         chance = np.exp(log_chance - log_chance.max())
-        chosen = shapes[random.choice(len(shapes), _KEPT, p=chance / chance.sum())]
-        curves[place] = np.column_stack([np.full(_KEPT, start), start + np.log(chosen[:, 0]), chosen[:, 1:]])
+        curves[place] = shapes[random.choice(len(shapes), _KEPT, p=chance / chance.sum())]
     untuned = (weights @ measured.untuned).max(axis=1) if measured.untuned.shape[1] else np.full(len(weights), np.nan)
     links = _links(logs, measured.scores, weights, random)
     moved = logs[:, -1:] + _CHANGES  # held-out rows x changes
@@ -144,27 +137,21 @@ def from_angle(angle: Floats) -> Floats:
     return np.sin(np.clip(angle, 0.0, np.pi) / 2.0) ** 2
 
 
-def _log_loss(curves: Floats, rows: float) -> Floats:
-    """The mean logarithm of the losses after so many rows: resamplings x curves."""
-    start, floor = curves[..., 0], curves[..., 1]
-    found: Floats = np.log(np.exp(floor) + (np.exp(start) - np.exp(floor)) * _left(curves[..., 2:], rows))
+def _log_share(curves: Floats, rows: float) -> Floats:
+    """The logarithm of the loss after so many rows, as a share of `most`. curves: ... x (floor, half, sharp, tail)."""
+    floor, half, sharp, tail = np.moveaxis(curves, -1, 0)
+    left = (1.0 + (rows / half) ** sharp) ** (-tail / sharp)
+    found: Floats = np.log(floor + (1.0 - floor) * left)
     return found
 
 
-def _left(shapes: Floats, rows: float) -> Floats:
-    """The share of the way from start to floor that is still left after so many rows."""
-    half, sharp, tail = np.moveaxis(shapes, -1, 0)
-    left: Floats = (1.0 + (rows / half) ** sharp) ** (-tail / sharp)
-    return left
-
-
 def _shapes(random: np.random.RandomState) -> Floats:
-    """Draws of (floor as a share of start, half, sharp, tail) from the priors."""
+    """Draws of (floor, half, sharp, tail) from the priors; floor as a share of `most`."""
     many = _CURVES
     floor = 10.0 ** -random.uniform(0.05, 4.0, many)
-    half = np.exp(random.normal(np.log(12.0), 1.3, many))
+    half = np.exp(random.normal(np.log(100.0), 1.3, many))
     sharp = np.exp(random.uniform(np.log(0.7), np.log(2.0), many))
-    tail = np.exp(random.normal(np.log(0.6), 0.6, many))
+    tail = np.exp(random.normal(np.log(0.9), 0.5, many))
     return np.stack([floor, half, sharp, tail], axis=1)
 
 
@@ -182,11 +169,11 @@ def _score(logs: Floats, link: Floats) -> Floats:
 
 
 def _links(logs: Floats, scores: Floats, weights: Floats, random: np.random.RandomState) -> Floats:
-    """The logistic curve of each resampling (intercept, slope), drawn around its fit to the answers after training."""
-    seen, given = logs[:, 1:].ravel(), scores[:, 1:].ravel()
+    """The logistic curve of each resampling (intercept, slope), drawn around its fit to all answers."""
+    seen, given = logs.ravel(), scores.ravel()
     found = np.empty((len(weights), 2))
     for place, weight in enumerate(weights):
-        counted = np.repeat(weight, logs.shape[1] - 1) * len(weight)
+        counted = np.repeat(weight, logs.shape[1]) * len(weight)
         link, covariance = _fit_link(seen, given, counted)
         found[place] = link + np.linalg.cholesky(covariance) @ random.standard_normal(2)
     found[:, 1] = np.maximum(found[:, 1], 0.0)  # a score does not fall where the loss does
