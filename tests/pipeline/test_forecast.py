@@ -164,7 +164,7 @@ def test_the_report_shows_the_forecast_next_to_what_came(project: Project, found
     project.run()
     shown = report(project)
     assert shown.forecast is not None
-    assert shown.forecast["forecast"] == found.forecast or shown.forecast["goal"] == -0.99
+    assert shown.forecast["name"] == found.name
     outcome = shown.forecast_outcome
     assert outcome is not None
     came = next(row for row in shown.candidates if row.name == "tuned").metrics["exact_match"].mean
