@@ -41,6 +41,15 @@ def _random(dtype: torch.dtype, *size: int, seed: int = 0) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def _in_pages(k: Tensor, v: Tensor, page: int) -> ops.PrefixPages:
+    """Keys and values [K, P, D] copied to pages, the last one filled up with zeros."""
+    length, packing = k.shape[1], 4 // k.dtype.itemsize
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, -length % page)) for x in (k, v))
+    k, v = (x.unflatten(1, (-1, page)).transpose(0, 1) for x in (k, v))
+    keys = k.unflatten(3, (-1, packing)).permute(0, 1, 3, 2, 4)
+    return ops.PrefixPages(keys.contiguous(), v.unflatten(2, (-1, packing)).transpose(3, 4).contiguous(), length)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 def test_with_a_compiler_there_are_kernels() -> None:
     """A source that does not compile would leave everything to the portable path, without a word."""
@@ -186,7 +195,7 @@ def test_a_decoding_step(
         keys, values = (_random(dtype, 30, *shape, seed=seed) for seed, shape in enumerate(shapes))
         q = ops.decode_split(qkv, angles.cos(), angles.sin(), keys, values, places)
         out = torch.zeros(rows, kv * group * size, dtype=dtype)
-        early = ops.in_pages(shared[0], shared[1], page) if prefix else None
+        early = _in_pages(shared[0], shared[1], page) if prefix else None
         ops.decode_mix(q, early, keys, values, places, behind, out, 0.3)
         assert not out[0].any(), "a row of another group"
         return [q, keys, values, out]
@@ -211,7 +220,7 @@ def test_decoding_a_row_does_not_depend_on_other_rows(monkeypatch: pytest.Monkey
     rows, kv, group, size, page = 25, 2, 3, 64, 32
     q = _random(dtype, kv, rows, group, size)
     keys, values = (_random(dtype, rows, *each, seed=1) for each in ops.page_shapes(kv, page, size, dtype))
-    early = ops.in_pages(_random(dtype, kv, 37, size, seed=2), _random(dtype, kv, 37, size, seed=3), page)
+    early = _in_pages(_random(dtype, kv, 37, size, seed=2), _random(dtype, kv, 37, size, seed=3), page)
 
     def mixed(chosen: range, threads: int = 1) -> Tensor:
         monkeypatch.setattr(ops, "_threads", lambda: threads)
@@ -241,25 +250,46 @@ def test_decoding_a_row_does_not_depend_on_other_rows(monkeypatch: pytest.Monkey
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_prefilled_keys_and_values_go_into_pages(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    kv, rows, longest, size, page = 2, 3, 20, 8, 16
-    k, v = _random(dtype, kv, rows, longest, size), _random(dtype, kv, rows, longest, size, seed=1)
-    lengths = (20, 3, 17)
-    row, place = (
-        torch.tensor([each[n] for each in [(r, p) for r, n in enumerate(lengths) for p in range(n)]]) for n in (0, 1)
-    )
-    pages, within = row * 2 + place // page, place % page
+@pytest.mark.parametrize("prefix", [0, 21, 64])
+@pytest.mark.parametrize(("group", "size", "page"), [(2, 8, 16), (3, 64, 32), (5, 32, 32), (1, 40, 48)])
+def test_a_prompt_in_parts(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, prefix: int, group: int, size: int, page: int
+) -> None:
+    """On tiles the same bits wherever it is divided, and whatever was left behind it in its pages."""
+    tokens, kv, first = 75, 2, 3  # tokens of another row come first
+    qkv, angles = _random(dtype, first + tokens, kv * (group + 2) * size), torch.randn(first + tokens, size // 2)
+    pages = torch.randperm(12, generator=torch.Generator().manual_seed(1))[: tokens // page + 1]
+    shared = [_random(dtype, kv, prefix, size, seed=seed) for seed in (3, 4)]
+    early = _in_pages(shared[0], shared[1], page) if prefix else None
 
-    def run() -> list[Tensor]:
-        keys, values = (torch.zeros(6, *each, dtype=dtype) for each in ops.page_shapes(kv, page, size, dtype))
-        ops.decode_keep(k, v, row, place, pages, within, keys, values)
-        return [keys, values]
+    def run(*cuts: int, prompt: bool = True) -> Tensor:
+        keys, values = (
+            torch.full((13, *each), float("nan"), dtype=dtype) for each in ops.page_shapes(kv, page, size, dtype)
+        )
+        parts = []
+        for start, end in zip((0, *cuts), (*cuts, tokens), strict=True):
+            rows = [*range(first), *range(first + start, first + end)]
+            table = torch.full((len(rows), len(pages)), 12)
+            table[first:] = pages
+            lengths = torch.tensor([*range(first), *range(start, end)])
+            places = ops.Places(table, lengths, kv, group, size, page)
+            q = ops.decode_split(qkv[rows], angles[rows].cos(), angles[rows].sin(), keys, values, places)
+            out = torch.zeros(len(rows), kv * group * size, dtype=dtype)
+            ops.decode_mix(q, early, keys, values, places, slice(first, len(rows)), out, 0.3, prompt=prompt)
+            assert not out[:first].any(), "another row"
+            parts.append(out[first:])
+        return torch.cat(parts)
 
-    compiled, portable = _both(monkeypatch, run)
-    for one, other in zip(compiled, portable, strict=True):
-        assert torch.equal(one, other)
-    for plain, new in zip(ops.places_of(*compiled), (k, v), strict=True):
-        assert torch.equal(plain[pages, :, within], new[:, row, place].transpose(0, 1))
+    whole = run()
+    _same(whole, run(prompt=False))
+    parts = run(1, 33, 34, 70)
+    _same(whole, parts)
+    if dtype == torch.bfloat16 and native.library().tiles() and (size % 32, page) == (0, 32):
+        assert torch.equal(whole, parts)
+        monkeypatch.setattr(ops, "_threads", lambda: 3)
+        assert torch.equal(whole, run())
+    compiled, portable = _both(monkeypatch, lambda: run(40))
+    _same(compiled, portable)
 
 
 @needs_kernels

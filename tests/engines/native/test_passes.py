@@ -47,10 +47,12 @@ def _adapter(folder: Path, network: Network, name: str, **how: int) -> PackedAda
     return pack(network, read_adapter(write_adapter(folder.parent / name, base, strength=0.5, **how), network, base))
 
 
-def _given(network: Network, adapters: list[PackedAdapter | None]) -> list[list[tuple[int, object]]]:
+def _given(
+    network: Network, adapters: list[PackedAdapter | None], most_rows: int = 6
+) -> list[list[tuple[int, object]]]:
     """Tokens and scores of rows that come and go, some behind a prefix, some long, while memory grows."""
     prefix = Prefix(tuple(_prompt(0, 40)), adapters[0])
-    batch = RunningBatch(network, frozenset({END}), most_rows=6)
+    batch = RunningBatch(network, frozenset({END}), most_rows)
     heard = [Heard() for _ in range(12)]
     rows = []
     for seed, told in enumerate(heard):
@@ -58,12 +60,13 @@ def _given(network: Network, adapters: list[PackedAdapter | None]) -> list[list[
         behind = prefix if adapter is adapters[0] and seed % 2 == 0 else None
         length = 90 if seed == 7 else 3 + 5 * seed
         rows.append(_row(_prompt(seed + 1, length), told, 30 + 9 * seed, prefix=behind, adapter=adapter, top=2))
-    for step in range(400):
-        if step % 5 == 0 and rows:
+    step = 0
+    while rows or batch:
+        if step % 5 == 0:
             batch.waiting.extend(rows[:3])
             del rows[:3]
         batch.step()
-    assert not batch
+        step += 1
     assert all(told.ended == [None] for told in heard)
     return [list(zip(told.tokens, told.scores, strict=True)) for told in heard]
 
@@ -85,6 +88,19 @@ def test_a_native_pass_equals_its_kernels(folder: Path, kind: str, monkeypatch: 
     runs.clear()
     assert found == _given(network, adapters)
     assert not runs
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_numbers_do_not_depend_on_other_rows(folder: Path, several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit: whichever rows are in a pass, and wherever it divides a prompt."""
+    network = load_network(folder)
+    adapters: list[PackedAdapter | None] = [None]
+    if several:
+        adapters += [_adapter(folder, network, "a", rank=4, seed=1), _adapter(folder, network, "b", rank=7, seed=2)]
+    together = _given(network, adapters)
+    monkeypatch.setattr(running_batch, "_CHUNK", 23)
+    assert _given(network, adapters) == together
+    assert _given(network, adapters, most_rows=1) == together
 
 
 def test_native_passes_fit_networks_like_llama_only(tmp_path: Path) -> None:

@@ -147,8 +147,8 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
 
     @contextlib.contextmanager
     def _decoding(self, rows: Sequence[Row]) -> Iterator[None]:
-        """Decode rows within a with block, in the order of their lengths: similar ones are then prefilled together."""
-        self._scheduler.submit(sorted(rows, key=lambda row: -len(row.ids)))
+        """Decode rows within a with block."""
+        self._scheduler.submit(rows)
         try:
             yield
         finally:

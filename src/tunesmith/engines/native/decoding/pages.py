@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import Refused
 from tunesmith.engines.native.network.network import Network
-from tunesmith.engines.native.network.ops import page_shapes
+from tunesmith.engines.native.network.ops import PrefixPages, page_shapes
 from tunesmith.engines.native.runtime import LargePages
 
 PAGE = 32  # places
@@ -98,3 +98,14 @@ class PageCache:
             for part, page in enumerate(page_shapes(shape.kv_heads, PAGE, shape.head, memory.dtype))
         )
         self._free = list(range(len(memory) - 1, -1, -1))
+
+
+def prefix_pages(network: Network, length: int) -> list[PrefixPages]:
+    """Pages for the keys and values of a prefix of so many tokens, in every layer."""
+    shape, dtype, pages = network.shape, network.dtype, -(-length // PAGE)
+    keys, values = page_shapes(shape.kv_heads, PAGE, shape.head, dtype)
+    # Zeros, as in PageCache.
+    return [
+        PrefixPages(torch.zeros(pages, *keys, dtype=dtype), torch.zeros(pages, *values, dtype=dtype), length)
+        for _ in range(shape.layers)
+    ]

@@ -1,42 +1,42 @@
-"""What the running batch decodes: rows, and the prefixes that rows share.
-
-Shapes: K key/value heads, D head size.
-"""
+"""What the running batch decodes: rows, and the prefixes that rows share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from tunesmith.engines.constraint import Guide
 from tunesmith.engines.native.adapters.adapter import PackedAdapter
-from tunesmith.engines.native.decoding.pages import PAGE
-from tunesmith.engines.native.network import ops
+from tunesmith.engines.native.network.ops import PrefixPages
 from tunesmith.engines.sampling import Listener, Sampling
-
-_SHORT = 64  # tokens; a longer prompt's attention is faster in a product for itself than in the others' pass
 
 
 @dataclass(eq=False, slots=True)
 class Prefix:
-    """What several prompts under one adapter begin with. keys, values: [K, prefilled, D] of every layer, of the tokens
-    that were prefilled already."""
+    """What several prompts under one adapter begin with.
+
+    layers: the keys and values of every layer, once prefilling has begun. A pass prefills it as it does a row.
+    """
 
     ids: tuple[int, ...]
     adapter: PackedAdapter | None
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    layers: list[PrefixPages] = field(default_factory=list)
     prefilled: int = 0
-    _pages: list[ops.PrefixPages] | None = None
+    prefix: ClassVar[None] = None
+    start: ClassVar[int] = 0
 
-    def pages(self) -> list[ops.PrefixPages]:
-        """The keys and values of every layer in pages, as decoding reads them. All tokens must be prefilled."""
-        if self._pages is None:
-            self._pages = [ops.in_pages(*each, PAGE) for each in zip(self.keys, self.values, strict=True)]
-        return self._pages
+    @property
+    def pages(self) -> Sequence[int]:
+        """The numbers of its pages in layers."""
+        return range(len(self.layers[0].keys))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tokens are prefilled."""
+        return self.prefilled == len(self.ids)
 
 
 @dataclass(eq=False, slots=True)
@@ -59,12 +59,6 @@ class Row:
     prefilled: int = 0  # tokens of ids
     given: list[int] = field(default_factory=list)
     generator: torch.Generator | None = None
-
-    @property
-    def joins_pass(self) -> bool:
-        """Whether its prompt is short and its prefix complete, so that the other rows' pass prefills it."""
-        complete = self.prefix is None or self.prefix.prefilled == len(self.prefix.ids)
-        return complete and len(self.ids) <= _SHORT
 
     @property
     def start(self) -> int:

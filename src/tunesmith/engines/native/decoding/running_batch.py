@@ -2,11 +2,10 @@
 
 What several prompts begin with is computed once. A row's keys and values lie in pages (Kwon et al. 2023, vLLM). All of
 its pages are reserved when it joins, so no row is ever evicted. Rows join in the order in which they arrived, so no row
-waits forever. Short prompts are prefilled in the pass that decodes the other rows. Long prompts are prefilled in chunks
-between two passes (Agrawal et al. 2023, Sarathi).
+waits forever. One pass decodes rows and prefills parts of prompts, so that it reads the weights once for both (Agrawal
+et al. 2023, Sarathi).
 
-Shapes: B rows, T tokens of a pass, M width, K key/value heads, G query heads for each, P tokens of a shared prefix,
-D head size.
+Shapes: B rows, T tokens of a pass, M width.
 """
 
 from __future__ import annotations
@@ -22,10 +21,9 @@ from tunesmith.core.errors import Refused
 from tunesmith.engines.constraint import mask_disallowed_
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, adapted_linear
 from tunesmith.engines.native.adapters.batch import AdapterBatch
-from tunesmith.engines.native.decoding.pages import PAGE, PageCache
+from tunesmith.engines.native.decoding.pages import PAGE, PageCache, prefix_pages
 from tunesmith.engines.native.decoding.rows import Prefix, Row
 from tunesmith.engines.native.network import ops
-from tunesmith.engines.native.network.attention import Blocks, Layout, mix
 from tunesmith.engines.native.network.network import Attend, Linear, Network, angles, forward, frozen_linear, logits
 from tunesmith.engines.native.network.passes import FactorsAt, Pass, fits
 from tunesmith.engines.sampling import sample, score_of
@@ -33,7 +31,7 @@ from tunesmith.engines.sampling import sample, score_of
 MOST_ROWS = 64
 _MOST_ADAPTERS = 8  # in one batch: every row pays for the products of all of them
 _CACHE_BYTES = 1 << 30
-_CHUNK = 512  # prompt tokens that are prefilled between two passes
+_CHUNK = 512  # prompt tokens in a pass at most
 
 
 class RunningBatch:
@@ -71,16 +69,26 @@ class RunningBatch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Admit rows, prefill a chunk of prompt tokens, and give each prefilled row its next token."""
+        """Admit rows, prefill parts of prompts, and give each prefilled row its next token."""
         self._admit()
-        prefilled = self._prefill_some()
-        plan = self._plan_pass()
-        if plan is not None:
-            self._choose_tokens(plan.rows, self._run_pass(plan))
-        if prefilled:
-            hidden = torch.stack([last for _, last in prefilled])
-            self._choose_tokens([row for row, _ in prefilled], logits(self._network, hidden))
+        self._prefill_prefix()
+        decoded, prompts = [row for row in self.rows if row.given], self._next_prompts()
+        if prompts or (decoded and self._plan is None):
+            self._plan = _PassPlan(self._network, decoded, prompts, self._weights)
+        plan = self._plan
+        if plan is None:
+            return
+        hidden = self._run_pass(plan, (self.cache.keys, self.cache.values))
+        plan.places.grow()
+        for row, part in prompts:
+            row.prefilled += len(part)
+        if prompts:
             self._plan = None
+        rows = [*plan.decoded, *(row for row, _ in prompts)]
+        complete = [number for number, row in enumerate(rows) if row.prefilled == len(row.ids)]
+        if complete:
+            scores = logits(self._network, hidden[plan.last[complete]])
+            self._choose_tokens([rows[number] for number in complete], scores)
 
     def _admit(self) -> None:
         """Let waiting rows join in their order: a row that does not fit yet is not overtaken."""
@@ -104,132 +112,59 @@ class RunningBatch:
         self.cache.free(row.pages)
         self._plan = None
 
-    # Prefilling long prompts and prefixes
+    # Passes
 
-    def _prefill_some(self) -> list[tuple[Row, Tensor]]:
-        """Prefill a chunk of the oldest unfinished prefix or long prompt, or several long prompts that fit together.
-
-        Returns the rows whose prompt is complete, each with the hidden state [M] of its last token.
-        """
-        unfinished = [row for row in self.rows if row.prefilled < len(row.ids) and not row.joins_pass]
-        if not unfinished:
-            return []
-        first, prefix = unfinished[0], unfinished[0].prefix
-        linear = self._weights([first.adapter]).linear
-        if prefix is not None and prefix.prefilled < len(prefix.ids):
-            self._prefill_prefix(prefix, linear)
-            return []
-        chosen = [first]
-        longest = min(_CHUNK, len(first.ids) - first.prefilled)
-        for row in unfinished[1:] if len(first.ids) <= _CHUNK else ():
-            padded = max(longest, len(row.ids)) * (len(chosen) + 1)
-            if (row.prefix, row.adapter) == (prefix, first.adapter) and padded <= _CHUNK:
-                longest = max(longest, len(row.ids))
-                chosen.append(row)
-        parts = [row.ids[row.prefilled : row.prefilled + longest] for row in chosen]
-        hidden = self._prefill(first, chosen, parts, linear)
-        for row, part in zip(chosen, parts, strict=True):
-            row.prefilled += len(part)
-        complete = [(row, last) for row, last in zip(chosen, hidden, strict=True) if row.prefilled == len(row.ids)]
-        if not complete:  # other long prompts get the next turn
-            self.rows.remove(first)
-            self.rows.append(first)
-        return complete
-
-    def _prefill(self, first: Row, rows: Sequence[Row], parts: Sequence[Sequence[int]], linear: Linear) -> Tensor:
-        """Prefill a part of each row, all with first's prefix; returns the hidden state of each part's last token,
-        [B, M]."""
-        places = [(row, row.prefilled + n) for row, part in zip(rows, parts, strict=True) for n in range(len(part))]
-        targets = (
-            torch.tensor([row.pages[place // PAGE] for row, place in places]),
-            torch.tensor([place % PAGE for _, place in places]),
-        )
-        pages = torch.tensor(first.pages)
-
-        def earlier(layer: int) -> tuple[Tensor, Tensor] | None:
-            found = [] if first.prefix is None else [(first.prefix.keys[layer], first.prefix.values[layer])]
-            if first.prefilled:
-                plain = ops.places_of(self.cache.keys[layer][pages], self.cache.values[layer][pages])
-                k, v = (x.transpose(0, 1).flatten(1, 2)[:, : first.prefilled] for x in plain)
-                found.append((k, v))
-            return None if not found else (torch.cat([k for k, _ in found], 1), torch.cat([v for _, v in found], 1))
-
-        def keep(layer: int, layout: Layout, blocks: Blocks) -> None:
-            caches = self.cache.keys[layer], self.cache.values[layer]
-            ops.decode_keep(blocks.k, blocks.v, layout.row_of, layout.place_of, *targets, *caches)
-
-        hidden = _forward_parts(self._network, linear, parts, first.start + first.prefilled, earlier, keep)
-        return hidden[torch.tensor([len(part) for part in parts]).cumsum(0) - 1]
-
-    def _prefill_prefix(self, prefix: Prefix, linear: Linear) -> None:
+    def _prefill_prefix(self) -> None:
+        """Prefill a part of the oldest unfinished prefix, in a pass of its own: its pages are not the cache's."""
+        prefix = next((row.prefix for row in self.rows if row.prefix is not None and not row.prefix.complete), None)
+        if prefix is None:
+            return
+        if not prefix.layers:
+            prefix.layers = prefix_pages(self._network, len(prefix.ids))
         part = prefix.ids[prefix.prefilled : prefix.prefilled + _CHUNK]
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
+        plan = _PassPlan(self._network, [], [(prefix, part)], self._weights)
+        self._run_pass(plan, ([layer.keys for layer in prefix.layers], [layer.values for layer in prefix.layers]))
+        prefix.prefilled += len(part)
 
-        def earlier(layer: int) -> tuple[Tensor, Tensor] | None:
-            return (prefix.keys[layer], prefix.values[layer]) if prefix.prefilled else None
-
-        def keep(_layer: int, _layout: Layout, blocks: Blocks) -> None:
-            keys.append(blocks.k[:, 0])
-            values.append(blocks.v[:, 0])
-
-        _forward_parts(self._network, linear, [part], prefix.prefilled, earlier, keep)
-        if prefix.prefilled:
-            keys = [torch.cat(both, 1) for both in zip(prefix.keys, keys, strict=True)]
-            values = [torch.cat(both, 1) for both in zip(prefix.values, values, strict=True)]
-        prefix.keys, prefix.values, prefix.prefilled = keys, values, prefix.prefilled + len(part)
-
-    # One pass of all prefilled rows and of short prompts
-
-    def _plan_pass(self) -> _PassPlan | None:
-        """The next pass: the newest token of each decoded row, and short prompts whole.
-
-        Most of a pass is spent on reading the weights. Putting both into one pass reads them once.
-        """
-        short, tokens = [], 0
+    def _next_prompts(self) -> list[tuple[Row, Sequence[int]]]:
+        """Rows with the parts of their prompts that the next pass prefills, up to _CHUNK tokens."""
+        found: list[tuple[Row, Sequence[int]]] = []
+        left = _CHUNK
         for row in self.rows:
-            if row.joins_pass and row.prefilled < len(row.ids) and tokens + len(row.ids) <= _CHUNK:
-                short.append(row)
-                tokens += len(row.ids)
-        decoded = [row for row in self.rows if row.given]
-        if short:
-            return _PassPlan(self._network, [*decoded, *short], self._weights)
-        if self._plan is None and decoded:
-            self._plan = _PassPlan(self._network, decoded, self._weights)
-        return self._plan
+            part = row.ids[row.prefilled : row.prefilled + left]
+            if part and (row.prefix is None or row.prefix.complete):
+                found.append((row, part))
+                left -= len(part)
+        if found and len(found[0][1]) == _CHUNK:  # other prompts get the next turn
+            self.rows.remove(found[0][0])
+            self.rows.append(found[0][0])
+        return found
 
-    def _run_pass(self, plan: _PassPlan) -> Tensor:
-        """Run a pass; returns the logits [B, vocabulary] of each row's last token."""
+    def _run_pass(self, plan: _PassPlan, caches: tuple[Sequence[Tensor], Sequence[Tensor]]) -> Tensor:
+        """Run a pass; returns the hidden states [T, M]. caches: pages of keys and of values, by layer."""
         network, places = self._network, plan.places
         ids, positions = plan.ids(), places.lengths + plan.starts
-        if self._fits_native_pass and plan.weights.factors is not None:
-            if plan.native is None:
-                groups = [(None if prefix is None else prefix.pages(), rows) for prefix, rows in plan.groups]
-                caches = (self.cache.keys, self.cache.values)
-                plan.native = Pass(network, plan.weights.factors, places, groups, caches)
-            hidden = plan.native.run(ids, positions)
-        else:
-            hidden = forward(network, ids, plan.weights.linear, self._attention(plan, positions))
-        if plan is self._plan:
-            places.grow()
-            return logits(network, hidden)
-        for row in plan.rows:
-            row.prefilled = len(row.ids)
-        self._plan = None
-        return logits(network, hidden[plan.last])
+        if not self._fits_native_pass or plan.weights.factors is None:
+            return forward(network, ids, plan.weights.linear, self._attention(plan, positions, caches))
+        if plan.native is None:
+            groups = [(None if prefix is None else prefix.layers, *rest) for prefix, *rest in plan.groups]
+            plan.native = Pass(network, plan.weights.factors, places, groups, caches)
+        return plan.native.run(ids, positions)
 
-    def _attention(self, plan: _PassPlan, positions: Tensor) -> Attend:
+    def _attention(
+        self, plan: _PassPlan, positions: Tensor, caches: tuple[Sequence[Tensor], Sequence[Tensor]]
+    ) -> Attend:
         network, places, shape = self._network, plan.places, self._network.shape
         turns = angles(network, positions)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            keys, values = self.cache.keys[layer], self.cache.values[layer]
+            keys, values = caches[0][layer], caches[1][layer]
             options = (shape.attention_scale, network.layers[layer].window, shape.score_cap)
             q = ops.decode_split(qkv, *turns[network.layers[layer].rotary], keys, values, places)
             out = q.new_empty(q.shape[1], q.shape[0] * q.shape[2] * q.shape[3])
-            for prefix, tokens in plan.groups:
-                pages = None if prefix is None else prefix.pages()[layer]
-                ops.decode_mix(q, pages, keys, values, places, tokens, out, *options)
+            for prefix, tokens, prompt in plan.groups:
+                pages = None if prefix is None else prefix.layers[layer]
+                ops.decode_mix(q, pages, keys, values, places, tokens, out, *options, prompt=prompt)
             return out
 
         return attend
@@ -301,76 +236,49 @@ class _Weights(NamedTuple):
 
 
 class _PassPlan:
-    """The T tokens of one pass, those with the same prefix next to each other.
+    """The T tokens of one pass: the newest token of decoded rows, those with the same prefix next to each other, and
+    parts of prompts.
 
-    The pass has the newest token of a decoded row. Of another row it has the whole prompt, each token of which sees the
-    tokens before it.
-
-    groups: a prefix and the slice of its tokens. starts [T]: for each token, the position of its row's first token
-    after the prefix. last [B]: the index of each row's last token.
+    decoded: the decoded rows in the order of their tokens. groups: a prefix, the slice of its tokens, and whether they
+    are neighbouring ones of one prompt. starts [T]: for each token, the position of its row's first token after the
+    prefix. last [B]: the index of the last token of each decoded row, then of each part.
     """
 
     def __init__(
-        self, network: Network, rows: Sequence[Row], weights: Callable[[Sequence[PackedAdapter | None]], _Weights]
+        self,
+        network: Network,
+        decoded: Sequence[Row],
+        prompts: Sequence[tuple[Row | Prefix, Sequence[int]]],
+        weights: Callable[[Sequence[PackedAdapter | None]], _Weights],
     ) -> None:
         by_prefix: dict[Prefix | None, list[Row]] = {}
-        for row in rows:
+        for row in decoded:
             by_prefix.setdefault(row.prefix, []).append(row)
-        self.rows = [row for group in by_prefix.values() for row in group]
-        counts = [1 if row.given else len(row.ids) for row in self.rows]
+        self.decoded, self._prompts = [row for group in by_prefix.values() for row in group], prompts
+        rows = [*self.decoded, *(row for row, _ in prompts)]
+        counts = [1] * len(decoded) + [len(part) for _, part in prompts]
         self.last = torch.tensor(counts).cumsum(0) - 1
-        self.groups: list[tuple[Prefix | None, slice]] = []
+        self.groups: list[tuple[Prefix | None, slice, bool]] = []
         first = 0
-        for prefix, group in by_prefix.items():
-            end = first + sum(1 if row.given else len(row.ids) for row in group)
-            self.groups.append((prefix, slice(first, end)))
-            first = end
-        row_of_token = [row for row, count in zip(self.rows, counts, strict=True) for _ in range(count)]
+        for prefix, count, prompt in (
+            *((prefix, len(group), False) for prefix, group in by_prefix.items()),
+            *((row.prefix, len(part), True) for row, part in prompts),
+        ):
+            self.groups.append((prefix, slice(first, first + count), prompt))
+            first += count
+        row_of_token = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
         self.weights = weights([row.adapter for row in row_of_token])
         self.native: Pass | None = None  # created when the plan runs first
         self.starts = torch.tensor([row.start for row in row_of_token])
-        most, shape = max(len(row.pages) for row in self.rows), network.shape
-        table = torch.tensor([row.pages + [0] * (most - len(row.pages)) for row in self.rows])
+        most, shape = max(len(row.pages) for row in rows), network.shape
+        table = torch.tensor([[*row.pages] + [0] * (most - len(row.pages)) for row in rows])
         table = table.repeat_interleave(torch.tensor(counts), 0)
-        lengths = torch.tensor([place for row in self.rows for place in _places(row)])
+        newest = [len(row.ids) + len(row.given) - 1 for row in self.decoded]
+        parts = [row.prefilled + place for row, part in prompts for place in range(len(part))]
         sizes = (shape.kv_heads, shape.heads // shape.kv_heads, shape.head, PAGE)
-        self.places = ops.Places(table, lengths, *sizes)
+        self.places = ops.Places(table, torch.tensor(newest + parts), *sizes)
 
     def ids(self) -> Tensor:
         """The tokens [T]."""
-        return torch.tensor([token for row in self.rows for token in (row.given[-1:] or row.ids)])
-
-
-def _places(row: Row) -> Sequence[int]:
-    """The places in the row of its tokens in the next pass."""
-    place = len(row.ids) + len(row.given) - 1
-    return (place,) if row.given else range(place + 1)
-
-
-def _forward_parts(
-    network: Network,
-    linear: Linear,
-    parts: Sequence[Sequence[int]],
-    start: int,
-    earlier: Callable[[int], tuple[Tensor, Tensor] | None],
-    keep: Callable[[int, Layout, Blocks], None],
-) -> Tensor:
-    """Hidden states [T, M] of the tokens of parts, each part at positions from start on.
-
-    earlier: a layer's keys and values [K, P, D] that all parts see. keep: receives each layer's new keys and values.
-    """
-    lengths = [len(part) for part in parts]
-    positions = torch.tensor([start + place for length in lengths for place in range(length)])
-    layout = Layout(0, lengths, positions, network)
-
-    def attend(layer: int, qkv: Tensor) -> Tensor:
-        blocks = layout.split(qkv, layer)
-        seen = earlier(layer)
-        keep(layer, layout, blocks)
-        if seen is not None:
-            blocks = Blocks(blocks.qp, *seen, *blocks[3:])
-        mixed_prefix, mixed, *_ = mix(layout, blocks, layer)
-        return layout.tokens(mixed_prefix, mixed)
-
-    ids = torch.tensor([token for part in parts for token in part])
-    return forward(network, ids, linear, attend)
+        newest = [row.given[-1] for row in self.decoded]
+        return torch.tensor(newest + [token for _, part in self._prompts for token in part])

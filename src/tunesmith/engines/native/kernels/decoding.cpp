@@ -1,5 +1,5 @@
-// Attention of a decoding pass, and choosing tokens. The pass has each row's newest token, or all tokens of a short
-// prompt.
+// Attention of a pass that decodes rows and prefills prompts. It has the newest token of some rows, and neighbouring
+// tokens of prompts.
 
 #include "blocks.h"
 #include "kernels.h"
@@ -54,20 +54,6 @@ static void decode_split(const Pages& p, const T* qkv, const float* cosine, cons
             }
         }
     }
-}
-
-// Copies keys and values k, v [kv, rows, longest, D] of prefilled tokens to pages. Token t is at place[t] of row[t],
-// and goes to place at[t] of page pages[t].
-template <class T>
-static void decode_keep(const Pages& p, const T* k, const T* v, const int64_t* row, const int64_t* place,
-                        const int64_t* pages, const int64_t* at, int64_t tokens, int64_t rows, int64_t longest, T* keys,
-                        T* values, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t one = 0; one < p.kv; ++one) {
-            int64_t from = ((one * rows + row[t]) * longest + place[t]) * p.size;
-            put(p, k + from, v + from, pages[t], one, at[t], keys, values);
-        }
 }
 
 // held [G, wide] = scores of G queries [G, D] on the first `seen` places of a page, in blocks of 16. next, here and
@@ -200,21 +186,24 @@ static void score_tiles(const Pages& p, const bf16* q, int64_t queries, const bf
         {q, q + 16 * p.size, p.size, 32, page, page + 32, 64, 1024, p.size / 32, nullptr, 0});
 }
 
-// mixed [queries, D] = weights [32, places] times values in pages of 32 places, which are `stride` numbers apart.
-static void mix_tiles(const Pages& p, const bf16* weights, int64_t queries, int64_t places, const bf16* values,
-                      int64_t stride, float* mixed) {
+// mixed [queries, D] = weights [32, wide] times values in `pages` pages of 32 places, which are `stride` numbers apart;
+// add: mixed += that.
+static void mix_tiles(const Pages& p, const bf16* weights, int64_t wide, int64_t queries, int64_t pages,
+                      const bf16* values, int64_t stride, bool add, float* mixed) {
     for (int64_t i = 0; i < p.size; i += 32) {
         const bf16* from = values + i * 2;
-        sum(mixed + i, p.size, false, queries,
-            {weights, weights + 16 * places, places, 32, from, from + 32, p.size * 2, stride, places / 32, nullptr, 0});
+        sum(mixed + i, p.size, add, queries,
+            {weights, weights + 16 * wide, wide, 32, from, from + 32, p.size * 2, stride, pages, nullptr, 0});
     }
 }
 
 // Softmax without the division: replaces the scores [0, prefix) and [padded, padded + seen) of held by powers of two
-// and returns their sum. Those of the prefix go to weights [padded], with zeros from `prefix` on; the others stay in
-// held. to_power: a score times to_power is an exponent of two.
-static float weigh(float* held, int64_t prefix, int64_t padded, int64_t seen, float to_power, bf16* weights) {
-    auto there = [](int64_t count) { return __mmask16(count >= 16 ? 0xffff : (1 << count) - 1); };
+// and returns their sum. Those of the prefix go to weights [padded], with zeros from `prefix` on. The others stay in
+// held if room is 0, or else go to weights [padded, padded + room), with zeros from `seen` on. to_power: a score times
+// to_power is an exponent of two.
+static float weigh(float* held, int64_t prefix, int64_t padded, int64_t seen, int64_t room, float to_power,
+                   bf16* weights) {
+    auto there = [](int64_t count) { return __mmask16(count >= 16 ? 0xffff : (1 << std::max<int64_t>(0, count)) - 1); };
     float* own = held + padded;
     __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
     for (int64_t j = 0; j < prefix; j += 16)
@@ -226,17 +215,30 @@ static float weigh(float* held, int64_t prefix, int64_t padded, int64_t seen, fl
         __mmask16 mask = there(left);
         return _mm512_maskz_mov_ps(mask, power(_mm512_fmsub_ps(_mm512_maskz_loadu_ps(mask, from), factor, base)));
     };
-    for (int64_t j = 0; j < padded; j += 32) {
-        __m512 one = share(held + j, prefix - j), other = share(held + j + 16, std::max<int64_t>(0, prefix - j - 16));
-        total = _mm512_add_ps(total, _mm512_add_ps(one, other));
-        _mm512_storeu_si512(weights + j, round32(one, other));
-    }
-    for (int64_t j = 0; j < seen; j += 16) {
+    auto rounded = [&](const float* from, int64_t count, int64_t most, bf16* to) {
+        for (int64_t j = 0; j < most; j += 32) {
+            __m512 one = share(from + j, count - j), other = share(from + j + 16, count - j - 16);
+            total = _mm512_add_ps(total, _mm512_add_ps(one, other));
+            _mm512_storeu_si512(to + j, round32(one, other));
+        }
+    };
+    rounded(held, prefix, padded, weights);
+    rounded(own, seen, room, weights + padded);
+    for (int64_t j = 0; j < seen && !room; j += 16) {
         __m512 one = share(own + j, seen - j);
         total = _mm512_add_ps(total, one);
         _mm512_storeu_ps(own + j, one);
     }
     return _mm512_reduce_add_ps(total);
+}
+
+// Writes mixed values [group, D] of a row, divided by the sums of their weights.
+static void divide(const Pages& p, const float* mixed, const float* total, bf16* to) {
+    for (int64_t g = 0; g < p.group; ++g) {
+        const __m512 inverse = _mm512_set1_ps(1.0f / total[g]);
+        for (int64_t i = g * p.size; i < (g + 1) * p.size; i += 16)
+            round16(_mm512_mul_ps(_mm512_loadu_ps(mixed + i), inverse), to + i);
+    }
 }
 
 // mix_plainly on tiles, for blocks of rows that have TOGETHER queries.
@@ -280,102 +282,105 @@ static void mix_on_tiles(const Pages& p, const bf16* q, const bf16* early_keys, 
                         for (int64_t j = 0; j < seen; j += p.page)
                             for (int64_t i = 0; i < std::min(p.page, seen - j) * size; i += 32)
                                 __builtin_prefetch(values + place(row, j) + i, 0, 2);
-                    total[g] = weigh(held + g * wide, prefix, padded, seen, to_power, weights + g * padded);
+                    total[g] = weigh(held + g * wide, prefix, padded, seen, 0, to_power, weights + g * padded);
                 }
-                if (shared) mix_tiles(p, weights, queries, padded, early_values + k * area, kv * area, mixed);
+                if (shared)
+                    mix_tiles(p, weights, padded, queries, shared, early_values + k * area, kv * area, false, mixed);
                 for (int64_t row = from; row < end; ++row) {
                     int64_t seen = p.length[row] + 1;
                     float* sums = mixed + (row - from) * group * size;
                     for (int64_t j = 0; j < seen; j += p.page)
                         add_all(p, group, held + (row - from) * group * wide + padded + j, wide,
                                 values + place(row, j), values + place(row, j), std::min(p.page, seen - j), sums);
-                    bf16* to = out + (row * kv + k) * group * size;
-                    for (int64_t g = 0; g < group; ++g) {
-                        const __m512 inverse = _mm512_set1_ps(1.0f / total[(row - from) * group + g]);
-                        for (int64_t i = g * size; i < (g + 1) * size; i += 16)
-                            round16(_mm512_mul_ps(_mm512_loadu_ps(sums + i), inverse), to + i);
-                    }
+                    divide(p, sums, total + (row - from) * group, out + (row * kv + k) * group * size);
                 }
+            }
+    }
+}
+
+// mix_on_tiles for rows that are neighbouring tokens of one prompt. They see the same pages, each a place more than the
+// row before it, so those are multiplied on tiles too. A row's result does not depend on where a prompt is divided.
+static void mix_prompt(const Pages& p, const bf16* q, const bf16* early_keys, const bf16* early_values,
+                       const bf16* keys, const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix,
+                       float scale, int threads) {
+    const int64_t kv = p.kv, group = p.group, size = p.size, area = p.page * size;
+    const int64_t shared = (prefix + p.page - 1) / p.page, padded = shared * p.page;
+    const int64_t many = TOGETHER / group, blocks = (count + many - 1) / many;
+    const int64_t filled = p.length[first + count - 1] + 1, most = padded + (filled + p.page - 1) / p.page * p.page;
+    const float to_power = scale * 1.44269504088896341f;
+#pragma omp parallel num_threads(threads)
+    {
+        Tiles tiles;
+        std::vector<float> scratch(TOGETHER * (most + size + 1));
+        float *held = scratch.data(), *mixed = held + TOGETHER * most, *total = mixed + TOGETHER * size;
+        std::vector<bf16> copied(TOGETHER * (size + most) + area);
+        bf16 *weights = copied.data() + TOGETHER * size, *last = weights + TOGETHER * most;
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t k = 0; k < kv; ++k)
+            for (int64_t block = 0; block < blocks; ++block) {
+                const int64_t from = first + block * many, end = std::min(from + many, first + count);
+                const int64_t queries = (end - from) * group, pages = p.length[end - 1] / p.page + 1;
+                const int64_t room = pages * p.page, wide = padded + room;
+                const bf16* mine = q + (k * p.rows + from) * group * size;
+                auto page = [&](int64_t n) { return p.table[from * p.most + n] * p.stride + k * area; };
+                std::copy(mine, mine + queries * size, copied.data());
+                for (int64_t n = 0; n < shared; ++n)
+                    score_tiles(p, copied.data(), queries, early_keys + (n * kv + k) * area,
+                                early_values + (n * kv + k) * area, held + n * p.page, wide);
+                for (int64_t n = 0; n < pages; ++n)
+                    score_tiles(p, copied.data(), queries, keys + page(n), values + page(n),
+                                held + padded + n * p.page, wide);
+                for (int64_t g = 0; g < queries; ++g)
+                    total[g] = weigh(held + g * wide, prefix, padded, p.length[from + g / group] + 1, room, to_power,
+                                     weights + g * wide);
+                if (shared)
+                    mix_tiles(p, weights, wide, queries, shared, early_values + k * area, kv * area, false, mixed);
+                for (int64_t n = 0; n < pages; ++n) {
+                    const bf16* own = values + page(n);
+                    if (int64_t left = filled - n * p.page; left < p.page) {
+                        std::copy(own, own + area, last);  // the places behind may hold anything, even NaN
+                        for (int64_t j = left; j < p.page; ++j)
+                            for (int64_t i = 0; i < size; ++i) last[j / 2 * 2 * size + i * 2 + j % 2] = bf16{0};
+                        own = last;
+                    }
+                    mix_tiles(p, weights + padded + n * p.page, wide, queries, 1, own, 0, shared || n, mixed);
+                }
+                for (int64_t row = from; row < end; ++row)
+                    divide(p, mixed + (row - from) * group * size, total + (row - from) * group,
+                           out + (row * kv + k) * group * size);
             }
     }
 }
 
 static void decode_mix(const Pages& p, const bf16* q, const bf16* early_keys, const bf16* early_values,
                        const bf16* keys, const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix,
-                       float scale, int threads) {
+                       bool prompt, float scale, int threads) {
     bool fits = p.size % 32 == 0 && p.page == 32 && p.group <= TOGETHER && tiles_allowed();
-    (fits ? mix_on_tiles : mix_plainly<bf16>)(p, q, early_keys, early_values, keys, values, out, first, count, prefix,
-                                              scale, threads);
+    (!fits ? mix_plainly<bf16> : prompt ? mix_prompt : mix_on_tiles)(p, q, early_keys, early_values, keys, values, out,
+                                                                     first, count, prefix, scale, threads);
 }
 #else
 static void decode_mix(const Pages& p, const bf16* q, const bf16* early_keys, const bf16* early_values,
                        const bf16* keys, const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix,
-                       float scale, int threads) {
+                       bool, float scale, int threads) {
     mix_plainly(p, q, early_keys, early_values, keys, values, out, first, count, prefix, scale, threads);
 }
 #endif
 static void decode_mix(const Pages& p, const float* q, const float* early_keys, const float* early_values,
                        const float* keys, const float* values, float* out, int64_t first, int64_t count, int64_t prefix,
-                       float scale, int threads) {
+                       bool, float scale, int threads) {
     mix_plainly(p, q, early_keys, early_values, keys, values, out, first, count, prefix, scale, threads);
 }
 
-// place[row] = index of the largest of scores [rows, width], the first of equal ones.
-template <class T>
-static void largest(const T* scores, int64_t* place, int64_t rows, int64_t width, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < rows; ++row) {
-        const T* s = scores + row * width;
-        float most = -INFINITY;
-#pragma omp simd reduction(max : most)
-        for (int64_t i = 0; i < width; ++i) most = std::max(most, up(s[i]));
-        int64_t at = 0;
-        while (at < width - 1 && up(s[at]) != most) ++at;
-        place[row] = at;
-    }
-}
-
-// Sets scores [rows, width] of tokens that are not allowed to minus infinity. bits [held, words]: a bit for each token
-// of row row[h], 1: allowed.
-template <class T>
-static void forbid(T* scores, const int64_t* row, const uint32_t* bits, int64_t held, int64_t words, int64_t width,
-                   int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t h = 0; h < held; ++h) {
-        T *s = scores + row[h] * width, none;
-        down(-INFINITY, &none);
-        for (int64_t w = 0; w < words; ++w) {
-            uint32_t allowed = bits[h * words + w];
-            if (allowed == 0xffffffffu) continue;
-            int64_t last = std::min<int64_t>(32, width - w * 32);
-            for (int64_t i = 0; i < last; ++i)
-                if (!(allowed >> i & 1)) s[w * 32 + i] = none;
-        }
-    }
-}
-
 #define EXPORTS(T, NAME)                                                                                               \
-    extern "C" void forbid_##NAME(T* scores, const int64_t* row, const uint32_t* bits, int64_t held, int64_t words,    \
-                                  int64_t width, int threads) {                                                        \
-        forbid<T>(scores, row, bits, held, words, width, threads);                                                     \
-    }                                                                                                                  \
     extern "C" void decode_split_##NAME(const Pages* p, const T* qkv, const float* c, const float* s, T* q, T* keys,   \
                                         T* values, int threads) {                                                      \
         decode_split<T>(*p, qkv, c, s, q, keys, values, threads);                                                      \
     }                                                                                                                  \
-    extern "C" void decode_keep_##NAME(const Pages* p, const T* k, const T* v, const int64_t* row,                     \
-                                       const int64_t* place, const int64_t* pages, const int64_t* at,                  \
-                                       int64_t tokens, int64_t rows, int64_t longest, T* keys, T* values,              \
-                                       int threads) {                                                                  \
-        decode_keep<T>(*p, k, v, row, place, pages, at, tokens, rows, longest, keys, values, threads);                 \
-    }                                                                                                                  \
     extern "C" void decode_mix_##NAME(const Pages* p, const T* q, const T* early_keys, const T* early_values,          \
                                       const T* keys, const T* values, T* out, int64_t first, int64_t count,            \
-                                      int64_t prefix, float scale, int threads) {                                      \
-        decode_mix(*p, q, early_keys, early_values, keys, values, out, first, count, prefix, scale, threads);       \
-    }                                                                                                                  \
-    extern "C" void largest_##NAME(const T* scores, int64_t* place, int64_t rows, int64_t width, int threads) {        \
-        largest<T>(scores, place, rows, width, threads);                                                               \
+                                      int64_t prefix, bool prompt, float scale, int threads) {                         \
+        decode_mix(*p, q, early_keys, early_values, keys, values, out, first, count, prefix, prompt, scale, threads);  \
     }
 
 EXPORTS(float, f32)

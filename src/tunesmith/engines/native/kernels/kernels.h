@@ -31,6 +31,6 @@ void product(const Operands* operands, const bf16* b, int64_t depth, const float
 void decode_split_bf16(const Pages* p, const bf16* qkv, const float* cosine, const float* sine, bf16* q, bf16* keys,
                        bf16* values, int threads);
 void decode_mix_bf16(const Pages* p, const bf16* q, const bf16* early_keys, const bf16* early_values, const bf16* keys,
-                     const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix, float scale,
-                     int threads);
+                     const bf16* values, bf16* out, int64_t first, int64_t count, int64_t prefix, bool prompt,
+                     float scale, int threads);
 }

@@ -21,9 +21,9 @@ struct PassLayer {
 };
 
 // Rows [first, first + count), which share a prefix of `prefix` tokens (0: none). shared: pages of its keys, for each
-// layer, then pages of its values, for each layer.
+// layer, then pages of its values, for each layer. prompt: whether the rows are neighbouring tokens of one prompt.
 struct Group {
-    int64_t first, count, prefix;
+    int64_t first, count, prefix, prompt;
     const bf16* const* shared;
 };
 
@@ -71,7 +71,7 @@ extern "C" void decoding_pass(const Pass* pass) {
             const bf16* keys = g->prefix ? g->shared[n] : nullptr;
             const bf16* values = g->prefix ? g->shared[p.layers + n] : nullptr;
             decode_mix_bf16(p.pages, p.q, keys, values, layer.keys, layer.values, p.mixed, g->first, g->count, g->prefix,
-                            p.scale, threads);
+                            g->prompt, p.scale, threads);
         }
         multiply(layer.o, p.mixed, p.low, p.added, p.rows, threads);
         add_norm_bf16(p.x, p.added, layer.mlp_norm, p.x, p.normed, p.norms, p.rows, p.width, p.epsilon, p.offset,

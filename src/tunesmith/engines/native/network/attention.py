@@ -187,21 +187,21 @@ def mix(layout: Layout, blocks: Blocks, layer: int) -> tuple[Tensor, Tensor, Ten
     """Values mixed by attention, of the prefix's tokens and of the rows' (in the layouts of qp and q), and the weights.
 
     The weights are those of the prefix [K, G * P, P], of the rows on the prefix [K, B * G * L, P], and of the rows on
-    themselves [K * B, G * L, L]. If the prefix was computed earlier, qp is empty and kp and vp are given.
+    themselves [K * B, G * L, L].
     """
     qp, kp, vp, q, k, v = blocks
     window, cap = layout.windows[layer], layout.cap
     prefix = qp @ kp.transpose(1, 2)
     mixed_prefix = qp
-    if qp.numel():
+    if layout.prefix:
         ops.softmax_(None, prefix, layout.scale, window, cap)
         mixed_prefix = prefix @ vp
     flat = q.flatten(1, 2)
     shared = flat @ kp.transpose(1, 2)
     own = q.flatten(0, 1) @ k.flatten(0, 1).transpose(1, 2)
-    ops.softmax_(shared if kp.numel() else None, own, layout.scale, window, cap)
+    ops.softmax_(shared if layout.prefix else None, own, layout.scale, window, cap)
     mixed = own @ v.flatten(0, 1)
-    if kp.numel():
+    if layout.prefix:
         mixed.view_as(flat).baddbmm_(shared, vp)
     return mixed_prefix, mixed.view_as(q), prefix, shared, own
 

@@ -272,32 +272,6 @@ def places_of(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return keys.permute(0, 1, 3, 2, 4).flatten(3), values.permute(0, 1, 2, 4, 3).flatten(2, 3)
 
 
-def in_pages(k: Tensor, v: Tensor, page: int) -> PrefixPages:
-    """Keys and values [K, P, D] copied to new pages, the last one filled up with zeros."""
-    length, packing = k.shape[1], 4 // k.dtype.itemsize
-    k, v = (F.pad(x, (0, 0, 0, -length % page)).unflatten(1, (-1, page)).transpose(0, 1) for x in (k, v))
-    keys = k.unflatten(3, (-1, packing)).permute(0, 1, 3, 2, 4)
-    return PrefixPages(keys.contiguous(), v.unflatten(2, (-1, packing)).transpose(3, 4).contiguous(), length)
-
-
-def decode_keep(
-    k: Tensor, v: Tensor, row: Tensor, place: Tensor, pages: Tensor, within: Tensor, keys: Tensor, values: Tensor
-) -> None:
-    """Copy T tokens' keys and values from place[t] of row[t] in k and v [K, B, L, D] to place within[t] of pages[t]."""
-    kernel = kernel_for("decode_keep", k)
-    packing = keys.shape[4]
-    if kernel is None:
-        keys[pages, :, :, within] = k[:, row, place].transpose(0, 1).unflatten(2, (-1, packing))
-        values[pages, :, within // packing, :, within % packing] = v[:, row, place].transpose(0, 1)
-        return
-    kv, rows, longest, size = k.shape
-    layout = native.RowPages(0, kv, 1, size, keys.shape[3], 0, 0, keys.stride(0))
-    kernel(
-        *(ctypes.byref(layout), *map(at, (k.contiguous(), v.contiguous(), row, place, pages, within))),
-        *(*map(_int, (len(row), rows, longest)), at(keys), at(values), _threads()),
-    )
-
-
 def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Places) -> Tensor:
     """The rotated queries [K, B, G, D] of B tokens, qkv [B, (H + 2 K) * D], whose keys and values go to their pages."""
     rows, kv, group, size = len(qkv), keys.shape[1], places.group, values.shape[3]
@@ -305,9 +279,9 @@ def decode_split(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Te
     if kernel is None:
         q, k, v = qkv.unflatten(-1, (-1, size)).split((kv * group, kv, kv), 1)
         pages = places.table.gather(1, (places.lengths // places.page)[:, None])[:, 0]
-        within, none = places.lengths % places.page, torch.zeros_like(pages)
-        k, v = (x.transpose(0, 1)[:, :, None] for x in (rotate(k, cos, sin), v))
-        decode_keep(k, v, torch.arange(rows), none, pages, within, keys, values)
+        within, packing = places.lengths % places.page, keys.shape[4]
+        keys[pages, :, :, within] = rotate(k, cos, sin).unflatten(2, (-1, packing))
+        values[pages, :, within // packing, :, within % packing] = v
         return rotate(q, cos, sin).view(rows, kv, group, size).transpose(0, 1).contiguous()
     qkv, q = qkv.contiguous(), qkv.new_empty(kv, rows, group, size)
     places.native.stride = keys.stride(0)
@@ -326,48 +300,60 @@ def decode_mix(
     scale: float,
     window: int | None = None,
     cap: float | None = None,
+    *,
+    prompt: bool = False,
 ) -> None:
     """Compute attention for some rows of queries q [K, B, G, D] into those rows of out [B, H * D].
 
     A query sees the prefix that the rows share and the first lengths[b] + 1 places of its own pages, in one
-    distribution. window, cap: see softmax_.
+    distribution. window, cap: see softmax_. prompt: the rows are neighbouring tokens of one prompt, in the same pages.
     """
     first, count = rows.start, rows.stop - rows.start
     shared = 0 if prefix is None else prefix.length
     if window is not None and shared + places.filled(rows) < window:
         window = None
     kernel = kernel_for("decode_mix", q) if window is None and cap is None else None
-    if kernel is None:
+    # A kernel without tiles reads a prompt's pages again for each token.
+    if kernel is None or (prompt and not (q.dtype == torch.bfloat16 and native.library().tiles())):
         if count > _GATHERED_ROWS:
             for start in range(first, rows.stop, _GATHERED_ROWS):
                 part = slice(start, min(start + _GATHERED_ROWS, rows.stop))
-                decode_mix(q, prefix, keys, values, places, part, out, scale, window, cap)
+                decode_mix(q, prefix, keys, values, places, part, out, scale, window, cap, prompt=prompt)
             return
         lengths = places.lengths[rows]
         seen = places.filled(rows) + 1
-        queries = q[:, rows].transpose(0, 1).float() * scale
-        own_k, own_v = (x.float() for x in places.gather(keys, values, rows, seen))
-        scores = cap_(queries @ own_k.transpose(-1, -2), cap)
+        queries = q[:, rows].float() * scale
+        pages_of = slice(first, first + 1) if prompt else rows
+        own_k, own_v = (x.float().transpose(0, 1) for x in places.gather(keys, values, pages_of, seen))
+        scores = cap_(_grouped(queries, own_k.transpose(-1, -2)), cap)
         order = torch.arange(shared + seen)
-        scores = scores.masked_fill((order[:seen] > lengths[:, None])[:, None, None], float("-inf"))
+        scores = scores.masked_fill((order[:seen] > lengths[:, None])[:, None], float("-inf"))
         shared_v = None
         if prefix is not None:
-            shared_k, shared_v = (x.transpose(0, 1).flatten(1, 2)[:, :shared].float() for x in places_of(*prefix[:2]))
-            scores = torch.cat((cap_(queries @ shared_k.transpose(-1, -2), cap), scores), -1)
+            shared_k, shared_v = (
+                x.transpose(0, 1).flatten(1, 2)[:, None, :shared].float() for x in places_of(*prefix[:2])
+            )
+            scores = torch.cat((cap_(_grouped(queries, shared_k.transpose(-1, -2)), cap), scores), -1)
         if window is not None:
             outside = order <= (shared + lengths - window)[:, None]
-            scores = scores.masked_fill(outside[:, None, None], float("-inf"))
+            scores = scores.masked_fill(outside[:, None], float("-inf"))
         weights = torch.softmax(scores, -1)
-        mixed = weights[..., shared:] @ own_v
+        mixed = _grouped(weights[..., shared:], own_v)
         if shared_v is not None:
-            mixed += weights[..., :shared] @ shared_v
-        out[rows] = mixed.to(q.dtype).reshape(count, -1)
+            mixed += _grouped(weights[..., :shared], shared_v)
+        out[rows] = mixed.to(q.dtype).transpose(0, 1).reshape(count, -1)
         return
     places.native.stride = keys.stride(0)
     kernel(
         *(ctypes.byref(places.native), at(q), *((None, None) if prefix is None else map(at, prefix[:2]))),
-        *(at(keys), at(values), at(out), *map(_int, (first, count, shared)), _float(scale), _threads()),
+        *(at(keys), at(values), at(out), *map(_int, (first, count, shared)), ctypes.c_bool(prompt)),
+        *(_float(scale), _threads()),
     )
+
+
+def _grouped(x: Tensor, y: Tensor) -> Tensor:
+    """x [K, B, G, N] times y [K, B, N, M], or times y [K, 1, N, M], which all rows have: [K, B, G, M]."""
+    return x @ y if y.shape[1] > 1 else (x.flatten(1, 2) @ y[:, 0]).unflatten(1, x.shape[1:3])
 
 
 def largest(scores: Tensor) -> Tensor:

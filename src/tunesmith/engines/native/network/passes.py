@@ -73,7 +73,10 @@ class _Layer(ctypes.Structure):
 class _Group(ctypes.Structure):
     """Group of pass.cpp."""
 
-    _fields_ = (*((name, ctypes.c_int64) for name in ("first", "count", "prefix")), ("shared", ctypes.c_void_p))
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("first", "count", "prefix", "prompt")),
+        ("shared", ctypes.c_void_p),
+    )
 
 
 _BUFFERS = ("x", "added", "normed", "qkv", "q", "mixed", "gate_up", "middle", "low", "norms")
@@ -121,10 +124,11 @@ class Pass:
         network: Network,
         factors: FactorsAt,
         places: Places,
-        groups: Sequence[tuple[Sequence[PrefixPages] | None, slice]],
+        groups: Sequence[tuple[Sequence[PrefixPages] | None, slice, bool]],
         caches: tuple[Sequence[Tensor], Sequence[Tensor]],
     ) -> None:
-        """groups: a prefix's keys and values by layer, and its rows' tokens. caches: keys and values by layer."""
+        """groups: a prefix's keys and values by layer, its rows' tokens, and whether they are of one prompt.
+        caches: keys and values by layer."""
         self._network, shape, tokens = network, network.shape, len(places.lengths)
         self._kept_alive: list[Any] = [caches, places]  # the native call reads them by address
         heads, middle = shape.heads * shape.head, network.layers[0].linear["down"].into
@@ -141,7 +145,7 @@ class Pass:
         buffers = [torch.empty(tokens, size, dtype=network.dtype) for size in (*sizes, rank)]
         self._x, self._added = buffers[:2]
         buffers.append(torch.empty(tokens, 1))
-        native_groups = (_Group * len(groups))(*(self._group(pages, rows, shape.layers) for pages, rows in groups))
+        native_groups = (_Group * len(groups))(*(self._group(*group) for group in groups))
         self._call = _Pass(tokens, shape.width, shape.layers, len(groups), torch.get_num_threads())
         self._call.epsilon, self._call.offset = shape.epsilon, shape.norm_offset
         self._call.scale = shape.attention_scale
@@ -178,10 +182,10 @@ class Pass:
         self._kept_alive.append(adapted)
         return len(factors.a)
 
-    def _group(self, prefix: Sequence[PrefixPages] | None, rows: slice, layers: int) -> _Group:
-        group = _Group(rows.start, rows.stop - rows.start)
+    def _group(self, prefix: Sequence[PrefixPages] | None, rows: slice, prompt: bool) -> _Group:
+        group = _Group(rows.start, rows.stop - rows.start, 0, prompt)
         if prefix is not None:
-            pages = (ctypes.c_void_p * (2 * layers))(
+            pages = (ctypes.c_void_p * (2 * len(prefix)))(
                 *(layer.keys.data_ptr() for layer in prefix), *(layer.values.data_ptr() for layer in prefix)
             )
             group.prefix, group.shared = prefix[0].length, ctypes.addressof(pages)
