@@ -147,7 +147,9 @@ class RunningBatch:
         if not self._fits_native_pass or plan.weights.factors is None:
             return forward(network, ids, plan.weights.linear, self._attention(plan, positions, caches))
         if plan.native is None:
-            groups = [(None if prefix is None else prefix.layers, *rest) for prefix, *rest in plan.groups]
+            groups = [
+                (None if prefix is None else prefix.layers, tokens, prompt) for prefix, tokens, prompt in plan.groups
+            ]
             plan.native = Pass(network, plan.weights.factors, places, groups, caches)
         return plan.native.run(ids, positions)
 
