@@ -134,6 +134,9 @@ def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> Non
     for _ in range(3):
         expected = _reference_loss(reference, rows)
         expected.backward()
+        each = torch.cat([ours.label_losses(batch) for batch in batches])
+        assert not each.requires_grad
+        assert float(each.mean()) == pytest.approx(float(expected.detach()), rel=1e-5)
         assert _step(ours, batches) == pytest.approx(float(expected.detach()), rel=1e-5)
         for tensor, parameter in pairs:
             torch.testing.assert_close(tensor.grad, parameter.grad, rtol=1e-3, atol=1e-6)
