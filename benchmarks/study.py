@@ -96,6 +96,7 @@ RATES = (1e-3, 3e-3, 3e-4)
 def plan() -> Iterator[Trial]:
     """Every trial, the most informative for their time first."""
     yield from (Trial("personal", 200, 10, 3e-3), Trial("snips", 200, 10, 1e-2))
+    yield from (Trial("home", 2500, 3, rate) for rate in (3e-3, 1e-3))
     for task in KINDS[:-1]:
         yield from (Trial(task, 1000, 3, rate) for rate in (3e-3, 1e-3))
         yield Trial(task, 200, 3, 3e-3, batch=4)
