@@ -96,6 +96,10 @@ RATES = (1e-3, 3e-3, 3e-4)
 def plan() -> Iterator[Trial]:
     """Every trial, the most informative for their time first."""
     yield from (Trial("personal", 200, 10, 3e-3), Trial("snips", 200, 10, 1e-2))
+    for task in ("snips", "banking77"):
+        yield Trial(task, 200, 10, 3e-3, batch=4)
+        yield Trial(task, 1000, 3, 1e-3, batch=4)
+        yield Trial(task, 200, 3, 3e-3, batch=4)
     for task, rows, epochs in (
         *(("home", 2500, 3), ("banking77", 1000, 3), ("home", 200, 10), ("music", 200, 10), ("personal", 1000, 3)),
         *(("clinc150", 200, 10), ("masking", 200, 10), ("wording", 1000, 3), ("snips", 1000, 3)),
