@@ -17,6 +17,7 @@ from tunesmith.cli.terminal import say
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.files import disk_full, is_disk_full
 from tunesmith.core.text.display import json_text
+from tunesmith.core.threads import started_by_torchrun
 
 _HELP = "From a task's examples to a released model behaviour that was measured, approved and signed."
 app = typer.Typer(
@@ -40,7 +41,9 @@ def options(
         typer.Option("-C", "--directory", metavar="DIR", help="The project's folder."),
     ] = None,
 ) -> None:
-    """Keep the options that are given before the command."""
+    """Keep the options that are given before the command. Raises UsageError for what torchrun must not start."""
+    if started_by_torchrun() and context.invoked_subcommand != "train":
+        raise UsageError("torchrun starts `tunesmith train` only", fix="start this command without torchrun")
     context.obj = directory
 
 

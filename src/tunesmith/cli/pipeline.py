@@ -50,10 +50,17 @@ def train(
         str | None, typer.Option("--within", metavar="TIME", help="How long --search may take; 20m by default.")
     ] = None,
 ) -> None:
-    """Train a candidate's adapter. Continues from the newest complete checkpoint."""
+    """Train a candidate's adapter. Continues from the newest complete checkpoint. `torchrun --nproc-per-node N -m
+    tunesmith train NAME` trains it on N processes together."""
+    from tunesmith.core.threads import started_by_torchrun
     from tunesmith.services import training, training_search
 
     _check_train_options(restart=restart, find_rate=find_rate, repeat=repeat, search=search, within=within)
+    if started_by_torchrun():
+        made = training.train_together(lambda: here.project, candidate, restart=restart, progress=Terminal())
+        if made is not None:
+            here.emit(made, _draw_training)
+        return
     project = here.project
     if search:
         found = training_search.search_settings(project, candidate, within=within or "20m", progress=Terminal())
@@ -72,8 +79,11 @@ def train(
 def _check_train_options(*, restart: bool, find_rate: bool, repeat: bool, search: bool, within: str | None) -> None:
     """Raise UsageError for options of `train` that exclude each other."""
     from tunesmith.core.errors import UsageError
+    from tunesmith.core.threads import started_by_torchrun
 
     only = [name for name, given in (("--search", search), ("--find-rate", find_rate), ("--repeat", repeat)) if given]
+    if only and started_by_torchrun():
+        raise UsageError(f"{only[0]} runs in one process", fix="start it without torchrun")
     if len(only) > 1:
         raise UsageError(f"{only[0]} and {only[1]} exclude each other", fix=f"run one after the other: {only[0]} first")
     if within is not None and not search:

@@ -7,6 +7,11 @@ import os
 from tunesmith.core.errors import UsageError
 
 
+def started_by_torchrun() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def wanted_threads() -> int | None:
     """The value of $TUNESMITH_THREADS; None if it is unset or 0. Raises UsageError if it is not a whole number."""
     told = os.environ.get("TUNESMITH_THREADS") or "0"

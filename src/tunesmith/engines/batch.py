@@ -70,6 +70,12 @@ def lay_out(rows: Sequence[Rendered], *, share: bool = True) -> Batch:
     )
 
 
+def empty_batch() -> Batch:
+    """One token and no label, for a rank that has no row left when the others have."""
+    nothing = torch.zeros(0, dtype=torch.long)
+    return Batch(torch.tensor([0]), torch.tensor([0]), prefix=0, lengths=(1,), predicts=nothing, labels=nothing)
+
+
 def computed_tokens(rows: Sequence[Rendered], *, share: bool = True) -> int:
     """Number of tokens that lay_out(rows) computes."""
     shared = _shared(rows) if share else 0

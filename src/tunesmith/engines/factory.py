@@ -9,7 +9,8 @@ from tunesmith.models.families import is_native, match_layers
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Engine
-    from tunesmith.engines.training_protocol import LoadedModel
+    from tunesmith.engines.ranks import Ranks
+    from tunesmith.engines.training_protocol import LoadedModel, ShardedModel
     from tunesmith.models.base import Base
 
 
@@ -26,6 +27,14 @@ def load_model(base: Base) -> LoadedModel:
     from tunesmith.engines.hf.loaded import LoadedHFModel
 
     return LoadedHFModel(base)
+
+
+def load_sharded(base: Base, ranks: Ranks) -> ShardedModel:
+    """A base's weights, sharded over several ranks as soon as one trains on it. Always with transformers: the native
+    network computes in one process."""
+    from tunesmith.engines.hf.together import ShardedHFModel
+
+    return ShardedHFModel(base, ranks)
 
 
 def open_engine(base: Base, settings: EngineSettings | None) -> Engine:
@@ -47,14 +56,15 @@ def engine_kind(base: Base, settings: EngineSettings | None) -> str:
     return NATIVE if is_native(base.family) else HF
 
 
-def check_weight_settings(family: str, settings: WeightSettings, where: str) -> None:
+def check_weight_settings(family: str, settings: WeightSettings, where: str, *, ranks: int = 1) -> None:
     """Check, before anything is loaded, that the engine that trains a base of this family has these settings.
 
-    where: the settings' place in the project file. Raises UsageError or Refused.
+    where: the settings' place in the project file. ranks: how many processes train together. Raises UsageError or
+    Refused.
     """
     if is_native(family):
         match_layers(settings.targets, TARGETS, f"{where}.targets")
-    if not is_native(family) or settings.quantize is not None:
+    if not is_native(family) or settings.quantize is not None or ranks > 1:
         from tunesmith.engines.hf.support import check_supported
 
-        check_supported(settings, where)
+        check_supported(settings, where, ranks=ranks)

@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tunesmith.engines.batch import Batch
-from tunesmith.engines.protocol import Engine
+from tunesmith.engines.protocol import Completion, Engine, Generation
 from tunesmith.engines.settings import WeightSettings
 
 
@@ -126,5 +126,16 @@ class LoadedModel(Protocol):
         seed: of randomly drawn start weights. state_bytes: bytes that the trainer will hold for each trained number
         besides the number itself (its gradient, the optimiser's state, the best weights so far). Raises UsageError or
         Refused for settings that this engine or base cannot honour, and where memory cannot hold the weights.
+        """
+        ...
+
+
+class ShardedModel(LoadedModel, Protocol):
+    """A base model that several ranks hold together, and on which one adapter is trained."""
+
+    def answer_together(self, requests: Sequence[Generation], model: TrainableModel | None) -> list[Completion]:
+        """Rank 0's requests, answered by all ranks with the model in training as it is now; None: by the base.
+
+        Every rank calls this and gets all answers. The requests of other ranks do not count.
         """
         ...

@@ -24,7 +24,7 @@ from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.documents import build_documents, document_files
 from tunesmith.data.governance.withdrawn import load_withdrawn
 from tunesmith.data.sources.files import find_files
-from tunesmith.engines.factory import check_weight_settings, engine_kind, load_model, open_engine
+from tunesmith.engines.factory import check_weight_settings, engine_kind, load_model, load_sharded, open_engine
 from tunesmith.evaluation.metrics.references import References
 from tunesmith.pipeline.stages import Stage, Stages
 from tunesmith.project import Project
@@ -32,7 +32,8 @@ from tunesmith.store.store import Store
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Engine
-    from tunesmith.engines.training_protocol import LoadedModel
+    from tunesmith.engines.ranks import Ranks
+    from tunesmith.engines.training_protocol import LoadedModel, ShardedModel
     from tunesmith.models.base import Base
     from tunesmith.models.rendering import Renderer
 
@@ -45,6 +46,7 @@ class PipelineContext:
     progress: Progress = SILENT
     actor: str | None = None  # who runs the stages; None: as `Project.actor` decides
     shards: ShardRunner = field(default_factory=LocalRunner)  # runs the data build; does not change its result
+    together: Ranks | None = None  # the processes that train together, of which this is rank 0; None: this one alone
     plan_shown: bool = field(default=False, init=False)  # whether the power of the gates was shown already
 
     @property
@@ -65,9 +67,10 @@ class PipelineContext:
         began = time.perf_counter()
         found = resolve_base(self.store, self.project.settings.base, self.project.root, self.progress)
         self.stages.done.append(Stage("base", time.perf_counter() - began, skipped=False))
+        ranks = 1 if self.together is None else self.together.size
         for name, settings in self.project.settings.candidates.items():
             if settings.train:  # so that a wrong setting is reported before any slow stage
-                check_weight_settings(found.family, settings.train, f"candidates.{name}.train")
+                check_weight_settings(found.family, settings.train, f"candidates.{name}.train", ranks=ranks)
         return found
 
     @cached_property
@@ -80,7 +83,12 @@ class PipelineContext:
     @cached_property
     def model(self) -> LoadedModel:
         """The base model's weights in this process: candidates train on them, one after another."""
-        return load_model(self.base)
+        return self.sharded or load_model(self.base)
+
+    @cached_property
+    def sharded(self) -> ShardedModel | None:
+        """The base model's weights where several processes train on them together; None where this one trains alone."""
+        return None if self.together is None else load_sharded(self.base, self.together)
 
     @cached_property
     def engine(self) -> Engine:

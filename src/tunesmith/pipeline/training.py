@@ -24,6 +24,7 @@ from tunesmith.training.batches.rows import TrainingRow, training_rows
 from tunesmith.training.settings import LEAST_SCORED, MetricsSettings, TrainSettings
 
 if TYPE_CHECKING:
+    from tunesmith.engines.protocol import Completion
     from tunesmith.engines.training_protocol import TrainableModel
     from tunesmith.training.range_test import RateSearch
     from tunesmith.training.schedule import Decisions
@@ -41,13 +42,17 @@ def train_candidate(
     inputs = training_inputs(context, name, candidate, settings)
 
     def run(work: Path) -> str:
+        from tunesmith.engines.ranks import ALONE
+        from tunesmith.training.together import begin
         from tunesmith.training.train import train
 
         counted = count_prompts(candidate, (each.request for each in context.dataset.examples("train")))
         context.progress.say(f"{name}: system prompt in training: {describe_prompts(counted)}")
         spec = _spec(context, name, candidate, settings, work, restart=restart)
         score = _answer_score(context, candidate, settings, work)
-        return train(context.store, spec, model=context.model, score=score, progress=context.progress)
+        ranks = context.together or ALONE
+        begin(ranks, spec, score)
+        return train(context.store, spec, model=context.model, score=score, progress=context.progress, ranks=ranks)
 
     return context.stages.run(f"train {name}", "train", inputs, run, again=restart)
 
@@ -134,12 +139,15 @@ def row_scores(
     """A function that scores a model's answers to the first so many rows as the candidate's evaluation will; None
     stands for the untrained base. work: a folder for the model's files."""
     metric, scoring = context.project.settings.task.leading, leading_scoring(context)
+    sharded = context.sharded
     engine = context.model.engine()
     answerer = Answerer(context.store, engine, candidate)
     asked = [answerer.generation(row.request) for row in rows]
     retrieved = [list(answerer.composer.retrieved(row.request).ids) for row in rows]
 
-    def scores(model: TrainableModel | None, count: int) -> list[float]:
+    def answers(model: TrainableModel | None, count: int) -> list[Completion]:
+        if sharded is not None:
+            return sharded.answer_together(asked[:count], model)
         name = None
         if model is not None:
             folder, name = work / "validated", "validated"
@@ -148,7 +156,10 @@ def row_scores(
             model.save(folder)
             engine.load_adapter(name, folder)
             shutil.rmtree(folder)
-        given = engine.generate(asked[:count], name)
+        return engine.generate(asked[:count], name)
+
+    def scores(model: TrainableModel | None, count: int) -> list[float]:
+        given = answers(model, count)
         lines = {
             row.id: {"text": answer.text, "retrieved": ids}
             for row, answer, ids in zip(rows[:count], given, retrieved[:count], strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -115,6 +116,27 @@ def train(
     """
     context = PipelineContext(project, progress)
     return training_summary(project.store, training(context, name or only_tuned(project), restart))
+
+
+def train_together(
+    opened: Callable[[], Project], name: str | None = None, *, restart: bool = False, progress: Progress = SILENT
+) -> TrainingSummary | None:
+    """Train a candidate with the other processes that torchrun started; None in those that rank 0 leads.
+
+    opened: opens the project, on rank 0 alone.
+    """
+    from tunesmith.engines.ranks import joined
+    from tunesmith.training import together
+
+    with joined() as ranks:
+        if not ranks.first:
+            together.take_part(ranks)
+            return None
+        project = opened()
+        context = PipelineContext(project, progress, together=ranks)
+        digest = training(context, name or only_tuned(project), restart)
+        together.end(ranks)
+    return training_summary(project.store, digest)
 
 
 def repeat(project: Project, name: str | None = None, *, progress: Progress = SILENT) -> Repeated:

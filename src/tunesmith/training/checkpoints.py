@@ -1,4 +1,7 @@
-"""Checkpoints: complete, atomic, and checked before use. A training resumed from one ends in the same bytes."""
+"""Checkpoints: complete, atomic, and checked before use. A training resumed from one ends in the same bytes.
+
+Rank 0 writes the whole tensors of all ranks, so a training can be resumed on any number of ranks, or in one process.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused
 from tunesmith.core.files import sync_folder
 from tunesmith.core.scratch import remove_leftovers, scratch_folder
+from tunesmith.engines.ranks import ALONE, Ranks, whole
 from tunesmith.engines.tensor_files import write_tensors
 
 KEPT = 2  # the newest, and the one before it in case the newest is damaged
@@ -23,16 +27,21 @@ _TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 
 class Checkpoints:
-    """The checkpoints of one training, in one folder.
+    """The checkpoints of one training, in one folder that all ranks see.
 
-    identity: everything that must be equal for a resumed training to end in the same bytes.
+    identity: everything that must be equal for a resumed training to end in the same bytes. The number of ranks, and
+    with it that of each one's threads, may differ nevertheless; moved says where that happened.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self.folder, self.identity = folder, dict(identity)
+    def __init__(self, folder: Path, identity: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
+        self.folder, self.identity, self._ranks = folder, dict(identity), ranks
+        self.moved: list[str] = []
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write a step's checkpoint: a folder that appears complete or not at all. Removes older ones."""
+        tensors = {name: whole(tensor) for name, tensor in tensors.items()}
+        if not self._ranks.first:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with scratch_folder(self.folder) as scratch:
             written = scratch / "step"
@@ -40,6 +49,8 @@ class Checkpoints:
             digest = write_tensors(written / _TENSORS, tensors)
             with (written / _STATE).open("wb") as stream:
                 stated = {**state, "identity": self.identity, "step": step, "tensors": digest}
+                if self.moved:
+                    stated["moved"] = self.moved
                 stream.write(json.dumps(stated).encode())
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -54,6 +65,21 @@ class Checkpoints:
 
         Raises Refused where the training's identity differs from the checkpoint's.
         """
+        found, damaged = self._ranks.agree(self._newest)
+        if found is None:
+            return None, damaged
+        name, state = found
+        self.moved = list(state.get("moved", []))
+        before, now = (each.get("environment", {}).get("ranks", 1) for each in (state["identity"], self.identity))
+        if before != now:
+            self.moved.append(
+                f"{before} {'rank' if before == 1 else 'ranks'} trained until step {state['step']}, then {now}: it ends"
+                " like an undisturbed training within rounding, not in the same bytes"
+            )
+        return (load_file(self.folder / name / _TENSORS), state), damaged
+
+    def _newest(self) -> tuple[tuple[str, dict[str, Any]] | None, list[str]]:
+        """The name and the state of the newest complete checkpoint, and the names of damaged newer ones."""
         remove_leftovers(self.folder)  # of a process that was killed during a write
         damaged: list[str] = []
         for path in sorted(self.folder.glob("step-*"), reverse=True):
@@ -70,7 +96,7 @@ class Checkpoints:
                     where=str(path),
                     fix="restore them, or start over with `tunesmith train --restart`",
                 )
-            return (load_file(path / _TENSORS), state), damaged
+            return (path.name, state), damaged
         return None, damaged
 
     def newest_bytes(self) -> int:
@@ -82,6 +108,7 @@ class Checkpoints:
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The keys whose values differ; for a value that is a mapping, with its keys that differ."""
     found: list[str] = []
+    before, now = _comparable(before, now), _comparable(now, before)
     for key in now:
         old, new = before.get(key), now[key]
         if old == new:
@@ -92,6 +119,14 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         else:
             found.append(key)
     return found
+
+
+def _comparable(identity: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An identity without what differs when the other one has another number of ranks."""
+    own, others = (each.get("environment", {}) for each in (identity, other))
+    if own.get("ranks") == others.get("ranks"):
+        return identity
+    return {**identity, "environment": {key: own[key] for key in own if key not in ("ranks", "threads")}}
 
 
 def _read_state(path: Path) -> dict[str, Any] | None:

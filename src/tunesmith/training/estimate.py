@@ -12,6 +12,7 @@ from typing import NamedTuple
 from tunesmith.core import memory
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch
+from tunesmith.engines.ranks import ALONE, Ranks, held
 from tunesmith.engines.training_protocol import Objective, TrainableModel
 from tunesmith.training.batches.batch_plan import Step, step_tokens
 from tunesmith.training.checkpoints import KEPT
@@ -57,29 +58,34 @@ class MemoryNeeds(NamedTuple):
 
 def memory_needs(model: TrainableModel, settings: TrainSettings, *, validates: bool) -> MemoryNeeds:
     """What a training of model needs. validates: whether there are validation rows, without which no best is kept."""
-    trained = sum(parameter.nbytes for parameter in parameters(model))
-    best = trained if settings.keep == "best" and validates else 0
+    copies = 1 if settings.keep == "best" and validates else 0
+    here, everywhere = (
+        sum(each.nbytes for each in tensors)
+        for tensors in ([held(parameter) for parameter in parameters(model)], parameters(model))
+    )
     return MemoryNeeds(
         model.memory_estimate,
-        later=2 * trained + best,
-        checkpoint=3 * trained + best,
+        later=(2 + copies) * here,
+        checkpoint=(3 + copies) * everywhere,
         advice="train.layers" + ("" if settings.keep == "last" else ", or train.keep to last")
         + (", or train.method to lora" if settings.method == "full" else ", or train.rank lower"),
     )  # fmt: skip
 
 
-def trial_step(model: TrainableModel, objective: Objective) -> Callable[[Step], None]:
+def trial_step(model: TrainableModel, objective: Objective, ranks: Ranks = ALONE) -> Callable[[Step], None]:
     """A function that computes a step and drops its gradients, so that nothing changes."""
 
     def run(step: Step) -> None:
-        gradients(model, objective, step)
+        gradients(model, objective, step, ranks)
         drop_gradients(model)
 
     return run
 
 
-def check_memory(plan: Iterable[Step], needs: MemoryNeeds) -> Batch:
-    """The batch that needs the most memory. Raises Refused where it, or what is allocated later, cannot fit.
+def check_memory(plan: Iterable[Step], needs: MemoryNeeds, *, local: int = 1) -> Batch:
+    """The batch that needs the most memory. local: how many ranks share this machine's memory.
+
+    Raises Refused where the batch, or what is allocated later, cannot fit.
 
     Where the kernel promises more memory than there is, it kills a process that uses too much instead of refusing. So
     the needs are compared with what is free before anything is tried.
@@ -87,7 +93,7 @@ def check_memory(plan: Iterable[Step], needs: MemoryNeeds) -> Batch:
     batches = [batch for step in plan for batch in step]
     needed = [needs.batch(batch) for batch in batches]
     largest = batches[needed.index(max(needed))]
-    free = memory.available_memory()
+    free = memory.available_memory() // local
     if max(needed) > free:
         fitting = [batch.tokens for batch, bytes_ in zip(batches, needed, strict=True) if bytes_ <= free]
         raise _batch_too_large(largest, free, max(needed), max(fitting, default=None))
@@ -111,30 +117,38 @@ def check_disk(folder: Path, needs: MemoryNeeds) -> None:
 
 
 def estimate(
-    plan: Sequence[Step], validation_tokens: int, validations: int, trial: Callable[[Step], None], needs: MemoryNeeds
+    plan: Sequence[Step],
+    validation_tokens: int,
+    validations: int,
+    trial: Callable[[Step], None],
+    needs: MemoryNeeds,
+    *,
+    ranks: Ranks = ALONE,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Estimate:
     """Measure the largest batch's memory and the time of two middling steps, and predict the whole training from them.
 
     trial: computes a step and changes nothing. validation_tokens: of one validation, whose forward passes take a third
-    of a step's time. Raises Refused as check_memory does.
+    of a step's time. ranks: the memory is that of the rank that takes most. clock: as the trainer's.
+    Raises Refused as check_memory does.
     """
     by_size = sorted(plan, key=step_tokens)
     memory.reset_peak_memory()
-    largest, free = check_memory(plan, needs), memory.available_memory()
+    largest, free = check_memory(plan, needs, local=ranks.local), memory.available_memory() // ranks.local
     try:
         trial([largest])
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
         raise _batch_too_large(largest, free, needs.batch(largest), None) from error
-    peak = memory.peak_memory() + needs.later
-    if needs.later > (left := memory.available_memory()):
+    peak = ranks.most(memory.peak_memory() + needs.later)
+    if needs.later > (left := memory.available_memory() // ranks.local):
         raise _state_too_large(needs, left)
     timed = by_size[len(by_size) // 2 :][:_TIMED_STEPS]
-    began = time.perf_counter()
+    began = clock()
     for step in timed:
         trial(step)
-    each = (time.perf_counter() - began) / sum(step_tokens(step) for step in timed)
+    each = (clock() - began) / sum(step_tokens(step) for step in timed)
     tokens = sum(step_tokens(step) for step in plan) + validations * validation_tokens / 3
     return Estimate(seconds=each * tokens, peak_memory_bytes=peak, checkpoint_bytes=needs.checkpoint)
 

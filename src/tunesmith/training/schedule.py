@@ -95,10 +95,10 @@ class Annealed:
     """A schedule that decides while the training runs when the learning rate begins to fall."""
 
     def __init__(
-        self, steps: int, settings: TrainSettings, decisions: Decisions, kept: Path, *, budget: float | None
+        self, steps: int, settings: TrainSettings, decisions: Decisions, kept: Path | None, *, budget: float | None
     ) -> None:
-        """steps: the most there are. kept: file that the decisions are kept in. budget: seconds; None: no clock is
-        read, and decisions that were made before are followed."""
+        """steps: the most there are. kept: file that the decisions are kept in; None where rank 0 keeps them. budget:
+        seconds; None: no clock is read, and decisions that were made before are followed."""
         self._steps, self._settings, self._budget, self._kept = steps, settings, budget, kept
         self.decisions = decisions
 
@@ -164,7 +164,8 @@ class Annealed:
         """Write the decision down, then act by it."""
         decay = Decay(start=start, stop=min(stop, self._steps), reason=reason)
         self.decisions = self.decisions.model_copy(update={"decays": (*self.decisions.decays, decay)})
-        keep_decisions(self._kept, self.decisions)
+        if self._kept is not None:
+            keep_decisions(self._kept, self.decisions)
         return f"the learning rate falls from step {decay.start} to the end at step {decay.stop}: {reason}"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from tunesmith.core.errors import Refused
 from tunesmith.core.progress import Progress
 from tunesmith.engines.batch import Batch
+from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.training_protocol import Objective, TrainableModel
 from tunesmith.training.batches.batch_plan import TrainingPlan
 from tunesmith.training.schedule import Decisions, keep_decisions, read_decisions
@@ -42,18 +43,31 @@ class Validation:
     """Validates the model that is being trained."""
 
     def __init__(
-        self, model: TrainableModel, objective: Objective, batches: Sequence[Batch], score: AnswerScore | None
+        self,
+        model: TrainableModel,
+        objective: Objective,
+        batches: Sequence[Batch],
+        score: AnswerScore | None,
+        *,
+        ranks: Ranks = ALONE,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """The answers to `rows` rows are scored, at first all; 0: validation goes by the loss alone."""
+        """The answers to `rows` rows are scored, at first all; 0: validation goes by the loss alone. clock: as the
+        trainer's."""
         self._model, self._objective, self._batches, self.score = model, objective, batches, score
+        self.ranks, self.clock = ranks, clock
         self.rows = 0 if score is None else score.rows
 
     def measure(self) -> Mapping[str, float]:
         """The validation loss, and the score where answers are scored."""
-        found = {"loss": validation_loss(self._model, self._objective, self._batches)}
+        found = {"loss": self._loss()}
         if self.score is not None and self.rows:
-            found["score"] = self.score.mean(self._model, self.rows)
+            score = self.score.mean(self._model, self.rows)
+            found["score"] = self.ranks.agree(lambda: score)
         return found
+
+    def _loss(self) -> float:
+        return validation_loss(self._model, self._objective, self._batches, self.ranks)
 
     def described(self) -> dict[str, Any] | None:
         """The metric and the number of rows of the score, for the record; None where there is no score."""
@@ -61,15 +75,15 @@ class Validation:
 
     def seconds(self) -> tuple[float, float]:
         """Measured seconds of a validation loss, and of a row's answer by the untrained base."""
-        began = time.perf_counter()
+        began = self.clock()
         if self._batches:
-            validation_loss(self._model, self._objective, self._batches)
-        between = time.perf_counter()
+            self._loss()
+        between = self.clock()
         if self.score is None:
             return between - began, 0.0
         timed = min(_TIMED, self.score.rows)
         self.score.mean(None, timed)
-        return between - began, (time.perf_counter() - between) / timed
+        return between - began, (self.clock() - between) / timed
 
 
 def decide_beforehand(
@@ -84,6 +98,22 @@ def decide_beforehand(
 
     Raises Refused for a budget that holds no step and validation.
     """
+    ranks = validation.ranks
+    if (before := ranks.agree(lambda: _decided(kept))) is not None:
+        return Decisions.model_validate(before)
+    if settings.budget is None:
+        every, steps = max(1, math.ceil(len(plan) / settings.validations)), len(plan)
+        made = Decisions(
+            warmup=math.ceil(settings.warmup * steps), validate_every=every, scored_rows=validation.rows, seconds=0.0
+        )
+    else:
+        made = _within(settings.budget, settings, plan, expected, validation, progress)
+    if ranks.first:
+        keep_decisions(kept, made)
+    return made
+
+
+def _decided(kept: Path) -> dict[str, Any] | None:
     try:
         before = read_decisions(kept)
     except ValueError as error:
@@ -92,17 +122,7 @@ def decide_beforehand(
             where=str(kept),
             fix="train again from the start: tunesmith train NAME --restart",
         ) from error
-    if before is not None:
-        return before
-    if settings.budget is None:
-        every, steps = max(1, math.ceil(len(plan) / settings.validations)), len(plan)
-        made = Decisions(
-            warmup=math.ceil(settings.warmup * steps), validate_every=every, scored_rows=validation.rows, seconds=0.0
-        )
-    else:
-        made = _within(settings.budget, settings, plan, expected, validation, progress)
-    keep_decisions(kept, made)
-    return made
+    return None if before is None else before.model_dump(mode="json")
 
 
 def _within(
@@ -113,9 +133,9 @@ def _within(
     validation: Validation,
     progress: Progress,
 ) -> Decisions:
-    began = time.perf_counter()
+    began = validation.clock()
     loss, answer = validation.seconds()
-    measured = time.perf_counter() - began
+    measured = validation.clock() - began
     if (least := measured + 4 * expected.step_seconds + loss) > budget:
         raise Refused(
             f"the budget of {budget:.2g} s is too short: measuring, four steps and one validation take {least:.2g} s",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.engines.batch import Batch
+from tunesmith.engines.ranks import ALONE, Ranks, whole
 from tunesmith.engines.training_protocol import Objective, TrainableModel
 from tunesmith.training.batches.batch_plan import Step, step_labels
 from tunesmith.training.settings import TrainSettings
@@ -19,16 +20,19 @@ def parameters(model: TrainableModel) -> list[Tensor]:
     return [tensor for group in model.parameter_groups() for tensor in group.tensors]
 
 
-def gradients(model: TrainableModel, objective: Objective, step: Step) -> float:
-    """Leave a step's gradients on the model's parameters; returns its loss, the mean over all its labels."""
-    labels = step_labels(step)
+def gradients(model: TrainableModel, objective: Objective, step: Step, ranks: Ranks = ALONE) -> float:
+    """Leave a step's gradients on the model's parameters; returns its loss, the mean over all its labels on all ranks.
+
+    Each rank divides by the labels of all ranks, and the gradients of the ranks are added.
+    """
+    labels = step_labels(step) or 1.0  # none where a rank without rows tries a step out
     losses = []
     for batch in step:
         loss = model.loss(batch, objective, labels)
         loss.backward()
         model.collect_gradients()
         losses.append(loss.detach())
-    return sum(map(float, losses))
+    return ranks.total(sum(map(float, losses)))
 
 
 def drop_gradients(model: TrainableModel) -> None:
@@ -38,10 +42,12 @@ def drop_gradients(model: TrainableModel) -> None:
 
 
 @torch.no_grad()
-def validation_loss(model: TrainableModel, objective: Objective, batches: Sequence[Batch]) -> float:
-    """The mean loss over all labels of the batches."""
+def validation_loss(
+    model: TrainableModel, objective: Objective, batches: Sequence[Batch], ranks: Ranks = ALONE
+) -> float:
+    """The mean loss over all labels of the batches, on all ranks."""
     labels = step_labels(batches)
-    return sum(float(model.loss(batch, objective, labels)) for batch in batches)
+    return ranks.total(sum(float(model.loss(batch, objective, labels)) for batch in batches))
 
 
 def make_optimizer(model: TrainableModel, settings: TrainSettings) -> torch.optim.AdamW:
@@ -62,7 +68,10 @@ def update(model: TrainableModel, optimizer: torch.optim.AdamW, rate: float, cli
 
     Where the norm is NaN or infinite nothing is moved: parameters that became NaN would never recover.
     """
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters(model), clip))
+    moved = parameters(model)
+    length = whole(torch.nn.utils.get_total_norm([each.grad for each in moved if each.grad is not None]))
+    torch.nn.utils.clip_grads_with_norm_(moved, clip, length)
+    norm = float(length)
     if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = rate * group["rate_multiple"]

@@ -22,6 +22,7 @@ from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.batch import Batch, label_count
 from tunesmith.engines.factory import load_model
+from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.training_protocol import LoadedModel, Objective, TrainableModel
 from tunesmith.models.base import Base, base_record
 from tunesmith.models.families import SLOW, is_native
@@ -95,8 +96,11 @@ def run_training(
     model: LoadedModel | None = None,
     score: AnswerScore | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    ranks: Ranks = ALONE,
 ) -> TrainingResult:
     """Train as spec says, in this process. It needs the spec's files and no store.
+
+    ranks: train together, and each of them calls this with the same spec. Rank 0's clock counts, and rank 0 writes.
 
     A training that was killed resumes from its work folder. model: the base's weights where they are loaded already.
     score: scores generated answers to validation rows; validation goes by the loss where it is None. clock: seconds
@@ -106,19 +110,21 @@ def run_training(
     """
     settings, objective = spec.settings, CrossEntropy()
     rows, checked = spec.rows.read(), spec.validation.read()
-    loaded = _load_checked(spec.base) if model is None else model
-    trained = loaded.trainable(settings, seed=settings.seed, state_bytes=state_bytes(settings))
-    plan = TrainingPlan(rows, settings, share=trained.shares_prefix)
+    trained = (model or _load_checked(spec.base)).trainable(
+        settings, seed=settings.seed, state_bytes=state_bytes(settings)
+    )
+    now, measured = ranks.clock(clock), ranks.clock(time.perf_counter)
+    plan = TrainingPlan(rows, settings, share=trained.shares_prefix, ranks=ranks)
     if not len(plan):
         raise TunesmithError("the training has no step", where="data", fix="give it more rows")
-    batches = lay_out_validation(checked, settings, share=trained.shares_prefix)
-    checkpoints = Checkpoints(spec.work, _identity(spec, trained))
-    expected = _estimate(plan, batches, trained, objective, spec)
+    batches = lay_out_validation(checked, settings, share=trained.shares_prefix, ranks=ranks)
+    checkpoints = Checkpoints(spec.work, _identity(spec, trained, ranks), ranks)
+    expected = _estimate(plan, batches, trained, objective, spec, ranks, measured)
     labels = sum(map(label_count, rows))
     notice = too_few_numbers(settings.rank, trained.trained_numbers, labels) if settings.method == "lora" else None
-    _announce(spec, len(rows), plan, expected, notice, progress)
+    _announce(spec, len(rows), plan, expected, notice, progress, ranks)
     memory.reset_peak_memory()
-    validation = Validation(trained, objective, batches, score if batches else None)
+    validation = Validation(trained, objective, batches, score if batches else None, ranks=ranks, clock=measured)
     schedule = _schedule(spec, plan, expected, validation, progress)
     curves = follower(spec.metrics, spec.name, digest_of(checkpoints.identity), settings, progress)
     trainer = Trainer(
@@ -131,18 +137,19 @@ def run_training(
         validate=validation.measure if batches else None,
         on_checkpoint=curves.follow,
         progress=progress,
-        clock=clock,
+        clock=now,
+        ranks=ranks,
     )
     state = trainer.run()
     curves.finish()
     epochs = state.step / plan.epoch_steps
     return TrainingResult(
-        folder=_save(trained, spec.work / "result"),
+        folder=_save(trained, spec.work / "result", ranks),
         engine=trained.engine_name,
         environment=checkpoints.identity["environment"],
         state=state,
         estimate=expected,
-        notices=[notice] if notice else [],
+        notices=[*([notice] if notice else []), *checkpoints.moved],
         decisions=schedule.decisions if isinstance(schedule, Annealed) else None,
         score=validation.described(),
         epochs=epochs,
@@ -151,7 +158,7 @@ def run_training(
         labels=round(labels * epochs),
         tokens_computed=sum(int(step["tokens"]) for step in state.curve),
         trained_numbers=trained.trained_numbers,
-        peak_memory_bytes=memory.peak_memory(),
+        peak_memory_bytes=ranks.most(memory.peak_memory()),
         checkpoint_bytes=checkpoints.newest_bytes(),
     )
 
@@ -170,12 +177,13 @@ def train(
     model: LoadedModel | None = None,
     score: AnswerScore | None = None,
     progress: Progress = SILENT,
+    ranks: Ranks = ALONE,
 ) -> str:
     """Train as spec says, in this process, and record it; returns the training record's digest.
 
     Raises what run_training raises.
     """
-    return record_training(store, spec, run_training(spec, progress, model=model, score=score))
+    return record_training(store, spec, run_training(spec, progress, model=model, score=score, ranks=ranks))
 
 
 def find_rate(
@@ -201,8 +209,8 @@ def find_rate(
     return range_test(trained, CrossEntropy(), steps, settings, progress)
 
 
-def environment(model: TrainableModel) -> dict[str, Any]:
-    """What a training's bytes depend on besides its input: versions, the machine, the number of threads."""
+def environment(model: TrainableModel, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """What a training's bytes depend on besides its input: versions, the machine, the number of threads and ranks."""
     return {
         "kernel_revision": KERNEL_REVISION,
         "threads": torch.get_num_threads(),
@@ -210,28 +218,34 @@ def environment(model: TrainableModel) -> dict[str, Any]:
         "transformers": version("transformers"),
         "machine": platform.machine(),
         "processor": torch.backends.cpu.get_cpu_capability(),
+        **({"ranks": ranks.size} if ranks.size > 1 else {}),
         **model.environment(),
     }
 
 
-def _identity(spec: TrainingSpec, model: TrainableModel) -> dict[str, Any]:
+def _identity(spec: TrainingSpec, model: TrainableModel, ranks: Ranks) -> dict[str, Any]:
     return {
         "base": spec.base.digest,
         "dataset": spec.dataset,
         "rows": spec.rows.digest,
         "validation": spec.validation.digest,
         "settings": spec.settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
-        "environment": environment(model),
+        "environment": environment(model, ranks),
     }
 
 
-def _load_checked(base: Base) -> LoadedModel:
+def check_base(base: Base) -> None:
+    """Raises Refused where the base's files are not those that its digest names."""
     if base_record(base.folder, base.spec).digest != base.digest:
         raise Refused(
             "the base model's files are not the ones of this training",
             where=str(base.folder),
             fix="restore them, or start the training again",
         )
+
+
+def _load_checked(base: Base) -> LoadedModel:
+    check_base(base)
     return load_model(base)
 
 
@@ -244,11 +258,18 @@ def _schedule(
         return Planned(len(plan), settings)
     decisions = spec.decisions or decide_beforehand(settings, plan, expected, validation, kept, progress)
     validation.rows = decisions.scored_rows
-    return Annealed(len(plan), settings, decisions, kept, budget=None if spec.decisions else settings.budget)
+    budget = None if spec.decisions else settings.budget
+    return Annealed(len(plan), settings, decisions, kept if validation.ranks.first else None, budget=budget)
 
 
 def _estimate(
-    plan: TrainingPlan, batches: Sequence[Batch], model: TrainableModel, objective: Objective, spec: TrainingSpec
+    plan: TrainingPlan,
+    batches: Sequence[Batch],
+    model: TrainableModel,
+    objective: Objective,
+    spec: TrainingSpec,
+    ranks: Ranks,
+    clock: Callable[[], float],
 ) -> Estimate:
     """The estimate, made once: a resumed training keeps its first one. Whether there is room is checked each time."""
     settings = spec.settings
@@ -256,17 +277,24 @@ def _estimate(
     check_disk(spec.work, needs)
     # A budget usually ends before later epochs, whose steps are alike.
     steps: Sequence[Step] = plan if settings.budget is None else plan.epoch(0)
-    if kept.is_file():
-        with suppress(ValueError):  # damaged
-            before = Estimate.model_validate_json(kept.read_bytes())
-            check_memory(steps, needs)
-            return before
-    made = estimate(steps, step_tokens(batches), settings.validations, trial_step(model, objective), needs)
+    if (before := ranks.agree(lambda: _estimated(kept))) is not None:
+        check_memory(steps, needs, local=ranks.local)
+        return Estimate.model_validate(before)
+    trial = trial_step(model, objective, ranks)
+    made = estimate(steps, step_tokens(batches), settings.validations, trial, needs, ranks=ranks, clock=clock)
     made = made.model_copy(update={"step_seconds": made.seconds / len(steps)})
     if settings.budget is not None:
         made = made.model_copy(update={"seconds": min(settings.budget, made.seconds * settings.epochs)})
-    write_atomic(kept, made.model_dump_json().encode())
+    if ranks.first:
+        write_atomic(kept, made.model_dump_json().encode())
     return made
+
+
+def _estimated(kept: Path) -> dict[str, Any] | None:
+    """The estimate that was kept; None where there is none, or where it is damaged."""
+    with suppress(OSError, ValueError):
+        return Estimate.model_validate_json(kept.read_bytes()).model_dump()
+    return None
 
 
 def _announce(
@@ -276,23 +304,28 @@ def _announce(
     expected: Estimate,
     notice: str | None,
     progress: Progress,
+    ranks: Ranks,
 ) -> None:
-    if not is_native(spec.base.family):
+    if ranks.size > 1:
+        progress.say(f"{ranks.size} ranks train together, by transformers' modules; each holds a part of every tensor")
+    elif not is_native(spec.base.family):
         progress.say(f"{spec.base.spec} ({spec.base.family}) {SLOW}")
     budget = spec.settings.budget
     length = f"{len(plan)} steps" if budget is None else f"steps of {expected.step_seconds:.2g} s within its budget"
+    room = "GB of memory" if ranks.size == 1 else "GB of memory on a rank"
     progress.say(
         f"training {rows} rows in {length}: about {expected.seconds:.0f} s, "
-        f"{expected.peak_memory_bytes / 1e9:.1f} GB of memory and {expected.checkpoint_bytes / 1e6:.0f} MB a checkpoint"
+        f"{expected.peak_memory_bytes / 1e9:.1f} {room} and {expected.checkpoint_bytes / 1e6:.0f} MB a checkpoint"
     )
     if notice:
         progress.say(notice)
 
 
-def _save(model: TrainableModel, folder: Path) -> Path:
+def _save(model: TrainableModel, folder: Path, ranks: Ranks) -> Path:
     """Write the model's files into a folder that holds nothing else."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if ranks.first:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     model.save(folder)
     return folder
 

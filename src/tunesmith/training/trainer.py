@@ -13,6 +13,7 @@ from torch import Tensor
 from tunesmith.core import memory
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Progress, Task
+from tunesmith.engines.ranks import ALONE, Ranks, sharded_like
 from tunesmith.engines.training_protocol import Objective, TrainableModel
 from tunesmith.training.batches.batch_plan import Step, step_tokens
 from tunesmith.training.checkpoints import Checkpoints
@@ -44,20 +45,22 @@ class Trainer:
         on_checkpoint: Callable[[TrainerState], None] = _ignore,
         progress: Progress = SILENT,
         clock: Callable[[], float] = time.perf_counter,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Continues from the newest complete checkpoint, if there is one.
 
         schedule: the planned one of settings where it is None. objective: cross-entropy where it is None. validate:
         returns finite numbers for the model as it is now: a `loss`, of which lower is better, and where answers are
         scored a `score`, of which higher is better; called when the schedule says so. on_checkpoint: called with the
-        state after each checkpoint, and once at the start of a resumed training. clock: seconds since some moment.
+        state after each checkpoint, and once at the start of a resumed training. clock: seconds since some moment, the
+        same on all ranks. ranks: compute each step together; each has its own part of the plan's steps.
         Raises Refused where the checkpoints belong to another training.
         """
         self.model, self.plan, self.settings, self.progress = model, plan, settings, progress
         self._schedule = Planned(len(plan), settings) if schedule is None else schedule
         self._objective = CrossEntropy() if objective is None else objective
         self._validate, self._checkpoints, self._on_checkpoint = validate, checkpoints, on_checkpoint
-        self._clock = clock
+        self._clock, self._ranks = clock, ranks
         self._parameters = parameters(model)
         self._optimizer = make_optimizer(model, settings)
         self._best: list[Tensor] | None = None
@@ -93,7 +96,7 @@ class Trainer:
 
     def compute(self, step: Step) -> float:
         """Leave a step's gradients on the parameters; returns its loss."""
-        return gradients(self.model, self._objective, step)
+        return gradients(self.model, self._objective, step, self._ranks)
 
     def _step(self, task: Task) -> None:
         """Compute the next step and update the model, validate and save where it is time for that.
@@ -197,14 +200,19 @@ class Trainer:
             return TrainerState()
         tensors, state = found
         for number, parameter in enumerate(self._parameters):
-            parameter.copy_(tensors[f"{number}.parameter"])
+            kept = {
+                name: sharded_like(tensors[f"{number}.{name}"], parameter)
+                for name in ("parameter", "exp_avg", "exp_avg_sq", "best")
+                if f"{number}.{name}" in tensors
+            }
+            parameter.copy_(kept["parameter"])
             self._optimizer.state[parameter] = {
                 "step": torch.tensor(float(state["step"])),
-                "exp_avg": tensors[f"{number}.exp_avg"],
-                "exp_avg_sq": tensors[f"{number}.exp_avg_sq"],
+                "exp_avg": kept["exp_avg"],
+                "exp_avg_sq": kept["exp_avg_sq"],
             }
-        if "0.best" in tensors:
-            self._best = [tensors[f"{number}.best"] for number in range(len(self._parameters))]
+            if "best" in kept:
+                self._best = [*(self._best or []), kept["best"]]
         self.model.parameters_changed()
         self.progress.say(f"resuming from step {state['step']}")
         return TrainerState(**{each.name: state[each.name] for each in fields(TrainerState)})

@@ -69,9 +69,18 @@ class HFEngine(InProcessEngine[str]):
             for batch in self._batches(rows):
                 self._decode(batch, loaded)
                 task.advance(len(batch))
-        for answer in answers:
-            answer.raise_error()
-        return [answer.completion() for answer in answers]
+        return _completions(answers)
+
+    def generate_together(self, requests: Sequence[Generation], loaded: str | None) -> list[Completion]:
+        """Answers to this rank's requests, while the other ranks answer theirs. loaded: the adapter's name in the
+        model."""
+        events: SimpleQueue[Streamed | None] = SimpleQueue()
+        answers = [self._answer(request, events, streams=False) for request in requests]
+        rows = [self._row(request, answer) for request, answer in zip(requests, answers, strict=True)]
+        batches = self._batches(rows)
+        for turn in range(self._model.ranks.most(len(batches))):
+            self._decode(batches[turn] if turn < len(batches) else [], loaded)
+        return _completions(answers)
 
     def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
         """Pieces of the answer's text as they are decoded; the last item is the whole Completion."""
@@ -122,10 +131,22 @@ class HFEngine(InProcessEngine[str]):
 
     def _decode(self, rows: Sequence[Row], loaded: str | None, cancelled: Callable[[], bool] = lambda: False) -> None:
         """Decode rows to their ends. Errors go to the rows' answers, whose callers raise them."""
-        decoding = Decoding(rows, self._renderer.stop_ids, cancelled)
+        ranks = self._model.ranks
+        decoding = Decoding(rows, self._renderer.stop_ids, cancelled, ranks)
+        # What inference mode makes of a sharded module's parameters could not be trained on.
+        mode = torch.inference_mode if ranks.size == 1 else torch.no_grad
         try:
-            with self._model.using(loaded), torch.inference_mode():
+            with self._model.using(loaded), mode():
                 decoding.run(self._model.module)
-        except Exception as error:  # noqa: BLE001 - raised in the caller's thread
+        except Exception as error:  # raised in the caller's thread
+            if ranks.size > 1:
+                raise  # the others wait for this rank
             decoding.end_all(error)
         decoding.end_all()
+
+
+def _completions(answers: Sequence[Answer]) -> list[Completion]:
+    """The answers that have ended. Raises the first one's error."""
+    for answer in answers:
+        answer.raise_error()
+    return [answer.completion() for answer in answers]

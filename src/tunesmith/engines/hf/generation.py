@@ -16,6 +16,7 @@ from tunesmith.engines.answers import Answer
 from tunesmith.engines.constraint import Guide, mask_disallowed_
 from tunesmith.engines.hf import libraries
 from tunesmith.engines.hf.model import left_padded
+from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.sampling import Sampling, sample, score_of
 
 
@@ -37,14 +38,26 @@ class Row:
 class Decoding:
     """Decodes rows together. Each row's answer receives its tokens, its end and any error."""
 
-    def __init__(self, rows: Sequence[Row], stop_ids: frozenset[int], cancelled: Callable[[], bool]) -> None:
-        """cancelled: whether the caller no longer waits for the answers."""
-        self._rows, self._stop_ids, self._cancelled = rows, stop_ids, cancelled
+    def __init__(
+        self, rows: Sequence[Row], stop_ids: frozenset[int], cancelled: Callable[[], bool], ranks: Ranks = ALONE
+    ) -> None:
+        """cancelled: whether the caller no longer waits for the answers. ranks: each of them decodes its own rows, or
+        none, with a module that is sharded over them."""
+        self._rows, self._stop_ids, self._cancelled, self._ranks = rows, stop_ids, cancelled, ranks
+        self._most_unfinished = 1  # rows of a rank, as of the last forward pass
         self._filler = min(stop_ids)
         self._unfinished = dict.fromkeys(range(len(rows)))
 
     def run(self, module: Any) -> None:
-        """Decode all rows to their ends."""
+        """Decode all rows to their ends, then compute single tokens for nothing until every rank has done so: a forward
+        pass of a sharded module needs all ranks."""
+        if self._rows:
+            self._generate(module)
+        while self._ranks.size > 1 and self._most_unfinished:
+            module(input_ids=torch.tensor([[self._filler]]), use_cache=False)
+            self._most_unfinished = self._ranks.most(0)
+
+    def _generate(self, module: Any) -> None:
         transformers = libraries.transformers()
         ids, mask = left_padded([row.ids for row in self._rows], self._filler)
         how = transformers.GenerationConfig(
@@ -54,6 +67,7 @@ class Decoding:
             ids,
             attention_mask=mask,
             generation_config=how,
+            synced_gpus=False,
             logits_processor=transformers.LogitsProcessorList([self._choose]),
             stopping_criteria=transformers.StoppingCriteriaList([self._finished]),
         )
@@ -75,6 +89,7 @@ class Decoding:
         """A stopping criterion: which rows need no more tokens."""
         if self._cancelled():
             self._unfinished.clear()
+        self._most_unfinished = self._ranks.most(len(self._unfinished))
         return torch.tensor([place not in self._unfinished for place in range(len(ids))])
 
     def _end(self, place: int, *, stopped: bool, error: BaseException | None = None) -> None:

@@ -22,6 +22,8 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.scratch import scratch_folder
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.hf import four_bits, libraries
+from tunesmith.engines.hf.sharding import shard
+from tunesmith.engines.ranks import ALONE, Ranks, whole
 from tunesmith.models.base import Base, base_files
 from tunesmith.models.families import match_layers
 from tunesmith.models.weight_files import AdapterConfig, read_adapter_file
@@ -37,12 +39,13 @@ class HFModel:
     """A frozen base model and any number of adapters, of which at most one is active at a time.
 
     module: transformers' module. linears: its linear layers except the head, by name. vocabulary: logits of a step.
+    ranks: that the module is sharded over.
     """
 
     def __init__(self, base: Base, *, quantized: bool = False) -> None:
         """quantized: keep the linear layers in 4 bits. Raises Refused for a base that transformers cannot run without
         code from its folder, for incomplete weights, and for a model whose tokens see later ones."""
-        self.base = base
+        self.base, self.ranks = base, ALONE
         if base.context_length <= 0:
             raise Refused(
                 "the base's configuration does not state its context length",
@@ -127,6 +130,20 @@ class HFModel:
                 ) from error
         return name
 
+    def shard(self, adapter: str, ranks: Ranks, *, changed_base: bool) -> None:
+        """Shard the module with its only adapter over the ranks, all of which call this.
+
+        They start from rank 0's adapter and, with changed_base, from its weights of the adapted layers: PiSSA's
+        singular vectors may have other signs on another processor.
+        """
+        _ = self.pads  # found out by forward passes, of which all ranks need equally many from now on
+        with torch.no_grad():
+            for name, tensor in self.module.named_parameters():
+                if f".{adapter}." in f"{name}." or (changed_base and ".base_layer." in name):
+                    ranks.spread(tensor)
+        shard(self.module, ranks)
+        self.ranks = ranks
+
     def remove_adapter(self, name: str) -> None:
         """Take an adapter out of the module."""
         with self._turn:
@@ -157,6 +174,9 @@ class HFModel:
     def using(self, adapter: str | None) -> Iterator[None]:
         """Have the module compute with one adapter, or with none, while other threads wait."""
         with self._turn:
+            if self.ranks.size > 1:
+                # What is together since the last forward pass has the numbers and the adapters of that time.
+                self.module.reshard()
             if self._peft is not None and adapter is None:
                 self._peft.base_model.disable_adapter_layers()
             elif self._peft is not None:
@@ -169,14 +189,17 @@ class HFModel:
         return {name: tensor for name, tensor in self.module.named_parameters() if f".{adapter}." in f"{name}."}
 
     def adapter_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """An adapter's tensors, by their names in an adapter file."""
-        found: dict[str, Tensor] = libraries.peft().get_peft_model_state_dict(self._peft, adapter_name=adapter)
-        return found
+        """An adapter's tensors, by their names in an adapter file; whole ones, for which all ranks call this."""
+        with self.using(adapter):
+            found = libraries.peft().get_peft_model_state_dict(self._peft, adapter_name=adapter)
+            return {name: whole(tensor) for name, tensor in found.items()}
 
-    def without_start(self, adapter: str, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What PEFT makes of an adapter that started at start (PiSSA): an adapter of twice the rank for the base."""
-        tensors = self.adapter_tensors(adapter)
-        converted = self._peft.base_model.subtract_mutated_init(tensors, adapter, {"state_dict": dict(start)})
+    def without_start(
+        self, adapter: str, tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What PEFT makes of an adapter's tensors that started at start (PiSSA): an adapter of twice the rank for the
+        base."""
+        converted = self._peft.base_model.subtract_mutated_init(dict(tensors), adapter, {"state_dict": dict(start)})
         return {**tensors, **converted}
 
     def logits(self, batch: Batch) -> Tensor:
@@ -188,7 +211,7 @@ class HFModel:
         row_of = torch.bucketize(batch.predicts, starts, right=True) - 1
         place_of = batch.predicts - starts[row_of] + batch.prefix
         # Only up to the last place that predicts: the filler behind it may exceed the positions that the model has.
-        longest = int(place_of.max()) + 1
+        longest = int(place_of.max()) + 1 if len(place_of) else max(batch.lengths)
         ids = torch.zeros(len(batch.lengths), longest, dtype=torch.long)
         for row, (first, length) in enumerate(zip(starts.tolist(), batch.lengths, strict=False)):
             whole = torch.cat([batch.ids[: batch.prefix], batch.ids[first : first + length]])[:longest]

@@ -8,17 +8,29 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.engines.settings import WeightSettings
 
 
-def check_supported(settings: WeightSettings, where: str = "train") -> None:
+def check_supported(settings: WeightSettings, where: str = "train", *, ranks: int = 1) -> None:
     """Raises Refused for settings that this engine does not have, UsageError if bitsandbytes is needed but missing.
 
-    where: the settings' place in the project file.
+    where: the settings' place in the project file. ranks: how many processes train together.
     """
+    if settings.method == "full" and ranks > 1:
+        raise Refused(
+            "method: full runs in one process only: several ranks train adapters",
+            where=f"{where}.method",
+            fix="leave method out, or start the command without torchrun",
+        )
     if settings.method == "full":
         raise Refused(
             "method: full works only for families that the native engine runs; this base is run by transformers' "
             "modules, on which adapters alone are trained",
             where=f"{where}.method",
             fix="leave method out, or use a base of one of those families",
+        )
+    if settings.quantize is not None and ranks > 1:
+        raise Refused(
+            "a base in 4 bits is not sharded: its packed numbers do not fall apart by rows",
+            where=f"{where}.quantize",
+            fix="leave quantize out, or train in one process, without torchrun",
         )
     if settings.quantize is not None and find_spec("bitsandbytes") is None:
         raise UsageError(

@@ -18,6 +18,7 @@ from tunesmith.engines.batch import Batch
 from tunesmith.engines.hf import four_bits
 from tunesmith.engines.hf.model import HFModel, remove_with, sizes
 from tunesmith.engines.peak import MEASURED_ROWS, measured_flops
+from tunesmith.engines.ranks import ALONE, Ranks, whole
 from tunesmith.engines.settings import HF, WeightSettings
 from tunesmith.engines.training_protocol import Objective, ParameterGroup
 from tunesmith.models.weight_files import AdapterConfig, save_adapter_file
@@ -32,9 +33,11 @@ class HFTrainable:
     engine_name = HF
     shares_prefix = False  # transformers' modules take each row whole
 
-    def __init__(self, model: HFModel, settings: WeightSettings, *, seed: int) -> None:
-        """The start weights are PEFT's, drawn with seed. Raises Refused for settings that PEFT or this base cannot
-        honour, and for layers that the model does not call."""
+    def __init__(self, model: HFModel, settings: WeightSettings, *, seed: int, ranks: Ranks = ALONE) -> None:
+        """The start weights are PEFT's, drawn with seed. With several ranks, the model is sharded over them.
+
+        Raises Refused for settings that PEFT or this base cannot honour, and for layers that the model does not call.
+        """
         self._model, self._settings = model, settings
         targets = model.targets(settings.targets)
         _check_rank(targets, settings)
@@ -59,7 +62,16 @@ class HFTrainable:
                 where="train.targets",
                 fix="name the layers to adapt without it",
             )
+        if ranks.size > 1:
+            model.shard(self.adapter, ranks, changed_base=settings.start == "pissa")
+            self._parameters = model.adapter_parameters(self.adapter)
         self._start = _copies(self._parameters) if settings.start == "pissa" else None
+
+    @property
+    def replaces_base(self) -> bool:
+        """Whether the start took something out of the base's weights, so that they are the base with the adapter only,
+        and until the first step."""
+        return self._start is not None
 
     @property
     def trained_numbers(self) -> int:
@@ -103,10 +115,15 @@ class HFTrainable:
         """Nothing to do: the module computes with the parameters themselves."""
 
     def save(self, folder: Path) -> None:
-        """Write the adapter in PEFT's layout into an existing folder. One that started at PiSSA has twice the rank."""
+        """Write the adapter in PEFT's layout into an existing folder. One that started at PiSSA has twice the rank.
+
+        All ranks call this, and rank 0 writes.
+        """
         model, config, tensors = self._model, self._config, self._model.adapter_tensors(self.adapter)
+        if not model.ranks.first:
+            return
         if self._start is not None:
-            tensors, config = model.without_start(self.adapter, self._start), config.of_twice_the_rank()
+            tensors, config = model.without_start(self.adapter, tensors, self._start), config.of_twice_the_rank()
         targets = frozenset(name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors)
         save_adapter_file(
             folder,
@@ -149,7 +166,7 @@ def _check_rank(targets: Mapping[str, nn.Module], settings: WeightSettings) -> N
 
 
 def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {f"model.{name}": tensor.detach().clone() for name, tensor in parameters.items()}
+    return {f"model.{name}": whole(tensor.detach()).clone() for name, tensor in parameters.items()}
 
 
 def _named(parameters: Mapping[str, nn.Parameter], part: str) -> list[Tensor]:

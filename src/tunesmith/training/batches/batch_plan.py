@@ -7,7 +7,8 @@ from typing import overload
 
 import torch
 
-from tunesmith.engines.batch import Batch, computed_tokens, lay_out
+from tunesmith.engines.batch import Batch, computed_tokens, empty_batch, label_count, lay_out
+from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.models.rendering import Rendered
 from tunesmith.training.settings import TrainSettings
 
@@ -17,6 +18,17 @@ _STEPS_PER_WINDOW = 8
 
 # The batches of one step, computed one after another; their gradients are summed.
 Step = Sequence[Batch]
+
+
+class RankStep(list[Batch]):
+    """A rank's batches of a step that several ranks compute: every rank has as many, so that they keep in step.
+
+    all_tokens, all_labels: of all ranks.
+    """
+
+    def __init__(self, batches: Sequence[Batch], all_tokens: int, all_labels: int) -> None:
+        super().__init__(batches)
+        self.all_tokens, self.all_labels = all_tokens, all_labels
 
 
 def plan(rows: Sequence[Rendered], batch: int, seed: int, epoch: int) -> list[list[int]]:
@@ -51,22 +63,60 @@ def _parts(rows: Sequence[Rendered], step: Sequence[int], tokens: int, share: bo
     return parts
 
 
+def lay_out_rank(steps: Sequence[Sequence[Rendered]], tokens: int, ranks: Ranks, *, share: bool) -> RankStep:
+    """The batches of this rank for the rows of some steps, which all ranks compute together.
+
+    The rows of a step are given out by length, in turns of the ranks there and back, so that all have about as much.
+    """
+    parts: list[list[list[Rendered]]] = [[] for _ in range(ranks.size)]
+    for step in steps:
+        turns = [*range(ranks.size), *reversed(range(ranks.size))]
+        ordered = sorted(step, key=lambda row: -len(row.ids))
+        given: list[list[Rendered]] = [[] for _ in range(ranks.size)]
+        for place, row in enumerate(ordered):
+            given[turns[place % len(turns)]].append(row)
+        laid = [
+            [[rows[row] for row in part] for part in _parts(rows, range(len(rows)), tokens, share)] if rows else []
+            for rows in given
+        ]
+        most = max(map(len, laid))
+        for part, batches in zip(parts, laid, strict=True):
+            part.extend([*batches, *[[]] * (most - len(batches))])
+    every = [batch for part in parts for batch in part if batch]
+    return RankStep(
+        [lay_out(batch, share=share) if batch else empty_batch() for batch in parts[ranks.rank]],
+        all_tokens=sum(computed_tokens(batch, share=share) for batch in every),
+        all_labels=sum(label_count(row) for batch in every for row in batch),
+    )
+
+
 def lay_out_epoch(
-    rows: Sequence[Rendered], settings: TrainSettings, epoch: int, *, share: bool = True
+    rows: Sequence[Rendered], settings: TrainSettings, epoch: int, *, share: bool = True, ranks: Ranks = ALONE
 ) -> Iterator[list[Batch]]:
     """The steps of an epoch, in order."""
     for step in plan(rows, settings.batch, settings.seed, epoch):
-        yield lay_out_step([rows[row] for row in step], settings.tokens, share=share)
+        chosen = [rows[row] for row in step]
+        if ranks.size == 1:
+            yield lay_out_step(chosen, settings.tokens, share=share)
+        else:
+            yield lay_out_rank([chosen], settings.tokens, ranks, share=share)
 
 
 class TrainingPlan(Sequence[Step]):
     """All steps of a training, in order. An epoch is laid out when one of its steps is asked for: a training with a
-    budget ends before most of them. most: leaves out the steps after so many."""
+    budget ends before most of them. most: leaves out the steps after so many. ranks: whose rank's part of each step it
+    gives."""
 
     def __init__(
-        self, rows: Sequence[Rendered], settings: TrainSettings, *, share: bool = True, most: int | None = None
+        self,
+        rows: Sequence[Rendered],
+        settings: TrainSettings,
+        *,
+        share: bool = True,
+        most: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._rows, self._settings, self._share, self._most = rows, settings, share, most
+        self._rows, self._settings, self._share, self._most, self._ranks = rows, settings, share, most, ranks
         self._epochs: dict[int, list[list[Batch]]] = {}
         self.epoch_steps = len(plan(rows, settings.batch, settings.seed, 0))
 
@@ -74,7 +124,8 @@ class TrainingPlan(Sequence[Step]):
         """The steps of one epoch."""
         if number not in self._epochs:
             self._epochs.pop(number - 2, None)
-            self._epochs[number] = list(lay_out_epoch(self._rows, self._settings, number, share=self._share))
+            laid = lay_out_epoch(self._rows, self._settings, number, share=self._share, ranks=self._ranks)
+            self._epochs[number] = list(laid)
         return self._epochs[number]
 
     def __len__(self) -> int:
@@ -93,8 +144,13 @@ class TrainingPlan(Sequence[Step]):
         return self.epoch(index // self.epoch_steps)[index % self.epoch_steps]
 
 
-def lay_out_validation(rows: Sequence[Rendered], settings: TrainSettings, *, share: bool = True) -> list[Batch]:
+def lay_out_validation(
+    rows: Sequence[Rendered], settings: TrainSettings, *, share: bool = True, ranks: Ranks = ALONE
+) -> list[Batch]:
     """The batches of the validation loss, of no more tokens than a step's."""
+    if ranks.size > 1 and rows:
+        steps = [[rows[row] for row in step] for step in plan(rows, settings.batch, 0, 0)]
+        return lay_out_rank(steps, settings.tokens, ranks, share=share)
     parts = validation_parts(rows, settings, share=share)
     return [lay_out([rows[row] for row in part], share=share) for part in parts]
 
@@ -106,10 +162,14 @@ def validation_parts(rows: Sequence[Rendered], settings: TrainSettings, *, share
 
 
 def step_tokens(step: Step) -> int:
-    """Tokens that a step computes."""
+    """Tokens that a step computes, on all ranks."""
+    if isinstance(step, RankStep):
+        return step.all_tokens
     return sum(batch.tokens for batch in step)
 
 
 def step_labels(step: Step) -> float:
-    """Labels of all batches of a step."""
+    """Labels of all batches of a step, on all ranks."""
+    if isinstance(step, RankStep):
+        return float(step.all_labels)
     return float(sum(batch.labels.numel() for batch in step))

@@ -1,0 +1,61 @@
+"""Shards a model and the adapter in it over the ranks, by torch's fully_shard (FSDP2).
+
+Every rank holds its rows of each parameter, of the frozen base's too. A layer's parameters are brought together while
+it computes and dropped after it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tunesmith.core.errors import TunesmithError, UsageError
+
+if TYPE_CHECKING:
+    from tunesmith.engines.ranks import Ranks
+
+
+def shard(module: Any, ranks: Ranks) -> None:
+    """Shard the decoder's layers one by one, then what is left of the module: embeddings, norms, head.
+
+    From then on every rank has to call the module equally often.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise UsageError(
+            "this version of torch cannot reduce gradients of which some ranks have none",
+            fix="pip install --upgrade torch; 2.13 was tested",
+        )
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    for layer in layers(module):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            # The gradients of the ranks are added: each rank divides by the labels of all of them. gloo can only add.
+            each.set_gradient_divide_factor(1.0)
+            each.set_force_sum_reduction_for_comms(True)
+    # A rank whose tokens reach no part of an adapter takes part in its reduction nevertheless.
+    module.set_reduce_scatter_unused_params(True)
+
+
+def layers(module: Any) -> list[nn.Module]:
+    """The decoder's layers: the outermost modules that transformers says must stay in one piece.
+
+    Raises TunesmithError for a family that names none: sharded as a whole, it would save no memory.
+    """
+    names = set(module._no_split_modules or ())
+    found: dict[str, nn.Module] = {}
+    for name, each in module.named_modules():
+        if type(each).__name__ in names and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = each
+    if not found:
+        raise TunesmithError(
+            f"transformers does not say which layers of {type(module).__name__} can be sharded",
+            where="base",
+            fix="train on one rank",
+        )
+    return list(found.values())

@@ -1,0 +1,73 @@
+"""A base that several ranks hold together: they train an adapter on it, and answer with it meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from pydantic import TypeAdapter
+
+from tunesmith.core.errors import TunesmithError
+from tunesmith.engines.hf.engine import HFEngine
+from tunesmith.engines.hf.model import HFModel
+from tunesmith.engines.hf.support import check_supported
+from tunesmith.engines.hf.trainable import HFTrainable
+from tunesmith.engines.process import prepare_process
+from tunesmith.engines.protocol import Completion, Generation
+from tunesmith.engines.ranks import Ranks
+from tunesmith.engines.settings import WeightSettings
+from tunesmith.engines.training_protocol import TrainableModel
+from tunesmith.models.base import Base
+
+_REQUESTS, _ANSWERS = TypeAdapter(list[Generation]), TypeAdapter(list[Completion])
+
+
+class ShardedHFModel:
+    """Implements engines.training_protocol.ShardedModel."""
+
+    def __init__(self, base: Base, ranks: Ranks) -> None:
+        """The weights are read when they are first needed, by every rank."""
+        prepare_process()
+        self._base, self._ranks = base, ranks
+        self._trained: HFTrainable | None = None
+
+    @cached_property
+    def _model(self) -> HFModel:
+        return HFModel(self._base)
+
+    @cached_property
+    def _engine(self) -> HFEngine:
+        return HFEngine(self._model)
+
+    def engine(self) -> HFEngine:
+        """The engine that renders requests. Once the base is sharded, only answer_together answers them."""
+        return self._engine
+
+    def trainable(self, settings: WeightSettings, *, seed: int, state_bytes: int) -> HFTrainable:
+        """A new adapter on these weights, at its start. Shards the base; so there can be only one.
+
+        Raises Refused or UsageError for settings that this engine or base cannot honour on several ranks.
+        """
+        check_supported(settings, ranks=self._ranks.size)
+        if self._trained is not None:
+            raise TunesmithError("several ranks train one adapter at a time", fix="start them for each training")
+        self._trained = HFTrainable(self._model, settings, seed=seed, ranks=self._ranks)
+        return self._trained
+
+    def answer_together(self, requests: Sequence[Generation], model: TrainableModel | None) -> list[Completion]:
+        """Rank 0's requests, answered by all ranks with the adapter in training as it is now; None: by the base.
+
+        Every rank calls this and gets all answers. The requests of other ranks do not count.
+        """
+        if self._trained is None or (model is not None and model is not self._trained):
+            raise TunesmithError("only the adapter in training answers on several ranks")
+        stated = self._ranks.agree(lambda: _REQUESTS.dump_python(list(requests), mode="json"))
+        asked = _REQUESTS.validate_python(stated)
+        mine = range(self._ranks.rank, len(asked), self._ranks.size)
+        adapter = self._trained.adapter if model is not None or self._trained.replaces_base else None
+        given = self._engine.generate_together([asked[place] for place in mine], adapter)
+        answers: dict[int, Completion] = {}
+        for rank, stated in enumerate(self._ranks.gather(_ANSWERS.dump_python(given, mode="json"))):
+            places = range(rank, len(asked), self._ranks.size)
+            answers |= zip(places, _ANSWERS.validate_python(stated), strict=True)
+        return [answers[place] for place in range(len(asked))]

@@ -1,0 +1,187 @@
+"""The processes that train one model together (ranks), and what they tell each other, over gloo.
+
+`ALONE` stands for one process, for which nothing here does anything. Values travel as JSON and never as pickles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.threads import started_by_torchrun
+
+Value = TypeVar("Value")
+
+_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+_PATIENCE = timedelta(days=365)  # rank 0 may build data for hours before the others have anything to do
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one training, as one of them sees them.
+
+    rank: this process's number, from 0. size: how many there are. local: how many of them run on this machine.
+    patient: the group whose messages may take longer than a step.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local: int = 1
+    patient: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process decides and writes."""
+        return self.rank == 0
+
+    def agree(self, make: Callable[[], Value]) -> Value:
+        """What make returns on rank 0, on every rank. It must be JSON where there are several ranks.
+
+        Where make raises on rank 0, the others raise TunesmithError.
+        """
+        if self.size == 1:
+            return make()
+        if not self.first:
+            told = self._broadcast(None)
+            if "stopped" in told:
+                raise TunesmithError(f"rank 0 stopped: {told['stopped']}")
+            value: Value = told["value"]
+            return value
+        try:
+            made = make()
+        except BaseException as error:
+            self._broadcast({"stopped": str(error) or type(error).__name__})
+            raise
+        self._broadcast({"value": made})
+        return made
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON values of all ranks, in their order."""
+        if self.size == 1:
+            return [value]
+        return [json.loads(each.numpy().tobytes()) for each in self._all(_encoded(value))]
+
+    def total(self, value: float) -> float:
+        """The sum of a number over all ranks: added in their order, so that it is the same everywhere."""
+        return value if self.size == 1 else sum(self.gather(value))
+
+    def most(self, value: int) -> int:
+        """The largest value that a rank has."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return int(largest)
+
+    def clock(self, own: Callable[[], float]) -> Callable[[], float]:
+        """A clock that gives every rank rank 0's reading, so that all decide alike. All ranks read it together."""
+        return own if self.size == 1 else lambda: self.agree(own)
+
+    def spread(self, tensor: Tensor) -> None:
+        """Overwrite a tensor with rank 0's."""
+        if self.size > 1:
+            torch.distributed.broadcast(tensor, src=0)
+
+    def _broadcast(self, value: Any) -> Any:
+        """Rank 0's value."""
+        encoded = _encoded(value)
+        length = torch.tensor(len(encoded))
+        torch.distributed.broadcast(length, src=0, group=self.patient)
+        if not self.first:
+            encoded = torch.empty(int(length), dtype=torch.uint8)
+        torch.distributed.broadcast(encoded, src=0, group=self.patient)
+        return json.loads(encoded.numpy().tobytes())
+
+    def _all(self, mine: Tensor) -> list[Tensor]:
+        """The bytes of all ranks."""
+        lengths = [torch.zeros((), dtype=torch.long) for _ in range(self.size)]
+        torch.distributed.all_gather(lengths, torch.tensor(len(mine)))
+        longest = int(max(lengths))
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, torch.nn.functional.pad(mine, (0, longest - len(mine))))
+        return [part[: int(length)] for part, length in zip(parts, lengths, strict=True)]
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks that torchrun started, connected until the end; ALONE where it started only one process."""
+    if not started_by_torchrun():
+        yield ALONE
+        return
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    _end_with_parent()
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun gives the same store again after a restart, with the addresses of the processes that ended.
+    store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    try:
+        yield connected_ranks()
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        raise TunesmithError(
+            "another rank has ended, and this one cannot go on without it; its message says why",
+            fix="start the same command again: it goes on from the newest checkpoint",
+        ) from error
+    # Not after an error: the others may wait for this rank. torchrun notices that it ended, and ends them.
+    torch.distributed.destroy_process_group()
+
+
+def connected_ranks() -> Ranks:
+    """The ranks of torch's process group."""
+    distributed = torch.distributed
+    return Ranks(
+        rank=distributed.get_rank(),
+        size=distributed.get_world_size(),
+        local=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        patient=distributed.new_group(backend="gloo", timeout=_PATIENCE),
+    )
+
+
+def _end_with_parent() -> None:
+    """Have Linux end this process with torchrun, which starts it in a session of its own and may be killed itself."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is sharded over the ranks, all of which call this; any other tensor as it is."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
+def held(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that is sharded over the ranks; any other tensor as it is."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor that every rank has all of, sharded as other is, or as it is where other is not sharded."""
+    if not hasattr(other, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def _encoded(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

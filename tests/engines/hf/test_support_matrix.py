@@ -1,0 +1,162 @@
+"""docs/reference/training-support.md, cell by cell."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.hf_models import FAMILIES as HF_FAMILIES
+from tests.hf_models import write_hf_model
+from tests.process_group import run_ranks
+from tests.tiny import SIZES, row, write_model
+from tunesmith.core.errors import Refused
+from tunesmith.core.messages import Message
+from tunesmith.engines.factory import check_weight_settings
+from tunesmith.engines.hf.engine import HFEngine
+from tunesmith.engines.hf.loaded import LoadedHFModel
+from tunesmith.engines.hf.together import ShardedHFModel
+from tunesmith.engines.hf.trainable import HFTrainable
+from tunesmith.engines.native.model import NativeModel
+from tunesmith.engines.protocol import Generation
+from tunesmith.engines.ranks import ALONE, Ranks, connected_ranks, held, whole
+from tunesmith.engines.settings import WeightSettings
+from tunesmith.engines.training_protocol import TrainableModel
+from tunesmith.models.base import Base, resolve_base
+from tunesmith.models.rendering import Renderer
+from tunesmith.store.store import Store
+from tunesmith.training.batches.batch_plan import lay_out_rank, lay_out_step
+from tunesmith.training.objectives import CrossEntropy
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.steps import gradients, make_optimizer, parameters, update
+
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / "training-support.md"
+ROWS = [row(f"turn on light {n}", '{"on":true' + ',"room":"hall"' * n + "}") for n in range(5)]
+REQUESTS = [Generation((Message(role="user", content=f"light {n}"),), max_tokens=2 + 2 * n) for n in range(3)]
+WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # whole blocks of 4-bit numbers
+
+
+def table(heading: str) -> list[list[str]]:
+    """The cells of the table below a heading, without its first two lines."""
+    below = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in below.splitlines() if line.startswith("|")]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+WHERE = ("native", "hf", "ranks")
+METHODS = {cells[0]: dict(zip(WHERE, cells[1:], strict=True)) for cells in table("Settings of `train`")}
+FAMILIES = {cells[0]: cells[2] for cells in table("Kinds of families on several ranks")}
+SEVERAL = [
+    *[("phi3", setting) for setting, cells in METHODS.items() if cells["ranks"] == "yes"],
+    *[(family, "method: lora") for family, cell in FAMILIES.items() if cell == "yes"],
+]
+
+
+def _base(folder: Path, family: str, sizes: dict[str, Any] = SIZES) -> Base:
+    if not (folder / family).exists():
+        write_hf_model(folder / family, family) if family in HF_FAMILIES else write_model(
+            folder / family, family, sizes=sizes
+        )
+    return resolve_base(Store(folder / "store"), str(folder / family), folder)
+
+
+def _settings(setting: str) -> TrainSettings:
+    return TrainSettings.model_validate({"learning_rate": 0.01, **yaml.safe_load(setting)})
+
+
+def _two_steps(model: TrainableModel, base: Base, settings: TrainSettings, ranks: Ranks = ALONE) -> list[float]:
+    rows = [Renderer(base.folder).conversation(messages) for messages in ROWS]
+    alone, optimizer = ranks.size == 1, make_optimizer(model, settings)
+    step = lay_out_step(rows, 96, share=False) if alone else lay_out_rank([rows], 96, ranks, share=False)
+    losses = []
+    for _ in range(2):
+        losses.append(gradients(model, CrossEntropy(), step, ranks))
+        update(model, optimizer, settings.learning_rate, 1.0)
+    return losses
+
+
+def _tensors(model: TrainableModel) -> dict[str, torch.Tensor]:
+    return {str(number): whole(each.detach()).contiguous() for number, each in enumerate(parameters(model))}
+
+
+def _rank(rank: int, _size: int, folder: Path, cases: list[tuple[str, str]]) -> None:
+    ranks = connected_ranks()
+    for number, (family, setting) in enumerate(cases):
+        base, settings = _base(folder, family), _settings(setting)
+        model = ShardedHFModel(base, ranks)
+        trained = model.trainable(settings, seed=1, state_bytes=16)
+        numbers = [(held(each).numel(), each.numel()) for each in trained._model.module.parameters()]
+        assert sum(mine for mine, _ in numbers) < 0.6 * sum(every for _, every in numbers)
+        losses = _two_steps(trained, base, settings, ranks)
+        found, answers = _tensors(trained), model.answer_together(REQUESTS if rank == 0 else [], trained)
+        if rank == 0:
+            save_file(found, folder / f"{number}.safetensors")
+            texts = [answer.text for answer in answers]
+            (folder / f"{number}.json").write_text(json.dumps({"losses": losses, "answers": texts}))
+
+
+@pytest.fixture(scope="module")
+def trained_together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of all cells that two ranks train."""
+    folder = tmp_path_factory.mktemp("together")
+    for family in {family for family, _ in SEVERAL}:
+        _base(folder, family)
+    assert run_ranks(_rank, 2, folder / "meeting", folder, SEVERAL) == [0, 0]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(SEVERAL)), ids=[" ".join(case) for case in SEVERAL])
+def test_several_ranks_train_it(trained_together: Path, number: int) -> None:
+    base, settings = _base(trained_together, SEVERAL[number][0]), _settings(SEVERAL[number][1])
+    alone = LoadedHFModel(base).trainable(settings, seed=1, state_bytes=16)
+    started = {name: each.clone() for name, each in _tensors(alone).items()}
+    losses, expected = _two_steps(alone, base, settings), _tensors(alone)
+    found = load_file(trained_together / f"{number}.safetensors")
+    stated = json.loads((trained_together / f"{number}.json").read_bytes())
+    assert losses == pytest.approx(stated["losses"], abs=1e-5)
+    assert max(float((expected[name] - found[name]).abs().max()) for name in expected) < 1e-5
+    assert all(not torch.equal(expected[name], started[name]) for name in expected)
+    given = HFEngine(alone._model).generate_together(REQUESTS, alone.adapter)
+    assert [answer.text for answer in given] == stated["answers"]
+
+
+@pytest.mark.parametrize("setting", METHODS)
+@pytest.mark.parametrize("where", WHERE)
+def test_it_is_refused_by_name_or_accepted(setting: str, where: str) -> None:
+    settings, family = _settings(setting), "phi3" if where == "hf" else "llama"
+    ranks = 2 if where == "ranks" else 1
+    if METHODS[setting][where] != "refused":
+        check_weight_settings(family, settings, "train", ranks=ranks)
+        return
+    with pytest.raises(Refused) as refused:
+        check_weight_settings(family, settings, "train", ranks=ranks)
+    assert refused.value.where == f"train.{setting.split(':')[0]}"
+    assert setting in str(refused.value) or "4 bits" in str(refused.value)
+
+
+@pytest.mark.parametrize("family", [family for family, cell in FAMILIES.items() if cell == "refused"])
+def test_a_family_is_refused_before_it_is_sharded(tmp_path: Path, family: str) -> None:
+    with pytest.raises(Refused, match="would have no effect"):
+        ShardedHFModel(_base(tmp_path, family), Ranks(0, 2)).trainable(WeightSettings(), seed=1, state_bytes=16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", METHODS)
+@pytest.mark.parametrize("where", ["native", "hf"])
+def test_one_process_trains_it(tmp_path: Path, setting: str, where: str) -> None:
+    if METHODS[setting][where] == "refused":
+        return
+    base, settings = _base(tmp_path, "llama", WIDE), WeightSettings.model_validate(yaml.safe_load(setting))
+    loaded = NativeModel(base) if where == "native" else LoadedHFModel(base)
+    trained = loaded.trainable(settings, seed=1, state_bytes=16)
+    assert isinstance(trained, HFTrainable) == (where == "hf" or "by hf" in METHODS[setting][where])
+    losses = _two_steps(trained, base, _settings(setting))
+    assert losses[1] < losses[0]
+    assert math.isfinite(losses[1])

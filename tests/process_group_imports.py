@@ -1,0 +1,26 @@
+"""What the ranks of tests/process_group.py need, imported once: that takes longer than most of what they do."""
+
+from __future__ import annotations
+
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.tensor
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, Phi3ForCausalLM
+
+from tunesmith.engines.hf import libraries, together
+from tunesmith.training import together as training
+
+libraries.transformers()
+libraries.peft()
+
+__all__ = [
+    "GPT2LMHeadModel",
+    "LlamaForCausalLM",
+    "LoraConfig",
+    "Phi3ForCausalLM",
+    "get_peft_model",
+    "together",
+    "torch",
+    "training",
+]
