@@ -15,6 +15,7 @@ import json
 import os
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from engine_parts.rows import EXAMPLE, base, home
@@ -40,9 +41,13 @@ def main() -> None:
     tokens = [sum(getattr(answer, kind) for answer in answers) for kind in ("prompt_tokens", "completion_tokens")]
     print(f"{tokens[0] / told.rows:.0f} tokens of a prompt, {tokens[1] / told.rows:.1f} of an answer")
     print(f"together: {spent / told.rows * 1000:.1f} s for 1,000 requests")
-    began = time.process_time()
-    answers += [engine.generate([each])[0] for each in asked[told.rows :]]
-    print(f"one after another: {(time.process_time() - began) / SINGLE * 1000:.0f} ms for each")
+    for what, most in (("the first token", 1), ("an answer", TOKENS)):
+        began = time.process_time()
+        single = [engine.generate([replace(each, max_tokens=most)])[0] for each in asked[told.rows :]]
+        spent = time.process_time() - began
+        made = sum(answer.completion_tokens for answer in single)
+        print(f"one after another: {spent / SINGLE * 1000:.0f} ms for {what} ({made / SINGLE:.1f} tokens)")
+    answers += single
     if told.answers is not None:
         told.answers.write_text(json.dumps([answer.text for answer in answers], indent=1), encoding="utf-8")
 
