@@ -100,12 +100,19 @@ def test_two_processes_train_record_and_answer(tmp_path: Path) -> None:
     assert set(evaluate(project).candidates) == {"tuned"}
 
 
+def test_one_process_has_one_copy() -> None:
+    refused = CliRunner().invoke(app, ["train", "tuned", "--copies", "2"]).exception
+    assert isinstance(refused, UsageError)
+    assert refused.where == "--copies"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["run"], "torchrun starts `tunesmith train` only"),
         (["train", "tuned", "--find-rate"], "--find-rate runs in one process"),
         (["train", "tuned", "--search"], "--search runs in one process"),
+        (["train", "tuned", "--copies", "3"], "2 processes cannot hold 3 copies"),
     ],
 )
 def test_torchrun_starts_trainings_only(monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str) -> None:

@@ -87,9 +87,9 @@ def _request(number: int) -> Generation:
     return Generation((Message(role="user", content=f"turn on light {number}"),), max_tokens=2 + 3 * (number % 4))
 
 
-def work(rank: int, size: int, spec: str, kill_at: int | None = None, score: bool = False) -> None:
+def work(rank: int, size: int, spec: str, kill_at: int | None = None, score: bool = False, copies: int = 1) -> None:
     """What a rank does: rank 0 as the command line does, the others led by it."""
-    ranks = connected_ranks()
+    ranks = connected_ranks(copies)
     if kill_at is not None and rank == size - 1:
         _kill_after(kill_at)
     if rank:
@@ -133,8 +133,9 @@ def _checking(ranks: Ranks) -> None:
 
     def checked(self: Checkpoints, step: int, tensors: dict[str, torch.Tensor], state: Any) -> None:
         for name, tensor in tensors.items():
-            chunk = -(-tensor.shape[0] // ranks.size)
-            rows = max(0, min(chunk, tensor.shape[0] - ranks.rank * chunk))
+            parts = ranks.size // ranks.copies
+            chunk = -(-tensor.shape[0] // parts)
+            rows = max(0, min(chunk, tensor.shape[0] - ranks.rank % parts * chunk))
             assert held(tensor).shape == (rows, *tensor.shape[1:]), name
         save(self, step, tensors, state)
 
@@ -165,6 +166,17 @@ def test_it_learns_what_one_process_learns(tmp_path: Path, size: int, family: st
     assert (several.environment["ranks"], "ranks" in one.environment) == (size, False)
     assert several.checkpoint_bytes == pytest.approx(one.checkpoint_bytes, rel=0.1)  # no part of the base in it
     assert {path.name for path in one.folder.iterdir()} == {path.name for path in several.folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_copies_of_the_model_are_sharded_each(tmp_path: Path) -> None:
+    """Four ranks with two copies learn what one process learns, and resume what two ranks began."""
+    one, spec = alone(make(tmp_path / "one")), make(tmp_path / "several")
+    assert -signal.SIGKILL in run_ranks(work, 2, tmp_path / "meeting", spec.model_dump_json(), 11)
+    several = together(spec, 4, None, False, 2)
+    assert furthest(adapter(one), adapter(several)) < 1e-5
+    assert (several.environment["ranks"], several.environment["copies"]) == (4, 2)
+    assert any("then 4 ranks with 2 copies" in notice for notice in several.notices)
 
 
 def losses(result: TrainingResult) -> list[float]:

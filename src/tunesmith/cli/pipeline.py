@@ -49,15 +49,25 @@ def train(
     within: Annotated[
         str | None, typer.Option("--within", metavar="TIME", help="How long --search may take; 20m by default.")
     ] = None,
+    copies: Annotated[
+        int, typer.Option("--copies", min=1, help="Copies of the model that torchrun's processes hold (HSDP).")
+    ] = 1,
 ) -> None:
     """Train a candidate's adapter. Continues from the newest complete checkpoint. `torchrun --nproc-per-node N -m
     tunesmith train NAME` trains it on N processes together."""
+    from tunesmith.core.errors import UsageError
     from tunesmith.core.threads import started_by_torchrun
     from tunesmith.services import training, training_search
 
     _check_train_options(restart=restart, find_rate=find_rate, repeat=repeat, search=search, within=within)
+    if copies > 1 and not started_by_torchrun():
+        raise UsageError(
+            "one process holds one copy of the model", where="--copies", fix="leave it out, or use torchrun"
+        )
     if started_by_torchrun():
-        made = training.train_together(lambda: here.project, candidate, restart=restart, progress=Terminal())
+        made = training.train_together(
+            lambda: here.project, candidate, copies=copies, restart=restart, progress=Terminal()
+        )
         if made is not None:
             here.emit(made, _draw_training)
         return

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.threads import started_by_torchrun
 
 Value = TypeVar("Value")
@@ -32,12 +32,14 @@ class Ranks:
     """The processes of one training, as one of them sees them.
 
     rank: this process's number, from 0. size: how many there are. local: how many of them run on this machine.
-    patient: the group whose messages may take longer than a step.
+    copies: of the model, each of which is sharded over a part of the ranks. patient: the group whose messages may take
+    longer than a step.
     """
 
     rank: int = 0
     size: int = 1
     local: int = 1
+    copies: int = 1
     patient: Any = None
 
     @property
@@ -117,8 +119,11 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """The ranks that torchrun started, connected until the end; ALONE where it started only one process."""
+def joined(copies: int = 1) -> Iterator[Ranks]:
+    """The ranks that torchrun started, connected until the end; ALONE where it started only one process.
+
+    copies: of the model. Raises UsageError where they do not divide the ranks.
+    """
     if not started_by_torchrun():
         yield ALONE
         return
@@ -126,12 +131,18 @@ def joined() -> Iterator[Ranks]:
     from torch.distributed.rendezvous import rendezvous
 
     _end_with_parent()
+    if (size := int(os.environ["WORLD_SIZE"])) % copies:
+        raise UsageError(
+            f"{size} processes cannot hold {copies} copies of the model",
+            where="--copies",
+            fix="start a multiple of that many",
+        )
     store, rank, size = next(rendezvous("env://"))
     # torchrun gives the same store again after a restart, with the addresses of the processes that ended.
     store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
     try:
-        yield connected_ranks()
+        yield connected_ranks(copies)
     except RuntimeError as error:
         if "gloo" not in str(error):
             raise
@@ -143,13 +154,14 @@ def joined() -> Iterator[Ranks]:
     torch.distributed.destroy_process_group()
 
 
-def connected_ranks() -> Ranks:
+def connected_ranks(copies: int = 1) -> Ranks:
     """The ranks of torch's process group."""
     distributed = torch.distributed
     return Ranks(
         rank=distributed.get_rank(),
         size=distributed.get_world_size(),
         local=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        copies=copies,
         patient=distributed.new_group(backend="gloo", timeout=_PATIENCE),
     )
 

@@ -119,16 +119,21 @@ def train(
 
 
 def train_together(
-    opened: Callable[[], Project], name: str | None = None, *, restart: bool = False, progress: Progress = SILENT
+    opened: Callable[[], Project],
+    name: str | None = None,
+    *,
+    copies: int = 1,
+    restart: bool = False,
+    progress: Progress = SILENT,
 ) -> TrainingSummary | None:
     """Train a candidate with the other processes that torchrun started; None in those that rank 0 leads.
 
-    opened: opens the project, on rank 0 alone.
+    opened: opens the project, on rank 0 alone. copies: of the model that the processes hold together.
     """
     from tunesmith.engines.ranks import joined
     from tunesmith.training import together
 
-    with joined() as ranks:
+    with joined(copies) as ranks:
         if not ranks.first:
             together.take_part(ranks)
             return None

@@ -70,11 +70,11 @@ class Checkpoints:
             return None, damaged
         name, state = found
         self.moved = list(state.get("moved", []))
-        before, now = (each.get("environment", {}).get("ranks", 1) for each in (state["identity"], self.identity))
+        before, now = (_ranks(each) for each in (state["identity"], self.identity))
         if before != now:
             self.moved.append(
-                f"{before} {'rank' if before == 1 else 'ranks'} trained until step {state['step']}, then {now}: it ends"
-                " like an undisturbed training within rounding, not in the same bytes"
+                f"{before} trained until step {state['step']}, then {now}: it ends like an undisturbed training within "
+                "rounding, not in the same bytes"
             )
         return (load_file(self.folder / name / _TENSORS), state), damaged
 
@@ -123,10 +123,17 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _comparable(identity: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
     """An identity without what differs when the other one has another number of ranks."""
-    own, others = (each.get("environment", {}) for each in (identity, other))
-    if own.get("ranks") == others.get("ranks"):
+    if _ranks(identity) == _ranks(other):
         return identity
-    return {**identity, "environment": {key: own[key] for key in own if key not in ("ranks", "threads")}}
+    own = identity.get("environment", {})
+    return {**identity, "environment": {key: own[key] for key in own if key not in ("ranks", "copies", "threads")}}
+
+
+def _ranks(identity: Mapping[str, Any]) -> str:
+    """The number of ranks, and of copies of the model among them."""
+    found = identity.get("environment", {})
+    ranks, copies = found.get("ranks", 1), found.get("copies", 1)
+    return f"{ranks} {'rank' if ranks == 1 else 'ranks'}" + (f" with {copies} copies" if copies > 1 else "")
 
 
 def _read_state(path: Path) -> dict[str, Any] | None:

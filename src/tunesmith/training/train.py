@@ -219,6 +219,7 @@ def environment(model: TrainableModel, ranks: Ranks = ALONE) -> dict[str, Any]:
         "machine": platform.machine(),
         "processor": torch.backends.cpu.get_cpu_capability(),
         **({"ranks": ranks.size} if ranks.size > 1 else {}),
+        **({"copies": ranks.copies} if ranks.copies > 1 else {}),
         **model.environment(),
     }
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def shard(module: Any, ranks: Ranks) -> None:
     """Shard the decoder's layers one by one, then what is left of the module: embeddings, norms, head.
 
+    Each copy of the module is sharded over as many neighbouring ranks (HSDP); the gradients of all copies are added.
     From then on every rank has to call the module equally often.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -29,7 +30,8 @@ def shard(module: Any, ranks: Ranks) -> None:
             "this version of torch cannot reduce gradients of which some ranks have none",
             fix="pip install --upgrade torch; 2.13 was tested",
         )
-    mesh = init_device_mesh("cpu", (ranks.size,))
+    shape = (ranks.size,) if ranks.copies == 1 else (ranks.copies, ranks.size // ranks.copies)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
     for layer in layers(module):
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh)
