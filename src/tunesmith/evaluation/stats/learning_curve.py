@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.evaluation.stats.statistics import Floats
+from tunesmith.evaluation.stats.statistics import Floats, effective_groups
 
 _CURVES = 20_000
 _RESAMPLED = 120
@@ -39,6 +39,7 @@ _KEPT = 25  # curves kept for each resampling
 DRAWS = _RESAMPLED * _KEPT
 _FREEDOM = 5.0  # of Student's t: one odd subset does not rule out every curve
 _LEAST_LOSS = 0.02  # nats: below it a greedy answer is right
+_ANSWERS = 2.0  # of a row that count as independent of each other
 _CHANGES = np.linspace(-9.0, 3.0, 121)  # of the logarithm of a loss, at which mean scores are computed
 # The logistic curve before any answer was seen: its middle (a logarithm of a loss) and its slope, as means and standard
 # deviations. An answer is as often right as wrong at a loss of one or two nats.
@@ -120,7 +121,7 @@ def draw_curves(measured: Subsets, seed: int = 0, spread: Spread = SPREAD) -> Dr
         chance = np.exp(log_chance - log_chance.max())
         curves[place] = shapes[random.choice(len(shapes), _KEPT, p=chance / chance.sum())]
     untuned = (weights @ measured.untuned).max(axis=1) if measured.untuned.shape[1] else np.full(len(weights), np.nan)
-    links = _links(logs, measured.scores, weights, random)
+    links = _links(logs, measured.scores, measured.groups, random)
     moved = logs[:, -1:] + _CHANGES  # held-out rows x changes
     expected = np.stack([weight @ _score(moved, link) for weight, link in zip(weights, links, strict=True)])
     strays = random.standard_normal(curves.shape[:2])
@@ -168,16 +169,17 @@ def _score(logs: Floats, link: Floats) -> Floats:
     return found
 
 
-def _links(logs: Floats, scores: Floats, weights: Floats, random: np.random.RandomState) -> Floats:
-    """The logistic curve of each resampling (intercept, slope), drawn around its fit to all answers."""
-    seen, given = logs.ravel(), scores.ravel()
-    found = np.empty((len(weights), 2))
-    for place, weight in enumerate(weights):
-        counted = np.repeat(weight, logs.shape[1]) * len(weight)
-        link, covariance = _fit_link(seen, given, counted)
-        found[place] = link + np.linalg.cholesky(covariance) @ random.standard_normal(2)
+def _links(logs: Floats, scores: Floats, groups: Sequence[str], random: np.random.RandomState) -> Floats:
+    """Logistic curves (intercept, slope), one for each resampling, drawn around the fit to all answers.
+
+    Answers to one row after several trainings are alike, as those of one group are: they count as one answer for each
+    group and training, at most _ANSWERS of a row.
+    """
+    weight = min(1.0, _ANSWERS / logs.shape[1])
+    link, covariance = _fit_link(logs.ravel(), scores.ravel(), np.full(logs.size, weight))
+    found = link + random.standard_normal((_RESAMPLED, 2)) @ np.linalg.cholesky(covariance).T
     found[:, 1] = np.maximum(found[:, 1], 0.0)  # a score does not fall where the loss does
-    return found
+    return np.asarray(found)
 
 
 def _fit_link(logs: Floats, scores: Floats, weights: Floats) -> tuple[Floats, Floats]:
