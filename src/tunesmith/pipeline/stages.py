@@ -28,10 +28,10 @@ from tunesmith.store.recalls import recalled
 REVISIONS = {
     "data": 9,
     "documents": 2,
-    "train": 4,
+    "train": 5,
     "search": 2,
-    "training_search": 2,
-    "curve": 2,
+    "training_search": 3,
+    "curve": 3,
     "forecast": 2,
     "answer": 2,
     "judge": 1,

@@ -43,6 +43,7 @@ from tunesmith.training.estimate import (
 )
 from tunesmith.training.objectives import CrossEntropy
 from tunesmith.training.range_test import STEPS, RateSearch, range_test
+from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.schedule import Annealed, Decisions, Planned, Schedule
 from tunesmith.training.scoring import AnswerScore, Validation, decide_beforehand
 from tunesmith.training.settings import MetricsSettings, TrainSettings
@@ -69,13 +70,15 @@ def make_spec(
 ) -> TrainingSpec:
     """Render a training's rows into its work folder; returns its spec. Loads no weights.
 
-    restart: first delete what the work folder holds, so that the training does not resume. decisions: to repeat.
+    A learning rate that the settings leave open is made to fit the rows. restart: first delete what the work folder
+    holds, so that the training does not resume. decisions: to repeat.
     Raises Refused or UsageError for rows that cannot be trained on.
     """
     if restart:
         shutil.rmtree(work, ignore_errors=True)
     renderer, checked = Renderer(base.folder), validation[: settings.validation_rows]
     rendered = [render_rows(renderer, some, settings) for some in (rows, checked)]
+    settings = fit_to_rows(settings, len(rows))
     return TrainingSpec(
         name=name,
         base=base,

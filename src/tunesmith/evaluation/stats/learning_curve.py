@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.evaluation.stats.statistics import Floats, effective_groups
+from tunesmith.evaluation.stats.statistics import Floats
 
 _CURVES = 20_000
 _RESAMPLED = 120
@@ -39,7 +39,7 @@ _KEPT = 25  # curves kept for each resampling
 DRAWS = _RESAMPLED * _KEPT
 _FREEDOM = 5.0  # of Student's t: one odd subset does not rule out every curve
 _LEAST_LOSS = 0.02  # nats: below it a greedy answer is right
-_ANSWERS = 2.0  # of a row that count as independent of each other
+_ANSWERS = 2.0  # to one row: see _links
 _CHANGES = np.linspace(-9.0, 3.0, 121)  # of the logarithm of a loss, at which mean scores are computed
 # The logistic curve before any answer was seen: its middle (a logarithm of a loss) and its slope, as means and standard
 # deviations. An answer is as often right as wrong at a loss of one or two nats.
@@ -58,7 +58,7 @@ class Spread(NamedTuple):
     stray: float
 
 
-SPREAD = Spread(noise=0.06, stray=0.10)
+SPREAD = Spread(noise=0.06, stray=0.06)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def draw_curves(measured: Subsets, seed: int = 0, spread: Spread = SPREAD) -> Dr
         chance = np.exp(log_chance - log_chance.max())
         curves[place] = shapes[random.choice(len(shapes), _KEPT, p=chance / chance.sum())]
     untuned = (weights @ measured.untuned).max(axis=1) if measured.untuned.shape[1] else np.full(len(weights), np.nan)
-    links = _links(logs, measured.scores, measured.groups, random)
+    links = _links(logs, measured.scores, random)
     moved = logs[:, -1:] + _CHANGES  # held-out rows x changes
     expected = np.stack([weight @ _score(moved, link) for weight, link in zip(weights, links, strict=True)])
     strays = random.standard_normal(curves.shape[:2])
@@ -169,11 +169,10 @@ def _score(logs: Floats, link: Floats) -> Floats:
     return found
 
 
-def _links(logs: Floats, scores: Floats, groups: Sequence[str], random: np.random.RandomState) -> Floats:
+def _links(logs: Floats, scores: Floats, random: np.random.RandomState) -> Floats:
     """Logistic curves (intercept, slope), one for each resampling, drawn around the fit to all answers.
 
-    Answers to one row after several trainings are alike, as those of one group are: they count as one answer for each
-    group and training, at most _ANSWERS of a row.
+    Answers to one row after several trainings are alike: together they count as _ANSWERS answers at most.
     """
     weight = min(1.0, _ANSWERS / logs.shape[1])
     link, covariance = _fit_link(logs.ravel(), scores.ravel(), np.full(logs.size, weight))

@@ -1,0 +1,31 @@
+"""The settings that fit a training's rows, where the project leaves them open."""
+
+from __future__ import annotations
+
+import pytest
+
+from tunesmith.training.recipe import fit_to_rows
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.subsets import subset_settings
+
+
+def _rate(rows: int, **given: object) -> float:
+    return fit_to_rows(TrainSettings.model_validate(given), rows).learning_rate
+
+
+def test_few_rows_get_a_higher_rate_and_many_the_default() -> None:
+    assert _rate(1) == _rate(200) == pytest.approx(3e-3)
+    assert _rate(1000) == _rate(100_000) == pytest.approx(1e-3)
+    rates = [_rate(rows) for rows in range(200, 1001, 50)]
+    assert rates == sorted(set(rates), reverse=True), "it falls evenly in between"
+
+
+def test_a_stated_rate_and_full_training_are_left_alone() -> None:
+    assert _rate(50, learning_rate=1e-3) == 1e-3
+    assert _rate(50, method="full") == 1e-4
+
+
+def test_what_is_left_open_is_still_open_in_the_settings_of_a_subset() -> None:
+    left_open, stated = TrainSettings(budget=60), TrainSettings(budget=60, learning_rate=1e-3)
+    assert fit_to_rows(subset_settings(left_open, 50, 2000, 3), 50).learning_rate == pytest.approx(3e-3)
+    assert fit_to_rows(subset_settings(stated, 50, 2000, 3), 50).learning_rate == 1e-3
