@@ -58,7 +58,7 @@ class Spread(NamedTuple):
     stray: float
 
 
-SPREAD = Spread(noise=0.06, stray=0.06)
+SPREAD = Spread(noise=0.06, stray=0.08)
 
 
 @dataclass(frozen=True, slots=True)
