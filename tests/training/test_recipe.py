@@ -9,8 +9,8 @@ from tunesmith.training.settings import TrainSettings
 from tunesmith.training.subsets import subset_settings
 
 
-def _rate(rows: int, **given: object) -> float:
-    return fit_to_rows(TrainSettings.model_validate(given), rows).learning_rate
+def _rate(rows: int, width: int | None = 576, **given: object) -> float:
+    return fit_to_rows(TrainSettings.model_validate(given), rows, width).learning_rate
 
 
 def test_few_rows_get_a_higher_rate_and_many_the_default() -> None:
@@ -20,12 +20,13 @@ def test_few_rows_get_a_higher_rate_and_many_the_default() -> None:
     assert rates == sorted(set(rates), reverse=True), "it falls evenly in between"
 
 
-def test_a_stated_rate_and_full_training_are_left_alone() -> None:
+def test_a_stated_rate_full_training_and_wide_bases_are_left_alone() -> None:
     assert _rate(50, learning_rate=1e-3) == 1e-3
     assert _rate(50, method="full") == 1e-4
+    assert _rate(50, width=4096) == _rate(50, width=None) == 1e-3
 
 
 def test_what_is_left_open_is_still_open_in_the_settings_of_a_subset() -> None:
     left_open, stated = TrainSettings(budget=60), TrainSettings(budget=60, learning_rate=1e-3)
-    assert fit_to_rows(subset_settings(left_open, 50, 2000, 3), 50).learning_rate == pytest.approx(3e-3)
-    assert fit_to_rows(subset_settings(stated, 50, 2000, 3), 50).learning_rate == 1e-3
+    assert fit_to_rows(subset_settings(left_open, 50, 2000, 3), 50, 576).learning_rate == pytest.approx(3e-3)
+    assert fit_to_rows(subset_settings(stated, 50, 2000, 3), 50, 576).learning_rate == 1e-3

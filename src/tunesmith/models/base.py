@@ -30,6 +30,7 @@ from tunesmith.store.store import Store
 _PLAIN = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # Names of the context length in configurations, the usual one first.
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
+_WIDTH = ("hidden_size", "n_embd", "d_model")
 INDEX = "model.safetensors.index.json"
 _TEMPLATE = "chat_template.jinja"
 _RENDERING = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _TEMPLATE)
@@ -48,6 +49,13 @@ class Base:
     family: str
     context_length: int
     fingerprint: str
+
+
+def model_width(base: Base) -> int | None:
+    """How many numbers a hidden state has, by the base's configuration; None where it does not say."""
+    config = json.loads((base.folder / "config.json").read_bytes())
+    found = next((config[key] for key in _WIDTH if config.get(key)), None)
+    return None if found is None else int(found)
 
 
 def cache_folder() -> Path:

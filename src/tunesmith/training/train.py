@@ -24,7 +24,7 @@ from tunesmith.engines.batch import Batch, label_count
 from tunesmith.engines.factory import load_model
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.training_protocol import LoadedModel, Objective, TrainableModel
-from tunesmith.models.base import Base, base_record
+from tunesmith.models.base import Base, base_record, model_width
 from tunesmith.models.families import SLOW, is_native
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
@@ -78,7 +78,7 @@ def make_spec(
         shutil.rmtree(work, ignore_errors=True)
     renderer, checked = Renderer(base.folder), validation[: settings.validation_rows]
     rendered = [render_rows(renderer, some, settings) for some in (rows, checked)]
-    settings = fit_to_rows(settings, len(rows))
+    settings = fit_to_rows(settings, len(rows), model_width(base))
     return TrainingSpec(
         name=name,
         base=base,
