@@ -12,7 +12,6 @@ run at the same time: one for each core, with OMP_NUM_THREADS=1, gets most done.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import math
 import shutil
 import statistics
@@ -21,12 +20,12 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from claims import claimed
 from learning_parts.kept import append_line, machine, read_lines
 from task_training import Loaded, answers, load, scores, train_task
 from tasks import FOLDER, Task, tasks
@@ -183,7 +182,7 @@ def work(minutes: float) -> None:
         for trial, key in left:
             if time.monotonic() > until:
                 break
-            with _claimed(key) as ours:
+            with claimed(WORK, key) as ours:
                 if not ours or key in read():  # another run has it, or had it
                     continue
                 line = run(trial, every[trial.task], loaded, key)
@@ -193,19 +192,6 @@ def work(minutes: float) -> None:
                 f"{line['seconds']:.0f} s and {line['answering_seconds']:.0f} s",
                 flush=True,
             )
-
-
-@contextmanager
-def _claimed(key: str) -> Iterator[bool]:
-    """Whether no other run has this trial; it is this one's until the end of the block, or of the process."""
-    WORK.mkdir(exist_ok=True)
-    with (WORK / f"{_short(key)}.lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def _short(key: str) -> str:

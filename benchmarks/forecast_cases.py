@@ -1,0 +1,322 @@
+"""The cases of the forecasts' benchmark: tasks with growing numbers of rows, trained and asked, each part kept."""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from claims import claimed
+from leakage import Row
+from learning_parts.kept import append_line, read_lines
+from task_training import Loaded, answer_losses, answers, load, scores
+from tasks import Task, tasks
+from tunesmith.candidates.baselines import make_baseline
+from tunesmith.core.digests import digest_of
+from tunesmith.core.messages import Message
+from tunesmith.data.dataset import Example
+from tunesmith.engines.protocol import Generation
+from tunesmith.evaluation.forecasting.extrapolate import worth
+from tunesmith.evaluation.stats.learning_curve import Subsets
+from tunesmith.training.batches.rows import TrainingRow
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.subsets import subset_settings
+from tunesmith.training.train import make_spec, run_training
+
+GOAL = 0.05  # the lift from which tuning pays
+CORPUS = {"intents": "snips", "music": "snips", "wording": "snips", "snips": "snips", "home": "home",
+          "banking77": "banking77", "clinc150": "clinc150", "choices": "bbq", "relevance": "bfcl", "calls": "bfcl",
+          "masking": "presidio", "personal": "presidio", "xquad": "xquad"}  # fmt: skip
+RESULTS = Path(__file__).parent / "results" / "forecast.jsonl"
+CLAIMS = Path(tempfile.gettempdir()) / "tunesmith-forecast"
+EPOCHS = 3
+LONG = 10  # epochs of a second training on all rows of the smallest case
+HELD = 200  # rows held out of all trainings, at most
+TEST = 400  # test requests, at most
+BATCH = 16  # of the training on 800 rows; the others' are as subset_settings has them, so that cases share trainings
+SMALLEST = 12  # rows of the smallest subset; each further one has twice as many
+RATIOS = (2, 4, 8)  # rows of a case, as a multiple of its largest subset's
+SUBSETS = 3  # besides the smallest
+LEAST_SUBSETS = 3  # of a case
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Trainings of one task on ever more rows. top: the most; change: what was done to the task."""
+
+    task: Task
+    change: str
+    top: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.name} {self.change}".strip()
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each training, ascending."""
+        found = [self.top]
+        while found[0] // 2 >= SMALLEST:
+            found.insert(0, found[0] // 2)
+        return found
+
+    @property
+    def cases(self) -> list[int]:
+        """Rows of the cases."""
+        return [size for size in self.sizes if size >= 200]
+
+
+def ladders(folder: Path) -> list[Ladder]:
+    """What is trained, in the order in which it is."""
+    known = tasks(folder)
+    plan = [
+        ("home", "", 400), ("snips", "", 400), ("banking77", "", 400), ("intents", "", 400),
+        ("intents", "shuffled", 400), ("music", "", 400), ("banking77", "half wrong", 400), ("choices", "", 400),
+        ("wording", "", 400), ("home", "shuffled", 400), ("clinc150", "", 400), ("relevance", "", 400),
+        ("masking", "", 400), ("clinc150", "shuffled", 400), ("personal", "", 200), ("xquad", "", 200),
+        ("calls", "", 200),
+    ]  # fmt: skip
+    return [Ladder(_changed(known[name], change), change, top) for name, change, top in plan if name in known]
+
+
+def _changed(task: Task, change: str) -> Task:
+    """The task with other answers, and with at most TEST test requests."""
+    draw = random.Random(f"forecast {task.name} {change}")
+    rows, test = list(task.rows), list(task.test)
+    draw.shuffle(test)
+    test = test[:TEST]
+    if change in ("shuffled", "half wrong"):
+        share = 1.0 if change == "shuffled" else 0.5
+        rows, test = _wrong(rows, share, draw), _wrong(test, share, draw)
+    return replace(task, rows=tuple(rows), test=tuple(test))
+
+
+def _wrong(rows: Sequence[Row], share: float, draw: random.Random) -> list[Row]:
+    """Rows of which so many have the answers of others."""
+    chosen = [place for place in range(len(rows)) if draw.random() < share]
+    moved = chosen[:]
+    draw.shuffle(moved)
+    found = list(rows)
+    for place, other in zip(chosen, moved, strict=True):
+        found[place] = (rows[place][0], rows[other][1])
+    return found
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a ladder. train: in the order in which subsets grow. held, test: what the models are asked."""
+
+    train: tuple[Row, ...]
+    held: tuple[Row, ...]
+    test: tuple[Row, ...]
+
+
+def rows_of(ladder: Ladder) -> Rows:
+    """A ladder's rows."""
+    task = ladder.task
+    split = task.split(ladder.top, held=HELD)
+    groups = dict(zip(task.rows, task.groups, strict=True))
+    order = sorted({groups[row] for row in split.train})
+    random.Random(f"forecast {ladder.name}").shuffle(order)
+    place = {group: number for number, group in enumerate(order)}
+    train = tuple(sorted(split.train, key=lambda row: place[groups[row]]))
+    return Rows(train, split.held, task.test)
+
+
+def parts(ladder: Ladder) -> Iterator[dict[str, Any]]:
+    """What is to be trained and asked for a ladder, as the keys of result lines."""
+    common = {"task": ladder.name, "digest": ladder.task.digest, "settings": _settings().model_dump(mode="json"),
+              "top": ladder.top, "held": HELD, "revision": 3}  # fmt: skip
+    yield {**common, "who": "start", "rows": 0, "epochs": 0}
+    for size in ladder.sizes:
+        yield {**common, "who": "tuned", "rows": size, "epochs": EPOCHS}
+    yield {**common, "who": "tuned", "rows": ladder.cases[0], "epochs": LONG}
+    train = rows_of(ladder).train
+    for size in ladder.cases:
+        yield {**common, "who": "nearest", "rows": size, "epochs": 0}
+        if ladder.task.kind == "labels" and 2 * len({answer for _, answer in train[:size]}) <= size:
+            yield {**common, "who": "classifier", "rows": size, "epochs": 0}
+
+
+def _settings() -> TrainSettings:
+    """The same for every number of rows, so that cases share trainings; a project's rate would fit the rows."""
+    return TrainSettings(method="lora", rank=16, batch=BATCH, learning_rate=1e-3)
+
+
+def measure(loaded: Loaded, ladder: Ladder, part: dict[str, Any]) -> dict[str, Any]:
+    """Train and ask one part; returns its result line."""
+    rows, task, size = rows_of(ladder), ladder.task, part["rows"]
+    asked = {"held": rows.held, "test": rows.test if size in (0, *ladder.cases) else ()}
+    began, passes, losses = time.perf_counter(), 0, {}
+    if part["who"] in ("nearest", "classifier"):
+        given = {split: _baseline(part["who"], rows.train[:size], some) for split, some in asked.items()}
+    else:
+        with tempfile.TemporaryDirectory() as work:
+            folder = None
+            if size:
+                folder, passes = (
+                    _train(loaded, task, rows.train[:size], part["epochs"], Path(work)),
+                    size * part["epochs"],
+                )
+            trained = time.perf_counter() - began
+            given = {split: answers(loaded, task, some, folder) if some else [] for split, some in asked.items()}
+            losses = {"losses": [round(each, 4) for each in answer_losses(loaded, task, rows.held, folder)]}
+    found = {split: scores(task, some, given[split]) for split, some in asked.items()}
+    line = {"key": digest_of(part), **part, "seconds": round(time.perf_counter() - began, 2), "passes": passes}
+    line |= {"training_seconds": round(trained, 2)} if passes else {}
+    return {**line, **losses, "scores": {split: _packed(values) for split, values in found.items()}}
+
+
+def _train(loaded: Loaded, task: Task, rows: Sequence[Row], epochs: int, work: Path) -> Path:
+    settings = subset_settings(_settings(), len(rows), 800, epochs)
+    told = [
+        TrainingRow(f"row-{place}", (*task.messages(request), Message(role="assistant", content=answer)))
+        for place, (request, answer) in enumerate(rows)
+    ]
+    dataset = digest_of({"task": task.digest})
+    spec = make_spec(base=loaded.base, dataset=dataset, rows=told, validation=[], settings=settings, work=work)
+    return run_training(spec, model=loaded.model).folder
+
+
+def _baseline(method: str, train: Sequence[Row], asked: Sequence[Row]) -> list[str]:
+    examples = []
+    for place, (request, answer) in enumerate(train):
+        turns = (Message(role="user", content=request), Message(role="assistant", content=answer))
+        examples.append(Example(id=str(place), messages=turns, source="", licence="", group=str(place)))
+    if not asked:
+        return []
+    answering = make_baseline(method, examples)
+    requests = [Generation((Message(role="user", content=request),), max_tokens=1) for request, _ in asked]
+    return [one.text for one in answering.generate(requests)]
+
+
+def _packed(values: Sequence[float]) -> str | list[float]:
+    """Scores, as a text of 0 and 1 where they are nothing else."""
+    if all(value in (0.0, 1.0) for value in values):
+        return "".join(str(int(value)) for value in values)
+    return [round(value, 4) for value in values]
+
+
+def collected() -> dict[str, dict[str, Any]]:
+    """Result lines by key."""
+    return {line["key"]: line for line in read_lines(RESULTS)}
+
+
+def collect(plan: Sequence[Ladder], minutes: float) -> None:
+    """Train and ask what is missing, for so long."""
+    ends = time.monotonic() + 60 * minutes
+    known = collected()
+    due = [(ladder, part) for ladder in plan for part in parts(ladder) if digest_of(part) not in known]
+    print(f"{len(due)} parts are missing")
+    if not due:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        loaded = load(Path(scratch))
+        for ladder, part in due:
+            if time.monotonic() > ends:
+                return
+            key = digest_of(part)
+            with claimed(CLAIMS, key) as ours:
+                if not ours or key in collected():
+                    continue
+                line = measure(loaded, ladder, part)
+                append_line(RESULTS, line)
+            means = {split: round(_mean(values), 3) for split, values in line["scores"].items() if values}
+            print(
+                f"{ladder.name} {part['who']} {part['rows']} x {part['epochs']}: {means} in {line['seconds']} s",
+                flush=True,
+            )
+
+
+def unpacked(values: str | list[float]) -> list[float]:
+    """Scores of a result line."""
+    return [float(value) for value in values]
+
+
+def _mean(values: str | list[float]) -> float:
+    return sum(unpacked(values)) / len(values)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task with so many rows, `ratio` times the largest subset's or more.
+
+    measured: what its forecast sees. score, lift: what came, on the test requests.
+    """
+
+    ladder: Ladder
+    rows: int
+    epochs: int
+    ratio: int
+    measured: Subsets
+    test: int
+    score: float
+    lift: float
+    rival: str
+
+    @property
+    def corpus(self) -> str:
+        """Cases of one corpus are not independent."""
+        return CORPUS[self.ladder.task.name]
+
+    @property
+    def pays(self) -> bool:
+        return self.lift >= GOAL
+
+
+def finished(plan: Sequence[Ladder]) -> list[Case]:
+    """The cases of which every part was measured."""
+    known = collected()
+    found = []
+    for ladder in plan:
+        lines = {(part["who"], part["rows"], part["epochs"]): known.get(digest_of(part)) for part in parts(ladder)}
+        wholes = [*((size, EPOCHS) for size in ladder.cases), (ladder.cases[0], LONG)]
+        every = (_case(ladder, size, epochs, ratio, lines) for size, epochs in wholes for ratio in RATIOS)
+        found += [case for case in every if case is not None]
+    return found
+
+
+def _case(
+    ladder: Ladder, size: int, epochs: int, ratio: int, lines: Mapping[tuple[str, int, int], dict[str, Any] | None]
+) -> Case | None:
+    smaller = [each for each in ladder.sizes if each * ratio <= size]
+    if len(smaller) < LEAST_SUBSETS:
+        return None
+    sizes = sorted({smaller[0], *smaller[-SUBSETS:]})
+    untuned = {"base": ("start", 0, 0), **{key[0]: key for key in lines if key[1] == size and key[0] != "tuned"}}
+    subsets = [("tuned", each, EPOCHS) for each in sizes]
+    whole = ("tuned", size, epochs)
+    if any(lines[key] is None for key in (whole, *subsets, *untuned.values())):
+        return None
+
+    def scored(key: tuple[str, int, int], split: str) -> list[float]:
+        line = lines[key]
+        assert line is not None
+        return unpacked(line["scores"][split])
+
+    held = {name: scored(key, "held") for name, key in untuned.items()}
+    test = {name: scored(key, "test") for name, key in untuned.items()}
+    rival = max(test, key=lambda name: sum(test[name]))
+    came = scored(whole, "test")
+    score = sum(came) / len(came)
+    measured = Subsets(
+        sizes=tuple(worth(each, EPOCHS) for each in sizes),
+        losses=np.array([lines[key]["losses"] for key in subsets]).T,
+        scores=np.array([scored(key, "held") for key in subsets]).T,
+        untuned=np.array(list(held.values())).T,
+        groups=_groups(ladder),
+    )
+    return Case(ladder, size, epochs, ratio, measured, len(came), score, score - sum(test[rival]) / len(came), rival)
+
+
+def _groups(ladder: Ladder) -> list[str]:
+    known = dict(zip(ladder.task.rows, ladder.task.groups, strict=True))
+    return [known.get(row, f"row {place}") for place, row in enumerate(rows_of(ladder).held)]
