@@ -32,12 +32,14 @@ from tunesmith.evaluation.forecasting.plan import (
 from tunesmith.evaluation.forecasting.rows import Reserved, reserve
 from tunesmith.evaluation.gates.settings import Gates, Lift
 from tunesmith.evaluation.scores import column, encode_scores, rounded
+from tunesmith.models.base import model_width
 from tunesmith.pipeline.candidates import answerer, candidate, untrained_candidate
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.held_out import ask_held_out, ask_losses, kept, mean, together
 from tunesmith.pipeline.training import training_inputs
 from tunesmith.store.records import Record
 from tunesmith.training.batches.rows import TrainingRow, training_rows
+from tunesmith.training.recipe import fit_to_rows
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.subsets import nested, subset_settings
 
@@ -138,7 +140,9 @@ def _reserved(context: PipelineContext, settings: TrainSettings, candidates: Seq
 
 def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
     """The record's body, and its scores."""
-    settings, metric = made.settings, made.context.project.settings.task.leading
+    # As the training of all rows will have them, which is how its record and this one are found to belong together.
+    settings = fit_to_rows(made.settings, made.rows.whole, model_width(made.context.base))
+    metric = made.context.project.settings.task.leading
     answered, asked = _ask_untuned(made)
     subsets = _train_subsets(made, answered, asked)
     everyone = {**answered, **{f"{each['rows']} rows": each for each in subsets}}
