@@ -148,10 +148,9 @@ def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
     everyone = {**answered, **{f"{each['rows']} rows": each for each in subsets}}
     columns = []
     for who, each in everyone.items():
-        pairs = zip(made.rows.held[: len(each["scores"])], each["scores"], strict=True)
-        columns.append(column(who, metric, {one.id: (one.group, score) for one, score in pairs}))
-        pairs = zip(made.rows.held, each.get("losses", ()), strict=False)
-        columns.append(column(who, LOSS, {one.id: (one.group, loss) for one, loss in pairs}))
+        for what, values in ((metric, each["scores"]), (LOSS, each.get("losses", ()))):
+            pairs = zip(made.rows.held[: len(values)], values, strict=True)
+            columns.append(column(who, what, {one.id: (one.group, value) for one, value in pairs}))
     own = min(asked, made.rows.validation)
     body = {
         "name": made.name,

@@ -113,9 +113,8 @@ def run_training(
     """
     settings, objective = spec.settings, CrossEntropy()
     rows, checked = spec.rows.read(), spec.validation.read()
-    trained = (model or _load_checked(spec.base)).trainable(
-        settings, seed=settings.seed, state_bytes=state_bytes(settings)
-    )
+    loaded = model or _load_checked(spec.base)
+    trained = loaded.trainable(settings, seed=settings.seed, state_bytes=state_bytes(settings))
     now, measured = ranks.clock(clock), ranks.clock(time.perf_counter)
     plan = TrainingPlan(rows, settings, share=trained.shares_prefix, ranks=ranks)
     if not len(plan):

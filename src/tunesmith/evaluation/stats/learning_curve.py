@@ -6,11 +6,11 @@ Emergent Abilities of Large Language Models a Mirage?"). The mean over rows of t
 
     log(most * (floor + (1 - floor) * (1 + (n / half) ** sharp) ** (-tail / sharp)))
 
-after a training on n rows: little change at first, once the form of the answers is learned, then a power law with
-exponent `tail` towards a floor (Hestness et al. 2017, "Deep Learning Scaling is Predictable, Empirically"; Rosenfeld et
-al. 2020, "A Constructive Prediction of the Generalization Error Across Scales"). A logistic curve says how the score of
-an answer depends on its loss; it is fitted to the answers of all subsets (two steps as in Grattafiori et al. 2024, "The
-Llama 3 Herd of Models", section 3.2.1).
+after a training on n rows: little change from `most` at first, once the form of the answers is learned, then a power
+law with exponent `tail` towards a floor, which is a share of `most` (Hestness et al. 2017, "Deep Learning Scaling is
+Predictable, Empirically"; Rosenfeld et al. 2020, "A Constructive Prediction of the Generalization Error Across
+Scales"). A logistic curve says how the score of an answer depends on its loss; it is fitted to the answers of all
+subsets (two steps as in Grattafiori et al. 2024, "The Llama 3 Herd of Models", section 3.2.1).
 
 A few points do not determine four numbers, so no curve is fitted to the losses. Many curves are drawn from broad priors
 and weighted by how well they explain what was measured; a forecast is what those curves say. Its spread holds
@@ -58,6 +58,7 @@ class Spread(NamedTuple):
     stray: float
 
 
+# Chosen with what 56 of the cases of `python benchmarks/forecast.py` gave; docs/explanation/forecasts.md has all cases.
 SPREAD = Spread(noise=0.06, stray=0.08)
 
 
