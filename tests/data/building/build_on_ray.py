@@ -1,6 +1,7 @@
-"""Builds the same rows on a Ray cluster of two workers and without Ray: `python -m tests.data.building.build_on_ray`.
+"""Builds the same rows on a Ray cluster of two workers and without Ray.
 
-test_ray_runner.py runs it, because a driver of Ray whose cluster dies ends its whole process.
+test_ray_runner.py runs it by `python -m tests.data.building.build_on_ray FILE`, because a driver of Ray whose cluster
+dies ends its whole process.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from tunesmith.data.building.ray_runner import RayRunner
 
 
 def main() -> None:
-    """Print {"by_command": digests, "in_process": digests, "error": where the broken row is}."""
+    """Write {"by_command": digests, "in_process": digests, "error": where the broken row is} into the file. Not to
+    stdout, on which Ray prints too."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
         first, second = Path(folder) / "first", Path(folder) / "second"
@@ -33,7 +35,7 @@ def main() -> None:
         second.mkdir()
         found = {"by_command": by_command(first, ray.get_runtime_context().gcs_address), **in_process(second)}
     ray.shutdown()
-    print(json.dumps(found))
+    Path(sys.argv[1]).write_text(json.dumps(found))
 
 
 def by_command(folder: Path, address: str) -> list[str]:

@@ -23,14 +23,14 @@ _PATIENT = {
 }
 
 
-def test_the_same_digests_and_the_same_errors() -> None:
+def test_the_same_digests_and_the_same_errors(tmp_path: Path) -> None:
     """By a process of its own, which may end with its cluster."""
     root = Path(__file__).parents[3]
     environment = {**os.environ, **_PATIENT, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "tests.data.building.build_on_ray"]
+    command = [sys.executable, "-m", "tests.data.building.build_on_ray", str(tmp_path / "found.json")]
     done = run_whole_group(command, cwd=root, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = json.loads((tmp_path / "found.json").read_text())
     assert found["by_command"][0] == found["by_command"][1]
     assert found["in_process"][0] == found["in_process"][1]
     assert found["error"].startswith("rows.jsonl, line")

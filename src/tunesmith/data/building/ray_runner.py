@@ -7,7 +7,9 @@ processes by pickle, and so do shards and results here. Nothing that comes from 
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +30,19 @@ class RayRunner:
             import ray
         except ImportError as error:
             raise UsageError("Ray is not installed", where="--engine", fix='pip install "tunesmith[ray]"') from error
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, include_dashboard=False)
         items = [{"place": place, "shard": pickle.dumps(shard)} for place, shard in enumerate(shards)]
-        done = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            _RayShardWorker, fn_constructor_args=(ray.put(rules),), concurrency=self.workers
-        )
         try:
-            for row in done.iter_rows():
-                found = pickle.loads(row["found"])  # noqa: S301  made by our own workers
-                if isinstance(found, TunesmithError):
-                    raise found
-                yield shards[row["place"]], found
+            with redirect_stdout(sys.stderr):  # Ray prints what happens on its cluster on stdout
+                if not ray.is_initialized():
+                    ray.init(log_to_driver=False, include_dashboard=False)
+                done = ray.data.from_items(items, override_num_blocks=len(items)).map(
+                    _RayShardWorker, fn_constructor_args=(ray.put(rules),), concurrency=self.workers
+                )
+                for row in done.iter_rows():
+                    found = pickle.loads(row["found"])  # noqa: S301  made by our own workers
+                    if isinstance(found, TunesmithError):
+                        raise found
+                    yield shards[row["place"]], found
         except ray.exceptions.RayError as error:
             said = str(error).splitlines()[-1][:200]
             raise TunesmithError(f"a shard failed on Ray: {said}", where="--engine", fix="check Ray's logs") from error
