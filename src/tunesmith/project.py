@@ -18,7 +18,7 @@ from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.settings import Settings
 from tunesmith.data.documents import DocumentSettings
 from tunesmith.data.settings import DataSettings
-from tunesmith.engines.settings import EngineSettings
+from tunesmith.engines.settings import AnyEngineSettings, EngineSettings, VllmSettings
 from tunesmith.evaluation.gates.settings import Gates, check_gates
 from tunesmith.evaluation.policy.settings import ALL, Policy
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
@@ -48,8 +48,9 @@ class ProjectSettings(Settings):
         str, Field(description="the base model: pypi:NAME==VERSION, hf:org/name@revision, or the path of a folder")
     ]
     engine: Annotated[
-        EngineSettings | None, Field(description="the server that answers; by default this process answers")
-    ] = None
+        AnyEngineSettings,
+        Field(description="the engine that trains, and the server that answers; by default this process answers"),
+    ] = EngineSettings()
     data: Annotated[DataSettings, Field(description="the examples, and how the dataset is built from them")]
     documents: Annotated[
         DocumentSettings | None,
@@ -81,6 +82,11 @@ class ProjectSettings(Settings):
         MonitoringSettings()
     )
 
+    @property
+    def server(self) -> VllmSettings | None:
+        """The server that answers; None where this process does."""
+        return self.engine if isinstance(self.engine, VllmSettings) else None
+
     @model_validator(mode="after")
     def _fits_together(self) -> ProjectSettings:
         if self.release is not None and self.release not in self.candidates:
@@ -101,10 +107,10 @@ class ProjectSettings(Settings):
 
 def _check_candidate(name: str, candidate: CandidateSettings, project: ProjectSettings) -> None:
     """Raise ValueError for a candidate that needs what the project file does not have."""
-    if candidate.copied and project.engine is not None:
+    if candidate.copied and project.server is not None:
         raise ValueError(f"candidates.{name}.constrain: copy: a vLLM server cannot do that; write constrain: true")
     if candidate.constrain and project.task.has_grammar:
-        if project.engine is not None or candidate.endpoint is not None:
+        if project.server is not None or candidate.endpoint is not None:
             raise ValueError(f"candidates.{name}.constrain: a server takes a JSON Schema only: leave constrain out")
         if candidate.copied:
             raise ValueError(f"candidates.{name}.constrain: copy needs task.schema: write constrain: true")

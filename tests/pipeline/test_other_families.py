@@ -1,4 +1,4 @@
-"""The whole pipeline with the hf engine: on a base of another family, and in 4 bits on one of a native family."""
+"""The whole pipeline with the hf engine: on a base of another family, and on one of a native family."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_version_verifies_and_answers(released: Path) -> None:
     assert _run(released, "chat", "tiny@v1", "-m", "turn on hall fan")
     project = Project.load(released)
     base = resolve_base(project.store, str(released / "model"), released)
-    engine = open_engine(base, None)
+    engine = open_engine(base)
     (version,) = list_versions(project.store, "tiny")
     name = ReadyVersions(project.store, engine).answerer(version).adapter
     asked = [Question((Message(role="user", content="turn on hall fan"),), ('{"on":true',))]
@@ -134,3 +134,25 @@ def test_four_bits_of_a_native_family(tmp_path: Path) -> None:
     assert document["register"]["version"] == "tiny@v1"
     answers = [project.store.record(digest).body for digest in project.store.records_of("answers")]
     assert {answer["engine"] for answer in answers} == {"native"}
+
+
+def test_hf_trains_a_native_family_where_it_is_asked_to(tmp_path: Path) -> None:
+    """Trained by hf, answered by the native engine with the same adapter; another engine is another training."""
+    train = {"rank": 2, "batch": 8, "learning_rate": 0.02}
+    tuned = {"prompt": "prompt.txt", "train": train, "max_tokens": 8}
+    found = {}
+    for engine in ("hf", "native"):
+        folder = write_project(tmp_path / "p", candidates={"tuned": tuned}, gates={}, engine={"train": engine})
+        project = Project.load(folder)
+        training = project.run().document()["train"]["tuned"]["training"]
+        found[engine] = project.store.record(training).body
+    assert {name: body["engine"] for name, body in found.items()} == {"hf": "hf", "native": "native"}
+    losses = {name: [step["loss"] for step in body["curve"]] for name, body in found.items()}
+    assert losses["hf"] == pytest.approx(losses["native"], rel=0.02), "the same rows and steps; one base is in bf16"
+    answers = [project.store.record(digest).body for digest in project.store.records_of("answers")]
+    assert {answer["engine"] for answer in answers} == {"native"}
+    write_project(tmp_path / "p", candidates={"tuned": {**tuned, "train": {**train, "quantize": "4bit"}}},
+                  gates={}, engine={"train": "native"})  # fmt: skip
+    with pytest.raises(Refused, match=r"native engine .* candidates\.tuned\.train\.quantize") as refused:
+        Project.load(folder).run()
+    assert refused.value.where == "engine.train"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from tunesmith.engines.settings import HF, NATIVE, TARGETS, EngineSettings, WeightSettings
-from tunesmith.models.families import is_native, match_layers
+from tunesmith.core.errors import Refused
+from tunesmith.engines.device import gpu_present
+from tunesmith.engines.settings import HF, NATIVE, TARGETS, EngineSettings, VllmSettings, WeightSettings
+from tunesmith.models.families import NATIVE_FAMILIES, is_native, match_layers
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Engine
@@ -13,14 +15,52 @@ if TYPE_CHECKING:
     from tunesmith.engines.training_protocol import LoadedModel, ShardedModel
     from tunesmith.models.base import Base
 
+LocalEngine = Literal["native", "hf"]
 
-def load_model(base: Base) -> LoadedModel:
+
+def answering_engine(family: str, settings: EngineSettings = EngineSettings()) -> LocalEngine:
+    """The engine that answers in this process for a base of a family: on a GPU hf, unless settings say that the native
+    engine trains; on the CPU native, where it computes the family."""
+    if not is_native(family):
+        return HF
+    return HF if settings.train != NATIVE and gpu_present() else NATIVE
+
+
+def training_engine(
+    family: str,
+    weights: WeightSettings,
+    settings: EngineSettings = EngineSettings(),
+    *,
+    ranks: int = 1,
+    where: str = "train",
+) -> LocalEngine:
+    """The engine that trains a base of a family, as settings say; auto is decided here.
+
+    ranks: how many processes train together. where: the weights' place in the project file. Raises Refused where
+    settings name the native engine for what it does not train.
+    """
+    needs = {
+        f"does not compute the family {family!r}, but {', '.join(NATIVE_FAMILIES)}": not is_native(family),
+        f"does not train on a base in 4 bits, which {where}.quantize asks for": weights.quantize is not None,
+        "trains in one process, and torchrun started several": ranks > 1,
+    }
+    reason = next((reason for reason, given in needs.items() if given), None)
+    if settings.train == NATIVE and reason is not None:
+        raise Refused(
+            f"the native engine {reason}", where="engine.train", fix="write train: hf, or leave engine.train out"
+        )
+    if reason is not None or settings.train == HF:
+        return HF
+    return HF if settings.train == "auto" and gpu_present() else NATIVE
+
+
+def load_model(base: Base, engine: LocalEngine | None = None) -> LoadedModel:
     """Load a base's weights into this process, to answer with them and to train on them.
 
-    Native where the native network computes the base's family, otherwise with transformers. Raises Refused for a base
-    that neither can run.
+    engine: which computes with them; by default the one that answers for the family. Raises Refused for a base that it
+    cannot run.
     """
-    if is_native(base.family):
+    if (engine or answering_engine(base.family)) == NATIVE:
         from tunesmith.engines.native.model import NativeModel
 
         return NativeModel(base)
@@ -37,34 +77,34 @@ def load_sharded(base: Base, ranks: Ranks) -> ShardedModel:
     return ShardedHFModel(base, ranks)
 
 
-def open_engine(base: Base, settings: EngineSettings | None) -> Engine:
-    """The engine that answers for a base: the server that settings name, or one in this process where they are None.
+def open_engine(base: Base, settings: EngineSettings = EngineSettings()) -> Engine:
+    """The engine that answers for a base: the server that settings name, else one in this process.
 
     Raises Refused where the server runs another model, and for a base that nothing here can run.
     """
-    if settings is None:
-        return load_model(base).engine()
+    if not isinstance(settings, VllmSettings):
+        return load_model(base, answering_engine(base.family, settings)).engine()
     from tunesmith.engines.vllm.engine import VllmEngine
 
     return VllmEngine(base, settings)
 
 
-def engine_kind(base: Base, settings: EngineSettings | None) -> str:
-    """The engine's name in records."""
-    if settings is not None:
-        return settings.kind
-    return NATIVE if is_native(base.family) else HF
+def engine_kind(base: Base, settings: EngineSettings = EngineSettings()) -> str:
+    """The name, in records, of the engine that answers for a base."""
+    return settings.kind if isinstance(settings, VllmSettings) else answering_engine(base.family, settings)
 
 
-def check_weight_settings(family: str, settings: WeightSettings, where: str, *, ranks: int = 1) -> None:
-    """Check, before anything is loaded, that the engine that trains a base of this family has these settings.
+def check_weight_settings(
+    family: str, weights: WeightSettings, where: str, settings: EngineSettings = EngineSettings(), *, ranks: int = 1
+) -> None:
+    """Check, before anything is loaded, that the engine that trains a base of this family has these weight settings.
 
-    where: the settings' place in the project file. ranks: how many processes train together. Raises UsageError or
+    where: the weights' place in the project file. ranks: how many processes train together. Raises UsageError or
     Refused.
     """
     if is_native(family):
-        match_layers(settings.targets, TARGETS, f"{where}.targets")
-    if not is_native(family) or settings.quantize is not None or ranks > 1:
+        match_layers(weights.targets, TARGETS, f"{where}.targets")
+    if training_engine(family, weights, settings, ranks=ranks, where=where) == HF:
         from tunesmith.engines.hf.support import check_supported
 
-        check_supported(settings, where, ranks=ranks)
+        check_supported(weights, where, ranks=ranks)

@@ -1,10 +1,10 @@
-"""Settings that engines read: which engine answers, and which weights a training changes and how."""
+"""Settings that engines read: which engines train and answer, and which weights a training changes and how."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Discriminator, Field, SerializerFunctionWrapHandler, Tag, model_serializer, model_validator
 
 from tunesmith.core.settings import Settings
 
@@ -13,7 +13,20 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 _ADAPTER_SETTINGS = ("rank", "alpha", "targets", "scaling", "start", "dora", "b_rate")
 
 
-class VllmSettings(Settings):
+class EngineSettings(Settings):
+    """Which engine trains. This process answers."""
+
+    train: Annotated[
+        Literal["auto", "native", "hf"],
+        Field(
+            description="the engine that trains: native, Tunesmith's own on the CPU; hf, transformers and PEFT, on a "
+            "GPU where there is one; auto takes hf where a GPU is present, where native does not compute the base's "
+            "family, with quantize and under torchrun, else native. On a GPU, auto and hf also answer by hf"
+        ),
+    ] = "auto"
+
+
+class VllmSettings(EngineSettings):
     """A vLLM server that runs the project's base model, started elsewhere."""
 
     kind: Annotated[Literal["vllm"], Field(description="a vLLM server, over its OpenAI-compatible HTTP API")]
@@ -32,9 +45,16 @@ class VllmSettings(Settings):
     concurrency: Annotated[int, Field(ge=1, le=1024, description="requests under way at once")] = 64
 
 
-EngineSettings = VllmSettings
-NATIVE = "native"
-HF = "hf"  # in this process too, for the families that the embedded engine does not compute
+# `engine:` of a project file. Any key but train is a server's.
+AnyEngineSettings = Annotated[
+    Annotated[EngineSettings, Tag("here")] | Annotated[VllmSettings, Tag("vllm")],
+    Discriminator(
+        lambda given: "vllm" if isinstance(given, VllmSettings) or (isinstance(given, dict) and {*given} - {"train"})
+        else "here"
+    ),
+]  # fmt: skip
+NATIVE: Final = "native"
+HF: Final = "hf"  # in this process too
 
 
 class WeightSettings(Settings):

@@ -24,7 +24,17 @@ from tunesmith.data.dataset import Dataset, load_dataset
 from tunesmith.data.documents import build_documents, document_files
 from tunesmith.data.governance.withdrawn import load_withdrawn
 from tunesmith.data.sources.files import find_files
-from tunesmith.engines.factory import check_weight_settings, engine_kind, load_model, load_sharded, open_engine
+from tunesmith.engines.factory import (
+    LocalEngine,
+    answering_engine,
+    check_weight_settings,
+    engine_kind,
+    load_model,
+    load_sharded,
+    open_engine,
+    training_engine,
+)
+from tunesmith.engines.settings import WeightSettings
 from tunesmith.evaluation.metrics.references import References
 from tunesmith.pipeline.stages import Stage, Stages
 from tunesmith.project import Project
@@ -47,6 +57,7 @@ class PipelineContext:
     actor: str | None = None  # who runs the stages; None: as `Project.actor` decides
     shards: ShardRunner = field(default_factory=LocalRunner)  # runs the data build; does not change its result
     together: Ranks | None = None  # the processes that train together, of which this is rank 0; None: this one alone
+    _models: dict[LocalEngine, LoadedModel] = field(default_factory=dict, init=False)  # by the engine that computes
     plan_shown: bool = field(default=False, init=False)  # whether the power of the gates was shown already
 
     @property
@@ -67,10 +78,11 @@ class PipelineContext:
         began = time.perf_counter()
         found = resolve_base(self.store, self.project.settings.base, self.project.root, self.progress)
         self.stages.done.append(Stage("base", time.perf_counter() - began, skipped=False))
-        ranks = 1 if self.together is None else self.together.size
+        engine = self.project.settings.engine
         for name, settings in self.project.settings.candidates.items():
             if settings.train:  # so that a wrong setting is reported before any slow stage
-                check_weight_settings(found.family, settings.train, f"candidates.{name}.train", ranks=ranks)
+                where = f"candidates.{name}.train"
+                check_weight_settings(found.family, settings.train, where, engine, ranks=self._ranks)
         return found
 
     @cached_property
@@ -82,8 +94,27 @@ class PipelineContext:
 
     @cached_property
     def model(self) -> LoadedModel:
-        """The base model's weights in this process: candidates train on them, one after another."""
-        return self.sharded or load_model(self.base)
+        """The base model's weights in this process that answer."""
+        return self.sharded or self._loaded(answering_engine(self.base.family, self.project.settings.engine))
+
+    def trained_model(self, settings: WeightSettings) -> LoadedModel:
+        """The base model's weights in this process that candidates train on, one after another: those that answer,
+        unless another engine trains."""
+        return self.sharded or self._loaded(self.training_engine(settings))
+
+    def training_engine(self, settings: WeightSettings) -> LocalEngine:
+        """The name of the engine that trains with these settings."""
+        return training_engine(self.base.family, settings, self.project.settings.engine, ranks=self._ranks)
+
+    def _loaded(self, engine: LocalEngine) -> LoadedModel:
+        if engine not in self._models:
+            self._models[engine] = load_model(self.base, engine)
+        return self._models[engine]
+
+    @property
+    def _ranks(self) -> int:
+        """How many processes train together."""
+        return 1 if self.together is None else self.together.size
 
     @cached_property
     def sharded(self) -> ShardedModel | None:
@@ -93,8 +124,8 @@ class PipelineContext:
     @cached_property
     def engine(self) -> Engine:
         """The engine that answers, opened on first need. In this process it shares the weights of trainings."""
-        settings = self.project.settings.engine
-        return self.model.engine() if settings is None else open_engine(self.base, settings)
+        server = self.project.settings.server
+        return self.model.engine() if server is None else open_engine(self.base, server)
 
     @property
     def engine_kind(self) -> str:

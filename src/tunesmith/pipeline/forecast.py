@@ -234,9 +234,10 @@ def _subset(made: _Forecast, rows: Sequence[Example], epochs: int, asked: int) -
             settings=settings,
             work=made.work / name,
             name=f"{made.name} on {len(rows)} rows",
+            engine=context.training_engine(settings),
         )
         began = time.perf_counter()
-        trained = run_training(spec, model=context.model)
+        trained = run_training(spec, model=context.trained_model(settings))
         spent = time.perf_counter() - began
         engine = context.model.engine()
         engine.load_adapter(name, trained.folder)

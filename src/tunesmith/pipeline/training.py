@@ -52,7 +52,8 @@ def train_candidate(
         score = _answer_score(context, candidate, settings, work)
         ranks = context.together or ALONE
         begin(ranks, spec, score)
-        return train(context.store, spec, model=context.model, score=score, progress=context.progress, ranks=ranks)
+        model, progress = context.trained_model(settings), context.progress
+        return train(context.store, spec, model=model, score=score, progress=progress, ranks=ranks)
 
     return context.stages.run(f"train {name}", "train", inputs, run, again=restart)
 
@@ -79,7 +80,7 @@ def repeat_decided(
         try:
             spec = _spec(context, name, candidate, settings, work, decisions=decisions)
             score = _answer_score(context, candidate, settings, work)
-            done = run_training(spec, context.progress, model=context.model, score=score)
+            done = run_training(spec, context.progress, model=context.trained_model(settings), score=score)
             weights = {path.name: digest_file(path) for path in sorted(done.folder.iterdir())}
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -107,6 +108,7 @@ def _spec(
         settings=settings,
         work=work / "checkpoints",
         name=name,
+        engine=context.training_engine(settings),
         restart=restart,
         metrics=_metrics(context) if decisions is None else None,
         decisions=decisions,
@@ -183,7 +185,8 @@ def find_rate(context: PipelineContext, name: str, candidate: Candidate, setting
 
     training_inputs(context, name, candidate, settings)  # raises for what cannot be trained
     rows, _validation = composed_rows(context, candidate, settings)
-    return search(base=context.base, rows=rows, settings=settings, model=context.model, progress=context.progress)
+    model, progress = context.trained_model(settings), context.progress
+    return search(base=context.base, rows=rows, settings=settings, model=model, progress=progress)
 
 
 def _metrics(context: PipelineContext) -> MetricsSettings | None:
@@ -209,6 +212,7 @@ def training_inputs(
     return {
         **candidate.model_dump(mode="json", by_alias=True, include={"retrieve", "documents", "embedder"}),
         "base": context.base.digest,
+        "engine": context.project.settings.engine.train,
         "dataset": context.dataset.digest,
         "prompt": candidate.prompt,
         "settings": settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),

@@ -63,7 +63,7 @@ def search_settings(
             work=work / "search",
             scorable=len(scorable),
             scores=row_scores(held, candidate, scorable, work) if scorable else None,
-            model=held.model,
+            model=held.trained_model(settings),
             progress=context.progress,
         )
         body = {

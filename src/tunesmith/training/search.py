@@ -20,7 +20,7 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.batch import label_count, lay_out
-from tunesmith.engines.factory import load_model
+from tunesmith.engines.factory import load_model, training_engine
 from tunesmith.engines.training_protocol import LoadedModel, TrainableModel
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered, Renderer
@@ -97,7 +97,7 @@ def search(
     """
     renderer = Renderer(base.folder)
     shared = _Search(
-        model=load_model(base) if model is None else model,
+        model=load_model(base, training_engine(base.family, settings)) if model is None else model,
         rows=render_rows(renderer, rows, settings),
         validation=render_rows(renderer, validation, settings),
         settings=settings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -71,14 +71,16 @@ def _decode(line: dict[str, Any]) -> Rendered:
 class TrainingSpec(BaseModel):
     """One training.
 
-    name: the candidate's, for messages and curves. base: the base model, with the folder of its files. dataset: digest
-    of the dataset version that the rows come from. work: the training's own folder, for rows, checkpoints and the
-    result. metrics: where its curves are shown. decisions: those of an earlier training, which this one repeats.
+    name: the candidate's, for messages and curves. engine: which trains. base: the base model, with the folder of its
+    files. dataset: digest of the dataset version that the rows come from. work: the training's own folder, for rows,
+    checkpoints and the result. metrics: where its curves are shown. decisions: those of an earlier training, which this
+    one repeats.
     """
 
     model_config = ConfigDict(frozen=True)
 
     name: str
+    engine: Literal["native", "hf"]
     base: Base
     dataset: str
     rows: RowsFile

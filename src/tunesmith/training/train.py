@@ -21,8 +21,9 @@ from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.batch import Batch, label_count
-from tunesmith.engines.factory import load_model
+from tunesmith.engines.factory import LocalEngine, load_model, training_engine
 from tunesmith.engines.ranks import ALONE, Ranks
+from tunesmith.engines.settings import HF
 from tunesmith.engines.training_protocol import LoadedModel, Objective, TrainableModel
 from tunesmith.models.base import Base, base_record, model_width
 from tunesmith.models.families import SLOW, is_native
@@ -64,13 +65,15 @@ def make_spec(
     settings: TrainSettings,
     work: Path,
     name: str = "training",
+    engine: LocalEngine | None = None,
     restart: bool = False,
     metrics: MetricsSettings | None = None,
     decisions: Decisions | None = None,
 ) -> TrainingSpec:
     """Render a training's rows into its work folder; returns its spec. Loads no weights.
 
-    A learning rate that the settings leave open is made to fit the rows. restart: first delete what the work folder
+    A learning rate that the settings leave open is made to fit the rows. engine: which trains, by default the one that
+    `engine: {train: auto}` takes for one process. restart: first delete what the work folder
     holds, so that the training does not resume. decisions: to repeat.
     Raises Refused or UsageError for rows that cannot be trained on.
     """
@@ -81,6 +84,7 @@ def make_spec(
     settings = fit_to_rows(settings, len(rows), model_width(base))
     return TrainingSpec(
         name=name,
+        engine=engine or training_engine(base.family, settings),
         base=base,
         dataset=dataset,
         rows=write_rows(work / "rows.jsonl", [row.id for row in rows], rendered[0]),
@@ -113,7 +117,7 @@ def run_training(
     """
     settings, objective = spec.settings, CrossEntropy()
     rows, checked = spec.rows.read(), spec.validation.read()
-    loaded = model or _load_checked(spec.base)
+    loaded = model or _load_checked(spec)
     trained = loaded.trainable(settings, seed=settings.seed, state_bytes=state_bytes(settings))
     now, measured = ranks.clock(clock), ranks.clock(time.perf_counter)
     plan = TrainingPlan(rows, settings, share=trained.shares_prefix, ranks=ranks)
@@ -201,7 +205,7 @@ def find_rate(
     Raises Refused for rows that cannot be trained on.
     """
     rendered = render_rows(Renderer(base.folder), rows, settings)
-    loaded = load_model(base) if model is None else model
+    loaded = load_model(base, training_engine(base.family, settings)) if model is None else model
     trained = loaded.trainable(settings, seed=settings.seed, state_bytes=state_bytes(settings))
     every = (
         step for epoch in count() for step in lay_out_epoch(rendered, settings, epoch, share=trained.shares_prefix)
@@ -229,6 +233,7 @@ def environment(model: TrainableModel, ranks: Ranks = ALONE) -> dict[str, Any]:
 def _identity(spec: TrainingSpec, model: TrainableModel, ranks: Ranks) -> dict[str, Any]:
     return {
         "base": spec.base.digest,
+        "engine": model.engine_name,
         "dataset": spec.dataset,
         "rows": spec.rows.digest,
         "validation": spec.validation.digest,
@@ -247,9 +252,9 @@ def check_base(base: Base) -> None:
         )
 
 
-def _load_checked(base: Base) -> LoadedModel:
-    check_base(base)
-    return load_model(base)
+def _load_checked(spec: TrainingSpec) -> LoadedModel:
+    check_base(spec.base)
+    return load_model(spec.base, spec.engine)
 
 
 def _schedule(
@@ -313,6 +318,8 @@ def _announce(
         progress.say(f"{ranks.size} ranks train together, by transformers' modules; each holds a part of every tensor")
     elif not is_native(spec.base.family):
         progress.say(f"{spec.base.spec} ({spec.base.family}) {SLOW}")
+    elif spec.engine == HF:
+        progress.say(f"{spec.base.spec} ({spec.base.family}) is trained by transformers' modules, not natively")
     budget = spec.settings.budget
     length = f"{len(plan)} steps" if budget is None else f"steps of {expected.step_seconds:.2g} s within its budget"
     room = "GB of memory" if ranks.size == 1 else "GB of memory on a rank"

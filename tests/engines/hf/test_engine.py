@@ -34,9 +34,9 @@ def _requests(**how: object) -> list[Generation]:
 
 def _opened(tmp_path: Path, family: str) -> tuple[Base, HFEngine]:
     base = resolve_base(Store(tmp_path / "store"), str(write_hf_model(tmp_path / family, family)), tmp_path)
-    engine = open_engine(base, None)
+    engine = open_engine(base)
     assert isinstance(engine, HFEngine)
-    assert engine_kind(base, None) == "hf"
+    assert engine_kind(base) == "hf"
     return base, engine
 
 

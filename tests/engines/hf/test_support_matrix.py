@@ -26,7 +26,7 @@ from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.native.model import NativeModel
 from tunesmith.engines.protocol import Generation
 from tunesmith.engines.ranks import ALONE, Ranks, connected_ranks, held, whole
-from tunesmith.engines.settings import WeightSettings
+from tunesmith.engines.settings import EngineSettings, WeightSettings
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import Base, resolve_base
 from tunesmith.models.rendering import Renderer
@@ -130,14 +130,14 @@ def test_several_ranks_train_it(trained_together: Path, number: int) -> None:
 @pytest.mark.parametrize("setting", METHODS)
 @pytest.mark.parametrize("where", WHERE)
 def test_it_is_refused_by_name_or_accepted(setting: str, where: str) -> None:
-    settings, family = _settings(setting), "phi3" if where == "hf" else "llama"
-    ranks = 2 if where == "ranks" else 1
+    settings, ranks = _settings(setting), 2 if where == "ranks" else 1
+    engine = EngineSettings(train="native" if where == "native" else "hf")
     if METHODS[setting][where] != "refused":
-        check_weight_settings(family, settings, "train", ranks=ranks)
+        check_weight_settings("llama", settings, "train", engine, ranks=ranks)
         return
     with pytest.raises(Refused) as refused:
-        check_weight_settings(family, settings, "train", ranks=ranks)
-    assert refused.value.where == f"train.{setting.split(':')[0]}"
+        check_weight_settings("llama", settings, "train", engine, ranks=ranks)
+    assert refused.value.where == ("engine.train" if where == "native" else f"train.{setting.split(':')[0]}")
     assert setting in str(refused.value) or "4 bits" in str(refused.value)
 
 
@@ -156,7 +156,7 @@ def test_one_process_trains_it(tmp_path: Path, setting: str, where: str) -> None
     base, settings = _base(tmp_path, "llama", WIDE), WeightSettings.model_validate(yaml.safe_load(setting))
     loaded = NativeModel(base) if where == "native" else LoadedHFModel(base)
     trained = loaded.trainable(settings, seed=1, state_bytes=16)
-    assert isinstance(trained, HFTrainable) == (where == "hf" or "by hf" in METHODS[setting][where])
+    assert isinstance(trained, HFTrainable) == (where == "hf")
     losses = _two_steps(trained, base, _settings(setting))
     assert losses[1] < losses[0]
     assert math.isfinite(losses[1])

@@ -21,10 +21,10 @@ def check_supported(settings: WeightSettings, where: str = "train", *, ranks: in
         )
     if settings.method == "full":
         raise Refused(
-            "method: full works only for families that the native engine runs; this base is run by transformers' "
-            "modules, on which adapters alone are trained",
+            "method: full works only for families that the native engine runs, and on that engine; here transformers' "
+            "modules would train, on which adapters alone are trained",
             where=f"{where}.method",
-            fix="leave method out, or use a base of one of those families",
+            fix="leave method out, or write engine: {train: native}, with a base of one of those families",
         )
     if settings.quantize is not None and ranks > 1:
         raise Refused(

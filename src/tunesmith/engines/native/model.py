@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from tunesmith.engines.factory import training_engine
 from tunesmith.engines.native.adapters.full import FullModel
 from tunesmith.engines.native.adapters.lora import LoraModel
 from tunesmith.engines.native.engine import NativeEngine
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.process import prepare_process
-from tunesmith.engines.settings import WeightSettings
+from tunesmith.engines.settings import NATIVE, EngineSettings, WeightSettings
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import Base
 
@@ -25,12 +26,9 @@ class NativeModel:
         return NativeEngine(self._base, self._network)
 
     def trainable(self, settings: WeightSettings, *, seed: int, state_bytes: int) -> TrainableModel:
-        """A new adapter on these weights, or a copy of them to be trained in full. Bases in 4 bits are trained by the
-        hf engine."""
-        if settings.quantize is not None:
-            from tunesmith.engines.hf.loaded import LoadedHFModel
-
-            return LoadedHFModel(self._base).trainable(settings, seed=seed, state_bytes=state_bytes)
+        """A new adapter on these weights, or a copy of them to be trained in full. Raises Refused for a base in 4
+        bits."""
+        training_engine(self._base.family, settings, EngineSettings(train=NATIVE))
         if settings.method == "full":
             return FullModel(self._base, self._network, settings, state_bytes)
         return LoraModel(self._base, self._network, settings, seed)
