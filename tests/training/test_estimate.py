@@ -16,6 +16,7 @@ from tunesmith.core import memory
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.threads import wanted_threads
 from tunesmith.engines.batch import Batch, lay_out
+from tunesmith.engines.device import DeviceMemory
 from tunesmith.engines.native.adapters import costs
 from tunesmith.engines.native.adapters.lora import LoraModel
 from tunesmith.engines.native.adapters.trainable import NativeTrainable
@@ -26,6 +27,8 @@ from tunesmith.training.batches.batch_plan import Step, lay_out_step
 from tunesmith.training.estimate import MemoryNeeds, check_disk, check_memory, estimate
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.steps import drop_gradients
+
+CPU = DeviceMemory(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def test_too_large_step_is_refused_before_it_runs(folder: Path, monkeypatch: pyt
 
     def free(count: int, later: int) -> None:
         monkeypatch.setattr(memory, "available_memory", lambda: count)
-        estimate([step], 0, 1, trial, MemoryNeeds(lambda part: 1000 * part.tokens, later, 0, "train.layers"))
+        estimate([step], 0, 1, trial, MemoryNeeds(CPU, lambda part: 1000 * part.tokens, later, 0, "train.layers"))
 
     needed = 1000 * step[0].tokens
     with pytest.raises(Refused, match=r"the largest part of a step \(\d+ tokens\) takes about") as refused:
@@ -142,7 +145,7 @@ def test_advised_tokens_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     renderer = Renderer(folder)
     plan = [[lay_out([renderer.conversation(row("light", "on" * more))])] for more in (20, 40, 200)]
     sizes = [step[0].tokens for step in plan]
-    needs = MemoryNeeds(lambda part: 1000 * part.tokens, 0, 0, "train.layers")
+    needs = MemoryNeeds(CPU, lambda part: 1000 * part.tokens, 0, 0, "train.layers")
     assert check_memory(plan, needs).tokens == sizes[2]
     monkeypatch.setattr(memory, "available_memory", lambda: 1000 * sizes[1])
     with pytest.raises(Refused) as refused:
@@ -153,9 +156,9 @@ def test_advised_tokens_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_full_disk_is_refused(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
-    check_disk(tmp_path / "work", MemoryNeeds(lambda _: 0, 0, 1000, "train.layers"))
+    check_disk(tmp_path / "work", MemoryNeeds(CPU, lambda _: 0, 0, 1000, "train.layers"))
     with pytest.raises(Refused, match="2 checkpoints and the next one take") as refused:
-        check_disk(tmp_path / "work" / "not there", MemoryNeeds(lambda _: 0, 0, 1 << 60, "train.layers"))
+        check_disk(tmp_path / "work" / "not there", MemoryNeeds(CPU, lambda _: 0, 0, 1 << 60, "train.layers"))
     assert "train.layers" in str(refused.value.fix)
 
 

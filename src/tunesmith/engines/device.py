@@ -1,10 +1,20 @@
-"""Whether this machine has a GPU that torch can use. Imports torch only where a GPU's driver is installed."""
+"""The device that the hf engine computes on, and its memory. Imports torch only where it is needed."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunesmith.core import memory
+from tunesmith.core.errors import UsageError
+from tunesmith.core.threads import started_by_torchrun
+
+if TYPE_CHECKING:
+    import torch
 
 
 @cache
@@ -18,3 +28,72 @@ def gpu_present() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@cache
+def computing_device() -> torch.device:
+    """The device that the hf engine computes on in this process: a GPU, one for each of torchrun's processes on a
+    machine, else the CPU. The GPU becomes torch's current one, which collective operations use.
+
+    Raises UsageError where torchrun started more processes on this machine than it has GPUs.
+    """
+    import torch
+
+    if not gpu_present():
+        return torch.device("cpu")
+    number, there = int(os.environ["LOCAL_RANK"]) if started_by_torchrun() else 0, torch.cuda.device_count()
+    if number >= there:
+        raise UsageError(
+            f"process {number + 1} on this machine has no GPU: torch sees {there}",
+            where="torchrun --nproc-per-node",
+            fix=f"start {there} on a machine, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU",
+        )
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
+def backends() -> str:
+    """What torch's process group sends tensors with: NCCL between GPUs, gloo between CPUs and for messages."""
+    return "cpu:gloo,cuda:nccl" if gpu_present() else "gloo"
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name for people and records, with what its results may depend on."""
+    import torch
+
+    if device.type == "cpu":
+        return "CPU"
+    return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda or torch.version.hip}"
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """The memory that a model computes in: a GPU's, or this machine's."""
+
+    device: torch.device
+
+    def available(self, sharing: int = 1) -> int:
+        """Bytes that this process can still allocate. sharing: how many processes share the machine's memory; a GPU
+        has one."""
+        import torch
+
+        if self.device.type == "cpu":
+            return memory.available_memory() // sharing
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(torch.cuda.mem_get_info(self.device)[0]) + unused
+
+    def reset_peak(self) -> None:
+        """Start measuring peak() afresh."""
+        import torch
+
+        if self.device.type == "cpu":
+            memory.reset_peak_memory()
+        else:
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> int:
+        """The most bytes in use since reset_peak(): of the process on a CPU, of tensors on a GPU."""
+        import torch
+
+        return memory.peak_memory() if self.device.type == "cpu" else torch.cuda.max_memory_allocated(self.device)

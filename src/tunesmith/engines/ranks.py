@@ -1,6 +1,7 @@
-"""The processes that train one model together (ranks), and what they tell each other, over gloo.
+"""The processes that train one model together (ranks), and what they tell each other.
 
-`ALONE` stands for one process, for which nothing here does anything. Values travel as JSON and never as pickles.
+Tensors on GPUs travel over NCCL; messages and tensors on CPUs over gloo. Values travel as JSON and never as pickles.
+`ALONE` stands for one process, for which nothing here does anything.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.threads import started_by_torchrun
+from tunesmith.engines.device import backends, computing_device
 
 Value = TypeVar("Value")
 
@@ -140,11 +142,12 @@ def joined(copies: int = 1) -> Iterator[Ranks]:
     store, rank, size = next(rendezvous("env://"))
     # torchrun gives the same store again after a restart, with the addresses of the processes that ended.
     store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    computing_device()  # before the first collective operation, which uses the current GPU
+    torch.distributed.init_process_group(backends(), store=store, rank=rank, world_size=size)
     try:
         yield connected_ranks(copies)
     except RuntimeError as error:
-        if "gloo" not in str(error):
+        if not any(name in str(error).lower() for name in ("gloo", "nccl")):
             raise
         raise TunesmithError(
             "another rank has ended, and this one cannot go on without it; its message says why",
@@ -187,9 +190,9 @@ def held(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A tensor that every rank has all of, sharded as other is, or as it is where other is not sharded."""
+    """A tensor that every rank has all of, sharded as other is, on other's device."""
     if not hasattr(other, "device_mesh"):
-        return tensor
+        return tensor.to(other.device)
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)  # type: ignore[attr-defined]

@@ -49,4 +49,4 @@ def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
     yield len(encoded).to_bytes(8, "little")
     yield encoded
     for tensor in tensors.values():
-        yield tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+        yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

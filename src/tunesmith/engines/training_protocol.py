@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tunesmith.engines.batch import Batch
@@ -52,6 +53,11 @@ class TrainableModel(Protocol):
     @property
     def engine_name(self) -> str:
         """The engine's name in records."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """The device that it computes on. Batches lie on the CPU."""
         ...
 
     @property

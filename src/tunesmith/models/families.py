@@ -10,7 +10,7 @@ from tunesmith.core.errors import UsageError
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 NATIVE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", *GEMMAS)
 # Shown wherever a base is of another family.
-SLOW = "is run by transformers' own modules, in fp32 on the CPU: as exact as the native engine, but slower"
+SLOW = "is run by transformers' own modules: as exact as the native engine, but slower on a CPU"
 
 
 def is_native(family: str) -> bool:

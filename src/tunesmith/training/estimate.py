@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tunesmith.core import memory
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch
+from tunesmith.engines.device import DeviceMemory
 from tunesmith.engines.ranks import ALONE, Ranks, held
 from tunesmith.engines.training_protocol import Objective, TrainableModel
 from tunesmith.training.batches.batch_plan import Step, step_tokens
@@ -46,10 +46,11 @@ def state_bytes(settings: TrainSettings) -> int:
 
 
 class MemoryNeeds(NamedTuple):
-    """What a training needs. batch: bytes to compute a batch, by its shape. later: bytes that are allocated after the
-    first steps, for the optimiser's state and the best weights. checkpoint: bytes on the disk. advice: what to set to
-    lower `later`."""
+    """What a training needs. memory: that it computes in. batch: bytes to compute a batch, by its shape. later: bytes
+    that are allocated after the first steps, for the optimiser's state and the best weights. checkpoint: bytes on the
+    disk. advice: what to set to lower `later`."""
 
+    memory: DeviceMemory
     batch: Callable[[Batch], int]
     later: int
     checkpoint: int
@@ -64,6 +65,7 @@ def memory_needs(model: TrainableModel, settings: TrainSettings, *, validates: b
         for tensors in ([held(parameter) for parameter in parameters(model)], parameters(model))
     )
     return MemoryNeeds(
+        DeviceMemory(model.device),
         model.memory_estimate,
         later=(2 + copies) * here,
         checkpoint=(3 + copies) * everywhere,
@@ -93,7 +95,7 @@ def check_memory(plan: Iterable[Step], needs: MemoryNeeds, *, local: int = 1) ->
     batches = [batch for step in plan for batch in step]
     needed = [needs.batch(batch) for batch in batches]
     largest = batches[needed.index(max(needed))]
-    free = memory.available_memory() // local
+    free = needs.memory.available(local)
     if max(needed) > free:
         fitting = [batch.tokens for batch, bytes_ in zip(batches, needed, strict=True) if bytes_ <= free]
         raise _batch_too_large(largest, free, max(needed), max(fitting, default=None))
@@ -133,16 +135,16 @@ def estimate(
     Raises Refused as check_memory does.
     """
     by_size = sorted(plan, key=step_tokens)
-    memory.reset_peak_memory()
-    largest, free = check_memory(plan, needs, local=ranks.local), memory.available_memory() // ranks.local
+    needs.memory.reset_peak()
+    largest, free = check_memory(plan, needs, local=ranks.local), needs.memory.available(ranks.local)
     try:
         trial([largest])
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
         raise _batch_too_large(largest, free, needs.batch(largest), None) from error
-    peak = ranks.most(memory.peak_memory() + needs.later)
-    if needs.later > (left := memory.available_memory() // ranks.local):
+    peak = ranks.most(needs.memory.peak() + needs.later)
+    if needs.later > (left := needs.memory.available(ranks.local)):
         raise _state_too_large(needs, left)
     timed = by_size[len(by_size) // 2 :][:_TIMED_STEPS]
     began = clock()

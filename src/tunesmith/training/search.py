@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core import memory
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
@@ -218,16 +217,16 @@ def _train_and_check(
     plan = TrainingPlan(shared.rows, repeated, share=model.shares_prefix, most=result.steps)
     needs = memory_needs(model, settings, validates=True)
     check_disk(folder, needs)
-    memory.reset_peak_memory()
+    needs.memory.reset_peak()
     largest = check_memory(plan.epoch(0), needs)
-    expected = memory.peak_memory() + needs.batch(largest) + needs.later
+    expected = needs.memory.peak() + needs.batch(largest) + needs.later
     identity = {"trial": shared.trials[result.trial], "steps": result.steps}
     checkpoints = Checkpoints(folder, identity)
     before = shared.clock() - began
     schedule = _Bounded(_schedule(repeated, result.steps, folder), result.steps, seconds - before)
     state = Trainer(model, plan, repeated, checkpoints, schedule=schedule, clock=shared.clock).run()
     result = result.model_copy(
-        update={"seconds": before + state.seconds, "expected_bytes": expected, "peak_bytes": memory.peak_memory()}
+        update={"seconds": before + state.seconds, "expected_bytes": expected, "peak_bytes": needs.memory.peak()}
     )
     if state.step < result.steps:
         done = {"steps": state.step, "rows": state.step * settings.batch}

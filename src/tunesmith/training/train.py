@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from tunesmith.core import memory
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.batch import Batch, label_count
+from tunesmith.engines.device import DeviceMemory, device_name
 from tunesmith.engines.factory import LocalEngine, load_model, training_engine
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.settings import HF
 from tunesmith.engines.training_protocol import LoadedModel, Objective, TrainableModel
 from tunesmith.models.base import Base, base_record, model_width
-from tunesmith.models.families import SLOW, is_native
+from tunesmith.models.families import is_native
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
 from tunesmith.store.store import Store
@@ -128,8 +128,8 @@ def run_training(
     expected = _estimate(plan, batches, trained, objective, spec, ranks, measured)
     labels = sum(map(label_count, rows))
     notice = too_few_numbers(settings.rank, trained.trained_numbers, labels) if settings.method == "lora" else None
-    _announce(spec, len(rows), plan, expected, notice, progress, ranks)
-    memory.reset_peak_memory()
+    _announce(spec, trained, len(rows), plan, expected, notice, progress, ranks)
+    DeviceMemory(trained.device).reset_peak()
     validation = Validation(trained, objective, batches, score if batches else None, ranks=ranks, clock=measured)
     schedule = _schedule(spec, plan, expected, validation, progress)
     curves = follower(spec.metrics, spec.name, digest_of(checkpoints.identity), settings, progress)
@@ -164,7 +164,7 @@ def run_training(
         labels=round(labels * epochs),
         tokens_computed=sum(int(step["tokens"]) for step in state.curve),
         trained_numbers=trained.trained_numbers,
-        peak_memory_bytes=ranks.most(memory.peak_memory()),
+        peak_memory_bytes=ranks.most(DeviceMemory(trained.device).peak()),
         checkpoint_bytes=checkpoints.newest_bytes(),
     )
 
@@ -307,6 +307,7 @@ def _estimated(kept: Path) -> dict[str, Any] | None:
 
 def _announce(
     spec: TrainingSpec,
+    model: TrainableModel,
     rows: int,
     plan: TrainingPlan,
     expected: Estimate,
@@ -316,10 +317,10 @@ def _announce(
 ) -> None:
     if ranks.size > 1:
         progress.say(f"{ranks.size} ranks train together, by transformers' modules; each holds a part of every tensor")
-    elif not is_native(spec.base.family):
-        progress.say(f"{spec.base.spec} ({spec.base.family}) {SLOW}")
     elif spec.engine == HF:
-        progress.say(f"{spec.base.spec} ({spec.base.family}) is trained by transformers' modules, not natively")
+        why = "" if is_native(spec.base.family) else ": the native engine does not compute this family"
+        on = device_name(model.device)
+        progress.say(f"{spec.base.spec} ({spec.base.family}) is trained by transformers' modules on {on}{why}")
     budget = spec.settings.budget
     length = f"{len(plan)} steps" if budget is None else f"steps of {expected.step_seconds:.2g} s within its budget"
     room = "GB of memory" if ranks.size == 1 else "GB of memory on a rank"

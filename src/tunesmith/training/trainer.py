@@ -10,9 +10,9 @@ from dataclasses import asdict, fields
 import torch
 from torch import Tensor
 
-from tunesmith.core import memory
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Progress, Task
+from tunesmith.engines.device import DeviceMemory
 from tunesmith.engines.ranks import ALONE, Ranks, sharded_like
 from tunesmith.engines.training_protocol import Objective, TrainableModel
 from tunesmith.training.batches.batch_plan import Step, step_tokens
@@ -142,7 +142,7 @@ class Trainer:
             self._peak_flops = self.model.peak_flops(max(self.plan[0], key=lambda batch: batch.tokens))
         tokens, seconds = int(point["tokens"]), point["seconds"]
         share = sum(map(self.model.flops, step)) / seconds / self._peak_flops
-        gigabytes = memory.peak_memory() / 1e9
+        gigabytes = DeviceMemory(self.model.device).peak() / 1e9
         return f"loss {point['loss']:.3f}, {gigabytes:.1f} GB, {tokens / seconds:.0f} tokens/s, {share:.0%} of peak"
 
     def _validate_now(self) -> None:
@@ -207,7 +207,7 @@ class Trainer:
             }
             parameter.copy_(kept["parameter"])
             self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(state["step"])),
+                "step": torch.tensor(float(state["step"]), device=parameter.device),
                 "exp_avg": kept["exp_avg"],
                 "exp_avg_sq": kept["exp_avg_sq"],
             }

@@ -30,11 +30,11 @@ def quantization() -> Any:
     )
 
 
-def prepare(linears: Mapping[str, nn.Module]) -> None:
+def prepare(linears: Mapping[str, nn.Module], device: torch.device) -> None:
     """Make 4-bit layers ready for training. Raises Refused for layers that bitsandbytes does not restore from 4 bits on
     a CPU (seen in 0.50.2): those whose rows do not consist of whole blocks."""
     for name, module in linears.items():
-        if module.in_features % _BLOCK:  # type: ignore[operator]
+        if device.type == "cpu" and module.in_features % _BLOCK:  # type: ignore[operator]
             raise Refused(
                 f"{name} has {module.in_features} inputs, and bitsandbytes computes 4-bit layers on a CPU correctly "
                 f"only for multiples of {_BLOCK}",

@@ -54,12 +54,12 @@ class Decoding:
         if self._rows:
             self._generate(module)
         while self._ranks.size > 1 and self._most_unfinished:
-            module(input_ids=torch.tensor([[self._filler]]), use_cache=False)
+            module(input_ids=torch.tensor([[self._filler]], device=module.device), use_cache=False)
             self._most_unfinished = self._ranks.most(0)
 
     def _generate(self, module: Any) -> None:
         transformers = libraries.transformers()
-        ids, mask = left_padded([row.ids for row in self._rows], self._filler)
+        ids, mask = left_padded([row.ids for row in self._rows], self._filler, module.device)
         how = transformers.GenerationConfig(
             do_sample=False, max_new_tokens=max(row.limit for row in self._rows), pad_token_id=self._filler
         )
@@ -78,19 +78,21 @@ class Decoding:
             self._end(place, stopped=False, error=error)
 
     def _choose(self, _ids: Tensor, logits: Tensor) -> Tensor:
-        """A logits processor: leaves one token for each row of logits [B, vocabulary]."""
+        """A logits processor: leaves one token for each row of logits [B, vocabulary]. Tokens are chosen on the CPU,
+        where schemas and random numbers are."""
+        device, logits = logits.device, logits.cpu()
         only = torch.full_like(logits, float("-inf"))
         for place, row in enumerate(self._rows):
             token = self._next_token(row, place, logits[place]) if place in self._unfinished else self._filler
             only[place, token] = 0.0
-        return only
+        return only.to(device)
 
     def _finished(self, ids: Tensor, _scores: Any, **_: Any) -> Tensor:
         """A stopping criterion: which rows need no more tokens."""
         if self._cancelled():
             self._unfinished.clear()
         self._most_unfinished = self._ranks.most(len(self._unfinished))
-        return torch.tensor([place not in self._unfinished for place in range(len(ids))])
+        return torch.tensor([place not in self._unfinished for place in range(len(ids))], device=ids.device)
 
     def _end(self, place: int, *, stopped: bool, error: BaseException | None = None) -> None:
         del self._unfinished[place]

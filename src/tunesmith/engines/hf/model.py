@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tunesmith.core.errors import Refused
 from tunesmith.core.scratch import scratch_folder
 from tunesmith.engines.batch import Batch
+from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import four_bits, libraries
 from tunesmith.engines.hf.sharding import shard
 from tunesmith.engines.ranks import ALONE, Ranks, whole
@@ -38,21 +39,21 @@ _LAYER = re.compile(r"(?P<prefix>.*?)(?P<list>\w+)\.(?P<number>\d+)\.")
 class HFModel:
     """A frozen base model and any number of adapters, of which at most one is active at a time.
 
-    module: transformers' module. linears: its linear layers except the head, by name. vocabulary: logits of a step.
-    ranks: that the module is sharded over.
+    module: transformers' module. device: that it computes on. linears: its linear layers except the head, by name.
+    vocabulary: logits of a step. ranks: that the module is sharded over.
     """
 
     def __init__(self, base: Base, *, quantized: bool = False) -> None:
         """quantized: keep the linear layers in 4 bits. Raises Refused for a base that transformers cannot run without
         code from its folder, for incomplete weights, and for a model whose tokens see later ones."""
-        self.base, self.ranks = base, ALONE
+        self.base, self.ranks, self.device = base, ALONE, computing_device()
         if base.context_length <= 0:
             raise Refused(
                 "the base's configuration does not state its context length",
                 where=str(base.folder / "config.json"),
                 fix="add max_position_embeddings to it",
             )
-        self.module = _load(base.folder, quantized=quantized)
+        self.module = _load(base.folder, self.device, quantized=quantized)
         self.head = self.module.get_output_embeddings()
         self.linears: dict[str, nn.Module] = {
             name: module
@@ -60,7 +61,7 @@ class HFModel:
             if _is_linear(module) and module is not self.head
         }
         if quantized:
-            four_bits.prepare(self.linears)
+            four_bits.prepare(self.linears, self.device)
         self._others = [name for name, _ in self.module.named_modules() if name not in self.linears]
         self._peft: Any = None  # PEFT's wrapper around the module, from the first adapter on
         self._names = (f"adapter{number}" for number in count())
@@ -141,7 +142,7 @@ class HFModel:
             for name, tensor in self.module.named_parameters():
                 if f".{adapter}." in f"{name}." or (changed_base and ".base_layer." in name):
                     ranks.spread(tensor)
-        shard(self.module, ranks)
+        shard(self.module, ranks, self.device)
         self.ranks = ranks
 
     def remove_adapter(self, name: str) -> None:
@@ -216,13 +217,13 @@ class HFModel:
         for row, (first, length) in enumerate(zip(starts.tolist(), batch.lengths, strict=False)):
             whole = torch.cat([batch.ids[: batch.prefix], batch.ids[first : first + length]])[:longest]
             ids[row, : len(whole)] = whole
-        logits: Tensor = self.module(input_ids=ids, use_cache=False).logits
+        logits: Tensor = self.module(input_ids=ids.to(self.device), use_cache=False).logits
         return logits[row_of, place_of]
 
     @torch.no_grad()  # what a module caches on its first call must be usable in training
     def _check_causal(self) -> int:
         """How many logits a step has. Raises Refused if a token's logits change with the token after it."""
-        ids = torch.tensor([_PROBE])
+        ids = torch.tensor([_PROBE], device=self.device)
         other = ids.clone()
         other[0, -1] += 1
         one, two = (self.module(input_ids=each, use_cache=False).logits for each in (ids, other))
@@ -239,7 +240,7 @@ class HFModel:
         the adapter has no effect."""
         parameters = self.adapter_parameters(adapter)
         with self.using(adapter), torch.enable_grad():
-            self.module(input_ids=torch.tensor([_PROBE]), use_cache=False).logits.sum().backward()
+            self.module(input_ids=torch.tensor([_PROBE], device=self.device), use_cache=False).logits.sum().backward()
         found = [name.split(".lora_B.")[0] for name, tensor in parameters.items() if tensor.grad is None]
         for tensor in parameters.values():
             tensor.grad = None
@@ -255,7 +256,7 @@ class HFModel:
     @torch.no_grad()
     def _first_steps(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
         """Logits [B, vocabulary] of the first three steps after rows."""
-        ids, mask = left_padded(rows, 0)
+        ids, mask = left_padded(rows, 0, self.device)
         how = libraries.transformers().GenerationConfig(
             max_new_tokens=3, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
         )
@@ -267,12 +268,12 @@ def remove_with(owner: object, model: HFModel, adapter: str) -> None:
     weakref.finalize(owner, model.remove_adapter, adapter).atexit = False
 
 
-def left_padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
+def left_padded(rows: Sequence[Sequence[int]], filler: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask [B, longest] of rows that end together."""
     longest = max(map(len, rows))
     ids = torch.tensor([[filler] * (longest - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
+    return ids.to(device), mask.to(device)
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
@@ -283,14 +284,16 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     return outputs, inputs
 
 
-def _load(folder: Path, *, quantized: bool) -> Any:
+def _load(folder: Path, device: torch.device, *, quantized: bool) -> Any:
     """The module, from the base's own files only: transformers would apply an adapter that lies in the same folder."""
     transformers = libraries.transformers()
     if "quantization_config" in json.loads((folder / "config.json").read_bytes()):
         raise Refused("the base's weights are quantised", where=str(folder), fix="use the model they were made from")
     how: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     if quantized:
-        how |= {"quantization_config": four_bits.quantization(), "device_map": {"": "cpu"}}
+        how["quantization_config"] = four_bits.quantization()
+    if quantized or device.type != "cpu":
+        how["device_map"] = {"": str(device)}  # read into the device's memory at once
     with scratch_folder() as scratch:
         for path in base_files(folder):
             os.symlink(path.resolve(), scratch / path.name)

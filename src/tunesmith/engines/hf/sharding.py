@@ -13,10 +13,12 @@ from torch import nn
 from tunesmith.core.errors import TunesmithError, UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from tunesmith.engines.ranks import Ranks
 
 
-def shard(module: Any, ranks: Ranks) -> None:
+def shard(module: Any, ranks: Ranks, device: torch.device) -> None:
     """Shard the decoder's layers one by one, then what is left of the module: embeddings, norms, head.
 
     Each copy of the module is sharded over as many neighbouring ranks (HSDP); the gradients of all copies are added.
@@ -31,7 +33,7 @@ def shard(module: Any, ranks: Ranks) -> None:
             fix="pip install --upgrade torch; 2.13 was tested",
         )
     shape = (ranks.size,) if ranks.copies == 1 else (ranks.copies, ranks.size // ranks.copies)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
     for layer in layers(module):
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.engines.batch import Batch
+from tunesmith.engines.device import device_name
 from tunesmith.engines.hf import four_bits
 from tunesmith.engines.hf.model import HFModel, remove_with, sizes
 from tunesmith.engines.peak import MEASURED_ROWS, measured_flops
@@ -68,6 +69,11 @@ class HFTrainable:
         self._start = _copies(self._parameters) if settings.start == "pissa" else None
 
     @property
+    def device(self) -> torch.device:
+        """The device that the base and the adapter are on."""
+        return self._model.device
+
+    @property
     def replaces_base(self) -> bool:
         """Whether the start took something out of the base's weights, so that they are the base with the adapter only,
         and until the first step."""
@@ -79,8 +85,8 @@ class HFTrainable:
         return sum(tensor.numel() for tensor in self._parameters.values())
 
     def environment(self) -> Mapping[str, str]:
-        """The libraries' versions, and how the base is quantised."""
-        found = {"peft": version("peft")}
+        """The libraries' versions, the device, and how the base is quantised."""
+        found = {"peft": version("peft"), "device": device_name(self.device)}
         if self._settings.quantize is not None:
             found["quantized"] = four_bits.description()
         return found
@@ -93,7 +99,7 @@ class HFTrainable:
 
     def loss(self, batch: Batch, objective: Objective, divisor: float) -> Tensor:
         """The objective over a batch's labels: a scalar, with gradients unless autograd is off."""
-        return (self._label_losses(batch) * objective.coefficients(batch, divisor)).sum()
+        return (self._label_losses(batch) * objective.coefficients(batch, divisor).to(self.device)).sum()
 
     @torch.no_grad()
     def label_losses(self, batch: Batch) -> Tensor:
@@ -103,7 +109,7 @@ class HFTrainable:
     def _label_losses(self, batch: Batch) -> Tensor:
         with self._model.using(self.adapter):
             logits = self._model.logits(batch)
-        return F.cross_entropy(logits.float(), batch.labels, reduction="none")
+        return F.cross_entropy(logits.float(), batch.labels.to(self.device), reduction="none")
 
     def collect_gradients(self) -> None:
         """Give zeros to a tensor that no token reached. Autograd added the other gradients already."""
@@ -128,7 +134,7 @@ class HFTrainable:
         save_adapter_file(
             folder,
             replace(config, targets=targets),
-            {name: tensor.detach().contiguous().numpy() for name, tensor in tensors.items()},
+            {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()},
             base=model.base.digest,
             fingerprint=model.base.fingerprint,
         )
@@ -149,9 +155,9 @@ class HFTrainable:
         return float(_tokens(batch) * (4 * frozen + 6 * self.trained_numbers))
 
     def peak_flops(self, batch: Batch) -> float:
-        """Floating-point operations a second that this machine reaches on the largest linear layer's product."""
+        """Floating-point operations a second that the device reaches on the largest linear layer's product."""
         outputs, inputs = max(map(sizes, self._model.linears.values()))
-        return _peak(min(_tokens(batch), MEASURED_ROWS), inputs, outputs)
+        return _peak(min(_tokens(batch), MEASURED_ROWS), inputs, outputs, self.device)
 
 
 def _check_rank(targets: Mapping[str, nn.Module], settings: WeightSettings) -> None:
@@ -179,6 +185,12 @@ def _tokens(batch: Batch) -> int:
 
 
 @cache
-def _peak(rows: int, inputs: int, outputs: int) -> float:
-    weight, x = torch.full((outputs, inputs), 0.01), torch.full((rows, inputs), 0.01)
-    return measured_flops(lambda: F.linear(x, weight), 2.0 * rows * inputs * outputs)
+def _peak(rows: int, inputs: int, outputs: int, device: torch.device) -> float:
+    weight, x = (torch.full((size, inputs), 0.01, device=device) for size in (outputs, rows))
+
+    def multiply() -> None:
+        F.linear(x, weight)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # it computes while this thread goes on
+
+    return measured_flops(multiply, 2.0 * rows * inputs * outputs)

@@ -28,6 +28,7 @@ class NativeTrainable(TrainableModel):
     """
 
     engine_name = NATIVE
+    device = torch.device("cpu")
     shares_prefix = True
     network: Network
     first: int

@@ -1,0 +1,69 @@
+"""The device of the hf engine. What needs a GPU runs where one is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.hf_models import write_hf_model
+from tests.tiny import row
+from tunesmith.core import memory
+from tunesmith.core.errors import UsageError
+from tunesmith.engines import device
+from tunesmith.engines.batch import lay_out
+from tunesmith.engines.device import DeviceMemory, backends, computing_device, device_name, gpu_present
+from tunesmith.engines.hf import model
+from tunesmith.engines.hf.loaded import LoadedHFModel
+from tunesmith.engines.protocol import Generation
+from tunesmith.engines.settings import WeightSettings
+from tunesmith.models.base import resolve_base
+from tunesmith.models.rendering import Renderer
+from tunesmith.store.store import Store
+from tunesmith.training.objectives import CrossEntropy
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(gpu_present(), reason="about machines without a GPU")
+def test_without_a_gpu_the_cpu_computes_and_gloo_sends() -> None:
+    assert (computing_device(), backends(), device_name(CPU)) == (CPU, "gloo", "CPU")
+
+
+def test_memory_of_the_machine_is_shared_by_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    assert DeviceMemory(CPU).available() == 1000
+    assert DeviceMemory(CPU).available(sharing=4) == 250
+    DeviceMemory(CPU).reset_peak()
+    assert DeviceMemory(CPU).peak() > 1 << 20
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "gpu_present", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="process 3 on this machine has no GPU: torch sees 2"):
+        computing_device.__wrapped__()
+
+
+@pytest.mark.skipif(not gpu_present(), reason="needs a GPU")
+def test_a_gpu_computes_what_a_cpu_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = resolve_base(Store(tmp_path / "store"), str(write_hf_model(tmp_path / "m", "phi3")), tmp_path)
+    batch = lay_out([Renderer(base.folder).conversation(row("turn on", '{"on":1}'))], share=False)
+    losses, gradients, texts = [], [], []
+    for place in (computing_device(), CPU):
+        monkeypatch.setattr(model, "computing_device", lambda place=place: place)
+        loaded = LoadedHFModel(base)
+        trained = loaded.trainable(WeightSettings(rank=2), seed=1, state_bytes=16)
+        loss = trained.loss(batch, CrossEntropy(), 8.0)
+        loss.backward()
+        assert trained.device.type == place.type == loss.device.type
+        losses.append(float(loss))
+        gradients.append(torch.cat([each.grad.cpu().flatten() for each in trained.parameter_groups()[1].tensors]))
+        asked = [Generation((row("turn on", "")[1],), max_tokens=n) for n in (3, 7)]
+        texts.append([answer.text for answer in loaded.engine().generate(asked)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+    assert texts[0] == texts[1]
