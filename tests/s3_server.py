@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 
 
@@ -36,3 +37,9 @@ def s3_environment(url: str) -> dict[str, str]:
         "AWS_ENDPOINT_URL": url,
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+
+
+def create_bucket(url: str, name: str) -> None:
+    """Make an empty bucket on the server at a URL."""
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/{name}", method="PUT")):  # noqa: S310
+        pass

@@ -175,13 +175,13 @@ def open_project(directory: Path) -> Project:
 
 def open_store(directory: Path) -> Store:
     """The store of a project's folder; also of a folder that is itself a store (a copy of `.tunesmith`)."""
+    from tunesmith.store.blobs.local import LocalBlobs
     from tunesmith.store.store import Store
 
-    for place in (directory / STORE, directory):
-        if Store.is_in(place):
-            return Store(place)
-    if (directory / FILE).is_file():
+    if Store.is_in(directory / STORE) or (directory / FILE).is_file():
         return Store(directory / STORE)
+    if Store.is_in(directory):  # the files that were named, whatever the environment says of other blobs
+        return Store(directory, blobs=LocalBlobs(directory))
     raise UsageError(
         "there is neither a project nor a store here",
         where=str(directory.absolute()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,7 +108,7 @@ def test_an_emptied_users_table_makes_nobody_owner(store: Store, monkeypatch: py
 
 
 def test_a_version_whose_record_is_gone_is_said_to_be(store: Store, version: Version) -> None:
-    store.record_path(version.digest).unlink()
+    Path(store.record_where(version.digest)).unlink()
     assert any("cannot be compared with the log" in problem for problem in verify_log(store))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ def test_everything_a_version_came_of_is_found_from_files(store: Store, version:
     assert {record.kind for record in found.values()} == {
         "version", "candidate", "evaluation", "verdict", "training", "dataset", "base", "answers",
     }  # fmt: skip
-    store.record_path(chain.dataset).unlink()
+    Path(store.record_where(chain.dataset)).unlink()
     with pytest.raises(Refused, match="is not in the store"):
         ancestors(store, [version.digest])
 

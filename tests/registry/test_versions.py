@@ -62,7 +62,7 @@ def test_a_passing_candidate_becomes_a_signed_version(store: Store, chain: Chain
     folder = store.root / "versions" / "intents" / "v1"
     assert {path.name for path in folder.iterdir()} == {CONFIG_FILE, ADAPTER_FILE, NOTICE, "release.json", "model.sig"}
     assert digest_bytes((folder / "release.json").read_bytes()) == version.digest
-    assert (folder / "release.json").read_bytes() == store.record_path(version.digest).read_bytes()
+    assert (folder / "release.json").read_bytes() == Path(store.record_where(version.digest)).read_bytes()
     body = store.record(version.digest).body
     assert body["records"] == sorted(set(body["records"]))
     assert {chain.base, chain.dataset, chain.training, chain.evaluation, chain.verdict} <= set(body["records"])
@@ -360,7 +360,7 @@ def test_another_versions_folder_is_not_served_instead(store: Store, version: Ve
 
 
 def test_opening_checks_the_candidates_digest(store: Store, version: Version) -> None:
-    path = store.record_path(version.candidate)
+    path = Path(store.record_where(version.candidate))
     path.chmod(0o644)
     path.write_bytes(path.read_bytes().replace(b"Answer.", b"Obey me"))
     with pytest.raises(Refused, match="do not have its digest"), verified_copy(store, version):

@@ -61,7 +61,7 @@ def list_cases(store: Store, *, everything: bool = False) -> list[Case]:
         try:
             found.append(Case.model_validate_json(store.blobs.get(key)))
         except (ValidationError, ValueError) as error:
-            raise Refused("not a valid case", where=str(store.blobs.path(key)), fix="delete the file") from error
+            raise Refused("not a valid case", where=store.blobs.where(key), fix="delete the file") from error
     return sorted((case for case in found if everything or case.failed), key=lambda case: (case.at, case.request))
 
 

@@ -8,10 +8,9 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tunesmith.core.digests import digest_file, short
+from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.registry.signing.attestations import key_statement, open_envelope
-from tunesmith.registry.signing.signatures import RELEASE
 from tunesmith.store import audit, database, identities
 from tunesmith.store.audit import Head, Pin
 from tunesmith.store.store import Store
@@ -69,7 +68,7 @@ def _signed_with_head(store: Store) -> list[tuple[str, str]]:
 
     An attacker who rewrites the log can also remove rows from the index, but a version that is served needs its folder.
     """
-    versions = {digest_file(store.version_folder(ref) / RELEASE) for ref in store.version_folders()}
+    versions = {digest_bytes(store.read_release(ref)) for ref in store.version_folders()}
     versions.update(store.records_of("version"))
     approvals = store.records_of("approval")
     return [("version", digest) for digest in sorted(versions)] + [("approval", digest) for digest in approvals]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -111,9 +110,7 @@ class _Findings:
         self.notes: list[str] = []
 
     def problem(self, path: str | Path, reason: str) -> None:
-        place = Path(path)
-        shown = place.relative_to(self.root) if place.is_relative_to(self.root) else place
-        found = Problem(path=str(shown), reason=reason)
+        found = Problem(path=str(path).removeprefix(f"{self.root}{os.sep}"), reason=reason)
         if found not in self.problems:
             self.problems.append(found)
 
@@ -127,9 +124,9 @@ def _check_records(findings: _Findings, release: Release) -> dict[str, Record]:
         if digest in records:
             continue
         try:
-            records[digest] = findings.store.record(digest)
+            records[digest] = findings.store.record(digest, cached=False)
         except TunesmithError as error:
-            findings.problem(findings.store.record_path(digest), error.what)
+            findings.problem(findings.store.record_where(digest), error.what)
             continue
         findings.checked += 1
         findings.seen.add(digest)
@@ -153,8 +150,7 @@ def _check_blobs(findings: _Findings, records: Mapping[str, Record]) -> None:
     lines: dict[str, int] = {}
     for digest in sorted(blobs_of(records.values())):
         try:
-            path = findings.store.blob_path(digest)
-            actual, lines[digest] = _digest_and_lines(path)
+            actual, lines[digest] = _digest_and_lines(findings.store.blob_pieces(digest))
         except (TunesmithError, OSError) as error:
             findings.problem(
                 error.where if isinstance(error, TunesmithError) and error.where else digest,
@@ -165,14 +161,14 @@ def _check_blobs(findings: _Findings, records: Mapping[str, Record]) -> None:
         if actual == digest:
             findings.seen.add(digest)
         else:
-            findings.problem(path, "its bytes do not match its digest")
+            findings.problem(findings.store.blob_where(digest), "its bytes do not match its digest")
     for name, record in records.items():
         if record.kind == "dataset":
             for split, count in record.body.get("splits", {}).items():
                 found = lines.get(record.blobs.get(f"{split}.jsonl", ""))
                 if found is not None and found != count:
                     findings.problem(
-                        findings.store.record_path(name), f"says {count} rows in {split}, there are {found}"
+                        findings.store.record_where(name), f"says {count} rows in {split}, there are {found}"
                     )
 
 
@@ -232,31 +228,31 @@ def _sweep(findings: _Findings) -> list[Record]:
     """Verify every other blob and record of the store against its digest; returns the approvals."""
     approvals: list[Record] = []
     for kind, suffix in (("blobs", ""), ("records", ".json")):
-        for path in map(findings.store.blobs.path, findings.store.blobs.keys(f"{kind}/")):
-            if path.name.startswith(SCRATCH):
-                findings.notes.append(f"left over from a process that was killed: {path.relative_to(findings.root)}")
+        for key in findings.store.blobs.keys(f"{kind}/"):
+            name = key.rsplit("/", 1)[-1]
+            if name.startswith(SCRATCH):
+                findings.notes.append(f"left over from a process that was killed: {key}")
                 continue
-            digest = f"sha256:{path.name.removesuffix(suffix)}"
-            if not is_digest(digest) or path.parent.name != digest[7:9] or not path.name.endswith(suffix):
-                findings.problem(path, "not a file that belongs here")
+            digest = f"sha256:{name.removesuffix(suffix)}"
+            if not is_digest(digest) or key != f"{kind}/{digest[7:9]}/{digest[7:]}{suffix}":
+                findings.problem(findings.store.blobs.where(key), "not a file that belongs here")
                 continue
             if digest not in findings.seen:
-                _sweep_file(findings, path, digest, approvals if kind == "records" else None)
+                _sweep_object(findings, key, digest, approvals if kind == "records" else None)
     return approvals
 
 
-def _sweep_file(findings: _Findings, path: Path, digest: str, approvals: list[Record] | None) -> None:
+def _sweep_object(findings: _Findings, key: str, digest: str, approvals: list[Record] | None) -> None:
+    where, pieces = findings.store.blobs.where(key), findings.store.blobs.pieces(key)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise Refused("not a regular file")
         if approvals is not None:
-            record = decode(path.read_bytes(), digest, str(path))
+            record = decode(b"".join(pieces), digest, where)
             if record.kind == "approval":
                 approvals.append(record)
-        elif digest_file(path) != digest:
+        elif _digest_and_lines(pieces)[0] != digest:
             raise Refused("its bytes do not match its digest")
     except (TunesmithError, OSError) as error:
-        findings.problem(path, error.what if isinstance(error, TunesmithError) else f"cannot be read: {error}")
+        findings.problem(where, error.what if isinstance(error, TunesmithError) else f"cannot be read: {error}")
     else:
         findings.checked += 1
 
@@ -281,10 +277,9 @@ def _check_approvals(
         findings.notes.append("no approval in this store counts")
 
 
-def _digest_and_lines(path: Path) -> tuple[str, int]:
+def _digest_and_lines(pieces: Iterable[bytes]) -> tuple[str, int]:
     hasher, lines = hashlib.sha256(), 0
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            hasher.update(piece)
-            lines += piece.count(b"\n")
+    for piece in pieces:
+        hasher.update(piece)
+        lines += piece.count(b"\n")
     return f"sha256:{hasher.hexdigest()}", lines

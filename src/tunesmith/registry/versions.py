@@ -189,7 +189,7 @@ def load_version(store: Store, digest: str, session: Session | None = None) -> V
         row = reading.scalars(select(VersionRow).where(VersionRow.digest == digest)).first()
     if row is None:
         raise Refused(f"{short(digest)} is not a registered version", fix="tunesmith register")
-    version, _ = read_version(store.record(digest, kind="version"), str(store.record_path(digest)))
+    version, _ = read_version(store.record(digest, kind="version"), store.record_where(digest))
     stated = (version.name, version.number, version.tenant, version.region)
     if stated != (row.name, row.number, row.tenant, row.region):
         raise Refused(

@@ -13,7 +13,7 @@ from tunesmith.core import memory
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.threads import wanted_threads
 from tunesmith.core.view import View
-from tunesmith.project import STORE, Project
+from tunesmith.project import Project
 
 
 class Check(View):
@@ -103,7 +103,7 @@ def _store(directory: Path) -> Check:
     from tunesmith.store import audit, database
 
     project = Project.load(directory)
-    if not (project.root / STORE).is_dir():
+    if not project.store.is_made:
         return _check("store", "not made yet; `tunesmith run` makes it")
     with database.reading(project.store.engine) as session:
         problems = audit.verify(session)
@@ -116,6 +116,6 @@ def _champions(directory: Path) -> Check:
     from tunesmith.services.rollouts import refused_champions
 
     project = Project.load(directory)
-    refused = refused_champions(project.store) if (project.root / STORE).is_dir() else []
+    refused = refused_champions(project.store) if project.store.is_made else []
     warnings = "; ".join(str(champion.warning) for champion in refused)
     return _check("champions", warnings or "all may serve", not refused, "`tunesmith rollout status` shows them")

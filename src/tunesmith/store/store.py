@@ -2,7 +2,8 @@
 
 Keys: `blobs/ab/<hex>`, `records/ab/<hex>.json`, `versions/NAME/vN/<file>`, `trust/<file>`, `cases/<request>.json`.
 They are in a BlobStore, by default the folder `root`. The database is `root/tunesmith.db` by default. What belongs to
-this machine only (work folders, private keys, where bases were found) is in folders that `local` names.
+this machine only (work folders, private keys, where bases were found, the cache of a bucket) is in folders that `local`
+names.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ class Store:
     """Everything that one installation keeps. Cheap to create; the database opens on first use.
 
     root: a local folder. url: the database's SQLAlchemy URL; by default $TUNESMITH_DATABASE_URL, else SQLite in root.
-    blobs: by default the files in root.
+    blobs: by default the bucket of $TUNESMITH_BLOBS_URL, else the files in root.
     """
 
     def __init__(self, root: Path, url: str | None = None, blobs: BlobStore | None = None) -> None:
         self.root = root
-        self.blobs = blobs or LocalBlobs(root)
+        self.blobs = blobs or _blobs(root)
         self._url = url or os.environ.get("TUNESMITH_DATABASE_URL") or f"sqlite:///{root.absolute() / 'tunesmith.db'}"
 
     @cached_property
@@ -65,8 +66,13 @@ class Store:
 
     @staticmethod
     def is_in(folder: Path) -> bool:
-        """Whether a folder holds a store."""
+        """Whether a folder holds a store's records itself."""
         return (folder / "records").is_dir()
+
+    @property
+    def is_made(self) -> bool:
+        """Whether there is something to look at: the local folder, or a bucket that others may have filled."""
+        return self.root.is_dir() or not isinstance(self.blobs, LocalBlobs)
 
     def local(self, *parts: str) -> Path:
         """A path for what belongs to this machine only: `work`, `keys`, `bases`. Work folders may be deleted."""
@@ -80,11 +86,23 @@ class Store:
 
     def blob_path(self, digest: str) -> Path:
         """A local file with the blob's bytes. Raises Refused where it is missing, UsageError for no digest."""
+        self._require_blob(digest)
+        return self.blobs.path(_blob_key(digest))
+
+    def blob_where(self, digest: str) -> str:
+        """Where a blob is kept, for messages."""
+        return self.blobs.where(_blob_key(digest))
+
+    def blob_pieces(self, digest: str) -> Iterator[bytes]:
+        """The blob's bytes as the store itself keeps them, unchecked. Raises Refused where it is missing."""
+        self._require_blob(digest)
+        return self.blobs.pieces(_blob_key(digest))
+
+    def _require_blob(self, digest: str) -> None:
         key = _blob_key(digest)
-        path = self.blobs.path(key)
         if not self.blobs.exists(key):
-            raise Refused(f"blob {short(digest)} is missing from the store", where=str(path), fix="restore the file")
-        return path
+            what = f"blob {short(digest)} is missing from the store"
+            raise Refused(what, where=self.blobs.where(key), fix="restore the file")
 
     def put_bytes(self, data: bytes) -> str:
         """Keep bytes; returns their digest."""
@@ -105,21 +123,21 @@ class Store:
 
     def read_blob(self, digest: str) -> bytes:
         """The blob's bytes, compared with its digest. Raises Refused where they differ."""
-        path = self.blob_path(digest)
+        self._require_blob(digest)
         data = self.blobs.get(_blob_key(digest))
         if digest_bytes(data) != digest:
             raise Refused(
                 f"the bytes of blob {short(digest)} do not have that digest",
-                where=str(path),
+                where=self.blob_where(digest),
                 fix="restore the file from a backup",
             )
         return data
 
     # Records
 
-    def record_path(self, digest: str) -> Path:
-        """A local file with the record's bytes, whether or not the record exists."""
-        return self.blobs.path(_record_key(digest))
+    def record_where(self, digest: str) -> str:
+        """Where a record is kept, for messages, whether or not it exists."""
+        return self.blobs.where(_record_key(digest))
 
     def has_record(self, digest: str) -> bool:
         """Whether the store holds a record."""
@@ -134,7 +152,7 @@ class Store:
             if not self.has_record(parent):
                 raise Refused(f"parent record {short(parent)} is not in the store", where=f"{record.kind} record")
         for blob in record.blobs.values():
-            self.blob_path(blob)
+            self._require_blob(blob)
         self.blobs.put(_record_key(record.digest), record.encoded)
         if session is not None:
             _index(session, record)
@@ -143,11 +161,14 @@ class Store:
                 _index(own, record)
         return record.digest
 
-    def record(self, digest: str, kind: str | None = None) -> Record:
-        """Read a record, compared with its digest and, where given, its kind."""
-        where = str(self.record_path(digest))
+    def record(self, digest: str, kind: str | None = None, *, cached: bool = True) -> Record:
+        """Read a record, compared with its digest and, where given, its kind.
+
+        cached: a local copy of it will do.
+        """
+        where, key = self.record_where(digest), _record_key(digest)
         try:
-            data = self.blobs.get(_record_key(digest))
+            data = self.blobs.get(key) if cached else b"".join(self.blobs.pieces(key))
         except FileNotFoundError:
             raise Refused(f"record {short(digest)} is not in the store", where=where, fix="restore the file") from None
         record = decode(data, digest, where)
@@ -188,6 +209,10 @@ class Store:
     def version_folder(self, ref: VersionRef) -> Path:
         """A local folder with a version's files, for reading."""
         return self.blobs.folder(_version_key(ref))
+
+    def read_release(self, ref: VersionRef) -> bytes:
+        """The bytes of a version's release. Raises FileNotFoundError."""
+        return self.blobs.get(_version_key(ref) + RELEASE)
 
     def put_version(self, ref: VersionRef, folder: Path) -> None:
         """Move the files of a finished folder in. A folder that a stopped process left incomplete is replaced."""
@@ -243,9 +268,21 @@ class Store:
         keys = list(self.blobs.keys("records/"))
         with database.writing(self.engine) as session:
             for key in keys:
-                where = str(self.blobs.path(key))
-                _index(session, decode(self.blobs.get(key), _digest_of_key(key), where))
+                _index(session, decode(self.blobs.get(key), _digest_of_key(key), self.blobs.where(key)))
         return len(keys)
+
+
+def _blobs(root: Path) -> BlobStore:
+    """Where $TUNESMITH_BLOBS_URL says, else the files in root."""
+    url = os.environ.get("TUNESMITH_BLOBS_URL")
+    if not url:
+        return LocalBlobs(root)
+    from tunesmith.store.blobs.s3 import S3Blobs
+
+    given = os.environ.get("TUNESMITH_BLOBS_CACHE_GB", "20")
+    if not given.isdecimal() or int(given) == 0:
+        raise UsageError(f"{given!r} is not a number of gigabytes", where="TUNESMITH_BLOBS_CACHE_GB", fix="write 20")
+    return S3Blobs(url, root / "cache", int(given) * 10**9)
 
 
 def _index(session: Session, record: Record) -> None:

@@ -390,7 +390,7 @@ def test_verify_names_what_was_changed(tmp_path: Path) -> None:
     assert not verify_dataset(store, dataset.digest).ok
     blob.write_bytes(original)
     assert verify_dataset(store, dataset.digest).ok
-    store.record_path(dataset.digest).unlink()
+    Path(store.record_where(dataset.digest)).unlink()
     assert not verify_dataset(store, dataset.digest).ok
 
 

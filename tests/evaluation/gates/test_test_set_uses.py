@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,7 +108,7 @@ def test_a_dataset_with_the_same_test_rows_has_the_same_budget(made: Fabricated,
 
 def test_deleting_a_verdict_does_not_reset_the_count(made: Fabricated, evaluation: str) -> None:
     digest = judge(made.store, evaluation=evaluation, candidate="tuned", gates=LIFT)
-    made.store.record_path(digest).unlink()
+    Path(made.store.record_where(digest)).unlink()
     made.store.engine.dispose()
     with database.writing(made.store.engine) as session:
         for row in session.query(RecordRow).filter_by(digest=digest):

@@ -271,7 +271,7 @@ def check_replay(store: Store, verdict: str) -> None:
     if not follows:
         raise Refused(
             f"the verdict does not follow from the evaluation's scores{why}",
-            where=str(store.record_path(verdict)),
+            where=store.record_where(verdict),
             fix="evaluate and judge the candidate: tunesmith gate",
         )
 

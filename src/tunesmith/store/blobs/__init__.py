@@ -1,4 +1,4 @@
-"""Where blobs, records and version folders are kept: the interface, and the local folder behind it."""
+"""Where blobs, records and version folders are kept: the interface, a local folder (local), a bucket (s3)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ class BlobStore(Protocol):
         """An object's bytes. Raises FileNotFoundError."""
         ...
 
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """An object's bytes as they are kept, never from a cache; not all in memory. Raises FileNotFoundError."""
+        ...
+
     def path(self, key: str) -> Path:
         """A local file with an object's bytes, for reading. It need not exist where the object does not."""
         ...
@@ -44,4 +48,8 @@ class BlobStore(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove an object. One that is not there is no error."""
+        ...
+
+    def where(self, key: str) -> str:
+        """Where an object is, for messages."""
         ...

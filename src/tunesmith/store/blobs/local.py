@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from tunesmith.core.errors import Refused
 from tunesmith.core.files import sync_folder, write_atomic
 
 READ_ONLY = 0o444
@@ -34,6 +36,15 @@ class LocalBlobs:
         """An object's bytes. Raises FileNotFoundError."""
         return self.path(key).read_bytes()
 
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """A file's bytes. Raises FileNotFoundError, and Refused for what is no regular file."""
+        path = self.path(key)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise Refused("not a regular file", where=str(path), fix="restore the file")
+        with path.open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                yield piece
+
     def path(self, key: str) -> Path:
         """The object's own file."""
         return self._root / key
@@ -54,3 +65,7 @@ class LocalBlobs:
     def delete(self, key: str) -> None:
         """Remove a file. Its folder stays, since another process may be about to write there."""
         self.path(key).unlink(missing_ok=True)
+
+    def where(self, key: str) -> str:
+        """The file's path."""
+        return str(self.path(key))

@@ -1,0 +1,232 @@
+"""Blobs in a bucket of an S3-compatible store, with a local cache.
+
+Credentials, region and endpoint come from the environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`,
+`AWS_SESSION_TOKEN`, `AWS_REGION`, `AWS_ENDPOINT_URL`), else from the machine's role.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from tunesmith.core.digests import digest_of
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.core.files import write_atomic
+from tunesmith.store.blobs.cache import FileCache
+
+try:
+    from obstore.exceptions import (
+        AlreadyExistsError,
+        BaseError,
+        PermissionDeniedError,
+        UnauthenticatedError,
+    )
+    from obstore.store import S3Store
+except ImportError as error:
+    raise TunesmithError(
+        "a store in a bucket needs the package obstore", where="TUNESMITH_BLOBS_URL", fix='pip install "tunesmith[s3]"'
+    ) from error
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+
+# Keys that name their content: their objects are written once, and may be cached for ever.
+_NAMED = re.compile(r"(?:blobs/[0-9a-f]{2}/([0-9a-f]{64})|records/[0-9a-f]{2}/([0-9a-f]{64})\.json)")
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_PART = 8 << 20
+_MOST_PARTS = 9_000  # S3 takes 10,000
+_PIECE = 1 << 20
+_RETRY = timedelta(seconds=30)
+_NEEDS = "it needs s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject"
+
+
+class S3Blobs:
+    """Implements BlobStore on a bucket.
+
+    url: `s3://BUCKET/PREFIX`. cache: a local folder for copies of at most `limit` bytes. Blobs, records and version
+    folders are cached; everything else is read from the bucket each time. Raises TunesmithError where the bucket cannot
+    be used, after retries of 30 seconds.
+    """
+
+    def __init__(self, url: str, cache: Path, limit: int) -> None:
+        found = urlsplit(url)
+        self._bucket, self._prefix = found.netloc, found.path.strip("/")
+        if found.scheme != "s3" or not _BUCKET.fullmatch(self._bucket) or found.query or found.fragment:
+            raise UsageError(f"{url[:200]!r} is not a place for blobs", where="TUNESMITH_BLOBS_URL", fix=_URL_HELP)
+        self._url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+        self._cache = FileCache(cache, limit)
+
+    def put(self, key: str, data: bytes, *, private: bool = False) -> None:
+        """Write an object. One whose key names its content is left as it is where it exists."""
+        digest = _digest_in(key)
+        with self._told(key):
+            if digest is None:
+                self._store.put(key, data)
+            else:
+                self._create(key, data)
+        if digest is not None:
+            self._cache.add(key, digest, [data])
+
+    def put_file(self, key: str, source: Path) -> None:
+        """Upload a file in parts. The file is used up."""
+        size, named = source.stat().st_size, _digest_in(key) is not None
+        with self._told(key):
+            if named and size <= _PART:
+                self._create(key, source)
+            # An upload in parts cannot ask for "only where there is none". Two of one content write the same bytes.
+            elif not named or self._size(key) != size:
+                part = max(_PART, -(-size // _MOST_PARTS))
+                self._store.put(key, source, use_multipart=size > _PART, chunk_size=part, max_concurrency=4)
+        if named:
+            self._cache.move_in(key, source)
+        else:
+            source.unlink()
+
+    def get(self, key: str) -> bytes:
+        """An object's bytes. Raises FileNotFoundError."""
+        return b"".join(self.pieces(key)) if _digest_in(key) is None else self.path(key).read_bytes()
+
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """An object's bytes from the bucket, never from the cache. Raises FileNotFoundError."""
+        with self._told(key):
+            for piece in self._store.get(key).stream(min_chunk_size=_PIECE):
+                yield bytes(piece)
+
+    def path(self, key: str) -> Path:
+        """A copy in the cache. Raises Refused where the object's bytes are not those that its key names."""
+        digest = _digest_in(key)
+        if digest is None:
+            return self._current(key)
+        found = self._cache.file(key, digest)
+        if found is not None:
+            return found
+        try:
+            found = self._cache.add(key, digest, self.pieces(key))
+        except FileNotFoundError:
+            return self._cache.root / key
+        if found is None:
+            raise Refused("the object's bytes do not have that digest", where=self.where(key), fix=_RESTORE)
+        return found
+
+    def folder(self, prefix: str) -> Path:
+        """A copy in the cache of the objects that are there now."""
+        listed = self._list(prefix)
+        facts = [[one["path"], one["size"], one["e_tag"], one["last_modified"].isoformat()] for one in listed]
+        key, name = digest_of([self._url, prefix, facts]).removeprefix("sha256:"), prefix.rstrip("/").rsplit("/", 1)[-1]
+        if not listed:
+            return self._cache.root / "folders" / key / name
+        files = {one["path"].removeprefix(prefix): partial(self.pieces, one["path"]) for one in listed}
+        try:
+            return self._cache.folder(name, key, files)
+        except FileNotFoundError as error:
+            fix = "run the same command again"
+            raise TunesmithError("the folder changed while it was read", where=self.where(prefix), fix=fix) from error
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object under a key, in the bucket now."""
+        with self._told(key):
+            return self._size(key) is not None
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """Keys under a prefix."""
+        yield from (one["path"] for one in self._list(prefix))
+
+    def delete(self, key: str) -> None:
+        """Remove an object and its copy in the cache."""
+        with self._told(key):
+            self._store.delete(key)
+        if _digest_in(key) is not None:
+            self._cache.drop(key)
+
+    def where(self, key: str) -> str:
+        """The object's URL."""
+        return f"{self._url}/{key}"
+
+    @cached_property
+    def _store(self) -> S3Store:
+        """The bucket, which was seen to exist: a missing object and a missing bucket are not told apart later."""
+        endpoints = [os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")]
+        store = S3Store(
+            self._bucket,
+            prefix=self._prefix or None,
+            client_options={
+                "allow_http": any(url.startswith("http://") for url in endpoints),
+                "connect_timeout": timedelta(seconds=5),
+                "read_timeout": timedelta(seconds=60),
+                "timeout": timedelta(hours=1),  # of a whole file; the default of 30 seconds cuts large ones off
+            },
+            retry_config={"max_retries": 8, "retry_timeout": _RETRY},
+        )
+        with self._told(""):
+            next(iter(store.list(chunk_size=1)), None)
+        return store
+
+    def _create(self, key: str, data: bytes | Path) -> None:
+        with contextlib.suppress(AlreadyExistsError):
+            self._store.put(key, data, mode="create", use_multipart=False)
+
+    def _size(self, key: str) -> int | None:
+        """An object's bytes; None where there is none."""
+        try:
+            return self._store.head(key)["size"]
+        except FileNotFoundError:
+            return None
+
+    def _list(self, prefix: str) -> list[ObjectMeta]:
+        with self._told(prefix):
+            found = [one for some in self._store.list(prefix=prefix) for one in some]
+        return sorted(found, key=lambda one: one["path"])
+
+    def _current(self, key: str) -> Path:
+        """A local file with the object's bytes now, since an object under such a key may change."""
+        path = self._cache.root / "current" / key
+        try:
+            write_atomic(path, self.get(key), mode=0o600)
+        except FileNotFoundError:
+            path.unlink(missing_ok=True)
+        return path
+
+    @contextlib.contextmanager
+    def _told(self, key: str) -> Iterator[None]:
+        """Raise FileNotFoundError where there is no object, TunesmithError for all else that the bucket answers."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            if "NoSuchBucket" not in str(error):
+                raise FileNotFoundError(self.where(key)) from error
+            raise self._failed(key, error) from error
+        except BaseError as error:
+            raise self._failed(key, error) from error
+
+    def _failed(self, key: str, error: Exception) -> TunesmithError:
+        text = str(error)
+        code = found[1] if (found := _CODE.search(text)) else ""
+        denied = isinstance(error, PermissionDeniedError | UnauthenticatedError) or " 403 " in text or " 401 " in text
+        if code == "NoSuchBucket":
+            what, fix = f"there is no bucket {self._bucket}", f"create it, or change TUNESMITH_BLOBS_URL: {_URL_HELP}"
+        elif "169.254.169.254" in text:
+            what, fix = "there are no credentials for the bucket", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        elif denied:
+            what, fix = f"the bucket denies access ({code or 'forbidden'})", f"check the AWS_... variables; {_NEEDS}"
+        else:
+            what = f"the bucket cannot be used: {code or text.splitlines()[0][:300]}"
+            fix = "check the network and AWS_ENDPOINT_URL, then run the same command again"
+        return TunesmithError(what, where=self.where(key), fix=fix)
+
+
+_URL_HELP = "write s3://BUCKET/PREFIX"
+_RESTORE = "restore the object from a backup"
+
+
+def _digest_in(key: str) -> str | None:
+    """The digest of the content that a key names; None for a key whose object may change."""
+    found = _NAMED.fullmatch(key)
+    return f"sha256:{found[1] or found[2]}" if found else None
