@@ -48,7 +48,7 @@ def settings() -> dict[str, object]:
             "plain": {"prompt": "prompt.txt", "max_tokens": 8},
             "held": {"prompt": "prompt.txt", "max_tokens": 40, "constrain": True},
             "rag": {"prompt": "prompt.txt", "retrieve": {"from": "train", "k": 1}, "max_tokens": 8},
-            "tuned": {"prompt": "prompt.txt", "train": {"rank": 2, "batch": 8}, "max_tokens": 8},
+            "tuned": {"prompt": "prompt.txt", "train": {"epochs": 1, "rank": 2, "batch": 8}, "max_tokens": 8},
         },
         "gates": {"valid": {"metric": "json_valid", "at_least": 0.0}},
     }

@@ -55,7 +55,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, server: ChatServer) -> Pro
         "tuned": {
             "prompt": "prompt.txt",
             "retrieve": {"k": 1},
-            "train": {"rank": 2, "batch": 8, "rows": 16},
+            "train": {"epochs": 1, "rank": 2, "batch": 8, "rows": 16},
             "max_tokens": 4,
         },
         "held": {"prompt": "prompt.txt", "weights": "tuned", "constrain": True, "max_tokens": 40},

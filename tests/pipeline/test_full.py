@@ -30,7 +30,7 @@ from tunesmith.store import identities
 pytestmark = pytest.mark.slow
 
 WHOLE = "model.safetensors"
-TRAIN = {"method": "full", "batch": 8, "learning_rate": 0.01}
+TRAIN = {"method": "full", "epochs": 1, "batch": 8, "learning_rate": 0.01}
 ASKED = Question((Message(role="user", content="turn on hall fan"),), ('{"on":true}',))
 
 

@@ -33,7 +33,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other-family") / "p"
     write_hf_model(folder / "model", "gpt2")
     given: dict[str, Any] = settings()["candidates"]  # type: ignore[assignment]
-    train = {"rank": 4, "batch": 8, "learning_rate": 0.02}
+    train = {"epochs": 1, "rank": 4, "batch": 8, "learning_rate": 0.02}
     tuned = {"prompt": "prompt.txt", "train": train, "max_tokens": 8}
     named = {"prompt": "prompt.txt", "train": {**train, "targets": ["c_attn"]}, "max_tokens": 8}
     write_project(folder, candidates={"held": given["held"], "tuned": tuned, "named": named}, release="tuned")

@@ -90,7 +90,12 @@ def test_a_second_run_does_nothing_and_ends_the_same(project: Path, finished: tu
             {"answer plain", "evaluate", "gate tuned"},
         ),
         (
-            {"candidates": {**settings()["candidates"], "tuned": {"prompt": "prompt.txt", "train": {"rank": 3}}}},  # type: ignore[dict-item]
+            {
+                "candidates": {
+                    **settings()["candidates"],
+                    "tuned": {"prompt": "prompt.txt", "train": {"rank": 3, "epochs": 1}},
+                }
+            },  # type: ignore[dict-item]
             {"train tuned", "answer tuned", "evaluate", "gate tuned"},
         ),
     ],

@@ -62,7 +62,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory, told: Told) -> tuple[Path, 
     folder = tmp_path_factory.mktemp("risks") / "p"
     candidates = settings()["candidates"]
     tuned = {"prompt": "prompt.txt", "max_tokens": 8}
-    train = {"rank": 2, "batch": 8, "canaries": {"each": 20, "repeats": [1], "controls": 100}}
+    train = {"epochs": 1, "rank": 2, "batch": 8, "canaries": {"each": 20, "repeats": [1], "controls": 100}}
     chosen = {"plain": candidates["plain"], "tuned": {**tuned, "train": train}}  # type: ignore[index]
     write_project(folder, candidates=chosen, gates=GATES)
     (folder / "bbq").mkdir()

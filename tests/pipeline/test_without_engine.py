@@ -19,10 +19,15 @@ CANDIDATES: dict[str, Any] = {
     "tuned": {
         "prompt": "prompt.txt",
         "retrieve": {"from": "documents", "k": 1},
-        "train": {"rank": 2, "batch": 8},
+        "train": {"epochs": 1, "rank": 2, "batch": 8},
         "max_tokens": 4,
     },
-    "shown": {"prompt": "prompt.txt", "retrieve": {"k": 1}, "train": {"rank": 2, "batch": 8}, "max_tokens": 4},
+    "shown": {
+        "prompt": "prompt.txt",
+        "retrieve": {"k": 1},
+        "train": {"epochs": 1, "rank": 2, "batch": 8},
+        "max_tokens": 4,
+    },
 }
 DOCUMENTS = {"paths": ["*.md"], "licence": "CC0-1.0"}
 

@@ -31,7 +31,11 @@ IDS = torch.randint(0, 290, (1, 21), generator=torch.Generator().manual_seed(0))
 def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with a version that was approved."""
     folder = tmp_path_factory.mktemp("export") / "p"
-    tuned = {"prompt": "prompt.txt", "train": {"rank": 2, "batch": 8, "learning_rate": 0.02}, "max_tokens": 8}
+    tuned = {
+        "prompt": "prompt.txt",
+        "train": {"epochs": 1, "rank": 2, "batch": 8, "learning_rate": 0.02},
+        "max_tokens": 8,
+    }
     write_project(folder, candidates={"plain": settings()["candidates"]["plain"], "tuned": tuned})  # type: ignore[index]
     project = Project.load(folder)
     assert project.run().document()["register"]["version"] == "tiny@v1"

@@ -30,3 +30,15 @@ def test_what_is_left_open_is_still_open_in_the_settings_of_a_subset() -> None:
     left_open, stated = TrainSettings(budget=60), TrainSettings(budget=60, learning_rate=1e-3)
     assert fit_to_rows(subset_settings(left_open, 50, 2000, 3), 50, 576).learning_rate == pytest.approx(3e-3)
     assert fit_to_rows(subset_settings(stated, 50, 2000, 3), 50, 576).learning_rate == 1e-3
+
+
+def test_few_rows_are_read_more_often() -> None:
+    read = [fit_to_rows(TrainSettings(), rows, 576).epochs for rows in (1, 200, 300, 600, 1000, 13_000)]
+    assert read == [10, 10, 10, 5, 3, 3]
+
+
+def test_stated_epochs_and_a_budget_are_left_alone() -> None:
+    assert fit_to_rows(TrainSettings(epochs=1), 50, 576).epochs == 1
+    assert fit_to_rows(TrainSettings(epochs=3), 50, None).epochs == 3
+    within = TrainSettings(budget=60)
+    assert fit_to_rows(within, 50, 576).epochs == within.epochs

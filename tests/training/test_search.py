@@ -217,7 +217,7 @@ def test_a_trial_is_ended_where_the_time_is_used(tmp_path: Path) -> None:
 def test_losses_in_batches_are_those_of_each_row_alone(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     base = resolve_base(Store(tmp_path / "store"), str(tmp_path / "model"), tmp_path)
-    settings = TrainSettings(rank=4, batch=8)
+    settings = TrainSettings(epochs=1, rank=4, batch=8)
     model = search.load_model(base).trainable(settings, seed=0, state_bytes=0)
     rows = search.render_rows(search.Renderer(base.folder), ROWS[:21], settings)
     whole, alone = (search._row_losses(model, some, settings) for some in (rows, rows[:1]))

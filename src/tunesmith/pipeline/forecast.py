@@ -39,7 +39,7 @@ from tunesmith.pipeline.held_out import ask_held_out, ask_losses, kept, mean, to
 from tunesmith.pipeline.training import training_inputs
 from tunesmith.store.records import Record
 from tunesmith.training.batches.rows import TrainingRow, training_rows
-from tunesmith.training.recipe import fit_to_rows
+from tunesmith.training.recipe import epochs_for, fit_to_rows
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.subsets import nested, subset_settings
 
@@ -174,12 +174,12 @@ def _measured(made: _Forecast) -> tuple[dict[str, Any], bytes]:
 def _train_subsets(made: _Forecast, answered: Mapping[str, Mapping[str, Any]], asked: int) -> list[dict[str, Any]]:
     """Trainings on growing subsets. The first one is timed, and the budget that is left decides on the others."""
     settings, whole = made.settings, made.rows.whole
-    pool = nested(made.rows.pool, settings.seed)
-    first = _subset(made, pool[:SMALLEST], min(settings.epochs, MOST_EPOCHS), asked)
+    most, pool = epochs_for(settings, whole), nested(made.rows.pool, settings.seed)
+    first = _subset(made, pool[:SMALLEST], min(most, MOST_EPOCHS), asked)
 
     def decided() -> dict[str, Any]:
         row = first["row_seconds"]
-        reads = epochs_of(whole, seconds=row, budget=settings.budget, epochs=settings.epochs)
+        reads = epochs_of(whole, seconds=row, budget=settings.budget, epochs=most)
         epochs = max(1, min(MOST_EPOCHS, round(reads)))
         spent = sum(_spent(each) for each in (*answered.values(), first))
         asking = first["seconds"] + first["losses_seconds"]

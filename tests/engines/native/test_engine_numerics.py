@@ -55,7 +55,7 @@ def _reference_loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tenso
 def test_forward_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> None:
     folder, rows = _setting(tmp_path, family)
     network = load_network(folder, torch.float32)
-    settings = TrainSettings(rank=4, learning_rate=0.02, warmup=0.0, schedule="constant", clip=1.0)
+    settings = TrainSettings(rank=4, epochs=1, learning_rate=0.02, warmup=0.0, schedule="constant", clip=1.0)
     base = base_of(folder)
     lora = lora_model(network, settings, base)
     reference = get_peft_model(
@@ -239,7 +239,7 @@ def test_plan_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_schedule_rises_then_falls(schedule: str) -> None:
-    settings = TrainSettings(learning_rate=0.5, warmup=0.2, schedule=schedule)  # type: ignore[arg-type]
+    settings = TrainSettings(epochs=1, learning_rate=0.5, warmup=0.2, schedule=schedule)  # type: ignore[arg-type]
     rates = [learning_rate(step, 20, settings) for step in range(20)]
     assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5])
     assert max(rates) == 0.5
@@ -251,7 +251,7 @@ def test_schedule_rises_then_falls(schedule: str) -> None:
 @pytest.mark.parametrize(("steps", "warmup"), [(20, 0.2), (7, 0.05), (100, 0.0), (4, 0.25)])
 def test_learning_rates_equal_transformers(schedule: str, steps: int, warmup: float) -> None:
     """But for the warm-up's start: transformers' first step has a rate of zero and learns nothing, ours goes first."""
-    settings = TrainSettings(learning_rate=0.5, warmup=warmup, schedule=schedule)  # type: ignore[arg-type]
+    settings = TrainSettings(epochs=1, learning_rate=0.5, warmup=warmup, schedule=schedule)  # type: ignore[arg-type]
     warm = math.ceil(warmup * steps)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
     name = "constant_with_warmup" if schedule == "constant" else schedule
@@ -270,7 +270,7 @@ def test_trainer_equals_torch_adamw_with_clipping(tmp_path: Path, clip: float) -
 
     folder, rows = _setting(tmp_path, "llama")
     network = load_network(folder, torch.float32)
-    settings = TrainSettings(rank=4, learning_rate=0.02, warmup=0.2, weight_decay=0.1, clip=clip, keep="last")
+    settings = TrainSettings(rank=4, epochs=1, learning_rate=0.02, warmup=0.2, weight_decay=0.1, clip=clip, keep="last")
     plan = [[lay_out(rows[:2])], [lay_out(rows[2:])], [lay_out(rows)]] * 2
     ours, theirs = lora_model(network, settings), lora_model(network, settings)
     fit(ours, plan, [], settings, tmp_path / "w")
@@ -299,7 +299,7 @@ def test_trainer_lowers_the_loss(tmp_path: Path) -> None:
 
     folder, rows = _setting(tmp_path, "llama")
     network = load_network(folder, torch.float32)
-    settings = TrainSettings(rank=8, learning_rate=0.02, warmup=0.1)
+    settings = TrainSettings(rank=8, epochs=1, learning_rate=0.02, warmup=0.1)
     steps = [[lay_out(rows)]] * 120
     course = fit(lora_model(network, settings), steps, steps[0], settings, tmp_path / "w")
     assert course.curve[-1]["loss"] < 0.5 * course.curve[0]["loss"]

@@ -138,7 +138,9 @@ def _contrary(folder: Path) -> Batch:
 def _over_trained(folder: Path, rows: list[Rendered], tmp_path: Path, **more: object) -> tuple:
     """A run whose held-out rows get worse from some step on."""
     network = load_network(folder, torch.float32)
-    settings = TrainSettings(rank=8, learning_rate=0.03, warmup=0.1, schedule="constant", validations=20, **more)
+    settings = TrainSettings(
+        rank=8, epochs=1, learning_rate=0.03, warmup=0.1, schedule="constant", validations=20, **more
+    )
     lora = lora_model(network, settings)
     held_out = [_contrary(folder)]
     course = fit(lora, [[lay_out(rows[:3])]] * 60, held_out, settings, tmp_path / "w")
@@ -163,7 +165,7 @@ class _Said(Silent):
 
 def test_overfitting_is_reported_and_recorded(tmp_path: Path, folder: Path, rows: list[Rendered]) -> None:
     network, said = load_network(folder, torch.float32), _Said()
-    settings = TrainSettings(rank=8, learning_rate=0.03, warmup=0.1, schedule="constant", validations=20)
+    settings = TrainSettings(rank=8, epochs=1, learning_rate=0.03, warmup=0.1, schedule="constant", validations=20)
     plan = [[lay_out(rows[:3])]] * 60
     course = fit(lora_model(network, settings), plan, [_contrary(folder)], settings, tmp_path / "w", said)
     warned = [line for line in said.lines if line.startswith("overfitting at step")]
@@ -223,7 +225,7 @@ def test_b_rate_moves_b_only(folder: Path, rows: list[Rendered], tmp_path: Path)
     network = load_network(folder, torch.float32)
     moved = []
     for rate in (1.0, 4.0):
-        settings = TrainSettings(rank=4, learning_rate=1e-3, warmup=0.0, b_rate=rate, clip=100.0, keep="last")
+        settings = TrainSettings(rank=4, epochs=1, learning_rate=1e-3, warmup=0.0, b_rate=rate, clip=100.0, keep="last")
         lora = lora_model(network, settings)
         before = [master.clone() for master in lora.masters]
         fit(lora, [[lay_out(rows)]], [], settings, tmp_path / f"{rate}")

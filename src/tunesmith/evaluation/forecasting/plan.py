@@ -14,6 +14,7 @@ RATIO = 2  # the largest subset has at most this part of the rows: beyond it, tr
 SUBSETS = 3  # besides the first one; each has half of the rows of the next
 MOST_EPOCHS = 3  # of a subset
 TIMED = 24  # held-out rows whose answers are timed before the number of rows is decided
+_PLANNED = 0.95  # share of the budget that is planned with: some work takes longer than it was measured to
 _ASKING = 0.5  # share of the budget for answers
 _LEAST_TOP = 4 * SMALLEST  # rows of the largest subset, so that there are three
 _ROOM = 1.25  # how many times as long the least work may take as it was measured to
@@ -53,10 +54,10 @@ def subset_sizes(
     does not suffice.
     """
     halves = sum(0.5**step for step in range(SUBSETS))
-    left = budget - spent - SUBSETS * answers
+    left = _PLANNED * budget - spent - SUBSETS * answers
     top = min(max(rows // RATIO, _LEAST_TOP), pool, int(left / (halves * epochs * max(row, 1e-9))))
     if top < _LEAST_TOP:
-        least = spent + SUBSETS * answers + halves * epochs * row * _LEAST_TOP
+        least = (spent + SUBSETS * answers + halves * epochs * row * _LEAST_TOP) / _PLANNED
         raise _too_short(budget, f"the least that says something takes {least:.0f} s", _ROOM * least)
     sizes = {top >> step for step in range(SUBSETS)}
     return sorted(size for size in sizes if size >= 1.5 * SMALLEST)
