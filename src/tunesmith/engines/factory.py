@@ -42,6 +42,8 @@ def training_engine(
     needs = {
         f"does not compute the family {family!r}, but {', '.join(NATIVE_FAMILIES)}": not is_native(family),
         f"does not train on a base in 4 bits, which {where}.quantize asks for": weights.quantize is not None,
+        f"keeps the base in bf16, and {where}.precision asks for fp32": weights.precision == "fp32",
+        f"has an attention of its own, and {where}.attention names another": weights.attention is not None,
         "trains in one process, and torchrun started several": ranks > 1,
     }
     reason = next((reason for reason, given in needs.items() if given), None)

@@ -29,11 +29,15 @@ class InProcessEngine(ABC, Generic[Loaded]):
     choice_rows: int
     choice_tokens: int
 
-    def __init__(self, base: Base, vocabulary: int) -> None:
-        """vocabulary: number of logits."""
-        self._base, self._vocabulary = base, vocabulary
+    def __init__(self, base: Base) -> None:
+        self._base = base
         self._renderer = Renderer(base.folder)
         self._adapters: dict[str, Loaded] = {}  # by the caller's name
+
+    @property
+    @abstractmethod
+    def _vocabulary(self) -> int:
+        """How many logits a step has."""
 
     @property
     def base(self) -> str:

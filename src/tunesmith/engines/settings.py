@@ -21,7 +21,8 @@ class EngineSettings(Settings):
         Field(
             description="the engine that trains: native, Tunesmith's own on the CPU; hf, transformers and PEFT, on a "
             "GPU where there is one; auto takes hf where a GPU is present, where native does not compute the base's "
-            "family, with quantize and under torchrun, else native. On a GPU, auto and hf also answer by hf"
+            "family, for quantize, attention or precision: fp32, and under torchrun, else native. On a GPU, auto and "
+            "hf also answer by hf"
         ),
     ] = "auto"
 
@@ -91,6 +92,21 @@ class WeightSettings(Settings):
         Field(
             description="4bit keeps the frozen base in 4 bits while an adapter is trained (QLoRA), with transformers "
             "and bitsandbytes: less memory, more time. Needs `tunesmith[qlora]`. Default: full precision"
+        ),
+    ] = None
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None,
+        Field(
+            description="numbers of the frozen base, and of what is computed with it; an adapter and the optimiser are "
+            "fp32. The native engine keeps the base in bf16. Default: bf16 on a GPU (fp32 with start: pissa), and fp32 "
+            "with transformers on the CPU"
+        ),
+    ] = None
+    attention: Annotated[
+        Literal["sdpa", "eager", "flash_attention_2"] | None,
+        Field(
+            description="transformers' implementation of attention. Default: sdpa where the base has it, else eager. "
+            "flash_attention_2 needs a GPU and the package flash-attn"
         ),
     ] = None
     start: Annotated[

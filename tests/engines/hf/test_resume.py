@@ -30,7 +30,12 @@ from tunesmith.training.objectives import CrossEntropy
 pytestmark = pytest.mark.slow
 
 WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-CHANGES: list[dict[str, Any]] = [{"dora": True, "b_rate": 4.0}, {"start": "pissa"}, {"quantize": "4bit"}]
+CHANGES: list[dict[str, Any]] = [
+    {"dora": True, "b_rate": 4.0},
+    {"start": "pissa"},
+    {"quantize": "4bit"},
+    {"precision": "bf16"},
+]
 
 
 def _write(folder: Path, changes: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -19,6 +20,7 @@ from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.in_process import InProcessEngine
 from tunesmith.engines.protocol import Completion, Generation, Streamed
 from tunesmith.engines.sampling import Sampling
+from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
 from tunesmith.models.weight_files import has_whole_model
 
@@ -33,9 +35,18 @@ class HFEngine(InProcessEngine[str]):
 
     choice_rows, choice_tokens = 8, sys.maxsize
 
-    def __init__(self, model: HFModel) -> None:
-        super().__init__(model.base, model.vocabulary)
-        self._model = model
+    def __init__(self, base: Base, model: Callable[[], HFModel]) -> None:
+        """model: the base with its weights, asked for when the first request is to be answered."""
+        super().__init__(base)
+        self._load = model
+
+    @cached_property
+    def _model(self) -> HFModel:
+        return self._load()
+
+    @property
+    def _vocabulary(self) -> int:
+        return self._model.vocabulary
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load a training's folder, so that it can answer under this name; an adapter of the same name is replaced.

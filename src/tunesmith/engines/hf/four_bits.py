@@ -19,14 +19,14 @@ from tunesmith.engines.hf import libraries
 _BLOCK = 64
 
 
-def quantization() -> Any:
-    """transformers' configuration for a base in 4 bits that computes in fp32."""
+def quantization(computed: torch.dtype) -> Any:
+    """transformers' configuration for a base in 4 bits. computed: what it computes in."""
     libraries.bitsandbytes()
     return libraries.transformers().BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_compute_dtype=computed,
     )
 
 

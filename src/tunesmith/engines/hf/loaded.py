@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from tunesmith.engines.hf.engine import HFEngine
-from tunesmith.engines.hf.model import HFModel
+from tunesmith.engines.hf.model import HFModel, model_settings
 from tunesmith.engines.hf.support import check_supported
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.process import prepare_process
@@ -17,17 +17,19 @@ class LoadedHFModel:
     """Implements engines.training_protocol.LoadedModel."""
 
     def __init__(self, base: Base) -> None:
-        """The weights are read when they are first needed. A base in 4 bits is read apart from the one that answers."""
+        """The weights are read when they are first needed. A base in 4 bits, or in other numbers than answers
+        are computed in, is read apart from the one that answers."""
         prepare_process()
         self._base = base
 
     @cached_property
     def _model(self) -> HFModel:
-        return HFModel(self._base)
+        return HFModel(self._base, model_settings(WeightSettings()))
 
     def engine(self) -> HFEngine:
         """The engine that answers with these weights."""
-        return HFEngine(self._model)
+        model = self._model
+        return HFEngine(self._base, lambda: model)
 
     def trainable(self, settings: WeightSettings, *, seed: int, state_bytes: int) -> HFTrainable:
         """A new adapter on these weights, at its start.
@@ -35,8 +37,7 @@ class LoadedHFModel:
         Raises Refused or UsageError for settings that this engine or base cannot honour.
         """
         check_supported(settings)
-        if settings.quantize is not None:
-            return HFTrainable(HFModel(self._base, quantized=True), settings, seed=seed)
+        wanted = model_settings(settings)
         # PiSSA takes its start out of the base's weights, so they are of no use to anything else.
-        model = HFModel(self._base) if settings.start == "pissa" else self._model
-        return HFTrainable(model, settings, seed=seed)
+        shares = wanted == model_settings(WeightSettings()) and settings.start != "pissa"
+        return HFTrainable(self._model if shares else HFModel(self._base, wanted), settings, seed=seed)

@@ -1,4 +1,4 @@
-"""A causal language model as transformers' own module, in fp32 and without dropout, with PEFT's adapters in it."""
+"""A causal language model as transformers' own module, without dropout, with PEFT's adapters in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import four_bits, libraries
 from tunesmith.engines.hf.sharding import shard
 from tunesmith.engines.ranks import ALONE, Ranks, whole
+from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import Base, base_files
 from tunesmith.models.families import match_layers
 from tunesmith.models.weight_files import AdapterConfig, read_adapter_file
@@ -36,31 +37,58 @@ _PROBE = (5, 9, 2, 7, 11, 3, 8, 6)  # token ids to test a model with; any would 
 _LAYER = re.compile(r"(?P<prefix>.*?)(?P<list>\w+)\.(?P<number>\d+)\.")
 
 
+class ModelSettings(NamedTuple):
+    """How a base is kept and computed. quantized: its linear layers are in 4 bits. precision: of its other numbers and
+    of what is computed. attention: transformers' implementation; None for its own choice."""
+
+    quantized: bool
+    precision: Literal["fp32", "bf16"]
+    attention: str | None
+
+
+FP32 = ModelSettings(quantized=False, precision="fp32", attention=None)
+
+
+def model_settings(weights: WeightSettings) -> ModelSettings:
+    """How the base of a training with these weight settings is kept and computed on this process's device.
+
+    The default is bf16 on a GPU that computes in it. PiSSA needs fp32: bf16 would round what it leaves of the weights.
+    """
+    precision = weights.precision
+    if precision is None:
+        rounded = computing_device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if rounded and weights.start == "zero" else "fp32"
+    return ModelSettings(weights.quantize is not None, precision, weights.attention)
+
+
 class HFModel:
     """A frozen base model and any number of adapters, of which at most one is active at a time.
 
-    module: transformers' module. device: that it computes on. linears: its linear layers except the head, by name.
-    vocabulary: logits of a step. ranks: that the module is sharded over.
+    module: transformers' module. device, dtype: that it computes on and in. linears: its linear layers except the head,
+    by name. vocabulary: logits of a step. ranks: that the module is sharded over.
     """
 
-    def __init__(self, base: Base, *, quantized: bool = False) -> None:
-        """quantized: keep the linear layers in 4 bits. Raises Refused for a base that transformers cannot run without
-        code from its folder, for incomplete weights, and for a model whose tokens see later ones."""
-        self.base, self.ranks, self.device = base, ALONE, computing_device()
+    def __init__(self, base: Base, settings: ModelSettings = FP32) -> None:
+        """Raises Refused for a base that transformers cannot run without code from its folder or with these settings,
+        for incomplete weights, and for a model whose tokens see later ones."""
+        self.base, self.settings, self.ranks, self.device = base, settings, ALONE, computing_device()
+        self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        # How far logits that are compared may be apart, as a multiple of what fp32's rounding needs.
+        self._rounding = 50.0 if settings.precision == "bf16" else 1.0
         if base.context_length <= 0:
             raise Refused(
                 "the base's configuration does not state its context length",
                 where=str(base.folder / "config.json"),
                 fix="add max_position_embeddings to it",
             )
-        self.module = _load(base.folder, self.device, quantized=quantized)
+        self.module = _load(base.folder, self.device, settings)
         self.head = self.module.get_output_embeddings()
         self.linears: dict[str, nn.Module] = {
             name: module
             for name, module in self.module.named_modules()
             if _is_linear(module) and module is not self.head
         }
-        if quantized:
+        if settings.quantized:
             four_bits.prepare(self.linears, self.device)
         self._others = [name for name, _ in self.module.named_modules() if name not in self.linears]
         self._peft: Any = None  # PEFT's wrapper around the module, from the first adapter on
@@ -227,7 +255,7 @@ class HFModel:
         other = ids.clone()
         other[0, -1] += 1
         one, two = (self.module(input_ids=each, use_cache=False).logits for each in (ids, other))
-        if not torch.allclose(one[:, :-1], two[:, :-1], rtol=1e-4, atol=1e-4):
+        if not torch.allclose(one[:, :-1], two[:, :-1], rtol=1e-4 * self._rounding, atol=1e-4 * self._rounding):
             raise Refused(
                 "the base's tokens see later ones: it is not a causal language model",
                 where=str(self.base.folder),
@@ -251,7 +279,8 @@ class HFModel:
         """Whether a row that is padded on the left gives the same logits as alone: not so for every running state."""
         with self.using(None):
             alone, together = self._first_steps([_PROBE[:3]]), self._first_steps([_PROBE[:3], _PROBE])
-        return all(torch.allclose(a[0], b[0], rtol=1e-3, atol=1e-3) for a, b in zip(alone, together, strict=True))
+        most = 1e-3 * self._rounding
+        return all(torch.allclose(a[0], b[0], rtol=most, atol=most) for a, b in zip(alone, together, strict=True))
 
     @torch.no_grad()
     def _first_steps(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
@@ -284,15 +313,18 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     return outputs, inputs
 
 
-def _load(folder: Path, device: torch.device, *, quantized: bool) -> Any:
+def _load(folder: Path, device: torch.device, settings: ModelSettings) -> Any:
     """The module, from the base's own files only: transformers would apply an adapter that lies in the same folder."""
     transformers = libraries.transformers()
     if "quantization_config" in json.loads((folder / "config.json").read_bytes()):
         raise Refused("the base's weights are quantised", where=str(folder), fix="use the model they were made from")
-    how: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    if quantized:
-        how["quantization_config"] = four_bits.quantization()
-    if quantized or device.type != "cpu":
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    if settings.attention is not None:
+        how["attn_implementation"] = settings.attention
+    if settings.quantized:
+        how["quantization_config"] = four_bits.quantization(dtype)
+    if settings.quantized or device.type != "cpu":
         how["device_map"] = {"": str(device)}  # read into the device's memory at once
     with scratch_folder() as scratch:
         for path in base_files(folder):
@@ -303,6 +335,12 @@ def _load(folder: Path, device: torch.device, *, quantized: bool) -> Any:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(scratch, config=config, **safe, **how)
         except Exception as error:  # every architecture has its own way to refuse a configuration
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(str(scratch), str(folder))
+            if settings.attention is not None and "attention" in reason.lower():
+                raise Refused(
+                    f"transformers does not compute this base with attention: {settings.attention}: {reason[:300]}",
+                    where="train.attention",
+                    fix="leave attention out",
+                ) from error
             raise Refused(
                 f"transformers cannot run this base without code from its folder: {reason[:300]}",
                 where=str(folder),

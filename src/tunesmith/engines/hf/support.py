@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.engines.device import gpu_present
 from tunesmith.engines.settings import WeightSettings
 
 
@@ -32,9 +33,33 @@ def check_supported(settings: WeightSettings, where: str = "train", *, ranks: in
             where=f"{where}.quantize",
             fix="leave quantize out, or train in one process, without torchrun",
         )
+    if settings.start == "pissa" and settings.precision == "bf16":
+        raise Refused(
+            "start: pissa takes its start out of the base's weights, and bf16 would round what is left of them",
+            where=f"{where}.precision",
+            fix="leave precision or start out",
+        )
+    if settings.attention == "flash_attention_2":
+        _check_flash_attention(settings, where)
     if settings.quantize is not None and find_spec("bitsandbytes") is None:
         raise UsageError(
             "quantize: 4bit needs bitsandbytes, which is not installed",
             where=f"{where}.quantize",
             fix="pip install 'tunesmith[qlora]'",
+        )
+
+
+def _check_flash_attention(settings: WeightSettings, where: str) -> None:
+    """Where the package is missing, transformers would download code for it."""
+    if not gpu_present() or settings.precision == "fp32":
+        raise Refused(
+            "attention: flash_attention_2 computes on a GPU and in bf16 only",
+            where=f"{where}.attention",
+            fix="leave attention out",
+        )
+    if find_spec("flash_attn") is None:
+        raise UsageError(
+            "attention: flash_attention_2 needs flash-attn, which is not installed",
+            where=f"{where}.attention",
+            fix="pip install flash-attn",
         )

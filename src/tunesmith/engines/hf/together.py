@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 from pydantic import TypeAdapter
 
 from tunesmith.core.errors import TunesmithError
 from tunesmith.engines.hf.engine import HFEngine
-from tunesmith.engines.hf.model import HFModel
+from tunesmith.engines.hf.model import HFModel, model_settings
 from tunesmith.engines.hf.support import check_supported
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.process import prepare_process
@@ -29,18 +28,17 @@ class ShardedHFModel:
         """The weights are read when they are first needed, by every rank."""
         prepare_process()
         self._base, self._ranks = base, ranks
+        self._model: HFModel | None = None
         self._trained: HFTrainable | None = None
+        self._engine = HFEngine(base, self._sharded)
 
-    @cached_property
-    def _model(self) -> HFModel:
-        return HFModel(self._base)
-
-    @cached_property
-    def _engine(self) -> HFEngine:
-        return HFEngine(self._model)
+    def _sharded(self) -> HFModel:
+        if self._model is None:
+            raise TunesmithError("several ranks answer only while they train")
+        return self._model
 
     def engine(self) -> HFEngine:
-        """The engine that renders requests. Once the base is sharded, only answer_together answers them."""
+        """The engine that renders requests. Only answer_together answers them."""
         return self._engine
 
     def trainable(self, settings: WeightSettings, *, seed: int, state_bytes: int) -> HFTrainable:
@@ -51,6 +49,7 @@ class ShardedHFModel:
         check_supported(settings, ranks=self._ranks.size)
         if self._trained is not None:
             raise TunesmithError("several ranks train one adapter at a time", fix="start them for each training")
+        self._model = HFModel(self._base, model_settings(settings))
         self._trained = HFTrainable(self._model, settings, seed=seed, ranks=self._ranks)
         return self._trained
 

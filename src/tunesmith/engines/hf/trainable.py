@@ -28,8 +28,8 @@ _FLOAT = 4  # bytes
 
 
 class HFTrainable:
-    """Implements engines.training_protocol.TrainableModel. What is computed with is fp32, and so is what is trained, so
-    that the optimiser moves PEFT's own parameters."""
+    """Implements engines.training_protocol.TrainableModel. What is trained is fp32, also on a base in bf16, so that the
+    optimiser moves PEFT's own parameters."""
 
     engine_name = HF
     shares_prefix = False  # transformers' modules take each row whole
@@ -85,8 +85,10 @@ class HFTrainable:
         return sum(tensor.numel() for tensor in self._parameters.values())
 
     def environment(self) -> Mapping[str, str]:
-        """The libraries' versions, the device, and how the base is quantised."""
-        found = {"peft": version("peft"), "device": device_name(self.device)}
+        """The libraries' versions, the device, and what the base is kept and computed in."""
+        model = self._model
+        found = {"peft": version("peft"), "device": device_name(self.device), "precision": model.settings.precision}
+        found["attention"] = str(model.module.config._attn_implementation)
         if self._settings.quantize is not None:
             found["quantized"] = four_bits.description()
         return found
@@ -157,7 +159,7 @@ class HFTrainable:
     def peak_flops(self, batch: Batch) -> float:
         """Floating-point operations a second that the device reaches on the largest linear layer's product."""
         outputs, inputs = max(map(sizes, self._model.linears.values()))
-        return _peak(min(_tokens(batch), MEASURED_ROWS), inputs, outputs, self.device)
+        return _peak(min(_tokens(batch), MEASURED_ROWS), inputs, outputs, self.device, self._model.dtype)
 
 
 def _check_rank(targets: Mapping[str, nn.Module], settings: WeightSettings) -> None:
@@ -185,8 +187,8 @@ def _tokens(batch: Batch) -> int:
 
 
 @cache
-def _peak(rows: int, inputs: int, outputs: int, device: torch.device) -> float:
-    weight, x = (torch.full((size, inputs), 0.01, device=device) for size in (outputs, rows))
+def _peak(rows: int, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> float:
+    weight, x = (torch.full((size, inputs), 0.01, device=device, dtype=dtype) for size in (outputs, rows))
 
     def multiply() -> None:
         F.linear(x, weight)

@@ -46,12 +46,16 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
         """network: the one to answer with; the base's own is loaded where it is None."""
         prepare_process()
         self._network = load_network(base.folder) if network is None else network
-        super().__init__(base, self._network.shape.vocabulary)
+        super().__init__(base)
         self._whole: OrderedDict[str, NativeEngine] = OrderedDict()  # by name, most recently used last
         self._prefixes: OrderedDict[tuple[PackedAdapter | None, tuple[int, ...]], Prefix] = OrderedDict()
         self._last: dict[PackedAdapter | None, list[int]] = {}
         self._scheduler = Scheduler(RunningBatch(self._network, self._renderer.stop_ids))
         self._lock = threading.Lock()  # guards the dictionaries above; only the scheduler's thread computes
+
+    @property
+    def _vocabulary(self) -> int:
+        return self._network.shape.vocabulary
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load a training's folder under name. Loading a name again replaces it for later requests.

@@ -1,0 +1,119 @@
+"""Bases in bf16 under fp32 adapters, and transformers' implementations of attention, on tiny random models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.hf_models import write_hf_model
+from tests.tiny import row, write_model
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.engines import device
+from tunesmith.engines.batch import lay_out
+from tunesmith.engines.factory import check_weight_settings, training_engine
+from tunesmith.engines.hf import support
+from tunesmith.engines.hf.loaded import LoadedHFModel
+from tunesmith.engines.hf.trainable import HFTrainable
+from tunesmith.engines.protocol import Question
+from tunesmith.engines.settings import EngineSettings, WeightSettings
+from tunesmith.models.base import Base, resolve_base
+from tunesmith.models.rendering import Renderer
+from tunesmith.store.store import Store
+from tunesmith.training.objectives import CrossEntropy
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.steps import gradients, make_optimizer, parameters, update
+
+ROWS = [row("turn on the light", '{"on":true}'), row("turn off", '{"on":false,"room":"hall"}')]
+
+
+def _base(folder: Path, family: str) -> Base:
+    write = write_model if family == "llama" else write_hf_model
+    return resolve_base(Store(folder / "store"), str(write(folder / family, family)), folder)
+
+
+def _trained(loaded: LoadedHFModel, **changes: Any) -> HFTrainable:
+    return loaded.trainable(WeightSettings.model_validate({"rank": 4, **changes}), seed=0, state_bytes=16)
+
+
+def _losses(base: Base, trained: HFTrainable, steps: int = 6) -> list[float]:
+    settings = TrainSettings(learning_rate=0.01)
+    batch = lay_out([Renderer(base.folder).conversation(messages) for messages in ROWS], share=False)
+    optimizer, losses = make_optimizer(trained, settings), []
+    for _ in range(steps):
+        losses.append(gradients(trained, CrossEntropy(), [batch]))
+        update(trained, optimizer, 0.01, 1.0)
+    moments = [each for state in optimizer.state.values() for each in state.values()]
+    assert {each.dtype for each in [*parameters(trained), *moments]} == {torch.float32}
+    return losses
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("phi3", {"dora": True}), ("gpt2", {"b_rate": 4.0})])
+def test_an_fp32_adapter_on_a_bf16_base_learns_the_same_within_rounding(
+    tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    """Losses of six steps are within 1% of those in fp32, and not equal to them."""
+    base = _base(tmp_path, family)
+    loaded = LoadedHFModel(base)
+    rounded, exact = _trained(loaded, precision="bf16", **changes), _trained(loaded, **changes)
+    frozen = [each for each in rounded._model.module.parameters() if not each.requires_grad]
+    assert {each.dtype for each in frozen} == {torch.bfloat16}
+    assert (rounded.environment()["precision"], exact.environment()["precision"]) == ("bf16", "fp32")
+    found, expected = _losses(base, rounded), _losses(base, exact)
+    assert found == pytest.approx(expected, rel=0.01)
+    assert found != pytest.approx(expected, rel=1e-6)
+    assert found[-1] < 0.9 * found[0]
+    assert rounded._model.pads
+    question = [Question(ROWS[0][:-1], ("on", "off"))]
+    (plain,) = loaded.engine().choose(question)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    rounded.save(folder)
+    engine = loaded.engine()
+    engine.load_adapter("tuned", folder)
+    assert engine.choose(question, "tuned")[0] != plain, "answered for by the base in fp32"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_implementations_of_attention_agree(tmp_path: Path, family: str) -> None:
+    base = _base(tmp_path, family)
+    loaded = LoadedHFModel(base)
+    made = {name: _trained(loaded, attention=name) for name in ("sdpa", "eager")}
+    assert {name: each.environment()["attention"] for name, each in made.items()} == {"sdpa": "sdpa", "eager": "eager"}
+    losses = {name: _losses(base, each, 3) for name, each in made.items()}
+    assert losses["eager"] == pytest.approx(losses["sdpa"], rel=1e-4)
+    assert _trained(loaded).environment()["attention"] == "sdpa"
+
+
+def test_what_a_base_or_a_machine_lacks_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Refused, match="does not compute this base with attention: sdpa") as refused:
+        _trained(LoadedHFModel(_base(tmp_path, "mamba")), attention="sdpa", targets=("in_proj",))
+    assert refused.value.where == "train.attention"
+
+    def check(**settings: Any) -> None:
+        check_weight_settings("phi3", WeightSettings.model_validate(settings), "candidates.a.train")
+
+    with pytest.raises(Refused, match=r"pissa .* bf16 would round") as refused:
+        check(start="pissa", precision="bf16")
+    assert refused.value.where == "candidates.a.train.precision"
+    monkeypatch.setattr(support, "gpu_present", lambda: False)
+    with pytest.raises(Refused, match="on a GPU and in bf16 only") as refused:
+        check(attention="flash_attention_2")
+    assert refused.value.where == "candidates.a.train.attention"
+    monkeypatch.setattr(support, "gpu_present", lambda: True)
+    monkeypatch.setattr(support, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="needs flash-attn"):
+        check(attention="flash_attention_2")
+
+
+@pytest.mark.skipif(device.gpu_present(), reason="about machines without a GPU")
+def test_what_the_native_engine_does_not_honour_goes_to_hf_or_is_refused() -> None:
+    native = EngineSettings(train="native")
+    for stated, said in [({"precision": "fp32"}, "keeps the base in bf16"), ({"attention": "eager"}, "of its own")]:
+        weights = WeightSettings.model_validate(stated)
+        assert training_engine("llama", weights) == "hf"
+        with pytest.raises(Refused, match=f"the native engine .*{said}"):
+            training_engine("llama", weights, native)
+    assert training_engine("llama", WeightSettings(precision="bf16"), native) == "native"
