@@ -15,10 +15,12 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     MambaConfig,
+    MixtralConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
+    Qwen3MoeConfig,
     StableLmConfig,
 )
 
@@ -53,6 +55,20 @@ FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
     "cohere": lambda **k: CohereConfig(**_SIZES, logit_scale=0.3, **k),
     "mamba": lambda **k: MambaConfig(
         hidden_size=32, state_size=4, num_hidden_layers=2, max_position_embeddings=256, **k
+    ),
+    # Mixtures of experts, which transformers keeps in fused parameters.
+    "mixtral": lambda **k: MixtralConfig(
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, head_dim=8, **_SIZES, **k
+    ),
+    "qwen3_moe": lambda **k: Qwen3MoeConfig(
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        head_dim=8,
+        mlp_only_layers=[0],
+        **_SIZES,
+        **k,
     ),
     "bert": lambda **k: BertConfig(**_SIZES, **k),  # its tokens see later ones
 }

@@ -29,6 +29,9 @@ from tunesmith.store.store import Store
 from tunesmith.training.objectives import CrossEntropy
 
 FAMILIES = ("gpt2", "gpt_neox", "opt", "falcon", "phi3", "stablelm", "olmo2", "granite", "cohere")
+NATIVE_TOO = ("llama", "qwen3", "gemma3")  # families that this engine trains on several ranks and in 4 bits
+EXPERTS = ("mixtral", "qwen3_moe")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ROWS = [
     row("turn on the kitchen light", '{"intent":"on"}'),
     row("turn off", '{"intent":"off","slots":{"area":"hall"}}'),
@@ -37,7 +40,8 @@ ROWS = [
 
 
 def _base(tmp_path: Path, family: str) -> Base:
-    return resolve_base(Store(tmp_path / "store"), str(write_hf_model(tmp_path / family, family)), tmp_path)
+    write = write_model if family in NATIVE_TOO else write_hf_model
+    return resolve_base(Store(tmp_path / "store"), str(write(tmp_path / family, family)), tmp_path)
 
 
 def _trainable(base: Base, seed: int = 0, **settings: Any) -> HFTrainable:
@@ -104,15 +108,17 @@ def _own_logits(trainable: HFTrainable, batch: Batch) -> torch.Tensor:
         return trainable._model.logits(batch)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + NATIVE_TOO + EXPERTS)
 def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> None:
     base = _base(tmp_path, family)
-    rows, ours = _rows(base), _trainable(base)
+    rows, ours = _rows(base), _trainable(base, targets=ATTENTION if family in EXPERTS else ("all",))
     start = _save(ours, tmp_path / "start")
     names = json.loads((start / "adapter_config.json").read_text())["target_modules"]
     plain = _model(base)
     head = plain.get_output_embeddings()  # type: ignore[operator]
     linear = {n for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head}
+    if family in EXPERTS:
+        linear = {name for name in linear if name.endswith(ATTENTION)}
     assert set(names) == {name.rsplit(".", 1)[-1] for name in linear}
     config = LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2")
     reference = get_peft_model(plain, config)
@@ -153,10 +159,11 @@ def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> Non
     assert set(load_file(_save(ours, tmp_path / "end") / "adapter_model.safetensors")) == set(theirs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + NATIVE_TOO + EXPERTS)
 def test_the_adapter_gives_peft_the_same_logits(tmp_path: Path, family: str) -> None:
     base = _base(tmp_path, family)
-    rows, trainable = _rows(base), _trainable(base, scaling="root")
+    targets = ATTENTION if family in EXPERTS else ("all",)
+    rows, trainable = _rows(base), _trainable(base, scaling="root", targets=targets)
     batch = lay_out(rows, share=False)
     plain = _own_logits(trainable, batch)
     change_adapter(trainable)
@@ -270,6 +277,16 @@ def test_an_adapter_leaves_the_model_with_its_training(tmp_path: Path) -> None:
     again = loaded.trainable(WeightSettings(rank=2), seed=0, state_bytes=16)
     change_adapter(again)
     assert loaded.engine().choose(question) == before, "the engine does not see the adapter under training"
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_all_is_refused_where_experts_are_fused(tmp_path: Path, family: str) -> None:
+    """An adapter beside them would learn, and nobody would know that the experts did not."""
+    base = _base(tmp_path, family)
+    with pytest.raises(Refused, match=r"experts whose weights are fused \(model\.layers\.1\.mlp\.experts\)|layers\.0"):
+        _trainable(base)
+    with pytest.raises(UsageError, match="no linear layer called 'experts'"):
+        _trainable(base, targets=("experts",))
 
 
 def test_full_training_and_high_pissa_ranks_are_refused(tmp_path: Path) -> None:

@@ -20,20 +20,22 @@ from torch import Tensor, nn
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.scratch import scratch_folder
-from tunesmith.engines.batch import Batch
+from tunesmith.engines.batch import Batch, lay_out
 from tunesmith.engines.device import computing_device
-from tunesmith.engines.hf import four_bits, libraries
-from tunesmith.engines.hf.sharding import shard
+from tunesmith.engines.hf import four_bits, libraries, packing
+from tunesmith.engines.hf.sharding import recomputed, shard
 from tunesmith.engines.ranks import ALONE, Ranks, whole
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import Base, base_files
 from tunesmith.models.families import match_layers
+from tunesmith.models.rendering import Rendered
 from tunesmith.models.weight_files import AdapterConfig, read_adapter_file
 
 # Models with a running state use this layer's weight without calling the layer, and PEFT refuses to adapt it.
 _STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 _NOT_ADAPTED = {"out_proj"}
 _PROBE = (5, 9, 2, 7, 11, 3, 8, 6)  # token ids to test a model with; any would do
+_PROBES = ((5, 9, 2, 7, 11), (5, 3, 8, 6, 4), (5, 9, 7, 2, 10))
 _LAYER = re.compile(r"(?P<prefix>.*?)(?P<list>\w+)\.(?P<number>\d+)\.")
 
 
@@ -65,7 +67,7 @@ class HFModel:
     """A frozen base model and any number of adapters, of which at most one is active at a time.
 
     module: transformers' module. device, dtype: that it computes on and in. linears: its linear layers except the head,
-    by name. vocabulary: logits of a step. ranks: that the module is sharded over.
+    by name. attention: transformers' name of it. vocabulary: logits of a step. ranks: that the module is sharded over.
     """
 
     def __init__(self, base: Base, settings: ModelSettings = FP32) -> None:
@@ -82,11 +84,18 @@ class HFModel:
                 fix="add max_position_embeddings to it",
             )
         self.module = _load(base.folder, self.device, settings)
+        self.attention = str(self.module.config._attn_implementation)
         self.head = self.module.get_output_embeddings()
         self.linears: dict[str, nn.Module] = {
             name: module
             for name, module in self.module.named_modules()
             if _is_linear(module) and module is not self.head
+        }
+        # Several experts' weights in one parameter.
+        self._experts = {
+            name: module
+            for name, module in self.module.named_modules()
+            if "Experts" in type(module).__name__ and list(module.parameters(recurse=False))
         }
         if settings.quantized:
             four_bits.prepare(self.linears, self.device)
@@ -96,11 +105,33 @@ class HFModel:
         self._turn = threading.RLock()  # held while an adapter is active
         self.vocabulary = self._check_causal()
 
+    @property
+    def config(self) -> Any:
+        """transformers' configuration of the language model."""
+        return self.module.config.get_text_config()
+
+    @cached_property
+    def products(self) -> list[tuple[int, int]]:
+        """(outputs, inputs) of the products that a token goes through before the head: those of linear layers, and of
+        as many experts as it is sent to."""
+        each_expert = [one for module in self._experts.values() for one in module.parameters(recurse=False)]
+        experts = [(one.shape[1], one.shape[2]) for one in each_expert if one.dim() == 3]
+        most = getattr(self.config, "num_experts_per_tok", 1)
+        return [*map(sizes, self.linears.values()), *(each for each in experts for _ in range(most))]
+
     def targets(self, wanted: Sequence[str]) -> dict[str, nn.Module]:
         """The linear layers that names or patterns match; `all` matches every one except the head.
 
-        Raises UsageError for a name that no layer has, Refused for one that PEFT would also find elsewhere.
+        Raises UsageError for a name that no layer has, Refused for one that PEFT would also find elsewhere, and for
+        `all` where experts are no linear layers.
         """
+        if self._experts and not {"all", "*"}.isdisjoint(wanted):
+            raise Refused(
+                f"the base is a mixture of experts whose weights are fused ({next(iter(self._experts))}): no adapter "
+                "is put there, so `all` would not be all of it",
+                where="train.targets",
+                fix=f"name the layers to adapt: [{', '.join(sorted({_last(name) for name in self.linears}))}]",
+            )
         spared = _NOT_ADAPTED if self.module.config.model_type in _STATE_SPACE else set()
         known = {_last(name) for name in self.linears} - spared
         names = match_layers(wanted, known, "train.targets")
@@ -166,6 +197,7 @@ class HFModel:
         singular vectors may have other signs on another processor.
         """
         _ = self.pads  # found out by forward passes, of which all ranks need equally many from now on
+        self.packs = not ranks.most(not self.packs)  # or the ranks would have unlike batches
         with torch.no_grad():
             for name, tensor in self.module.named_parameters():
                 if f".{adapter}." in f"{name}." or (changed_base and ".base_layer." in name):
@@ -231,22 +263,23 @@ class HFModel:
         converted = self._peft.base_model.subtract_mutated_init(dict(tensors), adapter, {"state_dict": dict(start)})
         return {**tensors, **converted}
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: Batch, *, packed: bool = False, recompute: Sequence[nn.Module] = ()) -> Tensor:
         """Logits [N, vocabulary] at the places of a batch that predict a label.
 
-        Rows are padded on the right. No padding mask is needed, because no token sees a later one.
+        packed: compute the batch without padding, see `packs`. Otherwise rows are padded on the right. No padding mask
+        is needed, because no token sees a later one. recompute: layers to compute again in the backward pass.
         """
-        starts = torch.tensor([0, *batch.lengths]).cumsum(0) + batch.prefix
-        row_of = torch.bucketize(batch.predicts, starts, right=True) - 1
-        place_of = batch.predicts - starts[row_of] + batch.prefix
-        # Only up to the last place that predicts: the filler behind it may exceed the positions that the model has.
-        longest = int(place_of.max()) + 1 if len(place_of) else max(batch.lengths)
-        ids = torch.zeros(len(batch.lengths), longest, dtype=torch.long)
-        for row, (first, length) in enumerate(zip(starts.tolist(), batch.lengths, strict=False)):
-            whole = torch.cat([batch.ids[: batch.prefix], batch.ids[first : first + length]])[:longest]
-            ids[row, : len(whole)] = whole
-        logits: Tensor = self.module(input_ids=ids.to(self.device), use_cache=False).logits
-        return logits[row_of, place_of]
+        if recompute:
+            with recomputed(recompute):
+                return self.logits(batch, packed=packed)
+        if packed:
+            return packing.logits(self.module, batch)
+        rows = packing.pack(batch, self.device)
+        first = rows.ids[:, : rows.prefix].expand(len(rows.padded), -1)
+        logits = self.module(input_ids=torch.cat([first, rows.ids[0, rows.padded]], 1), use_cache=False).logits
+        place, longest = rows.real[rows.predicts - rows.prefix], rows.padded.shape[1]
+        found: Tensor = logits[place // longest, rows.prefix + place % longest]
+        return found
 
     @torch.no_grad()  # what a module caches on its first call must be usable in training
     def _check_causal(self) -> int:
@@ -281,6 +314,15 @@ class HFModel:
             alone, together = self._first_steps([_PROBE[:3]]), self._first_steps([_PROBE[:3], _PROBE])
         most = 1e-3 * self._rounding
         return all(torch.allclose(a[0], b[0], rtol=most, atol=most) for a, b in zip(alone, together, strict=True))
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether rows without padding between them, and with their common prefix computed once, give the same logits
+        as alone. Not so where a running state goes on from row to row, where places come from no argument (ALiBi), and
+        for attention other than SDPA. From then on, the module has an attention that can do so."""
+        with self.using(None), torch.no_grad():
+            probe = lay_out([Rendered(row, (False,) * 2 + (True,) * 3) for row in _PROBES])
+            return packing.enable(self.module, probe, exact=1e-3 * self._rounding)
 
     @torch.no_grad()
     def _first_steps(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:

@@ -1,4 +1,5 @@
-"""Shards a model and the adapter in it over the ranks, by torch's fully_shard (FSDP2).
+"""What is done with a model's layers one by one: sharding them over the ranks by torch's fully_shard (FSDP2), and
+computing them again in the backward pass.
 
 Every rank holds its rows of each parameter, of the frozen base's too. A layer's parameters are brought together while
 it computes and dropped after it.
@@ -6,9 +7,13 @@ it computes and dropped after it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.errors import TunesmithError, UsageError
 
@@ -46,10 +51,27 @@ def shard(module: Any, ranks: Ranks, device: torch.device) -> None:
     module.set_reduce_scatter_unused_params(True)
 
 
+@contextmanager
+def recomputed(found: Sequence[nn.Module]) -> Iterator[None]:
+    """Forward passes meanwhile keep only what each of these layers reads. The backward pass computes the rest
+    again. transformers' own switch for this works only in training mode, in which some layers apply dropout."""
+    before = [vars(layer).get("forward") for layer in found]  # accelerate replaces it on some devices
+    for layer in found:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(found, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
 def layers(module: Any) -> list[nn.Module]:
     """The decoder's layers: the outermost modules that transformers says must stay in one piece.
 
-    Raises TunesmithError for a family that names none: sharded as a whole, it would save no memory.
+    To be called before the module is sharded, which renames their classes. Raises TunesmithError for a family that
+    names none: treated as a whole, it would save no memory.
     """
     names = set(module._no_split_modules or ())
     found: dict[str, nn.Module] = {}
@@ -58,8 +80,8 @@ def layers(module: Any) -> list[nn.Module]:
             found[name] = each
     if not found:
         raise TunesmithError(
-            f"transformers does not say which layers of {type(module).__name__} can be sharded",
+            f"transformers does not say which parts of {type(module).__name__} are its layers",
             where="base",
-            fix="train on one rank",
+            fix="train on one rank, and without recompute",
         )
     return list(found.values())

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.device import device_name
-from tunesmith.engines.hf import four_bits
+from tunesmith.engines.hf import four_bits, packing
 from tunesmith.engines.hf.model import HFModel, remove_with, sizes
+from tunesmith.engines.hf.sharding import layers
 from tunesmith.engines.peak import MEASURED_ROWS, measured_flops
 from tunesmith.engines.ranks import ALONE, Ranks, whole
 from tunesmith.engines.settings import HF, WeightSettings
@@ -32,7 +33,6 @@ class HFTrainable:
     optimiser moves PEFT's own parameters."""
 
     engine_name = HF
-    shares_prefix = False  # transformers' modules take each row whole
 
     def __init__(self, model: HFModel, settings: WeightSettings, *, seed: int, ranks: Ranks = ALONE) -> None:
         """The start weights are PEFT's, drawn with seed. With several ranks, the model is sharded over them.
@@ -42,14 +42,16 @@ class HFTrainable:
         self._model, self._settings = model, settings
         targets = model.targets(settings.targets)
         _check_rank(targets, settings)
-        pattern, layers = ("layers", None) if settings.layers is None else model.last_layers(settings.layers)
+        self._recomputed = layers(model.module) if settings.recompute else []
+        _ = model.packs  # found out with the base's own weights, before PiSSA changes them
+        pattern, last = ("layers", None) if settings.layers is None else model.last_layers(settings.layers)
         self._config = AdapterConfig(
             rank=settings.rank,
             alpha=settings.adapter_alpha(),
             targets=frozenset(name.rsplit(".", 1)[-1] for name in targets),
             root=settings.scaling == "root",
             dora=settings.dora,
-            layers=layers,
+            layers=last,
             layers_pattern=pattern,
         )
         with torch.random.fork_rng(devices=[]):
@@ -74,6 +76,11 @@ class HFTrainable:
         return self._model.device
 
     @property
+    def shares_prefix(self) -> bool:
+        """Whether batches are packed (see HFModel.packs). Otherwise each row is computed whole."""
+        return self._model.packs
+
+    @property
     def replaces_base(self) -> bool:
         """Whether the start took something out of the base's weights, so that they are the base with the adapter only,
         and until the first step."""
@@ -85,10 +92,10 @@ class HFTrainable:
         return sum(tensor.numel() for tensor in self._parameters.values())
 
     def environment(self) -> Mapping[str, str]:
-        """The libraries' versions, the device, and what the base is kept and computed in."""
+        """The libraries' versions, the device, what the base is kept and computed in, and how batches are laid out."""
         model = self._model
         found = {"peft": version("peft"), "device": device_name(self.device), "precision": model.settings.precision}
-        found["attention"] = str(model.module.config._attn_implementation)
+        found |= {"attention": model.attention, "batches": "packed" if model.packs else "padded"}
         if self._settings.quantize is not None:
             found["quantized"] = four_bits.description()
         return found
@@ -110,7 +117,7 @@ class HFTrainable:
 
     def _label_losses(self, batch: Batch) -> Tensor:
         with self._model.using(self.adapter):
-            logits = self._model.logits(batch)
+            logits = self._model.logits(batch, packed=self._model.packs, recompute=self._recomputed)
         return F.cross_entropy(logits.float(), batch.labels.to(self.device), reduction="none")
 
     def collect_gradients(self) -> None:
@@ -143,23 +150,43 @@ class HFTrainable:
 
     def memory_estimate(self, batch: Batch) -> int:
         """Bytes of a batch: what every linear layer reads and gives for every token, the logits with their gradient and
-        log-probabilities, and the adapter's gradients."""
-        widths = sum(sum(sizes(module)) for module in self._model.linears.values())
-        return _FLOAT * (_tokens(batch) * (widths + 3 * self._model.vocabulary) + self.trained_numbers)
+        log-probabilities, the adapter's gradients, and where the batch is packed one layer's attention. With recompute,
+        only what each layer reads and what one layer needs."""
+        (tokens, scored), products = self._computed(batch), self._model.products
+        kept = sum(map(sum, products))
+        if number := len(self._recomputed):
+            kept = kept // number + number * self._model.config.hidden_size
+        numbers = tokens * kept + scored * 3 * self._model.vocabulary + self.trained_numbers
+        if self._model.packs:  # keys and values of every row, with their gradients
+            places = len(batch.lengths) * (batch.prefix + max(batch.lengths))
+            numbers += 4 * places * max(map(max, products))
+        return _FLOAT * numbers
 
     def flops(self, batch: Batch) -> float:
         """Floating-point operations of a batch's matrix products, forward and backward. Attention is left out.
 
-        For every token, the padding of short rows included: 4 for each frozen number (2 forward, 2 backward to the
-        inputs), 6 for each trained one.
+        4 for each frozen number (2 forward, 2 backward to the inputs), 6 for each trained one, for every token that is
+        computed; the head's only for tokens that get logits. Recompute adds 2 for each.
         """
-        frozen = sum(math.prod(sizes(module)) for module in [self._model.head, *self._model.linears.values()])
-        return float(_tokens(batch) * (4 * frozen + 6 * self.trained_numbers))
+        tokens, scored = self._computed(batch)
+        frozen = sum(map(math.prod, self._model.products))
+        head, again = math.prod(sizes(self._model.head)), 2 if self._recomputed else 0
+        each = (4 + again) * frozen + (6 + again) * self.trained_numbers
+        return float(tokens * each + scored * 4 * head)
+
+    def _computed(self, batch: Batch) -> tuple[int, int]:
+        """Tokens that the module computes for a batch, and how many of them get logits: without padding, those with a
+        label; with it, all."""
+        rows = packing.pack(batch)
+        if self._model.packs:
+            return rows.ids.numel(), batch.labels.numel()
+        padded = len(rows.padded) * rows.prefix + rows.padded.numel()
+        return padded, padded
 
     def peak_flops(self, batch: Batch) -> float:
         """Floating-point operations a second that the device reaches on the largest linear layer's product."""
         outputs, inputs = max(map(sizes, self._model.linears.values()))
-        return _peak(min(_tokens(batch), MEASURED_ROWS), inputs, outputs, self.device, self._model.dtype)
+        return _peak(min(self._computed(batch)[0], MEASURED_ROWS), inputs, outputs, self.device, self._model.dtype)
 
 
 def _check_rank(targets: Mapping[str, nn.Module], settings: WeightSettings) -> None:
@@ -179,11 +206,6 @@ def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 def _named(parameters: Mapping[str, nn.Parameter], part: str) -> list[Tensor]:
     return [tensor for name, tensor in parameters.items() if f".{part}." in name]
-
-
-def _tokens(batch: Batch) -> int:
-    """Tokens that the module computes for a batch, the padding of short rows included."""
-    return len(batch.lengths) * (batch.prefix + max(batch.lengths))
 
 
 @cache

@@ -1,0 +1,179 @@
+"""Rows of a batch computed end to end, without padding, and with their common prefix computed once.
+
+Everything but attention treats tokens one by one, so the rows can simply follow each other, as one row whose
+`position_ids` restart. For attention the rows are put side by side, and each reads the prefix and itself. This is an
+attention implementation for transformers' AttentionInterface, so that the families' own masks (sliding windows, chunks)
+hold.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tunesmith.engines.batch import Batch
+from tunesmith.engines.hf import libraries
+
+_NAME = "tunesmith_packed"
+# Tokens of the prefix and the longest row, during a forward pass of packed rows: the mask of more is never read, and
+# would take the square of all tokens.
+_read: ContextVar[int | None] = ContextVar("read", default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A batch's tokens as one row [1, T]: the prefix, the longest row, the other rows.
+
+    ids, positions: [1, T]. predicts: [N] places of the T tokens that predict labels. prefix: its number of tokens.
+    padded: [B, L] places of each row's tokens; a short row repeats its last one. real: which of the B * L are no
+    repetition, in the order of the T tokens after the prefix.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    predicts: Tensor
+    prefix: int
+    padded: Tensor
+    real: Tensor
+
+
+def pack(batch: Batch, device: torch.device | None = None) -> Packed:
+    """The tokens of a batch without filler. device: for the tensors; the batch's where it is None.
+
+    The longest row comes first: it goes on from the prefix without a restart, so its mask holds for every row.
+    """
+    prefix, lengths = batch.prefix, torch.tensor(batch.lengths)
+    starts = prefix + lengths.cumsum(0) - lengths
+    # A row ends with the token that predicts its last label. What follows is filler.
+    row_of = torch.bucketize(batch.predicts, starts, right=True) - 1
+    needed = torch.ones_like(lengths).scatter_reduce_(0, row_of, batch.predicts - starts[row_of] + 1, "amax")
+    order = needed.argsort(descending=True, stable=True)
+    within, last = torch.arange(int(needed.max())), needed[order, None] - 1
+    padded, real = starts[order, None] + within.minimum(last), (within <= last).flatten().nonzero()[:, 0]
+    chosen = torch.cat([torch.arange(prefix), padded.flatten()[real]])
+    place = torch.zeros(batch.tokens, dtype=torch.long)
+    place[chosen] = torch.arange(len(chosen))
+    found = (batch.ids[chosen][None], batch.positions[chosen][None], place[batch.predicts], place[padded], real)
+    ids, positions, predicts, padded, real = (tensor.to(device or tensor.device) for tensor in found)
+    return Packed(ids, positions, predicts, prefix, padded, real)
+
+
+def logits(module: Any, batch: Batch) -> Tensor:
+    """Logits [N, vocabulary] at the places of a batch that predict a label, by a module that `enable` returned True
+    for."""
+    packed = pack(batch, module.device)
+    before = _read.set(packed.prefix + packed.padded.shape[1])
+    try:
+        found: Tensor = module(
+            input_ids=packed.ids,
+            position_ids=packed.positions,
+            use_cache=False,
+            logits_to_keep=packed.predicts,
+            packed=packed,
+        ).logits
+    finally:
+        _read.reset(before)
+    return found[0]
+
+
+def enable(module: Any, probe: Batch, exact: float) -> bool:
+    """Whether the packed rows of probe get the same logits as each alone. If so, the module is changed such that
+    `logits` works with it.
+
+    exact: largest error, as a share of how much the logits change if each row reads the ones before it.
+    """
+    before = module.config._attn_implementation
+    if before != "sdpa":
+        return False
+    packed = pack(probe, module.device)
+    alone = torch.cat([_alone(module, probe, row) for row in range(len(probe.lengths))])
+    leaking = module(input_ids=packed.ids, use_cache=False).logits[0, packed.predicts]
+    most = exact * float((leaking - alone).abs().max())
+    module.set_attn_implementation(_register())
+    with suppress(Exception):  # each family fails in its own way where it does not know the arguments
+        if float((logits(module, probe) - alone).abs().max()) <= most:
+            return True
+    module.set_attn_implementation(before)
+    return False
+
+
+def _alone(module: Any, batch: Batch, row: int) -> Tensor:
+    """Logits of one row's labels."""
+    first = batch.prefix + sum(batch.lengths[:row])
+    ids = torch.cat([batch.ids[: batch.prefix], batch.ids[first : first + batch.lengths[row]]])
+    mine = batch.predicts[(batch.predicts >= first) & (batch.predicts < first + batch.lengths[row])]
+    found: Tensor = module(input_ids=ids[None].to(module.device), use_cache=False).logits[0]
+    return found[(mine - first + batch.prefix).to(module.device)]
+
+
+@cache
+def _register() -> str:
+    """The name of the attention implementation that knows the argument `packed` of a forward pass. Without the argument
+    it is `sdpa`."""
+    transformers = libraries.transformers()
+    transformers.AttentionInterface.register(_NAME, _attention)
+    transformers.AttentionMaskInterface.register(_NAME, _mask)
+    return _NAME
+
+
+def _mask(*, q_length: int, kv_length: int, **options: Any) -> Tensor | None:
+    """What transformers' SDPA reads, but for packed rows only the part of the prefix and the longest row."""
+    size = _read.get()
+    if size is not None:
+        q_length = kv_length = size
+    found: Tensor | None = libraries.transformers().masking_utils.sdpa_mask(
+        q_length=q_length, kv_length=kv_length, **options
+    )
+    return found
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed: Packed | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: query, key and value are [1, heads, T, size], the result [1, T, heads, size].
+
+    attention_mask: [1, 1, S, S] for the S tokens of the prefix and the longest row, which hold for every row.
+    """
+    sdpa = libraries.transformers().AttentionInterface()["sdpa"]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        found: Tensor = sdpa(module, query, key, value, mask, **options)[0]
+        return found
+
+    if packed is None or len(packed.padded) == 1:
+        return attend(query, key, value, attention_mask), None
+    assert attention_mask is not None
+    prefix, (rows, longest), mask = packed.prefix, packed.padded.shape, attention_mask
+
+    def side_by_side(tensor: Tensor) -> Tensor:
+        found = tensor[0].transpose(0, 1).index_select(0, packed.padded.flatten())
+        return found.view(rows, longest, *found.shape[1:]).transpose(1, 2)
+
+    def with_prefix(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor[:, :, :prefix].expand(rows, -1, -1, -1), side_by_side(tensor)], 2)
+
+    # Recomputed in the backward pass: a copy of a long prefix for each row and layer would take too much memory.
+    def attend_rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        found = attend(side_by_side(query), with_prefix(key), with_prefix(value), mask[:, :, prefix:]).flatten(0, 1)
+        kept: Tensor = found.index_select(0, packed.real)
+        return kept[None]
+
+    given: Tensor = checkpoint(attend_rows, query, key, value, use_reentrant=False, preserve_rng_state=False)
+    if prefix:
+        query, key, value = (tensor[:, :, :prefix] for tensor in (query, key, value))
+        first = attend(query, key, value, mask[:, :, :prefix, :prefix])
+        given = torch.cat([first, given], 1)
+    return given, None

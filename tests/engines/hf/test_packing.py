@@ -1,0 +1,132 @@
+"""Batches without padding, compared with rows computed one at a time, on tiny random models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.hf_models import FAMILIES as HF_FAMILIES
+from tests.hf_models import change_adapter, write_hf_model
+from tests.tiny import row, write_model
+from tunesmith.engines.batch import Batch, empty_batch, lay_out
+from tunesmith.engines.hf.loaded import LoadedHFModel
+from tunesmith.engines.hf.packing import pack
+from tunesmith.engines.hf.trainable import HFTrainable
+from tunesmith.engines.settings import WeightSettings
+from tunesmith.models.base import resolve_base
+from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.store.store import Store
+from tunesmith.training.objectives import CrossEntropy
+
+# Gemma's and Mistral's windows are shorter than the rows, and some do not reach the shared prefix.
+PACKED = ("llama", "qwen3", "gemma3", "mistral-window", "phi3", "gpt2")
+PADDED = ("falcon", "mamba")  # places that are no argument; a running state
+ROWS = [
+    row("turn on the kitchen light", '{"intent":"on"}'),
+    row("turn off", '{"intent":"off","slots":{"area":"hall"}}'),
+    row("is the door locked?", '{"intent":"state"}'),
+    row("on", "{}"),
+]
+
+
+def _trainable(tmp_path: Path, family: str, **settings: Any) -> tuple[HFTrainable, list[Rendered]]:
+    write = write_hf_model if family in HF_FAMILIES else write_model
+    base = resolve_base(Store(tmp_path / "store"), str(write(tmp_path / family, family)), tmp_path)
+    weights = WeightSettings.model_validate({"rank": 2, **settings})
+    renderer = Renderer(base.folder)
+    return LoadedHFModel(base).trainable(weights, seed=0, state_bytes=16), [renderer.conversation(one) for one in ROWS]
+
+
+def _gradients(trainable: HFTrainable, batches: list[Batch]) -> list[torch.Tensor]:
+    """The mean loss over all labels and its gradients."""
+    labels, total = float(sum(batch.labels.numel() for batch in batches)), torch.zeros(())
+    for batch in batches:
+        loss = trainable.loss(batch, CrossEntropy(), labels)
+        loss.backward()
+        trainable.collect_gradients()
+        total += loss.detach()
+    found = [total, *(tensor.grad.clone() for tensor in trainable._parameters.values() if tensor.grad is not None)]
+    for tensor in trainable._parameters.values():
+        tensor.grad = None
+    return found
+
+
+@pytest.mark.parametrize("family", PACKED + PADDED)
+def test_gradients_are_those_of_rows_alone(tmp_path: Path, family: str) -> None:
+    settings = {"targets": ("in_proj", "x_proj")} if family == "mamba" else {}
+    trainable, rows = _trainable(tmp_path, family, **settings)
+    assert trainable.environment()["batches"] == ("packed" if family in PACKED else "padded")
+    assert trainable.shares_prefix == (family in PACKED)
+    change_adapter(trainable)
+    alone = _gradients(trainable, [lay_out([one], share=False) for one in rows])
+    assert len(alone) == 1 + len(trainable._parameters)
+    for share in (False, True):
+        together = _gradients(trainable, [lay_out(rows, share=share)])
+        for one, other in zip(alone, together, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(trainable.loss(empty_batch(), CrossEntropy(), 1.0))
+
+
+def test_no_row_sees_another(tmp_path: Path) -> None:
+    """Exactly: the losses of a row stay the same bits when the tokens of other rows change."""
+    trainable, rows = _trainable(tmp_path, "llama")
+    batch = lay_out(rows)
+    counts = [sum(one.trained[1:]) for one in rows]
+    before = trainable.label_losses(batch).split(counts)
+    for changed in range(len(rows)):
+        first = batch.prefix + sum(batch.lengths[:changed])
+        ids = batch.ids.clone()
+        ids[first : first + batch.lengths[changed]] = 5
+        other = Batch(ids, batch.positions, batch.prefix, batch.lengths, batch.predicts, batch.labels)
+        after = trainable.label_losses(other).split(counts)
+        assert [torch.equal(one, two) for one, two in zip(before, after, strict=True)] == [
+            number != changed for number in range(len(rows))
+        ]
+
+
+def test_a_batch_has_no_filler_and_its_prefix_once(tmp_path: Path) -> None:
+    trainable, rows = _trainable(tmp_path, "llama")
+    batch = lay_out(rows)
+    packed = pack(batch)
+    places = [max(place for place, marked in enumerate(one.trained) if marked) for one in rows]
+    assert 0 < packed.prefix < min(places)
+    tokens = packed.prefix + sum(place - packed.prefix for place in places)
+    assert packed.ids.shape == packed.positions.shape == (1, tokens)
+    assert tokens < batch.tokens
+    assert torch.equal(packed.ids[0, packed.predicts], batch.ids[batch.predicts])
+    assert torch.equal(packed.positions[0, packed.predicts], batch.positions[batch.predicts])
+    # 4 for each frozen number, 6 for each trained one; the head computes labels only.
+    model = trainable._model
+    frozen = sum(each.weight.numel() for each in model.linears.values())  # type: ignore[operator, union-attr]
+    head = 4 * batch.labels.numel() * model.head.weight.numel()
+    assert trainable.flops(batch) == tokens * (4 * frozen + 6 * trainable.trained_numbers) + head
+    model.packs = False
+    padded = len(rows) * max(places)
+    assert trainable.flops(batch) == padded * (4 * (frozen + model.head.weight.numel()) + 6 * trainable.trained_numbers)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon"])
+def test_recompute_has_the_same_gradients_and_keeps_less(tmp_path: Path, family: str) -> None:
+    """Bit by bit, and without the dropout that OPT's layers apply in training mode."""
+    found, kept, needed = [], [], []
+    for recompute in (False, True):
+        trainable, rows = _trainable(tmp_path, family, recompute=recompute)
+        change_adapter(trainable)
+        batch, sizes = lay_out(rows, share=trainable.shares_prefix), []
+
+        def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found.append(_gradients(trainable, [batch]))
+        kept.append(sum(sizes))
+        needed.append((trainable.memory_estimate(batch), -trainable.flops(batch)))
+        assert not any("forward" in vars(module) for module in trainable._model.module.modules())
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert kept[1] < 0.6 * kept[0]
+    assert needed[1] < needed[0]
+    assert needed[1][1] < needed[0][1]
