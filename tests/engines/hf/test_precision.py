@@ -104,7 +104,7 @@ def test_what_a_base_or_a_machine_lacks_is_refused_by_name(tmp_path: Path, monke
     assert refused.value.where == "candidates.a.train.attention"
     monkeypatch.setattr(support, "gpu_present", lambda: True)
     monkeypatch.setattr(support, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="needs flash-attn"):
+    with pytest.raises(UsageError, match="flash_attention_2 needs flash_attn"):
         check(attention="flash_attention_2")
 
 

@@ -17,8 +17,7 @@ class LoadedHFModel:
     """Implements engines.training_protocol.LoadedModel."""
 
     def __init__(self, base: Base) -> None:
-        """The weights are read when they are first needed. A base in 4 bits, or in other numbers than answers
-        are computed in, is read apart from the one that answers."""
+        """The weights are read when they are first needed; for trainings that keep them otherwise, once more."""
         prepare_process()
         self._base = base
 

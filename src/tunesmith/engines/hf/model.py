@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,7 @@ from tunesmith.engines.batch import Batch, lay_out
 from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import four_bits, libraries, packing
 from tunesmith.engines.hf.sharding import recomputed, shard
+from tunesmith.engines.late_weights import LateWeights, to_meta, without_weights
 from tunesmith.engines.ranks import ALONE, Ranks, whole
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import Base, base_files
@@ -40,15 +42,15 @@ _LAYER = re.compile(r"(?P<prefix>.*?)(?P<list>\w+)\.(?P<number>\d+)\.")
 
 
 class ModelSettings(NamedTuple):
-    """How a base is kept and computed. quantized: its linear layers are in 4 bits. precision: of its other numbers and
-    of what is computed. attention: transformers' implementation; None for its own choice."""
+    """How a base is kept and computed. quantized: its linear layers are in 4 bits. dtype: of its other numbers and of
+    what is computed. attention: transformers' implementation; None for its own choice."""
 
     quantized: bool
-    precision: Literal["fp32", "bf16"]
+    dtype: torch.dtype
     attention: str | None
 
 
-FP32 = ModelSettings(quantized=False, precision="fp32", attention=None)
+FP32 = ModelSettings(quantized=False, dtype=torch.float32, attention=None)
 
 
 def model_settings(weights: WeightSettings) -> ModelSettings:
@@ -60,30 +62,35 @@ def model_settings(weights: WeightSettings) -> ModelSettings:
     if precision is None:
         rounded = computing_device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if rounded and weights.start == "zero" else "fp32"
-    return ModelSettings(weights.quantize is not None, precision, weights.attention)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return ModelSettings(weights.quantize is not None, dtype, weights.attention)
 
 
 class HFModel:
     """A frozen base model and any number of adapters, of which at most one is active at a time.
 
-    module: transformers' module. device, dtype: that it computes on and in. linears: its linear layers except the head,
-    by name. attention: transformers' name of it. vocabulary: logits of a step. ranks: that the module is sharded over.
+    module: transformers' module. device: that it computes on. linears: its linear layers except the head, by name.
+    attention: transformers' name of it. vocabulary: logits of a step. ranks: that the module is sharded over. late: the
+    weights, where they are read once the module is sharded.
     """
 
-    def __init__(self, base: Base, settings: ModelSettings = FP32) -> None:
-        """Raises Refused for a base that transformers cannot run without code from its folder or with these settings,
+    def __init__(self, base: Base, settings: ModelSettings = FP32, *, late: bool = False) -> None:
+        """late: read the weights in shard(), if the files hold them as the module does; until then they are zeros.
+
+        Raises Refused for a base that transformers cannot run without code from its folder or with these settings,
         for incomplete weights, and for a model whose tokens see later ones."""
         self.base, self.settings, self.ranks, self.device = base, settings, ALONE, computing_device()
-        self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        # How far logits that are compared may be apart, as a multiple of what fp32's rounding needs.
-        self._rounding = 50.0 if settings.precision == "bf16" else 1.0
+        self._rounding = 50.0 if settings.dtype == torch.bfloat16 else 1.0  # of logits, against fp32
         if base.context_length <= 0:
             raise Refused(
                 "the base's configuration does not state its context length",
                 where=str(base.folder / "config.json"),
                 fix="add max_position_embeddings to it",
             )
-        self.module = _load(base.folder, self.device, settings)
+        self.module, self.late = _load(base.folder, self.device, settings, late=late)
+        self.module.eval().requires_grad_(requires_grad=False)
+        # The folder's own could change scores unseen.
+        self.module.generation_config = libraries.transformers().GenerationConfig()
         self.attention = str(self.module.config._attn_implementation)
         self.head = self.module.get_output_embeddings()
         self.linears: dict[str, nn.Module] = {
@@ -196,14 +203,25 @@ class HFModel:
         They start from rank 0's adapter and, with changed_base, from its weights of the adapted layers: PiSSA's
         singular vectors may have other signs on another processor.
         """
-        _ = self.pads  # found out by forward passes, of which all ranks need equally many from now on
-        self.packs = not ranks.most(not self.packs)  # or the ranks would have unlike batches
+        if self.late is None:
+            self._probe(ranks)
         with torch.no_grad():
             for name, tensor in self.module.named_parameters():
                 if f".{adapter}." in f"{name}." or (changed_base and ".base_layer." in name):
                     ranks.spread(tensor)
+        if self.late is not None:
+            to_meta(self.module)
         shard(self.module, ranks, self.device)
         self.ranks = ranks
+        if self.late is not None:
+            self.late.read(self.module, self.device)
+            self._check_causal()
+            self._probe(ranks)
+
+    def _probe(self, ranks: Ranks) -> None:
+        """Find out by forward passes what the module can do, so that all ranks need equally many from now on."""
+        _ = self.pads
+        self.packs = not ranks.most(not self.packs)  # or the ranks would have unlike batches
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter out of the module."""
@@ -355,17 +373,19 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     return outputs, inputs
 
 
-def _load(folder: Path, device: torch.device, settings: ModelSettings) -> Any:
-    """The module, from the base's own files only: transformers would apply an adapter that lies in the same folder."""
+def _load(folder: Path, device: torch.device, settings: ModelSettings, *, late: bool) -> tuple[Any, LateWeights | None]:
+    """The module, from the base's own files only: transformers would apply an adapter that lies in the same folder.
+
+    late: without its weights, which are the second result, where its files allow that.
+    """
     transformers = libraries.transformers()
     if "quantization_config" in json.loads((folder / "config.json").read_bytes()):
         raise Refused("the base's weights are quantised", where=str(folder), fix="use the model they were made from")
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    how: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    if settings.attention is not None:
-        how["attn_implementation"] = settings.attention
+    attention = {} if settings.attention is None else {"attn_implementation": settings.attention}
+    made: dict[str, Any] = {"dtype": settings.dtype, **attention}
+    how: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, **made}
     if settings.quantized:
-        how["quantization_config"] = four_bits.quantization(dtype)
+        how["quantization_config"] = four_bits.quantization(settings.dtype)
     if settings.quantized or device.type != "cpu":
         how["device_map"] = {"": str(device)}  # read into the device's memory at once
     with scratch_folder() as scratch:
@@ -374,7 +394,11 @@ def _load(folder: Path, device: torch.device, settings: ModelSettings) -> Any:
         safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             config = transformers.AutoConfig.from_pretrained(scratch, **safe)
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(scratch, config=config, **safe, **how)
+            if late and not config.is_encoder_decoder:
+                build = partial(transformers.AutoModelForCausalLM.from_config, copy.deepcopy(config), **made)
+                if (built := without_weights(build, folder, device)) is not None:
+                    return built
+            module, found = transformers.AutoModelForCausalLM.from_pretrained(scratch, config=config, **safe, **how)
         except Exception as error:  # every architecture has its own way to refuse a configuration
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(str(scratch), str(folder))
             if settings.attention is not None and "attention" in reason.lower():
@@ -388,7 +412,6 @@ def _load(folder: Path, device: torch.device, settings: ModelSettings) -> Any:
                 where=str(folder),
                 fix="use a model that transformers supports by itself",
             ) from error
-    module, found = loaded
     wrong = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
     if wrong:
         kind, names = next(iter(wrong.items()))
@@ -399,8 +422,7 @@ def _load(folder: Path, device: torch.device, settings: ModelSettings) -> Any:
         )
     if config.is_encoder_decoder:
         raise Refused("the base has an encoder: it is not a causal language model", where=str(folder))
-    module.generation_config = transformers.GenerationConfig()  # the folder's own could change scores unseen
-    return module.eval().requires_grad_(requires_grad=False)
+    return module, None
 
 
 def _misfit(folder: Path, reason: str) -> Refused:

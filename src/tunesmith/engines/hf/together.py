@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pydantic import TypeAdapter
 
 from tunesmith.core.errors import TunesmithError
+from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf.engine import HFEngine
 from tunesmith.engines.hf.model import HFModel, model_settings
 from tunesmith.engines.hf.support import check_supported
 from tunesmith.engines.hf.trainable import HFTrainable
+from tunesmith.engines.late_weights import check_room
 from tunesmith.engines.process import prepare_process
 from tunesmith.engines.protocol import Completion, Generation
 from tunesmith.engines.ranks import Ranks
@@ -49,7 +51,12 @@ class ShardedHFModel:
         check_supported(settings, ranks=self._ranks.size)
         if self._trained is not None:
             raise TunesmithError("several ranks train one adapter at a time", fix="start them for each training")
-        self._model = HFModel(self._base, model_settings(settings))
+        # PiSSA and DoRA start from what the weights are.
+        what = "start: pissa" if settings.start == "pissa" else "dora: true" if settings.dora else None
+        wanted = model_settings(settings)
+        if what is not None:
+            check_room(self._base, what, self._ranks, computing_device(), wanted.dtype)
+        self._model = HFModel(self._base, wanted, late=what is None)
         self._trained = HFTrainable(self._model, settings, seed=seed, ranks=self._ranks)
         return self._trained
 

@@ -43,7 +43,8 @@ class HFTrainable:
         targets = model.targets(settings.targets)
         _check_rank(targets, settings)
         self._recomputed = layers(model.module) if settings.recompute else []
-        _ = model.packs  # found out with the base's own weights, before PiSSA changes them
+        if model.late is None:
+            _ = model.packs  # found out with the base's own weights, before PiSSA changes them
         pattern, last = ("layers", None) if settings.layers is None else model.last_layers(settings.layers)
         self._config = AdapterConfig(
             rank=settings.rank,
@@ -94,7 +95,8 @@ class HFTrainable:
     def environment(self) -> Mapping[str, str]:
         """The libraries' versions, the device, what the base is kept and computed in, and how batches are laid out."""
         model = self._model
-        found = {"peft": version("peft"), "device": device_name(self.device), "precision": model.settings.precision}
+        precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}[model.settings.dtype]
+        found = {"peft": version("peft"), "device": device_name(self.device), "precision": precision}
         found |= {"attention": model.attention, "batches": "packed" if model.packs else "padded"}
         if self._settings.quantize is not None:
             found["quantized"] = four_bits.description()
@@ -186,7 +188,9 @@ class HFTrainable:
     def peak_flops(self, batch: Batch) -> float:
         """Floating-point operations a second that the device reaches on the largest linear layer's product."""
         outputs, inputs = max(map(sizes, self._model.linears.values()))
-        return _peak(min(self._computed(batch)[0], MEASURED_ROWS), inputs, outputs, self.device, self._model.dtype)
+        return _peak(
+            min(self._computed(batch)[0], MEASURED_ROWS), inputs, outputs, self.device, self._model.settings.dtype
+        )
 
 
 def _check_rank(targets: Mapping[str, nn.Module], settings: WeightSettings) -> None:
