@@ -22,9 +22,12 @@ def test_openapi_document_is_valid(document: dict[str, Any]) -> None:
     openapi_spec_validator.validate(document)
     assert document["paths"].keys() == {
         "/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/api/feedback", "/api/rollouts",
-        "/api/rollouts/{number}", "/healthz", "/readyz", "/metrics",
+        "/api/rollouts/{number}", "/api/jobs", "/api/jobs/{number}", "/api/jobs/{number}/log",
+        "/api/jobs/{number}/cancel", "/api/jobs/{number}/pause", "/api/jobs/{number}/resume", "/healthz", "/readyz",
+        "/metrics",
     }  # fmt: skip
-    bodies = [route["post"]["requestBody"] for route in document["paths"].values() if "post" in route]
+    posts = [route["post"] for route in document["paths"].values() if "post" in route]
+    bodies = [post["requestBody"] for post in posts if "requestBody" in post]
     names = [body["content"]["application/json"]["schema"]["$ref"].rsplit("/")[-1] for body in bodies]
     assert names == ["ChatRequest", "Feedback"]
 

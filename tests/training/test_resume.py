@@ -20,7 +20,7 @@ from tests.tiny import row, write_model
 from tunesmith.core import memory
 from tunesmith.core.digests import digest_bytes, digest_file
 from tunesmith.core.errors import Refused, TunesmithError
-from tunesmith.core.progress import SILENT, Progress, Silent, Task
+from tunesmith.core.progress import SILENT, Progress, Silent, Stopped, Task
 from tunesmith.core.scratch import SCRATCH
 from tunesmith.engines.batch import label_count
 from tunesmith.engines.factory import load_model
@@ -114,6 +114,34 @@ def _newest(folder: Path) -> int:
 
 def test_same_input_gives_the_same_bytes(folder: Path, uninterrupted: str) -> None:
     assert run(folder) == uninterrupted
+
+
+class StoppedAfter(Silent):
+    """Progress reports that stop the work at its n-th report."""
+
+    def __init__(self, reports: int) -> None:
+        self.left = reports
+
+    @contextlib.contextmanager
+    def task(self, name: str, total: int) -> Iterator[Task]:
+        with super().task(name, total) as task:
+            task.advance = self._advance  # type: ignore[method-assign]
+            yield task
+
+    def _advance(self, amount: float = 1.0) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Stopped
+
+
+def test_told_to_stop_it_keeps_the_step_and_ends_in_the_same_bytes(folder: Path, uninterrupted: str) -> None:
+    """checkpoint_seconds is long: without a checkpoint at the stop, the steps before it would be lost."""
+    rare = SETTINGS.model_copy(update={"checkpoint_seconds": 1000.0})
+    for reports, reached in ((1, 0), (8, 7), (1, 7), (4, 10)):  # the first report comes before the first step
+        with pytest.raises(Stopped):
+            run(folder, rare, progress=StoppedAfter(reports))
+        assert _newest(folder) == reached
+    assert run(folder, rare) == uninterrupted
 
 
 def _environment() -> dict[str, str]:

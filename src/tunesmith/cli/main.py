@@ -12,7 +12,19 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from tunesmith.cli import data, evaluation, forecast, monitoring, pipeline, project, rollout, serve, users, versions
+from tunesmith.cli import (
+    data,
+    evaluation,
+    forecast,
+    jobs,
+    monitoring,
+    pipeline,
+    project,
+    rollout,
+    serve,
+    users,
+    versions,
+)
 from tunesmith.cli.terminal import say
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.files import disk_full, is_disk_full
@@ -26,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (project, forecast, pipeline, data, evaluation, versions, users, rollout, serve, monitoring):
+for commands in (project, forecast, pipeline, jobs, data, evaluation, versions, users, rollout, serve, monitoring):
     commands.register(app)
 
 _STOPPED = 130

@@ -23,12 +23,30 @@ def register(app: typer.Typer) -> None:
     add_commands(app, run, train)
 
 
-def run(here: Acting) -> None:
-    """Run every stage up to a registered version. Skips what is unchanged and continues what was stopped."""
-    from tunesmith.cli.evaluation import EXITS
-    from tunesmith.services import training
+def run(
+    here: Acting,
+    queue: Annotated[bool, typer.Option("--queue", help="Leave it to `tunesmith worker`, and return at once.")] = False,
+    priority: Annotated[int, typer.Option("--priority", help="With --queue: higher ones are taken first.")] = 0,
+    key: Annotated[
+        str | None, typer.Option("--key", help="With --queue: the same key again gives the same job, not another one.")
+    ] = None,
+) -> None:
+    """Run every stage up to a registered version. Skips what is unchanged and continues what was stopped.
 
-    done = training.run(here.project, progress=Terminal(), actor=here.actor)
+    The run is a job: `tunesmith jobs` shows it while it goes on and afterwards.
+    """
+    from tunesmith.cli.evaluation import EXITS
+    from tunesmith.core.errors import UsageError
+    from tunesmith.services import jobs
+
+    if queue:
+        from tunesmith.cli.jobs import draw_job
+
+        here.emit(jobs.queue_run(here.project, priority=priority, key=key, actor=here.actor), draw_job)
+        return
+    if priority or key is not None:
+        raise UsageError("--priority and --key are for queued runs", fix="add --queue, or leave them out")
+    done = jobs.run_here(here.project, progress=Terminal(), actor=here.actor)
     here.emit(done, _draw_run)
     raise typer.Exit(EXITS[done.gate.verdict])
 

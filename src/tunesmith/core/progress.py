@@ -6,11 +6,18 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 
+class Stopped(Exception):
+    """The work was told to stop. Raised by the progress reports of work that can be stopped, between two of its steps.
+
+    Not a TunesmithError, so that nothing takes it for a failure of one step.
+    """
+
+
 class Task(Protocol):
     """One long step that is running."""
 
     def advance(self, amount: float = 1.0) -> None:
-        """Report that amount more units are done."""
+        """Report that amount more units are done. Raises Stopped where the work was told to stop."""
 
     def note(self, text: str) -> None:
         """Replace the short text next to the bar (loss, tokens/s)."""
@@ -20,7 +27,7 @@ class Progress(Protocol):
     """Where stages report their progress."""
 
     def task(self, title: str, total: float) -> AbstractContextManager[Task]:
-        """Open a step of total units; closing it ends the display."""
+        """Open a step of total units; closing it ends the display. Raises Stopped as `Task.advance` does."""
         ...
 
     def say(self, text: str) -> None:

@@ -19,7 +19,7 @@ from tunesmith.engines.protocol import Engine
 from tunesmith.rollout.controller import advance, give_up
 from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.rollout.state import list_rollouts
-from tunesmith.server import control, openapi
+from tunesmith.server import control, jobs, openapi
 from tunesmith.server.chat import routes as chat
 from tunesmith.server.errors import ApiError
 from tunesmith.server.intake.arriving import Arriving
@@ -84,6 +84,7 @@ def openapi_document() -> dict[str, Any]:
 def _add_routes(app: FastAPI) -> None:
     app.include_router(chat.routes)
     app.include_router(control.routes)
+    app.include_router(jobs.routes)
 
 
 @contextlib.asynccontextmanager

@@ -17,10 +17,10 @@ _MEANINGS = {
     400: "The request is not valid.",
     401: "No valid token.",
     403: "The user lacks the permission.",
-    404: "There is no such model, request or rollout for this user (model_not_found, request_not_found, "
-    "rollout_not_found), or no version of the model may serve now (model_not_available).",
+    404: "There is no such model, request, rollout or job for this user (model_not_found, request_not_found, "
+    "rollout_not_found, job_not_found), or no version of the model may serve now (model_not_available).",
     408: "The body arrived too slowly.",
-    409: "The request was scored before, or its answer is no longer in memory.",
+    409: "The request was scored before, or its answer is no longer in memory; or the job's state does not allow it.",
     413: "The body is too large.",
     429: "The queue is full, or the user has too many requests at once.",
     500: "The engine failed.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,23 @@ def migrate(engine: Engine) -> None:
 
 @contextlib.contextmanager
 def writing(engine: Engine) -> Iterator[Session]:
-    """One write transaction; writers take turns. Commits at the end, rolls back on any exception."""
+    """One write transaction; writers take turns. Commits at the end, rolls back on any exception.
+
+    Raises what the engine's fence raises, if it has one.
+    """
     with _usable(engine), _writing(engine).begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _WRITERS_LOCK})
         with Session(bind=connection, expire_on_commit=False) as session:
+            if (fence := connection.get_execution_options().get("fence")) is not None:
+                fence(session)
             yield session
             session.flush()
+
+
+def fenced(engine: Engine, fence: Callable[[Session], None]) -> Engine:
+    """The same database, whose every write transaction calls fence first; what it raises ends the transaction."""
+    return engine.execution_options(fence=fence)
 
 
 @contextlib.contextmanager

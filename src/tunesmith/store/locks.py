@@ -25,9 +25,13 @@ from tunesmith.store.tables import LockRow
 LEASE_SECONDS = 60.0
 
 
+class LockHeld(TunesmithError):
+    """Another process or thread holds the lock."""
+
+
 @contextlib.contextmanager
 def lock(engine: Engine, name: str, purpose: str) -> Iterator[None]:
-    """Hold the lock of a name. Raises TunesmithError at once where another process or thread holds it.
+    """Hold the lock of a name. Raises LockHeld at once where another process or thread holds it.
 
     purpose: what the holder does, for the message.
     """
@@ -49,7 +53,7 @@ def _take(engine: Engine, name: str, purpose: str, owner: str) -> None:
     with database.writing(engine) as session:
         held = session.get(LockRow, name)
         if held is not None and _alive(held):
-            raise TunesmithError(
+            raise LockHeld(
                 f"another process is at work here ({held.purpose})",
                 where=f"process {held.pid} on {held.host}",
                 fix="wait for it, or stop it",

@@ -25,6 +25,8 @@ ACTIONS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "rollout.change": frozenset(("operator", "engineer", "admin")),
         "rollout.override": frozenset(("admin",)),
         "recall.start": frozenset(("steward", "admin")),
+        "job.add": frozenset(("engineer",)),
+        "job.change": frozenset(("operator", "engineer", "admin")),
         "audit.anchor": frozenset(ROLES),
         "model.use": frozenset(ROLES),
         "user.change": frozenset(("admin",)),

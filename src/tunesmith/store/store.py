@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +55,16 @@ class Store:
         for folder in (self.local("work"), Path(tempfile.gettempdir())):
             remove_leftovers(folder)
         return database.connect(self._url)
+
+    @contextlib.contextmanager
+    def fenced(self, check: Callable[[Session], None]) -> Iterator[None]:
+        """Call check first in every write transaction of this object meanwhile; what it raises ends the transaction."""
+        before = self.engine
+        self.engine = database.fenced(before, check)
+        try:
+            yield
+        finally:
+            self.engine = before
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:

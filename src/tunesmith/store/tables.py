@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, Boolean, Float, Index, Integer, String, Text
+from sqlalchemy import JSON, Boolean, Float, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 # Raise it with each new file in migrations/versions.
-HEAD_REVISION = "0001"
+HEAD_REVISION = "0002"
 
 
 class Table(DeclarativeBase):
@@ -207,4 +207,51 @@ class RecallRow(Table):
     at: Mapped[str] = mapped_column(String(32))
 
 
+class JobRow(Table):
+    """A job of the queue (jobs/). Times are seconds since 1970, None for what has not happened.
+
+    project: the name of the project whose workers may take it. wanted: the state that a person asked a running job to
+    go to, "" where nobody did. key: the idempotency key that its creator gave. due: not to be taken before. fence: the
+    fencing token, raised whenever the job is taken or taken back. worker, until: who performs it, and the end of the
+    lease. result and error are empty where there is none.
+    """
+
+    __tablename__ = "jobs"
+    __table_args__ = (UniqueConstraint("created_by", "key"),)
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    project: Mapped[str] = mapped_column(String(64))
+    kind: Mapped[str] = mapped_column(String(32))
+    arguments: Mapped[dict[str, Any]] = mapped_column()
+    state: Mapped[str] = mapped_column(String(16))
+    wanted: Mapped[str] = mapped_column(String(16), default="")
+    priority: Mapped[int] = mapped_column(Integer, default=0)
+    tenant: Mapped[str] = mapped_column(String(64), default="")
+    region: Mapped[str] = mapped_column(String(64), default="")
+    created_by: Mapped[str] = mapped_column(String(128))
+    key: Mapped[str | None] = mapped_column(String(128), default=None)
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    most_attempts: Mapped[int] = mapped_column(Integer)
+    due: Mapped[float] = mapped_column(Float)
+    fence: Mapped[int] = mapped_column(Integer, default=0)
+    worker: Mapped[str] = mapped_column(String(256), default="")
+    until: Mapped[float | None] = mapped_column(Float, default=None)
+    progress: Mapped[dict[str, Any]] = mapped_column()
+    result: Mapped[dict[str, Any]] = mapped_column()
+    error: Mapped[dict[str, Any]] = mapped_column()
+    created: Mapped[float] = mapped_column(Float)
+    started: Mapped[float | None] = mapped_column(Float, default=None)
+    ended: Mapped[float | None] = mapped_column(Float, default=None)
+
+
+class JobEventRow(Table):
+    """A line of a job's log. number: from 1 for each job."""
+
+    __tablename__ = "job_events"
+    job: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    at: Mapped[float] = mapped_column(Float)
+    message: Mapped[str] = mapped_column(Text)
+
+
+Index("jobs_by_state", JobRow.project, JobRow.state, JobRow.priority)
 Index("requests_by_rollout_arm", RequestRow.rollout, RequestRow.arm)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import TunesmithError
-from tunesmith.core.progress import SILENT, Progress, Task
+from tunesmith.core.progress import SILENT, Progress, Stopped, Task
 from tunesmith.engines.device import DeviceMemory
 from tunesmith.engines.ranks import ALONE, Ranks, sharded_like
 from tunesmith.engines.training_protocol import Objective, TrainableModel
@@ -66,6 +66,7 @@ class Trainer:
         self._best: list[Tensor] | None = None
         self._peak_flops: float | None = None
         self.state = self._resume()
+        self._saved_step = self.state.step
         if self.state.step:
             on_checkpoint(self.state)  # the training may have been killed between a checkpoint and this call
         self._saved = clock()
@@ -78,7 +79,8 @@ class Trainer:
     def run(self) -> TrainerState:
         """Train to the end. The model then has the weights that the setting `keep` names.
 
-        Raises TunesmithError where a loss or a gradient is not finite; the checkpoint before that stays.
+        Raises TunesmithError where a loss or a gradient is not finite; the checkpoint before that stays. Raises
+        Stopped, after a checkpoint, where the progress reports say that the work was told to stop.
         """
         budget = self.settings.budget
         total = sum(map(step_tokens, self.plan)) if budget is None else round(budget)
@@ -86,7 +88,12 @@ class Trainer:
             done = 0
             while True:
                 now = self.state.seconds if budget else sum(step["tokens"] for step in self.state.curve)
-                task.advance(min(total, int(now)) - done)
+                try:
+                    task.advance(min(total, int(now)) - done)
+                except Stopped:
+                    if self.state.step != self._saved_step:
+                        self._save()
+                    raise
                 done = min(total, int(now))
                 if self.finished:
                     break
@@ -188,6 +195,7 @@ class Trainer:
             if self._best is not None:
                 tensors[f"{number}.best"] = self._best[number]
         self._checkpoints.save(self.state.step, tensors, asdict(self.state))
+        self._saved_step = self.state.step
         self._on_checkpoint(self.state)
 
     @torch.no_grad()

@@ -7,7 +7,6 @@ is the same for any number of shards and workers.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.processes import end_with_parent
 from tunesmith.core.progress import Progress
 from tunesmith.core.threads import wanted_threads
 from tunesmith.data.building.account import Account
@@ -166,10 +166,7 @@ _worker: ShardWorker | None = None  # set before the fork, so that the processes
 
 def _begin(parent: int) -> None:
     """Prepare a new worker process: it dies with its parent, and leaves ctrl-C to it."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -1,0 +1,177 @@
+"""`worker` and `jobs list|show|log|cancel|pause|resume`: perform what is queued, and show and change it."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.cli.terminal import Acting, Here, add_commands, draw_table, say
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
+
+    from tunesmith.services.jobs import JobList, JobLog, JobView
+
+Number = Annotated[int, typer.Argument(metavar="JOB", min=1, help="A job's number.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    group = typer.Typer(no_args_is_help=True, help="Show runs that are queued, performed or done, and change them.")
+    add_commands(group, show, log, cancel, pause, resume, list=list_jobs)
+    app.add_typer(group, name="jobs")
+    add_commands(app, worker)
+
+
+def worker(
+    here: Here,
+    at_once: Annotated[int, typer.Option("--at-once", min=1, help="Jobs performed at the same time.")] = 1,
+    lease: Annotated[
+        float,
+        typer.Option("--lease", min=2.0, help="Seconds without a sign of life until another worker takes a job on."),
+    ] = 60.0,
+    until_empty: Annotated[bool, typer.Option("--until-empty", help="End once no job is queued or performed.")] = False,
+) -> None:
+    """Perform the project's queued jobs, each in a process of its own, until ctrl-C or SIGTERM.
+
+    Then jobs that are performed stop between two steps and go back into the queue; a second signal ends them at once.
+    """
+    import signal
+
+    from tunesmith.services import jobs
+
+    working = jobs.make_worker(here.project, at_once=at_once, lease_seconds=lease, say=say)
+
+    def stop(number: int, _frame: object) -> None:
+        if working.stopping.is_set():
+            raise KeyboardInterrupt
+        say("stopping: the jobs go back into the queue after their present step; a second signal ends them at once")
+        working.stopping.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    say("waiting for jobs; `tunesmith run --queue` adds one, ctrl-C ends")
+    working.run(until_empty=until_empty)
+
+
+def list_jobs(
+    here: Here,
+    state: Annotated[
+        list[str] | None,
+        typer.Option("--state", help="Only these: queued, running, paused, succeeded, failed, cancelled."),
+    ] = None,
+    before: Annotated[
+        int | None, typer.Option("--before", min=1, metavar="JOB", help="Only jobs with a lower number.")
+    ] = None,
+    most: Annotated[int, typer.Option("--most", min=1, help="How many.")] = 50,
+) -> None:
+    """List jobs, newest first."""
+    from tunesmith.services import jobs
+
+    here.emit(jobs.list_jobs(here.store, states=jobs.states_named(state or ()), before=before, most=most), _draw_list)
+
+
+def show(here: Here, job: Number) -> None:
+    """Show a job: its state, the step that it is at, the time left for this step, its result or its error."""
+    from tunesmith.services import jobs
+
+    here.emit(jobs.show(here.store, job), draw_job)
+
+
+def log(
+    here: Here,
+    job: Number,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+) -> None:
+    """Print the log of a job."""
+    from tunesmith.core.errors import UsageError
+    from tunesmith.services import jobs
+
+    if follow and here.as_json:
+        raise UsageError("--follow has no single result that --json could print", fix="leave one of them out")
+    store, last = here.store, 0
+    while True:
+        found = jobs.log(store, job, after=last)
+        here.emit(found, _draw_log)
+        if not follow or found.state in ("succeeded", "failed", "cancelled"):
+            return
+        last = found.lines[-1].number if found.lines else last
+        time.sleep(1.0)
+
+
+def cancel(here: Acting, job: Number) -> None:
+    """End a job for good. A running one ends between two of its steps, and its checkpoints are kept."""
+    from tunesmith.services import jobs
+
+    here.emit(jobs.cancel(here.store, job, actor=here.actor), draw_job)
+
+
+def pause(here: Acting, job: Number) -> None:
+    """Keep a job from being performed until it is resumed. A running one stops between two of its steps."""
+    from tunesmith.services import jobs
+
+    here.emit(jobs.pause(here.store, job, actor=here.actor), draw_job)
+
+
+def resume(here: Acting, job: Number) -> None:
+    """Put a paused job back into the queue. A training continues from its newest checkpoint."""
+    from tunesmith.services import jobs
+
+    here.emit(jobs.resume(here.store, job, actor=here.actor), draw_job)
+
+
+def draw_job(console: Console, job: JobView) -> None:
+    """Draw a job as a table."""
+    error: Mapping[str, Any] = job.error
+    rows = (
+        ("state", _state(job)),
+        ("created", f"{_time(job.created)} by {job.created_by}"),
+        ("attempts", f"{job.attempts} of {job.most_attempts}"),
+        *([("worker", job.worker)] if job.worker else []),
+        *([("step", step)] if (step := _step(job)) else []),
+        *([("took", f"{job.ended - job.started:.0f} s")] if job.started and job.ended else []),
+        *([("version", job.result["register"]["version"])] if "register" in job.result else []),
+        *((name, str(error[key])) for name, key in (("error", "what"), ("where", "where"), ("fix", "fix"))
+          if error.get(key)),
+    )  # fmt: skip
+    draw_table(console, rows, title=f"job {job.job}: {job.kind}")
+
+
+def _draw_list(console: Console, found: JobList) -> None:
+    if not found.jobs:
+        console.print("no jobs; `tunesmith run` makes one")
+        return
+    rows = [(job.job, job.kind, _state(job), job.created_by, _time(job.created), _step(job)) for job in found.jobs]
+    draw_table(console, rows, "job", "kind", "state", "by", "created", "step")
+
+
+def _draw_log(console: Console, found: JobLog) -> None:
+    from tunesmith.core.text.display import printable
+
+    for line in found.lines:
+        console.print(f"{_time(line.at)} {printable(line.message)}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _state(job: JobView) -> str:
+    if job.silent:
+        return "running, but its worker is silent: the next worker takes it on"
+    return f"{job.state}, to be {job.wanted}" if job.wanted else job.state
+
+
+def _step(job: JobView) -> str:
+    """The step that a running job is at, its share and the time left."""
+    found: Mapping[str, Any] = job.progress
+    if job.state != "running" or not found:
+        return ""
+    share = f" {found['done'] / found['total']:.0%}" if found["total"] else ""
+    left = "" if found["seconds_left"] is None else f", {found['seconds_left']:.0f} s left"
+    return f"{found['step']}{share}{left} {found['note']}".rstrip()
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", timespec="seconds")[:19]

@@ -1,0 +1,215 @@
+"""What workers do with jobs: take one for a time (a lease), renew the lease, and record what came of the job.
+
+Each time a job is taken or taken back, its fencing token rises. Whoever holds an older token can record nothing: not
+about the job, and, inside `Store.fenced(check)`, nothing else in the database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tunesmith.core.errors import TunesmithError
+from tunesmith.jobs.queue import new_row
+from tunesmith.jobs.state import Clock, State, add_event, database_time
+from tunesmith.store import database
+from tunesmith.store.store import Store
+from tunesmith.store.tables import JobRow
+
+LEASE_SECONDS = 60.0
+# Seconds until a job is tried again: the first, doubled with each attempt up to the last.
+_FIRST_DELAY, _LONGEST_DELAY = 10.0, 600.0
+# Seconds until a job is tried again whose stage another process is working on. Does not count as an attempt.
+_BUSY_DELAY = 5.0
+
+
+class LeaseLost(TunesmithError):
+    """The job was taken back, because its lease ran out: another worker may be performing it."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A job that a worker performs. fence: its fencing token. seconds: how long it lasts if it is not renewed.
+
+    own: the person who created the job performs it in their own process, so nobody else takes it on.
+    """
+
+    job: int
+    fence: int
+    seconds: float
+    own: bool = False
+
+
+def claim(
+    store: Store,
+    worker: str,
+    kinds: Collection[str],
+    *,
+    project: str,
+    seconds: float = LEASE_SECONDS,
+    clock: Clock = database_time,
+) -> Lease | None:
+    """Take the next job of a project: the oldest of the highest priority that is due. None where there is none.
+
+    First takes back the jobs whose lease ran out.
+    """
+    with database.writing(store.engine) as session:
+        now = clock(session)
+        _take_back(session, project, now)
+        waiting = select(JobRow).where(JobRow.project == project, JobRow.state == "queued", JobRow.due <= now)
+        waiting = waiting.where(JobRow.kind.in_(kinds)).order_by(JobRow.priority.desc(), JobRow.id)
+        row = session.scalars(waiting.limit(1)).first()
+        return None if row is None else _start(session, row, worker, now, seconds, own=False)
+
+
+def begin(
+    store: Store,
+    worker: str,
+    kind: str,
+    arguments: Mapping[str, Any],
+    *,
+    project: str,
+    actor: str,
+    seconds: float = LEASE_SECONDS,
+    clock: Clock = database_time,
+) -> Lease:
+    """Add a job that this process performs itself, and take it."""
+    detail: dict[str, Any] = {}
+    with store.change(actor, "job.add", kind, detail) as session:
+        now = clock(session)
+        _take_back(session, project, now)
+        row = new_row(session, kind, arguments, project, actor, 1, clock)
+        detail["job"] = row.id
+        return _start(session, row, worker, now, seconds, own=True)
+
+
+def _start(session: Session, row: JobRow, worker: str, now: float, seconds: float, *, own: bool) -> Lease:
+    row.state, row.worker, row.until = "running", worker, now + seconds
+    row.fence, row.attempts = row.fence + 1, row.attempts + 1
+    row.started = row.started or now
+    row.progress, row.error = {}, {}
+    tried = f", attempt {row.attempts} of {row.most_attempts}" if row.attempts > 1 else ""
+    add_event(session, row.id, now, f"started by {worker}{tried}")
+    return Lease(row.id, row.fence, seconds, own)
+
+
+def _take_back(session: Session, project: str, now: float) -> None:
+    """Take the jobs of a project back whose lease ran out."""
+    running = select(JobRow).where(JobRow.project == project, JobRow.state == "running", JobRow.until < now)
+    for row in session.scalars(running.order_by(JobRow.id)).all():
+        row.fence += 1
+        what = f"its worker {row.worker} gave no sign of life until its lease ended"
+        _try_again(session, row, {"code": "worker_lost", "what": what}, now, delay=0.0)
+
+
+def check(session: Session, lease: Lease) -> None:
+    """Raise LeaseLost where the job was taken back. For `Store.fenced`."""
+    _mine(session, lease)
+
+
+def _mine(session: Session, lease: Lease) -> JobRow:
+    held = select(JobRow).where(JobRow.id == lease.job, JobRow.fence == lease.fence, JobRow.state == "running")
+    row = session.scalars(held).first()
+    if row is None:
+        raise LeaseLost(
+            "this process no longer holds the job, so it can record nothing",
+            where=f"job {lease.job}",
+            fix="`tunesmith jobs show` says who performs it now",
+        )
+    return row
+
+
+def renew(store: Store, lease: Lease, progress: Mapping[str, Any], *, clock: Clock = database_time) -> str:
+    """Renew a lease and record the progress. Returns the state that a person asked for, "" where nobody did.
+
+    Raises LeaseLost where the job was taken back.
+    """
+    with database.writing(store.engine) as session:
+        row = _mine(session, lease)
+        row.until = clock(session) + lease.seconds
+        if row.progress != dict(progress):
+            row.progress = dict(progress)
+        return row.wanted
+
+
+def log(store: Store, lease: Lease, message: str, *, clock: Clock = database_time) -> None:
+    """Add a line to the job's log."""
+    with database.writing(store.engine) as session:
+        add_event(session, _mine(session, lease).id, clock(session), message)
+
+
+# What came of it
+
+
+def finish(
+    store: Store,
+    lease: Lease,
+    result: Mapping[str, Any],
+    error: Mapping[str, Any] | None = None,
+    *,
+    clock: Clock = database_time,
+) -> None:
+    """Record the result of a job that was performed. error: it failed for this reason, and its result is kept."""
+    with database.writing(store.engine) as session:
+        row = _mine(session, lease)
+        row.result, row.error = dict(result), dict(error or {})
+        _end(session, row, "failed" if error else "succeeded", clock(session))
+
+
+def fail(store: Store, lease: Lease, error: Mapping[str, Any], *, retry: bool, clock: Clock = database_time) -> None:
+    """Record an error. retry: try the job again later, unless it was tried as often as it may be."""
+    with database.writing(store.engine) as session:
+        row, now = _mine(session, lease), clock(session)
+        if retry:
+            delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2.0 ** (row.attempts - 1))
+            _try_again(session, row, error, now, delay=delay)
+        else:
+            row.error = dict(error)
+            _end(session, row, "failed", now)
+
+
+def stop(store: Store, lease: Lease, why: str, *, busy: bool = False, clock: Clock = database_time) -> None:
+    """Give a job back that was stopped: it goes to the state that a person asked for, else into the queue.
+
+    Does not count as an attempt. busy: not at once, since another process is working on it.
+    """
+    with database.writing(store.engine) as session:
+        row, now = _mine(session, lease), clock(session)
+        if row.wanted:
+            _obey(session, row, now)
+            return
+        row.attempts -= 1
+        row.state, row.until, row.due = "queued", None, now + (_BUSY_DELAY if busy else 0.0)
+        add_event(session, row.id, now, f"back in the queue: {why}")
+
+
+def _try_again(session: Session, row: JobRow, error: Mapping[str, Any], now: float, *, delay: float) -> None:
+    """Put a job back into the queue after an error; end it where a person asked for that or no attempt is left."""
+    if row.wanted:
+        _obey(session, row, now)
+    elif row.attempts >= row.most_attempts:
+        row.error = dict(error)
+        _end(session, row, "failed", now)
+    else:
+        row.state, row.until, row.due, row.error = "queued", None, now + delay, dict(error)
+        add_event(session, row.id, now, f"to be tried again{f' in {delay:.0f} s' if delay else ''}: {error['what']}")
+
+
+def _obey(session: Session, row: JobRow, now: float) -> None:
+    """Put a job into the state that a person asked for."""
+    if row.wanted == "paused":
+        row.state, row.until, row.wanted = "paused", None, ""
+        row.attempts -= 1
+        add_event(session, row.id, now, "paused")
+    else:
+        row.wanted = ""
+        _end(session, row, "cancelled", now)
+
+
+def _end(session: Session, row: JobRow, state: State, now: float) -> None:
+    row.state, row.until, row.ended, row.wanted = state, None, now, ""
+    add_event(session, row.id, now, f"{state}: {row.error['what']}" if row.error else state)

@@ -1,0 +1,172 @@
+"""Performs a job in this process: renews its lease, mirrors progress and log, and records what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
+from tunesmith.core.progress import SILENT, Progress, Stopped, Task
+from tunesmith.jobs import leases
+from tunesmith.jobs.leases import Lease, LeaseLost
+from tunesmith.store.locks import LockHeld
+from tunesmith.store.store import Store
+
+# Seconds between two signs of life, at most.
+_BEAT = 2.0
+_CODES: Mapping[type[TunesmithError], str] = {
+    UsageError: "wrong_usage",
+    Refused: "refused",
+    Inconclusive: "inconclusive",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job that was performed to its end. error: why it failed nevertheless; {} where it did not."""
+
+    result: dict[str, Any]
+    error: dict[str, Any] = field(default_factory=dict)
+
+
+class JobProgress:
+    """A core.progress.Progress that the job's row and log show, besides another one.
+
+    Once `stopping` is set, the next report of a finished part raises Stopped.
+    """
+
+    def __init__(self, store: Store, lease: Lease, shown: Progress) -> None:
+        self.stopping = threading.Event()
+        self._store, self._lease, self._shown = store, lease, shown
+        self._tasks: list[_JobTask] = []
+
+    def say(self, text: str) -> None:
+        """Add a line to the job's log."""
+        self._shown.say(text)
+        leases.log(self._store, self._lease, text)
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: float) -> Iterator[Task]:
+        """Open a step of total units."""
+        self.go_on()
+        with self._shown.task(title, total) as shown:
+            task = _JobTask(self, shown, title, total)
+            self._tasks.append(task)
+            try:
+                yield task
+            finally:
+                self._tasks.remove(task)
+
+    def go_on(self) -> None:
+        """Raise Stopped where the job is to be stopped."""
+        if self.stopping.is_set():
+            raise Stopped
+
+    def document(self) -> dict[str, Any]:
+        """The innermost step that is open; {} where none is."""
+        tasks = list(self._tasks)
+        return tasks[-1].document() if tasks else {}
+
+
+class _JobTask:
+    def __init__(self, progress: JobProgress, shown: Task, title: str, total: float) -> None:
+        self._progress, self._shown, self._title, self._total = progress, shown, title, total
+        self._done, self._note, self._began = 0.0, "", time.monotonic()
+
+    def advance(self, amount: float = 1.0) -> None:
+        self._done += amount
+        self._shown.advance(amount)
+        self._progress.go_on()
+
+    def note(self, text: str) -> None:
+        self._note = text
+        self._shown.note(text)
+
+    def document(self) -> dict[str, Any]:
+        seconds = time.monotonic() - self._began
+        left = seconds * (self._total - self._done) / self._done if self._done else None
+        return {
+            "step": self._title,
+            "done": self._done,
+            "total": self._total,
+            "note": self._note,
+            "seconds": seconds,
+            "seconds_left": None if left is None else max(0.0, left),
+        }
+
+
+def perform(
+    store: Store,
+    lease: Lease,
+    work: Callable[[JobProgress], Outcome],
+    *,
+    shown: Progress = SILENT,
+    stopping: threading.Event | None = None,
+) -> None:
+    """Do a job's work and record what came of it. Meanwhile `store` writes only as long as the lease is held.
+
+    shown: also shows the progress. stopping: once set, the job is given back at the end of the step that is running.
+    Raises what work raises, after recording it; Stopped where the job was stopped; LeaseLost where it was taken back.
+    """
+    progress = JobProgress(store, lease, shown)
+    if stopping is not None:
+        progress.stopping = stopping
+    try:
+        with store.fenced(lambda session: leases.check(session, lease)), _beating(store, lease, progress):
+            outcome = work(progress)
+        leases.finish(store, lease, outcome.result, outcome.error)
+    except BaseException as error:
+        with contextlib.suppress(TunesmithError):  # where nothing can be recorded, the lease runs out
+            _record(store, lease, error)
+        raise
+
+
+@contextlib.contextmanager
+def _beating(store: Store, lease: Lease, progress: JobProgress) -> Iterator[None]:
+    """Renew the lease in the background. Stops the work where a person wants that, or where the lease is lost."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(min(_BEAT, lease.seconds / 4)):
+            try:
+                if leases.renew(store, lease, progress.document()):
+                    progress.stopping.set()
+            except LeaseLost:
+                progress.stopping.set()
+                return
+            except TunesmithError:  # the database cannot be reached: the next turn may renew the lease
+                continue
+
+    thread = threading.Thread(target=beat, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _record(store: Store, lease: Lease, error: BaseException) -> None:
+    """Record why a job's work ended early. Raises LeaseLost where the job was taken back."""
+    if isinstance(error, LeaseLost):
+        return
+    if isinstance(error, Stopped):
+        leases.stop(store, lease, "its worker was told to stop")
+    elif isinstance(error, LockHeld) and not lease.own:
+        leases.stop(store, lease, f"{error.what} ({error.where})", busy=True)
+    elif isinstance(error, TunesmithError):
+        code = _CODES.get(type(error), "failed")
+        stated = {"code": code, "what": error.what, "where": error.where, "fix": error.fix}
+        # What was refused once is refused again; a full disk or a lost connection may pass.
+        leases.fail(store, lease, stated, retry=code == "failed")
+    elif isinstance(error, Exception):
+        leases.log(store, lease, "".join(traceback.format_exception(error)))
+        what = f"{type(error).__name__}: {error}"
+        leases.fail(store, lease, {"code": "internal", "what": what}, retry=True)
+    else:
+        leases.fail(store, lease, {"code": "interrupted", "what": "it was interrupted"}, retry=False)

@@ -1,0 +1,223 @@
+"""What people do with jobs: add, cancel, pause and resume them, and read their state and log.
+
+Every change is one transaction with an audit entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tunesmith.core.digests import digest_of
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.scope import Scope
+from tunesmith.jobs.state import ENDED, Clock, Event, Job, State, add_event, database_time, job_of
+from tunesmith.store import database
+from tunesmith.store.identities import require
+from tunesmith.store.store import Store
+from tunesmith.store.tables import JobEventRow, JobRow
+
+ATTEMPTS = 3
+_LONGEST_KEY = 128
+_PRIORITIES = range(-1000, 1001)
+
+
+def add(
+    store: Store,
+    kind: str,
+    arguments: Mapping[str, Any],
+    *,
+    project: str,
+    actor: str,
+    priority: int = 0,
+    key: str | None = None,
+    scope: Scope = Scope(),
+    attempts: int = ATTEMPTS,
+    clock: Clock = database_time,
+) -> Job:
+    """Add a job to the queue.
+
+    arguments: JSON values. priority: jobs with a higher one are taken first. key: an idempotency key; the same key of
+    the same actor gives the job that it gave before. attempts: how often it is tried at most.
+    Raises UsageError for a key that was given with another kind or other arguments, and for values out of range;
+    Refused where the actor may not add jobs.
+    """
+    check_new(priority, key)
+    with database.reading(store.engine) as session:
+        require(session, actor, "job.add", scope=scope)
+        if key is not None and (known := _same_key(session, kind, arguments, actor, key)) is not None:
+            return job_of(known)
+    detail: dict[str, Any] = {}
+    with store.change(actor, "job.add", kind, detail) as session:
+        require(session, actor, "job.add", scope=scope)
+        if key is not None and (known := _same_key(session, kind, arguments, actor, key)) is not None:
+            detail["job"] = known.id  # another process added it meanwhile
+            return job_of(known)
+        row = new_row(session, kind, arguments, project, actor, attempts, clock)
+        row.priority, row.key, row.tenant, row.region = priority, key, scope.tenant, scope.region
+        session.flush()
+        detail |= {"job": row.id, "arguments": digest_of(dict(arguments))}
+        return job_of(row)
+
+
+def check_new(priority: int, key: str | None) -> None:
+    """Raise UsageError for a priority or an idempotency key that the queue does not take."""
+    if priority not in _PRIORITIES:
+        raise UsageError(f"the priority {priority} is not from {_PRIORITIES[0]} to {_PRIORITIES[-1]}")
+    if key is not None and not (0 < len(key) <= _LONGEST_KEY and key.isprintable()):
+        raise UsageError(f"an idempotency key has 1 to {_LONGEST_KEY} printable characters", where=repr(key[:40]))
+
+
+def new_row(
+    session: Session,
+    kind: str,
+    arguments: Mapping[str, Any],
+    project: str,
+    actor: str,
+    attempts: int,
+    clock: Clock,
+) -> JobRow:
+    """A new row in the state queued, inside a write transaction."""
+    now = clock(session)
+    row = JobRow(
+        project=project,
+        kind=kind,
+        arguments=dict(arguments),
+        state="queued",
+        created_by=actor,
+        most_attempts=attempts,
+        due=now,
+        created=now,
+        progress={},
+        result={},
+        error={},
+    )
+    session.add(row)
+    session.flush()
+    return row
+
+
+def _same_key(session: Session, kind: str, arguments: Mapping[str, Any], actor: str, key: str) -> JobRow | None:
+    row = session.scalars(select(JobRow).where(JobRow.created_by == actor, JobRow.key == key)).first()
+    if row is not None and (row.kind, row.arguments) != (kind, dict(arguments)):
+        raise UsageError(
+            f"the key {key!r} was given before, with another kind or other arguments",
+            where=f"job {row.id}",
+            fix="give another key, or none",
+        )
+    return row
+
+
+def get(store: Store, number: int) -> Job:
+    """A job by its number. Raises UsageError where there is none."""
+    with database.reading(store.engine) as session:
+        return job_of(_row(session, number))
+
+
+def list_jobs(
+    store: Store, *, states: Collection[State] = (), before: int | None = None, most: int = 100, scope: Scope = Scope()
+) -> list[Job]:
+    """Jobs, newest first. states: only these; all where empty. before: only older ones than this number.
+
+    scope: only jobs that it covers.
+    """
+    found = select(JobRow).order_by(JobRow.id.desc()).limit(most)
+    if states:
+        found = found.where(JobRow.state.in_(states))
+    if before is not None:
+        found = found.where(JobRow.id < before)
+    for column, own in ((JobRow.tenant, scope.tenant), (JobRow.region, scope.region)):
+        if own:
+            found = found.where(column == own)
+    with database.reading(store.engine) as session:
+        return [job_of(row) for row in session.scalars(found)]
+
+
+def is_waiting(store: Store, project: str) -> bool:
+    """Whether a job of a project is queued, due or not."""
+    with database.reading(store.engine) as session:
+        waiting = select(JobRow.id).where(JobRow.project == project, JobRow.state == "queued")
+        return session.scalar(waiting.limit(1)) is not None
+
+
+def events(store: Store, number: int, after: int = 0) -> list[Event]:
+    """The lines of a job's log, oldest first. after: only those with a higher number."""
+    found = select(JobEventRow).where(JobEventRow.job == number, JobEventRow.number > after)
+    with database.reading(store.engine) as session:
+        _row(session, number)
+        rows = session.scalars(found.order_by(JobEventRow.number))
+        return [Event(row.number, row.at, row.message) for row in rows]
+
+
+def time_now(store: Store, clock: Clock = database_time) -> float:
+    """The time by which leases end, in seconds since 1970."""
+    with database.reading(store.engine) as session:
+        return clock(session)
+
+
+# Changes
+
+
+def cancel(store: Store, number: int, *, actor: str, clock: Clock = database_time) -> Job:
+    """End a job for good. A running one ends between two of its steps; its checkpoints are kept.
+
+    Raises Refused for a job that ended, and where the actor may not change jobs.
+    """
+    return _ask(store, number, "cancelled", actor, clock)
+
+
+def pause(store: Store, number: int, *, actor: str, clock: Clock = database_time) -> Job:
+    """Keep a job from being performed until it is resumed. A running one stops between two of its steps.
+
+    Raises what cancel raises, and Refused for a job that is paused or about to be cancelled.
+    """
+    return _ask(store, number, "paused", actor, clock)
+
+
+def resume(store: Store, number: int, *, actor: str, clock: Clock = database_time) -> Job:
+    """Put a paused job back into the queue. Raises Refused for a job that is not paused."""
+    with store.change(actor, "job.resume", f"job {number}", {}) as session:
+        row = _changeable(session, number, actor)
+        if row.state == "running" and row.wanted == "paused":
+            row.wanted = ""
+        elif row.state == "paused":
+            row.state, row.due = "queued", clock(session)
+        else:
+            raise Refused(f"it is {row.state}, not paused", where=f"job {number}")
+        add_event(session, number, clock(session), f"resumed by {actor}")
+        return job_of(row)
+
+
+def _ask(store: Store, number: int, state: Literal["cancelled", "paused"], actor: str, clock: Clock) -> Job:
+    """Put a waiting job into a state, or ask the worker of a running one to do so."""
+    action = {"cancelled": "job.cancel", "paused": "job.pause"}[state]
+    with store.change(actor, action, f"job {number}", {}) as session:
+        row = _changeable(session, number, actor)
+        now = clock(session)
+        if row.state in ENDED:
+            raise Refused(f"it has ended: {row.state}", where=f"job {number}")
+        if state == "paused" and (row.state == "paused" or row.wanted == "cancelled"):
+            raise Refused(f"it is {row.wanted or row.state} already", where=f"job {number}")
+        if row.state == "running":
+            row.wanted = state
+        else:
+            row.state = state
+            row.ended = now if state in ENDED else None
+        add_event(session, number, now, f"{'to be ' if row.state == 'running' else ''}{state}, asked by {actor}")
+        return job_of(row)
+
+
+def _changeable(session: Session, number: int, actor: str) -> JobRow:
+    row = _row(session, number)
+    require(session, actor, "job.change", scope=Scope(row.tenant, row.region))
+    return row
+
+
+def _row(session: Session, number: int) -> JobRow:
+    row = session.get(JobRow, number)
+    if row is None:
+        raise UsageError(f"there is no job {number}", fix="`tunesmith jobs list` shows them")
+    return row

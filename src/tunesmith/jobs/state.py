@@ -1,0 +1,84 @@
+"""A job and its log, as the database has them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias, get_args
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from tunesmith.store.tables import JobEventRow, JobRow
+
+State = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+STATES: tuple[State, ...] = get_args(State)
+ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
+# Seconds since 1970, read inside a transaction.
+Clock: TypeAlias = Callable[[Session], float]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job. The fields are those of JobRow."""
+
+    id: int
+    project: str
+    kind: str
+    arguments: dict[str, Any]
+    state: State
+    wanted: str
+    priority: int
+    tenant: str
+    region: str
+    created_by: str
+    key: str | None
+    attempts: int
+    most_attempts: int
+    due: float
+    fence: int
+    worker: str
+    until: float | None
+    progress: dict[str, Any]
+    result: dict[str, Any]
+    error: dict[str, Any]
+    created: float
+    started: float | None
+    ended: float | None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing happens to it any more."""
+        return self.state in ENDED
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of a job's log. number: from 1. at: seconds since 1970."""
+
+    number: int
+    at: float
+    message: str
+
+
+def job_of(row: JobRow) -> Job:
+    """The job that a row states."""
+    return Job(**{field.name: getattr(row, field.name) for field in fields(Job)})
+
+
+def database_time(session: Session) -> float:
+    """The time by the database's clock, so that workers whose clocks differ agree on when a lease ends.
+
+    SQLite has no clock of its own: there it is this machine's, which all workers share.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        return float(session.scalar(select(func.extract("epoch", func.clock_timestamp()))) or 0.0)
+    return time.time()
+
+
+def add_event(session: Session, job: int, at: float, message: str) -> None:
+    """Add a line to a job's log, inside a write transaction."""
+    last = session.scalar(select(func.max(JobEventRow.number)).where(JobEventRow.job == job)) or 0
+    session.add(JobEventRow(job=job, number=last + 1, at=at, message=message))
+    session.flush()

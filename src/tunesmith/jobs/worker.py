@@ -1,0 +1,140 @@
+"""The worker: takes jobs from the queue and has each performed by a process of its own.
+
+A job's process renews its lease itself, so that a job whose process hangs is taken back. The worker notices at once
+where a process ended without recording what came of its job, as after `kill -9` or without memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+
+from tunesmith.core.errors import TunesmithError
+from tunesmith.jobs import leases, queue
+from tunesmith.jobs.leases import LEASE_SECONDS, Lease, LeaseLost
+from tunesmith.jobs.state import Job
+from tunesmith.store.store import Store
+
+# Seconds between two looks at the queue and at the processes.
+_POLL = 0.5
+# Seconds that a process may take to stop by itself between two of its steps. It is killed then; its checkpoints stay.
+GRACE_SECONDS = 60.0
+
+
+def worker_name() -> str:
+    """This process, as jobs name the worker that performs them."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+@dataclass
+class _Child:
+    lease: Lease
+    process: BaseProcess
+    told: float | None = None  # when it was told to stop, or a person asked for that
+
+    def overdue(self, grace: float) -> bool:
+        return self.told is not None and time.monotonic() - self.told > grace
+
+
+class Worker:
+    """Performs the jobs of one project until it is told to stop.
+
+    start: starts a process that performs a job, and stops it between two steps at SIGTERM. at_once: jobs that are
+    performed at the same time. say: shows a line to a person. stopping: once set, no job is taken, and those that are
+    performed go back into the queue. grace: seconds that they may take to stop.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        project: str,
+        kinds: Collection[str],
+        start: Callable[[Lease], BaseProcess],
+        *,
+        at_once: int = 1,
+        lease_seconds: float = LEASE_SECONDS,
+        grace: float = GRACE_SECONDS,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.stopping = threading.Event()
+        self._store, self._project, self._kinds, self._start = store, project, kinds, start
+        self._at_once, self._lease_seconds, self._grace, self._say = at_once, lease_seconds, grace, say
+        self._name = worker_name()
+        self._children: list[_Child] = []
+        self._complaint = ""
+
+    def run(self, *, until_empty: bool = False) -> None:
+        """Perform jobs. until_empty: return once no job is queued or performed.
+
+        A database that cannot be reached is reported, and tried again.
+        """
+        try:
+            while True:
+                idle = False
+                try:
+                    idle = self._turn()
+                    self._complaint = ""
+                except TunesmithError as error:
+                    if str(error) != self._complaint:  # once, not at every turn
+                        self._complaint = str(error)
+                        self._say(f"waiting: {error}")
+                if not self._children and (self.stopping.is_set() or (until_empty and idle)):
+                    return
+                time.sleep(_POLL) if self.stopping.is_set() else self.stopping.wait(_POLL)
+        finally:
+            for child in self._children:
+                child.process.kill()
+                child.process.join()
+                with contextlib.suppress(TunesmithError):  # otherwise the lease runs out
+                    leases.stop(self._store, child.lease, "its worker was ended")
+
+    def _turn(self) -> bool:
+        """Look after the processes and take new jobs. Returns whether no job waits or is performed."""
+        for child in list(self._children):
+            self._look_after(child)
+        while not self.stopping.is_set() and len(self._children) < self._at_once:
+            lease = leases.claim(
+                self._store, self._name, self._kinds, project=self._project, seconds=self._lease_seconds
+            )
+            if lease is None:
+                break
+            self._say(f"job {lease.job}: started")
+            self._children.append(_Child(lease, self._start(lease)))
+        return not self._children and not queue.is_waiting(self._store, self._project)
+
+    def _look_after(self, child: _Child) -> None:
+        """Tell a process to stop, kill it where it does not, and record how it ended where it did not do so itself."""
+        process, lease = child.process, child.lease
+        if process.is_alive():
+            job = queue.get(self._store, lease.job)
+            lost = job.fence != lease.fence
+            if child.told is None and (self.stopping.is_set() or job.wanted or lost):
+                child.told = time.monotonic()
+                if self.stopping.is_set():
+                    process.terminate()
+            if not child.overdue(self._grace):
+                return
+            process.kill()
+        process.join()
+        with contextlib.suppress(LeaseLost):  # it has recorded how it ended, or another worker has the job
+            if child.told is not None:
+                leases.stop(self._store, lease, "its process did not stop in time and was killed")
+            else:
+                what = f"its process ended with {_ending(process.exitcode)}"
+                leases.fail(self._store, lease, {"code": "process_ended", "what": what}, retry=True)
+        self._children.remove(child)
+        self._say(_said(queue.get(self._store, lease.job)))
+
+
+def _ending(code: int | None) -> str:
+    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+
+def _said(job: Job) -> str:
+    return f"job {job.id}: {job.state}{': ' + str(job.error['what']) if job.error else ''}"

@@ -1,0 +1,283 @@
+"""Queue a run, perform it here or by a worker, and show jobs with their progress and log."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.digests import digest_of
+from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.processes import end_with_parent
+from tunesmith.core.progress import SILENT, Progress, Stopped
+from tunesmith.core.scope import Scope
+from tunesmith.core.view import View
+from tunesmith.jobs import leases, queue
+from tunesmith.jobs.leases import LEASE_SECONDS, Lease
+from tunesmith.jobs.performing import JobProgress, Outcome, perform
+from tunesmith.jobs.state import STATES, Job, State
+from tunesmith.jobs.worker import Worker, worker_name
+from tunesmith.project import Project, open_project, open_store
+from tunesmith.services import training
+from tunesmith.services.training import RunSummary
+from tunesmith.store.identities import acting
+from tunesmith.store.store import Store
+
+
+class JobView(View):
+    """A job. Times are seconds since 1970, null for what has not happened.
+
+    state: queued, running, paused, succeeded, failed or cancelled; wanted: the state that a person asked a running job
+    to go to, "" where nobody did. worker: who performs it, or did last. silent: it runs, but its worker gave no sign of
+    life until its lease ended, so the next worker takes it on. progress: the step that it is at, with `done` of `total`
+    and `seconds_left` for this step; {} between steps. result: what `tunesmith run --json` prints; {} where there is
+    none. error: code, what, where and fix; {} where there is none.
+    """
+
+    job: int
+    kind: str
+    state: State
+    wanted: str
+    priority: int
+    tenant: str
+    region: str
+    created_by: str
+    key: str | None
+    attempts: int
+    most_attempts: int
+    worker: str
+    silent: bool
+    progress: dict[str, Any]
+    result: dict[str, Any]
+    error: dict[str, Any]
+    created: float
+    due: float
+    started: float | None
+    ended: float | None
+
+    @property
+    def scope(self) -> Scope:
+        """Whom it is for."""
+        return Scope(self.tenant, self.region)
+
+
+class JobList(View):
+    """Jobs, newest first."""
+
+    jobs: tuple[JobView, ...]
+
+
+class LogLine(View):
+    """A line of a job's log. number: from 1. at: seconds since 1970."""
+
+    number: int
+    at: float
+    message: str
+
+
+class JobLog(View):
+    """A job's log, oldest line first. state: the job's."""
+
+    job: int
+    state: State
+    lines: tuple[LogLine, ...]
+
+
+def queue_run(project: Project, *, priority: int = 0, key: str | None = None, actor: str | None = None) -> JobView:
+    """Queue a run of the whole pipeline for a worker.
+
+    key: an idempotency key: given again by the same person with the same settings, it gives the same job.
+    """
+    job = queue.add(
+        project.store,
+        "run",
+        _run_arguments(project),
+        project=project.settings.name,
+        actor=project.actor(actor),
+        priority=priority,
+        key=key,
+    )
+    return view_of(project.store, job)
+
+
+def run_here(project: Project, *, progress: Progress = SILENT, actor: str | None = None) -> RunSummary:
+    """Run the whole pipeline in this process, as a job that others see in the list of jobs.
+
+    Raises what `training.run` raises, and TunesmithError where somebody stopped the job.
+    """
+    by = project.actor(actor)
+    lease = leases.begin(
+        project.store,
+        worker_name(),
+        "run",
+        _run_arguments(project),
+        project=project.settings.name,
+        actor=by,
+    )
+    done: list[RunSummary] = []
+    try:
+        perform(project.store, lease, partial(_run, project, by, done), shown=progress)
+    except Stopped:
+        state = queue.get(project.store, lease.job).state
+        raise TunesmithError(
+            f"the run was stopped: its job is {state}",
+            where=f"job {lease.job}",
+            fix=f"`tunesmith jobs log {lease.job}` says by whom; `tunesmith run` continues from here",
+        ) from None
+    return done[0]
+
+
+def _run(project: Project, actor: str, done: list[RunSummary], progress: JobProgress) -> Outcome:
+    """Run the whole pipeline; its summary is appended to done. A verdict other than pass is an error."""
+    summary = training.run(project, progress=progress, actor=actor)
+    done.append(summary)
+    verdict = summary.gate.verdict
+    if verdict == "pass":
+        return Outcome(summary.document())
+    failed = [gate.name for gate in summary.gate.gates if gate.outcome != "pass"]
+    error = {
+        "code": f"verdict_{verdict}",
+        "what": f"the verdict is {verdict}: {', '.join(failed) or 'there are no gates'}",
+        "where": f"verdict {summary.gate.digest}",
+        "fix": "`tunesmith report` says why and what to do",
+    }
+    return Outcome(summary.document(), error)
+
+
+def _run_arguments(project: Project) -> dict[str, Any]:
+    return {"settings": digest_of(project.settings.model_dump(mode="json", by_alias=True))}
+
+
+def _perform_run(project: Project, job: Job, progress: JobProgress) -> Outcome:
+    """Perform a queued run. Raises UsageError where the project's settings changed since it was queued."""
+    if _run_arguments(project) != job.arguments:
+        raise UsageError(
+            "the project's settings changed since this run was queued",
+            where=str(project.root / "tunesmith.yaml"),
+            fix="queue it again: `tunesmith run --queue`",
+        )
+    return _run(project, job.created_by, [], progress)
+
+
+_KINDS: Mapping[str, Callable[[Project, Job, JobProgress], Outcome]] = {"run": _perform_run}
+
+
+# The worker
+
+
+def make_worker(
+    project: Project,
+    *,
+    at_once: int = 1,
+    lease_seconds: float = LEASE_SECONDS,
+    say: Callable[[str], None] = lambda _: None,
+) -> Worker:
+    """A worker for a project's jobs."""
+    start = partial(_start_process, project.root)
+    return Worker(
+        project.store,
+        project.settings.name,
+        list(_KINDS),
+        start,
+        at_once=at_once,
+        lease_seconds=lease_seconds,
+        say=say,
+    )
+
+
+def _start_process(root: Path, lease: Lease) -> BaseProcess:
+    process = multiprocessing.get_context("spawn").Process(
+        target=perform_in_child, args=(root, lease, os.getpid()), name=f"job {lease.job}"
+    )
+    process.start()
+    return process
+
+
+def perform_in_child(root: Path, lease: Lease, parent: int) -> None:
+    """Perform a job in this process, which is the worker's child. parent: the worker's process number."""
+    end_with_parent(parent)
+    stopping = threading.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the worker too, which ends this process in order
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    store = open_store(root)
+    job = queue.get(store, lease.job)
+
+    def work(progress: JobProgress) -> Outcome:
+        project = open_project(root)
+        project.store = store
+        return _KINDS[job.kind](project, job, progress)
+
+    with contextlib.suppress(Exception):  # it is recorded
+        perform(store, lease, work, stopping=stopping)
+
+
+# Reading and changing
+
+
+def list_jobs(
+    store: Store,
+    *,
+    states: Collection[State] = (),
+    before: int | None = None,
+    most: int = 100,
+    scope: Scope = Scope(),
+) -> JobList:
+    """Jobs, newest first. states: only these; all where empty. before: only those before this number.
+
+    scope: only jobs that it covers.
+    """
+    now = queue.time_now(store)
+    found = queue.list_jobs(store, states=states, before=before, most=most, scope=scope)
+    return JobList(jobs=tuple(_view(job, now) for job in found))
+
+
+def states_named(names: Collection[str]) -> list[State]:
+    """The states with these names. Raises UsageError for a name that is none."""
+    if unknown := [name for name in names if name not in STATES]:
+        raise UsageError(f"{unknown[0][:40]!r} is not a state of jobs", fix=f"name one of {', '.join(STATES)}")
+    return [state for state in STATES if state in names]
+
+
+def show(store: Store, number: int) -> JobView:
+    """A job as it is now. Raises UsageError where there is none."""
+    return view_of(store, queue.get(store, number))
+
+
+def log(store: Store, number: int, after: int = 0) -> JobLog:
+    """The log of a job. after: only lines with a higher number."""
+    state = queue.get(store, number).state  # before the lines, so that an ended job's log is whole
+    lines = queue.events(store, number, after)
+    return JobLog(job=number, state=state, lines=tuple(LogLine(**vars(line)) for line in lines))
+
+
+def cancel(store: Store, number: int, *, actor: str | None = None) -> JobView:
+    """End a job for good; a running one ends between two of its steps, and its checkpoints are kept."""
+    return view_of(store, queue.cancel(store, number, actor=acting(store, actor)))
+
+
+def pause(store: Store, number: int, *, actor: str | None = None) -> JobView:
+    """Keep a job from being performed until it is resumed; a running one stops between two of its steps."""
+    return view_of(store, queue.pause(store, number, actor=acting(store, actor)))
+
+
+def resume(store: Store, number: int, *, actor: str | None = None) -> JobView:
+    """Put a paused job back into the queue."""
+    return view_of(store, queue.resume(store, number, actor=acting(store, actor)))
+
+
+def view_of(store: Store, job: Job) -> JobView:
+    """A job as people see it."""
+    return _view(job, queue.time_now(store))
+
+
+def _view(job: Job, now: float) -> JobView:
+    stated = {name: getattr(job, name) for name in JobView.model_fields if hasattr(job, name)}
+    silent = job.state == "running" and job.until is not None and job.until < now
+    return JobView(job=job.id, silent=silent, **stated)

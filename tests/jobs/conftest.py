@@ -1,0 +1,34 @@
+"""An empty store with an owner, olive, and a clock that tests set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sqlalchemy.orm import Session
+
+from tunesmith.store import identities
+from tunesmith.store.store import Store
+
+
+class SetClock:
+    """Tells the time that it was set to."""
+
+    def __init__(self) -> None:
+        self.at = 1000.0
+
+    def __call__(self, _session: Session) -> float:
+        return self.at
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("TUNESMITH_USER", "olive")
+    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def clock(store: Store) -> SetClock:
+    identities.ensure_owner(store)
+    return SetClock()

@@ -1,0 +1,237 @@
+"""Jobs and leases: order, idempotency keys, retries, fencing, and what people ask for."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from tests.jobs.conftest import SetClock
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.jobs import leases, queue
+from tunesmith.jobs.leases import Lease, LeaseLost
+from tunesmith.jobs.state import Job
+from tunesmith.store import audit, database, identities
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AuditRow, MemoRow
+
+ERROR = {"code": "failed", "what": "the disk is full"}
+
+
+def add(store: Store, clock: SetClock, **options: Any) -> Job:
+    return queue.add(store, "run", {"n": 1}, **{"project": "p", "actor": "olive", "clock": clock, **options})
+
+
+def claim(store: Store, clock: SetClock, worker: str = "w", project: str = "p") -> Lease | None:
+    return leases.claim(store, worker, ["run"], project=project, seconds=10, clock=clock)
+
+
+def claimed(store: Store, clock: SetClock, worker: str = "w") -> Lease:
+    lease = claim(store, clock, worker)
+    assert lease is not None
+    return lease
+
+
+def log(store: Store, number: int) -> list[str]:
+    return [event.message for event in queue.events(store, number)]
+
+
+def test_the_highest_priority_is_taken_first_and_then_the_oldest(store: Store, clock: SetClock) -> None:
+    numbers = [add(store, clock, priority=priority).id for priority in (0, 5, 0, 5, -1)]
+    taken = [claimed(store, clock).job for _ in numbers]
+    assert taken == [numbers[place] for place in (1, 3, 0, 2, 4)]
+    assert claim(store, clock) is None
+
+
+def test_a_worker_takes_jobs_of_its_project_and_kinds_only(store: Store, clock: SetClock) -> None:
+    add(store, clock)
+    assert claim(store, clock, project="other") is None
+    assert leases.claim(store, "w", ["other"], project="p", clock=clock) is None
+
+
+def test_an_idempotency_key_gives_the_same_job_again(store: Store, clock: SetClock) -> None:
+    first = add(store, clock, key="k")
+    assert add(store, clock, key="k").id == first.id
+    assert add(store, clock, key="l").id != first.id
+    with pytest.raises(UsageError, match="other arguments"):
+        queue.add(store, "run", {"n": 2}, project="p", actor="olive", key="k", clock=clock)
+    identities.add_user(store, "eve", ["engineer"], actor="olive")
+    assert add(store, clock, key="k", actor="eve").id != first.id, "each person has keys of their own"
+    for key in ("", "x" * 129, "a\nb"):
+        with pytest.raises(UsageError, match="idempotency key"):
+            add(store, clock, key=key)
+    assert len(queue.list_jobs(store)) == 3
+
+
+def test_many_at_once_with_one_key_make_one_job(store: Store, clock: SetClock) -> None:
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(add(store, clock, key="k").id)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6
+    assert len(set(found)) == 1
+
+
+def test_many_workers_take_each_job_once(store: Store, clock: SetClock) -> None:
+    numbers = {add(store, clock).id for _ in range(12)}
+    taken: list[int] = []
+
+    def work() -> None:
+        while (lease := claim(store, clock)) is not None:
+            taken.append(lease.job)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == sorted(numbers)
+
+
+def test_a_lease_that_ran_out_goes_to_another_worker_and_the_first_can_record_nothing(
+    store: Store, clock: SetClock
+) -> None:
+    number = add(store, clock).id
+    old = claimed(store, clock, "first")
+    clock.at += 9
+    leases.renew(store, old, {}, clock=clock)
+    clock.at += 9
+    assert claim(store, clock, "second") is None, "it was renewed"
+    clock.at += 2
+    new = claimed(store, clock, "second")
+    assert new.job == number
+    assert new.fence > old.fence
+    for attempt in (
+        lambda: leases.renew(store, old, {}, clock=clock),
+        lambda: leases.log(store, old, "still here", clock=clock),
+        lambda: leases.finish(store, old, {"by": "first"}, clock=clock),
+        lambda: leases.fail(store, old, ERROR, retry=True, clock=clock),
+        lambda: leases.stop(store, old, "stop", clock=clock),
+    ):
+        with pytest.raises(LeaseLost):
+            attempt()
+    leases.finish(store, new, {"by": "second"}, clock=clock)
+    with pytest.raises(LeaseLost):
+        leases.finish(store, new, {"by": "second again"}, clock=clock)
+    assert queue.get(store, number).result == {"by": "second"}
+    assert "still here" not in log(store, number)
+
+
+def test_a_fenced_store_writes_nothing_once_the_lease_is_lost(store: Store, clock: SetClock) -> None:
+    add(store, clock)
+    old = claimed(store, clock)
+    with store.fenced(lambda session: leases.check(session, old)):
+        store.keep_memo("before", "x")
+        clock.at += 11
+        other = Store(store.root)  # another worker's
+        assert claim(other, clock, "second") is not None
+        with pytest.raises(LeaseLost):
+            store.keep_memo("after", "x")
+        with pytest.raises(LeaseLost), store.change("olive", "test.effect", "x", {}):
+            pass
+    store.keep_memo("unfenced", "x")
+    with database.reading(store.engine) as session:
+        assert set(session.scalars(select(MemoRow.key))) == {"before", "unfenced"}
+        assert "test.effect" not in set(session.scalars(select(AuditRow.action)))
+
+
+def test_errors_are_tried_again_later_and_later_until_no_attempt_is_left(store: Store, clock: SetClock) -> None:
+    number = add(store, clock, attempts=3).id
+    waited = []
+    for _ in range(3):
+        lease = claimed(store, clock)
+        leases.fail(store, lease, ERROR, retry=True, clock=clock)
+        job = queue.get(store, number)
+        waited.append(job.due - clock.at if job.state == "queued" else job.state)
+        assert claim(store, clock) is None
+        clock.at = max(clock.at, job.due)
+    assert waited == [10.0, 20.0, "failed"]
+    assert queue.get(store, number).error == ERROR
+    assert claim(store, clock) is None
+
+
+def test_a_final_error_is_not_tried_again(store: Store, clock: SetClock) -> None:
+    number = add(store, clock).id
+    leases.fail(store, claimed(store, clock), ERROR, retry=False, clock=clock)
+    assert queue.get(store, number).state == "failed"
+
+
+def test_workers_that_vanish_use_up_the_attempts(store: Store, clock: SetClock) -> None:
+    number = add(store, clock, attempts=2).id
+    for _ in range(2):
+        claimed(store, clock)
+        clock.at += 11
+    assert claim(store, clock) is None
+    job = queue.get(store, number)
+    assert (job.state, job.error["code"]) == ("failed", "worker_lost")
+
+
+def test_stopping_a_worker_uses_up_no_attempt(store: Store, clock: SetClock) -> None:
+    number = add(store, clock, attempts=1).id
+    for _ in range(3):
+        leases.stop(store, claimed(store, clock), "told to", clock=clock)
+    leases.stop(store, claimed(store, clock), "somebody works on it", busy=True, clock=clock)
+    assert claim(store, clock) is None, "not at once"
+    clock.at += 6
+    leases.finish(store, claimed(store, clock), {}, clock=clock)
+    assert queue.get(store, number).state == "succeeded"
+
+
+def test_what_people_ask_for(store: Store, clock: SetClock) -> None:
+    number = add(store, clock).id
+    assert queue.pause(store, number, actor="olive", clock=clock).state == "paused"
+    assert claim(store, clock) is None
+    with pytest.raises(Refused, match="paused already"):
+        queue.pause(store, number, actor="olive", clock=clock)
+    assert queue.resume(store, number, actor="olive", clock=clock).state == "queued"
+    with pytest.raises(Refused, match="not paused"):
+        queue.resume(store, number, actor="olive", clock=clock)
+    lease = claimed(store, clock)
+    assert queue.pause(store, number, actor="olive", clock=clock).wanted == "paused"
+    assert leases.renew(store, lease, {}, clock=clock) == "paused"
+    leases.stop(store, lease, "stop", clock=clock)
+    assert queue.get(store, number).state == "paused"
+    queue.resume(store, number, actor="olive", clock=clock)
+    lease = claimed(store, clock)
+    assert queue.cancel(store, number, actor="olive", clock=clock).wanted == "cancelled"
+    with pytest.raises(Refused, match="cancelled already"):
+        queue.pause(store, number, actor="olive", clock=clock)
+    clock.at += 11
+    assert claim(store, clock) is None, "a job to be cancelled is not tried again"
+    assert queue.get(store, number).state == "cancelled"
+    with pytest.raises(Refused, match="has ended"):
+        queue.cancel(store, number, actor="olive", clock=clock)
+    with pytest.raises(UsageError, match="no job 99"):
+        queue.cancel(store, 99, actor="olive", clock=clock)
+    with database.reading(store.engine) as session:
+        assert audit.verify(session) == []
+        actions = list(session.scalars(select(AuditRow.action).order_by(AuditRow.seq)))
+    assert actions == ["user.add", "job.add", "job.pause", "job.resume", "job.pause", "job.resume", "job.cancel"]
+
+
+def test_who_may_add_and_change_jobs(store: Store, clock: SetClock) -> None:
+    identities.add_user(store, "ann", ["approver"], actor="olive")
+    number = add(store, clock).id
+    with pytest.raises(Refused, match="may not do this"):
+        add(store, clock, actor="ann")
+    with pytest.raises(Refused, match="may not do this"):
+        queue.cancel(store, number, actor="ann", clock=clock)
+    assert [job.state for job in queue.list_jobs(store)] == ["queued"]
+
+
+def test_a_job_that_a_person_performs_is_taken_on_by_nobody(store: Store, clock: SetClock) -> None:
+    lease = leases.begin(store, "here", "run", {}, project="p", actor="olive", seconds=10, clock=clock)
+    clock.at += 11
+    assert claim(store, clock) is None
+    assert queue.get(store, lease.job).error["code"] == "worker_lost"
+
+
+def test_pages_of_the_list(store: Store, clock: SetClock) -> None:
+    numbers = [add(store, clock).id for _ in range(5)]
+    assert [job.id for job in queue.list_jobs(store, most=2)] == numbers[:2:-1]
+    assert [job.id for job in queue.list_jobs(store, before=numbers[3], most=2)] == [numbers[2], numbers[1]]
+    assert queue.list_jobs(store, states=["failed"]) == []

@@ -1,0 +1,179 @@
+"""The worker with real processes: a job whose process dies, and a whole project whose worker is killed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs.conftest import SetClock
+from tests.jobs.test_performing import until
+from tests.tiny_project import settings, write_project
+from tunesmith.api import Project
+from tunesmith.core.errors import UsageError
+from tunesmith.jobs import leases, queue
+from tunesmith.jobs.leases import Lease
+from tunesmith.jobs.worker import Worker
+from tunesmith.services import jobs, training
+from tunesmith.store.store import Store
+
+
+def perform(root: Path, lease: Lease) -> None:
+    """A job's process: its arguments say what it does."""
+    store = Store(root)
+    if queue.get(store, lease.job).arguments.get("dies"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    leases.finish(store, lease, {"process": os.getpid()})
+
+
+def starting(root: Path) -> Callable[[Lease], BaseProcess]:
+    def start(lease: Lease) -> BaseProcess:
+        process = multiprocessing.get_context("spawn").Process(target=perform, args=(root, lease))
+        process.start()
+        return process
+
+    return start
+
+
+def test_each_job_has_a_process_and_one_that_dies_is_noticed(store: Store, clock: SetClock) -> None:
+    def add(**arguments: Any) -> int:
+        return queue.add(store, "run", arguments, project="p", actor="olive", attempts=1).id
+
+    dies, lives = add(dies=True), [add(), add()]
+    said: list[str] = []
+    Worker(store, "p", ["run"], starting(store.root), at_once=2, say=said.append).run(until_empty=True)
+    job = queue.get(store, dies)
+    assert (job.state, job.error["code"]) == ("failed", "process_ended")
+    assert "signal 9" in job.error["what"]
+    assert f"job {dies}: failed: its process ended with signal 9" in said
+    done = [queue.get(store, number) for number in lives]
+    assert [one.state for one in done] == ["succeeded"] * 2
+    assert len({os.getpid(), *(one.result["process"] for one in done)}) == 3
+
+
+# A whole project
+
+
+class Running:
+    """`tunesmith worker` on a project, as a process."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "tunesmith", "worker", "-C", str(folder), "--lease", "4", *options]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def children(self) -> list[int]:
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(number) for number in path.read_text().split()]
+
+    def end(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        assert self.process.stderr is not None
+        self.process.stderr.read()
+        return self.process.wait(120)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project whose training is long enough to be disturbed."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("TUNESMITH_THREADS", "1")
+    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
+    known: Any = settings()["candidates"]
+    tuned = {**known["tuned"], "train": {"rank": 2, "batch": 2, "epochs": 12, "checkpoint_seconds": 0.001}}
+    return write_project(tmp_path / "p", candidates={"plain": known["plain"], "tuned": tuned})
+
+
+def cli(folder: Path, *arguments: str) -> Any:
+    command = [sys.executable, "-m", "tunesmith", *arguments, "-C", str(folder), "--json"]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def gone(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.slow
+def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path) -> None:
+    number = cli(folder, "run", "--queue", "--key", "k")["job"]
+    assert cli(folder, "run", "--queue", "--key", "k")["job"] == number
+    store = Project.load(folder).store
+
+    def checkpoints() -> list[str]:
+        return sorted(path.name for path in store.local("work").glob("train-*/checkpoints/step-*"))
+
+    def lines() -> str:
+        return "\n".join(line.message for line in jobs.log(store, number).lines)
+
+    first = Running(folder)
+    until(checkpoints)
+    (child,) = first.children()
+    first.end(signal.SIGKILL)
+    until(lambda: gone(child))
+    assert queue.get(store, number).state == "running"
+
+    second = Running(folder)
+    until(lambda: lines().count("resuming from step") == 1)
+    reached = checkpoints()[-1]
+    cli(folder, "jobs", "pause", str(number))
+    until(lambda: queue.get(store, number).state == "paused")
+    assert checkpoints()[-1] >= reached
+    cli(folder, "jobs", "resume", str(number))
+    until(lambda: lines().count("resuming from step") == 2)
+    assert second.end(signal.SIGTERM) == 0
+    assert queue.get(store, number).state == "queued"
+
+    third = Running(folder, "--until-empty")
+    assert third.process.wait(180) == 0
+    done = cli(folder, "jobs", "show", str(number))
+    assert (done["state"], done["attempts"]) == ("succeeded", 2)
+    assert done["result"]["register"]["version"] == "tiny@v1"
+    assert lines().count("resuming from step") == 3
+    project = Project.load(folder)
+    assert training.repeat(project).same, "the bytes are those of an undisturbed training"
+    assert project.run().registered is not None
+    assert [job["state"] for job in cli(folder, "jobs", "list")["jobs"]] == ["succeeded"]
+
+
+def test_a_run_here_is_a_job_and_its_verdict_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
+    plain: Any = settings()["candidates"]
+    folder = write_project(
+        tmp_path / "p",
+        candidates={"plain": plain["plain"]},
+        gates={"valid": {"metric": "json_valid", "at_least": 1.0}},
+    )
+    project = Project.load(folder)
+    assert jobs.run_here(project).gate.verdict == "fail"
+    (job,) = jobs.list_jobs(project.store).jobs
+    assert (job.state, job.error["code"], job.error["what"]) == (
+        "failed",
+        "verdict_fail",
+        "the verdict is fail: valid",
+    )
+    assert job.result["gate"]["verdict"] == "fail", "the evidence is kept"
+    project.store.keep_memo("afterwards", "x")  # the store is no longer fenced
+    with pytest.raises(UsageError, match="not a state"):
+        jobs.states_named(["done"])
+
+    queued = jobs.queue_run(project)
+    write_project(folder, candidates={"plain": plain["plain"]}, gates={})
+    lease = leases.claim(project.store, "w", ["run"], project="tiny")
+    assert lease is not None
+    monkeypatch.setattr(jobs, "end_with_parent", lambda _: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    jobs.perform_in_child(folder, lease, os.getppid())
+    changed = jobs.show(project.store, queued.job)
+    assert (changed.state, changed.error["code"]) == ("failed", "wrong_usage")
+    assert "settings changed" in changed.error["what"]

@@ -1,0 +1,67 @@
+"""/api/jobs over HTTP: what `tunesmith jobs` shows, by tenant and by role."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fabricate import OWNER
+from tests.server.conftest import Served
+from tunesmith.core.scope import Scope
+from tunesmith.jobs import leases, queue
+from tunesmith.services import jobs
+from tunesmith.store.identities import add_user, issue_token
+
+
+def added(served: Served, scope: Scope = Scope()) -> int:
+    return queue.add(served.scene.store, "run", {}, project="p", actor=OWNER, scope=scope).id
+
+
+def test_http_shows_and_changes_what_the_command_line_does(served: Served) -> None:
+    store, numbers = served.scene.store, [added(served) for _ in range(3)]
+    lease = leases.claim(store, "w", ["run"], project="p")
+    assert lease is not None
+    leases.renew(store, lease, {"step": "training", "done": 3.0, "total": 9.0, "note": "", "seconds_left": 6.0})
+    with served.http() as http:
+        assert http.get("/api/jobs").json() == jobs.list_jobs(store).document()
+        page = http.get("/api/jobs", params={"most": 1, "before": numbers[2]}).json()["jobs"]
+        assert [job["job"] for job in page] == [numbers[1]]
+        shown = http.get(f"/api/jobs/{numbers[0]}").json()
+        assert (shown["state"], shown["progress"]["seconds_left"]) == ("running", 6.0)
+        assert http.post(f"/api/jobs/{numbers[0]}/cancel").json()["wanted"] == "cancelled"
+        assert http.post(f"/api/jobs/{numbers[1]}/pause").json()["state"] == "paused"
+        assert http.post(f"/api/jobs/{numbers[1]}/resume").json()["state"] == "queued"
+        assert http.post(f"/api/jobs/{numbers[2]}/cancel").json()["state"] == "cancelled"
+        again = http.post(f"/api/jobs/{numbers[2]}/cancel")
+        assert (again.status_code, again.json()["error"]["code"]) == (409, "job_state")
+        lines = http.get(f"/api/jobs/{numbers[2]}/log").json()["lines"]
+        assert [line["message"] for line in lines] == ["cancelled, asked by olga"]
+        assert http.get(f"/api/jobs/{numbers[2]}/log", params={"after": lines[-1]["number"]}).json()["lines"] == []
+        for query in ({"most": "0"}, {"before": "x"}):
+            assert http.get("/api/jobs", params=query).status_code == 400
+
+
+def test_jobs_of_other_tenants_and_roles(served: Served) -> None:
+    store = served.scene.store
+    own, others, everybodys = added(served, Scope("acme")), added(served, Scope("globex")), added(served)
+    for name, roles, scope in (("amy", ["operator"], Scope("acme")), ("avi", ["approver"], Scope())):
+        add_user(store, name, roles, actor=OWNER, scope=scope)
+    with served.http(issue_token(store, "amy", actor=OWNER)) as http:
+        assert [job["job"] for job in http.get("/api/jobs").json()["jobs"]] == [own]
+        answers = [http.get(f"/api/jobs/{number}") for number in (others, everybodys, 99, "x")]
+        assert {answer.status_code for answer in answers} == {404}
+        assert http.post(f"/api/jobs/{others}/cancel").status_code == 404
+        assert http.get(f"/api/jobs/{others}/log").status_code == 404
+        assert http.post(f"/api/jobs/{own}/cancel").status_code == 200
+    with served.http(issue_token(store, "avi", actor=OWNER)) as http:
+        assert http.get(f"/api/jobs/{others}").status_code == 200
+        assert http.post(f"/api/jobs/{others}/cancel").status_code == 403
+    with served.http("tsk_nobody") as http:
+        assert http.get("/api/jobs").status_code == 401
+    assert queue.get(store, others).state == "queued"
+
+
+@pytest.mark.parametrize("path", ["/api/jobs", "/api/jobs/1", "/api/jobs/1/log"])
+def test_without_a_token(served: Served, path: str) -> None:
+    with served.http() as http:
+        http.headers.pop("authorization")
+        assert http.get(path).status_code == 401
