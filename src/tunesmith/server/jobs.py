@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -61,7 +62,7 @@ async def log(request: Request, number: str, after: str | None = None) -> Respon
     return JSONResponse((await serving.listing.run(user.name, read)).document())
 
 
-_CHANGE = {
+_CHANGE: dict[str, Any] = {
     "response_model": service.JobView,
     "responses": errors(401, 403, 404, 409, 429, 503, 507),
     "openapi_extra": BEARER,
