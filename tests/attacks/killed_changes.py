@@ -26,6 +26,7 @@ from sqlalchemy import select
 from tests.attacks.kill_points import Moment, Operation, Point, record, run_killed
 from tests.fabricate import APPROVER, OWNER, STEWARD, build_scene, put_chain
 from tunesmith.core.errors import TunesmithError
+from tunesmith.jobs import leases, queue
 from tunesmith.monitoring.recall import Cause, recall
 from tunesmith.registry.approvals import prepare_approval, sign, submit_approval
 from tunesmith.registry.history import verify_log
@@ -36,7 +37,17 @@ from tunesmith.rollout.settings import Step
 from tunesmith.services import users
 from tunesmith.store import database, identities
 from tunesmith.store.store import Store
-from tunesmith.store.tables import AliasRow, AuditRow, KeyRow, RecallRow, RolloutRow, UserRow, VersionRow
+from tunesmith.store.tables import (
+    AliasRow,
+    AuditRow,
+    JobEventRow,
+    JobRow,
+    KeyRow,
+    RecallRow,
+    RolloutRow,
+    UserRow,
+    VersionRow,
+)
 from tunesmith.store.trust import TRUST_KEY, is_written, read_trust
 
 # How many writes each operation has, at least: fewer would mean that the harness does not see all of them.
@@ -57,6 +68,10 @@ LEAST: Mapping[str, int] = {
     "keys enrol": 21,
     "keys retire": 16,
     "keys revoke": 16,
+    "jobs add": 4,
+    "jobs cancel": 5,
+    "jobs claim": 3,
+    "jobs finish": 3,
 }
 WORKERS = 2
 
@@ -91,6 +106,10 @@ def make(folder: Path) -> Made:
         verdict = put_chain(store, seed=7, base=scene.base, dataset=scene.dataset).verdict
         request = prepare_approval(store, unapproved, "ivy")
         envelope = sign(request, keys.load_signing_key(store, identities.get_user(store, "ivy")))
+        queued = queue.add(store, "run", {}, project="home", actor=OWNER)
+        queue.add(store, "run", {}, project="other", actor=OWNER)
+        lease = leases.claim(store, "w", ["run"], project="other")
+        assert lease is not None
         pem = folder / "public.pem"
         public = ec.generate_private_key(ec.SECP256R1()).public_key()
         pem.write_bytes(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
@@ -114,6 +133,10 @@ def make(folder: Path) -> Made:
         "keys enrol": lambda s: users.enrol_key(s, "ivy", pem, label="card", actor="ivy"),
         "keys retire": lambda s: users.retire_key(s, APPROVER, "key-1", actor=APPROVER),
         "keys revoke": lambda s: users.revoke_key(s, APPROVER, "key-1", since="10"),
+        "jobs add": lambda s: queue.add(s, "run", {}, project="home", actor=OWNER, key="k"),
+        "jobs cancel": lambda s: queue.cancel(s, queued.id, actor=OWNER),
+        "jobs claim": lambda s: leases.claim(s, "w", ["run"], project="home"),
+        "jobs finish": lambda s: leases.finish(s, lease, {"n": 1}),
     }
     return Made(folder / "made", operations)
 
@@ -130,6 +153,8 @@ def snapshot(store: Store) -> Any:
             ),
             "recalls": session.execute(select(RecallRow.digest, RecallRow.cause)),
             "keys": session.execute(select(KeyRow.user, KeyRow.label, KeyRow.status, KeyRow.until)),
+            "jobs": session.execute(select(JobRow.id, JobRow.state, JobRow.attempts, JobRow.fence, JobRow.result)),
+            "job log": session.execute(select(JobEventRow.job, JobEventRow.number, JobEventRow.message)),
             "users": session.execute(
                 select(UserRow.name, UserRow.roles, UserRow.active, UserRow.token_digest.is_not(None))
             ),

@@ -8,11 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.jobs.conftest import SetClock
@@ -68,16 +69,15 @@ class Running:
 
     def __init__(self, folder: Path, *options: str) -> None:
         command = [sys.executable, "-m", "tunesmith", "worker", "-C", str(folder), "--lease", "4", *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
-    def children(self) -> list[int]:
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(number) for number in path.read_text().split()]
+    def jobs(self) -> list[int]:
+        """The processes that perform jobs."""
+        children = psutil.Process(self.process.pid).children()
+        return [child.pid for child in children if "spawn_main" in " ".join(child.cmdline())]
 
     def end(self, number: signal.Signals) -> int:
         self.process.send_signal(number)
-        assert self.process.stderr is not None
-        self.process.stderr.read()
         return self.process.wait(120)
 
 
@@ -104,8 +104,23 @@ def gone(process: int) -> bool:
         return True
 
 
+@pytest.fixture
+def start(folder: Path) -> Iterator[Callable[..., Running]]:
+    """Starts workers, of which none stays."""
+    started: list[Running] = []
+
+    def one(*options: str) -> Running:
+        started.append(Running(folder, *options))
+        return started[-1]
+
+    yield one
+    for running in started:
+        running.process.kill()
+        running.process.wait()
+
+
 @pytest.mark.slow
-def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path) -> None:
+def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path, start: Callable[..., Running]) -> None:
     number = cli(folder, "run", "--queue", "--key", "k")["job"]
     assert cli(folder, "run", "--queue", "--key", "k")["job"] == number
     store = Project.load(folder).store
@@ -116,14 +131,14 @@ def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path) -
     def lines() -> str:
         return "\n".join(line.message for line in jobs.log(store, number).lines)
 
-    first = Running(folder)
+    first = start()
     until(checkpoints)
-    (child,) = first.children()
+    (child,) = first.jobs()
     first.end(signal.SIGKILL)
     until(lambda: gone(child))
     assert queue.get(store, number).state == "running"
 
-    second = Running(folder)
+    second = start()
     until(lambda: lines().count("resuming from step") == 1)
     reached = checkpoints()[-1]
     cli(folder, "jobs", "pause", str(number))
@@ -134,8 +149,8 @@ def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path) -
     assert second.end(signal.SIGTERM) == 0
     assert queue.get(store, number).state == "queued"
 
-    third = Running(folder, "--until-empty")
-    assert third.process.wait(180) == 0
+    third = start("--until-empty")
+    assert third.process.wait(600) == 0
     done = cli(folder, "jobs", "show", str(number))
     assert (done["state"], done["attempts"]) == ("succeeded", 2)
     assert done["result"]["register"]["version"] == "tiny@v1"

@@ -123,15 +123,17 @@ def _mine(session: Session, lease: Lease) -> JobRow:
     return row
 
 
-def renew(store: Store, lease: Lease, progress: Mapping[str, Any], *, clock: Clock = database_time) -> str:
+def renew(
+    store: Store, lease: Lease, progress: Mapping[str, Any] | None = None, *, clock: Clock = database_time
+) -> str:
     """Renew a lease and record the progress. Returns the state that a person asked for, "" where nobody did.
 
-    Raises LeaseLost where the job was taken back.
+    progress: None leaves it as it is. Raises LeaseLost where the job was taken back.
     """
     with database.writing(store.engine) as session:
         row = _mine(session, lease)
         row.until = clock(session) + lease.seconds
-        if row.progress != dict(progress):
+        if progress is not None:
             row.progress = dict(progress)
         return row.wanted
 

@@ -25,6 +25,8 @@ from tunesmith.store.store import Store
 _POLL = 0.5
 # Seconds that a process may take to stop by itself between two of its steps. It is killed then; its checkpoints stay.
 GRACE_SECONDS = 60.0
+# Seconds that a process may take to start and to renew its lease itself. The worker renews it so long.
+_STARTING = 300.0
 
 
 def worker_name() -> str:
@@ -36,6 +38,8 @@ def worker_name() -> str:
 class _Child:
     lease: Lease
     process: BaseProcess
+    began: float
+    renewed: float  # when the worker renewed the lease last
     told: float | None = None  # when it was told to stop, or a person asked for that
 
     def overdue(self, grace: float) -> bool:
@@ -105,7 +109,8 @@ class Worker:
             if lease is None:
                 break
             self._say(f"job {lease.job}: started")
-            self._children.append(_Child(lease, self._start(lease)))
+            now = time.monotonic()
+            self._children.append(_Child(lease, self._start(lease), began=now, renewed=now))
         return not self._children and not queue.is_waiting(self._store, self._project)
 
     def _look_after(self, child: _Child) -> None:
@@ -119,6 +124,7 @@ class Worker:
                 if self.stopping.is_set():
                     process.terminate()
             if not child.overdue(self._grace):
+                self._renew(child)
                 return
             process.kill()
         process.join()
@@ -130,6 +136,14 @@ class Worker:
                 leases.fail(self._store, lease, {"code": "process_ended", "what": what}, retry=True)
         self._children.remove(child)
         self._say(_said(queue.get(self._store, lease.job)))
+
+    def _renew(self, child: _Child) -> None:
+        """Renew the lease of a process that may still be starting, which takes long on a busy machine."""
+        now = time.monotonic()
+        if now - child.began < _STARTING and now - child.renewed > child.lease.seconds / 4:
+            with contextlib.suppress(LeaseLost):  # the next look notices that
+                leases.renew(self._store, child.lease)
+            child.renewed = now
 
 
 def _ending(code: int | None) -> str:
