@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,8 +32,10 @@ from tunesmith.store.store import Store
 def perform(root: Path, lease: Lease) -> None:
     """A job's process: its arguments say what it does."""
     store = Store(root)
-    if queue.get(store, lease.job).arguments.get("dies"):
+    given = queue.get(store, lease.job).arguments
+    if given.get("dies"):
         os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(given.get("starts_in", 0.0))
     leases.finish(store, lease, {"process": os.getpid()})
 
 
@@ -49,9 +52,10 @@ def test_each_job_has_a_process_and_one_that_dies_is_noticed(store: Store, clock
     def add(**arguments: Any) -> int:
         return queue.add(store, "run", arguments, project="p", actor="olive", attempts=1).id
 
-    dies, lives = add(dies=True), [add(), add()]
+    dies, lives = add(dies=True), [add(starts_in=6.0), add()]  # longer than a lease
     said: list[str] = []
-    Worker(store, "p", ["run"], starting(store.root), at_once=2, say=said.append).run(until_empty=True)
+    worker = Worker(store, "p", ["run"], starting(store.root), at_once=2, lease_seconds=4.0, say=said.append)
+    worker.run(until_empty=True)
     job = queue.get(store, dies)
     assert (job.state, job.error["code"]) == ("failed", "process_ended")
     assert "signal 9" in job.error["what"]
