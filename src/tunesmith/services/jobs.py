@@ -159,7 +159,7 @@ def _perform_run(project: Project, job: Job, progress: JobProgress) -> Outcome:
     """Perform a queued run. Raises UsageError where the project's settings changed since it was queued."""
     if _run_arguments(project) != job.arguments:
         raise UsageError(
-            "the project's settings changed since this run was queued",
+            "the project's settings changed since this run was queued, or their defaults with tunesmith's version",
             where=str(project.root / "tunesmith.yaml"),
             fix="queue it again: `tunesmith run --queue`",
         )
