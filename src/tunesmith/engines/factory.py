@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from tunesmith.core.errors import Refused
+from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.device import gpu_present
 from tunesmith.engines.settings import HF, NATIVE, TARGETS, EngineSettings, VllmSettings, WeightSettings
 from tunesmith.models.families import NATIVE_FAMILIES, is_native, match_layers
@@ -80,8 +81,8 @@ def load_sharded(base: Base, ranks: Ranks) -> ShardedModel:
     return ShardedHFModel(base, ranks)
 
 
-def open_engine(base: Base, settings: EngineSettings = EngineSettings()) -> Engine:
-    """The engine that answers for a base: the server that settings name, else one in this process.
+def open_engine(base: Base, settings: EngineSettings = EngineSettings(), progress: Progress = SILENT) -> Engine:
+    """The engine that answers for a base: the servers that settings name, else one in this process.
 
     Raises Refused where the server runs another model, and for a base that nothing here can run.
     """
@@ -89,7 +90,7 @@ def open_engine(base: Base, settings: EngineSettings = EngineSettings()) -> Engi
         return load_model(base, answering_engine(base.family, settings)).engine()
     from tunesmith.engines.vllm.engine import VllmEngine
 
-    return VllmEngine(base, settings)
+    return VllmEngine(base, settings, progress)
 
 
 def engine_kind(base: Base, settings: EngineSettings = EngineSettings()) -> str:

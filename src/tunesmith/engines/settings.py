@@ -6,10 +6,13 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Discriminator, Field, SerializerFunctionWrapHandler, Tag, model_serializer, model_validator
 
-from tunesmith.core.settings import Settings
+from tunesmith.core.settings import Duration, Settings
 
 # The linear layers of engines.native.network.network.GROUPS, repeated here so that reading settings imports no torch.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_STARTED = ("gpus", "command", "flags", "start_seconds")
+_OUR_FLAGS = ("--host", "--port", "--uds", "--api-key", "--enable-lora", "--served-model-name", "--model")
+_Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$")]
 _ADAPTER_SETTINGS = ("rank", "alpha", "targets", "scaling", "start", "dora", "b_rate")
 
 
@@ -28,22 +31,71 @@ class EngineSettings(Settings):
 
 
 class VllmSettings(EngineSettings):
-    """A vLLM server that runs the project's base model, started elsewhere."""
+    """vLLM servers that run the project's base model: url or urls name those that run already, start starts some."""
 
-    kind: Annotated[Literal["vllm"], Field(description="a vLLM server, over its OpenAI-compatible HTTP API")]
-    url: Annotated[str, Field(pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$", description="such as http://127.0.0.1:8001")]
+    kind: Annotated[Literal["vllm"], Field(description="vLLM servers, over their OpenAI-compatible HTTP API")]
+    url: Annotated[_Url | None, Field(description="a server's address, such as http://127.0.0.1:8001")] = None
+    urls: Annotated[
+        tuple[_Url, ...] | None, Field(min_length=1, description="the addresses of several servers, in place of url")
+    ] = None
+    start: Annotated[
+        int | None, Field(ge=1, le=64, description="how many servers each command starts and stops; true: one")
+    ] = None
+    gpus: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...] | None,
+        Field(
+            description="numbers of the GPUs that are divided among the servers that are started, [] for none; by "
+            "default a server sees what this process sees"
+        ),
+    ] = None
+    command: Annotated[
+        str,
+        Field(min_length=1, description="the command that is started; the base's folder and flags follow it"),
+    ] = "vllm serve"
+    flags: Annotated[
+        tuple[str, ...],
+        Field(description="further flags of that command, such as [--max-model-len, '8192']; they win over ours"),
+    ] = ()
+    start_seconds: Annotated[
+        Duration, Field(gt=0, description="longest time that a started server may take until it answers")
+    ] = 1800.0
     key_env: Annotated[
         str | None,
-        Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="environment variable that holds the server's API key"),
+        Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="environment variable that holds the servers' API key"),
     ] = None
     adapters: Annotated[
         str | None,
-        Field(description="folder that adapters are put into for the server to read, seen by both under one path"),
+        Field(description="folder that adapters are put into for the servers to read, seen by all under one path"),
     ] = None
     connect_seconds: Annotated[float, Field(gt=0, le=600, description="longest wait for a connection")] = 5.0
     answer_seconds: Annotated[float, Field(gt=0, le=86400, description="longest wait for one answer")] = 300.0
     retries: Annotated[int, Field(ge=0, le=10, description="further tries where the server is away or overloaded")] = 3
-    concurrency: Annotated[int, Field(ge=1, le=1024, description="requests under way at once")] = 64
+    concurrency: Annotated[int, Field(ge=1, le=1024, description="requests under way at once on each server")] = 64
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The addresses of the servers that run already."""
+        return (self.url,) if self.url is not None else self.urls or ()
+
+    @model_validator(mode="after")
+    def _check_servers(self) -> VllmSettings:
+        if sum(given is not None for given in (self.url, self.urls, self.start)) != 1:
+            raise ValueError("give one of url (a server that runs), urls (several), start (how many to start)")
+        if len(set(self.addresses)) < len(self.addresses):
+            raise ValueError("urls names a server twice")
+        if self.start is None:
+            if given := [key for key in _STARTED if key in self.model_fields_set]:
+                raise ValueError(f"{given[0]} applies to servers that start starts")
+            return self
+        if self.key_env is not None:
+            raise ValueError("key_env applies to url and urls: a server that is started gets a new key")
+        if self.gpus is None and self.start > 1:
+            raise ValueError(f"start: {self.start} needs gpus: the numbers of the servers' GPUs, or [] for none")
+        if self.gpus and (len(self.gpus) % self.start or len(set(self.gpus)) < len(self.gpus)):
+            raise ValueError(f"gpus: {len({*self.gpus})} different GPUs cannot be divided among {self.start} servers")
+        if given := [flag for flag in self.flags if flag.split("=")[0] in _OUR_FLAGS]:
+            raise ValueError(f"flags: {given[0]} is set by Tunesmith")
+        return self
 
 
 # `engine:` of a project file. Any key but train is a server's.

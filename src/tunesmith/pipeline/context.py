@@ -125,7 +125,7 @@ class PipelineContext:
     def engine(self) -> Engine:
         """The engine that answers, opened on first need. In this process it shares the weights of trainings."""
         server = self.project.settings.server
-        return self.model.engine() if server is None else open_engine(self.base, server)
+        return self.model.engine() if server is None else open_engine(self.base, server, self.progress)
 
     @property
     def engine_kind(self) -> str:

@@ -69,7 +69,7 @@ def export(
         form=form,
         dtype=dtype,
         base=base,
-        engine=open_engine(base, settings),
+        engine=open_engine(base, settings, progress),
         engine_kind=engine_kind(base, settings),
         actor=project.actor(actor),
         progress=progress,

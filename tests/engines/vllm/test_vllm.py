@@ -15,6 +15,7 @@ import torch
 
 from tests.adapters import write_adapter
 from tests.engines.vllm.vllm_server import FakeVllm, serving
+from tests.hf_models import write_hf_model
 from tests.tiny import write_model
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.messages import Message
@@ -154,6 +155,17 @@ def test_a_server_with_a_shorter_context(base: Base) -> None:
         assert answer.prompt_tokens + answer.completion_tokens <= 64
 
 
+def test_a_base_of_another_family_is_recognised(tmp_path: Path) -> None:
+    """Its log-probabilities are transformers', since the native engine does not compute the family."""
+    for seed in (0, 1):
+        write_hf_model(tmp_path / f"m{seed}", "phi3", seed)
+    bases = [resolve_base(Store(tmp_path / "store"), f"m{seed}", tmp_path) for seed in (0, 1)]
+    with serving(FakeVllm(bases[0].folder, room=256)) as url:
+        assert VllmEngine(bases[0], VllmSettings(kind="vllm", url=url)).generate(_requests()[:1])
+        with pytest.raises(Refused, match="log-probabilities"):
+            VllmEngine(bases[1], VllmSettings(kind="vllm", url=url))
+
+
 @pytest.mark.slow
 def test_an_adapter_is_named_by_its_bytes(
     base: Base, engine: VllmEngine, fake: FakeVllm, adapter: Path, tmp_path: Path
@@ -216,11 +228,13 @@ def test_a_restarted_server_gets_its_adapters_again(engine: VllmEngine, fake: Fa
     assert last == expected[0]
 
 
-def test_a_restarted_server_with_another_model_is_refused(engine: VllmEngine, fake: FakeVllm, other: Path) -> None:
+def test_a_restarted_server_with_another_model_is_refused(
+    base: Base, engine: VllmEngine, fake: FakeVllm, other: Path
+) -> None:
     fake.restart(other)
     with pytest.raises(Refused, match="another model"):
         engine.generate(_requests())
-    fake.models[engine._model] = fake.models[str(other)]  # under the old name: only the lost connection tells
+    fake.models[str(base.folder)] = fake.models[str(other)]  # under the old name: only the lost connection tells
     fake.faults = ["drop"]
     with pytest.raises(Refused, match="another model"):
         engine.generate(_requests()[:1])

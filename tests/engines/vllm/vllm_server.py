@@ -1,10 +1,17 @@
-"""A server that answers as vLLM 0.32.0 was heard to (vllm_recorded.json), from a tiny model of transformers."""
+"""A server that answers as vLLM 0.32.0 was heard to (vllm_recorded.json), from a tiny model of transformers.
+
+Also a program that takes the arguments of `vllm serve` as far as it needs them.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -161,6 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self, body: Any) -> None:
         fake = self.fake
+        if self.path == "/health":
+            return self._send(200, "")
         with fake.lock:
             fault = fake.faults.pop(0) if fake.faults else None
             fake.heard.append((self.path, body))
@@ -205,12 +214,15 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_port = True  # as vLLM sets it
+
+
 @contextlib.contextmanager
 def serving(fake: FakeVllm) -> Iterator[str]:
     """Its URL, while it answers."""
-    handler = type("Handler", (_Handler,), {"fake": fake})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": fake}))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
@@ -218,3 +230,32 @@ def serving(fake: FakeVllm) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def serving_process(base: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Such a server in a process of its own, and its URL."""
+    command = [sys.executable, __file__, str(base), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def main() -> None:
+    """Serve until the process ends."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("base", type=Path)
+    parser.add_argument("--port", type=int)
+    asked, _ = parser.parse_known_args()
+    fake = FakeVllm(asked.base)
+    fake.key = os.environ.get("VLLM_API_KEY")
+    server = _Server(("127.0.0.1", asked.port), type("Handler", (_Handler,), {"fake": fake}))
+    print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

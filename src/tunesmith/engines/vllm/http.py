@@ -27,18 +27,33 @@ class NotThere(Exception):
         self.what, self.model = what, model
 
 
+class Unavailable(TunesmithError):
+    """The server gave no answer, or only a part of it. Another server may answer the request."""
+
+
+class ServerError(Unavailable):
+    """The server failed over a request, and says so."""
+
+
+def stated_key(settings: VllmSettings) -> str | None:
+    """The API key in the variable that the settings name. Raises UsageError where it is not set."""
+    if settings.key_env is None:
+        return None
+    if not os.environ.get(settings.key_env):
+        raise UsageError(f"${settings.key_env} is not set", where="engine.key_env", fix="put the API key there")
+    return os.environ[settings.key_env]
+
+
 class Server:
     """Sends requests to a vLLM server. Thread-safe."""
 
-    def __init__(self, settings: VllmSettings) -> None:
-        self._url = settings.url.rstrip("/").removesuffix("/v1")
+    def __init__(self, url: str, settings: VllmSettings, key: str | None, fix: str = _START) -> None:
+        """fix: what to do where the server cannot be reached."""
+        self.url = url.rstrip("/").removesuffix("/v1")
         self._retries = settings.retries
         self._key_env = settings.key_env
-        headers = {}
-        if settings.key_env is not None:
-            if not os.environ.get(settings.key_env):
-                raise UsageError(f"${settings.key_env} is not set", where="engine.key_env", fix="put the API key there")
-            headers["Authorization"] = f"Bearer {os.environ[settings.key_env]}"
+        self._fix = fix
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         most = settings.concurrency
         self._client = httpx.Client(
             headers=headers,
@@ -55,10 +70,10 @@ class Server:
 
         returned: called with the time of the failure before a request is repeated because the server was unreachable.
         It may be another server by then. Raises NotThere, UsageError for a request that the server rejects, Refused for
-        a wrong API key, TunesmithError for everything else.
+        a wrong API key, Unavailable for everything else.
         """
         with self._open("GET" if body is None else "POST", path, body, returned) as response:
-            text = response.read()
+            text = response.content
         try:
             return parse_json(text)
         except ValueError:
@@ -68,7 +83,7 @@ class Server:
         self, path: str, body: Mapping[str, Any], returned: Callable[[float], None] | None = None
     ) -> Iterator[Mapping[str, Any]]:
         """The events of a streamed answer. Closing the iterator cancels the request. Raises as ask does."""
-        with self._open("POST", path, body, returned) as response:
+        with self._open("POST", path, body, returned, stream=True) as response:
             try:
                 for line in response.iter_lines():
                     data = line.removeprefix("data:").strip()
@@ -87,8 +102,15 @@ class Server:
 
     @contextlib.contextmanager
     def _open(
-        self, method: str, path: str, body: Mapping[str, Any] | None, returned: Callable[[float], None] | None
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        returned: Callable[[float], None] | None,
+        *,
+        stream: bool = False,
     ) -> Iterator[httpx.Response]:
+        """The response: read whole, or only its head if it is streamed."""
         failed_at: float | None = None
         for attempt in range(self._retries + 1):
             if attempt:
@@ -97,17 +119,17 @@ class Server:
                 if failed_at is not None and returned is not None:
                     returned(failed_at)
                 response = self._client.send(
-                    self._client.build_request(method, self._url + path, json=body), stream=True
+                    self._client.build_request(method, self.url + path, json=body), stream=stream
                 )
             except httpx.ReadTimeout as error:
                 raise self._timed_out() from error
             except httpx.TransportError as error:
                 failed_at = time.monotonic()
                 if attempt == self._retries:
-                    raise TunesmithError(
+                    raise Unavailable(
                         f"the vLLM server cannot be reached: {error or type(error).__name__}",
-                        where=self._url,
-                        fix=_START,
+                        where=self.url,
+                        fix=self._fix,
                     ) from error
                 continue
             with contextlib.closing(response):
@@ -129,19 +151,19 @@ class Server:
         status = response.status_code
         if status in (401, 403):
             fix = f"put the right key into ${self._key_env}" if self._key_env else "name its variable in engine.key_env"
-            return Refused("the vLLM server does not accept the API key", where=self._url, fix=fix)
+            return Refused("the vLLM server does not accept the API key", where=self.url, fix=fix)
         if status == 404:
             return NotThere(message, model="NotFound" in kind)
         if status in (400, 413, 422):
-            return UsageError(f"the vLLM server rejects the request: {message}", where=self._url)
+            return UsageError(f"the vLLM server rejects the request: {message}", where=self.url)
         return self._failed(f"status {status}: {message}")
 
-    def _failed(self, message: str) -> TunesmithError:
-        return TunesmithError(f"the vLLM server failed: {message}", where=self._url, fix="look at the server's own log")
+    def _failed(self, message: str) -> ServerError:
+        return ServerError(f"the vLLM server failed: {message}", where=self.url, fix="look at the server's own log")
 
-    def _timed_out(self) -> TunesmithError:
-        return TunesmithError(
+    def _timed_out(self) -> Unavailable:
+        return Unavailable(
             f"the vLLM server gave no answer within {self._answer_seconds:g} s",
-            where=self._url,
+            where=self.url,
             fix="raise engine.answer_seconds, or lower engine.concurrency",
         )
