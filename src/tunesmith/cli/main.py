@@ -13,6 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from tunesmith.cli import (
+    copies,
     data,
     evaluation,
     forecast,
@@ -38,7 +39,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (project, forecast, pipeline, jobs, data, evaluation, versions, users, rollout, serve, monitoring):
+_GROUPS = (project, forecast, pipeline, jobs, data, evaluation, versions, users, rollout, serve, monitoring, copies)
+for commands in _GROUPS:
     commands.register(app)
 
 _STOPPED = 130

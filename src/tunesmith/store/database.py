@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, inspect, text
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
@@ -82,6 +82,15 @@ def reading(engine: Engine) -> Iterator[Session]:
     """A read-only session."""
     with _usable(engine), Session(engine) as session:
         yield session
+
+
+@contextlib.contextmanager
+def snapshot(engine: Engine) -> Iterator[Connection]:
+    """A connection all of whose reads see one moment of the database."""
+    if engine.dialect.name == "postgresql":
+        engine = engine.execution_options(isolation_level="REPEATABLE READ")
+    with _usable(engine), engine.connect() as connection:
+        yield connection
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def ensure_owner(store: Store) -> User:
     Also writes the list of trusted keys where a command that changed users was killed before it did.
     """
     with database.reading(store.engine) as session:
-        name = _first_user(session)
+        name = first_user(session)
         published = is_written(store.blobs, keys_of_users(session))
     if not published:
         publish_trust(store)
@@ -109,7 +109,7 @@ def ensure_owner(store: Store) -> User:
     name = _own_name()
     detail: dict[str, Any] = {}
     with contextlib.suppress(_AlreadyThere), store.change(name, "user.add", name, detail) as session:
-        if _first_user(session) is not None:  # another process added one
+        if first_user(session) is not None:  # another process added one
             raise _AlreadyThere
         if session.scalars(select(UserRow).limit(1)).first() is not None:
             raise Refused("the store has users whom the audit log does not know", fix="run `tunesmith audit verify`")
@@ -385,7 +385,8 @@ def _keep_an_admin(session: Session) -> None:
         )
 
 
-def _first_user(session: Session) -> str | None:
+def first_user(session: Session) -> str | None:
+    """The name of the owner; None in an empty store."""
     # From the log, not the table: if somebody empties the table, the next user must not become the owner.
     first = select(AuditRow.subject).where(AuditRow.action == "user.add").order_by(AuditRow.seq).limit(1)
     return session.scalars(first).first()

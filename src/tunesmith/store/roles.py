@@ -30,5 +30,6 @@ ACTIONS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "audit.anchor": frozenset(ROLES),
         "model.use": frozenset(ROLES),
         "user.change": frozenset(("admin",)),
+        "store.copy": frozenset(("admin",)),
     }
 )

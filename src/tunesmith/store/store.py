@@ -34,6 +34,10 @@ from tunesmith.store.tables import EdgeRow, MemoRow, RecordRow
 
 # The file that makes a version's folder complete: it is written last.
 RELEASE = "release.json"
+# What every key begins with.
+PREFIXES = ("blobs/", "records/", "versions/", "trust/", "cases/")
+# The database's file, where it is SQLite.
+DATABASE = "tunesmith.db"
 
 
 class Store:
@@ -46,7 +50,7 @@ class Store:
     def __init__(self, root: Path, url: str | None = None, blobs: BlobStore | None = None) -> None:
         self.root = root
         self.blobs = blobs or _blobs(root)
-        self._url = url or os.environ.get("TUNESMITH_DATABASE_URL") or f"sqlite:///{root.absolute() / 'tunesmith.db'}"
+        self.url = url or os.environ.get("TUNESMITH_DATABASE_URL") or f"sqlite:///{root.absolute() / DATABASE}"
 
     @cached_property
     def engine(self) -> Engine:
@@ -54,7 +58,7 @@ class Store:
         self.root.mkdir(parents=True, exist_ok=True)
         for folder in (self.local("work"), Path(tempfile.gettempdir())):
             remove_leftovers(folder)
-        return database.connect(self._url)
+        return database.connect(self.url)
 
     @contextlib.contextmanager
     def fenced(self, check: Callable[[Session], None]) -> Iterator[None]:

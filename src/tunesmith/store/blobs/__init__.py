@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
+
+# Keys that name their content: their objects are written once, and may be cached for ever.
+_NAMED = re.compile(r"(?:blobs/[0-9a-f]{2}/([0-9a-f]{64})|records/[0-9a-f]{2}/([0-9a-f]{64})\.json)")
+
+
+def named_digest(key: str) -> str | None:
+    """The digest of the content that a key names; None for a key whose object may change."""
+    found = _NAMED.fullmatch(key)
+    return f"sha256:{found[1] or found[2]}" if found else None
 
 
 class BlobStore(Protocol):

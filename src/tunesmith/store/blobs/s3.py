@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.files import write_atomic
+from tunesmith.store.blobs import named_digest
 from tunesmith.store.blobs.cache import FileCache
 
 try:
@@ -37,8 +38,6 @@ except ImportError as error:
 if TYPE_CHECKING:
     from obstore import ObjectMeta
 
-# Keys that name their content: their objects are written once, and may be cached for ever.
-_NAMED = re.compile(r"(?:blobs/[0-9a-f]{2}/([0-9a-f]{64})|records/[0-9a-f]{2}/([0-9a-f]{64})\.json)")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _PART = 8 << 20
@@ -66,7 +65,7 @@ class S3Blobs:
 
     def put(self, key: str, data: bytes, *, private: bool = False) -> None:
         """Write an object. One whose key names its content is left as it is where it exists."""
-        digest = _digest_in(key)
+        digest = named_digest(key)
         with self._told(key):
             if digest is None:
                 self._store.put(key, data)
@@ -77,7 +76,7 @@ class S3Blobs:
 
     def put_file(self, key: str, source: Path) -> None:
         """Upload a file in parts. The file is used up."""
-        size, named = source.stat().st_size, _digest_in(key) is not None
+        size, named = source.stat().st_size, named_digest(key) is not None
         with self._told(key):
             if named and size <= _PART:
                 self._create(key, source)
@@ -92,7 +91,7 @@ class S3Blobs:
 
     def get(self, key: str) -> bytes:
         """An object's bytes. Raises FileNotFoundError."""
-        return b"".join(self.pieces(key)) if _digest_in(key) is None else self.path(key).read_bytes()
+        return b"".join(self.pieces(key)) if named_digest(key) is None else self.path(key).read_bytes()
 
     def pieces(self, key: str) -> Iterator[bytes]:
         """An object's bytes from the bucket, never from the cache. Raises FileNotFoundError."""
@@ -102,7 +101,7 @@ class S3Blobs:
 
     def path(self, key: str) -> Path:
         """A copy in the cache. Raises Refused where the object's bytes are not those that its key names."""
-        digest = _digest_in(key)
+        digest = named_digest(key)
         if digest is None:
             return self._current(key)
         found = self._cache.file(key, digest)
@@ -143,7 +142,7 @@ class S3Blobs:
         """Remove an object and its copy in the cache."""
         with self._told(key):
             self._store.delete(key)
-        if _digest_in(key) is not None:
+        if named_digest(key) is not None:
             self._cache.drop(key)
 
     def where(self, key: str) -> str:
@@ -224,9 +223,3 @@ class S3Blobs:
 
 _URL_HELP = "write s3://BUCKET/PREFIX"
 _RESTORE = "restore the object from a backup"
-
-
-def _digest_in(key: str) -> str | None:
-    """The digest of the content that a key names; None for a key whose object may change."""
-    found = _NAMED.fullmatch(key)
-    return f"sha256:{found[1] or found[2]}" if found else None

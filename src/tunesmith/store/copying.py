@@ -1,0 +1,262 @@
+"""Copies a whole store: its database's rows and its objects, into another store or through one file.
+
+The rows are read in one snapshot, before the objects are listed: records and blobs are never removed, so what a row
+names is among the objects. A target gets its objects first and its rows in one transaction at the end. So a copy that
+was stopped has no rows, and the same command continues it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from sqlalchemy import Connection, Table, insert, select, text
+from sqlalchemy.orm import Session
+
+from tunesmith.core.clock import stamp
+from tunesmith.core.digests import digest_file
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.files import room_for, sync_folder
+from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.scratch import SCRATCH, scratch_file
+from tunesmith.store import database
+from tunesmith.store.blobs import BlobStore, named_digest
+from tunesmith.store.store import PREFIXES, RELEASE, Store
+from tunesmith.store.tables import HEAD_REVISION, LockRow
+from tunesmith.store.tables import Table as Tables
+
+_ROWS, _MANIFEST, _OBJECTS = "database.jsonl", "manifest.json", "objects/"
+_FORMAT = 1
+_TOGETHER = 500
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What a copy holds. bytes: of the objects."""
+
+    objects: int
+    bytes: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is copied. pieces: an object's bytes by its key. rows: a file with the database's rows; None: none."""
+
+    keys: Sequence[str]
+    pieces: Callable[[str], Iterator[bytes]]
+    rows: Path | None
+
+
+def keys_of(blobs: BlobStore) -> list[str]:
+    """Every object of a store, a version's release after its other files."""
+    found = (key for prefix in PREFIXES for key in blobs.keys(prefix))
+    whole = [key for key in found if not key.rsplit("/", 1)[-1].startswith(SCRATCH)]
+    return sorted(whole, key=lambda key: (key.endswith(f"/{RELEASE}"), key))
+
+
+def export_rows(store: Store, path: Path) -> int:
+    """Write the rows of one snapshot as JSON lines, [table, row]; returns how many. Locks of processes are left out."""
+    count = 0
+    with database.snapshot(store.engine) as connection, room_for(path), path.open("w", encoding="utf-8") as stream:
+        for table in _tables():
+            query = select(table).order_by(*table.primary_key)
+            for row in connection.execution_options(yield_per=_TOGETHER).execute(query).mappings():
+                stream.write(json.dumps([table.name, dict(row)]) + "\n")
+                count += 1
+    return count
+
+
+def import_rows(session: Session, path: Path) -> int:
+    """Add the rows that export_rows wrote; returns how many. Raises Refused where the database holds rows."""
+    tables, connection = {table.name: table for table in _tables()}, session.connection()
+    require_no_rows(connection)
+    count = 0
+    with path.open(encoding="utf-8") as stream:
+        for name, rows in groupby((json.loads(line) for line in stream), key=lambda line: str(line[0])):
+            while group := [row for _, (_, row) in zip(range(_TOGETHER), rows, strict=False)]:
+                connection.execute(insert(tables[name]), group)
+                count += len(group)
+    if connection.dialect.name == "postgresql":
+        for table in tables.values():
+            if table.autoincrement_column is not None:
+                _continue_numbers(connection, table)
+    return count
+
+
+def require_no_rows(connection: Connection) -> None:
+    """Raise Refused where a table holds a row."""
+    for table in _tables():
+        if connection.execute(select(table).limit(1)).first() is not None:
+            raise Refused(
+                f"the database holds rows already (table {table.name})",
+                where=connection.engine.url.render_as_string(hide_password=True),
+                fix="name an empty database: TUNESMITH_DATABASE_URL",
+            )
+
+
+def put_objects(store: Store, contents: Contents, progress: Progress = SILENT) -> int:
+    """Write the objects into a store and read each one back; returns their bytes. Those that are there are kept.
+
+    Raises Refused, before the first write, where the store has an object that is not among them, and for an object
+    whose bytes are not those that its key names.
+    """
+    total = 0
+    if strange := sorted(set(keys_of(store.blobs)) - set(contents.keys)):
+        where, fix = store.blobs.where(strange[0]), "name an empty place: TUNESMITH_BLOBS_URL, or another folder"
+        raise Refused(f"the store holds {len(strange)} objects already", where=where, fix=fix)
+    with store.scratch() as folder, progress.task("copying objects", len(contents.keys)) as task:
+        for key in contents.keys:
+            file = folder / "object"
+            digest, size = _spool(key, contents.pieces(key), file)
+            total += size
+            if not store.blobs.exists(key) or _digest(store.blobs.pieces(key)) != digest:
+                if key.startswith("cases/"):
+                    store.blobs.put(key, file.read_bytes(), private=True)
+                else:
+                    store.blobs.put_file(key, file)
+                if _digest(store.blobs.pieces(key)) != digest:
+                    raise Refused("the object was not copied whole", where=store.blobs.where(key), fix="delete it")
+            file.unlink(missing_ok=True)
+            task.advance()
+    return total
+
+
+def write_archive(store: Store, path: Path, progress: Progress = SILENT) -> Copied:
+    """Write a store into a new file, which only this user can read. Raises UsageError where the file exists."""
+    if path.exists():
+        raise UsageError("this file exists", where=str(path), fix="name a new file")
+    if not path.parent.is_dir():
+        raise UsageError("its folder does not exist", where=str(path), fix="name a file in a folder that exists")
+    with store.scratch() as folder, room_for(path), scratch_file(path.parent, 0o600) as (scratch, stream):
+        rows = export_rows(store, folder / _ROWS)
+        keys, total = keys_of(store.blobs), 0
+        members = {_ROWS: digest_file(folder / _ROWS)}
+        with tarfile.open(fileobj=stream, mode="w") as archive, progress.task("backup", len(keys)) as task:
+            archive.add(folder / _ROWS, _ROWS)
+            for key in keys:
+                members[_OBJECTS + key], size = _spool(key, store.blobs.pieces(key), folder / "object")
+                archive.add(folder / "object", _OBJECTS + key)
+                total += size
+                task.advance()
+            facts = {"format": _FORMAT, "revision": HEAD_REVISION, "made_at": stamp(), "members": members}
+            (folder / _MANIFEST).write_text(json.dumps(facts))
+            archive.add(folder / _MANIFEST, _MANIFEST)
+        stream.flush()
+        os.fsync(stream.fileno())
+        os.replace(scratch, path)
+    sync_folder(path.parent)
+    return Copied(objects=len(keys), bytes=total, rows=rows)
+
+
+class Archive:
+    """A file of write_archive, every byte of which was compared with its digests when it was opened."""
+
+    def __init__(self, path: Path, scratch: Path) -> None:
+        self._where = str(path)
+        with ExitStack() as stack:
+            try:
+                self._tar = stack.enter_context(tarfile.open(path, "r:"))
+                members = self._tar.getmembers()
+            except (OSError, tarfile.TarError) as error:
+                raise self._refusal(f"it cannot be read: {error}") from error
+            self._members = {member.name: member for member in members}
+            if len(self._members) != len(members) or not all(member.isreg() for member in members):
+                raise self._refusal("it names a file twice, or holds links")
+            stated = self._manifest()
+            if stated.keys() != self._members.keys() - {_MANIFEST} or _ROWS not in stated:
+                raise self._refusal("files are missing or were added")
+            for name, digest in stated.items():
+                if _digest(self._read(name)) != digest:
+                    raise self._refusal(f"{name} is damaged")
+            keys = [name.removeprefix(_OBJECTS) for name in stated if name != _ROWS]
+            if not all(_is_key(key) for key in keys):
+                raise self._refusal("it holds a file that no store has")
+            with (scratch / _ROWS).open("wb") as stream:
+                stream.writelines(self._read(_ROWS))
+            self.contents = Contents(keys, lambda key: self._read(_OBJECTS + key), scratch / _ROWS)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _manifest(self) -> dict[str, str]:
+        """Digests of the members by name."""
+        try:
+            facts: Any = json.loads(b"".join(self._read(_MANIFEST)))
+            revision, stated = facts["revision"], {str(name): str(digest) for name, digest in facts["members"].items()}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise self._refusal("it is no whole backup") from error
+        if facts["format"] != _FORMAT or revision != HEAD_REVISION:
+            what = f"it was written by another version of tunesmith (database revision {revision})"
+            raise Refused(what, where=self._where, fix="restore it with that version, then update")
+        return stated
+
+    def _read(self, name: str) -> Iterator[bytes]:
+        stream = self._tar.extractfile(self._members[name])
+        assert stream is not None  # a regular file
+        while piece := stream.read(1 << 20):
+            yield piece
+
+    def _refusal(self, what: str) -> Refused:
+        return Refused(f"this backup cannot be used: {what}", where=self._where, fix="take another backup")
+
+
+def _tables() -> list[Table]:
+    return [table for table in Tables.metadata.sorted_tables if table.name != LockRow.__tablename__]
+
+
+def _continue_numbers(connection: Connection, table: Table) -> None:
+    """Let PostgreSQL number the next row after those that were copied with their numbers."""
+    column = table.autoincrement_column
+    assert column is not None
+    sequence = connection.scalar(
+        text("select pg_get_serial_sequence(:table, :column)"), {"table": table.name, "column": column.name}
+    )
+    newest = connection.scalar(select(column).order_by(column.desc()).limit(1))
+    if sequence is not None and newest is not None:
+        connection.execute(text("select setval(:sequence, :newest)"), {"sequence": sequence, "newest": newest})
+
+
+def _spool(key: str, pieces: Iterable[bytes], file: Path) -> tuple[str, int]:
+    """Write an object to a file; its digest and size. Raises Refused where the digest is not the one its key names."""
+    hasher = hashlib.sha256()
+    with file.open("wb") as stream:
+        size = _write(stream, pieces, hasher)
+    digest = f"sha256:{hasher.hexdigest()}"
+    if named_digest(key) not in (None, digest):
+        raise Refused("the object's bytes do not have the digest that names it", where=key, fix="tunesmith verify")
+    return digest, size
+
+
+def _write(stream: BinaryIO, pieces: Iterable[bytes], hasher: Any) -> int:
+    size = 0
+    for piece in pieces:
+        hasher.update(piece)
+        size += stream.write(piece)
+    stream.flush()
+    os.fsync(stream.fileno())
+    return size
+
+
+def _digest(pieces: Iterable[bytes]) -> str:
+    hasher = hashlib.sha256()
+    for piece in pieces:
+        hasher.update(piece)
+    return f"sha256:{hasher.hexdigest()}"
+
+
+def _is_key(key: str) -> bool:
+    """Whether a key of a stranger's file stays within the store's folders."""
+    return key.startswith(PREFIXES) and not {"", ".", ".."} & set(key.split("/")) and "\0" not in key

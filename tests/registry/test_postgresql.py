@@ -1,0 +1,60 @@
+"""The registry's tests that depend on the database, against a real PostgreSQL server."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.postgresql_server import moved_to_postgresql, postgresql_server
+from tests.registry.conftest import Template
+from tests.registry.test_aliases import (  # noqa: F401
+    test_a_champion_needs_an_approval_and_a_challenger_does_not,
+    test_a_decision_on_an_older_state_is_refused,
+    test_an_alias_changed_behind_the_logs_back_shows,
+    test_an_alias_cleared_in_between_counts_as_changed,
+    test_of_two_promoters_at_once_one_wins_and_one_is_told,
+)
+from tests.registry.test_approvals import (  # noqa: F401
+    test_a_role_taken_away_in_the_same_transaction_counts,
+    test_a_role_taken_away_takes_the_approval_with_it,
+    test_a_second_person_approves_and_once_is_enough,
+    test_no_approval_without_its_audit_entry,
+)
+from tests.registry.test_versions import (  # noqa: F401
+    test_a_number_that_a_folder_bears_is_never_given_again,
+    test_a_version_is_found_by_label_alias_and_digest,
+    test_a_version_of_another_scope_does_not_exist,
+    test_no_registration_without_its_audit_entry,
+    test_registering_a_verdict_twice_at_once_gives_one_version,
+    test_the_same_verdict_again_is_the_same_version,
+)
+from tunesmith.store.store import Store
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server's first database."""
+    with postgresql_server(tmp_path_factory.mktemp("sql")) as url:
+        yield url
+
+
+@pytest.fixture
+def store(
+    template: Template,
+    postgresql: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Iterator[Store]:
+    monkeypatch.setenv("TUNESMITH_USER", "olive")
+    monkeypatch.delenv("TUNESMITH_KEYS", raising=False)
+    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
+    source = template.registered if "version" in request.fixturenames else template.unregistered
+    shutil.copytree(source, tmp_path / "store")
+    moved = moved_to_postgresql(Store(tmp_path / "store"), postgresql)
+    monkeypatch.setenv("TUNESMITH_DATABASE_URL", postgresql)  # for tests that open the store once more
+    yield moved
+    moved.engine.dispose()

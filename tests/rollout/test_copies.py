@@ -1,0 +1,204 @@
+"""Backup, restore and migrate: what was copied verifies, what is damaged or in the way is refused, nothing is half."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from tests.fabricate import APPROVER, OWNER, Scene
+from tests.postgresql_server import empty_database, postgresql_server
+from tests.s3_server import create_bucket, s3_environment, s3_server
+from tunesmith.core.digests import digest_bytes
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.registry.history import verify_log
+from tunesmith.registry.verification import verify_version
+from tunesmith.registry.versions import list_versions, register
+from tunesmith.services.copies import backup, migrate, restore
+from tunesmith.store import copying, database
+from tunesmith.store.blobs.local import LocalBlobs
+from tunesmith.store.copying import keys_of
+from tunesmith.store.store import Store
+from tunesmith.store.tables import AuditRow
+
+
+def rows_of(store: Store) -> dict[str, list[Any]]:
+    """All rows but those of the copy's own audit entry."""
+    found = {}
+    with store.engine.connect() as connection:
+        for table in copying._tables():
+            if table.name != "audit_head":
+                rows = [tuple(row) for row in connection.execute(select(table).order_by(*table.primary_key))]
+                found[table.name] = [row for row in rows if "store.backup" not in row and "store.restore" not in row]
+    return found
+
+
+def contents(store: Store) -> dict[str, bytes]:
+    return {key: b"".join(store.blobs.pieces(key)) for key in keys_of(store.blobs)}
+
+
+def whole(store: Store) -> None:
+    """Everything verifies, and work goes on: another version can be registered."""
+    assert verify_log(store) == []
+    versions = list_versions(store)
+    assert [version.label for version in versions] == [f"home@v{number}" for number in (1, 2, 3, 4)]
+    assert verify_version(store, "home@v2").ok
+    assert register(store, name="other", verdict=versions[0].verdict, actor=OWNER).label == "other@v1"
+    assert verify_log(store) == []
+
+
+@pytest.fixture
+def file(scene: Scene, tmp_path: Path) -> Path:
+    scene.store.blobs.put("cases/one.json", b"{}", private=True)
+    backup(scene.store, tmp_path / "backup.tar")
+    return tmp_path / "backup.tar"
+
+
+def test_a_restored_store_is_the_one_that_was_backed_up(scene: Scene, file: Path, tmp_path: Path) -> None:
+    target = Store(tmp_path / "new", url=f"sqlite:///{tmp_path / 'new.db'}")
+    found = restore(target, file)
+    assert contents(target) == contents(scene.store)
+    assert rows_of(target) == rows_of(scene.store)
+    assert found.objects == len(contents(target))
+    assert (target.blobs.path("cases/one.json").stat().st_mode & 0o077, file.stat().st_mode & 0o077) == (0, 0)
+    shutil.copytree(scene.store.root / "keys", target.root / "keys")  # private keys are in no backup
+    whole(target)
+    for again in (target, Store(tmp_path / "new", url=f"sqlite:///{tmp_path / 'other.db'}")):
+        if again is not target:
+            again.blobs.put("blobs/ab/other", b"of another store")
+        with pytest.raises(Refused, match="already"):
+            restore(again, file)
+    with pytest.raises(UsageError, match="exists"):
+        backup(scene.store, file)
+
+
+def test_only_an_admin_copies_a_store(scene: Scene, file: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="may not"):
+        backup(scene.store, tmp_path / "another.tar", actor=APPROVER)
+    target = Store(tmp_path / "new", url=f"sqlite:///{tmp_path / 'new.db'}")
+    with pytest.raises(Refused, match="may not"):
+        restore(target, file, actor=APPROVER)
+    assert not any(rows_of(target).values())
+    restore(target, file)
+
+
+def test_a_restore_that_was_stopped_goes_on(scene: Scene, file: Path, tmp_path: Path) -> None:
+    class Stops(LocalBlobs):
+        left = 7
+
+        def put_file(self, key: str, source: Path) -> None:
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+            super().put_file(key, source)
+
+    url = f"sqlite:///{tmp_path / 'new.db'}"
+    with pytest.raises(KeyboardInterrupt):
+        restore(Store(tmp_path / "new", url=url, blobs=Stops(tmp_path / "new")), file)
+    target = Store(tmp_path / "new", url=url)
+    assert not any(rows_of(target).values())
+    assert restore(target, file).objects == len(contents(scene.store))
+    assert contents(target) == contents(scene.store)
+
+
+def changed(file: Path, change: Callable[[str, bytes], bytes | None], added: str = "") -> None:
+    """Rewrite a backup's members; None leaves one out."""
+    with tarfile.open(file) as archive:
+        members = [(one.name, archive.extractfile(one).read()) for one in archive.getmembers()]  # type: ignore[union-attr]
+    with tarfile.open(file, "w") as archive:
+        for name, data in [*members, *([(added, b"x")] if added else [])]:
+            kept = change(name, data)
+            if kept is not None:
+                facts = tarfile.TarInfo(name)
+                facts.size = len(kept)
+                archive.addfile(facts, io.BytesIO(kept))
+
+
+def with_key(name: str, data: bytes) -> bytes:
+    """A manifest that names one more object, as a stranger could write it."""
+    if name != "manifest.json":
+        return data
+    facts = json.loads(data)
+    facts["members"]["objects/versions/../../evil"] = digest_bytes(b"x")
+    return json.dumps(facts).encode()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]), "backup cannot be used"),
+        (lambda file: file.write_bytes(b"no archive"), "cannot be read"),
+        (lambda file: changed(file, lambda name, data: None if "blobs/" in name else data), "missing or were added"),
+        (lambda file: changed(file, lambda name, data: data, added="objects/trust/eve.pem"), "missing or were added"),
+        (lambda file: changed(file, lambda name, data: data + b"x" if "blobs/" in name else data), "is damaged"),
+        (lambda file: changed(file, lambda name, data: None if "manifest" in name else data), "no whole backup"),
+        (lambda file: changed(file, with_key, added="objects/versions/../../evil"), "no store has"),
+    ],
+)
+def test_a_damaged_backup_is_refused_before_anything_is_written(
+    file: Path, damage: Callable[[Path], None], said: str, tmp_path: Path
+) -> None:
+    damage(file)
+    target = Store(tmp_path / "new", url=f"sqlite:///{tmp_path / 'new.db'}")
+    with pytest.raises(Refused, match=said):
+        restore(target, file)
+    assert keys_of(target.blobs) == []
+    assert not any(rows_of(target).values())
+
+
+def test_a_damaged_object_is_not_backed_up(scene: Scene, tmp_path: Path) -> None:
+    key = next(scene.store.blobs.keys("blobs/"))
+    scene.store.blobs.put(key, b"changed")
+    with pytest.raises(Refused, match="do not have the digest"):
+        backup(scene.store, tmp_path / "backup.tar")
+    assert not list(tmp_path.glob("backup*"))
+
+
+@pytest.fixture
+def team(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The environment that names an empty PostgreSQL database and an empty bucket."""
+    with s3_server() as s3, postgresql_server(tmp_path_factory.mktemp("sql")) as database:
+        create_bucket(s3, "team")
+        for name, value in s3_environment(s3).items():
+            monkeypatch.setenv(name, value)
+        yield {"TUNESMITH_DATABASE_URL": database, "TUNESMITH_BLOBS_URL": "s3://team/home"}
+
+
+def test_a_store_moves_to_postgresql_and_a_bucket_and_back(
+    scene: Scene, team: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    root, before, rows = scene.store.root, contents(scene.store), rows_of(scene.store)
+    with pytest.raises(UsageError, match="no place"):
+        migrate(root)
+    for name, value in team.items():
+        monkeypatch.setenv(name, value)
+    found = migrate(root)
+    assert (found.objects, found.bytes) == (len(before), sum(map(len, before.values())))
+    assert contents(scene.store) == before  # untouched
+    assert rows_of(scene.store) == rows
+    there = Store(root)
+    assert there.engine.dialect.name == "postgresql"
+    assert contents(there) == before
+    whole(there)
+    with pytest.raises(Refused, match="holds rows already"):
+        migrate(root)
+    backup(there, tmp_path / "team.tar")
+    back = Store(tmp_path / "back", url=f"sqlite:///{tmp_path / 'back.db'}", blobs=LocalBlobs(tmp_path / "back"))
+    restore(back, tmp_path / "team.tar")
+    assert contents(back) == contents(there)
+    assert verify_log(back) == []
+    there.engine.dispose()
+    empty_database(team["TUNESMITH_DATABASE_URL"])
+    restore(Store(root), tmp_path / "team.tar")  # the objects are there still, the rows come back
+    assert verify_log(Store(root)) == []
+    with database.reading(Store(root).engine) as session:
+        newest = list(session.scalars(select(AuditRow.action).order_by(AuditRow.seq)))[-2:]
+    assert newest == ["version.register", "store.restore"]
