@@ -66,7 +66,7 @@ class FileCache:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         os.chmod(source, _READ_ONLY)
-        os.replace(source, path)
+        shutil.move(source, path)  # the cache may be on another disk
         _mark_used(path)
         self._make_room(path.stat().st_size)
 
