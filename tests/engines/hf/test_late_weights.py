@@ -22,7 +22,9 @@ from tunesmith.engines.settings import WeightSettings
 from tunesmith.training.settings import TrainSettings
 
 STARTS = {cells[0]: cells[1] for cells in table("How several ranks start")}
-CASES: list[tuple[str, dict[str, Any]]] = [("llama", {}), ("gemma3", {}), ("gpt2", {}), ("phi3", {"precision": "bf16"})]
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}), ("gemma3", {}), ("gpt2", {}), ("opt", {}), ("phi3", {"precision": "bf16"})
+]  # fmt: skip
 
 
 def _rank(rank: int, _size: int, folder: Path, family: str, changes: dict[str, Any]) -> None:
@@ -36,6 +38,7 @@ def _rank(rank: int, _size: int, folder: Path, family: str, changes: dict[str, A
             sizes = [each.untyped_storage().nbytes() for each in model.module.parameters()]
             assert max(sizes) <= 4, "the weights take no memory before they are sharded"
         trained = HFTrainable(model, settings, seed=1, ranks=ranks)
+        assert all(0 < held(each).numel() < each.numel() for each in model.module.parameters())
         assert model.pads
         losses.append(_two_steps(trained, base, settings, ranks))
         parameters = dict(model.module.named_parameters())

@@ -217,11 +217,12 @@ class HFModel:
             self.late.read(self.module, self.device)
             self._check_causal()
             self._probe(ranks)
+            self.module.reshard()  # a forward pass leaves the embeddings and the head whole
 
     def _probe(self, ranks: Ranks) -> None:
         """Find out by forward passes what the module can do, so that all ranks need equally many from now on."""
-        _ = self.pads
         self.packs = not ranks.most(not self.packs)  # or the ranks would have unlike batches
+        _ = self.pads  # last, because an attempt to pack may fail within a layer and leave that whole
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter out of the module."""
@@ -375,9 +376,7 @@ def sizes(module: nn.Module) -> tuple[int, int]:
 
 def _load(folder: Path, device: torch.device, settings: ModelSettings, *, late: bool) -> tuple[Any, LateWeights | None]:
     """The module, from the base's own files only: transformers would apply an adapter that lies in the same folder.
-
-    late: without its weights, which are the second result, where its files allow that.
-    """
+    late: without its weights, which are the second result, where its files allow that."""
     transformers = libraries.transformers()
     if "quantization_config" in json.loads((folder / "config.json").read_bytes()):
         raise Refused("the base's weights are quantised", where=str(folder), fix="use the model they were made from")
