@@ -73,7 +73,7 @@ def test_a_gain_is_never_more_than_what_is_missing() -> None:
 @pytest.mark.parametrize(
     ("training", "said"),
     [
-        (_training(_rising(0.05), reason="no higher score in 4 validations"), "Validation stopped the training"),
+        (_training(_rising(0.05), reason="no better score in 4 validations"), "Validation stopped the training"),
         (_training([0.5, 0.6, 0.7]), "too few to say"),
         (_training([1.0] * 12), "Every validation row was right"),
         (_training([0.5] * 12), "not clear: twice the time would bring +0.0 points"),

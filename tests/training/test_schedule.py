@@ -140,14 +140,14 @@ def _scores(values: Iterator[float]) -> AnswerScore:
 
 
 def test_rate_falls_when_the_score_rises_no_more(tmp_path: Path) -> None:
-    values = itertools.chain([0.1, 0.5, 0.7, 0.6, 0.7, 0.65, 0.7], itertools.repeat(0.9))
+    values = itertools.chain([0.1, 0.5, 0.7, 0.5, 0.7, 0.55, 0.6, 0.5, 0.6], itertools.repeat(0.9))
     said = Said()
     before = BEFORE.model_copy(update={"scored_rows": 40})
     done = train(spec(tmp_path), ticking(0.1), before=before, score=_scores(values), progress=said)
     assert done.decisions is not None
-    # Equal scores are ranked by the loss, which falls here: 0.7 at step 25 is better than 0.7 at step 15.
+    # Near scores are ranked by the loss, which falls here: 0.7 at step 25 is better than 0.7 at step 15.
     (decay,) = done.decisions.decays
-    assert decay.reason == "no higher score in 4 validations"
+    assert decay.reason == "no better score in 4 validations"
     best = [each["score"] for each in done.state.validation].index(0.9)
     assert done.state.best is not None
     assert done.state.best >= best

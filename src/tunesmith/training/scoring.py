@@ -59,11 +59,13 @@ class Validation:
         self.rows = 0 if score is None else score.rows
 
     def measure(self) -> Mapping[str, float]:
-        """The validation loss, and the score where answers are scored."""
+        """The validation loss, and the score with its standard error where answers are scored."""
         found = {"loss": self._loss()}
         if self.score is not None and self.rows:
             score = self.score.mean(self._model, self.rows)
-            found["score"] = self.ranks.agree(lambda: score)
+            found["score"] = mean = self.ranks.agree(lambda: score)
+            # Of scores from 0 to 1 with this mean, those that are 0 or 1 have the largest error.
+            found["score_error"] = math.sqrt(max(0.0, mean * (1 - mean)) / self.rows)
         return found
 
     def _loss(self) -> float:

@@ -141,8 +141,9 @@ class TrainSettings(WeightSettings):
         Literal["score", "loss"],
         Field(
             description="what better means for keep and patience. score: the task's leading metric over generated "
-            "answers to the validation rows, and the loss among equals. loss: the validation loss alone, which is "
-            "also used where the validation rows are too few or the metric is a judge's"
+            "answers to the validation rows, and the loss among scores within one standard error of the highest. loss: "
+            "the validation loss alone, which is also used where the validation rows are too few or the metric is a "
+            "judge's"
         ),
     ] = "score"
     validations: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,8 @@ class TrainerState:
     """Progress of a training. Every checkpoint holds all of it.
 
     step: steps done. seconds: without the time between a stop and its resume. curve: step, loss, learning_rate, tokens
-    and seconds of each step. validation: step and loss of each validation, and the score where answers are scored.
+    and seconds of each step. validation: step and loss of each validation, and the score and its standard error where
+    answers are scored.
     ended: why the training stopped before the end of its plan.
     """
 
@@ -23,16 +25,29 @@ class TrainerState:
 
     @property
     def best(self) -> int | None:
-        """Index of the first validation with the highest score and, among equals or without scores, the lowest loss;
-        None where there was none."""
-        ranks = [(-each.get("score", 0.0), each["loss"]) for each in self.validation]
-        return ranks.index(min(ranks)) if ranks else None
+        """Index of the validation whose weights are kept: of the scores within one standard error of the highest so far
+        (Breiman et al. 1984), the first with the lowest loss; without scores, the lowest loss. None without validation.
+
+        A later validation takes the place of the best one before it, whose weights alone are held: so each is compared
+        with that one only, as it comes.
+        """
+        best: int | None = None
+        highest, error = -math.inf, 0.0
+        for place, each in enumerate(self.validation):
+            score = each.get("score", 0.0)
+            if score > highest:
+                highest, error = score, each.get("score_error", 0.0)
+            held = None if best is None else self.validation[best]
+            behind = held is None or held.get("score", 0.0) < highest - error
+            if score >= highest - error and (held is None or behind or each["loss"] < held["loss"]):
+                best = place
+        return best
 
     def exhausted(self, patience: int | None) -> str | None:
         """Why validation says to stop: none of the last `patience` validations was better. None where it does not."""
         if patience is None or self.best is None or len(self.validation) - 1 - self.best < patience:
             return None
-        what = "higher score" if "score" in self.validation[-1] else "lower validation loss"
+        what = "better score" if "score" in self.validation[-1] else "lower validation loss"
         return f"no {what} in {patience} validations"
 
     @property

@@ -1,0 +1,68 @@
+"""Which validation's weights are kept."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+from tunesmith.training.state import TrainerState
+
+ROWS = 100
+
+
+def _state(points: Sequence[tuple[float, float]], rows: int = ROWS) -> TrainerState:
+    """A training with these scores and losses, of so many rows."""
+    return TrainerState(
+        validation=[
+            {"step": step, "loss": loss, "score": score, "score_error": math.sqrt(score * (1 - score) / rows)}
+            for step, (score, loss) in enumerate(points)
+        ]
+    )
+
+
+def test_a_score_that_is_higher_by_chance_gives_way_to_a_lower_loss() -> None:
+    """Scores and losses of a training on SNIPS, of which the highest score was kept, before the rate fell."""
+    points = [(0.57, 0.0771), (0.84, 0.0352), (0.9, 0.0328), (0.89, 0.0294), (0.81, 0.0345), (0.87, 0.0251)]
+    assert _state(points).best == 5
+    assert _state(points, rows=10_000).best == 2, "of many rows the difference is none of chance"
+
+
+def test_a_score_below_the_error_never_takes_the_place_of_the_best() -> None:
+    assert _state([(0.9, 0.5), (0.8, 0.1)]).best == 0
+    assert _state([(0.8, 0.1), (0.9, 0.5)]).best == 1
+
+
+def test_the_best_is_one_whose_weights_are_held() -> None:
+    """Each validation replaces the best one before it or does not; an earlier one never comes back."""
+    drawn = random.Random(5)
+    for _ in range(200):
+        points = [(drawn.choice((0.0, 0.5, 0.8, 0.85, 0.9, 1.0)), drawn.random()) for _ in range(12)]
+        kept = [_state(points[: end + 1]).best for end in range(len(points))]
+        for end, best in enumerate(kept):
+            assert best == end or best == kept[end - 1]
+            assert best is not None
+            highest = max(score for score, _ in points[: end + 1])
+            assert points[best][0] >= highest - math.sqrt(highest * (1 - highest) / ROWS)
+
+
+def test_it_keeps_better_weights_than_the_highest_score_does() -> None:
+    """A model that improves until its rate has fallen, scored on 100 rows: the mean true score of what is kept."""
+    drawn, ours, highest = random.Random(7), [], []
+    for _ in range(400):
+        true = [0.9 - 0.3 * math.exp(-place / 4) for place in range(14)] + [0.91, 0.92, 0.93]
+        points = [
+            (sum(drawn.random() < each for _ in range(ROWS)) / ROWS, (1 - each) / 3 + drawn.gauss(0, 0.002))
+            for each in true
+        ]
+        best = _state(points).best
+        assert best is not None
+        ours.append(true[best])
+        highest.append(true[max(range(len(points)), key=lambda place: points[place][0])])
+    assert sum(ours) / 400 > sum(highest) / 400 + 0.008
+
+
+def test_without_scores_the_lowest_loss_counts() -> None:
+    state = TrainerState(validation=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 1.0}])
+    assert state.best == 1
+    assert TrainerState().best is None
