@@ -98,7 +98,7 @@ def test_it_is_an_ordinary_adapter_of_the_base(tmp_path: Path) -> None:
     folder.mkdir()
     trainable.save(folder)
     assert read_adapter_file(folder, base=base.digest, fingerprint=base.fingerprint).config.rank == 4
-    assert set(trainable.environment()) == {"peft", "device", "precision", "attention", "quantized"}
+    assert set(trainable.environment()) == {"peft", "device", "precision", "attention", "batches", "quantized"}
     assert trainable.environment()["quantized"].startswith("nf4, blocks of 64, double quantisation, bitsandbytes ")
 
 
