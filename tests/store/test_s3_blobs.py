@@ -18,6 +18,7 @@ from tunesmith.core.digests import digest_bytes
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.version_ref import VersionRef
 from tunesmith.project import open_store
+from tunesmith.services.doctor import examine
 from tunesmith.store.blobs.local import LocalBlobs
 from tunesmith.store.store import RELEASE, Store
 
@@ -196,3 +197,20 @@ def test_a_bucket_that_cannot_be_used(
             use(key_of(b""))
         assert fix in str(caught.value.fix)
         assert str(caught.value.where).startswith("s3://nobody-made-it/prefix")
+
+
+def test_doctor_looks_into_the_bucket(bucket: Opened, s3_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blobs = bucket(s3_project / "cache")
+    for url, ok in ((blobs.where(""), True), ("s3://nobody-made-it/x", False)):
+        monkeypatch.setenv("TUNESMITH_BLOBS_URL", url)
+        (found,) = (check for check in examine(s3_project).checks if check.name == "store")
+        assert found.ok == ok
+        assert (url if ok else "there is no bucket") in found.detail
+
+
+@pytest.fixture
+def s3_project(tmp_path: Path) -> Path:
+    """A project's folder with the least that a project file needs."""
+    lines = ["name: tiny", "base: model", "data: {sources: [{path: rows.jsonl, licence: CC0-1.0}]}"]
+    (tmp_path / "tunesmith.yaml").write_text("\n".join([*lines, "candidates: {plain: {}}"]))
+    return tmp_path

@@ -101,6 +101,7 @@ def _base(directory: Path) -> Check:
 
 def _store(directory: Path) -> Check:
     from tunesmith.store import audit, database
+    from tunesmith.store.trust import TRUST_KEY
 
     project = Project.load(directory)
     if not project.store.is_made:
@@ -109,7 +110,10 @@ def _store(directory: Path) -> Check:
         problems = audit.verify(session)
     if problems:
         return _check("store", problems[0], ok=False, fix="`tunesmith audit verify` lists all problems")
-    return _check("store", "the database opens and the audit log verifies")
+    project.store.blobs.exists(TRUST_KEY)  # raises where a bucket cannot be used
+    return _check(
+        "store", f"the database opens and the audit log verifies; objects are in {project.store.blobs.where('')}"
+    )
 
 
 def _champions(directory: Path) -> Check:

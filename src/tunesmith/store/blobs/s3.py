@@ -52,7 +52,7 @@ class S3Blobs:
 
     url: `s3://BUCKET/PREFIX`. cache: a local folder for copies of at most `limit` bytes. Blobs, records and version
     folders are cached; everything else is read from the bucket each time. Raises TunesmithError where the bucket cannot
-    be used, after retries of 30 seconds.
+    be used, after retries for 30 seconds.
     """
 
     def __init__(self, url: str, cache: Path, limit: int) -> None:
@@ -147,7 +147,7 @@ class S3Blobs:
 
     def where(self, key: str) -> str:
         """The object's URL."""
-        return f"{self._url}/{key}"
+        return f"{self._url}/{key}".rstrip("/")
 
     @cached_property
     def _store(self) -> S3Store:
@@ -162,7 +162,7 @@ class S3Blobs:
                 "read_timeout": timedelta(seconds=60),
                 "timeout": timedelta(hours=1),  # of a whole file; the default of 30 seconds cuts large ones off
             },
-            retry_config={"max_retries": 8, "retry_timeout": _RETRY},
+            retry_config={"max_retries": 100, "retry_timeout": _RETRY},
         )
         with self._told(""):
             next(iter(store.list(chunk_size=1)), None)
