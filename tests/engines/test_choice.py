@@ -82,7 +82,7 @@ def test_a_server_and_the_training_engine_are_set_in_one_place() -> None:
     [
         ("{train: cuda}", "'auto', 'native' or 'hf'"),
         ("{trian: hf}", "did you mean 'train'"),
-        ("{train: hf, kind: vllm}", "Field required"),
+        ("{train: hf, kind: vllm}", "give one of url"),
         ('{kind: vllm, ulr: "http://127.0.0.1:1"}', "did you mean 'url'"),
     ],
 )
