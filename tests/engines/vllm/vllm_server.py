@@ -184,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return None
         if fault == "stall":
-            threading.Event().wait(0.5)
+            threading.Event().wait(5)
             self.close_connection = True
             return None
         if body and body.get("stream"):
