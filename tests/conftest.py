@@ -27,6 +27,8 @@ _LONGEST = (
     "slow/test_real_risks.py",
     "attacks/test_kill_points.py",
     "data/building/test_ray_runner.py",
+    "store/test_two_machines.py",
+    "engines/hf/test_support_matrix.py",
     "training/test_resume.py",
 )
 

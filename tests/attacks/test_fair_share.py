@@ -60,8 +60,7 @@ def test_another_users_request_begins_at_once(
         served.ask()
         engine.gate.clear()
         flood = Flood(served, 40)
-        until(lambda: len(flood.answers) == 28 and engine.calls == 1 + 3)
-        assert served.worker.waiting() == 9
+        until(lambda: len(flood.answers) == 28 and engine.calls == 1 + 3 and served.worker.waiting() == 9)
         for refused in flood.answers:
             error = refused.json()["error"]
             assert (refused.status_code, error["type"], error["code"]) == (

@@ -216,7 +216,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    allow_reuse_port = True  # as vLLM sets it
 
 
 @contextlib.contextmanager
@@ -252,6 +251,8 @@ def main() -> None:
     asked, _ = parser.parse_known_args()
     fake = FakeVllm(asked.base)
     fake.key = os.environ.get("VLLM_API_KEY")
+    # As vLLM sets it. With port 0, Linux could give one that another such socket has, and requests would go to either.
+    _Server.allow_reuse_port = asked.port != 0
     server = _Server(("127.0.0.1", asked.port), type("Handler", (_Handler,), {"fake": fake}))
     print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
     server.serve_forever()
