@@ -209,10 +209,12 @@ def _usage_error(error: ValidationError, where: str) -> UsageError:
     """The first of pydantic's errors as a UsageError."""
     found = error.errors(include_url=False)
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
-    place = ".".join(str(part) for part in first["loc"])
+    loc = first["loc"]
+    # Of `engine:` pydantic names the kind of settings too, which no project file does.
+    place = ".".join(str(part) for part in (loc[:1] + loc[2:] if loc[:1] == ("engine",) else loc))
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     if first["type"] == "extra_forbidden":
-        key = str(first["loc"][-1])
+        key = str(loc[-1])
         near = difflib.get_close_matches(key, sorted(set(_keys(settings_schema()))), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return UsageError(

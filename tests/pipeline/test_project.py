@@ -51,6 +51,10 @@ def _candidate(**train: Any) -> dict[str, Any]:
         ({"name": "../x"}, "pattern", "name"),
         ({"rollout": {"steps": [{"setWeight": 50}]}}, "last setWeight must be 100", "rollout"),
         ({"candidates": {}}, "at least 1", "candidates"),
+        ({"engine": {"trian": "hf"}}, "no setting 'trian'; did you mean 'train'", "engine.trian"),
+        ({"engine": {"train": "gpu"}}, "'native'", "engine.train"),
+        ({"engine": {"kind": "vllm", "url": "no"}}, "pattern", "engine.url"),
+        ({"engine": "hf"}, "", "engine"),
     ],
 )
 def test_what_is_refused_says_what_and_where(changes: dict[str, Any], said: str, place: str) -> None:
