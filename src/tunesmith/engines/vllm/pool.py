@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import Refused, TunesmithError
 from tunesmith.core.progress import Progress
 from tunesmith.engines.vllm.http import Unavailable
 from tunesmith.engines.vllm.model_server import ModelServer
@@ -54,7 +54,7 @@ class Pool:
             with self._chosen(failed) as server:
                 try:
                     return server.ask(body, adapter)
-                except Unavailable as error:
+                except (Unavailable, Refused) as error:
                     self._failed(server, error)
                     failed.append(server)
                     if len(failed) == self._tries:
@@ -71,7 +71,7 @@ class Pool:
                         begun = True
                         yield choice
                     return
-                except Unavailable as error:
+                except (Unavailable, Refused) as error:
                     self._failed(server, error)
                     failed.append(server)
                     if begun or len(failed) == self._tries:
