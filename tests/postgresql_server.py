@@ -47,3 +47,10 @@ def moved_to_postgresql(store: Store, url: str) -> Store:
         with database.writing(target.engine) as session:
             import_rows(session, folder / "rows")
     return target
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server's first database."""
+    with postgresql_server(tmp_path_factory.mktemp("sql")) as url:
+        yield url

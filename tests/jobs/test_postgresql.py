@@ -23,7 +23,8 @@ from tests.jobs.test_queue import (  # noqa: F401
     test_what_people_ask_for,
 )
 from tests.jobs.test_state_machine import test_the_queue_holds_under_any_order_of_events  # noqa: F401
-from tests.store.test_postgresql import postgresql, store
+from tests.postgresql_server import postgresql
+from tests.store.test_postgresql import store
 from tunesmith.core.errors import TunesmithError
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.performing import JobProgress, Outcome, perform

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.postgresql_server import moved_to_postgresql, postgresql_server
+from tests.postgresql_server import moved_to_postgresql, postgresql
 from tests.registry.conftest import Template
 from tests.registry.test_aliases import (  # noqa: F401
     test_a_champion_needs_an_approval_and_a_challenger_does_not,
@@ -33,12 +33,7 @@ from tests.registry.test_versions import (  # noqa: F401
 )
 from tunesmith.store.store import Store
 
-
-@pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server's first database."""
-    with postgresql_server(tmp_path_factory.mktemp("sql")) as url:
-        yield url
+__all__ = ["postgresql"]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.fabricate import OWNER, Scene
-from tests.postgresql_server import moved_to_postgresql, postgresql_server
+from tests.postgresql_server import moved_to_postgresql, postgresql
 from tests.rollout import test_state_machine
 from tests.rollout.conftest import copied
 from tests.rollout.test_controller import (  # noqa: F401
@@ -29,12 +29,7 @@ from tests.rollout.test_controller import (  # noqa: F401
     test_two_promoters_at_once_promote_once,
 )
 
-
-@pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server's first database."""
-    with postgresql_server(tmp_path_factory.mktemp("sql")) as url:
-        yield url
+__all__ = ["postgresql"]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.postgresql_server import empty_database, postgresql_server
+from tests.postgresql_server import empty_database, postgresql
 from tests.store.test_audit import (  # noqa: F401
     test_a_change_that_fails_leaves_no_entry,
     test_a_cut_tail_shows,
@@ -40,12 +40,7 @@ from tests.store.test_until_changed import (  # noqa: F401
 )
 from tunesmith.store.store import Store
 
-
-@pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server's first database."""
-    with postgresql_server(tmp_path_factory.mktemp("sql")) as url:
-        yield url
+__all__ = ["postgresql"]
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ Tensors on GPUs travel over NCCL; messages and tensors on CPUs over gloo. Values
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +18,12 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.processes import end_with_parent
 from tunesmith.core.threads import started_by_torchrun
 from tunesmith.engines.device import backends, computing_device
 
 Value = TypeVar("Value")
 
-_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 _PATIENCE = timedelta(days=365)  # rank 0 may build data for hours before the others have anything to do
 
 
@@ -132,7 +130,7 @@ def joined(copies: int = 1) -> Iterator[Ranks]:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    _end_with_parent()
+    end_with_parent(os.getppid())  # torchrun, which starts this process in a session of its own
     if (size := int(os.environ["WORLD_SIZE"])) % copies:
         raise UsageError(
             f"{size} processes cannot hold {copies} copies of the model",
@@ -167,14 +165,6 @@ def connected_ranks(copies: int = 1) -> Ranks:
         copies=copies,
         patient=distributed.new_group(backend="gloo", timeout=_PATIENCE),
     )
-
-
-def _end_with_parent() -> None:
-    """Have Linux end this process with torchrun, which starts it in a session of its own and may be killed itself."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def whole(tensor: Tensor) -> Tensor:
