@@ -37,7 +37,7 @@ def worker(
     ] = 60.0,
     until_empty: Annotated[bool, typer.Option("--until-empty", help="End once no job is queued or performed.")] = False,
 ) -> None:
-    """Perform the project's queued jobs, each in a process of its own, until ctrl-C or SIGTERM.
+    """Perform the project's queued jobs, each in a separate process, until ctrl-C or SIGTERM.
 
     Then jobs that are performed stop between two steps and go back into the queue; a second signal ends them at once.
     """

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 
 from tunesmith.engines.hf.engine import HFEngine
-from tunesmith.engines.hf.model import HFModel, model_settings
+from tunesmith.engines.hf.loading import model_settings
+from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.support import check_supported
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.process import prepare_process

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.errors import UsageError
 from tunesmith.engines.hf import libraries
+from tunesmith.engines.hf.loading import cannot_run, first_line
 from tunesmith.engines.hf.model import is_linear, sizes
 from tunesmith.engines.hf.sharding import layers
 
@@ -126,9 +127,4 @@ def _without_weights(folder: Path) -> Any:
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # every architecture has its own way to refuse a configuration
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Refused(
-            f"transformers does not know this model: {reason[:300]}",
-            where=str(folder / "config.json"),
-            fix="use a model that transformers supports by itself",
-        ) from error
+        raise cannot_run(folder, first_line(error)) from error

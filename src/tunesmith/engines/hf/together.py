@@ -9,7 +9,8 @@ from pydantic import TypeAdapter
 from tunesmith.core.errors import TunesmithError
 from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf.engine import HFEngine
-from tunesmith.engines.hf.model import HFModel, model_settings
+from tunesmith.engines.hf.loading import model_settings
+from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.support import check_supported
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.late_weights import check_room

@@ -1,0 +1,109 @@
+"""Loads a base's weights into transformers' module, from the base's own files and without code from them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tunesmith.core.errors import Refused
+from tunesmith.core.scratch import scratch_folder
+from tunesmith.engines.device import computing_device
+from tunesmith.engines.hf import four_bits, libraries
+from tunesmith.engines.late_weights import LateWeights, without_weights
+from tunesmith.engines.settings import WeightSettings
+from tunesmith.models.base import base_files
+
+
+class ModelSettings(NamedTuple):
+    """How a base is kept and computed. quantized: its linear layers are in 4 bits. dtype: of its other numbers and of
+    what is computed. attention: transformers' implementation; None for its own choice."""
+
+    quantized: bool
+    dtype: torch.dtype
+    attention: str | None
+
+
+FP32 = ModelSettings(quantized=False, dtype=torch.float32, attention=None)
+
+
+def model_settings(weights: WeightSettings) -> ModelSettings:
+    """How the base of a training with these weight settings is kept and computed on this process's device.
+
+    The default is bf16 on a GPU that computes in it. PiSSA needs fp32: bf16 would round what it leaves of the weights.
+    """
+    precision = weights.precision
+    if precision is None:
+        rounded = computing_device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if rounded and weights.start == "zero" else "fp32"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return ModelSettings(weights.quantize is not None, dtype, weights.attention)
+
+
+def load(folder: Path, device: torch.device, settings: ModelSettings, *, late: bool) -> tuple[Any, LateWeights | None]:
+    """The module, from the base's own files only: transformers would apply an adapter that lies in the same folder.
+    late: without its weights, which are the second result, where its files allow that.
+
+    Raises Refused for weights that are quantised or incomplete, for what transformers cannot run with these settings or
+    without code from the folder, and for a model with an encoder.
+    """
+    transformers = libraries.transformers()
+    if "quantization_config" in json.loads((folder / "config.json").read_bytes()):
+        raise Refused("the base's weights are quantised", where=str(folder), fix="use the model they were made from")
+    attention = {} if settings.attention is None else {"attn_implementation": settings.attention}
+    made: dict[str, Any] = {"dtype": settings.dtype, **attention}
+    how: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, **made}
+    if settings.quantized:
+        how["quantization_config"] = four_bits.quantization(settings.dtype)
+    if settings.quantized or device.type != "cpu":
+        how["device_map"] = {"": str(device)}  # read into the device's memory at once
+    with scratch_folder() as scratch:
+        for path in base_files(folder):
+            os.symlink(path.resolve(), scratch / path.name)
+        safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            config = transformers.AutoConfig.from_pretrained(scratch, **safe)
+            if late and not config.is_encoder_decoder:
+                build = partial(transformers.AutoModelForCausalLM.from_config, copy.deepcopy(config), **made)
+                if (built := without_weights(build, folder, device)) is not None:
+                    return built
+            module, found = transformers.AutoModelForCausalLM.from_pretrained(scratch, config=config, **safe, **how)
+        except Exception as error:  # every architecture has its own way to refuse a configuration
+            reason = first_line(error).replace(str(scratch), str(folder))
+            if settings.attention is not None and "attention" in reason.lower():
+                raise Refused(
+                    f"transformers does not compute this base with attention: {settings.attention}: {reason[:300]}",
+                    where="train.attention",
+                    fix="leave attention out",
+                ) from error
+            raise cannot_run(folder, reason) from error
+    wrong = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
+    if wrong:
+        kind, names = next(iter(wrong.items()))
+        raise Refused(
+            f"the base's weights do not fit its architecture: {kind.replace('_', ' ')} such as {names[0][:120]}",
+            where=str(folder),
+            fix="use an unmodified, complete model",
+        )
+    if config.is_encoder_decoder:
+        raise Refused("the base has an encoder: it is not a causal language model", where=str(folder))
+    return module, None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def cannot_run(folder: Path, reason: str) -> Refused:
+    """The refusal of a base that transformers does not run by itself."""
+    return Refused(
+        f"transformers cannot run this base without code from its folder: {reason[:300]}",
+        where=str(folder),
+        fix="use a model that transformers supports by itself",
+    )
