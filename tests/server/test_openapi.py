@@ -24,11 +24,12 @@ def test_openapi_document_is_valid(document: dict[str, Any]) -> None:
         "/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/api/feedback", "/api/rollouts",
         "/api/rollouts/{number}", "/api/jobs", "/api/jobs/{number}", "/api/jobs/{number}/log",
         "/api/jobs/{number}/cancel", "/api/jobs/{number}/pause", "/api/jobs/{number}/resume", "/healthz", "/readyz",
-        "/metrics",
+        "/metrics", "/v1/files", "/v1/files/{file}", "/v1/files/{file}/content",
     }  # fmt: skip
     posts = [route["post"] for route in document["paths"].values() if "post" in route]
-    bodies = [post["requestBody"] for post in posts if "requestBody" in post]
-    names = [body["content"]["application/json"]["schema"]["$ref"].rsplit("/")[-1] for body in bodies]
+    bodies = [post["requestBody"]["content"] for post in posts if "requestBody" in post]
+    json_bodies = [body["application/json"] for body in bodies if "application/json" in body]
+    names = [body["schema"]["$ref"].rsplit("/")[-1] for body in json_bodies]
     assert names == ["ChatRequest", "Feedback"]
 
 
@@ -51,3 +52,14 @@ def test_answers_match_the_openapi_document(document: dict[str, Any], served: Se
         check(http.get("/readyz"), "/readyz")
         answer = http.post("/v1/chat/completions", json={"model": NAME, "messages": HELLO}).json()["id"]
         check(http.post("/api/feedback", json={"request_id": answer, "expected": "{}"}), "/api/feedback", "post")
+
+
+def test_every_route_decides_who_may_call_it(document: dict[str, Any], shared: Served) -> None:
+    """Without a valid token nothing is told or done, except whether the server is well."""
+    open_to_all = {"/healthz", "/readyz", "/metrics"}
+    with shared.http("tsk_nobody") as http:
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                answer = http.request(method, path.replace("{", "").replace("}", ""))
+                assert (answer.status_code == 401) != (path in open_to_all), f"{method} {path}: {answer.status_code}"
+                assert ("security" in operation) != (path in open_to_all), f"{method} {path}"

@@ -100,3 +100,4 @@ def test_defaults_of_options_are_those_of_the_settings() -> None:
         ("idle_connections", "idle_connections"),
     ):
         assert options[option].default == ServerSettings.model_fields[setting].default
+    assert options["largest_file"].default << 20 == ServerSettings.model_fields["file_bytes"].default

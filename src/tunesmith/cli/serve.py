@@ -49,6 +49,9 @@ def serve(
             "--idle-connections", min=1, help="Connections kept without a request; with more, the oldest is closed."
         ),
     ] = 512,
+    largest_file: Annotated[
+        int, typer.Option("--largest-file", min=1, help="Megabytes (2**20 bytes) of the largest file that is uploaded.")
+    ] = 512,
 ) -> None:
     """Answer OpenAI clients with the champion, and in a rollout with the canary too. Moves rollouts on."""
     import logging
@@ -76,6 +79,7 @@ def serve(
             per_user=per_user,
             unread_seconds=unread,
             idle_connections=idle_connections,
+            file_bytes=largest_file << 20,
         ),
         scorers=served_scorers(project.settings.task.scorers, project.schema, project.root),
     )

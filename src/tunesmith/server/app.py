@@ -22,6 +22,7 @@ from tunesmith.rollout.state import list_rollouts
 from tunesmith.server import control, jobs, openapi
 from tunesmith.server.chat import routes as chat
 from tunesmith.server.errors import ApiError
+from tunesmith.server.fine_tuning import files
 from tunesmith.server.intake.arriving import Arriving
 from tunesmith.server.intake.draining import DrainMiddleware, drain
 from tunesmith.server.metrics import Metrics
@@ -85,6 +86,7 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(chat.routes)
     app.include_router(control.routes)
     app.include_router(jobs.routes)
+    app.include_router(files.routes)
 
 
 @contextlib.asynccontextmanager
@@ -101,7 +103,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await controller
         if not serving.drain.begun:
             await drain(serving)
-        for threads in (serving.scoring, serving.noting, serving.listing):
+        for threads in (serving.scoring, serving.noting, serving.listing, serving.files):
             threads.stop()
 
 

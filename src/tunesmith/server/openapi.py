@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi.openapi.utils import get_openapi
@@ -17,8 +17,9 @@ _MEANINGS = {
     400: "The request is not valid.",
     401: "No valid token.",
     403: "The user lacks the permission.",
-    404: "There is no such model, request, rollout or job for this user (model_not_found, request_not_found, "
-    "rollout_not_found, job_not_found), or no version of the model may serve now (model_not_available).",
+    404: "There is no such model, request, rollout, job or file for this user (model_not_found, request_not_found, "
+    "rollout_not_found, job_not_found, file_not_found), or no version of the model may serve now "
+    "(model_not_available).",
     408: "The body arrived too slowly.",
     409: "The request was scored before, or its answer is no longer in memory; or the job's state does not allow it.",
     413: "The body is too large.",
@@ -41,6 +42,12 @@ def body(model: type[BaseModel]) -> dict[str, Any]:
     _bodies[model.__name__] = model
     schema = {"$ref": _REFERENCE.format(model=model.__name__)}
     return {**BEARER, "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def form(properties: Mapping[str, Any], required: Iterable[str]) -> dict[str, Any]:
+    """Describe a multipart form that the route reads itself."""
+    schema = {"type": "object", "properties": dict(properties), "required": list(required)}
+    return {**BEARER, "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def document(routes: Iterable[BaseRoute], version: str) -> dict[str, Any]:

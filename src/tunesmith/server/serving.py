@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Serving:
 
     scoring: the one thread that compares answers with expected texts, which takes some scorers seconds. noting: the
     threads for feedback that brings its own scores. listing: those for lists of models and rollouts.
+    uploads: the uploads under way, by user. files: threads that write uploads and delete files.
     """
 
     store: Store
@@ -45,6 +47,10 @@ class Serving:
     scoring: SharedThreads = field(default_factory=lambda: SharedThreads("scoring", 1, limits.FEEDBACK, _FEEDBACK))
     noting: SharedThreads = field(default_factory=lambda: SharedThreads("noting", 2, limits.FEEDBACK, _FEEDBACK))
     listing: SharedThreads = field(default_factory=lambda: SharedThreads("listing", 2, limits.LISTS, "lists"))
+    files: SharedThreads = field(
+        default_factory=lambda: SharedThreads("files", limits.UPLOADS, limits.LISTS, "calls for files")
+    )
+    uploads: Counter[str] = field(default_factory=Counter)
 
     def arrives(self, user: User) -> AbstractContextManager[Callable[[int], None]]:
         """Count a request of the user while its body is read (`Arriving.one`)."""

@@ -15,6 +15,7 @@ class ServerSettings(Settings):
     region: Annotated[str, Field(description='the region whose versions it serves, "" where there are none')] = ""
     body_bytes: Annotated[int, Field(ge=1024, description="largest request body")] = 1 << 20
     body_seconds: Annotated[float, Field(gt=0, description="longest a client may take to send its body")] = 15.0
+    file_bytes: Annotated[int, Field(ge=1024, description="largest uploaded file")] = 512 << 20
     headers_seconds: Annotated[
         float, Field(gt=0, description="longest a client may take to send the headers of a request")
     ] = 15.0

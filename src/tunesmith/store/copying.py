@@ -122,6 +122,7 @@ def put_objects(store: Store, contents: Contents, progress: Progress = SILENT) -
                 if key.startswith("cases/"):
                     store.blobs.put(key, file.read_bytes(), private=True)
                 else:
+                    file.chmod(0o600 if key.startswith("files/") else 0o644)
                     store.blobs.put_file(key, file)
                 if _digest(store.blobs.pieces(key)) != digest:
                     raise Refused("the object was not copied whole", where=store.blobs.where(key), fix="delete it")

@@ -1,9 +1,9 @@
 """The store: blobs, records and version folders under keys, and the database.
 
-Keys: `blobs/ab/<hex>`, `records/ab/<hex>.json`, `versions/NAME/vN/<file>`, `trust/<file>`, `cases/<request>.json`.
-They are in a BlobStore, by default the folder `root`. The database is `root/tunesmith.db` by default. What belongs to
-this machine only (work folders, private keys, where bases were found, the cache of a bucket) is in folders that `local`
-names.
+Keys: `blobs/ab/<hex>`, `records/ab/<hex>.json`, `versions/NAME/vN/<file>`, `trust/<file>`, `cases/<request>.json`,
+`files/<file id>`. They are in a BlobStore, by default the folder `root`. The database is `root/tunesmith.db` by
+default. What belongs to this machine only (work folders, private keys, where bases were found, the cache of a bucket)
+is in folders that `local` names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tunesmith.store.tables import EdgeRow, MemoRow, RecordRow
 # The file that makes a version's folder complete: it is written last.
 RELEASE = "release.json"
 # What every key begins with.
-PREFIXES = ("blobs/", "records/", "versions/", "trust/", "cases/")
+PREFIXES = ("blobs/", "records/", "versions/", "trust/", "cases/", "files/")
 # The database's file, where it is SQLite.
 DATABASE = "tunesmith.db"
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, Boolean, Float, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 # Raise it with each new file in migrations/versions.
-HEAD_REVISION = "0002"
+HEAD_REVISION = "0003"
 
 
 class Table(DeclarativeBase):
@@ -251,6 +251,25 @@ class JobEventRow(Table):
     number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     at: Mapped[float] = mapped_column(Float)
     message: Mapped[str] = mapped_column(Text)
+
+
+class FileRow(Table):
+    """A file that a client uploaded, or that a job made for one (store/uploads.py). Its bytes are under `files/`.
+
+    number: the order in which files came. file: the id that clients know. created: seconds since 1970.
+    """
+
+    __tablename__ = "files"
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    file: Mapped[str] = mapped_column(String(64), unique=True)
+    tenant: Mapped[str] = mapped_column(String(64), default="")
+    region: Mapped[str] = mapped_column(String(64), default="")
+    created_by: Mapped[str] = mapped_column(String(128))
+    name: Mapped[str] = mapped_column(String(256))
+    purpose: Mapped[str] = mapped_column(String(32))
+    size: Mapped[int] = mapped_column(BigInteger)
+    digest: Mapped[str] = mapped_column(String(71))
+    created: Mapped[float] = mapped_column(Float)
 
 
 Index("jobs_by_state", JobRow.project, JobRow.state, JobRow.priority)

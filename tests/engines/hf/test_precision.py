@@ -111,7 +111,10 @@ def test_what_a_base_or_a_machine_lacks_is_refused_by_name(tmp_path: Path, monke
 @pytest.mark.skipif(device.gpu_present(), reason="about machines without a GPU")
 def test_what_the_native_engine_does_not_honour_goes_to_hf_or_is_refused() -> None:
     native = EngineSettings(train="native")
-    for stated, said in [({"precision": "fp32"}, "keeps the base in bf16"), ({"attention": "eager"}, "has its own attention")]:
+    for stated, said in [
+        ({"precision": "fp32"}, "keeps the base in bf16"),
+        ({"attention": "eager"}, "has its own attention"),
+    ]:
         weights = WeightSettings.model_validate(stated)
         assert training_engine("llama", weights) == "hf"
         with pytest.raises(Refused, match=f"the native engine .*{said}"):

@@ -1,0 +1,276 @@
+"""/v1/files, compatible with OpenAI's clients: the files that fine-tuning jobs read and write."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+
+from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.core.view import View
+from tunesmith.server.errors import ApiError, bad_request, busy_for_user, forbidden, not_stored
+from tunesmith.server.fine_tuning.pages import page_limit
+from tunesmith.server.intake import limits
+from tunesmith.server.intake.form import FormReader, boundary_of, too_large
+from tunesmith.server.openapi import BEARER, errors, form
+from tunesmith.server.serving import Serving, caller
+from tunesmith.store import uploads
+from tunesmith.store.identities import User
+from tunesmith.store.uploads import FileGone, StoredFile
+
+PURPOSE = "fine-tune"
+RESULTS = "fine-tune-results"
+_PIECE = 1 << 20  # bytes that are written at once
+_MOST = 10_000  # files of one page, as OpenAI's
+_OTHER_PARTS = 1 << 16  # bytes of a form besides its file
+
+routes = APIRouter(prefix="/v1/files")
+
+
+class FileObject(View):
+    """A file, as OpenAI's clients read it. status: deprecated there, always processed."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+    status: Literal["processed"]
+    status_details: str | None
+
+
+class FileList(View):
+    """A page of files. has_more: whether there are more behind last_id."""
+
+    object: Literal["list"]
+    data: tuple[FileObject, ...]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FileDeleted(View):
+    """A file was deleted."""
+
+    id: str
+    object: Literal["file"]
+    deleted: Literal[True]
+
+
+_FORM: dict[str, Any] = form(
+    {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": [PURPOSE]}},
+    ("file", "purpose"),
+)
+
+
+@routes.post(
+    "", response_model=FileObject, responses=errors(400, 401, 403, 408, 413, 429, 503, 507), openapi_extra=_FORM
+)
+async def upload(request: Request) -> Response:
+    """Keep a file of examples. It is written to the disk as it comes."""
+    user, serving = await _allowed(request, "file.change")
+    if serving.uploads[user.name] >= limits.UPLOADS_OF_USER or serving.uploads.total() >= limits.UPLOADS:
+        raise busy_for_user(limits.UPLOADS_OF_USER, "uploads")
+    serving.uploads[user.name] += 1
+    try:
+        with _stored(), serving.store.scratch() as folder:
+            path = folder / "upload"
+            reader = await _received(request, serving, path)
+            name = _checked(reader)
+            put = partial(
+                uploads.put, serving.store, path, name=name, purpose=PURPOSE, actor=user.name, scope=user.scope
+            )
+            return JSONResponse(_object(await serving.files.run(user.name, put)).document())
+    finally:
+        serving.uploads[user.name] -= 1
+
+
+async def _received(request: Request, serving: Serving, path: Path) -> FormReader:
+    """The form of a request, its file written to path. Raises ApiError for one too large, too slow or not valid."""
+    settings, most = serving.settings, serving.settings.file_bytes
+    boundary = boundary_of(request.headers.get("content-type", ""))
+    stated = request.headers.get("content-length", "0")
+    if stated.isdecimal() and int(stated) > most + _OTHER_PARTS:
+        raise too_large(most)
+    came, waiting, stream = 0, bytearray(), request.stream()
+    with path.open("wb") as target:
+        reader = FormReader(boundary, target, most)
+        try:
+            async with asyncio.timeout(limits.UPLOAD_SECONDS):
+                while True:
+                    async with asyncio.timeout(settings.body_seconds):
+                        piece = await anext(stream, None)
+                    if piece is not None:
+                        came += len(piece)
+                        waiting += piece
+                        if came > most + _OTHER_PARTS:
+                            raise too_large(most)
+                    if len(waiting) >= _PIECE or (piece is None and waiting):
+                        await asyncio.to_thread(reader.feed, bytes(waiting))
+                        waiting.clear()
+                    if piece is None:
+                        break
+        except TimeoutError:
+            raise ApiError(
+                408, "The file arrived too slowly.", code="body_too_slow", headers={"Connection": "close"}
+            ) from None
+        except ClientDisconnect:
+            raise bad_request("The client left before its body had arrived.", code="incomplete_body") from None
+    reader.end()
+    return reader
+
+
+def _checked(reader: FormReader) -> str:
+    """The file's name. Raises ApiError 400, in OpenAI's words where it has them, for a form that it refuses too."""
+    for field in reader.fields:
+        if field.startswith("expires_after"):
+            raise bad_request("expires_after is not supported: delete the file instead.", "expires_after")
+        if field != "purpose":
+            raise bad_request(
+                f"Unrecognized request argument supplied: {field[: limits.SHOWN]}", code="unknown_parameter"
+            )
+    purpose = reader.fields.get("purpose")
+    if purpose is None:
+        raise bad_request("'purpose' is a required property", "purpose", "missing_required_parameter")
+    if purpose != PURPOSE:
+        raise bad_request(f"{purpose[: limits.SHOWN]!r} is not one of ['{PURPOSE}'] - 'purpose'", "purpose")
+    if reader.filename is None:
+        raise bad_request("'file' is a required property", "file", "missing_required_parameter")
+    name = Path(reader.filename.replace("\\", "/")).name
+    if not name.lower().endswith(".jsonl") or not name.isprintable():
+        raise bad_request("Invalid file format for Fine-Tuning API. Must be .jsonl", "file", "invalid_file_format")
+    if reader.size == 0:
+        raise bad_request("The file is empty.", "file", "empty_file")
+    return name
+
+
+@routes.get("", response_model=FileList, responses=errors(400, 401, 403, 404, 429), openapi_extra=BEARER)
+async def files(
+    request: Request,
+    purpose: str | None = None,
+    after: str | None = None,
+    limit: str | None = None,
+    order: str | None = None,
+) -> Response:
+    """The files of the caller's tenant and region, newest first. order: asc for the oldest first."""
+    user, serving = await _allowed(request, "file.read")
+    most = page_limit(limit, _MOST, _MOST)
+    if order not in (None, "asc", "desc"):
+        raise bad_request("order must be asc or desc.", "order")
+    listed = partial(
+        uploads.list_files, serving.store, user.scope, purpose=purpose, after=after, most=most + 1,
+        oldest_first=order == "asc",
+    )  # fmt: skip
+    with _stored():
+        found = await serving.listing.run(user.name, listed)
+    data = tuple(_object(each) for each in found[:most])
+    page = FileList(
+        object="list",
+        data=data,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+        has_more=len(found) > most,
+    )
+    return JSONResponse(page.document())
+
+
+@routes.get("/{file}", response_model=FileObject, responses=errors(401, 403, 404, 429), openapi_extra=BEARER)
+async def file(request: Request, file: str) -> Response:
+    """One file. Another tenant's is answered like one that does not exist."""
+    user, serving = await _allowed(request, "file.read")
+    return JSONResponse(_object(await _found(user, serving, file)).document())
+
+
+@routes.get(
+    "/{file}/content",
+    response_class=Response,
+    responses={
+        200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+        **errors(401, 403, 404, 429),
+    },
+    openapi_extra=BEARER,
+)
+async def content(request: Request, file: str) -> Response:
+    """A file's bytes."""
+    user, serving = await _allowed(request, "file.read")
+    stored = await _found(user, serving, file)
+    pieces = uploads.pieces(serving.store, stored)
+    with _stored():
+        first = await serving.listing.run(user.name, partial(next, pieces, b""))
+
+    def whole() -> Iterator[bytes]:
+        yield first
+        yield from pieces
+
+    headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(stored.name)}"}
+    return StreamingResponse(whole(), media_type="application/octet-stream", headers=headers)
+
+
+@routes.delete(
+    "/{file}", response_model=FileDeleted, responses=errors(401, 403, 404, 429, 503, 507), openapi_extra=BEARER
+)
+async def delete(request: Request, file: str) -> Response:
+    """Delete a file and its bytes. A fine-tuning job that still needs it fails. Records that were made from it stay."""
+    user, serving = await _allowed(request, "file.change")
+    with _stored():
+        gone = partial(uploads.delete, serving.store, file, actor=user.name, scope=user.scope)
+        await serving.files.run(user.name, gone)
+    return JSONResponse(FileDeleted(id=file, object="file", deleted=True).document())
+
+
+async def _allowed(request: Request, action: str) -> tuple[User, Serving]:
+    """The caller, who may do an action. Raises ApiError 401 or 403."""
+    user, serving = await caller(request)
+    if not user.may(action):
+        raise forbidden(f"{user.name} may not {'read' if action == 'file.read' else 'change'} files.")
+    return user, serving
+
+
+async def _found(user: User, serving: Serving, file: str) -> StoredFile:
+    with _stored():
+        found = await serving.listing.run(user.name, partial(uploads.find, serving.store, file, user.scope))
+    if found is None:
+        raise no_such_file(file)
+    return found
+
+
+def no_such_file(file: str) -> ApiError:
+    """The same answer for a file that does not exist and one of another tenant."""
+    return ApiError(404, f"No such File object: {file[: limits.SHOWN]}", code="file_not_found", param="id")
+
+
+@contextlib.contextmanager
+def _stored() -> Iterator[None]:
+    """Turn what the store raises into answers."""
+    try:
+        yield
+    except FileGone as error:
+        raise no_such_file(error.where or "") from error
+    except Refused as error:
+        raise forbidden(f"{error.what}.") from error
+    except (TunesmithError, OSError) as error:
+        raise not_stored(error) from error
+
+
+def _object(stored: StoredFile) -> FileObject:
+    return FileObject(
+        id=stored.file,
+        object="file",
+        bytes=stored.size,
+        created_at=int(stored.created),
+        expires_at=None,
+        filename=stored.name,
+        purpose=stored.purpose,
+        status="processed",
+        status_details=None,
+    )

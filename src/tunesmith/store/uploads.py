@@ -1,0 +1,170 @@
+"""Files that clients upload and jobs write for them: their bytes under `files/`, the rest in the database.
+
+They are kept apart from the blobs, so that a deleted file is gone: no record shares its bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from tunesmith.core.digests import digest_file
+from tunesmith.core.errors import Refused
+from tunesmith.core.scope import Scope
+from tunesmith.store import database
+from tunesmith.store.identities import require
+from tunesmith.store.store import Store
+from tunesmith.store.tables import FileRow
+
+_LONGEST_NAME = 256
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file. The fields are those of FileRow."""
+
+    number: int
+    file: str
+    tenant: str
+    region: str
+    created_by: str
+    name: str
+    purpose: str
+    size: int
+    digest: str
+    created: float
+
+    @property
+    def scope(self) -> Scope:
+        """Whom it is for."""
+        return Scope(self.tenant, self.region)
+
+
+class FileGone(Refused):
+    """There is no such file, or not for this caller, or its bytes are missing or damaged."""
+
+
+def new_id() -> str:
+    """An id that nobody can guess."""
+    return f"file-{secrets.token_hex(12)}"
+
+
+def put(
+    store: Store,
+    source: Path,
+    *,
+    name: str,
+    purpose: str,
+    actor: str,
+    scope: Scope,
+    file: str | None = None,
+    allowed_by: str = "file.change",
+) -> StoredFile:
+    """Keep a file, which is used up. source: on the store's disk (`Store.scratch`).
+
+    file: its id; by default a new one. An id that exists already gives the file that is there. allowed_by: the action
+    that the actor needs. Raises Refused where the actor may not do this.
+    """
+    require(store, actor, allowed_by, scope=scope)
+    if file is not None and (known := find(store, file, scope)) is not None:
+        return known
+    found = {"file": file or new_id(), "size": source.stat().st_size, "digest": digest_file(source)}
+    source.chmod(0o600)
+    with source.open("rb") as stream:
+        os.fsync(stream.fileno())
+    key = _key(str(found["file"]))
+    store.blobs.put_file(key, source)
+    detail: dict[str, Any] = {**found, **scope.fields(), "purpose": purpose}
+    try:
+        with store.change(actor, "file.add", str(found["file"]), detail) as session:
+            require(session, actor, allowed_by, scope=scope)
+            row = FileRow(
+                **found, **scope.fields(), created_by=actor, name=name[:_LONGEST_NAME], purpose=purpose,
+                created=time.time(),
+            )  # fmt: skip
+            session.add(row)
+            session.flush()
+            return _of(row)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            store.blobs.delete(key)
+        raise
+
+
+def find(store: Store, file: str, scope: Scope) -> StoredFile | None:
+    """A file by its id; None where there is none that the scope covers."""
+    with database.reading(store.engine) as session:
+        row = _row(session, file, scope)
+        return None if row is None else _of(row)
+
+
+def list_files(
+    store: Store, scope: Scope, *, purpose: str | None = None, after: str | None = None, most: int, oldest_first: bool
+) -> list[StoredFile]:
+    """The files that a scope covers. after: only those behind this one in the same order. Raises FileGone for an
+    `after` that is no file of the scope."""
+    found = select(FileRow)
+    for column, own in ((FileRow.tenant, scope.tenant), (FileRow.region, scope.region)):
+        found = found.where(column == own) if own else found
+    if purpose is not None:
+        found = found.where(FileRow.purpose == purpose)
+    with database.reading(store.engine) as session:
+        if after is not None:
+            row = _row(session, after, scope)
+            if row is None:
+                raise _gone(after)
+            found = found.where(FileRow.number > row.number if oldest_first else FileRow.number < row.number)
+        ordered = found.order_by(FileRow.number if oldest_first else FileRow.number.desc()).limit(most)
+        return [_of(each) for each in session.scalars(ordered)]
+
+
+def delete(store: Store, file: str, *, actor: str, scope: Scope) -> None:
+    """Delete a file and its bytes. Killed in between, it can be deleted again. Raises FileGone, and Refused where the
+    actor may not do this."""
+    with store.change(actor, "file.delete", file, {}) as session:
+        require(session, actor, "file.change", scope=scope)
+        row = _row(session, file, scope)
+        if row is None:
+            raise _gone(file)
+        store.blobs.delete(_key(file))
+        session.delete(row)
+
+
+def pieces(store: Store, stored: StoredFile) -> Iterator[bytes]:
+    """A file's bytes. Raises FileGone where they are missing, and at their end where they are not those that came."""
+    hasher = hashlib.sha256()
+    try:
+        for piece in store.blobs.pieces(_key(stored.file)):
+            hasher.update(piece)
+            yield piece
+    except FileNotFoundError:
+        raise FileGone("the file's bytes are missing", where=stored.file, fix="upload it again") from None
+    if f"sha256:{hasher.hexdigest()}" != stored.digest:
+        raise FileGone("the file's bytes are damaged", where=stored.file, fix="upload it again")
+
+
+def _row(session: Session, file: str, scope: Scope) -> FileRow | None:
+    row = session.scalars(select(FileRow).where(FileRow.file == file)).first()
+    return row if row is not None and scope.covers(Scope(row.tenant, row.region)) else None
+
+
+def _of(row: FileRow) -> StoredFile:
+    return StoredFile(**{each.name: getattr(row, each.name) for each in fields(StoredFile)})
+
+
+def _gone(file: str) -> FileGone:
+    return FileGone("there is no such file", where=file[:80], fix="upload it again")
+
+
+def _key(file: str) -> str:
+    return f"files/{file}"

@@ -1,0 +1,205 @@
+"""/v1/files: the official client uploads, lists, reads and deletes; what is not valid is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.fabricate import OPERATOR, OWNER
+from tests.server.conftest import Served
+from tunesmith.core.scope import Scope
+from tunesmith.server.errors import ApiError
+from tunesmith.server.intake import limits
+from tunesmith.server.intake.form import FormReader, boundary_of
+from tunesmith.store import database
+from tunesmith.store.audit import entries
+from tunesmith.store.identities import add_user, issue_token
+
+ROWS = b'{"messages": []}\n'
+
+
+def owner(served: Served) -> str:
+    return issue_token(served.scene.store, OWNER, actor=OWNER)
+
+
+def sent(served: Served, token: str, data: bytes = ROWS, name: str = "rows.jsonl", **fields: str) -> httpx.Response:
+    with served.http(token) as http:
+        return http.post("/v1/files", files={"file": (name, data)}, data={"purpose": "fine-tune", **fields})
+
+
+def test_the_official_client_keeps_lists_reads_and_deletes_files(served: Served) -> None:
+    client = served.client(owner(served))
+    data = random.Random(0).randbytes(3 << 20)  # no line ends where one would expect them
+    made = [
+        client.files.create(file=(f"ro\u00e4ws {number}.jsonl", BytesIO(data[number:])), purpose="fine-tune")
+        for number in range(3)
+    ]
+    assert (made[0].bytes, made[0].filename, made[0].purpose) == (len(data), "ro\u00e4ws 0.jsonl", "fine-tune")
+    assert (made[0].object, made[0].status) == ("file", "processed")
+    ids = [each.id for each in made]
+    assert [each.id for each in client.files.list(limit=2)] == ids[::-1]  # the client asks for the second page itself
+    assert [each.id for each in client.files.list(order="asc", after=ids[0])] == ids[1:]
+    assert client.files.list(purpose="batch").data == []
+    assert client.files.retrieve(ids[1]) == made[1]
+    assert client.files.content(ids[1]).content == data[1:]
+    assert client.files.delete(ids[1]).deleted
+    for again in (client.files.retrieve, client.files.content, client.files.delete):
+        with pytest.raises(openai.NotFoundError, match="No such File object"):
+            again(ids[1])
+    kept = served.scene.store.root / "files" / ids[0]
+    assert oct(kept.stat().st_mode & 0o777) == "0o400"
+    assert not (kept.parent / ids[1]).exists()
+    with database.reading(served.scene.store.engine) as session:
+        actions = [entry.action for entry in entries(session)][-4:]
+    assert actions == ["file.add"] * 3 + ["file.delete"]
+    kept.chmod(0o600)
+    kept.write_bytes(b"something else")
+    with pytest.raises((openai.APIError, httpx.HTTPError)):  # the answer breaks off: these are not the bytes that came
+        _ = client.files.content(ids[0]).content
+
+
+def test_who_may(served: Served) -> None:
+    store = served.scene.store
+    identifier = sent(served, owner(served)).json()["id"]
+    for name, roles, scope in (("amy", ["engineer"], Scope("acme")), ("gil", ["engineer"], Scope("globex"))):
+        add_user(store, name, roles, actor=OWNER, scope=scope)
+    amy, gil = (issue_token(store, name, actor=OWNER) for name in ("amy", "gil"))
+    amys = sent(served, amy).json()["id"]
+    with served.http(gil) as http:
+        assert http.get("/v1/files").json()["data"] == []
+        for missing in (amys, identifier, "file-none"):
+            answers = [http.get(f"/v1/files/{missing}"), http.get(f"/v1/files/{missing}/content")]
+            answers += [http.delete(f"/v1/files/{missing}"), http.get("/v1/files", params={"after": missing})]
+            assert {answer.status_code for answer in answers} == {404}
+            assert {answer.json()["error"]["code"] for answer in answers} == {"file_not_found"}
+    with served.http(owner(served)) as http:
+        assert [each["id"] for each in http.get("/v1/files").json()["data"]] == [amys, identifier]
+    with served.http() as http:  # an operator
+        assert OPERATOR
+        assert http.get("/v1/files").status_code == 403
+        assert http.delete(f"/v1/files/{identifier}").status_code == 403
+        assert sent(served, served.token).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "fields", "said"),
+    [
+        (ROWS, "rows.json", {}, "Invalid file format for Fine-Tuning API. Must be .jsonl"),
+        (b"", "rows.jsonl", {}, "The file is empty."),
+        (ROWS, "rows.jsonl", {"purpose": "batch"}, "'batch' is not one of ['fine-tune'] - 'purpose'"),
+        (ROWS, "rows.jsonl", {"expires_after[seconds]": "3600"}, "expires_after is not supported"),
+        (ROWS, "rows.jsonl", {"colour": "red"}, "Unrecognized request argument supplied: colour"),
+        (ROWS, "rows.jsonl", {"purpose": "x" * 2000}, "too long"),
+    ],
+)
+def test_what_is_refused(shared: Served, data: bytes, name: str, fields: dict[str, str], said: str) -> None:
+    answer = sent(shared, owner(shared), data, name, **fields)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+
+
+def test_bodies_that_are_no_form(shared: Served) -> None:
+    with shared.http(owner(shared)) as http:
+        whole = {"content-type": "multipart/form-data; boundary=b"}
+        for headers, body, said in (
+            ({}, b"{}", "must be multipart/form-data"),
+            (
+                whole,
+                b"--b\r\nContent-Disposition: form-data; name=purpose\r\n\r\nfine-tune",
+                "before its last boundary",
+            ),
+            (whole, b"--bx\r\n", "not followed by a line end"),
+            (whole, b"--b\r\n" + b"x" * 9_000, "headers of a part"),
+            (whole, b"--b\r\n\r\nx\r\n--b--", "has no name"),
+            (whole, b"--b--", "'purpose' is a required property"),
+        ):
+            answer = http.post("/v1/files", headers=headers, content=body)
+            assert (answer.status_code, said in answer.text) == (400, True), answer.text
+        for query in ({"limit": "0"}, {"limit": "10001"}, {"order": "up"}):
+            assert http.get("/v1/files", params=query).status_code == 400
+    left = [each for each in (shared.scene.store.root / "work").iterdir() if each.name.startswith(".scratch")]
+    assert left == []
+
+
+def test_too_large_too_slow_and_too_many(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = served.serving.settings
+    served.serving.settings = settings.model_copy(update={"file_bytes": 4096, "body_seconds": 0.5})
+    token = owner(served)
+    assert sent(served, token, b"x" * 4096).status_code == 200
+    assert sent(served, token, b"x" * 4097).status_code == 413
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    with served.http(token) as http:
+        answer = http.post("/v1/files", headers=headers, content=(b"x" * 65536 for _ in range(3)))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "file_too_large")
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def slow() -> Any:
+        yield b"--b\r\n"
+        waiting.set()
+        go_on.wait(10)
+        yield b"x"
+
+    monkeypatch.setattr(limits, "UPLOADS_OF_USER", 1)
+    answers: list[int] = []
+
+    def post() -> None:
+        with served.http(token) as http:
+            answers.append(http.post("/v1/files", headers=headers, content=slow()).status_code)
+
+    thread = threading.Thread(target=post)
+    thread.start()
+    waiting.wait(10)
+    again = sent(served, token, b"x")
+    assert (again.status_code, again.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    thread.join(0.8)
+    go_on.set()
+    thread.join(10)
+    assert answers == [408]
+    assert sent(served, token, b"x").status_code == 200
+
+
+def test_a_form_is_read_the_same_whatever_the_pieces(tmp_path: Path) -> None:
+    boundary = b"--x"
+    content = b"\r\n--" + b"\r\n----\r\n----y" + os.urandom(50) + b"\r\n---\r\n"
+    body = (
+        b'preamble\r\n----x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+        b'----x\r\nContent-Type: a/b\r\nContent-Disposition: form-data; name="file"; filename="a;\\"b.jsonl"\r\n\r\n'
+        + content + b"\r\n----x--epilogue"
+    )  # fmt: skip
+    for size in (1, 2, 3, 7, 50, len(body)):
+        with (tmp_path / "file").open("wb+") as target:
+            reader = FormReader(boundary, target, 1000)
+            for start in range(0, len(body), size):
+                reader.feed(body[start : start + size])
+            reader.end()
+            target.seek(0)
+            assert target.read() == content
+        assert (reader.fields, reader.filename, reader.size) == ({"purpose": "fine-tune"}, 'a;"b.jsonl', len(content))
+
+
+def test_boundaries() -> None:
+    for stated in ('multipart/form-data; boundary="a b"', "Multipart/Form-Data; charset=utf-8; boundary=ab"):
+        assert boundary_of(stated).replace(b" ", b"") == b"ab"
+    for stated in ("", "application/json", "multipart/form-data", "multipart/mixed; boundary=x"):
+        with pytest.raises(ApiError):
+            boundary_of(stated)
+
+
+def test_deleted_files_leave_the_backup(served: Served) -> None:
+    from tunesmith.store.copying import keys_of
+
+    token = owner(served)
+    identifier = json.loads(sent(served, token).content)["id"]
+    assert f"files/{identifier}" in keys_of(served.scene.store.blobs)
+    with served.http(token) as http:
+        http.delete(f"/v1/files/{identifier}")
+    assert f"files/{identifier}" not in keys_of(served.scene.store.blobs)
