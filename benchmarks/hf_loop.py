@@ -85,62 +85,17 @@ def plain(found: Any) -> Contender:
 def trl(found: Any) -> Contender:
     """TRL's SFTTrainer with PEFT on the same token ids and labels, padded as it does by itself."""
     import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import AutoModelForCausalLM
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
+    from tunesmith.training.trl_steps import trl_steps
 
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.began)
-
-    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
     model: Any = AutoModelForCausalLM.from_pretrained(found.folder, dtype=torch.float32)
+    how = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "dataloader_pin_memory": False}
 
     def run(steps: Sequence[Sequence[Any]]) -> list[float]:
         nonlocal model
-        given = [
-            {"input_ids": list(row.ids), "completion_mask": [int(one) for one in row.trained]}
-            for step in steps
-            for row in step
-        ]
-        clock = Clock()
-        with tempfile.TemporaryDirectory() as work:
-            config = SFTConfig(
-                output_dir=work,
-                per_device_train_batch_size=BATCH,
-                max_length=None,
-                bf16=False,
-                use_cpu=True,
-                num_train_epochs=1,
-                learning_rate=RATE,
-                lr_scheduler_type="constant",
-                logging_strategy="no",
-                save_strategy="no",
-                report_to=[],
-                completion_only_loss=True,
-                gradient_checkpointing=False,
-                dataloader_pin_memory=False,
-                train_sampling_strategy="sequential",
-                disable_tqdm=True,
-            )
-            trainer = SFTTrainer(
-                model=model,
-                args=config,
-                train_dataset=Dataset.from_list(given),
-                peft_config=None if hasattr(model, "peft_config") else lora,
-                processing_class=AutoTokenizer.from_pretrained(found.folder),
-                callbacks=[clock],
-            )
-            trainer.train()
-            model = trainer.model
-        return clock.seconds
+        seconds, model = trl_steps(model, found.folder, steps, rank=RANK, rate=RATE, at_once=BATCH, **how)
+        return seconds
 
     return run
 

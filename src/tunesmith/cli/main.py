@@ -17,6 +17,7 @@ from tunesmith.cli import (
     data,
     evaluation,
     forecast,
+    gpu_check,
     jobs,
     monitoring,
     pipeline,
@@ -39,7 +40,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_GROUPS = (project, forecast, pipeline, jobs, data, evaluation, versions, users, rollout, serve, monitoring, copies)
+_GROUPS = (
+    *(project, forecast, pipeline, jobs, data, evaluation, versions, users, rollout, serve, monitoring, copies),
+    gpu_check,
+)
 for commands in _GROUPS:
     commands.register(app)
 

@@ -16,6 +16,23 @@ from tunesmith.core.threads import started_by_torchrun
 if TYPE_CHECKING:
     import torch
 
+# Dense bf16 peak with fp32 sums, in TFLOPS, by words of the card's name; of the makers' data sheets. The first match
+# counts.
+_PEAKS = (
+    ("B200", 2250.0),
+    ("H200 NVL", 835.0),
+    ("H200", 989.0),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("A100", 312.0),
+    ("L40S", 362.0),
+    ("L4", 121.0),
+    ("RTX 4090", 165.0),
+    ("RTX 3090", 71.0),
+    ("MI300X", 1307.0),
+)
+
 
 @cache
 def gpu_present() -> bool:
@@ -65,6 +82,15 @@ def device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return "CPU"
     return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda or torch.version.hip}"
+
+
+def stated_peak(card: str) -> float | None:
+    """Floating-point operations a second that a card's maker states for bf16, by its name; None for an unknown card, a
+    part of one (MIG) and slower variants of the same name."""
+    words = f" {card.replace('-', ' ')} "
+    if any(variant in words for variant in (" MIG ", " Laptop ", " D ")):
+        return None
+    return next((peak * 1e12 for name, peak in _PEAKS if f" {name} " in words), None)
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ def _gradients(trainable: HFTrainable, batches: list[Batch]) -> list[torch.Tenso
         loss.backward()
         trainable.collect_gradients()
         total += loss.detach()
-    found = [total, *(tensor.grad.clone() for tensor in trainable._parameters.values() if tensor.grad is not None)]
-    for tensor in trainable._parameters.values():
+    found = [total, *(tensor.grad.clone() for tensor in trainable.parameters.values() if tensor.grad is not None)]
+    for tensor in trainable.parameters.values():
         tensor.grad = None
     return found
 
@@ -62,7 +62,7 @@ def test_gradients_are_those_of_rows_alone(tmp_path: Path, family: str) -> None:
     assert trainable.shares_prefix == (family in PACKED)
     change_adapter(trainable)
     alone = _gradients(trainable, [lay_out([one], share=False) for one in rows])
-    assert len(alone) == 1 + len(trainable._parameters)
+    assert len(alone) == 1 + len(trainable.parameters)
     for share in (False, True):
         together = _gradients(trainable, [lay_out(rows, share=share)])
         for one, other in zip(alone, together, strict=True):

@@ -96,7 +96,7 @@ def test_both_engines_learn_alike(tmp_path: Path) -> None:
     native.save(folder)
     start = read_adapter_file(folder, base=base.digest, fingerprint=base.fingerprint).tensors
     with torch.no_grad():
-        for name, tensor in hf._parameters.items():
+        for name, tensor in hf.parameters.items():
             tensor.copy_(torch.from_numpy(start[f"base_model.model.{name.replace('.' + hf.adapter, '')}"]))
     rows = [Renderer(base.folder).conversation(messages) for messages in ROWS]
     curves = []

@@ -135,7 +135,7 @@ def test_loss_gradients_and_steps_equal_peft(tmp_path: Path, family: str) -> Non
     one, two = _optimizer(ours), torch.optim.AdamW(list(theirs.values()), lr=0.01, weight_decay=0.0)
     pairs = [
         (tensor, theirs[f"base_model.model.{name.replace('.' + ours.adapter, '')}"])
-        for name, tensor in ours._parameters.items()
+        for name, tensor in ours.parameters.items()
     ]
     for _ in range(3):
         expected = _reference_loss(reference, rows)
@@ -255,7 +255,7 @@ def test_targets_and_seed(tmp_path: Path) -> None:
 
     def made(seed: int, *targets: str) -> dict[str, torch.Tensor]:
         trainable = loaded.trainable(WeightSettings(rank=2, targets=targets), seed=seed, state_bytes=16)
-        return {name.replace(f".{trainable.adapter}", ""): t for name, t in trainable._parameters.items()}
+        return {name.replace(f".{trainable.adapter}", ""): t for name, t in trainable.parameters.items()}
 
     first, again, other = made(3, "c_attn"), made(3, "c_attn"), made(4, "c_attn")
     assert {name.split(".lora_")[0] for name in first} == {f"transformer.h.{number}.attn.c_attn" for number in range(2)}

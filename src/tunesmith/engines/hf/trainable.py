@@ -30,7 +30,10 @@ _FLOAT = 4  # bytes
 
 class HFTrainable:
     """Implements engines.training_protocol.TrainableModel. What is trained is fp32, also on a base in bf16, so that the
-    optimiser moves PEFT's own parameters."""
+    optimiser moves PEFT's own parameters.
+
+    adapter: its name in the model. parameters: what is trained, by its names in the module.
+    """
 
     engine_name = HF
 
@@ -59,7 +62,7 @@ class HFTrainable:
             torch.manual_seed(seed)
             self.adapter = model.add_adapter(self._config, settings.start)
         remove_with(self, model, self.adapter)
-        self._parameters = model.adapter_parameters(self.adapter)
+        self.parameters = model.adapter_parameters(self.adapter)
         if uncalled := model.uncalled(self.adapter):
             raise Refused(
                 f"the model does not run {uncalled[0]} as a layer, so an adapter there would have no effect",
@@ -68,8 +71,8 @@ class HFTrainable:
             )
         if ranks.size > 1:
             model.shard(self.adapter, ranks, changed_base=settings.start == "pissa")
-            self._parameters = model.adapter_parameters(self.adapter)
-        self._start = _copies(self._parameters) if settings.start == "pissa" else None
+            self.parameters = model.adapter_parameters(self.adapter)
+        self._start = _copies(self.parameters) if settings.start == "pissa" else None
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +93,7 @@ class HFTrainable:
     @property
     def trained_numbers(self) -> int:
         """How many numbers are trained."""
-        return sum(tensor.numel() for tensor in self._parameters.values())
+        return sum(tensor.numel() for tensor in self.parameters.values())
 
     def environment(self) -> Mapping[str, str]:
         """The libraries' versions, the device, what the base is kept and computed in, and how batches are laid out."""
@@ -104,7 +107,7 @@ class HFTrainable:
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """A, B and DoRA's magnitudes. LoRA+ (Hayou et al. 2024): B has a higher learning rate than A."""
-        parts = {part: _named(self._parameters, part) for part in ("lora_A", "lora_B", "lora_magnitude_vector")}
+        parts = {part: _named(self.parameters, part) for part in ("lora_A", "lora_B", "lora_magnitude_vector")}
         rates = {"lora_B": self._settings.b_rate}
         return [ParameterGroup(tensors, rates.get(part, 1.0)) for part, tensors in parts.items() if tensors]
 
@@ -124,7 +127,7 @@ class HFTrainable:
 
     def collect_gradients(self) -> None:
         """Give zeros to a tensor that no token reached. Autograd added the other gradients already."""
-        for tensor in self._parameters.values():
+        for tensor in self.parameters.values():
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
 
