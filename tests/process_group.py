@@ -9,12 +9,20 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 _SECONDS = 60.0  # a collective that one rank leaves out would wait for half an hour
-# Imported once by the server that forks the ranks, and not by each rank.
+# Imported once by the server that forks the processes, and not by each of them.
 _PRELOADED = ["tests.process_group_imports"]
+
+
+def forkserver() -> ForkServerContext:
+    """Starts processes that have torch and transformers imported already, and nothing else of this process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 def run_ranks(work: Callable[..., None], size: int, folder: Path, *arguments: Any) -> list[int]:
@@ -23,8 +31,7 @@ def run_ranks(work: Callable[..., None], size: int, folder: Path, *arguments: An
     work: a function of a module. folder: where the ranks meet. All are killed as soon as one of them fails, and at the
     latest after 90 s.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context = forkserver()
     folder.mkdir(parents=True, exist_ok=True)
     meeting = folder / f"meeting-{time.monotonic_ns()}"
     ranks = [context.Process(target=_rank, args=(work, rank, size, meeting, arguments)) for rank in range(size)]

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import sys
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.own_group import run_whole_group
 from tests.tiny_project import settings
 from tunesmith.project import parse_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "generated" not in page.parts and "_build" not in page.parts]
-# `<!-- tested -->` before a block: its commands are executed, or its text becomes tunesmith.yaml.
-TESTED = re.compile(r"<!-- tested -->\n```(bash|yaml)\n(.*?)```", flags=re.DOTALL)
 
 
 def yaml_blocks() -> list[Any]:
@@ -56,25 +51,26 @@ def test_links_to_files_exist(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.slow
-def test_commands_of_the_readme_work(tmp_path: Path) -> None:
-    check_commands("README.md", tmp_path)
+def test_the_tutorial_runs_the_commands_of_the_readme() -> None:
+    """On the same project file, and in the same order; test_tutorial.py executes them."""
+    tutorial = iter(commands("docs/tutorial.md"))
+    readme = commands("README.md")
+    assert readme
+    assert [command for command in readme if command not in tutorial] == []
 
 
-def check_commands(page: str, tmp_path: Path) -> None:
-    """Run a page's tested blocks in order in one shell, on the real base, as a reader would."""
-    blocks = TESTED.findall((ROOT / page).read_text())
-    assert blocks
-    command = tmp_path / "bin" / "tunesmith"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tunesmith "$@"\n')
-    command.chmod(0o755)
-    script = ["set -eu"]
-    for kind, text in blocks:
-        script.append(text if kind == "bash" else f"cat > tunesmith.yaml <<'YAML'\n{text}YAML")
-    shutil.copytree(ROOT / "examples" / "tickets", tmp_path / "examples" / "tickets")
-    path = os.pathsep.join([str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(sys.path), "TUNESMITH_THREADS": "1"}
-    environment.pop("TUNESMITH_USER", None)
-    done = run_whole_group(["bash", "-c", "\n".join(script)], cwd=tmp_path, env=environment, timeout=1000)
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+def commands(page: str) -> list[Any]:
+    """The words of each command in a page's tested blocks, and the settings of each project file among them."""
+    found: list[Any] = []
+    for kind, text in executed_blocks(page):
+        if kind == "bash":
+            lines = text.replace("\\\n", " ").splitlines()
+            found += filter(None, (shlex.split(line, comments=True) for line in lines))
+        else:
+            found.append(yaml.safe_load(text))
+    return found
+
+
+def executed_blocks(page: str) -> list[tuple[str, str]]:
+    """The blocks after `<!-- tested -->`: bash or yaml, and the text."""
+    return re.findall(r"<!-- tested -->\n```(bash|yaml)\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)

@@ -52,7 +52,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize()
     def set_out(self) -> None:
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory(dir=self.made.store.root.parent)
         self.scene = copied(self.made, Path(self.folder.name) / "store")
         self.versions = {version.number: version for version in list_versions(self.scene.store)}
         self.at = datetime(2026, 1, 1, tzinfo=UTC)

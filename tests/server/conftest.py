@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from tunesmith.store.tables import RequestRow
 __all__ = ["made", "scene", "versions"]
 
 SCHEMA = {"type": "object", "required": ["intent"]}
+CERTIFICATES = ssl.create_default_context()  # read once, and not in 14 ms for each client
 HELLO: list[Any] = [{"role": "user", "content": "switch on the lamp"}]
 
 
@@ -53,12 +55,18 @@ class Served:
 
     def client(self, token: str | None = None, retries: int = 0) -> openai.OpenAI:
         """The official client."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=token or self.token, max_retries=retries, timeout=60)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1",
+            api_key=token or self.token,
+            max_retries=retries,
+            timeout=60,
+            http_client=openai.DefaultHttpxClient(verify=CERTIFICATES),
+        )
 
     def http(self, token: str | None = None) -> httpx.Client:
         """A plain one."""
         headers = {"Authorization": f"Bearer {token or self.token}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, verify=CERTIFICATES)
 
     def ask(self, **more: Any) -> Any:
         """One completion of the champion."""

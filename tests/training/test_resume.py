@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from tests.process_group import forkserver
 from tests.tiny import row, write_model
 from tunesmith.core import memory
 from tunesmith.core.digests import digest_bytes, digest_file
@@ -32,7 +33,7 @@ from tunesmith.store.store import Store
 from tunesmith.training.batches.batch_plan import lay_out_validation
 from tunesmith.training.batches.rows import TrainingRow
 from tunesmith.training.settings import TrainSettings
-from tunesmith.training.spec import TrainingResult
+from tunesmith.training.spec import TrainingResult, TrainingSpec
 from tunesmith.training.steps import validation_loss
 from tunesmith.training.train import make_spec, record_training, run_training, train
 from tunesmith.training.trainer import Trainer
@@ -41,13 +42,6 @@ ROWS = [
     TrainingRow(f"r{n}", row(f"turn on light {n}", f'{{"n":{n},"even":{str(n % 2 == 0).lower()}}}')) for n in range(60)
 ]
 SETTINGS = TrainSettings(rank=4, batch=4, epochs=4, learning_rate=0.01, checkpoint_seconds=1e-9, validations=2)
-
-_SCRIPT = """
-import sys
-from pathlib import Path
-from tests.training.test_resume import run
-run(Path(sys.argv[1]))
-"""
 
 
 class Said(Silent):
@@ -96,11 +90,23 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with a training that nothing interrupted, and the digest of its adapter. Never changed."""
     place = tmp_path_factory.mktemp("whole")
     write_model(place / "model")
-    return run(place)
+    return place, run(place)
+
+
+@pytest.fixture
+def uninterrupted(finished: tuple[Path, str]) -> str:
+    return finished[1]
+
+
+@pytest.fixture
+def trained(finished: tuple[Path, str], tmp_path: Path) -> Path:
+    """A folder in which a training ended."""
+    return shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -144,8 +150,15 @@ def test_told_to_stop_it_keeps_the_step_and_ends_in_the_same_bytes(folder: Path,
     assert run(folder, rare) == uninterrupted
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+def _ended(work: Callable[..., None], *given: Any) -> int | None:
+    """The exit code of another process that does the work; None where it has not ended after two minutes."""
+    worker = forkserver().Process(target=work, args=given)
+    worker.start()
+    worker.join(120)
+    code = worker.exitcode
+    worker.kill()
+    worker.join()
+    return code
 
 
 @pytest.mark.slow
@@ -153,14 +166,14 @@ def test_killed_during_steps_it_ends_in_the_same_bytes(folder: Path, uninterrupt
     """Killed as soon as a checkpoint is there: while the next step is computed or written."""
     reached = []
     for wanted in (1, 12, 31):
-        worker = subprocess.Popen([sys.executable, "-c", _SCRIPT, str(folder)], env=_environment())
+        worker = forkserver().Process(target=run, args=(folder,))
+        worker.start()
         until = time.monotonic() + 90
-        while worker.poll() is None and time.monotonic() < until:
-            if _newest(folder) >= wanted:
-                worker.send_signal(signal.SIGKILL)
-                break
+        while worker.is_alive() and time.monotonic() < until and _newest(folder) < wanted:
             time.sleep(0.001)
-        assert worker.wait() == -signal.SIGKILL, "the training ended before it was killed"
+        worker.kill()
+        worker.join()
+        assert worker.exitcode == -signal.SIGKILL, "the training ended before it was killed"
         reached.append(_newest(folder))
         assert wanted <= reached[-1] < 60
     assert reached == sorted(set(reached)), "each training went on from where the one before it was killed"
@@ -177,49 +190,42 @@ _PHASES = {
     "saved": "tunesmith.training.train.record_training",
     "record": "tunesmith.training.train.Record",
 }
-_KILLED = """
-import os, signal, sys
-from importlib import import_module
-from pathlib import Path
-from tests.training.test_resume import run
-import tunesmith.training.train
-where, _, after = sys.argv[2].partition(" ")
-place, _, name = where.rpartition(".")
-owner = os if place.endswith(".os") else import_module(place)
-inner = getattr(owner, name)
-def kill(*given, **named):
-    if after:
-        inner(*given, **named)
-    if "store" not in str(given[:1]) or name == "record_training":
-        print("reached", flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return inner(*given, **named)
-setattr(owner, name, kill)
-run(Path(sys.argv[1]))
-"""
 
 
-@pytest.mark.slow  # a process for each phase, which imports torch
+def _run_killed(folder: Path, place: str) -> None:
+    """Run a training that kills this process at a place of _PHASES."""
+    where, _, after = place.partition(" ")
+    module, _, name = where.rpartition(".")
+    owner = os if module.endswith(".os") else import_module(module)
+    inner = getattr(owner, name)
+
+    def kill(*given: Any, **named: Any) -> Any:
+        if after:
+            inner(*given, **named)
+        if "store" not in str(given[:1]) or name == "record_training":
+            (folder / "reached").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*given, **named)
+
+    setattr(owner, name, kill)
+    run(folder)
+
+
+@pytest.mark.slow
 def test_killed_in_every_phase_it_ends_in_the_same_bytes(folder: Path, uninterrupted: str) -> None:
     store = Store(folder / "store")
     resolve_base(store, str(folder / "model"), folder)  # so that only the training is killed
     for phase, place in _PHASES.items():
-        ended = subprocess.run(
-            [sys.executable, "-c", _KILLED, str(folder), place], env=_environment(), timeout=120, stdout=subprocess.PIPE
-        )
-        assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, b"reached\n"), phase
+        assert _ended(_run_killed, folder, place) == -signal.SIGKILL, phase
+        (folder / "reached").unlink()
     assert run(folder) == uninterrupted
     assert not list((folder / "work").glob(f"{SCRATCH}*")), "half-written checkpoints are removed"
 
 
-_REBUILT = """
-import sys
-from pathlib import Path
-from tunesmith.training.spec import TrainingSpec
-from tunesmith.training.train import run_training
-spec = TrainingSpec.model_validate_json(Path(sys.argv[1]).read_bytes())
-Path(sys.argv[2]).write_text(run_training(spec).model_dump_json())
-"""
+def _rebuild(spec: Path, result: Path) -> None:
+    """Run a training from its spec alone."""
+    rebuilt = TrainingSpec.model_validate_json(spec.read_bytes())
+    result.write_text(run_training(rebuilt).model_dump_json())
 
 
 @pytest.mark.slow
@@ -231,8 +237,7 @@ def test_another_process_rebuilds_a_training_from_its_spec(folder: Path, uninter
         base=base, dataset=dataset, rows=ROWS, validation=ROWS[:3], settings=SETTINGS, work=folder / "work"
     )
     (folder / "spec.json").write_text(spec.model_dump_json())
-    files = [str(folder / "spec.json"), str(folder / "result.json")]
-    subprocess.run([sys.executable, "-c", _REBUILT, *files], env=_environment(), timeout=120, check=True)
+    assert _ended(_rebuild, folder / "spec.json", folder / "result.json") == 0
     result = TrainingResult.model_validate_json((folder / "result.json").read_bytes())
     assert {path.name for path in result.folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     digest = record_training(store, spec, result)
@@ -266,22 +271,20 @@ def test_trainings_one_after_another_share_the_loaded_base(folder: Path, uninter
     assert found[0] == found[2] == uninterrupted != found[1]
 
 
-def test_damaged_checkpoint_falls_back_to_the_one_before(folder: Path, uninterrupted: str) -> None:
-    run(folder)
-    newest = _steps(folder)[-1]
+def test_damaged_checkpoint_falls_back_to_the_one_before(trained: Path, uninterrupted: str) -> None:
+    newest = _steps(trained)[-1]
     content = bytearray((newest / "tensors.safetensors").read_bytes())
     content[-1] ^= 1
     (newest / "tensors.safetensors").write_bytes(content)
     said = Said()
-    assert run(folder, progress=said) == uninterrupted
+    assert run(trained, progress=said) == uninterrupted
     assert f"checkpoint {newest.name} is damaged; resuming from the one before it" in said.lines
     assert "resuming from step 59" in said.lines
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "no state", "no JSON"])
-def test_half_written_checkpoints_are_not_used(folder: Path, uninterrupted: str, damage: str) -> None:
-    run(folder)
-    for step in _steps(folder):
+def test_half_written_checkpoints_are_not_used(trained: Path, uninterrupted: str, damage: str) -> None:
+    for step in _steps(trained):
         tensors, state = step / "tensors.safetensors", step / "state.json"
         if damage == "empty":
             tensors.write_bytes(b"")
@@ -292,7 +295,7 @@ def test_half_written_checkpoints_are_not_used(folder: Path, uninterrupted: str,
         else:
             state.write_text("[]")
     said = Said()
-    assert run(folder, progress=said) == uninterrupted
+    assert run(trained, progress=said) == uninterrupted
     assert [line.endswith("is damaged; starting over") for line in said.lines if "damaged" in line] == [True, True]
 
 
@@ -303,19 +306,17 @@ def test_half_written_checkpoints_are_not_used(folder: Path, uninterrupted: str,
         {"rows": [*ROWS[:-1], TrainingRow("r59", row("turn on light 59", '{"n":0}'))]},
     ],
 )
-def test_resume_is_refused_after_changes(folder: Path, changed: dict) -> None:
-    run(folder)
+def test_resume_is_refused_after_changes(trained: Path, changed: dict) -> None:
     with pytest.raises(Refused, match="started with other") as told:
-        run(folder, **changed)
+        run(trained, **changed)
     assert "--restart" in str(told.value.fix)
-    assert run(folder, **changed, restart=True)
+    assert run(trained, **changed, restart=True)
 
 
-def test_resume_is_refused_on_another_base(folder: Path) -> None:
-    run(folder)
-    write_model(folder / "model", seed=1)
+def test_resume_is_refused_on_another_base(trained: Path) -> None:
+    write_model(trained / "model", seed=1)
     with pytest.raises(Refused, match="other base"):
-        run(folder)
+        run(trained)
 
 
 def test_seed_changes_the_bytes(folder: Path, uninterrupted: str) -> None:
@@ -335,9 +336,8 @@ def test_nan_loss_stops_the_training(folder: Path) -> None:
     assert not _steps(folder)
 
 
-def test_record_states_what_was_measured(folder: Path) -> None:
-    store = Store(folder / "store")
-    run(folder)
+def test_record_states_what_was_measured(trained: Path) -> None:
+    store = Store(trained / "store")
     (digest,) = store.records_of("training")
     record = store.record(digest)
     body = record.body
@@ -345,7 +345,7 @@ def test_record_states_what_was_measured(folder: Path) -> None:
     assert [point["step"] for point in body["curve"]] == list(range(1, 61))
     assert [point["step"] for point in body["validation"]] == [30, 60]
     assert body["estimate"]["seconds"] > 0
-    newest = _steps(folder)[-1]
+    newest = _steps(trained)[-1]
     tensors = load_file(newest / "tensors.safetensors")
     assert body["estimate"]["checkpoint_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
     assert body["checkpoint_bytes"] == sum(path.stat().st_size for path in newest.iterdir())
@@ -370,11 +370,10 @@ def test_progress_shows_loss_memory_and_speed(folder: Path) -> None:
     assert any(re.search(r"about \d+ s, .* GB of memory and \d+ MB a checkpoint", line) for line in said.lines)
 
 
-def test_memory_is_checked_again_on_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(folder)
+def test_memory_is_checked_again_on_resume(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(Refused, match="the largest part of a step"):
-        run(folder)
+        run(trained)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "validation"])
@@ -407,11 +406,10 @@ def test_nan_later_on_leaves_the_checkpoint_before_it(
     assert run(folder) == uninterrupted
 
 
-def test_changed_environment_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(folder)
+def test_changed_environment_is_named(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "identity", lambda: "others")
     with pytest.raises(Refused, match=r"other environment \(kernels\): "):
-        run(folder)
+        run(trained)
 
 
 def test_validation_batches_obey_the_token_limit(tmp_path: Path) -> None:

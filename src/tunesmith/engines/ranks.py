@@ -189,4 +189,6 @@ def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def _encoded(value: Any) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    """The value's JSON as bytes in torch's own memory: gloo's thread may be the last to hold them, and Python's memory
+    can be freed only by a thread that enters the interpreter."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).clone()
