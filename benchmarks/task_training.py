@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,10 +53,12 @@ def train_task(
     *,
     progress: Progress = SILENT,
     constrain: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> TrainingResult:
     """Train on split.train, validating on split.held by the task's metric, in a work folder that it resumes from.
 
     The adapter's files are in the result's folder. `settings.validation_rows` bounds the rows that are validated on.
+    clock: that a budget is counted by.
     """
     validated = split.held[: settings.validation_rows]
     spec = make_spec(
@@ -79,7 +82,7 @@ def train_task(
         return mean_score(task, validated[:count], texts)
 
     scored = AnswerScore(task.metric, len(validated), mean) if settings.validate_by == "score" else None
-    return run_training(spec, progress, model=loaded.model, score=scored)
+    return run_training(spec, progress, model=loaded.model, score=scored, clock=clock)
 
 
 def answers(
