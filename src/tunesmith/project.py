@@ -22,7 +22,7 @@ from tunesmith.engines.settings import AnyEngineSettings, EngineSettings, VllmSe
 from tunesmith.evaluation.gates.settings import Gates, check_gates
 from tunesmith.evaluation.policy.settings import ALL, Policy
 from tunesmith.evaluation.settings import PriceSettings, TaskSettings
-from tunesmith.monitoring.settings import MonitoringSettings
+from tunesmith.monitoring.settings import MonitoringSettings, RetrainingSettings
 from tunesmith.rollout.settings import RolloutSettings
 from tunesmith.training.settings import MetricsSettings
 
@@ -81,6 +81,10 @@ class ProjectSettings(Settings):
     monitoring: Annotated[MonitoringSettings, Field(description="when served traffic counts as drifted")] = (
         MonitoringSettings()
     )
+    retraining: Annotated[
+        RetrainingSettings | None,
+        Field(description="when a worker queues a run by itself; without it only people queue runs"),
+    ] = None
 
     @property
     def server(self) -> VllmSettings | None:

@@ -186,6 +186,21 @@ def test_recall_by_row_and_base(folder: Folder) -> None:
     assert folder.run("recall", "--row", row.id, "--reason", "x", user=OPERATOR)[0] == 3
 
 
+def test_impact_lists_what_depends_on_a_base(folder: Folder, versions: dict[int, Version]) -> None:
+    folder.run("rollout", "start", f"{NAME}@v1")
+    serve_rows(folder, versions[1], [5] * 3)
+    base = folder.scene.base
+    code, found = folder.run("impact", base.removeprefix("sha256:")[:12])
+    assert (code, found["base"]) == (0, base)
+    assert {one["version"]: (one["aliases"], one["requests"]) for one in found["versions"]} == {
+        f"{NAME}@v1": (["champion"], 3), **{f"{NAME}@v{n}": ([], 0) for n in (2, 3, 4)}
+    }  # fmt: skip
+    assert folder.run("impact", found["spec"])[1] == found
+    assert f"{NAME}@v1" in folder.told("impact", found["spec"])
+    assert folder.run("impact", folder.scene.dataset.removeprefix("sha256:")[:12])[0] == 2
+    assert folder.run("impact", "hf:nobody/nothing@main")[0] == 2
+
+
 def test_recall_by_subject_and_licence(folder: Folder) -> None:
     folder.run("rollout", "start", f"{NAME}@v1")
     row = load_dataset(folder.scene.store, folder.scene.dataset).examples("train")[3]

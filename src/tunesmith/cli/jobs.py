@@ -1,4 +1,4 @@
-"""`worker` and `jobs list|show|log|cancel|pause|resume`: perform what is queued, and show and change it."""
+"""`worker`, `retrain` and `jobs list|show|log|cancel|pause|resume`: add, perform, show and change jobs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.services.jobs import JobList, JobLog, JobView
+    from tunesmith.services.retraining import Retraining
 
 Number = Annotated[int, typer.Argument(metavar="JOB", min=1, help="A job's number.")]
 
@@ -25,7 +26,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="Show runs that are queued, performed or done, and change them.")
     add_commands(group, show, log, cancel, pause, resume, list=list_jobs)
     app.add_typer(group, name="jobs")
-    add_commands(app, worker)
+    add_commands(app, worker, retrain)
 
 
 def worker(
@@ -39,13 +40,17 @@ def worker(
 ) -> None:
     """Perform the project's queued jobs, each in a separate process, until ctrl-C or SIGTERM.
 
-    Then jobs that are performed stop between two steps and go back into the queue; a second signal ends them at once.
+    With `retraining:` in the project file it also looks every five minutes whether a new version is due, and queues a
+    run. When it ends, jobs that are performed stop between two steps and go back into the queue; a second signal ends
+    them at once.
     """
     import signal
+    from functools import partial
 
-    from tunesmith.services import jobs
+    from tunesmith.services import jobs, retraining
 
-    working = jobs.make_worker(here.project, at_once=at_once, lease_seconds=lease, say=say)
+    look = partial(retraining.look_again, here.project.root, say)
+    working = jobs.make_worker(here.project, at_once=at_once, lease_seconds=lease, say=say, also=look)
 
     def stop(number: int, _frame: object) -> None:
         if working.stopping.is_set():
@@ -57,6 +62,29 @@ def worker(
         signal.signal(number, stop)
     say("waiting for jobs; `tunesmith run --queue` adds one, ctrl-C ends")
     working.run(until_empty=until_empty)
+
+
+def retrain(
+    here: Acting,
+    add: Annotated[bool, typer.Option("--queue", help="Queue a run, as a worker does.")] = False,
+) -> None:
+    """Say which causes of `retraining:` make a new version due. Exit code 3: one has no run yet.
+
+    A worker looks by itself. What comes of the run is registered if its gates pass, and waits for an approval.
+    """
+    from tunesmith.services import retraining
+
+    found = retraining.look(here.project, add=add, actor=here.actor)
+    here.emit(found, _draw_retraining)
+    raise typer.Exit(3 if any(each.job is None for each in found.causes) else 0)
+
+
+def _draw_retraining(console: Console, found: Retraining) -> None:
+    if not found.causes:
+        console.print(f"{found.version}: no new version is due" if found.version else "nothing serves yet")
+    for each in found.causes:
+        job = f"job {each.job}" if each.job else f"no run: {each.waits}" if each.waits else "no run: `retrain --queue`"
+        console.print(f"{each.cause}: {each.says} ({job})", soft_wrap=True, markup=False, highlight=False)
 
 
 def list_jobs(
@@ -131,6 +159,7 @@ def draw_job(console: Console, job: JobView) -> None:
     rows = (
         ("state", _state(job)),
         ("created", f"{_time(job.created)} by {job.created_by}"),
+        *([("cause", job.cause)] if job.cause else []),
         ("attempts", f"{job.attempts} of {job.most_attempts}"),
         *([("worker", job.worker)] if job.worker else []),
         *([("step", step)] if (step := _step(job)) else []),

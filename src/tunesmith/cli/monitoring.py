@@ -1,4 +1,4 @@
-"""`monitor`, `recall` and `cases`: watch served traffic, withdraw data and versions, collect failed requests."""
+"""`monitor`, `impact`, `recall` and `cases`: watch traffic, withdraw data and versions, collect failed requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.terminal import Acting, Here, add_commands, printed, say
+from tunesmith.cli.terminal import Acting, Here, add_commands, draw_table, printed, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tunesmith.monitoring.recall import Recall
     from tunesmith.monitoring.recall_status import RecallStatus
     from tunesmith.services.cases import AddedCases, CaseList
-    from tunesmith.services.monitoring import PendingRetrains
+    from tunesmith.services.monitoring import Impact, PendingRetrains
 
 _All = Annotated[bool, typer.Option("--all", help="Also those that were answered correctly.")]
 _EXITS = {"stable": 0, "drift": 3, "inconclusive": 4}
@@ -26,7 +26,7 @@ _EXITS = {"stable": 0, "drift": 3, "inconclusive": 4}
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    add_commands(app, monitor, recall)
+    add_commands(app, monitor, impact, recall)
     cases = typer.Typer(help="Turn requests that failed in service into test rows.", no_args_is_help=True)
     add_commands(cases, show=show_cases, add=add_cases, drop=drop_cases)
     app.add_typer(cases, name="cases")
@@ -60,6 +60,16 @@ def monitor(
 
     here.emit(found, draw)
     raise typer.Exit(_EXITS[found.verdict])
+
+
+def impact(
+    here: Here,
+    base: Annotated[str, typer.Argument(help="As tunesmith.yaml names it, or the start of its record's digest.")],
+) -> None:
+    """List every version, alias and tenant that depends on a base, and the requests that each version answered."""
+    from tunesmith.services import monitoring
+
+    here.emit(monitoring.impact(here.store, base), _draw_impact)
 
 
 def recall(
@@ -134,6 +144,16 @@ def drop_cases(
 
     dropped = cases.drop_cases(here.project, requests, actor=here.actor)
     here.emit(dropped, printed(f"{dropped.dropped} dropped"))
+
+
+def _draw_impact(console: Console, found: Impact) -> None:
+    rows = [
+        (one.version, " ".join(filter(None, (one.tenant, one.region))), ", ".join(one.aliases), one.requests, one.last)
+        for one in found.versions
+    ]
+    draw_table(console, rows, "version", "made for", "aliases", "requests", "last", title=found.spec)
+    tenants = ", ".join(tenant or "no tenant" for tenant in found.tenants)
+    console.print(f"{found.adapters} trained weights; tenants: {tenants or 'none'}", soft_wrap=True, highlight=False)
 
 
 def _draw_report(console: Console, label: str, report: Report) -> None:

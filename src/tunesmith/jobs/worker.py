@@ -7,6 +7,7 @@ where a process ended without recording what came of its job, as after `kill -9`
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import threading
@@ -27,6 +28,8 @@ _POLL = 0.5
 GRACE_SECONDS = 60.0
 # Seconds that a process may take to start and to renew its lease itself. The worker renews it so long.
 _STARTING = 300.0
+# Seconds between two looks at what may add jobs.
+ALSO_SECONDS = 300.0
 
 
 def worker_name() -> str:
@@ -51,7 +54,8 @@ class Worker:
 
     start: starts a process that performs a job, and stops it between two steps at SIGTERM. at_once: jobs that are
     performed at the same time. say: shows a line to a person. stopping: once set, no job is taken, and those that are
-    performed go back into the queue. grace: seconds that they may take to stop.
+    performed go back into the queue. grace: seconds that they may take to stop. also: may add jobs; it is called at the
+    start and then every `also_every` seconds.
     """
 
     def __init__(
@@ -65,7 +69,10 @@ class Worker:
         lease_seconds: float = LEASE_SECONDS,
         grace: float = GRACE_SECONDS,
         say: Callable[[str], None] = lambda _: None,
+        also: Callable[[], None] = lambda: None,
+        also_every: float = ALSO_SECONDS,
     ) -> None:
+        self._also, self._also_every, self._also_at = also, also_every, -math.inf
         self.stopping = threading.Event()
         self._store, self._project, self._kinds, self._start = store, project, kinds, start
         self._at_once, self._lease_seconds, self._grace, self._say = at_once, lease_seconds, grace, say
@@ -102,6 +109,9 @@ class Worker:
         """Look after the processes and take new jobs. Returns whether no job waits or is performed."""
         for child in list(self._children):
             self._look_after(child)
+        if not self.stopping.is_set() and time.monotonic() - self._also_at >= self._also_every:
+            self._also_at = time.monotonic()
+            self._also()
         while not self.stopping.is_set() and len(self._children) < self._at_once:
             lease = leases.claim(
                 self._store, self._name, self._kinds, project=self._project, seconds=self._lease_seconds

@@ -1,8 +1,8 @@
-"""When served traffic counts as drifted from the test split."""
+"""When served traffic counts as drifted from the test split, and what makes a new version due."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -32,3 +32,26 @@ class MonitoringSettings(Settings):
         float, Field(gt=0, le=1, description="largest share of the window that requests of one tenant may have")
     ] = 0.5
     confidence: Annotated[float, Field(ge=0.5, lt=1, description="confidence level of the intervals")] = 0.95
+
+
+RetrainCause = Literal["drift", "rows", "base", "recall", "expiry", "evidence", "schedule"]
+
+
+class RetrainingSettings(Settings):
+    """When a worker queues a run by itself. What comes of it still needs its gates to pass and an approval to serve."""
+
+    on: Annotated[
+        tuple[RetrainCause, ...],
+        Field(
+            description="causes that queue a run. drift: requests to the champion drifted; rows: a file of "
+            "data.sources changed; base: `base` names another model than the champion's; recall: the champion was "
+            "recalled; expiry: its use ends soon; evidence: it was measured long ago; schedule: it is so many days old"
+        ),
+    ]
+    expires_within_days: Annotated[float, Field(gt=0, description="expiry: how long before the end of its use")] = 30.0
+    evidence_days: Annotated[float, Field(gt=0, description="evidence: how old it may become")] = 180.0
+    every_days: Annotated[float, Field(gt=0, description="schedule: the days between two runs")] = 90.0
+    wait_hours: Annotated[
+        float, Field(ge=0, description="hours after such a run was queued in which no cause queues another")
+    ] = 24.0
+    runs_in_30_days: Annotated[int, Field(ge=1, description="most runs that causes queue in 30 days")] = 4

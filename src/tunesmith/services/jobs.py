@@ -23,8 +23,9 @@ from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import LEASE_SECONDS, Lease
 from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.jobs.state import STATES, Job, State
-from tunesmith.jobs.worker import Worker, worker_name
+from tunesmith.jobs.worker import ALSO_SECONDS, Worker, worker_name
 from tunesmith.project import Project, open_project, open_store
+from tunesmith.registry.aliases import get_alias
 from tunesmith.services import training
 from tunesmith.services.training import RunSummary
 from tunesmith.store.identities import acting
@@ -38,11 +39,12 @@ class JobView(View):
     to go to, "" where nobody did. worker: who performs it, or did last. silent: it runs, but its worker gave no sign of
     life until its lease ended, so the next worker takes it on. progress: the step that it is at, with `done` of `total`
     and `seconds_left` for this step; {} between steps. result: what `tunesmith run --json` prints; {} where there is
-    none. error: code, what, where and fix; {} where there is none.
+    none. error: code, what, where and fix; {} where there is none. cause: why it was queued, "" where a person did it.
     """
 
     job: int
     kind: str
+    cause: str
     state: State
     wanted: str
     priority: int
@@ -90,15 +92,18 @@ class JobLog(View):
     lines: tuple[LogLine, ...]
 
 
-def queue_run(project: Project, *, priority: int = 0, key: str | None = None, actor: str | None = None) -> JobView:
+def queue_run(
+    project: Project, *, priority: int = 0, key: str | None = None, cause: str = "", actor: str | None = None
+) -> JobView:
     """Queue a run of the whole pipeline for a worker.
 
-    key: an idempotency key: given again by the same person with the same settings, it gives the same job.
+    key: an idempotency key: given again by the same person with the same settings, it gives the same job. cause: why
+    the run is queued, where no person did it.
     """
     job = queue.add(
         project.store,
         "run",
-        _run_arguments(project),
+        _run_arguments(project) | ({"cause": cause} if cause else {}),
         project=project.settings.name,
         actor=project.actor(actor),
         priority=priority,
@@ -152,18 +157,43 @@ def _run(project: Project, actor: str, done: list[RunSummary], progress: JobProg
 
 
 def _run_arguments(project: Project) -> dict[str, Any]:
-    return {"settings": digest_of(project.settings.model_dump(mode="json", by_alias=True))}
+    return {"settings": settings_digest(project)}
+
+
+def settings_digest(project: Project) -> str:
+    """Names the settings that a queued run is performed with."""
+    return digest_of(project.settings.model_dump(mode="json", by_alias=True))
+
+
+def cause_of(job: Job) -> str:
+    """Why a run was queued, where no person did it; "" where one did."""
+    return str(job.arguments.get("cause", ""))
 
 
 def _perform_run(project: Project, job: Job, progress: JobProgress) -> Outcome:
     """Perform a queued run. Raises UsageError where the project's settings changed since it was queued."""
-    if _run_arguments(project) != job.arguments:
+    if settings_digest(project) != job.arguments["settings"]:
         raise UsageError(
             "the project's settings changed since this run was queued, or their defaults with tunesmith's version",
             where=str(project.root / "tunesmith.yaml"),
             fix="queue it again: `tunesmith run --queue`",
         )
-    return _run(project, job.created_by, [], progress)
+    cause = cause_of(job)
+    if not cause:
+        return _run(project, job.created_by, [], progress)
+    progress.say(f"queued because of {cause}")
+    done: list[RunSummary] = []
+    outcome = _run(project, job.created_by, done, progress)
+    made, champion = done[0].registered, get_alias(project.store, project.settings.name, "champion")
+    if made is None or champion is None or made.digest != champion.version:
+        return outcome
+    error = {
+        "code": "nothing_new",
+        "what": f"rows and settings are those of {made.version}, so the run gave the same version",
+        "where": cause,
+        "fix": "add rows or change settings, then `tunesmith run`",
+    }
+    return Outcome(outcome.result, error)
 
 
 _KINDS: Mapping[str, Callable[[Project, Job, JobProgress], Outcome]] = {"run": _perform_run}
@@ -178,8 +208,10 @@ def make_worker(
     at_once: int = 1,
     lease_seconds: float = LEASE_SECONDS,
     say: Callable[[str], None] = lambda _: None,
+    also: Callable[[], None] = lambda: None,
+    also_every: float = ALSO_SECONDS,
 ) -> Worker:
-    """A worker for a project's jobs."""
+    """A worker for a project's jobs. also: is called every so many seconds besides."""
     start = partial(_start_process, project.root)
     return Worker(
         project.store,
@@ -189,6 +221,8 @@ def make_worker(
         at_once=at_once,
         lease_seconds=lease_seconds,
         say=say,
+        also=also,
+        also_every=also_every,
     )
 
 
@@ -280,4 +314,4 @@ def view_of(store: Store, job: Job) -> JobView:
 def _view(job: Job, now: float) -> JobView:
     stated = {name: getattr(job, name) for name in JobView.model_fields if hasattr(job, name)}
     silent = job.state == "running" and job.until is not None and job.until < now
-    return JobView(job=job.id, silent=silent, **stated)
+    return JobView(job=job.id, silent=silent, cause=cause_of(job), **stated)

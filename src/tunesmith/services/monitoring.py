@@ -17,10 +17,11 @@ from tunesmith.monitoring.pending_retrains import PendingRetrain
 from tunesmith.monitoring.recall import Cause, CauseKind, Recall
 from tunesmith.monitoring.recall_status import RecallStatus
 from tunesmith.project import Project
-from tunesmith.registry.versions import list_versions, resolve
+from tunesmith.registry.versions import Version, list_versions, resolve
 from tunesmith.rollout.controller import give_up
 from tunesmith.rollout.standing import Champion
 from tunesmith.services.rollouts import refused_champions
+from tunesmith.store import database
 from tunesmith.store.identities import acting
 from tunesmith.store.store import Store
 
@@ -43,6 +44,34 @@ class Recalled(Recall):
 
     aborted_rollouts: tuple[int, ...]
     next: tuple[str, ...]
+
+
+class VersionOnBase(View):
+    """A version that was made from a base. aliases: `champion` and the like, with the tenant and region they are for.
+
+    requests: answered by it, as far as the server's records say; last: the time of the last one, "" for none.
+    """
+
+    version: str
+    digest: str
+    tenant: str
+    region: str
+    aliases: tuple[str, ...]
+    requests: int
+    last: str
+
+
+class Impact(View):
+    """What depends on a base. tenants: those that a version was made for or answered, or whose alias points at one.
+
+    adapters: weights that were trained on it.
+    """
+
+    base: str
+    spec: str
+    versions: tuple[VersionOnBase, ...]
+    tenants: tuple[str, ...]
+    adapters: int
 
 
 def monitor(
@@ -72,6 +101,41 @@ def monitor(
 def list_pending_retrains(store: Store) -> PendingRetrains:
     """The retrains that recalls left pending."""
     return PendingRetrains(pending_retrains=tuple(pending_retrains.list_pending_retrains(store)))
+
+
+def impact(store: Store, base: str) -> Impact:
+    """Every version, alias and tenant that depends on a base. base: as a project file names it, or its digest's start.
+
+    Raises UsageError where no record here has that base.
+    """
+    specs = {digest: str(store.record(digest).body.get("spec", "")) for digest in store.records_of("base")}
+    named = [digest for digest, spec in specs.items() if spec == base]
+    digest = named[-1] if named else store.find_record(base)
+    if digest not in specs:
+        raise UsageError("it is not a base", where=base, fix=f"name one of {', '.join(sorted(set(specs.values())))}")
+    with database.reading(store.engine) as session:
+        found = recalls.find_reached(store, session, Cause(kind="base", value=digest), "", done=False)
+    reached = {one.digest for one in found.reached if one.kind == "version"}
+    return Impact(
+        base=digest,
+        spec=specs[digest],
+        versions=tuple(_on_base(each, found) for each in list_versions(store) if each.digest in reached),
+        tenants=found.tenants,
+        adapters=len(found.adapters),
+    )
+
+
+def _on_base(version: Version, found: recalls.Recall) -> VersionOnBase:
+    served = [one for one in found.served if one.version == version.digest]
+    aliases = (one for one in found.aliases if one.version == version.digest)
+    return VersionOnBase(
+        version=version.label,
+        digest=version.digest,
+        **version.scope.fields(),
+        aliases=tuple(f"{one.alias}{Scope(one.tenant, one.region).options()}" for one in aliases),
+        requests=sum(one.requests for one in served),
+        last=max((one.last for one in served), default=""),
+    )
 
 
 def cause_of(store: Store, named: Mapping[str, str]) -> Cause:

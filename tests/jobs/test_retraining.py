@@ -1,0 +1,194 @@
+"""What makes a new version due queues one run, in its time, and what comes of the run waits for an approval."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tests.tiny import write_model
+from tests.tiny_project import write_project
+from tunesmith.cli.main import app
+from tunesmith.core.clock import stamp
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.jobs import leases
+from tunesmith.project import Project
+from tunesmith.registry.versions import list_versions
+from tunesmith.rollout.controller import advance, start
+from tunesmith.rollout.settings import RolloutSettings
+from tunesmith.services import jobs, monitoring, retraining, training, versions
+from tunesmith.services.retraining import Retraining
+from tunesmith.services.users import add_user, set_roles
+from tunesmith.store import database
+from tunesmith.store.tables import RequestRow
+
+CAUSES = ["drift", "rows", "base", "recall", "expiry", "evidence", "schedule"]
+AT_ONCE = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project whose first version serves. Never changed: take `project`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_USER", "olive")
+        patch.delenv("TUNESMITH_DATABASE_URL", raising=False)
+        plain = {"plain": {"prompt": "prompt.txt", "max_tokens": 8}}
+        folder = write_project(tmp_path_factory.mktemp("served") / "p", candidates=plain)
+        project = Project.load(folder)
+        training.run(project)
+        add_user(project.store, "ann", ["approver"])
+        versions.approve(project.store, "tiny@v1", actor="ann", reason="read")
+        (version,) = list_versions(project.store, "tiny")
+        rollout = start(project.store, name="tiny", version=version, steps=AT_ONCE, actor="olive")
+        while rollout.live:
+            rollout = advance(project.store, rollout.id)
+        project.store.engine.dispose()
+        yield folder
+
+
+@pytest.fixture
+def folder(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the served project, with every cause on."""
+    monkeypatch.setenv("TUNESMITH_USER", "olive")
+    monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
+    shutil.copytree(served, tmp_path / "p", symlinks=True)
+    change(tmp_path / "p", retraining={"on": CAUSES})
+    return tmp_path / "p"
+
+
+def change(folder: Path, **changes: Any) -> None:
+    file = folder / "tunesmith.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **changes}, sort_keys=False))
+
+
+def look(folder: Path, days: float = 0.0, *, add: bool = True) -> Retraining:
+    project = Project.load(folder)
+    try:
+        return retraining.look(project, add=add, clock=lambda: datetime.now(UTC) + timedelta(days=days))
+    finally:
+        project.store.engine.dispose()
+
+
+def causes(found: Retraining) -> list[str]:
+    return [each.cause for each in found.causes]
+
+
+def end_job(folder: Path) -> None:
+    """Someone performed the job that waits, and it failed."""
+    store = Project.load(folder).store
+    lease = leases.claim(store, "w", ["run"], project="tiny")
+    assert lease is not None
+    leases.fail(store, lease, {"code": "verdict_fail", "what": "no"}, retry=False)
+    store.engine.dispose()
+
+
+def add_rows(folder: Path, room: str = "roof") -> None:
+    answer = json.dumps({"on": True, "room": "attic", "thing": "lamp"}, separators=(",", ":"))
+    turns = [{"role": "user", "content": f"turn on {room} lamp now"}, {"role": "assistant", "content": answer}]
+    with (folder / "rows.jsonl").open("a") as stream:
+        stream.write(json.dumps({"messages": turns, "template": room}) + "\n")
+
+
+def drifting(folder: Path) -> None:
+    """Requests to the champion that are much longer than the test rows."""
+    project = Project.load(folder)
+    (version,) = list_versions(project.store, "tiny")
+    with database.writing(project.store.engine) as session:
+        for number in range(300):
+            session.add(
+                RequestRow(
+                    id=f"r{number}", at=stamp(), name="tiny", version=version.digest, arm="stable", ok=True,
+                    seconds=0.1, scores={"json_valid": 0.0}, features={"characters": 900},
+                )
+            )  # fmt: skip
+    project.store.engine.dispose()
+
+
+def test_nothing_is_due_where_nothing_changed(folder: Path) -> None:
+    found = look(folder)
+    assert (found.version, found.causes) == ("tiny@v1", ())
+    change(folder, retraining=None)
+    with pytest.raises(UsageError, match="does not say when to retrain"):
+        look(folder)
+
+
+@pytest.mark.parametrize(
+    ("cause", "days", "act"),
+    [
+        ("drift", 0.0, drifting),
+        ("rows", 0.0, add_rows),
+        ("base", 0.0, lambda folder: (write_model(folder / "other", seed=9), change(folder, base="other"))),
+        ("evidence", 181.0, lambda folder: change(folder, retraining={"on": ["evidence"]})),
+        ("schedule", 91.0, lambda folder: change(folder, retraining={"on": ["schedule"]})),
+    ],
+)
+def test_a_cause_queues_one_run(folder: Path, cause: str, days: float, act: Callable[[Path], Any]) -> None:
+    act(folder)
+    assert causes(first := look(folder, days)) == [cause]
+    assert first.causes[0].job == 1
+    assert look(folder, days).causes == first.causes
+    end_job(folder)
+    assert look(folder, days).causes == first.causes, "whatever came of it"
+    assert [job.cause.split(":")[0] for job in jobs.list_jobs(Project.load(folder).store).jobs] == [cause]
+
+
+def test_a_recall_queues_a_run(folder: Path) -> None:
+    store = Project.load(folder).store
+    set_roles(store, "olive", ["admin", "engineer", "steward"])
+    cause = monitoring.cause_of(store, {"version": "tiny@v1"})
+    monitoring.recall(store, cause, reason="wrong")
+    store.engine.dispose()
+    found = look(folder)
+    assert [(each.cause, each.job) for each in found.causes] == [("recall", 1)]
+    assert "tiny@v1 was recalled" in found.causes[0].says
+
+
+def test_one_run_at_a_time_then_a_wait_then_the_budget(folder: Path) -> None:
+    change(folder, retraining={"on": ["rows"], "wait_hours": 24, "runs_in_30_days": 2})
+    add_rows(folder)
+    assert look(folder, add=False).causes[0].job is None
+    assert look(folder).causes[0].job == 1
+    add_rows(folder, "tower")
+    assert look(folder, 2).causes[0].waits == "job 1 is queued"
+    end_job(folder)
+    assert "ago (wait_hours): from" in look(folder, 0.5).causes[0].waits
+    assert look(folder, 2).causes[0].job == 2
+    end_job(folder)
+    add_rows(folder, "stairs")
+    assert look(folder, 3).causes[0].waits == "2 were queued in the last 30 days (runs_in_30_days)"
+    assert look(folder, 40).causes[0].job == 3
+
+
+def test_a_worker_queues_the_run_and_its_version_waits_for_an_approval(folder: Path) -> None:
+    drifting(folder)
+    add_rows(folder)
+    change(folder, retraining={"on": ["drift"]})
+    said: list[str] = []
+    project = Project.load(folder)
+    jobs.make_worker(project, also=lambda: retraining.look_again(folder, said.append)).run(until_empty=True)
+    (job,) = jobs.list_jobs(project.store).jobs
+    assert (job.state, job.cause) == ("succeeded", "drift: tiny@v1"), job.error
+    assert job.result["register"]["version"] == "tiny@v2"
+    assert "job 1: queued because of drift" in said[0]
+    with pytest.raises(Refused, match="approv"):
+        start(project.store, name="tiny", version=list_versions(project.store, "tiny")[1], steps=AT_ONCE, actor="olive")
+
+
+def test_a_run_that_gives_the_champion_again_says_so(folder: Path) -> None:
+    drifting(folder)
+    change(folder, retraining={"on": ["drift"]})
+    project = Project.load(folder)
+    jobs.make_worker(project, also=lambda: retraining.look_again(folder, str)).run(until_empty=True)
+    (job,) = jobs.list_jobs(project.store).jobs
+    assert (job.state, job.error["code"]) == ("failed", "nothing_new")
+    result = CliRunner().invoke(app, ["retrain", "-C", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert "drift: requests to tiny@v1 drifted" in result.stdout
+    assert "(job 1)" in result.stdout
