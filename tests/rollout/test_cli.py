@@ -47,7 +47,7 @@ class Folder:
 
     def run(self, *words: str, user: str = OPERATOR) -> tuple[int, Any]:
         """(exit code, the --json document). An error gives its own."""
-        who = [] if words[0] == "monitor" or words[:2] == ("rollout", "status") else ["--as", user]
+        who = [] if words[0] in ("monitor", "impact") or words[:2] == ("rollout", "status") else ["--as", user]
         result = CliRunner().invoke(self.app, [*words, "-C", str(self.root), "--json", *who])
         if isinstance(result.exception, TunesmithError):
             return result.exception.exit_code, str(result.exception)
