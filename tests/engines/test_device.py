@@ -20,6 +20,7 @@ from tunesmith.engines.protocol import Generation
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Renderer
+from tunesmith.services.doctor import examine
 from tunesmith.store.store import Store
 from tunesmith.training.objectives import CrossEntropy
 
@@ -46,6 +47,21 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="process 3 on this machine has no GPU: torch sees 2"):
         computing_device.__wrapped__()
+
+
+@pytest.mark.skipif(gpu_present(), reason="about machines without a GPU")
+def test_doctor_says_that_a_driver_is_there_and_torch_sees_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_DRIVERS", (tmp_path / "version",))
+    assert device.describe_gpus() == ("none: the CPU computes", None)
+    (tmp_path / "version").write_text("NVRM version: 550.54.15\nGCC version: 12\n")
+    found, wrong = device.describe_gpus()
+    assert found == f"torch {torch.__version__} sees none, but a driver is here (NVRM version: 550.54.15)"
+    assert wrong is not None
+    checks = {check.name: check for check in examine(tmp_path).checks}
+    assert (checks["gpus"].ok, checks["gpus"].fix) == (False, wrong)
+    assert "bitsandbytes" in checks["extras"].detail
 
 
 @pytest.mark.skipif(not gpu_present(), reason="needs a GPU")

@@ -87,8 +87,19 @@ def memory(
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
     ranks: Annotated[int, typer.Option(min=1, help="Processes, one for each device, that share the weights.")] = 1,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the frozen weights and activations.")] = "bf16",
+    row_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a row, for the time of 1,000 rows.")] = 512,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Peak of one device in that precision; by default the maker's figure for this machine's GPU, else "
+            "what this machine reaches on the base's widest product. With --device only what you state counts.",
+        ),
+    ] = None,
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak that is assumed.")] = 0.4,
 ) -> None:
-    """Say which ways of training a base fit the memory of a device. Loads no weights. Exits with 3 if none fits."""
+    """Say which ways of training a base fit the memory of a device, with an estimate of their time. Loads no weights.
+    Exits with 3 if none fits."""
     from tunesmith.services.memory_plan import memory_plan
 
     found = memory_plan(
@@ -99,6 +110,9 @@ def memory(
         ranks=ranks,
         precision=precision,
         device=None if device is None else round(device * _GIB),
+        row_tokens=row_tokens,
+        tflops=tflops,
+        utilisation=utilisation,
     )
     here.emit(found, _draw_memory)
     raise typer.Exit(0 if any(way.fits for way in found.ways) else 3)
@@ -111,14 +125,30 @@ def _draw_memory(console: Console, found: MemoryPlan) -> None:
             ", ".join(["LoRA", *["quantize: 4bit"] * bool(way.quantize), *["recompute: true"] * way.recompute]),
             *(f"{part / _GIB:.1f}" for part in (way.base, way.trained, way.activations, way.total)),
             "yes" if way.fits else "no",
+            _duration(way.seconds),
         )
         for way in found.ways
     ]
-    draw_table(console, rows, "GiB on each device", "base", "trained", "activations", "total", "fits", title=title)
+    parts = ("base", "trained", "activations", "total", "fits", "1,000 rows")
+    draw_table(console, rows, "GiB on each device", *parts, title=title)
     each = "the device has" if found.ranks == 1 else f"each of {found.ranks} devices has"
     console.print(
-        f"{each} {found.device / _GIB:.1f} GiB. Answers keep {found.cache_per_token / 1024:.0f} KiB for a token."
+        f"{each} {found.device / _GIB:.1f} GiB. Answers keep {found.cache_per_token / 1024:.0f} KiB for a token: one "
+        f"device holds {found.cache_tokens:,} tokens beside the base in {found.precision}."
     )
+    if found.rate is None:
+        console.print(found.basis)
+        return
+    console.print(
+        f"The time is an estimate for rows of {found.row_tokens:,} tokens, at {found.basis}. It leaves out attention, "
+        "what 4 bits take to be restored, and what devices send each other."
+    )
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 3600 else f"{seconds / 3600:,.1f} h"
 
 
 def _draw_project(console: Console, made: NewProject) -> None:

@@ -16,6 +16,8 @@ from tunesmith.core.threads import started_by_torchrun
 if TYPE_CHECKING:
     import torch
 
+# What NVIDIA's and AMD's drivers say of themselves.
+_DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
 # Dense bf16 peak with fp32 sums, in TFLOPS, by words of the card's name; of the makers' data sheets. The first match
 # counts.
 _PEAKS = (
@@ -82,6 +84,26 @@ def device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return "CPU"
     return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda or torch.version.hip}"
+
+
+def describe_gpus() -> tuple[str, str | None]:
+    """The GPUs here with their memory, the driver and NCCL; and what is wrong, None where nothing is."""
+    import torch
+
+    drivers = [path.read_text().splitlines()[0] for path in _DRIVERS if path.is_file()]
+    if not gpu_present():
+        if not drivers:
+            return "none: the CPU computes", None
+        return f"torch {torch.__version__} sees none, but a driver is here ({drivers[0]})", (
+            "install a build of PyTorch for it, as pytorch.org says, and see that CUDA_VISIBLE_DEVICES is not empty"
+        )
+    every = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    cards = "; ".join(f"{each.name}, {each.total_memory / (1 << 30):.0f} GiB" for each in every)
+    built = f"torch {torch.__version__} for CUDA {torch.version.cuda or torch.version.hip}"
+    nccl = "no NCCL"
+    if torch.distributed.is_nccl_available():
+        nccl = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    return f"{cards}; {'; '.join([*drivers, built, nccl])}", None
 
 
 def stated_peak(card: str) -> float | None:

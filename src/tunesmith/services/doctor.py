@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tunesmith.core import memory
@@ -14,6 +15,9 @@ from tunesmith.core.errors import TunesmithError
 from tunesmith.core.threads import wanted_threads
 from tunesmith.core.view import View
 from tunesmith.project import Project
+
+# For quantize: 4bit, attention: flash_attention_2, clusters, and `tunesmith gpu-check`'s comparison.
+_EXTRAS = ("bitsandbytes", "flash-attn", "ray", "trl")
 
 
 class Check(View):
@@ -34,9 +38,17 @@ class Checks(View):
 
 def examine(directory: Path) -> Checks:
     """Check this machine, the project, its base, its store, its audit log, and whether its champions may serve."""
-    checks = (_python, _processor, _memory, _cache, _disk, _project, _base, _store, _champions)
+    checks = (_python, _processor, _gpus, _extras, _memory, _cache, _disk, _project, _base, _store, _champions)
     found = tuple(_checked(check, directory) for check in checks)
     return Checks(ok=all(check.ok for check in found), checks=found)
+
+
+def installed_version(name: str) -> str | None:
+    """The version of a package in this environment; None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _checked(check: Callable[[Path], Check], directory: Path) -> Check:
@@ -62,6 +74,19 @@ def _processor(_directory: Path) -> Check:
     threads = wanted_threads()
     limit = "" if threads is None else f"; TUNESMITH_THREADS: {threads}"
     return _check("processor", runtime.describe() + limit)
+
+
+def _gpus(_directory: Path) -> Check:
+    from tunesmith.engines.device import describe_gpus
+
+    found, wrong = describe_gpus()
+    return _check("gpus", found, wrong is None, wrong)
+
+
+def _extras(_directory: Path) -> Check:
+    """Which libraries are there that only some settings need."""
+    found = (f"{name} {installed_version(name) or '(not installed)'}" for name in _EXTRAS)
+    return _check("extras", ", ".join((*found, f"vllm {shutil.which('vllm') or '(not on PATH)'}")))
 
 
 def _memory(_directory: Path) -> Check:

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +19,7 @@ from tunesmith.core.text.display import json_text
 from tunesmith.core.view import View
 from tunesmith.engines.device import computing_device, device_name, gpu_present
 from tunesmith.models.base import cache_folder
+from tunesmith.services.doctor import installed_version
 
 if TYPE_CHECKING:
     from tunesmith.training.gpu_check import Found
@@ -67,7 +67,7 @@ def gpu_check(
     result = GpuCheck(
         ok=all(each.outcome != "failed" for each in found),
         gpu=device_name(computing_device()) if gpu else None,
-        libraries={name: _version(name) for name in _LIBRARIES},
+        libraries={name: installed_version(name) for name in _LIBRARIES},
         checks=found,
     )
     if output is not None:
@@ -139,10 +139,3 @@ def perform_in_child(send: Connection, parent: int, name: str, check: Callable[[
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -1,19 +1,22 @@
-"""Says before a training which ways of training a base fit the memory of a device."""
+"""Says before a training which ways of training a base fit the memory of a device, and about how long they take."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tunesmith.core.view import View
 from tunesmith.models.base import config_folder
+
+if TYPE_CHECKING:
+    from tunesmith.engines.hf.costs import Shapes
 
 
 class Way(View):
     """A way of training an adapter, and its bytes on each device. quantize: the base's, as the setting. base: frozen
     weights. trained: the adapter with its gradients and the optimiser. activations: of one batch, with its logits.
-    fits: whether the device has as much."""
+    fits: whether the device has as much. seconds: of a pass over 1,000 rows; None without a rate."""
 
     quantize: Literal["4bit"] | None
     recompute: bool
@@ -22,11 +25,14 @@ class Way(View):
     activations: int
     total: int
     fits: bool
+    seconds: float | None
 
 
 class MemoryPlan(View):
     """What trainings on a base take. device: its bytes. numbers: of the base. tokens: of a batch. cache_per_token:
-    bytes of a token's keys and values while answers are generated."""
+    bytes of a token's keys and values while answers are generated; cache_tokens: how many of them one device holds
+    beside the whole base. row_tokens: of each of the 1,000 rows. rate: floating-point operations a second that are
+    assumed for each device, None where there is nothing to go by; basis: where the rate comes from."""
 
     base: str
     numbers: int
@@ -36,6 +42,10 @@ class MemoryPlan(View):
     rank: int
     tokens: int
     cache_per_token: int
+    cache_tokens: int
+    row_tokens: int
+    rate: float | None
+    basis: str
     ways: list[Way]
 
 
@@ -48,19 +58,29 @@ def memory_plan(
     ranks: int = 1,
     precision: Literal["fp32", "bf16"] = "bf16",
     device: int | None = None,
+    row_tokens: int = 512,
+    tflops: float | None = None,
+    utilisation: float = 0.4,
 ) -> MemoryPlan:
     """What each way of training an adapter takes, from the base's configuration. A base in 4 bits is not sharded.
 
+    The time is an estimate: the operations of the matrix products over a rate. Attention, what 4 bits take to be
+    restored, and what ranks send each other are left out.
+
     spec: the base, as in a project file; root: the folder that a relative path starts from. rank: of the adapter.
     tokens: of one batch. ranks: devices that the weights are sharded over. device: bytes of one device; by default what
-    is free on this machine's GPU, or in its memory. Raises UsageError, Refused or TunesmithError for a base whose
+    is free on this machine's GPU, or in its memory. row_tokens: of a row that time is estimated for. tflops: a device's
+    peak; by default the maker's figure for this machine's GPU, or what this machine reaches on the widest product.
+    utilisation: the share of it that a training reaches. Raises UsageError, Refused or TunesmithError for a base whose
     configuration cannot be read.
     """
     from tunesmith.engines.device import DeviceMemory, computing_device
-    from tunesmith.engines.hf.memory import cache_bytes, read_shapes, training_memory
+    from tunesmith.engines.hf.costs import cache_bytes, read_shapes, training_flops, training_memory
 
     shapes = read_shapes(config_folder(spec, root))
     room = device if device is not None else DeviceMemory(computing_device()).available()
+    peak, basis = _peak(shapes, precision, tflops, elsewhere=device is not None)
+    rate = None if peak is None else peak * utilisation
     ways = []
     for quantized, recompute in itertools.product((False, True) if ranks == 1 else (False,), (False, True)):
         needs = training_memory(
@@ -72,6 +92,9 @@ def memory_plan(
             recompute=recompute,
             shards=ranks,
         )
+        rows = 1000 * row_tokens
+        trained = rank * shapes.adapted
+        operations = training_flops(shapes, tokens=rows, scored=rows, trained=trained, recompute=recompute)
         ways.append(
             Way(
                 quantize="4bit" if quantized else None,
@@ -81,16 +104,40 @@ def memory_plan(
                 activations=needs.activations,
                 total=needs.total,
                 fits=needs.total <= room,
+                seconds=None if rate is None else operations / rate / ranks,
             )
         )
+    numbers, each = shapes.linear + shapes.rest, cache_bytes(shapes, precision, 1)
+    beside = room - numbers * (2 if precision == "bf16" else 4)
     return MemoryPlan(
         base=spec,
-        numbers=shapes.linear + shapes.rest,
+        numbers=numbers,
         device=room,
         ranks=ranks,
         precision=precision,
         rank=rank,
         tokens=tokens,
-        cache_per_token=cache_bytes(shapes, precision, 1),
+        cache_per_token=each,
+        cache_tokens=max(0, beside // each) if each else 0,
+        row_tokens=row_tokens,
+        rate=rate,
+        basis=basis if rate is None else f"{utilisation:.0%} of {basis}",
         ways=ways,
     )
+
+
+def _peak(shapes: Shapes, precision: str, tflops: float | None, *, elsewhere: bool) -> tuple[float | None, str]:
+    """Operations a second that a device can reach, and where that comes from. elsewhere: it is not this machine's."""
+    from tunesmith.engines.device import computing_device, device_name, gpu_present, stated_peak
+    from tunesmith.engines.hf.costs import measured_peak
+
+    if tflops is not None:
+        return tflops * 1e12, f"a peak of {tflops:g} TFLOPS, as stated with --tflops"
+    if elsewhere:
+        return None, "no time: state the peak of the device, --tflops"
+    name = device_name(computing_device())
+    card = name.split(", CUDA")[0]
+    if gpu_present() and precision == "bf16" and (stated := stated_peak(card)) is not None:
+        return stated, f"{stated / 1e12:g} TFLOPS, the bf16 peak that its maker states for {card}"
+    reached = measured_peak(shapes, precision)
+    return reached, f"{reached / 1e12:.2g} TFLOPS, which {name} reached just now on the widest product in {precision}"

@@ -27,8 +27,8 @@ from tunesmith.core.progress import Silent
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.device import DeviceMemory, computing_device, stated_peak
 from tunesmith.engines.factory import load_model, open_engine
+from tunesmith.engines.hf.costs import Memory, read_shapes, training_memory
 from tunesmith.engines.hf.loaded import LoadedHFModel
-from tunesmith.engines.hf.memory import Memory, read_shapes, training_memory
 from tunesmith.engines.native.adapters.lora import LoraModel
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Engine, Generation, Question

@@ -20,6 +20,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch, lay_out
 from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import four_bits, libraries, packing
+from tunesmith.engines.hf.costs import is_experts, is_linear, shapes_of
 from tunesmith.engines.hf.loading import FP32, ModelSettings, load
 from tunesmith.engines.hf.sharding import recomputed, shard
 from tunesmith.engines.late_weights import to_meta
@@ -41,8 +42,8 @@ class HFModel:
     """A frozen base model and any number of adapters, of which at most one is active at a time.
 
     module: transformers' module. device: that it computes on. linears: its linear layers except the head, by name.
-    attention: transformers' name of it. vocabulary: logits of a step. ranks: that the module is sharded over. late: the
-    weights, where they are read once the module is sharded.
+    shapes: of the base. attention: transformers' name of it. vocabulary: logits of a step. ranks: that the module is
+    sharded over. late: the weights, where they are read once the module is sharded.
     """
 
     def __init__(self, base: Base, settings: ModelSettings = FP32, *, late: bool = False) -> None:
@@ -69,12 +70,8 @@ class HFModel:
             for name, module in self.module.named_modules()
             if is_linear(module) and module is not self.head
         }
-        # Several experts' weights in one parameter.
-        self._experts = {
-            name: module
-            for name, module in self.module.named_modules()
-            if "Experts" in type(module).__name__ and list(module.parameters(recurse=False))
-        }
+        self._experts = [name for name, module in self.module.named_modules() if is_experts(module)]
+        self.shapes = shapes_of(self.module)
         if settings.quantized:
             four_bits.prepare(self.linears, self.device)
         self._others = [name for name, _ in self.module.named_modules() if name not in self.linears]
@@ -88,15 +85,6 @@ class HFModel:
         """transformers' configuration of the language model."""
         return self.module.config.get_text_config()
 
-    @cached_property
-    def products(self) -> list[tuple[int, int]]:
-        """(outputs, inputs) of the products that a token goes through before the head: those of linear layers, and of
-        as many experts as it is sent to."""
-        each_expert = [one for module in self._experts.values() for one in module.parameters(recurse=False)]
-        experts = [(one.shape[1], one.shape[2]) for one in each_expert if one.dim() == 3]
-        most = getattr(self.config, "num_experts_per_tok", 1)
-        return [*map(sizes, self.linears.values()), *(each for each in experts for _ in range(most))]
-
     def targets(self, wanted: Sequence[str]) -> dict[str, nn.Module]:
         """The linear layers that names or patterns match; `all` matches every one except the head.
 
@@ -105,7 +93,7 @@ class HFModel:
         """
         if self._experts and not {"all", "*"}.isdisjoint(wanted):
             raise Refused(
-                f"the base is a mixture of experts whose weights are fused ({next(iter(self._experts))}): no adapter "
+                f"the base is a mixture of experts whose weights are fused ({self._experts[0]}): no adapter "
                 "is put there, so `all` would not be all of it",
                 where="train.targets",
                 fix=f"name the layers to adapt: [{', '.join(sorted({_last(name) for name in self.linears}))}]",
@@ -316,12 +304,21 @@ class HFModel:
 
     @torch.no_grad()
     def _first_steps(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-        """Logits [B, vocabulary] of the first three steps after rows."""
+        """Logits [B, vocabulary] of the first three steps after rows, which go on with the same token: of two equally
+        likely ones, rounding would choose another in each batch."""
         ids, mask = left_padded(rows, 0, self.device)
         how = libraries.transformers().GenerationConfig(
             max_new_tokens=3, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
         )
-        return tuple(self.module.generate(ids, attention_mask=mask, generation_config=how).logits)
+
+        def only_one(_ids: Tensor, logits: Tensor) -> Tensor:
+            found = torch.full_like(logits, float("-inf"))
+            found[:, _PROBE[-1]] = 0.0
+            return found
+
+        chosen = libraries.transformers().LogitsProcessorList([only_one])
+        found = self.module.generate(ids, attention_mask=mask, generation_config=how, logits_processor=chosen)
+        return tuple(found.logits)
 
 
 def remove_with(owner: object, model: HFModel, adapter: str) -> None:
@@ -337,14 +334,6 @@ def left_padded(rows: Sequence[Sequence[int]], filler: int, device: torch.device
     return ids.to(device), mask.to(device)
 
 
-def sizes(module: nn.Module) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    inputs, outputs = module.get_parameter("weight").shape  # transformers' Conv1D
-    return outputs, inputs
-
-
 def _misfit(folder: Path, reason: str) -> Refused:
     return Refused(
         f"the adapter does not fit the base's layers: {reason}",
@@ -356,13 +345,6 @@ def _misfit(folder: Path, reason: str) -> Refused:
 def _line(error: Exception) -> str:
     """An error's message in one line."""
     return " ".join(str(error).split())[:300]
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, as torch or GPT-2 has them."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def _last(name: str) -> str:

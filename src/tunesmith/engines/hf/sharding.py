@@ -67,17 +67,19 @@ def recomputed(found: Sequence[nn.Module]) -> Iterator[None]:
                 layer.forward = forward
 
 
-def layers(module: Any) -> list[nn.Module]:
+def layers(module: Any, *, whole: bool = False) -> list[nn.Module]:
     """The decoder's layers: the outermost modules that transformers says must stay in one piece.
 
-    To be called before the module is sharded, which renames their classes. Raises TunesmithError for a family that
-    names none: treated as a whole, it would save no memory.
+    To be called before the module is sharded, which renames their classes. A family may name none. whole: then the
+    module is its only layer; otherwise raises TunesmithError, because it would save no memory.
     """
     names = set(module._no_split_modules or ())
     found: dict[str, nn.Module] = {}
     for name, each in module.named_modules():
         if type(each).__name__ in names and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = each
+    if not found and whole:
+        return [module]
     if not found:
         raise TunesmithError(
             f"transformers does not say which parts of {type(module).__name__} are its layers",

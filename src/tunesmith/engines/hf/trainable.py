@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,9 +15,10 @@ from tunesmith.core.errors import Refused, UsageError
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.device import device_name
 from tunesmith.engines.hf import four_bits, packing
-from tunesmith.engines.hf.model import HFModel, remove_with, sizes
+from tunesmith.engines.hf.costs import DTYPES, activation_bytes, sizes, training_flops
+from tunesmith.engines.hf.model import HFModel, remove_with
 from tunesmith.engines.hf.sharding import layers
-from tunesmith.engines.peak import MEASURED_ROWS, measured_flops
+from tunesmith.engines.peak import MEASURED_ROWS, product_flops
 from tunesmith.engines.ranks import ALONE, Ranks, whole
 from tunesmith.engines.settings import HF, WeightSettings
 from tunesmith.engines.training_protocol import Objective, ParameterGroup
@@ -98,8 +97,7 @@ class HFTrainable:
     def environment(self) -> Mapping[str, str]:
         """The libraries' versions, the device, what the base is kept and computed in, and how batches are laid out."""
         model = self._model
-        precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}[model.settings.dtype]
-        found = {"peft": version("peft"), "device": device_name(self.device), "precision": precision}
+        found = {"peft": version("peft"), "device": device_name(self.device), "precision": self._precision}
         found |= {"attention": model.attention, "batches": "packed" if model.packs else "padded"}
         if self._settings.quantize is not None:
             found["quantized"] = four_bits.description()
@@ -154,30 +152,25 @@ class HFTrainable:
         )
 
     def memory_estimate(self, batch: Batch) -> int:
-        """Bytes of a batch: what every linear layer reads and gives for every token, the logits with their gradient and
-        log-probabilities, the adapter's gradients, and where the batch is packed one layer's attention. With recompute,
-        only what each layer reads and what one layer needs."""
-        (tokens, scored), products = self._computed(batch), self._model.products
-        kept = sum(map(sum, products))
-        if number := len(self._recomputed):
-            kept = kept // number + number * self._model.config.hidden_size
-        numbers = tokens * kept + scored * 3 * self._model.vocabulary + self.trained_numbers
+        """Bytes of a batch: activations and logits, the adapter's gradients, and where the batch is packed one layer's
+        attention."""
+        (tokens, scored), shapes = self._computed(batch), self._model.shapes
+        kept = activation_bytes(shapes, self._precision, tokens=tokens, scored=scored, recompute=bool(self._recomputed))
+        numbers = self.trained_numbers
         if self._model.packs:  # keys and values of every row, with their gradients
-            places = len(batch.lengths) * (batch.prefix + max(batch.lengths))
-            numbers += 4 * places * max(map(max, products))
-        return _FLOAT * numbers
+            numbers += 4 * len(batch.lengths) * (batch.prefix + max(batch.lengths)) * max(shapes.widest)
+        return kept + _FLOAT * numbers
 
     def flops(self, batch: Batch) -> float:
-        """Floating-point operations of a batch's matrix products, forward and backward. Attention is left out.
-
-        4 for each frozen number (2 forward, 2 backward to the inputs), 6 for each trained one, for every token that is
-        computed; the head's only for tokens that get logits. Recompute adds 2 for each.
-        """
+        """Floating-point operations of a batch's matrix products, forward and backward. Attention is left out."""
         tokens, scored = self._computed(batch)
-        frozen = sum(map(math.prod, self._model.products))
-        head, again = math.prod(sizes(self._model.head)), 2 if self._recomputed else 0
-        each = (4 + again) * frozen + (6 + again) * self.trained_numbers
-        return float(tokens * each + scored * 4 * head)
+        return training_flops(
+            self._model.shapes,
+            tokens=tokens,
+            scored=scored,
+            trained=self.trained_numbers,
+            recompute=bool(self._recomputed),
+        )
 
     def _computed(self, batch: Batch) -> tuple[int, int]:
         """Tokens that the module computes for a batch, and how many of them get logits: without padding, those with a
@@ -190,10 +183,12 @@ class HFTrainable:
 
     def peak_flops(self, batch: Batch) -> float:
         """Floating-point operations a second that the device reaches on the largest linear layer's product."""
-        outputs, inputs = max(map(sizes, self._model.linears.values()))
-        return _peak(
-            min(self._computed(batch)[0], MEASURED_ROWS), inputs, outputs, self.device, self._model.settings.dtype
-        )
+        rows = min(self._computed(batch)[0], MEASURED_ROWS)
+        return product_flops(rows, *self._model.shapes.widest, self.device, self._model.settings.dtype)
+
+    @property
+    def _precision(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self._model.settings.dtype)
 
 
 def _check_rank(targets: Mapping[str, nn.Module], settings: WeightSettings) -> None:
@@ -213,15 +208,3 @@ def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 def _named(parameters: Mapping[str, nn.Parameter], part: str) -> list[Tensor]:
     return [tensor for name, tensor in parameters.items() if f".{part}." in name]
-
-
-@cache
-def _peak(rows: int, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype) -> float:
-    weight, x = (torch.full((size, inputs), 0.01, device=device, dtype=dtype) for size in (outputs, rows))
-
-    def multiply() -> None:
-        F.linear(x, weight)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # it computes while this thread goes on
-
-    return measured_flops(multiply, 2.0 * rows * inputs * outputs)

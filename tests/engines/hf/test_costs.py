@@ -16,7 +16,7 @@ from tests.hf_models import write_hf_model
 from tests.tiny import write_model
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.engines.hf.memory import read_shapes, training_memory
+from tunesmith.engines.hf.costs import read_shapes, training_memory
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.settings import WeightSettings
@@ -112,6 +112,35 @@ def test_the_command_says_what_fits(tmp_path: Path) -> None:
     code, spread = _run(tmp_path, "--device", 1000, "--ranks", 4)
     assert [way["quantize"] for way in spread["ways"]] == [None, None], "4 bits are refused on several ranks"
     assert spread["ways"][0]["trained"] == pytest.approx(found["ways"][0]["trained"] / 4, abs=1)
+
+
+def test_time_has_a_stated_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    AutoConfig.for_model("llama", **WIDE).save_pretrained(tmp_path)
+    found = _run(tmp_path, "--device", 1, "--tflops", 2, "--utilisation", 0.5, "--row-tokens", 100)[1]
+    assert (found["rate"], found["row_tokens"]) == (1e12, 100)
+    assert found["basis"] == "50% of a peak of 2 TFLOPS, as stated with --tflops"
+    shapes = read_shapes(tmp_path)
+    trained = 16 * shapes.adapted
+    for way in found["ways"]:
+        again = 2 if way["recompute"] else 0
+        operations = 100_000 * ((4 + again) * shapes.linear + (6 + again) * trained + 4 * 500 * WIDE["hidden_size"])
+        assert way["seconds"] == pytest.approx(operations / 1e12)
+    assert found["cache_tokens"] == ((1 << 30) - 2 * found["numbers"]) // found["cache_per_token"]
+    half = _run(tmp_path, "--device", 1, "--tflops", 2, "--utilisation", 0.5, "--row-tokens", 100, "--ranks", 2)[1]
+    assert half["ways"][0]["seconds"] == pytest.approx(found["ways"][0]["seconds"] / 2)
+    unknown = _run(tmp_path, "--device", 1)[1]
+    assert (unknown["rate"], unknown["ways"][0]["seconds"]) == (None, None)
+    assert "--tflops" in unknown["basis"]
+    monkeypatch.setattr("tunesmith.engines.hf.costs.measured_peak", lambda *_: 3e12)
+    here = _run(tmp_path)[1]
+    assert (here["rate"], "3 TFLOPS, which CPU reached" in here["basis"]) == (pytest.approx(1.2e12), True)
+
+
+def test_experts_count_as_often_as_a_token_is_sent_to_one(tmp_path: Path) -> None:
+    shapes = read_shapes(write_hf_model(tmp_path / "m", "mixtral"))
+    one_expert = (2 * 48 + 32) + (32 + 48)  # gate with up, and down: outputs and inputs
+    assert shapes.kept - shapes.adapted == 2 * 2 * one_expert, "two layers, two of four experts"
+    assert shapes.computed - shapes.linear == 2 * 2 * (2 * 48 * 32 + 32 * 48)
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
