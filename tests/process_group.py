@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import connection
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+from tests.forked import forkserver
+
 _SECONDS = 60.0  # a collective that one rank leaves out would wait for half an hour
-# Imported once by the server that forks the processes, and not by each of them.
-_PRELOADED = ["tests.process_group_imports"]
-
-
-def forkserver() -> ForkServerContext:
-    """Starts processes that have torch and transformers imported already, and nothing else of this process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    return context
 
 
 def run_ranks(work: Callable[..., None], size: int, folder: Path, *arguments: Any) -> list[int]:

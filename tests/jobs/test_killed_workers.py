@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import random
 import time
 from collections import Counter
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import forkserver
 from tests.jobs.conftest import SetClock
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import LeaseLost
@@ -39,10 +39,10 @@ def work(root: Path, url: str) -> None:
 def test_no_job_is_lost_or_ends_twice(store: Store, clock: SetClock) -> None:
     numbers = [queue.add(store, "run", {}, project="p", actor="olive", attempts=100).id for _ in range(JOBS)]
     url = store.engine.url.render_as_string(hide_password=False)
-    context, chosen = multiprocessing.get_context("spawn"), random.Random(1)
+    chosen = random.Random(1)
 
     def started() -> BaseProcess:
-        process = context.Process(target=work, args=(store.root, url))
+        process = forkserver().Process(target=work, args=(store.root, url))
         process.start()
         return process
 

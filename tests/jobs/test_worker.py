@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.forked import forkserver
 from tests.jobs.conftest import SetClock
 from tests.jobs.test_performing import until
 from tests.tiny_project import settings, write_project
@@ -41,7 +41,7 @@ def perform(root: Path, lease: Lease) -> None:
 
 def starting(root: Path) -> Callable[[Lease], BaseProcess]:
     def start(lease: Lease) -> BaseProcess:
-        process = multiprocessing.get_context("spawn").Process(target=perform, args=(root, lease))
+        process = forkserver().Process(target=perform, args=(root, lease))
         process.start()
         return process
 

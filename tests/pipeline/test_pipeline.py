@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.forked import forkserver
 from tests.tiny_project import SCHEMA, rows, settings, write_project
 from tunesmith import pipeline
 from tunesmith.api import Project
@@ -122,21 +123,24 @@ def test_an_untouched_timestamp_changes_nothing(project: Path) -> None:
     assert _done(_again(project)) == set()
 
 
+def _run(folder: Path) -> None:
+    Project.load(folder).run()
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_the_next_run_carries_on(tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    """Killed as soon as so many records are there, of a training, answers or a verdict."""
     folder = write_project(tmp_path / "p")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    killed = 0
-    for wait in (3.0, 5.0, 6.0, 7.0):
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "tunesmith", "run", "-C", str(folder)], env=environment, stderr=subprocess.DEVNULL
-        )
-        time.sleep(wait)
-        if worker.poll() is None:
-            worker.send_signal(signal.SIGKILL)
-            killed += 1
-        worker.wait()
-    assert killed, "no run was killed: the test did not test"
+    records = folder / ".tunesmith" / "records"
+    for wanted in (1, 3, 8, 12):
+        worker = forkserver().Process(target=_run, args=(folder,))
+        worker.start()
+        until = time.monotonic() + 120
+        while worker.is_alive() and time.monotonic() < until and len(list(records.rglob("*.json"))) < wanted:
+            time.sleep(0.005)
+        worker.kill()
+        worker.join()
+        assert worker.exitcode == -signal.SIGKILL, "the run ended before it was killed"
     document = Project.load(folder).run().document()
     expected = finished[1]
     assert document["data"] == expected["data"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, event, func, select, text, update
 
+from tests.forked import forkserver
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.store import audit, database
 from tunesmith.store.audit import Head, Pin
@@ -149,8 +149,7 @@ def _write_in_a_process(root: Path, actor: str) -> None:
 
 def test_two_processes_write_one_chain(store: Store) -> None:
     write(store, 1)
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_write_in_a_process, args=(store.root, actor)) for actor in ("ann", "bob")]
+    workers = [forkserver().Process(target=_write_in_a_process, args=(store.root, actor)) for actor in ("ann", "bob")]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.process_group import forkserver
+from tests.forked import forkserver, run_elsewhere
 from tests.tiny import row, write_model
 from tunesmith.core import memory
 from tunesmith.core.digests import digest_bytes, digest_file
@@ -150,17 +150,6 @@ def test_told_to_stop_it_keeps_the_step_and_ends_in_the_same_bytes(folder: Path,
     assert run(folder, rare) == uninterrupted
 
 
-def _ended(work: Callable[..., None], *given: Any) -> int | None:
-    """The exit code of another process that does the work; None where it has not ended after two minutes."""
-    worker = forkserver().Process(target=work, args=given)
-    worker.start()
-    worker.join(120)
-    code = worker.exitcode
-    worker.kill()
-    worker.join()
-    return code
-
-
 @pytest.mark.slow
 def test_killed_during_steps_it_ends_in_the_same_bytes(folder: Path, uninterrupted: str) -> None:
     """Killed as soon as a checkpoint is there: while the next step is computed or written."""
@@ -216,7 +205,7 @@ def test_killed_in_every_phase_it_ends_in_the_same_bytes(folder: Path, uninterru
     store = Store(folder / "store")
     resolve_base(store, str(folder / "model"), folder)  # so that only the training is killed
     for phase, place in _PHASES.items():
-        assert _ended(_run_killed, folder, place) == -signal.SIGKILL, phase
+        assert run_elsewhere(_run_killed, folder, place) == -signal.SIGKILL, phase
         (folder / "reached").unlink()
     assert run(folder) == uninterrupted
     assert not list((folder / "work").glob(f"{SCRATCH}*")), "half-written checkpoints are removed"
@@ -237,7 +226,7 @@ def test_another_process_rebuilds_a_training_from_its_spec(folder: Path, uninter
         base=base, dataset=dataset, rows=ROWS, validation=ROWS[:3], settings=SETTINGS, work=folder / "work"
     )
     (folder / "spec.json").write_text(spec.model_dump_json())
-    assert _ended(_rebuild, folder / "spec.json", folder / "result.json") == 0
+    assert run_elsewhere(_rebuild, folder / "spec.json", folder / "result.json") == 0
     result = TrainingResult.model_validate_json((folder / "result.json").read_bytes())
     assert {path.name for path in result.folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     digest = record_training(store, spec, result)

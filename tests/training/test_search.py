@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.forked import run_elsewhere
 from tests.tiny import write_model
-from tests.training.test_resume import ROWS, Said, _environment
+from tests.training.test_resume import ROWS, Said
 from tests.training.test_schedule import ticking
 from tunesmith.core import memory
 from tunesmith.core.errors import Inconclusive, Refused
@@ -310,40 +310,29 @@ def test_present_settings_that_do_not_fit_are_refused(tmp_path: Path, monkeypatc
         find(tmp_path)
 
 
-_KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tunesmith.training import halving, search
-from tests.training import test_search as test
-halving._OTHERS, halving.LEAST_STEPS = (3,), 3
-search._measure = lambda *_: halving.Measured(row=1.8, loss=1.0, answer=0.01, total=1.0)
-left = int(sys.argv[2])
-real = search.Trainer._step
-def step(trainer, task):
-    global left
-    left -= 1
-    if left < 0:
-        print("reached", flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(trainer, task)
-search.Trainer._step = step
-test.find(Path(sys.argv[1]), work="killed")
-"""
+def _find_killed(folder: Path, steps: int) -> None:
+    """Search, and kill this process before the trials' step of this number."""
+    with pytest.MonkeyPatch.context() as patch:
+        _shorten(patch)
+        real, left = search.Trainer._step, iter(range(steps))
+
+        def step(*given: Any) -> Any:
+            if next(left, None) is None:
+                (folder / "reached").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*given)
+
+        patch.setattr(search.Trainer, "_step", step)
+        find(folder, work="killed")
 
 
-@pytest.mark.slow  # processes that import torch
+@pytest.mark.slow
 def test_killed_it_goes_on(whole: tuple[Path, SearchOutcome]) -> None:
     """kill -9 between two steps of the first trial, and of a later one."""
     folder, uninterrupted = whole
     for steps in (3, 20):
-        ended = subprocess.run(
-            [sys.executable, "-c", _KILLED, str(folder), str(steps)],
-            env=_environment(),
-            timeout=120,
-            stdout=subprocess.PIPE,
-            check=False,
-        )
-        assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, b"reached\n")
+        assert run_elsewhere(_find_killed, folder, steps) == -signal.SIGKILL
+        (folder / "reached").unlink()
     said = Said()
     done = find(folder, work="killed", progress=said)
     assert 0 < _ran(said) < 6, "finished trials are not repeated"

@@ -1,14 +1,17 @@
-"""What the ranks of tests/process_group.py need, imported once: that takes longer than most of what they do."""
+"""What the processes of tests/forked.py need, imported once: that takes longer than most of what they do."""
 
 from __future__ import annotations
 
+import pytest
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.tensor
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, Phi3ForCausalLM
 
+from tunesmith import api
 from tunesmith.engines.hf import libraries, together
+from tunesmith.jobs import worker
 from tunesmith.training import together as training
 
 libraries.transformers()
@@ -19,8 +22,11 @@ __all__ = [
     "LlamaForCausalLM",
     "LoraConfig",
     "Phi3ForCausalLM",
+    "api",
     "get_peft_model",
+    "pytest",
     "together",
     "torch",
     "training",
+    "worker",
 ]
