@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.core import memory
 from tunesmith.core.errors import UsageError
-from tunesmith.core.threads import started_by_torchrun
+from tunesmith.core.threads import local_rank
 
 if TYPE_CHECKING:
     import torch
@@ -51,16 +50,16 @@ def gpu_present() -> bool:
 
 @cache
 def computing_device() -> torch.device:
-    """The device that the hf engine computes on in this process: a GPU, one for each of torchrun's processes on a
-    machine, else the CPU. The GPU becomes torch's current one, which collective operations use.
+    """The device that the hf engine computes on in this process: a GPU, one for each rank on a machine, else the CPU.
+    The GPU becomes torch's current one, which collective operations use.
 
-    Raises UsageError where torchrun started more processes on this machine than it has GPUs.
+    Raises UsageError where more ranks were started on this machine than it has GPUs.
     """
     import torch
 
     if not gpu_present():
         return torch.device("cpu")
-    number, there = int(os.environ["LOCAL_RANK"]) if started_by_torchrun() else 0, torch.cuda.device_count()
+    number, there = local_rank(), torch.cuda.device_count()
     if number >= there:
         raise UsageError(
             f"process {number + 1} on this machine has no GPU: torch sees {there}",

@@ -46,7 +46,7 @@ def training_engine(
         f"keeps the base in bf16, and {where}.precision asks for fp32": weights.precision == "fp32",
         f"has its own attention, and {where}.attention names another": weights.attention is not None,
         f"does not compute layers again, which {where}.recompute asks for": weights.recompute,
-        "trains in one process, and torchrun started several": ranks > 1,
+        "trains in one process, and several are to train together": ranks > 1,
     }
     reason = next((reason for reason, given in needs.items() if given), None)
     if settings.train == NATIVE and reason is not None:

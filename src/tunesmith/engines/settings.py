@@ -16,6 +16,26 @@ _Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$")]
 _ADAPTER_SETTINGS = ("rank", "alpha", "targets", "scaling", "start", "dora", "b_rate")
 
 
+class RaySettings(Settings):
+    """A Ray cluster's workers, which train together."""
+
+    workers: Annotated[int, Field(ge=1, le=4096, description="how many processes; with GPUs one for each GPU")]
+    resources: Annotated[
+        dict[str, Annotated[float, Field(gt=0)]],
+        Field(min_length=1, description="what each worker takes of the cluster, such as {GPU: 1, CPU: 8}"),
+    ] = {"CPU": 1.0}  # noqa: RUF012
+    address: Annotated[
+        str | None,
+        Field(description="the cluster's, such as head:6379; by default $RAY_ADDRESS, or a cluster on this machine"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> RaySettings:
+        if self.resources.get("GPU", 1) != 1:
+            raise ValueError("a worker computes on one GPU: write GPU: 1, and as many workers as GPUs")
+        return self
+
+
 class EngineSettings(Settings):
     """Which engine trains. This process answers."""
 
@@ -24,10 +44,14 @@ class EngineSettings(Settings):
         Field(
             description="the engine that trains: native, Tunesmith's own on the CPU; hf, transformers and PEFT, on a "
             "GPU where there is one; auto takes hf where a GPU is present, where native does not compute the base's "
-            "family, for quantize, attention or precision: fp32, and under torchrun, else native. On a GPU, auto and "
-            "hf also answer by hf"
+            "family, for quantize, attention or precision: fp32, and on several processes, else native. On a GPU, auto "
+            "and hf also answer by hf"
         ),
     ] = "auto"
+    ray: Annotated[
+        RaySettings | None,
+        Field(description="train on a Ray cluster; needs `tunesmith[ray]`"),
+    ] = None
 
 
 class VllmSettings(EngineSettings):
@@ -98,14 +122,16 @@ class VllmSettings(EngineSettings):
         return self
 
 
-# `engine:` of a project file. Any key but train is a server's.
+def _engine_tag(given: Any) -> str:
+    if isinstance(given, dict):
+        return "vllm" if {*given} - {*EngineSettings.model_fields} else "here"
+    return "vllm" if isinstance(given, VllmSettings) else "here"
+
+
+# `engine:` of a project file. Keys that EngineSettings does not have are a server's.
 AnyEngineSettings = Annotated[
-    Annotated[EngineSettings, Tag("here")] | Annotated[VllmSettings, Tag("vllm")],
-    Discriminator(
-        lambda given: "vllm" if isinstance(given, VllmSettings) or (isinstance(given, dict) and {*given} - {"train"})
-        else "here"
-    ),
-]  # fmt: skip
+    Annotated[EngineSettings, Tag("here")] | Annotated[VllmSettings, Tag("vllm")], Discriminator(_engine_tag)
+]
 NATIVE: Final = "native"
 HF: Final = "hf"  # in this process too
 

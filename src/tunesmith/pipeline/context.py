@@ -34,7 +34,7 @@ from tunesmith.engines.factory import (
     open_engine,
     training_engine,
 )
-from tunesmith.engines.settings import WeightSettings
+from tunesmith.engines.settings import RaySettings, WeightSettings
 from tunesmith.evaluation.metrics.references import References
 from tunesmith.pipeline.stages import Stage, Stages
 from tunesmith.project import Project
@@ -99,7 +99,13 @@ class PipelineContext:
 
     def trained_model(self, settings: WeightSettings) -> LoadedModel:
         """The base model's weights in this process that candidates train on, one after another: those that answer,
-        unless another engine trains."""
+        unless another engine trains. Raises UsageError where settings say that a Ray cluster's workers train."""
+        if self.ray is not None:
+            raise UsageError(
+                "this trains in one process, and engine.ray is for `tunesmith train NAME` and `tunesmith run`",
+                where="engine.ray",
+                fix="leave engine.ray out for this command",
+            )
         return self.sharded or self._loaded(self.training_engine(settings))
 
     def training_engine(self, settings: WeightSettings) -> LocalEngine:
@@ -114,7 +120,24 @@ class PipelineContext:
     @property
     def _ranks(self) -> int:
         """How many processes train together."""
-        return 1 if self.together is None else self.together.size
+        if self.together is not None:
+            return self.together.size
+        return 1 if self.ray is None else self.ray.workers
+
+    @property
+    def ray(self) -> RaySettings | None:
+        """The cluster that trains; None where this process does.
+
+        Raises UsageError where torchrun started this process too.
+        """
+        found = self.project.settings.engine.ray
+        if found is not None and self.together is not None:
+            raise UsageError(
+                "torchrun and engine.ray would both start the processes of a training",
+                where="engine.ray",
+                fix="start the command without torchrun, or leave engine.ray out",
+            )
+        return found
 
     @cached_property
     def sharded(self) -> ShardedModel | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import Composer, count_prompts, describe_prompts
-from tunesmith.core.digests import digest_file, short
-from tunesmith.core.errors import UsageError
+from tunesmith.core.digests import digest_file, digest_of, short
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.progress import Progress
 from tunesmith.data.dataset import Example
 from tunesmith.data.governance.signoff import require_signed
 from tunesmith.evaluation.answers import seen_answers
@@ -25,11 +26,14 @@ from tunesmith.training.settings import LEAST_SCORED, MetricsSettings, TrainSett
 
 if TYPE_CHECKING:
     from tunesmith.engines.protocol import Completion
+    from tunesmith.engines.ranks import Ranks
     from tunesmith.engines.training_protocol import TrainableModel
     from tunesmith.training.range_test import RateSearch
     from tunesmith.training.schedule import Decisions
     from tunesmith.training.scoring import AnswerScore
     from tunesmith.training.spec import TrainingSpec
+
+_CHECKPOINTS = "checkpoints"  # in a training's work folder
 
 
 def train_candidate(
@@ -42,20 +46,61 @@ def train_candidate(
     inputs = training_inputs(context, name, candidate, settings)
 
     def run(work: Path) -> str:
-        from tunesmith.engines.ranks import ALONE
-        from tunesmith.training.together import begin
-        from tunesmith.training.train import train
-
+        if restart:
+            shutil.rmtree(work / _CHECKPOINTS, ignore_errors=True)
         counted = count_prompts(candidate, (each.request for each in context.dataset.examples("train")))
         context.progress.say(f"{name}: system prompt in training: {describe_prompts(counted)}")
-        spec = _spec(context, name, candidate, settings, work, restart=restart)
-        score = _answer_score(context, candidate, settings, work)
-        ranks = context.together or ALONE
-        begin(ranks, spec, score)
-        model, progress = context.trained_model(settings), context.progress
-        return train(context.store, spec, model=model, score=score, progress=progress, ranks=ranks)
+        if context.ray is None:
+            return _train(context, name, candidate, settings, work)
+        from tunesmith.training.on_ray import run_on_ray
+
+        given = {
+            "project": str(context.project.root),
+            "name": name,
+            "actor": context.stages.acting,
+            "candidate": candidate.model_dump(mode="json", by_alias=True),
+            "inputs": digest_of(inputs),
+            "work": str(work),
+        }
+        return run_on_ray(_lead_on_ray, given, context.ray, work, context.progress)
 
     return context.stages.run(f"train {name}", "train", inputs, run, again=restart)
+
+
+def _train(context: PipelineContext, name: str, candidate: Candidate, settings: TrainSettings, work: Path) -> str:
+    """Train in this process, and in those that it leads; returns the training record's digest."""
+    from tunesmith.engines.ranks import ALONE
+    from tunesmith.training.together import begin
+    from tunesmith.training.train import train
+
+    spec = _spec(context, name, candidate, settings, work)
+    score = _answer_score(context, candidate, settings, work)
+    ranks = context.together or ALONE
+    begin(ranks, spec, score)
+    model, progress = context.trained_model(settings), context.progress
+    return train(context.store, spec, model=model, score=score, progress=progress, ranks=ranks)
+
+
+def _lead_on_ray(given: Mapping[str, Any], ranks: Ranks, progress: Progress) -> str:
+    """Train as rank 0 of a Ray cluster's workers; returns the training record's digest. given: see train_candidate.
+
+    Raises Refused where this worker's files are not those that the training was started with.
+    """
+    project = Project.load(Path(given["project"]))
+    engine = project.settings.engine.model_copy(update={"ray": None})  # the worker trains itself
+    project = Project(project.root, project.settings.model_copy(update={"engine": engine}))
+    together = ranks if ranks.size > 1 else None
+    context = PipelineContext(project, progress, given["actor"], together=together)
+    name, candidate = given["name"], Candidate.model_validate(given["candidate"])
+    settings = context.settings_of(name).train
+    assert settings is not None
+    if digest_of(training_inputs(context, name, candidate, settings)) != given["inputs"]:
+        raise Refused(
+            "rank 0 sees another project, base or dataset than the command that started it",
+            where=given["project"],
+            fix="keep the project in a folder that all machines have under the same path, with the same store",
+        )
+    return _train(context, name, candidate, settings, Path(given["work"]))
 
 
 @dataclass(frozen=True)
@@ -94,7 +139,6 @@ def _spec(
     settings: TrainSettings,
     work: Path,
     *,
-    restart: bool = False,
     decisions: Decisions | None = None,
 ) -> TrainingSpec:
     from tunesmith.training.train import make_spec
@@ -106,10 +150,9 @@ def _spec(
         rows=rows,
         validation=validation,
         settings=settings,
-        work=work / "checkpoints",
+        work=work / _CHECKPOINTS,
         name=name,
         engine=context.training_engine(settings),
-        restart=restart,
         metrics=_metrics(context) if decisions is None else None,
         decisions=decisions,
     )

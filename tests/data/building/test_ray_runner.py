@@ -14,19 +14,22 @@ from tests.own_group import run_whole_group
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
-# A crowded machine starts a cluster slowly. Ray's own limits are made for machines that do nothing else.
-_PATIENT = {
+# A crowded machine starts a cluster slowly. Ray's own limits are made for machines that do nothing else, and its
+# workers leave the cores to all other processes.
+PATIENT = {
     "RAY_raylet_start_wait_time_s": "180",
     "RAY_gcs_server_request_timeout_seconds": "180",
     "RAY_health_check_timeout_ms": "60000",
     "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_worker_niceness": "0",
 }
 
 
 def test_the_same_digests_and_the_same_errors(tmp_path: Path) -> None:
     """By a process of its own, which may end with its cluster."""
     root = Path(__file__).parents[3]
-    environment = {**os.environ, **_PATIENT, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, **PATIENT, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "tests.data.building.build_on_ray", str(tmp_path / "found.json")]
     done = run_whole_group(command, cwd=root, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -7,13 +7,12 @@ processes by pickle, and so do shards and results here. Nothing that comes from 
 from __future__ import annotations
 
 import pickle
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.core.errors import TunesmithError, UsageError
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.ray_cluster import connected
 from tunesmith.data.building.examine import RowRules
 from tunesmith.data.building.shards import ExaminedRows, Shard, ShardWorker
 
@@ -26,15 +25,9 @@ class RayRunner:
 
     def run(self, rules: RowRules, shards: Sequence[Shard]) -> Iterator[tuple[Shard, Iterable[ExaminedRows]]]:
         """Every shard with its examined rows, as they come. Uses $RAY_ADDRESS's cluster, or starts a local one."""
-        try:
-            import ray
-        except ImportError as error:
-            raise UsageError("Ray is not installed", where="--engine", fix='pip install "tunesmith[ray]"') from error
         items = [{"place": place, "shard": pickle.dumps(shard)} for place, shard in enumerate(shards)]
-        try:
-            with redirect_stdout(sys.stderr):  # Ray prints what happens on its cluster on stdout
-                if not ray.is_initialized():
-                    ray.init(log_to_driver=False, include_dashboard=False)
+        with connected("--engine") as ray:
+            try:
                 done = ray.data.from_items(items, override_num_blocks=len(items)).map(
                     _RayShardWorker, fn_constructor_args=(ray.put(rules),), concurrency=self.workers
                 )
@@ -43,9 +36,10 @@ class RayRunner:
                     if isinstance(found, TunesmithError):
                         raise found
                     yield shards[row["place"]], found
-        except ray.exceptions.RayError as error:
-            said = str(error).splitlines()[-1][:200]
-            raise TunesmithError(f"a shard failed on Ray: {said}", where="--engine", fix="check Ray's logs") from error
+            except ray.exceptions.RayError as error:
+                said = str(error).splitlines()[-1][:200]
+                fix = "check Ray's logs"
+                raise TunesmithError(f"a shard failed on Ray: {said}", where="--engine", fix=fix) from error
 
 
 class _RayShardWorker:

@@ -1,0 +1,128 @@
+"""Starts the ranks of a training as Ray Train's workers, and restarts them from the newest checkpoint where one ends.
+
+Every worker must see the training's work folder under the same path. Ray sends Python objects by pickle.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.progress import Progress, Silent, Stopped
+from tunesmith.core.ray_cluster import check_room, connected
+from tunesmith.engines.ranks import ALONE, Ranks, connected_ranks
+from tunesmith.engines.settings import RaySettings
+from tunesmith.training.together import end, take_part
+
+_WHERE = "engine.ray"
+_MOST_FAILURES = 3  # workers that may end before the training is given up
+_SHOWN = 1.0  # seconds until a line of rank 0 is shown
+_LINES = "progress.txt"
+Lead = Callable[[Mapping[str, Any], Ranks, Progress], str]
+
+
+def run_on_ray(lead: Lead, given: Mapping[str, Any], settings: RaySettings, work: Path, progress: Progress) -> str:
+    """What lead returns on rank 0, while the other workers take part in the trainings that it begins.
+
+    lead: a module's function. given: what it is called with. work: a folder that all workers see. progress: shows rank
+    0's lines. A worker that ends otherwise than by a TunesmithError is restarted with the others, up to three times.
+    Raises that TunesmithError; UsageError or Refused where the cluster cannot be used; TunesmithError where workers
+    keep ending.
+    """
+    with connected(_WHERE, settings.address) as ray:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        check_room(ray, settings.workers, settings.resources, _WHERE)
+        gpu = "GPU" in settings.resources
+        trainer = TorchTrainer(
+            partial(_rank, lead, dict(settings.resources), str(work / _LINES)),
+            train_loop_config=dict(given),
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=settings.workers, use_gpu=gpu, resources_per_worker=dict(settings.resources)
+            ),
+            run_config=RunConfig(
+                storage_path=str(work / "ray"), failure_config=FailureConfig(max_failures=_MOST_FAILURES)
+            ),
+        )
+        try:
+            found = _fit(trainer, work / _LINES, progress)
+        except (Stopped, KeyboardInterrupt):
+            ray.shutdown()  # ends the workers
+            raise
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+            failures = getattr(error, "worker_failures", {}).values()
+            if (ours := next((each for each in failures if isinstance(each, TunesmithError)), None)) is not None:
+                raise ours from error
+            raise TunesmithError(
+                f"the training failed on Ray: {' '.join(str(error).split())[-300:]}",
+                where=_WHERE,
+                fix="Ray's logs of the workers say more; the same command goes on from the newest checkpoint",
+            ) from error
+    if isinstance(found, TunesmithError):
+        raise found
+    return str(found)
+
+
+def limit_to(resources: Mapping[str, float]) -> None:
+    """Have this worker of Ray use no more threads than its CPUs, and no GPU unless it has one. Call it first of all."""
+    os.environ.setdefault("TUNESMITH_THREADS", str(max(1, int(resources.get("CPU", 1)))))
+    if "GPU" not in resources:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _rank(
+    lead: Lead, resources: Mapping[str, float], lines: str, given: Mapping[str, Any]
+) -> str | TunesmithError | None:
+    """What a worker does. Rank 0 returns what lead returns, or its error: another try would end alike."""
+    limit_to(resources)
+    ranks = connected_ranks()
+    if not ranks.first:
+        take_part(ranks)
+        return None
+    try:
+        found = lead(given, ranks if ranks.size > 1 else ALONE, _Written(Path(lines)))
+    except TunesmithError as error:
+        return error
+    end(ranks)
+    return found
+
+
+class _Written(Silent):
+    """A Progress whose lines are appended to a file, which the command that started the training shows."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def say(self, text: str) -> None:
+        with self._file.open("a") as lines:
+            lines.write(text + "\n")
+
+
+def _fit(trainer: Any, file: Path, progress: Progress) -> Any:
+    """What the trainer's rank 0 returns. Meanwhile the lines that rank 0 appends to a file are shown."""
+    fitted: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            fitted.set_result(trainer.fit().return_value)
+        except BaseException as error:  # noqa: BLE001  raised in the caller's thread
+            fitted.set_exception(error)
+
+    with file.open("w+") as lines, progress.task("training on Ray", 1) as task:
+        threading.Thread(target=fit, daemon=True).start()
+        while True:
+            ended = bool(wait([fitted], timeout=_SHOWN).done)
+            for line in lines:
+                progress.say(line.rstrip("\n"))
+            if ended:
+                task.advance()
+                return fitted.result()
+            task.advance(0)  # raises Stopped where the work was told to stop
