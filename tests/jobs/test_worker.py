@@ -158,6 +158,7 @@ def test_a_job_survives_kill_9_a_pause_and_the_end_of_its_worker(folder: Path, s
     done = cli(folder, "jobs", "show", str(number))
     assert (done["state"], done["attempts"]) == ("succeeded", 2)
     assert done["result"]["register"]["version"] == "tiny@v1"
+    assert str(folder) not in json.dumps(done), "others see the job, and the paths are of the worker's machine"
     assert lines().count("resuming from step") == 3
     project = Project.load(folder)
     assert training.repeat(project).same, "the bytes are those of an undisturbed training"

@@ -38,8 +38,9 @@ class JobView(View):
     state: queued, running, paused, succeeded, failed or cancelled; wanted: the state that a person asked a running job
     to go to, "" where nobody did. worker: who performs it, or did last. silent: it runs, but its worker gave no sign of
     life until its lease ended, so the next worker takes it on. progress: the step that it is at, with `done` of `total`
-    and `seconds_left` for this step; {} between steps. result: what `tunesmith run --json` prints; {} where there is
-    none. error: code, what, where and fix; {} where there is none. cause: why it was queued, "" where a person did it.
+    and `seconds_left` for this step; {} between steps. result: what `tunesmith run --json` prints, without paths; {}
+    where there is none. error: code, what, where and fix; {} where there is none. cause: why it was queued, "" where a
+    person did it.
     """
 
     job: int
@@ -143,9 +144,11 @@ def _run(project: Project, actor: str, done: list[RunSummary], progress: JobProg
     """Run the whole pipeline; its summary is appended to done. A verdict other than pass is an error."""
     summary = training.run(project, progress=progress, actor=actor)
     done.append(summary)
-    verdict = summary.gate.verdict
+    verdict, result = summary.gate.verdict, summary.document()
+    for trained in result["train"].values():
+        del trained["adapter"]  # a path on this machine, which is not for everybody who may see the job
     if verdict == "pass":
-        return Outcome(summary.document())
+        return Outcome(result)
     failed = [gate.name for gate in summary.gate.gates if gate.outcome != "pass"]
     error = {
         "code": f"verdict_{verdict}",
@@ -153,7 +156,7 @@ def _run(project: Project, actor: str, done: list[RunSummary], progress: JobProg
         "where": f"verdict {summary.gate.digest}",
         "fix": "`tunesmith report` says why and what to do",
     }
-    return Outcome(summary.document(), error)
+    return Outcome(result, error)
 
 
 def _run_arguments(project: Project) -> dict[str, Any]:
