@@ -39,7 +39,7 @@ def ours(found: Any, *, packed: bool) -> Contender:
     settings = TrainSettings(rank=RANK, learning_rate=RATE, batch=BATCH, schedule="constant", checkpoint_seconds=1e6)
     model = LoadedHFModel(found).trainable(settings, seed=0, state_bytes=16)
     if not packed:
-        model._model.packs = False
+        model.pad_rows()
 
     def run(steps: Sequence[Sequence[Any]]) -> list[float]:
         plan = [lay_out_step(step, settings.tokens, share=model.shares_prefix) for step in steps]

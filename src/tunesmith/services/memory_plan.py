@@ -75,7 +75,8 @@ def memory_plan(
     configuration cannot be read.
     """
     from tunesmith.engines.device import DeviceMemory, computing_device
-    from tunesmith.engines.hf.costs import cache_bytes, read_shapes, training_flops, training_memory
+    from tunesmith.engines.hf.costs import training_flops
+    from tunesmith.training.prediction import cache_bytes, read_shapes, training_memory
 
     shapes = read_shapes(config_folder(spec, root))
     room = device if device is not None else DeviceMemory(computing_device()).available()
@@ -129,7 +130,7 @@ def memory_plan(
 def _peak(shapes: Shapes, precision: str, tflops: float | None, *, elsewhere: bool) -> tuple[float | None, str]:
     """Operations a second that a device can reach, and where that comes from. elsewhere: it is not this machine's."""
     from tunesmith.engines.device import computing_device, device_name, gpu_present, stated_peak
-    from tunesmith.engines.hf.costs import measured_peak
+    from tunesmith.training.prediction import measured_peak
 
     if tflops is not None:
         return tflops * 1e12, f"a peak of {tflops:g} TFLOPS, as stated with --tflops"

@@ -27,14 +27,13 @@ from tunesmith.core.progress import Silent
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.device import DeviceMemory, computing_device, stated_peak
 from tunesmith.engines.factory import load_model, open_engine
-from tunesmith.engines.hf.costs import Memory, read_shapes, training_memory
 from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.native.adapters.lora import LoraModel
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.protocol import Engine, Generation, Question
 from tunesmith.engines.settings import VllmSettings, WeightSettings
 from tunesmith.engines.training_protocol import TrainableModel
-from tunesmith.models.base import Base
+from tunesmith.models.base import INDEX, Base
 from tunesmith.models.export.merging import write_merged
 from tunesmith.models.random_llama import SHAPES, random_base, write_weights
 from tunesmith.models.rendering import Rendered
@@ -42,6 +41,7 @@ from tunesmith.models.weight_files import ADAPTER_FILE, read_adapter_file
 from tunesmith.training.batches.batch_plan import lay_out_step
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.objectives import CrossEntropy
+from tunesmith.training.prediction import Memory, read_shapes, training_memory
 from tunesmith.training.settings import TrainSettings
 from tunesmith.training.spec import TrainingSpec, write_rows
 from tunesmith.training.steps import gradients, make_optimizer, update
@@ -56,6 +56,7 @@ _TOLERANCE = {"fp32": (1e-3, 1e-3), "bf16": (0.25, 0.05)}
 _RESUMED = 1e-3  # difference of a loss: kernels of a GPU may add in another order from run to run
 _SERVED = 0.1  # nats that vLLM's log-probability of a token may differ by, as the export's check accepts it
 _LONGEST = 2048  # tokens of a row
+_STEPS = 6  # of which the first does not count
 _OVER = 1.25  # times the predicted memory
 
 
@@ -191,9 +192,9 @@ def vllm(work: Path, command: str) -> Found:
 
 
 def speed(work: Path, shape: str, quantize: Literal["4bit"] | None, *, mixed: bool = False) -> Found:
-    """Unpadded tokens a second, share of the card's peak and peak memory of six steps, and of TRL on the same rows.
+    """Unpadded tokens a second, share of the card's peak and peak memory of some steps, and of TRL on the same rows.
 
-    mixed: rows of 16 to 512 tokens; otherwise all have 2,048 (of the tiny base 128).
+    mixed: rows of 16 to 512 tokens, and the same rows padded too; otherwise all have 2,048 (of the tiny base 128).
     """
     device = computing_device()
     if device.type == "cpu" and shape != "tiny":
@@ -203,13 +204,15 @@ def speed(work: Path, shape: str, quantize: Literal["4bit"] | None, *, mixed: bo
     base = random_base(work / shape, shape)
     longest = 128 if shape == "tiny" else _LONGEST
     draw = random.Random(0)
-    lengths = [draw.randint(16, 512) for _ in range(6 * 32)] if mixed else [longest] * 6 * 4
-    rows, each = _rows(lengths, SHAPES[shape]["vocab_size"]), len(lengths) // 6
+    lengths = [draw.randint(16, 512) for _ in range(_STEPS * 32)] if mixed else [longest] * _STEPS * 4
+    rows, each = _rows(lengths, SHAPES[shape]["vocab_size"]), len(lengths) // _STEPS
     steps = [rows[first : first + each] for first in range(0, len(rows), each)]
     precision: Literal["bf16", "fp32"] = "bf16" if device.type == "cuda" else "fp32"
     needs, recompute = _needs(base, device, quantize, precision, longest)
     write_weights(base, device)
-    ours = _our_speed(base, steps, longest, work, quantize=quantize, recompute=recompute, precision=precision)
+    weights = {"quantize": quantize, "recompute": recompute, "precision": precision}
+    ours = _our_speed(base, steps, longest, work, weights)
+    padded = _our_speed(base, steps, longest, work, weights, padded=True) if mixed else None
     figures, trl = {**ours, "predicted_bytes": needs.total}, "TRL is not installed"
     if find_spec("trl") is not None:
         try:
@@ -223,6 +226,10 @@ def speed(work: Path, shape: str, quantize: Literal["4bit"] | None, *, mixed: bo
         detail += f"{ours['peak_bytes'] / GIB:.1f} GiB (predicted {needs.total / GIB:.1f})"
         if ours["peak_bytes"] > _OVER * needs.total:
             raise TunesmithError(f"{detail}: more than {_OVER:g} times the prediction")
+    if padded is not None:
+        figures["padded_tokens_per_second"] = padded["tokens_per_second"]
+        ratio = ours["tokens_per_second"] / padded["tokens_per_second"]
+        detail = f"{detail.rstrip(', ')}; {ratio:.2f} times the speed of padded rows"
     return Found(f"{detail.rstrip(', ')}; {trl}", figures)
 
 
@@ -230,7 +237,7 @@ def _needs(base: Base, device: torch.device, quantize: str | None, precision: st
     """The predicted memory of a way that fits, and whether that way computes layers again. Raises LeftOut."""
     shapes, free = read_shapes(base.folder), DeviceMemory(device).available()
     numbers = 2 * (shapes.linear + shapes.rest)
-    if numbers > shutil.disk_usage(base.folder).free - GIB:
+    if not (base.folder / INDEX).is_file() and numbers > shutil.disk_usage(base.folder).free - GIB:
         raise LeftOut(f"random weights take {numbers / GIB:.0f} GiB of disk under TUNESMITH_CACHE")
     for recompute in (False, True) if quantize is None else (True,):
         needs = training_memory(
@@ -242,12 +249,21 @@ def _needs(base: Base, device: torch.device, quantize: str | None, precision: st
 
 
 def _our_speed(
-    base: Base, steps: Sequence[Sequence[Rendered]], tokens: int, work: Path, **weights: Any
+    base: Base,
+    steps: Sequence[Sequence[Rendered]],
+    tokens: int,
+    work: Path,
+    weights: Mapping[str, Any],
+    *,
+    padded: bool = False,
 ) -> dict[str, float]:
     settings = TrainSettings(
         rank=16, learning_rate=1e-4, schedule="constant", keep="last", tokens=tokens, checkpoint_seconds=1e6, **weights
     )
+    gc.collect()
     model = LoadedHFModel(base).trainable(settings, seed=0, state_bytes=12)
+    if padded:
+        model.pad_rows()
     memory = DeviceMemory(model.device)
     plan = [lay_out_step(step, settings.tokens, share=model.shares_prefix) for step in steps]
     memory.reset_peak()

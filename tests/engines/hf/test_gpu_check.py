@@ -84,6 +84,16 @@ def test_an_export_that_loses_the_adapter_fails(tmp_path: Path, monkeypatch: pyt
     assert services.perform("export", checks.export, tmp_path).outcome == "failed"
 
 
+def test_rows_without_padding_are_compared_with_padded_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    right = checks.Trainer.run
+    monkeypatch.setattr(checks.Trainer, "run", lambda self: seen.append(self.model.shares_prefix) or right(self))
+    monkeypatch.setattr(checks, "_STEPS", 2)
+    found = checks.speed(tmp_path, "tiny", None, mixed=True)
+    assert seen == [True, False]
+    assert "times the speed of padded rows" in found.detail
+
+
 def test_what_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks.DeviceMemory, "available", lambda _: 1000)
     found = services.perform("speed", lambda work: checks.speed(work, "tiny", None), tmp_path)

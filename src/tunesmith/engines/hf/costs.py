@@ -1,29 +1,20 @@
-"""The memory and the operations of a training on a device: they depend on the base's configuration alone."""
+"""The sizes of a model's products, and the memory and operations of a batch that follow from them."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from tunesmith.core.errors import UsageError
-from tunesmith.engines.device import computing_device
-from tunesmith.engines.hf import libraries
-from tunesmith.engines.hf.loading import cannot_run, first_line
 from tunesmith.engines.hf.sharding import layers
-from tunesmith.engines.peak import MEASURED_ROWS, product_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_BYTES = {"fp32": 4.0, "bf16": 2.0}
+BYTES = {"fp32": 4.0, "bf16": 2.0}
 # Bytes that are kept of each number that a linear layer reads or gives: measured with Llama and Qwen3 on a CPU. With
 # bf16 they include the fp32 copies that norms and adapters make.
 _KEPT = {"fp32": 4.2, "bf16": 3.9}
-# NF4 in blocks of 64 with one scale of 8 bits each, and one scale of 32 bits for 256 scales (Dettmers et al. 2023).
-_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-_TRAINED = 4 * 5  # bytes of a trained number: itself, its gradient, AdamW's two moments, its best value; all fp32
 
 
 class Shapes(NamedTuple):
@@ -50,29 +41,6 @@ class Shapes(NamedTuple):
     widest: tuple[int, int]
     vocabulary: int
     cache: int
-
-
-class Memory(NamedTuple):
-    """Bytes on each device. base: weights that are not trained, and the layer that is brought together where they are
-    sharded. trained: weights in training with gradients, optimiser and the best ones. activations: of one batch, with
-    its logits."""
-
-    base: int
-    trained: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.base + self.trained + self.activations
-
-
-def read_shapes(folder: Path) -> Shapes:
-    """The shapes of the model whose config.json a folder holds.
-
-    Raises UsageError where there is none, Refused for a configuration that transformers does not know.
-    """
-    return shapes_of(_without_weights(folder))
 
 
 def shapes_of(module: Any) -> Shapes:
@@ -128,39 +96,13 @@ def _products(module: nn.Module, config: Any, head: nn.Module | None) -> list[tu
     return found + each_expert * getattr(config, "num_experts_per_tok", 1)
 
 
-def training_memory(
-    shapes: Shapes,
-    *,
-    quantized: bool,
-    precision: str,
-    rank: int,
-    tokens: int,
-    recompute: bool,
-    shards: int = 1,
-) -> Memory:
-    """Bytes on each device to train an adapter of all linear layers, on batches of so many tokens.
-
-    quantized: the base is in 4 bits. precision: fp32 or bf16, of the frozen base and of what is computed. recompute:
-    the decoder's layers keep only what they read. shards: devices that the weights are spread over.
-    """
-    size, numbers = _BYTES[precision], shapes.linear + shapes.rest
-    if quantized:
-        base, whole = _NF4 * shapes.linear + size * shapes.rest, size * shapes.layer  # restored while it computes
-    else:
-        base = size * numbers / shards
-        whole = size * (shapes.layer + shapes.rest) if shards > 1 else 0.0  # brought together while they compute
-    trained = _TRAINED * rank * shapes.adapted / shards
-    activations = activation_bytes(shapes, precision, tokens=tokens, scored=tokens, recompute=recompute)
-    return Memory(round(base + whole), round(trained), activations)
-
-
 def activation_bytes(shapes: Shapes, precision: str, *, tokens: int, scored: int, recompute: bool) -> int:
     """Bytes that a forward pass keeps for the backward pass, with its logits. scored: tokens that get logits."""
     # What each layer and the last norm read, and all of the layer that is computed again; or all layers.
-    states = (_BYTES[precision] * shapes.layers + _BYTES["fp32"]) * shapes.width
+    states = (BYTES[precision] * shapes.layers + BYTES["fp32"]) * shapes.width
     kept = states + _KEPT[precision] * shapes.kept_layer if recompute else _KEPT[precision] * shapes.kept
     # The logits, their log-probabilities and their gradient are fp32.
-    return round(tokens * kept + scored * _BYTES["fp32"] * 3 * shapes.vocabulary)
+    return round(tokens * kept + scored * BYTES["fp32"] * 3 * shapes.vocabulary)
 
 
 def training_flops(shapes: Shapes, *, tokens: int, scored: int, trained: int, recompute: bool) -> float:
@@ -171,26 +113,3 @@ def training_flops(shapes: Shapes, *, tokens: int, scored: int, trained: int, re
     """
     again = 2 if recompute else 0
     return float(tokens * ((4 + again) * shapes.computed + (6 + again) * trained) + scored * 4 * shapes.head)
-
-
-def measured_peak(shapes: Shapes, precision: str) -> float:
-    """Floating-point operations a second that this process's device reaches on the widest product."""
-    return product_flops(MEASURED_ROWS, *shapes.widest, computing_device(), DTYPES[precision])
-
-
-def cache_bytes(shapes: Shapes, precision: str, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens while answers are generated."""
-    return round(_BYTES[precision] * shapes.cache * tokens)
-
-
-def _without_weights(folder: Path) -> Any:
-    """The module on torch's meta device, which holds shapes only."""
-    transformers = libraries.transformers()
-    if not (folder / "config.json").is_file():
-        raise UsageError("there is no config.json", where=str(folder), fix="name the folder of a base model")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # every architecture has its own way to refuse a configuration
-        raise cannot_run(folder, first_line(error)) from error

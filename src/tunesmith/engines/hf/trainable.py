@@ -83,6 +83,10 @@ class HFTrainable:
         """Whether batches are packed (see HFModel.packs). Otherwise each row is computed whole."""
         return self._model.packs
 
+    def pad_rows(self) -> None:
+        """Compute batches padded from now on, as for a family that cannot be packed: to compare the two."""
+        self._model.packs = False
+
     @property
     def replaces_base(self) -> bool:
         """Whether the start took something out of the base's weights, so that they are the base with the adapter only,
