@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.hf_models import write_hf_model
 from tests.process_group import run_ranks
@@ -25,7 +27,7 @@ from tunesmith.engines.factory import check_weight_settings, load_sharded
 from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.protocol import Generation
-from tunesmith.engines.ranks import ALONE, Ranks, connected_ranks, held, sharded_like, whole
+from tunesmith.engines.ranks import ALONE, Ranks, connected_ranks, first_row, held, whole
 from tunesmith.engines.training_protocol import TrainableModel
 from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Rendered
@@ -202,6 +204,50 @@ def test_killed_it_resumes_on_as_many_ranks_and_on_others(tmp_path: Path) -> Non
             assert digest_file(resumed.folder / ADAPTER_FILE) == digest_file(undisturbed.folder / ADAPTER_FILE)
 
 
+STATE = {f"{name}.{part}": shape for part in ("parameter", "exp_avg", "exp_avg_sq")
+         for name, shape in (("odd", (7, 3)), ("one", (1, 4)), ("vector", (5,)))}  # fmt: skip
+
+
+def _state(size: int) -> dict[str, torch.Tensor]:
+    """Numbers of whole tensors, the same in every process; sharded where there are several."""
+    draw = torch.Generator().manual_seed(0)
+    made = {name: torch.randn(shape, generator=draw) for name, shape in STATE.items()}
+    if size == 1:
+        return made
+    mesh = init_device_mesh("cpu", (size,))
+    return {name: distribute_tensor(each, mesh, [Shard(0)]) for name, each in made.items()}
+
+
+def _save_part(rank: int, size: int, folder: Path) -> None:
+    Checkpoints(folder, {}, connected_ranks()).save(3, _state(size), {"own": 1})
+
+
+def _load_part(_rank: int, size: int, folder: Path, ranks: Ranks | None = None) -> None:
+    found, damaged = Checkpoints(folder, {}, ranks or connected_ranks()).load()
+    assert found is not None
+    assert not damaged
+    tensors, state = found
+    assert (state["step"], state["own"]) == (3, 1)
+    for name, expected in _state(size).items():
+        read = tensors.like(name, torch.zeros_like(expected))
+        assert torch.equal(held(read), held(expected)), name
+        assert torch.equal(whole(read), whole(expected)), name
+
+
+def test_each_rank_writes_its_rows_and_any_number_reads_them(tmp_path: Path) -> None:
+    """Parameters and both moments come back bit for bit, on as many ranks, on more, and in one process."""
+    folder = tmp_path / "work"
+    assert run_ranks(_save_part, 2, tmp_path / "meeting", folder) == [0, 0]
+    rows = {path.name: len(load_file(path)["odd.parameter"]) for path in folder.glob("step-00000003/tensors*")}
+    assert rows == {"tensors.safetensors": 4, "tensors-1.safetensors": 3}
+    for size in (2, 3):
+        assert run_ranks(_load_part, size, tmp_path / "meeting", folder) == [0] * size
+    _load_part(0, 1, folder, ALONE)
+    part = folder / "step-00000003" / "tensors-1.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    assert Checkpoints(folder, {}).load() == (None, ["step-00000003"])
+
+
 @pytest.mark.slow
 def test_all_ranks_answer_and_rank_0_decides(tmp_path: Path) -> None:
     """Within a budget and with scores of generated answers: the answers are those of the adapter in one process, the
@@ -251,7 +297,8 @@ def test_one_process_exchanges_nothing() -> None:
     assert ALONE.agree(lambda: "own") == "own"
     assert (ALONE.gather(1), ALONE.total(1.5), ALONE.most(3)) == ([1], 1.5, 3)
     tensor = torch.ones(2)
-    assert held(tensor) is whole(tensor) is sharded_like(tensor, tensor) is tensor
+    assert held(tensor) is whole(tensor) is tensor
+    assert first_row(tensor) == 0
 
 
 def _agree(rank: int, size: int, folder: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tunesmith.core.errors import Refused
 from tunesmith.engines.device import DeviceMemory
-from tunesmith.engines.ranks import Ranks, held
+from tunesmith.engines.ranks import Ranks, first_row, held
 from tunesmith.models.base import Base, weight_files
 
 
@@ -32,7 +32,7 @@ class LateWeights:
         for name, parameter in module.named_parameters():
             if (key := self._keys.get(name.replace(".base_layer.", "."))) is not None:
                 mine = held(parameter)
-                first = _first_row(parameter)
+                first = first_row(parameter)
                 mine.copy_(self._files[key].get_slice(key)[first : first + len(mine)])
 
 
@@ -103,10 +103,3 @@ def _files(folder: Path) -> dict[str, Any]:
 
     opened = [safe_open(str(path), framework="pt") for path in weight_files(folder)]
     return {key: file for file in opened for key in list(file.keys())}
-
-
-def _first_row(parameter: Any) -> int:
-    """Where this rank's rows of a sharded parameter begin."""
-    mesh = parameter.device_mesh
-    parts, mine = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
-    return int(min(len(parameter), mine * -(-len(parameter) // parts)))

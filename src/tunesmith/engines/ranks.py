@@ -179,13 +179,13 @@ def held(tensor: Tensor) -> Tensor:
     return part
 
 
-def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A tensor that every rank has all of, sharded as other is, on other's device."""
-    if not hasattr(other, "device_mesh"):
-        return tensor.to(other.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)  # type: ignore[attr-defined]
+def first_row(tensor: Any) -> int:
+    """Where this rank's rows of a sharded tensor begin; 0 for any other tensor."""
+    if not hasattr(tensor, "device_mesh"):
+        return 0
+    mesh = tensor.device_mesh
+    parts, mine = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
+    return int(min(len(tensor), mine * -(-len(tensor) // parts)))
 
 
 def _encoded(value: Any) -> Tensor:

@@ -1,15 +1,19 @@
-"""Writes tensors as a safetensors file without copying them in memory first."""
+"""Writes tensors as a safetensors file without copying them in memory first, and reads rows of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
+
+from tunesmith.engines.ranks import first_row, held
 
 _NAMES = {
     torch.float32: "F32",
@@ -34,6 +38,35 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         stream.flush()
         os.fsync(stream.fileno())
     return f"sha256:{hasher.hexdigest()}"
+
+
+class SavedTensors:
+    """Tensors in safetensors files: each in one of them, or its rows in several, in the files' order."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._files: list[Any] = [safe_open(str(path), framework="pt") for path in paths]
+        self._names = [frozenset(file.keys()) for file in self._files]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names[0]
+
+    @torch.no_grad()
+    def like(self, name: str, other: Tensor) -> Tensor:
+        """The tensor of this name on other's device, sharded over the ranks as other is, with other's shape and dtype.
+        Only this rank's rows are read."""
+        found = torch.empty_like(other, requires_grad=False)
+        mine = held(found)
+        if not mine.dim():
+            return found.copy_(self._files[0].get_tensor(name))
+        first, at = first_row(other), 0
+        for file, names in zip(self._files, self._names, strict=True):
+            part = file.get_slice(name) if name in names else None
+            rows = 0 if part is None else part.get_shape()[0]
+            low, high = max(first, at), min(first + len(mine), at + rows)
+            if part is not None and low < high:
+                mine[low - first : high - first] = part[low - at : high - at]
+            at += rows
+        return found
 
 
 def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> Iterator[bytes | memoryview]:

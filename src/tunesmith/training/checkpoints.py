@@ -1,6 +1,7 @@
 """Checkpoints: complete, atomic, and checked before use. A training resumed from one ends in the same bytes.
 
-Rank 0 writes the whole tensors of all ranks, so a training can be resumed on any number of ranks, or in one process.
+Each rank writes the rows of the tensors that it holds, and reads those that it needs, so no rank ever holds all of them,
+and a training can be resumed on any number of ranks, or in one process.
 """
 
 from __future__ import annotations
@@ -9,21 +10,21 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tunesmith.core.digests import digest_file
 from tunesmith.core.errors import Refused
 from tunesmith.core.files import sync_folder
 from tunesmith.core.scratch import remove_leftovers, scratch_folder
-from tunesmith.engines.ranks import ALONE, Ranks, whole
-from tunesmith.engines.tensor_files import write_tensors
+from tunesmith.engines.ranks import ALONE, Ranks, held
+from tunesmith.engines.tensor_files import SavedTensors, write_tensors
 
 KEPT = 2  # the newest, and the one before it in case the newest is damaged
-_TENSORS, _STATE = "tensors.safetensors", "state.json"
+_STATE = "state.json"
 
 
 class Checkpoints:
@@ -38,28 +39,40 @@ class Checkpoints:
         self.moved: list[str] = []
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Write a step's checkpoint: a folder that appears complete or not at all. Removes older ones."""
-        tensors = {name: whole(tensor) for name, tensor in tensors.items()}
-        if not self._ranks.first:
-            return
+        """Write a step's checkpoint: a folder that appears complete or not at all. Removes older ones.
+
+        All ranks call this with the same names.
+        """
+        with ExitStack() as until_renamed:
+            written = self.folder / self._ranks.agree(lambda: self._begin(until_renamed)) / "step"
+            digest = None
+            if self._ranks.rank < self._ranks.size // self._ranks.copies:  # the others hold copies
+                mine = {name: held(tensor) for name, tensor in tensors.items()}
+                digest = write_tensors(written / _part(self._ranks.rank), mine)
+            digests = self._ranks.gather(digest)
+            if self._ranks.first:
+                parts = {_part(rank): each for rank, each in enumerate(digests) if each is not None}
+                stated = {**state, "identity": self.identity, "step": step, "tensors": parts}
+                self._finish(written, {**stated, "moved": self.moved} if self.moved else stated)
+
+    def _begin(self, until_renamed: ExitStack) -> str:
+        """The name of a new folder that all ranks write into."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(self.folder) as scratch:
-            written = scratch / "step"
-            written.mkdir()
-            digest = write_tensors(written / _TENSORS, tensors)
-            with (written / _STATE).open("wb") as stream:
-                stated = {**state, "identity": self.identity, "step": step, "tensors": digest}
-                if self.moved:
-                    stated["moved"] = self.moved
-                stream.write(json.dumps(stated).encode())
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.rename(written, self.folder / f"step-{step:08d}")
+        scratch = until_renamed.enter_context(scratch_folder(self.folder))
+        (scratch / "step").mkdir()
+        return scratch.name
+
+    def _finish(self, written: Path, state: Mapping[str, Any]) -> None:
+        with (written / _STATE).open("wb") as stream:
+            stream.write(json.dumps(state).encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(written, self.folder / f"step-{state['step']:08d}")
         sync_folder(self.folder)
         for old in sorted(self.folder.glob("step-*"))[:-KEPT]:
             shutil.rmtree(old)
 
-    def load(self) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, list[str]]:
+    def load(self) -> tuple[tuple[SavedTensors, dict[str, Any]] | None, list[str]]:
         """The tensors and the state of the newest complete checkpoint, None where there is none; and the names of
         damaged newer ones, which are removed.
 
@@ -76,7 +89,7 @@ class Checkpoints:
                 f"{before} trained until step {state['step']}, then {now}: it ends like an undisturbed training within "
                 "rounding, not in the same bytes"
             )
-        return (load_file(self.folder / name / _TENSORS), state), damaged
+        return (SavedTensors([self.folder / name / part for part in state["tensors"]]), state), damaged
 
     def _newest(self) -> tuple[tuple[str, dict[str, Any]] | None, list[str]]:
         """The name and the state of the newest complete checkpoint, and the names of damaged newer ones."""
@@ -136,11 +149,17 @@ def _ranks(identity: Mapping[str, Any]) -> str:
     return f"{ranks} {'rank' if ranks == 1 else 'ranks'}" + (f" with {copies} copies" if copies > 1 else "")
 
 
+def _part(rank: int) -> str:
+    """The file of a rank's rows."""
+    return f"tensors-{rank}.safetensors" if rank else "tensors.safetensors"
+
+
 def _read_state(path: Path) -> dict[str, Any] | None:
     """A checkpoint's state; None where the checkpoint is not complete or its tensors changed."""
     try:
         state = json.loads((path / _STATE).read_bytes())
-        actual = digest_file(path / _TENSORS)
-    except (OSError, ValueError):
+        parts = state["tensors"] if isinstance(state, dict) else {}
+        actual = {part: digest_file(path / part) for part in parts}
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return state if isinstance(state, dict) and state.get("tensors") == actual else None
+    return state if parts and parts == actual else None

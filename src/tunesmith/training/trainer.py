@@ -13,7 +13,7 @@ from torch import Tensor
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.progress import SILENT, Progress, Stopped, Task
 from tunesmith.engines.device import DeviceMemory
-from tunesmith.engines.ranks import ALONE, Ranks, sharded_like
+from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.training_protocol import Objective, TrainableModel
 from tunesmith.training.batches.batch_plan import Step, step_tokens
 from tunesmith.training.checkpoints import Checkpoints
@@ -209,7 +209,7 @@ class Trainer:
         tensors, state = found
         for number, parameter in enumerate(self._parameters):
             kept = {
-                name: sharded_like(tensors[f"{number}.{name}"], parameter)
+                name: tensors.like(f"{number}.{name}", parameter)
                 for name in ("parameter", "exp_avg", "exp_avg_sq", "best")
                 if f"{number}.{name}" in tensors
             }
