@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tests.hf_models import write_hf_model
@@ -93,26 +95,44 @@ def test_a_misspelt_layer_is_refused_before_any_work(tmp_path: Path) -> None:
     assert not Project.load(folder).store.records_of("dataset")
 
 
-@pytest.mark.parametrize(
-    ("train", "where", "reason"),
-    [
-        ({"method": "full"}, "candidates.tuned.train.method", "only for families that the native engine runs"),
-        ({"quantize": "4bit"}, "candidates.tuned.train.quantize", "needs bitsandbytes, which is not installed"),
-    ],
-)
-def test_what_hf_cannot_do_is_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: dict[str, Any], where: str, reason: str
-) -> None:
+def test_a_base_trained_in_full_is_evaluated_signed_verified_and_served(tmp_path: Path) -> None:
+    """Phi-3, which only transformers runs."""
+    write_hf_model(tmp_path / "p" / "model", "phi3")
+    train = {"method": "full", "epochs": 1, "batch": 8, "learning_rate": 0.01}
+    tuned = {"prompt": "prompt.txt", "train": train, "max_tokens": 8}
+    held = settings()["candidates"]["held"]  # type: ignore[index]
+    folder = write_project(tmp_path / "p", candidates={"held": held, "tuned": tuned}, release="tuned")
+    project = Project.load(folder)
+    document = project.run().document()
+    assert document["register"]["version"] == "tiny@v1"
+    body = project.store.record(document["train"]["tuned"]["training"]).body
+    assert (body["engine"], body["settings"]["method"]) == ("hf", "full")
+    version_folder = folder / ".tunesmith" / "versions" / "tiny" / "v1"
+    ours, base = (load_file(each / "model.safetensors") for each in (version_folder, folder / "model"))
+    assert {name: (w.shape, w.dtype) for name, w in ours.items()} == {n: (w.shape, w.dtype) for n, w in base.items()}
+    assert all(not torch.equal(ours[name], base[name]) for name in base)
+    identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
+    _run(folder, "approve", "tiny@v1", "--as", "ann")
+    assert _run(folder, "verify", "tiny@v1")["ok"]
+    assert _run(folder, "chat", "tiny@v1", "-m", "turn on hall fan")
+    engine = open_engine(resolve_base(project.store, str(folder / "model"), folder))
+    (version,) = list_versions(project.store, "tiny")
+    name = ReadyVersions(project.store, engine).answerer(version).adapter
+    asked = [Question((Message(role="user", content="turn on hall fan"),), ('{"on":true',))]
+    assert engine.choose(asked, name)[0][0] > engine.choose(asked)[0][0] + 0.5, "it was trained on such answers"
+
+
+def test_what_hf_cannot_do_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
         "tunesmith.engines.hf.support.find_spec", lambda name: None if name == "bitsandbytes" else real(name)
     )
     write_hf_model(tmp_path / "p" / "model", "gpt2")
-    candidates = {"tuned": {"prompt": "prompt.txt", "train": train, "max_tokens": 8}}
+    candidates = {"tuned": {"prompt": "prompt.txt", "train": {"quantize": "4bit"}, "max_tokens": 8}}
     project = Project.load(write_project(tmp_path / "p", candidates=candidates))
-    with pytest.raises(TunesmithError, match=reason) as error:
+    with pytest.raises(TunesmithError, match="needs bitsandbytes, which is not installed") as error:
         project.run()
-    assert error.value.where == where
+    assert error.value.where == "candidates.tuned.train.quantize"
     assert not project.store.records_of("dataset")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
@@ -12,16 +15,19 @@ from tunesmith.core.errors import Refused
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.answers import Answer, choice_rows
 from tunesmith.engines.constraint import Constraints, Guide
-from tunesmith.engines.protocol import Generation, Question, Streamed, TokenScore
+from tunesmith.engines.protocol import Completion, Engine, Generation, Question, Streamed, TokenScore
 from tunesmith.engines.sampling import Score
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.models.weight_files import has_whole_model
 
+_WHOLE_KEPT = 3  # models trained in full: a champion, its canary, one more
 Loaded = TypeVar("Loaded")
 
 
 class InProcessEngine(ABC, Generic[Loaded]):
-    """Renders requests, holds loaded adapters and scores multiple-choice questions in batches.
+    """Renders requests, holds loaded adapters and models trained in full, and scores multiple-choice questions in
+    batches. Implements engines.protocol.Engine.
 
     choice_rows, choice_tokens: the most rows, and the most tokens of several rows, in one forward pass of choose().
     """
@@ -33,6 +39,8 @@ class InProcessEngine(ABC, Generic[Loaded]):
         self._base = base
         self._renderer = Renderer(base.folder)
         self._adapters: dict[str, Loaded] = {}  # by the caller's name
+        self._whole: OrderedDict[str, Engine] = OrderedDict()  # models trained in full, most recently used last
+        self._lock = threading.Lock()  # guards both
 
     @property
     @abstractmethod
@@ -49,10 +57,71 @@ class InProcessEngine(ABC, Generic[Loaded]):
         """Most tokens that a prompt and its answer may have together."""
         return self._base.context_length
 
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load a training's folder under name. Loading a name again replaces it for later requests.
+
+        Of models trained in full, only the most recently used are kept. Raises Refused for files of another base, and
+        for those that do not fit it.
+        """
+        if not has_whole_model(folder):
+            self._load_adapter(name, folder)
+            return
+        engine = self._open_whole(folder)
+        with self._lock:
+            self._whole.pop(name, None)
+            self._whole[name] = engine
+            while len(self._whole) > _WHOLE_KEPT:
+                self._whole.popitem(last=False)
+
+    def holds(self, name: str) -> bool:
+        """Whether name is loaded."""
+        with self._lock:
+            return name in self._adapters or name in self._whole
+
+    def generate(
+        self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
+    ) -> list[Completion]:
+        """Answers in the order of requests."""
+        whole = self._whole_engine(adapter)
+        if whole is not None:
+            return whole.generate(requests, progress=progress)
+        return self._generate(requests, adapter, progress)
+
+    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
+        """Pieces of the answer's text as they are decoded; the last item is the whole Completion."""
+        whole = self._whole_engine(adapter)
+        yield from self._stream(request, adapter) if whole is None else whole.stream(request)
+
+    @abstractmethod
+    def _load_adapter(self, name: str, folder: Path) -> None:
+        """Load an adapter's folder under name, in place of an adapter of that name."""
+
+    @abstractmethod
+    def _open_whole(self, folder: Path) -> Engine:
+        """An engine that answers with a model that was trained in full."""
+
+    @abstractmethod
+    def _generate(self, requests: Sequence[Generation], adapter: str | None, progress: Progress) -> list[Completion]:
+        """Answers in the order of requests, by the base or an adapter."""
+
+    @abstractmethod
+    def _stream(self, request: Generation, adapter: str | None) -> Iterator[Streamed]:
+        """An answer in pieces, by the base or an adapter."""
+
+    def _whole_engine(self, name: str | None) -> Engine | None:
+        """The engine of a model that was trained in full; None if name is an adapter or the base."""
+        with self._lock:
+            if name is None or name not in self._whole:
+                return None
+            self._whole.move_to_end(name)
+            return self._whole[name]
+
     def choose(
         self, questions: Sequence[Question], adapter: str | None = None, progress: Progress = SILENT
     ) -> list[list[float]]:
         """For each question the log-probability of each choice, summed over its tokens (end token included)."""
+        if (whole := self._whole_engine(adapter)) is not None:
+            return whole.choose(questions, progress=progress)
         rows = choice_rows(self._renderer, questions)
         sums = [0.0] * len(rows)
         with progress.task("scoring choices", len(rows)) as task:

@@ -47,7 +47,7 @@ def without_weights(build: Callable[[], Any], folder: Path, device: torch.device
     with init_empty_weights(include_buffers=False):
         module = build()
     module.tie_weights()
-    files = _files(folder)
+    files = stored_tensors(folder)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     names: dict[int, list[str]] = {}  # of each parameter: several where it is tied
     for name, parameter in parameters.items():
@@ -87,7 +87,8 @@ def replace_parameters(module: nn.Module, make: Callable[[Tensor], Tensor]) -> N
 
 def check_room(base: Base, what: str, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> None:
     """Raises Refused where this rank has no room for all of a base's weights. what: the setting that needs them."""
-    numbers = sum(torch.Size(file.get_slice(key).get_shape()).numel() for key, file in _files(base.folder).items())
+    shapes = (file.get_slice(key).get_shape() for key, file in stored_tensors(base.folder).items())
+    numbers = sum(torch.Size(shape).numel() for shape in shapes)
     needed, free = numbers * dtype.itemsize, DeviceMemory(device).available(ranks.local)
     if needed > free:
         raise Refused(
@@ -97,7 +98,7 @@ def check_room(base: Base, what: str, ranks: Ranks, device: torch.device, dtype:
         )
 
 
-def _files(folder: Path) -> dict[str, Any]:
+def stored_tensors(folder: Path) -> dict[str, Any]:
     """The open safetensors file of each tensor in a folder."""
     from safetensors import safe_open
 

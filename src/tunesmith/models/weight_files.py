@@ -35,10 +35,8 @@ _MODULE = re.compile(r"[A-Za-z0-9_]{1,64}")
 _ADAPTER_TENSOR = re.compile(
     r"base_model\.model\.(?P<layer>[A-Za-z0-9_.]{1,200})\.(?P<part>lora_[AB]\.weight|lora_magnitude_vector)"
 )
-_MODEL_TENSOR = re.compile(
-    r"model\.embed_tokens\.weight|lm_head\.weight|model\.norm\.weight"
-    r"|model\.layers\.\d{1,4}\.((self_attn|mlp)\.[a-z]_?[a-z_]{1,20}|[a-z_]{1,40}layernorm)\.(weight|bias)"
-)
+# Which of these a base has is checked by the engines, which know its files.
+_MODEL_TENSOR = re.compile(r"(?!.*lora_)[A-Za-z0-9_]{1,64}(\.[A-Za-z0-9_]{1,64}){0,15}")
 # For each dtype of model weights: an unsigned integer of the same size, and the exponent's bits, which are all set in
 # NaN and infinity only.
 _EXPONENTS: dict[str, tuple[Any, int]] = {
@@ -300,7 +298,7 @@ def _check_model_tensor(path: Path, name: str, stated: dict[str, Any], data: np.
         raise refusal(path, f"{name[:120]!r} is not a weight of a model that can be trained in full")
     if stated["dtype"] not in _EXPONENTS:
         raise refusal(path, f"{name} is {stated['dtype']}, but weights are stored as {', '.join(_EXPONENTS)}")
-    if len(stated["shape"]) not in (1, 2) or not math.prod(stated["shape"]):
+    if not 1 <= len(stated["shape"]) <= 4 or not math.prod(stated["shape"]):
         raise refusal(path, f"{name} has shape {stated['shape']}")
     kind, exponent = _EXPONENTS[stated["dtype"]]
     first, last = stated["data_offsets"]

@@ -1,7 +1,7 @@
 """Checkpoints: complete, atomic, and checked before use. A training resumed from one ends in the same bytes.
 
-Each rank writes the rows of the tensors that it holds, and reads those that it needs, so no rank ever holds all of them,
-and a training can be resumed on any number of ranks, or in one process.
+Each rank writes the rows of the tensors that it holds, and reads those that it needs, so no rank ever holds all of
+them, and a training can be resumed on any number of ranks, or in one process.
 """
 
 from __future__ import annotations

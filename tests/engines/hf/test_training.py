@@ -289,10 +289,8 @@ def test_all_is_refused_where_experts_are_fused(tmp_path: Path, family: str) -> 
         _trainable(base, targets=("experts",))
 
 
-def test_full_training_and_high_pissa_ranks_are_refused(tmp_path: Path) -> None:
+def test_high_pissa_ranks_are_refused(tmp_path: Path) -> None:
     base = _base(tmp_path, "gpt2")
-    with pytest.raises(Refused, match="method: full works only for families that the native engine runs"):
-        LoadedHFModel(base).trainable(WeightSettings(method="full"), seed=0, state_bytes=16)
     with pytest.raises(UsageError, match="a weight has only 32"):
         _trainable(base, rank=33, start="pissa")
 

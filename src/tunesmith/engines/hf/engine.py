@@ -11,8 +11,7 @@ from queue import SimpleQueue
 
 import torch
 
-from tunesmith.core.errors import Refused
-from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.progress import Progress
 from tunesmith.engines.answers import Answer, prompt_ids
 from tunesmith.engines.batch import label_count, lay_out
 from tunesmith.engines.hf.generation import Decoding, Row
@@ -20,9 +19,10 @@ from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.in_process import InProcessEngine
 from tunesmith.engines.protocol import Completion, Generation, Streamed
 from tunesmith.engines.sampling import Sampling
+from tunesmith.engines.whole_model import read_model_file
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
-from tunesmith.models.weight_files import has_whole_model
+from tunesmith.models.weight_files import MODEL_FILE
 
 _MOST_ROWS = 16  # answers decoded together
 
@@ -48,30 +48,18 @@ class HFEngine(InProcessEngine[str]):
     def _vocabulary(self) -> int:
         return self._model.vocabulary
 
-    def load_adapter(self, name: str, folder: Path) -> None:
-        """Load a training's folder, so that it can answer under this name; an adapter of the same name is replaced.
+    def _open_whole(self, folder: Path) -> HFEngine:
+        read_model_file(folder, self._base, self._model.repeated)  # refuses what does not belong to the base
+        model = HFModel(self._base, self._model.settings, weights=folder / MODEL_FILE)
+        return HFEngine(self._base, lambda: model)
 
-        Raises Refused for a model trained in full, another base's adapter, and one that does not fit the base's layers.
-        """
-        if has_whole_model(folder):
-            raise Refused(
-                "this base is run by transformers' modules, which answer with adapters only, and this model was "
-                "trained in full",
-                where=str(folder),
-            )
+    def _load_adapter(self, name: str, folder: Path) -> None:
         loaded = self._model.load_adapter(folder)
         before, self._adapters[name] = self._adapters.get(name), loaded
         if before is not None:
             self._model.remove_adapter(before)
 
-    def holds(self, name: str) -> bool:
-        """Whether an adapter of this name is loaded."""
-        return name in self._adapters
-
-    def generate(
-        self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
-    ) -> list[Completion]:
-        """Answers in the order of requests."""
+    def _generate(self, requests: Sequence[Generation], adapter: str | None, progress: Progress) -> list[Completion]:
         events: SimpleQueue[Streamed | None] = SimpleQueue()
         loaded = self._loaded(adapter)
         answers = [self._answer(request, events, streams=False) for request in requests]
@@ -93,8 +81,7 @@ class HFEngine(InProcessEngine[str]):
             self._decode(batches[turn] if turn < len(batches) else [], loaded)
         return _completions(answers)
 
-    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
-        """Pieces of the answer's text as they are decoded; the last item is the whole Completion."""
+    def _stream(self, request: Generation, adapter: str | None) -> Iterator[Streamed]:
         events: SimpleQueue[Streamed | None] = SimpleQueue()
         loaded = self._loaded(adapter)
         answer = self._answer(request, events, streams=True)

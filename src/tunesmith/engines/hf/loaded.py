@@ -1,15 +1,18 @@
-"""A base that transformers runs, loaded once into this process, to answer with it and to train adapters on it."""
+"""A base that transformers runs, loaded once into this process, to answer with it and to train on it."""
 
 from __future__ import annotations
 
 from functools import cached_property
 
 from tunesmith.engines.hf.engine import HFEngine
+from tunesmith.engines.hf.full import FullTrainable
 from tunesmith.engines.hf.loading import model_settings
+from tunesmith.engines.hf.lora import LoraTrainable
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.support import check_supported
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.process import prepare_process
+from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import Base
 
@@ -32,12 +35,20 @@ class LoadedHFModel:
         return HFEngine(self._base, lambda: model)
 
     def trainable(self, settings: WeightSettings, *, seed: int, state_bytes: int) -> HFTrainable:
-        """A new adapter on these weights, at its start.
+        """A new adapter on these weights, at its start, or a copy of them to be trained in full.
 
         Raises Refused or UsageError for settings that this engine or base cannot honour.
         """
         check_supported(settings)
         wanted = model_settings(settings)
-        # PiSSA takes its start out of the base's weights, so they are of no use to anything else.
-        shares = wanted == model_settings(WeightSettings()) and settings.start != "pissa"
-        return HFTrainable(self._model if shares else HFModel(self._base, wanted), settings, seed=seed)
+        # Neither PiSSA, which takes its start out of the base's weights, nor full training leaves the base as it is.
+        keeps = settings.start != "pissa" and settings.method != "full"
+        shares = wanted == model_settings(WeightSettings()) and keeps
+        return build_trainable(self._model if shares else HFModel(self._base, wanted), settings, seed)
+
+
+def build_trainable(model: HFModel, settings: WeightSettings, seed: int, ranks: Ranks = ALONE) -> HFTrainable:
+    """What settings train in a model, at its start. With several ranks, the model is sharded over them."""
+    if settings.method == "full":
+        return FullTrainable(model, settings, ranks=ranks)
+    return LoraTrainable(model, settings, seed=seed, ranks=ranks)

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from tunesmith.core.errors import Refused
 from tunesmith.core.scratch import scratch_folder
 from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import four_bits, libraries
-from tunesmith.engines.late_weights import LateWeights, without_weights
+from tunesmith.engines.late_weights import LateWeights, stored_tensors, without_weights
 from tunesmith.engines.settings import WeightSettings
-from tunesmith.models.base import base_files
+from tunesmith.models.base import INDEX, base_files, weight_files
+from tunesmith.models.weight_files import MODEL_FILE
 
 
 class ModelSettings(NamedTuple):
@@ -45,9 +47,17 @@ def model_settings(weights: WeightSettings) -> ModelSettings:
     return ModelSettings(weights.quantize is not None, dtype, weights.attention)
 
 
-def load(folder: Path, device: torch.device, settings: ModelSettings, *, late: bool) -> tuple[Any, LateWeights | None]:
+def load(
+    folder: Path,
+    device: torch.device,
+    settings: ModelSettings,
+    *,
+    late: bool,
+    weights: Path | None = None,
+) -> tuple[Any, LateWeights | None]:
     """The module, from the base's own files only: transformers would apply an adapter that lies in the same folder.
-    late: without its weights, which are the second result, where its files allow that.
+    late: without its weights, which are the second result, where its files allow that. weights: a file of tensors by
+    the base's names, to read instead of its own.
 
     Raises Refused for weights that are quantised or incomplete, for what transformers cannot run with these settings or
     without code from the folder, and for a model with an encoder.
@@ -64,7 +74,11 @@ def load(folder: Path, device: torch.device, settings: ModelSettings, *, late: b
         how["device_map"] = {"": str(device)}  # read into the device's memory at once
     with scratch_folder() as scratch:
         for path in base_files(folder):
-            os.symlink(path.resolve(), scratch / path.name)
+            if weights is None or path not in weight_files(folder):
+                os.symlink(path.resolve(), scratch / path.name)
+        if weights is not None:
+            os.symlink(weights.resolve(), scratch / MODEL_FILE)
+            (scratch / INDEX).unlink(missing_ok=True)
         safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             config = transformers.AutoConfig.from_pretrained(scratch, **safe)
@@ -93,6 +107,18 @@ def load(folder: Path, device: torch.device, settings: ModelSettings, *, late: b
     if config.is_encoder_decoder:
         raise Refused("the base has an encoder: it is not a causal language model", where=str(folder))
     return module, None
+
+
+def stored_names(module: Any, folder: Path) -> tuple[dict[str, str], frozenset[str]]:
+    """The name in a base's files of each parameter that they hold under the module's name or without its prefix, and
+    the tensors there that repeat another one."""
+    files, prefix = stored_tensors(folder).keys(), f"{module.base_model_prefix}."
+    names: dict[nn.Parameter, dict[str, None]] = {}  # several where a parameter is tied
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, {}).update(dict.fromkeys((name, name.removeprefix(prefix))))
+    found = {next(iter(same)): [name for name in same if name in files] for same in names.values()}
+    repeated = frozenset(name for same in found.values() for name in same[1:])
+    return {name: same[0] for name, same in found.items() if same}, repeated
 
 
 def first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
@@ -21,7 +21,7 @@ from tunesmith.engines.batch import Batch, lay_out
 from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import four_bits, libraries, packing
 from tunesmith.engines.hf.costs import is_experts, is_linear, shapes_of
-from tunesmith.engines.hf.loading import FP32, ModelSettings, load
+from tunesmith.engines.hf.loading import FP32, ModelSettings, load, stored_names
 from tunesmith.engines.hf.sharding import recomputed, shard
 from tunesmith.engines.late_weights import to_meta
 from tunesmith.engines.ranks import ALONE, Ranks, whole
@@ -43,11 +43,21 @@ class HFModel:
 
     module: transformers' module. device: that it computes on. linears: its linear layers except the head, by name.
     shapes: of the base. attention: transformers' name of it. vocabulary: logits of a step. ranks: that the module is
-    sharded over. late: the weights, where they are read once the module is sharded.
+    sharded over. late: the weights, where they are read once the module is sharded. stored: each parameter's name in the
+    base's files, where it is there as the module has it. repeated: tensors in the files that repeat another one, as a
+    tied head may.
     """
 
-    def __init__(self, base: Base, settings: ModelSettings = FP32, *, late: bool = False) -> None:
+    def __init__(
+        self,
+        base: Base,
+        settings: ModelSettings = FP32,
+        *,
+        late: bool = False,
+        weights: Path | None = None,
+    ) -> None:
         """late: read the weights in shard(), if the files hold them as the module does; until then they are zeros.
+        weights: a file of tensors by the base's names, to read instead of its own.
 
         Raises Refused for a base that transformers cannot run without code from its folder or with these settings,
         for incomplete weights, and for a model whose tokens see later ones."""
@@ -59,7 +69,8 @@ class HFModel:
                 where=str(base.folder / "config.json"),
                 fix="add max_position_embeddings to it",
             )
-        self.module, self.late = load(base.folder, self.device, settings, late=late)
+        self.module, self.late = load(base.folder, self.device, settings, late=late, weights=weights)
+        self.stored, self.repeated = stored_names(self.module, base.folder)
         self.module.eval().requires_grad_(requires_grad=False)
         # The folder's own could change scores unseen.
         self.module.generation_config = libraries.transformers().GenerationConfig()
@@ -156,20 +167,23 @@ class HFModel:
                 ) from error
         return name
 
-    def shard(self, adapter: str, ranks: Ranks, *, changed_base: bool) -> None:
-        """Shard the module with its only adapter over the ranks, all of which call this.
+    def shard(self, ranks: Ranks, *, drawn: Sequence[str] = (), trained: Collection[str] = ()) -> None:
+        """Shard the module over the ranks, all of which call this.
 
-        They start from rank 0's adapter and, with changed_base, from its weights of the adapted layers: PiSSA's
-        singular vectors may have other signs on another processor.
+        drawn: parts of the names of parameters that start from rank 0's numbers: PiSSA's singular vectors may have
+        other signs on another processor. trained: names of the base's parameters that are to be trained.
         """
         if self.late is None:
             self._probe(ranks)
         with torch.no_grad():
             for name, tensor in self.module.named_parameters():
-                if f".{adapter}." in f"{name}." or (changed_base and ".base_layer." in name):
+                if any(part in f"{name}." for part in drawn):
                     ranks.spread(tensor)
         if self.late is not None:
             to_meta(self.module)
+        for name, tensor in self.module.named_parameters():
+            if name in trained:
+                tensor.requires_grad_()
         shard(self.module, ranks, self.device)
         self.ranks = ranks
         if self.late is not None:

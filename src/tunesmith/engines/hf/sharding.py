@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.errors import TunesmithError, UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from tunesmith.engines.ranks import Ranks
 
 
@@ -30,7 +29,7 @@ def shard(module: Any, ranks: Ranks, device: torch.device) -> None:
     From then on every rank has to call the module equally often.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise UsageError(
@@ -39,9 +38,9 @@ def shard(module: Any, ranks: Ranks, device: torch.device) -> None:
         )
     shape = (ranks.size,) if ranks.copies == 1 else (ranks.copies, ranks.size // ranks.copies)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape) :])
-    for layer in layers(module):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    summed_in_fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for part in (*layers(module), module):
+        fully_shard(part, mesh=mesh, mp_policy=summed_in_fp32)
     for each in module.modules():
         if isinstance(each, FSDPModule):
             # The gradients of the ranks are added: each rank divides by the labels of all of them. gloo can only add.

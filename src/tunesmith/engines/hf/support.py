@@ -14,14 +14,9 @@ def check_supported(settings: WeightSettings, where: str = "train", *, ranks: in
 
     where: the settings' place in the project file. ranks: how many processes train together.
     """
-    full, four = settings.method == "full", settings.quantize is not None
+    four = settings.quantize is not None
     flash = settings.attention == "flash_attention_2"
     for given, key, what, fix in (
-        (full and ranks > 1, "method", "method: full runs in one process only: several ranks train adapters",
-         "leave method out, or start the command without torchrun"),
-        (full, "method", "method: full works only for families that the native engine runs, and on that engine; here "
-         "transformers' modules would train, on which adapters alone are trained",
-         "leave method out, or write engine: {train: native}, with a base of one of those families"),
         (four and ranks > 1, "quantize", "a base in 4 bits is not sharded: its packed numbers do not fall apart "
          "by rows",
          "leave quantize out, or train in one process, without torchrun"),

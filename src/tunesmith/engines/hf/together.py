@@ -1,4 +1,4 @@
-"""A base that several ranks hold together: they train an adapter on it, and answer with it meanwhile."""
+"""A base that several ranks hold together: they train on it, and answer with it meanwhile."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from tunesmith.core.errors import TunesmithError
 from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf.engine import HFEngine
+from tunesmith.engines.hf.loaded import build_trainable
 from tunesmith.engines.hf.loading import model_settings
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.support import check_supported
@@ -45,29 +46,29 @@ class ShardedHFModel:
         return self._engine
 
     def trainable(self, settings: WeightSettings, *, seed: int, state_bytes: int) -> HFTrainable:
-        """A new adapter on these weights, at its start. Shards the base; so there can be only one.
+        """A new adapter on these weights, at its start, or the weights themselves. Shards the base: there is one only.
 
         Raises Refused or UsageError for settings that this engine or base cannot honour on several ranks.
         """
         check_supported(settings, ranks=self._ranks.size)
         if self._trained is not None:
-            raise TunesmithError("several ranks train one adapter at a time", fix="start them for each training")
+            raise TunesmithError("several ranks train one model at a time", fix="start them for each training")
         # PiSSA and DoRA start from what the weights are.
         what = "start: pissa" if settings.start == "pissa" else "dora: true" if settings.dora else None
         wanted = model_settings(settings)
         if what is not None:
             check_room(self._base, what, self._ranks, computing_device(), wanted.dtype)
         self._model = HFModel(self._base, wanted, late=what is None)
-        self._trained = HFTrainable(self._model, settings, seed=seed, ranks=self._ranks)
+        self._trained = build_trainable(self._model, settings, seed, self._ranks)
         return self._trained
 
     def answer_together(self, requests: Sequence[Generation], model: TrainableModel | None) -> list[Completion]:
-        """Rank 0's requests, answered by all ranks with the adapter in training as it is now; None: by the base.
+        """Rank 0's requests, answered by all ranks with the model in training as it is now; None: by the base.
 
         Every rank calls this and gets all answers. The requests of other ranks do not count.
         """
         if self._trained is None or (model is not None and model is not self._trained):
-            raise TunesmithError("only the adapter in training answers on several ranks")
+            raise TunesmithError("only the model in training answers on several ranks")
         stated = self._ranks.agree(lambda: _REQUESTS.dump_python(list(requests), mode="json"))
         asked = _REQUESTS.validate_python(stated)
         mine = range(self._ranks.rank, len(asked), self._ranks.size)

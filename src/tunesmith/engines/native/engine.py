@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,13 +10,12 @@ from queue import SimpleQueue
 
 import torch
 
-from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.progress import Progress
 from tunesmith.engines.answers import Answer, prompt_ids
 from tunesmith.engines.batch import common_prefix, label_count, lay_out
 from tunesmith.engines.in_process import InProcessEngine
 from tunesmith.engines.native import runtime
 from tunesmith.engines.native.adapters.adapter import PackedAdapter, adapted_linear, pack, read_adapter
-from tunesmith.engines.native.adapters.model_file import read_model_file
 from tunesmith.engines.native.decoding.rows import Prefix, Row
 from tunesmith.engines.native.decoding.running_batch import RunningBatch
 from tunesmith.engines.native.decoding.scheduler import Scheduler
@@ -25,15 +23,14 @@ from tunesmith.engines.native.network.attention import shared_prefix_attention
 from tunesmith.engines.native.network.network import Network, forward, frozen_linear, logits
 from tunesmith.engines.native.network.weights import load_network
 from tunesmith.engines.process import prepare_process
-from tunesmith.engines.protocol import Completion, Generation, Question, Streamed
+from tunesmith.engines.protocol import Completion, Generation, Streamed
 from tunesmith.engines.sampling import Sampling
+from tunesmith.engines.whole_model import read_model_file
 from tunesmith.models.base import Base
 from tunesmith.models.rendering import Rendered
-from tunesmith.models.weight_files import has_whole_model
 
 _LOGIT_ROWS = 512  # labels whose logits over the whole vocabulary are in memory at once
 _PREFIXES_KEPT = 8
-_WHOLE_KEPT = 3  # models trained in full: a champion, its canary, one more
 _LEAST_PREFIX = 16  # tokens; computing a shorter prefix again costs less than keeping it
 
 
@@ -47,30 +44,20 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
         prepare_process()
         self._network = load_network(base.folder) if network is None else network
         super().__init__(base)
-        self._whole: OrderedDict[str, NativeEngine] = OrderedDict()  # by name, most recently used last
+        # self._lock guards these as well; only the scheduler's thread computes.
         self._prefixes: OrderedDict[tuple[PackedAdapter | None, tuple[int, ...]], Prefix] = OrderedDict()
         self._last: dict[PackedAdapter | None, list[int]] = {}
         self._scheduler = Scheduler(RunningBatch(self._network, self._renderer.stop_ids))
-        self._lock = threading.Lock()  # guards the dictionaries above; only the scheduler's thread computes
 
     @property
     def _vocabulary(self) -> int:
         return self._network.shape.vocabulary
 
-    def load_adapter(self, name: str, folder: Path) -> None:
-        """Load a training's folder under name. Loading a name again replaces it for later requests.
+    def _open_whole(self, folder: Path) -> NativeEngine:
+        weights = read_model_file(folder, self._base, self._network.repeated)
+        return NativeEngine(self._base, load_network(self._base.folder, weights=weights))
 
-        Of models trained in full, only the most recently used are kept.
-        """
-        if has_whole_model(folder):
-            weights = read_model_file(folder, self._base, self._network.tied)
-            engine = NativeEngine(self._base, load_network(self._base.folder, weights=weights))
-            with self._lock:
-                self._whole.pop(name, None)
-                self._whole[name] = engine
-                while len(self._whole) > _WHOLE_KEPT:
-                    self._whole.popitem(last=False)
-            return
+    def _load_adapter(self, name: str, folder: Path) -> None:
         packed = pack(self._network, read_adapter(folder, self._network, self._base))
         runtime.release_threads()
         with self._lock:
@@ -80,25 +67,8 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
             for key in [key for key in self._prefixes if before is not None and key[0] is before]:
                 del self._prefixes[key]
 
-    def holds(self, name: str) -> bool:
-        """Whether name is loaded."""
-        with self._lock:
-            return name in self._adapters or name in self._whole
-
-    def _whole_engine(self, name: str | None) -> NativeEngine | None:
-        """The engine of a model that was trained in full; None if name is an adapter or the base."""
-        with self._lock:
-            if name is None or name not in self._whole:
-                return None
-            self._whole.move_to_end(name)
-            return self._whole[name]
-
-    def generate(
-        self, requests: Sequence[Generation], adapter: str | None = None, progress: Progress = SILENT
-    ) -> list[Completion]:
-        """Answers in the order of requests, decoded in one batch with the requests of other threads."""
-        if (whole := self._whole_engine(adapter)) is not None:
-            return whole.generate(requests, progress=progress)
+    def _generate(self, requests: Sequence[Generation], adapter: str | None, progress: Progress) -> list[Completion]:
+        """Decodes them in one batch with the requests of other threads."""
         events: SimpleQueue[Streamed | None] = SimpleQueue()
         answers = [self._answer(request, events, streams=False) for request in requests]
         rows = self._rows(requests, answers, adapter)
@@ -110,11 +80,7 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
                 task.advance()
         return [answer.completion() for answer in answers]
 
-    def stream(self, request: Generation, adapter: str | None = None) -> Iterator[Streamed]:
-        """Pieces of the answer's text as they are decoded; the last item is the whole Completion."""
-        if (whole := self._whole_engine(adapter)) is not None:
-            yield from whole.stream(request)
-            return
+    def _stream(self, request: Generation, adapter: str | None) -> Iterator[Streamed]:
         events: SimpleQueue[Streamed | None] = SimpleQueue()
         answer = self._answer(request, events, streams=True)
         with self._decoding(self._rows([request], [answer], adapter)):
@@ -122,14 +88,6 @@ class NativeEngine(InProcessEngine[PackedAdapter]):
                 yield piece
             answer.raise_error()
         yield answer.completion()
-
-    def choose(
-        self, questions: Sequence[Question], adapter: str | None = None, progress: Progress = SILENT
-    ) -> list[list[float]]:
-        """For each question the log-probability of each choice, summed over its tokens (end token included)."""
-        if (whole := self._whole_engine(adapter)) is not None:
-            return whole.choose(questions, progress=progress)
-        return super().choose(questions, adapter, progress)
 
     def _log_probabilities(self, rows: Sequence[Rendered], adapter: str | None) -> list[float]:
         return self._scheduler.run(lambda: self._compute_log_probabilities(rows, adapter))

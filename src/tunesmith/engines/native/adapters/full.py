@@ -2,7 +2,7 @@
 
 fp32 master weights and gradients, and copies in the network's dtype to compute with (see lora.py for why): with AdamW's
 two moments 18 bytes a weight where the network computes in bf16. The copies are multiplied in their plain layout:
-packing them again after each step costs as much time as it saves. model_file.py writes the trained weights.
+packing them again after each step costs as much time as it saves.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 from tunesmith.core import memory
 from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch
-from tunesmith.engines.native.adapters.model_file import save_model
 from tunesmith.engines.native.adapters.trainable import NativeTrainable, frozen
 from tunesmith.engines.native.network.network import GROUPS, Layer, Linear, Network
 from tunesmith.engines.native.network.products import PackedLinear
-from tunesmith.engines.native.network.weights import norm_names, read_weights
+from tunesmith.engines.native.network.weights import norm_names
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.engines.training_protocol import ParameterGroup
+from tunesmith.engines.whole_model import read_weights, save_model
 from tunesmith.models.base import Base
 from tunesmith.models.weight_files import EMBEDDING, HEAD
 
@@ -114,7 +114,7 @@ class FullModel(NativeTrainable):
 
         Raises TunesmithError where no weight differs from the base's after rounding.
         """
-        save_model(self._values, self._base, folder, tied=self.network.tied)
+        save_model(self._values.items(), self._base, folder, self.network.repeated)
 
     def kept_numbers(self) -> int:
         """Numbers that trained linear layers keep of each token: their inputs, of which the network keeps only the

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tunesmith.engines.native.network import ops
 from tunesmith.engines.native.network.products import PackedLinear
+from tunesmith.models.weight_files import HEAD
 
 # (layer, group, x [T, in]) -> [T, out]. group: a key of GROUPS.
 Linear = Callable[[int, str, Tensor], Tensor]
@@ -99,6 +100,11 @@ class Network:
     final_norm: Tensor
     layers: tuple[Layer, ...]
     rotary: tuple[Rotary, ...]
+
+    @property
+    def repeated(self) -> frozenset[str]:
+        """The base's tensors that repeat another one: the head where it is the embedding."""
+        return frozenset({HEAD} if self.tied else ())
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tunesmith.core.errors import Refused
 from tunesmith.engines.native.network.network import GROUPS, Layer, Network, Rotary, Shape
 from tunesmith.engines.native.network.products import PackedLinear
-from tunesmith.models.base import weight_files
+from tunesmith.engines.whole_model import read_weights
 from tunesmith.models.families import GEMMAS, NATIVE_FAMILIES, is_native
 
 # Rotary variants whose angles do not depend on the text's length.
@@ -163,22 +162,6 @@ def _window(config: Any, number: int) -> int | None:
     slides = config.model_type == "mistral" if kinds is None else kinds[number] == "sliding_attention"
     size = getattr(config, "sliding_window", None) if slides else None
     return None if size is None or size >= config.max_position_embeddings else int(size)
-
-
-def read_weights(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every tensor of a base's folder by name, in dtype (None: as stored).
-
-    Raises Refused for a folder without safetensors weights and for damaged ones.
-    """
-    tensors: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - not a mapping
-                    tensors[name] = shard.get_tensor(name).to(dtype=dtype)
-        except SafetensorError as error:
-            raise Refused(f"{path.name} is damaged: {error}", where=str(folder), fix="fetch the base again") from error
-    return tensors
 
 
 def _take(tensors: dict[str, Tensor], name: str, folder: Path) -> Tensor:

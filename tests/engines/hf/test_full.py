@@ -1,0 +1,189 @@
+"""Full fine-tuning in transformers' modules, compared with a plain torch loop, on tiny random models."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.hf_models import write_hf_model
+from tests.process_group import run_ranks
+from tests.tiny import row, write_model
+from tests.training.test_ranks import alone, furthest, losses, make, together, work
+from tunesmith.core.digests import digest_file
+from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.engines.batch import lay_out
+from tunesmith.engines.hf.full import FullTrainable
+from tunesmith.engines.hf.loaded import LoadedHFModel
+from tunesmith.engines.native.engine import NativeEngine
+from tunesmith.engines.protocol import Question
+from tunesmith.engines.settings import WeightSettings
+from tunesmith.models.base import Base, resolve_base
+from tunesmith.models.rendering import Rendered, Renderer
+from tunesmith.models.weight_files import MODEL_FILE
+from tunesmith.store.store import Store
+from tunesmith.training.objectives import CrossEntropy
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.spec import TrainingResult
+from tunesmith.training.steps import gradients, make_optimizer, parameters, update
+
+ROWS = [row("turn on the light", '{"intent":"on"}'), row("off", '{"intent":"off","area":"hall"}'), row("x", "y")]
+SETTINGS = TrainSettings.model_validate({"method": "full", "learning_rate": 0.01, "weight_decay": 0.1, "clip": 1.0})
+
+
+def _base(folder: Path, family: str, **options: Any) -> Base:
+    write = write_model if family.startswith("llama") else write_hf_model
+    return resolve_base(Store(folder / "store"), str(write(folder / family, family, **options)), folder)
+
+
+def _rows(base: Base) -> list[Rendered]:
+    return [Renderer(base.folder).conversation(messages) for messages in ROWS]
+
+
+def _trainable(base: Base, **settings: Any) -> FullTrainable:
+    weights = WeightSettings.model_validate({"method": "full", **settings})
+    found = LoadedHFModel(base).trainable(weights, seed=0, state_bytes=16)
+    assert isinstance(found, FullTrainable)
+    return found
+
+
+def _reference_loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tensor:
+    """The mean loss over all labels, rows computed one at a time and so without padding."""
+    parts = []
+    for one in rows:
+        ids = torch.tensor(one.ids)
+        labels = torch.where(torch.tensor(one.trained), ids, -100)
+        parts.append(
+            torch.nn.functional.cross_entropy(
+                model(ids[None]).logits[0, :-1], labels[1:], ignore_index=-100, reduction="none"
+            )[labels[1:] >= 0]
+        )
+    return torch.cat(parts).mean()
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-untied", "phi3", "gpt2"])
+def test_loss_gradients_and_steps_equal_a_plain_loop(tmp_path: Path, family: str) -> None:
+    base = _base(tmp_path, family)
+    rows, ours = _rows(base), _trainable(base)
+    plain = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).eval()
+    theirs = dict(plain.named_parameters())
+    assert ours.parameters.keys() == theirs.keys()
+    decayed = [[each for each in theirs.values() if (each.dim() > 1) is decays] for decays in (True, False)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed[0], "weight_decay": 0.1}, {"params": decayed[1], "weight_decay": 0.0}], lr=0.01
+    )
+    batches = [lay_out(rows[:2], share=ours.shares_prefix), lay_out(rows[2:], share=ours.shares_prefix)]
+    moved = make_optimizer(ours, SETTINGS)
+    for _ in range(3):
+        expected = _reference_loss(plain, rows)
+        expected.backward()
+        assert gradients(ours, CrossEntropy(), batches) == pytest.approx(float(expected.detach()), rel=1e-5)
+        for name, parameter in ours.parameters.items():
+            torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-6)
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        update(ours, moved, 0.01, 1.0)
+        # Adam divides by the gradient's size: where a gradient is nearly zero, rounding decides its sign.
+        apart = torch.cat([(each - theirs[name]).abs().flatten() for name, each in ours.parameters.items()])
+        assert (apart > 1e-4).float().mean() < 0.01
+        with torch.no_grad():  # so that the next gradients are those of the same weights
+            for name, each in ours.parameters.items():
+                theirs[name].copy_(each)
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    ours.save(folder)
+    saved, stored = load_file(folder / MODEL_FILE), load_file(base.folder / MODEL_FILE)
+    assert {name: (each.shape, each.dtype) for name, each in saved.items()} == {
+        name: (each.shape, each.dtype) for name, each in stored.items()
+    }
+    assert all(torch.equal(each, ours.parameters[name]) for name, each in saved.items())
+    engine = LoadedHFModel(base).engine()
+    engine.load_adapter("tuned", folder)
+    asked = [Question(ROWS[0][:-1], ('{"intent":"on"}',))]
+    assert engine.holds("tuned")
+    assert engine.choose(asked, "tuned")[0][0] > engine.choose(asked)[0][0] + 1.0
+    if family == "llama":  # the native engine reads what hf trained
+        native = NativeEngine(base)
+        native.load_adapter("tuned", folder)
+        assert native.choose(asked, "tuned")[0][0] == pytest.approx(engine.choose(asked, "tuned")[0][0], rel=0.02)
+
+
+def test_the_last_layers_and_bf16(tmp_path: Path) -> None:
+    """With layers, nothing else changes. In bf16 fp32 master weights move: also by less than bf16 shows."""
+    base = _base(tmp_path, "phi3")
+    ours = _trainable(base, layers=1, precision="bf16")
+    assert all(name.startswith("model.layers.1.") for name in ours.parameters)
+    assert {each.dtype for each in ours.parameters.values()} == {torch.bfloat16}
+    assert {each.dtype for each in parameters(ours)} == {torch.float32}
+    before = {name: each.clone() for name, each in ours._model.module.named_parameters()}
+    optimizer, batches = make_optimizer(ours, SETTINGS), [lay_out([one], share=False) for one in _rows(base)]
+    small = gradients(ours, CrossEntropy(), batches)
+    masters = [each.clone() for each in parameters(ours)]
+    update(ours, optimizer, 1e-6, 1.0)
+    assert all(not torch.equal(one, other) for one, other in zip(masters, parameters(ours), strict=True))
+    found = [small]
+    for _ in range(4):
+        found.append(gradients(ours, CrossEntropy(), batches))
+        update(ours, optimizer, 0.01, 1.0)
+    assert found[-1] < 0.9 * found[0]
+    for name, each in ours._model.module.named_parameters():
+        assert torch.equal(each, before[name]) == (name not in ours.parameters), name
+        if name in ours.parameters:
+            assert torch.equal(each, ours._masters[name].bfloat16())
+
+
+def test_what_would_not_be_whole_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"layers\.0\.mlp.* out of other tensors") as refused:
+        _trainable(_base(tmp_path, "mixtral"))
+    assert refused.value.where == "train.method"
+    base = _base(tmp_path, "gpt2")
+    (tmp_path / "same").mkdir()
+    with pytest.raises(TunesmithError, match="no weight changed enough"):
+        _trainable(base).save(tmp_path / "same")
+    assert not list((tmp_path / "same").iterdir())
+
+
+FULL = {"method": "full", "rank": None, "learning_rate": 0.001}
+
+
+def _weights(result: TrainingResult) -> dict[str, torch.Tensor]:
+    return load_file(result.folder / MODEL_FILE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"layers": 1, "recompute": True}], ids=str)
+def test_two_ranks_learn_what_one_process_learns(tmp_path: Path, changes: dict[str, Any]) -> None:
+    one = alone(make(tmp_path / "one", **FULL, **changes))
+    several = together(make(tmp_path / "several", **FULL, **changes), 2)
+    assert one.state.step == several.state.step == 8
+    assert furthest(_weights(one), _weights(several)) < 1e-5
+    assert losses(one) == pytest.approx(losses(several), abs=1e-5)
+    start = load_file(tmp_path / "one" / "model" / MODEL_FILE)
+    assert furthest(_weights(one), start) > 1e-3
+    assert several.checkpoint_bytes == pytest.approx(one.checkpoint_bytes, rel=0.1)
+    sizes = [path.stat().st_size for path in (tmp_path / "several" / "work" / "step-00000008").glob("tensors*")]
+    assert len(sizes) == 2
+    assert max(sizes) < 0.6 * sum(sizes)  # neither rank wrote what the other holds
+    assert {path.name for path in several.folder.iterdir()} == {MODEL_FILE}
+
+
+@pytest.mark.slow
+def test_killed_it_resumes_on_as_many_ranks_and_on_others(tmp_path: Path) -> None:
+    killed = make(tmp_path / "killed", **FULL)
+    assert -signal.SIGKILL in run_ranks(work, 2, tmp_path / "meeting", killed.model_dump_json(), 11)
+    undisturbed = together(make(tmp_path / "undisturbed", **FULL), 2)
+    for size in (2, 3, 1):
+        shutil.copytree(tmp_path / "killed", tmp_path / str(size))
+        spec = make(tmp_path / str(size), **FULL)
+        resumed = alone(spec) if size == 1 else together(spec, size)
+        assert furthest(_weights(undisturbed), _weights(resumed)) < 1e-5
+        assert any("2 ranks trained until step" in notice for notice in resumed.notices) == (size != 2)
+        if size == 2:
+            assert digest_file(resumed.folder / MODEL_FILE) == digest_file(undisturbed.folder / MODEL_FILE)
