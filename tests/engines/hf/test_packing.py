@@ -13,7 +13,9 @@ from tests.hf_models import change_adapter, write_hf_model
 from tests.tiny import row, write_model
 from tunesmith.engines.batch import Batch, empty_batch, lay_out
 from tunesmith.engines.hf.loaded import LoadedHFModel
-from tunesmith.engines.hf.packing import pack
+from tunesmith.engines.hf.lora import LoraTrainable
+from tunesmith.engines.hf.model import HFModel
+from tunesmith.engines.hf.packing import FLASH, pack
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import resolve_base
@@ -68,6 +70,55 @@ def test_gradients_are_those_of_rows_alone(tmp_path: Path, family: str) -> None:
         for one, other in zip(alone, together, strict=True):
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
     assert torch.isfinite(trainable.loss(empty_batch(), CrossEntropy(), 1.0))
+
+
+class _Flash:
+    """In place of flash_attn, which needs a GPU: what its functions compute, and which boundaries they were given."""
+
+    def __init__(self) -> None:
+        self.bounds: list[list[int]] = []
+
+    def functions(self, _name: str) -> tuple[Any, Any]:
+        return (self.dense, self.varlen, None, None, None), (lambda **given: given, None)
+
+    def dense(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **given: Any) -> torch.Tensor:
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+        found = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=given["softmax_scale"], enable_gqa=True
+        )
+        return found.transpose(1, 2)
+
+    def varlen(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens_q: torch.Tensor, **given: Any
+    ) -> torch.Tensor:
+        self.bounds.append(cu_seqlens_q.tolist())
+        assert cu_seqlens_q.dtype == torch.int32
+        assert given["max_seqlen_q"] == given["max_seqlen_k"] == int(cu_seqlens_q.diff().max())
+        assert torch.equal(given["cu_seqlens_k"], cu_seqlens_q)
+        parts = zip(*(each[None].split(cu_seqlens_q.diff().tolist(), 1) for each in (query, key, value)), strict=True)
+        return torch.cat([self.dense(*each, **given) for each in parts], 1)[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_flash_attention_gets_the_rows_boundaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """The path through transformers' own code, with a stand-in for the kernel: gradients are those of rows alone."""
+    expected, rows = _trainable(tmp_path, family)
+    change_adapter(expected)
+    alone = _gradients(expected, [lay_out([one], share=False) for one in rows])
+    flash = _Flash()
+    monkeypatch.setattr("transformers.modeling_flash_attention_utils.lazy_import_flash_attention", flash.functions)
+    model = HFModel(expected._model.base)
+    model.module.config._attn_implementation = model.attention = FLASH
+    trainable = LoraTrainable(model, WeightSettings(rank=2), seed=0)
+    change_adapter(trainable)
+    assert trainable.environment()["batches"] == "packed"
+    assert not trainable.shares_prefix
+    flash.bounds.clear()
+    together = _gradients(trainable, [lay_out(rows, share=trainable.shares_prefix)])
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    lengths = sorted((max(n for n, marked in enumerate(one.trained) if marked) for one in rows), reverse=True)
+    assert flash.bounds == [[sum(lengths[:n]) for n in range(len(rows) + 1)]] * model.config.num_hidden_layers
 
 
 def test_no_row_sees_another(tmp_path: Path) -> None:

@@ -311,9 +311,12 @@ class HFModel:
     def packs(self) -> bool:
         """Whether rows without padding between them, and with their common prefix computed once, give the same logits
         as alone. Not so where a running state goes on from row to row, where places come from no argument (ALiBi), and
-        for attention other than SDPA. From then on, the module has an attention that can do so."""
+        for eager attention. From then on, the module has an attention that can do so. Flash attention, which can by
+        itself, is given rows without a common prefix."""
         with self.using(None), torch.no_grad():
-            probe = lay_out([Rendered(row, (False,) * 2 + (True,) * 3) for row in _PROBES])
+            probe = lay_out(
+                [Rendered(row, (False,) * 2 + (True,) * 3) for row in _PROBES], share=self.attention != packing.FLASH
+            )
             return packing.enable(self.module, probe, exact=1e-3 * self._rounding)
 
     @torch.no_grad()

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.hf import libraries
 
+FLASH = "flash_attention_2"
 _NAME = "tunesmith_packed"
 # Tokens of the prefix and the longest row, during a forward pass of packed rows: the mask of more is never read, and
 # would take the square of all tokens.
@@ -44,16 +46,25 @@ class Packed:
     real: Tensor
 
 
+def read_lengths(batch: Batch) -> Tensor:
+    """[B] how many tokens of each row are read: it ends with the one that predicts its last label. What follows is
+    filler."""
+    starts = _starts(batch)
+    row_of = torch.bucketize(batch.predicts, starts, right=True) - 1
+    return torch.ones_like(starts).scatter_reduce_(0, row_of, batch.predicts - starts[row_of] + 1, "amax")
+
+
+def _starts(batch: Batch) -> Tensor:
+    lengths = torch.tensor(batch.lengths)
+    return batch.prefix + lengths.cumsum(0) - lengths
+
+
 def pack(batch: Batch, device: torch.device | None = None) -> Packed:
     """The tokens of a batch without filler. device: for the tensors; the batch's where it is None.
 
     The longest row comes first: it goes on from the prefix without a restart, so its mask holds for every row.
     """
-    prefix, lengths = batch.prefix, torch.tensor(batch.lengths)
-    starts = prefix + lengths.cumsum(0) - lengths
-    # A row ends with the token that predicts its last label. What follows is filler.
-    row_of = torch.bucketize(batch.predicts, starts, right=True) - 1
-    needed = torch.ones_like(lengths).scatter_reduce_(0, row_of, batch.predicts - starts[row_of] + 1, "amax")
+    prefix, starts, needed = batch.prefix, _starts(batch), read_lengths(batch)
     order = needed.argsort(descending=True, stable=True)
     within, last = torch.arange(int(needed.max())), needed[order, None] - 1
     padded, real = starts[order, None] + within.minimum(last), (within <= last).flatten().nonzero()[:, 0]
@@ -69,6 +80,7 @@ def logits(module: Any, batch: Batch) -> Tensor:
     """Logits [N, vocabulary] at the places of a batch that predict a label, by a module that `enable` returned True
     for."""
     packed = pack(batch, module.device)
+    given = _bounds(batch, module.device) if module.config._attn_implementation == FLASH else {"packed": packed}
     before = _read.set(packed.prefix + packed.padded.shape[1])
     try:
         found: Tensor = module(
@@ -76,31 +88,43 @@ def logits(module: Any, batch: Batch) -> Tensor:
             position_ids=packed.positions,
             use_cache=False,
             logits_to_keep=packed.predicts,
-            packed=packed,
+            **given,
         ).logits
     finally:
         _read.reset(before)
     return found[0]
 
 
+def _bounds(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """What transformers' flash attention reads of rows that follow each other: where each begins and the last one ends.
+    Without it, every layer would look for the places where the positions restart."""
+    rows = read_lengths(batch).sort(descending=True).values
+    ends = functional.pad(rows.cumsum(0), (1, 0)).to(device, torch.int32)
+    longest = int(rows[0])
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
 def enable(module: Any, probe: Batch, exact: float) -> bool:
     """Whether the packed rows of probe get the same logits as each alone. If so, the module is changed such that
     `logits` works with it.
 
-    exact: largest error, as a share of how much the logits change if each row reads the ones before it.
+    exact: largest error, as a share of how much the logits change if each row reads the ones before it. Flash attention
+    knows no common prefix, so that probe may have none there.
     """
     before = module.config._attn_implementation
-    if before != "sdpa":
+    if before not in ("sdpa", FLASH):
         return False
     packed = pack(probe, module.device)
     alone = torch.cat([_alone(module, probe, row) for row in range(len(probe.lengths))])
     leaking = module(input_ids=packed.ids, use_cache=False).logits[0, packed.predicts]
     most = exact * float((leaking - alone).abs().max())
-    module.set_attn_implementation(_register())
+    if before == "sdpa":
+        module.set_attn_implementation(_register())
     with suppress(Exception):  # each family fails in its own way where it does not know the arguments
         if float((logits(module, probe) - alone).abs().max()) <= most:
             return True
-    module.set_attn_implementation(before)
+    if before == "sdpa":
+        module.set_attn_implementation(before)
     return False
 
 

@@ -54,8 +54,9 @@ class HFTrainable(TrainableModel):
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether batches are packed (see HFModel.packs). Otherwise each row is computed whole."""
-        return self._model.packs
+        """Whether a common prefix is computed once: where batches are packed (see HFModel.packs), but not by flash
+        attention, which reads whole rows."""
+        return self._model.packs and self._model.attention != packing.FLASH
 
     def pad_rows(self) -> None:
         """Compute batches padded from now on, as for a family that cannot be packed: to compare the two."""
@@ -91,7 +92,7 @@ class HFTrainable(TrainableModel):
         (tokens, scored), shapes = self._computed(batch), self._model.shapes
         kept = activation_bytes(shapes, self._precision, tokens=tokens, scored=scored, recompute=bool(self._recomputed))
         numbers = self._gradient_numbers()
-        if self._model.packs:  # keys and values of every row, with their gradients
+        if self.shares_prefix:  # keys and values of every row, with their gradients
             numbers += 4 * len(batch.lengths) * (batch.prefix + max(batch.lengths)) * max(shapes.widest)
         return kept + _FLOAT * numbers
 
@@ -108,10 +109,10 @@ class HFTrainable(TrainableModel):
     def _computed(self, batch: Batch) -> tuple[int, int]:
         """Tokens that the module computes for a batch, and how many of them get logits: without padding, those with a
         label; with it, all."""
-        rows = packing.pack(batch)
+        rows = packing.read_lengths(batch)
         if self._model.packs:
-            return rows.ids.numel(), batch.labels.numel()
-        padded = len(rows.padded) * rows.prefix + rows.padded.numel()
+            return batch.prefix + int(rows.sum()), batch.labels.numel()
+        padded = len(rows) * (batch.prefix + int(rows.max()))
         return padded, padded
 
     def peak_flops(self, batch: Batch) -> float:
