@@ -16,8 +16,8 @@ from tests.hf_models import write_hf_model
 from tests.tiny import write_model
 from tunesmith.cli.main import app
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.engines.hf.lora import LoraTrainable
 from tunesmith.engines.hf.model import HFModel
-from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import resolve_base
 from tunesmith.store.store import Store
@@ -42,7 +42,7 @@ def test_shapes_are_those_of_the_loaded_model(tmp_path: Path, family: str) -> No
     shapes = read_shapes(folder)
     model = HFModel(resolve_base(Store(tmp_path / "store"), str(folder), tmp_path))
     assert shapes.linear + shapes.rest == sum(each.numel() for each in model.module.parameters())
-    trained = HFTrainable(model, WeightSettings(rank=RANK), seed=0)
+    trained = LoraTrainable(model, WeightSettings(rank=RANK), seed=0)
     assert (
         training_memory(shapes, quantized=False, precision="fp32", rank=RANK, tokens=1, recompute=False).trained
         == 20 * trained.trained_numbers

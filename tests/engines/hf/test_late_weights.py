@@ -14,17 +14,18 @@ from tests.engines.hf.test_support_matrix import _base, _two_steps, table
 from tests.process_group import run_ranks
 from tunesmith.core.errors import Refused
 from tunesmith.engines import late_weights
+from tunesmith.engines.hf.loaded import build_trainable
 from tunesmith.engines.hf.loading import model_settings
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.together import ShardedHFModel
-from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.ranks import Ranks, connected_ranks, held, whole
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.training.settings import TrainSettings
 
 STARTS = {cells[0]: cells[1] for cells in table("How several ranks start")}
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("llama", {}), ("gemma3", {}), ("gpt2", {}), ("opt", {}), ("phi3", {"precision": "bf16"})
+    ("llama", {}), ("gemma3", {}), ("gpt2", {}), ("opt", {}), ("phi3", {"precision": "bf16"}),
+    ("llama", {"method": "full", "precision": "bf16"}),
 ]  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def _rank(rank: int, _size: int, folder: Path, family: str, changes: dict[str, A
         if late:
             sizes = [each.untyped_storage().nbytes() for each in model.module.parameters()]
             assert max(sizes) <= 4, "the weights take no memory before they are sharded"
-        trained = HFTrainable(model, settings, seed=1, ranks=ranks)
+        trained = build_trainable(model, settings, 1, ranks)
         assert all(0 < held(each).numel() < each.numel() for each in model.module.parameters())
         assert model.pads
         losses.append(_two_steps(trained, base, settings, ranks))
@@ -60,7 +61,7 @@ def _rank(rank: int, _size: int, folder: Path, family: str, changes: dict[str, A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "changes"), CASES, ids=[family for family, _ in CASES])
+@pytest.mark.parametrize(("family", "changes"), CASES, ids=str)
 def test_rows_that_are_read_late_are_those_of_the_whole_weights(
     tmp_path: Path, family: str, changes: dict[str, Any]
 ) -> None:

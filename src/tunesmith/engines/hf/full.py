@@ -98,7 +98,7 @@ class FullTrainable(HFTrainable):
         tokens, scored = self._computed(batch)
         linear = (each for each in self._model.module.modules() if is_linear(each) and each.weight.requires_grad)
         learned = (each.weight.numel() * (scored if each is self._model.head else tokens) for each in linear)
-        return super().flops(batch) + 2.0 * sum(learned)
+        return super().flops(batch) + 2.0 * float(sum(learned))
 
     def _gradient_numbers(self) -> int:
         fp32 = all(each is self.parameters[name] for name, each in self._masters.items())

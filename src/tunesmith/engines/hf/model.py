@@ -43,9 +43,9 @@ class HFModel:
 
     module: transformers' module. device: that it computes on. linears: its linear layers except the head, by name.
     shapes: of the base. attention: transformers' name of it. vocabulary: logits of a step. ranks: that the module is
-    sharded over. late: the weights, where they are read once the module is sharded. stored: each parameter's name in the
-    base's files, where it is there as the module has it. repeated: tensors in the files that repeat another one, as a
-    tied head may.
+    sharded over. late: the weights, where they are read once the module is sharded. stored: each parameter's name in
+    the base's files, where it is there as the module has it. repeated: tensors in the files that repeat another one, as
+    a tied head may.
     """
 
     def __init__(
@@ -314,9 +314,8 @@ class HFModel:
         for eager attention. From then on, the module has an attention that can do so. Flash attention, which can by
         itself, is given rows without a common prefix."""
         with self.using(None), torch.no_grad():
-            probe = lay_out(
-                [Rendered(row, (False,) * 2 + (True,) * 3) for row in _PROBES], share=self.attention != packing.FLASH
-            )
+            rows = [Rendered(row, (False,) * 2 + (True,) * 3) for row in _PROBES]
+            probe = lay_out(rows, share=self.attention != packing.FLASH)
             return packing.enable(self.module, probe, exact=1e-3 * self._rounding)
 
     @torch.no_grad()
