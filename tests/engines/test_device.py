@@ -6,23 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.hf_models import write_hf_model
 from tests.tiny import row
 from tunesmith.core import memory
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.engines import device
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.device import DeviceMemory, backends, computing_device, device_name, gpu_present
 from tunesmith.engines.hf import model
 from tunesmith.engines.hf.loaded import LoadedHFModel
+from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.protocol import Generation
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Renderer
 from tunesmith.services.doctor import examine
 from tunesmith.store.store import Store
+from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.objectives import CrossEntropy
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -47,6 +52,32 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="process 3 on this machine has no GPU: torch sees 2"):
         computing_device.__wrapped__()
+
+
+def test_a_base_that_does_not_fit_is_refused_with_what_may_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = resolve_base(Store(tmp_path / "store"), str(write_hf_model(tmp_path / "m", "gpt2")), tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 112.00 MiB.")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(Refused, match="weights do not fit into the memory of cpu: CUDA out of memory") as refused:
+        HFModel(base)
+    assert "quantize: 4bit" in str(refused.value.fix)
+
+
+def test_memory_that_is_full_during_a_step_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = resolve_base(Store(tmp_path / "store"), str(write_hf_model(tmp_path / "m", "gpt2")), tmp_path)
+    trained = LoadedHFModel(base).trainable(WeightSettings(rank=2), seed=1, state_bytes=16)
+    trainer = Trainer(trained, [[]], TrainSettings(learning_rate=0.01), Checkpoints(tmp_path / "work", {}))
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "compute", full)
+    with pytest.raises(TunesmithError, match="memory is full at step 1 of 1: CUDA out of memory") as raised:
+        trainer.run()
+    assert "recompute: true" in str(raised.value.fix)
 
 
 @pytest.mark.skipif(gpu_present(), reason="about machines without a GPU")

@@ -150,7 +150,10 @@ def test_advised_tokens_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(memory, "available_memory", lambda: 1000 * sizes[1])
     with pytest.raises(Refused) as refused:
         check_memory(plan, needs)
-    assert str(sizes[1]) in str(refused.value.fix)
+    assert str(refused.value.fix).startswith(f"set tokens to {sizes[1]}, ")
+    with pytest.raises(Refused) as refused:
+        check_memory(plan, needs._replace(may_recompute=True))
+    assert str(refused.value.fix).startswith(f"set recompute: true, or tokens to {sizes[1]}, ")
     check_memory(plan[:2], needs)
 
 

@@ -13,6 +13,7 @@ from tunesmith.core.errors import Refused
 from tunesmith.engines.batch import Batch
 from tunesmith.engines.device import DeviceMemory
 from tunesmith.engines.ranks import ALONE, Ranks, held
+from tunesmith.engines.settings import HF
 from tunesmith.engines.training_protocol import Objective, TrainableModel
 from tunesmith.training.batches.batch_plan import Step, step_tokens
 from tunesmith.training.checkpoints import KEPT
@@ -48,13 +49,14 @@ def state_bytes(settings: TrainSettings) -> int:
 class MemoryNeeds(NamedTuple):
     """What a training needs. memory: that it computes in. batch: bytes to compute a batch, by its shape. later: bytes
     that are allocated after the first steps, for the optimiser's state and the best weights. checkpoint: bytes on the
-    disk. advice: what to set to lower `later`."""
+    disk. advice: what to set to lower `later`. may_recompute: whether `recompute: true` would lower `batch`."""
 
     memory: DeviceMemory
     batch: Callable[[Batch], int]
     later: int
     checkpoint: int
     advice: str
+    may_recompute: bool = False
 
 
 def memory_needs(model: TrainableModel, settings: TrainSettings, *, validates: bool) -> MemoryNeeds:
@@ -71,6 +73,7 @@ def memory_needs(model: TrainableModel, settings: TrainSettings, *, validates: b
         checkpoint=(3 + copies) * everywhere,
         advice="train.layers" + ("" if settings.keep == "last" else ", or train.keep to last")
         + (", or train.method to lora" if settings.method == "full" else ", or train.rank lower"),
+        may_recompute=model.engine_name == HF and not settings.recompute,
     )  # fmt: skip
 
 
@@ -98,7 +101,7 @@ def check_memory(plan: Iterable[Step], needs: MemoryNeeds, *, local: int = 1) ->
     free = needs.memory.available(local)
     if max(needed) > free:
         fitting = [batch.tokens for batch, bytes_ in zip(batches, needed, strict=True) if bytes_ <= free]
-        raise _batch_too_large(largest, free, max(needed), max(fitting, default=None))
+        raise _batch_too_large(largest, free, needs, max(fitting, default=None))
     if max(needed) + needs.later > free:
         raise _state_too_large(needs, free - max(needed))
     return largest
@@ -142,7 +145,7 @@ def estimate(
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
-        raise _batch_too_large(largest, free, needs.batch(largest), None) from error
+        raise _batch_too_large(largest, free, needs, None) from error
     peak = ranks.most(needs.memory.peak() + needs.later)
     if needs.later > (left := needs.memory.available(ranks.local)):
         raise _state_too_large(needs, left)
@@ -155,15 +158,16 @@ def estimate(
     return Estimate(seconds=each * tokens, peak_memory_bytes=peak, checkpoint_bytes=needs.checkpoint)
 
 
-def _batch_too_large(largest: Batch, free: int, needed: int, fitting: int | None) -> Refused:
+def _batch_too_large(largest: Batch, free: int, needs: MemoryNeeds, fitting: int | None) -> Refused:
     """fitting: tokens of the largest batch that would fit; None where none is known."""
+    lower = "tokens and max_length lower, or train fewer layers"
+    if fitting is not None and fitting >= LEAST_TOKENS:
+        lower = f"tokens to {fitting}, and max_length no higher"
     return Refused(
-        f"the largest part of a step ({largest.tokens} tokens) takes about {needed / 1e9:.1f} GB of memory, but only "
-        f"{free / 1e9:.1f} GB are free",
+        f"the largest part of a step ({largest.tokens} tokens) takes about {needs.batch(largest) / 1e9:.1f} GB of "
+        f"memory, but only {free / 1e9:.1f} GB are free",
         where="train.tokens",
-        fix=f"set tokens to {fitting}, and max_length no higher"
-        if fitting is not None and fitting >= LEAST_TOKENS
-        else "set tokens and max_length lower, or train fewer layers",
+        fix=f"set recompute: true, or {lower}" if needs.may_recompute else f"set {lower}",
     )
 
 

@@ -112,7 +112,15 @@ class Trainer:
         """
         state, began = self.state, self._clock()
         step = self.plan[state.step]
-        loss = self.compute(step)
+        try:
+            loss = self.compute(step)
+        except torch.OutOfMemoryError as error:  # of a GPU, whose free memory may lie in pieces
+            raise TunesmithError(
+                f"the GPU's memory is full at step {state.step + 1} of {len(self.plan)}: {str(error)[:200]}",
+                where="train.tokens",
+                fix="set tokens lower, or recompute: true; the last checkpoint is kept, but resumes the same settings "
+                "only. PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True lets pieces be joined",
+            ) from error
         rate, tokens = self._schedule.rate(state.step), step_tokens(step)
         if not math.isfinite(loss):
             raise self._not_finite(f"the loss became {loss}", state.step + 1)

@@ -89,6 +89,13 @@ def load(
             module, found = transformers.AutoModelForCausalLM.from_pretrained(scratch, config=config, **safe, **how)
         except Exception as error:  # every architecture has its own way to refuse a configuration
             reason = first_line(error).replace(str(scratch), str(folder))
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in reason:
+                raise Refused(
+                    f"the base's weights do not fit into the memory of {device}: {reason[:200]}",
+                    where="base",
+                    fix="`tunesmith memory` says what fits, such as train: {quantize: 4bit, recompute: true} or "
+                    "several GPUs; end other programs that use the memory",
+                ) from error
             if settings.attention is not None and "attention" in reason.lower():
                 raise Refused(
                     f"transformers does not compute this base with attention: {settings.attention}: {reason[:300]}",
