@@ -17,7 +17,7 @@ from tunesmith.core.reading.strict_yaml import read_yaml
 from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.core.settings import Settings
 from tunesmith.data.documents import DocumentSettings
-from tunesmith.data.settings import DataSettings
+from tunesmith.data.settings import DataSettings, Split
 from tunesmith.engines.settings import AnyEngineSettings, EngineSettings, VllmSettings
 from tunesmith.evaluation.gates.settings import Gates, check_gates
 from tunesmith.evaluation.policy.settings import ALL, Policy
@@ -32,6 +32,26 @@ if TYPE_CHECKING:
 FILE = "tunesmith.yaml"
 STORE = ".tunesmith"
 _LARGEST = 1 << 20
+
+
+class FineTuningSettings(Settings):
+    """What fine-tuning jobs that come over HTTP add to the project: their rows are a file that a client uploaded."""
+
+    models: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")], ...],
+        Field(min_length=1, description="names that clients may ask for; each means this project's base"),
+    ]
+    candidate: Annotated[
+        str | None,
+        Field(description="the trained candidate whose settings a job takes; by default the only one that is trained"),
+    ] = None
+    licence: Annotated[
+        str | None, Field(description="SPDX licence of uploaded files; without it every row must state its own")
+    ] = None
+    attribution: Annotated[str | None, Field(description="the credit line that the rights holder asks for")] = None
+    split: Annotated[
+        Split | None, Field(description="which uploaded rows are held out; by default as data.split says")
+    ] = None
 
 
 class ProjectSettings(Settings):
@@ -77,6 +97,10 @@ class ProjectSettings(Settings):
         Field(description="the candidate that the gates judge; by default the only tuned one, else the best"),
     ] = None
     gates: Annotated[Gates, Field(description="the requirements of a release; without any, no candidate passes")] = {}  # noqa: RUF012
+    fine_tuning: Annotated[
+        FineTuningSettings | None,
+        Field(description="accept fine-tuning jobs of OpenAI's clients; without it they are refused"),
+    ] = None
     rollout: Annotated[RolloutSettings, Field(description="how traffic moves to a new version")] = RolloutSettings()
     monitoring: Annotated[MonitoringSettings, Field(description="when served traffic counts as drifted")] = (
         MonitoringSettings()
@@ -99,6 +123,7 @@ class ProjectSettings(Settings):
             raise ValueError(f"release: {self.release!r} is an endpoint, and an endpoint cannot be released")
         for name, candidate in self.candidates.items():
             _check_candidate(name, candidate, self)
+        _check_fine_tuning(self)
         if ALL in self.policy:
             raise ValueError(f"policy.{ALL}: {ALL} stands for every check: choose another name")
         try:
@@ -126,6 +151,18 @@ def _check_candidate(name: str, candidate: CandidateSettings, project: ProjectSe
             raise ValueError(f"candidates.{name}.weights: {candidate.weights!r} is not trained here; {known}")
     if candidate.retrieve is not None and candidate.retrieve.from_ == "documents" and project.documents is None:
         raise ValueError(f"candidates.{name}.retrieve: from: documents needs `documents:` in the project file")
+
+
+def _check_fine_tuning(project: ProjectSettings) -> None:
+    """Raise ValueError where it is not clear which candidate a fine-tuning job trains."""
+    if project.fine_tuning is None:
+        return
+    named = project.fine_tuning.candidate
+    trained = [name for name, each in project.candidates.items() if each.train and not each.train.permute_answers]
+    if named is not None and named not in trained:
+        raise ValueError(f"fine_tuning.candidate: {named!r} is not trained here; {', '.join(trained) or 'none'} is")
+    if named is None and len(trained) != 1:
+        raise ValueError(f"fine_tuning: {len(trained)} candidates are trained: name one with fine_tuning.candidate")
 
 
 class Project:

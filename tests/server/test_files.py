@@ -55,9 +55,9 @@ def test_the_official_client_keeps_lists_reads_and_deletes_files(served: Served)
     for again in (client.files.retrieve, client.files.content, client.files.delete):
         with pytest.raises(openai.NotFoundError, match="No such File object"):
             again(ids[1])
-    kept = served.scene.store.root / "files" / ids[0]
+    kept = served.scene.store.root / "files" / f"{ids[0]}.jsonl"
     assert oct(kept.stat().st_mode & 0o777) == "0o400"
-    assert not (kept.parent / ids[1]).exists()
+    assert not (kept.parent / f"{ids[1]}.jsonl").exists()
     with database.reading(served.scene.store.engine) as session:
         actions = [entry.action for entry in entries(session)][-4:]
     assert actions == ["file.add"] * 3 + ["file.delete"]
@@ -199,7 +199,7 @@ def test_deleted_files_leave_the_backup(served: Served) -> None:
 
     token = owner(served)
     identifier = json.loads(sent(served, token).content)["id"]
-    assert f"files/{identifier}" in keys_of(served.scene.store.blobs)
+    assert f"files/{identifier}.jsonl" in keys_of(served.scene.store.blobs)
     with served.http(token) as http:
         http.delete(f"/v1/files/{identifier}")
-    assert f"files/{identifier}" not in keys_of(served.scene.store.blobs)
+    assert f"files/{identifier}.jsonl" not in keys_of(served.scene.store.blobs)

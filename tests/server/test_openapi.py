@@ -24,13 +24,16 @@ def test_openapi_document_is_valid(document: dict[str, Any]) -> None:
         "/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/api/feedback", "/api/rollouts",
         "/api/rollouts/{number}", "/api/jobs", "/api/jobs/{number}", "/api/jobs/{number}/log",
         "/api/jobs/{number}/cancel", "/api/jobs/{number}/pause", "/api/jobs/{number}/resume", "/healthz", "/readyz",
+        "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/{job}", "/v1/fine_tuning/jobs/{job}/cancel",
+        "/v1/fine_tuning/jobs/{job}/pause", "/v1/fine_tuning/jobs/{job}/resume", "/v1/fine_tuning/jobs/{job}/events",
+        "/v1/fine_tuning/jobs/{job}/checkpoints",
         "/metrics", "/v1/files", "/v1/files/{file}", "/v1/files/{file}/content",
     }  # fmt: skip
     posts = [route["post"] for route in document["paths"].values() if "post" in route]
     bodies = [post["requestBody"]["content"] for post in posts if "requestBody" in post]
     json_bodies = [body["application/json"] for body in bodies if "application/json" in body]
     names = [body["schema"]["$ref"].rsplit("/")[-1] for body in json_bodies]
-    assert names == ["ChatRequest", "Feedback"]
+    assert names == ["ChatRequest", "Feedback", "FineTuningRequest"]
 
 
 def test_answers_match_the_openapi_document(document: dict[str, Any], served: Served) -> None:

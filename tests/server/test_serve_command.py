@@ -50,7 +50,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(folder: Path, *options: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", "from tunesmith.cli.main import main; main()", "serve", "-C", str(folder), "--json"]
+    words = [
+        sys.executable,
+        "-c",
+        "from tunesmith.cli.main import main; main()",
+        "serve",
+        "-C",
+        str(folder),
+        "--json",
+        "--no-worker",
+    ]
     pipe = subprocess.PIPE
     return subprocess.Popen([*words, *options], stdout=pipe, stderr=pipe, text=True, env=dict(os.environ))
 

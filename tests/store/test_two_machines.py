@@ -55,7 +55,7 @@ class Machine:
 
     def served(self, token: str, model: str) -> str:
         """The model's answer to one request, through `tunesmith serve` and the official client."""
-        words = ["serve", "-C", str(self.folder), "--json", "--port", "0"]
+        words = ["serve", "-C", str(self.folder), "--json", "--port", "0", "--no-worker"]
         with subprocess.Popen(
             [sys.executable, "-c", _SERVE, *words],
             env=self.environment,

@@ -52,8 +52,12 @@ def serve(
     largest_file: Annotated[
         int, typer.Option("--largest-file", min=1, help="Megabytes (2**20 bytes) of the largest file that is uploaded.")
     ] = 512,
+    worker: Annotated[
+        bool, typer.Option("--worker/--no-worker", help="Also perform queued jobs, in a separate process.")
+    ] = True,
 ) -> None:
-    """Answer OpenAI clients with the champion, and in a rollout with the canary too. Moves rollouts on."""
+    """Answer OpenAI clients with the champion, and in a rollout with the canary too. Moves rollouts on, and performs
+    queued jobs by a worker in a separate process."""
     import logging
 
     from tunesmith.core.scope import Scope
@@ -63,6 +67,7 @@ def serve(
     from tunesmith.server.app import create_app
     from tunesmith.server.intake.draining import DrainingServer
     from tunesmith.server.settings import ServerSettings
+    from tunesmith.services.own_worker import OwnWorker
     from tunesmith.services.rollouts import refused_champions
     from tunesmith.services.served_scorers import served_scorers
 
@@ -82,6 +87,7 @@ def serve(
             file_bytes=largest_file << 20,
         ),
         scorers=served_scorers(project.settings.task.scorers, project.schema, project.root),
+        project=project,
     )
     address, chosen = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
@@ -98,7 +104,12 @@ def serve(
     logs = logging.StreamHandler()
     logs.setFormatter(LogFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[logs])
-    DrainingServer(app).run(sockets=[listening])
+    beside = OwnWorker(project.root, say) if worker else None
+    try:
+        DrainingServer(app).run(sockets=[listening])
+    finally:
+        if beside is not None:
+            beside.stop(grace)
 
 
 def chat(

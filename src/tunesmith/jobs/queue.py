@@ -118,15 +118,23 @@ def get(store: Store, number: int) -> Job:
 
 
 def list_jobs(
-    store: Store, *, states: Collection[State] = (), before: int | None = None, most: int = 100, scope: Scope = Scope()
+    store: Store,
+    *,
+    states: Collection[State] = (),
+    kinds: Collection[str] = (),
+    before: int | None = None,
+    most: int = 100,
+    scope: Scope = Scope(),
 ) -> list[Job]:
-    """Jobs, newest first. states: only these; all where empty. before: only older ones than this number.
+    """Jobs, newest first. states, kinds: only these; all where empty. before: only older ones than this number.
 
     scope: only jobs that it covers.
     """
     found = select(JobRow).order_by(JobRow.id.desc()).limit(most)
     if states:
         found = found.where(JobRow.state.in_(states))
+    if kinds:
+        found = found.where(JobRow.kind.in_(kinds))
     if before is not None:
         found = found.where(JobRow.id < before)
     for column, own in ((JobRow.tenant, scope.tenant), (JobRow.region, scope.region)):

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from tunesmith.core.scope import Scope
 from tunesmith.store.tables import JobEventRow, JobRow
 
 State = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -46,6 +47,11 @@ class Job:
     created: float
     started: float | None
     ended: float | None
+
+    @property
+    def scope(self) -> Scope:
+        """Whom it is for."""
+        return Scope(self.tenant, self.region)
 
     @property
     def has_ended(self) -> bool:

@@ -17,6 +17,7 @@ from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.settings import CandidateSettings
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.scope import Scope
 from tunesmith.data.building.build import build_dataset
 from tunesmith.data.building.outside_sets import outside_sources
 from tunesmith.data.building.shards import LocalRunner, ShardRunner
@@ -55,6 +56,7 @@ class PipelineContext:
     project: Project
     progress: Progress = SILENT
     actor: str | None = None  # who runs the stages; None: as `Project.actor` decides
+    scope: Scope = field(default_factory=Scope)  # whom they are run for
     shards: ShardRunner = field(default_factory=LocalRunner)  # runs the data build; does not change its result
     together: Ranks | None = None  # the processes that train together, of which this is rank 0; None: this one alone
     _models: dict[LocalEngine, LoadedModel] = field(default_factory=dict, init=False)  # by the engine that computes
@@ -68,7 +70,7 @@ class PipelineContext:
     @cached_property
     def stages(self) -> Stages:
         """Runs the stages and remembers how long each took."""
-        return Stages(self.project, self.progress, self.actor)
+        return Stages(self.project, self.progress, self.actor, self.scope)
 
     @cached_property
     def base(self) -> Base:

@@ -18,6 +18,7 @@ from tunesmith.core.digests import digest_of, short
 from tunesmith.core.errors import Refused
 from tunesmith.core.files import room_for
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.scope import Scope
 from tunesmith.project import Project
 from tunesmith.store import database
 from tunesmith.store.identities import require
@@ -78,6 +79,7 @@ class Stages:
     project: Project
     progress: Progress = SILENT
     actor: str | None = None  # who runs the stages; None: as `Project.actor` decides
+    scope: Scope = field(default_factory=Scope)  # whom they are run for, which the person must be permitted to act for
     done: list[Stage] = field(default_factory=list)
 
     @property
@@ -101,7 +103,7 @@ class Stages:
             # Another process may have finished the stage before this one took the lock.
             if (known := None if again else self._memo(name, key)) is not None:
                 return known
-            require(store, self.acting, ACTIONS[kind])
+            require(store, self.acting, ACTIONS[kind], scope=self.scope)
             work.mkdir(parents=True, exist_ok=True)
             began = time.perf_counter()
             with room_for(work):

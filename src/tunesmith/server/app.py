@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from tunesmith.core.messages import CountTokens
 from tunesmith.engines.protocol import Engine
+from tunesmith.project import Project
 from tunesmith.rollout.controller import advance, give_up
 from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.rollout.state import list_rollouts
@@ -23,6 +24,7 @@ from tunesmith.server import control, jobs, openapi
 from tunesmith.server.chat import routes as chat
 from tunesmith.server.errors import ApiError
 from tunesmith.server.fine_tuning import files
+from tunesmith.server.fine_tuning import jobs as fine_tuning
 from tunesmith.server.intake.arriving import Arriving
 from tunesmith.server.intake.draining import DrainMiddleware, drain
 from tunesmith.server.metrics import Metrics
@@ -42,11 +44,12 @@ def create_app(
     settings: ServerSettings | None = None,
     *,
     scorers: ServedScorers = ServedScorers(),
+    project: Project | None = None,
 ) -> FastAPI:
     """A server over a store and an engine.
 
     count_tokens: tokens of a prompt, as `Renderer.count_prompt` of the base counts them.
-    scorers: the task's, as `served_scorers` sorts them.
+    scorers: the task's, as `served_scorers` sorts them. project: takes fine-tuning jobs; None: the server takes none.
     """
     settings = settings or ServerSettings()
     metrics = Metrics()
@@ -61,7 +64,7 @@ def create_app(
     router = Router(store, settings.region, versions)
     worker = Worker(versions, router, recorder, settings, functools.partial(give_up, store), count_tokens)
     metrics.watch_queue(worker.waiting)
-    serving = Serving(store, settings, metrics, router, recorder, worker, Arriving(settings))
+    serving = Serving(store, settings, metrics, router, recorder, worker, Arriving(settings), project)
 
     # No pages of documentation: they load scripts from other servers.
     app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan)
@@ -87,6 +90,7 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(control.routes)
     app.include_router(jobs.routes)
     app.include_router(files.routes)
+    app.include_router(fine_tuning.routes)
 
 
 @contextlib.asynccontextmanager

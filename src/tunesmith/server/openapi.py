@@ -18,7 +18,7 @@ _MEANINGS = {
     401: "No valid token.",
     403: "The user lacks the permission.",
     404: "There is no such model, request, rollout, job or file for this user (model_not_found, request_not_found, "
-    "rollout_not_found, job_not_found, file_not_found), or no version of the model may serve now "
+    "rollout_not_found, job_not_found, fine_tune_not_found, file_not_found), or no version of the model may serve now "
     "(model_not_available).",
     408: "The body arrived too slowly.",
     409: "The request was scored before, or its answer is no longer in memory; or the job's state does not allow it.",

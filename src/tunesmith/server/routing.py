@@ -25,6 +25,7 @@ from tunesmith.rollout.standing import override_in_force, standing
 from tunesmith.rollout.state import Rollout, live_rollout
 from tunesmith.rollout.traffic import goes_to_canary
 from tunesmith.server.errors import ApiError, forbidden, no_such_model, not_available, unauthorised
+from tunesmith.services.fine_tuning.models import PREFIX, NotYet, version_behind
 from tunesmith.store import database
 from tunesmith.store.identities import User, authenticate
 from tunesmith.store.store import Store
@@ -156,10 +157,15 @@ class Router:
         def decide(session: Session) -> _Choice:
             name, _, rest = model.partition("@")
             try:
+                if model.startswith(PREFIX):
+                    label = version_behind(session, model, scope)
+                    return self._pinned(session, resolve(self._store, label, scope=scope, session=session), scope)
                 check_name(name, "version name")
                 if rest in ("", "champion") and model.count("@") == bool(rest):
                     return self._champion(session, model, name, scope)
                 return self._pinned(session, resolve(self._store, model, scope=scope, session=session), scope)
+            except NotYet as error:
+                raise not_available(model, error.what) from error
             except UsageError:
                 raise no_such_model(model) from None
             except Refused as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
+from tunesmith.project import Project
 from tunesmith.server.errors import unauthorised
 from tunesmith.server.intake import limits
 from tunesmith.server.intake.arriving import Arriving
@@ -32,7 +33,8 @@ class Serving:
 
     scoring: the one thread that compares answers with expected texts, which takes some scorers seconds. noting: the
     threads for feedback that brings its own scores. listing: those for lists of models and rollouts.
-    uploads: the uploads under way, by user. files: threads that write uploads and delete files.
+    project: takes fine-tuning jobs; None: the server takes none. uploads: the uploads under way, by user. files:
+    threads that write uploads and delete files.
     """
 
     store: Store
@@ -42,6 +44,7 @@ class Serving:
     recorder: Recorder
     worker: Worker
     arriving: Arriving
+    project: Project | None = None
     drain: Drain = field(default_factory=Drain)
     checked_at: float = 0.0
     scoring: SharedThreads = field(default_factory=lambda: SharedThreads("scoring", 1, limits.FEEDBACK, _FEEDBACK))

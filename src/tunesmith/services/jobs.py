@@ -13,7 +13,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.processes import end_with_parent
 from tunesmith.core.progress import SILENT, Progress, Stopped
@@ -27,6 +26,9 @@ from tunesmith.jobs.worker import ALSO_SECONDS, Worker, worker_name
 from tunesmith.project import Project, open_project, open_store
 from tunesmith.registry.aliases import get_alias
 from tunesmith.services import training
+from tunesmith.services.fine_tuning.arguments import KIND
+from tunesmith.services.fine_tuning.create import settings_digest
+from tunesmith.services.fine_tuning.perform import perform_fine_tuning
 from tunesmith.services.training import RunSummary
 from tunesmith.store.identities import acting
 from tunesmith.store.store import Store
@@ -163,9 +165,14 @@ def _run_arguments(project: Project) -> dict[str, Any]:
     return {"settings": settings_digest(project)}
 
 
-def settings_digest(project: Project) -> str:
-    """Names the settings that a queued run is performed with."""
-    return digest_of(project.settings.model_dump(mode="json", by_alias=True))
+def _require_unchanged(project: Project, job: Job) -> None:
+    """Raise UsageError where the project's settings changed since a job was queued."""
+    if settings_digest(project) != job.arguments["settings"]:
+        raise UsageError(
+            "the project's settings changed since this job was queued, or their defaults with tunesmith's version",
+            where=str(project.root / "tunesmith.yaml"),
+            fix="queue it again: `tunesmith run --queue`, or create the fine-tuning job again",
+        )
 
 
 def cause_of(job: Job) -> str:
@@ -174,13 +181,7 @@ def cause_of(job: Job) -> str:
 
 
 def _perform_run(project: Project, job: Job, progress: JobProgress) -> Outcome:
-    """Perform a queued run. Raises UsageError where the project's settings changed since it was queued."""
-    if settings_digest(project) != job.arguments["settings"]:
-        raise UsageError(
-            "the project's settings changed since this run was queued, or their defaults with tunesmith's version",
-            where=str(project.root / "tunesmith.yaml"),
-            fix="queue it again: `tunesmith run --queue`",
-        )
+    """Perform a queued run."""
     cause = cause_of(job)
     if not cause:
         return _run(project, job.created_by, [], progress)
@@ -199,7 +200,10 @@ def _perform_run(project: Project, job: Job, progress: JobProgress) -> Outcome:
     return Outcome(outcome.result, error)
 
 
-_KINDS: Mapping[str, Callable[[Project, Job, JobProgress], Outcome]] = {"run": _perform_run}
+_KINDS: Mapping[str, Callable[[Project, Job, JobProgress], Outcome]] = {
+    "run": _perform_run,
+    KIND: perform_fine_tuning,
+}
 
 
 # The worker
@@ -249,6 +253,7 @@ def perform_in_child(root: Path, lease: Lease, parent: int) -> None:
     def work(progress: JobProgress) -> Outcome:
         project = open_project(root)
         project.store = store
+        _require_unchanged(project, job)
         return _KINDS[job.kind](project, job, progress)
 
     with contextlib.suppress(Exception):  # it is recorded

@@ -26,6 +26,7 @@ from tunesmith.project import Project, open_project
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.services import jobs, monitoring
+from tunesmith.services.fine_tuning.create import settings_digest
 
 _BUDGET = timedelta(days=30)
 _LISTED = 1000  # jobs that are looked through for those that a cause queued
@@ -126,7 +127,7 @@ def _runs(project: Project) -> list[Job]:
 
 def _key(project: Project, cause: str, found: _Found) -> str:
     """Names a cause and the settings of its run: other settings may give what these did not."""
-    stated = {"cause": cause, "about": found.about, "settings": jobs.settings_digest(project)}
+    stated = {"cause": cause, "about": found.about, "settings": settings_digest(project)}
     return f"retrain {digest_of(stated)}"
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from tunesmith.core.errors import UsageError
 from tunesmith.core.progress import SILENT, Progress
+from tunesmith.core.scope import Scope
 from tunesmith.core.view import Omitted, View
 from tunesmith.data.building.summary import DatasetSummary, dataset_summary
 from tunesmith.evaluation.summary import EvaluationSummary, VerdictSummary, evaluation_summary, verdict_summary
@@ -157,10 +158,15 @@ def find_rate(project: Project, name: str | None = None, *, progress: Progress =
     return learning_rates(PipelineContext(project, progress), name or only_tuned(project))
 
 
-def run(project: Project, *, progress: Progress = SILENT, actor: str | None = None) -> RunSummary:
-    """Run every stage up to a registered version. Skips what is unchanged and continues what was stopped."""
+def run(
+    project: Project, *, progress: Progress = SILENT, actor: str | None = None, scope: Scope = Scope()
+) -> RunSummary:
+    """Run every stage up to a registered version. Skips what is unchanged and continues what was stopped.
+
+    scope: whom the version is for.
+    """
     store, signer = project.store, project.actor(actor)
-    context = PipelineContext(project, progress, signer)
+    context = PipelineContext(project, progress, signer, scope)
     decided = verdict(context)
     gate = verdict_summary(store, decided)
     trained = {
@@ -171,7 +177,7 @@ def run(project: Project, *, progress: Progress = SILENT, actor: str | None = No
     registered = None
     if gate.verdict == "pass":
         began = time.perf_counter()
-        version = register(store, name=project.settings.name, verdict=decided, actor=signer)
+        version = register(store, name=project.settings.name, verdict=decided, actor=signer, scope=scope)
         registered = RunVersion(version=version.label, digest=version.digest)
         context.stages.done.append(Stage("register", time.perf_counter() - began, skipped=False))
     return RunSummary(

@@ -1,7 +1,7 @@
 """The store: blobs, records and version folders under keys, and the database.
 
 Keys: `blobs/ab/<hex>`, `records/ab/<hex>.json`, `versions/NAME/vN/<file>`, `trust/<file>`, `cases/<request>.json`,
-`files/<file id>`. They are in a BlobStore, by default the folder `root`. The database is `root/tunesmith.db` by
+`files/<file id>.jsonl`. They are in a BlobStore, by default the folder `root`. The database is `root/tunesmith.db` by
 default. What belongs to this machine only (work folders, private keys, where bases were found, the cache of a bucket)
 is in folders that `local` names.
 """

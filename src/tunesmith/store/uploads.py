@@ -68,26 +68,25 @@ def put(
     actor: str,
     scope: Scope,
     file: str | None = None,
-    allowed_by: str = "file.change",
 ) -> StoredFile:
     """Keep a file, which is used up. source: on the store's disk (`Store.scratch`).
 
-    file: its id; by default a new one. An id that exists already gives the file that is there. allowed_by: the action
-    that the actor needs. Raises Refused where the actor may not do this.
+    file: its id; by default a new one. An id that exists already gives the file that is there. Raises Refused where the
+    actor may not do this.
     """
-    require(store, actor, allowed_by, scope=scope)
+    require(store, actor, "file.change", scope=scope)
     if file is not None and (known := find(store, file, scope)) is not None:
         return known
     found = {"file": file or new_id(), "size": source.stat().st_size, "digest": digest_file(source)}
     source.chmod(0o600)
     with source.open("rb") as stream:
         os.fsync(stream.fileno())
-    key = _key(str(found["file"]))
+    key = _key(str(found["file"]), name)
     store.blobs.put_file(key, source)
     detail: dict[str, Any] = {**found, **scope.fields(), "purpose": purpose}
     try:
         with store.change(actor, "file.add", str(found["file"]), detail) as session:
-            require(session, actor, allowed_by, scope=scope)
+            require(session, actor, "file.change", scope=scope)
             row = FileRow(
                 **found, **scope.fields(), created_by=actor, name=name[:_LONGEST_NAME], purpose=purpose,
                 created=time.time(),
@@ -136,7 +135,7 @@ def delete(store: Store, file: str, *, actor: str, scope: Scope) -> None:
         row = _row(session, file, scope)
         if row is None:
             raise _gone(file)
-        store.blobs.delete(_key(file))
+        store.blobs.delete(_key(file, row.name))
         session.delete(row)
 
 
@@ -144,13 +143,20 @@ def pieces(store: Store, stored: StoredFile) -> Iterator[bytes]:
     """A file's bytes. Raises FileGone where they are missing, and at their end where they are not those that came."""
     hasher = hashlib.sha256()
     try:
-        for piece in store.blobs.pieces(_key(stored.file)):
+        for piece in store.blobs.pieces(_key(stored.file, stored.name)):
             hasher.update(piece)
             yield piece
     except FileNotFoundError:
         raise FileGone("the file's bytes are missing", where=stored.file, fix="upload it again") from None
     if f"sha256:{hasher.hexdigest()}" != stored.digest:
         raise FileGone("the file's bytes are damaged", where=stored.file, fix="upload it again")
+
+
+def local_path(store: Store, stored: StoredFile) -> Path:
+    """A local file with a file's bytes, for reading. Raises FileGone where they are missing or not those that came."""
+    for _ in pieces(store, stored):
+        pass
+    return store.blobs.path(_key(stored.file, stored.name))
 
 
 def _row(session: Session, file: str, scope: Scope) -> FileRow | None:
@@ -166,5 +172,6 @@ def _gone(file: str) -> FileGone:
     return FileGone("there is no such file", where=file[:80], fix="upload it again")
 
 
-def _key(file: str) -> str:
-    return f"files/{file}"
+def _key(file: str, name: str) -> str:
+    """Where a file's bytes are. Its name's ending is kept, since it says what the file holds."""
+    return f"files/{file}{Path(name).suffix.lower()}"

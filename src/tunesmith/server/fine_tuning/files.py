@@ -22,12 +22,11 @@ from tunesmith.server.intake import limits
 from tunesmith.server.intake.form import FormReader, boundary_of, too_large
 from tunesmith.server.openapi import BEARER, errors, form
 from tunesmith.server.serving import Serving, caller
+from tunesmith.services.fine_tuning.create import PURPOSE
 from tunesmith.store import uploads
 from tunesmith.store.identities import User
 from tunesmith.store.uploads import FileGone, StoredFile
 
-PURPOSE = "fine-tune"
-RESULTS = "fine-tune-results"
 _PIECE = 1 << 20  # bytes that are written at once
 _MOST = 10_000  # files of one page, as OpenAI's
 _OTHER_PARTS = 1 << 16  # bytes of a form besides its file

@@ -142,7 +142,9 @@ class S3Blobs:
         """Remove an object and its copy in the cache."""
         with self._told(key):
             self._store.delete(key)
-        if named_digest(key) is not None:
+        if named_digest(key) is None:
+            (self._cache.root / "current" / key).unlink(missing_ok=True)
+        else:
             self._cache.drop(key)
 
     def where(self, key: str) -> str:

@@ -1,0 +1,132 @@
+"""What a client asks of a fine-tuning job, and the project that results from it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, TypeVar
+
+from pydantic import ValidationError
+
+from tunesmith.core.errors import UsageError
+from tunesmith.core.settings import Settings
+from tunesmith.core.view import View
+from tunesmith.data.formats.row_formats import OPENAI
+from tunesmith.data.settings import Source
+from tunesmith.project import FineTuningSettings, Project, ProjectSettings
+from tunesmith.training.settings import TrainSettings
+
+KIND: Final = "fine_tuning"
+_LONGEST_NAME = 63
+Part = TypeVar("Part", bound=Settings)
+
+
+class Hyperparameters(View):
+    """None: as the project says, which OpenAI calls auto."""
+
+    n_epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate_multiplier: float | None = None
+
+
+class Arguments(View):
+    """The arguments of a job of the kind `fine_tuning`. settings: digest of the project's when it was created."""
+
+    settings: str
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    hyperparameters: Hyperparameters = Hyperparameters()
+    suffix: str | None = None
+    seed: int | None = None
+    metadata: dict[str, str] | None = None
+
+
+def stated(settings: ProjectSettings) -> FineTuningSettings:
+    """The project's `fine_tuning:`. Raises UsageError where it has none."""
+    if settings.fine_tuning is None:
+        raise UsageError(
+            "this project takes no fine-tuning jobs", where="tunesmith.yaml", fix="add fine_tuning: {models: [...]}"
+        )
+    return settings.fine_tuning
+
+
+def trained_name(settings: ProjectSettings) -> str:
+    """The candidate that a job trains."""
+    named = stated(settings).candidate
+    return named or next(
+        name for name, each in settings.candidates.items() if each.train and not each.train.permute_answers
+    )
+
+
+def seed_of(settings: ProjectSettings, arguments: Arguments) -> int:
+    """The seed of a job's training: the client's, else the project's."""
+    train = settings.candidates[trained_name(settings)].train
+    assert train is not None
+    return train.seed if arguments.seed is None else arguments.seed
+
+
+def derived(project: Project, arguments: Arguments, training: str, validation: str | None = None) -> Project:
+    """The project whose data are uploaded files. training, validation: their paths.
+
+    The rows of the validation file are test rows: the gates judge by them, besides the share that the split holds out.
+    Raises UsageError for values that the settings do not allow, where: the client's field.
+    """
+    settings = project.settings
+    given, name = stated(settings), trained_name(settings)
+    files = [(training, None), *([] if validation is None else [(validation, "test")])]
+    sources = tuple(
+        Source.model_validate(
+            {
+                "path": path,
+                "format": OPENAI,
+                "licence": given.licence,
+                "attribution": given.attribution,
+                "split": split,
+            }
+        )
+        for path, split in files
+    )
+    data = _changed(settings.data, "validation_file", {"sources": sources, "split": given.split or settings.data.split})
+    candidate = settings.candidates[name]
+    assert candidate.train is not None
+    train = _train(candidate.train, arguments)
+    changed = {
+        "name": series(settings.name, arguments.suffix),
+        "data": data,
+        "candidates": {**settings.candidates, name: candidate.model_copy(update={"train": train})},
+        "release": name,
+    }
+    found = Project(project.root, settings.model_copy(update=changed))
+    found.store = project.store
+    return found
+
+
+def series(project: str, suffix: str | None) -> str:
+    """The name of the versions that jobs with this suffix register."""
+    more = re.sub(r"[^a-z0-9._-]+", "-", (suffix or "ft").lower())
+    return f"{project[: _LONGEST_NAME - 1 - len(more)]}-{more}"[:_LONGEST_NAME]
+
+
+def _train(train: TrainSettings, arguments: Arguments) -> TrainSettings:
+    asked, changes = arguments.hyperparameters, dict[str, Any]()
+    if asked.n_epochs is not None:
+        changes |= {"epochs": asked.n_epochs, "budget": None}
+    if asked.batch_size is not None:
+        changes["batch"] = asked.batch_size
+    if asked.learning_rate_multiplier is not None:
+        changes["learning_rate"] = train.learning_rate * asked.learning_rate_multiplier
+    if arguments.seed is not None:
+        changes["seed"] = arguments.seed
+    return _changed(train, "hyperparameters", changes)
+
+
+def _changed(part: Part, field: str, changes: dict[str, Any]) -> Part:
+    """Settings with other values, checked. field: the client's, for the error."""
+    given = {name: getattr(part, name) for name in part.model_fields_set}
+    try:
+        return type(part).model_validate({**given, **changes})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(each) for each in first["loc"])
+        said = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{place}: {said}" if place else said, where=field) from error

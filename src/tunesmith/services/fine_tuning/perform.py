@@ -1,0 +1,199 @@
+"""Perform a fine-tuning job: check its files, run the project's pipeline on them, and say what came of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tunesmith.core.digests import digest_of
+from tunesmith.core.errors import Inconclusive, UsageError
+from tunesmith.core.progress import Task
+from tunesmith.data.formats.openai_file import InvalidExamples, check_examples
+from tunesmith.evaluation.summary import EvaluationSummary
+from tunesmith.jobs.performing import JobProgress, Outcome
+from tunesmith.jobs.state import Job
+from tunesmith.project import Project
+from tunesmith.services import training
+from tunesmith.services.fine_tuning.arguments import KIND, Arguments, derived, trained_name
+from tunesmith.services.fine_tuning.create import RESULTS
+from tunesmith.services.fine_tuning.models import model_name
+from tunesmith.services.training import RunSummary
+from tunesmith.store import uploads
+from tunesmith.store.uploads import FileGone
+
+VALIDATING = "validating files"
+# The columns of OpenAI's result files. Token accuracies are not measured, so these stay empty.
+_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+_LINES_A_REPORT = 1000
+_CODES = {"fail": "gate_failed", "inconclusive": "evidence_inconclusive"}
+
+
+def perform_fine_tuning(project: Project, job: Job, progress: JobProgress) -> Outcome:
+    """Perform a job. A verdict other than pass, and a file that cannot be used, are errors with a code of their own."""
+    arguments = Arguments.model_validate(job.arguments)
+    try:
+        made = _checked(project, job, arguments, progress)
+        summary = training.run(made, progress=progress, actor=job.created_by, scope=job.scope)
+    except FileGone as error:
+        return _file_gone(error)
+    except InvalidExamples as error:
+        return Outcome({}, {"code": error.code, "what": error.what, "param": error.where})
+    except Inconclusive as error:
+        return Outcome({}, {"code": _CODES["inconclusive"], **_stated(error)})
+    except UsageError:
+        try:  # a file that was deleted meanwhile explains it
+            _paths(project, job, arguments)
+        except FileGone as gone:
+            return _file_gone(gone)
+        raise
+    return _outcome(made, job, arguments, summary, progress)
+
+
+def _checked(project: Project, job: Job, arguments: Arguments, progress: JobProgress) -> Project:
+    """The job's project, after its files were checked."""
+    paths = _paths(project, job, arguments)
+    for field, path in paths.items():
+        stored = uploads.find(project.store, getattr(arguments, field), job.scope)
+        lines = 1 + (stored.size if stored else 0) // 200  # a guess, for the progress only
+        progress.say(f"Validating {field.replace('_', ' ')}: {getattr(arguments, field)}")
+        with progress.task(VALIDATING, lines) as task:
+            try:
+                count = check_examples(path, training=field == "training_file", on_line=_every(task))
+            except InvalidExamples as error:
+                error.what = f"The job failed due to an invalid {field.replace('_', ' ')}. {error.what}"
+                error.where = field
+                raise
+        progress.say(f"{count} examples")
+    progress.say("Files validated")
+    found = {field: str(path) for field, path in paths.items()}
+    return derived(project, arguments, found["training_file"], found.get("validation_file"))
+
+
+def _every(task: Task) -> Any:
+    """Report some lines at once, since each report costs time."""
+    lines = 0
+
+    def on_line() -> None:
+        nonlocal lines
+        lines += 1
+        if lines % _LINES_A_REPORT == 0:
+            task.advance(_LINES_A_REPORT)
+
+    return on_line
+
+
+def _paths(project: Project, job: Job, arguments: Arguments) -> dict[str, Any]:
+    """The local files of a job, by the client's field. Raises FileGone."""
+    found = {}
+    for field in ("training_file", "validation_file"):
+        identifier = getattr(arguments, field)
+        if identifier is None:
+            continue
+        stored = uploads.find(project.store, identifier, job.scope)
+        if stored is None:
+            raise FileGone("the file was deleted", where=field, fix="upload it again and create another job")
+        try:
+            found[field] = uploads.local_path(project.store, stored)
+        except FileGone as error:
+            error.where = field
+            raise
+    return found
+
+
+def _file_gone(error: FileGone) -> Outcome:
+    return Outcome({}, {"code": "file_deleted", **_stated(error), "param": error.where})
+
+
+def _stated(error: Inconclusive | FileGone) -> dict[str, Any]:
+    return {"what": error.what, "where": error.where, "fix": error.fix}
+
+
+def _outcome(made: Project, job: Job, arguments: Arguments, summary: RunSummary, progress: JobProgress) -> Outcome:
+    """The job's result with its file of metrics, and an error unless the verdict is a pass."""
+    name = trained_name(made.settings)
+    body = made.store.record(summary.train[name].training, kind="training").body
+    registered = None if summary.registered is None else summary.registered.version
+    used = body["settings"]
+    multiplier = arguments.hyperparameters.learning_rate_multiplier
+    result = {
+        **summary.document(),
+        KIND: {
+            "fine_tuned_model": model_name(job) if registered else None,
+            "version": registered,
+            "result_files": [_put_metrics(made, job, body)],
+            "trained_tokens": body["tokens"],
+            "hyperparameters": {
+                "n_epochs": used["epochs"],
+                "batch_size": used["batch"],
+                "learning_rate_multiplier": 1.0 if multiplier is None else multiplier,
+            },
+            "checkpoint": _metrics_at(body, body["kept"]),
+        },
+    }
+    rival = _better_rival(summary.evaluate, name)
+    if summary.gate.verdict == "pass":
+        if rival:
+            progress.say(rival)
+        progress.say(f"registered {registered}; it can be called once it is approved: `tunesmith approve {registered}`")
+        return Outcome(result)
+    failed = [f"{gate.name} ({gate.reason})" for gate in summary.gate.gates if gate.outcome != "pass"]
+    why = (
+        "did not pass the gates" if summary.gate.verdict == "fail" else "could not be judged: the evidence decides not"
+    )
+    return Outcome(
+        result,
+        {
+            "code": _CODES[summary.gate.verdict],
+            "what": f"The model was trained, but {why}: {'; '.join(failed) or 'the project has none'}. {rival}".strip(),
+            "where": f"verdict {summary.gate.digest}",
+            "fix": "`tunesmith show` with that digest shows the evidence, which is kept",
+        },
+    )
+
+
+def _better_rival(found: EvaluationSummary, tuned: str) -> str:
+    """A sentence where a candidate without training is as good as the tuned one or better; else ""."""
+    means = {name: metrics[found.primary].mean for name, metrics in found.candidates.items()}
+    rivals = {name: mean for name, mean in means.items() if not found.tuned.get(name)}
+    best = max(rivals, key=rivals.__getitem__, default=None)
+    if best is None or rivals[best] < means[tuned]:
+        return ""
+    return (
+        f"Training did not pay: {best}, without training, reaches {found.primary} {rivals[best]:.3f} on the {found.n} "
+        f"test rows, {tuned} {means[tuned]:.3f}."
+    )
+
+
+def _put_metrics(made: Project, job: Job, body: Mapping[str, Any]) -> str:
+    """Keep the metrics of each step as a CSV file; returns its id, which is the same when the job is repeated."""
+    text = io.StringIO()
+    rows = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    rows.writeheader()
+    rows.writerows(_metric_rows(body))
+    identifier = f"file-{digest_of([KIND, job.id, body['curve']]).removeprefix('sha256:')[:24]}"
+    with made.store.scratch() as folder:
+        path = folder / "metrics"
+        path.write_text(text.getvalue())
+        stored = uploads.put(
+            made.store, path, name="step_metrics.csv", purpose=RESULTS, actor=job.created_by, scope=job.scope,
+            file=identifier,
+        )  # fmt: skip
+    return stored.file
+
+
+def _metric_rows(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    validated = {int(each["step"]): each["loss"] for each in body["validation"]}
+    for point in body["curve"]:
+        step = int(point["step"])
+        yield {"step": step, "train_loss": point["loss"], "valid_loss": validated.get(step, "")}
+
+
+def _metrics_at(body: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The kept step's metrics, as a checkpoint states them."""
+    found: dict[str, Any] = {"step": step}
+    for row in _metric_rows(body):
+        if row["step"] == step:
+            found |= {name: value for name, value in row.items() if value != ""}
+    return found

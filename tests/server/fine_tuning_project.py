@@ -1,0 +1,88 @@
+"""A project on a tiny random base that takes fine-tuning jobs, and its commands as processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.tiny_project import ROOMS, THINGS, settings, write_project
+from tunesmith.project import Project
+from tunesmith.store.identities import add_user, ensure_owner, issue_token
+
+MODEL = "gpt-4o-mini-2024-07-18"
+OWNER = "olive"
+
+
+def fine_tuning_settings(**changes: object) -> dict[str, object]:
+    """The project file as data."""
+    data: dict[str, Any] = {**settings(), "data": {**tiny_data(), "privacy": {"synthetic_values": 0}}}
+    return {
+        **data,
+        "task": {"scorers": ["exact_match"]},
+        "gates": {"right": {"metric": "exact_match", "at_least": 0.0}},
+        "candidates": {
+            "plain": {"max_tokens": 8},
+            "tuned": {"train": {"rank": 2, "batch": 8, "checkpoint_seconds": 0.1}, "max_tokens": 8},
+        },
+        "fine_tuning": {"models": [MODEL], "licence": "CC0-1.0", "split": {"validation": 0.1, "test": 0.4}},
+        **changes,
+    }
+
+
+def tiny_data() -> dict[str, Any]:
+    found = settings()["data"]
+    assert isinstance(found, dict)
+    return found
+
+
+def write_fine_tuning_project(folder: Path, **changes: object) -> Path:
+    """A project whose fine-tuning jobs take seconds."""
+    return write_project(folder, **fine_tuning_settings(**changes))
+
+
+def examples() -> bytes:
+    """A file as OpenAI's clients upload it. No two requests have the same wording, so that each is a group."""
+    found = []
+    for room in ROOMS:
+        for thing in THINGS:
+            for verb in ("on", "off"):
+                answer = {"role": "assistant", "content": json.dumps({"on": verb == "on"})}
+                found.append({"messages": [{"role": "user", "content": f"turn {verb} {room} {thing}"}, answer]})
+    return b"".join(json.dumps(row).encode() + b"\n" for row in found)
+
+
+def token_of_owner(folder: Path) -> str:
+    """A token of the store's owner, and an approver ada."""
+    store = Project.load(folder).store
+    ensure_owner(store)
+    token = issue_token(store, OWNER, actor=OWNER)
+    add_user(store, "ada", ["approver"], actor=OWNER)
+    store.engine.dispose()
+    return token
+
+
+def started(folder: Path, *words: str, **more: Any) -> subprocess.Popen[str]:
+    """A command of tunesmith in the folder."""
+    command = [sys.executable, "-c", "from tunesmith.cli.main import main; main()", *words, "-C", str(folder)]
+    return subprocess.Popen(command, text=True, env=dict(os.environ), stderr=subprocess.PIPE, **more)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A running `tunesmith serve`: its URL and its process."""
+    process = started(folder, "serve", "--json", "--port", "0", "--grace", "5", *options, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.stderr and process.stderr.read()
+        yield json.loads(line)["url"], process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)

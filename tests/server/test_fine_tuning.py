@@ -1,0 +1,238 @@
+"""/v1/fine_tuning/jobs: the official client creates, lists and changes jobs; what is not supported is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import yaml
+
+from tests.fabricate import OWNER, Scene
+from tests.server.conftest import HELLO, Served, running
+from tests.server.fake_engine import FakeEngine
+from tests.server.fine_tuning_project import MODEL, examples, fine_tuning_settings
+from tunesmith.core.errors import UsageError
+from tunesmith.core.scope import Scope
+from tunesmith.jobs import leases
+from tunesmith.jobs.leases import Lease
+from tunesmith.jobs.performing import JobProgress, perform
+from tunesmith.project import Project, parse_settings
+from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Hyperparameters, derived, series
+from tunesmith.services.fine_tuning.create import find
+from tunesmith.services.fine_tuning.perform import VALIDATING, perform_fine_tuning
+from tunesmith.store.identities import add_user, get_user, issue_token
+
+
+def opened(root: Path, **changes: object) -> Project:
+    """A project that takes fine-tuning jobs; its folder holds nothing."""
+    return Project(root, parse_settings(yaml.safe_dump(fine_tuning_settings(**changes)), "tunesmith.yaml"))
+
+
+@pytest.fixture
+def project(scene: Scene, tmp_path: Path) -> Project:
+    found = opened(tmp_path)
+    found.store = scene.store
+    return found
+
+
+@pytest.fixture
+def tuner(scene: Scene, engine: FakeEngine, project: Project) -> Iterator[Served]:
+    with running(scene, engine, project=project) as served:
+        yield served
+
+
+@pytest.fixture
+def client(tuner: Served) -> openai.OpenAI:
+    return tuner.client(issue_token(tuner.scene.store, OWNER, actor=OWNER))
+
+
+def uploaded(client: openai.OpenAI, data: bytes = b"{}\n") -> str:
+    return client.files.create(file=("rows.jsonl", data), purpose="fine-tune").id
+
+
+def claimed(served: Served) -> Lease:
+    lease = leases.claim(served.scene.store, "w", [KIND], project="tiny")
+    assert lease is not None
+    return lease
+
+
+def test_jobs_are_created_listed_and_changed_as_openais(client: openai.OpenAI, tuner: Served) -> None:
+    file, jobs = uploaded(client), client.fine_tuning.jobs
+    asked: dict[str, Any] = {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": 0.5}
+    made = jobs.create(
+        model=MODEL,
+        training_file=file,
+        suffix="lamp",
+        seed=7,
+        metadata={"team": "a"},
+        method={"type": "supervised", "supervised": {"hyperparameters": asked}},  # type: ignore[typeddict-item]
+    )
+    assert (made.object, made.status, made.model, made.training_file) == ("fine_tuning.job", "queued", MODEL, file)
+    assert (made.seed, made.metadata, made.result_files, made.fine_tuned_model) == (7, {"team": "a"}, [], None)
+    assert made.hyperparameters.to_dict() == asked
+    assert made.method is not None
+    assert made.method.type == "supervised"
+    again = jobs.create(model=MODEL, training_file=file, hyperparameters={"n_epochs": "auto"})
+    key = {"Idempotency-Key": "k"}
+    third = [jobs.create(model=MODEL, training_file=file, extra_headers=key).id for _ in range(2)]
+    assert third[0] == third[1]
+    assert [each.id for each in jobs.list(limit=1)] == [third[0], again.id, made.id]
+    assert [each.id for each in jobs.list(metadata={"team": "a"})] == [made.id]
+    assert [each.id for each in jobs.list(metadata={"team": "b"})] == []
+    assert [each.id for each in jobs.list(extra_query={"metadata": "null"})] == [third[0], again.id]
+    assert jobs.pause(made.id).status == "paused"  # type: ignore[comparison-overlap]
+    assert jobs.resume(made.id).status == "queued"
+    cancelled = jobs.cancel(again.id)
+    assert (cancelled.status, cancelled.finished_at is not None, cancelled.error) == ("cancelled", True, None)
+    with pytest.raises(openai.BadRequestError, match="it has ended: cancelled"):
+        jobs.cancel(again.id)
+    assert [event.message for event in jobs.list_events(made.id, limit=1)] == [
+        f"resumed by {OWNER}",
+        f"paused, asked by {OWNER}",
+    ]
+    assert jobs.retrieve(made.id).id == made.id
+    assert jobs.checkpoints.list(made.id).data == []
+    with pytest.raises(openai.NotFoundError, match="is queued"):
+        client.chat.completions.create(model=f"ft:{MODEL}:tiny:lamp:{made.id[6:]}", messages=HELLO)
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.chat.completions.create(model=f"ft:{MODEL}:tiny:other:{made.id[6:]}", messages=HELLO)
+    lease = claimed(tuner)
+    leases.renew(tuner.scene.store, lease, {"step": VALIDATING})
+    assert jobs.retrieve(made.id).status == "validating_files"
+    leases.renew(tuner.scene.store, lease, {"step": "training"})
+    assert jobs.cancel(made.id).status == "running"  # it ends between two of its steps
+    leases.stop(tuner.scene.store, lease, "told to")
+    assert jobs.retrieve(made.id).status == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "said"),
+    [
+        ({"model": "gpt-9"}, 404, "model", "The model 'gpt-9' does not exist or you do not have access to it."),
+        ({"training_file": "file-none"}, 400, "training_file", "invalid training_file: file-none"),
+        ({"validation_file": "file-none"}, 400, "validation_file", "invalid validation_file: file-none"),
+        ({"validation_file": "FILE"}, 400, "validation_file", "must be another file"),
+        ({"method": {"type": "dpo"}}, 400, "method", "the method dpo is not supported"),
+        ({"method": {"type": "reinforcement"}}, 400, "method", "the method reinforcement is not supported"),
+        ({"integrations": [{"type": "wandb"}]}, 400, "integrations", "the integration wandb is not supported"),
+        ({"suffix": "a:b"}, 400, "suffix", "Invalid 'suffix'"),
+        ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters.n_epochs", "greater than or equal to 1"),
+        ({"hyperparameters": {"colour": 1}}, 400, "hyperparameters.colour", "Unrecognized request argument"),
+        ({"hyperparameters": {"learning_rate_multiplier": 1000}}, 400, "hyperparameters", "learning_rate"),
+        ({"seed": -1}, 400, "seed", "Invalid 'seed'"),
+        ({"n_epochs": 3}, 400, "n_epochs", "Unrecognized request argument"),
+        (
+            {"hyperparameters": {}, "method": {"type": "supervised", "supervised": {"hyperparameters": {}}}},
+            400,
+            None,
+            "give either",
+        ),
+    ],
+)
+def test_what_is_refused(
+    client: openai.OpenAI, tuner: Served, body: dict[str, Any], status: int, param: str | None, said: str
+) -> None:
+    file = uploaded(client)
+    sent = {name: file if value == "FILE" else value for name, value in body.items()}
+    with tuner.http(client.api_key) as http:
+        answer = http.post("/v1/fine_tuning/jobs", json={"model": MODEL, "training_file": file, **sent})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param), error
+    assert said in error["message"]
+    assert client.fine_tuning.jobs.list().data == []
+
+
+def test_a_server_without_the_setting_knows_no_model(served: Served) -> None:
+    client = served.client(issue_token(served.scene.store, OWNER, actor=OWNER))
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.fine_tuning.jobs.create(model=MODEL, training_file=uploaded(client))
+    assert client.fine_tuning.jobs.list().data == []
+
+
+def test_who_may(client: openai.OpenAI, tuner: Served) -> None:
+    store = tuner.scene.store
+    add_user(store, "amy", ["engineer"], actor=OWNER, scope=Scope("acme"))
+    add_user(store, "avi", ["approver"], actor=OWNER)
+    amy, avi = (tuner.client(issue_token(store, name, actor=OWNER)) for name in ("amy", "avi"))
+    owners = client.fine_tuning.jobs.create(model=MODEL, training_file=uploaded(client))
+    amys = amy.fine_tuning.jobs.create(model=MODEL, training_file=uploaded(amy))
+    assert [each.id for each in amy.fine_tuning.jobs.list()] == [amys.id]
+    assert amys.organization_id == "acme"
+    for call in (amy.fine_tuning.jobs.retrieve, amy.fine_tuning.jobs.cancel, amy.fine_tuning.jobs.list_events):
+        with pytest.raises(openai.NotFoundError, match="Could not find fine tune"):
+            call(owners.id)
+    add_user(store, "gil", ["engineer"], actor=OWNER, scope=Scope("globex"))
+    gil = tuner.client(issue_token(store, "gil", actor=OWNER))
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        gil.chat.completions.create(model=f"ft:{MODEL}:tiny::{amys.id[6:]}", messages=HELLO)
+    # An owner of all tenants trains on a tenant's file: the job, and its model, are the tenant's.
+    of_amys = client.fine_tuning.jobs.create(model=MODEL, training_file=amys.training_file)
+    assert of_amys.organization_id == "acme"
+    with pytest.raises(openai.BadRequestError, match="same tenant"):
+        client.fine_tuning.jobs.create(
+            model=MODEL, training_file=amys.training_file, validation_file=owners.training_file
+        )
+    assert avi.fine_tuning.jobs.retrieve(owners.id).status == "queued"
+    for change in (avi.fine_tuning.jobs.pause, avi.fine_tuning.jobs.cancel):
+        with pytest.raises(openai.PermissionDeniedError):
+            change(owners.id)
+    with pytest.raises(openai.PermissionDeniedError):
+        avi.fine_tuning.jobs.create(model=MODEL, training_file=owners.training_file)
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "said"),
+    [
+        (examples()[:200], "invalid_file_format", "The job failed due to an invalid training file. Expected file"),
+        (
+            b"".join(examples().splitlines(True)[:3]),
+            "invalid_n_examples",
+            "has 3 example(s), but must have at least 10",
+        ),
+        (None, "file_deleted", "the file was deleted"),
+    ],
+)
+def test_files_that_cannot_be_used_end_the_job(
+    client: openai.OpenAI, tuner: Served, project: Project, data: bytes | None, code: str, said: str
+) -> None:
+    file = uploaded(client, data or b"{}\n")
+    made = client.fine_tuning.jobs.create(model=MODEL, training_file=file)
+    if data is None:
+        client.files.delete(file)
+    job = find(tuner.scene.store, int(made.id[6:]), get_user(tuner.scene.store, OWNER))
+    assert job is not None
+
+    def work(progress: JobProgress) -> Any:
+        return perform_fine_tuning(project, job, progress)
+
+    perform(tuner.scene.store, claimed(tuner), work)
+    found = client.fine_tuning.jobs.retrieve(made.id)
+    assert found.status == "failed"
+    assert found.error is not None
+    assert (found.error.code, found.error.param) == (code, "training_file")
+    assert said in found.error.message
+    assert next(iter(client.fine_tuning.jobs.list_events(made.id))).level == "error"
+
+
+def test_the_clients_values_replace_the_projects(tmp_path: Path) -> None:
+    candidates = {"plain": {}, "tuned": {"train": {"budget": "20m", "learning_rate": 0.002}}}
+    project = opened(tmp_path, candidates=candidates)
+    asked = Hyperparameters(n_epochs=2, batch_size=3, learning_rate_multiplier=0.5)
+    arguments = Arguments(settings="", model=MODEL, training_file="f", hyperparameters=asked, seed=9, suffix="My Bot")
+    found = derived(project, arguments, "/a.jsonl", "/b.jsonl").settings
+    train = found.candidates["tuned"].train
+    assert train is not None
+    assert (train.epochs, train.batch, train.learning_rate, train.seed, train.budget) == (2, 3, 0.001, 9, None)
+    assert [(each.path, each.format, each.split) for each in found.data.sources] == [
+        ("/a.jsonl", "openai", None),
+        ("/b.jsonl", "openai", "test"),
+    ]
+    assert (found.name, found.release, found.data.sources[0].licence) == ("tiny-my-bot", "tuned", "CC0-1.0")
+    untouched = derived(project, Arguments(settings="", model=MODEL, training_file="f"), "/a.jsonl").settings
+    assert untouched.candidates == project.settings.candidates
+    assert len(series("x" * 63, "y" * 64)) == 63
+    with pytest.raises(UsageError, match="name one with"):
+        opened(tmp_path, candidates={"a": {"train": {}}, "b": {"train": {}}})

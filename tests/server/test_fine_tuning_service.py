@@ -1,0 +1,242 @@
+"""From a file of examples to a model that answers: the official clients against `tunesmith serve` and its workers."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.server.fine_tuning_project import (
+    MODEL,
+    examples,
+    serving,
+    started,
+    token_of_owner,
+    write_fine_tuning_project,
+)
+from tunesmith.jobs import queue
+from tunesmith.jobs.state import Job
+from tunesmith.project import Project
+from tunesmith.services.fine_tuning.arguments import Arguments, derived
+from tunesmith.services.training import run
+
+pytestmark = pytest.mark.slow
+QUESTION = [{"role": "user", "content": "turn on hall fan"}]
+_WAIT = 400.0
+
+
+@dataclass
+class Service:
+    """A running server without a worker of its own."""
+
+    folder: Path
+    url: str
+    token: str
+    project: Project
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url, api_key=self.token, max_retries=0, timeout=120)
+
+    def job(self, identifier: str) -> Job:
+        return queue.get(self.project.store, int(identifier.removeprefix("ftjob-")))
+
+    @contextlib.contextmanager
+    def worker(self) -> Iterator[subprocess.Popen[str]]:
+        process = started(self.folder, "worker", "--lease", "4")
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=120)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("service") / "project"
+        patch.setenv("TUNESMITH_USER", "olive")
+        patch.setenv("TUNESMITH_CACHE", str(folder.parent / "cache"))
+        write_fine_tuning_project(folder)
+        token = token_of_owner(folder)
+        with serving(folder, "--no-worker") as (url, _):
+            yield Service(folder, url, token, Project.load(folder))
+
+
+def until(true: Callable[[], object]) -> None:
+    end = time.monotonic() + _WAIT
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.attack("crash", "kill -9 of a worker that fine-tunes")
+def test_the_official_client_from_a_file_to_an_answer(service: Service) -> None:
+    client, jobs = service.client, service.client.fine_tuning.jobs
+    file = client.files.create(file=("rows.jsonl", examples()), purpose="fine-tune").id
+    made = jobs.create(model=MODEL, training_file=file, suffix="lamp", hyperparameters={"n_epochs": 40})
+    with service.worker() as killed:
+        until(lambda: service.job(made.id).progress.get("done", 0) > 20 and _trains(service.job(made.id)))
+        assert jobs.retrieve(made.id).status == "running"
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+    with service.worker():
+        until(lambda: service.job(made.id).has_ended)
+    done = jobs.retrieve(made.id)
+    assert (done.status, done.error) == ("succeeded", None)
+    assert service.job(made.id).attempts == 2
+    assert done.fine_tuned_model == f"ft:{MODEL}:tiny:lamp:{made.id[6:]}"
+    messages = [event.message for event in jobs.list_events(made.id, limit=3)]  # in pages
+    assert messages[0] == "succeeded"
+    assert "Files validated" in messages
+    assert any("gave no sign of life" in message for message in messages)
+    rows = list(csv.DictReader(io.StringIO(client.files.content(done.result_files[0]).text)))
+    assert list(rows[0]) == ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
+    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert [each.fine_tuned_model_checkpoint for each in jobs.checkpoints.list(made.id)] == [done.fine_tuned_model]
+    asked = {"model": done.fine_tuned_model, "messages": QUESTION}
+    with pytest.raises(openai.NotFoundError, match="tiny-lamp@v1 is not approved"):
+        client.chat.completions.create(**asked)  # type: ignore[call-overload]
+    assert started(service.folder, "approve", "tiny-lamp@v1", "--as", "ada").wait(120) == 0
+    answer = client.chat.completions.create(**asked)  # type: ignore[call-overload]
+    assert (answer.model, answer.choices[0].message.role) == ("tiny-lamp@v1", "assistant")
+    _require_the_same_weights(service, made.id, file)
+
+
+def _trains(job: Job) -> bool:
+    return "step" in job.progress and "train" in str(job.progress["step"])
+
+
+def _require_the_same_weights(service: Service, identifier: str, file: str) -> None:
+    """The killed job's weights are those of a training that nobody disturbed."""
+    folder = service.folder.parent / "undisturbed"
+    write_fine_tuning_project(folder)
+    (folder / ".tunesmith" / "files").mkdir(parents=True)
+    path = shutil.copy(service.folder / ".tunesmith" / "files" / f"{file}.jsonl", folder / ".tunesmith" / "files")
+    arguments = Arguments.model_validate(service.job(identifier).arguments)
+    trained = run(derived(Project.load(folder), arguments, path)).train["tuned"]
+    result = service.job(identifier).result["train"]["tuned"]
+    assert Path(trained.adapter).name == Path(result["adapter"]).name  # the digest of its bytes
+
+
+SCRIPT = """
+import OpenAI, { toFile } from "openai";
+import fs from "fs";
+const client = new OpenAI({ baseURL: process.env.URL, apiKey: process.env.TOKEN, maxRetries: 0 });
+const said = {};
+const file = await client.files.create({ file: fs.createReadStream(process.env.ROWS), purpose: "fine-tune" });
+const asked = { model: process.env.MODEL, training_file: file.id, metadata: { from: "node" },
+                method: { type: "supervised", supervised: { hyperparameters: { n_epochs: 60 } } } };
+const jobs = client.fineTuning.jobs;
+let job = await jobs.create(asked);
+said.created = job.status;
+said.paused_while_queued = (await jobs.pause(job.id)).status;
+said.resumed = (await jobs.resume(job.id)).status;
+console.log(JSON.stringify(job.id));
+const wait = async (status) => {
+  while ((job = await jobs.retrieve(job.id)).status !== status) await new Promise((done) => setTimeout(done, 50));
+};
+const trains = async () => (await jobs.listEvents(job.id)).data.some((event) => event.message.startsWith("training "));
+while (!(await trains())) await new Promise((done) => setTimeout(done, 50));
+await jobs.pause(job.id);
+await wait("paused");
+said.paused_while_running = job.status;
+await jobs.resume(job.id);
+await wait("running");
+await jobs.cancel(job.id);
+await wait("cancelled");
+said.cancelled_while_running = [job.status, job.fine_tuned_model, job.error];
+said.listed = [];
+for await (const each of jobs.list({ limit: 1, metadata: { from: "node" } })) said.listed.push(each.id === job.id);
+said.events = 0;
+for await (const event of jobs.listEvents(job.id, { limit: 2 })) said.events += 1;
+said.checkpoints = (await jobs.checkpoints.list(job.id)).data;
+try { await jobs.create({ ...asked, model: "gpt-9" }); } catch (error) { said.refused = [error.status, error.code]; }
+try { await client.chat.completions.create({ model: `ft:${asked.model}:tiny::${job.id.slice(6)}`,
+  messages: [{ role: "user", content: "x" }] }); } catch (error) { said.not_there = [error.status, error.code]; }
+said.content = (await (await client.files.content(file.id)).text()).length;
+said.deleted = (await client.files.delete(file.id)).deleted;
+console.log(JSON.stringify(said));
+"""
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the official client for Node."""
+    if shutil.which("npm") is None:
+        pytest.skip("there is no npm")
+    folder = tmp_path_factory.mktemp("node")
+    if (known := os.environ.get("TUNESMITH_NODE_MODULES")) is not None:
+        (folder / "node_modules").symlink_to(known)
+        return folder
+    if subprocess.run(["npm", "install", "--silent", "openai@>=6"], cwd=folder, capture_output=True).returncode:
+        pytest.skip("the package openai cannot be installed")
+    return folder
+
+
+def test_the_client_for_node_pauses_resumes_and_cancels(service: Service, node: Path) -> None:
+    (node / "client.mjs").write_text(SCRIPT)
+    (node / "rows.jsonl").write_bytes(examples())
+    given = {"URL": service.url, "TOKEN": service.token, "MODEL": MODEL, "ROWS": str(node / "rows.jsonl")}
+    with service.worker():
+        done = subprocess.run(
+            ["node", "client.mjs"], cwd=node, env={**os.environ, **given}, capture_output=True, text=True, timeout=_WAIT
+        )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said.pop("events") > 5
+    assert said == {
+        "created": "queued",
+        "paused_while_queued": "paused",
+        "resumed": "queued",
+        "paused_while_running": "paused",
+        "cancelled_while_running": ["cancelled", None, None],
+        "listed": [True],
+        "checkpoints": [],
+        "refused": [404, "model_not_found"],
+        "not_there": [404, "model_not_available"],
+        "content": len(examples()),
+        "deleted": True,
+    }
+
+
+def test_a_server_starts_a_worker_and_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that fails its gates says so, and names the rival that needs no training."""
+    monkeypatch.setenv("TUNESMITH_USER", "olive")
+    gate = {"right": {"metric": "exact_match", "at_least": 0.9}}
+    folder = write_fine_tuning_project(tmp_path / "project", gates=gate)
+    token, store = token_of_owner(folder), Project.load(folder).store
+    with serving(folder) as (url, server):
+        client = openai.OpenAI(base_url=url, api_key=token, max_retries=0, timeout=120)
+        file = client.files.create(file=("rows.jsonl", examples()), purpose="fine-tune").id
+        made = client.fine_tuning.jobs.create(model=MODEL, training_file=file, hyperparameters={"n_epochs": 1})
+        number = int(made.id[6:])
+        until(lambda: queue.get(store, number).has_ended)
+        done = client.fine_tuning.jobs.retrieve(made.id)
+        assert (done.status, done.fine_tuned_model) == ("failed", None)
+        assert done.error is not None
+        assert done.error.code == "gate_failed"
+        assert "right" in done.error.message
+        assert "Training did not pay: plain, without training, reaches exact_match" in done.error.message
+        assert "verdict sha256:" in done.error.message
+        assert client.files.content(done.result_files[0]).text.startswith("step,train_loss")
+        with pytest.raises(openai.NotFoundError, match="is failed: gate_failed"):
+            client.chat.completions.create(model=f"ft:{MODEL}:tiny::{number}", messages=QUESTION)  # type: ignore[arg-type]
+        worker = int(queue.get(store, number).worker.rsplit(":", 1)[-1])
+        os.kill(worker, 0)
+    assert server.returncode == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
