@@ -121,6 +121,8 @@ class ProjectSettings(Settings):
             raise ValueError(f"release: {self.release!r} is not a candidate; they are {', '.join(self.candidates)}")
         if self.release is not None and self.candidates[self.release].endpoint is not None:
             raise ValueError(f"release: {self.release!r} is an endpoint, and an endpoint cannot be released")
+        if self.release is not None and self.candidates[self.release].version is not None:
+            raise ValueError(f"release: {self.release!r} is a version that is registered already")
         for name, candidate in self.candidates.items():
             _check_candidate(name, candidate, self)
         _check_fine_tuning(self)

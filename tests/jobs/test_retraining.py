@@ -30,6 +30,9 @@ from tunesmith.store import database
 from tunesmith.store.tables import RequestRow
 
 CAUSES = ["drift", "rows", "base", "recall", "expiry", "evidence", "schedule"]
+HELD = {"prompt": "prompt.txt", "max_tokens": 40, "constrain": True}
+CHAMPION = {"version": "champion"}
+NOT_WORSE = {"kept": {"metric": "json_valid", "not_below": "champion", "drop_at_most": 0.2}}
 AT_ONCE = RolloutSettings.model_validate({"steps": [{"setWeight": 100}]}).steps
 
 
@@ -39,8 +42,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_USER", "olive")
         patch.delenv("TUNESMITH_DATABASE_URL", raising=False)
-        plain = {"plain": {"prompt": "prompt.txt", "max_tokens": 8}}
-        folder = write_project(tmp_path_factory.mktemp("served") / "p", candidates=plain)
+        folder = write_project(tmp_path_factory.mktemp("served") / "p", candidates={"held": HELD})
         project = Project.load(folder)
         training.run(project)
         add_user(project.store, "ann", ["approver"])
@@ -192,3 +194,34 @@ def test_a_run_that_gives_the_champion_again_says_so(folder: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "drift: requests to tiny@v1 drifted" in result.stdout
     assert "(job 1)" in result.stdout
+
+
+def test_a_successor_must_not_be_worse_than_the_champion_on_the_present_rows(folder: Path) -> None:
+    add_rows(folder)
+    candidates: dict[str, Any] = {"held": {**HELD, "max_tokens": 41}, "champion": CHAMPION}
+    change(folder, candidates=candidates, gates=NOT_WORSE)
+    kept = training.run(project := Project.load(folder))
+    assert (kept.gate.verdict, kept.gate.candidate) == ("pass", "held")
+    assert kept.registered is not None
+    assert kept.registered.version == "tiny@v2"
+    measured = project.store.record(kept.evaluate.evaluation, kind="evaluation").body["candidates"]
+    assert measured["champion"]["metrics"]["json_valid"]["mean"] == 1.0
+    change(folder, candidates={"plain": {"prompt": "prompt.txt", "max_tokens": 8}, "champion": CHAMPION})
+    worse = training.run(Project.load(folder))
+    assert (worse.gate.verdict, worse.gate.candidate) == ("fail", "plain"), "the champion is no candidate for release"
+
+
+def test_a_champion_that_cannot_be_measured_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    change(folder, candidates={"held": HELD, "champion": CHAMPION}, gates=NOT_WORSE)
+    write_model(folder / "other", seed=9)
+    change(folder, base="other")
+    with pytest.raises(Refused, match="tiny@v1 was made from another base") as refused:
+        training.run(Project.load(folder))
+    assert refused.value.where == "candidates.champion.version"
+    write_project(tmp_path / "new", candidates={"held": HELD, "champion": CHAMPION}, gates=NOT_WORSE)
+    with pytest.raises(UsageError, match="there is no version 'tiny@champion'") as missing:
+        training.run(Project.load(tmp_path / "new"))
+    assert "leave the candidate champion out" in str(missing.value.fix)
+    write_project(tmp_path / "new", candidates={"champion": {**CHAMPION, "prompt": "prompt.txt"}})
+    with pytest.raises(UsageError, match="a version answers as it was registered: remove prompt"):
+        Project.load(tmp_path / "new")

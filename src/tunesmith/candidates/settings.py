@@ -129,6 +129,13 @@ class CandidateSettings(Settings):
     endpoint: Annotated[
         EndpointSettings | None, Field(description="ask a model behind a URL instead of the base model")
     ] = None
+    version: Annotated[
+        str | None,
+        Field(
+            description="a registered version, as champion or NAME@v3, that answers the present test rows as it was "
+            "registered, so that a gate can ask its successor not to be worse"
+        ),
+    ] = None
     constrain: Annotated[
         bool | Constrain,
         Field(description="decode only answers that are valid under task.schema: true, or the fields to copy as well"),
@@ -157,6 +164,8 @@ class CandidateSettings(Settings):
         given = {key for key in self.model_fields_set if getattr(self, key) not in (None, False, 0)}
         if self.method != "model":
             _none_of(given - {"method", "max_tokens"}, f"method: {self.method} uses no language model")
+        if self.version is not None:
+            _none_of(given - {"version"}, "a version answers as it was registered")
         if self.endpoint is not None:
             _none_of(given & {"train", "weights"}, "an endpoint answers with its own weights")
             if self.copied:

@@ -14,7 +14,7 @@ from tunesmith.candidates.copying import copied_fields
 from tunesmith.candidates.search import found_choice, search_prompts, with_choice
 from tunesmith.candidates.settings import CandidateSettings, Search
 from tunesmith.candidates.shots import choose_shots
-from tunesmith.core.errors import UsageError
+from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.reading.text_files import read_text_file
 from tunesmith.data.dataset import Example
@@ -29,6 +29,10 @@ from tunesmith.pipeline.training import (
     train_candidate,
 )
 from tunesmith.pipeline.training_search import search_settings
+from tunesmith.registry.aliases import ALIASES
+from tunesmith.registry.serving import may_load
+from tunesmith.registry.versions import resolve
+from tunesmith.store import database
 
 if TYPE_CHECKING:
     from tunesmith.training.range_test import RateSearch
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
 def candidate(context: PipelineContext, name: str, restart: bool = False) -> str:
     """Digest of a candidate of the project file. Trains its adapter first where that is not done yet."""
     settings = context.settings_of(name)
+    if settings.version is not None:
+        return put_candidate(context.store, _registered(context, name, settings.version))
     found = untrained_candidate(context, name, settings)
     if settings.train is not None:
         trained = train_candidate(context, name, found, settings.train, restart=restart)
@@ -145,6 +151,29 @@ def untrained_candidate(context: PipelineContext, name: str, settings: Candidate
         return _searched(context, found, settings.search)
     chosen = choose_shots(context.dataset.examples("train"), shots.count, shots.choose) if shots else []
     return with_choice(found, found.prompt, chosen)
+
+
+def _registered(context: PipelineContext, name: str, text: str) -> Candidate:
+    """A registered version as a candidate of this name. text: champion, challenger, or as `resolve` takes it.
+
+    Raises UsageError where there is none, Refused for one that may not be loaded or was made from another base.
+    """
+    store, where = context.store, f"candidates.{name}.version"
+    try:
+        version = resolve(store, f"{context.project.settings.name}@{text}" if text in ALIASES else text)
+    except UsageError as error:
+        fix = f"leave the candidate {name} out until there is one"
+        raise UsageError(error.what, where=where, fix=fix) from error
+    with database.reading(store.engine) as session:
+        may_load(session, version).require(version.label)
+    found = load_candidate(store, version.candidate)
+    if found.base != context.base.digest:
+        raise Refused(
+            f"{version.label} was made from another base, which is not loaded here",
+            where=where,
+            fix=f"leave the candidate {name} out, and compare afterwards: tunesmith compare {version.label} NAME@vN",
+        )
+    return found.model_copy(update={"name": name})
 
 
 def _prompt(context: PipelineContext, name: str, file: str) -> str:

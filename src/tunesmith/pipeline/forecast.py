@@ -37,6 +37,7 @@ from tunesmith.pipeline.candidates import answerer, candidate, untrained_candida
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.pipeline.held_out import ask_held_out, ask_losses, kept, mean, together
 from tunesmith.pipeline.training import training_inputs
+from tunesmith.project import ProjectSettings
 from tunesmith.store.records import Record
 from tunesmith.training.batches.rows import TrainingRow, training_rows
 from tunesmith.training.recipe import epochs_for, fit_to_rows
@@ -71,7 +72,7 @@ def curve(context: PipelineContext, name: str, budget: float) -> str:
             f"candidate {name!r} is not trained for use, so there is nothing to forecast", where=f"candidates.{name}"
         )
     found = untrained_candidate(context, name, settings)
-    untuned = {each: candidate(context, each) for each, other in project.candidates.items() if not other.adapted}
+    untuned = {each: candidate(context, each) for each in _rivals(project)}
     inputs = {
         "training": training_inputs(context, name, found, settings.train),
         "untuned": untuned,
@@ -100,11 +101,10 @@ def forecast(context: PipelineContext, name: str, *, budget: float, goal: float 
     measured = curve(context, name, budget)
     project = context.project.settings
     gate = lift_gate(project.gates, project.task.leading)
-    over = gate.over if gate is not None and gate.over in project.candidates else None
     endpoints = {each: other.endpoint for each, other in project.candidates.items() if other.endpoint}
     wanted = Wanted(
         goal=goal if goal is not None else gate.at_least if gate is not None else 0.0,
-        over=over if over is not None and not project.candidates[over].adapted else None,
+        over=gate.over if gate is not None and gate.over in _rivals(project) else None,
         days=days,
         prices=project.prices,
         tokens={each: endpoint.price for each, endpoint in endpoints.items() if endpoint.price},
@@ -124,6 +124,11 @@ def forecast(context: PipelineContext, name: str, *, budget: float, goal: float 
         return context.store.put_record(Record(kind="forecast", parents={"curve": measured}, body=body))
 
     return context.stages.run(f"forecast of {name}", "forecast", inputs, decide)
+
+
+def _rivals(project: ProjectSettings) -> list[str]:
+    """Names of the candidates that a training has to beat."""
+    return [name for name, each in project.candidates.items() if not (each.adapted or each.version)]
 
 
 def lift_gate(gates: Gates, metric: str) -> Lift | None:

@@ -96,7 +96,7 @@ def verdict(context: PipelineContext, name: str | None = None) -> str:
 def subject(context: PipelineContext, measured: str) -> str:
     """The candidate to release: `release:`, else the only tuned one, else the best by the primary metric.
 
-    measured: digest of the evaluation. Raises UsageError where all candidates are endpoints.
+    measured: digest of the evaluation. Raises UsageError where none can be released.
     """
     settings = context.project.settings
     if settings.release is not None:
@@ -105,10 +105,11 @@ def subject(context: PipelineContext, measured: str) -> str:
     if len(tuned) == 1:
         return tuned[0]
     body = context.store.record(measured, kind="evaluation").body
-    # An endpoint's weights are not in the store, so it can be measured but not released.
-    own = [name for name, each in settings.candidates.items() if each.endpoint is None]
+    # An endpoint's weights are not in the store, so it can be measured but not released. A version is registered.
+    own = [name for name, each in settings.candidates.items() if each.endpoint is None and each.version is None]
     if not own:
-        raise UsageError("all candidates are endpoints, and an endpoint cannot be released", where="candidates")
+        what = "all candidates are endpoints or registered versions, which cannot be released"
+        raise UsageError(what, where="candidates", fix="add a candidate that answers here")
     means = {name: body["candidates"][name]["metrics"][body["primary"]]["mean"] for name in own}
     return max(means, key=lambda name: (means[name], name))
 
