@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -82,32 +83,22 @@ def memory_plan(
     room = device if device is not None else DeviceMemory(computing_device()).available()
     peak, basis = _peak(shapes, precision, tflops, elsewhere=device is not None)
     rate = None if peak is None else peak * utilisation
-    ways = []
+    trains = partial(training_memory, shapes, precision=precision, rank=rank, tokens=tokens, shards=ranks)
+    rows, ways = 1000 * row_tokens, []
     for quantized, recompute in itertools.product((False, True) if ranks == 1 else (False,), (False, True)):
-        needs = training_memory(
-            shapes,
-            quantized=quantized,
-            precision=precision,
-            rank=rank,
-            tokens=tokens,
-            recompute=recompute,
-            shards=ranks,
-        )
-        rows = 1000 * row_tokens
-        trained = rank * shapes.adapted
+        needs, trained = trains(quantized=quantized, recompute=recompute), rank * shapes.adapted
         operations = training_flops(shapes, tokens=rows, scored=rows, trained=trained, recompute=recompute)
-        ways.append(
-            Way(
-                quantize="4bit" if quantized else None,
-                recompute=recompute,
-                base=needs.base,
-                trained=needs.trained,
-                activations=needs.activations,
-                total=needs.total,
-                fits=needs.total <= room,
-                seconds=None if rate is None else operations / rate / ranks,
-            )
+        way = Way(
+            quantize="4bit" if quantized else None,
+            recompute=recompute,
+            base=needs.base,
+            trained=needs.trained,
+            activations=needs.activations,
+            total=needs.total,
+            fits=needs.total <= room,
+            seconds=None if rate is None else operations / rate / ranks,
         )
+        ways.append(way)
     numbers, each = shapes.linear + shapes.rest, cache_bytes(shapes, precision, 1)
     beside = room - numbers * (2 if precision == "bf16" else 4)
     return MemoryPlan(
