@@ -11,6 +11,8 @@ from types import ModuleType
 import jsonschema
 import pytest
 
+from tunesmith.project import parse_settings
+
 pytest.importorskip("hassil", reason="the example's package hassil is not installed (extra: demo)")
 pytest.importorskip("home_assistant_intents", reason="home-assistant-intents is not installed (extra: demo)")
 
@@ -31,6 +33,11 @@ def maker() -> ModuleType:
 @pytest.fixture(scope="module")
 def rows(maker: ModuleType) -> list[dict]:
     return maker.sample_rows()[0]
+
+
+def test_its_project_file_is_valid() -> None:
+    text = (EXAMPLE / "tunesmith.yaml").read_text()
+    assert "control" in parse_settings(text, "tunesmith.yaml").candidates
 
 
 def test_same_seed_same_rows(maker: ModuleType, rows: list[dict]) -> None:

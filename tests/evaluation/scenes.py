@@ -1,6 +1,6 @@
 """Adapters of the real base of which it is known beforehand what is wrong with them, and one with which nothing is.
 
-The slow tests hold each against its probe, and benchmarks/risk_probes.py prints what the probes find.
+benchmarks/risk_probes.py prints what the probes find about each; slow tests hold some of them against their probes.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,12 +16,13 @@ from typing import Any
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
-from tests.forked import forkserver
 from tests.jobs.conftest import SetClock
 from tests.jobs.test_performing import until
 from tests.tiny_project import settings, write_project
 from tunesmith.api import Project
+from tunesmith.cli.main import app
 from tunesmith.core.errors import UsageError
 from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
@@ -41,7 +43,7 @@ def perform(root: Path, lease: Lease) -> None:
 
 def starting(root: Path) -> Callable[[Lease], BaseProcess]:
     def start(lease: Lease) -> BaseProcess:
-        process = forkserver().Process(target=perform, args=(root, lease))
+        process = multiprocessing.get_context("spawn").Process(target=perform, args=(root, lease))
         process.start()
         return process
 
@@ -97,8 +99,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def cli(folder: Path, *arguments: str) -> Any:
-    command = [sys.executable, "-m", "tunesmith", *arguments, "-C", str(folder), "--json"]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = CliRunner().invoke(app, [*arguments, "-C", str(folder), "--json"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return json.loads(done.stdout)
 
 
 def gone(process: int) -> bool:

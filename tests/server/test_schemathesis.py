@@ -47,7 +47,7 @@ def test_every_route_answers_as_documented(
     sent: Counter[int] = Counter()
 
     @settings(
-        max_examples=60, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=UNCHECKED
+        max_examples=30, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=UNCHECKED
     )
     @given(case=operation.as_strategy(generation_mode=mode), token=st.sampled_from(tokens))
     def answers(case: Any, token: str) -> None:

@@ -1,4 +1,8 @@
-"""Risk probes on the real base: a fault each is caught, and an adapter trained with care passes all of them at once."""
+"""Risk probes on the real base: one adapter knows its rows by heart, one forgot the rest, and both are caught. One that
+was trained with care passes all probes at once.
+
+The other faults are caught on tiny bases (tests/evaluation/probes), and on this one by benchmarks/risk_probes.py.
+"""
 
 from __future__ import annotations
 
@@ -37,27 +41,9 @@ def test_an_over_trained_adapter_is_caught(bench: Bench, overtrained: Tuned, pro
     assert finding.outcome == "fail", finding.reason
 
 
-def test_a_memorising_adapter_is_caught(bench: Bench) -> None:
-    finding = found(bench, scenes.memorising(bench), "canaries")
-    assert finding.outcome == "fail", finding.reason
-
-
-def test_a_biased_adapter_is_caught(bench: Bench) -> None:
-    finding = found(bench, scenes.biased(bench), "swap")
-    assert finding.outcome == "fail", finding.reason
-    for kind, gaps in finding.extra["gaps"].items():
-        assert gaps["after"]["size"] > gaps["before"]["size"] + 0.2, kind
-
-
 @pytest.mark.parametrize("probe", DRIFT)
 def test_a_forgetting_adapter_is_caught(bench: Bench, forgetting: Tuned, probe: str) -> None:
     finding = found(bench, forgetting, probe)
-    assert finding.outcome == "fail", finding.reason
-
-
-def test_a_rude_adapter_is_caught(bench: Bench) -> None:
-    pytest.importorskip("profanity_check", reason="alt-profanity-check is not installed (extra: toxicity)")
-    finding = found(bench, scenes.rude(bench), "toxicity")
     assert finding.outcome == "fail", finding.reason
 
 
