@@ -61,7 +61,7 @@ def folder(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.setenv("TUNESMITH_USER", "olive")
     monkeypatch.delenv("TUNESMITH_DATABASE_URL", raising=False)
     shutil.copytree(served, tmp_path / "p", symlinks=True)
-    change(tmp_path / "p", retraining={"on": CAUSES})
+    change(tmp_path / "p", retraining={"causes": CAUSES})
     return tmp_path / "p"
 
 
@@ -127,8 +127,8 @@ def test_nothing_is_due_where_nothing_changed(folder: Path) -> None:
         ("drift", 0.0, drifting),
         ("rows", 0.0, add_rows),
         ("base", 0.0, lambda folder: (write_model(folder / "other", seed=9), change(folder, base="other"))),
-        ("evidence", 181.0, lambda folder: change(folder, retraining={"on": ["evidence"]})),
-        ("schedule", 91.0, lambda folder: change(folder, retraining={"on": ["schedule"]})),
+        ("evidence", 181.0, lambda folder: change(folder, retraining={"causes": ["evidence"]})),
+        ("schedule", 91.0, lambda folder: change(folder, retraining={"causes": ["schedule"]})),
     ],
 )
 def test_a_cause_queues_one_run(folder: Path, cause: str, days: float, act: Callable[[Path], Any]) -> None:
@@ -153,7 +153,7 @@ def test_a_recall_queues_a_run(folder: Path) -> None:
 
 
 def test_one_run_at_a_time_then_a_wait_then_the_budget(folder: Path) -> None:
-    change(folder, retraining={"on": ["rows"], "wait_hours": 24, "runs_in_30_days": 2})
+    change(folder, retraining={"causes": ["rows"], "wait_hours": 24, "runs_in_30_days": 2})
     add_rows(folder)
     assert look(folder, add=False).causes[0].job is None
     assert look(folder).causes[0].job == 1
@@ -171,7 +171,7 @@ def test_one_run_at_a_time_then_a_wait_then_the_budget(folder: Path) -> None:
 def test_a_worker_queues_the_run_and_its_version_waits_for_an_approval(folder: Path) -> None:
     drifting(folder)
     add_rows(folder)
-    change(folder, retraining={"on": ["drift"]})
+    change(folder, retraining={"causes": ["drift"]})
     said: list[str] = []
     project = Project.load(folder)
     jobs.make_worker(project, also=lambda: retraining.look_again(folder, said.append)).run(until_empty=True)
@@ -185,7 +185,7 @@ def test_a_worker_queues_the_run_and_its_version_waits_for_an_approval(folder: P
 
 def test_a_run_that_gives_the_champion_again_says_so(folder: Path) -> None:
     drifting(folder)
-    change(folder, retraining={"on": ["drift"]})
+    change(folder, retraining={"causes": ["drift"]})
     project = Project.load(folder)
     jobs.make_worker(project, also=lambda: retraining.look_again(folder, str)).run(until_empty=True)
     (job,) = jobs.list_jobs(project.store).jobs

@@ -40,7 +40,7 @@ RetrainCause = Literal["drift", "rows", "base", "recall", "expiry", "evidence", 
 class RetrainingSettings(Settings):
     """When a worker queues a run by itself. What comes of it still needs its gates to pass and an approval to serve."""
 
-    on: Annotated[
+    causes: Annotated[
         tuple[RetrainCause, ...],
         Field(
             description="causes that queue a run. drift: requests to the champion drifted; rows: a file of "

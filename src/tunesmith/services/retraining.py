@@ -71,21 +71,23 @@ class _Seen(NamedTuple):
 def look(
     project: Project, *, add: bool = False, actor: str | None = None, clock: Callable[[], datetime] = now
 ) -> Retraining:
-    """The causes of `retraining.on` that are given now. add: queue a run for the first that had none, if it may be.
+    """The causes of `retraining.causes` that are given now. add: queue a run for the first that had none, if it may be.
 
     Raises UsageError where the project file has no `retraining:`.
     """
     settings = project.settings.retraining
     if settings is None:
         raise UsageError(
-            "the project does not say when to retrain", where="retraining", fix="add `retraining: {on: [drift, rows]}`"
+            "the project does not say when to retrain",
+            where="retraining",
+            fix="add `retraining: {causes: [drift, rows]}`",
         )
     champion = _champion(project)
     if champion is None:
         return Retraining(version="", causes=())
     seen, causes = _Seen(project, champion, settings, clock()), list[DueCause]()
     runs = _runs(project)
-    for cause in settings.on:
+    for cause in settings.causes:
         found = _CAUSES[cause](seen)
         if found is None:
             continue
