@@ -47,6 +47,12 @@ def test_shapes_are_those_of_the_loaded_model(tmp_path: Path, family: str) -> No
         training_memory(shapes, quantized=False, precision="fp32", rank=RANK, tokens=1, recompute=False).trained
         == 20 * trained.trained_numbers
     )
+    whole = {
+        precision: training_memory(shapes, quantized=False, precision=precision, rank=None, tokens=1, recompute=False)
+        for precision in ("fp32", "bf16")
+    }
+    numbers = shapes.linear + shapes.rest
+    assert [(each.base, each.trained) for each in whole.values()] == [(0, 20 * numbers), (2 * numbers, 22 * numbers)]
 
 
 def _kept_bytes(config: Any, dtype: torch.dtype, *, recompute: bool) -> int:
@@ -112,6 +118,9 @@ def test_the_command_says_what_fits(tmp_path: Path) -> None:
     code, spread = _run(tmp_path, "--device", 1000, "--ranks", 4)
     assert [way["quantize"] for way in spread["ways"]] == [None, None], "4 bits are refused on several ranks"
     assert spread["ways"][0]["trained"] == pytest.approx(found["ways"][0]["trained"] / 4, abs=1)
+    full = _run(tmp_path, "--device", 1000, "--method", "full")[1]
+    assert [(way["quantize"], way["recompute"]) for way in full["ways"]] == [(None, False), (None, True)]
+    assert full["ways"][0]["trained"] == 22 * full["numbers"]
 
 
 def test_time_has_a_stated_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

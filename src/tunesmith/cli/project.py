@@ -84,6 +84,7 @@ def memory(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens computed at once.")] = 2048,
+    method: Annotated[Literal["lora", "full"], typer.Option(help="Train an adapter, or the base itself.")] = "lora",
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
     ranks: Annotated[int, typer.Option(min=1, help="Processes, one for each device, that share the weights.")] = 1,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the frozen weights and activations.")] = "bf16",
@@ -105,6 +106,7 @@ def memory(
     found = memory_plan(
         base if base is not None else here.project.settings.base,
         here.directory,
+        method=method,
         rank=rank,
         tokens=tokens,
         ranks=ranks,
@@ -119,10 +121,11 @@ def memory(
 
 
 def _draw_memory(console: Console, found: MemoryPlan) -> None:
+    kind = "LoRA" if found.method == "lora" else "full"
     title = f"{found.base}: {found.numbers / 1e9:.2f} billion numbers, {found.tokens:,} tokens at once"
     rows = [
         (
-            ", ".join(["LoRA", *["quantize: 4bit"] * bool(way.quantize), *["recompute: true"] * way.recompute]),
+            ", ".join([kind, *["quantize: 4bit"] * bool(way.quantize), *["recompute: true"] * way.recompute]),
             *(f"{part / _GIB:.1f}" for part in (way.base, way.trained, way.activations, way.total)),
             "yes" if way.fits else "no",
             _duration(way.seconds),

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 class Way(View):
-    """A way of training an adapter, and its bytes on each device. quantize: the base's, as the setting. base: frozen
-    weights. trained: the adapter with its gradients and the optimiser. activations: of one batch, with its logits.
-    fits: whether the device has as much. seconds: of a pass over 1,000 rows; None without a rate."""
+    """A way of training, and its bytes on each device. quantize: the base's, as the setting. base: weights that are
+    computed with. trained: the adapter, or the base's fp32 weights, with gradients and the optimiser. activations: of
+    one batch, with its logits. fits: whether the device has as much. seconds: of a pass over 1,000 rows; None without a
+    rate."""
 
     quantize: Literal["4bit"] | None
     recompute: bool
@@ -39,6 +40,7 @@ class MemoryPlan(View):
     numbers: int
     device: int
     ranks: int
+    method: Literal["lora", "full"]
     precision: Literal["fp32", "bf16"]
     rank: int
     tokens: int
@@ -54,6 +56,7 @@ def memory_plan(
     spec: str,
     root: Path,
     *,
+    method: Literal["lora", "full"] = "lora",
     rank: int = 16,
     tokens: int = 2048,
     ranks: int = 1,
@@ -63,17 +66,17 @@ def memory_plan(
     tflops: float | None = None,
     utilisation: float = 0.4,
 ) -> MemoryPlan:
-    """What each way of training an adapter takes, from the base's configuration. A base in 4 bits is not sharded.
+    """What each way of training takes, from the base's configuration. A base in 4 bits is neither sharded nor trained.
 
     The time is an estimate: the operations of the matrix products over a rate. Attention, what 4 bits take to be
     restored, and what ranks send each other are left out.
 
-    spec: the base, as in a project file; root: the folder that a relative path starts from. rank: of the adapter.
-    tokens: of one batch. ranks: devices that the weights are sharded over. device: bytes of one device; by default what
-    is free on this machine's GPU, or in its memory. row_tokens: of a row that time is estimated for. tflops: a device's
-    peak; by default the maker's figure for this machine's GPU, or what this machine reaches on the widest product.
-    utilisation: the share of it that a training reaches. Raises UsageError, Refused or TunesmithError for a base whose
-    configuration cannot be read.
+    spec: the base, as in a project file; root: the folder that a relative path starts from. method: an adapter of all
+    linear layers, or the base itself. rank: of the adapter. tokens: of one batch. ranks: devices that the weights are
+    sharded over. device: bytes of one device; by default what is free on this machine's GPU, or in its memory.
+    row_tokens: of a row that time is estimated for. tflops: a device's peak; by default the maker's figure for this
+    machine's GPU, or what this machine reaches on the widest product. utilisation: the share of it that a training
+    reaches. Raises UsageError, Refused or TunesmithError for a base whose configuration cannot be read.
     """
     from tunesmith.engines.device import DeviceMemory, computing_device
     from tunesmith.engines.hf.costs import training_flops
@@ -83,11 +86,14 @@ def memory_plan(
     room = device if device is not None else DeviceMemory(computing_device()).available()
     peak, basis = _peak(shapes, precision, tflops, elsewhere=device is not None)
     rate = None if peak is None else peak * utilisation
-    trains = partial(training_memory, shapes, precision=precision, rank=rank, tokens=tokens, shards=ranks)
+    full = method == "full"
+    adapter = None if full else rank
+    trains = partial(training_memory, shapes, precision=precision, rank=adapter, tokens=tokens, shards=ranks)
     rows, ways = 1000 * row_tokens, []
-    for quantized, recompute in itertools.product((False, True) if ranks == 1 else (False,), (False, True)):
-        needs, trained = trains(quantized=quantized, recompute=recompute), rank * shapes.adapted
+    for quantized, recompute in itertools.product((False,) if ranks > 1 or full else (False, True), (False, True)):
+        needs, trained = trains(quantized=quantized, recompute=recompute), 0 if full else rank * shapes.adapted
         operations = training_flops(shapes, tokens=rows, scored=rows, trained=trained, recompute=recompute)
+        operations += 2.0 * rows * (shapes.computed + shapes.head) if full else 0.0
         way = Way(
             quantize="4bit" if quantized else None,
             recompute=recompute,
@@ -106,6 +112,7 @@ def memory_plan(
         numbers=numbers,
         device=room,
         ranks=ranks,
+        method=method,
         precision=precision,
         rank=rank,
         tokens=tokens,

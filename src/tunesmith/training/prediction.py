@@ -47,15 +47,16 @@ def training_memory(
     *,
     quantized: bool,
     precision: str,
-    rank: int,
+    rank: int | None,
     tokens: int,
     recompute: bool,
     shards: int = 1,
 ) -> Memory:
     """Bytes on each device to train an adapter of all linear layers, on batches of so many tokens.
 
-    quantized: the base is in 4 bits. precision: fp32 or bf16, of the frozen base and of what is computed. recompute:
-    the decoder's layers keep only what they read. shards: devices that the weights are spread over.
+    rank: of the adapter; None where the base itself is trained (method: full). quantized: the base is in 4 bits.
+    precision: fp32 or bf16, of the frozen base and of what is computed. recompute: the decoder's layers keep only what
+    they read. shards: devices that the weights are spread over.
     """
     size, numbers = BYTES[precision], shapes.linear + shapes.rest
     if quantized:
@@ -63,7 +64,12 @@ def training_memory(
     else:
         base = size * numbers / shards
         whole = size * (shapes.layer + shapes.rest) if shards > 1 else 0.0  # brought together while they compute
-    trained = _TRAINED * rank * shapes.adapted / shards
+    if rank is not None:
+        trained = _TRAINED * rank * shapes.adapted / shards
+    elif precision == "fp32":  # the base's weights are those that the optimiser moves
+        base, trained = 0.0, _TRAINED * numbers / shards
+    else:  # their gradients are in bf16 until they are added to those of the fp32 weights
+        trained = (_TRAINED + size) * numbers / shards
     activations = activation_bytes(shapes, precision, tokens=tokens, scored=tokens, recompute=recompute)
     return Memory(round(base + whole), round(trained), activations)
 

@@ -122,6 +122,11 @@ def test_the_last_layers_and_bf16(tmp_path: Path) -> None:
     assert all(name.startswith("model.layers.1.") for name in ours.parameters)
     assert {each.dtype for each in ours.parameters.values()} == {torch.bfloat16}
     assert {each.dtype for each in parameters(ours)} == {torch.float32}
+    linears, head, batch = ours._model.linears, ours._model.head, lay_out(_rows(base), share=False)
+    sizes = {name: each.weight.numel() for name, each in linears.items()}  # type: ignore[operator, union-attr]
+    last = sum(size for name, size in sizes.items() if name.startswith("model.layers.1."))
+    tokens, scored = ours._computed(batch)
+    assert ours.flops(batch) == tokens * (4 * sum(sizes.values()) + 2 * last) + 4 * scored * head.weight.numel()
     before = {name: each.clone() for name, each in ours._model.module.named_parameters()}
     optimizer, batches = make_optimizer(ours, SETTINGS), [lay_out([one], share=False) for one in _rows(base)]
     small = gradients(ours, CrossEntropy(), batches)
