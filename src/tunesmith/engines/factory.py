@@ -45,6 +45,7 @@ def training_engine(
         f"does not train on a base in 4 bits, which {where}.quantize asks for": weights.quantize is not None,
         f"keeps the base in bf16, and {where}.precision asks for fp32": weights.precision == "fp32",
         f"has its own attention, and {where}.attention names another": weights.attention is not None,
+        f"has its own kernels, and {where}.kernels names others": weights.kernels is not None,
         f"does not compute layers again, which {where}.recompute asks for": weights.recompute,
         "trains in one process, and several are to train together": ranks > 1,
     }

@@ -187,6 +187,13 @@ class WeightSettings(Settings):
             "flash_attention_2 needs a GPU and the package flash-attn"
         ),
     ] = None
+    kernels: Annotated[
+        Literal["liger"] | None,
+        Field(
+            description="liger replaces a family's norms, activations and rotary embeddings in transformers by Liger's "
+            "kernels. Needs a GPU and `tunesmith[liger]`; not run yet. Default: transformers' own"
+        ),
+    ] = None
     start: Annotated[
         Literal["zero", "pissa"],
         Field(

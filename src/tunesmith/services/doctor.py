@@ -17,7 +17,7 @@ from tunesmith.core.view import View
 from tunesmith.project import Project
 
 # For quantize: 4bit, attention: flash_attention_2, clusters, and `tunesmith gpu-check`'s comparison.
-_EXTRAS = ("bitsandbytes", "flash-attn", "ray", "trl")
+_EXTRAS = ("bitsandbytes", "flash-attn", "liger-kernel", "ray", "trl")
 
 
 class Check(View):

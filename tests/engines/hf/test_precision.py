@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from tunesmith.engines.batch import lay_out
 from tunesmith.engines.factory import check_weight_settings, training_engine
 from tunesmith.engines.hf import support
 from tunesmith.engines.hf.loaded import LoadedHFModel
+from tunesmith.engines.hf.loading import model_settings
+from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.trainable import HFTrainable
 from tunesmith.engines.protocol import Question
 from tunesmith.engines.settings import EngineSettings, WeightSettings
@@ -106,6 +110,27 @@ def test_what_a_base_or_a_machine_lacks_is_refused_by_name(tmp_path: Path, monke
     monkeypatch.setattr(support, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="flash_attention_2 needs flash_attn"):
         check(attention="flash_attention_2")
+    with pytest.raises(UsageError, match="kernels: liger needs liger_kernel"):
+        check(kernels="liger")
+
+
+def test_liger_patches_the_families_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for its package, whose kernels need a GPU."""
+    patched: list[tuple[str, dict[str, bool]]] = []
+    stand_in = ModuleType("liger_kernel.transformers.monkey_patch")
+    stand_in.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}  # type: ignore[attr-defined]
+    stand_in._apply_liger_kernel_to_instance = lambda module, **how: patched.append(  # type: ignore[attr-defined]
+        (module.config.model_type, how)
+    )
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    settings = model_settings(WeightSettings(kernels="liger"))
+    assert HFModel(_base(tmp_path, "llama"), settings).settings.liger
+    assert patched == [("llama", {"cross_entropy": False, "fused_linear_cross_entropy": False})]
+    with pytest.raises(Refused, match="no kernels for the family 'gpt2'") as refused:
+        HFModel(_base(tmp_path, "gpt2"), settings)
+    assert refused.value.where == "train.kernels"
 
 
 @pytest.mark.skipif(device.gpu_present(), reason="about machines without a GPU")
@@ -114,6 +139,7 @@ def test_what_the_native_engine_does_not_honour_goes_to_hf_or_is_refused() -> No
     for stated, said in [
         ({"precision": "fp32"}, "keeps the base in bf16"),
         ({"attention": "eager"}, "has its own attention"),
+        ({"kernels": "liger"}, "has its own kernels"),
     ]:
         weights = WeightSettings.model_validate(stated)
         assert training_engine("llama", weights) == "hf"

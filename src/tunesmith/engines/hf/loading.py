@@ -24,11 +24,12 @@ from tunesmith.models.weight_files import MODEL_FILE
 
 class ModelSettings(NamedTuple):
     """How a base is kept and computed. quantized: its linear layers are in 4 bits. dtype: of its other numbers and of
-    what is computed. attention: transformers' implementation; None for its own choice."""
+    what is computed. attention: transformers' implementation; None for its own choice. liger: with Liger's kernels."""
 
     quantized: bool
     dtype: torch.dtype
     attention: str | None
+    liger: bool = False
 
 
 FP32 = ModelSettings(quantized=False, dtype=torch.float32, attention=None)
@@ -44,7 +45,7 @@ def model_settings(weights: WeightSettings) -> ModelSettings:
         rounded = computing_device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if rounded and weights.start == "zero" else "fp32"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return ModelSettings(weights.quantize is not None, dtype, weights.attention)
+    return ModelSettings(weights.quantize is not None, dtype, weights.attention, weights.kernels == "liger")
 
 
 def load(
@@ -114,6 +115,19 @@ def load(
     if config.is_encoder_decoder:
         raise Refused("the base has an encoder: it is not a causal language model", where=str(folder))
     return module, None
+
+
+def use_liger(module: Any) -> None:
+    """Have a module compute with Liger's kernels, and others of its family that this process builds later.
+
+    Raises Refused for a family that Liger has none for.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+
+    if (family := module.config.model_type) not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise Refused(f"Liger has no kernels for the family {family!r}", where="train.kernels", fix="leave kernels out")
+    # Without its losses: one replaces torch's own function, the other leaves no logits.
+    _apply_liger_kernel_to_instance(module, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def stored_names(module: Any, folder: Path) -> tuple[dict[str, str], frozenset[str]]:

@@ -21,7 +21,7 @@ from tunesmith.engines.batch import Batch, lay_out
 from tunesmith.engines.device import computing_device
 from tunesmith.engines.hf import four_bits, libraries, packing
 from tunesmith.engines.hf.costs import is_experts, is_linear, shapes_of
-from tunesmith.engines.hf.loading import FP32, ModelSettings, load, stored_names
+from tunesmith.engines.hf.loading import FP32, ModelSettings, load, stored_names, use_liger
 from tunesmith.engines.hf.sharding import recomputed, shard
 from tunesmith.engines.late_weights import to_meta
 from tunesmith.engines.ranks import ALONE, Ranks, whole
@@ -71,6 +71,8 @@ class HFModel:
             )
         self.module, self.late = load(base.folder, self.device, settings, late=late, weights=weights)
         self.stored, self.repeated = stored_names(self.module, base.folder)
+        if settings.liger:
+            use_liger(self.module)
         self.module.eval().requires_grad_(requires_grad=False)
         # The folder's own could change scores unseen.
         self.module.generation_config = libraries.transformers().GenerationConfig()

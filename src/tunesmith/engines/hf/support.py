@@ -24,6 +24,8 @@ def check_supported(settings: WeightSettings, where: str = "train", *, ranks: in
          "the base's weights, and bf16 would round what is left of them", "leave precision or start out"),
         (flash and (settings.precision == "fp32" or not gpu_present()), "attention", "attention: flash_attention_2 "
          "computes on a GPU and in bf16 only", "leave attention out"),
+        (settings.kernels is not None and not gpu_present(), "kernels", "kernels: liger computes on a GPU only",
+         "leave kernels out"),
     ):  # fmt: skip
         if given:
             raise Refused(what, where=f"{where}.{key}", fix=fix)
@@ -31,6 +33,7 @@ def check_supported(settings: WeightSettings, where: str = "train", *, ranks: in
     for given, key, package, install in (
         (flash, "attention", "flash_attn", "pip install flash-attn"),
         (four, "quantize", "bitsandbytes", "pip install 'tunesmith[qlora]'"),
+        (settings.kernels is not None, "kernels", "liger_kernel", "pip install 'tunesmith[liger]'"),
     ):
         if given and find_spec(package) is None:
             what = f"{key}: {getattr(settings, key)} needs {package}, which is not installed"

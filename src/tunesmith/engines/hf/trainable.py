@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,8 @@ class HFTrainable(TrainableModel):
     def environment(self) -> Mapping[str, str]:
         """The device, what the base is kept and computed in, and how batches are laid out."""
         found = {"device": device_name(self.device), "precision": self._precision, "attention": self._model.attention}
-        return found | {"batches": "packed" if self._model.packs else "padded"}
+        found["batches"] = "packed" if self._model.packs else "padded"
+        return found | ({"liger": version("liger-kernel")} if self._model.settings.liger else {})
 
     def loss(self, batch: Batch, objective: Objective, divisor: float) -> Tensor:
         """The objective over a batch's labels: a scalar, with gradients unless autograd is off."""
