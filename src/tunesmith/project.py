@@ -204,6 +204,11 @@ class Project:
         path = self.settings.task.schema_path
         return None if path is None else load_answer_schema(self.root / path)
 
+    def in_this_process(self) -> Project:
+        """This project without the Ray cluster of its settings: this process trains and answers."""
+        engine = self.settings.engine.model_copy(update={"ray": None})
+        return Project(self.root, self.settings.model_copy(update={"engine": engine}))
+
     def actor(self, name: str | None = None) -> str:
         """The name of the person who acts: name, else $TUNESMITH_USER, else the store's owner."""
         from tunesmith.store.identities import acting

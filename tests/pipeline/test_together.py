@@ -1,4 +1,4 @@
-"""Several processes train one adapter: `torchrun -m tunesmith train NAME`, and `engine: {ray: ...}`."""
+"""A project goes from rows to a served version with one process, with torchrun's two and with two workers of Ray."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,17 @@ from tunesmith.cli.main import app
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.engines.protocol import Question
 from tunesmith.models.weight_files import ADAPTER_FILE, CONFIG_FILE
-from tunesmith.pipeline.candidates import load_adapter
 from tunesmith.pipeline.context import PipelineContext
 from tunesmith.project import Project
-from tunesmith.services.evaluation import evaluate
-from tunesmith.services.training import train
+from tunesmith.services.training import run
+from tunesmith.store import identities
 
 
 def _project(folder: Path, **engine: object) -> Path:
     """With validation rows enough to score generated answers, on a base that the native engine does not run."""
     write_hf_model(folder / "model", "phi3")
-    given = settings()
-    data = {**given["data"], "split": {"validation": 0.3, "test": 0.3, "group_by": "template"}}  # type: ignore[dict-item]
+    given: dict[str, Any] = settings()
+    data = {**given["data"], "split": {"validation": 0.3, "test": 0.3, "group_by": "template"}}
     tuned = {
         "prompt": "prompt.txt",
         "train": {
@@ -45,43 +45,111 @@ def _project(folder: Path, **engine: object) -> Path:
             "validations": 2,
             "validation_rows": 30,
             "epochs": 6,
+            "learning_rate": 0.01,
             "checkpoint_seconds": 0.001,
         },
         "max_tokens": 4,
     }
-    return write_project(folder, data=data, candidates={"tuned": tuned}, **({"engine": engine} if engine else {}))
+    candidates = {"held": given["candidates"]["held"], "tuned": tuned}
+    changes = {"engine": engine} if engine else {}
+    return write_project(folder, data=data, candidates=candidates, release="tuned", **changes)
 
 
-def _kill_one(folder: Path, is_it: Callable[[Path], bool]) -> list[int]:
-    """End a process, once the training has a checkpoint, and return a list that gets its process id.
+def _kill_one(is_it: Callable[[Path], bool], *, when: Callable[[], bool] = lambda: True) -> list[int]:
+    """End the first process that is_it finds; returns a list that gets its number.
 
-    is_it: whether a folder of /proc is that of a process to end.
+    is_it: whether a folder of /proc is that of a process to end. when: whether to look for it already.
     """
     killed: list[int] = []
 
     def wait() -> None:
         until = time.monotonic() + 400
         while not killed and time.monotonic() < until:
-            time.sleep(0.05)
-            if any(folder.glob(".tunesmith/work/train-*/checkpoints/step-*")):
-                for path in Path("/proc").glob("[0-9]*"):
-                    with contextlib.suppress(OSError):
-                        if not killed and is_it(path):
-                            killed.append(int(path.name))
-                            os.kill(killed[0], signal.SIGKILL)
+            time.sleep(0.02)
+            for path in Path("/proc").glob("[0-9]*") if when() else ():
+                with contextlib.suppress(OSError):
+                    if not killed and is_it(path):
+                        os.kill(int(path.name), signal.SIGKILL)
+                        killed.append(int(path.name))
 
     threading.Thread(target=wait, daemon=True).start()
     return killed
 
 
-def _log_probabilities(project: Project, asked: Sequence[Question], training: str | None) -> list[float]:
-    """Of each question's only choice, under a training's adapter; None: the base."""
-    context = PipelineContext(project)
-    return [each for (each,) in context.engine.choose(asked, load_adapter(context, training))]
+def _worker_of(folder: Path, title: bytes) -> Callable[[Path], bool]:
+    """Whether a process has a title and was started, by another one of Ray, by a command that names a folder."""
+
+    def is_it(path: Path) -> bool:
+        if title not in (path / "cmdline").read_bytes():
+            return False
+        for _ in range(2):
+            path = Path("/proc") / (path / "stat").read_text().rpartition(")")[2].split()[1]  # the parent
+        return str(folder).encode() in (path / "cmdline").read_bytes()
+
+    return is_it
+
+
+def _has_checkpoint(folder: Path) -> Callable[[], bool]:
+    return lambda: any(folder.glob(".tunesmith/work/train-*/checkpoints/step-*"))
+
+
+@dataclass(frozen=True)
+class _Released:
+    """A project whose version serves. training: the record's digest. answers: to the test rows, by row."""
+
+    project: Project
+    training: str
+    answers: dict[str, str]
+
+
+def _release(folder: Path, document: Mapping[str, Any]) -> _Released:
+    """Approve the version that a run has registered, and ask it. document: what the run printed."""
+    project = Project.load(folder)
+    assert document["register"]["version"] == "tiny@v1"
+    identities.add_user(project.store, "ann", ["approver"], actor=project.actor())
+    for words in (
+        ["approve", "tiny@v1", "--as", "ann"],
+        ["verify", "tiny@v1"],
+        ["chat", "tiny@v1", "-m", "turn on hall fan"],
+    ):
+        done = CliRunner().invoke(app, [*words, "-C", str(folder), "--json"])
+        assert done.exit_code == 0, (done.output, done.exception)
+    evaluation = project.store.record(document["gate"]["evaluation"], kind="evaluation")
+    lines = project.store.record(evaluation.parents["answers:tuned"], kind="answers").blobs["answers.jsonl"]
+    answers = [json.loads(line) for line in project.store.read_blob(lines).splitlines()]
+    return _Released(project, document["train"]["tuned"]["training"], {each["id"]: each["text"] for each in answers})
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> _Released:
+    """Trained, evaluated and released by one process."""
+    folder = _project(tmp_path_factory.mktemp("alone"))
+    return _release(folder, run(Project.load(folder)).document())
+
+
+def _check_same(alone: _Released, other: _Released) -> None:
+    """The test rows' answers have the same log-probabilities under both adapters, and one of both answers differs
+    at most."""
+    context = PipelineContext(alone.project)
+    asked = [Question(row.request, (row.answer,)) for row in context.dataset.examples("test")]
+    found = []
+    for each in (alone, other):
+        record = each.project.store.record(each.training, kind="training")
+        with alone.project.store.scratch() as folder:
+            for name, blob in record.blobs.items():
+                (folder / name).write_bytes(each.project.store.read_blob(blob))
+            context.engine.load_adapter(str(each.project.root), folder)
+        found.append([sums[0] for sums in context.engine.choose(asked, str(each.project.root))])
+    base = [sums[0] for sums in context.engine.choose(asked)]
+    assert found[1] == pytest.approx(found[0], abs=1e-2)
+    assert max(abs(one - before) for one, before in zip(found[0], base, strict=True)) > 1, "training changed nothing"
+    assert other.answers.keys() == alone.answers.keys()
+    flipped = sum(alone.answers[row] != other.answers[row] for row in alone.answers)
+    assert flipped <= 1, f"{flipped} of {len(alone.answers)} answers differ"
 
 
 @pytest.mark.slow
-def test_two_processes_train_record_and_answer(tmp_path: Path) -> None:
+def test_two_processes_of_torchrun(tmp_path: Path, alone: _Released) -> None:
     """One of them is killed: torchrun starts both again, and they go on from the newest checkpoint."""
     folder = _project(tmp_path / "project")
 
@@ -89,19 +157,10 @@ def test_two_processes_train_record_and_answer(tmp_path: Path) -> None:
         ours = str(folder).encode() in (path / "cmdline").read_bytes()
         return ours and b"\0RANK=1\0" in (path / "environ").read_bytes()
 
-    killed = _kill_one(folder, is_it)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-        "1",
-    ]
+    killed = _kill_one(is_it, when=_has_checkpoint(folder))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     done = run_whole_group(
-        [*command, "-m", "tunesmith", "-C", str(folder), "train", "tuned", "--json"],
+        [sys.executable, *torchrun, "-m", "tunesmith", "-C", str(folder), "train", "tuned", "--json"],
         cwd=tmp_path,
         env={**os.environ, "TUNESMITH_THREADS": "1"},
         timeout=240,
@@ -118,46 +177,35 @@ def test_two_processes_train_record_and_answer(tmp_path: Path) -> None:
     record = project.store.record(found["training"], kind="training")
     assert record.body["environment"]["ranks"] == 2
     assert record.blobs.keys() == {ADAPTER_FILE, CONFIG_FILE}
-    assert train(project, "tuned").training == found["training"]  # skipped: the same training, whoever computes it
-    assert set(evaluate(project).candidates) == {"tuned"}
+    released = _release(folder, run(project).document())
+    assert released.training == found["training"]  # skipped: the same training, whoever computes it
+    _check_same(alone, released)
 
 
 @pytest.mark.slow
-def test_two_workers_of_ray_train(tmp_path: Path) -> None:
-    """One of them is killed: Ray starts both again, and they go on from the newest checkpoint."""
+def test_two_workers_of_ray(tmp_path: Path, alone: _Released) -> None:
+    """One is killed while they train: Ray starts both again, and they go on from the newest checkpoint. One is killed
+    while they answer: the other one and a new one answer what it was asked."""
     pytest.importorskip("ray.train.torch", reason="the extra `ray` is not installed")
     folder = _project(tmp_path / "project", ray={"workers": 2})
 
-    def is_it(path: Path) -> bool:
-        return b"ray::RayTrainWorker" in (path / "cmdline").read_bytes()
-
-    killed = _kill_one(folder, is_it)
+    trains = _kill_one(_worker_of(folder, b"ray::RayTrainWorker"), when=_has_checkpoint(folder))
+    answers = _kill_one(_worker_of(folder, b"ray::_Worker.answer"))
     done = run_whole_group(
-        [sys.executable, "-m", "tunesmith", "-C", str(folder), "train", "tuned", "--json"],
+        [sys.executable, "-m", "tunesmith", "-C", str(folder), "run", "--json"],
         cwd=tmp_path,
         env={**os.environ, **PATIENT, "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=600,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert len(killed) == 1
+    assert len(trains) == len(answers) == 1
     assert done.stderr.count("2 ranks train together") == 2
     assert "resuming from step" in done.stderr
-    project = Project.load(folder)
-    assert project.store.record(found["training"], kind="training").body["environment"]["ranks"] == 2
-    _check_same(Project.load(_project(tmp_path / "alone")), project, found["training"])
-
-
-def _check_same(alone: Project, project: Project, training: str) -> None:
-    """Train in this process; the log-probabilities of the test rows' answers are those of another training."""
-    own = train(alone, "tuned").training
-    rows = PipelineContext(alone).dataset.examples("test")
-    asked = [Question(row.request, (row.answer,)) for row in rows]
-    ours, theirs, base = (
-        _log_probabilities(*each) for each in ((alone, asked, own), (project, asked, training), (alone, asked, None))
-    )
-    assert theirs == pytest.approx(ours, abs=1e-3)
-    assert max(abs(one - other) for one, other in zip(ours, base, strict=True)) > 0.1, "it was trained"
+    assert "a worker that answers ended" in done.stderr
+    released = _release(folder, json.loads(done.stdout))
+    record = released.project.store.record(released.training, kind="training")
+    assert record.body["environment"]["ranks"] == 2
+    _check_same(alone, released)
 
 
 def test_one_process_has_one_copy() -> None:

@@ -243,7 +243,7 @@ def test_changed_rows_or_base_of_a_spec_are_refused(folder: Path) -> None:
         run_training(spec)
     spec.rows.path.write_bytes(rows)
     write_model(folder / "model", seed=1)
-    with pytest.raises(Refused, match="base model's files are not the ones of this training"):
+    with pytest.raises(Refused, match="base model's files are not those of digest"):
         run_training(spec)
 
 

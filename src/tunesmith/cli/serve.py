@@ -73,7 +73,7 @@ def serve(
 
     project = here.project
     listening = _listen(host, port)
-    context = PipelineContext(project, Terminal())
+    context = PipelineContext(project.in_this_process(), Terminal())
     app = create_app(
         project.store,
         context.engine,

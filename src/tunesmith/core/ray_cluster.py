@@ -9,6 +9,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.progress import Progress
 
 
 @contextmanager
@@ -35,16 +36,26 @@ def connected(where: str, address: str | None = None) -> Iterator[Any]:
         yield ray
 
 
-def check_room(ray: Any, workers: int, resources: Mapping[str, float], where: str) -> None:
-    """Raise Refused where a cluster of this machine alone can never hold so many workers. Others may grow."""
+def check_room(
+    ray: Any, workers: int, resources: Mapping[str, float], where: str, address: str | None, progress: Progress
+) -> None:
+    """Compare what workers take with what the cluster has. A named cluster may grow: progress says what is missing.
+
+    Raises Refused where a cluster of this machine alone can never hold them.
+    """
     there = ray.cluster_resources()
-    if len(ray.nodes()) > 1 or os.environ.get("RAY_ADDRESS"):
-        return
     for name, each in resources.items():
-        if there.get(name, 0.0) < workers * each:
-            raise Refused(
-                f"{workers} workers with {each:g} {name} each do not fit this machine, whose Ray cluster has "
-                f"{there.get(name, 0.0):g} {name}",
-                where=where,
-                fix="lower workers or resources, or name a larger cluster by address",
-            )
+        if there.get(name, 0.0) >= workers * each:
+            continue
+        short = f"{workers} workers with {each:g} {name} each, and the Ray cluster has {there.get(name, 0.0):g} {name}"
+        if not address and not os.environ.get("RAY_ADDRESS") and len(ray.nodes()) == 1:
+            fix = "lower workers or resources, or name a larger cluster by address"
+            raise Refused(f"this machine does not hold {short}", where=where, fix=fix)
+        progress.say(f"waiting for {short}")
+
+
+def limit_to(resources: Mapping[str, float]) -> None:
+    """Have this worker of Ray use no more threads than its CPUs, and no GPU unless it has one. Call it first of all."""
+    os.environ.setdefault("TUNESMITH_THREADS", str(max(1, int(resources.get("CPU", 1)))))
+    if "GPU" not in resources:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

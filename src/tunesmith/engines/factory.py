@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 LocalEngine = Literal["native", "hf"]
 
 
-def answering_engine(family: str, settings: EngineSettings = EngineSettings()) -> LocalEngine:
+def answering_engine(
+    family: str, settings: EngineSettings = EngineSettings(), *, gpu: bool | None = None
+) -> LocalEngine:
     """The engine that answers in this process for a base of a family: on a GPU hf, unless settings say that the native
-    engine trains; on the CPU native, where it computes the family."""
+    engine trains; on the CPU native, where it computes the family.
+
+    gpu: whether there is one where it answers; by default, whether this process sees one.
+    """
     if not is_native(family):
         return HF
-    return HF if settings.train != NATIVE and gpu_present() else NATIVE
+    return HF if settings.train != NATIVE and (gpu_present() if gpu is None else gpu) else NATIVE
 
 
 def training_engine(

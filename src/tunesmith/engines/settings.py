@@ -17,7 +17,7 @@ _ADAPTER_SETTINGS = ("rank", "alpha", "targets", "scaling", "start", "dora", "b_
 
 
 class RaySettings(Settings):
-    """A Ray cluster's workers, which train together."""
+    """A Ray cluster's workers: they train together, and each answers a part of an evaluation's requests."""
 
     workers: Annotated[int, Field(ge=1, le=4096, description="how many processes; with GPUs one for each GPU")]
     resources: Annotated[
@@ -37,7 +37,7 @@ class RaySettings(Settings):
 
 
 class EngineSettings(Settings):
-    """Which engine trains. This process answers."""
+    """Which engine trains. This process answers, or a Ray cluster's workers."""
 
     train: Annotated[
         Literal["auto", "native", "hf"],
@@ -50,7 +50,7 @@ class EngineSettings(Settings):
     ] = "auto"
     ray: Annotated[
         RaySettings | None,
-        Field(description="train on a Ray cluster; needs `tunesmith[ray]`"),
+        Field(description="train, and answer evaluations, on a Ray cluster; needs `tunesmith[ray]`"),
     ] = None
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tunesmith.core.digests import digest_file, digest_of
+from tunesmith.core.digests import digest_file, digest_of, short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
 from tunesmith.core.files import sync_folder, write_atomic
 from tunesmith.core.progress import SILENT, Progress
@@ -78,6 +78,16 @@ def resolve_base(store: Store, spec: str, root: Path, progress: Progress = SILEN
     else:
         folder = _local_folder(spec, root)
     return _record_base(store, folder, spec)
+
+
+def check_base(base: Base) -> None:
+    """Raise Refused where the base's files are not those that its digest names."""
+    if base_record(base.folder, base.spec).digest != base.digest:
+        raise Refused(
+            f"the base model's files are not those of digest {short(base.digest)}",
+            where=str(base.folder),
+            fix="restore them, or start again with the files as they are",
+        )
 
 
 def open_base(store: Store, digest: str) -> Base:

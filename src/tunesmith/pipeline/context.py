@@ -42,6 +42,7 @@ from tunesmith.project import Project
 from tunesmith.store.store import Store
 
 if TYPE_CHECKING:
+    from tunesmith.engines.on_ray import RayEngine
     from tunesmith.engines.protocol import Engine
     from tunesmith.engines.ranks import Ranks
     from tunesmith.engines.training_protocol import LoadedModel, ShardedModel
@@ -101,13 +102,7 @@ class PipelineContext:
 
     def trained_model(self, settings: WeightSettings) -> LoadedModel:
         """The base model's weights in this process that candidates train on, one after another: those that answer,
-        unless another engine trains. Raises UsageError where settings say that a Ray cluster's workers train."""
-        if self.ray is not None:
-            raise UsageError(
-                "this trains in one process, and engine.ray is for `tunesmith train NAME` and `tunesmith run`",
-                where="engine.ray",
-                fix="leave engine.ray out for this command",
-            )
+        unless another engine trains."""
         return self.sharded or self._loaded(self.training_engine(settings))
 
     def training_engine(self, settings: WeightSettings) -> LocalEngine:
@@ -126,9 +121,18 @@ class PipelineContext:
             return self.together.size
         return 1 if self.ray is None else self.ray.workers
 
+    def require_one_process(self) -> None:
+        """Raise UsageError where settings say that a Ray cluster's workers train."""
+        if self.ray is not None:
+            raise UsageError(
+                "this trains in one process, and engine.ray is for `tunesmith train NAME` and `tunesmith run`",
+                where="engine.ray",
+                fix="leave engine.ray out for this command",
+            )
+
     @property
     def ray(self) -> RaySettings | None:
-        """The cluster that trains; None where this process does.
+        """The cluster that trains and answers evaluations; None where this process does.
 
         Raises UsageError where torchrun started this process too.
         """
@@ -150,12 +154,28 @@ class PipelineContext:
     def engine(self) -> Engine:
         """The engine that answers, opened on first need. In this process it shares the weights of trainings."""
         server = self.project.settings.server
-        return self.model.engine() if server is None else open_engine(self.base, server, self.progress)
+        if server is not None:
+            return open_engine(self.base, server, self.progress)
+        return self.on_ray or self.model.engine()
+
+    @cached_property
+    def on_ray(self) -> RayEngine | None:
+        """The engine whose workers answer on a Ray cluster; None where a server or this process answers."""
+        if self.ray is None or self.project.settings.server is not None:
+            return None
+        from tunesmith.engines.on_ray import RayEngine
+
+        return RayEngine(self.base, self._kind_on_ray(self.ray), self.ray, self.progress)
 
     @property
     def engine_kind(self) -> str:
         """The engine's name in records and in the inputs of stages."""
-        return engine_kind(self.base, self.project.settings.engine)
+        if self.ray is None or self.project.settings.server is not None:
+            return engine_kind(self.base, self.project.settings.engine)
+        return self._kind_on_ray(self.ray)
+
+    def _kind_on_ray(self, ray: RaySettings) -> LocalEngine:
+        return answering_engine(self.base.family, self.project.settings.engine, gpu="GPU" in ray.resources)
 
     def engine_of(self, candidate: Candidate) -> str | None:
         """The name of the engine that answers for a candidate; None for baselines and endpoints."""

@@ -71,6 +71,7 @@ def curve(context: PipelineContext, name: str, budget: float) -> str:
         raise UsageError(
             f"candidate {name!r} is not trained for use, so there is nothing to forecast", where=f"candidates.{name}"
         )
+    context.require_one_process()
     found = untrained_candidate(context, name, settings)
     untuned = {each: candidate(context, each) for each in _rivals(project)}
     inputs = {

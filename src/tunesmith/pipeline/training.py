@@ -54,6 +54,8 @@ def train_candidate(
             return _train(context, name, candidate, settings, work)
         from tunesmith.training.on_ray import run_on_ray
 
+        if context.on_ray is not None:
+            context.on_ray.release()
         given = {
             "project": str(context.project.root),
             "name": name,
@@ -86,9 +88,7 @@ def _lead_on_ray(given: Mapping[str, Any], ranks: Ranks, progress: Progress) -> 
 
     Raises Refused where this worker's files are not those that the training was started with.
     """
-    project = Project.load(Path(given["project"]))
-    engine = project.settings.engine.model_copy(update={"ray": None})  # the worker trains itself
-    project = Project(project.root, project.settings.model_copy(update={"engine": engine}))
+    project = Project.load(Path(given["project"])).in_this_process()
     together = ranks if ranks.size > 1 else None
     context = PipelineContext(project, progress, given["actor"], together=together)
     name, candidate = given["name"], Candidate.model_validate(given["candidate"])
@@ -119,6 +119,7 @@ def repeat_decided(
     from tunesmith.training.schedule import recorded_decisions
     from tunesmith.training.train import run_training
 
+    context.require_one_process()
     decisions = recorded_decisions(context.store.record(digest, kind="training").body)
     work = context.store.local("work", f"repeat-{short(digest)}")
     with context.store.lock(work.name, f"repeating {name}"):
@@ -226,6 +227,7 @@ def find_rate(context: PipelineContext, name: str, candidate: Candidate, setting
     """The result of a range test over the first steps of a candidate's training. Keeps nothing."""
     from tunesmith.training.train import find_rate as search
 
+    context.require_one_process()
     training_inputs(context, name, candidate, settings)  # raises for what cannot be trained
     rows, _validation = composed_rows(context, candidate, settings)
     model, progress = context.trained_model(settings), context.progress

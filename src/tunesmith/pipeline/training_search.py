@@ -39,6 +39,7 @@ def search_settings(
             where=f"candidates.{name}.train.permute_answers",
             fix="search for the candidate that it is compared with",
         )
+    context.require_one_process()
     inputs = {**training_inputs(context, name, candidate, settings), "within": within}
     held = context.without_test_rows()
     checked = held.dataset.examples("validation")[: settings.validation_rows]

@@ -32,9 +32,10 @@ def opened(project: Project, who: str, *, progress: Progress = SILENT) -> Iterat
 
     who: a candidate's name, NAME@v1, an alias or the start of a digest. Raises UsageError where there is none.
     """
-    context = PipelineContext(project, progress)
+    training = PipelineContext(project, progress)
+    context = PipelineContext(project.in_this_process(), progress) if training.ray else training
     if who in project.settings.candidates:
-        yield answerer(context, load_candidate(project.store, candidate(context, who)))
+        yield answerer(context, load_candidate(project.store, candidate(training, who)))
         return
     if "@" not in who and not is_digest("sha256:" + who.removeprefix("sha256:").ljust(64, "0")):
         context.settings_of(who)  # raises an error that lists the candidates

@@ -5,7 +5,7 @@ Every worker must see the training's work folder under the same path. Ray sends 
 
 from __future__ import annotations
 
-import os
+import json
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunesmith.core.errors import TunesmithError
+from tunesmith.core.errors import Inconclusive, Refused, TunesmithError, UsageError
+from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import Progress, Silent, Stopped
-from tunesmith.core.ray_cluster import check_room, connected
+from tunesmith.core.ray_cluster import check_room, connected, limit_to
 from tunesmith.engines.ranks import ALONE, Ranks, connected_ranks
 from tunesmith.engines.settings import RaySettings
 from tunesmith.training.together import end, take_part
@@ -23,7 +24,8 @@ from tunesmith.training.together import end, take_part
 _WHERE = "engine.ray"
 _MOST_FAILURES = 3  # workers that may end before the training is given up
 _SHOWN = 1.0  # seconds until a line of rank 0 is shown
-_LINES = "progress.txt"
+_LINES, _FAILED = "progress.txt", "failed.json"  # files of rank 0 in the work folder
+_KINDS = {kind.exit_code: kind for kind in (TunesmithError, UsageError, Refused, Inconclusive)}
 Lead = Callable[[Mapping[str, Any], Ranks, Progress], str]
 
 
@@ -31,18 +33,19 @@ def run_on_ray(lead: Lead, given: Mapping[str, Any], settings: RaySettings, work
     """What lead returns on rank 0, while the other workers take part in the trainings that it begins.
 
     lead: a module's function. given: what it is called with. work: a folder that all workers see. progress: shows rank
-    0's lines. A worker that ends otherwise than by a TunesmithError is restarted with the others, up to three times.
-    Raises that TunesmithError; UsageError or Refused where the cluster cannot be used; TunesmithError where workers
-    keep ending.
+    0's lines. A worker that ends is restarted with the others, up to three times. Raises the TunesmithError that lead
+    raises, which another try would meet again; UsageError or Refused where the cluster cannot be used; TunesmithError
+    where workers keep ending.
     """
+    (work / _FAILED).unlink(missing_ok=True)
     with connected(_WHERE, settings.address) as ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        check_room(ray, settings.workers, settings.resources, _WHERE)
+        check_room(ray, settings.workers, settings.resources, _WHERE, settings.address, progress)
         gpu = "GPU" in settings.resources
         trainer = TorchTrainer(
-            partial(_rank, lead, dict(settings.resources), str(work / _LINES)),
+            partial(_rank, lead, dict(settings.resources), str(work)),
             train_loop_config=dict(given),
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
             scaling_config=ScalingConfig(
@@ -53,8 +56,8 @@ def run_on_ray(lead: Lead, given: Mapping[str, Any], settings: RaySettings, work
             ),
         )
         try:
-            found = _fit(trainer, work / _LINES, progress)
-        except (Stopped, KeyboardInterrupt):
+            return str(_fit(trainer, work, progress))
+        except (Stopped, KeyboardInterrupt, TunesmithError):
             ray.shutdown()  # ends the workers
             raise
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
@@ -66,31 +69,21 @@ def run_on_ray(lead: Lead, given: Mapping[str, Any], settings: RaySettings, work
                 where=_WHERE,
                 fix="Ray's logs of the workers say more; the same command goes on from the newest checkpoint",
             ) from error
-    if isinstance(found, TunesmithError):
-        raise found
-    return str(found)
 
 
-def limit_to(resources: Mapping[str, float]) -> None:
-    """Have this worker of Ray use no more threads than its CPUs, and no GPU unless it has one. Call it first of all."""
-    os.environ.setdefault("TUNESMITH_THREADS", str(max(1, int(resources.get("CPU", 1)))))
-    if "GPU" not in resources:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def _rank(
-    lead: Lead, resources: Mapping[str, float], lines: str, given: Mapping[str, Any]
-) -> str | TunesmithError | None:
-    """What a worker does. Rank 0 returns what lead returns, or its error: another try would end alike."""
+def _rank(lead: Lead, resources: Mapping[str, float], work: str, given: Mapping[str, Any]) -> str | None:
+    """What a worker does. Rank 0 returns what lead returns. Its error goes to a file, at which the command ends the
+    others: they may wait for rank 0, and Ray would try again what ends alike."""
     limit_to(resources)
     ranks = connected_ranks()
     if not ranks.first:
         take_part(ranks)
         return None
     try:
-        found = lead(given, ranks if ranks.size > 1 else ALONE, _Written(Path(lines)))
+        found = lead(given, ranks if ranks.size > 1 else ALONE, _Written(Path(work) / _LINES))
     except TunesmithError as error:
-        return error
+        write_atomic(Path(work) / _FAILED, json.dumps(error.as_json()["error"]).encode())
+        raise
     end(ranks)
     return found
 
@@ -106,8 +99,9 @@ class _Written(Silent):
             lines.write(text + "\n")
 
 
-def _fit(trainer: Any, file: Path, progress: Progress) -> Any:
-    """What the trainer's rank 0 returns. Meanwhile the lines that rank 0 appends to a file are shown."""
+def _fit(trainer: Any, work: Path, progress: Progress) -> Any:
+    """What the trainer's rank 0 returns. Meanwhile the lines that rank 0 appends to a file are shown. Raises rank 0's
+    TunesmithError."""
     fitted: Future[Any] = Future()
 
     def fit() -> None:
@@ -116,12 +110,15 @@ def _fit(trainer: Any, file: Path, progress: Progress) -> Any:
         except BaseException as error:  # noqa: BLE001  raised in the caller's thread
             fitted.set_exception(error)
 
-    with file.open("w+") as lines, progress.task("training on Ray", 1) as task:
+    with (work / _LINES).open("w+") as lines, progress.task("training on Ray", 1) as task:
         threading.Thread(target=fit, daemon=True).start()
         while True:
             ended = bool(wait([fitted], timeout=_SHOWN).done)
             for line in lines:
                 progress.say(line.rstrip("\n"))
+            if (work / _FAILED).exists():
+                said = json.loads((work / _FAILED).read_bytes())
+                raise _KINDS[said["exit"]](said["what"], where=said["where"], fix=said["fix"])
             if ended:
                 task.advance()
                 return fitted.result()

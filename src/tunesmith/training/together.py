@@ -9,9 +9,10 @@ from tunesmith.core.errors import Refused
 from tunesmith.engines.factory import load_sharded
 from tunesmith.engines.ranks import Ranks
 from tunesmith.engines.training_protocol import ShardedModel, TrainableModel
+from tunesmith.models.base import check_base
 from tunesmith.training.scoring import AnswerScore
 from tunesmith.training.spec import TrainingSpec
-from tunesmith.training.train import check_base, run_training
+from tunesmith.training.train import run_training
 
 
 def begin(ranks: Ranks, spec: TrainingSpec, score: AnswerScore | None) -> None:

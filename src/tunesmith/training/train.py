@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tunesmith.core.digests import digest_of
-from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.core.errors import TunesmithError
 from tunesmith.core.files import write_atomic
 from tunesmith.core.progress import SILENT, Progress
 from tunesmith.engines.batch import Batch, label_count
@@ -25,7 +25,7 @@ from tunesmith.engines.factory import LocalEngine, load_model, training_engine
 from tunesmith.engines.ranks import ALONE, Ranks
 from tunesmith.engines.settings import HF
 from tunesmith.engines.training_protocol import LoadedModel, Objective, TrainableModel
-from tunesmith.models.base import Base, base_record, model_width
+from tunesmith.models.base import Base, check_base, model_width
 from tunesmith.models.families import is_native
 from tunesmith.models.rendering import Renderer
 from tunesmith.store.records import Record
@@ -240,16 +240,6 @@ def _identity(spec: TrainingSpec, model: TrainableModel, ranks: Ranks) -> dict[s
         "settings": spec.settings.model_dump(mode="json", exclude={"checkpoint_seconds"}),
         "environment": environment(model, ranks),
     }
-
-
-def check_base(base: Base) -> None:
-    """Raises Refused where the base's files are not those that its digest names."""
-    if base_record(base.folder, base.spec).digest != base.digest:
-        raise Refused(
-            "the base model's files are not the ones of this training",
-            where=str(base.folder),
-            fix="restore them, or start the training again",
-        )
 
 
 def _load_checked(spec: TrainingSpec) -> LoadedModel:
