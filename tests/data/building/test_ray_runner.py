@@ -22,6 +22,7 @@ PATIENT = {
     "RAY_health_check_timeout_ms": "60000",
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_worker_niceness": "0",
 }
 
