@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.tiny_project import ROOMS, THINGS, settings, write_project
+from tunesmith.core.scope import Scope
 from tunesmith.project import Project
 from tunesmith.store.identities import add_user, ensure_owner, issue_token
 
@@ -22,7 +23,10 @@ OWNER = "olive"
 
 def fine_tuning_settings(**changes: object) -> dict[str, object]:
     """The project file as data."""
-    data: dict[str, Any] = {**settings(), "data": {**tiny_data(), "privacy": {"synthetic_values": 0}}}
+    data: dict[str, Any] = {
+        **settings(),
+        "data": {**tiny_data(), "privacy": {"entities": ["SECRET"], "synthetic_values": 0}},
+    }
     return {
         **data,
         "task": {"scorers": ["exact_match"]},
@@ -58,12 +62,13 @@ def examples() -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in found)
 
 
-def token_of_owner(folder: Path) -> str:
-    """A token of the store's owner, and an approver ada."""
+def token_of_engineer(folder: Path, scope: Scope = Scope()) -> str:
+    """A token of amy, an engineer; ada is an approver."""
     store = Project.load(folder).store
     ensure_owner(store)
-    token = issue_token(store, OWNER, actor=OWNER)
+    add_user(store, "amy", ["engineer"], actor=OWNER, scope=scope)
     add_user(store, "ada", ["approver"], actor=OWNER)
+    token = issue_token(store, "amy", actor=OWNER)
     store.engine.dispose()
     return token
 

@@ -1,4 +1,7 @@
-"""From a file of examples to a model that answers: the official clients against `tunesmith serve` and its workers."""
+"""From a file of examples to a model that answers: the official clients against `tunesmith serve` and its workers.
+
+The caller is an engineer of one tenant.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,10 @@ from tests.server.fine_tuning_project import (
     examples,
     serving,
     started,
-    token_of_owner,
+    token_of_engineer,
     write_fine_tuning_project,
 )
+from tunesmith.core.scope import Scope
 from tunesmith.jobs import queue
 from tunesmith.jobs.state import Job
 from tunesmith.project import Project
@@ -70,7 +74,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         patch.setenv("TUNESMITH_USER", "olive")
         patch.setenv("TUNESMITH_CACHE", str(folder.parent / "cache"))
         write_fine_tuning_project(folder)
-        token = token_of_owner(folder)
+        token = token_of_engineer(folder, Scope("acme"))
         with serving(folder, "--no-worker") as (url, _):
             yield Service(folder, url, token, Project.load(folder))
 
@@ -86,9 +90,9 @@ def until(true: Callable[[], object]) -> None:
 def test_the_official_client_from_a_file_to_an_answer(service: Service) -> None:
     client, jobs = service.client, service.client.fine_tuning.jobs
     file = client.files.create(file=("rows.jsonl", examples()), purpose="fine-tune").id
-    made = jobs.create(model=MODEL, training_file=file, suffix="lamp", hyperparameters={"n_epochs": 40})
+    made = jobs.create(model=MODEL, training_file=file, suffix="lamp", hyperparameters={"n_epochs": 10})
     with service.worker() as killed:
-        until(lambda: service.job(made.id).progress.get("done", 0) > 20 and _trains(service.job(made.id)))
+        until(lambda: service.job(made.id).progress.get("done", 0) > 10 and _trains(service.job(made.id)))
         assert jobs.retrieve(made.id).status == "running"
         killed.send_signal(signal.SIGKILL)
         killed.wait()
@@ -101,6 +105,7 @@ def test_the_official_client_from_a_file_to_an_answer(service: Service) -> None:
     messages = [event.message for event in jobs.list_events(made.id, limit=3)]  # in pages
     assert messages[0] == "succeeded"
     assert "Files validated" in messages
+    assert any("`tunesmith approve tiny-lamp@v1 --tenant acme`" in message for message in messages)
     assert any("gave no sign of life" in message for message in messages)
     rows = list(csv.DictReader(io.StringIO(client.files.content(done.result_files[0]).text)))
     assert list(rows[0]) == ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
@@ -110,7 +115,7 @@ def test_the_official_client_from_a_file_to_an_answer(service: Service) -> None:
     asked = {"model": done.fine_tuned_model, "messages": QUESTION}
     with pytest.raises(openai.NotFoundError, match="tiny-lamp@v1 is not approved"):
         client.chat.completions.create(**asked)  # type: ignore[call-overload]
-    assert started(service.folder, "approve", "tiny-lamp@v1", "--as", "ada").wait(120) == 0
+    assert started(service.folder, "approve", "tiny-lamp@v1", "--as", "ada", "--tenant", "acme").wait(120) == 0
     answer = client.chat.completions.create(**asked)  # type: ignore[call-overload]
     assert (answer.model, answer.choices[0].message.role) == ("tiny-lamp@v1", "assistant")
     _require_the_same_weights(service, made.id, file)
@@ -218,7 +223,7 @@ def test_a_server_starts_a_worker_and_ends_it(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("TUNESMITH_USER", "olive")
     gate = {"right": {"metric": "exact_match", "at_least": 0.9}}
     folder = write_fine_tuning_project(tmp_path / "project", gates=gate)
-    token, store = token_of_owner(folder), Project.load(folder).store
+    token, store = token_of_engineer(folder), Project.load(folder).store
     with serving(folder) as (url, server):
         client = openai.OpenAI(base_url=url, api_key=token, max_retries=0, timeout=120)
         file = client.files.create(file=("rows.jsonl", examples()), purpose="fine-tune").id

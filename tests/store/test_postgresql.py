@@ -38,6 +38,10 @@ from tests.store.test_until_changed import (  # noqa: F401
     test_a_value_is_kept_until_another_process_changes_the_store,
     test_a_value_that_does_not_hold_is_computed_again,
 )
+from tests.store.test_uploads import (  # noqa: F401
+    test_files_are_kept_listed_and_deleted,
+    test_who_may_not_leaves_nothing,
+)
 from tunesmith.store.store import Store
 
 __all__ = ["postgresql"]

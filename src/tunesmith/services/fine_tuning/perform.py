@@ -136,7 +136,8 @@ def _outcome(made: Project, job: Job, arguments: Arguments, summary: RunSummary,
     if summary.gate.verdict == "pass":
         if rival:
             progress.say(rival)
-        progress.say(f"registered {registered}; it can be called once it is approved: `tunesmith approve {registered}`")
+        command = f"`tunesmith approve {registered}{job.scope.options()}`"
+        progress.say(f"registered {registered}; it can be called once it is approved: {command}")
         return Outcome(result)
     failed = [f"{gate.name} ({gate.reason})" for gate in summary.gate.gates if gate.outcome != "pass"]
     why = (
