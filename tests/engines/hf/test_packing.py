@@ -15,8 +15,9 @@ from tunesmith.engines.batch import Batch, empty_batch, lay_out
 from tunesmith.engines.hf.loaded import LoadedHFModel
 from tunesmith.engines.hf.lora import LoraTrainable
 from tunesmith.engines.hf.model import HFModel
-from tunesmith.engines.hf.packing import FLASH, pack
+from tunesmith.engines.hf.packing import FLASH
 from tunesmith.engines.hf.trainable import HFTrainable
+from tunesmith.engines.packed import pack
 from tunesmith.engines.settings import WeightSettings
 from tunesmith.models.base import resolve_base
 from tunesmith.models.rendering import Rendered, Renderer

@@ -60,23 +60,24 @@ class HFEngine(InProcessEngine[str]):
             self._model.remove_adapter(before)
 
     def _generate(self, requests: Sequence[Generation], adapter: str | None, progress: Progress) -> list[Completion]:
-        events: SimpleQueue[Streamed | None] = SimpleQueue()
         loaded = self._loaded(adapter)
-        answers = [self._answer(request, events, streams=False) for request in requests]
-        rows = [self._row(request, answer) for request, answer in zip(requests, answers, strict=True)]
-        with progress.task("answering", len(rows)) as task:
-            for batch in self._batches(rows):
+        answers, batches = self._begin(requests)
+        with progress.task("answering", len(answers)) as task:
+            for batch in batches:
                 self._decode(batch, loaded)
                 task.advance(len(batch))
         return _completions(answers)
 
+    def _begin(self, requests: Sequence[Generation]) -> tuple[list[Answer], list[list[Row]]]:
+        """The requests' answers, in their order, and batches of rows that give them their tokens."""
+        events: SimpleQueue[Streamed | None] = SimpleQueue()
+        answers = [self._answer(request, events, streams=False) for request in requests]
+        return answers, self._batches([self._row(*each) for each in zip(requests, answers, strict=True)])
+
     def generate_together(self, requests: Sequence[Generation], loaded: str | None) -> list[Completion]:
         """Answers to this rank's requests, while the other ranks answer theirs. loaded: the adapter's name in the
         model."""
-        events: SimpleQueue[Streamed | None] = SimpleQueue()
-        answers = [self._answer(request, events, streams=False) for request in requests]
-        rows = [self._row(request, answer) for request, answer in zip(requests, answers, strict=True)]
-        batches = self._batches(rows)
+        answers, batches = self._begin(requests)
         for turn in range(self._model.ranks.most(len(batches))):
             self._decode(batches[turn] if turn < len(batches) else [], loaded)
         return _completions(answers)

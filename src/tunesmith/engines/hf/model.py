@@ -24,6 +24,7 @@ from tunesmith.engines.hf.costs import is_experts, is_linear, shapes_of
 from tunesmith.engines.hf.loading import FP32, ModelSettings, load, stored_names, use_liger
 from tunesmith.engines.hf.sharding import recomputed, shard
 from tunesmith.engines.late_weights import to_meta
+from tunesmith.engines.packed import pack
 from tunesmith.engines.ranks import ALONE, Ranks, whole
 from tunesmith.models.base import Base
 from tunesmith.models.families import match_layers
@@ -268,7 +269,7 @@ class HFModel:
                 return self.logits(batch, packed=packed)
         if packed:
             return packing.logits(self.module, batch)
-        rows = packing.pack(batch, self.device)
+        rows = pack(batch, self.device)
         first = rows.ids[:, : rows.prefix].expand(len(rows.padded), -1)
         logits = self.module(input_ids=torch.cat([first, rows.ids[0, rows.padded]], 1), use_cache=False).logits
         place, longest = rows.real[rows.predicts - rows.prefix], rows.padded.shape[1]

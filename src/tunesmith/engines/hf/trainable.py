@@ -16,6 +16,7 @@ from tunesmith.engines.hf import packing
 from tunesmith.engines.hf.costs import DTYPES, activation_bytes, training_flops
 from tunesmith.engines.hf.model import HFModel
 from tunesmith.engines.hf.sharding import layers
+from tunesmith.engines.packed import read_lengths
 from tunesmith.engines.peak import MEASURED_ROWS, product_flops
 from tunesmith.engines.ranks import held
 from tunesmith.engines.settings import HF, WeightSettings
@@ -111,7 +112,7 @@ class HFTrainable(TrainableModel):
     def _computed(self, batch: Batch) -> tuple[int, int]:
         """Tokens that the module computes for a batch, and how many of them get logits: without padding, those with a
         label; with it, all."""
-        rows = packing.read_lengths(batch)
+        rows = read_lengths(batch)
         if self._model.packs:
             return batch.prefix + int(rows.sum()), batch.labels.numel()
         padded = len(rows) * (batch.prefix + int(rows.max()))
