@@ -58,12 +58,6 @@ def test_the_native_engine_is_refused_by_name(family: str, weights: dict[str, An
     assert refused.value.where == "engine.train"
 
 
-def test_full_training_on_hf_names_the_other_engine() -> None:
-    with pytest.raises(Refused, match="method: full") as refused:
-        factory.check_weight_settings("llama", WeightSettings(method="full"), "train", EngineSettings(train="hf"))
-    assert "engine: {train: native}" in str(refused.value.fix)
-
-
 def _parsed(engine: str) -> ProjectSettings:
     data = "{sources: [{path: rows.jsonl, licence: MIT}]}"
     return parse_settings(f"name: p\nbase: model\ndata: {data}\ncandidates: {{c: {{}}}}\n{engine}", "tunesmith.yaml")
@@ -89,3 +83,19 @@ def test_a_server_and_the_training_engine_are_set_in_one_place() -> None:
 def test_mistakes_are_refused_by_name(engine: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         _parsed(f"engine: {engine}")
+
+
+def test_on_a_ray_cluster_the_workers_resources_say_whether_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's own machine does not."""
+    flash = WeightSettings(attention="flash_attention_2")
+    for gpu in (False, True):
+        monkeypatch.setattr(factory, "gpu_present", lambda gpu=gpu: gpu)
+        monkeypatch.setattr("tunesmith.engines.hf.support.gpu_present", lambda gpu=gpu: gpu)
+        on_gpus = EngineSettings.model_validate({"ray": {"workers": 1, "resources": {"GPU": 1}}})
+        on_cpus = EngineSettings.model_validate({"ray": {"workers": 1}})
+        assert factory.training_engine("llama", WeightSettings(), on_gpus) == "hf"
+        assert factory.training_engine("llama", WeightSettings(), on_cpus) == "native"
+        with pytest.raises(Refused, match="computes on a GPU"):
+            factory.check_weight_settings("gpt2", flash, "train", on_cpus)
+        with pytest.raises(UsageError, match="needs flash_attn, which is not installed"):
+            factory.check_weight_settings("gpt2", flash, "train", on_gpus)

@@ -61,7 +61,11 @@ def training_engine(
         )
     if reason is not None or settings.train == HF:
         return HF
-    return HF if settings.train == "auto" and gpu_present() else NATIVE
+    return HF if settings.train == "auto" and _trains_on_gpu(settings) else NATIVE
+
+
+def _trains_on_gpu(settings: EngineSettings) -> bool:
+    return gpu_present() if settings.ray is None else "GPU" in settings.ray.resources
 
 
 def load_model(base: Base, engine: LocalEngine | None = None) -> LoadedModel:
@@ -117,4 +121,4 @@ def check_weight_settings(
     if training_engine(family, weights, settings, ranks=ranks, where=where) == HF:
         from tunesmith.engines.hf.support import check_supported
 
-        check_supported(weights, where, ranks=ranks)
+        check_supported(weights, where, ranks=ranks, gpu=_trains_on_gpu(settings))

@@ -9,11 +9,13 @@ from tunesmith.engines.device import gpu_present
 from tunesmith.engines.settings import WeightSettings
 
 
-def check_supported(settings: WeightSettings, where: str = "train", *, ranks: int = 1) -> None:
+def check_supported(settings: WeightSettings, where: str = "train", *, ranks: int = 1, gpu: bool | None = None) -> None:
     """Raises Refused for settings that this engine does not have, UsageError if a package that they need is missing.
 
-    where: the settings' place in the project file. ranks: how many processes train together.
+    where: the settings' place in the project file. ranks: how many processes train together. gpu: whether they compute
+    on GPUs; by default, whether this process does.
     """
+    gpu = gpu_present() if gpu is None else gpu
     four = settings.quantize is not None
     flash = settings.attention == "flash_attention_2"
     for given, key, what, fix in (
@@ -22,9 +24,9 @@ def check_supported(settings: WeightSettings, where: str = "train", *, ranks: in
          "leave quantize out, or train in one process, without torchrun"),
         (settings.start == "pissa" and settings.precision == "bf16", "precision", "start: pissa takes its start out of "
          "the base's weights, and bf16 would round what is left of them", "leave precision or start out"),
-        (flash and (settings.precision == "fp32" or not gpu_present()), "attention", "attention: flash_attention_2 "
+        (flash and (settings.precision == "fp32" or not gpu), "attention", "attention: flash_attention_2 "
          "computes on a GPU and in bf16 only", "leave attention out"),
-        (settings.kernels is not None and not gpu_present(), "kernels", "kernels: liger computes on a GPU only",
+        (settings.kernels is not None and not gpu, "kernels", "kernels: liger computes on a GPU only",
          "leave kernels out"),
     ):  # fmt: skip
         if given:
