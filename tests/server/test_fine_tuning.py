@@ -16,13 +16,13 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.fine_tuning_project import MODEL, examples, fine_tuning_settings
 from tunesmith.core.errors import UsageError
 from tunesmith.core.scope import Scope
-from tunesmith.jobs import leases
+from tunesmith.jobs import leases, queue
 from tunesmith.jobs.leases import Lease
-from tunesmith.jobs.performing import JobProgress, perform
+from tunesmith.jobs.performing import JobProgress, Outcome, perform
 from tunesmith.project import Project, parse_settings
 from tunesmith.services.fine_tuning.arguments import KIND, Arguments, Hyperparameters, derived, series
 from tunesmith.services.fine_tuning.create import find
-from tunesmith.services.fine_tuning.perform import VALIDATING, perform_fine_tuning
+from tunesmith.services.fine_tuning.perform import VALIDATING, _WithLosses, perform_fine_tuning
 from tunesmith.store.identities import add_user, get_user, issue_token
 
 
@@ -215,6 +215,26 @@ def test_files_that_cannot_be_used_end_the_job(
     assert (found.error.code, found.error.param) == (code, "training_file")
     assert said in found.error.message
     assert next(iter(client.fine_tuning.jobs.list_events(made.id))).level == "error"
+
+
+def test_a_training_tells_its_loss_some_times(scene: Scene) -> None:
+    store = scene.store
+    lease = leases.begin(store, "w", KIND, {}, project="p", actor=OWNER)
+
+    def work(progress: JobProgress) -> Outcome:
+        with _WithLosses(progress).task("training", 500) as task:
+            for step in range(500):
+                task.note(f"loss {step}")
+                task.advance()
+        with _WithLosses(progress).task("answering", 500) as task:
+            task.note("no loss")
+        return Outcome({})
+
+    perform(store, lease, work)
+    said = [event.message for event in queue.events(store, lease.job)]
+    assert said[1] == "Training is 0% done: loss 0"
+    assert len(said) == 20 + 2, said
+    assert not any("no loss" in line for line in said)
 
 
 def test_the_clients_values_replace_the_projects(tmp_path: Path) -> None:

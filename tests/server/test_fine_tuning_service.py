@@ -105,6 +105,7 @@ def test_the_official_client_from_a_file_to_an_answer(service: Service) -> None:
     messages = [event.message for event in jobs.list_events(made.id, limit=3)]  # in pages
     assert messages[0] == "succeeded"
     assert "Files validated" in messages
+    assert 10 < sum("done: loss" in message for message in messages) < 50
     assert any("`tunesmith approve tiny-lamp@v1 --tenant acme`" in message for message in messages)
     assert any("gave no sign of life" in message for message in messages)
     rows = list(csv.DictReader(io.StringIO(client.files.content(done.result_files[0]).text)))

@@ -171,7 +171,8 @@ def _require_unchanged(project: Project, job: Job) -> None:
         raise UsageError(
             "the project's settings changed since this job was queued, or their defaults with tunesmith's version",
             where=str(project.root / "tunesmith.yaml"),
-            fix="queue it again: `tunesmith run --queue`, or create the fine-tuning job again",
+            fix="queue it again: `tunesmith run --queue`. For a fine-tuning job, restart `tunesmith serve` and create "
+            "another one",
         )
 
 

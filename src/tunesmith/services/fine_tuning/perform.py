@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ VALIDATING = "validating files"
 # The columns of OpenAI's result files. Token accuracies are not measured, so these stay empty.
 _COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 _LINES_A_REPORT = 1000
+_NOTES = 20  # events with the loss, in a training
 _CODES = {"fail": "gate_failed", "inconclusive": "evidence_inconclusive"}
 
 
@@ -35,7 +37,7 @@ def perform_fine_tuning(project: Project, job: Job, progress: JobProgress) -> Ou
     arguments = Arguments.model_validate(job.arguments)
     try:
         made = _checked(project, job, arguments, progress)
-        summary = training.run(made, progress=progress, actor=job.created_by, scope=job.scope)
+        summary = training.run(made, progress=_WithLosses(progress), actor=job.created_by, scope=job.scope)
     except FileGone as error:
         return _file_gone(error)
     except InvalidExamples as error:
@@ -49,6 +51,39 @@ def perform_fine_tuning(project: Project, job: Job, progress: JobProgress) -> Ou
             return _file_gone(gone)
         raise
     return _outcome(made, job, arguments, summary, progress)
+
+
+class _WithLosses:
+    """A Progress that adds the training's notes, with the loss, to the job's log: clients read its events."""
+
+    def __init__(self, shown: JobProgress) -> None:
+        self._shown = shown
+
+    def say(self, text: str) -> None:
+        """Add a line to the job's log."""
+        self._shown.say(text)
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: float) -> Iterator[Task]:
+        """Open a step of total units."""
+        with self._shown.task(title, total) as task:
+            yield _NotedTask(self, task, total) if title == "training" else task
+
+
+class _NotedTask:
+    def __init__(self, progress: _WithLosses, shown: Task, total: float) -> None:
+        self._progress, self._shown, self._total = progress, shown, total
+        self._done, self._said = 0.0, 0.0
+
+    def advance(self, amount: float = 1.0) -> None:
+        self._done += amount
+        self._shown.advance(amount)
+
+    def note(self, text: str) -> None:
+        self._shown.note(text)
+        if self._done >= self._said:
+            self._progress.say(f"Training is {self._done / self._total:.0%} done: {text}")
+            self._said = self._done + self._total / _NOTES
 
 
 def _checked(project: Project, job: Job, arguments: Arguments, progress: JobProgress) -> Project:
