@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from tunesmith.candidates.settings import CandidateSettings
+from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import UsageError
 from tunesmith.core.reading.strict_yaml import read_yaml
 from tunesmith.core.reading.text_files import read_text_file
@@ -109,6 +110,11 @@ class ProjectSettings(Settings):
         RetrainingSettings | None,
         Field(description="when a worker queues a run by itself; without it only people queue runs"),
     ] = None
+
+    @property
+    def digest(self) -> str:
+        """Names these settings. A queued job notices by it that they changed."""
+        return digest_of(self.model_dump(mode="json", by_alias=True))
 
     @property
     def server(self) -> VllmSettings | None:

@@ -133,9 +133,10 @@ def _require_the_same_weights(service: Service, identifier: str, file: str) -> N
     (folder / ".tunesmith" / "files").mkdir(parents=True)
     path = shutil.copy(service.folder / ".tunesmith" / "files" / f"{file}.jsonl", folder / ".tunesmith" / "files")
     arguments = Arguments.model_validate(service.job(identifier).arguments)
-    trained = run(derived(Project.load(folder), arguments, path)).train["tuned"]
-    result = service.job(identifier).result["train"]["tuned"]
-    assert Path(trained.adapter).name == Path(result["adapter"]).name  # the digest of its bytes
+    undisturbed = Project.load(folder)
+    trained = run(derived(undisturbed, arguments, path)).train["tuned"].training
+    result = service.job(identifier).result["train"]["tuned"]["training"]
+    assert undisturbed.store.record(trained).blobs == service.project.store.record(result).blobs
 
 
 SCRIPT = """

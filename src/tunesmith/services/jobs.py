@@ -27,7 +27,6 @@ from tunesmith.project import Project, open_project, open_store
 from tunesmith.registry.aliases import get_alias
 from tunesmith.services import training
 from tunesmith.services.fine_tuning.arguments import KIND
-from tunesmith.services.fine_tuning.create import settings_digest
 from tunesmith.services.fine_tuning.perform import perform_fine_tuning
 from tunesmith.services.training import RunSummary
 from tunesmith.store.identities import acting
@@ -146,9 +145,7 @@ def _run(project: Project, actor: str, done: list[RunSummary], progress: JobProg
     """Run the whole pipeline; its summary is appended to done. A verdict other than pass is an error."""
     summary = training.run(project, progress=progress, actor=actor)
     done.append(summary)
-    verdict, result = summary.gate.verdict, summary.document()
-    for trained in result["train"].values():
-        del trained["adapter"]  # a path on this machine, which is not for everybody who may see the job
+    verdict, result = summary.gate.verdict, summary.without_paths()
     if verdict == "pass":
         return Outcome(result)
     failed = [gate.name for gate in summary.gate.gates if gate.outcome != "pass"]
@@ -162,12 +159,12 @@ def _run(project: Project, actor: str, done: list[RunSummary], progress: JobProg
 
 
 def _run_arguments(project: Project) -> dict[str, Any]:
-    return {"settings": settings_digest(project)}
+    return {"settings": project.settings.digest}
 
 
 def _require_unchanged(project: Project, job: Job) -> None:
     """Raise UsageError where the project's settings changed since a job was queued."""
-    if settings_digest(project) != job.arguments["settings"]:
+    if project.settings.digest != job.arguments["settings"]:
         raise UsageError(
             "the project's settings changed since this job was queued, or their defaults with tunesmith's version",
             where=str(project.root / "tunesmith.yaml"),

@@ -26,7 +26,6 @@ from tunesmith.project import Project, open_project
 from tunesmith.registry.aliases import get_alias
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.services import jobs, monitoring
-from tunesmith.services.fine_tuning.create import settings_digest
 
 _BUDGET = timedelta(days=30)
 _LISTED = 1000  # jobs that are looked through for those that a cause queued
@@ -129,7 +128,7 @@ def _runs(project: Project) -> list[Job]:
 
 def _key(project: Project, cause: str, found: _Found) -> str:
     """Names a cause and the settings of its run: other settings may give what these did not."""
-    stated = {"cause": cause, "about": found.about, "settings": settings_digest(project)}
+    stated = {"cause": cause, "about": found.about, "settings": project.settings.digest}
     return f"retrain {digest_of(stated)}"
 
 

@@ -107,6 +107,13 @@ class RunSummary(View):
     registered: Annotated[Omitted[RunVersion], Field(alias="register")] = None
     stages: tuple[StageRun, ...]
 
+    def without_paths(self) -> dict[str, Any]:
+        """The document without paths of this machine, for people on others."""
+        document = self.document()
+        for trained in document["train"].values():
+            del trained["adapter"]
+        return document
+
 
 def train(
     project: Project, name: str | None = None, *, restart: bool = False, progress: Progress = SILENT

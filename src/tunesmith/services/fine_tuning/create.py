@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from tunesmith.core.digests import digest_of
 from tunesmith.core.errors import UsageError
 from tunesmith.jobs import queue
 from tunesmith.jobs.state import Job
@@ -21,11 +20,6 @@ _PAGE = 100
 
 class UnknownModel(UsageError):
     """The project names no such model for fine-tuning."""
-
-
-def settings_digest(project: Project) -> str:
-    """The digest of a project's settings, by which a job notices that they changed."""
-    return digest_of(project.settings.model_dump(mode="json", by_alias=True))
 
 
 def create(project: Project, arguments: Arguments, *, user: User, key: str | None = None) -> Job:
@@ -47,7 +41,7 @@ def create(project: Project, arguments: Arguments, *, user: User, key: str | Non
     return queue.add(
         project.store,
         KIND,
-        arguments.model_copy(update={"settings": settings_digest(project)}).document(),
+        arguments.model_copy(update={"settings": project.settings.digest}).document(),
         project=project.settings.name,
         actor=user.name,
         key=key,

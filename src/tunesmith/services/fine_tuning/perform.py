@@ -153,7 +153,7 @@ def _outcome(made: Project, job: Job, arguments: Arguments, summary: RunSummary,
     used = body["settings"]
     multiplier = arguments.hyperparameters.learning_rate_multiplier
     result = {
-        **summary.document(),
+        **summary.without_paths(),
         KIND: {
             "fine_tuned_model": model_name(job) if registered else None,
             "version": registered,
