@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,22 @@ def test_doctor_says_that_a_driver_is_there_and_torch_sees_no_gpu(
     checks = {check.name: check for check in examine(tmp_path).checks}
     assert (checks["gpus"].ok, checks["gpus"].fix) == (False, wrong)
     assert "bitsandbytes" in checks["extras"].detail
+
+
+def test_doctor_lists_gpus_with_driver_and_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch would say of two GPUs, without any."""
+    (tmp_path / "version").write_text("NVRM version: 550.54.15\n")
+    card = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 << 30)
+    monkeypatch.setattr(device, "_DRIVERS", (tmp_path / "version",))
+    monkeypatch.setattr(device, "gpu_present", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 26, 2))
+    found, wrong = device.describe_gpus()
+    assert wrong is None
+    assert found.startswith("NVIDIA H100 80GB HBM3, 80 GiB; NVIDIA H100 80GB HBM3, 80 GiB; NVRM version: 550.54.15; ")
+    assert found.endswith("; NCCL 2.26.2")
 
 
 @pytest.mark.skipif(not gpu_present(), reason="needs a GPU")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tests.engines.vllm import vllm_server
@@ -114,6 +115,16 @@ def test_vllm_is_started_and_compared(tmp_path: Path) -> None:
     found = services.perform("vLLM", lambda work: checks.vllm(work, STAND_IN), tmp_path)
     assert found.outcome == "passed", found.detail
     assert found.detail.startswith("8 of 8 answers are those of hf")
+
+
+def test_mfu_is_given_for_known_cards_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "computing_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    assert checks._share({"flops_per_second": 0.4 * 989e12}, recompute=False) == "40% MFU, "
+    again = checks._share({"flops_per_second": 0.4 * 989e12}, recompute=True)
+    assert again == "40% of peak with what is computed again, "
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card 1")
+    assert checks._share({"flops_per_second": 1.0}, recompute=False) == "no MFU (the peak of Card 1 is not known), "
 
 
 def test_a_card_has_the_peak_that_its_maker_states() -> None:
