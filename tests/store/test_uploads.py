@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from tunesmith.core.errors import Refused
@@ -58,3 +62,12 @@ def test_who_may_not_leaves_nothing(store: Store) -> None:
     store.blobs.put(f"files/{own.file}.jsonl", b"others")
     with pytest.raises(FileGone, match="damaged"):
         uploads.local_path(store, own)
+
+
+def test_files_in_a_bucket(bucket: Callable[..., Any], store: Store, tmp_path: Path) -> None:
+    shared = Store(store.root, blobs=bucket(tmp_path / "cache"))
+    own, cached = kept(shared), tmp_path / "cache"
+    assert uploads.local_path(shared, own).read_bytes() == b"{}\n"
+    uploads.delete(shared, own.file, actor=ensure_owner(shared).name, scope=ACME)
+    assert list(shared.blobs.keys("files/")) == []
+    assert not [path for path in cached.rglob("*") if path.is_file()], "a deleted file stays in no cache"
