@@ -67,7 +67,7 @@ def _reference_loss(model: torch.nn.Module, rows: list[Rendered]) -> torch.Tenso
     return torch.cat(parts).mean()
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-untied", "phi3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "llama-untied", "phi3", "gpt2", "gpt_neox"])
 def test_loss_gradients_and_steps_equal_a_plain_loop(tmp_path: Path, family: str) -> None:
     base = _base(tmp_path, family)
     rows, ours = _rows(base), _trainable(base)
@@ -103,7 +103,8 @@ def test_loss_gradients_and_steps_equal_a_plain_loop(tmp_path: Path, family: str
     assert {name: (each.shape, each.dtype) for name, each in saved.items()} == {
         name: (each.shape, each.dtype) for name, each in stored.items()
     }
-    assert all(torch.equal(each, ours.parameters[name]) for name, each in saved.items())
+    names = {stored: name for name, stored in ours._model.stored.items()}
+    assert all(torch.equal(each, ours.parameters[names[stored]]) for stored, each in saved.items())
     engine = LoadedHFModel(base).engine()
     engine.load_adapter("tuned", folder)
     asked = [Question(ROWS[0][:-1], ('{"intent":"on"}',))]

@@ -31,8 +31,8 @@ class FullTrainable(HFTrainable):
     def __init__(self, model: HFModel, settings: WeightSettings, *, ranks: Ranks = ALONE) -> None:
         """With several ranks, the model is sharded over them.
 
-        Raises Refused for weights that the base's files do not hold under the module's names, and where several ranks
-        would train weights of two dtypes.
+        Raises Refused for weights that the base's files do not hold as the module does, and where several ranks would
+        train weights of two dtypes.
         """
         super().__init__(model, settings)
         trained = _trained(model, settings.layers)

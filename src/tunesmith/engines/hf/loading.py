@@ -131,15 +131,26 @@ def use_liger(module: Any) -> None:
 
 
 def stored_names(module: Any, folder: Path) -> tuple[dict[str, str], frozenset[str]]:
-    """The name in a base's files of each parameter that they hold under the module's name or without its prefix, and
-    the tensors there that repeat another one."""
-    files, prefix = stored_tensors(folder).keys(), f"{module.base_model_prefix}."
-    names: dict[nn.Parameter, dict[str, None]] = {}  # several where a parameter is tied
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, {}).update(dict.fromkeys((name, name.removeprefix(prefix))))
-    found = {next(iter(same)): [name for name in same if name in files] for same in names.values()}
-    repeated = frozenset(name for same in found.values() for name in same[1:])
-    return {name: same[0] for name, same in found.items() if same}, repeated
+    """The name in a base's files of each parameter that transformers reads from one tensor as it is, and the tensors
+    there that repeat another one."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    every = get_model_conversion_mapping(module)
+    converters = [each for each in every if isinstance(each, WeightConverter)]
+    renamings: Any = [each for each in every if not isinstance(each, WeightConverter)]
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    keys: dict[str, str] = {}
+    for key in sorted(stored_tensors(folder)):
+        name, merged = rename_source_key(key, renamings, converters, module.base_model_prefix, parameters)
+        if merged is None and name in parameters:
+            keys[name] = key
+    same: dict[nn.Parameter, list[str]] = {}  # several names where a parameter is tied
+    for name, parameter in parameters.items():
+        same.setdefault(parameter, []).append(name)
+    found = {names[0]: [keys[name] for name in names if name in keys] for names in same.values()}
+    repeated = frozenset(key for each in found.values() for key in each[1:])
+    return {name: each[0] for name, each in found.items() if each}, repeated
 
 
 def first_line(error: Exception) -> str:
