@@ -52,7 +52,7 @@ def test_links_to_files_exist(page: Path) -> None:
 
 
 def test_the_tutorial_runs_the_commands_of_the_readme() -> None:
-    """On the same project file, and in the same order; test_tutorial.py executes them."""
+    """On the same project file, and in the same order; slow/test_real_model.py executes them."""
     tutorial = iter(commands("docs/tutorial.md"))
     readme = commands("README.md")
     assert readme

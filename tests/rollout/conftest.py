@@ -12,10 +12,14 @@ from tests.fabricate import OWNER, Scene, build_scene
 from tunesmith.registry.versions import Version, list_versions
 from tunesmith.store.store import Store
 
+_MADE: list[Scene] = []  # pytest makes a fixture again for each module that imports it
+
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     """Versions 1 to 3 approved, version 4 not. Never changed: take `scene`."""
+    if _MADE:
+        return _MADE[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_USER", OWNER)
         scene = build_scene(tmp_path_factory.mktemp("made") / "store")
@@ -23,6 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Scene:
             scene.version(seed)
         scene.version(4, approved=False)
         scene.store.engine.dispose()
+    _MADE.append(scene)
     return scene
 
 

