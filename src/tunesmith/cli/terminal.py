@@ -207,8 +207,10 @@ class _PlainTask:
         if now - self._shown < self._EVERY or self._done >= self._total:
             return
         self._shown = now
-        left = (now - self._began) * (self._total - self._done) / self._done if self._done else 0.0
-        say(f"{self._title}: {self._done / self._total:.0%}, {left:.0f} s left {self._note}".rstrip())
+        left = ""
+        if self._done:
+            left = f", {(now - self._began) * (self._total - self._done) / self._done:.0f} s left"
+        say(f"{self._title}: {self._done / self._total:.0%}{left} {self._note}".rstrip())
 
     def note(self, text: str) -> None:
         self._note = text
