@@ -41,6 +41,7 @@ _LONGEST = (
     "slow/test_real_risks.py",
     "attacks/test_kill_points.py",
     "data/building/test_ray_runner.py",
+    "pipeline/test_together.py",
     "store/test_two_machines.py",
     "engines/hf/test_support_matrix.py",
     "training/test_ranks.py",
