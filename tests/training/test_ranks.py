@@ -166,7 +166,8 @@ def test_it_learns_what_one_process_learns(tmp_path: Path, size: int, family: st
     assert losses(one) == pytest.approx(losses(several), abs=1e-5)
     assert several.state.step == one.state.step == 8
     assert (several.environment["ranks"], "ranks" in one.environment) == (size, False)
-    assert several.checkpoint_bytes == pytest.approx(one.checkpoint_bytes, rel=0.1)  # no part of the base in it
+    headers = 8000 * (size - 1)  # of the other ranks' files; a rank's part of the base is 49,000 bytes or more
+    assert several.checkpoint_bytes == pytest.approx(one.checkpoint_bytes, rel=0.1, abs=headers)  # nothing of the base
     assert {path.name for path in one.folder.iterdir()} == {path.name for path in several.folder.iterdir()}
 
 
