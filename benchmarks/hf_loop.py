@@ -94,7 +94,7 @@ def trl(found: Any) -> Contender:
 
     def run(steps: Sequence[Sequence[Any]]) -> list[float]:
         nonlocal model
-        seconds, model = trl_steps(model, found.folder, steps, rank=RANK, rate=RATE, at_once=BATCH, **how)
+        seconds, _, model = trl_steps(model, found.folder, steps, rank=RANK, rate=RATE, at_once=BATCH, **how)
         return seconds
 
     return run

@@ -293,7 +293,7 @@ def _trl_speed(
     )
     memory.reset_peak()
     told = {"bf16": gpu, "use_cpu": not gpu, "gradient_checkpointing": recompute, "dataloader_pin_memory": gpu}
-    seconds, _ = trl_steps(model, base.folder, steps, rank=16, rate=1e-4, at_once=at_once, **told)
+    seconds = trl_steps(model, base.folder, steps, rank=16, rate=1e-4, at_once=at_once, **told).seconds
     return _figures(steps, seconds, memory)
 
 

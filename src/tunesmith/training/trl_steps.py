@@ -1,4 +1,4 @@
-"""Trains by TRL's SFTTrainer on rows that are token ids already, to compare its speed with ours."""
+"""Trains by TRL's SFTTrainer on rows that are token ids already, to compare its speed and losses with ours."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith.models.rendering import Rendered
 
 
+class TrlSteps(NamedTuple):
+    """The seconds and the loss (mean over labels, in nats) of each step, and the model with its adapter, on which
+    another call goes on."""
+
+    seconds: list[float]
+    losses: list[float]
+    model: Any
+
+
 def trl_steps(
     model: Any, folder: Path, steps: Sequence[Sequence[Rendered]], *, rank: int, rate: float, at_once: int, **how: Any
-) -> tuple[list[float], Any]:
-    """The seconds of each step, and the model with its adapter, on which another call goes on.
+) -> TrlSteps:
+    """Train the steps, one after another.
 
     model: transformers' module, or what an earlier call returned. folder: holds its tokenizer. steps: the rows of each
     step. rank: of an adapter of all linear layers. rate: the learning rate. at_once: rows that it pads together. how:
@@ -53,7 +62,7 @@ def trl_steps(
             num_train_epochs=1,
             learning_rate=rate,
             lr_scheduler_type="constant",
-            logging_strategy="no",
+            logging_steps=1,
             save_strategy="no",
             report_to=[],
             completion_only_loss=True,
@@ -71,7 +80,8 @@ def trl_steps(
         )
         with redirect_stdout(sys.stderr):  # it prints its figures, and stdout is for results
             trainer.train()
-    return clock.seconds, trainer.model
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return TrlSteps(clock.seconds, losses, trainer.model)
 
 
 def _now() -> float:

@@ -27,6 +27,9 @@ from tunesmith.models.rendering import LossOn, Rendered, Renderer
 from tunesmith.models.weight_files import read_adapter_file
 from tunesmith.store.store import Store
 from tunesmith.training.objectives import CrossEntropy
+from tunesmith.training.settings import TrainSettings
+from tunesmith.training.steps import gradients, make_optimizer, update
+from tunesmith.training.trl_steps import trl_steps
 
 FAMILIES = ("gpt2", "gpt_neox", "opt", "falcon", "phi3", "stablelm", "olmo2", "granite", "cohere")
 NATIVE_TOO = ("llama", "qwen3", "gemma3")  # families that this engine trains on several ranks and in 4 bits
@@ -232,6 +235,24 @@ def test_losses_equal_a_plain_loop_on_a_native_family(tmp_path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert curve[-1] < 0.9 * curve[0]
+
+
+@pytest.mark.slow
+def test_the_loss_curve_is_that_of_trl(tmp_path: Path) -> None:
+    """On the same token ids and labels, from the same adapter, with rows of uneven lengths one at a time."""
+    base, rate = _base(tmp_path, "llama"), 0.01
+    ours = _trainable(base)
+    start, rows = _save(ours, tmp_path / "start"), _rows(base)
+    assert len({label_count(each) for each in rows}) > 1
+    theirs = PeftModel.from_pretrained(_model(base), str(start), is_trainable=True)
+    optimizer, losses = make_optimizer(ours, TrainSettings(learning_rate=rate)), []
+    for _ in range(8):
+        losses.append(gradients(ours, CrossEntropy(), [lay_out(rows, share=False)]))
+        update(ours, optimizer, rate, 1.0)
+    how = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "dataloader_pin_memory": False}
+    found = trl_steps(theirs, base.folder, [rows] * 8, rank=4, rate=rate, at_once=1, **how)
+    assert found.losses == pytest.approx(losses, rel=1e-3)
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_b_has_its_own_rate(tmp_path: Path) -> None:
