@@ -34,7 +34,8 @@ def trl_steps(
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
