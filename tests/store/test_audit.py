@@ -143,13 +143,14 @@ def test_a_pin_kept_elsewhere_is_a_witness(store: Store) -> None:
     ]
 
 
-def _write_in_a_process(root: Path, actor: str) -> None:
-    write(Store(root), 10, actor)
+def _write_in_a_process(root: Path, url: str, actor: str) -> None:
+    write(Store(root, url), 10, actor)
 
 
 def test_two_processes_write_one_chain(store: Store) -> None:
     write(store, 1)
-    workers = [forkserver().Process(target=_write_in_a_process, args=(store.root, actor)) for actor in ("ann", "bob")]
+    given = (store.root, store.engine.url.render_as_string(hide_password=False))
+    workers = [forkserver().Process(target=_write_in_a_process, args=(*given, actor)) for actor in ("ann", "bob")]
     for worker in workers:
         worker.start()
     for worker in workers:

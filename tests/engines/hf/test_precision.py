@@ -13,7 +13,7 @@ import torch
 from tests.hf_models import write_hf_model
 from tests.tiny import row, write_model
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.engines import device
+from tunesmith.engines import device, factory
 from tunesmith.engines.batch import lay_out
 from tunesmith.engines.factory import check_weight_settings, training_engine
 from tunesmith.engines.hf import support
@@ -102,11 +102,11 @@ def test_what_a_base_or_a_machine_lacks_is_refused_by_name(tmp_path: Path, monke
     with pytest.raises(Refused, match=r"pissa .* bf16 would round") as refused:
         check(start="pissa", precision="bf16")
     assert refused.value.where == "candidates.a.train.precision"
-    monkeypatch.setattr(support, "gpu_present", lambda: False)
+    monkeypatch.setattr(factory, "gpu_present", lambda: False)
     with pytest.raises(Refused, match="on a GPU and in bf16 only") as refused:
         check(attention="flash_attention_2")
     assert refused.value.where == "candidates.a.train.attention"
-    monkeypatch.setattr(support, "gpu_present", lambda: True)
+    monkeypatch.setattr(factory, "gpu_present", lambda: True)
     monkeypatch.setattr(support, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="flash_attention_2 needs flash_attn"):
         check(attention="flash_attention_2")
