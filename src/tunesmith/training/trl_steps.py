@@ -33,7 +33,7 @@ def trl_steps(
     """
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -79,6 +79,7 @@ def trl_steps(
             processing_class=AutoTokenizer.from_pretrained(folder),
             callbacks=[clock],
         )
+        trainer.remove_callback(PrinterCallback)
         with redirect_stdout(sys.stderr):  # it prints its figures, and stdout is for results
             trainer.train()
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
