@@ -152,11 +152,14 @@ def test_a_recall_queues_a_run(folder: Path) -> None:
     assert "tiny@v1 was recalled" in found.causes[0].says
 
 
-def test_one_run_at_a_time_then_a_wait_then_the_budget(folder: Path) -> None:
+def test_one_run_at_a_time_then_a_wait_then_the_budget(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change(folder, retraining={"causes": ["rows"], "wait_hours": 24, "runs_in_30_days": 2})
     add_rows(folder)
     assert look(folder, add=False).causes[0].job is None
     assert look(folder).causes[0].job == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(retraining, "look", None)  # while a run waits, a worker measures nothing
+        retraining.look_again(folder, str)
     add_rows(folder, "tower")
     assert look(folder, 2).causes[0].waits == "job 1 is queued"
     end_job(folder)
@@ -222,6 +225,9 @@ def test_a_champion_that_cannot_be_measured_is_refused_by_name(folder: Path, tmp
     with pytest.raises(UsageError, match="there is no version 'tiny@champion'") as missing:
         training.run(Project.load(tmp_path / "new"))
     assert "leave the candidate champion out" in str(missing.value.fix)
+    write_project(tmp_path / "new", candidates={"held": HELD, "champion": CHAMPION}, release="champion")
+    with pytest.raises(UsageError, match="'champion' is a version that is registered already"):
+        Project.load(tmp_path / "new")
     write_project(tmp_path / "new", candidates={"champion": {**CHAMPION, "prompt": "prompt.txt"}})
     with pytest.raises(UsageError, match="a version answers as it was registered: remove prompt"):
         Project.load(tmp_path / "new")

@@ -92,7 +92,7 @@ def look(
             continue
         key = _key(project, cause, found)
         job = next((each.id for each in runs if each.key == key), None)
-        waits = "" if job is not None else _waits(seen, runs)
+        waits = "" if job is not None else _waits(settings, seen.at, runs)
         if add and job is None and not waits:
             job = jobs.queue_run(project, key=key, cause=f"{cause}: {found.about}", actor=actor).job
             runs = _runs(project)
@@ -101,13 +101,15 @@ def look(
 
 
 def look_again(root: Path, say: Callable[[str], None]) -> None:
-    """Read the project file anew, look, and queue a run where one is due. For a worker."""
+    """Read the project file anew, and look and queue a run where one may be queued. For a worker."""
     project = open_project(root)
-    if project.settings.retraining is not None:
-        before = {job.id for job in _runs(project)}
-        for each in look(project, add=True).causes:
-            if each.job is not None and each.job not in before:
-                say(f"job {each.job}: queued because of {each.cause}: {each.says}")
+    settings = project.settings.retraining
+    if settings is None or _waits(settings, now(), before := _runs(project)):
+        return  # causes cost time: drift is measured, and files are read
+    known = {job.id for job in before}
+    for each in look(project, add=True).causes:
+        if each.job is not None and each.job not in known:
+            say(f"job {each.job}: queued because of {each.cause}: {each.says}")
 
 
 def _champion(project: Project) -> Version | None:
@@ -132,18 +134,17 @@ def _key(project: Project, cause: str, found: _Found) -> str:
     return f"retrain {digest_of(stated)}"
 
 
-def _waits(seen: _Seen, runs: list[Job]) -> str:
+def _waits(settings: RetrainingSettings, at: datetime, runs: list[Job]) -> str:
     """Why no run may be queued now; "" where one may."""
     unfinished = next((job for job in runs if not job.has_ended), None)
     if unfinished is not None:
         return f"job {unfinished.id} is {unfinished.state}"
-    queued = [datetime.fromtimestamp(job.created, tz=seen.at.tzinfo) for job in runs]
-    settings = seen.settings
-    if queued and seen.at < (until := max(queued) + timedelta(hours=settings.wait_hours)):
+    queued = [datetime.fromtimestamp(job.created, tz=at.tzinfo) for job in runs]
+    if queued and at < (until := max(queued) + timedelta(hours=settings.wait_hours)):
         return (
             f"the last was queued less than {settings.wait_hours:g} hours ago (wait_hours): from {until:%F %H:%M} UTC"
         )
-    recent = sum(each > seen.at - _BUDGET for each in queued)
+    recent = sum(each > at - _BUDGET for each in queued)
     if recent >= settings.runs_in_30_days:
         return f"{recent} were queued in the last 30 days (runs_in_30_days)"
     return ""
@@ -228,7 +229,10 @@ _CAUSES: Mapping[RetrainCause, Callable[[_Seen], _Found | None]] = {
 def _digest_of(file: SourceFile) -> str:
     if file.path is None:
         return file.digest()
-    found = file.path.stat()
+    try:
+        found = file.path.stat()
+    except OSError:
+        return file.digest()  # says what is wrong
     return _read_digest(file.path, found.st_size, found.st_mtime_ns, found.st_ino)
 
 
