@@ -28,6 +28,7 @@ from tunesmith.registry.aliases import get_alias, set_alias
 from tunesmith.registry.signing import release
 from tunesmith.registry.versions import Version, load_version, register
 from tunesmith.rollout.standing import ChampionWatch
+from tunesmith.services.versions import refuse
 from tunesmith.store import audit, database
 from tunesmith.store.identities import add_user, deactivate, get_user, issue_token, set_roles
 from tunesmith.store.store import Store
@@ -58,6 +59,17 @@ def second_approval(store: Store) -> None:
     approve(store, load_version(store, champion.version), approver="cat")
 
 
+def refused(store: Store) -> None:
+    add_user(store, "cat", ["approver"], actor=OWNER)
+    refuse(store, f"{NAME}@champion", reason="names a customer", actor="cat")
+
+
+def first_approver_again(store: Store) -> None:
+    champion = get_alias(store, NAME, "champion")
+    assert champion is not None
+    approve(store, load_version(store, champion.version), approver=APPROVER)
+
+
 def recalled(store: Store) -> None:
     champion = get_alias(store, NAME, "champion")
     assert champion is not None
@@ -76,6 +88,7 @@ CHANGES: dict[str, tuple[Callable[[Store], object], str, Callable[[Store], objec
     "the approver loses the role": (roles(APPROVER, "operator"), "is not approved", roles(APPROVER, "approver")),
     "the approver is deactivated": (deactivated(APPROVER), "is not approved", second_approval),
     "the approver's key is revoked": (revoked(APPROVER), "is not approved", second_approval),
+    "an approver refuses the version": (refused, "is not approved", first_approver_again),
     "the version is recalled": (recalled, "was recalled: a licence ended", None),
 }
 

@@ -55,6 +55,16 @@ def test_from_a_verdict_to_an_approved_version(store: Store, chain: Chain) -> No
     assert document(store, "verify", registered["digest"])["ok"]
 
 
+def test_a_refusal_is_shown_and_names_what_serves_no_more(store: Store, version: Version) -> None:
+    with pytest.raises(UsageError, match="needs a reason"):
+        run(store, "refuse", "intents@v1", "--as", "ann")
+    refused = document(store, "refuse", "intents@v1", "--as", "ann", "--reason", "names a customer")
+    assert (refused["version"], refused["approver"], refused["reason"]) == ("intents@v1", "ann", "names a customer")
+    assert "refuse by ann" in run(store, "show", "intents@v1").stdout
+    assert "refused (names a customer) by ann" in run(store, "verify", "intents@v1").stdout
+    assert document(store, "audit", "show", "--action", "version.refuse")["entries"][0]["actor"] == "ann"
+
+
 def test_a_failed_verification_exits_3_with_its_document(store: Store, version: Version) -> None:
     path = store.root / "versions" / "intents" / "v1" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")

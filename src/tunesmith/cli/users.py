@@ -159,11 +159,12 @@ def _print_ended(console: Console, ended: EndedKey) -> None:
         (f"given by {ended.user} since then; look whether a thief did", ended.to_look_at),
         ("no longer signed", ended.invalidated),
         ("an approval no longer counts", ended.unapproved),
+        ("a refusal no longer counts", ended.unrefused),
     ):
         if labels:
             say(f"{what}: {', '.join(labels)}")
-    if ended.invalidated or ended.unapproved:
-        say("`tunesmith register` and `tunesmith approve` with an active key sign them again")
+    if ended.invalidated or ended.unapproved or ended.unrefused:
+        say("`tunesmith register`, `approve` and `refuse` with an active key sign them again")
 
 
 def _warn_of_champions(here: Acting) -> None:

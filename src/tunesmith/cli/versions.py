@@ -1,4 +1,4 @@
-"""`register`, `approve`, `verify`, `show`, `export` and `audit`: versions and the evidence for them."""
+"""`register`, `approve`, `refuse`, `verify`, `show`, `export` and `audit`: versions and the evidence for them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from tunesmith.registry.verification import Verification
     from tunesmith.services.audit import Anchored, AuditLog, AuditVerification
     from tunesmith.services.export import ExportedVersion
-    from tunesmith.services.versions import ApprovedVersion, RegisteredVersion, VersionList
+    from tunesmith.services.versions import ApprovedVersion, RefusedVersion, RegisteredVersion, VersionList
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    add_commands(app, approve, verify, show, export, register=register_version)
+    add_commands(app, approve, refuse, verify, show, export, register=register_version)
     audit = typer.Typer(help="The log of every change.", no_args_is_help=True)
     add_commands(audit, verify=verify_audit, anchor=anchor_audit, show=show_audit)
     app.add_typer(audit, name="audit")
@@ -76,6 +76,23 @@ def approve(
     store = here.store
     approved = versions.approve(store, version, reason=reason, actor=here.actor, scope=Scope(tenant, region))
     here.emit(approved, _draw_approved)
+
+
+def refuse(
+    here: Acting,
+    version: Annotated[str, typer.Argument(help="NAME@v3, NAME@champion, or the start of a version's digest.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why; it is signed with the refusal.")] = "",
+    tenant: Tenant = "",
+    region: Region = "",
+) -> None:
+    """Refuse a version with your signature. It serves no request until an approver approves it after that."""
+    from tunesmith.services import versions
+    from tunesmith.services.rollouts import refused_champions
+
+    refused = versions.refuse(here.store, version, reason=reason, actor=here.actor, scope=Scope(tenant, region))
+    here.emit(refused, _draw_refused)
+    for champion in refused_champions(here.store):
+        say(f"warning: {champion.warning}")
 
 
 def verify(
@@ -244,6 +261,10 @@ def _draw_approved(console: Console, approved: ApprovedVersion) -> None:
     for mark in approved.marks:
         console.print(f"although it was {mark}: not meant for service", style="bold red")
     console.print(f"next: tunesmith rollout start {approved.version}")
+
+
+def _draw_refused(console: Console, refused: RefusedVersion) -> None:
+    console.print(f"{refused.version} is refused by {refused.approver}: {refused.reason}")
 
 
 def _draw_verification(console: Console, found: Verification) -> None:

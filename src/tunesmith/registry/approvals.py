@@ -1,12 +1,17 @@
-"""Approvals: a second person's signature over a version's digest, without which nothing is promoted.
+"""Approvals: a second person's signature over a version's digest, without which nothing is promoted. And refusals.
 
 Three steps, so that the signing can happen where the approver's key is and the rest where the store is:
 `prepare_approval` states what is to be signed, `sign` signs it, `submit_approval` checks and records it.
+
+The newest decision stands: a refusal blocks the version until somebody who read it approves the version again. So a
+decision must have been prepared after the one that it overturns, and an old approval cannot be submitted again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -17,9 +22,11 @@ from sqlalchemy.orm import Session
 from tunesmith.core.clock import stamp
 from tunesmith.core.digests import short
 from tunesmith.core.errors import Refused, TunesmithError, UsageError
+from tunesmith.registry.serving import DECIDED
 from tunesmith.registry.signing.attestations import (
     ENVELOPE,
     Approval,
+    Decision,
     check_not_signer,
     open_envelope,
     read_approval,
@@ -40,7 +47,7 @@ from tunesmith.store.trust import TrustedKey, signature_entry
 
 @dataclass(frozen=True, slots=True)
 class ApprovalRequest:
-    """What an approver is to sign. statement: the in-toto statement, for a person to read.
+    """What an approver is to sign, an approval or a refusal. statement: the in-toto statement, for a person to read.
 
     payload: the bytes to sign, DSSE's pre-authentication encoding of the statement, for a signer that has its own
     software.
@@ -52,27 +59,30 @@ class ApprovalRequest:
 
 @dataclass(frozen=True, slots=True)
 class RecordedApproval:
-    """An approval that counts. digest: its record's."""
+    """An approval or refusal that counts. digest: its record's; seq: the number of its entry in the audit log."""
 
     digest: str
     approval: Approval
+    seq: int
 
 
-def prepare_approval(store: Store, version: Version, actor: str, reason: str = "") -> ApprovalRequest:
-    """State what actor signs to approve a version. Changes nothing and needs no key.
+def prepare_approval(
+    store: Store, version: Version, actor: str, reason: str = "", decision: Decision = "approve"
+) -> ApprovalRequest:
+    """State what actor signs to approve or to refuse a version. Changes nothing and needs no key.
 
-    The version is verified first, with every record that it was made from. Raises Refused if it does not verify or was
-    recalled, if actor may not approve it or registered it; UsageError if its gates were overridden and there is no
-    reason.
+    A version to approve is verified first, with every record that it was made from. Raises Refused if it does not
+    verify or was recalled, if actor may not approve it or registered it; UsageError if there is no reason for a
+    refusal, or for the approval of a version whose gates were overridden.
     """
     reason = reason.strip()
-    _check_approvable(store, version, actor, reason)
+    _check_decidable(store, version, actor, reason, decision)
     with database.reading(store.engine) as session:
         head = audit.newest(session)
     approval = Approval(
         approver=actor,
         role="approver",
-        decision="approve",
+        decision=decision,
         reason=reason,
         override=version.override,
         at=stamp(),
@@ -88,20 +98,21 @@ def sign(request: ApprovalRequest, key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def submit_approval(store: Store, envelope: bytes) -> RecordedApproval:
-    """Check a signed approval and record it. Submitted twice by one approver, the first one stays.
+    """Check a signed approval or refusal and record it. Submitted twice by one approver, the first one stays.
 
     The actor is the user whose key signed it. It repeats every check of prepare_approval. It also checks the signature,
-    and that this store's audit log holds the entry that the statement names as the newest one.
-    Raises as prepare_approval does, and Refused for an envelope that is not an approval by a trusted key.
+    that this store's audit log holds the entry that the statement names as the newest one, and that what the decision
+    overturns was recorded before that entry.
+    Raises as prepare_approval does, and Refused for an envelope that is not a decision by a trusted key.
     """
     statement, key = open_envelope(envelope, identities.trusted_keys(store), "the approval's envelope")
     try:
         digest = f"sha256:{statement['subject'][0]['digest']['sha256']}"
         approval = Approval.model_validate(statement["predicate"])
     except (ValidationError, KeyError, IndexError, TypeError) as error:
-        raise Refused("the signed statement is not an approval", fix="tunesmith approve") from error
+        raise Refused("the signed statement is not an approval or refusal", fix="tunesmith approve") from error
     version = load_version(store, digest)
-    signer = _check_approvable(store, version, key.user, approval.reason)
+    signer = _check_decidable(store, version, key.user, approval.reason, approval.decision)
     record = Record(
         kind="approval",
         parents={"version": version.digest},
@@ -112,31 +123,44 @@ def submit_approval(store: Store, envelope: bytes) -> RecordedApproval:
     detail: dict[str, Any] = {"version": version.label, "reason": approval.reason, "override": version.override}
     with database.reading(store.engine) as reading:
         counting, _ = _counting(store, reading, version, signer)
-    for recorded in counting:
-        if recorded.approval.approver == approval.approver:
+    for recorded in _standing(counting):
+        if (recorded.approval.approver, recorded.approval.decision) == (approval.approver, approval.decision):
             return recorded
-    with store.change(key.user, "version.approve", version.digest, detail) as session:
-        # In this transaction: a role that was taken away since then counts.
+    with store.change(key.user, f"version.{approval.decision}", version.digest, detail) as session:
+        # In this transaction: a role that was taken away since then counts, and a decision that came first.
         identities.require(session, key.user, "version.approve", scope=version.scope)
-        read_approval(record, envelope, version, signer, identities.trusted_keys(session))
+        trusted = identities.trusted_keys(session)
+        read_approval(record, envelope, version, signer, trusted)
         _check_known(session, approval.audit)
+        counting, _ = _counting(store, session, version, signer)
+        _check_newer(approval, counting)
         store.put_record(record, session)
         detail |= signature_entry(key.fingerprint, record.digest)
-    return RecordedApproval(record.digest, approval)
+        seq = audit.newest(session).seq + 1
+    return RecordedApproval(record.digest, approval, seq)
 
 
 def require_approved(store: Store, version: Version, session: Session | None = None) -> Approval:
     """The approval by which a version may be promoted, read from its files and verified again.
 
-    session: decide by what the caller's transaction sees. Raises Refused if no approval counts now, and says why not.
+    session: decide by what the caller's transaction sees. Raises Refused if no approval counts now, and says why not:
+    there is none, its approver may not approve any more, or the version was refused since.
     """
     if session is None:
         with database.reading(store.engine) as own:
             return require_approved(store, version, own)
     with open_release(store, version, session) as (_, release):
         counting, reasons = _counting(store, session, version, release.signer)
-    if counting:
-        return counting[0].approval
+    standing = _standing(counting)
+    if standing and standing[-1].approval.decision == "approve":
+        return standing[0].approval
+    if standing:
+        refusal = standing[-1].approval
+        raise Refused(
+            f"{version.label} was refused by {refusal.approver}: {refusal.reason}",
+            where=version.label,
+            fix=f"register a better one, or approve it all the same: tunesmith approve {version.label} --as NAME",
+        )
     raise Refused(
         f"{version.label} is not approved" + (f": {'; '.join(reasons)}" if reasons else ""),
         where=version.label,
@@ -144,15 +168,20 @@ def require_approved(store: Store, version: Version, session: Session | None = N
     )
 
 
-def _check_approvable(store: Store, version: Version, actor: str, reason: str) -> TrustedKey:
-    """The key that signed a version which actor may approve now. Raises as prepare_approval does."""
+def _check_decidable(store: Store, version: Version, actor: str, reason: str, decision: Decision) -> TrustedKey:
+    """The key that signed a version which actor may approve or refuse now. Raises as prepare_approval does."""
     identities.require(store, actor, "version.approve", scope=version.scope)
+    check_not_signer(version, actor)
+    if decision == "refuse":
+        if not reason.strip():
+            raise UsageError(f"a refusal of {version.label} needs a reason", fix='--reason "why"')
+        with open_release(store, version) as (_, release):
+            return release.signer
     if version.override is not None and not reason.strip():
         raise UsageError(
             f"the gates of {version.label} were overridden ({version.override}): an approval of it needs a reason",
             fix='--reason "why"',
         )
-    check_not_signer(version, actor)
     with open_release(store, version) as (_, release):
         signer = release.signer
     found = verify_version(store, version.label, keys=identities.trusted_keys(store), whole_store=False)
@@ -177,10 +206,31 @@ def _check_known(session: Session, head: Head) -> None:
         )
 
 
+def _check_newer(approval: Approval, counting: Sequence[RecordedApproval]) -> None:
+    """Raise Refused if the other decision was recorded after this one was prepared: its signer did not know of it."""
+    for recorded in reversed(counting):
+        other = recorded.approval
+        if other.decision != approval.decision and recorded.seq > approval.audit.seq:
+            said = "refused" if other.decision == "refuse" else "approved"
+            raise Refused(
+                f"{other.approver} {said} the version after this was prepared"
+                + (f": {other.reason}" if other.reason else ""),
+                where=f"audit entry {recorded.seq}",
+                fix="read that, then prepare and sign yours again",
+            )
+
+
+def _standing(counting: Sequence[RecordedApproval]) -> list[RecordedApproval]:
+    """The decisions that no later one overturned, oldest first: all approvals, or all refusals."""
+    newest = counting[-1].approval.decision if counting else None
+    standing = takewhile(lambda recorded: recorded.approval.decision == newest, reversed(counting))
+    return list(standing)[::-1]
+
+
 def _counting(
     store: Store, session: Session, version: Version, signer: TrustedKey
 ) -> tuple[list[RecordedApproval], list[str]]:
-    """The version's approvals that count now, oldest first, and why each other one does not."""
+    """The approvals and refusals of a version that count, in the order of the log, and why each other does not."""
     query = (
         select(EdgeRow.child)
         .join(RecordRow, RecordRow.digest == EdgeRow.child)
@@ -188,8 +238,8 @@ def _counting(
         .order_by(RecordRow.created_at, RecordRow.digest)
     )
     # A record whose transaction was killed is in the store without an audit entry: it does not count.
-    entries = select(AuditRow).where(AuditRow.action == "version.approve", AuditRow.subject == version.digest)
-    logged = {row.detail.get("signature", {}).get("digest") for row in session.scalars(entries)}
+    entries = select(AuditRow).where(AuditRow.action.in_(DECIDED), AuditRow.subject == version.digest)
+    logged = {row.detail.get("signature", {}).get("digest"): row.seq for row in session.scalars(entries)}
     trusted = identities.trusted_keys(session)
     counting, reasons = [], []
     for digest in session.scalars(query):
@@ -198,7 +248,8 @@ def _counting(
                 raise Refused(f"the audit log has no entry for approval {short(digest)}")
             record = store.record(digest, kind="approval")
             envelope = store.read_blob(record.blobs.get(ENVELOPE, ""))
-            counting.append(RecordedApproval(digest, read_approval(record, envelope, version, signer, trusted)))
+            approval = read_approval(record, envelope, version, signer, trusted)
+            counting.append(RecordedApproval(digest, approval, logged[digest]))
         except TunesmithError as error:
             reasons.append(error.what)
-    return counting, reasons
+    return sorted(counting, key=lambda recorded: recorded.seq), reasons

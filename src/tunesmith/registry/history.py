@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from tunesmith.core.digests import digest_bytes, short
 from tunesmith.core.errors import Refused, TunesmithError
+from tunesmith.registry.serving import DECIDED
 from tunesmith.registry.signing.attestations import key_statement, open_envelope
 from tunesmith.store import audit, database, identities
 from tunesmith.store.audit import Head, Pin
@@ -22,9 +23,9 @@ State = dict[tuple[str, ...], Mapping[str, Any]]
 def verify_log(store: Store, kept: Iterable[Pin] = ()) -> list[str]:
     """The problems of the audit log, one sentence each; empty if there are none.
 
-    The chain must be whole. It must contain its own head, the head that each version and approval was signed with, and
-    the heads of kept, which the caller has from elsewhere. Replaying it must give the users, versions and aliases of
-    the database, so that a row that was changed without an entry is found.
+    The chain must be whole. It must contain its own head, the head that each version, approval and refusal was signed
+    with, and the heads of kept, which the caller has from elsewhere. Replaying it must give the users, versions and
+    aliases of the database, so that a row that was changed without an entry is found.
     """
     pins = list(kept)
     problems: list[str] = []
@@ -44,13 +45,15 @@ def verify_log(store: Store, kept: Iterable[Pin] = ()) -> list[str]:
     return problems
 
 
-def lost_signatures(store: Store, fingerprints: Collection[str]) -> tuple[list[str], list[str]]:
-    """Labels of the versions that were signed, and of those approved, with one of these keys after its end."""
+def lost_signatures(store: Store, fingerprints: Collection[str]) -> tuple[list[str], list[str], list[str]]:
+    """Labels of the versions that were signed, of those approved and of those refused with one of these keys after its
+    end.
+    """
     with database.reading(store.engine) as session:
         keys = {key.fingerprint: key for key in identities.trusted_keys(session) if key.fingerprint in fingerprints}
-        entries = select(AuditRow).where(AuditRow.action.in_(("version.register", "version.approve")))
+        entries = select(AuditRow).where(AuditRow.action.in_(("version.register", *DECIDED)))
         labels: dict[str, str] = {}
-        lost: dict[str, list[str]] = {"version.register": [], "version.approve": []}
+        lost: dict[str, list[str]] = {"version.register": [], "version.approve": [], "version.refuse": []}
         for row in session.scalars(entries.order_by(AuditRow.seq)):
             signature = row.detail.get("signature", {})
             if row.action == "version.register":
@@ -60,7 +63,7 @@ def lost_signatures(store: Store, fingerprints: Collection[str]) -> tuple[list[s
             if key is not None and not key.counts_for(signature["digest"]):
                 subject = signature["digest"] if row.action == "version.register" else row.subject
                 lost[row.action].append(labels.get(subject, subject))
-    return lost["version.register"], lost["version.approve"]
+    return lost["version.register"], lost["version.approve"], lost["version.refuse"]
 
 
 def _signed_with_head(store: Store) -> list[tuple[str, str]]:

@@ -23,7 +23,9 @@ from tunesmith.store.recalls import recalled
 from tunesmith.store.tables import AuditRow, VersionRow
 from tunesmith.store.trust import TrustedKey, find_key
 
-Reason = Literal["unknown", "wrong_scope", "recalled", "expired", "signer", "not_approved", "override"]
+Reason = Literal["unknown", "wrong_scope", "recalled", "expired", "signer", "not_approved", "refused", "override"]
+# The audit log's actions for an approver's decision: an approval, a refusal.
+DECIDED = ("version.approve", "version.refuse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,14 @@ def may_serve(
 ) -> Permission:
     """Whether a version may begin to serve a scope now.
 
-    Checks what may_load checks, and that a user who may approve this version today has approved it. override_by: the
-    user who lets it serve without an approval; they must hold the permission rollout.override now.
+    Checks what may_load checks, and that a user who may approve this version today has approved it, and nobody refused
+    it since. override_by: the user who lets it serve without an approval, not against a refusal; they must hold the
+    permission rollout.override now.
     """
     permission = may_load(session, version, scope)
     if permission.granted:
         permission = _approved(session, version)
-        if not permission.granted and override_by is not None:
+        if permission.reason == "not_approved" and override_by is not None:
             try:
                 require(session, override_by, "rollout.override", scope=scope)
             except Refused as error:
@@ -110,22 +113,28 @@ def still_valid(version: Version) -> Permission:
 
 
 def _approved(session: Session, version: Version) -> Permission:
-    """Whether the audit log has an approval of the version by a user who may approve it today."""
+    """Whether the newest decision in the audit log is an approval, by a user who may approve the version today."""
     keys = trusted_keys(session)
     signed_with = select(VersionRow.key).where(VersionRow.digest == version.digest)
     signer = _key(keys, session.scalars(signed_with).one(), version.signer)
-    entries = select(AuditRow).where(AuditRow.subject == version.digest, AuditRow.action == "version.approve")
+    entries = select(AuditRow).where(AuditRow.subject == version.digest, AuditRow.action.in_(DECIDED))
     problems = []
-    for entry in session.scalars(entries.order_by(AuditRow.seq)):
+    for entry in session.scalars(entries.order_by(AuditRow.seq.desc())):
         signature = entry.detail.get("signature", {})
+        refused = entry.action == "version.refuse"
         try:
             approver = _key(keys, signature.get("key", ""), entry.actor)
-            check_approver(version, signer, approver)
             check_in_time(approver, signature["digest"], version.label)
+            if not refused:  # a refusal still counts when its approver has left
+                check_approver(version, signer, approver)
         except Untrusted as error:
             problems.append(error.what)
         else:
+            if refused:
+                said = f"was refused by {entry.actor}: {entry.detail.get('reason', '')}"
+                return Permission("refused", said, "use another version, or have an approver approve it all the same")
             return GRANTED
+    problems.reverse()
     message = "is not approved" + (f": {'; '.join(dict.fromkeys(problems))}" if problems else "")
     return Permission(
         "not_approved", message, f"ask a second person to run: tunesmith approve {version.label} --as NAME"

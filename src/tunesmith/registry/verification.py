@@ -21,7 +21,7 @@ from tunesmith.core.view import Problem
 from tunesmith.models.base import known_folder
 from tunesmith.registry.licence_duties import NOTICE, carried
 from tunesmith.registry.lineage import blobs_of
-from tunesmith.registry.signing.attestations import ENVELOPE, read_approval
+from tunesmith.registry.signing.attestations import ENVELOPE, Approval, read_approval
 from tunesmith.registry.signing.release import (
     Release,
     check_evidence,
@@ -260,8 +260,8 @@ def _sweep_object(findings: _Findings, key: str, digest: str, approvals: list[Re
 def _check_approvals(
     findings: _Findings, release: Release, approvals: Sequence[Record], keys: Sequence[TrustedKey]
 ) -> None:
-    """Add notes about who approved this version. A version without approval is not a problem of its files."""
-    counted = 0
+    """Add notes about who approved or refused this version. Without an approval its files are no worse."""
+    counted: list[Approval] = []
     for record in approvals:
         if record.parents.get("version") != release.version.digest:
             continue
@@ -271,9 +271,13 @@ def _check_approvals(
         except TunesmithError as error:
             findings.notes.append(f"an approval does not count: {error.what}")
             continue
-        counted += 1
-        findings.notes.append(f"approved by {approval.approver} on {approval.at}")
-    if not counted:
+        counted.append(approval)
+    # By the entry of the audit log that each was signed after: a clock may be wrong.
+    counted.sort(key=lambda approval: approval.audit.seq)
+    for approval in counted:
+        said = "approved" if approval.decision == "approve" else f"refused ({approval.reason})"
+        findings.notes.append(f"{said} by {approval.approver} on {approval.at}")
+    if not counted or counted[-1].decision == "refuse":
         findings.notes.append("no approval in this store counts")
 
 

@@ -37,6 +37,7 @@ _LOG = logging.getLogger("tunesmith.server")
 _FOR_CALLERS = {
     "signer": "has no trusted signature",
     "not_approved": "is not approved",
+    "refused": "is not approved",
     "override": "is not approved",
 }
 

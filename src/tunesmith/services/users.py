@@ -82,8 +82,8 @@ class EndedKey(View):
 
     also_revoked: labels of keys that were revoked with it, because their enrolment was proved with a stolen key.
     to_look_at: other keys that its user gave to anybody since then, which may be the thief's. They still count.
-    invalidated: labels of the versions whose signature does not count any more. unapproved: labels of the versions with
-    an approval that does not count any more.
+    invalidated: labels of the versions whose signature does not count any more. unapproved, unrefused: labels of the
+    versions with an approval, or a refusal, that does not count any more.
     """
 
     user: str
@@ -95,6 +95,7 @@ class EndedKey(View):
     to_look_at: tuple[str, ...] = ()
     invalidated: tuple[str, ...] = ()
     unapproved: tuple[str, ...] = ()
+    unrefused: tuple[str, ...] = ()
 
 
 class IssuedToken(View):
@@ -225,7 +226,7 @@ def _ended(store: Store, user: User, labels: list[str]) -> EndedKey:
     """The first key of labels, with what no longer counts because of all of them."""
     ended = {key.label: key for key in user.keys if key.label in labels}
     prints = {key.fingerprint for key in ended.values()}
-    invalidated, unapproved = lost_signatures(store, prints)
+    invalidated, unapproved, unrefused = lost_signatures(store, prints)
     key = ended[labels[0]]
     return EndedKey(
         user=user.name,
@@ -236,6 +237,7 @@ def _ended(store: Store, user: User, labels: list[str]) -> EndedKey:
         also_revoked=tuple(labels[1:]),
         invalidated=tuple(invalidated),
         unapproved=tuple(unapproved),
+        unrefused=tuple(unrefused),
     )
 
 

@@ -1,4 +1,4 @@
-"""Versions: register, approve and verify them, and show what they were made from."""
+"""Versions: register, approve, refuse and verify them, and show what they were made from."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tunesmith.registry import approvals, versions
 from tunesmith.registry.aliases import Alias, list_aliases
 from tunesmith.registry.lineage import Node, tree
 from tunesmith.registry.signing import keys
+from tunesmith.registry.signing.attestations import Decision
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification
 from tunesmith.registry.versions import resolve
@@ -43,6 +44,16 @@ class ApprovedVersion(View):
     approver: str
     override: str
     marks: Annotated[tuple[str, ...], Field(exclude=True)]
+
+
+class RefusedVersion(View):
+    """A refusal. refusal: its record's digest."""
+
+    refusal: str
+    version: str
+    digest: str
+    approver: str
+    reason: str
 
 
 def register(
@@ -83,18 +94,28 @@ def approve(
     store: Store, version: str, *, reason: str = "", actor: str | None = None, scope: Scope = Scope()
 ) -> ApprovedVersion:
     """Verify a version and approve it with the actor's signature. The one who registered it may not approve it."""
-    approver = acting(store, actor)
-    found = resolve(store, version, scope=scope)
-    request = approvals.prepare_approval(store, found, approver, reason)
-    user = keys.ensure_key(store, approver)
-    recorded = approvals.submit_approval(store, approvals.sign(request, keys.load_signing_key(store, user)))
+    found, recorded = _decide(store, version, "approve", reason, actor, scope)
     return ApprovedVersion(
         approval=recorded.digest,
         version=found.label,
         digest=found.digest,
-        approver=approver,
+        approver=recorded.approval.approver,
         override=found.override or "",
         marks=found.marks,
+    )
+
+
+def refuse(
+    store: Store, version: str, *, reason: str, actor: str | None = None, scope: Scope = Scope()
+) -> RefusedVersion:
+    """Refuse a version with the actor's signature: it serves no request until an approver approves it after that."""
+    found, recorded = _decide(store, version, "refuse", reason, actor, scope)
+    return RefusedVersion(
+        refusal=recorded.digest,
+        version=found.label,
+        digest=found.digest,
+        approver=recorded.approval.approver,
+        reason=recorded.approval.reason,
     )
 
 
@@ -126,6 +147,17 @@ def list_versions(store: Store) -> VersionList:
     """Every version, and where the aliases point."""
     found = tuple(_view(version) for version in versions.list_versions(store))
     return VersionList(versions=found, aliases=tuple(list_aliases(store)))
+
+
+def _decide(
+    store: Store, version: str, decision: Decision, reason: str, actor: str | None, scope: Scope
+) -> tuple[Version, approvals.RecordedApproval]:
+    """The version, and the actor's approval or refusal of it as recorded."""
+    approver = acting(store, actor)
+    found = resolve(store, version, scope=scope)
+    request = approvals.prepare_approval(store, found, approver, reason, decision)
+    user = keys.ensure_key(store, approver)
+    return found, approvals.submit_approval(store, approvals.sign(request, keys.load_signing_key(store, user)))
 
 
 def _view(version: Version) -> RegisteredVersion:

@@ -134,7 +134,7 @@ KINDS: Mapping[str, RecordKind] = {
         "registry/approvals.py",
         ("version",),
         ("envelope.json",),
-        "approver, role, reason, newest entry of the audit log",
+        "approver, role, approval or refusal, reason, newest entry of the audit log",
     ),
 }
 

@@ -30,16 +30,16 @@ TRUST_KEY = "trust/keys.json"
 FIRST_LABEL = "key-1"
 KeyStatus = Literal["active", "retired", "revoked"]
 # The actions whose audit entries record a signature, under the key of `signature_entry`.
-_SIGNING = ("version.register", "version.approve")
+_SIGNING = ("version.register", "version.approve", "version.refuse")
 
 
 class TrustedKey(BaseModel):
     """A user's public key with their roles and scope.
 
     tenant, region: "" means all. active: whether the user is; a deactivated user's keys stay in the list, so that a
-    refusal can name their owner. status: the key's own; signed: the digests of the versions and approvals that a
-    retired or revoked key signed in time. fingerprint: SHA-256 of the PEM text, the same number that model-signing puts
-    into a signature as its hint.
+    message can name their owner. status: the key's own; signed: the digests of the versions, approvals and refusals
+    that a retired or revoked key signed in time. fingerprint: SHA-256 of the PEM text, the same number that
+    model-signing puts into a signature as its hint.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

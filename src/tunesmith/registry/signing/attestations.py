@@ -29,10 +29,13 @@ _APPROVAL = "urn:tunesmith:approval:v1"
 _KEY_CHANGE = "urn:tunesmith:key-change:v1"
 
 
-class Approval(BaseModel):
-    """The body of an approval's record, and the predicate that its envelope signs.
+Decision = Literal["approve", "refuse"]
 
-    override: why the approved version was registered although its gates did not pass, so that the approver knows of it.
+
+class Approval(BaseModel):
+    """The body of an approval's or a refusal's record, and the predicate that its envelope signs.
+
+    override: why the version was registered although its gates did not pass, so that the approver knows of it.
     audit: the newest entry of the audit log when it was signed.
     """
 
@@ -40,7 +43,7 @@ class Approval(BaseModel):
 
     approver: str
     role: Literal["approver"]
-    decision: Literal["approve"]
+    decision: Decision
     reason: str
     override: str | None
     at: str
@@ -48,7 +51,7 @@ class Approval(BaseModel):
 
 
 def statement_of(version: Version, approval: Approval) -> dict[str, Any]:
-    """The in-toto statement: this approval is of exactly this digest."""
+    """The in-toto statement: this approval or refusal is of exactly this digest."""
     digest = version.digest.removeprefix("sha256:")
     return {
         "_type": _STATEMENT,
@@ -135,10 +138,10 @@ def open_envelope(raw: bytes, keys: Sequence[TrustedKey], where: str) -> tuple[A
 def read_approval(
     record: Record, envelope: bytes, version: Version, signer: TrustedKey, keys: Sequence[TrustedKey]
 ) -> Approval:
-    """An approval of a version, verified. signer: whose signature the version bears, who must not approve it.
+    """An approval or refusal of a version, verified. signer: the key that signed the version; its user may not decide.
 
-    Raises Refused if the envelope is not a signature over exactly this version and this record; Untrusted if the
-    approver may not approve it today.
+    Raises Refused if the envelope is not a signature over exactly this version and this record; Untrusted if it is an
+    approval and the approver may not approve the version today. A refusal still counts when its approver has left.
     """
     where = f"approval {record.digest.removeprefix('sha256:')[:12]}"
     try:
@@ -152,7 +155,8 @@ def read_approval(
         raise Refused("the signed statement is not about this version, or not what the record says", where=where)
     if key.user != approval.approver:
         raise Refused(f"the record says {approval.approver}, the key is {key.user}'s", where=where)
-    check_approver(version, signer, key)
+    if approval.decision == "approve":
+        check_approver(version, signer, key)
     check_in_time(key, record.digest, where)
     return approval
 
