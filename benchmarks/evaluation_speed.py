@@ -108,14 +108,15 @@ def prompts(folder: Path, batch: int) -> dict[str, Any]:
         lines = map(json.loads, chain.store.read_blob(record.blobs["answers.jsonl"]).splitlines())
         text = {line["id"]: line["text"] for line in lines}
         found = load_candidate(chain.store, record.parents["candidate"])
-        ready = answerer(chain, found)
+        composer = answerer(chain, found).composer
+        composed = [composer.conversation(row.request, composer.asked_as) for row in test]
         asked[name] = [
             {
-                "messages": [turn.model_dump(exclude_none=True) for turn in ready.composer.conversation(row.request)],
+                "messages": [turn.model_dump(exclude_none=True) for turn in turns],
                 "text": text[row.id],
                 "wanted": row.answer,
             }
-            for row in test
+            for row, turns in zip(test, composed, strict=True)
         ]
         if found.training is not None:
             for file, blob in chain.store.record(found.training).blobs.items():

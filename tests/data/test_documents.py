@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tests.attack_table import Happened
+from tunesmith.core.access import ANYONE, Caller, Labels
 from tunesmith.core.errors import Refused, UsageError
-from tunesmith.data.documents import Documents, DocumentSettings, build_documents, cut
+from tunesmith.core.scope import Scope
+from tunesmith.data.documents import PASSAGES, Documents, DocumentSettings, build_documents, cut
 from tunesmith.data.settings import Privacy
+from tunesmith.store.records import Record
 from tunesmith.store.store import Store
 
 PRIVACY = Privacy(action="report", entities=("EMAIL_ADDRESS",))
@@ -123,6 +129,59 @@ def test_headings_are_scanned_too(folder: Path, happened: Happened) -> None:
     (title,) = [one.title for one in built.passages if one.source.endswith("mail.md")]
     assert title == "Write to person1@example.com"
     happened("replaced")
+
+
+def test_labels_are_sealed_with_the_passages(folder: Path) -> None:
+    labelled = {"path": "docs/[bc]*", "tenant": "acme", "groups": ["support", "board", "support"]}
+    built = _built(folder, paths=["docs/[ad]*", labelled], asked_as={"tenant": "acme", "groups": ["board"]})
+    labels = {passage.source: passage.labels for passage in built.passages}
+    assert labels["docs/a.md"] == labels["docs/d.pdf"] == Labels()
+    assert labels["docs/b.html"] == labels["docs/c.txt"] == Labels(tenant="acme", groups=("board", "support"))
+    assert built.asked_as == Caller(Scope("acme"), frozenset({"board"}))
+    assert _built(folder).asked_as == ANYONE
+    moved = _built(folder, paths=["docs/[ad]*", {**labelled, "tenant": "globex"}], asked_as={})
+    assert moved.digest != built.digest
+    settings = DocumentSettings.model_validate(moved.record.body["settings"])
+    assert settings.labels == {
+        "docs/[ad]*": Labels(),
+        "docs/[bc]*": Labels(tenant="globex", groups=("board", "support")),
+    }
+
+
+def test_a_passage_that_lost_its_labels_is_not_shown_to_everybody(folder: Path) -> None:
+    built = _built(folder)
+    store = Store(folder / "store")
+    passage = json.loads(store.read_blob(built.record.blobs[PASSAGES]).splitlines()[0])
+    del passage["labels"]
+    blobs = {PASSAGES: store.put_bytes(json.dumps(passage).encode())}
+    digest = store.put_record(Record(kind="documents", blobs=blobs, body=built.record.body))
+    with pytest.raises(Refused, match="does not hold passages"):
+        _ = Documents(store, digest).passages
+
+
+ACME = {"path": "docs/b*", "tenant": "acme"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"paths": ["docs/a*", ACME]}, "say with asked_as"),
+        ({"paths": ["docs/*", ACME], "asked_as": {}}, "the same file"),
+        ({"paths": ["docs/b*", ACME], "asked_as": {}}, "the same path twice"),
+        ({"paths": [ACME], "asked_as": {}}, "sees none of the documents"),
+        ({"paths": [{"path": "docs/b*"}], "asked_as": {}}, "give it a tenant"),
+        ({"paths": [{"path": "docs/b*", "tenant": ""}], "asked_as": {}}, "give it a tenant"),
+        ({"paths": [{**ACME, "groups": []}], "asked_as": {}}, "at least 1 item"),
+        ({"paths": [{**ACME, "tenant": "Acme"}], "asked_as": {}}, "'Acme' is not a name"),
+        ({"paths": [{**ACME, "group": "hr"}], "asked_as": {}}, "Extra inputs"),
+        ({"paths": [ACME], "asked_as": {"tenant": "acm\u0435"}}, "is not a name"),
+    ],
+)
+@pytest.mark.attack("people", "labels of documents that are missing, empty, mistyped or in doubt")
+def test_labels_in_doubt_are_refused(folder: Path, settings: dict[str, Any], says: str, happened: Happened) -> None:
+    with pytest.raises((UsageError, ValidationError), match=says):
+        _built(folder, **settings)
+    happened("refused")
 
 
 def test_documents_that_cannot_be_read(folder: Path) -> None:

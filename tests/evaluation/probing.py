@@ -19,6 +19,7 @@ from tests.tiny import write_model
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.candidate import Candidate, put_candidate
 from tunesmith.candidates.composing import Composer, compose
+from tunesmith.core.access import ANYONE
 from tunesmith.core.digests import canonical
 from tunesmith.core.files import write_atomic
 from tunesmith.core.messages import Message
@@ -157,7 +158,7 @@ class Bench:
         """Scores of the test rows by the leading metric."""
         test = load_dataset(self.store, dataset).examples("test")
         answerer = Answerer(self.store, self.engine, candidate)
-        given = self.engine.generate([answerer.generation(each.request) for each in test], candidate.training)
+        given = self.engine.generate([answerer.generation(each.request, ANYONE) for each in test], candidate.training)
         marks = [score(METRIC, one.text, each.answer, None) for one, each in zip(given, test, strict=True)]
         return column(candidate.name, METRIC, {e.id: (e.group, m) for e, m in zip(test, marks, strict=True)})
 

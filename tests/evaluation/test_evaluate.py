@@ -24,6 +24,7 @@ from tests.fabricate import (
     put_training,
 )
 from tunesmith.candidates.candidate import Candidate, put_candidate
+from tunesmith.core.access import Labels
 from tunesmith.core.digests import canonical
 from tunesmith.core.errors import Inconclusive, Refused, UsageError
 from tunesmith.data.dataset import load_dataset
@@ -199,8 +200,8 @@ def test_twins_of_test_rows_that_a_candidate_saw(made: Fabricated, place: str, h
                 candidate = plain.model_copy(update={"dataset": put_dataset(made.store, [twin])})
             else:
                 text = f"Notes. {asked[-1].content} The answer is {make(row.answer)}."
-                passage = Passage(id="p", source="notes.txt", title="", text=text).model_dump_json().encode()
-                blobs = {PASSAGES: made.store.put_bytes(passage)}
+                passage = Passage(id="p", source="notes.txt", title="", text=text, labels=Labels())
+                blobs = {PASSAGES: made.store.put_bytes(passage.model_dump_json().encode())}
                 documents = made.store.put_record(Record(kind="documents", blobs=blobs, body={}))
                 candidate = plain.model_copy(update={"documents": documents})
             with pytest.raises(Refused, match="test row"):

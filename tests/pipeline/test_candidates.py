@@ -18,6 +18,7 @@ from tunesmith.api import Project
 from tunesmith.candidates.candidate import load_candidate
 from tunesmith.candidates.composing import compose
 from tunesmith.candidates.settings import EndpointSettings
+from tunesmith.core.access import ANYONE
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.data.dataset import load_dataset
 from tunesmith.data.documents import Documents
@@ -114,19 +115,19 @@ def test_the_prompt_cites_the_passage(project: Project) -> None:
 
     candidate = _candidate(project, "docs")
     answerer = pipeline.answerer(pipeline.PipelineContext(project), candidate)
-    asked = answerer.composer.conversation([Message(role="user", content="what is in the garage?")])
+    asked = answerer.composer.conversation([Message(role="user", content="what is in the garage?")], ANYONE)
     assert "(rooms.md, Garage)\nThe garage has a radio." in asked[0].content
-    assert answerer.composer.retrieved([Message(role="user", content="garage")]).sources == ("rooms.md",)
+    assert answerer.composer.retrieved([Message(role="user", content="garage")], ANYONE).sources == ("rooms.md",)
 
 
 def test_training_with_retrieval_hides_the_row_s_answer(project: Project) -> None:
     candidate = _candidate(project, "tuned")
     answerer = pipeline.answerer(pipeline.PipelineContext(project), candidate)
     for example in load_dataset(project.store, candidate.dataset).examples("train"):
-        shown = compose(candidate, example.messages, answerer.composer.retrieved_without_group(example))
+        shown = compose(candidate, example.messages, answerer.composer.retrieved_without_group(example, ANYONE))
         assert example.messages[-1] in shown
         assert example.request[-1] not in shown[:-2], "its own request among the retrieved"
-    assert answerer.composer.retrieved_without_group(example).ids, "something is retrieved all the same"
+    assert answerer.composer.retrieved_without_group(example, ANYONE).ids, "something is retrieved all the same"
 
 
 def test_borrowed_weights_are_the_others(project: Project) -> None:
@@ -193,7 +194,7 @@ def test_the_others_can_be_released_and_verified(project: Project, name: str) ->
     # As the server answers it: what was measured is what serves.
     answerer = ReadyVersions(project.store, pipeline.PipelineContext(project).engine).answerer(version)
     dataset = load_dataset(project.store, project.store.record(version.evaluation).parents["dataset"])
-    asked = [answerer.generation(example.request) for example in dataset.examples("test")[:8]]
+    asked = [answerer.generation(example.request, ANYONE) for example in dataset.examples("test")[:8]]
     served = [each.text for each in answerer.responder.generate(asked, answerer.adapter)]
     assert served == [line["text"] for line in _answers(project, name)[1]][:8]
 

@@ -121,6 +121,11 @@ def test_users_and_tokens(store: Store) -> None:
     added = document(store, "users", "add", "bob", "--role", "approver", "--role", "steward", "--tenant", "acme")
     assert (added["roles"], added["tenant"], added["fingerprint"]) == (["approver", "steward"], "acme", None)
     assert document(store, "users", "roles", "bob", "--role", "operator")["roles"] == ["operator"]
+    assert document(store, "users", "groups", "bob", "--group", "hr", "--group", "board")["groups"] == ["board", "hr"]
+    with pytest.raises(UsageError, match="not a group name"):
+        run(store, "users", "groups", "bob", "--group", "../hr")
+    assert document(store, "users", "list")["users"][1]["groups"] == ["board", "hr"]
+    assert document(store, "users", "groups", "bob")["groups"] == []
     issued = document(store, "users", "token", "bob")["token"]
     found = identities.authenticate(store, issued)
     assert found is not None

@@ -87,7 +87,7 @@ def test_a_user_changed_behind_the_logs_back_shows(
 
 def test_rows_slipped_in_or_taken_out_show(store: Store, version: Version) -> None:
     with database.writing(store.engine) as session:
-        session.add(UserRow(name="mallory", roles=["admin"], tenant="", region="", active=True))
+        session.add(UserRow(name="mallory", roles=["admin"], tenant="", region="", groups=[], active=True))
         session.add(VersionRow(name="intents", number=9, digest="sha256:" + "0" * 64, key=""))
         session.execute(delete(UserRow).where(UserRow.name == "ann"))
     assert verify_log(store) == [

@@ -12,6 +12,7 @@ from tunesmith.candidates.composing import Composer, compose
 from tunesmith.candidates.copying import Constraint
 from tunesmith.candidates.endpoint import Endpoint
 from tunesmith.candidates.settings import EndpointSettings
+from tunesmith.core.access import Caller
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.core.progress import SILENT, Progress
@@ -100,6 +101,7 @@ class Answerer:
     def generation(
         self,
         messages: Sequence[Message],
+        caller: Caller,
         *,
         max_tokens: int | None = None,
         temperature: float = 0.0,
@@ -108,10 +110,13 @@ class Answerer:
         stop: tuple[str, ...] = (),
         top_logprobs: int | None = None,
     ) -> Generation:
-        """What the responder generates from. max_tokens may lower the candidate's own bound, not raise it."""
+        """What the responder generates from. max_tokens may lower the candidate's own bound, not raise it.
+
+        caller: whom it is answered for. Evaluations give `composer.asked_as`, a server the caller of the request.
+        """
         bound = self._candidate.max_tokens
         request = Generation(
-            messages=self.composer.conversation(messages),
+            messages=self.composer.conversation(messages, caller),
             max_tokens=bound if max_tokens is None else min(bound, max_tokens),
             temperature=temperature,
             top_p=top_p,
@@ -123,6 +128,7 @@ class Answerer:
 
     def generation_without_group(self, example: Example) -> Generation:
         """What the responder generates from for a row that may be a training row: its own group is not retrieved."""
-        composed = compose(self._candidate, example.request, self.composer.retrieved_without_group(example))
+        found = self.composer.retrieved_without_group(example, self.composer.asked_as)
+        composed = compose(self._candidate, example.request, found)
         request = Generation(messages=composed, max_tokens=self._candidate.max_tokens)
         return self._constraint.hold(request, example.request)

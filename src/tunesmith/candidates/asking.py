@@ -86,7 +86,7 @@ def ask_rows(
             kept = work / f"{number:05d}.json"
             if not kept.is_file():
                 began = time.perf_counter()
-                asked = [answerer.generation(example.request) for example in chunk]
+                asked = [answerer.generation(example.request, answerer.composer.asked_as) for example in chunk]
                 given = answerer.responder.generate(asked, answerer.adapter)
                 spent = time.perf_counter() - began
                 told = [_line(answerer, *pair) for pair in zip(chunk, given, strict=True)]
@@ -123,7 +123,7 @@ def _line(answerer: Answerer, example: Request, completion: Completion) -> dict[
         "prompt_tokens": completion.prompt_tokens,
         "completion_tokens": completion.completion_tokens,
     }
-    found = answerer.composer.retrieved(example.request)
+    found = answerer.composer.retrieved(example.request, answerer.composer.asked_as)
     if found.ids:
         line["retrieved"] = list(found.ids)
     if isinstance(completion, Confident):

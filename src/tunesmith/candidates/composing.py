@@ -12,7 +12,8 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 from tunesmith.candidates.candidate import Candidate
-from tunesmith.candidates.retrieval import Embed, Index, example_index, last_request
+from tunesmith.candidates.retrieval import Embed, Index, PassageIndex, example_index, last_request
+from tunesmith.core.access import ANYONE, Caller
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message, tools_of, with_tools
 from tunesmith.data.dataset import Example, load_dataset
@@ -38,38 +39,49 @@ class Retrieved:
 
 
 class Composer:
-    """Composes conversations for one candidate. Reads the dataset and the documents on first use."""
+    """Composes conversations for one candidate. Reads the dataset and the documents on first use.
+
+    caller: whom a request is answered for; passages that they may not see are not retrieved.
+    """
 
     def __init__(self, store: Store, candidate: Candidate) -> None:
         self._store, self._candidate = store, candidate
         self._retrieve_text = lru_cache(_REMEMBERED)(self._look_up)
 
-    def conversation(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+    @property
+    def asked_as(self) -> Caller:
+        """The caller that evaluations and `tunesmith chat` stand for, as the documents' settings name it."""
+        return ANYONE if self._documents is None else self._documents.asked_as
+
+    def conversation(self, messages: Sequence[Message], caller: Caller) -> tuple[Message, ...]:
         """The request with the candidate's prompt, shots and retrieved texts before it.
 
         The candidate's prompt replaces the request's own system turn; `prompt_used` tells where it does.
         """
-        return compose(self._candidate, messages, self.retrieved(messages))
+        return compose(self._candidate, messages, self.retrieved(messages, caller))
 
     def prompt_used(self, messages: Sequence[Message]) -> PromptUsed:
         """Which system prompt a request gets."""
         return prompt_used(self._candidate, messages)
 
     def training_conversation(self, example: Example) -> tuple[Message, ...]:
-        """A row as training sees it. Rows of its own group are not retrieved, as none would be for a new request."""
-        return compose(self._candidate, example.messages, self.retrieved_without_group(example))
+        """A row as training sees it. Rows of its own group are not retrieved, as none would be for a new request.
 
-    def retrieved(self, messages: Sequence[Message]) -> Retrieved:
+        Passages with labels are not retrieved either: whatever the weights learn of them, they tell every caller.
+        """
+        return compose(self._candidate, example.messages, self.retrieved_without_group(example, ANYONE))
+
+    def retrieved(self, messages: Sequence[Message], caller: Caller) -> Retrieved:
         """What is retrieved for a request; nothing where the candidate retrieves nothing."""
-        return Retrieved() if self._candidate.retrieve is None else self._retrieve_text(last_request(messages))
+        return Retrieved() if self._candidate.retrieve is None else self._retrieve_text(last_request(messages), caller)
 
-    def retrieved_without_group(self, example: Example) -> Retrieved:
+    def retrieved_without_group(self, example: Example, caller: Caller) -> Retrieved:
         """What is retrieved for a training row when its own group is left out."""
         retrieve = self._candidate.retrieve
         if retrieve is None:
             return Retrieved()
         if retrieve.from_ == "documents":
-            return self._retrieve_text(last_request(example.request))
+            return self._retrieve_text(last_request(example.request), caller)
         skip = self._places_of_group.get(example.group, frozenset())
         return self._shown(self._index.nearest(last_request(example.request), retrieve.k, skip))
 
@@ -87,15 +99,17 @@ class Composer:
             raise UsageError(f"candidate {self._candidate.name} names no dataset to look things up in")
         return load_dataset(self._store, self._candidate.dataset).examples("train")
 
-    def _look_up(self, text: str) -> Retrieved:
+    def _look_up(self, text: str, caller: Caller) -> Retrieved:
+        # Remembered by text and caller, so that no caller's answer comes sooner because another one asked the same.
         assert self._candidate.retrieve is not None
-        return self._shown(self._index.nearest(text, self._candidate.retrieve.k))
+        k = self._candidate.retrieve.k
+        if self._documents is None:
+            return self._shown(self._index.nearest(text, k))
+        passages = tuple(self._passages.nearest(text, k, caller))
+        cited = tuple(dict.fromkeys(passage.source for passage in passages))
+        return Retrieved(tuple(passage.id for passage in passages), cited, (), passages)
 
     def _shown(self, places: Sequence[int]) -> Retrieved:
-        if self._documents is not None:
-            passages = tuple(self._documents.passages[place] for place in places)
-            cited = tuple(dict.fromkeys(passage.source for passage in passages))
-            return Retrieved(tuple(passage.id for passage in passages), cited, (), passages)
         chosen = [self.examples[place] for place in places]
         cited = tuple(dict.fromkeys(example.source for example in chosen))
         return Retrieved(tuple(one.id for one in chosen), cited, tuple(turns_only(one.messages) for one in chosen))
@@ -118,11 +132,16 @@ class Composer:
 
     @cached_property
     def _index(self) -> Index:
-        by = self._candidate.retrieve.by if self._candidate.retrieve else "bm25"
-        if self._documents is not None:
-            texts = [f"{passage.title}\n{passage.text}".strip() for passage in self._documents.passages]
-            return Index(texts, by, self._embed)
-        return self._by_words if by == "bm25" else example_index(self.examples, by, self._embed)
+        return self._by_words if self._by == "bm25" else example_index(self.examples, self._by, self._embed)
+
+    @cached_property
+    def _passages(self) -> PassageIndex:
+        assert self._documents is not None
+        return PassageIndex(self._documents.passages, self._by, self._embed)
+
+    @property
+    def _by(self) -> str:
+        return self._candidate.retrieve.by if self._candidate.retrieve else "bm25"
 
     @property
     def _embed(self) -> Embed | None:

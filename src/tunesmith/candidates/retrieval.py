@@ -1,5 +1,7 @@
 """Finds the texts most similar to a request: by words, by embeddings, or by the ranks of both.
 
+Of documents with labels, a caller's request is compared only with passages that the caller may see.
+
 By words: BM25 (Robertson and Zaragoza 2009, as bm25s computes it). By vectors: cosine of MiniLM's sentence vectors.
 Fused: reciprocal rank fusion with k = 60 (Cormack, Clarke and Buettcher 2009).
 """
@@ -7,35 +9,41 @@ Fused: reciprocal rank fusion with k = 60 (Cormack, Clarke and Buettcher 2009).
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Sequence
 
 import bm25s
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.core.access import Caller, Labels
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
 from tunesmith.data.dataset import Example
+from tunesmith.data.documents import Passage
 
 _WORD = re.compile(r"\w+")
 _FUSION = 60
 _COUNTED_WORDS = 4096
+_VIEWS = 64  # indexes of passages that are kept, one for each set of labels that a caller may see
 
 Vectors = NDArray[np.float32]
 Embed = Callable[[Sequence[str]], Vectors]  # texts -> rows of length 1
 
 
 class Index:
-    """An index of texts. embed: makes the embeddings for `dense` and `fused`."""
+    """An index of texts. embed: makes the embeddings for `dense` and `fused`. vectors: of the texts, where known."""
 
-    def __init__(self, texts: Sequence[str], by: str = "bm25", embed: Embed | None = None) -> None:
+    def __init__(
+        self, texts: Sequence[str], by: str = "bm25", embed: Embed | None = None, vectors: Vectors | None = None
+    ) -> None:
         self._by, self._embed = by, embed
         self._words = [words(text) for text in texts]
         self._sets = [set(each) for each in self._words]
         self._known = set().union(*self._sets)
         self._index = bm25s.BM25()
         self._index.index(self._words, show_progress=False)
-        self._vectors = embed(texts) if embed is not None and by != "bm25" else None
+        self._vectors = vectors if vectors is not None or embed is None or by == "bm25" else embed(texts)
 
     def nearest(self, text: str, k: int, skip: frozenset[int] = frozenset()) -> list[int]:
         """Positions of the k texts with the highest scores, the best last, next to the request in the prompt.
@@ -73,6 +81,50 @@ class Index:
             for rank, place in enumerate(_best(scores, len(scores)), start=1):
                 fused[place] += 1.0 / (_FUSION + rank)
         return _best(fused, k)
+
+
+class PassageIndex:
+    """Passages, of which each caller finds those that the labels let them see. Thread-safe.
+
+    Callers who see the same passages share an index, and it holds nothing else. So neither the ranks nor the numbers
+    behind them (how many texts hold a word, how long texts are) depend on a passage that the caller may not see.
+    """
+
+    def __init__(self, passages: Sequence[Passage], by: str = "bm25", embed: Embed | None = None) -> None:
+        self._passages, self._by, self._embed = passages, by, embed
+        self._labels = frozenset(passage.labels for passage in passages)
+        self._vectors: Vectors | None = None
+        self._views: dict[frozenset[Labels], tuple[list[Passage], Index]] = {}
+        self._building = threading.Lock()
+
+    def nearest(self, text: str, k: int, caller: Caller) -> list[Passage]:
+        """The k best passages among those that the caller may see, the best last. Fewer where the caller sees fewer."""
+        visible = frozenset(labels for labels in self._labels if labels.visible_to(caller))
+        if not visible:
+            return []
+        passages, index = self._views.get(visible) or self._view(visible)
+        return [passages[place] for place in index.nearest(text, k)]
+
+    def _view(self, visible: frozenset[Labels]) -> tuple[list[Passage], Index]:
+        with self._building:
+            if visible in self._views:
+                return self._views[visible]
+            places = [place for place, passage in enumerate(self._passages) if passage.labels in visible]
+            vectors = None
+            if self._embed is not None and self._by != "bm25":
+                if self._vectors is None:
+                    self._vectors = self._embed([_indexed(passage) for passage in self._passages])
+                vectors = self._vectors[places]
+            passages = [self._passages[place] for place in places]
+            made = passages, Index([_indexed(passage) for passage in passages], self._by, self._embed, vectors)
+            if len(self._views) >= _VIEWS:
+                self._views.pop(next(iter(self._views)))
+            self._views[visible] = made
+            return made
+
+
+def _indexed(passage: Passage) -> str:
+    return f"{passage.title}\n{passage.text}".strip()
 
 
 def example_index(examples: Sequence[Example], by: str = "bm25", embed: Embed | None = None) -> Index:

@@ -139,12 +139,13 @@ def _converse(answerer: Answerer) -> None:
     from tunesmith.engines.protocol import Completion, Scored
 
     turns: list[Message] = []
+    asked_as = answerer.composer.asked_as
     while text := input("> ").strip():
         turns.append(Message(role="user", content=text))
-        for piece in answerer.responder.stream(answerer.generation(turns), answerer.adapter):
+        for piece in answerer.responder.stream(answerer.generation(turns, asked_as), answerer.adapter):
             if isinstance(piece, Completion):
                 print()
-                if sources := answerer.composer.retrieved(turns).sources:
+                if sources := answerer.composer.retrieved(turns, asked_as).sources:
                     print(printable_line(f"(from {', '.join(sources)})"))
                 turns.append(Message(role="assistant", content=piece.text))
             else:

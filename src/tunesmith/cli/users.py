@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, typer.Argument(metavar="USER", help="The user's name.")]
 Roles = Annotated[list[str], typer.Option("--role", help="engineer, steward, approver, operator or admin; repeatable.")]
+Groups = Annotated[list[str] | None, typer.Option("--group", help="They may see documents of this group; repeatable.")]
 Label = Annotated[str | None, typer.Option("--label", help="The new key's name; by default key-1, key-2 and so on.")]
 Given = Annotated[str, typer.Argument(metavar="LABEL", help="The key's name, as `tunesmith keys list` shows it.")]
 
@@ -24,7 +25,7 @@ Given = Annotated[str, typer.Argument(metavar="LABEL", help="The key's name, as 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     users = typer.Typer(help="Who may do what.", no_args_is_help=True)
-    add_commands(users, add, roles, deactivate, token, list=list_users)
+    add_commands(users, add, roles, groups, deactivate, token, list=list_users)
     app.add_typer(users, name="users")
     keys = typer.Typer(help="The keys that versions and approvals are signed with.", no_args_is_help=True)
     add_commands(keys, create, enrol, retire, revoke, list=list_keys)
@@ -44,6 +45,7 @@ def add(
     role: Roles,
     tenant: Annotated[str, typer.Option("--tenant", help="They may act for this tenant only.")] = "",
     region: Annotated[str, typer.Option("--region", help="They may act for this region only.")] = "",
+    group: Groups = None,
     public_key: Annotated[
         Path | None, typer.Option("--public-key", metavar="FILE", help="Their own public key, PEM, EC P-256.")
     ] = None,
@@ -52,7 +54,8 @@ def add(
     from tunesmith.services import users
 
     store = here.store
-    user = users.add_user(store, name, role, actor=here.actor, scope=Scope(tenant, region), public_key=public_key)
+    scope, groups = Scope(tenant, region), group or ()
+    user = users.add_user(store, name, role, actor=here.actor, scope=scope, groups=groups, public_key=public_key)
     here.emit(user, printed(f"{name} is {', '.join(user.roles)}"))
 
 
@@ -63,6 +66,14 @@ def roles(here: Acting, name: Name, role: Roles) -> None:
     user = users.set_roles(here.store, name, role, actor=here.actor)
     _warn(here, user)
     here.emit(user, printed(f"{name} is {', '.join(user.roles)}"))
+
+
+def groups(here: Acting, name: Name, group: Groups = None) -> None:
+    """Replace the groups whose documents a user may see. Without --group the user is in none."""
+    from tunesmith.services import users
+
+    user = users.set_groups(here.store, name, group or (), actor=here.actor)
+    here.emit(user, printed(f"{name} is in {', '.join(user.groups) or 'no group'}"))
 
 
 def deactivate(here: Acting, name: Name) -> None:
@@ -183,8 +194,11 @@ def _warn(here: Acting, user: UserView) -> None:
 
 
 def _draw_users(console: Console, found: UserList) -> None:
-    rows = ((user.user, ", ".join(user.roles), user.tenant, user.region, user.active) for user in found.users)
-    draw_table(console, rows, "user", "roles", "tenant", "region", "active")
+    rows = (
+        (user.user, ", ".join(user.roles), user.tenant, user.region, ", ".join(user.groups), user.active)
+        for user in found.users
+    )
+    draw_table(console, rows, "user", "roles", "tenant", "region", "groups", "active")
 
 
 def _draw_keys(console: Console, found: KeyList) -> None:

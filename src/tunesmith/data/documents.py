@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from tunesmith.core.access import Caller, Labels, Name, OptionalName
 from tunesmith.core.digests import canonical, digest_of
 from tunesmith.core.errors import Refused, UsageError
 from tunesmith.core.messages import Message
+from tunesmith.core.scope import Scope
 from tunesmith.core.settings import Settings
 from tunesmith.data.privacy.scan import Scanner
 from tunesmith.data.settings import Privacy, Source
@@ -26,20 +28,88 @@ _LARGEST = 64 << 20
 _LONGEST_WORD = 1000  # characters: a file without spaces would be one passage
 
 
+class LabelledPath(Labels):
+    """Documents that not everybody may see."""
+
+    path: Annotated[str, Field(min_length=1, description="path or glob of the documents that carry these labels")]
+
+    @model_validator(mode="after")
+    def _labelled(self) -> LabelledPath:
+        if self.labels == Labels():
+            raise ValueError("give it a tenant, a region or groups; documents for everybody are named by a path alone")
+        return self
+
+    @property
+    def labels(self) -> Labels:
+        """The labels without the path."""
+        groups = None if self.groups is None else tuple(sorted(set(self.groups)))
+        return Labels(tenant=self.tenant, region=self.region, groups=groups)
+
+
+class AskedAs(Settings):
+    """The caller that evaluations and `tunesmith chat` stand for. {}: one who sees only documents without labels."""
+
+    tenant: Annotated[OptionalName, Field(description="its tenant")] = ""
+    region: Annotated[OptionalName, Field(description="its region")] = ""
+    groups: Annotated[tuple[Name, ...], Field(description="its groups")] = ()
+
+    @property
+    def caller(self) -> Caller:
+        """As the caller of a request."""
+        return Caller(Scope(self.tenant, self.region), frozenset(self.groups))
+
+
+# Told apart by hand, so that an error of one is not reported as an error of the other.
+_Path = Annotated[
+    Annotated[str, Field(min_length=1), Tag("path")] | Annotated[LabelledPath, Tag("labelled")],
+    Discriminator(lambda given: "path" if isinstance(given, str) else "labelled"),
+]
+
+
 class DocumentSettings(Settings):
     """`documents:` of the project file."""
 
     paths: Annotated[
-        tuple[str, ...],
-        Field(min_length=1, description="paths or globs of .md, .txt, .html or .pdf files, relative to the project"),
+        tuple[_Path, ...],
+        Field(
+            min_length=1,
+            description="paths or globs of .md, .txt, .html or .pdf files, relative to the project. Everybody may see "
+            "a document, unless it is named by a path with labels",
+        ),
     ]
+    asked_as: Annotated[
+        AskedAs | None,
+        Field(
+            description="the caller that evaluations and `tunesmith chat` stand for; needed where a path has labels. "
+            "Training rows get only documents without labels"
+        ),
+    ] = None
     licence: Annotated[str | None, Field(description="SPDX licence expression, kept in the record")] = None
     words: Annotated[int, Field(ge=20, le=1000, description="maximum words of a passage")] = 160
     overlap: Annotated[int, Field(ge=0, le=500, description="words that a passage repeats from the one before it")] = 24
 
+    @model_validator(mode="after")
+    def _unambiguous(self) -> DocumentSettings:
+        if len(self.labels) < len(self.paths):
+            raise ValueError("paths name the same path twice, so its labels are unclear")
+        if self.asked_as is None and any(isinstance(each, LabelledPath) for each in self.paths):
+            raise ValueError(
+                "paths have labels: say with asked_as whose view evaluations and `tunesmith chat` have, such as "
+                "{tenant: acme, groups: [support]}, or {} for documents without labels only"
+            )
+        return self
+
+    @property
+    def labels(self) -> dict[str, Labels]:
+        """Path -> the labels of its documents."""
+        return dict((each, Labels()) if isinstance(each, str) else (each.path, each.labels) for each in self.paths)
+
 
 class Passage(BaseModel):
-    """A piece of a document. title: the headings above it. id: a digest of its text, title and source."""
+    """A piece of a document. title: the headings above it. id: a digest of its text, title and source.
+
+    labels: who may see it. There is no default, so that a passage whose labels were lost is not shown to everybody.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,6 +117,7 @@ class Passage(BaseModel):
     source: str
     title: str
     text: str
+    labels: Labels
 
 
 class Documents:
@@ -55,6 +126,11 @@ class Documents:
     def __init__(self, store: Store, digest: str) -> None:
         self.digest, self._store = digest, store
         self.record = store.record(digest, kind="documents")
+
+    @property
+    def asked_as(self) -> Caller:
+        """The caller that evaluations and `tunesmith chat` stand for."""
+        return AskedAs.model_validate(self.record.body["settings"]["asked_as"] or {}).caller
 
     @cached_property
     def passages(self) -> list[Passage]:
@@ -67,8 +143,12 @@ class Documents:
 
 
 def document_files(settings: DocumentSettings, root: Path) -> list[SourceFile]:
-    """The files that the settings name. Raises UsageError for a pattern that matches none and for other file types."""
-    files = find_files([Source(path=path, licence=settings.licence) for path in settings.paths], root)
+    """The files that the settings name.
+
+    Raises UsageError for a pattern that matches none, for a file that two patterns match (its labels would be unclear)
+    and for other file types.
+    """
+    files = find_files([Source(path=path, licence=settings.licence) for path in settings.labels], root)
     for file in files:
         if file.path is None:
             raise UsageError("documents must be local files", where=file.name, fix="download it first")
@@ -88,7 +168,7 @@ def build_documents(
     UsageError for documents that cannot be read or hold no text; Refused for control tokens, and for personal data
     under `refuse`.
     """
-    scanner = Scanner(privacy)
+    scanner, labels_of = Scanner(privacy), settings.labels
     found: Counter[str] = Counter()
     passages: dict[str, Passage] = {}
     described = []
@@ -98,7 +178,7 @@ def build_documents(
             blocks = list(_read(opened))
             digest, size = opened.digest, opened.bytes
         _refuse_control_tokens(file.name, blocks, special_tokens)
-        kept = 0
+        kept, labels = 0, labels_of[file.source.path]
         for title, text in cut(blocks, settings.words, settings.overlap):
             scan = scanner.scan([Message(role="system", content=title), Message(role="user", content=text)])
             found.update(scan.found)
@@ -114,13 +194,20 @@ def build_documents(
             if privacy.action == "pseudonymise":
                 title, text = (message.content for message in scan.messages)
             name = digest_of({"source": file.name, "title": title, "text": text}).removeprefix("sha256:")[:20]
-            passages.setdefault(name, Passage(id=name, source=file.name, title=title, text=text))
+            passages.setdefault(name, Passage(id=name, source=file.name, title=title, text=text, labels=labels))
             kept += 1
         if not blocks:
             raise UsageError("the document holds no text", where=file.name, fix="remove it, or add its text as .txt")
         described.append({"path": file.name, "digest": digest, "bytes": size, "passages": kept})
     if not passages:
         raise UsageError("no passage is left to retrieve from", where="documents", fix="check data.privacy.action")
+    asked_as = (settings.asked_as or AskedAs()).caller
+    if not any(passage.labels.visible_to(asked_as) for passage in passages.values()):
+        raise UsageError(
+            "the caller of evaluations sees none of the documents, so retrieval would not be measured",
+            where="documents.asked_as",
+            fix="give it the tenant, region or groups of some documents",
+        )
     body = {
         "settings": settings.model_dump(mode="json"),
         "files": described,

@@ -36,7 +36,9 @@ def ask_held_out(
     A row that is a training row is asked as one that is not: no row of its group is retrieved or was learned. Raises
     Inconclusive where the metric gives anything but a number from 0 to 1.
     """
-    answerer.composer.retrieved_without_group(rows[0])  # builds the index, as loading does: once, and not timed
+    asked_as = answerer.composer.asked_as
+    # Builds the index, as loading does: once, and not timed.
+    answerer.composer.retrieved_without_group(rows[0], asked_as)
     began = time.perf_counter()
     asked = [answerer.generation_without_group(row) for row in rows]
     if candidate.method != "model":
@@ -46,7 +48,7 @@ def ask_held_out(
     seconds = time.perf_counter() - began
     metric, scoring = context.project.settings.task.leading, leading_scoring(context)
     lines = {
-        row.id: {"text": answer.text, "retrieved": list(answerer.composer.retrieved_without_group(row).ids)}
+        row.id: {"text": answer.text, "retrieved": list(answerer.composer.retrieved_without_group(row, asked_as).ids)}
         for row, answer in zip(rows, given, strict=True)
     }
     seen = seen_answers(context.store, context.dataset, candidate, lines, rows)

@@ -28,7 +28,7 @@ from tunesmith.store.recalls import recalled
 # between processors anyway.
 REVISIONS = {
     "data": 9,
-    "documents": 2,
+    "documents": 3,
     "train": 5,
     "search": 2,
     "training_search": 3,

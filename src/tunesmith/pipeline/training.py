@@ -188,8 +188,9 @@ def row_scores(
     sharded = context.sharded
     engine = context.model.engine()
     answerer = Answerer(context.store, engine, candidate)
-    asked = [answerer.generation(row.request) for row in rows]
-    retrieved = [list(answerer.composer.retrieved(row.request).ids) for row in rows]
+    asked_as = answerer.composer.asked_as
+    asked = [answerer.generation(row.request, asked_as) for row in rows]
+    retrieved = [list(answerer.composer.retrieved(row.request, asked_as).ids) for row in rows]
 
     def answers(model: TrainableModel | None, count: int) -> list[Completion]:
         if sharded is not None:

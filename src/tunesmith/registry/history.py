@@ -149,6 +149,7 @@ def _differences(logged: State, actual: State) -> list[str]:
         elif key not in actual:
             problems.append(f"{kind} {name} is in the log but not in the database")
         elif logged[key] != actual[key]:
-            parts = sorted(part for part in logged[key] if logged[key].get(part) != actual[key].get(part))
+            before, after = logged[key], actual[key]
+            parts = sorted(part for part in before.keys() | after.keys() if before.get(part) != after.get(part))
             problems.append(f"{kind} {name} differs between the log and the database: {', '.join(parts)}")
     return problems

@@ -18,8 +18,10 @@ from dataclasses import dataclass, field, replace
 
 from tunesmith.candidates.answering import Answerer
 from tunesmith.candidates.composing import PromptUsed
+from tunesmith.core.access import Caller
 from tunesmith.core.errors import TunesmithError, UsageError
 from tunesmith.core.messages import CountTokens, Message
+from tunesmith.core.scope import Scope
 from tunesmith.engines.protocol import Completion, Generation, Scored, Streamed
 from tunesmith.monitoring.features import request_features
 from tunesmith.server.chat.request import ChatRequest
@@ -255,11 +257,13 @@ class Worker:
         """The engine's input. Raises ApiError 400 for a prompt that leaves no room for an answer."""
         request = job.request
         messages = request.conversation
+        caller = Caller(Scope(job.user.tenant, self._settings.region), frozenset(job.user.groups))
         room = answerer.responder.context_length
         if answerer.asks_base and sum(len(message.content) for message in messages) > _CHARACTERS_A_TOKEN * room:
             self._require_room(messages, room)  # before anything else reads so much text
         generation = answerer.generation(
             messages,
+            caller,
             max_tokens=request.max_completion_tokens or request.max_tokens,
             temperature=request.temperature or 0.0,
             top_p=1.0 if request.top_p is None else request.top_p,
@@ -270,7 +274,7 @@ class Worker:
         if generation.max_tokens < answerer.max_tokens:
             job.most_tokens = generation.max_tokens
         job.prompt_tokens = self._require_room(generation.messages, room) if answerer.asks_base else 0
-        job.sources = answerer.composer.retrieved(messages).sources
+        job.sources = answerer.composer.retrieved(messages, caller).sources
         job.prompt_used = answerer.composer.prompt_used(messages)
         try:
             job.features = request_features(messages, answerer.composer.nearest)

@@ -49,6 +49,6 @@ def opened(project: Project, who: str, *, progress: Progress = SILENT) -> Iterat
 def ask(to: Answerer, message: str) -> ChatAnswer:
     """The answer to one message."""
     turn = [Message(role="user", content=message)]
-    found = to.responder.generate([to.generation(turn)], to.adapter)[0]
-    sources = tuple(to.composer.retrieved(turn).sources)
+    found = to.responder.generate([to.generation(turn, to.composer.asked_as)], to.adapter)[0]
+    sources = tuple(to.composer.retrieved(turn, to.composer.asked_as).sources)
     return ChatAnswer(answer=found.text, finish=found.finish, candidate=to.name, sources=sources)

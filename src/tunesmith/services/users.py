@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,7 @@ from tunesmith.store.trust import KeyStatus
 
 
 class UserView(View):
-    """One user. fingerprint: of their newest active key, None without one.
+    """One user. fingerprint: of their newest active key, None without one. groups: whose documents they may see.
 
     invalidated: labels of the versions that they signed and that no longer verify after this change.
     """
@@ -33,6 +34,7 @@ class UserView(View):
     roles: tuple[str, ...]
     tenant: str
     region: str
+    groups: tuple[str, ...]
     active: bool
     fingerprint: str | None
     invalidated: Annotated[tuple[str, ...], Field(exclude=True)] = ()
@@ -118,17 +120,23 @@ def add_user(
     *,
     actor: str | None = None,
     scope: Scope = Scope(),
+    groups: Iterable[str] = (),
     public_key: Path | None = None,
 ) -> UserView:
     """Add a user. public_key: their own key as a PEM file; without one, a key pair is made when they first sign."""
     pem = keys.read_public_key(_read_key(public_key)) if public_key is not None else ""
     by = acting(store, actor)
-    return _view(identities.add_user(store, name, roles, actor=by, scope=scope, public_key=pem))
+    return _view(identities.add_user(store, name, roles, actor=by, scope=scope, groups=groups, public_key=pem))
 
 
 def set_roles(store: Store, name: str, roles: list[str], *, actor: str | None = None) -> UserView:
     """Replace a user's roles."""
     return _changed(store, identities.set_roles(store, name, roles, actor=acting(store, actor)))
+
+
+def set_groups(store: Store, name: str, groups: Iterable[str], *, actor: str | None = None) -> UserView:
+    """Replace the groups whose documents a user may see."""
+    return _view(identities.set_groups(store, name, groups, actor=acting(store, actor)))
 
 
 def deactivate(store: Store, name: str, *, actor: str | None = None) -> UserView:
@@ -247,6 +255,7 @@ def _view(user: User, invalidated: tuple[str, ...] = ()) -> UserView:
         roles=user.roles,
         tenant=user.tenant,
         region=user.region,
+        groups=user.groups,
         active=user.active,
         fingerprint=user.fingerprint,
         invalidated=invalidated,

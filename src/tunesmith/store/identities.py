@@ -53,7 +53,10 @@ class UserKey(BaseModel):
 
 
 class User(BaseModel):
-    """A person or a service. tenant, region: what they may act for; "" means all. keys: all they had, oldest first."""
+    """A person or a service. tenant, region: what they may act for; "" means all. keys: all they had, oldest first.
+
+    groups: the groups whose documents they may see.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,6 +64,7 @@ class User(BaseModel):
     roles: tuple[Role, ...]
     tenant: str = ""
     region: str = ""
+    groups: tuple[str, ...] = ()
     active: bool = True
     keys: tuple[UserKey, ...] = ()
 
@@ -113,7 +117,7 @@ def ensure_owner(store: Store) -> User:
             raise _AlreadyThere
         if session.scalars(select(UserRow).limit(1)).first() is not None:
             raise Refused("the store has users whom the audit log does not know", fix="run `tunesmith audit verify`")
-        row = UserRow(name=name, roles=["admin", "engineer"], tenant="", region="", active=True)
+        row = UserRow(name=name, roles=["admin", "engineer"], tenant="", region="", groups=[], active=True)
         session.add(row)
         detail["user"] = state(row)
     return ensure_owner(store)
@@ -165,20 +169,27 @@ def list_users(where: Store | Session) -> list[User]:
 
 
 def add_user(
-    store: Store, name: str, roles: Iterable[str], *, actor: str, scope: Scope = Scope(), public_key: str = ""
+    store: Store,
+    name: str,
+    roles: Iterable[str],
+    *,
+    actor: str,
+    scope: Scope = Scope(),
+    groups: Iterable[str] = (),
+    public_key: str = "",
 ) -> User:
     """Add a user, with a public key (PEM) or without.
 
-    Raises UsageError for a bad, reserved or used name, one that looks like another user's, or a bad role; Refused if
-    actor may not add users or if the key was enrolled before. Then there is no new user.
+    Raises UsageError for a bad, reserved or used name, one that looks like another user's, a bad role or group; Refused
+    if actor may not add users or if the key was enrolled before. Then there is no new user.
     """
     check_name(name, "user name")
-    given = _roles(roles)
+    given, member_of = _roles(roles), _groups(groups)
     with changing(store, actor, "user.add", name) as (session, detail):
         if session.get(UserRow, name) is not None:
             raise UsageError(f"there is already a user {name}", fix="tunesmith users roles changes theirs")
         check_new_name(name, session.scalars(select(UserRow.name)))
-        row = UserRow(name=name, roles=list(given), **scope.fields(), active=True)
+        row = UserRow(name=name, roles=given, **scope.fields(), groups=member_of, active=True)
         session.add(row)
         if public_key:
             add_key(session, row, public_key, FIRST_LABEL)
@@ -194,6 +205,17 @@ def set_roles(store: Store, name: str, roles: Iterable[str], *, actor: str) -> U
         detail["before"] = list(row.roles)
         row.roles = list(given)
         _keep_an_admin(session)
+        detail["user"] = state(row)
+    return get_user(store, name)
+
+
+def set_groups(store: Store, name: str, groups: Iterable[str], *, actor: str) -> User:
+    """Replace the groups whose documents a user may see. Counts from the user's next request on."""
+    given = _groups(groups)
+    with changing(store, actor, "user.groups", name) as (session, detail):
+        row = user_row(session, name)
+        detail["before"] = list(row.groups)
+        row.groups = given
         detail["user"] = state(row)
     return get_user(store, name)
 
@@ -285,6 +307,8 @@ def state(row: UserRow) -> dict[str, Any]:
         "roles": list(row.roles),
         "tenant": row.tenant,
         "region": row.region,
+        # Left out where there are none, as in the entries of a log that is older than groups.
+        **({"groups": list(row.groups)} if row.groups else {}),
         "active": row.active,
         "keys": [
             {
@@ -343,6 +367,7 @@ def _user(row: UserRow) -> User:
         roles=tuple(row.roles),  # type: ignore[arg-type]  # pydantic checks them
         tenant=row.tenant,
         region=row.region,
+        groups=tuple(row.groups),
         active=row.active,
         keys=tuple(UserKey.model_validate(key, from_attributes=True) for key in row.keys),
     )
@@ -373,6 +398,10 @@ def _roles(roles: Iterable[str]) -> list[str]:
             fix=f"roles are {', '.join(ROLES)}",
         )
     return given
+
+
+def _groups(groups: Iterable[str]) -> list[str]:
+    return sorted({check_name(group, "group name") for group in groups})
 
 
 def _keep_an_admin(session: Session) -> None:

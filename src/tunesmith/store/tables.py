@@ -8,7 +8,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String,
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 # Raise it with each new file in migrations/versions.
-HEAD_REVISION = "0003"
+HEAD_REVISION = "0004"
 
 
 class Table(DeclarativeBase):
@@ -82,7 +82,7 @@ class LockRow(Table):
 class UserRow(Table):
     """A person or a service. token_digest is the SHA-256 of a random 256-bit token.
 
-    tenant, region: what the user may act for; "" means all.
+    tenant, region: what the user may act for; "" means all. groups: whose documents the user may see.
     """
 
     __tablename__ = "users"
@@ -91,6 +91,7 @@ class UserRow(Table):
     token_digest: Mapped[str | None] = mapped_column(String(71), unique=True, default=None)
     tenant: Mapped[str] = mapped_column(String(64), default="")
     region: Mapped[str] = mapped_column(String(64), default="")
+    groups: Mapped[list[str]] = mapped_column(default=list)
     active: Mapped[bool] = mapped_column(Boolean, default=True)
     # Without a constraint in the database: a key whose user's row was deleted must stay known.
     keys: Mapped[list[KeyRow]] = relationship(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tunesmith.candidates.candidate import Candidate
 from tunesmith.candidates.composing import Composer, compose
+from tunesmith.core.access import ANYONE
 from tunesmith.core.digests import digest_file, digest_of
 from tunesmith.core.errors import UsageError
 from tunesmith.core.messages import Message
@@ -58,7 +59,7 @@ def probe_context(
 
     def put(row: Example, request: Sequence[Message]) -> tuple[Message, ...]:
         changed = row.model_copy(update={"messages": (*request, row.messages[-1])})
-        return compose(candidate, request, composer.retrieved_without_group(changed))
+        return compose(candidate, request, composer.retrieved_without_group(changed, ANYONE))
 
     if candidate.training is not None:
         stated = store.record(candidate.training, kind="training").body["settings"]
@@ -71,7 +72,7 @@ def probe_context(
         validation=dataset.examples("validation"),
         test=dataset.examples("test"),
         put=put,
-        asked=composer.conversation,
+        asked=lambda request: composer.conversation(request, composer.asked_as),
         rows=rows,
         path=path,
         privacy=privacy,
