@@ -27,13 +27,14 @@ def test_openapi_document_is_valid(document: dict[str, Any]) -> None:
         "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/{job}", "/v1/fine_tuning/jobs/{job}/cancel",
         "/v1/fine_tuning/jobs/{job}/pause", "/v1/fine_tuning/jobs/{job}/resume", "/v1/fine_tuning/jobs/{job}/events",
         "/v1/fine_tuning/jobs/{job}/checkpoints",
-        "/metrics", "/v1/files", "/v1/files/{file}", "/v1/files/{file}/content",
+        "/metrics", "/api/decisions", "/api/decisions/prepare", "/v1/files", "/v1/files/{file}",
+        "/v1/files/{file}/content",
     }  # fmt: skip
     posts = [route["post"] for route in document["paths"].values() if "post" in route]
     bodies = [post["requestBody"]["content"] for post in posts if "requestBody" in post]
     json_bodies = [body["application/json"] for body in bodies if "application/json" in body]
     names = [body["schema"]["$ref"].rsplit("/")[-1] for body in json_bodies]
-    assert names == ["ChatRequest", "Feedback", "FineTuningRequest"]
+    assert names == ["ChatRequest", "Feedback", "DecisionRequest", "SignedDecision", "FineTuningRequest"]
 
 
 def test_answers_match_the_openapi_document(document: dict[str, Any], served: Served) -> None:

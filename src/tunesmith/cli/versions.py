@@ -16,10 +16,23 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
     from tunesmith.registry.lineage import Node
+    from tunesmith.registry.signing.attestations import Decision
     from tunesmith.registry.verification import Verification
     from tunesmith.services.audit import Anchored, AuditLog, AuditVerification
     from tunesmith.services.export import ExportedVersion
-    from tunesmith.services.versions import ApprovedVersion, RefusedVersion, RegisteredVersion, VersionList
+    from tunesmith.services.versions import (
+        ApprovedVersion,
+        RecordedDecision,
+        RefusedVersion,
+        RegisteredVersion,
+        VersionList,
+    )
+
+
+Server = Annotated[
+    str | None, typer.Option("--server", metavar="URL", help="Decide on a server, with the token in $TUNESMITH_TOKEN.")
+]
+Key = Annotated[Path | None, typer.Option("--key", metavar="FILE", help="With --server: your private key.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -69,10 +82,15 @@ def approve(
     reason: Annotated[str, typer.Option("--reason", help="Why; required where the gates were overridden.")] = "",
     tenant: Tenant = "",
     region: Region = "",
+    server: Server = None,
+    key: Key = None,
 ) -> None:
     """Verify a version and approve it with your signature. You may not approve a version that you registered."""
     from tunesmith.services import versions
 
+    if server is not None:
+        _decide_there(here, server, version, "approve", reason, key, Scope(tenant, region))
+        return
     store = here.store
     approved = versions.approve(store, version, reason=reason, actor=here.actor, scope=Scope(tenant, region))
     here.emit(approved, _draw_approved)
@@ -84,15 +102,28 @@ def refuse(
     reason: Annotated[str, typer.Option("--reason", help="Why; it is signed with the refusal.")] = "",
     tenant: Tenant = "",
     region: Region = "",
+    server: Server = None,
+    key: Key = None,
 ) -> None:
     """Refuse a version with your signature. It serves no request until an approver approves it after that."""
     from tunesmith.services import versions
     from tunesmith.services.rollouts import refused_champions
 
+    if server is not None:
+        _decide_there(here, server, version, "refuse", reason, key, Scope(tenant, region))
+        return
     refused = versions.refuse(here.store, version, reason=reason, actor=here.actor, scope=Scope(tenant, region))
     here.emit(refused, _draw_refused)
     for champion in refused_champions(here.store):
         say(f"warning: {champion.warning}")
+
+
+def _decide_there(
+    here: Acting, server: str, version: str, decision: Decision, reason: str, key: Path | None, scope: Scope
+) -> None:
+    from tunesmith.services import remote_decisions
+
+    here.emit(remote_decisions.decide(server, version, decision, reason, key, scope), _draw_decision)
 
 
 def verify(
@@ -261,6 +292,11 @@ def _draw_approved(console: Console, approved: ApprovedVersion) -> None:
     for mark in approved.marks:
         console.print(f"although it was {mark}: not meant for service", style="bold red")
     console.print(f"next: tunesmith rollout start {approved.version}")
+
+
+def _draw_decision(console: Console, decided: RecordedDecision) -> None:
+    said = "approved" if decided.decision == "approve" else "refused"
+    console.print(f"{decided.version} ({decided.digest}) is {said} by {decided.approver}")
 
 
 def _draw_refused(console: Console, refused: RefusedVersion) -> None:

@@ -97,12 +97,12 @@ def sign(request: ApprovalRequest, key: ec.EllipticCurvePrivateKey) -> bytes:
     return seal(request.statement, key)
 
 
-def submit_approval(store: Store, envelope: bytes) -> RecordedApproval:
+def submit_approval(store: Store, envelope: bytes, by: str | None = None) -> RecordedApproval:
     """Check a signed approval or refusal and record it. Submitted twice by one approver, the first one stays.
 
-    The actor is the user whose key signed it. It repeats every check of prepare_approval. It also checks the signature,
-    that this store's audit log holds the entry that the statement names as the newest one, and that what the decision
-    overturns was recorded before that entry.
+    The actor is the user whose key signed it; by: who this must be, by default anybody. It repeats every check of
+    prepare_approval. It also checks the signature, that this store's audit log holds the entry that the statement names
+    as the newest one, and that what the decision overturns was recorded before that entry.
     Raises as prepare_approval does, and Refused for an envelope that is not a decision by a trusted key.
     """
     statement, key = open_envelope(envelope, identities.trusted_keys(store), "the approval's envelope")
@@ -111,6 +111,8 @@ def submit_approval(store: Store, envelope: bytes) -> RecordedApproval:
         approval = Approval.model_validate(statement["predicate"])
     except (ValidationError, KeyError, IndexError, TypeError) as error:
         raise Refused("the signed statement is not an approval or refusal", fix="tunesmith approve") from error
+    if by not in (None, key.user):
+        raise Refused(f"signed with {key.user}'s key, and sent by {by}", fix="sign it with a key of yours")
     version = load_version(store, digest)
     signer = _check_decidable(store, version, key.user, approval.reason, approval.decision)
     record = Record(

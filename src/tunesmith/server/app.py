@@ -20,7 +20,7 @@ from tunesmith.project import Project
 from tunesmith.rollout.controller import advance, give_up
 from tunesmith.rollout.standing import ChampionWatch
 from tunesmith.rollout.state import list_rollouts
-from tunesmith.server import control, jobs, openapi
+from tunesmith.server import control, decisions, jobs, openapi
 from tunesmith.server.chat import routes as chat
 from tunesmith.server.errors import ApiError
 from tunesmith.server.fine_tuning import files
@@ -89,6 +89,7 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(chat.routes)
     app.include_router(control.routes)
     app.include_router(jobs.routes)
+    app.include_router(decisions.routes)
     app.include_router(files.routes)
     app.include_router(fine_tuning.routes)
 

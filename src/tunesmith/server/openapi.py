@@ -21,7 +21,8 @@ _MEANINGS = {
     "rollout_not_found, job_not_found, fine_tune_not_found, file_not_found), or no version of the model may serve now "
     "(model_not_available).",
     408: "The body arrived too slowly.",
-    409: "The request was scored before, or its answer is no longer in memory; or the job's state does not allow it.",
+    409: "The request was scored before, or its answer is no longer in memory; or the job's or version's state "
+    "does not allow it.",
     413: "The body is too large.",
     429: "The queue is full, or the user has too many requests at once.",
     500: "The engine failed.",

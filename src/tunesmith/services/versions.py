@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -14,11 +15,11 @@ from tunesmith.registry import approvals, versions
 from tunesmith.registry.aliases import Alias, list_aliases
 from tunesmith.registry.lineage import Node, tree
 from tunesmith.registry.signing import keys
-from tunesmith.registry.signing.attestations import Decision
+from tunesmith.registry.signing.attestations import Decision, envelope_of
 from tunesmith.registry.signing.release import Version
 from tunesmith.registry.verification import Verification
 from tunesmith.registry.versions import resolve
-from tunesmith.store.identities import acting
+from tunesmith.store.identities import acting, get_user
 from tunesmith.store.store import Store
 
 
@@ -52,6 +53,29 @@ class RefusedVersion(View):
     refusal: str
     version: str
     digest: str
+    approver: str
+    reason: str
+
+
+class PreparedDecision(View):
+    """What an approver is to sign. statement: the in-toto statement, for people and for `submit`.
+
+    payload: the bytes to sign, base64: DSSE's encoding of the statement. keys: fingerprints of the approver's active
+    keys, newest first.
+    """
+
+    statement: dict[str, Any]
+    payload: str
+    keys: tuple[str, ...]
+
+
+class RecordedDecision(View):
+    """An approval or refusal that counts. record: its digest; digest: the version's."""
+
+    record: str
+    version: str
+    digest: str
+    decision: Decision
     approver: str
     reason: str
 
@@ -116,6 +140,37 @@ def refuse(
         digest=found.digest,
         approver=recorded.approval.approver,
         reason=recorded.approval.reason,
+    )
+
+
+def prepare(
+    store: Store, version: str, decision: Decision, reason: str = "", *, actor: str, scope: Scope = Scope()
+) -> PreparedDecision:
+    """State what the actor signs to approve or refuse a version, after verifying it. Changes nothing."""
+    request = approvals.prepare_approval(store, resolve(store, version, scope=scope), actor, reason, decision)
+    keys_of_actor = get_user(store, actor).active_keys
+    return PreparedDecision(
+        statement=request.statement,
+        payload=base64.b64encode(request.payload).decode(),
+        keys=tuple(key.fingerprint for key in keys_of_actor),
+    )
+
+
+def submit(store: Store, statement: dict[str, Any], key: str, signature: bytes, *, actor: str) -> RecordedDecision:
+    """Check a decision that was signed elsewhere and record it.
+
+    key: the fingerprint of the key that signed. signature: DER, or r and s of 32 bytes each. Raises Refused if it is
+    not the actor's decision or may not be recorded now.
+    """
+    recorded = approvals.submit_approval(store, envelope_of(statement, key, signature), by=actor)
+    approval = recorded.approval
+    return RecordedDecision(
+        record=recorded.digest,
+        version=statement["subject"][0]["name"],
+        digest=f"sha256:{statement['subject'][0]['digest']['sha256']}",
+        decision=approval.decision,
+        approver=approval.approver,
+        reason=approval.reason,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -95,6 +96,24 @@ def seal(statement: Mapping[str, Any], key: ec.EllipticCurvePrivateKey) -> bytes
     envelope = Envelope(canonical(statement), _PAYLOAD_TYPE, {})
     envelope.sign(CryptoSigner(key, SSlibKey.from_crypto(key.public_key(), keyid=keyid)))
     return canonical(envelope.to_dict())
+
+
+def envelope_of(statement: Mapping[str, Any], fingerprint: str, signature: bytes) -> bytes:
+    """A DSSE envelope around a statement that was signed elsewhere, canonical JSON. Checks nothing.
+
+    signature: DER, or r and s of 32 bytes each as WebCrypto gives them.
+    """
+    if len(signature) == 64:
+        half = (int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big"))
+        signature = encode_dss_signature(*half)
+    document = {
+        "payload": base64.b64encode(canonical(statement)).decode(),
+        "payloadType": _PAYLOAD_TYPE,
+        "signatures": [
+            {"keyid": fingerprint.removeprefix("sha256:"), "sig": base64.b64encode(signature).decode()},
+        ],
+    }
+    return canonical(document)
 
 
 def open_envelope(raw: bytes, keys: Sequence[TrustedKey], where: str) -> tuple[Any, TrustedKey]:

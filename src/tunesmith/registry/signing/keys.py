@@ -44,7 +44,7 @@ def private_keys(store: Store, user: User) -> dict[str, Path]:
     found = {}
     for path in _private_files(store, user.name):
         with contextlib.suppress(Refused):
-            found[_fingerprint(_load_private(path))] = path
+            found[fingerprint_of(load_private_key(path))] = path
     return found
 
 
@@ -67,7 +67,7 @@ def create_key(store: Store, user: str, *, actor: str, label: str | None = None)
     if not path.exists():
         _write_new(path, ec.generate_private_key(ec.SECP256R1()))
     # An existing file is a pair whose enrolment was interrupted: continue with it.
-    return _enrol(store, user, public_pem(_load_private(path).public_key()), actor, label, proven)
+    return _enrol(store, user, public_pem(load_private_key(path).public_key()), actor, label, proven)
 
 
 def enrol_public_key(store: Store, user: str, pem: bytes, *, actor: str, label: str | None = None) -> UserKey:
@@ -128,14 +128,14 @@ def signing_key(store: Store, user: User) -> Path:
         if path := here.get(key.fingerprint):
             raise Refused(f"{user.name}'s key {key.label} was {key.status}", where=str(path), fix=_BRING)
     for path in files:
-        _load_private(path)  # raises if it cannot be read
+        load_private_key(path)  # raises if it cannot be read
         raise Refused(f"this private key is not the one of {user.name}'s public key", where=str(path), fix=_BRING)
     raise Refused("the private key is not here", where=str(private_key_path(store, user.name)), fix=_BRING)
 
 
 def load_signing_key(store: Store, user: User) -> ec.EllipticCurvePrivateKey:
     """A user's private key. Raises as signing_key does."""
-    return _load_private(signing_key(store, user))
+    return load_private_key(signing_key(store, user))
 
 
 _BRING = "put the right file there, or point $TUNESMITH_KEYS at the folder that holds it"
@@ -158,7 +158,7 @@ class _Prover:
         if self._key is None:
             return None
         envelope = seal(key_statement(self._user, action, label, fingerprint), self._key)
-        return Proof(_fingerprint(self._key), envelope.decode())
+        return Proof(fingerprint_of(self._key), envelope.decode())
 
 
 def _enrol(store: Store, user: str, pem: str, actor: str, label: str, prover: _Prover) -> UserKey:
@@ -173,7 +173,8 @@ def _private_files(store: Store, user: str) -> list[Path]:
     return [path for path in (first, *later) if path.is_file()]
 
 
-def _fingerprint(key: ec.EllipticCurvePrivateKey) -> str:
+def fingerprint_of(key: ec.EllipticCurvePrivateKey) -> str:
+    """The fingerprint of a private key's public half."""
     return digest_bytes(public_pem(key.public_key()).encode())
 
 
@@ -193,7 +194,8 @@ def _write_new(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     sync_folder(path.parent)
 
 
-def _load_private(path: Path) -> ec.EllipticCurvePrivateKey:
+def load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """A private key from a PEM file. Raises Refused if it cannot be read or is no P-256 key."""
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except FileNotFoundError:

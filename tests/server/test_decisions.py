@@ -1,0 +1,151 @@
+"""Approving and refusing over HTTP: the server holds no approver's key, and takes no signature but the caller's own."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from typer.testing import CliRunner
+
+from tests.fabricate import NAME, OWNER
+from tests.server.conftest import Served
+from tunesmith.cli.main import app
+from tunesmith.core.errors import Refused, UsageError
+from tunesmith.core.scope import Scope
+from tunesmith.registry.signing.attestations import public_pem
+from tunesmith.registry.versions import Version
+from tunesmith.services import remote_decisions
+from tunesmith.store.identities import add_user, issue_token
+
+Versions = dict[int, Version]
+
+
+def new_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    key = ec.generate_private_key(ec.SECP256R1())
+    form = serialization.PrivateFormat.PKCS8
+    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    return key
+
+
+class Approver:
+    """A person with a key of their own, of which the store knows the public half."""
+
+    def __init__(self, served: Served, name: str, folder: Path, scope: Scope = Scope()) -> None:
+        self.file = folder / f"{name}.pem"
+        self.key = new_key(self.file)
+        public = public_pem(self.key.public_key())
+        add_user(served.scene.store, name, ["approver"], actor=OWNER, scope=scope, public_key=public)
+        self.token = issue_token(served.scene.store, name, actor=OWNER)
+        self.http = served.http(self.token)
+
+    def prepare(self, version: str, decision: str = "approve", **more: Any) -> httpx.Response:
+        asked = {"version": version, "decision": decision, **more}
+        return self.http.post("/api/decisions/prepare", json=asked)
+
+    def signed(self, prepared: dict[str, Any], raw: bool = False) -> dict[str, Any]:
+        """What a client sends back. raw: r and s as WebCrypto gives them."""
+        signature = self.key.sign(base64.b64decode(prepared["payload"]), ec.ECDSA(hashes.SHA256()))
+        if raw:
+            signature = b"".join(half.to_bytes(32, "big") for half in decode_dss_signature(signature))
+        encoded = base64.b64encode(signature).decode()
+        return {"statement": prepared["statement"], "key": prepared["keys"][0], "signature": encoded}
+
+    def submit(self, signed: dict[str, Any]) -> httpx.Response:
+        return self.http.post("/api/decisions", json=signed)
+
+
+@pytest.fixture
+def ada(served: Served, tmp_path: Path) -> Approver:
+    return Approver(served, "ada", tmp_path)
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["DER", "r and s"])
+def test_refused_and_approved_again_with_a_key_that_never_came(served: Served, ada: Approver, raw: bool) -> None:
+    assert served.post().status_code == 200
+    for decision, status in (("refuse", 404), ("approve", 200)):
+        prepared = ada.prepare(f"{NAME}@champion", decision, reason="a customer's name")
+        assert prepared.status_code == 200
+        assert served.post().status_code == (200 if decision == "refuse" else 404)  # nothing changed yet
+        answer = ada.submit(ada.signed(prepared.json(), raw))
+        assert (answer.status_code, answer.json()["decision"], answer.json()["approver"]) == (200, decision, "ada")
+        assert served.post().status_code == status
+        assert ada.submit(ada.signed(prepared.json())).json() == answer.json()  # sent again: the same record
+    assert not list((served.scene.store.root / "keys").glob("ada*"))
+
+
+def test_only_the_caller_signs_and_only_what_was_prepared(served: Served, ada: Approver, tmp_path: Path) -> None:
+    eve = Approver(served, "eve", tmp_path)
+    prepared = ada.prepare(f"{NAME}@v1", "refuse", reason="why").json()
+    stolen = eve.submit(ada.signed(prepared))
+    assert (stolen.status_code, stolen.json()["error"]["code"]) == (409, "decision_refused")
+    assert "igned with ada's key, and sent by eve" in stolen.json()["error"]["message"]
+    forged = {**eve.signed(prepared), "key": prepared["keys"][0]}
+    assert "he signature is not ada's" in ada.submit(forged).json()["error"]["message"]
+    for change in ({"decision": "approve"}, {"approver": "eve"}, {"reason": "other"}):
+        statement = {**prepared["statement"], "predicate": {**prepared["statement"]["predicate"], **change}}
+        assert ada.submit({**ada.signed(prepared), "statement": statement}).status_code == 409
+    for body in ({**ada.signed(prepared), "signature": "%%%"}, {**ada.signed(prepared), "more": 1}, {"statement": {}}):
+        assert ada.submit(body).status_code == 400
+    for statement in ({}, {"subject": []}, {"subject": [{"digest": {"sha256": 1}}], "predicate": {}}):
+        assert ada.submit({**ada.signed(prepared), "statement": statement}).status_code == 409
+    assert served.post().status_code == 200
+
+
+def test_roles_and_tenants(served: Served, tmp_path: Path) -> None:
+    with served.http() as http:  # the owner registered the versions, and is no approver
+        for path in ("/api/decisions/prepare", "/api/decisions"):
+            assert http.post(path, json={}).status_code == 403
+    amy = Approver(served, "amy", tmp_path, Scope("acme"))
+    refused = amy.prepare(f"{NAME}@v1", "refuse", reason="why")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "decision_refused")
+    assert amy.prepare(f"{NAME}@v99").status_code == 400
+    ben = Approver(served, "ben", tmp_path)
+    assert ben.prepare(f"{NAME}@v1", "refuse").status_code == 400  # no reason
+    assert ben.prepare(f"{NAME}@v1", tenant="acme").status_code == 200  # a version for every tenant
+
+
+def test_the_command_signs_here_and_checks_what_it_signs(
+    served: Served, ada: Approver, versions: Versions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TUNESMITH_TOKEN", ada.token)
+    words = ["refuse", f"{NAME}@v1", "--server", served.url, "--key", str(ada.file), "--reason", "why", "--json"]
+    result = CliRunner().invoke(app, [*words, "-C", str(tmp_path)], catch_exceptions=False)
+    document = json.loads(result.stdout)
+    assert (document["decision"], document["approver"], document["digest"]) == ("refuse", "ada", versions[1].digest)
+    assert served.post().status_code == 404
+
+    def decide(version: str = f"{NAME}@v1", server: str = served.url, key: Path | None = ada.file) -> object:
+        return remote_decisions.decide(server, version, "approve", "", key)
+
+    new_key(tmp_path / "other.pem")
+    with pytest.raises(Refused, match="not an active one"):
+        decide(key=tmp_path / "other.pem")
+    for wrong in ({"key": None}, {"version": f"{NAME}@champion"}, {"server": "http://203.0.113.1"}):
+        with pytest.raises(UsageError):
+            decide(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(Refused, match="the server did not answer"):
+        decide(server="http://127.0.0.1:9")
+    with pytest.raises(Refused, match=r"said no \(400\).*no version"):
+        decide(version=f"{NAME}@v99")
+    asked: list[str] = []
+    honest = remote_decisions._sent
+
+    def lying(http: httpx.Client, path: str, *more: Any) -> Any:
+        """A server that states another version than it was asked for."""
+        asked.append(path)
+        found: Any = honest(http, path, *more)
+        found.statement["subject"][0]["name"] = versions[2].label
+        return found
+
+    monkeypatch.setattr(remote_decisions, "_sent", lying)
+    with pytest.raises(Refused, match="asks for another signature"):
+        decide()
+    assert asked == ["/api/decisions/prepare"]  # nothing was signed
+    assert served.post().status_code == 404
